@@ -1,0 +1,56 @@
+# Two commands: `make train` (MNIST, from nothing to a report) and `make test` (everything CI runs).
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/mnist
+CONFIG ?= configs/mnist.yaml
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt
+
+.PHONY: help train test quick lint install golden clean
+
+help:
+	@echo "make train   install, fetch and pack MNIST, train on this machine, evaluate   [CONFIG=configs/x.yaml RUN=runs/x]"
+	@echo "make test    install with the test tools; ruff, mypy --strict, pytest"
+	@echo "make quick   the inner loop: lint and the tests that are not slow"
+	@echo "make clean   remove the virtual environment and caches (data/ and runs/ stay)"
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml launch/constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.tested: pyproject.toml launch/constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) -e '.[test]'
+	@touch $@ $(VENV)/.installed
+
+install: $(VENV)/.installed
+
+train: $(VENV)/.installed
+	$(BIN)/naign pack mnist --to data/mnist
+	$(BIN)/accelerate launch --quiet pipeline/train.py --config $(CONFIG) --run.path $(RUN)
+	$(BIN)/naign evaluate $(RUN)
+	@echo
+	@echo "report       $(RUN)/evaluation/report.html"
+	@echo "TensorBoard  $(BIN)/tensorboard --logdir $(RUN)/tensorboard"
+	@echo "model        $$(ls -d $(RUN)/checkpoints/step-* | tail -n 1)/model.safetensors"
+
+lint: $(VENV)/.tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+quick: lint
+	$(BIN)/pytest -m "not slow"
+
+golden: $(VENV)/.tested
+	$(BIN)/python tests/golden.py
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache

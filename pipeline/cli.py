@@ -1,0 +1,306 @@
+"""`naign pack | verify | evaluate | sample | restore | score | export | doctor`: each function below is a command.
+
+Options, help and their types are the functions' signatures. Heavy imports wait until a command needs them.
+"""
+
+import csv
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from pipeline.errors import InputError, exit_on_input_error
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+Device = Literal["auto", "cpu", "cuda"]
+Kind = Literal["blur", "noise", "salt_pepper", "rows"]
+Run = Annotated[Positional[str], tyro.conf.arg(help="A run, a checkpoint or an exported model: its folder.")]
+Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images, or folders of images.")]
+
+
+def pack(
+    source: Positional[str],
+    /,
+    *,
+    to: str,
+    root: Path | None = None,
+    size: int | None = None,
+    channels: Literal[1, 3] = 3,
+    shards: int | None = None,
+    encoding: Literal["png", "jpg"] = "png",
+    seed: int = 0,
+    force: bool = False,
+) -> None:
+    """Pack a data set into WebDataset shards with an index.json.
+
+    Args:
+        source: mnist, fashion_mnist, cifar10, digits, toy2d:<name> or folder.
+        to: Folder or s3://bucket/prefix to write.
+        root: Files to use instead of fetching them; for folder, the tree of images (sub-folders are labels).
+        size: Pixels a side, for folder: images are resized and cropped to a square.
+        channels: For folder: 3 colour, 1 grey.
+        shards: Shards a split; default 16, more for large data.
+        encoding: How images are stored: png keeps every bit, jpg is smaller.
+        seed: Of the order in which samples are dealt to shards.
+        force: Replace a data set that is there.
+    """
+    from pipeline.data import shards as writer
+    from pipeline.data.sources import load
+
+    manifest, written = writer.pack(
+        load(source, root=root, size=size, channels=channels, seed=seed),
+        to,
+        shards=shards,
+        encoding=encoding,
+        seed=seed,
+        force=force,
+    )
+    counts = ", ".join(
+        f"{split.samples} {name} in {len(split.shards)} shards" for name, split in manifest.splits.items()
+    )
+    print(
+        f"{to}: {manifest.name} {'x'.join(map(str, manifest.shape))}, {counts}{'' if written else ' (already there)'}"
+    )
+
+
+def verify(path: Positional[str], /) -> None:
+    """Check a data set against its index.json: sizes, hashes, tar structure, pixels, labels, duplicate keys.
+
+    Args:
+        path: Folder or s3://bucket/prefix of shards.
+    """
+    from pipeline.data.shards import verify as read_all
+
+    report = read_all(path)
+    print(f"{path}: sound, {report.samples} samples in {report.shards} shards, {report.bytes / 1e6:.1f} MB")
+
+
+def evaluate(
+    run: Run,
+    /,
+    *,
+    data: str | None = None,
+    samples: int = 10_000,
+    seed: int = 0,
+    device: Device = "auto",
+) -> None:
+    """Measure a trained model; writes evaluation/metrics.json, pictures and report.html into its folder.
+
+    Args:
+        data: Packed data set; default: the one it was trained on.
+        samples: How many samples to draw; distances of different counts do not compare.
+        seed: Of latents and damages.
+        device: Where to compute.
+    """
+    from pipeline.evaluate.run import evaluate as measure
+
+    metrics = measure(run, data=data, samples=samples, seed=seed, device=_device(device))
+    fd = metrics["fd"]
+    print(
+        f"Frechet distance on {metrics['encoder']}: {fd['once']:.4g} for f(z), {fd['twice']:.4g} for f(f(z)); floor "
+        f"(training against test) {fd['floor']:.4g}"
+    )
+    for kind, errors in (metrics["restoration"] or {}).items():
+        print(f"restoration of {kind}: mean absolute error {errors['input']:.3f} before, {errors['once']:.3f} after")
+    print(f"report: {Path(run) / 'evaluation' / 'report.html'}")
+
+
+def sample(
+    run: Run,
+    /,
+    *,
+    n: int = 64,
+    to: Path = Path("samples.png"),
+    times: int = 1,
+    seed: int = 0,
+    device: Device = "auto",
+) -> None:
+    """Draw samples: one picture of all, or with a folder as --to one PNG each (points: a .csv file).
+
+    Args:
+        n: How many.
+        to: A .png file for a grid, a .csv file for points, or a folder for one PNG a sample.
+        times: How often f is applied.
+        seed: Of the latents; the same seed gives the same samples.
+        device: Where to compute.
+    """
+    from pipeline.model.naign import NAIGN
+
+    _at_least(1, n=n, times=times)
+    made = NAIGN.from_pretrained(run, device=_device(device)).sample(n, seed=seed, times=times).cpu()
+    print(f"{n} samples: {_write_samples(made, to)}")
+
+
+def restore(
+    run: Run,
+    files: Files,
+    /,
+    *,
+    to: Path = Path("restored"),
+    times: int = 1,
+    damage: Kind | None = None,
+    device: Device = "auto",
+) -> None:
+    """Repair images: writes one PNG a file into a folder, at the model's size.
+
+    Args:
+        to: Folder to write.
+        times: How often f is applied.
+        damage: Damage the images first (and keep the damaged ones beside), to see what a repair is worth.
+        device: Where to compute.
+    """
+    from pipeline.evaluate.pictures import to_image
+    from pipeline.evaluate.restoration import degrade
+    from pipeline.model.naign import NAIGN
+
+    _at_least(1, times=times)
+    model = NAIGN.from_pretrained(run, device=_device(device))
+    paths, images = _read_images(files, model.shape)
+    damaged = degrade(images, damage) if damage else images
+    repaired = model.project(damaged, times=times)
+    to.mkdir(parents=True, exist_ok=True)
+    for path, before, after in zip(paths, damaged, repaired, strict=True):
+        to_image(after).save(to / f"{path.stem}.png")
+        if damage:
+            to_image(before).save(to / f"{path.stem}.{damage}.png")
+    print(f"{len(paths)} restored images: {to}/")
+
+
+def score(
+    run: Run,
+    files: Files,
+    /,
+    *,
+    device: Device = "auto",
+) -> None:
+    """Print the energy of images as CSV: file, mean squared residual of f(x) - x. Low near the data it was trained on.
+
+    Args:
+        device: Where to compute.
+    """
+    from pipeline.model.naign import NAIGN
+
+    model = NAIGN.from_pretrained(run, device=_device(device))
+    paths, images = _read_images(files, model.shape)
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(("file", "energy"))
+    table.writerows((path, f"{energy:.6g}") for path, energy in zip(paths, model.energy(images).tolist(), strict=True))
+
+
+def export(
+    run: Run,
+    /,
+    *,
+    to: Path,
+    format: Literal["safetensors", "torch"] = "safetensors",
+) -> None:
+    """Write a model alone, for use elsewhere: safetensors for NAIGN.from_pretrained, torch for torch.export.load.
+
+    Args:
+        to: Folder to write.
+        format: safetensors, or an exported program (f of a batch of any size) that needs no code of this project.
+    """
+    import torch
+
+    from pipeline.model.naign import NAIGN
+
+    model = NAIGN.from_pretrained(run)
+    if format == "safetensors":
+        print(f"exported: {model.save_pretrained(to)}")
+        return
+    to.mkdir(parents=True, exist_ok=True)
+    batch = {0: torch.export.Dim("batch", min=1)}
+    program = torch.export.export(model.network, (torch.zeros(2, *model.shape),), dynamic_shapes=(batch,))
+    torch.export.save(program, to / "model.pt2")
+    print(f"exported: {to / 'model.pt2'}")
+
+
+def doctor() -> None:
+    """Say what this machine offers and what stands in the way: versions, devices, threads, memory, one FAISS build."""
+    from pipeline.runtime.doctor import examine
+
+    problems = examine(print)
+    if problems:
+        raise InputError("\n  ".join(["this machine is not ready:", *problems]))
+    print("ready")
+
+
+def main() -> None:
+    commands = (pack, verify, evaluate, sample, restore, score, export, doctor)
+    with exit_on_input_error("naign"):
+        tyro.extras.subcommand_cli_from_dict(
+            {command.__name__: command for command in commands},
+            prog="naign",
+            description="Non-adversarial idempotent generative networks: one network that generates and repairs.",
+        )
+
+
+def _device(name: Device) -> str:
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this machine has no CUDA device that torch can use; try --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _read_images(files: Sequence[Path], shape: tuple[int, ...]) -> tuple[list[Path], "Tensor"]:
+    """Paths and images (n, C, S, S) float32 in [-1, 1], resized and cropped to the model's square as `pack` does."""
+    import numpy as np
+    import torch
+    from PIL import UnidentifiedImageError
+
+    from pipeline.data.folder import square
+
+    if len(shape) != 3:
+        raise InputError(f"this model takes points of {shape[0]} values, not images")
+    paths: list[Path] = []
+    for file in files:
+        inside = sorted(path for path in file.rglob("*") if path.suffix.lower() in IMAGES) if file.is_dir() else [file]
+        paths += inside
+    if not paths:
+        raise InputError("no images given: name files, or folders that hold some")
+    rows = []
+    for path in paths:
+        try:
+            pixels = np.asarray(square(path.read_bytes(), shape[1], shape[0]))
+        except (OSError, UnidentifiedImageError, ValueError) as error:
+            raise InputError(f"{path} cannot be read as an image: {error}") from None
+        rows.append(torch.from_numpy(pixels.copy()).view(*shape[1:], shape[0]).permute(2, 0, 1))
+    return paths, torch.stack(rows).float() / 127.5 - 1
+
+
+def _write_samples(made: "Tensor", to: Path) -> str:
+    """Write samples as `sample` promises; where they are."""
+    from pipeline.evaluate.pictures import grid, to_image
+
+    points = made.ndim != 4
+    if points != (to.suffix == ".csv") or to.suffix not in (".png", ".csv", ""):
+        wanted = ".csv" if points else ".png, or a folder's name"
+        raise InputError(f"--to {to}: samples of shape {tuple(made.shape[1:])} go to a file that ends in {wanted}")
+    (to if not to.suffix else to.parent).mkdir(parents=True, exist_ok=True)
+    if points:
+        with to.open("w", newline="") as file:
+            csv.writer(file).writerows(made.tolist())
+    elif to.suffix:
+        grid(made, columns=math.ceil(math.sqrt(len(made)))).save(to)
+    else:
+        for number, image in enumerate(made):
+            to_image(image).save(to / f"{number:06d}.png")
+    return f"{to}/" if not to.suffix else str(to)
+
+
+def _at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise InputError(f"--{name} is {value}: it must be at least {least}")
+
+
+if __name__ == "__main__":
+    main()

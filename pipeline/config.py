@@ -1,0 +1,234 @@
+"""The whole configuration: dataclasses with defaults, then a YAML file, then `--section.key=value`; the last wins."""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+
+from pipeline.errors import InputError
+from pipeline.match.matcher import MatchConfig
+from pipeline.model.networks import NetworkConfig
+from pipeline.model.objectives import ObjectiveConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    path: str = "data/mnist"
+    """Folder or s3://bucket/prefix of shards with their index.json (`naign pack` makes them)."""
+
+    split: str = "train"
+    """Which split to train on."""
+
+    workers: int = 0
+    """Decoding processes a rank; 0 decodes in a background thread."""
+
+    trace: str = ""
+    """Folder in which every rank lists `epoch round key` of each image it trains on; empty: no list."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    images: int = 420_000
+    """Budget: images trained on, over all ranks and passes."""
+
+    batch: int = 128
+    """Images a step, over all ranks."""
+
+    passes: int = 1
+    """Passes of SGD over a round's images before they are matched anew."""
+
+    lr: float = 2e-3
+    """Peak learning rate of AdamW; a cosine over the budget takes it to lr_end."""
+
+    lr_end: float = 1e-5
+    """Learning rate at the end of the budget."""
+
+    warmup: int = 10_000
+    """Images over which the learning rate rises from 0."""
+
+    beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+
+    beta2: float = 0.99
+    """AdamW's decay of the second moment."""
+
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 does not clip."""
+
+    ema: float = 0.0
+    """Decay a step of an exponential moving average of the weights, used by evaluation; 0: none."""
+
+    threads: int = 0
+    """CPU threads a rank; 0: this machine's cores shared among its ranks."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ReportConfig:
+    rounds: int = 1
+    """Rounds between reports (TensorBoard scalars and metrics.jsonl)."""
+
+    pictures: int = 10
+    """Rounds between image grids; 0: none."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    rounds: int = 10
+    """Rounds between checkpoints; one is always written at the end."""
+
+    keep: int = 2
+    """Complete checkpoints that are kept, the newest ones; 0 keeps all."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    path: str = "runs/mnist"
+    """Folder of the run: configuration, metrics, pictures, checkpoints, evaluation."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """Train an idempotent generative network. `--config FILE` reads a YAML first; options given here override it."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: NetworkConfig = field(default_factory=NetworkConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    match: MatchConfig = field(default_factory=MatchConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    seed: int = 0
+    """Everything random is a function of this, the round and an image's or a latent's number."""
+
+    resume: str = "auto"
+    """auto: go on from the newest complete checkpoint of run.path; never: start anew, refusing a folder in use."""
+
+
+FREE_TO_CHANGE = ("data.workers", "data.trace", "report.", "checkpoint.", "run.", "train.threads", "resume")
+"""Keys that a resumed run may change: they do not touch what is computed. Anything else differing is an error."""
+
+
+def parse(arguments: Sequence[str]) -> Config:
+    """The configuration of a command line; InputError or exit code 2 on anything unknown or impossible."""
+    arguments, base = list(arguments), Config()
+    for at, word in enumerate(arguments):
+        if word == "--config" or word.startswith("--config="):
+            path = word.partition("=")[2] or (arguments[at + 1] if at + 1 < len(arguments) else "")
+            del arguments[at : at + (1 if "=" in word else 2)]
+            base = load(path)
+            break
+    config = tyro.cli(Config, args=arguments, default=base, prog="accelerate launch pipeline/train.py")
+    check(config)
+    return config
+
+
+def load(path: str) -> Config:
+    """The configuration of a YAML file; keys that it does not name keep their defaults."""
+    try:
+        content = yaml.safe_load(Path(path).read_text()) or {}
+    except FileNotFoundError:
+        there = ", ".join(sorted(str(file) for file in Path("configs").glob("*.yaml"))) or "none"
+        raise InputError(f"no configuration file '{path}'; configs/ has: {there}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} cannot be read as YAML: {error}") from None
+    return from_dict(content, where=path)
+
+
+def from_dict(content: Any, *, where: str) -> Config:
+    config: Config = _build(Config, content, where, "")
+    check(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """{'section.key': value} for every setting."""
+    flat: dict[str, Any] = {}
+    for name, value in to_dict(config).items():
+        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Settings that touch what is computed and differ, one readable line each."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{key}: {before[key]} there, {after[key]} now"
+        for key in before
+        if before[key] != after[key] and not key.startswith(FREE_TO_CHANGE)
+    ]
+
+
+def check(config: Config) -> None:
+    """InputError on values that no run can have; what depends on the data or the world is checked where it is known."""
+    train, match = config.train, config.match
+    positive = ("train.images", "train.batch", "train.passes", "train.lr", "report.rounds", "checkpoint.rounds")
+    least_zero = (
+        *("train.lr_end", "train.warmup", "train.weight_decay", "train.clip", "train.threads"),
+        *("report.pictures", "checkpoint.keep", "data.workers", "seed"),
+    )
+    flat = flatten(config)
+    for key in positive:
+        if not flat[key] > 0:
+            raise InputError(f"{key} is {flat[key]}: it must be positive")
+    for key in least_zero:
+        if not flat[key] >= 0:
+            raise InputError(f"{key} is {flat[key]}: it must be at least 0")
+    for key in ("train.beta1", "train.beta2", "train.ema"):
+        if not 0 <= flat[key] < 1:
+            raise InputError(f"{key} is {flat[key]}: it must lie in [0, 1)")
+    if config.resume not in ("auto", "never"):
+        raise InputError(f"resume is '{config.resume}': choose auto or never")
+    if match.round % train.batch:
+        near = max(1, round(match.round / train.batch)) * train.batch
+        raise InputError(
+            f"match.round={match.round} is no multiple of train.batch={train.batch}: every step takes a whole batch of "
+            f"the round's images; the nearest that fits is --match.round={near}"
+        )
+
+
+def _build(kind: Any, content: Any, where: str, prefix: str) -> Any:
+    if not isinstance(content, dict):
+        raise InputError(f"{where}: '{prefix.rstrip('.') or 'the file'}' must hold keys and values, not {content!r}")
+    hints, values = typing.get_type_hints(kind), {}
+    for key, value in content.items():
+        if key not in hints:
+            known = [prefix + name for name in hints] if prefix else list(flatten(Config())) + list(hints)
+            near = difflib.get_close_matches(f"{prefix}{key}", known, n=1, cutoff=0.4)
+            meant = f"; did you mean '{near[0]}'?" if near else f"; known here: {', '.join(hints)}"
+            raise InputError(f"{where}: unknown key '{prefix}{key}'{meant}")
+        target = hints[key]
+        if dataclasses.is_dataclass(target):
+            values[key] = _build(target, value or {}, where, f"{prefix}{key}.")
+        else:
+            values[key] = _convert(target, value, f"{where}: {prefix}{key}")
+    return kind(**values)
+
+
+def _convert(target: Any, value: Any, where: str) -> Any:
+    """YAML reads 1e-3 as text and 1 as an integer where a float is meant; anything else must have the right type."""
+    try:
+        if target is float and not isinstance(value, bool):
+            return float(value)
+        if target is int and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            if float(value) == int(float(value)):
+                return int(float(value))
+        elif isinstance(value, target):
+            return value
+    except (TypeError, ValueError):
+        pass
+    raise InputError(f"{where} is {value!r}: it must be {target.__name__}")

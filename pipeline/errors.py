@@ -1,0 +1,25 @@
+"""What a program says and returns when the fault is the user's, not ours."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+BAD_INPUT = 2
+"""Exit code: bad configuration or input. An orchestrator must not retry it."""
+
+INTERRUPTED = 75
+"""Exit code: stopped on request after writing a checkpoint. An orchestrator should retry it."""
+
+
+class InputError(ValueError):
+    """Bad configuration or input: the message says what is wrong, where, and what to do about it."""
+
+
+@contextmanager
+def exit_on_input_error(program: str) -> Iterator[None]:
+    """Turn an InputError into one readable message on stderr and exit code 2; anything else is a crash."""
+    try:
+        yield
+    except InputError as error:
+        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(BAD_INPUT) from None

@@ -1,0 +1,56 @@
+"""Does the energy E(x) = mean (f(x) - x)^2 tell data from what is not data?
+
+Outliers are made from the test images themselves, so that no other data set is needed: noise, constants, and digits
+inverted or upside down. AUROC: the chance that a random outlier has more energy than a random test image; 1 is
+perfect, 0.5 a coin, and 0 says that the network takes the outlier for better than any real image, which is what
+autoencoders do with all-black. Upside-down is hard on purpose: half the digits are still strokes on black.
+
+Baseline: how far the mean brightness is from that of the training set. Where it does as well, the energy shows little.
+"""
+
+from collections.abc import Callable
+
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+
+def outliers(images: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
+    """(n, C, H, W) in [-1, 1] -> sets of what is not data, by name: (n, C, H, W), or (1, C, H, W) for a constant."""
+    generator = torch.Generator().manual_seed(seed)
+    one = images[:1]
+    return {
+        "uniform noise": torch.rand(images.shape, generator=generator) * 2 - 1,
+        "gaussian noise": torch.randn(images.shape, generator=generator).clamp(-1, 1),
+        "black": torch.full_like(one, -1.0),
+        "grey": torch.zeros_like(one),
+        "white": torch.ones_like(one),
+        "inverted": -images,
+        "upside down": images.flip(2),
+    }
+
+
+def auroc(inlier: Tensor, outlier: Tensor) -> float:
+    """Area under the ROC curve of scores (n,) of data against scores (m,) of outliers, higher meaning outlier."""
+    truth = torch.cat([torch.zeros(len(inlier)), torch.ones(len(outlier))])
+    return float(roc_auc_score(truth.numpy(), torch.cat([inlier, outlier]).numpy()))
+
+
+def separation(
+    images: Tensor,  # (n, C, H, W) in [-1, 1]: test images, from which the outliers are made
+    energies: Tensor,  # (n,): energy of those test images
+    energy: Callable[[Tensor], Tensor],  # (m, C, H, W) -> (m,)
+    *,
+    typical_brightness: float,  # mean of the training images in [-1, 1]
+    seed: int = 0,
+) -> dict[str, dict[str, float]]:
+    """AUROC by outlier: {"energy": {outlier: a}, "brightness": {outlier: a}}."""
+
+    def dimness(batch: Tensor) -> Tensor:
+        return (batch.flatten(1).mean(1) - typical_brightness).abs()
+
+    result: dict[str, dict[str, float]] = {"energy": {}, "brightness": {}}
+    for name, batch in outliers(images, seed=seed).items():
+        result["energy"][name] = auroc(energies, energy(batch))
+        result["brightness"][name] = auroc(dimness(images), dimness(batch))
+    return result

@@ -1,0 +1,86 @@
+"""Grids of images and drawings of 2-D point sets, as PIL images. No plotting library."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+CELL = 48
+"""Least side of an image in a grid, in pixels: smaller ones are enlarged by a whole factor, pixels kept sharp."""
+GAP = 3
+TEXT = (128, 128, 128, 255)  # reads on white and on black
+BLUE, ORANGE = (45, 108, 223), (224, 122, 31)
+PANEL = 320
+"""Side of a drawing of points, in pixels."""
+
+
+def to_image(image: Tensor, *, least: int = 1) -> Image.Image:
+    """(C, H, W) in [-1, 1], C 1 or 3 (else the first alone) -> RGB image with sides of `least` pixels or more."""
+    channels, height, width = image.shape
+    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    pixels = pixels if channels == 3 else pixels[:1].expand(3, height, width)
+    factor = max(1, -(-least // min(height, width)))
+    picture = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+    return picture.resize((width * factor, height * factor), Image.Resampling.NEAREST)
+
+
+def grid(images: Tensor, *, columns: int) -> Image.Image:
+    """(n, C, H, W) in [-1, 1] -> one image, filled row by row."""
+    return rows([("", images[start : start + columns]) for start in range(0, len(images), columns)])
+
+
+def rows(labelled: Sequence[tuple[str, Tensor]]) -> Image.Image:
+    """Rows of (label, images (n, C, H, W)) -> one image with the labels, if any is not empty, at the left."""
+    font = ImageFont.load_default(14)
+    margin = max((int(font.getlength(label)) + 12 for label, _ in labelled if label), default=0)
+    cells = [[to_image(image, least=CELL) for image in images] for _, images in labelled]
+    width, height = cells[0][0].size
+    size = (margin + max(map(len, cells)) * (width + GAP) - GAP, len(cells) * (height + GAP) - GAP)
+    canvas = Image.new("RGBA", size, (0, 0, 0, 0))
+    draw = ImageDraw.Draw(canvas)
+    for line, ((label, _), pictures) in enumerate(zip(labelled, cells, strict=True)):
+        top = line * (height + GAP)
+        if label:
+            draw.text((0, top + height // 2), label, fill=TEXT, font=font, anchor="lm")
+        for column, picture in enumerate(pictures):
+            canvas.paste(picture, (margin + column * (width + GAP), top))
+    return canvas
+
+
+def window(points: Tensor) -> tuple[Tensor, float]:
+    """(n, 2) -> centre (2,) and half side of the square that holds them with a margin of a quarter."""
+    low, high = points.min(0).values, points.max(0).values
+    return (low + high) / 2, max(float((high - low).max()) / 2, 1e-6) * 1.25
+
+
+def scatter(panels: Sequence[tuple[str, Tensor]], *, behind: Tensor) -> Image.Image:
+    """Panels of (title, points (n, 2)) side by side, orange, over `behind` (m, 2) in blue, which sets the scale."""
+    centre, half = window(behind)
+    canvas = Image.new("RGBA", (len(panels) * (PANEL + GAP) - GAP, PANEL + 22), (0, 0, 0, 0))
+    draw = ImageDraw.Draw(canvas)
+    for number, (title, points) in enumerate(panels):
+        left = number * (PANEL + GAP)
+        panel = Image.new("RGBA", (PANEL, PANEL), (127, 127, 127, 24))
+        for cloud, colour in ((behind, BLUE), (points, ORANGE)):
+            dots = ((cloud[:, :2] - centre) / half).clamp(-1, 1) * torch.tensor([1.0, -1.0])
+            pen = ImageDraw.Draw(panel)
+            for x, y in ((dots + 1) / 2 * (PANEL - 3)).round().int().tolist():
+                pen.rectangle((x, y, x + 1, y + 1), fill=(*colour, 255))
+        canvas.paste(panel, (left, 22))
+        draw.text((left, 3), title, fill=TEXT, font=ImageFont.load_default(14))
+    return canvas
+
+
+def heat(values: Callable[[Tensor], Tensor], *, behind: Tensor, side: int = 80) -> Image.Image:
+    """`values` ((n, 2) -> (n,), not negative) over the window of `behind` (m, 2): white is 0, dark blue the largest."""
+    centre, half = window(behind)
+    ticks = torch.linspace(-half, half, side)
+    y, x = torch.meshgrid(ticks.flip(0), ticks, indexing="ij")
+    level = values(torch.stack([x, y], dim=-1).view(-1, 2) + centre).view(side, side)
+    level = (level / level.max().clamp(min=1e-12)).sqrt()
+    dark, light = torch.tensor([12.0, 30.0, 90.0]), torch.tensor([255.0, 255.0, 255.0])
+    pixels = (light + level[..., None] * (dark - light)).round().to(torch.uint8)
+    picture = Image.fromarray(np.ascontiguousarray(pixels.numpy())).resize((PANEL, PANEL), Image.Resampling.BILINEAR)
+    return picture.convert("RGBA")

@@ -1,0 +1,117 @@
+"""A trained model as its users hold it: sample, project, energy, from one safetensors file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pipeline.errors import InputError
+from pipeline.match import latents
+from pipeline.model.networks import NetworkConfig, build_network
+from pipeline.runtime.checkpoint import newest_checkpoint
+
+_KEY = "naign"  # in the safetensors header: a JSON object that describes the model
+_SPECTRUM = "latents.spectrum"
+_SAMPLE_ROUND = 2**32 - 1  # no training round has this number, so samples never reuse a training latent
+
+
+class NAIGN:
+    """An idempotent generative network f and the law of its latents.
+
+    Images are float32 in [-1, 1], NCHW; points are (n, D) float32. `metadata` says where the model comes from.
+    """
+
+    def __init__(self, network: nn.Module, metadata: dict[str, Any], spectrum: Tensor | None = None) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.metadata = metadata
+        self.spectrum = spectrum
+        self.shape: tuple[int, ...] = tuple(metadata["shape"])
+        self.latents: str = metadata["latents"]
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> "NAIGN":
+        """The model of an exported folder, a checkpoint or a run (its newest complete checkpoint; EMA if it has one).
+
+        Raises InputError where there is none, or the file is not one of ours.
+        """
+        file = _find(Path(folder))
+        try:
+            with safe_open(file, framework="pt", device="cpu") as opened:
+                header = (opened.metadata() or {}).get(_KEY)
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no iterator)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} is no readable safetensors file ({error}); is it truncated?") from None
+        if header is None:
+            raise InputError(f"{file} has no '{_KEY}' entry in its header: it was not written by this program")
+        metadata = json.loads(header)
+        spectrum = tensors.pop(_SPECTRUM, None)
+        network = build_network(NetworkConfig(**metadata["model"]), tuple(metadata["shape"]))
+        network.load_state_dict(tensors)
+        return cls(network.to(device), metadata, spectrum)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write folder/model.safetensors (float32) and return its path."""
+        file = Path(folder) / "model.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_model(file, self.network.state_dict(), self.metadata, self.spectrum)
+        return file
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def latent(self, ids: Tensor, *, seed: int = 0) -> Tensor:
+        """Latents (len(ids), *shape) float32 on the model's device; row i depends on (seed, ids[i]) alone."""
+        return latents.draw(self.latents, seed, _SAMPLE_ROUND, ids, self.shape, self.device, spectrum=self.spectrum)
+
+    def sample(self, n: int, *, seed: int = 0, times: int = 1, batch: int = 500) -> Tensor:
+        """n samples (n, *shape) float32: f applied `times` times to latents 0 to n - 1 of `seed`."""
+        parts = [self.project(self.latent(ids, seed=seed), times=times) for ids in torch.arange(n).split(batch)]
+        return torch.cat(parts) if parts else torch.empty(0, *self.shape)
+
+    @torch.inference_mode()
+    def project(self, x: Tensor, *, times: int = 1, batch: int = 500) -> Tensor:
+        """f applied `times` times to x (n, *shape): its repair. On the device of x."""
+        if x.shape[1:] != self.shape:
+            raise InputError(f"the model takes {self.shape}, not {tuple(x.shape[1:])}")
+        done: list[Tensor] = []
+        for part in x.split(batch):
+            value = part.to(self.device)
+            for _ in range(times):
+                value = self.network(value)
+            done.append(value.to(x.device))
+        return torch.cat(done) if done else x.clone()
+
+    def energy(self, x: Tensor, *, batch: int = 500) -> Tensor:
+        """Mean squared residual of f(x) - x over the values of each row: (n,). Low near the data."""
+        return (self.project(x, batch=batch) - x).square().flatten(1).mean(1)
+
+
+def save_model(
+    file: Path,
+    weights: dict[str, Tensor],  # the bare network's state
+    metadata: dict[str, Any],  # JSON-able; at least model, shape and latents
+    spectrum: Tensor | None,  # of the fourier law, else None
+) -> None:
+    """One self-describing safetensors file, float32, on no device in particular."""
+    tensors = {name: value.detach().float().cpu().contiguous() for name, value in weights.items()}
+    if spectrum is not None:
+        tensors[_SPECTRUM] = spectrum.cpu().contiguous()
+    save_file(tensors, file, metadata={_KEY: json.dumps(metadata, sort_keys=True)})
+
+
+def _find(folder: Path) -> Path:
+    """The model file of a run, a checkpoint or an exported folder."""
+    if folder.is_file():
+        return folder
+    if not folder.is_dir():
+        raise InputError(f"no run or model at '{folder}': train one, or give the folder of a run")
+    place = newest_checkpoint(folder / "checkpoints") or folder
+    for name in ("ema.safetensors", "model.safetensors"):
+        if (place / name).is_file():
+            return place / name
+    raise InputError(f"'{folder}' has no complete checkpoint and no model.safetensors: has its training got that far?")

@@ -1,0 +1,119 @@
+"""The networks f : R^D -> R^D. Input and output have one shape; images are NCHW in [-1, 1]."""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from pipeline.errors import InputError
+
+
+@dataclass(kw_only=True, slots=True)
+class NetworkConfig:
+    kind: str = "conv"
+    """`conv` for images (C, S, S), `mlp` for points (D,)."""
+
+    width: int = 32
+    """Channels at half resolution (conv; doubled at each further halving) or hidden units (mlp)."""
+
+    depth: int = 1
+    """Residual blocks a resolution (conv) or hidden layers (mlp)."""
+
+    code: int = 128
+    """Conv: dimensions of the bottleneck between encoder and decoder."""
+
+    max_width: int = 512
+    """Conv: the channels stop doubling here."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("conv", "mlp"):
+            raise InputError(f"model.kind is '{self.kind}': choose conv (images) or mlp (points)")
+        for name, least in (("width", 1), ("depth", 0), ("code", 1), ("max_width", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"model.{name} is {getattr(self, name)}: it must be at least {least}")
+
+
+def build_network(config: NetworkConfig, shape: tuple[int, ...]) -> nn.Module:
+    """The untrained network for samples of `shape`; InputError where the two do not fit."""
+    if config.kind == "mlp":
+        return PointNetwork(math.prod(shape), config.width, config.depth)
+    if len(shape) != 3 or shape[1] != shape[2] or shape[1] % 4:
+        raise InputError(
+            f"model.kind=conv takes square images (C, S, S) with S a multiple of 4, the data has {tuple(shape)}: "
+            "pack with another --size, or set model.kind=mlp for points"
+        )
+    return ImageNetwork(config, channels=shape[0], size=shape[1])
+
+
+class PointNetwork(nn.Module):
+    """A residual multilayer perceptron on (n, D) float32; any further dimensions are flattened."""
+
+    def __init__(self, dims: int, width: int, depth: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Linear(dims, width), nn.SiLU()]
+        for _ in range(depth - 1):
+            layers += [nn.Linear(width, width), nn.SiLU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(width, dims))
+
+    def forward(self, x: Tensor) -> Tensor:
+        moved: Tensor = self.layers(x.flatten(1))
+        return moved.view_as(x)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(act(norm(conv(act(norm(x)))))), pre-activation (arXiv 1603.05027) with GroupNorm (1803.08494)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            _norm(channels),
+            nn.SiLU(),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            _norm(channels),
+            nn.SiLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+        nn.init.zeros_(self.body[-1].weight)  # type: ignore[arg-type]  # each block starts as the identity
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.body(x)
+        return out
+
+
+class ImageNetwork(nn.Module):
+    """A convolutional autoencoder: halve until at most 8 x 8 (or odd), one dense code, and back.
+
+    The dense code is what makes f a projector rather than a filter: every output pixel sees every input pixel, and
+    there is no skip connection through which noise could pass unchanged.
+    """
+
+    def __init__(self, config: NetworkConfig, *, channels: int, size: int) -> None:
+        super().__init__()
+        sizes = [size // 2]
+        while sizes[-1] > 8 and sizes[-1] % 2 == 0:
+            sizes.append(sizes[-1] // 2)
+        widths = [min(config.width * 2**level, max(config.max_width, config.width)) for level in range(len(sizes))]
+        inner = (widths[-1], sizes[-1], sizes[-1])
+
+        down: list[nn.Module] = []
+        for before, after in zip([channels, *widths], widths, strict=False):
+            down.append(nn.Conv2d(before, after, 4, stride=2, padding=1))
+            down += [ResidualBlock(after) for _ in range(config.depth)]
+        up: list[nn.Module] = []
+        for before, after in zip(reversed(widths), [*reversed(widths[:-1]), channels], strict=True):
+            up += [ResidualBlock(before) for _ in range(config.depth)]
+            up += [_norm(before), nn.SiLU(), nn.ConvTranspose2d(before, after, 4, stride=2, padding=1)]
+
+        self.encoder = nn.Sequential(*down, _norm(widths[-1]), nn.SiLU(), nn.Flatten())
+        self.code = nn.Sequential(
+            nn.Linear(math.prod(inner), config.code), nn.SiLU(), nn.Linear(config.code, math.prod(inner))
+        )
+        self.decoder = nn.Sequential(nn.Unflatten(1, inner), *up, nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.decoder(self.code(self.encoder(x)))
+        return out
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(channels, 8), channels)

@@ -1,0 +1,139 @@
+"""What f is trained to do: NAIGN's reconstruction plus IMLE, and IGN's adversarial idempotence as the baseline.
+
+Both take one network, a batch of images and a batch of latents of the same size, and return the terms of the loss. The
+first term of either costs one forward of [images; latents].
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pipeline.errors import InputError
+
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l1": lambda a, b: (a - b).abs().mean(),
+    "l2": lambda a, b: (a - b).square().mean(),
+    "l1+l2": lambda a, b: (a - b).abs().mean() + (a - b).square().mean(),
+}
+THIRD_TERMS = ("none", "idempotence", "matched", "denoising")
+
+
+@dataclass(kw_only=True, slots=True)
+class ObjectiveConfig:
+    name: str = "naign"
+    """`naign` (reconstruction + IMLE) or `ign` (reconstruction + idempotence - tightness, the baseline)."""
+
+    distance: str = "l1"
+    """d in every term, a mean over values: l1, l2 or l1+l2."""
+
+    reconstruction: float = 1.0
+    """Weight of d(f(x), x); IGN's paper has 20."""
+
+    imle: float = 1.0
+    """naign: weight of d(f(z*), x), z* the latent whose sample is nearest to x."""
+
+    third: str = "none"
+    """naign: none, idempotence d(f(f(z*)), f(z*)), matched d(f(f(z*)), x) or denoising d(f(x + noise), x)."""
+
+    third_weight: float = 1.0
+    """naign: weight of the third term."""
+
+    noise: float = 0.5
+    """naign, third=denoising: the noise's standard deviation is uniform in [0, this] for each image."""
+
+    idempotence: float = 20.0
+    """ign: weight of d(f'(f(z)), f(z)), f' frozen."""
+
+    tightness: float = 2.5
+    """ign: weight of -d(f(f'(z)), f'(z))."""
+
+    clamp: float = 1.5
+    """ign: the tightness saturates at this multiple of the reconstruction loss."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("name", ("naign", "ign")), ("distance", DISTANCES), ("third", THIRD_TERMS)):
+            if getattr(self, name) not in allowed:
+                raise InputError(
+                    f"objective.{name} is '{getattr(self, name)}': choose one of {', '.join(map(str, allowed))}"
+                )
+        for name in ("reconstruction", "imle", "third_weight", "noise", "idempotence", "tightness"):
+            if getattr(self, name) < 0:
+                raise InputError(f"objective.{name} is {getattr(self, name)}: weights are at least 0")
+        if self.clamp <= 0:
+            raise InputError(f"objective.clamp is {self.clamp}: it must be positive")
+
+    @property
+    def needs_match(self) -> bool:
+        """Whether latents are chosen by the match rather than drawn anew."""
+        return self.name == "naign"
+
+    @property
+    def needs_noise(self) -> bool:
+        """Whether the loss takes noise."""
+        return self.name == "naign" and self.third == "denoising"
+
+
+def losses(
+    config: ObjectiveConfig,
+    network: nn.Module,  # as wrapped by the engine: its gradients are averaged over ranks
+    images: Tensor,  # (b, *shape) float32
+    latents: Tensor,  # (b, *shape) float32; naign: the matched ones, row for row
+    noise: Tensor | None = None,  # (b, *shape) standard normals; third=denoising only
+    frozen: nn.Module | None = None,  # ign only: the bare module, evaluated with its present weights held fixed
+) -> dict[str, Tensor]:
+    """The weighted sum as `total` and each unweighted term under its own name, all scalars."""
+    if config.name == "ign":
+        assert frozen is not None
+        return _ign(config, network, images, latents, frozen)
+    return _naign(config, network, images, latents, noise)
+
+
+def _naign(
+    config: ObjectiveConfig, network: nn.Module, images: Tensor, latents: Tensor, noise: Tensor | None
+) -> dict[str, Tensor]:
+    """arXiv 2511.02614: w_rec E d(f(x), x) + w_imle E d(f(z_sigma(i)), x_i) + an optional third term."""
+    distance = DISTANCES[config.distance]
+    inputs = [images, latents]
+    if config.third == "denoising":
+        assert noise is not None
+        inputs.append(noisy(images, noise, config.noise))
+    reconstructed, sampled, *denoised = network(torch.cat(inputs)).split(len(images))
+    terms = {"reconstruction": distance(reconstructed, images), "imle": distance(sampled, images)}
+    match config.third:
+        case "idempotence":
+            terms["third"] = distance(network(sampled), sampled)
+        case "matched":
+            terms["third"] = distance(network(sampled), images)
+        case "denoising":
+            terms["third"] = distance(denoised[0], images)
+    loss = config.reconstruction * terms["reconstruction"] + config.imle * terms["imle"]
+    if "third" in terms:
+        loss = loss + config.third_weight * terms["third"]
+    return {"total": loss, **terms}
+
+
+def _ign(
+    config: ObjectiveConfig, network: nn.Module, images: Tensor, latents: Tensor, frozen: nn.Module
+) -> dict[str, Tensor]:
+    """arXiv 2311.01462: reconstruction, idempotence through the inner f only, tightness through the outer f only."""
+    distance = DISTANCES[config.distance]
+    reconstructed, sampled = network(torch.cat([images, latents])).split(len(images))
+    weights = {name: value.detach() for name, value in frozen.named_parameters()}
+    held = sampled.detach()
+    reconstruction = distance(reconstructed, images)
+    idempotence = distance(functional_call(frozen, weights, (sampled,)), sampled)
+    tightness = distance(network(held), held)
+    # The paper's clamp: unbounded, the tightness grows until nothing else counts. The scale itself is not optimised.
+    limit = config.clamp * reconstruction.detach()
+    clamped = torch.tanh(tightness / limit) * limit
+    loss = config.reconstruction * reconstruction + config.idempotence * idempotence - config.tightness * clamped
+    return {"total": loss, "reconstruction": reconstruction, "idempotence": idempotence, "tightness": tightness}
+
+
+def noisy(images: Tensor, noise: Tensor, deviation: float) -> Tensor:
+    """images plus noise of a standard deviation spread evenly over [0, deviation] within the batch."""
+    spread = torch.linspace(0, deviation, len(images), device=images.device)
+    return images + spread.view(-1, *(1,) * (images.ndim - 1)) * noise

@@ -1,0 +1,60 @@
+"""What the training program asks of its world: the engine, agreement, and one answer of all ranks."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+
+from pipeline.errors import InputError
+
+
+def build_accelerator(timeout: timedelta = timedelta(minutes=10)) -> Accelerator:
+    """The engine that the launcher's configuration names, over gloo where there is no GPU."""
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    group = InitProcessGroupKwargs(backend=backend, timeout=timeout)
+    accelerator = Accelerator(kwargs_handlers=[group] if asked > 1 else [])
+    if accelerator.num_processes != asked:
+        raise InputError(
+            f"the launcher started {asked} ranks but this engine sees {accelerator.num_processes}: without a GPU use a "
+            "launcher configuration with distributed_type MULTI_CPU, as launch/cpu.yaml has"
+        )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise InputError("DeepSpeed engines are not supported yet: use a launcher configuration without DeepSpeed")
+    return accelerator
+
+
+def set_threads(threads: int) -> None:
+    """CPU threads of this rank; 0: this machine's cores shared among its ranks (launchers export 1)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+@contextmanager
+def together(accelerator: Accelerator) -> Iterator[None]:
+    """Collective: an InputError of any rank inside becomes one on every rank, so that none waits for one that left."""
+    message = None
+    try:
+        yield
+    except InputError as error:
+        message = str(error)
+    messages: list[str | None] = [message]
+    if accelerator.num_processes > 1:
+        messages = [None] * accelerator.num_processes
+        dist.all_gather_object(messages, message)
+    for found in messages:
+        if found:
+            raise InputError(found)
+
+
+def total(values: list[float], accelerator: Accelerator) -> list[float]:
+    """Collective: each value summed over the ranks, in float64."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
+    if accelerator.num_processes > 1:
+        dist.all_reduce(tensor)
+    return [float(value) for value in tensor.cpu()]

@@ -1,0 +1,93 @@
+"""What a person watching a run sees: TensorBoard, metrics.jsonl, pictures and a progress bar. Only rank 0 writes."""
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class Monitor:
+    """Every series is drawn over images seen, so that runs of different batch sizes lie on one axis."""
+
+    def __init__(
+        self,
+        folder: Path,  # the run
+        *,
+        active: bool,  # rank 0; elsewhere every call does nothing
+        images: int,  # budget
+        images_seen: int,  # at which a resumed run goes on: what was reported later is dropped
+        config: str,  # the resolved configuration, as text
+    ) -> None:
+        self.active = active
+        self.folder = folder
+        if not active:
+            return
+        self._metrics = folder / "metrics.jsonl"
+        if self._metrics.exists():
+            lines = [line for line in self._metrics.read_text().splitlines() if _seen(line) <= images_seen]
+            self._metrics.write_text("".join(f"{line}\n" for line in lines))
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=images_seen + 1 if images_seen else None)
+        self._board.add_text("config", f"```yaml\n{config}\n```", images_seen)
+        self._bar = tqdm(
+            total=images, initial=images_seen, unit="img", unit_scale=True, dynamic_ncols=True, smoothing=0.05
+        )
+
+    def advance(self, images: int) -> None:
+        """Move the bar."""
+        if self.active:
+            self._bar.update(images)
+
+    def scalars(self, values: dict[str, float], images_seen: int, **more: int) -> None:
+        """One point of each series, and one line of metrics.jsonl."""
+        if not self.active:
+            return
+        for name, value in values.items():
+            self._board.add_scalar(name, value, images_seen)
+        with self._metrics.open("a") as file:
+            file.write(json.dumps({"images_seen": images_seen, **more, **values}) + "\n")
+        shown = {name.split("/")[-1]: values[name] for name in ("loss/total", "match/distance") if name in values}
+        self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
+
+    def histogram(self, name: str, values: Tensor, images_seen: int) -> None:
+        if self.active:
+            self._board.add_histogram(name, values, images_seen)
+
+    def picture(self, name: str, picture: Image.Image, images_seen: int) -> None:
+        """To TensorBoard, and as samples/NAME-IMAGES.png."""
+        if not self.active:
+            return
+        self._board.add_image(name, np.asarray(picture.convert("RGB")), images_seen, dataformats="HWC")
+        folder = self.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        picture.save(folder / f"{name}-{images_seen:010d}.png")
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar."""
+        if self.active:
+            self._bar.write(text)
+
+    def close(self) -> None:
+        if self.active:
+            self._bar.close()
+            self._board.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def _seen(line: str) -> float:
+    """images_seen of a metrics line; infinite for a line that a kill cut short, so that it goes."""
+    try:
+        entry: dict[str, Any] = json.loads(line)
+        return float(entry["images_seen"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,47 @@
+"""The main job: `accelerate launch pipeline/train.py [--config FILE] [--section.key=value ...]`.
+
+Exit codes: 0 done, 2 bad configuration or input, 75 stopped on request after a checkpoint, anything else a crash.
+"""
+
+import sys
+from pathlib import Path
+
+# Run as a script, this file's own folder comes first on the path, where `data` or `match` would hide libraries' names.
+_HERE = Path(__file__).resolve().parent
+if sys.path and Path(sys.path[0] or ".").resolve() == _HERE:
+    sys.path[0] = str(_HERE.parent)
+
+from pipeline.config import DataConfig, parse  # noqa: E402
+from pipeline.data.shards import pack  # noqa: E402
+from pipeline.data.sources import load  # noqa: E402
+from pipeline.errors import INTERRUPTED, exit_on_input_error  # noqa: E402
+from pipeline.loop import train  # noqa: E402
+from pipeline.runtime.distributed import build_accelerator, set_threads, together  # noqa: E402
+
+
+def main() -> None:
+    with exit_on_input_error("train"):
+        config = parse(sys.argv[1:])
+        set_threads(config.train.threads)
+        accelerator = build_accelerator()
+        try:
+            with together(accelerator):
+                if accelerator.is_main_process:
+                    pack_default(config.data.path)
+            finished = train(config, accelerator)
+        finally:
+            accelerator.end_training()
+    if accelerator.is_main_process and finished:
+        print(f"done: the run lies in {config.run.path}; measure it with: naign evaluate {config.run.path}")
+    sys.exit(0 if finished else INTERRUPTED)
+
+
+def pack_default(path: str) -> None:
+    """Fetch and pack MNIST if the default data set is asked for and not there yet."""
+    if path == DataConfig().path and not (Path(path) / "index.json").exists():
+        print(f"no data at {path} yet: fetching MNIST and packing it there, as `naign pack mnist --to {path}` does")
+        pack(load("mnist"), path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""What can be packed."""
+
+import gzip
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.data import downloads, published, toys
+from pipeline.data.sources import load
+from pipeline.errors import InputError
+
+
+def picture(path: Path, size: tuple[int, int] = (8, 8), colour: object = (200, 100, 50), mode: str = "RGB") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path)  # type: ignore[arg-type]
+
+
+def test_digits() -> None:
+    source = load("digits")
+    train, test = source.splits["train"], source.splits["test"]
+    assert (len(train), len(test)) == (1438, 359)
+    keys = {split[i][0] for split in (train, test) for i in range(len(split))}
+    assert len(keys) == 1797
+    _, image, label = train[0]
+    assert image.shape == source.shape == (1, 8, 8) and image.dtype == np.uint8 and 0 <= label < 10
+    assert max(test[i][1].max() for i in range(len(test))) == 255
+
+
+@pytest.mark.parametrize("law", toys.LAWS)
+def test_toys_are_drawn_alike_and_fit_the_square(law: str) -> None:
+    points, labels = toys.draw(law, 4000, seed=3)
+    again, _ = toys.draw(law, 4000, seed=3)
+    assert points.shape == (4000, 2) and points.dtype == np.float32
+    assert (points == again).all() and (points != toys.draw(law, 4000, seed=4)[0]).any()
+    assert np.abs(points).max() < 1.3 and np.abs(points).max() > 0.7
+    shares = np.bincount(labels) / 4000
+    assert len(shares) == toys.LAWS[law][0] and np.allclose(shares, 1 / len(shares), atol=0.03)
+
+
+def test_the_checkerboard_has_no_point_on_a_light_square() -> None:
+    points, _ = toys.draw("checkerboard", 4000, seed=0)
+    cells = np.floor((points + 1) * 2).astype(int)
+    assert len(np.unique(cells, axis=0)) == 8 and (cells.sum(axis=1) % 2 == 0).all()
+
+
+def test_names_and_options_that_do_not_fit(tmp_path: Path) -> None:
+    for name, options, message in (
+        ("mnits", {}, "no data set 'mnits'.*mnist"),
+        ("toy2d:moon", {}, "toy2d:moons"),
+        ("digits", {"size": 16}, "--size and --channels are for folder only"),
+        ("digits", {"root": tmp_path}, "leave out --root"),
+        ("folder", {}, "add --root"),
+        ("folder", {"root": tmp_path / "nowhere", "size": 8}, "no such folder"),
+        ("folder", {"root": tmp_path, "size": 8}, "0 pictures found"),
+        ("folder", {"root": tmp_path, "size": 8, "channels": 2}, "--channels 1 or 3"),
+        ("mnist", {"root": tmp_path}, "no train-images-idx3-ubyte or train-images-idx3-ubyte.gz"),
+        ("cifar10", {"root": tmp_path}, "0 pictures found"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load(name, **options)
+
+
+def test_folder_with_its_own_split(tmp_path: Path) -> None:
+    for split, number in (("train", 3), ("test", 2)):
+        for label in ("cat", "a dog.v2"):
+            for i in range(number):
+                picture(tmp_path / split / label / f"{i}.x.png")
+    picture(tmp_path / "train/cat/0.x.jpg")
+    (tmp_path / ".DS_Store").write_bytes(b"x")
+    source = load("folder", root=tmp_path, size=4)
+    assert source.labels == ("a dog.v2", "cat") and source.shape == (3, 4, 4)
+    train = [source.splits["train"][i] for i in range(len(source.splits["train"]))]
+    assert [key for key, _, _ in train] == ["a dog_v2/0_x", "a dog_v2/1_x", "a dog_v2/2_x", "cat/0_x", "cat/0_x_2", "cat/1_x", "cat/2_x"]  # fmt: skip # noqa: E501
+    assert [label for _, _, label in train] == [0, 0, 0, 1, 1, 1, 1]
+    assert train[0][1][:, 0, 0].tolist() == [200, 100, 50]
+    picture(tmp_path / "stray.png")
+    with pytest.raises(InputError, match="stray.png: lies beside train/ and test/"):
+        load("folder", root=tmp_path, size=4)
+
+
+def test_folder_without_split_and_labels(tmp_path: Path) -> None:
+    for i in range(20):
+        picture(tmp_path / f"{i}.png", mode="L", colour=i)
+    grey = load("folder", root=tmp_path, size=4, channels=1)
+    again = load("folder", root=tmp_path, size=4, channels=1)
+    other = load("folder", root=tmp_path, size=4, channels=1, seed=1)
+    tests = [{s.splits["test"][i][0] for i in range(len(s.splits["test"]))} for s in (grey, again, other)]
+    assert len(tests[0]) == 2 and tests[0] == tests[1] != tests[2]
+    assert grey.labels == () and grey.splits["train"][0][2] == -1 and grey.shape == (1, 4, 4)
+
+
+def test_folder_turns_resizes_and_crops(tmp_path: Path) -> None:
+    wide = np.zeros((10, 40, 3), np.uint8)
+    wide[:, 15:25] = 255  # white in the centre square, black at both sides
+    wide[:5, 15:25, 0] = 0
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by 180 degrees
+    for i in range(2):
+        Image.fromarray(wide).save(tmp_path / f"{i}.png", exif=exif)
+    _, image, _ = load("folder", root=tmp_path, size=5).splits["train"][0]
+    assert image[1].min() > 200  # the resampling filter rings at the edges
+    assert image[0, 0].min() > 200 and image[0, -1].max() < 50  # upright, the dark half lies below
+
+
+def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
+    for i in range(12):
+        picture(tmp_path / f"{i}.png")
+    (tmp_path / "notes.txt").write_text("hello")
+    source = load("folder", root=tmp_path, size=4)
+    with pytest.raises(InputError, match="notes.txt: no picture"):
+        [split[i] for split in source.splits.values() for i in range(len(split))]
+
+
+def cifar_tree(folder: Path) -> None:
+    for split in ("train", "test"):
+        for label in published.CIFAR_LABELS:
+            picture(folder / split / label / "0.jpg", size=(32, 32))
+
+
+def test_cifar10_from_pictures_and_from_an_archive_of_them(tmp_path: Path) -> None:
+    cifar_tree(tmp_path / "tree")
+    with tarfile.open(tmp_path / "cifar.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "tree", arcname=".")
+    for root in (tmp_path / "tree", tmp_path / "cifar.tar.gz"):
+        source = load("cifar10", root=root)
+        assert source.labels == published.CIFAR_LABELS and source.shape == (3, 32, 32)
+        assert source.splits["test"][3][0] == "cat/0" and source.splits["test"][3][2] == 3
+    (tmp_path / "cut.tar.gz").write_bytes((tmp_path / "cifar.tar.gz").read_bytes()[:500])
+    with pytest.raises(InputError, match="cut.tar.gz: truncated"):
+        load("cifar10", root=tmp_path / "cut.tar.gz")
+
+
+def test_cifar10_binary_records() -> None:
+    with io.BytesIO() as stream:
+        with tarfile.open(fileobj=stream, mode="w:gz") as tar:
+            for name in [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]:
+                data = bytes([4]) + bytes(range(256)) * 12
+                info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}.bin")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        source = published._cifar_binary(stream.getvalue())
+    assert len(source.splits["train"]) == 5
+    _, image, label = source.splits["test"][0]
+    assert label == 4 and image[0, 0, :4].tolist() == [0, 1, 2, 3] and image[1, 0, 0] == 0
+
+
+def idx(array: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+def test_idx_files_gzipped_or_not_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = np.arange(3 * 784, dtype=np.uint8).reshape(3, 28, 28)
+    for stem in ("train", "t10k"):
+        (tmp_path / f"{stem}-images-idx3-ubyte").write_bytes(idx(images))
+        (tmp_path / f"{stem}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.array([5, 0, 4], np.uint8))))
+    with pytest.raises(InputError, match="train-images-idx3-ubyte has sha256 .*, not ba891046"):
+        load("mnist", root=tmp_path)
+    monkeypatch.setattr(downloads, "checked", downloads.checked)
+    monkeypatch.setattr(published, "checked", lambda _, data, __: gzip.decompress(data) if data[0] == 31 else data)
+    source = load("mnist", root=tmp_path)
+    key, image, label = source.splits["test"][2]
+    assert (image == images[2]).all() and label == 4 and key == "test-00002"
+
+
+def test_every_way_that_failed_is_listed_and_success_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    sums = {"file": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}  # of b"abc"
+    bad = [("here", downloads.from_folder(tmp_path / "x")), ("there", lambda file: b"abd")]
+    with pytest.raises(InputError) as caught:
+        downloads.obtain("letters", sums, bad, advice="Give --root")
+    for part in ("cache", "here: no file or file.gz", "there: file has sha256 a52d159f262b", "Give --root"):
+        assert part in str(caught.value)
+    ways = [*bad, ("packed", lambda file: gzip.compress(b"abc"))]
+    assert downloads.obtain("letters", sums, ways, advice="") == {"file": b"abc"}
+    assert downloads.obtain("letters", sums, [], advice="") == {"file": b"abc"}
+
+
+@pytest.mark.network
+def test_mnist_from_where_it_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = load("mnist")
+    assert (len(source.splits["train"]), len(source.splits["test"])) == (60000, 10000)

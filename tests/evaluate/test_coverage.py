@@ -1,0 +1,96 @@
+"""Precision, recall, density and coverage on cases with known answers, and against a naive implementation."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.evaluate import coverage as module
+from pipeline.evaluate.coverage import coverage, mode_shares, nearest, radii
+
+
+def _normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _naive(real: np.ndarray, samples: np.ndarray, k: int) -> dict[str, float]:
+    """The definitions of the two papers, all distances at once in float64."""
+
+    def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.linalg.norm(a[:, None] - b[None], axis=-1)
+
+    real_radii = np.sort(distances(real, real), axis=1)[:, k]
+    sample_radii = np.sort(distances(samples, samples), axis=1)[:, k]
+    between = distances(real, samples)
+    inside = between <= real_radii[:, None]
+    return {
+        "precision": inside.any(0).mean(),
+        "recall": (between <= sample_radii).any(1).mean(),
+        "density": inside.sum() / k / len(samples),
+        "coverage": inside.any(1).mean(),
+    }
+
+
+@pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (0.7, 0.5), (0.3, 1.8)])
+def test_agrees_with_the_definitions(shift: float, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK", 37)  # several blocks, the last one short
+    real, samples = _normal(211, 6, seed=0), shift + scale * _normal(173, 6, seed=1)
+    found = coverage(real, samples, k=5)
+    expected = _naive(real.double().numpy(), samples.double().numpy(), 5)
+    for name, value in expected.items():
+        assert getattr(found, name) == pytest.approx(value, abs=1e-12), name
+
+
+def test_equal_sets_are_complete() -> None:
+    real = _normal(300, 4, seed=0)
+    found = coverage(real, real, k=5)
+    assert (found.precision, found.recall, found.coverage) == (1, 1, 1)
+    assert found.density == pytest.approx(6 / 5)  # every ball holds its k neighbours and its own centre
+
+
+def test_far_away_sets_share_nothing() -> None:
+    real = _normal(100, 4, seed=0)
+    found = coverage(real, _normal(100, 4, seed=1) + 1000, k=5)
+    assert (found.precision, found.recall, found.density, found.coverage) == (0, 0, 0, 0)
+
+
+def test_a_dropped_mode_lowers_recall_and_coverage_alone() -> None:
+    near, far = _normal(200, 3, seed=0), _normal(200, 3, seed=1) + 500
+    found = coverage(torch.cat([near, far]), near.repeat(2, 1) + 1e-3, k=5)
+    assert found.precision == 1
+    assert found.recall == pytest.approx(0.5, abs=0.05) and found.coverage == 0.5
+
+
+def test_a_shared_offset_changes_nothing() -> None:
+    real, samples = _normal(200, 8, seed=0), _normal(200, 8, seed=1)
+    moved, plain = coverage(real + 1000, samples + 1000), coverage(real, samples)
+    assert moved.precision == pytest.approx(plain.precision, abs=0.011)  # the input itself lost digits
+    assert moved.coverage == pytest.approx(plain.coverage, abs=0.011)
+
+
+def test_radii_of_a_line_of_points() -> None:
+    line = torch.arange(10.0)[:, None]
+    assert radii(line, 1).tolist() == [1] * 10
+    assert radii(line, 2).tolist() == [4, *[1] * 8, 4]
+
+
+def test_too_few_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="more than k = 5"):
+        coverage(_normal(5, 2, seed=0), _normal(50, 2, seed=0))
+
+
+def test_mode_shares_count_the_likeliest_class() -> None:
+    logits = torch.eye(4)[[0, 0, 1, 3]] * 7
+    assert mode_shares(logits) == [0.5, 0.25, 0, 0.25]
+
+
+def test_nearest_finds_the_copy_and_its_exact_distance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK", 7)
+    reference = _normal(200, 1, 4, 4, seed=0) + 50
+    distances, indices = nearest(reference[[150, 3]], reference)
+    assert indices.tolist() == [150, 3] and distances.tolist() == [0, 0]
+    queries = _normal(40, 1, 4, 4, seed=2) + 50
+    every = torch.cdist(queries.flatten(1).double(), reference.flatten(1).double())
+    distances, indices = nearest(queries, reference)
+    assert torch.equal(indices, every.argmin(1))
+    torch.testing.assert_close(distances, every.min(1).values.float(), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,193 @@
+"""evaluate() from a saved model to metrics.json and a report that stands alone."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from pipeline.data.examples import Made
+from pipeline.data.shards import pack
+from pipeline.data.sources import load
+from pipeline.errors import InputError
+from pipeline.evaluate import run
+from pipeline.evaluate.encoder import load_encoder
+from pipeline.evaluate.report import number
+from pipeline.evaluate.restoration import KINDS
+from pipeline.evaluate.run import evaluate
+from pipeline.model.naign import NAIGN
+from pipeline.model.networks import NetworkConfig
+
+TINY = NetworkConfig(kind="conv", width=4, code=8)
+Save = Callable[..., str]
+VOLATILE = {"seconds", "device"}
+
+
+class Still(nn.Module):
+    """f(x) = x: a perfect projection onto everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1))  # a model's device is that of its parameters
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+
+class Links(HTMLParser):
+    """Collects what a page would load or lead to, and its tags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+
+
+@pytest.fixture(scope="module")
+def evaluated(
+    digits: str, save_untrained: Save, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("run")
+    save_untrained(folder, data=digits, shape=(1, 8, 8), config=TINY)
+    return folder, evaluate(str(folder), samples=300, progress=False)
+
+
+def test_metrics_hold_every_promised_key(evaluated: tuple[Path, dict[str, Any]]) -> None:
+    folder, returned = evaluated
+    metrics = json.loads((folder / "evaluation" / "metrics.json").read_text())
+    assert metrics == json.loads(json.dumps(returned))
+    assert metrics["encoder"] == "digits-cnn64"
+    assert {"floor", "once", "twice"} <= set(metrics["fd"]) and metrics["fd"]["once"] > metrics["fd"]["floor"] > 0
+    assert len(metrics["modes"]) == 10 and sum(metrics["modes"]) == pytest.approx(1)
+    assert {"precision", "recall", "density", "coverage"} <= set(metrics["coverage"])
+    assert list(metrics["restoration"]) == list(KINDS)
+    for table in metrics["restoration"].values():
+        assert all(isinstance(table[name], float) for name in ("input", "once", "twice", "black", "median", "nearest"))
+        assert set(table["psnr"]) == set(table["ssim"]) == {*table} - {"psnr", "ssim"}
+    assert set(metrics["idempotence"]) == {"samples", "damaged"}
+    assert isinstance(metrics["reconstruction"], float) and metrics["seconds"] > 0
+    assert (metrics["seed"], metrics["evaluation_seed"], metrics["images_seen"]) == (7, 0, 12_345)
+    assert metrics["counts"]["samples"] == 300 and metrics["counts"]["restoration"] == metrics["counts"]["test"]
+
+
+def test_report_stands_alone_and_says_the_numbers(evaluated: tuple[Path, dict[str, Any]]) -> None:
+    folder, metrics = evaluated
+    text = (folder / "evaluation" / "report.html").read_text()
+    page = Links()
+    page.feed(text)
+    assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    assert "url(" not in text and "@import" not in text and "prefers-color-scheme:dark" in text
+    for value in (*metrics["fd"].values(), metrics["reconstruction"], *metrics["idempotence"].values()):
+        assert number(value) in text
+    for table in metrics["restoration"].values():
+        assert all(number(table[name]) in text for name in ("input", "once", "twice", "black", "median"))
+    assert f"<b>{number(min(metrics['restoration']['blur'][n] for n in ('input', 'median', 'nearest')))}</b>" in text
+    assert "12,345 images" in text and "digits-cnn64" in text
+
+
+def test_pictures_lie_beside_and_nothing_is_left_half_written(evaluated: tuple[Path, dict[str, Any]]) -> None:
+    files = {path.name for path in (evaluated[0] / "evaluation").iterdir()}
+    pictures = {"samples", "applications", "neighbours", *(f"restoration_{kind}" for kind in KINDS)}
+    assert files == {f"{name}.png" for name in pictures} | {"metrics.json", "report.html"}
+    for name in pictures:
+        with Image.open(evaluated[0] / "evaluation" / f"{name}.png") as picture:
+            picture.load()
+            assert min(picture.size) >= 48
+
+
+def test_same_seed_same_numbers(evaluated: tuple[Path, dict[str, Any]]) -> None:
+    folder, first = evaluated
+    again = evaluate(str(folder), samples=300, progress=False)
+    other = evaluate(str(folder), samples=300, seed=1, progress=False)
+    assert {key: again[key] for key in again.keys() - VOLATILE} == {key: first[key] for key in first.keys() - VOLATILE}
+    assert other["fd"]["once"] != first["fd"]["once"] and other["seed"] == 7 and other["evaluation_seed"] == 1
+
+
+def test_the_identity_changes_nothing(digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metadata = {"shape": [1, 8, 8], "latents": "gaussian"}
+    monkeypatch.setattr(NAIGN, "from_pretrained", lambda folder, device: NAIGN(Still(), metadata))
+    metrics = evaluate(str(tmp_path), data=digits, samples=100, progress=False)
+    assert metrics["reconstruction"] == 0 and metrics["idempotence"] == {"damaged": 0, "samples": 0}
+    assert metrics["fd"]["once"] == metrics["fd"]["twice"]
+    for table in metrics["restoration"].values():
+        assert table["once"] == table["twice"] == table["input"]
+    assert set(metrics["density"]["energy"].values()) == {0.5}
+    assert metrics["images_seen"] is None and metrics["seed"] == 0
+
+
+def test_data_without_an_encoder_are_compared_on_pixels(
+    digits: str, save_untrained: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "choose_encoder", lambda manifest: load_encoder("pixels"))
+    folder = save_untrained(tmp_path, data=None, shape=(1, 8, 8), config=TINY)
+    metrics = evaluate(folder, data=digits, samples=50, progress=False)
+    assert metrics["encoder"] == "pixels" and metrics["modes"] is None and metrics["classes"] is None
+    assert any("pooled" in note for note in metrics["notes"])
+    text = (tmp_path / "evaluation" / "report.html").read_text()
+    assert metrics["notes"][0].split(":")[0] in text and "Classes among the samples" not in text
+
+
+def test_points_skip_what_is_for_images(save_untrained: Save, tmp_path: Path) -> None:
+    data, source = str(tmp_path / "moons"), load("toy2d:moons")
+    fewer = {name: Made(length=400, make=examples.__getitem__) for name, examples in source.splits.items()}
+    pack(dataclasses.replace(source, splits=fewer), data, progress=False)
+    folder = save_untrained(tmp_path / "run", data=data, shape=(2,), config=NetworkConfig(kind="mlp", width=16))
+    metrics = evaluate(folder, samples=500, progress=False)
+    assert metrics["restoration"] is None and metrics["modes"] is None and metrics["density"] is None
+    assert metrics["fd"]["once"] > metrics["fd"]["floor"] and metrics["idempotence"]["damaged"] is None
+    assert 0 <= metrics["coverage"]["coverage"] <= 1 and metrics["nearest"]["samples"] > 0
+    text = (tmp_path / "run" / "evaluation" / "report.html").read_text()
+    assert "do not apply" in text and text.count("<img") == 2
+    assert not re.search(r"\bnan\b|\binf\b|None", text)
+
+
+def test_bad_input_says_what_to_do(digits: str, save_untrained: Save, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nowhere"):
+        evaluate(str(tmp_path / "nowhere"), data=digits, progress=False)
+    folder = save_untrained(tmp_path / "a", data=str(tmp_path / "gone"), shape=(1, 8, 8), config=TINY)
+    with pytest.raises(InputError, match="gone.*--data PATH"):
+        evaluate(folder, progress=False)
+    with pytest.raises(InputError, match="absent"):
+        evaluate(folder, data=str(tmp_path / "absent"), progress=False)
+    with pytest.raises(InputError, match="5 samples are too few"):
+        evaluate(folder, data=digits, samples=5, progress=False)
+    other = save_untrained(tmp_path / "b", data=None, shape=(1, 12, 12), config=TINY)
+    with pytest.raises(InputError, match="does not say what it was trained on.*--data PATH"):
+        evaluate(other, progress=False)
+    with pytest.raises(InputError, match=r"shape \(1, 8, 8\).*\(1, 12, 12\)"):
+        evaluate(other, data=digits, progress=False)
+    assert not (tmp_path / "a" / "evaluation").exists()
+
+
+def test_numbers_are_short() -> None:
+    values = [None, 0.0, 0.00001, 0.1234, 1.239, 41.66, 13, 99.96, 1234.5]
+    assert [number(value) for value in values] == [
+        "–",
+        "0.000",
+        "1.0e-05",
+        "0.123",
+        "1.24",
+        "41.7",
+        "13.0",
+        "100",
+        "1,234",
+    ]
+
+
+def test_a_model_on_its_own_file_reports_beside_it(digits: str, save_untrained: Save, tmp_path: Path) -> None:
+    save_untrained(tmp_path, data=digits, shape=(1, 8, 8), config=TINY)
+    torch.manual_seed(3)  # the caller's random state has no say
+    evaluate(str(tmp_path / "model.safetensors"), samples=20, progress=False)
+    assert (tmp_path / "evaluation" / "metrics.json").is_file()

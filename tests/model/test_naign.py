@@ -1,0 +1,68 @@
+"""A saved model is the model, and a folder without one says so."""
+
+import pytest
+import torch
+
+from pipeline.errors import InputError
+from pipeline.model.naign import NAIGN
+from pipeline.model.networks import NetworkConfig, build_network
+
+DESCRIPTION = {
+    "model": {"kind": "conv", "width": 4, "depth": 1, "code": 8, "max_width": 16},
+    "shape": [1, 8, 8],
+    "latents": "gaussian",
+}
+
+
+def make(**more):
+    torch.manual_seed(0)
+    metadata = {**DESCRIPTION, **more}
+    return NAIGN(build_network(NetworkConfig(**metadata["model"]), (1, 8, 8)), metadata)
+
+
+def test_saving_and_loading_changes_nothing(tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path)
+    again = NAIGN.from_pretrained(tmp_path)
+    assert again.metadata == model.metadata
+    assert torch.equal(again.sample(5, seed=3), model.sample(5, seed=3))
+
+
+def test_a_spectrum_travels_with_the_model(tmp_path):
+    model = make(latents="fourier")
+    model.spectrum = torch.rand(2, 2, 1, 8, 8)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(NAIGN.from_pretrained(tmp_path).sample(3), model.sample(3))
+
+
+def test_samples_do_not_depend_on_the_batch_and_times_is_how_often_f_is_applied():
+    model = make()
+    assert torch.equal(model.latent(torch.arange(7), seed=1)[3:], model.latent(torch.arange(3, 7), seed=1))
+    torch.testing.assert_close(model.sample(7, batch=3), model.sample(7, batch=500))
+    torch.testing.assert_close(model.sample(7, times=3), model.project(model.sample(7), times=2))
+
+
+def test_energy_is_the_mean_squared_residual():
+    model, x = make(), torch.rand(6, 1, 8, 8)
+    torch.testing.assert_close(model.energy(x), (model.network(x) - x).square().mean((1, 2, 3)))
+
+
+def test_nothing_in_nothing_out():
+    model = make()
+    assert model.sample(0).shape == (0, 1, 8, 8)
+    assert model.project(torch.empty(0, 1, 8, 8)).shape == (0, 1, 8, 8)
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no run or model at"):
+        NAIGN.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="no complete checkpoint and no model.safetensors"):
+        NAIGN.from_pretrained(tmp_path)
+    make().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="no readable safetensors file"):
+        NAIGN.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"the model takes \(1, 8, 8\), not \(1, 9, 9\)"):
+        make().project(torch.zeros(2, 1, 9, 9))

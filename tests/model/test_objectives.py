@@ -1,0 +1,80 @@
+"""Each term against its formula, and which weights each gradient reaches."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.errors import InputError
+from pipeline.model.objectives import ObjectiveConfig, losses
+
+
+def setting():
+    generator = torch.Generator().manual_seed(0)
+    network = nn.Linear(3, 3)
+    x, z, noise = (torch.randn(5, 3, generator=generator) for _ in range(3))
+    return network, x, z, noise
+
+
+def l1(a, b):
+    return (a - b).abs().mean()
+
+
+@pytest.mark.parametrize("distance", ["l1", "l2", "l1+l2"])
+@pytest.mark.parametrize("third", ["none", "idempotence", "matched", "denoising"])
+def test_naign_is_the_weighted_sum_of_its_terms(distance, third):
+    f, x, z, noise = setting()
+    config = ObjectiveConfig(distance=distance, third=third, reconstruction=2.0, imle=3.0, third_weight=0.5, noise=0.4)
+    terms = losses(config, f, x, z, noise=noise)
+    d = {"l1": l1, "l2": nn.functional.mse_loss, "l1+l2": lambda a, b: l1(a, b) + nn.functional.mse_loss(a, b)}[
+        distance
+    ]
+    spread = torch.linspace(0, 0.4, 5)[:, None]
+    extra = {
+        "none": torch.zeros(()),
+        "idempotence": d(f(f(z)), f(z)),
+        "matched": d(f(f(z)), x),
+        "denoising": d(f(x + spread * noise), x),
+    }[third]
+    torch.testing.assert_close(terms["total"], 2 * d(f(x), x) + 3 * d(f(z), x) + 0.5 * extra)
+
+
+def test_ign_is_the_weighted_sum_of_its_terms_with_the_clamp():
+    f, x, z, _ = setting()
+    config = ObjectiveConfig(name="ign", reconstruction=20.0, idempotence=20.0, tightness=2.5, clamp=1.5)
+    terms = losses(config, f, x, z, frozen=f)
+    reconstruction, residual = l1(f(x), x), l1(f(f(z)), f(z))
+    clamped = torch.tanh(residual / (1.5 * reconstruction)) * 1.5 * reconstruction
+    torch.testing.assert_close(terms["total"], 20 * reconstruction + 20 * residual - 2.5 * clamped)
+
+
+def test_ign_gradients_go_where_the_paper_says():
+    f, x, z, _ = setting()
+    only = {"reconstruction": 0.0, "idempotence": 0.0, "tightness": 0.0}
+    # Idempotence: through the inner f only, the outer one held.
+    losses(ObjectiveConfig(name="ign", **{**only, "idempotence": 1.0}), f, x, z, frozen=f)["total"].backward()
+    weight, bias = f.weight.detach(), f.bias.detach()
+    inner = f(z)
+    expected = torch.autograd.grad(l1(inner @ weight.T + bias, inner), f.weight)[0]
+    torch.testing.assert_close(f.weight.grad, expected)
+    # Tightness: through the outer f only, the inner one held, with the reconstruction's scale held too.
+    f.zero_grad()
+    losses(ObjectiveConfig(name="ign", **{**only, "tightness": 1.0}), f, x, z, frozen=f)["total"].backward()
+    held, limit = f(z).detach(), 1.5 * l1(f(x), x).detach()
+    expected = torch.autograd.grad(-torch.tanh(l1(f(held), held) / limit) * limit, f.weight)[0]
+    torch.testing.assert_close(f.weight.grad, expected)
+
+
+def test_the_clamp_bounds_the_tightness():
+    f, x, _, _ = setting()
+    far = 1e4 * torch.ones(5, 3)
+    config = ObjectiveConfig(name="ign", reconstruction=0, idempotence=0, tightness=1.0, clamp=1.5)
+    total = float(losses(config, f, x, far, frozen=f)["total"])
+    assert math.isclose(total, -1.5 * float(l1(f(x), x)), rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [{"imle": -1}, {"clamp": 0}, {"third": "both"}])
+def test_nonsense_is_refused(wrong):
+    with pytest.raises(InputError, match="objective."):
+        ObjectiveConfig(**wrong)

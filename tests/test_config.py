@@ -1,0 +1,80 @@
+"""Every wrong setting is refused with what is wrong and what would be right; every shipped file is a right one."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import Config, differences, flatten, from_dict, load, parse, to_dict
+from pipeline.errors import InputError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
+def test_shipped_configurations_are_sound_and_say_what_they_are(file):
+    config = load(str(file))
+    assert file.read_text().startswith("#")
+    assert from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config))), where="copy") == config
+
+
+def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path):
+    (tmp_path / "a.yaml").write_text("train: {lr: 5e-4, batch: 64}\nmatch: {round: 640}\n")
+    config = parse(["--train.lr=1e-4", "--config", str(tmp_path / "a.yaml"), "--seed", "3"])
+    assert (config.train.lr, config.train.batch, config.match.round, config.seed) == (1e-4, 64, 640, 3)
+    assert config.model == Config().model
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {lrr: 1}", "unknown key 'train.lrr'; did you mean 'train.lr'"),
+        ("trian: {lr: 1}", "unknown key 'trian'; did you mean 'train"),
+        ("train: {lr: fast}", "train.lr is 'fast': it must be float"),
+        ("train: {batch: 1.5}", "train.batch is 1.5: it must be int"),
+        ("train: {lr: -1}", "train.lr is -1.0: it must be positive"),
+        ("train: {ema: 1.0}", "train.ema is 1.0"),
+        ("train: 3", "'train' must hold keys and values"),
+        ("[1, 2]", "must hold keys and values"),
+        ("train: {batch: 100}", "match.round=6144 is no multiple of train.batch=100"),
+        ("objective: {name: gan}", "choose one of naign, ign"),
+        ("objective: {distance: lpips}", "choose one of l1, l2, l1\\+l2"),
+        ("model: {width: 0}", "model.width is 0"),
+        ("resume: maybe", "choose auto or never"),
+        ("a: [", "cannot be read as YAML"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        load(str(tmp_path / "a.yaml"))
+
+
+def test_a_missing_file_is_refused_with_those_there_are():
+    with pytest.raises(InputError, match="no configuration file 'nowhere.yaml'; configs/ has"):
+        load("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--train.lrr=1", "--train.lr"),
+        ("--train.lr=fast", "could not convert"),
+        ("--objective.name=gan", "choose one of naign, ign"),
+        ("--match.latents=cauchy", "choose one of gaussian"),
+    ],
+)
+def test_a_wrong_option_ends_with_code_2(option, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse([option])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_only_settings_that_touch_the_computation_count_as_different():
+    other = Config()
+    other.report.rounds, other.run.path, other.data.workers, other.train.threads = 7, "elsewhere", 3, 1
+    assert differences(Config(), other) == []
+    other.train.lr = 0.5
+    assert differences(Config(), other) == ["train.lr: 0.002 there, 0.5 now"]
+    assert set(flatten(Config())) >= {"train.lr", "seed", "match.ratio", "run.path"}
