@@ -156,9 +156,9 @@ def restore(
         damage: Damage the images first (and keep the damaged ones beside), to see what a repair is worth.
         device: Where to compute.
     """
-    from pipeline.evaluate.pictures import to_image
-    from pipeline.evaluate.restoration import degrade
+    from pipeline.data.degrade import degrade
     from pipeline.model.naign import NAIGN
+    from pipeline.pictures import to_image
 
     _at_least(1, times=times)
     model = NAIGN.from_pretrained(run, device=_device(device))
@@ -278,7 +278,7 @@ def _read_images(files: Sequence[Path], shape: tuple[int, ...]) -> tuple[list[Pa
 
 def _write_samples(made: "Tensor", to: Path) -> str:
     """Write samples as `sample` promises; where they are."""
-    from pipeline.evaluate.pictures import grid, to_image
+    from pipeline.pictures import grid, to_image
 
     points = made.ndim != 4
     if points != (to.suffix == ".csv") or to.suffix not in (".png", ".csv", ""):

@@ -39,6 +39,7 @@ def train(config: Config, accelerator: Accelerator) -> bool:
     with together(accelerator):
         stream = open_stream(config, rank, world)
         torch.manual_seed(config.seed)  # the first weights, the same on every rank
+        latents.check_law(config.match.latents, stream.manifest.shape)
         bare = build_network(config.model, stream.manifest.shape).to(accelerator.device)
     with together(accelerator):
         newest = claim(config) if rank == 0 else None
@@ -58,6 +59,8 @@ def train(config: Config, accelerator: Accelerator) -> bool:
         config=yaml.safe_dump(to_dict(config), sort_keys=False),
     )
     with stream, monitor:
+        if position.round >= rounds:
+            monitor.say(f"nothing left to do: {config.run.path} has seen its {position.images_seen} images")
         monitor.say(headline(config, bare, stream, accelerator, rounds, newest))
         for round in range(position.round, rounds):
             clock = [time.perf_counter()]

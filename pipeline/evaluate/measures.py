@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.data.degrade import KINDS
 from pipeline.data.manifest import Manifest
 from pipeline.data.stream import read_split
 from pipeline.evaluate import coverage, density, restoration
@@ -130,7 +131,7 @@ def repairs(subject: Subject, number: int, *, shown: int = 10) -> tuple[dict[str
     tables: dict[str, Any] = {}
     pictures: dict[str, dict[str, Tensor]] = {}
     moves = []
-    for kind in restoration.KINDS:
+    for kind in KINDS:
         answers = restoration.repair(
             clean,
             kind,

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pipeline import pictures
 from pipeline.data.manifest import Manifest
 from pipeline.errors import InputError
-from pipeline.evaluate import measures, pictures
+from pipeline.evaluate import measures
 from pipeline.evaluate.encoder import choose_encoder
 from pipeline.evaluate.measures import Subject, within
 from pipeline.evaluate.report import DAMAGE, Picture, render

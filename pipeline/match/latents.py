@@ -12,11 +12,13 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.errors import InputError
 
-LAWS = ("gaussian", "mixture", "fourier")
+LAWS = ("gaussian", "smooth4", "mixture", "fourier")
+"""Laws by name; the number of `smooth` may be any from 1 to 64."""
 
 LATENT, SCALE, IMAGINARY, NOISE = 0, 1, 2, 3
 """Streams: independent draws for one (seed, round, id). Latents; the mixture's offset and scale; the imaginary part of
@@ -85,28 +87,47 @@ def draw(
     """Latents (n, *shape) float32 by law; row i depends on (seed, round, ids[i]) alone.
 
     gaussian  N(0, I).
+    smoothG   normals on a grid of G x G a channel, enlarged to the image by bicubic interpolation: noise of few
+              dimensions, in which a pool of some thousand samples is dense enough that near images share near latents.
     mixture   N(0, I) for odd ids; for even ids one offset U(-1, 1) a row plus a scale U(0, 1/2) times N(0, I), so
               that f is also trained to carry flat images to the data (a residual autoencoder leaves black where it is).
     fourier   IGN's law (arXiv 2311.01462): each frequency normal with the data's mean and variance there.
     """
-    noise = normal(seed, round, ids, shape, device)
     match law:
         case "gaussian":
-            return noise
+            return normal(seed, round, ids, shape, device)
         case "mixture":
+            noise = normal(seed, round, ids, shape, device)
             rows = (len(ids),) + (1,) * len(shape)
             offset, scale = uniform(seed, round, ids, (2,), device, stream=SCALE).unbind(1)
             flat = (2 * offset - 1).view(rows) + (scale / 2).view(rows) * noise
             return torch.where((ids.to(noise.device) % 2 == 0).view(rows), flat, noise)
+        case _ if grid := smooth_grid(law):
+            coarse = normal(seed, round, ids, (shape[0], grid, grid), device)
+            return F.interpolate(coarse, size=shape[1:], mode="bicubic")
         case "fourier":
             assert spectrum is not None, "the fourier law needs the data's spectrum"
-            mean, deviation = spectrum.to(noise.device)
+            real = normal(seed, round, ids, shape, device)
+            mean, deviation = spectrum.to(real.device)
             imaginary = normal(seed, round, ids, shape, device, stream=IMAGINARY)
-            waves = torch.complex(mean[0] + deviation[0] * noise, mean[1] + deviation[1] * imaginary)
+            waves = torch.complex(mean[0] + deviation[0] * real, mean[1] + deviation[1] * imaginary)
             field: Tensor = torch.fft.ifft2(waves) if len(shape) == 3 else torch.fft.ifft(waves)
             return field.real
-        case _:
-            raise InputError(f"match.latents is '{law}': choose one of {', '.join(LAWS)}")
+    raise AssertionError(f"unknown law '{law}': check_law is there to say so")
+
+
+def smooth_grid(law: str) -> int:
+    """G of the law smoothG; 0 for any other law."""
+    digits = law.removeprefix("smooth") if law.startswith("smooth") else ""
+    return int(digits) if digits.isdecimal() and 1 <= int(digits) <= 64 else 0
+
+
+def check_law(law: str, shape: tuple[int, ...] | None = None) -> None:
+    """InputError unless `law` names a law, and one for samples of that shape if it is given."""
+    if law not in LAWS and not smooth_grid(law):
+        raise InputError(f"match.latents is '{law}': choose one of {', '.join(LAWS)}")
+    if shape and smooth_grid(law) and len(shape) != 3:
+        raise InputError(f"match.latents={law} is for images, these are points: choose gaussian, mixture or fourier")
 
 
 def measure_spectrum(

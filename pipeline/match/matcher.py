@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.match.latents import LAWS
+from pipeline.match.latents import check_law
 from pipeline.match.nearest import nearest
 
 
@@ -20,8 +20,8 @@ class MatchConfig:
     round: int = 6144
     """Images a round, over all ranks."""
 
-    latents: str = "mixture"
-    """Law of the latents: gaussian, mixture (half of them flat images with noise) or fourier (IGN's)."""
+    latents: str = "smooth4"
+    """Law of the latents: gaussian, smooth4 (4 x 4 normals enlarged), mixture (half flat) or fourier (IGN's)."""
 
     block: int = 512
     """Samples generated at once. The pool is cut into the same blocks on every world size, so samples are the same."""
@@ -31,8 +31,7 @@ class MatchConfig:
             raise InputError(f"match.ratio is {self.ratio}: it must be positive (1 or more is sensible)")
         if self.round < 1 or self.block < 1:
             raise InputError(f"match.round={self.round} and match.block={self.block} must be at least 1")
-        if self.latents not in LAWS:
-            raise InputError(f"match.latents is '{self.latents}': choose one of {', '.join(LAWS)}")
+        check_law(self.latents)
 
     @property
     def pool(self) -> int:

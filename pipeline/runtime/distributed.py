@@ -15,14 +15,20 @@ from pipeline.errors import InputError
 
 def build_accelerator(timeout: timedelta = timedelta(minutes=10)) -> Accelerator:
     """The engine that the launcher's configuration names, over gloo where there is no GPU."""
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    group = InitProcessGroupKwargs(backend=backend, timeout=timeout)
-    accelerator = Accelerator(kwargs_handlers=[group] if asked > 1 else [])
-    if accelerator.num_processes != asked:
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ:
         raise InputError(
-            f"the launcher started {asked} ranks but this engine sees {accelerator.num_processes}: without a GPU use a "
-            "launcher configuration with distributed_type MULTI_CPU, as launch/cpu.yaml has"
+            "the launcher was asked for several ranks but started this process alone, as Accelerate does for "
+            "distributed_type MULTI_CPU: use a configuration like launch/cpu.yaml"
+        )
+    # Said outright, since Accelerate takes ranks without a GPU for unconnected ones unless told that they are CPUs.
+    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)] if several else [])
+    if several and accelerator.distributed_type == DistributedType.NO:
+        # Ranks that do not average their gradients would each train alone, at the same cost and without a word.
+        raise InputError(
+            f"the launcher started {os.environ['WORLD_SIZE']} ranks but Accelerate connects none of them: "
+            "compare its configuration with those in launch/"
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise InputError("DeepSpeed engines are not supported yet: use a launcher configuration without DeepSpeed")

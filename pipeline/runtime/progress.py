@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.evaluate.pictures import grid, rows, scatter
-from pipeline.evaluate.restoration import KINDS, degrade
+from pipeline.data.degrade import KINDS, degrade
+from pipeline.pictures import grid, rows, scatter
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from pipeline.data.degrade import KINDS
 from pipeline.data.examples import Made
 from pipeline.data.shards import pack
 from pipeline.data.sources import load
@@ -20,7 +21,6 @@ from pipeline.errors import InputError
 from pipeline.evaluate import run
 from pipeline.evaluate.encoder import load_encoder
 from pipeline.evaluate.report import number
-from pipeline.evaluate.restoration import KINDS
 from pipeline.evaluate.run import evaluate
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import NetworkConfig

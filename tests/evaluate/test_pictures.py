@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from pipeline.evaluate.pictures import CELL, GAP, PANEL, grid, heat, rows, scatter, to_image
+from pipeline.pictures import CELL, GAP, PANEL, grid, heat, rows, scatter, to_image
 
 
 def test_an_image_keeps_its_size_and_values() -> None:

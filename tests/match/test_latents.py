@@ -25,14 +25,17 @@ def test_philox_gives_the_published_vectors(counter, key, output):
     assert tuple(int(word) for word in words) == output
 
 
-@pytest.mark.parametrize("law", ["gaussian", "mixture"])
+@pytest.mark.parametrize("law", ["gaussian", "mixture", "smooth4", "fourier"])
 def test_a_row_depends_on_its_id_alone(law):
+    def draw(ids, shape):
+        return latents.draw(law, 7, 3, ids, shape, spectrum=torch.ones(2, 2, *shape))
+
     ids = torch.tensor([5, 2**40 + 3, 0, 71, 2**62 - 1])
-    together = latents.draw(law, 7, 3, ids, (1, 5, 5))
+    together = draw(ids, (1, 5, 5))
     for row, number in enumerate(ids):
-        assert torch.equal(latents.draw(law, 7, 3, number[None], (1, 5, 5))[0], together[row])
-    many = latents.draw(law, 7, 3, torch.arange(3000), (1, 28, 28))
-    assert torch.equal(latents.draw(law, 7, 3, torch.arange(1234, 1240), (1, 28, 28)), many[1234:1240])
+        assert torch.equal(draw(number[None], (1, 5, 5))[0], together[row])
+    many = draw(torch.arange(3000), (1, 28, 28))
+    assert torch.equal(draw(torch.arange(1234, 1240), (1, 28, 28)), many[1234:1240])
 
 
 def test_seed_round_id_and_stream_all_matter():
@@ -74,6 +77,12 @@ def test_half_of_the_mixture_is_flat_images_with_noise():
     assert stats.kstest(flat.mean(1).numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-3
 
 
+def test_smooth_noise_has_few_dimensions():
+    drawn = latents.draw("smooth3", 0, 0, torch.arange(500), (1, 24, 24)).flatten(1)
+    assert int(torch.linalg.matrix_rank(drawn)) == 9
+    assert float(drawn.mean()) == pytest.approx(0, abs=0.05)
+
+
 def test_the_fourier_law_has_the_spectrum_of_the_data():
     grid = torch.arange(16) / 16 * 2 * torch.pi
     phase = torch.rand(4000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
@@ -97,8 +106,11 @@ def test_the_spectrum_over_parts_is_that_of_the_whole():
 def test_bad_ids_and_laws_are_refused():
     with pytest.raises(ValueError, match="2\\*\\*62"):
         latents.normal(0, 0, torch.tensor([-1]), (3,))
-    with pytest.raises(InputError, match="gaussian, mixture, fourier"):
-        latents.draw("cauchy", 0, 0, torch.arange(2), (3,))
+    for law in ("cauchy", "smooth", "smooth0", "smoothly"):
+        with pytest.raises(InputError, match="gaussian, smooth4, mixture, fourier"):
+            latents.check_law(law, (1, 8, 8))
+    with pytest.raises(InputError, match="for images"):
+        latents.check_law("smooth4", (2,))
 
 
 @pytest.mark.gpu

@@ -1,0 +1,111 @@
+"""A user's mistake: exit code 2 within seconds, on every rank, with what to do and no traceback; nothing is written."""
+
+import io
+import json
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.errors import BAD_INPUT
+from tests.conftest import ROOT, SMALL, environment, train_command
+
+
+def run_alone(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Without the launcher, which turns any exit code of its ranks into 1."""
+    command = [train_command()[0], str(ROOT / "pipeline/train.py"), "--run.path=run", *SMALL, *options]
+    return subprocess.run(
+        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert done.returncode == BAD_INPUT, done.stderr
+    assert "Traceback" not in done.stderr
+    for part in parts:
+        assert part in done.stderr
+
+
+def broken(digits: str, folder: Path, damage: str) -> str:
+    """A copy of the digits with one thing wrong in one shard."""
+    shutil.copytree(digits, folder / "data")
+    shard = folder / "data/train-00001.tar"
+    if damage == "truncated":
+        shard.write_bytes(shard.read_bytes()[:100_000])
+        return str(folder / "data")
+    with tarfile.open(shard) as old:
+        members = [(member.name, old.extractfile(member).read()) for member in old.getmembers()]
+    name, _ = next(entry for entry in members if entry[0].endswith(".png"))
+    picture = io.BytesIO()
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(picture, "PNG")
+    content = {"shape": picture.getvalue(), "undecodable": b"no picture"}[damage]
+    with tarfile.open(shard, "w") as new:
+        for path, data in members:
+            entry = tarfile.TarInfo(path)
+            data = content if path == name else data
+            entry.size = len(data)
+            new.addfile(entry, io.BytesIO(data))
+    return str(folder / "data")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["truncated", "shape", "undecodable"])
+def test_damaged_data_names_the_shard(damage, digits, tmp_path):
+    data = broken(digits, tmp_path, damage)
+    options = [f"--data.path={data}", "--match.round=1408"]
+    parts = ["train-00001.tar"] + {"shape": ["9", "digit-"], "undecodable": ["digit-"], "truncated": []}[damage]
+    refused(run_alone(tmp_path, *options), *parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--train.lrr=1"], ["--train.lr"]),
+        (["--config=nowhere.yaml"], ["no configuration file 'nowhere.yaml'"]),
+        (["--train.batch=0"], ["train.batch is 0"]),
+        (["--data.path=nowhere"], ["nowhere", "naign pack"]),
+        (["--data.path=empty"], ["empty", "naign pack"]),
+        (["--data.path=noindex"], ["noindex", "index.json", "naign pack"]),
+        (["--data.path={digits}", "--data.split=validation"], ["validation", "train", "test"]),
+        (["--data.path={digits}", "--model.kind=conv", "--run.path=file/run"], ["file/run"]),
+        (["--data.path={points}"], ["model.kind=mlp"]),
+    ],
+)
+def test_a_mistake_is_refused_and_leaves_nothing_behind(options, parts, digits, points, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "noindex").mkdir()
+    (tmp_path / "noindex/train-00000.tar").write_bytes(b"")
+    (tmp_path / "file").write_text("")
+    refused(run_alone(tmp_path, *(option.format(digits=digits, points=points) for option in options)), *parts)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_more_ranks_than_shards_is_refused_on_every_rank(train, digits, tmp_path):
+    done = train(f"--data.path={digits}", "--run.path=run", *SMALL, "--data.workers=3", ranks=2)
+    assert done.returncode != 0
+    assert "4 shards cannot feed 2 ranks x 3 workers = 6 readers" in done.stderr
+    # The launcher says what its first rank to leave ended with, and returns 1 itself.
+    assert "exitcode  : 2" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_of_another_configuration_is_not_mixed_with(digits, tmp_path):
+    options = [f"--data.path={digits}", "--train.images=256"]
+    assert run_alone(tmp_path, *options).returncode == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    refused(run_alone(tmp_path, *options, "--train.lr=0.5"), "train.lr: 0.002 there, 0.5 now", "--run.path")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_metrics_are_json_objects(digits, tmp_path):
+    assert run_alone(tmp_path, f"--data.path={digits}", "--train.images=512").returncode == 0
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["images_seen"] for line in lines] == [256, 512]
+    assert {"loss/total", "loss/imle", "match/distance", "train/lr", "share/match"} <= set(lines[0])

@@ -1,0 +1,85 @@
+"""A run that was stopped, killed or cut short goes on as if it never had been."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.errors import INTERRUPTED
+from pipeline.runtime.checkpoint import newest_checkpoint
+from tests.conftest import ROOT, SMALL, environment, train_command
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    newest = newest_checkpoint(run / "checkpoints")
+    assert newest
+    return load_file(newest / "model.safetensors")
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss/total"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def start(folder: Path, *options: str) -> subprocess.Popen[str]:
+    """The main job without a launcher between, so that a signal reaches it."""
+    command = [train_command()[0], str(ROOT / "pipeline/train.py"), *options]
+    return subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_an_ended_run_goes_on_bit_for_bit(sent, train, digits, tmp_path):
+    options = [f"--data.path={digits}", *SMALL, "--train.images=5120", "--train.ema=0.95", "--checkpoint.rounds=4"]
+    whole = train("--run.path=whole", *options)
+    assert whole.returncode == 0, whole.stderr
+
+    job = start(tmp_path, "--run.path=broken", *options)
+    metrics = tmp_path / "broken/metrics.jsonl"
+    while job.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 6):
+        time.sleep(0.01)
+    job.send_signal(sent)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == (INTERRUPTED if sent == signal.SIGTERM else -signal.SIGKILL), errors
+    assert len(losses(tmp_path / "broken")) < 20
+
+    again = train("--run.path=broken", *options)
+    assert again.returncode == 0, again.stderr
+    assert "resuming from" in again.stderr + again.stdout
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    for name, value in weights(tmp_path / "whole").items():
+        assert torch.equal(value, weights(tmp_path / "broken")[name]), name
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_middle_of_a_checkpoint_costs_only_what_came_after_the_one_before(train, digits, tmp_path):
+    options = [f"--data.path={digits}", *SMALL, "--train.images=2048", "--checkpoint.rounds=2", "--run.path=run"]
+    job = start(tmp_path, *options)
+    checkpoints = tmp_path / "run/checkpoints"
+    # Kill the moment the third checkpoint's folder appears: it is being written, its manifest cannot be there yet.
+    while job.poll() is None and len(list(checkpoints.glob("step-*"))) < 3:
+        pass
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    assert job.returncode == -signal.SIGKILL
+    assert not (checkpoints / "step-00000048/manifest.json").exists()
+    done = train(*options)
+    assert done.returncode == 0, done.stderr
+    assert "resuming from run/checkpoints/step-00000032" in done.stderr + done.stdout
+    assert len(losses(tmp_path / "run")) == 8
+    assert sorted(os.listdir(checkpoints)) == ["step-00000048", "step-00000064"]
+
+
+@pytest.mark.slow
+def test_a_finished_run_and_never_resuming(train, digits):
+    options = [f"--data.path={digits}", *SMALL, "--train.images=512", "--run.path=run"]
+    assert train(*options).returncode == 0
+    again = train(*options)
+    assert again.returncode == 0 and "nothing left to do" in again.stderr + again.stdout
+    never = train(*options, "--resume=never")
+    assert never.returncode != 0 and "already holds a run" in never.stderr

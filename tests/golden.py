@@ -1,0 +1,47 @@
+"""The golden loss traces: short runs on the digits at a fixed seed, which no refactor may change.
+
+`make golden` writes tests/golden.json anew. Do that only for a change that is meant to change what is learned, and say
+so in its commit message.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.conftest import SMALL, environment, train_command
+
+FILE = Path(__file__).parent / "golden.json"
+TRACES = {
+    "naign": ["--match.latents=mixture"],
+    "naign denoising": ["--objective.third=denoising", "--train.passes=2", "--match.latents=gaussian", "--seed=5"],
+    "naign idempotence": ["--objective.third=idempotence", "--objective.distance=l1+l2", "--train.ema=0.9"],
+    "ign": ["--objective.name=ign", "--objective.reconstruction=20", "--match.latents=fourier"],
+}
+ROUNDS = 6
+
+
+def trace(name: str, data: str, folder: Path) -> list[dict[str, float]]:
+    """The losses of each round of one short run, by name."""
+    passes = 2 if "--train.passes=2" in TRACES[name] else 1
+    options = [f"--data.path={data}", f"--run.path={folder}", f"--train.images={256 * ROUNDS * passes}", *SMALL]
+    command = train_command(*options, *TRACES[name])
+    subprocess.run(command, env=environment(), check=True, capture_output=True)
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in entry.items() if key.startswith(("loss/", "match/"))} for entry in entries]
+
+
+def main() -> None:
+    from pipeline.data.shards import pack
+    from pipeline.data.sources import load
+
+    with tempfile.TemporaryDirectory() as place:
+        pack(load("digits"), f"{place}/data", shards=4, progress=False)
+        traces = {name: trace(name, f"{place}/data", Path(place) / name.replace(" ", "-")) for name in TRACES}
+    FILE.write_text(json.dumps(traces, indent=1) + "\n")
+    print(f"written: {FILE}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
