@@ -257,6 +257,7 @@ def _read_images(files: Sequence[Path], shape: tuple[int, ...]) -> tuple[list[Pa
     from PIL import UnidentifiedImageError
 
     from pipeline.data.folder import square
+    from pipeline.data.samples import scaled
 
     if len(shape) != 3:
         raise InputError(f"this model takes points of {shape[0]} values, not images")
@@ -273,7 +274,7 @@ def _read_images(files: Sequence[Path], shape: tuple[int, ...]) -> tuple[list[Pa
         except (OSError, UnidentifiedImageError, ValueError) as error:
             raise InputError(f"{path} cannot be read as an image: {error}") from None
         rows.append(torch.from_numpy(pixels.copy()).view(*shape[1:], shape[0]).permute(2, 0, 1))
-    return paths, torch.stack(rows).float() / 127.5 - 1
+    return paths, scaled(torch.stack(rows))
 
 
 def _write_samples(made: "Tensor", to: Path) -> str:

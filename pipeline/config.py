@@ -34,7 +34,7 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    images: int = 420_000
+    images: int = 360_000
     """Budget: images trained on, over all ranks and passes."""
 
     batch: int = 128

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.config import Config, TrainConfig, to_dict
+from pipeline.data.samples import scaled
 from pipeline.data.stream import Stream
 from pipeline.errors import InputError
 from pipeline.match import latents
@@ -67,7 +68,7 @@ def train(config: Config, accelerator: Accelerator) -> bool:
 
             # Take: this rank's share of the round's images.
             with together(accelerator):
-                images = to_model(stream.take(round).images).to(accelerator.device)
+                images = scaled(stream.take(round).images).to(accelerator.device)
             if config.match.latents == "fourier" and learned.spectrum is None:
                 learned.spectrum = latents.measure_spectrum(images, lambda mean: accelerator.reduce(mean, "mean"))
             clock.append(time.perf_counter())
@@ -81,8 +82,8 @@ def train(config: Config, accelerator: Accelerator) -> bool:
             values = fit(
                 config, network, learned, draw, images, match, position, rounds * trained, accelerator, monitor
             )
-            position.round = round + 1
             clock.append(time.perf_counter())
+            position.round, position.seconds = round + 1, position.seconds + clock[-1] - clock[0]
 
             # Report.
             if not math.isfinite(values["loss/total"]):
@@ -94,7 +95,7 @@ def train(config: Config, accelerator: Accelerator) -> bool:
             if match:
                 values |= match_values(match, accelerator)
             if last or (round + 1) % config.report.rounds == 0:
-                values |= speed_values(clock, trained)
+                values |= speed_values(clock, trained) | {"seconds/training": position.seconds}
                 monitor.scalars(values, position.images_seen, round=round, step=position.step)
                 if match:
                     monitor.histogram("match/distance", match.distances, position.images_seen)
@@ -239,11 +240,6 @@ def learning_rate(config: TrainConfig, seen: int, budget: int) -> float:
         return config.lr * (seen + config.batch) / (config.warmup + config.batch)
     share = (seen - config.warmup) / max(1, budget - config.warmup)
     return config.lr_end + (config.lr - config.lr_end) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-
-
-def to_model(images: Tensor) -> Tensor:
-    """uint8 to float32 in [-1, 1]; float32 as it is."""
-    return images.float().div_(127.5).sub_(1.0) if images.dtype == torch.uint8 else images
 
 
 def match_values(match: Match, accelerator: Accelerator) -> dict[str, float]:

@@ -30,6 +30,9 @@ class Position:
     step: int = 0
     """Optimizer steps so far."""
 
+    seconds: float = 0.0
+    """Wall time of the rounds so far, over all resumptions."""
+
 
 @dataclass(kw_only=True, slots=True)
 class Learned:
@@ -85,7 +88,7 @@ def restore(checkpoint: Path, learned: Learned, device: torch.device) -> Positio
     state = torch.load(checkpoint / "state" / "optimizer.pt", map_location=device, weights_only=True)
     learned.optimizer.load_state_dict(state)
     trainer = json.loads((checkpoint / "trainer.json").read_text())
-    return Position(round=trainer["round"], images_seen=trainer["images_seen"], step=trainer["step"])
+    return Position(**{name: trainer[name] for name in asdict(Position())})
 
 
 def save(config: Config, manifest: Manifest, learned: Learned, position: Position, *, world: int) -> None:
@@ -117,5 +120,6 @@ def describe(config: Config, manifest: Manifest, position: Position) -> dict[str
         "data": config.data.path,
         "seed": config.seed,
         "images_seen": position.images_seen,
+        "training_seconds": position.seconds,
         "config": to_dict(config),
     }

@@ -36,7 +36,7 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path)
         ("train: {ema: 1.0}", "train.ema is 1.0"),
         ("train: 3", "'train' must hold keys and values"),
         ("[1, 2]", "must hold keys and values"),
-        ("train: {batch: 100}", "match.round=6144 is no multiple of train.batch=100"),
+        ("train: {batch: 100}", "match.round=2048 is no multiple of train.batch=100"),
         ("objective: {name: gan}", "choose one of naign, ign"),
         ("objective: {distance: lpips}", "choose one of l1, l2, l1\\+l2"),
         ("model: {width: 0}", "model.width is 0"),
@@ -78,3 +78,7 @@ def test_only_settings_that_touch_the_computation_count_as_different():
     other.train.lr = 0.5
     assert differences(Config(), other) == ["train.lr: 0.002 there, 0.5 now"]
     assert set(flatten(Config())) >= {"train.lr", "seed", "match.ratio", "run.path"}
+
+
+def test_the_default_is_the_mnist_recipe():
+    assert load(str(CONFIGS[0].parent / "mnist.yaml")) == Config()

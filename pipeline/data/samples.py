@@ -7,7 +7,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
+from torch import Tensor
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipeline.errors import InputError
@@ -19,6 +21,11 @@ SUFFIXES = {"image": ("png", "jpg", "jpeg"), "point": ("npy",)}
 
 UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 """What Pillow and NumPy raise for bytes that they cannot read (Pillow: SyntaxError for a broken PNG chunk)."""
+
+
+def scaled(data: Tensor) -> Tensor:
+    """Stored images (uint8) in the model's scale: float32 in [-1, 1]; points as they are."""
+    return data.float().div_(127.5).sub_(1.0) if data.dtype == torch.uint8 else data.float()
 
 
 def encode(array: Array, suffix: str) -> bytes:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.data.degrade import KINDS
 from pipeline.data.manifest import Manifest
+from pipeline.data.samples import scaled
 from pipeline.data.stream import read_split
 from pipeline.evaluate import coverage, density, restoration
 from pipeline.evaluate.encoder import Encoder
@@ -29,11 +30,6 @@ VALUES = 2**27
 def within(wanted: int, shape: tuple[int, ...]) -> int:
     """At most `wanted` examples of that shape, fewer if they would not fit in memory."""
     return min(wanted, max(1, VALUES // int(torch.Size(shape).numel())))
-
-
-def scaled(data: Tensor) -> Tensor:
-    """Images uint8 -> float32 in [-1, 1], the model's scale; points as they are."""
-    return data.float() / 127.5 - 1 if data.dtype == torch.uint8 else data.float()
 
 
 @dataclass(kw_only=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from pipeline.data.degrade import Kind, degrade
+from pipeline.data.samples import scaled
 from pipeline.evaluate.coverage import nearest
 
 RANGE = 2.0
@@ -45,7 +46,7 @@ def ssim(estimates: Tensor, clean: Tensor) -> float:
 
 def median(images: Tensor) -> Tensor:
     """(n, C, H, W) uint8 -> (C, H, W) float32 in [-1, 1]: the median of each pixel (the lower one of an even n)."""
-    return images.median(0).values.float() / 127.5 - 1
+    return scaled(images.median(0).values)
 
 
 def repair(

@@ -100,6 +100,7 @@ def evaluate(
                 "seed": trained.get("seed", seed),
                 "evaluation_seed": seed,
                 "images_seen": None if images_seen is None else int(images_seen),
+                "training_seconds": trained.get("training_seconds"),
                 "counts": subject.counts,
                 "notes": notes,
                 "device": _device_name(device),

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.data.manifest import Manifest
+from pipeline.data.samples import scaled
 from pipeline.data.stream import read_split
 from pipeline.errors import exit_on_input_error
 from pipeline.evaluate.encoder import FOLDER, Classifier
@@ -51,7 +52,7 @@ def accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
     with torch.inference_mode():
         for start in range(0, len(images), 1000):
             part = slice(start, start + 1000)
-            hits += int((network(images[part].float() / 127.5 - 1).argmax(1) == labels[part]).sum())
+            hits += int((network(scaled(images[part])).argmax(1) == labels[part]).sum())
     return hits / len(labels)
 
 
@@ -82,7 +83,7 @@ def train(
         shuffled = torch.randperm(len(images), generator=generator)[: steps * batch]
         for start in tqdm(range(0, len(shuffled), batch), desc=f"epoch {epoch + 1}/{epochs}", leave=False):
             part = shuffled[start : start + batch]
-            inputs = augment(images[part].float() / 127.5 - 1, flip=flip, generator=generator)
+            inputs = augment(scaled(images[part]), flip=flip, generator=generator)
             loss = F.cross_entropy(network(inputs), labels[part])
             optimizer.zero_grad()
             loss.backward()

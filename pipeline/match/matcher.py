@@ -17,7 +17,7 @@ class MatchConfig:
     ratio: float = 4.0
     """Pool samples an image of the round (m / n)."""
 
-    round: int = 6144
+    round: int = 2048
     """Images a round, over all ranks."""
 
     latents: str = "smooth4"

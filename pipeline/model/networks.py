@@ -16,8 +16,8 @@ class NetworkConfig:
     width: int = 32
     """Channels at half resolution (conv; doubled at each further halving) or hidden units (mlp)."""
 
-    depth: int = 1
-    """Residual blocks a resolution (conv) or hidden layers (mlp)."""
+    depth: int = 0
+    """Residual blocks a resolution (conv; each doubles the cost of its resolution) or further hidden layers (mlp)."""
 
     code: int = 128
     """Conv: dimensions of the bottleneck between encoder and decoder."""
@@ -51,7 +51,7 @@ class PointNetwork(nn.Module):
     def __init__(self, dims: int, width: int, depth: int) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Linear(dims, width), nn.SiLU()]
-        for _ in range(depth - 1):
+        for _ in range(depth):
             layers += [nn.Linear(width, width), nn.SiLU()]
         self.layers = nn.Sequential(*layers, nn.Linear(width, dims))
 

@@ -1,0 +1,90 @@
+"""The README's steps, on the digits: pack, train, evaluate, then every command that uses a model."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.model.naign import NAIGN
+from tests.conftest import ROOT, Program
+
+
+@pytest.mark.slow
+def test_the_steps_of_the_readme(naign: Program, train: Program, tmp_path: Path) -> None:
+    def run(*options: str) -> str:
+        done = naign(*options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "1438 train" in run("pack", "digits", "--to", "data/digits")
+    assert "already there" in run("pack", "digits", "--to", "data/digits")
+    assert "sound" in run("verify", "data/digits")
+
+    done = train("--config", str(ROOT / "configs/digits.yaml"), "--train.images=9000", "--train.threads=1")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs/digits"
+    assert {"config.yaml", "metrics.jsonl", "tensorboard", "samples", "checkpoints"} <= {
+        path.name for path in folder.iterdir()
+    }
+
+    assert "report.html" in run("evaluate", "runs/digits", "--samples", "300")
+    metrics = json.loads((folder / "evaluation/metrics.json").read_text())
+    assert metrics["encoder"] == "digits-cnn64" and len(metrics["modes"]) == 10
+    assert {"floor", "once", "twice"} <= set(metrics["fd"])
+    assert {"precision", "recall", "density", "coverage"} <= set(metrics["coverage"])
+    for kind in ("blur", "noise", "salt_pepper", "rows"):
+        assert {"input", "once", "twice", "black", "median"} <= set(metrics["restoration"][kind])
+    assert {"samples", "damaged"} <= set(metrics["idempotence"])
+    assert {"reconstruction", "seed", "images_seen", "seconds"} <= set(metrics)
+
+    run("sample", "runs/digits", "--n", "9", "--to", "grid.png")
+    run("sample", "runs/digits", "--n", "3", "--to", "each", "--seed", "7", "--times", "2")
+    images = sorted((tmp_path / "each").iterdir())
+    assert len(images) == 3 and (tmp_path / "grid.png").stat().st_size > 0
+    run("restore", "runs/digits", "each", "--to", "repaired", "--damage", "noise")
+    assert Image.open(tmp_path / "repaired" / images[0].name).size == (8, 8)
+    rows = list(csv.DictReader(run("score", "runs/digits", "each").splitlines()))
+    assert [Path(row["file"]).name for row in rows] == [image.name for image in images]
+    assert all(float(row["energy"]) >= 0 for row in rows)
+
+    run("export", "runs/digits", "--to", "model")
+    run("export", "runs/digits", "--to", "model", "--format", "torch")
+    model = NAIGN.from_pretrained(tmp_path / "model")
+    x = model.sample(5)
+    program = torch.export.load(tmp_path / "model/model.pt2").module()
+    torch.testing.assert_close(program(x), model.project(x))
+    assert "ready" in run("doctor")
+
+
+@pytest.mark.slow
+def test_points_train_and_evaluate(naign: Program, train: Program, tmp_path: Path) -> None:
+    assert naign("pack", "toy2d:gaussians", "--to", "data/toy2d").returncode == 0
+    done = train("--config", str(ROOT / "configs/toy2d.yaml"), "--train.images=60000", "--train.threads=1")
+    assert done.returncode == 0, done.stderr
+    assert naign("evaluate", "runs/toy2d", "--samples", "1000").returncode == 0
+    metrics = json.loads((tmp_path / "runs/toy2d/evaluation/metrics.json").read_text())
+    assert metrics["coverage"]["recall"] > 0.5
+    assert naign("sample", "runs/toy2d", "--n", "10", "--to", "points.csv").returncode == 0
+    assert len((tmp_path / "points.csv").read_text().splitlines()) == 10
+    refused = naign("restore", "runs/toy2d", "points.csv")
+    assert refused.returncode == 2 and "not images" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["pack", "mnits", "--to", "x"], "choose one of mnist"),
+        (["pack", "digits"], "--to"),
+        (["evaluate", "nowhere"], "no run or model at 'nowhere'"),
+        (["sample", "nowhere", "--n", "0"], "--n is 0"),
+        (["verify", "nowhere"], "nowhere"),
+        (["frobnicate"], "frobnicate"),
+    ],
+)
+def test_a_mistake_ends_with_code_2(naign: Program, options: list[str], part: str, tmp_path: Path) -> None:
+    done = naign(*options)
+    assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
