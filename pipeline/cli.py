@@ -101,6 +101,7 @@ def evaluate(
     """
     from pipeline.evaluate.run import evaluate as measure
 
+    _at_least(0, seed=seed)
     metrics = measure(run, data=data, samples=samples, seed=seed, device=_device(device))
     fd = metrics["fd"]
     print(
@@ -134,6 +135,7 @@ def sample(
     from pipeline.model.naign import NAIGN
 
     _at_least(1, n=n, times=times)
+    _at_least(0, seed=seed)
     made = NAIGN.from_pretrained(run, device=_device(device)).sample(n, seed=seed, times=times).cpu()
     print(f"{n} samples: {_write_samples(made, to)}")
 
@@ -151,9 +153,9 @@ def restore(
     """Repair images: writes one PNG a file into a folder, at the model's size.
 
     Args:
-        to: Folder to write.
+        to: Folder to write; images found in folders keep their sub-folders and names.
         times: How often f is applied.
-        damage: Damage the images first (and keep the damaged ones beside), to see what a repair is worth.
+        damage: Damage the images first (the damaged ones go to a sub-folder of that name), to see what a repair does.
         device: Where to compute.
     """
     from pipeline.data.degrade import degrade
@@ -162,15 +164,17 @@ def restore(
 
     _at_least(1, times=times)
     model = NAIGN.from_pretrained(run, device=_device(device))
-    paths, images = _read_images(files, model.shape)
+    inputs = _find_images(files)
+    outputs = [to / name.with_suffix(".png") for _, name in inputs]
+    _refuse_overwriting([path for path, _ in inputs], outputs)
+    images = _read_images([path for path, _ in inputs], model.shape)
     damaged = degrade(images, damage) if damage else images
     repaired = model.project(damaged, times=times)
-    to.mkdir(parents=True, exist_ok=True)
-    for path, before, after in zip(paths, damaged, repaired, strict=True):
-        to_image(after).save(to / f"{path.stem}.png")
-        if damage:
-            to_image(before).save(to / f"{path.stem}.{damage}.png")
-    print(f"{len(paths)} restored images: {to}/")
+    for output, before, after in zip(outputs, damaged, repaired, strict=True):
+        for picture, place in [(after, output)] + ([(before, to / damage / output.relative_to(to))] if damage else []):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            to_image(picture).save(place)
+    print(f"{len(outputs)} restored images: {to}/")
 
 
 def score(
@@ -188,7 +192,8 @@ def score(
     from pipeline.model.naign import NAIGN
 
     model = NAIGN.from_pretrained(run, device=_device(device))
-    paths, images = _read_images(files, model.shape)
+    paths = [path for path, _ in _find_images(files)]
+    images = _read_images(paths, model.shape)
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(("file", "energy"))
     table.writerows((path, f"{energy:.6g}") for path, energy in zip(paths, model.energy(images).tolist(), strict=True))
@@ -235,11 +240,16 @@ def doctor() -> None:
 def main() -> None:
     commands = (pack, verify, evaluate, sample, restore, score, export, doctor)
     with exit_on_input_error("naign"):
-        tyro.extras.subcommand_cli_from_dict(
-            {command.__name__: command for command in commands},
-            prog="naign",
-            description="Non-adversarial idempotent generative networks: one network that generates and repairs.",
-        )
+        try:
+            tyro.extras.subcommand_cli_from_dict(
+                {command.__name__: command for command in commands},
+                prog="naign",
+                description="Non-adversarial idempotent generative networks: one network that generates and repairs.",
+            )
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise InputError(f"{error.filename}: {error.strerror}") from None
 
 
 def _device(name: Device) -> str:
@@ -250,39 +260,61 @@ def _device(name: Device) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-def _read_images(files: Sequence[Path], shape: tuple[int, ...]) -> tuple[list[Path], "Tensor"]:
-    """Paths and images (n, C, S, S) float32 in [-1, 1], resized and cropped to the model's square as `pack` does."""
+def _find_images(files: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """(path, name) of each image given: a file's name is its own, one found in a folder keeps its path in there."""
+    found = []
+    for file in files:
+        if file.is_dir():
+            inside = sorted(path for path in file.rglob("*") if path.suffix.lower() in IMAGES)
+            found += [(path, path.relative_to(file)) for path in inside]
+        else:
+            found.append((file, Path(file.name)))
+    if not found:
+        raise InputError("no images given: name files, or folders that hold some")
+    return found
+
+
+def _refuse_overwriting(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
+    """InputError if two outputs are one file, or one is an input."""
+    writer: dict[Path, Path] = {}
+    sources = {path.resolve() for path in inputs}
+    for source, output in zip(inputs, outputs, strict=True):
+        if output.resolve() in sources:
+            raise InputError(f"--to would overwrite the input {output}: choose another folder")
+        if output in writer:
+            raise InputError(f"{writer[output]} and {source} would both be written to {output}: rename one of them")
+        writer[output] = source
+
+
+def _read_images(paths: Sequence[Path], shape: tuple[int, ...]) -> "Tensor":
+    """Images (n, C, S, S) float32 in [-1, 1], resized and cropped to the model's square as `pack` does."""
     import numpy as np
     import torch
-    from PIL import UnidentifiedImageError
 
     from pipeline.data.folder import square
-    from pipeline.data.samples import scaled
+    from pipeline.data.samples import UNDECODABLE, scaled
 
     if len(shape) != 3:
         raise InputError(f"this model takes points of {shape[0]} values, not images")
-    paths: list[Path] = []
-    for file in files:
-        inside = sorted(path for path in file.rglob("*") if path.suffix.lower() in IMAGES) if file.is_dir() else [file]
-        paths += inside
-    if not paths:
-        raise InputError("no images given: name files, or folders that hold some")
     rows = []
     for path in paths:
         try:
             pixels = np.asarray(square(path.read_bytes(), shape[1], shape[0]))
-        except (OSError, UnidentifiedImageError, ValueError) as error:
-            raise InputError(f"{path} cannot be read as an image: {error}") from None
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        except UNDECODABLE as error:
+            what = error.strerror if isinstance(error, OSError) and error.strerror else "no picture that can be read"
+            raise InputError(f"{path}: {what}") from None
         rows.append(torch.from_numpy(pixels.copy()).view(*shape[1:], shape[0]).permute(2, 0, 1))
-    return paths, scaled(torch.stack(rows))
+    return scaled(torch.stack(rows))
 
 
 def _write_samples(made: "Tensor", to: Path) -> str:
     """Write samples as `sample` promises; where they are."""
     from pipeline.pictures import grid, to_image
 
-    points = made.ndim != 4
-    if points != (to.suffix == ".csv") or to.suffix not in (".png", ".csv", ""):
+    points, suffix = made.ndim != 4, to.suffix.lower()
+    if points != (suffix == ".csv") or suffix not in (".png", ".csv", ""):
         wanted = ".csv" if points else ".png, or a folder's name"
         raise InputError(f"--to {to}: samples of shape {tuple(made.shape[1:])} go to a file that ends in {wanted}")
     (to if not to.suffix else to.parent).mkdir(parents=True, exist_ok=True)

@@ -173,6 +173,12 @@ def differences(old: Config, new: Config) -> list[str]:
     ]
 
 
+MOST = 2**62
+"""Larger numbers mean nothing in any setting, and overflow where they are used."""
+
+MOST_THREADS = 1024
+
+
 def check(config: Config) -> None:
     """InputError on values that no run can have; what depends on the data or the world is checked where it is known."""
     train, match = config.train, config.match
@@ -182,6 +188,14 @@ def check(config: Config) -> None:
         *("report.pictures", "checkpoint.keep", "data.workers", "seed"),
     )
     flat = flatten(config)
+    for key, value in flat.items():
+        if isinstance(value, (int, float)) and not abs(value) < MOST:
+            raise InputError(f"{key} is {value}: it must be a finite number")
+    for key in ("data.path", "run.path"):
+        if not flat[key]:
+            raise InputError(f"{key} is empty: name a folder")
+    if train.threads > MOST_THREADS:
+        raise InputError(f"train.threads is {train.threads}: at most {MOST_THREADS}; 0 takes this machine's cores")
     for key in positive:
         if not flat[key] > 0:
             raise InputError(f"{key} is {flat[key]}: it must be positive")
@@ -213,7 +227,7 @@ def _build(kind: Any, content: Any, where: str, prefix: str) -> Any:
             raise InputError(f"{where}: unknown key '{prefix}{key}'{meant}")
         target = hints[key]
         if dataclasses.is_dataclass(target):
-            values[key] = _build(target, value or {}, where, f"{prefix}{key}.")
+            values[key] = _build(target, {} if value is None else value, where, f"{prefix}{key}.")
         else:
             values[key] = _convert(target, value, f"{where}: {prefix}{key}")
     return kind(**values)
@@ -229,6 +243,6 @@ def _convert(target: Any, value: Any, where: str) -> Any:
                 return int(float(value))
         elif isinstance(value, target):
             return value
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise InputError(f"{where} is {value!r}: it must be {target.__name__}")

@@ -1,5 +1,6 @@
 """What a program says and returns when the fault is the user's, not ours."""
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,3 +24,6 @@ def exit_on_input_error(program: str) -> Iterator[None]:
     except InputError as error:
         print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(BAD_INPUT) from None
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGINT) from None

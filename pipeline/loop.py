@@ -43,12 +43,13 @@ def train(config: Config, accelerator: Accelerator) -> bool:
         latents.check_law(config.match.latents, stream.manifest.shape)
         bare = build_network(config.model, stream.manifest.shape).to(accelerator.device)
     with together(accelerator):
-        newest = claim(config) if rank == 0 else None
+        newest, lock = claim(config) if rank == 0 else (None, None)
     newest = newest if rank == 0 else newest_checkpoint(Path(config.run.path) / "checkpoints")
 
     # Resume.
     learned, network = build_learner(config, bare, accelerator)
-    position = restore(newest, learned, accelerator.device) if newest else Position()
+    with together(accelerator):
+        position = restore(newest, learned, accelerator.device) if newest else Position()
     trained = config.match.round * config.train.passes  # images a round
     rounds = -(-config.train.images // trained)
 
@@ -113,8 +114,10 @@ def train(config: Config, accelerator: Accelerator) -> bool:
                 monitor.say(
                     f"stopped on request after round {round + 1} of {rounds}; the same command goes on from here"
                 )
-                return False
-    return True
+                break
+    if lock:
+        lock.release()
+    return position.round >= rounds
 
 
 @dataclass(slots=True)
@@ -144,6 +147,12 @@ def open_stream(config: Config, rank: int, world: int) -> Stream:
             f"train.batch={config.train.batch} images cannot be shared evenly by {world} ranks: "
             f"--train.batch={-(-config.train.batch // world) * world} can"
         )
+    trace = Path(config.data.trace) if config.data.trace else None
+    try:
+        if trace:
+            trace.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"data.trace '{trace}' cannot be written: {error}") from None
     return Stream(
         path=config.data.path,
         split=config.data.split,
@@ -152,7 +161,7 @@ def open_stream(config: Config, rank: int, world: int) -> Stream:
         rank=rank,
         world=world,
         workers=config.data.workers,
-        trace=Path(config.data.trace) if config.data.trace else None,
+        trace=trace,
     )
 
 

@@ -1,16 +1,18 @@
 """The folder of a run: who may use it, and what a checkpoint of it holds."""
 
 import json
+import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from pipeline.config import Config, differences, load, to_dict
+from pipeline.config import Config, differences, from_dict, to_dict
 from pipeline.data.manifest import Manifest
 from pipeline.errors import InputError
 from pipeline.model.naign import NAIGN, save_model
@@ -47,22 +49,24 @@ class Learned:
     """Of the fourier law, measured on the first round."""
 
 
-def claim(config: Config) -> Path | None:
-    """Make the run's folder this configuration's; the checkpoint to resume from, or None for a new run.
+def claim(config: Config) -> tuple[Path | None, FileLock]:
+    """Make the run's folder this configuration's: the checkpoint to resume from, if any, and a lock to hold.
 
-    Raises InputError, changing nothing, if the folder belongs to another configuration or may not be used again.
+    Raises InputError, changing nothing, if the folder is in use, belongs to another configuration or may not be used
+    again. The lock goes with the process, however that ends.
     """
     folder = Path(config.run.path)
     newest = newest_checkpoint(folder / "checkpoints")
-    kept = folder / "config.yaml"
     if config.resume == "never" and (newest or (folder / "metrics.jsonl").exists()):
         raise InputError(
             f"'{folder}' already holds a run and resume=never does not overwrite it: choose another --run.path, or "
             "delete that folder"
         )
-    if kept.exists():
-        changed = differences(load(str(kept)), config)
-        if changed and newest:
+    if newest:
+        # The checkpoint's own record, not config.yaml, which anyone may edit.
+        recorded = NAIGN.from_pretrained(newest / "model.safetensors").metadata["config"]
+        changed = differences(from_dict(recorded, where=str(newest)), config)
+        if changed:
             raise InputError(
                 f"'{folder}' holds a run of another configuration:\n  "
                 + "\n  ".join(changed)
@@ -70,14 +74,33 @@ def claim(config: Config) -> Path | None:
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(kept, yaml.safe_dump(to_dict(config), sort_keys=False))
+        lock = FileLock(folder / ".lock", timeout=0)
+        lock.acquire()
+        write_atomically(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+    except Timeout:
+        raise InputError(
+            f"'{folder}' is in use by another process: wait for it, or choose another --run.path"
+        ) from None
     except OSError as error:
         raise InputError(f"run.path '{folder}' cannot be written: {error}") from None
-    return newest
+    return newest, lock
 
 
 def restore(checkpoint: Path, learned: Learned, device: torch.device) -> Position:
-    """Put a checkpoint's weights and optimizer state in place; where the run stood. Float32 weights restore exactly."""
+    """Put a checkpoint's weights and optimizer state in place; where the run stood. Float32 weights restore exactly.
+
+    Raises InputError for files that are whole by the manifest but not what a checkpoint of this run holds.
+    """
+    try:
+        return _restore(checkpoint, learned, device)
+    except (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise InputError(
+            f"{checkpoint} cannot be resumed from ({type(error).__name__}: {error}): remove that folder to go on from "
+            "the checkpoint before it"
+        ) from None
+
+
+def _restore(checkpoint: Path, learned: Learned, device: torch.device) -> Position:
     model = NAIGN.from_pretrained(checkpoint / "model.safetensors")
     learned.network.load_state_dict(model.network.state_dict())
     learned.spectrum = model.spectrum
@@ -88,7 +111,7 @@ def restore(checkpoint: Path, learned: Learned, device: torch.device) -> Positio
     state = torch.load(checkpoint / "state" / "optimizer.pt", map_location=device, weights_only=True)
     learned.optimizer.load_state_dict(state)
     trainer = json.loads((checkpoint / "trainer.json").read_text())
-    return Position(**{name: trainer[name] for name in asdict(Position())})
+    return Position(**{name: type(default)(trainer[name]) for name, default in asdict(Position()).items()})
 
 
 def save(config: Config, manifest: Manifest, learned: Learned, position: Position, *, world: int) -> None:

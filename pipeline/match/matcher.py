@@ -27,8 +27,8 @@ class MatchConfig:
     """Samples generated at once. The pool is cut into the same blocks on every world size, so samples are the same."""
 
     def __post_init__(self) -> None:
-        if self.ratio <= 0:
-            raise InputError(f"match.ratio is {self.ratio}: it must be positive (1 or more is sensible)")
+        if not 0 < self.ratio <= 1e6:
+            raise InputError(f"match.ratio is {self.ratio}: it must be positive, 1 to 100 is sensible")
         if self.round < 1 or self.block < 1:
             raise InputError(f"match.round={self.round} and match.block={self.block} must be at least 1")
         check_law(self.latents)

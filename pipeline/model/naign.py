@@ -47,10 +47,19 @@ class NAIGN:
             raise InputError(f"{file} is no readable safetensors file ({error}); is it truncated?") from None
         if header is None:
             raise InputError(f"{file} has no '{_KEY}' entry in its header: it was not written by this program")
-        metadata = json.loads(header)
         spectrum = tensors.pop(_SPECTRUM, None)
-        network = build_network(NetworkConfig(**metadata["model"]), tuple(metadata["shape"]))
-        network.load_state_dict(tensors)
+        try:
+            metadata = json.loads(header)
+            latents.check_law(metadata["latents"], tuple(metadata["shape"]))
+            with torch.device("meta"):  # nothing is allocated for what the header claims, only for what the file holds
+                network = build_network(NetworkConfig(**metadata["model"]), tuple(metadata["shape"]))
+            network.load_state_dict(tensors, assign=True)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
+            raise InputError(f"{file} does not hold the model that its header describes: {error}") from None
+        if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
+            raise InputError(f"{file} holds weights that are not finite: its training broke down, take an earlier one")
+        if metadata["latents"] == "fourier" and spectrum is None:
+            raise InputError(f"{file} has no {_SPECTRUM}, which its latents need: it was not written by this program")
         return cls(network.to(device), metadata, spectrum)
 
     def save_pretrained(self, folder: str | Path) -> Path:

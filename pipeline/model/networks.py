@@ -28,9 +28,9 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("conv", "mlp"):
             raise InputError(f"model.kind is '{self.kind}': choose conv (images) or mlp (points)")
-        for name, least in (("width", 1), ("depth", 0), ("code", 1), ("max_width", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"model.{name} is {getattr(self, name)}: it must be at least {least}")
+        for name, least, most in (("width", 1, 2**14), ("depth", 0, 256), ("code", 1, 2**16), ("max_width", 1, 2**14)):
+            if not least <= getattr(self, name) <= most:
+                raise InputError(f"model.{name} is {getattr(self, name)}: it must lie between {least} and {most}")
 
 
 def build_network(config: NetworkConfig, shape: tuple[int, ...]) -> nn.Module:

@@ -36,17 +36,14 @@ def write_checkpoint(
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
     """The newest complete checkpoint below `checkpoints`, or None."""
-    for folder in sorted(checkpoints.glob("step-*"), reverse=True):
-        if is_complete(folder):
-            return folder
-    return None
+    return next((folder for folder in _newest_first(checkpoints) if is_complete(folder)), None)
 
 
 def is_complete(folder: Path) -> bool:
     """Whether the manifest is there and every file it names has its size and hash."""
     try:
         files: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text())["files"]
-        return all(
+        return bool(files) and all(
             (folder / name).stat().st_size == entry["bytes"] and _sha256(folder / name) == entry["sha256"]
             for name, entry in files.items()
         )
@@ -60,7 +57,7 @@ def prune_checkpoints(
 ) -> None:
     """Remove what is incomplete and, newest first, what is beyond `keep`."""
     complete = []
-    for folder in sorted(checkpoints.glob("step-*"), reverse=True):
+    for folder in _newest_first(checkpoints):
         if (folder / MANIFEST).is_file():
             complete.append(folder)
         else:
@@ -76,6 +73,12 @@ def write_atomically(file: Path, text: str) -> None:
     partial.write_text(text)
     _sync(partial)
     os.replace(partial, file)
+
+
+def _newest_first(checkpoints: Path) -> list[Path]:
+    """Folders named as `write_checkpoint` is asked to, by step; a copy that somebody keeps beside them is not ours."""
+    ours = [path for path in checkpoints.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(ours, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def _sync(file: Path) -> None:

@@ -30,7 +30,9 @@ class Monitor:
             return
         self._metrics = folder / "metrics.jsonl"
         if self._metrics.exists():
-            lines = [line for line in self._metrics.read_text().splitlines() if _seen(line) <= images_seen]
+            lines = [
+                line for line in self._metrics.read_text(errors="replace").splitlines() if _seen(line) <= images_seen
+            ]
             self._metrics.write_text("".join(f"{line}\n" for line in lines))
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=images_seen + 1 if images_seen else None)
         self._board.add_text("config", f"```yaml\n{config}\n```", images_seen)

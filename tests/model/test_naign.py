@@ -66,3 +66,30 @@ def test_what_is_no_model_is_refused(tmp_path):
         NAIGN.from_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"the model takes \(1, 8, 8\), not \(1, 9, 9\)"):
         make().project(torch.zeros(2, 1, 9, 9))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [1, 12, 12]},
+        {"shape": "x"},
+        {"latents": "cauchy"},
+        {"latents": "fourier"},
+        {"model": {"width": 10**8}},
+        {"model": {"kind": "conv", "width": 8, "depth": 1, "code": 8, "max_width": 16}},
+    ],
+)
+def test_a_header_that_lies_is_refused(change, tmp_path):
+    model = make()
+    model.metadata = {**model.metadata, **change}
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="model.safetensors"):
+        NAIGN.from_pretrained(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    model = make()
+    next(model.network.parameters()).fill_(float("nan"))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="not finite"):
+        NAIGN.from_pretrained(tmp_path)

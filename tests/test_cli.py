@@ -1,0 +1,66 @@
+"""Commands write what they say, and never over what is there to be read."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import cli
+from pipeline.errors import InputError
+from pipeline.model.naign import NAIGN
+from pipeline.model.networks import NetworkConfig, build_network
+
+
+@pytest.fixture
+def model(tmp_path):
+    metadata = {
+        "model": {"kind": "conv", "width": 4, "depth": 0, "code": 8, "max_width": 16},
+        "shape": [1, 8, 8],
+        "latents": "gaussian",
+    }
+    torch.manual_seed(0)
+    NAIGN(build_network(NetworkConfig(**metadata["model"]), (1, 8, 8)), metadata).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two folders of pictures: a/x.png, a/deep/y.JPG, b/x.png."""
+    for name in ("a/x.png", "a/deep/y.JPG", "b/x.png"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((20, 12), 90, np.uint8)).save(path)
+    return tmp_path
+
+
+def test_repairs_keep_the_folders_they_were_found_in(model, pictures):
+    cli.restore(model, (pictures / "a",), to=pictures / "out", damage="noise")
+    written = sorted(str(path.relative_to(pictures / "out")) for path in (pictures / "out").rglob("*.png"))
+    assert written == ["deep/y.png", "noise/deep/y.png", "noise/x.png", "x.png"]
+
+
+def test_two_inputs_for_one_output_are_refused(model, pictures):
+    with pytest.raises(InputError, match="would both be written to"):
+        cli.restore(model, (pictures / "a", pictures / "b"), to=pictures / "out")
+    assert not (pictures / "out").exists()
+
+
+def test_an_input_is_never_overwritten(model, pictures):
+    before = (pictures / "b/x.png").read_bytes()
+    with pytest.raises(InputError, match="would overwrite the input"):
+        cli.restore(model, (pictures / "b/x.png",), to=pictures / "b")
+    assert (pictures / "b/x.png").read_bytes() == before
+
+
+def test_what_is_no_picture_is_named(model, tmp_path):
+    (tmp_path / "x.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match="x.png: no picture"):
+        cli.score(model, (tmp_path / "x.png",))
+    with pytest.raises(InputError, match="nowhere.png: No such file"):
+        cli.score(model, (tmp_path / "nowhere.png",))
+
+
+@pytest.mark.parametrize("to", ["model.txt", "samples.csv"])
+def test_samples_go_only_to_a_file_that_can_hold_them(model, tmp_path, to):
+    with pytest.raises(InputError, match="--to"):
+        cli.sample(model, n=2, to=tmp_path / to)
