@@ -34,7 +34,7 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    images: int = 360_000
+    images: int = 300_000
     """Budget: images trained on, over all ranks and passes."""
 
     batch: int = 128
@@ -76,13 +76,13 @@ class ReportConfig:
     rounds: int = 1
     """Rounds between reports (TensorBoard scalars and metrics.jsonl)."""
 
-    pictures: int = 10
+    pictures: int = 25
     """Rounds between image grids; 0: none."""
 
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
-    rounds: int = 10
+    rounds: int = 25
     """Rounds between checkpoints; one is always written at the end."""
 
     keep: int = 2

@@ -6,7 +6,7 @@ a round's start goes on exactly as if it had never stopped.
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -100,8 +100,10 @@ def train(config: Config, accelerator: Accelerator) -> bool:
                 monitor.scalars(values, position.images_seen, round=round, step=position.step)
                 if match:
                     monitor.histogram("match/distance", match.distances, position.images_seen)
-            if config.report.pictures and (last or round == 0 or (round + 1) % config.report.pictures == 0):
-                for name, picture in draw_progress(bare, draw.latents(torch.arange(64)), images).items():
+            wanted = config.report.pictures and (last or round == 0 or (round + 1) % config.report.pictures == 0)
+            if wanted and rank == 0:
+                shown = replace(draw, round=rounds).latents(torch.arange(64))  # of no round: the same all along
+                for name, picture in draw_progress(bare, shown, images).items():
                     monitor.picture(name, picture, position.images_seen)
 
             # Checkpoint, and stop if any rank was asked to.
