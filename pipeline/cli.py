@@ -44,7 +44,7 @@ def pack(
         source: mnist, fashion_mnist, cifar10, digits, toy2d:<name> or folder.
         to: Folder or s3://bucket/prefix to write.
         root: Files to use instead of fetching them; for folder, the tree of images (sub-folders are labels).
-        size: Pixels a side, for folder: images are resized and cropped to a square.
+        size: Pixels a side, for folder: images are resized, cropped to a square, transparency laid on white.
         channels: For folder: 3 colour, 1 grey.
         shards: Shards a split; default 16, more for large data.
         encoding: How images are stored: png keeps every bit, jpg is smaller.

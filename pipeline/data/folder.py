@@ -10,11 +10,14 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pipeline.data.examples import Example, Made, Source
-from pipeline.data.samples import UNDECODABLE
+from pipeline.data.samples import BROKEN_TAR, UNDECODABLE, decoding, eight_bits
 from pipeline.errors import InputError
 
 TEST_SHARE = 0.1
 """Of the pictures, where the tree has no train/ and test/ of its own."""
+
+LARGEST = 8192
+"""Pixels a side: a colour image is then 805 MB as float32; one far larger would be resized without end."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -39,19 +42,25 @@ def from_tree(
     """The pictures under `root`, the name of a picture's first folder being its label (none if any lies outside).
 
     The splits are the top folders train/ and test/ where both are there, else a random tenth is the test split.
-    Files whose name starts with a dot are passed over. Raises InputError, naming the file, for anything else that is
-    no picture, and where there are no pictures.
+    Transparent pictures are laid on white, as viewers show them; 16-bit grey is scaled to 8 bits. Names that start with
+    a dot are passed over. Raises InputError, naming the file, for anything else that is no picture, links that lead to
+    none among them, and where there are no pictures.
     """
-    if channels not in (1, 3) or size < 1:
+    if channels not in (1, 3) or not 1 <= size <= LARGEST:
         raise InputError(
-            f"cannot make {channels} channels of {size} pixels: use --channels 1 or 3 and --size 1 or more"
+            f"cannot make {channels} channels of {size} pixels: use --channels 1 or 3 and --size 1 to {LARGEST} "
+            f"(a colour image of {LARGEST} is 805 MB as float32 already)"
         )
-    pictures = _in_archive(root) if root.is_file() else _in_folder(root)
+    pictures, folders = _in_archive(root) if root.is_file() else _in_folder(root)
     if len(pictures) < 2:
         raise InputError(f"{root}: {len(pictures)} pictures found, at least 2 are needed: check the path")
+    holding = {picture.path.parts[0] for picture in pictures}
+    for top in ("train", "test"):
+        if {"train", "test"} <= folders and top not in holding:
+            raise InputError(f"{root}: {top}/ holds no pictures: put some there, or remove it")
     splits = _split(pictures, seed)
-    folders = [{picture.path.parts[0] if len(picture.path.parts) > 1 else "" for picture in group} for group in splits]
-    names = sorted(folders[0] | folders[1])
+    tops = [{picture.path.parts[0] if len(picture.path.parts) > 1 else "" for picture in group} for group in splits]
+    names = sorted(tops[0] | tops[1])
     labels = tuple(names) if "" not in names else ()
     return Source(
         name=name,
@@ -68,38 +77,57 @@ def from_tree(
 def square(data: bytes, size: int, channels: int) -> Image.Image:
     """A picture upright (EXIF orientation), its shorter side resized to `size`, cropped to the centre square.
 
-    Raises what Pillow raises where it is no picture.
+    Transparency is laid on white. Raises InputError, saying why but not where, for bytes that are no such picture.
     """
-    with Image.open(io.BytesIO(data)) as opened:
-        upright = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
-    if upright.size == (size, size):
-        return upright
-    return ImageOps.fit(upright, (size, size), method=Image.Resampling.LANCZOS)
+    with decoding(), Image.open(io.BytesIO(data)) as opened:
+        upright = eight_bits(ImageOps.exif_transpose(opened), "L" if channels == 1 else "RGB")
+        if upright.size == (size, size):
+            return upright
+        return ImageOps.fit(upright, (size, size), method=Image.Resampling.LANCZOS)
 
 
-def _in_folder(root: Path) -> list[Picture]:
+Tree = tuple[list[Picture], set[str]]
+"""Pictures in order, and the names of the top folders, also of those without pictures."""
+
+
+def _in_folder(root: Path) -> Tree:
     if not root.is_dir():
         raise InputError(f"{root}: no such folder: give a folder of pictures with --root")
-    files = sorted(path for path in root.rglob("*") if path.is_file() and not _hidden(path.relative_to(root)))
-    return [
-        Picture(where=str(file), path=PurePosixPath(file.relative_to(root).as_posix()), read=file.read_bytes)
-        for file in files
-    ]
+    pictures: list[Picture] = []
+    folders: set[str] = set()
+    for path in sorted(path for path in root.rglob("*") if not _hidden(path.relative_to(root))):
+        inside = PurePosixPath(path.relative_to(root).as_posix())
+        if path.is_file():
+            pictures.append(Picture(where=str(path), path=inside, read=path.read_bytes))
+        elif path.is_symlink() or not path.is_dir():
+            raise InputError(f"{path}: {_NO_FILE}")
+        else:
+            folders.add(inside.parts[0])
+    return pictures, folders
 
 
-def _in_archive(root: Path) -> list[Picture]:
+def _in_archive(root: Path) -> Tree:
     """Of an archive everything is held in memory, as compressed as it lies there: a zipped tar has no random access."""
-    pictures = []
+    pictures: list[Picture] = []
+    folders: set[str] = set()
     try:
         with tarfile.open(root) as tar:
             for member in tar:
                 path = PurePosixPath(member.name)
-                stream = tar.extractfile(member) if member.isfile() and not _hidden(path) else None
+                if _hidden(path) or not path.parts:
+                    continue
+                where, stream = f"{root}: {path}", tar.extractfile(member) if member.isfile() else None
                 if stream:
-                    pictures.append(Picture(where=f"{root}: {path}", path=path, read=_constant(stream.read())))
-    except (tarfile.TarError, OSError, EOFError) as error:
+                    pictures.append(Picture(where=where, path=path, read=_constant(stream.read())))
+                elif not member.isdir():
+                    raise InputError(f"{where}: {_NO_FILE}")
+                folders.update(path.parts[:1] if member.isdir() else path.parts[:-1][:1])
+    except (*BROKEN_TAR, OSError) as error:
         raise InputError(f"{root}: truncated or no tar archive ({error}): give a folder, or fetch it again") from None
-    return sorted(pictures, key=lambda picture: picture.path)
+    return sorted(pictures, key=lambda picture: picture.path), folders
+
+
+_NO_FILE = "neither file nor folder, or a link that leads to no file: remove it, or put the file itself there"
 
 
 def _constant(data: bytes) -> Callable[[], bytes]:
@@ -142,7 +170,7 @@ def _examples(pictures: list[Picture], labels: tuple[str, ...], size: int, chann
         try:
             pixels = np.asarray(square(picture.read(), size, channels))
         except UNDECODABLE as error:
-            raise InputError(f"{picture.where}: no picture ({error}): remove it, or repair it") from None
+            raise InputError(f"{picture.where}: {error}: remove it, or repair it") from None
         array = pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
         return keys[index], array, numbers[picture.path.parts[0]] if labels else -1
 

@@ -1,14 +1,22 @@
 """index.json: what a packed data set holds. It is written last, so a data set without it does not exist."""
 
 import json
+import math
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.data.store import open_store
+from pipeline.data.store import Store, open_store
 from pipeline.errors import InputError
 
 INDEX = "index.json"
 FORMAT = 1
+
+VALUES = 2**28
+"""The most values a sample may have: a colour image of 8192 pixels a side is below it."""
+
+SAMPLE_BYTES = 1024
+"""The least that a sample takes in a tar: a block of header and one of data."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -76,15 +84,15 @@ class Manifest:
                     f"pack the data set again, or use the NAIGN that packed it"
                 )
             splits = {
-                name: Split(samples=int(split["samples"]), shards=tuple(Shard(**shard) for shard in split["shards"]))
+                name: Split(samples=split["samples"], shards=tuple(Shard(**shard) for shard in split["shards"]))
                 for name, split in fields.pop("splits").items()
             }
-            shape, labels = tuple(map(int, fields.pop("shape"))), tuple(map(str, fields.pop("labels")))
+            shape, labels = _listed(fields.pop("shape")), _listed(fields.pop("labels"))
             manifest = cls(shape=shape, labels=labels, splits=splits, **fields)
             problem = _problem(manifest)
         except InputError:
             raise
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             problem = f"{type(error).__name__}: {error}"
         if problem:
             raise InputError(f"{where}: malformed ({problem}): pack the data set again")
@@ -101,14 +109,67 @@ class Manifest:
         return (json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n").encode()
 
 
+def size_problem(store: Store, shard: Shard) -> str:
+    """How a shard's size in the store differs from that in index.json, or ''. Raises InputError where it is missing."""
+    size = store.size(shard.name)
+    if size == shard.bytes:
+        return ""
+    return (
+        f"{store.url(shard.name)}: {size} bytes, but {INDEX} says {shard.bytes}: truncated or replaced: "
+        f"copy it again, or repack the data set"
+    )
+
+
+def _listed(value: object) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is no list")
+    return tuple(value)
+
+
+def _is_count(value: object, least: int = 0) -> bool:
+    """Whether it is an integer from `least` up; JSON's true, 1.0 and "1" are none."""
+    return type(value) is int and value >= least
+
+
 def _problem(manifest: Manifest) -> str:
-    """What contradicts itself, or ''."""
+    """What is of the wrong type, out of range or contradicts itself, or ''."""
+    shape, labels = manifest.shape, manifest.labels
     form = {"image": (3, "uint8"), "point": (1, "float32")}.get(manifest.kind)
-    if form != (len(manifest.shape), manifest.dtype) or min(manifest.shape) < 1:
-        return f"kind {manifest.kind}, shape {manifest.shape} and dtype {manifest.dtype} do not go together"
+    if form != (len(shape), manifest.dtype):
+        return f"kind {manifest.kind}, shape {shape} and dtype {manifest.dtype} do not go together"
+    if not all(_is_count(length, 1) for length in shape) or math.prod(shape) > VALUES:
+        return f"shape {shape} is not of positive integers with at most {VALUES} values together"
+    if manifest.kind == "image" and shape[0] not in (1, 3):
+        return f"an image has 1 or 3 channels, not the {shape[0]} of shape {shape}"
+    if not all(isinstance(text, str) for text in (manifest.name, *labels)) or len(set(labels)) < len(labels):
+        return "the name and the labels are not strings, or one label stands twice"
+    names: set[str] = set()
     for name, split in manifest.splits.items():
-        if not split.shards or min(shard.samples for shard in split.shards) < 1:
-            return f"split {name} has no shards, or an empty one"
-        if sum(shard.samples for shard in split.shards) != split.samples:
-            return f"the samples of the shards of split {name} do not add up to {split.samples}"
+        if not split.shards:
+            return f"split {name} has no shards"
+        for shard in split.shards:
+            if problem := _shard_problem(shard):
+                return f"split {name}, shard {shard.name!r}: {problem}"
+            if shard.name in names:
+                return f"shard {shard.name} is listed twice"
+            names.add(shard.name)
+        if not _is_count(split.samples) or sum(shard.samples for shard in split.shards) != split.samples:
+            return f"the samples of the shards of split {name} do not add up to {split.samples!r}"
     return "" if manifest.splits else "no splits"
+
+
+def _shard_problem(shard: Shard) -> str:
+    name = shard.name
+    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name.encode()) < 256:
+        return "its name is not that of a file"
+    if name.startswith(".") or set(name) & {"/", "\\"}:
+        return "its name is hidden, or leads out of the folder"
+    if not _is_count(shard.samples, 1) or not _is_count(shard.bytes):
+        return (
+            f"{shard.samples!r} samples in {shard.bytes!r} bytes: a shard has at least one, and whole numbers of both"
+        )
+    if shard.bytes < SAMPLE_BYTES * shard.samples:
+        return f"{shard.bytes} bytes cannot hold {shard.samples} samples"
+    if not isinstance(shard.sha256, str) or not re.fullmatch("[0-9a-f]{64}", shard.sha256):
+        return f"{shard.sha256!r} is no SHA-256 of 64 hexadecimal digits"
+    return ""

@@ -24,6 +24,12 @@ class Piece:
     last: int
 
 
+def check_seed(seed: int) -> None:
+    """Raise InputError for a seed that does not fit Philox's 64 bits: another one would stand for the same numbers."""
+    if not 0 <= seed < 2**64:
+        raise InputError(f"--seed {seed}: use a whole number from 0 to 2**64 - 1")
+
+
 def shard_order(shards: int, seed: int, epoch: int) -> list[int]:
     """The order (shards,) in which an epoch visits the shards: a permutation that depends on the arguments alone.
 

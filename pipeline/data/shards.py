@@ -3,7 +3,7 @@
 import hashlib
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -13,8 +13,8 @@ from tqdm import tqdm
 from webdataset import TarWriter
 
 from pipeline.data.examples import Source
-from pipeline.data.manifest import INDEX, Manifest, Shard, Split
-from pipeline.data.plan import parts
+from pipeline.data.manifest import INDEX, Manifest, Shard, Split, size_problem
+from pipeline.data.plan import check_seed, parts
 from pipeline.data.samples import decode, encode, read_samples
 from pipeline.data.store import Store, open_store
 from pipeline.errors import InputError
@@ -39,9 +39,11 @@ def pack(
     """Write the source's splits as shards `<split>-00000.tar` and, last, their index.json.
 
     The same source and settings give the same bytes. A pack that was interrupted leaves no index.json, and goes on
-    where it was when run again. Returns the manifest, and False if that very data set was there already.
+    where it was when run again; one that fails on the user's input takes back what it wrote. Returns the manifest, and
+    False if that very data set was there already.
     Raises InputError where the target holds anything else, unless `force`, or the source cannot be packed so.
     """
+    check_seed(seed)
     if encoding not in ("png", "jpg"):
         raise InputError(f"cannot store images as {encoding!r}: use png or jpg")
     counts = {split: _count(source, split, shards) for split in source.splits}
@@ -59,7 +61,10 @@ def pack(
 
     splits = {}
     total = sum(len(examples) for examples in source.splits.values())
-    with tqdm(total=total, unit="sample", desc=f"pack {source.name}", disable=not progress) as bar:
+    with (
+        _taken_back(target) as new,
+        tqdm(total=total, unit="sample", desc=f"pack {source.name}", disable=not progress) as bar,
+    ):
         for split, count in counts.items():
             known = {shard.name: shard for shard in old.splits[split].shards} if old else {}
             written = []
@@ -72,6 +77,8 @@ def pack(
                         raise InputError(_refusal(to, old))
                     if not _is_there(target, shard, present, known=bool(known)):
                         target.put(name, file)
+                        if old is None:
+                            new.append(name)
                 written.append(shard)
             splits[split] = Split(samples=len(source.splits[split]), shards=tuple(written))
     manifest = Manifest(
@@ -85,6 +92,19 @@ def pack(
     if old is None:
         target.put(INDEX, manifest.dump())
     return manifest, old is None
+
+
+@contextmanager
+def _taken_back(target: Store) -> Iterator[list[str]]:
+    """A list for names of what was written; it is deleted on an InputError, as mended input makes other shards."""
+    names: list[str] = []
+    try:
+        yield names
+    except InputError:
+        for name in names:
+            with suppress(InputError):  # the first error is the one to report
+                target.delete(name)
+        raise
 
 
 def _count(source: Source, split: str, shards: int | None) -> int:
@@ -195,9 +215,9 @@ def _verify(store: Store, shard: Shard, manifest: Manifest, keys: dict[str, str]
     """The problems of one shard; adds its keys to those of its split."""
     where = store.url(shard.name)
     try:
-        size = store.size(shard.name)
-        if size != shard.bytes:
-            yield f"{where}: {size} bytes, but {INDEX} says {shard.bytes}: copy it again, or repack the data set"
+        resized = size_problem(store, shard)
+        if resized:
+            yield resized
         with closing(_Hashed(store.open(shard.name))) as stream:
             count = 0
             for sample in read_samples(cast(BinaryIO, stream), where):
@@ -207,12 +227,14 @@ def _verify(store: Store, shard: Shard, manifest: Manifest, keys: dict[str, str]
                     yield f"{where}, key {key}: also in {keys[key]}: repack the data set"
                 keys[key] = shard.name
                 try:
-                    decode(sample, manifest.kind, manifest.shape, len(manifest.labels), where)
+                    _, label = decode(sample, manifest.kind, manifest.shape, len(manifest.labels), where)
+                    if manifest.labels and label < 0:
+                        yield f"{where}, key {key}: no .cls, but {INDEX} has labels: repack the data set"
                 except InputError as error:
                     yield str(error)
             if count != shard.samples:
                 yield f"{where}: {count} samples, but {INDEX} says {shard.samples}: repack the data set"
-            if stream.hexdigest() != shard.sha256 and size == shard.bytes:
+            if not resized and stream.hexdigest() != shard.sha256:
                 yield f"{where}: its SHA-256 is not the one in {INDEX}: copy it again, or repack the data set"
     except InputError as error:  # missing, or no tar from some byte on
         yield str(error)

@@ -7,6 +7,7 @@ import numpy as np
 from pipeline.data import published, toys
 from pipeline.data.examples import Example, Made, Source
 from pipeline.data.folder import from_tree
+from pipeline.data.plan import check_seed
 from pipeline.errors import InputError
 
 NAMES = ("mnist", "fashion_mnist", "cifar10", "digits", "toy2d:<name>", "folder")
@@ -21,6 +22,7 @@ def load(
     seed: int = 0,  # of what is drawn: the points of toy2d, the test split of `folder`
 ) -> Source:
     """The named source. Raises InputError for an unknown name, missing files, or an option that it does not take."""
+    check_seed(seed)
     if name != "folder" and (size is not None or channels != 3):
         raise InputError(f"{name} has its own size and channels: --size and --channels are for folder only")
     if root is not None and name not in ("mnist", "fashion_mnist", "cifar10", "folder"):

@@ -5,6 +5,7 @@ AWS_ENDPOINT_URL for other servers than Amazon's).
 """
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -53,6 +54,8 @@ class Store(Protocol):
 
 def open_store(path: str) -> Store:
     """The store at a local folder (`~` is expanded) or `s3://bucket/prefix`. Touches neither disk nor network."""
+    if not path.strip() or "\0" in path:
+        raise InputError(f"{path!r} is no path: give a local folder or s3://bucket/prefix")
     scheme, separator, _ = path.partition("://")
     if not separator:
         return LocalStore(path)
@@ -61,12 +64,26 @@ def open_store(path: str) -> Store:
     raise InputError(f"{path}: cannot read {scheme}:// paths: give a local folder or s3://bucket/prefix")
 
 
+_REMEDIES = {
+    errno.ENOENT: "check the path, or pack the data set again",
+    errno.EACCES: "check the owner and mode of the folder",
+    errno.EPERM: "check the owner and mode of the folder",
+    errno.EISDIR: "a directory is where a shard should be: remove it, and copy the shard or pack the data set again",
+    errno.ENOTDIR: "give a folder",
+    errno.EEXIST: "give a folder",
+    errno.EROFS: "choose another folder",
+    errno.ELOOP: "choose another folder",
+    errno.ENAMETOOLONG: "choose a shorter path",
+}
+"""What to do about a user's mistake, by error number. A disk that is full or fails is a crash, to be retried."""
+
+
 class LocalStore:
     """Files directly in one local folder."""
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._folder = Path(path).expanduser()
+        self._folder = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
 
     def list(self) -> list[str]:
         with self._explained(""):
@@ -77,6 +94,8 @@ class LocalStore:
 
     def size(self, name: str) -> int:
         with self._explained(name):
+            if (self._folder / name).is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             return (self._folder / name).stat().st_size
 
     def open(self, name: str) -> BinaryIO:
@@ -88,7 +107,7 @@ class LocalStore:
             return stream.read()
 
     def put(self, name: str, source: Path | bytes) -> None:
-        with self._explained(name):
+        with self._explained(name, writing=True):
             self._folder.mkdir(parents=True, exist_ok=True)
             descriptor, partial = tempfile.mkstemp(prefix=_PARTIAL, dir=self._folder)
             try:
@@ -108,22 +127,24 @@ class LocalStore:
                 raise
 
     def delete(self, name: str) -> None:
-        with self._explained(name):
+        with self._explained(name, writing=True):
             (self._folder / name).unlink(missing_ok=True)
 
     def url(self, name: str) -> str:
         return str(self._folder / name)
 
     @contextlib.contextmanager
-    def _explained(self, name: str) -> Iterator[None]:
+    def _explained(self, name: str, *, writing: bool = False) -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError:
-            raise InputError(f"{self.url(name)}: no such file: check the path, or pack the data set again") from None
-        except PermissionError:
-            raise InputError(f"{self.url(name)}: permission denied: check the owner and mode of the folder") from None
-        except (NotADirectoryError, FileExistsError, IsADirectoryError) as error:
-            raise InputError(f"{self.url(name)}: {error.strerror}: give a folder") from None
+        except OSError as error:
+            if error.errno not in _REMEDIES:
+                raise
+            what, remedy = str(error.strerror).lower(), _REMEDIES[error.errno]
+            if writing:
+                what = f"cannot be written ({what})"
+                remedy = "choose another folder" if error.errno == errno.ENOENT else remedy
+            raise InputError(f"{self.url(name)}: {what}: {remedy}") from None
 
 
 class S3Store:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from pipeline.data.manifest import Manifest, Shard
+from pipeline.data.manifest import Manifest, Shard, size_problem
 from pipeline.data.plan import Piece, check, parts, pieces, rank_range
 from pipeline.data.samples import Array, decode, read_samples
 from pipeline.data.store import open_store
@@ -53,6 +53,8 @@ def read_pieces(path: str, manifest: Manifest, shards: Sequence[Shard], wanted: 
     for piece in wanted:
         shard = shards[piece.shard]
         where = store.url(shard.name)
+        if problem := size_problem(store, shard):
+            raise InputError(problem)
         with closing(store.open(shard.name)) as stream:
             samples = read_samples(stream, where)
             found = piece.first
@@ -321,6 +323,9 @@ def read_split(
         if left > 0:
             wanted.append(Piece(epoch=0, shard=number, first=0, last=min(left, shard.samples)))
         left -= shard.samples
+    store = open_store(path)
+    if problem := next(filter(None, (size_problem(store, shards[piece.shard]) for piece in wanted)), ""):
+        raise InputError(problem)  # before memory is taken for samples that are not there
     rows = read_pieces(path, manifest, shards, wanted)
     bar = tqdm(rows, total=count, desc=f"read {split}", unit="sample", disable=not progress)
     block = _block(0, iter(bar), count, manifest)

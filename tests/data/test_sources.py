@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from pipeline.data import downloads, published, toys
+from pipeline.data.folder import square
+from pipeline.data.shards import pack
 from pipeline.data.sources import load
 from pipeline.errors import InputError
 
@@ -57,6 +59,7 @@ def test_names_and_options_that_do_not_fit(tmp_path: Path) -> None:
         ("folder", {"root": tmp_path / "nowhere", "size": 8}, "no such folder"),
         ("folder", {"root": tmp_path, "size": 8}, "0 pictures found"),
         ("folder", {"root": tmp_path, "size": 8, "channels": 2}, "--channels 1 or 3"),
+        ("folder", {"root": tmp_path, "size": 10_000_000}, "--size 1 to 8192"),
         ("mnist", {"root": tmp_path}, "no train-images-idx3-ubyte or train-images-idx3-ubyte.gz"),
         ("cifar10", {"root": tmp_path}, "0 pictures found"),
     ):
@@ -113,6 +116,80 @@ def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
     source = load("folder", root=tmp_path, size=4)
     with pytest.raises(InputError, match="notes.txt: no picture"):
         [split[i] for split in source.splits.values() for i in range(len(split))]
+
+
+def one_row(image: Image.Image, kind: str, channels: int = 1) -> list[int]:
+    """The first row of the first channel that `square` makes of it."""
+    stream = io.BytesIO()
+    image.save(stream, kind)
+    pixels = np.asarray(square(stream.getvalue(), image.width, channels))
+    return [int(value) for value in pixels.reshape(image.width, image.width, -1)[0, :, 0]]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [("<u2", "PNG"), ("<u2", "TIFF"), (">u2", "TIFF"), ("<i4", "TIFF")]
+)  # modes I;16, I;16B and I
+def test_sixteen_bits_are_scaled(dtype: str, kind: str) -> None:
+    values = np.array([[0, 257 * 100], [256, 65535]], dtype)
+    assert one_row(Image.fromarray(values), kind) == [0, 100]
+    assert one_row(Image.fromarray(values[::-1].copy()), kind, channels=3) == [1, 255]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.full((2, 2), 0.5, np.float32), "mode F"),
+        (np.full((2, 2), 65536, np.int32), "mode I, pixels beyond 16 bits"),
+        (np.full((2, 2), -1, np.int32), "mode I, pixels beyond 16 bits"),
+    ],
+)
+def test_pixels_of_no_known_range(values: np.ndarray, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        one_row(Image.fromarray(values), "TIFF")
+
+
+def test_transparency_is_laid_on_white() -> None:
+    clear = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    clear.putpixel((0, 0), (10, 20, 30, 255))
+    assert one_row(clear, "PNG", channels=3) == [10, 255]
+    assert one_row(clear.convert("LA"), "PNG")[1] == 255
+
+
+def test_a_failed_pack_takes_back_its_shards(tmp_path: Path) -> None:
+    tree, target = tmp_path / "tree", tmp_path / "packed"
+    for i in range(20):
+        picture(tree / f"{i}.png")
+    bad = tree / "bad.png"
+    bad.write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"bad\.png: no picture that Pillow can read: remove it"):
+        pack(load("folder", root=tree, size=4), str(target), progress=False)
+    assert not list(target.glob("*"))
+    bad.unlink()
+    assert pack(load("folder", root=tree, size=4), str(target), progress=False)[1]
+
+
+@pytest.mark.parametrize("to", ["nowhere", "loop", "train"])
+def test_links_to_no_file(tmp_path: Path, to: str) -> None:
+    picture(tmp_path / "train/a.png")
+    picture(tmp_path / "train/b.png")
+    (tmp_path / "loop").symlink_to(tmp_path / to)
+    with pytest.raises(InputError, match="loop: neither file nor folder, or a link that leads to no file"):
+        load("folder", root=tmp_path, size=4)
+    with tarfile.open(tmp_path / "tree.tar", "w") as tar:
+        tar.add(tmp_path / "loop", arcname="loop")
+    with pytest.raises(InputError, match=r"tree.tar: loop: neither file"):
+        load("folder", root=tmp_path / "tree.tar", size=4)
+
+
+def test_an_empty_test_folder(tmp_path: Path) -> None:
+    for i in range(3):
+        picture(tmp_path / f"tree/train/{i}.png")
+    (tmp_path / "tree/test").mkdir()
+    with tarfile.open(tmp_path / "tree.tar", "w") as tar:
+        tar.add(tmp_path / "tree", arcname=".")
+    for root in (tmp_path / "tree", tmp_path / "tree.tar"):
+        with pytest.raises(InputError, match="test/ holds no pictures"):
+            load("folder", root=root, size=4)
 
 
 def cifar_tree(folder: Path) -> None:

@@ -47,11 +47,23 @@ def test_a_broken_put_leaves_the_old_file_and_nothing_else(tmp_path: Path, monke
 
 def test_paths_that_are_no_store(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
+    for path in ("", " ", "a\0b"):
+        with pytest.raises(InputError, match="is no path"):
+            open_store(path)
     for path in ("s3://", "http://host/folder"):
         with pytest.raises(InputError, match=path):
             open_store(path)
     with pytest.raises(InputError, match="give a folder"):
         open_store(str(tmp_path / "file")).put("a", b"")
+    assert open_store("~nobody-of-that-name/x").list() == []
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody can write")
+def test_a_folder_that_cannot_be_written() -> None:
+    with pytest.raises(InputError, match=r"/proc/x/a: cannot be written \(no such file .*\): choose another folder"):
+        open_store("/proc/x").put("a", b"")
+    with pytest.raises(InputError, match=r"cannot be written \(file name too long\): choose a shorter path"):
+        open_store("x" * 300).put("a", b"")
 
 
 class Server:

@@ -1,5 +1,6 @@
 """A user's mistake: exit code 2 within seconds, on every rank, with what to do and no traceback; nothing is written."""
 
+import hashlib
 import io
 import json
 import shutil
@@ -49,6 +50,11 @@ def broken(digits: str, folder: Path, damage: str) -> str:
             data = content if path == name else data
             entry.size = len(data)
             new.addfile(entry, io.BytesIO(data))
+    # A tar that somebody wrote so, with an index that agrees: a change of size alone is found without decoding.
+    index = json.loads((folder / "data/index.json").read_text())
+    entry = next(entry for entry in index["splits"]["train"]["shards"] if entry["name"] == shard.name)
+    entry |= {"bytes": shard.stat().st_size, "sha256": hashlib.sha256(shard.read_bytes()).hexdigest()}
+    (folder / "data/index.json").write_text(json.dumps(index))
     return str(folder / "data")
 
 
@@ -57,7 +63,11 @@ def broken(digits: str, folder: Path, damage: str) -> str:
 def test_damaged_data_names_the_shard(damage, digits, tmp_path):
     data = broken(digits, tmp_path, damage)
     options = [f"--data.path={data}", "--match.round=1408"]
-    parts = ["train-00001.tar"] + {"shape": ["9", "digit-"], "undecodable": ["digit-"], "truncated": []}[damage]
+    parts = ["train-00001.tar"] + {
+        "shape": ["9", "digit-"],
+        "undecodable": ["digit-"],
+        "truncated": ["index.json says"],
+    }[damage]
     refused(run_alone(tmp_path, *options), *parts)
 
 

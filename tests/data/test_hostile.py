@@ -1,0 +1,169 @@
+"""Damaged and nonsensical data sets: each is refused with an InputError that says what, where and what to do."""
+
+import copy
+import io
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numbered import Members, edit_index, numbered, rewrite
+
+from pipeline.data.examples import Made
+from pipeline.data.manifest import Manifest
+from pipeline.data.samples import encode
+from pipeline.data.shards import pack, verify
+from pipeline.data.sources import load
+from pipeline.data.stream import read_split
+from pipeline.errors import InputError
+
+
+def edited(index: dict[str, Any], keys: tuple[Any, ...], value: object) -> bytes:
+    """index.json with one value replaced; a function is given the old one."""
+    changed = copy.deepcopy(index)
+    *outer, last = keys
+    place = changed
+    for key in outer:
+        place = place[key]
+    place[last] = value(place[last]) if callable(value) else value
+    return json.dumps(changed).encode()
+
+
+SHARD = ("splits", "train", "shards", 0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "values"),
+    [
+        ((*SHARD, "samples"), [5.0, "5", None, -1, 0, True, 10**30]),
+        ((*SHARD, "bytes"), [lambda size: float(size), str, lambda _: None, -1, 1000]),
+        ((*SHARD, "sha256"), [5, None, "", "0" * 63, "g" * 64, "0" * 64 + "\n"]),
+        ((*SHARD, "name"), [5, None, "", "a\0b", "../x.tar", "/dev/zero", "a\\b", ".x.tar", "\ud800", "x" * 300]),
+        ((*SHARD, "name"), ["train-00001.tar", "test-00000.tar"]),  # listed twice
+        (("splits", "train", "samples"), [23.0, "23", None, -23, 24]),
+        (("shape",), ["188", [1.7, 8.2, 8], [1, 10**6, 10**6], [10**30, 8, 8], [2, 8, 8], [1, 0, 8], [1, True, 8], 5]),
+        (("labels",), [["x", "x"], [1, 2], "ab", None]),
+        (("name",), [5, None]),
+    ],
+)
+def test_a_manifest_of_nonsense(packed: str, keys: tuple[Any, ...], values: list[object]) -> None:
+    index = json.loads((Path(packed) / "index.json").read_text())
+    Manifest.parse(json.dumps(index).encode(), where="here")
+    for value in values:
+        with pytest.raises(InputError, match="here: malformed .*pack the data set again"):
+            Manifest.parse(edited(index, keys, value), where="here")
+
+
+def test_a_manifest_nested_too_deep() -> None:
+    with pytest.raises(InputError, match="malformed"):
+        Manifest.parse(b"[" * 100_000, where="here")
+
+
+def npy(values: list[float]) -> bytes:
+    return encode(np.array(values, np.float32), "npy")
+
+
+def lying(count: int) -> bytes:
+    """A small .npy whose header claims that many values."""
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({count},), }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(8)
+
+
+def zipped() -> bytes:
+    stream = io.BytesIO()
+    np.savez(stream, np.zeros(2, np.float32))
+    return stream.getvalue()
+
+
+def damaged(suffix: str, data: bytes) -> Callable[[Members], Members]:
+    """Put other bytes into the first member of that suffix."""
+
+    def change(members: Members) -> Members:
+        target = next(name for name, _ in members if name.endswith(suffix))
+        return [(name, data if name == target else old) for name, old in members]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("suffix", "data", "message"),
+    [
+        (".npy", npy([0, np.nan]), "not finite"),
+        (".npy", npy([np.inf, 0]), "not finite"),
+        (".npy", lying(99_999_999_999), "99999999999"),
+        (".npy", lying(2)[:-1], "cannot be decoded"),
+        (".npy", lying(2).replace(b"<f4", b"|O8"), "object"),
+        (".npy", zipped(), "cannot be decoded"),
+        (".npy", b"PK\x03\x04 no zip", "cannot be decoded"),
+        (".npy", b"", "cannot be decoded"),
+        (".cls", b"9" * 5000, "label '9+' is none of the 2"),
+        (".cls", b"-1", "label '-1' is none"),
+    ],
+)
+def test_damaged_points_are_refused_by_training_and_verify(
+    tmp_path: Path, suffix: str, data: bytes, message: str
+) -> None:
+    moons = load("toy2d:moons")
+    few = {name: Made(length=12, make=split.__getitem__) for name, split in moons.splits.items()}
+    pack(replace(moons, splits=few), str(tmp_path), shards=2, progress=False)
+    rewrite(str(tmp_path), "train-00001.tar", damaged(suffix, data))
+    for read in (lambda path: read_split(path, "train"), lambda path: verify(path, progress=False)):
+        with pytest.raises(InputError, match=rf"train-00001\.tar, key train-\d+: .*{message}"):
+            read(str(tmp_path))
+
+
+def test_a_picture_in_a_shard_is_named_without_addresses(packed: str) -> None:
+    rewrite(packed, "train-00001.tar", damaged(".png", b"no picture"))
+    with pytest.raises(InputError, match=r"key train-\d+: .*no picture that Pillow can read") as caught:
+        read_split(packed, "train")
+    assert "0x" not in str(caught.value)
+
+
+def test_verify_misses_labels(packed: str) -> None:
+    rewrite(packed, "test-00000.tar", lambda members: [m for m in members if not m[0].endswith(".cls")])
+    with pytest.raises(InputError, match=r"test-00000\.tar, key test-\d+: no \.cls, but index\.json has labels"):
+        verify(packed, progress=False)
+
+
+@pytest.mark.parametrize("size", [0, 5000, 40_000])
+def test_a_shard_of_another_size_is_not_read(packed: str, size: int) -> None:
+    file = Path(packed) / "train-00003.tar"
+    whole = file.stat().st_size
+    file.write_bytes((file.read_bytes() * 3)[:size])
+    with pytest.raises(InputError, match=rf"00003.tar: {size} bytes, but index.json says {whole}: truncated or rep"):
+        read_split(packed, "train")
+
+
+def test_a_foreign_shard_is_named_without_addresses(packed: str) -> None:
+    file = Path(packed) / "train-00003.tar"
+    file.write_bytes(b"x" * file.stat().st_size)
+    with pytest.raises(InputError, match=r"00003\.tar: truncated or no tar") as caught:
+        read_split(packed, "train")
+    assert "_io." not in str(caught.value)
+
+
+def test_a_directory_in_place_of_a_shard(packed: str) -> None:
+    file = Path(packed) / "train-00003.tar"
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(InputError, match=r"00003\.tar: is a directory: a directory is where a shard should be"):
+        read_split(packed, "train")
+
+
+def test_more_samples_than_memory_holds(packed: str) -> None:
+    shard = {"name": "train-00000.tar", "samples": 10**12, "bytes": 10**16, "sha256": "0" * 64}
+    edit_index(packed, splits={"train": {"samples": 10**12, "shards": [shard]}})
+    with pytest.raises(InputError, match=f"bytes, but index.json says {10**16}"):
+        read_split(packed, "train")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_seeds_out_of_range(tmp_path: Path, seed: int) -> None:
+    with pytest.raises(InputError, match="--seed"):
+        pack(numbered(), str(tmp_path), seed=seed, progress=False)
+    with pytest.raises(InputError, match="--seed"):
+        load("digits", seed=seed)
