@@ -40,8 +40,8 @@ def train(config: Config, accelerator: Accelerator) -> bool:
     with together(accelerator):
         stream = open_stream(config, rank, world)
         torch.manual_seed(config.seed)  # the first weights, the same on every rank
-        latents.check_law(config.match.latents, stream.manifest.shape)
         bare = build_network(config.model, stream.manifest.shape).to(accelerator.device)
+        latents.check_law(config.match.latents, stream.manifest.shape)
     with together(accelerator):
         newest, lock = claim(config) if rank == 0 else (None, None)
     newest = newest if rank == 0 else newest_checkpoint(Path(config.run.path) / "checkpoints")

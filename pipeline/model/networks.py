@@ -40,7 +40,7 @@ def build_network(config: NetworkConfig, shape: tuple[int, ...]) -> nn.Module:
     if len(shape) != 3 or shape[1] != shape[2] or shape[1] % 4:
         raise InputError(
             f"model.kind=conv takes square images (C, S, S) with S a multiple of 4, the data has {tuple(shape)}: "
-            "pack with another --size, or set model.kind=mlp for points"
+            "pack with another --size, or set model.kind=mlp and match.latents=gaussian for points"
         )
     return ImageNetwork(config, channels=shape[0], size=shape[1])
 
@@ -105,13 +105,13 @@ class ImageNetwork(nn.Module):
             up += [_norm(before), nn.SiLU(), nn.ConvTranspose2d(before, after, 4, stride=2, padding=1)]
 
         self.encoder = nn.Sequential(*down, _norm(widths[-1]), nn.SiLU(), nn.Flatten())
-        self.code = nn.Sequential(
+        self.bottleneck = nn.Sequential(
             nn.Linear(math.prod(inner), config.code), nn.SiLU(), nn.Linear(config.code, math.prod(inner))
         )
         self.decoder = nn.Sequential(nn.Unflatten(1, inner), *up, nn.Tanh())
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.decoder(self.code(self.encoder(x)))
+        out: Tensor = self.decoder(self.bottleneck(self.encoder(x)))
         return out
 
 
