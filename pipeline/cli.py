@@ -96,7 +96,7 @@ def evaluate(
     Args:
         data: Packed data set; default: the one it was trained on.
         samples: How many samples to draw; distances of different counts do not compare.
-        seed: Of latents and damages.
+        seed: The same seed draws the same latents and damages.
         device: Where to compute.
     """
     from pipeline.evaluate.run import evaluate as measure
@@ -118,7 +118,7 @@ def sample(
     /,
     *,
     n: int = 64,
-    to: Path = Path("samples.png"),
+    to: Path | None = None,
     times: int = 1,
     seed: int = 0,
     device: Device = "auto",
@@ -129,7 +129,7 @@ def sample(
         n: How many.
         to: A .png file for a grid, a .csv file for points, or a folder for one PNG a sample.
         times: How often f is applied.
-        seed: Of the latents; the same seed gives the same samples.
+        seed: The same seed draws the same latents, and so the same samples.
         device: Where to compute.
     """
     from pipeline.model.naign import NAIGN
@@ -137,7 +137,8 @@ def sample(
     _at_least(1, n=n, times=times)
     _at_least(0, seed=seed)
     made = NAIGN.from_pretrained(run, device=_device(device)).sample(n, seed=seed, times=times).cpu()
-    print(f"{n} samples: {_write_samples(made, to)}")
+    place = to or Path("samples.png" if made.ndim == 4 else "samples.csv")
+    print(f"{n} samples: {_write_samples(made, place)}")
 
 
 def restore(

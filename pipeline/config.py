@@ -35,7 +35,7 @@ class DataConfig:
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
     images: int = 300_000
-    """Budget: images trained on, over all ranks and passes."""
+    """Budget: images trained on, over all ranks and passes; rounded up to whole rounds."""
 
     batch: int = 128
     """Images a step, over all ranks."""
@@ -50,7 +50,7 @@ class TrainConfig:
     """Learning rate at the end of the budget."""
 
     warmup: int = 10_000
-    """Images over which the learning rate rises from 0."""
+    """Images over which the learning rate rises from 0; at most half the budget."""
 
     beta1: float = 0.9
     """AdamW's decay of the first moment."""

@@ -63,7 +63,8 @@ def train(config: Config, accelerator: Accelerator) -> bool:
     with stream, monitor:
         if position.round >= rounds:
             monitor.say(f"nothing left to do: {config.run.path} has seen its {position.images_seen} images")
-        monitor.say(headline(config, bare, stream, accelerator, rounds, newest))
+        else:
+            monitor.say(headline(config, bare, stream, accelerator, rounds, newest))
         for round in range(position.round, rounds):
             clock = [time.perf_counter()]
 
@@ -246,10 +247,11 @@ def pass_order(count: int, *key: int) -> Tensor:
 
 
 def learning_rate(config: TrainConfig, seen: int, budget: int) -> float:
-    """Linear warm-up, then a cosine from lr to lr_end; counted in images."""
-    if seen < config.warmup:
-        return config.lr * (seen + config.batch) / (config.warmup + config.batch)
-    share = (seen - config.warmup) / max(1, budget - config.warmup)
+    """Linear warm-up over at most half the budget, then a cosine from lr to lr_end; counted in images."""
+    warmup = min(config.warmup, budget // 2)
+    if seen < warmup:
+        return config.lr * (seen + config.batch) / (warmup + config.batch)
+    share = (seen - warmup) / max(1, budget - warmup)
     return config.lr_end + (config.lr - config.lr_end) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
 
@@ -278,6 +280,6 @@ def headline(
         f"{stream.manifest.name} {'x'.join(map(str, stream.manifest.shape))}: {config.objective.name} with "
         f"{parameters / 1e6:.2f} M parameters on {accelerator.num_processes} x {accelerator.device.type}, "
         f"{torch.get_num_threads()} threads\n"
-        f"{rounds} rounds of {config.match.round} images x {config.train.passes} passes, batch {config.train.batch}, "
-        f"pool {config.match.pool}; {start} in {config.run.path}"
+        f"{rounds} rounds of {config.match.round} images x {config.train.passes} passes for {config.train.images}, "
+        f"batch {config.train.batch}, pool {config.match.pool}; {start} in {config.run.path}"
     )

@@ -15,13 +15,13 @@ from pipeline.match.nearest import nearest
 @dataclass(kw_only=True, slots=True)
 class MatchConfig:
     ratio: float = 4.0
-    """Pool samples an image of the round (m / n)."""
+    """Samples in the pool for each image of the round."""
 
     round: int = 2048
     """Images a round, over all ranks."""
 
     latents: str = "smooth4"
-    """Law of the latents: gaussian, smooth4 (4 x 4 normals enlarged), mixture (half flat) or fourier (IGN's)."""
+    """Law of the latents: gaussian, smoothG (G x G normals enlarged), mixture (half flat) or fourier (IGN's)."""
 
     block: int = 512
     """Samples generated at once. The pool is cut into the same blocks on every world size, so samples are the same."""

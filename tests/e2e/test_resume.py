@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from pipeline.errors import INTERRUPTED
@@ -54,6 +55,19 @@ def test_an_ended_run_goes_on_bit_for_bit(sent, train, digits, tmp_path):
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     for name, value in weights(tmp_path / "whole").items():
         assert torch.equal(value, weights(tmp_path / "broken")[name]), name
+
+
+@pytest.mark.slow
+def test_the_death_of_the_launcher_stops_the_run_with_a_checkpoint(digits, tmp_path):
+    options = [f"--data.path={digits}", *SMALL, "--train.images=200000", "--run.path=run"]
+    launcher = subprocess.Popen(train_command(*options), cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL)
+    while launcher.poll() is None and not (tmp_path / "run/metrics.jsonl").exists():
+        time.sleep(0.05)
+    launcher.send_signal(signal.SIGTERM)
+    launcher.wait(timeout=60)
+    with FileLock(tmp_path / "run/.lock", timeout=60):  # free: the training process has left
+        newest = newest_checkpoint(tmp_path / "run/checkpoints")
+    assert newest and json.loads((newest / "trainer.json").read_text())["round"] < 200
 
 
 @pytest.mark.slow
