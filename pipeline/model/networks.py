@@ -17,7 +17,7 @@ class NetworkConfig:
     """Channels at half resolution (conv; doubled at each further halving) or hidden units (mlp)."""
 
     depth: int = 0
-    """Residual blocks a resolution (conv; each doubles the cost of its resolution) or further hidden layers (mlp)."""
+    """Residual blocks a resolution (conv) or further hidden layers (mlp)."""
 
     code: int = 128
     """Conv: dimensions of the bottleneck between encoder and decoder."""
