@@ -1,151 +1,247 @@
-"""The nearest candidate over all ranks, exactly: the one file that knows FAISS.
+"""The nearest candidate over all ranks, exactly: what travels between ranks, and what is refused.
 
-FAISS finds a few candidates fast in float32; which of them is nearest is decided in float64 by (distance, id). Since
-that order is total, the answer is the same for every world size, batch size and thread count.
+The search itself is one rank's work (`search.py`). 'Nearest' is a total order, (distance, id), so the answer is the same
+for every world size, block size, thread count and backend.
 """
 
-import faiss
-import numpy as np
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-FETCH = 8
-"""Candidates a query that are rescored exactly."""
+from pipeline.match.exchange import ranks_of
+from pipeline.match.search import METHODS, NO_ID, Searcher, keep_least
 
-_NO_ID = torch.iinfo(torch.int64).max
-_RESCORE_ROWS = 4096
+MAX_ID = 2**62
+
+_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+@dataclass(kw_only=True, slots=True)
+class Blocks:
+    """Candidates that are made when they are searched and then forgotten, so that memory is O(size), not O(rows)."""
+
+    rows: int
+    """Candidates of this rank."""
+    make: Callable[[int, int], Tensor]
+    """make(low, high) -> rows low to high of this rank's candidates, (high - low, d) float32; low is a multiple of size."""
+    size: int = 4096
+    """Candidates made and searched at once."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Found:
+    distances: Tensor
+    """(q, k) float64: squared L2 distances, ascending; infinite where fewer than k candidates are left."""
+    ids: Tensor
+    """(q, k) int64: their ids, ascending among equal distances; -1 where there is none."""
+    rejected: int
+    """Candidates of all ranks that were nearer than `reject` to a query of any rank."""
+    proved: float
+    """Share of this rank's (query, candidate) pairs that the first sieve decided."""
+    method: str
+    """What this rank used, with its parameters, in words."""
+    travelled: str
+    """queries or pool: what every rank was sent."""
+    received: int
+    """Bytes that other ranks sent to this one."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """make, project, search, rescore, exchange: of this rank."""
 
 
 def nearest(
     queries: Tensor,  # (q, d) float32, any q >= 0 on each rank
-    candidates: Tensor,  # (c, d) float32, any c >= 0 on each rank
+    candidates: Tensor | Blocks,  # (c, d) float32, any c >= 0 on each rank
     first_id: int,  # candidate i of this rank has id first_id + i
     *,
     group: dist.ProcessGroup | None = None,  # None: the default group, or one process where there is none
+    method: str = "auto",  # of METHODS; the answer is the same
 ) -> tuple[Tensor, Tensor]:
     """Collective: squared L2 distance (q,) float32 and id (q,) int64 of the nearest candidate over all ranks.
 
     'Nearest' is by the float64 sum of squared differences of the given float32 values, smallest id on a tie; the
-    distance is that sum rounded. Raises ValueError on every rank if any value anywhere is NaN or infinite, or if no
-    rank has a candidate.
-
-    Each rank gathers all queries, searches its own candidates, and the minimum travels: one (distance, id) a query.
+    distance is that sum rounded. Raises ValueError on every rank if any value anywhere is NaN or infinite, if shapes or
+    types differ, if ids leave [0, 2**62), or if no rank has a candidate; RuntimeError if a rank dies or falls silent
+    for longer than the process group's timeout.
     """
-    world = dist.get_world_size(group) if dist.is_initialized() else 1
-    rank = dist.get_rank(group) if dist.is_initialized() else 0
-    link = _link_device(group) if world > 1 else torch.device("cpu")
+    found = search(queries, candidates, first_id, group=group, method=method)
+    return found.distances[:, 0].float(), found.ids[:, 0]
 
-    found = torch.tensor([int(_finite(queries)), int(_finite(candidates)), len(candidates), len(queries)], device=link)
-    counts = [torch.empty_like(found) for _ in range(world)]
-    if world > 1:
-        dist.all_gather(counts, found, group=group)
-    else:
-        counts = [found]
-    table = torch.stack(counts).cpu()
-    for column, name in enumerate(("queries", "candidates")):
-        bad = (table[:, column] == 0).nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(f"nearest: NaN or infinity in the {name} of rank {', '.join(map(str, bad))}")
-    if int(table[:, 2].sum()) == 0:
+
+def search(
+    queries: Tensor,  # as in `nearest`
+    candidates: Tensor | Blocks,  # as in `nearest`
+    first_id: int,  # as in `nearest`
+    *,
+    group: dist.ProcessGroup | None = None,  # as in `nearest`
+    method: str = "auto",  # as in `nearest`
+    neighbours: int = 1,  # k: how many of the nearest
+    reject: float | None = None,  # squared L2: candidates nearer than this to any query of any rank are left out
+    skip: Tensor | None = None,  # (s,) int64: ids that are left out, the same on every rank
+) -> Found:
+    """Collective: the `neighbours` nearest candidates of each query over all ranks. Raises as `nearest` does.
+
+    Every rank is sent either all queries, and answers with one (distance, id) a query and neighbour of its own
+    candidates; or all candidates, block by block, and needs no answer: whichever are fewer rows. Only who knows all
+    queries can reject a candidate, so with `reject` the queries travel.
+    """
+    if method not in METHODS or neighbours < 1:
+        raise ValueError(f"nearest: method '{method}' is none of {', '.join(METHODS)}, or {neighbours} neighbours < 1")
+    clock = time.perf_counter()
+    ranks = ranks_of(group)
+    blocks = candidates if isinstance(candidates, Blocks) else _slices(candidates)
+    header = ranks.table(_describe(queries, candidates, blocks, first_id, neighbours, reject))
+    _refuse(header.tolist())
+    asked, pool = header[:, _ROWS].tolist(), header[:, _POOL].tolist()
+    by_queries = reject is not None or sum(asked) <= sum(pool)
+    queries = queries.detach()
+    searcher = Searcher(
+        ranks.gather(queries, asked) if by_queries else queries,
+        neighbours=neighbours,
+        method=method,
+        reject=reject,
+        expected=blocks.rows if by_queries else sum(pool),
+    )
+    exchanged, made, trouble = time.perf_counter() - clock, 0.0, _Trouble()
+    for step in range(-(-(blocks.rows if by_queries else max(pool)) // blocks.size)):
+        clock = time.perf_counter()
+        low, high = (min(edge * blocks.size, blocks.rows) for edge in (step, step + 1))
+        block, ids = trouble.make(blocks, low, high, queries), torch.arange(first_id + low, first_id + high)
+        made += time.perf_counter() - clock
+        if not by_queries:
+            clock = time.perf_counter()
+            sizes = [min(blocks.size, max(0, rows - step * blocks.size)) for rows in pool]
+            block, ids = ranks.gather(block, sizes), ranks.gather(ids, sizes)
+            exchanged += time.perf_counter() - clock
+        if skip is not None and len(skip):
+            left = ~torch.isin(ids, skip.to(ids.device))
+            block, ids = block[left.to(block.device)], ids[left]
+        if not trouble.code:
+            searcher.add(block, ids)
+
+    clock = time.perf_counter()
+    flags = ranks.table([trouble.code, trouble.row, searcher.rejected])
+    trouble.blame(flags.tolist())
+    packed = torch.stack([searcher.distances.view(torch.int64), searcher.ids], dim=2)
+    parts = ranks.deliver(packed, asked) if by_queries else packed[None]
+    distances, ids = keep_least(parts[..., 0].contiguous().view(torch.float64), parts[..., 1], neighbours)
+    exchanged += time.perf_counter() - clock
+    return Found(
+        distances=distances.to(queries.device),
+        ids=torch.where(ids == NO_ID, -1, ids).to(queries.device),
+        rejected=int(flags[:, 2].sum()),
+        proved=searcher.proved,
+        method=searcher.described,
+        travelled="queries" if by_queries else "pool",
+        received=ranks.received,
+        seconds={"make": made, **searcher.seconds, "exchange": exchanged},
+    )
+
+
+_DIMS, _TYPE, _ROWS, _BAD, _CANDIDATE_DIMS, _POOL, _FIRST, _SIZE, _NEIGHBOURS, _REJECT = range(10)
+
+
+def _describe(
+    queries: Tensor,
+    candidates: Tensor | Blocks,
+    blocks: Blocks,
+    first_id: int,
+    neighbours: int,
+    reject: float | None,
+) -> list[int]:
+    """What every rank must know of this one before anything travels."""
+    flat = queries.ndim == 2
+    given = isinstance(candidates, Tensor)
+    kind = _TYPES.index(queries.dtype) if queries.dtype in _TYPES else -1
+    if given and candidates.dtype != queries.dtype:
+        kind = -1
+    return [
+        queries.shape[1] if flat else -queries.ndim,
+        kind,
+        len(queries) if flat else 0,
+        first_not_finite(queries) if flat and kind >= 0 else -1,
+        -1 if not given else candidates.shape[1] if candidates.ndim == 2 else -2,
+        blocks.rows,
+        max(-1, min(first_id, MAX_ID + 1)),
+        blocks.size,
+        neighbours,
+        int(torch.tensor(torch.nan if reject is None else reject, dtype=torch.float64).view(torch.int64)),
+    ]
+
+
+def _refuse(header: list[list[int]]) -> None:
+    """ValueError, the same on every rank, for what one rank alone can have got wrong."""
+    dims = header[0][_DIMS]
+    for rank, row in enumerate(header):
+        if row[_DIMS] < 1:
+            raise ValueError(f"nearest: the queries of rank {rank} must be a matrix (q, d) with d >= 1")
+        if row[_TYPE] != 0:
+            name = "of two types" if row[_TYPE] < 0 else str(_TYPES[row[_TYPE]]).removeprefix("torch.")
+            raise ValueError(f"nearest: queries and candidates of rank {rank} are {name}, they must be float32")
+        if row[_DIMS] != dims:
+            raise ValueError(f"nearest: the rows of rank {rank} have {row[_DIMS]} values, those of rank 0 have {dims}")
+        if row[_CANDIDATE_DIMS] not in (-1, dims):
+            raise ValueError(
+                f"nearest: the candidates of rank {rank} are not rows of {dims} values, as the queries are"
+            )
+        if row[_FIRST] < 0 or row[_FIRST] + row[_POOL] > MAX_ID:
+            raise ValueError(f"nearest: the ids of rank {rank} leave [0, 2**62): it starts at {row[_FIRST]}")
+        if row[_SIZE] < 1 or row[_SIZE:] != header[0][_SIZE:]:
+            raise ValueError(f"nearest: block size, neighbours or rejection of rank {rank} differ from rank 0's")
+        if row[_BAD] >= 0:
+            raise ValueError(f"nearest: NaN or infinity in the queries of rank {rank}, row {row[_BAD]}")
+    if sum(row[_POOL] for row in header) == 0:
         raise ValueError("nearest: no rank has a candidate")
 
-    sizes = [int(size) for size in table[:, 3]]
-    everyone = _gather_rows(queries, sizes, link, group) if world > 1 else queries
-    distances, ids = _search(everyone.cpu().contiguous(), candidates.detach().cpu().contiguous(), first_id)
-    if world > 1:
-        distances, ids = _exchange(distances, ids, link, group)
-    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-    return distances[mine].float().to(queries.device), ids[mine].to(queries.device)
+
+class _Trouble:
+    """The first thing that is wrong with this rank's candidates: kept until every rank can be told."""
+
+    def __init__(self) -> None:
+        self.code, self.row = 0, -1
+        self.error: Exception | None = None
+
+    def make(self, blocks: Blocks, low: int, high: int, queries: Tensor) -> Tensor:
+        """Candidates low to high; zeros in their stead once there was trouble."""
+        stead = queries.new_zeros(high - low, queries.shape[1])
+        if self.code or low == high:
+            return stead
+        try:
+            block = blocks.make(low, high).detach().to(queries.device)
+        except Exception as error:  # whatever it is: it is raised again once no other rank waits for this one
+            self.code, self.row, self.error = 3, low, error
+            return stead
+        if block.shape != stead.shape or block.dtype != stead.dtype:
+            self.code, self.row = 2, low
+            return stead
+        bad = first_not_finite(block)
+        if bad >= 0:
+            self.code, self.row = 1, low + bad
+            return stead
+        return block
+
+    def blame(self, flags: list[list[int]]) -> None:
+        """Raise on every rank what went wrong on any."""
+        if self.error is not None:
+            raise self.error
+        for rank, (code, row, _) in enumerate(flags):
+            if code == 3:
+                raise RuntimeError(f"nearest: rank {rank} failed to make its candidates from row {row} on")
+            if code:
+                what = ("NaN or infinity in", "shape or type differs from the queries' for")[code - 1]
+                raise ValueError(f"nearest: {what} the candidates of rank {rank}, row {row}")
 
 
-def _search(queries: Tensor, candidates: Tensor, first_id: int) -> tuple[Tensor, Tensor]:
-    """Exact distance float64 and id int64, each (q,), over this process's candidates; inf and _NO_ID without any."""
-    total, dims = len(candidates), queries.shape[1]
-    if total == 0 or len(queries) == 0:
-        return torch.full((len(queries),), torch.inf, dtype=torch.float64), torch.full((len(queries),), _NO_ID)
-
-    # ||x||^2 + ||y||^2 - 2xy cancels for data far from the origin, so search around a shared centre.
-    centre = candidates.mean(0, dtype=torch.float64).float()
-    near, far = (queries - centre).numpy(), (candidates - centre).numpy()
-    fetch = min(FETCH, total)
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    index = faiss.IndexFlatL2(dims)
-    index.add(far)
-    approximate, rows = index.search(near, fetch)
-
-    distances, ids = _rescore(queries, candidates, torch.from_numpy(rows))
-    if fetch < total:
-        # A candidate that was not fetched is no nearer than the last fetched one, up to the rounding of either sum:
-        # a sum of d + 2 float32 terms errs by at most (d + 2) eps times the sum of their magnitudes (Higham, 3.5).
-        norms = np.square(near, dtype=np.float64).sum(1) + np.square(far, dtype=np.float64).sum(1).max()
-        slack = torch.from_numpy(4 * (dims + 4) * float(np.finfo(np.float32).eps) * norms)
-        unproved = (torch.from_numpy(approximate[:, -1]).double() - slack <= distances).nonzero().flatten()
-        for part in unproved.split(_RESCORE_ROWS):
-            distances[part], ids[part] = _scan(queries[part], candidates)
-    return distances, ids + first_id
+def first_not_finite(rows: Tensor) -> int:
+    """The first of the rows (n, d) that holds NaN or infinity; -1 if none does."""
+    if not rows.numel() or bool(torch.isfinite(rows.sum(dtype=torch.float64))):  # one pass: either makes the sum so
+        return -1
+    return int((~torch.isfinite(rows)).any(1).int().argmax())
 
 
-def _rescore(queries: Tensor, candidates: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The least (distance float64, row) among `rows` (q, k) for each query."""
-    distances = torch.empty(len(queries), dtype=torch.float64)
-    best = torch.empty(len(queries), dtype=torch.int64)
-    for start in range(0, len(queries), _RESCORE_ROWS):
-        part = slice(start, start + _RESCORE_ROWS)
-        order = rows[part].sort(1).values  # ascending rows: argmin keeps the smallest on a tie
-        exact = torch.stack([_exact(queries[part], candidates[column]) for column in order.unbind(1)], dim=1)
-        distances[part], column = exact.min(1)
-        # `min` promises no particular index on a tie, `argmax` of a mask of the minima gives the first.
-        column = (exact == distances[part, None]).int().argmax(1)
-        best[part] = order.gather(1, column[:, None]).squeeze(1)
-    return distances, best
-
-
-def _scan(queries: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """The least (distance float64, row) of each query among all candidates, one candidate block at a time."""
-    distances = torch.full((len(queries),), torch.inf, dtype=torch.float64)
-    best = torch.full((len(queries),), _NO_ID)
-    block = max(1, 2**24 // max(1, queries.shape[1] * min(len(queries), 64)))
-    for rows in torch.arange(len(queries)).split(64):
-        for start in range(0, len(candidates), block):
-            part = candidates[start : start + block]
-            exact = (queries[rows, None].double() - part[None].double()).square().sum(2)
-            least = exact.min(1).values
-            column = (exact == least[:, None]).int().argmax(1) + start
-            better = least < distances[rows]
-            distances[rows] = torch.where(better, least, distances[rows])
-            best[rows] = torch.where(better, column, best[rows])
-    return distances, best
-
-
-def _exact(queries: Tensor, candidates: Tensor) -> Tensor:
-    return (queries.double() - candidates.double()).square().sum(1)
-
-
-def _exchange(
-    distances: Tensor, ids: Tensor, link: torch.device, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """The least (distance, id) of each query over all ranks, by two reductions."""
-    least = distances.to(link).clone()
-    dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
-    winner = torch.where(distances.to(link) == least, ids.to(link), _NO_ID)
-    dist.all_reduce(winner, dist.ReduceOp.MIN, group=group)
-    return least.cpu(), winner.cpu()
-
-
-def _gather_rows(rows: Tensor, sizes: list[int], link: torch.device, group: dist.ProcessGroup | None) -> Tensor:
-    """All ranks' rows (sum(sizes), d) in rank order; shards may be uneven, so they travel padded to the longest."""
-    padded = torch.zeros(max(sizes), rows.shape[1], dtype=rows.dtype, device=link)
-    padded[: len(rows)] = rows.to(link)
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded, group=group)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-
-def _link_device(group: dist.ProcessGroup | None) -> torch.device:
-    """Where tensors must lie to travel: NCCL moves device memory, gloo host memory."""
-    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-
-
-def _finite(values: Tensor) -> bool:
-    return bool(torch.isfinite(values).all())
+def _slices(candidates: Tensor) -> Blocks:
+    """Candidates that are there already, as blocks."""
+    return Blocks(rows=len(candidates) if candidates.ndim else 0, make=lambda low, high: candidates[low:high])

@@ -1,0 +1,61 @@
+"""What FAISS does for the search, and its stand-in on other devices: the one file that knows FAISS."""
+
+import faiss
+import torch
+from torch import Tensor
+
+_PAIRS = 1 << 18
+_WORKING_SET = 1 << 20  # float64 values treated at once
+
+
+def flat(queries: Tensor, candidates: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` nearest candidates as float32 sees them: squared L2 (q, count) float32 and rows (q, count) int64."""
+    if queries.is_cuda:
+        distances = torch.cdist(queries, candidates).square()
+        near = distances.topk(count, dim=1, largest=False)
+        return near.values, near.indices
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    index = faiss.IndexFlatL2(queries.shape[1])
+    index.add(candidates.contiguous().numpy())
+    distances, rows = index.search(queries.contiguous().numpy(), count)
+    return torch.from_numpy(distances), torch.from_numpy(rows)
+
+
+def pair_distances(queries: Tensor, candidates: Tensor, query_rows: Tensor, candidate_rows: Tensor) -> Tensor:
+    """Squared L2 (s,) float32 between queries[query_rows] and candidates[candidate_rows], by differences.
+
+    Every term is nonnegative, so whatever the order of the sum it errs by at most gamma_(d + 3) relatively, and by less
+    than d 2^-126 where squares underflow.
+    """
+    out = torch.empty(len(query_rows), dtype=torch.float32, device=queries.device)
+    if queries.is_cuda:
+        step = max(1, 8 * _WORKING_SET // max(1, queries.shape[1]))
+        for start in range(0, len(out), step):
+            part = slice(start, start + step)
+            out[part] = (queries[query_rows[part]] - candidates[candidate_rows[part]]).square().sum(1)
+        return out
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    query_rows, candidate_rows = query_rows.contiguous(), candidate_rows.contiguous()
+    faiss.pairwise_indexed_L2sqr(
+        queries.shape[1],
+        len(out),
+        faiss.swig_ptr(queries.numpy()),
+        faiss.swig_ptr(query_rows.numpy()),
+        faiss.swig_ptr(candidates.numpy()),
+        faiss.swig_ptr(candidate_rows.numpy()),
+        faiss.swig_ptr(out.numpy()),
+    )
+    return out
+
+
+def exact_distances(queries: Tensor, candidates: Tensor, query_rows: Tensor, candidate_rows: Tensor) -> Tensor:
+    """Squared L2 (s,) float64 between queries[query_rows] and candidates[candidate_rows]; a pair's own, whatever the rest."""
+    out = torch.empty(len(query_rows), dtype=torch.float64, device=queries.device)
+    step = max(2, _WORKING_SET // max(1, queries.shape[1]))
+    for start in range(0, len(out), step):
+        part = slice(start, start + step)
+        left, right = queries[query_rows[part]].double(), candidates[candidate_rows[part]].double()
+        if len(left) == 1:  # the sum of a single row would be split among threads, and so be rounded differently
+            left, right = left.expand(2, -1), right.expand(2, -1)
+        out[part] = (left - right).square_().sum(1)[: len(out[part])]
+    return out
