@@ -1,7 +1,7 @@
 """The nearest candidate over all ranks, exactly: what travels between ranks, and what is refused.
 
-The search itself is one rank's work (`search.py`). 'Nearest' is a total order, (distance, id), so the answer is the same
-for every world size, block size, thread count and backend.
+The search itself is one rank's work (`search.py`). 'Nearest' is a total order, (distance, id), so the answer is the
+same for every world size, block size, thread count and backend.
 """
 
 import time
@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.match.exchange import ranks_of
-from pipeline.match.search import METHODS, NO_ID, Searcher, keep_least
+from pipeline.match.order import NO_ID, keep_least
+from pipeline.match.search import METHODS, Searcher
 
 MAX_ID = 2**62
 
@@ -27,7 +28,7 @@ class Blocks:
     rows: int
     """Candidates of this rank."""
     make: Callable[[int, int], Tensor]
-    """make(low, high) -> rows low to high of this rank's candidates, (high - low, d) float32; low is a multiple of size."""
+    """make(low, high) -> this rank's candidates low to high, (high - low, d) float32; low is a multiple of size."""
     size: int = 4096
     """Candidates made and searched at once."""
 
@@ -154,16 +155,17 @@ def _describe(
 ) -> list[int]:
     """What every rank must know of this one before anything travels."""
     flat = queries.ndim == 2
-    given = isinstance(candidates, Tensor)
     kind = _TYPES.index(queries.dtype) if queries.dtype in _TYPES else -1
-    if given and candidates.dtype != queries.dtype:
-        kind = -1
+    candidate_dims = -1  # not known before they are made
+    if isinstance(candidates, Tensor):
+        candidate_dims = candidates.shape[1] if candidates.ndim == 2 else -2
+        kind = kind if candidates.dtype == queries.dtype else -1
     return [
         queries.shape[1] if flat else -queries.ndim,
         kind,
         len(queries) if flat else 0,
         first_not_finite(queries) if flat and kind >= 0 else -1,
-        -1 if not given else candidates.shape[1] if candidates.ndim == 2 else -2,
+        candidate_dims,
         blocks.rows,
         max(-1, min(first_id, MAX_ID + 1)),
         blocks.size,

@@ -4,9 +4,9 @@ Write a = q - c0 and b = x - c0 for a query q and a candidate x around a common 
 
     |q - x|^2 = |a|^2 + |b|^2 - 2 a.b
 
-and x can only be as near as sqrt(t) to q if 2 a.b + (t - |a|^2) - |b|^2 >= 0. What follows bounds a.b from above by a dot
-product of few, coarse coordinates, so the sign of ONE matrix product A B' decides every pair: negative means proved too
-far. Everything else survives and is measured exactly elsewhere.
+and x can only be as near as sqrt(t) to q if 2 a.b + (t - |a|^2) - |b|^2 >= 0. What follows bounds a.b from above by a
+dot product of few, coarse coordinates, so the sign of ONE matrix product A B' decides every pair: negative means proved
+too far. Everything else survives and is measured exactly elsewhere.
 
 1. Projection. W has orthonormal columns; split a into W W'a and the rest. By Cauchy-Schwarz on the rest
 
@@ -15,19 +15,19 @@ far. Everything else survives and is measured exactly elsewhere.
    so y = (W'a, r_a) has |y| = |a| and a.b <= y_a.y_b. Without a basis y = a, and equality holds.
 2. What is computed is V'a with a basis V near W (the polar factor of V: |V - W| <= delta = |V'V - I|_F), in float32, in
    chunks of k coordinates, of a float32 difference. With u = 2^-24 and gamma_n = n u / (1 - n u) (Higham, "Accuracy and
-   stability of numerical algorithms", 3.1) each coordinate errs by at most gamma_(k + chunks) |V_i| |a|, all p together by
-   sqrt(p) times that, hence |fl(V'a) - W'a| <= eta |a| with eta = delta + 2u + (1 + delta) sqrt(p) gamma_(k + chunks). r_a is
-   rounded so that it stays above the true one. Then a.b <= y_a.y_b + 2 eta (1 + eta) |a||b|.
+   stability of numerical algorithms", 3.1) each coordinate errs by at most gamma_(k + chunks) |V_i| |a|, all p together
+   by sqrt(p) times that, so |fl(V'a) - W'a| <= eta |a| with eta = delta + 2u + (1 + delta) sqrt(p) gamma_(k + chunks).
+   r_a is rounded so that it stays above the true one. Then a.b <= y_a.y_b + 2 eta (1 + eta) |a||b|.
 3. Rounding y to yy in bfloat16, with the error e = |y - yy| measured, not estimated:
    y_a.y_b = yy_a.yy_b + (y_a - yy_a).yy_b + y_a.(y_b - yy_b) <= yy_a.yy_b + e_a (|b| + e_b) + |a| e_b.
 4. The product of n coordinates is summed in float32 in an unknown order, so it errs by at most g = gamma_(2n) times the
-   sum of the terms' magnitudes, at most 4 |a|(|b| + e_b) + 1.01 |b|^2 + 1.01 |t - |a|^2| (2 n: a hardware step may round twice).
-   Rounding the sum to bfloat16 in the end keeps its sign.
+   sum of the terms' magnitudes (2n: a hardware step may round twice), which is at most
+   4 |a|(|b| + e_b) + 1.01 |b|^2 + 1.01 |t - |a|^2|. Rounding the sum to bfloat16 in the end keeps its sign.
 
-The corrections of 2 to 4 are products of a number of the query and a number of the candidate, so they are coordinates too:
+The corrections of 2 to 4 are products of a number of the query and a number of the candidate, so they are coordinates:
 
-    A = [2 yy_a | 2 (e_a + kappa |a|) | 2 |a| |  1 1 1              | three parts of t - |a|^2 ]
-    B = [  yy_b |     |b| + e_b       |  e_b  |  three parts of -|b|^2 | 1 1 1                    ]
+    A = [2 yy_a | 2 (e_a + kappa |a|) | 2 |a| |          1 1 1         | three parts of t - |a|^2 ]
+    B = [  yy_b |     |b| + e_b       |  e_b  | three parts of -|b|^2  |          1 1 1           ]
 
 with kappa = 2 eta (1 + eta) + 2 g, every number rounded up, and squares written as three bfloat16 numbers (24 bits).
 """
@@ -105,7 +105,7 @@ def build_frame(
 ) -> Frame:
     """The frame with its error bound; the basis may be as inexact as it likes, only the bound grows."""
     exponent = torch.frexp(torch.tensor(magnitude, dtype=torch.float64)).exponent if magnitude > 0 else torch.tensor(0)
-    scale = 2.0 ** -float(exponent.clamp(-900, 900))
+    scale = 2.0 ** -float(exponent.clamp(-100, 100))  # itself far inside float32
     eta = 2 * _U
     if basis is not None:
         terms = min(len(basis), CHUNK) - (-len(basis) // CHUNK)
@@ -117,18 +117,20 @@ def find_basis(
     rows: Tensor,  # (n, d) float32, centred
     width: int,  # p
 ) -> Tensor:
-    """The leading p principal directions of the rows, (d, min(p, d, n)) float32, most variance first.
+    """The leading p principal directions of the rows, (d, at most min(p, d, n)) float32, most variance first.
 
-    By subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4): inexact is good enough, any basis gives a valid
-    bound, and a nearly optimal one nearly the best.
+    By subspace iteration (Halko, Martinsson, Tropp 2011, section 4.5), which is nearly optimal, as any basis is valid;
+    then made orthonormal in float64.
     """
-    width = min(width, *rows.shape)
     rows = rows / rows.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     generator = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(rows.T @ torch.randn(len(rows), width, generator=generator).to(rows.device)).Q
-    basis = torch.linalg.qr(rows.T @ (rows @ basis)).Q
-    _, turn = torch.linalg.eigh((rows @ basis).T @ (rows @ basis))
-    return (basis @ turn.flip(1)).contiguous()
+    start = torch.randn(len(rows), min(width, *rows.shape), generator=generator).to(rows.device)
+    spanned = (rows.T @ torch.linalg.qr(rows @ (rows.T @ start)).Q).double()
+    values, turn = torch.linalg.eigh(spanned.T @ spanned)
+    kept = values > 1e-12 * values[-1]  # directions that there are at all
+    basis = spanned @ (turn[:, kept] * values[kept].rsqrt()).flip(1)
+    found: Tensor = basis.float().contiguous()
+    return found
 
 
 def departure(basis: Tensor) -> float:
@@ -208,7 +210,7 @@ def survivors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _coarsen(rows: Tensor, frame: Frame) -> Coarse:
     centred = rows - frame.centre
     count, dims = centred.shape
-    # Sums of squares by chunks: each errs by gamma_(k + 2) relatively, in the sum of the chunks nothing is added to that.
+    # Each chunk's sum of squares errs by gamma_(k + 2) relatively; adding the chunks adds nothing to that.
     square = sum(
         (part.square().sum(1).double() for part in centred.split(CHUNK, 1)),
         start=torch.zeros(count, dtype=torch.float64, device=rows.device),
@@ -227,7 +229,7 @@ def _coarsen(rows: Tensor, frame: Frame) -> Coarse:
         rest = (above - least.square()).clamp(min=0).sqrt() * (1 + 4 * _U)
         values = torch.cat([seen, rest.float()[:, None]], 1)
     coarse = values.to(frame.dtype)
-    lost = (values - coarse.float()).double().norm(dim=1) * (1 + 1e-9)
+    lost = torch.linalg.vector_norm(values - coarse.float(), dim=1).double() * (1 + gamma(values.shape[1] + 2))
     return Coarse(values=coarse, error=lost, length=length, square=square * (1 - error) * frame.scale**2)
 
 

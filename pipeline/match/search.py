@@ -11,34 +11,29 @@ What survives is measured in float32 by differences, what may still win in float
 (distance float64, id). Every sieve keeps all candidates that can be among them, so methods differ in speed alone.
 """
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.match import screen
+from pipeline.match.cost import WIDTHS, cheapest, fastest_type
 from pipeline.match.index import exact_distances, flat, pair_distances
+from pipeline.match.order import NO_ID, first_copies, sort_lexically
 from pipeline.match.screen import Frame
 
 METHODS = ("auto", "flat", "projected", "rounded")
-WIDTHS = (55, 119, 183, 247)
-"""Projected coordinates that `auto` considers: with those that `screen` adds, multiples of 64."""
-NO_ID = torch.iinfo(torch.int64).max
 
-_SAMPLE = 1024  # rows of either side that the basis is found from
-_PROBE = 256  # queries that the probe looks at
+_SAMPLE = 512  # rows of either side that the basis is found from
 _FETCH = 8  # candidates that `flat` asks for beyond the k wanted
 _SEEDS = 2048  # candidates of the first block that the first limits come from
 _SMALL = 1e9  # multiply-adds of a flat search below which preparing anything else cannot pay
 _WIDE_ROWS = 512
+_FEW = 32
 _PAIRS = 1 << 20  # pairs measured at once
-_SETTLED = 0.3  # of the candidates that survive a probe's limits survive those of a whole search
 
 
 @dataclass(kw_only=True, slots=True)
@@ -77,8 +72,9 @@ class Searcher:
         self.rejected = 0
         self.seconds = dict.fromkeys(("project", "search", "rescore"), 0.0)
         self._limit = self.distances.new_full((len(queries),), torch.inf)  # no candidate beyond can be of the k nearest
-        self._centre: Tensor | None = None
-        self._basis: Tensor | None = None
+        self._prepared = False
+        self._centre = self.queries.new_zeros(self.queries.shape[1])
+        self._basis = self.queries.new_zeros(self.queries.shape[1], 0)
         self._departure = 0.0
         self._magnitude = 0.0
         self._sieves: dict[str, Sieve] = {}
@@ -106,7 +102,7 @@ class Searcher:
         candidates, ids = candidates.to(self.queries.device).contiguous(), ids.to(self.queries.device)
         if not len(candidates) or not len(self.queries):
             return
-        if self._centre is None:
+        if not self._prepared:
             with self._timed("project"):
                 self._prepare(candidates)
         if self.reject is not None:
@@ -132,7 +128,7 @@ class Searcher:
         return ("projected", "rounded") if self.method == "projected" else ("rounded",)
 
     def _sift(self, name: str, candidates: Tensor, rows: Tensor, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pairs of queries `rows` and candidates that can be within `limit` (q,) of each other; and the rows given up."""
+        """Pairs of queries `rows` and candidates that can be within `limit` (q,) of each other; and rows given up."""
         none = rows[:0]
         if not len(rows):
             return none, none, rows
@@ -145,7 +141,13 @@ class Searcher:
             a, square = (sieve.a, sieve.square) if len(rows) == len(sieve.a) else (sieve.a[rows], sieve.square[rows])
             a[:, -3:] = screen.limit_columns(square, sieve.frame, self._reach(limit[rows]))
             found, columns, given_up = screen.survivors(a, screen.right(coarse, sieve.frame))
-        return rows[found], columns, rows[given_up]
+            found, rows = rows[found], rows[given_up]
+            if len(rows) > _FEW:
+                return found, columns, rows
+            # Few are measured against every candidate sooner than the block is prepared for the next sieve.
+            everyone = torch.arange(len(candidates), device=rows.device)
+            found = torch.cat([found, rows.repeat_interleave(len(everyone))])
+            return found, torch.cat([columns, everyone.repeat(len(rows))]), none
 
     def _measure(self, candidates: Tensor, ids: Tensor, rows: Tensor, columns: Tensor) -> None:
         """Keep what is nearest of the pairs (rows, columns): in float32 what can be, in float64 what is."""
@@ -171,6 +173,9 @@ class Searcher:
         all_distances = torch.cat([self.distances[queries].flatten(), distances])
         all_ids = torch.cat([self.ids[queries].flatten(), ids[columns]])
         order = sort_lexically(all_rows, all_distances, all_ids)
+        if k > 1:  # a pair may come twice, from a sieve and from the next
+            again = (all_rows[order].diff() == 0) & (all_ids[order].diff() == 0) & (all_ids[order][1:] != NO_ID)
+            order = torch.cat([order[:1], order[1:][~again]])
         all_rows, all_distances, all_ids = all_rows[order], all_distances[order], all_ids[order]
         first = torch.searchsorted(all_rows, queries)
         best = first[:, None] + torch.arange(k, device=rows.device)  # every query has at least its k old entries
@@ -178,7 +183,7 @@ class Searcher:
         self._limit[queries] = torch.minimum(self._limit[queries], self.distances[queries, -1])
 
     def _widen(self, candidates: Tensor, ids: Tensor, rows: Tensor) -> None:
-        """Search a block for some queries by float64, whose rounding is bounded by (d + 8) 2^-53 of the squared norms."""
+        """Search a block for some queries by float64, which errs by (d + 8) 2^-53 of the squared norms at most."""
         if not len(rows):
             return
         with self._timed("search"):
@@ -233,20 +238,22 @@ class Searcher:
         Its sums of d + 2 float32 terms err by at most gamma_(d + 4) times the sum of their magnitudes, which twice the
         squared norms bounds (Higham, 3.1).
         """
-        assert self._centre is not None
         fetch = min(self.neighbours + _FETCH, len(candidates))
         with self._timed("search"):
             near, far = self.queries - self._centre, candidates - self._centre
             approximate, columns = flat(near, far, fetch)
             norms = near.double().square().sum(1) + far.double().square().sum(1).max()
-            least = approximate.double() - 4 * screen.gamma(near.shape[1] + 4) * norms[:, None] - self._absolute
+            least = approximate.double() - 4 * screen.gamma(near.shape[1] + 4) * norms[:, None] - 4 * self._absolute
+            overflown = (~torch.isfinite(approximate) | (columns < 0)).any(1)
             rows, places = ((least <= self._reach(self._limit)[:, None]) & (columns >= 0)).nonzero(as_tuple=True)
         self._measure(candidates, ids, rows, columns[rows, places])
         self._count(len(self.queries) * len(candidates))
+        unproved = overflown
         if fetch < len(candidates):
-            unproved = (~(least[:, -1] > self._reach(self._limit))).nonzero().flatten()
-            self._count(widened=len(unproved) * len(candidates))
-            self._widen(candidates, ids, unproved)
+            unproved = unproved | ~(least[:, -1] > self._reach(self._limit))
+        rows = unproved.nonzero().flatten()
+        self._count(widened=len(rows) * len(candidates))
+        self._widen(candidates, ids, rows)
 
     def _seed(self, candidates: Tensor) -> None:
         """First limits: the distances of those candidates that the first sieve likes best, whatever they are."""
@@ -263,7 +270,7 @@ class Searcher:
             b = screen.right(coarse, sieve.frame)[: len(candidates)].T
             a = sieve.a
             a[:, -3:] = 0
-            best = torch.cat([(part @ b).topk(self.neighbours, dim=1).indices for part in a.split(_WIDE_ROWS)])[rows]
+            best = torch.cat([(part @ b).topk(self.neighbours, dim=1).indices for part in a[rows].split(_WIDE_ROWS)])
         with self._timed("rescore"):
             near = pair_distances(self.queries, candidates, rows.repeat_interleave(self.neighbours), best.flatten())
             most = near.double().view(-1, self.neighbours).amax(1) * (1 + self._relative) + self._absolute
@@ -273,6 +280,7 @@ class Searcher:
         """Centre, basis and method, from the round's queries and the first block."""
         queries = self.queries[:: max(1, len(self.queries) // _SAMPLE)]
         candidates = candidates[:: max(1, len(candidates) // _SAMPLE)]
+        self._prepared = True
         self._centre = candidates.double().mean(0).float()
         around = torch.cat([queries, candidates]) - self._centre
         if not torch.isfinite(around).all():
@@ -286,47 +294,21 @@ class Searcher:
             self._basis = screen.find_basis(around, max(WIDTHS))
             self._departure = screen.departure(self._basis)
         if self.method == "auto":
-            self._choose(around[: len(queries)], around[len(queries) :])
-        elif self.method == "projected":
-            self._basis = self._basis[:, : WIDTHS[1]]
-
-    def _choose(self, queries: Tensor, candidates: Tensor) -> None:
-        """The method, and the basis' width, that a search of a few hundred queries says will be the cheapest."""
-        queries = queries[:: max(1, len(queries) // _PROBE)]
-        count, dims, expected = len(self.queries), self.queries.shape[1], max(self.expected, len(candidates))
-        rates = measure_rates(queries.device, torch.get_num_threads())
-        limit = (pairwise(queries, candidates).amin(1) * (1 + self._relative)).double()
-        costs = {("flat", 0): count * expected * dims * rates.single}
-        nothing = torch.zeros_like(self._centre)
-        for width in (0, *WIDTHS):
-            if width and width >= self._basis.shape[1]:
-                continue
-            frame = screen.build_frame(
-                nothing,
-                self._basis[:, :width] if width else None,
-                self._magnitude,
-                fastest_type(queries.device),
+            self.method, width = cheapest(
+                around[: len(queries)],
+                around[len(queries) :],
+                self._basis,
                 self._departure,
+                asked=len(self.queries),
+                expected=max(len(candidates), self.expected),
             )
-            seen = screen.coarsen(queries, frame)
-            a = screen.left(seen, frame)
-            a[:, -3:] = screen.limit_columns(seen.square, frame, limit)
-            found, _, given_up = screen.survivors(a, screen.right(screen.coarsen(candidates, frame), frame))
-            share = (len(found) + int(given_up.sum()) * len(candidates)) / (len(queries) * len(candidates))
-            costs["projected" if width else "rounded", width] = (
-                (count + expected) * dims * (width * rates.single + rates.value)
-                + count
-                * expected
-                * (frame.width * (rates.half if frame.dtype == torch.bfloat16 else rates.single) + rates.sign)
-                + count * expected * share * _SETTLED * (rates.pair + dims * rates.value)
-            )
-        self.method, width = min(costs, key=lambda choice: costs[choice])
-        self._basis = self._basis[:, :width] if width else None
+            self._basis = self._basis[:, :width].contiguous()
+        elif self.method == "projected":
+            self._basis = self._basis[:, : WIDTHS[1]].contiguous()
 
     def _sieve(self, name: str) -> Sieve:
         """The sieve of that name, made when first asked for."""
         if name not in self._sieves:
-            assert self._centre is not None
             with self._timed("project"):
                 basis = self._basis if name == "projected" else None
                 frame = screen.build_frame(
@@ -340,7 +322,6 @@ class Searcher:
 
     def _wide(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows as float64 around the centre, and their squared norms."""
-        assert self._centre is not None
         centred = rows.double() - self._centre.double()
         return centred, centred.square().sum(1)
 
@@ -360,82 +341,3 @@ class Searcher:
         start = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - start
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rates:
-    """Seconds, by measurement: they decide what is used, never what is answered."""
-
-    single: float
-    """A multiply-add of a float32 matrix product."""
-    half: float
-    """A multiply-add of a bfloat16 matrix product."""
-    sign: float
-    """Looking at the sign of a pair."""
-    pair: float
-    """Listing a pair that survives."""
-    value: float
-    """Reading a value of a row."""
-
-
-@lru_cache
-def measure_rates(device: torch.device, threads: int) -> Rates:
-    """Some milliseconds' work."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        a, b = torch.ones(1024, 256, dtype=dtype, device=device), torch.ones(256, 1024, dtype=dtype, device=device)
-        best = math.inf
-        for _ in range(4):
-            start = time.perf_counter()
-            float((a @ b)[0, 0])  # waits for the device
-            best = min(best, time.perf_counter() - start)
-        return best / (1024 * 1024 * 256)
-
-    share = 1e-9 / threads if device.type == "cpu" else 1e-12
-    return Rates(
-        single=seconds(torch.float32),
-        half=seconds(torch.bfloat16),
-        sign=0.15 * share,
-        pair=40 * share,
-        value=0.1 * share,
-    )
-
-
-def fastest_type(device: torch.device) -> torch.dtype:
-    """bfloat16 where its products are faster than float32's; a processor without instructions for it is slower."""
-    rates = measure_rates(device, torch.get_num_threads())
-    return torch.bfloat16 if rates.half < rates.single else torch.float32
-
-
-def pairwise(queries: Tensor, candidates: Tensor) -> Tensor:
-    """Squared L2 (q, n) float32, by a matrix product: roughly."""
-    squares = queries.square().sum(1)[:, None] + candidates.square().sum(1)
-    return (squares - 2 * (queries @ candidates.T)).clamp(min=0)
-
-
-def sort_lexically(*keys: Tensor) -> Tensor:
-    """The order (n,) of rows sorted by the first key, then the second, and so on."""
-    order = torch.arange(len(keys[0]), device=keys[0].device)
-    for key in reversed(keys):
-        order = order[torch.sort(key[order], stable=True).indices]
-    return order
-
-
-def keep_least(distances: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The first `count` by (distance, id) of each query's answers from several ranks, (world, q, k) each."""
-    if len(distances) == 1:
-        return distances[0], ids[0]
-    distances, ids = distances.transpose(0, 1).flatten(1), ids.transpose(0, 1).flatten(1)
-    for key in (ids, distances):  # the least important key first
-        order = torch.sort(key, dim=1, stable=True).indices[:, : key.shape[1]]
-        distances, ids = distances.gather(1, order), ids.gather(1, order)
-    return distances[:, :count].contiguous(), ids[:, :count].contiguous()
-
-
-def first_copies(rows: Tensor, count: int) -> Tensor:
-    """Rows (n, d) that have fewer than `count` equal ones before them, ascending."""
-    raw = rows.cpu().numpy()
-    kind = np.unique(raw.view(np.dtype((np.void, raw.dtype.itemsize * raw.shape[1]))).ravel(), return_inverse=True)[1]
-    order = np.argsort(kind, kind="stable")
-    place = np.arange(len(kind)) - np.searchsorted(kind[order], kind[order])
-    return torch.from_numpy(np.sort(order[place < count])).to(rows.device)

@@ -1,84 +1,172 @@
-"""The search against a float64 oracle, on data chosen to break float32."""
+"""The search against a float64 oracle: whatever the method, the blocks and the threads, on data that breaks float32."""
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.match.nearest import nearest
+from pipeline.match import search as one_rank
+from pipeline.match.nearest import Blocks, nearest, search
+from pipeline.match.search import METHODS
+from tests.match.problems import CASES, FAMILIES, draw, oracle
 
 
-def oracle(queries, candidates):
-    """Distance float32 and row by float64 brute force, the smallest row on a tie."""
-    q, c = queries.double().numpy(), candidates.double().numpy()
-    exact = np.stack([np.square(c - row).sum(1) for row in q])
-    return exact.min(1).astype(np.float32), exact.argmin(1)
-
-
-def draw(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def planted(seed, dims, offset=0.0):
-    """Candidates with near-duplicates 1e-7 apart, and queries near them."""
-    base = draw(seed, 300, dims)
-    twins = torch.cat([base, base + 1e-7 * draw(seed + 1, 300, dims), base[:50]]) + offset
-    return base[:200] + 0.3 * draw(seed + 2, 200, dims) + offset, twins
-
-
-CASES = {
-    "random": (draw(0, 500, 40), draw(1, 3000, 40)),
-    "one dimension": (draw(0, 300, 1), draw(1, 900, 1)),
-    "near-duplicates": planted(3, 64),
-    "offset 100": planted(4, 64, offset=100.0),
-    "all candidates equal": (draw(0, 50, 16), draw(1, 1, 16).repeat(400, 1)),
-    "exact duplicates": (draw(0, 50, 16), draw(1, 40, 16).repeat(30, 1)),
-    "fewer candidates than fetched": (draw(0, 20, 8), draw(1, 3, 8)),
-    "queries among the candidates": (draw(1, 3000, 40)[:100], draw(1, 3000, 40)),
-    "wide": (draw(0, 20, 12_288), draw(1, 60, 12_288)),
-}
-
-
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", CASES)
-def test_nearest_equals_the_oracle(case):
+def test_nearest_equals_the_oracle(case, method):
     queries, candidates = CASES[case]
-    distances, ids = nearest(queries, candidates, 1000)
+    distances, ids = nearest(queries, candidates, 1000, method=method)
     expected, rows = oracle(queries, candidates)
-    assert (ids - 1000).tolist() == rows.tolist()
-    assert distances.tolist() == pytest.approx(expected.tolist(), rel=1e-7)
+    assert (ids - 1000).tolist() == rows[:, 0].tolist()
+    assert distances.tolist() == pytest.approx(expected[:, 0].astype("float32").tolist(), rel=1e-7)
     assert (distances.dtype, ids.dtype) == (torch.float32, torch.int64)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
+    family=st.sampled_from(sorted(FAMILIES)),
+    method=st.sampled_from(METHODS),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
     seed=st.integers(0, 2**31),
-    queries=st.integers(0, 30),
-    candidates=st.integers(1, 60),
-    dims=st.integers(1, 20),
-    levels=st.integers(1, 6),
+    queries=st.integers(0, 40),
+    candidates=st.integers(1, 700),
+    dims=st.one_of(st.integers(1, 20), st.integers(21, 700)),
+    block=st.integers(1, 900),
+    neighbours=st.integers(1, 5),
 )
-def test_ties_go_to_the_smallest_id(seed, queries, candidates, dims, levels):
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.randint(levels, (queries, dims), generator=generator).float()
-    c = torch.randint(levels, (candidates, dims), generator=generator).float()
-    distances, ids = nearest(q, c, 7)
-    if queries:
-        expected, rows = oracle(q, c)
-        assert (ids - 7).tolist() == rows.tolist() and distances.tolist() == expected.tolist()
+def test_any_problem_in_any_blocks(family, method, dtype, seed, queries, candidates, dims, block, neighbours):
+    q, c = FAMILIES[family](seed, queries, candidates, dims)
+    blocks = Blocks(rows=len(c), make=lambda low, high: c[low:high], size=max(block, -(-len(c) // 20)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(one_rank, "fastest_type", lambda device: dtype)
+        found = search(q, blocks, 7, method=method, neighbours=neighbours)
+    expected, rows = oracle(q, c, neighbours)
+    kept = rows.shape[1]
+    if family != "all scales":  # there, float64 sums differ by the order of their terms alone
+        assert (found.ids[:, :kept] - 7).tolist() == rows.tolist()
+    assert found.distances[:, :kept].tolist() == [pytest.approx(row, rel=1e-12) for row in expected.tolist()]
+    assert (found.ids[:, kept:] == -1).all() and found.distances[:, kept:].isinf().all()
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    family=st.sampled_from(sorted(set(FAMILIES) - {"all scales"})),
+    method=st.sampled_from(METHODS),
+    seed=st.integers(0, 2**31),
+    queries=st.integers(1, 30),
+    candidates=st.integers(2, 600),
+    dims=st.integers(1, 300),
+    share=st.floats(0, 1),
+    skipped=st.integers(0, 5),
+)
+def test_candidates_too_near_to_a_query_or_skipped_are_left_out(
+    family, method, seed, queries, candidates, dims, share, skipped
+):
+    q, c = FAMILIES[family](seed, queries, candidates, dims)
+    exact = torch.from_numpy(oracle(c, q)[0][:, 0])  # of each candidate to its nearest query
+    reject = float(exact.sort().values[int(share * (len(c) - 1))])
+    if family != "levels":  # whose sums are exact, so that `less` is seen to be strict; others have roundings
+        reject *= 1 + 1e-9 * (-1) ** seed
+    skip = torch.randperm(len(c), generator=torch.Generator().manual_seed(seed))[:skipped].sort().values
+    found = search(
+        q, Blocks(rows=len(c), make=lambda low, high: c[low:high], size=97), 0, method=method, reject=reject, skip=skip
+    )
+    left = torch.ones(len(c), dtype=torch.bool)
+    left[skip] = False
+    assert found.rejected == int((left & (exact < reject)).sum())
+    left &= exact >= reject
+    kept = left.nonzero().flatten()
+    if len(kept):
+        assert found.ids[:, 0].tolist() == kept[torch.from_numpy(oracle(q, c[kept])[1][:, 0])].tolist()
     else:
-        assert distances.shape == ids.shape == (0,)
+        assert (found.ids == -1).all() and found.distances.isinf().all()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", METHODS)
+def test_threads_and_blocks_do_not_change_a_bit(method):
+    queries, candidates = CASES["near-duplicates"]
+    answers = set()
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for size in (17, 100, 4096):
+                blocks = Blocks(rows=len(candidates), make=lambda low, high: candidates[low:high], size=size)
+                distances, ids = nearest(queries, blocks, 0, method=method)
+                answers.add((tuple(distances.tolist()), tuple(ids.tolist())))
+    finally:
+        torch.set_num_threads(before)
+    assert len(answers) == 1
+
+
+def test_a_block_is_forgotten_before_the_next_is_made():
+    alive, made = [], []
+
+    def make(low, high):
+        import weakref
+
+        made.append(sum(reference() is not None for reference in alive))
+        block = draw(low, high - low, 30)
+        alive.append(weakref.ref(block))
+        return block
+
+    nearest(draw(1, 50, 30), Blocks(rows=5000, make=make, size=500), 0)
+    assert len(made) == 10 and max(made) <= 1
+
+
+def test_the_first_sieve_decides_where_data_lie_near_a_plane():
+    queries, candidates = CASES["low rank"]
+    found = search(queries, candidates, 0, method="projected")
+    assert found.proved > 0.9 and found.method.startswith("projected on ")
+    assert set(found.seconds) == {"make", "project", "search", "rescore", "exchange"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["queries", "candidates"])
 def test_values_that_are_not_finite_are_refused(value, where):
     rows = {"queries": draw(0, 5, 4), "candidates": draw(1, 5, 4)}
     rows[where][3, 2] = value
-    with pytest.raises(ValueError, match=f"{where} of rank 0"):
+    with pytest.raises(ValueError, match=f"{where} of rank 0, row 3"):
         nearest(rows["queries"], rows["candidates"], 0)
 
 
-def test_no_candidate_anywhere_is_refused():
-    with pytest.raises(ValueError, match="no rank has a candidate"):
-        nearest(draw(0, 5, 4), torch.empty(0, 4), 0)
+@pytest.mark.parametrize(
+    ("queries", "candidates", "first", "what"),
+    [
+        (draw(0, 5, 4), torch.empty(0, 4), 0, "no rank has a candidate"),
+        (draw(0, 5, 4), draw(1, 5, 3), 0, "are not rows of 4 values"),
+        (draw(0, 5), draw(1, 5, 3), 0, "must be a matrix"),
+        (draw(0, 5, 4), draw(1, 5, 4, 2), 0, "are not rows of 4 values"),
+        (draw(0, 5, 4).double(), draw(1, 5, 4).double(), 0, "float64, they must be float32"),
+        (draw(0, 5, 4).half(), draw(1, 5, 4).half(), 0, "float16, they must be float32"),
+        (draw(0, 5, 4), draw(1, 5, 4).double(), 0, "of two types, they must be float32"),
+        (draw(0, 5, 4), draw(1, 5, 4), 2**62 - 4, "leave .0, 2..62."),
+        (draw(0, 5, 4), draw(1, 5, 4), -1, "leave .0, 2..62."),
+        (draw(0, 5, 4), draw(1, 5, 4), 2**80, "leave .0, 2..62."),
+    ],
+)
+def test_what_does_not_fit_is_refused(queries, candidates, first, what):
+    with pytest.raises(ValueError, match=what):
+        nearest(queries, candidates, first)
+
+
+def test_the_largest_ids_are_answers_too():
+    queries, candidates = draw(0, 5, 4), draw(1, 9, 4)
+    assert (nearest(queries, candidates, 2**62 - 9)[1] - (2**62 - 9)).tolist() == oracle(queries, candidates)[1][
+        :, 0
+    ].tolist()
+
+
+def test_blocks_that_are_not_what_they_should_be_are_refused():
+    def blocks(block):
+        return Blocks(rows=20, make=lambda low, high: block[low:high] if low else draw(0, high - low, 4), size=10)
+
+    for block, what in ((draw(0, 20, 3), "row 10"), (draw(0, 20, 4).double(), "row 10"), (draw(0, 15, 4), "row 10")):
+        with pytest.raises(ValueError, match=what):
+            nearest(draw(0, 5, 4), blocks(block), 0)
+    bad = draw(0, 20, 4)
+    bad[13, 0] = torch.nan
+    with pytest.raises(ValueError, match="candidates of rank 0, row 13"):
+        nearest(draw(0, 5, 4), blocks(bad), 0)
+    with pytest.raises(ZeroDivisionError):
+        nearest(draw(0, 5, 4), Blocks(rows=5, make=lambda low, high: draw(0, 1 // 0, 4)), 0)
