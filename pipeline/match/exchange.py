@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch renames it
+
 
 @dataclass(kw_only=True, slots=True)
 class Ranks:
@@ -28,7 +30,7 @@ class Ranks:
             return mine[None]
         out = torch.empty(self.world, len(row), dtype=torch.int64, device=self.link)
         with self._answered("agreeing on the problem"):
-            dist.all_gather_into_tensor(out.view(-1), mine.to(self.link), group=self.group)
+            _all_gather(out.view(-1), mine.to(self.link), group=self.group)
         self.received += 8 * len(row) * (self.world - 1)
         return out.cpu()
 
@@ -42,7 +44,7 @@ class Ranks:
             padded = torch.cat([padded, padded.new_zeros(longest - len(rows), *rows.shape[1:])])
         out = torch.empty(self.world * longest, *rows.shape[1:], dtype=rows.dtype, device=self.link)
         with self._answered("sharing rows"):
-            dist.all_gather_into_tensor(out, padded.contiguous(), group=self.group)
+            _all_gather(out, padded.contiguous(), group=self.group)
         self.received += padded.numel() * padded.element_size() * (self.world - 1)
         if any(size < longest for size in sizes):
             out = torch.cat([part[:size] for part, size in zip(out.split(longest), sizes, strict=True)])
@@ -58,6 +60,27 @@ class Ranks:
             dist.all_to_all_single(out, rows.to(self.link).contiguous(), [mine] * self.world, sizes, group=self.group)
         self.received += out.numel() * out.element_size() * (self.world - 1) // self.world
         return out.view(self.world, mine, *rows.shape[1:]).to(rows.device)
+
+    def broadcast(self, rows: Tensor, source: int) -> Tensor:
+        """Collective: the tensor that rank `source` has; the others give one of the same shape and type."""
+        if self.world == 1:
+            return rows
+        out = rows.detach().to(self.link).contiguous()
+        with self._answered("sharing a plan"):
+            origin = source if self.group is None else dist.get_global_rank(self.group, source)
+            dist.broadcast(out, origin, group=self.group)
+        self.received += out.numel() * out.element_size() * (self.rank != source)
+        return out.to(rows.device)
+
+    def least(self, values: Tensor) -> Tensor:
+        """Collective: the least of all ranks' values, elementwise."""
+        if self.world == 1:
+            return values
+        out = values.to(self.link).clone()
+        with self._answered("sharing limits"):
+            dist.all_reduce(out, dist.ReduceOp.MIN, group=self.group)
+        self.received += 2 * out.numel() * out.element_size() * (self.world - 1) // self.world
+        return out.to(values.device)
 
     @contextmanager
     def _answered(self, what: str) -> Iterator[None]:

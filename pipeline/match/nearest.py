@@ -4,7 +4,6 @@ The search itself is one rank's work (`search.py`). 'Nearest' is a total order, 
 same for every world size, block size, thread count and backend.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -12,9 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.match.exchange import ranks_of
+from pipeline.match.exchange import Ranks, ranks_of
 from pipeline.match.order import NO_ID, keep_least
-from pipeline.match.search import METHODS, Searcher
+from pipeline.match.plan import METHODS, Plan, make_plan, share_plan
+from pipeline.match.screen import Coarse, coarsen
+from pipeline.match.search import Searcher, Watch
 
 MAX_ID = 2**62
 
@@ -91,55 +92,88 @@ def search(
     """
     if method not in METHODS or neighbours < 1:
         raise ValueError(f"nearest: method '{method}' is none of {', '.join(METHODS)}, or {neighbours} neighbours < 1")
-    clock = time.perf_counter()
-    ranks = ranks_of(group)
+    ranks, watch, trouble = ranks_of(group), Watch("make", "project", "search", "rescore", "exchange"), _Trouble()
     blocks = candidates if isinstance(candidates, Blocks) else _slices(candidates)
-    header = ranks.table(_describe(queries, candidates, blocks, first_id, neighbours, reject))
-    _refuse(header.tolist())
-    asked, pool = header[:, _ROWS].tolist(), header[:, _POOL].tolist()
-    by_queries = reject is not None or sum(asked) <= sum(pool)
-    queries = queries.detach()
-    searcher = Searcher(
-        ranks.gather(queries, asked) if by_queries else queries,
-        neighbours=neighbours,
-        method=method,
-        reject=reject,
-        expected=blocks.rows if by_queries else sum(pool),
-    )
-    exchanged, made, trouble = time.perf_counter() - clock, 0.0, _Trouble()
-    for step in range(-(-(blocks.rows if by_queries else max(pool)) // blocks.size)):
-        clock = time.perf_counter()
+    with watch("exchange"):
+        header = ranks.table(_describe(queries, candidates, blocks, first_id, neighbours, reject))
+        _refuse(header.tolist())
+        asked, pool = header[:, _ROWS].tolist(), header[:, _POOL].tolist()
+        by_queries = reject is not None or sum(asked) <= sum(pool)
+        queries = queries.detach()
+        everyone = ranks.gather(queries, asked) if by_queries else queries
+    searcher = None
+    for step in range(-(-max(pool) // blocks.size)):
         low, high = (min(edge * blocks.size, blocks.rows) for edge in (step, step + 1))
-        block, ids = trouble.make(blocks, low, high, queries), torch.arange(first_id + low, first_id + high)
-        made += time.perf_counter() - clock
+        with watch("make"):
+            block, ids = trouble.make(blocks, low, high, queries), torch.arange(first_id + low, first_id + high)
         if not by_queries:
-            clock = time.perf_counter()
-            sizes = [min(blocks.size, max(0, rows - step * blocks.size)) for rows in pool]
-            block, ids = ranks.gather(block, sizes), ranks.gather(ids, sizes)
-            exchanged += time.perf_counter() - clock
+            with watch("exchange"):
+                sizes = [min(blocks.size, max(0, rows - step * blocks.size)) for rows in pool]
+                block, ids = ranks.gather(block, sizes), ranks.gather(ids, sizes)
+        if searcher is None:
+            if by_queries:
+                plan, coarse = _agree(ranks, watch, everyone, block, method, pool, asked)
+            else:
+                with watch("project"):
+                    plan, coarse = make_plan(everyone, block, method=method, expected=sum(pool)), None
+            searcher = Searcher(everyone, plan, watch, neighbours=neighbours, reject=reject, coarse=coarse)
         if skip is not None and len(skip):
             left = ~torch.isin(ids, skip.to(ids.device))
             block, ids = block[left.to(block.device)], ids[left]
         if not trouble.code:
             searcher.add(block, ids)
+        if by_queries:
+            with watch("exchange"):
+                searcher.limit = ranks.least(searcher.limit)
+    assert searcher is not None, "a pool that is not empty has a block"
 
-    clock = time.perf_counter()
-    flags = ranks.table([trouble.code, trouble.row, searcher.rejected])
-    trouble.blame(flags.tolist())
-    packed = torch.stack([searcher.distances.view(torch.int64), searcher.ids], dim=2)
-    parts = ranks.deliver(packed, asked) if by_queries else packed[None]
-    distances, ids = keep_least(parts[..., 0].contiguous().view(torch.float64), parts[..., 1], neighbours)
-    exchanged += time.perf_counter() - clock
+    with watch("exchange"):
+        flags = ranks.table([trouble.code, trouble.row, searcher.rejected])
+        trouble.blame(flags.tolist())
+        packed = torch.stack([searcher.distances.view(torch.int64), searcher.ids], dim=2)
+        parts = ranks.deliver(packed, asked) if by_queries else packed[None]
+        distances, ids = keep_least(parts[..., 0].contiguous().view(torch.float64), parts[..., 1], neighbours)
     return Found(
         distances=distances.to(queries.device),
         ids=torch.where(ids == NO_ID, -1, ids).to(queries.device),
         rejected=int(flags[:, 2].sum()),
         proved=searcher.proved,
-        method=searcher.described,
+        method=plan.described,
         travelled="queries" if by_queries else "pool",
         received=ranks.received,
-        seconds={"make": made, **searcher.seconds, "exchange": exchanged},
+        seconds=watch.seconds,
     )
+
+
+def _agree(
+    ranks: Ranks,
+    watch: Watch,
+    queries: Tensor,  # every rank's
+    block: Tensor,  # this rank's first candidates
+    method: str,
+    pool: list[int],  # candidates of each rank
+    asked: list[int],  # queries of each rank
+) -> tuple[Plan, Coarse | None]:
+    """Collective: the plan of the first rank that has candidates, and all queries as it sees them."""
+    leader = next(rank for rank, rows in enumerate(pool) if rows)
+    plan = None
+    if ranks.rank == leader:
+        with watch("project"):
+            plan = make_plan(queries, block, method=method, expected=max(pool))
+    if ranks.world == 1:
+        assert plan is not None
+        return plan, None
+    with watch("exchange"):
+        plan = share_plan(plan, ranks, leader, queries)
+    if plan.method == "flat":
+        return plan, None
+    with watch("project"):
+        first = sum(asked[: ranks.rank])
+        mine = coarsen(queries[first : first + asked[ranks.rank]], plan.frame(plan.method))
+    with watch("exchange"):
+        raw = ranks.gather(mine.values.view(torch.uint8), asked).view(plan.dtype)
+        numbers = ranks.gather(torch.stack([mine.error, mine.length, mine.square], 1), asked)
+    return plan, Coarse(values=raw, error=numbers[:, 0], length=numbers[:, 1], square=numbers[:, 2])
 
 
 _DIMS, _TYPE, _ROWS, _BAD, _CANDIDATE_DIMS, _POOL, _FIRST, _SIZE, _NEIGHBOURS, _REJECT = range(10)
@@ -239,9 +273,10 @@ class _Trouble:
 
 def first_not_finite(rows: Tensor) -> int:
     """The first of the rows (n, d) that holds NaN or infinity; -1 if none does."""
-    if not rows.numel() or bool(torch.isfinite(rows.sum(dtype=torch.float64))):  # one pass: either makes the sum so
+    if not rows.numel() or bool(torch.isfinite(rows.sum())):  # which NaN and infinity never leave finite
         return -1
-    return int((~torch.isfinite(rows)).any(1).int().argmax())
+    bad = ~torch.isfinite(rows).all(1)
+    return int(bad.int().argmax()) if bad.any() else -1
 
 
 def _slices(candidates: Tensor) -> Blocks:

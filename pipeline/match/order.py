@@ -21,9 +21,9 @@ def keep_least(distances: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tens
     if len(distances) == 1:
         return distances[0], ids[0]
     distances, ids = distances.transpose(0, 1).flatten(1), ids.transpose(0, 1).flatten(1)
-    for key in (ids, distances):  # the least important key first
-        order = torch.sort(key, dim=1, stable=True).indices[:, : key.shape[1]]
-        distances, ids = distances.gather(1, order), ids.gather(1, order)
+    order = torch.sort(ids, dim=1, stable=True).indices
+    order = order.gather(1, torch.sort(distances.gather(1, order), dim=1, stable=True).indices)
+    distances, ids = distances.gather(1, order), ids.gather(1, order)
     return distances[:, :count].contiguous(), ids[:, :count].contiguous()
 
 

@@ -32,7 +32,7 @@ The corrections of 2 to 4 are products of a number of the query and a number of 
 with kappa = 2 eta (1 + eta) + 2 g, every number rounded up, and squares written as three bfloat16 numbers (24 bits).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ LARGEST = 1e15
 """Scaled norms above this could overflow: such rows are not screened."""
 
 _U = 2.0**-24
-_WORKING_SET = 1 << 21  # float32 values treated at once: they stay in the last-level cache
+_WORKING_SET = 6 << 20  # float32 values treated at once: they stay in the last-level cache
 _TILE = 2048  # queries a product: it stays in the last-level cache
 _FEW_GROUPS = 8  # so few survivors are always listed
 
@@ -76,6 +76,18 @@ class Frame:
     def slack(self) -> float:
         """g of 4."""
         return gamma(2 * self.width)
+
+
+@dataclass(kw_only=True, slots=True)
+class Sight:
+    """Rows in the coordinates of a frame, in units of its scale."""
+
+    values: Tensor
+    """(n, p) or (n, d) float32."""
+    square: Tensor
+    """(n,) float64: |a|^2, nearly."""
+    doubt: float
+    """Relative error of `square`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -113,6 +125,12 @@ def build_frame(
     return Frame(centre=centre, basis=basis, scale=scale, dtype=dtype, eta=eta)
 
 
+def narrowed(frame: Frame, width: int) -> Frame:
+    """The frame of the first `width` directions of a basis: its bounds are no wider."""
+    assert frame.basis is not None
+    return replace(frame, basis=frame.basis[:, :width])
+
+
 def find_basis(
     rows: Tensor,  # (n, d) float32, centred
     width: int,  # p
@@ -142,13 +160,45 @@ def departure(basis: Tensor) -> float:
 
 def coarsen(rows: Tensor, frame: Frame) -> Coarse:
     """Rows (n, d) float32 as the frame sees them."""
-    step = max(1, _WORKING_SET // max(1, rows.shape[1]))
-    parts = [_coarsen(part, frame) for part in rows.split(step)]
-    if not parts:
-        parts = [_coarsen(rows, frame)]
+    parts = [roughen(look(part, frame), frame) for part in rows.split(max(1, _WORKING_SET // rows.shape[1]))]
+    if len(parts) == 1:
+        return parts[0]
     return Coarse(
         **{name: torch.cat([getattr(part, name) for part in parts]) for name in ("values", "error", "length", "square")}
     )
+
+
+def look(rows: Tensor, frame: Frame) -> Sight:
+    """Rows (n, d) float32 in the frame's coordinates, before rounding."""
+    centred = rows - frame.centre
+    # Each chunk's square errs by gamma_(k + 6) relatively; adding the chunks adds nothing to that.
+    squares = [torch.linalg.vector_norm(part, dim=1).double().square() for part in centred.split(CHUNK, 1)]
+    if frame.basis is None:
+        values = centred
+    else:
+        values = centred.new_zeros(len(rows), frame.basis.shape[1])
+        for part, basis in zip(centred.split(CHUNK, 1), frame.basis.split(CHUNK), strict=True):
+            values += part @ basis
+    return Sight(
+        values=values * frame.scale,
+        square=torch.stack(squares).sum(0) * frame.scale**2,
+        doubt=gamma(min(rows.shape[1], CHUNK) + 8),
+    )
+
+
+def roughen(sight: Sight, frame: Frame) -> Coarse:
+    """What was seen, or its first coordinates for a frame of fewer, as numbers of the frame's type."""
+    above = sight.square * (1 + sight.doubt)
+    length = above.sqrt() * (1 + 4 * frame.eta)
+    values = sight.values
+    if frame.basis is not None:
+        values = values[:, : frame.basis.shape[1]]
+        least = (values.double().norm(dim=1) - frame.eta * length).clamp(min=0)
+        rest = (above - least.square()).clamp(min=0).sqrt() * (1 + 4 * _U)
+        values = torch.cat([values, rest.float()[:, None]], 1)
+    coarse = values.to(frame.dtype)
+    lost = torch.linalg.vector_norm(values - coarse.float(), dim=1).double() * (1 + gamma(values.shape[1] + 2))
+    return Coarse(values=coarse, error=lost, length=length, square=sight.square * (1 - sight.doubt))
 
 
 def left(coarse: Coarse, frame: Frame) -> Tensor:
@@ -205,32 +255,6 @@ def survivors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         columns.append(group[which] * GROUP + member)
         given_up.append(heavy)
     return torch.cat(rows), torch.cat(columns), torch.cat(given_up)
-
-
-def _coarsen(rows: Tensor, frame: Frame) -> Coarse:
-    centred = rows - frame.centre
-    count, dims = centred.shape
-    # Each chunk's sum of squares errs by gamma_(k + 2) relatively; adding the chunks adds nothing to that.
-    square = sum(
-        (part.square().sum(1).double() for part in centred.split(CHUNK, 1)),
-        start=torch.zeros(count, dtype=torch.float64, device=rows.device),
-    )
-    error = gamma(min(dims, CHUNK) + 4)
-    above = square * (1 + error) * (frame.scale**2)
-    length = above.sqrt() * (1 + 4 * frame.eta)
-    if frame.basis is None:
-        values = centred * frame.scale
-    else:
-        seen = torch.zeros(count, frame.basis.shape[1], dtype=torch.float32, device=rows.device)
-        for part, basis in zip(centred.split(CHUNK, 1), frame.basis.split(CHUNK), strict=True):
-            seen += part @ basis
-        seen *= frame.scale
-        least = (seen.double().norm(dim=1) - frame.eta * length).clamp(min=0)
-        rest = (above - least.square()).clamp(min=0).sqrt() * (1 + 4 * _U)
-        values = torch.cat([seen, rest.float()[:, None]], 1)
-    coarse = values.to(frame.dtype)
-    lost = torch.linalg.vector_norm(values - coarse.float(), dim=1).double() * (1 + gamma(values.shape[1] + 2))
-    return Coarse(values=coarse, error=lost, length=length, square=square * (1 - error) * frame.scale**2)
 
 
 def _up(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,19 +20,16 @@ import torch
 from torch import Tensor
 
 from pipeline.match import screen
-from pipeline.match.cost import WIDTHS, cheapest, fastest_type
 from pipeline.match.index import exact_distances, flat, pair_distances
 from pipeline.match.order import NO_ID, first_copies, sort_lexically
-from pipeline.match.screen import Frame
+from pipeline.match.plan import Plan
+from pipeline.match.screen import Coarse, Frame
 
-METHODS = ("auto", "flat", "projected", "rounded")
-
-_SAMPLE = 512  # rows of either side that the basis is found from
 _FETCH = 8  # candidates that `flat` asks for beyond the k wanted
 _SEEDS = 2048  # candidates of the first block that the first limits come from
-_SMALL = 1e9  # multiply-adds of a flat search below which preparing anything else cannot pay
 _WIDE_ROWS = 512
-_FEW = 32
+_WORKING_SET, _LEAST_ROWS = 6 << 20, 512  # float32 values searched at once stay in the last-level cache
+_FEW = 32  # given up queries that are measured against all of a block
 _PAIRS = 1 << 20  # pairs measured at once
 
 
@@ -49,6 +46,19 @@ class Sieve:
     """False where they are too large for the arithmetic."""
 
 
+class Watch:
+    """Seconds by name; `with watch(name):` adds to them."""
+
+    def __init__(self, *names: str) -> None:
+        self.seconds = dict.fromkeys(names, 0.0)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+
 class Searcher:
     """The k nearest of all candidates added so far, for each query: `distances` (q, k) float64 and `ids` (q, k) int64.
 
@@ -58,26 +68,25 @@ class Searcher:
     def __init__(
         self,
         queries: Tensor,  # (q, d) float32, finite
+        plan: Plan,
+        watch: Watch,  # told what the time goes to
         *,
         neighbours: int = 1,  # k
-        method: str = "auto",  # of METHODS
         reject: float | None = None,  # squared L2: candidates nearer than this to any query are left out
-        expected: int = 0,  # candidates that will be added in all, roughly: what preparing may cost depends on it
+        coarse: Coarse | None = None,  # the queries in the frame of the plan's method, if they are there already
     ) -> None:
         self.queries = queries.contiguous()
-        self.neighbours, self.method, self.reject, self.expected = neighbours, method, reject, expected
+        self.neighbours, self.reject = neighbours, reject
         shape = (len(queries), neighbours)
         self.distances = torch.full(shape, torch.inf, dtype=torch.float64, device=queries.device)
         self.ids = torch.full(shape, NO_ID, device=queries.device)
+        self.limit = self.distances.new_full((len(queries),), torch.inf)
+        """(q,) squared L2: no candidate beyond can be of the k nearest. May be lowered to what other ranks know."""
         self.rejected = 0
-        self.seconds = dict.fromkeys(("project", "search", "rescore"), 0.0)
-        self._limit = self.distances.new_full((len(queries),), torch.inf)  # no candidate beyond can be of the k nearest
-        self._prepared = False
-        self._centre = self.queries.new_zeros(self.queries.shape[1])
-        self._basis = self.queries.new_zeros(self.queries.shape[1], 0)
-        self._departure = 0.0
-        self._magnitude = 0.0
+        self._plan, self._timed = plan, watch
         self._sieves: dict[str, Sieve] = {}
+        if coarse is not None:
+            self._sieves[plan.method] = make_sieve(plan.frame(plan.method), coarse)
         self._searched = self._widened = 0
         # float32 sums of d squared differences err by this, relatively and where squares underflow.
         dims = queries.shape[1]
@@ -88,44 +97,38 @@ class Searcher:
         """Share of (query, candidate) pairs that the first sieve decided."""
         return 1 - self._widened / max(1, self._searched)
 
-    @property
-    def described(self) -> str:
-        """The method with its parameters."""
-        sieve = self._sieves.get(self.method)
-        if sieve is None:
-            return self.method
-        coordinates = len(sieve.frame.centre) if sieve.frame.basis is None else sieve.frame.basis.shape[1]
-        return f"{self.method} on {coordinates} coordinates in {str(sieve.frame.dtype).removeprefix('torch.')}"
-
     def add(self, candidates: Tensor, ids: Tensor) -> None:
         """Search a block: candidates (n, d) float32 finite, ids (n,) int64 ascending."""
-        candidates, ids = candidates.to(self.queries.device).contiguous(), ids.to(self.queries.device)
-        if not len(candidates) or not len(self.queries):
+        if len(self.queries):
+            candidates, ids = candidates.to(self.queries.device).contiguous(), ids.to(self.queries.device)
+            rows = max(_LEAST_ROWS, _WORKING_SET // self.queries.shape[1] // _LEAST_ROWS * _LEAST_ROWS)
+            for part, numbers in zip(candidates.split(rows), ids.split(rows), strict=True):
+                self._add(part, numbers)
+
+    def _add(self, candidates: Tensor, ids: Tensor) -> None:
+        if not len(candidates):
             return
-        if not self._prepared:
-            with self._timed("project"):
-                self._prepare(candidates)
         if self.reject is not None:
             near = self._nearer(candidates, self.reject)
             self.rejected += int(near.sum())
             candidates, ids = candidates[~near], ids[~near]
             if not len(candidates):
                 return
-        if self.method == "flat":
+        if self._plan.method == "flat":
             self._add_flat(candidates, ids)
             return
         self._seed(candidates)
         self._count(len(self.queries) * len(candidates))
         rows = torch.arange(len(self.queries), device=ids.device)
         for name in self._ladder():
-            found, columns, rows = self._sift(name, candidates, rows, self._limit)
+            found, columns, rows = self._sift(name, candidates, rows, self.limit)
             self._measure(candidates, ids, found, columns)
-            if name == self.method:
+            if name == self._plan.method:
                 self._count(widened=len(rows) * len(candidates))
         self._widen(candidates, ids, rows)
 
     def _ladder(self) -> tuple[str, ...]:
-        return ("projected", "rounded") if self.method == "projected" else ("rounded",)
+        return ("projected", "rounded") if self._plan.method == "projected" else ("rounded",)
 
     def _sift(self, name: str, candidates: Tensor, rows: Tensor, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pairs of queries `rows` and candidates that can be within `limit` (q,) of each other; and rows given up."""
@@ -154,12 +157,12 @@ class Searcher:
         with self._timed("rescore"):
             for start in range(0, len(rows), _PAIRS):
                 part = slice(start, start + _PAIRS)
-                row, column, limit = rows[part], columns[part], self._limit
+                row, column, limit = rows[part], columns[part], self.limit
                 near = pair_distances(self.queries, candidates, row, column).double()
                 if self.neighbours == 1:
                     most = near * (1 + self._relative) + self._absolute
                     limit = limit.scatter_reduce(0, row, most, "amin")
-                may = ~(near * (1 - self._relative) - self._absolute > self._reach(limit)[row])  # NaN may
+                may = self._least(near) <= self._reach(limit)[row]
                 self._keep(candidates, ids, row[may], column[may])
 
     def _keep(self, candidates: Tensor, ids: Tensor, rows: Tensor, columns: Tensor) -> None:
@@ -180,7 +183,7 @@ class Searcher:
         first = torch.searchsorted(all_rows, queries)
         best = first[:, None] + torch.arange(k, device=rows.device)  # every query has at least its k old entries
         self.distances[queries], self.ids[queries] = all_distances[best], all_ids[best]
-        self._limit[queries] = torch.minimum(self._limit[queries], self.distances[queries, -1])
+        self.limit[queries] = torch.minimum(self.limit[queries], self.distances[queries, -1])
 
     def _widen(self, candidates: Tensor, ids: Tensor, rows: Tensor) -> None:
         """Search a block for some queries by float64, which errs by (d + 8) 2^-53 of the squared norms at most."""
@@ -194,7 +197,7 @@ class Searcher:
                 a, a_square = self._wide(self.queries[part])
                 error = self._wide_error(a_square, b_square)
                 distances = a_square[:, None] + b_square - 2 * (a @ b.T)
-                reach = self._reach(self._limit[part])[:, None]
+                reach = self._reach(self.limit[part])[:, None]
                 if len(first) >= self.neighbours:
                     nearest = (distances + error).topk(self.neighbours, dim=1, largest=False).values[:, -1:]
                     reach = torch.minimum(reach, nearest)
@@ -206,7 +209,7 @@ class Searcher:
     def _nearer(self, candidates: Tensor, limit: float) -> Tensor:
         """(n,) bool: candidates with a query at a squared distance below `limit`."""
         near = torch.zeros(len(candidates), dtype=torch.bool, device=candidates.device)
-        everywhere = self._limit.new_full((len(self.queries),), limit)
+        everywhere = self.limit.new_full((len(self.queries),), limit)
         rows = torch.arange(len(self.queries), device=candidates.device)
         for name in self._ladder():
             found, columns, rows = self._sift(name, candidates, rows, everywhere)
@@ -215,7 +218,7 @@ class Searcher:
                     row, column = found[start : start + _PAIRS], columns[start : start + _PAIRS]
                     distance = pair_distances(self.queries, candidates, row, column).double()
                     near[column[distance * (1 + self._relative) + self._absolute < limit]] = True
-                    may = ~(distance * (1 - self._relative) - self._absolute >= limit) & ~near[column]
+                    may = (self._least(distance) < limit) & ~near[column]
                     exact = exact_distances(self.queries, candidates, row[may], column[may])
                     near[column[may][exact < limit]] = True
         if not len(rows):
@@ -240,24 +243,24 @@ class Searcher:
         """
         fetch = min(self.neighbours + _FETCH, len(candidates))
         with self._timed("search"):
-            near, far = self.queries - self._centre, candidates - self._centre
+            near, far = self.queries - self._plan.centre, candidates - self._plan.centre
             approximate, columns = flat(near, far, fetch)
             norms = near.double().square().sum(1) + far.double().square().sum(1).max()
             least = approximate.double() - 4 * screen.gamma(near.shape[1] + 4) * norms[:, None] - 4 * self._absolute
             overflown = (~torch.isfinite(approximate) | (columns < 0)).any(1)
-            rows, places = ((least <= self._reach(self._limit)[:, None]) & (columns >= 0)).nonzero(as_tuple=True)
+            rows, places = ((least <= self._reach(self.limit)[:, None]) & (columns >= 0)).nonzero(as_tuple=True)
         self._measure(candidates, ids, rows, columns[rows, places])
         self._count(len(self.queries) * len(candidates))
         unproved = overflown
         if fetch < len(candidates):
-            unproved = unproved | ~(least[:, -1] > self._reach(self._limit))
+            unproved = unproved | ~(least[:, -1] > self._reach(self.limit))
         rows = unproved.nonzero().flatten()
         self._count(widened=len(rows) * len(candidates))
         self._widen(candidates, ids, rows)
 
     def _seed(self, candidates: Tensor) -> None:
         """First limits: the distances of those candidates that the first sieve likes best, whatever they are."""
-        rows = self._limit.isinf().nonzero().flatten()
+        rows = self.limit.isinf().nonzero().flatten()
         sieve = self._sieve(self._ladder()[0])
         candidates = candidates[:_SEEDS]
         if not len(rows) or len(candidates) < self.neighbours or not sieve.usable:
@@ -274,59 +277,27 @@ class Searcher:
         with self._timed("rescore"):
             near = pair_distances(self.queries, candidates, rows.repeat_interleave(self.neighbours), best.flatten())
             most = near.double().view(-1, self.neighbours).amax(1) * (1 + self._relative) + self._absolute
-            self._limit[rows] = torch.minimum(self._limit[rows], most.nan_to_num(nan=torch.inf))
-
-    def _prepare(self, candidates: Tensor) -> None:
-        """Centre, basis and method, from the round's queries and the first block."""
-        queries = self.queries[:: max(1, len(self.queries) // _SAMPLE)]
-        candidates = candidates[:: max(1, len(candidates) // _SAMPLE)]
-        self._prepared = True
-        self._centre = candidates.double().mean(0).float()
-        around = torch.cat([queries, candidates]) - self._centre
-        if not torch.isfinite(around).all():
-            self._centre = torch.zeros_like(self._centre)
-            around = torch.cat([queries, candidates])
-        self._magnitude = float(around.abs().max())
-        dims = self.queries.shape[1]
-        if self.method == "auto" and len(self.queries) * max(len(candidates), self.expected) * dims < _SMALL:
-            self.method = "flat"
-        if self.method in ("auto", "projected"):
-            self._basis = screen.find_basis(around, max(WIDTHS))
-            self._departure = screen.departure(self._basis)
-        if self.method == "auto":
-            self.method, width = cheapest(
-                around[: len(queries)],
-                around[len(queries) :],
-                self._basis,
-                self._departure,
-                asked=len(self.queries),
-                expected=max(len(candidates), self.expected),
-            )
-            self._basis = self._basis[:, :width].contiguous()
-        elif self.method == "projected":
-            self._basis = self._basis[:, : WIDTHS[1]].contiguous()
+            self.limit[rows] = torch.minimum(self.limit[rows], most.nan_to_num(nan=torch.inf))
 
     def _sieve(self, name: str) -> Sieve:
         """The sieve of that name, made when first asked for."""
         if name not in self._sieves:
             with self._timed("project"):
-                basis = self._basis if name == "projected" else None
-                frame = screen.build_frame(
-                    self._centre, basis, self._magnitude, fastest_type(self.queries.device), self._departure
-                )
-                coarse = screen.coarsen(self.queries, frame)
-                self._sieves[name] = Sieve(
-                    frame=frame, a=screen.left(coarse, frame), square=coarse.square, usable=coarse.usable
-                )
+                frame = self._plan.frame(name)
+                self._sieves[name] = make_sieve(frame, screen.coarsen(self.queries, frame))
         return self._sieves[name]
 
     def _wide(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows as float64 around the centre, and their squared norms."""
-        centred = rows.double() - self._centre.double()
+        centred = rows.double() - self._plan.centre.double()
         return centred, centred.square().sum(1)
 
     def _wide_error(self, a_square: Tensor, b_square: Tensor) -> Tensor:
         return 8 * (self.queries.shape[1] + 8) * 2.0**-53 * (a_square[:, None] + b_square)
+
+    def _least(self, near: Tensor) -> Tensor:
+        """The least that squared distances can be which float32 takes for `near`; it overflows to infinity."""
+        return torch.where(near.isinf(), 0.0, near * (1 - self._relative) - self._absolute)
 
     def _reach(self, limit: Tensor) -> Tensor:
         """`limit` with the rounding of a float64 sum of d squares, since it is such sums that are compared."""
@@ -336,8 +307,7 @@ class Searcher:
         self._searched += searched
         self._widened += widened
 
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - start
+
+def make_sieve(frame: Frame, coarse: Coarse) -> Sieve:
+    """The sieve of a frame for the queries as it sees them."""
+    return Sieve(frame=frame, a=screen.left(coarse, frame), square=coarse.square, usable=coarse.usable)

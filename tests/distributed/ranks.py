@@ -1,0 +1,57 @@
+"""Real gloo ranks, each a process."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.conftest import environment
+
+WORKER = """
+import importlib, os, sys
+from datetime import timedelta
+import torch, torch.distributed as dist
+module, name = sys.argv[1].split(".")
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", timeout=timedelta(seconds=float(sys.argv[3])))
+result = getattr(importlib.import_module(f"tests.distributed.{module}"), name)(rank, world)
+torch.save(result, f"{sys.argv[2]}/rank{rank}.pt")
+if sys.argv[4] == "[]":  # with a rank missing there is nobody to say goodbye to
+    dist.destroy_process_group()
+os._exit(0)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def on_ranks(
+    case: str,  # module.function in tests/distributed, called with (rank, world)
+    world: int,
+    folder: Path,  # for what they return
+    *,
+    timeout: float = 120,  # seconds of the process group
+    missing: frozenset[int] | set[int] = frozenset(),  # ranks that return nothing
+) -> list[Any]:
+    """What each rank returned, in their order, without the missing."""
+    folder.mkdir(exist_ok=True)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, case, str(folder), str(timeout), str(sorted(missing))],
+            env=environment(**address, RANK=str(rank)),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    errors = [worker.communicate(timeout=200)[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * world, "\n".join(errors)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world) if rank not in missing]

@@ -1,0 +1,67 @@
+"""The search on real gloo ranks: the oracle's answer whoever holds what, one error for all, and never a hang."""
+
+import pytest
+import torch
+
+from tests.distributed.ranks import on_ranks
+from tests.match.problems import CASES, draw, oracle
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return {case: oracle(*problem) for case, problem in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    (found,) = on_ranks("search_cases.answers", 1, tmp_path_factory.mktemp("alone"))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_the_answer_is_the_oracles_on_every_world_size(world, expected, alone, tmp_path):
+    parts = on_ranks("search_cases.answers", world, tmp_path)
+    for name, (_, distances, ids) in alone.items():
+        rows, found, numbers = (torch.cat([part[name][i] for part in parts]) for i in range(3))
+        assert rows.tolist() == list(range(len(rows)))
+        assert numbers.tolist() == expected[name.split(", ")[0]][1][:, 0].tolist(), f"{name} on {world} ranks"
+        assert torch.equal(found, distances) and torch.equal(numbers, ids), f"{name} on {world} ranks"
+
+
+@pytest.mark.slow
+def test_what_is_less_travels(tmp_path):
+    parts = on_ranks("search_cases.travelling", 3, tmp_path)
+    few, many = draw(0, 40, 30), draw(1, 2000, 30)
+    for name, (queries, candidates) in {"queries": (few, many), "pool": (many, few)}.items():
+        assert torch.cat([part[name][2] for part in parts]).tolist() == oracle(queries, candidates, 3)[1].tolist()
+        assert all(0 < part[f"{name} received"] < many.numel() * 4 / 2 for part in parts)
+
+
+@pytest.mark.slow
+def test_what_is_wrong_on_one_rank_is_the_same_error_on_all(tmp_path):
+    parts = on_ranks("search_cases.refused", 3, tmp_path)
+    expected = {
+        "nan": "ValueError: nearest: NaN or infinity in the queries of rank 2, row 2",
+        "infinity": "ValueError: nearest: NaN or infinity in the candidates of rank 2, row 7",
+        "none": "ValueError: nearest: no rank has a candidate",
+        "dims": "ValueError: nearest: the rows of rank 2 have 2 values, those of rank 0 have 3",
+        "dtype": "ValueError: nearest: queries and candidates of rank 2 are float64, they must be float32",
+        "ids": f"ValueError: nearest: the ids of rank 2 leave [0, 2**62): it starts at {2**62 - 4}",
+        "size": "ValueError: nearest: block size, neighbours or rejection of rank 2 differ from rank 0's",
+        "neighbours": "ValueError: nearest: block size, neighbours or rejection of rank 2 differ from rank 0's",
+        "failing": "RuntimeError: nearest: rank 2 failed to make its candidates from row 4 on",
+        "afterwards": "5",
+    }
+    assert parts[0] == parts[1] == expected
+    assert parts[2] == expected | {"failing": "OSError: the disk is gone"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["lost", "silent"])
+def test_a_rank_that_dies_or_falls_silent_fails_the_others_in_time(how, tmp_path):
+    first, second = on_ranks(f"search_cases.{how}", 3, tmp_path, missing={2}, timeout=5)[:2]
+    for rank, part in enumerate((first, second)):
+        assert f"rank {rank} of 3 failed while" in part["told"]
+        assert "another rank died or did not answer within the process group's timeout" in part["told"]
+        assert part["seconds"] < 20
