@@ -242,21 +242,21 @@ class _Trouble:
 
     def make(self, blocks: Blocks, low: int, high: int, queries: Tensor) -> Tensor:
         """Candidates low to high; zeros in their stead once there was trouble."""
-        stead = queries.new_zeros(high - low, queries.shape[1])
+        shape = (high - low, queries.shape[1])
         if self.code or low == high:
-            return stead
+            return queries.new_zeros(shape)
         try:
             block = blocks.make(low, high).detach().to(queries.device)
         except Exception as error:  # whatever it is: it is raised again once no other rank waits for this one
             self.code, self.row, self.error = 3, low, error
-            return stead
-        if block.shape != stead.shape or block.dtype != stead.dtype:
+            return queries.new_zeros(shape)
+        if block.shape != shape or block.dtype != queries.dtype:
             self.code, self.row = 2, low
-            return stead
+            return queries.new_zeros(shape)
         bad = first_not_finite(block)
         if bad >= 0:
             self.code, self.row = 1, low + bad
-            return stead
+            return queries.new_zeros(shape)
         return block
 
     def blame(self, flags: list[list[int]]) -> None:

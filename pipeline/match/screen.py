@@ -49,7 +49,8 @@ LARGEST = 1e15
 _U = 2.0**-24
 _WORKING_SET = 6 << 20  # float32 values treated at once: they stay in the last-level cache
 _TILE = 2048  # queries a product: it stays in the last-level cache
-_FEW_GROUPS = 8  # so few survivors are always listed
+_FEW_GROUPS = 8  # so few groups are always listed
+_FEW_ROWS = 16  # one row of so many may always be listed
 
 
 @dataclass(kw_only=True, slots=True)
@@ -237,18 +238,22 @@ def right(coarse: Coarse, frame: Frame) -> Tensor:
 def survivors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs that may be near: (s,) rows of A in ascending order and (s,) rows of B; and (q,) bool: rows of A given up.
 
-    A row is given up, and has no pairs, if nearly every group has a survivor. A float's sign is its integer's, so the
-    largest integer of a group tells whether any of its candidates survives.
+    Rows of which nearly every group has a survivor are given up, and have no pairs, unless they are so few that listing
+    all of their survivors costs little. A float's sign is its integer's, so the largest integer of a group tells
+    whether any of its candidates survives.
     """
     whole = torch.int16 if a.dtype == torch.bfloat16 else torch.int32
     groups = len(b) // GROUP
     most = max(_FEW_GROUPS, groups * 7 // 8)
     none = torch.empty(0, dtype=torch.int64, device=a.device)
     rows, columns, given_up = [none], [none], [none.bool()]
+    tile = a.new_empty(min(_TILE, len(a)), len(b))  # one for all products: fresh memory costs as much as they do
     for start in range(0, len(a), _TILE):
-        signs = torch.mm(a[start : start + _TILE], b.T).view(whole).view(-1, groups, GROUP)
+        part = a[start : start + _TILE]
+        signs = torch.mm(part, b.T, out=tile[: len(part)]).view(whole).view(-1, groups, GROUP)
         alive = signs.amax(2) >= 0
         heavy = alive.sum(1) > most
+        heavy &= heavy.sum() * _FEW_ROWS > len(part)
         row, group = (alive & ~heavy[:, None]).nonzero(as_tuple=True)
         which, member = (signs[row, group] >= 0).nonzero(as_tuple=True)
         rows.append(row[which] + start)

@@ -29,7 +29,6 @@ _FETCH = 8  # candidates that `flat` asks for beyond the k wanted
 _SEEDS = 2048  # candidates of the first block that the first limits come from
 _WIDE_ROWS = 512
 _WORKING_SET, _LEAST_ROWS = 6 << 20, 512  # float32 values searched at once stay in the last-level cache
-_FEW = 32  # given up queries that are measured against all of a block
 _PAIRS = 1 << 20  # pairs measured at once
 
 
@@ -144,13 +143,7 @@ class Searcher:
             a, square = (sieve.a, sieve.square) if len(rows) == len(sieve.a) else (sieve.a[rows], sieve.square[rows])
             a[:, -3:] = screen.limit_columns(square, sieve.frame, self._reach(limit[rows]))
             found, columns, given_up = screen.survivors(a, screen.right(coarse, sieve.frame))
-            found, rows = rows[found], rows[given_up]
-            if len(rows) > _FEW:
-                return found, columns, rows
-            # Few are measured against every candidate sooner than the block is prepared for the next sieve.
-            everyone = torch.arange(len(candidates), device=rows.device)
-            found = torch.cat([found, rows.repeat_interleave(len(everyone))])
-            return found, torch.cat([columns, everyone.repeat(len(rows))]), none
+        return rows[found], columns, rows[given_up]
 
     def _measure(self, candidates: Tensor, ids: Tensor, rows: Tensor, columns: Tensor) -> None:
         """Keep what is nearest of the pairs (rows, columns): in float32 what can be, in float64 what is."""
