@@ -15,7 +15,7 @@ from pipeline.match.exchange import Ranks, ranks_of
 from pipeline.match.order import NO_ID, keep_least
 from pipeline.match.plan import METHODS, Plan, make_plan, share_plan
 from pipeline.match.screen import Coarse, coarsen
-from pipeline.match.search import Searcher, Watch
+from pipeline.match.search import SEEDS, Searcher, Watch
 
 MAX_ID = 2**62
 
@@ -120,6 +120,11 @@ def search(
         if skip is not None and len(skip):
             left = ~torch.isin(ids, skip.to(ids.device))
             block, ids = block[left.to(block.device)], ids[left]
+        if step == 0 and not trouble.code:
+            searcher.seed(block, SEEDS // (ranks.world if by_queries else 1))
+        if step == 0 and by_queries:
+            with watch("exchange"):
+                searcher.limit = ranks.least(searcher.limit)
         if not trouble.code:
             searcher.add(block, ids)
         if by_queries:

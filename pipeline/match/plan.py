@@ -20,7 +20,7 @@ WIDTHS = (55, 119, 183, 247)
 """Projected coordinates that are considered: with those that `screen` adds, multiples of 64."""
 
 _USUAL = 119  # coordinates for who asks for `projected`
-_SAMPLE = 512  # rows of either side that the basis is found from
+_SAMPLE, _SAMPLE_VALUES = (256, 512), 4 << 20  # rows of either side, and float32 values, the basis is found from
 _PROBE = 256  # queries that are tried
 _SMALL = 1e9  # multiply-adds of a flat search below which preparing anything else cannot pay
 _SETTLED = 0.3  # of the candidates that survive a probe's limits survive those of a whole search
@@ -63,8 +63,8 @@ def make_plan(
 ) -> Plan:
     """The plan of a search, at a cost that is small beside it."""
     asked, dims = queries.shape
-    queries = queries[:: max(1, asked // _SAMPLE)]
-    candidates = candidates[:: max(1, len(candidates) // _SAMPLE)]
+    rows = min(max(_SAMPLE_VALUES // dims, _SAMPLE[0]), _SAMPLE[1])
+    queries, candidates = queries[:: -(-asked // rows) or 1], candidates[:: -(-len(candidates) // rows)]
     centre = candidates.double().mean(0).float()
     around = torch.cat([queries, candidates]) - centre
     if not torch.isfinite(around).all():

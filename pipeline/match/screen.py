@@ -48,7 +48,7 @@ LARGEST = 1e15
 
 _U = 2.0**-24
 _WORKING_SET = 6 << 20  # float32 values treated at once: they stay in the last-level cache
-_TILE = 2048  # queries a product: it stays in the last-level cache
+_TILE = 1024  # rows of A a product: it stays in the last-level cache, beside other ranks' tiles
 _FEW_GROUPS = 8  # so few groups are always listed
 _FEW_ROWS = 16  # one row of so many may always be listed
 
@@ -177,9 +177,10 @@ def look(rows: Tensor, frame: Frame) -> Sight:
     if frame.basis is None:
         values = centred
     else:
-        values = centred.new_zeros(len(rows), frame.basis.shape[1])
+        seen = centred.new_zeros(frame.basis.shape[1], len(rows))
         for part, basis in zip(centred.split(CHUNK, 1), frame.basis.split(CHUNK), strict=True):
-            values += part @ basis
+            seen += basis.T @ part.T  # this way round any number of directions is as fast as a round one
+        values = seen.T
     return Sight(
         values=values * frame.scale,
         square=torch.stack(squares).sum(0) * frame.scale**2,

@@ -26,7 +26,7 @@ from pipeline.match.plan import Plan
 from pipeline.match.screen import Coarse, Frame
 
 _FETCH = 8  # candidates that `flat` asks for beyond the k wanted
-_SEEDS = 2048  # candidates of the first block that the first limits come from
+SEEDS = 2048  # candidates that the first limits come from
 _WIDE_ROWS = 512
 _WORKING_SET, _LEAST_ROWS = 6 << 20, 512  # float32 values searched at once stay in the last-level cache
 _PAIRS = 1 << 20  # pairs measured at once
@@ -96,6 +96,29 @@ class Searcher:
         """Share of (query, candidate) pairs that the first sieve decided."""
         return 1 - self._widened / max(1, self._searched)
 
+    def seed(self, candidates: Tensor, most: int = SEEDS) -> None:
+        """Lower the limits to the distances of those of some candidates that the first sieve likes best.
+
+        Any candidate's distance is a limit, as long as it will be added and not be rejected; `add` keeps it.
+        """
+        candidates = candidates[:most].to(self.queries.device).contiguous()
+        k = self.neighbours
+        if self._plan.method == "flat" or self.reject is not None or len(candidates) < k or not len(self.queries):
+            return
+        sieve = self._sieve(self._plan.method)
+        with self._timed("project"):
+            coarse = screen.coarsen(candidates, sieve.frame)
+        if not (sieve.usable and coarse.usable):
+            return
+        with self._timed("search"):
+            b = screen.right(coarse, sieve.frame)[: len(candidates)].T
+            sieve.a[:, -3:] = 0
+            best = torch.cat([(part @ b).topk(k, dim=1).indices for part in sieve.a.split(_WIDE_ROWS)])
+        with self._timed("rescore"):
+            rows = torch.arange(len(best), device=best.device).repeat_interleave(k)
+            near = pair_distances(self.queries, candidates, rows, best.flatten()).double().view(-1, k).amax(1)
+            self.limit = torch.minimum(self.limit, near * (1 + self._relative) + self._absolute)
+
     def add(self, candidates: Tensor, ids: Tensor) -> None:
         """Search a block: candidates (n, d) float32 finite, ids (n,) int64 ascending."""
         if len(self.queries):
@@ -116,7 +139,6 @@ class Searcher:
         if self._plan.method == "flat":
             self._add_flat(candidates, ids)
             return
-        self._seed(candidates)
         self._count(len(self.queries) * len(candidates))
         rows = torch.arange(len(self.queries), device=ids.device)
         for name in self._ladder():
@@ -250,27 +272,6 @@ class Searcher:
         rows = unproved.nonzero().flatten()
         self._count(widened=len(rows) * len(candidates))
         self._widen(candidates, ids, rows)
-
-    def _seed(self, candidates: Tensor) -> None:
-        """First limits: the distances of those candidates that the first sieve likes best, whatever they are."""
-        rows = self.limit.isinf().nonzero().flatten()
-        sieve = self._sieve(self._ladder()[0])
-        candidates = candidates[:_SEEDS]
-        if not len(rows) or len(candidates) < self.neighbours or not sieve.usable:
-            return
-        with self._timed("project"):
-            coarse = screen.coarsen(candidates, sieve.frame)
-        if not coarse.usable:
-            return
-        with self._timed("search"):
-            b = screen.right(coarse, sieve.frame)[: len(candidates)].T
-            a = sieve.a
-            a[:, -3:] = 0
-            best = torch.cat([(part @ b).topk(self.neighbours, dim=1).indices for part in a[rows].split(_WIDE_ROWS)])
-        with self._timed("rescore"):
-            near = pair_distances(self.queries, candidates, rows.repeat_interleave(self.neighbours), best.flatten())
-            most = near.double().view(-1, self.neighbours).amax(1) * (1 + self._relative) + self._absolute
-            self.limit[rows] = torch.minimum(self.limit[rows], most.nan_to_num(nan=torch.inf))
 
     def _sieve(self, name: str) -> Sieve:
         """The sieve of that name, made when first asked for."""
