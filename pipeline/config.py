@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,9 @@ class TrainConfig:
     threads: int = 0
     """CPU threads a rank; 0: this machine's cores shared among its ranks."""
 
+    timeout: int = 600
+    """Seconds a rank waits for the others before it fails."""
+
 
 @dataclass(kw_only=True, slots=True)
 class ReportConfig:
@@ -115,7 +118,10 @@ class Config:
     """auto: go on from the newest complete checkpoint of run.path; never: start anew, refusing a folder in use."""
 
 
-FREE_TO_CHANGE = ("data.workers", "data.trace", "report.", "checkpoint.", "run.", "train.threads", "resume")
+FREE_TO_CHANGE = (
+    *("data.workers", "data.trace", "match.method", "train.threads", "train.timeout"),
+    *("report.", "checkpoint.", "run.", "resume"),
+)
 """Keys that a resumed run may change: they do not touch what is computed. Anything else differing is an error."""
 
 
@@ -157,10 +163,15 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def flatten(config: Config) -> dict[str, Any]:
     """{'section.key': value} for every setting."""
-    flat: dict[str, Any] = {}
-    for name, value in to_dict(config).items():
-        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
+    return dict(_leaves(to_dict(config)))
+
+
+def _leaves(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -177,12 +188,16 @@ MOST = 2**62
 """Larger numbers mean nothing in any setting, and overflow where they are used."""
 
 MOST_THREADS = 1024
+MOST_SECONDS = 10**7
 
 
 def check(config: Config) -> None:
     """InputError on values that no run can have; what depends on the data or the world is checked where it is known."""
     train, match = config.train, config.match
-    positive = ("train.images", "train.batch", "train.passes", "train.lr", "report.rounds", "checkpoint.rounds")
+    positive = (
+        *("train.images", "train.batch", "train.passes", "train.lr", "train.timeout"),
+        *("report.rounds", "checkpoint.rounds"),
+    )
     least_zero = (
         *("train.lr_end", "train.warmup", "train.weight_decay", "train.clip", "train.threads"),
         *("report.pictures", "checkpoint.keep", "data.workers", "seed"),
@@ -196,6 +211,8 @@ def check(config: Config) -> None:
             raise InputError(f"{key} is empty: name a folder")
     if train.threads > MOST_THREADS:
         raise InputError(f"train.threads is {train.threads}: at most {MOST_THREADS}; 0 takes this machine's cores")
+    if train.timeout > MOST_SECONDS:
+        raise InputError(f"train.timeout is {train.timeout} seconds: at most {MOST_SECONDS}")
     for key in positive:
         if not flat[key] > 0:
             raise InputError(f"{key} is {flat[key]}: it must be positive")

@@ -6,6 +6,7 @@ a round's start goes on exactly as if it had never stopped.
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from pipeline.config import Config, TrainConfig, to_dict
 from pipeline.data.samples import scaled
 from pipeline.data.stream import Stream
 from pipeline.errors import InputError
+from pipeline.evaluate.encoder import load_encoder
 from pipeline.match import latents
 from pipeline.match.matcher import Match, match_round
+from pipeline.match.space import SpaceConfig, check_space
 from pipeline.model.networks import build_network
 from pipeline.model.objectives import losses
 from pipeline.run import Learned, Position, claim, restore, save
@@ -42,6 +45,7 @@ def train(config: Config, accelerator: Accelerator) -> bool:
         torch.manual_seed(config.seed)  # the first weights, the same on every rank
         bare = build_network(config.model, stream.manifest.shape).to(accelerator.device)
         latents.check_law(config.match.latents, stream.manifest.shape)
+        features = open_features(config.match.space, stream.manifest.shape, accelerator.device)
     with together(accelerator):
         newest, lock = claim(config) if rank == 0 else (None, None)
     newest = newest if rank == 0 else newest_checkpoint(Path(config.run.path) / "checkpoints")
@@ -60,6 +64,7 @@ def train(config: Config, accelerator: Accelerator) -> bool:
         images_seen=position.images_seen,
         config=yaml.safe_dump(to_dict(config), sort_keys=False),
     )
+    described = ""
     with stream, monitor:
         if position.round >= rounds:
             monitor.say(f"nothing left to do: {config.run.path} has seen its {position.images_seen} images")
@@ -77,7 +82,10 @@ def train(config: Config, accelerator: Accelerator) -> bool:
 
             # Match: the latent whose sample is nearest to each image, out of the whole pool.
             draw = Drawing(config, round, stream.manifest.shape, accelerator.device, learned.spectrum)
-            match = find_match(config, bare, draw, images, rank, world) if config.objective.needs_match else None
+            match = find_match(config, bare, draw, images, features) if config.objective.needs_match else None
+            if match and match.described != described:
+                described = match.described
+                monitor.say(described)
             clock.append(time.perf_counter())
 
             # Fit: a few passes of SGD on (image, its latent).
@@ -95,7 +103,7 @@ def train(config: Config, accelerator: Accelerator) -> bool:
                 )
             last = round + 1 == rounds
             if match:
-                values |= match_values(match, accelerator)
+                values |= match.values
             if last or (round + 1) % config.report.rounds == 0:
                 values |= speed_values(clock, trained) | {"seconds/training": position.seconds}
                 monitor.scalars(values, position.images_seen, round=round, step=position.step)
@@ -142,6 +150,14 @@ class Drawing:
         """Standard normals (len(ids), *shape), independent of the latents."""
         return latents.normal(self.config.seed, self.round, ids, self.shape, self.device, stream=latents.NOISE)
 
+    def jittered(self, ids: Tensor, numbers: Tensor) -> Tensor:
+        """The latents of matched ids with match.jitter's noise, which is that of the images' numbers."""
+        drawn = self.latents(ids)
+        if not self.config.match.jitter:
+            return drawn
+        noise = latents.normal(self.config.seed, self.round, numbers, self.shape, self.device, stream=latents.JITTER)
+        return drawn + self.config.match.jitter * noise
+
 
 def open_stream(config: Config, rank: int, world: int) -> Stream:
     """This rank's stream; InputError where the data, the world and the batch do not go together."""
@@ -179,7 +195,24 @@ def build_learner(config: Config, bare: nn.Module, accelerator: Accelerator) -> 
     return Learned(network=bare, optimizer=optimizer, ema=ema), network
 
 
-def find_match(config: Config, bare: nn.Module, draw: Drawing, images: Tensor, rank: int, world: int) -> Match:
+def open_features(
+    space: SpaceConfig, shape: tuple[int, ...], device: torch.device
+) -> Callable[[Tensor], Tensor] | None:
+    """The encoder of the match's space, if it has one; InputError where space and data do not go together."""
+    check_space(space, shape)
+    if not space.features:
+        return None
+    encoder = load_encoder(space.encoder)
+    if encoder.shape not in (None, shape):
+        raise InputError(f"match.space.encoder '{space.encoder}' reads {encoder.shape}, these images are {shape}")
+    if encoder.network:
+        encoder.network.to(device)
+    return encoder.features
+
+
+def find_match(
+    config: Config, bare: nn.Module, draw: Drawing, images: Tensor, features: Callable[[Tensor], Tensor] | None
+) -> Match:
     """Collective: the match of this rank's images in the pool of all ranks."""
 
     @torch.inference_mode()
@@ -187,7 +220,7 @@ def find_match(config: Config, bare: nn.Module, draw: Drawing, images: Tensor, r
         made: Tensor = bare(draw.latents(ids))
         return made
 
-    return match_round(images, sample, pool=config.match.pool, block=config.match.block, rank=rank, world=world)
+    return match_round(images, sample, config.match, features)
 
 
 def fit(
@@ -213,13 +246,13 @@ def fit(
             lr = learning_rate(config.train, position.images_seen, budget)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            # Numbers that no other image of the round has, in any pass: for fresh latents and fresh noise.
+            # Numbers that no other image of the round has, in any pass: for fresh latents, fresh noise and jitter.
             fresh = rows + count * (rank + turn * accelerator.num_processes)
             terms = losses(
                 config.objective,
                 network,
                 images[rows],
-                draw.latents(match.ids[rows] if match else fresh),
+                draw.jittered(match.ids[rows], fresh) if match else draw.latents(fresh),
                 noise=draw.noise(fresh) if config.objective.needs_noise else None,
                 frozen=learned.network,
             )
@@ -253,14 +286,6 @@ def learning_rate(config: TrainConfig, seen: int, budget: int) -> float:
         return config.lr * (seen + config.batch) / (warmup + config.batch)
     share = (seen - warmup) / max(1, budget - warmup)
     return config.lr_end + (config.lr - config.lr_end) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-
-
-def match_values(match: Match, accelerator: Accelerator) -> dict[str, float]:
-    """Collective: the mean squared distance of the match, and this rank's seconds in its parts."""
-    count, distance = total([float(len(match.distances)), float(match.distances.sum())], accelerator)
-    return {"match/distance": distance / count} | {
-        f"seconds/{name}": seconds for name, seconds in match.seconds.items()
-    }
 
 
 def speed_values(clock: list[float], images: int) -> dict[str, float]:

@@ -23,7 +23,7 @@ def main() -> None:
     with exit_on_input_error("train"):
         config = parse(sys.argv[1:])
         set_threads(config.train.threads)
-        accelerator = build_accelerator()
+        accelerator = build_accelerator(config.train.timeout)
         try:
             with together(accelerator):
                 if accelerator.is_main_process:

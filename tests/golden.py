@@ -38,7 +38,10 @@ def trace(name: str, data: str, folder: Path) -> list[dict[str, float]]:
     command = train_command(*options, *recipe, *TRACES[name])
     subprocess.run(command, env=environment(), check=True, capture_output=True)
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in entry.items() if key.startswith(("loss/", "match/"))} for entry in entries]
+    return [
+        {key: value for key, value in entry.items() if (key.startswith("loss/") or key == "match/distance")}
+        for entry in entries
+    ]
 
 
 def main() -> None:

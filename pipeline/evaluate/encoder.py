@@ -19,7 +19,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
@@ -115,24 +115,35 @@ def names() -> list[str]:
 
 
 def load_encoder(name: str) -> Encoder:
-    """The shipped encoder of that name, or 'pixels'. Raises InputError naming what there is."""
+    """The shipped encoder of that name, 'pixels', or the one in the safetensors file of that path.
+
+    Raises InputError naming what there is, or what is wrong with the file.
+    """
     if name == "pixels":
         return Encoder(name="pixels")
-    path = FOLDER / f"{name}.safetensors"
+    path = Path(name) if name.endswith(".safetensors") else FOLDER / f"{name}.safetensors"
     if not path.is_file():
-        raise InputError(f"no encoder {name!r} in {FOLDER}; there are {', '.join([*names(), 'pixels'])}")
-    with safe_open(path, framework="pt") as file:
-        metadata = dict(file.metadata())
-        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-    channels, size, _ = shape = tuple(json.loads(metadata["shape"]))
-    labels = tuple(json.loads(metadata["labels"]))
-    network = Classifier(channels=channels, size=size, classes=len(labels), width=int(metadata["width"]))
-    network.load_state_dict(weights)
+        known = ", ".join([*names(), "pixels"])
+        raise InputError(f"no encoder {name!r} in {path.parent}; there are {known}, or give a .safetensors file's path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+        channels, size, _ = shape = tuple(json.loads(metadata["shape"]))
+        labels = tuple(json.loads(metadata["labels"]))
+        network = Classifier(channels=channels, size=size, classes=len(labels), width=int(metadata["width"]))
+        network.load_state_dict(weights)
+        accuracy = float(metadata["accuracy"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{path} is no encoder as `python -m pipeline.evaluate.train_encoder` writes them "
+            f"({type(error).__name__}: {error})"
+        ) from None
     network.eval().requires_grad_(False)
     return Encoder(
         name=name,
         network=network,
-        accuracy=float(metadata["accuracy"]),
+        accuracy=accuracy,
         labels=labels,
         shape=shape,
         metadata=metadata,

@@ -5,7 +5,10 @@ of a 128-bit counter, so any row can be drawn at any time, on any device, withou
 takes exactly one 32-bit draw (Box-Muller turns two into two), never a rejection, so positions are fixed.
 
     key      seed, low word | seed, high word
-    counter  block of four draws | round | id, low word | id, high word with the stream in its top two bits
+    counter  block of four draws | round | id, low word | id, high word
+
+Two bits of a stream's number are the top ones of the id's high word, its next two those of the block. So a stream has
+counters that no other has, and under one key no two draws coincide; a key changed for it would be another seed's.
 """
 
 import math
@@ -20,9 +23,9 @@ from pipeline.errors import InputError
 LAWS = ("gaussian", "smooth4", "mixture", "fourier")
 """Laws by name; the number of `smooth` may be any from 1 to 64."""
 
-LATENT, SCALE, IMAGINARY, NOISE = 0, 1, 2, 3
-"""Streams: independent draws for one (seed, round, id). Latents; the mixture's offset and scale; the imaginary part of
-the fourier law; noise that an objective adds to images."""
+LATENT, SCALE, IMAGINARY, NOISE, JITTER = 0, 1, 2, 3, 4
+"""Streams, 16 at most: independent draws for one (seed, round, id). Latents; the mixture's offset and scale; the
+imaginary part of the fourier law; noise that an objective adds to images; noise added to matched latents."""
 
 MAX_ID = 2**62
 _WORD = 0xFFFFFFFF
@@ -155,16 +158,17 @@ def _rows(
 ) -> Tensor:
     size = math.prod(shape)
     blocks = -(-size // 4)
+    assert blocks <= 2**30
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < MAX_ID:
         raise ValueError(f"latent ids must lie in [0, 2**62): got {int(ids.min())} to {int(ids.max())}")
     ids = ids.to(device)
     out = torch.empty(len(ids), blocks, 4, dtype=torch.float32, device=device)
     key = (seed & _WORD, (seed >> 32) & _WORD)
-    block = torch.arange(blocks, device=device)
+    block = torch.arange(blocks, device=device) | (stream >> 2) << 30
     rows = max(1, _CHUNK // max(blocks, 1))
     for start in range(0, len(ids), rows):
         part = ids[start : start + rows, None]
-        high = (part >> 32) | (stream << 30)
+        high = (part >> 32) | (stream & 3) << 30
         counter = (block, torch.full_like(part, round), part & _WORD, high)
         for lane, values in enumerate(transform(philox(counter, key))):
             out[start : start + rows, :, lane] = values

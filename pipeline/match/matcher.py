@@ -1,15 +1,37 @@
-"""A round's match: generate a pool of samples, and tell every image the id of its nearest one in the whole pool."""
+"""A round's match: generate a pool of samples, and tell every image which of them f shall pull towards it."""
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.errors import InputError
+from pipeline.match.exchange import Ranks, ranks_of
 from pipeline.match.latents import check_law
-from pipeline.match.nearest import nearest
+from pipeline.match.nearest import Blocks, Found, search
+from pipeline.match.plan import METHODS
+from pipeline.match.space import SpaceConfig, embed
+
+ASSIGNMENTS = ("free", "one_to_one")
+
+PROBE = 1024
+"""Samples of the pool on which `reject_share` is measured, rounded up to whole blocks."""
+
+HELD_ROWS, HELD_VALUES = 4096, 2**26
+"""Samples, and float32 values, of the pool that are held at once: at most these, but at least a block. A part of the
+pool with no more values is kept while one_to_one searches it again; a larger one is generated again."""
+
+NEIGHBOURS, MOST_PAIRS = 16, 2**22
+"""one_to_one: samples that an image asks for at first, twice as many each time it asks again; at most these in all."""
+
+COSTS = {"make": "generate", "project": "project", "search": "search", "rescore": "rescore", "exchange": "exchange"}
+"""What the search calls the parts of its time, and what they are reported as."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -23,8 +45,25 @@ class MatchConfig:
     latents: str = "smooth4"
     """Law of the latents: gaussian, smoothG (G x G normals enlarged), mixture (half flat) or fourier (IGN's)."""
 
+    jitter: float = 0.0
+    """Standard deviation of normal noise added to the matched latents when fitting; up to 0.01 in the literature."""
+
+    assignment: str = "free"
+    """free: each image's nearest sample, which several may share; one_to_one: nearest pairs first, each sample once."""
+
+    reject: float = 0.0
+    """L2 distance below which a sample is too near to any image to be matched (RS-IMLE's epsilon); 0: none is."""
+
+    reject_share: float = 0.0
+    """Share of the pool to reject: sets that distance anew each round."""
+
+    space: SpaceConfig = field(default_factory=SpaceConfig)
+
     block: int = 512
     """Samples generated at once. The pool is cut into the same blocks on every world size, so samples are the same."""
+
+    method: str = "auto"
+    """How to search: flat, projected, rounded, or auto, which tries them. The match is the same."""
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1e6:
@@ -32,6 +71,24 @@ class MatchConfig:
         if self.round < 1 or self.block < 1:
             raise InputError(f"match.round={self.round} and match.block={self.block} must be at least 1")
         check_law(self.latents)
+        for name, allowed in (("assignment", ASSIGNMENTS), ("method", METHODS)):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"match.{name} is '{getattr(self, name)}': choose one of {', '.join(allowed)}")
+        for name in ("jitter", "reject"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"match.{name} is {getattr(self, name)}: it must be a number from 0 on")
+        if not 0 <= self.reject_share < 1:
+            raise InputError(f"match.reject_share is {self.reject_share}: it must lie in [0, 1)")
+        if self.reject and self.reject_share:
+            raise InputError(
+                f"match.reject={self.reject} and match.reject_share={self.reject_share} both set the distance of "
+                "rejection: leave one of them 0"
+            )
+        if self.assignment == "one_to_one" and self.pool < self.round:
+            raise InputError(
+                f"match.assignment=one_to_one gives every image a sample of its own and match.ratio={self.ratio} makes "
+                f"{self.pool} for {self.round} images: use --match.ratio=1 or more"
+            )
 
     @property
     def pool(self) -> int:
@@ -41,38 +98,206 @@ class MatchConfig:
 @dataclass(kw_only=True, slots=True)
 class Match:
     ids: Tensor
-    """(n,) int64: latent id of the nearest pool sample of each image of this rank."""
+    """(n,) int64: latent id of the pool sample of each image of this rank."""
 
     distances: Tensor
-    """(n,) float32: squared L2 distance to it."""
+    """(n,) float32: squared L2 distance to it, in the space of the match."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Time to generate the pool and to search it."""
+    described: str = ""
+    """How it was searched, in words."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    """What to report of it, over all ranks and so the same on each."""
 
 
 def match_round(
     images: Tensor,  # (n, *shape) float32: this rank's images of the round
     sample: Callable[[Tensor], Tensor],  # ids (b,) -> samples (b, *shape): f(z) without gradient
-    *,
-    pool: int,  # samples in the whole pool
-    block: int,  # samples generated at once
-    rank: int,
-    world: int,
+    config: MatchConfig,
+    features: Callable[[Tensor], Tensor] | None = None,  # of match.space.encoder, where it has a weight
 ) -> Match:
-    """Collective. The pool is generated in fixed blocks of ids, dealt to the ranks in contiguous runs."""
+    """Collective. The pool is generated in fixed blocks of ids, dealt to the ranks in contiguous runs.
+
+    The match is the same for every world size that shares out the same images in the same order. Raises InputError on
+    every rank if rejection leaves too few samples.
+    """
     start = time.perf_counter()
-    first, last = block_range(pool, block, rank, world)
-    candidates = torch.empty(last - first, images[0].numel())
-    for low in range(first, last, block):
-        high = min(low + block, last)
-        candidates[low - first : high - first] = sample(torch.arange(low, high)).flatten(1).float().cpu()
-    generated = time.perf_counter()
-    distances, ids = nearest(images.flatten(1), candidates, first)
-    searched = time.perf_counter()
-    return Match(ids=ids, distances=distances, seconds={"generate": generated - start, "search": searched - generated})
+    ranks = ranks_of(None)
+    counts = ranks.table([len(images)])[:, 0].tolist()
+    number = sum(counts[: ranks.rank])  # of this rank's first image
+    queries = embed(images, config.space, features, number=number)
+
+    # Rejection: the squared distance below which a sample is too near.
+    reject = config.reject * config.reject if config.reject else None
+    if config.reject_share:
+        whole = -(-PROBE // config.block) * config.block
+        probe, _ = share_pool(config, sample, features, queries.shape[1], ranks, pool=min(config.pool, whole))
+        made = probe.make(0, probe.rows) if probe.rows else queries[:0]
+        near = search(made, queries, number, method=config.method).distances
+        near = ranks.gather(near, ranks.table([len(near)])[:, 0].tolist()).flatten().sort().values
+        reject = float(near[int(config.reject_share * len(near))])
+    prepared = time.perf_counter() - start
+
+    # Search, as often as the assignment asks.
+    blocks, first = share_pool(config, sample, features, queries.shape[1], ranks, pool=config.pool)
+    searches: list[Found] = []
+
+    def find(rows: Tensor, neighbours: int, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Squared distances and ids (len(rows), neighbours) of the nearest samples of some images of this rank."""
+        everyone = reject is not None or len(rows) == len(queries)  # images that ask for nothing reject all the same
+        asking = queries if everyone else queries[rows]
+        found = search(asking, blocks, first, method=config.method, neighbours=neighbours, reject=reject, skip=skip)
+        searches.append(found)
+        if len(searches) == 1:
+            check_left(config, found.rejected, reject, sum(counts))
+        distances, ids = found.distances.cpu(), found.ids.cpu()
+        return (distances[rows], ids[rows]) if everyone else (distances, ids)
+
+    if config.assignment == "one_to_one":
+        distances, ids = assign_once(find, ranks, counts)
+    else:
+        distances, ids = (best[:, 0] for best in find(torch.arange(len(queries)), 1))
+
+    # Report.
+    pairs = ranks.gather(torch.stack([distances.view(torch.int64), ids], dim=1), counts)
+    values = spread(pairs[:, 0].view(torch.float64).numpy()) | {"match/used": len(pairs[:, 1].unique()) / len(pairs)}
+    values["match/rejected"] = searches[0].rejected / config.pool
+    if reject is not None:
+        values["match/reject"] = math.sqrt(reject)
+    values |= costs(searches, prepared, ranks)
+    return Match(
+        ids=ids,
+        distances=distances.float(),
+        values=values,
+        described=f"match: {searches[0].method}, every rank is sent the {searches[0].travelled}",
+    )
+
+
+def share_pool(
+    config: MatchConfig,
+    sample: Callable[[Tensor], Tensor],  # as in match_round
+    features: Callable[[Tensor], Tensor] | None,  # as in match_round
+    dims: int,  # values of an embedding
+    ranks: Ranks,
+    *,
+    pool: int,  # samples, whole blocks or all of them
+) -> tuple[Blocks, int]:
+    """This rank's part of the samples with ids [0, pool), embedded when they are searched, and the id of its first."""
+    first, last = block_range(pool, config.block, ranks.rank, ranks.world)
+    again = config.assignment == "one_to_one" and (last - first) * dims <= HELD_VALUES
+    kept: dict[int, Tensor] = {}
+
+    def make(low: int, high: int) -> Tensor:
+        if low in kept:
+            return kept[low]
+        ids = torch.arange(first + low, first + high)
+        samples = torch.cat([sample(block) for block in ids.split(config.block)])
+        made = embed(samples, config.space, features, number=first + low)
+        if again:
+            kept[low] = made
+        return made
+
+    held = min(HELD_ROWS, HELD_VALUES // dims)
+    return Blocks(rows=last - first, make=make, size=max(1, held // config.block) * config.block), first
 
 
 def block_range(pool: int, block: int, rank: int, world: int) -> tuple[int, int]:
     """The ids [first, last) of the pool that `rank` generates: whole blocks, as even as they go."""
     blocks = -(-pool // block)
     return min(pool, blocks * rank // world * block), min(pool, blocks * (rank + 1) // world * block)
+
+
+def check_left(config: MatchConfig, rejected: int, reject: float | None, images: int) -> None:
+    """InputError unless rejection leaves a sample, and under one_to_one one for each of `images`."""
+    left = config.pool - rejected
+    if left >= (images if config.assignment == "one_to_one" else 1):
+        return
+    wanted = f"{images} images with match.assignment=one_to_one" if left else f"{images} images"
+    key = "match.reject_share" if config.reject_share else "match.reject"
+    raise InputError(
+        f"{left} of the pool's {config.pool} samples are left for {wanted}: {rejected} lie nearer than "
+        f"{math.sqrt(reject or 0):.4g} to an image and were rejected; lower {key}, or raise match.ratio"
+    )
+
+
+def assign_once(
+    find: Callable[[Tensor, int, Tensor | None], tuple[Tensor, Tensor]],  # as in match_round
+    ranks: Ranks,
+    counts: list[int],  # images of each rank
+) -> tuple[Tensor, Tensor]:
+    """Collective: squared distance float64 and id, each (n,), of the sample that each image of this rank gets.
+
+    Of all pairs of an image and a sample the least by (distance, number of the image, id) is taken, of all pairs of
+    the images and samples that remain again the least, and so on. Every rank does this by itself on the nearest few
+    samples of each image; an image that finds all of its own taken asks for more, and until then nothing that comes
+    after its last one is settled.
+    """
+    edges = np.cumsum([0, *counts])
+    answers = np.zeros((edges[-1], 2), np.int64)  # of each image: the distance's bits, and the id
+    known = np.zeros((0, 3), np.int64)  # pairs of the images that are not settled: the distance's bits, image, id
+    settled = np.zeros(0, np.int64)  # ids
+    asking, neighbours = np.arange(edges[-1]), NEIGHBOURS
+    while len(asking):
+        parts = np.split(asking, np.searchsorted(asking, edges[1:-1]))
+        rows = torch.from_numpy(parts[ranks.rank] - edges[ranks.rank])
+        distances, ids = find(rows, neighbours, torch.from_numpy(np.sort(settled)) if len(settled) else None)
+        pairs = torch.stack([distances.view(torch.int64), ids], dim=2)
+        found = ranks.gather(pairs, [len(part) for part in parts]).numpy().reshape(-1, 2)
+        found = np.insert(found, 1, np.repeat(asking, neighbours), axis=1)[found[:, 1] >= 0]
+        known = np.concatenate([known[~np.isin(known[:, 1], asking)], found])
+        known = known[np.lexsort((known[:, 2], known[:, 1], known[:, 0]))]  # the bits of numbers from 0 on ascend
+        taken, asking = take_in_order(known[:, 1], known[:, 2], settled)
+        answers[known[taken, 1]] = known[taken][:, [0, 2]]
+        settled = np.concatenate([settled, known[taken, 2]])
+        known = known[~np.isin(known[:, 1], known[taken, 1])]
+        neighbours = max(NEIGHBOURS, min(2 * neighbours, MOST_PAIRS // max(1, len(asking))))
+    mine = torch.from_numpy(answers[edges[ranks.rank] : edges[ranks.rank + 1]])
+    return mine[:, 0].contiguous().view(torch.float64), mine[:, 1].contiguous()
+
+
+def take_in_order(
+    images: NDArray[np.int64],  # (p,): of pairs in the order in which they are taken
+    ids: NDArray[np.int64],  # (p,)
+    gone: NDArray[np.int64],  # ids that are taken already
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The pairs (rows) that are taken whatever pairs are still unknown, and the images that find all of theirs taken.
+
+    A pair that is not known comes after all known ones of its image. So what is taken up to where the first image finds
+    its last sample taken is settled. The rest is only played through, to see which images will ask for more.
+    """
+    left, matched, used = Counter(images.tolist()), set[int](), set(gone.tolist())
+    taken, starved = list[int](), list[int]()
+    for pair, (image, id) in enumerate(zip(images.tolist(), ids.tolist(), strict=True)):
+        left[image] -= 1
+        if image in matched:
+            continue
+        if id not in used:
+            matched.add(image)
+            used.add(id)
+            if not starved:
+                taken.append(pair)
+        elif not left[image]:
+            starved.append(image)
+    return np.array(taken, np.int64), np.array(sorted(starved), np.int64)
+
+
+def spread(distances: NDArray[np.float64]) -> dict[str, float]:
+    """Mean and quantiles of the squared distances of a match."""
+    quantiles = np.quantile(distances, (0.1, 0.5, 0.9))
+    return {"match/distance": float(distances.mean())} | {
+        f"match/distance_{name}": float(value) for name, value in zip(("p10", "p50", "p90"), quantiles, strict=True)
+    }
+
+
+def costs(searches: list[Found], prepared: float, ranks: Ranks) -> dict[str, float]:
+    """Collective: what the searches of a match took; of seconds and bytes, those of the rank that has most of each."""
+    seconds = dict.fromkeys(COSTS, 0.0) | {"make": prepared}
+    for found in searches:
+        seconds = {name: spent + found.seconds.get(name, 0.0) for name, spent in seconds.items()}
+    received = ranks.received + sum(found.received for found in searches)
+    mine = torch.tensor([[searches[0].proved, float(received), *seconds.values()]], dtype=torch.float64)
+    everyone = ranks.gather(mine, [1] * ranks.world)
+    most = everyone.max(0).values.tolist()
+    return {"match/proved": float(everyone[:, 0].mean()), "match/received": most[1]} | {
+        f"seconds/{COSTS[name]}": spent for name, spent in zip(seconds, most[2:], strict=True)
+    }

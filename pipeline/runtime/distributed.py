@@ -13,7 +13,9 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from pipeline.errors import InputError
 
 
-def build_accelerator(timeout: timedelta = timedelta(minutes=10)) -> Accelerator:
+def build_accelerator(
+    timeout: float = 600,  # seconds a rank waits for the others in a collective before it fails
+) -> Accelerator:
     """The engine that the launcher's configuration names, over gloo where there is no GPU."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ:
@@ -23,7 +25,8 @@ def build_accelerator(timeout: timedelta = timedelta(minutes=10)) -> Accelerator
         )
     # Said outright, since Accelerate takes ranks without a GPU for unconnected ones unless told that they are CPUs.
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)] if several else [])
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[patience] if several else [])
     if several and accelerator.distributed_type == DistributedType.NO:
         # Ranks that do not average their gradients would each train alone, at the same cost and without a word.
         raise InputError(

@@ -1,12 +1,15 @@
 """What the ranks of test_ranks.py run. Every case shares one fixed problem out among however many ranks there are."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.match import latents
-from pipeline.match.matcher import match_round
-from pipeline.match.nearest import nearest
+from pipeline.loop import open_features
+from pipeline.match import latents, matcher
+from pipeline.match.matcher import Match, MatchConfig, match_round
+from pipeline.match.space import SpaceConfig
 from pipeline.model.networks import NetworkConfig, build_network
 
 
@@ -20,54 +23,50 @@ def draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def searched(queries: Tensor, candidates: Tensor, rank: int, world: int) -> dict[str, Tensor]:
-    mine, _ = share(queries, rank, world)
-    pool, first = share(candidates, rank, world)
-    distances, ids = nearest(mine, pool, first)
-    return {"distances": distances, "ids": ids}
-
-
-def search(rank: int, world: int) -> dict[str, Tensor]:
-    return searched(draw(0, 901, 50), draw(1, 4001, 50), rank, world)
-
-
-def near_duplicates(rank: int, world: int) -> dict[str, Tensor]:
-    base = draw(2, 500, 64)
-    pool = torch.cat([base, base + 1e-7 * draw(3, 500, 64), base[:100], base]) + 100
-    return searched(base[:400] + 0.2 * draw(4, 400, 64) + 100, pool, rank, world)
-
-
-def uneven(rank: int, world: int) -> dict[str, Tensor]:
-    """The last rank has every candidate and the first every query; there are fewer of either than ranks like."""
-    queries, pool = draw(5, 300, 12), draw(6, 5, 12)
-    mine = queries if rank == 0 else queries[:0]
-    candidates = pool if rank == world - 1 else pool[:0]
-    distances, ids = nearest(mine, candidates, 0)
-    return {"distances": distances, "ids": ids}
-
-
-def match(rank: int, world: int) -> dict[str, Tensor]:
+def matched(setting: dict[str, Any], rank: int, world: int) -> Match:
     """A round's match by a real network: samples and so ids must not depend on who generates them."""
     torch.manual_seed(0)
-    network = build_network(NetworkConfig(width=8, code=16), (1, 12, 12)).eval()
+    network = build_network(NetworkConfig(width=8, code=16), (1, 8, 8)).eval()
 
     @torch.inference_mode()
     def sample(ids: Tensor) -> Tensor:
-        return network(latents.draw("mixture", 1, 2, ids, (1, 12, 12)))
+        return network(latents.draw("mixture", 1, 2, ids, (1, 8, 8)))
 
-    images, _ = share(draw(7, 360, 1, 12, 12).tanh(), rank, world)
-    found = match_round(images, sample, pool=1000, block=64, rank=rank, world=world)
-    return {"distances": found.distances, "ids": found.ids}
+    matcher.NEIGHBOURS = 2  # so few that images ask again
+    images, _ = share(draw(7, 360, 1, 8, 8).tanh(), rank, world)
+    config = MatchConfig(round=360, ratio=1000 / 360, block=64, **setting)
+    return match_round(images, sample, config, open_features(config.space, (1, 8, 8), torch.device("cpu")))
 
 
-def refused(rank: int, world: int) -> dict[str, str]:
+SETTINGS: dict[str, dict[str, Any]] = {
+    "free": {},
+    "reject": {"reject": 4.6},
+    "reject_share": {"reject_share": 0.3},
+    "one_to_one": {"assignment": "one_to_one"},
+    "one_to_one of the rest": {"assignment": "one_to_one", "reject_share": 0.3},
+    "space": {
+        "space": SpaceConfig(pixels=0.5, reduced=1.0, side=4, features=0.1, encoder="digits-cnn64"),
+        "assignment": "one_to_one",
+    },
+}
+
+
+def match(rank: int, world: int) -> dict[str, dict[str, Any]]:
+    """What must not depend on the world size: ids, distances, and all that is reported but what it cost."""
+    answers = {}
+    for name, setting in SETTINGS.items():
+        found = matched(setting, rank, world)
+        values = {key: value for key, value in found.values.items() if key.startswith("match/")}
+        values = {key: value for key, value in values.items() if key not in ("match/proved", "match/received")}
+        answers[name] = {"ids": found.ids, "distances": found.distances, "values": values}
+    return answers
+
+
+def rejected(rank: int, world: int) -> dict[str, str]:
     messages = {}
-    pool = draw(0, 4, 3)
-    for name, candidates in (("nan", pool / pool.new_tensor(float(1 - rank))), ("none", pool[:0])):
+    for assignment in ("free", "one_to_one"):
         try:
-            nearest(draw(1, 5, 3), candidates * (0 if name == "nan" and rank else 1), 0)
+            matched({"reject": 1e3, "assignment": assignment}, rank, world)
         except InputError as error:
-            raise AssertionError("a fault of the program is no InputError") from error
-        except ValueError as error:
-            messages[name] = str(error)
+            messages[assignment] = str(error)
     return messages

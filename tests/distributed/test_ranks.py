@@ -1,69 +1,32 @@
 """Real gloo ranks: the same match, the same errors on all, and no hang."""
 
 import json
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import SMALL, environment
-
-WORKER = """
-import json, os, sys
-import torch, torch.distributed as dist
-from tests.distributed import cases
-rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-result = getattr(cases, sys.argv[1])(rank, world)
-torch.save(result, f"{sys.argv[2]}/rank{rank}.pt")
-dist.destroy_process_group()
-"""
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
-def on_ranks(case: str, world: int, folder: Path) -> list[dict[str, object]]:
-    """Run tests/distributed/cases.py:case(rank, world) on that many processes; what each returned."""
-    folder.mkdir(exist_ok=True)
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, case, str(folder)],
-            env=environment(**address, RANK=str(rank)),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    errors = [worker.communicate(timeout=120)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0] * world, "\n".join(errors)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
+from tests.conftest import SMALL
+from tests.distributed.ranks import on_ranks
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["search", "near_duplicates", "uneven", "match"])
-def test_the_match_is_the_same_on_every_world_size(case, tmp_path):
-    (alone,) = on_ranks(case, 1, tmp_path / "1")
+def test_the_match_is_the_same_on_every_world_size_whatever_is_set(tmp_path):
+    (alone,) = on_ranks("cases.match", 1, tmp_path / "1")
+    assert len({tuple(answer["ids"].tolist()) for answer in alone.values()}) == len(alone)
     for world in (2, 3):
-        parts = on_ranks(case, world, tmp_path / str(world))
-        for key in ("distances", "ids"):
-            together = torch.cat([part[key] for part in parts])
-            assert torch.equal(together, alone[key]), f"{case}: {key} on {world} ranks"
+        parts = on_ranks("cases.match", world, tmp_path / str(world))
+        for setting, answer in alone.items():
+            for key in ("distances", "ids"):
+                together = torch.cat([part[setting][key] for part in parts])
+                assert torch.equal(together, answer[key]), f"{setting}: {key} on {world} ranks"
+            assert all(part[setting]["values"] == answer["values"] for part in parts)
 
 
 @pytest.mark.slow
-def test_what_is_wrong_on_one_rank_is_an_error_on_all(tmp_path):
-    for part in on_ranks("refused", 2, tmp_path):
-        assert part["nan"] == "nearest: NaN or infinity in the candidates of rank 1"
-        assert part["none"] == "nearest: no rank has a candidate"
+def test_rejection_that_leaves_too_few_is_an_error_on_all(tmp_path):
+    first, second = on_ranks("cases.rejected", 2, tmp_path)
+    assert first == second and set(first) == {"free", "one_to_one"}
+    assert "lower match.reject, or raise match.ratio" in first["free"]
 
 
 @pytest.mark.slow

@@ -1,11 +1,52 @@
-"""The pool is the same for every world size, and each image learns its nearest sample's id."""
+"""The pool is the same for every world size, and each image learns the id of the sample it shall pull."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from pipeline.config import Config, differences, flatten, from_dict
 from pipeline.errors import InputError
+from pipeline.loop import Drawing
+from pipeline.match import latents, matcher
 from pipeline.match.matcher import MatchConfig, block_range, match_round
 from pipeline.match.nearest import nearest
+from pipeline.model.networks import NetworkConfig, build_network
+from tests.conftest import SMALL
+
+
+def draw(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+TABLE, IMAGES = draw(0, 700, 1, 4, 4), draw(1, 90, 1, 4, 4)
+
+
+def match_table(images=IMAGES, table=TABLE, **setting):
+    """The match of images in a pool that is a table."""
+    return match_round(images, table.__getitem__, configured(len(images), len(table), **setting))
+
+
+def configured(images, pool, *, block=256, **setting):
+    return MatchConfig(ratio=pool / images, round=images, block=block, **setting)
+
+
+def exact(images, table):
+    return (images.flatten(1)[:, None].double() - table.flatten(1).double()).square().sum(2).numpy()
+
+
+def greedy(distances, left):
+    """For each row the column in `left` that it gets where the least pair is taken, again and again."""
+    pairs = sorted((distances[row, column], row, column) for row in range(len(distances)) for column in left)
+    found, used = {}, set()
+    for _, row, column in pairs:
+        if row not in found and column not in used:
+            found[row] = column
+            used.add(column)
+    return [found[row] for row in range(len(distances))]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
@@ -19,22 +60,216 @@ def test_ranks_share_the_pool_in_whole_blocks(world, pool, block):
 
 
 def test_each_image_gets_its_nearest_sample():
-    table = torch.randn(700, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    images = torch.randn(90, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     asked = []
 
     def sample(ids):
         asked.append(len(ids))
-        return table[ids]
+        return TABLE[ids]
 
-    match = match_round(images, sample, pool=700, block=256, rank=0, world=1)
-    distances, ids = nearest(images.flatten(1), table.flatten(1), 0)
+    match = match_round(IMAGES, sample, configured(90, 700))
+    distances, ids = nearest(IMAGES.flatten(1), TABLE.flatten(1), 0)
     assert torch.equal(match.ids, ids) and torch.equal(match.distances, distances)
-    assert asked == [256, 256, 188]
-    assert set(match.seconds) == {"generate", "search"}
+    assert set(asked) == {256, 188}
 
 
-@pytest.mark.parametrize("setting", [{"ratio": 0}, {"round": 0}, {"block": 0}, {"latents": "cauchy"}])
-def test_nonsense_is_refused(setting):
-    with pytest.raises(InputError, match="match."):
+def test_the_pool_is_held_in_parts_of_whole_blocks(monkeypatch):
+    whole = match_table(block=50)
+    made = []
+
+    def sample(ids):
+        made.append(ids)
+        return TABLE[ids]
+
+    monkeypatch.setattr(matcher, "HELD_ROWS", 120)
+    match = match_round(IMAGES, sample, configured(90, 700, block=50))
+    assert torch.equal(match.ids, whole.ids) and torch.equal(match.distances, whole.distances)
+    assert all(int(ids[0]) % 50 == 0 and len(ids) == 50 for ids in made)
+
+
+def test_matched_latents_drawn_anew_are_those_of_the_pool():
+    torch.manual_seed(0)
+    network = build_network(NetworkConfig(width=8, code=16), (1, 12, 12)).eval()
+    made = {}
+
+    @torch.inference_mode()
+    def sample(ids):
+        drawn = latents.draw("mixture", 1, 2, ids, (1, 12, 12))
+        samples = network(drawn)
+        made.update(zip(ids.tolist(), zip(drawn, samples, strict=True), strict=True))
+        return samples
+
+    images = draw(7, 100, 1, 12, 12).tanh()
+    match = match_round(images, sample, configured(100, 300, block=64))
+    again = latents.draw("mixture", 1, 2, match.ids, (1, 12, 12))
+    assert torch.equal(again, torch.stack([made[id][0] for id in match.ids.tolist()]))
+    samples = torch.stack([made[id][1] for id in match.ids.tolist()])
+    distances = (samples.double() - images.double()).square().flatten(1).sum(1)
+    torch.testing.assert_close(match.distances, distances.float(), rtol=1e-6, atol=0)
+
+
+def test_samples_too_near_to_any_image_are_rejected():
+    distances = exact(IMAGES, TABLE)
+    epsilon = float(np.sqrt(np.quantile(distances.min(0), 0.3)))
+    match = match_table(reject=epsilon)
+    left = distances.min(0) >= epsilon**2
+    assert match.ids.tolist() == np.where(left, distances, np.inf).argmin(1).tolist()
+    assert match.values["match/rejected"] == pytest.approx(1 - left.mean())
+    assert match.values["match/reject"] == pytest.approx(epsilon)
+
+
+@pytest.mark.parametrize("block", [50, 256, 900])
+def test_a_share_is_measured_on_the_first_samples_of_the_pool(block, monkeypatch):
+    monkeypatch.setattr(matcher, "PROBE", 320)
+    match = match_table(reject_share=0.4, block=block)
+    near = exact(IMAGES, TABLE).min(0)
+    probe = np.sort(near[: min(700, -(-320 // block) * block)])
+    threshold = probe[int(0.4 * len(probe))]
+    assert match.values["match/reject"] == pytest.approx(np.sqrt(threshold))
+    assert match.values["match/rejected"] == pytest.approx((near < threshold).mean())
+    assert match.ids.tolist() == np.where(near >= threshold, exact(IMAGES, TABLE), np.inf).argmin(1).tolist()
+
+
+def test_rejection_that_leaves_too_few_is_refused():
+    with pytest.raises(InputError, match="0 of the pool's 700 samples are left for 90 images: .* lower match.reject,"):
+        match_table(reject=1e3)
+    with pytest.raises(InputError, match="for 90 images with match.assignment=one_to_one: .*lower match.reject_share,"):
+        match_table(reject_share=0.95, assignment="one_to_one")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    images=st.integers(1, 25),
+    more=st.integers(0, 30),
+    levels=st.integers(1, 6),
+    neighbours=st.integers(1, 5),
+    reject=st.sampled_from([0.0, 1.0]),
+)
+def test_one_to_one_takes_the_least_pair_again_and_again(seed, images, more, levels, neighbours, reject):
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randint(levels, (images, 1, 1, 3), generator=generator).float()
+    table = torch.randint(levels, (images + more, 1, 1, 3), generator=generator).float()
+    distances = exact(queries, table)
+    left = np.flatnonzero(distances.min(0) >= reject**2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matcher, "NEIGHBOURS", neighbours)  # so few that images ask again
+        setting = {"assignment": "one_to_one", "reject": reject, "block": 8}
+        if len(left) < images:
+            with pytest.raises(InputError, match="are left for"):
+                match_table(queries, table, **setting)
+            return
+        match = match_table(queries, table, **setting)
+    assert match.ids.tolist() == greedy(distances, left)
+    assert match.distances.tolist() == pytest.approx(distances[range(images), match.ids].tolist())
+    assert match.values["match/used"] == 1
+
+
+def test_images_that_all_want_the_same_samples_ask_few_times(monkeypatch):
+    """As with a network that is not trained, whose samples lie close together: all images put them in one order."""
+    searches = []
+    search = matcher.search
+    monkeypatch.setattr(matcher, "search", lambda *given, **more: searches.append(1) or search(*given, **more))
+    images, table = draw(2, 300, 1, 1, 6).abs(), 0.01 * draw(3, 320, 1, 1, 1).expand(-1, 1, 1, 6)
+    match = match_table(images, table, assignment="one_to_one")
+    assert match.ids.tolist() == greedy(exact(images, table), range(320))
+    assert len(searches) <= 6
+
+
+def test_what_is_reported_of_a_match():
+    match = match_table()
+    distances = exact(IMAGES, TABLE).min(1)
+    for name, value in (("", distances.mean()), ("_p10", np.quantile(distances, 0.1)), ("_p50", np.median(distances))):
+        assert match.values[f"match/distance{name}"] == pytest.approx(value)
+    assert match.values["match/used"] == len(match.ids.unique()) / 90
+    assert match.values["match/rejected"] == 0 and 0 <= match.values["match/proved"] <= 1
+    seconds = {key for key in match.values if key.startswith("seconds/")}
+    assert seconds == {f"seconds/{part}" for part in ("generate", "project", "search", "rescore", "exchange")}
+    assert match.described.startswith("match: ")
+
+
+def test_jitter_is_small_noise_of_the_images_number():
+    def drawing(jitter, round=3):
+        config = Config(match=MatchConfig(latents="gaussian", jitter=jitter), seed=5)
+        return Drawing(config, round, (1, 8, 8), torch.device("cpu"), None)
+
+    ids, numbers = torch.tensor([4, 4, 9, 2**40]), torch.arange(4)
+    plain = drawing(0.0).latents(ids)
+    assert torch.equal(drawing(0.0).jittered(ids, numbers), plain)
+    noise = (drawing(0.01).jittered(ids, numbers) - plain) / 0.01
+    assert float(noise.std()) == pytest.approx(1, abs=0.15) and not torch.equal(noise[0], noise[1])
+    turned = drawing(0.01).jittered(ids.flip(0), numbers.flip(0)).flip(0)
+    assert torch.equal(turned, drawing(0.01).jittered(ids, numbers))
+    other = (drawing(0.01, round=4).jittered(ids, numbers) - drawing(0.0, round=4).latents(ids)) / 0.01
+    assert abs(float(torch.corrcoef(torch.stack([noise.flatten(), other.flatten()]))[0, 1])) < 0.25
+
+
+def test_the_stream_of_jitter_is_one_more_and_the_others_are_as_they_were():
+    id = torch.tensor([2**40 + 3])
+    streams = [latents.normal(3, 2, id, (4096,), stream=stream)[0] for stream in range(5)]
+    known = [
+        (1.281032, 0.375587, -0.697792),
+        (1.996212, -0.159794, 0.173945),
+        (-0.107616, 0.760758, 0.988626),
+        (2.26861, -0.963138, 1.208663),
+    ]
+    for stream, values in zip(streams[:4], known, strict=True):
+        assert stream[[0, 1, 8]].tolist() == pytest.approx(values, abs=1e-5)
+    assert (torch.corrcoef(torch.stack(streams)) - torch.eye(5)).abs().max() < 0.08
+    assert not torch.isin(streams[latents.JITTER], torch.cat(streams[:4])).any()
+
+
+@pytest.mark.parametrize(
+    ("setting", "key"),
+    [
+        ({"ratio": 0}, "match.ratio"),
+        ({"round": 0}, "match.round"),
+        ({"block": 0}, "match.block"),
+        ({"latents": "cauchy"}, "match.latents"),
+        ({"jitter": -0.1}, "match.jitter"),
+        ({"jitter": float("nan")}, "match.jitter"),
+        ({"assignment": "fair"}, "match.assignment is 'fair': choose one of free, one_to_one"),
+        ({"assignment": "one_to_one", "ratio": 0.5}, "match.ratio=0.5"),
+        ({"reject": -1.0}, "match.reject "),
+        ({"reject": float("inf")}, "match.reject "),
+        ({"reject_share": 1.0}, "match.reject_share"),
+        ({"reject": 1.0, "reject_share": 0.5}, "match.reject=1.0 and match.reject_share=0.5 both"),
+        ({"method": "magic"}, "match.method is 'magic': choose one of auto"),
+    ],
+)
+def test_nonsense_is_refused(setting, key):
+    with pytest.raises(InputError, match=key):
         MatchConfig(**setting)
+
+
+def test_the_method_may_change_within_a_run_and_the_space_may_not():
+    other = Config()
+    other.match.method, other.train.timeout = "flat", 60
+    assert differences(Config(), other) == []
+    other.match.space.pixels = 0.5
+    assert differences(Config(), other) == ["match.space.pixels: 1.0 there, 0.5 now"]
+    assert "match.space.encoder" in flatten(other)
+    for text, message in (
+        ({"match": {"space": {"pixel": 1}}}, "did you mean 'match.space.pixels'"),
+        ({"train": {"timeout": 0}}, "train.timeout is 0: it must be positive"),
+        ({"train": {"timeout": 10**9}}, "train.timeout is 1000000000 seconds: at most"),
+        ({"match": {"space": {"pixels": 1e300}}}, "match.space.pixels is 1e\\+300: it must be a finite number"),
+    ):
+        with pytest.raises(InputError, match=message):
+            from_dict(text, where="here")
+
+
+@pytest.mark.slow
+def test_a_run_with_everything_set_reports_it(train, digits, tmp_path):
+    options = [
+        *(f"--data.path={digits}", "--run.path=run", *SMALL, "--match.assignment=one_to_one", "--match.jitter=0.01"),
+        *("--match.reject_share=0.2", "--match.space.reduced=1", "--match.space.side=4", "--match.space.features=0.1"),
+        *("--match.space.encoder=digits-cnn64", "--train.images=1024"),
+    ]
+    done = train(*options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "match: " in done.stdout + done.stderr
+    entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(entries) == 4
+    for entry in entries:
+        assert entry["match/used"] == 1 and 0.05 < entry["match/rejected"] < 0.4
+        assert entry["match/reject"] > 0 and entry["match/distance_p10"] <= entry["match/distance_p90"]

@@ -1,0 +1,110 @@
+"""Where distance is measured: pixels, the image at a lower resolution, features of a frozen encoder, or a mixture.
+
+For images of D values the squared distance is
+
+    D x (sum over the parts of weight x mean squared difference of that part's values)
+
+so pixels alone at weight 1 are the plain sum of squared differences, a reduced image counts for the pixels that its
+values average, and equal weights weigh equal mean squares. An image's embedding is its parts, each times the root of
+its factor, one after another: the search itself knows only plain squared distances.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.errors import InputError
+
+ROWS = 256
+"""Images embedded at once, always as many."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SpaceConfig:
+    pixels: float = 1.0
+    """Weight of the pixels; of the coordinates where the data are points."""
+
+    reduced: float = 0.0
+    """Weight of the image averaged down to `side` x `side`."""
+
+    side: int = 8
+    """Height and width, in pixels, of the reduced image."""
+
+    features: float = 0.0
+    """Weight of the encoder's features; 0.006 makes those of mnist-cnn64 count as much as MNIST's pixels."""
+
+    encoder: str = ""
+    """Frozen encoder: the name of a shipped one (mnist-cnn64, ...) or the path of a safetensors file of that kind."""
+
+    def __post_init__(self) -> None:
+        weights = {name: getattr(self, name) for name in ("pixels", "reduced", "features")}
+        for name, weight in weights.items():
+            if not 0 <= weight < math.inf:
+                raise InputError(f"match.space.{name} is {weight}: a weight is at least 0")
+        if not any(weights.values()):
+            raise InputError(
+                "match.space.pixels, match.space.reduced and match.space.features are all 0: no distance is left"
+            )
+        if self.side < 1:
+            raise InputError(f"match.space.side is {self.side}: it must be at least 1")
+        if self.features and not self.encoder:
+            raise InputError(f"match.space.features is {self.features}: name its match.space.encoder")
+        if self.encoder and not self.features:
+            raise InputError(f"match.space.encoder is '{self.encoder}': give match.space.features a weight above 0")
+
+
+def check_space(config: SpaceConfig, shape: tuple[int, ...]) -> None:
+    """InputError unless samples of that shape have every part that is given a weight."""
+    for name in ("reduced", "features"):
+        if getattr(config, name) and len(shape) != 3:
+            raise InputError(f"match.space.{name} is for images, these are points: leave it 0")
+    if config.reduced and config.side > min(shape[1:]):
+        raise InputError(
+            f"match.space.side is {config.side}, larger than these {shape[1]}x{shape[2]} images: use less than that"
+        )
+
+
+def embed(
+    images: Tensor,  # (n, *shape)
+    config: SpaceConfig,
+    features: Callable[[Tensor], Tensor] | None = None,  # images (b, *shape) -> (b, e): where they have a weight
+    *,
+    number: int = 0,  # of the first image
+) -> Tensor:
+    """(n, d) float32 whose squared L2 distances are those of the space.
+
+    A row does not depend on what it comes with: matrix products may round a row by its place and their size, so image
+    i is always computed at row i % ROWS of a batch of ROWS, filled up with zeros.
+    """
+    if not config.reduced and not config.features:
+        return _parts(images, config, None)
+    rows = []
+    for start in range(-(number % ROWS), max(1, len(images)), ROWS):
+        before, part = max(0, -start), images[max(0, start) : start + ROWS]
+        batch = images.new_zeros(ROWS, *images.shape[1:])
+        batch[before : before + len(part)] = part
+        rows.append(_parts(batch, config, features)[before : before + len(part)])
+    return torch.cat(rows)
+
+
+def _parts(images: Tensor, config: SpaceConfig, features: Callable[[Tensor], Tensor] | None) -> Tensor:
+    images = images.float()
+    parts = []
+    if config.pixels:
+        parts.append(_scaled(images.flatten(1), config.pixels, images))
+    if config.reduced:
+        reduced = F.adaptive_avg_pool2d(images, (config.side, config.side))
+        parts.append(_scaled(reduced.flatten(1), config.reduced, images))
+    if config.features:
+        assert features is not None, "a weight for features needs an encoder"
+        parts.append(_scaled(features(images).float(), config.features, images))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _scaled(part: Tensor, weight: float, images: Tensor) -> Tensor:
+    factor = math.sqrt(weight * images.shape[1:].numel() / part.shape[1])
+    return part if factor == 1 else part * factor
