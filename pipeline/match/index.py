@@ -4,20 +4,31 @@ import faiss
 import torch
 from torch import Tensor
 
+_ROWS = 4096
 _WORKING_SET = 1 << 17  # float64 values treated at once: they stay in the second-level cache
 
 
 def flat(queries: Tensor, candidates: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` nearest candidates as float32 sees them: squared L2 (q, count) float32 and rows (q, count) int64."""
     if queries.is_cuda:
-        distances = torch.cdist(queries, candidates).square()
-        near = distances.topk(count, dim=1, largest=False)
-        return near.values, near.indices
+        if hasattr(faiss, "StandardGpuResources"):  # a GPU build
+            from faiss.contrib import torch_utils  # noqa: F401  (teaches it tensors)
+
+            near: tuple[Tensor, Tensor] = faiss.knn_gpu(faiss.StandardGpuResources(), queries, candidates, count)
+            return near
+        parts = [pairwise(part, candidates).topk(count, dim=1, largest=False) for part in queries.split(_ROWS)]
+        return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
     faiss.omp_set_num_threads(torch.get_num_threads())
     index = faiss.IndexFlatL2(queries.shape[1])
     index.add(candidates.contiguous().numpy())
     found, rows = index.search(queries.contiguous().numpy(), count)
     return torch.from_numpy(found), torch.from_numpy(rows)
+
+
+def pairwise(queries: Tensor, candidates: Tensor) -> Tensor:
+    """Squared L2 (q, n) float32 by a matrix product: fast, and as inexact as cancellation makes it."""
+    squares = queries.square().sum(1)[:, None] + candidates.square().sum(1)
+    return (squares - 2 * (queries @ candidates.T)).clamp(min=0)
 
 
 def pair_distances(queries: Tensor, candidates: Tensor, query_rows: Tensor, candidate_rows: Tensor) -> Tensor:

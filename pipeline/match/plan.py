@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.match import screen
 from pipeline.match.exchange import Ranks
+from pipeline.match.index import pairwise
 from pipeline.match.screen import Frame
 
 METHODS = ("auto", "flat", "projected", "rounded")
@@ -54,6 +55,7 @@ class Plan:
         return screen.build_frame(self.centre, basis, self.magnitude, self.dtype, self.departure)
 
 
+@screen.full_precision()
 def make_plan(
     queries: Tensor,  # (q, d) float32: the round's
     candidates: Tensor,  # (n, d) float32: some of the pool's, n >= 1
@@ -143,12 +145,6 @@ def cheapest(
                 + pairs * share * _SETTLED * (rates.pair + dims * rates.value)
             )
     return min(costs, key=lambda choice: costs[choice])
-
-
-def pairwise(queries: Tensor, candidates: Tensor) -> Tensor:
-    """Squared L2 (q, n) float32, by a matrix product: roughly."""
-    squares = queries.square().sum(1)[:, None] + candidates.square().sum(1)
-    return (squares - 2 * (queries @ candidates.T)).clamp(min=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,8 @@ The corrections of 2 to 4 are products of a number of the query and a number of 
 with kappa = 2 eta (1 + eta) + 2 g, every number rounded up, and squares written as three bfloat16 numbers (24 bits).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -109,6 +111,20 @@ class Coarse:
         return not len(self.length) or float(self.length.max()) < LARGEST  # NaN is not below anything
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products as the bound assumes them: float32 ones not in TF32 or bfloat16, and bfloat16 ones summed in float32."""
+    precision, cuda = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul
+    reduced = cuda.allow_bf16_reduced_precision_reduction
+    torch.set_float32_matmul_precision("highest")
+    cuda.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        cuda.allow_bf16_reduced_precision_reduction = reduced
+
+
 def build_frame(
     centre: Tensor,  # (d,) float32
     basis: Tensor | None,  # (d, p) float32 with nearly orthonormal columns
@@ -143,7 +159,7 @@ def find_basis(
     """
     rows = rows / rows.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(len(rows), min(width, *rows.shape), generator=generator).to(rows.device)
+    start = torch.randn(len(rows), min(width, *rows.shape), generator=generator, dtype=rows.dtype).to(rows.device)
     spanned = (rows.T @ torch.linalg.qr(rows @ (rows.T @ start)).Q).double()
     values, turn = torch.linalg.eigh(spanned.T @ spanned)
     kept = values > 1e-12 * values[-1]  # directions that there are at all
@@ -159,6 +175,7 @@ def departure(basis: Tensor) -> float:
     return float(torch.linalg.matrix_norm(wide.T @ wide - identity))
 
 
+@full_precision()
 def coarsen(rows: Tensor, frame: Frame) -> Coarse:
     """Rows (n, d) float32 as the frame sees them."""
     parts = [roughen(look(part, frame), frame) for part in rows.split(max(1, _WORKING_SET // rows.shape[1]))]

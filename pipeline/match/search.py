@@ -96,6 +96,7 @@ class Searcher:
         """Share of (query, candidate) pairs that the first sieve decided."""
         return 1 - self._widened / max(1, self._searched)
 
+    @screen.full_precision()
     def seed(self, candidates: Tensor, most: int = SEEDS) -> None:
         """Lower the limits to the distances of those of some candidates that the first sieve likes best.
 
@@ -119,6 +120,7 @@ class Searcher:
             near = pair_distances(self.queries, candidates, rows, best.flatten()).double().view(-1, k).amax(1)
             self.limit = torch.minimum(self.limit, near * (1 + self._relative) + self._absolute)
 
+    @screen.full_precision()
     def add(self, candidates: Tensor, ids: Tensor) -> None:
         """Search a block: candidates (n, d) float32 finite, ids (n,) int64 ascending."""
         if len(self.queries):

@@ -170,3 +170,20 @@ def test_blocks_that_are_not_what_they_should_be_are_refused():
         nearest(draw(0, 5, 4), blocks(bad), 0)
     with pytest.raises(ZeroDivisionError):
         nearest(draw(0, 5, 4), Blocks(rows=5, make=lambda low, high: draw(0, 1 // 0, 4)), 0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_settings_that_make_products_coarser_change_nothing(method):
+    """As training may set them: the bounds stand on products that are what they say."""
+    queries, candidates = CASES["low rank"]
+    expected = nearest(queries, candidates, 0, method="flat")
+    before = torch.get_float32_matmul_precision(), torch.get_default_dtype()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        torch.set_default_dtype(torch.float64)
+        found = nearest(queries.clone().requires_grad_(), candidates.T.contiguous().T, 0, method=method)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.set_default_dtype(before[1])
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
