@@ -122,25 +122,28 @@ def match_round(
     every rank if rejection leaves too few samples.
     """
     start = time.perf_counter()
-    ranks = ranks_of(None)
+    ranks, searches = ranks_of(None), list[Found]()
     counts = ranks.table([len(images)])[:, 0].tolist()
     number = sum(counts[: ranks.rank])  # of this rank's first image
     queries = embed(images, config.space, features, number=number)
+    prepared = time.perf_counter() - start
 
     # Rejection: the squared distance below which a sample is too near.
     reject = config.reject * config.reject if config.reject else None
     if config.reject_share:
         whole = -(-PROBE // config.block) * config.block
         probe, _ = share_pool(config, sample, features, queries.shape[1], ranks, pool=min(config.pool, whole))
+        clock = time.perf_counter()
         made = probe.make(0, probe.rows) if probe.rows else queries[:0]
-        near = search(made, queries, number, method=config.method).distances
+        prepared += time.perf_counter() - clock
+        searches.append(search(made, queries, number, method=config.method))
+        near = searches[0].distances
         near = ranks.gather(near, ranks.table([len(near)])[:, 0].tolist()).flatten().sort().values
         reject = float(near[int(config.reject_share * len(near))])
-    prepared = time.perf_counter() - start
 
     # Search, as often as the assignment asks.
     blocks, first = share_pool(config, sample, features, queries.shape[1], ranks, pool=config.pool)
-    searches: list[Found] = []
+    probes = len(searches)
 
     def find(rows: Tensor, neighbours: int, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Squared distances and ids (len(rows), neighbours) of the nearest samples of some images of this rank."""
@@ -148,28 +151,31 @@ def match_round(
         asking = queries if everyone else queries[rows]
         found = search(asking, blocks, first, method=config.method, neighbours=neighbours, reject=reject, skip=skip)
         searches.append(found)
-        if len(searches) == 1:
+        if len(searches) == probes + 1:
             check_left(config, found.rejected, reject, sum(counts))
         distances, ids = found.distances.cpu(), found.ids.cpu()
         return (distances[rows], ids[rows]) if everyone else (distances, ids)
 
+    clock = time.perf_counter()
     if config.assignment == "one_to_one":
         distances, ids = assign_once(find, ranks, counts)
     else:
         distances, ids = (best[:, 0] for best in find(torch.arange(len(queries)), 1))
 
     # Report.
+    searched = time.perf_counter() - clock - sum(sum(found.seconds.values()) for found in searches[probes:])
     pairs = ranks.gather(torch.stack([distances.view(torch.int64), ids], dim=1), counts)
     values = spread(pairs[:, 0].view(torch.float64).numpy()) | {"match/used": len(pairs[:, 1].unique()) / len(pairs)}
-    values["match/rejected"] = searches[0].rejected / config.pool
+    main = searches[probes]
+    values["match/rejected"] = main.rejected / config.pool
     if reject is not None:
         values["match/reject"] = math.sqrt(reject)
-    values |= costs(searches, prepared, ranks)
+    values |= costs(searches, main, ranks, prepared=prepared, assigning=searched)
     return Match(
         ids=ids,
         distances=distances.float(),
         values=values,
-        described=f"match: {searches[0].method}, every rank is sent the {searches[0].travelled}",
+        described=f"match: {main.method}" + (f", every rank is sent the {main.travelled}" if ranks.world > 1 else ""),
     )
 
 
@@ -289,15 +295,19 @@ def spread(distances: NDArray[np.float64]) -> dict[str, float]:
     }
 
 
-def costs(searches: list[Found], prepared: float, ranks: Ranks) -> dict[str, float]:
+def costs(searches: list[Found], main: Found, ranks: Ranks, *, prepared: float, assigning: float) -> dict[str, float]:
     """Collective: what the searches of a match took; of seconds and bytes, those of the rank that has most of each."""
-    seconds = dict.fromkeys(COSTS, 0.0) | {"make": prepared}
+    seconds = dict.fromkeys(COSTS.values(), 0.0) | {"generate": prepared, "assign": assigning}
     for found in searches:
-        seconds = {name: spent + found.seconds.get(name, 0.0) for name, spent in seconds.items()}
-    received = ranks.received + sum(found.received for found in searches)
-    mine = torch.tensor([[searches[0].proved, float(received), *seconds.values()]], dtype=torch.float64)
+        for name, spent in found.seconds.items():
+            seconds[COSTS[name]] += spent
+    received = float(ranks.received + sum(found.received for found in searches))
+    mine = torch.tensor([[main.proved, main.measured, received, *seconds.values()]], dtype=torch.float64)
     everyone = ranks.gather(mine, [1] * ranks.world)
     most = everyone.max(0).values.tolist()
-    return {"match/proved": float(everyone[:, 0].mean()), "match/received": most[1]} | {
-        f"seconds/{COSTS[name]}": spent for name, spent in zip(seconds, most[2:], strict=True)
-    }
+    values = {"match/proved": float(everyone[:, 0].mean()), "match/measured": float(everyone[:, 1].sum())}
+    return (
+        values
+        | {"match/received": most[2]}
+        | {f"seconds/{name}": spent for name, spent in zip(seconds, most[3:], strict=True)}
+    )

@@ -131,13 +131,13 @@ def cheapest(
         frame = screen.build_frame(
             around, plan.basis if name == "projected" else None, plan.magnitude, plan.dtype, plan.departure
         )
-        seen, shown = screen.look(queries, frame), screen.look(candidates, frame)
+        seen, shown = screen.project(queries, frame), screen.project(candidates, frame)
         for width in widths:
             narrow = screen.narrowed(frame, width) if width else frame
-            mine, theirs = (screen.roughen(sight, narrow) for sight in (seen, shown))
-            a = screen.left(mine, narrow)
+            mine, theirs = (screen.quantize(projected, narrow) for projected in (seen, shown))
+            a = screen.query_factor(mine, narrow)
             a[:, -3:] = screen.limit_columns(mine.square, narrow, limit)
-            found, _, given_up = screen.survivors(a, screen.right(theirs, narrow))
+            found, _, given_up = screen.survivors(a, screen.candidate_factor(theirs, narrow))
             share = (len(found) + int(given_up.sum()) * len(candidates)) / (len(queries) * len(candidates))
             costs[name, width] = (
                 (asked + expected) * dims * (width * rates.single + rates.value)
@@ -149,7 +149,10 @@ def cheapest(
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Seconds, by measurement: they decide what is used, never what is answered."""
+    """Seconds on this machine; they decide what is used, never what is answered.
+
+    Those of matrix products are measured, the others are what a processor of 2024 needs, roughly, spread over threads.
+    """
 
     single: float
     """A multiply-add of a float32 matrix product."""

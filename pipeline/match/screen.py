@@ -82,7 +82,7 @@ class Frame:
 
 
 @dataclass(kw_only=True, slots=True)
-class Sight:
+class Projected:
     """Rows in the coordinates of a frame, in units of its scale."""
 
     values: Tensor
@@ -94,7 +94,7 @@ class Sight:
 
 
 @dataclass(kw_only=True, slots=True)
-class Coarse:
+class Quantized:
     """Rows in a frame, in units of its scale."""
 
     values: Tensor
@@ -176,17 +176,17 @@ def departure(basis: Tensor) -> float:
 
 
 @full_precision()
-def coarsen(rows: Tensor, frame: Frame) -> Coarse:
+def encode(rows: Tensor, frame: Frame) -> Quantized:
     """Rows (n, d) float32 as the frame sees them."""
-    parts = [roughen(look(part, frame), frame) for part in rows.split(max(1, _WORKING_SET // rows.shape[1]))]
+    parts = [quantize(project(part, frame), frame) for part in rows.split(max(1, _WORKING_SET // rows.shape[1]))]
     if len(parts) == 1:
         return parts[0]
-    return Coarse(
+    return Quantized(
         **{name: torch.cat([getattr(part, name) for part in parts]) for name in ("values", "error", "length", "square")}
     )
 
 
-def look(rows: Tensor, frame: Frame) -> Sight:
+def project(rows: Tensor, frame: Frame) -> Projected:
     """Rows (n, d) float32 in the frame's coordinates, before rounding."""
     centred = rows - frame.centre
     # Each chunk's square errs by gamma_(k + 6) relatively; adding the chunks adds nothing to that.
@@ -198,35 +198,35 @@ def look(rows: Tensor, frame: Frame) -> Sight:
         for part, basis in zip(centred.split(CHUNK, 1), frame.basis.split(CHUNK), strict=True):
             seen += basis.T @ part.T  # this way round any number of directions is as fast as a round one
         values = seen.T
-    return Sight(
+    return Projected(
         values=values * frame.scale,
         square=torch.stack(squares).sum(0) * frame.scale**2,
         doubt=gamma(min(rows.shape[1], CHUNK) + 8),
     )
 
 
-def roughen(sight: Sight, frame: Frame) -> Coarse:
+def quantize(projected: Projected, frame: Frame) -> Quantized:
     """What was seen, or its first coordinates for a frame of fewer, as numbers of the frame's type."""
-    above = sight.square * (1 + sight.doubt)
+    above = projected.square * (1 + projected.doubt)
     length = above.sqrt() * (1 + 4 * frame.eta)
-    values = sight.values
+    values = projected.values
     if frame.basis is not None:
         values = values[:, : frame.basis.shape[1]]
         least = (values.double().norm(dim=1) - frame.eta * length).clamp(min=0)
         rest = (above - least.square()).clamp(min=0).sqrt() * (1 + 4 * _U)
         values = torch.cat([values, rest.float()[:, None]], 1)
-    coarse = values.to(frame.dtype)
-    lost = torch.linalg.vector_norm(values - coarse.float(), dim=1).double() * (1 + gamma(values.shape[1] + 2))
-    return Coarse(values=coarse, error=lost, length=length, square=sight.square * (1 - sight.doubt))
+    encoded = values.to(frame.dtype)
+    lost = torch.linalg.vector_norm(values - encoded.float(), dim=1).double() * (1 + gamma(values.shape[1] + 2))
+    return Quantized(values=encoded, error=lost, length=length, square=projected.square * (1 - projected.doubt))
 
 
-def left(coarse: Coarse, frame: Frame) -> Tensor:
+def query_factor(encoded: Quantized, frame: Frame) -> Tensor:
     """A: (q, width) for queries, its last three columns still to be set by `limit_columns`."""
     g = frame.slack
     kappa = 2 * frame.eta * (1 + frame.eta) + 2 * g
-    one = torch.ones(len(coarse.values), 3, dtype=frame.dtype, device=coarse.values.device)
-    corrections = torch.stack([2 * (coarse.error + kappa * coarse.length), 2 * coarse.length], 1)
-    return torch.cat([2 * coarse.values, _up(corrections, frame.dtype), one, torch.zeros_like(one)], 1)
+    one = torch.ones(len(encoded.values), 3, dtype=frame.dtype, device=encoded.values.device)
+    corrections = torch.stack([2 * (encoded.error + kappa * encoded.length), 2 * encoded.length], 1)
+    return torch.cat([2 * encoded.values, _up(corrections, frame.dtype), one, torch.zeros_like(one)], 1)
 
 
 def limit_columns(square: Tensor, frame: Frame, limit: Tensor) -> Tensor:
@@ -235,14 +235,14 @@ def limit_columns(square: Tensor, frame: Frame, limit: Tensor) -> Tensor:
     return _parts(rest + 1.01 * frame.slack * rest.abs() + 1e-30, frame.dtype)  # 1e-30: products may underflow
 
 
-def right(coarse: Coarse, frame: Frame) -> Tensor:
+def candidate_factor(encoded: Quantized, frame: Frame) -> Tensor:
     """B: (n, width) for candidates, filled up to a multiple of GROUP with rows that never survive."""
-    rest = coarse.square * (1.01 * frame.slack - 1)
+    rest = encoded.square * (1.01 * frame.slack - 1)
     one = torch.ones_like(rest)
     rows = torch.cat(
         [
-            coarse.values,
-            _up(torch.stack([coarse.length + coarse.error, coarse.error], 1), frame.dtype),
+            encoded.values,
+            _up(torch.stack([encoded.length + encoded.error, encoded.error], 1), frame.dtype),
             _parts(rest, frame.dtype),
             torch.stack([one, one, one], 1).to(frame.dtype),
         ],

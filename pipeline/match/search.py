@@ -1,11 +1,13 @@
 """One rank's exact search: blocks of candidates are screened, the few that survive measured, the nearest kept.
 
-A block passes through one to three sieves of rising cost, each query only as far as it must:
+A block passes through sieves of rising cost, each query only as far as it must:
 
     projected   the bound of `screen.py` on p principal coordinates, in bfloat16 where the hardware is faster at it
     rounded     the same bound on all coordinates: for data that no projection tells apart
     wide        float64 by matrix product: for near-duplicates, which no float32 tells apart
-    flat        instead of the first two: a FAISS index, some more candidates than asked for, and a bound on the rest
+
+The method is the first of them; `flat` has instead of the first two a FAISS index, which is asked for some more
+candidates than are wanted, and a bound on the rest.
 
 What survives is measured in float32 by differences, what may still win in float64; the kept ones are least by
 (distance float64, id). Every sieve keeps all candidates that can be among them, so methods differ in speed alone.
@@ -23,7 +25,7 @@ from pipeline.match import screen
 from pipeline.match.index import exact_distances, flat, pair_distances
 from pipeline.match.order import NO_ID, first_copies, sort_lexically
 from pipeline.match.plan import Plan
-from pipeline.match.screen import Coarse, Frame
+from pipeline.match.screen import Frame, Quantized
 
 _FETCH = 8  # candidates that `flat` asks for beyond the k wanted
 SEEDS = 2048  # candidates that the first limits come from
@@ -72,7 +74,7 @@ class Searcher:
         *,
         neighbours: int = 1,  # k
         reject: float | None = None,  # squared L2: candidates nearer than this to any query are left out
-        coarse: Coarse | None = None,  # the queries in the frame of the plan's method, if they are there already
+        encoded: Quantized | None = None,  # the queries in the frame of the plan's method, if they are there already
     ) -> None:
         self.queries = queries.contiguous()
         self.neighbours, self.reject = neighbours, reject
@@ -82,10 +84,12 @@ class Searcher:
         self.limit = self.distances.new_full((len(queries),), torch.inf)
         """(q,) squared L2: no candidate beyond can be of the k nearest. May be lowered to what other ranks know."""
         self.rejected = 0
+        self.measured = 0
+        """Pairs whose distance was computed by differences, since no bound excluded them."""
         self._plan, self._timed = plan, watch
         self._sieves: dict[str, Sieve] = {}
-        if coarse is not None:
-            self._sieves[plan.method] = make_sieve(plan.frame(plan.method), coarse)
+        if encoded is not None:
+            self._sieves[plan.method] = make_sieve(plan.frame(plan.method), encoded)
         self._searched = self._widened = 0
         # float32 sums of d squared differences err by this, relatively and where squares underflow.
         dims = queries.shape[1]
@@ -93,7 +97,7 @@ class Searcher:
 
     @property
     def proved(self) -> float:
-        """Share of (query, candidate) pairs that the first sieve decided."""
+        """Share of (query, candidate) pairs that needed no wider sieve than the first."""
         return 1 - self._widened / max(1, self._searched)
 
     @screen.full_precision()
@@ -104,15 +108,15 @@ class Searcher:
         """
         candidates = candidates[:most].to(self.queries.device).contiguous()
         k = self.neighbours
-        if self._plan.method == "flat" or self.reject is not None or len(candidates) < k or not len(self.queries):
+        if self._plan.method == "flat" or len(candidates) < k or not len(self.queries):
             return
         sieve = self._sieve(self._plan.method)
         with self._timed("project"):
-            coarse = screen.coarsen(candidates, sieve.frame)
-        if not (sieve.usable and coarse.usable):
+            encoded = screen.encode(candidates, sieve.frame)
+        if not (sieve.usable and encoded.usable):
             return
         with self._timed("search"):
-            b = screen.right(coarse, sieve.frame)[: len(candidates)].T
+            b = screen.candidate_factor(encoded, sieve.frame)[: len(candidates)].T
             sieve.a[:, -3:] = 0
             best = torch.cat([(part @ b).topk(k, dim=1).indices for part in sieve.a.split(_WIDE_ROWS)])
         with self._timed("rescore"):
@@ -141,6 +145,8 @@ class Searcher:
         if self._plan.method == "flat":
             self._add_flat(candidates, ids)
             return
+        if self.limit.isinf().any():
+            self.seed(candidates)
         self._count(len(self.queries) * len(candidates))
         rows = torch.arange(len(self.queries), device=ids.device)
         for name in self._ladder():
@@ -160,17 +166,18 @@ class Searcher:
             return none, none, rows
         sieve = self._sieve(name)
         with self._timed("project"):
-            coarse = screen.coarsen(candidates, sieve.frame)
-        if not (sieve.usable and coarse.usable):
+            encoded = screen.encode(candidates, sieve.frame)
+        if not (sieve.usable and encoded.usable):
             return none, none, rows
         with self._timed("search"):
             a, square = (sieve.a, sieve.square) if len(rows) == len(sieve.a) else (sieve.a[rows], sieve.square[rows])
             a[:, -3:] = screen.limit_columns(square, sieve.frame, self._reach(limit[rows]))
-            found, columns, given_up = screen.survivors(a, screen.right(coarse, sieve.frame))
+            found, columns, given_up = screen.survivors(a, screen.candidate_factor(encoded, sieve.frame))
         return rows[found], columns, rows[given_up]
 
     def _measure(self, candidates: Tensor, ids: Tensor, rows: Tensor, columns: Tensor) -> None:
         """Keep what is nearest of the pairs (rows, columns): in float32 what can be, in float64 what is."""
+        self.measured += len(rows)
         with self._timed("rescore"):
             for start in range(0, len(rows), _PAIRS):
                 part = slice(start, start + _PAIRS)
@@ -211,14 +218,13 @@ class Searcher:
             b, b_square = self._wide(candidates[first])
         for part in rows.split(_WIDE_ROWS):
             with self._timed("search"):
-                a, a_square = self._wide(self.queries[part])
-                error = self._wide_error(a_square, b_square)
-                distances = a_square[:, None] + b_square - 2 * (a @ b.T)
+                distances, error = self._wide_distances(part, b, b_square)
                 reach = self._reach(self.limit[part])[:, None]
                 if len(first) >= self.neighbours:
                     nearest = (distances + error).topk(self.neighbours, dim=1, largest=False).values[:, -1:]
                     reach = torch.minimum(reach, nearest)
                 found, columns = (distances - error <= reach).nonzero(as_tuple=True)
+            self.measured += len(found)
             with self._timed("rescore"):
                 for some in torch.arange(len(found), device=found.device).split(_PAIRS):
                     self._keep(candidates, ids, part[found[some]], first[columns[some]])
@@ -242,9 +248,7 @@ class Searcher:
             return near
         b, b_square = self._wide(candidates)
         for part in rows.split(_WIDE_ROWS):
-            a, a_square = self._wide(self.queries[part])
-            error = self._wide_error(a_square, b_square)
-            distances = a_square[:, None] + b_square - 2 * (a @ b.T)
+            distances, error = self._wide_distances(part, b, b_square)
             near |= (distances + error < limit).any(0)
             found, columns = ((distances - error < limit) & ~near).nonzero(as_tuple=True)
             for some in torch.arange(len(found), device=found.device).split(_PAIRS):
@@ -280,7 +284,7 @@ class Searcher:
         if name not in self._sieves:
             with self._timed("project"):
                 frame = self._plan.frame(name)
-                self._sieves[name] = make_sieve(frame, screen.coarsen(self.queries, frame))
+                self._sieves[name] = make_sieve(frame, screen.encode(self.queries, frame))
         return self._sieves[name]
 
     def _wide(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,8 +292,11 @@ class Searcher:
         centred = rows.double() - self._plan.centre.double()
         return centred, centred.square().sum(1)
 
-    def _wide_error(self, a_square: Tensor, b_square: Tensor) -> Tensor:
-        return 8 * (self.queries.shape[1] + 8) * 2.0**-53 * (a_square[:, None] + b_square)
+    def _wide_distances(self, rows: Tensor, b: Tensor, b_square: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared distances (r, n) float64 of queries `rows` to candidates b, and what they err by at most."""
+        a, a_square = self._wide(self.queries[rows])
+        squares = a_square[:, None] + b_square
+        return squares - 2 * (a @ b.T), 8 * (a.shape[1] + 8) * 2.0**-53 * squares
 
     def _least(self, near: Tensor) -> Tensor:
         """The least that squared distances can be which float32 takes for `near`; it overflows to infinity."""
@@ -304,6 +311,6 @@ class Searcher:
         self._widened += widened
 
 
-def make_sieve(frame: Frame, coarse: Coarse) -> Sieve:
+def make_sieve(frame: Frame, encoded: Quantized) -> Sieve:
     """The sieve of a frame for the queries as it sees them."""
-    return Sieve(frame=frame, a=screen.left(coarse, frame), square=coarse.square, usable=coarse.usable)
+    return Sieve(frame=frame, a=screen.query_factor(encoded, frame), square=encoded.square, usable=encoded.usable)

@@ -64,7 +64,8 @@ def check_space(config: SpaceConfig, shape: tuple[int, ...]) -> None:
             raise InputError(f"match.space.{name} is for images, these are points: leave it 0")
     if config.reduced and config.side > min(shape[1:]):
         raise InputError(
-            f"match.space.side is {config.side}, larger than these {shape[1]}x{shape[2]} images: use less than that"
+            f"match.space.side is {config.side}, larger than these {shape[1]}x{shape[2]} images: "
+            f"use at most {min(shape[1:])}"
         )
 
 

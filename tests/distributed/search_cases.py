@@ -51,6 +51,12 @@ def travelling(rank: int, world: int) -> dict[str, Any]:
         assert answer.travelled == name
         found[name] = (torch.arange(low, high), answer.distances, answer.ids)
         found[f"{name} received"] = answer.received
+    same = draw(2, 1, 30).repeat(400, 1)  # ids descend with the ranks, and all are equally near
+    answer = search(draw(3, 900, 30)[:300], same, 400 * (world - 1 - rank), neighbours=3, method="rounded")
+    assert answer.travelled == "queries"
+    many_queries = search(draw(3, 500, 30), same, 400 * (world - 1 - rank), neighbours=3, method="rounded")
+    assert many_queries.travelled == "pool"
+    found["descending"] = torch.cat([answer.ids, many_queries.ids])
     return found
 
 
@@ -77,6 +83,7 @@ def refused(rank: int, world: int) -> dict[str, str]:
         "ids": lambda: nearest(queries, candidates, 2**62 - 4 if last else 0),
         "size": lambda: nearest(queries, Blocks(rows=8, make=lambda low, high: candidates[low:high], size=8 - last), 0),
         "neighbours": lambda: search(queries, candidates, 8 * rank, neighbours=1 + last),
+        "shared ids": lambda: nearest(queries, candidates, 4 * rank),
         "failing": lambda: nearest(queries, Blocks(rows=8, make=failing, size=4), 8 * rank),
     }
     told = {}

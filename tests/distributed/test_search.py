@@ -36,6 +36,7 @@ def test_what_is_less_travels(tmp_path):
     for name, (queries, candidates) in {"queries": (few, many), "pool": (many, few)}.items():
         assert torch.cat([part[name][2] for part in parts]).tolist() == oracle(queries, candidates, 3)[1].tolist()
         assert all(0 < part[f"{name} received"] < many.numel() * 4 / 2 for part in parts)
+    assert all((part["descending"] == torch.arange(3)).all() for part in parts)
 
 
 @pytest.mark.slow
@@ -48,8 +49,9 @@ def test_what_is_wrong_on_one_rank_is_the_same_error_on_all(tmp_path):
         "dims": "ValueError: nearest: the rows of rank 2 have 2 values, those of rank 0 have 3",
         "dtype": "ValueError: nearest: queries and candidates of rank 2 are float64, they must be float32",
         "ids": f"ValueError: nearest: the ids of rank 2 leave [0, 2**62): it starts at {2**62 - 4}",
-        "size": "ValueError: nearest: block size, neighbours or rejection of rank 2 differ from rank 0's",
-        "neighbours": "ValueError: nearest: block size, neighbours or rejection of rank 2 differ from rank 0's",
+        "size": "ValueError: nearest: block size, neighbours, reject or method of rank 2 differ from rank 0's",
+        "neighbours": "ValueError: nearest: block size, neighbours, reject or method of rank 2 differ from rank 0's",
+        "shared ids": "ValueError: nearest: ranks 0 and 1 both have a candidate with the id 4",
         "failing": "RuntimeError: nearest: rank 2 failed to make its candidates from row 4 on",
         "afterwards": "5",
     }

@@ -183,7 +183,7 @@ def test_what_is_reported_of_a_match():
     assert match.values["match/used"] == len(match.ids.unique()) / 90
     assert match.values["match/rejected"] == 0 and 0 <= match.values["match/proved"] <= 1
     seconds = {key for key in match.values if key.startswith("seconds/")}
-    assert seconds == {f"seconds/{part}" for part in ("generate", "project", "search", "rescore", "exchange")}
+    assert seconds == {f"seconds/{part}" for part in ("generate", "project", "search", "rescore", "exchange", "assign")}
     assert match.described.startswith("match: ")
 
 

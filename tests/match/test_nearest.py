@@ -143,11 +143,35 @@ def test_values_that_are_not_finite_are_refused(value, where):
         (draw(0, 5, 4), draw(1, 5, 4), 2**62 - 4, "leave .0, 2..62."),
         (draw(0, 5, 4), draw(1, 5, 4), -1, "leave .0, 2..62."),
         (draw(0, 5, 4), draw(1, 5, 4), 2**80, "leave .0, 2..62."),
+        (draw(0, 5, 4).numpy(), draw(1, 5, 4), 0, "must be torch tensors"),
+        (draw(0, 5, 4), draw(1, 5, 4).tolist(), 0, "must be torch tensors"),
+        (draw(0, 5, 4), Blocks(rows=-1, make=lambda low, high: draw(1, 5, 4)), 0, "need rows >= 0"),
+        (draw(0, 5, 4), Blocks(rows=5, make=lambda low, high: draw(1, 5, 4), size=0), 0, "size >= 1"),
     ],
 )
 def test_what_does_not_fit_is_refused(queries, candidates, first, what):
     with pytest.raises(ValueError, match=what):
         nearest(queries, candidates, first)
+
+
+@pytest.mark.parametrize(
+    ("option", "what"),
+    [
+        ({"method": "fast"}, "method of rank 0 is none of auto"),
+        ({"neighbours": 0}, "0 neighbours"),
+        ({"neighbours": 2.0}, "a whole number"),
+        ({"reject": float("nan")}, "reject of rank 0"),
+        ({"reject": -1.0}, "reject of rank 0"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(option, what):
+    with pytest.raises(ValueError, match=what):
+        search(draw(0, 5, 4), draw(1, 5, 4), 0, **option)
+
+
+def test_rejection_of_nothing_costs_no_wider_search():
+    queries, candidates = CASES["low rank"]
+    assert search(queries, candidates, 0, method="projected", reject=1e-9).proved > 0.9
 
 
 def test_the_largest_ids_are_answers_too():

@@ -18,12 +18,12 @@ def sifted(queries, candidates, limit, *, width, dtype, centre=None):
     basis = screen.find_basis(around, width) if width else None
     departure = screen.departure(basis) if width else 0.0
     frame = screen.build_frame(centre, basis, float(around.abs().max()), dtype, departure)
-    seen, shown = screen.coarsen(queries, frame), screen.coarsen(candidates, frame)
+    seen, shown = screen.encode(queries, frame), screen.encode(candidates, frame)
     if not (seen.usable and shown.usable):
         return None
-    a = screen.left(seen, frame)
+    a = screen.query_factor(seen, frame)
     a[:, -3:] = screen.limit_columns(seen.square, frame, limit)
-    rows, columns, given_up = screen.survivors(a, screen.right(shown, frame))
+    rows, columns, given_up = screen.survivors(a, screen.candidate_factor(shown, frame))
     alive = given_up[:, None].repeat(1, len(candidates))
     assert (columns < len(candidates)).all()
     alive[rows, columns] = True
@@ -64,10 +64,10 @@ def test_a_bad_basis_widens_the_bound_but_drops_nothing_it_may_not():
     basis = screen.find_basis(candidates, 30) + 0.01 * draw(2, 300, 30)
     exact, order = oracle(queries, candidates)
     frame = screen.build_frame(torch.zeros(300), basis, 4.0, torch.bfloat16, screen.departure(basis))
-    seen = screen.coarsen(queries, frame)
-    a = screen.left(seen, frame)
+    seen = screen.encode(queries, frame)
+    a = screen.query_factor(seen, frame)
     a[:, -3:] = screen.limit_columns(seen.square, frame, torch.from_numpy(exact[:, 0].copy()))
-    rows, columns, given_up = screen.survivors(a, screen.right(screen.coarsen(candidates, frame), frame))
+    rows, columns, given_up = screen.survivors(a, screen.candidate_factor(screen.encode(candidates, frame), frame))
     pairs = set(zip(rows.tolist(), columns.tolist(), strict=True))
     assert all(given_up[row] or (row, int(order[row, 0])) in pairs for row in range(60))
 

@@ -1,0 +1,43 @@
+"""The benchmark scripts run; what they show is in benchmarks/results."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from pipeline.model.naign import NAIGN
+from pipeline.model.networks import NetworkConfig, build_network
+from tests.conftest import ROOT, environment
+
+
+@pytest.mark.slow
+def test_match_measures_every_method_and_two_ranks(digits: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/digits").symlink_to(digits)
+    config = NetworkConfig(width=8, code=16)
+    model = {"model": asdict(config), "shape": [1, 8, 8], "latents": "smooth4"}
+    NAIGN(build_network(config, (1, 8, 8)), model).save_pretrained(tmp_path / "runs/digits")
+    options = ["--quick", "--dims", "64", "--kinds", "untrained", "--ranks", "1", "2"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks/match.py"), *options, "--scratch", "scratch", "--to", "results/match"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (problem,) = json.loads((tmp_path / "results/match.json").read_text())["problems"].values()
+    assert (problem["queries"], problem["candidates"]) == (240, 480)
+    for method in ("flat", "projected", "rounded", "auto"):
+        assert problem["methods"][method]["wrong"] == 0
+    assert {"sgemm", "faiss.knn", "IndexFlatL2", "cdist", "HNSW"} <= set(problem["methods"])
+    for ranks in ("1", "2"):
+        assert problem["ranks"][ranks]["auto"]["wrong"] == 0 and problem["ranks"][ranks]["peers"]["memory"] >= 0
+    assert problem["ranks"]["2"]["auto"]["received"] < problem["ranks"]["2"]["peers"]["received"]
+    assert problem["model"]["weak 1024"]["memory"] > 0
+    assert done.stdout.strip() == (tmp_path / "results/match.md").read_text().strip()
