@@ -133,6 +133,8 @@ def load_encoder(name: str) -> Encoder:
         labels = tuple(json.loads(metadata["labels"]))
         network = Classifier(channels=channels, size=size, classes=len(labels), width=int(metadata["width"]))
         network.load_state_dict(weights)
+        if not all(bool(torch.isfinite(weight).all()) for weight in weights.values()):
+            raise ValueError("it has weights that are not finite")
         accuracy = float(metadata["accuracy"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(

@@ -21,6 +21,7 @@ from pipeline.match.screen import Quantized, encode
 from pipeline.match.search import SEEDS, Searcher, Watch
 
 MAX_ID = 2**62
+MOST_NEIGHBOURS = 2**20
 
 _TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -239,10 +240,10 @@ def _describe(
         len(queries) if fits else 0,
         first_not_finite(queries) if fits else -1,
         candidate_dims,
-        blocks.rows if isinstance(blocks.rows, int) else -1,
-        max(-1, min(first_id, MAX_ID + 1)),
-        blocks.size,
-        neighbours if isinstance(neighbours, int) else 0,
+        min(blocks.rows, MAX_ID + 1) if isinstance(blocks.rows, int) else -1,
+        max(-1, min(first_id, MAX_ID + 1)) if isinstance(first_id, int) else -1,
+        min(blocks.size, MAX_ID) if isinstance(blocks.size, int) else 0,
+        min(neighbours, MOST_NEIGHBOURS + 1) if isinstance(neighbours, int) else 0,
         bound,
         METHODS.index(method) if method in METHODS else -1,
     ]
@@ -269,8 +270,8 @@ def _refuse(header: list[list[int]]) -> None:
             raise ValueError(f"nearest: the ids of rank {rank} leave [0, 2**62): it starts at {row[_FIRST]}")
         if row[_METHOD] < 0:
             raise ValueError(f"nearest: the method of rank {rank} is none of {', '.join(METHODS)}")
-        if row[_NEIGHBOURS] < 1:
-            raise ValueError(f"nearest: rank {rank} asks for {row[_NEIGHBOURS]} neighbours: at least 1, a whole number")
+        if not 1 <= row[_NEIGHBOURS] <= MOST_NEIGHBOURS:
+            raise ValueError(f"nearest: neighbours of rank {rank} must be a whole number from 1 to {MOST_NEIGHBOURS}")
         if row[_REJECT] < -1:
             raise ValueError(f"nearest: reject of rank {rank} must be a finite squared distance from 0 on, or None")
         if row[_SIZE:] != header[0][_SIZE:]:
@@ -299,17 +300,16 @@ class _Trouble:
             return queries.new_zeros(shape)
         try:
             block = torch.as_tensor(blocks.make(low, high)).detach().to(queries.device)
+            if block.shape == shape and block.dtype == queries.dtype:
+                bad = first_not_finite(block)
+                if bad < 0:
+                    return block
+                self.code, self.row = 1, low + bad
+            else:
+                self.code, self.row = 2, low
         except Exception as error:  # whatever it is: it is raised again once no other rank waits for this one
             self.code, self.row, self.error = 3, low, error
-            return queries.new_zeros(shape)
-        if block.shape != shape or block.dtype != queries.dtype:
-            self.code, self.row = 2, low
-            return queries.new_zeros(shape)
-        bad = first_not_finite(block)
-        if bad >= 0:
-            self.code, self.row = 1, low + bad
-            return queries.new_zeros(shape)
-        return block
+        return queries.new_zeros(shape)
 
     def blame(self, flags: list[list[int]]) -> None:
         """Raise on every rank what went wrong on any."""

@@ -24,6 +24,7 @@ _USUAL = 119  # coordinates for who asks for `projected`
 _SAMPLE, _SAMPLE_VALUES = (256, 512), 4 << 20  # rows of either side, and float32 values, the basis is found from
 _PROBE = 256  # queries that are tried
 _SMALL = 1e9  # multiply-adds of a flat search below which preparing anything else cannot pay
+_MOST = 1 / 32  # survivors among candidates with which a query is given up where there are many candidates
 _SETTLED = 0.3  # of the candidates that survive a probe's limits survive those of a whole search
 
 
@@ -137,12 +138,14 @@ def cheapest(
             mine, theirs = (screen.quantize(projected, narrow) for projected in (seen, shown))
             a = screen.query_factor(mine, narrow)
             a[:, -3:] = screen.limit_columns(mine.square, narrow, limit)
-            found, _, given_up = screen.survivors(a, screen.candidate_factor(theirs, narrow))
-            share = (len(found) + int(given_up.sum()) * len(candidates)) / (len(queries) * len(candidates))
+            rows, _, given_up = screen.survivors(a, screen.candidate_factor(theirs, narrow))
+            share = torch.bincount(rows, minlength=len(queries)) / len(candidates)
+            given_up |= share > _MOST
             costs[name, width] = (
                 (asked + expected) * dims * (width * rates.single + rates.value)
                 + pairs * (narrow.width * min(rates.half, rates.single) + rates.sign)
-                + pairs * share * _SETTLED * (rates.pair + dims * rates.value)
+                + pairs * float(share[~given_up].sum()) / len(queries) * _SETTLED * (rates.pair + dims * rates.value)
+                + float(given_up.float().mean()) * (costs["rounded", 0] if width else 4 * costs["flat", 0])
             )
     return min(costs, key=lambda choice: costs[choice])
 

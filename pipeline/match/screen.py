@@ -23,6 +23,8 @@ too far. Everything else survives and is measured exactly elsewhere.
 4. The product of n coordinates is summed in float32 in an unknown order, so it errs by at most g = gamma_(2n) times the
    sum of the terms' magnitudes (2n: a hardware step may round twice), which is at most
    4 |a|(|b| + e_b) + 1.01 |b|^2 + 1.01 |t - |a|^2|. Rounding the sum to bfloat16 in the end keeps its sign.
+5. A product of small numbers underflows by at most 2^-126, d of them by d 2^-126: that much is taken off and added to
+   what 2 computes and to the squares. Rows too long for float32 are not screened at all.
 
 The corrections of 2 to 4 are products of a number of the query and a number of the candidate, so they are coordinates:
 
@@ -91,6 +93,8 @@ class Projected:
     """(n,) float64: |a|^2, nearly."""
     doubt: float
     """Relative error of `square`."""
+    underflow: float
+    """What products of small numbers can have lost: of a value; times the scale, of `square`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -134,7 +138,7 @@ def build_frame(
 ) -> Frame:
     """The frame with its error bound; the basis may be as inexact as it likes, only the bound grows."""
     exponent = torch.frexp(torch.tensor(magnitude, dtype=torch.float64)).exponent if magnitude > 0 else torch.tensor(0)
-    scale = 2.0 ** -float(exponent.clamp(-100, 100))  # itself far inside float32
+    scale = 2.0 ** -float(exponent.clamp(-60, 60))  # itself far inside float32
     eta = 2 * _U
     if basis is not None:
         terms = min(len(basis), CHUNK) - (-len(basis) // CHUNK)
@@ -202,22 +206,27 @@ def project(rows: Tensor, frame: Frame) -> Projected:
         values=values * frame.scale,
         square=torch.stack(squares).sum(0) * frame.scale**2,
         doubt=gamma(min(rows.shape[1], CHUNK) + 8),
+        underflow=rows.shape[1] * 2.0**-126 * frame.scale,
     )
 
 
 def quantize(projected: Projected, frame: Frame) -> Quantized:
     """What was seen, or its first coordinates for a frame of fewer, as numbers of the frame's type."""
-    above = projected.square * (1 + projected.doubt)
+    lost_square = projected.underflow * frame.scale
+    above = projected.square * (1 + projected.doubt) + lost_square
     length = above.sqrt() * (1 + 4 * frame.eta)
     values = projected.values
     if frame.basis is not None:
         values = values[:, : frame.basis.shape[1]]
-        least = (values.double().norm(dim=1) - frame.eta * length).clamp(min=0)
+        lost_values = projected.underflow * values.shape[1] ** 0.5
+        least = (values.double().norm(dim=1) - frame.eta * length - lost_values).clamp(min=0)
         rest = (above - least.square()).clamp(min=0).sqrt() * (1 + 4 * _U)
         values = torch.cat([values, rest.float()[:, None]], 1)
     encoded = values.to(frame.dtype)
     lost = torch.linalg.vector_norm(values - encoded.float(), dim=1).double() * (1 + gamma(values.shape[1] + 2))
-    return Quantized(values=encoded, error=lost, length=length, square=projected.square * (1 - projected.doubt))
+    lost += projected.underflow * values.shape[1] ** 0.5
+    square = (projected.square * (1 - projected.doubt) - lost_square).clamp(min=0)
+    return Quantized(values=encoded, error=lost, length=length, square=square)
 
 
 def query_factor(encoded: Quantized, frame: Frame) -> Tensor:
@@ -231,7 +240,7 @@ def query_factor(encoded: Quantized, frame: Frame) -> Tensor:
 
 def limit_columns(square: Tensor, frame: Frame, limit: Tensor) -> Tensor:
     """The last three columns of A, (q, 3), for t = `limit` (q,) float64 in the data's own units."""
-    rest = (limit * frame.scale**2).clamp(max=LARGEST**2) - square
+    rest = (limit * frame.scale**2).clamp(max=10 * LARGEST**2) - square  # beyond any distance of rows of that length
     return _parts(rest + 1.01 * frame.slack * rest.abs() + 1e-30, frame.dtype)  # 1e-30: products may underflow
 
 
@@ -256,9 +265,9 @@ def candidate_factor(encoded: Quantized, frame: Frame) -> Tensor:
 def survivors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs that may be near: (s,) rows of A in ascending order and (s,) rows of B; and (q,) bool: rows of A given up.
 
-    Rows of which nearly every group has a survivor are given up, and have no pairs, unless they are so few that listing
-    all of their survivors costs little. A float's sign is its integer's, so the largest integer of a group tells
-    whether any of its candidates survives.
+    Rows of which nearly every group has a survivor, or one candidate in sixteen is one, are given up and have no pairs,
+    unless they are so few that listing all of their survivors costs little. A float's sign is its integer's, so the
+    largest integer of a group tells whether any of its candidates survives.
     """
     whole = torch.int16 if a.dtype == torch.bfloat16 else torch.int32
     groups = len(b) // GROUP
@@ -274,9 +283,14 @@ def survivors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heavy &= heavy.sum() * _FEW_ROWS > len(part)
         row, group = (alive & ~heavy[:, None]).nonzero(as_tuple=True)
         which, member = (signs[row, group] >= 0).nonzero(as_tuple=True)
-        rows.append(row[which] + start)
-        columns.append(group[which] * GROUP + member)
-        given_up.append(heavy)
+        row, column = row[which], group[which] * GROUP + member
+        over = torch.bincount(row, minlength=len(part)) > max(_FEW_GROUPS * GROUP, len(b) // _FEW_ROWS)
+        over &= over.sum() * _FEW_ROWS > len(part)
+        if over.any():
+            row, column = row[~over[row]], column[~over[row]]
+        rows.append(row + start)
+        columns.append(column)
+        given_up.append(heavy | over)
     return torch.cat(rows), torch.cat(columns), torch.cat(given_up)
 
 

@@ -43,8 +43,8 @@ class SpaceConfig:
     def __post_init__(self) -> None:
         weights = {name: getattr(self, name) for name in ("pixels", "reduced", "features")}
         for name, weight in weights.items():
-            if not 0 <= weight < math.inf:
-                raise InputError(f"match.space.{name} is {weight}: a weight is at least 0")
+            if weight and not 1e-12 <= weight <= 1e12:
+                raise InputError(f"match.space.{name} is {weight}: a weight is 0, or between 1e-12 and 1e12")
         if not any(weights.values()):
             raise InputError(
                 "match.space.pixels, match.space.reduced and match.space.features are all 0: no distance is left"

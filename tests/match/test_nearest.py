@@ -143,6 +143,7 @@ def test_values_that_are_not_finite_are_refused(value, where):
         (draw(0, 5, 4), draw(1, 5, 4), 2**62 - 4, "leave .0, 2..62."),
         (draw(0, 5, 4), draw(1, 5, 4), -1, "leave .0, 2..62."),
         (draw(0, 5, 4), draw(1, 5, 4), 2**80, "leave .0, 2..62."),
+        (draw(0, 5, 4), draw(1, 5, 4), "a", "leave .0, 2..62."),
         (draw(0, 5, 4).numpy(), draw(1, 5, 4), 0, "must be torch tensors"),
         (draw(0, 5, 4), draw(1, 5, 4).tolist(), 0, "must be torch tensors"),
         (draw(0, 5, 4), Blocks(rows=-1, make=lambda low, high: draw(1, 5, 4)), 0, "need rows >= 0"),
@@ -158,8 +159,9 @@ def test_what_does_not_fit_is_refused(queries, candidates, first, what):
     ("option", "what"),
     [
         ({"method": "fast"}, "method of rank 0 is none of auto"),
-        ({"neighbours": 0}, "0 neighbours"),
-        ({"neighbours": 2.0}, "a whole number"),
+        ({"neighbours": 0}, "a whole number from 1"),
+        ({"neighbours": 2.0}, "a whole number from 1"),
+        ({"neighbours": 2**63}, "a whole number from 1"),
         ({"reject": float("nan")}, "reject of rank 0"),
         ({"reject": -1.0}, "reject of rank 0"),
     ],
@@ -211,3 +213,33 @@ def test_settings_that_make_products_coarser_change_nothing(method):
         torch.set_float32_matmul_precision(before[0])
         torch.set_default_dtype(before[1])
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("magnitude", [2.8e-23, 3.2e-23, 4.5e-23, 1e-19])
+@pytest.mark.parametrize("bulk", [0.0, 1e-16, 1e-9])
+def test_squares_that_underflow_prove_nothing(method, magnitude, bulk):
+    """The nearest come in the second block, when there are limits already."""
+    corners = magnitude * draw(0, 300, 50).sign()
+    far, near = (corners + magnitude * share * draw(seed, 300, 50) for seed, share in ((1, 0.2), (2, 0.1)))
+    candidates = torch.cat([far, near, bulk * draw(3, 60, 50)]) if bulk else torch.cat([far, near])
+    queries = corners + 0.02 * magnitude * draw(4, 300, 50)
+    blocks = Blocks(rows=len(candidates), make=lambda low, high: candidates[low:high], size=300)
+    _, ids = nearest(queries, blocks, 0, method=method)
+    assert ids.tolist() == oracle(queries, candidates)[1][:, 0].tolist()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_distances_beyond_the_largest_norms_are_distances(method):
+    queries, candidates = 0.5 * draw(0, 1200, 20), 0.5 * draw(1, 1200, 20)
+    queries[1, 0], candidates[1, 0], candidates[2, 0] = -3.2e15, 3.2e15, 3.3e15
+    skip = torch.tensor([row for row in range(1200) if row not in (1, 2)])
+    assert search(queries, candidates, 0, method=method, skip=skip).ids[1].tolist() == [1]
+
+
+@pytest.mark.parametrize("method", ["projected", "rounded"])
+def test_a_pool_that_is_mostly_one_sample_is_not_listed_pair_by_pair(method):
+    queries = draw(0, 200, 60)
+    candidates = torch.cat([draw(1, 1, 60).repeat(3300, 1) * 0.1, 3 * draw(2, 796, 60)])
+    found = search(queries, candidates, 0, method=method)
+    assert found.measured < 200 and found.ids[:, 0].tolist() == oracle(queries, candidates)[1][:, 0].tolist()
