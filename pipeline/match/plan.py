@@ -24,6 +24,7 @@ _USUAL = 119  # coordinates for who asks for `projected`
 _SAMPLE, _SAMPLE_VALUES = (256, 512), 4 << 20  # rows of either side, and float32 values, the basis is found from
 _PROBE = 256  # queries that are tried
 _SMALL = 1e9  # multiply-adds of a flat search below which preparing anything else cannot pay
+_MEDIUM = 1e11  # and below which it had better be brief
 _MOST = 1 / 32  # survivors among candidates with which a query is given up where there are many candidates
 _SETTLED = 0.3  # of the candidates that survive a probe's limits survive those of a whole search
 
@@ -66,7 +67,8 @@ def make_plan(
 ) -> Plan:
     """The plan of a search, at a cost that is small beside it."""
     asked, dims = queries.shape
-    rows = min(max(_SAMPLE_VALUES // dims, _SAMPLE[0]), _SAMPLE[1])
+    work = asked * expected * dims
+    rows = _SAMPLE[0] if work < _MEDIUM else min(max(_SAMPLE_VALUES // dims, _SAMPLE[0]), _SAMPLE[1])
     queries, candidates = queries[:: -(-asked // rows) or 1], candidates[:: -(-len(candidates) // rows)]
     centre = candidates.double().mean(0).float()
     around = torch.cat([queries, candidates]) - centre
@@ -81,10 +83,10 @@ def make_plan(
         departure=0.0,
         dtype=fastest_type(queries.device),
     )
-    if method == "auto" and asked * expected * dims < _SMALL:
+    if method == "auto" and work < _SMALL:
         plan.method = "flat"
     if plan.method in ("auto", "projected"):
-        plan.basis = screen.find_basis(around, max(WIDTHS) if method == "auto" else _USUAL)
+        plan.basis = screen.find_basis(around, WIDTHS[-1] if method == "auto" and work >= _MEDIUM else _USUAL)
         plan.departure = screen.departure(plan.basis)
     if plan.method == "auto":
         queries, candidates = around[: len(queries)], around[len(queries) :]
