@@ -16,12 +16,13 @@ from pipeline.data.shards import pack  # noqa: E402
 from pipeline.data.sources import load  # noqa: E402
 from pipeline.errors import INTERRUPTED, exit_on_input_error  # noqa: E402
 from pipeline.loop import train  # noqa: E402
-from pipeline.runtime.distributed import build_accelerator, set_threads, together  # noqa: E402
+from pipeline.runtime.distributed import build_accelerator, keep_memory, set_threads, together  # noqa: E402
 
 
 def main() -> None:
     with exit_on_input_error("train"):
         config = parse(sys.argv[1:])
+        keep_memory()
         set_threads(config.train.threads)
         accelerator = build_accelerator(config.train.timeout)
         try:

@@ -1,6 +1,8 @@
 """What the training program asks of its world: the engine, agreement, and one answer of all ranks."""
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -42,6 +44,18 @@ def set_threads(threads: int) -> None:
     """CPU threads of this rank; 0: this machine's cores shared among its ranks (launchers export 1)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def keep_memory() -> None:
+    """Let freed memory stay with the process, where the C library is glibc.
+
+    It would be returned to the system and each large tensor begin by fetching its pages again, which takes a fifth of a
+    CPU round: MNIST's took 2.0 seconds so, and 1.6 without.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, bytes: the largest it takes
 
 
 @contextmanager
