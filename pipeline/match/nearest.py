@@ -15,12 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.match.exchange import Ranks, ranks_of
+from pipeline.match.latents import MAX_ID
 from pipeline.match.order import NO_ID, keep_least
 from pipeline.match.plan import METHODS, Plan, make_plan, share_plan
 from pipeline.match.screen import Quantized, encode
 from pipeline.match.search import SEEDS, Searcher, Watch
 
-MAX_ID = 2**62
 MOST_NEIGHBOURS = 2**20
 
 _TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -11,16 +11,13 @@ from pipeline.match import latents, matcher
 from pipeline.match.matcher import Match, MatchConfig, match_round
 from pipeline.match.space import SpaceConfig
 from pipeline.model.networks import NetworkConfig, build_network
+from tests.match.problems import draw
 
 
 def share(rows: Tensor, rank: int, world: int) -> tuple[Tensor, int]:
     """This rank's contiguous part and its first row."""
     start, stop = len(rows) * rank // world, len(rows) * (rank + 1) // world
     return rows[start:stop], start
-
-
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def matched(setting: dict[str, Any], rank: int, world: int) -> Match:
