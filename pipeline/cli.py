@@ -1,4 +1,4 @@
-"""`naign pack | verify | evaluate | sample | restore | score | export | doctor`: each function below is a command.
+"""`naign pack | index | verify | evaluate | sample | restore | score | export | doctor`: each function is a command.
 
 Options, help and their types are the functions' signatures. Heavy imports wait until a command needs them.
 """
@@ -18,6 +18,8 @@ from pipeline.errors import InputError, exit_on_input_error
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pipeline.data.manifest import Manifest
+
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 Device = Literal["auto", "cpu", "cuda"]
 Kind = Literal["blur", "noise", "salt_pepper", "rows"]
@@ -34,7 +36,7 @@ def pack(
     size: int | None = None,
     channels: Literal[1, 3] = 3,
     shards: int | None = None,
-    encoding: Literal["png", "jpg"] = "png",
+    encoding: Literal["png", "jpg", "webp", "npy"] = "png",
     seed: int = 0,
     force: bool = False,
 ) -> None:
@@ -47,7 +49,7 @@ def pack(
         size: Pixels a side, for folder: images are resized, cropped to a square, transparency laid on white.
         channels: For folder: 3 colour, 1 grey.
         shards: Shards a split; default 16, more for large data.
-        encoding: How images are stored: png keeps every bit, jpg is smaller.
+        encoding: How images are stored: png and webp keep every bit, jpg is smaller, npy is read fastest.
         seed: Of the order in which samples are dealt to shards.
         force: Replace a data set that is there.
     """
@@ -62,21 +64,51 @@ def pack(
         seed=seed,
         force=force,
     )
-    counts = ", ".join(
-        f"{split.samples} {name} in {len(split.shards)} shards" for name, split in manifest.splits.items()
-    )
-    print(
-        f"{to}: {manifest.name} {'x'.join(map(str, manifest.shape))}, {counts}{'' if written else ' (already there)'}"
-    )
+    print(f"{_contents(to, manifest)}{'' if written else ' (already there)'}")
+
+
+def index(
+    path: Positional[str],
+    /,
+    *,
+    train: str | None = None,
+    test: str | None = None,
+    labels: Path | None = None,
+    name: str | None = None,
+    force: bool = False,
+) -> None:
+    """Make the index.json and page tables of WebDataset tars that others wrote; reads every byte, changes no tar.
+
+    Args:
+        path: Folder or s3://bucket/prefix of the tars. Their samples must be alike: pictures of one size, or points.
+        train: Which of them are for training, as a pattern like 'imagenet-train-*.tar'; default: those not for testing.
+        test: Which are for testing; default: those with test or val in their names.
+        labels: File with a label name a line, for the numbers in .cls; default: the numbers themselves.
+        name: Of the data set; default: the last part of the path.
+        force: Replace an index.json that is there.
+    """
+    from pipeline.data.audit import index as read_all
+
+    try:
+        names = tuple(labels.read_text().splitlines()) if labels else ()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--labels {labels}: {error}") from None
+    manifest = read_all(path, train=train, test=test, labels=names, name=name, force=force)
+    print(_contents(path, manifest))
+
+
+def _contents(path: str, manifest: "Manifest") -> str:
+    counts = (f"{split.samples} {name} in {len(split.shards)} shards" for name, split in manifest.splits.items())
+    return f"{path}: {manifest.name} {'x'.join(map(str, manifest.shape))}, {', '.join(counts)}"
 
 
 def verify(path: Positional[str], /) -> None:
-    """Check a data set against its index.json: sizes, hashes, tar structure, pixels, labels, duplicate keys.
+    """Check a data set against its index.json: sizes, hashes, page tables, tar structure, pixels, labels, keys.
 
     Args:
         path: Folder or s3://bucket/prefix of shards.
     """
-    from pipeline.data.shards import verify as read_all
+    from pipeline.data.audit import verify as read_all
 
     report = read_all(path)
     print(f"{path}: sound, {report.samples} samples in {report.shards} shards, {report.bytes / 1e6:.1f} MB")
@@ -239,7 +271,7 @@ def doctor() -> None:
 
 
 def main() -> None:
-    commands = (pack, verify, evaluate, sample, restore, score, export, doctor)
+    commands = (pack, index, verify, evaluate, sample, restore, score, export, doctor)
     with exit_on_input_error("naign"):
         try:
             tyro.extras.subcommand_cli_from_dict(

@@ -11,25 +11,11 @@ from typing import Any
 import tyro
 import yaml
 
+from pipeline.data.dataset import DataConfig, check_config
 from pipeline.errors import InputError
 from pipeline.match.matcher import MatchConfig
 from pipeline.model.networks import NetworkConfig
 from pipeline.model.objectives import ObjectiveConfig
-
-
-@dataclass(kw_only=True, slots=True)
-class DataConfig:
-    path: str = "data/mnist"
-    """Folder or s3://bucket/prefix of shards with their index.json (`naign pack` makes them)."""
-
-    split: str = "train"
-    """Which split to train on."""
-
-    workers: int = 0
-    """Decoding processes a rank; 0 decodes in a background thread."""
-
-    trace: str = ""
-    """Folder in which every rank lists `epoch round key` of each image it trains on; empty: no list."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -119,8 +105,8 @@ class Config:
 
 
 FREE_TO_CHANGE = (
-    *("data.workers", "data.trace", "match.method", "train.threads", "train.timeout"),
-    *("report.", "checkpoint.", "run.", "resume"),
+    *("data.endpoint", "data.workers", "data.check", "data.broken", "data.cache", "data.trace"),
+    *("match.method", "train.threads", "train.timeout", "report.", "checkpoint.", "run.", "resume"),
 )
 """Keys that a resumed run may change: they do not touch what is computed. Anything else differing is an error."""
 
@@ -194,6 +180,7 @@ MOST_SECONDS = 10**7
 def check(config: Config) -> None:
     """InputError on values that no run can have; what depends on the data or the world is checked where it is known."""
     train, match = config.train, config.match
+    check_config(config.data)
     positive = (
         *("train.images", "train.batch", "train.passes", "train.lr", "train.timeout"),
         *("report.rounds", "checkpoint.rounds"),

@@ -5,6 +5,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+FAILED = 1
+"""Exit code: a failure that is worth a retry."""
+
 BAD_INPUT = 2
 """Exit code: bad configuration or input. An orchestrator must not retry it."""
 
@@ -16,11 +19,21 @@ class InputError(ValueError):
     """Bad configuration or input: the message says what is wrong, where, and what to do about it."""
 
 
+class Unavailable(Exception):
+    """A store that stayed out of reach through all retries: nobody's mistake, and worth starting again."""
+
+
 @contextmanager
 def exit_on_input_error(program: str) -> Iterator[None]:
-    """Turn an InputError into one readable message on stderr and exit code 2; anything else is a crash."""
+    """Turn an InputError into one readable message on stderr and exit code 2, Unavailable into one and 1.
+
+    Anything else is a crash.
+    """
     try:
         yield
+    except Unavailable as error:
+        print(f"{program}: failed: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(FAILED) from None
     except InputError as error:
         print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(BAD_INPUT) from None

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline.config import Config, TrainConfig, to_dict
 from pipeline.data.samples import scaled
-from pipeline.data.stream import Stream
+from pipeline.data.stream import Stream, Taken
 from pipeline.errors import InputError
 from pipeline.evaluate.encoder import load_encoder
 from pipeline.match import latents
@@ -43,9 +43,9 @@ def train(config: Config, accelerator: Accelerator) -> bool:
     with together(accelerator):
         stream = open_stream(config, rank, world)
         torch.manual_seed(config.seed)  # the first weights, the same on every rank
-        bare = build_network(config.model, stream.manifest.shape).to(accelerator.device)
-        latents.check_law(config.match.latents, stream.manifest.shape)
-        features = open_features(config.match.space, stream.manifest.shape, accelerator.device)
+        bare = build_network(config.model, stream.shape).to(accelerator.device)
+        latents.check_law(config.match.latents, stream.shape)
+        features = open_features(config.match.space, stream.shape, accelerator.device)
     with together(accelerator):
         newest, lock = claim(config) if rank == 0 else (None, None)
     newest = newest if rank == 0 else newest_checkpoint(Path(config.run.path) / "checkpoints")
@@ -75,13 +75,14 @@ def train(config: Config, accelerator: Accelerator) -> bool:
 
             # Take: this rank's share of the round's images.
             with together(accelerator):
-                images = scaled(stream.take(round).images).to(accelerator.device)
+                taken = stream.take(round)
+                images = scaled(taken.images.to(accelerator.device))
             if config.match.latents == "fourier" and learned.spectrum is None:
                 learned.spectrum = latents.measure_spectrum(images, lambda mean: accelerator.reduce(mean, "mean"))
             clock.append(time.perf_counter())
 
             # Match: the latent whose sample is nearest to each image, out of the whole pool.
-            draw = Drawing(config, round, stream.manifest.shape, accelerator.device, learned.spectrum)
+            draw = Drawing(config, round, stream.shape, accelerator.device, learned.spectrum)
             match = find_match(config, bare, draw, images, features) if config.objective.needs_match else None
             if match and match.described != described:
                 described = match.described
@@ -106,6 +107,7 @@ def train(config: Config, accelerator: Accelerator) -> bool:
                 values |= match.values
             if last or (round + 1) % config.report.rounds == 0:
                 values |= speed_values(clock, trained) | {"seconds/training": position.seconds}
+                values |= data_values(taken, stream, round, accelerator)
                 monitor.scalars(values, position.images_seen, round=round, step=position.step)
                 if match:
                     monitor.histogram("match/distance", match.distances, position.images_seen)
@@ -119,7 +121,7 @@ def train(config: Config, accelerator: Accelerator) -> bool:
             stopping = not last and total([float(stop.requested)], accelerator)[0] > 0
             if last or stopping or (round + 1) % config.checkpoint.rounds == 0:
                 if rank == 0:
-                    save(config, stream.manifest, learned, position, world=world)
+                    save(config, stream, learned, position, world=world)
                 accelerator.wait_for_everyone()
             if stopping:
                 monitor.say(
@@ -166,22 +168,12 @@ def open_stream(config: Config, rank: int, world: int) -> Stream:
             f"train.batch={config.train.batch} images cannot be shared evenly by {world} ranks: "
             f"--train.batch={-(-config.train.batch // world) * world} can"
         )
-    trace = Path(config.data.trace) if config.data.trace else None
     try:
-        if trace:
-            trace.mkdir(parents=True, exist_ok=True)
+        if config.data.trace:
+            Path(config.data.trace).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"data.trace '{trace}' cannot be written: {error}") from None
-    return Stream(
-        path=config.data.path,
-        split=config.data.split,
-        seed=config.seed,
-        round_size=config.match.round,
-        rank=rank,
-        world=world,
-        workers=config.data.workers,
-        trace=trace,
-    )
+        raise InputError(f"data.trace '{config.data.trace}' cannot be written: {error}") from None
+    return Stream(config.data, seed=config.seed, round_size=config.match.round, rank=rank, world=world)
 
 
 def build_learner(config: Config, bare: nn.Module, accelerator: Accelerator) -> tuple[Learned, nn.Module]:
@@ -295,6 +287,17 @@ def speed_values(clock: list[float], images: int) -> dict[str, float]:
     return {"speed/images_per_second": images / spent} | {f"share/{n}": (b - a) / spent for n, a, b in parts}
 
 
+def data_values(taken: Taken, stream: Stream, round: int, accelerator: Accelerator) -> dict[str, float]:
+    """Collective: epochs so far, and what reading the round has cost all ranks."""
+    tally = taken.tally
+    counts = [tally.bytes / 1e6, tally.cached / 1e6, tally.retries, tally.reread / 1e6, len(taken.broken)]
+    names = ("megabytes", "cached_megabytes", "retries", "reread_megabytes", "skipped")
+    sums = total([float(count) for count in counts], accelerator)
+    return {"data/epoch": stream.order.epochs(round + 1)} | {
+        f"data/{name}": value for name, value in zip(names, sums, strict=True)
+    }
+
+
 def headline(
     config: Config, bare: nn.Module, stream: Stream, accelerator: Accelerator, rounds: int, newest: Path | None
 ) -> str:
@@ -302,7 +305,8 @@ def headline(
     parameters = sum(value.numel() for value in bare.parameters())
     start = f"resuming from {newest}" if newest else "starting anew"
     return (
-        f"{stream.manifest.name} {'x'.join(map(str, stream.manifest.shape))}: {config.objective.name} with "
+        f"{stream.manifest.name} {'x'.join(map(str, stream.shape))}, {stream.order.describe()}\n"
+        f"{config.objective.name} with "
         f"{parameters / 1e6:.2f} M parameters on {accelerator.num_processes} x {accelerator.device.type}, "
         f"{torch.get_num_threads()} threads\n"
         f"{rounds} rounds of {config.match.round} images x {config.train.passes} passes for {config.train.images}, "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from pipeline.config import Config, differences, from_dict, to_dict
-from pipeline.data.manifest import Manifest
+from pipeline.data.stream import Stream
 from pipeline.errors import InputError
 from pipeline.model.naign import NAIGN, save_model
 from pipeline.runtime.checkpoint import newest_checkpoint, prune_checkpoints, write_atomically, write_checkpoint
@@ -114,9 +114,9 @@ def _restore(checkpoint: Path, learned: Learned, device: torch.device) -> Positi
     return Position(**{name: type(default)(trainer[name]) for name, default in asdict(Position()).items()})
 
 
-def save(config: Config, manifest: Manifest, learned: Learned, position: Position, *, world: int) -> None:
+def save(config: Config, stream: Stream, learned: Learned, position: Position, *, world: int) -> None:
     """Write checkpoints/step-XXXXXXXX whole or not at all, then remove old ones."""
-    metadata = describe(config, manifest, position)
+    metadata = describe(config, stream, position)
 
     def fill(folder: Path) -> None:
         save_model(folder / "model.safetensors", learned.network.state_dict(), metadata, learned.spectrum)
@@ -125,7 +125,7 @@ def save(config: Config, manifest: Manifest, learned: Learned, position: Positio
             save_model(folder / "ema.safetensors", averaged, metadata, learned.spectrum)
         (folder / "state").mkdir()
         torch.save(learned.optimizer.state_dict(), folder / "state" / "optimizer.pt")
-        trainer = {**asdict(position), "world_size": world}
+        trainer = {**asdict(position), "epoch": stream.order.epochs(position.round), "world_size": world}
         (folder / "trainer.json").write_text(json.dumps(trainer, indent=2) + "\n")
 
     checkpoints = Path(config.run.path) / "checkpoints"
@@ -133,13 +133,13 @@ def save(config: Config, manifest: Manifest, learned: Learned, position: Positio
     prune_checkpoints(checkpoints, config.checkpoint.keep)
 
 
-def describe(config: Config, manifest: Manifest, position: Position) -> dict[str, Any]:
+def describe(config: Config, stream: Stream, position: Position) -> dict[str, Any]:
     """What a model file says of itself; NAIGN.metadata."""
     return {
         "model": asdict(config.model),
-        "shape": list(manifest.shape),
+        "shape": list(stream.shape),
         "latents": config.match.latents,
-        "dataset": manifest.name,
+        "dataset": stream.manifest.name,
         "data": config.data.path,
         "seed": config.seed,
         "images_seen": position.images_seen,

@@ -11,9 +11,11 @@ _HERE = Path(__file__).resolve().parent
 if sys.path and Path(sys.path[0] or ".").resolve() == _HERE:
     sys.path[0] = str(_HERE.parent)
 
-from pipeline.config import DataConfig, parse  # noqa: E402
+from pipeline.config import parse  # noqa: E402
+from pipeline.data.dataset import DataConfig  # noqa: E402
 from pipeline.data.shards import pack  # noqa: E402
 from pipeline.data.sources import load  # noqa: E402
+from pipeline.data.store import use_endpoint  # noqa: E402
 from pipeline.errors import INTERRUPTED, exit_on_input_error  # noqa: E402
 from pipeline.loop import train  # noqa: E402
 from pipeline.runtime.distributed import build_accelerator, keep_memory, set_threads, together  # noqa: E402
@@ -22,6 +24,7 @@ from pipeline.runtime.distributed import build_accelerator, keep_memory, set_thr
 def main() -> None:
     with exit_on_input_error("train"):
         config = parse(sys.argv[1:])
+        use_endpoint(config.data.endpoint)
         keep_memory()
         set_threads(config.train.threads)
         accelerator = build_accelerator(config.train.timeout)

@@ -1,12 +1,17 @@
-"""What tests share: small packed data sets, and the real program started as a user starts it."""
+"""What tests share: small packed data sets, a real S3 server, and the real program started as a user starts it."""
 
+import contextlib
 import os
+import secrets
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.proxy import FaultProxy
+from tests.servers import S3Server
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,6 +44,49 @@ def points(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("points"))
     pack(load("toy2d:gaussians"), folder, shards=4, progress=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One SeaweedFS for all tests of this process; its log is in its folder."""
+    with S3Server(tmp_path_factory.mktemp("seaweedfs")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """The server, which this process and those it starts find through the environment, and nothing but it."""
+    from pipeline.data.s3 import forget_clients
+
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    forget_clients()
+    yield s3_server
+    forget_clients()
+
+
+@pytest.fixture
+def bucket(s3: S3Server) -> Iterator[str]:
+    """A new bucket for this test, as "s3://name"."""
+    from botocore.exceptions import ClientError
+
+    name = f"bucket-{secrets.token_hex(8)}"
+    yield s3.bucket(name)
+    with contextlib.suppress(ClientError):  # the test may have removed it
+        s3.client().delete_bucket(Bucket=name)  # SeaweedFS deletes what is in it
+
+
+@pytest.fixture
+def proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A proxy before the server, which stands in the environment in the server's place. No faults at first."""
+    from pipeline.data.s3 import forget_clients
+
+    with FaultProxy("127.0.0.1", s3.port) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        forget_clients()
+        yield proxy
 
 
 SMALL = [

@@ -9,8 +9,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, ImageOps
 
+from pipeline.data.audit import BROKEN_TAR
 from pipeline.data.examples import Example, Made, Source
-from pipeline.data.samples import BROKEN_TAR, UNDECODABLE, decoding, eight_bits
+from pipeline.data.samples import UNDECODABLE, decoding, eight_bits
 from pipeline.errors import InputError
 
 TEST_SHARE = 0.1

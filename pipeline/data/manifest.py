@@ -10,7 +10,7 @@ from pipeline.data.store import Store, open_store
 from pipeline.errors import InputError
 
 INDEX = "index.json"
-FORMAT = 1
+FORMAT = 2
 
 VALUES = 2**28
 """The most values a sample may have: a colour image of 8192 pixels a side is below it."""
@@ -27,6 +27,8 @@ class Shard:
     samples: int
     bytes: int
     sha256: str
+    pages: str
+    """SHA-256 of its page table (pages.py)."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -81,7 +83,7 @@ class Manifest:
             if version != FORMAT:
                 raise InputError(
                     f"{where}: format {version!r}, but this program reads format {FORMAT}: "
-                    f"pack the data set again, or use the NAIGN that packed it"
+                    f"write it anew with `naign index --force`, or pack the data set again"
                 )
             splits = {
                 name: Split(samples=split["samples"], shards=tuple(Shard(**shard) for shard in split["shards"]))
@@ -170,6 +172,7 @@ def _shard_problem(shard: Shard) -> str:
         )
     if shard.bytes < SAMPLE_BYTES * shard.samples:
         return f"{shard.bytes} bytes cannot hold {shard.samples} samples"
-    if not isinstance(shard.sha256, str) or not re.fullmatch("[0-9a-f]{64}", shard.sha256):
-        return f"{shard.sha256!r} is no SHA-256 of 64 hexadecimal digits"
+    for digest in (shard.sha256, shard.pages):
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            return f"{digest!r} is no SHA-256 of 64 hexadecimal digits"
     return ""

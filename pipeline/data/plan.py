@@ -1,17 +1,23 @@
-"""Who reads what: pure functions from (seed, position) to pieces of shards.
+"""Who reads what: pure functions from (manifest, seed, round, rank) to pieces of shards.
 
-The images of a split form one endless sequence, the epochs laid end to end. Epoch e visits every shard once, in an
-order that depends on (seed, e) alone. Round r of N images is positions [r*N, (r+1)*N), and rank k of W takes its k-th
-equal part. So the images of a round, and the row of each, are the same for every world size and number of workers;
-each image comes exactly once an epoch; no tail is dropped; and resuming at a round is arithmetic.
+Epoch e visits every shard once, in an order that depends on (seed, e) alone, and the images of a shard in their order.
+Round r takes the next N images of that sequence, and rank k of W the k-th equal part of the round. So the images of a
+round, and the row of each, are the same for every world size and number of workers; each image comes exactly once an
+epoch; and resuming at a round is arithmetic. Pieces need not be whole shards: shards are read by ranges of bytes.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.errors import InputError
+
+Longs = npt.NDArray[np.int64]
+
+TAILS = ("wrap", "drop", "pad")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -22,6 +28,53 @@ class Piece:
     shard: int
     first: int
     last: int
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Order:
+    """All that says in which order the images of a split come, and in which rounds."""
+
+    sizes: tuple[int, ...]
+    """Samples of each shard."""
+
+    seed: int
+    round_size: int
+    """Images a round, over all ranks."""
+
+    tail: str = "wrap"
+    """Of an epoch that is no whole number of rounds. wrap: its last round goes on into the next epoch, so that epochs
+    laid end to end are cut into rounds; drop: its last images are left out; pad: its first ones fill up the round."""
+
+    resampled: bool = False
+    """Draw the shards of an epoch with replacement, as WebDataset's resampled=True: images come once on average."""
+
+    @property
+    def total(self) -> int:
+        """Images of an epoch."""
+        return sum(self.sizes)
+
+    @property
+    def rounds(self) -> int:
+        """Of an epoch, where it begins with a round: with drop and pad."""
+        return self.total // self.round_size if self.tail == "drop" else -(-self.total // self.round_size)
+
+    def epochs(self, rounds: int) -> float:
+        """How many epochs that many rounds are."""
+        return rounds * self.round_size / self.total if self.tail == "wrap" else rounds / self.rounds
+
+    def describe(self) -> str:
+        """What becomes of the images, for people."""
+        left = self.total % self.round_size
+        if self.resampled:
+            return f"{len(self.sizes)} shards drawn with replacement: an epoch of {self.total} images misses some"
+        if not left:
+            return f"each of {self.total} images once an epoch of {self.total // self.round_size} rounds"
+        match self.tail:
+            case "wrap":
+                return f"each of {self.total} images once an epoch; a round goes on into the next epoch"
+            case "drop":
+                return f"{self.total - left} of {self.total} images once an epoch: drops its last {left}"
+        return f"each of {self.total} images an epoch, its first {self.round_size * self.rounds - self.total} once more"
 
 
 def check_seed(seed: int) -> None:
@@ -35,33 +88,75 @@ def shard_order(shards: int, seed: int, epoch: int) -> list[int]:
 
     It sorts Philox's raw numbers, which NumPy promises never to change, unlike those of its `permutation` (NEP 19).
     """
+    return [int(shard) for shard in np.argsort(_draws(shards, seed, epoch), kind="stable")]
+
+
+def _draws(count: int, seed: int, epoch: int) -> Any:
+    """Raw numbers (count,) uint64."""
     key = np.array([seed % 2**64, epoch], np.uint64)  # a list would pass through float64
-    draws = np.random.Philox(key=key).random_raw(shards)
-    return [int(shard) for shard in np.argsort(draws, kind="stable")]
+    return np.random.Philox(key=key).random_raw(count)
 
 
-def pieces(shard_sizes: Sequence[int], seed: int, start: int, stop: int) -> list[Piece]:
-    """What positions [start, stop) of the endless sequence are, in order; empty pieces are left out."""
-    total = sum(shard_sizes)
-    assert total > 0 and 0 <= start <= stop
+@lru_cache(maxsize=4)
+def _epoch(sizes: tuple[int, ...], seed: int, epoch: int, resampled: bool) -> tuple[Longs, Longs]:
+    """The shards of an epoch in order (n,), and the positions (n + 1,) at which they start and end.
+
+    With `resampled` shards are drawn until the epoch has as many images as all of them have; the last one is cut off.
+    """
+    lengths = np.array(sizes, np.int64)
+    total = int(lengths.sum())
+    if not resampled:
+        order = np.array(shard_order(len(sizes), seed, epoch), np.int64)
+    else:
+        most = -(-total // int(lengths.min()))
+        order = (_draws(most, seed, epoch) % np.uint64(len(sizes))).astype(np.int64)
+    ends = np.minimum(np.cumsum(lengths[order]), total)
+    count = int(np.searchsorted(ends, total)) + 1
+    return order[:count], np.concatenate([[0], ends[:count]])
+
+
+def spans(order: Order, round: int) -> list[tuple[int, int, int]]:
+    """The (epoch, first, last) positions within epochs that make up a round, in order."""
+    total, size = order.total, order.round_size
+    assert total > 0 and size > 0 and round >= 0
+    if order.tail == "wrap":
+        epoch, first = divmod(round * size, total)
+    else:
+        epoch, number = divmod(round, order.rounds)
+        first = number * size
     found = []
-    for epoch in range(start // total, -(-stop // total)):
-        position = epoch * total  # of the first sample of the next shard
-        for shard in shard_order(len(shard_sizes), seed, epoch):
-            first = max(start - position, 0)
-            last = min(stop - position, shard_sizes[shard])
-            if first < last:
-                found.append(Piece(epoch=epoch, shard=shard, first=first, last=last))
-            position += shard_sizes[shard]
+    while size:
+        last = min(first + size, total)
+        found.append((epoch, first, last))
+        size -= last - first
+        epoch, first = epoch + (order.tail == "wrap"), 0
     return found
 
 
-def rank_range(round: int, size: int, rank: int, world: int) -> tuple[int, int]:
-    """Positions [start, stop) that `rank` of `world` reads in a round of `size` images."""
-    assert size % world == 0 and 0 <= rank < world and round >= 0
-    share = size // world
-    start = round * size + rank * share
-    return start, start + share
+def pieces(order: Order, round: int, start: int, stop: int) -> list[Piece]:
+    """What rows [start, stop) of a round are, in order."""
+    assert 0 <= start <= stop <= order.round_size
+    found = []
+    row = 0  # of the first position of the span
+    for epoch, first, last in spans(order, round):
+        begin, end = max(first, first + start - row), min(last, first + stop - row)
+        row += last - first
+        if begin >= end:
+            continue
+        shards, edges = _epoch(order.sizes, order.seed, epoch, order.resampled)
+        low, high = int(np.searchsorted(edges, begin, "right")) - 1, int(np.searchsorted(edges, end))
+        for shard, a, b in zip(
+            shards[low:high].tolist(), edges[low:].tolist(), edges[low + 1 :].tolist(), strict=False
+        ):
+            found.append(Piece(epoch=epoch, shard=shard, first=max(begin - a, 0), last=min(end, b) - a))
+    return found
+
+
+def rank_rows(round_size: int, rank: int, world: int) -> tuple[int, int]:
+    """Rows [start, stop) of each round that `rank` of `world` reads."""
+    assert round_size % world == 0 and 0 <= rank < world
+    share = round_size // world
+    return rank * share, (rank + 1) * share
 
 
 def parts(start: int, stop: int, count: int) -> list[tuple[int, int]]:
@@ -70,25 +165,18 @@ def parts(start: int, stop: int, count: int) -> list[tuple[int, int]]:
     return list(zip(edges, edges[1:], strict=False))
 
 
-def check(
-    shards: int,  # of the split
-    world: int,  # ranks
-    workers: int,  # reading processes a rank; 0 reads in the rank itself
-    round_size: int,  # images a round, over all ranks
-    batch: int,  # images a step, over all ranks
-) -> None:
+def check(order: Order, world: int) -> None:
     """Raise InputError, with the arithmetic, where these numbers cannot share out the work equally."""
-    readers = world * max(1, workers)
-    if shards < readers:
-        how = f"{world} ranks x {workers} workers = {readers} readers" if workers else f"{world} ranks"
-        fewer = "fewer ranks or workers" if workers else "fewer ranks"
-        raise InputError(f"{shards} shards cannot feed {how}: repack with --shards {readers} or more, or use {fewer}")
-    for what, number in (("round", round_size), ("batch", batch)):
-        if number < world or number % world:
-            near = max(1, round(number / world)) * world
-            raise InputError(
-                f"a {what} of {number} images cannot be shared equally by {world} ranks "
-                f"({number} = {number // world} x {world} + {number % world}): use {near}, for example"
-            )
-    if batch > round_size:
-        raise InputError(f"a batch of {batch} images is more than a round of {round_size}: use a larger round")
+    number = order.round_size
+    if order.tail not in TAILS:
+        raise InputError(f"data.tail is '{order.tail}': choose one of {', '.join(TAILS)}")
+    if order.tail == "drop" and order.total < number:
+        raise InputError(
+            f"data.tail=drop leaves nothing of {order.total} images in rounds of {number}: use smaller rounds, or wrap"
+        )
+    if number < world or number % world:
+        near = max(1, round(number / world)) * world
+        raise InputError(
+            f"a round of {number} images cannot be shared equally by {world} ranks "
+            f"({number} = {number // world} x {world} + {number % world}): use {near}, for example"
+        )

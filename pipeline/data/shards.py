@@ -1,11 +1,9 @@
-"""Packing a source into WebDataset shards, and verifying shards against their manifest."""
+"""Packing a source into WebDataset shards, which stream into their store as they are made."""
 
 import hashlib
-import tempfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -13,10 +11,11 @@ from tqdm import tqdm
 from webdataset import TarWriter
 
 from pipeline.data.examples import Source
-from pipeline.data.manifest import INDEX, Manifest, Shard, Split, size_problem
+from pipeline.data.manifest import INDEX, Manifest, Shard, Split
+from pipeline.data.pages import Pager, Table, dump_table, table_name
 from pipeline.data.plan import check_seed, parts
-from pipeline.data.samples import decode, encode, read_samples
-from pipeline.data.store import Store, open_store
+from pipeline.data.samples import encode
+from pipeline.data.store import Store, Writer, open_store
 from pipeline.errors import InputError
 
 SHARDS = 16
@@ -26,12 +25,16 @@ SHARD_BYTES = 64 << 20
 """The usual most bytes of decoded samples a shard: long enough reads, short enough retries."""
 
 
+ENCODINGS = ("png", "jpg", "webp", "npy")
+"""Of images: jpg trades exactness for space, npy space for speed."""
+
+
 def pack(
     source: Source,
     to: str,  # local folder or s3://bucket/prefix
     *,
     shards: int | None = None,  # a split; None: 16, or as many as keep a shard under 64 MiB decoded
-    encoding: str = "png",  # of images: png, or jpg to trade exactness for space
+    encoding: str = "png",  # of images: one of ENCODINGS
     seed: int = 0,  # of the order in which samples are dealt to shards
     force: bool = False,  # replace what is there
     progress: bool = True,  # bar on stderr
@@ -44,8 +47,8 @@ def pack(
     Raises InputError where the target holds anything else, unless `force`, or the source cannot be packed so.
     """
     check_seed(seed)
-    if encoding not in ("png", "jpg"):
-        raise InputError(f"cannot store images as {encoding!r}: use png or jpg")
+    if encoding not in ENCODINGS:
+        raise InputError(f"cannot store images as {encoding!r}: use one of {', '.join(ENCODINGS)}")
     counts = {split: _count(source, split, shards) for split in source.splits}
     target = open_store(to)
     present = target.list()
@@ -55,7 +58,7 @@ def pack(
     if force:
         target.delete(INDEX)  # from here on the old data set does not exist
         for name in present:
-            if name.endswith(".tar") and name.rpartition("-")[0] in source.splits:
+            if name.endswith((".tar", ".pages.npy")) and name.rpartition("-")[0] in source.splits:
                 target.delete(name)
         present = []
 
@@ -70,15 +73,19 @@ def pack(
             written = []
             for number, order in enumerate(_deal(len(source.splits[split]), count, seed)):
                 name = f"{split}-{number:05d}.tar"
-                with tempfile.TemporaryDirectory() as folder:
-                    file = Path(folder) / name
-                    shard = _write(source, split, order, file, encoding, bar)
-                    if known and known.get(name) != shard:
+                make = partial(_write, source, split, order, name, encoding)
+                old_shard = known.get(name)
+                if old is None and name not in present:
+                    with target.write(name) as stream:
+                        new.append(name)
+                        shard, table = make(stream, bar)
+                    new.append(table_name(name))
+                    target.put(table_name(name), dump_table(table))
+                else:
+                    shard, table = make(_Nothing(), bar)
+                    if old is not None and old_shard != shard:
                         raise InputError(_refusal(to, old))
-                    if not _is_there(target, shard, present, known=bool(known)):
-                        target.put(name, file)
-                        if old is None:
-                            new.append(name)
+                    _complete(target, shard, table, present, make, known=old is not None)
                 written.append(shard)
             splits[split] = Split(samples=len(source.splits[split]), shards=tuple(written))
     manifest = Manifest(
@@ -142,120 +149,62 @@ def _deal(samples: int, count: int, seed: int) -> Iterator[list[int]]:
         yield [int(index) for index in order[start:stop]]
 
 
-def _write(source: Source, split: str, order: list[int], file: Path, encoding: str, bar: "tqdm[Any]") -> Shard:
+class _Nothing:
+    """A file that nobody wants: what is written is only measured."""
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        return len(data)
+
+
+class _Measured:
+    """What a tar is written to: passes the bytes on, and counts, hashes and pages them."""
+
+    def __init__(self, target: Writer) -> None:
+        self._target, self.hash, self.pager, self.size = target, hashlib.sha256(), Pager(), 0
+
+    def write(self, data: bytes) -> int:
+        self._target.write(data)
+        self.hash.update(data)
+        self.pager.update(data)
+        self.size += len(data)
+        return len(data)
+
+
+def _write(
+    source: Source, split: str, order: list[int], name: str, encoding: str, target: Writer, bar: "tqdm[Any] | None"
+) -> tuple[Shard, Table]:
     """Write one shard; owner, mode and time are fixed so that its bytes depend on the samples alone."""
     suffix = encoding if source.kind == "image" else "npy"
-    with (
-        file.open("wb") as stream,
-        TarWriter(stream, user="", group="", mtime=0, encoder=False) as writer,
-    ):
+    measured = _Measured(target)
+    with TarWriter(cast(BinaryIO, measured), user="", group="", mtime=0, encoder=False) as writer:
         for index in order:
             key, array, label = source.splits[split][index]
             assert array.shape == source.shape, f"{key}: {array.shape}"
             sample: dict[str, Any] = {"__key__": key, suffix: encode(array, suffix)}
+            measured.pager.start(writer.tarstream.offset)
             writer.write(sample if label < 0 else {**sample, "cls": str(label).encode()})
-            bar.update()
-    with file.open("rb") as written:
-        digest = hashlib.file_digest(written, "sha256").hexdigest()
-    return Shard(name=file.name, samples=len(order), bytes=file.stat().st_size, sha256=digest)
+            if bar is not None:
+                bar.update()
+        end = writer.tarstream.offset
+    table = measured.pager.finish(end)
+    pages = hashlib.sha256(dump_table(table)).hexdigest()
+    size, digest = measured.size, measured.hash.hexdigest()
+    return Shard(name=name, samples=len(order), bytes=size, sha256=digest, pages=pages), table
 
 
-def _is_there(target: Store, shard: Shard, present: list[str], *, known: bool) -> bool:
-    """Whether the target holds this shard already. Raises InputError where it holds another of that name.
+def _complete(
+    target: Store, shard: Shard, table: Table, present: list[str], make: "partial[tuple[Shard, Table]]", *, known: bool
+) -> None:
+    """Write again what the target lacks of a shard. Raises InputError where it holds another of that name.
 
     `known` says that the target's own index.json names this shard, so one of another size is damaged, not foreign.
     """
-    if shard.name not in present:
-        return False
-    if known or target.size(shard.name) != shard.bytes:
-        if not known:
-            raise InputError(_refusal(target.path, None))
-        return target.size(shard.name) == shard.bytes
-    if hashlib.sha256(target.read(shard.name)).hexdigest() != shard.sha256:
+    there = shard.name in present
+    if there and not known and hashlib.sha256(target.read(shard.name)).hexdigest() != shard.sha256:
         raise InputError(_refusal(target.path, None))
-    return True
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Report:
-    """What `verify` read and found sound."""
-
-    samples: int
-    shards: int
-    bytes: int
-
-
-PROBLEMS = 20
-"""How many problems a message lists."""
-
-
-def verify(path: str, *, progress: bool = True) -> Report:
-    """Read every byte of a data set: sizes, SHA-256, tar structure, pixels, shapes, labels, keys, counts.
-
-    Raises InputError that lists the problems, each with its shard and key.
-    """
-    manifest = Manifest.load(path)
-    store = open_store(path)
-    problems: list[str] = []
-    samples = size = 0
-    shards = [(split, shard) for split in manifest.splits for shard in manifest.splits[split].shards]
-    keys: dict[str, dict[str, str]] = {split: {} for split in manifest.splits}  # shard by key
-    with tqdm(shards, unit="shard", desc=f"verify {manifest.name}", disable=not progress) as bar:
-        for split, shard in bar:
-            problems += _verify(store, shard, manifest, keys[split])
-            samples, size = samples + shard.samples, size + shard.bytes
-    if problems:
-        shown = [f"  {problem}" for problem in problems[:PROBLEMS]]
-        more = [f"  and {len(problems) - PROBLEMS} more"] if len(problems) > PROBLEMS else []
-        raise InputError("\n".join([f"{path}: {len(problems)} problems", *shown, *more]))
-    return Report(samples=samples, shards=len(shards), bytes=size)
-
-
-def _verify(store: Store, shard: Shard, manifest: Manifest, keys: dict[str, str]) -> Iterator[str]:
-    """The problems of one shard; adds its keys to those of its split."""
-    where = store.url(shard.name)
-    try:
-        resized = size_problem(store, shard)
-        if resized:
-            yield resized
-        with closing(_Hashed(store.open(shard.name))) as stream:
-            count = 0
-            for sample in read_samples(cast(BinaryIO, stream), where):
-                count += 1
-                key = sample["__key__"]
-                if key in keys:
-                    yield f"{where}, key {key}: also in {keys[key]}: repack the data set"
-                keys[key] = shard.name
-                try:
-                    _, label = decode(sample, manifest.kind, manifest.shape, len(manifest.labels), where)
-                    if manifest.labels and label < 0:
-                        yield f"{where}, key {key}: no .cls, but {INDEX} has labels: repack the data set"
-                except InputError as error:
-                    yield str(error)
-            if count != shard.samples:
-                yield f"{where}: {count} samples, but {INDEX} says {shard.samples}: repack the data set"
-            if not resized and stream.hexdigest() != shard.sha256:
-                yield f"{where}: its SHA-256 is not the one in {INDEX}: copy it again, or repack the data set"
-    except InputError as error:  # missing, or no tar from some byte on
-        yield str(error)
-
-
-class _Hashed:
-    """A stream that hashes what is read, so that a shard is fetched once."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream, self._hash = stream, hashlib.sha256()
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(size)
-        self._hash.update(data)
-        return data
-
-    def hexdigest(self) -> str:
-        """Of the whole file: reads what is left."""
-        while self.read(1 << 20):
-            pass
-        return self._hash.hexdigest()
-
-    def close(self) -> None:
-        self._stream.close()
+    if not there or target.size(shard.name) != shard.bytes:
+        with target.write(shard.name) as stream:
+            make(stream, None)
+    name, data = table_name(shard.name), dump_table(table)
+    if name not in present or target.read(name) != data:
+        target.put(name, data)

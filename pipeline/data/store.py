@@ -1,27 +1,35 @@
-"""Where files lie: a local folder or `s3://bucket/prefix`, behind one small protocol over str paths.
-
-boto3 is imported here only. It finds credentials and endpoint its own way (environment, profile, instance role;
-AWS_ENDPOINT_URL for other servers than Amazon's).
-"""
+"""Where files lie: a local folder or `s3://bucket/prefix` (s3.py), behind one small protocol over str paths."""
 
 import contextlib
 import errno
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import BinaryIO, Protocol
 
+from pipeline.data.fetch import Tally
 from pipeline.errors import InputError
 
 _PARTIAL = ".partial-"
 """Prefix of a file that is still being written: `list` never shows one."""
 
 
+class Writer(Protocol):
+    """A file being written."""
+
+    def write(self, data: bytes | bytearray | memoryview, /) -> int: ...
+
+
 class Store(Protocol):
-    """A flat folder of files. Every method raises InputError for what is missing or forbidden."""
+    """A flat folder of files. Every method raises InputError for what is missing or forbidden.
+
+    One in a network tries again what fails in passing, and raises Unavailable where that does not help.
+    """
 
     path: str
+    tally: Tally
 
     def list(self) -> list[str]:
         """Names of the complete files, sorted; [] for a folder that is empty or does not exist."""
@@ -31,15 +39,22 @@ class Store(Protocol):
         """Length in bytes."""
         ...
 
+    def read(self, name: str, first: int = 0, last: int | None = None, *, fresh: bool = False) -> bytes:
+        """Bytes [first, last), all of them; to the end if last is None. A file that ends sooner is an InputError.
+
+        `fresh` reads past any cache, and renews what it holds.
+        """
+        ...
+
     def open(self, name: str) -> BinaryIO:
-        """A stream from the first byte on. A body that breaks or ends short raises; it is never silently cut."""
+        """A stream from the first byte on, read ahead in bounded memory. It is never silently cut."""
         ...
 
-    def read(self, name: str) -> bytes:
-        """The whole file."""
+    def write(self, name: str) -> AbstractContextManager[Writer]:
+        """Write or replace a file as its bytes are made: it appears whole at the end, after an error not at all."""
         ...
 
-    def put(self, name: str, source: Path | bytes) -> None:
+    def put(self, name: str, data: bytes) -> None:
         """Write or replace a file: readers see the old one or the new one, never a part."""
         ...
 
@@ -60,8 +75,26 @@ def open_store(path: str) -> Store:
     if not separator:
         return LocalStore(path)
     if scheme == "s3":
+        from pipeline.data.s3 import S3Store
+
         return S3Store(path)
     raise InputError(f"{path}: cannot read {scheme}:// paths: give a local folder or s3://bucket/prefix")
+
+
+def use_endpoint(address: str) -> None:
+    """Ask the S3 server at this address from now on, in this process and those it starts; '' changes nothing."""
+    if address:
+        os.environ["AWS_ENDPOINT_URL_S3"] = address
+
+
+def gopen(url: str, mode: str = "rb", bufsize: int = 8192) -> BinaryIO:
+    """A stream of one file, as WebDataset asks for it: `webdataset.gopen_schemes["s3"] = gopen`."""
+    if "r" not in mode:
+        raise InputError(
+            f"{url}: opened with mode {mode!r}: WebDataset can only read through this; write with `naign pack`"
+        )
+    folder, _, name = url.rpartition("/")
+    return open_store(folder).open(name)
 
 
 _REMEDIES = {
@@ -83,6 +116,7 @@ class LocalStore:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.tally = Tally()
         self._folder = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
 
     def list(self) -> list[str]:
@@ -102,29 +136,38 @@ class LocalStore:
         with self._explained(name):
             return (self._folder / name).open("rb")
 
-    def read(self, name: str) -> bytes:
-        with self.open(name) as stream:
-            return stream.read()
+    def read(self, name: str, first: int = 0, last: int | None = None, *, fresh: bool = False) -> bytes:
+        with self._explained(name), (self._folder / name).open("rb", buffering=0) as stream:
+            stream.seek(first)
+            data = stream.readall() if last is None else stream.read(last - first)
+        if last is not None and len(data) < last - first:
+            raise InputError(
+                f"{self.url(name)}: {first + len(data)} bytes where {last} were expected: truncated: copy it again"
+            )
+        self.tally.add(bytes=len(data))
+        return data
 
-    def put(self, name: str, source: Path | bytes) -> None:
+    @contextlib.contextmanager
+    def write(self, name: str) -> Iterator[Writer]:
         with self._explained(name, writing=True):
             self._folder.mkdir(parents=True, exist_ok=True)
             descriptor, partial = tempfile.mkstemp(prefix=_PARTIAL, dir=self._folder)
-            try:
-                with os.fdopen(descriptor, "wb") as target:
-                    if isinstance(source, bytes):
-                        target.write(source)
-                    else:
-                        with source.open("rb") as stream:
-                            while block := stream.read(1 << 20):
-                                target.write(block)
+        try:
+            with os.fdopen(descriptor, "wb") as target:
+                yield target
+                with self._explained(name, writing=True):
                     target.flush()
                     os.fsync(target.fileno())  # the name must not outlive the bytes if the machine goes down
                     os.fchmod(target.fileno(), 0o644)  # mkstemp's 0600 would shut out other users of a shared volume
+            with self._explained(name, writing=True):
                 os.replace(partial, self._folder / name)
-            except BaseException:
-                Path(partial).unlink(missing_ok=True)
-                raise
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+
+    def put(self, name: str, data: bytes) -> None:
+        with self.write(name) as target:
+            target.write(data)
 
     def delete(self, name: str) -> None:
         with self._explained(name, writing=True):
@@ -145,90 +188,3 @@ class LocalStore:
                 what = f"cannot be written ({what})"
                 remedy = "choose another folder" if error.errno == errno.ENOENT else remedy
             raise InputError(f"{self.url(name)}: {what}: {remedy}") from None
-
-
-class S3Store:
-    """Objects under one prefix of a bucket. Picklable: the client is made in each process at its first use."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._bucket, _, prefix = path.removeprefix("s3://").partition("/")
-        if not self._bucket:
-            raise InputError(f"{path}: no bucket: write s3://bucket/prefix")
-        self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
-
-    def list(self) -> list[str]:
-        with self._explained(""):
-            pages = (
-                _client()
-                .get_paginator("list_objects_v2")
-                .paginate(Bucket=self._bucket, Prefix=self._prefix, Delimiter="/")
-            )
-            keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
-        return sorted(key.removeprefix(self._prefix) for key in keys if key != self._prefix)
-
-    def size(self, name: str) -> int:
-        with self._explained(name):
-            return int(_client().head_object(Bucket=self._bucket, Key=self._prefix + name)["ContentLength"])
-
-    def open(self, name: str) -> BinaryIO:
-        with self._explained(name):
-            # botocore counts the body against Content-Length and raises IncompleteReadError at an early end.
-            return cast(BinaryIO, _client().get_object(Bucket=self._bucket, Key=self._prefix + name)["Body"])
-
-    def read(self, name: str) -> bytes:
-        with contextlib.closing(self.open(name)) as stream:
-            return stream.read()
-
-    def put(self, name: str, source: Path | bytes) -> None:
-        with self._explained(name):
-            if isinstance(source, bytes):
-                _client().put_object(Bucket=self._bucket, Key=self._prefix + name, Body=source)
-            else:
-                _client().upload_file(str(source), self._bucket, self._prefix + name)
-
-    def delete(self, name: str) -> None:
-        with self._explained(name):
-            _client().delete_object(Bucket=self._bucket, Key=self._prefix + name)
-
-    def url(self, name: str) -> str:
-        return f"s3://{self._bucket}/{self._prefix}{name}"
-
-    @contextlib.contextmanager
-    def _explained(self, name: str) -> Iterator[None]:
-        """Turn what a user can put right into an InputError; a network that fails stays a crash, to be retried."""
-        from boto3.exceptions import S3UploadFailedError
-        from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
-
-        try:
-            yield
-        except (NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
-            raise InputError(
-                f"{self.url(name)}: {error}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role"
-            ) from None
-        except (ClientError, S3UploadFailedError) as error:
-            # upload_file wraps the server's answer and keeps it as the context only.
-            answer = error if isinstance(error, ClientError) else error.__context__
-            code = str(answer.response["Error"].get("Code")) if isinstance(answer, ClientError) else ""
-            match code:
-                case "NoSuchBucket":
-                    remedy = f"there is no bucket {self._bucket}: check the name and AWS_ENDPOINT_URL"
-                case "NoSuchKey" | "404" | "NotFound":
-                    remedy = "no such object: check the path, or pack the data set again"
-                case "AccessDenied" | "403" | "Forbidden" | "InvalidAccessKeyId" | "SignatureDoesNotMatch":
-                    remedy = f"access denied ({code}): check the credentials and what they may do in this bucket"
-                case _:
-                    raise
-            raise InputError(f"{self.url(name)}: {remedy}") from None
-
-
-_clients: dict[int, Any] = {}
-
-
-def _client() -> Any:
-    """This process's client: one made before a fork would share its sockets with the child."""
-    if os.getpid() not in _clients:
-        import boto3
-
-        _clients[os.getpid()] = boto3.session.Session().client("s3")
-    return _clients[os.getpid()]

@@ -1,11 +1,12 @@
-"""From shards to tensors on one rank: the rounds of plan.py, read through WebDataset, one round ahead."""
+"""From shards to tensors on one rank: the rounds of plan.py, read and decoded one round ahead."""
 
 import atexit
+import logging
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
 from types import TracebackType
@@ -13,21 +14,26 @@ from typing import Self
 
 import numpy as np
 import torch
+import webdataset
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from pipeline.data.manifest import Manifest, Shard, size_problem
-from pipeline.data.plan import Piece, check, parts, pieces, rank_range
-from pipeline.data.samples import Array, decode, read_samples
-from pipeline.data.store import open_store
-from pipeline.errors import InputError
+from pipeline.data import augment
+from pipeline.data.dataset import DataConfig, check_config, image_shape, open_reader
+from pipeline.data.fetch import Tally
+from pipeline.data.manifest import Manifest, size_problem
+from pipeline.data.plan import Order, Piece, check, parts, pieces, rank_rows
+from pipeline.data.reader import Reader, Row
+from pipeline.data.store import gopen, open_store
+from pipeline.errors import InputError, Unavailable
+
+webdataset.gopen_schemes["s3"] = gopen  # so that any WebDataset program reads s3:// as training does, without pipes
+
+log = logging.getLogger("naign.data")
 
 BLOCK = 256
 """Rows that a worker hands over at once: few enough for a container's small /dev/shm, many enough to cost little."""
-
-Row = tuple[Array, int, str, int]
-"""Array, label, key, epoch."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -42,32 +48,10 @@ class Taken:
     """n of them."""
     epochs: Tensor
     """(n,) int64: in which epoch each row was taken."""
-
-
-def read_pieces(path: str, manifest: Manifest, shards: Sequence[Shard], wanted: Sequence[Piece]) -> Iterator[Row]:
-    """The rows of the pieces in order. Samples before a piece are skipped undecoded, those after it not read.
-
-    Raises InputError, naming shard and key, for a shard or sample that is damaged or not as the manifest says.
-    """
-    store = open_store(path)
-    for piece in wanted:
-        shard = shards[piece.shard]
-        where = store.url(shard.name)
-        if problem := size_problem(store, shard):
-            raise InputError(problem)
-        with closing(store.open(shard.name)) as stream:
-            samples = read_samples(stream, where)
-            found = piece.first
-            for sample in islice(samples, piece.first, piece.last):
-                array, label = decode(sample, manifest.kind, manifest.shape, len(manifest.labels), where)
-                yield array, label, sample["__key__"], piece.epoch
-                found += 1
-            more = piece.last == shard.samples and next(samples, None) is not None
-            if more or found < piece.last:
-                raise InputError(
-                    f"{where}: {'more than' if more else f'ends before sample {piece.last} of'} the {shard.samples} "
-                    f"samples that index.json says: copy it again, or repack the data set"
-                )
+    tally: Tally
+    """What reading them has cost."""
+    broken: list[str]
+    """What was wrong with each sample in whose place another one is."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -79,59 +63,72 @@ class Block:
     labels: Tensor
     keys: list[str]
     epochs: Tensor
+    tally: Tally = field(default_factory=Tally)
+    broken: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Share:
     """All that says which rows a rank reads; the same in the rank and in its workers."""
 
-    path: str
+    config: DataConfig
     manifest: Manifest
-    split: str
-    seed: int
-    round_size: int
+    order: Order
     rank: int
     world: int
 
     @property
     def rows(self) -> int:
         """Of this rank, a round."""
-        return self.round_size // self.world
+        return self.order.round_size // self.world
 
-    def read(self, round: int, first: int, last: int, count: int) -> Iterator[Block]:
+    def reader(self) -> Reader:
+        """To be made once in each process."""
+        return open_reader(self.config, self.manifest)
+
+    def read(self, reader: Reader, round: int, first: int, last: int, count: int) -> Iterator[Block]:
         """Rows [first, last) of the rank's part of a round as `count` blocks, in one pass over the shards."""
-        start, _ = rank_range(round, self.round_size, self.rank, self.world)
-        shards = self.manifest.split(self.split).shards
-        wanted = pieces([shard.samples for shard in shards], self.seed, start + first, start + last)
-        rows = read_pieces(self.path, self.manifest, shards, wanted)
+        start, _ = rank_rows(self.order.round_size, self.rank, self.world)
+        rows = reader.rows(pieces(self.order, round, start + first, start + last))
         for begin, end in parts(first, last, count):
-            yield _block(begin, islice(rows, end - begin), end - begin, self.manifest)
-        assert next(rows, None) is None  # asking for one more runs the checks at the end of the last shard
+            draws = augment.draws(self.order.seed, round, start + begin, start + end)
+            block = _block(begin, islice(rows, end - begin), end - begin, self.manifest, self.config, draws)
+            block.tally.merge(reader.store.tally.take())
+            yield block
+        assert next(rows, None) is None
 
 
-def _block(first: int, rows: Iterator[Row], count: int, manifest: Manifest) -> Block:
-    images = np.empty((count, *manifest.shape), manifest.dtype)
+def _block(
+    first: int, rows: Iterator[Row], count: int, manifest: Manifest, config: DataConfig, draws: augment.Draws
+) -> Block:
+    images = np.empty((count, *image_shape(config, manifest)), manifest.dtype)
     labels, epochs = np.empty(count, np.int64), np.empty(count, np.int64)
-    keys = []
-    for row, (array, label, key, epoch) in enumerate(rows):
-        images[row], labels[row], epochs[row] = array, label, epoch
-        keys.append(key)
+    keys, broken = [], []
+    for number, row in enumerate(rows):
+        array = augment.crop(row.array, config.crop, draws[number]) if config.crop else row.array
+        images[number], labels[number], epochs[number] = array, row.label, row.epoch
+        keys.append(row.key)
+        if row.broken:
+            broken.append(row.broken)
     assert len(keys) == count
+    if config.flip and manifest.kind == "image":
+        augment.flip(images, draws)
     return Block(
         first=first,
         images=torch.from_numpy(images),
         labels=torch.from_numpy(labels),
         keys=keys,
         epochs=torch.from_numpy(epochs),
+        broken=broken,
     )
 
 
-class _Rounds(IterableDataset[Block | InputError]):
+class _Rounds(IterableDataset[Block | InputError | Unavailable]):
     """What a worker reads: its part of this rank's part of every round from `start` on, without end.
 
     Every worker gives the same number of blocks a round, so that the loader, which asks them in turn, gives all of a
-    round's blocks before any of the next. An InputError is handed over as a value: raised, it would arrive wrapped in
-    the text of a traceback.
+    round's blocks before any of the next. An error is handed over as a value: raised, it would arrive wrapped in the
+    text of a traceback.
     """
 
     def __init__(self, *, share: Share, start: int, workers: int) -> None:
@@ -139,14 +136,15 @@ class _Rounds(IterableDataset[Block | InputError]):
         self.blocks = max(1, -(-share.rows // (workers * BLOCK)))
         """A worker and round."""
 
-    def __iter__(self) -> Iterator[Block | InputError]:
+    def __iter__(self) -> Iterator[Block | InputError | Unavailable]:
         info = get_worker_info()
         assert info is not None
         first, last = parts(0, self.share.rows, self.workers)[info.id]
         try:
+            reader = self.share.reader()
             for round in count(self.start):
-                yield from self.share.read(round, first, last, self.blocks)
-        except InputError as error:
+                yield from self.share.read(reader, round, first, last, self.blocks)
+        except (InputError, Unavailable) as error:
             yield error
 
 
@@ -191,33 +189,31 @@ class Stream:
 
     def __init__(
         self,
+        config: DataConfig,
         *,
-        path: str,  # folder or s3://bucket/prefix with index.json
-        split: str = "train",
-        seed: int,  # of the order of the shards
+        seed: int,  # of the order of the shards, and of windows and mirroring
         round_size: int,  # images a round, over all ranks
         rank: int = 0,
         world: int = 1,
-        workers: int = 0,  # reading processes of this rank; 0 reads here
         prefetch: bool = True,  # read the next round while this one is used
-        trace: Path | None = None,  # folder for `epoch round key` lines of every image taken, one file a rank
     ) -> None:
-        """Raises InputError where the data set is missing or too coarsely sharded for so many readers."""
-        self.manifest = Manifest.load(path)
-        check(len(self.manifest.split(split).shards), world, workers, round_size, round_size)
-        self._share = Share(
-            path=path,
-            manifest=self.manifest,
-            split=split,
-            seed=seed,
-            round_size=round_size,
-            rank=rank,
-            world=world,
-        )
-        self._workers, self._prefetch = workers, prefetch
-        self._trace = trace / f"rank-{rank:05d}.txt" if trace else None
+        """Raises InputError where the data set is missing, or a round cannot be shared equally by the ranks."""
+        check_config(config)
+        self.manifest = Manifest.load(config.path)
+        self.shape = image_shape(config, self.manifest)
+        """Of one row."""
+        sizes = tuple(shard.samples for shard in self.manifest.split(config.split).shards)
+        self.order = Order(sizes=sizes, seed=seed, round_size=round_size, tail=config.tail, resampled=config.resampled)
+        check(self.order, world)
+        self._share = Share(config=config, manifest=self.manifest, order=self.order, rank=rank, world=world)
+        self._workers, self._prefetch = config.workers, prefetch
+        self._reader: Reader | None = None
+        self._trace = Path(config.trace) / f"rank-{rank:05d}.txt" if config.trace else None
+        self._broken = self._rows = 0  # taken so far
         self._ahead: _Reading | None = None
-        self._loaded: Iterator[Block | InputError] | None = None  # from the workers; stands before round _next
+        self._loaded: Iterator[Block | InputError | Unavailable] | None = (
+            None  # from the workers; stands before round _next
+        )
         self._next = 0
         atexit.register(self.close)  # a thread inside torch while the interpreter goes down would abort it
 
@@ -225,7 +221,8 @@ class Stream:
         """This rank's part of a round: a function of the arguments of the Stream and `round` alone.
 
         Rounds may be taken in any order; only going up one by one is read ahead.
-        Raises InputError, naming shard and key, for data that is damaged or not as its manifest says.
+        Raises InputError, naming shard and key, for data that is damaged or not as its manifest says; Unavailable for a
+        store that stays out of reach.
         """
         ahead, self._ahead = self._ahead, None
         if ahead and ahead.round != round:
@@ -236,6 +233,7 @@ class Stream:
         if self._prefetch:
             self._ahead = _Reading(round + 1, self._read)
             self._ahead.start()
+        self._allow(taken)
         if self._trace:
             self._trace.parent.mkdir(parents=True, exist_ok=True)
             with self._trace.open("a") as lines:
@@ -243,6 +241,19 @@ class Stream:
                     f"{epoch} {round} {key}\n" for epoch, key in zip(taken.epochs.tolist(), taken.keys, strict=True)
                 )
         return taken
+
+    def _allow(self, taken: Taken) -> None:
+        """Log what is broken; InputError if it is more than the share of this rank's images, at least an epoch's."""
+        for problem in taken.broken:
+            log.warning("skipped: %s", problem)
+        self._broken += len(taken.broken)
+        self._rows += len(taken.keys)
+        most = int(self._share.config.broken_share * max(self._rows, self.order.total // self._share.world))
+        if self._broken > most:
+            raise InputError(
+                f"{self._broken} broken samples of {self._rows} are more than data.broken_share="
+                f"{self._share.config.broken_share} allows ({most}); the last: {taken.broken[-1]}"
+            )
 
     def close(self) -> None:
         """Stop reading ahead and end the workers."""
@@ -260,26 +271,25 @@ class Stream:
     def _read(self, round: int, stop: threading.Event) -> Taken | None:
         """The round, or None if stopped on the way."""
         rows, manifest = self._share.rows, self.manifest
-        images = torch.empty((rows, *manifest.shape), dtype=getattr(torch, manifest.dtype))
+        images = torch.empty((rows, *self.shape), dtype=getattr(torch, manifest.dtype))
         labels, epochs = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.int64)
-        keys = [""] * rows
+        keys, tally, broken = [""] * rows, Tally(), list[str]()
         with closing(self._blocks(round)) as blocks:
             for block in blocks:
                 if stop.is_set():
                     return None
                 here = slice(block.first, block.first + len(block.keys))
-                images[here], labels[here], epochs[here], keys[here] = (
-                    block.images,
-                    block.labels,
-                    block.epochs,
-                    block.keys,
-                )
-        return Taken(images=images, labels=labels, keys=keys, epochs=epochs)
+                images[here], labels[here], epochs[here] = block.images, block.labels, block.epochs
+                keys[here] = block.keys
+                tally.merge(block.tally)
+                broken += block.broken
+        return Taken(images=images, labels=labels, keys=keys, epochs=epochs, tally=tally, broken=broken)
 
     def _blocks(self, round: int) -> Generator[Block]:
         """All blocks of a round, read here or by the workers."""
         if not self._workers:
-            yield from self._share.read(round, 0, self._share.rows, -(-self._share.rows // BLOCK))
+            self._reader = self._reader or self._share.reader()
+            yield from self._share.read(self._reader, round, 0, self._share.rows, -(-self._share.rows // BLOCK))
             return
         dataset = _Rounds(share=self._share, start=round, workers=self._workers)
         if self._next != round:
@@ -296,7 +306,7 @@ class Stream:
         loaded, self._loaded = self._loaded, None  # given back below, unless this round breaks off
         for _ in range(self._workers * dataset.blocks):
             block = next(loaded)
-            if isinstance(block, InputError):
+            if not isinstance(block, Block):
                 del loaded  # ends the workers now; the traceback would keep them
                 raise block
             yield block
@@ -308,6 +318,7 @@ def read_split(
     split: str,
     *,
     limit: int | None = None,  # samples; None: all. As packing shuffles, the first ones are a random subset
+    crop: int = 0,  # the central window of so many pixels a side; 0: whole images
     progress: bool = False,  # bar on stderr
 ) -> tuple[Tensor, Tensor]:
     """A whole split in the order of its shards: images (n, C, H, W) uint8 or points (n, D) float32, labels (n,) int64.
@@ -315,6 +326,7 @@ def read_split(
     Raises InputError as Stream does.
     """
     manifest = Manifest.load(path)
+    config = DataConfig(path=path, split=split, crop=crop)
     total = manifest.split(split).samples
     count = total if limit is None else min(limit, total)
     shards = manifest.split(split).shards
@@ -326,7 +338,7 @@ def read_split(
     store = open_store(path)
     if problem := next(filter(None, (size_problem(store, shards[piece.shard]) for piece in wanted)), ""):
         raise InputError(problem)  # before memory is taken for samples that are not there
-    rows = read_pieces(path, manifest, shards, wanted)
+    rows = Reader(store, manifest, shards).rows(wanted)
     bar = tqdm(rows, total=count, desc=f"read {split}", unit="sample", disable=not progress)
-    block = _block(0, iter(bar), count, manifest)
+    block = _block(0, iter(bar), count, manifest, config, augment.central(count))
     return block.images, block.labels

@@ -57,12 +57,12 @@ class Subject:
         return self.manifest.kind == "image"
 
 
-def read(model: NAIGN, path: str, encoder: Encoder, manifest: Manifest, *, seed: int) -> Subject:
+def read(model: NAIGN, path: str, encoder: Encoder, manifest: Manifest, *, seed: int, crop: int = 0) -> Subject:
     """Read train and test split, as much as fits, in an order drawn by the seed. Raises InputError."""
     limit = within(100_000, manifest.shape)
     generator = torch.Generator().manual_seed(seed)
-    train, _ = read_split(path, "train", limit=limit)
-    test, _ = read_split(path, "test", limit=within(10_000, manifest.shape))
+    train, _ = read_split(path, "train", limit=limit, crop=crop)
+    test, _ = read_split(path, "test", limit=within(10_000, manifest.shape), crop=crop)
     train = train[torch.randperm(len(train), generator=generator)]
     test = scaled(test)[torch.randperm(len(test), generator=generator)]
     subject = Subject(model=model, manifest=manifest, encoder=encoder, train=train, test=test, seed=seed)

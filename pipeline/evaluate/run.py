@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline import pictures
+from pipeline.data.dataset import DataConfig, image_shape
 from pipeline.data.manifest import Manifest
+from pipeline.data.store import use_endpoint
 from pipeline.errors import InputError
 from pipeline.evaluate import measures
 from pipeline.evaluate.encoder import choose_encoder
@@ -49,7 +52,7 @@ def evaluate(
     if samples <= measures.NEIGHBOURS:
         raise InputError(f"{samples} samples are too few to measure: --samples must be more than {measures.NEIGHBOURS}")
     model = NAIGN.from_pretrained(folder, device=device)
-    path, manifest = _data_of(model, folder, data)
+    path, manifest, crop = _data_of(model, folder, data)
     place = Path(folder) if Path(folder).is_dir() else Path(folder).parent
     encoder = choose_encoder(manifest)
     notes = []
@@ -65,7 +68,7 @@ def evaluate(
             "idempotence": {"damaged": None},
         }
         with _stage(bar, "reading data"):
-            subject = measures.read(model, path, encoder, manifest, seed=seed)
+            subject = measures.read(model, path, encoder, manifest, seed=seed, crop=crop)
         with _stage(bar, "drawing samples, applying f"):
             measures.draw(subject, count := within(samples, manifest.shape))
         if count < samples:
@@ -110,13 +113,18 @@ def evaluate(
     return metrics
 
 
-def _data_of(model: NAIGN, folder: str, data: str | None) -> tuple[str, Manifest]:
-    """The data set to measure on and its manifest, or an InputError that says how to name one."""
-    path = data or model.metadata.get("config", {}).get("data", {}).get("path")
+def _data_of(model: NAIGN, folder: str, data: str | None) -> tuple[str, Manifest, int]:
+    """The data set to measure on, its manifest as the model saw it, and the side of the windows that it was trained on
+    (0: whole images); or an InputError that says how to name one.
+    """
+    recorded = model.metadata.get("config", {}).get("data", {})
+    path, crop = data or recorded.get("path"), int(recorded.get("crop", 0))
+    use_endpoint(str(recorded.get("endpoint", "")))
     if not path:
         raise InputError(f"{folder} does not say what it was trained on: give the packed data set as --data PATH")
     try:
         manifest = Manifest.load(str(path))
+        manifest = replace(manifest, shape=image_shape(DataConfig(crop=crop), manifest))
     except InputError as error:
         if data is not None:
             raise
@@ -126,7 +134,7 @@ def _data_of(model: NAIGN, folder: str, data: str | None) -> tuple[str, Manifest
             f"{path} ({manifest.name}) holds examples of shape {tuple(manifest.shape)}, the model in {folder} is for "
             f"{tuple(model.shape)}: give the data set it was trained on as --data PATH"
         )
-    return str(path), manifest
+    return str(path), manifest, crop
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Unavailable
 
 
 def build_accelerator(
@@ -60,19 +60,22 @@ def keep_memory() -> None:
 
 @contextmanager
 def together(accelerator: Accelerator) -> Iterator[None]:
-    """Collective: an InputError of any rank inside becomes one on every rank, so that none waits for one that left."""
-    message = None
+    """Collective: an InputError or Unavailable of any rank inside becomes one on every rank, so that none waits for one
+    that left.
+    """
+    mine: tuple[str, str] | None = None
     try:
         yield
-    except InputError as error:
-        message = str(error)
-    messages: list[str | None] = [message]
+    except (InputError, Unavailable) as error:
+        mine = type(error).__name__, str(error)
+    failures = [mine]
     if accelerator.num_processes > 1:
-        messages = [None] * accelerator.num_processes
-        dist.all_gather_object(messages, message)
-    for found in messages:
-        if found:
-            raise InputError(found)
+        failures = [None] * accelerator.num_processes
+        dist.all_gather_object(failures, mine)
+    for failure in failures:
+        if failure:
+            kind, message = failure
+            raise InputError(message) if kind == "InputError" else Unavailable(message)
 
 
 def total(values: list[float], accelerator: Accelerator) -> list[float]:

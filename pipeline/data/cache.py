@@ -1,0 +1,138 @@
+"""A local folder that keeps what was read from a store in a network, for all ranks and pods of a machine or volume.
+
+What is kept are blocks of BLOCK bytes, each a file named by its number and the hash of its shard: a shard that changes
+is another shard, so nothing stale is read. A block appears whole (a temporary of its own, then a rename); processes
+that fetch the same block at once do so twice, and both are right. Nothing is locked: a block that another process
+removes while it is wanted is fetched again, and one that is damaged has a wrong hash and is read past.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import tempfile
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import BinaryIO
+
+from pipeline.data.manifest import Manifest
+from pipeline.data.pages import table_name
+from pipeline.data.store import Store, Writer
+from pipeline.errors import InputError
+
+log = logging.getLogger("naign.cache")
+
+BLOCK = 8 << 20
+"""Bytes: what is fetched for the cache at once."""
+
+_PARTIAL = ".partial-"
+_ABANDONED = 3600.0
+"""Seconds after which a temporary file belongs to a process that was killed."""
+
+
+class CachedStore:
+    """A store to read a packed data set through. Files that its manifest does not name are not kept."""
+
+    def __init__(self, source: Store, manifest: Manifest, folder: str, limit: int) -> None:
+        """`limit` is in bytes. Raises InputError where the folder cannot be made."""
+        self.path, self.tally = source.path, source.tally
+        self._source, self._limit = source, limit
+        self._folder = Path(os.path.expanduser(folder))
+        self._hashes: dict[str, tuple[str, int | None]] = {}
+        for split in manifest.splits.values():
+            for shard in split.shards:
+                self._hashes[shard.name] = shard.sha256, shard.bytes
+                self._hashes[table_name(shard.name)] = shard.pages, None
+        self._unseen = limit  # bytes that may have been added since the folder was last measured: measure first
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"data.cache '{folder}' cannot be made: {error.strerror}") from None
+
+    def list(self) -> list[str]:
+        return self._source.list()
+
+    def size(self, name: str) -> int:
+        return self._source.size(name)
+
+    def open(self, name: str) -> BinaryIO:
+        return self._source.open(name)
+
+    def write(self, name: str) -> AbstractContextManager[Writer]:
+        return self._source.write(name)
+
+    def put(self, name: str, data: bytes) -> None:
+        self._source.put(name, data)
+
+    def delete(self, name: str) -> None:
+        self._source.delete(name)
+
+    def url(self, name: str) -> str:
+        return self._source.url(name)
+
+    def read(self, name: str, first: int = 0, last: int | None = None, *, fresh: bool = False) -> bytes:
+        if name not in self._hashes:
+            return self._source.read(name, first, last, fresh=fresh)
+        digest, size = self._hashes[name]
+        if size is None or last is None:
+            size = self._source.size(name)
+        last = size if last is None else last
+        found = []
+        for number in range(first // BLOCK, -(-last // BLOCK)):
+            start = number * BLOCK
+            block = self._block(name, digest, number, min(start + BLOCK, size), fresh)
+            found.append(block[max(0, first - start) : last - start])
+        return found[0] if len(found) == 1 else b"".join(found)
+
+    def _block(self, name: str, digest: str, number: int, end: int, fresh: bool) -> bytes:
+        file = self._folder / f"{digest}-{number:06d}"
+        expected = end - number * BLOCK
+        if not fresh:
+            with contextlib.suppress(OSError):
+                data = file.read_bytes()
+                if len(data) == expected:
+                    os.utime(file)  # the time of its last use: access times are not kept everywhere
+                    self.tally.add(bytes=expected, cached=expected)
+                    return data
+        data = self._source.read(name, number * BLOCK, end, fresh=fresh)
+        try:
+            self._keep(file, data)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE):
+                raise
+            log.warning("%s: not kept: %s", file, error.strerror)
+        return data
+
+    def _keep(self, file: Path, data: bytes) -> None:
+        self._unseen += len(data)
+        if self._unseen > self._limit // 64:
+            self._make_room(len(data))
+        descriptor, partial = tempfile.mkstemp(prefix=_PARTIAL, dir=self._folder)
+        try:
+            with os.fdopen(descriptor, "wb") as target:
+                os.fchmod(target.fileno(), 0o644)  # mkstemp's 0600 would shut out other users of a shared volume
+                target.write(data)
+            os.replace(partial, file)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+
+    def _make_room(self, wanted: int) -> None:
+        """Remove what was used least recently until the folder has room for a 64th of its limit."""
+        entries = []
+        for entry in os.scandir(self._folder):
+            with contextlib.suppress(OSError):  # removed by another process meanwhile
+                status = entry.stat()
+                if entry.name.startswith(_PARTIAL) and time.time() - status.st_mtime > _ABANDONED:
+                    os.unlink(entry)
+                else:
+                    entries.append((status.st_mtime, status.st_size, entry.path))
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if total + max(wanted, self._limit // 64) <= self._limit:
+                break
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            total -= size
+        self._unseen = 0

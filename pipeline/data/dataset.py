@@ -1,0 +1,85 @@
+"""A packed data set as training sees it: its settings, its reader, its shape."""
+
+from dataclasses import dataclass
+
+from pipeline.data.cache import CachedStore
+from pipeline.data.manifest import Manifest
+from pipeline.data.reader import Reader
+from pipeline.data.store import open_store
+from pipeline.errors import InputError
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    path: str = "data/mnist"
+    """Folder or s3://bucket/prefix of shards with their index.json (`naign pack` or `naign index` makes it)."""
+
+    endpoint: str = ""
+    """Address of an S3 server other than Amazon's; empty: AWS_ENDPOINT_URL or the AWS profile's."""
+
+    split: str = "train"
+    """Which split to train on."""
+
+    workers: int = 0
+    """Decoding processes a rank; 0 decodes in a background thread."""
+
+    tail: str = "wrap"
+    """Where an epoch is no whole number of rounds: wrap goes on into the next epoch, drop leaves its last images out,
+    pad fills its last round with its first images."""
+
+    resampled: bool = False
+    """Draw shards with replacement instead of each once an epoch."""
+
+    flip: bool = False
+    """Mirror each image with probability 1/2."""
+
+    crop: int = 0
+    """Train on random windows of this many pixels a side; 0: on whole images."""
+
+    broken: str = "error"
+    """A sample that cannot be decoded: error stops the run; skip logs it and takes the shard's next one instead."""
+
+    broken_share: float = 0.001
+    """With broken=skip: the largest share of skipped samples before the run stops after all."""
+
+    check: bool = True
+    """Check the SHA-256 of everything read, and read again what is wrong."""
+
+    cache: str = ""
+    """Local folder that keeps what was read from s3://; ranks and pods may share it. Empty: none."""
+
+    cache_gb: float = 100.0
+    """Size of the cache in GB (1e9 bytes); what was used least recently goes first."""
+
+    trace: str = ""
+    """Folder in which every rank lists `epoch round key` of each image it trains on; empty: no list."""
+
+
+def check_config(config: DataConfig) -> None:
+    """Raise InputError for values that no data set can have."""
+    if config.broken not in ("error", "skip"):
+        raise InputError(f"data.broken is '{config.broken}': choose error or skip")
+    if not 0 <= config.broken_share <= 1:
+        raise InputError(f"data.broken_share is {config.broken_share}: it must lie in [0, 1]")
+    if config.crop < 0:
+        raise InputError(f"data.crop is {config.crop}: it must be at least 0")
+    if not config.cache_gb > 0:
+        raise InputError(f"data.cache_gb is {config.cache_gb}: it must be positive")
+
+
+def image_shape(config: DataConfig, manifest: Manifest) -> tuple[int, ...]:
+    """Of what training sees. Raises InputError where the images have no such windows."""
+    if not config.crop:
+        return manifest.shape
+    if manifest.kind != "image" or config.crop > min(manifest.shape[1:]):
+        raise InputError(f"data.crop={config.crop} is more than there is of {manifest.name} {manifest.shape}")
+    return manifest.shape[0], config.crop, config.crop
+
+
+def open_reader(config: DataConfig, manifest: Manifest) -> Reader:
+    """A reader of one split, through the cache if one is set and the data lie elsewhere."""
+    store = open_store(config.path)
+    if config.cache and config.path.startswith("s3://"):
+        store = CachedStore(store, manifest, config.cache, int(config.cache_gb * 1e9))
+    shards = manifest.split(config.split).shards
+    return Reader(store, manifest, shards, check=config.check, skip=config.broken == "skip")

@@ -1,0 +1,150 @@
+"""Pages: consecutive whole samples of a shard that are read and hashed together.
+
+A tar has no index, and its one hash can be checked only by reading all of it. So beside a shard lies its page table:
+where each page starts, by sample and by byte, and its SHA-256. With it any range of samples is one range of bytes,
+whatever the size of the shard, and what arrives is checked before it is used.
+"""
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from webdataset.tariterators import base_plus_ext
+
+PAGE = 64 << 10
+"""The least bytes of a page, but for the last: large enough that tables are a thousandth of the data."""
+
+ROW = np.dtype([("sample", "<i8"), ("byte", "<i8"), ("sha256", "V32")])
+"""A page's first sample, first byte, and hash. One more row says where the last page ends; its hash is zero."""
+
+Table = npt.NDArray[Any]
+"""(pages + 1,) of ROW."""
+
+BLOCK = 512
+"""Of a tar, in bytes."""
+
+
+def table_name(shard: str) -> str:
+    """Of the file that holds a shard's page table."""
+    return f"{shard.removesuffix('.tar')}.pages.npy"
+
+
+class Pager:
+    """Makes the table from a tar's bytes and the places where its samples start, whichever of the two is told first."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()  # of the tar, from _start on: what is not hashed yet
+        self._start = 0
+        self._samples = 0  # told so far
+        self._pages: list[tuple[int, int]] = []  # first sample and byte of each that is not hashed yet
+        self._rows: list[tuple[int, int, bytes]] = []
+
+    def update(self, data: bytes | bytearray | memoryview) -> None:
+        """The tar's next bytes."""
+        self._bytes += data
+        self._settle()
+
+    def start(self, offset: int) -> None:
+        """A sample starts at this byte of the tar."""
+        if not self._pages or offset - self._pages[-1][1] >= PAGE:
+            self._pages.append((self._samples, offset))
+            self._settle()
+        self._samples += 1
+
+    def rest(self, end: int) -> bytes:
+        """The bytes from `end` on, which is the last sample's."""
+        return bytes(self._bytes[max(0, end - self._start) :])
+
+    def finish(self, end: int) -> Table:
+        """The table of a tar, all of whose bytes are told, whose last sample ends at byte `end`."""
+        self._pages.append((self._samples, end))
+        self._settle()
+        assert len(self._pages) == 1
+        table: Table = np.array([*self._rows, (self._samples, end, bytes(32))], ROW)
+        return table
+
+    def _settle(self) -> None:
+        while len(self._pages) > 1 and self._pages[1][1] <= self._start + len(self._bytes):
+            (sample, first), (_, last) = self._pages[:2]
+            with memoryview(self._bytes) as known:
+                digest = hashlib.sha256(known[first - self._start : last - self._start]).digest()
+            self._rows.append((sample, first, digest))
+            del self._pages[0], self._bytes[: last - self._start]
+            self._start = last
+
+
+def dump_table(table: Table) -> bytes:
+    """The bytes of its file."""
+    stream = io.BytesIO()
+    np.save(stream, table, allow_pickle=False)
+    return stream.getvalue()
+
+
+def parse_table(data: bytes, *, samples: int, size: int) -> Table:
+    """The table in the bytes of a file. Raises ValueError where it is none, or not of such a shard."""
+    table: Table = np.load(io.BytesIO(data), allow_pickle=False)
+    if table.dtype != ROW or table.ndim != 1 or len(table) < 2:
+        raise ValueError(f"{table.dtype} of shape {table.shape} is no page table")
+    if table["sample"][0] != 0 or table["sample"][-1] != samples or table["byte"][0] < 0 or table["byte"][-1] > size:
+        raise ValueError(f"it is of another shard than one of {samples} samples in {size} bytes")
+    if (np.diff(table["sample"]) < 1).any() or (np.diff(table["byte"]) < BLOCK).any():
+        raise ValueError("its pages are not in order")
+    return table
+
+
+def samples(page: bytes) -> Iterator[dict[str, Any]]:
+    """The samples in the bytes of whole pages, as WebDataset gives them: `__key__`, and the members' bytes by suffix.
+
+    Raises tarfile.TarError or ValueError where they are none.
+    """
+    sample: dict[str, Any] = {}
+    key: str | None = None
+    for name, data in _members(page):
+        slash = name.rfind("/") + 1
+        dot = name.find(".", slash)
+        if dot > slash:
+            base, suffix = name[:dot], name[dot + 1 :].lower()
+        else:
+            base, suffix = base_plus_ext(name)
+        if base is None or is_meta(name):
+            continue
+        if base != key:
+            if key is not None:
+                yield sample
+            sample, key = {"__key__": base}, base
+        sample[suffix] = data
+    if key is not None:
+        yield sample
+
+
+def is_meta(name: str) -> bool:
+    """Whether WebDataset passes over a member of that name."""
+    return name.startswith("__") and name.partition("/")[0].endswith("__")
+
+
+def _members(page: bytes) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of each regular file. Plain headers (POSIX ustar, no prefix) are read here, others by tarfile."""
+    at, end = 0, len(page)
+    while at < end:
+        if page[at + 257 : at + 262] != b"ustar" or page[at + 345] or page[at + 156] != 0x30:
+            yield from _unusual(page[at:])
+            return
+        name = page[at : at + 100].rstrip(b"\0").decode()
+        size = int(page[at + 124 : at + 136].rstrip(b" \0"), 8)
+        at += BLOCK
+        yield name, page[at : at + size]
+        at += -(-size // BLOCK) * BLOCK
+    if at != end:
+        raise tarfile.ReadError("a member is longer than its page")
+
+
+def _unusual(page: bytes) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(fileobj=io.BytesIO(page), mode="r:") as tar:
+        for member in tar:
+            stream = tar.extractfile(member) if member.isreg() else None
+            if stream:
+                yield member.name, stream.read()

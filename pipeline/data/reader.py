@@ -1,0 +1,181 @@
+"""Samples of a data set's shards by number: fetched by ranges of bytes, checked page by page, decoded."""
+
+import hashlib
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from pipeline.data.fetch import PARALLEL, PART, in_order
+from pipeline.data.manifest import Manifest, Shard, size_problem
+from pipeline.data.pages import Table, parse_table, samples, table_name
+from pipeline.data.plan import Piece
+from pipeline.data.samples import Array, decode
+from pipeline.data.store import Store
+from pipeline.errors import InputError
+
+REREADS = 3
+"""How often a page whose hash is wrong is read again."""
+
+TABLES = 16
+"""Page tables that are kept: each is about a thousandth of its shard."""
+
+
+class Row(NamedTuple):
+    """One sample."""
+
+    array: Array
+    label: int
+    """-1 where there is none."""
+    key: str
+    epoch: int
+    broken: str = ""
+    """What was wrong with the sample in whose place this one is."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Pages:
+    """Consecutive pages of one shard that hold some of a piece: at most PART bytes, unless one page alone is more."""
+
+    piece: Piece
+    shard: Shard
+    table: Table
+    low: int
+    """First page."""
+    high: int
+    """One past the last."""
+
+
+class Reader:
+    """The samples of some shards of one data set. Picklable; use it in one thread."""
+
+    def __init__(
+        self,
+        store: Store,
+        manifest: Manifest,
+        shards: Sequence[Shard],
+        *,
+        check: bool = True,  # hash what was read
+        skip: bool = False,  # put the next sound sample in the place of one that cannot be decoded
+    ) -> None:
+        self.store, self.manifest, self.shards = store, manifest, shards
+        self._check, self._skip = check, skip
+        self._tables: dict[str, Table] = {}
+
+    def rows(self, wanted: Sequence[Piece]) -> Iterator[Row]:
+        """The samples of the pieces in order, fetched ahead in bounded memory; nothing else is decoded.
+
+        Raises InputError, naming shard and key, for a shard or sample that is damaged or not as the manifest says.
+        """
+        fetched = in_order((partial(self._fetch, pages) for pages in self._plan(wanted)), PARALLEL)
+        try:
+            for pages, data in fetched:
+                piece, first = pages.piece, int(pages.table["sample"][pages.low])
+                for number, sample in enumerate(self._samples(pages, data), first):
+                    if piece.first <= number < piece.last:
+                        yield self._row(piece, number, sample)
+        finally:
+            fetched.close()
+
+    def _plan(self, wanted: Sequence[Piece]) -> Iterator[Pages]:
+        """What to ask for, in order."""
+        for piece in wanted:
+            shard = self.shards[piece.shard]
+            table = self._table(shard)
+            starts, edges = table["sample"], table["byte"]
+            low = int(starts.searchsorted(piece.first, "right")) - 1
+            end = int(starts.searchsorted(piece.last))
+            while low < end:
+                high = max(low + 1, min(end, int(edges.searchsorted(edges[low] + PART, "right")) - 1))
+                yield Pages(piece=piece, shard=shard, table=table, low=low, high=high)
+                low = high
+
+    def _table(self, shard: Shard) -> Table:
+        if shard.name in self._tables:
+            self._tables[shard.name] = self._tables.pop(shard.name)  # the most recently used is last
+            return self._tables[shard.name]
+        if problem := size_problem(self.store, shard):
+            raise InputError(problem)
+        name = table_name(shard.name)
+        data = b""
+        for attempt in range(1 + REREADS):
+            data = self.store.read(name, fresh=attempt > 0)
+            if hashlib.sha256(data).hexdigest() == shard.pages:
+                break
+            self.store.tally.add(reread=len(data))
+        else:
+            raise InputError(f"{self.store.url(name)}: its SHA-256 is not the one in index.json: {_REMEDY}")
+        try:
+            table = parse_table(data, samples=shard.samples, size=shard.bytes)
+        except (ValueError, OSError, EOFError) as error:
+            raise InputError(f"{self.store.url(name)}: {error}: {_REMEDY}") from None
+        while len(self._tables) >= TABLES:
+            del self._tables[next(iter(self._tables))]
+        self._tables[shard.name] = table
+        return table
+
+    def _fetch(self, pages: Pages) -> tuple[Pages, bytes]:
+        """The pages with their bytes; those whose hash is wrong are read again."""
+        edges, digests = pages.table["byte"], pages.table["sha256"]
+        start = int(edges[pages.low])
+        data = self.store.read(pages.shard.name, start, int(edges[pages.high]))
+        if not self._check:
+            return pages, data
+        for page in range(pages.low, pages.high):
+            first, last = int(edges[page]), int(edges[page + 1])
+            wanted = digests[page].tobytes()
+            for attempt in range(1 + REREADS):
+                if hashlib.sha256(memoryview(data)[first - start : last - start]).digest() == wanted:
+                    break
+                if attempt == REREADS:
+                    raise InputError(
+                        f"{self.store.url(pages.shard.name)}: the SHA-256 of bytes {first} to {last} (samples "
+                        f"{pages.table['sample'][page]} to {pages.table['sample'][page + 1] - 1}) is not the one in "
+                        f"{table_name(pages.shard.name)}, also after {REREADS} more reads: {_REMEDY}"
+                    )
+                self.store.tally.add(reread=last - first)
+                again = self.store.read(pages.shard.name, first, last, fresh=True)
+                data = data[: first - start] + again + data[last - start :]
+        return pages, data
+
+    def _samples(self, pages: Pages, data: bytes) -> Iterator[dict[str, Any]]:
+        expected = int(pages.table["sample"][pages.high] - pages.table["sample"][pages.low])
+        found = 0
+        try:
+            for sample in samples(data):
+                found += 1
+                yield sample
+        except (tarfile.TarError, ValueError) as error:
+            raise InputError(f"{self.store.url(pages.shard.name)}: no tar of samples ({error}): {_REMEDY}") from None
+        if found != expected:
+            raise InputError(
+                f"{self.store.url(pages.shard.name)}: {found} samples where {table_name(pages.shard.name)} has "
+                f"{expected}: {_REMEDY}"
+            )
+
+    def _row(self, piece: Piece, number: int, sample: dict[str, Any]) -> Row:
+        manifest, where = self.manifest, self.store.url(self.shards[piece.shard].name)
+        try:
+            array, label = decode(sample, manifest.kind, manifest.shape, len(manifest.labels), where)
+        except InputError as error:
+            if not self._skip:
+                raise
+            return self._instead(piece, number, str(error))
+        return Row(array=array, label=label, key=sample["__key__"], epoch=piece.epoch)
+
+    def _instead(self, piece: Piece, number: int, problem: str) -> Row:
+        """The next sound sample of the shard, whoever asks; after the last comes the first."""
+        shard = self.shards[piece.shard]
+        sound = Reader(self.store, self.manifest, self.shards, check=self._check)
+        for step in range(1, shard.samples):
+            other = (number + step) % shard.samples
+            try:
+                (row,) = sound.rows([Piece(epoch=piece.epoch, shard=piece.shard, first=other, last=other + 1)])
+            except InputError:
+                continue
+            return Row(array=row.array, label=row.label, key=row.key, epoch=row.epoch, broken=problem)
+        raise InputError(f"{self.store.url(shard.name)}: none of its {shard.samples} samples can be decoded: {_REMEDY}")
+
+
+_REMEDY = "copy it again, or repack the data set"

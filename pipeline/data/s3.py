@@ -1,0 +1,364 @@
+"""Objects under a prefix of an S3 bucket, or of any server that speaks S3. The only file with boto3.
+
+botocore retries requests, not bodies: a connection that is cut in the middle of an answer, or falls silent, ends the
+read. So its retries are off, and every request and body is tried again here, a body from the byte where it broke.
+"""
+
+import base64
+import contextlib
+import hashlib
+import os
+import threading
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, BinaryIO, cast
+
+from pipeline.data.fetch import PARALLEL, PART, Parts, Patience, Tally, in_order
+from pipeline.errors import InputError
+
+SILENCE = 20.0
+"""Seconds without a byte, or without a connection, before a request counts as failed."""
+
+WRITE_PART = 16 << 20
+"""Bytes a part of an upload: S3 takes 10,000 of them."""
+
+CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role"
+
+_DENIED = ("AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
+
+
+class S3Store:
+    """The objects directly under one prefix. Picklable: the client is made in each process at its first use."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.tally = Tally()
+        self._bucket, _, prefix = path.removeprefix("s3://").partition("/")
+        if not self._bucket:
+            raise InputError(f"{path}: no bucket: write s3://bucket/prefix")
+        self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+        self._versions: dict[str, tuple[int, str]] = {}  # size and ETag of what was asked after
+
+    def list(self) -> list[str]:
+        with self._explained(""):
+            keys: list[str] = []
+            after: dict[str, str] = {}
+            while True:
+                page = self._ask("list_objects_v2", Prefix=self._prefix, Delimiter="/", **after)
+                keys += [entry["Key"] for entry in page.get("Contents", [])]
+                if not page.get("IsTruncated"):
+                    break
+                after = {"ContinuationToken": page["NextContinuationToken"]}
+        return sorted(key.removeprefix(self._prefix) for key in keys if key != self._prefix)
+
+    def size(self, name: str) -> int:
+        with self._explained(name):
+            answer = self._ask("head_object", name)
+        self._versions[name] = int(answer["ContentLength"]), str(answer["ETag"])
+        return self._versions[name][0]
+
+    def read(self, name: str, first: int = 0, last: int | None = None, *, fresh: bool = False) -> bytes:
+        return b"".join(self._parts(name, first, last))
+
+    def open(self, name: str) -> BinaryIO:
+        self.size(name)  # so that what is missing raises here
+        return cast(BinaryIO, Parts(self._parts(name, 0, None)))
+
+    @contextlib.contextmanager
+    def write(self, name: str) -> Iterator["Upload"]:
+        with self._explained(name):
+            upload = Upload(self, name)
+            try:
+                yield upload
+                upload.finish()
+            except BaseException:
+                upload.abort()
+                raise
+        self._versions.pop(name, None)
+
+    def put(self, name: str, data: bytes) -> None:
+        with self.write(name) as upload:
+            upload.write(data)
+
+    def delete(self, name: str) -> None:
+        with self._explained(name):
+            self._ask("delete_object", name)
+        self._versions.pop(name, None)
+
+    def url(self, name: str) -> str:
+        return f"s3://{self._bucket}/{self._prefix}{name}"
+
+    def _parts(self, name: str, first: int, last: int | None) -> Generator[bytes]:
+        """Bytes [first, last) of one version of an object, in parts fetched in parallel."""
+        if name not in self._versions:
+            self.size(name)
+        size, etag = self._versions[name]
+        last = size if last is None else last
+        if last > size:
+            raise InputError(f"{self.url(name)}: {size} bytes where {last} were expected: truncated: copy it again")
+        ranges = [(start, min(start + PART, last)) for start in range(first, last, PART)]
+        if len(ranges) < 2:
+            return (self._get(name, etag, start, stop) for start, stop in ranges)
+        return in_order((partial(self._get, name, etag, start, stop) for start, stop in ranges), PARALLEL)
+
+    def _get(self, name: str, etag: str, first: int, last: int) -> bytes:
+        """Bytes [first, last), from the byte on where a body broke, however often that happens."""
+        chunks: list[bytes] = []
+        at = first
+        patience = Patience(f"read {self.url(name)}", self.tally)
+        with self._explained(name):
+            while at < last:
+                before = at
+                try:
+                    wanted = f"bytes={at}-{last - 1}"
+                    answer = _client().get_object(
+                        Bucket=self._bucket, Key=self._prefix + name, Range=wanted, IfMatch=etag
+                    )
+                    if not str(answer.get("ContentRange", "")).startswith(f"bytes {at}-"):
+                        raise InputError(
+                            f"{self.url(name)}: the server does not serve byte ranges: use another one, or copy the "
+                            f"data to a local folder"
+                        )
+                    with contextlib.closing(answer["Body"]) as body:
+                        while at < last and (chunk := body.read(min(1 << 20, last - at))):
+                            chunks.append(chunk)
+                            at += len(chunk)
+                    if at < last:
+                        raise ConnectionError(f"the body ended {last - at} bytes early")
+                except Exception as error:
+                    if not _is_passing(error):
+                        raise
+                    patience.wait(error, at=f", byte {at}", progress=at > before)
+        self.tally.add(bytes=last - first)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def _ask(self, operation: str, name: str | None = None, **arguments: Any) -> Any:
+        """The answer to one request, made again while it fails in passing."""
+        if name is not None:
+            arguments["Key"] = self._prefix + name
+        patience = Patience(f"{operation.replace('_', ' ')} {self.url(name or '')}", self.tally)
+        while True:
+            try:
+                return getattr(_client(), operation)(Bucket=self._bucket, **arguments)
+            except Exception as error:
+                if not _is_passing(error):
+                    raise
+                patience.wait(error)
+
+    @contextlib.contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        """Turn what a user can put right into an InputError."""
+        from botocore.exceptions import (
+            BotoCoreError,
+            ClientError,
+            NoCredentialsError,
+            ParamValidationError,
+            PartialCredentialsError,
+            ProfileNotFound,
+        )
+
+        where = self.url(name)
+        try:
+            yield
+        except (NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
+            raise InputError(f"{where}: {error}: {CREDENTIALS}") from None
+        except ParamValidationError as error:
+            raise InputError(f"{where}: {error}: write s3://bucket/prefix") from None
+        except ClientError as error:
+            code = str(error.response["Error"].get("Code"))
+            match code:
+                case "NoSuchBucket" | "InvalidBucketName":
+                    remedy = f"there is no bucket {self._bucket}: check the name and AWS_ENDPOINT_URL"
+                case "NoSuchKey" | "404" | "NotFound":
+                    remedy = self._missing()
+                case "PreconditionFailed" | "412":
+                    remedy = "replaced while it was being read: verify the data set, and start again"
+                case "InvalidRange" | "416":
+                    remedy = "shorter than expected: copy it again, or repack the data set"
+                case _ if code in _DENIED:
+                    unsigned = f"; no credentials were found, so it was asked for without: {CREDENTIALS}"
+                    remedy = f"access denied ({code}): check the credentials and what they may do in this bucket"
+                    remedy += unsigned if _is_anonymous() else ""
+                case _:
+                    message = error.response["Error"].get("Message") or "no reason given"
+                    remedy = f"the server refuses ({code}: {message}): check the path, AWS_ENDPOINT_URL and the region"
+            raise InputError(f"{where}: {remedy}") from None
+        except BotoCoreError as error:
+            if _is_passing(error):
+                raise
+            raise InputError(f"{where}: {error}: check AWS_ENDPOINT_URL and the AWS configuration") from None
+
+    def _missing(self) -> str:
+        """Why an object is not there; a HEAD has no body that could say it."""
+        from botocore.exceptions import ClientError
+
+        try:
+            self._ask("head_bucket")
+        except ClientError as error:
+            if str(error.response["Error"].get("Code")) in ("404", "NoSuchBucket"):
+                return f"there is no bucket {self._bucket}: check the name and AWS_ENDPOINT_URL"
+        return "no such object: check the path, or pack the data set again"
+
+
+class Upload:
+    """An object being written. It appears when it is finished, whole, or not at all."""
+
+    def __init__(self, store: S3Store, name: str) -> None:
+        self._store, self._name = store, name
+        self._buffer = bytearray()
+        self._size = 0
+        self._upload: str | None = None
+        self._threads: ThreadPoolExecutor | None = None
+        self._parts: list[Future[dict[str, Any]]] = []
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        self._buffer += data
+        self._size += len(data)
+        while len(self._buffer) > WRITE_PART:
+            self._send(bytes(self._buffer[:WRITE_PART]))
+            del self._buffer[:WRITE_PART]
+        return len(data)
+
+    def finish(self) -> None:
+        """Make it visible, and check that what is there is what was written."""
+        last = bytes(self._buffer)
+        if self._upload is None:
+            etag = self._sent("put_object", last)["ETag"]
+        else:
+            self._send(last)
+            parts = [part.result() for part in self._parts]
+            etag = self._completed(parts)
+        if self._threads:
+            self._threads.shutdown()
+        size = self._store.size(self._name)
+        found = self._store._versions[self._name][1]
+        if size != self._size or found != etag:
+            raise InputError(
+                f"{self._store.url(self._name)}: {size} bytes, ETag {found} just after {self._size} bytes, ETag {etag} "
+                f"were written: another program writes there too: stop it, or choose another path"
+            )
+
+    def abort(self) -> None:
+        """Leave nothing behind."""
+        if self._threads:
+            self._threads.shutdown(cancel_futures=True)
+        if self._upload is not None:
+            with contextlib.suppress(Exception):  # the first error is the one to report
+                self._store._ask("abort_multipart_upload", self._name, UploadId=self._upload)
+
+    def _send(self, part: bytes) -> None:
+        """In the background, waiting for the oldest if PARALLEL are on their way."""
+        if self._upload is None or self._threads is None:
+            self._upload = str(self._store._ask("create_multipart_upload", self._name)["UploadId"])
+            self._threads = ThreadPoolExecutor(PARALLEL)
+        if len(self._parts) >= PARALLEL:
+            self._parts[-PARALLEL].result()
+        number = len(self._parts) + 1
+        self._parts.append(self._threads.submit(self._send_part, part, number, self._upload))
+
+    def _send_part(self, part: bytes, number: int, upload: str) -> dict[str, Any]:
+        answer = self._sent("upload_part", part, PartNumber=number, UploadId=upload)
+        return {"ETag": answer["ETag"], "PartNumber": number}
+
+    def _sent(self, operation: str, data: bytes, **arguments: Any) -> Any:
+        """Content-MD5 lets the server refuse damaged bytes; the ETag, where it is an MD5, says what was stored."""
+        digest = hashlib.md5(data, usedforsecurity=False)
+        md5 = base64.b64encode(digest.digest()).decode()
+        patience = Patience(f"write {self._store.url(self._name)}", self._store.tally)
+        while True:
+            answer = self._store._ask(operation, self._name, Body=data, ContentMD5=md5, **arguments)
+            encrypted = answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer
+            if encrypted or answer["ETag"].strip('"') == digest.hexdigest():
+                return answer
+            patience.wait(ConnectionError(f"the server stored other bytes: ETag {answer['ETag']}"))
+
+    def _completed(self, parts: list[dict[str, Any]]) -> str:
+        """Complete the upload; its ETag. An answer lost on the way leaves an upload that is complete already."""
+        from botocore.exceptions import ClientError
+
+        try:
+            answer = self._store._ask(
+                "complete_multipart_upload", self._name, UploadId=self._upload, MultipartUpload={"Parts": parts}
+            )
+            return str(answer["ETag"])
+        except ClientError as error:
+            if error.response["Error"].get("Code") != "NoSuchUpload":
+                raise
+            self._store.size(self._name)
+            return self._store._versions[self._name][1]
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether the same request may well succeed a moment later."""
+    from botocore.exceptions import (
+        ClientError,
+        CredentialRetrievalError,
+        HTTPClientError,
+        IncompleteReadError,
+        MetadataRetrievalError,
+    )
+    from botocore.exceptions import ConnectionError as NotConnected
+    from urllib3.exceptions import HTTPError
+
+    if isinstance(error, ClientError):
+        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        code = str(error.response["Error"].get("Code"))
+        return status >= 500 or status in (408, 429) or code in ("BadDigest", "RequestTimeout", "SlowDown")
+    of_botocore = (NotConnected, HTTPClientError, IncompleteReadError, CredentialRetrievalError, MetadataRetrievalError)
+    return isinstance(error, (*of_botocore, HTTPError, ConnectionError, TimeoutError))
+
+
+_clients: dict[int, Any] = {}
+_making = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _making
+    _making = threading.Lock()  # another thread may have held it at the fork
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def forget_clients() -> None:
+    """Make new clients, from the environment as it is now."""
+    _clients.clear()
+
+
+def _client() -> Any:
+    """This process's client, signed by what boto3's chain finds (environment, profile, web identity, instance role).
+
+    Where it finds nothing requests are not signed: a public bucket needs no account.
+    """
+    if os.getpid() not in _clients:
+        with _making:
+            if os.getpid() not in _clients:
+                _clients[os.getpid()] = _make_client()
+    return _clients[os.getpid()]
+
+
+def _make_client() -> Any:
+    import boto3
+    from botocore import UNSIGNED
+    from botocore.config import Config
+
+    session = boto3.session.Session()
+    unsigned = {"signature_version": UNSIGNED} if session.get_credentials() is None else {}
+    config = Config(
+        retries={"total_max_attempts": 1},
+        connect_timeout=SILENCE,
+        read_timeout=SILENCE,
+        max_pool_connections=8 * PARALLEL,
+        tcp_keepalive=True,
+        request_checksum_calculation="when_required",  # Content-MD5 is sent, which every server understands
+        response_checksum_validation="when_required",
+        **unsigned,
+    )
+    return session.client("s3", config=config)
+
+
+def _is_anonymous() -> bool:
+    from botocore import UNSIGNED
+
+    return bool(_client().meta.config.signature_version is UNSIGNED)
