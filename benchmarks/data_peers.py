@@ -97,7 +97,8 @@ def cpu_seconds() -> float:
 def ours(job: Job, *, check: bool = True) -> Read:
     import boto3  # noqa: F401  # else its import, at the first request, would be measured
 
-    from pipeline.data.stream import DataConfig, Stream
+    from pipeline.data.dataset import DataConfig
+    from pipeline.data.stream import Stream
 
     def read() -> Iterator[Item]:
         config = DataConfig(path=job.path, split="train", workers=job.workers, check=check)

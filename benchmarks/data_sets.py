@@ -5,20 +5,20 @@ they are made: scikit-learn's digits of 8x8 pixels enlarged, turned and moved; w
 of any size, place, brightness and colour. Photographs of 256x256 are always such windows.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
-from data_peers import Job, Record, run
+from data_peers import Job, Record
 from PIL import Image, ImageEnhance
-from sklearn.datasets import load_digits, load_sample_images  # type: ignore[import-untyped]
+from sklearn.datasets import load_digits, load_sample_images
+from torch import Tensor
 
 from pipeline.data.examples import Example, Made, Source
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import INDEX, Manifest
 from pipeline.data.shards import pack
 from pipeline.data.stream import read_split
 from pipeline.errors import InputError
@@ -44,63 +44,72 @@ SETS: dict[Name, Kind] = {
     "colour32": Kind(title="32x32 colour JPEG", shape=(3, 32, 32), encoding="jpg", images=50_000, round=2_000),
     "photos256": Kind(title="256x256 colour JPEG", shape=(3, 256, 256), encoding="jpg", images=6_000, round=500),
 }
-LARGE = {"64 MB": 330, "1 GB": 5_500}
+LARGE = {"64 MB": 330, "1 GB": 5_520}
 """Images of one shard of raw 256x256 pixels, by the size that it has about."""
-LARGE_ROUND = 55
+LARGE_ROUND = 30
 
 Make = Callable[[int], Example]
 
 
-def prepare(name: Name, scratch: Path, *, share: float, given: Path | None) -> tuple[Path, str]:
-    """The packed set, of that share of its images, made where it is not there yet; and what it is, in words."""
+def prepare(
+    name: Name,
+    count: int,  # images
+    scratch: Path,
+    *,
+    given: Path | None,  # a packed set to take them from
+) -> tuple[Path, str]:
+    """The folder of the packed set, made where it is not there yet; and what it is, in words."""
     kind = SETS[name]
-    count = round(share * kind.images)
     folder = scratch / f"{name}-{count}-{given.resolve().name if given else 'made'}"
     if given:
         found = Manifest.load(str(given))
         samples = found.split("train").samples
         if found.shape != kind.shape or samples < count:
-            raise InputError(f"{given}: {samples} of {found.shape}: {count} images of {kind.shape} are needed")
-        source = f"the first {count:,} training images of {found.name}"
-        make: Make = lambda index: _read(str(given), count)[index]  # noqa: E731
-        if kind.encoding == "jpg":
-            source += ", quality 95"
+            raise InputError(f"{given}: {samples} images of {found.shape}: {count} of {kind.shape} are needed")
+        make, source = _given(given, count), f"the first {count:,} images of {found.name} as it is packed"
     elif name == "grey28":
-        make, source = digit, "digits of 8x8, enlarged"
+        make, source = digit, "scikit-learn's digits, enlarged"
     else:
-        make, source = window(kind.shape[1]), "windows of two photographs, quality 95"
-    pack(
-        Source(name=name, kind="image", shape=kind.shape, labels=(), splits={"train": Made(length=count, make=make)}),
-        str(folder),
-        shards=SHARDS,
-        encoding=kind.encoding,
-    ) if not (folder / "index.json").exists() else None
-    _read.cache_clear()
+        make, source = window(kind.shape[1]), "windows of scikit-learn's two photographs"
+    if not (folder / INDEX).exists():
+        examples = Made(length=count, make=make)
+        packed = Source(name=name, kind="image", shape=kind.shape, labels=(), splits={"train": examples})
+        pack(packed, str(folder), shards=SHARDS, encoding=kind.encoding)
     return folder, source
 
 
 def prepare_large(images: int, scratch: Path) -> Path:
-    """One shard of that many raw images."""
+    """One shard of that many images of 256x256 as raw pixels: what it costs to read is not decoding."""
     folder, shape = scratch / f"large-{images}", SETS["photos256"].shape
-    if not (folder / "index.json").exists():
-        base, count = window(shape[1]), 64
+    if not (folder / INDEX).exists():
+        few = [window(shape[1])(index) for index in range(min(images, 64))]
 
         def make(index: int) -> Example:
-            _, pixels, label = cached(index % count)
-            return f"{index:06d}", pixels ^ np.uint8(index // count), label
+            _, pixels, label = few[index % len(few)]
+            return f"{index:06d}", pixels ^ np.uint8(index // len(few)), label
 
-        cached = lru_cache(maxsize=count)(base)
-        source = Source(
-            name="large", kind="image", shape=shape, labels=(), splits={"train": Made(length=images, make=make)}
+        examples = Made(length=images, make=make)
+        pack(
+            Source(name="large", kind="image", shape=shape, labels=(), splits={"train": examples}),
+            str(folder),
+            shards=1,
+            encoding="npy",
         )
-        pack(source, str(folder), shards=1, encoding="npy")
     return folder
 
 
-@lru_cache(maxsize=1)
-def _read(path: str, count: int) -> list[Example]:
-    images, labels = read_split(path, "train", limit=count, progress=True)
-    return [(f"{row:06d}", images[row].numpy(), max(0, int(labels[row]))) for row in range(count)]
+def _given(packed: Path, count: int) -> Make:
+    """The first training images of a packed set, read when the first of them is asked for."""
+
+    @lru_cache(maxsize=1)
+    def read() -> tuple[Tensor, Tensor]:
+        return read_split(str(packed), "train", limit=count, progress=True)
+
+    def make(index: int) -> Example:
+        images, labels = read()
+        return f"{index:06d}", images[index].numpy(), max(0, int(labels[index]))
+
+    return make
 
 
 @lru_cache(maxsize=1)
@@ -158,3 +167,72 @@ def job_of(folder: Path, round: int) -> Job:
         suffix=suffix,
         grey=manifest.shape[0] == 1,
     )
+
+
+def check_sums(name: Name, sums: dict[str, int]) -> None:
+    """RuntimeError unless all readers saw the same pixels; of JPEG, whose decoders may round otherwise, nearly."""
+    seen = [total for total in sums.values() if total]
+    off = (max(seen) - min(seen)) / max(seen) if seen else 0.0
+    if off > (0.0 if SETS[name].encoding == "png" else 1e-3):
+        raise RuntimeError(f"{name}: readers do not give the same pixels: {sums}")
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def table(titles: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (titles, ["---"] * len(titles), *rows))
+
+
+def images_table(sets: dict[str, Record]) -> str:
+    """A row a reader, a column a set."""
+    titles = ["from", "reader", *(f"{found['title']}, {found['images']:,}" for found in sets.values())]
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for name, found in sets.items():
+        for row in found["rows"]:
+            reader = f"*{row['title']}*" if row["floor"] else row["title"]
+            if "missing" in row:
+                text = f"`{row['missing']}`"
+            else:
+                best, median = (found["images"] / row[key] for key in ("seconds", "median"))
+                speed = row["bytes"] / row["seconds"] / 1e6
+                text = f"{number(best)}/s ({number(median)}), {number(speed)} MB/s"
+            cells.setdefault((row["where"], reader), {})[name] = text
+    return table(titles, [[*key, *(row.get(name, "") for name in sets)] for key, row in cells.items()])
+
+
+def bytes_table(large: Record) -> str:
+    """Each reader of bytes, the one of boto3 that does the same being 1."""
+    size, rows = large["bytes"]["1 GB"], []
+    for title, row in large["rows"].items():
+        base = large["rows"][title.replace("ours", "boto3")]
+        best, median = (size / row[key] / 1e6 for key in ("seconds", "median"))
+        rows.append([title, f"{number(best)} MB/s ({number(median)})", f"{base['median'] / row['median']:.2f}"])
+    return table(["reader", f"bytes of one shard of {number(size / 1e6)} MB", "times boto3"], rows)
+
+
+def memory_table(large: Record) -> str:
+    sizes = large["bytes"]
+    rows = [[title, *(f"{number(peaks[size] / 1e6)} MB" for size in sizes)] for title, peaks in large["memory"].items()]
+    return table(["reader", *(f"shard of {number(size / 1e6)} MB" for size in sizes.values())], rows)
+
+
+def page(results: Record) -> str:
+    machine, sets, large = results["machine"], results["sets"], results["large"]
+    parts = [
+        f"""`python benchmarks/data.py --to benchmarks/results/data` on {machine["processor"]},
+{machine["cores"]} cores, Pillow {machine["pillow"]}, WebDataset {machine["webdataset"]}, boto3 {machine["boto3"]}.
+The head of the script says what was measured, and how to repeat it."""
+    ]
+    if sets:
+        sources = "; ".join(f"{found['title']}: {found['source']}" for found in sets.values())
+        parts.append(
+            f"""Images a second, decoded by one process: best run (median), and MB/s fetched. Floors in italics.
+{sources}."""
+        )
+        parts.append(images_table(sets))
+    if large:
+        parts += ["A large shard from S3 in pieces of 1 MiB: best run (median).", bytes_table(large)]
+        parts += ["What a process' resident set grew by at most.", memory_table(large)]
+    return "\n\n".join(parts) + "\n"

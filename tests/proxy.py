@@ -272,8 +272,8 @@ class FaultProxy:
         """After how many bytes of its body an answer stalls, and which byte is inverted, if any."""
         stall_at = flip_at = None
         length = int(answer.fields.get("content-length", 0))  # 0 also where nobody knows
-        if self._chance(faults.stall):
-            stall_at = self._random.randrange(1, length) if length > 1 else 1
+        if self._chance(faults.stall) and length != 1:  # one byte has no middle
+            stall_at = self._random.randrange(1, length) if length else 1
         if request.method == "GET" and answer.status in ("200", "206") and "/" in request.path.strip("/") and length:
             always = faults.flip_always and faults.flip_always in request.path
             if always or (length >= 1000 and self._chance(faults.flip)):

@@ -95,7 +95,9 @@ class S3Server:
             if time.monotonic() >= deadline:
                 break
         tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
-        raise RuntimeError(f"{self.endpoint}: no SeaweedFS after {self.timeout:g} s or 5 starts; {self.log} ends:\n{tail}")
+        raise RuntimeError(
+            f"{self.endpoint}: no SeaweedFS in {self.timeout:g} s and 5 starts; {self.log} ends:\n{tail}"
+        )
 
     def client(self, *, endpoint: str = "", **options: Any) -> Any:
         """A boto3 client for checks beside the code under test; `options` are botocore.config.Config's.
@@ -156,8 +158,9 @@ class S3Server:
             *(_weed(), "-logtostderr=true", "mini", f"-dir={self.folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
             *(f"-{service}.port={port}" for service, port in self._ports.items()),
             *("-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"),
+            "-s3.autoCreateBucket=false",  # as in S3: nothing can be put into a bucket that does not exist
+            "-volume.max=2000",  # each bucket has its own; the default may be as few as 75
             "-volume.preStopSeconds=0",
-            "-volume.max=2000",
         ]
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "S3_", "WEED_"))}
         with self.log.open("ab") as log:

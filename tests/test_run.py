@@ -8,7 +8,7 @@ import torch
 from filelock import FileLock
 
 from pipeline.config import Config
-from pipeline.data.manifest import Manifest
+from pipeline.data.stream import Stream
 from pipeline.errors import InputError
 from pipeline.model.networks import build_network
 from pipeline.run import Learned, Position, claim, restore, save
@@ -20,21 +20,21 @@ def make(folder, digits):
     config = Config()
     config.run.path, config.data.path = str(folder), digits
     config.model.width, config.model.code = 8, 8
-    manifest = Manifest.load(digits)
+    stream = Stream(config.data, seed=0, round_size=config.match.round)
     torch.manual_seed(0)
-    network = build_network(config.model, manifest.shape)
+    network = build_network(config.model, stream.shape)
     optimizer = torch.optim.AdamW(network.parameters())
-    network(torch.randn(4, *manifest.shape)).sum().backward()
+    network(torch.randn(4, *stream.shape)).sum().backward()
     optimizer.step()
-    return config, manifest, Learned(network=network, optimizer=optimizer, ema=None)
+    return config, stream, Learned(network=network, optimizer=optimizer, ema=None)
 
 
 @pytest.fixture
 def run(tmp_path, digits):
     """A run with one checkpoint."""
-    config, manifest, learned = make(tmp_path / "run", digits)
+    config, stream, learned = make(tmp_path / "run", digits)
     _, lock = claim(config)
-    save(config, manifest, learned, Position(round=3, images_seen=300, step=30, seconds=1.5), world=1)
+    save(config, stream, learned, Position(round=3, images_seen=300, step=30, seconds=1.5), world=1)
     lock.release()
     return config, learned
 

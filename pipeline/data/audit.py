@@ -61,17 +61,21 @@ class Scan:
                 yield from self._grouped()
                 while self._read(1 << 20):
                     pass
-                rest = self._pager.rest(self._end)
-                if self._count and len(rest) < 2 * tarfile.BLOCKSIZE:
-                    raise EOFError("no end-of-archive mark")
-                if rest.strip(b"\0"):
-                    raise tarfile.ReadError("more data behind the end of the archive")
             except BROKEN_TAR as error:
                 if isinstance(error, InputError):
                     raise
                 raise InputError(
                     f"{self._where}: truncated or no tar ({error}): copy it again, or repack the data set"
                 ) from None
+
+    def ending(self) -> str:
+        """What is wrong behind the last sample, or '': a tar that was cut between two samples reads as if whole."""
+        rest = self._pager.rest(self._end)
+        if len(rest) < 2 * tarfile.BLOCKSIZE:
+            return f"{self._where}: ends in the middle: no end-of-archive mark: copy it again"
+        if rest.strip(b"\0"):
+            return f"{self._where}: more data behind the end of the archive, as of tars laid end to end: repack them"
+        return ""
 
     def shard(self) -> tuple[Shard, Table]:
         """What the manifest should say of it, and its page table, once all samples were read."""
@@ -227,6 +231,7 @@ def index(
                 scan = Scan(store, file, bar.update)
                 try:
                     problems += _survey(store, file, scan, form, keys)
+                    problems += filter(None, [scan.ending()])
                     shards[split].append(scan.shard())
                 except InputError as error:
                     problems.append(str(error))

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.data.audit import Scan
 from pipeline.data.examples import Example, Made, Source
+from pipeline.data.pages import dump_table, table_name
+from pipeline.data.store import LocalStore
 
 
 def numbered(train: int = 23, test: int = 5, shape: tuple[int, ...] = (1, 4, 4)) -> Source:
@@ -34,8 +37,8 @@ def numbered(train: int = 23, test: int = 5, shape: tuple[int, ...] = (1, 4, 4))
 Members = list[tuple[str, bytes]]
 
 
-def rewrite(path: str, shard: str, change: Callable[[Members], Members]) -> None:
-    """Replace the members of a shard; the manifest keeps what it said."""
+def rewrite(path: str, shard: str, change: Callable[[Members], Members], *, damage: bool = False) -> None:
+    """Replace the members of a shard. Its hashes in the manifest follow, as if packed so, unless it is `damage`."""
     file = Path(path) / shard
     with tarfile.open(file) as tar:
         members = [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
@@ -44,6 +47,23 @@ def rewrite(path: str, shard: str, change: Callable[[Members], Members]) -> None
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+    if not damage:
+        rehash(path, shard)
+
+
+def rehash(path: str, shard: str) -> None:
+    """Make the manifest agree with the bytes of a shard, but for its number of samples."""
+    scan = Scan(LocalStore(path), shard)
+    assert list(scan)
+    found, table = scan.shard()
+    (Path(path) / table_name(shard)).write_bytes(dump_table(table))
+    index = Path(path) / "index.json"
+    content = json.loads(index.read_text())
+    for split in content["splits"].values():
+        for entry in split["shards"]:
+            if entry["name"] == shard:
+                entry |= {"bytes": found.bytes, "sha256": found.sha256, "pages": found.pages}
+    index.write_text(json.dumps(content))
 
 
 def edit_index(path: str, **fields: object) -> None:

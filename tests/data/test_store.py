@@ -1,30 +1,24 @@
-"""Stores: the local one whole, and of the S3 one what needs no server."""
+"""The local store."""
 
-import io
-import pickle
-import tarfile
 from pathlib import Path
-from typing import Any
 
 import pytest
-from botocore.exceptions import ClientError, IncompleteReadError, NoCredentialsError
-from botocore.response import StreamingBody
 
-from pipeline.data import store
-from pipeline.data.samples import read_samples
-from pipeline.data.store import LocalStore, S3Store, open_store
+from pipeline.data.store import LocalStore, open_store
 from pipeline.errors import InputError
 
 
 def test_a_local_file_there_and_back(tmp_path: Path) -> None:
     local = open_store(str(tmp_path / "new/folder"))
     assert local.list() == []
-    (tmp_path / "source").write_bytes(b"12345")
-    local.put("b", tmp_path / "source")
+    local.put("b", b"12345")
     local.put("a", b"1")
     local.put("a", b"123")
     assert local.list() == ["a", "b"] and local.size("a") == 3 and local.read("b") == b"12345"
     assert Path(local.url("a")).read_bytes() == b"123"
+    assert local.read("b", 1, 3) == b"23" and local.read("b", 3) == b"45" and local.read("b", 5, 5) == b""
+    with pytest.raises(InputError, match="folder/b: 5 bytes where 6 were expected: truncated"):
+        local.read("b", 2, 6)
     local.delete("a")
     local.delete("a")
     assert local.list() == ["b"]
@@ -43,6 +37,18 @@ def test_a_broken_put_leaves_the_old_file_and_nothing_else(tmp_path: Path, monke
     with pytest.raises(OSError, match="No space"):
         local.put("a", b"new")
     assert [file.name for file in tmp_path.iterdir()] == ["a"] and local.read("a") == b"old"
+
+
+def test_a_file_is_not_there_before_it_is_whole(tmp_path: Path) -> None:
+    local = open_store(str(tmp_path))
+    with pytest.raises(KeyError), local.write("a") as target:
+        target.write(b"123")
+        assert local.list() == []
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with local.write("a") as target:
+        target.write(b"123")
+    assert local.read("a") == b"123"
 
 
 def test_paths_that_are_no_store(tmp_path: Path) -> None:
@@ -64,59 +70,3 @@ def test_a_folder_that_cannot_be_written() -> None:
         open_store("/proc/x").put("a", b"")
     with pytest.raises(InputError, match=r"cannot be written \(file name too long\): choose a shorter path"):
         open_store("x" * 300).put("a", b"")
-
-
-class Server:
-    """A client whose every call ends in the given way."""
-
-    def __init__(self, *, body: StreamingBody | None = None, error: Exception | None = None) -> None:
-        self.body, self.error = body, error
-
-    def __getattr__(self, name: str) -> Any:
-        def call(**_: object) -> dict[str, Any]:
-            if self.error:
-                raise self.error
-            return {"Body": self.body}
-
-        return call
-
-
-def test_an_s3_body_that_ends_short_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = io.BytesIO()
-    with tarfile.open(fileobj=whole, mode="w") as tar:
-        for name in ("a.cls", "b.cls"):
-            tar.addfile(tarfile.TarInfo(name), io.BytesIO())
-    data = whole.getvalue()
-    for length in (0, 512, 700, 1024):  # 512 ends exactly between two samples
-        body = StreamingBody(io.BytesIO(data[:length]), len(data))
-        monkeypatch.setattr(store, "_client", lambda body=body: Server(body=body))
-        with pytest.raises(IncompleteReadError):
-            list(read_samples(open_store("s3://bucket/x").open("a.tar"), "a.tar"))
-    with pytest.raises(IncompleteReadError):
-        open_store("s3://bucket/x").read("a.tar")
-
-
-@pytest.mark.parametrize(
-    ("code", "message"),
-    [
-        ("NoSuchBucket", "s3://bucket/deep/x/a: there is no bucket bucket"),
-        ("NoSuchKey", "s3://bucket/deep/x/a: no such object"),
-        ("AccessDenied", r"s3://bucket/deep/x/a: access denied \(AccessDenied\)"),
-    ],
-)
-def test_what_s3_refuses_is_the_users_to_put_right(code: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    error = ClientError({"Error": {"Code": code}}, "GetObject")
-    monkeypatch.setattr(store, "_client", lambda: Server(error=error))
-    with pytest.raises(InputError, match=message):
-        open_store("s3://bucket/deep/x/").open("a")
-
-
-def test_missing_credentials_and_a_failing_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    s3 = S3Store("s3://bucket/x")
-    assert pickle.loads(pickle.dumps(s3)).url("a") == "s3://bucket/x/a"
-    monkeypatch.setattr(store, "_client", lambda: Server(error=NoCredentialsError()))
-    with pytest.raises(InputError, match="AWS_ACCESS_KEY_ID"):
-        s3.size("a")
-    monkeypatch.setattr(store, "_client", lambda: Server(error=ClientError({"Error": {"Code": "SlowDown"}}, "Put")))
-    with pytest.raises(ClientError):  # worth a retry, so a crash
-        s3.size("a")

@@ -4,14 +4,16 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numbered import Members, numbered, rewrite
 
+from pipeline.data.dataset import DataConfig
 from pipeline.data.manifest import Manifest
-from pipeline.data.plan import pieces
+from pipeline.data.plan import Order, pieces
 from pipeline.data.samples import encode
 from pipeline.data.shards import pack
 from pipeline.data.stream import Stream, Taken, read_split
@@ -24,7 +26,7 @@ def take(path: str, rounds: list[int], world: int = 1, workers: int = 0) -> list
     """Keys and epochs of whole rounds, put together from the ranks; checks that all columns belong together."""
     found: list[tuple[list[str], list[int]]] = [([], []) for _ in rounds]
     for rank in range(world):
-        with Stream(path=path, seed=5, round_size=ROUND, rank=rank, world=world, workers=workers) as stream:
+        with Stream(DataConfig(path=path, workers=workers), seed=5, round_size=ROUND, rank=rank, world=world) as stream:
             for (keys, epochs), round in zip(found, rounds, strict=True):
                 taken = stream.take(round)
                 indices = taken.images[:, 0, 0, 0]
@@ -40,11 +42,12 @@ def test_rounds_follow_the_plan(packed: str) -> None:
     images, _ = read_split(packed, "train")
     sizes = [shard.samples for shard in Manifest.load(packed).split("train").shards]
     start = np.cumsum([0, *sizes])
+    order = Order(sizes=tuple(sizes), seed=5, round_size=ROUND)
     rounds = take(packed, [0, 1, 2])
     for number, (keys, epochs) in enumerate(rounds):
         plan = [
             (piece.epoch, int(images[start[piece.shard] + i, 0, 0, 0]))
-            for piece in pieces(sizes, 5, number * ROUND, (number + 1) * ROUND)
+            for piece in pieces(order, number, 0, ROUND)
             for i in range(piece.first, piece.last)
         ]
         assert plan == [(epoch, int(key[-3:])) for epoch, key in zip(epochs, keys, strict=True)]
@@ -68,7 +71,7 @@ def test_reading_ahead_changes_nothing_and_leaves_the_random_state_alone(packed:
     threads = threading.active_count()
     kinds: list[list[Taken]] = []
     for prefetch in (False, True):
-        with Stream(path=packed, seed=5, round_size=ROUND, workers=2, prefetch=prefetch) as stream:
+        with Stream(DataConfig(path=packed, workers=2), seed=5, round_size=ROUND, prefetch=prefetch) as stream:
             kinds.append([stream.take(round) for round in range(3)])
     for plain, ahead in zip(*kinds, strict=True):
         assert torch.equal(plain.images, ahead.images) and plain.keys == ahead.keys
@@ -84,7 +87,8 @@ def test_blocks_smaller_than_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_trace(packed: str, tmp_path: Path) -> None:
     for rounds in ([0], [1]):  # a second run appends
         for rank in range(2):
-            with Stream(path=packed, seed=5, round_size=12, rank=rank, world=2, trace=tmp_path / "trace") as stream:
+            config = DataConfig(path=packed, trace=str(tmp_path / "trace"))
+            with Stream(config, seed=5, round_size=12, rank=rank, world=2) as stream:
                 for round in rounds:
                     stream.take(round)
     expected = take(packed, [0, 1])
@@ -110,13 +114,21 @@ def test_without_labels(tmp_path: Path, packed: str) -> None:
     assert read_split(packed, "test")[1][0] == -1
 
 
-def test_too_many_readers(packed: str) -> None:
-    with pytest.raises(InputError, match="4 shards cannot feed 5 ranks"):
-        Stream(path=packed, seed=0, round_size=10, rank=0, world=5)
-    with pytest.raises(InputError, match="4 shards cannot feed 3 ranks x 2 workers = 6 readers"):
-        Stream(path=packed, seed=0, round_size=12, rank=0, world=3, workers=2)
-    with pytest.raises(InputError, match="no split 'valid'"):
-        Stream(path=packed, split="valid", seed=0, round_size=12)
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"split": "valid"}, "no split 'valid'"),
+        ({"broken": "maybe"}, "data.broken is 'maybe': choose error or skip"),
+        ({"broken_share": 2}, "must lie in"),
+        ({"crop": -1}, "data.crop is -1"),
+        ({"crop": 5}, "data.crop=5 is more than there is of numbered"),
+        ({"cache_gb": 0}, "must be positive"),
+        ({"tail": "cut"}, "choose one of wrap, drop, pad"),
+    ],
+)
+def test_settings_that_no_stream_can_have(packed: str, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Stream(DataConfig(path=packed, **changed), seed=0, round_size=12)
 
 
 def replaced(suffix: str, data: bytes) -> object:
@@ -137,14 +149,17 @@ def replaced(suffix: str, data: bytes) -> object:
         (replaced(".png", encode(np.zeros((1, 4, 4), np.uint8), "png")[:-30]), r"train-00002.tar, key .* decoded"),
         (replaced(".png", encode(np.zeros((3, 4, 4), np.uint8), "png")), r"00002.tar, key .* \(3, 4, 4\), but .*\(1,"),
         (replaced(".cls", b"2"), r"00002.tar, key .*label '2' is none of the 2"),
-        (lambda members: members[:-2], r"00002.tar: ends before sample 6 of the 6"),
-        (lambda members: [*members, ("new.png", members[1][1])], r"00002.tar: more than the 6"),
+        (lambda members: members[:-2], r"00002.pages.npy: it is of another shard"),
+        (
+            lambda members: [*members, ("new.png", members[1][1])],
+            r"00002.pages.npy: it is of another shard",
+        ),
         (lambda members: members[:-1], r"00002.tar, key train-\d+: no member ends in png"),
     ],
 )
 def test_bad_shards_are_named(packed: str, change: object, message: str, workers: int) -> None:
     rewrite(packed, "train-00002.tar", change)  # type: ignore[arg-type]
-    with Stream(path=packed, seed=5, round_size=24, workers=workers) as stream:
+    with Stream(DataConfig(path=packed, workers=workers), seed=5, round_size=24) as stream:
         for _ in range(2):  # and again: an error does not jam the stream
             with pytest.raises(InputError, match=message) as caught:
                 stream.take(0)
@@ -154,21 +169,21 @@ def test_bad_shards_are_named(packed: str, change: object, message: str, workers
 @pytest.mark.parametrize("keep", [0, 100, 600, 2048, 3000, 5120])
 def test_cut_and_foreign_shards_are_named(packed: str, keep: int) -> None:
     file = Path(packed) / "train-00002.tar"
-    file.write_bytes(file.read_bytes()[:keep])
-    with Stream(path=packed, seed=5, round_size=24) as stream, pytest.raises(InputError, match=r"train-00002\.tar"):
-        stream.take(0)
-    file.write_bytes(b"not a tar " * keep)
-    with Stream(path=packed, seed=5, round_size=24) as stream, pytest.raises(InputError, match=r"train-00002\.tar"):
-        stream.take(0)
+    for data in (file.read_bytes()[:keep], b"not a tar " * keep):
+        file.write_bytes(data)
+        stream = Stream(DataConfig(path=packed), seed=5, round_size=24)
+        with stream, pytest.raises(InputError, match=r"train-00002\.tar"):
+            stream.take(0)
     file.unlink()
     with pytest.raises(InputError, match=r"train-00002\.tar: no such file"):
         read_split(packed, "train")
 
 
 def test_an_error_while_reading_ahead_comes_with_its_round(packed: str) -> None:
-    with Stream(path=packed, seed=5, round_size=12) as stream:
-        plan = pieces([5, 6, 6, 6], 5, 12, 24)
-        first = {piece.shard for piece in pieces([5, 6, 6, 6], 5, 0, 12)}
+    with Stream(DataConfig(path=packed), seed=5, round_size=12) as stream:
+        order = Order(sizes=(5, 6, 6, 6), seed=5, round_size=12)
+        plan = pieces(order, 1, 0, 12)
+        first = {piece.shard for piece in pieces(order, 0, 0, 12)}
         only_second = next(piece.shard for piece in plan if piece.shard not in first and not piece.epoch)
         (Path(packed) / f"train-{only_second:05d}.tar").unlink()
         stream.take(0)
@@ -179,8 +194,9 @@ def test_an_error_while_reading_ahead_comes_with_its_round(packed: str) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_program_that_forgets_to_close_ends_at_once(packed: str, workers: int) -> None:
     program = f"""
+from pipeline.data.dataset import DataConfig
 from pipeline.data.stream import Stream
-stream = Stream(path={packed!r}, seed=0, round_size=12, workers={workers})
+stream = Stream(DataConfig(path={packed!r}, workers={workers}), seed=0, round_size=12)
 print(len(stream.take(0).keys))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
@@ -189,5 +205,5 @@ print(len(stream.take(0).keys))
 
 def test_a_large_sample_crosses_the_boundary_between_processes(tmp_path: Path) -> None:
     pack(numbered(train=8, shape=(3, 64, 64)), str(tmp_path), shards=2, progress=False)
-    with Stream(path=str(tmp_path), seed=0, round_size=8, workers=2) as stream:
+    with Stream(DataConfig(path=str(tmp_path), workers=2), seed=0, round_size=8) as stream:
         assert sorted(stream.take(0).images[:, 0, 0, 0].tolist()) == list(range(8))
