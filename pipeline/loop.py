@@ -53,7 +53,7 @@ def train(config: Config, accelerator: Accelerator) -> bool:
     # Resume.
     learned, network = build_learner(config, bare, accelerator)
     with together(accelerator):
-        position = restore(newest, learned, accelerator.device) if newest else Position()
+        position = restore(newest, learned) if newest else Position()
     trained = config.match.round * config.train.passes  # images a round
     rounds = -(-config.train.images // trained)
 

@@ -86,13 +86,13 @@ def claim(config: Config) -> tuple[Path | None, FileLock]:
     return newest, lock
 
 
-def restore(checkpoint: Path, learned: Learned, device: torch.device) -> Position:
+def restore(checkpoint: Path, learned: Learned) -> Position:
     """Put a checkpoint's weights and optimizer state in place; where the run stood. Float32 weights restore exactly.
 
     Raises InputError for files that are whole by the manifest but not what a checkpoint of this run holds.
     """
     try:
-        return _restore(checkpoint, learned, device)
+        return _restore(checkpoint, learned)
     except (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise InputError(
             f"{checkpoint} cannot be resumed from ({type(error).__name__}: {error}): remove that folder to go on from "
@@ -100,7 +100,7 @@ def restore(checkpoint: Path, learned: Learned, device: torch.device) -> Positio
         ) from None
 
 
-def _restore(checkpoint: Path, learned: Learned, device: torch.device) -> Position:
+def _restore(checkpoint: Path, learned: Learned) -> Position:
     model = NAIGN.from_pretrained(checkpoint / "model.safetensors")
     learned.network.load_state_dict(model.network.state_dict())
     learned.spectrum = model.spectrum
@@ -108,7 +108,7 @@ def _restore(checkpoint: Path, learned: Learned, device: torch.device) -> Positi
         averaged = NAIGN.from_pretrained(checkpoint / "ema.safetensors").network
         learned.ema.module.load_state_dict(averaged.state_dict())
         learned.ema.n_averaged += 1  # else the next update would start the average anew
-    state = torch.load(checkpoint / "state" / "optimizer.pt", map_location=device, weights_only=True)
+    state = torch.load(checkpoint / "state" / "optimizer.pt", map_location="cpu", weights_only=True)
     learned.optimizer.load_state_dict(state)
     trainer = json.loads((checkpoint / "trainer.json").read_text())
     return Position(**{name: type(default)(trainer[name]) for name, default in asdict(Position()).items()})

@@ -112,6 +112,12 @@ def train_command(*options: str, ranks: int = 1) -> list[str]:
     return [*launcher, str(ROOT / "pipeline/train.py"), *options]
 
 
+def start(folder: Path, *options: str) -> subprocess.Popen[str]:
+    """The main job without a launcher between, so that a signal reaches it."""
+    command = [train_command()[0], str(ROOT / "pipeline/train.py"), *options]
+    return subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
+
+
 @pytest.fixture
 def train(tmp_path: Path) -> Program:
     """Run the main job in an empty folder to its end."""

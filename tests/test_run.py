@@ -57,7 +57,7 @@ def test_what_is_saved_comes_back(run, digits):
     newest, lock = claim(config)
     _, _, other = make(config.run.path, digits)
     torch.nn.init.zeros_(other.network.encoder[0].weight)
-    position = restore(newest, other, torch.device("cpu"))
+    position = restore(newest, other)
     assert position == Position(round=3, images_seen=300, step=30, seconds=1.5)
     for name, value in learned.network.state_dict().items():
         assert torch.equal(other.network.state_dict()[name], value)
@@ -106,5 +106,5 @@ def test_a_checkpoint_that_is_not_one_is_refused_and_runs_no_code(name, content,
     assert newest_checkpoint(checkpoint.parent) == checkpoint
     _, _, learned = make(tmp_path / "run", digits)
     with pytest.raises(InputError, match="step-00000030"):
-        restore(checkpoint, learned, torch.device("cpu"))
+        restore(checkpoint, learned)
     assert not (tmp_path / "executed").exists()

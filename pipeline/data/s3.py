@@ -105,7 +105,7 @@ class S3Store:
     def _get(self, name: str, etag: str, first: int, last: int) -> bytes:
         """Bytes [first, last), from the byte on where a body broke, however often that happens."""
         chunks: list[bytes] = []
-        at = first
+        at, piece = first, 1 << 20
         patience = Patience(f"read {self.url(name)}", self.tally)
         with self._explained(name):
             while at < last:
@@ -121,7 +121,7 @@ class S3Store:
                             f"data to a local folder"
                         )
                     with contextlib.closing(answer["Body"]) as body:
-                        while at < last and (chunk := body.read(min(1 << 20, last - at))):
+                        while at < last and (chunk := body.read(min(piece, last - at))):
                             chunks.append(chunk)
                             at += len(chunk)
                     if at < last:
@@ -130,6 +130,7 @@ class S3Store:
                     if not _is_passing(error):
                         raise
                     patience.wait(error, at=f", byte {at}", progress=at > before)
+                    piece = 1 << 15  # a piece that breaks is lost: of the next, less
         self.tally.add(bytes=last - first)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 

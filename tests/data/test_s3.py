@@ -368,10 +368,13 @@ def test_writing_through_faults(
     over = threading.Event()
 
     def restarts() -> None:
-        while not over.wait(0.1):
+        for _ in range(6):
+            proxy.faults = Faults(errors=0.15, refuse=0.1, stall=0.05, reset_every=(100, 3000))
+            if over.wait(0.25):
+                return
             proxy.faults = Faults(refusing=True)  # resets the uploads that are on their way
             over.wait(0.01)
-            proxy.faults = Faults(errors=0.1, refuse=0.1, stall=0.05, reset_every=(100, 3000))
+        proxy.faults = Faults(errors=0.15, refuse=0.1, stall=0.05, reset_every=(100, 3000))
 
     thread = threading.Thread(target=restarts)
     thread.start()

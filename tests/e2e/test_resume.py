@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from pipeline.errors import INTERRUPTED
 from pipeline.runtime.checkpoint import newest_checkpoint
-from tests.conftest import ROOT, SMALL, environment, train_command
+from tests.conftest import SMALL, environment, start, train_command
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -25,12 +25,6 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss/total"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def start(folder: Path, *options: str) -> subprocess.Popen[str]:
-    """The main job without a launcher between, so that a signal reaches it."""
-    command = [train_command()[0], str(ROOT / "pipeline/train.py"), *options]
-    return subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow

@@ -1,0 +1,141 @@
+"""The programs with their data in a bucket: packing, training that is killed and goes on, faults, mistakes."""
+
+import json
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.manifest import Manifest
+from tests.conftest import SMALL, Program, start
+from tests.proxy import FaultProxy, Faults
+from tests.servers import S3Server
+
+IMAGES = 1438  # training images of the digits
+
+
+def listed(folder: Path) -> Counter[tuple[int, int, str]]:
+    """(epoch, round, key) in the trace files of all ranks."""
+    lines = [line.split() for file in folder.iterdir() for line in file.read_text().splitlines()]
+    return Counter((int(epoch), int(round), key) for epoch, round, key in lines)
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss/total"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_two_ranks_and_sees_each_image_once(
+    naign: Program, train: Program, bucket: str, tmp_path: Path
+) -> None:
+    data = f"{bucket}/deep/digits"
+    packed = naign("pack", "digits", "--to", data, "--shards", "5")
+    assert packed.returncode == 0 and "1438 train in 5 shards" in packed.stdout, packed.stderr
+    assert "already there" in naign("pack", "digits", "--to", data, "--shards", "5").stdout
+    checked = naign("verify", data)
+    assert checked.returncode == 0 and "sound" in checked.stdout, checked.stderr
+
+    # 12 rounds of 256 are two epochs of 1,438 and a bit.
+    options = [f"--data.path={data}", *SMALL, "--train.images=3072", "--checkpoint.rounds=2", "--data.trace=trace"]
+    job = start(tmp_path, "--run.path=run", "--data.workers=2", *options)
+    metrics = tmp_path / "run/metrics.jsonl"
+    while job.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
+        time.sleep(0.01)
+    job.send_signal(signal.SIGKILL)
+    job.communicate(timeout=60)
+    assert job.returncode == -signal.SIGKILL
+    before = listed(tmp_path / "trace")
+    again = train("--run.path=run", *options, ranks=2)
+    assert again.returncode == 0, again.stderr
+    assert "resuming from" in again.stdout + again.stderr
+
+    # A round that the kill undid is listed again, alike; nothing else is.
+    seen = listed(tmp_path / "trace")
+    assert set(before) < set(seen) and max(seen.values()) == 2
+    rounds = Counter(round for _, round, _ in seen)
+    assert rounds == Counter({round: 256 for round in range(12)})
+    for epoch in (0, 1):
+        keys = Counter(key for e, _, key in seen if e == epoch)
+        assert len(keys) == IMAGES and set(keys.values()) == {1}
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    trainer = json.loads((max((tmp_path / "run/checkpoints").iterdir()) / "trainer.json").read_text())
+    assert trainer["round"] == 12 and trainer["epoch"] == pytest.approx(12 * 256 / IMAGES)
+
+
+@pytest.mark.slow
+def test_a_run_through_faults_gives_the_same_losses(
+    naign: Program, train: Program, digits: str, s3: S3Server, bucket: str, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    options = ["--train.images=2560", *SMALL]
+    plain = train("--run.path=plain", f"--data.path={digits}", *options)
+    assert plain.returncode == 0, plain.stderr
+    packed = naign("pack", "digits", "--to", f"{bucket}/digits", "--shards", "4")
+    assert packed.returncode == 0, packed.stderr
+    proxy.faults = Faults(reset_every=(50_000, 200_000), refuse=0.1, errors=0.2, flip=0.2)
+    faulty = train("--run.path=faulty", f"--data.path={bucket}/digits", *options)
+    assert faulty.returncode == 0, faulty.stderr
+    assert losses(tmp_path / "plain") == losses(tmp_path / "faulty")
+    assert min(proxy.counts[fault] for fault in ("reset", "refuse", "error", "flip")) > 0, proxy.counts
+    last = json.loads((tmp_path / "faulty/metrics.jsonl").read_text().splitlines()[-1])
+    assert {"data/epoch", "data/megabytes", "data/retries", "data/reread_megabytes", "data/skipped"} <= set(last)
+
+
+@pytest.mark.slow
+def test_a_shard_that_stays_wrong_stops_every_rank_with_its_name(
+    train: Program, naign: Program, bucket: str, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    data = f"{bucket}/digits"
+    assert naign("pack", "digits", "--to", data, "--shards", "4").returncode == 0
+    proxy.faults = Faults(flip_always="train-00002.tar")
+    done = train(f"--data.path={data}", *SMALL, "--train.images=2560", "--run.path=run", ranks=2)
+    assert done.returncode != 0 and "exitcode  : 2" in done.stderr
+    assert f"{data}/train-00002.tar: the SHA-256 of bytes" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changed", "path", "part"),
+    [
+        ({}, "s3://no-such-bucket-here/x", "there is no bucket no-such-bucket-here"),
+        ({"AWS_SECRET_ACCESS_KEY": "not-the-secret-at-all"}, "{bucket}/digits", "check the credentials"),
+        ({}, "{bucket}/nothing", "no data set here"),
+    ],
+)
+def test_mistakes_with_buckets_end_with_code_2(
+    changed: dict[str, str],
+    path: str,
+    part: str,
+    naign: Program,
+    bucket: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in changed.items():
+        monkeypatch.setenv(name, value)
+    path = path.format(bucket=bucket)
+    job = start(tmp_path, f"--data.path={path}", "--run.path=run", *SMALL)
+    _, errors = job.communicate(timeout=60)
+    checked = naign("verify", path)
+    for code, said in ((job.returncode, errors), (checked.returncode, checked.stderr)):
+        assert code == 2 and part in said and "Traceback" not in said, said
+        assert "not-the-secret" not in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_indexing_tars_of_others(naign: Program, train: Program, bucket: str, tmp_path: Path) -> None:
+    from pipeline.data.store import open_store
+
+    assert naign("pack", "digits", "--to", "packed", "--shards", "4").returncode == 0
+    store = open_store(bucket)
+    for file in sorted((tmp_path / "packed").glob("*.tar")):
+        store.put(file.name.replace("test", "val"), file.read_bytes())
+    done = naign("index", bucket, "--name", "mine")
+    assert done.returncode == 0 and "mine 1x8x8, 1438 train in 4 shards, 359 test in 4 shards" in done.stdout, done
+    assert Manifest.load(bucket).split("test").shards[0].name == "val-00000.tar"
+    assert naign("verify", bucket).returncode == 0
+    assert naign("index", bucket).returncode == 2
+    done = train(f"--data.path={bucket}", *SMALL, "--train.images=512", "--run.path=run")
+    assert done.returncode == 0, done.stderr
