@@ -141,6 +141,13 @@ def decode_array(data: bytes, shape: tuple[int, ...], dtype: str) -> Array:
     return array
 
 
+def _in_channels(array: Array, channels: int, *, exactly: bool) -> Array:
+    """A grey picture in a colour data set as colour; with `exactly` colour without colour as grey: WebP has no grey."""
+    if channels == 3:
+        return np.repeat(array, 3, axis=0)
+    return array[:1] if exactly and (array == array[:1]).all() else array
+
+
 def decode(sample: dict[str, Any], kind: str, shape: tuple[int, ...], classes: int, shard: str) -> tuple[Array, int]:
     """A sample's array (uint8 of an image, float32 of a point) and its label, -1 if it has none.
 
@@ -158,6 +165,8 @@ def decode(sample: dict[str, Any], kind: str, shape: tuple[int, ...], classes: i
             array = decode_array(sample[suffix], shape, "uint8" if kind == "image" else "float32")
         else:
             array = decode_image(sample[suffix])
+            if len(array) != shape[0]:
+                array = _in_channels(array, shape[0], exactly=suffix == "webp")
     except InputError as error:
         raise InputError(f"{where}: the .{suffix} cannot be decoded ({error}): repack the data set") from None
     if array.shape != shape:

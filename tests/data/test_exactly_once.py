@@ -102,7 +102,7 @@ def check_epochs(lines: list[Line]) -> None:
 def test_every_image_once_an_epoch_for_any_ranks_and_workers(uneven: str, tmp_path: Path) -> None:
     kinds = {}
     for world in range(1, 6):
-        for workers in range(4):
+        for workers in range(4) if world < 4 else (0, 3):  # the others would only take time
             lines = run(uneven, tmp_path / f"{world}-{workers}", world, workers, list(range(ROUNDS)))
             check_epochs(lines)
             kinds[world, workers] = lines

@@ -1,0 +1,152 @@
+"""Windows, mirroring and broken samples: the same on every world size and number of workers."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numbered import Members, numbered, rewrite
+
+from pipeline.data import augment
+from pipeline.data.dataset import DataConfig
+from pipeline.data.samples import encode
+from pipeline.data.shards import pack
+from pipeline.data.stream import Stream, read_split
+from pipeline.errors import InputError
+
+
+@pytest.fixture
+def larger(tmp_path: Path) -> str:
+    """23 images (3, 8, 10), not square."""
+    path = str(tmp_path / "larger")
+    pack(numbered(shape=(3, 8, 10)), path, shards=4, progress=False)
+    return path
+
+
+def take(path: str, rounds: int, *, world: int = 1, **settings: Any) -> tuple[torch.Tensor, list[str]]:
+    """All images of rounds 0, 1, ... and their keys, in order."""
+    images, keys = [], []
+    streams = [
+        Stream(DataConfig(path=path, **settings), seed=5, round_size=12, rank=rank, world=world)
+        for rank in range(world)
+    ]
+    for round in range(rounds):
+        for stream in streams:
+            taken = stream.take(round)
+            images.append(taken.images)
+            keys += taken.keys
+    for stream in streams:
+        stream.close()
+    return torch.cat(images), keys
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 2), (3, 0)])
+def test_windows_and_mirroring_do_not_depend_on_ranks_and_workers(larger: str, world: int, workers: int) -> None:
+    plain = take(larger, 3, crop=5, flip=True)
+    other = take(larger, 3, crop=5, flip=True, world=world, workers=workers)
+    assert plain[1] == other[1] and torch.equal(plain[0], other[0])
+
+
+def test_windows_are_parts_of_the_images_and_all_places_come(larger: str) -> None:
+    whole, keys = read_split(larger, "train")[0], take(larger, 1)[1]
+    images = {int(image[0, 0, 0]): image for image in whole}
+    places, mirrored = set(), 0
+    windows, keys = take(larger, 20, crop=6, flip=True)
+    for window, key in zip(windows, keys, strict=True):
+        image = images[int(key[-3:])]
+        found = [
+            (top, left, flipped)
+            for top in range(3)
+            for left in range(5)
+            for flipped in (False, True)
+            if torch.equal(
+                window,
+                image[:, top : top + 6, left : left + 6].flip(-1)
+                if flipped
+                else image[:, top : top + 6, left : left + 6],
+            )
+        ]
+        assert len(found) == 1
+        places.add(found[0][:2])
+        mirrored += found[0][2]
+    assert len(places) == 15 and 80 < mirrored < 160  # of 240
+
+
+def test_evaluation_sees_the_central_window(larger: str) -> None:
+    whole, _ = read_split(larger, "test")
+    windows, _ = read_split(larger, "test", crop=4)
+    assert torch.equal(windows, whole[:, :, 2:6, 3:7])
+
+
+def test_draws_of_any_rows_are_those_of_all() -> None:
+    every = augment.draws(7, 3, 0, 100)
+    assert np.array_equal(every[40:60], augment.draws(7, 3, 40, 60))
+    assert not np.array_equal(every, augment.draws(7, 4, 0, 100)) and every.min() >= 0 and every.max() < 1
+    assert abs(every.mean() - 0.5) < 0.05
+
+
+def broken(path: str, shard: str, *numbers: int) -> None:
+    """Put no picture into samples of a shard; the manifest agrees."""
+
+    def change(members: Members) -> Members:
+        pictures = [name for name, _ in members if name.endswith(".png")]
+        wrong = {pictures[number] for number in numbers}
+        return [(name, b"no picture" if name in wrong else data) for name, data in members]
+
+    rewrite(path, shard, change)
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (3, 0)])
+def test_skipping_takes_the_next_sound_sample_of_the_shard(
+    packed: str, world: int, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, sound = take(packed, 4)
+    broken(packed, "train-00002.tar", 1, 2, 5)
+    settings = {"broken": "skip", "broken_share": 0.5}
+    with caplog.at_level(logging.WARNING, logger="naign.data"):
+        images, keys = take(packed, 4, world=world, workers=workers, **settings)
+    assert [f"train-{index:03d}" for index in images[:, 0, 0, 0].tolist()] == keys
+    replaced = {old: new for old, new in zip(sound, keys, strict=True) if old != new}
+    assert len(replaced) == 3 and not set(replaced) & set(replaced.values()) - set(sound)
+    order = [key for key in read_order(packed) if key in set(sound)]
+    a, b, last = (order[i] for i in (1, 2, 5))
+    assert replaced == {a: order[3], b: order[3], last: order[0]}
+    assert all(f"train-00002.tar, key {key}: the .png cannot be decoded" in caplog.text for key in replaced)
+
+
+def read_order(path: str) -> list[str]:
+    """Keys of shard 2 in their order."""
+    import tarfile
+
+    with tarfile.open(f"{path}/train-00002.tar") as tar:
+        return [name.removesuffix(".png") for name in tar.getnames() if name.endswith(".png")]
+
+
+def test_more_broken_samples_than_allowed_stop_the_run(packed: str) -> None:
+    broken(packed, "train-00002.tar", 1, 2)
+    take(packed, 2, broken="skip", broken_share=2 / 23)
+    with pytest.raises(InputError, match=r"2 broken samples of \d+ are more than data.broken_share=0.05 allows \(1\)"):
+        take(packed, 2, broken="skip", broken_share=0.05)
+    with pytest.raises(InputError, match=r"00002.tar, key train-\d+: the .png cannot be decoded"):
+        take(packed, 2)
+    broken(packed, "train-00001.tar", *range(6))
+    with pytest.raises(InputError, match=r"00001.tar: none of its 6 samples can be decoded"):
+        take(packed, 2, broken="skip", broken_share=1.0)
+
+
+def test_a_grey_picture_in_a_colour_data_set_is_read_as_colour(larger: str) -> None:
+    grey = encode(np.arange(80, dtype=np.uint8).reshape(1, 8, 10), "png")
+    rewrite(larger, "test-00000.tar", lambda members: [(n, grey if n.endswith(".png") else d) for n, d in members])
+    assert (read_split(larger, "test", limit=1)[0][0].numpy() == np.arange(80).reshape(8, 10)).all()
+
+
+@pytest.mark.parametrize("encoding", ["png", "webp", "npy"])
+@pytest.mark.parametrize("shape", [(1, 5, 7), (3, 5, 7)])
+def test_exact_encodings(tmp_path: Path, encoding: str, shape: tuple[int, ...]) -> None:
+    source = numbered(shape=shape)
+    pack(source, str(tmp_path), shards=2, encoding=encoding, progress=False)
+    images, _ = read_split(str(tmp_path), "train")
+    for image in images.numpy():
+        assert (image == source.splits["train"][int(image.flat[0])][1]).all()
