@@ -48,7 +48,8 @@ class Scan:
         self._store, self._name, self._where = store, name, store.url(name)
         self._advance = advance  # told of bytes read
         self._hash, self._pager = hashlib.sha256(), Pager()
-        self._size = self._count = self._end = 0
+        self._size = self._count = 0
+        self._end = self._last = 0  # byte behind the last sample, behind the last member
         self._stream: BinaryIO | None = None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -70,7 +71,7 @@ class Scan:
 
     def ending(self) -> str:
         """What is wrong behind the last sample, or '': a tar that was cut between two samples reads as if whole."""
-        rest = self._pager.rest(self._end)
+        rest = self._pager.rest(self._last)
         if len(rest) < 2 * tarfile.BLOCKSIZE:
             return f"{self._where}: ends in the middle: no end-of-archive mark: copy it again"
         if rest.strip(b"\0"):
@@ -98,6 +99,7 @@ class Scan:
         sample: dict[str, Any] = {}
         with tarfile.open(fileobj=_Reading(self._read), mode="r|", bufsize=1 << 18) as tar:
             for member in tar:
+                self._last = tar.offset
                 tar.members = []  # type: ignore[attr-defined]  # else all headers of a large shard stay in memory
                 key, suffix = base_plus_ext(member.name) if member.isreg() else (None, None)
                 if key is None or suffix is None or is_meta(member.name):
@@ -114,7 +116,7 @@ class Scan:
                 stream = tar.extractfile(member)
                 assert stream is not None
                 sample[suffix] = stream.read()
-                self._end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                self._end = tar.offset
         if sample:
             yield sample
 

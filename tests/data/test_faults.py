@@ -122,7 +122,7 @@ def test_each_fault_alone(
     with Stream(DataConfig(path=remote), seed=3, round_size=ROUND) as stream:
         proxy.faults = faults
         assert rows(stream, tally) == expected
-    assert (tally.reread > 0) == (faults.flip > 0) and (tally.retries > 0) == (not faults.flip)
+    assert (tally.reread > 0) == (faults.flip > 0) and (tally.retries > 0 or faults.flip)
 
 
 @pytest.mark.slow

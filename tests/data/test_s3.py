@@ -347,7 +347,7 @@ def test_reading_through_faults(
         assert fresh.read("a", 7) == DATA[7:]
         with fresh.open("a") as stream:
             assert stream.read() == DATA
-    assert 0 < fresh.tally.retries <= sum(proxy.counts[kind] for kind in ("reset", "stall", "refuse", "error")) + 5
+    assert fresh.tally.retries > 0
     assert fresh.tally.bytes % (2 * len(DATA) - 7) == 0  # what was received twice counts once
 
 

@@ -1,0 +1,153 @@
+"""Indexing tars that others wrote, and what is refused of them."""
+
+import io
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numbered import numbered
+from webdataset import TarWriter
+
+from pipeline.data.audit import index, verify
+from pipeline.data.manifest import Manifest
+from pipeline.data.samples import encode
+from pipeline.data.shards import pack
+from pipeline.data.stream import read_split
+from pipeline.errors import InputError
+
+PNG = encode(np.arange(16, dtype=np.uint8).reshape(1, 4, 4), "png")
+Members = list[tuple[str, bytes]]
+
+
+def write(file: Path, members: Members, format: int = tarfile.PAX_FORMAT) -> None:
+    file.parent.mkdir(exist_ok=True)
+    with tarfile.open(file, "w", format=format) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def refuse(folder: Path, message: str) -> None:
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(InputError, match=message):
+        index(str(folder), progress=False)
+    assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_an_index_of_our_own_tars_is_the_one_that_pack_wrote(packed: str, tmp_path: Path) -> None:
+    other = tmp_path / "tars"
+    other.mkdir()
+    for tar in Path(packed).glob("*.tar"):
+        shutil.copy(tar, other)
+    made = index(str(other), name="numbered", labels=("even", "odd"), progress=False)
+    assert made == Manifest.load(packed) == Manifest.load(str(other))
+    for table in Path(packed).glob("*.npy"):
+        assert table.read_bytes() == (other / table.name).read_bytes()
+    assert verify(str(other), progress=False).samples == 28
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tars_of_other_writers(tmp_path: Path, format: int) -> None:
+    long = "folder/" + "x" * 90 + "/" + "y" * (40 if format == tarfile.USTAR_FORMAT else 120)
+    members = [
+        ("__meta__/notes.txt", b"not a sample"),
+        ("a/0001.PNG", PNG),
+        ("a/0001.json", b"{}"),
+        ("a/0002.json", b"{}"),
+        ("a/0002.png", PNG),
+        ("a/0002.seg.png", b"another member"),
+        (f"{long}.cls", b"1"),
+        (f"{long}.png", PNG),
+        ("README", b"no suffix: not a sample"),
+    ]
+    write(tmp_path / "train.tar", members, format)
+    manifest = index(str(tmp_path), progress=False)
+    assert manifest.shape == (1, 4, 4) and manifest.labels == ("0", "1") and set(manifest.splits) == {"train"}
+    images, labels = read_split(str(tmp_path), "train")
+    assert images.tolist() == [[np.arange(16).reshape(4, 4).tolist()]] * 3 and labels.tolist() == [-1, -1, 1]
+
+
+def test_points_and_arrays(tmp_path: Path) -> None:
+    for name, array in (("points", np.arange(2, dtype=np.float32)), ("images", np.zeros((3, 4, 5), np.uint8))):
+        (tmp_path / name).mkdir()
+        with TarWriter(str(tmp_path / name / "train.tar"), encoder=False) as writer:
+            writer.write({"__key__": "a", "npy": encode(array, "npy")})
+        assert index(str(tmp_path / name), progress=False).shape == array.shape
+        assert (read_split(str(tmp_path / name), "train")[0][0].numpy() == array).all()
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("a.txt", b"x")], "train.tar, key a: no member ends in png or"),
+        ([("a.png", PNG), ("b.cls", b"1")], "train.tar, key b: no member ends in png or"),
+        ([("a.png", PNG), ("a.png", PNG)], r"train.tar, key a: two members end in \.png"),
+        ([("a.png", PNG), ("b.png", PNG), ("a.cls", b"1")], "train.tar, key a: also in train.tar"),
+        ([("a.png", PNG), ("b.png", PNG[:40])], r"train.tar, key b: the \.png cannot be decoded"),
+        ([("a.png", PNG), ("b.png", encode(np.zeros((1, 4, 5), np.uint8), "png"))], r"\(1, 4, 5\).*must be alike"),
+        ([("a.png", PNG), ("a.cls", b"cat")], "label 'cat' is none"),
+        ([("a.npy", encode(np.zeros((4, 4), np.float32), "npy"))], "float32 of .*images are uint8"),
+        ([("README", b"x")], "train.tar: holds no samples"),
+    ],
+)
+def test_samples_that_no_index_can_name(tmp_path: Path, members: Members, message: str) -> None:
+    write(tmp_path / "train.tar", members)
+    refuse(tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:700], "truncated or no tar"),
+        (lambda data: data[:2048], "ends in the middle: no end-of-archive mark"),
+        (lambda data: data + data, "more data behind the end of the archive"),
+        (lambda _: b"no tar at all" * 100, "truncated or no tar"),
+        (lambda _: b"", "train.tar"),
+        (lambda data: __import__("gzip").compress(data), "truncated or no tar"),
+    ],
+)
+def test_files_that_are_no_whole_tar(tmp_path: Path, damage: Callable[[bytes], bytes], message: str) -> None:
+    file = tmp_path / "train.tar"
+    write(file, [("a.png", PNG), ("b.png", PNG)])
+    file.write_bytes(damage(file.read_bytes()))
+    refuse(tmp_path, message)
+
+
+def test_a_key_in_two_shards_and_names_of_splits(tmp_path: Path) -> None:
+    write(tmp_path / "x-train-0.tar", [("a.png", PNG)])
+    write(tmp_path / "x-train-1.tar", [("a.png", PNG)])
+    refuse(tmp_path, r"x-train-1.tar, key a: also in x-train-0.tar")
+    (tmp_path / "x-train-1.tar").rename(tmp_path / "x-val-1.tar")
+    with pytest.raises(InputError, match=r"none of its 2 tars .* --train 'PATTERN'"):
+        index(str(tmp_path), train="y-*.tar", progress=False)
+    assert set(index(str(tmp_path), train="x-train*.tar", progress=False).splits) == {"train"}
+    with pytest.raises(InputError, match="index.json is there already: .*--force"):
+        index(str(tmp_path), progress=False)
+    made = index(str(tmp_path), force=True, progress=False)
+    assert {name: split.samples for name, split in made.splits.items()} == {"train": 1, "test": 1}
+    with pytest.raises(InputError, match=r"1 label names, but labels up to 1"):
+        write(tmp_path / "x-train-0.tar", [("a.png", PNG), ("a.cls", b"1")])
+        index(str(tmp_path), labels=("only",), force=True, progress=False)
+
+
+def test_a_folder_without_tars(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no \.tar there"):
+        index(str(tmp_path), progress=False)
+
+
+def test_a_page_table_of_another_shard_is_found(packed: str) -> None:
+    folder = Path(packed)
+    shutil.copy(folder / "train-00001.pages.npy", folder / "train-00002.pages.npy")
+    with pytest.raises(InputError, match=r"train-00002\.pages\.npy: its SHA-256 is not the one in index.json"):
+        verify(packed, progress=False)
+    with pytest.raises(InputError, match=r"train-00002\.pages\.npy: its SHA-256 is not the one in index.json"):
+        read_split(packed, "train")
+    (folder / "train-00002.pages.npy").unlink()
+    with pytest.raises(InputError, match=r"train-00002\.pages\.npy: no such file"):
+        read_split(packed, "train")
+    pack(numbered(), packed, shards=4, progress=False)
+    assert verify(packed, progress=False).samples == 28
