@@ -6,17 +6,18 @@
     python benchmarks/data.py --mosaic mosaic/bin/python --mnist data/mnist --cifar data/cifar10 \
         --to benchmarks/results/data
 
-prints and writes three tables (data.md) and all that was measured (data.json). Sets that data.json holds already stay
-unless they are measured again: `--sets photos256` adds to it. A reader whose tool is missing has a row that says what
-to install.
+prints and writes three tables (data.md) and all that was measured (data.json). What data.json holds already stays
+unless it is measured again: `--sets photos256 --only ours` adds to it. A reader whose tool is missing has a row that
+says what to install.
 
 Images. Every reader gives each image of the set once, as uint8 pixels. It runs in a fresh process, and decodes in one
 thread unless the table says otherwise; its time is from before its dataset is made to after the last image, without
 imports. In a first round, which also warms the page cache, the sum of all pixels is compared; then readers take turns,
 and the best and the median of their runs count. MB/s are of the bytes that the reader fetches: a tar has at least a
-kilobyte of headers and padding a sample, which MDS has not. The server is SeaweedFS on loopback and shares the cores
-with the reader. What is no reader is a floor: boto3 gets the same bytes one object after the other without
-decoding them; Pillow decodes from memory. Mosaic fetches through an empty cache on disk.
+kilobyte of headers and padding a sample, which MDS has not. CPU time is the best run's, of all threads and processes of
+the reader, not of the server: it still says something where other programs want the cores too. The server is SeaweedFS
+on loopback and shares the cores with the reader. Mosaic fetches through an empty cache on disk. What is no reader is a
+floor: boto3 gets the same bytes, one object after the other, and decodes nothing; Pillow decodes from memory.
 
 Bytes of one large shard: pieces of 1 MiB are read by `open_store(path).open(name)` and by boto3's `get_object`, in
 turns; the ratio is that of the medians.
@@ -143,12 +144,21 @@ def main(settings: Settings) -> None:
     with tempfile.TemporaryDirectory(dir=settings.scratch) as folder, S3Server(folder) as server:
         bench = Bench(settings, server)
         for name in settings.sets:
-            results["sets"][name] = bench.images(name)
+            results["sets"][name] = merged(results["sets"].get(name), bench.images(name))
             save(results, file)
         if settings.large:
             results["large"] = bench.large()
             save(results, file)
     print(page(results))
+
+
+def merged(old: Record | None, new: Record) -> Record:
+    """With the old rows of readers that were not measured again, if they read the same images."""
+    if old is None or any(old[key] != new[key] for key in ("source", "images", "bytes")):
+        return new
+    rows = {(row["where"], row["title"]): row for row in (*old["rows"], *new["rows"])}
+    keys = [(row.where, row.title) for row in ROWS]
+    return {**new, "rows": [rows[key] for key in keys if key in rows]}
 
 
 def say(text: str) -> None:

@@ -145,7 +145,11 @@ def _webdataset(job: Job, urls: list[str]) -> Read:
 
 
 def mosaic(job: Job) -> Read:
-    """Its png and jpeg columns decode by the same call of Pillow, but could not be written with the same bytes."""
+    """Its png and jpeg columns decode by the same call of Pillow, but could not be written with the same bytes.
+
+    It may fetch the whole set ahead: the less it may, the longer it waits between polls, and by its default it gives a
+    tenth to a third as many small images a second.
+    """
     from PIL import Image
     from streaming import StreamingDataset  # type: ignore[import-not-found]
     from streaming.base.util import clean_stale_shared_memory  # type: ignore[import-not-found]
@@ -155,14 +159,11 @@ def mosaic(job: Job) -> Read:
     def read() -> Iterator[Item]:
         with tempfile.TemporaryDirectory() as cache:
             where = {"remote": job.path, "local": cache} if job.path.startswith("s3://") else {"local": job.path}
-            for sample in StreamingDataset(**where, shuffle=False, batch_size=AHEAD // 8):
+            dataset = StreamingDataset(**where, shuffle=False, batch_size=256, predownload=job.images)
+            for sample in dataset:
                 yield 1, 0, np.asarray(Image.open(io.BytesIO(sample["image"])))
 
     return read
-
-
-AHEAD = 2048
-"""Samples that mosaic fetches ahead: eight times its batch size, by its default; its own 64 would stall it."""
 
 
 def decode(job: Job) -> Read:

@@ -66,11 +66,11 @@ def prepare(
         samples = found.split("train").samples
         if found.shape != kind.shape or samples < count:
             raise InputError(f"{given}: {samples} images of {found.shape}: {count} of {kind.shape} are needed")
-        make, source = _given(given, count), f"the first {count:,} images of {found.name} as it is packed"
+        make, source = _given(given, count), f"the first {count:,} training images of {given.name}"
     elif name == "grey28":
-        make, source = digit, "scikit-learn's digits, enlarged"
+        make, source = digit, "digits of scikit-learn, enlarged"
     else:
-        make, source = window(kind.shape[1]), "windows of scikit-learn's two photographs"
+        make, source = window(kind.shape[1]), "windows of two photographs of scikit-learn"
     if not (folder / INDEX).exists():
         examples = Made(length=count, make=make)
         packed = Source(name=name, kind="image", shape=kind.shape, labels=(), splits={"train": examples})
@@ -196,10 +196,11 @@ def images_table(sets: dict[str, Record]) -> str:
                 text = f"`{row['missing']}`"
             else:
                 best, median = (found["images"] / row[key] for key in ("seconds", "median"))
-                speed = row["bytes"] / row["seconds"] / 1e6
-                text = f"{number(best)}/s ({number(median)}), {number(speed)} MB/s"
+                speed, cpu = row["bytes"] / row["seconds"] / 1e6, 1e6 * row["cpu"] / found["images"]
+                text = f"{number(best)}/s ({number(median)}), {number(speed)} MB/s, {number(cpu)} µs"
             cells.setdefault((row["where"], reader), {})[name] = text
-    return table(titles, [[*key, *(row.get(name, "") for name in sets)] for key, row in cells.items()])
+    order = sorted(cells, key=lambda key: ("folder", "S3", "memory").index(key[0]))
+    return table(titles, [[*key, *(cells[key].get(name, "") for name in sets)] for key in order])
 
 
 def bytes_table(large: Record) -> str:
@@ -208,8 +209,9 @@ def bytes_table(large: Record) -> str:
     for title, row in large["rows"].items():
         base = large["rows"][title.replace("ours", "boto3")]
         best, median = (size / row[key] / 1e6 for key in ("seconds", "median"))
-        rows.append([title, f"{number(best)} MB/s ({number(median)})", f"{base['median'] / row['median']:.2f}"])
-    return table(["reader", f"bytes of one shard of {number(size / 1e6)} MB", "times boto3"], rows)
+        cpu = f"{1e9 * row['cpu'] / size:.2f} s"
+        rows.append([title, f"{number(best)} MB/s ({number(median)})", f"{base['median'] / row['median']:.2f}", cpu])
+    return table(["reader", f"bytes of one shard of {number(size / 1e6)} MB", "times boto3", "CPU time a GB"], rows)
 
 
 def memory_table(large: Record) -> str:
@@ -228,8 +230,8 @@ The head of the script says what was measured, and how to repeat it."""
     if sets:
         sources = "; ".join(f"{found['title']}: {found['source']}" for found in sets.values())
         parts.append(
-            f"""Images a second, decoded by one process: best run (median), and MB/s fetched. Floors in italics.
-{sources}."""
+            f"""Images a second, decoded by one process: best run (median), MB/s fetched, CPU time an image.
+Floors in italics. {sources}."""
         )
         parts.append(images_table(sets))
     if large:

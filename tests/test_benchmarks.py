@@ -41,3 +41,25 @@ def test_match_measures_every_method_and_two_ranks(digits: str, tmp_path: Path) 
     assert problem["ranks"]["2"]["auto"]["received"] < problem["ranks"]["2"]["peers"]["received"]
     assert problem["model"]["weak 1024"]["memory"] > 0
     assert done.stdout.strip() == (tmp_path / "results/match.md").read_text().strip()
+
+
+@pytest.mark.slow
+def test_data_measures_readers_of_a_folder_and_of_a_server(tmp_path: Path) -> None:
+    options = ["--quick", "--sets", "grey28", "--only", "ours", "mosaic", "decode", "--no-large", "--mosaic", "absent"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks/data.py"), *options, "--scratch", "scratch", "--to", "results/data"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((tmp_path / "results/data.json").read_text())["sets"]["grey28"]
+    rows = {(row["where"], row["title"]): row for row in measured["rows"]}
+    for where in ("folder", "S3"):
+        assert rows[where, "ours"]["images"] == 6000 and rows[where, "ours"]["bytes"] > measured["bytes"]
+        assert rows[where, "mosaicml-streaming"]["missing"] == "pip install mosaicml-streaming"
+    assert rows["memory", "Pillow"]["seconds"] > 0 and rows["memory", "Pillow"]["floor"]
+    assert done.stdout.strip() == (tmp_path / "results/data.md").read_text().strip()

@@ -102,7 +102,7 @@ def test_ranges_are_those_of_the_source(remote: str, folder: Path) -> None:
         whole = source.read(name)
         chance = random.Random(0)
         edges = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, len(whole) - 1, len(whole)]
-        for _ in range(200):
+        for _ in range(80):
             first, last = sorted(min(chance.choice([chance.randrange(len(whole)), *edges]), len(whole)) for _ in "ab")
             assert store.read(name, first, last) == whole[first:last]
             assert store.read(name, first) == whole[first:]
@@ -165,7 +165,7 @@ def reading(path: str, folder: str, seed: int, answer: Connection) -> None:
         store, source = cached_store(path, Path(folder), 12 * BLOCK), open_store(path)
         wholes = {shard.name: source.read(shard.name) for shard in Manifest.load(path).split("train").shards}
         chance = random.Random(seed)
-        for _ in range(300):
+        for _ in range(150):
             name = chance.choice(list(wholes))
             first = chance.randrange(len(wholes[name]) - 1)
             last = min(len(wholes[name]), first + chance.randrange(1, 3 * BLOCK))

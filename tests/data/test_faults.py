@@ -94,7 +94,7 @@ def test_all_faults_at_once(
     monkeypatch.setattr("pipeline.data.reader.REREADS", 10)  # more bytes are damaged here than by any network
     tally = Tally()
     with Stream(DataConfig(path=remote, workers=workers), seed=3, round_size=ROUND) as stream:
-        proxy.faults = Faults(reset_every=(310_000, 1_500_000), stall=0.05, refuse=0.1, errors=0.1, flip=0.15)
+        proxy.faults = Faults(reset_every=(100_000, 500_000), stall=0.05, refuse=0.1, errors=0.1, flip=0.15)
         assert rows(stream, tally) == expected
     print(f"workers {workers}: {dict(proxy.counts)} {tally}")
     assert all(proxy.counts[kind] for kind in ("reset", "stall", "refuse", "error", "flip")), proxy.counts
@@ -106,9 +106,9 @@ def test_all_faults_at_once(
 @pytest.mark.parametrize(
     "faults",
     [
-        Faults(reset_every=(310_000, 900_000)),
+        Faults(reset_every=(100_000, 500_000)),
         Faults(stall=0.1),
-        Faults(refuse=0.4, reset_every=(310_000, 900_000)),
+        Faults(refuse=0.4, reset_every=(100_000, 500_000)),
         Faults(errors=0.3),
         Faults(flip=0.15),
     ],
@@ -211,7 +211,7 @@ def test_rank_and_round_change_nothing_through_faults(remote: str, proxy: FaultP
     for rank in range(2):
         config = DataConfig(path=remote)
         with Stream(config, seed=3, round_size=ROUND, rank=rank, world=2) as stream:
-            proxy.faults = Faults(reset_every=(310_000, 900_000), errors=0.1)
+            proxy.faults = Faults(reset_every=(100_000, 500_000), errors=0.1)
             pixels.append(stream.take(7).images)
     found = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in torch.cat(pixels)]
     assert found == [digest for _, _, digest in expected[7 * ROUND : 8 * ROUND]]
