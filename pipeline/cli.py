@@ -75,6 +75,7 @@ def index(
     test: str | None = None,
     labels: Path | None = None,
     name: str | None = None,
+    keep_broken: bool = False,
     force: bool = False,
 ) -> None:
     """Make the index.json and page tables of WebDataset tars that others wrote; reads every byte, changes no tar.
@@ -85,6 +86,7 @@ def index(
         test: Which are for testing; default: those with test or val in their names.
         labels: File with a label name a line, for the numbers in .cls; default: the numbers themselves.
         name: Of the data set; default: the last part of the path.
+        keep_broken: Of samples that cannot be decoded only warn; train with --data.broken=skip.
         force: Replace an index.json that is there.
     """
     from pipeline.data.audit import index as read_all
@@ -93,7 +95,7 @@ def index(
         names = tuple(labels.read_text().splitlines()) if labels else ()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--labels {labels}: {error}") from None
-    manifest = read_all(path, train=train, test=test, labels=names, name=name, force=force)
+    manifest = read_all(path, train=train, test=test, labels=names, name=name, keep_broken=keep_broken, force=force)
     print(_contents(path, manifest))
 
 

@@ -19,6 +19,10 @@ class InputError(ValueError):
     """Bad configuration or input: the message says what is wrong, where, and what to do about it."""
 
 
+class Conflict(InputError):
+    """Two programs write to one place: what is there is not ours to take back."""
+
+
 class Unavailable(Exception):
     """A store that stayed out of reach through all retries: nobody's mistake, and worth starting again."""
 

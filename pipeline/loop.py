@@ -168,11 +168,6 @@ def open_stream(config: Config, rank: int, world: int) -> Stream:
             f"train.batch={config.train.batch} images cannot be shared evenly by {world} ranks: "
             f"--train.batch={-(-config.train.batch // world) * world} can"
         )
-    try:
-        if config.data.trace:
-            Path(config.data.trace).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"data.trace '{config.data.trace}' cannot be written: {error}") from None
     return Stream(config.data, seed=config.seed, round_size=config.match.round, rank=rank, world=world)
 
 

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import logging
 import lzma
 import tarfile
 import zlib
@@ -22,11 +23,16 @@ from pipeline.data.samples import SUFFIXES, decode, decode_image, decoding
 from pipeline.data.store import Store, open_store
 from pipeline.errors import InputError
 
+log = logging.getLogger("naign.data")
+
 BROKEN_TAR = (
     *(tarfile.TarError, EOFError, RecursionError, MemoryError, ValueError),  # headers that nest or lie
     *(zlib.error, lzma.LZMAError, gzip.BadGzipFile),  # a tar may be compressed
 )
 """What reading a damaged tar raises. A disk or network that fails raises others, worth a retry."""
+
+MOST_LABELS = 1_000_000
+"""A larger number in .cls is no label."""
 
 PROBLEMS = 20
 """How many problems a message lists."""
@@ -102,8 +108,14 @@ class Scan:
                 self._last = tar.offset
                 tar.members = []  # type: ignore[attr-defined]  # else all headers of a large shard stay in memory
                 key, suffix = base_plus_ext(member.name) if member.isreg() else (None, None)
+                if member.issym() or member.islnk() or member.issparse():
+                    raise InputError(
+                        f"{self._where}: {member.name} is a link or sparse: repack it with the files themselves"
+                    )
                 if key is None or suffix is None or is_meta(member.name):
                     continue
+                if not key.isprintable():
+                    raise InputError(f"{self._where}, key {key!r}: not printable UTF-8: repack the data set")
                 if key != sample.get("__key__"):
                     if sample:
                         yield sample
@@ -206,6 +218,7 @@ def index(
     test: str | None = None,  # pattern of the names of the test shards; None: names with test or val in them
     labels: tuple[str, ...] = (),  # names of the numbers in .cls; (): the numbers themselves
     name: str | None = None,  # of the data set; None: the last part of the path
+    keep_broken: bool = False,  # of samples that cannot be decoded only warn: training can skip them
     force: bool = False,  # replace an index.json that is there
     progress: bool = True,  # bar on stderr
 ) -> Manifest:
@@ -232,7 +245,7 @@ def index(
             for file in files:
                 scan = Scan(store, file, bar.update)
                 try:
-                    problems += _survey(store, file, scan, form, keys)
+                    problems += _survey(store, file, scan, form, keys, keep_broken)
                     problems += filter(None, [scan.ending()])
                     shards[split].append(scan.shard())
                 except InputError as error:
@@ -240,6 +253,8 @@ def index(
     if problems:
         raise InputError(_listed(path, problems))
     classes = form.get("classes", 0)
+    if len(set(labels)) < len(labels):
+        raise InputError(f"{path}: a label name stands twice: give each label its own")
     if labels and len(labels) < classes:
         raise InputError(f"{path}: {len(labels)} label names, but labels up to {classes - 1}: name them all")
     manifest = Manifest(
@@ -278,6 +293,12 @@ def _grouped_names(files: list[str], path: str, train: str | None, test: str | N
         split = next(fitting, None)
         if split:
             groups[split].append(file)
+    for option, pattern, split in (("--train", train, "train"), ("--test", test, "test")):
+        if pattern and not groups[split]:
+            raise InputError(
+                f"{path}: none of its {len(files)} tars ({files[0]}, ...) is left for {option} {pattern!r}: "
+                f"check the pattern"
+            )
     if not groups["train"]:
         raise InputError(
             f"{path}: none of its {len(files)} tars ({files[0]}, ...) is for training: say which with --train 'PATTERN'"
@@ -285,7 +306,9 @@ def _grouped_names(files: list[str], path: str, train: str | None, test: str | N
     return {split: names for split, names in groups.items() if names}
 
 
-def _survey(store: Store, file: str, scan: Scan, form: dict[str, Any], keys: dict[str, str]) -> Iterator[str]:
+def _survey(
+    store: Store, file: str, scan: Scan, form: dict[str, Any], keys: dict[str, str], keep_broken: bool
+) -> Iterator[str]:
     """The problems of one shard; learns kind, shape and classes from its samples, which must all agree."""
     where = store.url(file)
     count = 0
@@ -298,7 +321,19 @@ def _survey(store: Store, file: str, scan: Scan, form: dict[str, Any], keys: dic
         try:
             if not form:
                 form |= _form(sample, f"{where}, key {key}")
-            _, label = decode(sample, form["kind"], form["shape"], 0, where)
+            try:
+                _, label = decode(sample, form["kind"], form["shape"], 0, where)
+            except InputError as error:
+                if not keep_broken:
+                    raise
+                log.warning("kept: %s", error)
+                continue
+            if label >= MOST_LABELS:
+                raise InputError(f"{where}, key {key}: label {label} is beyond {MOST_LABELS}: repack the data set")
+            if form.setdefault("labelled", label >= 0) != (label >= 0):
+                raise InputError(
+                    f"{where}, key {key}: {'a' if label >= 0 else 'no'} .cls, unlike others: repack the data set"
+                )
             form["classes"] = max(form.get("classes", 0), label + 1)
         except InputError as error:
             yield str(error).replace("index.json says", "others are").replace("repack the data set", _ALIKE)

@@ -7,7 +7,6 @@ removes while it is wanted is fetched again, and one that is damaged has a wrong
 """
 
 import contextlib
-import errno
 import logging
 import os
 import tempfile
@@ -47,8 +46,8 @@ class CachedStore:
         self._unseen = limit  # bytes that may have been added since the folder was last measured: measure first
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"data.cache '{folder}' cannot be made: {error.strerror}") from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"data.cache {folder!r} cannot be made: {error}") from None
 
     def list(self) -> list[str]:
         return self._source.list()
@@ -75,9 +74,11 @@ class CachedStore:
         if name not in self._hashes:
             return self._source.read(name, first, last, fresh=fresh)
         digest, size = self._hashes[name]
-        if size is None or last is None:
+        if size is None or last is None or last > size:
             size = self._source.size(name)
         last = size if last is None else last
+        if last > size:
+            raise InputError(f"{self.url(name)}: {size} bytes where {last} were expected: truncated: copy it again")
         found = []
         for number in range(first // BLOCK, -(-last // BLOCK)):
             start = number * BLOCK
@@ -98,9 +99,7 @@ class CachedStore:
         data = self._source.read(name, number * BLOCK, end, fresh=fresh)
         try:
             self._keep(file, data)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE):
-                raise
+        except OSError as error:  # a full disk, a folder that is gone: training goes on without
             log.warning("%s: not kept: %s", file, error.strerror)
         return data
 
@@ -124,8 +123,9 @@ class CachedStore:
         for entry in os.scandir(self._folder):
             with contextlib.suppress(OSError):  # removed by another process meanwhile
                 status = entry.stat()
-                if entry.name.startswith(_PARTIAL) and time.time() - status.st_mtime > _ABANDONED:
-                    os.unlink(entry)
+                if entry.name.startswith(_PARTIAL):
+                    if time.time() - status.st_mtime > _ABANDONED:
+                        os.unlink(entry)
                 else:
                     entries.append((status.st_mtime, status.st_size, entry.path))
         total = sum(size for _, size, _ in entries)

@@ -96,7 +96,7 @@ class Patience:
         if self._failures >= ATTEMPTS:
             raise Unavailable(
                 f"{where}: given up after {self._failures} attempts; the last failed with {cause}. "
-                f"Check the network, the server and AWS_ENDPOINT_URL; the same command goes on from its checkpoint"
+                f"Check the network, the server and AWS_ENDPOINT_URL, then run the same command again: it goes on"
             ) from None
         pause = _chance.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (self._failures - 1)))
         log.warning("%s: %s; attempt %d of %d in %.1f s", where, cause, self._failures + 1, ATTEMPTS, pause)

@@ -15,6 +15,9 @@ FORMAT = 2
 VALUES = 2**28
 """The most values a sample may have: a colour image of 8192 pixels a side is below it."""
 
+MOST_SAMPLES = 2**40
+"""Of a split."""
+
 SAMPLE_BYTES = 1024
 """The least that a sample takes in a tar: a block of header and one of data."""
 
@@ -64,13 +67,13 @@ class Manifest:
         names = store.list()
         if not names:
             raise InputError(
-                f"{path}: no data set here, the folder is missing or empty: "
+                f"{path}: no data set here, the folder is missing or holds no files: "
                 f"check the path, or make one with `naign pack mnist --to {path}`"
             )
         if INDEX not in names:
             raise InputError(
-                f"{path}: no {INDEX} among its {len(names)} files: packing was interrupted, or this is no packed data "
-                f"set: run `naign pack` again, or check the path"
+                f"{path}: no {INDEX} among its {len(names)} files: run `naign pack` again if it was interrupted, "
+                f"`naign index` for tars that others wrote, or check the path"
             )
         return cls.parse(store.read(INDEX), where=store.url(INDEX))
 
@@ -155,7 +158,11 @@ def _problem(manifest: Manifest) -> str:
             if shard.name in names:
                 return f"shard {shard.name} is listed twice"
             names.add(shard.name)
-        if not _is_count(split.samples) or sum(shard.samples for shard in split.shards) != split.samples:
+        if (
+            not _is_count(split.samples)
+            or not split.samples < MOST_SAMPLES
+            or sum(shard.samples for shard in split.shards) != split.samples
+        ):
             return f"the samples of the shards of split {name} do not add up to {split.samples!r}"
     return "" if manifest.splits else "no splits"
 

@@ -86,10 +86,18 @@ def dump_table(table: Table) -> bytes:
 
 def parse_table(data: bytes, *, samples: int, size: int) -> Table:
     """The table in the bytes of a file. Raises ValueError where it is none, or not of such a shard."""
-    table: Table = np.load(io.BytesIO(data), allow_pickle=False)
-    if table.dtype != ROW or table.ndim != 1 or len(table) < 2:
-        raise ValueError(f"{table.dtype} of shape {table.shape} is no page table")
-    if table["sample"][0] != 0 or table["sample"][-1] != samples or table["byte"][0] < 0 or table["byte"][-1] > size:
+    empty = np.lib.format.header_data_from_array_1_0(np.empty(0, ROW))
+    stream = io.BytesIO()
+    rows = (len(data) - len(dump_table(np.empty(0, ROW)))) // ROW.itemsize  # a header's length is a multiple of 64
+    np.lib.format.write_array_header_1_0(stream, {**empty, "shape": (max(rows, 0),)})
+    header = stream.getvalue()
+    if rows < 2 or data[: len(header)] != header or len(data) != len(header) + rows * ROW.itemsize:
+        raise ValueError("no page table")
+    table: Table = np.frombuffer(data, ROW, offset=len(header))
+    columns = (("sample", samples), ("byte", size))
+    if any((table[name] < 0).any() or (table[name] > most).any() for name, most in columns):
+        raise ValueError(f"it is of another shard than one of {samples} samples in {size} bytes")
+    if table["sample"][0] != 0 or table["sample"][-1] != samples:
         raise ValueError(f"it is of another shard than one of {samples} samples in {size} bytes")
     if (np.diff(table["sample"]) < 1).any() or (np.diff(table["byte"]) < BLOCK).any():
         raise ValueError("its pages are not in order")
@@ -123,7 +131,8 @@ def samples(page: bytes) -> Iterator[dict[str, Any]]:
 
 def is_meta(name: str) -> bool:
     """Whether WebDataset passes over a member of that name."""
-    return name.startswith("__") and name.partition("/")[0].endswith("__")
+    first = name.partition("/")[0]
+    return len(first) >= 4 and first.startswith("__") and first.endswith("__")
 
 
 def _members(page: bytes) -> Iterator[tuple[str, bytes]]:
@@ -133,7 +142,7 @@ def _members(page: bytes) -> Iterator[tuple[str, bytes]]:
         if page[at + 257 : at + 262] != b"ustar" or page[at + 345] or page[at + 156] != 0x30:
             yield from _unusual(page[at:])
             return
-        name = page[at : at + 100].rstrip(b"\0").decode()
+        name = page[at : at + 100].split(b"\0", 1)[0].decode(errors="surrogateescape")
         size = int(page[at + 124 : at + 136].rstrip(b" \0"), 8)
         at += BLOCK
         yield name, page[at : at + size]

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, BinaryIO, cast
 
 from pipeline.data.fetch import PARALLEL, PART, Parts, Patience, Tally, in_order
-from pipeline.errors import InputError
+from pipeline.errors import Conflict, InputError
 
 SILENCE = 20.0
 """Seconds without a byte, or without a connection, before a request counts as failed."""
@@ -37,6 +37,8 @@ class S3Store:
         self._bucket, _, prefix = path.removeprefix("s3://").partition("/")
         if not self._bucket:
             raise InputError(f"{path}: no bucket: write s3://bucket/prefix")
+        if set(prefix.strip("/").split("/")) & {"", ".", ".."} and prefix.strip("/"):
+            raise InputError(f"{path}: an empty, '.' or '..' part, which servers read differently: write it plainly")
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._versions: dict[str, tuple[int, str]] = {}  # size and ETag of what was asked after
 
@@ -59,7 +61,18 @@ class S3Store:
         return self._versions[name][0]
 
     def read(self, name: str, first: int = 0, last: int | None = None, *, fresh: bool = False) -> bytes:
-        return b"".join(self._parts(name, first, last))
+        data = b"".join(self._parts(name, first, last))
+        etag = self._versions[name][1].strip('"')
+        if first or last is not None or len(etag) != 32:
+            return data
+        # A whole file may have nobody who knows its hash, as index.json. Its ETag is mostly its MD5; where it is not,
+        # as of some encrypted objects, two reads must agree.
+        while hashlib.md5(data, usedforsecurity=False).hexdigest() != etag:
+            self.tally.add(reread=len(data))
+            before, data = data, b"".join(self._parts(name, 0, None))
+            if data == before:
+                break
+        return data
 
     def open(self, name: str) -> BinaryIO:
         self.size(name)  # so that what is missing raises here
@@ -170,7 +183,7 @@ class S3Store:
             code = str(error.response["Error"].get("Code"))
             match code:
                 case "NoSuchBucket" | "InvalidBucketName":
-                    remedy = f"there is no bucket {self._bucket}: check the name and AWS_ENDPOINT_URL"
+                    remedy = f"there is no bucket {self._bucket}: make it first, or check the name and AWS_ENDPOINT_URL"
                 case "NoSuchKey" | "404" | "NotFound":
                     remedy = self._missing()
                 case "PreconditionFailed" | "412":
@@ -185,7 +198,7 @@ class S3Store:
                     message = error.response["Error"].get("Message") or "no reason given"
                     remedy = f"the server refuses ({code}: {message}): check the path, AWS_ENDPOINT_URL and the region"
             raise InputError(f"{where}: {remedy}") from None
-        except BotoCoreError as error:
+        except (BotoCoreError, _BadSettings) as error:
             if _is_passing(error):
                 raise
             raise InputError(f"{where}: {error}: check AWS_ENDPOINT_URL and the AWS configuration") from None
@@ -198,7 +211,7 @@ class S3Store:
             self._ask("head_bucket")
         except ClientError as error:
             if str(error.response["Error"].get("Code")) in ("404", "NoSuchBucket"):
-                return f"there is no bucket {self._bucket}: check the name and AWS_ENDPOINT_URL"
+                return f"there is no bucket {self._bucket}: make it first, or check the name and AWS_ENDPOINT_URL"
         return "no such object: check the path, or pack the data set again"
 
 
@@ -235,7 +248,7 @@ class Upload:
         size = self._store.size(self._name)
         found = self._store._versions[self._name][1]
         if size != self._size or found != etag:
-            raise InputError(
+            raise Conflict(
                 f"{self._store.url(self._name)}: {size} bytes, ETag {found} just after {self._size} bytes, ETag {etag} "
                 f"were written: another program writes there too: stop it, or choose another path"
             )
@@ -284,10 +297,15 @@ class Upload:
             )
             return str(answer["ETag"])
         except ClientError as error:
-            if error.response["Error"].get("Code") != "NoSuchUpload":
-                raise
+            digests = b"".join(bytes.fromhex(part["ETag"].strip('"')) for part in parts)
+            expected = f'"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(parts)}"'
             self._store.size(self._name)
-            return self._store._versions[self._name][1]
+            if (
+                error.response["Error"].get("Code") != "NoSuchUpload"
+                or expected != self._store._versions[self._name][1]
+            ):
+                raise
+            return expected
 
 
 def _is_passing(error: Exception) -> bool:
@@ -298,6 +316,7 @@ def _is_passing(error: Exception) -> bool:
         HTTPClientError,
         IncompleteReadError,
         MetadataRetrievalError,
+        SSLError,
     )
     from botocore.exceptions import ConnectionError as NotConnected
     from urllib3.exceptions import HTTPError
@@ -306,6 +325,10 @@ def _is_passing(error: Exception) -> bool:
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         code = str(error.response["Error"].get("Code"))
         return status >= 500 or status in (408, 429) or code in ("BadDigest", "RequestTimeout", "SlowDown")
+    if isinstance(error, SSLError) and any(
+        sign in str(error) for sign in ("WRONG_VERSION_NUMBER", "CERTIFICATE_VERIFY")
+    ):
+        return False
     of_botocore = (NotConnected, HTTPClientError, IncompleteReadError, CredentialRetrievalError, MetadataRetrievalError)
     return isinstance(error, (*of_botocore, HTTPError, ConnectionError, TimeoutError))
 
@@ -345,7 +368,11 @@ def _make_client() -> Any:
     from botocore.config import Config
 
     session = boto3.session.Session()
-    unsigned = {"signature_version": UNSIGNED} if session.get_credentials() is None else {}
+    credentials = session.get_credentials()
+    unsigned = {"signature_version": UNSIGNED} if credentials is None else {}
+    if credentials is not None and not all(part.isprintable() for part in credentials.get_frozen_credentials() if part):
+        # Such a header is refused with an error that prints it.
+        raise _BadSettings("the credentials hold a line break or another character that is not printable")
     config = Config(
         retries={"total_max_attempts": 1},
         connect_timeout=SILENCE,
@@ -356,7 +383,14 @@ def _make_client() -> Any:
         response_checksum_validation="when_required",
         **unsigned,
     )
-    return session.client("s3", config=config)
+    try:
+        return session.client("s3", config=config)
+    except (ValueError, AttributeError) as error:  # an address without scheme; sections that are no sections
+        raise _BadSettings(str(error)) from None
+
+
+class _BadSettings(Exception):
+    """boto3 cannot be set up so."""
 
 
 def _is_anonymous() -> bool:

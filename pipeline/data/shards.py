@@ -16,7 +16,7 @@ from pipeline.data.pages import Pager, Table, dump_table, table_name
 from pipeline.data.plan import check_seed, parts
 from pipeline.data.samples import encode
 from pipeline.data.store import Store, Writer, open_store
-from pipeline.errors import InputError
+from pipeline.errors import Conflict, InputError
 
 SHARDS = 16
 """The usual least number of shards a split: enough readers for a machine or two."""
@@ -97,6 +97,11 @@ def pack(
         splits=splits,
     )
     if old is None:
+        if INDEX in target.list():
+            raise Conflict(
+                f"{to}: another program packed a data set there meanwhile: `naign verify` says whether it is whole; "
+                f"choose another place, or replace it with --force"
+            )
         target.put(INDEX, manifest.dump())
     return manifest, old is None
 
@@ -107,6 +112,8 @@ def _taken_back(target: Store) -> Iterator[list[str]]:
     names: list[str] = []
     try:
         yield names
+    except Conflict:
+        raise
     except InputError:
         for name in names:
             with suppress(InputError):  # the first error is the one to report

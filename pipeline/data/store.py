@@ -72,6 +72,8 @@ def open_store(path: str) -> Store:
     if not path.strip() or "\0" in path:
         raise InputError(f"{path!r} is no path: give a local folder or s3://bucket/prefix")
     scheme, separator, _ = path.partition("://")
+    if path.startswith("s3:") and not separator:
+        raise InputError(f"{path}: write s3://bucket/prefix")
     if not separator:
         return LocalStore(path)
     if scheme == "s3":

@@ -184,6 +184,17 @@ class _Reading(threading.Thread):
         self.join()
 
 
+def _open_trace(folder: str, rank: int) -> Path:
+    """The file of this rank. Raises InputError where it cannot be written."""
+    try:
+        file = Path(folder) / f"rank-{rank:05d}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("a").close()
+    except (OSError, ValueError) as error:
+        raise InputError(f"data.trace {folder!r} cannot be written: {error}") from None
+    return file
+
+
 class Stream:
     """One rank's part of every round of a split. Use as a context manager, or close it."""
 
@@ -208,7 +219,7 @@ class Stream:
         self._share = Share(config=config, manifest=self.manifest, order=self.order, rank=rank, world=world)
         self._workers, self._prefetch = config.workers, prefetch
         self._reader: Reader | None = None
-        self._trace = Path(config.trace) / f"rank-{rank:05d}.txt" if config.trace else None
+        self._trace = _open_trace(config.trace, rank) if config.trace else None
         self._broken = self._rows = 0  # taken so far
         self._ahead: _Reading | None = None
         self._loaded: Iterator[Block | InputError | Unavailable] | None = (
@@ -235,8 +246,7 @@ class Stream:
             self._ahead.start()
         self._allow(taken)
         if self._trace:
-            self._trace.parent.mkdir(parents=True, exist_ok=True)
-            with self._trace.open("a") as lines:
+            with self._trace.open("a", errors="surrogateescape") as lines:
                 lines.writelines(
                     f"{epoch} {round} {key}\n" for epoch, key in zip(taken.epochs.tolist(), taken.keys, strict=True)
                 )
@@ -305,7 +315,11 @@ class Stream:
             self._loaded = iter(loader)
         loaded, self._loaded = self._loaded, None  # given back below, unless this round breaks off
         for _ in range(self._workers * dataset.blocks):
-            block = next(loaded)
+            try:
+                block = next(loaded)
+            except RuntimeError as error:  # so the loader says that a worker is gone
+                del loaded
+                raise Unavailable(f"a reading process was killed, perhaps for want of memory ({error})") from None
             if not isinstance(block, Block):
                 del loaded  # ends the workers now; the traceback would keep them
                 raise block

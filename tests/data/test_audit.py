@@ -56,9 +56,11 @@ def test_tars_of_other_writers(tmp_path: Path, format: int) -> None:
     members = [
         ("__meta__/notes.txt", b"not a sample"),
         ("a/0001.PNG", PNG),
+        ("a/0001.cls", b"0"),
         ("a/0001.json", b"{}"),
         ("a/0002.json", b"{}"),
         ("a/0002.png", PNG),
+        ("a/0002.cls", b"0"),
         ("a/0002.seg.png", b"another member"),
         (f"{long}.cls", b"1"),
         (f"{long}.png", PNG),
@@ -68,7 +70,7 @@ def test_tars_of_other_writers(tmp_path: Path, format: int) -> None:
     manifest = index(str(tmp_path), progress=False)
     assert manifest.shape == (1, 4, 4) and manifest.labels == ("0", "1") and set(manifest.splits) == {"train"}
     images, labels = read_split(str(tmp_path), "train")
-    assert images.tolist() == [[np.arange(16).reshape(4, 4).tolist()]] * 3 and labels.tolist() == [-1, -1, 1]
+    assert images.tolist() == [[np.arange(16).reshape(4, 4).tolist()]] * 3 and labels.tolist() == [0, 0, 1]
 
 
 def test_points_and_arrays(tmp_path: Path) -> None:
@@ -90,6 +92,8 @@ def test_points_and_arrays(tmp_path: Path) -> None:
         ([("a.png", PNG), ("b.png", PNG[:40])], r"train.tar, key b: the \.png cannot be decoded"),
         ([("a.png", PNG), ("b.png", encode(np.zeros((1, 4, 5), np.uint8), "png"))], r"\(1, 4, 5\).*must be alike"),
         ([("a.png", PNG), ("a.cls", b"cat")], "label 'cat' is none"),
+        ([("a.png", PNG), ("a.cls", b"200000000")], "key a: label 200000000 is beyond 1000000"),
+        ([("a.png", PNG), ("a.cls", b"0"), ("b.png", PNG)], "key b: no .cls, unlike others"),
         ([("a.npy", encode(np.zeros((4, 4), np.float32), "npy"))], "float32 of .*images are uint8"),
         ([("README", b"x")], "train.tar: holds no samples"),
     ],
@@ -117,12 +121,24 @@ def test_files_that_are_no_whole_tar(tmp_path: Path, damage: Callable[[bytes], b
     refuse(tmp_path, message)
 
 
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_links_are_refused(tmp_path: Path, kind: bytes) -> None:
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        picture = tarfile.TarInfo("a.png")
+        picture.size = len(PNG)
+        tar.addfile(picture, io.BytesIO(PNG))
+        link = tarfile.TarInfo("b.png")
+        link.type, link.linkname = kind, "a.png"
+        tar.addfile(link)
+    refuse(tmp_path, r"train.tar: b.png is a link or sparse")
+
+
 def test_a_key_in_two_shards_and_names_of_splits(tmp_path: Path) -> None:
     write(tmp_path / "x-train-0.tar", [("a.png", PNG)])
     write(tmp_path / "x-train-1.tar", [("a.png", PNG)])
     refuse(tmp_path, r"x-train-1.tar, key a: also in x-train-0.tar")
     (tmp_path / "x-train-1.tar").rename(tmp_path / "x-val-1.tar")
-    with pytest.raises(InputError, match=r"none of its 2 tars .* --train 'PATTERN'"):
+    with pytest.raises(InputError, match=r"none of its 2 tars .* is left for --train 'y-\*\.tar'"):
         index(str(tmp_path), train="y-*.tar", progress=False)
     assert set(index(str(tmp_path), train="x-train*.tar", progress=False).splits) == {"train"}
     with pytest.raises(InputError, match="index.json is there already: .*--force"):
@@ -130,8 +146,17 @@ def test_a_key_in_two_shards_and_names_of_splits(tmp_path: Path) -> None:
     made = index(str(tmp_path), force=True, progress=False)
     assert {name: split.samples for name, split in made.splits.items()} == {"train": 1, "test": 1}
     with pytest.raises(InputError, match=r"1 label names, but labels up to 1"):
-        write(tmp_path / "x-train-0.tar", [("a.png", PNG), ("a.cls", b"1")])
+        for file in tmp_path.glob("*.tar"):
+            write(file, [("a.png", PNG), ("a.cls", b"1")])
         index(str(tmp_path), labels=("only",), force=True, progress=False)
+
+
+def test_broken_pictures_may_be_kept(tmp_path: Path) -> None:
+    write(tmp_path / "train.tar", [("a.png", PNG), ("b.png", PNG[:40]), ("c.png", PNG)])
+    refuse(tmp_path, r"key b: the \.png cannot be decoded")
+    assert index(str(tmp_path), keep_broken=True, progress=False).split("train").samples == 3
+    with pytest.raises(InputError, match=r"key b: the \.png cannot be decoded"):
+        read_split(str(tmp_path), "train")
 
 
 def test_a_folder_without_tars(tmp_path: Path) -> None:

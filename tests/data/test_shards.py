@@ -127,10 +127,10 @@ def test_impossible_numbers_of_shards(tmp_path: Path) -> None:
 
 
 def test_manifests_that_cannot_be_read(packed: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="missing or empty"):
+    with pytest.raises(InputError, match="missing or holds no files"):
         Manifest.load(str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="missing or empty"):
+    with pytest.raises(InputError, match="missing or holds no files"):
         Manifest.load(str(tmp_path / "empty"))
     with pytest.raises(InputError, match="give a folder"):
         Manifest.load(f"{packed}/index.json")
