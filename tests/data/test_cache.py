@@ -27,6 +27,8 @@ from tests.proxy import FaultProxy
 BLOCK = 50_000
 IMAGES = 120
 
+pytestmark = pytest.mark.slow  # together
+
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,7 @@ def test_the_order_of_shards_differs_by_epoch_and_seed_and_never_changes() -> No
 def test_a_data_set_of_many_shards_is_planned_in_no_time() -> None:
     order = Order(sizes=(10_000,) * 100_000, seed=0, round_size=8192)
     assert spans(order, 10**6) == [(8, 192_000_000, 192_008_192)]
-    assert sum(piece.last - piece.first for round in range(1000) for piece in pieces(order, round, 0, 8192)) == 8192_000
+    assert sum(piece.last - piece.first for round in range(99) for piece in pieces(order, round, 0, 8192)) == 811_008
 
 
 def test_parts_differ_by_one_at_most() -> None:
