@@ -168,6 +168,11 @@ class Parts(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         """Exactly `size` bytes, fewer only at the end; all that are left if negative."""
+        if size and self._at == len(self._part):
+            part = next(self._parts, b"")
+            if len(part) == size:
+                return part  # as it came, not copied
+            self._part, self._at = memoryview(part), 0
         found = []
         while size:
             if self._at == len(self._part):

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from webdataset.tariterators import base_plus_ext
 
-PAGE = 64 << 10
+PAGE = 256 << 10
 """The least bytes of a page, but for the last: large enough that tables are a thousandth of the data."""
 
 ROW = np.dtype([("sample", "<i8"), ("byte", "<i8"), ("sha256", "V32")])

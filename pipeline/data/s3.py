@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, BinaryIO, cast
@@ -103,7 +103,7 @@ class S3Store:
         return f"s3://{self._bucket}/{self._prefix}{name}"
 
     def _parts(self, name: str, first: int, last: int | None) -> Generator[bytes]:
-        """Bytes [first, last) of one version of an object, in parts fetched in parallel."""
+        """Bytes [first, last) of one version of an object, piece by piece, in parts fetched in parallel."""
         if name not in self._versions:
             self.size(name)
         size, etag = self._versions[name]
@@ -112,10 +112,16 @@ class S3Store:
             raise InputError(f"{self.url(name)}: {size} bytes where {last} were expected: truncated: copy it again")
         ranges = [(start, min(start + PART, last)) for start in range(first, last, PART)]
         if len(ranges) < 2:
-            return (self._get(name, etag, start, stop) for start, stop in ranges)
-        return in_order((partial(self._get, name, etag, start, stop) for start, stop in ranges), PARALLEL)
+            for start, stop in ranges:
+                yield from self._get(name, etag, start, stop)
+            return
+        with contextlib.closing(
+            in_order((partial(self._get, name, etag, *ends) for ends in ranges), PARALLEL)
+        ) as parts:
+            for part in parts:
+                yield from part
 
-    def _get(self, name: str, etag: str, first: int, last: int) -> bytes:
+    def _get(self, name: str, etag: str, first: int, last: int) -> Sequence[bytes]:
         """Bytes [first, last), from the byte on where a body broke, however often that happens."""
         chunks: list[bytes] = []
         at, piece = first, 1 << 20
@@ -145,7 +151,7 @@ class S3Store:
                     patience.wait(error, at=f", byte {at}", progress=at > before)
                     piece = 1 << 15  # a piece that breaks is lost: of the next, less
         self.tally.add(bytes=last - first)
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        return chunks
 
     def _ask(self, operation: str, name: str | None = None, **arguments: Any) -> Any:
         """The answer to one request, made again while it fails in passing."""

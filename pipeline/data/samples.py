@@ -25,7 +25,8 @@ UNDECODABLE = (OSError, InputError)
 
 def scaled(data: Tensor) -> Tensor:
     """Stored images (uint8) in the model's scale: float32 in [-1, 1]; points as they are."""
-    return data.float().div_(127.5).sub_(1.0) if data.dtype == torch.uint8 else data.float()
+    values = data.to(torch.float32, memory_format=torch.contiguous_format)
+    return values.div_(127.5).sub_(1.0) if data.dtype == torch.uint8 else values
 
 
 def encode(array: Array, suffix: str) -> bytes:
@@ -76,17 +77,20 @@ def eight_bits(picture: Image.Image, mode: str) -> Image.Image:
     if picture.has_transparency_data:
         layer = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return picture.convert(mode)
+    return picture if picture.mode == mode else picture.convert(mode)  # which would copy
 
 
 def decode_image(data: bytes) -> Array:
-    """The pixels (C, H, W) uint8 of a picture file, C being 1 for grey, else 3. Raises InputError where it is none."""
+    """The pixels (C, H, W) uint8 of a picture file, C being 1 for grey, else 3. Raises InputError where it is none.
+
+    In memory the channels of a pixel lie together, as they come: to gather each channel would take a fifth of the time.
+    """
     plain = _decode_plain_png(data)
     if plain is not None:
         return plain
     with decoding(), Image.open(io.BytesIO(data)) as picture:
         pixels = np.asarray(eight_bits(picture, "L" if picture.mode == "L" else "RGB"))
-    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def _decode_plain_png(data: bytes) -> Array | None:
@@ -113,7 +117,7 @@ def _decode_plain_png(data: bytes) -> Array | None:
     pixels = np.frombuffer(picture.tobytes(), np.uint8)
     if mode == "L":
         return pixels.reshape(1, height, width)
-    return np.ascontiguousarray(pixels.reshape(height, width, 3).transpose(2, 0, 1))
+    return pixels.reshape(height, width, 3).transpose(2, 0, 1)
 
 
 _MODES = {b"\x08\0\0\0\0": "L", b"\x08\2\0\0\0": "RGB"}
