@@ -99,6 +99,9 @@ def ours(job: Job, *, check: bool = True) -> Read:
 
     from pipeline.data.dataset import DataConfig
     from pipeline.data.stream import Stream
+    from pipeline.runtime.distributed import keep_memory
+
+    keep_memory()  # as the training program does
 
     def read() -> Iterator[Item]:
         config = DataConfig(path=job.path, split="train", workers=job.workers, check=check)
@@ -250,6 +253,9 @@ def ours_bytes(job: Job, *, hashed: bool = False) -> Read:
     import boto3  # noqa: F401  # see `ours`
 
     from pipeline.data.store import open_store
+    from pipeline.runtime.distributed import keep_memory
+
+    keep_memory()
 
     def read() -> Iterator[Item]:
         store = open_store(job.path)

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from pipeline.data.fetch import PARALLEL, PART, in_order
+from pipeline.data.fetch import PARALLEL, in_order
 from pipeline.data.manifest import Manifest, Shard, size_problem
 from pipeline.data.pages import Table, parse_table, samples, table_name
 from pipeline.data.plan import Piece
 from pipeline.data.samples import Array, decode
 from pipeline.data.store import Store
 from pipeline.errors import InputError
+
+PART = 8 << 20
+"""Bytes of pages asked for at once."""
 
 REREADS = 3
 """How often a page whose hash is wrong is read again."""
