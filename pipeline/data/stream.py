@@ -2,12 +2,13 @@
 
 import atexit
 import logging
+import math
 import signal
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from pathlib import Path
 from types import TracebackType
@@ -35,7 +36,13 @@ webdataset.gopen_schemes["s3"] = gopen  # so that any WebDataset program reads s
 log = logging.getLogger("naign.data")
 
 BLOCK = 256
-"""Rows that a worker hands over at once: few enough for a container's small /dev/shm, many enough to cost little."""
+"""The most rows that are handed over at once."""
+
+BLOCK_BYTES = 4 << 20
+"""The most bytes of them, unless one row is more: few enough for a container's small /dev/shm."""
+
+SLOTS = 3
+"""Blocks of shared memory a worker: the two that a loader lets it be ahead, and the one that is being copied."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -67,6 +74,8 @@ class Block:
     epochs: Tensor
     tally: Tally = field(default_factory=Tally)
     broken: list[str] = field(default_factory=list)
+    slot: int = 0
+    """Of a worker: where in its shared memory the images are."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -84,23 +93,28 @@ class Share:
         """Of this rank, a round."""
         return self.order.round_size // self.world
 
+    def blocks(self, readers: int) -> int:
+        """How many blocks each of `readers` makes of its part of a round."""
+        row = math.prod(image_shape(self.config, self.manifest)) * np.dtype(self.manifest.dtype).itemsize
+        most = max(1, min(BLOCK, BLOCK_BYTES // row))
+        return max(1, -(-self.rows // (readers * most)))
+
     def reader(self) -> Reader:
         """To be made once in each process."""
         return open_reader(self.config, self.manifest)
 
     def read(
-        self, reader: Reader, round: int, first: int, last: int, count: int, into: Array | None = None
+        self, reader: Reader, round: int, first: int, last: int, count: int, memory: Callable[[int, int], Array]
     ) -> Iterator[Block]:
         """Rows [first, last) of the rank's part of a round as `count` blocks, in one pass over the shards.
 
-        The blocks' images are rows of `into`, which has one for each of [first, last), or arrays of their own.
+        The images of rows [begin, end) are written to `memory(begin, end)`.
         """
         start, _ = rank_rows(self.order.round_size, self.rank, self.world)
         rows = reader.rows(pieces(self.order, round, start + first, start + last))
         for begin, end in parts(first, last, count):
             draws = augment.draws(self.order.seed, round, start + begin, start + end)
-            images = new_images(self.config, self.manifest, end - begin) if into is None else into[begin - first :]
-            block = _block(begin, islice(rows, end - begin), images[: end - begin], self.config, draws)
+            block = _block(begin, islice(rows, end - begin), memory(begin, end), self.config, draws)
             block.tally.merge(reader.store.tally.take())
             yield block
         assert next(rows, None) is None
@@ -157,17 +171,35 @@ class _Rounds(IterableDataset[Block | InputError | Unavailable]):
 
     def __init__(self, *, share: Share, start: int, workers: int) -> None:
         self.share, self.start, self.workers = share, start, workers
-        self.blocks = max(1, -(-share.rows // (workers * BLOCK)))
+        self.blocks = share.blocks(workers)
         """A worker and round."""
+        # Memory that workers write to and this process reads, over and over: new shared memory for each block would
+        # cost both of them its page faults, for pictures of 256 x 256 as much as decoding them.
+        rows = -(-share.rows // (workers * self.blocks))
+        one = torch.from_numpy(new_images(share.config, share.manifest, rows))
+        layout = one.permute(0, 2, 3, 1) if one.ndim == 4 else one
+        self.rings = [layout.new_empty((SLOTS, *layout.shape)).share_memory_() for _ in range(workers)]
+
+    def images(self, worker: int, slot: int, count: int) -> Array:
+        """Shared memory for `count` images, as new_images has it."""
+        rows: Array = self.rings[worker][slot].numpy()[:count]
+        return rows.transpose(0, 3, 1, 2) if rows.ndim == 4 else rows
 
     def __iter__(self) -> Iterator[Block | InputError | Unavailable]:
         info = get_worker_info()
         assert info is not None
-        first, last = parts(0, self.share.rows, self.workers)[info.id]
+        worker, slot = info.id, 0
+        first, last = parts(0, self.share.rows, self.workers)[worker]
+
+        def memory(begin: int, end: int) -> Array:
+            return self.images(worker, slot, end - begin)
+
         try:
             reader = self.share.reader()
             for round in count(self.start):
-                yield from self.share.read(reader, round, first, last, self.blocks)
+                for block in self.share.read(reader, round, first, last, self.blocks, memory):
+                    yield replace(block, images=torch.empty(0), slot=slot)
+                    slot = (slot + 1) % SLOTS
         except (InputError, Unavailable) as error:
             yield error
 
@@ -250,6 +282,7 @@ class Stream:
         self._loaded: Iterator[Block | InputError | Unavailable] | None = (
             None  # from the workers; stands before round _next
         )
+        self._dataset: _Rounds  # of these workers
         self._next = 0
         atexit.register(self.close)  # a thread inside torch while the interpreter goes down would abort it
 
@@ -338,13 +371,13 @@ class Stream:
         """All blocks of a round: read here, into `images`, or by the workers."""
         if not self._workers:
             self._reader = self._reader or self._share.reader()
-            rows = self._share.rows
-            yield from self._share.read(self._reader, round, 0, rows, -(-rows // BLOCK), images)
+            rows, share = self._share.rows, self._share
+            yield from share.read(self._reader, round, 0, rows, share.blocks(1), lambda begin, end: images[begin:end])
             return
-        dataset = _Rounds(share=self._share, start=round, workers=self._workers)
         if self._next != round:
             self._loaded = None  # the old workers end before the new ones are forked, which would inherit their queues
         if self._loaded is None:
+            dataset = self._dataset = _Rounds(share=self._share, start=round, workers=self._workers)
             loader = DataLoader(
                 dataset,
                 batch_size=None,
@@ -354,7 +387,7 @@ class Stream:
             )
             self._loaded = iter(loader)
         loaded, self._loaded = self._loaded, None  # given back below, unless this round breaks off
-        for _ in range(self._workers * dataset.blocks):
+        for number in range(self._workers * self._dataset.blocks):
             try:
                 block = next(loaded)
             except RuntimeError as error:  # so the loader says that a worker is gone
@@ -363,7 +396,9 @@ class Stream:
             if not isinstance(block, Block):
                 del loaded  # ends the workers now; the traceback would keep them
                 raise block
-            yield block
+            # To be copied before the next one is asked for, which lets the worker go on to the slot before this one.
+            shared = self._dataset.images(number % self._workers, block.slot, len(block.keys))
+            yield replace(block, images=torch.from_numpy(shared))
         self._loaded, self._next = loaded, round + 1
 
 
