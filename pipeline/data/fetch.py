@@ -153,13 +153,18 @@ class Parts(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
+    def _advance(self) -> bool:
+        """Go to the next part; False at the end."""
+        following = next(self._parts, None)
+        if following is not None:
+            self._part, self._at = memoryview(following), 0
+        return following is not None
+
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer as far as the present part reaches; 0 at the end."""
         while self._at == len(self._part):
-            following = next(self._parts, None)
-            if following is None:
+            if not self._advance():
                 return 0
-            self._part, self._at = memoryview(following), 0
         target = memoryview(buffer).cast("B")
         count = min(len(target), len(self._part) - self._at)
         target[:count] = self._part[self._at : self._at + count]
@@ -175,11 +180,8 @@ class Parts(io.RawIOBase):
             self._part, self._at = memoryview(part), 0
         found = []
         while size:
-            if self._at == len(self._part):
-                following = next(self._parts, None)
-                if following is None:
-                    break
-                self._part, self._at = memoryview(following), 0
+            if self._at == len(self._part) and not self._advance():
+                break
             stop = len(self._part) if size < 0 else min(len(self._part), self._at + size)
             found.append(self._part[self._at : stop])
             size -= stop - self._at if size > 0 else 0

@@ -111,7 +111,7 @@ class Reader:
             raise InputError(f"{self.store.url(name)}: its SHA-256 is not the one in index.json: {_REMEDY}")
         try:
             table = parse_table(data, samples=shard.samples, size=shard.bytes)
-        except (ValueError, OSError, EOFError) as error:
+        except ValueError as error:
             raise InputError(f"{self.store.url(name)}: {error}: {_REMEDY}") from None
         while len(self._tables) >= TABLES:
             del self._tables[next(iter(self._tables))]
