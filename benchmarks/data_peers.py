@@ -182,6 +182,19 @@ def decode(job: Job) -> Read:
     return read
 
 
+def simplejpeg(job: Job) -> Read:
+    """No fetching: the decoder that ours has for JPEG, from memory."""
+    import simplejpeg
+
+    encoded = _encoded(job)
+
+    def read() -> Iterator[Item]:
+        for data in encoded:
+            yield 1, len(data), simplejpeg.decode_jpeg(data)
+
+    return read
+
+
 def decode_parts(job: Job) -> Read:
     encoded = _encoded(job)
     context = get_context("fork")
@@ -311,6 +324,7 @@ CONTENDERS: dict[str, Callable[[Job], Read]] = {
     "mosaic": mosaic,
     "decode": decode,
     "decode, parts": decode_parts,
+    "simplejpeg": simplejpeg,
     "write mds": write_mds,
     "ours, bytes": ours_bytes,
     "ours, bytes and sha256": ours_hashed,

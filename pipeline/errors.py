@@ -27,6 +27,10 @@ class Unavailable(Exception):
     """A store that stayed out of reach through all retries: nobody's mistake, and worth starting again."""
 
 
+class Stopped(Exception):
+    """All ranks agreed to stop here: not a failure."""
+
+
 @contextmanager
 def exit_on_input_error(program: str) -> Iterator[None]:
     """Turn an InputError into one readable message on stderr and exit code 2, Unavailable into one and 1.

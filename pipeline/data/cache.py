@@ -49,6 +49,9 @@ class CachedStore:
         except (OSError, ValueError) as error:
             raise InputError(f"data.cache {folder!r} cannot be made: {error}") from None
 
+    def folders(self) -> list[str]:
+        return self._source.folders()
+
     def list(self) -> list[str]:
         return self._source.list()
 

@@ -108,18 +108,26 @@ def in_order(calls: Iterable[Callable[[], T]], width: int = PARALLEL) -> Generat
     """The results of the calls in their order, each call made by one of `width` daemon threads ahead of need.
 
     At most `width` results are on their way or waiting, so memory is bounded however slowly they are taken. Raises what
-    a call raised, in its place. Closing the generator ends the threads once their present calls return.
+    a call, or the making of it, raised, in its place. Closing the generator ends the threads once their present calls
+    return.
     """
     todo: SimpleQueue[tuple[Future[T], Callable[[], T]] | None] = SimpleQueue()
     ahead: deque[Future[T]] = deque()
-    threads = 0
+    threads, made = 0, iter(calls)
     try:
-        for call in calls:
+        while True:
             if len(ahead) == width:
                 yield ahead.popleft().result()
             future: Future[T] = Future()
+            try:
+                todo.put((future, next(made)))
+            except StopIteration:
+                break
+            except Exception as error:
+                future.set_exception(error)
+                ahead.append(future)
+                break
             ahead.append(future)
-            todo.put((future, call))
             if threads < width:
                 threading.Thread(target=_work, args=(todo,), name="fetch", daemon=True).start()
                 threads += 1

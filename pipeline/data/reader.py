@@ -2,7 +2,9 @@
 
 import hashlib
 import tarfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,6 +25,19 @@ REREADS = 3
 
 TABLES = 16
 """Page tables that are kept: each is about a thousandth of its shard."""
+
+TABLES_AHEAD = 2
+"""Page tables asked for before the pages of the shard before are all there."""
+
+
+class Raw(NamedTuple):
+    """One sample as it is stored."""
+
+    piece: Piece
+    number: int
+    """In its shard."""
+    sample: dict[str, Any]
+    """As WebDataset gives it."""
 
 
 class Row(NamedTuple):
@@ -51,7 +66,7 @@ class Pages:
 
 
 class Reader:
-    """The samples of some shards of one data set. Picklable; use it in one thread."""
+    """The samples of some shards of one data set. To be made in the process that uses it."""
 
     def __init__(
         self,
@@ -65,39 +80,53 @@ class Reader:
         self.store, self.manifest, self.shards = store, manifest, shards
         self._check, self._skip = check, skip
         self._tables: dict[str, Table] = {}
+        self._lock = threading.Lock()
 
-    def rows(self, wanted: Sequence[Piece]) -> Iterator[Row]:
-        """The samples of the pieces in order, fetched ahead in bounded memory; nothing else is decoded.
+    def rows(self, wanted: Iterable[Piece]) -> Generator[Row]:
+        """The samples of the pieces in order, as `raw` and `row` give them."""
+        with closing(self.raw(wanted)) as stored:
+            for raw in stored:
+                yield self.row(raw)
 
-        Raises InputError, naming shard and key, for a shard or sample that is damaged or not as the manifest says.
+    def raw(self, wanted: Iterable[Piece]) -> Generator[Raw]:
+        """The stored samples of the pieces in order, fetched ahead in bounded memory. The pieces may be without end.
+
+        Raises InputError for a shard that is damaged or not as the manifest says, when its turn comes.
         """
-        fetched = in_order((partial(self._fetch, pages) for pages in self._plan(wanted)), PARALLEL)
-        try:
+        with (
+            closing(in_order(map(self._find, wanted), TABLES_AHEAD)) as found,
+            closing(in_order((partial(self._fetch, pages) for pages in _cut(found)), PARALLEL)) as fetched,
+        ):
             for pages, data in fetched:
                 piece, first = pages.piece, int(pages.table["sample"][pages.low])
                 for number, sample in enumerate(self._samples(pages, data), first):
                     if piece.first <= number < piece.last:
-                        yield self._row(piece, number, sample)
-        finally:
-            fetched.close()
+                        yield Raw(piece=piece, number=number, sample=sample)
 
-    def _plan(self, wanted: Sequence[Piece]) -> Iterator[Pages]:
-        """What to ask for, in order."""
-        for piece in wanted:
-            shard = self.shards[piece.shard]
-            table = self._table(shard)
-            starts, edges = table["sample"], table["byte"]
-            low = int(starts.searchsorted(piece.first, "right")) - 1
-            end = int(starts.searchsorted(piece.last))
-            while low < end:
-                high = max(low + 1, min(end, int(edges.searchsorted(edges[low] + PART, "right")) - 1))
-                yield Pages(piece=piece, shard=shard, table=table, low=low, high=high)
-                low = high
+    def row(
+        self,
+        raw: Raw,
+        into: Array | None = None,  # memory (*shape) for the array, which is used where that saves a copy
+    ) -> Row:
+        """The sample decoded. Raises InputError, naming shard and key, where it cannot be."""
+        manifest, where = self.manifest, self.store.url(self.shards[raw.piece.shard].name)
+        try:
+            array, label = decode(raw.sample, manifest.kind, manifest.shape, len(manifest.labels), where, into)
+        except InputError as error:
+            if not self._skip:
+                raise
+            return self._instead(raw.piece, raw.number, str(error))
+        return Row(array=array, label=label, key=raw.sample["__key__"], epoch=raw.piece.epoch)
+
+    def _find(self, piece: Piece) -> Callable[[], tuple[Piece, Shard, Table]]:
+        shard = self.shards[piece.shard]
+        return lambda: (piece, shard, self._table(shard))
 
     def _table(self, shard: Shard) -> Table:
-        if shard.name in self._tables:
-            self._tables[shard.name] = self._tables.pop(shard.name)  # the most recently used is last
-            return self._tables[shard.name]
+        with self._lock:
+            if shard.name in self._tables:
+                self._tables[shard.name] = self._tables.pop(shard.name)  # the most recently used is last
+                return self._tables[shard.name]
         if problem := size_problem(self.store, shard):
             raise InputError(problem)
         name = table_name(shard.name)
@@ -113,9 +142,10 @@ class Reader:
             table = parse_table(data, samples=shard.samples, size=shard.bytes)
         except ValueError as error:
             raise InputError(f"{self.store.url(name)}: {error}: {_REMEDY}") from None
-        while len(self._tables) >= TABLES:
-            del self._tables[next(iter(self._tables))]
-        self._tables[shard.name] = table
+        with self._lock:
+            while len(self._tables) >= TABLES:
+                del self._tables[next(iter(self._tables))]
+            self._tables[shard.name] = table
         return table
 
     def _fetch(self, pages: Pages) -> tuple[Pages, bytes]:
@@ -157,16 +187,6 @@ class Reader:
                 f"{expected}: {_REMEDY}"
             )
 
-    def _row(self, piece: Piece, number: int, sample: dict[str, Any]) -> Row:
-        manifest, where = self.manifest, self.store.url(self.shards[piece.shard].name)
-        try:
-            array, label = decode(sample, manifest.kind, manifest.shape, len(manifest.labels), where)
-        except InputError as error:
-            if not self._skip:
-                raise
-            return self._instead(piece, number, str(error))
-        return Row(array=array, label=label, key=sample["__key__"], epoch=piece.epoch)
-
     def _instead(self, piece: Piece, number: int, problem: str) -> Row:
         """The next sound sample of the shard, whoever asks; after the last comes the first."""
         shard = self.shards[piece.shard]
@@ -179,6 +199,18 @@ class Reader:
                 continue
             return Row(array=row.array, label=row.label, key=row.key, epoch=row.epoch, broken=problem)
         raise InputError(f"{self.store.url(shard.name)}: none of its {shard.samples} samples can be decoded: {_REMEDY}")
+
+
+def _cut(found: Iterable[tuple[Piece, Shard, Table]]) -> Iterator[Pages]:
+    """What to ask for, in order."""
+    for piece, shard, table in found:
+        starts, edges = table["sample"], table["byte"]
+        low = int(starts.searchsorted(piece.first, "right")) - 1
+        end = int(starts.searchsorted(piece.last))
+        while low < end:
+            high = max(low + 1, min(end, int(edges.searchsorted(edges[low] + PART, "right")) - 1))
+            yield Pages(piece=piece, shard=shard, table=table, low=low, high=high)
+            low = high
 
 
 _REMEDY = "copy it again, or repack the data set"

@@ -42,17 +42,24 @@ class S3Store:
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._versions: dict[str, tuple[int, str]] = {}  # size and ETag of what was asked after
 
+    def folders(self) -> list[str]:
+        found = [entry["Prefix"] for page in self._pages() for entry in page.get("CommonPrefixes", [])]
+        return sorted(prefix.removeprefix(self._prefix).rstrip("/") for prefix in found)
+
     def list(self) -> list[str]:
-        with self._explained(""):
-            keys: list[str] = []
-            after: dict[str, str] = {}
-            while True:
-                page = self._ask("list_objects_v2", Prefix=self._prefix, Delimiter="/", **after)
-                keys += [entry["Key"] for entry in page.get("Contents", [])]
-                if not page.get("IsTruncated"):
-                    break
-                after = {"ContinuationToken": page["NextContinuationToken"]}
+        keys = [entry["Key"] for page in self._pages() for entry in page.get("Contents", [])]
         return sorted(key.removeprefix(self._prefix) for key in keys if key != self._prefix)
+
+    def _pages(self) -> Iterator[Any]:
+        """Of the listing of what lies directly under the prefix."""
+        after: dict[str, str] = {}
+        while True:
+            with self._explained(""):
+                page = self._ask("list_objects_v2", Prefix=self._prefix, Delimiter="/", **after)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            after = {"ContinuationToken": page["NextContinuationToken"]}
 
     def size(self, name: str) -> int:
         with self._explained(name):

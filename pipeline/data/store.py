@@ -31,6 +31,10 @@ class Store(Protocol):
     path: str
     tally: Tally
 
+    def folders(self) -> list[str]:
+        """Names of the folders in it, sorted."""
+        ...
+
     def list(self) -> list[str]:
         """Names of the complete files, sorted; [] for a folder that is empty or does not exist."""
         ...
@@ -120,6 +124,11 @@ class LocalStore:
         self.path = path
         self.tally = Tally()
         self._folder = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
+
+    def folders(self) -> list[str]:
+        with self._explained(""):
+            entries = os.scandir(self._folder) if self._folder.exists() else ()
+            return sorted(entry.name for entry in entries if entry.is_dir())
 
     def list(self) -> list[str]:
         with self._explained(""):

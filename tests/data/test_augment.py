@@ -1,6 +1,7 @@
 """Windows, mirroring and broken samples: the same on every world size and number of workers."""
 
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,16 @@ def larger(tmp_path: Path) -> str:
 def take(path: str, rounds: int, *, world: int = 1, **settings: Any) -> tuple[torch.Tensor, list[str]]:
     """All images of rounds 0, 1, ... and their keys, in order."""
     images, keys = [], []
-    streams = [
-        Stream(DataConfig(path=path, **settings), seed=5, round_size=12, rank=rank, world=world)
-        for rank in range(world)
-    ]
-    for round in range(rounds):
+    config = DataConfig(path=path, **settings)
+    with ExitStack() as stack:
+        streams = [Stream(config, seed=5, round_size=12, rank=rank, world=world) for rank in range(world)]
         for stream in streams:
-            taken = stream.take(round)
-            images.append(taken.images)
-            keys += taken.keys
-    for stream in streams:
-        stream.close()
+            stack.enter_context(stream)
+        for round in range(rounds):
+            for stream in streams:
+                taken = stream.take(round)
+                images.append(taken.images)
+                keys += taken.keys
     return torch.cat(images), keys
 
 

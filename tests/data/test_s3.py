@@ -87,9 +87,12 @@ def test_ranges_and_streams(store: Store, monkeypatch: pytest.MonkeyPatch, part:
 def test_a_stream_that_is_closed_early_ends_its_threads(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.data.s3.PART", 10_000)
     store.put("a", DATA)
+    before = set(threading.enumerate())
     with store.open("a") as stream:
         assert stream.read(5) == DATA[:5]
-    for thread in [thread for thread in threading.enumerate() if thread.name == "fetch"]:
+        fetching = [thread for thread in set(threading.enumerate()) - before if thread.name == "fetch"]
+    assert fetching
+    for thread in fetching:
         thread.join(10)
         assert not thread.is_alive()
 
