@@ -12,10 +12,12 @@ import tyro
 import yaml
 
 from pipeline.data.dataset import DataConfig, check_config
+from pipeline.data.store import open_store
 from pipeline.errors import InputError
 from pipeline.match.matcher import MatchConfig
 from pipeline.model.networks import NetworkConfig
 from pipeline.model.objectives import ObjectiveConfig
+from pipeline.runtime.speed import parse_rounds
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,6 +55,24 @@ class TrainConfig:
     ema: float = 0.0
     """Decay a step of an exponential moving average of the weights, used by evaluation; 0: none."""
 
+    accumulate: int = 1
+    """Micro-batches a step: batch = images of a micro-batch x accumulate x ranks."""
+
+    precision: str = ""
+    """fp32, bf16 or fp16 for the forward and backward of the fit; weights are float32. Empty: as the launcher says."""
+
+    compile: bool = False
+    """Compile the network with torch.compile."""
+
+    channels_last: bool = False
+    """Keep images in memory with the channels of a pixel together, which GPUs' convolutions prefer."""
+
+    recompute: bool = False
+    """Activation checkpointing: forget each block's activations and compute them again for the backward."""
+
+    bad_steps: int = 10
+    """So many steps in a row with a loss or gradient that is not finite stop the run; each of them is skipped."""
+
     threads: int = 0
     """CPU threads a rank; 0: this machine's cores shared among its ranks."""
 
@@ -77,11 +97,30 @@ class CheckpointConfig:
     keep: int = 2
     """Complete checkpoints that are kept, the newest ones; 0 keeps all."""
 
+    keep_every: int = 0
+    """Also keep, for good, those after a number of rounds that this divides; 0: none."""
+
 
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
     path: str = "runs/mnist"
-    """Folder of the run: configuration, metrics, pictures, checkpoints, evaluation."""
+    """Folder of the run: configuration, metrics, pictures, checkpoints, evaluation. All ranks must see the same one,
+    unless `remote` is set."""
+
+    remote: str = ""
+    """s3://bucket/prefix: the run is copied there as it goes, and resumes from there if `path` has nothing newer."""
+
+
+@dataclass(kw_only=True, slots=True)
+class StopConfig:
+    within: float = 60.0
+    """Seconds after SIGTERM, SIGUSR1 or Ctrl-C in which the run must have written a checkpoint and ended."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ProfileConfig:
+    rounds: str = ""
+    """Rounds of which every rank writes a trace for TensorBoard: 3 or 3-4; empty: none."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -96,6 +135,8 @@ class Config:
     report: ReportConfig = field(default_factory=ReportConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    stop: StopConfig = field(default_factory=StopConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     seed: int = 0
     """Everything random is a function of this, the round and an image's or a latent's number."""
@@ -106,9 +147,11 @@ class Config:
 
 FREE_TO_CHANGE = (
     *("data.endpoint", "data.workers", "data.check", "data.broken", "data.cache", "data.trace"),
-    *("match.method", "train.threads", "train.timeout", "report.", "checkpoint.", "run.", "resume"),
+    *("match.method", "report.", "checkpoint.", "run.", "stop.", "profile.", "resume"),
+    *("train.threads", "train.timeout", "train.bad_steps", "train.accumulate", "train.precision"),
+    *("train.compile", "train.channels_last", "train.recompute"),
 )
-"""Keys that a resumed run may change: they do not touch what is computed. Anything else differing is an error."""
+"""Keys that a resumed run may change: they touch nothing that is computed, but for rounding. Others are an error."""
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -174,6 +217,7 @@ MOST = 2**62
 """Larger numbers mean nothing in any setting, and overflow where they are used."""
 
 MOST_THREADS = 1024
+PRECISIONS = ("fp32", "bf16", "fp16")
 MOST_SECONDS = 10**7
 
 
@@ -182,12 +226,12 @@ def check(config: Config) -> None:
     train, match = config.train, config.match
     check_config(config.data)
     positive = (
-        *("train.images", "train.batch", "train.passes", "train.lr", "train.timeout"),
-        *("report.rounds", "checkpoint.rounds"),
+        *("train.images", "train.batch", "train.passes", "train.lr", "train.timeout", "train.accumulate"),
+        *("report.rounds", "checkpoint.rounds", "stop.within", "train.bad_steps"),
     )
     least_zero = (
         *("train.lr_end", "train.warmup", "train.weight_decay", "train.clip", "train.threads"),
-        *("report.pictures", "checkpoint.keep", "data.workers", "seed"),
+        *("report.pictures", "checkpoint.keep", "checkpoint.keep_every", "data.workers", "seed"),
     )
     flat = flatten(config)
     for key, value in flat.items():
@@ -209,6 +253,11 @@ def check(config: Config) -> None:
     for key in ("train.beta1", "train.beta2", "train.ema"):
         if not 0 <= flat[key] < 1:
             raise InputError(f"{key} is {flat[key]}: it must lie in [0, 1)")
+    parse_rounds(config.profile.rounds)
+    if config.run.remote:
+        open_store(config.run.remote)
+    if train.precision not in ("", *PRECISIONS):
+        raise InputError(f"train.precision is '{train.precision}': choose one of {', '.join(PRECISIONS)}")
     if config.resume not in ("auto", "never"):
         raise InputError(f"resume is '{config.resume}': choose auto or never")
     if match.round % train.batch:

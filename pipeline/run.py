@@ -1,30 +1,41 @@
 """The folder of a run: who may use it, and what a checkpoint of it holds."""
 
 import json
-import pickle
-from dataclasses import asdict, dataclass
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from pipeline.config import Config, differences, from_dict, to_dict
 from pipeline.data.stream import Stream
 from pipeline.errors import InputError
 from pipeline.model.naign import NAIGN, save_model
-from pipeline.runtime.checkpoint import newest_checkpoint, prune_checkpoints, write_atomically, write_checkpoint
+from pipeline.runtime import remote
+from pipeline.runtime.checkpoint import MANIFEST, Write, is_complete, newest_checkpoint, write_atomically
+from pipeline.runtime.engine import MOMENTS, Engine
+
+log = logging.getLogger("naign.run")
 
 
 @dataclass(kw_only=True, slots=True)
 class Position:
-    """Where a run stands between two rounds."""
+    """Where a run stands."""
 
     round: int = 0
-    """The next round."""
+    """The next round, or the one that is under way."""
+
+    done: int = 0
+    """Steps of that round that are made."""
 
     images_seen: int = 0
     """Images trained on so far, over all ranks and passes."""
@@ -35,18 +46,37 @@ class Position:
     seconds: float = 0.0
     """Wall time of the rounds so far, over all resumptions."""
 
+    skipped: int = 0
+    """Steps so far that were not made, since a loss or gradient was not finite."""
+
 
 @dataclass(kw_only=True, slots=True)
-class Learned:
-    """All that training changes, besides the position."""
+class Under:
+    """A round that is under way: what has to be kept to end it as if nothing had happened."""
 
-    network: nn.Module
-    """The bare network, not the engine's wrapper of it."""
+    ids: Tensor | None = None
+    """(round,) int64: the match of every image of the round; None where the objective needs none."""
 
-    optimizer: torch.optim.Optimizer
-    ema: AveragedModel | None
-    spectrum: Tensor | None = None
-    """Of the fourier law, measured on the first round."""
+    distances: Tensor | None = None
+    """(round,) float32: squared distances of the match."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    """What the match reports."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """Of each loss over the steps made, on this rank."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Saved:
+    """What a checkpoint says besides weights and moments."""
+
+    position: Position
+    began: int
+    """The world size that began the round under way."""
+
+    under: Under | None
+    """Of a round that is under way."""
 
 
 def claim(config: Config) -> tuple[Path | None, FileLock]:
@@ -56,81 +86,200 @@ def claim(config: Config) -> tuple[Path | None, FileLock]:
     again. The lock goes with the process, however that ends.
     """
     folder = Path(config.run.path)
-    newest = newest_checkpoint(folder / "checkpoints")
-    if config.resume == "never" and (newest or (folder / "metrics.jsonl").exists()):
-        raise InputError(
-            f"'{folder}' already holds a run and resume=never does not overwrite it: choose another --run.path, or "
-            "delete that folder"
-        )
-    if newest:
-        # The checkpoint's own record, not config.yaml, which anyone may edit.
-        recorded = NAIGN.from_pretrained(newest / "model.safetensors").metadata["config"]
-        changed = differences(from_dict(recorded, where=str(newest)), config)
-        if changed:
-            raise InputError(
-                f"'{folder}' holds a run of another configuration:\n  "
-                + "\n  ".join(changed)
-                + "\nchoose another --run.path, or take these settings back to go on with that run"
-            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0)
         lock.acquire()
-        write_atomically(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
     except Timeout:
         raise InputError(
             f"'{folder}' is in use by another process: wait for it, or choose another --run.path"
         ) from None
     except OSError as error:
         raise InputError(f"run.path '{folder}' cannot be written: {error}") from None
+    try:
+        newest = find_newest(config)
+        if config.resume == "never" and (newest or (folder / "metrics.jsonl").exists()):
+            raise InputError(
+                f"'{folder}'{f' or {config.run.remote}' if config.run.remote else ''} already holds a run and "
+                "resume=never does not overwrite it: choose another --run.path, or delete that folder"
+            )
+        if newest:
+            # The checkpoint's own record, not config.yaml, which anyone may edit.
+            recorded = NAIGN.from_pretrained(newest / "model.safetensors").metadata["config"]
+            changed = differences(from_dict(recorded, where=str(newest)), config)
+            if changed:
+                raise InputError(
+                    f"'{folder}' holds a run of another configuration:\n  "
+                    + "\n  ".join(changed)
+                    + "\nchoose another --run.path, or take these settings back to go on with that run"
+                )
+        write_atomically(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+    except OSError as error:
+        lock.release()
+        raise InputError(f"run.path '{folder}' cannot be written: {error}") from None
+    except BaseException:
+        lock.release()
+        raise
     return newest, lock
 
 
-def restore(checkpoint: Path, learned: Learned) -> Position:
-    """Put a checkpoint's weights and optimizer state in place; where the run stood. Float32 weights restore exactly.
+def find_newest(config: Config) -> Path | None:
+    """The newest complete checkpoint, here or in the bucket; then it is brought here, with what the run reported."""
+    run = Path(config.run.path)
+    newest = newest_checkpoint(run / "checkpoints")
+    if config.run.remote:
+        name = remote.newest(config.run.remote, MANIFEST)
+        if name and (newest is None or name > newest.name):
+            found = remote.download(config.run.remote, name, run / "checkpoints", MANIFEST)
+            if is_complete(found):
+                remote.fetch_shown(config.run.remote, run)
+                return found
+            log.warning("%s/checkpoints/%s is damaged: passed over", config.run.remote, name)
+    return newest
+
+
+def have(config: Config, name: str) -> Path:
+    """The checkpoint of that name, on a rank whose folder need not be the first rank's: it may come from the bucket."""
+    folder = Path(config.run.path) / "checkpoints" / name
+    if not is_complete(folder):
+        if not config.run.remote:
+            raise InputError(
+                f"{folder} is not there on every machine: put --run.path on a file system that they share, or set "
+                "--run.remote=s3://bucket/prefix"
+            )
+        remote.download(config.run.remote, name, folder.parent, MANIFEST)
+    return folder
+
+
+def restore_weights(checkpoint: Path, bare: nn.Module) -> Tensor | None:
+    """Put a checkpoint's weights in place, before an engine takes the network; the spectrum of its latents, if any."""
+    with _explained(checkpoint):
+        model = NAIGN.from_pretrained(checkpoint / "model.safetensors")
+        bare.load_state_dict(model.network.state_dict())
+        return model.spectrum
+
+
+def restore(checkpoint: Path, engine: Engine, *, rank: int, world: int) -> Saved:
+    """Put the rest in place, whatever engine and world size wrote it; where the run stood. Collective.
 
     Raises InputError for files that are whole by the manifest but not what a checkpoint of this run holds.
     """
-    try:
-        return _restore(checkpoint, learned)
-    except (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise InputError(
-            f"{checkpoint} cannot be resumed from ({type(error).__name__}: {error}): remove that folder to go on from "
-            "the checkpoint before it"
-        ) from None
+    with _explained(checkpoint):
+        trainer = json.loads((checkpoint / "trainer.json").read_text())
+        position = Position(**{name: type(default)(trainer[name]) for name, default in asdict(Position()).items()})
+        files = sorted((checkpoint / "state").glob("rank-*.safetensors"))
+        if len(files) != trainer["world_size"]:
+            raise ValueError(f"state of {len(files)} ranks instead of {trainer['world_size']}")
+        opened: list[Any] = [safe_open(file, framework="pt", device="cpu") for file in files]
+        places = {key: file for file in opened for key in file.keys()}  # noqa: SIM118 (no iterator)
+        weights = NAIGN.from_pretrained(checkpoint / "model.safetensors").network.state_dict()
+        if trainer["adam_steps"]:
+            for name, shape in engine.shapes.items():
+                state = {key: places[f"{key}.{name}"].get_tensor(f"{key}.{name}") for key in MOMENTS}
+                if any(value.shape != shape for value in state.values()):
+                    raise ValueError(f"state of {name} has another shape than its weights {shape}")
+                engine.restore(name, {"weight": weights[name], **state}, trainer["adam_steps"])
+        engine.scale = trainer["scale"]
+        if engine.ema is not None:
+            averaged = NAIGN.from_pretrained(checkpoint / "ema.safetensors").network
+            engine.ema.load_state_dict(averaged.state_dict())
+        under = _restore_round(checkpoint, trainer, opened, rank, world) if position.done else None
+        return Saved(position=position, began=int(trainer["began"]), under=under)
 
 
-def _restore(checkpoint: Path, learned: Learned) -> Position:
-    model = NAIGN.from_pretrained(checkpoint / "model.safetensors")
-    learned.network.load_state_dict(model.network.state_dict())
-    learned.spectrum = model.spectrum
-    if learned.ema:
-        averaged = NAIGN.from_pretrained(checkpoint / "ema.safetensors").network
-        learned.ema.module.load_state_dict(averaged.state_dict())
-        learned.ema.n_averaged += 1  # else the next update would start the average anew
-    state = torch.load(checkpoint / "state" / "optimizer.pt", map_location="cpu", weights_only=True)
-    learned.optimizer.load_state_dict(state)
-    trainer = json.loads((checkpoint / "trainer.json").read_text())
-    return Position(**{name: type(default)(trainer[name]) for name, default in asdict(Position()).items()})
+def _restore_round(checkpoint: Path, trainer: dict[str, Any], opened: Sequence[Any], rank: int, world: int) -> Under:
+    """What is known of the round under way. Sums are a rank's own, or the mean of all where their number changed."""
+    stored = [file.get_tensor("sums") for file in opened]
+    sums = stored[rank] if len(stored) == world else torch.stack(stored).mean(0)
+    under = Under(values=trainer["match"], sums=dict(zip(trainer["terms"], sums, strict=True)))
+    if (checkpoint / "state/round.safetensors").exists():
+        kept = load_file(checkpoint / "state/round.safetensors")
+        under.ids, under.distances = kept["ids"], kept["distances"]
+    return under
 
 
-def save(config: Config, stream: Stream, learned: Learned, position: Position, *, world: int) -> None:
-    """Write checkpoints/step-XXXXXXXX whole or not at all, then remove old ones."""
+class _explained:
+    """Turn what a wrong file raises into an InputError that names the checkpoint."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._checkpoint = checkpoint
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
+        wrong = (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, RuntimeError, SafetensorError)
+        if isinstance(error, wrong):
+            raise InputError(
+                f"{self._checkpoint} cannot be resumed from ({type(error).__name__}: {error}): remove that folder to "
+                "go on from the checkpoint before it"
+            ) from None
+
+
+def snapshot(
+    config: Config,
+    stream: Stream,
+    engine: Engine,
+    position: Position,
+    spectrum: Tensor | None,
+    *,
+    began: int,  # the world size that began the round
+    under: Under | None = None,  # of a round that is under way
+) -> dict[str, Write]:
+    """Collective: this rank's files of a checkpoint, each as what writes it from copies that nobody else changes."""
+    rank, world = engine.accelerator.process_index, engine.accelerator.num_processes
+    owners = share_out([math.prod(shape) for shape in engine.shapes.values()], world)
+    state: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
+    for owner, (name, values) in zip(owners, engine.states(), strict=True):
+        if owner == rank:
+            state |= {f"{key}.{name}": _copied(values[key]) for key in MOMENTS if key in values}
+        if rank == 0:
+            weights[name] = _copied(values["weight"])
+    sums = list((under.sums if under else {}).values())
+    state["sums"] = _copied(torch.stack(sums)) if sums else torch.zeros(0)
+    files: dict[str, Write] = {f"state/rank-{rank:05d}-of-{world:05d}.safetensors": partial(save_file, state)}
+    if rank:
+        return files
+    weights |= {name: _copied(value) for name, value in engine.bare.named_buffers()}
     metadata = describe(config, stream, position)
+    files["model.safetensors"] = lambda file: save_model(file, weights, metadata, spectrum)
+    if engine.ema is not None:
+        averaged = {name: _copied(value) for name, value in engine.ema.state_dict().items()}
+        files["ema.safetensors"] = lambda file: save_model(file, averaged, metadata, spectrum)
+    if under and under.ids is not None and under.distances is not None:
+        files["state/round.safetensors"] = partial(save_file, {"ids": under.ids, "distances": under.distances})
+    trainer = {
+        **asdict(position),
+        "epoch": stream.order.epochs(position.round),
+        "world_size": world,
+        "began": began,
+        "engine": engine.described,
+        "adam_steps": engine.steps,
+        "scale": engine.scale,
+        "match": under.values if under else {},
+        "terms": list(under.sums) if under else [],
+    }
+    text = json.dumps(trainer, indent=2) + "\n"
+    files["trainer.json"] = partial(_write_text, text)
+    return files
 
-    def fill(folder: Path) -> None:
-        save_model(folder / "model.safetensors", learned.network.state_dict(), metadata, learned.spectrum)
-        if learned.ema:
-            averaged = learned.ema.module.state_dict()
-            save_model(folder / "ema.safetensors", averaged, metadata, learned.spectrum)
-        (folder / "state").mkdir()
-        torch.save(learned.optimizer.state_dict(), folder / "state" / "optimizer.pt")
-        trainer = {**asdict(position), "epoch": stream.order.epochs(position.round), "world_size": world}
-        (folder / "trainer.json").write_text(json.dumps(trainer, indent=2) + "\n")
 
-    checkpoints = Path(config.run.path) / "checkpoints"
-    write_checkpoint(checkpoints / f"step-{position.step:08d}", fill)
-    prune_checkpoints(checkpoints, config.checkpoint.keep)
+def _write_text(text: str, file: Path) -> None:
+    file.write_text(text)
+
+
+def share_out(sizes: Sequence[int], world: int) -> list[int]:
+    """The rank that writes each parameter: the largest first, each to whom has least."""
+    owners, loads = [0] * len(sizes), [0] * world
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        owners[number] = min(range(world), key=lambda rank: loads[rank])
+        loads[owners[number]] += sizes[number]
+    return owners
+
+
+def _copied(value: Tensor) -> Tensor:
+    """In this process' memory, contiguous, nobody else's."""
+    return value.detach().to("cpu", copy=True).contiguous()
 
 
 def describe(config: Config, stream: Stream, position: Position) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Exit codes: 0 done, 2 bad configuration or input, 75 stopped on request after a checkpoint, anything else a crash.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def main() -> None:
         use_endpoint(config.data.endpoint)
         keep_memory()
         set_threads(config.train.threads)
-        accelerator = build_accelerator(config.train.timeout)
+        train_ = config.train
+        accelerator = build_accelerator(train_.timeout, precision=train_.precision, accumulate=train_.accumulate)
         try:
             with together(accelerator):
                 if accelerator.is_main_process:
@@ -37,7 +39,15 @@ def main() -> None:
             accelerator.end_training()
     if accelerator.is_main_process and finished:
         print(f"done: the run lies in {config.run.path}; measure it with: naign evaluate {config.run.path}")
-    sys.exit(0 if finished else INTERRUPTED)
+    if not finished:
+        leave(INTERRUPTED)
+
+
+def leave(code: int) -> None:
+    """End now: a thread that still waits for a store would hold up the interpreter's own end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def pack_default(path: str) -> None:

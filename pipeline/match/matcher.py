@@ -112,7 +112,7 @@ class Match:
 
 def match_round(
     images: Tensor,  # (n, *shape) float32: this rank's images of the round
-    sample: Callable[[Tensor], Tensor],  # ids (b,) -> samples (b, *shape): f(z) without gradient
+    sample: Callable[[Tensor], Tensor],  # ids (b,) -> samples (b, *shape): f(z) without gradient; called on all ranks
     config: MatchConfig,
     features: Callable[[Tensor], Tensor] | None = None,  # of match.space.encoder, where it has a weight
 ) -> Match:
@@ -134,7 +134,9 @@ def match_round(
         whole = -(-PROBE // config.block) * config.block
         probe, _ = share_pool(config, sample, features, queries.shape[1], ranks, pool=min(config.pool, whole))
         clock = time.perf_counter()
-        made = probe.make(0, probe.rows) if probe.rows else queries[:0]
+        most = int(ranks.table([probe.rows]).max())
+        steps = [[min(edge, probe.rows) for edge in (low, low + probe.size)] for low in range(0, most, probe.size)]
+        made = torch.cat([probe.make(low, high) for low, high in steps])
         prepared += time.perf_counter() - clock
         searches.append(search(made, queries, number, method=config.method))
         near = searches[0].distances
@@ -165,7 +167,9 @@ def match_round(
     # Report.
     searched = time.perf_counter() - clock - sum(sum(found.seconds.values()) for found in searches[probes:])
     pairs = ranks.gather(torch.stack([distances.view(torch.int64), ids], dim=1), counts)
-    values = spread(pairs[:, 0].view(torch.float64).numpy()) | {"match/used": len(pairs[:, 1].unique()) / len(pairs)}
+    chosen = pairs[:, 1].unique(return_counts=True)[1]
+    values = spread(pairs[:, 0].view(torch.float64).numpy())
+    values |= {"match/used": len(chosen) / len(pairs), "match/top_share": int(chosen.max()) / len(pairs)}
     main = searches[probes]
     values["match/rejected"] = main.rejected / config.pool
     if reject is not None:
@@ -189,22 +193,28 @@ def share_pool(
     pool: int,  # samples, whole blocks or all of them
 ) -> tuple[Blocks, int]:
     """This rank's part of the samples with ids [0, pool), embedded when they are searched, and the id of its first."""
-    first, last = block_range(pool, config.block, ranks.rank, ranks.world)
-    again = config.assignment == "one_to_one" and (last - first) * dims <= HELD_VALUES
+    shares = [block_range(pool, config.block, rank, ranks.world) for rank in range(ranks.world)]
+    first, last = shares[ranks.rank]
+    most = max(last - first for first, last in shares)
+    again = config.assignment == "one_to_one" and most * dims <= HELD_VALUES
+    size = max(1, min(HELD_ROWS, HELD_VALUES // dims) // config.block) * config.block
     kept: dict[int, Tensor] = {}
 
     def make(low: int, high: int) -> Tensor:
-        if low in kept:
-            return kept[low]
+        step = -(-low // size)
+        if step in kept:
+            return kept[step]
         ids = torch.arange(first + low, first + high)
-        samples = torch.cat([sample(block) for block in ids.split(config.block)])
-        made = embed(samples, config.space, features, number=first + low)
+        samples = [sample(block) for block in ids.split(config.block)] if len(ids) else []
+        # All ranks call as often as that with most blocks: a network whose weights lie on all of them is run together.
+        blocks = -(-(min(most, (step + 1) * size) - step * size) // config.block)
+        idle = [sample(torch.arange(1)) for _ in range(blocks - len(samples))]
+        made = embed(torch.cat(samples or [idle[0][:0]]), config.space, features, number=first + low)
         if again:
-            kept[low] = made
+            kept[step] = made
         return made
 
-    held = min(HELD_ROWS, HELD_VALUES // dims)
-    return Blocks(rows=last - first, make=make, size=max(1, held // config.block) * config.block), first
+    return Blocks(rows=last - first, make=make, size=size, lockstep=True), first
 
 
 def block_range(pool: int, block: int, rank: int, world: int) -> tuple[int, int]:

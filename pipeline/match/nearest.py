@@ -37,6 +37,9 @@ class Blocks:
     `size` rows, in order. A search that is repeated calls it again."""
     size: int = 4096
     """Candidates made and searched at once; the same on every rank."""
+    lockstep: bool = False
+    """Whether making is collective: then `make` is called on every rank as often as on that with most rows, with
+    low == high where this one has no more, and also after a rank's candidates were found wrong."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -296,10 +299,12 @@ class _Trouble:
     def make(self, blocks: Blocks, low: int, high: int, queries: Tensor) -> Tensor:
         """Candidates low to high; zeros in their stead once there was trouble."""
         shape = (high - low, queries.shape[1])
-        if self.code or low == high:
+        if (self.code or low == high) and not (blocks.lockstep and self.error is None):
             return queries.new_zeros(shape)
         try:
             block = torch.as_tensor(blocks.make(low, high)).detach().to(queries.device)
+            if self.code:
+                return queries.new_zeros(shape)
             if block.shape == shape and block.dtype == queries.dtype:
                 bad = first_not_finite(block)
                 if bad < 0:

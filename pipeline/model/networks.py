@@ -3,7 +3,9 @@
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import InputError
 
@@ -33,7 +35,12 @@ class NetworkConfig:
                 raise InputError(f"model.{name} is {getattr(self, name)}: it must lie between {least} and {most}")
 
 
-def build_network(config: NetworkConfig, shape: tuple[int, ...]) -> nn.Module:
+def build_network(
+    config: NetworkConfig,
+    shape: tuple[int, ...],
+    *,
+    recompute: bool = False,  # activation checkpointing: less memory for a third more arithmetic
+) -> nn.Module:
     """The untrained network for samples of `shape`; InputError where the two do not fit."""
     if config.kind == "mlp":
         return PointNetwork(math.prod(shape), config.width, config.depth)
@@ -42,7 +49,7 @@ def build_network(config: NetworkConfig, shape: tuple[int, ...]) -> nn.Module:
             f"model.kind=conv takes square images (C, S, S) with S a multiple of 4, the data has {tuple(shape)}: "
             "pack with another --size, or set model.kind=mlp and match.latents=gaussian for points"
         )
-    return ImageNetwork(config, channels=shape[0], size=shape[1])
+    return ImageNetwork(config, channels=shape[0], size=shape[1], recompute=recompute)
 
 
 class PointNetwork(nn.Module):
@@ -87,8 +94,9 @@ class ImageNetwork(nn.Module):
     there is no skip connection through which noise could pass unchanged.
     """
 
-    def __init__(self, config: NetworkConfig, *, channels: int, size: int) -> None:
+    def __init__(self, config: NetworkConfig, *, channels: int, size: int, recompute: bool = False) -> None:
         super().__init__()
+        self.recompute = recompute
         sizes = [size // 2]
         while sizes[-1] > 8 and sizes[-1] % 2 == 0:
             sizes.append(sizes[-1] // 2)
@@ -111,6 +119,10 @@ class ImageNetwork(nn.Module):
         self.decoder = nn.Sequential(nn.Unflatten(1, inner), *up, nn.Tanh())
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            for layer in (*self.encoder, *self.bottleneck, *self.decoder):
+                x = checkpoint(layer, x, use_reentrant=False) if isinstance(layer, ResidualBlock) else layer(x)
+            return x
         out: Tensor = self.decoder(self.bottleneck(self.encoder(x)))
         return out
 

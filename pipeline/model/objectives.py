@@ -18,6 +18,7 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l2": lambda a, b: (a - b).square().mean(),
     "l1+l2": lambda a, b: (a - b).abs().mean() + (a - b).square().mean(),
 }
+Network = Callable[[Tensor], Tensor]
 THIRD_TERMS = ("none", "idempotence", "matched", "denoising")
 
 
@@ -71,6 +72,11 @@ class ObjectiveConfig:
         return self.name == "naign"
 
     @property
+    def forwards(self) -> int:
+        """Forwards of f an image and pass, a backward through each."""
+        return 4 if self.name == "ign" else 2 + (self.third != "none")
+
+    @property
     def needs_noise(self) -> bool:
         """Whether the loss takes noise."""
         return self.name == "naign" and self.third == "denoising"
@@ -78,7 +84,7 @@ class ObjectiveConfig:
 
 def losses(
     config: ObjectiveConfig,
-    network: nn.Module,  # as wrapped by the engine: its gradients are averaged over ranks
+    network: Network,  # as the engine runs it: its gradients are averaged over ranks
     images: Tensor,  # (b, *shape) float32
     latents: Tensor,  # (b, *shape) float32; naign: the matched ones, row for row
     noise: Tensor | None = None,  # (b, *shape) standard normals; third=denoising only
@@ -92,7 +98,7 @@ def losses(
 
 
 def _naign(
-    config: ObjectiveConfig, network: nn.Module, images: Tensor, latents: Tensor, noise: Tensor | None
+    config: ObjectiveConfig, network: Network, images: Tensor, latents: Tensor, noise: Tensor | None
 ) -> dict[str, Tensor]:
     """arXiv 2511.02614: w_rec E d(f(x), x) + w_imle E d(f(z_sigma(i)), x_i) + an optional third term."""
     distance = DISTANCES[config.distance]
@@ -116,7 +122,7 @@ def _naign(
 
 
 def _ign(
-    config: ObjectiveConfig, network: nn.Module, images: Tensor, latents: Tensor, frozen: nn.Module
+    config: ObjectiveConfig, network: Network, images: Tensor, latents: Tensor, frozen: nn.Module
 ) -> dict[str, Tensor]:
     """arXiv 2311.01462: reconstruction, idempotence through the inner f only, tightness through the outer f only."""
     distance = DISTANCES[config.distance]

@@ -1,6 +1,7 @@
 """What the training program asks of its world: the engine, agreement, and one answer of all ranks."""
 
 import ctypes
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -12,11 +13,14 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
-from pipeline.errors import InputError, Unavailable
+from pipeline.errors import InputError, Stopped, Unavailable
 
 
 def build_accelerator(
     timeout: float = 600,  # seconds a rank waits for the others in a collective before it fails
+    *,
+    precision: str = "",  # fp32, bf16 or fp16; '': what the launcher's configuration says
+    accumulate: int = 1,  # micro-batches a step
 ) -> Accelerator:
     """The engine that the launcher's configuration names, over gloo where there is no GPU."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -25,19 +29,53 @@ def build_accelerator(
             "the launcher was asked for several ranks but started this process alone, as Accelerate does for "
             "distributed_type MULTI_CPU: use a configuration like launch/cpu.yaml"
         )
-    # Said outright, since Accelerate takes ranks without a GPU for unconnected ones unless told that they are CPUs.
+    # Said outright, since Accelerate takes ranks without a GPU for unconnected ones unless told that they are CPUs; but
+    # told so it would leave DeepSpeed out without a word.
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
-    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[patience] if several else [])
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    if deepspeed:
+        _check_deepspeed(on_cpu)
+    backend = "gloo" if on_cpu else "nccl"
+    patience = InitProcessGroupKwargs(
+        backend=backend, timeout=timedelta(seconds=timeout + 60)
+    )  # after the watchdog, which says more
+    said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").replace("fp32", "no")
+    wanted = {"": said, "fp32": "no"}.get(precision, precision)
+    if said not in ("no", wanted):
+        raise InputError(
+            f"the launcher's configuration says mixed_precision: {said}, but train.precision is {precision}: remove one"
+        )
+    if wanted == "fp16" and on_cpu:
+        raise InputError("fp16 needs a GPU: use --train.precision=bf16 or fp32 here")
+    accelerator = Accelerator(
+        cpu=on_cpu and not deepspeed,
+        mixed_precision=wanted,
+        gradient_accumulation_steps=accumulate,
+        kwargs_handlers=[patience] if several or deepspeed else [],
+    )
     if several and accelerator.distributed_type == DistributedType.NO:
         # Ranks that do not average their gradients would each train alone, at the same cost and without a word.
         raise InputError(
             f"the launcher started {os.environ['WORLD_SIZE']} ranks but Accelerate connects none of them: "
             "compare its configuration with those in launch/"
         )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise InputError("DeepSpeed engines are not supported yet: use a launcher configuration without DeepSpeed")
     return accelerator
+
+
+def _check_deepspeed(on_cpu: bool) -> None:
+    """InputError where the launcher asks for DeepSpeed and it cannot work."""
+    missing = [name for name in ("deepspeed", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"the launcher's configuration asks for DeepSpeed, but {' and '.join(missing)} is not installed: "
+            "pip install -e '.[deepspeed]'"
+        )
+    if on_cpu and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        raise InputError(
+            "use_cpu: true switches DeepSpeed off without a word: set use_cpu: false; CPUs work all the same"
+        )
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def set_threads(threads: int) -> None:
@@ -60,22 +98,23 @@ def keep_memory() -> None:
 
 @contextmanager
 def together(accelerator: Accelerator) -> Iterator[None]:
-    """Collective: an InputError or Unavailable of any rank inside becomes one on every rank, so that none waits for one
-    that left.
+    """Collective: an InputError, Unavailable or Stopped of any rank inside becomes one on all, so that none waits for
+    one that left.
     """
     mine: tuple[str, str] | None = None
     try:
         yield
-    except (InputError, Unavailable) as error:
+    except (InputError, Unavailable, Stopped) as error:
         mine = type(error).__name__, str(error)
     failures = [mine]
     if accelerator.num_processes > 1:
         failures = [None] * accelerator.num_processes
         dist.all_gather_object(failures, mine)
-    for failure in failures:
-        if failure:
-            kind, message = failure
-            raise InputError(message) if kind == "InputError" else Unavailable(message)
+    kinds = {"InputError": InputError, "Unavailable": Unavailable, "Stopped": Stopped}
+    for kind, raised in kinds.items():  # what is wrong goes before what was asked for
+        for failure in failures:
+            if failure and failure[0] in (kind, "Conflict"):
+                raise raised(failure[1])
 
 
 def total(values: list[float], accelerator: Accelerator) -> list[float]:

@@ -3,6 +3,8 @@
 import os
 import platform
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distributions, version
 
@@ -15,6 +17,7 @@ LEAST_SHARED_MEMORY = 64 * 2**20
 def examine(say: Callable[[str], None]) -> list[str]:
     """Tell the machine's state line by line; returns the problems, each with its remedy."""
     import torch
+    import torch.distributed as dist
 
     problems = []
     say(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
@@ -25,11 +28,18 @@ def examine(say: Callable[[str], None]) -> list[str]:
             say(f"{name} is not installed{' (optional)' if name in OPTIONAL else ''}")
             if name not in OPTIONAL:
                 problems.append(f"{name} is missing: install the project again with pip install -e .")
+    for line in describe_deepspeed():
+        say(line)
     builds = faiss_builds()
     say(f"FAISS: {', '.join(builds) or 'none'}")
     problems += faiss_problems(builds)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     say(f"cores {cores}, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')} (train.threads overrides it)")
+    say(f"torch would use {torch.get_num_threads()} threads")
+    gloo, nccl = (dist.is_available() and has() for has in (dist.is_gloo_available, dist.is_nccl_available))
+    say(f"torch has gloo: {'yes' if gloo else 'no'}, NCCL: {'yes' if nccl else 'no'}")
+    if torch.cuda.device_count() > 1 and not nccl:
+        problems.append("this build of torch has no NCCL, by which GPUs talk: install one from https://pytorch.org")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)
@@ -46,6 +56,31 @@ def examine(say: Callable[[str], None]) -> list[str]:
             problems.append(f"only {free / 2**20:.0f} MiB of {what}: {remedy}")
     say(f"S3 endpoint: {os.environ.get('AWS_ENDPOINT_URL', 'the default of boto3')}")
     return problems
+
+
+def describe_deepspeed() -> list[str]:
+    """Whether the installed DeepSpeed starts under Accelerate, found by loading both in another process; [] without it.
+
+    No problem of the machine's: only runs that ask for DeepSpeed need it.
+    """
+    import torch
+
+    try:
+        names = f"deepspeed {version('deepspeed')} and accelerate {version('accelerate')}"
+    except PackageNotFoundError:
+        return []
+    on_cpu = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import deepspeed; from accelerate.utils import DeepSpeedPlugin; DeepSpeedPlugin()"],
+        env={**on_cpu, **os.environ},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return [f"{names} do not load together ({last}): before a run asks for them, pip install -U -e '.[deepspeed]'"]
+    return [f"{names} load together"]
 
 
 def faiss_builds() -> list[str]:

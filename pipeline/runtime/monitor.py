@@ -25,6 +25,8 @@ class Monitor:
         config: str,  # the resolved configuration, as text
     ) -> None:
         self.active = active
+        self.described = ""
+        """How the last match was searched, as it was said."""
         self.folder = folder
         if not active:
             return

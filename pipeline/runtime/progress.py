@@ -1,16 +1,16 @@
 """The pictures of a run under way: what f makes of noise, of its own samples, and of damaged images."""
 
-import torch
+from collections.abc import Callable
+
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.data.degrade import KINDS, degrade
 from pipeline.pictures import grid, rows, scatter
 
 
-@torch.inference_mode()
 def draw_progress(
-    network: nn.Module,
+    network: Callable[[Tensor], Tensor],  # f without gradient
     latents: Tensor,  # (n, *shape): held fixed over the run, so that pictures can be compared
     examples: Tensor,  # (m, *shape) in the model's scale
 ) -> dict[str, Image.Image]:

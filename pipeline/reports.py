@@ -1,0 +1,83 @@
+"""What is told of a round that is done: metrics, pictures and warnings."""
+
+import logging
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+
+from pipeline.data.stream import Stream, Taken
+from pipeline.round import Run, Work
+from pipeline.runtime.distributed import total
+from pipeline.runtime.progress import draw_progress
+from pipeline.runtime.speed import fit_flops, peak_flops, peak_memory
+
+log = logging.getLogger("naign.report")
+
+
+def report(run: Run, work: Work, taken: Taken, values: dict[str, float], clock: list[float], rounds: int) -> None:
+    """Collective: metrics, pictures and warnings of a round that is done."""
+    config, position, monitor = run.config, run.position, run.monitor
+    last = position.round == rounds
+    if work.match:
+        values |= work.match.values
+        alarm(run, work.match.values)
+    if last or position.round % config.report.rounds == 0:
+        values |= speed_values(run, clock)
+        values |= {"seconds/training": position.seconds, "train/skipped": position.skipped}
+        values |= data_values(taken, run.stream, work.number, run.accelerator)
+        values |= {"checkpoint/seconds": run.writer.seconds, "checkpoint/upload_seconds": run.writer.uploaded}
+        monitor.scalars(values, position.images_seen, round=work.number, step=position.step)
+        if work.match:
+            monitor.histogram("match/distance", work.match.distances, position.images_seen)
+    pictures = config.report.pictures
+    wanted = pictures and (last or position.round == 1 or position.round % pictures == 0)
+    if wanted and (run.rank == 0 or run.engine.sharded):
+        shown = replace(work.draw, round=rounds).latents(torch.arange(64))  # of no round: the same all along
+        for name, picture in draw_progress(run.engine.sample, shown, work.images).items():
+            monitor.picture(name, picture, position.images_seen)
+
+
+def alarm(run: Run, values: dict[str, float]) -> None:
+    """Warn of a collapse: few samples that all images pull at, or one that many do."""
+    if run.rank == 0 and run.config.match.round >= 64:
+        if values.get("match/used", 1.0) < LEAST_USED:
+            log.warning("collapse? %.1f distinct samples for 100 images", 100 * values["match/used"])
+        if values.get("match/top_share", 0.0) > MOST_SHARED:
+            log.warning("collapse? one sample is the nearest to %.0f %% of the images", 100 * values["match/top_share"])
+
+
+LEAST_USED, MOST_SHARED = 0.02, 0.25
+"""Of a match: distinct samples an image, and the share of images that have one sample, from which on to warn."""
+
+
+def speed_values(run: Run, clock: list[float]) -> dict[str, float]:
+    """Of a round: images/s, the share of its time in each part, from the times at which they ended, and what was done.
+
+    `speed/mfu` is the share of the GPUs' peak that fitting used (arXiv 2204.02311, B), where the peak is known.
+    """
+    train, accelerator = run.config.train, run.accelerator
+    images, spent = run.config.match.round * train.passes, clock[-1] - clock[0]
+    flops = fit_flops(run.forward, run.config.objective.forwards) * images / (clock[3] - clock[2])
+    values = {
+        "speed/images_per_second": images / spent,
+        "speed/images_per_second_and_rank": images / spent / run.world,
+        "speed/fit_tflops": flops / 1e12,
+        "memory/peak_gb": peak_memory(accelerator.device),
+    }
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    if peak := peak_flops(accelerator.device, dtype):
+        values["speed/mfu"] = flops / (run.world * peak)
+    parts = zip(("take", "match", "fit"), clock, clock[1:], strict=False)
+    return values | {f"share/{name}": (end - start) / spent for name, start, end in parts}
+
+
+def data_values(taken: Taken, stream: Stream, round: int, accelerator: Accelerator) -> dict[str, float]:
+    """Collective: epochs so far, and what reading the round has cost all ranks."""
+    tally = taken.tally
+    counts = [tally.bytes / 1e6, tally.cached / 1e6, tally.retries, tally.reread / 1e6, len(taken.broken)]
+    names = ("megabytes", "cached_megabytes", "retries", "reread_megabytes", "skipped")
+    sums = total([float(count) for count in counts], accelerator)
+    return {"data/epoch": stream.order.epochs(round + 1)} | {
+        f"data/{name}": value for name, value in zip(names, sums, strict=True)
+    }

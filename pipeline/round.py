@@ -1,0 +1,107 @@
+"""What the parts of a round share: the run, and the round under way."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from pipeline.config import Config
+from pipeline.data.stream import Stream
+from pipeline.match import latents
+from pipeline.match.matcher import Match
+from pipeline.run import Position
+from pipeline.runtime.checkpoint import Writer
+from pipeline.runtime.engine import Engine
+from pipeline.runtime.monitor import Monitor
+from pipeline.runtime.signals import StopRequest
+from pipeline.runtime.speed import Profiler
+from pipeline.runtime.watchdog import Watchdog
+
+
+@dataclass(slots=True)
+class Drawing:
+    """The random numbers of one round, by number."""
+
+    config: Config
+    round: int
+    shape: tuple[int, ...]
+    device: torch.device
+    spectrum: Tensor | None
+
+    def latents(self, ids: Tensor) -> Tensor:
+        """Latents (len(ids), *shape) by the configured law."""
+        law, seed = self.config.match.latents, self.config.seed
+        return latents.draw(law, seed, self.round, ids, self.shape, self.device, spectrum=self.spectrum)
+
+    def noise(self, ids: Tensor) -> Tensor:
+        """Standard normals (len(ids), *shape), independent of the latents."""
+        return latents.normal(self.config.seed, self.round, ids, self.shape, self.device, stream=latents.NOISE)
+
+    def jittered(self, ids: Tensor, numbers: Tensor) -> Tensor:
+        """The latents of matched ids with match.jitter's noise, which is that of the images' numbers."""
+        drawn = self.latents(ids)
+        if not self.config.match.jitter:
+            return drawn
+        noise = latents.normal(self.config.seed, self.round, numbers, self.shape, self.device, stream=latents.JITTER)
+        return drawn + self.config.match.jitter * noise
+
+
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """What the parts of a round share."""
+
+    config: Config
+    accelerator: Accelerator
+    engine: Engine
+    stream: Stream
+    stop: StopRequest
+    monitor: Monitor
+    watch: Watchdog
+    profiler: Profiler
+    writer: Writer
+    position: Position
+    features: Callable[[Tensor], Tensor] | None
+    """Of the match's space."""
+    spectrum: Tensor | None
+    """Of the fourier law, measured on the first round."""
+    forward: int = 0
+    """Floating-point operations of f of one image."""
+    written: str = ""
+    """Name of the newest checkpoint."""
+    bad: int = 0
+    """Steps in a row, up to now, that were skipped."""
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Around a part of a round, for whoever looks: the watchdog, a trace."""
+        self.watch.enter(name, self.position.round)
+        with self.profiler.phase(name):
+            yield
+
+    @property
+    def rank(self) -> int:
+        return int(self.accelerator.process_index)
+
+    @property
+    def world(self) -> int:
+        return int(self.accelerator.num_processes)
+
+
+@dataclass(kw_only=True, slots=True)
+class Work:
+    """The round under way on this rank."""
+
+    number: int
+    began: int
+    """The world size that began it."""
+    draw: Drawing
+    images: Tensor
+    """(n, *shape) from row `first` of the round on: this rank's share; all, if another world size began the round."""
+    first: int = 0
+    match: Match | None = None
+    """Of these images."""
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """Of each loss, and of `steps`, over the steps that count."""

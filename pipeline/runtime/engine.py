@@ -1,0 +1,291 @@
+"""One network and its AdamW as the launcher's configuration runs them: alone, DDP, or DeepSpeed ZeRO 0 to 3.
+
+The only file that imports DeepSpeed. Whatever the engine, its state goes in and out by parameter: float32 weights and
+AdamW's two moments of the whole parameter (DeepSpeed's tensor_fragment API assembles them from the ranks' partitions).
+So a checkpoint knows nothing of world size and engine, and none has to be converted.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from pipeline.errors import InputError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state of a parameter, of the parameter's shape."""
+
+AdamState = dict[str, Tensor]
+"""`weight` and MOMENTS of one parameter, each whole and float32; the moments are missing before the first step."""
+
+
+class Engine:
+    """What steps: `forward`, then `backward` for each micro-batch, then `step`."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        bare: nn.Module,  # float32, on the device, with its first weights or a checkpoint's
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        clip: float,  # largest norm of the gradient; 0: none
+        batch: int,  # images a step over all ranks
+        accumulate: int = 1,  # micro-batches a step
+        ema: float = 0.0,  # decay a step of the average of the weights; 0: none is kept
+        compile: bool = False,
+    ) -> None:
+        """Collective. Raises InputError where the launcher's configuration contradicts these."""
+        world = accelerator.num_processes
+        assert batch % (world * accumulate) == 0
+        self.accelerator, self.bare, self.accumulate = accelerator, bare, accumulate
+        self.micro = batch // (world * accumulate)
+        """Images a rank and micro-batch."""
+        self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.stage = 0
+        """DeepSpeed's ZeRO stage."""
+        self.ema = deepcopy(bare).requires_grad_(False) if ema else None
+        """The moving average of the weights, whole, float32, on every rank."""
+        self._decay, self._clip, self._waiting = ema, clip, 0
+        self._names = dict(bare.named_parameters())
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in self._names.items()}
+        """Of the whole parameters."""
+        adam = torch.optim.AdamW(bare.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
+        if self.deepspeed:
+            _configure(accelerator, micro=self.micro, accumulate=accumulate, clip=clip)
+            self.stage = int(accelerator.state.deepspeed_plugin.zero_stage)
+        elif compile:
+            bare.compile()
+        self.network: Any
+        self.optimizer: Any
+        self.network, self.optimizer = accelerator.prepare(bare, adam)
+        if self.deepspeed and hasattr(self.network.optimizer, "check_grad_overflow"):
+            self.network.optimizer.check_grad_overflow = True  # ZeRO 1 and 2 look at float32 gradients only if told to
+        self._dtype = next(bare.parameters()).dtype
+
+    @property
+    def sharded(self) -> bool:
+        """Whether no rank has the whole network, so that every forward is collective (ZeRO-3)."""
+        return self.stage == 3
+
+    @property
+    def described(self) -> str:
+        """The engine, in a few words."""
+        precision = {"no": "float32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision)
+        name = f"DeepSpeed ZeRO-{self.stage}" if self.deepspeed else ""
+        return f"{name or ('DDP' if self.accelerator.num_processes > 1 else 'one process')}, {precision}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """f(x) in float32, with gradient."""
+        out: Tensor = self.network(x.to(self._dtype) if self.deepspeed else x)
+        return out.float()
+
+    def sample(self, x: Tensor) -> Tensor:
+        """f(x) in float32, without gradient. Collective where the network is sharded."""
+        # Under inference_mode ZeRO-3 would gather weights that autograd refuses afterwards.
+        with torch.no_grad() if self.deepspeed else torch.inference_mode():
+            out: Tensor = self.bare(x.to(self._dtype) if self.deepspeed else x)
+            return out.float()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch; with a step's last they are averaged over ranks and micro-batches."""
+        self._waiting = (self._waiting + 1) % self.accumulate
+        if self.deepspeed:
+            self.network.set_gradient_accumulation_boundary(is_boundary=self._waiting == 0)
+            self.network.backward(loss)
+        else:
+            self.accelerator.backward(loss)
+
+    def micro_batch(self) -> AbstractContextManager[Any]:
+        """Around forward and backward of a micro-batch: only with the last one do ranks talk."""
+        return nullcontext() if self.deepspeed else self.accelerator.accumulate(self.network)
+
+    def step(self) -> float:
+        """Collective: clip, step, forget the gradients; the gradient's norm before clipping, the same on all ranks.
+
+        Where it is not finite nothing is changed.
+        """
+        if self.deepspeed:
+            norm = self._step_deepspeed()
+        else:
+            norm = float(self.accelerator.clip_grad_norm_(self.bare.parameters(), self._clip or math.inf))
+            if math.isfinite(norm) or self.accelerator.scaler is not None:  # a scaler skips by itself, and learns of it
+                self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None and math.isfinite(norm):
+            self._average()
+        return norm
+
+    def _step_deepspeed(self) -> float:
+        if self.stage == 0 and not hasattr(self.network.optimizer, "overflow"):  # which steps on anything
+            grads = [value.grad for value in self.bare.parameters() if value.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(grads))
+            if not math.isfinite(norm):
+                self.network.zero_grad()
+                return norm
+            self.network.step()
+            return norm
+        self.network.step()
+        if getattr(self.network.optimizer, "overflow", False):
+            return math.inf
+        found = self.network.get_global_grad_norm()
+        return float("nan") if found is None else float(found)
+
+    def set_lr(self, lr: float) -> None:
+        """Of the next step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        assert self.ema is not None
+        with self.gathered():
+            now = [value.detach().to(torch.float32) for value in self.bare.parameters()]
+            torch._foreach_lerp_(list(self.ema.parameters()), now, 1 - self._decay)
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        """Collective: the whole weights in the bare network's parameters, to be read."""
+        if not self.sharded:
+            return nullcontext()
+        from deepspeed.runtime.zero import GatheredParameters
+
+        context: AbstractContextManager[Any] = GatheredParameters(list(self.bare.parameters()))
+        return context
+
+    def states(self) -> Iterator[tuple[str, AdamState]]:
+        """Collective: each parameter's state, whole, one after the other, on every rank. Who keeps one copies it."""
+        for name, parameter in self._names.items():
+            if self._partitioned:
+                from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+                found = {"weight": safe_get_full_fp32_param(parameter)}
+                if self.steps:
+                    found |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+                yield name, found
+            else:
+                state = self._adam.state.get(parameter, {})
+                yield name, {"weight": parameter.detach().float(), **{key: state[key] for key in MOMENTS if state}}
+
+    @property
+    def steps(self) -> int:
+        """Steps that AdamW has made."""
+        return max((int(state["step"]) for state in self._adam.state.values() if "step" in state), default=0)
+
+    def restore(self, name: str, state: AdamState, steps: int) -> None:
+        """Put one parameter's state in place; `steps` is that of all of them."""
+        parameter = self._names[name]
+        if not self._partitioned:
+            with torch.no_grad():
+                parameter.copy_(state["weight"])
+            moments = {key: state[key].to(parameter.device, copy=True) for key in MOMENTS}
+            self._adam.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
+            return
+        self._allocate(steps)
+        for key, value in state.items():
+            self._set_part(parameter, value, None if key == "weight" else key)
+
+    def _set_part(self, parameter: Any, value: Tensor, key: str | None) -> None:
+        """This rank's part of a moment, or of the float32 weight if key is None."""
+        from deepspeed import utils
+
+        value = value.to(parameter.device)
+        if hasattr(parameter, "ds_id"):
+            # By ourselves: DeepSpeed fails where a parameter's number of elements is no multiple of the ranks'.
+            size, rank = parameter.ds_tensor.ds_numel, self.accelerator.process_index
+            part = nn.functional.pad(value.flatten(), (0, size * self.accelerator.num_processes - value.numel()))
+            part = part[rank * size : (rank + 1) * size]
+            if key is None:
+                utils.safe_set_local_fp32_param(parameter, part)
+            else:
+                utils.safe_set_local_optimizer_state(parameter, part, key)
+        elif key is None:
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, key)
+
+    def _allocate(self, steps: int) -> None:
+        """Make the moments that AdamW itself makes with its first step, where they are not there yet."""
+        outer, adam = self.network.optimizer, self._adam
+        if adam.state:
+            return
+        for flat in next(getattr(outer, name) for name in _FLAT if hasattr(outer, name)):
+            zeros = {key: torch.zeros_like(flat) for key in MOMENTS}
+            adam.state[flat] = {"step": torch.tensor(float(steps)), **zeros}
+        if hasattr(outer, "_lazy_init_hp_params_optimizer_state"):
+            outer._lazy_init_hp_params_optimizer_state()
+
+    @property
+    def scale(self) -> dict[str, float]:
+        """The state of fp16's loss scaling; {} where there is none."""
+        scaler: Any = self.accelerator.scaler
+        if self.deepspeed:
+            scaler = getattr(self.network.optimizer, "loss_scaler", None)
+            return {name: getattr(scaler, name) for name in _SCALE if hasattr(scaler, name)}
+        return dict(scaler.state_dict()) if scaler is not None else {}
+
+    @scale.setter
+    def scale(self, state: dict[str, float]) -> None:
+        if self.deepspeed:
+            scaler = getattr(self.network.optimizer, "loss_scaler", None)
+            for name in _SCALE:
+                if name in state and hasattr(scaler, name):
+                    setattr(scaler, name, type(getattr(scaler, name))(state[name]))
+        elif self.accelerator.scaler is not None and "scale" in state:
+            self.accelerator.scaler.load_state_dict(state)
+
+    @property
+    def _partitioned(self) -> bool:
+        """Whether DeepSpeed holds float32 weights and moments in partitions of its own."""
+        parameter = next(iter(self._names.values()))
+        return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        """The innermost optimizer."""
+        found: Any = self.network.optimizer if self.deepspeed else self.optimizer
+        while hasattr(found, "optimizer"):
+            found = found.optimizer
+        assert isinstance(found, torch.optim.Optimizer)
+        return found
+
+
+_FLAT = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+"""Where DeepSpeed's optimizers keep the float32 weights of this rank: ZeRO-3, ZeRO-1 and 2, bfloat16 without ZeRO."""
+
+_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def _configure(accelerator: Accelerator, *, micro: int, accumulate: int, clip: float) -> None:
+    """Tell DeepSpeed what the run's configuration says; InputError where its own file says otherwise."""
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    wanted = {
+        "train_micro_batch_size_per_gpu": (micro, "train.batch"),
+        "gradient_accumulation_steps": (accumulate, "train.accumulate"),
+        "gradient_clipping": (clip, "train.clip"),
+    }
+    for key, (value, setting) in wanted.items():
+        said = config.get(key, "auto")
+        if said not in ("auto", None, value) and (key, said) != ("gradient_accumulation_steps", 1):
+            raise InputError(
+                f"the launcher's DeepSpeed configuration says {key}: {said}, but {setting} makes it {value}: remove "
+                "it there, or change the run's setting"
+            )
+        config[key] = value
+    total = micro * accumulate * accelerator.num_processes
+    if config.get("train_batch_size", "auto") not in ("auto", total):
+        raise InputError(
+            f"the launcher's DeepSpeed configuration says train_batch_size: {config['train_batch_size']}, but "
+            f"train.batch is {total}: remove it there"
+        )
+    config["train_batch_size"] = total
+    accelerator.gradient_accumulation_steps = accumulate
+    config["steps_per_print"] = math.inf
+    if not torch.cuda.is_available():
+        config["zero_force_ds_cpu_optimizer"] = False  # it would be compiled first; torch's AdamW does the same

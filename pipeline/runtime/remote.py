@@ -1,0 +1,105 @@
+"""The copy of a run in a bucket: checkpoints, manifest last, and what a person looks at."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+from pipeline.data.store import open_store
+from pipeline.errors import InputError
+
+SHOWN = ("config.yaml", "metrics.jsonl", "tensorboard/*", "samples/*")
+"""What is copied besides checkpoints."""
+
+
+def upload(
+    folder: Path,  # .../checkpoints/step-00001234
+    remote: str,
+    names: list[str],  # of files in it
+) -> None:
+    """Copy files of a checkpoint. Raises InputError or Unavailable as stores do."""
+    for name in names:
+        _copy(folder / name, f"{remote}/checkpoints/{folder.name}", name)
+
+
+def newest(remote: str, manifest: str) -> str:
+    """The name of the newest checkpoint that has its manifest; '' if there is none."""
+    names = [name for name in open_store(f"{remote}/checkpoints").folders() if _is_checkpoint(name)]
+    for name in sorted(names, key=lambda name: int(name.removeprefix("step-")), reverse=True):
+        if manifest in open_store(f"{remote}/checkpoints/{name}").list():
+            return name
+    return ""
+
+
+def download(remote: str, name: str, checkpoints: Path, manifest: str) -> Path:
+    """Bring a checkpoint here, its manifest last; its folder. The caller checks the hashes."""
+    where, folder = f"{remote}/checkpoints/{name}", checkpoints / name
+    text = open_store(where).read(manifest)
+    try:
+        files = json.loads(text)["files"]
+        if any(Path(file).is_absolute() or ".." in Path(file).parts for file in files):
+            raise ValueError("a file outside the folder")
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{where}/{manifest} is no manifest of a checkpoint ({error}): remove {where}") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / manifest).unlink(missing_ok=True)
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        path, _, base = f"{where}/{file}".rpartition("/")
+        with open_store(path).open(base) as source, (folder / file).open("wb") as target:
+            while data := source.read(1 << 20):
+                target.write(data)
+            target.flush()
+            os.fsync(target.fileno())
+    (folder / manifest).write_bytes(text)
+    return folder
+
+
+def fetch_shown(remote: str, run: Path) -> None:
+    """Bring metrics and TensorBoard's files of an earlier part of the run, where none are here yet."""
+    for pattern in SHOWN[1:]:
+        folder = os.path.dirname(pattern)
+        store = open_store(f"{remote}/{folder}".rstrip("/"))
+        for name in store.list():
+            file = run / folder / name
+            if (folder or name == pattern) and not file.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(store.read(name))
+
+
+def mirror(run: Path, remote: str) -> None:
+    """Copy what a person looks at, where it changed in size."""
+    for pattern in SHOWN:
+        folder = os.path.dirname(pattern)
+        store = open_store(f"{remote}/{folder}".rstrip("/"))
+        there = set(store.list())
+        for file in sorted(run.glob(pattern)):
+            same = False
+            if file.name in there:
+                with contextlib.suppress(InputError):
+                    same = store.size(file.name) == file.stat().st_size
+            if not same:
+                _copy(file, f"{remote}/{folder}".rstrip("/"), file.name)
+
+
+def prune(remote: str, names: list[str], manifest: str) -> None:
+    """Remove checkpoints, each manifest first."""
+    for name in names:
+        root = f"{remote}/checkpoints/{name}"
+        open_store(root).delete(manifest)
+        for folder in (root, *(f"{root}/{sub}" for sub in open_store(root).folders())):
+            store = open_store(folder)
+            for file in store.list():
+                store.delete(file)
+
+
+def _copy(file: Path, folder: str, name: str) -> None:
+    """A file to folder/name, streamed; `name` may have folders of its own."""
+    path, _, base = f"{folder}/{name}".rpartition("/")
+    with file.open("rb") as source, open_store(path).write(base) as target:
+        while data := source.read(1 << 20):
+            target.write(data)
+
+
+def _is_checkpoint(name: str) -> bool:
+    return name.startswith("step-") and name.removeprefix("step-").isdecimal()

@@ -1,0 +1,185 @@
+"""What the machine does with its time: floating-point operations, memory, and traces of whole rounds."""
+
+import logging
+import re
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import InputError
+
+log = logging.getLogger("naign.profile")
+
+
+def forward_flops(
+    network: nn.Module,  # bare: before DDP or DeepSpeed takes it
+    shape: tuple[int, ...],  # of one row
+    batch: int = 1,  # rows
+) -> int:
+    """Floating-point operations of one forward of (batch, *shape), a multiply-add counting as two.
+
+    Those of matrix products and convolutions: the rest takes time, but next to none of the arithmetic. Counted on a
+    copy without data, so it costs neither memory nor a kernel, and leaves the network alone.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    values: list[Tensor] = [*network.parameters(), *network.buffers()]
+    empty: dict[int, Any] = {id(value): _without_data(value) for value in values}
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        deepcopy(network, empty)(torch.empty(batch, *shape, device="meta"))
+    return int(counter.get_total_flops())
+
+
+def _without_data(value: Tensor) -> Tensor:
+    bare = torch.empty_like(value, device="meta", requires_grad=False)
+    return nn.Parameter(bare, requires_grad=False) if isinstance(value, nn.Parameter) else bare
+
+
+def fit_flops(
+    forward: int,  # forward_flops of one image
+    forwards: float,  # of an image, with a backward through each
+) -> float:
+    """Floating-point operations of training on one image: a backward is twice a forward (arXiv 2001.08361, 2.1).
+
+    What activation checkpointing computes again does not count: it is no progress (MFU of arXiv 2204.02311, B).
+    """
+    return 3.0 * forward * forwards
+
+
+PEAKS = {
+    # Name without maker:  bfloat16, float16, TF32, float32; TFLOPS, dense, tensor cores adding up in float32.
+    r"B200": (2250, 2250, 1100, 75),
+    r"H200": (989, 989, 494, 67),
+    r"H200 NVL": (836, 836, 418, 60),
+    r"H100 \d+GB HBM\w+": (989, 989, 494, 67),  # SXM
+    r"H100 NVL": (836, 836, 418, 60),
+    r"H100 PCIe": (756, 756, 378, 51),
+    r"A100-(SXM4|PCIE)-\d+GB|A100 80GB PCIe": (312, 312, 156, 19.5),
+    r"L40S": (362, 362, 183, 91.6),
+    r"L4": (121, 121, 60, 30.3),
+    r"A10": (125, 125, 62.5, 31.2),
+    r"GeForce RTX 4090": (165.2, 165.2, 82.6, 82.6),
+    r"V100-SXM\d-\d+GB": (0, 125, 15.7, 15.7),  # no bfloat16 in hardware, and TF32 is float32
+    r"V100-PCIE-\d+GB": (0, 112, 14, 14),
+    r"T4": (0, 65, 8.1, 8.1),
+}
+"""From NVIDIA's data sheets, in which sparsity doubles most figures. A part of a GPU (MIG, vGPU) has another name."""
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Floating-point operations a second that a GPU can do at most; None if it is not known, as for every CPU.
+
+    For float32 those of TF32, where torch uses that: for convolutions it does unless it is told not to.
+    """
+    if device.type != "cuda":
+        return None
+    name = re.sub(r"^(NVIDIA|Tesla) ", "", torch.cuda.get_device_name(device))
+    for pattern, (bfloat16, float16, tf32, float32) in PEAKS.items():
+        if re.fullmatch(pattern, name):
+            plain = tf32 if _uses_tf32() else float32
+            peaks = {torch.bfloat16: bfloat16, torch.float16: float16, torch.float32: plain}
+            return peaks.get(dtype, 0) * 1e12 or None
+    return None
+
+
+def _uses_tf32() -> bool:
+    convolution = getattr(torch.backends.cudnn, "conv", None)
+    if convolution is None:  # older torch
+        return bool(torch.backends.cudnn.allow_tf32)
+    return bool(convolution.fp32_precision == "tf32")
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory so far, in GB: on a GPU what torch's tensors took there, on a CPU what the process held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def parse_rounds(text: str) -> range:
+    """The rounds of '3' or '3-4', both ends included; none of ''. InputError for anything else."""
+    if not text:
+        return range(0)
+    found = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", text)
+    if found:
+        first, last = int(found[1]), int(found[2] or found[1])
+        if first <= last:
+            return range(first, last + 1)
+    raise InputError(f"profile.rounds is '{text}': give one round, as 3, or the first and the last, as 3-4")
+
+
+class Profiler:
+    """Writes one trace of the wanted rounds to folder/profile, for TensorBoard or https://ui.perfetto.dev.
+
+    A context manager: what was started is written however the run ends.
+    """
+
+    def __init__(
+        self,
+        folder: Path,  # the run
+        rounds: str,  # as parse_rounds takes it
+        rank: int,
+    ) -> None:
+        self._folder, self._rank, self._rounds = folder / "profile", rank, parse_rounds(rounds)
+        self._running: Any = None
+
+    @contextmanager
+    def round(self, number: int) -> Iterator[None]:
+        """Around each round of the run."""
+        if number in self._rounds and self._running is None:
+            self._start()
+        try:
+            with self.phase(f"round {number}"):
+                yield
+        except BaseException:
+            self.close()
+            raise
+        if number + 1 not in self._rounds:
+            self.close()
+
+    def phase(self, name: str) -> AbstractContextManager[Any]:
+        """Around a part of a round: it shows in the trace under this name."""
+        if self._running is None:
+            return nullcontext()
+        from torch.profiler import record_function
+
+        context: AbstractContextManager[Any] = record_function(name)
+        return context
+
+    def close(self) -> None:
+        """Write a trace that was started. What cannot be written is told and does not end the run."""
+        running, self._running = self._running, None
+        if running is None:
+            return
+        try:
+            running.stop()
+        except (OSError, RuntimeError) as error:
+            log.warning("no trace of rank %d in %s: %s", self._rank, self._folder, error)
+
+    def _start(self) -> None:
+        from torch.profiler import ProfilerActivity, profile, tensorboard_trace_handler
+
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+        self._running = profile(
+            activities=activities,
+            on_trace_ready=tensorboard_trace_handler(str(self._folder), f"rank-{self._rank:05d}", use_gzip=True),
+            record_shapes=True,
+            profile_memory=True,
+            with_stack=False,
+        )
+        self._running.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()

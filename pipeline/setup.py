@@ -1,0 +1,112 @@
+"""The parts of a run, made from its configuration; what cannot be is refused."""
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from pipeline.config import Config
+from pipeline.data.stream import Stream
+from pipeline.errors import InputError
+from pipeline.evaluate.encoder import load_encoder
+from pipeline.match.space import SpaceConfig, check_space
+from pipeline.round import Run
+from pipeline.runtime.engine import Engine
+
+
+def open_stream(config: Config, rank: int, world: int) -> Stream:
+    """This rank's stream; InputError where the data and the world do not go together."""
+    return Stream(config.data, seed=config.seed, round_size=config.match.round, rank=rank, world=world)
+
+
+def check_engine(config: Config, accelerator: Accelerator) -> None:
+    """InputError where the launcher's engine cannot do what the configuration asks for."""
+    batch, world, accumulate = config.train.batch, accelerator.num_processes, config.train.accumulate
+    if batch % (world * accumulate):
+        least = world * accumulate
+        raise InputError(
+            f"train.batch={batch} images cannot be shared evenly by {world} ranks x {accumulate} micro-batches "
+            f"(train.accumulate): --train.batch={-(-batch // least) * least} can"
+        )
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return
+    stage = int(accelerator.state.deepspeed_plugin.zero_stage)
+    if config.objective.name == "ign" and (stage == 3 or accelerator.mixed_precision != "no"):
+        raise InputError(
+            "objective.name=ign evaluates a frozen copy of the network, which ZeRO-3 and DeepSpeed's low precision do "
+            "not allow: use ZeRO 0 to 2 in float32, or DDP"
+        )
+    if stage == 0 and accelerator.mixed_precision != "no":
+        raise InputError(
+            f"DeepSpeed ZeRO-0 in {accelerator.mixed_precision} keeps its float32 weights where no checkpoint "
+            "can reach them: use ZeRO 1 to 3, or DDP"
+        )
+    for name in ("compile", "channels_last"):
+        if getattr(config.train, name):
+            raise InputError(
+                f"train.{name} does not go with DeepSpeed, which lays weights out anew: leave it out, or use DDP"
+            )
+
+
+def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator) -> Engine:
+    """The engine that trains `bare`."""
+    train = config.train
+    if train.channels_last:
+        bare.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Engine(
+        accelerator,
+        bare,
+        lr=train.lr,
+        betas=(train.beta1, train.beta2),
+        weight_decay=train.weight_decay,
+        clip=train.clip,
+        batch=train.batch,
+        accumulate=train.accumulate,
+        ema=train.ema,
+        compile=train.compile,
+    )
+
+
+def open_features(
+    space: SpaceConfig, shape: tuple[int, ...], device: torch.device
+) -> Callable[[Tensor], Tensor] | None:
+    """The encoder of the match's space, if it has one; InputError where space and data do not go together."""
+    check_space(space, shape)
+    if not space.features:
+        return None
+    encoder = load_encoder(space.encoder)
+    if encoder.shape not in (None, shape):
+        raise InputError(f"match.space.encoder '{space.encoder}' reads {encoder.shape}, these images are {shape}")
+    if encoder.network:
+        encoder.network.to(device)
+    return encoder.features
+
+
+def shared(text: str, accelerator: Accelerator) -> str:
+    """Collective: rank 0's text."""
+    told = [text]
+    if accelerator.num_processes > 1:
+        dist.broadcast_object_list(told, src=0)
+    return told[0]
+
+
+def headline(run: Run, rounds: int, newest: Path | None) -> str:
+    """What a run says of itself before the first round."""
+    config, stream, engine, train = run.config, run.stream, run.engine, run.config.train
+    parameters = sum(math.prod(shape) for shape in engine.shapes.values())
+    start = f"resuming from {newest}" if newest else "starting anew"
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return (
+        f"{stream.manifest.name} {'x'.join(map(str, stream.shape))}, {stream.order.describe()}\n"
+        f"{config.objective.name} with {parameters / 1e6:.2f} M parameters on {run.world} x "
+        f"{run.accelerator.device.type} ({engine.described}; {local} here, {torch.get_num_threads()} threads each)\n"
+        f"batch {train.batch} = {engine.micro} images x {train.accumulate} micro-batches x {run.world} ranks; "
+        f"{rounds} rounds of {config.match.round} images x {train.passes} passes for {train.images}, "
+        f"pool {config.match.pool}; {start} in {config.run.path}"
+    )

@@ -1,0 +1,77 @@
+"""What the ranks of tests/runtime/test_watchdog.py run: one waits for the other."""
+
+import os
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+from pipeline.runtime.watchdog import Watchdog
+
+
+def begin(rank: int, world: int, timeout: float) -> Watchdog:
+    """A watchdog in "take" of round 12, once all ranks are there and have posted it."""
+    watchdog = Watchdog(rank=rank, world=world, timeout=timeout, every=0.2)
+    watchdog.__enter__()
+    watchdog.enter("take", 12)
+    dist.barrier()
+    time.sleep(0.5)
+    return watchdog
+
+
+def late(rank: int, world: int) -> None:
+    watchdog = begin(rank, world, 60 if rank else 2)
+    if rank:
+        time.sleep(60)
+    watchdog.enter("match", 12)
+    dist.all_reduce(torch.ones(1))
+
+
+def frozen(rank: int, world: int) -> None:
+    """As a host that vanished: no connection is closed."""
+    watchdog = begin(rank, world, 3)
+    watchdog.enter("match", 12)
+    if rank:
+        time.sleep(0.5)  # long enough to post it
+        os.kill(os.getpid(), signal.SIGSTOP)
+    dist.all_reduce(torch.ones(1))
+
+
+def killed(rank: int, world: int) -> None:
+    """Rank 0 waits where it does not notice, and holds its connection to the store all the time."""
+    watchdog = begin(rank, world, 3)
+    if rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    watchdog.enter("match", 12)
+    _get_default_store().get("never")
+
+
+def holder_killed(rank: int, world: int) -> None:
+    watchdog = begin(rank, world, 2)
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    watchdog.enter("match", 12)
+    time.sleep(60)
+
+
+def left(rank: int, world: int) -> None:
+    """Rank 1 is out of the context but still there."""
+    watchdog = begin(rank, world, 2)
+    if rank:
+        watchdog.__exit__(None, None, None)
+        time.sleep(60)
+    watchdog.enter("match", 12)
+    time.sleep(60)
+
+
+def slow(rank: int, world: int) -> None:
+    """Both make progress and part in good order."""
+    with Watchdog(rank=rank, world=world, timeout=1, every=0.2) as watchdog:
+        for round in range(3):
+            watchdog.enter("fit", round)
+            for _ in range(3):
+                time.sleep(0.3)
+                watchdog.beat()
+            dist.all_reduce(torch.ones(1))
