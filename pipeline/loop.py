@@ -143,7 +143,7 @@ def train(config: Config, accelerator: Accelerator) -> bool:
                     clock.append(time.perf_counter())
                 position.round, position.done = position.round + 1, 0
                 position.seconds += clock[-1] - clock[0]
-                with run.phase("report"):
+                with run.phase("report"), together(accelerator):
                     report(run, work, taken, values, clock, rounds)
                 saved = work = None
 
@@ -156,9 +156,12 @@ def train(config: Config, accelerator: Accelerator) -> bool:
         except Stopped:
             if position.done and work is None:  # resumed within a round, and stopped before it could go on
                 assert saved is not None
-                checkpoint(run, saved.under, again=saved.began)
+                checkpoint(run, saved.under, began=saved.began)
+            elif position.done:
+                assert work is not None
+                checkpoint(run, under_way(run, work), began=work.began)
             else:
-                checkpoint(run, under_way(run, work) if work and position.done else None)
+                checkpoint(run, None)
             monitor.say(
                 f"stopped on request in round {position.round + 1} of {rounds}; the same command goes on from here"
             )
@@ -233,13 +236,13 @@ def under_way(run: Run, work: Work) -> Under:
     return found
 
 
-def checkpoint(run: Run, under: Under | None, *, again: int = 0) -> None:
+def checkpoint(run: Run, under: Under | None, *, began: int = 0) -> None:
     """Collective: begin to write checkpoints/step-XXXXXXXX, unless it is there already."""
     name = f"step-{run.position.step:08d}"
     if name == run.written:
         return
     files = snapshot(
-        run.config, run.stream, run.engine, run.position, run.spectrum, under=under, began=again or run.world
+        run.config, run.stream, run.engine, run.position, run.spectrum, under=under, began=began or run.world
     )
     with together(run.accelerator):
         run.writer.start(name, files)

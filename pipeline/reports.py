@@ -22,20 +22,24 @@ def report(run: Run, work: Work, taken: Taken, values: dict[str, float], clock: 
     if work.match:
         values |= work.match.values
         alarm(run, work.match.values)
-    if last or position.round % config.report.rounds == 0:
+    reported = last or position.round % config.report.rounds == 0
+    if reported:
         values |= speed_values(run, clock)
         values |= {"seconds/training": position.seconds, "train/skipped": position.skipped}
         values |= data_values(taken, run.stream, work.number, run.accelerator)
         values |= {"checkpoint/seconds": run.writer.seconds, "checkpoint/upload_seconds": run.writer.uploaded}
-        monitor.scalars(values, position.images_seen, round=work.number, step=position.step)
-        if work.match:
-            monitor.histogram("match/distance", work.match.distances, position.images_seen)
-    pictures = config.report.pictures
+    pictures, drawn = config.report.pictures, {}
     wanted = pictures and (last or position.round == 1 or position.round % pictures == 0)
     if wanted and (run.rank == 0 or run.engine.sharded):
         shown = replace(work.draw, round=rounds).latents(torch.arange(64))  # of no round: the same all along
-        for name, picture in draw_progress(run.engine.sample, shown, work.images).items():
-            monitor.picture(name, picture, position.images_seen)
+        drawn = draw_progress(run.engine.sample, shown, work.images)
+    # From here on rank 0 alone works, and may fail.
+    if reported:
+        monitor.scalars(values, position.images_seen, round=work.number, step=position.step)
+        if work.match:
+            monitor.histogram("match/distance", work.match.distances, position.images_seen)
+    for name, picture in drawn.items():
+        monitor.picture(name, picture, position.images_seen)
 
 
 def alarm(run: Run, values: dict[str, float]) -> None:

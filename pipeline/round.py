@@ -18,6 +18,7 @@ from pipeline.runtime.engine import Engine
 from pipeline.runtime.monitor import Monitor
 from pipeline.runtime.signals import StopRequest
 from pipeline.runtime.speed import Profiler
+from pipeline.runtime.titles import title
 from pipeline.runtime.watchdog import Watchdog
 
 
@@ -78,6 +79,7 @@ class Run:
     def phase(self, name: str) -> Iterator[None]:
         """Around a part of a round, for whoever looks: the watchdog, a trace."""
         self.watch.enter(name, self.position.round)
+        title(name)
         with self.profiler.phase(name):
             yield
 

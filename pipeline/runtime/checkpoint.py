@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from pipeline.errors import InputError, Unavailable
 from pipeline.runtime import remote
+from pipeline.runtime.titles import title
 
 log = logging.getLogger("naign.checkpoint")
 
@@ -166,6 +167,7 @@ class Writer:
         return True
 
     def _work(self, folder: Path, files: Mapping[str, Write]) -> None:
+        title("write")
         begun = time.perf_counter()
         entries, problem, lost, uploading = Entries(), "", "", 0.0
         try:
@@ -176,6 +178,7 @@ class Writer:
         except Exception as error:
             problem = f"rank {self._rank}: {type(error).__name__}: {error}"
         if self._remote and not problem:
+            title("upload")
             clock = time.perf_counter()
             lost = self._try(lambda: remote.upload(folder, self._remote, list(entries)))
             uploading = time.perf_counter() - clock

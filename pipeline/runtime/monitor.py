@@ -1,6 +1,8 @@
 """What a person watching a run sees: TensorBoard, metrics.jsonl, pictures and a progress bar. Only rank 0 writes."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -10,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from pipeline.errors import InputError
 
 
 class Monitor:
@@ -42,6 +46,17 @@ class Monitor:
             total=images, initial=images_seen, unit="img", unit_scale=True, dynamic_ncols=True, smoothing=0.05
         )
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn what a full or failing disk raises into an InputError."""
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"{self.folder}: what is reported cannot be written ({error.strerror or error}): make room; the newest "
+                "checkpoint is untouched, and the same command goes on from it"
+            ) from None
+
     def advance(self, images: int) -> None:
         """Move the bar."""
         if self.active:
@@ -51,21 +66,26 @@ class Monitor:
         """One point of each series, and one line of metrics.jsonl."""
         if not self.active:
             return
-        for name, value in values.items():
-            self._board.add_scalar(name, value, images_seen)
-        with self._metrics.open("a") as file:
+        with self._writing(), self._metrics.open("a") as file:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, images_seen)
             file.write(json.dumps({"images_seen": images_seen, **more, **values}) + "\n")
         shown = {name.split("/")[-1]: values[name] for name in ("loss/total", "match/distance") if name in values}
         self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
 
     def histogram(self, name: str, values: Tensor, images_seen: int) -> None:
         if self.active:
-            self._board.add_histogram(name, values, images_seen)
+            with self._writing():
+                self._board.add_histogram(name, values, images_seen)
 
     def picture(self, name: str, picture: Image.Image, images_seen: int) -> None:
         """To TensorBoard, and as samples/NAME-IMAGES.png."""
         if not self.active:
             return
+        with self._writing():
+            self._picture(name, picture, images_seen)
+
+    def _picture(self, name: str, picture: Image.Image, images_seen: int) -> None:
         self._board.add_image(name, np.asarray(picture.convert("RGB")), images_seen, dataformats="HWC")
         folder = self.folder / "samples"
         folder.mkdir(exist_ok=True)
@@ -79,13 +99,18 @@ class Monitor:
     def close(self) -> None:
         if self.active:
             self._bar.close()
-            self._board.close()
+            with self._writing():
+                self._board.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
+        if error is None:
+            self.close()
+        else:  # which is the one to tell
+            with contextlib.suppress(InputError):
+                self.close()
 
 
 def _seen(line: str) -> float:

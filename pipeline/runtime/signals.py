@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C ask for a checkpoint and exit 75; all ranks agree on when."""
+"""SIGTERM, SIGUSR1 and Ctrl-C ask for a checkpoint and exit 75, when all ranks agree."""
 
 import ctypes
 import math

@@ -1,0 +1,170 @@
+"""Every engine trains the same, resumes to the last bit, and takes over from every other one on any number of ranks."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from pipeline.model.naign import NAIGN
+from pipeline.runtime.checkpoint import newest_checkpoint
+from tests.conftest import ROOT, SMALL, environment, train_command
+
+ROUNDS, STEPS = 4, 8
+"""Of a run, and a round."""
+
+Losses = list[dict[str, float]]
+
+
+def engine(name: str, folder: Path, **changes: Any) -> str:
+    """A launcher configuration of two ranks. `zero3` cuts every parameter up, which by default only large ones are."""
+    config = yaml.safe_load((ROOT / f"launch/{name}.yaml").read_text()) | {"num_processes": 2}
+    if name.startswith("zero3"):
+        settings = {"stage": 3, "stage3_param_persistence_threshold": 0}
+        if name.endswith("offload"):
+            settings |= {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+        file = folder / f"{name}.json"
+        file.write_text(
+            json.dumps({"zero_optimization": settings, "bf16": {"enabled": "auto"}, "gradient_clipping": "auto"})
+        )
+        config["deepspeed_config"] = {"deepspeed_config_file": str(file), "zero3_init_flag": False}
+        del config["mixed_precision"]
+    if "deepspeed_config" in config:
+        config["deepspeed_config"] |= changes
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return str(file)
+
+
+def launch(file: str, folder: Path, *options: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    command = train_command(*options)
+    at = command.index("--quiet") + 1
+    command[at:at] = ["--config_file", file, "--num_processes", str(ranks), "--main_process_port", "0"]
+    return subprocess.run(
+        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def options(digits: str, run: str) -> list[str]:
+    return [
+        *(f"--data.path={digits}", f"--run.path={run}", *SMALL, f"--train.images={256 * ROUNDS}", "--train.ema=0.9"),
+        *("--checkpoint.rounds=1", "--checkpoint.keep=0"),
+    ]
+
+
+def losses(run: Path) -> Losses:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key.startswith(("loss/", "match/dist"))} for line in lines]
+
+
+def from_round(run: Path, other: Path, rounds: int) -> None:
+    """`other` begins with the checkpoint of `run` after so many rounds."""
+    step = f"checkpoints/step-{rounds * STEPS:08d}"
+    shutil.copytree(run / step, other / step)
+
+
+def weights(run: Path, name: str = "model") -> dict[str, torch.Tensor]:
+    newest = newest_checkpoint(run / "checkpoints")
+    assert newest and newest.name == f"step-{ROUNDS * STEPS:08d}"
+    return load_file(newest / f"{name}.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def plain(digits: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of DDP on two ranks, all checkpoints kept."""
+    folder = tmp_path_factory.mktemp("plain")
+    done = launch(engine("cpu", folder), folder, *options(digits, "run"))
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"])
+def test_deepspeed_trains_as_ddp_does_resumes_bit_for_bit_and_exports(name, plain, digits, tmp_path, naign):
+    file = engine(name, tmp_path)
+    whole = launch(file, tmp_path, *options(digits, "whole"))
+    assert whole.returncode == 0, whole.stderr
+    for ours, theirs in zip(losses(tmp_path / "whole"), losses(plain), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+    # Its own checkpoint: the same to the last bit.
+    from_round(tmp_path / "whole", tmp_path / "again", 2)
+    again = launch(file, tmp_path, *options(digits, "again"))
+    assert again.returncode == 0 and "resuming from" in again.stdout + again.stderr, again.stderr
+    assert losses(tmp_path / "again") == losses(tmp_path / "whole")[2:]
+    for kind in ("model", "ema"):
+        assert same(weights(tmp_path / "again", kind), weights(tmp_path / "whole", kind))
+
+    # What it wrote is a model like any other.
+    assert naign("export", "whole", "--to", "model").returncode == 0
+    model = NAIGN.from_pretrained(tmp_path / "model")
+    assert same(model.network.state_dict(), weights(tmp_path / "whole", "ema"))
+    assert torch.isfinite(model.sample(4)).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "ranks"), [("zero2", 2), ("zero3", 2), ("zero1", 4), ("single", 1)])
+def test_another_engine_goes_on_with_the_optimizers_state(name, ranks, plain, digits, tmp_path):
+    from_round(plain, tmp_path / "run", 2)
+    done = launch(engine(name, tmp_path), tmp_path, *options(digits, "run"), ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    found, expected = losses(tmp_path / "run"), losses(plain)[2:]
+    # Another number of ranks takes other images together in a step; without AdamW's moments it would be ten times that.
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-5 if ranks == 2 else 5e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cpu", "zero2"])
+def test_micro_batches_and_bfloat16(name, plain, digits, tmp_path):
+    file = engine(name, tmp_path)
+    done = launch(file, tmp_path, *options(digits, "parts"), "--train.accumulate=2")
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(losses(tmp_path / "parts"), losses(plain), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert "8 images x 2 micro-batches x 2 ranks" in done.stdout + done.stderr
+
+    done = launch(file, tmp_path, *options(digits, "half"), "--train.precision=bf16")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = losses(tmp_path / "half")[-1]["loss/total"], losses(plain)[-1]["loss/total"]
+    assert ours != theirs and ours == pytest.approx(theirs, rel=0.02)
+    assert all(value.dtype == torch.float32 for value in weights(tmp_path / "half").values())
+
+
+@pytest.mark.slow
+def test_channels_last_and_recomputed_networks_train_alike(digits, tmp_path):
+    file = engine("cpu", tmp_path)
+    more = ["--train.recompute", "--train.channels_last", "--model.depth=1"]
+    for run, extra in (("deep", ["--model.depth=1"]), ("other", more)):
+        done = launch(file, tmp_path, *options(digits, run), *extra)
+        assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(losses(tmp_path / "other"), losses(tmp_path / "deep"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "changes", "extra", "said"),
+    [
+        ("zero2", {"gradient_accumulation_steps": 4}, [], "gradient_accumulation_steps: 4, but train.accumulate"),
+        ("zero2", {"gradient_clipping": 5.0}, [], "gradient_clipping: 5.0, but train.clip"),
+        ("zero3", {}, ["--objective.name=ign"], "frozen copy"),
+        ("zero0", {}, ["--train.precision=bf16"], "use ZeRO 1 to 3, or DDP"),
+        ("zero2", {}, ["--train.compile"], "train.compile does not go with DeepSpeed"),
+        ("zero1", {}, ["--train.accumulate=3"], "2 ranks x 3 micro-batches"),
+        ("cpu", {}, ["--train.precision=fp16"], "fp16 needs a GPU"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused_at_the_start(name, changes, extra, said, digits, tmp_path):
+    done = launch(engine(name, tmp_path, **changes), tmp_path, *options(digits, "run"), *extra)
+    assert done.returncode != 0 and said in done.stderr, done.stderr
+    assert "exitcode  : 2" in done.stderr and not list((tmp_path / "run").glob("checkpoints/*"))

@@ -1,0 +1,151 @@
+"""What goes wrong while a run is under way: numbers that are not finite, a full disk, a bucket that is taken away."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from pipeline.errors import BAD_INPUT
+from pipeline.runtime.checkpoint import newest_checkpoint
+from tests.conftest import ROOT, SMALL, Program, environment, start
+from tests.e2e.ranks import Job
+from tests.servers import S3Server
+
+POISON = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from pipeline import fit
+from pipeline.model import objectives
+made, count = objectives.losses, [0]
+def losses(*args, **kwargs):
+    count[0] += 1
+    terms = made(*args, **kwargs)
+    # Only this rank, and only in these steps.
+    if {rank} == int(__import__("os").environ.get("RANK", 0)) and count[0] in {steps}:
+        terms["total"] = terms["total"] * float("nan")
+    return terms
+fit.losses = losses
+sys.argv = ["train.py", *sys.argv[1:]]
+from pipeline import train
+train.main()
+"""
+"""The main job, but for some losses of one rank, which become NaN."""
+
+
+def poisoned(folder: Path, steps: range | list[int], rank: int, *options: str, world: int = 1) -> list[str]:
+    program = folder / "poisoned.py"
+    program.write_text(POISON.format(root=str(ROOT), steps=steps, rank=rank))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    if world > 1:
+        command += ["--config_file", str(ROOT / "launch/cpu.yaml"), "--num_processes", "2", "--main_process_port", "0"]
+    return [*command, str(program), "--run.path=run", *SMALL, *options]
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_loss_that_is_not_finite_costs_its_step_and_no_more(world, digits, tmp_path):
+    options = [f"--data.path={digits}", "--train.images=1024", "--train.ema=0.9"]
+    done = run(poisoned(tmp_path, [5, 6, 20], world - 1, *options, world=world), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("is not finite: skipped") == 3 and "round 0] warning: step 4" in done.stderr
+    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["train/skipped"] == 3 and 0 < last["loss/total"] < 2
+    newest = newest_checkpoint(tmp_path / "run/checkpoints")
+    for name in ("model", "ema"):
+        assert all(value.isfinite().all() for value in load_file(newest / f"{name}.safetensors").values())
+
+
+@pytest.mark.slow
+def test_too_many_of_them_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(digits, tmp_path):
+    options = [f"--data.path={digits}", "--train.images=4096", "--checkpoint.rounds=1", "--train.bad_steps=4"]
+    done = run([*poisoned(tmp_path, range(18, 100), 0, *options)], tmp_path)
+    assert "4 steps in a row" in done.stderr and "step-00000016" in done.stderr and "train.lr" in done.stderr
+    assert newest_checkpoint(tmp_path / "run/checkpoints").name == "step-00000016"
+    alone = [sys.executable, *poisoned(tmp_path, range(1, 100), 0, *options)[4:]]
+    assert run(alone, tmp_path).returncode == BAD_INPUT
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small disk")
+def test_a_full_disk_leaves_the_checkpoint_before(digits, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("no small disk can be mounted here")
+    try:
+        options = [f"--data.path={digits}", *SMALL, "--train.images=200000", "--checkpoint.rounds=1"]
+        job = start(tmp_path, f"--run.path={disk}/run", *options, "--checkpoint.keep=1")
+        checkpoints = disk / "run/checkpoints"
+        while job.poll() is None and not list(checkpoints.glob("*/manifest.json")):
+            time.sleep(0.01)
+        (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 4096))
+        _, errors = job.communicate(timeout=60)
+        assert job.returncode == BAD_INPUT and "train: error: " in errors and "No space left" in errors, errors
+        assert newest_checkpoint(checkpoints) and "untouched" in errors
+        (disk / "filler").unlink()
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_a_bucket_that_is_taken_away_leaves_local_checkpoints_and_a_warning(
+    digits: str, s3: S3Server, bucket: str, tmp_path: Path
+) -> None:
+    options = [f"--data.path={digits}", *SMALL, "--train.images=25600", "--checkpoint.rounds=2"]
+    with Job(tmp_path, 2, ("--run.path=run", f"--run.remote={bucket}/run", *options)) as job:
+        job.wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists())
+        s3.client().delete_bucket(Bucket=bucket.removeprefix("s3://"))
+        assert job.ended(120) == [0, 0], job.said()
+        assert "stays local" in job.said() and "there is no bucket" in job.said()
+    newest = newest_checkpoint(tmp_path / "run/checkpoints")
+    assert newest and newest.name == "step-00000800"
+
+
+@pytest.mark.slow
+def test_a_bucket_that_cannot_be_written_is_refused_at_the_start(
+    digits: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for remote, said in ((f"{bucket}-none/run", "there is no bucket"), (f"{bucket}/run", "check the credentials")):
+        job = start(tmp_path, "--run.path=run", f"--data.path={digits}", f"--run.remote={remote}", *SMALL)
+        _, errors = job.communicate(timeout=60)
+        assert job.returncode == BAD_INPUT and said in errors and "Traceback" not in errors, errors
+        assert not (tmp_path / "run").exists()
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+
+
+@pytest.mark.slow
+def test_a_run_that_was_lost_goes_on_from_the_bucket(train: Program, digits: str, bucket: str, tmp_path: Path) -> None:
+    options = [f"--data.path={digits}", *SMALL, f"--run.remote={bucket}/run", "--checkpoint.rounds=2"]
+    job = start(tmp_path, "--run.path=run", *options, "--train.images=200000")
+    metrics = tmp_path / "run/metrics.jsonl"
+    while job.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 7):
+        time.sleep(0.01)
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=60)
+    newest = newest_checkpoint(tmp_path / "run/checkpoints")
+    assert job.returncode == 75 and newest
+    (tmp_path / "run").rename(tmp_path / "lost")
+    again = start(tmp_path, "--run.path=run", *options, "--train.images=200000")
+    while again.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 12):
+        time.sleep(0.01)
+    again.send_signal(signal.SIGTERM)
+    again.communicate(timeout=60)
+    assert again.returncode == 75
+    rounds = [json.loads(line)["round"] for line in metrics.read_text().splitlines()]
+    assert rounds == list(range(len(rounds)))  # what was reported before was fetched, too
+    never = train("--run.path=other", *options, "--resume=never")
+    assert never.returncode != 0 and "already holds a run" in never.stderr

@@ -1,0 +1,128 @@
+"""A run that is asked to stop does so in time from any phase, on all ranks with code 75, and goes on bit for bit."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.errors import INTERRUPTED
+from pipeline.runtime.checkpoint import newest_checkpoint
+from tests.conftest import SMALL, Program
+from tests.e2e.ranks import Job
+from tests.proxy import FaultProxy, Faults
+
+WITHIN = 15
+LONG = {
+    "match": ["--match.ratio=300", "--train.passes=1"],
+    "fit": ["--train.passes=60"],
+    "take": ["--train.passes=1"],
+    "write": ["--train.passes=1", "--checkpoint.rounds=1", "--train.ema=0.9"],
+    "upload": ["--train.passes=1", "--checkpoint.rounds=1"],
+}
+"""Settings under which a run spends most of its time in a phase."""
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key.startswith(("loss/", "match/"))} for line in lines]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    newest = newest_checkpoint(run / "checkpoints")
+    assert newest
+    return load_file(newest / "model.safetensors")
+
+
+def options(data: str, phase: str, rounds: int) -> list[str]:
+    passes = next(int(option.split("=")[1]) for option in LONG[phase] if option.startswith("--train.passes"))
+    return [
+        *(f"--data.path={data}", *SMALL, *LONG[phase], f"--train.images={256 * rounds * passes}"),
+        f"--stop.within={WITHIN}",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["match", "fit"])
+def test_a_stop_within_a_round_goes_on_bit_for_bit(phase, digits, tmp_path):
+    more = options(digits, phase, 2)
+    with Job(tmp_path, 2, ("--run.path=whole", *more)) as job:
+        assert job.ended(120) == [0, 0], job.said()
+    for asked in (0, 1):
+        with Job(tmp_path, 2, ("--run.path=run", *more)) as job:
+            job.wait_for(lambda: phase in job.phases(asked))  # noqa: B023
+            time.sleep(0.3)
+            sent = time.monotonic()
+            job.processes[asked].send_signal((signal.SIGTERM, signal.SIGUSR1)[asked])
+            assert job.ended(WITHIN) == [INTERRUPTED] * 2, job.said()
+            assert time.monotonic() - sent < WITHIN
+        newest = newest_checkpoint(tmp_path / "run/checkpoints")
+        assert newest
+        assert (json.loads((newest / "trainer.json").read_text())["done"] > 0) == (phase == "fit")
+    with Job(tmp_path, 2, ("--run.path=run", *more)) as job:
+        assert job.ended() == [0, 0]
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    theirs = weights(tmp_path / "whole")
+    assert all(torch.equal(value, theirs[name]) for name, value in weights(tmp_path / "run").items())
+
+
+@pytest.mark.slow
+def test_a_stop_within_a_fit_goes_on_with_other_ranks(digits, tmp_path):
+    """3 ranks, then 2, then 1: each step of the round has the images that it would have had."""
+    more = options(digits, "fit", 1)
+    more[more.index("--match.round=256")] = "--match.round=192"
+    more[more.index("--train.batch=32")] = "--train.batch=48"
+    more = [option for option in more if not option.startswith(("--train.images", "--train.passes"))]
+    more += ["--train.passes=200", f"--train.images={192 * 200}"]
+    with Job(tmp_path, 3, ("--run.path=whole", *more)) as job:
+        assert job.ended(120) == [0, 0, 0], job.said()
+    for world in (3, 2, 1):
+        with Job(tmp_path, world, ("--run.path=run", *more, f"--data.trace=trace-{world}")) as job:
+            job.wait_for(lambda: "fit" in job.phases())
+            time.sleep(0.2)
+            job.processes[0].send_signal(signal.SIGTERM)
+            assert job.ended(WITHIN) == [INTERRUPTED] * world, job.said()
+        newest = newest_checkpoint(tmp_path / "run/checkpoints")
+        assert newest and json.loads((newest / "trainer.json").read_text())["began"] == 3
+    with Job(tmp_path, 2, ("--run.path=run", *more)) as job:
+        assert job.ended(120) == [0, 0], job.said()
+    for ours, theirs in zip(losses(tmp_path / "run"), losses(tmp_path / "whole"), strict=True):
+        assert ours["match/distance"] == pytest.approx(theirs["match/distance"], rel=1e-3)
+        assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_stop_while_the_store_does_not_answer(naign: Program, bucket: str, proxy: FaultProxy, tmp_path: Path) -> None:
+    data = f"{bucket}/digits"
+    assert naign("pack", "digits", "--to", data, "--shards", "4").returncode == 0
+    proxy.faults = Faults(latency=1000, only=".tar")
+    with Job(tmp_path, 2, ("--run.path=run", *options(data, "take", 8))) as job:
+        job.wait_for(lambda: "take" in job.phases(1))
+        sent = time.monotonic()
+        job.processes[1].send_signal(signal.SIGTERM)
+        assert job.ended(WITHIN) == [INTERRUPTED] * 2, job.said()
+        assert time.monotonic() - sent < WITHIN
+    assert newest_checkpoint(tmp_path / "run/checkpoints")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("phase", "asked"), [("write", 0), ("upload", 1)])
+def test_a_stop_while_a_checkpoint_is_written_or_sent(
+    phase: str, asked: int, digits: str, bucket: str, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    more = options(digits, phase, 200)
+    if phase == "upload":
+        more.append(f"--run.remote={bucket}/run")
+    with Job(tmp_path, 2, ("--run.path=run", *more)) as job:
+        job.wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists())
+        if phase == "upload":
+            proxy.faults = Faults(latency=0.3)
+        job.wait_for(lambda: phase in job.phases(asked))
+        sent = time.monotonic()
+        job.processes[asked].send_signal(signal.SIGTERM)
+        assert job.ended(WITHIN + 1) == [INTERRUPTED] * 2, job.said()
+        assert time.monotonic() - sent < WITHIN + 1
+    assert newest_checkpoint(tmp_path / "run/checkpoints")
