@@ -13,7 +13,6 @@ from pipeline.model.objectives import losses
 from pipeline.round import Run, Work
 from pipeline.runtime.checkpoint import newest_checkpoint
 from pipeline.runtime.distributed import total
-from pipeline.runtime.signals import Poll
 from pipeline.schedule import steps_of
 
 log = logging.getLogger("naign.fit")
@@ -36,7 +35,7 @@ def fit(run: Run, work: Work, budget: int) -> dict[str, float]:
         world=run.world,
         began=work.began,
     )
-    poll, lr = Poll(run.stop), 0.0
+    poll, lr = run.poll("fit"), 0.0
     while position.done < len(steps):
         run.watch.beat()
         if poll():

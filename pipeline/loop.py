@@ -33,7 +33,7 @@ from pipeline.runtime.distributed import together
 from pipeline.runtime.logs import at_round, set_up
 from pipeline.runtime.monitor import Monitor
 from pipeline.runtime.preflight import preflight
-from pipeline.runtime.signals import Poll, StopRequest
+from pipeline.runtime.signals import StopRequest
 from pipeline.runtime.speed import Profiler, forward_flops
 from pipeline.runtime.watchdog import Watchdog
 from pipeline.setup import build_engine, check_engine, headline, open_features, open_stream, shared
@@ -204,7 +204,7 @@ def take(run: Run, saved: Saved | None) -> tuple[Work, Taken]:
 
 def find_match(run: Run, work: Work) -> Match:
     """Collective: the latent whose sample is nearest to each image of this rank, out of the pool of all ranks."""
-    poll = Poll(run.stop)
+    poll = run.poll("match")
 
     def sample(ids: Tensor) -> Tensor:
         run.watch.beat()

@@ -16,7 +16,7 @@ from pipeline.run import Position
 from pipeline.runtime.checkpoint import Writer
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.monitor import Monitor
-from pipeline.runtime.signals import StopRequest
+from pipeline.runtime.signals import Poll, StopRequest
 from pipeline.runtime.speed import Profiler
 from pipeline.runtime.titles import title
 from pipeline.runtime.watchdog import Watchdog
@@ -70,10 +70,16 @@ class Run:
     """Of the fourier law, measured on the first round."""
     forward: int = 0
     """Floating-point operations of f of one image."""
+    polls: dict[str, Poll] = field(default_factory=dict)
+    """Of each phase in which all ranks go in step."""
     written: str = ""
     """Name of the newest checkpoint."""
     bad: int = 0
     """Steps in a row, up to now, that were skipped."""
+
+    def poll(self, phase: str) -> Poll:
+        """Collective: whether to stop is looked at in `phase`, which begins."""
+        return self.polls.setdefault(phase, Poll(self.stop)).begin()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

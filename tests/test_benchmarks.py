@@ -63,3 +63,29 @@ def test_data_measures_readers_of_a_folder_and_of_a_server(tmp_path: Path) -> No
         assert rows[where, "mosaicml-streaming"]["missing"] == "pip install mosaicml-streaming"
     assert rows["memory", "Pillow"]["seconds"] > 0 and rows["memory", "Pillow"]["floor"]
     assert done.stdout.strip() == (tmp_path / "results/data.md").read_text().strip()
+
+
+@pytest.mark.slow
+def test_step_measures_the_fit_checkpoints_and_resumption(tmp_path: Path) -> None:
+    options = ["--quick", "--scratch", "scratch", "--to", "results/step"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks/step.py"), *options],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results/step.json").read_text())
+    for row in results["fit"].values():
+        assert row["ratio"][1] > 0 and row["cpu"][1] > 0
+        assert row["ours"]["memory"] > 0 and row["bare"]["memory"] > 0
+    assert len(results["fit"]) == 2
+    for row in results["checkpoint"].values():
+        assert row["bytes"] > 12 * row["parameters"] and len(row["still"]) == len(row["written"]) == 2
+    assert len(results["checkpoint"]) == 2
+    assert all(seconds > 0 for (seconds,) in results["resume"].values())
+    assert done.stdout.strip() == (tmp_path / "results/step.md").read_text().strip()
+    assert not any((tmp_path / "scratch").iterdir())

@@ -116,9 +116,11 @@ class Engine:
             norm = self._step_deepspeed()
         else:
             norm = float(self.accelerator.clip_grad_norm_(self.bare.parameters(), self._clip or math.inf))
-            if math.isfinite(norm) or self.accelerator.scaler is not None:  # a scaler skips by itself, and learns of it
-                self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            # Accelerate's wrapper looks for a package on the disk with every step; only a scaler needs it.
+            scaled = self.accelerator.scaler is not None
+            if math.isfinite(norm) or scaled:  # a scaler skips by itself, and learns of it
+                (self.optimizer if scaled else self._adam).step()
+            self._adam.zero_grad(set_to_none=True)
         if self.ema is not None and math.isfinite(norm):
             self._average()
         return norm

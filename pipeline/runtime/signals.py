@@ -92,6 +92,7 @@ class Poll:
         self._passed, self._last = 0, now
         return stopping
 
-    def restart(self) -> None:
-        """Collective: a new phase begins, in which passing may take longer."""
-        self._stride, self._passed, self._last = 1, 0, time.monotonic()
+    def begin(self) -> "Poll":
+        """Collective: a phase begins that is like the last one."""
+        self._passed, self._last = 0, time.monotonic()
+        return self
