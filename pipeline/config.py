@@ -113,8 +113,9 @@ class RunConfig:
 
 @dataclass(kw_only=True, slots=True)
 class StopConfig:
-    within: float = 60.0
-    """Seconds after SIGTERM, SIGUSR1 or Ctrl-C in which the run must have written a checkpoint and ended."""
+    within: float = 25.0
+    """Seconds after SIGTERM, SIGUSR1 or Ctrl-C in which the run must have written a checkpoint and ended: torchrun and
+    Accelerate, if they are sent the signal, kill their ranks after 30."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -256,6 +257,11 @@ def check(config: Config) -> None:
     parse_rounds(config.profile.rounds)
     if config.run.remote:
         open_store(config.run.remote)
+        for key in ("run.path", "data.path"):
+            if config.run.remote.rstrip("/") == flat[key].rstrip("/"):
+                raise InputError(
+                    f"run.remote and {key} are both {config.run.remote}: choose another place for the copy"
+                )
     if train.precision not in ("", *PRECISIONS):
         raise InputError(f"train.precision is '{train.precision}': choose one of {', '.join(PRECISIONS)}")
     if config.resume not in ("auto", "never"):

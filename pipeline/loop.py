@@ -20,16 +20,16 @@ from pipeline.config import Config, to_dict
 from pipeline.data.plan import rank_rows
 from pipeline.data.samples import scaled
 from pipeline.data.stream import Stream, Taken
-from pipeline.errors import Stopped
+from pipeline.errors import InputError, Stopped, Unavailable
 from pipeline.fit import fit
 from pipeline.match import latents
 from pipeline.match.matcher import Match, match_round
 from pipeline.model.networks import build_network
 from pipeline.reports import report
 from pipeline.round import Drawing, Run, Work
-from pipeline.run import Position, Saved, Under, claim, have, restore, restore_weights, snapshot
+from pipeline.run import Position, Saved, Under, check_shared, claim, have, restore, restore_weights, snapshot
 from pipeline.runtime.checkpoint import Writer
-from pipeline.runtime.distributed import together
+from pipeline.runtime.distributed import together, total
 from pipeline.runtime.logs import at_round, set_up
 from pipeline.runtime.monitor import Monitor
 from pipeline.runtime.preflight import preflight
@@ -46,7 +46,7 @@ def train(config: Config, accelerator: Accelerator) -> bool:
     # Setup: everything that can be refused is refused here, on every rank, before anything is written.
     rank, world = accelerator.process_index, accelerator.num_processes
     set_up(rank, world)
-    stop = StopRequest(within=config.stop.within, world=world)
+    stop = StopRequest(within=config.stop.within, world=world, timeout=config.train.timeout + 60)
     with together(accelerator):
         check_engine(config, accelerator)
         stream = open_stream(config, rank, world)
@@ -70,6 +70,8 @@ def train(config: Config, accelerator: Accelerator) -> bool:
         if rank == 0:
             newest, lock = claim(config)
     name = shared(newest.name if newest else "", accelerator)
+    with together(accelerator):
+        check_shared(config)
 
     # Resume.
     spectrum = None
@@ -92,6 +94,8 @@ def train(config: Config, accelerator: Accelerator) -> bool:
         images_seen=position.images_seen,
         config=yaml.safe_dump(to_dict(config), sort_keys=False),
     )
+    # The group's own timeout comes after the watchdog's, which says more.
+    watch = Watchdog(rank=rank, world=world, timeout=config.train.timeout)
     writer = Writer(
         Path(config.run.path),
         rank=rank,
@@ -99,9 +103,8 @@ def train(config: Config, accelerator: Accelerator) -> bool:
         keep=config.checkpoint.keep,
         every=config.checkpoint.keep_every,
         remote=config.run.remote,
+        beat=watch.beat,
     )
-    # Said by every rank in its turn where it differs; the group's own timeout comes after the watchdog's.
-    watch = Watchdog(rank=rank, world=world, timeout=config.train.timeout)
     profiler = Profiler(Path(config.run.path), config.profile.rounds, rank)
     run = Run(
         config=config,
@@ -165,13 +168,18 @@ def train(config: Config, accelerator: Accelerator) -> bool:
             monitor.say(
                 f"stopped on request in round {position.round + 1} of {rounds}; the same command goes on from here"
             )
+        except (InputError, Unavailable):  # of all ranks; what is being written is whole
+            writer.join(config.stop.within)
+            raise
         watch.enter("finish", position.round)
         left = stop.left
-        if not writer.join(None if math.isinf(left) else max(1.0, left)):
-            log.warning("the newest checkpoint could not be finished in time: the one before it counts")
+        written = writer.join(None if math.isinf(left) else max(1.0, left))
+        if not written:
+            log.warning("the newest checkpoint, or its copy, could not be finished in time")
+        done = position.round >= rounds and not total([float(not written)], accelerator)[0]
     if lock:
         lock.release()
-    return position.round >= rounds
+    return done
 
 
 def take(run: Run, saved: Saved | None) -> tuple[Work, Taken]:
@@ -207,12 +215,14 @@ def find_match(run: Run, work: Work) -> Match:
     poll = run.poll("match")
 
     def sample(ids: Tensor) -> Tensor:
+        return run.engine.sample(work.draw.latents(ids))
+
+    def look() -> None:
         run.watch.beat()
         if poll():
             raise Stopped
-        return run.engine.sample(work.draw.latents(ids))
 
-    match = match_round(work.images, sample, run.config.match, run.features)
+    match = match_round(work.images, sample, run.config.match, run.features, look)
     if match.described != run.monitor.described:
         run.monitor.described = match.described
         run.monitor.say(match.described)
@@ -241,6 +251,12 @@ def checkpoint(run: Run, under: Under | None, *, began: int = 0) -> None:
     name = f"step-{run.position.step:08d}"
     if name == run.written:
         return
+    left = run.stop.left
+    if not math.isinf(left):  # what was written before may still be on its way to the bucket
+        ready = run.writer.join(left / 2)
+        if total([float(not ready)], run.accelerator)[0]:
+            log.warning("%s is not written: the one before it is still being sent, and time is short", name)
+            return
     files = snapshot(
         run.config, run.stream, run.engine, run.position, run.spectrum, under=under, began=began or run.world
     )

@@ -1,8 +1,10 @@
 """The folder of a run: who may use it, and what a checkpoint of it holds."""
 
+import contextlib
 import json
 import logging
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -21,7 +23,14 @@ from pipeline.data.stream import Stream
 from pipeline.errors import InputError
 from pipeline.model.naign import NAIGN, save_model
 from pipeline.runtime import remote
-from pipeline.runtime.checkpoint import MANIFEST, Write, is_complete, newest_checkpoint, write_atomically
+from pipeline.runtime.checkpoint import (
+    MANIFEST,
+    Write,
+    is_complete,
+    newest_checkpoint,
+    set_aside,
+    write_atomically,
+)
 from pipeline.runtime.engine import MOMENTS, Engine
 
 log = logging.getLogger("naign.run")
@@ -127,28 +136,49 @@ def find_newest(config: Config) -> Path | None:
     """The newest complete checkpoint, here or in the bucket; then it is brought here, with what the run reported."""
     run = Path(config.run.path)
     newest = newest_checkpoint(run / "checkpoints")
-    if config.run.remote:
-        name = remote.newest(config.run.remote, MANIFEST)
-        if name and (newest is None or name > newest.name):
+    for name in set_aside(run / "checkpoints", newest):
+        log.warning("%s/checkpoints/%s is damaged: set aside", run, name)
+    if not config.run.remote:
+        return newest
+    damaged = ""
+    for name in remote.newest_first(config.run.remote, MANIFEST):
+        if newest and int(name.removeprefix("step-")) <= int(newest.name.removeprefix("step-")):
+            return newest
+        with contextlib.suppress(InputError):
             found = remote.download(config.run.remote, name, run / "checkpoints", MANIFEST)
             if is_complete(found):
                 remote.fetch_shown(config.run.remote, run)
                 return found
-            log.warning("%s/checkpoints/%s is damaged: passed over", config.run.remote, name)
+            shutil.rmtree(found)
+        damaged = f"{config.run.remote}/checkpoints/{name}"
+        log.warning("%s is damaged: passed over", damaged)
+    if damaged and newest is None:
+        raise InputError(f"{damaged} and all before it are damaged: choose another --run.remote to start anew")
     return newest
 
 
 def have(config: Config, name: str) -> Path:
     """The checkpoint of that name, on a rank whose folder need not be the first rank's: it may come from the bucket."""
     folder = Path(config.run.path) / "checkpoints" / name
-    if not is_complete(folder):
-        if not config.run.remote:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / ".download"):  # the ranks of a machine come one by one, and the first one fetches
+        if not is_complete(folder) and config.run.remote:
+            remote.download(config.run.remote, name, folder.parent, MANIFEST)
+        if not is_complete(folder):
             raise InputError(
-                f"{folder} is not there on every machine: put --run.path on a file system that they share, or set "
-                "--run.remote=s3://bucket/prefix"
+                f"{folder} is not there, or damaged, on some machine: put --run.path on a file system that they share, "
+                "or set --run.remote=s3://bucket/prefix"
             )
-        remote.download(config.run.remote, name, folder.parent, MANIFEST)
     return folder
+
+
+def check_shared(config: Config) -> None:
+    """InputError where a rank does not see the folder that the first rank has claimed, and there is no bucket."""
+    if not config.run.remote and not (Path(config.run.path) / ".lock").exists():
+        raise InputError(
+            f"run.path '{config.run.path}' is not the same folder on every machine: put it on a file system that they "
+            "share, or set --run.remote=s3://bucket/prefix"
+        )
 
 
 def restore_weights(checkpoint: Path, bare: nn.Module) -> Tensor | None:
@@ -235,8 +265,8 @@ def snapshot(
             state |= {f"{key}.{name}": _copied(values[key]) for key in MOMENTS if key in values}
         if rank == 0:
             weights[name] = _copied(values["weight"])
-    sums = list((under.sums if under else {}).values())
-    state["sums"] = _copied(torch.stack(sums)) if sums else torch.zeros(0)
+    sums = [value.detach().float().cpu() for value in (under.sums if under else {}).values()]
+    state["sums"] = torch.stack(sums) if sums else torch.zeros(0)
     files: dict[str, Write] = {f"state/rank-{rank:05d}-of-{world:05d}.safetensors": partial(save_file, state)}
     if rank:
         return files

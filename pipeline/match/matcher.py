@@ -115,6 +115,7 @@ def match_round(
     sample: Callable[[Tensor], Tensor],  # ids (b,) -> samples (b, *shape): f(z) without gradient; called on all ranks
     config: MatchConfig,
     features: Callable[[Tensor], Tensor] | None = None,  # of match.space.encoder, where it has a weight
+    look: Callable[[], None] = lambda: None,  # called before each part of the pool, as often on every rank; may raise
 ) -> Match:
     """Collective. The pool is generated in fixed blocks of ids, dealt to the ranks in contiguous runs.
 
@@ -132,7 +133,7 @@ def match_round(
     reject = config.reject * config.reject if config.reject else None
     if config.reject_share:
         whole = -(-PROBE // config.block) * config.block
-        probe, _ = share_pool(config, sample, features, queries.shape[1], ranks, pool=min(config.pool, whole))
+        probe, _ = share_pool(config, sample, features, queries.shape[1], ranks, look, pool=min(config.pool, whole))
         clock = time.perf_counter()
         most = int(ranks.table([probe.rows]).max())
         steps = [[min(edge, probe.rows) for edge in (low, low + probe.size)] for low in range(0, most, probe.size)]
@@ -144,7 +145,7 @@ def match_round(
         reject = float(near[int(config.reject_share * len(near))])
 
     # Search, as often as the assignment asks.
-    blocks, first = share_pool(config, sample, features, queries.shape[1], ranks, pool=config.pool)
+    blocks, first = share_pool(config, sample, features, queries.shape[1], ranks, look, pool=config.pool)
     probes = len(searches)
 
     def find(rows: Tensor, neighbours: int, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -189,6 +190,7 @@ def share_pool(
     features: Callable[[Tensor], Tensor] | None,  # as in match_round
     dims: int,  # values of an embedding
     ranks: Ranks,
+    look: Callable[[], None],  # as in match_round
     *,
     pool: int,  # samples, whole blocks or all of them
 ) -> tuple[Blocks, int]:
@@ -201,6 +203,7 @@ def share_pool(
     kept: dict[int, Tensor] = {}
 
     def make(low: int, high: int) -> Tensor:
+        look()
         step = -(-low // size)
         if step in kept:
             return kept[step]

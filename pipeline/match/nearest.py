@@ -299,7 +299,7 @@ class _Trouble:
     def make(self, blocks: Blocks, low: int, high: int, queries: Tensor) -> Tensor:
         """Candidates low to high; zeros in their stead once there was trouble."""
         shape = (high - low, queries.shape[1])
-        if (self.code or low == high) and not (blocks.lockstep and self.error is None):
+        if (self.code or low == high) and not blocks.lockstep:
             return queries.new_zeros(shape)
         try:
             block = torch.as_tensor(blocks.make(low, high)).detach().to(queries.device)
@@ -313,7 +313,8 @@ class _Trouble:
             else:
                 self.code, self.row = 2, low
         except Exception as error:  # whatever it is: it is raised again once no other rank waits for this one
-            self.code, self.row, self.error = 3, low, error
+            if self.error is None:
+                self.code, self.row, self.error = 3, low, error
         return queries.new_zeros(shape)
 
     def blame(self, flags: list[list[int]]) -> None:

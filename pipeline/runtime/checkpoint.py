@@ -13,17 +13,19 @@ They are written in the background from copies in memory, by each rank its own f
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from pipeline.errors import InputError, Unavailable
+from pipeline.errors import InputError
 from pipeline.runtime import remote
 from pipeline.runtime.titles import title
 
@@ -60,6 +62,18 @@ def newest_checkpoint(checkpoints: Path) -> Path | None:
     return next((folder for folder in newest_first(checkpoints) if is_complete(folder)), None)
 
 
+def set_aside(checkpoints: Path, newest: Path | None) -> list[str]:
+    """Rename what looks like a checkpoint newer than the newest complete one, but is damaged; the old names."""
+    moved = []
+    for folder in newest_first(checkpoints):
+        if folder == newest:
+            break
+        if (folder / MANIFEST).is_file():
+            folder.rename(folder.with_name(f"damaged-{folder.name}-{time.time_ns()}"))
+            moved.append(folder.name)
+    return moved
+
+
 def is_complete(folder: Path) -> bool:
     """Whether the manifest is there and every file it names has its size and hash."""
     try:
@@ -76,10 +90,14 @@ def prune_checkpoints(
     checkpoints: Path,
     keep: int,  # complete ones to keep, the newest; 0 keeps all
     every: int = 0,  # also keep those after a number of rounds that this divides; 0: none
+    *,
+    spare: Path | None = None,  # one that stays whatever else there is
 ) -> list[str]:
     """Remove what is incomplete and, newest first, what is beyond `keep`; the names of the latter."""
-    complete = []
+    complete = [spare] if spare else []
     for folder in newest_first(checkpoints):
+        if folder == spare:
+            continue
         if (folder / MANIFEST).is_file():
             complete.append(folder)
         else:
@@ -125,11 +143,14 @@ class Writer:
         keep: int,
         every: int,
         remote: str,  # s3://bucket/prefix, or ''
+        beat: Callable[[], None] = lambda: None,  # called about once a second while waiting
     ) -> None:
         self._run, self._rank, self._world = run, rank, world
         self._keep, self._every, self._remote = keep, every, remote
         # A group of its own: the threads of all ranks talk while the main threads train.
-        self._group: Any = dist.new_group(backend="gloo") if world > 1 else None
+        # One may send for hours longer than another; that one died, the others are told at once.
+        self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if world > 1 else None
+        self._beat, self._gone = beat, list[str]()
         self._thread: threading.Thread | None = None
         self._failed: str = ""
         self.seconds = 0.0
@@ -158,7 +179,10 @@ class Writer:
         """
         if self._thread is None:
             return True
-        self._thread.join(within)
+        end = math.inf if within is None else time.monotonic() + within
+        while self._thread.is_alive() and time.monotonic() < end:
+            self._thread.join(min(1.0, max(0.0, end - time.monotonic())))
+            self._beat()  # waiting for a bucket is no standstill
         if self._thread.is_alive():
             return False
         self._thread = None
@@ -169,49 +193,71 @@ class Writer:
     def _work(self, folder: Path, files: Mapping[str, Write]) -> None:
         title("write")
         begun = time.perf_counter()
-        entries, problem, lost, uploading = Entries(), "", "", 0.0
+        try:
+            problem = self._write(folder, files)
+            if not problem and self._remote:
+                title("upload")
+                clock = time.perf_counter()
+                self._send(folder, list(files))
+                self.uploaded = time.perf_counter() - clock
+        except BaseException as error:  # nobody else would see it
+            problem = f"rank {self._rank}: {type(error).__name__}: {error}"
+        if problem:
+            self._failed = (
+                f"{folder} could not be written ({problem}): make room or choose another --run.path; the checkpoint "
+                "before it is untouched"
+            )
+        self.seconds = time.perf_counter() - begun
+
+    def _write(self, folder: Path, files: Mapping[str, Write]) -> str:
+        """Here, manifest last; what went wrong on any rank, the same on all."""
+        entries = Entries()
+        mine = ""
         try:
             for name, write in files.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 write(folder / name)
                 entries[name] = _settle(folder / name)
         except Exception as error:
-            problem = f"rank {self._rank}: {type(error).__name__}: {error}"
-        if self._remote and not problem:
-            title("upload")
-            clock = time.perf_counter()
-            lost = self._try(lambda: remote.upload(folder, self._remote, list(entries)))
-            uploading = time.perf_counter() - clock
-        told: list[Any] = [(entries, problem, lost)]
-        if self._world > 1:
-            told = [None] * self._world
-            dist.all_gather_object(told, (entries, problem, lost), group=self._group)
-        problems = [text for _, text, _ in told if text]
-        losses = [text for _, _, text in told if text]
-        if self._rank == 0 and not problems:
+            mine = f"rank {self._rank}: {type(error).__name__}: {error}"
+        told = self._gather((entries, mine))
+        problem = next((text for _, text in told if text), "")
+        if self._rank == 0 and not problem:
             try:
-                write_manifest(folder, {name: entry for part, _, _ in told for name, entry in part.items()})
-                gone = prune_checkpoints(folder.parent, self._keep, self._every)
-                if self._remote and not losses:
-                    clock = time.perf_counter()
-                    losses = list(filter(None, [self._try(lambda: self._finish_remote(folder, gone))]))
-                    uploading += time.perf_counter() - clock
+                write_manifest(folder, {name: entry for part, _ in told for name, entry in part.items()})
             except OSError as error:
-                problems = [f"{type(error).__name__}: {error}"]
+                problem = f"{type(error).__name__}: {error}"
+        problem = next(filter(None, self._gather(problem)), "")
+        if self._rank == 0 and problem:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif self._rank == 0:
+            try:
+                self._gone += prune_checkpoints(folder.parent, self._keep, self._every, spare=folder)
+            except OSError as error:
+                log.warning("old checkpoints stay in %s: %s", folder.parent, error)
+        return problem
+
+    def _send(self, folder: Path, names: list[str]) -> None:
+        """To the bucket, each rank its files, manifest last; where that fails, the checkpoint stays local."""
+        losses = [text for text in self._gather(self._try(lambda: remote.upload(folder, self._remote, names))) if text]
+        if self._rank == 0 and not losses:
+            losses = [text for text in [self._try(lambda: self._finish_remote(folder))] if text]
         if losses:
             log.warning("%s stays local: %s: %s", folder, self._remote, losses[0])
-        if problems:
-            shutil.rmtree(folder, ignore_errors=True)
-            self._failed = (
-                f"{folder} could not be written ({problems[0]}): make room or choose another --run.path; the "
-                f"checkpoint before it is untouched"
-            )
-        self.seconds, self.uploaded = time.perf_counter() - begun, uploading
 
-    def _finish_remote(self, folder: Path, gone: list[str]) -> None:
+    def _finish_remote(self, folder: Path) -> None:
         remote.mirror(self._run, self._remote)
         remote.upload(folder, self._remote, [MANIFEST])
+        gone, self._gone = self._gone, []
         remote.prune(self._remote, gone, MANIFEST)
+
+    def _gather(self, mine: Any) -> list[Any]:
+        """Collective, among the threads: what each rank says."""
+        told: list[Any] = [mine]
+        if self._world > 1:
+            told = [None] * self._world
+            dist.all_gather_object(told, mine, group=self._group)
+        return told
 
     @staticmethod
     def _try(act: Callable[[], None]) -> str:
@@ -219,8 +265,8 @@ class Writer:
         try:
             act()
             return ""
-        except (InputError, Unavailable, OSError) as error:
-            return str(error)
+        except Exception as error:
+            return str(error) or type(error).__name__
 
 
 def _settle(file: Path) -> dict[str, Any]:

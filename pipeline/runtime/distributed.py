@@ -7,13 +7,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch._C._distributed_c10d import TCPStore
 
 from pipeline.errors import InputError, Stopped, Unavailable
+
+c10d: Any = dist.distributed_c10d
 
 
 def build_accelerator(
@@ -36,9 +40,8 @@ def build_accelerator(
     if deepspeed:
         _check_deepspeed(on_cpu)
     backend = "gloo" if on_cpu else "nccl"
-    patience = InitProcessGroupKwargs(
-        backend=backend, timeout=timedelta(seconds=timeout + 60)
-    )  # after the watchdog, which says more
+    after = timedelta(seconds=timeout + 60)  # the watchdog comes first, and says more
+    patience = InitProcessGroupKwargs(backend=backend, timeout=after)
     said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").replace("fp32", "no")
     wanted = {"": said, "fp32": "no"}.get(precision, precision)
     if said not in ("no", wanted):
@@ -47,6 +50,8 @@ def build_accelerator(
         )
     if wanted == "fp16" and on_cpu:
         raise InputError("fp16 needs a GPU: use --train.precision=bf16 or fp32 here")
+    if several:
+        _join_again(backend, after)
     accelerator = Accelerator(
         cpu=on_cpu and not deepspeed,
         mixed_precision=wanted,
@@ -60,6 +65,31 @@ def build_accelerator(
             "compare its configuration with those in launch/"
         )
     return accelerator
+
+
+def _join_again(backend: str, timeout: timedelta) -> None:
+    """Connect the ranks of a launcher's second attempt, where its store still holds the addresses of the first.
+
+    torchrun and Accelerate keep one store over all attempts of a static rendezvous, and torch takes it for a new one.
+    """
+    environ = os.environ
+    attempt = int(environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if not attempt or environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or environ["TORCHELASTIC_RUN_ID"] != "none":
+        return
+    store = TCPStore(
+        environ["MASTER_ADDR"],
+        int(environ["MASTER_PORT"]),
+        int(environ["WORLD_SIZE"]),
+        is_master=False,
+        timeout=timeout,
+    )
+    dist.init_process_group(
+        backend,
+        store=c10d.PrefixStore(f"attempt-{attempt}", store),
+        rank=int(environ["RANK"]),
+        world_size=int(environ["WORLD_SIZE"]),
+        timeout=timeout,
+    )
 
 
 def _check_deepspeed(on_cpu: bool) -> None:

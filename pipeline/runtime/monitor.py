@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from pipeline.errors import InputError
+from pipeline.runtime.checkpoint import write_atomically
 
 
 class Monitor:
@@ -39,7 +40,7 @@ class Monitor:
             lines = [
                 line for line in self._metrics.read_text(errors="replace").splitlines() if _seen(line) <= images_seen
             ]
-            self._metrics.write_text("".join(f"{line}\n" for line in lines))
+            write_atomically(self._metrics, "".join(f"{line}\n" for line in lines))
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=images_seen + 1 if images_seen else None)
         self._board.add_text("config", f"```yaml\n{config}\n```", images_seen)
         self._bar = tqdm(

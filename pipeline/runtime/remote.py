@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.data.store import open_store
@@ -22,13 +23,12 @@ def upload(
         _copy(folder / name, f"{remote}/checkpoints/{folder.name}", name)
 
 
-def newest(remote: str, manifest: str) -> str:
-    """The name of the newest checkpoint that has its manifest; '' if there is none."""
+def newest_first(remote: str, manifest: str) -> Iterator[str]:
+    """The names of the checkpoints that have their manifests."""
     names = [name for name in open_store(f"{remote}/checkpoints").folders() if _is_checkpoint(name)]
     for name in sorted(names, key=lambda name: int(name.removeprefix("step-")), reverse=True):
         if manifest in open_store(f"{remote}/checkpoints/{name}").list():
-            return name
-    return ""
+            yield name
 
 
 def download(remote: str, name: str, checkpoints: Path, manifest: str) -> Path:

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import types
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -25,11 +26,13 @@ class StopRequest:
         *,
         within: float = math.inf,  # seconds after a signal in which all has to be done
         world: int = 1,
+        timeout: float = 660,  # seconds that ranks wait for each other
     ) -> None:
         self.requested = False
         self._within, self._world = within, world
         self._deadline = math.inf
-        self._group: Any = dist.new_group(backend="gloo") if world > 1 else None
+        patience = timedelta(seconds=timeout)
+        self._group: Any = dist.new_group(backend="gloo", timeout=patience) if world > 1 else None
         self._board: Any = c10d.PrefixStore("stop", c10d._get_default_store()) if world > 1 else None
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
