@@ -19,7 +19,6 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("rendezvous", ["static", "standalone"])
 def test_a_launcher_that_starts_the_ranks_again(digits, tmp_path):
     where = ["--master_port", str(free_port())]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", "2", *where]
