@@ -31,7 +31,7 @@ class Settings:
 
     to: Path | None = None
     """Where to write, without an ending; default: print only."""
-    images: int = 92_160
+    images: int = 46_080
     """Budget of a run; whole rounds of 768."""
     seeds: int = 3
     """Of the run that is never stopped."""
