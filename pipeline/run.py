@@ -162,9 +162,10 @@ def have(config: Config, name: str) -> Path:
     folder = Path(config.run.path) / "checkpoints" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / ".download"):  # the ranks of a machine come one by one, and the first one fetches
-        if not is_complete(folder) and config.run.remote:
-            remote.download(config.run.remote, name, folder.parent, MANIFEST)
-        if not is_complete(folder):
+        whole = is_complete(folder)
+        if not whole and config.run.remote:
+            whole = is_complete(remote.download(config.run.remote, name, folder.parent, MANIFEST))
+        if not whole:
             raise InputError(
                 f"{folder} is not there, or damaged, on some machine: put --run.path on a file system that they share, "
                 "or set --run.remote=s3://bucket/prefix"

@@ -28,8 +28,8 @@ def main() -> None:
         use_endpoint(config.data.endpoint)
         keep_memory()
         set_threads(config.train.threads)
-        train_ = config.train
-        accelerator = build_accelerator(train_.timeout, precision=train_.precision, accumulate=train_.accumulate)
+        settings = config.train
+        accelerator = build_accelerator(settings.timeout, precision=settings.precision, accumulate=settings.accumulate)
         try:
             with together(accelerator):
                 if accelerator.is_main_process:
