@@ -33,6 +33,7 @@ from pipeline.runtime.distributed import together, total
 from pipeline.runtime.logs import at_round, set_up
 from pipeline.runtime.monitor import Monitor
 from pipeline.runtime.preflight import preflight
+from pipeline.runtime.remote import take_over
 from pipeline.runtime.signals import StopRequest
 from pipeline.runtime.speed import Profiler, forward_flops
 from pipeline.runtime.watchdog import Watchdog
@@ -83,6 +84,10 @@ def train(config: Config, accelerator: Accelerator) -> bool:
     with together(accelerator):
         engine = build_engine(config, bare, accelerator)
         saved = restore(newest, engine, rank=rank, world=world) if newest else None
+    claimed = ""
+    with together(accelerator):
+        if rank == 0 and config.run.remote:
+            claimed = take_over(config.run.remote)
     position = saved.position if saved else Position()
     trained = config.match.round * config.train.passes  # images a round
     rounds = -(-config.train.images // trained)
@@ -103,7 +108,9 @@ def train(config: Config, accelerator: Accelerator) -> bool:
         keep=config.checkpoint.keep,
         every=config.checkpoint.keep_every,
         remote=config.run.remote,
+        claim=claimed,
         beat=watch.beat,
+        flush=monitor.flush,
     )
     profiler = Profiler(Path(config.run.path), config.profile.rounds, rank)
     run = Run(
@@ -127,13 +134,13 @@ def train(config: Config, accelerator: Accelerator) -> bool:
             monitor.say(f"nothing left to do: {config.run.path} has seen its {position.images_seen} images")
         else:
             monitor.say(headline(run, rounds, newest))
-        work = None
+        work, clock = None, list[float]()
         try:
             while position.round < rounds:
                 last = position.round + 1 == rounds
                 at_round(position.round)
                 with profiler.round(position.round):
-                    clock = [time.perf_counter()]
+                    clock, done = [time.perf_counter()], position.done
                     with run.phase("take"):
                         work, taken = take(run, saved)
                     clock.append(time.perf_counter())
@@ -147,7 +154,7 @@ def train(config: Config, accelerator: Accelerator) -> bool:
                 position.round, position.done = position.round + 1, 0
                 position.seconds += clock[-1] - clock[0]
                 with run.phase("report"), together(accelerator):
-                    report(run, work, taken, values, clock, rounds)
+                    report(run, work, taken, values, clock, rounds, trained - done * config.train.batch)
                 saved = work = None
 
                 with run.phase("checkpoint"):
@@ -157,6 +164,8 @@ def train(config: Config, accelerator: Accelerator) -> bool:
                 if stopping:
                     raise Stopped
         except Stopped:
+            if len(clock) < 4:  # the round's part that is done; a whole one has been counted
+                position.seconds += time.perf_counter() - clock[0]
             if position.done and work is None:  # resumed within a round, and stopped before it could go on
                 assert saved is not None
                 checkpoint(run, saved.under, began=saved.began)
@@ -176,10 +185,10 @@ def train(config: Config, accelerator: Accelerator) -> bool:
         written = writer.join(None if math.isinf(left) else max(1.0, left))
         if not written:
             log.warning("the newest checkpoint, or its copy, could not be finished in time")
-        done = position.round >= rounds and not total([float(not written)], accelerator)[0]
+        finished = position.round >= rounds and not total([float(not written)], accelerator)[0]
     if lock:
         lock.release()
-    return done
+    return finished
 
 
 def take(run: Run, saved: Saved | None) -> tuple[Work, Taken]:

@@ -15,7 +15,15 @@ from pipeline.runtime.speed import fit_flops, peak_flops, peak_memory
 log = logging.getLogger("naign.report")
 
 
-def report(run: Run, work: Work, taken: Taken, values: dict[str, float], clock: list[float], rounds: int) -> None:
+def report(
+    run: Run,
+    work: Work,
+    taken: Taken,
+    values: dict[str, float],
+    clock: list[float],  # when taking began, and when it, the match and the fit ended
+    rounds: int,
+    images: int,  # trained on since then: fewer than the round's where a run resumed in its middle
+) -> None:
     """Collective: metrics, pictures and warnings of a round that is done."""
     config, position, monitor = run.config, run.position, run.monitor
     last = position.round == rounds
@@ -24,7 +32,7 @@ def report(run: Run, work: Work, taken: Taken, values: dict[str, float], clock: 
         alarm(run, work.match.values)
     reported = last or position.round % config.report.rounds == 0
     if reported:
-        values |= speed_values(run, clock)
+        values |= speed_values(run, clock, images)
         values |= {"seconds/training": position.seconds, "train/skipped": position.skipped}
         values |= data_values(taken, run.stream, work.number, run.accelerator)
         values |= {"checkpoint/seconds": run.writer.seconds, "checkpoint/upload_seconds": run.writer.uploaded}
@@ -55,13 +63,12 @@ LEAST_USED, MOST_SHARED = 0.02, 0.25
 """Of a match: distinct samples an image, and the share of images that have one sample, from which on to warn."""
 
 
-def speed_values(run: Run, clock: list[float]) -> dict[str, float]:
+def speed_values(run: Run, clock: list[float], images: int) -> dict[str, float]:
     """Of a round: images/s, the share of its time in each part, from the times at which they ended, and what was done.
 
     `speed/mfu` is the share of the GPUs' peak that fitting used (arXiv 2204.02311, B), where the peak is known.
     """
-    train, accelerator = run.config.train, run.accelerator
-    images, spent = run.config.match.round * train.passes, clock[-1] - clock[0]
+    accelerator, spent = run.accelerator, clock[-1] - clock[0]
     flops = fit_flops(run.forward, run.config.objective.forwards) * images / (clock[3] - clock[2])
     values = {
         "speed/images_per_second": images / spent,

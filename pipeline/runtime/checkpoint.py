@@ -25,7 +25,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pipeline.errors import InputError
+from pipeline.errors import Conflict, InputError, Unavailable
 from pipeline.runtime import remote
 from pipeline.runtime.titles import title
 
@@ -111,9 +111,17 @@ def prune_checkpoints(
 
 def _lasting(folder: Path, every: int) -> bool:
     try:
-        trainer = json.loads((folder / "trainer.json").read_text())
-        return bool(every) and trainer["round"] % every == 0 and not trainer.get("done", 0)
-    except (OSError, ValueError, KeyError, TypeError):
+        return lasts((folder / "trainer.json").read_bytes(), every)
+    except OSError:
+        return False
+
+
+def lasts(trainer: bytes, every: int) -> bool:
+    """Whether a checkpoint with this trainer.json is one of those to keep for good."""
+    try:
+        said = json.loads(trainer)
+        return bool(every) and said["round"] % every == 0 and not said.get("done", 0)
+    except (ValueError, KeyError, TypeError):
         return False
 
 
@@ -143,14 +151,17 @@ class Writer:
         keep: int,
         every: int,
         remote: str,  # s3://bucket/prefix, or ''
+        claim: str = "",  # rank 0's on it, by remote.take_over
         beat: Callable[[], None] = lambda: None,  # called about once a second while waiting
+        flush: Callable[[], None] = lambda: None,  # completes what a person looks at, before that is sent
     ) -> None:
         self._run, self._rank, self._world = run, rank, world
-        self._keep, self._every, self._remote = keep, every, remote
+        self._keep, self._every, self._remote, self._claim = keep, every, remote, claim
+        self._lasting = set[str]()  # in the bucket, as far as is known
         # A group of its own: the threads of all ranks talk while the main threads train.
         # One may send for hours longer than another; that one died, the others are told at once.
         self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if world > 1 else None
-        self._beat, self._gone = beat, list[str]()
+        self._beat, self._flush = beat, flush
         self._thread: threading.Thread | None = None
         self._failed: str = ""
         self.seconds = 0.0
@@ -198,7 +209,7 @@ class Writer:
             if not problem and self._remote:
                 title("upload")
                 clock = time.perf_counter()
-                self._send(folder, list(files))
+                self._failed = self._send(folder, list(files))
                 self.uploaded = time.perf_counter() - clock
         except BaseException as error:  # nobody else would see it
             problem = f"rank {self._rank}: {type(error).__name__}: {error}"
@@ -211,8 +222,7 @@ class Writer:
 
     def _write(self, folder: Path, files: Mapping[str, Write]) -> str:
         """Here, manifest last; what went wrong on any rank, the same on all."""
-        entries = Entries()
-        mine = ""
+        entries, problem, mine = Entries(), "", ""
         try:
             for name, write in files.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -227,29 +237,60 @@ class Writer:
                 write_manifest(folder, {name: entry for part, _ in told for name, entry in part.items()})
             except OSError as error:
                 problem = f"{type(error).__name__}: {error}"
-        problem = next(filter(None, self._gather(problem)), "")
         if self._rank == 0 and problem:
             shutil.rmtree(folder, ignore_errors=True)
         elif self._rank == 0:
-            try:
-                self._gone += prune_checkpoints(folder.parent, self._keep, self._every, spare=folder)
-            except OSError as error:
-                log.warning("old checkpoints stay in %s: %s", folder.parent, error)
+            self._prune(lambda: prune_checkpoints(folder.parent, self._keep, self._every, spare=folder), folder.parent)
+        names = {path.name for path in newest_first(folder.parent)} if self._rank == 0 else set[str]()
+        said: tuple[str, set[str]] = self._gather((problem, names))[0]
+        problem, names = said
+        if not problem and os.environ.get("LOCAL_RANK") == "0":  # a machine with a folder of its own holds parts
+            for path in newest_first(folder.parent):
+                if path.name not in names:
+                    shutil.rmtree(path, ignore_errors=True)
         return problem
 
-    def _send(self, folder: Path, names: list[str]) -> None:
-        """To the bucket, each rank its files, manifest last; where that fails, the checkpoint stays local."""
-        losses = [text for text in self._gather(self._try(lambda: remote.upload(folder, self._remote, names))) if text]
-        if self._rank == 0 and not losses:
-            losses = [text for text in [self._try(lambda: self._finish_remote(folder))] if text]
-        if losses:
-            log.warning("%s stays local: %s: %s", folder, self._remote, losses[0])
+    def _send(self, folder: Path, names: list[str]) -> str:
+        """To the bucket, each rank its files, manifest last; where that fails, the checkpoint stays local.
+
+        What ends the run on all ranks, if anything: another one has the bucket now.
+        """
+        lost, taken = "", ""
+        if self._rank == 0:
+            try:
+                remote.check_claim(self._remote, self._claim)
+            except Conflict as error:
+                taken = f"{error}; what this one has is in {folder}"
+            except Exception as error:
+                lost = str(error) or type(error).__name__
+        said: tuple[str, str] = self._gather((lost, taken))[0]
+        lost, taken = said
+        if not lost and not taken:
+            lost = next(filter(None, self._gather(self._try(lambda: remote.upload(folder, self._remote, names)))), "")
+        if self._rank == 0 and not lost and not taken:
+            lost = self._try(lambda: self._finish_remote(folder))
+        if lost:
+            log.warning("%s stays local: %s: %s", folder, self._remote, lost)
+        return taken
 
     def _finish_remote(self, folder: Path) -> None:
+        self._flush()
         remote.mirror(self._run, self._remote)
         remote.upload(folder, self._remote, [MANIFEST])
-        gone, self._gone = self._gone, []
-        remote.prune(self._remote, gone, MANIFEST)
+        self._prune(
+            lambda: remote.prune(
+                self._remote, folder.name, self._keep, lambda text: lasts(text, self._every), MANIFEST, self._lasting
+            ),
+            self._remote,
+        )
+
+    @staticmethod
+    def _prune(act: Callable[[], object], where: object) -> None:
+        """What is too much does no harm to what is new."""
+        try:
+            act()
+        except (OSError, InputError, Unavailable) as error:
+            log.warning("old checkpoints stay in %s: %s", where, error)
 
     def _gather(self, mine: Any) -> list[Any]:
         """Collective, among the threads: what each rank says."""

@@ -97,6 +97,12 @@ class Monitor:
         if self.active:
             self._bar.write(text)
 
+    def flush(self) -> None:
+        """Wait until everything said so far is in TensorBoard's files. Any thread may."""
+        if self.active:
+            with self._writing():
+                self._board.flush()
+
     def close(self) -> None:
         if self.active:
             self._bar.close()

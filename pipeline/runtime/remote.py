@@ -3,14 +3,20 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 from pipeline.data.store import open_store
-from pipeline.errors import InputError
+from pipeline.errors import Conflict, InputError
 
 SHOWN = ("config.yaml", "metrics.jsonl", "tensorboard/*", "samples/*")
 """What is copied besides checkpoints."""
+
+OWNER = "owner.json"
+"""Who writes to the bucket: the process that started last. One that finds another's name there ends."""
 
 
 def upload(
@@ -25,8 +31,7 @@ def upload(
 
 def newest_first(remote: str, manifest: str) -> Iterator[str]:
     """The names of the checkpoints that have their manifests."""
-    names = [name for name in open_store(f"{remote}/checkpoints").folders() if _is_checkpoint(name)]
-    for name in sorted(names, key=lambda name: int(name.removeprefix("step-")), reverse=True):
+    for name in _by_step(remote):
         if manifest in open_store(f"{remote}/checkpoints/{name}").list():
             yield name
 
@@ -82,15 +87,53 @@ def mirror(run: Path, remote: str) -> None:
                 _copy(file, f"{remote}/{folder}".rstrip("/"), file.name)
 
 
-def prune(remote: str, names: list[str], manifest: str) -> None:
-    """Remove checkpoints, each manifest first."""
-    for name in names:
+def prune(
+    remote: str,
+    newest: str,  # name of the checkpoint just sent, which stays
+    keep: int,  # complete ones to keep, the newest; 0 keeps all
+    lasts: Callable[[bytes], bool],  # whether one with this trainer.json is kept for good
+    manifest: str,
+    lasting: set[str],  # names of those known to be; added to
+) -> None:
+    """Remove checkpoints before `newest` that are beyond `keep` or were never finished, each manifest first."""
+    older = [name for name in _by_step(remote) if _step(name) < _step(newest) and name not in lasting]
+    complete = 1
+    for name in older:
         root = f"{remote}/checkpoints/{name}"
-        open_store(root).delete(manifest)
-        for folder in (root, *(f"{root}/{sub}" for sub in open_store(root).folders())):
+        store = open_store(root)
+        if manifest in store.list():
+            complete += 1
+            if not keep or complete <= keep:
+                continue
+            if lasts(store.read("trainer.json")):
+                lasting.add(name)
+                continue
+            store.delete(manifest)
+        for folder in (root, *(f"{root}/{sub}" for sub in store.folders())):
             store = open_store(folder)
             for file in store.list():
                 store.delete(file)
+
+
+def take_over(remote: str) -> str:
+    """Make the bucket's copy this process' own, whoever wrote it before; what `check_claim` wants to hear."""
+    claim = uuid.uuid4().hex
+    said = {"claim": claim, "host": socket.gethostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
+    open_store(remote).put(OWNER, json.dumps(said).encode())
+    return claim
+
+
+def check_claim(remote: str, claim: str) -> None:
+    """Raise Conflict if somebody has called `take_over` since."""
+    store = open_store(remote)
+    if OWNER not in store.list():
+        return
+    said = json.loads(store.read(OWNER, fresh=True))
+    if said["claim"] != claim:
+        raise Conflict(
+            f"{remote} was taken over by a run that started later (on {said['host']}, {said['since']}): this one "
+            "writes no more to it and ends; give each run its own --run.remote"
+        )
 
 
 def _copy(file: Path, folder: str, name: str) -> None:
@@ -101,5 +144,11 @@ def _copy(file: Path, folder: str, name: str) -> None:
             target.write(data)
 
 
-def _is_checkpoint(name: str) -> bool:
-    return name.startswith("step-") and name.removeprefix("step-").isdecimal()
+def _by_step(remote: str) -> list[str]:
+    """The folders of checkpoints, whole or not, newest first."""
+    names = [name for name in open_store(f"{remote}/checkpoints").folders() if name.startswith("step-")]
+    return sorted((name for name in names if name.removeprefix("step-").isdecimal()), key=_step, reverse=True)
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-"))

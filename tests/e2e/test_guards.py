@@ -149,3 +149,18 @@ def test_a_run_that_was_lost_goes_on_from_the_bucket(train: Program, digits: str
     assert rounds == list(range(len(rounds)))  # what was reported before was fetched, too
     never = train("--run.path=other", *options, "--resume=never")
     assert never.returncode != 0 and "already holds a run" in never.stderr
+
+
+@pytest.mark.slow
+def test_of_two_runs_with_one_bucket_the_later_one_has_it(digits: str, bucket: str, tmp_path: Path) -> None:
+    options = [f"--data.path={digits}", *SMALL, f"--run.remote={bucket}/run", "--checkpoint.rounds=2"]
+    options += ["--train.images=200000"]
+    with Job(tmp_path, 2, ("--run.path=first", *options)) as first:
+        first.wait_for(lambda: (tmp_path / "first/metrics.jsonl").exists())
+        second = start(tmp_path, "--run.path=second", *options)
+        assert first.ended(60) == [BAD_INPUT, BAD_INPUT], first.said()
+        assert "was taken over by a run that started later" in first.said()
+    newest = newest_checkpoint(tmp_path / "first/checkpoints")
+    second.send_signal(signal.SIGTERM)
+    second.communicate(timeout=60)
+    assert second.returncode == 75 and newest and newest_checkpoint(tmp_path / "second/checkpoints")
