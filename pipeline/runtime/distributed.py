@@ -1,9 +1,12 @@
 """What the training program asks of its world: the engine, agreement, and one answer of all ranks."""
 
+import contextlib
 import ctypes
 import importlib.util
 import os
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -50,8 +53,8 @@ def build_accelerator(
         )
     if wanted == "fp16" and on_cpu:
         raise InputError("fp16 needs a GPU: use --train.precision=bf16 or fp32 here")
-    if several:
-        _join_again(backend, after)
+    if several and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        _join(backend, after)
     accelerator = Accelerator(
         cpu=on_cpu and not deepspeed,
         mixed_precision=wanted,
@@ -67,29 +70,33 @@ def build_accelerator(
     return accelerator
 
 
-def _join_again(backend: str, timeout: timedelta) -> None:
-    """Connect the ranks of a launcher's second attempt, where its store still holds the addresses of the first.
+def _join(backend: str, timeout: timedelta) -> None:
+    """Connect the ranks of a launcher that lends them its store (torchrun, Accelerate), by one of this attempt's own.
 
-    torchrun and Accelerate keep one store over all attempts of a static rendezvous, and torch takes it for a new one.
+    The launcher keeps one store over all its attempts to start the ranks, where torch would read the addresses of those
+    that died. Nor do its agents agree on the number of the attempt. So the first rank opens a store that ends with it,
+    and the launcher's says only where: a port that nobody answers at is an earlier attempt's.
     """
     environ = os.environ
-    attempt = int(environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if not attempt or environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or environ["TORCHELASTIC_RUN_ID"] != "none":
-        return
-    store = TCPStore(
-        environ["MASTER_ADDR"],
-        int(environ["MASTER_PORT"]),
-        int(environ["WORLD_SIZE"]),
-        is_master=False,
-        timeout=timeout,
-    )
-    dist.init_process_group(
-        backend,
-        store=c10d.PrefixStore(f"attempt-{attempt}", store),
-        rank=int(environ["RANK"]),
-        world_size=int(environ["WORLD_SIZE"]),
-        timeout=timeout,
-    )
+    host, rank, world = environ["MASTER_ADDR"], int(environ["RANK"]), int(environ["WORLD_SIZE"])
+    lent = TCPStore(host, int(environ["MASTER_PORT"]), world, is_master=False, timeout=timeout)
+    if rank == 0:
+        store = TCPStore(host, 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
+        lent.set("port", str(store.port))
+    else:
+        end = time.monotonic() + timeout.total_seconds()
+        while not _answers(host, port := int(lent.get("port"))):
+            if time.monotonic() > end:
+                raise TimeoutError(f"rank {rank} waited {timeout} for the first rank, on {host}")
+            time.sleep(0.1)
+        store = TCPStore(host, port, world, is_master=False, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+
+def _answers(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5):
+        return True
+    return False
 
 
 def _check_deepspeed(on_cpu: bool) -> None:
