@@ -89,3 +89,22 @@ def test_step_measures_the_fit_checkpoints_and_resumption(tmp_path: Path) -> Non
     assert all(seconds > 0 for (seconds,) in results["resume"].values())
     assert done.stdout.strip() == (tmp_path / "results/step.md").read_text().strip()
     assert not any((tmp_path / "scratch").iterdir())
+
+
+@pytest.mark.slow
+def test_round_draws_what_two_ranks_did(digits: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks/round.py"), "--data", digits, "--to", "results/round"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+    spent = {row[0]: dict(zip(rows[0][1:], map(float, row[1:]), strict=True)) for row in rows[2:]}
+    assert list(spent) == ["take", "match", "fit"]
+    assert spent["fit"]["backward"] > 0 and spent["match"]["forward"] > 0 and spent["match"]["backward"] == 0
+    assert (tmp_path / "results/round.png").stat().st_size > 1000

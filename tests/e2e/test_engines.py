@@ -168,3 +168,14 @@ def test_what_an_engine_cannot_do_is_refused_at_the_start(name, changes, extra, 
     done = launch(engine(name, tmp_path, **changes), tmp_path, *options(digits, "run"), *extra)
     assert done.returncode != 0 and said in done.stderr, done.stderr
     assert "exitcode  : 2" in done.stderr and not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for CPUs with g++")
+def test_a_compiled_network_trains_alike(plain, digits, tmp_path):
+    file = engine("cpu", tmp_path)
+    done = launch(file, tmp_path, *options(digits, "run"), "--train.compile")
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(losses(tmp_path / "run"), losses(plain), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert weights(tmp_path / "run").keys() == weights(plain).keys()
