@@ -56,7 +56,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @pytest.fixture
 def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     """The server, which this process and those it starts find through the environment, and nothing but it."""
-    from pipeline.data.s3 import forget_clients
+    from pipeline.data.s3_client import forget_clients
 
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
@@ -81,7 +81,7 @@ def bucket(s3: S3Server) -> Iterator[str]:
 @pytest.fixture
 def proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """A proxy before the server, which stands in the environment in the server's place. No faults at first."""
-    from pipeline.data.s3 import forget_clients
+    from pipeline.data.s3_client import forget_clients
 
     with FaultProxy("127.0.0.1", s3.port) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)

@@ -1,4 +1,4 @@
-"""Objects under a prefix of an S3 bucket, or of any server that speaks S3. The only file with boto3.
+"""Objects under a prefix of an S3 bucket, or of any server that speaks S3.
 
 botocore retries requests, not bodies: a connection that is cut in the middle of an answer, or falls silent, ends the
 read. So its retries are off, and every request and body is tried again here, a body from the byte where it broke.
@@ -7,18 +7,14 @@ read. So its retries are off, and every request and body is tried again here, a 
 import base64
 import contextlib
 import hashlib
-import os
-import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, BinaryIO, cast
 
 from pipeline.data.fetch import PARALLEL, PART, Parts, Patience, Tally, in_order
+from pipeline.data.s3_client import BadSettings, client, is_anonymous, is_passing
 from pipeline.errors import Conflict, InputError
-
-SILENCE = 20.0
-"""Seconds without a byte, or without a connection, before a request counts as failed."""
 
 WRITE_PART = 16 << 20
 """Bytes a part of an upload: S3 takes 10,000 of them."""
@@ -138,7 +134,7 @@ class S3Store:
                 before = at
                 try:
                     wanted = f"bytes={at}-{last - 1}"
-                    answer = _client().get_object(
+                    answer = client().get_object(
                         Bucket=self._bucket, Key=self._prefix + name, Range=wanted, IfMatch=etag
                     )
                     if not str(answer.get("ContentRange", "")).startswith(f"bytes {at}-"):
@@ -153,7 +149,7 @@ class S3Store:
                     if at < last:
                         raise ConnectionError(f"the body ended {last - at} bytes early")
                 except Exception as error:
-                    if not _is_passing(error):
+                    if not is_passing(error):
                         raise
                     patience.wait(error, at=f", byte {at}", progress=at > before)
                     piece = 1 << 15  # a piece that breaks is lost: of the next, less
@@ -167,9 +163,9 @@ class S3Store:
         patience = Patience(f"{operation.replace('_', ' ')} {self.url(name or '')}", self.tally)
         while True:
             try:
-                return getattr(_client(), operation)(Bucket=self._bucket, **arguments)
+                return getattr(client(), operation)(Bucket=self._bucket, **arguments)
             except Exception as error:
-                if not _is_passing(error):
+                if not is_passing(error):
                     raise
                 patience.wait(error)
 
@@ -206,13 +202,13 @@ class S3Store:
                 case _ if code in _DENIED:
                     unsigned = f"; no credentials were found, so it was asked for without: {CREDENTIALS}"
                     remedy = f"access denied ({code}): check the credentials and what they may do in this bucket"
-                    remedy += unsigned if _is_anonymous() else ""
+                    remedy += unsigned if is_anonymous() else ""
                 case _:
                     message = error.response["Error"].get("Message") or "no reason given"
                     remedy = f"the server refuses ({code}: {message}): check the path, AWS_ENDPOINT_URL and the region"
             raise InputError(f"{where}: {remedy}") from None
-        except (BotoCoreError, _BadSettings) as error:
-            if _is_passing(error):
+        except (BotoCoreError, BadSettings) as error:
+            if is_passing(error):
                 raise
             raise InputError(f"{where}: {error}: check AWS_ENDPOINT_URL and the AWS configuration") from None
 
@@ -319,94 +315,3 @@ class Upload:
             ):
                 raise
             return expected
-
-
-def _is_passing(error: Exception) -> bool:
-    """Whether the same request may well succeed a moment later."""
-    from botocore.exceptions import (
-        ClientError,
-        CredentialRetrievalError,
-        HTTPClientError,
-        IncompleteReadError,
-        MetadataRetrievalError,
-        SSLError,
-    )
-    from botocore.exceptions import ConnectionError as NotConnected
-    from urllib3.exceptions import HTTPError
-
-    if isinstance(error, ClientError):
-        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-        code = str(error.response["Error"].get("Code"))
-        return status >= 500 or status in (408, 429) or code in ("BadDigest", "RequestTimeout", "SlowDown")
-    if isinstance(error, SSLError) and any(
-        sign in str(error) for sign in ("WRONG_VERSION_NUMBER", "CERTIFICATE_VERIFY")
-    ):
-        return False
-    of_botocore = (NotConnected, HTTPClientError, IncompleteReadError, CredentialRetrievalError, MetadataRetrievalError)
-    return isinstance(error, (*of_botocore, HTTPError, ConnectionError, TimeoutError))
-
-
-_clients: dict[int, Any] = {}
-_making = threading.Lock()
-
-
-def _after_fork() -> None:
-    global _making
-    _making = threading.Lock()  # another thread may have held it at the fork
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-def forget_clients() -> None:
-    """Make new clients, from the environment as it is now."""
-    _clients.clear()
-
-
-def _client() -> Any:
-    """This process's client, signed by what boto3's chain finds (environment, profile, web identity, instance role).
-
-    Where it finds nothing requests are not signed: a public bucket needs no account.
-    """
-    if os.getpid() not in _clients:
-        with _making:
-            if os.getpid() not in _clients:
-                _clients[os.getpid()] = _make_client()
-    return _clients[os.getpid()]
-
-
-def _make_client() -> Any:
-    import boto3
-    from botocore import UNSIGNED
-    from botocore.config import Config
-
-    session = boto3.session.Session()
-    credentials = session.get_credentials()
-    unsigned = {"signature_version": UNSIGNED} if credentials is None else {}
-    if credentials is not None and not all(part.isprintable() for part in credentials.get_frozen_credentials() if part):
-        # Such a header is refused with an error that prints it.
-        raise _BadSettings("the credentials hold a line break or another character that is not printable")
-    config = Config(
-        retries={"total_max_attempts": 1},
-        connect_timeout=SILENCE,
-        read_timeout=SILENCE,
-        max_pool_connections=8 * PARALLEL,
-        tcp_keepalive=True,
-        request_checksum_calculation="when_required",  # Content-MD5 is sent, which every server understands
-        response_checksum_validation="when_required",
-        **unsigned,
-    )
-    try:
-        return session.client("s3", config=config)
-    except (ValueError, AttributeError) as error:  # an address without scheme; sections that are no sections
-        raise _BadSettings(str(error)) from None
-
-
-class _BadSettings(Exception):
-    """boto3 cannot be set up so."""
-
-
-def _is_anonymous() -> bool:
-    from botocore import UNSIGNED
-
-    return bool(_client().meta.config.signature_version is UNSIGNED)

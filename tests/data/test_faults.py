@@ -31,7 +31,7 @@ Rows = list[tuple[int, str, str]]
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits that are too short for a network, and short enough for tests; small requests, so that many meet a fault."""
-    monkeypatch.setattr("pipeline.data.s3.SILENCE", 0.5)
+    monkeypatch.setattr("pipeline.data.s3_client.SILENCE", 0.5)
     monkeypatch.setattr("pipeline.data.fetch.FIRST_PAUSE", 0.01)
     monkeypatch.setattr("pipeline.data.fetch.LONGEST_PAUSE", 0.05)
     monkeypatch.setattr("pipeline.data.fetch.ATTEMPTS", 20)

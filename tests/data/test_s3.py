@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pipeline.data.s3 import S3Store, forget_clients
+from pipeline.data.s3 import S3Store
+from pipeline.data.s3_client import forget_clients
 from pipeline.data.store import Store, open_store
 from pipeline.errors import InputError, Unavailable
 from tests.proxy import FaultProxy, Faults
@@ -25,7 +26,7 @@ DATA = random.Random(0).randbytes(3 * MIB + 12_345)
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits that are too short for a network, and short enough for tests."""
-    monkeypatch.setattr("pipeline.data.s3.SILENCE", 1.0)
+    monkeypatch.setattr("pipeline.data.s3_client.SILENCE", 1.0)
     monkeypatch.setattr("pipeline.data.fetch.FIRST_PAUSE", 0.01)
     monkeypatch.setattr("pipeline.data.fetch.LONGEST_PAUSE", 0.05)
 
@@ -338,7 +339,7 @@ def test_reading_through_faults(
     store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, faults: Faults, kinds: list[str], part: int
 ) -> None:
     monkeypatch.setattr("pipeline.data.s3.PART", part)
-    monkeypatch.setattr("pipeline.data.s3.SILENCE", 0.5)
+    monkeypatch.setattr("pipeline.data.s3_client.SILENCE", 0.5)
     monkeypatch.setattr("pipeline.data.fetch.ATTEMPTS", 20)
     store.put("a", DATA)
     forget_clients()

@@ -113,7 +113,7 @@ def test_a_bucket_that_is_not_there(tmp_path, s3):
 
 
 def test_a_bucket_that_is_closed(tmp_path, bucket, monkeypatch):
-    from pipeline.data.s3 import forget_clients
+    from pipeline.data.s3_client import forget_clients
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     forget_clients()
@@ -122,7 +122,7 @@ def test_a_bucket_that_is_closed(tmp_path, bucket, monkeypatch):
 
 
 def test_a_bucket_out_of_reach(tmp_path, s3, monkeypatch):
-    from pipeline.data.s3 import forget_clients
+    from pipeline.data.s3_client import forget_clients
 
     monkeypatch.setattr("pipeline.data.fetch.FIRST_PAUSE", 0.01)
     monkeypatch.setattr("pipeline.data.fetch.LONGEST_PAUSE", 0.01)
