@@ -1,6 +1,7 @@
-"""`naign pack | index | verify | evaluate | sample | restore | score | export | doctor`: each function is a command.
+"""`naign pack | index | verify | launch | evaluate | sample | restore | score | export | doctor`.
 
-Options, help and their types are the functions' signatures. Heavy imports wait until a command needs them.
+Each function is a command. Options, help and their types are the functions' signatures. Heavy imports wait until a
+command needs them.
 """
 
 import csv
@@ -272,8 +273,17 @@ def doctor() -> None:
     print("ready")
 
 
+def launch() -> None:
+    """Start this host's ranks of a training, under Kubernetes, Kubeflow, Slurm or alone (naign launch --help)."""
+    from pipeline.hosts.launch import main
+
+    sys.exit(main(sys.argv[2:]))
+
+
 def main() -> None:
-    commands = (pack, index, verify, evaluate, sample, restore, score, export, doctor)
+    if sys.argv[1:2] == ["launch"]:  # what it does not know is for the training program
+        launch()
+    commands = (pack, index, verify, launch, evaluate, sample, restore, score, export, doctor)
     with exit_on_input_error("naign"):
         try:
             tyro.extras.subcommand_cli_from_dict(

@@ -147,7 +147,7 @@ class Config:
 
 
 FREE_TO_CHANGE = (
-    *("data.endpoint", "data.workers", "data.check", "data.broken", "data.cache", "data.trace"),
+    *("data.endpoint", "data.source", "data.workers", "data.check", "data.broken", "data.cache", "data.trace"),
     *("match.method", "report.", "checkpoint.", "run.", "stop.", "profile.", "resume"),
     *("train.threads", "train.timeout", "train.bad_steps", "train.accumulate", "train.precision"),
     *("train.compile", "train.channels_last", "train.recompute"),

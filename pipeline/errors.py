@@ -1,9 +1,15 @@
 """What a program says and returns when the fault is the user's, not ours."""
 
+import contextlib
+import json
+import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
 
 FAILED = 1
 """Exit code: a failure that is worth a retry."""
@@ -13,6 +19,10 @@ BAD_INPUT = 2
 
 INTERRUPTED = 75
 """Exit code: stopped on request after writing a checkpoint. An orchestrator should retry it."""
+
+
+PEER_LOST = 76
+"""Exit code: another rank is gone, through no fault of this one. An orchestrator should retry it, and not count it."""
 
 
 class InputError(ValueError):
@@ -27,24 +37,36 @@ class Unavailable(Exception):
     """A store that stayed out of reach through all retries: nobody's mistake, and worth starting again."""
 
 
+class PeerLost(Exception):
+    """Another rank is gone: all have to start again."""
+
+
 class Stopped(Exception):
     """All ranks agreed to stop here: not a failure."""
 
 
 @contextmanager
 def exit_on_input_error(program: str) -> Iterator[None]:
-    """Turn an InputError into one readable message on stderr and exit code 2, Unavailable into one and 1.
+    """Turn an InputError into one readable message on stderr and exit code 2, Unavailable into one and 1, PeerLost 76.
 
     Anything else is a crash.
     """
     try:
         yield
     except Unavailable as error:
-        print(f"{program}: failed: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(FAILED) from None
+        _leave(FAILED, f"{program}: failed: {error}")
+    except PeerLost as error:
+        _leave(PEER_LOST, f"{program}: {error}")
     except InputError as error:
-        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(BAD_INPUT) from None
+        _leave(BAD_INPUT, f"{program}: error: {error}")
     except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr, flush=True)
-        raise SystemExit(128 + signal.SIGINT) from None
+        _leave(128 + signal.SIGINT, f"{program}: interrupted")
+
+
+def _leave(code: int, text: str) -> NoReturn:
+    """Say why, also to a launcher that asks for it (torchelastic), and end."""
+    print(text, file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
+    raise SystemExit(code) from None

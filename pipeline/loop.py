@@ -27,7 +27,18 @@ from pipeline.match.matcher import Match, match_round
 from pipeline.model.networks import build_network
 from pipeline.reports import report
 from pipeline.round import Drawing, Run, Work
-from pipeline.run import Position, Saved, Under, check_shared, claim, have, restore, restore_weights, snapshot
+from pipeline.run import (
+    Position,
+    Saved,
+    Under,
+    check_shared,
+    claim,
+    count_rounds,
+    have,
+    restore,
+    restore_weights,
+    snapshot,
+)
 from pipeline.runtime.checkpoint import Writer
 from pipeline.runtime.distributed import together, total
 from pipeline.runtime.logs import at_round, set_up
@@ -90,7 +101,7 @@ def train(config: Config, accelerator: Accelerator) -> bool:
             claimed = take_over(config.run.remote)
     position = saved.position if saved else Position()
     trained = config.match.round * config.train.passes  # images a round
-    rounds = -(-config.train.images // trained)
+    rounds = count_rounds(config)
 
     monitor = Monitor(
         Path(config.run.path),

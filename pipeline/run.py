@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.config import Config, differences, from_dict, to_dict
+from pipeline.data.store import open_store
 from pipeline.data.stream import Stream
 from pipeline.errors import InputError
 from pipeline.model.naign import NAIGN, save_model
@@ -155,6 +156,24 @@ def find_newest(config: Config) -> Path | None:
     if damaged and newest is None:
         raise InputError(f"{damaged} and all before it are damaged: choose another --run.remote to start anew")
     return newest
+
+
+def is_done(config: Config) -> bool:
+    """Whether the bucket holds a run of this configuration that has spent its budget."""
+    store = open_store(config.run.remote)
+    if "config.yaml" not in store.list():
+        return False
+    recorded = from_dict(yaml.safe_load(store.read("config.yaml")), where=store.url("config.yaml"))
+    name = next(remote.newest_first(config.run.remote, MANIFEST), "")
+    if not name or differences(recorded, config):
+        return False
+    trainer = json.loads(open_store(f"{config.run.remote}/checkpoints/{name}").read("trainer.json"))
+    return int(trainer["round"]) >= count_rounds(config)
+
+
+def count_rounds(config: Config) -> int:
+    """Rounds that spend the budget."""
+    return -(-config.train.images // (config.match.round * config.train.passes))
 
 
 def have(config: Config, name: str) -> Path:

@@ -1,6 +1,7 @@
 """The main job: `accelerate launch pipeline/train.py [--config FILE] [--section.key=value ...]`.
 
-Exit codes: 0 done, 2 bad configuration or input, 75 stopped on request after a checkpoint, anything else a crash.
+Exit codes: 0 done, 2 bad configuration or input, 75 stopped on request after a checkpoint, 76 another rank is gone,
+anything else a crash.
 """
 
 import os
@@ -16,14 +17,20 @@ from pipeline.config import parse  # noqa: E402
 from pipeline.data.dataset import DataConfig  # noqa: E402
 from pipeline.data.shards import pack  # noqa: E402
 from pipeline.data.sources import load  # noqa: E402
-from pipeline.data.store import use_endpoint  # noqa: E402
+from pipeline.data.store import open_store, use_endpoint  # noqa: E402
 from pipeline.errors import INTERRUPTED, exit_on_input_error  # noqa: E402
 from pipeline.loop import train  # noqa: E402
-from pipeline.runtime.distributed import build_accelerator, keep_memory, set_threads, together  # noqa: E402
+from pipeline.runtime.distributed import (  # noqa: E402
+    build_accelerator,
+    keep_memory,
+    peers_missed,
+    set_threads,
+    together,
+)
 
 
 def main() -> None:
-    with exit_on_input_error("train"):
+    with exit_on_input_error("train"), peers_missed():
         config = parse(sys.argv[1:])
         use_endpoint(config.data.endpoint)
         keep_memory()
@@ -33,7 +40,7 @@ def main() -> None:
         try:
             with together(accelerator):
                 if accelerator.is_main_process:
-                    pack_default(config.data.path)
+                    pack_missing(config.data)
             finished = train(config, accelerator)
         finally:
             accelerator.end_training()
@@ -50,11 +57,12 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def pack_default(path: str) -> None:
-    """Fetch and pack MNIST if the default data set is asked for and not there yet."""
-    if path == DataConfig().path and not (Path(path) / "index.json").exists():
-        print(f"no data at {path} yet: fetching MNIST and packing it there, as `naign pack mnist --to {path}` does")
-        pack(load("mnist"), path)
+def pack_missing(data: DataConfig) -> None:
+    """Fetch and pack what data.source names, where data.path holds no data set yet."""
+    source = data.source or ("mnist" if data.path == DataConfig().path else "")
+    if source and "index.json" not in open_store(data.path).list():
+        print(f"no data at {data.path} yet: packing it, as `naign pack {source} --to {data.path}` does", flush=True)
+        pack(load(source), data.path)
 
 
 if __name__ == "__main__":

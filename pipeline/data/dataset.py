@@ -14,6 +14,10 @@ class DataConfig:
     path: str = "data/mnist"
     """Folder or s3://bucket/prefix of shards with their index.json (`naign pack` or `naign index` makes it)."""
 
+    source: str = ""
+    """What to fetch and pack at `path` where nothing is yet, as `naign pack` takes it, such as digits. Empty: nothing,
+    but mnist at the default path."""
+
     endpoint: str = ""
     """Address of an S3 server other than Amazon's; empty: AWS_ENDPOINT_URL or the AWS profile's."""
 

@@ -164,6 +164,7 @@ class Writer:
         self._beat, self._flush = beat, flush
         self._thread: threading.Thread | None = None
         self._failed: str = ""
+        self._error: BaseException | None = None
         self.seconds = 0.0
         """Of the last checkpoint that is done: from its start to its manifest, in the background."""
         self.uploaded = 0.0
@@ -186,7 +187,8 @@ class Writer:
     def join(self, within: float | None = None) -> bool:
         """Wait for the checkpoint that is being written; False if it is not there within so many seconds.
 
-        Raises InputError on every rank where any could not write its files: what was there before is untouched.
+        Raises InputError on every rank where any could not write its files: what was there before is untouched. Raises
+        what a collective does when another rank is gone.
         """
         if self._thread is None:
             return True
@@ -197,6 +199,8 @@ class Writer:
         if self._thread.is_alive():
             return False
         self._thread = None
+        if self._error:
+            raise self._error
         if self._failed:
             raise InputError(self._failed)
         return True
@@ -206,18 +210,18 @@ class Writer:
         begun = time.perf_counter()
         try:
             problem = self._write(folder, files)
-            if not problem and self._remote:
+            if problem:
+                self._failed = (
+                    f"{folder} could not be written ({problem}): make room or choose another --run.path; the "
+                    "checkpoint before it is untouched"
+                )
+            elif self._remote:
                 title("upload")
                 clock = time.perf_counter()
                 self._failed = self._send(folder, list(files))
                 self.uploaded = time.perf_counter() - clock
-        except BaseException as error:  # nobody else would see it
-            problem = f"rank {self._rank}: {type(error).__name__}: {error}"
-        if problem:
-            self._failed = (
-                f"{folder} could not be written ({problem}): make room or choose another --run.path; the checkpoint "
-                "before it is untouched"
-            )
+        except BaseException as error:  # a rank that is gone, say; nobody else would see it
+            self._error = error
         self.seconds = time.perf_counter() - begun
 
     def _write(self, folder: Path, files: Mapping[str, Write]) -> str:

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch._C._distributed_c10d import TCPStore
 
-from pipeline.errors import InputError, Stopped, Unavailable
+from pipeline.errors import InputError, PeerLost, Stopped, Unavailable
 
 c10d: Any = dist.distributed_c10d
 
@@ -152,6 +152,27 @@ def together(accelerator: Accelerator) -> Iterator[None]:
         for failure in failures:
             if failure and failure[0] in (kind, "Conflict"):
                 raise raised(failure[1])
+
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""What gloo, torch's store and NCCL say of a rank that is gone."""
+
+
+def is_peer_lost(error: BaseException) -> bool:
+    """Whether a collective failed since another rank is gone."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST)
+
+
+@contextmanager
+def peers_missed() -> Iterator[None]:
+    """Turn what a collective raises when another rank is gone into PeerLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_peer_lost(error):
+            raise
+        rank = os.environ.get("RANK", "0")
+        raise PeerLost(f"rank {rank} lost another rank, and ends ({str(error).splitlines()[0]})") from error
 
 
 def total(values: list[float], accelerator: Accelerator) -> list[float]:

@@ -1,0 +1,271 @@
+"""`naign launch [options] [--config FILE] [--section.key=value ...]`: start this host's ranks of a training.
+
+The same command on every host of a Kubernetes Job, a JobSet, a Kubeflow TrainJob or a Slurm step (pipeline.hosts.place
+says which variables are read), and on a machine alone. It waits until all hosts of this start are there, starts the
+ranks through Accelerate in this very process, so that signals arrive, and ends with the code of what ended them:
+
+  0   done, also where the run in the bucket was done already
+  2   bad configuration or input: to be corrected, not tried again
+  75  stopped on request after a checkpoint: to be started again
+  76  another host was lost: to be started again, through no fault of this one
+  else  a crash: to be tried again a few times
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, Stopped, Unavailable
+from pipeline.hosts.meeting import PORT, interface_of, meet
+from pipeline.hosts.place import Place, find_place
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = ROOT / "pipeline/train.py"
+
+MASTER_PORT = 29500
+"""Of the ranks' rendezvous, on host 0."""
+
+MEANINGS = {
+    BAD_INPUT: "bad configuration or input, which is not tried again",
+    INTERRUPTED: "stopped on request; the same command goes on from the newest checkpoint",
+    PEER_LOST: "another rank was lost; start all again and they go on from the newest checkpoint",
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Start the ranks; the exit code. Never raises for a user's mistake."""
+    parser = argparse.ArgumentParser(
+        "naign launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--engine", default="", help="a configuration of Accelerate: a file, or a name in launch/ as zero2; default: "
+        "DDP, on the GPUs where there are any")  # fmt: skip
+    add("--processes", type=int, default=0, help="ranks on this host; default: one a GPU, or one")
+    add("--port", type=int, default=MASTER_PORT, help="of host 0, for the ranks (%(default)s)")
+    add("--meeting-port", type=int, default=PORT, help="of host 0, where hosts wait for each other (%(default)s)")
+    add("--wait", type=float, default=900, help="seconds to wait for the other hosts (%(default)s)")
+    options, training = parser.parse_known_args(arguments)
+    try:
+        return _launch(options, training)
+    except Stopped:
+        say(MEANINGS[INTERRUPTED])
+        return INTERRUPTED
+    except Unavailable as error:
+        say(f"failed: {error}")
+        return FAILED
+    except InputError as error:
+        say(f"error: {error}")
+        return BAD_INPUT
+
+
+def say(text: str) -> None:
+    print(f"naign launch: {text}", file=sys.stderr, flush=True)
+
+
+def _launch(options: argparse.Namespace, training: Sequence[str]) -> int:
+    from pipeline.config import parse
+    from pipeline.data.store import use_endpoint
+
+    config = parse(list(training))  # here, too: a mistake in it is told at once, and by one
+    use_endpoint(config.data.endpoint)
+    place = find_place(os.environ)
+    processes = options.processes or place.processes or _gpus() or 1
+    ranks = place.hosts * processes
+    with _stoppable() as asked:
+        if _is_done(config, lambda: bool(asked)):
+            say(f"nothing left to do: the run in {config.run.remote} is done")
+            return 0
+    engine = find_engine(options.engine, ranks)
+    if place.hosts > 1:
+        say(f"host {place.index} of {place.hosts}, {processes} ranks each, under {place.orchestrator}")
+        if place.index == 0:
+            _check_free(options.port)
+    with _stoppable() as asked:
+        links = meet(place, port=options.meeting_port, within=options.wait, say=say, asked=lambda: bool(asked))
+    if place.hosts > 1:
+        if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_of(links.address)):
+            os.environ["GLOO_SOCKET_IFNAME"] = name  # else gloo takes what the host's name means, often 127.0.1.1
+        say(f"all hosts are here; host 0 is {links.address}")
+    if ranks == 1 and not options.engine:
+        os.environ |= {"ACCELERATE_USE_CPU": "false" if _gpus() else "true"}
+        os.execv(sys.executable, [sys.executable, str(TRAIN), *training])
+    # The agent kills what has not ended so long after a SIGTERM.
+    os.environ["PET_SHUTDOWN_TIMEOUT"] = str(math.ceil(config.stop.within) + 5)
+    ending = Ending(patience=config.stop.within + 30)
+    links.watch(ending.note)
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "engine.yaml"
+        file.write_text(engine)
+        code = ending.judge(run_ranks(file, place, processes, links.address, options.port, training))
+    links.leave(code)
+    return code
+
+
+class Ending:
+    """What to do when another host ends: this host's ranks should end by themselves soon, and are made to."""
+
+    def __init__(self, patience: float) -> None:
+        self._patience = patience
+        self._over = threading.Event()
+        self._lost = False
+
+    def note(self, host: int, code: int | None) -> None:
+        """Host `host` ended with `code`, None if it did not say. Waits; to be called in a thread."""
+        if self._over.is_set():
+            return
+        self._lost = self._lost or code not in (0, BAD_INPUT, INTERRUPTED)
+        say(f"host {host} ended" + (f" with code {code}" if code is not None else " without a word: lost"))
+        if not self._over.wait(GRACE if code is None else self._patience):
+            say("this host's ranks do not end: killed")
+            self._lost = True
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            if not self._over.wait(GRACE):
+                os._exit(PEER_LOST)
+
+    def judge(self, code: int) -> int:
+        """This host's ranks ended with `code`: what to end with."""
+        self._over.set()
+        return PEER_LOST if self._lost and code not in (0, BAD_INPUT, INTERRUPTED) else code
+
+
+GRACE = 10.0
+"""Seconds for ranks to notice themselves that another host is gone."""
+
+
+REACH = 120.0
+"""Seconds to wait for a bucket: its server may be starting beside this host, or its name be not known yet."""
+
+
+def _is_done(config: Any, asked: Callable[[], bool]) -> bool:
+    """Whether the bucket holds the finished run. InputError if it stays out of reach: so will it for the ranks."""
+    from pipeline.run import is_done
+
+    end = time.monotonic() + REACH
+    while config.run.remote:
+        try:
+            return is_done(config)
+        except Unavailable as error:
+            if asked():
+                raise Stopped from None
+            if time.monotonic() > end:
+                raise InputError(
+                    f"run.remote cannot be reached: {error}; check its name and AWS_ENDPOINT_URL"
+                ) from None
+            say(f"waiting for {config.run.remote}: {error}")
+    return False
+
+
+def run_ranks(engine: Path, place: Place, processes: int, address: str, port: int, training: Sequence[str]) -> int:
+    """Start this host's ranks through Accelerate and wait for them; the exit code, of which the reason is told."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    arguments = [
+        *("--config_file", str(engine), "--num_machines", str(place.hosts), "--machine_rank", str(place.index)),
+        *("--num_processes", str(place.hosts * processes), "--main_process_ip", address),
+        *("--main_process_port", str(port if place.hosts > 1 else 0), "--rdzv_backend", "static"),
+        *("--deepspeed_multinode_launcher", "standard", "--num_cpu_threads_per_process", "1", "--quiet"),
+        *(str(TRAIN), *training),
+    ]
+    try:
+        launch_command(launch_command_parser().parse_args(arguments))
+    except SignalException as error:
+        say(f"signal {error.sigval.name}: {MEANINGS[INTERRUPTED]}")
+        return INTERRUPTED
+    except ChildFailedError as error:
+        code, reason = explain(error.failures)
+        say(reason)
+        return code
+    return 0
+
+
+def explain(failures: Mapping[int, Any]) -> tuple[int, str]:
+    """The code that says most of those by which ranks of this host ended, and a sentence for the log's last line.
+
+    `failures` are torchelastic's ProcessFailure by local rank.
+    """
+
+    def weight(code: int) -> int:
+        return {BAD_INPUT: 3, PEER_LOST: 1, INTERRUPTED: 0}.get(code, 2)
+
+    failure = max(failures.values(), key=lambda failure: weight(failure.exitcode))
+    code = int(failure.exitcode)
+    if code < 0:
+        killer = signal.Signals(-code).name
+        hint = ": out of memory?" if -code == signal.SIGKILL else ""
+        return FAILED, f"rank {failure.local_rank} of this host was ended by {killer}{hint}"
+    said = "" if failure.message == "<N/A>" or "traceback" in failure.message else f": {failure.message}"
+    meaning = MEANINGS.get(code, "crashed; see its last words above")
+    return code, f"rank {failure.local_rank} of this host ended with code {code}, {meaning}{said}"
+
+
+def find_engine(name: str, ranks: int) -> str:
+    """The text of an Accelerate configuration: of a file, of a name in launch/, or DDP on what is here."""
+    if name:
+        for file in (Path(name), ROOT / f"launch/{name}.yaml", ROOT / f"launch/{name}"):
+            if file.is_file():
+                return file.read_text()
+        known = ", ".join(sorted(file.stem for file in (ROOT / "launch").glob("*.yaml")))
+        raise InputError(f"--engine {name} is no file and no name in launch/{': ' + known if known else ''}")
+    return "\n".join(
+        (
+            "compute_environment: LOCAL_MACHINE",
+            f"distributed_type: {'MULTI_GPU' if ranks > 1 else 'NO'}",
+            f"use_cpu: {'false' if _gpus() else 'true'}",
+            "num_machines: 1",
+            f"num_processes: {ranks}",
+            "machine_rank: 0",
+            'mixed_precision: "no"',
+            "rdzv_backend: static",
+            "same_network: true",
+        )
+    )
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise InputError(f"port {port} is taken on host 0 ({error.strerror}): choose another --port") from None
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[list[int]]:
+    """Signals while there are no ranks yet: a list that is no longer empty once one came."""
+    asked: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked:
+        raise Stopped

@@ -1,0 +1,246 @@
+"""All hosts of a job wait for each other before any of them starts its ranks.
+
+A launcher's own rendezvous takes whoever comes: a pod of an earlier start of the same job, still terminating, has the
+name and the number of one that is awaited. Here each says which start it belongs to, host 0 turns others away, and the
+others go on with the address at which that very host 0 answered, whatever its name means a moment later.
+
+The connections stay open while the ranks run: a host that ends without a word closes its own, and the others learn at
+once what a collective may not tell for minutes.
+"""
+
+import contextlib
+import json
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.errors import InputError, Stopped, Unavailable
+from pipeline.hosts.place import Place
+
+PORT = 29400
+"""Of host 0, while hosts wait for each other."""
+
+EVERY = 10.0
+"""Seconds between two words about who is awaited."""
+
+
+def meet(
+    place: Place,
+    *,
+    port: int = PORT,
+    within: float = 900,  # seconds
+    say: Callable[[str], None] = print,
+    asked: Callable[[], bool] = lambda: False,  # whether to give up, looked at about every second
+) -> "Links":
+    """Wait until every host of this start is here.
+
+    Raises Unavailable when time is up, Stopped when asked to give up, InputError where the hosts disagree on how many
+    they are or the port is taken.
+    """
+    if place.hosts == 1:
+        return Links("127.0.0.1", {})
+    waiting = _Waiting(within, say, asked)
+    return _wait_for_others(place, port, waiting) if place.index == 0 else _go_to_first(place, port, waiting)
+
+
+class Links:
+    """Connections of host 0 to the others, or of another to host 0, by whose they are."""
+
+    def __init__(self, address: str, peers: dict[int, socket.socket]) -> None:
+        self.address = address
+        """Of host 0."""
+        self._peers = peers
+
+    def watch(self, ended: Callable[[int, int | None], None]) -> None:
+        """Call `ended(host, code)` from a thread when a host ends; code is None if it did not say one."""
+        for peer in self._peers.values():
+            peer.setblocking(True)
+
+        def listen(host: int, peer: socket.socket) -> None:
+            said = b""
+            with contextlib.suppress(OSError):
+                while part := peer.recv(64):
+                    said += part
+            ended(host, int(said) if said.strip().isdigit() else None)
+
+        for host, peer in self._peers.items():
+            threading.Thread(target=listen, args=(host, peer), name=f"host {host}", daemon=True).start()
+
+    def leave(self, code: int) -> None:
+        """Say that this host ends, and how."""
+        for peer in self._peers.values():
+            with contextlib.suppress(OSError):
+                peer.sendall(f"{code}\n".encode())
+                peer.shutdown(socket.SHUT_WR)
+
+
+class _Waiting:
+    """How long, and what is said meanwhile."""
+
+    def __init__(self, within: float, say: Callable[[str], None], asked: Callable[[], bool]) -> None:
+        self._begun = time.monotonic()
+        self._within, self.say, self._asked = within, say, asked
+        self._next = self._begun + EVERY
+
+    def check(self, for_whom: str) -> None:
+        """Called about every second."""
+        now = time.monotonic()
+        if self._asked():
+            raise Stopped
+        if now > self._begun + self._within:
+            raise Unavailable(f"waited {self._within:.0f} s for {for_whom}")
+        if now >= self._next:
+            self.say(f"waiting for {for_whom} ({now - self._begun:.0f} s)")
+            self._next = now + EVERY
+
+
+def _wait_for_others(place: Place, port: int, waiting: _Waiting) -> Links:
+    there: dict[int, socket.socket] = {}
+    unsaid: dict[socket.socket, bytes] = {}  # what came so far of who has not said who it is
+    with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+        listener = stack.enter_context(_listen(port))
+        selector.register(listener, selectors.EVENT_READ)
+
+        def drop(peer: socket.socket) -> None:
+            selector.unregister(peer)
+            unsaid.pop(peer, None)
+            for index in [index for index, found in there.items() if found is peer]:
+                del there[index]
+            peer.close()
+
+        while len(there) < place.hosts - 1:
+            missing = [index for index in range(1, place.hosts) if index not in there]
+            shown = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
+            waiting.check(f"host {shown} of {place.hosts}")
+            for key, _ in selector.select(timeout=1):
+                if key.fileobj is listener:
+                    peer, _ = listener.accept()
+                    peer.setblocking(False)
+                    _notice_death(peer)
+                    unsaid[peer] = b""
+                    selector.register(peer, selectors.EVENT_READ)
+                    continue
+                peer = key.fileobj  # type: ignore[assignment]
+                try:
+                    data = peer.recv(4096)
+                except OSError:
+                    data = b""
+                if not data or peer not in unsaid or len(unsaid[peer]) > 4096:
+                    drop(peer)
+                    continue
+                unsaid[peer] += data
+                if b"\n" not in unsaid[peer]:
+                    continue
+                answer, index = _judge(place, unsaid[peer])
+                if answer:
+                    waiting.say(answer)
+                    with contextlib.suppress(OSError):
+                        peer.send(json.dumps({"no": answer, "end": bool(index)}).encode() + b"\n")
+                    drop(peer)
+                    if index:
+                        raise InputError(answer)
+                    continue
+                del unsaid[peer]
+                if index in there:
+                    drop(there[index])  # its pod was replaced
+                there[index] = peer
+        address = str(next(iter(there.values())).getsockname()[0]).removeprefix("::ffff:")
+        for peer in there.values():
+            with contextlib.suppress(OSError):  # who is gone now will be missed, and all start again
+                peer.setblocking(True)
+                peer.sendall(b'{"go": true}\n')
+        for peer in unsaid:
+            peer.close()
+        return Links(address, there)
+
+
+def _judge(place: Place, line: bytes) -> tuple[str, int]:
+    """Why somebody is turned away, or '', and which host it is; a number beside a reason: all must end."""
+    try:
+        said = json.loads(line)
+        start, index, hosts = str(said["start"]), int(said["index"]), int(said["hosts"])
+    except (ValueError, KeyError, TypeError):
+        return "somebody who is no host of this job was turned away", 0
+    if start != place.start:
+        return f"a host {index} of another start of this job ({start or 'unnamed'}) was turned away", 0
+    if hosts != place.hosts or not 0 < index < hosts:
+        return f"host {index} counts {hosts} hosts, host 0 counts {place.hosts}: make NAIGN_HOSTS the same", index or 1
+    return "", index
+
+
+def _go_to_first(place: Place, port: int, waiting: _Waiting) -> Links:
+    hello = json.dumps({"start": place.start, "index": place.index, "hosts": place.hosts}).encode() + b"\n"
+    said = ""
+    while True:
+        waiting.check(f"host 0 ({place.head}, port {port}){said}")
+        with contextlib.ExitStack() as stack:
+            try:
+                connection = stack.enter_context(socket.create_connection((place.head, port), timeout=5))
+                _notice_death(connection)
+                connection.sendall(hello)
+                answer = _answer(connection, lambda: waiting.check(f"the other hosts; {place.head} is there"))
+            except (OSError, json.JSONDecodeError) as error:
+                answer = {"no": f"no address of that name ({error})"} if isinstance(error, socket.gaierror) else {}
+            if answer.get("go"):
+                stack.pop_all()
+                return Links(str(connection.getpeername()[0]).removeprefix("::ffff:"), {0: connection})
+            if answer.get("end"):
+                raise InputError(answer["no"])
+            said = f": {answer['no']}" if "no" in answer else ""
+        time.sleep(0.5)
+
+
+def _answer(connection: socket.socket, check: Callable[[], None]) -> dict[str, Any]:
+    """What host 0 answers, {} if it goes away."""
+    connection.settimeout(1)
+    data = b""
+    while b"\n" not in data:
+        try:
+            part = connection.recv(4096)
+        except TimeoutError:
+            check()
+            continue
+        if not part:
+            return {}
+        data += part
+    answer = json.loads(data)
+    return answer if isinstance(answer, dict) else {}
+
+
+def _listen(port: int) -> socket.socket:
+    try:
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+        return socket.create_server(("", port), backlog=1024)
+    except OSError as error:
+        raise InputError(f"port {port} cannot be opened on host 0 ({error.strerror}): choose another --port") from None
+
+
+def _notice_death(connection: socket.socket) -> None:
+    """Of a machine at the other end: within some ten seconds."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def interface_of(address: str) -> str:
+    """The network interface by which this host reaches an address; '' if that is not to be found out."""
+    try:
+        family = socket.getaddrinfo(address, 1, type=socket.SOCK_DGRAM)[0][0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 1))
+            mine = probe.getsockname()[0]
+        import fcntl
+
+        for _, name in socket.if_nameindex():
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked, contextlib.suppress(OSError):
+                found = fcntl.ioctl(asked.fileno(), 0x8915, name.encode()[:15].ljust(256, b"\0"))  # SIOCGIFADDR
+                if socket.inet_ntoa(found[20:24]) == mine.removeprefix("::ffff:"):
+                    return name
+    except (OSError, ImportError):
+        pass
+    return ""

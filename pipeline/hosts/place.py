@@ -1,0 +1,99 @@
+"""Where this host stands in its job, by the variables that Kubernetes, Kubeflow or Slurm set."""
+
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """A host of a job: a pod, a node of an allocation, or this machine alone."""
+
+    orchestrator: str
+    index: int = 0
+    hosts: int = 1
+    head: str = "localhost"
+    """Name or address of host 0, as the others reach it."""
+    start: str = ""
+    """What tells this start of the job from an earlier one whose hosts may still be about: a uid."""
+    processes: int = 0
+    """Ranks on this host; 0: one a GPU, or one."""
+
+
+def find_place(environ: Mapping[str, str]) -> Place:
+    """The first of these that the variables speak of.
+
+    - Kubernetes: an Indexed Job's JOB_COMPLETION_INDEX, beside NAIGN_HOSTS, NAIGN_HEAD (the name of the first pod) and
+      NAIGN_START (the Job's uid), which k8s/job.yaml sets.
+    - Kubeflow Trainer v2, or whoever sets torchrun's options: PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR.
+    - Slurm: one task of `srun` a node.
+
+    Without any of them the host is alone. Raises InputError where some are missing or make no sense.
+    """
+    processes = _number(environ, "NAIGN_PROCESSES", default=0)
+    if "NAIGN_HOSTS" in environ:
+        place = Place(
+            orchestrator="Kubernetes",
+            index=_number(environ, "JOB_COMPLETION_INDEX"),
+            hosts=_number(environ, "NAIGN_HOSTS"),
+            head=_text(environ, "NAIGN_HEAD"),
+            start=environ.get("NAIGN_START", ""),
+            processes=processes,
+        )
+    elif "PET_NNODES" in environ:
+        said = environ.get("PET_NPROC_PER_NODE", "auto")
+        place = Place(
+            orchestrator="Kubeflow",
+            index=_number(environ, "PET_NODE_RANK", default=0),
+            hosts=_number(environ, "PET_NNODES"),
+            head=environ.get("PET_MASTER_ADDR", "localhost"),
+            start=environ.get("NAIGN_START", ""),
+            processes=processes or (int(said) if said.isdecimal() else 0),
+        )
+    elif "SLURM_PROCID" in environ:
+        if environ.get("SLURM_NTASKS") != environ.get("SLURM_NNODES"):
+            raise InputError(
+                f"srun started {environ.get('SLURM_NTASKS')} tasks on {environ.get('SLURM_NNODES')} nodes: one a node "
+                "is wanted (--ntasks-per-node=1), which starts that node's ranks"
+            )
+        place = Place(
+            orchestrator="Slurm",
+            index=_number(environ, "SLURM_PROCID"),
+            hosts=_number(environ, "SLURM_NNODES"),
+            head=environ.get("NAIGN_HEAD") or _first_node(_text(environ, "SLURM_JOB_NODELIST")),
+            start=f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_RESTART_COUNT', '0')}",
+            processes=processes,
+        )
+    else:
+        return Place(orchestrator="none", processes=processes)
+    if not 0 <= place.index < place.hosts:
+        raise InputError(
+            f"{place.orchestrator} says that this is host {place.index} of {place.hosts}, counted from 0: make the "
+            "number of hosts (NAIGN_HOSTS, or completions and parallelism of the Job) the same everywhere"
+        )
+    return place
+
+
+def _first_node(nodes: str) -> str:
+    """The first name of Slurm's short form, as 'node[03-17,20]'."""
+    asked = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
+    if asked.returncode or not asked.stdout.strip():
+        raise InputError(f"scontrol cannot name the nodes of '{nodes}': {asked.stderr.strip()}; set NAIGN_HEAD")
+    return asked.stdout.split()[0]
+
+
+def _text(environ: Mapping[str, str], name: str) -> str:
+    if not environ.get(name, "").strip():
+        raise InputError(f"the variable {name} is not set, which says where this host stands: see k8s/job.yaml")
+    return environ[name].strip()
+
+
+def _number(environ: Mapping[str, str], name: str, *, default: int | None = None) -> int:
+    if default is not None and not environ.get(name, "").strip():
+        return default
+    text = _text(environ, name)
+    if not text.isdecimal():
+        raise InputError(f"the variable {name} is '{text}': it must be a number")
+    return int(text)
