@@ -1,8 +1,8 @@
 # Two commands: `make train` (MNIST, from nothing to a report) and `make test` (everything CI runs).
 PYTHON ?= python3
 VENV ?= .venv
-RUN ?= runs/mnist
 CONFIG ?= configs/mnist.yaml
+RUN ?= runs/$(basename $(notdir $(CONFIG)))
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
@@ -31,7 +31,6 @@ $(VENV)/.tested: pyproject.toml launch/constraints.txt | $(VENV)/bin/python
 install: $(VENV)/.installed
 
 train: $(VENV)/.installed
-	$(BIN)/naign pack mnist --to data/mnist
 	$(BIN)/accelerate launch --quiet pipeline/train.py --config $(CONFIG) --run.path $(RUN)
 	$(BIN)/naign evaluate $(RUN)
 	@echo

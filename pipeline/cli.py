@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 Device = Literal["auto", "cpu", "cuda"]
 Kind = Literal["blur", "noise", "salt_pepper", "rows"]
-Run = Annotated[Positional[str], tyro.conf.arg(help="A run, a checkpoint or an exported model: its folder.")]
+Run = Annotated[Positional[str], tyro.conf.arg(help="A run (or s3://), a checkpoint or an exported model: its folder.")]
 Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images, or folders of images.")]
 
 
@@ -145,7 +145,7 @@ def evaluate(
     )
     for kind, errors in (metrics["restoration"] or {}).items():
         print(f"restoration of {kind}: mean absolute error {errors['input']:.3f} before, {errors['once']:.3f} after")
-    print(f"report: {Path(run) / 'evaluation' / 'report.html'}")
+    print(f"report: {run.rstrip('/')}/evaluation/report.html")
 
 
 def sample(

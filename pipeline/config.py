@@ -143,7 +143,8 @@ class Config:
     """Everything random is a function of this, the round and an image's or a latent's number."""
 
     resume: str = "auto"
-    """auto: go on from the newest complete checkpoint of run.path; never: start anew, refusing a folder in use."""
+    """auto: go on from the newest complete checkpoint of run.path; changed: also with another data.path, train.images,
+    lr, lr_end, warmup, clip or weight_decay than it had; never: start anew, refusing a folder in use."""
 
 
 FREE_TO_CHANGE = (
@@ -153,6 +154,14 @@ FREE_TO_CHANGE = (
     *("train.compile", "train.channels_last", "train.recompute"),
 )
 """Keys that a resumed run may change: they touch nothing that is computed, but for rounding. Others are an error."""
+
+
+MAY_CHANGE = (
+    *("data.path", "train.images", "train.lr", "train.lr_end", "train.warmup", "train.clip", "train.weight_decay"),
+)
+"""Keys that resume=changed lets a resumed run change besides: what follows is another run than was begun."""
+
+RESUME = ("auto", "changed", "never")
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -237,7 +246,7 @@ def check(config: Config) -> None:
     flat = flatten(config)
     for key, value in flat.items():
         if isinstance(value, (int, float)) and not abs(value) < MOST:
-            raise InputError(f"{key} is {value}: it must be a finite number")
+            raise InputError(f"{key} is {value}: it must be a finite number below {MOST:.1e}")
     for key in ("data.path", "run.path"):
         if not flat[key]:
             raise InputError(f"{key} is empty: name a folder")
@@ -264,8 +273,8 @@ def check(config: Config) -> None:
                 )
     if train.precision not in ("", *PRECISIONS):
         raise InputError(f"train.precision is '{train.precision}': choose one of {', '.join(PRECISIONS)}")
-    if config.resume not in ("auto", "never"):
-        raise InputError(f"resume is '{config.resume}': choose auto or never")
+    if config.resume not in RESUME:
+        raise InputError(f"resume is '{config.resume}': choose one of {', '.join(RESUME)}")
     if match.round % train.batch:
         near = max(1, round(match.round / train.batch)) * train.batch
         raise InputError(

@@ -86,10 +86,10 @@ def skip(run: Run, work: Work) -> None:
         log.warning("step %d: the loss or its gradient is not finite: skipped", run.position.step)
     if run.bad >= run.config.train.bad_steps:
         run.writer.join()
-        newest = newest_checkpoint(Path(run.config.run.path) / "checkpoints")
+        newest = newest_checkpoint(Path(run.config.run.path) / "checkpoints") or "not there yet"
         raise InputError(
             f"{run.bad} steps in a row had a loss or gradient that is not finite, the last in round {work.number}; the "
-            f"newest checkpoint is {newest}: lower train.lr or train.clip, or raise the precision, in a new --run.path"
+            f"newest checkpoint is {newest}: lower train.lr, set train.clip or raise the precision, in a new --run.path"
         )
 
 

@@ -46,7 +46,7 @@ from pipeline.runtime.monitor import Monitor
 from pipeline.runtime.preflight import preflight
 from pipeline.runtime.remote import take_over
 from pipeline.runtime.signals import StopRequest
-from pipeline.runtime.speed import Profiler, forward_flops
+from pipeline.runtime.speed import Profiler, forward_flops, parse_rounds
 from pipeline.runtime.watchdog import Watchdog
 from pipeline.setup import build_engine, check_engine, headline, open_features, open_stream, shared
 
@@ -124,6 +124,8 @@ def train(config: Config, accelerator: Accelerator) -> bool:
         flush=monitor.flush,
     )
     profiler = Profiler(Path(config.run.path), config.profile.rounds, rank)
+    if rank == 0 and any(number >= rounds or number < position.round for number in parse_rounds(config.profile.rounds)):
+        log.warning("profile.rounds=%s: rounds %d to %d are ahead", config.profile.rounds, position.round, rounds - 1)
     run = Run(
         config=config,
         accelerator=accelerator,

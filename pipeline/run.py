@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipeline.config import Config, differences, from_dict, to_dict
+from pipeline.config import MAY_CHANGE, Config, differences, from_dict, to_dict
 from pipeline.data.store import open_store
 from pipeline.data.stream import Stream
 from pipeline.errors import InputError
@@ -117,12 +118,16 @@ def claim(config: Config) -> tuple[Path | None, FileLock]:
             # The checkpoint's own record, not config.yaml, which anyone may edit.
             recorded = NAIGN.from_pretrained(newest / "model.safetensors").metadata["config"]
             changed = differences(from_dict(recorded, where=str(newest)), config)
-            if changed:
+            allowed = all(line.partition(":")[0] in MAY_CHANGE for line in changed)
+            if changed and (config.resume != "changed" or not allowed):
+                remedy = ", or go on with what is changed by --resume=changed" if allowed else ""
                 raise InputError(
                     f"'{folder}' holds a run of another configuration:\n  "
                     + "\n  ".join(changed)
-                    + "\nchoose another --run.path, or take these settings back to go on with that run"
+                    + f"\nchoose another --run.path, or take these settings back to go on with that run{remedy}"
                 )
+            for line in changed:
+                log.warning("goes on with another %s", line)
         write_atomically(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
     except OSError as error:
         lock.release()
@@ -308,6 +313,7 @@ def snapshot(
         "scale": engine.scale,
         "match": under.values if under else {},
         "terms": list(under.sums) if under else [],
+        "versions": {name: version(name) for name in ("naign", "torch", "accelerate")},
     }
     text = json.dumps(trainer, indent=2) + "\n"
     files["trainer.json"] = partial(_write_text, text)

@@ -30,9 +30,12 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
     batch, world, accumulate = config.train.batch, accelerator.num_processes, config.train.accumulate
     if batch % (world * accumulate):
         least = world * accumulate
+        near = -(-batch // least) * least
+        ranks = [number for number in range(1, batch // accumulate + 1) if batch % (number * accumulate) == 0]
         raise InputError(
             f"train.batch={batch} images cannot be shared evenly by {world} ranks x {accumulate} micro-batches "
-            f"(train.accumulate): --train.batch={-(-batch // least) * least} can"
+            f"(train.accumulate): use {', '.join(map(str, ranks))} ranks; a new run can have --train.batch={near} "
+            f"--match.round={max(1, round(config.match.round / near)) * near}"
         )
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return

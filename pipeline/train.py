@@ -30,6 +30,14 @@ from pipeline.runtime.distributed import (  # noqa: E402
 
 
 def main() -> None:
+    try:
+        run()
+    except SystemExit as error:
+        if error.code:
+            leave(error.code if isinstance(error.code, int) else 1)
+
+
+def run() -> None:
     with exit_on_input_error("train"), peers_missed():
         config = parse(sys.argv[1:])
         use_endpoint(config.data.endpoint)
@@ -51,7 +59,7 @@ def main() -> None:
 
 
 def leave(code: int) -> None:
-    """End now: a thread that still waits for a store would hold up the interpreter's own end."""
+    """End now: the interpreter's own end is held up by a thread that waits for a store, and aborts under gloo's."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -40,7 +40,7 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path)
         ("objective: {name: gan}", "choose one of naign, ign"),
         ("objective: {distance: lpips}", "choose one of l1, l2, l1\\+l2"),
         ("model: {width: 0}", "model.width is 0: it must lie between 1 and"),
-        ("resume: maybe", "choose auto or never"),
+        ("resume: maybe", "choose one of auto"),
         ("train: 0", "'train' must hold keys and values"),
         ("train: {images: .inf}", "train.images is inf: it must be int"),
         ("train: {lr_end: .inf}", "train.lr_end is inf: it must be a finite number"),

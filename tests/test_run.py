@@ -1,6 +1,7 @@
 """A run's folder belongs to one configuration and one process, and a checkpoint of it is taken whole or refused."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,3 +171,20 @@ def test_parameters_are_shared_out_evenly_and_each_once():
     loads = [sum(size for size, owner in zip(sizes, owners, strict=True) if owner == rank) for rank in range(3)]
     assert set(owners) == {0, 1, 2} and max(loads) <= 110 and share_out(sizes, 1) == [0] * 7
     assert share_out([5], 3) == [0]
+
+
+def test_a_run_goes_on_with_more_images_only_if_told_so(run):
+    config, *_ = run
+    lock = claim(config)[1]
+    lock.release()
+    more = deepcopy(config)
+    more.train.images *= 2
+    with pytest.raises(InputError, match=r"train.images: .* there, .* now(.|\n)*--resume=changed"):
+        claim(more)
+    more.resume = "changed"
+    newest, lock = claim(more)
+    lock.release()
+    assert newest is not None
+    more.model.width *= 2
+    with pytest.raises(InputError, match=r"model.width(.|\n)*take these settings back to go on with that run$"):
+        claim(more)

@@ -5,6 +5,7 @@ Reads top to bottom: load, measure stage by stage, draw, write.
 
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,13 +20,15 @@ from tqdm import tqdm
 from pipeline import pictures
 from pipeline.data.dataset import DataConfig, image_shape
 from pipeline.data.manifest import Manifest
-from pipeline.data.store import use_endpoint
+from pipeline.data.store import open_store, use_endpoint
 from pipeline.errors import InputError
 from pipeline.evaluate import measures
 from pipeline.evaluate.encoder import choose_encoder
 from pipeline.evaluate.measures import Subject, within
 from pipeline.evaluate.report import DAMAGE, Picture, render
 from pipeline.model.naign import NAIGN
+from pipeline.runtime.checkpoint import MANIFEST, is_complete
+from pipeline.runtime.remote import fetch_newest
 
 REPAIRED = 2_500
 """Test images for each damage; f is applied to each twice."""
@@ -35,7 +38,7 @@ STAGES = 7
 
 
 def evaluate(
-    folder: str,  # a run, checkpoint or exported model; results go to its evaluation/
+    folder: str,  # a run, also s3://, checkpoint or exported model; results go to its evaluation/
     *,
     data: str | None = None,  # packed data set; None: the one the run was trained on
     samples: int = 10_000,  # how many f(z) to draw; Frechet distances of different counts do not compare
@@ -48,6 +51,14 @@ def evaluate(
     Returns what metrics.json holds. MNIST, two cores, 10,000 samples: about 90 s.
     Raises InputError where there is no model, no data, or the data are of another shape than the model's.
     """
+    if folder.startswith("s3:"):
+        with tempfile.TemporaryDirectory() as copy:
+            fetch_newest(folder, Path(copy), MANIFEST, is_complete)
+            found = evaluate(copy, data=data, samples=samples, seed=seed, device=device, progress=progress)
+            store = open_store(f"{folder}/evaluation")
+            for file in sorted((Path(copy) / "evaluation").iterdir()):
+                store.put(file.name, file.read_bytes())
+        return found
     started = time.monotonic()
     if samples <= measures.NEIGHBOURS:
         raise InputError(f"{samples} samples are too few to measure: --samples must be more than {measures.NEIGHBOURS}")

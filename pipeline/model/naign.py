@@ -1,6 +1,7 @@
 """A trained model as its users hold it: sample, project, energy, from one safetensors file."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from pipeline.errors import InputError
 from pipeline.match import latents
 from pipeline.model.networks import NetworkConfig, build_network
-from pipeline.runtime.checkpoint import newest_checkpoint
+from pipeline.runtime.checkpoint import MANIFEST, is_complete, newest_checkpoint
+from pipeline.runtime.remote import fetch_newest
 
 _KEY = "naign"  # in the safetensors header: a JSON object that describes the model
 _SPECTRUM = "latents.spectrum"
@@ -36,8 +38,11 @@ class NAIGN:
     def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> "NAIGN":
         """The model of an exported folder, a checkpoint or a run (its newest complete checkpoint; EMA if it has one).
 
-        Raises InputError where there is none, or the file is not one of ours.
+        A run may also be s3://bucket/prefix. Raises InputError where there is none, or the file is not one of ours.
         """
+        if str(folder).startswith("s3:"):
+            with tempfile.TemporaryDirectory() as place:
+                return cls.from_pretrained(fetch_newest(str(folder), Path(place), MANIFEST, is_complete), device)
         file = _find(Path(folder))
         try:
             with safe_open(file, framework="pt", device="cpu") as opened:

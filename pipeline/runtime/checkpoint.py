@@ -33,6 +33,9 @@ log = logging.getLogger("naign.checkpoint")
 
 MANIFEST = "manifest.json"
 
+UMASK = os.umask(0)
+os.umask(UMASK)  # there is no other way to ask
+
 Write = Callable[[Path], None]
 """Writes one file."""
 
@@ -315,7 +318,8 @@ class Writer:
 
 
 def _settle(file: Path) -> dict[str, Any]:
-    """Make a file survive a power cut; its entry in the manifest."""
+    """Make a file survive a power cut, and as readable as others (safetensors writes 0600); its manifest entry."""
+    file.chmod(0o666 & ~UMASK)
     _sync(file)
     return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
 

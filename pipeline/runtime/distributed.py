@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import importlib.util
 import os
+import shutil
 import socket
 import sys
 import time
@@ -42,6 +43,11 @@ def build_accelerator(
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
     if deepspeed:
         _check_deepspeed(on_cpu)
+    if several and not deepspeed and on_cpu and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "false":
+        raise InputError(
+            "the launcher's configuration says use_cpu: false, but torch can use no GPU here (`naign doctor` says "
+            "more): launch/cpu.yaml is for CPUs"
+        )
     backend = "gloo" if on_cpu else "nccl"
     after = timedelta(seconds=timeout + 60)  # the watchdog comes first, and says more
     patience = InitProcessGroupKwargs(backend=backend, timeout=after)
@@ -107,6 +113,8 @@ def _check_deepspeed(on_cpu: bool) -> None:
             f"the launcher's configuration asks for DeepSpeed, but {' and '.join(missing)} is not installed: "
             "pip install -e '.[deepspeed]'"
         )
+    if on_cpu and not shutil.which(os.environ.get("CXX", "c++")):
+        raise InputError("on CPUs DeepSpeed compiles how its ranks talk: install a C++ compiler (g++), or use DDP")
     if on_cpu and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
         raise InputError(
             "use_cpu: true switches DeepSpeed off without a word: set use_cpu: false; CPUs work all the same"

@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import os
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -43,9 +46,10 @@ class Monitor:
             write_atomically(self._metrics, "".join(f"{line}\n" for line in lines))
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=images_seen + 1 if images_seen else None)
         self._board.add_text("config", f"```yaml\n{config}\n```", images_seen)
-        self._bar = tqdm(
-            total=images, initial=images_seen, unit="img", unit_scale=True, dynamic_ncols=True, smoothing=0.05
-        )
+        shown: dict[str, Any] = {"dynamic_ncols": True}
+        if not sys.stderr.isatty():  # a log: a line now and then
+            shown = {"file": _Lines(), "mininterval": LOG_EVERY, "maxinterval": LOG_EVERY, "ncols": 100, "ascii": True}
+        self._bar = tqdm(total=images, initial=images_seen, unit="img", unit_scale=True, smoothing=0.05, **shown)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -70,7 +74,8 @@ class Monitor:
         with self._writing(), self._metrics.open("a") as file:
             for name, value in values.items():
                 self._board.add_scalar(name, value, images_seen)
-            file.write(json.dumps({"images_seen": images_seen, **more, **values}) + "\n")
+            entry = {"images_seen": images_seen, **more, **values, "time": round(time.time(), 3)}
+            file.write(json.dumps(entry) + "\n")
         shown = {name.split("/")[-1]: values[name] for name in ("loss/total", "match/distance") if name in values}
         self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
 
@@ -118,6 +123,21 @@ class Monitor:
         else:  # which is the one to tell
             with contextlib.suppress(InputError):
                 self.close()
+
+
+LOG_EVERY = float(os.environ.get("TQDM_MININTERVAL", "10"))
+"""Seconds between two lines of progress, where nobody sees a bar."""
+
+
+class _Lines:
+    """stderr, with a line where tqdm would draw over the one before."""
+
+    def write(self, text: str) -> None:
+        text = text.strip("\r\n ")
+        if text:
+            print(text, file=sys.stderr, flush=True)
+
+    def flush(self) -> None: ...
 
 
 def _seen(line: str) -> float:

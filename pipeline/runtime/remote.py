@@ -60,6 +60,15 @@ def download(remote: str, name: str, checkpoints: Path, manifest: str) -> Path:
     return folder
 
 
+def fetch_newest(remote: str, run: Path, manifest: str, is_complete: Callable[[Path], bool]) -> Path:
+    """Bring the newest checkpoint that is whole; its folder. InputError where there is none."""
+    for name in newest_first(remote, manifest):
+        found = download(remote, name, run / "checkpoints", manifest)
+        if is_complete(found):
+            return found
+    raise InputError(f"{remote} holds no complete checkpoint: has its training got that far?")
+
+
 def fetch_shown(remote: str, run: Path) -> None:
     """Bring metrics and TensorBoard's files of an earlier part of the run, where none are here yet."""
     for pattern in SHOWN[1:]:

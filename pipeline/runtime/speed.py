@@ -162,6 +162,8 @@ class Profiler:
             return
         try:
             running.stop()
+            if self._rank == 0:
+                log.info("traces are in %s", self._folder)
         except (OSError, RuntimeError) as error:
             log.warning("no trace of rank %d in %s: %s", self._rank, self._folder, error)
 
