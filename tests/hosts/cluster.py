@@ -1,0 +1,296 @@
+"""Several hosts on this machine, on which a manifest's pods run as a kubelet and the Job controller would run them.
+
+Each pod is a process in namespaces of its own: network (an address on one bridge), mounts (the image's root, read-only,
+and its volumes), processes (so that it is number 1, and its end is the end of all it started), name and user.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+from tests.conftest import ROOT, environment
+
+NETWORK = "10.77.0"
+_numbers = itertools.count()
+
+
+def possible() -> str:
+    """Why hosts cannot be made here, or ''."""
+    if os.name != "posix" or not hasattr(os, "geteuid") or os.geteuid() != 0:
+        return "only root can make network namespaces"
+    if not shutil.which("ip") or not shutil.which("unshare"):
+        return "no `ip` or `unshare` here (Debian: iproute2, util-linux)"
+    tried = subprocess.run(["ip", "netns", "add", "naign-probe"], capture_output=True, text=True, check=False)
+    subprocess.run(["ip", "netns", "delete", "naign-probe"], capture_output=True, check=False)
+    return tried.stderr.strip()
+
+
+def run(*command: str) -> None:
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
+
+
+@dataclass(slots=True)
+class Pod:
+    """A pod under way, or ended."""
+
+    name: str
+    network: str
+    address: str
+    log: Path
+    process: subprocess.Popen[bytes]
+    started: float
+
+    @property
+    def code(self) -> int | None:
+        """As the runtime reports it: 128 and the signal for one that was killed."""
+        found = self.process.poll()
+        return found if found is None or found >= 0 else 128 - found
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send its first process a signal from outside, as a runtime does."""
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+            for child in children:
+                os.kill(int(child), number)
+
+
+@dataclass(slots=True)
+class Cluster:
+    """A bridge, and pods of the objects in some manifest."""
+
+    folder: Path
+    objects: list[dict[str, Any]]
+    secrets: dict[str, dict[str, str]] = field(default_factory=dict)
+    pods: list[Pod] = field(default_factory=list)
+    begun: float = field(default_factory=time.monotonic)
+    events: list[str] = field(default_factory=list)
+    tag: str = field(default_factory=lambda: f"n{os.getpid() % 10**5}{next(_numbers)}")
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o755)
+        self.hosts.write_text("127.0.0.1 localhost\n")
+        run("ip", "link", "add", self.tag, "type", "bridge")
+        run("ip", "address", "add", f"{NETWORK}.1/24", "dev", self.tag)
+        run("ip", "link", "set", self.tag, "up")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pod in self.pods:
+            pod.kill()
+            pod.process.kill()
+            pod.process.wait()
+            subprocess.run(["ip", "netns", "delete", pod.network], capture_output=True, check=False)
+        subprocess.run(["ip", "link", "delete", self.tag], capture_output=True, check=False)
+
+    @property
+    def hosts(self) -> Path:
+        """What every pod sees as /etc/hosts: the names of pods and services."""
+        return self.folder / "hosts"
+
+    def tell(self, text: str) -> None:
+        self.events.append(f"{time.monotonic() - self.begun:7.1f} s  {text}")
+
+    def find(self, kind: str, name: str) -> dict[str, Any]:
+        return next(item for item in self.objects if item["kind"] == kind and item["metadata"]["name"] == name)
+
+    def names(self, name: str, address: str) -> None:
+        """Let a name mean an address, and nothing else; what pods have open sees it, too."""
+        lines = [line for line in self.hosts.read_text().splitlines() if line.split()[1] != name]
+        self.hosts.write_text("\n".join([*lines, f"{address} {name}"]) + "\n")
+
+    def serve(self, name: str) -> Pod:
+        """Run a Deployment's pod, and name it as its Service does once it is ready."""
+        template = self.find("Deployment", name)["spec"]["template"]
+        container = template["spec"]["containers"][0]
+        pod = self.start(name, template)
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        probe = container["readinessProbe"]["httpGet"]
+        end = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://{pod.address}:{ports[probe['port']]}{probe['path']}", timeout=2).close()
+                break
+            assert time.monotonic() < end, pod.said()
+            time.sleep(0.2)
+        self.names(name, pod.address)
+        self.tell(f"{name} is ready")
+        return pod
+
+    def start(
+        self,
+        name: str,
+        template: dict[str, Any],
+        *,
+        hostname: str = "",
+        env: dict[str, str] | None = None,  # what the controller adds
+        labels: dict[str, str] | None = None,
+        rate: str = "",  # of its link, as tc takes it
+    ) -> Pod:
+        """Run a pod's first container."""
+        number = len(self.pods) + 2
+        address, network = f"{NETWORK}.{number}", f"{self.tag}-{number}"
+        run("ip", "netns", "add", network)
+        outside = f"{self.tag}v{number}"
+        run("ip", "link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", network)
+        run("ip", "link", "set", outside, "master", self.tag, "up")
+        run("ip", "-n", network, "address", "add", f"{address}/24", "dev", "eth0")
+        run("ip", "-n", network, "link", "set", "eth0", "up")
+        run("ip", "-n", network, "link", "set", "lo", "up")
+        if rate:
+            shape = ("root", "tbf", "rate", rate, "burst", "64kb", "latency", "400ms")
+            run("ip", "netns", "exec", network, "tc", "qdisc", "add", "dev", "eth0", *shape)
+            run("tc", "qdisc", "add", "dev", outside, *shape)
+        spec = template["spec"]
+        container = spec["containers"][0]
+        user = int(spec["securityContext"]["runAsUser"])
+        place = self.folder / name
+        mounts = {}
+        volumes = {volume["name"]: volume for volume in spec["volumes"]}
+        for mounted in container["volumeMounts"]:
+            folder = place / "volumes" / mounted["name"]
+            folder.mkdir(parents=True)
+            if "configMap" in volumes[mounted["name"]]:
+                source = volumes[mounted["name"]]["configMap"]
+                data = self.find("ConfigMap", source["name"])["data"]
+                for item in source["items"]:
+                    (folder / item["path"]).write_text(data[item["key"]])
+            else:
+                os.chown(folder, user, user)
+            mounts[mounted["mountPath"]] = str(folder)
+        (place / "root").mkdir()
+        plan = {
+            "hostname": hostname or name,
+            "command": [*container["command"], *container.get("args", [])],
+            "env": self._environment(container, labels or {}) | (env or {}),
+            "user": user,
+            "read_only": container["securityContext"]["readOnlyRootFilesystem"],
+            "mounts": mounts,
+            "hosts": str(self.hosts),
+            "program": [str(ROOT), *([] if sys.base_prefix.startswith("/usr") else [sys.base_prefix])],
+            "root": str(place / "root"),
+        }
+        (place / "spec.json").write_text(json.dumps(plan))
+        log = place / "log"
+        command = ["ip", "netns", "exec", network, "unshare", "--mount", "--uts", "--ipc", "--pid", "--fork"]
+        runtime = [*command, "--kill-child", sys.executable, str(ROOT / "tests/hosts/pod.py"), str(place / "spec.json")]
+        with log.open("wb") as output:
+            process = subprocess.Popen(runtime, stdout=output, stderr=output, env=environment())
+        pod = Pod(name, network, address, log, process, time.monotonic())
+        self.pods.append(pod)
+        self.tell(f"{name} starts on {address}")
+        return pod
+
+    def _environment(self, container: dict[str, Any], labels: dict[str, str]) -> dict[str, str]:
+        """As a container would get it, and a PATH like the image's."""
+        found = {"PATH": f"{ROOT}/.venv/bin:{Path(sys.executable).parent}:/usr/bin:/bin"}
+        for source in container.get("envFrom", []):
+            if "configMapRef" in source:
+                found |= self.find("ConfigMap", source["configMapRef"]["name"])["data"]
+            else:
+                name = source["secretRef"]["name"]
+                assert name in self.secrets or source["secretRef"].get("optional"), f"no secret {name}"
+                found |= self.secrets.get(name, {})
+        for item in container.get("env", []):
+            if "value" in item:
+                found[item["name"]] = item["value"]
+            else:
+                path = item["valueFrom"]["fieldRef"]["fieldPath"]
+                found[item["name"]] = labels[path.removeprefix("metadata.labels['").removesuffix("']")]
+        return found
+
+
+class Job:
+    """An Indexed Job, as its controller runs it."""
+
+    BACKOFF = 2.0
+    """Seconds before a pod that failed is replaced; a real controller begins with 10."""
+
+    def __init__(self, cluster: Cluster, name: str, uid: str = "uid-1", rates: dict[int, str] | None = None) -> None:
+        self.cluster, self.uid, self.rates = cluster, uid, rates or {}
+        self.object = cluster.find("Job", name)
+        self.size = self.object["spec"]["completions"]
+        self.pods: dict[int, Pod] = {}
+        self.done: set[int] = set()
+        self.failures, self.failed, self.count = 0, "", 0
+        self._due: dict[int, float] = {}
+
+    def create(self, index: int) -> Pod:
+        """A new pod for an index."""
+        cluster, template, name = self.cluster, self.object["spec"]["template"], self.object["metadata"]["name"]
+        labels = {"batch.kubernetes.io/controller-uid": self.uid}
+        self.count += 1
+        pod = cluster.start(
+            f"{name}-{index}-{self.uid}-{self.count}",
+            template,
+            hostname=f"{name}-{index}",
+            env={"JOB_COMPLETION_INDEX": str(index)},
+            labels=labels,
+            rate=self.rates.get(index, ""),
+        )
+        cluster.names(f"{name}-{index}.{template['spec']['subdomain']}", pod.address)
+        self.pods[index] = pod
+        return pod
+
+    def step(self) -> bool:
+        """Look at the pods and do what the policy says; whether the Job is over."""
+        spec = self.object["spec"]
+        now = time.monotonic()
+        for index, due in list(self._due.items()):
+            if now >= due:
+                del self._due[index]
+                self.create(index)
+        for index, pod in list(self.pods.items()):
+            code = pod.code
+            if code is None:
+                continue
+            del self.pods[index]
+            action = "" if code == 0 else self.judge(code)
+            self.cluster.tell(f"{pod.name} ended with {code}{f': {action}' if action else ''}")
+            if code == 0:
+                self.done.add(index)
+            elif action == "FailJob":
+                self.failed = f"{pod.name}: {pod.said()[-1000:]}"
+            else:
+                self.failures += action == "Count"
+                if self.failures > spec["backoffLimit"]:
+                    self.failed = "BackoffLimitExceeded"
+                self._due[index] = now + self.BACKOFF
+        return bool(self.failed) or len(self.done) == self.size
+
+    def judge(self, code: int) -> str:
+        """The action of the first rule that an exit code meets."""
+        for rule in self.object["spec"]["podFailurePolicy"]["rules"]:
+            if code in rule.get("onExitCodes", {}).get("values", []):
+                return str(rule["action"])
+        return "Count"
+
+    def until(self, happened: Any, seconds: float) -> None:
+        """Go on until `happened()`."""
+        end = time.monotonic() + seconds
+        while not happened():
+            over = self.step()
+            texts = [f"== {pod.name}\n{pod.said()[-3000:]}" for pod in self.cluster.pods]
+            if (over and not happened()) or time.monotonic() > end:
+                raise AssertionError("\n".join([*self.cluster.events, self.failed, *texts]))
+            time.sleep(0.1)
+
+
+def manifest(name: str) -> list[dict[str, Any]]:
+    return [item for item in yaml.safe_load_all((ROOT / "k8s" / name).read_text()) if item]
