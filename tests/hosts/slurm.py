@@ -1,0 +1,123 @@
+"""Slurm of two nodes on this machine: Debian's slurmctld, slurmd and munged, with a folder and ports of their own."""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Self
+
+from tests.conftest import ROOT, environment
+from tests.servers import free_port
+
+CONF = """
+ClusterName=naign
+SlurmctldHost={host}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+SlurmctldPort={port}
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmdSpoolDir={folder}/spool-%n
+StateSaveLocation={folder}/state
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+ReturnToService=2
+SlurmdTimeout=60
+KillWait=30
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+NodeName=node[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=1 RealMemory=1000
+PartitionName=main Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4
+"""
+
+
+def possible() -> str:
+    """Why there can be no Slurm here, or ''."""
+    if os.name != "posix" or os.geteuid() != 0:
+        return "only root can start Slurm"
+    missing = [name for name in ("slurmctld", "slurmd", "munged", "sbatch") if not shutil.which(name)]
+    return f"no {', '.join(missing)} here (Debian: slurm-wlm, munge)" if missing else ""
+
+
+class Slurm:
+    """A context manager: the daemons run inside it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = environment(SLURM_CONF=str(folder / "slurm.conf"))
+        self._daemons: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(mode=0o755)
+        (self.folder / "state").mkdir()
+        first = free_port(beside=1)
+        names = {"host": socket.gethostname(), "folder": self.folder, "port": free_port()}
+        (self.folder / "slurm.conf").write_text(CONF.format(first=first, last=first + 1, **names))
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+        key = self.folder / "munge.key"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o400)
+        files = [
+            f"--{name}={self.folder}/munge.{name.partition('-')[0]}" for name in ("socket", "pid-file", "log-file")
+        ]
+        files += [f"--seed-file={self.folder}/munge.seed", f"--key-file={key}"]
+        self._start("munged", "--foreground", "--force", *files)
+        self._wait(lambda: (self.folder / "munge.socket").exists())
+        self._start("slurmctld", "-D", "-i", "-f", str(self.folder / "slurm.conf"))
+        for node in ("node1", "node2"):
+            (self.folder / f"spool-{node}").mkdir()
+            self._start("slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf"))
+        self._wait(lambda: self.ask("sinfo", "-h", "-o", "%T %D").strip() == "idle 2")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        subprocess.run(["scancel", "--user=root"], env=self.environment, capture_output=True, check=False)
+        for daemon in reversed(self._daemons):
+            daemon.terminate()
+        for daemon in self._daemons:
+            try:
+                daemon.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+
+    def _start(self, *command: str) -> None:
+        with (self.folder / f"{command[0]}.out").open("ab") as log:
+            self._daemons.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=log))
+
+    def _wait(self, met: object, seconds: float = 30) -> None:
+        end = time.monotonic() + seconds
+        while not met():  # type: ignore[operator]
+            logs = {file.name: file.read_text(errors="replace")[-1500:] for file in self.folder.glob("*.*log*")}
+            assert time.monotonic() < end, f"{logs} {[file.read_text() for file in self.folder.glob('*.out')]}"
+            time.sleep(0.1)
+
+    def ask(self, *command: str) -> str:
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+        return done.stdout
+
+    def submit(self, place: Path, *options: str) -> str:
+        """Queue launch/slurm.sbatch; the job's number."""
+        path = {"PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}"}
+        done = subprocess.run(
+            ["sbatch", "--parsable", str(ROOT / "launch/slurm.sbatch"), *options],
+            cwd=place,
+            env=self.environment | path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def state(self, job: str) -> str:
+        """PENDING, RUNNING, COMPLETED, FAILED, ... and its exit code."""
+        shown = self.ask("scontrol", "--oneliner", "show", "job", job)
+        found = dict(part.split("=", 1) for part in shown.split() if "=" in part)
+        return f"{found.get('JobState', 'none')} {found.get('ExitCode', '')}"

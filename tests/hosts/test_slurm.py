@@ -1,0 +1,54 @@
+"""launch/slurm.sbatch on a real Slurm of two nodes: trains, is signalled, queues itself again, goes on, ends."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SMALL
+from tests.hosts.slurm import Slurm, possible
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(possible()), reason=possible() or "possible")]
+
+
+def until(met, slurm: Slurm, place: Path, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not met():
+        logs = "\n".join(f"== {file.name}\n{file.read_text()[-3000:]}" for file in sorted(place.glob("*.log")))
+        assert time.monotonic() < end, logs + slurm.ask("squeue") + slurm.ask("sinfo", "-R")
+        time.sleep(0.2)
+
+
+def test_a_job_is_signalled_goes_on_and_ends(digits, tmp_path):
+    place = tmp_path / "submitted"
+    place.mkdir()
+    metrics = place / "run/metrics.jsonl"
+
+    def rounds() -> int:
+        return metrics.read_text().count("\n") if metrics.exists() else 0
+
+    with Slurm(tmp_path / "slurm") as slurm:
+        options = [f"--data.path={digits}", *SMALL, "--train.images=30720", "--checkpoint.rounds=10", "--run.path=run"]
+        job = slurm.submit(place, *options)
+        until(lambda: rounds() >= 15, slurm, place)
+        assert "2 x cpu" in "".join(file.read_text() for file in place.glob("*-host*.log"))
+        slurm.ask("scancel", "--signal=USR1", job)  # as --signal=USR1@120 does before the time is over
+        until(lambda: "queued again" in (place / f"naign-{job}.log").read_text(), slurm, place)
+        # Slurm holds back what was queued again for its begin time, two minutes.
+        until(lambda: slurm.state(job).startswith("PENDING"), slurm, place)
+        slurm.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+        until(lambda: slurm.state(job).startswith(("COMPLETED", "FAILED")), slurm, place)
+        assert slurm.state(job) == "COMPLETED 0:0"
+    assert rounds() == 120
+    said = (place / f"naign-{job}.log").read_text()
+    assert "ended with 75: queued again" in said and f"start 1 of job {job}" in said
+
+
+def test_a_mistake_ends_the_job(digits, tmp_path):
+    place = tmp_path / "submitted"
+    place.mkdir()
+    with Slurm(tmp_path / "slurm") as slurm:
+        job = slurm.submit(place, f"--data.path={digits}", *SMALL, "--train.batch=33", "--run.path=run")
+        until(lambda: slurm.state(job).startswith(("COMPLETED", "FAILED")), slurm, place)
+        assert slurm.state(job) == "FAILED 2:0"
+    assert "no multiple of train.batch=33" in (place / f"naign-{job}-host0.log").read_text()
