@@ -24,6 +24,7 @@ from pipeline.errors import InputError, Stopped, Unavailable
 from pipeline.fit import fit
 from pipeline.match import latents
 from pipeline.match.matcher import Match, match_round
+from pipeline.match.nearest import NotFinite
 from pipeline.model.networks import build_network
 from pipeline.reports import report
 from pipeline.round import Drawing, Run, Work
@@ -44,7 +45,7 @@ from pipeline.runtime.distributed import together, total
 from pipeline.runtime.logs import at_round, set_up
 from pipeline.runtime.monitor import Monitor
 from pipeline.runtime.preflight import preflight
-from pipeline.runtime.remote import take_over
+from pipeline.runtime.remote import newest_first, take_over
 from pipeline.runtime.signals import StopRequest
 from pipeline.runtime.speed import Profiler, forward_flops, parse_rounds
 from pipeline.runtime.watchdog import Watchdog
@@ -77,13 +78,13 @@ def train(config: Config, accelerator: Accelerator) -> bool:
                 say=log.debug,
             ):
                 log.warning("%s", warning)
-    lock, newest = None, None
+    lock, newest, word = None, None, ""
     with together(accelerator):
         if rank == 0:
-            newest, lock = claim(config)
-    name = shared(newest.name if newest else "", accelerator)
+            newest, word, lock = claim(config)
+    name, word = shared([newest.name if newest else "", word], accelerator)
     with together(accelerator):
-        check_shared(config)
+        check_shared(config, word)
 
     # Resume.
     spectrum = None
@@ -94,22 +95,23 @@ def train(config: Config, accelerator: Accelerator) -> bool:
             spectrum = restore_weights(newest, bare)
     with together(accelerator):
         engine = build_engine(config, bare, accelerator)
-        saved = restore(newest, engine, rank=rank, world=world) if newest else None
-    claimed = ""
-    with together(accelerator):
-        if rank == 0 and config.run.remote:
-            claimed = take_over(config.run.remote)
+        saved = restore(newest, engine, rank=rank, world=world, size=config.match.round) if newest else None
     position = saved.position if saved else Position()
     trained = config.match.round * config.train.passes  # images a round
     rounds = count_rounds(config)
-
-    monitor = Monitor(
-        Path(config.run.path),
-        active=rank == 0,
-        images=rounds * trained,
-        images_seen=position.images_seen,
-        config=yaml.safe_dump(to_dict(config), sort_keys=False),
-    )
+    claimed, unsent = "", False
+    with together(accelerator):
+        monitor = Monitor(
+            Path(config.run.path),
+            active=rank == 0,
+            images=rounds * trained,
+            images_seen=position.images_seen,
+            config=yaml.safe_dump(to_dict(config), sort_keys=False),
+        )
+        if rank == 0 and config.run.remote:
+            unsent = bool(name) and name not in newest_first(config.run.remote)
+            if unsent or position.round < rounds:
+                claimed = take_over(config.run.remote)
     # The group's own timeout comes after the watchdog's, which says more.
     watch = Watchdog(rank=rank, world=world, timeout=config.train.timeout)
     writer = Writer(
@@ -121,6 +123,8 @@ def train(config: Config, accelerator: Accelerator) -> bool:
         remote=config.run.remote,
         claim=claimed,
         beat=watch.beat,
+        left=lambda: stop.left if stop.seen() else math.inf,
+        patience=max(3600.0, config.train.timeout),
         flush=monitor.flush,
     )
     profiler = Profiler(Path(config.run.path), config.profile.rounds, rank)
@@ -143,6 +147,8 @@ def train(config: Config, accelerator: Accelerator) -> bool:
         written=name,
     )
     with stream, monitor, watch, profiler:
+        if total([float(unsent)], accelerator)[0]:
+            writer.resend(name)
         if position.round >= rounds:
             monitor.say(f"nothing left to do: {config.run.path} has seen its {position.images_seen} images")
         else:
@@ -191,11 +197,10 @@ def train(config: Config, accelerator: Accelerator) -> bool:
                 f"stopped on request in round {position.round + 1} of {rounds}; the same command goes on from here"
             )
         except (InputError, Unavailable):  # of all ranks; what is being written is whole
-            writer.join(config.stop.within)
+            writer.join(within=config.stop.within)
             raise
         watch.enter("finish", position.round)
-        left = stop.left
-        written = writer.join(None if math.isinf(left) else max(1.0, left))
+        written = writer.join()
         if not written:
             log.warning("the newest checkpoint, or its copy, could not be finished in time")
         finished = position.round >= rounds and not total([float(not written)], accelerator)[0]
@@ -244,7 +249,13 @@ def find_match(run: Run, work: Work) -> Match:
         if poll():
             raise Stopped
 
-    match = match_round(work.images, sample, run.config.match, run.features, look)
+    try:
+        match = match_round(work.images, sample, run.config.match, run.features, look)
+    except NotFinite as error:  # on all ranks
+        raise InputError(
+            f"the network's samples are not finite in round {work.number} ({error}): the run has diverged; lower "
+            "train.lr, set train.clip or raise the precision, in a new --run.path"
+        ) from None
     if match.described != run.monitor.described:
         run.monitor.described = match.described
         run.monitor.say(match.described)
@@ -273,12 +284,10 @@ def checkpoint(run: Run, under: Under | None, *, began: int = 0) -> None:
     name = f"step-{run.position.step:08d}"
     if name == run.written:
         return
-    left = run.stop.left
-    if not math.isinf(left):  # what was written before may still be on its way to the bucket
-        ready = run.writer.join(left / 2)
-        if total([float(not ready)], run.accelerator)[0]:
-            log.warning("%s is not written: the one before it is still being sent, and time is short", name)
-            return
+    ready = run.writer.join(share=0.5)  # what was written before may still be on its way to the bucket
+    if total([float(not ready)], run.accelerator)[0]:
+        log.warning("%s is not written: the one before it is still being sent, and time is short", name)
+        return
     files = snapshot(
         run.config, run.stream, run.engine, run.position, run.spectrum, under=under, began=began or run.world
     )

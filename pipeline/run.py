@@ -5,6 +5,8 @@ import json
 import logging
 import math
 import shutil
+import socket
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -20,13 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.config import MAY_CHANGE, Config, differences, from_dict, to_dict
-from pipeline.data.store import open_store
+from pipeline.data.store import Store, open_store
 from pipeline.data.stream import Stream
 from pipeline.errors import InputError
 from pipeline.model.naign import NAIGN, save_model
 from pipeline.runtime import remote
 from pipeline.runtime.checkpoint import (
-    MANIFEST,
     Write,
     is_complete,
     newest_checkpoint,
@@ -90,8 +91,9 @@ class Saved:
     """Of a round that is under way."""
 
 
-def claim(config: Config) -> tuple[Path | None, FileLock]:
-    """Make the run's folder this configuration's: the checkpoint to resume from, if any, and a lock to hold.
+def claim(config: Config) -> tuple[Path | None, str, FileLock]:
+    """Make the run's folder this configuration's: the checkpoint to resume from, if any, a word for `check_shared`, and
+    a lock to hold.
 
     Raises InputError, changing nothing, if the folder is in use, belongs to another configuration or may not be used
     again. The lock goes with the process, however that ends.
@@ -108,26 +110,19 @@ def claim(config: Config) -> tuple[Path | None, FileLock]:
     except OSError as error:
         raise InputError(f"run.path '{folder}' cannot be written: {error}") from None
     try:
-        newest = find_newest(config)
-        if config.resume == "never" and (newest or (folder / "metrics.jsonl").exists()):
+        if config.resume == "never" and any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints")):
             raise InputError(
-                f"'{folder}'{f' or {config.run.remote}' if config.run.remote else ''} already holds a run and "
-                "resume=never does not overwrite it: choose another --run.path, or delete that folder"
+                f"'{folder}' already holds a run and resume=never does not overwrite it: choose another --run.path, or "
+                "delete that folder"
             )
+        newest = find_newest(config)
         if newest:
             # The checkpoint's own record, not config.yaml, which anyone may edit.
-            recorded = NAIGN.from_pretrained(newest / "model.safetensors").metadata["config"]
-            changed = differences(from_dict(recorded, where=str(newest)), config)
-            allowed = all(line.partition(":")[0] in MAY_CHANGE for line in changed)
-            if changed and (config.resume != "changed" or not allowed):
-                remedy = ", or go on with what is changed by --resume=changed" if allowed else ""
-                raise InputError(
-                    f"'{folder}' holds a run of another configuration:\n  "
-                    + "\n  ".join(changed)
-                    + f"\nchoose another --run.path, or take these settings back to go on with that run{remedy}"
-                )
-            for line in changed:
+            recorded = NAIGN.from_pretrained(newest / "model.safetensors").metadata.get("config")
+            for line in compare(recorded, config, str(newest), f"'{folder}'", "--run.path"):
                 log.warning("goes on with another %s", line)
+        word = uuid.uuid4().hex
+        write_atomically(folder / ".claim", word)
         write_atomically(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
     except OSError as error:
         lock.release()
@@ -135,27 +130,48 @@ def claim(config: Config) -> tuple[Path | None, FileLock]:
     except BaseException:
         lock.release()
         raise
-    return newest, lock
+    return newest, word, lock
+
+
+def compare(recorded: Any, config: Config, file: str, place: str, option: str) -> list[str]:
+    """Settings in which a run at `place` differs from this one, where that is allowed; InputError where it is not."""
+    changed = differences(from_dict(recorded, where=file), config)
+    allowed = all(line.partition(":")[0] in MAY_CHANGE for line in changed)
+    if changed and (config.resume != "changed" or not allowed):
+        remedy = ", or go on with what is changed by --resume=changed" if allowed else ""
+        raise InputError(
+            f"{place} holds a run of another configuration:\n  "
+            + "\n  ".join(changed)
+            + f"\nchoose another {option}, or take these settings back to go on with that run{remedy}"
+        )
+    return changed
 
 
 def find_newest(config: Config) -> Path | None:
     """The newest complete checkpoint, here or in the bucket; then it is brought here, with what the run reported."""
     run = Path(config.run.path)
+    names = check_remote_run(config) if config.run.remote else []
     newest = newest_checkpoint(run / "checkpoints")
-    for name in set_aside(run / "checkpoints", newest):
+    aside = set_aside(run / "checkpoints", newest)
+    for name in aside:
         log.warning("%s/checkpoints/%s is damaged: set aside", run, name)
-    if not config.run.remote:
+    if aside and newest is None and not names:
+        raise InputError(
+            f"all checkpoints in {run}/checkpoints are damaged, and were set aside under other names: mend one, or "
+            "give the same command again to start anew"
+        )
+    if not names:
         return newest
     damaged = ""
-    for name in remote.newest_first(config.run.remote, MANIFEST):
+    for name in names:
         if newest and int(name.removeprefix("step-")) <= int(newest.name.removeprefix("step-")):
             return newest
         with contextlib.suppress(InputError):
-            found = remote.download(config.run.remote, name, run / "checkpoints", MANIFEST)
+            found = remote.download(config.run.remote, name, run / "checkpoints")
             if is_complete(found):
                 remote.fetch_shown(config.run.remote, run)
                 return found
-            shutil.rmtree(found)
+        shutil.rmtree(run / "checkpoints" / name, ignore_errors=True)
         damaged = f"{config.run.remote}/checkpoints/{name}"
         log.warning("%s is damaged: passed over", damaged)
     if damaged and newest is None:
@@ -163,17 +179,44 @@ def find_newest(config: Config) -> Path | None:
     return newest
 
 
+def check_remote_run(config: Config) -> list[str]:
+    """Names of the bucket's checkpoints, newest first. InputError, changing nothing, if they are another run's."""
+    names = list(remote.newest_first(config.run.remote))
+    if names and config.resume == "never":
+        raise InputError(
+            f"{config.run.remote} already holds a run and resume=never does not overwrite it: choose another "
+            "--run.remote"
+        )
+    store = open_store(config.run.remote)
+    if names and "config.yaml" in store.list():
+        compare(_read_config(store), config, store.url("config.yaml"), config.run.remote, "--run.remote")
+    return names
+
+
+def _read_config(store: Store) -> Any:
+    """Of a run in a bucket."""
+    try:
+        return yaml.safe_load(store.read("config.yaml"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{store.url('config.yaml')} is no configuration ({type(error).__name__}): remove it"
+        ) from None
+
+
 def is_done(config: Config) -> bool:
     """Whether the bucket holds a run of this configuration that has spent its budget."""
     store = open_store(config.run.remote)
     if "config.yaml" not in store.list():
         return False
-    recorded = from_dict(yaml.safe_load(store.read("config.yaml")), where=store.url("config.yaml"))
-    name = next(remote.newest_first(config.run.remote, MANIFEST), "")
+    recorded = from_dict(_read_config(store), where=store.url("config.yaml"))
+    name = next(remote.newest_first(config.run.remote), "")
     if not name or differences(recorded, config):
         return False
-    trainer = json.loads(open_store(f"{config.run.remote}/checkpoints/{name}").read("trainer.json"))
-    return int(trainer["round"]) >= count_rounds(config)
+    try:
+        trainer = json.loads(open_store(f"{config.run.remote}/checkpoints/{name}").read("trainer.json"))
+        return int(trainer["round"]) >= count_rounds(config)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False  # damaged: resuming passes over it
 
 
 def count_rounds(config: Config) -> int:
@@ -188,7 +231,7 @@ def have(config: Config, name: str) -> Path:
     with FileLock(folder.parent / ".download"):  # the ranks of a machine come one by one, and the first one fetches
         whole = is_complete(folder)
         if not whole and config.run.remote:
-            whole = is_complete(remote.download(config.run.remote, name, folder.parent, MANIFEST))
+            whole = is_complete(remote.download(config.run.remote, name, folder.parent))
         if not whole:
             raise InputError(
                 f"{folder} is not there, or damaged, on some machine: put --run.path on a file system that they share, "
@@ -197,9 +240,19 @@ def have(config: Config, name: str) -> Path:
     return folder
 
 
-def check_shared(config: Config) -> None:
-    """InputError where a rank does not see the folder that the first rank has claimed, and there is no bucket."""
-    if not config.run.remote and not (Path(config.run.path) / ".lock").exists():
+def check_shared(config: Config, word: str) -> None:
+    """InputError where a rank does not see the folder that the first rank has claimed, and there is no bucket; or where
+    there is one and what lies here, on another machine, is another run's.
+    """
+    folder = Path(config.run.path)
+    claimed = folder / ".claim"
+    if claimed.exists() and claimed.read_text() == word:
+        return
+    if config.run.remote:
+        if list(folder.glob("checkpoints/step-*")) and (folder / "config.yaml").exists():
+            recorded = yaml.safe_load((folder / "config.yaml").read_text())
+            compare(recorded, config, f"{folder}/config.yaml", f"'{folder}' on {socket.gethostname()}", "--run.path")
+    else:
         raise InputError(
             f"run.path '{config.run.path}' is not the same folder on every machine: put it on a file system that they "
             "share, or set --run.remote=s3://bucket/prefix"
@@ -214,14 +267,18 @@ def restore_weights(checkpoint: Path, bare: nn.Module) -> Tensor | None:
         return model.spectrum
 
 
-def restore(checkpoint: Path, engine: Engine, *, rank: int, world: int) -> Saved:
-    """Put the rest in place, whatever engine and world size wrote it; where the run stood. Collective.
+def restore(checkpoint: Path, engine: Engine, *, rank: int, world: int, size: int) -> Saved:
+    """Put the rest in place, whatever engine and world size wrote it; where the run stood, in rounds of `size` images.
+    Collective.
 
     Raises InputError for files that are whole by the manifest but not what a checkpoint of this run holds.
     """
     with _explained(checkpoint):
         trainer = json.loads((checkpoint / "trainer.json").read_text())
         position = Position(**{name: type(default)(trainer[name]) for name, default in asdict(Position()).items()})
+        sound = all(0 <= value < 2**53 for value in (*asdict(position).values(), trainer["adam_steps"]))
+        if not sound or not 1 <= trainer["began"] <= 2**20 or not isinstance(trainer["match"], dict):
+            raise ValueError("trainer.json holds what no run wrote")
         files = sorted((checkpoint / "state").glob("rank-*.safetensors"))
         if len(files) != trainer["world_size"]:
             raise ValueError(f"state of {len(files)} ranks instead of {trainer['world_size']}")
@@ -238,11 +295,13 @@ def restore(checkpoint: Path, engine: Engine, *, rank: int, world: int) -> Saved
         if engine.ema is not None:
             averaged = NAIGN.from_pretrained(checkpoint / "ema.safetensors").network
             engine.ema.load_state_dict(averaged.state_dict())
-        under = _restore_round(checkpoint, trainer, opened, rank, world) if position.done else None
+        under = _restore_round(checkpoint, trainer, opened, rank, world, size) if position.done else None
         return Saved(position=position, began=int(trainer["began"]), under=under)
 
 
-def _restore_round(checkpoint: Path, trainer: dict[str, Any], opened: Sequence[Any], rank: int, world: int) -> Under:
+def _restore_round(
+    checkpoint: Path, trainer: dict[str, Any], opened: Sequence[Any], rank: int, world: int, size: int
+) -> Under:
     """What is known of the round under way. Sums are a rank's own, or the mean of all where their number changed."""
     stored = [file.get_tensor("sums") for file in opened]
     sums = stored[rank] if len(stored) == world else torch.stack(stored).mean(0)
@@ -250,6 +309,8 @@ def _restore_round(checkpoint: Path, trainer: dict[str, Any], opened: Sequence[A
     if (checkpoint / "state/round.safetensors").exists():
         kept = load_file(checkpoint / "state/round.safetensors")
         under.ids, under.distances = kept["ids"], kept["distances"]
+        if under.ids.shape != (size,) or under.distances.shape != (size,) or int(under.ids.min()) < 0:
+            raise ValueError(f"state/round.safetensors is not the match of {size} images")
     return under
 
 
@@ -262,7 +323,7 @@ class _explained:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
-        wrong = (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, RuntimeError, SafetensorError)
+        wrong = (OSError, ValueError, TypeError, LookupError, AttributeError, EOFError, RuntimeError, SafetensorError)
         if isinstance(error, wrong):
             raise InputError(
                 f"{self._checkpoint} cannot be resumed from ({type(error).__name__}: {error}): remove that folder to "

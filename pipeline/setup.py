@@ -40,6 +40,19 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return
     stage = int(accelerator.state.deepspeed_plugin.zero_stage)
+    said = accelerator.state.deepspeed_plugin.deepspeed_config
+    for name in ("optimizer", "scheduler"):
+        if name in said:
+            raise InputError(
+                f"the launcher's DeepSpeed configuration has a section '{name}', which is the run's: remove it"
+            )
+    for name in ("bf16", "fp16"):
+        enabled = said.get(name, {}).get("enabled", "auto")
+        if enabled != "auto" and enabled != (accelerator.mixed_precision == name):
+            raise InputError(
+                f"the launcher's DeepSpeed configuration says {name}.enabled: {enabled}, but the run's precision is "
+                f"{accelerator.mixed_precision.replace('no', 'fp32')}: remove it there, or change train.precision"
+            )
     if config.objective.name == "ign" and (stage == 3 or accelerator.mixed_precision != "no"):
         raise InputError(
             "objective.name=ign evaluates a frozen copy of the network, which ZeRO-3 and DeepSpeed's low precision do "
@@ -91,12 +104,12 @@ def open_features(
     return encoder.features
 
 
-def shared(text: str, accelerator: Accelerator) -> str:
-    """Collective: rank 0's text."""
-    told = [text]
+def shared(texts: list[str], accelerator: Accelerator) -> list[str]:
+    """Collective: rank 0's texts."""
+    told = list(texts)
     if accelerator.num_processes > 1:
         dist.broadcast_object_list(told, src=0)
-    return told[0]
+    return told
 
 
 def headline(run: Run, rounds: int, newest: Path | None) -> str:

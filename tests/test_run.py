@@ -48,15 +48,15 @@ def write(config, stream, engine, position=POSITION, under=None, began=1):
 def run(tmp_path, digits):
     """A run with one checkpoint."""
     config, stream, engine = make(tmp_path / "run", digits)
-    _, lock = claim(config)
+    _, _, lock = claim(config)
     write(config, stream, engine)
     lock.release()
     return config, stream, engine
 
 
-def resume(checkpoint, engine, rank=0, world=1):
+def resume(checkpoint, engine, rank=0, world=1, size=2048):
     restore_weights(checkpoint, engine.bare)
-    return restore(checkpoint, engine, rank=rank, world=world)
+    return restore(checkpoint, engine, rank=rank, world=world, size=size)
 
 
 def rewrite(checkpoint, name, content):
@@ -74,7 +74,7 @@ def rewrite(checkpoint, name, content):
 
 def test_what_is_saved_comes_back(run, digits):
     config, _, engine = run
-    newest, lock = claim(config)
+    newest, _, lock = claim(config)
     _, _, other = make(config.run.path, digits, seed=1)
     saved = resume(newest, other)
     assert saved.position == POSITION and saved.under is None
@@ -119,7 +119,7 @@ def test_another_configuration_is_refused_even_without_config_yaml(run, tmp_path
 def test_what_only_rounds_otherwise_may_change(run):
     config, _, _ = run
     config.train.accumulate, config.train.precision, config.checkpoint.keep = 2, "bf16", 5
-    newest, lock = claim(config)
+    newest, _, lock = claim(config)
     assert newest
     lock.release()
 
@@ -175,14 +175,14 @@ def test_parameters_are_shared_out_evenly_and_each_once():
 
 def test_a_run_goes_on_with_more_images_only_if_told_so(run):
     config, *_ = run
-    lock = claim(config)[1]
+    lock = claim(config)[2]
     lock.release()
     more = deepcopy(config)
     more.train.images *= 2
     with pytest.raises(InputError, match=r"train.images: .* there, .* now(.|\n)*--resume=changed"):
         claim(more)
     more.resume = "changed"
-    newest, lock = claim(more)
+    newest, _, lock = claim(more)
     lock.release()
     assert newest is not None
     more.model.width *= 2

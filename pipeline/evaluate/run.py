@@ -27,7 +27,6 @@ from pipeline.evaluate.encoder import choose_encoder
 from pipeline.evaluate.measures import Subject, within
 from pipeline.evaluate.report import DAMAGE, Picture, render
 from pipeline.model.naign import NAIGN
-from pipeline.runtime.checkpoint import MANIFEST, is_complete
 from pipeline.runtime.remote import fetch_newest
 
 REPAIRED = 2_500
@@ -53,7 +52,7 @@ def evaluate(
     """
     if folder.startswith("s3:"):
         with tempfile.TemporaryDirectory() as copy:
-            fetch_newest(folder, Path(copy), MANIFEST, is_complete)
+            fetch_newest(folder, Path(copy))
             found = evaluate(copy, data=data, samples=samples, seed=seed, device=device, progress=progress)
             store = open_store(f"{folder}/evaluation")
             for file in sorted((Path(copy) / "evaluation").iterdir()):

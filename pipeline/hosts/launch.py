@@ -102,7 +102,7 @@ def _launch(options: argparse.Namespace, training: Sequence[str]) -> int:
     if ranks == 1 and not options.engine:
         os.environ |= {"ACCELERATE_USE_CPU": "false" if _gpus() else "true"}
         os.execv(sys.executable, [sys.executable, str(TRAIN), *training])
-    # torchrun's options: the signals that it hands on (Slurm's is USR1), and when it kills what has not ended after one.
+    # torchrun's options: the signals that it hands on (Slurm's is USR1), and when it kills what does not end after one.
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     os.environ["PET_SHUTDOWN_TIMEOUT"] = str(math.ceil(config.stop.within) + 5)
     ending = Ending(patience=config.stop.within + 30)

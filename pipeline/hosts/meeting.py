@@ -10,6 +10,7 @@ once what a collective may not tell for minutes.
 
 import contextlib
 import json
+import random
 import selectors
 import socket
 import threading
@@ -178,7 +179,7 @@ def _go_to_first(place: Place, port: int, waiting: _Waiting) -> Links:
         waiting.check(f"host 0 ({place.head}, port {port}){said}")
         with contextlib.ExitStack() as stack:
             try:
-                connection = stack.enter_context(socket.create_connection((place.head, port), timeout=5))
+                connection = stack.enter_context(_connect(place.head, port))
                 _notice_death(connection)
                 connection.sendall(hello)
                 answer = _answer(connection, lambda: waiting.check(f"the other hosts; {place.head} is there"))
@@ -191,6 +192,19 @@ def _go_to_first(place: Place, port: int, waiting: _Waiting) -> Links:
                 raise InputError(answer["no"])
             said = f": {answer['no']}" if "no" in answer else ""
         time.sleep(0.5)
+
+
+def _connect(name: str, port: int) -> socket.socket:
+    """One of the addresses that a name has: an earlier start's pod may still be among them."""
+    addresses = [str(found[4][0]) for found in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)]
+    random.shuffle(addresses)
+    problem = OSError(f"no address of {name}")
+    for address in addresses:
+        try:
+            return socket.create_connection((address, port), timeout=5)
+        except OSError as error:
+            problem = error
+    raise problem
 
 
 def _answer(connection: socket.socket, check: Callable[[], None]) -> dict[str, Any]:

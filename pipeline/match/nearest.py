@@ -64,6 +64,10 @@ class Found:
     """make, project, search, rescore, exchange: of this rank."""
 
 
+class NotFinite(ValueError):
+    """NaN or infinity where a distance is to be measured."""
+
+
 def nearest(
     queries: Tensor,  # (q, d) float32, any q >= 0 on each rank
     candidates: Tensor | Blocks,  # (c, d) float32, any c >= 0 on each rank
@@ -280,7 +284,7 @@ def _refuse(header: list[list[int]]) -> None:
         if row[_SIZE:] != header[0][_SIZE:]:
             raise ValueError(f"nearest: block size, neighbours, reject or method of rank {rank} differ from rank 0's")
         if row[_BAD] >= 0:
-            raise ValueError(f"nearest: NaN or infinity in the queries of rank {rank}, row {row[_BAD]}")
+            raise NotFinite(f"nearest: NaN or infinity in the queries of rank {rank}, row {row[_BAD]}")
     if sum(row[_POOL] for row in header) == 0:
         raise ValueError("nearest: no rank has a candidate")
     spans = sorted((row[_FIRST], row[_FIRST] + row[_POOL], rank) for rank, row in enumerate(header) if row[_POOL])
@@ -326,7 +330,9 @@ class _Trouble:
                 raise RuntimeError(f"nearest: rank {rank} failed to make its candidates from row {row} on")
             if code:
                 what = ("NaN or infinity in", "shape or type differs from the queries' for")[code - 1]
-                raise ValueError(f"nearest: {what} the candidates of rank {rank}, row {row}")
+                raise (NotFinite if code == 1 else ValueError)(
+                    f"nearest: {what} the candidates of rank {rank}, row {row}"
+                )
 
 
 def first_not_finite(rows: Tensor) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.errors import InputError
 from pipeline.match import latents
 from pipeline.model.networks import NetworkConfig, build_network
-from pipeline.runtime.checkpoint import MANIFEST, is_complete, newest_checkpoint
+from pipeline.runtime.checkpoint import newest_checkpoint
 from pipeline.runtime.remote import fetch_newest
 
 _KEY = "naign"  # in the safetensors header: a JSON object that describes the model
@@ -42,7 +42,7 @@ class NAIGN:
         """
         if str(folder).startswith("s3:"):
             with tempfile.TemporaryDirectory() as place:
-                return cls.from_pretrained(fetch_newest(str(folder), Path(place), MANIFEST, is_complete), device)
+                return cls.from_pretrained(fetch_newest(str(folder), Path(place)), device)
         file = _find(Path(folder))
         try:
             with safe_open(file, framework="pt", device="cpu") as opened:

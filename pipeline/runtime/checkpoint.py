@@ -10,7 +10,6 @@ step-00001234/
 They are written in the background from copies in memory, by each rank its own files, also to a bucket if there is one.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -27,20 +26,16 @@ import torch.distributed as dist
 
 from pipeline.errors import Conflict, InputError, Unavailable
 from pipeline.runtime import remote
+from pipeline.runtime.entries import MANIFEST, Entries, is_whole, read_manifest, sha256
 from pipeline.runtime.titles import title
 
 log = logging.getLogger("naign.checkpoint")
-
-MANIFEST = "manifest.json"
 
 UMASK = os.umask(0)
 os.umask(UMASK)  # there is no other way to ask
 
 Write = Callable[[Path], None]
 """Writes one file."""
-
-Entries = dict[str, dict[str, Any]]
-"""Of a manifest: bytes and sha256 by name."""
 
 
 def write_checkpoint(
@@ -80,12 +75,9 @@ def set_aside(checkpoints: Path, newest: Path | None) -> list[str]:
 def is_complete(folder: Path) -> bool:
     """Whether the manifest is there and every file it names has its size and hash."""
     try:
-        files: Entries = json.loads((folder / MANIFEST).read_text())["files"]
-        return bool(files) and all(
-            (folder / name).stat().st_size == entry["bytes"] and _sha256(folder / name) == entry["sha256"]
-            for name, entry in files.items()
-        )
-    except (OSError, ValueError, KeyError, TypeError):
+        files = read_manifest((folder / MANIFEST).read_bytes())
+        return all(is_whole(folder / name, entry) for name, entry in files.items())
+    except (OSError, ValueError):
         return False
 
 
@@ -156,15 +148,17 @@ class Writer:
         remote: str,  # s3://bucket/prefix, or ''
         claim: str = "",  # rank 0's on it, by remote.take_over
         beat: Callable[[], None] = lambda: None,  # called about once a second while waiting
+        left: Callable[[], float] = lambda: math.inf,  # seconds until all has to be done, once a stop was asked for
+        patience: float = 3600,  # seconds for which one rank may write or send longer than another
         flush: Callable[[], None] = lambda: None,  # completes what a person looks at, before that is sent
     ) -> None:
         self._run, self._rank, self._world = run, rank, world
         self._keep, self._every, self._remote, self._claim = keep, every, remote, claim
         self._lasting = set[str]()  # in the bucket, as far as is known
         # A group of its own: the threads of all ranks talk while the main threads train.
-        # One may send for hours longer than another; that one died, the others are told at once.
-        self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if world > 1 else None
-        self._beat, self._flush = beat, flush
+        wait = timedelta(seconds=patience)
+        self._group: Any = dist.new_group(backend="gloo", timeout=wait) if world > 1 else None
+        self._beat, self._flush, self._left = beat, flush, left
         self._thread: threading.Thread | None = None
         self._failed: str = ""
         self._error: BaseException | None = None
@@ -187,18 +181,28 @@ class Writer:
         self._thread = threading.Thread(target=self._work, args=(folder, files), name=f"write {name}", daemon=True)
         self._thread.start()
 
-    def join(self, within: float | None = None) -> bool:
-        """Wait for the checkpoint that is being written; False if it is not there within so many seconds.
+    def resend(self, name: str) -> None:
+        """Begin to send a checkpoint that is here, on rank 0, but not in the bucket."""
+        folder = self._run / "checkpoints" / name
+        names = list(read_manifest((folder / MANIFEST).read_bytes())) if self._rank == 0 else []
+        self._thread = threading.Thread(target=self._resend, args=(folder, names), name=f"send {name}", daemon=True)
+        self._thread.start()
+
+    def join(self, *, within: float = math.inf, share: float = 1.0) -> bool:
+        """Wait for the checkpoint that is being written; False if it is not there within so many seconds or, once a
+        stop was asked for, within this share of the time that is left then.
 
         Raises InputError on every rank where any could not write its files: what was there before is untouched. Raises
         what a collective does when another rank is gone.
         """
         if self._thread is None:
             return True
-        end = math.inf if within is None else time.monotonic() + within
+        end, asked = time.monotonic() + within, False
         while self._thread.is_alive() and time.monotonic() < end:
             self._thread.join(min(1.0, max(0.0, end - time.monotonic())))
             self._beat()  # waiting for a bucket is no standstill
+            if not asked and not math.isinf(left := self._left()):
+                end, asked = min(end, time.monotonic() + max(1.0, share * left)), True
         if self._thread.is_alive():
             return False
         self._thread = None
@@ -219,13 +223,19 @@ class Writer:
                     "checkpoint before it is untouched"
                 )
             elif self._remote:
-                title("upload")
-                clock = time.perf_counter()
-                self._failed = self._send(folder, list(files))
-                self.uploaded = time.perf_counter() - clock
+                self._resend(folder, list(files))
         except BaseException as error:  # a rank that is gone, say; nobody else would see it
             self._error = error
         self.seconds = time.perf_counter() - begun
+
+    def _resend(self, folder: Path, names: list[str]) -> None:
+        title("upload")
+        clock = time.perf_counter()
+        try:
+            self._failed = self._send(folder, names)
+        except BaseException as error:
+            self._error = error
+        self.uploaded = time.perf_counter() - clock
 
     def _write(self, folder: Path, files: Mapping[str, Write]) -> str:
         """Here, manifest last; what went wrong on any rank, the same on all."""
@@ -253,7 +263,7 @@ class Writer:
         problem, names = said
         if not problem and os.environ.get("LOCAL_RANK") == "0":  # a machine with a folder of its own holds parts
             for path in newest_first(folder.parent):
-                if path.name not in names:
+                if path.name not in names and not (path / MANIFEST).exists():
                     shutil.rmtree(path, ignore_errors=True)
         return problem
 
@@ -275,18 +285,26 @@ class Writer:
         if not lost and not taken:
             lost = next(filter(None, self._gather(self._try(lambda: remote.upload(folder, self._remote, names)))), "")
         if self._rank == 0 and not lost and not taken:
-            lost = self._try(lambda: self._finish_remote(folder))
-        if lost:
+            try:
+                self._finish_remote(folder)
+            except Conflict as error:
+                taken = f"{error}; what this one has is in {folder}"
+            except Exception as error:
+                lost = str(error) or type(error).__name__
+        said = self._gather((lost, taken))[0]  # nobody is done before all are
+        lost, taken = said
+        if lost and self._rank == 0:
             log.warning("%s stays local: %s: %s", folder, self._remote, lost)
         return taken
 
     def _finish_remote(self, folder: Path) -> None:
         self._flush()
         remote.mirror(self._run, self._remote)
+        remote.check_claim(self._remote, self._claim)  # it may have taken long
         remote.upload(folder, self._remote, [MANIFEST])
         self._prune(
             lambda: remote.prune(
-                self._remote, folder.name, self._keep, lambda text: lasts(text, self._every), MANIFEST, self._lasting
+                self._remote, folder.name, self._keep, lambda text: lasts(text, self._every), self._lasting
             ),
             self._remote,
         )
@@ -321,14 +339,9 @@ def _settle(file: Path) -> dict[str, Any]:
     """Make a file survive a power cut, and as readable as others (safetensors writes 0600); its manifest entry."""
     file.chmod(0o666 & ~UMASK)
     _sync(file)
-    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
 def _sync(file: Path) -> None:
     with file.open("rb") as opened:
         os.fsync(opened.fileno())
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -38,13 +38,18 @@ class Monitor:
         self.folder = folder
         if not active:
             return
-        self._metrics = folder / "metrics.jsonl"
-        if self._metrics.exists():
-            lines = [
-                line for line in self._metrics.read_text(errors="replace").splitlines() if _seen(line) <= images_seen
-            ]
-            write_atomically(self._metrics, "".join(f"{line}\n" for line in lines))
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=images_seen + 1 if images_seen else None)
+        with self._writing():
+            self._metrics = folder / "metrics.jsonl"
+            if self._metrics.exists():
+                lines = [
+                    line
+                    for line in self._metrics.read_text(errors="replace").splitlines()
+                    if _seen(line) <= images_seen
+                ]
+                write_atomically(self._metrics, "".join(f"{line}\n" for line in lines))
+            self._board = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=images_seen + 1 if images_seen else None
+            )
         self._board.add_text("config", f"```yaml\n{config}\n```", images_seen)
         shown: dict[str, Any] = {"dynamic_ncols": True}
         if not sys.stderr.isatty():  # a log: a line now and then
@@ -145,5 +150,5 @@ def _seen(line: str) -> float:
     try:
         entry: dict[str, Any] = json.loads(line)
         return float(entry["images_seen"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")

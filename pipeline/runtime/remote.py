@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import socket
 import uuid
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from pipeline.data.store import open_store
 from pipeline.errors import Conflict, InputError
+from pipeline.runtime.entries import MANIFEST, is_whole, read_manifest
 
 SHOWN = ("config.yaml", "metrics.jsonl", "tensorboard/*", "samples/*")
 """What is copied besides checkpoints."""
@@ -29,43 +31,50 @@ def upload(
         _copy(folder / name, f"{remote}/checkpoints/{folder.name}", name)
 
 
-def newest_first(remote: str, manifest: str) -> Iterator[str]:
+def newest_first(remote: str) -> Iterator[str]:
     """The names of the checkpoints that have their manifests."""
     for name in _by_step(remote):
-        if manifest in open_store(f"{remote}/checkpoints/{name}").list():
+        if MANIFEST in open_store(f"{remote}/checkpoints/{name}").list():
             yield name
 
 
-def download(remote: str, name: str, checkpoints: Path, manifest: str) -> Path:
-    """Bring a checkpoint here, its manifest last; its folder. The caller checks the hashes."""
+def download(remote: str, name: str, checkpoints: Path) -> Path:
+    """Bring a checkpoint here, its manifest last, but for files that are here; its folder.
+
+    Raises InputError if it is damaged, or speaks of files outside its folder.
+    """
     where, folder = f"{remote}/checkpoints/{name}", checkpoints / name
-    text = open_store(where).read(manifest)
+    text = open_store(where).read(MANIFEST)
     try:
-        files = json.loads(text)["files"]
-        if any(Path(file).is_absolute() or ".." in Path(file).parts for file in files):
-            raise ValueError("a file outside the folder")
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{where}/{manifest} is no manifest of a checkpoint ({error}): remove {where}") from None
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / manifest).unlink(missing_ok=True)
-    for file in files:
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        path, _, base = f"{where}/{file}".rpartition("/")
-        with open_store(path).open(base) as source, (folder / file).open("wb") as target:
-            while data := source.read(1 << 20):
-                target.write(data)
-            target.flush()
-            os.fsync(target.fileno())
-    (folder / manifest).write_bytes(text)
+        files = read_manifest(text)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        for file, entry in files.items():
+            if is_whole(folder / file, entry):
+                continue  # of an attempt that was cut short
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            path, _, base = f"{where}/{file}".rpartition("/")
+            store = open_store(path)
+            if store.size(base) != entry["bytes"]:  # before it fills the disk
+                raise ValueError(f"{file} has another size")
+            with store.open(base) as source, (folder / file).open("wb") as target:
+                while data := source.read(1 << 20):
+                    target.write(data)
+                target.flush()
+                os.fsync(target.fileno())
+            if not is_whole(folder / file, entry):
+                raise ValueError(f"{file} has another hash")
+    except (ValueError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
+        raise InputError(f"{where} is damaged ({error}): remove it") from None
+    (folder / MANIFEST).write_bytes(text)
     return folder
 
 
-def fetch_newest(remote: str, run: Path, manifest: str, is_complete: Callable[[Path], bool]) -> Path:
+def fetch_newest(remote: str, run: Path) -> Path:
     """Bring the newest checkpoint that is whole; its folder. InputError where there is none."""
-    for name in newest_first(remote, manifest):
-        found = download(remote, name, run / "checkpoints", manifest)
-        if is_complete(found):
-            return found
+    for name in newest_first(remote):
+        with contextlib.suppress(InputError):
+            return download(remote, name, run / "checkpoints")
     raise InputError(f"{remote} holds no complete checkpoint: has its training got that far?")
 
 
@@ -92,7 +101,7 @@ def mirror(run: Path, remote: str) -> None:
             if file.name in there:
                 with contextlib.suppress(InputError):
                     same = store.size(file.name) == file.stat().st_size
-            if not same:
+            if not same or file.name == "config.yaml":
                 _copy(file, f"{remote}/{folder}".rstrip("/"), file.name)
 
 
@@ -101,7 +110,6 @@ def prune(
     newest: str,  # name of the checkpoint just sent, which stays
     keep: int,  # complete ones to keep, the newest; 0 keeps all
     lasts: Callable[[bytes], bool],  # whether one with this trainer.json is kept for good
-    manifest: str,
     lasting: set[str],  # names of those known to be; added to
 ) -> None:
     """Remove checkpoints before `newest` that are beyond `keep` or were never finished, each manifest first."""
@@ -110,14 +118,15 @@ def prune(
     for name in older:
         root = f"{remote}/checkpoints/{name}"
         store = open_store(root)
-        if manifest in store.list():
+        if MANIFEST in store.list():
             complete += 1
             if not keep or complete <= keep:
                 continue
-            if lasts(store.read("trainer.json")):
-                lasting.add(name)
-                continue
-            store.delete(manifest)
+            with contextlib.suppress(InputError):  # it has none: then it is not one to keep
+                if lasts(store.read("trainer.json")):
+                    lasting.add(name)
+                    continue
+            store.delete(MANIFEST)
         for folder in (root, *(f"{root}/{sub}" for sub in store.folders())):
             store = open_store(folder)
             for file in store.list():
@@ -137,7 +146,13 @@ def check_claim(remote: str, claim: str) -> None:
     store = open_store(remote)
     if OWNER not in store.list():
         return
-    said = json.loads(store.read(OWNER, fresh=True))
+    try:
+        said = {key: re.sub(r"[^\w.:+-]", "?", str(value)) for key, value in json.loads(store.read(OWNER)).items()}
+        said = {"host": "?", "since": "?"} | said
+        if not said.get("claim"):
+            raise ValueError("no claim")
+    except (ValueError, AttributeError, RecursionError):  # nobody's who could be meant
+        return
     if said["claim"] != claim:
         raise Conflict(
             f"{remote} was taken over by a run that started later (on {said['host']}, {said['since']}): this one "

@@ -262,8 +262,7 @@ def connect() -> Store:
         # TCPStore would go on trying where nobody listens any more.
         socket.create_connection((store.host, store.port), PATIENCE).close()
         store = TCPStore(store.host, store.port, is_master=False, timeout=patience, wait_for_workers=False)
-    # A launcher's store outlives the ranks that it starts again.
-    return PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return PrefixStore("watchdog", store)
 
 
 def within(seconds: float, call: Callable[[], Answer]) -> Answer:

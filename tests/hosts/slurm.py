@@ -64,10 +64,8 @@ class Slurm:
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
-        files = [
-            f"--{name}={self.folder}/munge.{name.partition('-')[0]}" for name in ("socket", "pid-file", "log-file")
-        ]
-        files += [f"--seed-file={self.folder}/munge.seed", f"--key-file={key}"]
+        kinds = {"socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed", "key-file": "key"}
+        files = [f"--{name}={self.folder}/munge.{end}" for name, end in kinds.items()]
         self._start("munged", "--foreground", "--force", *files)
         self._wait(lambda: (self.folder / "munge.socket").exists())
         self._start("slurmctld", "-D", "-i", "-f", str(self.folder / "slurm.conf"))
@@ -104,7 +102,8 @@ class Slurm:
 
     def submit(self, place: Path, *options: str) -> str:
         """Queue launch/slurm.sbatch; the job's number."""
-        path = {"PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}"}
+        # Both nodes are this machine, and no name server knows them.
+        path = {"PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}", "NAIGN_HEAD": "127.0.0.1"}
         done = subprocess.run(
             ["sbatch", "--parsable", str(ROOT / "launch/slurm.sbatch"), *options],
             cwd=place,
