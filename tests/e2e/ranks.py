@@ -20,6 +20,8 @@ class Job:
     folder: Path
     world: int
     options: tuple[str, ...]
+    places: tuple[str, ...] = ()
+    """Folders that the ranks are in, below `folder`; none: all are in it."""
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def __enter__(self) -> Self:
@@ -30,7 +32,7 @@ class Job:
                 self.processes.append(
                     subprocess.Popen(
                         [sys.executable, str(ROOT / "pipeline/train.py"), *self.options],
-                        cwd=self.folder,
+                        cwd=self.folder / (self.places[rank] if self.places else ""),
                         env=environment(ACCELERATE_USE_CPU="true", **(address | numbers if self.world > 1 else {})),
                         stdout=log,
                         stderr=log,

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from pipeline.data.store import open_store
 from pipeline.errors import BAD_INPUT
 from pipeline.runtime.checkpoint import newest_checkpoint
+from pipeline.runtime.remote import newest_first
 from tests.conftest import ROOT, SMALL, Program, environment, start
 from tests.e2e.ranks import Job
 from tests.servers import S3Server
@@ -164,3 +166,49 @@ def test_of_two_runs_with_one_bucket_the_later_one_has_it(digits: str, bucket: s
     second.send_signal(signal.SIGTERM)
     second.communicate(timeout=60)
     assert second.returncode == 75 and newest and newest_checkpoint(tmp_path / "second/checkpoints")
+
+
+@pytest.mark.slow
+def test_a_bucket_of_another_run_is_refused_and_nothing_of_it_comes_here(
+    train: Program, digits: str, bucket: str, tmp_path: Path
+) -> None:
+    options = [f"--data.path={digits}", *SMALL, "--report.pictures=0"]
+    other = train(f"--run.remote={bucket}/run", "--run.path=other", *options, "--train.images=2560", "--train.lr=1e-4")
+    assert other.returncode == 0, other.stderr
+    assert train("--run.path=run", *options, "--train.images=2560").returncode == 0
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    for images in ("2560", "25600"):  # also where the one here is newer
+        refused = train(f"--run.remote={bucket}/run", "--run.path=run", *options, f"--train.images={images}")
+        assert "holds a run of another configuration" in refused.stderr and "train.lr: 0.0001 there" in refused.stderr
+    anew = train(f"--run.remote={bucket}/run", "--run.path=anew", *options, "--resume=never")
+    assert "already holds a run" in anew.stderr and not (tmp_path / "anew/checkpoints").exists()
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == names
+    assert len(open_store(f"{bucket}/run/checkpoints").folders()) == 1
+
+
+@pytest.mark.slow
+def test_a_last_checkpoint_that_missed_the_bucket_is_sent_by_the_same_command(
+    digits: str, s3: S3Server, bucket: str, tmp_path: Path
+) -> None:
+    options = [f"--data.path={digits}", *SMALL, "--train.images=25600", "--checkpoint.rounds=50", "--run.path=run"]
+    options += [f"--run.remote={bucket}/run"]
+    with Job(tmp_path, 2, tuple(options)) as job:
+        job.wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists())
+        s3.client().delete_bucket(Bucket=bucket.removeprefix("s3://"))
+        assert job.ended(120) == [0, 0] and "stays local" in job.said(), job.said()
+    s3.client().create_bucket(Bucket=bucket.removeprefix("s3://"))
+    with Job(tmp_path, 2, tuple(options)) as job:
+        assert job.ended(120) == [0, 0] and "nothing left to do" in job.said(), job.said()
+    assert list(newest_first(f"{bucket}/run")) == ["step-00000800"]
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_share_a_folder_are_refused(digits: str, tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder / "run").mkdir(parents=True)
+        (tmp_path / folder / "run/.lock").touch()
+        (tmp_path / folder / "run/.claim").write_text("of an earlier run")
+    options = (f"--data.path={digits}", *SMALL, "--run.path=run")
+    with Job(tmp_path, 2, options, places=("one", "two")) as job:
+        assert job.ended(60) == [BAD_INPUT, BAD_INPUT]
+        assert "is not the same folder on every machine" in job.said()
