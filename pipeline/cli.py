@@ -1,4 +1,4 @@
-"""`naign pack | index | verify | launch | evaluate | sample | restore | score | export | doctor`.
+"""`naign pack | index | verify | launch | render | fetch | evaluate | sample | restore | score | export | doctor`.
 
 Each function is a command. Options, help and their types are the functions' signatures. Heavy imports wait until a
 command needs them.
@@ -273,6 +273,33 @@ def doctor() -> None:
     print("ready")
 
 
+def fetch(remote: Positional[str], /, *, to: Path, every: float = 0) -> None:
+    """Copy what a run in a bucket reports (metrics, TensorBoard, pictures) into a folder.
+
+    Args:
+        remote: s3://bucket/prefix of the run.
+        to: Folder to copy into.
+        every: Seconds after which to look for more, again and again; 0: once.
+    """
+    import time
+
+    from pipeline.data.store import open_store
+    from pipeline.errors import Unavailable
+    from pipeline.runtime.remote import fetch_shown
+
+    open_store(remote)
+    while True:
+        try:
+            print(f"{fetch_shown(remote, to, renew=True)} files from {remote}", flush=True)
+        except (InputError, Unavailable) as error:
+            if not every:
+                raise
+            print(f"naign fetch: {error}", file=sys.stderr, flush=True)
+        if not every:
+            return
+        time.sleep(every)
+
+
 def launch() -> None:
     """Start this host's ranks of a training, under Kubernetes, Kubeflow, Slurm or alone (naign launch --help)."""
     from pipeline.hosts.launch import main
@@ -280,10 +307,46 @@ def launch() -> None:
     sys.exit(main(sys.argv[2:]))
 
 
+def render(
+    what: Positional[Literal["k8s", "slurm"]],
+    /,
+    *,
+    data: str,
+    run: str,
+    nodes: int = 1,
+    gpus: int = 1,
+    image: str = "naign:cuda",
+    config: Path | None = None,
+    gpu: str = "h100",
+    bandwidth: float = 10.0,
+    name: str = "naign",
+) -> None:
+    """Print the manifests, or the Slurm script, of a training of a given size; what it will cost goes to stderr.
+
+    Args:
+        what: k8s for kubectl apply -f -, slurm for sbatch.
+        data: Packed data: s3://bucket/prefix, or for Slurm a shared folder.
+        run: Where the run is kept: s3://bucket/prefix, or for Slurm a shared folder.
+        nodes: Machines.
+        gpus: GPUs of each; 0 trains on CPUs.
+        image: Of launch/Dockerfile (k8s).
+        config: Settings of the run; default: those of configs/mnist.yaml.
+        gpu: Which, for the prediction: h100, h200, a100, l4, ...
+        bandwidth: GB/s between nodes, for the prediction.
+        name: Of the Job, its Service and its ConfigMap.
+    """
+    from pipeline.hosts.render import Size, predict, render_k8s, render_slurm
+
+    size = Size(nodes=nodes, gpus=gpus, gpu=gpu, bandwidth=bandwidth)
+    make = render_k8s if what == "k8s" else render_slurm
+    print(make(size, image=image, data=data, run=run, config=config, name=name))
+    print(predict(size, data=data, config=config), file=sys.stderr)
+
+
 def main() -> None:
     if sys.argv[1:2] == ["launch"]:  # what it does not know is for the training program
         launch()
-    commands = (pack, index, verify, launch, evaluate, sample, restore, score, export, doctor)
+    commands = (pack, index, verify, launch, render, fetch, evaluate, sample, restore, score, export, doctor)
     with exit_on_input_error("naign"):
         try:
             tyro.extras.subcommand_cli_from_dict(

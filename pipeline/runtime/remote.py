@@ -78,16 +78,20 @@ def fetch_newest(remote: str, run: Path) -> Path:
     raise InputError(f"{remote} holds no complete checkpoint: has its training got that far?")
 
 
-def fetch_shown(remote: str, run: Path) -> None:
-    """Bring metrics and TensorBoard's files of an earlier part of the run, where none are here yet."""
+def fetch_shown(remote: str, run: Path, *, renew: bool = False) -> int:
+    """Bring metrics, TensorBoard's files and pictures, where none are here yet, or also what grew; how many files."""
+    brought = 0
     for pattern in SHOWN[1:]:
         folder = os.path.dirname(pattern)
         store = open_store(f"{remote}/{folder}".rstrip("/"))
         for name in store.list():
             file = run / folder / name
-            if (folder or name == pattern) and not file.exists():
+            old = file.exists() and not (renew and file.stat().st_size != store.size(name))
+            if (folder or name == pattern) and not old:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(store.read(name))
+                brought += 1
+    return brought
 
 
 def mirror(run: Path, remote: str) -> None:

@@ -1,0 +1,204 @@
+"""Manifests and scripts for a size, made from those in k8s/ and launch/, and what a training of that size will cost."""
+
+import logging
+import math
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from pipeline.config import Config, check, load, to_dict
+from pipeline.data.manifest import Manifest
+from pipeline.errors import InputError, Unavailable
+from pipeline.hosts.check import Object, problems
+
+ROOT = Path(__file__).resolve().parents[2]
+MFU = 0.3
+"""Share of a GPU's peak that training of convolutions reaches, by experience."""
+
+CPU_TFLOPS = 0.1
+"""Of a host without GPUs: two or four cores of a server."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """Of a job."""
+
+    nodes: int
+    gpus: int
+    """Of each node; 0: CPUs."""
+    gpu: str = "h100"
+    bandwidth: float = 10.0
+    """GB/s between nodes."""
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * max(1, self.gpus)
+
+
+def settings(size: Size, data: str, run: str, config: Path | None, name: str) -> Config:
+    """The run's configuration; InputError where it cannot be run at this size."""
+    if size.nodes < 1 or size.gpus < 0:
+        raise InputError(f"{size.nodes} nodes of {size.gpus} GPUs: at least one node, and no fewer than 0 GPUs")
+    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?", name):
+        raise InputError(f"--name {name}: small letters, digits and '-', at most 42, as Kubernetes wants names")
+    found = load(str(config or ROOT / "configs/mnist.yaml"))
+    found.data.path = data
+    if run.startswith("s3://"):
+        found.run.path, found.run.remote = f"/run/naign/{name}", run.rstrip("/")
+    else:
+        found.run.path, found.run.remote = run, ""
+    if size.gpus and not found.train.precision:
+        found.train.precision = "bf16"
+    check(found)
+    if found.train.batch % (size.ranks * found.train.accumulate):
+        least = size.ranks * found.train.accumulate
+        raise InputError(
+            f"train.batch={found.train.batch} cannot be shared by {size.ranks} ranks: in a --config set a multiple of "
+            f"{least}, and match.round to a multiple of that"
+        )
+    return found
+
+
+def render_k8s(size: Size, *, image: str, data: str, run: str, config: Path | None, name: str) -> str:
+    """What `kubectl apply -f -` takes: job.yaml for this size, with a bucket instead of its S3 server."""
+    for option, path in (("--data", data), ("--run", run)):
+        if not path.startswith("s3://"):
+            raise InputError(f"{option} {path}: pods share a bucket only: give s3://bucket/prefix")
+    if not re.fullmatch(r"[a-z0-9][\w.:/@-]*", image):
+        raise InputError(f"--image {image} is no name of an image")
+    found = settings(size, data, run, config, name)
+    found.stop.within = 60
+    file = ROOT / "k8s/base/job.yaml"
+    if not file.exists():
+        raise InputError(f"{file} is not there: run this from a checkout of the project, or in its image")
+    objects = [item for item in yaml.safe_load_all(file.read_text()) if item["kind"] != "Deployment"]
+    objects = [item for item in objects if (item["kind"], item["metadata"]["name"]) != ("Service", "naign-store")]
+    for item in objects:
+        _fit(item, size, image, found, name)
+    wrong = problems(objects)
+    if wrong:  # ours to mend, not the user's
+        raise InputError("\n  ".join(["what would be printed is not right:", *wrong]))
+    head = (
+        f"# {name}: {size.nodes} pods" + (f" of {size.gpus} GPUs" if size.gpus else " without GPUs") + "\n"
+        f"#   apply     kubectl apply -f FILE       logs      kubectl logs -f job/{name} --all-pods --prefix\n"
+        f"#   clean up  kubectl delete -f FILE      access    the Secret naign-s3, or a role: k8s/job.yaml says how\n"
+    )
+    return head + yaml.safe_dump_all(objects, sort_keys=False, width=120)
+
+
+def _fit(item: Object, size: Size, image: str, config: Config, name: str) -> None:
+    old = item["metadata"]["name"]
+    item["metadata"]["name"] = old.replace("naign", name, 1)
+    item["metadata"]["labels"]["app.kubernetes.io/name"] = name
+    if item["kind"] == "ConfigMap" and "run.yaml" in item["data"]:
+        item["data"]["run.yaml"] = yaml.safe_dump(to_dict(config), sort_keys=False)
+    elif item["kind"] == "ConfigMap":
+        item["data"].pop("AWS_ENDPOINT_URL")
+    elif item["kind"] == "Service":
+        item["spec"]["selector"]["app.kubernetes.io/name"] = name
+    elif item["kind"] == "Job":
+        spec, pod = item["spec"], item["spec"]["template"]["spec"]
+        spec["completions"] = spec["parallelism"] = size.nodes
+        spec["template"]["metadata"]["labels"]["app.kubernetes.io/name"] = name
+        pod["subdomain"] = name
+        (spread,) = pod["topologySpreadConstraints"]
+        spread["labelSelector"]["matchLabels"]["app.kubernetes.io/name"] = name
+        (container,) = pod["containers"]
+        container["image"] = image
+        for variable in container["env"]:
+            if variable["name"] == "NAIGN_HOSTS":
+                variable["value"] = str(size.nodes)
+            if variable["name"] == "NAIGN_HEAD":
+                variable["value"] = f"{name}-0.{name}"
+        container["envFrom"][0]["configMapRef"]["name"] = f"{name}-store"
+        for volume in pod["volumes"]:
+            if "configMap" in volume:
+                volume["configMap"]["name"] = name
+            if volume["name"] == "shm" and size.gpus:
+                volume["emptyDir"]["sizeLimit"] = f"{4 * size.gpus}Gi"
+        if size.gpus:
+            memory = {"memory": f"{16 * size.gpus}Gi"}
+            container["resources"] = {
+                "requests": {"cpu": str(4 * size.gpus), **memory},
+                "limits": {"nvidia.com/gpu": str(size.gpus), "memory": f"{32 * size.gpus}Gi"},
+            }
+            pod["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+
+
+def render_slurm(size: Size, *, image: str, data: str, run: str, config: Path | None, name: str) -> str:
+    """What `sbatch` takes: launch/slurm.sbatch for this size, its options filled in. `image` has no part in it."""
+    found = settings(size, data, run, config, name)
+    text = (ROOT / "launch/slurm.sbatch").read_text()
+    options = [f"--data.path={data}", f"--run.path={found.run.path}"]
+    if config:
+        options = [f"--config={config.resolve()}", *options]
+    if found.run.remote:
+        options[-1] = f"--run.path=/tmp/{name}"
+        options.append(f"--run.remote={found.run.remote}")
+    if found.train.precision:
+        options.append(f"--train.precision={found.train.precision}")
+    if not config:
+        options = [f"--config={ROOT / 'configs/mnist.yaml'}", *options]
+    gpus = f"#SBATCH --gpus-per-node={size.gpus}\n" if size.gpus else ""
+    text = re.sub(r"#SBATCH --nodes=\d+\n", f"#SBATCH --nodes={size.nodes}\n{gpus}", text)
+    text = text.replace("#SBATCH --job-name=naign", f"#SBATCH --job-name={name}")
+    return text.replace('naign launch "$@"', f'naign launch {shlex.join(options)} "$@"').rstrip()
+
+
+def predict(size: Size, *, data: str, config: Path | None) -> str:
+    """A table: what a training of this size takes. A model, no measurement: peak speeds times MFU, bytes over links."""
+    import torch
+
+    from pipeline.model.networks import build_network
+    from pipeline.runtime.speed import PEAKS, fit_flops, forward_flops
+
+    found = load(str(config or ROOT / "configs/mnist.yaml"))
+    shape: tuple[int, ...] = (1, 28, 28)
+    unknown, stored = "", 0
+    logging.disable(logging.WARNING)  # that a bucket is tried again says nothing here
+    try:
+        manifest = Manifest.load(data)
+        shape, stored = manifest.shape, sum(shard.bytes for split in manifest.splits.values() for shard in split.shards)
+    except (InputError, Unavailable):
+        unknown = f"\n{data} cannot be read from here: reckoned with images of 1x28x28"
+    finally:
+        logging.disable(logging.NOTSET)
+    with torch.device("meta"):
+        network = build_network(found.model, shape)
+    parameters = sum(value.numel() for value in network.parameters())
+    peak = CPU_TFLOPS
+    if size.gpus:
+        names = {re.split(r"[ \-|\\]", pattern)[0].lower(): values for pattern, values in PEAKS.items()}
+        if size.gpu.lower() not in names:
+            raise InputError(f"--gpu {size.gpu} is not known: one of {', '.join(sorted(names))}")
+        peak = names[size.gpu.lower()][0] or names[size.gpu.lower()][1]
+    rate = peak * 1e12 * (MFU if size.gpus else 1.0)
+    forward, ranks, images = forward_flops(network, shape), size.ranks, found.match.round * found.train.passes
+    width = math.prod(shape)
+    generate = found.match.pool * forward / ranks / rate
+    search = 2 * width * found.match.round * found.match.pool / ranks / rate
+    fit = images * fit_flops(forward, found.objective.forwards) / ranks / rate
+    exchanged = found.match.round * width * 4 + 16 * found.match.round * ranks
+    averaged = images // found.train.batch * 2 * 4 * parameters
+    messages = 0.0 if size.nodes == 1 else (exchanged + averaged) / (size.bandwidth * 1e9)
+    rounds = -(-found.train.images // images)
+    seconds = generate + search + fit + messages
+    checkpoint = 4 * (4 if found.train.ema else 3) * parameters
+    gpus, hours = size.nodes * size.gpus, rounds * seconds / 3600
+    parts = f"generate {generate:.2g}, search {search:.2g}, fit {fit:.2g}, messages {messages:.2g}"
+    rows = (
+        ("GPUs" if gpus else "CPU hosts", f"{gpus} x {size.gpu}" if gpus else f"{size.nodes}"),
+        ("network", f"{parameters / 1e6:.1f} M parameters, {forward / 1e9:.2f} GFLOP a forward"),
+        ("data", f"{stored / 1e9:.2f} GB" if stored else "unknown"),
+        ("a checkpoint", f"{checkpoint / 1e9:.3f} GB, {found.checkpoint.keep} kept"),
+        ("a round", f"{seconds:.2g} s: {parts}"),
+        ("the run", f"{rounds} rounds, {hours:.2g} h" + (f", {hours * gpus:.2g} GPU hours" if gpus else "")),
+    )
+    wide = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{wide}}  {text}" for name, text in rows) + (
+        f"\nreckoned, not measured: {MFU:.0%} of the GPUs' peak and {size.bandwidth:g} GB/s between nodes; a rank has "
+        f"at least {found.train.batch // ranks} images a step{unknown}"
+    )

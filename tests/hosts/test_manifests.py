@@ -1,0 +1,166 @@
+"""Every manifest and overlay is what Kubernetes takes, and means what it should."""
+
+import copy
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from pipeline.hosts.check import problems, templates
+from tests.conftest import ROOT
+
+VERSIONS = ("1.29", "1.31", "1.33", "1.34", "1.35", kubernetes_validate.latest_version())
+FILES = ("job", "pack-job", "evaluate-job", "tensorboard", "jobset", "trainjob")
+OVERLAYS = sorted(path.name for path in (ROOT / "k8s/overlays").iterdir())
+
+
+def load(text: str) -> list[dict[str, Any]]:
+    return [item for item in yaml.safe_load_all(text) if item]
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    return load((ROOT / f"k8s/{name}.yaml").read_text())
+
+
+def build(folder: Path) -> list[dict[str, Any]]:
+    program = shutil.which("kustomize") or shutil.which("kubectl")
+    if program is None:
+        pytest.skip("no kustomize or kubectl here (Debian: kustomize)")
+    verb = "build" if program.endswith("kustomize") else "kustomize"
+    done = subprocess.run([program, verb, str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return load(done.stdout)
+
+
+def native(item: dict[str, Any]) -> list[dict[str, Any]]:
+    """The object, or what a custom resource holds of objects that every cluster knows."""
+    if item["kind"] == "JobSet":
+        jobs = item["spec"]["replicatedJobs"]
+        head = {"apiVersion": "batch/v1", "kind": "Job"}
+        return [head | {"metadata": {"name": job["name"]}, "spec": job["template"]["spec"]} for job in jobs]
+    return [] if item["kind"] == "TrainJob" else [item]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_manifest_is_valid_and_means_what_it_should(name):
+    objects = read(name)
+    for version in VERSIONS:
+        for item in objects:
+            for inside in native(item):
+                kubernetes_validate.validate(inside, version, strict=True)
+    beside = [item for item in read("job") if item["kind"] == "ConfigMap"] if name == "jobset" else []
+    assert problems([*objects, *beside]) == []
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_an_overlay_is_valid_and_means_what_it_should(name):
+    objects = build(ROOT / "k8s/overlays" / name)
+    for version in VERSIONS:
+        for item in objects:
+            kubernetes_validate.validate(item, version, strict=True)
+    assert problems(objects) == []
+    (job,) = (item for item in objects if item["kind"] == "Job")
+    limits = job["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    gpus = {"cpu-smoke": None, "one-gpu": "1", "eks-irsa": "1"}.get(name, "8")
+    assert limits.get("nvidia.com/gpu") == gpus
+    assert ("naign-store" in [item["metadata"]["name"] for item in objects if item["kind"] == "Deployment"]) == (
+        not gpus
+    )
+
+
+def test_the_queue_component_suspends_the_job(tmp_path):
+    for folder in ("base", "components"):
+        shutil.copytree(ROOT / "k8s" / folder, tmp_path / folder)
+    (tmp_path / "try").mkdir()
+    (tmp_path / "try/kustomization.yaml").write_text("resources: [../base]\ncomponents: [../components/queue]\n")
+    (job,) = (item for item in build(tmp_path / "try") if item["kind"] == "Job")
+    assert job["spec"]["suspend"] and job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
+
+
+@pytest.mark.parametrize(("nodes", "gpus"), [(1, 1), (1, 8), (8, 8), (3, 0)])
+def test_what_is_rendered_is_valid(nodes, gpus, naign):
+    where = ["--data", "s3://bucket/mnist", "--run", "s3://bucket/run"]
+    config = ROOT / "tests/hosts/size.yaml"
+    done = naign("render", "k8s", "--nodes", str(nodes), "--gpus", str(gpus), *where, "--config", str(config))
+    assert done.returncode == 0, done.stderr
+    objects = load(done.stdout)
+    for version in VERSIONS:
+        for item in objects:
+            kubernetes_validate.validate(item, version, strict=True)
+    assert problems(objects) == [] and "naign-store" not in done.stdout.replace("name: naign-store", "")
+    assert f"{nodes * gpus} x h100" in done.stderr or not gpus
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("k8s", "--data", "data/mnist", "--run", "s3://b/run"), "pods share a bucket only"),
+        (
+            ("k8s", "--nodes", "3", "--gpus", "8", "--data", "s3://b/d", "--run", "s3://b/r"),
+            "cannot be shared by 24 ranks",
+        ),
+        (("k8s", "--image", "No Image", "--data", "s3://b/d", "--run", "s3://b/r"), "is no name of an image"),
+        (("slurm", "--nodes", "0", "--data", "d", "--run", "r"), "0 nodes"),
+        (("k8s", "--gpu", "abacus", "--data", "s3://b/d", "--run", "s3://b/r"), "--gpu abacus is not known"),
+    ],
+)
+def test_what_cannot_be_rendered_is_refused(options, said, naign):
+    done = naign("render", *options)
+    assert done.returncode == 2 and said in done.stderr
+
+
+def test_a_slurm_script_is_rendered(naign):
+    done = naign("render", "slurm", "--nodes", "4", "--gpus", "2", "--data", "/shared/mnist", "--run", "/shared/runs/a")
+    assert done.returncode == 0, done.stderr
+    for line in (
+        "#SBATCH --nodes=4",
+        "#SBATCH --gpus-per-node=2",
+        "--data.path=/shared/mnist --run.path=/shared/runs/a",
+    ):
+        assert line in done.stdout
+    assert subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=False).returncode == 0
+
+
+def test_nothing_secret_stands_in_a_manifest():
+    for file in (ROOT / "k8s").rglob("*.yaml"):
+        text = file.read_text()
+        assert "kind: Secret" not in text and "AWS_SECRET_ACCESS_KEY" not in text.replace(
+            "--from-literal=AWS_SECRET_ACCESS_KEY=...", ""
+        )
+
+
+def test_what_is_wrong_is_found():
+    """Of each kind of mistake that `problems` looks for, one."""
+
+    def wrong(kind: str, name: str, change: Any) -> str:
+        objects = copy.deepcopy(read("job"))
+        item = next(item for item in objects if item["kind"] == kind and item["metadata"]["name"] == name)
+        change(item)
+        return "\n".join(problems(objects))
+
+    def pod(change: Any) -> str:
+        return wrong("Job", "naign", lambda item: change(templates(item)[0][1]["spec"]))
+
+    assert "selects no pod" in wrong("Service", "naign", lambda item: item["spec"]["selector"].update(a="b"))
+    assert "no container has the port 1" in wrong(
+        "Service", "naign", lambda item: item["spec"]["ports"][0].update(port=1)
+    )
+    assert "are not the same" in wrong("Job", "naign", lambda item: item["spec"].update(completions=3))
+    assert "not the name of the first pod" in pod(lambda spec: spec.update(subdomain="other"))
+    assert "no headless Service" in pod(lambda spec: spec.update(subdomain="other"))
+    assert "restartPolicy" in pod(lambda spec: spec.update(restartPolicy="OnFailure"))
+    assert "leaves no time" in pod(lambda spec: spec.update(terminationGracePeriodSeconds=30))
+    assert "hostNetwork" in pod(lambda spec: spec.update(hostNetwork=True))
+    assert "not runAsNonRoot" in pod(lambda spec: spec["securityContext"].pop("runAsNonRoot"))
+    assert "not locked down" in pod(lambda spec: spec["containers"][0]["securityContext"].pop("capabilities"))
+    assert "that `restricted` forbids" in pod(lambda spec: spec["volumes"][1].update(hostPath={"path": "/"}))
+    assert "no volume" in pod(lambda spec: spec["volumes"].pop())
+    assert "no ConfigMap other" in pod(lambda spec: spec["volumes"][0]["configMap"].update(name="other"))
+    assert "no limit of memory" in pod(lambda spec: spec["containers"][0]["resources"].pop("limits"))
+    assert "needs the Secret" in pod(lambda spec: spec["containers"][0]["envFrom"][1]["secretRef"].pop("optional"))
+    config = "train: {batch: 0}"
+    assert "train.batch is 0" in wrong("ConfigMap", "naign", lambda item: item["data"].update({"run.yaml": config}))
