@@ -1,0 +1,216 @@
+"""Where a host stands, how hosts meet in any order, and what a host ends with."""
+
+import json
+import socket
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, Stopped, Unavailable
+from pipeline.hosts.launch import Ending, explain, find_engine
+from pipeline.hosts.meeting import Links, interface_of, meet
+from pipeline.hosts.place import Place, find_place
+from tests.servers import free_port
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, Place(orchestrator="none")),
+        ({"NAIGN_PROCESSES": "2"}, Place(orchestrator="none", processes=2)),
+        (
+            {"NAIGN_HOSTS": "4", "JOB_COMPLETION_INDEX": "3", "NAIGN_HEAD": "a-0.a", "NAIGN_START": "uid"},
+            Place(orchestrator="Kubernetes", index=3, hosts=4, head="a-0.a", start="uid"),
+        ),
+        (
+            {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_MASTER_ADDR": "head", "PET_NPROC_PER_NODE": "8"},
+            Place(orchestrator="Kubeflow", index=1, hosts=2, head="head", processes=8),
+        ),
+        (
+            {"PET_NNODES": "1", "PET_NPROC_PER_NODE": "auto"},
+            Place(orchestrator="Kubeflow"),
+        ),
+        (
+            {
+                **{"SLURM_PROCID": "1", "SLURM_NNODES": "2", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"},
+                **{"SLURM_RESTART_COUNT": "3", "NAIGN_HEAD": "node3"},
+            },
+            Place(orchestrator="Slurm", index=1, hosts=2, head="node3", start="7.3"),
+        ),
+    ],
+)
+def test_the_place_is_what_the_orchestrator_says(environ, expected):
+    assert find_place(environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"NAIGN_HOSTS": "2", "JOB_COMPLETION_INDEX": "0"}, "NAIGN_HEAD is not set"),
+        ({"NAIGN_HOSTS": "2", "NAIGN_HEAD": "a"}, "JOB_COMPLETION_INDEX is not set"),
+        ({"NAIGN_HOSTS": "two", "NAIGN_HEAD": "a", "JOB_COMPLETION_INDEX": "0"}, "NAIGN_HOSTS is 'two'"),
+        ({"NAIGN_HOSTS": "2", "NAIGN_HEAD": "a", "JOB_COMPLETION_INDEX": "2"}, "host 2 of 2, counted from 0"),
+        ({"SLURM_PROCID": "1", "SLURM_NNODES": "2", "SLURM_NTASKS": "16"}, "one a node is wanted"),
+    ],
+)
+def test_a_place_that_makes_no_sense_is_refused(environ, said):
+    with pytest.raises(InputError, match=said):
+        find_place(environ)
+
+
+def place(index: int, hosts: int, start: str = "a") -> Place:
+    return Place(orchestrator="test", index=index, hosts=hosts, head="localhost", start=start)
+
+
+class Meeting:
+    """Hosts in threads."""
+
+    def __init__(self, hosts: int) -> None:
+        self.hosts, self.port = hosts, free_port()
+        self.found: dict[int, Any] = {}
+        self.said: list[str] = []
+        self.threads: list[threading.Thread] = []
+
+    def come(self, index: int, *, start: str = "a", hosts: int | None = None, within: float = 20) -> None:
+        def run() -> None:
+            try:
+                mine = place(index, hosts or self.hosts, start)
+                self.found[index] = meet(mine, port=self.port, within=within, say=self.said.append)
+            except (InputError, Unavailable, Stopped) as error:
+                self.found[index] = error
+
+        self.threads.append(threading.Thread(target=run))
+        self.threads[-1].start()
+
+    def end(self) -> None:
+        for thread in self.threads:
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 3, 2)])
+def test_hosts_meet_in_any_order(order):
+    meeting = Meeting(4)
+    for index in order:
+        meeting.come(index)
+        time.sleep(0.1)
+    meeting.end()
+    assert [meeting.found[index].address in ("127.0.0.1", "::1") for index in range(4)] == [True] * 4
+
+
+def test_a_host_that_comes_again_replaces_itself():
+    meeting = Meeting(3)
+    meeting.come(0)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:  # a pod that was replaced before all were there
+        try:
+            gone = socket.create_connection(("localhost", meeting.port))
+            break
+        except OSError:
+            time.sleep(0.05)
+    gone.sendall(json.dumps({"start": "a", "index": 1, "hosts": 3}).encode() + b"\n")
+    time.sleep(0.3)
+    gone.close()
+    meeting.come(2)
+    time.sleep(1)
+    assert 0 not in meeting.found
+    meeting.come(1)
+    meeting.end()
+    assert all(isinstance(found, Links) for found in meeting.found.values())
+
+
+def test_strangers_and_other_starts_are_turned_away():
+    meeting = Meeting(2)
+    meeting.come(0)
+    meeting.come(1, start="an earlier one", within=3)
+    time.sleep(1)
+    with socket.create_connection(("localhost", meeting.port)) as stranger:
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert b"no host of this job" in stranger.recv(1000)
+    meeting.threads[1].join(10)
+    assert isinstance(meeting.found[1], Unavailable)
+    meeting.come(1)
+    meeting.end()
+    assert isinstance(meeting.found[1], Links)
+    assert any("another start of this job (an earlier one)" in text for text in meeting.said)
+
+
+def test_hosts_that_count_differently_all_end():
+    meeting = Meeting(2)
+    meeting.come(0)
+    meeting.come(1, hosts=4)
+    meeting.end()
+    for found in meeting.found.values():
+        assert isinstance(found, InputError) and "host 1 counts 4 hosts, host 0 counts 2" in str(found)
+
+
+def test_a_taken_port_is_told():
+    with socket.create_server(("", 0)) as taken, pytest.raises(InputError, match="choose another --port"):
+        meet(place(0, 2), port=taken.getsockname()[1], within=1)
+
+
+def test_who_waits_for_nobody_gives_up():
+    with pytest.raises(Unavailable, match="waited 1 s for host 1 of 2"):
+        meet(place(0, 2), port=free_port(), within=1)
+    with pytest.raises(Unavailable, match="host 0"):
+        meet(place(1, 2), port=free_port(), within=1)
+    with pytest.raises(Stopped):
+        meet(place(1, 2), port=free_port(), within=60, asked=lambda: True)
+
+
+def test_the_end_of_a_host_is_told_to_the_others():
+    meeting = Meeting(3)
+    for index in range(3):
+        meeting.come(index)
+    meeting.end()
+    told: list[tuple[int, int | None]] = []
+    meeting.found[0].watch(lambda host, code: told.append((host, code)))
+    meeting.found[1].leave(75)
+    for peer in meeting.found[2]._peers.values():
+        peer.close()  # as the system does for a process that is killed
+    deadline = time.monotonic() + 5
+    while len(told) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert sorted(told, key=str) == [(1, 75), (2, None)]
+
+
+def failure(code: int, message: str = "", rank: int = 0) -> Any:
+    return SimpleNamespace(exitcode=code, local_rank=rank, message=message)
+
+
+def test_a_host_ends_with_the_code_that_says_most():
+    code, said = explain({0: failure(76), 1: failure(2, "train: error: no such thing", 1), 2: failure(1)})
+    assert code == BAD_INPUT and said.endswith("not tried again: train: error: no such thing")
+    assert explain({0: failure(76), 1: failure(1)})[0] == FAILED
+    assert explain({0: failure(75), 1: failure(76)})[0] == PEER_LOST
+    assert explain({0: failure(75)})[0] == INTERRUPTED
+    code, said = explain({0: failure(-9)})
+    assert code == FAILED and "SIGKILL: out of memory?" in said
+
+
+def test_what_ranks_end_with_when_another_host_was_lost():
+    ending = Ending(patience=0.0)
+    assert ending.judge(1) == 1
+    ending = Ending(patience=0.0)
+    thread = threading.Thread(target=ending.note, args=(1, None))
+    thread.start()
+    time.sleep(0.1)
+    assert ending.judge(1) == PEER_LOST and ending.judge(BAD_INPUT) == BAD_INPUT and ending.judge(0) == 0
+    thread.join(5)
+
+
+def test_engines_are_found_by_name_and_by_file(tmp_path):
+    assert "zero_stage: 2" in find_engine("zero2", 2)
+    (tmp_path / "mine.yaml").write_text("mine: true\n")
+    assert find_engine(str(tmp_path / "mine.yaml"), 2) == "mine: true\n"
+    assert "MULTI_GPU" in find_engine("", 2) and "'NO'" not in find_engine("", 2)
+    with pytest.raises(InputError, match="no name in launch/: cpu, gpus"):
+        find_engine("zero9", 2)
+
+
+def test_the_interface_towards_an_address():
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("no such name") == ""
