@@ -42,6 +42,11 @@ def run(*command: str) -> None:
     assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
 
 
+def inside(folder: str) -> bool:
+    """Whether an image would have to be given this folder: /usr is there."""
+    return not folder.startswith("/usr/") and not (folder != str(ROOT) and Path(folder).is_relative_to(ROOT))
+
+
 @dataclass(slots=True)
 class Pod:
     """A pod under way, or ended."""
@@ -183,7 +188,7 @@ class Cluster:
             "read_only": container["securityContext"]["readOnlyRootFilesystem"],
             "mounts": mounts,
             "hosts": str(self.hosts),
-            "program": [str(ROOT), *([] if sys.base_prefix.startswith("/usr") else [sys.base_prefix])],
+            "program": [folder for folder in dict.fromkeys((str(ROOT), sys.prefix, sys.base_prefix)) if inside(folder)],
             "root": str(place / "root"),
         }
         (place / "spec.json").write_text(json.dumps(plan))
@@ -199,7 +204,7 @@ class Cluster:
 
     def _environment(self, container: dict[str, Any], labels: dict[str, str]) -> dict[str, str]:
         """As a container would get it, and a PATH like the image's."""
-        found = {"PATH": f"{ROOT}/.venv/bin:{Path(sys.executable).parent}:/usr/bin:/bin"}
+        found = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
         for source in container.get("envFrom", []):
             if "configMapRef" in source:
                 found |= self.find("ConfigMap", source["configMapRef"]["name"])["data"]

@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Self
@@ -31,6 +32,8 @@ MpiDefault=none
 ReturnToService=2
 SlurmdTimeout=60
 KillWait=30
+MessageTimeout=60
+BatchStartTimeout=120
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 NodeName=node[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=1 RealMemory=1000
@@ -103,7 +106,7 @@ class Slurm:
     def submit(self, place: Path, *options: str) -> str:
         """Queue launch/slurm.sbatch; the job's number."""
         # Both nodes are this machine, and no name server knows them.
-        path = {"PATH": f"{ROOT}/.venv/bin:{os.environ['PATH']}", "NAIGN_HEAD": "127.0.0.1"}
+        path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "NAIGN_HEAD": "127.0.0.1"}
         done = subprocess.run(
             ["sbatch", "--parsable", str(ROOT / "launch/slurm.sbatch"), *options],
             cwd=place,

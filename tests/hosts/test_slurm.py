@@ -14,7 +14,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(possible()), reason=poss
 def until(met, slurm: Slurm, place: Path, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not met():
-        logs = "\n".join(f"== {file.name}\n{file.read_text()[-3000:]}" for file in sorted(place.glob("*.log")))
+        files = [*sorted(place.glob("*.log")), *sorted(slurm.folder.glob("slurm*.log"))]
+        logs = "\n".join(f"== {file.name}\n{file.read_text()[-3000:]}" for file in files)
         assert time.monotonic() < end, logs + slurm.ask("squeue") + slurm.ask("sinfo", "-R")
         time.sleep(0.2)
 
