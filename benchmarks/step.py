@@ -190,7 +190,7 @@ class Bench:
             "--report.pictures=0",
         ]
         command = [str(ROOT / "pipeline/train.py"), *options]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_MININTERVAL": "0.01"}
         subprocess.run([sys.executable, *command], env=environment, check=True, capture_output=True)
         newest = max((self.scratch / "resumed/checkpoints").iterdir())
         shutil.rmtree(newest)

@@ -8,7 +8,7 @@ import shutil
 import socket
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +37,9 @@ from pipeline.runtime.checkpoint import (
 from pipeline.runtime.engine import MOMENTS, Engine
 
 log = logging.getLogger("naign.run")
+
+VERSIONS = {name: version(name) for name in ("naign", "torch", "accelerate")}
+"""That a checkpoint was written with."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -357,15 +360,15 @@ def snapshot(
     if rank:
         return files
     weights |= {name: _copied(value) for name, value in engine.bare.named_buffers()}
-    metadata = describe(config, stream, position)
-    files["model.safetensors"] = lambda file: save_model(file, weights, metadata, spectrum)
+    stands = replace(position)  # what follows is worked out in the background
+    files["model.safetensors"] = lambda file: save_model(file, weights, describe(config, stream, stands), spectrum)
     if engine.ema is not None:
         averaged = {name: _copied(value) for name, value in engine.ema.state_dict().items()}
-        files["ema.safetensors"] = lambda file: save_model(file, averaged, metadata, spectrum)
+        files["ema.safetensors"] = lambda file: save_model(file, averaged, describe(config, stream, stands), spectrum)
     if under and under.ids is not None and under.distances is not None:
         files["state/round.safetensors"] = partial(save_file, {"ids": under.ids, "distances": under.distances})
     trainer = {
-        **asdict(position),
+        **asdict(stands),
         "epoch": stream.order.epochs(position.round),
         "world_size": world,
         "began": began,
@@ -374,15 +377,14 @@ def snapshot(
         "scale": engine.scale,
         "match": under.values if under else {},
         "terms": list(under.sums) if under else [],
-        "versions": {name: version(name) for name in ("naign", "torch", "accelerate")},
+        "versions": VERSIONS,
     }
-    text = json.dumps(trainer, indent=2) + "\n"
-    files["trainer.json"] = partial(_write_text, text)
+    files["trainer.json"] = partial(_write_json, trainer)
     return files
 
 
-def _write_text(text: str, file: Path) -> None:
-    file.write_text(text)
+def _write_json(content: dict[str, Any], file: Path) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def share_out(sizes: Sequence[int], world: int) -> list[int]:
