@@ -17,10 +17,11 @@ programs. At the end both must have the same weights. Memory is what the residen
 two ranks) grows by at most from before there is a network, the images and all else being there already, through two
 rounds; the median of fresh processes.
 
-Checkpoints. `stands still` is `pipeline.loop.checkpoint`: copying and starting to write, once the checkpoint before is
-done; `written in` is from then on to the manifest, in the background, with sync to disk and SHA-256. A round is fitted
-between two checkpoints, and nothing while one is written. Medians of several; the first, whose copies take new memory
-from the system, stands in parentheses.
+Checkpoints. `stands still` is `pipeline.loop.checkpoint` and what the next step waits until all it would change is
+copied; `written in` is from then on to the manifest, in the background, with copying, sync to disk and SHA-256, while a
+round is fitted. What that takes of the processor slows the round down: `a round` is the median of those beside a
+checkpoint and of those between, in turns. Medians of several; the first, whose copies take new memory from the system,
+stands in parentheses.
 
 Resumption. From the start of a fresh process to the end of its first step: imports, checking the checkpoint, reading it
 and the data, and the first round's match. The run was left with a checkpoint as a kill leaves it, is resumed, and is
@@ -228,12 +229,14 @@ def page(results: Record) -> str:
         parts.append(table(rows))
     if "checkpoint" in results:
         rows = [["checkpoint", "parameters", "size", "stands still (first)", "written in (first)", "share"]]
+        rows[0] += ["a round beside it", "between"]
         for title, row in results["checkpoint"].items():
             (first, *still), (slow, *written) = row["still"], row["written"]
             rows.append([title, f"{row['parameters'] / 1e6:.2f} M", f"{row['bytes'] / 1e6:,.1f} MB"])
             rows[-1] += [f"{1e3 * median(still):.1f} ms ({1e3 * first:.1f})"]
             rows[-1] += [f"{1e3 * median(written):,.0f} ms ({1e3 * slow:,.0f})"]
             rows[-1] += [f"{100 * median(still) / median(written):.1f} %"]
+            rows[-1] += [f"{1e3 * median(row[which][1:]):,.0f} ms" for which in ("beside", "alone")]
         parts.append(table(rows))
     if "resume" in results:
         rows = [["resumption", "to the end of the first step", "longest"]]

@@ -222,24 +222,34 @@ def peak(config: Config, who: Contender) -> int:
 
 
 def write(config: Config, checkpoints: int) -> Record:
-    """Seconds for which training stands still, and those of writing, by checkpoint; bytes and parameters."""
-    given = Given.of(config, 1 + checkpoints)
+    """Seconds by checkpoint: training stands still; it is written; rounds between and beside it. And its size."""
+    given = Given.of(config, 2 * (1 + checkpoints))
     folder = Path(config.run.path) / "checkpoints"
-    still, behind = [], []
+    still, behind, alone, beside = list[float](), list[float](), list[float](), list[float]()
     with opened(config) as start:
         run = start(first_network(config, tuple(given.images.shape[1:])))
+        gate, waited = run.engine.copied.wait, list[float]()
+        run.engine.copied.wait = lambda timeout=None: bool(waited.append(seconds(gate)))  # type: ignore[method-assign]
         for _ in range(1 + checkpoints):
-            fit_ours(run, given)
-            begun = time.perf_counter()
-            checkpoint(run, None)
-            still.append(time.perf_counter() - begun)
+            alone.append(seconds(lambda: fit_ours(run, given)))
+            waited.clear()
+            begins = seconds(lambda: checkpoint(run, None))
+            beside.append(seconds(lambda: fit_ours(run, given)))
+            still.append(begins + sum(waited))
             run.writer.join()
             behind.append(run.writer.seconds)
     (newest,) = (path for path in folder.iterdir() if (path / MANIFEST).exists())
     size = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
     shutil.rmtree(folder)
     parameters = sum(value.numel() for value in run.engine.bare.parameters())
-    return {"parameters": parameters, "bytes": size, "still": still, "written": behind}
+    seconds_by = {"still": still, "written": behind, "alone": alone, "beside": beside}
+    return {"parameters": parameters, "bytes": size, **seconds_by}
+
+
+def seconds(act: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    act()
+    return time.perf_counter() - begun
 
 
 def first_step(command: list[str], environment: dict[str, str]) -> float:

@@ -288,9 +288,9 @@ def checkpoint(run: Run, under: Under | None, *, began: int = 0) -> None:
     if total([float(not ready)], run.accelerator)[0]:
         log.warning("%s is not written: the one before it is still being sent, and time is short", name)
         return
-    files = snapshot(
+    copy, files = snapshot(
         run.config, run.stream, run.engine, run.position, run.spectrum, under=under, began=began or run.world
     )
     with together(run.accelerator):
-        run.writer.start(name, files)
+        run.writer.start(name, copy, files)
     run.written = name

@@ -7,7 +7,7 @@ import math
 import shutil
 import socket
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -343,27 +343,39 @@ def snapshot(
     *,
     began: int,  # the world size that began the round
     under: Under | None = None,  # of a round that is under way
-) -> dict[str, Write]:
-    """Collective: this rank's files of a checkpoint, each as what writes it from copies that nobody else changes."""
+) -> tuple[Callable[[], None], dict[str, Write]]:
+    """Collective: what copies all that may change, and this rank's files of a checkpoint, each as what writes it then.
+
+    Both are for the background; training goes on with the next forward, and no step is made before all is copied.
+    """
     rank, world = engine.accelerator.process_index, engine.accelerator.num_processes
     owners = share_out([math.prod(shape) for shape in engine.shapes.values()], world)
-    state: dict[str, Tensor] = {}
-    weights: dict[str, Tensor] = {}
+    take = _copied if engine.deepspeed else Tensor.detach  # what DeepSpeed puts together takes room on the device
+    state, weights, averaged = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
     for owner, (name, values) in zip(owners, engine.states(), strict=True):
         if owner == rank:
-            state |= {f"{key}.{name}": _copied(values[key]) for key in MOMENTS if key in values}
+            state |= {f"{key}.{name}": take(values[key]) for key in MOMENTS if key in values}
         if rank == 0:
-            weights[name] = _copied(values["weight"])
+            weights[name] = take(values["weight"])
+
+    def copy() -> None:
+        try:
+            for part in (state, weights, averaged):
+                part |= {name: _copied(value) for name, value in part.items()}
+        finally:
+            engine.copied.set()
+
+    engine.copied.clear()
     sums = [value.detach().float().cpu() for value in (under.sums if under else {}).values()]
     state["sums"] = torch.stack(sums) if sums else torch.zeros(0)
     files: dict[str, Write] = {f"state/rank-{rank:05d}-of-{world:05d}.safetensors": partial(save_file, state)}
     if rank:
-        return files
-    weights |= {name: _copied(value) for name, value in engine.bare.named_buffers()}
+        return copy, files
+    weights |= dict(engine.bare.named_buffers())
     stands = replace(position)  # what follows is worked out in the background
     files["model.safetensors"] = lambda file: save_model(file, weights, describe(config, stream, stands), spectrum)
     if engine.ema is not None:
-        averaged = {name: _copied(value) for name, value in engine.ema.state_dict().items()}
+        averaged |= engine.ema.state_dict()
         files["ema.safetensors"] = lambda file: save_model(file, averaged, describe(config, stream, stands), spectrum)
     if under and under.ids is not None and under.distances is not None:
         files["state/round.safetensors"] = partial(save_file, {"ids": under.ids, "distances": under.distances})
@@ -380,7 +392,7 @@ def snapshot(
         "versions": VERSIONS,
     }
     files["trainer.json"] = partial(_write_json, trainer)
-    return files
+    return copy, files
 
 
 def _write_json(content: dict[str, Any], file: Path) -> None:

@@ -4,6 +4,8 @@ import json
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,9 +40,8 @@ def make(folder, digits, seed=0):
 
 def write(config, stream, engine, position=POSITION, under=None, began=1):
     writer = Writer(Path(config.run.path), rank=0, world=1, keep=2, every=0, remote="")
-    writer.start(
-        f"step-{position.step:08d}", snapshot(config, stream, engine, position, None, under=under, began=began)
-    )
+    files = snapshot(config, stream, engine, position, None, under=under, began=began)
+    writer.start(f"step-{position.step:08d}", *files)
     assert writer.join()
 
 
@@ -52,6 +53,40 @@ def run(tmp_path, digits):
     write(config, stream, engine)
     lock.release()
     return config, stream, engine
+
+
+def test_a_step_waits_until_what_it_changes_is_copied(run):
+    config, stream, engine = run
+    before = {name: value.detach().clone() for name, value in engine.bare.named_parameters()}
+    averaged = {name: value.clone() for name, value in engine.ema.named_parameters()}
+    copy, files = snapshot(config, stream, engine, replace(POSITION, step=31), None, began=1)
+    with engine.micro_batch():
+        engine.backward(engine.forward(torch.randn(4, *stream.shape)).square().sum())
+    step = Thread(target=engine.step)
+    step.start()
+    step.join(0.5)
+    assert step.is_alive()
+    writer = Writer(Path(config.run.path), rank=0, world=1, keep=2, every=0, remote="")
+    writer.start("step-00000031", copy, files)
+    step.join(30)
+    assert not step.is_alive() and writer.join()
+    newest = Path(config.run.path) / "checkpoints/step-00000031"
+    for file, weights, now in (("model", before, engine.bare), ("ema", averaged, engine.ema)):
+        kept = load_file(newest / f"{file}.safetensors")
+        assert all(torch.equal(kept[name], value) for name, value in weights.items())
+        assert not any(torch.equal(kept[name], value) for name, value in now.named_parameters())
+
+
+def test_a_step_goes_on_where_copying_fails(run):
+    config, stream, engine = run
+    engine.ema = SimpleNamespace(state_dict=lambda: {"weight": None})
+    copy, files = snapshot(config, stream, engine, replace(POSITION, step=31), None, began=1)
+    writer = Writer(Path(config.run.path), rank=0, world=1, keep=2, every=0, remote="")
+    writer.start("step-00000031", copy, files)
+    assert engine.copied.wait(30)
+    with pytest.raises(AttributeError):
+        writer.join()
+    assert newest_checkpoint(Path(config.run.path) / "checkpoints").name == f"step-{POSITION.step:08d}"
 
 
 def resume(checkpoint, engine, rank=0, world=1, size=2048):

@@ -167,8 +167,8 @@ class Writer:
         self.uploaded = 0.0
         """Of them, seconds spent on uploading."""
 
-    def start(self, name: str, files: Mapping[str, Write]) -> None:
-        """Begin to write this rank's files of checkpoint `name`, from memory that nobody changes any more.
+    def start(self, name: str, copy: Callable[[], None], files: Mapping[str, Write]) -> None:
+        """Begin to write this rank's files of checkpoint `name`, after `copy` from memory that nobody changes.
 
         Waits for the checkpoint before. Raises InputError where that could not be written.
         """
@@ -178,7 +178,9 @@ class Writer:
             shutil.rmtree(folder, ignore_errors=True)
         if self._world > 1:
             dist.barrier(self._group)
-        self._thread = threading.Thread(target=self._work, args=(folder, files), name=f"write {name}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._work, args=(folder, copy, files), name=f"write {name}", daemon=True
+        )
         self._thread.start()
 
     def resend(self, name: str) -> None:
@@ -212,10 +214,11 @@ class Writer:
             raise InputError(self._failed)
         return True
 
-    def _work(self, folder: Path, files: Mapping[str, Write]) -> None:
-        title("write")
+    def _work(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write]) -> None:
         begun = time.perf_counter()
         try:
+            copy()  # first: the next step waits for it
+            title("write")
             problem = self._write(folder, files)
             if problem:
                 self._failed = (

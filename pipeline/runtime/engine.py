@@ -6,6 +6,7 @@ So a checkpoint knows nothing of world size and engine, and none has to be conve
 """
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -54,6 +55,9 @@ class Engine:
         self.ema = deepcopy(bare).requires_grad_(False) if ema else None
         """The moving average of the weights, whole, float32, on every rank."""
         self._decay, self._clip, self._waiting = ema, clip, 0
+        self.copied = threading.Event()
+        """Not set while weights and moments are being read in the background: a step waits for it."""
+        self.copied.set()
         self._names = dict(bare.named_parameters())
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self._names.items()}
         """Of the whole parameters."""
@@ -112,6 +116,7 @@ class Engine:
 
         Where it is not finite nothing is changed.
         """
+        self.copied.wait()
         if self.deepspeed:
             norm = self._step_deepspeed()
         else:
