@@ -10,6 +10,7 @@ main threads did in each phase (round.md) and the round as a picture, a line of 
 
 import gzip
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -122,8 +123,11 @@ def picture(ranks: list[tuple[list[Span], list[Span]]], width: int) -> Image.Ima
     drawn = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(drawn)
 
+    def across(at: float) -> float:
+        return edge + (width - 2 * edge) * at / end
+
     def box(span: Span, top: int, colour: str) -> None:
-        left, right = (edge + (width - edge - 20) * at / end for at in (span.start, span.end))
+        left, right = across(span.start), across(span.end)
         draw.rectangle([left, top, max(left, right - 1), top + line - 3], fill=colour)
 
     left = edge
@@ -136,15 +140,16 @@ def picture(ranks: list[tuple[list[Span], list[Span]]], width: int) -> Image.Ima
         draw.text((8, top + 8), f"rank {rank}", fill="black")
         for phase in phases:
             box(phase, top, PHASES[phase.name])
-            left = edge + (width - edge - 20) * phase.start / end
-            draw.text((left + 4, top + 8), f"{phase.name} {phase.end - phase.start:.0f} ms", fill="black")
+            text = f"{phase.name} {phase.end - phase.start:.0f} ms"
+            if draw.textlength(text) + 8 < across(phase.end) - across(phase.start):
+                draw.text((across(phase.start) + 4, top + 8), text, fill="black")
         box(Span("", phases[0].start, phases[-1].end), top + line, "#eeeeee")
         for span in work:
             box(span, top + line, KINDS[kind(span.name)][0])
-    for tenth in range(11):
-        at = edge + (width - edge - 20) * tenth / 10
-        draw.line([(at, height - 34), (at, height - 28)], fill="black")
-        draw.text((at - 12, height - 24), f"{end * tenth / 10:.0f} ms", fill="black")
+    tick = 10 ** math.floor(math.log10(end))
+    for at in range(0, math.floor(end) + 1, max(1, tick // 5)):
+        draw.line([(across(at), height - 34), (across(at), height - 28)], fill="black")
+        draw.text((across(at), height - 24), f"{at} ms", fill="black", anchor="ma")
     return drawn
 
 
