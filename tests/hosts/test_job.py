@@ -36,11 +36,26 @@ def prepared(hosts: int, **train: Any) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
+def objects() -> list[dict[str, Any]]:
+    return prepared(2)
+
+
+def guarded() -> list[dict[str, Any]]:
+    """The manifest with a server that asks for keys."""
+    objects = prepared(2)
+    store = next(item for item in objects if item["kind"] == "Deployment")["spec"]["template"]["spec"]["containers"][0]
+    keys = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": SECRET}
+    store["env"] += [{"name": name, "value": value} for name, value in keys.items()]
+    store["readinessProbe"]["httpGet"]["path"] = "/healthz"  # who probes has none
+    return objects
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, objects: list[dict[str, Any]]) -> Iterator[Cluster]:
     for folder in (tmp_path, *tmp_path.parents):
         if folder.stat().st_uid == os.getuid() and folder != Path("/"):
             folder.chmod(folder.stat().st_mode | 0o055)  # pods are other users
-    with Cluster(tmp_path / "cluster", prepared(2)) as made:
+    with Cluster(tmp_path / "cluster", objects) as made:
         made.serve("naign-store")
         yield made
         if "NAIGN_HOSTS_LOG" in os.environ:
@@ -152,3 +167,23 @@ def test_a_bucket_that_does_not_exist_fails_the_job_at_once(cluster):
         job.create(index)
     job.until(lambda: bool(job.failed), 60)
     assert "there is no bucket" in job.failed.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("objects", [guarded()])
+def test_a_missing_secret_fails_the_job_at_once(cluster):
+    job = Job(cluster, "naign")
+    for index in range(2):
+        job.create(index)
+    job.until(lambda: bool(job.failed), 60)
+    last = job.failed.strip().splitlines()[-1]
+    assert "no credentials were found" in last and "set AWS_ACCESS_KEY_ID" in last
+
+
+def test_a_bucket_out_of_reach_fails_the_job(cluster):
+    cluster.find("ConfigMap", "naign-store")["data"]["AWS_ENDPOINT_URL"] = "http://naign-store:8444"
+    job = Job(cluster, "naign")
+    for index in range(2):
+        job.create(index)
+    job.until(lambda: bool(job.failed), 240)
+    last = job.failed.strip().splitlines()[-1]
+    assert "cannot be reached" in last and "http://naign-store:8444" in last
