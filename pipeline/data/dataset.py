@@ -67,6 +67,8 @@ def check_config(config: DataConfig) -> None:
         raise InputError(f"data.broken_share is {config.broken_share}: it must lie in [0, 1]")
     if config.crop < 0:
         raise InputError(f"data.crop is {config.crop}: it must be at least 0")
+    if "@" in config.endpoint:  # it would stand in config.yaml
+        raise InputError("data.endpoint holds a user or a password: give them as AWS_ACCESS_KEY_ID and so on")
     if not config.cache_gb > 0:
         raise InputError(f"data.cache_gb is {config.cache_gb}: it must be positive")
 

@@ -1,6 +1,7 @@
 """This process' connection to S3: the only file with boto3."""
 
 import os
+import re
 import threading
 from typing import Any
 
@@ -86,9 +87,12 @@ def _make_client() -> Any:
         **unsigned,
     )
     try:
-        return session.client("s3", config=config)
+        made = session.client("s3", config=config)
     except (ValueError, AttributeError) as error:  # an address without scheme; sections that are no sections
-        raise BadSettings(str(error)) from None
+        raise BadSettings(re.sub(r"\S*@", "...@", str(error))) from None
+    if "@" in made.meta.endpoint_url:  # every error would print it
+        raise BadSettings("the server's address holds a user or a password: give them as AWS_ACCESS_KEY_ID and so on")
+    return made
 
 
 class BadSettings(Exception):

@@ -216,8 +216,10 @@ def test_names_that_no_bucket_can_have(s3: S3Server) -> None:
             {"AWS_ENDPOINT_URL": "nonsense"},
             r"nonsense.*AWS_ENDPOINT_URL",
         ),
+        ({"AWS_ENDPOINT_URL": "http://me:not-to-be-read@127.0.0.1:1"}, r"the server's address holds a user"),
+        ({"AWS_ENDPOINT_URL": "me:not-to-be-read@nonsense"}, r"\.\.\.@nonsense"),
     ],
-    ids=["secret", "key", "none", "half", "profile", "endpoint"],
+    ids=["secret", "key", "none", "half", "profile", "endpoint", "password", "password too"],
 )
 def test_credentials_that_do_not_do(
     s3: S3Server,
@@ -236,6 +238,7 @@ def test_credentials_that_do_not_do(
     forget_clients()
     found = refusal(s3, action, f"{bucket}/x")
     assert re.search(message, found), found
+    assert "not-to-be-read" not in found
     assert ("no credentials were found" in found) == (changed.get("AWS_ACCESS_KEY_ID", "") is None)
 
 
