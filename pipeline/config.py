@@ -264,10 +264,11 @@ def check(config: Config) -> None:
         if not 0 <= flat[key] < 1:
             raise InputError(f"{key} is {flat[key]}: it must lie in [0, 1)")
     parse_rounds(config.profile.rounds)
+    config.run.remote = config.run.remote.rstrip("/")
     if config.run.remote:
         open_store(config.run.remote)
         for key in ("run.path", "data.path"):
-            if config.run.remote.rstrip("/") == flat[key].rstrip("/"):
+            if config.run.remote == flat[key].rstrip("/"):
                 raise InputError(
                     f"run.remote and {key} are both {config.run.remote}: choose another place for the copy"
                 )

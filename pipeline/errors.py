@@ -29,6 +29,10 @@ class InputError(ValueError):
     """Bad configuration or input: the message says what is wrong, where, and what to do about it."""
 
 
+class Damaged(InputError):
+    """What was written is not what is there."""
+
+
 class Conflict(InputError):
     """Two programs write to one place: what is there is not ours to take back."""
 

@@ -84,13 +84,13 @@ def train(config: Config, accelerator: Accelerator) -> bool:
             newest, word, lock = claim(config)
     name, word = shared([newest.name if newest else "", word], accelerator)
     with together(accelerator):
-        check_shared(config, word)
+        checked = check_shared(config, word)
 
     # Resume.
     spectrum = None
     with together(accelerator):
         if name and rank:
-            newest = have(config, name)
+            newest = have(config, name, checked=checked)
         if newest:
             spectrum = restore_weights(newest, bare)
     with together(accelerator):
@@ -112,7 +112,6 @@ def train(config: Config, accelerator: Accelerator) -> bool:
             unsent = bool(name) and name not in newest_first(config.run.remote)
             if unsent or position.round < rounds:
                 claimed = take_over(config.run.remote)
-    # The group's own timeout comes after the watchdog's, which says more.
     watch = Watchdog(rank=rank, world=world, timeout=config.train.timeout)
     writer = Writer(
         Path(config.run.path),
@@ -201,6 +200,9 @@ def train(config: Config, accelerator: Accelerator) -> bool:
             raise
         watch.enter("finish", position.round)
         written = writer.join()
+        if written and writer.unsent:  # once more: whoever starts this run may have nothing else of it
+            writer.resend(writer.unsent)
+            written = writer.join()
         if not written:
             log.warning("the newest checkpoint, or its copy, could not be finished in time")
         finished = position.round >= rounds and not total([float(not written)], accelerator)[0]

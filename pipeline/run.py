@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import shutil
 import socket
 import uuid
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from pipeline.config import MAY_CHANGE, Config, differences, from_dict, to_dict
 from pipeline.data.store import Store, open_store
 from pipeline.data.stream import Stream
-from pipeline.errors import InputError
+from pipeline.errors import Damaged, InputError
 from pipeline.model.naign import NAIGN, save_model
 from pipeline.runtime import remote
 from pipeline.runtime.checkpoint import (
@@ -34,9 +35,12 @@ from pipeline.runtime.checkpoint import (
     set_aside,
     write_atomically,
 )
+from pipeline.runtime.distributed import is_peer_lost
 from pipeline.runtime.engine import MOMENTS, Engine
 
 log = logging.getLogger("naign.run")
+
+LOCK_SECONDS = 120.0
 
 VERSIONS = {name: version(name) for name in ("naign", "torch", "accelerate")}
 """That a checkpoint was written with."""
@@ -104,7 +108,8 @@ def claim(config: Config) -> tuple[Path | None, str, FileLock]:
     folder = Path(config.run.path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
+        # A network file system keeps a dead host's lock for a while, and Slurm starts the job again at once.
+        lock = FileLock(folder / ".lock", timeout=LOCK_SECONDS if "SLURM_RESTART_COUNT" in os.environ else 0)
         lock.acquire()
     except Timeout:
         raise InputError(
@@ -120,9 +125,7 @@ def claim(config: Config) -> tuple[Path | None, str, FileLock]:
             )
         newest = find_newest(config)
         if newest:
-            # The checkpoint's own record, not config.yaml, which anyone may edit.
-            recorded = NAIGN.from_pretrained(newest / "model.safetensors").metadata.get("config")
-            for line in compare(recorded, config, str(newest), f"'{folder}'", "--run.path"):
+            for line in _compare_checkpoint(newest, config):
                 log.warning("goes on with another %s", line)
         word = uuid.uuid4().hex
         write_atomically(folder / ".claim", word)
@@ -150,12 +153,23 @@ def compare(recorded: Any, config: Config, file: str, place: str, option: str) -
     return changed
 
 
+def _compare_checkpoint(checkpoint: Path, config: Config) -> list[str]:
+    """By the checkpoint's own record, not config.yaml, which anyone may edit."""
+    recorded = NAIGN.from_pretrained(checkpoint / "model.safetensors").metadata.get("config")
+    return compare(recorded, config, str(checkpoint), f"'{config.run.path}'", "--run.path")
+
+
 def find_newest(config: Config) -> Path | None:
-    """The newest complete checkpoint, here or in the bucket; then it is brought here, with what the run reported."""
+    """The newest complete checkpoint, here or in the bucket; then it is brought here, with what the run reported.
+
+    Raises InputError, changing nothing, if what is here, or there, is another configuration's.
+    """
     run = Path(config.run.path)
     names = check_remote_run(config) if config.run.remote else []
     newest = newest_checkpoint(run / "checkpoints")
-    aside = set_aside(run / "checkpoints", newest)
+    if newest:
+        _compare_checkpoint(newest, config)
+    aside = set_aside(run / "checkpoints", newest, parts=bool(config.run.remote))
     for name in aside:
         log.warning("%s/checkpoints/%s is damaged: set aside", run, name)
     if aside and newest is None and not names:
@@ -169,11 +183,10 @@ def find_newest(config: Config) -> Path | None:
     for name in names:
         if newest and int(name.removeprefix("step-")) <= int(newest.name.removeprefix("step-")):
             return newest
-        with contextlib.suppress(InputError):
+        with contextlib.suppress(Damaged):
             found = remote.download(config.run.remote, name, run / "checkpoints")
-            if is_complete(found):
-                remote.fetch_shown(config.run.remote, run)
-                return found
+            remote.fetch_shown(config.run.remote, run)
+            return found
         shutil.rmtree(run / "checkpoints" / name, ignore_errors=True)
         damaged = f"{config.run.remote}/checkpoints/{name}"
         log.warning("%s is damaged: passed over", damaged)
@@ -227,30 +240,30 @@ def count_rounds(config: Config) -> int:
     return -(-config.train.images // (config.match.round * config.train.passes))
 
 
-def have(config: Config, name: str) -> Path:
-    """The checkpoint of that name, on a rank whose folder need not be the first rank's: it may come from the bucket."""
+def have(config: Config, name: str, *, checked: bool) -> Path:
+    """The checkpoint of that name, on any rank; where the folder is not the one that the first rank has `checked` it
+    comes from the bucket.
+    """
     folder = Path(config.run.path) / "checkpoints" / name
+    if checked:
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / ".download"):  # the ranks of a machine come one by one, and the first one fetches
-        whole = is_complete(folder)
-        if not whole and config.run.remote:
-            whole = is_complete(remote.download(config.run.remote, name, folder.parent))
-        if not whole:
-            raise InputError(
-                f"{folder} is not there, or damaged, on some machine: put --run.path on a file system that they share, "
-                "or set --run.remote=s3://bucket/prefix"
-            )
+        if not is_complete(folder):
+            remote.download(config.run.remote, name, folder.parent)
     return folder
 
 
-def check_shared(config: Config, word: str) -> None:
-    """InputError where a rank does not see the folder that the first rank has claimed, and there is no bucket; or where
-    there is one and what lies here, on another machine, is another run's.
+def check_shared(config: Config, word: str) -> bool:
+    """Whether this rank sees the folder that the first rank has claimed.
+
+    InputError where it does not and there is no bucket; or where there is one and what lies here, on another machine,
+    is another run's.
     """
     folder = Path(config.run.path)
     claimed = folder / ".claim"
     if claimed.exists() and claimed.read_text() == word:
-        return
+        return True
     if config.run.remote:
         if list(folder.glob("checkpoints/step-*")) and (folder / "config.yaml").exists():
             recorded = yaml.safe_load((folder / "config.yaml").read_text())
@@ -260,6 +273,7 @@ def check_shared(config: Config, word: str) -> None:
             f"run.path '{config.run.path}' is not the same folder on every machine: put it on a file system that they "
             "share, or set --run.remote=s3://bucket/prefix"
         )
+    return False
 
 
 def restore_weights(checkpoint: Path, bare: nn.Module) -> Tensor | None:
@@ -326,8 +340,9 @@ class _explained:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
-        wrong = (OSError, ValueError, TypeError, LookupError, AttributeError, EOFError, RuntimeError, SafetensorError)
-        if isinstance(error, wrong):
+        missing = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+        wrong = (ValueError, TypeError, LookupError, AttributeError, EOFError, RuntimeError, SafetensorError, *missing)
+        if isinstance(error, wrong) and not isinstance(error, torch.OutOfMemoryError) and not is_peer_lost(error):
             raise InputError(
                 f"{self._checkpoint} cannot be resumed from ({type(error).__name__}: {error}): remove that folder to "
                 "go on from the checkpoint before it"
@@ -350,7 +365,8 @@ def snapshot(
     """
     rank, world = engine.accelerator.process_index, engine.accelerator.num_processes
     owners = share_out([math.prod(shape) for shape in engine.shapes.values()], world)
-    take = _copied if engine.deepspeed else Tensor.detach  # what DeepSpeed puts together takes room on the device
+    # What DeepSpeed puts together takes room on the device until it is copied.
+    take: Callable[[Tensor], Tensor] = _copied if engine.deepspeed else Tensor.detach
     state, weights, averaged = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
     for owner, (name, values) in zip(owners, engine.states(), strict=True):
         if owner == rank:
@@ -360,7 +376,7 @@ def snapshot(
 
     def copy() -> None:
         try:
-            for part in (state, weights, averaged):
+            for part in (averaged,) if engine.deepspeed else (state, weights, averaged):
                 part |= {name: _copied(value) for name, value in part.items()}
         finally:
             engine.copied.set()
@@ -371,7 +387,7 @@ def snapshot(
     files: dict[str, Write] = {f"state/rank-{rank:05d}-of-{world:05d}.safetensors": partial(save_file, state)}
     if rank:
         return copy, files
-    weights |= dict(engine.bare.named_buffers())
+    weights |= {name: take(value) for name, value in engine.bare.named_buffers()}
     stands = replace(position)  # what follows is worked out in the background
     files["model.safetensors"] = lambda file: save_model(file, weights, describe(config, stream, stands), spectrum)
     if engine.ema is not None:

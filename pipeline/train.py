@@ -5,8 +5,29 @@ anything else a crash.
 """
 
 import os
+import signal
 import sys
+import traceback
 from pathlib import Path
+
+
+def note(code: int) -> None:
+    """Tell `naign launch` how this rank ends."""
+    if folder := os.environ.get("NAIGN_ENDINGS"):
+        (Path(folder) / os.environ.get("LOCAL_RANK", "0")).write_text(str(code))
+
+
+def leave(code: int) -> None:
+    """End now: the interpreter's own end is held up by a thread that waits for a store, and aborts under gloo's."""
+    note(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    for _number in (signal.SIGTERM, signal.SIGUSR1):  # until training listens itself there is nothing to keep
+        signal.signal(_number, lambda *_: leave(75))
 
 # Run as a script, this file's own folder comes first on the path, where `data` or `match` would hide libraries' names.
 _HERE = Path(__file__).resolve().parent
@@ -18,7 +39,7 @@ from pipeline.data.dataset import DataConfig  # noqa: E402
 from pipeline.data.shards import pack  # noqa: E402
 from pipeline.data.sources import load  # noqa: E402
 from pipeline.data.store import open_store, use_endpoint  # noqa: E402
-from pipeline.errors import INTERRUPTED, exit_on_input_error  # noqa: E402
+from pipeline.errors import FAILED, INTERRUPTED, exit_on_input_error  # noqa: E402
 from pipeline.loop import train  # noqa: E402
 from pipeline.runtime.distributed import (  # noqa: E402
     build_accelerator,
@@ -34,7 +55,10 @@ def main() -> None:
         run()
     except SystemExit as error:
         if error.code:
-            leave(error.code if isinstance(error.code, int) else 1)
+            leave(error.code if isinstance(error.code, int) else FAILED)
+    except BaseException:
+        traceback.print_exc()
+        leave(FAILED)
 
 
 def run() -> None:
@@ -45,24 +69,16 @@ def run() -> None:
         set_threads(config.train.threads)
         settings = config.train
         accelerator = build_accelerator(settings.timeout, precision=settings.precision, accumulate=settings.accumulate)
-        try:
-            with together(accelerator):
-                if accelerator.is_main_process:
-                    pack_missing(config.data)
-            finished = train(config, accelerator)
-        finally:
-            accelerator.end_training()
+        with together(accelerator):
+            if accelerator.is_main_process:
+                pack_missing(config.data)
+        finished = train(config, accelerator)
+        accelerator.end_training()
     if accelerator.is_main_process and finished:
         print(f"done: the run lies in {config.run.path}; measure it with: naign evaluate {config.run.path}")
     if not finished:
         leave(INTERRUPTED)
-
-
-def leave(code: int) -> None:
-    """End now: the interpreter's own end is held up by a thread that waits for a store, and aborts under gloo's."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    note(0)
 
 
 def pack_missing(data: DataConfig) -> None:

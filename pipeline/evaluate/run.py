@@ -54,8 +54,9 @@ def evaluate(
         with tempfile.TemporaryDirectory() as copy:
             fetch_newest(folder, Path(copy))
             found = evaluate(copy, data=data, samples=samples, seed=seed, device=device, progress=progress)
-            store = open_store(f"{folder}/evaluation")
-            for file in sorted((Path(copy) / "evaluation").iterdir()):
+            store = open_store(f"{folder.rstrip('/')}/evaluation")
+            made = (Path(copy) / "evaluation").iterdir()
+            for file in sorted(made, key=lambda file: file.name == "metrics.json"):  # last: then all is there
                 store.put(file.name, file.read_bytes())
         return found
     started = time.monotonic()

@@ -21,9 +21,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
@@ -57,9 +56,13 @@ def main(arguments: Sequence[str]) -> int:
     add("--port", type=int, default=MASTER_PORT, help="of host 0, for the ranks (%(default)s)")
     add("--meeting-port", type=int, default=PORT, help="of host 0, where hosts wait for each other (%(default)s)")
     add("--wait", type=float, default=900, help="seconds to wait for the other hosts (%(default)s)")
+    add("--reach", type=float, default=300, help="seconds to wait for the bucket of run.remote (%(default)s)")
     options, training = parser.parse_known_args(arguments)
+    asked: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # the first process of a container gets no others
+        signal.signal(number, lambda number, _: asked.append(number))
     try:
-        return _launch(options, training)
+        return _launch(options, training, lambda: bool(asked))
     except Stopped:
         say(MEANINGS[INTERRUPTED])
         return INTERRUPTED
@@ -75,7 +78,7 @@ def say(text: str) -> None:
     print(f"naign launch: {text}", file=sys.stderr, flush=True)
 
 
-def _launch(options: argparse.Namespace, training: Sequence[str]) -> int:
+def _launch(options: argparse.Namespace, training: Sequence[str], asked: Callable[[], bool]) -> int:
     from pipeline.config import parse
     from pipeline.data.store import use_endpoint
 
@@ -84,54 +87,69 @@ def _launch(options: argparse.Namespace, training: Sequence[str]) -> int:
     place = find_place(os.environ)
     processes = options.processes or place.processes or _gpus() or 1
     ranks = place.hosts * processes
-    with _stoppable() as asked:
-        if _is_done(config, lambda: bool(asked)):
-            say(f"nothing left to do: the run in {config.run.remote} is done")
-            return 0
+    if _is_done(config, options.reach, asked):
+        say(f"nothing left to do: the run in {config.run.remote} is done")
+        return 0
     engine = find_engine(options.engine, ranks)
     if place.hosts > 1:
         say(f"host {place.index} of {place.hosts}, {processes} ranks each, under {place.orchestrator}")
         if place.index == 0:
             _check_free(options.port)
-    with _stoppable() as asked:
-        links = meet(place, port=options.meeting_port, within=options.wait, say=say, asked=lambda: bool(asked))
+    links = meet(place, port=options.meeting_port, within=options.wait, say=say, asked=asked)
     if place.hosts > 1:
         if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_of(links.address)):
             os.environ["GLOO_SOCKET_IFNAME"] = name  # else gloo takes what the host's name means, often 127.0.1.1
         say(f"all hosts are here; host 0 is {links.address}")
+    if asked():
+        raise Stopped
     if ranks == 1 and not options.engine:
         os.environ |= {"ACCELERATE_USE_CPU": "false" if _gpus() else "true"}
         os.execv(sys.executable, [sys.executable, str(TRAIN), *training])
     # torchrun's options: the signals that it hands on (Slurm's is USR1), and when it kills what does not end after one.
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     os.environ["PET_SHUTDOWN_TIMEOUT"] = str(math.ceil(config.stop.within) + 5)
-    ending = Ending(patience=config.stop.within + 30)
+    ending = Ending(patience=config.stop.within + 30, alone=place.hosts == 1)
     links.watch(ending.note)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "engine.yaml"
         file.write_text(engine)
         code = ending.judge(run_ranks(file, place, processes, links.address, options.port, training))
-    links.leave(code)
+    if code == 0 and config.run.remote and place.index == 0 and not _is_done(config, options.reach, asked):
+        say(f"the run is done, but {config.run.remote} does not hold its end: started again, it is sent once more")
+        code = FAILED
+    links.leave(code, lost=ending.lost)
+    if code == 0 and config.run.remote and place.index and ending.heard(0, options.reach + 60) != 0:
+        code = PEER_LOST
     return code
 
 
 class Ending:
     """What to do when another host ends: this host's ranks should end by themselves soon, and are made to."""
 
-    def __init__(self, patience: float) -> None:
-        self._patience = patience
+    def __init__(self, patience: float, *, alone: bool = False) -> None:
+        self._patience, self._alone = patience, alone
         self._over = threading.Event()
-        self._lost = False
+        self._noted = threading.Condition()
+        self._codes: dict[int, int | None] = {}
+        self.lost = False
+        """Whether a host vanished, as far as this one knows."""
 
-    def note(self, host: int, code: int | None) -> None:
-        """Host `host` ended with `code`, None if it did not say. Waits; to be called in a thread."""
-        if self._over.is_set():
+    def note(self, host: int, code: int | None, lost: bool) -> None:
+        """Host `host` ended with `code`, None if it did not say; it knew of a host that was `lost`. Waits for this
+        host's ranks to end; to be called in a thread.
+        """
+        over = self._over.is_set()
+        if not over:
+            self.lost = self.lost or code is None or lost
+        with self._noted:
+            self._codes[host] = code
+            self._noted.notify_all()
+        if over:
             return
-        self._lost = self._lost or code not in (0, BAD_INPUT, INTERRUPTED)
         say(f"host {host} ended" + (f" with code {code}" if code is not None else " without a word: lost"))
         if not self._over.wait(GRACE if code is None else self._patience):
             say("this host's ranks do not end: killed")
-            self._lost = True
+            self.lost = True
             for process in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
@@ -139,24 +157,34 @@ class Ending:
                 os._exit(PEER_LOST)
 
     def judge(self, code: int) -> int:
-        """This host's ranks ended with `code`: what to end with."""
+        """This host's ranks ended with `code`: what to end with.
+
+        A crash counts, but for one that another host's end brought about: those who saw a host vanish say so.
+        """
+        if code not in (0, BAD_INPUT, INTERRUPTED, PEER_LOST) and not self._alone:
+            with self._noted:
+                self._noted.wait_for(lambda: self._codes, GRACE)
         self._over.set()
-        return PEER_LOST if self._lost and code not in (0, BAD_INPUT, INTERRUPTED) else code
+        return PEER_LOST if self.lost and code not in (0, BAD_INPUT, INTERRUPTED) else code
+
+    def heard(self, host: int, within: float) -> int | None:
+        """What a host ended with, once it has; None if it vanished, or says nothing."""
+        with self._noted:
+            self._noted.wait_for(lambda: host in self._codes, within)
+            return self._codes.get(host)
 
 
 GRACE = 10.0
 """Seconds for ranks to notice themselves that another host is gone."""
 
 
-REACH = 120.0
-"""Seconds to wait for a bucket: its server may be starting beside this host, or its name be not known yet."""
-
-
-def _is_done(config: Any, asked: Callable[[], bool]) -> bool:
-    """Whether the bucket holds the finished run. InputError if it stays out of reach: so will it for the ranks."""
+def _is_done(config: Any, within: float, asked: Callable[[], bool]) -> bool:
+    """Whether the bucket holds the finished run. InputError if it stays out of reach for so many seconds: its server
+    may be starting beside this host, or its name be not known yet.
+    """
     from pipeline.run import is_done
 
-    end = time.monotonic() + REACH
+    end = time.monotonic() + within
     while config.run.remote:
         try:
             return is_done(config)
@@ -184,11 +212,14 @@ def run_ranks(engine: Path, place: Place, processes: int, address: str, port: in
         *("--deepspeed_multinode_launcher", "standard", "--num_cpu_threads_per_process", "1", "--quiet"),
         *(str(TRAIN), *training),
     ]
+    os.environ["NAIGN_ENDINGS"] = str(engine.parent)
     try:
         launch_command(launch_command_parser().parse_args(arguments))
     except SignalException as error:
-        say(f"signal {error.sigval.name}: {MEANINGS[INTERRUPTED]}")
-        return INTERRUPTED
+        codes = [_ending(engine.parent / str(rank)) for rank in range(processes)]
+        code = max(codes, key=_weight)
+        say(f"signal {error.sigval.name}: {MEANINGS.get(code, 'some ranks did not end in time, or crashed')}")
+        return code
     except ChildFailedError as error:
         code, reason = explain(error.failures)
         say(reason)
@@ -199,13 +230,11 @@ def run_ranks(engine: Path, place: Place, processes: int, address: str, port: in
 def explain(failures: Mapping[int, Any]) -> tuple[int, str]:
     """The code that says most of those by which ranks of this host ended, and a sentence for the log's last line.
 
-    `failures` are torchelastic's ProcessFailure by local rank.
+    `failures` are torchelastic's ProcessFailure by local rank; in the end it kills those that go on, long after.
     """
-
-    def weight(code: int) -> int:
-        return {BAD_INPUT: 3, PEER_LOST: 1, INTERRUPTED: 0}.get(code, 2)
-
-    failure = max(failures.values(), key=lambda failure: weight(failure.exitcode))
+    first = min(failure.timestamp for failure in failures.values())
+    causes = [found for found in failures.values() if found.exitcode >= 0 or found.timestamp < first + GRACE]
+    failure = max(causes, key=lambda failure: _weight(failure.exitcode))
     code = int(failure.exitcode)
     if code < 0:
         killer = signal.Signals(-code).name
@@ -214,6 +243,18 @@ def explain(failures: Mapping[int, Any]) -> tuple[int, str]:
     said = "" if failure.message == "<N/A>" or "traceback" in failure.message else f": {failure.message}"
     meaning = MEANINGS.get(code, "crashed; see its last words above")
     return code, f"rank {failure.local_rank} of this host ended with code {code}, {meaning}{said}"
+
+
+def _weight(code: int) -> int:
+    return {BAD_INPUT: 3, PEER_LOST: 1, INTERRUPTED: 0, 0: 0}.get(code, 2)
+
+
+def _ending(file: Path) -> int:
+    """What a rank wrote of its end; FAILED if nothing."""
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return FAILED
 
 
 def find_engine(name: str, ranks: int) -> str:
@@ -252,21 +293,3 @@ def _check_free(port: int) -> None:
             probe.bind(("", port))
         except OSError as error:
             raise InputError(f"port {port} is taken on host 0 ({error.strerror}): choose another --port") from None
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[list[int]]:
-    """Signals while there are no ranks yet: a list that is no longer empty once one came."""
-    asked: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if asked:
-        raise Stopped

@@ -11,6 +11,7 @@ once what a collective may not tell for minutes.
 import contextlib
 import json
 import random
+import re
 import selectors
 import socket
 import threading
@@ -50,31 +51,32 @@ def meet(
 class Links:
     """Connections of host 0 to the others, or of another to host 0, by whose they are."""
 
-    def __init__(self, address: str, peers: dict[int, socket.socket]) -> None:
+    def __init__(self, address: str, peers: dict[int, socket.socket], said: bytes = b"") -> None:
         self.address = address
         """Of host 0."""
-        self._peers = peers
+        self._peers, self._said = peers, said  # host 0 may have said its code already
 
-    def watch(self, ended: Callable[[int, int | None], None]) -> None:
-        """Call `ended(host, code)` from a thread when a host ends; code is None if it did not say one."""
+    def watch(self, ended: Callable[[int, int | None, bool], None]) -> None:
+        """Call `ended(host, code, lost)` from a thread when a host ends, as it said by `leave`; code is None if not."""
         for peer in self._peers.values():
             peer.setblocking(True)
 
         def listen(host: int, peer: socket.socket) -> None:
-            said = b""
+            said = self._said
             with contextlib.suppress(OSError):
                 while part := peer.recv(64):
                     said += part
-            ended(host, int(said) if said.strip().isdigit() else None)
+            found = re.fullmatch(rb"(\d{1,9})( lost)?\n", said)
+            ended(host, int(found[1]) if found else None, bool(found and found[2]))
 
         for host, peer in self._peers.items():
             threading.Thread(target=listen, args=(host, peer), name=f"host {host}", daemon=True).start()
 
-    def leave(self, code: int) -> None:
-        """Say that this host ends, and how."""
+    def leave(self, code: int, *, lost: bool = False) -> None:
+        """Say that this host ends, and how, and whether it knows of a host that was lost."""
         for peer in self._peers.values():
             with contextlib.suppress(OSError):
-                peer.sendall(f"{code}\n".encode())
+                peer.sendall(f"{code}{' lost' * lost}\n".encode())
                 peer.shutdown(socket.SHUT_WR)
 
 
@@ -125,6 +127,8 @@ def _wait_for_others(place: Place, port: int, waiting: _Waiting) -> Links:
                     selector.register(peer, selectors.EVENT_READ)
                     continue
                 peer = key.fileobj  # type: ignore[assignment]
+                if peer.fileno() < 0:  # dropped since
+                    continue
                 try:
                     data = peer.recv(4096)
                 except OSError:
@@ -182,12 +186,12 @@ def _go_to_first(place: Place, port: int, waiting: _Waiting) -> Links:
                 connection = stack.enter_context(_connect(place.head, port))
                 _notice_death(connection)
                 connection.sendall(hello)
-                answer = _answer(connection, lambda: waiting.check(f"the other hosts; {place.head} is there"))
-            except (OSError, json.JSONDecodeError) as error:
+                answer, rest = _answer(connection, lambda: waiting.check(f"the other hosts; {place.head} is there"))
+            except (OSError, ValueError) as error:
                 answer = {"no": f"no address of that name ({error})"} if isinstance(error, socket.gaierror) else {}
             if answer.get("go"):
                 stack.pop_all()
-                return Links(str(connection.getpeername()[0]).removeprefix("::ffff:"), {0: connection})
+                return Links(str(connection.getpeername()[0]).removeprefix("::ffff:"), {0: connection}, rest)
             if answer.get("end"):
                 raise InputError(answer["no"])
             said = f": {answer['no']}" if "no" in answer else ""
@@ -207,8 +211,8 @@ def _connect(name: str, port: int) -> socket.socket:
     raise problem
 
 
-def _answer(connection: socket.socket, check: Callable[[], None]) -> dict[str, Any]:
-    """What host 0 answers, {} if it goes away."""
+def _answer(connection: socket.socket, check: Callable[[], None]) -> tuple[dict[str, Any], bytes]:
+    """What host 0 answers, {} if it goes away; and what it said after that."""
     connection.settimeout(1)
     data = b""
     while b"\n" not in data:
@@ -217,11 +221,12 @@ def _answer(connection: socket.socket, check: Callable[[], None]) -> dict[str, A
         except TimeoutError:
             check()
             continue
-        if not part:
-            return {}
+        if not part or len(data) > 4096:
+            return {}, b""
         data += part
-    answer = json.loads(data)
-    return answer if isinstance(answer, dict) else {}
+    line, _, rest = data.partition(b"\n")
+    answer = json.loads(line)
+    return (answer if isinstance(answer, dict) else {}), rest
 
 
 def _listen(port: int) -> socket.socket:

@@ -60,23 +60,27 @@ def newest_checkpoint(checkpoints: Path) -> Path | None:
     return next((folder for folder in newest_first(checkpoints) if is_complete(folder)), None)
 
 
-def set_aside(checkpoints: Path, newest: Path | None) -> list[str]:
-    """Rename what looks like a checkpoint newer than the newest complete one, but is damaged; the old names."""
+def set_aside(checkpoints: Path, newest: Path | None, *, parts: bool = False) -> list[str]:
+    """Rename what looks like a checkpoint newer than the newest complete one, but is damaged; the old names.
+
+    Where a machine keeps `parts`, those that its ranks wrote, files that are not there are no damage.
+    """
     moved = []
     for folder in newest_first(checkpoints):
         if folder == newest:
             break
-        if (folder / MANIFEST).is_file():
+        if (folder / MANIFEST).is_file() and not (parts and is_complete(folder, parts=True)):
             folder.rename(folder.with_name(f"damaged-{folder.name}-{time.time_ns()}"))
             moved.append(folder.name)
     return moved
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether the manifest is there and every file it names has its size and hash."""
+def is_complete(folder: Path, *, parts: bool = False) -> bool:
+    """Whether the manifest is there and each file it names, or with `parts` those that are there, is as it says."""
     try:
         files = read_manifest((folder / MANIFEST).read_bytes())
-        return all(is_whole(folder / name, entry) for name, entry in files.items())
+        here = {name: entry for name, entry in files.items() if not parts or (folder / name).exists()}
+        return all(is_whole(folder / name, entry) for name, entry in here.items())
     except (OSError, ValueError):
         return False
 
@@ -155,6 +159,7 @@ class Writer:
         self._run, self._rank, self._world = run, rank, world
         self._keep, self._every, self._remote, self._claim = keep, every, remote, claim
         self._lasting = set[str]()  # in the bucket, as far as is known
+        self._mine = list[str]()  # this rank's files of the newest checkpoint
         # A group of its own: the threads of all ranks talk while the main threads train.
         wait = timedelta(seconds=patience)
         self._group: Any = dist.new_group(backend="gloo", timeout=wait) if world > 1 else None
@@ -166,6 +171,8 @@ class Writer:
         """Of the last checkpoint that is done: from its start to its manifest, in the background."""
         self.uploaded = 0.0
         """Of them, seconds spent on uploading."""
+        self.unsent = ""
+        """The name of the newest checkpoint, if it is not in the bucket; the same on all ranks."""
 
     def start(self, name: str, copy: Callable[[], None], files: Mapping[str, Write]) -> None:
         """Begin to write this rank's files of checkpoint `name`, after `copy` from memory that nobody changes.
@@ -184,9 +191,11 @@ class Writer:
         self._thread.start()
 
     def resend(self, name: str) -> None:
-        """Begin to send a checkpoint that is here, on rank 0, but not in the bucket."""
+        """Begin to send a checkpoint that is not in the bucket: what the ranks wrote, or what an earlier start left."""
         folder = self._run / "checkpoints" / name
-        names = list(read_manifest((folder / MANIFEST).read_bytes())) if self._rank == 0 else []
+        names = self._mine
+        if not names and self._rank == 0:
+            names = list(read_manifest((folder / MANIFEST).read_bytes()))
         self._thread = threading.Thread(target=self._resend, args=(folder, names), name=f"send {name}", daemon=True)
         self._thread.start()
 
@@ -215,18 +224,18 @@ class Writer:
         return True
 
     def _work(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write]) -> None:
+        title("write")
         begun = time.perf_counter()
         try:
-            copy()  # first: the next step waits for it
-            title("write")
-            problem = self._write(folder, files)
+            problem = self._write(folder, copy, files)
             if problem:
                 self._failed = (
                     f"{folder} could not be written ({problem}): make room or choose another --run.path; the "
                     "checkpoint before it is untouched"
                 )
             elif self._remote:
-                self._resend(folder, list(files))
+                self._mine = list(files)
+                self._resend(folder, self._mine)
         except BaseException as error:  # a rank that is gone, say; nobody else would see it
             self._error = error
         self.seconds = time.perf_counter() - begun
@@ -240,10 +249,11 @@ class Writer:
             self._error = error
         self.uploaded = time.perf_counter() - clock
 
-    def _write(self, folder: Path, files: Mapping[str, Write]) -> str:
+    def _write(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write]) -> str:
         """Here, manifest last; what went wrong on any rank, the same on all."""
         entries, problem, mine = Entries(), "", ""
         try:
+            copy()  # first: the next step waits for it
             for name, write in files.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 write(folder / name)
@@ -260,13 +270,16 @@ class Writer:
         if self._rank == 0 and problem:
             shutil.rmtree(folder, ignore_errors=True)
         elif self._rank == 0:
-            self._prune(lambda: prune_checkpoints(folder.parent, self._keep, self._every, spare=folder), folder.parent)
+            self._may_fail(
+                lambda: prune_checkpoints(folder.parent, self._keep, self._every, spare=folder),
+                f"old checkpoints stay in {folder.parent}",
+            )
         names = {path.name for path in newest_first(folder.parent)} if self._rank == 0 else set[str]()
         said: tuple[str, set[str]] = self._gather((problem, names))[0]
         problem, names = said
         if not problem and os.environ.get("LOCAL_RANK") == "0":  # a machine with a folder of its own holds parts
             for path in newest_first(folder.parent):
-                if path.name not in names and not (path / MANIFEST).exists():
+                if path.name not in names:
                     shutil.rmtree(path, ignore_errors=True)
         return problem
 
@@ -296,29 +309,34 @@ class Writer:
                 lost = str(error) or type(error).__name__
         said = self._gather((lost, taken))[0]  # nobody is done before all are
         lost, taken = said
+        self.unsent = folder.name if lost else ""
         if lost and self._rank == 0:
             log.warning("%s stays local: %s: %s", folder, self._remote, lost)
         return taken
 
     def _finish_remote(self, folder: Path) -> None:
         self._flush()
-        remote.mirror(self._run, self._remote)
-        remote.check_claim(self._remote, self._claim)  # it may have taken long
+        remote.mirror(self._run, self._remote, remote.RECORDS)
+        remote.check_claim(self._remote, self._claim)  # sending may have taken long
         remote.upload(folder, self._remote, [MANIFEST])
-        self._prune(
+        self._may_fail(
+            lambda: remote.mirror(self._run, self._remote, remote.PICTURES),
+            f"pictures and TensorBoard's files in {self._remote} are old",
+        )
+        self._may_fail(
             lambda: remote.prune(
                 self._remote, folder.name, self._keep, lambda text: lasts(text, self._every), self._lasting
             ),
-            self._remote,
+            f"old checkpoints stay in {self._remote}",
         )
 
     @staticmethod
-    def _prune(act: Callable[[], object], where: object) -> None:
-        """What is too much does no harm to what is new."""
+    def _may_fail(act: Callable[[], object], else_: str) -> None:
+        """What does no harm to the new checkpoint."""
         try:
             act()
         except (OSError, InputError, Unavailable) as error:
-            log.warning("old checkpoints stay in %s: %s", where, error)
+            log.warning("%s: %s", else_, error)
 
     def _gather(self, mine: Any) -> list[Any]:
         """Collective, among the threads: what each rank says."""

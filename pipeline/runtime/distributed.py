@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,8 +19,6 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch._C._distributed_c10d import TCPStore
 
 from pipeline.errors import InputError, PeerLost, Stopped, Unavailable
-
-c10d: Any = dist.distributed_c10d
 
 
 def build_accelerator(
@@ -49,7 +46,9 @@ def build_accelerator(
             "more): launch/cpu.yaml is for CPUs"
         )
     backend = "gloo" if on_cpu else "nccl"
-    after = timedelta(seconds=timeout + 60)  # the watchdog comes first, and says more
+    soon = timedelta(seconds=timeout + 60)
+    # Of collectives: before training one rank may bring data or a checkpoint for long; in it the watchdog comes first.
+    after = max(soon, timedelta(hours=2))
     patience = InitProcessGroupKwargs(backend=backend, timeout=after)
     said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").replace("fp32", "no")
     wanted = {"": said, "fp32": "no"}.get(precision, precision)
@@ -60,7 +59,7 @@ def build_accelerator(
     if wanted == "fp16" and on_cpu:
         raise InputError("fp16 needs a GPU: use --train.precision=bf16 or fp32 here")
     if several and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        _join(backend, after)
+        _join(backend, soon, after)
     accelerator = Accelerator(
         cpu=on_cpu and not deepspeed,
         mixed_precision=wanted,
@@ -76,7 +75,7 @@ def build_accelerator(
     return accelerator
 
 
-def _join(backend: str, timeout: timedelta) -> None:
+def _join(backend: str, within: timedelta, timeout: timedelta) -> None:
     """Connect the ranks of a launcher that lends them its store (torchrun, Accelerate), by one of this attempt's own.
 
     The launcher keeps one store over all its attempts to start the ranks, where torch would read the addresses of those
@@ -85,17 +84,17 @@ def _join(backend: str, timeout: timedelta) -> None:
     """
     environ = os.environ
     host, rank, world = environ["MASTER_ADDR"], int(environ["RANK"]), int(environ["WORLD_SIZE"])
-    lent = TCPStore(host, int(environ["MASTER_PORT"]), world, is_master=False, timeout=timeout)
+    lent = TCPStore(host, int(environ["MASTER_PORT"]), world, is_master=False, timeout=within)
     if rank == 0:
-        store = TCPStore(host, 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
+        store = TCPStore(host, 0, world, is_master=True, timeout=within, wait_for_workers=False)
         lent.set("port", str(store.port))
     else:
-        end = time.monotonic() + timeout.total_seconds()
+        end = time.monotonic() + within.total_seconds()
         while not _answers(host, port := int(lent.get("port"))):
             if time.monotonic() > end:
-                raise TimeoutError(f"rank {rank} waited {timeout} for the first rank, on {host}")
+                raise TimeoutError(f"rank {rank} waited {within} for the first rank, on {host}")
             time.sleep(0.1)
-        store = TCPStore(host, port, world, is_master=False, timeout=timeout)
+        store = TCPStore(host, port, world, is_master=False, timeout=within)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 

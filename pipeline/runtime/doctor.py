@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -54,7 +55,8 @@ def examine(say: Callable[[str], None]) -> list[str]:
         if free < least:
             remedy = "free some" if place == "." else "give the container more, or set data.workers=0"
             problems.append(f"only {free / 2**20:.0f} MiB of {what}: {remedy}")
-    say(f"S3 endpoint: {os.environ.get('AWS_ENDPOINT_URL', 'the default of boto3')}")
+    address = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "the default of boto3"
+    say(f"S3 endpoint: {re.sub(r'//[^/]*@', '//...@', address)}")
     return problems
 
 

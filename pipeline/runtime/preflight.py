@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,9 @@ CHECKPOINTS = 3
 """For which there should be room: the two that are kept, and the one that is being written."""
 
 SHARED_MEMORY = "/dev/shm"
+
+PROBE = "preflight"
+"""A file that is written to see that a bucket can be."""
 
 
 def preflight(
@@ -87,15 +89,17 @@ def check_shared_memory(workers: int, ranks: int, say: Callable[[str], None]) ->
 
 
 def check_remote(remote: str) -> None:
-    """Put and delete a small file of a name that nobody else has; InputError as the store says it."""
-    store, name = open_store(remote), f"preflight-{uuid.uuid4().hex}"
+    """Put and delete a small file; InputError as the store says it. Who may not delete keeps old checkpoints, too."""
+    store = open_store(remote)
+    refused = None
     try:
-        store.put(name, b"naign")
-    except InputError:
-        with contextlib.suppress(InputError, Unavailable):  # it may be there, and only not be readable
-            store.delete(name)
-        raise
-    store.delete(name)
+        store.put(PROBE, b"naign")
+    except InputError as error:  # the file may be there, and only not be readable
+        refused = error
+    with contextlib.suppress(InputError, Unavailable):
+        store.delete(PROBE)
+    if refused:
+        raise refused
 
 
 def size(bytes: int) -> str:

@@ -6,16 +6,17 @@ import os
 import re
 import socket
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pipeline.data.store import open_store
-from pipeline.errors import Conflict, InputError
+from pipeline.errors import Conflict, Damaged, InputError
 from pipeline.runtime.entries import MANIFEST, is_whole, read_manifest
 
-SHOWN = ("config.yaml", "metrics.jsonl", "tensorboard/*", "samples/*")
-"""What is copied besides checkpoints."""
+RECORDS = ("config.yaml", "metrics.jsonl")
+PICTURES = ("tensorboard/*", "samples/*")
+"""What is copied besides checkpoints, before a manifest and after it."""
 
 OWNER = "owner.json"
 """Who writes to the bucket: the process that started last. One that finds another's name there ends."""
@@ -41,7 +42,7 @@ def newest_first(remote: str) -> Iterator[str]:
 def download(remote: str, name: str, checkpoints: Path) -> Path:
     """Bring a checkpoint here, its manifest last, but for files that are here; its folder.
 
-    Raises InputError if it is damaged, or speaks of files outside its folder.
+    Raises Damaged if it is, or speaks of files outside its folder.
     """
     where, folder = f"{remote}/checkpoints/{name}", checkpoints / name
     text = open_store(where).read(MANIFEST)
@@ -65,23 +66,24 @@ def download(remote: str, name: str, checkpoints: Path) -> Path:
             if not is_whole(folder / file, entry):
                 raise ValueError(f"{file} has another hash")
     except (ValueError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-        raise InputError(f"{where} is damaged ({error}): remove it") from None
+        raise Damaged(f"{where} is damaged ({error}): remove it") from None
     (folder / MANIFEST).write_bytes(text)
     return folder
 
 
 def fetch_newest(remote: str, run: Path) -> Path:
     """Bring the newest checkpoint that is whole; its folder. InputError where there is none."""
+    remote = remote.rstrip("/")
     for name in newest_first(remote):
-        with contextlib.suppress(InputError):
+        with contextlib.suppress(Damaged):
             return download(remote, name, run / "checkpoints")
     raise InputError(f"{remote} holds no complete checkpoint: has its training got that far?")
 
 
 def fetch_shown(remote: str, run: Path, *, renew: bool = False) -> int:
     """Bring metrics, TensorBoard's files and pictures, where none are here yet, or also what grew; how many files."""
-    brought = 0
-    for pattern in SHOWN[1:]:
+    brought, remote = 0, remote.rstrip("/")
+    for pattern in ("metrics.jsonl", *PICTURES):
         folder = os.path.dirname(pattern)
         store = open_store(f"{remote}/{folder}".rstrip("/"))
         for name in store.list():
@@ -94,9 +96,9 @@ def fetch_shown(remote: str, run: Path, *, renew: bool = False) -> int:
     return brought
 
 
-def mirror(run: Path, remote: str) -> None:
+def mirror(run: Path, remote: str, patterns: Sequence[str]) -> None:
     """Copy what a person looks at, where it changed in size."""
-    for pattern in SHOWN:
+    for pattern in patterns:
         folder = os.path.dirname(pattern)
         store = open_store(f"{remote}/{folder}".rstrip("/"))
         there = set(store.list())

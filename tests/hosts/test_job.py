@@ -181,6 +181,7 @@ def test_a_missing_secret_fails_the_job_at_once(cluster):
 
 def test_a_bucket_out_of_reach_fails_the_job(cluster):
     cluster.find("ConfigMap", "naign-store")["data"]["AWS_ENDPOINT_URL"] = "http://naign-store:8444"
+    cluster.find("Job", "naign")["spec"]["template"]["spec"]["containers"][0]["command"].append("--reach=10")
     job = Job(cluster, "naign")
     for index in range(2):
         job.create(index)

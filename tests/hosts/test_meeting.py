@@ -166,19 +166,33 @@ def test_the_end_of_a_host_is_told_to_the_others():
     for index in range(3):
         meeting.come(index)
     meeting.end()
-    told: list[tuple[int, int | None]] = []
-    meeting.found[0].watch(lambda host, code: told.append((host, code)))
-    meeting.found[1].leave(75)
+    told: list[tuple[int, int | None, bool]] = []
+    meeting.found[0].watch(lambda *words: told.append(words))
+    meeting.found[1].leave(76, lost=True)
     for peer in meeting.found[2]._peers.values():
         peer.close()  # as the system does for a process that is killed
     deadline = time.monotonic() + 5
     while len(told) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert sorted(told, key=str) == [(1, 75), (2, None)]
+    assert sorted(told, key=str) == [(1, 76, True), (2, None, False)]
 
 
-def failure(code: int, message: str = "", rank: int = 0) -> Any:
-    return SimpleNamespace(exitcode=code, local_rank=rank, message=message)
+def test_what_host_0_says_is_not_lost():
+    meeting = Meeting(2)
+    for index in range(2):
+        meeting.come(index)
+    meeting.end()
+    meeting.found[0].leave(2)
+    told: list[tuple[int, int | None, bool]] = []
+    meeting.found[1].watch(lambda *words: told.append(words))
+    deadline = time.monotonic() + 5
+    while not told and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert told == [(0, 2, False)]
+
+
+def failure(code: int, message: str = "", rank: int = 0, at: int = 0) -> Any:
+    return SimpleNamespace(exitcode=code, local_rank=rank, message=message, timestamp=at)
 
 
 def test_a_host_ends_with_the_code_that_says_most():
@@ -189,13 +203,26 @@ def test_a_host_ends_with_the_code_that_says_most():
     assert explain({0: failure(75)})[0] == INTERRUPTED
     code, said = explain({0: failure(-9)})
     assert code == FAILED and "SIGKILL: out of memory?" in said
+    assert explain({0: failure(76, at=1), 1: failure(-9, at=2)})[0] == FAILED  # its end made the other one end
+    assert explain({0: failure(76, at=1), 1: failure(-9, at=36)})[0] == PEER_LOST  # it hung, and the launcher killed it
 
 
-def test_what_ranks_end_with_when_another_host_was_lost():
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [((76, False), FAILED), ((1, False), FAILED), ((76, True), PEER_LOST), ((None, False), PEER_LOST)],
+)
+def test_a_crash_counts_unless_a_host_vanished(word, expected):
+    assert Ending(patience=0.0, alone=True).judge(1) == FAILED
+    ending = Ending(patience=60)
+    thread = threading.Thread(target=ending.note, args=(1, *word))
+    threading.Timer(0.5, thread.start).start()  # its word comes after this host's ranks have ended
+    assert ending.judge(1) == expected and ending.judge(BAD_INPUT) == BAD_INPUT and ending.judge(0) == 0
+    thread.join(5)
+
+
+def test_ranks_that_do_not_end_when_a_host_was_lost_are_killed():
     ending = Ending(patience=0.0)
-    assert ending.judge(1) == 1
-    ending = Ending(patience=0.0)
-    thread = threading.Thread(target=ending.note, args=(1, None))
+    thread = threading.Thread(target=ending.note, args=(1, 76, False))
     thread.start()
     time.sleep(0.1)
     assert ending.judge(1) == PEER_LOST and ending.judge(BAD_INPUT) == BAD_INPUT and ending.judge(0) == 0
