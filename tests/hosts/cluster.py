@@ -22,7 +22,6 @@ import yaml
 
 from tests.conftest import ROOT, environment
 
-NETWORK = "10.77.0"
 _numbers = itertools.count()
 
 
@@ -85,6 +84,8 @@ class Cluster:
     pods: list[Pod] = field(default_factory=list)
     begun: float = field(default_factory=time.monotonic)
     events: list[str] = field(default_factory=list)
+    network: str = field(init=False)
+    """The first three numbers of its addresses: some that nobody uses, neither other tests nor what a killed one left."""
     tag: str = field(default_factory=lambda: f"n{os.getpid() % 10**5}{next(_numbers)}")
 
     def __enter__(self) -> Self:
@@ -92,7 +93,11 @@ class Cluster:
         self.folder.chmod(0o755)
         self.hosts.write_text("127.0.0.1 localhost\n")
         run("ip", "link", "add", self.tag, "type", "bridge")
-        run("ip", "address", "add", f"{NETWORK}.1/24", "dev", self.tag)
+        used = subprocess.run(["ip", "-o", "-4", "address"], capture_output=True, text=True, check=True).stdout
+        first = os.getpid() % 250
+        numbers = [*range(first, 250), *range(first)]
+        self.network = next(f"10.77.{number}" for number in numbers if f" 10.77.{number}." not in used)
+        run("ip", "address", "add", f"{self.network}.1/24", "dev", self.tag)
         run("ip", "link", "set", self.tag, "up")
         return self
 
@@ -150,7 +155,7 @@ class Cluster:
     ) -> Pod:
         """Run a pod's first container."""
         number = len(self.pods) + 2
-        address, network = f"{NETWORK}.{number}", f"{self.tag}-{number}"
+        address, network = f"{self.network}.{number}", f"{self.tag}-{number}"
         run("ip", "netns", "add", network)
         outside = f"{self.tag}v{number}"
         run("ip", "link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", network)
