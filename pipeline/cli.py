@@ -287,9 +287,12 @@ def fetch(remote: Positional[str], /, *, to: Path, every: float = 0) -> None:
     from pipeline.errors import Unavailable
     from pipeline.runtime.remote import fetch_shown
 
-    open_store(remote)
+    if not (every == 0 or 1 <= every <= 86400) or str(to) in ("", "."):
+        raise InputError("--every must be 0 or 1 to 86400 seconds, --to a folder of its own")
     while True:
         try:
+            if not every and "config.yaml" not in open_store(remote).list():
+                raise InputError(f"{remote} holds no run: its config.yaml is not there")
             print(f"{fetch_shown(remote, to, renew=True)} files from {remote}", flush=True)
         except (InputError, Unavailable) as error:
             if not every:
@@ -319,7 +322,10 @@ def render(
     config: Path | None = None,
     gpu: str = "h100",
     bandwidth: float = 10.0,
-    name: str = "naign",
+    name: str = "",
+    service_account: str = "",
+    endpoint: str = "",
+    region: str = "us-east-1",
 ) -> None:
     """Print the manifests, or the Slurm script, of a training of a given size; what it will cost goes to stderr.
 
@@ -333,14 +339,32 @@ def render(
         config: Settings of the run; default: those of configs/mnist.yaml.
         gpu: Which, for the prediction: h100, h200, a100, l4, ...
         bandwidth: GB/s between nodes, for the prediction.
-        name: Of the Job, its Service and its ConfigMap.
+        name: Of the Job, its Service and its ConfigMaps; default: the last part of --run.
+        service_account: Of the pods, where a role instead of a Secret gives access to the bucket (k8s).
+        endpoint: Address of the S3 server, where it is not AWS's (k8s).
+        region: Of the bucket (k8s).
     """
+    import re
+
     from pipeline.hosts.render import Size, predict, render_k8s, render_slurm
 
-    size = Size(nodes=nodes, gpus=gpus, gpu=gpu, bandwidth=bandwidth)
+    size = Size(
+        nodes=nodes,
+        gpus=gpus,
+        gpu=gpu,
+        bandwidth=bandwidth,
+        account=service_account,
+        endpoint=endpoint,
+        region=region,
+    )
+    last = re.sub(r"[^a-z0-9]+", "-", run.rstrip("/").rpartition("/")[2].lower()).strip("-0123456789")[:42].strip("-")
     make = render_k8s if what == "k8s" else render_slurm
-    print(make(size, image=image, data=data, run=run, config=config, name=name))
-    print(predict(size, data=data, config=config), file=sys.stderr)
+    text = make(size, image=image, data=data, run=run, config=config, name=name or last or "naign")
+    if data.startswith("s3://"):
+        print(f"reading {data}", file=sys.stderr, flush=True)
+    cost = predict(size, data=data, config=config)
+    print(text)
+    print(cost, file=sys.stderr)
 
 
 def main() -> None:

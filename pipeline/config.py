@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import reprlib
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -185,8 +186,13 @@ def load(path: str) -> Config:
     except FileNotFoundError:
         there = ", ".join(sorted(str(file) for file in Path("configs").glob("*.yaml"))) or "none"
         raise InputError(f"no configuration file '{path}'; configs/ has: {there}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} cannot be read as YAML: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path or '--config without a file'} cannot be read: {error.strerror}") from None
+    except (ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
+        # Not the error's own words: they show what stands there, which may be no configuration but a secret.
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise InputError(f"{path}{where}: this is no YAML ({type(error).__name__}): see configs/mnist.yaml") from None
     return from_dict(content, where=path)
 
 
@@ -264,6 +270,8 @@ def check(config: Config) -> None:
         if not 0 <= flat[key] < 1:
             raise InputError(f"{key} is {flat[key]}: it must lie in [0, 1)")
     parse_rounds(config.profile.rounds)
+    if "://" in config.run.path:
+        raise InputError("run.path is a local folder: for the copy in a bucket there is run.remote")
     config.run.remote = config.run.remote.rstrip("/")
     if config.run.remote:
         open_store(config.run.remote)
@@ -286,14 +294,15 @@ def check(config: Config) -> None:
 
 def _build(kind: Any, content: Any, where: str, prefix: str) -> Any:
     if not isinstance(content, dict):
-        raise InputError(f"{where}: '{prefix.rstrip('.') or 'the file'}' must hold keys and values, not {content!r}")
+        raise InputError(f"{where}: '{prefix.rstrip('.') or 'the file'}' must hold keys and values")
     hints, values = typing.get_type_hints(kind), {}
     for key, value in content.items():
         if key not in hints:
             known = [prefix + name for name in hints] if prefix else list(flatten(Config())) + list(hints)
             near = difflib.get_close_matches(f"{prefix}{key}", known, n=1, cutoff=0.4)
             meant = f"; did you mean '{near[0]}'?" if near else f"; known here: {', '.join(hints)}"
-            raise InputError(f"{where}: unknown key '{prefix}{key}'{meant}")
+            shown = "".join(letter if letter.isprintable() else "?" for letter in f"{prefix}{key}"[:200])
+            raise InputError(f"{where}: unknown key '{shown}'{meant}")
         target = hints[key]
         if dataclasses.is_dataclass(target):
             values[key] = _build(target, {} if value is None else value, where, f"{prefix}{key}.")
@@ -314,4 +323,4 @@ def _convert(target: Any, value: Any, where: str) -> Any:
             return value
     except (TypeError, ValueError, OverflowError):
         pass
-    raise InputError(f"{where} is {value!r}: it must be {target.__name__}")
+    raise InputError(f"{where} is {reprlib.repr(value)}: it must be {target.__name__}")

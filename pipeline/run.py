@@ -184,9 +184,9 @@ def find_newest(config: Config) -> Path | None:
         if newest and int(name.removeprefix("step-")) <= int(newest.name.removeprefix("step-")):
             return newest
         with contextlib.suppress(Damaged):
-            found = remote.download(config.run.remote, name, run / "checkpoints")
+            # First what the run reported: once its checkpoint is here, all of it counts as being here.
             remote.fetch_shown(config.run.remote, run)
-            return found
+            return remote.download(config.run.remote, name, run / "checkpoints")
         shutil.rmtree(run / "checkpoints" / name, ignore_errors=True)
         damaged = f"{config.run.remote}/checkpoints/{name}"
         log.warning("%s is damaged: passed over", damaged)
@@ -220,7 +220,10 @@ def _read_config(store: Store) -> Any:
 
 
 def is_done(config: Config) -> bool:
-    """Whether the bucket holds a run of this configuration that has spent its budget."""
+    """Whether the bucket holds a run of this configuration that has spent its budget, and its last checkpoint in full.
+
+    InputError where there is one and resume=never.
+    """
     store = open_store(config.run.remote)
     if "config.yaml" not in store.list():
         return False
@@ -228,11 +231,9 @@ def is_done(config: Config) -> bool:
     name = next(remote.newest_first(config.run.remote), "")
     if not name or differences(recorded, config):
         return False
-    try:
-        trainer = json.loads(open_store(f"{config.run.remote}/checkpoints/{name}").read("trainer.json"))
-        return int(trainer["round"]) >= count_rounds(config)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False  # damaged: resuming passes over it
+    if config.resume == "never":
+        check_remote_run(config)
+    return remote.is_there(config.run.remote, name) and remote.round_of(config.run.remote, name) >= count_rounds(config)
 
 
 def count_rounds(config: Config) -> int:

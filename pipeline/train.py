@@ -26,8 +26,8 @@ def leave(code: int) -> None:
 
 
 if __name__ == "__main__":
-    for _number in (signal.SIGTERM, signal.SIGUSR1):  # until training listens itself there is nothing to keep
-        signal.signal(_number, lambda *_: leave(75))
+    for _number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(_number, lambda *_: leave(75))  # until training listens itself there is nothing to keep
 
 # Run as a script, this file's own folder comes first on the path, where `data` or `match` would hide libraries' names.
 _HERE = Path(__file__).resolve().parent
@@ -75,7 +75,8 @@ def run() -> None:
         finished = train(config, accelerator)
         accelerator.end_training()
     if accelerator.is_main_process and finished:
-        print(f"done: the run lies in {config.run.path}; measure it with: naign evaluate {config.run.path}")
+        place = config.run.remote or config.run.path
+        print(f"done: the run lies in {place}; measure it with: naign evaluate {place}")
     if not finished:
         leave(INTERRUPTED)
     note(0)

@@ -50,7 +50,9 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path)
         ("train: {threads: 100000000}", "train.threads is 100000000: at most"),
         ("run: {path: ''}", "run.path is empty"),
         ("seed: 99999999999999999999999", "seed is"),
-        ("a: [", "cannot be read as YAML"),
+        ("a: [", "line 1, column 5: this is no YAML"),
+        ("a: 2020-13-45", "this is no YAML"),
+        ("[" * 3000, "this is no YAML"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path, text, message):
@@ -62,6 +64,14 @@ def test_a_wrong_file_is_refused(tmp_path, text, message):
 def test_a_missing_file_is_refused_with_those_there_are():
     with pytest.raises(InputError, match="no configuration file 'nowhere.yaml'; configs/ has"):
         load("nowhere.yaml")
+
+
+@pytest.mark.parametrize("text", ["[default]\naws_secret_access_key = top-secret\n", "top-secret", "- top-secret: {"])
+def test_what_is_no_configuration_is_not_shown(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(InputError) as error:
+        load(str(tmp_path / "a.yaml"))
+    assert "top-secret" not in str(error.value)
 
 
 @pytest.mark.parametrize(

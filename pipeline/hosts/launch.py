@@ -7,7 +7,7 @@ ranks through Accelerate in this very process, so that signals arrive, and ends 
   0   done, also where the run in the bucket was done already
   2   bad configuration or input: to be corrected, not tried again
   75  stopped on request after a checkpoint: to be started again
-  76  another host was lost: to be started again, through no fault of this one
+  76  another host was lost, or did not come: to be started again, through no fault of this one
   else  a crash: to be tried again a few times
 """
 
@@ -21,13 +21,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import psutil
 
-from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, Stopped, Unavailable
+from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, Unavailable
 from pipeline.hosts.meeting import PORT, interface_of, meet
 from pipeline.hosts.place import Place, find_place
 
@@ -40,7 +41,7 @@ MASTER_PORT = 29500
 MEANINGS = {
     BAD_INPUT: "bad configuration or input, which is not tried again",
     INTERRUPTED: "stopped on request; the same command goes on from the newest checkpoint",
-    PEER_LOST: "another rank was lost; start all again and they go on from the newest checkpoint",
+    PEER_LOST: "another rank or host is not there; start all again and they go on from the newest checkpoint",
 }
 
 
@@ -53,19 +54,16 @@ def main(arguments: Sequence[str]) -> int:
     add("--engine", default="", help="a configuration of Accelerate: a file, or a name in launch/ as zero2; default: "
         "DDP, on the GPUs where there are any")  # fmt: skip
     add("--processes", type=int, default=0, help="ranks on this host; default: one a GPU, or one")
+    add("--gpus", type=int, default=0, help="GPUs that this host must have; default: as many as there are, or none")
     add("--port", type=int, default=MASTER_PORT, help="of host 0, for the ranks (%(default)s)")
     add("--meeting-port", type=int, default=PORT, help="of host 0, where hosts wait for each other (%(default)s)")
     add("--wait", type=float, default=900, help="seconds to wait for the other hosts (%(default)s)")
     add("--reach", type=float, default=300, help="seconds to wait for the bucket of run.remote (%(default)s)")
-    options, training = parser.parse_known_args(arguments)
-    asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # the first process of a container gets no others
-        signal.signal(number, lambda number, _: asked.append(number))
+        signal.signal(number, _leave_at_once)
+    options, training = parser.parse_known_args(arguments)
     try:
-        return _launch(options, training, lambda: bool(asked))
-    except Stopped:
-        say(MEANINGS[INTERRUPTED])
-        return INTERRUPTED
+        return _launch(options, training)
     except Unavailable as error:
         say(f"failed: {error}")
         return FAILED
@@ -78,32 +76,64 @@ def say(text: str) -> None:
     print(f"naign launch: {text}", file=sys.stderr, flush=True)
 
 
-def _launch(options: argparse.Namespace, training: Sequence[str], asked: Callable[[], bool]) -> int:
+def _leave_at_once(number: int, frame: FrameType | None) -> None:
+    """While there are no ranks: nothing is lost."""
+    say(MEANINGS[INTERRUPTED])
+    os._exit(INTERRUPTED)
+
+
+def _check(options: argparse.Namespace) -> None:
+    least = {"processes": 0, "gpus": 0, "port": 1, "meeting_port": 1, "wait": 1, "reach": 0}
+    most = {"processes": 1024, "gpus": 1024, "port": 65535, "meeting_port": 65535, "wait": 10**6, "reach": 10**6}
+    for name in least:
+        if not least[name] <= getattr(options, name) <= most[name]:
+            option = "--" + name.replace("_", "-")
+            raise InputError(
+                f"{option} is {getattr(options, name)}: it must lie between {least[name]} and {most[name]}"
+            )
+
+
+def _launch(options: argparse.Namespace, training: Sequence[str]) -> int:
     from pipeline.config import parse
     from pipeline.data.store import use_endpoint
 
-    config = parse(list(training))  # here, too: a mistake in it is told at once, and by one
+    _check(options)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)  # of whatever started this: ranks get their own
+    try:
+        config = parse(list(training))  # here, too: a mistake in it is told at once, and by one
+    except SystemExit as error:
+        if not error.code:
+            raise
+        raise InputError("an option is wrong, as said above") from None
     use_endpoint(config.data.endpoint)
     place = find_place(os.environ)
     processes = options.processes or place.processes or _gpus() or 1
     ranks = place.hosts * processes
-    if _is_done(config, options.reach, asked):
+    if _is_done(config, options.reach):
         say(f"nothing left to do: the run in {config.run.remote} is done")
         return 0
     engine = find_engine(options.engine, ranks)
+    if _gpus() < options.gpus:
+        found = f"{options.gpus} GPUs should be here, torch can use {_gpus()}"
+        if _is_without_gpus():
+            raise InputError(f"{found}: this torch was built without; take the image of --target cuda")
+        raise Unavailable(f"{found}: see nvidia.com/gpu in the limits, and the node's driver")
     if place.hosts > 1:
         say(f"host {place.index} of {place.hosts}, {processes} ranks each, under {place.orchestrator}")
         if place.index == 0:
             _check_free(options.port)
-    links = meet(place, port=options.meeting_port, within=options.wait, say=say, asked=asked)
+    try:
+        links = meet(place, port=options.meeting_port, within=options.wait, say=say)
+    except Unavailable as error:
+        say(f"{error}: {MEANINGS[PEER_LOST]}")
+        return PEER_LOST
     if place.hosts > 1:
         if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_of(links.address)):
             os.environ["GLOO_SOCKET_IFNAME"] = name  # else gloo takes what the host's name means, often 127.0.1.1
         say(f"all hosts are here; host 0 is {links.address}")
-    if asked():
-        raise Stopped
     if ranks == 1 and not options.engine:
-        os.environ |= {"ACCELERATE_USE_CPU": "false" if _gpus() else "true"}
+        os.environ |= {"ACCELERATE_USE_CPU": "false" if _gpus() else "true", "ACCELERATE_MIXED_PRECISION": _precision()}
         os.execv(sys.executable, [sys.executable, str(TRAIN), *training])
     # torchrun's options: the signals that it hands on (Slurm's is USR1), and when it kills what does not end after one.
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -114,7 +144,7 @@ def _launch(options: argparse.Namespace, training: Sequence[str], asked: Callabl
         file = Path(scratch) / "engine.yaml"
         file.write_text(engine)
         code = ending.judge(run_ranks(file, place, processes, links.address, options.port, training))
-    if code == 0 and config.run.remote and place.index == 0 and not _is_done(config, options.reach, asked):
+    if code == 0 and config.run.remote and place.index == 0 and not _is_done(config, options.reach):
         say(f"the run is done, but {config.run.remote} does not hold its end: started again, it is sent once more")
         code = FAILED
     links.leave(code, lost=ending.lost)
@@ -161,10 +191,12 @@ class Ending:
 
         A crash counts, but for one that another host's end brought about: those who saw a host vanish say so.
         """
-        if code not in (0, BAD_INPUT, INTERRUPTED, PEER_LOST) and not self._alone:
+        if code not in (0, BAD_INPUT, INTERRUPTED) and not self._alone:
             with self._noted:
                 self._noted.wait_for(lambda: self._codes, GRACE)
         self._over.set()
+        if code == PEER_LOST and BAD_INPUT in self._codes.values():  # Slurm takes the highest of all hosts' codes
+            return BAD_INPUT
         return PEER_LOST if self.lost and code not in (0, BAD_INPUT, INTERRUPTED) else code
 
     def heard(self, host: int, within: float) -> int | None:
@@ -178,7 +210,7 @@ GRACE = 10.0
 """Seconds for ranks to notice themselves that another host is gone."""
 
 
-def _is_done(config: Any, within: float, asked: Callable[[], bool]) -> bool:
+def _is_done(config: Any, within: float) -> bool:
     """Whether the bucket holds the finished run. InputError if it stays out of reach for so many seconds: its server
     may be starting beside this host, or its name be not known yet.
     """
@@ -189,11 +221,10 @@ def _is_done(config: Any, within: float, asked: Callable[[], bool]) -> bool:
         try:
             return is_done(config)
         except Unavailable as error:
-            if asked():
-                raise Stopped from None
             if time.monotonic() > end:
+                reason = str(error).partition(". Check ")[0]
                 raise InputError(
-                    f"run.remote cannot be reached: {error}; check its name and AWS_ENDPOINT_URL"
+                    f"run.remote cannot be reached: {reason}; check its name and AWS_ENDPOINT_URL"
                 ) from None
             say(f"waiting for {config.run.remote}: {error}")
     return False
@@ -260,9 +291,16 @@ def _ending(file: Path) -> int:
 def find_engine(name: str, ranks: int) -> str:
     """The text of an Accelerate configuration: of a file, of a name in launch/, or DDP on what is here."""
     if name:
+        from accelerate.commands.config.config_args import load_config_from_file
+
         for file in (Path(name), ROOT / f"launch/{name}.yaml", ROOT / f"launch/{name}"):
-            if file.is_file():
-                return file.read_text()
+            if len(name) < 200 and file.is_file():
+                try:
+                    load_config_from_file(str(file))
+                    return file.read_text()
+                except Exception as error:  # of many kinds
+                    reason = " ".join(str(error).split())[:200]
+                    raise InputError(f"--engine {file} is no configuration of Accelerate: {reason}") from None
         known = ", ".join(sorted(file.stem for file in (ROOT / "launch").glob("*.yaml")))
         raise InputError(f"--engine {name} is no file and no name in launch/{': ' + known if known else ''}")
     return "\n".join(
@@ -273,7 +311,7 @@ def find_engine(name: str, ranks: int) -> str:
             "num_machines: 1",
             f"num_processes: {ranks}",
             "machine_rank: 0",
-            'mixed_precision: "no"',
+            f'mixed_precision: "{_precision()}"',
             "rdzv_backend: static",
             "same_network: true",
         )
@@ -284,6 +322,17 @@ def _gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def _is_without_gpus() -> bool:
+    import torch
+
+    return not torch.backends.cuda.is_built()
+
+
+def _precision() -> str:
+    """Of a launch without --engine, as launch/gpus.yaml and launch/cpu.yaml have it; train.precision goes before."""
+    return "bf16" if _gpus() else "no"
 
 
 def _check_free(port: int) -> None:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.errors import InputError, Stopped, Unavailable
+from pipeline.errors import InputError, Unavailable
 from pipeline.hosts.place import Place
 
 PORT = 29400
@@ -28,6 +28,9 @@ PORT = 29400
 EVERY = 10.0
 """Seconds between two words about who is awaited."""
 
+SILENCE = 10.0
+"""Seconds for somebody who connects to say who it is."""
+
 
 def meet(
     place: Place,
@@ -35,16 +38,14 @@ def meet(
     port: int = PORT,
     within: float = 900,  # seconds
     say: Callable[[str], None] = print,
-    asked: Callable[[], bool] = lambda: False,  # whether to give up, looked at about every second
 ) -> "Links":
     """Wait until every host of this start is here.
 
-    Raises Unavailable when time is up, Stopped when asked to give up, InputError where the hosts disagree on how many
-    they are or the port is taken.
+    Raises Unavailable when time is up, InputError where the hosts disagree on how many they are or the port is taken.
     """
     if place.hosts == 1:
         return Links("127.0.0.1", {})
-    waiting = _Waiting(within, say, asked)
+    waiting = _Waiting(within, say)
     return _wait_for_others(place, port, waiting) if place.index == 0 else _go_to_first(place, port, waiting)
 
 
@@ -83,16 +84,14 @@ class Links:
 class _Waiting:
     """How long, and what is said meanwhile."""
 
-    def __init__(self, within: float, say: Callable[[str], None], asked: Callable[[], bool]) -> None:
+    def __init__(self, within: float, say: Callable[[str], None]) -> None:
         self._begun = time.monotonic()
-        self._within, self.say, self._asked = within, say, asked
+        self._within, self.say = within, say
         self._next = self._begun + EVERY
 
     def check(self, for_whom: str) -> None:
         """Called about every second."""
         now = time.monotonic()
-        if self._asked():
-            raise Stopped
         if now > self._begun + self._within:
             raise Unavailable(f"waited {self._within:.0f} s for {for_whom}")
         if now >= self._next:
@@ -103,6 +102,7 @@ class _Waiting:
 def _wait_for_others(place: Place, port: int, waiting: _Waiting) -> Links:
     there: dict[int, socket.socket] = {}
     unsaid: dict[socket.socket, bytes] = {}  # what came so far of who has not said who it is
+    since: dict[socket.socket, float] = {}
     with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
         listener = stack.enter_context(_listen(port))
         selector.register(listener, selectors.EVENT_READ)
@@ -110,6 +110,7 @@ def _wait_for_others(place: Place, port: int, waiting: _Waiting) -> Links:
         def drop(peer: socket.socket) -> None:
             selector.unregister(peer)
             unsaid.pop(peer, None)
+            since.pop(peer, None)
             for index in [index for index, found in there.items() if found is peer]:
                 del there[index]
             peer.close()
@@ -118,12 +119,18 @@ def _wait_for_others(place: Place, port: int, waiting: _Waiting) -> Links:
             missing = [index for index in range(1, place.hosts) if index not in there]
             shown = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
             waiting.check(f"host {shown} of {place.hosts}")
+            for peer in [peer for peer, came in since.items() if peer in unsaid and came + SILENCE < time.monotonic()]:
+                drop(peer)
             for key, _ in selector.select(timeout=1):
                 if key.fileobj is listener:
-                    peer, _ = listener.accept()
-                    peer.setblocking(False)
-                    _notice_death(peer)
-                    unsaid[peer] = b""
+                    try:
+                        peer, _ = listener.accept()
+                        peer.setblocking(False)
+                        _notice_death(peer)
+                    except OSError:  # gone already, or too many
+                        time.sleep(0.01)
+                        continue
+                    unsaid[peer], since[peer] = b"", time.monotonic()
                     selector.register(peer, selectors.EVENT_READ)
                     continue
                 peer = key.fileobj  # type: ignore[assignment]
@@ -139,17 +146,19 @@ def _wait_for_others(place: Place, port: int, waiting: _Waiting) -> Links:
                 unsaid[peer] += data
                 if b"\n" not in unsaid[peer]:
                     continue
-                answer, index = _judge(place, unsaid[peer])
+                index, answer, end = _judge(place, unsaid[peer].partition(b"\n")[0])
                 if answer:
                     waiting.say(answer)
-                    with contextlib.suppress(OSError):
-                        peer.send(json.dumps({"no": answer, "end": bool(index)}).encode() + b"\n")
+                    for other in (peer, *there.values()) if end else (peer,):
+                        with contextlib.suppress(OSError):
+                            other.send(json.dumps({"no": answer, "end": end}).encode() + b"\n")
                     drop(peer)
-                    if index:
+                    if end:
                         raise InputError(answer)
                     continue
                 del unsaid[peer]
                 if index in there:
+                    waiting.say(f"host {index} came again: the one before it is forgotten")
                     drop(there[index])  # its pod was replaced
                 there[index] = peer
         address = str(next(iter(there.values())).getsockname()[0]).removeprefix("::ffff:")
@@ -162,18 +171,21 @@ def _wait_for_others(place: Place, port: int, waiting: _Waiting) -> Links:
         return Links(address, there)
 
 
-def _judge(place: Place, line: bytes) -> tuple[str, int]:
-    """Why somebody is turned away, or '', and which host it is; a number beside a reason: all must end."""
+def _judge(place: Place, line: bytes) -> tuple[int, str, bool]:
+    """Which host it is, why it is turned away, or '', and whether all must end for that reason."""
     try:
         said = json.loads(line)
         start, index, hosts = str(said["start"]), int(said["index"]), int(said["hosts"])
-    except (ValueError, KeyError, TypeError):
-        return "somebody who is no host of this job was turned away", 0
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return 0, "somebody who is no host of this job was turned away", False
     if start != place.start:
-        return f"a host {index} of another start of this job ({start or 'unnamed'}) was turned away", 0
-    if hosts != place.hosts or not 0 < index < hosts:
-        return f"host {index} counts {hosts} hosts, host 0 counts {place.hosts}: make NAIGN_HOSTS the same", index or 1
-    return "", index
+        shown = re.sub(r"[^\w.-]", "?", start[:80]) or "unnamed"
+        return index, f"a host {index} of another start of this job ({shown}) was turned away", False
+    if not 0 < index < max(hosts, place.hosts):
+        return index, f"somebody who calls itself host {index} was turned away", False
+    if hosts != place.hosts:
+        return index, f"host {index} counts {hosts} hosts, host 0 {place.hosts}: make NAIGN_HOSTS the same", True
+    return index, "", False
 
 
 def _go_to_first(place: Place, port: int, waiting: _Waiting) -> Links:
@@ -187,14 +199,19 @@ def _go_to_first(place: Place, port: int, waiting: _Waiting) -> Links:
                 _notice_death(connection)
                 connection.sendall(hello)
                 answer, rest = _answer(connection, lambda: waiting.check(f"the other hosts; {place.head} is there"))
-            except (OSError, ValueError) as error:
-                answer = {"no": f"no address of that name ({error})"} if isinstance(error, socket.gaierror) else {}
+            except socket.gaierror as error:
+                answer = {"no": f"no address of that name ({error.strerror})"}
+            except OSError:
+                answer = {}
+            except (ValueError, RecursionError):
+                answer = {"no": "another program answers there"}
             if answer.get("go"):
                 stack.pop_all()
                 return Links(str(connection.getpeername()[0]).removeprefix("::ffff:"), {0: connection}, rest)
+            reason = "".join(letter for letter in str(answer.get("no", ""))[:200] if letter.isprintable())
             if answer.get("end"):
-                raise InputError(answer["no"])
-            said = f": {answer['no']}" if "no" in answer else ""
+                raise InputError(reason or "host 0 turned this one away")
+            said = f": {reason}" if reason else ""
         time.sleep(0.5)
 
 
@@ -216,14 +233,16 @@ def _answer(connection: socket.socket, check: Callable[[], None]) -> tuple[dict[
     connection.settimeout(1)
     data = b""
     while b"\n" not in data:
+        check()
         try:
             part = connection.recv(4096)
         except TimeoutError:
-            check()
             continue
-        if not part or len(data) > 4096:
-            return {}, b""
         data += part
+        if not part:
+            return {}, b""
+        if len(data) > 4096:
+            raise ValueError("too long for an answer")
     line, _, rest = data.partition(b"\n")
     answer = json.loads(line)
     return (answer if isinstance(answer, dict) else {}), rest
@@ -235,7 +254,9 @@ def _listen(port: int) -> socket.socket:
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
         return socket.create_server(("", port), backlog=1024)
     except OSError as error:
-        raise InputError(f"port {port} cannot be opened on host 0 ({error.strerror}): choose another --port") from None
+        raise InputError(
+            f"port {port} cannot be opened on host 0 ({error.strerror}): choose another --meeting-port"
+        ) from None
 
 
 def _notice_death(connection: socket.socket) -> None:

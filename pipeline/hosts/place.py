@@ -1,5 +1,6 @@
 """Where this host stands in its job, by the variables that Kubernetes, Kubeflow or Slurm set."""
 
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,10 +45,11 @@ def find_place(environ: Mapping[str, str]) -> Place:
         )
     elif "PET_NNODES" in environ:
         said = environ.get("PET_NPROC_PER_NODE", "auto")
+        hosts = _number(environ, "PET_NNODES")
         place = Place(
             orchestrator="Kubeflow",
-            index=_number(environ, "PET_NODE_RANK", default=0),
-            hosts=_number(environ, "PET_NNODES"),
+            index=_number(environ, "PET_NODE_RANK", default=0 if hosts == 1 else None),
+            hosts=hosts,
             head=environ.get("PET_MASTER_ADDR", "localhost"),
             start=environ.get("NAIGN_START", ""),
             processes=processes or (int(said) if said.isdecimal() else 0),
@@ -66,8 +68,15 @@ def find_place(environ: Mapping[str, str]) -> Place:
             start=f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_RESTART_COUNT', '0')}",
             processes=processes,
         )
+    elif "JOB_COMPLETION_INDEX" in environ:
+        raise InputError(
+            "this is a pod of an Indexed Job, but NAIGN_HOSTS is not set: say how many pods train together, as "
+            "k8s/job.yaml does; 1 if each trains for itself, which needs a --run.path of its own"
+        )
     else:
         return Place(orchestrator="none", processes=processes)
+    if not all(re.fullmatch(r"[\w:-]{1,63}", label) for label in place.head.rstrip(".").split(".")):
+        raise InputError(f"'{place.head[:300]}' is no name of a host: see NAIGN_HEAD in k8s/job.yaml")
     if not 0 <= place.index < place.hosts:
         raise InputError(
             f"{place.orchestrator} says that this is host {place.index} of {place.hosts}, counted from 0: make the "
@@ -78,7 +87,10 @@ def find_place(environ: Mapping[str, str]) -> Place:
 
 def _first_node(nodes: str) -> str:
     """The first name of Slurm's short form, as 'node[03-17,20]'."""
-    asked = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
+    try:
+        asked = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise InputError(f"scontrol, which names the nodes of '{nodes}', is not here: set NAIGN_HEAD") from None
     if asked.returncode or not asked.stdout.strip():
         raise InputError(f"scontrol cannot name the nodes of '{nodes}': {asked.stderr.strip()}; set NAIGN_HEAD")
     return asked.stdout.split()[0]
@@ -94,6 +106,6 @@ def _number(environ: Mapping[str, str], name: str, *, default: int | None = None
     if default is not None and not environ.get(name, "").strip():
         return default
     text = _text(environ, name)
-    if not text.isdecimal():
-        raise InputError(f"the variable {name} is '{text}': it must be a number")
+    if not text.isdecimal() or len(text) > 5:
+        raise InputError(f"the variable {name} is '{text[:40]}': it must be a number from 0 to 99999")
     return int(text)

@@ -18,6 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 MFU = 0.3
 """Share of a GPU's peak that training of convolutions reaches, by experience."""
 
+LAUNCH = 2e-3
+"""Seconds that a GPU's step, or a block of samples, takes however small it is: so long are its kernels asked for."""
+
 CPU_TFLOPS = 0.1
 """Of a host without GPUs: two or four cores of a server."""
 
@@ -32,6 +35,11 @@ class Size:
     gpu: str = "h100"
     bandwidth: float = 10.0
     """GB/s between nodes."""
+    account: str = ""
+    """Service account of the pods."""
+    endpoint: str = ""
+    """Address of the S3 server; '': AWS."""
+    region: str = "us-east-1"
 
     @property
     def ranks(self) -> int:
@@ -42,6 +50,10 @@ def settings(size: Size, data: str, run: str, config: Path | None, name: str) ->
     """The run's configuration; InputError where it cannot be run at this size."""
     if size.nodes < 1 or size.gpus < 0:
         raise InputError(f"{size.nodes} nodes of {size.gpus} GPUs: at least one node, and no fewer than 0 GPUs")
+    if not 0 < size.bandwidth < 1e6:
+        raise InputError(f"--bandwidth {size.bandwidth}: it must be positive, in GB/s")
+    if size.ranks > 2**16:
+        raise InputError(f"{size.nodes} nodes of {size.gpus} GPUs are too many")
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?", name):
         raise InputError(f"--name {name}: small letters, digits and '-', at most 42, as Kubernetes wants names")
     found = load(str(config or ROOT / "configs/mnist.yaml"))
@@ -67,8 +79,12 @@ def render_k8s(size: Size, *, image: str, data: str, run: str, config: Path | No
     for option, path in (("--data", data), ("--run", run)):
         if not path.startswith("s3://"):
             raise InputError(f"{option} {path}: pods share a bucket only: give s3://bucket/prefix")
-    if not re.fullmatch(r"[a-z0-9][\w.:/@-]*", image):
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._/:-]*[a-z0-9](:[A-Za-z0-9_][\w.-]*)?(@sha256:[0-9a-f]{64})?", image, re.A):
         raise InputError(f"--image {image} is no name of an image")
+    if size.account and not re.fullmatch(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?", size.account):
+        raise InputError(f"--service-account {size.account} is no name of a service account")
+    if size.endpoint and not re.fullmatch(r"https?://[^\s@]+", size.endpoint):
+        raise InputError("--endpoint must be http://host:port or https://host, without user and password")
     found = settings(size, data, run, config, name)
     found.stop.within = 60
     file = ROOT / "k8s/base/job.yaml"
@@ -83,10 +99,27 @@ def render_k8s(size: Size, *, image: str, data: str, run: str, config: Path | No
         raise InputError("\n  ".join(["what would be printed is not right:", *wrong]))
     head = (
         f"# {name}: {size.nodes} pods" + (f" of {size.gpus} GPUs" if size.gpus else " without GPUs") + "\n"
-        f"#   apply     kubectl apply -f FILE       logs      kubectl logs -f job/{name} --all-pods --prefix\n"
-        f"#   clean up  kubectl delete -f FILE      access    the Secret naign-s3, or a role: k8s/job.yaml says how\n"
+        f"#   apply     kubectl apply -f FILE      clean up  kubectl delete -f FILE, also before it is applied again\n"
+        f"#   logs      kubectl logs -f -l app.kubernetes.io/name={name} --prefix --max-log-requests={size.nodes}\n"
+        "#   access    "
+        + (
+            f"the role of the service account {size.account}"
+            if size.account
+            else "the Secret naign-s3, if there is one"
+        )
+        + "\n"
     )
-    return head + yaml.safe_dump_all(objects, sort_keys=False, width=120)
+    return head + yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Texts of several lines as such, to be read and edited."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
 
 
 def _fit(item: Object, size: Size, image: str, config: Config, name: str) -> None:
@@ -96,7 +129,7 @@ def _fit(item: Object, size: Size, image: str, config: Config, name: str) -> Non
     if item["kind"] == "ConfigMap" and "run.yaml" in item["data"]:
         item["data"]["run.yaml"] = yaml.safe_dump(to_dict(config), sort_keys=False)
     elif item["kind"] == "ConfigMap":
-        item["data"].pop("AWS_ENDPOINT_URL")
+        item["data"] = {"AWS_REGION": size.region} | ({"AWS_ENDPOINT_URL": size.endpoint} if size.endpoint else {})
     elif item["kind"] == "Service":
         item["spec"]["selector"]["app.kubernetes.io/name"] = name
     elif item["kind"] == "Job":
@@ -119,10 +152,13 @@ def _fit(item: Object, size: Size, image: str, config: Config, name: str) -> Non
                 volume["configMap"]["name"] = name
             if volume["name"] == "shm" and size.gpus:
                 volume["emptyDir"]["sizeLimit"] = f"{4 * size.gpus}Gi"
+        if size.account:
+            pod["serviceAccountName"] = size.account
         if size.gpus:
-            memory = {"memory": f"{16 * size.gpus}Gi"}
+            container["command"][2:2] = ["--gpus", str(size.gpus)]
+            memory = {"memory": f"{12 * size.gpus}Gi"}
             container["resources"] = {
-                "requests": {"cpu": str(4 * size.gpus), **memory},
+                "requests": {"cpu": str(3 * size.gpus), **memory},
                 "limits": {"nvidia.com/gpu": str(size.gpus), "memory": f"{32 * size.gpus}Gi"},
             }
             pod["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
@@ -136,13 +172,15 @@ def render_slurm(size: Size, *, image: str, data: str, run: str, config: Path | 
     if config:
         options = [f"--config={config.resolve()}", *options]
     if found.run.remote:
-        options[-1] = f"--run.path=/tmp/{name}"
+        options[-1] = f"--run.path=/tmp/{re.sub(r'[^A-Za-z0-9.-]+', '-', found.run.remote.removeprefix('s3://'))}"
         options.append(f"--run.remote={found.run.remote}")
+    else:
+        options.append("--run.remote=")  # also where the configuration has one
     if found.train.precision:
         options.append(f"--train.precision={found.train.precision}")
     if not config:
         options = [f"--config={ROOT / 'configs/mnist.yaml'}", *options]
-    gpus = f"#SBATCH --gpus-per-node={size.gpus}\n" if size.gpus else ""
+    gpus = f"#SBATCH --gpus-per-node={size.gpus}\n#SBATCH --cpus-per-task={4 * size.gpus}\n" if size.gpus else ""
     text = re.sub(r"#SBATCH --nodes=\d+\n", f"#SBATCH --nodes={size.nodes}\n{gpus}", text)
     text = text.replace("#SBATCH --job-name=naign", f"#SBATCH --job-name={name}")
     return text.replace('naign launch "$@"', f'naign launch {shlex.join(options)} "$@"').rstrip()
@@ -178,9 +216,10 @@ def predict(size: Size, *, data: str, config: Path | None) -> str:
     rate = peak * 1e12 * (MFU if size.gpus else 1.0)
     forward, ranks, images = forward_flops(network, shape), size.ranks, found.match.round * found.train.passes
     width = math.prod(shape)
-    generate = found.match.pool * forward / ranks / rate
+    least = LAUNCH if size.gpus else 0.0
+    generate = max(found.match.pool * forward / ranks / rate, least * found.match.pool / found.match.block / ranks)
     search = 2 * width * found.match.round * found.match.pool / ranks / rate
-    fit = images * fit_flops(forward, found.objective.forwards) / ranks / rate
+    fit = max(images * fit_flops(forward, found.objective.forwards) / ranks / rate, least * images / found.train.batch)
     exchanged = found.match.round * width * 4 + 16 * found.match.round * ranks
     averaged = images // found.train.batch * 2 * 4 * parameters
     messages = 0.0 if size.nodes == 1 else (exchanged + averaged) / (size.bandwidth * 1e9)

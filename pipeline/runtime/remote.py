@@ -39,6 +39,27 @@ def newest_first(remote: str) -> Iterator[str]:
             yield name
 
 
+def is_there(remote: str, name: str) -> bool:
+    """Whether each file of a checkpoint has the size that its manifest says."""
+    where = f"{remote}/checkpoints/{name}"
+    try:
+        for file, entry in read_manifest(open_store(where).read(MANIFEST)).items():
+            path, _, base = f"{where}/{file}".rpartition("/")
+            if base not in (store := open_store(path)).list() or store.size(base) != entry["bytes"]:
+                return False
+    except ValueError:
+        return False
+    return True
+
+
+def round_of(remote: str, name: str) -> int:
+    """The round in which a checkpoint was written; -1 if it does not say."""
+    try:
+        return int(json.loads(open_store(f"{remote}/checkpoints/{name}").read("trainer.json"))["round"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return -1
+
+
 def download(remote: str, name: str, checkpoints: Path) -> Path:
     """Bring a checkpoint here, its manifest last, but for files that are here; its folder.
 
@@ -87,11 +108,19 @@ def fetch_shown(remote: str, run: Path, *, renew: bool = False) -> int:
         folder = os.path.dirname(pattern)
         store = open_store(f"{remote}/{folder}".rstrip("/"))
         for name in store.list():
+            if not (folder or name == pattern):
+                continue
+            if name in (".", "..") or Path(name).name != name or not name.isprintable():  # a stranger's
+                raise InputError(f"{store.url(name)!r} is no name of a file in a run: remove that object")
             file = run / folder / name
-            old = file.exists() and not (renew and file.stat().st_size != store.size(name))
-            if (folder or name == pattern) and not old:
+            if not file.exists() or (renew and file.stat().st_size != store.size(name)):
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(store.read(name))
+                partial = file.with_name(f".{name}.{os.getpid()}")
+                try:
+                    partial.write_bytes(store.read(name))
+                    os.replace(partial, file)
+                finally:
+                    partial.unlink(missing_ok=True)
                 brought += 1
     return brought
 

@@ -85,7 +85,7 @@ class Cluster:
     begun: float = field(default_factory=time.monotonic)
     events: list[str] = field(default_factory=list)
     network: str = field(init=False)
-    """The first three numbers of its addresses: some that nobody uses, neither other tests nor what a killed one left."""
+    """The first three numbers of its addresses: some that nobody uses, not even what a killed test left."""
     tag: str = field(default_factory=lambda: f"n{os.getpid() % 10**5}{next(_numbers)}")
 
     def __enter__(self) -> Self:

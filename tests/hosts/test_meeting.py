@@ -1,5 +1,6 @@
 """Where a host stands, how hosts meet in any order, and what a host ends with."""
 
+import contextlib
 import json
 import socket
 import threading
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, Stopped, Unavailable
+from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, Unavailable
 from pipeline.hosts.launch import Ending, explain, find_engine
 from pipeline.hosts.meeting import Links, interface_of, meet
 from pipeline.hosts.place import Place, find_place
@@ -54,6 +55,10 @@ def test_the_place_is_what_the_orchestrator_says(environ, expected):
         ({"NAIGN_HOSTS": "two", "NAIGN_HEAD": "a", "JOB_COMPLETION_INDEX": "0"}, "NAIGN_HOSTS is 'two'"),
         ({"NAIGN_HOSTS": "2", "NAIGN_HEAD": "a", "JOB_COMPLETION_INDEX": "2"}, "host 2 of 2, counted from 0"),
         ({"SLURM_PROCID": "1", "SLURM_NNODES": "2", "SLURM_NTASKS": "16"}, "one a node is wanted"),
+        ({"NAIGN_HOSTS": "9" * 5000, "NAIGN_HEAD": "a", "JOB_COMPLETION_INDEX": "0"}, "from 0 to 99999"),
+        ({"NAIGN_HOSTS": "2", "NAIGN_HEAD": "a..b", "JOB_COMPLETION_INDEX": "1"}, "'a..b' is no name of a host"),
+        ({"JOB_COMPLETION_INDEX": "1"}, "NAIGN_HOSTS is not set"),
+        ({"PET_NNODES": "2"}, "PET_NODE_RANK is not set"),
     ],
 )
 def test_a_place_that_makes_no_sense_is_refused(environ, said):
@@ -79,7 +84,7 @@ class Meeting:
             try:
                 mine = place(index, hosts or self.hosts, start)
                 self.found[index] = meet(mine, port=self.port, within=within, say=self.said.append)
-            except (InputError, Unavailable, Stopped) as error:
+            except (InputError, Unavailable) as error:
                 self.found[index] = error
 
         self.threads.append(threading.Thread(target=run))
@@ -135,20 +140,86 @@ def test_strangers_and_other_starts_are_turned_away():
     meeting.come(1)
     meeting.end()
     assert isinstance(meeting.found[1], Links)
-    assert any("another start of this job (an earlier one)" in text for text in meeting.said)
+    assert any("another start of this job (an?earlier?one)" in text for text in meeting.said)
+
+
+def hello(**said: Any) -> bytes:
+    return json.dumps({"start": "a", "index": 1, "hosts": 2} | said).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        b"[" * 4000 + b"\n",
+        b"\xff\xfe\n",
+        hello(index=-7),
+        hello(index=0),
+        hello(index=float("inf")),
+        hello(start="b\n: done\x1b[2J"),
+        b"x" * 10_000,
+    ],
+    ids=["nested", "bytes", "negative", "zero", "infinite", "escapes", "long"],
+)
+def test_nothing_that_a_stranger_says_ends_a_meeting(words):
+    meeting = Meeting(2)
+    meeting.come(0)
+    time.sleep(0.3)
+    with socket.create_connection(("localhost", meeting.port)) as stranger:
+        stranger.sendall(words)
+        stranger.settimeout(10)
+        with contextlib.suppress(ConnectionError):
+            while stranger.recv(4096):
+                pass
+    meeting.come(1)
+    meeting.end()
+    assert all(isinstance(found, Links) for found in meeting.found.values())
+    assert all(text.isprintable() for text in meeting.said)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n", "another program answers there"),
+        (b"[" * 100_000 + b"\n", "another program answers there"),
+        (b"\xff\n", "another program answers there"),
+        (b'{"end": true}\n', "turned this one away"),
+        (b"x", "waited 2 s for"),
+    ],
+    ids=["http", "nested", "bytes", "no reason", "drips"],
+)
+def test_nothing_that_another_program_answers_holds_a_host(answer, said):
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                talking.append(server.accept()[0])
+                with contextlib.suppress(OSError):
+                    while len(answer) == 1:
+                        talking[-1].sendall(answer)
+                        time.sleep(0.3)
+                    talking[-1].sendall(answer)
+
+    talking: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, daemon=True).start()
+        with pytest.raises((InputError, Unavailable), match=said):
+            meet(place(1, 2), port=server.getsockname()[1], within=2)
+        for connection in talking:
+            connection.close()
 
 
 def test_hosts_that_count_differently_all_end():
-    meeting = Meeting(2)
+    meeting = Meeting(3)
     meeting.come(0)
+    meeting.come(2)
+    time.sleep(1)
     meeting.come(1, hosts=4)
     meeting.end()
     for found in meeting.found.values():
-        assert isinstance(found, InputError) and "host 1 counts 4 hosts, host 0 counts 2" in str(found)
+        assert isinstance(found, InputError) and "host 1 counts 4 hosts, host 0 3" in str(found)
 
 
 def test_a_taken_port_is_told():
-    with socket.create_server(("", 0)) as taken, pytest.raises(InputError, match="choose another --port"):
+    with socket.create_server(("", 0)) as taken, pytest.raises(InputError, match="choose another --meeting-port"):
         meet(place(0, 2), port=taken.getsockname()[1], within=1)
 
 
@@ -157,8 +228,6 @@ def test_who_waits_for_nobody_gives_up():
         meet(place(0, 2), port=free_port(), within=1)
     with pytest.raises(Unavailable, match="host 0"):
         meet(place(1, 2), port=free_port(), within=1)
-    with pytest.raises(Stopped):
-        meet(place(1, 2), port=free_port(), within=60, asked=lambda: True)
 
 
 def test_the_end_of_a_host_is_told_to_the_others():
@@ -231,8 +300,13 @@ def test_ranks_that_do_not_end_when_a_host_was_lost_are_killed():
 
 def test_engines_are_found_by_name_and_by_file(tmp_path):
     assert "zero_stage: 2" in find_engine("zero2", 2)
-    (tmp_path / "mine.yaml").write_text("mine: true\n")
-    assert find_engine(str(tmp_path / "mine.yaml"), 2) == "mine: true\n"
+    text = find_engine("cpu", 2)
+    (tmp_path / "mine.yaml").write_text(text)
+    assert find_engine(str(tmp_path / "mine.yaml"), 2) == text
+    for wrong in ("", "- a\n", "mine: true\n", text.replace("MULTI_GPU", "MANY"), "a: ["):
+        (tmp_path / "mine.yaml").write_text(wrong)
+        with pytest.raises(InputError, match="is no configuration of Accelerate"):
+            find_engine(str(tmp_path / "mine.yaml"), 2)
     assert "MULTI_GPU" in find_engine("", 2) and "'NO'" not in find_engine("", 2)
     with pytest.raises(InputError, match="no name in launch/: cpu, gpus"):
         find_engine("zero9", 2)

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from pipeline.data.store import open_store
-from pipeline.errors import Conflict
+from pipeline.errors import Conflict, InputError
+from pipeline.runtime import remote
 from pipeline.runtime.checkpoint import MANIFEST, lasts
 from pipeline.runtime.remote import OWNER, check_claim, prune, take_over
 
@@ -51,3 +52,27 @@ def test_the_process_that_started_last_has_the_bucket(bucket):
         check_claim(f"{bucket}/run", first)
     open_store(f"{bucket}/run").delete(OWNER)  # a person may: nobody else claims it then
     check_claim(f"{bucket}/run", first)
+
+
+class Stranger:
+    """A server's list of names that no file of a run can have."""
+
+    def __init__(self, name):
+        self.names = [name]
+
+    def list(self):
+        return self.names
+
+    def url(self, name):
+        return f"s3://there/{name}"
+
+    def read(self, name):
+        return b"taken"
+
+
+@pytest.mark.parametrize("name", ["../../out", "/tmp/out", "..", ".", "a/b", "a\x1b[2J"])
+def test_names_that_lead_out_of_the_folder_are_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(remote, "open_store", lambda path: Stranger(name))
+    with pytest.raises(InputError, match="is no name of a file in a run"):
+        remote.fetch_shown("s3://there", tmp_path / "run")
+    assert not list(tmp_path.rglob("*"))
