@@ -1,6 +1,7 @@
 """The benchmark scripts run; what they show is in benchmarks/results."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -108,3 +109,37 @@ def test_round_draws_what_two_ranks_did(digits: str, tmp_path: Path) -> None:
     assert list(spent) == ["take", "match", "fit"]
     assert spent["fit"]["backward"] > 0 and spent["match"]["forward"] > 0 and spent["match"]["backward"] == 0
     assert (tmp_path / "results/round.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_search_keeps_the_best_and_goes_on(digits: str, tmp_path: Path) -> None:
+    trials = {"as it is": [], "worse": ["--train.lr=1e-9"], "also worse": ["--train.lr=1e-8"]}
+    options = [f"--data.path={digits}", "--model.width=8", "--match.round=512", "--train.warmup=0"]
+    file = tmp_path / "search.yaml"
+    said = {"base": "configs/digits.yaml", "images": [4096, 8192], "keep": 0.34}
+    file.write_text(json.dumps(said | {"trials": {name: [*options, *own] for name, own in trials.items()}}))
+
+    def search(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            sys.executable,
+            str(ROOT / "benchmarks/search.py"),
+            str(file),
+            "--to",
+            str(tmp_path / "found"),
+            *more,
+        ]
+        return subprocess.run(
+            [*command, "--runs", str(tmp_path / "runs")], env=environment(), capture_output=True, text=True, timeout=300
+        )
+
+    early = search("--rung", "1")
+    assert early.returncode == 2 and "rung 0 is not done" in early.stderr
+    done = search()
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(tmp_path / "runs")
+    assert search().returncode == 0 and not (tmp_path / "runs").exists()  # nothing is done twice
+    done = search("--rung", "1")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [name for name in found if name.endswith("rung 1")] == ["as it is, rung 1"]
+    assert done.stdout.strip() == (tmp_path / "found.md").read_text().strip()
