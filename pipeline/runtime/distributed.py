@@ -119,7 +119,10 @@ def _check_deepspeed(on_cpu: bool) -> None:
             "use_cpu: true switches DeepSpeed off without a word: set use_cpu: false; CPUs work all the same"
         )
     if on_cpu:
+        from pipeline.runtime.engine import compile_communication
+
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        compile_communication()
 
 
 def set_threads(threads: int) -> None:

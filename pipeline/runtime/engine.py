@@ -10,11 +10,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from filelock import FileLock
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
@@ -267,6 +269,25 @@ _FLAT = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp3
 """Where DeepSpeed's optimizers keep the float32 weights of this rank: ZeRO-3, ZeRO-1 and 2, bfloat16 without ZeRO."""
 
 _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def compile_communication() -> None:
+    """Build what DeepSpeed's ranks talk through on CPUs, one process of the machine after the other.
+
+    torch's own lock is a file that stays when who holds it is killed, and all later starts would wait for ever; this
+    one goes with its process.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from torch.utils.cpp_extension import _get_build_directory
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        return
+    folder = Path(_get_build_directory(builder.name, False))
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        (folder / "lock").unlink(missing_ok=True)
+        builder.load()
 
 
 def _configure(accelerator: Accelerator, *, micro: int, accumulate: int, clip: float) -> None:

@@ -43,8 +43,8 @@ def test_what_is_less_travels(tmp_path):
 def test_what_is_wrong_on_one_rank_is_the_same_error_on_all(tmp_path):
     parts = on_ranks("search_cases.refused", 3, tmp_path)
     expected = {
-        "nan": "ValueError: nearest: NaN or infinity in the queries of rank 2, row 2",
-        "infinity": "ValueError: nearest: NaN or infinity in the candidates of rank 2, row 7",
+        "nan": "NotFinite: nearest: NaN or infinity in the queries of rank 2, row 2",
+        "infinity": "NotFinite: nearest: NaN or infinity in the candidates of rank 2, row 7",
         "none": "ValueError: nearest: no rank has a candidate",
         "dims": "ValueError: nearest: the rows of rank 2 have 2 values, those of rank 0 have 3",
         "dtype": "ValueError: nearest: queries and candidates of rank 2 are float64, they must be float32",

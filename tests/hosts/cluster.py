@@ -31,8 +31,9 @@ def possible() -> str:
         return "only root can make network namespaces"
     if not shutil.which("ip") or not shutil.which("unshare"):
         return "no `ip` or `unshare` here (Debian: iproute2, util-linux)"
-    tried = subprocess.run(["ip", "netns", "add", "naign-probe"], capture_output=True, text=True, check=False)
-    subprocess.run(["ip", "netns", "delete", "naign-probe"], capture_output=True, check=False)
+    probe = f"naign-probe-{os.getpid()}"  # other workers of a test run ask at the same moment
+    tried = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, check=False)
+    subprocess.run(["ip", "netns", "delete", probe], capture_output=True, check=False)
     return tried.stderr.strip()
 
 

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Self
@@ -52,13 +53,13 @@ def possible() -> str:
 class Slurm:
     """A context manager: the daemons run inside it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.environment = environment(SLURM_CONF=str(folder / "slurm.conf"))
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # its sockets' names may not be long
+        self.folder.chmod(0o755)
+        self.environment = environment(SLURM_CONF=str(self.folder / "slurm.conf"))
         self._daemons: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:
-        self.folder.mkdir(mode=0o755)
         (self.folder / "state").mkdir()
         first = free_port(beside=1)
         names = {"host": socket.gethostname(), "folder": self.folder, "port": free_port()}
@@ -87,6 +88,7 @@ class Slurm:
                 daemon.wait(timeout=10)
             except subprocess.TimeoutExpired:
                 daemon.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self, *command: str) -> None:
         with (self.folder / f"{command[0]}.out").open("ab") as log:

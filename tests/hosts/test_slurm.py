@@ -28,7 +28,7 @@ def test_a_job_is_signalled_goes_on_and_ends(digits, tmp_path):
     def rounds() -> int:
         return metrics.read_text().count("\n") if metrics.exists() else 0
 
-    with Slurm(tmp_path / "slurm") as slurm:
+    with Slurm() as slurm:
         options = [f"--data.path={digits}", *SMALL, "--train.images=30720", "--checkpoint.rounds=10", "--run.path=run"]
         job = slurm.submit(place, *options)
         until(lambda: rounds() >= 15, slurm, place)
@@ -48,7 +48,7 @@ def test_a_job_is_signalled_goes_on_and_ends(digits, tmp_path):
 def test_a_mistake_ends_the_job(digits, tmp_path):
     place = tmp_path / "submitted"
     place.mkdir()
-    with Slurm(tmp_path / "slurm") as slurm:
+    with Slurm() as slurm:
         job = slurm.submit(place, f"--data.path={digits}", *SMALL, "--train.batch=33", "--run.path=run")
         until(lambda: slurm.state(job).startswith(("COMPLETED", "FAILED")), slurm, place)
         assert slurm.state(job) == "FAILED 2:0"
