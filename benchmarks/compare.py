@@ -38,6 +38,11 @@ def rows(metrics: dict[str, Any]) -> dict[str, str]:
     return cells
 
 
+def table(titles: list[str], rows: list[list[str]]) -> str:
+    """In Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (titles, ["---"] * len(titles), *rows))
+
+
 def read(run: Path) -> dict[str, Any]:
     """A run's evaluation."""
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from compare import table
 from data_peers import Job, Record
 from PIL import Image, ImageEnhance
 from sklearn.datasets import load_digits, load_sample_images
@@ -179,10 +180,6 @@ def check_sums(name: Name, sums: dict[str, int]) -> None:
 
 def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def table(titles: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (titles, ["---"] * len(titles), *rows))
 
 
 def images_table(sets: dict[str, Record]) -> str:

@@ -20,6 +20,7 @@ from typing import Annotated, Any, BinaryIO, Literal, get_args
 import numpy as np
 import torch
 import tyro
+from compare import table
 from PIL import Image, ImageOps
 from torch import Tensor
 from tyro.conf import Positional
@@ -191,10 +192,6 @@ def number(value: float) -> str:
 
 def size(value: float) -> str:
     return f"{number(value / 1e9)} GB" if value >= 1e9 else f"{number(value / 1e6)} MB"
-
-
-def table(titles: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (titles, ["---"] * len(titles), *rows))
 
 
 def wrong(record: Record) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 
 import tyro
 import yaml
-from compare import KINDS
+from compare import KINDS, table
 from tqdm import tqdm
 
 from pipeline.config import load
@@ -116,7 +116,7 @@ def page(search: Search, file: Path, found: Record) -> str:
     parts = [f"`python benchmarks/search.py {file}`, on {search.base}; restoration is the mean absolute error once."]
     for rung, images in enumerate(search.images):
         there = [name for name in search.trials if key(name, rung) in found]
-        rows = [head] if there else []
+        rows = list[list[str]]()
         for name in sorted(there, key=lambda name: score(found[key(name, rung)])):
             metrics = found[key(name, rung)]["metrics"]
             fd, floor = metrics["fd"], metrics["fd"]["floor"]
@@ -128,8 +128,7 @@ def page(search: Search, file: Path, found: Record) -> str:
             rows[-1] += [f"{metrics['restoration'][kind]['once']:.3f}" for kind in KINDS]
             rows[-1] += [f"{metrics['idempotence']['samples']:.3f}"]
         if rows:
-            lines = [f"| {' | '.join(row)} |" for row in rows]
-            parts += [f"Rung {rung}, {images:,} images", "\n".join([lines[0], "| --- " * len(head) + "|", *lines[1:]])]
+            parts += [f"Rung {rung}, {images:,} images", table(head, rows)]
     return "\n\n".join(parts) + "\n"
 
 

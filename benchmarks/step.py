@@ -44,6 +44,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import tyro
+from compare import table
 from step_processes import WHO, Record, alternate, first_step, on_ranks, peak, write
 
 from pipeline.config import load
@@ -226,7 +227,7 @@ def page(results: Record) -> str:
             rows[-1] += [f"{middle:.3f} ({low:.3f} to {high:.3f})" for low, middle, high in (row["ratio"], row["cpu"])]
             rows[-1] += [f"{one['memory'] / 1e6:.1f} MB" for one in (ours, bare)]
             rows[-1] += [f"{ours['memory'] / bare['memory']:.3f}", "the same bits" if row["equal"] else "close"]
-        parts.append(table(rows))
+        parts.append(table(rows[0], rows[1:]))
     if "checkpoint" in results:
         rows = [["checkpoint", "parameters", "size", "stands still (first)", "written in (first)", "share"]]
         rows[0] += ["a round beside it", "between"]
@@ -237,19 +238,14 @@ def page(results: Record) -> str:
             rows[-1] += [f"{1e3 * median(written):,.0f} ms ({1e3 * slow:,.0f})"]
             rows[-1] += [f"{100 * median(still) / median(written):.1f} %"]
             rows[-1] += [f"{1e3 * median(row[which][1:]):,.0f} ms" for which in ("beside", "alone")]
-        parts.append(table(rows))
+        parts.append(table(rows[0], rows[1:]))
     if "resume" in results:
         rows = [["resumption", "to the end of the first step", "longest"]]
         rows += [
             [title, f"{median(seconds):.1f} s", f"{max(seconds):.1f} s"] for title, seconds in results["resume"].items()
         ]
-        parts.append(table(rows))
+        parts.append(table(rows[0], rows[1:]))
     return "\n\n".join(parts) + "\n"
-
-
-def table(rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "| --- " * len(rows[0]) + "|", *lines[1:]])
 
 
 if __name__ == "__main__":

@@ -344,9 +344,7 @@ def render(
         endpoint: Address of the S3 server, where it is not AWS's (k8s).
         region: Of the bucket (k8s).
     """
-    import re
-
-    from pipeline.hosts.render import Size, predict, render_k8s, render_slurm
+    from pipeline.hosts.render import Size, name_after, predict, render_k8s, render_slurm
 
     size = Size(
         nodes=nodes,
@@ -357,9 +355,8 @@ def render(
         endpoint=endpoint,
         region=region,
     )
-    last = re.sub(r"[^a-z0-9]+", "-", run.rstrip("/").rpartition("/")[2].lower()).strip("-0123456789")[:42].strip("-")
     make = render_k8s if what == "k8s" else render_slurm
-    text = make(size, image=image, data=data, run=run, config=config, name=name or last or "naign")
+    text = make(size, image=image, data=data, run=run, config=config, name=name or name_after(run))
     if data.startswith("s3://"):
         print(f"reading {data}", file=sys.stderr, flush=True)
     cost = predict(size, data=data, config=config)

@@ -14,7 +14,7 @@ import yaml
 
 from pipeline.data.dataset import DataConfig, check_config
 from pipeline.data.store import open_store
-from pipeline.errors import InputError
+from pipeline.errors import InputError, printable
 from pipeline.match.matcher import MatchConfig
 from pipeline.model.networks import NetworkConfig
 from pipeline.model.objectives import ObjectiveConfig
@@ -301,8 +301,7 @@ def _build(kind: Any, content: Any, where: str, prefix: str) -> Any:
             known = [prefix + name for name in hints] if prefix else list(flatten(Config())) + list(hints)
             near = difflib.get_close_matches(f"{prefix}{key}", known, n=1, cutoff=0.4)
             meant = f"; did you mean '{near[0]}'?" if near else f"; known here: {', '.join(hints)}"
-            shown = "".join(letter if letter.isprintable() else "?" for letter in f"{prefix}{key}"[:200])
-            raise InputError(f"{where}: unknown key '{shown}'{meant}")
+            raise InputError(f"{where}: unknown key '{printable(f'{prefix}{key}')}'{meant}")
         target = hints[key]
         if dataclasses.is_dataclass(target):
             values[key] = _build(target, {} if value is None else value, where, f"{prefix}{key}.")

@@ -49,6 +49,11 @@ class Stopped(Exception):
     """All ranks agreed to stop here: not a failure."""
 
 
+def printable(text: str, most: int = 200) -> str:
+    """What a stranger wrote, so that it may stand in a message."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:most])
+
+
 @contextmanager
 def exit_on_input_error(program: str) -> Iterator[None]:
     """Turn an InputError into one readable message on stderr and exit code 2, Unavailable into one and 1, PeerLost 76.

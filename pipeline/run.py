@@ -124,9 +124,6 @@ def claim(config: Config) -> tuple[Path | None, str, FileLock]:
                 "delete that folder"
             )
         newest = find_newest(config)
-        if newest:
-            for line in _compare_checkpoint(newest, config):
-                log.warning("goes on with another %s", line)
         word = uuid.uuid4().hex
         write_atomically(folder / ".claim", word)
         write_atomically(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
@@ -153,10 +150,11 @@ def compare(recorded: Any, config: Config, file: str, place: str, option: str) -
     return changed
 
 
-def _compare_checkpoint(checkpoint: Path, config: Config) -> list[str]:
+def _compare_checkpoint(checkpoint: Path, config: Config) -> None:
     """By the checkpoint's own record, not config.yaml, which anyone may edit."""
     recorded = NAIGN.from_pretrained(checkpoint / "model.safetensors").metadata.get("config")
-    return compare(recorded, config, str(checkpoint), f"'{config.run.path}'", "--run.path")
+    for line in compare(recorded, config, str(checkpoint), f"'{config.run.path}'", "--run.path"):
+        log.warning("goes on with another %s", line)
 
 
 def find_newest(config: Config) -> Path | None:
@@ -186,7 +184,9 @@ def find_newest(config: Config) -> Path | None:
         with contextlib.suppress(Damaged):
             # First what the run reported: once its checkpoint is here, all of it counts as being here.
             remote.fetch_shown(config.run.remote, run)
-            return remote.download(config.run.remote, name, run / "checkpoints")
+            found = remote.download(config.run.remote, name, run / "checkpoints")
+            _compare_checkpoint(found, config)
+            return found
         shutil.rmtree(run / "checkpoints" / name, ignore_errors=True)
         damaged = f"{config.run.remote}/checkpoints/{name}"
         log.warning("%s is damaged: passed over", damaged)

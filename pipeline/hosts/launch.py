@@ -83,14 +83,12 @@ def _leave_at_once(number: int, frame: FrameType | None) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    least = {"processes": 0, "gpus": 0, "port": 1, "meeting_port": 1, "wait": 1, "reach": 0}
-    most = {"processes": 1024, "gpus": 1024, "port": 65535, "meeting_port": 65535, "wait": 10**6, "reach": 10**6}
-    for name in least:
-        if not least[name] <= getattr(options, name) <= most[name]:
-            option = "--" + name.replace("_", "-")
-            raise InputError(
-                f"{option} is {getattr(options, name)}: it must lie between {least[name]} and {most[name]}"
-            )
+    seconds, ports = 10**6, (1, 65535)
+    limits = {"processes": (0, 1024), "gpus": (0, 1024), "port": ports, "meeting_port": ports}
+    for name, (least, most) in (limits | {"wait": (1, seconds), "reach": (0, seconds)}).items():
+        option, value = "--" + name.replace("_", "-"), getattr(options, name)
+        if not least <= value <= most:
+            raise InputError(f"{option} is {value}: it must lie between {least} and {most}")
 
 
 def _launch(options: argparse.Namespace, training: Sequence[str]) -> int:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.errors import InputError, Unavailable
+from pipeline.errors import InputError, Unavailable, printable
 from pipeline.hosts.place import Place
 
 PORT = 29400
@@ -179,12 +179,12 @@ def _judge(place: Place, line: bytes) -> tuple[int, str, bool]:
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return 0, "somebody who is no host of this job was turned away", False
     if start != place.start:
-        shown = re.sub(r"[^\w.-]", "?", start[:80]) or "unnamed"
+        shown = printable(start, 80) or "unnamed"
         return index, f"a host {index} of another start of this job ({shown}) was turned away", False
     if not 0 < index < max(hosts, place.hosts):
         return index, f"somebody who calls itself host {index} was turned away", False
     if hosts != place.hosts:
-        return index, f"host {index} counts {hosts} hosts, host 0 {place.hosts}: make NAIGN_HOSTS the same", True
+        return index, f"host {index} counts {hosts} hosts, host 0 counts {place.hosts}: make NAIGN_HOSTS the same", True
     return index, "", False
 
 
@@ -208,7 +208,7 @@ def _go_to_first(place: Place, port: int, waiting: _Waiting) -> Links:
             if answer.get("go"):
                 stack.pop_all()
                 return Links(str(connection.getpeername()[0]).removeprefix("::ffff:"), {0: connection}, rest)
-            reason = "".join(letter for letter in str(answer.get("no", ""))[:200] if letter.isprintable())
+            reason = printable(str(answer.get("no", "")))
             if answer.get("end"):
                 raise InputError(reason or "host 0 turned this one away")
             said = f": {reason}" if reason else ""

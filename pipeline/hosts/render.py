@@ -46,6 +46,12 @@ class Size:
         return self.nodes * max(1, self.gpus)
 
 
+def name_after(run: str) -> str:
+    """What Kubernetes takes as a name, from the last part of the run's."""
+    last = re.sub(r"[^a-z0-9]+", "-", run.rstrip("/").rpartition("/")[2].lower())
+    return last.strip("-0123456789")[:42].strip("-") or "naign"
+
+
 def settings(size: Size, data: str, run: str, config: Path | None, name: str) -> Config:
     """The run's configuration; InputError where it cannot be run at this size."""
     if size.nodes < 1 or size.gpus < 0:

@@ -95,7 +95,9 @@ def test_what_was_read_is_not_asked_for_again(remote: str, folder: Path, proxy: 
 def test_without_a_cache_all_is_read_again(remote: str, proxy: FaultProxy) -> None:
     epoch(remote, "")
     before = proxy.counts["bytes"]
-    assert epoch(remote, "")[1].cached == 0 and proxy.counts["bytes"] > 1.6 * before
+    _, tally = epoch(remote, "")
+    # Not of what the first epoch took, which may have read ahead: all that the second one read came again.
+    assert tally.cached == 0 and proxy.counts["bytes"] - before >= tally.bytes > 1_900_000
 
 
 def test_ranges_are_those_of_the_source(remote: str, folder: Path) -> None:

@@ -63,6 +63,14 @@ def cluster(tmp_path: Path, objects: list[dict[str, Any]]) -> Iterator[Cluster]:
                 log.write("\n".join([os.environ.get("PYTEST_CURRENT_TEST", ""), *made.events, ""]) + "\n")
 
 
+def started(cluster: Cluster) -> Job:
+    """The Job, with its two pods."""
+    job = Job(cluster, "naign")
+    for index in range(2):
+        job.create(index)
+    return job
+
+
 def rounds(job: Job, index: int = 0) -> int:
     """That host 0 has reported, by its own files."""
     pod = job.pods.get(index)
@@ -117,9 +125,7 @@ def test_a_job_trains_loses_a_pod_goes_on_and_ends(hosts, lost, rate, cluster):
 
 
 def test_a_pod_that_is_asked_to_go_costs_nothing(cluster):
-    job = Job(cluster, "naign")
-    for index in range(2):
-        job.create(index)
+    job = started(cluster)
     job.until(lambda: rounds(job) >= 8, 120)
     job.pods[1].kill(signal.SIGTERM)
     job.until(lambda: len(job.done) == 2, 180)
@@ -152,9 +158,7 @@ def test_what_is_wrong_fails_the_job_at_once(change, said, cluster):
     if "batch" in change:
         config = cluster.find("ConfigMap", "naign")["data"]
         config["run.yaml"] = config["run.yaml"].replace("round: 1024", "round: 1008")
-    job = Job(cluster, "naign")
-    for index in range(2):
-        job.create(index)
+    job = started(cluster)
     job.until(lambda: bool(job.failed), 60)
     assert said in job.failed.strip().splitlines()[-1]
 
@@ -162,18 +166,14 @@ def test_what_is_wrong_fails_the_job_at_once(change, said, cluster):
 def test_a_bucket_that_does_not_exist_fails_the_job_at_once(cluster):
     config = cluster.find("ConfigMap", "naign")["data"]
     config["run.yaml"] = config["run.yaml"].replace("s3://naign/", "s3://missing/")
-    job = Job(cluster, "naign")
-    for index in range(2):
-        job.create(index)
+    job = started(cluster)
     job.until(lambda: bool(job.failed), 60)
     assert "there is no bucket" in job.failed.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("objects", [guarded()])
 def test_a_missing_secret_fails_the_job_at_once(cluster):
-    job = Job(cluster, "naign")
-    for index in range(2):
-        job.create(index)
+    job = started(cluster)
     job.until(lambda: bool(job.failed), 60)
     last = job.failed.strip().splitlines()[-1]
     assert "no credentials were found" in last and "set AWS_ACCESS_KEY_ID" in last
@@ -182,9 +182,7 @@ def test_a_missing_secret_fails_the_job_at_once(cluster):
 def test_a_bucket_out_of_reach_fails_the_job(cluster):
     cluster.find("ConfigMap", "naign-store")["data"]["AWS_ENDPOINT_URL"] = "http://naign-store:8444"
     cluster.find("Job", "naign")["spec"]["template"]["spec"]["containers"][0]["command"].append("--reach=10")
-    job = Job(cluster, "naign")
-    for index in range(2):
-        job.create(index)
+    job = started(cluster)
     job.until(lambda: bool(job.failed), 240)
     last = job.failed.strip().splitlines()[-1]
     assert "cannot be reached" in last and "http://naign-store:8444" in last
