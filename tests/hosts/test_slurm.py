@@ -37,6 +37,7 @@ def test_a_job_is_signalled_goes_on_and_ends(digits, tmp_path):
         until(lambda: "queued again" in (place / f"naign-{job}.log").read_text(), slurm, place)
         # Slurm holds back what was queued again for its begin time, two minutes.
         until(lambda: slurm.state(job).startswith("PENDING"), slurm, place)
+        time.sleep(5)  # a node refuses a job that was ended there in the same moments: "credential revoked"
         slurm.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
         until(lambda: slurm.state(job).startswith(("COMPLETED", "FAILED")), slurm, place)
         assert slurm.state(job) == "COMPLETED 0:0"
