@@ -58,8 +58,6 @@ def main(spec: dict[str, Any]) -> None:
             shutil.copy(f"/etc/{name}", root / "etc" / name)
     (root / "etc/resolv.conf").touch()
     bind(spec["hosts"], root / "etc/hosts")
-    for place in spec["program"]:
-        bind(place, root / place.lstrip("/"))
     for name in ("proc", "dev", "tmp", "run"):
         (root / name).mkdir(exist_ok=True)
     mount("proc", root / "proc", "proc")
@@ -68,6 +66,8 @@ def main(spec: dict[str, Any]) -> None:
     (root / "dev/shm").mkdir()
     for place, folder in spec["mounts"].items():
         bind(folder, root / place.lstrip("/"))
+    for place in spec["program"]:  # after the volumes: one of them is /tmp, where the program may lie
+        bind(place, root / place.lstrip("/"))
     if spec["read_only"]:
         mount("none", root, "none", MS_REMOUNT | MS_RDONLY)
     os.chroot(root)
