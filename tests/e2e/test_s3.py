@@ -73,7 +73,8 @@ def test_a_run_through_faults_gives_the_same_losses(
     assert plain.returncode == 0, plain.stderr
     packed = naign("pack", "digits", "--to", f"{bucket}/digits", "--shards", "4")
     assert packed.returncode == 0, packed.stderr
-    proxy.faults = Faults(reset_every=(50_000, 200_000), refuse=0.1, errors=0.2, flip=0.2)
+    # Flips are rare: with resets a page takes some three answers, and four reads of it that are wrong end a run.
+    proxy.faults = Faults(reset_every=(50_000, 200_000), refuse=0.1, errors=0.2, flip=0.03)
     faulty = train("--run.path=faulty", f"--data.path={bucket}/digits", *options)
     assert faulty.returncode == 0, faulty.stderr
     assert losses(tmp_path / "plain") == losses(tmp_path / "faulty")
