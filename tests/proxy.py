@@ -87,10 +87,13 @@ class FaultProxy:
     Assign `faults` at any time: they hold for requests that begin afterwards. What happens is a function of the seed
     and the order of requests, so a client of one thread meets the same faults each time. `counts` has "requests",
     "bytes" (of answers' bodies passed on) and the number of each fault: "reset", "stall", "refuse", "error", "flip".
+    `requests` has the method and path of each, in order: one of another test's client, late on a port taken again,
+    shows there.
     """
 
     def __init__(self, host: str, port: int, *, seed: int = 0) -> None:
         self.counts: Counter[str] = Counter()
+        self.requests: list[tuple[str, str]] = []
         self.port = free_port()
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self._upstream = (host, port)
@@ -167,6 +170,7 @@ class FaultProxy:
         try:
             while request := await _read_head(client.reader):
                 self.counts["requests"] += 1
+                self.requests.append((request.method, request.path))
                 if self._chance(self._faults_of(request).errors):
                     await self._refuse(request, client)
                     continue
