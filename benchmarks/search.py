@@ -3,7 +3,8 @@
     python benchmarks/search.py benchmarks/search.yaml --rung 0 --to benchmarks/results/search
     python benchmarks/search.py benchmarks/search.yaml --rung 1 --to benchmarks/results/search
 
-The file names a configuration, a budget in images for each rung, and trials, each with the options in which it differs.
+The file names a configuration, options common to all, a budget in images for each rung, and trials, each with the
+options in which it differs.
 Rung 0 tries all; a later one the share that was best on the rung before. A trial is trained anew on each rung, since
 the learning rate falls over the whole budget, on one seed, and measured by `naign evaluate`; what it found stands in
 search.json at once, and is not done again, so that a search may be cut off and goes on. search.md is the table.
@@ -39,7 +40,7 @@ class Settings:
     """Try recipes."""
 
     file: tyro.conf.Positional[Path]
-    """Trials: base, images (by rung), keep, trials."""
+    """Trials: base, images (by rung), keep, trials; common is optional."""
     to: Path
     """Where to write, without an ending."""
     rung: int = 0
@@ -58,13 +59,15 @@ class Search:
     images: list[int]
     keep: float
     trials: dict[str, list[str]]
+    common: list[str]
 
     @classmethod
     def read(cls, file: Path) -> "Search":
         try:
             said = yaml.safe_load(file.read_text())
             trials = {str(name): [str(option) for option in options] for name, options in said["trials"].items()}
-            found = cls(str(said["base"]), [int(n) for n in said["images"]], float(said["keep"]), trials)
+            common = [str(option) for option in said.get("common") or []]
+            found = cls(str(said["base"]), [int(n) for n in said["images"]], float(said["keep"]), trials, common)
         except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 f"{file} is no search ({type(error).__name__}: {error}): see benchmarks/search.yaml"
@@ -97,7 +100,7 @@ def score(record: Record) -> float:
 
 def attempt(search: Search, name: str, rung: int, folder: Path) -> Record:
     """Train and measure one trial; what is kept of it."""
-    options = [*search.trials[name], f"--train.images={search.images[rung]}", f"--run.path={folder}"]
+    options = [*search.common, *search.trials[name], f"--train.images={search.images[rung]}", f"--run.path={folder}"]
     train = [sys.executable, str(ROOT / "pipeline/train.py"), "--config", str(ROOT / search.base), *options]
     measure = [sys.executable, "-m", "pipeline.cli", "evaluate", str(folder)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +116,8 @@ def attempt(search: Search, name: str, rung: int, folder: Path) -> Record:
 def page(search: Search, file: Path, found: Record) -> str:
     """One table a rung, best first."""
     head = ["trial", "options", "FD f(z), x floor", "f(f(z))", "rarest digit", "P / R / D / C", *KINDS, "idempotence"]
-    parts = [f"`python benchmarks/search.py {file}`, on {search.base}; restoration is the mean absolute error once."]
+    base = " ".join([search.base, *search.common])
+    parts = [f"`python benchmarks/search.py {file}`, on `{base}`; restoration is the mean absolute error once."]
     for rung, images in enumerate(search.images):
         there = [name for name in search.trials if key(name, rung) in found]
         rows = list[list[str]]()

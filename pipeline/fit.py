@@ -23,7 +23,7 @@ def fit(run: Run, work: Work, budget: int) -> dict[str, float]:
 
     Raises Stopped between two steps; InputError after too many steps whose gradient is not finite.
     """
-    config, engine, position, match = run.config, run.engine, run.position, work.match
+    config, engine, position = run.config, run.engine, run.position
     size = config.match.round
     steps = steps_of(
         config.seed,
@@ -52,8 +52,8 @@ def fit(run: Run, work: Work, budget: int) -> dict[str, float]:
                     config.objective,
                     engine.forward,
                     work.images[here],
-                    work.draw.jittered(match.ids[here], fresh) if match else work.draw.latents(fresh),
-                    noise=work.draw.noise(fresh) if config.objective.needs_noise else None,
+                    latents_of(work, here, fresh) if config.objective.needs_latents else None,
+                    damaged=work.draw.damaged(work.images[here], fresh) if config.objective.needs_damaged else None,
                     frozen=engine.bare,
                 )
                 engine.backward(terms["total"])
@@ -76,6 +76,11 @@ def fit(run: Run, work: Work, budget: int) -> dict[str, float]:
     count = float(work.sums["steps"]) if names else 0.0
     means = total([float(work.sums[name]) / count / run.world for name in names], run.accelerator)
     return {f"loss/{name}": mean for name, mean in zip(names, means, strict=True)} | {"train/lr": lr}
+
+
+def latents_of(work: Work, here: Tensor, fresh: Tensor) -> Tensor:
+    """Those that images are matched with, or new ones: `here` are rows of the work's images, `fresh` their numbers."""
+    return work.draw.jittered(work.match.ids[here], fresh) if work.match else work.draw.latents(fresh)
 
 
 def skip(run: Run, work: Work) -> None:

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pipeline.config import Config, to_dict
+from pipeline.data.damage import check_damage
 from pipeline.data.plan import rank_rows
 from pipeline.data.samples import scaled
 from pipeline.data.stream import Stream, Taken
@@ -66,6 +67,7 @@ def train(config: Config, accelerator: Accelerator) -> bool:
         torch.manual_seed(config.seed)  # the first weights, the same on every rank
         bare = build_network(config.model, stream.shape, recompute=config.train.recompute).to(accelerator.device)
         latents.check_law(config.match.latents, stream.shape)
+        check_damage(config.objective.damage, stream.shape)
         features = open_features(config.match.space, stream.shape, accelerator.device)
         forward = forward_flops(bare, stream.shape)
         size = 4 * (4 if config.train.ema else 3) * sum(value.numel() for value in bare.parameters())

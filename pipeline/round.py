@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pipeline.config import Config
+from pipeline.data import damage
 from pipeline.data.stream import Stream
 from pipeline.match import latents
 from pipeline.match.matcher import Match
@@ -34,12 +35,18 @@ class Drawing:
 
     def latents(self, ids: Tensor) -> Tensor:
         """Latents (len(ids), *shape) by the configured law."""
-        law, seed = self.config.match.latents, self.config.seed
-        return latents.draw(law, seed, self.round, ids, self.shape, self.device, spectrum=self.spectrum)
+        match, seed = self.config.match, self.config.seed
+        return latents.draw(
+            match.latents, seed, self.round, ids, self.shape, self.device, spectrum=self.spectrum, flat=match.flat
+        )
 
-    def noise(self, ids: Tensor) -> Tensor:
-        """Standard normals (len(ids), *shape), independent of the latents."""
-        return latents.normal(self.config.seed, self.round, ids, self.shape, self.device, stream=latents.NOISE)
+    def damaged(self, images: Tensor, numbers: Tensor) -> Tensor:
+        """Images (n, *shape) with the damage of their numbers in the round, independent of the latents."""
+        law, seed = self.config.objective.damage, self.config.seed
+        normals = latents.normal(seed, self.round, numbers, self.shape, self.device, stream=latents.NOISE)
+        shape = (damage.uniforms(law, self.shape),)
+        uniform = latents.uniform(seed, self.round, numbers, shape, self.device, stream=latents.DAMAGE)
+        return damage.damage(law, images, normals, uniform, self.config.objective.noise)
 
     def jittered(self, ids: Tensor, numbers: Tensor) -> Tensor:
         """The latents of matched ids with match.jitter's noise, which is that of the images' numbers."""

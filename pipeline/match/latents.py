@@ -23,9 +23,10 @@ from pipeline.errors import InputError
 LAWS = ("gaussian", "smooth4", "mixture", "fourier")
 """Laws by name; the number of `smooth` may be any from 1 to 64."""
 
-LATENT, SCALE, IMAGINARY, NOISE, JITTER = 0, 1, 2, 3, 4
-"""Streams, 16 at most: independent draws for one (seed, round, id). Latents; the mixture's offset and scale; the
-imaginary part of the fourier law; noise that an objective adds to images; noise added to matched latents."""
+LATENT, SCALE, IMAGINARY, NOISE, JITTER, DAMAGE, FLAT = range(7)
+"""Streams, 16 at most: independent draws for one (seed, round, id). Latents; offset and scale of flat ones; the
+imaginary part of the fourier law; noise that an objective adds to images; noise added to matched latents; where and
+how else images are damaged; the noise of flat latents."""
 
 MAX_ID = 2**62
 _WORD = 0xFFFFFFFF
@@ -86,25 +87,31 @@ def draw(
     device: torch.device | str = "cpu",
     *,
     spectrum: Tensor | None = None,  # (2, 2, *shape): law `fourier` only, from `measure_spectrum`
+    flat: float = 0.0,  # share of the ids, every round(1 / flat)-th, whose latents are flat whatever the law
 ) -> Tensor:
     """Latents (n, *shape) float32 by law; row i depends on (seed, round, ids[i]) alone.
 
     gaussian  N(0, I).
     smoothG   normals on a grid of G x G a channel, enlarged to the image by bicubic interpolation: noise of few
               dimensions, in which a pool of some thousand samples is dense enough that near images share near latents.
-    mixture   N(0, I) for odd ids; for even ids one offset U(-1, 1) a row plus a scale U(0, 1/2) times N(0, I), so
-              that f is also trained to carry flat images to the data (a residual autoencoder leaves black where it is).
+    mixture   N(0, I) for odd ids, flat for even ids.
     fourier   IGN's law (arXiv 2311.01462): each frequency normal with the data's mean and variance there.
+
+    Flat latents are one offset U(-1, 1) a row plus a scale U(0, 1/2) times N(0, I). With some of them in the pool f is
+    also trained to carry flat images to the data; a residual autoencoder leaves black where it is.
     """
+    if flat:
+        usual = draw(law, seed, round, ids, shape, device, spectrum=spectrum)
+        chosen = (ids % max(1, int(1 / flat + 0.5)) == 0).to(usual.device)
+        usual[chosen] = _flat(seed, round, ids[chosen.to(ids.device)], shape, device, FLAT)
+        return usual
     match law:
         case "gaussian":
             return normal(seed, round, ids, shape, device)
         case "mixture":
             noise = normal(seed, round, ids, shape, device)
-            rows = (len(ids),) + (1,) * len(shape)
-            offset, scale = uniform(seed, round, ids, (2,), device, stream=SCALE).unbind(1)
-            flat = (2 * offset - 1).view(rows) + (scale / 2).view(rows) * noise
-            return torch.where((ids.to(noise.device) % 2 == 0).view(rows), flat, noise)
+            even = (ids.to(noise.device) % 2 == 0).view(-1, *(1,) * len(shape))
+            return torch.where(even, _flat(seed, round, ids, shape, device, LATENT), noise)
         case _ if grid := smooth_grid(law):
             coarse = normal(seed, round, ids, (shape[0], grid, grid), device)
             return F.interpolate(coarse, size=shape[1:], mode="bicubic")
@@ -117,6 +124,16 @@ def draw(
             field: Tensor = torch.fft.ifft2(waves) if len(shape) == 3 else torch.fft.ifft(waves)
             return field.real
     raise AssertionError(f"unknown law '{law}': check_law is there to say so")
+
+
+def _flat(
+    seed: int, round: int, ids: Tensor, shape: tuple[int, ...], device: torch.device | str, stream: int
+) -> Tensor:
+    """(len(ids), *shape): an offset U(-1, 1) a row plus a scale U(0, 1/2) times the normals of `stream`."""
+    rows = (len(ids),) + (1,) * len(shape)
+    offset, scale = uniform(seed, round, ids, (2,), device, stream=SCALE).unbind(1)
+    noise = normal(seed, round, ids, shape, device, stream=stream)
+    return (2 * offset - 1).view(rows) + (scale / 2).view(rows) * noise
 
 
 def smooth_grid(law: str) -> int:

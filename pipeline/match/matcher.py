@@ -45,6 +45,10 @@ class MatchConfig:
     latents: str = "smooth4"
     """Law of the latents: gaussian, smoothG (G x G normals enlarged), mixture (half flat) or fourier (IGN's)."""
 
+    flat: float = 0.0
+    """Share of the pool whose latents are flat images with some noise, whatever the law, so that f carries those to the
+    data as well; samples of the trained model are drawn without."""
+
     jitter: float = 0.0
     """Standard deviation of normal noise added to the matched latents when fitting; up to 0.01 in the literature."""
 
@@ -74,6 +78,8 @@ class MatchConfig:
         for name, allowed in (("assignment", ASSIGNMENTS), ("method", METHODS)):
             if getattr(self, name) not in allowed:
                 raise InputError(f"match.{name} is '{getattr(self, name)}': choose one of {', '.join(allowed)}")
+        if not 0 <= self.flat <= 0.5:
+            raise InputError(f"match.flat is {self.flat}: it must lie between 0 and 0.5")
         for name in ("jitter", "reject"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"match.{name} is {getattr(self, name)}: it must be a number from 0 on")

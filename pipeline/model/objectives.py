@@ -1,7 +1,8 @@
 """What f is trained to do: NAIGN's reconstruction plus IMLE, and IGN's adversarial idempotence as the baseline.
 
 Both take one network, a batch of images and a batch of latents of the same size, and return the terms of the loss. The
-first term of either costs one forward of [images; latents].
+first terms of either cost one forward of all their inputs together. Without the terms that take latents, NAIGN is an
+autoencoder: plain (imle=0), or denoising (imle=0, third=denoising).
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pipeline.data import damage
 from pipeline.errors import InputError
 
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -37,10 +39,13 @@ class ObjectiveConfig:
     """naign: weight of d(f(z*), x), z* the latent whose sample is nearest to x."""
 
     third: str = "none"
-    """naign: none, idempotence d(f(f(z*)), f(z*)), matched d(f(f(z*)), x) or denoising d(f(x + noise), x)."""
+    """naign: none, idempotence d(f(f(z*)), f(z*)), matched d(f(f(z*)), x) or denoising d(f(damaged x), x)."""
 
     third_weight: float = 1.0
     """naign: weight of the third term."""
+
+    damage: str = "noise"
+    """naign, third=denoising: noise, or mixed (lost detail, noise, specks and stripes: pipeline/data/damage.py)."""
 
     noise: float = 0.5
     """naign, third=denoising: the noise's standard deviation is uniform in [0, this] for each image."""
@@ -55,7 +60,8 @@ class ObjectiveConfig:
     """ign: the tightness saturates at this multiple of the reconstruction loss."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("name", ("naign", "ign")), ("distance", DISTANCES), ("third", THIRD_TERMS)):
+        choices = {"name": ("naign", "ign"), "distance": DISTANCES, "third": THIRD_TERMS, "damage": damage.LAWS}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(
                     f"objective.{name} is '{getattr(self, name)}': choose one of {', '.join(map(str, allowed))}"
@@ -63,22 +69,32 @@ class ObjectiveConfig:
         for name in ("reconstruction", "imle", "third_weight", "noise", "idempotence", "tightness"):
             if getattr(self, name) < 0:
                 raise InputError(f"objective.{name} is {getattr(self, name)}: weights are at least 0")
+        third = self.third_weight if self.third != "none" else 0.0
+        if self.name == "naign" and not (self.reconstruction or self.imle or third):
+            raise InputError("objective.reconstruction, imle and the third term all weigh 0: nothing would be trained")
         if self.clamp <= 0:
             raise InputError(f"objective.clamp is {self.clamp}: it must be positive")
 
     @property
     def needs_match(self) -> bool:
         """Whether latents are chosen by the match rather than drawn anew."""
-        return self.name == "naign"
+        return self.name == "naign" and self.needs_latents
+
+    @property
+    def needs_latents(self) -> bool:
+        """Whether the loss takes latents at all."""
+        return self.name == "ign" or self.imle > 0 or self.third in ("idempotence", "matched")
 
     @property
     def forwards(self) -> int:
         """Forwards of f an image and pass, a backward through each."""
-        return 4 if self.name == "ign" else 2 + (self.third != "none")
+        if self.name == "ign":
+            return 4
+        return (self.reconstruction > 0) + self.needs_latents + (self.third != "none")
 
     @property
-    def needs_noise(self) -> bool:
-        """Whether the loss takes noise."""
+    def needs_damaged(self) -> bool:
+        """Whether the loss takes damaged images."""
         return self.name == "naign" and self.third == "denoising"
 
 
@@ -86,39 +102,35 @@ def losses(
     config: ObjectiveConfig,
     network: Network,  # as the engine runs it: its gradients are averaged over ranks
     images: Tensor,  # (b, *shape) float32
-    latents: Tensor,  # (b, *shape) float32; naign: the matched ones, row for row
-    noise: Tensor | None = None,  # (b, *shape) standard normals; third=denoising only
+    latents: Tensor | None,  # (b, *shape) float32; naign: the matched ones, row for row; None: needs_latents is false
+    damaged: Tensor | None = None,  # (b, *shape) float32: the images, damaged; needs_damaged only
     frozen: nn.Module | None = None,  # ign only: the bare module, evaluated with its present weights held fixed
 ) -> dict[str, Tensor]:
     """The weighted sum as `total` and each unweighted term under its own name, all scalars."""
     if config.name == "ign":
-        assert frozen is not None
+        assert frozen is not None and latents is not None
         return _ign(config, network, images, latents, frozen)
-    return _naign(config, network, images, latents, noise)
+    return _naign(config, network, images, latents, damaged)
 
 
 def _naign(
-    config: ObjectiveConfig, network: Network, images: Tensor, latents: Tensor, noise: Tensor | None
+    config: ObjectiveConfig, network: Network, images: Tensor, latents: Tensor | None, damaged: Tensor | None
 ) -> dict[str, Tensor]:
     """arXiv 2511.02614: w_rec E d(f(x), x) + w_imle E d(f(z_sigma(i)), x_i) + an optional third term."""
     distance = DISTANCES[config.distance]
-    inputs = [images, latents]
-    if config.third == "denoising":
-        assert noise is not None
-        inputs.append(noisy(images, noise, config.noise))
-    reconstructed, sampled, *denoised = network(torch.cat(inputs)).split(len(images))
-    terms = {"reconstruction": distance(reconstructed, images), "imle": distance(sampled, images)}
-    match config.third:
-        case "idempotence":
-            terms["third"] = distance(network(sampled), sampled)
-        case "matched":
-            terms["third"] = distance(network(sampled), images)
-        case "denoising":
-            terms["third"] = distance(denoised[0], images)
-    loss = config.reconstruction * terms["reconstruction"] + config.imle * terms["imle"]
-    if "third" in terms:
-        loss = loss + config.third_weight * terms["third"]
-    return {"total": loss, **terms}
+    weights = {"reconstruction": config.reconstruction, "imle": config.imle, "third": config.third_weight}
+    inputs = {"imle": latents, "third": damaged} if config.needs_latents else {"third": damaged}
+    if config.reconstruction:
+        inputs = {"reconstruction": images, **inputs}
+    given = {name: value for name, value in inputs.items() if value is not None}
+    parts = network(torch.cat(list(given.values()))).split(len(images))
+    outputs = dict(zip(given, parts, strict=True))
+    terms = {name: distance(output, images) for name, output in outputs.items()}
+    if config.third == "idempotence":
+        terms["third"] = distance(network(outputs["imle"]), outputs["imle"])
+    elif config.third == "matched":
+        terms["third"] = distance(network(outputs["imle"]), images)
+    return {"total": sum((weights[name] * term for name, term in terms.items()), images.new_zeros(())), **terms}
 
 
 def _ign(
@@ -137,9 +149,3 @@ def _ign(
     clamped = torch.tanh(tightness / limit) * limit
     loss = config.reconstruction * reconstruction + config.idempotence * idempotence - config.tightness * clamped
     return {"total": loss, "reconstruction": reconstruction, "idempotence": idempotence, "tightness": tightness}
-
-
-def noisy(images: Tensor, noise: Tensor, deviation: float) -> Tensor:
-    """images plus noise of a standard deviation spread evenly over [0, deviation] within the batch."""
-    spread = torch.linspace(0, deviation, len(images), device=images.device)
-    return images + spread.view(-1, *(1,) * (images.ndim - 1)) * noise

@@ -120,3 +120,17 @@ def test_the_gpu_draws_the_same_latents():
     here = latents.draw("mixture", 3, 2, ids, (3, 8, 8))
     there = latents.draw("mixture", 3, 2, ids, (3, 8, 8), "cuda")
     torch.testing.assert_close(there.cpu(), here, rtol=1e-5, atol=1e-5)
+
+
+def test_a_share_of_any_law_can_be_flat():
+    ids, shape = torch.arange(800), (1, 28, 28)
+    usual, found = latents.draw("smooth4", 7, 3, ids, shape), latents.draw("smooth4", 7, 3, ids, shape, flat=0.125)
+    flat = ids % 8 == 0
+    assert torch.equal(found[~flat], usual[~flat])
+    level, spread = found[flat].flatten(1).mean(1), found[flat].flatten(1).std(1)
+    assert -1.05 < float(level.min()) < -0.9 and 0.9 < float(level.max()) < 1.05
+    assert 0 < float(spread.min()) < 0.05 and 0.45 < float(spread.max()) < 0.55
+    some = torch.tensor([3, 16, 2**40])
+    assert torch.equal(latents.draw("smooth4", 7, 3, some[:2], shape, flat=0.125), found[some[:2]])
+    alone = latents.draw("smooth4", 7, 3, some[2:], shape, flat=0.125)
+    assert torch.equal(alone[0], latents.draw("smooth4", 7, 3, some, shape, flat=0.125)[2])

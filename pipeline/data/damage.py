@@ -1,0 +1,80 @@
+"""Damage to learn from: each image its own kinds and strengths, drawn anew every time it is seen.
+
+    noise  Gaussian noise of a standard deviation that is uniform in [0, strength].
+    mixed  (images only) each of four with probability 1/2, one after another: detail lost (the image averaged down to
+           between 1/2 and 1/8 of its height, enlarged again, and mixed with the original), noise as above, specks (up
+           to 40 % of the pixels take one shade each), and stripes (up to 40 % of the rows, or columns, take one shade).
+
+`mixed` is kin to the damage that repair is measured on (pipeline.data.degrade), but of other kernels and of random
+strengths; a table of repairs must say which of the two, or neither, a network was trained with.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.errors import InputError
+
+LAWS = ("noise", "mixed")
+
+SCALARS = 16
+"""Uniform numbers that an image's damage takes besides those of its pixels."""
+
+
+def check_damage(law: str, shape: tuple[int, ...]) -> None:
+    """InputError where images of that shape cannot be damaged by the law."""
+    if law == "mixed" and (len(shape) != 3 or min(shape[1:]) < 8):
+        raise InputError(
+            f"objective.damage=mixed is for images of at least 8x8 pixels, the data has {tuple(shape)}: choose noise"
+        )
+
+
+def uniforms(law: str, shape: tuple[int, ...]) -> int:
+    """How many uniform numbers an image's damage takes."""
+    return SCALARS + 2 * shape[1] * shape[2] + 2 * max(shape[1:]) if law == "mixed" else 1
+
+
+def damage(
+    law: str,  # one of LAWS
+    images: Tensor,  # (n, *shape) float32 in [-1, 1]
+    normals: Tensor,  # (n, *shape) standard normals
+    uniform: Tensor,  # (n, uniforms(law, shape)) in (0, 1]
+    strength: float,  # the noise's largest standard deviation
+) -> Tensor:
+    """Damaged images (n, *shape): a function of the arguments alone, row by row. `mixed` stays in [-1, 1]."""
+    rows = (len(images),) + (1,) * (images.ndim - 1)
+    if law == "noise":
+        return images + strength * uniform[:, 0].view(rows) * normals
+    _, _, height, width = images.shape
+    scalars, pixels, lines = uniform.split([SCALARS, 2 * height * width, 2 * max(height, width)], dim=1)
+    chance, shade, reach, select, colour, side, _, tone = (part.view(rows) for part in scalars.split(1, dim=1)[:8])
+    happens = [(part < 0.5).view(rows) for part in scalars.split(1, dim=1)[8:12]]
+
+    out = torch.where(happens[0], _coarse(images, 1 + 2 * reach, chance.sqrt()), images)
+    out = torch.where(happens[1], (out + strength * shade * normals).clamp(-1, 1), out)
+
+    hit, shades = pixels.view(len(images), 2, height, width).split(1, dim=1)
+    flat = torch.where(colour < 0.5, 2 * (shades > 0.5) - 1.0, 2 * shades - 1)  # black and white, or any shade
+    out = torch.where(happens[2] & (hit < 0.4 * select), flat, out)
+
+    struck = lines.view(len(images), 2, -1) < 0.4 * scalars[:, 12].view(-1, 1, 1)
+    across = struck[:, 0, :height].view(-1, 1, height, 1)
+    along = struck[:, 1, :width].view(-1, 1, 1, width)
+    stripes = torch.where(side < 0.75, across.expand(-1, 1, -1, width), along.expand(-1, 1, height, -1))
+    tint = torch.where(tone < 0.75, -1.0, 2 * scalars[:, 13].view(rows) - 1)
+    return torch.where(happens[3] & stripes, tint, out)
+
+
+def _coarse(images: Tensor, octaves: Tensor, weight: Tensor) -> Tensor:
+    """Images mixed, by a weight in [0, 1], with themselves at 2**-octaves of their height, octaves in [1, 3]."""
+    height, width = images.shape[2:]
+    levels = []
+    for factor in (2, 4, 8):
+        small = F.adaptive_avg_pool2d(images, (max(2, round(height / factor)), max(2, round(width / factor))))
+        levels.append(F.interpolate(small, size=(height, width), mode="bilinear"))
+    between = octaves.frac()
+    low = torch.where(octaves < 2, levels[0], levels[1])
+    high = torch.where(octaves < 2, levels[1], levels[2])
+    coarse = torch.where(octaves >= 3, levels[2], low + between * (high - low))
+    mixed: Tensor = images + weight * (coarse - images)
+    return mixed

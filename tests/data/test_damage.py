@@ -1,0 +1,75 @@
+"""Damage to learn from: of each row's own numbers alone, of every kind, within the images' range."""
+
+import pytest
+import torch
+
+from pipeline.data.damage import LAWS, check_damage, damage, uniforms
+from pipeline.errors import InputError
+from pipeline.match import latents
+
+SHAPE = (1, 28, 28)
+
+
+def drawn(law, numbers, shape=SHAPE):
+    normals = latents.normal(0, 3, numbers, shape, stream=latents.NOISE)
+    return normals, latents.uniform(0, 3, numbers, (uniforms(law, shape),), stream=latents.DAMAGE)
+
+
+def bars(count, shape=SHAPE):
+    """Black images with a white bar somewhere."""
+    images = torch.full((count, *shape), -1.0)
+    for row in range(count):
+        images[row, :, 6:22, 4 + row % 20] = 1.0
+    return images
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_a_row_depends_on_its_own_numbers_alone(law):
+    numbers, images = torch.arange(64), bars(64)
+    whole = damage(law, images, *drawn(law, numbers), 0.5)
+    chosen = torch.tensor([40, 3, 17])
+    assert torch.equal(damage(law, images[chosen], *drawn(law, numbers[chosen]), 0.5), whole[chosen])
+
+
+def test_noise_has_every_strength_up_to_the_largest():
+    images = torch.zeros(4000, *SHAPE)
+    found = damage("noise", images, *drawn("noise", torch.arange(4000)), 0.5).flatten(1).std(1)
+    assert 0 < float(found.min()) < 0.02 and 0.48 < float(found.max()) < 0.56
+    assert float(found.mean()) == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (3, 32, 32), (1, 8, 8)])
+def test_mixed_leaves_some_images_whole_and_stays_in_range(shape):
+    numbers = torch.arange(2000)
+    images = bars(2000, shape) if shape == SHAPE else torch.rand(2000, *shape) * 2 - 1
+    found = damage("mixed", images, *drawn("mixed", numbers, shape), 0.5)
+    assert found.shape == images.shape and float(found.min()) >= -1 and float(found.max()) <= 1
+    whole = (found == images).flatten(1).all(1).float().mean()
+    assert 1 / 32 < float(whole) < 1 / 8  # each of four kinds spares half
+
+
+def test_mixed_has_each_kind():
+    """Of images of one shade nothing but specks and stripes can be seen where there is no noise."""
+    numbers = torch.arange(2000)
+    flat = torch.full((2000, *SHAPE), 0.25)
+    changed = damage("mixed", flat, *drawn("mixed", numbers), 0.0) != 0.25
+    rows, columns = changed.all(3).any((1, 2)), changed.all(2).any((1, 2))
+    assert 0.3 < float(changed.flatten(1).any(1).float().mean()) < 0.8
+    assert 0.2 < float((rows & ~columns).float().mean()) < 0.6 and 0.02 < float((columns & ~rows).float().mean()) < 0.3
+    specks = changed.flatten(1).any(1) & ~rows & ~columns
+    assert 0.15 < float(specks.float().mean()) < 0.4
+    # Lost detail: a bar is paler and wider, and as bright in all.
+    images = bars(2000)
+    normals, uniform = drawn("mixed", numbers)
+    uniform[:, 9:12] = 1.0  # neither noise nor specks nor stripes
+    blurred = damage("mixed", images, normals, uniform, 0.5)
+    touched = (blurred != images).flatten(1).any(1)
+    assert 0.4 < float(touched.float().mean()) < 0.6
+    assert torch.allclose(blurred.mean((1, 2, 3)), images.mean((1, 2, 3)), atol=0.02)
+    assert float(blurred[touched].amax((1, 2, 3)).mean()) < 0.7
+
+
+def test_points_take_noise_only():
+    check_damage("noise", (2,))
+    with pytest.raises(InputError, match="at least 8x8"):
+        check_damage("mixed", (2,))
