@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from trained import KINDS, table
 
 from pipeline.errors import InputError, exit_on_input_error
-
-KINDS = ("blur", "noise", "salt_pepper", "rows")
 
 
 def rows(metrics: dict[str, Any]) -> dict[str, str]:
@@ -36,11 +35,6 @@ def rows(metrics: dict[str, Any]) -> dict[str, str]:
     cells["idempotence on samples, mean of abs(f(f(z)) − f(z))"] = f"{metrics['idempotence']['samples']:.3f}"
     cells["reconstruction MAE"] = f"{metrics['reconstruction']:.3f}"
     return cells
-
-
-def table(titles: list[str], rows: list[list[str]]) -> str:
-    """In Markdown."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in (titles, ["---"] * len(titles), *rows))
 
 
 def read(run: Path) -> dict[str, Any]:
@@ -77,10 +71,10 @@ def main() -> None:
         found = [read(run) for run in arguments.runs]
         columns = [rows(metrics) for metrics in found]
         names = [run.name for run in arguments.runs]
-        table = [f"| | {' | '.join(names)} |", f"| --- |{' --- |' * len(names)}"]
-        for index, title in enumerate(columns[0]):
-            table.append(f"| {title} | {' | '.join(list(column.values())[index] for column in columns)} |")
-        text = f"`python {' '.join(['benchmarks/compare.py', *sys.argv[1:]])}`\n\n" + "\n".join(table) + "\n"
+        lines = [
+            [title, *(list(column.values())[index] for column in columns)] for index, title in enumerate(columns[0])
+        ]
+        text = f"`python {' '.join(['benchmarks/compare.py', *sys.argv[1:]])}`\n\n" + table(["", *names], lines) + "\n"
         print(text)
         if arguments.to:
             arguments.to.parent.mkdir(parents=True, exist_ok=True)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from compare import table
 from data_peers import Job, Record
 from PIL import Image, ImageEnhance
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
+from trained import table
 
 from pipeline.data.examples import Example, Made, Source
 from pipeline.data.manifest import INDEX, Manifest

@@ -20,9 +20,9 @@ from typing import Annotated, Any, BinaryIO, Literal, get_args
 import numpy as np
 import torch
 import tyro
-from compare import table
 from PIL import Image, ImageOps
 from torch import Tensor
+from trained import table
 from tyro.conf import Positional
 
 from pipeline.data.examples import Example, Made, Source

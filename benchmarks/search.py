@@ -14,25 +14,23 @@ quality does not depend on the machine, their seconds do.
 """
 
 import json
-import os
-import re
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tyro
 import yaml
-from compare import KINDS, table
 from tqdm import tqdm
+from trained import COLUMNS, ROOT, Record, Task, measure_all, slug, table
 
 from pipeline.config import load
 from pipeline.errors import InputError, exit_on_input_error
 
-ROOT = Path(__file__).parents[1]
-Record = dict[str, Any]
+COLUMNS_SHOWN = [name for name in COLUMNS if name not in ("commonest", "copying", "images")]
+KEPT = (
+    *("fd", "modes", "coverage", "restoration", "density", "idempotence", "reconstruction", "nearest"),
+    "training_seconds",
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -94,45 +92,26 @@ def key(name: str, rung: int) -> str:
 
 
 def score(record: Record) -> float:
-    distance = record["metrics"]["fd"]["once"]
-    return float("inf") if distance is None else float(distance)
-
-
-def attempt(search: Search, name: str, rung: int, folder: Path) -> Record:
-    """Train and measure one trial; what is kept of it."""
-    options = [*search.common, *search.trials[name], f"--train.images={search.images[rung]}", f"--run.path={folder}"]
-    train = [sys.executable, str(ROOT / "pipeline/train.py"), "--config", str(ROOT / search.base), *options]
-    measure = [sys.executable, "-m", "pipeline.cli", "evaluate", str(folder)]
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "log").open("w") as log:
-        for command in ([*train, "--train.threads=1", "--report.pictures=0"], measure):
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-            subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=True)
-    metrics = json.loads((folder / "evaluation/metrics.json").read_text())
-    kept = ("fd", "modes", "coverage", "restoration", "idempotence", "reconstruction", "training_seconds")
-    return {"options": search.trials[name], "metrics": {part: metrics[part] for part in kept}}
+    return float("inf") if "failed" in record else float(record["metrics"]["fd"]["once"])
 
 
 def page(search: Search, file: Path, found: Record) -> str:
     """One table a rung, best first."""
-    head = ["trial", "options", "FD f(z), x floor", "f(f(z))", "rarest digit", "P / R / D / C", *KINDS, "idempotence"]
     base = " ".join([search.base, *search.common])
+    columns = [COLUMNS[name] for name in COLUMNS_SHOWN]
     parts = [f"`python benchmarks/search.py {file}`, on `{base}`; restoration is the mean absolute error once."]
     for rung, images in enumerate(search.images):
         there = [name for name in search.trials if key(name, rung) in found]
         rows = list[list[str]]()
         for name in sorted(there, key=lambda name: score(found[key(name, rung)])):
-            metrics = found[key(name, rung)]["metrics"]
-            fd, floor = metrics["fd"], metrics["fd"]["floor"]
-            rows.append([name, " ".join(found[key(name, rung)]["options"]) or "-", f"{fd['once'] / floor:.1f}"])
-            rarest = f"{100 * min(metrics['modes']):.1f} %" if metrics["modes"] else "-"
-            rows[-1] += [f"{fd['twice'] / floor:.1f}", rarest]
-            overlap = (metrics["coverage"][part] for part in ("precision", "recall", "density", "coverage"))
-            rows[-1] += [" / ".join(f"{share:.2f}" for share in overlap)]
-            rows[-1] += [f"{metrics['restoration'][kind]['once']:.3f}" for kind in KINDS]
-            rows[-1] += [f"{metrics['idempotence']['samples']:.3f}"]
+            record = found[key(name, rung)]
+            cells = [f"{column.get(record['metrics']):.{column.digits}f}" for column in columns if "metrics" in record]
+            rows.append(
+                [name, " ".join(record["options"]) or "-", *(cells or ["diverged", *["-"] * (len(columns) - 1)])]
+            )
         if rows:
-            parts += [f"Rung {rung}, {images:,} images", table(head, rows)]
+            titles = ["trial", "options", *(column.title for column in columns)]
+            parts += [f"Rung {rung}, {images:,} images", table(titles, rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -140,19 +119,18 @@ def main(settings: Settings) -> None:
     search = Search.read(settings.file)
     to = settings.to.with_suffix(".json")
     found: Record = json.loads(to.read_text()) if to.exists() else {}
-    names = [name for name in search.of_rung(settings.rung, found) if key(name, settings.rung) not in found]
-
-    with ThreadPoolExecutor(settings.jobs) as pool, tqdm(total=len(names), unit="trial") as bar:
-        tasks = {}
-        for name in names:
-            folder = settings.runs.absolute() / f"{settings.rung}-{re.sub(r'[^a-zA-Z0-9.]+', '-', name)}"
-            tasks[pool.submit(attempt, search, name, settings.rung, folder)] = name
-        for task in as_completed(tasks):
-            found[key(tasks[task], settings.rung)] = task.result()
-            to.write_text(json.dumps(found, indent=1) + "\n")
-            to.with_suffix(".md").write_text(page(search, settings.file, found))
-            tqdm.write(f"{tasks[task]}: {score(task.result()):.1f}", file=sys.stderr)
-            bar.update()
+    tasks = dict[str, Task]()
+    for name in search.of_rung(settings.rung, found):
+        if key(name, settings.rung) not in found:
+            options = (*search.common, *search.trials[name], f"--train.images={search.images[settings.rung]}")
+            tasks[name] = Task(settings.runs / f"{settings.rung}-{slug(name)}", search.base, options)
+    for name, record in measure_all(tasks, settings.jobs):
+        measured = record if "failed" in record else {"metrics": {part: record[part] for part in KEPT}}
+        found[key(name, settings.rung)] = {"options": search.trials[name], **measured}
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_text(json.dumps(found, indent=1) + "\n")
+        to.with_suffix(".md").write_text(page(search, settings.file, found))
+        tqdm.write(f"{name}: {score(found[key(name, settings.rung)]):.1f}", file=sys.stderr)
     print(page(search, settings.file, found))
 
 

@@ -44,8 +44,8 @@ from typing import Literal, get_args
 
 import numpy as np
 import tyro
-from compare import table
 from step_processes import WHO, Record, alternate, first_step, on_ranks, peak, write
+from trained import table
 
 from pipeline.config import load
 from pipeline.data.examples import Example, Made, Source

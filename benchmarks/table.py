@@ -1,0 +1,123 @@
+"""A table of networks side by side, mean ± standard deviation over seeds.
+
+    python benchmarks/table.py benchmarks/generation.yaml --to benchmarks/results/generation
+
+The file names its rows, each a configuration with options (a published one gives its numbers instead), the seeds and
+the columns. Every run is one process of one thread, trained and measured as `naign evaluate` does, and kept under
+runs/tables: what is there is not done again, so a table may be cut off and goes on, and tables share their runs. It
+writes the table (.md) and all it rests on (.json).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+from trained import COLUMNS, Record, Task, measure_all, slug, spread, table
+
+from pipeline.errors import InputError, exit_on_input_error
+
+KEPT = (
+    *("fd", "modes", "coverage", "restoration", "density", "idempotence", "reconstruction", "nearest", "encoder"),
+    *("images_seen", "training_seconds", "counts"),
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class Settings:
+    """Make a table."""
+
+    file: tyro.conf.Positional[Path]
+    """Title, seeds, columns and rows."""
+    to: Path
+    """Where to write, without an ending."""
+    seeds: int = 0
+    """Only the first few of the file's seeds; 0: all."""
+    jobs: int = 2
+    """Runs at a time."""
+    runs: Path = Path("runs/tables")
+    """Where the runs lie."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the file says."""
+
+    title: str
+    seeds: list[int]
+    columns: list[str]
+    rows: dict[str, dict[str, Any]]
+    answers: list[str]
+
+    @classmethod
+    def read(cls, file: Path) -> "Plan":
+        try:
+            said = yaml.safe_load(file.read_text())
+            rows = {str(name): dict(row) for name, row in said["rows"].items()}
+            seeds = [int(seed) for seed in said["seeds"]]
+            plan = cls(str(said["title"]), seeds, list(said["columns"]), rows, list(said.get("answers", [])))
+        except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"{file} is no table ({type(error).__name__}: {error}): see benchmarks/generation.yaml"
+            ) from None
+        if unknown := set(plan.columns) - set(COLUMNS):
+            raise InputError(f"{file}: no columns {', '.join(sorted(unknown))}; there are {', '.join(COLUMNS)}")
+        for name, row in rows.items():
+            if not {"config", "printed"} & set(row) or set(row) - {"config", "options", "printed"}:
+                raise InputError(f"{file}: row '{name}' must have config, and may have options, or have printed alone")
+        return plan
+
+
+def page(plan: Plan, settings: Settings, found: dict[str, list[Record]]) -> str:
+    """The table, of what has been measured."""
+    columns, rows = [COLUMNS[name] for name in plan.columns], list[list[str]]()
+    for name, row in plan.rows.items():
+        if printed := row.get("printed"):
+            rows.append([name, *(str(printed.get(column, "-")) for column in plan.columns)])
+        elif records := found.get(name):
+            good = [record for record in records if "failed" not in record]
+            lost = f"; {len(records) - len(good)} of {len(records)} diverged" if len(good) < len(records) else ""
+            seeds = f" ({len(good)} seed{'s'[: len(good) != 1]}{lost})"
+            rows.append(
+                [name + seeds, *(spread([column.get(one) for one in good], column.digits) for column in columns)]
+            )
+    for answer in plan.answers:  # that need no network: the same in every run but for the seed of the damage
+        kinds = next((one["restoration"] for records in found.values() for one in records if "failed" not in one), None)
+        if kinds:
+            cells = [f"{kinds[column][answer]:.3f}" if column in kinds else "-" for column in plan.columns]
+            rows.append([f"answering with {answer}", *cells])
+    command = f"`python benchmarks/table.py {settings.file} --to {settings.to}`"
+    return f"{plan.title}\n\n{command}\n\n{table(['', *(column.title for column in columns)], rows)}\n"
+
+
+def main(settings: Settings) -> None:
+    plan = Plan.read(settings.file)
+    seeds = plan.seeds[: settings.seeds or None]
+    tasks, where = dict[str, Task](), dict[str, str]()
+    for seed in seeds:  # all rows on one seed first
+        for name, row in plan.rows.items():
+            if "config" in row:
+                options = [str(option) for option in row.get("options", [])]
+                key = slug(" ".join([Path(row["config"]).stem, *options, f"seed {seed}"]))
+                tasks[key] = Task(settings.runs / key, row["config"], (*options, f"--seed={seed}"))
+                where[f"{name}, seed {seed}"] = key
+    records = dict[str, Record]()
+    settings.to.parent.mkdir(parents=True, exist_ok=True)
+    text = ""
+    for key, record in measure_all(tasks, settings.jobs):
+        records[key] = record if "failed" in record else {part: record[part] for part in KEPT}
+        found = dict[str, list[Record]]()
+        for name in plan.rows:
+            keys = [where.get(f"{name}, seed {seed}", "") for seed in seeds]
+            found[name] = [records[key] for key in keys if key in records]
+        text = page(plan, settings, found)
+        settings.to.with_suffix(".md").write_text(text)
+        settings.to.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    with exit_on_input_error("table"):
+        main(tyro.cli(Settings))

@@ -1,0 +1,124 @@
+"""What tables compare: networks that are trained and measured once, whichever table asks first."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from tqdm import tqdm
+
+from pipeline.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A network to train and measure."""
+
+    folder: Path
+    """Of the run; it may be removed once its numbers are kept elsewhere."""
+    config: str
+    """Below the repository."""
+    options: tuple[str, ...] = ()
+
+    def measure(self) -> Record:
+        """What `naign evaluate` says of it, trained first if it is not yet; {"failed": reason} if it diverged.
+
+        One process of one thread: quality does not depend on the machine, seconds do. Cut off, it goes on from its
+        newest checkpoint. Raises InputError if the folder is of another configuration, or a command fails.
+        """
+        folder = self.folder.absolute()
+        file, asked = folder / "evaluation/metrics.json", folder / "asked.json"
+        wanted = {"config": self.config, "options": list(self.options)}
+        if asked.exists() and json.loads(asked.read_text()) != wanted:
+            raise InputError(f"{folder} was made by another command ({asked.read_text().strip()}): remove it")
+        folder.mkdir(parents=True, exist_ok=True)
+        asked.write_text(json.dumps(wanted) + "\n")
+        train = [sys.executable, str(ROOT / "pipeline/train.py"), "--config", str(ROOT / self.config), *self.options]
+        train += [f"--run.path={folder}", "--train.threads=1", "--report.pictures=0"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        commands = [] if file.exists() else [train, [sys.executable, "-m", "pipeline.cli", "evaluate", str(folder)]]
+        for command in commands:
+            with (folder / "log").open("a") as log:
+                done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False)
+            if done.returncode:
+                last = (folder / "log").read_text(errors="replace").strip().splitlines()[-1:]
+                if re.search("not finite|diverged", "".join(last)):
+                    return {"failed": last[0]}
+                raise InputError(f"exit code {done.returncode}: {' '.join(command)}; see {folder / 'log'}: {last}")
+        found: Record = json.loads(file.read_text())
+        return found
+
+
+def measure_all(tasks: dict[str, Task], jobs: int) -> Iterator[tuple[str, Record]]:
+    """Each task's name and record, as they are done, `jobs` at a time."""
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(tasks), unit="run") as bar:
+        running = {pool.submit(task.measure): name for name, task in tasks.items()}
+        try:
+            for done in as_completed(running):
+                yield running[done], done.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def slug(name: str) -> str:
+    """For a folder."""
+    return re.sub(r"[^a-zA-Z0-9.]+", "-", name).strip("-")
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean and standard deviation, or the one value there is."""
+    if not values:
+        return "-"
+    text = f"{mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ± {stdev(values):.{digits}f}"
+
+
+def table(titles: list[str], rows: list[list[str]]) -> str:
+    """In Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (titles, ["---"] * len(titles), *rows))
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One number of a record."""
+
+    title: str
+    get: Callable[[Record], float]
+    digits: int
+
+
+def _restored(kind: str) -> Column:
+    return Column(kind.replace("_", " "), lambda record: float(record["restoration"][kind]["once"]), 3)
+
+
+def _overlap(name: str) -> Column:
+    return Column(name, lambda record: float(record["coverage"][name]), 2)
+
+
+KINDS = ("blur", "noise", "salt_pepper", "rows")
+COLUMNS = {
+    "once": Column("FD f(z), × floor", lambda record: record["fd"]["once"] / record["fd"]["floor"], 1),
+    "twice": Column("FD f(f(z)), × floor", lambda record: record["fd"]["twice"] / record["fd"]["floor"], 1),
+    "rarest": Column("rarest class, %", lambda record: 100 * min(record["modes"]), 1),
+    "commonest": Column("commonest, %", lambda record: 100 * max(record["modes"]), 1),
+    **{name: _overlap(name) for name in ("precision", "recall", "density", "coverage")},
+    **{kind: _restored(kind) for kind in KINDS},
+    "reconstruction": Column("reconstruction", lambda record: float(record["reconstruction"]), 3),
+    "idempotence": Column("idempotence", lambda record: float(record["idempotence"]["samples"]), 3),
+    "copying": Column("distance to training, × test's", lambda record: float(record["nearest"]["ratio"]), 2),
+    "images": Column("images seen, 10³", lambda record: record["images_seen"] / 1000, 0),
+    "minutes": Column("core minutes", lambda record: record["training_seconds"] / 60, 1),
+}
+"""By the names that tables ask for."""
