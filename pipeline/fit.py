@@ -2,6 +2,7 @@
 
 import logging
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -55,6 +56,7 @@ def fit(run: Run, work: Work, budget: int) -> dict[str, float]:
                     latents_of(work, here, fresh) if config.objective.needs_latents else None,
                     damaged=work.draw.damaged(work.images[here], fresh) if config.objective.needs_damaged else None,
                     frozen=engine.bare,
+                    normals=partial(work.draw.normals, fresh),
                 )
                 engine.backward(terms["total"])
             for name, value in terms.items():

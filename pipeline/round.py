@@ -43,10 +43,15 @@ class Drawing:
     def damaged(self, images: Tensor, numbers: Tensor) -> Tensor:
         """Images (n, *shape) with the damage of their numbers in the round, independent of the latents."""
         law, seed = self.config.objective.damage, self.config.seed
-        normals = latents.normal(seed, self.round, numbers, self.shape, self.device, stream=latents.NOISE)
+        normals = self.normals(numbers)
         shape = (damage.uniforms(law, self.shape),)
         uniform = latents.uniform(seed, self.round, numbers, shape, self.device, stream=latents.DAMAGE)
         return damage.damage(law, images, normals, uniform, self.config.objective.noise)
+
+    def normals(self, numbers: Tensor, step: int = 0) -> Tensor:
+        """Standard normals (len(numbers), *shape) of each step, independent of the latents."""
+        numbers = numbers + step * 2**40
+        return latents.normal(self.config.seed, self.round, numbers, self.shape, self.device, stream=latents.NOISE)
 
     def jittered(self, ids: Tensor, numbers: Tensor) -> Tensor:
         """The latents of matched ids with match.jitter's noise, which is that of the images' numbers."""

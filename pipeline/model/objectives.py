@@ -1,7 +1,7 @@
-"""What f is trained to do: NAIGN's reconstruction plus IMLE, and IGN's adversarial idempotence as the baseline.
+"""What f is trained to do: NAIGN's reconstruction plus IMLE; as baselines IGN and the normalised autoencoder.
 
-Both take one network, a batch of images and a batch of latents of the same size, and return the terms of the loss. The
-first terms of either cost one forward of all their inputs together. Without the terms that take latents, NAIGN is an
+All take one network, a batch of images and a batch of latents of the same size, and return the terms of the loss. What
+does not depend on another forward costs one of all inputs together. Without the terms that take latents, NAIGN is an
 autoencoder: plain (imle=0), or denoising (imle=0, third=denoising).
 """
 
@@ -21,13 +21,15 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l1+l2": lambda a, b: (a - b).abs().mean() + (a - b).square().mean(),
 }
 Network = Callable[[Tensor], Tensor]
+OBJECTIVES = ("naign", "ign", "nae")
 THIRD_TERMS = ("none", "idempotence", "matched", "denoising")
 
 
 @dataclass(kw_only=True, slots=True)
 class ObjectiveConfig:
     name: str = "naign"
-    """`naign` (reconstruction + IMLE) or `ign` (reconstruction + idempotence - tightness, the baseline)."""
+    """`naign` (reconstruction + IMLE), or a baseline: `ign` (reconstruction + idempotence - tightness) or `nae`
+    (normalised autoencoder: energy of the data - energy of samples)."""
 
     distance: str = "l1"
     """d in every term, a mean over values: l1, l2 or l1+l2."""
@@ -59,16 +61,29 @@ class ObjectiveConfig:
     clamp: float = 1.5
     """ign: the tightness saturates at this multiple of the reconstruction loss."""
 
+    langevin_steps: int = 10
+    """nae: steps of the chain that a sample is taken from."""
+
+    langevin_rate: float = 0.2
+    """nae: a step down the energy, as a share of the residual f(x) - x where f does not depend on x."""
+
+    langevin_noise: float = 0.02
+    """nae: standard deviation of the noise of a step."""
+
+    bound: float = 1.0
+    """nae: weight of the squared energy of samples, which would grow without bounds."""
+
     def __post_init__(self) -> None:
-        choices = {"name": ("naign", "ign"), "distance": DISTANCES, "third": THIRD_TERMS, "damage": damage.LAWS}
+        choices = {"name": OBJECTIVES, "distance": DISTANCES, "third": THIRD_TERMS, "damage": damage.LAWS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(
                     f"objective.{name} is '{getattr(self, name)}': choose one of {', '.join(map(str, allowed))}"
                 )
-        for name in ("reconstruction", "imle", "third_weight", "noise", "idempotence", "tightness"):
+        weights = ("reconstruction", "imle", "third_weight", "noise", "idempotence", "tightness")
+        for name in (*weights, "langevin_steps", "langevin_rate", "langevin_noise", "bound"):
             if getattr(self, name) < 0:
-                raise InputError(f"objective.{name} is {getattr(self, name)}: weights are at least 0")
+                raise InputError(f"objective.{name} is {getattr(self, name)}: it must be at least 0")
         third = self.third_weight if self.third != "none" else 0.0
         if self.name == "naign" and not (self.reconstruction or self.imle or third):
             raise InputError("objective.reconstruction, imle and the third term all weigh 0: nothing would be trained")
@@ -83,13 +98,15 @@ class ObjectiveConfig:
     @property
     def needs_latents(self) -> bool:
         """Whether the loss takes latents at all."""
-        return self.name == "ign" or self.imle > 0 or self.third in ("idempotence", "matched")
+        return self.name != "naign" or self.imle > 0 or self.third in ("idempotence", "matched")
 
     @property
     def forwards(self) -> int:
         """Forwards of f an image and pass, a backward through each."""
         if self.name == "ign":
             return 4
+        if self.name == "nae":
+            return 2 + self.langevin_steps
         return (self.reconstruction > 0) + self.needs_latents + (self.third != "none")
 
     @property
@@ -104,12 +121,16 @@ def losses(
     images: Tensor,  # (b, *shape) float32
     latents: Tensor | None,  # (b, *shape) float32; naign: the matched ones, row for row; None: needs_latents is false
     damaged: Tensor | None = None,  # (b, *shape) float32: the images, damaged; needs_damaged only
-    frozen: nn.Module | None = None,  # ign only: the bare module, evaluated with its present weights held fixed
+    frozen: nn.Module | None = None,  # ign and nae: the bare module, evaluated with its present weights held fixed
+    normals: Callable[[int], Tensor] | None = None,  # nae only: those of a step of its chains, (b, *shape)
 ) -> dict[str, Tensor]:
     """The weighted sum as `total` and each unweighted term under its own name, all scalars."""
     if config.name == "ign":
         assert frozen is not None and latents is not None
         return _ign(config, network, images, latents, frozen)
+    if config.name == "nae":
+        assert frozen is not None and latents is not None and normals is not None
+        return _nae(config, network, images, latents, frozen, normals)
     return _naign(config, network, images, latents, damaged)
 
 
@@ -149,3 +170,33 @@ def _ign(
     clamped = torch.tanh(tightness / limit) * limit
     loss = config.reconstruction * reconstruction + config.idempotence * idempotence - config.tightness * clamped
     return {"total": loss, "reconstruction": reconstruction, "idempotence": idempotence, "tightness": tightness}
+
+
+def _nae(
+    config: ObjectiveConfig,
+    network: Network,
+    images: Tensor,
+    latents: Tensor,
+    frozen: nn.Module,
+    normals: Callable[[int], Tensor],
+) -> dict[str, Tensor]:
+    """arXiv 2105.05735: the energy (f(x) - x)^2 of data falls, that of samples by Langevin steps on it rises.
+
+    The chains start on the decoder's manifold, as the paper's do: here at f(z), there at the end of a chain in the
+    code, which a network from images to images does not show. Its temperature is 1.
+    """
+    weights = {name: value.detach() for name, value in frozen.named_parameters()}
+    values = images[0].numel()
+    with torch.no_grad():
+        samples = functional_call(frozen, weights, (latents,))
+    for step in range(config.langevin_steps):
+        samples.requires_grad_(True)
+        residual = functional_call(frozen, weights, (samples,)) - samples
+        (slope,) = torch.autograd.grad(residual.square().sum() / 2, samples)
+        samples = samples.detach() - config.langevin_rate * slope
+        samples = (samples + config.langevin_noise * normals(step)).clamp(-1, 1)
+    inputs = torch.cat([images, samples.detach()])
+    data, other = (network(inputs) - inputs).square().flatten(1).sum(1).div(values).split(len(images))
+    bound = other.square().mean()
+    total = data.mean() - other.mean() + config.bound * bound
+    return {"total": total, "reconstruction": data.mean(), "samples": other.mean()}

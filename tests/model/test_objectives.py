@@ -74,6 +74,23 @@ def test_the_clamp_bounds_the_tightness():
     assert math.isclose(total, -1.5 * float(l1(f(x), x)), rel_tol=1e-4)
 
 
+def test_nae_raises_the_energy_where_its_chains_end_and_lowers_it_on_data():
+    f, x, z, noise = setting()
+    config = ObjectiveConfig(name="nae", langevin_steps=2, langevin_rate=0.1, langevin_noise=0.3, bound=0.5)
+    assert config.needs_latents and not config.needs_match and config.forwards == 4
+    terms = losses(config, f, x, z, frozen=f, normals=lambda step: noise * (step + 1))
+    chain = f(z).detach()
+    for step in range(2):
+        residual = f(chain) - chain  # of a linear f the slope of its square's half is (W - 1)' residual
+        slope = residual @ f.weight - residual
+        chain = (chain - 0.1 * slope + 0.3 * noise * (step + 1)).clamp(-1, 1).detach()
+    data, other = ((f(y) - y).square().mean(1) for y in (x, chain))
+    expected = data.mean() - other.mean() + 0.5 * other.square().mean()
+    torch.testing.assert_close(terms["total"], expected)
+    (ours,) = torch.autograd.grad(terms["total"], f.weight)
+    torch.testing.assert_close(ours, torch.autograd.grad(expected, f.weight)[0])
+
+
 def test_terms_without_weight_are_not_computed():
     f, x, z, _ = setting()
     seen = []
