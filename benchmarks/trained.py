@@ -122,3 +122,12 @@ COLUMNS = {
     "minutes": Column("core minutes", lambda record: record["training_seconds"] / 60, 1),
 }
 """By the names that tables ask for."""
+
+
+def packed(path: str, *arguments: str) -> str:
+    """The packed data set at `path` below the repository, made by `naign pack ARGUMENTS` if it is not there."""
+    if not (ROOT / path / "index.json").exists():
+        command = [sys.executable, "-m", "pipeline.cli", "pack", *arguments, "--to", path]
+        if subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False).returncode:
+            raise InputError(f"{path} cannot be packed: see above")
+    return path

@@ -38,6 +38,8 @@ def pack(
     channels: Literal[1, 3] = 3,
     shards: int | None = None,
     encoding: Literal["png", "jpg", "webp", "npy"] = "png",
+    train: int | None = None,
+    without: tuple[str, ...] = (),
     seed: int = 0,
     force: bool = False,
 ) -> None:
@@ -51,14 +53,18 @@ def pack(
         channels: For folder: 3 colour, 1 grey.
         shards: Shards a split; default 16, more for large data.
         encoding: How images are stored: png and webp keep every bit, jpg is smaller, npy is read fastest.
-        seed: Of the order in which samples are dealt to shards.
+        train: Keep only so many training examples, drawn by the seed; the test split stays whole.
+        without: Labels to leave out of the training split.
+        seed: Of the order in which samples are dealt to shards, and of what is drawn.
         force: Replace a data set that is there.
     """
     from pipeline.data import shards as writer
+    from pipeline.data.examples import subset
     from pipeline.data.sources import load
 
+    loaded = load(source, root=root, size=size, channels=channels, seed=seed)
     manifest, written = writer.pack(
-        load(source, root=root, size=size, channels=channels, seed=seed),
+        subset(loaded, train=train, without=without, seed=seed) if train is not None or without else loaded,
         to,
         shards=shards,
         encoding=encoding,

@@ -4,6 +4,8 @@
     mixed  (images only) each of four with probability 1/2, one after another: detail lost (the image averaged down to
            between 1/2 and 1/8 of its height, enlarged again, and mixed with the original), noise as above, specks (up
            to 40 % of the pixels take one shade each), and stripes (up to 40 % of the rows, or columns, take one shade).
+           One image in sixteen is erased before: all of it takes one shade, every second time black. Where nothing is
+           left the answer is a typical image, so that no flat image stays what it is.
 
 `mixed` is kin to the damage that repair is measured on (pipeline.data.degrade), but of other kernels and of random
 strengths; a table of repairs must say which of the two, or neither, a network was trained with.
@@ -50,6 +52,9 @@ def damage(
     chance, shade, reach, select, colour, side, _, tone = (part.view(rows) for part in scalars.split(1, dim=1)[:8])
     happens = [(part < 0.5).view(rows) for part in scalars.split(1, dim=1)[8:12]]
 
+    erased, level = scalars[:, 14].view(rows), scalars[:, 15].view(rows)
+    blank = torch.where(level < 0.5, -1.0, 4 * level - 3)
+    images = torch.where(erased < 1 / 16, blank, images)
     out = torch.where(happens[0], _coarse(images, 1 + 2 * reach, chance.sqrt()), images)
     out = torch.where(happens[1], (out + strength * shade * normals).clamp(-1, 1), out)
 

@@ -1,10 +1,13 @@
 """What every source gives: keys, arrays and labels, by split."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
+
 from pipeline.data.samples import Array
+from pipeline.errors import InputError
 
 Example = tuple[str, Array, int]
 """Key, array, label (-1 for none)."""
@@ -44,3 +47,25 @@ class Made:
         if index >= self.length:
             raise IndexError(index)
         return self.make(index)
+
+
+def subset(
+    source: Source,
+    *,
+    train: int | None = None,  # training examples to keep; None: all
+    without: tuple[str, ...] = (),  # labels to leave out of the training split
+    seed: int = 0,  # which are kept: the first of an order drawn by it
+) -> Source:
+    """The source with fewer training examples, its test split whole. Raises InputError where too few are left."""
+    unknown = [label for label in without if label not in source.labels]
+    if unknown:
+        raise InputError(f"{source.name} has no label {unknown[0]!r}: --without takes {', '.join(source.labels)}")
+    whole = source.splits["train"]
+    numbers = [source.labels.index(label) for label in without]
+    order = np.argsort(np.random.Philox(key=seed).random_raw(len(whole)), kind="stable")
+    kept = np.array([row for row in order if not numbers or whole[int(row)][2] not in numbers], dtype=np.int64)
+    if len(kept) < (1 if train is None else max(train, 1)):
+        raise InputError(f"{source.name} has {len(kept)} such training examples, --train asks for {train or 1}")
+    kept = np.sort(kept[:train])
+    few = Made(length=len(kept), make=lambda index: whole[int(kept[index])])
+    return replace(source, splits={**source.splits, "train": few})

@@ -53,6 +53,19 @@ def gaussians(count: int, random: np.random.Generator) -> Drawn:
     return points + random.normal(0, 0.06, points.shape), label
 
 
+def gaussians25(count: int, random: np.random.Generator) -> Drawn:
+    """25 normals of deviation 0.03, alike in weight, centred on a grid of 5 x 5 that reaches from -0.8 to 0.8."""
+    label = random.integers(25, size=count)
+    points = 0.4 * np.stack([label % 5, label // 5], axis=1) - 0.8
+    return points + random.normal(0, 0.03, points.shape), label
+
+
+def ring(count: int, random: np.random.Generator) -> Drawn:
+    """The circle of radius 0.7 itself, angle uniform: a manifold to which the distance is known everywhere."""
+    angle = random.uniform(0, 2 * np.pi, count)
+    return 0.7 * np.stack([np.cos(angle), np.sin(angle)], axis=1), np.zeros(count, np.int64)
+
+
 def checkerboard(count: int, random: np.random.Generator) -> Drawn:
     """Uniform on the 8 dark squares of a 4 x 4 board that fills [-1, 1]²: density 1/2 there, 0 elsewhere."""
     label = random.integers(8, size=count)
@@ -82,6 +95,8 @@ LAWS: dict[str, tuple[int, Callable[[int, np.random.Generator], Drawn]]] = {
     "circles": (2, circles),
     "spirals": (2, spirals),
     "gaussians": (8, gaussians),
+    "gaussians25": (25, gaussians25),
+    "ring": (1, ring),
     "checkerboard": (8, checkerboard),
     "pinwheel": (5, pinwheel),
 }

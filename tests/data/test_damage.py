@@ -52,7 +52,9 @@ def test_mixed_has_each_kind():
     """Of images of one shade nothing but specks and stripes can be seen where there is no noise."""
     numbers = torch.arange(2000)
     flat = torch.full((2000, *SHAPE), 0.25)
-    changed = damage("mixed", flat, *drawn("mixed", numbers), 0.0) != 0.25
+    normals, uniform = drawn("mixed", numbers)
+    uniform[:, 14] = 1.0  # nothing erased
+    changed = damage("mixed", flat, normals, uniform, 0.0) != 0.25
     rows, columns = changed.all(3).any((1, 2)), changed.all(2).any((1, 2))
     assert 0.3 < float(changed.flatten(1).any(1).float().mean()) < 0.8
     assert 0.2 < float((rows & ~columns).float().mean()) < 0.6 and 0.02 < float((columns & ~rows).float().mean()) < 0.3
@@ -60,13 +62,23 @@ def test_mixed_has_each_kind():
     assert 0.15 < float(specks.float().mean()) < 0.4
     # Lost detail: a bar is paler and wider, and as bright in all.
     images = bars(2000)
-    normals, uniform = drawn("mixed", numbers)
     uniform[:, 9:12] = 1.0  # neither noise nor specks nor stripes
     blurred = damage("mixed", images, normals, uniform, 0.5)
     touched = (blurred != images).flatten(1).any(1)
     assert 0.4 < float(touched.float().mean()) < 0.6
     assert torch.allclose(blurred.mean((1, 2, 3)), images.mean((1, 2, 3)), atol=0.02)
     assert float(blurred[touched].amax((1, 2, 3)).mean()) < 0.7
+
+
+def test_mixed_erases_one_image_in_sixteen():
+    numbers, images = torch.arange(4000), bars(4000)
+    normals, uniform = drawn("mixed", numbers)
+    uniform[:, 8:12] = 1.0  # nothing else
+    found = damage("mixed", images, normals, uniform, 0.5).flatten(1)
+    flat = (found == found[:, :1]).all(1)
+    assert float(flat.float().mean()) == pytest.approx(1 / 16, abs=0.015)
+    shades = found[flat, 0]
+    assert 0.35 < float((shades == -1).float().mean()) < 0.65 and float(shades.max()) > 0.8
 
 
 def test_points_take_noise_only():

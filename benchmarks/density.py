@@ -1,0 +1,144 @@
+"""Does the energy tell data from what is not data? AUROC by set of outliers, beside what else could tell.
+
+    python benchmarks/density.py --to benchmarks/results/density
+
+An AUROC is the chance that an outlier scores above a test image: 1 is perfect, 0.5 a coin, 0 takes every outlier for
+more like the data than any image of it. Scores: the energy of networks, mean and standard deviation over seeds; how far
+the mean brightness is from the data's; the distance to the nearest training image. Outliers: Fashion-MNIST's test
+images, all black, other constants (every shade but black), uniform noise, inverted digits, digits upside down, and a
+digit that is left out of training. For that last column networks are trained anew on the data without it.
+
+Runs are kept under runs/tables as table.py's are. data/mnist, data/mnist_without_9 and data/fashion_mnist are packed
+where they are missing.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+from trained import ROOT, Task, measure_all, packed, slug, spread, table
+
+from pipeline.data.samples import scaled
+from pipeline.data.stream import read_split
+from pipeline.errors import exit_on_input_error
+from pipeline.evaluate.coverage import nearest
+from pipeline.evaluate.density import auroc
+from pipeline.model.naign import NAIGN
+
+HELD_OUT = "9"
+BEST = "configs/mnist_best.yaml"
+NETWORKS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "NAIGN": (BEST, ()),
+    "NAIGN, reconstruction and IMLE alone": (BEST, ("--objective.third=none", "--match.flat=0")),
+    "autoencoder": (BEST, ("--objective.imle=0", "--objective.third=none")),
+    "denoising autoencoder": (BEST, ("--objective.imle=0",)),
+    "normalised autoencoder": ("configs/mnist_nae.yaml", ()),
+}
+Score = Callable[[Tensor], Tensor]
+Sets = dict[str, tuple[Tensor, Tensor]]
+"""Test images and outliers, by the outliers' name."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Settings:
+    """Make the table."""
+
+    to: Path = Path("benchmarks/results/density")
+    """Where to write, without an ending."""
+    seeds: int = 3
+    """Seeds of each network."""
+    held_out: bool = True
+    """Also train on the data without one digit."""
+    count: int = 2500
+    """Test images, and outliers of each kind."""
+    jobs: int = 2
+    """Runs at a time."""
+    images: int = 0
+    """Train every network on so many images; 0: as its configuration says."""
+    runs: Path = Path("runs/tables")
+    """Where the runs lie."""
+
+
+def outliers(count: int) -> Sets:
+    """All but the digit that is left out."""
+    test, _ = read_split(str(ROOT / "data/mnist"), "test", limit=10_000)
+    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
+    images = scaled(test[order[:count]])
+    fashion, _ = read_split(packed("data/fashion_mnist", "fashion_mnist"), "test", limit=count)
+    shades = torch.linspace(-1, 1, 256)[1:].view(-1, 1, 1, 1).expand(-1, *images.shape[1:])
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    found = {
+        "Fashion-MNIST": scaled(fashion),
+        "black": torch.full_like(images[:1], -1.0),
+        "other constants": shades,
+        "uniform noise": noise,
+        "inverted": -images,
+        "upside down": images.flip(2),
+    }
+    return {name: (images, batch) for name, batch in found.items()}
+
+
+def held_out(count: int) -> Sets:
+    """Test images without the digit, and those of the digit."""
+    test, labels = read_split(str(ROOT / "data/mnist"), "test", limit=10_000)
+    out = torch.as_tensor(labels) == int(HELD_OUT)
+    return {f"the {HELD_OUT}, left out": (scaled(test[~out])[:count], scaled(test[out]))}
+
+
+def distance_to(train: Tensor) -> Score:
+    """To the nearest of the images, (n, *shape) in storage type."""
+    reference = scaled(train)
+    return lambda batch: nearest(batch, reference)[0]
+
+
+def dimness(train: Tensor) -> Score:
+    """How far the mean brightness is from that of the images, (n, *shape) in storage type."""
+    typical = float(train.double().mean()) / 127.5 - 1
+    return lambda batch: (batch.flatten(1).mean(1) - typical).abs()
+
+
+def aurocs(score: Score, sets: Sets) -> dict[str, float]:
+    return {name: auroc(score(images), score(others)) for name, (images, others) in sets.items()}
+
+
+def main(settings: Settings) -> None:
+    whole = (packed("data/mnist", "mnist"), outliers(settings.count))
+    parts = [whole]
+    if settings.held_out:
+        less = packed("data/mnist_without_9", "mnist", "--without", HELD_OUT)
+        parts.append((less, held_out(settings.count)))
+    found = dict[str, list[dict[str, float]]]()
+    for data, sets in parts:
+        train, _ = read_split(str(ROOT / data), "train", limit=100_000)
+        for name, score in {"brightness": dimness(train), "nearest training image": distance_to(train)}.items():
+            found.setdefault(name, [{}])[0].update(aurocs(score, sets))
+        tasks, owners = dict[str, Task](), dict[str, tuple[str, int]]()
+        for seed in range(settings.seeds):
+            for name, (config, options) in NETWORKS.items():
+                all_options = [*options, *([f"--data.path={ROOT / data}"] if data != "data/mnist" else [])]
+                all_options += [f"--train.images={settings.images}"] * bool(settings.images)
+                key = slug(" ".join([Path(config).stem, *(Path(o).name for o in all_options), f"seed {seed}"]))
+                tasks[key] = Task(settings.runs / key, config, (*all_options, f"--seed={seed}"))
+                owners[key] = (name, seed)
+        for key, record in measure_all(tasks, settings.jobs):
+            name, seed = owners[key]
+            rows = found.setdefault(name, [{} for _ in range(settings.seeds)])
+            if "failed" not in record:
+                rows[seed].update(aurocs(NAIGN.from_pretrained(tasks[key].folder).energy, sets))
+    titles = [name for _, sets in parts for name in sets]
+    order = [*NETWORKS, "nearest training image", "brightness"]
+    cells = [[name, *(spread([row[t] for row in found[name] if t in row], 3) for t in titles)] for name in order]
+    text = f"`python benchmarks/density.py`, {settings.seeds} seeds\n\n{table(['AUROC of', *titles], cells)}\n"
+    settings.to.parent.mkdir(parents=True, exist_ok=True)
+    settings.to.with_suffix(".md").write_text(text)
+    settings.to.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    with exit_on_input_error("density"):
+        main(tyro.cli(Settings))

@@ -1,0 +1,165 @@
+"""Sets of points in the plane, where truth is known: modes, density and the distance to the data.
+
+    python benchmarks/points.py --to benchmarks/results/points
+
+One network a set and seed, from configs/toy2d.yaml. Of 10,000 samples: the modes, or arms, that have at least a fifth
+of their share, and the share of samples near the data (four deviations of a Gaussian; 0.08 from a spiral, 0.02 from the
+ring). Spearman's correlation of -E with the log density, for the Gaussians, on a grid within [-1.2, 1.2]^2. The root of
+the energy (the sum over both coordinates) against the true distance to the curve, on points within 0.3 of it: the rank
+correlation, and the error as a share of the distance where that is above 0.05.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from scipy.stats import spearmanr
+from torch import Tensor
+from trained import ROOT, Task, measure_all, packed, slug, spread, table
+
+from pipeline.errors import exit_on_input_error
+from pipeline.model.naign import NAIGN
+
+CONFIG = "configs/toy2d.yaml"
+SAMPLES = 10_000
+Numbers = dict[str, float]
+
+
+@dataclass(kw_only=True, slots=True)
+class Settings:
+    """Make the table."""
+
+    to: Path = Path("benchmarks/results/points")
+    """Where to write, without an ending."""
+    seeds: int = 5
+    """Seeds of each set."""
+    jobs: int = 2
+    """Runs at a time."""
+    images: int = 0
+    """Train on so many points; 0: as the configuration says."""
+    runs: Path = Path("runs/tables")
+    """Where the runs lie."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Normals alike in weight and deviation."""
+
+    centres: Tensor
+    deviation: float
+
+    def log_density(self, points: Tensor) -> Tensor:
+        squares = torch.cdist(points.double(), self.centres.double()).square()
+        return torch.logsumexp(-squares / (2 * self.deviation**2), dim=1)
+
+    def judge(self, model: NAIGN, samples: Tensor) -> Numbers:
+        near, mode = torch.cdist(samples, self.centres).min(1)
+        good = near < 4 * self.deviation
+        shares = torch.bincount(mode[good], minlength=len(self.centres)) / len(samples)
+        axis = torch.linspace(-1.2, 1.2, 121)
+        grid = torch.cartesian_prod(axis, axis)
+        rank = spearmanr(-model.energy(grid).numpy(), self.log_density(grid).numpy())[0]
+        covered = (shares > 0.2 / len(self.centres)).sum()
+        return {
+            "modes": float(covered),
+            "of": len(self.centres),
+            "near": float(good.float().mean()),
+            "log p": float(rank),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """One curve a part."""
+
+    parts: Tensor
+    """(parts, n, 2): points so dense that the nearest is as good as the curve."""
+    near: float
+
+    def judge(self, model: NAIGN, samples: Tensor) -> Numbers:
+        distances = torch.stack([torch.cdist(samples, part).min(1).values for part in self.parts])
+        nearest, part = distances.min(0)
+        good = nearest < self.near
+        shares = torch.bincount(part[good], minlength=len(self.parts)) / len(samples)
+        generator = torch.Generator().manual_seed(0)
+        flat = self.parts.flatten(0, 1)
+        start = flat[torch.randint(len(flat), (4000,), generator=generator)]
+        angle = 2 * math.pi * torch.rand(4000, generator=generator)
+        away = 0.3 * torch.rand(4000, generator=generator)
+        points = start + away[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
+        truth = torch.cdist(points, flat).min(1).values
+        found = (model.energy(points) * 2).sqrt()
+        off = truth > 0.05
+        error = ((found - truth).abs() / truth)[off].mean()
+        return {
+            "modes": float((shares > 0.2 / len(self.parts)).sum()),
+            "of": len(self.parts),
+            "near": float(good.float().mean()),
+            "rank": float(spearmanr(found.numpy(), truth.numpy())[0]),
+            "error": float(error),
+        }
+
+
+def ring() -> Curves:
+    angle = torch.linspace(0, 2 * math.pi, 4001)[:-1]
+    return Curves(0.7 * torch.stack([angle.cos(), angle.sin()], dim=1)[None], 0.02)
+
+
+def spirals() -> Curves:
+    root = torch.linspace(0, 1, 2000)
+    arms = [3 * math.pi * root + math.pi * arm for arm in range(2)]
+    return Curves(torch.stack([0.9 * root[:, None] * torch.stack([a.cos(), a.sin()], dim=1) for a in arms]), 0.08)
+
+
+def grid() -> Mixture:
+    axis = torch.arange(5) * 0.4 - 0.8
+    return Mixture(torch.cartesian_prod(axis, axis), 0.03)
+
+
+def wheel() -> Mixture:
+    angle = torch.arange(8) * (2 * math.pi / 8)
+    return Mixture(0.8 * torch.stack([angle.cos(), angle.sin()], dim=1), 0.06)
+
+
+TRUTHS: dict[str, Callable[[], Mixture | Curves]] = {
+    "gaussians": wheel,
+    "gaussians25": grid,
+    "spirals": spirals,
+    "ring": ring,
+}
+
+
+def main(settings: Settings) -> None:
+    tasks, owners = dict[str, Task](), dict[str, str]()
+    for seed in range(settings.seeds):
+        for name in TRUTHS:
+            path = packed(f"data/toy2d_{name}", f"toy2d:{name}")
+            options = [f"--data.path={ROOT / path}", *([f"--train.images={settings.images}"] * bool(settings.images))]
+            key = slug(" ".join(["toy2d", name, *options[1:], f"seed {seed}"]))
+            tasks[key] = Task(settings.runs / key, CONFIG, (*options, f"--seed={seed}"))
+            owners[key] = name
+    found: dict[str, list[Numbers]] = {name: [] for name in TRUTHS}
+    for key, record in measure_all(tasks, settings.jobs):
+        if "failed" not in record:
+            model = NAIGN.from_pretrained(tasks[key].folder)
+            found[owners[key]].append(TRUTHS[owners[key]]().judge(model, model.sample(SAMPLES)))
+    titles = {"modes": 1, "of": 0, "near": 3, "log p": 3, "rank": 3, "error": 3}
+    rows = []
+    for name, records in found.items():
+        cells = [spread([record[t] for record in records if t in record], digits) for t, digits in titles.items()]
+        rows.append([f"{name} ({len(records)} seeds)", *cells])
+    head = ["", "modes covered", "of", "samples near the data", "rank of -E with log p", "rank of √E with distance"]
+    text = f"`python benchmarks/points.py`\n\n{table([*head, 'error of √E, × distance'], rows)}\n"
+    settings.to.parent.mkdir(parents=True, exist_ok=True)
+    settings.to.with_suffix(".md").write_text(text)
+    settings.to.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    with exit_on_input_error("points"):
+        main(tyro.cli(Settings))
