@@ -50,7 +50,7 @@ quick: lint
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 golden: $(VENV)/.tested
-	$(BIN)/python tests/golden.py
+	$(BIN)/python -m tests.golden
 
 clean:
 	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -31,11 +31,12 @@ from pipeline.model.naign import NAIGN
 
 HELD_OUT = "9"
 BEST = "configs/mnist_best.yaml"
+PLAIN = ("--objective.denoising=0", "--objective.third=none")
 NETWORKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "NAIGN": (BEST, ()),
-    "NAIGN, reconstruction and IMLE alone": (BEST, ("--objective.third=none", "--match.flat=0")),
-    "autoencoder": (BEST, ("--objective.imle=0", "--objective.third=none")),
-    "denoising autoencoder": (BEST, ("--objective.imle=0",)),
+    "NAIGN, reconstruction and IMLE alone": (BEST, (*PLAIN, "--match.flat=0")),
+    "autoencoder": (BEST, ("--objective.imle=0", *PLAIN)),
+    "denoising autoencoder": (BEST, ("--objective.imle=0", "--objective.third=none")),
     "normalised autoencoder": ("configs/mnist_nae.yaml", ()),
 }
 Score = Callable[[Tensor], Tensor]

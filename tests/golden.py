@@ -15,7 +15,7 @@ from tests.conftest import SMALL, environment, train_command
 FILE = Path(__file__).parent / "golden.json"
 TRACES = {
     "naign": ["--match.latents=mixture"],
-    "naign denoising": ["--objective.third=denoising", "--train.passes=2", "--match.latents=gaussian", "--seed=5"],
+    "naign denoising": ["--objective.denoising=1", "--train.passes=2", "--match.latents=gaussian", "--seed=5"],
     "naign idempotence": [
         *("--objective.third=idempotence", "--objective.distance=l1+l2", "--match.latents=smooth4", "--train.ema=0.9"),
     ],

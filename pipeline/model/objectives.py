@@ -2,7 +2,7 @@
 
 All take one network, a batch of images and a batch of latents of the same size, and return the terms of the loss. What
 does not depend on another forward costs one of all inputs together. Without the terms that take latents, NAIGN is an
-autoencoder: plain (imle=0), or denoising (imle=0, third=denoising).
+autoencoder: plain (imle=0), or denoising (imle=0, reconstruction=0).
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 Network = Callable[[Tensor], Tensor]
 OBJECTIVES = ("naign", "ign", "nae")
-THIRD_TERMS = ("none", "idempotence", "matched", "denoising")
+THIRD_TERMS = ("none", "idempotence", "matched")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,16 +41,19 @@ class ObjectiveConfig:
     """naign: weight of d(f(z*), x), z* the latent whose sample is nearest to x."""
 
     third: str = "none"
-    """naign: none, idempotence d(f(f(z*)), f(z*)), matched d(f(f(z*)), x) or denoising d(f(damaged x), x)."""
+    """naign: none, idempotence d(f(f(z*)), f(z*)) or matched d(f(f(z*)), x)."""
 
     third_weight: float = 1.0
     """naign: weight of the third term."""
 
+    denoising: float = 0.0
+    """naign: weight of d(f(damaged x), x)."""
+
     damage: str = "noise"
-    """naign, third=denoising: noise, or mixed (lost detail, noise, specks and stripes: pipeline/data/damage.py)."""
+    """naign, denoising: noise, or mixed (lost detail, noise, specks and stripes: pipeline/data/damage.py)."""
 
     noise: float = 0.5
-    """naign, third=denoising: the noise's standard deviation is uniform in [0, this] for each image."""
+    """naign, denoising: the noise's standard deviation is uniform in [0, this] for each image."""
 
     idempotence: float = 20.0
     """ign: weight of d(f'(f(z)), f(z)), f' frozen."""
@@ -76,17 +79,21 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         choices = {"name": OBJECTIVES, "distance": DISTANCES, "third": THIRD_TERMS, "damage": damage.LAWS}
         for name, allowed in choices.items():
+            if name == "third" and self.third == "denoising":
+                raise InputError(
+                    "objective.third is 'denoising': that term has a weight of its own, objective.denoising"
+                )
             if getattr(self, name) not in allowed:
                 raise InputError(
                     f"objective.{name} is '{getattr(self, name)}': choose one of {', '.join(map(str, allowed))}"
                 )
-        weights = ("reconstruction", "imle", "third_weight", "noise", "idempotence", "tightness")
+        weights = ("reconstruction", "imle", "third_weight", "denoising", "noise", "idempotence", "tightness")
         for name in (*weights, "langevin_steps", "langevin_rate", "langevin_noise", "bound"):
             if getattr(self, name) < 0:
                 raise InputError(f"objective.{name} is {getattr(self, name)}: it must be at least 0")
         third = self.third_weight if self.third != "none" else 0.0
-        if self.name == "naign" and not (self.reconstruction or self.imle or third):
-            raise InputError("objective.reconstruction, imle and the third term all weigh 0: nothing would be trained")
+        if self.name == "naign" and not (self.reconstruction or self.imle or third or self.denoising):
+            raise InputError("objective.reconstruction and all other terms weigh 0: nothing would be trained")
         if self.clamp <= 0:
             raise InputError(f"objective.clamp is {self.clamp}: it must be positive")
 
@@ -98,7 +105,7 @@ class ObjectiveConfig:
     @property
     def needs_latents(self) -> bool:
         """Whether the loss takes latents at all."""
-        return self.name != "naign" or self.imle > 0 or self.third in ("idempotence", "matched")
+        return self.name != "naign" or self.imle > 0 or self.third != "none"
 
     @property
     def forwards(self) -> int:
@@ -107,12 +114,12 @@ class ObjectiveConfig:
             return 4
         if self.name == "nae":
             return 2 + self.langevin_steps
-        return (self.reconstruction > 0) + self.needs_latents + (self.third != "none")
+        return (self.reconstruction > 0) + self.needs_latents + (self.third != "none") + self.needs_damaged
 
     @property
     def needs_damaged(self) -> bool:
         """Whether the loss takes damaged images."""
-        return self.name == "naign" and self.third == "denoising"
+        return self.name == "naign" and self.denoising > 0
 
 
 def losses(
@@ -137,12 +144,11 @@ def losses(
 def _naign(
     config: ObjectiveConfig, network: Network, images: Tensor, latents: Tensor | None, damaged: Tensor | None
 ) -> dict[str, Tensor]:
-    """arXiv 2511.02614: w_rec E d(f(x), x) + w_imle E d(f(z_sigma(i)), x_i) + an optional third term."""
+    """arXiv 2511.02614: w_rec E d(f(x), x) + w_imle E d(f(z_sigma(i)), x_i) + optional terms."""
     distance = DISTANCES[config.distance]
-    weights = {"reconstruction": config.reconstruction, "imle": config.imle, "third": config.third_weight}
-    inputs = {"imle": latents, "third": damaged} if config.needs_latents else {"third": damaged}
-    if config.reconstruction:
-        inputs = {"reconstruction": images, **inputs}
+    weights = {"third": config.third_weight}
+    weights |= {name: getattr(config, name) for name in ("reconstruction", "imle", "denoising")}
+    inputs = {"reconstruction": images if config.reconstruction else None, "imle": latents, "denoising": damaged}
     given = {name: value for name, value in inputs.items() if value is not None}
     parts = network(torch.cat(list(given.values()))).split(len(images))
     outputs = dict(zip(given, parts, strict=True))
