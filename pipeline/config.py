@@ -60,7 +60,8 @@ class TrainConfig:
     """Micro-batches a step: batch = images of a micro-batch x accumulate x ranks."""
 
     precision: str = ""
-    """fp32, bf16 or fp16 for the forward and backward of the fit; weights are float32. Empty: as the launcher says."""
+    """fp32, bf16 or fp16 for forward and backward; weights are float32. Empty: as the launcher says; auto: if that is
+    nothing, bf16 where the hardware multiplies it, else fp32."""
 
     compile: bool = False
     """Compile the network with torch.compile."""
@@ -233,7 +234,7 @@ MOST = 2**62
 """Larger numbers mean nothing in any setting, and overflow where they are used."""
 
 MOST_THREADS = 1024
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 MOST_SECONDS = 10**7
 
 

@@ -24,7 +24,7 @@ from pipeline.errors import InputError, PeerLost, Stopped, Unavailable
 def build_accelerator(
     timeout: float = 600,  # seconds a rank waits for the others in a collective before it fails
     *,
-    precision: str = "",  # fp32, bf16 or fp16; '': what the launcher's configuration says
+    precision: str = "",  # fp32, bf16, fp16 or auto (`choose_precision`); '': what the launcher's configuration says
     accumulate: int = 1,  # micro-batches a step
 ) -> Accelerator:
     """The engine that the launcher's configuration names, over gloo where there is no GPU."""
@@ -51,6 +51,8 @@ def build_accelerator(
     after = max(soon, timedelta(hours=2))
     patience = InitProcessGroupKwargs(backend=backend, timeout=after)
     said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").replace("fp32", "no")
+    if precision == "auto":
+        precision = "" if said != "no" or deepspeed else choose_precision(on_cpu)
     wanted = {"": said, "fp32": "no"}.get(precision, precision)
     if said not in ("no", wanted):
         raise InputError(
@@ -73,6 +75,14 @@ def build_accelerator(
             "compare its configuration with those in launch/"
         )
     return accelerator
+
+
+def choose_precision(on_cpu: bool) -> str:
+    """bf16 where the processor or GPU multiplies it natively, else fp32: elsewhere it is slower than float32."""
+    if not on_cpu:
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "sve_bf16")) else "fp32"
 
 
 def _join(backend: str, within: timedelta, timeout: timedelta) -> None:
