@@ -21,12 +21,12 @@ from pathlib import Path
 import tyro
 import yaml
 from tqdm import tqdm
-from trained import COLUMNS, ROOT, Record, Task, measure_all, slug, table
+from trained import COLUMNS, ROOT, Record, Task, measure_all, slug, spread, table
 
 from pipeline.config import load
 from pipeline.errors import InputError, exit_on_input_error
 
-COLUMNS_SHOWN = [name for name in COLUMNS if name not in ("commonest", "copying", "images")]
+COLUMNS_SHOWN = [name for name in COLUMNS if name not in ("commonest", "copying", "images", "late")]
 KEPT = (
     *("fd", "modes", "coverage", "restoration", "density", "idempotence", "reconstruction", "nearest"),
     "training_seconds",
@@ -105,7 +105,9 @@ def page(search: Search, file: Path, found: Record) -> str:
         rows = list[list[str]]()
         for name in sorted(there, key=lambda name: score(found[key(name, rung)])):
             record = found[key(name, rung)]
-            cells = [f"{column.get(record['metrics']):.{column.digits}f}" for column in columns if "metrics" in record]
+            cells = [
+                spread([column.get(record["metrics"])], column.digits) for column in columns if "metrics" in record
+            ]
             rows.append(
                 [name, " ".join(record["options"]) or "-", *(cells or ["diverged", *["-"] * (len(columns) - 1)])]
             )

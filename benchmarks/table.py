@@ -15,13 +15,13 @@ from typing import Any
 
 import tyro
 import yaml
-from trained import COLUMNS, Record, Task, measure_all, slug, spread, table
+from trained import COLUMNS, Record, Task, measure_all, packed, slug, spread, table
 
 from pipeline.errors import InputError, exit_on_input_error
 
 KEPT = (
     *("fd", "modes", "coverage", "restoration", "density", "idempotence", "reconstruction", "nearest", "encoder"),
-    *("images_seen", "training_seconds", "counts"),
+    *("images_seen", "training_seconds", "counts", "late"),
 )
 
 
@@ -50,6 +50,8 @@ class Plan:
     columns: list[str]
     rows: dict[str, dict[str, Any]]
     answers: list[str]
+    packed: dict[str, list[str]]
+    """Data sets that are packed where they are missing, by path, with the arguments of `naign pack`."""
 
     @classmethod
     def read(cls, file: Path) -> "Plan":
@@ -57,7 +59,8 @@ class Plan:
             said = yaml.safe_load(file.read_text())
             rows = {str(name): dict(row) for name, row in said["rows"].items()}
             seeds = [int(seed) for seed in said["seeds"]]
-            plan = cls(str(said["title"]), seeds, list(said["columns"]), rows, list(said.get("answers", [])))
+            data = {str(path): [str(word) for word in words] for path, words in said.get("packed", {}).items()}
+            plan = cls(str(said["title"]), seeds, list(said["columns"]), rows, list(said.get("answers", [])), data)
         except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 f"{file} is no table ({type(error).__name__}: {error}): see benchmarks/generation.yaml"
@@ -94,6 +97,8 @@ def page(plan: Plan, settings: Settings, found: dict[str, list[Record]]) -> str:
 
 def main(settings: Settings) -> None:
     plan = Plan.read(settings.file)
+    for path, arguments in plan.packed.items():
+        packed(path, *arguments)
     seeds = plan.seeds[: settings.seeds or None]
     tasks, where = dict[str, Task](), dict[str, str]()
     for seed in seeds:  # all rows on one seed first

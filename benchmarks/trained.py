@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +56,15 @@ class Task:
                     return {"failed": last[0]}
                 raise InputError(f"exit code {done.returncode}: {' '.join(command)}; see {folder / 'log'}: {last}")
         found: Record = json.loads(file.read_text())
-        return found
+        return found | {"late": late(folder / "metrics.jsonl")}
+
+
+def late(metrics: Path) -> float:
+    """Standard deviation of the loss over the last tenth of the rounds, at least five, as a share of its mean there."""
+    losses = [json.loads(line).get("loss/total") for line in metrics.read_text().splitlines()]
+    losses = [loss for loss in losses if loss is not None]
+    last = losses[-max(5, len(losses) // 10) :]
+    return stdev(last) / abs(mean(last)) if len(last) > 1 else float("nan")
 
 
 def measure_all(tasks: dict[str, Task], jobs: int) -> Iterator[tuple[str, Record]]:
@@ -77,8 +85,9 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-zA-Z0-9.]+", "-", name).strip("-")
 
 
-def spread(values: list[float], digits: int) -> str:
+def spread(found: Iterable[float | None], digits: int) -> str:
     """Mean and standard deviation, or the one value there is."""
+    values = [value for value in found if value is not None]
     if not values:
         return "-"
     text = f"{mean(values):.{digits}f}"
@@ -95,7 +104,8 @@ class Column:
     """One number of a record."""
 
     title: str
-    get: Callable[[Record], float]
+    get: Callable[[Record], float | None]
+    """None where a record has no such number, as modes of data without labels."""
     digits: int
 
 
@@ -111,13 +121,14 @@ KINDS = ("blur", "noise", "salt_pepper", "rows")
 COLUMNS = {
     "once": Column("FD f(z), × floor", lambda record: record["fd"]["once"] / record["fd"]["floor"], 1),
     "twice": Column("FD f(f(z)), × floor", lambda record: record["fd"]["twice"] / record["fd"]["floor"], 1),
-    "rarest": Column("rarest class, %", lambda record: 100 * min(record["modes"]), 1),
-    "commonest": Column("commonest, %", lambda record: 100 * max(record["modes"]), 1),
+    "rarest": Column("rarest class, %", lambda record: 100 * min(record["modes"]) if record["modes"] else None, 1),
+    "commonest": Column("commonest, %", lambda record: 100 * max(record["modes"]) if record["modes"] else None, 1),
     **{name: _overlap(name) for name in ("precision", "recall", "density", "coverage")},
     **{kind: _restored(kind) for kind in KINDS},
     "reconstruction": Column("reconstruction", lambda record: float(record["reconstruction"]), 3),
     "idempotence": Column("idempotence", lambda record: float(record["idempotence"]["samples"]), 3),
     "copying": Column("distance to training, × test's", lambda record: float(record["nearest"]["ratio"]), 2),
+    "late": Column("late loss, spread", lambda record: float(record["late"]), 3),
     "images": Column("images seen, 10³", lambda record: record["images_seen"] / 1000, 0),
     "minutes": Column("core minutes", lambda record: record["training_seconds"] / 60, 1),
 }
