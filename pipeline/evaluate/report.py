@@ -80,7 +80,16 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def headline(metrics: dict[str, Any]) -> list[str]:
+def _taught(config: dict[str, Any]) -> str:
+    """What training showed it of damage, for the sentence on repair."""
+    objective = config.get("objective")
+    if not objective or not objective.get("denoising"):
+        return ", and never saw damage in training" if objective else ""
+    kinds = {"mixed": "mixed damage, kin to this", "noise": "Gaussian noise alone"}
+    return f"; in training it saw {kinds.get(str(objective.get('damage')), 'damage')}"
+
+
+def headline(metrics: dict[str, Any], config: dict[str, Any]) -> list[str]:
     """The main results as sentences of HTML, each with what it means."""
     fd, move, near = metrics["fd"], metrics["idempotence"], metrics["nearest"]
     lines = [
@@ -102,7 +111,7 @@ def headline(metrics: dict[str, Any]) -> list[str]:
         )
         lines.append(
             f"<b>Repair of test images</b>, mean absolute error before → after one application, in a scale of −1 to "
-            f"1: {repairs}. f is not told what was done to an image."
+            f"1: {repairs}. f is not told what was done to an image{html.escape(_taught(config))}."
         )
     lines.append(
         f"<b>Applying f again moves a sample by {number(move['samples'])}</b>"
@@ -231,7 +240,7 @@ def render(metrics: dict[str, Any], pictures: Sequence[Picture], *, config: dict
         for picture in pictures
     )
     seen = metrics["images_seen"]
-    words = "".join(f"<li>{line}</li>" for line in headline(metrics))
+    words = "".join(f"<li>{line}</li>" for line in headline(metrics, config))
     settings = html.escape(json.dumps(config, indent=1, default=str))
     notes = "".join(f"<p class='mute'>{html.escape(note)}</p>" for note in metrics["notes"])
     return (

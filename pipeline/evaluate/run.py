@@ -4,6 +4,7 @@ Reads top to bottom: load, measure stage by stage, draw, write.
 """
 
 import json
+import math
 import os
 import tempfile
 import time
@@ -34,6 +35,10 @@ REPAIRED = 2_500
 OUTLIERS = 1_000
 """Test images from which outliers are made; f is applied about four times as often."""
 STAGES = 7
+STEPS = 12
+"""Images of an interpolation."""
+FEW = 1000
+"""With fewer examples a Frechet distance on 64 features is mostly bias."""
 
 
 def evaluate(
@@ -91,6 +96,12 @@ def evaluate(
             )
         with _stage(bar, "distance and coverage"):
             _merge(metrics, measures.overlap(subject))
+        least = min(subject.counts[name] for name in ("samples", "test", "floor"))
+        if least < FEW:
+            notes.append(
+                f"Fréchet distances, the floor's too, rest on as few as {least:,} examples, and much of their value is "
+                "bias: compare them with others of the same counts only."
+            )
         with _stage(bar, "nearest training examples"):
             part, neighbours = measures.copying(subject)
             _merge(metrics, part)
@@ -186,6 +197,14 @@ def _image_pictures(subject: Subject, neighbours: Tensor, repaired: dict[str, di
             image=pictures.rows(times),
         ),
     ]
+    drawn.append(
+        Picture(
+            name="interpolation",
+            title="Between two samples",
+            caption="f(z) on the way from one noise, left, to another, right, along the arc between them.",
+            image=pictures.grid(_between(subject), columns=STEPS),
+        )
+    )
     for kind, answers in repaired.items():
         clean = subject.test[: len(answers["input"])]
         lines = [("clean", clean), ("damaged", answers["input"]), ("f once", answers["once"])]
@@ -208,6 +227,14 @@ def _image_pictures(subject: Subject, neighbours: Tensor, repaired: dict[str, di
         )
     )
     return drawn
+
+
+def _between(subject: Subject) -> Tensor:
+    """Six rows of STEPS images (n, *shape), from one sample to another; cos and sin keep the latents' variance."""
+    latents = subject.model.latent(torch.arange(12), seed=subject.seed)
+    angle = torch.linspace(0, math.pi / 2, STEPS, device=latents.device).view(1, -1, *(1,) * len(subject.model.shape))
+    way = angle.cos() * latents[:6, None] + angle.sin() * latents[6:, None]
+    return subject.model.project(way.flatten(0, 1)).cpu()
 
 
 def _point_pictures(subject: Subject) -> list[Picture]:

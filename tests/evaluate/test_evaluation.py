@@ -95,11 +95,12 @@ def test_report_stands_alone_and_says_the_numbers(evaluated: tuple[Path, dict[st
         assert all(number(table[name]) in text for name in ("input", "once", "twice", "black", "median"))
     assert f"<b>{number(min(metrics['restoration']['blur'][n] for n in ('input', 'median', 'nearest')))}</b>" in text
     assert "12,345 images" in text and "digits-cnn64" in text
+    assert any("rest on as few as" in note for note in metrics["notes"]) and "rest on as few as" in text
 
 
 def test_pictures_lie_beside_and_nothing_is_left_half_written(evaluated: tuple[Path, dict[str, Any]]) -> None:
     files = {path.name for path in (evaluated[0] / "evaluation").iterdir()}
-    pictures = {"samples", "applications", "neighbours", *(f"restoration_{kind}" for kind in KINDS)}
+    pictures = {"samples", "applications", "interpolation", "neighbours", *(f"restoration_{kind}" for kind in KINDS)}
     assert files == {f"{name}.png" for name in pictures} | {"metrics.json", "report.html"}
     for name in pictures:
         with Image.open(evaluated[0] / "evaluation" / f"{name}.png") as picture:
