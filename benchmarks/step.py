@@ -3,7 +3,7 @@
     python benchmarks/step.py --to benchmarks/results/step
 
 prints and writes three tables (step.md) and what was measured (step.json). Images are random, stored as MNIST's are;
-the network and all settings are those of configs/mnist.yaml where nothing else is said. What step.json holds already
+the network and all settings are the program's defaults where nothing else is said. What step.json holds already
 stays unless it is measured again: `--parts fit` measures that part alone.
 
 Fit. `pipeline.fit.fit`, on a round with a match whose ids are given, beside the barest loop of the same mathematics,
@@ -47,7 +47,7 @@ import tyro
 from step_processes import WHO, Record, alternate, first_step, on_ranks, peak, write
 from trained import table
 
-from pipeline.config import load
+from pipeline.config import Config
 from pipeline.data.examples import Example, Made, Source
 from pipeline.data.shards import pack
 from pipeline.errors import InputError, exit_on_input_error
@@ -125,7 +125,7 @@ class Bench:
 
     def __init__(self, settings: Settings, scratch: Path) -> None:
         self.settings, self.scratch = settings, scratch
-        self.config = load(str(ROOT / "configs/mnist.yaml"))
+        self.config = Config()
         if settings.quick:
             self.config.model = NetworkConfig(width=8, code=16)
             self.config.match.round = 512
@@ -176,7 +176,7 @@ class Bench:
         large.match.round = large.train.batch = 4
         large.data.path = self.packed((3, 64, 64), 8)
         found = {}
-        for title, config in (("configs/mnist.yaml", self.config), ("width 256, depth 2, 64x64 in colour", large)):
+        for title, config in (("defaults", self.config), ("width 256, depth 2, 64x64 in colour", large)):
             (found[title],) = on_ranks(1, write, config, self.settings.checkpoints)
             say(f"{title}: {found[title]}")
         return found

@@ -145,6 +145,7 @@ def _naign(
     config: ObjectiveConfig, network: Network, images: Tensor, latents: Tensor | None, damaged: Tensor | None
 ) -> dict[str, Tensor]:
     """arXiv 2511.02614: w_rec E d(f(x), x) + w_imle E d(f(z_sigma(i)), x_i) + optional terms."""
+    assert (damaged is not None) == config.needs_damaged and (latents is not None or not config.needs_latents)
     distance = DISTANCES[config.distance]
     weights = {"third": config.third_weight}
     weights |= {name: getattr(config, name) for name in ("reconstruction", "imle", "denoising")}
