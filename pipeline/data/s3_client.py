@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 from pipeline.data.fetch import PARALLEL
+from pipeline.errors import printable
 
 SILENCE = 20.0
 """Seconds without a byte, or without a connection, before a request counts as failed."""
@@ -92,7 +93,17 @@ def _make_client() -> Any:
         raise BadSettings(re.sub(r"\S*@", "...@", str(error))) from None
     if "@" in made.meta.endpoint_url:  # every error would print it
         raise BadSettings("the server's address holds a user or a password: give them as AWS_ACCESS_KEY_ID and so on")
+    made.meta.events.register_first("needs-retry.s3", _refuse_redirect)
     return made
+
+
+def _refuse_redirect(response: Any, **_: Any) -> None:
+    """Else botocore asks that server for the bucket's region, is redirected again, and so on without end."""
+    status, answer = (response[0].status_code, response[1]) if response else (0, {})
+    headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    if status in (301, 302, 307, 308) and not ("x-amz-bucket-region" in headers or "Region" in answer.get("Error", {})):
+        place = printable(headers.get("location", "").partition("?")[0]) or "nowhere"
+        raise BadSettings(f"the server redirects ({status}) to {place} (http or https? another region?)")
 
 
 class BadSettings(Exception):

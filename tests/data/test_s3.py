@@ -9,6 +9,7 @@ import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -240,6 +241,31 @@ def test_credentials_that_do_not_do(
     assert re.search(message, found), found
     assert "not-to-be-read" not in found
     assert ("no credentials were found" in found) == (changed.get("AWS_ACCESS_KEY_ID", "") is None)
+
+
+@pytest.mark.parametrize("status", [301, 308])
+@pytest.mark.parametrize("action", ACTIONS)
+def test_a_server_that_redirects(s3: S3Server, monkeypatch: pytest.MonkeyPatch, action: str, status: int) -> None:
+    class Redirect(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            self.send_response(status)
+            self.send_header("Location", f"https://elsewhere{self.path}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_HEAD = do_PUT = do_DELETE = answer
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Redirect) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        forget_clients()
+        message = refusal(s3, action, "s3://bucket/x")
+        server.shutdown()
+    assert f"the server redirects ({status}) to https://elsewhere/bucket" in message
+    assert "(http or https? another region?): check AWS_ENDPOINT_URL" in message and "\n" not in message
 
 
 def test_a_public_bucket_needs_no_account(s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
