@@ -345,7 +345,7 @@ def render(
         config: Settings of the run; default: those of configs/mnist.yaml.
         gpu: Which, for the prediction: h100, h200, a100, l4, ...
         bandwidth: GB/s between nodes, for the prediction.
-        name: Of the Job, its Service and its ConfigMaps; default: the last part of --run.
+        name: Of the Job, its Service and its ConfigMaps; default: the last part of --run, made to fit.
         service_account: Of the pods, where a role instead of a Secret gives access to the bucket (k8s).
         endpoint: Address of the S3 server, where it is not AWS's (k8s).
         region: Of the bucket (k8s).

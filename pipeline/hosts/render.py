@@ -1,5 +1,7 @@
 """Manifests and scripts for a size, made from those in k8s/ and launch/, and what a training of that size will cost."""
 
+import hashlib
+import json
 import logging
 import math
 import re
@@ -11,7 +13,7 @@ import yaml
 
 from pipeline.config import Config, check, load, to_dict
 from pipeline.data.manifest import Manifest
-from pipeline.errors import InputError, Unavailable
+from pipeline.errors import InputError, Unavailable, printable
 from pipeline.hosts.check import Object, problems
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +25,13 @@ LAUNCH = 2e-3
 
 CPU_TFLOPS = 0.1
 """Of a host without GPUs: two or four cores of a server."""
+
+_HOST, _PART = r"[a-zA-Z0-9]([a-zA-Z0-9-]*[a-zA-Z0-9])?", r"[a-z0-9]+((\.|__?|-+)[a-z0-9]+)*"
+IMAGE = rf"({_HOST}(\.{_HOST})*(:\d{{1,5}})?/)?{_PART}(/{_PART})*(:\w[\w.-]{{0,127}})?(@sha256:[0-9a-f]{{64}})?"
+"""github.com/distribution/reference: [host[:port]/]name[:tag][@digest], in ASCII."""
+
+BUCKET = r"s3://(?![^/]*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?"
+"""docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,9 +56,19 @@ class Size:
 
 
 def name_after(run: str) -> str:
-    """What Kubernetes takes as a name, from the last part of the run's."""
-    last = re.sub(r"[^a-z0-9]+", "-", run.rstrip("/").rpartition("/")[2].lower())
-    return last.strip("-0123456789")[:42].strip("-") or "naign"
+    """What Kubernetes takes as a name: the last part of the run's, with a hash of the whole where that is not one."""
+    run = run.rstrip("/")
+    last = run.rpartition("/")[2]
+    name = re.sub(r"[^a-z0-9]+", "-", last.lower()).lstrip("-0123456789").rstrip("-")
+    if name == last and len(name) <= 42:
+        return name
+    digest = hashlib.sha256(run.encode(errors="surrogateescape")).hexdigest()
+    return f"{name[:33].rstrip('-') or 'naign'}-{digest[:8]}"
+
+
+def _shown(text: str) -> str:
+    """An option's value, so that it may stand in a message: on one line, without user and password."""
+    return printable(re.sub(r".*@", "...@", text, flags=re.DOTALL))
 
 
 def settings(size: Size, data: str, run: str, config: Path | None, name: str) -> Config:
@@ -61,7 +80,10 @@ def settings(size: Size, data: str, run: str, config: Path | None, name: str) ->
     if size.ranks > 2**16:
         raise InputError(f"{size.nodes} nodes of {size.gpus} GPUs are too many")
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?", name):
-        raise InputError(f"--name {name}: small letters, digits and '-', at most 42, as Kubernetes wants names")
+        raise InputError(f"--name {_shown(name)}: small letters, digits and '-', at most 42, as Kubernetes wants names")
+    for option, path in (("--data", data), ("--run", run)):
+        if not path.isprintable() or ("://" in path and not re.fullmatch(BUCKET, path)):
+            raise InputError(f"{option} {_shown(path)}: write s3://bucket/prefix, a bucket's name as S3 wants it")
     found = load(str(config or ROOT / "configs/mnist.yaml"))
     found.data.path = data
     if run.startswith("s3://"):
@@ -84,12 +106,14 @@ def render_k8s(size: Size, *, image: str, data: str, run: str, config: Path | No
     """What `kubectl apply -f -` takes: job.yaml for this size, with a bucket instead of its S3 server."""
     for option, path in (("--data", data), ("--run", run)):
         if not path.startswith("s3://"):
-            raise InputError(f"{option} {path}: pods share a bucket only: give s3://bucket/prefix")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9._/:-]*[a-z0-9](:[A-Za-z0-9_][\w.-]*)?(@sha256:[0-9a-f]{64})?", image, re.A):
-        raise InputError(f"--image {image} is no name of an image")
+            raise InputError(f"{option} {_shown(path)}: pods share a bucket only: give s3://bucket/prefix")
+    if not re.fullmatch(IMAGE, image, re.ASCII):
+        raise InputError(f"--image {_shown(image)} is no name of an image: [registry/]name[:tag][@digest]")
     if size.account and not re.fullmatch(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?", size.account):
-        raise InputError(f"--service-account {size.account} is no name of a service account")
-    if size.endpoint and not re.fullmatch(r"https?://[^\s@]+", size.endpoint):
+        raise InputError(f"--service-account {_shown(size.account)} is no name of a service account")
+    if not re.fullmatch(r"[a-z0-9-]+", size.region):
+        raise InputError(f"--region {_shown(size.region)} is no name of a region, as eu-west-1")
+    if size.endpoint and not (re.fullmatch(r"https?://[^\s@]+", size.endpoint) and size.endpoint.isprintable()):
         raise InputError("--endpoint must be http://host:port or https://host, without user and password")
     found = settings(size, data, run, config, name)
     found.stop.within = 60
@@ -100,6 +124,7 @@ def render_k8s(size: Size, *, image: str, data: str, run: str, config: Path | No
     objects = [item for item in objects if (item["kind"], item["metadata"]["name"]) != ("Service", "naign-store")]
     for item in objects:
         _fit(item, size, image, found, name)
+    _bind(objects)
     wrong = problems(objects)
     if wrong:  # ours to mend, not the user's
         raise InputError("\n  ".join(["what would be printed is not right:", *wrong]))
@@ -126,6 +151,16 @@ _Dumper.add_representer(
     str,
     lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
 )
+
+
+def _bind(objects: list[Object]) -> None:
+    """Let a second `apply` under one name be refused: else pods that are replaced take up what the other run's say."""
+    maps = [item for item in objects if item["kind"] == "ConfigMap"]
+    digest = hashlib.sha256(json.dumps([item["data"] for item in maps]).encode()).hexdigest()
+    for item in maps:
+        item["immutable"] = True
+    (job,) = (item for item in objects if item["kind"] == "Job")
+    job["spec"]["template"]["metadata"]["annotations"] = {"naign/config-sha256": digest}
 
 
 def _fit(item: Object, size: Size, image: str, config: Config, name: str) -> None:
@@ -160,6 +195,7 @@ def _fit(item: Object, size: Size, image: str, config: Config, name: str) -> Non
                 volume["emptyDir"]["sizeLimit"] = f"{4 * size.gpus}Gi"
         if size.account:
             pod["serviceAccountName"] = size.account
+            del container["envFrom"][1]  # keys of a Secret would go before the role
         if size.gpus:
             container["command"][2:2] = ["--gpus", str(size.gpus)]
             memory = {"memory": f"{12 * size.gpus}Gi"}

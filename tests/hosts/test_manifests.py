@@ -1,6 +1,7 @@
 """Every manifest and overlay is what Kubernetes takes, and means what it should."""
 
 import copy
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,7 +11,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from pipeline.errors import InputError
 from pipeline.hosts.check import problems, templates
+from pipeline.hosts.render import IMAGE, Size, name_after, render_k8s
 from tests.conftest import ROOT
 
 VERSIONS = ("1.29", "1.31", "1.33", "1.34", "1.35", kubernetes_validate.latest_version())
@@ -64,6 +67,7 @@ def test_an_overlay_is_valid_and_means_what_it_should(name):
             kubernetes_validate.validate(item, version, strict=True)
     assert problems(objects) == []
     (job,) = (item for item in objects if item["kind"] == "Job")
+    assert ("secretRef" in str(job)) == (name != "eks-irsa")  # its keys would go before the role
     limits = job["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
     gpus = {"cpu-smoke": None, "one-gpu": "1", "eks-irsa": "1"}.get(name, "8")
     assert limits.get("nvidia.com/gpu") == gpus
@@ -98,19 +102,85 @@ def test_what_is_rendered_is_valid(nodes, gpus, naign):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("k8s", "--data", "data/mnist", "--run", "s3://b/run"), "pods share a bucket only"),
+        (("k8s", "--data", "data/mnist", "--run", "s3://bucket/run"), "pods share a bucket only"),
         (
-            ("k8s", "--nodes", "3", "--gpus", "8", "--data", "s3://b/d", "--run", "s3://b/r"),
+            ("k8s", "--nodes", "3", "--gpus", "8", "--data", "s3://bucket/d", "--run", "s3://bucket/r"),
             "cannot be shared by 24 ranks",
         ),
-        (("k8s", "--image", "No Image", "--data", "s3://b/d", "--run", "s3://b/r"), "is no name of an image"),
+        (("k8s", "--image", "No Image", "--data", "s3://bucket/d", "--run", "s3://bucket/r"), "is no name of an image"),
         (("slurm", "--nodes", "0", "--data", "d", "--run", "r"), "0 nodes"),
-        (("k8s", "--gpu", "abacus", "--data", "s3://b/d", "--run", "s3://b/r"), "--gpu abacus is not known"),
+        (("slurm", "--data", "d", "--run", "https://me:SECRET@host/r"), "--run ...@host/r: write s3://bucket/prefix"),
+        (("slurm", "--gpu", "abacus", "--data", "d", "--run", "r"), "--gpu abacus is not known"),
     ],
 )
 def test_what_cannot_be_rendered_is_refused(options, said, naign):
     done = naign("render", *options)
-    assert done.returncode == 2 and said in done.stderr
+    assert done.returncode == 2 and said in done.stderr and "SECRET" not in done.stderr
+
+
+def rendered(**changed: Any) -> dict[str, dict[str, Any]]:
+    options = {"image": "naign:cuda", "data": "s3://bucket/d", "run": "s3://bucket/r", "config": None, "name": "r"}
+    size = Size(nodes=1, gpus=1, account=changed.pop("account", ""), region=changed.pop("region", "us-east-1"))
+    return {item["kind"] + item["metadata"]["name"]: item for item in load(render_k8s(size, **{**options, **changed}))}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"data": "s3://x/d"}, "--data s3://x/d: write s3://bucket/prefix"),
+        ({"run": "s3://buc..ket/r"}, "--run s3://buc..ket/r: write"),
+        ({"run": "s3://Bucket/r"}, "--run s3://Bucket/r: write"),
+        ({"run": "s3://bucket/r\n#"}, "--run s3://bucket/r?#: write"),
+        ({"run": "s3://me:SEC RET@bucket/r"}, "--run ...@bucket/r: write"),
+        ({"data": "me:SECRET@host"}, "--data ...@host: pods share"),
+        ({"image": "me:SECRET@host/a"}, "--image ...@host/a is no name"),
+        ({"region": "a\x1bb"}, "--region a?b is no name"),
+        ({"account": "a\nb"}, "--service-account a?b is no name"),
+    ],
+)
+def test_what_no_cluster_could_use_is_refused(changed, said):
+    with pytest.raises(InputError, match=re.escape(said)) as caught:
+        rendered(**changed)
+    assert "SEC" not in str(caught.value)
+
+
+def test_what_is_an_image():
+    for image in ("naign", "me/naign:cuda", "localhost:5000/a/b__c--d:V1_x", f"a.b/c@sha256:{'0' * 64}"):
+        assert re.fullmatch(IMAGE, image, re.ASCII), image
+    for image in ("", "a:", "a//b", "a/", "a:b:c", "a..b", "a@sha256:0", "Naign", "a:-x", "a\n", "é", "-a"):
+        assert not re.fullmatch(IMAGE, image, re.ASCII), image
+
+
+def test_runs_that_differ_have_names_that_differ():
+    assert name_after("s3://bucket/runs/seed-1") == "seed-1" and name_after("runs/first/") == "first"
+    odd = [
+        "2024-06-01",
+        "2024-06-02",
+        "训练",
+        "训练二",
+        "seed_1",
+        "Seed-1",
+        "a" * 50 + "1",
+        "a" * 50 + "2",
+        "-a-",
+        "\udcff",
+    ]
+    names = [name_after(f"s3://bucket/{last}") for last in odd]
+    assert len({*names, "seed-1"}) == len(odd) + 1
+    for name in names:
+        assert re.fullmatch(r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?", name), name
+
+
+def test_a_second_run_under_one_name_is_refused():
+    """The API server takes no change of a Job's pod template, nor of an immutable ConfigMap."""
+    first, again = rendered(), rendered()
+    assert first == again and first["ConfigMapr"]["immutable"] and first["ConfigMapr-store"]["immutable"]
+    for other in (rendered(data="s3://bucket/other"), rendered(region="eu-west-1")):
+        assert other["Jobr"]["spec"]["template"] != first["Jobr"]["spec"]["template"]
+
+
+def test_a_role_has_no_keys_beside_it():
+    assert "secretRef" in str(rendered()["Jobr"]) and "secretRef" not in str(rendered(account="naign")["Jobr"])
 
 
 def test_a_slurm_script_is_rendered(naign):
