@@ -6,6 +6,7 @@ command needs them.
 
 import csv
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -313,7 +314,10 @@ def launch() -> None:
     """Start this host's ranks of a training, under Kubernetes, Kubeflow, Slurm or alone (naign launch --help)."""
     from pipeline.hosts.launch import main
 
-    sys.exit(main(sys.argv[2:]))
+    code = main(sys.argv[2:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # the interpreter's own end gives signals back their power to kill, and waits for threads
 
 
 def render(

@@ -21,22 +21,23 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import psutil
 
-from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, Unavailable
-from pipeline.hosts.meeting import PORT, interface_of, meet
-from pipeline.hosts.place import Place, find_place
+from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost, Unavailable
+from pipeline.hosts.meeting import TELLING, interface_of, listen, meet, turn_away
+from pipeline.hosts.place import Place, find_place, find_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "pipeline/train.py"
 
-MASTER_PORT = 29500
-"""Of the ranks' rendezvous, on host 0."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
+"""Requests to end, which are handed on to the ranks; Slurm's is USR1."""
 
 MEANINGS = {
     BAD_INPUT: "bad configuration or input, which is not tried again",
@@ -55,25 +56,37 @@ def main(arguments: Sequence[str]) -> int:
         "DDP, on the GPUs where there are any")  # fmt: skip
     add("--processes", type=int, default=0, help="ranks on this host; default: one a GPU, or one")
     add("--gpus", type=int, default=0, help="GPUs that this host must have; default: as many as there are, or none")
-    add("--port", type=int, default=MASTER_PORT, help="of host 0, for the ranks (%(default)s)")
-    add("--meeting-port", type=int, default=PORT, help="of host 0, where hosts wait for each other (%(default)s)")
+    meeting, ranks = find_ports(os.environ)
+    add("--port", type=int, default=ranks, help="of host 0, for the ranks (%(default)s)")
+    add("--meeting-port", type=int, default=meeting, help="of host 0, where hosts wait for each other (%(default)s)")
     add("--wait", type=float, default=900, help="seconds to wait for the other hosts (%(default)s)")
     add("--reach", type=float, default=300, help="seconds to wait for the bucket of run.remote (%(default)s)")
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # the first process of a container gets no others
-        signal.signal(number, _leave_at_once)
+    _on_signals(_leave_at_once, SIGNALS[:3])  # the first process of a container gets no others
     options, training = parser.parse_known_args(arguments)
+    reason = ""
     try:
-        return _launch(options, training)
+        code = _launch(options, training)
+    except PeerLost as error:
+        code, reason = PEER_LOST, f"{error}: {MEANINGS[PEER_LOST]}"
     except Unavailable as error:
-        say(f"failed: {error}")
-        return FAILED
+        code, reason = FAILED, f"failed: {error}"
     except InputError as error:
-        say(f"error: {error}")
-        return BAD_INPUT
+        code, reason = BAD_INPUT, f"error: {error}"
+    _on_signals(signal.SIG_IGN)  # they change nothing any more
+    if reason:
+        say(reason)
+    return code
 
 
 def say(text: str) -> None:
     print(f"naign launch: {text}", file=sys.stderr, flush=True)
+
+
+def _on_signals(
+    handler: Callable[[int, FrameType | None], Any] | signal.Handlers, numbers: Sequence[int] = SIGNALS
+) -> None:
+    for number in numbers:
+        signal.signal(number, handler)
 
 
 def _leave_at_once(number: int, frame: FrameType | None) -> None:
@@ -108,10 +121,51 @@ def _launch(options: argparse.Namespace, training: Sequence[str]) -> int:
     place = find_place(os.environ)
     processes = options.processes or place.processes or _gpus() or 1
     ranks = place.hosts * processes
-    if _is_done(config, options.reach):
-        say(f"nothing left to do: the run in {config.run.remote} is done")
-        return 0
-    engine = find_engine(options.engine, ranks)
+    listener = listen(place, options.meeting_port)
+    with listener or contextlib.nullcontext():
+        try:
+            if _is_done(config, options.reach):
+                say(f"nothing left to do: the run in {config.run.remote} is done")
+                return 0
+            engine = find_engine(options.engine, ranks)
+            _check_host(options, place, processes)
+            links = meet(place, port=options.meeting_port, within=options.wait, say=say, listener=listener)
+        except InputError as error:
+            if listener:
+                _on_signals(lambda *_: os._exit(BAD_INPUT))
+                say(f"telling the other hosts, for {TELLING:.0f} s at most: {error}")
+                turn_away(listener, place, f"host 0: {error}")
+            raise
+    if place.hosts > 1:
+        if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_of(links.address)):
+            os.environ["GLOO_SOCKET_IFNAME"] = name  # else gloo takes what the host's name means, often 127.0.1.1
+        say(f"all hosts are here; host 0 is {links.address}")
+    if ranks == 1 and not options.engine:
+        os.environ |= {"ACCELERATE_USE_CPU": "false" if _gpus() else "true", "ACCELERATE_MIXED_PRECISION": _precision()}
+        os.execv(sys.executable, [sys.executable, str(TRAIN), *training])
+    # torchrun's options: the signals that it hands on, and when it kills what does not end after one.
+    os.environ["PET_SIGNALS_TO_HANDLE"] = ",".join(number.name for number in SIGNALS)
+    os.environ["PET_SHUTDOWN_TIMEOUT"] = str(math.ceil(config.stop.within) + 5)
+    ending = Ending(patience=config.stop.within + 30, alone=place.hosts == 1)
+    links.watch(ending.note)
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "engine.yaml"
+        file.write_text(engine)
+        code = ending.judge(run_ranks(file, place, processes, links.address, options.port, training, ending))
+    if code == 0 and config.run.remote and place.index == 0:
+        held = ThreadPoolExecutor(1).submit(_is_done, config, options.reach)  # a signal does not end a request
+        ending.wait_for(held.done)
+        if not held.done() or not held.result():
+            code = FAILED if held.done() else INTERRUPTED
+            say(f"the run is done, but {config.run.remote} does not hold its end: started again, it is sent once more")
+    links.leave(code, lost=ending.lost)
+    if code == 0 and config.run.remote and place.index and ending.heard(0, options.reach + 60) != 0:
+        code = INTERRUPTED if ending.asked else PEER_LOST
+    return code
+
+
+def _check_host(options: argparse.Namespace, place: Place, processes: int) -> None:
+    """Whether this host has what its ranks need."""
     if _gpus() < options.gpus:
         found = f"{options.gpus} GPUs should be here, torch can use {_gpus()}"
         if _is_without_gpus():
@@ -121,34 +175,6 @@ def _launch(options: argparse.Namespace, training: Sequence[str]) -> int:
         say(f"host {place.index} of {place.hosts}, {processes} ranks each, under {place.orchestrator}")
         if place.index == 0:
             _check_free(options.port)
-    try:
-        links = meet(place, port=options.meeting_port, within=options.wait, say=say)
-    except Unavailable as error:
-        say(f"{error}: {MEANINGS[PEER_LOST]}")
-        return PEER_LOST
-    if place.hosts > 1:
-        if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_of(links.address)):
-            os.environ["GLOO_SOCKET_IFNAME"] = name  # else gloo takes what the host's name means, often 127.0.1.1
-        say(f"all hosts are here; host 0 is {links.address}")
-    if ranks == 1 and not options.engine:
-        os.environ |= {"ACCELERATE_USE_CPU": "false" if _gpus() else "true", "ACCELERATE_MIXED_PRECISION": _precision()}
-        os.execv(sys.executable, [sys.executable, str(TRAIN), *training])
-    # torchrun's options: the signals that it hands on (Slurm's is USR1), and when it kills what does not end after one.
-    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-    os.environ["PET_SHUTDOWN_TIMEOUT"] = str(math.ceil(config.stop.within) + 5)
-    ending = Ending(patience=config.stop.within + 30, alone=place.hosts == 1)
-    links.watch(ending.note)
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "engine.yaml"
-        file.write_text(engine)
-        code = ending.judge(run_ranks(file, place, processes, links.address, options.port, training))
-    if code == 0 and config.run.remote and place.index == 0 and not _is_done(config, options.reach):
-        say(f"the run is done, but {config.run.remote} does not hold its end: started again, it is sent once more")
-        code = FAILED
-    links.leave(code, lost=ending.lost)
-    if code == 0 and config.run.remote and place.index and ending.heard(0, options.reach + 60) != 0:
-        code = PEER_LOST
-    return code
 
 
 class Ending:
@@ -157,10 +183,24 @@ class Ending:
     def __init__(self, patience: float, *, alone: bool = False) -> None:
         self._patience, self._alone = patience, alone
         self._over = threading.Event()
-        self._noted = threading.Condition()
         self._codes: dict[int, int | None] = {}
         self.lost = False
         """Whether a host vanished, as far as this one knows."""
+        self.asked = False
+        """Whether this host was asked to end after its ranks had ended, or had been asked: it waits no more."""
+
+    def listen(self) -> None:
+        """Only note signals from now on: torchelastic's handler raises, in the midst of whatever comes next."""
+        _on_signals(self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+    def wait_for(self, met: Callable[[], bool], within: float = math.inf) -> None:
+        """Return when it is met, after so many seconds, or when this host is asked to end."""
+        end = time.monotonic() + within
+        while not met() and not self.asked and time.monotonic() < end:
+            time.sleep(0.05)
 
     def note(self, host: int, code: int | None, lost: bool) -> None:
         """Host `host` ended with `code`, None if it did not say; it knew of a host that was `lost`. Waits for this
@@ -169,9 +209,7 @@ class Ending:
         over = self._over.is_set()
         if not over:
             self.lost = self.lost or code is None or lost
-        with self._noted:
-            self._codes[host] = code
-            self._noted.notify_all()
+        self._codes[host] = code
         if over:
             return
         say(f"host {host} ended" + (f" with code {code}" if code is not None else " without a word: lost"))
@@ -190,8 +228,7 @@ class Ending:
         A crash counts, but for one that another host's end brought about: those who saw a host vanish say so.
         """
         if code not in (0, BAD_INPUT, INTERRUPTED) and not self._alone:
-            with self._noted:
-                self._noted.wait_for(lambda: self._codes, GRACE)
+            self.wait_for(lambda: bool(self._codes), GRACE)
         self._over.set()
         if code == PEER_LOST and BAD_INPUT in self._codes.values():  # Slurm takes the highest of all hosts' codes
             return BAD_INPUT
@@ -199,9 +236,8 @@ class Ending:
 
     def heard(self, host: int, within: float) -> int | None:
         """What a host ended with, once it has; None if it vanished, or says nothing."""
-        with self._noted:
-            self._noted.wait_for(lambda: host in self._codes, within)
-            return self._codes.get(host)
+        self.wait_for(lambda: host in self._codes, within)
+        return self._codes.get(host)
 
 
 GRACE = 10.0
@@ -228,12 +264,25 @@ def _is_done(config: Any, within: float) -> bool:
     return False
 
 
-def run_ranks(engine: Path, place: Place, processes: int, address: str, port: int, training: Sequence[str]) -> int:
+def run_ranks(
+    engine: Path,
+    place: Place,
+    processes: int,
+    address: str,
+    port: int,
+    training: Sequence[str],
+    ending: Ending,
+) -> int:
     """Start this host's ranks through Accelerate and wait for them; the exit code, of which the reason is told."""
     from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    def hand_on(signum: int, frame: FrameType | None) -> None:
+        ending.listen()  # a second signal would end the wait for the ranks' checkpoint
+        raise api.SignalException(f"signal {signum}", signal.Signals(signum))
+
+    api._terminate_process_handler = hand_on
     arguments = [
         *("--config_file", str(engine), "--num_machines", str(place.hosts), "--machine_rank", str(place.index)),
         *("--num_processes", str(place.hosts * processes), "--main_process_ip", address),
@@ -243,8 +292,11 @@ def run_ranks(engine: Path, place: Place, processes: int, address: str, port: in
     ]
     os.environ["NAIGN_ENDINGS"] = str(engine.parent)
     try:
-        launch_command(launch_command_parser().parse_args(arguments))
-    except SignalException as error:
+        try:
+            launch_command(launch_command_parser().parse_args(arguments))
+        finally:
+            ending.listen()
+    except api.SignalException as error:
         codes = [_ending(engine.parent / str(rank)) for rank in range(processes)]
         code = max(codes, key=_weight)
         say(f"signal {error.sigval.name}: {MEANINGS.get(code, 'some ranks did not end in time, or crashed')}")

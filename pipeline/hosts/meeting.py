@@ -19,11 +19,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.errors import InputError, Unavailable, printable
+from pipeline.errors import InputError, PeerLost, printable
 from pipeline.hosts.place import Place
-
-PORT = 29400
-"""Of host 0, while hosts wait for each other."""
 
 EVERY = 10.0
 """Seconds between two words about who is awaited."""
@@ -31,22 +28,49 @@ EVERY = 10.0
 SILENCE = 10.0
 """Seconds for somebody who connects to say who it is."""
 
+TELLING = 30.0
+"""Seconds that host 0 stays to say why it ends: so long after it another host may come."""
+
 
 def meet(
     place: Place,
     *,
-    port: int = PORT,
+    port: int,
     within: float = 900,  # seconds
     say: Callable[[str], None] = print,
+    listener: socket.socket | None = None,
 ) -> "Links":
-    """Wait until every host of this start is here.
+    """Wait until every host of this start is here; on host 0 `listener` is what `listen` opened, if it was called.
 
-    Raises Unavailable when time is up, InputError where the hosts disagree on how many they are or the port is taken.
+    Raises PeerLost when time is up, InputError where the hosts disagree on how many they are or the port is taken.
     """
     if place.hosts == 1:
         return Links("127.0.0.1", {})
     waiting = _Waiting(within, say)
-    return _wait_for_others(place, port, waiting) if place.index == 0 else _go_to_first(place, port, waiting)
+    if place.index:
+        return _go_to_first(place, port, waiting)
+    with contextlib.nullcontext(listener) if listener else _listen(port) as listener:
+        return _wait_for_others(place, listener, waiting)
+
+
+def listen(place: Place, port: int) -> socket.socket | None:
+    """Open the port on host 0, None on others: before it finds out what may be wrong there alone."""
+    return _listen(port) if place.hosts > 1 and place.index == 0 else None
+
+
+def turn_away(listener: socket.socket, place: Place, reason: str, within: float = TELLING) -> None:
+    """Tell the other hosts as they come why all end: for so many seconds, or until each was told."""
+    told: set[int] = set()
+    until = time.monotonic() + within
+    while len(told) < place.hosts - 1 and (left := until - time.monotonic()) > 0:
+        listener.settimeout(left)
+        with contextlib.suppress(OSError):
+            peer, _ = listener.accept()
+            with peer:
+                peer.settimeout(1)
+                index, no, end = _judge(place, peer.recv(4096).partition(b"\n")[0])
+                peer.sendall(json.dumps({"no": no or reason[:400], "end": end or not no}).encode() + b"\n")
+                told |= {index} if end or not no else set()
 
 
 class Links:
@@ -93,18 +117,17 @@ class _Waiting:
         """Called about every second."""
         now = time.monotonic()
         if now > self._begun + self._within:
-            raise Unavailable(f"waited {self._within:.0f} s for {for_whom}")
+            raise PeerLost(f"waited {self._within:.0f} s for {for_whom}")
         if now >= self._next:
             self.say(f"waiting for {for_whom} ({now - self._begun:.0f} s)")
             self._next = now + EVERY
 
 
-def _wait_for_others(place: Place, port: int, waiting: _Waiting) -> Links:
+def _wait_for_others(place: Place, listener: socket.socket, waiting: _Waiting) -> Links:
     there: dict[int, socket.socket] = {}
     unsaid: dict[socket.socket, bytes] = {}  # what came so far of who has not said who it is
     since: dict[socket.socket, float] = {}
-    with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
-        listener = stack.enter_context(_listen(port))
+    with selectors.DefaultSelector() as selector:
         selector.register(listener, selectors.EVENT_READ)
 
         def drop(peer: socket.socket) -> None:
@@ -198,7 +221,9 @@ def _go_to_first(place: Place, port: int, waiting: _Waiting) -> Links:
                 connection = stack.enter_context(_connect(place.head, port))
                 _notice_death(connection)
                 connection.sendall(hello)
-                answer, rest = _answer(connection, lambda: waiting.check(f"the other hosts; {place.head} is there"))
+                answer, rest = _answer(
+                    connection, lambda: waiting.check(f"an answer of {place.head}, port {port}, where somebody listens")
+                )
             except socket.gaierror as error:
                 answer = {"no": f"no address of that name ({error.strerror})"}
             except OSError:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from pipeline.errors import InputError
 
+PORTS = (29400, 29500)
+"""Of host 0: where hosts wait for each other, and the ranks' rendezvous."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
@@ -83,6 +86,12 @@ def find_place(environ: Mapping[str, str]) -> Place:
             "number of hosts (NAIGN_HOSTS, or completions and parallelism of the Job) the same everywhere"
         )
     return place
+
+
+def find_ports(environ: Mapping[str, str]) -> tuple[int, int]:
+    """PORTS; on Slurm, where jobs share nodes, two by the job's number, below those of outgoing connections (32768)."""
+    job = environ.get("SLURM_JOB_ID", "")
+    return (20_000 + int(job) % 6000 * 2, 20_001 + int(job) % 6000 * 2) if job.isdecimal() else PORTS
 
 
 def _first_node(nodes: str) -> str:

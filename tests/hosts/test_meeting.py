@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, Unavailable
+from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost
 from pipeline.hosts.launch import Ending, explain, find_engine
-from pipeline.hosts.meeting import Links, interface_of, meet
-from pipeline.hosts.place import Place, find_place
+from pipeline.hosts.meeting import Links, interface_of, listen, meet, turn_away
+from pipeline.hosts.place import PORTS, Place, find_place, find_ports
 from tests.servers import free_port
 
 
@@ -66,6 +66,13 @@ def test_a_place_that_makes_no_sense_is_refused(environ, said):
         find_place(environ)
 
 
+def test_jobs_that_share_a_node_have_ports_of_their_own():
+    assert find_ports({}) == PORTS
+    found = [find_ports({"SLURM_JOB_ID": str(job)}) for job in range(123_456, 123_456 + 6000)]
+    ports = {port for pair in found for port in pair}
+    assert len(ports) == 12_000 and min(ports) >= 1024 and max(ports) < 32_768
+
+
 def place(index: int, hosts: int, start: str = "a") -> Place:
     return Place(orchestrator="test", index=index, hosts=hosts, head="localhost", start=start)
 
@@ -84,7 +91,7 @@ class Meeting:
             try:
                 mine = place(index, hosts or self.hosts, start)
                 self.found[index] = meet(mine, port=self.port, within=within, say=self.said.append)
-            except (InputError, Unavailable) as error:
+            except (InputError, PeerLost) as error:
                 self.found[index] = error
 
         self.threads.append(threading.Thread(target=run))
@@ -136,7 +143,7 @@ def test_strangers_and_other_starts_are_turned_away():
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
         assert b"no host of this job" in stranger.recv(1000)
     meeting.threads[1].join(10)
-    assert isinstance(meeting.found[1], Unavailable)
+    assert isinstance(meeting.found[1], PeerLost)
     meeting.come(1)
     meeting.end()
     assert isinstance(meeting.found[1], Links)
@@ -201,7 +208,7 @@ def test_nothing_that_another_program_answers_holds_a_host(answer, said):
     talking: list[socket.socket] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
         threading.Thread(target=serve, daemon=True).start()
-        with pytest.raises((InputError, Unavailable), match=said):
+        with pytest.raises((InputError, PeerLost), match=said):
             meet(place(1, 2), port=server.getsockname()[1], within=2)
         for connection in talking:
             connection.close()
@@ -218,15 +225,50 @@ def test_hosts_that_count_differently_all_end():
         assert isinstance(found, InputError) and "host 1 counts 4 hosts, host 0 counts 3" in str(found)
 
 
+def test_who_comes_to_a_first_host_that_ends_learns_why():
+    port = free_port()
+    listener = listen(place(0, 3), port)
+    assert listener and listen(place(1, 3), port) is None and listen(place(0, 1), port) is None
+    found: list[str] = []
+
+    def come(index: int) -> None:
+        with pytest.raises(InputError) as caught:
+            meet(place(index, 3), port=port, within=20)
+        found.append(str(caught.value))
+
+    early = threading.Thread(target=come, args=(1,))
+    early.start()  # before host 0 knows that something is wrong
+    with listener, socket.create_connection(("localhost", port)) as stranger:
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        time.sleep(0.5)
+        late = threading.Timer(1, come, args=(2,))
+        late.start()
+        begun = time.monotonic()
+        turn_away(listener, place(0, 3), "no GPUs", within=20)
+        assert time.monotonic() - begun < 10
+        assert b'"end": false' in stranger.recv(1000)
+    early.join(10)
+    late.join(10)
+    assert found == ["no GPUs"] * 2
+    with listen(place(0, 3), port) as listener:  # type: ignore[union-attr]
+        turn_away(listener, place(0, 3), "no GPUs", within=0.2)
+
+
+def test_a_stranger_who_is_silent_is_not_taken_for_the_first_host():
+    said: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as stranger, pytest.raises(PeerLost, match="where somebody listens"):
+        meet(place(1, 2), port=stranger.getsockname()[1], within=1, say=said.append)
+
+
 def test_a_taken_port_is_told():
     with socket.create_server(("", 0)) as taken, pytest.raises(InputError, match="choose another --meeting-port"):
         meet(place(0, 2), port=taken.getsockname()[1], within=1)
 
 
 def test_who_waits_for_nobody_gives_up():
-    with pytest.raises(Unavailable, match="waited 1 s for host 1 of 2"):
+    with pytest.raises(PeerLost, match="waited 1 s for host 1 of 2"):
         meet(place(0, 2), port=free_port(), within=1)
-    with pytest.raises(Unavailable, match="host 0"):
+    with pytest.raises(PeerLost, match="host 0"):
         meet(place(1, 2), port=free_port(), within=1)
 
 

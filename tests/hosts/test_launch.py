@@ -1,0 +1,106 @@
+"""`naign launch` itself: what signals do to it, and what the other hosts learn of a mistake on the first."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED
+from pipeline.hosts.launch import SIGNALS, Ending
+from tests.conftest import SMALL, environment
+from tests.servers import free_port
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start it in an empty folder; none is left behind."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*options: str, program: tuple[str, ...] = ("-m", "pipeline.cli"), **more: str) -> subprocess.Popen[str]:
+        command, named = [sys.executable, *program, "launch", *options], environment(**more)
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=named, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_what_is_waited_for_after_the_ranks(number, handlers):
+    ending = Ending(patience=60)
+    ending.listen()
+    threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+    begun = time.monotonic()
+    assert ending.judge(FAILED) == FAILED and ending.heard(0, 60) is None and ending.asked
+    assert time.monotonic() - begun < 5
+
+
+BUCKET = """
+import os, signal, sys, threading, time
+from pipeline import cli
+from pipeline.hosts import launch
+
+answers = iter((lambda: False, lambda: time.sleep(60)))  # of the bucket: not done; then it is silent
+launch._is_done = lambda *_: next(answers)()
+
+def run_ranks(*given):
+    given[-1].listen()
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    return 0
+
+launch.run_ranks = run_ranks
+cli.main()
+"""
+
+
+def test_a_run_that_is_done_and_asked_to_end_before_its_bucket_says_so_is_started_again(start):
+    job = start("--processes=2", "--run.remote=s3://bucket/run", program=("-c", BUCKET))
+    said = job.communicate(timeout=50)[1]
+    assert job.returncode == INTERRUPTED and "does not hold its end" in said and "Traceback" not in said
+
+
+def test_further_signals_change_nothing(start, digits, tmp_path):
+    """Neither while the ranks write their checkpoint, nor when the code is known."""
+    metrics = tmp_path / "run/metrics.jsonl"
+    job = start("--processes=2", f"--data.path={digits}", *SMALL, "--train.images=307200", "--run.path=run")
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        assert time.monotonic() < deadline and job.poll() is None, job.communicate()[1]
+        time.sleep(0.05)
+    while job.poll() is None and time.monotonic() < deadline:
+        job.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
+    said = job.communicate()[1]
+    assert job.returncode == INTERRUPTED and "SIGTERM: stopped on request" in said and "Traceback" not in said
+    assert list((tmp_path / "run/checkpoints").glob("step-*"))
+
+
+def test_a_mistake_on_the_first_host_ends_all(start):
+    meeting = free_port()
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        options = (f"--port={port}", f"--meeting-port={meeting}")
+        hosts = [
+            start(*options, NAIGN_HOSTS="2", NAIGN_HEAD="localhost", JOB_COMPLETION_INDEX=str(index))
+            for index in range(2)
+        ]
+        words = [host.communicate(timeout=60)[1] for host in hosts]
+    assert [host.returncode for host in hosts] == [BAD_INPUT] * 2
+    assert all(f"port {port} is taken on host 0" in said.splitlines()[-1] for said in words)
