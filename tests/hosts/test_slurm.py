@@ -54,3 +54,17 @@ def test_a_mistake_ends_the_job(digits, tmp_path):
         until(lambda: slurm.state(job).startswith(("COMPLETED", "FAILED")), slurm, place)
         assert slurm.state(job) == "FAILED 2:0"
     assert "no multiple of train.batch=33" in (place / f"naign-{job}-host0.log").read_text()
+
+
+def test_bad_input_of_one_host_ends_the_job_where_others_miss_it(tmp_path):
+    place = tmp_path / "submitted"
+    (place / ".venv/bin").mkdir(parents=True)
+    (place / ".venv/bin/activate").write_text(f"PATH={place}:$PATH\n")  # which the script looks for
+    (place / "naign").write_text("#!/bin/sh\nexit $((2 + 74 * SLURM_PROCID))\n")
+    (place / "naign").chmod(0o755)
+    with Slurm() as slurm:
+        job = slurm.submit(place)
+        until(lambda: slurm.state(job).startswith(("COMPLETED", "FAILED")), slurm, place)
+        assert slurm.state(job) == "FAILED 2:0"
+    said = (place / f"naign-{job}.log").read_text()
+    assert "task 1: Exited with exit code 76" in said and said.endswith("ended with 2\n")
