@@ -5,6 +5,7 @@ does not depend on another forward costs one of all inputs together. Without the
 autoencoder: plain (imle=0), or denoising (imle=0, reconstruction=0).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from pipeline.errors import InputError
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l1": lambda a, b: (a - b).abs().mean(),
     "l2": lambda a, b: (a - b).square().mean(),
+    "norm": lambda a, b: (a - b).flatten(1).norm(dim=1).mean() / math.sqrt(a[0].numel()),
     "l1+l2": lambda a, b: (a - b).abs().mean() + (a - b).square().mean(),
 }
 Network = Callable[[Tensor], Tensor]
@@ -32,7 +34,7 @@ class ObjectiveConfig:
     (normalised autoencoder: energy of the data - energy of samples)."""
 
     distance: str = "l1"
-    """d in every term, a mean over values: l1, l2 or l1+l2."""
+    """d in every term: l1, l2 (squared) or l1+l2, means over values, or norm, the root of each sample's mean square."""
 
     reconstruction: float = 1.0
     """Weight of d(f(x), x); IGN's paper has 20."""

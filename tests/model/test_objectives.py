@@ -21,7 +21,7 @@ def l1(a, b):
     return (a - b).abs().mean()
 
 
-@pytest.mark.parametrize("distance", ["l1", "l2", "l1+l2"])
+@pytest.mark.parametrize("distance", ["l1", "l2", "norm", "l1+l2"])
 @pytest.mark.parametrize("denoising", [0.0, 0.25])
 @pytest.mark.parametrize("third", ["none", "idempotence", "matched"])
 def test_naign_is_the_weighted_sum_of_its_terms(distance, third, denoising):
@@ -31,9 +31,12 @@ def test_naign_is_the_weighted_sum_of_its_terms(distance, third, denoising):
     )
     damaged = x + 0.4 * noise
     terms = losses(config, f, x, z, damaged=damaged if denoising else None)
-    d = {"l1": l1, "l2": nn.functional.mse_loss, "l1+l2": lambda a, b: l1(a, b) + nn.functional.mse_loss(a, b)}[
-        distance
-    ]
+    d = {
+        "l1": l1,
+        "l2": nn.functional.mse_loss,
+        "norm": lambda a, b: (a - b).square().mean(1).sqrt().mean(),
+        "l1+l2": lambda a, b: l1(a, b) + nn.functional.mse_loss(a, b),
+    }[distance]
     extra = {
         "none": torch.zeros(()),
         "idempotence": d(f(f(z)), f(z)),
