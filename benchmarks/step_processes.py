@@ -32,7 +32,6 @@ from pipeline.match import latents
 from pipeline.match.matcher import Match
 from pipeline.model.networks import build_network
 from pipeline.round import Drawing, Run, Work
-from pipeline.run import Position
 from pipeline.runtime.checkpoint import MANIFEST, Writer
 from pipeline.runtime.distributed import build_accelerator, keep_memory, set_threads
 from pipeline.runtime.monitor import Monitor
@@ -41,6 +40,7 @@ from pipeline.runtime.speed import Profiler
 from pipeline.runtime.watchdog import Watchdog
 from pipeline.schedule import steps_of
 from pipeline.setup import build_engine, open_stream
+from pipeline.state import Position
 
 Record = dict[str, Any]
 Contender = Literal["ours", "bare"]

@@ -5,10 +5,8 @@ command needs them.
 """
 
 import csv
-import math
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,11 +16,8 @@ from tyro.conf import Positional
 from pipeline.errors import InputError, exit_on_input_error
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from pipeline.data.manifest import Manifest
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 Device = Literal["auto", "cpu", "cuda"]
 Kind = Literal["blur", "noise", "salt_pepper", "rows"]
 Run = Annotated[Positional[str], tyro.conf.arg(help="A run (or s3://), a checkpoint or an exported model: its folder.")]
@@ -174,13 +169,14 @@ def sample(
         seed: The same seed draws the same latents, and so the same samples.
         device: Where to compute.
     """
+    from pipeline.files import write_samples
     from pipeline.model.naign import NAIGN
 
     _at_least(1, n=n, times=times)
     _at_least(0, seed=seed)
     made = NAIGN.from_pretrained(run, device=_device(device)).sample(n, seed=seed, times=times).cpu()
     place = to or Path("samples.png" if made.ndim == 4 else "samples.csv")
-    print(f"{n} samples: {_write_samples(made, place)}")
+    print(f"{n} samples: {write_samples(made, place)}")
 
 
 def restore(
@@ -202,15 +198,16 @@ def restore(
         device: Where to compute.
     """
     from pipeline.data.degrade import degrade
+    from pipeline.files import find_images, read_images, refuse_overwriting
     from pipeline.model.naign import NAIGN
     from pipeline.pictures import to_image
 
     _at_least(1, times=times)
     model = NAIGN.from_pretrained(run, device=_device(device))
-    inputs = _find_images(files)
+    inputs = find_images(files)
     outputs = [to / name.with_suffix(".png") for _, name in inputs]
-    _refuse_overwriting([path for path, _ in inputs], outputs)
-    images = _read_images([path for path, _ in inputs], model.shape)
+    refuse_overwriting([path for path, _ in inputs], outputs)
+    images = read_images([path for path, _ in inputs], model.shape)
     damaged = degrade(images, damage) if damage else images
     repaired = model.project(damaged, times=times)
     for output, before, after in zip(outputs, damaged, repaired, strict=True):
@@ -232,11 +229,12 @@ def score(
     Args:
         device: Where to compute.
     """
+    from pipeline.files import find_images, read_images
     from pipeline.model.naign import NAIGN
 
     model = NAIGN.from_pretrained(run, device=_device(device))
-    paths = [path for path, _ in _find_images(files)]
-    images = _read_images(paths, model.shape)
+    paths = [path for path, _ in find_images(files)]
+    images = read_images(paths, model.shape)
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(("file", "energy"))
     table.writerows((path, f"{energy:.6g}") for path, energy in zip(paths, model.energy(images).tolist(), strict=True))
@@ -397,75 +395,6 @@ def _device(name: Device) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this machine has no CUDA device that torch can use; try --device cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
-def _find_images(files: Sequence[Path]) -> list[tuple[Path, Path]]:
-    """(path, name) of each image given: a file's name is its own, one found in a folder keeps its path in there."""
-    found = []
-    for file in files:
-        if file.is_dir():
-            inside = sorted(path for path in file.rglob("*") if path.suffix.lower() in IMAGES)
-            found += [(path, path.relative_to(file)) for path in inside]
-        else:
-            found.append((file, Path(file.name)))
-    if not found:
-        raise InputError("no images given: name files, or folders that hold some")
-    return found
-
-
-def _refuse_overwriting(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
-    """InputError if two outputs are one file, or one is an input."""
-    writer: dict[Path, Path] = {}
-    sources = {path.resolve() for path in inputs}
-    for source, output in zip(inputs, outputs, strict=True):
-        if output.resolve() in sources:
-            raise InputError(f"--to would overwrite the input {output}: choose another folder")
-        if output in writer:
-            raise InputError(f"{writer[output]} and {source} would both be written to {output}: rename one of them")
-        writer[output] = source
-
-
-def _read_images(paths: Sequence[Path], shape: tuple[int, ...]) -> "Tensor":
-    """Images (n, C, S, S) float32 in [-1, 1], resized and cropped to the model's square as `pack` does."""
-    import numpy as np
-    import torch
-
-    from pipeline.data.folder import square
-    from pipeline.data.samples import UNDECODABLE, scaled
-
-    if len(shape) != 3:
-        raise InputError(f"this model takes points of {shape[0]} values, not images")
-    rows = []
-    for path in paths:
-        try:
-            pixels = np.asarray(square(path.read_bytes(), shape[1], shape[0]))
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
-        except UNDECODABLE as error:
-            what = error.strerror if isinstance(error, OSError) and error.strerror else "no picture that can be read"
-            raise InputError(f"{path}: {what}") from None
-        rows.append(torch.from_numpy(pixels.copy()).view(*shape[1:], shape[0]).permute(2, 0, 1))
-    return scaled(torch.stack(rows))
-
-
-def _write_samples(made: "Tensor", to: Path) -> str:
-    """Write samples as `sample` promises; where they are."""
-    from pipeline.pictures import grid, to_image
-
-    points, suffix = made.ndim != 4, to.suffix.lower()
-    if points != (suffix == ".csv") or suffix not in (".png", ".csv", ""):
-        wanted = ".csv" if points else ".png, or a folder's name"
-        raise InputError(f"--to {to}: samples of shape {tuple(made.shape[1:])} go to a file that ends in {wanted}")
-    (to if not to.suffix else to.parent).mkdir(parents=True, exist_ok=True)
-    if points:
-        with to.open("w", newline="") as file:
-            csv.writer(file).writerows(made.tolist())
-    elif to.suffix:
-        grid(made, columns=math.ceil(math.sqrt(len(made)))).save(to)
-    else:
-        for number, image in enumerate(made):
-            to_image(image).save(to / f"{number:06d}.png")
-    return f"{to}/" if not to.suffix else str(to)
 
 
 def _at_least(least: int, **values: int) -> None:

@@ -29,18 +29,7 @@ from pipeline.match.nearest import NotFinite
 from pipeline.model.networks import build_network
 from pipeline.reports import report
 from pipeline.round import Drawing, Run, Work
-from pipeline.run import (
-    Position,
-    Saved,
-    Under,
-    check_shared,
-    claim,
-    count_rounds,
-    have,
-    restore,
-    restore_weights,
-    snapshot,
-)
+from pipeline.run import check_shared, claim, count_rounds, have
 from pipeline.runtime.checkpoint import Writer
 from pipeline.runtime.distributed import together, total
 from pipeline.runtime.logs import at_round, set_up
@@ -51,6 +40,7 @@ from pipeline.runtime.signals import StopRequest
 from pipeline.runtime.speed import Profiler, forward_flops, parse_rounds
 from pipeline.runtime.watchdog import Watchdog
 from pipeline.setup import build_engine, check_engine, headline, open_features, open_stream, shared
+from pipeline.state import Position, Saved, Under, restore, restore_weights, snapshot
 
 log = logging.getLogger("naign.train")
 

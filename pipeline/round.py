@@ -13,7 +13,6 @@ from pipeline.data import damage
 from pipeline.data.stream import Stream
 from pipeline.match import latents
 from pipeline.match.matcher import Match
-from pipeline.run import Position
 from pipeline.runtime.checkpoint import Writer
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.monitor import Monitor
@@ -21,6 +20,7 @@ from pipeline.runtime.signals import Poll, StopRequest
 from pipeline.runtime.speed import Profiler
 from pipeline.runtime.titles import title
 from pipeline.runtime.watchdog import Watchdog
+from pipeline.state import Position
 
 
 @dataclass(slots=True)

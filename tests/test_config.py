@@ -39,7 +39,7 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path)
         ("[1, 2]", "must hold keys and values"),
         ("train: {batch: 100}", "match.round=2048 is no multiple of train.batch=100"),
         ("objective: {name: gan}", "choose one of naign, ign"),
-        ("objective: {distance: lpips}", "choose one of l1, l2, l1\\+l2"),
+        ("objective: {distance: lpips}", "choose one of l1, l2, norm, l1\\+l2"),
         ("model: {width: 0}", "model.width is 0: it must lie between 1 and"),
         ("resume: maybe", "choose one of auto"),
         ("train: 0", "'train' must hold keys and values"),

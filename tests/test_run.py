@@ -17,9 +17,10 @@ from pipeline.config import Config
 from pipeline.data.stream import Stream
 from pipeline.errors import InputError
 from pipeline.model.networks import build_network
-from pipeline.run import Position, Under, claim, restore, restore_weights, share_out, snapshot
+from pipeline.run import claim
 from pipeline.runtime.checkpoint import MANIFEST, Writer, newest_checkpoint, write_checkpoint
 from pipeline.setup import build_engine
+from pipeline.state import Position, Under, restore, restore_weights, share_out, snapshot
 
 POSITION = Position(round=3, images_seen=300, step=30, seconds=1.5, skipped=2)
 
