@@ -72,6 +72,12 @@ def evaluate(
     place = Path(folder) if Path(folder).is_dir() else Path(folder).parent
     encoder = choose_encoder(manifest)
     notes = []
+    learned = model.metadata.get("dataset")
+    if learned and learned != manifest.name:
+        notes.append(
+            f"The network learned {learned} and is measured on {manifest.name}, by {manifest.name}'s encoder: no number "
+            "here says how well it does what it was trained for."
+        )
     layout = "{desc:<30}{bar}{n_fmt}/{total_fmt} {elapsed}"
     with tqdm(total=STAGES, disable=not progress, bar_format=layout) as bar:
         metrics: dict[str, Any] = {

@@ -26,10 +26,13 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
 def save_untrained() -> Callable[..., str]:
     """Writes a model as training would export it, weights still random, and returns its folder."""
 
-    def save(folder: Path, *, data: str | None, shape: tuple[int, ...], config: NetworkConfig) -> str:
+    def save(
+        folder: Path, *, data: str | None, shape: tuple[int, ...], config: NetworkConfig, dataset: str | None = None
+    ) -> str:
         torch.manual_seed(0)
         metadata: dict[str, Any] = {"shape": list(shape), "latents": "gaussian", "model": dataclasses.asdict(config)}
         metadata |= {"seed": 7, "images_seen": 12_345, "config": {"data": {"path": data}} if data else {}}
+        metadata |= {"dataset": dataset} if dataset else {}
         NAIGN(build_network(config, shape), metadata).save_pretrained(folder)
         return str(folder)
 

@@ -140,6 +140,13 @@ def test_data_without_an_encoder_are_compared_on_pixels(
     assert metrics["notes"][0].split(":")[0] in text and "Classes among the samples" not in text
 
 
+def test_another_data_set_than_the_one_learned_is_said(digits: str, save_untrained: Save, tmp_path: Path) -> None:
+    folder = save_untrained(tmp_path, data=None, shape=(1, 8, 8), config=TINY, dataset="letters")
+    metrics = evaluate(folder, data=digits, samples=50, progress=False)
+    assert "learned letters and is measured on digits" in metrics["notes"][0]
+    assert "learned letters" in (tmp_path / "evaluation" / "report.html").read_text()
+
+
 def test_points_skip_what_is_for_images(save_untrained: Save, tmp_path: Path) -> None:
     data, source = str(tmp_path / "moons"), load("toy2d:moons")
     fewer = {name: Made(length=400, make=examples.__getitem__) for name, examples in source.splits.items()}
