@@ -75,8 +75,8 @@ def evaluate(
     learned = model.metadata.get("dataset")
     if learned and learned != manifest.name:
         notes.append(
-            f"The network learned {learned} and is measured on {manifest.name}, with the encoder for {manifest.name}: no "
-            "number here says how well it does what it was trained for."
+            f"The network learned {learned} and is measured on {manifest.name}, with the encoder for those: no number "
+            "here says how well it does what it was trained for."
         )
     layout = "{desc:<30}{bar}{n_fmt}/{total_fmt} {elapsed}"
     with tqdm(total=STAGES, disable=not progress, bar_format=layout) as bar:
