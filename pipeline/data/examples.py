@@ -64,7 +64,8 @@ def subset(
         raise InputError(f"--train is {train}: it must be at least 1")
     whole = source.splits["train"]
     numbers = [source.labels.index(label) for label in without]
-    order = np.argsort(np.random.Philox(key=seed).random_raw(len(whole)), kind="stable")
+    # Of a key that neither packing nor toys have: the same numbers twice would be an order, not chance.
+    order = np.argsort(np.random.Philox(key=np.array([seed, 2], np.uint64)).random_raw(len(whole)), kind="stable")
     kept = np.array([row for row in order if not numbers or whole[int(row)][2] not in numbers], dtype=np.int64)
     if len(kept) < (train or 1):
         raise InputError(f"{source.name} has {len(kept)} such training examples, fewer than the {train or 1} asked for")

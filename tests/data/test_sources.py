@@ -14,6 +14,7 @@ from pipeline.data.examples import subset
 from pipeline.data.folder import square
 from pipeline.data.shards import pack
 from pipeline.data.sources import load
+from pipeline.data.stream import read_split
 from pipeline.errors import InputError
 
 
@@ -67,6 +68,17 @@ def test_a_subset_keeps_the_test_split_and_what_the_seed_draws() -> None:
     ):
         with pytest.raises(InputError, match=message):
             subset(source, **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("law", ["ring", "moons"])
+def test_packing_deals_points_by_chance(law: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toys, "TRAIN", 4000)
+    monkeypatch.setattr(toys, "TEST", 100)
+    pack(load(f"toy2d:{law}"), str(tmp_path), progress=False)
+    points, labels = read_split(str(tmp_path), "train")
+    for values in (np.arctan2(points[:, 1].numpy(), points[:, 0].numpy()), labels.numpy()):
+        if values.std():
+            assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.08
 
 
 def test_the_checkerboard_has_no_point_on_a_light_square() -> None:
