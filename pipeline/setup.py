@@ -53,10 +53,10 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
                 f"the launcher's DeepSpeed configuration says {name}.enabled: {enabled}, but the run's precision is "
                 f"{accelerator.mixed_precision.replace('no', 'fp32')}: remove it there, or change train.precision"
             )
-    if config.objective.name == "ign" and (stage == 3 or accelerator.mixed_precision != "no"):
+    if config.objective.name in ("ign", "nae") and (stage == 3 or accelerator.mixed_precision != "no"):
         raise InputError(
-            "objective.name=ign evaluates a frozen copy of the network, which ZeRO-3 and DeepSpeed's low precision do "
-            "not allow: use ZeRO 0 to 2 in float32, or DDP"
+            f"objective.name={config.objective.name} evaluates a frozen copy of the network, which ZeRO-3 and "
+            "DeepSpeed's low precision do not allow: use ZeRO 0 to 2 in float32, or DDP"
         )
     if stage == 0 and accelerator.mixed_precision != "no":
         raise InputError(

@@ -195,7 +195,6 @@ def _nae(
     code, which a network from images to images does not show. Its temperature is 1.
     """
     weights = {name: value.detach() for name, value in frozen.named_parameters()}
-    values = images[0].numel()
     with torch.no_grad():
         samples = functional_call(frozen, weights, (latents,))
     for step in range(config.langevin_steps):
@@ -205,7 +204,7 @@ def _nae(
         samples = samples.detach() - config.langevin_rate * slope
         samples = (samples + config.langevin_noise * normals(step)).clamp(-1, 1)
     inputs = torch.cat([images, samples.detach()])
-    data, other = (network(inputs) - inputs).square().flatten(1).sum(1).div(values).split(len(images))
+    data, other = (network(inputs) - inputs).square().flatten(1).mean(1).split(len(images))
     bound = other.square().mean()
     total = data.mean() - other.mean() + config.bound * bound
     return {"total": total, "reconstruction": data.mean(), "samples": other.mean()}

@@ -158,6 +158,7 @@ def test_channels_last_and_recomputed_networks_train_alike(digits, tmp_path):
         ("zero2", {"gradient_accumulation_steps": 4}, [], "gradient_accumulation_steps: 4, but train.accumulate"),
         ("zero2", {"gradient_clipping": 5.0}, [], "gradient_clipping: 5.0, but train.clip"),
         ("zero3", {}, ["--objective.name=ign"], "frozen copy"),
+        ("zero3", {}, ["--objective.name=nae"], "objective.name=nae evaluates a frozen copy"),
         ("zero0", {}, ["--train.precision=bf16"], "use ZeRO 1 to 3, or DDP"),
         ("zero2", {}, ["--train.compile"], "train.compile does not go with DeepSpeed"),
         ("zero1", {}, ["--train.accumulate=3"], "2 ranks x 3 micro-batches"),
