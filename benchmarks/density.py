@@ -12,7 +12,6 @@ Runs are kept under runs/tables as table.py's are. data/mnist, data/mnist_withou
 where they are missing.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 import tyro
 from torch import Tensor
-from trained import ROOT, Task, measure_all, packed, slug, spread, table
+from trained import ROOT, Task, measure_all, packed, spread, table, write
 
 from pipeline.data.samples import scaled
 from pipeline.data.stream import read_split
@@ -120,11 +119,10 @@ def main(settings: Settings) -> None:
         tasks, owners = dict[str, Task](), dict[str, tuple[str, int]]()
         for seed in range(settings.seeds):
             for name, (config, options) in NETWORKS.items():
-                all_options = [*options, *([f"--data.path={ROOT / data}"] if data != "data/mnist" else [])]
-                all_options += [f"--train.images={settings.images}"] * bool(settings.images)
-                key = slug(" ".join([Path(config).stem, *(Path(o).name for o in all_options), f"seed {seed}"]))
-                tasks[key] = Task(settings.runs / key, config, (*all_options, f"--seed={seed}"))
-                owners[key] = (name, seed)
+                more = [f"--data.path={data}"] * (data != "data/mnist")
+                more += [f"--train.images={settings.images}"] * bool(settings.images)
+                task = Task.of(settings.runs, config, [*options, *more], seed)
+                tasks[task.folder.name], owners[task.folder.name] = task, (name, seed)
         for key, record in measure_all(tasks, settings.jobs):
             name, seed = owners[key]
             rows = found.setdefault(name, [{} for _ in range(settings.seeds)])
@@ -134,9 +132,7 @@ def main(settings: Settings) -> None:
     order = [*NETWORKS, "nearest training image", "brightness"]
     cells = [[name, *(spread([row[t] for row in found[name] if t in row], 3) for t in titles)] for name in order]
     text = f"`python benchmarks/density.py`, {settings.seeds} seeds\n\n{table(['AUROC of', *titles], cells)}\n"
-    settings.to.parent.mkdir(parents=True, exist_ok=True)
-    settings.to.with_suffix(".md").write_text(text)
-    settings.to.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    write(settings.to, text, found)
     print(text)
 
 

@@ -9,7 +9,6 @@ the energy (the sum over both coordinates) against the true distance to the curv
 correlation, and the error as a share of the distance where that is above 0.05.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 import tyro
 from scipy.stats import spearmanr
 from torch import Tensor
-from trained import ROOT, Task, measure_all, packed, slug, spread, table
+from trained import Task, measure_all, packed, spread, table, write
 
 from pipeline.errors import exit_on_input_error
 from pipeline.model.naign import NAIGN
@@ -138,10 +137,9 @@ def main(settings: Settings) -> None:
     for seed in range(settings.seeds):
         for name in TRUTHS:
             path = packed(f"data/toy2d_{name}", f"toy2d:{name}")
-            options = [f"--data.path={ROOT / path}", *([f"--train.images={settings.images}"] * bool(settings.images))]
-            key = slug(" ".join(["toy2d", name, *options[1:], f"seed {seed}"]))
-            tasks[key] = Task(settings.runs / key, CONFIG, (*options, f"--seed={seed}"))
-            owners[key] = name
+            options = [f"--data.path={path}", *([f"--train.images={settings.images}"] * bool(settings.images))]
+            task = Task.of(settings.runs, CONFIG, options, seed)
+            tasks[task.folder.name], owners[task.folder.name] = task, name
     found: dict[str, list[Numbers]] = {name: [] for name in TRUTHS}
     for key, record in measure_all(tasks, settings.jobs):
         if "failed" not in record:
@@ -154,9 +152,7 @@ def main(settings: Settings) -> None:
         rows.append([f"{name} ({len(records)} seeds)", *cells])
     head = ["", "modes covered", "of", "samples near the data", "rank of -E with log p", "rank of √E with distance"]
     text = f"`python benchmarks/points.py`\n\n{table([*head, 'error of √E, × distance'], rows)}\n"
-    settings.to.parent.mkdir(parents=True, exist_ok=True)
-    settings.to.with_suffix(".md").write_text(text)
-    settings.to.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    write(settings.to, text, found)
     print(text)
 
 

@@ -8,14 +8,13 @@ runs/tables: what is there is not done again, so a table may be cut off and goes
 writes the table (.md) and all it rests on (.json).
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
 import yaml
-from trained import COLUMNS, Record, Task, measure_all, packed, slug, spread, table
+from trained import COLUMNS, Record, Task, measure_all, packed, spread, table, write
 
 from pipeline.errors import InputError, exit_on_input_error
 
@@ -104,12 +103,10 @@ def main(settings: Settings) -> None:
     for seed in seeds:  # all rows on one seed first
         for name, row in plan.rows.items():
             if "config" in row:
-                options = [str(option) for option in row.get("options", [])]
-                key = slug(" ".join([Path(row["config"]).stem, *options, f"seed {seed}"]))
-                tasks[key] = Task(settings.runs / key, row["config"], (*options, f"--seed={seed}"))
-                where[f"{name}, seed {seed}"] = key
+                task = Task.of(settings.runs, row["config"], row.get("options", []), seed)
+                tasks[task.folder.name] = task
+                where[f"{name}, seed {seed}"] = task.folder.name
     records = dict[str, Record]()
-    settings.to.parent.mkdir(parents=True, exist_ok=True)
     text = ""
     for key, record in measure_all(tasks, settings.jobs):
         records[key] = record if "failed" in record else {part: record[part] for part in KEPT}
@@ -118,8 +115,7 @@ def main(settings: Settings) -> None:
             keys = [where.get(f"{name}, seed {seed}", "") for seed in seeds]
             found[name] = [records[key] for key in keys if key in records]
         text = page(plan, settings, found)
-        settings.to.with_suffix(".md").write_text(text)
-        settings.to.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+        write(settings.to, text, found)
     print(text)
 
 

@@ -30,6 +30,13 @@ class Task:
     """Below the repository."""
     options: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, runs: Path, config: str, options: Iterable[object], seed: int) -> "Task":
+        """In a folder of `runs` named after all else, so that tables that ask for the same share it."""
+        words = [str(option) for option in options]
+        name = slug(" ".join([Path(config).stem, *words, f"seed {seed}"]))
+        return cls(runs / name, config, (*words, f"--seed={seed}"))
+
     def measure(self) -> Record:
         """What `naign evaluate` says of it, trained first if it is not yet; {"failed": reason} if it diverged.
 
@@ -97,6 +104,13 @@ def spread(found: Iterable[float | None], digits: int) -> str:
 def table(titles: list[str], rows: list[list[str]]) -> str:
     """In Markdown."""
     return "\n".join("| " + " | ".join(row) + " |" for row in (titles, ["---"] * len(titles), *rows))
+
+
+def write(to: Path, text: str, found: object) -> None:
+    """A table beside what it rests on."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.with_suffix(".md").write_text(text)
+    to.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 @dataclass(frozen=True, slots=True)
