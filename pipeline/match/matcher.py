@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -28,7 +27,8 @@ HELD_ROWS, HELD_VALUES = 4096, 2**26
 pool with no more values is kept while one_to_one searches it again; a larger one is generated again."""
 
 NEIGHBOURS, MOST_PAIRS = 16, 2**22
-"""one_to_one: samples that an image asks for at first, twice as many each time it asks again; at most these in all."""
+"""one_to_one: samples that an image asks for at first, and the most that all images together ask for when some want
+more: twice as many as before where most have been settled, else eight times."""
 
 COSTS = {"make": "generate", "project": "project", "search": "search", "rescore": "rescore", "exchange": "exchange"}
 """What the search calls the parts of its time, and what they are reported as."""
@@ -254,12 +254,11 @@ def assign_once(
 
     Of all pairs of an image and a sample the least by (distance, number of the image, id) is taken, of all pairs of
     the images and samples that remain again the least, and so on. Every rank does this by itself on the nearest few
-    samples of each image; an image that finds all of its own taken asks for more, and until then nothing that comes
-    after its last one is settled.
+    samples of each image; an image that finds all of its own taken wants more, and until it has them nothing that comes
+    after its last one is settled. All that are not settled then ask again, of the samples that are left.
     """
     edges = np.cumsum([0, *counts])
     answers = np.zeros((edges[-1], 2), np.int64)  # of each image: the distance's bits, and the id
-    known = np.zeros((0, 3), np.int64)  # pairs of the images that are not settled: the distance's bits, image, id
     settled = np.zeros(0, np.int64)  # ids
     asking, neighbours = np.arange(edges[-1]), NEIGHBOURS
     while len(asking):
@@ -267,43 +266,53 @@ def assign_once(
         rows = torch.from_numpy(parts[ranks.rank] - edges[ranks.rank])
         distances, ids = find(rows, neighbours, torch.from_numpy(np.sort(settled)) if len(settled) else None)
         pairs = torch.stack([distances.view(torch.int64), ids], dim=2)
-        found = ranks.gather(pairs, [len(part) for part in parts]).numpy().reshape(-1, 2)
-        found = np.insert(found, 1, np.repeat(asking, neighbours), axis=1)[found[:, 1] >= 0]
-        known = np.concatenate([known[~np.isin(known[:, 1], asking)], found])
-        known = known[np.lexsort((known[:, 2], known[:, 1], known[:, 0]))]  # the bits of numbers from 0 on ascend
-        taken, asking = take_in_order(known[:, 1], known[:, 2], settled)
-        answers[known[taken, 1]] = known[taken][:, [0, 2]]
-        settled = np.concatenate([settled, known[taken, 2]])
-        known = known[~np.isin(known[:, 1], known[taken, 1])]
-        neighbours = max(NEIGHBOURS, min(2 * neighbours, MOST_PAIRS // max(1, len(asking))))
+        found = ranks.gather(pairs, [len(part) for part in parts]).numpy()
+        taken, columns = take_in_order(found[:, :, 0].view(np.float64), found[:, :, 1])
+        answers[asking[taken]] = found[taken, columns]
+        settled = np.concatenate([settled, found[taken, columns, 1]])
+        most = MOST_PAIRS // max(1, len(asking) - len(taken))
+        neighbours = max(NEIGHBOURS, min(neighbours * (2 if 2 * len(taken) > len(asking) else 8), most))
+        asking = np.delete(asking, taken)
     mine = torch.from_numpy(answers[edges[ranks.rank] : edges[ranks.rank + 1]])
     return mine[:, 0].contiguous().view(torch.float64), mine[:, 1].contiguous()
 
 
 def take_in_order(
-    images: NDArray[np.int64],  # (p,): of pairs in the order in which they are taken
-    ids: NDArray[np.int64],  # (p,)
-    gone: NDArray[np.int64],  # ids that are taken already
+    distances: NDArray[np.float64],  # (n, k): ascending along each row; inf where there is no sample
+    ids: NDArray[np.int64],  # (n, k): ascending where distances are alike; -1 where there is no sample
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The pairs (rows) that are taken whatever pairs are still unknown, and the images that find all of theirs taken.
+    """The pairs (rows, columns) that are taken whatever samples each image has behind those that are known.
 
-    A pair that is not known comes after all known ones of its image. So what is taken up to where the first image finds
-    its last sample taken is settled. The rest is only played through, to see which images will ask for more.
+    Pairs that are not known come after all known ones of their image. So what is taken before the first last pair of
+    an image that finds all of its samples taken is settled.
     """
-    left, matched, used = Counter(images.tolist()), set[int](), set(gone.tolist())
-    taken, starved = list[int](), list[int]()
-    for pair, (image, id) in enumerate(zip(images.tolist(), ids.tolist(), strict=True)):
-        left[image] -= 1
-        if image in matched:
-            continue
-        if id not in used:
-            matched.add(image)
-            used.add(id)
-            if not starved:
-                taken.append(pair)
-        elif not left[image]:
-            starved.append(image)
-    return np.array(taken, np.int64), np.array(sorted(starved), np.int64)
+    names, numbers = np.unique(ids, return_inverse=True)
+    numbers = numbers.reshape(ids.shape)
+    gone = names < 0
+    column = np.zeros(len(ids), np.int64)  # of the nearest sample that each image can still have
+    least, choice = distances[:, 0].copy(), numbers[:, 0].copy()
+    bound, taken = (math.inf, len(ids)), list[int]()
+    while True:
+        row = int(least.argmin())
+        if (least[row], row) >= min(bound, (math.inf, 0)):
+            rows = np.array(taken, np.int64)
+            return rows, column[rows]
+        taken.append(row)
+        least[row] = math.inf
+        gone[choice[row]] = True
+        losers = np.flatnonzero(choice == choice[row])
+        choice[row] = -1
+        losers = losers[losers != row]
+        while len(losers):
+            column[losers] += 1
+            starved = losers[column[losers] == ids.shape[1]]
+            if len(starved):
+                last = distances[starved, -1]
+                bound = min(bound, min(zip(last.tolist(), starved.tolist(), strict=True)))
+                least[starved], choice[starved] = math.inf, -1
+                losers = losers[column[losers] < ids.shape[1]]
+            least[losers], choice[losers] = distances[losers, column[losers]], numbers[losers, column[losers]]
+            losers = losers[gone[choice[losers]]]
 
 
 def spread(distances: NDArray[np.float64]) -> dict[str, float]:

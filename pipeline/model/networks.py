@@ -53,7 +53,7 @@ def build_network(
 
 
 class PointNetwork(nn.Module):
-    """A residual multilayer perceptron on (n, D) float32; any further dimensions are flattened."""
+    """A multilayer perceptron on (n, D) float32; any further dimensions are flattened."""
 
     def __init__(self, dims: int, width: int, depth: int) -> None:
         super().__init__()
