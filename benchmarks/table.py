@@ -4,8 +4,9 @@
 
 The file names its rows, each a configuration with options (a published one gives its numbers instead), the seeds and
 the columns. Every run is one process of one thread, trained and measured as `naign evaluate` does, and kept under
-runs/tables: what is there is not done again, so a table may be cut off and goes on, and tables share their runs. It
-writes the table (.md) and all it rests on (.json).
+runs/tables: what is there is not done again, so a table may be cut off and goes on, and tables share their runs. A row
+says how many seeds it rests on, and is left out while there is none. It writes the table (.md) and what it rests on
+(.json).
 """
 
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ class Settings:
     """Only the first few of the file's seeds; 0: all."""
     jobs: int = 2
     """Runs at a time."""
+    train: bool = True
+    """Train and measure what is missing; otherwise the table is of what is there."""
     runs: Path = Path("runs/tables")
     """Where the runs lie."""
 
@@ -104,8 +107,11 @@ def main(settings: Settings) -> None:
         for name, row in plan.rows.items():
             if "config" in row:
                 task = Task.of(settings.runs, row["config"], row.get("options", []), seed)
-                tasks[task.folder.name] = task
+                if settings.train or task.measured:
+                    tasks[task.folder.name] = task
                 where[f"{name}, seed {seed}"] = task.folder.name
+    if not tasks:
+        raise InputError(f"nothing of {settings.file} has been measured in {settings.runs}: leave out --no-train")
     records = dict[str, Record]()
     text = ""
     for key, record in measure_all(tasks, settings.jobs):

@@ -18,6 +18,8 @@ from pipeline.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 Record = dict[str, Any]
+FOUND, FAILED = "evaluation/metrics.json", "failed.json"
+"""Where a run's folder has what `naign evaluate` found, or that it diverged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,11 @@ class Task:
         name = slug(" ".join([Path(config).stem, *words, f"seed {seed}"]))
         return cls(runs / name, config, (*words, f"--seed={seed}"))
 
+    @property
+    def measured(self) -> bool:
+        """Whether its numbers are there, or that it diverged."""
+        return (self.folder / FOUND).exists() or (self.folder / FAILED).exists()
+
     def measure(self) -> Record:
         """What `naign evaluate` says of it, trained first if it is not yet; {"failed": reason} if it diverged.
 
@@ -44,7 +51,7 @@ class Task:
         newest checkpoint. Raises InputError if the folder is of another configuration, or a command fails.
         """
         folder = self.folder.absolute()
-        file, asked = folder / "evaluation/metrics.json", folder / "asked.json"
+        file, asked = folder / FOUND, folder / "asked.json"
         wanted = {"config": self.config, "options": list(self.options)}
         if asked.exists() and json.loads(asked.read_text()) != wanted:
             raise InputError(f"{folder} was made by another command ({asked.read_text().strip()}): remove it")
@@ -53,6 +60,9 @@ class Task:
         train = [sys.executable, str(ROOT / "pipeline/train.py"), "--config", str(ROOT / self.config), *self.options]
         train += [f"--run.path={folder}", "--train.threads=1", "--report.pictures=0"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        if (folder / FAILED).exists():
+            failed: Record = json.loads((folder / FAILED).read_text())
+            return failed
         commands = [] if file.exists() else [train, [sys.executable, "-m", "pipeline.cli", "evaluate", str(folder)]]
         for command in commands:
             with (folder / "log").open("a") as log:
@@ -60,6 +70,7 @@ class Task:
             if done.returncode:
                 last = (folder / "log").read_text(errors="replace").strip().splitlines()[-1:]
                 if re.search("not finite|diverged", "".join(last)):
+                    (folder / FAILED).write_text(json.dumps({"failed": last[0]}) + "\n")
                     return {"failed": last[0]}
                 raise InputError(f"exit code {done.returncode}: {' '.join(command)}; see {folder / 'log'}: {last}")
         found: Record = json.loads(file.read_text())

@@ -128,8 +128,10 @@ def test_every_row_and_trial_is_a_configuration(file: Path) -> None:
 @pytest.mark.slow
 def test_table_of_two_seeds_beside_printed_numbers(digits: str, tmp_path: Path) -> None:
     options = [f"--data.path={digits}", "--model.width=8", "--match.round=512", "--train.images=2048"]
+    wild = ["--objective.distance=l2", "--train.lr=1e18", "--train.clip=1e18", "--train.warmup=0"]
     rows = {
         "ours": {"config": "configs/digits.yaml", "options": options},
+        "wild": {"config": "configs/digits.yaml", "options": [*options, *wild]},
         "printed": {"printed": {"blur": 0.15}},
     }
     said = {"title": "A table", "seeds": [0, 1], "columns": ["once", "rarest", "blur", "late"], "rows": rows}
@@ -141,13 +143,23 @@ def test_table_of_two_seeds_beside_printed_numbers(digits: str, tmp_path: Path) 
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
         lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
-        assert [line[0] for line in lines[2:]] == ["ours (2 seeds)", "printed", "answering with input"]
-        assert " ± " in lines[2][1] and lines[3][3] == "0.15" and lines[4][1] == "-"
+        assert [line[0] for line in lines[2:]] == [
+            "ours (2 seeds)",
+            "wild (0 seeds; 2 of 2 diverged)",
+            "printed",
+            "answering with input",
+        ]
+        assert " ± " in lines[2][1] and lines[3][1] == "-" and lines[4][3] == "0.15" and lines[5][1] == "-"
         for folder in (tmp_path / "runs").iterdir():
             for checkpoint in (folder / "checkpoints").glob("step-*"):
                 shutil.rmtree(checkpoint)
-    other = json.dumps(said | {"columns": ["fid"]})
-    file.write_text(other)
+    file.write_text(json.dumps(said | {"seeds": [0, 1, 2]}))  # the third is not there
+    done = subprocess.run([*command, "--no-train"], env=environment(), capture_output=True, text=True, timeout=60)
+    assert "ours (2 seeds)" in done.stdout and "2 of 2 diverged" in done.stdout and done.returncode == 0, done.stderr
+    file.write_text(json.dumps(said | {"seeds": [7]}))
+    done = subprocess.run([*command, "--no-train"], env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "nothing of" in done.stderr
+    file.write_text(json.dumps(said | {"columns": ["fid"]}))
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2 and "no columns fid" in done.stderr
 
