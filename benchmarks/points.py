@@ -3,10 +3,10 @@
     python benchmarks/points.py --to benchmarks/results/points
 
 One network a set and seed, from configs/toy2d.yaml. Of 10,000 samples: the modes, or arms, that have at least a fifth
-of their share, and the share of samples near the data (four deviations of a Gaussian; 0.08 from a spiral, 0.02 from the
-ring). Spearman's correlation of -E with the log density, for the Gaussians, on a grid within [-1.2, 1.2]^2. The root of
-the energy (the sum over both coordinates) against the true distance to the curve, on points within 0.3 of it: the rank
-correlation, and the error as a share of the distance where that is above 0.05.
+of their share; the share of samples, and of f of them, near the data (four deviations of a Gaussian; 0.08 from a
+spiral, 0.02 from the ring). Spearman's correlation of -E with the log density, for the Gaussians, on a grid within
+[-1.2, 1.2]^2. The root of the energy (the sum over both coordinates) against the true distance to the curve, on points
+within 0.3 of it: the rank correlation, and the error as a share of the distance where that is above 0.05.
 """
 
 import math
@@ -44,6 +44,20 @@ class Settings:
     """Where the runs lie."""
 
 
+def shares(places: Callable[[Tensor], tuple[Tensor, Tensor]], model: NAIGN, parts: int) -> Numbers:
+    """Parts that samples cover, and how many samples are near the data after f is applied once and twice."""
+    samples = model.sample(SAMPLES)
+    good, part = places(samples)
+    share = torch.bincount(part[good], minlength=parts) / len(samples)
+    twice, _ = places(model.project(samples))
+    return {
+        "modes": float((share > 0.2 / parts).sum()),
+        "of": parts,
+        "near": float(good.float().mean()),
+        "twice": float(twice.float().mean()),
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Mixture:
     """Normals alike in weight and deviation."""
@@ -55,20 +69,16 @@ class Mixture:
         squares = torch.cdist(points.double(), self.centres.double()).square()
         return torch.logsumexp(-squares / (2 * self.deviation**2), dim=1)
 
-    def judge(self, model: NAIGN, samples: Tensor) -> Numbers:
-        near, mode = torch.cdist(samples, self.centres).min(1)
-        good = near < 4 * self.deviation
-        shares = torch.bincount(mode[good], minlength=len(self.centres)) / len(samples)
+    def places(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each point is near the data, and its part of the data."""
+        away, mode = torch.cdist(points, self.centres).min(1)
+        return away < 4 * self.deviation, mode
+
+    def judge(self, model: NAIGN) -> Numbers:
         axis = torch.linspace(-1.2, 1.2, 121)
         grid = torch.cartesian_prod(axis, axis)
         rank = spearmanr(-model.energy(grid).numpy(), self.log_density(grid).numpy())[0]
-        covered = (shares > 0.2 / len(self.centres)).sum()
-        return {
-            "modes": float(covered),
-            "of": len(self.centres),
-            "near": float(good.float().mean()),
-            "log p": float(rank),
-        }
+        return shares(self.places, model, len(self.centres)) | {"log p": float(rank)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +89,12 @@ class Curves:
     """(parts, n, 2): points so dense that the nearest is as good as the curve."""
     near: float
 
-    def judge(self, model: NAIGN, samples: Tensor) -> Numbers:
-        distances = torch.stack([torch.cdist(samples, part).min(1).values for part in self.parts])
-        nearest, part = distances.min(0)
-        good = nearest < self.near
-        shares = torch.bincount(part[good], minlength=len(self.parts)) / len(samples)
+    def places(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each point is near the data, and its part of the data."""
+        away, part = torch.stack([torch.cdist(points, part).min(1).values for part in self.parts]).min(0)
+        return away < self.near, part
+
+    def judge(self, model: NAIGN) -> Numbers:
         generator = torch.Generator().manual_seed(0)
         flat = self.parts.flatten(0, 1)
         start = flat[torch.randint(len(flat), (4000,), generator=generator)]
@@ -94,13 +105,8 @@ class Curves:
         found = (model.energy(points) * 2).sqrt()
         off = truth > 0.05
         error = ((found - truth).abs() / truth)[off].mean()
-        return {
-            "modes": float((shares > 0.2 / len(self.parts)).sum()),
-            "of": len(self.parts),
-            "near": float(good.float().mean()),
-            "rank": float(spearmanr(found.numpy(), truth.numpy())[0]),
-            "error": float(error),
-        }
+        rank = float(spearmanr(found.numpy(), truth.numpy())[0])
+        return shares(self.places, model, len(self.parts)) | {"rank": rank, "error": float(error)}
 
 
 def ring() -> Curves:
@@ -144,13 +150,21 @@ def main(settings: Settings) -> None:
     for key, record in measure_all(tasks, settings.jobs):
         if "failed" not in record:
             model = NAIGN.from_pretrained(tasks[key].folder)
-            found[owners[key]].append(TRUTHS[owners[key]]().judge(model, model.sample(SAMPLES)))
-    titles = {"modes": 1, "of": 0, "near": 3, "log p": 3, "rank": 3, "error": 3}
+            found[owners[key]].append(TRUTHS[owners[key]]().judge(model))
+    titles = {"modes": 1, "of": 0, "near": 3, "twice": 3, "log p": 3, "rank": 3, "error": 3}
     rows = []
     for name, records in found.items():
         cells = [spread([record[t] for record in records if t in record], digits) for t, digits in titles.items()]
         rows.append([f"{name} ({len(records)} seeds)", *cells])
-    head = ["", "modes covered", "of", "samples near the data", "rank of -E with log p", "rank of √E with distance"]
+    head = [
+        "",
+        "modes covered",
+        "of",
+        "f(z) near the data",
+        "f(f(z))",
+        "rank of -E with log p",
+        "rank of √E with distance",
+    ]
     text = f"`python benchmarks/points.py`\n\n{table([*head, 'error of √E, × distance'], rows)}\n"
     write(settings.to, text, found)
     print(text)
