@@ -13,6 +13,7 @@ Runs are kept under runs/tables as table.py's are. data/mnist, data/mnist_withou
 where they are missing.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 import tyro
 from torch import Tensor
-from trained import ROOT, Task, measure_all, packed, spread, table, write
+from trained import ROOT, Task, command, measure_all, packed, seeds_of, spread, table, write
 
 from pipeline.data.samples import scaled
 from pipeline.data.stream import read_split
@@ -115,7 +116,7 @@ def main(settings: Settings) -> None:
     if settings.held_out:
         less = packed("data/mnist_without_9", "mnist", "--without", HELD_OUT)
         parts.append((less, held_out(settings.count)))
-    found = dict[str, list[dict[str, float]]]()
+    found, lost = dict[str, list[dict[str, float]]](), Counter[str]()
     for data, sets in parts:
         train, _ = read_split(str(ROOT / data), "train", limit=100_000)
         for name, score in {"brightness": dimness(train), "nearest training image": distance_to(train)}.items():
@@ -133,15 +134,22 @@ def main(settings: Settings) -> None:
         for key, record in measure_all(tasks, settings.jobs):
             name, seed = owners[key]
             rows = found.setdefault(name, [{} for _ in range(settings.seeds)])
-            if "failed" not in record:
+            if "failed" in record:
+                lost[name] += 1
+            else:
                 rows[seed].update(aurocs(NAIGN.from_pretrained(tasks[key].folder).energy, sets))
     titles = [name for _, sets in parts for name in sets]
     cells = list[list[str]]()
     for name in [*NETWORKS, "nearest training image", "brightness"]:
-        if rows := [row for row in found.get(name, []) if row]:
-            seeds = f" ({len(rows)} seed{'s'[: len(rows) != 1]})" if name in NETWORKS else ""
-            cells.append([name + seeds, *(spread([row[t] for row in rows if t in row], 3) for t in titles)])
-    text = f"AUROC, MNIST\n\n`python benchmarks/density.py`\n\n{table(['', *titles], cells)}\n"
+        rows = [row for row in found.get(name, []) if row]
+        if not rows and not lost[name]:
+            continue
+        seeds, line = len(rows), list[str]()
+        for title in titles:
+            values = [row[title] for row in rows if title in row]
+            line.append(spread(values, 3) + (seeds_of(len(values)) if values and len(values) < seeds else ""))
+        cells.append([name + (seeds_of(seeds, lost[name]) if name in NETWORKS else ""), *line])
+    text = f"AUROC, MNIST\n\n{command()}\n\n{table(['', *titles], cells)}\n"
     write(settings.to, text, found)
     print(text)
 

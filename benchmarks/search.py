@@ -21,15 +21,16 @@ from pathlib import Path
 import tyro
 import yaml
 from tqdm import tqdm
-from trained import COLUMNS, ROOT, Record, Task, measure_all, slug, spread, table
+from trained import COLUMNS, Record, Task, fingerprint, measure_all, spread, table, write
 
-from pipeline.config import load
 from pipeline.errors import InputError, exit_on_input_error
 
-COLUMNS_SHOWN = [name for name in COLUMNS if name not in ("commonest", "copying", "images", "late")]
+COLUMNS_SHOWN = [
+    name for name in COLUMNS if name not in ("fd_once", "fd_twice", "commonest", "copying", "images", "late")
+]
 KEPT = (
     *("fd", "modes", "coverage", "restoration", "density", "idempotence", "reconstruction", "nearest"),
-    "training_seconds",
+    *("training_seconds", "cpu_seconds"),
 )
 
 
@@ -45,7 +46,9 @@ class Settings:
     """Which budget."""
     jobs: int = 2
     """Trials at a time."""
-    runs: Path = Path("runs/search")
+    train: bool = True
+    """Train what is missing; otherwise take in what is there."""
+    runs: Path = Path("runs/tables")
     """Where the trials' runs lie; they may be removed afterwards."""
 
 
@@ -70,7 +73,6 @@ class Search:
             raise InputError(
                 f"{file} is no search ({type(error).__name__}: {error}): see benchmarks/search.yaml"
             ) from None
-        load(str(ROOT / found.base))
         return found
 
     def of_rung(self, rung: int, found: Record) -> list[str]:
@@ -99,7 +101,7 @@ def page(search: Search, file: Path, found: Record) -> str:
     """One table a rung, best first."""
     base = " ".join([search.base, *search.common])
     columns = [COLUMNS[name] for name in COLUMNS_SHOWN]
-    parts = [f"`python benchmarks/search.py {file}`, on `{base}`; restoration is the mean absolute error once."]
+    parts = [f"`python benchmarks/search.py {file}`, one seed each, on `{base}`; restoration is mean absolute error."]
     for rung, images in enumerate(search.images):
         there = [name for name in search.trials if key(name, rung) in found]
         rows = list[list[str]]()
@@ -123,17 +125,25 @@ def main(settings: Settings) -> None:
     found: Record = json.loads(to.read_text()) if to.exists() else {}
     tasks = dict[str, Task]()
     for name in search.of_rung(settings.rung, found):
-        if key(name, settings.rung) not in found:
-            options = (*search.common, *search.trials[name], f"--train.images={search.images[settings.rung]}")
-            tasks[name] = Task(settings.runs / f"{settings.rung}-{slug(name)}", search.base, options)
+        options = [*search.common, *search.trials[name], f"--train.images={search.images[settings.rung]}"]
+        task = Task.of(settings.runs, search.base, options, 0)
+        there = found.get(key(name, settings.rung))
+        if there and there["settings"] != fingerprint(task.settings):
+            raise InputError(
+                f"{to} has '{key(name, settings.rung)}' with other settings than {settings.file} gives it now: rename "
+                "the trial, or remove what is there"
+            )
+        if not there and (settings.train or task.measured):
+            tasks[name] = task
     for name, record in measure_all(tasks, settings.jobs):
         measured = record if "failed" in record else {"metrics": {part: record[part] for part in KEPT}}
-        found[key(name, settings.rung)] = {"options": search.trials[name], **measured}
-        to.parent.mkdir(parents=True, exist_ok=True)
-        to.write_text(json.dumps(found, indent=1) + "\n")
-        to.with_suffix(".md").write_text(page(search, settings.file, found))
+        said = {"options": search.trials[name], "settings": fingerprint(tasks[name].settings)}
+        found[key(name, settings.rung)] = said | measured
         tqdm.write(f"{name}: {score(found[key(name, settings.rung)]):.1f}", file=sys.stderr)
-    print(page(search, settings.file, found))
+        write(settings.to, page(search, settings.file, found), found)
+    text = page(search, settings.file, found)
+    write(settings.to, text, found)
+    print(text)
 
 
 if __name__ == "__main__":

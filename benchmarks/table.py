@@ -15,13 +15,15 @@ from typing import Any
 
 import tyro
 import yaml
-from trained import COLUMNS, Record, Task, measure_all, packed, spread, table, write
+from trained import COLUMNS, Record, Task, command, measure_all, packed, seeds_of, spread, table, write
 
 from pipeline.errors import InputError, exit_on_input_error
 
+ANSWERS = ("input", "black", "median", "nearest")
+"""To damage, without a network."""
 KEPT = (
     *("fd", "modes", "coverage", "restoration", "density", "idempotence", "reconstruction", "nearest", "encoder"),
-    *("images_seen", "training_seconds", "counts", "late"),
+    *("images_seen", "training_seconds", "cpu_seconds", "counts", "late"),
 )
 
 
@@ -67,15 +69,27 @@ class Plan:
             raise InputError(
                 f"{file} is no table ({type(error).__name__}: {error}): see benchmarks/generation.yaml"
             ) from None
-        if unknown := set(plan.columns) - set(COLUMNS):
-            raise InputError(f"{file}: no columns {', '.join(sorted(unknown))}; there are {', '.join(COLUMNS)}")
-        for name, row in rows.items():
-            if not {"config", "printed"} & set(row) or set(row) - {"config", "options", "printed"}:
-                raise InputError(f"{file}: row '{name}' must have config, and may have options, or have printed alone")
+        plan.check(file)
         return plan
 
+    def check(self, file: Path) -> None:
+        """InputError for what a run of hours would stumble over."""
+        names = {"columns": (self.columns, tuple(COLUMNS)), "answers": (self.answers, ANSWERS)}
+        for what, (asked, there) in names.items():
+            if unknown := set(asked) - set(there):
+                raise InputError(f"{file}: no {what} {', '.join(sorted(unknown))}; there are {', '.join(there)}")
+        if not self.rows or not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"{file}: it needs rows, and seeds that differ: see benchmarks/generation.yaml")
+        for name, row in self.rows.items():
+            if set(row) != {"printed"} and ("config" not in row or set(row) - {"config", "options"}):
+                raise InputError(f"{file}: row '{name}' must have config, and may have options, or have printed alone")
+            if not isinstance(row.get("options", []), list):
+                raise InputError(f"{file}: the options of row '{name}' must be a list, as [--train.lr=1e-3]")
+            if unknown := set(row.get("printed", {})) - set(COLUMNS):
+                raise InputError(f"{file}: row '{name}' has no columns {', '.join(sorted(unknown))}")
 
-def page(plan: Plan, settings: Settings, found: dict[str, list[Record]]) -> str:
+
+def page(plan: Plan, found: dict[str, list[Record]]) -> str:
     """The table, of what has been measured."""
     columns, rows = [COLUMNS[name] for name in plan.columns], list[list[str]]()
     for name, row in plan.rows.items():
@@ -83,8 +97,7 @@ def page(plan: Plan, settings: Settings, found: dict[str, list[Record]]) -> str:
             rows.append([name, *(str(printed.get(column, "-")) for column in plan.columns)])
         elif records := found.get(name):
             good = [record for record in records if "failed" not in record]
-            lost = f"; {len(records) - len(good)} of {len(records)} diverged" if len(good) < len(records) else ""
-            seeds = f" ({len(good)} seed{'s'[: len(good) != 1]}{lost})"
+            seeds = seeds_of(len(good), len(records) - len(good))
             rows.append(
                 [name + seeds, *(spread([column.get(one) for one in good], column.digits) for column in columns)]
             )
@@ -93,12 +106,13 @@ def page(plan: Plan, settings: Settings, found: dict[str, list[Record]]) -> str:
         if kinds:
             cells = [f"{kinds[column][answer]:.3f}" if column in kinds else "-" for column in plan.columns]
             rows.append([f"answering with {answer}", *cells])
-    command = f"`python benchmarks/table.py {settings.file} --to {settings.to}`"
-    return f"{plan.title}\n\n{command}\n\n{table(['', *(column.title for column in columns)], rows)}\n"
+    return f"{plan.title}\n\n{command()}\n\n{table(['', *(column.title for column in columns)], rows)}\n"
 
 
 def main(settings: Settings) -> None:
     plan = Plan.read(settings.file)
+    if not 0 <= settings.seeds <= len(plan.seeds) or settings.jobs < 1:
+        raise InputError(f"--seeds must be 0 to {len(plan.seeds)}, which {settings.file} has, and --jobs at least 1")
     for path, arguments in plan.packed.items():
         packed(path, *arguments)
     seeds = plan.seeds[: settings.seeds or None]
@@ -111,7 +125,9 @@ def main(settings: Settings) -> None:
                     tasks[task.folder.name] = task
                 where[f"{name}, seed {seed}"] = task.folder.name
     if not tasks:
-        raise InputError(f"nothing of {settings.file} has been measured in {settings.runs}: leave out --no-train")
+        raise InputError(
+            f"nothing of {settings.file} is in {settings.runs}: give rows a config, and leave out --no-train"
+        )
     records = dict[str, Record]()
     text = ""
     for key, record in measure_all(tasks, settings.jobs):
@@ -120,7 +136,7 @@ def main(settings: Settings) -> None:
         for name in plan.rows:
             keys = [where.get(f"{name}, seed {seed}", "") for seed in seeds]
             found[name] = [records[key] for key in keys if key in records]
-        text = page(plan, settings, found)
+        text = page(plan, found)
         write(settings.to, text, found)
     print(text)
 

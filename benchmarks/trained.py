@@ -1,19 +1,22 @@
 """What tables compare: networks that are trained and measured once, whichever table asks first."""
 
+import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import linear_regression, mean, stdev
 from typing import Any
 
 from tqdm import tqdm
 
+from pipeline.config import FREE_TO_CHANGE, flatten, parse
 from pipeline.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -30,14 +33,21 @@ class Task:
     """Of the run; it may be removed once its numbers are kept elsewhere."""
     config: str
     """Below the repository."""
-    options: tuple[str, ...] = ()
+    options: tuple[str, ...]
+    settings: Record
+    """All that decides what is computed, by name."""
 
     @classmethod
     def of(cls, runs: Path, config: str, options: Iterable[object], seed: int) -> "Task":
-        """In a folder of `runs` named after all else, so that tables that ask for the same share it."""
-        words = [str(option) for option in options]
-        name = slug(" ".join([Path(config).stem, *words, f"seed {seed}"]))
-        return cls(runs / name, config, (*words, f"--seed={seed}"))
+        """In a folder of `runs` named after all that decides what is computed, so that tables that ask for the same
+        share it, and none finds what an older configuration made. InputError where it is no configuration.
+        """
+        words = (*(str(option) for option in options), f"--seed={seed}")
+        everything = flatten(parse([f"--config={ROOT / config}", *words]))
+        kept = ("train.precision",)  # a run may change it, and rounds otherwise then
+        settings = {key: everything[key] for key in everything if key in kept or not key.startswith(FREE_TO_CHANGE)}
+        name = slug(" ".join([Path(config).stem, *words]))[:100]
+        return cls(runs / f"{name}-{fingerprint(settings)}", config, words, settings)
 
     @property
     def measured(self) -> bool:
@@ -48,15 +58,12 @@ class Task:
         """What `naign evaluate` says of it, trained first if it is not yet; {"failed": reason} if it diverged.
 
         One process of one thread: quality does not depend on the machine, seconds do. Cut off, it goes on from its
-        newest checkpoint. Raises InputError if the folder is of another configuration, or a command fails.
+        newest checkpoint. Raises InputError if a command fails.
         """
         folder = self.folder.absolute()
-        file, asked = folder / FOUND, folder / "asked.json"
-        wanted = {"config": self.config, "options": list(self.options)}
-        if asked.exists() and json.loads(asked.read_text()) != wanted:
-            raise InputError(f"{folder} was made by another command ({asked.read_text().strip()}): remove it")
+        file = folder / FOUND
         folder.mkdir(parents=True, exist_ok=True)
-        asked.write_text(json.dumps(wanted) + "\n")
+        (folder / "asked.json").write_text(json.dumps(self.settings, indent=1) + "\n")
         train = [sys.executable, str(ROOT / "pipeline/train.py"), "--config", str(ROOT / self.config), *self.options]
         train += [f"--run.path={folder}", "--train.threads=1", "--report.pictures=0"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -69,7 +76,7 @@ class Task:
                 done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False)
             if done.returncode:
                 last = (folder / "log").read_text(errors="replace").strip().splitlines()[-1:]
-                if re.search("not finite|diverged", "".join(last)):
+                if "".join(last).startswith("train: diverged: "):
                     (folder / FAILED).write_text(json.dumps({"failed": last[0]}) + "\n")
                     return {"failed": last[0]}
                 raise InputError(f"exit code {done.returncode}: {' '.join(command)}; see {folder / 'log'}: {last}")
@@ -77,12 +84,17 @@ class Task:
         return found | {"late": late(folder / "metrics.jsonl")}
 
 
-def late(metrics: Path) -> float:
-    """Standard deviation of the loss over the last tenth of the rounds, at least five, as a share of its mean there."""
+def late(metrics: Path) -> float | None:
+    """How much the loss still varies: the deviation from a straight line over the last tenth of the rounds, at least
+    five, as a share of the mean size of the loss there. None for a run too short to say.
+    """
     losses = [json.loads(line).get("loss/total") for line in metrics.read_text().splitlines()]
     losses = [loss for loss in losses if loss is not None]
     last = losses[-max(5, len(losses) // 10) :]
-    return stdev(last) / abs(mean(last)) if len(last) > 1 else float("nan")
+    if len(last) < 3:
+        return None
+    slope, start = linear_regression(range(len(last)), last)
+    return stdev(loss - slope * at - start for at, loss in enumerate(last)) / mean(abs(loss) for loss in last)
 
 
 def measure_all(tasks: dict[str, Task], jobs: int) -> Iterator[tuple[str, Record]]:
@@ -98,6 +110,11 @@ def measure_all(tasks: dict[str, Task], jobs: int) -> Iterator[tuple[str, Record
             raise
 
 
+def fingerprint(settings: Record) -> str:
+    """Eight digits that stand for all of them."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def slug(name: str) -> str:
     """For a folder."""
     return re.sub(r"[^a-zA-Z0-9.]+", "-", name).strip("-")
@@ -110,6 +127,16 @@ def spread(found: Iterable[float | None], digits: int) -> str:
         return "-"
     text = f"{mean(values):.{digits}f}"
     return text if len(values) == 1 else f"{text} ± {stdev(values):.{digits}f}"
+
+
+def seeds_of(good: int, lost: int = 0) -> str:
+    """What a row of a table rests on."""
+    return f" ({good} seed{'s'[: good != 1]}" + (f"; {lost} of {good + lost} diverged)" if lost else ")")
+
+
+def command() -> str:
+    """The one that runs, to stand above its table."""
+    return f"`python benchmarks/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}`"
 
 
 def table(titles: list[str], rows: list[list[str]]) -> str:
@@ -135,7 +162,11 @@ class Column:
 
 
 def _restored(kind: str) -> Column:
-    return Column(kind.replace("_", " "), lambda record: float(record["restoration"][kind]["once"]), 3)
+    return Column(
+        kind.replace("_", " "),
+        lambda record: float(record["restoration"][kind]["once"]) if record["restoration"] else None,
+        3,
+    )
 
 
 def _overlap(name: str) -> Column:
@@ -144,26 +175,33 @@ def _overlap(name: str) -> Column:
 
 KINDS = ("blur", "noise", "salt_pepper", "rows")
 COLUMNS = {
-    "once": Column("FD f(z), × floor", lambda record: record["fd"]["once"] / record["fd"]["floor"], 1),
-    "twice": Column("FD f(f(z)), × floor", lambda record: record["fd"]["twice"] / record["fd"]["floor"], 1),
+    "once": Column("FD f(z), × floor", lambda record: record["fd"]["once_ratio"], 1),
+    "twice": Column("FD f(f(z)), × floor", lambda record: record["fd"]["twice_ratio"], 1),
+    "fd_once": Column("FD f(z)", lambda record: float(record["fd"]["once"]), 0),
+    "fd_twice": Column("FD f(f(z))", lambda record: float(record["fd"]["twice"]), 0),
     "rarest": Column("rarest class, %", lambda record: 100 * min(record["modes"]) if record["modes"] else None, 1),
     "commonest": Column("commonest, %", lambda record: 100 * max(record["modes"]) if record["modes"] else None, 1),
     **{name: _overlap(name) for name in ("precision", "recall", "density", "coverage")},
     **{kind: _restored(kind) for kind in KINDS},
     "reconstruction": Column("reconstruction", lambda record: float(record["reconstruction"]), 3),
     "idempotence": Column("idempotence", lambda record: float(record["idempotence"]["samples"]), 3),
-    "copying": Column("distance to training, × test's", lambda record: float(record["nearest"]["ratio"]), 2),
-    "late": Column("late loss, spread", lambda record: float(record["late"]), 3),
+    "copying": Column("distance to training, × test's", lambda record: record["nearest"]["ratio"], 2),
+    "late": Column("late loss, spread", lambda record: record["late"], 3),
     "images": Column("images seen, 10³", lambda record: record["images_seen"] / 1000, 0),
-    "minutes": Column("core minutes", lambda record: record["training_seconds"] / 60, 1),
+    "minutes": Column(
+        "core minutes", lambda record: record["cpu_seconds"] / 60 if record.get("cpu_seconds") else None, 1
+    ),
 }
 """By the names that tables ask for."""
 
 
 def packed(path: str, *arguments: str) -> str:
-    """The packed data set at `path` below the repository, made by `naign pack ARGUMENTS` if it is not there."""
-    if not (ROOT / path / "index.json").exists():
+    """The packed data set at `path` below the repository, made by `naign pack ARGUMENTS` unless it has been already."""
+    folder, wanted = ROOT / path, " ".join(arguments)
+    said = folder.parent / f"{folder.name}.packed"
+    if not ((folder / "index.json").exists() and said.exists() and said.read_text() == wanted):
         command = [sys.executable, "-m", "pipeline.cli", "pack", *arguments, "--to", path]
         if subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False).returncode:
             raise InputError(f"{path} cannot be packed: see above")
+        said.write_text(wanted)
     return path

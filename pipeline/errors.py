@@ -37,6 +37,10 @@ class Conflict(InputError):
     """Two programs write to one place: what is there is not ours to take back."""
 
 
+class Diverged(InputError):
+    """The training broke down: its numbers are not finite any more."""
+
+
 class Unavailable(Exception):
     """A store that stayed out of reach through all retries: nobody's mistake, and worth starting again."""
 
@@ -66,6 +70,8 @@ def exit_on_input_error(program: str) -> Iterator[None]:
         _leave(FAILED, f"{program}: failed: {error}")
     except PeerLost as error:
         _leave(PEER_LOST, f"{program}: {error}")
+    except Diverged as error:
+        _leave(BAD_INPUT, f"{program}: diverged: {error}")
     except InputError as error:
         _leave(BAD_INPUT, f"{program}: error: {error}")
     except KeyboardInterrupt:

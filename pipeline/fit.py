@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import TrainConfig
-from pipeline.errors import InputError, Stopped
+from pipeline.errors import Diverged, Stopped
 from pipeline.model.objectives import losses
 from pipeline.round import Run, Work
 from pipeline.runtime.checkpoint import newest_checkpoint
@@ -22,7 +22,7 @@ log = logging.getLogger("naign.fit")
 def fit(run: Run, work: Work, budget: int) -> dict[str, float]:
     """Collective: a few passes of SGD on (image, its latent); the mean of each loss over steps and ranks, and more.
 
-    Raises Stopped between two steps; InputError after too many steps whose gradient is not finite.
+    Raises Stopped between two steps; Diverged after too many steps whose gradient is not finite.
     """
     config, engine, position = run.config, run.engine, run.position
     size = config.match.round
@@ -86,7 +86,7 @@ def latents_of(work: Work, here: Tensor, fresh: Tensor) -> Tensor:
 
 
 def skip(run: Run, work: Work) -> None:
-    """Count a step that was not made. Raises InputError after train.bad_steps of them in a row."""
+    """Count a step that was not made. Raises Diverged after train.bad_steps of them in a row."""
     run.bad += 1
     run.position.skipped += 1
     if run.rank == 0:
@@ -94,7 +94,7 @@ def skip(run: Run, work: Work) -> None:
     if run.bad >= run.config.train.bad_steps:
         run.writer.join()
         newest = newest_checkpoint(Path(run.config.run.path) / "checkpoints") or "not there yet"
-        raise InputError(
+        raise Diverged(
             f"{run.bad} steps in a row had a loss or gradient that is not finite, the last in round {work.number}; the "
             f"newest checkpoint is {newest}: lower train.lr, set train.clip or raise the precision, in a new --run.path"
         )

@@ -21,7 +21,7 @@ from pipeline.data.damage import check_damage
 from pipeline.data.plan import rank_rows
 from pipeline.data.samples import scaled
 from pipeline.data.stream import Stream, Taken
-from pipeline.errors import InputError, Stopped, Unavailable
+from pipeline.errors import Diverged, InputError, Stopped, Unavailable
 from pipeline.fit import fit
 from pipeline.match import latents
 from pipeline.match.matcher import Match, match_round
@@ -144,13 +144,14 @@ def train(config: Config, accelerator: Accelerator) -> bool:
             monitor.say(f"nothing left to do: {config.run.path} has seen its {position.images_seen} images")
         else:
             monitor.say(headline(run, rounds, newest))
-        work, clock = None, list[float]()
+        work, clock, spent = None, list[float](), 0.0
         try:
             while position.round < rounds:
                 last = position.round + 1 == rounds
                 at_round(position.round)
                 with profiler.round(position.round):
                     clock, done = [time.perf_counter()], position.done
+                    spent = time.process_time()
                     with run.phase("take"):
                         work, taken = take(run, saved)
                     clock.append(time.perf_counter())
@@ -163,6 +164,7 @@ def train(config: Config, accelerator: Accelerator) -> bool:
                     clock.append(time.perf_counter())
                 position.round, position.done = position.round + 1, 0
                 position.seconds += clock[-1] - clock[0]
+                position.cpu_seconds += time.process_time() - spent
                 with run.phase("report"), together(accelerator):
                     report(run, work, taken, values, clock, rounds, trained - done * config.train.batch)
                 saved = work = None
@@ -176,6 +178,7 @@ def train(config: Config, accelerator: Accelerator) -> bool:
         except Stopped:
             if len(clock) < 4:  # the round's part that is done; a whole one has been counted
                 position.seconds += time.perf_counter() - clock[0]
+                position.cpu_seconds += time.process_time() - spent
             if position.done and work is None:  # resumed within a round, and stopped before it could go on
                 assert saved is not None
                 checkpoint(run, saved.under, began=saved.began)
@@ -246,7 +249,7 @@ def find_match(run: Run, work: Work) -> Match:
     try:
         match = match_round(work.images, sample, run.config.match, run.features, look)
     except NotFinite as error:  # on all ranks
-        raise InputError(
+        raise Diverged(
             f"the network's samples are not finite in round {work.number} ({error}): the run has diverged; lower "
             "train.lr, set train.clip or raise the precision, in a new --run.path"
         ) from None

@@ -45,6 +45,9 @@ class Position:
     seconds: float = 0.0
     """Wall time of the rounds so far, over all resumptions."""
 
+    cpu_seconds: float = 0.0
+    """Processor time of the rounds so far, of all threads of rank 0."""
+
     skipped: int = 0
     """Steps so far that were not made, since a loss or gradient was not finite."""
 
@@ -94,7 +97,8 @@ def restore(checkpoint: Path, engine: Engine, *, rank: int, world: int, size: in
     """
     with _explained(checkpoint):
         trainer = json.loads((checkpoint / "trainer.json").read_text())
-        position = Position(**{name: type(default)(trainer[name]) for name, default in asdict(Position()).items()})
+        given = {"cpu_seconds": 0.0} | trainer  # which older checkpoints lack
+        position = Position(**{name: type(default)(given[name]) for name, default in asdict(Position()).items()})
         sound = all(0 <= value < 2**53 for value in (*asdict(position).values(), trainer["adam_steps"]))
         if not sound or not 1 <= trainer["began"] <= 2**20 or not isinstance(trainer["match"], dict):
             raise ValueError("trainer.json holds what no run wrote")
@@ -242,5 +246,6 @@ def describe(config: Config, stream: Stream, position: Position) -> dict[str, An
         "seed": config.seed,
         "images_seen": position.images_seen,
         "training_seconds": position.seconds,
+        "cpu_seconds": position.cpu_seconds,
         "config": to_dict(config),
     }

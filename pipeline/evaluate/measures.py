@@ -84,8 +84,9 @@ def overlap(subject: Subject) -> dict[str, Any]:
     train = encoder.features(scaled(subject.train[: counts["floor"]]))
     test, once, twice = (encoder.features(data) for data in (subject.test, subject.once, subject.twice))
     floor, first, second = (frechet_distance(features, test) for features in (train, once, twice))
-    counts["coverage"] = number = min(10_000, len(test), len(once), len(train))
+    counts["coverage"] = number = min(10_000, len(test), len(once))
     cover = asdict(coverage.coverage(test[:number], once[:number], k=NEIGHBOURS))
+    counts["coverage_train"] = number = min(number, len(train))
     cover["train"] = asdict(coverage.coverage(test[:number], train[:number], k=NEIGHBOURS))
     shares = coverage.mode_shares(encoder.logits(subject.once)) if encoder.labels else None
     return {
@@ -113,7 +114,7 @@ def copying(subject: Subject) -> tuple[dict[str, Any], Tensor]:
     near = {
         "samples": float(samples.double().mean()),
         "test": float(test.double().mean()),
-        "ratio": float(samples.double().mean() / test.double().mean().clamp(min=1e-12)),
+        "ratio": float(samples.double().mean() / test.double().mean()) if test.any() else None,
         "smallest": float(samples.min()),
     }
     return {"nearest": near}, reference[indices[:12]]

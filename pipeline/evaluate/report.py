@@ -119,11 +119,14 @@ def headline(metrics: dict[str, Any], config: dict[str, Any]) -> list[str]:
         + f" on average per value. A perfect projection would move nothing. Real test data it changes by "
         f"{number(metrics['reconstruction'])}."
     )
-    copies = "Well below 1: look for copies of training data." if near["ratio"] < 0.7 else "No sign of copying."
-    lines.append(
-        f"<b>Samples are {number(near['ratio'])} times as far from their nearest training example as unseen test data "
-        f"are.</b> {copies}"
-    )
+    if near["ratio"] is None:
+        lines.append("<b>Every test example is a training example too</b>, so copying cannot be judged.")
+    else:
+        copies = "Well below 1: look for copies of training data." if near["ratio"] < 0.7 else "No sign of copying."
+        lines.append(
+            f"<b>Samples are {number(near['ratio'])} times as far from their nearest training example as unseen test "
+            f"data are.</b> {copies}"
+        )
     return lines
 
 

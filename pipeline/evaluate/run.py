@@ -91,6 +91,12 @@ def evaluate(
         }
         with _stage(bar, "reading data"):
             subject = measures.read(model, path, encoder, manifest, seed=seed, crop=crop)
+        for split in ("train", "test"):
+            if (there := subject.counts[split]) <= measures.NEIGHBOURS:
+                raise InputError(
+                    f"{path} has {there} examples in its {split} split, too few to measure with: give a data set with "
+                    f"more than {measures.NEIGHBOURS} in each split, with --data"
+                )
         with _stage(bar, "drawing samples, applying f"):
             measures.draw(subject, count := within(samples, manifest.shape))
         if count < samples:
@@ -132,6 +138,7 @@ def evaluate(
                 "evaluation_seed": seed,
                 "images_seen": None if images_seen is None else int(images_seen),
                 "training_seconds": trained.get("training_seconds"),
+                "cpu_seconds": trained.get("cpu_seconds"),
                 "counts": subject.counts,
                 "notes": notes,
                 "device": _device_name(device),

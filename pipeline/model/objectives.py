@@ -1,8 +1,8 @@
 """What f is trained to do: NAIGN's reconstruction plus IMLE; as baselines IGN and the normalised autoencoder.
 
 All take one network, a batch of images and a batch of latents of the same size, and return the terms of the loss. What
-does not depend on another forward costs one of all inputs together. Without the terms that take latents, NAIGN is an
-autoencoder: plain (imle=0), or denoising (imle=0, reconstruction=0).
+does not depend on another forward costs one of all inputs together. Without the terms that take latents (imle=0,
+third=none) NAIGN is an autoencoder, with denoising one that repairs as well.
 """
 
 import math

@@ -176,7 +176,26 @@ def test_bad_input_says_what_to_do(digits: str, save_untrained: Save, tmp_path: 
         evaluate(other, progress=False)
     with pytest.raises(InputError, match=r"shape \(1, 8, 8\).*\(1, 12, 12\)"):
         evaluate(other, data=digits, progress=False)
+    source = load("digits")
+    few = source.splits | {"test": Made(length=5, make=source.splits["test"].__getitem__)}
+    pack(dataclasses.replace(source, splits=few), str(tmp_path / "few"), progress=False)
+    with pytest.raises(InputError, match="few has 5 examples in its test split.*--data"):
+        evaluate(folder, data=str(tmp_path / "few"), progress=False)
     assert not (tmp_path / "a" / "evaluation").exists()
+
+
+def test_images_that_are_all_alike_are_measured(digits: str, save_untrained: Save, tmp_path: Path) -> None:
+    source = load("digits")
+    grey = source.splits["test"][0]
+    keyed = {
+        name: Made(length=40, make=lambda number, name=name: (f"{name}-{number}", *grey[1:])) for name in source.splits
+    }
+    pack(dataclasses.replace(source, splits=keyed), str(tmp_path / "same"), progress=False)
+    folder = save_untrained(tmp_path / "run", data=str(tmp_path / "same"), shape=(1, 8, 8), config=TINY)
+    metrics = evaluate(folder, samples=50, progress=False)
+    assert metrics["fd"]["once_ratio"] is None and metrics["nearest"]["ratio"] is None
+    text = (tmp_path / "run" / "evaluation" / "report.html").read_text()
+    assert "copying cannot be judged" in text and not re.search(r"\bnan\b|\binf\b|None", text)
 
 
 def test_numbers_are_short() -> None:
