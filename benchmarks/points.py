@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from PIL import Image
 from scipy.stats import spearmanr
 from torch import Tensor
 from trained import Task, command, measure_all, packed, seeds_of, spread, table, write
@@ -154,6 +155,24 @@ ROWS: dict[str, tuple[str, ...]] = {
 """With the options in which they differ; the first word is the set."""
 
 
+def montage(folders: list[Path]) -> Image.Image:
+    """One row an evaluation: how far f moves a point of the plane, the test data, f(z) and f(f(z))."""
+    lines = list[Image.Image]()
+    for folder in folders:
+        parts = [Image.open(folder / f"{name}.png").convert("RGB") for name in ("distance", "samples")]
+        height = max(part.height for part in parts)
+        line = Image.new("RGB", (sum(part.width for part in parts), height), "white")
+        for number, part in enumerate(parts):
+            line.paste(part, (parts[0].width * number, height - part.height))
+        lines.append(line)
+    whole = Image.new("RGB", (max(line.width for line in lines), sum(line.height for line in lines)), "white")
+    top = 0
+    for line in lines:
+        whole.paste(line, (0, top))
+        top += line.height
+    return whole
+
+
 def main(settings: Settings) -> None:
     tasks, owners = dict[str, Task](), dict[str, str]()
     for seed in range(settings.seeds):
@@ -188,6 +207,9 @@ def main(settings: Settings) -> None:
     ]
     text = f"Points in the plane\n\n{command()}\n\n{table([*head, 'error of √E, × distance'], rows)}\n"
     write(settings.to, text, found)
+    first = [key for key, name in owners.items() if name in TRUTHS and tasks[key].measured][: len(TRUTHS)]
+    if first:
+        montage([settings.runs / key / "evaluation" for key in first]).save(settings.to.with_suffix(".png"))
     print(text)
 
 
