@@ -1,6 +1,6 @@
-"""What each configuration costs in arithmetic, and how long that takes at a rate that is given.
+"""What each configuration costs in arithmetic, and how long that takes at given rates.
 
-    python benchmarks/budget.py --rate 0.18 --to benchmarks/results/budget
+    python benchmarks/budget.py --to benchmarks/results/budget
 
 Multiplications and additions of f's layers, counted by torch, times the forwards that an image needs: one for each of
 the pool's samples that are generated for it, and three (a forward, and a backward of twice its cost) for each input
@@ -33,7 +33,7 @@ SHAPES = {
 class Settings:
     """Make the table."""
 
-    rate: float = 100.0
+    rates: tuple[float, ...] = (0.18, 100.0)
     """TFLOP/s that are reached."""
     to: Path = Path("benchmarks/results/budget")
     """Where to write, without an ending."""
@@ -49,15 +49,15 @@ def main(settings: Settings) -> None:
             network(image)
         forwards = 3 * config.objective.forwards + config.match.ratio / config.train.passes
         total = counter.get_total_flops() * forwards * config.train.images
-        hours = total / (settings.rate * 1e12) / 3600
+        hours = [total / (rate * 1e12) / 3600 for rate in settings.rates]
         parameters = sum(value.numel() for value in network.parameters())
-        found[name] = {"parameters": parameters, "flop": counter.get_total_flops(), "total": total, "hours": hours}
+        found[name] = {"parameters": parameters, "flop": counter.get_total_flops(), "total": total}
         cells = [f"{parameters / 1e6:.1f}", f"{counter.get_total_flops() / 1e9:.3f}", f"{forwards:g}"]
-        rows.append([name, *cells, f"{config.train.images:,}", f"{total / 1e15:.2f}", f"{hours:.2f}"])
+        cells += [f"{config.train.images:,}", f"{total / 1e15:.2f}"]
+        rows.append([name, *cells, *(f"{spent:,.2f}" for spent in hours)])
     titles = ["", "parameters, 10⁶", "GFLOP a forward", "forwards an image", "images", "PFLOP in all"]
-    text = (
-        f"Arithmetic of a training\n\n{command()}\n\n{table([*titles, f'hours at {settings.rate:g} TFLOP/s'], rows)}\n"
-    )
+    titles += [f"hours at {rate:g} TFLOP/s" for rate in settings.rates]
+    text = f"Arithmetic of a training\n\n{command()}\n\n{table(titles, rows)}\n"
     write(settings.to, text, found)
     print(text)
 

@@ -136,7 +136,7 @@ def seeds_of(good: int, lost: int = 0) -> str:
 
 def command() -> str:
     """The one that runs, to stand above its table."""
-    return f"`python benchmarks/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}`"
+    return f"`{shlex.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]])}`"
 
 
 def table(titles: list[str], rows: list[list[str]]) -> str:
