@@ -136,7 +136,7 @@ def main(settings: Settings) -> None:
         if not there and (settings.train or task.measured):
             tasks[name] = task
     for name, record in measure_all(tasks, settings.jobs):
-        measured = record if "failed" in record else {"metrics": {part: record[part] for part in KEPT}}
+        measured = record if "failed" in record else {"metrics": {part: record.get(part) for part in KEPT}}
         said = {"options": search.trials[name], "settings": fingerprint(tasks[name].settings)}
         found[key(name, settings.rung)] = said | measured
         tqdm.write(f"{name}: {score(found[key(name, settings.rung)]):.1f}", file=sys.stderr)

@@ -131,7 +131,7 @@ def main(settings: Settings) -> None:
     records = dict[str, Record]()
     text = ""
     for key, record in measure_all(tasks, settings.jobs):
-        records[key] = record if "failed" in record else {part: record[part] for part in KEPT}
+        records[key] = record if "failed" in record else {part: record.get(part) for part in KEPT}
         found = dict[str, list[Record]]()
         for name in plan.rows:
             keys = [where.get(f"{name}, seed {seed}", "") for seed in seeds]

@@ -27,12 +27,23 @@ class NetworkConfig:
     max_width: int = 512
     """Conv: the channels stop doubling here."""
 
+    octaves: int = 0
+    """Mlp: sines and cosines of 1, 2, 4, ... times each coordinate, so many, beside it, for data of fine structure."""
+
     def __post_init__(self) -> None:
         if self.kind not in ("conv", "mlp"):
             raise InputError(f"model.kind is '{self.kind}': choose conv (images) or mlp (points)")
-        for name, least, most in (("width", 1, 2**14), ("depth", 0, 256), ("code", 1, 2**16), ("max_width", 1, 2**14)):
+        for name, least, most in (
+            ("width", 1, 2**14),
+            ("depth", 0, 256),
+            ("code", 1, 2**16),
+            ("max_width", 1, 2**14),
+            ("octaves", 0, 16),
+        ):
             if not least <= getattr(self, name) <= most:
                 raise InputError(f"model.{name} is {getattr(self, name)}: it must lie between {least} and {most}")
+        if self.octaves and self.kind != "mlp":
+            raise InputError(f"model.octaves is {self.octaves}: it is for model.kind=mlp, leave it 0")
 
 
 def build_network(
@@ -43,7 +54,7 @@ def build_network(
 ) -> nn.Module:
     """The untrained network for samples of `shape`; InputError where the two do not fit."""
     if config.kind == "mlp":
-        return PointNetwork(math.prod(shape), config.width, config.depth)
+        return PointNetwork(math.prod(shape), config.width, config.depth, octaves=config.octaves)
     if len(shape) != 3 or shape[1] != shape[2] or shape[1] % 4:
         raise InputError(
             f"model.kind=conv takes square images (C, S, S) with S a multiple of 4, the data has {tuple(shape)}: "
@@ -53,17 +64,26 @@ def build_network(
 
 
 class PointNetwork(nn.Module):
-    """A multilayer perceptron on (n, D) float32; any further dimensions are flattened."""
+    """A multilayer perceptron on (n, D) float32; any further dimensions are flattened.
 
-    def __init__(self, dims: int, width: int, depth: int) -> None:
+    With octaves it is also given sines and cosines of the coordinates (Fourier features, arXiv 2006.10739): a smooth
+    network is slow to learn structure that is much finer than the data's extent.
+    """
+
+    def __init__(self, dims: int, width: int, depth: int, *, octaves: int = 0) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Linear(dims, width), nn.SiLU()]
+        self.octaves = octaves
+        layers: list[nn.Module] = [nn.Linear((1 + 2 * octaves) * dims, width), nn.SiLU()]
         for _ in range(depth):
             layers += [nn.Linear(width, width), nn.SiLU()]
         self.layers = nn.Sequential(*layers, nn.Linear(width, dims))
 
     def forward(self, x: Tensor) -> Tensor:
-        moved: Tensor = self.layers(x.flatten(1))
+        flat = x.flatten(1)
+        waves = [
+            wave for octave in range(self.octaves) for wave in ((2**octave * flat).sin(), (2**octave * flat).cos())
+        ]
+        moved: Tensor = self.layers(torch.cat([flat, *waves], dim=1))
         return moved.view_as(x)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from pipeline.errors import InputError
 from pipeline.model.networks import NetworkConfig, build_network
@@ -41,3 +42,15 @@ def test_points_keep_their_shape():
 def test_a_shape_that_does_not_fit_is_refused(shape):
     with pytest.raises(InputError, match="model.kind=conv takes square images"):
         build_network(NetworkConfig(), shape)
+
+
+def test_octaves_put_waves_beside_the_coordinates():
+    network = build_network(NetworkConfig(kind="mlp", width=16, depth=1, octaves=3), (2,))
+    first = next(module for module in network.modules() if isinstance(module, nn.Linear))
+    x, seen = torch.randn(5, 2), []
+    first.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    assert network(x).shape == x.shape
+    waves = [wave(times * x) for times in (1, 2, 4) for wave in (torch.sin, torch.cos)]
+    assert torch.equal(seen[0], torch.cat([x, *waves], dim=1))
+    with pytest.raises(InputError, match="model.octaves.*mlp"):
+        NetworkConfig(kind="conv", octaves=3)
