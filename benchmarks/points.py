@@ -4,11 +4,11 @@
 
 One network a set and seed, from configs/toy2d.yaml, and with some of its settings changed. Of 10,000 samples: the
 modes, or arms, that have at least a fifth of their share, which samples all over the plane would have as well; so
-beside it the share of samples, and of f of them, near the data (four deviations of a Gaussian; 0.08 from a spiral, 0.02 from the ring). Spearman's correlation of -E with the log
-density, for the Gaussians: on a grid within [-1.2, 1.2]^2, most of which is off the data, and on draws of the law
-itself, where a residual is not bound to know dense from sparse. The root of the energy (the sum over both coordinates)
-against the true distance to the curve, on points within 0.3 of it: the rank correlation, and the error as a share of
-the distance where that is above 0.05.
+beside it the share of samples, and of f of them, near the data (four deviations of a Gaussian; 0.08 from a spiral, 0.02
+from the ring). Spearman's correlation of -E with the log density, for the Gaussians: on a grid within [-1.2, 1.2]^2,
+most of which is off the data, and on draws of the law itself, where a residual is not bound to know dense from sparse.
+The root of the energy (the sum over both coordinates) against the true distance to the curve, on points within 0.3 of
+it: the rank correlation, and the error as a share of the distance where that is above 0.05.
 """
 
 import math
