@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
-from trained import ROOT, command, table, write
+from trained import ROOT, page, write
 
 from pipeline.config import load
 from pipeline.errors import exit_on_input_error
@@ -57,7 +57,7 @@ def main(settings: Settings) -> None:
         rows.append([name, *cells, *(f"{spent:,.2f}" for spent in hours)])
     titles = ["", "parameters, 10⁶", "GFLOP a forward", "forwards an image", "images", "PFLOP in all"]
     titles += [f"hours at {rate:g} TFLOP/s" for rate in settings.rates]
-    text = f"Arithmetic of a training\n\n{command()}\n\n{table(titles, rows)}\n"
+    text = page("Arithmetic of a training", titles, rows)
     write(settings.to, text, found)
     print(text)
 

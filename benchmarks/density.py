@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import tyro
 from torch import Tensor
-from trained import ROOT, Task, command, measure_all, packed, seeds_of, spread, table, write
+from trained import ROOT, Task, measure_all, packed, page, seeds_of, spread, write
 
 from pipeline.data.samples import scaled
 from pipeline.data.stream import read_split
@@ -149,7 +149,7 @@ def main(settings: Settings) -> None:
             values = [row[title] for row in rows if title in row]
             line.append(spread(values, 3) + (seeds_of(len(values)) if values and len(values) < seeds else ""))
         cells.append([name + (seeds_of(seeds, lost[name]) if name in NETWORKS else ""), *line])
-    text = f"AUROC, MNIST\n\n{command()}\n\n{table(['', *titles], cells)}\n"
+    text = page("AUROC, MNIST", ["", *titles], cells)
     write(settings.to, text, found)
     print(text)
 

@@ -22,7 +22,7 @@ import tyro
 from PIL import Image
 from scipy.stats import spearmanr
 from torch import Tensor
-from trained import Task, command, measure_all, packed, seeds_of, spread, table, write
+from trained import Task, measure_all, packed, page, seeds_of, spread, write
 
 from pipeline.errors import exit_on_input_error
 from pipeline.model.naign import NAIGN
@@ -206,8 +206,9 @@ def main(settings: Settings) -> None:
         "rank of -E with log p, in the plane",
         "on the data",
         "rank of √E with distance",
+        "error of √E, × distance",
     ]
-    text = f"Points in the plane\n\n{command()}\n\n{table([*head, 'error of √E, × distance'], rows)}\n"
+    text = page("Points in the plane", head, rows)
     write(settings.to, text, found)
     first = [key for key, name in owners.items() if name in TRUTHS and tasks[key].measured][: len(TRUTHS)]
     if first:

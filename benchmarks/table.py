@@ -15,7 +15,7 @@ from typing import Any
 
 import tyro
 import yaml
-from trained import COLUMNS, Record, Task, command, measure_all, packed, seeds_of, spread, table, write
+from trained import COLUMNS, Record, Task, measure_all, packed, page, seeds_of, spread, write
 
 from pipeline.errors import InputError, exit_on_input_error
 
@@ -89,7 +89,7 @@ class Plan:
                 raise InputError(f"{file}: row '{name}' has no columns {', '.join(sorted(unknown))}")
 
 
-def page(plan: Plan, found: dict[str, list[Record]]) -> str:
+def table_of(plan: Plan, found: dict[str, list[Record]]) -> str:
     """The table, of what has been measured."""
     columns, rows = [COLUMNS[name] for name in plan.columns], list[list[str]]()
     for name, row in plan.rows.items():
@@ -106,7 +106,7 @@ def page(plan: Plan, found: dict[str, list[Record]]) -> str:
         if kinds:
             cells = [f"{kinds[column][answer]:.3f}" if column in kinds else "-" for column in plan.columns]
             rows.append([f"answering with {answer}", *cells])
-    return f"{plan.title}\n\n{command()}\n\n{table(['', *(column.title for column in columns)], rows)}\n"
+    return page(plan.title, ["", *(column.title for column in columns)], rows)
 
 
 def main(settings: Settings) -> None:
@@ -136,7 +136,7 @@ def main(settings: Settings) -> None:
         for name in plan.rows:
             keys = [where.get(f"{name}, seed {seed}", "") for seed in seeds]
             found[name] = [records[key] for key in keys if key in records]
-        text = page(plan, found)
+        text = table_of(plan, found)
         write(settings.to, text, found)
     print(text)
 

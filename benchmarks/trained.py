@@ -62,14 +62,14 @@ class Task:
         """
         folder = self.folder.absolute()
         file = folder / FOUND
+        if (folder / FAILED).exists():
+            failed: Record = json.loads((folder / FAILED).read_text())
+            return failed
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "asked.json").write_text(json.dumps(self.settings, indent=1) + "\n")
         train = [sys.executable, str(ROOT / "pipeline/train.py"), "--config", str(ROOT / self.config), *self.options]
         train += [f"--run.path={folder}", "--train.threads=1", "--report.pictures=0"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        if (folder / FAILED).exists():
-            failed: Record = json.loads((folder / FAILED).read_text())
-            return failed
         commands = [] if file.exists() else [train, [sys.executable, "-m", "pipeline.cli", "evaluate", str(folder)]]
         for command in commands:
             with (folder / "log").open("a") as log:
@@ -142,6 +142,11 @@ def command() -> str:
 def table(titles: list[str], rows: list[list[str]]) -> str:
     """In Markdown."""
     return "\n".join("| " + " | ".join(row) + " |" for row in (titles, ["---"] * len(titles), *rows))
+
+
+def page(title: str, titles: list[str], rows: list[list[str]]) -> str:
+    """A table below its title and the command that made it."""
+    return f"{title}\n\n{command()}\n\n{table(titles, rows)}\n"
 
 
 def write(to: Path, text: str, found: object) -> None:
