@@ -97,11 +97,12 @@ def score(record: Record) -> float:
     return float("inf") if "failed" in record else float(record["metrics"]["fd"]["once"])
 
 
-def page(search: Search, file: Path, found: Record) -> str:
+def page(search: Search, file: Path, to: Path, found: Record) -> str:
     """One table a rung, best first."""
     base = " ".join([search.base, *search.common])
     columns = [COLUMNS[name] for name in COLUMNS_SHOWN]
-    parts = [f"`python benchmarks/search.py {file}`, one seed each, on `{base}`; restoration is mean absolute error."]
+    command = f"`python benchmarks/search.py {file} --rung N --to {to}`"
+    parts = [f"{command}, one seed each, on `{base}`; restoration is mean absolute error."]
     for rung, images in enumerate(search.images):
         there = [name for name in search.trials if key(name, rung) in found]
         rows = list[list[str]]()
@@ -140,8 +141,8 @@ def main(settings: Settings) -> None:
         said = {"options": search.trials[name], "settings": fingerprint(tasks[name].settings)}
         found[key(name, settings.rung)] = said | measured
         tqdm.write(f"{name}: {score(found[key(name, settings.rung)]):.1f}", file=sys.stderr)
-        write(settings.to, page(search, settings.file, found), found)
-    text = page(search, settings.file, found)
+        write(settings.to, page(search, settings.file, settings.to, found), found)
+    text = page(search, settings.file, settings.to, found)
     write(settings.to, text, found)
     print(text)
 

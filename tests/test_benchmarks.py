@@ -159,17 +159,14 @@ def test_table_of_two_seeds_beside_printed_numbers(digits: str, tmp_path: Path) 
     file.write_text(json.dumps(said | {"seeds": [7]}))
     done = subprocess.run([*command, "--no-train"], env=environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "nothing of" in done.stderr
-    file.write_text(json.dumps(said | {"columns": ["fid"]}))
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2 and "no columns fid" in done.stderr
 
 
 @pytest.mark.slow
 def test_search_keeps_the_best_and_goes_on(digits: str, tmp_path: Path) -> None:
-    trials = {"as it is": [], "worse": ["--train.lr=1e-9"], "also worse": ["--train.lr=1e-8"]}
+    trials = {"as it is": [], "worse": ["--train.lr=1e-9"]}
     options = [f"--data.path={digits}", "--model.width=8", "--match.round=512", "--train.warmup=0"]
     file = tmp_path / "search.yaml"
-    said = {"base": "configs/digits.yaml", "images": [4096, 8192], "keep": 0.34}
+    said = {"base": "configs/digits.yaml", "images": [4096, 8192], "keep": 0.5}
     file.write_text(json.dumps(said | {"trials": {name: [*options, *own] for name, own in trials.items()}}))
 
     def search(*more: str) -> subprocess.CompletedProcess[str]:

@@ -145,8 +145,7 @@ def test_a_server_that_is_away_for_a_while(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("damaged", ["train-00003.tar", "train-00003.pages.npy"])
+@pytest.mark.parametrize(("damaged", "workers"), [("train-00003.tar", 2), ("train-00003.pages.npy", 0)])
 def test_bytes_that_stay_wrong(
     remote: str, local: str, proxy: FaultProxy, expected: Rows, damaged: str, workers: int
 ) -> None:

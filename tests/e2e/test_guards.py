@@ -160,7 +160,7 @@ def test_of_two_runs_with_one_bucket_the_later_one_has_it(digits: str, bucket: s
     with Job(tmp_path, 2, ("--run.path=first", *options)) as first:
         first.wait_for(lambda: (tmp_path / "first/metrics.jsonl").exists())
         second = start(tmp_path, "--run.path=second", *options)
-        assert first.ended(60) == [BAD_INPUT, BAD_INPUT], first.said()
+        assert first.ended(120) == [BAD_INPUT, BAD_INPUT], first.said()
         assert "was taken over by a run that started later" in first.said()
     newest = newest_checkpoint(tmp_path / "first/checkpoints")
     second.send_signal(signal.SIGTERM)

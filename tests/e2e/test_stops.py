@@ -76,7 +76,7 @@ def test_a_stop_within_a_fit_goes_on_with_other_ranks(digits, tmp_path):
     more[more.index("--match.round=256")] = "--match.round=192"
     more[more.index("--train.batch=32")] = "--train.batch=48"
     more = [option for option in more if not option.startswith(("--train.images", "--train.passes"))]
-    more += ["--train.passes=200", f"--train.images={192 * 200}"]
+    more += ["--train.passes=120", f"--train.images={192 * 120}"]
     with Job(tmp_path, 3, ("--run.path=whole", *more)) as job:
         assert job.ended(120) == [0, 0, 0], job.said()
     for world in (3, 2, 1):

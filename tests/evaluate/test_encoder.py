@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("name", names())
 def test_shipped_files_are_small_described_and_load(name: str) -> None:
     encoder = load_encoder(name)
-    assert (FOLDER / f"{name}.safetensors").stat().st_size < 1_000_000
+    assert (FOLDER / f"{name}.safetensors").stat().st_size < 2_500_000
     assert encoder.metadata["name"] == encoder.name == name
     assert encoder.metadata["dataset"] == name.removesuffix("-cnn64")
     assert encoder.metadata["command"].startswith("python -m pipeline.evaluate.train_encoder --data data/")

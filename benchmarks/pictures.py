@@ -1,0 +1,56 @@
+"""Runs side by side, one above the other: what each draws from noise, and its repairs of noise and of blur.
+
+    python benchmarks/pictures.py RUN [RUN ...] --to benchmarks/results/mnist.png
+
+A run must have been evaluated: `naign evaluate RUN`, or any table that has it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from PIL import Image
+
+from pipeline.errors import InputError, exit_on_input_error
+
+PICTURES = ("samples", "restoration_noise", "restoration_blur")
+"""Of a row, from left to right."""
+GAP = 12
+"""Pixels between pictures."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Settings:
+    """Put runs' pictures together."""
+
+    runs: tyro.conf.Positional[list[Path]]
+    """Evaluated runs, from top to bottom."""
+    to: Path
+    """The PNG to write."""
+
+
+def strip(run: Path) -> list[Image.Image]:
+    """A run's pictures; InputError if it has not been evaluated."""
+    try:
+        return [Image.open(run / f"evaluation/{name}.png").convert("RGBA") for name in PICTURES]
+    except OSError as error:
+        raise InputError(f"{run} has no pictures: naign evaluate {run} ({error})") from None
+
+
+def main(settings: Settings) -> None:
+    strips = [strip(run) for run in settings.runs]
+    width = max(sum(image.width + GAP for image in images) for images in strips)
+    heights = [max(image.height for image in images) + GAP for images in strips]
+    canvas = Image.new("RGBA", (width, sum(heights)), (0, 0, 0, 0))
+    for line, images in enumerate(strips):
+        left = 0
+        for image in images:
+            canvas.paste(image, (left, sum(heights[:line])))
+            left += image.width + GAP
+    settings.to.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(settings.to, optimize=True)
+
+
+if __name__ == "__main__":
+    with exit_on_input_error("pictures"):
+        main(tyro.cli(Settings))
