@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -46,8 +45,8 @@ class Task:
         everything = flatten(parse([f"--config={ROOT / config}", *words]))
         kept = ("train.precision",)  # a run may change it, and rounds otherwise then
         settings = {key: everything[key] for key in everything if key in kept or not key.startswith(FREE_TO_CHANGE)}
-        name = slug(" ".join([Path(config).stem, *words]))[:100]
-        return cls(runs / f"{name}-{fingerprint(settings)}", config, words, settings)
+        name = f"{Path(config).stem}-seed-{seed}-{fingerprint(settings)}"
+        return cls(runs / name, config, words, settings)
 
     @property
     def measured(self) -> bool:
@@ -113,11 +112,6 @@ def measure_all(tasks: dict[str, Task], jobs: int) -> Iterator[tuple[str, Record
 def fingerprint(settings: Record) -> str:
     """Eight digits that stand for all of them."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def slug(name: str) -> str:
-    """For a folder."""
-    return re.sub(r"[^a-zA-Z0-9.]+", "-", name).strip("-")
 
 
 def spread(found: Iterable[float | None], digits: int) -> str:

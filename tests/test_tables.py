@@ -59,9 +59,10 @@ def test_a_run_is_named_after_what_it_computes(table, tmp_path):
     config.write_text("train: {images: 1000}\n")
     first = table.Task.of(Path("runs"), str(config), [], 0)
     assert table.Task.of(Path("runs"), str(config), [], 0) == first
-    assert table.Task.of(Path("runs"), str(config), ["--train.threads=2"], 0).settings == first.settings
+    assert table.Task.of(Path("runs"), str(config), ["--train.threads=2"], 0).folder == first.folder
+    assert table.Task.of(Path("runs"), str(config), ["--train.images=1000"], 0).folder == first.folder
     others = [
-        table.Task.of(Path("runs"), str(config), options, 0) for options in (["--train.lr=2e-3"], ["--train.lr=2"])
+        table.Task.of(Path("runs"), str(config), options, 0) for options in (["--train.lr=3e-3"], ["--train.lr=3"])
     ]
     others.append(table.Task.of(Path("runs"), str(config), ["--train.precision=bf16"], 0))
     others.append(table.Task.of(Path("runs"), str(config), [], 1))
