@@ -57,6 +57,7 @@ def fit(run: Run, work: Work, budget: int) -> dict[str, float]:
                     damaged=work.draw.damaged(work.images[here], fresh) if config.objective.needs_damaged else None,
                     frozen=engine.bare,
                     normals=partial(work.draw.normals, fresh),
+                    perceived=run.perceived,
                 )
                 engine.backward(terms["total"])
             for name, value in terms.items():

@@ -39,7 +39,7 @@ from pipeline.runtime.remote import newest_first, take_over
 from pipeline.runtime.signals import StopRequest
 from pipeline.runtime.speed import Profiler, forward_flops, parse_rounds
 from pipeline.runtime.watchdog import Watchdog
-from pipeline.setup import build_engine, check_engine, headline, open_features, open_stream, shared
+from pipeline.setup import build_engine, check_engine, headline, open_features, open_perceived, open_stream, shared
 from pipeline.state import Position, Saved, Under, restore, restore_weights, snapshot
 
 log = logging.getLogger("naign.train")
@@ -59,6 +59,7 @@ def train(config: Config, accelerator: Accelerator) -> bool:
         latents.check_law(config.match.latents, stream.shape)
         check_damage(config.objective.damage, stream.shape)
         features = open_features(config.match.space, stream.shape, accelerator.device)
+        perceived = open_perceived(config.objective, stream.shape, accelerator.device)
         forward = forward_flops(bare, stream.shape)
         size = 4 * (4 if config.train.ema else 3) * sum(value.numel() for value in bare.parameters())
         if rank == 0:
@@ -133,6 +134,7 @@ def train(config: Config, accelerator: Accelerator) -> bool:
         writer=writer,
         position=position,
         features=features,
+        perceived=perceived,
         spectrum=spectrum,
         forward=forward,
         written=name,

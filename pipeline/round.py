@@ -13,6 +13,7 @@ from pipeline.data import damage
 from pipeline.data.stream import Stream
 from pipeline.match import latents
 from pipeline.match.matcher import Match
+from pipeline.model.objectives import Distance
 from pipeline.runtime.checkpoint import Writer
 from pipeline.runtime.engine import Engine
 from pipeline.runtime.monitor import Monitor
@@ -78,6 +79,8 @@ class Run:
     position: Position
     features: Callable[[Tensor], Tensor] | None
     """Of the match's space."""
+    perceived: Distance | None
+    """Of the objective's encoder."""
     spectrum: Tensor | None
     """Of the fourier law, measured on the first round."""
     forward: int = 0

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from pipeline.config import Config
 from pipeline.data.stream import Stream
 from pipeline.errors import InputError
-from pipeline.evaluate.encoder import load_encoder
+from pipeline.evaluate.encoder import Encoder, load_encoder, names
 from pipeline.match.space import SpaceConfig, check_space
+from pipeline.model.objectives import Distance, ObjectiveConfig
+from pipeline.model.perceptual import perceptual
 from pipeline.round import Run
 from pipeline.runtime.engine import Engine
 
@@ -96,12 +98,26 @@ def open_features(
     check_space(space, shape)
     if not space.features:
         return None
-    encoder = load_encoder(space.encoder)
+    return _open_encoder("match.space.encoder", space.encoder, shape, device).features
+
+
+def open_perceived(objective: ObjectiveConfig, shape: tuple[int, ...], device: torch.device) -> Distance | None:
+    """The perceptual part of the objective's distance, if it has one; InputError where it is not for such data."""
+    if not objective.perceptual:
+        return None
+    encoder = _open_encoder("objective.encoder", objective.encoder, shape, device)
+    if encoder.network is None:
+        raise InputError(f"objective.encoder '{objective.encoder}' has no layers: choose one of {', '.join(names())}")
+    return perceptual(encoder.network.body)
+
+
+def _open_encoder(setting: str, name: str, shape: tuple[int, ...], device: torch.device) -> Encoder:
+    encoder = load_encoder(name)
     if encoder.shape not in (None, shape):
-        raise InputError(f"match.space.encoder '{space.encoder}' reads {encoder.shape}, these images are {shape}")
+        raise InputError(f"{setting} '{name}' reads {encoder.shape}, these images are {shape}")
     if encoder.network:
         encoder.network.to(device)
-    return encoder.features
+    return encoder
 
 
 def shared(texts: list[str], accelerator: Accelerator) -> list[str]:

@@ -78,6 +78,12 @@ def evaluate(
             f"The network learned {learned} and is measured on {manifest.name}, with the encoder for those: no number "
             "here says how well it does what it was trained for."
         )
+    trained = model.metadata.get("config", {})
+    if encoder.name in (_setting(trained, "objective", "encoder"), _setting(trained, "match", "space", "encoder")):
+        notes.append(
+            f"The network was trained with the encoder {encoder.name}, which it is measured on: its Fréchet distances "
+            "and coverage do not compare with those of networks that were not."
+        )
     layout = "{desc:<30}{bar}{n_fmt}/{total_fmt} {elapsed}"
     with tqdm(total=STAGES, disable=not progress, bar_format=layout) as bar:
         metrics: dict[str, Any] = {
@@ -131,21 +137,29 @@ def evaluate(
                 notes.append("Points: repair, classes and energy against image outliers do not apply.")
         with _stage(bar, "pictures and report"):
             drawn = _image_pictures(subject, neighbours, repaired) if subject.is_image else _point_pictures(subject)
-            trained = model.metadata
-            images_seen = trained.get("images_seen")
+            said = model.metadata
+            images_seen = said.get("images_seen")
             metrics |= {
-                "seed": trained.get("seed", seed),
+                "seed": said.get("seed", seed),
                 "evaluation_seed": seed,
                 "images_seen": None if images_seen is None else int(images_seen),
-                "training_seconds": trained.get("training_seconds"),
-                "cpu_seconds": trained.get("cpu_seconds"),
+                "training_seconds": said.get("training_seconds"),
+                "cpu_seconds": said.get("cpu_seconds"),
                 "counts": subject.counts,
                 "notes": notes,
                 "device": _device_name(device),
                 "seconds": round(time.monotonic() - started, 1),
             }
-            _write(place / "evaluation", metrics, drawn, config=trained.get("config", trained))
+            _write(place / "evaluation", metrics, drawn, config=said.get("config", said))
     return metrics
+
+
+def _setting(config: dict[str, Any], *names: str) -> object:
+    """What a run's configuration says under these names; None where it does not, as one of an earlier version."""
+    for name in names:
+        found: object = config.get(name)
+        config = found if isinstance(found, dict) else {}
+    return found
 
 
 def _data_of(model: NAIGN, folder: str, data: str | None) -> tuple[str, Manifest, int]:

@@ -16,7 +16,9 @@ from torch.func import functional_call
 from pipeline.data import damage
 from pipeline.errors import InputError
 
-DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""Of two batches of one shape, a scalar."""
+DISTANCES: dict[str, Distance] = {
     "l1": lambda a, b: (a - b).abs().mean(),
     "l2": lambda a, b: (a - b).square().mean(),
     "norm": lambda a, b: (a - b).flatten(1).norm(dim=1).mean() / math.sqrt(a[0].numel()),
@@ -35,6 +37,12 @@ class ObjectiveConfig:
 
     distance: str = "l1"
     """d in every term: l1, l2 (squared) or l1+l2, means over values, or norm, the root of each sample's mean square."""
+
+    perceptual: float = 0.0
+    """naign and ign: how much d also counts what two images differ by in the layers of a frozen encoder."""
+
+    encoder: str = ""
+    """perceptual: a shipped one's name (mnist-cnn64, ...) or a safetensors file; another than an evaluation is on."""
 
     reconstruction: float = 1.0
     """Weight of d(f(x), x); IGN's paper has 20."""
@@ -90,12 +98,18 @@ class ObjectiveConfig:
                     f"objective.{name} is '{getattr(self, name)}': choose one of {', '.join(map(str, allowed))}"
                 )
         weights = ("reconstruction", "imle", "third_weight", "denoising", "noise", "idempotence", "tightness")
-        for name in (*weights, "langevin_steps", "langevin_rate", "langevin_noise", "bound"):
+        for name in (*weights, "perceptual", "langevin_steps", "langevin_rate", "langevin_noise", "bound"):
             if getattr(self, name) < 0:
                 raise InputError(f"objective.{name} is {getattr(self, name)}: it must be at least 0")
         third = self.third_weight if self.third != "none" else 0.0
         if self.name == "naign" and not (self.reconstruction or self.imle or third or self.denoising):
             raise InputError("objective.reconstruction and all other terms weigh 0: nothing would be trained")
+        if bool(self.perceptual) != bool(self.encoder):
+            raise InputError(
+                f"objective.perceptual is {self.perceptual} and objective.encoder '{self.encoder}': give both or none"
+            )
+        if self.perceptual and self.name == "nae":
+            raise InputError("objective.perceptual: the energy of objective.name=nae knows no other distance")
         if self.clamp <= 0:
             raise InputError(f"objective.clamp is {self.clamp}: it must be positive")
 
@@ -132,23 +146,36 @@ def losses(
     damaged: Tensor | None = None,  # (b, *shape) float32: the images, damaged; needs_damaged only
     frozen: nn.Module | None = None,  # ign and nae: the bare module, evaluated with its present weights held fixed
     normals: Callable[[int], Tensor] | None = None,  # nae only: those of a step of its chains, (b, *shape)
+    perceived: Distance | None = None,  # where perceptual has a weight: the encoder's, model/perceptual.py
 ) -> dict[str, Tensor]:
     """The weighted sum as `total` and each unweighted term under its own name, all scalars."""
+    distance = DISTANCES[config.distance]
+    if config.perceptual:
+        distance = _sum(distance, config.perceptual, perceived)
     if config.name == "ign":
         assert frozen is not None and latents is not None
-        return _ign(config, network, images, latents, frozen)
+        return _ign(config, distance, network, images, latents, frozen)
     if config.name == "nae":
         assert frozen is not None and latents is not None and normals is not None
         return _nae(config, network, images, latents, frozen, normals)
-    return _naign(config, network, images, latents, damaged)
+    return _naign(config, distance, network, images, latents, damaged)
+
+
+def _sum(distance: Distance, weight: float, perceived: Distance | None) -> Distance:
+    assert perceived is not None, "a weight for what is perceived needs an encoder"
+    return lambda a, b: distance(a, b) + weight * perceived(a, b)
 
 
 def _naign(
-    config: ObjectiveConfig, network: Network, images: Tensor, latents: Tensor | None, damaged: Tensor | None
+    config: ObjectiveConfig,
+    distance: Distance,
+    network: Network,
+    images: Tensor,
+    latents: Tensor | None,
+    damaged: Tensor | None,
 ) -> dict[str, Tensor]:
     """arXiv 2511.02614: w_rec E d(f(x), x) + w_imle E d(f(z_sigma(i)), x_i) + optional terms."""
     assert (damaged is not None) == config.needs_damaged and (latents is not None or not config.needs_latents)
-    distance = DISTANCES[config.distance]
     weights = {"third": config.third_weight}
     weights |= {name: getattr(config, name) for name in ("reconstruction", "imle", "denoising")}
     inputs = {"reconstruction": images if config.reconstruction else None, "imle": latents, "denoising": damaged}
@@ -164,10 +191,14 @@ def _naign(
 
 
 def _ign(
-    config: ObjectiveConfig, network: Network, images: Tensor, latents: Tensor, frozen: nn.Module
+    config: ObjectiveConfig,
+    distance: Distance,
+    network: Network,
+    images: Tensor,
+    latents: Tensor,
+    frozen: nn.Module,
 ) -> dict[str, Tensor]:
     """arXiv 2311.01462: reconstruction, idempotence through the inner f only, tightness through the outer f only."""
-    distance = DISTANCES[config.distance]
     reconstructed, sampled = network(torch.cat([images, latents])).split(len(images))
     weights = {name: value.detach() for name, value in frozen.named_parameters()}
     held = sampled.detach()

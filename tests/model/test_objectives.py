@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from pipeline.errors import InputError
+from pipeline.evaluate.encoder import load_encoder
 from pipeline.model.objectives import ObjectiveConfig, losses
+from pipeline.model.perceptual import perceptual
 
 
 def setting():
@@ -120,7 +122,8 @@ def test_terms_without_weight_are_not_computed():
 
 NONSENSE = [
     *({"imle": -1}, {"clamp": 0}, {"third": "both"}, {"third": "denoising"}, {"damage": "fire"}),
-    {"reconstruction": 0, "imle": 0},
+    *({"reconstruction": 0, "imle": 0}, {"perceptual": 1.0}, {"encoder": "mnist-cnn64"}),
+    {"name": "nae", "perceptual": 1.0, "encoder": "mnist-cnn64"},
 ]
 
 
@@ -128,3 +131,36 @@ NONSENSE = [
 def test_nonsense_is_refused(wrong):
     with pytest.raises(InputError, match="objective."):
         ObjectiveConfig(**wrong)
+
+
+def test_a_perceptual_distance_is_added_in_every_term():
+    f, x, z, _ = setting()
+    config = ObjectiveConfig(third="matched", perceptual=0.5, encoder="some")
+    terms = losses(config, f, x, z, perceived=nn.functional.mse_loss)
+
+    def d(a, b):
+        return l1(a, b) + 0.5 * nn.functional.mse_loss(a, b)
+
+    torch.testing.assert_close(terms["total"], d(f(x), x) + d(f(z), x) + d(f(f(z)), x))
+    config = ObjectiveConfig(name="ign", perceptual=0.5, encoder="some")
+    terms = losses(config, f, x, z, frozen=f, perceived=nn.functional.mse_loss)
+    torch.testing.assert_close(terms["reconstruction"], d(f(x), x))
+
+
+def test_perception_is_of_every_layer_and_reaches_the_image():
+    body = load_encoder("digits-cnn64").network.body
+    distance = perceptual(body)
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(4, 1, 8, 8, generator=generator) * 2 - 1 for _ in range(2))
+    assert distance(a, a) == 0 and distance(a, b) == distance(b, a) > distance(a, a + 0.01) > 0
+    layers, expected = (a, b), []
+    for layer in body[:6]:  # three convolutions, each with its ReLU
+        layers = [layer(part) for part in layers]
+        if isinstance(layer, nn.ReLU):
+            unit = [part / (part.square().sum(1, keepdim=True) + 1e-2).sqrt() for part in layers]
+            expected.append((unit[0] - unit[1]).square().sum(1).mean())
+    torch.testing.assert_close(distance(a, b), sum(expected) / 3)
+    black = torch.full_like(a, -1).requires_grad_()
+    distance(black, b).backward()
+    assert black.grad.isfinite().all() and black.grad.abs().sum() > 0
+    assert all(weight.grad is None for weight in body.parameters())
