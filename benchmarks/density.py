@@ -25,7 +25,7 @@ from trained import ROOT, Task, measure_all, packed, page, seeds_of, spread, wri
 
 from pipeline.data.samples import scaled
 from pipeline.data.stream import read_split
-from pipeline.errors import exit_on_input_error
+from pipeline.errors import InputError, exit_on_input_error
 from pipeline.evaluate.coverage import nearest
 from pipeline.evaluate.density import auroc
 from pipeline.model.naign import NAIGN
@@ -138,6 +138,8 @@ def main(settings: Settings) -> None:
                 lost[name] += 1
             else:
                 rows[seed].update(aurocs(NAIGN.from_pretrained(tasks[key].folder).energy, sets))
+    if not set(NETWORKS) & set(found):
+        raise InputError(f"no network of this table is in {settings.runs}: leave out --no-train")
     titles = [name for _, sets in parts for name in sets]
     cells = list[list[str]]()
     for name in [*NETWORKS, "nearest training image", "brightness"]:

@@ -126,7 +126,7 @@ def main(settings: Settings) -> None:
                 where[f"{name}, seed {seed}"] = task.folder.name
     if not tasks:
         raise InputError(
-            f"nothing of {settings.file} is in {settings.runs}: give rows a config, and leave out --no-train"
+            f"nothing of {settings.file} is in {settings.runs}: leave out --no-train, and give rows a config"
         )
     records = dict[str, Record]()
     text = ""

@@ -57,6 +57,7 @@ def pack(
     from pipeline.data import shards as writer
     from pipeline.data.examples import subset
     from pipeline.data.sources import load
+    from pipeline.evaluate.measures import NEIGHBOURS
 
     loaded = load(source, root=root, size=size, channels=channels, seed=seed)
     manifest, written = writer.pack(
@@ -68,6 +69,8 @@ def pack(
         force=force,
     )
     print(f"{_contents(to, manifest)}{'' if written else ' (already there)'}")
+    if (tests := manifest.split("test").samples) <= NEIGHBOURS:
+        print(f"note: too few test examples to evaluate a network on: {tests}, and more than {NEIGHBOURS} are needed")
 
 
 def index(
@@ -147,6 +150,8 @@ def evaluate(
     )
     for kind, errors in (metrics["restoration"] or {}).items():
         print(f"restoration of {kind}: mean absolute error {errors['input']:.3f} before, {errors['once']:.3f} after")
+    for note in metrics["notes"]:
+        print(f"note: {note}")
     print(f"report: {run.rstrip('/')}/evaluation/report.html")
 
 
@@ -204,6 +209,8 @@ def restore(
 
     _at_least(1, times=times)
     model = NAIGN.from_pretrained(run, device=_device(device))
+    if to.is_file():
+        raise InputError(f"--to {to} is a file: give a folder, for one picture an image")
     inputs = find_images(files)
     outputs = [to / name.with_suffix(".png") for _, name in inputs]
     refuse_overwriting([path for path, _ in inputs], outputs)

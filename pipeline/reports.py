@@ -52,8 +52,10 @@ def report(
 
 def alarm(run: Run, values: dict[str, float]) -> None:
     """Warn of a collapse: few samples that all images pull at, or one that many do."""
-    if run.rank == 0 and run.config.match.round >= 64:
-        if values.get("match/used", 1.0) < LEAST_USED:
+    size = run.config.match.round
+    apart = min(1.0, run.stream.order.total / size)  # share of a round's images that can differ
+    if run.rank == 0 and size * apart >= 64:
+        if values.get("match/used", 1.0) < LEAST_USED * apart:
             log.warning("collapse? %.1f distinct samples for 100 images", 100 * values["match/used"])
         if values.get("match/top_share", 0.0) > MOST_SHARED:
             log.warning("collapse? one sample is the nearest to %.0f %% of the images", 100 * values["match/top_share"])

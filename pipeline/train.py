@@ -39,7 +39,7 @@ from pipeline.data.dataset import DataConfig  # noqa: E402
 from pipeline.data.shards import pack  # noqa: E402
 from pipeline.data.sources import load  # noqa: E402
 from pipeline.data.store import open_store, use_endpoint  # noqa: E402
-from pipeline.errors import FAILED, INTERRUPTED, exit_on_input_error  # noqa: E402
+from pipeline.errors import FAILED, INTERRUPTED, InputError, exit_on_input_error  # noqa: E402
 from pipeline.loop import train  # noqa: E402
 from pipeline.runtime.distributed import (  # noqa: E402
     build_accelerator,
@@ -71,7 +71,7 @@ def run() -> None:
         accelerator = build_accelerator(settings.timeout, precision=settings.precision, accumulate=settings.accumulate)
         with together(accelerator):
             if accelerator.is_main_process:
-                pack_missing(config.data)
+                pack_missing(config.data, sys.argv[1:])
         finished = train(config, accelerator)
         accelerator.end_training()
     if accelerator.is_main_process and finished:
@@ -82,10 +82,18 @@ def run() -> None:
     note(0)
 
 
-def pack_missing(data: DataConfig) -> None:
-    """Fetch and pack what data.source names, where data.path holds no data set yet."""
+def pack_missing(data: DataConfig, words: list[str]) -> None:
+    """Fetch and pack what data.source names, where data.path holds no data set yet.
+
+    A configuration file's source belongs to its path: InputError where only the path was given besides, as words.
+    """
     source = data.source or ("mnist" if data.path == DataConfig().path else "")
     if source and "index.json" not in open_store(data.path).list():
+        if any(word.startswith("--data.path") for word in words) and "--data.source" not in "".join(words):
+            raise InputError(
+                f"{data.path}: no data set here, check --data.path; or pack one there, as with "
+                f"naign pack {source} --to {data.path}"
+            )
         print(f"no data at {data.path} yet: packing it, as `naign pack {source} --to {data.path}` does", flush=True)
         pack(load(source), data.path)
 

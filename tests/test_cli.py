@@ -64,3 +64,8 @@ def test_what_is_no_picture_is_named(model, tmp_path):
 def test_samples_go_only_to_a_file_that_can_hold_them(model, tmp_path, to):
     with pytest.raises(InputError, match="--to"):
         cli.sample(model, n=2, to=tmp_path / to)
+
+
+def test_repairs_are_not_written_to_a_file(model, pictures):
+    with pytest.raises(InputError, match="x.png is a file: give a folder"):
+        cli.restore(model, (pictures / "a",), to=pictures / "b/x.png")

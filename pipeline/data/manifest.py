@@ -68,7 +68,7 @@ class Manifest:
         if not names:
             raise InputError(
                 f"{path}: no data set here, the folder is missing or holds no files: "
-                f"check the path, or make one with `naign pack mnist --to {path}`"
+                f"check the path, or make one with `naign pack` (--help has its names): naign pack mnist --to {path}"
             )
         if INDEX not in names:
             raise InputError(

@@ -116,6 +116,7 @@ def save_model(
     if spectrum is not None:
         tensors[_SPECTRUM] = spectrum.cpu().contiguous()
     save_file(tensors, file, metadata={_KEY: json.dumps(metadata, sort_keys=True)})
+    file.chmod(0o644)  # safetensors writes for the owner only
 
 
 def _find(folder: Path) -> Path:

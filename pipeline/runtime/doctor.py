@@ -35,8 +35,9 @@ def examine(say: Callable[[str], None]) -> list[str]:
     say(f"FAISS: {', '.join(builds) or 'none'}")
     problems += faiss_problems(builds)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    say(f"cores {cores}, OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')} (train.threads overrides it)")
-    say(f"torch would use {torch.get_num_threads()} threads")
+    say(f"cores {cores}; training takes train.threads of them a rank, by default its share of all")
+    omp = os.environ.get("OMP_NUM_THREADS", "not set")
+    say(f"OMP_NUM_THREADS {omp}: other commands would use {torch.get_num_threads()} threads")
     gloo, nccl = (dist.is_available() and has() for has in (dist.is_gloo_available, dist.is_nccl_available))
     say(f"torch has gloo: {'yes' if gloo else 'no'}, NCCL: {'yes' if nccl else 'no'}")
     if torch.cuda.device_count() > 1 and not nccl:

@@ -126,3 +126,9 @@ def test_metrics_are_json_objects(digits, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["images_seen"] for line in lines] == [256, 512]
     assert {"loss/total", "loss/imle", "match/distance", "train/lr", "share/match"} <= set(lines[0])
+
+
+def test_a_wrong_path_is_not_taken_for_the_place_of_the_files_own_source(tmp_path):
+    done = run_alone(tmp_path, "--config", str(ROOT / "configs/digits.yaml"), "--data.path=data/digitz")
+    refused(done, "data/digitz: no data set here", "naign pack digits --to data/digitz")
+    assert not (tmp_path / "data").exists() and not (tmp_path / "run").exists()
