@@ -33,6 +33,8 @@ from pipeline.model.naign import NAIGN
 HELD_OUT = "9"
 FAST, PLAIN = "configs/mnist.yaml", ("--objective.denoising=0", "--objective.third=none")
 LONGER = "NAIGN, mnist_best.yaml"
+OFTEN, TIMES = f"{LONGER}, f applied five times", 5
+"""Another score of the same networks: how far from an image f leaves it in the end."""
 NETWORKS: dict[str, tuple[str, tuple[str, ...]]] = {
     LONGER: ("configs/mnist_best.yaml", ()),
     "NAIGN, mnist.yaml": (FAST, ()),
@@ -106,6 +108,11 @@ def dimness(train: Tensor) -> Score:
     return lambda batch: (batch.flatten(1).mean(1) - typical).abs()
 
 
+def residual(model: NAIGN, times: int) -> Score:
+    """Mean squared difference of an image and f applied to it `times` times; once, it is the energy."""
+    return lambda batch: (model.project(batch, times=times) - batch).square().flatten(1).mean(1)
+
+
 def aurocs(score: Score, sets: Sets) -> dict[str, float]:
     return {name: auroc(score(images), score(others)) for name, (images, others) in sets.items()}
 
@@ -133,16 +140,18 @@ def main(settings: Settings) -> None:
                     tasks[task.folder.name], owners[task.folder.name] = task, (name, seed)
         for key, record in measure_all(tasks, settings.jobs):
             name, seed = owners[key]
-            rows = found.setdefault(name, [{} for _ in range(settings.seeds)])
             if "failed" in record:
                 lost[name] += 1
-            else:
-                rows[seed].update(aurocs(NAIGN.from_pretrained(tasks[key].folder).energy, sets))
-    if not set(NETWORKS) & set(found):
+                continue
+            model = NAIGN.from_pretrained(tasks[key].folder)
+            scores = {name: model.energy} | ({OFTEN: residual(model, TIMES)} if name == LONGER else {})
+            for row, score in scores.items():
+                found.setdefault(row, [{} for _ in range(settings.seeds)])[seed].update(aurocs(score, sets))
+    if not set(NETWORKS) & {*found, *lost}:
         raise InputError(f"no network of this table is in {settings.runs}: leave out --no-train")
     titles = [name for _, sets in parts for name in sets]
     cells = list[list[str]]()
-    for name in [*NETWORKS, "nearest training image", "brightness"]:
+    for name in [LONGER, OFTEN, *list(NETWORKS)[1:], "nearest training image", "brightness"]:
         rows = [row for row in found.get(name, []) if row]
         if not rows and not lost[name]:
             continue
@@ -150,7 +159,7 @@ def main(settings: Settings) -> None:
         for title in titles:
             values = [row[title] for row in rows if title in row]
             line.append(spread(values, 3) + (seeds_of(len(values)) if values and len(values) < seeds else ""))
-        cells.append([name + (seeds_of(seeds, lost[name]) if name in NETWORKS else ""), *line])
+        cells.append([name + (seeds_of(seeds, lost[name]) if name in (*NETWORKS, OFTEN) else ""), *line])
     text = page("AUROC, MNIST", ["", *titles], cells)
     write(settings.to, text, found)
     print(text)
