@@ -93,6 +93,7 @@ def opened(config: Config) -> Iterator[Callable[[nn.Module], Run]]:
                 writer=Writer(folder, rank=rank, world=world, keep=1, every=0, remote=""),
                 position=Position(),
                 features=None,
+                perceived=None,
                 spectrum=None,
             )
 
