@@ -133,10 +133,11 @@ def test_table_of_two_seeds_beside_printed_numbers(digits: str, tmp_path: Path) 
         "ours": {"config": "configs/digits.yaml", "options": options},
         "wild": {"config": "configs/digits.yaml", "options": [*options, *wild]},
         "printed": {"printed": {"blur": 0.15}},
+        "absent": {"config": "configs/digits.yaml", "options": ["--data.path=data/absent"]},
     }
     said = {"title": "A table", "seeds": [0, 1], "columns": ["once", "rarest", "blur", "late"], "rows": rows}
     file = tmp_path / "table.yaml"
-    file.write_text(json.dumps(said | {"answers": ["input"]}))
+    file.write_text(json.dumps(said | {"answers": ["input"], "packed": {"data/absent": ["nothing"]}}))
     command = [sys.executable, str(ROOT / "benchmarks/table.py"), str(file), "--to", str(tmp_path / "made")]
     command += ["--runs", str(tmp_path / "runs")]
     for _ in range(2):  # nothing is done twice
@@ -149,6 +150,7 @@ def test_table_of_two_seeds_beside_printed_numbers(digits: str, tmp_path: Path) 
             "printed",
             "answering with input",
         ]
+        assert "data/absent cannot be packed" in done.stderr
         assert " ± " in lines[2][1] and lines[3][1] == "-" and lines[4][3] == "0.15" and lines[5][1] == "-"
         for folder in (tmp_path / "runs").iterdir():
             for checkpoint in (folder / "checkpoints").glob("step-*"):
