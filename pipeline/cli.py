@@ -57,7 +57,7 @@ def pack(
     from pipeline.data import shards as writer
     from pipeline.data.examples import subset
     from pipeline.data.sources import load
-    from pipeline.evaluate.measures import NEIGHBOURS
+    from pipeline.evaluate import NEIGHBOURS
 
     loaded = load(source, root=root, size=size, channels=channels, seed=seed)
     manifest, written = writer.pack(

@@ -85,11 +85,12 @@ def run() -> None:
 def pack_missing(data: DataConfig, words: list[str]) -> None:
     """Fetch and pack what data.source names, where data.path holds no data set yet.
 
-    A configuration file's source belongs to its path: InputError where only the path was given besides, as words.
+    A configuration file's source belongs to its path: InputError where the words of the command give another path.
     """
     source = data.source or ("mnist" if data.path == DataConfig().path else "")
     if source and "index.json" not in open_store(data.path).list():
-        if any(word.startswith("--data.path") for word in words) and "--data.source" not in "".join(words):
+        given = {word.partition("=")[0] for word in words}
+        if data.source and "--data.path" in given and "--data.source" not in given:
             raise InputError(
                 f"{data.path}: no data set here, check --data.path; or pack one there, as with "
                 f"naign pack {source} --to {data.path}"

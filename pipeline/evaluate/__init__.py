@@ -1,0 +1,2 @@
+NEIGHBOURS = 5
+"""k of precision, recall, density and coverage."""

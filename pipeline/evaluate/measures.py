@@ -14,13 +14,11 @@ from pipeline.data.degrade import KINDS
 from pipeline.data.manifest import Manifest
 from pipeline.data.samples import scaled
 from pipeline.data.stream import read_split
-from pipeline.evaluate import coverage, density, restoration
+from pipeline.evaluate import NEIGHBOURS, coverage, density, restoration
 from pipeline.evaluate.encoder import Encoder
 from pipeline.evaluate.frechet import frechet_distance
 from pipeline.model.naign import NAIGN
 
-NEIGHBOURS = 5
-"""k of precision, recall, density and coverage."""
 MEDIAN = 10_000
 """Training images of which the per-pixel median and the mean brightness are taken."""
 VALUES = 2**27

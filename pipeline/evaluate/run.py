@@ -23,7 +23,7 @@ from pipeline.data.dataset import DataConfig, image_shape
 from pipeline.data.manifest import Manifest
 from pipeline.data.store import open_store, use_endpoint
 from pipeline.errors import InputError
-from pipeline.evaluate import measures
+from pipeline.evaluate import NEIGHBOURS, measures
 from pipeline.evaluate.encoder import choose_encoder
 from pipeline.evaluate.measures import Subject, within
 from pipeline.evaluate.report import DAMAGE, Picture, render
@@ -65,8 +65,8 @@ def evaluate(
                 store.put(file.name, file.read_bytes())
         return found
     started = time.monotonic()
-    if samples <= measures.NEIGHBOURS:
-        raise InputError(f"{samples} samples are too few to measure: --samples must be more than {measures.NEIGHBOURS}")
+    if samples <= NEIGHBOURS:
+        raise InputError(f"{samples} samples are too few to measure: --samples must be more than {NEIGHBOURS}")
     model = NAIGN.from_pretrained(folder, device=device)
     path, manifest, crop = _data_of(model, folder, data)
     place = Path(folder) if Path(folder).is_dir() else Path(folder).parent
@@ -78,8 +78,9 @@ def evaluate(
             f"The network learned {learned} and is measured on {manifest.name}, with the encoder for those: no number "
             "here says how well it does what it was trained for."
         )
-    trained = model.metadata.get("config", {})
-    if encoder.name in (_setting(trained, "objective", "encoder"), _setting(trained, "match", "space", "encoder")):
+    config = model.metadata.get("config", {})
+    space = config.get("match", {}).get("space", {})
+    if encoder.name in (config.get("objective", {}).get("encoder"), space.get("encoder")):
         notes.append(
             f"The network was trained with the encoder {encoder.name}, which it is measured on: its Fréchet distances "
             "and coverage do not compare with those of networks that were not."
@@ -98,10 +99,10 @@ def evaluate(
         with _stage(bar, "reading data"):
             subject = measures.read(model, path, encoder, manifest, seed=seed, crop=crop)
         for split in ("train", "test"):
-            if (there := subject.counts[split]) <= measures.NEIGHBOURS:
+            if (there := subject.counts[split]) <= NEIGHBOURS:
                 raise InputError(
                     f"{path} has {there} examples in its {split} split, too few to measure with: give a data set with "
-                    f"more than {measures.NEIGHBOURS} in each split, with --data"
+                    f"more than {NEIGHBOURS} in each split, with --data"
                 )
         with _stage(bar, "drawing samples, applying f"):
             measures.draw(subject, count := within(samples, manifest.shape))
@@ -137,29 +138,21 @@ def evaluate(
                 notes.append("Points: repair, classes and energy against image outliers do not apply.")
         with _stage(bar, "pictures and report"):
             drawn = _image_pictures(subject, neighbours, repaired) if subject.is_image else _point_pictures(subject)
-            said = model.metadata
-            images_seen = said.get("images_seen")
+            trained = model.metadata
+            images_seen = trained.get("images_seen")
             metrics |= {
-                "seed": said.get("seed", seed),
+                "seed": trained.get("seed", seed),
                 "evaluation_seed": seed,
                 "images_seen": None if images_seen is None else int(images_seen),
-                "training_seconds": said.get("training_seconds"),
-                "cpu_seconds": said.get("cpu_seconds"),
+                "training_seconds": trained.get("training_seconds"),
+                "cpu_seconds": trained.get("cpu_seconds"),
                 "counts": subject.counts,
                 "notes": notes,
                 "device": _device_name(device),
                 "seconds": round(time.monotonic() - started, 1),
             }
-            _write(place / "evaluation", metrics, drawn, config=said.get("config", said))
+            _write(place / "evaluation", metrics, drawn, config=trained.get("config", trained))
     return metrics
-
-
-def _setting(config: dict[str, Any], *names: str) -> object:
-    """What a run's configuration says under these names; None where it does not, as one of an earlier version."""
-    for name in names:
-        found: object = config.get(name)
-        config = found if isinstance(found, dict) else {}
-    return found
 
 
 def _data_of(model: NAIGN, folder: str, data: str | None) -> tuple[str, Manifest, int]:

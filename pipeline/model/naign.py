@@ -72,6 +72,7 @@ class NAIGN:
         file = Path(folder) / "model.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
         save_model(file, self.network.state_dict(), self.metadata, self.spectrum)
+        file.chmod(0o644)  # safetensors writes for the owner only
         return file
 
     @property
@@ -116,7 +117,6 @@ def save_model(
     if spectrum is not None:
         tensors[_SPECTRUM] = spectrum.cpu().contiguous()
     save_file(tensors, file, metadata={_KEY: json.dumps(metadata, sort_keys=True)})
-    file.chmod(0o644)  # safetensors writes for the owner only
 
 
 def _find(folder: Path) -> Path:

@@ -19,11 +19,12 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("name", names())
 def test_shipped_files_are_small_described_and_load(name: str) -> None:
     encoder = load_encoder(name)
-    assert (FOLDER / f"{name}.safetensors").stat().st_size < 2_500_000
+    assert encoder.shape is not None
+    assert (FOLDER / f"{name}.safetensors").stat().st_size < 1_000_000 * encoder.shape[0]  # a channel
     assert encoder.metadata["name"] == encoder.name == name
     assert encoder.metadata["dataset"] == name.removesuffix("-cnn64")
     assert encoder.metadata["command"].startswith("python -m pipeline.evaluate.train_encoder --data data/")
-    assert encoder.accuracy is not None and encoder.shape is not None
+    assert encoder.accuracy is not None
     images = torch.rand(3, *encoder.shape) * 2 - 1
     features = encoder.features(images)
     assert features.shape == (3, 64) and features.dtype == torch.float32
