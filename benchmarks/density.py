@@ -9,11 +9,11 @@ images, all black, other constants (every shade but black), uniform noise, inver
 digit that is left out of training. For that last column networks are trained anew on the data without it. All on the
 recipe of mnist.yaml, and NAIGN on that of mnist_best.yaml as well, with all digits only.
 
-Runs are kept under runs/tables as table.py's are. data/mnist, data/mnist_without_9 and data/fashion_mnist are packed
-where they are missing.
+Runs are kept under runs/tables as table.py's are, and so is what `--to` has of them already. data/mnist,
+data/mnist_without_9 and data/fashion_mnist are packed where they are missing.
 """
 
-from collections import Counter
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,8 @@ NETWORKS: dict[str, tuple[str, tuple[str, ...]]] = {
 Score = Callable[[Tensor], Tensor]
 Sets = dict[str, tuple[Tensor, Tensor]]
 """Test images and outliers, by the outliers' name."""
+Found = dict[str, dict[str, dict[str, float]]]
+"""By row, and by run or data set, AUROC by outliers; nothing of a run that diverged."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -123,12 +125,13 @@ def main(settings: Settings) -> None:
     if settings.held_out:
         less = packed("data/mnist_without_9", "mnist", "--without", HELD_OUT)
         parts.append((less, held_out(settings.count)))
-    found, lost = dict[str, list[dict[str, float]]](), Counter[str]()
+    there: Found = json.loads(file.read_text()) if (file := settings.to.with_suffix(".json")).exists() else {}
+    found: Found = {}
     for data, sets in parts:
         train, _ = read_split(str(ROOT / data), "train", limit=100_000)
         for name, score in {"brightness": dimness(train), "nearest training image": distance_to(train)}.items():
-            found.setdefault(name, [{}])[0].update(aurocs(score, sets))
-        tasks, owners = dict[str, Task](), dict[str, tuple[str, int]]()
+            found.setdefault(name, {})[data] = aurocs(score, sets)
+        tasks, owners = dict[str, Task](), dict[str, str]()
         for seed in range(settings.seeds):
             for name, (config, options) in NETWORKS.items():
                 if name == LONGER and data != "data/mnist":
@@ -136,30 +139,30 @@ def main(settings: Settings) -> None:
                 more = [f"--data.path={data}"] * (data != "data/mnist")
                 more += [f"--train.images={settings.images}"] * bool(settings.images)
                 task = Task.of(settings.runs, config, [*options, *more], seed)
-                if settings.train or task.measured:
-                    tasks[task.folder.name], owners[task.folder.name] = task, (name, seed)
-        for key, record in measure_all(tasks, settings.jobs):
-            name, seed = owners[key]
+                run, known = task.folder.name, [row for row, runs in there.items() if task.folder.name in runs]
+                for row in known:
+                    found.setdefault(row, {})[run] = there[row][run]
+                if task.measured or (settings.train and not known):
+                    tasks[run], owners[run] = task, name
+        for run, record in measure_all(tasks, settings.jobs):
             if "failed" in record:
-                lost[name] += 1
+                found.setdefault(owners[run], {})[run] = {}
                 continue
-            model = NAIGN.from_pretrained(tasks[key].folder)
-            scores = {name: model.energy} | ({OFTEN: residual(model, TIMES)} if name == LONGER else {})
+            model = NAIGN.from_pretrained(tasks[run].folder)
+            scores = {owners[run]: model.energy} | ({OFTEN: residual(model, TIMES)} if owners[run] == LONGER else {})
             for row, score in scores.items():
-                found.setdefault(row, [{} for _ in range(settings.seeds)])[seed].update(aurocs(score, sets))
-    if not set(NETWORKS) & {*found, *lost}:
+                found.setdefault(row, {})[run] = aurocs(score, sets)
+    if not set(NETWORKS) & found.keys():
         raise InputError(f"no network of this table is in {settings.runs}: leave out --no-train")
     titles = [name for _, sets in parts for name in sets]
     cells = list[list[str]]()
     for name in [LONGER, OFTEN, *list(NETWORKS)[1:], "nearest training image", "brightness"]:
-        rows = [row for row in found.get(name, []) if row]
-        if not rows and not lost[name]:
-            continue
-        seeds, line = len(rows), list[str]()
-        for title in titles:
-            values = [row[title] for row in rows if title in row]
-            line.append(spread(values, 3) + (seeds_of(len(values)) if values and len(values) < seeds else ""))
-        cells.append([name + (seeds_of(seeds, lost[name]) if name in (*NETWORKS, OFTEN) else ""), *line])
+        if rows := found.get(name):
+            by_title = [[row[title] for row in rows.values() if title in row] for title in titles]
+            seeds, lost = max(map(len, by_title)), sum(not row for row in rows.values())
+            few = [seeds_of(len(values)) if 0 < len(values) < seeds else "" for values in by_title]
+            who = name + (seeds_of(seeds, lost) if name in (*NETWORKS, OFTEN) else "")
+            cells.append([who, *(spread(values, 3) + note for values, note in zip(by_title, few, strict=True))])
     text = page("AUROC, MNIST", ["", *titles], cells)
     write(settings.to, text, found)
     print(text)

@@ -4,9 +4,9 @@
 
 The file names its rows, each a configuration with options (a published one gives its numbers instead), the seeds and
 the columns. Every run is one process of one thread, trained and measured as `naign evaluate` does, and kept under
-runs/tables: what is there is not done again, so a table may be cut off and goes on, and tables share their runs. A row
-says how many seeds it rests on, and is left out while there is none. It writes the table (.md) and what it rests on
-(.json).
+runs/tables: what is there is not done again, so a table may be cut off and goes on, and tables share their runs. So it
+is with what a table in the folder of `--to` rests on already: to make all anew, write to another folder. A row says how
+many seeds it rests on, and is left out while there is none. It writes the table (.md) and what it rests on (.json).
 """
 
 import sys
@@ -16,7 +16,7 @@ from typing import Any
 
 import tyro
 import yaml
-from trained import COLUMNS, Record, Task, measure_all, packed, page, seeds_of, spread, write
+from trained import COLUMNS, Record, Task, beside, measure_all, packed, page, seeds_of, spread, write
 
 from pipeline.errors import InputError, exit_on_input_error
 
@@ -122,29 +122,31 @@ def main(settings: Settings) -> None:
             print(f"table: {error}; rows of it that are not there yet are left out", file=sys.stderr)
             absent.add(f"--data.path={path}")
     seeds = plan.seeds[: settings.seeds or None]
-    tasks, where = dict[str, Task](), dict[str, str]()
+    tasks, names = dict[str, Task](), dict[str, list[str]]()
+    records = beside(settings.to)
     for seed in seeds:  # all rows on one seed first
         for name, row in plan.rows.items():
             if "config" in row:
                 task = Task.of(settings.runs, row["config"], row.get("options", []), seed)
-                if (settings.train and not absent & {*task.options}) or task.measured:
-                    tasks[task.folder.name] = task
-                where[f"{name}, seed {seed}"] = task.folder.name
-    if not tasks:
-        raise InputError(
-            f"nothing of {settings.file} is in {settings.runs}: leave out --no-train, and give rows a config"
-        )
-    records = dict[str, Record]()
-    text = ""
-    for key, record in measure_all(tasks, settings.jobs):
-        records[key] = record if "failed" in record else {part: record.get(part) for part in KEPT}
-        found = dict[str, list[Record]]()
-        for name in plan.rows:
-            keys = [where.get(f"{name}, seed {seed}", "") for seed in seeds]
-            found[name] = [records[key] for key in keys if key in records]
+                names.setdefault(name, []).append(run := task.folder.name)
+                if task.measured or (settings.train and run not in records and not absent & {*task.options}):
+                    tasks[run] = task
+
+    def report() -> str:
+        found = {name: [records[run] for run in names.get(name, ()) if run in records] for name in plan.rows}
+        if not any(found.values()):
+            raise InputError(
+                f"nothing of {settings.file} is in {settings.runs}: leave out --no-train, and give rows a config"
+            )
         text = table_of(plan, found)
         write(settings.to, text, found)
-    print(text)
+        return text
+
+    for run, record in measure_all(tasks, settings.jobs):
+        kept = record if "failed" in record else {part: record.get(part) for part in KEPT}
+        records[run] = {"run": run} | kept
+        report()
+    print(report())
 
 
 if __name__ == "__main__":

@@ -96,6 +96,15 @@ def late(metrics: Path) -> float | None:
     return stdev(loss - slope * at - start for at, loss in enumerate(last)) / mean(abs(loss) for loss in last)
 
 
+def beside(to: Path) -> dict[str, Record]:
+    """What tables in the folder of `to` rest on, by run: its own folder may be gone, its numbers are not."""
+    found = dict[str, Record]()
+    for file in sorted(to.parent.glob("*.json")):
+        rows = [row for row in json.loads(file.read_text()).values() if isinstance(row, list)]
+        found |= {record["run"]: record for row in rows for record in row if "run" in record}
+    return found
+
+
 def measure_all(tasks: dict[str, Task], jobs: int) -> Iterator[tuple[str, Record]]:
     """Each task's name and record, as they are done, `jobs` at a time."""
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(tasks), unit="run") as bar:

@@ -71,3 +71,19 @@ def test_a_run_is_named_after_what_it_computes(table, tmp_path):
     assert len({first.folder, *(other.folder for other in others)}) == 1 + len(others)
     with pytest.raises(InputError, match="no configuration file"):
         table.Task.of(Path("runs"), "configs/absent.yaml", [], 0)
+
+
+def test_numbers_outlive_the_run_they_came_from(table, tmp_path, capsys):
+    file, runs = tmp_path / "table.yaml", tmp_path / "runs"
+    file.write_text(json.dumps(SOUND))
+    names = [table.Task.of(runs, "configs/digits.yaml", ["--train.lr=1e-3"], seed).folder.name for seed in (0, 1, 2)]
+    rows = [{"run": name, "fd": {"once_ratio": found}} for name, found in zip(names, (2, 4, 60), strict=True)]
+    (tmp_path / "another.json").write_text(json.dumps({"also ours": rows, "not": {"a": "run"}}))
+    table.main(table.Settings(file=file, to=tmp_path / "made", runs=runs))  # has no need to train
+    assert "| ours (2 seeds) | 3.0 ± 1.4 |" in capsys.readouterr().out
+    assert json.loads((tmp_path / "made.json").read_text()) == {"ours": rows[:2]}
+    assert not runs.exists()
+    (tmp_path / "another.json").unlink()
+    (tmp_path / "made.json").unlink()
+    with pytest.raises(InputError, match="leave out --no-train"):
+        table.main(table.Settings(file=file, to=tmp_path / "made", runs=runs, train=False))
