@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Device = Literal["auto", "cpu", "cuda"]
 Kind = Literal["blur", "noise", "salt_pepper", "rows"]
 Run = Annotated[Positional[str], tyro.conf.arg(help="A run (or s3://), a checkpoint or an exported model: its folder.")]
-Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images, or folders of images.")]
+Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images (points: .csv files), or folders of them.")]
 
 
 def pack(
@@ -194,7 +194,7 @@ def restore(
     damage: Kind | None = None,
     device: Device = "auto",
 ) -> None:
-    """Repair images: writes one PNG a file into a folder, at the model's size.
+    """Repair images: writes one PNG a file into a folder, at the model's size (points: from .csv to .csv files).
 
     Args:
         to: Folder to write; images found in folders keep their sub-folders and names.
@@ -202,8 +202,10 @@ def restore(
         damage: Damage the images first (the damaged ones go to a sub-folder of that name), to see what a repair does.
         device: Where to compute.
     """
+    import torch
+
     from pipeline.data.degrade import degrade
-    from pipeline.files import find_images, read_images, refuse_overwriting
+    from pipeline.files import find_files, read_samples, refuse_overwriting, write_samples
     from pipeline.model.naign import NAIGN
     from pipeline.pictures import to_image
 
@@ -211,17 +213,26 @@ def restore(
     model = NAIGN.from_pretrained(run, device=_device(device))
     if to.is_file():
         raise InputError(f"--to {to} is a file: give a folder, for one picture an image")
-    inputs = find_images(files)
-    outputs = [to / name.with_suffix(".png") for _, name in inputs]
+    points = len(model.shape) == 1
+    if points and damage:
+        raise InputError(f"--damage {damage} is for images, this model takes points")
+    inputs = find_files(files, model.shape)
+    outputs = [to / name.with_suffix(".csv" if points else ".png") for _, name in inputs]
     refuse_overwriting([path for path, _ in inputs], outputs)
-    images = read_images([path for path, _ in inputs], model.shape)
-    damaged = degrade(images, damage) if damage else images
-    repaired = model.project(damaged, times=times)
-    for output, before, after in zip(outputs, damaged, repaired, strict=True):
-        for picture, place in [(after, output)] + ([(before, to / damage / output.relative_to(to))] if damage else []):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            to_image(picture).save(place)
-    print(f"{len(outputs)} restored images: {to}/")
+    given = read_samples([path for path, _ in inputs], model.shape)
+    damaged = degrade(torch.cat(given), damage) if damage else torch.cat(given)
+    sizes = [len(batch) for batch in given]
+    made = list(zip(outputs, model.project(damaged, times=times).cpu().split(sizes), strict=True))
+    if damage:
+        places = [to / damage / output.relative_to(to) for output in outputs]
+        made += zip(places, damaged.split(1), strict=True)
+    for place, samples in made:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if points:
+            write_samples(samples, place)
+        else:
+            to_image(samples[0]).save(place)
+    print(f"{len(outputs)} restored {'files of points' if points else 'images'}: {to}/")
 
 
 def score(
@@ -231,20 +242,24 @@ def score(
     *,
     device: Device = "auto",
 ) -> None:
-    """Print the energy of images as CSV: file, mean squared residual of f(x) - x. Low near the data it was trained on.
+    """Print energies as CSV: file (points: file:line), mean squared residual of f(x) - x. Low near the data trained on.
 
     Args:
         device: Where to compute.
     """
-    from pipeline.files import find_images, read_images
+    import torch
+
+    from pipeline.files import find_files, read_samples
     from pipeline.model.naign import NAIGN
 
     model = NAIGN.from_pretrained(run, device=_device(device))
-    paths = [path for path, _ in find_images(files)]
-    images = read_images(paths, model.shape)
+    paths = [path for path, _ in find_files(files, model.shape)]
+    given = read_samples(paths, model.shape)
+    lines = [(path, line) for path, batch in zip(paths, given, strict=True) for line in range(1, 1 + len(batch))]
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(("file", "energy"))
-    table.writerows((path, f"{energy:.6g}") for path, energy in zip(paths, model.energy(images).tolist(), strict=True))
+    for (path, line), energy in zip(lines, model.energy(torch.cat(given)).tolist(), strict=True):
+        table.writerow((path if len(model.shape) == 3 else f"{path}:{line}", f"{energy:.6g}"))
 
 
 def export(

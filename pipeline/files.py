@@ -1,7 +1,8 @@
-"""Images that commands are given, and samples that they write."""
+"""Images and points that commands are given, and samples that they write."""
 
 import csv
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,17 +18,20 @@ from pipeline.pictures import grid, to_image
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-def find_images(files: Sequence[Path]) -> list[tuple[Path, Path]]:
-    """(path, name) of each image given: a file's name is its own, one found in a folder keeps its path in there."""
+def find_files(files: Sequence[Path], shape: tuple[int, ...]) -> list[tuple[Path, Path]]:
+    """(path, name) of each file given, for samples of `shape`: a file's name is its own, one found in a folder (images,
+    or .csv for points) keeps its path in there.
+    """
+    suffixes, what = (IMAGES, "images") if len(shape) == 3 else ((".csv",), ".csv files of points")
     found = []
     for file in files:
         if file.is_dir():
-            inside = sorted(path for path in file.rglob("*") if path.suffix.lower() in IMAGES)
+            inside = sorted(path for path in file.rglob("*") if path.suffix.lower() in suffixes)
             found += [(path, path.relative_to(file)) for path in inside]
         else:
             found.append((file, Path(file.name)))
     if not found:
-        raise InputError("no images given: name files, or folders that hold some")
+        raise InputError(f"no {what} given: name files, or folders that hold some")
     return found
 
 
@@ -43,21 +47,36 @@ def refuse_overwriting(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
         writer[output] = source
 
 
-def read_images(paths: Sequence[Path], shape: tuple[int, ...]) -> Tensor:
-    """Images (n, C, S, S) float32 in [-1, 1], resized and cropped to the model's square as `pack` does."""
-    if len(shape) != 3:
-        raise InputError(f"this model takes points of {shape[0]} values, not images")
-    rows = []
-    for path in paths:
-        try:
-            pixels = np.asarray(square(path.read_bytes(), shape[1], shape[0]))
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
-        except UNDECODABLE as error:
-            what = error.strerror if isinstance(error, OSError) and error.strerror else "no picture that can be read"
-            raise InputError(f"{path}: {what}") from None
-        rows.append(torch.from_numpy(pixels.copy()).view(*shape[1:], shape[0]).permute(2, 0, 1))
-    return scaled(torch.stack(rows))
+def read_samples(paths: Sequence[Path], shape: tuple[int, ...]) -> list[Tensor]:
+    """What each file holds: one image (1, C, S, S), resized and cropped to the model's square as `pack` does, or points
+    (n, D), one a line of a .csv file; float32, images in [-1, 1]. InputError where a file holds none.
+    """
+    return [(_image if len(shape) == 3 else _points)(path, shape) for path in paths]
+
+
+def _image(path: Path, shape: tuple[int, ...]) -> Tensor:
+    try:
+        pixels = np.asarray(square(path.read_bytes(), shape[1], shape[0]))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except UNDECODABLE as error:
+        what = error.strerror if isinstance(error, OSError) and error.strerror else "no picture that can be read"
+        raise InputError(f"{path}: {what}") from None
+    return scaled(torch.from_numpy(pixels.copy()).view(1, *shape[1:], shape[0]).permute(0, 3, 1, 2))
+
+
+def _points(path: Path, shape: tuple[int, ...]) -> Tensor:
+    wanted = f"this model takes points, {math.prod(shape)} numbers a line with commas between them and no header"
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of an empty file, which is refused below
+            rows = np.loadtxt(path, dtype=np.float32, delimiter=",", ndmin=2, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; {wanted}") from None
+    if not len(rows) or rows.shape[1] != math.prod(shape) or not np.isfinite(rows).all():
+        raise InputError(f"{path}: {len(rows)} lines of {rows.shape[1]} values, or not all finite; {wanted}")
+    return torch.from_numpy(rows)
 
 
 def write_samples(made: Tensor, to: Path) -> str:

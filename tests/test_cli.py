@@ -69,3 +69,22 @@ def test_samples_go_only_to_a_file_that_can_hold_them(model, tmp_path, to):
 def test_repairs_are_not_written_to_a_file(model, pictures):
     with pytest.raises(InputError, match="x.png is a file: give a folder"):
         cli.restore(model, (pictures / "a",), to=pictures / "b/x.png")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("1,2\n3\n", "points.csv: .*number of columns"), ("x,y\n1,2\n", "points.csv: could not convert .* no header"),
+     ("1,2,3\n", "1 lines of 3 values.* 2 numbers a line"), ("1,nan\n", "not all finite"), ("", "0 lines")],
+)  # fmt: skip
+def test_what_are_no_points_of_the_model_is_named(tmp_path, text, said):
+    metadata = {"model": {"kind": "mlp", "width": 4}, "shape": [2], "latents": "gaussian"}
+    network = build_network(NetworkConfig(**metadata["model"]), (2,))
+    NAIGN(network, metadata).save_pretrained(tmp_path / "model")
+    (tmp_path / "points.csv").write_text(text)
+    with pytest.raises(InputError, match=said):
+        cli.score(str(tmp_path / "model"), (tmp_path,))
+    with pytest.raises(InputError, match=said):
+        cli.restore(str(tmp_path / "model"), (tmp_path / "points.csv",), to=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="noise is for images"):
+        cli.restore(str(tmp_path / "model"), (tmp_path / "points.csv",), damage="noise")

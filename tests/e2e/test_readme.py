@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -71,8 +72,12 @@ def test_points_train_and_evaluate(naign: Program, train: Program, tmp_path: Pat
     assert metrics["coverage"]["recall"] > 0.5
     assert naign("sample", "runs/toy2d", "--n", "10", "--to", "points.csv").returncode == 0
     assert len((tmp_path / "points.csv").read_text().splitlines()) == 10
-    refused = naign("restore", "runs/toy2d", "points.csv")
-    assert refused.returncode == 2 and "not images" in refused.stderr
+    assert naign("restore", "runs/toy2d", "points.csv", "--to", "repaired").returncode == 0
+    before, after = (np.loadtxt(tmp_path / name, delimiter=",") for name in ("points.csv", "repaired/points.csv"))
+    scored = naign("score", "runs/toy2d", "points.csv").stdout.splitlines()
+    assert scored[1].startswith("points.csv:1,") and len(scored) == 11
+    energies = [float(line.split(",")[1]) for line in scored[1:]]
+    np.testing.assert_allclose(energies, ((after - before) ** 2).mean(1), rtol=1e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize(
