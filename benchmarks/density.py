@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import tyro
 from torch import Tensor
-from trained import ROOT, Task, measure_all, packed, page, seeds_of, spread, write
+from trained import ROOT, Task, measure_all, packed, page, seeds_of, spread, table, write
 
 from pipeline.data.samples import scaled
 from pipeline.data.stream import read_split
@@ -35,9 +35,13 @@ FAST, PLAIN = "configs/mnist.yaml", ("--objective.denoising=0", "--objective.thi
 LONGER = "NAIGN, mnist_best.yaml"
 OFTEN, TIMES = f"{LONGER}, f applied five times", 5
 """Another score of the same networks: how far from an image f leaves it in the end."""
+SHORTER = "NAIGN, mnist.yaml"
+CODES = f"{SHORTER}, distance to the nearest training code"
+"""Another one: in f's bottleneck, by angle."""
+TURNED = "upside down"
 NETWORKS: dict[str, tuple[str, tuple[str, ...]]] = {
     LONGER: ("configs/mnist_best.yaml", ()),
-    "NAIGN, mnist.yaml": (FAST, ()),
+    SHORTER: (FAST, ()),
     "NAIGN, reconstruction and IMLE alone": (FAST, PLAIN),
     "autoencoder": (FAST, ("--objective.imle=0", *PLAIN)),
     "denoising autoencoder": (FAST, ("--objective.imle=0", "--objective.third=none")),
@@ -74,9 +78,9 @@ class Settings:
 
 def outliers(count: int) -> Sets:
     """All but the digit that is left out."""
-    test, _ = read_split(str(ROOT / "data/mnist"), "test", limit=10_000)
-    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
-    images = scaled(test[order[:count]])
+    test, labels = read_split(str(ROOT / "data/mnist"), "test", limit=10_000)
+    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:count]
+    images, digits = scaled(test[order]), torch.as_tensor(labels)[order]
     fashion, _ = read_split(packed("data/fashion_mnist", "fashion_mnist"), "test", limit=count)
     shades = torch.linspace(-1, 1, 256)[1:].view(-1, 1, 1, 1).expand(-1, *images.shape[1:])
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -86,7 +90,8 @@ def outliers(count: int) -> Sets:
         "other constants": shades,
         "uniform noise": noise,
         "inverted": -images,
-        "upside down": images.flip(2),
+        TURNED: images.flip(2),
+        **{f"{TURNED}: {digit}": images[digits == digit].flip(2) for digit in range(10)},
     }
     return {name: (images, batch) for name, batch in found.items()}
 
@@ -104,6 +109,18 @@ def distance_to(train: Tensor) -> Score:
     return lambda batch: nearest(batch, reference)[0]
 
 
+def code_distance(model: NAIGN, train: Tensor) -> Score:
+    """Of the code of an image to the nearest code of the images, (n, *shape) in storage type; codes of unit length."""
+
+    def codes(batch: Tensor) -> Tensor:
+        network = model.network
+        found = [network.bottleneck[:2](network.encoder(part)) for part in batch.split(1000)]
+        return torch.nn.functional.normalize(torch.cat(found))
+
+    reference = codes(scaled(train))
+    return lambda batch: nearest(codes(batch), reference)[0]
+
+
 def dimness(train: Tensor) -> Score:
     """How far the mean brightness is from that of the images, (n, *shape) in storage type."""
     typical = float(train.double().mean()) / 127.5 - 1
@@ -117,6 +134,20 @@ def residual(model: NAIGN, times: int) -> Score:
 
 def aurocs(score: Score, sets: Sets) -> dict[str, float]:
     return {name: auroc(score(images), score(others)) for name, (images, others) in sets.items()}
+
+
+def cells(found: Found, titles: list[str]) -> list[list[str]]:
+    """Rows of a table of the sets named, of what was measured on any of them."""
+    lines = list[list[str]]()
+    for name in [LONGER, OFTEN, SHORTER, CODES, *list(NETWORKS)[2:], "nearest training image", "brightness"]:
+        runs = found.get(name, {})
+        by_title = [[row[title] for row in runs.values() if title in row] for title in titles]
+        seeds, lost = max(map(len, by_title)), sum(not row for row in runs.values())
+        if seeds or lost:
+            few = [seeds_of(len(values)) if 0 < len(values) < seeds else "" for values in by_title]
+            who = name + (seeds_of(seeds, lost) if name in (*NETWORKS, OFTEN, CODES) else "")
+            lines.append([who, *(spread(values, 3) + note for values, note in zip(by_title, few, strict=True))])
+    return lines
 
 
 def main(settings: Settings) -> None:
@@ -149,21 +180,19 @@ def main(settings: Settings) -> None:
                 found.setdefault(owners[run], {})[run] = {}
                 continue
             model = NAIGN.from_pretrained(tasks[run].folder)
-            scores = {owners[run]: model.energy} | ({OFTEN: residual(model, TIMES)} if owners[run] == LONGER else {})
+            scores = {owners[run]: model.energy}
+            if owners[run] == LONGER:
+                scores[OFTEN] = residual(model, TIMES)
+            if owners[run] == SHORTER:
+                scores[CODES] = code_distance(model, train)
             for row, score in scores.items():
                 found.setdefault(row, {})[run] = aurocs(score, sets)
     if not set(NETWORKS) & found.keys():
         raise InputError(f"no network of this table is in {settings.runs}: leave out --no-train")
-    titles = [name for _, sets in parts for name in sets]
-    cells = list[list[str]]()
-    for name in [LONGER, OFTEN, *list(NETWORKS)[1:], "nearest training image", "brightness"]:
-        if rows := found.get(name):
-            by_title = [[row[title] for row in rows.values() if title in row] for title in titles]
-            seeds, lost = max(map(len, by_title)), sum(not row for row in rows.values())
-            few = [seeds_of(len(values)) if 0 < len(values) < seeds else "" for values in by_title]
-            who = name + (seeds_of(seeds, lost) if name in (*NETWORKS, OFTEN) else "")
-            cells.append([who, *(spread(values, 3) + note for values, note in zip(by_title, few, strict=True))])
-    text = page("AUROC, MNIST", ["", *titles], cells)
+    titles = [name for _, sets in parts for name in sets if ":" not in name]
+    text = page("AUROC, MNIST", ["", *titles], cells(found, titles))
+    turned = {f"{TURNED}: {digit}": str(digit) for digit in range(10)}
+    text += f"\nDigits upside down, by digit\n\n{table(['', *turned.values()], cells(found, list(turned)))}\n"
     write(settings.to, text, found)
     print(text)
 
