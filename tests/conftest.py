@@ -112,18 +112,24 @@ def train_command(*options: str, ranks: int = 1) -> list[str]:
     return [*launcher, str(ROOT / "pipeline/train.py"), *options]
 
 
+def direct_command(*options: str) -> list[str]:
+    """The command line of the main job without a launcher."""
+    return [sys.executable, str(ROOT / "pipeline/train.py"), *options]
+
+
 def start(folder: Path, *options: str) -> subprocess.Popen[str]:
     """The main job without a launcher between, so that a signal reaches it."""
-    command = [train_command()[0], str(ROOT / "pipeline/train.py"), *options]
-    return subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(direct_command(*options), cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
 def train(tmp_path: Path) -> Program:
-    """Run the main job in an empty folder to its end."""
+    """Run the main job in an empty folder to its end; one rank without a launcher, unless asked."""
 
-    def run(*options: str, ranks: int = 1, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        command = train_command(*options, ranks=ranks)
+    def run(
+        *options: str, ranks: int = 1, launcher: bool = False, timeout: float = 120
+    ) -> subprocess.CompletedProcess[str]:
+        command = train_command(*options, ranks=ranks) if launcher or ranks > 1 else direct_command(*options)
         return subprocess.run(
             command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
         )

@@ -1,7 +1,6 @@
 """The benchmark scripts run; what they show is in benchmarks/results."""
 
 import json
-import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -123,75 +122,3 @@ def test_every_row_and_trial_is_a_configuration(file: Path) -> None:
     assert commands
     for config, options in commands:
         parse([f"--config={ROOT / config}", *options])
-
-
-@pytest.mark.slow
-def test_table_of_two_seeds_beside_printed_numbers(digits: str, tmp_path: Path) -> None:
-    options = [f"--data.path={digits}", "--model.width=8", "--match.round=512", "--train.images=2048"]
-    wild = ["--objective.distance=l2", "--train.lr=1e18", "--train.clip=1e18", "--train.warmup=0"]
-    rows = {
-        "ours": {"config": "configs/digits.yaml", "options": options},
-        "wild": {"config": "configs/digits.yaml", "options": [*options, *wild]},
-        "printed": {"printed": {"blur": 0.15}},
-        "absent": {"config": "configs/digits.yaml", "options": ["--data.path=data/absent"]},
-    }
-    said = {"title": "A table", "seeds": [0, 1], "columns": ["once", "rarest", "blur", "late"], "rows": rows}
-    file = tmp_path / "table.yaml"
-    file.write_text(json.dumps(said | {"answers": ["input"], "packed": {"data/absent": ["nothing"]}}))
-    command = [sys.executable, str(ROOT / "benchmarks/table.py"), str(file), "--to", str(tmp_path / "made")]
-    command += ["--runs", str(tmp_path / "runs")]
-    for _ in range(2):  # nothing is done twice
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
-        lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
-        assert [line[0] for line in lines[2:]] == [
-            "ours (2 seeds)",
-            "wild (0 seeds; 2 of 2 diverged)",
-            "printed",
-            "answering with input",
-        ]
-        assert "data/absent cannot be packed" in done.stderr
-        assert " ± " in lines[2][1] and lines[3][1] == "-" and lines[4][3] == "0.15" and lines[5][1] == "-"
-        for folder in (tmp_path / "runs").iterdir():
-            for checkpoint in (folder / "checkpoints").glob("step-*"):
-                shutil.rmtree(checkpoint)
-    file.write_text(json.dumps(said | {"seeds": [0, 1, 2]}))  # the third is not there
-    done = subprocess.run([*command, "--no-train"], env=environment(), capture_output=True, text=True, timeout=60)
-    assert "ours (2 seeds)" in done.stdout and "2 of 2 diverged" in done.stdout and done.returncode == 0, done.stderr
-    file.write_text(json.dumps(said | {"seeds": [7]}))
-    done = subprocess.run([*command, "--no-train"], env=environment(), capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "nothing of" in done.stderr
-
-
-@pytest.mark.slow
-def test_search_keeps_the_best_and_goes_on(digits: str, tmp_path: Path) -> None:
-    trials = {"as it is": [], "worse": ["--train.lr=1e-9"]}
-    options = [f"--data.path={digits}", "--model.width=8", "--match.round=512", "--train.warmup=0"]
-    file = tmp_path / "search.yaml"
-    said = {"base": "configs/digits.yaml", "images": [4096, 8192], "keep": 0.5}
-    file.write_text(json.dumps(said | {"trials": {name: [*options, *own] for name, own in trials.items()}}))
-
-    def search(*more: str) -> subprocess.CompletedProcess[str]:
-        command = [
-            sys.executable,
-            str(ROOT / "benchmarks/search.py"),
-            str(file),
-            "--to",
-            str(tmp_path / "found"),
-            *more,
-        ]
-        return subprocess.run(
-            [*command, "--runs", str(tmp_path / "runs")], env=environment(), capture_output=True, text=True, timeout=300
-        )
-
-    early = search("--rung", "1")
-    assert early.returncode == 2 and "rung 0 is not done" in early.stderr
-    done = search()
-    assert done.returncode == 0, done.stderr
-    shutil.rmtree(tmp_path / "runs")
-    assert search().returncode == 0 and not (tmp_path / "runs").exists()  # nothing is done twice
-    done = search("--rung", "1")
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert [name for name in found if name.endswith("rung 1")] == ["as it is, rung 1"]
-    assert done.stdout.strip() == (tmp_path / "found.md").read_text().strip()

@@ -1,6 +1,7 @@
-"""What the benchmarks refuse before they train for hours, and what they hold for the same run."""
+"""Tables and searches: what they refuse before they train for hours, hold for the same run, and make."""
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +13,28 @@ from pipeline.errors import InputError
 from tests.conftest import ROOT
 
 
-@pytest.fixture(scope="module")
-def table() -> Iterator[ModuleType]:
+@pytest.fixture(scope="module", autouse=True)
+def benchmarks() -> Iterator[None]:
+    """Their folder on the path, as it is where one is started."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
-        import table
-
-        yield table
+        yield
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture
+def table() -> ModuleType:
+    import table
+
+    return table
+
+
+@pytest.fixture
+def search() -> ModuleType:
+    import search
+
+    return search
 
 
 SOUND = {
@@ -87,3 +101,63 @@ def test_numbers_outlive_the_run_they_came_from(table, tmp_path, capsys):
     (tmp_path / "made.json").unlink()
     with pytest.raises(InputError, match="leave out --no-train"):
         table.main(table.Settings(file=file, to=tmp_path / "made", runs=runs, train=False))
+
+
+@pytest.mark.slow
+def test_table_of_two_seeds_beside_printed_numbers(table, digits, tmp_path, capfd):
+    options = [f"--data.path={digits}", "--model.width=8", "--match.round=512", "--train.images=2048"]
+    wild = ["--objective.distance=l2", "--train.lr=1e18", "--train.clip=1e18", "--train.warmup=0"]
+    rows = {
+        "ours": {"config": "configs/digits.yaml", "options": options},
+        "wild": {"config": "configs/digits.yaml", "options": [*options, *wild]},
+        "printed": {"printed": {"blur": 0.15}},
+        "absent": {"config": "configs/digits.yaml", "options": ["--data.path=data/absent"]},
+    }
+    said = {"title": "A table", "seeds": [0, 1], "columns": ["once", "rarest", "blur", "late"], "rows": rows}
+    said |= {"answers": ["input"], "packed": {"data/absent": ["nothing"]}}
+    file, runs = tmp_path / "table.yaml", tmp_path / "runs"
+
+    def made(seeds: list[int], to: str = "made", *, train: bool = True) -> tuple[list[list[str]], str]:
+        file.write_text(json.dumps(said | {"seeds": seeds}))
+        table.main(table.Settings(file=file, to=tmp_path / to, runs=runs, train=train))
+        told = capfd.readouterr()
+        return [
+            [cell.strip() for cell in line.split("|")[1:-1]] for line in told.out.splitlines() if "|" in line
+        ], told.err
+
+    lines, warned = made([0, 1])
+    names = ["ours (2 seeds)", "wild (0 seeds; 2 of 2 diverged)", "printed", "answering with input"]
+    assert [line[0] for line in lines[2:]] == names
+    assert "data/absent cannot be packed" in warned
+    assert " ± " in lines[2][1] and lines[3][1] == "-" and lines[4][3] == "0.15" and lines[5][1] == "-"
+    for folder in runs.iterdir():
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    assert made([0, 1])[0] == lines  # nothing is done twice, here, where no table stands, or with a seed too many
+    (tmp_path / "made.json").unlink()
+    assert made([0, 1, 2], train=False)[0] == lines
+    with pytest.raises(InputError, match="nothing of"):
+        made([7], train=False)
+
+
+@pytest.mark.slow
+def test_search_keeps_the_best_and_goes_on(search, digits, tmp_path, capsys):
+    trials = {"as it is": [], "worse": ["--train.lr=1e-9"]}
+    options = [f"--data.path={digits}", "--model.width=8", "--match.round=512", "--train.warmup=0"]
+    said = {"base": "configs/digits.yaml", "images": [4096, 8192], "keep": 0.5}
+    file, runs = tmp_path / "search.yaml", tmp_path / "runs"
+    file.write_text(json.dumps(said | {"trials": {name: [*options, *own] for name, own in trials.items()}}))
+
+    def of_rung(rung: int) -> str:
+        search.main(search.Settings(file=file, to=tmp_path / "found", rung=rung, runs=runs))
+        printed: str = capsys.readouterr().out
+        return printed
+
+    with pytest.raises(InputError, match="rung 0 is not done"):
+        of_rung(1)
+    first = of_rung(0)
+    shutil.rmtree(runs)
+    assert of_rung(0) == first and not runs.exists()  # nothing is done twice
+    printed = of_rung(1)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [name for name in found if name.endswith("rung 1")] == ["as it is, rung 1"]
+    assert printed.strip() == (tmp_path / "found.md").read_text().strip()

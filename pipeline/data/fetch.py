@@ -1,5 +1,6 @@
 """Getting bytes through faults: calls that are tried again, and calls that are made ahead of need."""
 
+import contextlib
 import io
 import logging
 import os
@@ -7,8 +8,9 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -79,6 +81,19 @@ def _renew_lock() -> None:
 os.register_at_fork(after_in_child=_renew_lock)
 
 
+_attempts: ContextVar[int] = ContextVar("attempts")
+
+
+@contextlib.contextmanager
+def at_most(attempts: int) -> Iterator[None]:
+    """Give up after so many attempts at one thing, in this thread: for what can do without the answer."""
+    before = _attempts.set(attempts)
+    try:
+        yield
+    finally:
+        _attempts.reset(before)
+
+
 class Patience:
     """Waits between the attempts at one thing, ever longer, and says when to give up.
 
@@ -86,20 +101,22 @@ class Patience:
     """
 
     def __init__(self, what: str, tally: Tally) -> None:
-        self._what, self._tally, self._failures = what, tally, 0
+        self._what, self._tally, self._failures, self._most = what, tally, 0, _attempts.get(ATTEMPTS)
 
     def wait(self, error: BaseException, *, at: str = "", progress: bool = False) -> None:
-        """Pause after a failure. Raises Unavailable, with the place and the cause, after ATTEMPTS of them in a row."""
+        """Pause after a failure. Raises Unavailable, with the place and the cause, after ATTEMPTS of them in a row, or
+        as many as `at_most` allows.
+        """
         self._failures = 1 if progress else self._failures + 1
         where = f"{self._what}{at}"
         cause = f"{type(error).__name__}: {error}"
-        if self._failures >= ATTEMPTS:
+        if self._failures >= self._most:
             raise Unavailable(
                 f"{where}: given up after {self._failures} attempts; the last failed with {cause}. "
                 f"Check the network, the server and AWS_ENDPOINT_URL, then run the same command again: it goes on"
             ) from None
         pause = _chance.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (self._failures - 1)))
-        log.warning("%s: %s; attempt %d of %d in %.1f s", where, cause, self._failures + 1, ATTEMPTS, pause)
+        log.warning("%s: %s; attempt %d of %d in %.1f s", where, cause, self._failures + 1, self._most, pause)
         self._tally.add(retries=1)
         time.sleep(pause)
 

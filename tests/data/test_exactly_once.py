@@ -101,8 +101,8 @@ def check_epochs(lines: list[Line]) -> None:
 @pytest.mark.timeout(600)
 def test_every_image_once_an_epoch_for_any_ranks_and_workers(uneven: str, tmp_path: Path) -> None:
     kinds = {}
-    for world in range(1, 6):
-        for workers in range(4) if world < 4 else (0, 3):  # the others would only take time
+    for world, counts in {1: (0, 1, 3), 2: (0, 2), 3: (1, 3), 4: (0,), 5: (3,)}.items():  # more would only take time
+        for workers in counts:
             lines = run(uneven, tmp_path / f"{world}-{workers}", world, workers, list(range(ROUNDS)))
             check_epochs(lines)
             kinds[world, workers] = lines

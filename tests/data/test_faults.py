@@ -13,9 +13,10 @@ from numbered import numbered
 
 from pipeline.data.dataset import DataConfig
 from pipeline.data.examples import Example, Made
-from pipeline.data.fetch import Tally
+from pipeline.data.fetch import Tally, at_most
 from pipeline.data.manifest import Manifest
 from pipeline.data.shards import pack
+from pipeline.data.store import open_store
 from pipeline.data.stream import Stream
 from pipeline.errors import InputError, Unavailable
 from tests.proxy import FaultProxy, Faults
@@ -138,6 +139,8 @@ def test_a_server_that_is_away_for_a_while(
         with pytest.raises(Unavailable, match=r"noise/train-\d+.*given up after 6 attempts; the last failed with"):
             while True:  # the workers may have read some rounds ahead
                 first += stream.take(len(first) // ROUND).keys
+        with at_most(2), pytest.raises(Unavailable, match="given up after 2 attempts"):
+            open_store(remote).list()
         proxy.faults = Faults()
         while len(first) < IMAGES:
             first += stream.take(len(first) // ROUND).keys

@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from pipeline import cli
 from pipeline.model.naign import NAIGN
 from pipeline.runtime.checkpoint import newest_checkpoint
 from tests.conftest import ROOT, SMALL, environment, train_command
@@ -89,7 +90,7 @@ def plain(digits: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"])
-def test_deepspeed_trains_as_ddp_does_resumes_bit_for_bit_and_exports(name, plain, digits, tmp_path, naign):
+def test_deepspeed_trains_as_ddp_does_resumes_bit_for_bit_and_exports(name, plain, digits, tmp_path):
     file = engine(name, tmp_path)
     whole = launch(file, tmp_path, *options(digits, "whole"))
     assert whole.returncode == 0, whole.stderr
@@ -105,7 +106,7 @@ def test_deepspeed_trains_as_ddp_does_resumes_bit_for_bit_and_exports(name, plai
         assert same(weights(tmp_path / "again", kind), weights(tmp_path / "whole", kind))
 
     # What it wrote is a model like any other.
-    assert naign("export", "whole", "--to", "model").returncode == 0
+    cli.export(str(tmp_path / "whole"), to=tmp_path / "model")
     model = NAIGN.from_pretrained(tmp_path / "model")
     assert same(model.network.state_dict(), weights(tmp_path / "whole", "ema"))
     assert torch.isfinite(model.sample(4)).all()
@@ -153,20 +154,20 @@ def test_channels_last_and_recomputed_networks_train_alike(digits, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "changes", "extra", "said"),
+    ("name", "ranks", "changes", "extra", "said"),
     [
-        ("zero2", {"gradient_accumulation_steps": 4}, [], "gradient_accumulation_steps: 4, but train.accumulate"),
-        ("zero2", {"gradient_clipping": 5.0}, [], "gradient_clipping: 5.0, but train.clip"),
-        ("zero3", {}, ["--objective.name=ign"], "frozen copy"),
-        ("zero3", {}, ["--objective.name=nae"], "objective.name=nae evaluates a frozen copy"),
-        ("zero0", {}, ["--train.precision=bf16"], "use ZeRO 1 to 3, or DDP"),
-        ("zero2", {}, ["--train.compile"], "train.compile does not go with DeepSpeed"),
-        ("zero1", {}, ["--train.accumulate=3"], "2 ranks x 3 micro-batches"),
-        ("cpu", {}, ["--train.precision=fp16"], "fp16 needs a GPU"),
+        ("zero2", 1, {"gradient_accumulation_steps": 4}, [], "gradient_accumulation_steps: 4, but train.accumulate"),
+        ("zero2", 1, {"gradient_clipping": 5.0}, [], "gradient_clipping: 5.0, but train.clip"),
+        ("zero3", 1, {}, ["--objective.name=ign"], "objective.name=ign evaluates a frozen copy"),
+        ("zero3", 1, {}, ["--objective.name=nae"], "objective.name=nae evaluates a frozen copy"),
+        ("zero0", 1, {}, ["--train.precision=bf16"], "use ZeRO 1 to 3, or DDP"),
+        ("zero2", 1, {}, ["--train.compile"], "train.compile does not go with DeepSpeed"),
+        ("zero1", 2, {}, ["--train.accumulate=3"], "2 ranks x 3 micro-batches"),
+        ("cpu", 1, {}, ["--train.precision=fp16"], "fp16 needs a GPU"),
     ],
 )
-def test_what_an_engine_cannot_do_is_refused_at_the_start(name, changes, extra, said, digits, tmp_path):
-    done = launch(engine(name, tmp_path, **changes), tmp_path, *options(digits, "run"), *extra)
+def test_what_an_engine_cannot_do_is_refused_at_the_start(name, ranks, changes, extra, said, digits, tmp_path):
+    done = launch(engine(name, tmp_path, **changes), tmp_path, *options(digits, "run"), *extra, ranks=ranks)
     assert done.returncode != 0 and said in done.stderr, done.stderr
     assert "exitcode  : 2" in done.stderr and not list((tmp_path / "run").glob("checkpoints/*"))
 

@@ -24,7 +24,8 @@ def test_the_steps_of_the_readme(naign: Program, train: Program, tmp_path: Path)
     assert "already there" in run("pack", "digits", "--to", "data/digits")
     assert "sound" in run("verify", "data/digits")
 
-    done = train("--config", str(ROOT / "configs/digits.yaml"), "--train.images=9000", "--train.threads=1")
+    options = ["--config", str(ROOT / "configs/digits.yaml"), "--train.images=9000", "--train.threads=1"]
+    done = train(*options, launcher=True)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs/digits"
     assert {"config.yaml", "metrics.jsonl", "tensorboard", "samples", "checkpoints"} <= {
