@@ -70,11 +70,13 @@ class S3Store:
             return data
         # A whole file may have nobody who knows its hash, as index.json. Its ETag is mostly its MD5; where it is not,
         # as of some encrypted objects, two reads must agree.
+        patience = Patience(f"read {self.url(name)}", self.tally)
         while hashlib.md5(data, usedforsecurity=False).hexdigest() != etag:
             self.tally.add(reread=len(data))
             before, data = data, b"".join(self._parts(name, 0, None))
             if data == before:
                 break
+            patience.wait(ConnectionError(f"bytes that are not those of its ETag {etag}, others at each read"))
         return data
 
     def open(self, name: str) -> BinaryIO:
