@@ -13,7 +13,6 @@ Runs are kept under runs/tables as table.py's are, and so is what `--to` has of 
 data/mnist_without_9 and data/fashion_mnist are packed where they are missing.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 import tyro
 from torch import Tensor
-from trained import ROOT, Task, measure_all, packed, page, seeds_of, spread, table, write
+from trained import ROOT, Task, measure_all, packed, page, seeds_of, spread, stored, table, write
 
 from pipeline.data.samples import scaled
 from pipeline.data.stream import read_split
@@ -51,7 +50,8 @@ Score = Callable[[Tensor], Tensor]
 Sets = dict[str, tuple[Tensor, Tensor]]
 """Test images and outliers, by the outliers' name."""
 Found = dict[str, dict[str, dict[str, float]]]
-"""By row, and by run or data set, AUROC by outliers; nothing of a run that diverged."""
+"""By row, and by run or data set, AUROC by outliers beside the count; nothing but that of a run that diverged."""
+COUNT = "test images"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -132,17 +132,13 @@ def residual(model: NAIGN, times: int) -> Score:
     return lambda batch: (model.project(batch, times=times) - batch).square().flatten(1).mean(1)
 
 
-def aurocs(score: Score, sets: Sets) -> dict[str, float]:
-    return {name: auroc(score(images), score(others)) for name, (images, others) in sets.items()}
-
-
 def cells(found: Found, titles: list[str]) -> list[list[str]]:
     """Rows of a table of the sets named, of what was measured on any of them."""
     lines = list[list[str]]()
     for name in [LONGER, OFTEN, SHORTER, CODES, *list(NETWORKS)[2:], "nearest training image", "brightness"]:
         runs = found.get(name, {})
         by_title = [[row[title] for row in runs.values() if title in row] for title in titles]
-        seeds, lost = max(map(len, by_title)), sum(not row for row in runs.values())
+        seeds, lost = max(map(len, by_title)), sum({*row} == {COUNT} for row in runs.values())
         if seeds or lost:
             few = [seeds_of(len(values)) if 0 < len(values) < seeds else "" for values in by_title]
             who = name + (seeds_of(seeds, lost) if name in (*NETWORKS, OFTEN, CODES) else "")
@@ -151,17 +147,25 @@ def cells(found: Found, titles: list[str]) -> list[list[str]]:
 
 
 def main(settings: Settings) -> None:
+    if settings.seeds < 1 or settings.count < 1:
+        raise InputError(f"--seeds {settings.seeds} and --count {settings.count} must be at least 1")
+    there: Found = stored(settings.to, dict)
+    if not all(isinstance(runs, dict) for runs in there.values() for runs in runs.values()):
+        raise InputError(f"{settings.to}.json is not what this table rests on: write --to another place")
     whole = (packed("data/mnist", "mnist"), outliers(settings.count))
     parts = [whole]
     if settings.held_out:
         less = packed("data/mnist_without_9", "mnist", "--without", HELD_OUT)
         parts.append((less, held_out(settings.count)))
-    there: Found = json.loads(file.read_text()) if (file := settings.to.with_suffix(".json")).exists() else {}
     found: Found = {}
+
+    def measured(score: Score, sets: Sets) -> dict[str, float]:
+        return {COUNT: settings.count} | {name: auroc(score(one), score(other)) for name, (one, other) in sets.items()}
+
     for data, sets in parts:
         train, _ = read_split(str(ROOT / data), "train", limit=100_000)
         for name, score in {"brightness": dimness(train), "nearest training image": distance_to(train)}.items():
-            found.setdefault(name, {})[data] = aurocs(score, sets)
+            found.setdefault(name, {})[data] = measured(score, sets)
         tasks, owners = dict[str, Task](), dict[str, str]()
         for seed in range(settings.seeds):
             for name, (config, options) in NETWORKS.items():
@@ -170,14 +174,15 @@ def main(settings: Settings) -> None:
                 more = [f"--data.path={data}"] * (data != "data/mnist")
                 more += [f"--train.images={settings.images}"] * bool(settings.images)
                 task = Task.of(settings.runs, config, [*options, *more], seed)
-                run, known = task.folder.name, [row for row, runs in there.items() if task.folder.name in runs]
+                run = task.folder.name
+                known = [row for row, runs in there.items() if runs.get(run, {COUNT: 0}).get(COUNT) == settings.count]
                 for row in known:
                     found.setdefault(row, {})[run] = there[row][run]
                 if task.measured or (settings.train and not known):
                     tasks[run], owners[run] = task, name
         for run, record in measure_all(tasks, settings.jobs):
             if "failed" in record:
-                found.setdefault(owners[run], {})[run] = {}
+                found.setdefault(owners[run], {})[run] = {COUNT: settings.count}
                 continue
             model = NAIGN.from_pretrained(tasks[run].folder)
             scores = {owners[run]: model.energy}
@@ -186,14 +191,14 @@ def main(settings: Settings) -> None:
             if owners[run] == SHORTER:
                 scores[CODES] = code_distance(model, train)
             for row, score in scores.items():
-                found.setdefault(row, {})[run] = aurocs(score, sets)
+                found.setdefault(row, {})[run] = measured(score, sets)
     if not set(NETWORKS) & found.keys():
         raise InputError(f"no network of this table is in {settings.runs}: leave out --no-train")
     titles = [name for _, sets in parts for name in sets if ":" not in name]
     text = page("AUROC, MNIST", ["", *titles], cells(found, titles))
     turned = {f"{TURNED}: {digit}": str(digit) for digit in range(10)}
     text += f"\nDigits upside down, by digit\n\n{table(['', *turned.values()], cells(found, list(turned)))}\n"
-    write(settings.to, text, found)
+    write(settings.to, text, {row: there.get(row, {}) | found.get(row, {}) for row in {**there, **found}})
     print(text)
 
 

@@ -13,7 +13,6 @@ The order is that of the Frechet distance of f(z). One process of one thread a t
 quality does not depend on the machine, their seconds do.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from pathlib import Path
 import tyro
 import yaml
 from tqdm import tqdm
-from trained import COLUMNS, Record, Task, fingerprint, measure_all, spread, table, write
+from trained import COLUMNS, Record, Task, fingerprint, measure_all, spread, stored, table, write
 
 from pipeline.errors import InputError, exit_on_input_error
 
@@ -122,8 +121,7 @@ def page(search: Search, file: Path, to: Path, found: Record) -> str:
 
 def main(settings: Settings) -> None:
     search = Search.read(settings.file)
-    to = settings.to.with_suffix(".json")
-    found: Record = json.loads(to.read_text()) if to.exists() else {}
+    found = stored(settings.to, dict)
     tasks = dict[str, Task]()
     for name in search.of_rung(settings.rung, found):
         options = [*search.common, *search.trials[name], f"--train.images={search.images[settings.rung]}"]
@@ -131,8 +129,8 @@ def main(settings: Settings) -> None:
         there = found.get(key(name, settings.rung))
         if there and there["settings"] != fingerprint(task.settings):
             raise InputError(
-                f"{to} has '{key(name, settings.rung)}' with other settings than {settings.file} gives it now: rename "
-                "the trial, or remove what is there"
+                f"{settings.to}.json has '{key(name, settings.rung)}' with other settings than {settings.file} gives it"
+                " now: rename the trial, or remove what is there"
             )
         if not there and (settings.train or task.measured):
             tasks[name] = task

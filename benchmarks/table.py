@@ -16,12 +16,14 @@ from typing import Any
 
 import tyro
 import yaml
-from trained import COLUMNS, Record, Task, beside, measure_all, packed, page, seeds_of, spread, write
+from trained import COLUMNS, Record, Task, beside, measure_all, packed, page, seeds_of, spread, stored, write
 
 from pipeline.errors import InputError, exit_on_input_error
 
 ANSWERS = ("input", "black", "median", "nearest")
 """To damage, without a network."""
+NOT_SHOWN = "not in the table"
+"""What is kept of it all the same: of seeds that were not asked for, or rows that the file has no more."""
 KEPT = (
     *("fd", "modes", "coverage", "restoration", "density", "idempotence", "reconstruction", "nearest", "encoder"),
     *("images_seen", "training_seconds", "cpu_seconds", "counts", "late"),
@@ -65,7 +67,14 @@ class Plan:
             rows = {str(name): dict(row) for name, row in said["rows"].items()}
             seeds = [int(seed) for seed in said["seeds"]]
             data = {str(path): [str(word) for word in words] for path, words in said.get("packed", {}).items()}
-            plan = cls(str(said["title"]), seeds, list(said["columns"]), rows, list(said.get("answers", [])), data)
+            plan = cls(
+                str(said["title"]),
+                seeds,
+                [str(name) for name in said["columns"]],
+                rows,
+                list(said.get("answers", [])),
+                data,
+            )
         except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 f"{file} is no table ({type(error).__name__}: {error}): see benchmarks/generation.yaml"
@@ -84,8 +93,10 @@ class Plan:
         for name, row in self.rows.items():
             if set(row) != {"printed"} and ("config" not in row or set(row) - {"config", "options"}):
                 raise InputError(f"{file}: row '{name}' must have config, and may have options, or have printed alone")
-            if not isinstance(row.get("options", []), list):
-                raise InputError(f"{file}: the options of row '{name}' must be a list, as [--train.lr=1e-3]")
+            if not isinstance(row.get("options", []), list) or not isinstance(row.get("config", ""), str):
+                raise InputError(
+                    f"{file}: row '{name}' takes a file's name, and its options must be a list: [--train.lr=1e-3]"
+                )
             if unknown := set(row.get("printed", {})) - set(COLUMNS):
                 raise InputError(f"{file}: row '{name}' has no columns {', '.join(sorted(unknown))}")
 
@@ -114,6 +125,7 @@ def main(settings: Settings) -> None:
     plan = Plan.read(settings.file)
     if not 0 <= settings.seeds <= len(plan.seeds) or settings.jobs < 1:
         raise InputError(f"--seeds must be 0 to {len(plan.seeds)}, which {settings.file} has, and --jobs at least 1")
+    before = stored(settings.to, list)
     absent = set[str]()
     for path, arguments in plan.packed.items() if settings.train else ():
         try:
@@ -123,7 +135,7 @@ def main(settings: Settings) -> None:
             absent.add(f"--data.path={path}")
     seeds = plan.seeds[: settings.seeds or None]
     tasks, names = dict[str, Task](), dict[str, list[str]]()
-    records = beside(settings.to)
+    records = beside(settings.to, KEPT)
     for seed in seeds:  # all rows on one seed first
         for name, row in plan.rows.items():
             if "config" in row:
@@ -139,7 +151,9 @@ def main(settings: Settings) -> None:
                 f"nothing of {settings.file} is in {settings.runs}: leave out --no-train, and give rows a config"
             )
         text = table_of(plan, found)
-        write(settings.to, text, found)
+        shown = {record["run"] for row in found.values() for record in row}
+        rest = [record for row in before.values() for record in row if record.get("run") not in shown]
+        write(settings.to, text, found | ({NOT_SHOWN: rest} if rest else {}))
         return text
 
     for run, record in measure_all(tasks, settings.jobs):

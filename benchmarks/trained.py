@@ -1,6 +1,8 @@
 """What tables compare: networks that are trained and measured once, whichever table asks first."""
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shlex
@@ -17,6 +19,7 @@ from tqdm import tqdm
 
 from pipeline.config import FREE_TO_CHANGE, flatten, parse
 from pipeline.errors import InputError
+from pipeline.runtime.checkpoint import write_atomically
 
 ROOT = Path(__file__).parents[1]
 Record = dict[str, Any]
@@ -96,12 +99,37 @@ def late(metrics: Path) -> float | None:
     return stdev(loss - slope * at - start for at, loss in enumerate(last)) / mean(abs(loss) for loss in last)
 
 
-def beside(to: Path) -> dict[str, Record]:
-    """What tables in the folder of `to` rest on, by run: its own folder may be gone, its numbers are not."""
-    found = dict[str, Record]()
-    for file in sorted(to.parent.glob("*.json")):
-        rows = [row for row in json.loads(file.read_text()).values() if isinstance(row, list)]
-        found |= {record["run"]: record for row in rows for record in row if "run" in record}
+def stored(to: Path, rows: type) -> Record:
+    """What the table at `to` rests on, its rows all of one type; {} before it is made.
+
+    InputError where none can stand there, or something else does: before hours of training.
+    """
+    if to.name in ("", "..") or to.suffix:
+        raise InputError(f"--to {to}: give a file's name without an ending, as benchmarks/results/mine")
+    file = to.with_suffix(".json")
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        found = json.loads(file.read_text()) if file.exists() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: {error}: move it away, or write --to another place") from None
+    if not isinstance(found, dict) or not all(isinstance(row, rows) for row in found.values()):
+        raise InputError(f"{file} is not what a table rests on: move it away, or write --to another place")
+    return found
+
+
+def beside(to: Path, parts: Iterable[str]) -> dict[str, Record]:
+    """What tables in the folder of `to` rest on, by run: its own folder may be gone, its numbers are not.
+
+    Records that lack some of the parts are passed over, and so are files of another kind. `to` itself is asked last.
+    """
+    found, needed = dict[str, Record](), set(parts)
+    for file in [*sorted({*to.parent.glob("*.json")} - {to.with_suffix(".json")}), to.with_suffix(".json")]:
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            rows = json.loads(file.read_text())
+            lists = [row for row in rows.values() if isinstance(row, list)] if isinstance(rows, dict) else []
+            for one in itertools.chain.from_iterable(lists):
+                if isinstance(one, dict) and isinstance(one.get("run"), str) and ("failed" in one or needed <= {*one}):
+                    found[one["run"]] = one
     return found
 
 
@@ -155,8 +183,8 @@ def page(title: str, titles: list[str], rows: list[list[str]]) -> str:
 def write(to: Path, text: str, found: object) -> None:
     """A table beside what it rests on."""
     to.parent.mkdir(parents=True, exist_ok=True)
-    to.with_suffix(".md").write_text(text)
-    to.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    write_atomically(to.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
+    write_atomically(to.with_suffix(".md"), text)
 
 
 @dataclass(frozen=True, slots=True)

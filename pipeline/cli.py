@@ -6,6 +6,7 @@ command needs them.
 
 import csv
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -218,14 +219,14 @@ def restore(
         raise InputError(f"--damage {damage} is for images, this model takes points")
     inputs = find_files(files, model.shape)
     outputs = [to / name.with_suffix(".csv" if points else ".png") for _, name in inputs]
-    refuse_overwriting([path for path, _ in inputs], outputs)
-    given = read_samples([path for path, _ in inputs], model.shape)
+    paths = [path for path, _ in inputs]
+    places = [to / damage / output.relative_to(to) for output in outputs] if damage else []
+    refuse_overwriting([*paths, *paths[: len(places)]], [*outputs, *places])
+    given = read_samples(paths, model.shape)
     damaged = degrade(torch.cat(given), damage) if damage else torch.cat(given)
     sizes = [len(batch) for batch in given]
     made = list(zip(outputs, model.project(damaged, times=times).cpu().split(sizes), strict=True))
-    if damage:
-        places = [to / damage / output.relative_to(to) for output in outputs]
-        made += zip(places, damaged.split(1), strict=True)
+    made += zip(places, damaged.split(1) if places else (), strict=True)
     for place, samples in made:
         place.parent.mkdir(parents=True, exist_ok=True)
         if points:
@@ -405,6 +406,10 @@ def main() -> None:
                 prog="naign",
                 description="Non-adversarial idempotent generative networks: one network that generates and repairs.",
             )
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever reads has had enough, as `head`; nothing is left to flush at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
         except OSError as error:
             if error.filename is None:
                 raise

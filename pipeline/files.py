@@ -2,7 +2,6 @@
 
 import csv
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from pipeline.data.folder import square
 from pipeline.data.samples import UNDECODABLE, scaled
-from pipeline.errors import InputError
+from pipeline.errors import InputError, printable
 from pipeline.pictures import grid, to_image
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -26,7 +25,7 @@ def find_files(files: Sequence[Path], shape: tuple[int, ...]) -> list[tuple[Path
     found = []
     for file in files:
         if file.is_dir():
-            inside = sorted(path for path in file.rglob("*") if path.suffix.lower() in suffixes)
+            inside = sorted(path for path in file.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
             found += [(path, path.relative_to(file)) for path in inside]
         else:
             found.append((file, Path(file.name)))
@@ -42,6 +41,8 @@ def refuse_overwriting(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
     for source, output in zip(inputs, outputs, strict=True):
         if output.resolve() in sources:
             raise InputError(f"--to would overwrite the input {output}: choose another folder")
+        if output.is_dir():
+            raise InputError(f"{output} would be written for {source}, but is a folder: choose another --to")
         if output in writer:
             raise InputError(f"{writer[output]} and {source} would both be written to {output}: rename one of them")
         writer[output] = source
@@ -66,16 +67,26 @@ def _image(path: Path, shape: tuple[int, ...]) -> Tensor:
 
 
 def _points(path: Path, shape: tuple[int, ...]) -> Tensor:
-    wanted = f"this model takes points, {math.prod(shape)} numbers a line with commas between them and no header"
+    wanted = math.prod(shape)
+    takes = f"this model takes points, {wanted} finite numbers a line with commas between them and no header"
     try:
-        with warnings.catch_warnings(action="ignore"):  # of an empty file, which is refused below
-            rows = np.loadtxt(path, dtype=np.float32, delimiter=",", ndmin=2, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: {error}; {wanted}") from None
-    if not len(rows) or rows.shape[1] != math.prod(shape) or not np.isfinite(rows).all():
-        raise InputError(f"{path}: {len(rows)} lines of {rows.shape[1]} values, or not all finite; {wanted}")
+        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+    except (OSError, UnicodeError) as error:
+        what = error.strerror if isinstance(error, OSError) and error.strerror else "no text"
+        raise InputError(f"{path}: {what}; {takes}") from None
+    rows = np.empty((len(lines), wanted), np.float32)
+    for number, line in enumerate(lines):
+        try:
+            values = [float(cell) for cell in line.split(",")]
+            with np.errstate(over="ignore"):
+                rows[number] = values
+            sound = len(values) == wanted and bool(np.isfinite(rows[number]).all())
+        except ValueError:
+            sound = False
+        if not sound:
+            raise InputError(f"{path}:{number + 1}: '{printable(line, 60)}': {takes}")
+    if not lines:
+        raise InputError(f"{path}: empty; {takes}")
     return torch.from_numpy(rows)
 
 

@@ -52,6 +52,20 @@ def test_an_input_is_never_overwritten(model, pictures):
     assert (pictures / "b/x.png").read_bytes() == before
 
 
+def test_damaged_pictures_overwrite_nothing(model, pictures):
+    (pictures / "a/noise").mkdir()
+    (pictures / "a/x.png").rename(pictures / "a/noise/x.png")
+    before = (pictures / "a/noise/x.png").read_bytes()
+    with pytest.raises(InputError, match="would overwrite the input"):
+        cli.restore(model, (pictures / "a/noise",), to=pictures / "a", damage="noise")
+    assert (pictures / "a/noise/x.png").read_bytes() == before
+    with pytest.raises(InputError, match="would both be written to .*noise/x.png"):
+        cli.restore(model, (pictures / "a", pictures / "b"), to=pictures / "out", damage="noise")
+    (pictures / "out/x.png").mkdir(parents=True)
+    with pytest.raises(InputError, match="is a folder"):
+        cli.restore(model, (pictures / "b",), to=pictures / "out")
+
+
 def test_what_is_no_picture_is_named(model, tmp_path):
     (tmp_path / "x.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match="x.png: no picture"):
@@ -73,8 +87,9 @@ def test_repairs_are_not_written_to_a_file(model, pictures):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("1,2\n3\n", "points.csv: .*number of columns"), ("x,y\n1,2\n", "points.csv: could not convert .* no header"),
-     ("1,2,3\n", "1 lines of 3 values.* 2 numbers a line"), ("1,nan\n", "not all finite"), ("", "0 lines")],
+    [("1,2\n3\n", "points.csv:2: '3'"), ("x,y\n1,2\n", "points.csv:1: 'x,y': .* no header"),
+     ("1,2,3\n", "'1,2,3': .* 2 finite numbers a line"), ("1,nan\n", ":1: '1,nan'"), ("", "points.csv: empty"),
+     ("1,2\n\n3,4\n", ":2: ''"), ("1,1e39\n", ":1: '1,1e39'")],
 )  # fmt: skip
 def test_what_are_no_points_of_the_model_is_named(tmp_path, text, said):
     metadata = {"model": {"kind": "mlp", "width": 4}, "shape": [2], "latents": "gaussian"}

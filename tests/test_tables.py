@@ -91,12 +91,24 @@ def test_numbers_outlive_the_run_they_came_from(table, tmp_path, capsys):
     file, runs = tmp_path / "table.yaml", tmp_path / "runs"
     file.write_text(json.dumps(SOUND))
     names = [table.Task.of(runs, "configs/digits.yaml", ["--train.lr=1e-3"], seed).folder.name for seed in (0, 1, 2)]
-    rows = [{"run": name, "fd": {"once_ratio": found}} for name, found in zip(names, (2, 4, 60), strict=True)]
-    (tmp_path / "another.json").write_text(json.dumps({"also ours": rows, "not": {"a": "run"}}))
+    nothing = dict.fromkeys(table.KEPT)
+    rows = [{"run": name, **nothing, "fd": {"once_ratio": x}} for name, x in zip(names, (2, 4, 60), strict=True)]
+    (tmp_path / "another.json").write_text(json.dumps({"also ours": rows, "not": {"a": "run"}, "less": [{"run": "x"}]}))
+    for number, text in enumerate(('{"a": [', "", "[1]", "5", '{"a": 5}', '{"a": [1, null, ["run"]]}', "[" * 3000)):
+        (tmp_path / f"foreign-{number}.json").write_text(text)
     table.main(table.Settings(file=file, to=tmp_path / "made", runs=runs))  # has no need to train
     assert "| ours (2 seeds) | 3.0 ± 1.4 |" in capsys.readouterr().out
     assert json.loads((tmp_path / "made.json").read_text()) == {"ours": rows[:2]}
     assert not runs.exists()
+
+    (tmp_path / "another.json").write_text(json.dumps({"old": [{**rows[0], "fd": {"once_ratio": 9}}]}))
+    table.main(table.Settings(file=file, to=tmp_path / "made", runs=runs, seeds=1))
+    assert "| ours (1 seed) | 2.0 |" in capsys.readouterr().out  # its own number, not another's
+    assert json.loads((tmp_path / "made.json").read_text()) == {"ours": rows[:1], table.NOT_SHOWN: rows[1:2]}
+    table.main(table.Settings(file=file, to=tmp_path / "made", runs=runs))
+    assert "| ours (2 seeds) | 3.0 ± 1.4 |" in capsys.readouterr().out
+    assert json.loads((tmp_path / "made.json").read_text()) == {"ours": rows[:2]}
+
     (tmp_path / "another.json").unlink()
     (tmp_path / "made.json").unlink()
     with pytest.raises(InputError, match="leave out --no-train"):
@@ -161,3 +173,23 @@ def test_search_keeps_the_best_and_goes_on(search, digits, tmp_path, capsys):
     found = json.loads((tmp_path / "found.json").read_text())
     assert [name for name in found if name.endswith("rung 1")] == ["as it is, rung 1"]
     assert printed.strip() == (tmp_path / "found.md").read_text().strip()
+
+
+@pytest.mark.parametrize(
+    ("there", "to", "said"),
+    [
+        ('{"name": "another program"}', "made", "made.json is not what a table rests on"),
+        ("[1]", "made", "made.json is not what"),
+        ('{"a": [', "made", "made.json: .*move it away"),
+        ("{}", "v1.2", "without an ending"),
+        ("{}", ".", "without an ending"),
+        ("{}", "made.json/x", "made.json"),
+    ],
+)
+def test_a_table_is_not_written_over_something_else(table, tmp_path, monkeypatch, there, to, said):
+    monkeypatch.chdir(tmp_path)
+    Path("table.yaml").write_text(json.dumps(SOUND))
+    Path("made.json").write_text(there)
+    with pytest.raises(InputError, match=said):
+        table.main(table.Settings(file=Path("table.yaml"), to=Path(to), runs=Path("runs")))
+    assert Path("made.json").read_text() == there and not Path("runs").exists()

@@ -12,6 +12,7 @@ floor compares, land in the same place.
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, printable
 
 FOLDER = Path(__file__).parent / "encoders"
 FEATURES = 64
@@ -122,7 +123,7 @@ def load_encoder(name: str) -> Encoder:
     if name == "pixels":
         return Encoder(name="pixels")
     path = Path(name) if name.endswith(".safetensors") else FOLDER / f"{name}.safetensors"
-    if not path.is_file():
+    if not os.path.isfile(path):  # False also for what no file could be called
         known = ", ".join([*names(), "pixels"])
         raise InputError(f"no encoder {name!r} in {path.parent}; there are {known}, or give a .safetensors file's path")
     try:
@@ -131,15 +132,18 @@ def load_encoder(name: str) -> Encoder:
             weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
         channels, size, _ = shape = tuple(json.loads(metadata["shape"]))
         labels = tuple(json.loads(metadata["labels"]))
-        network = Classifier(channels=channels, size=size, classes=len(labels), width=int(metadata["width"]))
-        network.load_state_dict(weights)
+        with torch.device("meta"):  # nothing is allocated for what the header claims, only for what the file holds
+            network = Classifier(channels=channels, size=size, classes=len(labels), width=int(metadata["width"]))
+        weights = {key: weight.float() if weight.is_floating_point() else weight for key, weight in weights.items()}
+        network.load_state_dict(weights, assign=True)
         if not all(bool(torch.isfinite(weight).all()) for weight in weights.values()):
             raise ValueError("it has weights that are not finite")
         accuracy = float(metadata["accuracy"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        what = " ".join(str(error).split())
         raise InputError(
             f"{path} is no encoder as `python -m pipeline.evaluate.train_encoder` writes them "
-            f"({type(error).__name__}: {error})"
+            f"({type(error).__name__}: {printable(what, 300)})"
         ) from None
     network.eval().requires_grad_(False)
     return Encoder(

@@ -14,6 +14,7 @@ import yaml
 from pipeline.config import Config, check, load, to_dict
 from pipeline.data.fetch import at_most
 from pipeline.data.manifest import Manifest
+from pipeline.data.store import use_endpoint
 from pipeline.errors import InputError, Unavailable, printable
 from pipeline.hosts.check import Object, problems
 
@@ -236,12 +237,19 @@ def predict(size: Size, *, data: str, config: Path | None) -> str:
     from pipeline.model.networks import build_network
     from pipeline.runtime.speed import PEAKS, fit_flops, forward_flops
 
+    peak = CPU_TFLOPS
+    if size.gpus:
+        names = {re.split(r"[ \-|\\]", pattern)[0].lower(): values for pattern, values in PEAKS.items()}
+        if size.gpu.lower() not in names:
+            raise InputError(f"--gpu {size.gpu} is not known: one of {', '.join(sorted(names))}")
+        peak = names[size.gpu.lower()][0] or names[size.gpu.lower()][1]
     found = load(str(config or ROOT / "configs/mnist.yaml"))
     shape: tuple[int, ...] = (1, 28, 28)
     unknown, stored = "", 0
+    use_endpoint(size.endpoint)
     logging.disable(logging.WARNING)  # that a bucket is tried again says nothing here
     try:
-        with at_most(2):  # a cluster's bucket is often out of reach from here
+        with at_most(1):  # a cluster's bucket is often out of reach from here
             manifest = Manifest.load(data)
         shape, stored = manifest.shape, sum(shard.bytes for split in manifest.splits.values() for shard in split.shards)
     except (InputError, Unavailable):
@@ -251,12 +259,6 @@ def predict(size: Size, *, data: str, config: Path | None) -> str:
     with torch.device("meta"):
         network = build_network(found.model, shape)
     parameters = sum(value.numel() for value in network.parameters())
-    peak = CPU_TFLOPS
-    if size.gpus:
-        names = {re.split(r"[ \-|\\]", pattern)[0].lower(): values for pattern, values in PEAKS.items()}
-        if size.gpu.lower() not in names:
-            raise InputError(f"--gpu {size.gpu} is not known: one of {', '.join(sorted(names))}")
-        peak = names[size.gpu.lower()][0] or names[size.gpu.lower()][1]
     rate = peak * 1e12 * (MFU if size.gpus else 1.0)
     forward, ranks, images = forward_flops(network, shape), size.ranks, found.match.round * found.train.passes
     width = math.prod(shape)

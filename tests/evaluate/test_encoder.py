@@ -2,9 +2,12 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from pipeline.data.manifest import Manifest
 from pipeline.data.stream import read_split
@@ -82,6 +85,39 @@ def test_errors_name_what_there_is() -> None:
         load_encoder("inception")
     with pytest.raises(InputError, match=r"shape \(1, 8, 8\), not \(3, 32, 32\)"):
         load_encoder("digits-cnn64").features(torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"shape": "[1, Infinity, 8]"}, "OverflowError"),
+        ({"shape": "[1, 9, 9]"}, "RuntimeError"),
+        ({"width": "1" + 30 * "0"}, "TypeError"),
+        ({"width": "100000000"}, "RuntimeError"),  # by what the file holds, before anything of that size is made
+        ({"labels": "7"}, "TypeError"),
+        ({"accuracy": "good"}, "ValueError"),
+        ({"weights": 1e300}, "not finite"),  # in the float32 that is computed in
+        ({"weights": float("nan")}, "not finite"),
+    ],
+)
+def test_a_file_of_a_stranger_is_refused_in_one_line(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    own = FOLDER / "digits-cnn64.safetensors"
+    with safe_open(own, "pt") as file:
+        metadata = dict(file.metadata())
+    factor = change.pop("weights", 1)
+    weights = {name: weight.double() * factor for name, weight in load_file(own).items()}
+    save_file(weights, tmp_path / "one.safetensors", metadata | change)
+    with pytest.raises(InputError, match=f"one.safetensors is no encoder .*{said}") as caught:
+        load_encoder(str(tmp_path / "one.safetensors"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_cut_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "one.safetensors").write_bytes((FOLDER / "digits-cnn64.safetensors").read_bytes()[:5000])
+    with pytest.raises(InputError, match="one.safetensors is no encoder"):
+        load_encoder(str(tmp_path / "one.safetensors"))
+    with pytest.raises(InputError, match="no encoder"):
+        load_encoder(300 * "a")
 
 
 def test_training_does_not_depend_on_the_order_of_shards(digits: str) -> None:
