@@ -24,7 +24,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.data.store import open_store, use_endpoint
 from pipeline.errors import InputError
 from pipeline.evaluate import NEIGHBOURS, measures
-from pipeline.evaluate.encoder import choose_encoder
+from pipeline.evaluate.encoder import choose_encoder, load_encoder
 from pipeline.evaluate.measures import Subject, within
 from pipeline.evaluate.report import DAMAGE, Picture, render
 from pipeline.model.naign import NAIGN
@@ -80,7 +80,8 @@ def evaluate(
         )
     config = model.metadata.get("config", {})
     space = config.get("match", {}).get("space", {})
-    if encoder.name in (config.get("objective", {}).get("encoder"), space.get("encoder")):
+    used = [part["encoder"] for part in (config.get("objective", {}), space) if part.get("encoder")]
+    if encoder.name in map(_name_of, used):
         notes.append(
             f"The network was trained with the encoder {encoder.name}, which it is measured on: its Fréchet distances "
             "and coverage do not compare with those of networks that were not."
@@ -153,6 +154,14 @@ def evaluate(
             }
             _write(place / "evaluation", metrics, drawn, config=trained.get("config", trained))
     return metrics
+
+
+def _name_of(encoder: str) -> str:
+    """That an encoder's file gives itself, so that a copy is known as what it is; of a file that is gone, its path."""
+    try:
+        return load_encoder(encoder).metadata.get("name", encoder)
+    except InputError:
+        return encoder
 
 
 def _data_of(model: NAIGN, folder: str, data: str | None) -> tuple[str, Manifest, int]:

@@ -27,12 +27,19 @@ def save_untrained() -> Callable[..., str]:
     """Writes a model as training would export it, weights still random, and returns its folder."""
 
     def save(
-        folder: Path, *, data: str | None, shape: tuple[int, ...], config: NetworkConfig, dataset: str | None = None
+        folder: Path,
+        *,
+        data: str | None,
+        shape: tuple[int, ...],
+        config: NetworkConfig,
+        dataset: str | None = None,
+        encoder: str | None = None,
     ) -> str:
         torch.manual_seed(0)
         metadata: dict[str, Any] = {"shape": list(shape), "latents": "gaussian", "model": dataclasses.asdict(config)}
         metadata |= {"seed": 7, "images_seen": 12_345, "config": {"data": {"path": data}} if data else {}}
         metadata |= {"dataset": dataset} if dataset else {}
+        metadata["config"] |= {"objective": {"encoder": encoder}} if encoder else {}
         NAIGN(build_network(config, shape), metadata).save_pretrained(folder)
         return str(folder)
 

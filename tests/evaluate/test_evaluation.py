@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,7 +20,7 @@ from pipeline.data.shards import pack
 from pipeline.data.sources import load
 from pipeline.errors import InputError
 from pipeline.evaluate import run
-from pipeline.evaluate.encoder import load_encoder
+from pipeline.evaluate.encoder import FOLDER, load_encoder
 from pipeline.evaluate.report import number
 from pipeline.evaluate.run import evaluate
 from pipeline.model.naign import NAIGN
@@ -140,10 +141,12 @@ def test_data_without_an_encoder_are_compared_on_pixels(
     assert metrics["notes"][0].split(":")[0] in text and "Classes among the samples" not in text
 
 
-def test_another_data_set_than_the_one_learned_is_said(digits: str, save_untrained: Save, tmp_path: Path) -> None:
-    folder = save_untrained(tmp_path, data=None, shape=(1, 8, 8), config=TINY, dataset="letters")
+def test_what_a_number_does_not_say_is_said(digits: str, save_untrained: Save, tmp_path: Path) -> None:
+    copy = shutil.copy(FOLDER / "digits-cnn64.safetensors", tmp_path / "mine.safetensors")
+    folder = save_untrained(tmp_path, data=None, shape=(1, 8, 8), config=TINY, dataset="letters", encoder=str(copy))
     metrics = evaluate(folder, data=digits, samples=50, progress=False)
     assert "learned letters and is measured on digits" in metrics["notes"][0]
+    assert "was trained with the encoder digits-cnn64, which it is measured on" in metrics["notes"][1]
     assert "learned letters" in (tmp_path / "evaluation" / "report.html").read_text()
 
 
