@@ -16,7 +16,7 @@ from typing import Any
 
 import tyro
 import yaml
-from trained import COLUMNS, Record, Task, beside, measure_all, packed, page, seeds_of, spread, stored, write
+from trained import COLUMNS, Record, Task, beside, by_run, measure_all, packed, page, seeds_of, spread, stored, write
 
 from pipeline.errors import InputError, exit_on_input_error
 
@@ -135,7 +135,7 @@ def main(settings: Settings) -> None:
             absent.add(f"--data.path={path}")
     seeds = plan.seeds[: settings.seeds or None]
     tasks, names = dict[str, Task](), dict[str, list[str]]()
-    records = beside(settings.to, KEPT)
+    records = beside(settings.to, KEPT) | by_run(before, KEPT)  # its own number before another's
     for seed in seeds:  # all rows on one seed first
         for name, row in plan.rows.items():
             if "config" in row:

@@ -117,19 +117,23 @@ def stored(to: Path, rows: type) -> Record:
     return found
 
 
-def beside(to: Path, parts: Iterable[str]) -> dict[str, Record]:
-    """What tables in the folder of `to` rest on, by run: its own folder may be gone, its numbers are not.
+def by_run(rows: Record, parts: Iterable[str]) -> dict[str, Record]:
+    """The records of a table's rows by run, but for those that lack some of the parts, as of files of another kind."""
+    lists, needed = [row for row in rows.values() if isinstance(row, list)], set(parts)
+    return {
+        one["run"]: one
+        for one in itertools.chain.from_iterable(lists)
+        if isinstance(one, dict) and isinstance(one.get("run"), str) and ("failed" in one or needed <= {*one})
+    }
 
-    Records that lack some of the parts are passed over, and so are files of another kind. `to` itself is asked last.
-    """
-    found, needed = dict[str, Record](), set(parts)
-    for file in [*sorted({*to.parent.glob("*.json")} - {to.with_suffix(".json")}), to.with_suffix(".json")]:
+
+def beside(to: Path, parts: Iterable[str]) -> dict[str, Record]:
+    """What tables in the folder of `to` rest on, by run: its own folder may be gone, its numbers are not."""
+    found = dict[str, Record]()
+    for file in sorted(to.parent.glob("*.json")):
         with contextlib.suppress(OSError, ValueError, RecursionError):
             rows = json.loads(file.read_text())
-            lists = [row for row in rows.values() if isinstance(row, list)] if isinstance(rows, dict) else []
-            for one in itertools.chain.from_iterable(lists):
-                if isinstance(one, dict) and isinstance(one.get("run"), str) and ("failed" in one or needed <= {*one}):
-                    found[one["run"]] = one
+            found |= by_run(rows, parts) if isinstance(rows, dict) else {}
     return found
 
 

@@ -221,12 +221,13 @@ def restore(
     outputs = [to / name.with_suffix(".csv" if points else ".png") for _, name in inputs]
     paths = [path for path, _ in inputs]
     places = [to / damage / output.relative_to(to) for output in outputs] if damage else []
-    refuse_overwriting([*paths, *paths[: len(places)]], [*outputs, *places])
+    refuse_overwriting(paths * (2 if damage else 1), outputs + places)
     given = read_samples(paths, model.shape)
     damaged = degrade(torch.cat(given), damage) if damage else torch.cat(given)
     sizes = [len(batch) for batch in given]
     made = list(zip(outputs, model.project(damaged, times=times).cpu().split(sizes), strict=True))
-    made += zip(places, damaged.split(1) if places else (), strict=True)
+    if damage:
+        made += zip(places, damaged.split(1), strict=True)
     for place, samples in made:
         place.parent.mkdir(parents=True, exist_ok=True)
         if points:

@@ -61,8 +61,7 @@ def _image(path: Path, shape: tuple[int, ...]) -> Tensor:
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except UNDECODABLE as error:
-        what = error.strerror if isinstance(error, OSError) and error.strerror else "no picture that can be read"
-        raise InputError(f"{path}: {what}") from None
+        raise InputError(f"{path}: {_cause(error, 'no picture that can be read')}") from None
     return scaled(torch.from_numpy(pixels.copy()).view(1, *shape[1:], shape[0]).permute(0, 3, 1, 2))
 
 
@@ -72,8 +71,7 @@ def _points(path: Path, shape: tuple[int, ...]) -> Tensor:
     try:
         lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeError) as error:
-        what = error.strerror if isinstance(error, OSError) and error.strerror else "no text"
-        raise InputError(f"{path}: {what}; {takes}") from None
+        raise InputError(f"{path}: {_cause(error, 'no text')}; {takes}") from None
     rows = np.empty((len(lines), wanted), np.float32)
     for number, line in enumerate(lines):
         try:
@@ -88,6 +86,11 @@ def _points(path: Path, shape: tuple[int, ...]) -> Tensor:
     if not lines:
         raise InputError(f"{path}: empty; {takes}")
     return torch.from_numpy(rows)
+
+
+def _cause(error: Exception, otherwise: str) -> str:
+    """What the system says of a file; otherwise what cannot be read is not of its kind."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else otherwise
 
 
 def write_samples(made: Tensor, to: Path) -> str:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import math
 import re
 import shlex
@@ -247,15 +246,12 @@ def predict(size: Size, *, data: str, config: Path | None) -> str:
     shape: tuple[int, ...] = (1, 28, 28)
     unknown, stored = "", 0
     use_endpoint(size.endpoint)
-    logging.disable(logging.WARNING)  # that a bucket is tried again says nothing here
     try:
         with at_most(1):  # a cluster's bucket is often out of reach from here
             manifest = Manifest.load(data)
         shape, stored = manifest.shape, sum(shard.bytes for split in manifest.splits.values() for shard in split.shards)
     except (InputError, Unavailable):
         unknown = f"\n{data} cannot be read from here: reckoned with images of 1x28x28"
-    finally:
-        logging.disable(logging.NOTSET)
     with torch.device("meta"):
         network = build_network(found.model, shape)
     parameters = sum(value.numel() for value in network.parameters())

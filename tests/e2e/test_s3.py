@@ -68,7 +68,7 @@ def test_a_killed_run_goes_on_with_two_ranks_and_sees_each_image_once(
 def test_a_run_through_faults_gives_the_same_losses(
     naign: Program, train: Program, digits: str, s3: S3Server, bucket: str, proxy: FaultProxy, tmp_path: Path
 ) -> None:
-    options = ["--train.images=2560", *SMALL]
+    options = ["--train.images=5120", *SMALL]  # of half as many, one run in twenty would meet no flip
     plain = train("--run.path=plain", f"--data.path={digits}", *options)
     assert plain.returncode == 0, plain.stderr
     packed = naign("pack", "digits", "--to", f"{bucket}/digits", "--shards", "4")
@@ -78,7 +78,7 @@ def test_a_run_through_faults_gives_the_same_losses(
     faulty = train("--run.path=faulty", f"--data.path={bucket}/digits", *options)
     assert faulty.returncode == 0, faulty.stderr
     assert losses(tmp_path / "plain") == losses(tmp_path / "faulty")
-    assert min(proxy.counts[fault] for fault in ("reset", "refuse", "error")) > 0, proxy.counts  # flips may miss a run
+    assert min(proxy.counts[fault] for fault in ("reset", "refuse", "error", "flip")) > 0, proxy.counts
     last = json.loads((tmp_path / "faulty/metrics.jsonl").read_text().splitlines()[-1])
     assert {"data/epoch", "data/megabytes", "data/retries", "data/reread_megabytes", "data/skipped"} <= set(last)
 
