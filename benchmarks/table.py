@@ -56,6 +56,8 @@ class Plan:
     seeds: list[int]
     columns: list[str]
     rows: dict[str, dict[str, Any]]
+    common: list[str]
+    """Options of every row; its own come after them."""
     answers: list[str]
     packed: dict[str, list[str]]
     """Data sets that are packed where they are missing, by path, with the arguments of `naign pack`."""
@@ -67,11 +69,15 @@ class Plan:
             rows = {str(name): dict(row) for name, row in said["rows"].items()}
             seeds = [int(seed) for seed in said["seeds"]]
             data = {str(path): [str(word) for word in words] for path, words in said.get("packed", {}).items()}
+            common = said.get("common", [])
+            if not isinstance(common, list):
+                raise TypeError("common must be a list of options")
             plan = cls(
                 str(said["title"]),
                 seeds,
                 [str(name) for name in said["columns"]],
                 rows,
+                [str(option) for option in common],
                 list(said.get("answers", [])),
                 data,
             )
@@ -139,7 +145,7 @@ def main(settings: Settings) -> None:
     for seed in seeds:  # all rows on one seed first
         for name, row in plan.rows.items():
             if "config" in row:
-                task = Task.of(settings.runs, row["config"], row.get("options", []), seed)
+                task = Task.of(settings.runs, row["config"], [*plan.common, *row.get("options", [])], seed)
                 names.setdefault(name, []).append(run := task.folder.name)
                 if task.measured or (settings.train and run not in records and not absent & {*task.options}):
                     tasks[run] = task

@@ -65,8 +65,7 @@ class Task:
         folder = self.folder.absolute()
         file = folder / FOUND
         if (folder / FAILED).exists():
-            failed: Record = json.loads((folder / FAILED).read_text())
-            return failed
+            return self._read(folder / FAILED)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "asked.json").write_text(json.dumps(self.settings, indent=1) + "\n")
         train = [sys.executable, str(ROOT / "pipeline/train.py"), "--config", str(ROOT / self.config), *self.options]
@@ -82,8 +81,16 @@ class Task:
                     (folder / FAILED).write_text(json.dumps({"failed": last[0]}) + "\n")
                     return {"failed": last[0]}
                 raise InputError(f"exit code {done.returncode}: {' '.join(command)}; see {folder / 'log'}: {last}")
-        found: Record = json.loads(file.read_text())
-        return found | {"late": late(folder / "metrics.jsonl")}
+        return self._read(file) | {"late": late(folder / "metrics.jsonl")}
+
+    def _read(self, file: Path) -> Record:
+        try:
+            found = json.loads(file.read_text())
+            if not isinstance(found, dict):
+                raise ValueError("it holds no record")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file}: {error}: remove {self.folder}, and it is trained anew") from None
+        return found
 
 
 def late(metrics: Path) -> float | None:

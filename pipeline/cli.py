@@ -206,7 +206,7 @@ def restore(
     import torch
 
     from pipeline.data.degrade import degrade
-    from pipeline.files import find_files, read_samples, refuse_overwriting, write_samples
+    from pipeline.files import find_files, read_samples, refuse_overwriting, save, write_samples
     from pipeline.model.naign import NAIGN
     from pipeline.pictures import to_image
 
@@ -233,7 +233,7 @@ def restore(
         if points:
             write_samples(samples, place)
         else:
-            to_image(samples[0]).save(place)
+            save(to_image(samples[0]), place)
     print(f"{len(outputs)} restored {'files of points' if points else 'images'}: {to}/")
 
 

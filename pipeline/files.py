@@ -1,18 +1,21 @@
 """Images and points that commands are given, and samples that they write."""
 
 import csv
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pipeline.data.folder import square
 from pipeline.data.samples import UNDECODABLE, scaled
 from pipeline.errors import InputError, printable
 from pipeline.pictures import grid, to_image
+from pipeline.runtime.checkpoint import write_atomically
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -101,11 +104,19 @@ def write_samples(made: Tensor, to: Path) -> str:
         raise InputError(f"--to {to}: samples of shape {tuple(made.shape[1:])} go to a file that ends in {wanted}")
     (to if not to.suffix else to.parent).mkdir(parents=True, exist_ok=True)
     if points:
-        with to.open("w", newline="") as file:
-            csv.writer(file).writerows(made.tolist())
+        text = io.StringIO()
+        csv.writer(text).writerows(made.tolist())
+        write_atomically(to, text.getvalue())
     elif to.suffix:
-        grid(made, columns=math.ceil(math.sqrt(len(made)))).save(to)
+        save(grid(made, columns=math.ceil(math.sqrt(len(made)))), to)
     else:
         for number, image in enumerate(made):
-            to_image(image).save(to / f"{number:06d}.png")
+            save(to_image(image), to / f"{number:06d}.png")
     return f"{to}/" if not to.suffix else str(to)
+
+
+def save(picture: Image.Image, to: Path) -> None:
+    """As PNG, whole or not at all."""
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    write_atomically(to, content.getvalue(), sync=False)  # there may be thousands

@@ -103,5 +103,5 @@ def test_the_mnist_recipe_names_what_is_not_the_default():
     recipe = flatten(load(str(CONFIGS[0].parent / "mnist.yaml")))
     changed = {key for key, value in flatten(Config()).items() if recipe[key] != value}
     assert changed == {
-        *("objective.third", "objective.denoising", "objective.damage", "match.ratio", "train.precision")
+        *("objective.third", "objective.denoising", "objective.damage", "match.ratio", "train.precision", "model.code")
     }

@@ -57,6 +57,7 @@ SOUND = {
         ({"rows": {"a": {"config": "configs/digits.yaml", "options": "--seed=3"}}}, "must be a list"),
         ({"rows": {"a": {"printed": {"blurr": 1}}}}, "no columns blurr"),
         ({"seeds": "none"}, "is no table"),
+        ({"common": "--seed=3"}, "common must be a list"),
     ],
 )
 def test_a_table_that_cannot_be_made_is_refused(table, tmp_path, change, said):
@@ -85,6 +86,15 @@ def test_a_run_is_named_after_what_it_computes(table, tmp_path):
     assert len({first.folder, *(other.folder for other in others)}) == 1 + len(others)
     with pytest.raises(InputError, match="no configuration file"):
         table.Task.of(Path("runs"), "configs/absent.yaml", [], 0)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_a_run_whose_numbers_are_damaged_is_named(table, tmp_path, text):
+    task = table.Task.of(tmp_path, "configs/digits.yaml", [], 0)
+    (task.folder / "evaluation").mkdir(parents=True)
+    (task.folder / "evaluation/metrics.json").write_text(text)
+    with pytest.raises(InputError, match=f"{task.folder.name}, and it is trained anew"):
+        task.measure()
 
 
 def test_numbers_outlive_the_run_they_came_from(table, tmp_path, capsys):
@@ -120,13 +130,19 @@ def test_table_of_two_seeds_beside_printed_numbers(table, digits, tmp_path, capf
     options = [f"--data.path={digits}", "--model.width=8", "--match.round=512", "--train.images=2048"]
     wild = ["--objective.distance=l2", "--train.lr=1e18", "--train.clip=1e18", "--train.warmup=0"]
     rows = {
-        "ours": {"config": "configs/digits.yaml", "options": options},
-        "wild": {"config": "configs/digits.yaml", "options": [*options, *wild]},
+        "ours": {"config": "configs/digits.yaml"},
+        "wild": {"config": "configs/digits.yaml", "options": wild},
         "printed": {"printed": {"blur": 0.15}},
         "absent": {"config": "configs/digits.yaml", "options": ["--data.path=data/absent"]},
     }
-    said = {"title": "A table", "seeds": [0, 1], "columns": ["once", "rarest", "blur", "late"], "rows": rows}
-    said |= {"answers": ["input"], "packed": {"data/absent": ["nothing"]}}
+    said = {
+        "title": "A table",
+        "seeds": [0, 1],
+        "common": options,
+        "columns": ["once", "rarest", "blur", "late"],
+        "rows": rows,
+    }
+    said |= {"common": options, "answers": ["input"], "packed": {"data/absent": ["nothing"]}}
     file, runs = tmp_path / "table.yaml", tmp_path / "runs"
 
     def made(seeds: list[int], to: str = "made", *, train: bool = True) -> tuple[list[list[str]], str]:

@@ -138,6 +138,8 @@ def load_encoder(name: str) -> Encoder:
         network.load_state_dict(weights, assign=True)
         if not all(bool(torch.isfinite(weight).all()) for weight in weights.values()):
             raise ValueError("it has weights that are not finite")
+        if not all(bool(weight.any()) for weight in weights.values() if weight.ndim > 1):
+            raise ValueError("a layer's weights are all zero: its features are the same for all images")
         accuracy = float(metadata["accuracy"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         what = " ".join(str(error).split())

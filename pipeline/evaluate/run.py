@@ -5,7 +5,6 @@ Reads top to bottom: load, measure stage by stage, draw, write.
 
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from pipeline.evaluate.encoder import choose_encoder, load_encoder
 from pipeline.evaluate.measures import Subject, within
 from pipeline.evaluate.report import DAMAGE, Picture, render
 from pipeline.model.naign import NAIGN
+from pipeline.runtime.checkpoint import write_atomically
 from pipeline.runtime.remote import fetch_newest
 
 REPAIRED = 2_500
@@ -295,6 +295,4 @@ def _write(folder: Path, metrics: dict[str, Any], drawn: list[Picture], *, confi
     files["report.html"] = render(metrics, drawn, config=config, title=title).encode()
     files["metrics.json"] = (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode()
     for name, content in files.items():
-        partial = folder / f".{name}.partial"
-        partial.write_bytes(content)
-        os.replace(partial, folder / name)
+        write_atomically(folder / name, content)

@@ -124,11 +124,14 @@ def lasts(trainer: bytes, every: int) -> bool:
         return False
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Replace a file by `text` so that a reader or a kill sees the old one or the new one, whole."""
+def write_atomically(file: Path, content: str | bytes, *, sync: bool = True) -> None:
+    """Replace a file by `content` so that a reader or a kill sees the old one or the new one, whole; with `sync` so
+    does a machine that loses power, for some milliseconds more.
+    """
     partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(text)
-    _sync(partial)
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    if sync:
+        _sync(partial)
     os.replace(partial, file)
 
 

@@ -98,6 +98,7 @@ def test_errors_name_what_there_is() -> None:
         ({"accuracy": "good"}, "ValueError"),
         ({"weights": 1e300}, "not finite"),  # in the float32 that is computed in
         ({"weights": float("nan")}, "not finite"),
+        ({"weights": 0.0}, "all zero"),
     ],
 )
 def test_a_file_of_a_stranger_is_refused_in_one_line(tmp_path: Path, change: dict[str, Any], said: str) -> None:
