@@ -8,16 +8,17 @@ that a term trains on. Normalisation, activation, search and reading are left ou
 is measured (0.18 TFLOP/s: mnist_best.yaml on two cores) or supposed (100: a tenth of what an H100 is sold for in bf16).
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
-from trained import ROOT, page, write
+from trained import ROOT, check_place, page, write
 
 from pipeline.config import load
-from pipeline.errors import exit_on_input_error
+from pipeline.errors import InputError, exit_on_input_error
 from pipeline.model.networks import build_network
 
 SHAPES = {
@@ -40,6 +41,9 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
+    check_place(settings.to)
+    if not all(0 < rate < math.inf for rate in settings.rates):
+        raise InputError(f"--rates {settings.rates}: each must be above 0")
     rows, found = list[list[str]](), dict[str, dict[str, float]]()
     for name, shape in SHAPES.items():
         config = load(str(ROOT / f"configs/{name}.yaml"))

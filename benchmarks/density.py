@@ -151,8 +151,8 @@ def cells(found: Found, titles: list[str]) -> list[list[str]]:
 
 
 def main(settings: Settings) -> None:
-    if settings.seeds < 1 or settings.count < 1:
-        raise InputError(f"--seeds {settings.seeds} and --count {settings.count} must be at least 1")
+    if settings.seeds < 1 or settings.count < 1 or settings.jobs < 1:
+        raise InputError("--seeds, --count and --jobs must be at least 1")
     there: Found = stored(settings.to, dict)
     if not all(isinstance(runs, dict) for runs in there.values() for runs in runs.values()):
         raise InputError(f"{settings.to}.json is not what this table rests on: write --to another place")

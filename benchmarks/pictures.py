@@ -12,6 +12,7 @@ import tyro
 from PIL import Image
 
 from pipeline.errors import InputError, exit_on_input_error
+from pipeline.files import save
 
 PICTURES = ("samples", "restoration_noise", "restoration_blur")
 """Of a row, from left to right."""
@@ -38,6 +39,8 @@ def strip(run: Path) -> list[Image.Image]:
 
 
 def main(settings: Settings) -> None:
+    if not settings.runs or settings.to.suffix != ".png" or settings.to.is_dir():
+        raise InputError(f"give runs, and --to {settings.to} as the name of a .png file")
     strips = [strip(run) for run in settings.runs]
     width = max(sum(image.width + GAP for image in images) for images in strips)
     heights = [max(image.height for image in images) + GAP for images in strips]
@@ -47,8 +50,11 @@ def main(settings: Settings) -> None:
         for image in images:
             canvas.paste(image, (left, sum(heights[:line])))
             left += image.width + GAP
-    settings.to.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(settings.to, optimize=True)
+    try:
+        settings.to.parent.mkdir(parents=True, exist_ok=True)
+        save(canvas, settings.to)
+    except OSError as error:
+        raise InputError(f"{error.filename}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ import tyro
 from PIL import Image
 from scipy.stats import spearmanr
 from torch import Tensor
-from trained import Task, measure_all, packed, page, seeds_of, spread, write
+from trained import Task, check_place, measure_all, packed, page, seeds_of, spread, write
 
-from pipeline.errors import exit_on_input_error
+from pipeline.errors import InputError, exit_on_input_error
 from pipeline.model.naign import NAIGN
 
 CONFIG = "configs/toy2d.yaml"
@@ -176,6 +176,9 @@ def montage(folders: list[Path]) -> Image.Image:
 
 
 def main(settings: Settings) -> None:
+    if settings.seeds < 1 or settings.jobs < 1:
+        raise InputError(f"--seeds {settings.seeds} and --jobs {settings.jobs} must be at least 1")
+    check_place(settings.to)
     tasks, owners = dict[str, Task](), dict[str, str]()
     for seed in range(settings.seeds):
         for name, own in ROWS.items():

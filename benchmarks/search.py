@@ -65,9 +65,14 @@ class Search:
     def read(cls, file: Path) -> "Search":
         try:
             said = yaml.safe_load(file.read_text())
+            lists = {"common": said.get("common") or [], "images": said["images"], **said["trials"]}
+            if wrong := [str(name) for name, value in lists.items() if not isinstance(value, list)]:
+                raise TypeError(f"{', '.join(wrong)}: a list is needed")
             trials = {str(name): [str(option) for option in options] for name, options in said["trials"].items()}
-            common = [str(option) for option in said.get("common") or []]
+            common = [str(option) for option in lists["common"]]
             found = cls(str(said["base"]), [int(n) for n in said["images"]], float(said["keep"]), trials, common)
+            if not (found.images and found.trials and 0 < found.keep <= 1):
+                raise ValueError("it needs images, trials, and keep above 0 and at most 1")
         except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 f"{file} is no search ({type(error).__name__}: {error}): see benchmarks/search.yaml"
@@ -121,6 +126,8 @@ def page(search: Search, file: Path, to: Path, found: Record) -> str:
 
 def main(settings: Settings) -> None:
     search = Search.read(settings.file)
+    if settings.jobs < 1:
+        raise InputError(f"--jobs {settings.jobs} must be at least 1")
     found = stored(settings.to, dict)
     tasks = dict[str, Task]()
     for name in search.of_rung(settings.rung, found):

@@ -10,7 +10,7 @@ many seeds it rests on, and is left out while there is none. It writes the table
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,12 @@ class Plan:
     def read(cls, file: Path) -> "Plan":
         try:
             said = yaml.safe_load(file.read_text())
+            if unknown := set(said) - {field.name for field in fields(cls)}:
+                raise TypeError(f"it says {', '.join(sorted(map(str, unknown)))}")
             rows = {str(name): dict(row) for name, row in said["rows"].items()}
-            seeds = [int(seed) for seed in said["seeds"]]
+            seeds = list(said["seeds"])
+            if not all(type(seed) is int for seed in seeds):
+                raise TypeError("seeds must be whole numbers")
             data = {str(path): [str(word) for word in words] for path, words in said.get("packed", {}).items()}
             common = said.get("common", [])
             if not isinstance(common, list):
@@ -78,7 +82,7 @@ class Plan:
                 [str(name) for name in said["columns"]],
                 rows,
                 [str(option) for option in common],
-                list(said.get("answers", [])),
+                [str(name) for name in said.get("answers", [])],
                 data,
             )
         except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -99,6 +103,8 @@ class Plan:
         for name, row in self.rows.items():
             if set(row) != {"printed"} and ("config" not in row or set(row) - {"config", "options"}):
                 raise InputError(f"{file}: row '{name}' must have config, and may have options, or have printed alone")
+            if not isinstance(row.get("printed", {}), dict):
+                raise InputError(f"{file}: row '{name}': printed must name columns: {{blur: 0.15}}")
             if not isinstance(row.get("options", []), list) or not isinstance(row.get("config", ""), str):
                 raise InputError(
                     f"{file}: row '{name}' takes a file's name, and its options must be a list: [--train.lr=1e-3]"
@@ -145,7 +151,10 @@ def main(settings: Settings) -> None:
     for seed in seeds:  # all rows on one seed first
         for name, row in plan.rows.items():
             if "config" in row:
-                task = Task.of(settings.runs, row["config"], [*plan.common, *row.get("options", [])], seed)
+                try:
+                    task = Task.of(settings.runs, row["config"], [*plan.common, *row.get("options", [])], seed)
+                except InputError as error:
+                    raise InputError(f"{settings.file}: row '{name}': {error}") from None
                 names.setdefault(name, []).append(run := task.folder.name)
                 if task.measured or (settings.train and run not in records and not absent & {*task.options}):
                     tasks[run] = task

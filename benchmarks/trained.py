@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -23,6 +24,8 @@ from pipeline.runtime.checkpoint import write_atomically
 
 ROOT = Path(__file__).parents[1]
 Record = dict[str, Any]
+PARTS = ("fd", "modes", "coverage", "restoration", "idempotence", "reconstruction", "nearest", "images_seen")
+"""Of what `naign evaluate` says, that tables use."""
 FOUND, FAILED = "evaluation/metrics.json", "failed.json"
 """Where a run's folder has what `naign evaluate` found, or that it diverged."""
 
@@ -45,7 +48,10 @@ class Task:
         share it, and none finds what an older configuration made. InputError where it is no configuration.
         """
         words = (*(str(option) for option in options), f"--seed={seed}")
-        everything = flatten(parse([f"--config={ROOT / config}", *words]))
+        try:
+            everything = flatten(parse([f"--config={ROOT / config}", *words]))
+        except SystemExit:  # what is wrong, or the help that was asked for, stands above
+            raise InputError(f"{shlex.join([config, *words])} is no configuration") from None
         kept = ("train.precision",)  # a run may change it, and rounds otherwise then
         settings = {key: everything[key] for key in everything if key in kept or not key.startswith(FREE_TO_CHANGE)}
         name = f"{Path(config).stem}-seed-{seed}-{fingerprint(settings)}"
@@ -60,12 +66,18 @@ class Task:
         """What `naign evaluate` says of it, trained first if it is not yet; {"failed": reason} if it diverged.
 
         One process of one thread: quality does not depend on the machine, seconds do. Cut off, it goes on from its
-        newest checkpoint. Raises InputError if a command fails.
+        newest checkpoint. Raises InputError if a command fails, or its folder cannot be used.
         """
+        try:
+            return self._measure()
+        except OSError as error:
+            raise InputError(f"{error.filename or self.folder}: {error.strerror}") from None
+
+    def _measure(self) -> Record:
         folder = self.folder.absolute()
         file = folder / FOUND
         if (folder / FAILED).exists():
-            return self._read(folder / FAILED)
+            return self._read(folder / FAILED, "failed")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "asked.json").write_text(json.dumps(self.settings, indent=1) + "\n")
         train = [sys.executable, str(ROOT / "pipeline/train.py"), "--config", str(ROOT / self.config), *self.options]
@@ -81,29 +93,40 @@ class Task:
                     (folder / FAILED).write_text(json.dumps({"failed": last[0]}) + "\n")
                     return {"failed": last[0]}
                 raise InputError(f"exit code {done.returncode}: {' '.join(command)}; see {folder / 'log'}: {last}")
-        return self._read(file) | {"late": late(folder / "metrics.jsonl")}
+        return self._read(file, *PARTS) | {"late": late(folder / "metrics.jsonl")}
 
-    def _read(self, file: Path) -> Record:
+    def _read(self, file: Path, *parts: str) -> Record:
         try:
-            found = json.loads(file.read_text())
-            if not isinstance(found, dict):
-                raise ValueError("it holds no record")
-        except (OSError, ValueError) as error:
+            found: Record = json.loads(file.read_text())
+            if missing := set(parts) - set(found):
+                raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{file}: {error}: remove {self.folder}, and it is trained anew") from None
         return found
 
 
 def late(metrics: Path) -> float | None:
     """How much the loss still varies: the deviation from a straight line over the last tenth of the rounds, at least
-    five, as a share of the mean size of the loss there. None for a run too short to say.
+    five, as a share of the mean size of the loss there. None for a run too short to say, or that overflowed there.
     """
-    losses = [json.loads(line).get("loss/total") for line in metrics.read_text().splitlines()]
-    losses = [loss for loss in losses if loss is not None]
+    try:
+        rounds = [json.loads(line) for line in metrics.read_text().splitlines()]
+        losses = [float(line["loss/total"]) for line in rounds if line.get("loss/total") is not None]
+    except (OSError, ValueError, TypeError, AttributeError):  # cut, or not a run's
+        return None
     last = losses[-max(5, len(losses) // 10) :]
-    if len(last) < 3:
+    if len(last) < 3 or not all(map(math.isfinite, last)) or not any(last):
         return None
     slope, start = linear_regression(range(len(last)), last)
     return stdev(loss - slope * at - start for at, loss in enumerate(last)) / mean(abs(loss) for loss in last)
+
+
+def check_place(to: Path) -> None:
+    """InputError where no table can be written."""
+    if to.name in ("", "..") or to.suffix:
+        raise InputError(f"--to {to}: give a file's name without an ending, as benchmarks/results/mine")
+    if blocked := next((folder for folder in to.parents if folder.exists() and not folder.is_dir()), None):
+        raise InputError(f"--to {to}: {blocked} is a file")
 
 
 def stored(to: Path, rows: type) -> Record:
@@ -111,8 +134,7 @@ def stored(to: Path, rows: type) -> Record:
 
     InputError where none can stand there, or something else does: before hours of training.
     """
-    if to.name in ("", "..") or to.suffix:
-        raise InputError(f"--to {to}: give a file's name without an ending, as benchmarks/results/mine")
+    check_place(to)
     file = to.with_suffix(".json")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ command needs them.
 """
 
 import csv
+import io
 import os
 import signal
 import sys
@@ -142,7 +143,7 @@ def evaluate(
     """
     from pipeline.evaluate.run import evaluate as measure
 
-    _at_least(0, seed=seed)
+    _check_seed(seed)
     metrics = measure(run, data=data, samples=samples, seed=seed, device=_device(device))
     fd = metrics["fd"]
     print(
@@ -153,7 +154,8 @@ def evaluate(
         print(f"restoration of {kind}: mean absolute error {errors['input']:.3f} before, {errors['once']:.3f} after")
     for note in metrics["notes"]:
         print(f"note: {note}")
-    print(f"report: {run.rstrip('/')}/evaluation/report.html")
+    place = run.rstrip("/") if not Path(run).is_file() else Path(run).parent
+    print(f"report: {place}/evaluation/report.html")
 
 
 def sample(
@@ -179,7 +181,7 @@ def sample(
     from pipeline.model.naign import NAIGN
 
     _at_least(1, n=n, times=times)
-    _at_least(0, seed=seed)
+    _check_seed(seed)
     made = NAIGN.from_pretrained(run, device=_device(device)).sample(n, seed=seed, times=times).cpu()
     place = to or Path("samples.png" if made.ndim == 4 else "samples.csv")
     print(f"{n} samples: {write_samples(made, place)}")
@@ -280,6 +282,7 @@ def export(
     import torch
 
     from pipeline.model.naign import NAIGN
+    from pipeline.runtime.checkpoint import write_atomically
 
     model = NAIGN.from_pretrained(run)
     if format == "safetensors":
@@ -288,7 +291,9 @@ def export(
     to.mkdir(parents=True, exist_ok=True)
     batch = {0: torch.export.Dim("batch", min=1)}
     program = torch.export.export(model.network, (torch.zeros(2, *model.shape),), dynamic_shapes=(batch,))
-    torch.export.save(program, to / "model.pt2")
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    write_atomically(to / "model.pt2", content.getvalue())
     print(f"exported: {to / 'model.pt2'}")
 
 
@@ -401,6 +406,8 @@ def main() -> None:
         launch()
     commands = (pack, index, verify, launch, render, fetch, evaluate, sample, restore, score, export, doctor)
     with exit_on_input_error("naign"):
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # of a file's name that the terminal cannot show
         try:
             tyro.extras.subcommand_cli_from_dict(
                 {command.__name__: command for command in commands},
@@ -415,6 +422,10 @@ def main() -> None:
             if error.filename is None:
                 raise
             raise InputError(f"{error.filename}: {error.strerror}") from None
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+                raise InputError("this machine has too little memory for that: ask for fewer or smaller ones") from None
+            raise
 
 
 def _device(name: Device) -> str:
@@ -423,6 +434,11 @@ def _device(name: Device) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this machine has no CUDA device that torch can use; try --device cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed is {seed}: it must be 0 to {2**63 - 1}")
 
 
 def _at_least(least: int, **values: int) -> None:

@@ -80,6 +80,32 @@ def test_samples_go_only_to_a_file_that_can_hold_them(model, tmp_path, to):
         cli.sample(model, n=2, to=tmp_path / to)
 
 
+def test_what_cannot_be_written_is_named_and_nothing_is_left(model, tmp_path):
+    (tmp_path / "there.png").mkdir()
+    with pytest.raises(OSError, match="Is a directory: .*/there.png") as caught:  # which main() puts into words
+        cli.sample(model, n=2, to=tmp_path / "there.png")
+    assert caught.value.filename == str(tmp_path / "there.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "there.png"]
+    cli.sample(model, n=2, to=tmp_path / f"{250 * 'x'}.png")
+
+
+def test_a_network_that_broke_down_says_so(model, pictures):
+    broken = NAIGN.from_pretrained(model)
+    broken.network.bottleneck[2].weight.fill_(3e38)
+    broken.save_pretrained(pictures / "broken")
+    for command in (
+        lambda: cli.sample(str(pictures / "broken")),
+        lambda: cli.score(str(pictures / "broken"), (pictures,)),
+    ):
+        with pytest.raises(InputError, match="not finite"):
+            command()
+
+
+def test_a_seed_that_no_generator_takes_is_refused(model):
+    with pytest.raises(InputError, match="--seed is 9999999999999999999: it must be 0 to"):
+        cli.evaluate(model, seed=9999999999999999999)
+
+
 def test_repairs_are_not_written_to_a_file(model, pictures):
     with pytest.raises(InputError, match="x.png is a file: give a folder"):
         cli.restore(model, (pictures / "a",), to=pictures / "b/x.png")

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 from pipeline.errors import InputError
 from tests.conftest import ROOT
@@ -58,6 +59,10 @@ SOUND = {
         ({"rows": {"a": {"printed": {"blurr": 1}}}}, "no columns blurr"),
         ({"seeds": "none"}, "is no table"),
         ({"common": "--seed=3"}, "common must be a list"),
+        ({"comon": ["--seed=3"]}, "it says comon"),
+        ({"seeds": [0.9, True]}, "seeds must be whole numbers"),
+        ({"rows": {"a": {"printed": ["once"]}}}, "printed must name columns"),
+        ({"answers": [["input"]]}, "no answers"),
     ],
 )
 def test_a_table_that_cannot_be_made_is_refused(table, tmp_path, change, said):
@@ -88,7 +93,32 @@ def test_a_run_is_named_after_what_it_computes(table, tmp_path):
         table.Task.of(Path("runs"), "configs/absent.yaml", [], 0)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]"])
+@pytest.mark.parametrize("options", [["--help"], ["--train.batch=0.5"], ["--match.ratio=-1"]])
+def test_an_option_that_is_none_is_named_with_its_row(table, tmp_path, options):
+    file = tmp_path / "table.yaml"
+    file.write_text(json.dumps(SOUND | {"common": options}))
+    with pytest.raises(InputError, match=r"table.yaml: row 'ours'"):
+        table.main(table.Settings(file=file, to=tmp_path / "made", runs=tmp_path / "runs"))
+
+
+@pytest.mark.parametrize(
+    "lines", ["", '{"loss/total": 1', "[1]", '{"loss/total": "low"}', *(f'{{"loss/total": {x}}}\n' * 9 for x in "0∞")]
+)
+def test_losses_that_say_nothing_stop_no_table(tmp_path, lines):
+    import trained
+
+    (tmp_path / "metrics.jsonl").write_text(lines.replace("∞", "Infinity"))
+    assert trained.late(tmp_path / "metrics.jsonl") is None
+    assert trained.late(tmp_path / "absent") is None
+
+
+def test_runs_that_are_a_file_are_named(table, tmp_path):
+    (tmp_path / "runs").write_text("mine")
+    with pytest.raises(InputError, match="runs.*: Not a directory"):
+        table.Task.of(tmp_path / "runs", "configs/digits.yaml", [], 0).measure()
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "{}", "5"])
 def test_a_run_whose_numbers_are_damaged_is_named(table, tmp_path, text):
     task = table.Task.of(tmp_path, "configs/digits.yaml", [], 0)
     (task.folder / "evaluation").mkdir(parents=True)
@@ -189,6 +219,18 @@ def test_search_keeps_the_best_and_goes_on(search, digits, tmp_path, capsys):
     found = json.loads((tmp_path / "found.json").read_text())
     assert [name for name in found if name.endswith("rung 1")] == ["as it is, rung 1"]
     assert printed.strip() == (tmp_path / "found.md").read_text().strip()
+
+
+@pytest.mark.parametrize(
+    "change", [{"common": "--seed=1"}, {"images": "20"}, {"images": []}, {"keep": float("nan")}, {"trials": {"a": "b"}}]
+)
+def test_a_search_that_cannot_be_made_is_refused(search, tmp_path, change):
+    sound = {"base": "configs/digits.yaml", "images": [1024], "keep": 0.5, "trials": {"as it is": []}}
+    (tmp_path / "sound.yaml").write_text(json.dumps(sound))
+    assert search.Search.read(tmp_path / "sound.yaml").images == [1024]
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(sound | change))
+    with pytest.raises(InputError, match="is no search"):
+        search.Search.read(tmp_path / "wrong.yaml")
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,8 @@ class DataSet(Protocol):
     def kind(self) -> str: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
+    @property
+    def labels(self) -> tuple[str, ...]: ...
 
 
 class Classifier(nn.Module):
@@ -159,13 +161,13 @@ def load_encoder(name: str) -> Encoder:
 
 
 def choose_encoder(manifest: DataSet) -> Encoder:
-    """The shipped encoder trained on the data set of that name and shape, otherwise 'pixels'.
+    """The shipped encoder trained on the data set of that name, shape and number of labels, otherwise 'pixels'.
 
     An encoder is never lent to other data that merely has its shape: its features would be out of their domain.
     """
     name = f"{manifest.name}-cnn{FEATURES}"
     if manifest.kind == "image" and name in names():
         encoder = load_encoder(name)
-        if encoder.shape == tuple(manifest.shape):
+        if encoder.shape == tuple(manifest.shape) and len(encoder.labels) == len(manifest.labels):
             return encoder
     return load_encoder("pixels")

@@ -21,6 +21,8 @@ from pipeline.model.naign import NAIGN
 
 MEDIAN = 10_000
 """Training images of which the per-pixel median and the mean brightness are taken."""
+ROUNDING = 1e-6
+"""Of the test features' variance: training and test data as near as that are the same, and are no measure."""
 VALUES = 2**27
 """Most values of one set held in memory (512 MB of float32): large images are measured on fewer examples."""
 
@@ -82,6 +84,7 @@ def overlap(subject: Subject) -> dict[str, Any]:
     train = encoder.features(scaled(subject.train[: counts["floor"]]))
     test, once, twice = (encoder.features(data) for data in (subject.test, subject.once, subject.twice))
     floor, first, second = (frechet_distance(features, test) for features in (train, once, twice))
+    apart = floor > ROUNDING * float(test.double().var(0).sum())
     counts["coverage"] = number = min(10_000, len(test), len(once))
     cover = asdict(coverage.coverage(test[:number], once[:number], k=NEIGHBOURS))
     counts["coverage_train"] = number = min(number, len(train))
@@ -92,8 +95,8 @@ def overlap(subject: Subject) -> dict[str, Any]:
             "floor": floor,
             "once": first,
             "twice": second,
-            "once_ratio": first / floor if floor > 0 else None,
-            "twice_ratio": second / floor if floor > 0 else None,
+            "once_ratio": first / floor if apart else None,
+            "twice_ratio": second / floor if apart else None,
         },
         "coverage": cover,
         "modes": shares,

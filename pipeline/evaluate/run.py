@@ -68,7 +68,7 @@ def evaluate(
     if samples <= NEIGHBOURS:
         raise InputError(f"{samples} samples are too few to measure: --samples must be more than {NEIGHBOURS}")
     model = NAIGN.from_pretrained(folder, device=device)
-    path, manifest, crop = _data_of(model, folder, data)
+    path, manifest, crop, used = _recorded(model, folder, data)
     place = Path(folder) if Path(folder).is_dir() else Path(folder).parent
     encoder = choose_encoder(manifest)
     notes = []
@@ -78,9 +78,12 @@ def evaluate(
             f"The network learned {learned} and is measured on {manifest.name}, with the encoder for those: no number "
             "here says how well it does what it was trained for."
         )
-    config = model.metadata.get("config", {})
-    space = config.get("match", {}).get("space", {})
-    used = [part["encoder"] for part in (config.get("objective", {}), space) if part.get("encoder")]
+    gone = [name for name in used if _name_of(name) is None]
+    if gone and encoder.network is not None:
+        notes.append(
+            f"The network was trained with the encoder {', '.join(gone)}, which is not there any more: if that was the "
+            f"one it is measured on, {encoder.name}, its distances do not compare with those of other networks."
+        )
     if encoder.name in map(_name_of, used):
         notes.append(
             f"The network was trained with the encoder {encoder.name}, which it is measured on: its Fréchet distances "
@@ -111,11 +114,13 @@ def evaluate(
             notes.append(f"Samples were limited to {count:,} of {samples:,}: examples of this size fill the memory.")
         if encoder.network is None and subject.is_image:
             notes.append(
-                f"No encoder ships for {manifest.name} {manifest.shape}: distances are on pixels pooled to at most "
-                f"8×8, which see layout and colour, not detail, and there is no count of classes."
+                f"No encoder ships for {manifest.name} {manifest.shape} of {len(manifest.labels)} classes: distances "
+                "are on pixels pooled to at most 8×8, which see layout and colour, not detail, and no class is counted."
             )
         with _stage(bar, "distance and coverage"):
             _merge(metrics, measures.overlap(subject))
+        if metrics["fd"]["once_ratio"] is None:
+            notes.append("Training and test split are alike, so that no distance is a multiple of theirs.")
         least = min(subject.counts[name] for name in ("samples", "test", "floor"))
         if least < FEW:
             notes.append(
@@ -140,13 +145,12 @@ def evaluate(
         with _stage(bar, "pictures and report"):
             drawn = _image_pictures(subject, neighbours, repaired) if subject.is_image else _point_pictures(subject)
             trained = model.metadata
-            images_seen = trained.get("images_seen")
             metrics |= {
-                "seed": trained.get("seed", seed),
+                "seed": _number(trained.get("seed", seed)),
                 "evaluation_seed": seed,
-                "images_seen": None if images_seen is None else int(images_seen),
-                "training_seconds": trained.get("training_seconds"),
-                "cpu_seconds": trained.get("cpu_seconds"),
+                "images_seen": _number(trained.get("images_seen")),
+                "training_seconds": _number(trained.get("training_seconds")),
+                "cpu_seconds": _number(trained.get("cpu_seconds")),
                 "counts": subject.counts,
                 "notes": notes,
                 "device": _device_name(device),
@@ -156,12 +160,31 @@ def evaluate(
     return metrics
 
 
-def _name_of(encoder: str) -> str:
-    """That an encoder's file gives itself, so that a copy is known as what it is; of a file that is gone, its path."""
+def _name_of(encoder: str) -> str | None:
+    """That an encoder's file gives itself, so that a copy is known as what it is; None where it is gone."""
     try:
         return load_encoder(encoder).metadata.get("name", encoder)
     except InputError:
-        return encoder
+        return None
+
+
+def _recorded(model: NAIGN, folder: str, data: str | None) -> tuple[str, Manifest, int, list[str]]:
+    """As `_data_of`, and the encoders it was trained with; InputError for a model's header that no run wrote."""
+    try:
+        config = model.metadata.get("config", {})
+        space = config.get("match", {}).get("space", {})
+        used = [str(part["encoder"]) for part in (config.get("objective", {}), space) if part.get("encoder")]
+        return (*_data_of(model, folder, data), used)
+    except InputError:
+        raise
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"the model in {folder} has a header that no training wrote: {error}") from None
+
+
+def _number(value: Any) -> float | None:
+    """What a header says, if it is a number."""
+    known = isinstance(value, int | float) and math.isfinite(value)
+    return value if known else None
 
 
 def _data_of(model: NAIGN, folder: str, data: str | None) -> tuple[str, Manifest, int]:

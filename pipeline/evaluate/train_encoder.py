@@ -22,8 +22,10 @@ from tqdm import tqdm
 from pipeline.data.manifest import Manifest
 from pipeline.data.samples import scaled
 from pipeline.data.stream import read_split
-from pipeline.errors import exit_on_input_error
+from pipeline.errors import InputError, exit_on_input_error
 from pipeline.evaluate.encoder import FOLDER, Classifier
+
+BATCH = 128
 
 
 def content_order(images: Tensor) -> Tensor:
@@ -63,7 +65,7 @@ def train(
     classes: int,
     width: int = 16,  # channels of the first convolution
     epochs: int = 10,
-    batch: int = 128,
+    batch: int = BATCH,
     rate: float = 3e-3,  # peak learning rate
     decay: float = 5e-2,  # AdamW weight decay
     flip: bool = False,  # mirror images at random
@@ -77,7 +79,9 @@ def train(
     network = Classifier(channels=images.shape[1], size=images.shape[2], classes=classes, width=width)
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=decay)
     steps = len(images) // batch
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps * epochs, pct_start=1 / epochs)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, total_steps=steps * epochs, pct_start=1 / max(2, epochs)
+    )
     for epoch in range(epochs):
         network.train()
         shuffled = torch.randperm(len(images), generator=generator)[: steps * batch]
@@ -114,8 +118,15 @@ def main(argv: list[str] | None = None) -> None:
 
     with exit_on_input_error("train_encoder"):
         manifest = Manifest.load(options.data)
+        if len(manifest.shape) != 3 or len(manifest.labels) < 2 or min(options.epochs, options.width) < 1:
+            raise InputError(
+                f"{options.data} holds examples {manifest.shape} of {len(manifest.labels)} classes: an encoder takes "
+                "images with labels of two classes or more, and --epochs and --width of at least 1"
+            )
         images, labels = read_split(options.data, "train")
         test_images, test_labels = read_split(options.data, "test")
+        if len(images) < BATCH or not len(test_images):
+            raise InputError(f"{options.data}: {len(images)} images and {len(test_images)} to test on: too few")
     network = train(
         images,
         labels,

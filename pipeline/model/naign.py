@@ -1,6 +1,8 @@
 """A trained model as its users hold it: sample, project, energy, from one safetensors file."""
 
+import itertools
 import json
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ from torch import Tensor, nn
 from pipeline.errors import InputError
 from pipeline.match import latents
 from pipeline.model.networks import NetworkConfig, build_network
-from pipeline.runtime.checkpoint import newest_checkpoint
+from pipeline.runtime.checkpoint import newest_checkpoint, newest_first
+from pipeline.runtime.entries import MANIFEST
 from pipeline.runtime.remote import fetch_newest
+
+log = logging.getLogger("naign.model")
 
 _KEY = "naign"  # in the safetensors header: a JSON object that describes the model
 _SPECTRUM = "latents.spectrum"
@@ -71,7 +76,10 @@ class NAIGN:
         """Write folder/model.safetensors (float32) and return its path."""
         file = Path(folder) / "model.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_model(file, self.network.state_dict(), self.metadata, self.spectrum)
+        try:
+            save_model(file, self.network.state_dict(), self.metadata, self.spectrum)
+        except SafetensorError as error:
+            raise InputError(f"{file} cannot be written: {error}") from None
         file.chmod(0o644)  # safetensors writes for the owner only
         return file
 
@@ -90,7 +98,10 @@ class NAIGN:
 
     @torch.inference_mode()
     def project(self, x: Tensor, *, times: int = 1, batch: int = 500) -> Tensor:
-        """f applied `times` times to x (n, *shape): its repair. On the device of x."""
+        """f applied `times` times to x (n, *shape): its repair. On the device of x.
+
+        Raises InputError where that is not finite: x is not, or the training broke down.
+        """
         if x.shape[1:] != self.shape:
             raise InputError(f"the model takes {self.shape}, not {tuple(x.shape[1:])}")
         done: list[Tensor] = []
@@ -99,7 +110,10 @@ class NAIGN:
             for _ in range(times):
                 value = self.network(value)
             done.append(value.to(x.device))
-        return torch.cat(done) if done else x.clone()
+        made = torch.cat(done) if done else x.clone()
+        if not torch.isfinite(made).all():
+            raise InputError("f gives values that are not finite: its training broke down, or what it was given is not")
+        return made
 
     def energy(self, x: Tensor, *, batch: int = 500) -> Tensor:
         """Mean squared residual of f(x) - x over the values of each row: (n,). Low near the data."""
@@ -125,7 +139,11 @@ def _find(folder: Path) -> Path:
         return folder
     if not folder.is_dir():
         raise InputError(f"no run or model at '{folder}': train one, or give the folder of a run")
-    place = newest_checkpoint(folder / "checkpoints") or folder
+    newest = newest_checkpoint(folder / "checkpoints")
+    for passed in itertools.takewhile(lambda other: other != newest, newest_first(folder / "checkpoints")):
+        if (passed / MANIFEST).is_file():  # else it is being written
+            log.warning("%s is damaged or not all here: passed over", passed)
+    place = newest or folder
     for name in ("ema.safetensors", "model.safetensors"):
         if (place / name).is_file():
             return place / name

@@ -10,6 +10,7 @@ step-00001234/
 They are written in the background from copies in memory, by each rank its own files, also to a bucket if there is one.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -126,13 +127,18 @@ def lasts(trainer: bytes, every: int) -> bool:
 
 def write_atomically(file: Path, content: str | bytes, *, sync: bool = True) -> None:
     """Replace a file by `content` so that a reader or a kill sees the old one or the new one, whole; with `sync` so
-    does a machine that loses power, for some milliseconds more.
+    does a machine that loses power, for some milliseconds more. OSError names the file, and leaves nothing beside it.
     """
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    if sync:
-        _sync(partial)
-    os.replace(partial, file)
+    partial = file.with_name(f".{file.name[:50]}.{os.getpid()}")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        if sync:
+            _sync(partial)
+        os.replace(partial, file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(file)) from None
 
 
 def newest_first(checkpoints: Path) -> list[Path]:

@@ -10,6 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline.data.manifest import Manifest
+from pipeline.data.shards import pack
+from pipeline.data.sources import load
 from pipeline.data.stream import read_split
 from pipeline.errors import InputError
 from pipeline.evaluate import encoder as module
@@ -64,6 +66,7 @@ def test_an_encoder_is_chosen_by_name_and_shape(digits: str) -> None:
     assert choose_encoder(manifest).name == "digits-cnn64"
     assert choose_encoder(dataclasses.replace(manifest, name="letters")).name == "pixels"
     assert choose_encoder(dataclasses.replace(manifest, shape=(1, 16, 16))).name == "pixels"
+    assert choose_encoder(dataclasses.replace(manifest, labels=())).name == "pixels"  # a folder of that name, say
     points = dataclasses.replace(manifest, kind="point", shape=(2,), dtype="float32")
     assert choose_encoder(points).name == "pixels"
 
@@ -153,6 +156,14 @@ def test_command_line_trains_and_saves(
     monkeypatch.setattr(module, "FOLDER", tmp_path)
     encoder = load_encoder("small-cnn64")
     assert encoder.labels == tuple("0123456789") and encoder.accuracy is not None and encoder.accuracy > 0.8
+
+
+def test_what_an_encoder_cannot_learn_from_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pack(load("toy2d:moons"), str(tmp_path / "points"), progress=False)
+    options = ["--data", str(tmp_path / "points"), "--name", "x-cnn64", "--to", str(tmp_path)]
+    with pytest.raises(SystemExit) as caught:
+        train_encoder.main(options)
+    assert caught.value.code == 2 and "images with labels" in capsys.readouterr().err
 
 
 def test_command_line_without_data_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

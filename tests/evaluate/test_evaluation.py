@@ -25,6 +25,7 @@ from pipeline.evaluate.report import number
 from pipeline.evaluate.run import evaluate
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import NetworkConfig
+from pipeline.runtime.checkpoint import write_checkpoint
 
 TINY = NetworkConfig(kind="conv", width=4, code=8)
 Save = Callable[..., str]
@@ -148,6 +149,49 @@ def test_what_a_number_does_not_say_is_said(digits: str, save_untrained: Save, t
     assert "learned letters and is measured on digits" in metrics["notes"][0]
     assert "was trained with the encoder digits-cnn64, which it is measured on" in metrics["notes"][1]
     assert "learned letters" in (tmp_path / "evaluation" / "report.html").read_text()
+    (tmp_path / "mine.safetensors").unlink()
+    assert "mine.safetensors, which is not there any more" in evaluate(folder, data=digits, samples=50)["notes"][1]
+
+
+def test_a_floor_of_rounding_is_no_measure(digits: str, save_untrained: Save, tmp_path: Path) -> None:
+    source, data = load("digits"), str(tmp_path / "twin")
+    few = [source.splits["test"][number] for number in range(300)]
+    splits = {
+        name: Made(length=300, make=lambda number, name=name: (f"{name}-{number}", *few[number][1:]))
+        for name in ("train", "test")
+    }
+    pack(dataclasses.replace(source, splits=splits), data, progress=False)
+    folder = save_untrained(tmp_path / "run", data=data, shape=(1, 8, 8), config=TINY)
+    metrics = evaluate(folder, samples=400, progress=False)
+    assert 0 <= metrics["fd"]["floor"] < 1e-6 and metrics["fd"]["once_ratio"] is None
+    assert any("Training and test split are alike" in note for note in metrics["notes"])
+
+
+def test_a_damaged_checkpoint_is_not_passed_over_in_silence(
+    digits: str, save_untrained: Save, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2):
+        name = f"checkpoints/step-{step:08d}"
+        folder = tmp_path / f"{step}"
+        save_untrained(folder, data=digits, shape=(1, 8, 8), config=TINY)
+        write_checkpoint(tmp_path / name, lambda to, folder=folder: shutil.copytree(folder, to, dirs_exist_ok=True))
+    NAIGN.from_pretrained(tmp_path)
+    assert not caplog.text
+    (tmp_path / "checkpoints/step-00000002/model.safetensors").write_bytes(b"cut")
+    (tmp_path / "checkpoints/step-00000003").mkdir()  # is being written
+    NAIGN.from_pretrained(tmp_path)
+    assert "step-00000002 is damaged or not all here" in caplog.text and "step-00000003" not in caplog.text
+
+
+@pytest.mark.parametrize("config", [None, [], {"data": None}, {"objective": 5}, {"data": {"crop": "wide"}}])
+def test_a_header_that_no_training_wrote_is_refused(
+    digits: str, save_untrained: Save, tmp_path: Path, config: object
+) -> None:
+    model = NAIGN.from_pretrained(save_untrained(tmp_path, data=digits, shape=(1, 8, 8), config=TINY))
+    model.metadata["config"] = config
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="has a header that no training wrote"):
+        evaluate(str(tmp_path), data=digits, samples=50, progress=False)
 
 
 def test_points_skip_what_is_for_images(save_untrained: Save, tmp_path: Path) -> None:
