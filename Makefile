@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= configs/mnist.yaml
 RUN ?= runs/$(basename $(notdir $(CONFIG)))
+OPTIONS ?=
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 .PHONY: help train test quick lint install golden clean
 
 help:
-	@echo "make train   install, fetch and pack MNIST, train on this machine, evaluate   [CONFIG=configs/x.yaml RUN=runs/x]"
+	@echo "make train   install, fetch and pack MNIST, train on this machine, evaluate   [CONFIG=configs/x.yaml RUN=runs/x OPTIONS=--seed=1]"
 	@echo "make test    install with the test tools; ruff, mypy --strict, pytest"
 	@echo "make quick   the inner loop: lint and the tests that are not slow"
 	@echo "make clean   remove the virtual environment and caches (data/ and runs/ stay)"
@@ -31,7 +32,7 @@ $(VENV)/.tested: pyproject.toml launch/constraints.txt | $(VENV)/bin/python
 install: $(VENV)/.installed
 
 train: $(VENV)/.installed
-	$(BIN)/accelerate launch --quiet pipeline/train.py --config $(CONFIG) --run.path $(RUN)
+	$(BIN)/accelerate launch --quiet pipeline/train.py --config $(CONFIG) --run.path $(RUN) $(OPTIONS)
 	$(BIN)/naign evaluate $(RUN)
 	@echo
 	@echo "report       $(RUN)/evaluation/report.html"

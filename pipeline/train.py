@@ -47,6 +47,7 @@ from pipeline.runtime.distributed import (  # noqa: E402
     peers_missed,
     set_threads,
     together,
+    warn_of_others,
 )
 
 
@@ -72,6 +73,8 @@ def run() -> None:
         with together(accelerator):
             if accelerator.is_main_process:
                 pack_missing(config.data, sys.argv[1:])
+                if accelerator.device.type == "cpu":
+                    warn_of_others()
         finished = train(config, accelerator)
         accelerator.end_training()
     if accelerator.is_main_process and finished:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import importlib.util
+import logging
 import os
 import shutil
 import socket
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -19,6 +21,8 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch._C._distributed_c10d import TCPStore
 
 from pipeline.errors import InputError, PeerLost, Stopped, Unavailable
+
+log = logging.getLogger("naign.distributed")
 
 
 def build_accelerator(
@@ -137,8 +141,33 @@ def _check_deepspeed(on_cpu: bool) -> None:
 
 def set_threads(threads: int) -> None:
     """CPU threads of this rank; 0: this machine's cores shared among its ranks (launchers export 1)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    torch.set_num_threads(threads or max(1, len(_cores()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def warn_of_others(seconds: float = 0.5) -> None:
+    """Look for `seconds` at the cores that this machine's ranks count on, and say so where other programs have them.
+
+    The threads of a convolution in bfloat16 spin while they wait for one another (oneDNN's own barrier, on which
+    OMP_WAIT_POLICY has no say): with two, beside a busy process, MNIST went at 14 images/s instead of 200 to 300.
+    """
+    threads, ranks, cores = torch.get_num_threads(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")), _cores()
+    if threads == 1:
+        return
+    shares = psutil.cpu_percent(seconds, percpu=True)
+    busy = sum(shares[core] for core in cores if core < len(shares)) / 100
+    if threads * ranks > len(cores) - busy + 0.5:
+        log.warning(
+            "other programs keep %.1f of %d cores busy: threads that wait for one another may train many times "
+            "slower than fewer would, try --train.threads=%d",
+            busy,
+            len(cores),
+            max(1, round(len(cores) - busy) // ranks),
+        )
+
+
+def _cores() -> set[int]:
+    """That this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def keep_memory() -> None:
