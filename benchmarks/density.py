@@ -174,7 +174,7 @@ def main(settings: Settings) -> None:
         tasks, owners = dict[str, Task](), dict[str, str]()
         for seed in range(settings.seeds):
             for name, (config, options) in NETWORKS.items():
-                if name.startswith(LONGER) and data != "data/mnist":
+                if name == LONGER and data != "data/mnist":
                     continue
                 more = [f"--data.path={data}"] * (data != "data/mnist")
                 more += [f"--train.images={settings.images}"] * bool(settings.images)
@@ -191,8 +191,8 @@ def main(settings: Settings) -> None:
                 continue
             model = NAIGN.from_pretrained(tasks[run].folder)
             scores = {owners[run]: model.energy}
-            if owners[run].startswith(LONGER):
-                scores[f"{owners[run]}{OFTEN}"] = residual(model, TIMES)
+            if owners[run] == LONGER:
+                scores[f"{LONGER}{OFTEN}"] = residual(model, TIMES)
             if owners[run].startswith(SHORTER):
                 scores[f"{owners[run]}{CODES}"] = code_distance(model, train)
             for row, score in scores.items():

@@ -25,6 +25,7 @@ from torch import Tensor
 from trained import Task, check_place, measure_all, packed, page, seeds_of, spread, write
 
 from pipeline.errors import InputError, exit_on_input_error
+from pipeline.files import save
 from pipeline.model.naign import NAIGN
 
 CONFIG = "configs/toy2d.yaml"
@@ -215,7 +216,7 @@ def main(settings: Settings) -> None:
     write(settings.to, text, found)
     first = [key for key, name in owners.items() if name in TRUTHS and tasks[key].measured][: len(TRUTHS)]
     if first:
-        montage([settings.runs / key / "evaluation" for key in first]).save(settings.to.with_suffix(".png"))
+        save(montage([settings.runs / key / "evaluation" for key in first]), settings.to.with_suffix(".png"))
     print(text)
 
 

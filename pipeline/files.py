@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.data.folder import square
 from pipeline.data.samples import UNDECODABLE, scaled
 from pipeline.errors import InputError, printable
-from pipeline.pictures import grid, to_image
+from pipeline.pictures import grid, png, to_image
 from pipeline.runtime.checkpoint import write_atomically
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -117,6 +117,4 @@ def write_samples(made: Tensor, to: Path) -> str:
 
 def save(picture: Image.Image, to: Path) -> None:
     """As PNG, whole or not at all."""
-    content = io.BytesIO()
-    picture.save(content, "PNG")
-    write_atomically(to, content.getvalue(), sync=False)  # there may be thousands
+    write_atomically(to, png(picture), sync=False)  # there may be thousands

@@ -1,5 +1,6 @@
 """Grids of images and drawings of 2-D point sets, as PIL images. No plotting library."""
 
+import io
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -24,6 +25,13 @@ def to_image(image: Tensor, *, least: int = 1) -> Image.Image:
     factor = max(1, -(-least // min(height, width)))
     picture = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
     return picture.resize((width * factor, height * factor), Image.Resampling.NEAREST)
+
+
+def png(picture: Image.Image) -> bytes:
+    """The picture as a PNG file."""
+    content = io.BytesIO()
+    picture.save(content, "PNG", optimize=True)
+    return content.getvalue()
 
 
 def grid(images: Tensor, *, columns: int) -> Image.Image:

@@ -165,13 +165,7 @@ def test_table_of_two_seeds_beside_printed_numbers(table, digits, tmp_path, capf
         "printed": {"printed": {"blur": 0.15}},
         "absent": {"config": "configs/digits.yaml", "options": ["--data.path=data/absent"]},
     }
-    said = {
-        "title": "A table",
-        "seeds": [0, 1],
-        "common": options,
-        "columns": ["once", "rarest", "blur", "late"],
-        "rows": rows,
-    }
+    said = {"title": "A table", "seeds": [0, 1], "columns": ["once", "rarest", "blur", "late"], "rows": rows}
     said |= {"common": options, "answers": ["input"], "packed": {"data/absent": ["nothing"]}}
     file, runs = tmp_path / "table.yaml", tmp_path / "runs"
 

@@ -5,13 +5,14 @@ Pictures are embedded, styles inline, nothing is loaded from anywhere. Words fir
 
 import base64
 import html
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
+
+from pipeline.pictures import png
 
 STYLE = """
 :root{color-scheme:light dark;--ink:#1c1e21;--paper:#fff;--soft:#f3f4f6;--line:#d8dbe0;--mute:#626870;--bar:#2d6cdf}
@@ -59,9 +60,7 @@ class Picture:
 
     def png(self) -> bytes:
         """The picture as a PNG file."""
-        buffer = io.BytesIO()
-        self.image.save(buffer, format="PNG", optimize=True)
-        return buffer.getvalue()
+        return png(self.image)
 
 
 def number(value: float | None) -> str:

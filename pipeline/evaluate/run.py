@@ -78,13 +78,14 @@ def evaluate(
             f"The network learned {learned} and is measured on {manifest.name}, with the encoder for those: no number "
             "here says how well it does what it was trained for."
         )
-    gone = [name for name in used if _name_of(name) is None]
+    known = {name: _name_of(name) for name in used}
+    gone = [name for name, own in known.items() if own is None]
     if gone and encoder.network is not None:
         notes.append(
             f"The network was trained with the encoder {', '.join(gone)}, which is not there any more: if that was the "
             f"one it is measured on, {encoder.name}, its distances do not compare with those of other networks."
         )
-    if encoder.name in map(_name_of, used):
+    if encoder.name in known.values():
         notes.append(
             f"The network was trained with the encoder {encoder.name}, which it is measured on: its Fréchet distances "
             "and coverage do not compare with those of networks that were not."

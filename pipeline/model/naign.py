@@ -1,6 +1,5 @@
 """A trained model as its users hold it: sample, project, energy, from one safetensors file."""
 
-import itertools
 import json
 import logging
 import tempfile
@@ -15,8 +14,7 @@ from torch import Tensor, nn
 from pipeline.errors import InputError
 from pipeline.match import latents
 from pipeline.model.networks import NetworkConfig, build_network
-from pipeline.runtime.checkpoint import newest_checkpoint, newest_first
-from pipeline.runtime.entries import MANIFEST
+from pipeline.runtime.checkpoint import newest_checkpoint, passed_over
 from pipeline.runtime.remote import fetch_newest
 
 log = logging.getLogger("naign.model")
@@ -140,9 +138,8 @@ def _find(folder: Path) -> Path:
     if not folder.is_dir():
         raise InputError(f"no run or model at '{folder}': train one, or give the folder of a run")
     newest = newest_checkpoint(folder / "checkpoints")
-    for passed in itertools.takewhile(lambda other: other != newest, newest_first(folder / "checkpoints")):
-        if (passed / MANIFEST).is_file():  # else it is being written
-            log.warning("%s is damaged or not all here: passed over", passed)
+    for passed in passed_over(folder / "checkpoints", newest):
+        log.warning("%s is damaged or not all here: passed over", passed)
     place = newest or folder
     for name in ("ema.safetensors", "model.safetensors"):
         if (place / name).is_file():

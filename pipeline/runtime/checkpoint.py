@@ -11,6 +11,7 @@ They are written in the background from copies in memory, by each rank its own f
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -61,16 +62,20 @@ def newest_checkpoint(checkpoints: Path) -> Path | None:
     return next((folder for folder in newest_first(checkpoints) if is_complete(folder)), None)
 
 
+def passed_over(checkpoints: Path, newest: Path | None) -> list[Path]:
+    """What is newer than the newest complete one and has a manifest, so that nobody is writing it any more."""
+    newer = itertools.takewhile(lambda folder: folder != newest, newest_first(checkpoints))
+    return [folder for folder in newer if (folder / MANIFEST).is_file()]
+
+
 def set_aside(checkpoints: Path, newest: Path | None, *, parts: bool = False) -> list[str]:
     """Rename what looks like a checkpoint newer than the newest complete one, but is damaged; the old names.
 
     Where a machine keeps `parts`, those that its ranks wrote, files that are not there are no damage.
     """
     moved = []
-    for folder in newest_first(checkpoints):
-        if folder == newest:
-            break
-        if (folder / MANIFEST).is_file() and not (parts and is_complete(folder, parts=True)):
+    for folder in passed_over(checkpoints, newest):
+        if not (parts and is_complete(folder, parts=True)):
             folder.rename(folder.with_name(f"damaged-{folder.name}-{time.time_ns()}"))
             moved.append(folder.name)
     return moved

@@ -144,7 +144,7 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads or max(1, len(_cores()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def warn_of_others(seconds: float = 0.5) -> None:
+def warn_of_others(seconds: float = 0.2) -> None:
     """Look for `seconds` at the cores that this machine's ranks count on, and say so where other programs have them.
 
     The threads of a convolution in bfloat16 spin while they wait for one another (oneDNN's own barrier, on which
