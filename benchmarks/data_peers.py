@@ -98,8 +98,8 @@ def ours(job: Job, *, check: bool = True) -> Read:
     import boto3  # noqa: F401  # else its import, at the first request, would be measured
 
     from pipeline.data.dataset import DataConfig
-    from pipeline.data.stream import Stream
-    from pipeline.runtime.distributed import keep_memory
+    from pipeline.data.loader import Stream
+    from pipeline.distributed.ranks import keep_memory
 
     keep_memory()  # as the training program does
 
@@ -125,11 +125,11 @@ def webdataset(job: Job) -> Read:
 
 
 def webdataset_ours(job: Job) -> Read:
-    """Plain WebDataset that opens s3:// by what pipeline.data.stream registers."""
+    """Plain WebDataset that opens s3:// by what pipeline.data.loader registers."""
     import boto3  # noqa: F401  # see `ours`
     from webdataset import gopen_schemes
 
-    import pipeline.data.stream  # noqa: F401
+    import pipeline.data.loader  # noqa: F401
 
     assert "s3" in gopen_schemes
     return _webdataset(job, [f"{job.path}/{shard}" for shard in job.shards])
@@ -265,8 +265,8 @@ def write_mds(job: Job) -> Read:
 def ours_bytes(job: Job, *, hashed: bool = False) -> Read:
     import boto3  # noqa: F401  # see `ours`
 
-    from pipeline.data.store import open_store
-    from pipeline.runtime.distributed import keep_memory
+    from pipeline.distributed.ranks import keep_memory
+    from pipeline.storage.store import open_store
 
     keep_memory()
 

@@ -18,10 +18,10 @@ from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
 from trained import table
 
-from pipeline.data.examples import Example, Made, Source
-from pipeline.data.manifest import INDEX, Manifest
-from pipeline.data.shards import pack
-from pipeline.data.stream import read_split
+from pipeline.data.format.manifest import INDEX, Manifest
+from pipeline.data.format.writer import pack
+from pipeline.data.loader import read_split
+from pipeline.data.sources.source import Example, Made, Source
 from pipeline.errors import InputError
 
 Name = Literal["grey28", "colour32", "photos256"]

@@ -22,8 +22,8 @@ import tyro
 from torch import Tensor
 from trained import ROOT, Task, measure_all, packed, page, seeds_of, spread, stored, table, write
 
-from pipeline.data.samples import scaled
-from pipeline.data.stream import read_split
+from pipeline.data.decode import scaled
+from pipeline.data.loader import read_split
 from pipeline.errors import InputError, exit_on_input_error
 from pipeline.evaluate.coverage import nearest
 from pipeline.evaluate.density import auroc

@@ -58,7 +58,7 @@ from scipy.optimize import nnls  # type: ignore[import-untyped]
 from torch import Tensor
 
 from pipeline.errors import InputError, exit_on_input_error
-from pipeline.match.nearest import Blocks, search
+from pipeline.match.across_ranks import Blocks, search
 
 CHUNK = 4096
 """Candidates at once: of `cdist` and `sgemm`, and made by a rank."""

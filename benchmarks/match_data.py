@@ -25,10 +25,10 @@ from torch import Tensor
 from trained import table
 from tyro.conf import Positional
 
-from pipeline.data.examples import Example, Made, Source
-from pipeline.data.samples import scaled
-from pipeline.data.shards import pack
-from pipeline.data.stream import read_split
+from pipeline.data.decode import scaled
+from pipeline.data.format.writer import pack
+from pipeline.data.loader import read_split
+from pipeline.data.sources.source import Example, Made, Source
 from pipeline.errors import InputError, exit_on_input_error
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import NetworkConfig, build_network

@@ -11,8 +11,8 @@ from pathlib import Path
 import tyro
 from PIL import Image
 
+from pipeline.cli.files import save
 from pipeline.errors import InputError, exit_on_input_error
-from pipeline.files import save
 
 PICTURES = ("samples", "restoration_noise", "restoration_blur")
 """Of a row, from left to right."""

@@ -24,8 +24,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from trained import Task, check_place, measure_all, packed, page, seeds_of, spread, write
 
+from pipeline.cli.files import save
 from pipeline.errors import InputError, exit_on_input_error
-from pipeline.files import save
 from pipeline.model.naign import NAIGN
 
 CONFIG = "configs/toy2d.yaml"

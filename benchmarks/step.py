@@ -6,18 +6,18 @@ prints and writes three tables (step.md) and what was measured (step.json). Imag
 the network and all settings are the program's defaults where nothing else is said. What step.json holds already
 stays unless it is measured again: `--parts fit` measures that part alone.
 
-Fit. `pipeline.fit.fit`, on a round with a match whose ids are given, beside the barest loop of the same mathematics,
-`fit_bare` in step_processes.py: the same latents, drawn by pipeline.match.latents, the same losses, clipping and AdamW,
-but rows and learning rates are worked out beforehand, and nothing is watched, counted, summed up or reported. On two
-gloo ranks ours is what Accelerate makes of DDP, and the bare loop has torch's DistributedDataParallel. Both train in
-the same process, each a network of its own from the same first weights, in turns of a round, 16 steps; who begins
-changes from turn to turn. Seconds are medians, of the rank that took longer, and the ratio is the median of the turns'
-ratios, with its quartiles; a first turn is not counted. CPU time, of all threads and ranks, is less disturbed by other
-programs. At the end both must have the same weights. Memory is what the resident set of a fresh process (the larger of
-two ranks) grows by at most from before there is a network, the images and all else being there already, through two
-rounds; the median of fresh processes.
+Fit. `pipeline.training.fit`, on a round with a match whose ids are given, beside the barest loop of the same
+mathematics, `fit_bare` in step_processes.py: the same latents, losses, clipping and AdamW, but rows and learning rates
+are worked out beforehand, and nothing is watched, counted, summed up or reported. On two gloo ranks ours is what
+Accelerate makes of DDP, and the bare loop has torch's DistributedDataParallel. Both train in the same process, each a
+network of its own from the same first weights, in turns of a round, 16 steps; who begins changes from turn to turn.
+Seconds are medians, of the rank that took longer, and the ratio is the median of the turns' ratios, with its quartiles;
+a first turn is not counted. CPU time, of all threads and ranks, is less disturbed by other programs. At the end both
+must have the same weights. Memory is what the resident set of a fresh process (the larger of two ranks) grows by at
+most from before there is a network, the images and all else being there already, through two rounds; the median of
+fresh processes.
 
-Checkpoints. `stands still` is `pipeline.loop.checkpoint` and what the next step waits until all it would change is
+Checkpoints. `stands still` is `training.loop.checkpoint` and what the next step waits until all it would change is
 copied; `written in` is from then on to the manifest, in the background, with copying, sync to disk and SHA-256, while a
 round is fitted. What that takes of the processor slows the round down: `a round` is the median of those beside a
 checkpoint and of those between, in turns. Medians of several; the first, whose copies take new memory from the system,
@@ -48,8 +48,8 @@ from step_processes import WHO, Record, alternate, first_step, on_ranks, peak, w
 from trained import table
 
 from pipeline.config import Config
-from pipeline.data.examples import Example, Made, Source
-from pipeline.data.shards import pack
+from pipeline.data.format.writer import pack
+from pipeline.data.sources.source import Example, Made, Source
 from pipeline.errors import InputError, exit_on_input_error
 from pipeline.model.networks import NetworkConfig
 

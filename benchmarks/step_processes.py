@@ -23,24 +23,23 @@ from data_peers import status
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.checkpoint.writer import MANIFEST, Writer
 from pipeline.config import Config, TrainConfig
-from pipeline.data.plan import rank_rows
-from pipeline.data.samples import scaled
-from pipeline.fit import fit, learning_rate
-from pipeline.loop import checkpoint
-from pipeline.match import latents
+from pipeline.data.decode import scaled
+from pipeline.data.order import rank_rows
+from pipeline.distributed.ranks import build_accelerator, keep_memory, set_threads
+from pipeline.distributed.signals import StopRequest
+from pipeline.distributed.watchdog import Watchdog
 from pipeline.match.matcher import Match
+from pipeline.model import latents
 from pipeline.model.networks import build_network
-from pipeline.round import Drawing, Run, Work
-from pipeline.runtime.checkpoint import MANIFEST, Writer
-from pipeline.runtime.distributed import build_accelerator, keep_memory, set_threads
-from pipeline.runtime.monitor import Monitor
-from pipeline.runtime.signals import StopRequest
-from pipeline.runtime.speed import Profiler
-from pipeline.runtime.watchdog import Watchdog
-from pipeline.schedule import steps_of
-from pipeline.setup import build_engine, open_stream
-from pipeline.state import Position
+from pipeline.observe.monitor import Monitor
+from pipeline.observe.speed import Profiler
+from pipeline.training.fit import fit, learning_rate, steps_of
+from pipeline.training.loop import checkpoint
+from pipeline.training.round import Drawing, Run, Work
+from pipeline.training.setup import build_engine, open_stream
+from pipeline.training.state import Position
 
 Record = dict[str, Any]
 Contender = Literal["ours", "bare"]
@@ -72,7 +71,7 @@ def on_rank(rank: int, world: int, folder: str, measure: Callable[..., Any], arg
 
 @contextmanager
 def opened(config: Config) -> Iterator[Callable[[nn.Module], Run]]:
-    """All that a run has but the network; with that it becomes a Run, all as in `pipeline.loop.train`."""
+    """All that a run has but the network; with that it becomes a Run, all as in `pipeline.training.loop.train`."""
     accelerator = build_accelerator()
     rank, world, folder = accelerator.process_index, accelerator.num_processes, Path(config.run.path)
     stop = StopRequest(within=config.stop.within, world=world)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from pipeline.config import FREE_TO_CHANGE, flatten, parse
 from pipeline.errors import InputError
-from pipeline.runtime.checkpoint import write_atomically
+from pipeline.storage.local import write_atomically
 
 ROOT = Path(__file__).parents[1]
 Record = dict[str, Any]

@@ -13,12 +13,12 @@ import tyro
 import yaml
 
 from pipeline.data.dataset import DataConfig, check_config
-from pipeline.data.store import open_store
 from pipeline.errors import InputError, printable
 from pipeline.match.matcher import MatchConfig
 from pipeline.model.networks import NetworkConfig
 from pipeline.model.objectives import ObjectiveConfig
-from pipeline.runtime.speed import parse_rounds
+from pipeline.observe.speed import parse_rounds
+from pipeline.storage.store import open_store
 
 
 @dataclass(kw_only=True, slots=True)

@@ -36,12 +36,9 @@ if sys.path and Path(sys.path[0] or ".").resolve() == _HERE:
 
 from pipeline.config import parse  # noqa: E402
 from pipeline.data.dataset import DataConfig  # noqa: E402
-from pipeline.data.shards import pack  # noqa: E402
-from pipeline.data.sources import load  # noqa: E402
-from pipeline.data.store import open_store, use_endpoint  # noqa: E402
-from pipeline.errors import FAILED, INTERRUPTED, InputError, exit_on_input_error  # noqa: E402
-from pipeline.loop import train  # noqa: E402
-from pipeline.runtime.distributed import (  # noqa: E402
+from pipeline.data.format.writer import pack  # noqa: E402
+from pipeline.data.sources.catalog import load  # noqa: E402
+from pipeline.distributed.ranks import (  # noqa: E402
     build_accelerator,
     keep_memory,
     peers_missed,
@@ -49,6 +46,9 @@ from pipeline.runtime.distributed import (  # noqa: E402
     together,
     warn_of_others,
 )
+from pipeline.errors import FAILED, INTERRUPTED, InputError, exit_on_input_error  # noqa: E402
+from pipeline.storage.store import open_store, use_endpoint  # noqa: E402
+from pipeline.training.loop import train  # noqa: E402
 
 
 def main() -> None:

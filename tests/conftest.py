@@ -1,15 +1,23 @@
 """What tests share: small packed data sets, a real S3 server, and the real program started as a user starts it."""
 
 import contextlib
+import dataclasses
 import os
 import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from pipeline.data.format.writer import pack
+from pipeline.data.sources.catalog import load
+from pipeline.model.naign import NAIGN
+from pipeline.model.networks import NetworkConfig, build_network
+from tests.data.numbered import numbered
 from tests.proxy import FaultProxy
 from tests.servers import S3Server
 
@@ -19,17 +27,12 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tests run side by side: more threads than cores would make each of them slower."""
-    import torch
-
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The packed 8x8 digits in four shards a split."""
-    from pipeline.data.shards import pack
-    from pipeline.data.sources import load
-
     folder = str(tmp_path_factory.mktemp("digits"))
     pack(load("digits"), folder, shards=4, progress=False)
     return folder
@@ -38,9 +41,6 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def points(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A packed 2-D toy set in four shards a split."""
-    from pipeline.data.shards import pack
-    from pipeline.data.sources import load
-
     folder = str(tmp_path_factory.mktemp("points"))
     pack(load("toy2d:gaussians"), folder, shards=4, progress=False)
     return folder
@@ -56,7 +56,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @pytest.fixture
 def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     """The server, which this process and those it starts find through the environment, and nothing but it."""
-    from pipeline.data.s3_client import forget_clients
+    from pipeline.storage.s3_client import forget_clients
 
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
@@ -81,7 +81,7 @@ def bucket(s3: S3Server) -> Iterator[str]:
 @pytest.fixture
 def proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """A proxy before the server, which stands in the environment in the server's place. No faults at first."""
-    from pipeline.data.s3_client import forget_clients
+    from pipeline.storage.s3_client import forget_clients
 
     with FaultProxy("127.0.0.1", s3.port) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
@@ -148,3 +148,35 @@ def naign(tmp_path: Path) -> Program:
         )
 
     return run
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> str:
+    """23 training images in 4 shards of 5, 6, 6, 6; 5 test images in 4 shards."""
+    path = str(tmp_path / "packed")
+    pack(numbered(), path, shards=4, progress=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def save_untrained() -> Callable[..., str]:
+    """Writes a model as training would export it, weights still random, and returns its folder."""
+
+    def save(
+        folder: Path,
+        *,
+        data: str | None,
+        shape: tuple[int, ...],
+        config: NetworkConfig,
+        dataset: str | None = None,
+        encoder: str | None = None,
+    ) -> str:
+        torch.manual_seed(0)
+        metadata: dict[str, Any] = {"shape": list(shape), "latents": "gaussian", "model": dataclasses.asdict(config)}
+        metadata |= {"seed": 7, "images_seen": 12_345, "config": {"data": {"path": data}} if data else {}}
+        metadata |= {"dataset": dataset} if dataset else {}
+        metadata["config"] |= {"objective": {"encoder": encoder}} if encoder else {}
+        NAIGN(build_network(config, shape), metadata).save_pretrained(folder)
+        return str(folder)
+
+    return save

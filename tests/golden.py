@@ -45,8 +45,8 @@ def trace(name: str, data: str, folder: Path) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    from pipeline.data.shards import pack
-    from pipeline.data.sources import load
+    from pipeline.data.format.writer import pack
+    from pipeline.data.sources.catalog import load
 
     with tempfile.TemporaryDirectory() as place:
         pack(load("digits"), f"{place}/data", shards=4, progress=False)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.data import toys
+from pipeline.data.sources import toys
 from tests.conftest import ROOT
 
 

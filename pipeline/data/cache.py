@@ -15,10 +15,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.data.manifest import Manifest
-from pipeline.data.pages import table_name
-from pipeline.data.store import Store, Writer
+from pipeline.data.format.manifest import Manifest
+from pipeline.data.format.pages import table_name
 from pipeline.errors import InputError
+from pipeline.storage.base import Store, Writer
 
 log = logging.getLogger("naign.cache")
 

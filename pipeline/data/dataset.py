@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from pipeline.data.cache import CachedStore
-from pipeline.data.manifest import Manifest
+from pipeline.data.format.manifest import Manifest
 from pipeline.data.reader import Reader
-from pipeline.data.store import open_store
 from pipeline.errors import InputError
+from pipeline.storage.store import open_store
 
 
 @dataclass(kw_only=True, slots=True)

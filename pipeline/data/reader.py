@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from pipeline.data.fetch import PARALLEL, in_order
-from pipeline.data.manifest import Manifest, Shard, size_problem
-from pipeline.data.pages import Table, parse_table, samples, table_name
-from pipeline.data.plan import Piece
-from pipeline.data.samples import Array, decode
-from pipeline.data.store import Store
+from pipeline.data.decode import Array, decode
+from pipeline.data.format.manifest import Manifest, Shard, size_problem
+from pipeline.data.format.pages import Table, parse_table, samples, table_name
+from pipeline.data.order import Piece
 from pipeline.errors import InputError
+from pipeline.storage.base import Store
+from pipeline.storage.fetch import PARALLEL, in_order
 
 PART = 8 << 20
 """Bytes of pages asked for at once."""

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pipeline.data import augment
+from pipeline.data import decode
 from pipeline.data.dataset import DataConfig, image_shape, open_reader
-from pipeline.data.fetch import Tally
-from pipeline.data.manifest import Manifest
-from pipeline.data.plan import Order, Piece, parts, pieces, rank_rows
+from pipeline.data.decode import Array
+from pipeline.data.format.manifest import Manifest
+from pipeline.data.order import Order, Piece, parts, pieces, rank_rows
 from pipeline.data.reader import Raw, Reader
-from pipeline.data.samples import Array
 from pipeline.errors import InputError, Unavailable
+from pipeline.storage.fetch import Tally
 
 BLOCK = 256
 """The most rows that are handed over at once."""
@@ -84,7 +84,7 @@ class Share:
             for round in count(start):
                 for begin, end in parts(first, last, blocks):
                     offset, _ = rank_rows(self.order.round_size, self.rank, self.world)
-                    draws = augment.draws(self.order.seed, round, offset + begin, offset + end)
+                    draws = decode.draws(self.order.seed, round, offset + begin, offset + end)
                     block = fill(begin, reader, islice(stored, end - begin), memory(begin, end), self.config, draws)
                     block.tally.merge(reader.store.tally.take())
                     yield block
@@ -113,7 +113,7 @@ def fill(
     stored: Iterator[Raw],  # n
     images: Array,  # (n, *shape): to be filled
     config: DataConfig,
-    draws: augment.Draws,
+    draws: decode.Draws,
 ) -> Block:
     """The samples, decoded, as a block from row `first` on."""
     total = len(images)
@@ -123,14 +123,14 @@ def fill(
         place = images[number]
         row = reader.row(raw, None if config.crop else place)
         if row.array is not place:
-            place[...] = augment.crop(row.array, config.crop, draws[number]) if config.crop else row.array
+            place[...] = decode.crop(row.array, config.crop, draws[number]) if config.crop else row.array
         labels[number], epochs[number] = row.label, row.epoch
         keys.append(row.key)
         if row.broken:
             broken.append(row.broken)
     assert len(keys) == total
     if config.flip and images.ndim == 4:
-        augment.flip(images, draws)
+        decode.flip(images, draws)
     return Block(
         first=first,
         images=torch.from_numpy(images),

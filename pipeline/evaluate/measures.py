@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.data.decode import scaled
 from pipeline.data.degrade import KINDS
-from pipeline.data.manifest import Manifest
-from pipeline.data.samples import scaled
-from pipeline.data.stream import read_split
+from pipeline.data.format.manifest import Manifest
+from pipeline.data.loader import read_split
 from pipeline.evaluate import NEIGHBOURS, coverage, density, restoration
-from pipeline.evaluate.encoder import Encoder
 from pipeline.evaluate.frechet import frechet_distance
+from pipeline.model.encoders import Encoder
 from pipeline.model.naign import NAIGN
 
 MEDIAN = 10_000

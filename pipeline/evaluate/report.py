@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline.pictures import png
+from pipeline.observe.pictures import png
 
 STYLE = """
 :root{color-scheme:light dark;--ink:#1c1e21;--paper:#fff;--soft:#f3f4f6;--line:#d8dbe0;--mute:#626870;--bar:#2d6cdf}

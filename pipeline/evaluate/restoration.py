@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from pipeline.data.decode import scaled
 from pipeline.data.degrade import Kind, degrade
-from pipeline.data.samples import scaled
 from pipeline.evaluate.coverage import nearest
 
 RANGE = 2.0

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline import pictures
+from pipeline.checkpoint.bucket import fetch_newest
 from pipeline.data.dataset import DataConfig, image_shape
-from pipeline.data.manifest import Manifest
-from pipeline.data.store import open_store, use_endpoint
+from pipeline.data.format.manifest import Manifest
 from pipeline.errors import InputError
 from pipeline.evaluate import NEIGHBOURS, measures
-from pipeline.evaluate.encoder import choose_encoder, load_encoder
 from pipeline.evaluate.measures import Subject, within
 from pipeline.evaluate.report import DAMAGE, Picture, render
+from pipeline.model.encoders import choose_encoder, load_encoder
 from pipeline.model.naign import NAIGN
-from pipeline.runtime.checkpoint import write_atomically
-from pipeline.runtime.remote import fetch_newest
+from pipeline.observe import pictures
+from pipeline.storage.local import write_atomically
+from pipeline.storage.store import open_store, use_endpoint
 
 REPAIRED = 2_500
 """Test images for each damage; f is applied to each twice."""

@@ -56,16 +56,3 @@ def pair_distances(queries: Tensor, candidates: Tensor, query_rows: Tensor, cand
         faiss.swig_ptr(out.numpy()),
     )
     return out
-
-
-def exact_distances(queries: Tensor, candidates: Tensor, query_rows: Tensor, candidate_rows: Tensor) -> Tensor:
-    """Squared L2 (s,) float64 between queries[query_rows] and candidates[candidate_rows], each whatever the others."""
-    out = torch.empty(len(query_rows), dtype=torch.float64, device=queries.device)
-    step = max(2, _WORKING_SET // max(1, queries.shape[1]))
-    for start in range(0, len(out), step):
-        part = slice(start, start + step)
-        left, right = queries[query_rows[part]].double(), candidates[candidate_rows[part]].double()
-        if len(left) == 1:  # the sum of a single row would be split among threads, and so be rounded differently
-            left, right = left.expand(2, -1), right.expand(2, -1)
-        out[part] = (left - right).square_().sum(1)[: len(out[part])]
-    return out

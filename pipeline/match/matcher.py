@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.errors import InputError
+from pipeline.match.across_ranks import Blocks, Found, search
 from pipeline.match.exchange import Ranks, ranks_of
-from pipeline.match.latents import check_law
-from pipeline.match.nearest import Blocks, Found, search
-from pipeline.match.plan import METHODS
+from pipeline.match.method import METHODS
 from pipeline.match.space import SpaceConfig, embed
+from pipeline.model.latents import check_law
 
 ASSIGNMENTS = ("free", "one_to_one")
 

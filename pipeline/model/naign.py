@@ -11,11 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipeline.checkpoint.bucket import fetch_newest
+from pipeline.checkpoint.writer import newest_checkpoint, passed_over
 from pipeline.errors import InputError
-from pipeline.match import latents
+from pipeline.model import latents
 from pipeline.model.networks import NetworkConfig, build_network
-from pipeline.runtime.checkpoint import newest_checkpoint, passed_over
-from pipeline.runtime.remote import fetch_newest
 
 log = logging.getLogger("naign.model")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.audit import Scan
-from pipeline.data.examples import Example, Made, Source
-from pipeline.data.pages import dump_table, table_name
-from pipeline.data.store import LocalStore
+from pipeline.data.format.audit import Scan
+from pipeline.data.format.pages import dump_table, table_name
+from pipeline.data.sources.source import Example, Made, Source
+from pipeline.storage.local import LocalStore
 
 
 def numbered(train: int = 23, test: int = 5, shape: tuple[int, ...] = (1, 4, 4)) -> Source:

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numbered import numbered
 from webdataset import TarWriter
 
-from pipeline.data.audit import index, verify
-from pipeline.data.manifest import Manifest
-from pipeline.data.samples import encode
-from pipeline.data.shards import pack
-from pipeline.data.stream import read_split
+from pipeline.data.decode import encode
+from pipeline.data.format.audit import index, verify
+from pipeline.data.format.manifest import Manifest
+from pipeline.data.format.writer import pack
+from pipeline.data.loader import read_split
 from pipeline.errors import InputError
+from tests.data.numbered import numbered
 
 PNG = encode(np.arange(16, dtype=np.uint8).reshape(1, 4, 4), "png")
 Members = list[tuple[str, bytes]]

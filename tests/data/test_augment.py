@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numbered import Members, numbered, rewrite
 
-from pipeline.data import augment
+from pipeline.data import decode
 from pipeline.data.dataset import DataConfig
-from pipeline.data.samples import encode
-from pipeline.data.shards import pack
-from pipeline.data.stream import Stream, read_split
+from pipeline.data.decode import encode
+from pipeline.data.format.writer import pack
+from pipeline.data.loader import Stream, read_split
 from pipeline.errors import InputError
+from tests.data.numbered import Members, numbered, rewrite
 
 
 @pytest.fixture
@@ -81,9 +81,9 @@ def test_evaluation_sees_the_central_window(larger: str) -> None:
 
 
 def test_draws_of_any_rows_are_those_of_all() -> None:
-    every = augment.draws(7, 3, 0, 100)
-    assert np.array_equal(every[40:60], augment.draws(7, 3, 40, 60))
-    assert not np.array_equal(every, augment.draws(7, 4, 0, 100)) and every.min() >= 0 and every.max() < 1
+    every = decode.draws(7, 3, 0, 100)
+    assert np.array_equal(every[40:60], decode.draws(7, 3, 40, 60))
+    assert not np.array_equal(every, decode.draws(7, 4, 0, 100)) and every.min() >= 0 and every.max() < 1
     assert abs(every.mean() - 0.5) < 0.05
 
 

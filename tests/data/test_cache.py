@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from numbered import numbered
 
 from pipeline.data.cache import CachedStore
 from pipeline.data.dataset import DataConfig
-from pipeline.data.fetch import Tally
-from pipeline.data.manifest import Manifest
-from pipeline.data.pages import table_name
-from pipeline.data.shards import pack
-from pipeline.data.store import open_store
-from pipeline.data.stream import Stream
+from pipeline.data.format.manifest import Manifest
+from pipeline.data.format.pages import table_name
+from pipeline.data.format.writer import pack
+from pipeline.data.loader import Stream
 from pipeline.errors import InputError
+from pipeline.storage.fetch import Tally
+from pipeline.storage.store import open_store
+from tests.data.numbered import numbered
 from tests.proxy import FaultProxy
 
 BLOCK = 50_000

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
+from pipeline import philox
 from pipeline.data.damage import LAWS, check_damage, damage, uniforms
 from pipeline.errors import InputError
-from pipeline.match import latents
 
 SHAPE = (1, 28, 28)
 
 
 def drawn(law, numbers, shape=SHAPE):
-    normals = latents.normal(0, 3, numbers, shape, stream=latents.NOISE)
-    return normals, latents.uniform(0, 3, numbers, (uniforms(law, shape),), stream=latents.DAMAGE)
+    normals = philox.normal(0, 3, numbers, shape, stream=philox.NOISE)
+    return normals, philox.uniform(0, 3, numbers, (uniforms(law, shape),), stream=philox.DAMAGE)
 
 
 def bars(count, shape=SHAPE):

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import webdataset
 
-from pipeline.data.audit import index
 from pipeline.data.dataset import DataConfig
-from pipeline.data.manifest import Manifest
-from pipeline.data.pages import samples
-from pipeline.data.samples import encode
-from pipeline.data.store import open_store
-from pipeline.data.stream import Stream
+from pipeline.data.decode import encode
+from pipeline.data.format.audit import index
+from pipeline.data.format.manifest import Manifest
+from pipeline.data.format.pages import samples
+from pipeline.data.loader import Stream
 from pipeline.errors import InputError
+from pipeline.storage.store import open_store
 
 SIZES = [1, 7, 23, 50, 64, 5]
 ROUND = 60

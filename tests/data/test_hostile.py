@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numbered import Members, edit_index, numbered, rewrite
 
-from pipeline.data.audit import verify
-from pipeline.data.examples import Made
-from pipeline.data.manifest import Manifest
-from pipeline.data.samples import encode
-from pipeline.data.shards import pack
-from pipeline.data.sources import load
-from pipeline.data.stream import read_split
+from pipeline.data.decode import encode
+from pipeline.data.format.audit import verify
+from pipeline.data.format.manifest import Manifest
+from pipeline.data.format.writer import pack
+from pipeline.data.loader import read_split
+from pipeline.data.sources.catalog import load
+from pipeline.data.sources.source import Made
 from pipeline.errors import InputError
+from tests.data.numbered import Members, edit_index, numbered, rewrite
 
 
 def edited(index: dict[str, Any], keys: tuple[Any, ...], value: object) -> bytes:

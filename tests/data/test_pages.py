@@ -13,10 +13,10 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.audit import Scan
-from pipeline.data.pages import BLOCK, PAGE, ROW, Pager, Table, dump_table, parse_table, samples
-from pipeline.data.store import open_store
+from pipeline.data.format.audit import Scan
+from pipeline.data.format.pages import BLOCK, PAGE, ROW, Pager, Table, dump_table, parse_table, samples
 from pipeline.errors import InputError
+from pipeline.storage.store import open_store
 
 NOISE = random.Random(0).randbytes(1 << 20)
 

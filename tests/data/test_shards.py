@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from numbered import edit_index, numbered, rewrite
 
-from pipeline.data.audit import verify
-from pipeline.data.examples import Made
-from pipeline.data.manifest import Manifest
-from pipeline.data.pages import table_name
-from pipeline.data.samples import encode
-from pipeline.data.shards import pack
-from pipeline.data.sources import load
-from pipeline.data.store import LocalStore
-from pipeline.data.stream import read_split
+from pipeline.data.decode import encode
+from pipeline.data.format.audit import verify
+from pipeline.data.format.manifest import Manifest
+from pipeline.data.format.pages import table_name
+from pipeline.data.format.writer import pack
+from pipeline.data.loader import read_split
+from pipeline.data.sources.catalog import load
+from pipeline.data.sources.source import Made
 from pipeline.errors import InputError
+from pipeline.storage.local import LocalStore
+from tests.data.numbered import edit_index, numbered, rewrite
 
 
 def contents(path: str | Path) -> dict[str, bytes]:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data import downloads, published, toys
-from pipeline.data.examples import subset
-from pipeline.data.folder import square
-from pipeline.data.shards import pack
-from pipeline.data.sources import load
-from pipeline.data.stream import read_split
+from pipeline.data.format.writer import pack
+from pipeline.data.loader import read_split
+from pipeline.data.sources import published, toys
+from pipeline.data.sources.catalog import load
+from pipeline.data.sources.folder import square
+from pipeline.data.sources.source import subset
 from pipeline.errors import InputError
 
 
@@ -274,7 +274,7 @@ def test_idx_files_gzipped_or_not_are_checked(tmp_path: Path, monkeypatch: pytes
         (tmp_path / f"{stem}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.array([5, 0, 4], np.uint8))))
     with pytest.raises(InputError, match="train-images-idx3-ubyte has sha256 .*, not ba891046"):
         load("mnist", root=tmp_path)
-    monkeypatch.setattr(downloads, "checked", downloads.checked)
+    monkeypatch.setattr(published, "checked", published.checked)
     monkeypatch.setattr(published, "checked", lambda _, data, __: gzip.decompress(data) if data[0] == 31 else data)
     source = load("mnist", root=tmp_path)
     key, image, label = source.splits["test"][2]
@@ -284,14 +284,14 @@ def test_idx_files_gzipped_or_not_are_checked(tmp_path: Path, monkeypatch: pytes
 def test_every_way_that_failed_is_listed_and_success_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     sums = {"file": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}  # of b"abc"
-    bad = [("here", downloads.from_folder(tmp_path / "x")), ("there", lambda file: b"abd")]
+    bad = [("here", published.from_folder(tmp_path / "x")), ("there", lambda file: b"abd")]
     with pytest.raises(InputError) as caught:
-        downloads.obtain("letters", sums, bad, advice="Give --root")
+        published.obtain("letters", sums, bad, advice="Give --root")
     for part in ("cache", "here: no file or file.gz", "there: file has sha256 a52d159f262b", "Give --root"):
         assert part in str(caught.value)
     ways = [*bad, ("packed", lambda file: gzip.compress(b"abc"))]
-    assert downloads.obtain("letters", sums, ways, advice="") == {"file": b"abc"}
-    assert downloads.obtain("letters", sums, [], advice="") == {"file": b"abc"}
+    assert published.obtain("letters", sums, ways, advice="") == {"file": b"abc"}
+    assert published.obtain("letters", sums, [], advice="") == {"file": b"abc"}
 
 
 @pytest.mark.network

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.loop import open_features
-from pipeline.match import latents, matcher
+from pipeline.match import matcher
 from pipeline.match.matcher import Match, MatchConfig, match_round
 from pipeline.match.space import SpaceConfig
+from pipeline.model import latents
 from pipeline.model.networks import NetworkConfig, build_network
+from pipeline.training.loop import open_features
 from tests.match.problems import draw
 
 

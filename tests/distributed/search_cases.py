@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.match.nearest import Blocks, nearest, search
-from pipeline.match.plan import METHODS
+from pipeline.match.across_ranks import Blocks, nearest, search
+from pipeline.match.method import METHODS
 from tests.match.problems import CASES, draw
 
 Share = Callable[[int, int, int], tuple[int, int]]

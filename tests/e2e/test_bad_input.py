@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.audit import Scan
-from pipeline.data.pages import dump_table, table_name
-from pipeline.data.store import open_store
+from pipeline.data.format.audit import Scan
+from pipeline.data.format.pages import dump_table, table_name
 from pipeline.errors import BAD_INPUT
+from pipeline.storage.store import open_store
 from tests.conftest import ROOT, SMALL, environment, train_command
 
 

@@ -11,9 +11,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pipeline import cli
+from pipeline.checkpoint.writer import newest_checkpoint
+from pipeline.cli import main as cli
 from pipeline.model.naign import NAIGN
-from pipeline.runtime.checkpoint import newest_checkpoint
 from tests.conftest import ROOT, SMALL, environment, train_command
 
 ROUNDS, STEPS = 4, 8

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from pipeline.data.store import open_store
+from pipeline.checkpoint.bucket import newest_first
+from pipeline.checkpoint.writer import newest_checkpoint
 from pipeline.errors import BAD_INPUT
-from pipeline.runtime.checkpoint import newest_checkpoint
-from pipeline.runtime.remote import newest_first
+from pipeline.storage.store import open_store
 from tests.conftest import ROOT, SMALL, Program, environment, start
 from tests.e2e.ranks import Job
 from tests.servers import S3Server
@@ -24,7 +24,7 @@ POISON = """
 import sys
 sys.path.insert(0, {root!r})
 import torch
-from pipeline import fit
+from pipeline.training import fit
 from pipeline.model import objectives
 made, count = objectives.losses, [0]
 def losses(*args, **kwargs):

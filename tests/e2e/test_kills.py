@@ -18,10 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.data.manifest import Manifest
-from pipeline.data.plan import Order, pieces
-from pipeline.data.store import open_store
-from pipeline.runtime.checkpoint import is_complete, newest_checkpoint
+from pipeline.checkpoint.writer import is_complete, newest_checkpoint
+from pipeline.data.format.manifest import Manifest
+from pipeline.data.order import Order, pieces
+from pipeline.storage.store import open_store
 from tests.conftest import SMALL
 from tests.e2e.ranks import Job
 from tests.proxy import FaultProxy, Faults
@@ -109,7 +109,7 @@ def test_kills_cost_time_and_nothing_else(digits: str, bucket: str, proxy: Fault
 def keys_of(data: str) -> list[str]:
     """Of all training images, in the order of their shards."""
     from pipeline.data.dataset import DataConfig, open_reader
-    from pipeline.data.plan import Piece
+    from pipeline.data.order import Piece
 
     manifest = Manifest.load(data)
     reader = open_reader(DataConfig(path=data), manifest)

@@ -12,8 +12,8 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
+from pipeline.checkpoint.writer import newest_checkpoint
 from pipeline.errors import INTERRUPTED
-from pipeline.runtime.checkpoint import newest_checkpoint
 from tests.conftest import SMALL, environment, start, train_command
 
 

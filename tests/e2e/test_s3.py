@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.manifest import Manifest
+from pipeline.data.format.manifest import Manifest
 from tests.conftest import SMALL, Program, start
 from tests.proxy import FaultProxy, Faults
 from tests.servers import S3Server
@@ -127,7 +127,7 @@ def test_mistakes_with_buckets_end_with_code_2(
 
 @pytest.mark.slow
 def test_indexing_tars_of_others(naign: Program, train: Program, bucket: str, tmp_path: Path) -> None:
-    from pipeline.data.store import open_store
+    from pipeline.storage.store import open_store
 
     assert naign("pack", "digits", "--to", "packed", "--shards", "4").returncode == 0
     store = open_store(bucket)

@@ -14,18 +14,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from pipeline.checkpoint.writer import write_checkpoint
 from pipeline.data.degrade import KINDS
-from pipeline.data.examples import Made
-from pipeline.data.shards import pack
-from pipeline.data.sources import load
+from pipeline.data.format.writer import pack
+from pipeline.data.sources.catalog import load
+from pipeline.data.sources.source import Made
 from pipeline.errors import InputError
 from pipeline.evaluate import run
-from pipeline.evaluate.encoder import FOLDER, load_encoder
 from pipeline.evaluate.report import number
 from pipeline.evaluate.run import evaluate
+from pipeline.model.encoders import FOLDER, load_encoder
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import NetworkConfig
-from pipeline.runtime.checkpoint import write_checkpoint
 
 TINY = NetworkConfig(kind="conv", width=4, code=8)
 Save = Callable[..., str]

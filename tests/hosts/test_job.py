@@ -82,13 +82,13 @@ def rounds(job: Job, index: int = 0) -> int:
 
 def complete(cluster: Cluster) -> bool:
     """Whether the bucket holds the last checkpoint, whole, as its own server says."""
-    from pipeline.data.store import open_store
-    from pipeline.runtime.checkpoint import is_complete
-    from pipeline.runtime.remote import download, newest_first
+    from pipeline.checkpoint.bucket import download, newest_first
+    from pipeline.checkpoint.writer import is_complete
+    from pipeline.storage.store import open_store
 
     address = next(pod.address for pod in cluster.pods if pod.name == "naign-store")
     before = {name: os.environ.pop(name, None) for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID")}
-    from pipeline.data.s3_client import forget_clients
+    from pipeline.storage.s3_client import forget_clients
 
     os.environ["AWS_ENDPOINT_URL"] = f"http://{address}:8333"
     forget_clients()

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cluster.launch import SIGNALS, Ending
 from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED
-from pipeline.hosts.launch import SIGNALS, Ending
 from tests.conftest import SMALL, environment
 from tests.servers import free_port
 
@@ -54,8 +54,8 @@ def test_a_signal_ends_what_is_waited_for_after_the_ranks(number, handlers):
 
 BUCKET = """
 import os, signal, sys, threading, time
-from pipeline import cli
-from pipeline.hosts import launch
+from pipeline.cli import main as cli
+from pipeline.cluster import launch
 
 answers = iter((lambda: False, lambda: time.sleep(60)))  # of the bucket: not done; then it is silent
 launch._is_done = lambda *_: next(answers)()

@@ -11,9 +11,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from pipeline.cluster.check import problems, templates
+from pipeline.cluster.render import IMAGE, Size, name_after, render_k8s
 from pipeline.errors import InputError
-from pipeline.hosts.check import problems, templates
-from pipeline.hosts.render import IMAGE, Size, name_after, render_k8s
 from tests.conftest import ROOT
 
 VERSIONS = ("1.29", "1.31", "1.33", "1.34", "1.35", kubernetes_validate.latest_version())

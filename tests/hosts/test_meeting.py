@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from pipeline.cluster.launch import Ending, explain, find_engine
+from pipeline.cluster.meeting import Links, interface_of, listen, meet, turn_away
+from pipeline.cluster.place import PORTS, Place, find_place, find_ports
 from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost
-from pipeline.hosts.launch import Ending, explain, find_engine
-from pipeline.hosts.meeting import Links, interface_of, listen, meet, turn_away
-from pipeline.hosts.place import PORTS, Place, find_place, find_ports
 from tests.servers import free_port
 
 

@@ -8,13 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import philox
 from pipeline.config import Config, differences, flatten, from_dict
 from pipeline.errors import InputError
-from pipeline.loop import Drawing
-from pipeline.match import latents, matcher
+from pipeline.match import matcher
+from pipeline.match.across_ranks import nearest
 from pipeline.match.matcher import MatchConfig, block_range, match_round
-from pipeline.match.nearest import nearest
+from pipeline.model import latents
 from pipeline.model.networks import NetworkConfig, build_network
+from pipeline.training.loop import Drawing
 from tests.conftest import SMALL
 
 
@@ -205,7 +207,7 @@ def test_jitter_is_small_noise_of_the_images_number():
 
 def test_the_stream_of_jitter_is_one_more_and_the_others_are_as_they_were():
     id = torch.tensor([2**40 + 3])
-    streams = [latents.normal(3, 2, id, (4096,), stream=stream)[0] for stream in range(5)]
+    streams = [philox.normal(3, 2, id, (4096,), stream=stream)[0] for stream in range(5)]
     known = [
         (1.281032, 0.375587, -0.697792),
         (1.996212, -0.159794, 0.173945),
@@ -215,7 +217,7 @@ def test_the_stream_of_jitter_is_one_more_and_the_others_are_as_they_were():
     for stream, values in zip(streams[:4], known, strict=True):
         assert stream[[0, 1, 8]].tolist() == pytest.approx(values, abs=1e-5)
     assert (torch.corrcoef(torch.stack(streams)) - torch.eye(5)).abs().max() < 0.08
-    assert not torch.isin(streams[latents.JITTER], torch.cat(streams[:4])).any()
+    assert not torch.isin(streams[philox.JITTER], torch.cat(streams[:4])).any()
 
 
 @pytest.mark.parametrize(

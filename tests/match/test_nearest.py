@@ -5,9 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.match import plan
-from pipeline.match.nearest import Blocks, nearest, search
-from pipeline.match.plan import METHODS
+from pipeline.match.across_ranks import Blocks, nearest, search
+from pipeline.match.method import METHODS
 from tests.match.problems import CASES, FAMILIES, draw, oracle
 
 
@@ -38,7 +37,7 @@ def test_any_problem_in_any_blocks(family, method, dtype, seed, queries, candida
     q, c = FAMILIES[family](seed, queries, candidates, dims)
     blocks = Blocks(rows=len(c), make=lambda low, high: c[low:high], size=max(block, -(-len(c) // 20)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "fastest_type", lambda device: dtype)
+        patch.setattr("pipeline.match.method.fastest_type", lambda device: dtype)
         found = search(q, blocks, 7, method=method, neighbours=neighbours)
     expected, rows = oracle(q, c, neighbours)
     kept = rows.shape[1]

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import InputError
-from pipeline.evaluate.encoder import FOLDER
-from pipeline.loop import open_features
 from pipeline.match.space import ROWS, SpaceConfig, check_space, embed
+from pipeline.model.encoders import FOLDER
+from pipeline.training.loop import open_features
 
 SHAPE = (1, 8, 8)
 

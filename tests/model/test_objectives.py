@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import InputError
-from pipeline.evaluate.encoder import load_encoder
+from pipeline.model.encoders import load_encoder
 from pipeline.model.objectives import ObjectiveConfig, losses
 from pipeline.model.perceptual import perceptual
 

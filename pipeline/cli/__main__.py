@@ -1,0 +1,5 @@
+"""`python -m pipeline.cli`: the `naign` program."""
+
+from pipeline.cli.main import main
+
+main()

@@ -1,0 +1,120 @@
+"""Images and points that commands are given, and samples that they write."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.data.decode import UNDECODABLE, scaled
+from pipeline.data.sources.folder import square
+from pipeline.errors import InputError, printable
+from pipeline.observe.pictures import grid, png, to_image
+from pipeline.storage.local import write_atomically
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def find_files(files: Sequence[Path], shape: tuple[int, ...]) -> list[tuple[Path, Path]]:
+    """(path, name) of each file given, for samples of `shape`: a file's name is its own, one found in a folder (images,
+    or .csv for points) keeps its path in there.
+    """
+    suffixes, what = (IMAGES, "images") if len(shape) == 3 else ((".csv",), ".csv files of points")
+    found = []
+    for file in files:
+        if file.is_dir():
+            inside = sorted(path for path in file.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+            found += [(path, path.relative_to(file)) for path in inside]
+        else:
+            found.append((file, Path(file.name)))
+    if not found:
+        raise InputError(f"no {what} given: name files, or folders that hold some")
+    return found
+
+
+def refuse_overwriting(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
+    """InputError if two outputs are one file, or one is an input."""
+    writer: dict[Path, Path] = {}
+    sources = {path.resolve() for path in inputs}
+    for source, output in zip(inputs, outputs, strict=True):
+        if output.resolve() in sources:
+            raise InputError(f"--to would overwrite the input {output}: choose another folder")
+        if output.is_dir():
+            raise InputError(f"{output} would be written for {source}, but is a folder: choose another --to")
+        if output in writer:
+            raise InputError(f"{writer[output]} and {source} would both be written to {output}: rename one of them")
+        writer[output] = source
+
+
+def read_samples(paths: Sequence[Path], shape: tuple[int, ...]) -> list[Tensor]:
+    """What each file holds: one image (1, C, S, S), resized and cropped to the model's square as `pack` does, or points
+    (n, D), one a line of a .csv file; float32, images in [-1, 1]. InputError where a file holds none.
+    """
+    return [(_image if len(shape) == 3 else _points)(path, shape) for path in paths]
+
+
+def _image(path: Path, shape: tuple[int, ...]) -> Tensor:
+    try:
+        pixels = np.asarray(square(path.read_bytes(), shape[1], shape[0]))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except UNDECODABLE as error:
+        raise InputError(f"{path}: {_cause(error, 'no picture that can be read')}") from None
+    return scaled(torch.from_numpy(pixels.copy()).view(1, *shape[1:], shape[0]).permute(0, 3, 1, 2))
+
+
+def _points(path: Path, shape: tuple[int, ...]) -> Tensor:
+    wanted = math.prod(shape)
+    takes = f"this model takes points, {wanted} finite numbers a line with commas between them and no header"
+    try:
+        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"{path}: {_cause(error, 'no text')}; {takes}") from None
+    rows = np.empty((len(lines), wanted), np.float32)
+    for number, line in enumerate(lines):
+        try:
+            values = [float(cell) for cell in line.split(",")]
+            with np.errstate(over="ignore"):
+                rows[number] = values
+            sound = len(values) == wanted and bool(np.isfinite(rows[number]).all())
+        except ValueError:
+            sound = False
+        if not sound:
+            raise InputError(f"{path}:{number + 1}: '{printable(line, 60)}': {takes}")
+    if not lines:
+        raise InputError(f"{path}: empty; {takes}")
+    return torch.from_numpy(rows)
+
+
+def _cause(error: Exception, otherwise: str) -> str:
+    """What the system says of a file; otherwise what cannot be read is not of its kind."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else otherwise
+
+
+def write_samples(made: Tensor, to: Path) -> str:
+    """Write samples as `sample` promises; where they are."""
+    points, suffix = made.ndim != 4, to.suffix.lower()
+    if points != (suffix == ".csv") or suffix not in (".png", ".csv", ""):
+        wanted = ".csv" if points else ".png, or a folder's name"
+        raise InputError(f"--to {to}: samples of shape {tuple(made.shape[1:])} go to a file that ends in {wanted}")
+    (to if not to.suffix else to.parent).mkdir(parents=True, exist_ok=True)
+    if points:
+        text = io.StringIO()
+        csv.writer(text).writerows(made.tolist())
+        write_atomically(to, text.getvalue())
+    elif to.suffix:
+        save(grid(made, columns=math.ceil(math.sqrt(len(made)))), to)
+    else:
+        for number, image in enumerate(made):
+            save(to_image(image), to / f"{number:06d}.png")
+    return f"{to}/" if not to.suffix else str(to)
+
+
+def save(picture: Image.Image, to: Path) -> None:
+    """As PNG, whole or not at all."""
+    write_atomically(to, png(picture), sync=False)  # there may be thousands

@@ -1,0 +1,311 @@
+"""All hosts of a job wait for each other before any of them starts its ranks.
+
+A launcher's own rendezvous takes whoever comes: a pod of an earlier start of the same job, still terminating, has the
+name and the number of one that is awaited. Here each says which start it belongs to, host 0 turns others away, and the
+others go on with the address at which that very host 0 answered, whatever its name means a moment later.
+
+The connections stay open while the ranks run: a host that ends without a word closes its own, and the others learn at
+once what a collective may not tell for minutes.
+"""
+
+import contextlib
+import json
+import random
+import re
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.cluster.place import Place
+from pipeline.errors import InputError, PeerLost, printable
+
+EVERY = 10.0
+"""Seconds between two words about who is awaited."""
+
+SILENCE = 10.0
+"""Seconds for somebody who connects to say who it is."""
+
+TELLING = 30.0
+"""Seconds that host 0 stays to say why it ends: so long after it another host may come."""
+
+
+def meet(
+    place: Place,
+    *,
+    port: int,
+    within: float = 900,  # seconds
+    say: Callable[[str], None] = print,
+    listener: socket.socket | None = None,
+) -> "Links":
+    """Wait until every host of this start is here; on host 0 `listener` is what `listen` opened, if it was called.
+
+    Raises PeerLost when time is up, InputError where the hosts disagree on how many they are or the port is taken.
+    """
+    if place.hosts == 1:
+        return Links("127.0.0.1", {})
+    waiting = _Waiting(within, say)
+    if place.index:
+        return _go_to_first(place, port, waiting)
+    with contextlib.nullcontext(listener) if listener else _listen(port) as listener:
+        return _wait_for_others(place, listener, waiting)
+
+
+def listen(place: Place, port: int) -> socket.socket | None:
+    """Open the port on host 0, None on others: before it finds out what may be wrong there alone."""
+    return _listen(port) if place.hosts > 1 and place.index == 0 else None
+
+
+def turn_away(listener: socket.socket, place: Place, reason: str, within: float = TELLING) -> None:
+    """Tell the other hosts as they come why all end: for so many seconds, or until each was told."""
+    told: set[int] = set()
+    until = time.monotonic() + within
+    while len(told) < place.hosts - 1 and (left := until - time.monotonic()) > 0:
+        listener.settimeout(left)
+        with contextlib.suppress(OSError):
+            peer, _ = listener.accept()
+            with peer:
+                peer.settimeout(1)
+                index, no, end = _judge(place, peer.recv(4096).partition(b"\n")[0])
+                peer.sendall(json.dumps({"no": no or reason[:400], "end": end or not no}).encode() + b"\n")
+                told |= {index} if end or not no else set()
+
+
+class Links:
+    """Connections of host 0 to the others, or of another to host 0, by whose they are."""
+
+    def __init__(self, address: str, peers: dict[int, socket.socket], said: bytes = b"") -> None:
+        self.address = address
+        """Of host 0."""
+        self._peers, self._said = peers, said  # host 0 may have said its code already
+
+    def watch(self, ended: Callable[[int, int | None, bool], None]) -> None:
+        """Call `ended(host, code, lost)` from a thread when a host ends, as it said by `leave`; code is None if not."""
+        for peer in self._peers.values():
+            peer.setblocking(True)
+
+        def listen(host: int, peer: socket.socket) -> None:
+            said = self._said
+            with contextlib.suppress(OSError):
+                while part := peer.recv(64):
+                    said += part
+            found = re.fullmatch(rb"(\d{1,9})( lost)?\n", said)
+            ended(host, int(found[1]) if found else None, bool(found and found[2]))
+
+        for host, peer in self._peers.items():
+            threading.Thread(target=listen, args=(host, peer), name=f"host {host}", daemon=True).start()
+
+    def leave(self, code: int, *, lost: bool = False) -> None:
+        """Say that this host ends, and how, and whether it knows of a host that was lost."""
+        for peer in self._peers.values():
+            with contextlib.suppress(OSError):
+                peer.sendall(f"{code}{' lost' * lost}\n".encode())
+                peer.shutdown(socket.SHUT_WR)
+
+
+class _Waiting:
+    """How long, and what is said meanwhile."""
+
+    def __init__(self, within: float, say: Callable[[str], None]) -> None:
+        self._begun = time.monotonic()
+        self._within, self.say = within, say
+        self._next = self._begun + EVERY
+
+    def check(self, for_whom: str) -> None:
+        """Called about every second."""
+        now = time.monotonic()
+        if now > self._begun + self._within:
+            raise PeerLost(f"waited {self._within:.0f} s for {for_whom}")
+        if now >= self._next:
+            self.say(f"waiting for {for_whom} ({now - self._begun:.0f} s)")
+            self._next = now + EVERY
+
+
+def _wait_for_others(place: Place, listener: socket.socket, waiting: _Waiting) -> Links:
+    there: dict[int, socket.socket] = {}
+    unsaid: dict[socket.socket, bytes] = {}  # what came so far of who has not said who it is
+    since: dict[socket.socket, float] = {}
+    with selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
+
+        def drop(peer: socket.socket) -> None:
+            selector.unregister(peer)
+            unsaid.pop(peer, None)
+            since.pop(peer, None)
+            for index in [index for index, found in there.items() if found is peer]:
+                del there[index]
+            peer.close()
+
+        while len(there) < place.hosts - 1:
+            missing = [index for index in range(1, place.hosts) if index not in there]
+            shown = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
+            waiting.check(f"host {shown} of {place.hosts}")
+            for peer in [peer for peer, came in since.items() if peer in unsaid and came + SILENCE < time.monotonic()]:
+                drop(peer)
+            for key, _ in selector.select(timeout=1):
+                if key.fileobj is listener:
+                    try:
+                        peer, _ = listener.accept()
+                        peer.setblocking(False)
+                        _notice_death(peer)
+                    except OSError:  # gone already, or too many
+                        time.sleep(0.01)
+                        continue
+                    unsaid[peer], since[peer] = b"", time.monotonic()
+                    selector.register(peer, selectors.EVENT_READ)
+                    continue
+                peer = key.fileobj  # type: ignore[assignment]
+                if peer.fileno() < 0:  # dropped since
+                    continue
+                try:
+                    data = peer.recv(4096)
+                except OSError:
+                    data = b""
+                if not data or peer not in unsaid or len(unsaid[peer]) > 4096:
+                    drop(peer)
+                    continue
+                unsaid[peer] += data
+                if b"\n" not in unsaid[peer]:
+                    continue
+                index, answer, end = _judge(place, unsaid[peer].partition(b"\n")[0])
+                if answer:
+                    waiting.say(answer)
+                    for other in (peer, *there.values()) if end else (peer,):
+                        with contextlib.suppress(OSError):
+                            other.send(json.dumps({"no": answer, "end": end}).encode() + b"\n")
+                    drop(peer)
+                    if end:
+                        raise InputError(answer)
+                    continue
+                del unsaid[peer]
+                if index in there:
+                    waiting.say(f"host {index} came again: the one before it is forgotten")
+                    drop(there[index])  # its pod was replaced
+                there[index] = peer
+        address = str(next(iter(there.values())).getsockname()[0]).removeprefix("::ffff:")
+        for peer in there.values():
+            with contextlib.suppress(OSError):  # who is gone now will be missed, and all start again
+                peer.setblocking(True)
+                peer.sendall(b'{"go": true}\n')
+        for peer in unsaid:
+            peer.close()
+        return Links(address, there)
+
+
+def _judge(place: Place, line: bytes) -> tuple[int, str, bool]:
+    """Which host it is, why it is turned away, or '', and whether all must end for that reason."""
+    try:
+        said = json.loads(line)
+        start, index, hosts = str(said["start"]), int(said["index"]), int(said["hosts"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return 0, "somebody who is no host of this job was turned away", False
+    if start != place.start:
+        shown = printable(start, 80) or "unnamed"
+        return index, f"a host {index} of another start of this job ({shown}) was turned away", False
+    if not 0 < index < max(hosts, place.hosts):
+        return index, f"somebody who calls itself host {index} was turned away", False
+    if hosts != place.hosts:
+        return index, f"host {index} counts {hosts} hosts, host 0 counts {place.hosts}: make NAIGN_HOSTS the same", True
+    return index, "", False
+
+
+def _go_to_first(place: Place, port: int, waiting: _Waiting) -> Links:
+    hello = json.dumps({"start": place.start, "index": place.index, "hosts": place.hosts}).encode() + b"\n"
+    said = ""
+    while True:
+        waiting.check(f"host 0 ({place.head}, port {port}){said}")
+        with contextlib.ExitStack() as stack:
+            try:
+                connection = stack.enter_context(_connect(place.head, port))
+                _notice_death(connection)
+                connection.sendall(hello)
+                answer, rest = _answer(
+                    connection, lambda: waiting.check(f"an answer of {place.head}, port {port}, where somebody listens")
+                )
+            except socket.gaierror as error:
+                answer = {"no": f"no address of that name ({error.strerror})"}
+            except OSError:
+                answer = {}
+            except (ValueError, RecursionError):
+                answer = {"no": "another program answers there"}
+            if answer.get("go"):
+                stack.pop_all()
+                return Links(str(connection.getpeername()[0]).removeprefix("::ffff:"), {0: connection}, rest)
+            reason = printable(str(answer.get("no", "")))
+            if answer.get("end"):
+                raise InputError(reason or "host 0 turned this one away")
+            said = f": {reason}" if reason else ""
+        time.sleep(0.5)
+
+
+def _connect(name: str, port: int) -> socket.socket:
+    """One of the addresses that a name has: an earlier start's pod may still be among them."""
+    addresses = [str(found[4][0]) for found in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)]
+    random.shuffle(addresses)
+    problem = OSError(f"no address of {name}")
+    for address in addresses:
+        try:
+            return socket.create_connection((address, port), timeout=5)
+        except OSError as error:
+            problem = error
+    raise problem
+
+
+def _answer(connection: socket.socket, check: Callable[[], None]) -> tuple[dict[str, Any], bytes]:
+    """What host 0 answers, {} if it goes away; and what it said after that."""
+    connection.settimeout(1)
+    data = b""
+    while b"\n" not in data:
+        check()
+        try:
+            part = connection.recv(4096)
+        except TimeoutError:
+            continue
+        data += part
+        if not part:
+            return {}, b""
+        if len(data) > 4096:
+            raise ValueError("too long for an answer")
+    line, _, rest = data.partition(b"\n")
+    answer = json.loads(line)
+    return (answer if isinstance(answer, dict) else {}), rest
+
+
+def _listen(port: int) -> socket.socket:
+    try:
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+        return socket.create_server(("", port), backlog=1024)
+    except OSError as error:
+        raise InputError(
+            f"port {port} cannot be opened on host 0 ({error.strerror}): choose another --meeting-port"
+        ) from None
+
+
+def _notice_death(connection: socket.socket) -> None:
+    """Of a machine at the other end: within some ten seconds."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def interface_of(address: str) -> str:
+    """The network interface by which this host reaches an address; '' if that is not to be found out."""
+    try:
+        family = socket.getaddrinfo(address, 1, type=socket.SOCK_DGRAM)[0][0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 1))
+            mine = probe.getsockname()[0]
+        import fcntl
+
+        for _, name in socket.if_nameindex():
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked, contextlib.suppress(OSError):
+                found = fcntl.ioctl(asked.fileno(), 0x8915, name.encode()[:15].ljust(256, b"\0"))  # SIOCGIFADDR
+                if socket.inet_ntoa(found[20:24]) == mine.removeprefix("::ffff:"):
+                    return name
+    except (OSError, ImportError):
+        pass
+    return ""

@@ -1,0 +1,186 @@
+"""index.json: what a packed data set holds. It is written last, so a data set without it does not exist."""
+
+import json
+import math
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.errors import InputError
+from pipeline.storage.base import Store
+from pipeline.storage.store import open_store
+
+INDEX = "index.json"
+FORMAT = 2
+
+VALUES = 2**28
+"""The most values a sample may have: a colour image of 8192 pixels a side is below it."""
+
+MOST_SAMPLES = 2**40
+"""Of a split."""
+
+SAMPLE_BYTES = 1024
+"""The least that a sample takes in a tar: a block of header and one of data."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Shard:
+    """One tar."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    pages: str
+    """SHA-256 of its page table (pages.py)."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Split:
+    """`train` or `test`: its shards in order."""
+
+    samples: int
+    shards: tuple[Shard, ...]
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Manifest:
+    """A packed data set."""
+
+    name: str
+    kind: str
+    """`image` or `point`."""
+    shape: tuple[int, ...]
+    """Of one sample: (C, H, W) of an image, (D,) of a point."""
+    dtype: str
+    """`uint8` of an image, `float32` of a point."""
+    labels: tuple[str, ...]
+    """Name of each label; empty where there are none."""
+    splits: dict[str, Split]
+
+    @classmethod
+    def load(cls, path: str) -> "Manifest":
+        """Read it from a local folder or `s3://bucket/prefix`.
+
+        Raises InputError where the folder, or index.json in it, is missing, empty, malformed or of another format.
+        """
+        store = open_store(path)
+        names = store.list()
+        if not names:
+            raise InputError(
+                f"{path}: no data set here, the folder is missing or holds no files: "
+                f"check the path, or make one with `naign pack` (--help has its names): naign pack mnist --to {path}"
+            )
+        if INDEX not in names:
+            raise InputError(
+                f"{path}: no {INDEX} among its {len(names)} files: run `naign pack` again if it was interrupted, "
+                f"`naign index` for tars that others wrote, or check the path"
+            )
+        return cls.parse(store.read(INDEX), where=store.url(INDEX))
+
+    @classmethod
+    def parse(cls, text: bytes, *, where: str) -> "Manifest":
+        """Read it from the bytes of the index.json at `where`. Raises InputError."""
+        try:
+            fields: dict[str, Any] = json.loads(text)
+            version = fields.pop("format")
+            if version != FORMAT:
+                raise InputError(
+                    f"{where}: format {version!r}, but this program reads format {FORMAT}: "
+                    f"write it anew with `naign index --force`, or pack the data set again"
+                )
+            splits = {
+                name: Split(samples=split["samples"], shards=tuple(Shard(**shard) for shard in split["shards"]))
+                for name, split in fields.pop("splits").items()
+            }
+            shape, labels = _listed(fields.pop("shape")), _listed(fields.pop("labels"))
+            manifest = cls(shape=shape, labels=labels, splits=splits, **fields)
+            problem = _problem(manifest)
+        except InputError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        if problem:
+            raise InputError(f"{where}: malformed ({problem}): pack the data set again")
+        return manifest
+
+    def split(self, name: str) -> Split:
+        """The split of that name. Raises InputError, naming those there are, where there is none."""
+        if name not in self.splits:
+            raise InputError(f"data set {self.name} has no split {name!r}: choose one of {', '.join(self.splits)}")
+        return self.splits[name]
+
+    def dump(self) -> bytes:
+        """The bytes of its index.json."""
+        return (json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n").encode()
+
+
+def size_problem(store: Store, shard: Shard) -> str:
+    """How a shard's size in the store differs from that in index.json, or ''. Raises InputError where it is missing."""
+    size = store.size(shard.name)
+    if size == shard.bytes:
+        return ""
+    return (
+        f"{store.url(shard.name)}: {size} bytes, but {INDEX} says {shard.bytes}: truncated or replaced: "
+        f"copy it again, or repack the data set"
+    )
+
+
+def _listed(value: object) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is no list")
+    return tuple(value)
+
+
+def _is_count(value: object, least: int = 0) -> bool:
+    """Whether it is an integer from `least` up; JSON's true, 1.0 and "1" are none."""
+    return type(value) is int and value >= least
+
+
+def _problem(manifest: Manifest) -> str:
+    """What is of the wrong type, out of range or contradicts itself, or ''."""
+    shape, labels = manifest.shape, manifest.labels
+    form = {"image": (3, "uint8"), "point": (1, "float32")}.get(manifest.kind)
+    if form != (len(shape), manifest.dtype):
+        return f"kind {manifest.kind}, shape {shape} and dtype {manifest.dtype} do not go together"
+    if not all(_is_count(length, 1) for length in shape) or math.prod(shape) > VALUES:
+        return f"shape {shape} is not of positive integers with at most {VALUES} values together"
+    if manifest.kind == "image" and shape[0] not in (1, 3):
+        return f"an image has 1 or 3 channels, not the {shape[0]} of shape {shape}"
+    if not all(isinstance(text, str) for text in (manifest.name, *labels)) or len(set(labels)) < len(labels):
+        return "the name and the labels are not strings, or one label stands twice"
+    names: set[str] = set()
+    for name, split in manifest.splits.items():
+        if not split.shards:
+            return f"split {name} has no shards"
+        for shard in split.shards:
+            if problem := _shard_problem(shard):
+                return f"split {name}, shard {shard.name!r}: {problem}"
+            if shard.name in names:
+                return f"shard {shard.name} is listed twice"
+            names.add(shard.name)
+        if (
+            not _is_count(split.samples)
+            or not split.samples < MOST_SAMPLES
+            or sum(shard.samples for shard in split.shards) != split.samples
+        ):
+            return f"the samples of the shards of split {name} do not add up to {split.samples!r}"
+    return "" if manifest.splits else "no splits"
+
+
+def _shard_problem(shard: Shard) -> str:
+    name = shard.name
+    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name.encode()) < 256:
+        return "its name is not that of a file"
+    if name.startswith(".") or set(name) & {"/", "\\"}:
+        return "its name is hidden, or leads out of the folder"
+    if not _is_count(shard.samples, 1) or not _is_count(shard.bytes):
+        return (
+            f"{shard.samples!r} samples in {shard.bytes!r} bytes: a shard has at least one, and whole numbers of both"
+        )
+    if shard.bytes < SAMPLE_BYTES * shard.samples:
+        return f"{shard.bytes} bytes cannot hold {shard.samples} samples"
+    for digest in (shard.sha256, shard.pages):
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            return f"{digest!r} is no SHA-256 of 64 hexadecimal digits"
+    return ""

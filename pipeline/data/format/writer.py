@@ -1,0 +1,218 @@
+"""Packing a source into WebDataset shards, which stream into their store as they are made."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+from tqdm import tqdm
+from webdataset import TarWriter
+
+from pipeline.data.decode import encode
+from pipeline.data.format.manifest import INDEX, Manifest, Shard, Split
+from pipeline.data.format.pages import Pager, Table, dump_table, table_name
+from pipeline.data.order import check_seed, parts
+from pipeline.data.sources.source import Source
+from pipeline.errors import Conflict, InputError
+from pipeline.storage.base import Store, Writer
+from pipeline.storage.store import open_store
+
+SHARDS = 16
+"""The usual least number of shards a split: enough readers for a machine or two."""
+
+SHARD_BYTES = 64 << 20
+"""The usual most bytes of decoded samples a shard: long enough reads, short enough retries."""
+
+
+ENCODINGS = ("png", "jpg", "webp", "npy")
+"""Of images: jpg trades exactness for space, npy space for speed."""
+
+
+def pack(
+    source: Source,
+    to: str,  # local folder or s3://bucket/prefix
+    *,
+    shards: int | None = None,  # a split; None: 16, or as many as keep a shard under 64 MiB decoded
+    encoding: str = "png",  # of images: one of ENCODINGS
+    seed: int = 0,  # of the order in which samples are dealt to shards
+    force: bool = False,  # replace what is there
+    progress: bool = True,  # bar on stderr
+) -> tuple[Manifest, bool]:
+    """Write the source's splits as shards `<split>-00000.tar` and, last, their index.json.
+
+    The same source and settings give the same bytes. A pack that was interrupted leaves no index.json, and goes on
+    where it was when run again; one that fails on the user's input takes back what it wrote. Returns the manifest, and
+    False if that very data set was there already.
+    Raises InputError where the target holds anything else, unless `force`, or the source cannot be packed so.
+    """
+    check_seed(seed)
+    if encoding not in ENCODINGS:
+        raise InputError(f"cannot store images as {encoding!r}: use one of {', '.join(ENCODINGS)}")
+    counts = {split: _count(source, split, shards) for split in source.splits}
+    target = open_store(to)
+    present = target.list()
+    old = Manifest.parse(target.read(INDEX), where=target.url(INDEX)) if INDEX in present and not force else None
+    if old and _outline(old) != (source.name, source.kind, source.shape, source.labels, _layout(source, counts)):
+        raise InputError(_refusal(to, old))
+    if force:
+        target.delete(INDEX)  # from here on the old data set does not exist
+        for name in present:
+            if name.endswith((".tar", ".pages.npy")) and name.rpartition("-")[0] in source.splits:
+                target.delete(name)
+        present = []
+
+    splits = {}
+    total = sum(len(examples) for examples in source.splits.values())
+    with (
+        _taken_back(target) as new,
+        tqdm(total=total, unit="sample", desc=f"pack {source.name}", disable=not progress) as bar,
+    ):
+        for split, count in counts.items():
+            known = {shard.name: shard for shard in old.splits[split].shards} if old else {}
+            written = []
+            for number, order in enumerate(_deal(len(source.splits[split]), count, seed)):
+                name = f"{split}-{number:05d}.tar"
+                make = partial(_write, source, split, order, name, encoding)
+                old_shard = known.get(name)
+                if old is None and name not in present:
+                    with target.write(name) as stream:
+                        new.append(name)
+                        shard, table = make(stream, bar)
+                    new.append(table_name(name))
+                    target.put(table_name(name), dump_table(table))
+                else:
+                    shard, table = make(_Nothing(), bar)
+                    if old is not None and old_shard != shard:
+                        raise InputError(_refusal(to, old))
+                    _complete(target, shard, table, present, make, known=old is not None)
+                written.append(shard)
+            splits[split] = Split(samples=len(source.splits[split]), shards=tuple(written))
+    manifest = Manifest(
+        name=source.name,
+        kind=source.kind,
+        shape=source.shape,
+        dtype="uint8" if source.kind == "image" else "float32",
+        labels=source.labels,
+        splits=splits,
+    )
+    if old is None:
+        if INDEX in target.list():
+            raise Conflict(
+                f"{to}: another program packed a data set there meanwhile: `naign verify` says whether it is whole; "
+                f"choose another place, or replace it with --force"
+            )
+        target.put(INDEX, manifest.dump())
+    return manifest, old is None
+
+
+@contextmanager
+def _taken_back(target: Store) -> Iterator[list[str]]:
+    """A list for names of what was written; it is deleted on an InputError, as mended input makes other shards."""
+    names: list[str] = []
+    try:
+        yield names
+    except Conflict:
+        raise
+    except InputError:
+        for name in names:
+            with suppress(InputError):  # the first error is the one to report
+                target.delete(name)
+        raise
+
+
+def _count(source: Source, split: str, shards: int | None) -> int:
+    """Shards of a split."""
+    samples = len(source.splits[split])
+    if not samples:
+        raise InputError(f"{source.name}: the {split} split is empty: give more images")
+    if shards is None:
+        size = samples * int(np.prod(source.shape)) * (1 if source.kind == "image" else 4)
+        return min(samples, max(SHARDS, -(-size // SHARD_BYTES)))
+    if not 1 <= shards <= samples:
+        raise InputError(f"cannot deal {samples} {split} samples to {shards} shards: use --shards 1 to {samples}")
+    return shards
+
+
+def _outline(manifest: Manifest) -> tuple[Any, ...]:
+    layout = {name: (split.samples, len(split.shards)) for name, split in manifest.splits.items()}
+    return manifest.name, manifest.kind, manifest.shape, manifest.labels, layout
+
+
+def _layout(source: Source, counts: dict[str, int]) -> dict[str, tuple[int, int]]:
+    return {name: (len(examples), counts[name]) for name, examples in source.splits.items()}
+
+
+def _refusal(to: str, old: Manifest | None) -> str:
+    what = f"another data set ({old.name}, or {old.name} packed otherwise)" if old else "shards of another data set"
+    return f"{to} already holds {what}: choose another folder, or replace it with --force"
+
+
+def _deal(samples: int, count: int, seed: int) -> Iterator[list[int]]:
+    """Indices of each shard's samples: a random order cut evenly, so that every shard is a random subset."""
+    draws = np.random.Philox(key=seed % 2**64).random_raw(samples)  # raw: the same in every NumPy
+    order = np.argsort(draws, kind="stable")
+    for start, stop in parts(0, samples, count):
+        yield [int(index) for index in order[start:stop]]
+
+
+class _Nothing:
+    """A file that nobody wants: what is written is only measured."""
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        return len(data)
+
+
+class _Measured:
+    """What a tar is written to: passes the bytes on, and counts, hashes and pages them."""
+
+    def __init__(self, target: Writer) -> None:
+        self._target, self.hash, self.pager, self.size = target, hashlib.sha256(), Pager(), 0
+
+    def write(self, data: bytes) -> int:
+        self._target.write(data)
+        self.hash.update(data)
+        self.pager.update(data)
+        self.size += len(data)
+        return len(data)
+
+
+def _write(
+    source: Source, split: str, order: list[int], name: str, encoding: str, target: Writer, bar: "tqdm[Any] | None"
+) -> tuple[Shard, Table]:
+    """Write one shard; owner, mode and time are fixed so that its bytes depend on the samples alone."""
+    suffix = encoding if source.kind == "image" else "npy"
+    measured = _Measured(target)
+    with TarWriter(cast(BinaryIO, measured), user="", group="", mtime=0, encoder=False) as writer:
+        for index in order:
+            key, array, label = source.splits[split][index]
+            assert array.shape == source.shape, f"{key}: {array.shape}"
+            sample: dict[str, Any] = {"__key__": key, suffix: encode(array, suffix)}
+            measured.pager.start(writer.tarstream.offset)
+            writer.write(sample if label < 0 else {**sample, "cls": str(label).encode()})
+            if bar is not None:
+                bar.update()
+        end = writer.tarstream.offset
+    table = measured.pager.finish(end)
+    pages = hashlib.sha256(dump_table(table)).hexdigest()
+    size, digest = measured.size, measured.hash.hexdigest()
+    return Shard(name=name, samples=len(order), bytes=size, sha256=digest, pages=pages), table
+
+
+def _complete(
+    target: Store, shard: Shard, table: Table, present: list[str], make: "partial[tuple[Shard, Table]]", *, known: bool
+) -> None:
+    """Write again what the target lacks of a shard. Raises InputError where it holds another of that name.
+
+    `known` says that the target's own index.json names this shard, so one of another size is damaged, not foreign.
+    """
+    there = shard.name in present
+    if there and not known and hashlib.sha256(target.read(shard.name)).hexdigest() != shard.sha256:
+        raise InputError(_refusal(target.path, None))
+    if not there or target.size(shard.name) != shard.bytes:
+        with target.write(shard.name) as stream:
+            make(stream, None)
+    name, data = table_name(shard.name), dump_table(table)
+    if name not in present or target.read(name) != data:
+        target.put(name, data)

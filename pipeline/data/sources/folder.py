@@ -1,0 +1,193 @@
+"""Any tree of pictures as a source: each is turned upright, shrunk or grown, cropped to a square, and labelled."""
+
+import io
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from pipeline.data.decode import UNDECODABLE, decoding, eight_bits
+from pipeline.data.format.audit import BROKEN_TAR
+from pipeline.data.sources.source import Example, Made, Source
+from pipeline.errors import InputError
+
+TEST_SHARE = 0.1
+"""Of the pictures, where the tree has no train/ and test/ of its own."""
+
+LARGEST = 8192
+"""Pixels a side: a colour image is then 805 MB as float32; one far larger would be resized without end."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Picture:
+    """One file of the tree."""
+
+    where: str
+    """For messages."""
+    path: PurePosixPath
+    """Relative to the tree, or to its train/ or test/."""
+    read: Callable[[], bytes]
+
+
+def from_tree(
+    name: str,
+    root: Path,  # folder, or tar archive of one
+    *,
+    size: int,  # pixels a side
+    channels: int = 3,  # 3 colour, 1 grey
+    seed: int = 0,  # of the test split, where the tree does not say
+) -> Source:
+    """The pictures under `root`, the name of a picture's first folder being its label (none if any lies outside).
+
+    The splits are the top folders train/ and test/ where both are there, else a random tenth is the test split.
+    Transparent pictures are laid on white, as viewers show them; 16-bit grey is scaled to 8 bits. Names that start with
+    a dot are passed over. Raises InputError, naming the file, for anything else that is no picture, links that lead to
+    none among them, and where there are no pictures.
+    """
+    if channels not in (1, 3) or not 1 <= size <= LARGEST:
+        raise InputError(
+            f"cannot make {channels} channels of {size} pixels: use --channels 1 or 3 and --size 1 to {LARGEST} "
+            f"(a colour image of {LARGEST} is 805 MB as float32 already)"
+        )
+    pictures, folders = _in_archive(root) if root.is_file() else _in_folder(root)
+    if len(pictures) < 2:
+        raise InputError(f"{root}: {len(pictures)} pictures found, at least 2 are needed: check the path")
+    holding = {picture.path.parts[0] for picture in pictures}
+    for top in ("train", "test"):
+        if {"train", "test"} <= folders and top not in holding:
+            raise InputError(f"{root}: {top}/ holds no pictures: put some there, or remove it")
+    splits = _split(pictures, seed)
+    tops = [{picture.path.parts[0] if len(picture.path.parts) > 1 else "" for picture in group} for group in splits]
+    names = sorted(tops[0] | tops[1])
+    labels = tuple(names) if "" not in names else ()
+    return Source(
+        name=name,
+        kind="image",
+        shape=(channels, size, size),
+        labels=labels,
+        splits={
+            "train": _examples(splits[0], labels, size, channels),
+            "test": _examples(splits[1], labels, size, channels),
+        },
+    )
+
+
+def square(data: bytes, size: int, channels: int) -> Image.Image:
+    """A picture upright (EXIF orientation), its shorter side resized to `size`, cropped to the centre square.
+
+    Transparency is laid on white. Raises InputError, saying why but not where, for bytes that are no such picture.
+    """
+    with decoding(), Image.open(io.BytesIO(data)) as opened:
+        upright = eight_bits(ImageOps.exif_transpose(opened), "L" if channels == 1 else "RGB")
+        if upright.size == (size, size):
+            return upright
+        return ImageOps.fit(upright, (size, size), method=Image.Resampling.LANCZOS)
+
+
+Tree = tuple[list[Picture], set[str]]
+"""Pictures in order, and the names of the top folders, also of those without pictures."""
+
+
+def _in_folder(root: Path) -> Tree:
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder: give a folder of pictures with --root")
+    pictures: list[Picture] = []
+    folders: set[str] = set()
+    for path in sorted(path for path in root.rglob("*") if not _hidden(path.relative_to(root))):
+        inside = PurePosixPath(path.relative_to(root).as_posix())
+        if path.is_file():
+            pictures.append(Picture(where=str(path), path=inside, read=path.read_bytes))
+        elif path.is_symlink() or not path.is_dir():
+            raise InputError(f"{path}: {_NO_FILE}")
+        else:
+            folders.add(inside.parts[0])
+    return pictures, folders
+
+
+def _in_archive(root: Path) -> Tree:
+    """Of an archive everything is held in memory, as compressed as it lies there: a zipped tar has no random access."""
+    pictures: list[Picture] = []
+    folders: set[str] = set()
+    try:
+        with tarfile.open(root) as tar:
+            for member in tar:
+                path = PurePosixPath(member.name)
+                if _hidden(path) or not path.parts:
+                    continue
+                where, stream = f"{root}: {path}", tar.extractfile(member) if member.isfile() else None
+                if stream:
+                    pictures.append(Picture(where=where, path=path, read=_constant(stream.read())))
+                elif not member.isdir():
+                    raise InputError(f"{where}: {_NO_FILE}")
+                folders.update(path.parts[:1] if member.isdir() else path.parts[:-1][:1])
+    except (*BROKEN_TAR, OSError) as error:
+        raise InputError(f"{root}: truncated or no tar archive ({error}): give a folder, or fetch it again") from None
+    return sorted(pictures, key=lambda picture: picture.path), folders
+
+
+_NO_FILE = "neither file nor folder, or a link that leads to no file: remove it, or put the file itself there"
+
+
+def _constant(data: bytes) -> Callable[[], bytes]:
+    return lambda: data
+
+
+def _hidden(path: PurePosixPath | Path) -> bool:
+    return any(part.startswith(".") and part != "." for part in path.parts)
+
+
+def _split(pictures: list[Picture], seed: int) -> tuple[list[Picture], list[Picture]]:
+    tops = {picture.path.parts[0] if len(picture.path.parts) > 1 else "" for picture in pictures}
+    if {"train", "test"} <= tops:
+        if tops != {"train", "test"}:
+            odd = next(picture for picture in pictures if picture.path.parts[0] not in ("train", "test"))
+            raise InputError(f"{odd.where}: lies beside train/ and test/: move it into one of them")
+        train, test = (
+            [
+                Picture(where=picture.where, path=PurePosixPath(*picture.path.parts[1:]), read=picture.read)
+                for picture in pictures
+                if picture.path.parts[0] == top
+            ]
+            for top in ("train", "test")
+        )
+        return train, test
+    draws = np.random.Philox(key=seed % 2**64).random_raw(len(pictures))
+    chosen = set(np.argsort(draws, kind="stable")[: max(1, round(TEST_SHARE * len(pictures)))].tolist())
+    return (
+        [picture for index, picture in enumerate(pictures) if index not in chosen],
+        [picture for index, picture in enumerate(pictures) if index in chosen],
+    )
+
+
+def _examples(pictures: list[Picture], labels: tuple[str, ...], size: int, channels: int) -> Made:
+    numbers = {label: number for number, label in enumerate(labels)}
+    keys = _keys([picture.path for picture in pictures])
+
+    def make(index: int) -> Example:
+        picture = pictures[index]
+        try:
+            pixels = np.asarray(square(picture.read(), size, channels))
+        except UNDECODABLE as error:
+            raise InputError(f"{picture.where}: {error}: remove it, or repair it") from None
+        array = pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        return keys[index], array, numbers[picture.path.parts[0]] if labels else -1
+
+    return Made(length=len(pictures), make=make)
+
+
+def _keys(paths: list[PurePosixPath]) -> list[str]:
+    """WebDataset keys like the paths: no dots (they start a suffix), no leading __ (metadata), all different."""
+    keys: list[str] = []
+    taken: set[str] = set()
+    for path in paths:
+        base = "/".join(part.replace(".", "_").lstrip("_") or "_" for part in path.with_suffix("").parts)
+        key, number = base, 1
+        while key in taken:
+            number += 1
+            key = f"{base}_{number}"
+        taken.add(key)
+        keys.append(key)
+    return keys

@@ -1,0 +1,134 @@
+"""Toy laws of points in the plane, each with a density one can write down, to see what a model learns.
+
+Every law lies about in [-1, 1]². `draw` is exact: points are independent, and the law of each is in its docstring.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.data.sources.source import Example, Made, Source
+from pipeline.errors import InputError
+
+TRAIN, TEST = 50_000, 10_000
+"""Points a split."""
+
+STREAM = 1
+"""Second word of the generator's key: packing deals with 0 there, and would sort what was drawn by the same numbers."""
+
+Points = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.int64]
+Drawn = tuple[Points, Labels]
+
+
+def moons(count: int, random: np.random.Generator) -> Drawn:
+    """Two interleaving half circles of radius 0.6, angle uniform, plus normal noise of deviation 0.03 in x and y."""
+    label = random.integers(2, size=count)
+    angle = random.uniform(0, np.pi, count)
+    sign = 1 - 2 * label  # +1 upper arc, -1 lower
+    points = np.stack([sign * (0.6 * np.cos(angle) - 0.3), sign * (0.6 * np.sin(angle) - 0.15)], axis=1)
+    return points + random.normal(0, 0.03, points.shape), label
+
+
+def circles(count: int, random: np.random.Generator) -> Drawn:
+    """Two circles of radius 0.9 and 0.45, angle uniform, plus normal noise of deviation 0.03 in x and y."""
+    label = random.integers(2, size=count)
+    angle = random.uniform(0, 2 * np.pi, count)
+    points = np.where(label, 0.45, 0.9)[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    return points + random.normal(0, 0.03, points.shape), label
+
+
+def spirals(count: int, random: np.random.Generator) -> Drawn:
+    """Two arms, r = 0.9 sqrt(u), angle 3 pi sqrt(u) (+ pi), u uniform, plus normal noise of deviation 0.02."""
+    label = random.integers(2, size=count)
+    root = np.sqrt(random.uniform(0, 1, count))
+    angle = 3 * np.pi * root + np.pi * label
+    points = 0.9 * root[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    return points + random.normal(0, 0.02, points.shape), label
+
+
+def gaussians(count: int, random: np.random.Generator) -> Drawn:
+    """Eight normals of deviation 0.06, alike in weight, centred evenly on the circle of radius 0.8."""
+    label = random.integers(8, size=count)
+    angle = 2 * np.pi * label / 8
+    points = 0.8 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    return points + random.normal(0, 0.06, points.shape), label
+
+
+def gaussians25(count: int, random: np.random.Generator) -> Drawn:
+    """25 normals of deviation 0.03, alike in weight, centred on a grid of 5 x 5 that reaches from -0.8 to 0.8."""
+    label = random.integers(25, size=count)
+    points = 0.4 * np.stack([label % 5, label // 5], axis=1) - 0.8
+    return points + random.normal(0, 0.03, points.shape), label
+
+
+def ring(count: int, random: np.random.Generator) -> Drawn:
+    """The circle of radius 0.7 itself, angle uniform: a manifold to which the distance is known everywhere."""
+    angle = random.uniform(0, 2 * np.pi, count)
+    return 0.7 * np.stack([np.cos(angle), np.sin(angle)], axis=1), np.zeros(count, np.int64)
+
+
+def checkerboard(count: int, random: np.random.Generator) -> Drawn:
+    """Uniform on the 8 dark squares of a 4 x 4 board that fills [-1, 1]²: density 1/2 there, 0 elsewhere."""
+    label = random.integers(8, size=count)
+    row = label // 2
+    column = 2 * (label % 2) + row % 2
+    corner = np.stack([column, row], axis=1)
+    return (corner + random.uniform(0, 1, corner.shape)) / 2 - 1, label
+
+
+def pinwheel(count: int, random: np.random.Generator) -> Drawn:
+    """Five blades: radius 0.5 + 0.15 n, across 0.05 m (n, m standard normal), turned by 2 pi k / 5 + exp(2 radius) / 4.
+
+    The turn keeps areas, so the density is that of (n, m) read at the point turned back.
+    """
+    label = random.integers(5, size=count)
+    along = 0.5 + 0.15 * random.standard_normal(count)
+    across = 0.05 * random.standard_normal(count)
+    angle = 2 * np.pi * label / 5 + np.exp(2 * np.hypot(along, across)) / 4
+    points = np.stack(
+        [along * np.cos(angle) - across * np.sin(angle), along * np.sin(angle) + across * np.cos(angle)], axis=1
+    )
+    return points, label
+
+
+LAWS: dict[str, tuple[int, Callable[[int, np.random.Generator], Drawn]]] = {
+    "moons": (2, moons),
+    "circles": (2, circles),
+    "spirals": (2, spirals),
+    "gaussians": (8, gaussians),
+    "gaussians25": (25, gaussians25),
+    "ring": (1, ring),
+    "checkerboard": (8, checkerboard),
+    "pinwheel": (5, pinwheel),
+}
+"""Number of labels (parts of the law) and how to draw."""
+
+
+def draw(name: str, count: int, *, seed: int) -> tuple[npt.NDArray[np.float32], Labels]:
+    """`count` points (count, 2) float32 of a law and the part each came from, (count,) int64. Raises InputError."""
+    if name not in LAWS:
+        raise InputError(f"no toy data set {name!r}: choose one of {', '.join(f'toy2d:{law}' for law in LAWS)}")
+    key = np.array([seed % 2**64, STREAM], np.uint64)
+    points, labels = LAWS[name][1](count, np.random.Generator(np.random.Philox(key=key)))
+    return points.astype(np.float32), labels
+
+
+def toy2d(name: str, *, seed: int = 0) -> Source:
+    """A law as a source, 50,000 points to train and 10,000 to test, drawn together. Raises InputError."""
+    points, labels = draw(name, TRAIN + TEST, seed=seed)
+
+    def made(split: str, first: int, length: int) -> Made:
+        def make(index: int) -> Example:
+            return f"{split}-{index:05d}", points[first + index], int(labels[first + index])
+
+        return Made(length=length, make=make)
+
+    return Source(
+        name=f"toy2d:{name}",
+        kind="point",
+        shape=(2,),
+        labels=tuple(f"part {number}" for number in range(LAWS[name][0])),
+        splits={"train": made("train", 0, TRAIN), "test": made("test", TRAIN, TEST)},
+    )

@@ -1,0 +1,173 @@
+"""Small classifiers whose 64-d layer is the space in which image sets are compared.
+
+A Frechet distance is only as meaningful as its features, and only comparable on the same ones. So the encoders are
+fixed, named, and shipped with the package (`encoder_weights/<name>.safetensors`, 0.2 to 2 MB each): no download at the
+time of measuring, and 'FD-mnist-cnn64' means the same number everywhere.
+
+The features are the *linear* 64-d layer, before its ReLU. A ReLU piles mass up at zero and a Frechet distance fits a
+Gaussian: before the ReLU that fit is far better, and no direction is silenced. Trained with dropout behind the layer,
+weight decay and light augmentation, so that no single feature carries a class and train and test images, which the
+floor compares, land in the same place.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from pipeline.errors import InputError, printable
+
+FOLDER = Path(__file__).parent / "encoder_weights"
+FEATURES = 64
+"""Width of the feature layer of every shipped encoder."""
+
+
+class DataSet(Protocol):
+    """What is asked of a manifest to choose an encoder for its data."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+
+
+class Classifier(nn.Module):
+    """Three convolutions, the linear feature layer, and a linear layer to the classes. About 120,000 parameters."""
+
+    def __init__(self, *, channels: int, size: int, classes: int, width: int = 16, dropout: float = 0.3) -> None:
+        super().__init__()
+        first = 2 if size >= 24 else 1  # an 8x8 digit has nothing to give away in the first layer
+        side = math.ceil(math.ceil(size / first) / 2)
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, width, 5, stride=first, padding=2),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(2 * width * side * side, FEATURES),
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(FEATURES, classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(n, channels, size, size) in [-1, 1] -> (n, 64)."""
+        features: Tensor = self.body(images)
+        return features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, channels, size, size) in [-1, 1] -> (n, classes) logits."""
+        logits: Tensor = self.head(self.dropout(F.relu(self.features(images))))
+        return logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """A frozen map from data to features; without a network the features are the data itself ('pixels')."""
+
+    name: str
+    network: Classifier | None = None
+    """None: pooled pixels, or points as they are."""
+    accuracy: float | None = None
+    """Share of test images classified correctly when the encoder was made; None where there are no classes."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes; empty where there are none."""
+    shape: tuple[int, ...] | None = None
+    """(C, H, W) it expects; None: any."""
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def features(self, data: Tensor, *, batch: int = 1000) -> Tensor:
+        """(n, C, H, W) in [-1, 1], or (n, D) points -> (n, 64) float32; for 'pixels' (n, at most C*8*8) or (n, D)."""
+        if self.network is not None:
+            return torch.cat([self.network.features(part) for part in self._parts(data, batch)])
+        if data.ndim == 2:
+            return data.float()
+        height, width = data.shape[2:]
+        return F.adaptive_avg_pool2d(data.float(), (min(8, height), min(8, width))).flatten(1)
+
+    def logits(self, data: Tensor, *, batch: int = 1000) -> Tensor:
+        """(n, C, H, W) in [-1, 1] -> (n, classes) float32. Raises ValueError on an encoder without classes."""
+        if self.network is None:
+            raise ValueError(f"the encoder {self.name!r} has no classes")
+        return torch.cat([self.network(part) for part in self._parts(data, batch)])
+
+    def _parts(self, data: Tensor, batch: int) -> Iterator[Tensor]:
+        if self.shape is not None and tuple(data.shape[1:]) != self.shape:
+            raise InputError(f"encoder {self.name!r} reads images of shape {self.shape}, not {tuple(data.shape[1:])}")
+        with torch.inference_mode():
+            for start in range(0, len(data), batch):
+                yield data[start : start + batch].float()
+
+
+def names() -> list[str]:
+    """Names of the shipped encoders, sorted."""
+    return sorted(path.stem for path in FOLDER.glob("*.safetensors"))
+
+
+def load_encoder(name: str) -> Encoder:
+    """The shipped encoder of that name, 'pixels', or the one in the safetensors file of that path.
+
+    Raises InputError naming what there is, or what is wrong with the file.
+    """
+    if name == "pixels":
+        return Encoder(name="pixels")
+    path = Path(name) if name.endswith(".safetensors") else FOLDER / f"{name}.safetensors"
+    if not os.path.isfile(path):  # False also for what no file could be called
+        known = ", ".join([*names(), "pixels"])
+        raise InputError(f"no encoder {name!r} in {path.parent}; there are {known}, or give a .safetensors file's path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+        channels, size, _ = shape = tuple(json.loads(metadata["shape"]))
+        labels = tuple(json.loads(metadata["labels"]))
+        with torch.device("meta"):  # nothing is allocated for what the header claims, only for what the file holds
+            network = Classifier(channels=channels, size=size, classes=len(labels), width=int(metadata["width"]))
+        weights = {key: weight.float() if weight.is_floating_point() else weight for key, weight in weights.items()}
+        network.load_state_dict(weights, assign=True)
+        if not all(bool(torch.isfinite(weight).all()) for weight in weights.values()):
+            raise ValueError("it has weights that are not finite")
+        if not all(bool(weight.any()) for weight in weights.values() if weight.ndim > 1):
+            raise ValueError("a layer's weights are all zero: its features are the same for all images")
+        accuracy = float(metadata["accuracy"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        what = " ".join(str(error).split())
+        raise InputError(
+            f"{path} is no encoder as `python benchmarks/train_encoder.py` writes them "
+            f"({type(error).__name__}: {printable(what, 300)})"
+        ) from None
+    network.eval().requires_grad_(False)
+    return Encoder(
+        name=name,
+        network=network,
+        accuracy=accuracy,
+        labels=labels,
+        shape=shape,
+        metadata=metadata,
+    )
+
+
+def choose_encoder(manifest: DataSet) -> Encoder:
+    """The shipped encoder trained on the data set of that name, shape and number of labels, otherwise 'pixels'.
+
+    An encoder is never lent to other data that merely has its shape: its features would be out of their domain.
+    """
+    name = f"{manifest.name}-cnn{FEATURES}"
+    if manifest.kind == "image" and name in names():
+        encoder = load_encoder(name)
+        if encoder.shape == tuple(manifest.shape) and len(encoder.labels) == len(manifest.labels):
+            return encoder
+    return load_encoder("pixels")

@@ -1,0 +1,99 @@
+"""Laws of latents by name: pure functions of (seed, round, id), drawn with Philox."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.errors import InputError
+from pipeline.philox import FLAT, IMAGINARY, LATENT, SCALE, normal, uniform
+
+LAWS = ("gaussian", "smooth4", "mixture", "fourier")
+"""Laws by name; the number of `smooth` may be any from 1 to 64."""
+
+
+def draw(
+    law: str,  # one of LAWS
+    seed: int,  # as in `normal`
+    round: int,  # as in `normal`
+    ids: Tensor,  # as in `normal`
+    shape: tuple[int, ...],  # of one row
+    device: torch.device | str = "cpu",
+    *,
+    spectrum: Tensor | None = None,  # (2, 2, *shape): law `fourier` only, from `measure_spectrum`
+    flat: float = 0.0,  # share of the ids, every round(1 / flat)-th, whose latents are flat whatever the law
+) -> Tensor:
+    """Latents (n, *shape) float32 by law; row i depends on (seed, round, ids[i]) alone.
+
+    gaussian  N(0, I).
+    smoothG   normals on a grid of G x G a channel, enlarged to the image by bicubic interpolation: noise of few
+              dimensions, in which a pool of some thousand samples is dense enough that near images share near latents.
+    mixture   N(0, I) for odd ids, flat for even ids.
+    fourier   IGN's law (arXiv 2311.01462): each frequency normal with the data's mean and variance there.
+
+    Flat latents are one offset U(-1, 1) a row plus a scale U(0, 1/2) times N(0, I). With some of them in the pool f is
+    also trained to carry flat images to the data; a residual autoencoder leaves black where it is.
+    """
+    if flat:
+        usual = draw(law, seed, round, ids, shape, device, spectrum=spectrum)
+        chosen = (ids % max(1, int(1 / flat + 0.5)) == 0).to(usual.device)
+        usual[chosen] = _flat(seed, round, ids[chosen.to(ids.device)], shape, device, FLAT)
+        return usual
+    match law:
+        case "gaussian":
+            return normal(seed, round, ids, shape, device)
+        case "mixture":
+            noise = normal(seed, round, ids, shape, device)
+            even = (ids.to(noise.device) % 2 == 0).view(-1, *(1,) * len(shape))
+            return torch.where(even, _flat(seed, round, ids, shape, device, LATENT), noise)
+        case _ if grid := smooth_grid(law):
+            coarse = normal(seed, round, ids, (shape[0], grid, grid), device)
+            return F.interpolate(coarse, size=shape[1:], mode="bicubic")
+        case "fourier":
+            assert spectrum is not None, "the fourier law needs the data's spectrum"
+            real = normal(seed, round, ids, shape, device)
+            mean, deviation = spectrum.to(real.device)
+            imaginary = normal(seed, round, ids, shape, device, stream=IMAGINARY)
+            waves = torch.complex(mean[0] + deviation[0] * real, mean[1] + deviation[1] * imaginary)
+            field: Tensor = torch.fft.ifft2(waves) if len(shape) == 3 else torch.fft.ifft(waves)
+            return field.real
+    raise AssertionError(f"unknown law '{law}': check_law is there to say so")
+
+
+def _flat(
+    seed: int, round: int, ids: Tensor, shape: tuple[int, ...], device: torch.device | str, stream: int
+) -> Tensor:
+    """(len(ids), *shape): an offset U(-1, 1) a row plus a scale U(0, 1/2) times the normals of `stream`."""
+    rows = (len(ids),) + (1,) * len(shape)
+    offset, scale = uniform(seed, round, ids, (2,), device, stream=SCALE).unbind(1)
+    noise = normal(seed, round, ids, shape, device, stream=stream)
+    return (2 * offset - 1).view(rows) + (scale / 2).view(rows) * noise
+
+
+def smooth_grid(law: str) -> int:
+    """G of the law smoothG; 0 for any other law."""
+    digits = law.removeprefix("smooth") if law.startswith("smooth") else ""
+    return int(digits) if digits.isdecimal() and 1 <= int(digits) <= 64 else 0
+
+
+def check_law(law: str, shape: tuple[int, ...] | None = None) -> None:
+    """InputError unless `law` names a law, and one for samples of that shape if it is given."""
+    if law not in LAWS and not smooth_grid(law):
+        raise InputError(f"match.latents is '{law}': choose one of {', '.join(LAWS)}")
+    if shape and smooth_grid(law) and len(shape) != 3:
+        raise InputError(f"match.latents={law} is for images, these are points: choose gaussian, mixture or fourier")
+
+
+def measure_spectrum(
+    images: Tensor,  # (n, *shape) float32
+    average: Callable[[Tensor], Tensor] = lambda moments: moments,  # mean over ranks of equally many images
+) -> Tensor:
+    """Mean and standard deviation of the real and imaginary part at each frequency: (2, 2, *shape) float32.
+
+    First axis: mean, deviation; second: real, imaginary.
+    """
+    waves = torch.fft.fft2(images) if images.ndim == 4 else torch.fft.fft(images)
+    parts = torch.stack([waves.real, waves.imag], dim=1).double()
+    mean, square = average(torch.stack([parts.mean(0), parts.square().mean(0)]))
+    return torch.stack([mean, (square - mean.square()).clamp(min=0).sqrt()]).float()

@@ -1,0 +1,89 @@
+"""What a training program logs: one line on stderr above the progress bar, which says of which rank and round it is."""
+
+import ctypes
+import logging
+import os
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+_round: int | None = None  # a plain variable: threads log too
+
+
+def set_up(rank: int, world: int) -> None:
+    """Rank 0 logs INFO and above of this project, other ranks WARNING and above, as every rank does of libraries.
+
+    What a user sets by TORCH_LOGS or ACCELERATE_LOG_LEVEL stays.
+    """
+    handler = _Lines(rank, world)
+    root = logging.getLogger()
+    root.handlers = [*(other for other in root.handlers if not isinstance(other, _Lines)), handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("naign").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    deepspeed = logging.getLogger("DeepSpeed")
+    deepspeed.filters = [*(other for other in deepspeed.filters if not isinstance(other, _Through)), _Through(handler)]
+
+
+def at_round(number: int | None) -> None:
+    """What is logged from here on is of this round; None: of none."""
+    global _round
+    _round = number
+
+
+class _Lines(logging.Handler):
+    """`[rank 3, round 12] warning: ...`; without the rank if it is the only one, without the round if there is none."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        super().__init__()
+        self._rank, self._world, self._process = rank, world, os.getpid()
+
+    def format(self, record: logging.LogRecord) -> str:
+        own = os.getpid() == self._process  # a loader's worker reads ahead, and does not hear of rounds
+        place = [f"rank {self._rank}"] if self._world > 1 else []
+        place += [f"round {_round}"] if own and _round is not None else []
+        name = "" if record.name.split(".")[0] == "naign" else f"{record.name}: "
+        line = f"{record.levelname.lower()}: {name}{super().format(record)}"
+        return f"[{', '.join(place)}] {line}" if place else line
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+            if self._rank == 0 and os.getpid() == self._process:
+                tqdm.write(line, file=sys.stderr)
+                return
+            # The bar is another process's, and its lock too, with which a worker killed here would stop it: take
+            # its line, without asking. It is drawn anew below.
+            before, after = ("\r", "\x1b[K") if sys.stderr.isatty() else ("", "")
+            sys.stderr.write(f"{before}{line}{after}\n")
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
+
+
+class _Through(logging.Filter):
+    """Hands a logger's warnings to our handler and nothing to its own.
+
+    DeepSpeed gives its logger a handler to stdout and a level as it is imported, INFO in older versions. A filter
+    outlives that.
+    """
+
+    def __init__(self, handler: logging.Handler) -> None:
+        super().__init__()
+        self._handler = handler
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.WARNING:
+            self._handler.handle(record)
+        return False
+
+
+_PR_SET_NAME = 15  # linux/prctl.h; at most 15 bytes
+
+_libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def title(text: str) -> None:
+    """Name the calling thread `naign <text>`, where the system is Linux."""
+    if _libc is not None:
+        _libc.prctl(_PR_SET_NAME, f"naign {text}".encode()[:15], 0, 0, 0)

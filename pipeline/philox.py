@@ -1,0 +1,123 @@
+"""Latents as a pure function of (seed, round, id): nobody stores, gathers or sends them.
+
+The generator is Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): a keyed bijection
+of a 128-bit counter, so any row can be drawn at any time, on any device, without drawing the rows before it. A normal
+takes exactly one 32-bit draw (Box-Muller turns two into two), never a rejection, so positions are fixed.
+
+    key      seed, low word | seed, high word
+    counter  block of four draws | round | id, low word | id, high word
+
+Two bits of a stream's number are the top ones of the id's high word, its next two those of the block. So a stream has
+counters that no other has, and under one key no two draws coincide; a key changed for it would be another seed's.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+LATENT, SCALE, IMAGINARY, NOISE, JITTER, DAMAGE, FLAT = range(7)
+"""Streams, 16 at most: independent draws for one (seed, round, id). Latents; offset and scale of flat ones; the
+imaginary part of the fourier law; noise that an objective adds to images; noise added to matched latents; where and
+how else images are damaged; the noise of flat latents."""
+
+
+MAX_ID = 2**62
+
+
+_WORD = 0xFFFFFFFF
+
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+
+
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+_CHUNK = 1 << 16  # counters drawn at once: the working set stays in the second-level cache
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> list[Tensor]:
+    """Philox-4x32-10 of four int64 tensors holding 32-bit words; returns four such tensors of the broadcast shape."""
+    a, b, c, d = counter
+    k0, k1 = key
+    for _ in range(10):
+        # The 64-bit product wraps in int64 with the right bits; masking undoes the sign that the shift extends.
+        p0, p1 = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
+        a, b, c, d = (
+            ((p1 >> 32) & _WORD) ^ b ^ k0,
+            p1 & _WORD,
+            ((p0 >> 32) & _WORD) ^ d ^ k1,
+            p0 & _WORD,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
+    return [a, b, c, d]
+
+
+def normal(
+    seed: int,  # any integer; its low 64 bits count
+    round: int,  # 0 <= round < 2**32
+    ids: Tensor,  # (n,) int64, 0 <= id < 2**62
+    shape: tuple[int, ...],  # of one row
+    device: torch.device | str = "cpu",
+    *,
+    stream: int = LATENT,
+) -> Tensor:
+    """Standard normals (n, *shape) float32; row i depends on (seed, round, ids[i], stream) alone."""
+    return _rows(seed, round, ids, shape, device, stream, _box_muller)
+
+
+def uniform(
+    seed: int,  # as in `normal`
+    round: int,  # as in `normal`
+    ids: Tensor,  # as in `normal`
+    shape: tuple[int, ...],  # of one row
+    device: torch.device | str = "cpu",
+    *,
+    stream: int = LATENT,
+) -> Tensor:
+    """Uniforms in (0, 1], (n, *shape) float32; row i depends on (seed, round, ids[i], stream) alone."""
+    return _rows(seed, round, ids, shape, device, stream, lambda words: [_unit(word) for word in words])
+
+
+def _rows(
+    seed: int,
+    round: int,
+    ids: Tensor,
+    shape: tuple[int, ...],
+    device: torch.device | str,
+    stream: int,
+    transform: Callable[[list[Tensor]], list[Tensor]],
+) -> Tensor:
+    size = math.prod(shape)
+    blocks = -(-size // 4)
+    assert blocks <= 2**30
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < MAX_ID:
+        raise ValueError(f"latent ids must lie in [0, 2**62): got {int(ids.min())} to {int(ids.max())}")
+    ids = ids.to(device)
+    out = torch.empty(len(ids), blocks, 4, dtype=torch.float32, device=device)
+    key = (seed & _WORD, (seed >> 32) & _WORD)
+    block = torch.arange(blocks, device=device) | (stream >> 2) << 30
+    rows = max(1, _CHUNK // max(blocks, 1))
+    for start in range(0, len(ids), rows):
+        part = ids[start : start + rows, None]
+        high = (part >> 32) | (stream & 3) << 30
+        counter = (block, torch.full_like(part, round), part & _WORD, high)
+        for lane, values in enumerate(transform(philox(counter, key))):
+            out[start : start + rows, :, lane] = values
+    return out.view(len(ids), blocks * 4)[:, :size].reshape(len(ids), *shape)
+
+
+def _unit(words: Tensor) -> Tensor:
+    """32-bit words to (0, 1]; float32 keeps the small values that the normals' tails need."""
+    return (words.float() + 0.5) * 2.0**-32
+
+
+def _box_muller(words: list[Tensor]) -> list[Tensor]:
+    values: list[Tensor] = []
+    for first, second in (words[:2], words[2:]):
+        radius = torch.sqrt(-2.0 * torch.log(_unit(first)))
+        angle = _unit(second) * (2.0 * math.pi)
+        values += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    return values

@@ -1,0 +1,64 @@
+"""The protocol of a store: a flat folder of files, behind `str` paths."""
+
+from contextlib import AbstractContextManager
+from typing import BinaryIO, Protocol
+
+from pipeline.storage.fetch import Tally
+
+_PARTIAL = ".partial-"
+"""Prefix of a file that is still being written: `list` never shows one."""
+
+
+class Writer(Protocol):
+    """A file being written."""
+
+    def write(self, data: bytes | bytearray | memoryview, /) -> int: ...
+
+
+class Store(Protocol):
+    """A flat folder of files. Every method raises InputError for what is missing or forbidden.
+
+    One in a network tries again what fails in passing, and raises Unavailable where that does not help.
+    """
+
+    path: str
+    tally: Tally
+
+    def folders(self) -> list[str]:
+        """Names of the folders in it, sorted."""
+        ...
+
+    def list(self) -> list[str]:
+        """Names of the complete files, sorted; [] for a folder that is empty or does not exist."""
+        ...
+
+    def size(self, name: str) -> int:
+        """Length in bytes."""
+        ...
+
+    def read(self, name: str, first: int = 0, last: int | None = None, *, fresh: bool = False) -> bytes:
+        """Bytes [first, last), all of them; to the end if last is None. A file that ends sooner is an InputError.
+
+        `fresh` reads past any cache, and renews what it holds.
+        """
+        ...
+
+    def open(self, name: str) -> BinaryIO:
+        """A stream from the first byte on, read ahead in bounded memory. It is never silently cut."""
+        ...
+
+    def write(self, name: str) -> AbstractContextManager[Writer]:
+        """Write or replace a file as its bytes are made: it appears whole at the end, after an error not at all."""
+        ...
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write or replace a file: readers see the old one or the new one, never a part."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Remove a file; nothing happens if there is none."""
+        ...
+
+    def url(self, name: str) -> str:
+        """What to call the file in a message or give to another program."""
+        ...

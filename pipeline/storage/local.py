@@ -1,0 +1,135 @@
+"""Files in a local folder, and writing one file whole or not at all."""
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from pipeline.errors import InputError
+from pipeline.storage.base import _PARTIAL, Writer
+from pipeline.storage.fetch import Tally
+
+_REMEDIES = {
+    errno.ENOENT: "check the path, or pack the data set again",
+    errno.EACCES: "check the owner and mode of the folder",
+    errno.EPERM: "check the owner and mode of the folder",
+    errno.EISDIR: "a directory is where a shard should be: remove it, and copy the shard or pack the data set again",
+    errno.ENOTDIR: "give a folder",
+    errno.EEXIST: "give a folder",
+    errno.EROFS: "choose another folder",
+    errno.ELOOP: "choose another folder",
+    errno.ENAMETOOLONG: "choose a shorter path",
+}
+"""What to do about a user's mistake, by error number. A disk that is full or fails is a crash, to be retried."""
+
+
+class LocalStore:
+    """Files directly in one local folder."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.tally = Tally()
+        self._folder = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
+
+    def folders(self) -> list[str]:
+        with self._explained(""):
+            entries = os.scandir(self._folder) if self._folder.exists() else ()
+            return sorted(entry.name for entry in entries if entry.is_dir())
+
+    def list(self) -> list[str]:
+        with self._explained(""):
+            if not self._folder.exists():
+                return []
+            files = (entry.name for entry in os.scandir(self._folder) if entry.is_file())
+            return sorted(name for name in files if not name.startswith(_PARTIAL))
+
+    def size(self, name: str) -> int:
+        with self._explained(name):
+            if (self._folder / name).is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            return (self._folder / name).stat().st_size
+
+    def open(self, name: str) -> BinaryIO:
+        with self._explained(name):
+            return (self._folder / name).open("rb")
+
+    def read(self, name: str, first: int = 0, last: int | None = None, *, fresh: bool = False) -> bytes:
+        with self._explained(name), (self._folder / name).open("rb", buffering=0) as stream:
+            stream.seek(first)
+            data = stream.readall() if last is None else stream.read(last - first)
+        if last is not None and len(data) < last - first:
+            raise InputError(
+                f"{self.url(name)}: {first + len(data)} bytes where {last} were expected: truncated: copy it again"
+            )
+        self.tally.add(bytes=len(data))
+        return data
+
+    @contextlib.contextmanager
+    def write(self, name: str) -> Iterator[Writer]:
+        with self._explained(name, writing=True):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            descriptor, partial = tempfile.mkstemp(prefix=_PARTIAL, dir=self._folder)
+        try:
+            with os.fdopen(descriptor, "wb") as target:
+                yield target
+                with self._explained(name, writing=True):
+                    target.flush()
+                    os.fsync(target.fileno())  # the name must not outlive the bytes if the machine goes down
+                    os.fchmod(target.fileno(), 0o644)  # mkstemp's 0600 would shut out other users of a shared volume
+            with self._explained(name, writing=True):
+                os.replace(partial, self._folder / name)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+
+    def put(self, name: str, data: bytes) -> None:
+        with self.write(name) as target:
+            target.write(data)
+
+    def delete(self, name: str) -> None:
+        with self._explained(name, writing=True):
+            (self._folder / name).unlink(missing_ok=True)
+
+    def url(self, name: str) -> str:
+        return str(self._folder / name)
+
+    @contextlib.contextmanager
+    def _explained(self, name: str, *, writing: bool = False) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _REMEDIES:
+                raise
+            what, remedy = str(error.strerror).lower(), _REMEDIES[error.errno]
+            if writing:
+                what = f"cannot be written ({what})"
+                remedy = "choose another folder" if error.errno == errno.ENOENT else remedy
+            raise InputError(f"{self.url(name)}: {what}: {remedy}") from None
+
+
+UMASK = os.umask(0)
+os.umask(UMASK)  # there is no other way to ask
+
+
+def write_atomically(file: Path, content: str | bytes, *, sync: bool = True) -> None:
+    """Replace a file by `content` so that a reader or a kill sees the old one or the new one, whole; with `sync` so
+    does a machine that loses power, for some milliseconds more. OSError names the file, and leaves nothing beside it.
+    """
+    partial = file.with_name(f".{file.name[:50]}.{os.getpid()}")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        if sync:
+            sync_file(partial)
+        os.replace(partial, file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(file)) from None
+
+
+def sync_file(file: Path) -> None:
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())

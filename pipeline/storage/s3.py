@@ -1,0 +1,319 @@
+"""Objects under a prefix of an S3 bucket, or of any server that speaks S3.
+
+botocore retries requests, not bodies: a connection that is cut in the middle of an answer, or falls silent, ends the
+read. So its retries are off, and every request and body is tried again here, a body from the byte where it broke.
+"""
+
+import base64
+import contextlib
+import hashlib
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, BinaryIO, cast
+
+from pipeline.errors import Conflict, InputError
+from pipeline.storage.fetch import PARALLEL, PART, Parts, Patience, Tally, in_order
+from pipeline.storage.s3_client import BadSettings, client, is_anonymous, is_passing
+
+WRITE_PART = 16 << 20
+"""Bytes a part of an upload: S3 takes 10,000 of them."""
+
+CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role"
+
+_DENIED = ("AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
+
+
+class S3Store:
+    """The objects directly under one prefix. Picklable: the client is made in each process at its first use."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.tally = Tally()
+        self._bucket, _, prefix = path.removeprefix("s3://").partition("/")
+        if not self._bucket:
+            raise InputError(f"{path}: no bucket: write s3://bucket/prefix")
+        if set(prefix.strip("/").split("/")) & {"", ".", ".."} and prefix.strip("/"):
+            raise InputError(f"{path}: an empty, '.' or '..' part, which servers read differently: write it plainly")
+        self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+        self._versions: dict[str, tuple[int, str]] = {}  # size and ETag of what was asked after
+
+    def folders(self) -> list[str]:
+        found = [entry["Prefix"] for page in self._pages() for entry in page.get("CommonPrefixes", [])]
+        return sorted(prefix.removeprefix(self._prefix).rstrip("/") for prefix in found)
+
+    def list(self) -> list[str]:
+        keys = [entry["Key"] for page in self._pages() for entry in page.get("Contents", [])]
+        return sorted(key.removeprefix(self._prefix) for key in keys if key != self._prefix)
+
+    def _pages(self) -> Iterator[Any]:
+        """Of the listing of what lies directly under the prefix."""
+        after: dict[str, str] = {}
+        while True:
+            with self._explained(""):
+                page = self._ask("list_objects_v2", Prefix=self._prefix, Delimiter="/", **after)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            after = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def size(self, name: str) -> int:
+        with self._explained(name):
+            answer = self._ask("head_object", name)
+        self._versions[name] = int(answer["ContentLength"]), str(answer["ETag"])
+        return self._versions[name][0]
+
+    def read(self, name: str, first: int = 0, last: int | None = None, *, fresh: bool = False) -> bytes:
+        data = b"".join(self._parts(name, first, last))
+        etag = self._versions[name][1].strip('"')
+        if first or last is not None or len(etag) != 32:
+            return data
+        # A whole file may have nobody who knows its hash, as index.json. Its ETag is mostly its MD5; where it is not,
+        # as of some encrypted objects, two reads must agree.
+        patience = Patience(f"read {self.url(name)}", self.tally)
+        while hashlib.md5(data, usedforsecurity=False).hexdigest() != etag:
+            self.tally.add(reread=len(data))
+            before, data = data, b"".join(self._parts(name, 0, None))
+            if data == before:
+                break
+            patience.wait(ConnectionError(f"bytes that are not those of its ETag {etag}, others at each read"))
+        return data
+
+    def open(self, name: str) -> BinaryIO:
+        self.size(name)  # so that what is missing raises here
+        return cast(BinaryIO, Parts(self._parts(name, 0, None)))
+
+    @contextlib.contextmanager
+    def write(self, name: str) -> Iterator["Upload"]:
+        with self._explained(name):
+            upload = Upload(self, name)
+            try:
+                yield upload
+                upload.finish()
+            except BaseException:
+                upload.abort()
+                raise
+        self._versions.pop(name, None)
+
+    def put(self, name: str, data: bytes) -> None:
+        with self.write(name) as upload:
+            upload.write(data)
+
+    def delete(self, name: str) -> None:
+        with self._explained(name):
+            self._ask("delete_object", name)
+        self._versions.pop(name, None)
+
+    def url(self, name: str) -> str:
+        return f"s3://{self._bucket}/{self._prefix}{name}"
+
+    def _parts(self, name: str, first: int, last: int | None) -> Generator[bytes]:
+        """Bytes [first, last) of one version of an object, piece by piece, in parts fetched in parallel."""
+        if name not in self._versions:
+            self.size(name)
+        size, etag = self._versions[name]
+        last = size if last is None else last
+        if last > size:
+            raise InputError(f"{self.url(name)}: {size} bytes where {last} were expected: truncated: copy it again")
+        ranges = [(start, min(start + PART, last)) for start in range(first, last, PART)]
+        if len(ranges) < 2:
+            for start, stop in ranges:
+                yield from self._get(name, etag, start, stop)
+            return
+        with contextlib.closing(
+            in_order((partial(self._get, name, etag, *ends) for ends in ranges), PARALLEL)
+        ) as parts:
+            for part in parts:
+                yield from part
+
+    def _get(self, name: str, etag: str, first: int, last: int) -> Sequence[bytes]:
+        """Bytes [first, last), from the byte on where a body broke, however often that happens."""
+        chunks: list[bytes] = []
+        at, piece = first, 1 << 20
+        patience = Patience(f"read {self.url(name)}", self.tally)
+        with self._explained(name):
+            while at < last:
+                before = at
+                try:
+                    wanted = f"bytes={at}-{last - 1}"
+                    answer = client().get_object(
+                        Bucket=self._bucket, Key=self._prefix + name, Range=wanted, IfMatch=etag
+                    )
+                    if not str(answer.get("ContentRange", "")).startswith(f"bytes {at}-"):
+                        raise InputError(
+                            f"{self.url(name)}: the server does not serve byte ranges: use another one, or copy the "
+                            f"data to a local folder"
+                        )
+                    with contextlib.closing(answer["Body"]) as body:
+                        while at < last and (chunk := body.read(min(piece, last - at))):
+                            chunks.append(chunk)
+                            at += len(chunk)
+                    if at < last:
+                        raise ConnectionError(f"the body ended {last - at} bytes early")
+                except Exception as error:
+                    if not is_passing(error):
+                        raise
+                    patience.wait(error, at=f", byte {at}", progress=at > before)
+                    piece = 1 << 15  # a piece that breaks is lost: of the next, less
+        self.tally.add(bytes=last - first)
+        return chunks
+
+    def _ask(self, operation: str, name: str | None = None, **arguments: Any) -> Any:
+        """The answer to one request, made again while it fails in passing."""
+        if name is not None:
+            arguments["Key"] = self._prefix + name
+        patience = Patience(f"{operation.replace('_', ' ')} {self.url(name or '')}", self.tally)
+        while True:
+            try:
+                return getattr(client(), operation)(Bucket=self._bucket, **arguments)
+            except Exception as error:
+                if not is_passing(error):
+                    raise
+                patience.wait(error)
+
+    @contextlib.contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        """Turn what a user can put right into an InputError."""
+        from botocore.exceptions import (
+            BotoCoreError,
+            ClientError,
+            NoCredentialsError,
+            ParamValidationError,
+            PartialCredentialsError,
+            ProfileNotFound,
+        )
+
+        where = self.url(name)
+        try:
+            yield
+        except (NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
+            raise InputError(f"{where}: {error}: {CREDENTIALS}") from None
+        except ParamValidationError as error:
+            raise InputError(f"{where}: {error}: write s3://bucket/prefix") from None
+        except ClientError as error:
+            code = str(error.response["Error"].get("Code"))
+            match code:
+                case "NoSuchBucket" | "InvalidBucketName":
+                    remedy = f"there is no bucket {self._bucket}: make it first, or check the name and AWS_ENDPOINT_URL"
+                case "NoSuchKey" | "404" | "NotFound":
+                    remedy = self._missing()
+                case "PreconditionFailed" | "412":
+                    remedy = "replaced while it was being read: verify the data set, and start again"
+                case "InvalidRange" | "416":
+                    remedy = "shorter than expected: copy it again, or repack the data set"
+                case _ if code in _DENIED:
+                    unsigned = f"; no credentials were found, so it was asked for without: {CREDENTIALS}"
+                    remedy = f"access denied ({code}): check the credentials and what they may do in this bucket"
+                    remedy += unsigned if is_anonymous() else ""
+                case _:
+                    message = error.response["Error"].get("Message") or "no reason given"
+                    remedy = f"the server refuses ({code}: {message}): check the path, AWS_ENDPOINT_URL and the region"
+            raise InputError(f"{where}: {remedy}") from None
+        except (BotoCoreError, BadSettings) as error:
+            if is_passing(error):
+                raise
+            raise InputError(f"{where}: {error}: check AWS_ENDPOINT_URL and the AWS configuration") from None
+
+    def _missing(self) -> str:
+        """Why an object is not there; a HEAD has no body that could say it."""
+        from botocore.exceptions import ClientError
+
+        try:
+            self._ask("head_bucket")
+        except ClientError as error:
+            if str(error.response["Error"].get("Code")) in ("404", "NoSuchBucket"):
+                return f"there is no bucket {self._bucket}: make it first, or check the name and AWS_ENDPOINT_URL"
+        return "no such object: check the path, or pack the data set again"
+
+
+class Upload:
+    """An object being written. It appears when it is finished, whole, or not at all."""
+
+    def __init__(self, store: S3Store, name: str) -> None:
+        self._store, self._name = store, name
+        self._buffer = bytearray()
+        self._size = 0
+        self._upload: str | None = None
+        self._threads: ThreadPoolExecutor | None = None
+        self._parts: list[Future[dict[str, Any]]] = []
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        self._buffer += data
+        self._size += len(data)
+        while len(self._buffer) > WRITE_PART:
+            self._send(bytes(self._buffer[:WRITE_PART]))
+            del self._buffer[:WRITE_PART]
+        return len(data)
+
+    def finish(self) -> None:
+        """Make it visible, and check that what is there is what was written."""
+        last = bytes(self._buffer)
+        if self._upload is None:
+            etag = self._sent("put_object", last)["ETag"]
+        else:
+            self._send(last)
+            parts = [part.result() for part in self._parts]
+            etag = self._completed(parts)
+        if self._threads:
+            self._threads.shutdown()
+        size = self._store.size(self._name)
+        found = self._store._versions[self._name][1]
+        if size != self._size or found != etag:
+            raise Conflict(
+                f"{self._store.url(self._name)}: {size} bytes, ETag {found} just after {self._size} bytes, ETag {etag} "
+                f"were written: another program writes there too: stop it, or choose another path"
+            )
+
+    def abort(self) -> None:
+        """Leave nothing behind."""
+        if self._threads:
+            self._threads.shutdown(cancel_futures=True)
+        if self._upload is not None:
+            with contextlib.suppress(Exception):  # the first error is the one to report
+                self._store._ask("abort_multipart_upload", self._name, UploadId=self._upload)
+
+    def _send(self, part: bytes) -> None:
+        """In the background, waiting for the oldest if PARALLEL are on their way."""
+        if self._upload is None or self._threads is None:
+            self._upload = str(self._store._ask("create_multipart_upload", self._name)["UploadId"])
+            self._threads = ThreadPoolExecutor(PARALLEL)
+        if len(self._parts) >= PARALLEL:
+            self._parts[-PARALLEL].result()
+        number = len(self._parts) + 1
+        self._parts.append(self._threads.submit(self._send_part, part, number, self._upload))
+
+    def _send_part(self, part: bytes, number: int, upload: str) -> dict[str, Any]:
+        answer = self._sent("upload_part", part, PartNumber=number, UploadId=upload)
+        return {"ETag": answer["ETag"], "PartNumber": number}
+
+    def _sent(self, operation: str, data: bytes, **arguments: Any) -> Any:
+        """Content-MD5 lets the server refuse damaged bytes; the ETag, where it is an MD5, says what was stored."""
+        digest = hashlib.md5(data, usedforsecurity=False)
+        md5 = base64.b64encode(digest.digest()).decode()
+        patience = Patience(f"write {self._store.url(self._name)}", self._store.tally)
+        while True:
+            answer = self._store._ask(operation, self._name, Body=data, ContentMD5=md5, **arguments)
+            encrypted = answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer
+            if encrypted or answer["ETag"].strip('"') == digest.hexdigest():
+                return answer
+            patience.wait(ConnectionError(f"the server stored other bytes: ETag {answer['ETag']}"))
+
+    def _completed(self, parts: list[dict[str, Any]]) -> str:
+        """Complete the upload; its ETag. An answer lost on the way leaves an upload that is complete already."""
+        from botocore.exceptions import ClientError
+
+        try:
+            answer = self._store._ask(
+                "complete_multipart_upload", self._name, UploadId=self._upload, MultipartUpload={"Parts": parts}
+            )
+            return str(answer["ETag"])
+        except ClientError as error:
+            digests = b"".join(bytes.fromhex(part["ETag"].strip('"')) for part in parts)
+            expected = f'"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(parts)}"'
+            self._store.size(self._name)
+            if (
+                error.response["Error"].get("Code") != "NoSuchUpload"
+                or expected != self._store._versions[self._name][1]
+            ):
+                raise
+            return expected

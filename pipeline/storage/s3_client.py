@@ -1,0 +1,116 @@
+"""This process' connection to S3: the only file with boto3."""
+
+import os
+import re
+import threading
+from typing import Any
+
+from pipeline.errors import printable
+from pipeline.storage.fetch import PARALLEL
+
+SILENCE = 20.0
+"""Seconds without a byte, or without a connection, before a request counts as failed."""
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether the same request may well succeed a moment later."""
+    from botocore.exceptions import (
+        ClientError,
+        CredentialRetrievalError,
+        HTTPClientError,
+        IncompleteReadError,
+        MetadataRetrievalError,
+        SSLError,
+    )
+    from botocore.exceptions import ConnectionError as NotConnected
+    from urllib3.exceptions import HTTPError
+
+    if isinstance(error, ClientError):
+        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        code = str(error.response["Error"].get("Code"))
+        return status >= 500 or status in (408, 429) or code in ("BadDigest", "RequestTimeout", "SlowDown")
+    if isinstance(error, SSLError) and any(
+        sign in str(error) for sign in ("WRONG_VERSION_NUMBER", "CERTIFICATE_VERIFY")
+    ):
+        return False
+    of_botocore = (NotConnected, HTTPClientError, IncompleteReadError, CredentialRetrievalError, MetadataRetrievalError)
+    return isinstance(error, (*of_botocore, HTTPError, ConnectionError, TimeoutError))
+
+
+_clients: dict[int, Any] = {}
+_making = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _making
+    _making = threading.Lock()  # another thread may have held it at the fork
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def forget_clients() -> None:
+    """Make new clients, from the environment as it is now."""
+    _clients.clear()
+
+
+def client() -> Any:
+    """This process's client, signed by what boto3's chain finds (environment, profile, web identity, instance role).
+
+    Where it finds nothing requests are not signed: a public bucket needs no account.
+    """
+    if os.getpid() not in _clients:
+        with _making:
+            if os.getpid() not in _clients:
+                _clients[os.getpid()] = _make_client()
+    return _clients[os.getpid()]
+
+
+def _make_client() -> Any:
+    import boto3
+    from botocore import UNSIGNED
+    from botocore.config import Config
+
+    session = boto3.session.Session()
+    credentials = session.get_credentials()
+    unsigned = {"signature_version": UNSIGNED} if credentials is None else {}
+    if credentials is not None and not all(part.isprintable() for part in credentials.get_frozen_credentials() if part):
+        # Such a header is refused with an error that prints it.
+        raise BadSettings("the credentials hold a line break or another character that is not printable")
+    config = Config(
+        retries={"total_max_attempts": 1},
+        connect_timeout=SILENCE,
+        read_timeout=SILENCE,
+        max_pool_connections=8 * PARALLEL,
+        tcp_keepalive=True,
+        request_checksum_calculation="when_required",  # Content-MD5 is sent, which every server understands
+        response_checksum_validation="when_required",
+        **unsigned,
+    )
+    try:
+        made = session.client("s3", config=config)
+    except (ValueError, AttributeError) as error:  # an address without scheme; sections that are no sections
+        raise BadSettings(re.sub(r"\S*@", "...@", str(error))) from None
+    if "@" in made.meta.endpoint_url:  # every error would print it
+        raise BadSettings("the server's address holds a user or a password: give them as AWS_ACCESS_KEY_ID and so on")
+    made.meta.events.register_first("needs-retry.s3", _refuse_redirect)
+    return made
+
+
+def _refuse_redirect(response: Any, **_: Any) -> None:
+    """Else botocore asks that server for the bucket's region, is redirected again, and so on without end."""
+    status, answer = (response[0].status_code, response[1]) if response else (0, {})
+    headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    if status in (301, 302, 307, 308) and not ("x-amz-bucket-region" in headers or "Region" in answer.get("Error", {})):
+        place = printable(headers.get("location", "").partition("?")[0]) or "nowhere"
+        raise BadSettings(f"the server redirects ({status}) to {place} (http or https? another region?)")
+
+
+class BadSettings(Exception):
+    """boto3 cannot be set up so."""
+
+
+def is_anonymous() -> bool:
+    from botocore import UNSIGNED
+
+    return bool(client().meta.config.signature_version is UNSIGNED)

@@ -1,0 +1,40 @@
+"""Where files lie: a local folder or `s3://bucket/prefix` (s3.py), behind one small protocol over str paths."""
+
+import os
+from typing import BinaryIO
+
+from pipeline.errors import InputError
+from pipeline.storage.base import Store
+from pipeline.storage.local import LocalStore
+
+
+def open_store(path: str) -> Store:
+    """The store at a local folder (`~` is expanded) or `s3://bucket/prefix`. Touches neither disk nor network."""
+    if not path.strip() or "\0" in path:
+        raise InputError(f"{path!r} is no path: give a local folder or s3://bucket/prefix")
+    scheme, separator, _ = path.partition("://")
+    if path.startswith("s3:") and not separator:
+        raise InputError(f"{path}: write s3://bucket/prefix")
+    if not separator:
+        return LocalStore(path)
+    if scheme == "s3":
+        from pipeline.storage.s3 import S3Store
+
+        return S3Store(path)
+    raise InputError(f"{path}: cannot read {scheme}:// paths: give a local folder or s3://bucket/prefix")
+
+
+def use_endpoint(address: str) -> None:
+    """Ask the S3 server at this address from now on, in this process and those it starts; '' changes nothing."""
+    if address:
+        os.environ["AWS_ENDPOINT_URL_S3"] = address
+
+
+def gopen(url: str, mode: str = "rb", bufsize: int = 8192) -> BinaryIO:
+    """A stream of one file, as WebDataset asks for it: `webdataset.gopen_schemes["s3"] = gopen`."""
+    if "r" not in mode:
+        raise InputError(
+            f"{url}: opened with mode {mode!r}: WebDataset can only read through this; write with `naign pack`"
+        )
+    folder, _, name = url.rpartition("/")
+    return open_store(folder).open(name)

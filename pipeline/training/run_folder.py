@@ -1,0 +1,205 @@
+"""The folder of a run, and its copy in a bucket: who may use it, and where it can be resumed from."""
+
+import contextlib
+import logging
+import os
+import shutil
+import socket
+import uuid
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from pipeline.checkpoint import bucket
+from pipeline.checkpoint.writer import is_complete, newest_checkpoint, set_aside
+from pipeline.config import MAY_CHANGE, Config, differences, from_dict, to_dict
+from pipeline.errors import Damaged, InputError
+from pipeline.model.naign import NAIGN
+from pipeline.storage.base import Store
+from pipeline.storage.local import write_atomically
+from pipeline.storage.store import open_store
+
+log = logging.getLogger("naign.run")
+
+LOCK_SECONDS = 120.0
+
+
+def claim(config: Config) -> tuple[Path | None, str, FileLock]:
+    """Make the run's folder this configuration's: the checkpoint to resume from, if any, a word for `check_shared`, and
+    a lock to hold.
+
+    Raises InputError, changing nothing, if the folder is in use, belongs to another configuration or may not be used
+    again. The lock goes with the process, however that ends.
+    """
+    folder = Path(config.run.path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # A network file system keeps a dead host's lock for a while, and Slurm starts the job again at once.
+        lock = FileLock(folder / ".lock", timeout=LOCK_SECONDS if "SLURM_RESTART_COUNT" in os.environ else 0)
+        lock.acquire()
+    except Timeout:
+        raise InputError(
+            f"'{folder}' is in use by another process: wait for it, or choose another --run.path"
+        ) from None
+    except OSError as error:
+        raise InputError(f"run.path '{folder}' cannot be written: {error}") from None
+    try:
+        if config.resume == "never" and any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+            raise InputError(
+                f"'{folder}' already holds a run and resume=never does not overwrite it: choose another --run.path, or "
+                "delete that folder"
+            )
+        newest = find_newest(config)
+        word = uuid.uuid4().hex
+        write_atomically(folder / ".claim", word)
+        write_atomically(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+    except OSError as error:
+        lock.release()
+        raise InputError(f"run.path '{folder}' cannot be written: {error}") from None
+    except BaseException:
+        lock.release()
+        raise
+    return newest, word, lock
+
+
+def compare(recorded: Any, config: Config, file: str, place: str, option: str) -> list[str]:
+    """Settings in which a run at `place` differs from this one, where that is allowed; InputError where it is not."""
+    changed = differences(from_dict(recorded, where=file), config)
+    allowed = all(line.partition(":")[0] in MAY_CHANGE for line in changed)
+    if changed and (config.resume != "changed" or not allowed):
+        remedy = ", or go on with what is changed by --resume=changed" if allowed else ""
+        raise InputError(
+            f"{place} holds a run of another configuration:\n  "
+            + "\n  ".join(changed)
+            + f"\nchoose another {option}, or take these settings back to go on with that run{remedy}"
+        )
+    return changed
+
+
+def _compare_checkpoint(checkpoint: Path, config: Config) -> None:
+    """By the checkpoint's own record, not config.yaml, which anyone may edit."""
+    recorded = NAIGN.from_pretrained(checkpoint / "model.safetensors").metadata.get("config")
+    for line in compare(recorded, config, str(checkpoint), f"'{config.run.path}'", "--run.path"):
+        log.warning("goes on with another %s", line)
+
+
+def find_newest(config: Config) -> Path | None:
+    """The newest complete checkpoint, here or in the bucket; then it is brought here, with what the run reported.
+
+    Raises InputError, changing nothing, if what is here, or there, is another configuration's.
+    """
+    run = Path(config.run.path)
+    names = check_remote_run(config) if config.run.remote else []
+    newest = newest_checkpoint(run / "checkpoints")
+    if newest:
+        _compare_checkpoint(newest, config)
+    aside = set_aside(run / "checkpoints", newest, parts=bool(config.run.remote))
+    for name in aside:
+        log.warning("%s/checkpoints/%s is damaged: set aside", run, name)
+    if aside and newest is None and not names:
+        raise InputError(
+            f"all checkpoints in {run}/checkpoints are damaged, and were set aside under other names: mend one, or "
+            "give the same command again to start anew"
+        )
+    if not names:
+        return newest
+    damaged = ""
+    for name in names:
+        if newest and int(name.removeprefix("step-")) <= int(newest.name.removeprefix("step-")):
+            return newest
+        with contextlib.suppress(Damaged):
+            # First what the run reported: once its checkpoint is here, all of it counts as being here.
+            bucket.fetch_shown(config.run.remote, run)
+            found = bucket.download(config.run.remote, name, run / "checkpoints")
+            _compare_checkpoint(found, config)
+            return found
+        shutil.rmtree(run / "checkpoints" / name, ignore_errors=True)
+        damaged = f"{config.run.remote}/checkpoints/{name}"
+        log.warning("%s is damaged: passed over", damaged)
+    if damaged and newest is None:
+        raise InputError(f"{damaged} and all before it are damaged: choose another --run.remote to start anew")
+    return newest
+
+
+def check_remote_run(config: Config) -> list[str]:
+    """Names of the bucket's checkpoints, newest first. InputError, changing nothing, if they are another run's."""
+    names = list(bucket.newest_first(config.run.remote))
+    if names and config.resume == "never":
+        raise InputError(
+            f"{config.run.remote} already holds a run and resume=never does not overwrite it: choose another "
+            "--run.remote"
+        )
+    store = open_store(config.run.remote)
+    if names and "config.yaml" in store.list():
+        compare(_read_config(store), config, store.url("config.yaml"), config.run.remote, "--run.remote")
+    return names
+
+
+def _read_config(store: Store) -> Any:
+    """Of a run in a bucket."""
+    try:
+        return yaml.safe_load(store.read("config.yaml"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{store.url('config.yaml')} is no configuration ({type(error).__name__}): remove it"
+        ) from None
+
+
+def is_done(config: Config) -> bool:
+    """Whether the bucket holds a run of this configuration that has spent its budget, and its last checkpoint in full.
+
+    InputError where there is one and resume=never.
+    """
+    store = open_store(config.run.remote)
+    if "config.yaml" not in store.list():
+        return False
+    recorded = from_dict(_read_config(store), where=store.url("config.yaml"))
+    name = next(bucket.newest_first(config.run.remote), "")
+    if not name or differences(recorded, config):
+        return False
+    if config.resume == "never":
+        check_remote_run(config)
+    return bucket.is_there(config.run.remote, name) and bucket.round_of(config.run.remote, name) >= count_rounds(config)
+
+
+def count_rounds(config: Config) -> int:
+    """Rounds that spend the budget."""
+    return -(-config.train.images // (config.match.round * config.train.passes))
+
+
+def have(config: Config, name: str, *, checked: bool) -> Path:
+    """The checkpoint of that name, on any rank; where the folder is not the one that the first rank has `checked` it
+    comes from the bucket.
+    """
+    folder = Path(config.run.path) / "checkpoints" / name
+    if checked:
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / ".download"):  # the ranks of a machine come one by one, and the first one fetches
+        if not is_complete(folder):
+            bucket.download(config.run.remote, name, folder.parent)
+    return folder
+
+
+def check_shared(config: Config, word: str) -> bool:
+    """Whether this rank sees the folder that the first rank has claimed.
+
+    InputError where it does not and there is no bucket; or where there is one and what lies here, on another machine,
+    is another run's.
+    """
+    folder = Path(config.run.path)
+    claimed = folder / ".claim"
+    if claimed.exists() and claimed.read_text() == word:
+        return True
+    if config.run.remote:
+        if list(folder.glob("checkpoints/step-*")) and (folder / "config.yaml").exists():
+            recorded = yaml.safe_load((folder / "config.yaml").read_text())
+            compare(recorded, config, f"{folder}/config.yaml", f"'{folder}' on {socket.gethostname()}", "--run.path")
+    else:
+        raise InputError(
+            f"run.path '{config.run.path}' is not the same folder on every machine: put it on a file system that they "
+            "share, or set --run.remote=s3://bucket/prefix"
+        )
+    return False

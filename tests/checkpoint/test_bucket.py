@@ -1,0 +1,78 @@
+"""The copy of a run in a bucket: what stays of it, and whose it is."""
+
+import json
+
+import pytest
+
+from pipeline.checkpoint import bucket
+from pipeline.checkpoint.bucket import OWNER, check_claim, prune, take_over
+from pipeline.checkpoint.writer import MANIFEST, lasts
+from pipeline.errors import Conflict, InputError
+from pipeline.storage.store import open_store
+
+
+def put(remote: str, step: int, *, done: bool = True) -> None:
+    root = f"{remote}/checkpoints/step-{step:08d}"
+    open_store(root).put("trainer.json", json.dumps({"round": step, "done": 0}).encode())
+    open_store(f"{root}/state").put("rank-00000-of-00001.safetensors", b"state")
+    if done:
+        open_store(root).put(MANIFEST, b"{}")
+
+
+def steps(remote: str) -> list[int]:
+    """Of those that hold a file; a server may take its time to forget a folder."""
+    root = f"{remote}/checkpoints"
+    names = [name for name in open_store(root).folders() if name != "step-mine" and open_store(f"{root}/{name}").list()]
+    return [int(name.removeprefix("step-")) for name in names]
+
+
+def test_what_earlier_processes_left_is_pruned_too(bucket):
+    remote, lasting = f"{bucket}/run", set[str]()
+    for step in (1, 2, 3, 5, 6, 7, 9):
+        put(remote, step)
+    put(remote, 4, done=False)  # a process was killed while it sent this one
+    open_store(f"{remote}/checkpoints/step-mine").put("kept", b"not ours")
+    prune(remote, "step-00000007", 2, lambda text: lasts(text, 5), lasting)
+    assert open_store(f"{remote}/checkpoints/step-mine").list() == ["kept"]
+    assert steps(remote) == [5, 6, 7, 9]  # the one after it is nothing that this one may judge
+    assert lasting == {"step-00000005"}
+    put(remote, 8)
+    prune(remote, "step-00000008", 1, lambda text: lasts(text, 5), lasting)
+    assert steps(remote) == [5, 8, 9]
+    prune(remote, "step-00000009", 0, lambda text: False, set())
+    assert steps(remote) == [5, 8, 9]
+
+
+def test_the_process_that_started_last_has_the_bucket(bucket):
+    first = take_over(f"{bucket}/run")
+    check_claim(f"{bucket}/run", first)
+    second = take_over(f"{bucket}/run")
+    check_claim(f"{bucket}/run", second)
+    with pytest.raises(Conflict, match=r"/run was taken over by a run that started later \(on .*--run.remote"):
+        check_claim(f"{bucket}/run", first)
+    open_store(f"{bucket}/run").delete(OWNER)  # a person may: nobody else claims it then
+    check_claim(f"{bucket}/run", first)
+
+
+class Stranger:
+    """A server's list of names that no file of a run can have."""
+
+    def __init__(self, name):
+        self.names = [name]
+
+    def list(self):
+        return self.names
+
+    def url(self, name):
+        return f"s3://there/{name}"
+
+    def read(self, name):
+        return b"taken"
+
+
+@pytest.mark.parametrize("name", ["../../out", "/tmp/out", "..", ".", "a/b", "a\x1b[2J"])
+def test_names_that_lead_out_of_the_folder_are_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(bucket, "open_store", lambda path: Stranger(name))
+    with pytest.raises(InputError, match="is no name of a file in a run"):
+        bucket.fetch_shown("s3://there", tmp_path / "run")
+    assert not list(tmp_path.rglob("*"))

@@ -1,0 +1,131 @@
+"""Commands write what they say, and never over what is there to be read."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.cli import main as cli
+from pipeline.errors import InputError
+from pipeline.model.naign import NAIGN
+from pipeline.model.networks import NetworkConfig, build_network
+
+
+@pytest.fixture
+def model(tmp_path):
+    metadata = {
+        "model": {"kind": "conv", "width": 4, "depth": 0, "code": 8, "max_width": 16},
+        "shape": [1, 8, 8],
+        "latents": "gaussian",
+    }
+    torch.manual_seed(0)
+    NAIGN(build_network(NetworkConfig(**metadata["model"]), (1, 8, 8)), metadata).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two folders of pictures: a/x.png, a/deep/y.JPG, b/x.png."""
+    for name in ("a/x.png", "a/deep/y.JPG", "b/x.png"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((20, 12), 90, np.uint8)).save(path)
+    return tmp_path
+
+
+def test_repairs_keep_the_folders_they_were_found_in(model, pictures):
+    cli.restore(model, (pictures / "a",), to=pictures / "out", damage="noise")
+    written = sorted(str(path.relative_to(pictures / "out")) for path in (pictures / "out").rglob("*.png"))
+    assert written == ["deep/y.png", "noise/deep/y.png", "noise/x.png", "x.png"]
+
+
+def test_two_inputs_for_one_output_are_refused(model, pictures):
+    with pytest.raises(InputError, match="would both be written to"):
+        cli.restore(model, (pictures / "a", pictures / "b"), to=pictures / "out")
+    assert not (pictures / "out").exists()
+
+
+def test_an_input_is_never_overwritten(model, pictures):
+    before = (pictures / "b/x.png").read_bytes()
+    with pytest.raises(InputError, match="would overwrite the input"):
+        cli.restore(model, (pictures / "b/x.png",), to=pictures / "b")
+    assert (pictures / "b/x.png").read_bytes() == before
+
+
+def test_damaged_pictures_overwrite_nothing(model, pictures):
+    (pictures / "a/noise").mkdir()
+    (pictures / "a/x.png").rename(pictures / "a/noise/x.png")
+    before = (pictures / "a/noise/x.png").read_bytes()
+    with pytest.raises(InputError, match="would overwrite the input"):
+        cli.restore(model, (pictures / "a/noise",), to=pictures / "a", damage="noise")
+    assert (pictures / "a/noise/x.png").read_bytes() == before
+    with pytest.raises(InputError, match="would both be written to .*noise/x.png"):
+        cli.restore(model, (pictures / "a", pictures / "b"), to=pictures / "out", damage="noise")
+    (pictures / "out/x.png").mkdir(parents=True)
+    with pytest.raises(InputError, match="is a folder"):
+        cli.restore(model, (pictures / "b",), to=pictures / "out")
+
+
+def test_what_is_no_picture_is_named(model, tmp_path):
+    (tmp_path / "x.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match="x.png: no picture"):
+        cli.score(model, (tmp_path / "x.png",))
+    with pytest.raises(InputError, match="nowhere.png: No such file"):
+        cli.score(model, (tmp_path / "nowhere.png",))
+
+
+@pytest.mark.parametrize("to", ["model.txt", "samples.csv"])
+def test_samples_go_only_to_a_file_that_can_hold_them(model, tmp_path, to):
+    with pytest.raises(InputError, match="--to"):
+        cli.sample(model, n=2, to=tmp_path / to)
+
+
+def test_what_cannot_be_written_is_named_and_nothing_is_left(model, tmp_path):
+    (tmp_path / "there.png").mkdir()
+    with pytest.raises(OSError, match="Is a directory: .*/there.png") as caught:  # which main() puts into words
+        cli.sample(model, n=2, to=tmp_path / "there.png")
+    assert caught.value.filename == str(tmp_path / "there.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "there.png"]
+    cli.sample(model, n=2, to=tmp_path / f"{250 * 'x'}.png")
+
+
+def test_a_network_that_broke_down_says_so(model, pictures):
+    broken = NAIGN.from_pretrained(model)
+    broken.network.bottleneck[2].weight.fill_(3e38)
+    broken.save_pretrained(pictures / "broken")
+    for command in (
+        lambda: cli.sample(str(pictures / "broken")),
+        lambda: cli.score(str(pictures / "broken"), (pictures,)),
+    ):
+        with pytest.raises(InputError, match="not finite"):
+            command()
+
+
+def test_a_seed_that_no_generator_takes_is_refused(model):
+    with pytest.raises(InputError, match="--seed is 9999999999999999999: it must be 0 to"):
+        cli.evaluate(model, seed=9999999999999999999)
+
+
+def test_repairs_are_not_written_to_a_file(model, pictures):
+    with pytest.raises(InputError, match="x.png is a file: give a folder"):
+        cli.restore(model, (pictures / "a",), to=pictures / "b/x.png")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("1,2\n3\n", "points.csv:2: '3'"), ("x,y\n1,2\n", "points.csv:1: 'x,y': .* no header"),
+     ("1,2,3\n", "'1,2,3': .* 2 finite numbers a line"), ("1,nan\n", ":1: '1,nan'"), ("", "points.csv: empty"),
+     ("1,2\n\n3,4\n", ":2: ''"), ("1,1e39\n", ":1: '1,1e39'")],
+)  # fmt: skip
+def test_what_are_no_points_of_the_model_is_named(tmp_path, text, said):
+    metadata = {"model": {"kind": "mlp", "width": 4}, "shape": [2], "latents": "gaussian"}
+    network = build_network(NetworkConfig(**metadata["model"]), (2,))
+    NAIGN(network, metadata).save_pretrained(tmp_path / "model")
+    (tmp_path / "points.csv").write_text(text)
+    with pytest.raises(InputError, match=said):
+        cli.score(str(tmp_path / "model"), (tmp_path,))
+    with pytest.raises(InputError, match=said):
+        cli.restore(str(tmp_path / "model"), (tmp_path / "points.csv",), to=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="noise is for images"):
+        cli.restore(str(tmp_path / "model"), (tmp_path / "points.csv",), damage="noise")

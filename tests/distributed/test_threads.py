@@ -1,0 +1,46 @@
+"""How many threads a rank has, and what is said where other programs have their cores."""
+
+import re
+
+import psutil
+import pytest
+import torch
+
+from pipeline.distributed import ranks
+
+
+@pytest.fixture(autouse=True)
+def four_cores(monkeypatch):
+    """A machine of four cores, of which this process may use 0, 1, 2 and 5."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(ranks, "_cores", lambda: {0, 1, 2, 5})
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("asked", "local", "threads"), [(0, 1, 4), (0, 3, 1), (0, 9, 1), (3, 1, 3)])
+def test_cores_are_shared_among_ranks(asked, local, threads, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    ranks.set_threads(asked)
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("threads", "shares", "said"),
+    [
+        (4, [10, 10, 10, 100, 100, 10], ""),  # cores 3 and 4 are not ours
+        (4, [100, 10, 10, 0, 0, 10], "keep 1.3 of 4 cores busy: .*--train.threads=3"),
+        (4, [100, 100, 100, 0, 0, 100], "keep 4.0 of 4 cores busy: .*--train.threads=1"),
+        (2, [100, 100, 0, 0, 0, 0], ""),
+        (1, [100, 100, 100, 100, 100, 100], ""),
+    ],
+)
+def test_a_crowded_machine_is_mentioned(threads, shares, said, monkeypatch, caplog):
+    monkeypatch.setattr(psutil, "cpu_percent", lambda seconds, percpu: shares)
+    torch.set_num_threads(threads)
+    ranks.warn_of_others()
+    if said:
+        [record] = caplog.records
+        assert re.search(said, record.getMessage())
+    else:
+        assert not caplog.records

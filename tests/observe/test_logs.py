@@ -1,0 +1,158 @@
+"""Who logs what, and how a line looks."""
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+from tqdm import tqdm
+
+from pipeline.observe import logs
+from tests.conftest import environment
+
+NAMES = ("", "naign", "naign.store", "DeepSpeed", "some.library")
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    """Loggers and round as they were."""
+    loggers = [logging.getLogger(name) for name in NAMES]
+    before = [(logger.level, logger.handlers[:], logger.filters[:], logger.propagate) for logger in loggers]
+    yield
+    logs.at_round(None)
+    for logger, (level, logger.handlers, logger.filters, logger.propagate) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+
+
+def speak():
+    for name in ("naign.store", "some.library"):
+        for level in ("debug", "info", "warning", "error"):
+            getattr(logging.getLogger(name), level)("%s of %s", level, name)
+
+
+def test_the_first_rank(capsys):
+    logs.set_up(0, 4)
+    speak()
+    assert capsys.readouterr().err.splitlines() == [
+        "[rank 0] info: info of naign.store",
+        "[rank 0] warning: warning of naign.store",
+        "[rank 0] error: error of naign.store",
+        "[rank 0] warning: some.library: warning of some.library",
+        "[rank 0] error: some.library: error of some.library",
+    ]
+
+
+def test_another_rank_in_a_round(capsys):
+    logs.set_up(3, 4)
+    logs.at_round(12)
+    speak()
+    assert capsys.readouterr().err.splitlines() == [
+        "[rank 3, round 12] warning: warning of naign.store",
+        "[rank 3, round 12] error: error of naign.store",
+        "[rank 3, round 12] warning: some.library: warning of some.library",
+        "[rank 3, round 12] error: some.library: error of some.library",
+    ]
+
+
+def test_one_rank_needs_no_number_and_a_second_set_up_no_second_line(capsys):
+    logs.set_up(0, 2)
+    logs.set_up(0, 1)
+    logging.getLogger("naign.run").warning("damaged")
+    logs.at_round(0)
+    logging.getLogger("naign.run").warning("damaged")
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == ["warning: damaged", "[round 0] warning: damaged"] and not captured.out
+
+
+def test_threads_know_the_round(capsys):
+    logs.set_up(1, 2)
+    go = threading.Event()
+
+    def late():
+        go.wait()
+        logging.getLogger("naign.run").error("late")
+
+    thread = threading.Thread(target=late)
+    thread.start()
+    logs.at_round(7)
+    go.set()
+    thread.join()
+    assert capsys.readouterr().err == "[rank 1, round 7] error: late\n"
+
+
+def test_a_traceback_follows_its_line(capsys):
+    logs.set_up(0, 1)
+    try:
+        raise RuntimeError("why")
+    except RuntimeError:
+        logging.getLogger("naign.run").exception("it broke")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["error: it broke", "Traceback (most recent call last):"] and lines[-1] == "RuntimeError: why"
+
+
+def test_a_line_stands_above_the_bar(capsys):
+    logs.set_up(0, 1)
+    with tqdm(total=10, mininterval=0, file=sys.stderr) as bar:
+        bar.update(3)
+        logging.getLogger("naign.run").warning("damaged")
+        bar.update(3)
+    shown = capsys.readouterr().err
+    before, _, after = shown.partition("warning: damaged\n")
+    assert "3/10" in before and before.endswith("\r")  # wiped
+    assert after.startswith("\r") and "6/10" in after  # drawn again below
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_another_process_leaves_the_bar_s_lock_alone(capfd, monkeypatch, terminal):
+    logs.set_up(0, 2)
+    logs.at_round(5)
+    monkeypatch.setattr("tqdm.tqdm.write", None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    child = os.fork()
+    if not child:
+        logging.getLogger("naign.store").warning("slow")
+        os._exit(0)
+    os.waitpid(child, 0)
+    shown = capfd.readouterr().err
+    assert shown == ("\r[rank 0] warning: slow\x1b[K\n" if terminal else "[rank 0] warning: slow\n")
+
+
+def import_deepspeed_as_it_was():
+    """What older versions did: a level and a handler of their own."""
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(logging.StreamHandler(sys.stdout))
+    return logger
+
+
+@pytest.mark.parametrize("imported", ["before", "after"])
+def test_deepspeed_is_quiet_whenever_it_comes(capsys, imported):
+    if imported == "before":
+        import_deepspeed_as_it_was()
+    logs.set_up(1, 2)
+    logger = import_deepspeed_as_it_was() if imported == "after" else logging.getLogger("DeepSpeed")
+    logger.info("a hundred lines of configuration")
+    logger.warning("loss scale too low")
+    captured = capsys.readouterr()
+    assert captured.err == "[rank 1] warning: DeepSpeed: loss scale too low\n" and not captured.out
+
+
+@pytest.mark.slow
+def test_the_real_deepspeed():
+    script = """
+from pipeline.observe.logs import at_round, set_up
+set_up(0, 2)
+at_round(3)
+from deepspeed.utils import logger, log_dist
+logger.setLevel("INFO")
+log_dist("one", ranks=[0])
+logger.info("two")
+logger.warning("three")
+"""
+    command = [sys.executable, "-c", script]
+    more = environment(DS_ACCELERATOR="cpu")
+    done = subprocess.run(command, env=more, capture_output=True, text=True, check=True)
+    assert done.stdout == "" and done.stderr == "[rank 0, round 3] warning: DeepSpeed: three\n"

@@ -1,0 +1,158 @@
+"""What would end a run hours later is found in its first second."""
+
+import os
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.share import BLOCK_BYTES, SLOTS
+from pipeline.errors import InputError, Unavailable
+from pipeline.observe.doctor import preflight
+from pipeline.storage.store import open_store
+
+Usage = namedtuple("Usage", "total used free")
+GB = 10**9
+
+
+def check(run, *, remote="", workers=0, checkpoint_bytes=GB // 1000, say=lambda line: None):
+    return preflight(run=str(run), remote=remote, workers=workers, checkpoint_bytes=checkpoint_bytes, say=say)
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Free bytes of the disk and of shared memory, to be changed."""
+    bytes = {"disk": 100 * GB, "shared": 100 * GB}
+
+    def usage(place):
+        return Usage(0, 0, bytes["shared" if str(place) == "/dev/shm" else "disk"])
+
+    monkeypatch.setattr("pipeline.observe.doctor.shutil.disk_usage", usage)
+    monkeypatch.setattr("pipeline.observe.doctor.os.path.isdir", lambda place: True)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    return bytes
+
+
+def test_a_machine_with_room_has_no_warnings_and_keeps_no_trace(tmp_path, free):
+    said = []
+    remote = tmp_path / "remote"
+    remote.mkdir()
+    assert check(tmp_path / "runs" / "new", remote=str(remote), workers=4, say=said.append) == []
+    assert [path.name for path in tmp_path.rglob("*")] == ["remote"]
+    text = "\n".join(said)
+    assert "100.0 GB free, a checkpoint takes 1.0 MB" in text and f"run.remote {remote} can be written" in text
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_run_in_a_file_cannot_be_written(tmp_path, there):
+    (tmp_path / "file").write_text("")
+    run = tmp_path / "file" if there else tmp_path / "file" / "run"
+    with pytest.raises(InputError, match=r"run\.path '.*' cannot be written: .*not a directory: choose another"):
+        check(run)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody can write")
+def test_a_run_where_nobody_can_write():
+    with pytest.raises(InputError, match=r"run\.path '/proc/a/b' cannot be written: /proc: "):
+        check("/proc/a/b")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_run_in_a_folder_of_somebody_else(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(InputError, match=r"cannot be written: .*permission denied"):
+            check(tmp_path / "run")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_a_link_to_nowhere_is_no_folder(tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"cannot be written"):
+        check(tmp_path / "run")
+
+
+def test_room_for_checkpoints(tmp_path, free):
+    free["disk"] = 3 * GB
+    assert check(tmp_path, checkpoint_bytes=GB) == []
+    free["disk"] -= 1
+    (warning,) = check(tmp_path, checkpoint_bytes=GB)
+    assert f"run.path '{tmp_path}' has 3.0 GB free, a checkpoint takes 1.0 GB" in warning
+    free["disk"] = GB
+    (warning,) = check(tmp_path, checkpoint_bytes=GB)
+    free["disk"] -= 1
+    with pytest.raises(InputError, match=r"has 1000.0 MB free, a checkpoint takes 1.0 GB: free some, or choose"):
+        check(tmp_path, checkpoint_bytes=GB)
+
+
+def test_shared_memory_for_workers(tmp_path, free, monkeypatch):
+    free["shared"] = 4 * SLOTS * BLOCK_BYTES
+    assert check(tmp_path, workers=4) == []
+    free["shared"] -= 1
+    (warning,) = check(tmp_path, workers=4)
+    assert "4 workers take up to 50.3 MB" in warning and "--shm-size" in warning
+    assert check(tmp_path, workers=0) == check(tmp_path, workers=3) == []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # ranks of this machine
+    assert len(check(tmp_path, workers=2)) == 1
+
+
+def test_no_shared_memory_is_no_trouble(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.observe.doctor.SHARED_MEMORY", str(tmp_path / "none"))
+    assert check(tmp_path, workers=1000) == []
+
+
+def test_a_bucket_that_can_be_written(tmp_path, bucket):
+    assert check(tmp_path, remote=f"{bucket}/runs/one") == []
+    assert open_store(f"{bucket}/runs/one").list() == []
+
+
+def test_a_bucket_that_is_not_there(tmp_path, s3):
+    with pytest.raises(InputError, match="s3://no-such-bucket/run/preflight: there is no bucket"):
+        check(tmp_path, remote="s3://no-such-bucket/run")
+
+
+def test_a_bucket_that_is_closed(tmp_path, bucket, monkeypatch):
+    from pipeline.storage.s3_client import forget_clients
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    forget_clients()
+    with pytest.raises(InputError, match="access denied"):
+        check(tmp_path, remote=f"{bucket}/run")
+
+
+def test_a_bucket_out_of_reach(tmp_path, s3, monkeypatch):
+    from pipeline.storage.s3_client import forget_clients
+
+    monkeypatch.setattr("pipeline.storage.fetch.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("pipeline.storage.fetch.LONGEST_PAUSE", 0.01)
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    forget_clients()
+    with pytest.raises(Unavailable, match="given up"):
+        check(tmp_path, remote="s3://bucket/run")
+
+
+def test_what_is_no_remote(tmp_path):
+    with pytest.raises(InputError, match="cannot read gs:// paths"):
+        check(tmp_path, remote="gs://bucket/run")
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_the_object_goes_whatever_happens(tmp_path, monkeypatch, readable):
+    from pipeline.storage.local import LocalStore
+
+    put = LocalStore.put
+
+    def put_only(store, name, data):
+        put(store, name, data)
+        if not readable:
+            raise InputError("written, but access denied to look at it")
+
+    monkeypatch.setattr(LocalStore, "put", put_only)
+    if readable:
+        check(tmp_path, remote=str(tmp_path / "remote"))
+    else:
+        with pytest.raises(InputError, match="written, but"):
+            check(tmp_path, remote=str(tmp_path / "remote"))
+    assert list((tmp_path / "remote").iterdir()) == []

@@ -1,0 +1,200 @@
+"""Counted operations, known peaks, and traces of the wanted rounds and no others."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.errors import InputError
+from pipeline.model.networks import NetworkConfig, build_network
+from pipeline.observe.speed import Profiler, fit_flops, forward_flops, parse_rounds, peak_flops, peak_memory
+
+CUDA = torch.device("cuda", 0)
+
+
+def test_operations_are_those_one_counts_by_hand():
+    linear = nn.Sequential(nn.Linear(10, 20), nn.SiLU(), nn.Linear(20, 3))
+    assert forward_flops(linear, (10,)) == 2 * (10 * 20 + 20 * 3)
+    assert forward_flops(linear, (10,), batch=7) == 7 * forward_flops(linear, (10,))
+    conv = nn.Conv2d(3, 8, 5, stride=2, padding=2)  # to (8, 16, 16)
+    assert forward_flops(conv, (3, 32, 32), batch=2) == 2 * 2 * (8 * 16 * 16) * (3 * 5 * 5)
+    assert fit_flops(100, 2) == 600
+
+
+def test_a_backward_is_about_twice_a_forward():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network = build_network(NetworkConfig(width=8), (3, 16, 16))
+    with FlopCounterMode(display=False) as counter:
+        network(torch.zeros(2, 3, 16, 16)).square().mean().backward()
+    # The first layer needs no gradient of its input.
+    wanted = fit_flops(forward_flops(network, (3, 16, 16)), 2)
+    assert 0.9 * wanted < counter.get_total_flops() <= wanted
+
+
+@pytest.mark.parametrize("network, shape", [("mlp", (2,)), ("conv", (1, 28, 28))])
+def test_counting_leaves_the_network_alone(network, shape):
+    bare = build_network(NetworkConfig(kind=network, width=8, depth=1), shape)
+    bare.register_buffer("noise", torch.randn(3))
+    calls = []
+    bare.compile(backend=lambda graph, inputs: calls.append(graph) or graph)
+    before = {name: (id(value), value.clone()) for name, value in bare.state_dict(keep_vars=True).items()}
+    assert forward_flops(bare, shape) > 0 and not calls
+    after = bare.state_dict(keep_vars=True)
+    assert all(id(after[name]) == place and torch.equal(after[name], value) for name, (place, value) in before.items())
+    assert all(value.requires_grad and value.grad is None for value in bare.parameters())
+
+
+def test_a_large_network_is_counted_without_memory():
+    large = nn.utils.skip_init(nn.Linear, 2**14, 2**14)  # 1 GB that is never touched, unless it is copied
+    before = peak_memory(torch.device("cpu"))
+    assert forward_flops(large, (2**14,), batch=2**16) == 2**16 * 2 * 2**28
+    assert peak_memory(torch.device("cpu")) - before < 0.2
+
+
+@pytest.mark.parametrize(
+    "name, half, plain",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12, 67e12),
+        ("NVIDIA H100 PCIe", 756e12, 51e12),
+        ("NVIDIA H200", 989e12, 67e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12, 19.5e12),
+        ("NVIDIA A100-PCIE-40GB", 312e12, 19.5e12),
+        ("NVIDIA A100 80GB PCIe", 312e12, 19.5e12),
+        ("NVIDIA A10", 125e12, 31.2e12),
+        ("NVIDIA L4", 121e12, 30.3e12),
+        ("NVIDIA L40S", 362e12, 91.6e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12, 82.6e12),
+        ("NVIDIA B200", 2250e12, 75e12),
+        ("Tesla V100-SXM2-16GB", None, 15.7e12),
+        ("Tesla T4", None, 8.1e12),
+        # Not these: parts of a GPU, and GPUs whose names are longer or shorter.
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None, None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None, None),
+        ("GRID A100-10C", None, None),
+        ("NVIDIA A10G", None, None),
+        ("NVIDIA L40", None, None),
+        ("NVIDIA H20", None, None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
+        ("AMD Instinct MI300X", None, None),
+    ],
+)
+def test_peaks_by_name(monkeypatch, name, half, plain):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: name)
+    monkeypatch.setattr("pipeline.observe.speed._uses_tf32", lambda: False)
+    assert peak_flops(CUDA, torch.bfloat16) == half
+    assert peak_flops(CUDA, torch.float32) == plain
+    assert peak_flops(CUDA, torch.float64) is None
+
+
+def test_float32_counts_as_tf32_where_convolutions_use_it(monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert peak_flops(CUDA, torch.float32) == 494e12  # torch's default
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        assert peak_flops(CUDA, torch.float32) == 67e12
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def test_a_processor_has_no_known_peak_and_some_memory():
+    cpu = torch.device("cpu")
+    assert peak_flops(cpu, torch.float32) is None
+    assert 0.1 < peak_memory(cpu) < 1000
+    held = torch.ones(2**27)  # 0.5 GB
+    assert peak_memory(cpu) >= held.nbytes / 1e9
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_memory_of_a_gpu():
+    torch.cuda.reset_peak_memory_stats()
+    before = peak_memory(CUDA)
+    held = torch.ones(2**27, device=CUDA)
+    assert peak_memory(CUDA) == pytest.approx(before + held.nbytes / 1e9)
+
+
+def test_rounds_as_one_writes_them():
+    assert parse_rounds("") == range(0)
+    assert list(parse_rounds("3")) == [3] and list(parse_rounds("0")) == [0]
+    assert list(parse_rounds("3-5")) == [3, 4, 5] and list(parse_rounds("3-3")) == [3]
+
+
+@pytest.mark.parametrize("text", ["4-3", "a", "-1", "3-", "3-4-5", "3,4", " 3", "1.5", "٣", "9" * 5000, "3\n"])
+def test_rounds_that_are_none(text):
+    with pytest.raises(InputError, match=r"(?s)profile\.rounds is '.*': give one round, as 3"):
+        parse_rounds(text)
+    with pytest.raises(InputError):
+        Profiler(Path("run"), text, 0)
+
+
+def run(profiler: Profiler, rounds: range) -> None:
+    for number in rounds:
+        with profiler.round(number):
+            for name in ("take", "match", "fit"):
+                with profiler.phase(name):
+                    torch.ones(8, 8) @ torch.ones(8, 8)
+
+
+def events(file: Path) -> list[dict[str, Any]]:
+    return json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+
+
+def traces(folder: Path) -> list[set[str]]:
+    """The names of what each trace holds."""
+    return [{event["name"] for event in events(file)} for file in sorted(folder.glob("profile/*.pt.trace.json.gz"))]
+
+
+def test_one_trace_of_the_wanted_rounds(tmp_path):
+    with Profiler(tmp_path, "2-3", rank=5) as profiler:
+        run(profiler, range(4))
+        (names,) = traces(tmp_path)  # written after the last of them, not at the end
+        run(profiler, range(4, 6))
+    assert traces(tmp_path) == [names]
+    assert {"round 2", "round 3", "take", "match", "fit", "aten::mm"} <= names
+    assert not {"round 1", "round 4"} & names
+    (file,) = (tmp_path / "profile").iterdir()
+    assert file.name.startswith("rank-00005.")
+    assert any("Input Dims" in event.get("args", {}) for event in events(file))
+    assert "[memory]" in names
+
+
+def test_without_rounds_nothing_is_started(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.profiler.profile", None)
+    monkeypatch.setattr("torch.profiler.record_function", None)
+    with Profiler(tmp_path, "", 0) as profiler:
+        run(profiler, range(3))
+    with Profiler(tmp_path, "7", 0) as profiler:
+        run(profiler, range(3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_ends_or_resumes_in_the_middle(tmp_path):
+    with Profiler(tmp_path, "1-9", 0) as profiler:
+        run(profiler, range(3))
+        assert traces(tmp_path) == []
+    (names,) = traces(tmp_path)
+    assert {"round 1", "round 2"} <= names
+    with Profiler(tmp_path, "1-4", 0) as profiler:
+        run(profiler, range(3, 6))
+    assert len(traces(tmp_path)) == 2 and {"round 3", "round 4"} <= traces(tmp_path)[1]
+
+
+def test_a_round_that_raises_is_written(tmp_path):
+    profiler = Profiler(tmp_path, "1-2", 0)
+    with pytest.raises(FloatingPointError), profiler.round(1), profiler.phase("fit"):
+        raise FloatingPointError
+    (names,) = traces(tmp_path)
+    assert {"round 1", "fit"} <= names
+
+
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
+    (tmp_path / "profile").write_text("in the way")
+    with Profiler(tmp_path, "0", 3) as profiler:
+        run(profiler, range(2))
+    assert "no trace of rank 3" in caplog.text

@@ -1,0 +1,73 @@
+"""The local store."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.storage.local import LocalStore
+from pipeline.storage.store import open_store
+
+
+def test_a_local_file_there_and_back(tmp_path: Path) -> None:
+    local = open_store(str(tmp_path / "new/folder"))
+    assert local.list() == []
+    local.put("b", b"12345")
+    local.put("a", b"1")
+    local.put("a", b"123")
+    assert local.list() == ["a", "b"] and local.size("a") == 3 and local.read("b") == b"12345"
+    assert Path(local.url("a")).read_bytes() == b"123"
+    assert local.read("b", 1, 3) == b"23" and local.read("b", 3) == b"45" and local.read("b", 5, 5) == b""
+    with pytest.raises(InputError, match="folder/b: 5 bytes where 6 were expected: truncated"):
+        local.read("b", 2, 6)
+    local.delete("a")
+    local.delete("a")
+    assert local.list() == ["b"]
+    with pytest.raises(InputError, match="folder/a: no such file"):
+        local.open("a")
+
+
+def test_a_broken_put_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local = LocalStore(str(tmp_path))
+    local.put("a", b"old")
+
+    def broken(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", broken)
+    with pytest.raises(OSError, match="No space"):
+        local.put("a", b"new")
+    assert [file.name for file in tmp_path.iterdir()] == ["a"] and local.read("a") == b"old"
+
+
+def test_a_file_is_not_there_before_it_is_whole(tmp_path: Path) -> None:
+    local = open_store(str(tmp_path))
+    with pytest.raises(KeyError), local.write("a") as target:
+        target.write(b"123")
+        assert local.list() == []
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with local.write("a") as target:
+        target.write(b"123")
+    assert local.read("a") == b"123"
+
+
+def test_paths_that_are_no_store(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in ("", " ", "a\0b"):
+        with pytest.raises(InputError, match="is no path"):
+            open_store(path)
+    for path in ("s3://", "http://host/folder"):
+        with pytest.raises(InputError, match=path):
+            open_store(path)
+    with pytest.raises(InputError, match="give a folder"):
+        open_store(str(tmp_path / "file")).put("a", b"")
+    assert open_store("~nobody-of-that-name/x").list() == []
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody can write")
+def test_a_folder_that_cannot_be_written() -> None:
+    with pytest.raises(InputError, match=r"/proc/x/a: cannot be written \(no such file .*\): choose another folder"):
+        open_store("/proc/x").put("a", b"")
+    with pytest.raises(InputError, match=r"cannot be written \(file name too long\): choose a shorter path"):
+        open_store("x" * 300).put("a", b"")

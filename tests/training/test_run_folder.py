@@ -1,0 +1,226 @@
+"""A run's folder belongs to one configuration and one process, and a checkpoint of it is taken whole or refused."""
+
+import json
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from filelock import FileLock
+from safetensors.torch import load_file, save
+
+from pipeline.checkpoint.writer import MANIFEST, Writer, newest_checkpoint, write_checkpoint
+from pipeline.config import Config
+from pipeline.data.loader import Stream
+from pipeline.errors import InputError
+from pipeline.model.networks import build_network
+from pipeline.training.run_folder import claim
+from pipeline.training.setup import build_engine
+from pipeline.training.state import Position, Under, restore, restore_weights, share_out, snapshot
+
+POSITION = Position(round=3, images_seen=300, step=30, seconds=1.5, skipped=2)
+
+
+def make(folder, digits, seed=0):
+    """A configuration, its stream and its engine after one step."""
+    config = Config()
+    config.run.path, config.data.path = str(folder), digits
+    config.model.width, config.model.code, config.train.ema = 8, 8, 0.5
+    with Stream(config.data, seed=0, round_size=config.match.round) as stream:
+        torch.manual_seed(seed)
+        engine = build_engine(config, build_network(config.model, stream.shape), Accelerator(cpu=True))
+        with engine.micro_batch():
+            engine.backward(engine.forward(torch.randn(4, *stream.shape)).square().sum())
+        assert engine.step() > 0
+        return config, stream, engine
+
+
+def write(config, stream, engine, position=POSITION, under=None, began=1):
+    writer = Writer(Path(config.run.path), rank=0, world=1, keep=2, every=0, remote="")
+    files = snapshot(config, stream, engine, position, None, under=under, began=began)
+    writer.start(f"step-{position.step:08d}", *files)
+    assert writer.join()
+
+
+@pytest.fixture
+def run(tmp_path, digits):
+    """A run with one checkpoint."""
+    config, stream, engine = make(tmp_path / "run", digits)
+    _, _, lock = claim(config)
+    write(config, stream, engine)
+    lock.release()
+    return config, stream, engine
+
+
+def test_a_step_waits_until_what_it_changes_is_copied(run):
+    config, stream, engine = run
+    before = {name: value.detach().clone() for name, value in engine.bare.named_parameters()}
+    averaged = {name: value.clone() for name, value in engine.ema.named_parameters()}
+    copy, files = snapshot(config, stream, engine, replace(POSITION, step=31), None, began=1)
+    with engine.micro_batch():
+        engine.backward(engine.forward(torch.randn(4, *stream.shape)).square().sum())
+    step = Thread(target=engine.step)
+    step.start()
+    step.join(0.5)
+    assert step.is_alive()
+    writer = Writer(Path(config.run.path), rank=0, world=1, keep=2, every=0, remote="")
+    writer.start("step-00000031", copy, files)
+    step.join(30)
+    assert not step.is_alive() and writer.join()
+    newest = Path(config.run.path) / "checkpoints/step-00000031"
+    for file, weights, now in (("model", before, engine.bare), ("ema", averaged, engine.ema)):
+        kept = load_file(newest / f"{file}.safetensors")
+        assert all(torch.equal(kept[name], value) for name, value in weights.items())
+        assert not any(torch.equal(kept[name], value) for name, value in now.named_parameters())
+
+
+def test_a_step_goes_on_where_copying_fails(run):
+    config, stream, engine = run
+    engine.ema = SimpleNamespace(state_dict=lambda: {"weight": None})
+    copy, files = snapshot(config, stream, engine, replace(POSITION, step=31), None, began=1)
+    writer = Writer(Path(config.run.path), rank=0, world=1, keep=2, every=0, remote="")
+    writer.start("step-00000031", copy, files)
+    assert engine.copied.wait(30)
+    with pytest.raises(InputError, match="could not be written .*AttributeError"):
+        writer.join()
+    assert newest_checkpoint(Path(config.run.path) / "checkpoints").name == f"step-{POSITION.step:08d}"
+
+
+def resume(checkpoint, engine, rank=0, world=1, size=2048):
+    restore_weights(checkpoint, engine.bare)
+    return restore(checkpoint, engine, rank=rank, world=world, size=size)
+
+
+def rewrite(checkpoint, name, content):
+    """Replace one file of a checkpoint and make the manifest agree, as somebody with bad intent would."""
+    files = {path.relative_to(checkpoint): path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
+
+    def fill(folder):
+        for path, data in files.items():
+            (folder / path).parent.mkdir(exist_ok=True)
+            if path.name != MANIFEST:
+                (folder / path).write_bytes(content if str(path) == name else data)
+
+    write_checkpoint(checkpoint, fill)
+
+
+def test_what_is_saved_comes_back(run, digits):
+    config, _, engine = run
+    newest, _, lock = claim(config)
+    _, _, other = make(config.run.path, digits, seed=1)
+    saved = resume(newest, other)
+    assert saved.position == POSITION and saved.under is None
+    for (name, mine), (_, theirs) in zip(engine.states(), other.states(), strict=True):
+        assert mine.keys() == {"weight", "exp_avg", "exp_avg_sq"}, name
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine), name
+    assert engine.steps == other.steps == 1
+    for name, value in engine.ema.state_dict().items():
+        assert torch.equal(value, other.ema.state_dict()[name])
+    lock.release()
+
+
+def test_a_round_that_is_under_way_comes_back(run, digits):
+    config, stream, engine = run
+    ids, distances = torch.arange(2048), torch.rand(2048)
+    sums = {"total": torch.tensor(1.25), "steps": torch.tensor(3.0)}
+    under = Under(ids=ids, distances=distances, values={"match/used": 0.5}, sums=sums)
+    write(config, stream, engine, replace(POSITION, done=3, step=33), under, began=2)
+    saved = resume(newest_checkpoint(Path(config.run.path) / "checkpoints"), engine)
+    assert saved.began == 2 and saved.position.done == 3
+    assert torch.equal(saved.under.ids, ids) and torch.equal(saved.under.distances, distances)
+    assert saved.under.sums == sums and saved.under.values == under.values
+
+
+def test_a_folder_in_use_is_refused(run):
+    config, _, _ = run
+    with FileLock(f"{config.run.path}/.lock"), pytest.raises(InputError, match="in use by another process"):
+        claim(config)
+
+
+def test_another_configuration_is_refused_even_without_config_yaml(run, tmp_path):
+    config, _, _ = run
+    (tmp_path / "run/config.yaml").unlink()
+    config.train.lr = 0.5
+    with pytest.raises(InputError, match="train.lr: 0.002 there, 0.5 now"):
+        claim(config)
+    config.train.lr, config.model.width = 2e-3, 16
+    with pytest.raises(InputError, match="model.width: 8 there, 16 now"):
+        claim(config)
+
+
+def test_what_only_rounds_otherwise_may_change(run):
+    config, _, _ = run
+    config.train.accumulate, config.train.precision, config.checkpoint.keep = 2, "bf16", 5
+    newest, _, lock = claim(config)
+    assert newest
+    lock.release()
+
+
+def test_a_copy_beside_the_checkpoints_is_not_one_of_them(run, tmp_path):
+    checkpoints = tmp_path / "run/checkpoints"
+    (checkpoints / "step-00000030").rename(checkpoints / "step-old.bak")
+    assert newest_checkpoint(checkpoints) is None
+
+
+STATE = "state/rank-00000-of-00001.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (STATE, b"cos\nsystem\n(S'touch executed'\ntR."),
+        (STATE, b""),
+        (STATE, save({"sums": torch.zeros(0)})),
+        ("trainer.json", b"{}"),
+        ("trainer.json", json.dumps({"round": "x", "images_seen": 1, "step": 1, "seconds": 0}).encode()),
+        ("model.safetensors", b"no model"),
+        ("ema.safetensors", b"no model"),
+    ],
+)
+def test_a_checkpoint_that_is_not_one_is_refused_and_runs_no_code(name, content, run, tmp_path, digits, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = tmp_path / "run/checkpoints/step-00000030"
+    rewrite(checkpoint, name, content)
+    assert newest_checkpoint(checkpoint.parent) == checkpoint
+    _, _, engine = make(tmp_path / "run", digits)
+    with pytest.raises(InputError, match="step-00000030"):
+        resume(checkpoint, engine)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_state_of_another_architecture_is_refused(run, tmp_path, digits):
+    checkpoint = tmp_path / "run/checkpoints/step-00000030"
+    state = load_file(checkpoint / STATE)
+    rewrite(checkpoint, STATE, save({key: value.flatten()[:1].clone() for key, value in state.items()}))
+    _, _, engine = make(tmp_path / "run", digits)
+    with pytest.raises(InputError, match="another shape than its weights"):
+        resume(checkpoint, engine)
+
+
+def test_parameters_are_shared_out_evenly_and_each_once():
+    sizes = [100, 1, 50, 50, 3, 7, 90]
+    owners = share_out(sizes, 3)
+    loads = [sum(size for size, owner in zip(sizes, owners, strict=True) if owner == rank) for rank in range(3)]
+    assert set(owners) == {0, 1, 2} and max(loads) <= 110 and share_out(sizes, 1) == [0] * 7
+    assert share_out([5], 3) == [0]
+
+
+def test_a_run_goes_on_with_more_images_only_if_told_so(run):
+    config, *_ = run
+    lock = claim(config)[2]
+    lock.release()
+    more = deepcopy(config)
+    more.train.images *= 2
+    with pytest.raises(InputError, match=r"train.images: .* there, .* now(.|\n)*--resume=changed"):
+        claim(more)
+    more.resume = "changed"
+    newest, _, lock = claim(more)
+    lock.release()
+    assert newest is not None
+    more.model.width *= 2
+    with pytest.raises(InputError, match=r"model.width(.|\n)*take these settings back to go on with that run$"):
+        claim(more)
