@@ -17,11 +17,13 @@ from pipeline.data.format.writer import pack
 from pipeline.data.sources.catalog import load
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import NetworkConfig, build_network
+from tests import forks
 from tests.data.numbered import numbered
 from tests.proxy import FaultProxy
 from tests.servers import S3Server
 
 ROOT = Path(__file__).parent.parent
+subprocess.Popen = forks.Popen  # type: ignore[misc]  # the same, but for programs with the environment of forked()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -103,6 +105,12 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **more}
 
 
+def forked(**more: str) -> dict[str, str]:
+    """The environment of a program whose start is not what the test is about: see tests/forks.py."""
+    server = forks.server()
+    return environment(**({forks.SERVER: server} if server else {}), **more)
+
+
 def train_command(*options: str, ranks: int = 1) -> list[str]:
     """The command line that starts the main job, alone or on several gloo ranks."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
@@ -119,7 +127,7 @@ def direct_command(*options: str) -> list[str]:
 
 def start(folder: Path, *options: str) -> subprocess.Popen[str]:
     """The main job without a launcher between, so that a signal reaches it."""
-    return subprocess.Popen(direct_command(*options), cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(direct_command(*options), cwd=folder, env=forked(), stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture
@@ -127,11 +135,12 @@ def train(tmp_path: Path) -> Program:
     """Run the main job in an empty folder to its end; one rank without a launcher, unless asked."""
 
     def run(
-        *options: str, ranks: int = 1, launcher: bool = False, timeout: float = 120
+        *options: str, ranks: int = 1, launcher: bool = False, real: bool = False, timeout: float = 120
     ) -> subprocess.CompletedProcess[str]:
         command = train_command(*options, ranks=ranks) if launcher or ranks > 1 else direct_command(*options)
+        env = environment() if real else forked()
         return subprocess.run(
-            command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=timeout, check=False
         )
 
     return run
@@ -141,10 +150,11 @@ def train(tmp_path: Path) -> Program:
 def naign(tmp_path: Path) -> Program:
     """Run the command line program in an empty folder."""
 
-    def run(*options: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def run(*options: str, real: bool = False, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "pipeline.cli", *options]
+        env = environment() if real else forked()
         return subprocess.run(
-            command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=timeout, check=False
         )
 
     return run

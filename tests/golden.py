@@ -29,14 +29,14 @@ RECIPE = [
 ROUNDS = 6
 
 
-def trace(name: str, data: str, folder: Path) -> list[dict[str, float]]:
+def trace(name: str, data: str, folder: Path, env: dict[str, str] | None = None) -> list[dict[str, float]]:
     """The losses of each round of one short run, by name."""
     passes = 2 if "--train.passes=2" in TRACES[name] else 1
     options = [f"--data.path={data}", f"--run.path={folder}", f"--train.images={256 * ROUNDS * passes}", *SMALL]
     own = {option.partition("=")[0] for option in TRACES[name]}
     recipe = [option for option in RECIPE if option.partition("=")[0] not in own]
     command = train_command(*options, *recipe, *TRACES[name])
-    subprocess.run(command, env=environment(), check=True, capture_output=True)
+    subprocess.run(command, env=env or environment(), check=True, capture_output=True)
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
         {key: value for key, value in entry.items() if (key.startswith("loss/") or key == "match/distance")}

@@ -12,7 +12,7 @@ import yaml
 from pipeline.config import parse
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import NetworkConfig, build_network
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT, forked
 
 
 @pytest.mark.slow
@@ -26,7 +26,7 @@ def test_match_measures_every_method_and_two_ranks(digits: str, tmp_path: Path) 
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks/match.py"), *options, "--scratch", "scratch", "--to", "results/match"],
         cwd=tmp_path,
-        env=environment(),
+        env=forked(),
         capture_output=True,
         text=True,
         timeout=120,
@@ -51,7 +51,7 @@ def test_data_measures_readers_of_a_folder_and_of_a_server(tmp_path: Path) -> No
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks/data.py"), *options, "--scratch", "scratch", "--to", "results/data"],
         cwd=tmp_path,
-        env=environment(),
+        env=forked(),
         capture_output=True,
         text=True,
         timeout=120,
@@ -73,7 +73,7 @@ def test_step_measures_the_fit_checkpoints_and_resumption(tmp_path: Path) -> Non
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks/step.py"), *options],
         cwd=tmp_path,
-        env=environment(),
+        env=forked(),
         capture_output=True,
         text=True,
         timeout=200,
@@ -98,7 +98,7 @@ def test_round_draws_what_two_ranks_did(digits: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks/round.py"), "--data", digits, "--to", "results/round"],
         cwd=tmp_path,
-        env=environment(),
+        env=forked(),
         capture_output=True,
         text=True,
         timeout=200,

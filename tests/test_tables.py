@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from pipeline.errors import InputError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, forked
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -22,6 +22,13 @@ def benchmarks() -> Iterator[None]:
         yield
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture
+def forked_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is trained and evaluated inherits this environment."""
+    for name, value in forked().items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
@@ -156,6 +163,7 @@ def test_numbers_outlive_the_run_they_came_from(table, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_programs")
 def test_table_of_two_seeds_beside_printed_numbers(table, digits, tmp_path, capfd):
     options = [f"--data.path={digits}", "--model.width=8", "--match.round=512", "--train.images=2048"]
     wild = ["--objective.distance=l2", "--train.lr=1e18", "--train.clip=1e18", "--train.warmup=0"]
@@ -192,6 +200,7 @@ def test_table_of_two_seeds_beside_printed_numbers(table, digits, tmp_path, capf
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_programs")
 def test_search_keeps_the_best_and_goes_on(search, digits, tmp_path, capsys):
     trials = {"as it is": [], "worse": ["--train.lr=1e-9"]}
     options = [f"--data.path={digits}", "--model.width=8", "--match.round=512", "--train.warmup=0"]

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from pipeline.checkpoint.writer import MANIFEST, newest_checkpoint, prune_checkpoints, write_checkpoint
-from tests.conftest import environment
+from tests.conftest import forked
 
 
 def fill(folder):
@@ -80,7 +80,7 @@ if {moment!r} == "before manifest":
     c.write_atomically = lambda file, text: die()
 c.write_checkpoint(Path({str(tmp_path)!r}) / "step-00000002", fill)
 """
-    done = subprocess.run([sys.executable, "-c", script], env=environment(), check=False)
+    done = subprocess.run([sys.executable, "-c", script], env=forked(), check=False)
     assert done.returncode == -signal.SIGKILL
     assert newest_checkpoint(tmp_path) == tmp_path / "step-00000001"
     assert os.path.isdir(tmp_path / "step-00000002")

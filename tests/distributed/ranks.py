@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tests.conftest import environment
+from tests.conftest import forked
 
 WORKER = """
 import importlib, os, sys
@@ -46,7 +46,7 @@ def on_ranks(
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, case, str(folder), str(timeout), str(sorted(missing))],
-            env=environment(**address, RANK=str(rank)),
+            env=forked(**address, RANK=str(rank)),
             stderr=subprocess.PIPE,
             text=True,
         )

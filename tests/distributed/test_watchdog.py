@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.distributed.watchdog import Heard, Post, Watchdog, describe
 from pipeline.errors import FAILED
-from tests.conftest import environment
+from tests.conftest import forked
 from tests.distributed.ranks import WORKER, free_port
 
 PREPARED = """
@@ -28,7 +28,7 @@ def program(text: str) -> subprocess.CompletedProcess[str]:
     """Run a program after PREPARED to its end."""
     return subprocess.run(
         [sys.executable, "-c", PREPARED + text],
-        env=environment(),
+        env=forked(),
         capture_output=True,
         text=True,
         timeout=30,
@@ -43,7 +43,7 @@ def two_ranks(case: str, folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, f"watchdog_cases.{case}", str(folder), "60", "[]"],
-            env=environment(**address, RANK=str(rank)),
+            env=forked(**address, RANK=str(rank)),
             stderr=subprocess.PIPE,
             text=True,
         )

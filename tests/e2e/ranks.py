@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT, forked
 from tests.distributed.ranks import free_port
 
 
@@ -33,7 +33,7 @@ class Job:
                     subprocess.Popen(
                         [sys.executable, str(ROOT / "pipeline/train.py"), *self.options],
                         cwd=self.folder / (self.places[rank] if self.places else ""),
-                        env=environment(ACCELERATE_USE_CPU="true", **(address | numbers if self.world > 1 else {})),
+                        env=forked(ACCELERATE_USE_CPU="true", **(address | numbers if self.world > 1 else {})),
                         stdout=log,
                         stderr=log,
                     )

@@ -15,15 +15,13 @@ from pipeline.data.format.audit import Scan
 from pipeline.data.format.pages import dump_table, table_name
 from pipeline.errors import BAD_INPUT
 from pipeline.storage.store import open_store
-from tests.conftest import ROOT, SMALL, environment, train_command
+from tests.conftest import ROOT, SMALL, forked, train_command
 
 
 def run_alone(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """Without the launcher, which turns any exit code of its ranks into 1."""
     command = [train_command()[0], str(ROOT / "pipeline/train.py"), "--run.path=run", *SMALL, *options]
-    return subprocess.run(
-        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=60, check=False
-    )
+    return subprocess.run(command, cwd=folder, env=forked(), capture_output=True, text=True, timeout=60, check=False)
 
 
 def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:

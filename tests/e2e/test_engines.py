@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from pipeline.checkpoint.writer import newest_checkpoint
 from pipeline.cli import main as cli
 from pipeline.model.naign import NAIGN
-from tests.conftest import ROOT, SMALL, environment, train_command
+from tests.conftest import ROOT, SMALL, forked, train_command
 
 ROUNDS, STEPS = 4, 8
 """Of a run, and a round."""
@@ -46,9 +46,7 @@ def launch(file: str, folder: Path, *options: str, ranks: int = 2) -> subprocess
     command = train_command(*options)
     at = command.index("--quiet") + 1
     command[at:at] = ["--config_file", file, "--num_processes", str(ranks), "--main_process_port", "0"]
-    return subprocess.run(
-        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=240, check=False
-    )
+    return subprocess.run(command, cwd=folder, env=forked(), capture_output=True, text=True, timeout=240, check=False)
 
 
 def options(digits: str, run: str) -> list[str]:

@@ -16,7 +16,7 @@ from pipeline.checkpoint.bucket import newest_first
 from pipeline.checkpoint.writer import newest_checkpoint
 from pipeline.errors import BAD_INPUT
 from pipeline.storage.store import open_store
-from tests.conftest import ROOT, SMALL, Program, environment, start
+from tests.conftest import ROOT, SMALL, Program, forked, start
 from tests.e2e.ranks import Job
 from tests.servers import S3Server
 
@@ -52,9 +52,7 @@ def poisoned(folder: Path, steps: range | list[int], rank: int, *options: str, w
 
 
 def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=120, check=False
-    )
+    return subprocess.run(command, cwd=folder, env=forked(), capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.mark.slow

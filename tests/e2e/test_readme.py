@@ -16,7 +16,7 @@ from tests.conftest import ROOT, Program
 @pytest.mark.slow
 def test_the_steps_of_the_readme(naign: Program, train: Program, tmp_path: Path) -> None:
     def run(*options: str) -> str:
-        done = naign(*options)
+        done = naign(*options, real=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -25,7 +25,7 @@ def test_the_steps_of_the_readme(naign: Program, train: Program, tmp_path: Path)
     assert "sound" in run("verify", "data/digits")
 
     options = ["--config", str(ROOT / "configs/digits.yaml"), "--train.images=9000", "--train.threads=1"]
-    done = train(*options, launcher=True)
+    done = train(*options, launcher=True, real=True)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs/digits"
     assert {"config.yaml", "metrics.jsonl", "tensorboard", "samples", "checkpoints"} <= {
