@@ -21,12 +21,12 @@ $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml launch/constraints.txt | $(VENV)/bin/python
-	$(PIP_INSTALL) -e .
+$(VENV)/.installed: pyproject.toml benchmarks/baselines/pyproject.toml launch/constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) -e . -e benchmarks/baselines
 	@touch $@
 
-$(VENV)/.tested: pyproject.toml launch/constraints.txt | $(VENV)/bin/python
-	$(PIP_INSTALL) -e '.[test]'
+$(VENV)/.tested: pyproject.toml benchmarks/baselines/pyproject.toml launch/constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) -e '.[test]' -e benchmarks/baselines
 	@touch $@ $(VENV)/.installed
 
 install: $(VENV)/.installed

@@ -16,6 +16,7 @@ from pipeline.match.exchange import Ranks, ranks_of
 from pipeline.match.method import METHODS
 from pipeline.match.space import SpaceConfig, embed
 from pipeline.model.latents import check_law
+from pipeline.settings import FREE
 
 ASSIGNMENTS = ("free", "one_to_one")
 
@@ -66,7 +67,7 @@ class MatchConfig:
     block: int = 512
     """Samples generated at once. The pool is cut into the same blocks on every world size, so samples are the same."""
 
-    method: str = "auto"
+    method: str = field(default="auto", metadata=FREE)
     """How to search: flat, projected, rounded, or auto, which tries them. The match is the same."""
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from pipeline.checkpoint.bucket import fetch_newest
 from pipeline.checkpoint.writer import newest_checkpoint, passed_over
 from pipeline.errors import InputError
 from pipeline.model import latents
-from pipeline.model.networks import NetworkConfig, build_network
+from pipeline.model.networks import build_network, recorded_network
 
 log = logging.getLogger("naign.model")
 
@@ -60,7 +60,7 @@ class NAIGN:
             metadata = json.loads(header)
             latents.check_law(metadata["latents"], tuple(metadata["shape"]))
             with torch.device("meta"):  # nothing is allocated for what the header claims, only for what the file holds
-                network = build_network(NetworkConfig(**metadata["model"]), tuple(metadata["shape"]))
+                network = build_network(recorded_network(metadata["model"]), tuple(metadata["shape"]))
             network.load_state_dict(tensors, assign=True)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
             raise InputError(f"{file} does not hold the model that its header describes: {error}") from None

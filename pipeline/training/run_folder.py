@@ -14,9 +14,10 @@ from filelock import FileLock, Timeout
 
 from pipeline.checkpoint import bucket
 from pipeline.checkpoint.writer import is_complete, newest_checkpoint, set_aside
-from pipeline.config import MAY_CHANGE, Config, differences, from_dict, to_dict
+from pipeline.config import Config, changeable, differences, from_dict, to_dict
 from pipeline.errors import Damaged, InputError
 from pipeline.model.naign import NAIGN
+from pipeline.settings import MAY_CHANGE
 from pipeline.storage.base import Store
 from pipeline.storage.local import write_atomically
 from pipeline.storage.store import open_store
@@ -66,8 +67,8 @@ def claim(config: Config) -> tuple[Path | None, str, FileLock]:
 
 def compare(recorded: Any, config: Config, file: str, place: str, option: str) -> list[str]:
     """Settings in which a run at `place` differs from this one, where that is allowed; InputError where it is not."""
-    changed = differences(from_dict(recorded, where=file), config)
-    allowed = all(line.partition(":")[0] in MAY_CHANGE for line in changed)
+    changed = differences(from_dict(recorded, where=file, recorded=True), config)
+    allowed = all(line.partition(":")[0] in changeable(config, MAY_CHANGE) for line in changed)
     if changed and (config.resume != "changed" or not allowed):
         remedy = ", or go on with what is changed by --resume=changed" if allowed else ""
         raise InputError(
@@ -155,7 +156,7 @@ def is_done(config: Config) -> bool:
     store = open_store(config.run.remote)
     if "config.yaml" not in store.list():
         return False
-    recorded = from_dict(_read_config(store), where=store.url("config.yaml"))
+    recorded = from_dict(_read_config(store), where=store.url("config.yaml"), recorded=True)
     name = next(bucket.newest_first(config.run.remote), "")
     if not name or differences(recorded, config):
         return False

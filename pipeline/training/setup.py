@@ -55,7 +55,7 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
                 f"the launcher's DeepSpeed configuration says {name}.enabled: {enabled}, but the run's precision is "
                 f"{accelerator.mixed_precision.replace('no', 'fp32')}: remove it there, or change train.precision"
             )
-    if config.objective.name in ("ign", "nae") and (stage == 3 or accelerator.mixed_precision != "no"):
+    if config.objective.needs_frozen and (stage == 3 or accelerator.mixed_precision != "no"):
         raise InputError(
             f"objective.name={config.objective.name} evaluates a frozen copy of the network, which ZeRO-3 and "
             "DeepSpeed's low precision do not allow: use ZeRO 0 to 2 in float32, or DDP"
@@ -106,7 +106,7 @@ def open_perceived(objective: ObjectiveConfig, shape: tuple[int, ...], device: t
     if not objective.perceptual:
         return None
     encoder = _open_encoder("objective.encoder", objective.encoder, shape, device)
-    if encoder.network is None:
+    if encoder.network is None or not hasattr(encoder.network, "body"):
         raise InputError(f"objective.encoder '{objective.encoder}' has no layers: choose one of {', '.join(names())}")
     return perceptual(encoder.network.body)
 

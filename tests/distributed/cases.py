@@ -10,7 +10,7 @@ from pipeline.match import matcher
 from pipeline.match.matcher import Match, MatchConfig, match_round
 from pipeline.match.space import SpaceConfig
 from pipeline.model import latents
-from pipeline.model.networks import NetworkConfig, build_network
+from pipeline.model.networks import ConvConfig, build_network
 from pipeline.training.loop import open_features
 from tests.match.problems import draw
 
@@ -24,7 +24,7 @@ def share(rows: Tensor, rank: int, world: int) -> tuple[Tensor, int]:
 def matched(setting: dict[str, Any], rank: int, world: int) -> Match:
     """A round's match by a real network: samples and so ids must not depend on who generates them."""
     torch.manual_seed(0)
-    network = build_network(NetworkConfig(width=8, code=16), (1, 8, 8)).eval()
+    network = build_network(ConvConfig(width=8, code=16), (1, 8, 8)).eval()
 
     @torch.inference_mode()
     def sample(ids: Tensor) -> Tensor:

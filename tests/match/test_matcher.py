@@ -15,7 +15,7 @@ from pipeline.match import matcher
 from pipeline.match.across_ranks import nearest
 from pipeline.match.matcher import MatchConfig, block_range, match_round
 from pipeline.model import latents
-from pipeline.model.networks import NetworkConfig, build_network
+from pipeline.model.networks import ConvConfig, build_network
 from pipeline.training.loop import Drawing
 from tests.conftest import SMALL
 
@@ -90,7 +90,7 @@ def test_the_pool_is_held_in_parts_of_whole_blocks(monkeypatch):
 
 def test_matched_latents_drawn_anew_are_those_of_the_pool():
     torch.manual_seed(0)
-    network = build_network(NetworkConfig(width=8, code=16), (1, 12, 12)).eval()
+    network = build_network(ConvConfig(width=8, code=16), (1, 12, 12)).eval()
     made = {}
 
     @torch.inference_mode()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import InputError
-from pipeline.model.networks import NetworkConfig, build_network
+from pipeline.model.networks import NETWORKS, ConvConfig, build_network
 from pipeline.observe.speed import Profiler, fit_flops, forward_flops, parse_rounds, peak_flops, peak_memory
 
 CUDA = torch.device("cuda", 0)
@@ -28,7 +28,7 @@ def test_operations_are_those_one_counts_by_hand():
 def test_a_backward_is_about_twice_a_forward():
     from torch.utils.flop_counter import FlopCounterMode
 
-    network = build_network(NetworkConfig(width=8), (3, 16, 16))
+    network = build_network(ConvConfig(width=8), (3, 16, 16))
     with FlopCounterMode(display=False) as counter:
         network(torch.zeros(2, 3, 16, 16)).square().mean().backward()
     # The first layer needs no gradient of its input.
@@ -38,7 +38,7 @@ def test_a_backward_is_about_twice_a_forward():
 
 @pytest.mark.parametrize("network, shape", [("mlp", (2,)), ("conv", (1, 28, 28))])
 def test_counting_leaves_the_network_alone(network, shape):
-    bare = build_network(NetworkConfig(kind=network, width=8, depth=1), shape)
+    bare = build_network(NETWORKS[network][0](width=8, depth=1), shape)
     bare.register_buffer("noise", torch.randn(3))
     calls = []
     bare.compile(backend=lambda graph, inputs: calls.append(graph) or graph)
