@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from filelock import FileLock
@@ -94,11 +95,13 @@ class Engine:
         return out.float()
 
     def sample(self, x: Tensor) -> Tensor:
-        """f(x) in float32, without gradient. Collective where the network is sharded."""
+        """f(x) in float32, without gradient, in evaluation mode. Collective where the network is sharded."""
         # Under inference_mode ZeRO-3 would gather weights that autograd refuses afterwards.
+        self.bare.eval()
         with torch.no_grad() if self.deepspeed else torch.inference_mode():
             out: Tensor = self.bare(x.to(self._dtype) if self.deepspeed else x)
-            return out.float()
+        self.bare.train()
+        return out.float()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch; with a step's last they are averaged over ranks and micro-batches."""
@@ -128,6 +131,9 @@ class Engine:
             if math.isfinite(norm) or scaled:  # a scaler skips by itself, and learns of it
                 (self.optimizer if scaled else self._adam).step()
             self._adam.zero_grad(set_to_none=True)
+        if self.accelerator.num_processes > 1:  # running statistics are rank 0's, so that all ranks sample alike
+            for value in self.bare.buffers():
+                dist.broadcast(value, src=0)
         if self.ema is not None and math.isfinite(norm):
             self._average()
         return norm
@@ -158,6 +164,8 @@ class Engine:
         with self.gathered():
             now = [value.detach().to(torch.float32) for value in self.bare.parameters()]
             torch._foreach_lerp_(list(self.ema.parameters()), now, 1 - self._decay)
+            for average, value in zip(self.ema.buffers(), self.bare.buffers(), strict=True):
+                average.copy_(value)
 
     def gathered(self) -> AbstractContextManager[Any]:
         """Collective: the whole weights in the bare network's parameters, to be read."""

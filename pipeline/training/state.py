@@ -193,7 +193,8 @@ def snapshot(
     files: dict[str, Write] = {f"state/rank-{rank:05d}-of-{world:05d}.safetensors": partial(save_file, state)}
     if rank:
         return copy, files
-    weights |= {name: take(value) for name, value in engine.bare.named_buffers()}
+    # Buffers are copied now: the next forward may change them.
+    weights |= {name: _copied(value) for name, value in engine.bare.state_dict().items() if name not in engine.shapes}
     stands = replace(position)  # what follows is worked out in the background
     files["model.safetensors"] = lambda file: save_model(file, weights, describe(config, stream, stands), spectrum)
     if engine.ema is not None:
