@@ -1,23 +1,27 @@
 """A run's folder belongs to one configuration and one process, and a checkpoint of it is taken whole or refused."""
 
+import errno
 import json
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from accelerate import Accelerator
 from filelock import FileLock
 from safetensors.torch import load_file, save
+from torch.distributed import DistBackendError
 
 from pipeline.checkpoint.writer import MANIFEST, Writer, newest_checkpoint, write_checkpoint
 from pipeline.config import Config
 from pipeline.data.loader import Stream
 from pipeline.errors import InputError
 from pipeline.match.matcher import Match
+from pipeline.model import naign
 from pipeline.model.networks import build_network
 from pipeline.training.prepare import build_engine
 from pipeline.training.run_folder import claim
@@ -191,6 +195,54 @@ def test_a_checkpoint_that_is_not_one_is_refused_and_runs_no_code(name, content,
     with pytest.raises(InputError, match="step-00000030"):
         resume(checkpoint, engine)
     assert not (tmp_path / "executed").exists()
+
+
+FAULTS = [
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    torch.OutOfMemoryError("CUDA out of memory"),
+    DistBackendError("NCCL error: unhandled system error"),
+    MemoryError("no memory"),
+    OSError(errno.EIO, "Input/output error"),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
+def test_a_device_that_fails_is_no_damage_of_the_checkpoint(fault, run, monkeypatch):
+    _, _, engine = run
+    checkpoint = newest_checkpoint(Path(run[0].run.path) / "checkpoints")
+
+    def fail(*_, **__):
+        raise fault
+
+    for owner, name in ((engine.bare, "load_state_dict"), (engine, "restore"), (engine.ema, "load_state_dict")):
+        with monkeypatch.context() as patched, pytest.raises(type(fault)) as caught:
+            patched.setattr(owner, name, fail)
+            resume(checkpoint, engine)
+        assert caught.value is fault
+    with monkeypatch.context() as patched, pytest.raises(type(fault)) as caught:
+        patched.setattr(naign, "safe_open", fail)
+        resume(checkpoint, engine)
+    assert caught.value is fault
+
+
+@pytest.mark.parametrize("name", [STATE, "model.safetensors", "ema.safetensors", "trainer.json"])
+def test_a_disk_that_fails_is_no_damage_of_the_checkpoint(name, run):
+    config, _, engine = run
+    file = newest_checkpoint(Path(config.run.path) / "checkpoints") / name
+    file.unlink()
+    file.symlink_to(file)  # opening it fails, and not since it is missing
+    with pytest.raises(OSError) as caught:
+        resume(Path(config.run.path) / "checkpoints/step-00000030", engine)
+    assert caught.value.errno == errno.ELOOP
+
+
+@pytest.mark.parametrize(("number", "raised"), [(errno.EIO, OSError), (errno.ENOSPC, InputError)])
+def test_a_disk_that_fails_for_a_while_is_not_the_users_mistake(number, raised, run, monkeypatch):
+    config, *_ = run
+    with monkeypatch.context() as patched, pytest.raises(raised):
+        patched.setattr(Path, "mkdir", Mock(side_effect=OSError(number, "no")))
+        claim(config)
+    claim(config)[2].release()
 
 
 def test_state_of_another_architecture_is_refused(run, tmp_path, digits):
