@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.checkpoint.writer import MANIFEST, Writer
 from pipeline.config import Config, TrainConfig
 from pipeline.data.decode import scaled
+from pipeline.data.loader import Stream
 from pipeline.data.order import rank_rows
 from pipeline.distributed.ranks import build_accelerator, keep_memory, set_threads
 from pipeline.distributed.signals import StopRequest
@@ -37,7 +38,7 @@ from pipeline.observe.monitor import Monitor
 from pipeline.observe.speed import Profiler
 from pipeline.training.fit import fit, learning_rate, steps_of
 from pipeline.training.loop import checkpoint
-from pipeline.training.prepare import build_engine, open_stream
+from pipeline.training.prepare import build_engine
 from pipeline.training.round import RoundRandom, RoundState, Run
 
 Record = dict[str, Any]
@@ -76,7 +77,8 @@ def opened(config: Config) -> Iterator[Callable[[nn.Module], Run]]:
     stop = StopRequest(within=config.stop.within, world=world)
     monitor = Monitor(folder, active=rank == 0, images=config.train.images, images_seen=0, config="")
     watchdog = Watchdog(rank=rank, world=world, timeout=config.train.timeout)
-    with open_stream(config, rank, world) as stream, monitor, watchdog:
+    share = {"seed": config.seed, "round_size": config.match.round, "rank": rank, "world": world}
+    with Stream(config.data, **share) as stream, monitor, watchdog:
 
         def run(bare: nn.Module) -> Run:
             run = Run(
@@ -115,7 +117,8 @@ class Given:
     @classmethod
     def of(cls, config: Config, rounds: int) -> "Given":
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        with open_stream(config, rank, world) as stream:
+        share = {"seed": config.seed, "round_size": config.match.round, "rank": rank, "world": world}
+        with Stream(config.data, **share) as stream:
             images = scaled(stream.take(0).images)
         first, stop = rank_rows(config.match.round, rank, world)
         pool = int(config.match.round * config.match.ratio)

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -196,18 +194,12 @@ def find_match(run: Run, state: RoundState) -> Match:
 
 def gather_partial(run: Run, state: RoundState) -> PartialRound:
     """What has to be kept of the current round, the match of all ranks included. Collective."""
-    partial = PartialRound(world_size_at_start=state.world_size_at_start, sums=state.sums)
-    if state.match is None:
-        return partial
-    parts = [state.match.ids, state.match.distances.cpu()]
-    if state.world_size_at_start == run.world and run.world > 1:  # else every rank has the whole match
-        group = dist.new_group(backend="gloo")
-        for number, mine in enumerate(parts):
-            everyone = [torch.empty_like(mine) for _ in range(run.world)]
-            dist.all_gather(everyone, mine.contiguous(), group=group)
-            parts[number] = torch.cat(everyone)
-    partial.match = replace(state.match, ids=parts[0], distances=parts[1])
-    return partial
+    match = state.match
+    if match and state.world_size_at_start == run.world:  # else every rank has the whole match
+        gather = run.accelerator.gather
+        ids, distances = (gather(part.to(run.accelerator.device)).cpu() for part in (match.ids, match.distances))
+        match = replace(match, ids=ids, distances=distances)
+    return PartialRound(world_size_at_start=state.world_size_at_start, match=match, sums=state.sums)
 
 
 def checkpoint(run: Run, partial: PartialRound | None = None) -> None:

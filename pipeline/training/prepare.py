@@ -53,7 +53,7 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, nn.Module]:
     stop = StopRequest(within=config.stop.within, world=world, timeout=config.train.timeout + 60)
     with together(accelerator):
         check_engine(config, accelerator)
-        stream = open_stream(config, rank, world)
+        stream = Stream(config.data, seed=config.seed, round_size=config.match.round, rank=rank, world=world)
         torch.manual_seed(config.seed)  # the same first weights on every rank
         network = build_network(config.model, stream.shape, recompute=config.train.recompute).to(device)
         check_law(config.match.latents, stream.shape)
@@ -163,11 +163,6 @@ def pack_missing(data: DataConfig, arguments: list[str]) -> None:
             )
         print(f"no data at {data.path} yet: packing it, as `naign pack {source} --to {data.path}` does", flush=True)
         pack(load(source), data.path)
-
-
-def open_stream(config: Config, rank: int, world: int) -> Stream:
-    """This rank's stream. Raises InputError where the data and the world size do not go together."""
-    return Stream(config.data, seed=config.seed, round_size=config.match.round, rank=rank, world=world)
 
 
 def check_engine(config: Config, accelerator: Accelerator) -> None:
