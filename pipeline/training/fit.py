@@ -119,9 +119,7 @@ def learning_rate(config: TrainConfig, seen: int, budget: int) -> float:
 
 
 def pass_order(count: int, *key: int) -> Tensor:
-    """A permutation (count,) int64 that depends on the arguments alone: it sorts raw Philox draws, which are stable
-    across NumPy versions.
-    """
+    """A permutation (count,) int64, a function of the arguments: it sorts raw draws, which NumPy never changes."""
     return torch.from_numpy(np.argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(count), kind="stable"))
 
 

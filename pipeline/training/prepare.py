@@ -43,10 +43,9 @@ log = logging.getLogger("naign.train")
 
 
 def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, nn.Module]:
-    """Refuse, on every rank and before anything is written, what cannot be trained. Collective.
+    """Refuse what cannot be trained, on every rank and before anything is written. Collective.
 
-    Returns the run and its network with its first weights. Raises InputError where settings, data, engine and machine
-    do not go together; Unavailable where a store stays out of reach.
+    Returns the run, and its network with its first weights. Raises InputError, or Unavailable for a store.
     """
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     set_up(rank, world)
@@ -149,10 +148,7 @@ def claim_together(run: Run) -> Path | None:
 
 
 def pack_missing(data: DataConfig, arguments: list[str]) -> None:
-    """Fetch and pack data.source if there is no data set at data.path.
-
-    A configuration file's source belongs to its path. Raises InputError if the command line gives another path.
-    """
+    """Fetch and pack data.source if data.path holds no data set; InputError if it is meant for another path."""
     source = data.source or ("mnist" if data.path == DataConfig().path else "")
     if source and "index.json" not in open_store(data.path).list():
         given = {argument.partition("=")[0] for argument in arguments}
@@ -169,8 +165,7 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
     """InputError where the launcher's engine cannot do what the configuration asks for."""
     batch, world, accumulate = config.train.batch, accelerator.num_processes, config.train.accumulate
     if batch % (world * accumulate):
-        least = world * accumulate
-        near = -(-batch // least) * least
+        near = -(-batch // (world * accumulate)) * world * accumulate
         ranks = [number for number in range(1, batch // accumulate + 1) if batch % (number * accumulate) == 0]
         raise InputError(
             f"train.batch={batch} images cannot be shared evenly by {world} ranks x {accumulate} micro-batches "
@@ -181,11 +176,8 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
         return
     stage = int(accelerator.state.deepspeed_plugin.zero_stage)
     given = accelerator.state.deepspeed_plugin.deepspeed_config
-    for name in ("optimizer", "scheduler"):
-        if name in given:
-            raise InputError(
-                f"the launcher's DeepSpeed configuration has a section '{name}', which is the run's: remove it"
-            )
+    if own := next((name for name in ("optimizer", "scheduler") if name in given), ""):
+        raise InputError(f"the launcher's DeepSpeed configuration has a section '{own}', which is the run's: remove it")
     for name in ("bf16", "fp16"):
         enabled = given.get(name, {}).get("enabled", "auto")
         if enabled != "auto" and enabled != (accelerator.mixed_precision == name):
@@ -203,11 +195,10 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
             f"DeepSpeed ZeRO-0 in {accelerator.mixed_precision} keeps its float32 weights where no checkpoint "
             "can reach them: use ZeRO 1 to 3, or DDP"
         )
-    for name in ("compile", "channels_last"):
-        if getattr(config.train, name):
-            raise InputError(
-                f"train.{name} does not go with DeepSpeed, which lays weights out anew: leave it out, or use DDP"
-            )
+    if name := next((name for name in ("compile", "channels_last") if getattr(config.train, name)), ""):
+        raise InputError(
+            f"train.{name} does not go with DeepSpeed, which lays weights out anew: leave it out, or use DDP"
+        )
 
 
 def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator) -> Engine:

@@ -31,17 +31,18 @@ LOCK_SECONDS = 120.0
 TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 """What a disk or a system that fails for a while says. It is no fault of the user's, and worth a retry."""
 
-MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-MALFORMED = (ValueError, TypeError, LookupError, AttributeError, EOFError, OverflowError, RecursionError)
-"""What reading a checkpoint raises where a file is missing, or is not what this program writes."""
+DAMAGE = (
+    *(FileNotFoundError, NotADirectoryError, IsADirectoryError, SafetensorError, ValueError, TypeError, LookupError),
+    *(AttributeError, EOFError, OverflowError, RecursionError),
+)
+"""What reading a checkpoint raises if a file is missing, or is not what this program writes."""
 
 
 def claim(config: Config) -> tuple[Path | None, str, FileLock]:
     """Take the run's folder for this configuration, on rank 0.
 
-    Returns the checkpoint to resume from, if any; a token by which `check_shared` knows the folder on other ranks; and
-    the lock, which is held until it is released or the process ends. Raises InputError, changing nothing, if the folder
-    is in use, belongs to another configuration or may not be used again.
+    Returns the checkpoint to resume from, if any, a token for `check_shared`, and a lock to hold, which goes with the
+    process. Raises InputError, changing nothing, if the folder is in use or another configuration's.
     """
     folder = Path(config.run.path)
     # A network file system keeps a dead host's lock for a while, and Slurm starts the job again at once.
@@ -70,7 +71,7 @@ def claim(config: Config) -> tuple[Path | None, str, FileLock]:
 
 
 def compare(recorded: Any, config: Config, file: str, place: str, option: str) -> list[str]:
-    """Settings in which a run at `place` differs from this one and may; InputError if one of them may not."""
+    """Settings in which a run at `place` differs from this one, where that is allowed; InputError where it is not."""
     changed = differences(from_dict(recorded, where=file), config)
     allowed = all(line.partition(":")[0] in MAY_CHANGE for line in changed)
     if changed and (config.resume != "changed" or not allowed):
@@ -93,7 +94,7 @@ def _compare_checkpoint(checkpoint: Path, config: Config) -> None:
 def read_model(checkpoint: Path, name: str) -> NAIGN:
     """A model file of a checkpoint, on the CPU. Raises InputError as `damage_named` does."""
     with damage_named(checkpoint):
-        open_tensors(checkpoint / name)
+        open_tensors(checkpoint / name)  # from_pretrained calls a failing disk a damaged file
         return NAIGN.from_pretrained(checkpoint / name)
 
 
@@ -105,10 +106,7 @@ def damage_named(checkpoint: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (*MALFORMED, *MISSING, SafetensorError) as error:
-        cause = error.__context__ if isinstance(error, InputError) else None
-        if isinstance(cause, OSError) and not isinstance(cause, MISSING):
-            raise cause from None
+    except DAMAGE as error:
         raise InputError(
             f"{checkpoint} cannot be resumed from ({type(error).__name__}: {error}): remove that folder to go on from "
             "the checkpoint before it"

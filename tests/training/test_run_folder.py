@@ -21,8 +21,8 @@ from pipeline.config import Config
 from pipeline.data.loader import Stream
 from pipeline.errors import InputError
 from pipeline.match.matcher import Match
-from pipeline.model import naign
 from pipeline.model.networks import build_network
+from pipeline.training import run_folder
 from pipeline.training.prepare import build_engine
 from pipeline.training.run_folder import claim
 from pipeline.training.state import PartialRound, Position, restore, restore_weights, share_out, snapshot
@@ -220,7 +220,7 @@ def test_a_device_that_fails_is_no_damage_of_the_checkpoint(fault, run, monkeypa
             resume(checkpoint, engine)
         assert caught.value is fault
     with monkeypatch.context() as patched, pytest.raises(type(fault)) as caught:
-        patched.setattr(naign, "safe_open", fail)
+        patched.setattr(run_folder, "safe_open", fail)
         resume(checkpoint, engine)
     assert caught.value is fault
 
