@@ -27,9 +27,7 @@ def leave(code: int) -> None:
 
 if __name__ == "__main__":
     for _number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(
-            _number, lambda *_: leave(75)
-        )  # there is nothing to keep until training installs its own handlers
+        signal.signal(_number, lambda *_: leave(75))  # there is nothing to keep until training listens itself
 
 # In a script sys.path starts with the script's own folder, where `data` or `match` would shadow libraries.
 _HERE = Path(__file__).resolve().parent
@@ -37,7 +35,14 @@ if sys.path and Path(sys.path[0] or ".").resolve() == _HERE:
     sys.path[0] = str(_HERE.parent)
 
 from pipeline.config import parse  # noqa: E402
-from pipeline.distributed.ranks import build_accelerator, keep_memory, peers_missed, set_threads, together  # noqa: E402
+from pipeline.distributed.ranks import (  # noqa: E402
+    build_accelerator,
+    keep_memory,
+    peers_missed,
+    set_threads,
+    together,
+    warn_of_others,
+)
 from pipeline.errors import FAILED, INTERRUPTED, exit_on_input_error  # noqa: E402
 from pipeline.storage.store import use_endpoint  # noqa: E402
 from pipeline.training.loop import train  # noqa: E402
@@ -67,6 +72,8 @@ def run(arguments: list[str]) -> None:
         with together(accelerator):
             if accelerator.is_main_process:
                 pack_missing(config.data, arguments)
+                if accelerator.device.type == "cpu":
+                    warn_of_others()
         finished = train(config, accelerator)
         accelerator.end_training()
     if not finished:

@@ -20,7 +20,7 @@ from pipeline.data.format.writer import pack
 from pipeline.data.loader import Stream
 from pipeline.data.sources.catalog import load
 from pipeline.distributed.engine import Engine
-from pipeline.distributed.ranks import together, total, warn_of_others
+from pipeline.distributed.ranks import together, total
 from pipeline.distributed.signals import StopRequest
 from pipeline.distributed.watchdog import Watchdog
 from pipeline.errors import InputError
@@ -68,8 +68,6 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, nn.Module]:
             flops=forward_flops(network, stream.shape),
         )
         if rank == 0:
-            if device.type == "cpu":
-                warn_of_others()
             copies = 4 if config.train.ema else 3  # of the weights: they, two moments, their average
             for warning in preflight(
                 run=config.run.path,
