@@ -11,7 +11,7 @@ from pipeline.match.matcher import Match, MatchConfig, match_round
 from pipeline.match.space import SpaceConfig
 from pipeline.model import latents
 from pipeline.model.networks import ConvConfig, build_network
-from pipeline.training.loop import open_features
+from pipeline.training.prepare import open_features
 from tests.match.problems import draw
 
 

@@ -16,7 +16,7 @@ from pipeline.match.across_ranks import nearest
 from pipeline.match.matcher import MatchConfig, block_range, match_round
 from pipeline.model import latents
 from pipeline.model.networks import ConvConfig, build_network
-from pipeline.training.loop import Drawing
+from pipeline.training.round import RoundRandom
 from tests.conftest import SMALL
 
 
@@ -192,7 +192,7 @@ def test_what_is_reported_of_a_match():
 def test_jitter_is_small_noise_of_the_images_number():
     def drawing(jitter, round=3):
         config = Config(match=MatchConfig(latents="gaussian", jitter=jitter), seed=5)
-        return Drawing(config, round, (1, 8, 8), torch.device("cpu"), None)
+        return RoundRandom(config, round, (1, 8, 8), torch.device("cpu"), None)
 
     ids, numbers = torch.tensor([4, 4, 9, 2**40]), torch.arange(4)
     plain = drawing(0.0).latents(ids)
