@@ -27,6 +27,7 @@ MAX_ID = 2**62
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+Words = Callable[[list[Tensor]], list[Tensor]]  # four words of 32 bits to four float32
 _CHUNK = 1 << 16  # counters drawn at once, to stay in the second-level cache
 
 
@@ -78,7 +79,7 @@ def _rows(
     shape: tuple[int, ...],
     device: torch.device | str,
     stream: int,
-    transform: Callable[[list[Tensor]], list[Tensor]],  # four words of 32 bits to four float32
+    transform: Words,
 ) -> Tensor:
     size = math.prod(shape)
     blocks = -(-size // 4)

@@ -9,7 +9,8 @@ every world size, block size, thread count and backend.
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ class Blocks:
     make: Callable[[int, int], Tensor]
     """make(low, high) -> this rank's candidates low to high, (high - low, d) float32. It is called once for each block
     of `size` rows, in order, and again by another search. If it raises on any rank, all ranks leave the search before
-    the next block: that rank with its own exception, others with RuntimeError unless theirs raised as well."""
+    the next block: that rank with its own exception, the others with RuntimeError."""
     size: int = 4096
     """Candidates made and searched at once; the same on every rank."""
     lockstep: bool = False
@@ -44,26 +45,15 @@ class Blocks:
 
 @dataclass(kw_only=True, slots=True)
 class Found:
-    """What `search` found, and what it took."""
-
-    distances: Tensor
-    """(q, k) float64: squared L2 distances, ascending; infinite where fewer than k candidates are left."""
-    ids: Tensor
-    """(q, k) int64: their ids, ascending among equal distances; -1 where there is none."""
-    rejected: int
-    """Candidates of all ranks that were nearer than `reject` to a query of any rank."""
-    proved: float
-    """Share of this rank's (query, candidate) pairs that needed no wider sieve than the method's own."""
-    measured: float
-    """Candidates of this rank, per query, that no bound excluded."""
-    method: str
-    """The method this rank used, with its parameters."""
-    travelled: str
-    """What was sent to every rank: queries or pool."""
-    received: int
-    """Bytes that other ranks sent to this one."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Of this rank: make, project, search, rescore, exchange."""
+    distances: Tensor  # (q, k) float64: squared L2, ascending; infinite where fewer than k candidates are left
+    ids: Tensor  # (q, k) int64, ascending among equal distances; -1 where there is none
+    rejected: int  # candidates of all ranks that were nearer than `reject` to a query of any rank
+    proved: float  # share of this rank's (query, candidate) pairs that needed no sieve beyond the method's own
+    measured: float  # candidates of this rank, per query, that no bound excluded
+    method: str  # this rank's, with its parameters
+    travelled: str  # what was sent to every rank: queries or pool
+    received: int  # bytes that other ranks sent to this one
+    seconds: dict[str, float]  # of this rank: make, project, search, rescore, exchange
 
 
 class NotFinite(ValueError):
@@ -111,7 +101,7 @@ def search(
     """
     ranks, timer = ranks_of(group), Timer("make", "project", "search", "rescore", "exchange")
     with timer("exchange"):
-        shards = agree(queries, candidates, first_id, neighbours, reject, method, ranks)
+        shards = agree(queries, candidates, first_id, Settings(neighbours, reject, method), ranks)
     blocks, queries = as_blocks(candidates), queries.detach()
 
     # What travels. Of two `Ranks`, one is this process alone, for which every exchange is a no-op.
@@ -163,50 +153,42 @@ def search(
     )
 
 
-@dataclass(kw_only=True, slots=True)
-class Shard:
-    """What every rank must know of one rank's part before anything travels."""
+class Settings(NamedTuple):
+    neighbours: int
+    reject: float | None
+    method: str
 
-    queries: int
+
+class Shard(NamedTuple):
+    """What every rank must know of one rank's call before anything travels."""
+
+    queries: int  # rows
     dims: int
-    rows: int
-    """Candidates."""
+    rows: int  # candidates
     first_id: int
-    settings: tuple[int, int, float | None, str]
-    """Block size, neighbours, reject and method: the same on every rank."""
+    size: int  # of a block
+    settings: Settings
 
     def ids(self, low: int) -> Tensor:
         """Of the candidates in this rank's block that begins at row `low`."""
-        high = low + self.settings[0]
-        return torch.arange(self.first_id + min(low, self.rows), self.first_id + min(high, self.rows))
+        low, high = min(low, self.rows), min(low + self.size, self.rows)
+        return torch.arange(self.first_id + low, self.first_id + high)
 
 
-def agree(
-    queries: Tensor,
-    candidates: Tensor | Blocks,
-    first_id: int,
-    neighbours: int,
-    reject: float | None,
-    method: str,
-    ranks: Ranks,
-) -> list[Shard]:
+def agree(queries: Tensor, candidates: Tensor | Blocks, first_id: int, settings: Settings, ranks: Ranks) -> list[Shard]:
     """Collective: every rank's shard; ValueError, the same on every rank, if any is wrong or they do not fit."""
     mine: Shard | ValueError
     try:
-        mine = describe(queries, candidates, first_id, neighbours, reject, method, ranks.rank)
+        mine = describe(queries, candidates, first_id, settings, ranks.rank)
     except ValueError as error:
         mine = error
     shards = ranks.collect(mine)
     for rank, shard in enumerate(shards):
-        if shard.dims != shards[0].dims:
-            raise ValueError(
-                f"nearest: the rows of rank {rank} have {shard.dims} values, those of rank 0 have {shards[0].dims}"
-            )
-        if shard.settings != shards[0].settings:
+        if shard.dims != (dims := shards[0].dims):
+            raise ValueError(f"nearest: the rows of rank {rank} have {shard.dims} values, those of rank 0 have {dims}")
+        if (shard.size, shard.settings) != (shards[0].size, shards[0].settings):
             raise ValueError(f"nearest: block size, neighbours, reject or method of rank {rank} differ from rank 0's")
-    spans = sorted(
-        (shard.first_id, shard.first_id + shard.rows, rank) for rank, shard in enumerate(shards) if shard.rows
-    )
+    spans = sorted((s.first_id, s.first_id + s.rows, rank) for rank, s in enumerate(shards) if s.rows)
     if not spans:
         raise ValueError("nearest: no rank has a candidate")
     for (_, last, rank), (first, _, other) in zip(spans, spans[1:], strict=False):
@@ -215,15 +197,7 @@ def agree(
     return shards
 
 
-def describe(
-    queries: Tensor,
-    candidates: Tensor | Blocks,
-    first_id: int,
-    neighbours: int,
-    reject: float | None,
-    method: str,
-    rank: int,
-) -> Shard:
+def describe(queries: Tensor, candidates: Tensor | Blocks, first_id: int, settings: Settings, rank: int) -> Shard:
     """This rank's shard; ValueError if one of the arguments is wrong by itself."""
     if not isinstance(queries, Tensor) or not isinstance(candidates, Tensor | Blocks):
         raise ValueError(f"nearest: queries and candidates of rank {rank} must be torch tensors, or Blocks of such")
@@ -241,16 +215,15 @@ def describe(
         raise ValueError(f"nearest: the Blocks of rank {rank} need rows >= 0 and size >= 1, whole numbers")
     if not isinstance(first_id, int) or not 0 <= first_id <= MAX_ID - blocks.rows:
         raise ValueError(f"nearest: the ids of rank {rank} leave [0, 2**62): it starts at {first_id}")
-    if method not in METHODS:
+    if settings.method not in METHODS:
         raise ValueError(f"nearest: the method of rank {rank} is none of {', '.join(METHODS)}")
-    if not isinstance(neighbours, int) or not 1 <= neighbours <= MOST_NEIGHBOURS:
+    if not isinstance(settings.neighbours, int) or not 1 <= settings.neighbours <= MOST_NEIGHBOURS:
         raise ValueError(f"nearest: neighbours of rank {rank} must be a whole number from 1 to {MOST_NEIGHBOURS}")
-    if reject is not None and not 0 <= reject < torch.inf:
+    if settings.reject is not None and not 0 <= settings.reject < torch.inf:
         raise ValueError(f"nearest: reject of rank {rank} must be a finite squared distance from 0 on, or None")
     if (bad := first_not_finite(queries)) >= 0:
         raise NotFinite(f"nearest: NaN or infinity in the queries of rank {rank}, row {bad}")
-    settings = (blocks.size, neighbours, reject, method)
-    return Shard(queries=len(queries), dims=dims, rows=blocks.rows, first_id=first_id, settings=settings)
+    return Shard(len(queries), dims, blocks.rows, first_id, blocks.size, settings)
 
 
 def as_blocks(candidates: Tensor | Blocks) -> Blocks:
@@ -275,7 +248,7 @@ def make_block(blocks: Blocks, low: int, queries: Tensor, ranks: Ranks, timer: T
     """
     low, high = (min(row, blocks.rows) for row in (low, low + blocks.size))
     block = queries.new_empty(high - low, queries.shape[1])
-    shape, fault = block.shape, None
+    shape = block.shape
     try:
         if low < high or blocks.lockstep:
             with timer("make"):
@@ -284,7 +257,7 @@ def make_block(blocks: Blocks, low: int, queries: Tensor, ranks: Ranks, timer: T
         with contextlib.suppress(Exception):  # this rank's own exception says more
             ranks.collect(RuntimeError(f"nearest: rank {ranks.rank} failed to make its candidates from row {low} on"))
         raise
-    what = f"the candidates of rank {ranks.rank}, row"
+    what, fault = f"the candidates of rank {ranks.rank}, row", None
     if block.shape != shape or block.dtype != queries.dtype:
         fault = ValueError(f"nearest: shape or type differs from the queries' for {what} {low}")
     elif (bad := first_not_finite(block)) >= 0:

@@ -15,10 +15,10 @@ farther than sqrt(t). All other pairs survive, and their distances are computed 
    With y = (W'a, r_a) this reads a.b <= y_a.y_b, and |y| = |a|. Without a basis y = a, and equality holds.
 2. Computed projection. The code computes V'a in float32, in chunks of k coordinates, from a float32 difference a; the
    basis V is only nearly orthonormal. Let W be the polar factor of V, so |V - W| <= delta = |V'V - I|_F. With u = 2^-24
-   and gamma_n = n u / (1 - n u) (Higham, "Accuracy and stability of numerical algorithms", section 3.1) each coordinate
-   errs by at most gamma_(k + chunks) |V_i| |a|, and all p together by sqrt(p) times that. Hence |fl(V'a) - W'a| <=
-   eta |a| with eta = delta + 2u + (1 + delta) sqrt(p) gamma_(k + chunks). r_a is rounded so that it stays above its true
-   value. Then a.b <= y_a.y_b + 2 eta (1 + eta) |a||b|.
+   and gamma_n = n u / (1 - n u) (Higham, "Accuracy and stability of numerical algorithms", 3.1) each coordinate errs by
+   at most gamma_(k + chunks) |V_i| |a|, and all p together by sqrt(p) times that. Hence |fl(V'a) - W'a| <= eta |a| with
+   eta = delta + 2u + (1 + delta) sqrt(p) gamma_(k + chunks). r_a is rounded so that it stays above its true value. Then
+   a.b <= y_a.y_b + 2 eta (1 + eta) |a||b|.
 3. Quantization. Let yy be y rounded to bfloat16. The error e = |y - yy| is measured, not estimated:
    y_a.y_b = yy_a.yy_b + (y_a - yy_a).yy_b + y_a.(y_b - yy_b) <= yy_a.yy_b + e_a (|b| + e_b) + |a| e_b.
 4. Summation. A product of n coordinates, summed in float32 in any order, errs by at most g = gamma_(2n) times the sum
@@ -39,20 +39,15 @@ numbers (24 bits).
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-EXTRA = 8
-"""Coordinates of A and B beside y: two corrections, and three parts of either square."""
-CHUNK = 512
-"""Coordinates that are summed in float32 before the sum is added to the others."""
-GROUP = 64
-"""Candidates whose signs are tested together."""
-LARGEST = 1e15
-"""Rows whose scaled norm is larger could overflow and are not screened."""
-
+EXTRA = 8  # coordinates of A and B beside y: two corrections, and three parts of either square
+CHUNK = 512  # coordinates that are summed in float32 before the sum is added to the others
+GROUP = 64  # candidates whose signs are tested together
+LARGEST = 1e15  # rows whose scaled norm is larger could overflow and are not screened
 _U = 2.0**-24
 _WORKING_SET = 6 << 20  # float32 values treated at once, to stay in the last-level cache
 _TILE = 1024  # rows of A in a product, to stay in the last-level cache beside other ranks' tiles
@@ -64,16 +59,11 @@ _FEW_ROWS = 16  # one row in so many may always be listed
 class Frame:
     """The coordinates in which distances are bounded."""
 
-    centre: Tensor
-    """(d,) float32."""
-    basis: Tensor | None
-    """(d, p) float32 with nearly orthonormal columns; None: all coordinates as they are."""
-    scale: float
-    """A power of two that brings the data near one, so that nothing overflows."""
-    dtype: torch.dtype
-    """Of the product: bfloat16 or float32."""
-    eta: float = 0.0
-    """Relative error of the projection (step 2)."""
+    centre: Tensor  # (d,) float32
+    basis: Tensor | None  # (d, p) float32 with nearly orthonormal columns; None: all coordinates as they are
+    scale: float  # a power of two that brings the data near one, so that nothing overflows
+    dtype: torch.dtype  # of the product: bfloat16 or float32
+    eta: float = 0.0  # relative error of the projection (step 2)
 
     @property
     def width(self) -> int:
@@ -90,27 +80,20 @@ class Frame:
 class Projected:
     """Rows in the coordinates of a frame, in units of its scale, before rounding."""
 
-    values: Tensor
-    """(n, p) or (n, d) float32."""
-    square: Tensor
-    """(n,) float64: |a|^2 up to `relative_error`."""
-    relative_error: float
-    underflow: float
-    """What underflow can have taken from a value; times the scale, from `square`."""
+    values: Tensor  # (n, p) or (n, d) float32
+    square: Tensor  # (n,) float64: |a|^2
+    relative_error: float  # of `square`
+    underflow: float  # what underflow can have taken from a value; times the scale, from `square`
 
 
 @dataclass(kw_only=True, slots=True)
 class Quantized:
     """Rows in the coordinates of a frame, in units of its scale, rounded to its dtype."""
 
-    values: Tensor
-    """(n, p + 1) or (n, d) of the frame's dtype: yy."""
-    error: Tensor
-    """(n,) float64: at least |y - yy|."""
-    length: Tensor
-    """(n,) float64: at least |a| and |y|."""
-    square: Tensor
-    """(n,) float64: at most |a|^2, and nearly equal."""
+    values: Tensor  # (n, p + 1) or (n, d) of the frame's dtype: yy
+    error: Tensor  # (n,) float64: at least |y - yy|
+    length: Tensor  # (n,) float64: at least |a| and |y|
+    square: Tensor  # (n,) float64: at most |a|^2, and nearly equal
 
     @property
     def usable(self) -> bool:
@@ -148,17 +131,8 @@ def build_frame(
     return Frame(centre=centre, basis=basis, scale=scale, dtype=dtype, eta=eta)
 
 
-def narrowed(frame: Frame, width: int) -> Frame:
-    """The frame of the first `width` directions of a basis; the error bound of the whole basis covers it."""
-    assert frame.basis is not None
-    return replace(frame, basis=frame.basis[:, :width])
-
-
-def find_basis(
-    rows: Tensor,  # (n, d) float32, centred
-    width: int,  # p
-) -> Tensor:
-    """The leading p principal directions of the rows, (d, at most min(p, d, n)) float32, most variance first.
+def find_basis(rows: Tensor, width: int) -> Tensor:
+    """The leading principal directions of centred rows (n, d), (d, at most min(width, d, n)), most variance first.
 
     One step of subspace iteration (Halko, Martinsson, Tropp 2011, section 4.5), then made orthonormal in float64.
     """
@@ -184,11 +158,8 @@ def departure(basis: Tensor) -> float:
 def encode(rows: Tensor, frame: Frame) -> Quantized:
     """Rows (n, d) float32, projected and quantized."""
     parts = [quantize(project(part, frame), frame) for part in rows.split(max(1, _WORKING_SET // rows.shape[1]))]
-    if len(parts) == 1:
-        return parts[0]
-    return Quantized(
-        **{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Quantized)}
-    )
+    names = [field.name for field in fields(Quantized)]
+    return parts[0] if len(parts) == 1 else Quantized(**{n: torch.cat([getattr(p, n) for p in parts]) for n in names})
 
 
 def project(rows: Tensor, frame: Frame) -> Projected:
@@ -196,13 +167,11 @@ def project(rows: Tensor, frame: Frame) -> Projected:
     centred = rows - frame.centre
     # Each chunk's square errs by gamma_(k + 6) relatively; the sum over the chunks is exact enough in float64.
     squares = [torch.linalg.vector_norm(part, dim=1).double().square() for part in centred.split(CHUNK, 1)]
-    if frame.basis is None:
-        values = centred
-    else:
-        transposed = centred.new_zeros(frame.basis.shape[1], len(rows))
+    values = centred
+    if frame.basis is not None:
+        values = centred.new_zeros(frame.basis.shape[1], len(rows)).T
         for part, basis in zip(centred.split(CHUNK, 1), frame.basis.split(CHUNK), strict=True):
-            transposed += basis.T @ part.T  # in this layout the speed does not depend on p being round
-        values = transposed.T
+            values.T.add_(basis.T @ part.T)  # in this layout the speed does not depend on p being round
     return Projected(
         values=values * frame.scale,
         square=torch.stack(squares).sum(0) * frame.scale**2,

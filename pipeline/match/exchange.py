@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -28,27 +28,22 @@ class Ranks:
 
     def collect(self, value: T | Exception) -> list[T]:
         """Every rank's value. If any is an exception, the first of them is raised on every rank."""
-        values: list[T | Exception] = [value]
+        values = [value] * self.world
         if self.world > 1:
-            values = values * self.world
             with self._explained("agreeing"):
                 dist.all_gather_object(values, value, group=self.group)
-        good = []
-        for value in values:
-            if isinstance(value, Exception):
-                raise value
-            good.append(value)
-        return good
+        for each in values:
+            if isinstance(each, Exception):
+                raise each
+        return cast(list[T], values)
 
     def broadcast(self, value: T | None, source: int) -> T:
         """The value of rank `source`; its tensors must lie on the CPU."""
         values = [value]
         if self.world > 1:
             with self._explained("sharing a plan"):
-                origin = source if self.group is None else dist.get_global_rank(self.group, source)
-                dist.broadcast_object_list(values, origin, group=self.group)
-        assert values[0] is not None
-        return values[0]
+                dist.broadcast_object_list(values, group=self.group, group_src=source)
+        return cast(T, values[0])
 
     def gather(self, rows: Tensor, sizes: list[int]) -> Tensor:
         """All ranks' rows (sum(sizes), *shape) in rank order, on the device of `rows` (sizes[rank], *shape)."""

@@ -32,53 +32,42 @@ rank's part of the pool for its next searches if it has no more values; a larger
 class MatchConfig:
     ratio: float = 4.0
     """Samples in the pool for each image of the round."""
-
     round: int = 2048
     """Images a round, over all ranks."""
-
     latents: str = "smooth4"
     """Law of the latents: gaussian, smoothG (G x G normals enlarged), mixture (half flat) or fourier (IGN's)."""
-
     flat: float = 0.0
     """Share of the pool whose latents are flat images with some noise, whatever the law, so that f carries those to the
     data as well; samples of the trained model are drawn without."""
-
     jitter: float = 0.0
     """Standard deviation of normal noise added to the matched latents when fitting; up to 0.01 in the literature."""
-
     assignment: str = "free"
     """free: each image's nearest sample, which several may share; one_to_one: nearest pairs first, each sample once."""
-
     reject: float = 0.0
     """L2 distance below which a sample is too near to any image to be matched (RS-IMLE's epsilon); 0: none is."""
-
     reject_share: float = 0.0
     """Share of the pool to reject: sets that distance anew each round."""
-
     space: SpaceConfig = field(default_factory=SpaceConfig)
-
     block: int = 512
     """Samples generated at once. The pool is cut into the same blocks on every world size, so samples are the same."""
-
     method: str = "auto"
     """How to search: flat, projected, rounded, or auto, which tries them. The match is the same."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio <= 1e6:
-            raise InputError(f"match.ratio is {self.ratio}: it must be positive, 1 to 100 is sensible")
-        if self.round < 1 or self.block < 1:
-            raise InputError(f"match.round={self.round} and match.block={self.block} must be at least 1")
+        for name, good, rule in (
+            ("ratio", 0 < self.ratio <= 1e6, "it must be positive, 1 to 100 is sensible"),
+            ("round", self.round >= 1, "it must be at least 1"),
+            ("block", self.block >= 1, "it must be at least 1"),
+            ("flat", 0 <= self.flat <= 0.5, "it must lie between 0 and 0.5"),
+            ("jitter", 0 <= self.jitter < math.inf, "it must be finite and not negative"),
+            ("reject", 0 <= self.reject < math.inf, "it must be finite and not negative"),
+            ("reject_share", 0 <= self.reject_share < 1, "it must lie in [0, 1)"),
+            ("assignment", self.assignment in ASSIGNMENTS, f"choose one of {', '.join(ASSIGNMENTS)}"),
+            ("method", self.method in METHODS, f"choose one of {', '.join(METHODS)}"),
+        ):
+            if not good:
+                raise InputError(f"match.{name} is {getattr(self, name)!r}: {rule}")
         check_law(self.latents)
-        for name, allowed in (("assignment", ASSIGNMENTS), ("method", METHODS)):
-            if getattr(self, name) not in allowed:
-                raise InputError(f"match.{name} is '{getattr(self, name)}': choose one of {', '.join(allowed)}")
-        if not 0 <= self.flat <= 0.5:
-            raise InputError(f"match.flat is {self.flat}: it must lie between 0 and 0.5")
-        for name in ("jitter", "reject"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"match.{name} is {getattr(self, name)}: it must be finite and not negative")
-        if not 0 <= self.reject_share < 1:
-            raise InputError(f"match.reject_share is {self.reject_share}: it must lie in [0, 1)")
         if self.reject and self.reject_share:
             raise InputError(
                 f"match.reject={self.reject} and match.reject_share={self.reject_share} both set the distance of "
@@ -98,17 +87,10 @@ class MatchConfig:
 
 @dataclass(kw_only=True, slots=True)
 class Match:
-    ids: Tensor
-    """(n,) int64: latent id of the sample of each image of this rank."""
-
-    distances: Tensor
-    """(n,) float32: squared L2 distance to it, in the space of the match."""
-
-    described: str = ""
-    """How it was searched, for a log."""
-
-    values: dict[str, float] = field(default_factory=dict)
-    """Metrics over all ranks, the same on each."""
+    ids: Tensor  # (n,) int64: latent id of the sample of each image of this rank
+    distances: Tensor  # (n,) float32: squared L2 distance to it, in the space of the match
+    described: str = ""  # how it was searched, for a log
+    values: dict[str, float] = field(default_factory=dict)  # metrics over all ranks, the same on each
 
 
 def match_round(

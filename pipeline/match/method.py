@@ -16,32 +16,25 @@ from pipeline.match.bound import Frame
 from pipeline.match.index import pairwise
 
 METHODS = ("auto", "flat", "projected", "rounded")
-WIDTHS = (55, 119, 183, 247)
-"""Projected coordinates to choose from: with the bound's own nine they are multiples of 64."""
-
+WIDTHS = (55, 119, 183, 247)  # projected coordinates to choose from: with the bound's own nine, multiples of 64
 _USUAL = 119  # coordinates of `projected` where nothing is probed
 _SAMPLE, _SAMPLE_VALUES = (256, 512), 4 << 20  # rows of either side, and float32 values, that the basis is found from
 _PROBE = 256  # queries that are probed
 _SMALL = 1e9  # multiply-adds of a flat search below which no preparation can pay
 _MEDIUM = 1e11  # multiply-adds below which the preparation is kept short
 _MOST = 1 / 32  # share of surviving candidates at which a query of a large search is given up
+_COSTS = 0.15, 100, 0.15  # ns to test the sign of a pair, to list a surviving pair, to read a value, on one thread
 _SETTLED = 0.3  # survivors of a whole search for each survivor of the probe, whose limits are wider
 
 
 @dataclass(kw_only=True, slots=True)
 class SearchPlan:
-    method: str
-    """flat, projected or rounded."""
-    centre: Tensor
-    """(d,) float32: distances are computed around it."""
-    basis: Tensor
-    """(d, p) float32 with nearly orthonormal columns, for `projected`; p = 0 for the others."""
-    magnitude: float
-    """Largest absolute value around the centre, roughly."""
-    departure: float
-    """Of the basis from an orthonormal one (`bound.departure`)."""
-    dtype: torch.dtype
-    """Of the products: bfloat16 or float32."""
+    method: str  # flat, projected or rounded
+    centre: Tensor  # (d,) float32: distances are computed around it
+    basis: Tensor  # (d, p) float32 with nearly orthonormal columns, for `projected`; p = 0 for the others
+    magnitude: float  # largest absolute value around the centre, roughly
+    departure: float  # of the basis from an orthonormal one (`bound.departure`)
+    dtype: torch.dtype  # of the products: bfloat16 or float32
 
     @property
     def described(self) -> str:
@@ -106,15 +99,17 @@ def cheapest(
     """`flat`, `rounded` or `projected`, and the coordinates to project to (0: none)."""
     queries = queries[:: max(1, len(queries) // _PROBE)]
     dims, pairs = queries.shape[1], count * expected
-    rates = measure_rates(queries.device, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    single, half = measure_rates(queries.device, threads)
+    sign, pair, value = (cost * (1e-9 / threads if queries.device.type == "cpu" else 1e-12) for cost in _COSTS)
     limit = pairwise(queries, candidates).amin(1).double() * (1 + bound.gamma(dims + 4))
-    costs = {("flat", 0): pairs * dims * rates.single}
+    costs = {("flat", 0): pairs * dims * single}
     centred = replace(plan, centre=torch.zeros_like(plan.centre))
     for name, widths in (("rounded", [0]), ("projected", [width for width in WIDTHS if width <= plan.basis.shape[1]])):
         frame = centred.frame(name)
         projected = [bound.project(rows, frame) for rows in (queries, candidates)]
         for width in widths:
-            narrow = bound.narrowed(frame, width) if width else frame
+            narrow = replace(frame, basis=plan.basis[:, :width]) if width else frame
             near, far = (bound.quantize(rows, narrow) for rows in projected)
             a = bound.query_factor(near, narrow)
             a[:, -3:] = bound.limit_columns(near.square, narrow, limit)
@@ -122,36 +117,17 @@ def cheapest(
             share = torch.bincount(rows, minlength=len(queries)) / len(candidates)
             given_up |= share > _MOST
             costs[name, width] = (
-                (count + expected) * dims * (width * rates.single + rates.value)
-                + pairs * (narrow.width * min(rates.half, rates.single) + rates.sign)
-                + pairs * float(share[~given_up].sum()) / len(queries) * _SETTLED * (rates.pair + dims * rates.value)
+                (count + expected) * dims * (width * single + value)
+                + pairs * (narrow.width * min(half, single) + sign)
+                + pairs * float(share[~given_up].sum()) / len(queries) * _SETTLED * (pair + dims * value)
                 + float(given_up.float().mean()) * (costs["rounded", 0] if width else 4 * costs["flat", 0])
             )
     return min(costs, key=lambda choice: costs[choice])
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rates:
-    """Seconds an operation takes on this machine; they decide which method is used, never the answer.
-
-    The rates of matrix products are measured. The others are rough values of a processor of 2024, over its threads.
-    """
-
-    single: float
-    """A multiply-add of a float32 matrix product."""
-    half: float
-    """A multiply-add of a bfloat16 matrix product."""
-    sign: float
-    """Testing the sign of a pair."""
-    pair: float
-    """Listing a pair that survives."""
-    value: float
-    """Reading a value of a row."""
-
-
 @lru_cache
-def measure_rates(device: torch.device, threads: int) -> Rates:
-    """The rates; takes some milliseconds."""
+def measure_rates(device: torch.device, threads: int) -> tuple[float, float]:
+    """Seconds of a multiply-add of a matrix product, in float32 and in bfloat16; takes some milliseconds."""
 
     def seconds(dtype: torch.dtype) -> float:
         a, b = torch.ones(1024, 256, dtype=dtype, device=device), torch.ones(256, 1024, dtype=dtype, device=device)
@@ -162,17 +138,10 @@ def measure_rates(device: torch.device, threads: int) -> Rates:
             best = min(best, time.perf_counter() - start)
         return best / (1024 * 1024 * 256)
 
-    share = 1e-9 / threads if device.type == "cpu" else 1e-12
-    return Rates(
-        single=seconds(torch.float32),
-        half=seconds(torch.bfloat16),
-        sign=0.15 * share,
-        pair=100 * share,
-        value=0.15 * share,
-    )
+    return seconds(torch.float32), seconds(torch.bfloat16)
 
 
 def fastest_type(device: torch.device) -> torch.dtype:
     """bfloat16 where its products are faster than float32's, that is where the hardware has instructions for it."""
-    rates = measure_rates(device, torch.get_num_threads())
-    return torch.bfloat16 if rates.half < rates.single else torch.float32
+    single, half = measure_rates(device, torch.get_num_threads())
+    return torch.bfloat16 if half < single else torch.float32

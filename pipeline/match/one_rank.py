@@ -16,7 +16,7 @@ Survivors are measured in float32 by differences. Those that may still win are m
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,9 +28,7 @@ from pipeline.match.index import flat, pair_distances
 from pipeline.match.method import SearchPlan
 from pipeline.match.order import NO_ID, first_copies, sort_lexically
 
-SEEDS = 2048
-"""Candidates that the first limits come from."""
-
+SEEDS = 2048  # candidates that the first limits come from
 _FETCH = 8  # candidates that `flat` asks for beyond the k wanted
 _WIDE_ROWS = 512  # queries in a float64 product
 _WORKING_SET, _LEAST_ROWS = 6 << 20, 512  # float32 values searched at once, to stay in the last-level cache
@@ -50,17 +48,11 @@ class Timer:
         self.seconds[name] += time.perf_counter() - start
 
 
-@dataclass(kw_only=True, slots=True)
-class Sieve:
-    """A frame, and the queries in it."""
-
+class Sieve(NamedTuple):
     frame: Frame
-    a: Tensor
-    """(q, width): the queries' factor of the product."""
-    square: Tensor
-    """(q,) float64: their squared norms."""
-    usable: bool
-    """False where the queries are too long to be screened."""
+    a: Tensor  # (q, width): the queries' factor of the product
+    square: Tensor  # (q,) float64: the queries' squared norms
+    usable: bool  # False where the queries are too long to be screened
 
 
 class Searcher:
@@ -87,12 +79,11 @@ class Searcher:
         self.limit = self.distances.new_full((len(queries),), torch.inf)
         """(q,) squared L2 beyond which no candidate is among the k nearest. Callers may lower it."""
         self.rejected = 0
-        self.measured = 0
-        """Pairs that no bound excluded, so that their distance was computed."""
+        self.measured = 0  # pairs that no bound excluded, so that their distance was computed
         self._plan, self._timer = plan, timer
+        self._ladder = ("projected", "rounded") if plan.method == "projected" else ("rounded",)
         self._sieves: dict[str, Sieve] = {}
-        if encoded is not None:
-            self._sieves[plan.method] = make_sieve(plan.frame(plan.method), encoded)
+        self._encoded = {plan.method: encoded} if encoded else {}
         self._searched = self._widened = 0
         # Errors of a float32 sum of d squared differences: relative, and absolute where squares underflow.
         dims = queries.shape[1]
@@ -113,10 +104,8 @@ class Searcher:
         k = self.neighbours
         if self._plan.method == "flat" or len(candidates) < k or not len(self.queries):
             return
-        sieve = self._sieve(self._plan.method)
-        with self._timer("project"):
-            encoded = bound.encode(candidates, sieve.frame)
-        if not (sieve.usable and encoded.usable):
+        sieve, encoded = self._screen(self._plan.method, candidates)
+        if encoded is None:
             return
         with self._timer("search"):
             b = bound.candidate_factor(encoded, sieve.frame)[: len(candidates)].T
@@ -151,29 +140,24 @@ class Searcher:
             if self.limit.isinf().any():
                 self.seed(candidates)
             rows = torch.arange(len(self.queries), device=ids.device)
-            for sieve in self._ladder():
+            for sieve in self._ladder:
                 found, columns, rows = self._sift(sieve, candidates, rows, self.limit)
                 self._measure(candidates, ids, found, columns)
                 if sieve == self._plan.method:
                     self._widened += len(rows) * len(candidates)
         self._add_wide(candidates, ids, rows)
 
-    def _ladder(self) -> tuple[str, ...]:
-        return ("projected", "rounded") if self._plan.method == "projected" else ("rounded",)
-
     def _sift(self, name: str, candidates: Tensor, rows: Tensor, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pairs of queries `rows` and candidates that may lie within `limit` (q,), and the rows given up."""
         none = rows[:0]
         if not len(rows):
             return none, none, rows
-        sieve = self._sieve(name)
-        with self._timer("project"):
-            encoded = bound.encode(candidates, sieve.frame)
-        if not (sieve.usable and encoded.usable):
+        sieve, encoded = self._screen(name, candidates)
+        if encoded is None:
             return none, none, rows
         with self._timer("search"):
-            a, square = (sieve.a, sieve.square) if len(rows) == len(sieve.a) else (sieve.a[rows], sieve.square[rows])
-            a[:, -3:] = bound.limit_columns(square, sieve.frame, self._reach(limit[rows]))
+            a = sieve.a if len(rows) == len(sieve.a) else sieve.a[rows]
+            a[:, -3:] = bound.limit_columns(sieve.square[rows], sieve.frame, self._reach(limit[rows]))
             found, columns, given_up = bound.survivors(a, bound.candidate_factor(encoded, sieve.frame))
         return rows[found], columns, rows[given_up]
 
@@ -256,7 +240,7 @@ class Searcher:
 
         limits = self.limit.new_full((len(self.queries),), limit)
         rows = torch.arange(len(self.queries), device=candidates.device)
-        for sieve in self._ladder():
+        for sieve in self._ladder:
             found, columns, rows = self._sift(sieve, candidates, rows, limits)
             with self._timer("rescore"):
                 for row, column in _portions(found, columns):
@@ -275,13 +259,16 @@ class Searcher:
                         mark(row, column)
         return near
 
-    def _sieve(self, name: str) -> Sieve:
-        """The sieve of that name, built at first use."""
-        if name not in self._sieves:
-            with self._timer("project"):
+    def _screen(self, name: str, candidates: Tensor) -> tuple[Sieve, Quantized | None]:
+        """The sieve of that name and the candidates encoded for it; None where they or the queries are too long."""
+        with self._timer("project"):
+            if name not in self._sieves:
                 frame = self._plan.frame(name)
-                self._sieves[name] = make_sieve(frame, bound.encode(self.queries, frame))
-        return self._sieves[name]
+                queries = self._encoded.pop(name, None) or bound.encode(self.queries, frame)
+                self._sieves[name] = Sieve(frame, bound.query_factor(queries, frame), queries.square, queries.usable)
+            sieve = self._sieves[name]
+            encoded = bound.encode(candidates, sieve.frame)
+        return sieve, encoded if sieve.usable and encoded.usable else None
 
     def _interval(self, candidates: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """The least and the most, (s,) float64 each, that the squared distances of pairs can be, by float32."""
@@ -307,11 +294,6 @@ class Searcher:
     def _reach(self, limit: Tensor) -> Tensor:
         """`limit` plus the rounding of a float64 sum of d squares, since such sums are compared."""
         return limit * (1 + 4 * (self.queries.shape[1] + 4) * 2.0**-53)
-
-
-def make_sieve(frame: Frame, encoded: Quantized) -> Sieve:
-    """The sieve of a frame, for queries encoded in it."""
-    return Sieve(frame=frame, a=bound.query_factor(encoded, frame), square=encoded.square, usable=encoded.usable)
 
 
 def _portions(rows: Tensor, columns: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

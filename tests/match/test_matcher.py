@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from pipeline import philox
 from pipeline.config import Config, differences, flatten, from_dict
 from pipeline.errors import InputError
-from pipeline.match import assign, matcher
-from pipeline.match.across_ranks import nearest
+from pipeline.match import assign, matcher, nearest
 from pipeline.match.matcher import MatchConfig, block_range, match_round
 from pipeline.model import latents
 from pipeline.model.networks import NetworkConfig, build_network
