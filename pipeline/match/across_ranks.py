@@ -102,17 +102,14 @@ def search(
     ranks, timer = ranks_of(group), Timer("make", "project", "search", "rescore", "exchange")
     with timer("exchange"):
         shards = agree(queries, candidates, first_id, Settings(neighbours, reject, method), ranks)
-    blocks, queries = as_blocks(candidates), queries.detach()
-
-    # What travels. Of two `Ranks`, one is this process alone, for which every exchange is a no-op.
-    counts, pool = [shard.queries for shard in shards], [shard.rows for shard in shards]
-    by_queries = reject is not None or sum(counts) <= sum(pool)
-    query_ranks, pool_ranks = (ranks, Ranks()) if by_queries else (Ranks(), ranks)
-    if by_queries:
-        makers = [shards[ranks.rank]]
-    else:
-        makers, counts, pool = shards, [len(queries)], [sum(pool)]
-    with timer("exchange"):
+        blocks, queries = as_blocks(candidates), queries.detach()
+        counts, pool = [shard.queries for shard in shards], [shard.rows for shard in shards]
+        by_queries = reject is not None or sum(counts) <= sum(pool)
+        # One of the two is this process alone, for which every exchange is a no-op.
+        query_ranks, pool_ranks = (ranks, Ranks()) if by_queries else (Ranks(), ranks)
+        makers = [shards[ranks.rank]] if by_queries else shards
+        if not by_queries:
+            counts, pool = [len(queries)], [sum(pool)]
         asked = query_ranks.gather(queries, counts)
 
     searcher = None
@@ -123,27 +120,20 @@ def search(
         if searcher is None:
             plan, encoded = agree_on_plan(asked, block, method, pool, counts, query_ranks, timer)
             searcher = Searcher(asked, plan, timer, neighbours=neighbours, reject=reject, encoded=encoded)
-        if skip is not None and len(skip):
-            left = ~torch.isin(ids, skip.to(ids.device))
-            block, ids = block[left.to(block.device)], ids[left]
+        block, ids = without(skip, block, ids)
         if low == 0 and reject is None:
             searcher.seed(block, SEEDS // query_ranks.world)
-            with timer("exchange"):
-                searcher.limit = query_ranks.least(searcher.limit)
+            share_limit(searcher, query_ranks, timer)
         searcher.add(block, ids)
-        with timer("exchange"):
-            searcher.limit = query_ranks.least(searcher.limit)
+        share_limit(searcher, query_ranks, timer)
     assert searcher is not None, "a pool that is not empty has a block"
 
     with timer("exchange"):
-        packed = torch.stack([searcher.distances.view(torch.int64), searcher.ids], dim=2)
-        parts = query_ranks.deliver(packed, counts)
-        distances, ids = keep_least(parts[..., 0].contiguous().view(torch.float64), parts[..., 1], neighbours)
-        rejected = sum(query_ranks.collect(searcher.rejected))
+        distances, ids = deliver_answers(searcher, counts, query_ranks)
     return Found(
         distances=distances.to(queries.device),
-        ids=torch.where(ids == NO_ID, -1, ids).to(queries.device),
-        rejected=rejected,
+        ids=ids.to(queries.device),
+        rejected=sum(query_ranks.collect(searcher.rejected)),
         proved=searcher.proved,
         measured=searcher.measured / max(1, len(asked)),
         method=plan.described,
@@ -274,6 +264,29 @@ def gather_block(block: Tensor, spans: list[Tensor], ranks: Ranks) -> tuple[Tens
         order = ids.argsort()
         block, ids = block[order.to(block.device)], ids[order]
     return block, ids
+
+
+def without(skip: Tensor | None, block: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The candidates of a block, and their ids, that are not to be skipped."""
+    if skip is None or not len(skip):
+        return block, ids
+    left = ~torch.isin(ids, skip.to(ids.device))
+    return block[left.to(block.device)], ids[left]
+
+
+def share_limit(searcher: Searcher, ranks: Ranks, timer: Timer) -> None:
+    """Collective: a candidate beyond the limit of any rank is not among the nearest of all."""
+    with timer("exchange"):
+        searcher.limit = ranks.least(searcher.limit)
+
+
+def deliver_answers(searcher: Searcher, counts: list[int], ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Collective: distances and ids (q, k) of this rank's own queries, the least of what the ranks found."""
+    packed = torch.stack([searcher.distances.view(torch.int64), searcher.ids], dim=2)
+    parts = ranks.deliver(packed, counts)
+    distances = parts[..., 0].contiguous().view(torch.float64)
+    distances, ids = keep_least(distances, parts[..., 1], searcher.neighbours)
+    return distances, torch.where(ids == NO_ID, -1, ids)
 
 
 def agree_on_plan(
