@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.match import matcher
+from pipeline.match import assign
 from pipeline.match.matcher import Match, MatchConfig, match_round
 from pipeline.match.space import SpaceConfig
 from pipeline.model import latents
@@ -30,7 +30,7 @@ def matched(setting: dict[str, Any], rank: int, world: int) -> Match:
     def sample(ids: Tensor) -> Tensor:
         return network(latents.draw("mixture", 1, 2, ids, (1, 8, 8)))
 
-    matcher.NEIGHBOURS = 2  # so few that images ask again
+    assign.NEIGHBOURS = 2  # so few that images ask again
     images, _ = share(draw(7, 360, 1, 8, 8).tanh(), rank, world)
     config = MatchConfig(round=360, ratio=1000 / 360, block=64, **setting)
     return match_round(images, sample, config, open_features(config.space, (1, 8, 8), torch.device("cpu")))

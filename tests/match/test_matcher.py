@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from pipeline import philox
 from pipeline.config import Config, differences, flatten, from_dict
 from pipeline.errors import InputError
-from pipeline.match import matcher
-from pipeline.match.across_ranks import nearest
+from pipeline.match import assign, matcher, nearest
 from pipeline.match.matcher import MatchConfig, block_range, match_round
 from pipeline.model import latents
 from pipeline.model.networks import ConvConfig, build_network
@@ -154,7 +153,7 @@ def test_one_to_one_takes_the_least_pair_again_and_again(seed, images, more, lev
     distances = exact(queries, table)
     left = np.flatnonzero(distances.min(0) >= reject**2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matcher, "NEIGHBOURS", neighbours)  # so few that images ask again
+        patch.setattr(assign, "NEIGHBOURS", neighbours)  # so few that images ask again
         setting = {"assignment": "one_to_one", "reject": reject, "block": 8}
         if len(left) < images:
             with pytest.raises(InputError, match="are left for"):

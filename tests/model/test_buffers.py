@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from pipeline.training.prepare import build_engine
 from safetensors.torch import load_file
 from torch import nn
 
@@ -18,6 +17,7 @@ from pipeline.config import Config
 from pipeline.data.loader import Stream
 from pipeline.model import networks
 from pipeline.model.naign import NAIGN
+from pipeline.training.prepare import build_engine
 from pipeline.training.state import Position, snapshot
 from tests.conftest import ROOT, SMALL, environment
 
