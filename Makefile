@@ -51,6 +51,10 @@ test: lint
 quick: lint
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
+# A copy rather than a link, so that `kubectl apply -f` takes its address in a repository, too.
+k8s/job.yaml: k8s/base/job.yaml
+	{ echo "# Generated from k8s/base/job.yaml, which is the one to edit, by: make k8s/job.yaml"; cat $<; } > $@
+
 golden: $(VENV)/.tested
 	$(BIN)/python -m tests.golden
 

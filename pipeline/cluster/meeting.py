@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self, cast
 
 from pipeline.cluster.place import Place
 from pipeline.errors import InputError, PeerLost, printable
@@ -124,74 +124,94 @@ class _Waiting:
 
 
 def _wait_for_others(place: Place, listener: socket.socket, waiting: _Waiting) -> Links:
-    there: dict[int, socket.socket] = {}
-    unsaid: dict[socket.socket, bytes] = {}  # what came so far of who has not said who it is
-    since: dict[socket.socket, float] = {}
-    with selectors.DefaultSelector() as selector:
-        selector.register(listener, selectors.EVENT_READ)
-
-        def drop(peer: socket.socket) -> None:
-            selector.unregister(peer)
-            unsaid.pop(peer, None)
-            since.pop(peer, None)
-            for index in [index for index, found in there.items() if found is peer]:
-                del there[index]
-            peer.close()
-
-        while len(there) < place.hosts - 1:
-            missing = [index for index in range(1, place.hosts) if index not in there]
+    with _Guests(place, listener, waiting.say) as guests:
+        while len(guests.hosts) < place.hosts - 1:
+            missing = [index for index in range(1, place.hosts) if index not in guests.hosts]
             shown = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
             waiting.check(f"host {shown} of {place.hosts}")
-            for peer in [peer for peer, came in since.items() if peer in unsaid and came + SILENCE < time.monotonic()]:
-                drop(peer)
-            for key, _ in selector.select(timeout=1):
-                if key.fileobj is listener:
-                    try:
-                        peer, _ = listener.accept()
-                        peer.setblocking(False)
-                        _notice_death(peer)
-                    except OSError:  # gone already, or too many
-                        time.sleep(0.01)
-                        continue
-                    unsaid[peer], since[peer] = b"", time.monotonic()
-                    selector.register(peer, selectors.EVENT_READ)
-                    continue
-                peer = key.fileobj  # type: ignore[assignment]
-                if peer.fileno() < 0:  # dropped since
-                    continue
-                try:
-                    data = peer.recv(4096)
-                except OSError:
-                    data = b""
-                if not data or peer not in unsaid or len(unsaid[peer]) > 4096:
-                    drop(peer)
-                    continue
-                unsaid[peer] += data
-                if b"\n" not in unsaid[peer]:
-                    continue
-                index, answer, end = _judge(place, unsaid[peer].partition(b"\n")[0])
-                if answer:
-                    waiting.say(answer)
-                    for other in (peer, *there.values()) if end else (peer,):
-                        with contextlib.suppress(OSError):
-                            other.send(json.dumps({"no": answer, "end": end}).encode() + b"\n")
-                    drop(peer)
-                    if end:
-                        raise InputError(answer)
-                    continue
-                del unsaid[peer]
-                if index in there:
-                    waiting.say(f"host {index} came again: the one before it is forgotten")
-                    drop(there[index])  # its pod was replaced
-                there[index] = peer
-        address = str(next(iter(there.values())).getsockname()[0]).removeprefix("::ffff:")
-        for peer in there.values():
+            guests.serve(seconds=1)
+        address = str(next(iter(guests.hosts.values())).getsockname()[0]).removeprefix("::ffff:")
+        for peer in guests.hosts.values():
             with contextlib.suppress(OSError):  # who is gone now will be missed, and all start again
                 peer.setblocking(True)
                 peer.sendall(b'{"go": true}\n')
-        for peer in unsaid:
+        return Links(address, guests.hosts)
+
+
+class _Guests:
+    """Whoever connects to host 0: hosts of this start, and strangers that are sent away."""
+
+    def __init__(self, place: Place, listener: socket.socket, say: Callable[[str], None]) -> None:
+        self.hosts: dict[int, socket.socket] = {}
+        self._place, self._listener, self._say = place, listener, say
+        self._greetings: dict[socket.socket, tuple[bytes, float]] = {}  # incomplete, and when its sender connected
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._selector.close()
+        for peer in self._greetings:
             peer.close()
-        return Links(address, there)
+
+    def serve(self, seconds: float) -> None:
+        """Handle what arrives within so many seconds. Raises InputError where all hosts have to end."""
+        now = time.monotonic()
+        for peer in [peer for peer, (_, since) in self._greetings.items() if since + SILENCE < now]:
+            self._drop(peer)
+        for key, _ in self._selector.select(timeout=seconds):
+            if key.fileobj is self._listener:
+                self._accept()
+            elif (peer := cast(socket.socket, key.fileobj)).fileno() >= 0:  # not dropped since
+                self._read(peer)
+
+    def _accept(self) -> None:
+        try:
+            peer, _ = self._listener.accept()
+            peer.setblocking(False)
+            _notice_death(peer)
+        except OSError:  # gone already, or too many
+            time.sleep(0.01)
+            return
+        self._greetings[peer] = b"", time.monotonic()
+        self._selector.register(peer, selectors.EVENT_READ)
+
+    def _read(self, peer: socket.socket) -> None:
+        data = b""
+        with contextlib.suppress(OSError):
+            data = peer.recv(4096)
+        before, since = self._greetings.get(peer, (b"", 0.0))
+        if not data or peer not in self._greetings or len(before) > 4096:
+            self._drop(peer)
+            return
+        self._greetings[peer] = before + data, since
+        line, complete, _ = (before + data).partition(b"\n")
+        if not complete:
+            return
+        index, refusal, end = _judge(self._place, line)
+        if refusal:
+            self._say(refusal)
+            for other in (peer, *self.hosts.values()) if end else (peer,):
+                with contextlib.suppress(OSError):
+                    other.send(json.dumps({"no": refusal, "end": end}).encode() + b"\n")
+            self._drop(peer)
+            if end:
+                raise InputError(refusal)
+            return
+        del self._greetings[peer]
+        if index in self.hosts:
+            self._say(f"host {index} came again: the one before it is forgotten")
+            self._drop(self.hosts[index])  # its pod was replaced
+        self.hosts[index] = peer
+
+    def _drop(self, peer: socket.socket) -> None:
+        self._selector.unregister(peer)
+        self._greetings.pop(peer, None)
+        for index in [index for index, found in self.hosts.items() if found is peer]:
+            del self.hosts[index]
+        peer.close()
 
 
 def _judge(place: Place, line: bytes) -> tuple[int, str, bool]:

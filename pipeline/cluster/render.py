@@ -7,10 +7,10 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from pipeline.cluster.check import Object, problems
 from pipeline.config import Config, check, load, to_dict
 from pipeline.data.format.manifest import Manifest
 from pipeline.errors import InputError, Unavailable, printable
@@ -18,6 +18,10 @@ from pipeline.storage.fetch import at_most
 from pipeline.storage.store import use_endpoint
 
 ROOT = Path(__file__).resolve().parents[2]
+
+Object = dict[str, Any]
+"""A Kubernetes object."""
+
 MFU = 0.3
 """Share of a GPU's peak that training of convolutions reaches, by experience."""
 
@@ -126,9 +130,6 @@ def render_k8s(size: Size, *, image: str, data: str, run: str, config: Path | No
     for item in objects:
         _fit(item, size, image, found, name)
     _bind(objects)
-    wrong = problems(objects)
-    if wrong:  # ours to mend, not the user's
-        raise InputError("\n  ".join(["what would be printed is not right:", *wrong]))
     head = (
         f"# {name}: {size.nodes} pods" + (f" of {size.gpus} GPUs" if size.gpus else " without GPUs") + "\n"
         f"#   apply     kubectl apply -f FILE      clean up  kubectl delete -f FILE, also before it is applied again\n"

@@ -6,6 +6,7 @@ So a checkpoint knows nothing of world size and engine, and none has to be conve
 """
 
 import math
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +19,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from filelock import FileLock
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from pipeline.distributed.versions import refuse
 from pipeline.errors import InputError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -73,7 +76,9 @@ class Engine:
         self.optimizer: Any
         self.network, self.optimizer = accelerator.prepare(bare, adam)
         if self.deepspeed and hasattr(self.network.optimizer, "check_grad_overflow"):
-            self.network.optimizer.check_grad_overflow = True  # ZeRO 1 and 2 look at float32 gradients only if told to
+            self.network.optimizer.check_grad_overflow = True  # else ZeRO 1 and 2 do not check float32 gradients
+        if self.stage and not self._partitioned:  # checkpoints would hold wrong moments
+            refuse("deepspeed", "_hp_mapping or ds_id of a parameter")
         self._dtype = next(bare.parameters()).dtype
 
     @property
@@ -157,7 +162,7 @@ class Engine:
         assert self.ema is not None
         with self.gathered():
             now = [value.detach().to(torch.float32) for value in self.bare.parameters()]
-            torch._foreach_lerp_(list(self.ema.parameters()), now, 1 - self._decay)
+            get_ema_multi_avg_fn(self._decay)(list(self.ema.parameters()), now, None)
 
     def gathered(self) -> AbstractContextManager[Any]:
         """Collective: the whole weights in the bare network's parameters, to be read."""
@@ -224,7 +229,10 @@ class Engine:
         outer, adam = self.network.optimizer, self._adam
         if adam.state:
             return
-        for flat in next(getattr(outer, name) for name in _FLAT if hasattr(outer, name)):
+        partitions = next((getattr(outer, name) for name in _FLAT if hasattr(outer, name)), None)
+        if partitions is None:
+            refuse("deepspeed", f"{' or '.join(_FLAT)} of {type(outer).__name__}")
+        for flat in partitions:
             zeros = {key: torch.zeros_like(flat) for key in MOMENTS}
             adam.state[flat] = {"step": torch.tensor(float(steps)), **zeros}
         if hasattr(outer, "_lazy_init_hp_params_optimizer_state"):
@@ -272,47 +280,43 @@ _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def compile_communication() -> None:
-    """Build what DeepSpeed's ranks talk through on CPUs, one process of the machine after the other.
+    """Compile DeepSpeed's communication for CPUs, one process of the machine at a time.
 
-    torch's own lock is a file that stays when who holds it is killed, and all later starts would wait for ever; this
-    one goes with its process.
+    torch guards a build by a file, which stays behind when a process is killed and then blocks all later starts. The
+    lock here goes with its process.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
-    from torch.utils.cpp_extension import _get_build_directory
+    from torch.utils.cpp_extension import get_default_build_root
 
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
         return
-    folder = Path(_get_build_directory(builder.name, False))
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
-        (folder / "lock").unlink(missing_ok=True)
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f"{builder.name}.lock"):
+        for left in (*root.glob(f"{builder.name}/lock"), *root.glob(f"*/{builder.name}/lock")):
+            left.unlink(missing_ok=True)
         builder.load()
 
 
 def _configure(accelerator: Accelerator, *, micro: int, accumulate: int, clip: float) -> None:
-    """Tell DeepSpeed what the run's configuration says; InputError where its own file says otherwise."""
+    """Write the run's settings into DeepSpeed's configuration; InputError where that says otherwise."""
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     wanted = {
         "train_micro_batch_size_per_gpu": (micro, "train.batch"),
         "gradient_accumulation_steps": (accumulate, "train.accumulate"),
         "gradient_clipping": (clip, "train.clip"),
+        "train_batch_size": (micro * accumulate * accelerator.num_processes, "train.batch"),
     }
     for key, (value, setting) in wanted.items():
-        said = config.get(key, "auto")
-        if said not in ("auto", None, value) and (key, said) != ("gradient_accumulation_steps", 1):
+        configured = config.get(key, "auto")
+        if configured not in ("auto", None, value) and (key, configured) != ("gradient_accumulation_steps", 1):
             raise InputError(
-                f"the launcher's DeepSpeed configuration says {key}: {said}, but {setting} makes it {value}: remove "
-                "it there, or change the run's setting"
+                f"the launcher's DeepSpeed configuration says {key}: {configured}, but {setting} makes it {value}: "
+                "remove it there, or change the run's setting"
             )
         config[key] = value
-    total = micro * accumulate * accelerator.num_processes
-    if config.get("train_batch_size", "auto") not in ("auto", total):
-        raise InputError(
-            f"the launcher's DeepSpeed configuration says train_batch_size: {config['train_batch_size']}, but "
-            f"train.batch is {total}: remove it there"
-        )
-    config["train_batch_size"] = total
     accelerator.gradient_accumulation_steps = accumulate
     config["steps_per_print"] = math.inf
     if not torch.cuda.is_available():
