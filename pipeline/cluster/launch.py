@@ -38,7 +38,7 @@ TRAIN = ROOT / "pipeline/train.py"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Start the ranks; the exit code. Never raises for a user's mistake."""
+    """Start the ranks and wait for them. Returns the exit code; errors of the user are reported, not raised."""
     parser = argparse.ArgumentParser(
         "naign launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _leave_at_once(number: int, frame: FrameType | None) -> None:
-    """While there are no ranks: nothing is lost."""
+    """End on a signal while there are no ranks, when nothing is lost."""
     say(MEANINGS[INTERRUPTED])
     os._exit(INTERRUPTED)
 
@@ -154,7 +154,7 @@ def _meet_others(options: argparse.Namespace, config: Any, place: Place, process
 
 
 def _check_host(options: argparse.Namespace, place: Place, processes: int) -> None:
-    """Whether this host has what its ranks need."""
+    """Raise InputError or Unavailable where this host lacks what its ranks need."""
     if _gpus() < options.gpus:
         found = f"{options.gpus} GPUs should be here, torch can use {_gpus()}"
         if _is_without_gpus():
@@ -167,8 +167,9 @@ def _check_host(options: argparse.Namespace, place: Place, processes: int) -> No
 
 
 def _is_done(config: Any, within: float) -> bool:
-    """Whether the bucket holds the finished run. InputError if it stays out of reach for so many seconds: its server
-    may be starting beside this host, or its name be not known yet.
+    """Whether the bucket holds the finished run.
+
+    Waits `within` seconds for a bucket out of reach, since its server may be starting too; then raises InputError.
     """
     from pipeline.training.run_folder import is_done
 
@@ -224,6 +225,7 @@ def run_ranks(
         finally:
             ending.listen()
     except SignalException as error:
+        _end_children(error.sigval)
         code = max(map(read_code, ranks), key=weight)
         say(f"signal {error.sigval.name}: {MEANINGS.get(code, 'some ranks did not end in time, or crashed')}")
         return code
@@ -234,8 +236,18 @@ def run_ranks(
     return 0
 
 
+def _end_children(number: signal.Signals) -> None:
+    """Forward a signal to ranks that still run and wait for them, as torchrun does and Accelerate for one rank not."""
+    children = psutil.Process().children()
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.send_signal(number)
+    for child in psutil.wait_procs(children, timeout=float(os.environ["PET_SHUTDOWN_TIMEOUT"]))[1]:
+        child.kill()
+
+
 def find_engine(name: str, ranks: int) -> str:
-    """The text of an Accelerate configuration: of a file, of a name in launch/, or DDP on what is here."""
+    """The text of an Accelerate configuration: a file's, that of a name in launch/, or by default DDP on this machine."""
     if name:
         from accelerate.commands.config.config_args import load_config_from_file
 
@@ -277,7 +289,7 @@ def _is_without_gpus() -> bool:
 
 
 def _precision() -> str:
-    """Of a launch without --engine, as launch/gpus.yaml and launch/cpu.yaml have it; train.precision goes before."""
+    """mixed_precision without --engine, as in launch/gpus.yaml and launch/cpu.yaml; train.precision overrides it."""
     return "bf16" if _gpus() else "no"
 
 

@@ -32,7 +32,7 @@ AdamState = dict[str, Tensor]
 
 
 class Engine:
-    """What steps: `forward`, then `backward` for each micro-batch, then `step`."""
+    """A training step is `forward` and `backward` for each micro-batch, then `step`."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Engine:
         assert batch % (world * accumulate) == 0
         self.accelerator, self.bare, self.accumulate = accelerator, bare, accumulate
         self.micro = batch // (world * accumulate)
-        """Images a rank and micro-batch."""
+        """Images per rank and micro-batch."""
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.stage = 0
         """DeepSpeed's ZeRO stage."""
@@ -115,22 +115,22 @@ class Engine:
             self.accelerator.backward(loss)
 
     def micro_batch(self) -> AbstractContextManager[Any]:
-        """Around forward and backward of a micro-batch: only with the last one do ranks talk."""
+        """Context of a micro-batch's forward and backward: ranks communicate only in the last one of a step."""
         return nullcontext() if self.deepspeed else self.accelerator.accumulate(self.network)
 
     def step(self) -> float:
-        """Collective: clip, step, forget the gradients; the gradient's norm before clipping, the same on all ranks.
+        """Collective: clip, step, zero the gradients. Returns the gradient's norm before clipping, equal on all ranks.
 
-        Where it is not finite nothing is changed.
+        If the norm is not finite, weights and moments stay as they are.
         """
         self.copied.wait()
         if self.deepspeed:
             norm = self._step_deepspeed()
         else:
             norm = float(self.accelerator.clip_grad_norm_(self.bare.parameters(), self._clip or math.inf))
-            # Accelerate's wrapper looks for a package on the disk with every step; only a scaler needs it.
+            # Accelerate's wrapper searches the disk for a package at every step; only a scaler needs the wrapper.
             scaled = self.accelerator.scaler is not None
-            if math.isfinite(norm) or scaled:  # a scaler skips by itself, and learns of it
+            if math.isfinite(norm) or scaled:  # a scaler skips the step itself, and adapts
                 (self.optimizer if scaled else self._adam).step()
             self._adam.zero_grad(set_to_none=True)
         if self.ema is not None and math.isfinite(norm):
@@ -138,13 +138,10 @@ class Engine:
         return norm
 
     def _step_deepspeed(self) -> float:
-        if self.stage == 0 and not hasattr(self.network.optimizer, "overflow"):  # which steps on anything
+        if self.stage == 0 and not hasattr(self.network.optimizer, "overflow"):  # it would step on NaN
             grads = [value.grad for value in self.bare.parameters() if value.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(grads))
-            if not math.isfinite(norm):
-                self.network.zero_grad()
-                return norm
-            self.network.step()
+            (self.network.step if math.isfinite(norm) else self.network.zero_grad)()
             return norm
         self.network.step()
         if getattr(self.network.optimizer, "overflow", False):
@@ -153,7 +150,7 @@ class Engine:
         return float("nan") if found is None else float(found)
 
     def set_lr(self, lr: float) -> None:
-        """Of the next step."""
+        """Set the learning rate of the next step."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
@@ -165,7 +162,7 @@ class Engine:
             get_ema_multi_avg_fn(self._decay)(list(self.ema.parameters()), now, None)
 
     def gathered(self) -> AbstractContextManager[Any]:
-        """Collective: the whole weights in the bare network's parameters, to be read."""
+        """Collective: within this context the bare network's parameters hold the whole weights, for reading."""
         if not self.sharded:
             return nullcontext()
         from deepspeed.runtime.zero import GatheredParameters
@@ -174,7 +171,7 @@ class Engine:
         return context
 
     def states(self) -> Iterator[tuple[str, AdamState]]:
-        """Collective: each parameter's state, whole, one after the other, on every rank. Who keeps one copies it."""
+        """Collective: yield each parameter's whole state in turn, on every rank. Copy what is to be kept."""
         for name, parameter in self._names.items():
             if self._partitioned:
                 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -189,11 +186,11 @@ class Engine:
 
     @property
     def steps(self) -> int:
-        """Steps that AdamW has made."""
+        """Number of steps that AdamW has made."""
         return max((int(state["step"]) for state in self._adam.state.values() if "step" in state), default=0)
 
     def restore(self, name: str, state: AdamState, steps: int) -> None:
-        """Put one parameter's state in place; `steps` is that of all of them."""
+        """Load one parameter's state; `steps` must be the same for all parameters."""
         parameter = self._names[name]
         if not self._partitioned:
             with torch.no_grad():
@@ -206,12 +203,12 @@ class Engine:
             self._set_part(parameter, value, None if key == "weight" else key)
 
     def _set_part(self, parameter: Any, value: Tensor, key: str | None) -> None:
-        """This rank's part of a moment, or of the float32 weight if key is None."""
+        """Set this rank's part of a moment, or of the float32 weight if key is None."""
         from deepspeed import utils
 
         value = value.to(parameter.device)
         if hasattr(parameter, "ds_id"):
-            # By ourselves: DeepSpeed fails where a parameter's number of elements is no multiple of the ranks'.
+            # safe_set_full_* fails where the number of elements is no multiple of the world size: pad and slice here.
             size, rank = parameter.ds_tensor.ds_numel, self.accelerator.process_index
             part = nn.functional.pad(value.flatten(), (0, size * self.accelerator.num_processes - value.numel()))
             part = part[rank * size : (rank + 1) * size]
@@ -225,7 +222,7 @@ class Engine:
             utils.safe_set_full_optimizer_state(parameter, value, key)
 
     def _allocate(self, steps: int) -> None:
-        """Make the moments that AdamW itself makes with its first step, where they are not there yet."""
+        """Allocate the moments that AdamW would allocate at its first step, unless they exist."""
         outer, adam = self.network.optimizer, self._adam
         if adam.state:
             return
@@ -240,7 +237,7 @@ class Engine:
 
     @property
     def scale(self) -> dict[str, float]:
-        """The state of fp16's loss scaling; {} where there is none."""
+        """The state of fp16's loss scaler; {} where there is none."""
         scaler: Any = self.accelerator.scaler
         if self.deepspeed:
             scaler = getattr(self.network.optimizer, "loss_scaler", None)

@@ -53,7 +53,7 @@ def build_accelerator(
         )
     if deepspeed:
         _check_deepspeed(on_cpu)
-    check_versions("torch", "accelerate", *(["deepspeed"] if deepspeed else []))
+    check_versions("torch", "accelerate")
     mixed = _mixed_precision(precision, on_cpu=on_cpu, deepspeed=deepspeed)
     backend, connecting = "gloo" if on_cpu else "nccl", timedelta(seconds=timeout + 60)
     # Before training, one rank may download data or a checkpoint for long. In training the watchdog ends ranks sooner.
@@ -136,6 +136,7 @@ def _check_deepspeed(on_cpu: bool) -> None:
             "pip install -e '.[deepspeed]'"
         )
     if not on_cpu:
+        check_versions("deepspeed")
         return
     if not shutil.which(os.environ.get("CXX", "c++")):
         raise InputError("on CPUs DeepSpeed compiles its communication: install a C++ compiler (g++), or use DDP")
@@ -144,6 +145,7 @@ def _check_deepspeed(on_cpu: bool) -> None:
     from pipeline.distributed.engine import compile_communication
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    check_versions("deepspeed")
     compile_communication()
 
 

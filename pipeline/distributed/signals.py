@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.distributed import distributed_c10d as c10d
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -41,7 +41,7 @@ class StopRequest:
         self._store: Any = None
         if world > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-            self._store = PrefixStore("stop", _get_default_store())
+            self._store = c10d.PrefixStore("stop", c10d._get_default_store())
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._handle)
         if sys.platform == "linux" and is_launched():

@@ -1,13 +1,13 @@
 """The supported versions of torch, Accelerate and DeepSpeed, and what is used of them beyond their public API."""
 
 import pkgutil
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 from pipeline.errors import InputError
 
 TESTED = {"torch": ">=2.13,<2.14", "accelerate": ">=1.10,<1.16", "deepspeed": ">=0.17,<0.20"}
-"""The versions that the tests pass with. pyproject.toml admits newer ones, up to the next major version."""
+"""The versions that pass the tests. pyproject.toml admits newer ones, as long as they have the INTERNALS."""
 
 INTERNALS = {
     "torch": ("torch.distributed.distributed_c10d._get_default_store",),
@@ -25,7 +25,7 @@ INTERNALS = {
         "deepspeed.utils.safe_set_local_optimizer_state",
     ),
 }
-"""Names without a promise of stability, by library. Attributes of DeepSpeed's objects are checked in engine.py."""
+"""Names that may change with any release, by library. engine.py checks those of DeepSpeed's objects itself."""
 
 
 def check_versions(*libraries: str) -> None:
@@ -37,11 +37,13 @@ def check_versions(*libraries: str) -> None:
 
 
 def refuse(library: str, missing: str) -> NoReturn:
-    """Raise the InputError about an internal that the installed version does not have."""
-    raise InputError(
-        f"{library} {version(library)} has no {missing}, which this program needs; it was tested with {library}"
-        f"{TESTED[library]}: pip install '{library}{TESTED[library]}'"
-    )
+    """Raise the InputError about what the installed version of a library does not have."""
+    try:
+        found = version(library)
+    except PackageNotFoundError:
+        found = "as installed"
+    wanted = f"{library}{TESTED[library]}"
+    raise InputError(f"{library} {found} has no {missing}; tested versions have: pip install '{wanted}'")
 
 
 def _exists(name: str) -> bool:

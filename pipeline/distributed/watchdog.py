@@ -22,7 +22,8 @@ from typing import Literal, Self, TypeVar
 
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, without an export
-from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch.distributed import distributed_c10d as c10d
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from pipeline.errors import FAILED
 
@@ -214,7 +215,7 @@ class Peers:
 
 def connect() -> Store:
     """The store of the process group, over a new connection where it is a TCPStore."""
-    store = _get_default_store()
+    store = c10d._get_default_store()
     while isinstance(store, PrefixStore):
         store = store.underlying_store
     if isinstance(store, TCPStore):

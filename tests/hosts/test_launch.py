@@ -77,10 +77,11 @@ def test_a_run_that_is_done_and_asked_to_end_before_its_bucket_says_so_is_starte
     assert job.returncode == INTERRUPTED and "does not hold its end" in said and "Traceback" not in said
 
 
-def test_further_signals_change_nothing(start, digits, tmp_path):
+@pytest.mark.parametrize("ranks", [("--processes=2",), ("--processes=1", "--engine=single")], ids=["two", "one"])
+def test_further_signals_change_nothing(ranks, start, digits, tmp_path):
     """Neither while the ranks write their checkpoint, nor when the code is known."""
     metrics = tmp_path / "run/metrics.jsonl"
-    job = start("--processes=2", f"--data.path={digits}", *SMALL, "--train.images=307200", "--run.path=run")
+    job = start(*ranks, f"--data.path={digits}", *SMALL, "--train.images=307200", "--run.path=run")
     deadline = time.monotonic() + 60
     while not (metrics.exists() and metrics.read_text().count("\n") > 5):
         assert time.monotonic() < deadline and job.poll() is None, job.communicate()[1]
