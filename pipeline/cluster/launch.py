@@ -247,7 +247,7 @@ def _end_children(number: signal.Signals) -> None:
 
 
 def find_engine(name: str, ranks: int) -> str:
-    """The text of an Accelerate configuration: a file's, that of a name in launch/, or by default DDP on this machine."""
+    """The text of an Accelerate configuration: a file's, that of a name in launch/, or DDP on this machine."""
     if name:
         from accelerate.commands.config.config_args import load_config_from_file
 

@@ -152,7 +152,7 @@ _Dumper.add_representer(
 
 
 def _bind(objects: list[Object]) -> None:
-    """Make the API server refuse a second `apply` under the same name: replaced pods would read the other run's settings."""
+    """Make the API server refuse a second `apply` under one name: replaced pods would read the other run's settings."""
     maps = [item for item in objects if item["kind"] == "ConfigMap"]
     digest = hashlib.sha256(json.dumps([item["data"] for item in maps]).encode()).hexdigest()
     for item in maps:
