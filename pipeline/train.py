@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 bad configuration or input, 75 stopped on request after a 
 anything else a crash.
 """
 
+import ctypes
 import os
 import signal
 import sys
@@ -25,7 +26,21 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
+def end_with_launcher() -> None:
+    """Have Linux kill this process when its launcher dies: nobody else ends a rank that imports or waits to connect.
+
+    From the first round on, `StopRequest` takes the launcher's death for a SIGTERM instead.
+    """
+    launcher = int(os.environ.get("NAIGN_LAUNCHER", os.getppid()))
+    if sys.platform != "linux" or "ACCELERATE_MIXED_PRECISION" not in os.environ or launcher == os.getpid():
+        return  # started by hand, or `naign launch` became this process: the parent may well end first
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != launcher:  # it died before that call
+        leave(75)
+
+
 if __name__ == "__main__":
+    end_with_launcher()
     for _number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(_number, lambda *_: leave(75))  # there is nothing to keep until training listens itself
 

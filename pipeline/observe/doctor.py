@@ -27,6 +27,8 @@ def examine(say: Callable[[str], None]) -> list[str]:
     import torch
     import torch.distributed as dist
 
+    from pipeline.distributed.versions import check_versions
+
     problems = []
     say(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
     for name in LIBRARIES:
@@ -36,6 +38,11 @@ def examine(say: Callable[[str], None]) -> list[str]:
             say(f"{name} is not installed{' (optional)' if name in OPTIONAL else ''}")
             if name not in OPTIONAL:
                 problems.append(f"{name} is missing: install the project again with pip install -e .")
+    for name in ("torch", "accelerate"):
+        try:
+            check_versions(name)
+        except InputError as error:
+            problems.append(str(error))
     for line in describe_deepspeed():
         say(line)
     builds = faiss_builds()
@@ -68,6 +75,15 @@ def examine(say: Callable[[str], None]) -> list[str]:
     return problems
 
 
+LOAD_DEEPSPEED = """
+import deepspeed
+from accelerate.utils import DeepSpeedPlugin
+from pipeline.distributed.versions import check_versions
+DeepSpeedPlugin()
+check_versions("deepspeed")
+"""
+
+
 def describe_deepspeed() -> list[str]:
     """Whether the installed DeepSpeed starts under Accelerate, found by loading both in another process; [] without it.
 
@@ -81,7 +97,7 @@ def describe_deepspeed() -> list[str]:
         return []
     on_cpu = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-c", "import deepspeed; from accelerate.utils import DeepSpeedPlugin; DeepSpeedPlugin()"],
+        [sys.executable, "-c", LOAD_DEEPSPEED],
         env={**on_cpu, **os.environ},
         capture_output=True,
         text=True,
