@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from filelock import FileLock
 from safetensors.torch import load_file, save
 
-from pipeline.checkpoint.writer import MANIFEST, Writer, newest_checkpoint, write_checkpoint
+from pipeline.checkpoint.writer import MANIFEST, Writer, newest_checkpoint
 from pipeline.config import Config
 from pipeline.data.loader import Stream
 from pipeline.errors import InputError
@@ -21,6 +21,7 @@ from pipeline.model.networks import build_network
 from pipeline.training.run_folder import claim
 from pipeline.training.setup import build_engine
 from pipeline.training.state import Position, Under, restore, restore_weights, share_out, snapshot
+from tests.checkpoint.written import write_checkpoint
 
 POSITION = Position(round=3, images_seen=300, step=30, seconds=1.5, skipped=2)
 
