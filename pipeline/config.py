@@ -90,6 +90,9 @@ class ReportConfig:
     pictures: int = 25
     """Rounds between image grids; 0: none."""
 
+    trackers: str = "tensorboard"
+    """Where to report besides metrics.jsonl: names with commas between them. Other packages may bring more."""
+
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:

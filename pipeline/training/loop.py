@@ -77,6 +77,7 @@ def train(config: Config, accelerator: Accelerator) -> bool:
                 workers=config.data.workers,
                 checkpoint_bytes=size,
                 say=log.debug,
+                trackers=config.report.trackers,
             ):
                 log.warning("%s", warning)
     lock, newest, word = None, None, ""
@@ -108,6 +109,7 @@ def train(config: Config, accelerator: Accelerator) -> bool:
             images=rounds * trained,
             images_seen=position.images_seen,
             config=yaml.safe_dump(to_dict(config), sort_keys=False),
+            trackers=config.report.trackers,
         )
         if rank == 0 and config.run.remote:
             unsent = bool(name) and name not in newest_first(config.run.remote)
