@@ -107,6 +107,9 @@ class ReportConfig:
     pictures: int = field(default=25, metadata=AT_LEAST_0)
     """Rounds between image grids; 0: none."""
 
+    trackers: str = "tensorboard"
+    """Where to report besides metrics.jsonl: names with commas between them. Other packages may bring more."""
+
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:

@@ -75,6 +75,7 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, nn.Module]:
                 workers=config.data.workers,
                 checkpoint_bytes=4 * copies * sum(value.numel() for value in network.parameters()),
                 say=log.debug,
+                trackers=config.report.trackers,
             ):
                 log.warning("%s", warning)
     return run, network
@@ -104,6 +105,7 @@ def resume(run: Run, network: nn.Module) -> PartialRound | None:
             images=run.rounds * config.match.round * config.train.passes,
             images_seen=run.position.images_seen,
             config=yaml.safe_dump(to_dict(config), sort_keys=False),
+            trackers=config.report.trackers,
         )
         if rank == 0 and config.run.remote:
             unsent = checkpoint is not None and checkpoint.name not in newest_first(config.run.remote)

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.checkpoint.writer import write_checkpoint
 from pipeline.data.degrade import KINDS
 from pipeline.data.format.writer import pack
 from pipeline.data.sources.catalog import load
@@ -26,6 +25,7 @@ from pipeline.evaluate.run import evaluate
 from pipeline.model.encoders import FOLDER, load_encoder
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import ConvConfig, PointConfig
+from tests.checkpoint.written import write_checkpoint
 
 TINY = ConvConfig(width=4, code=8)
 Save = Callable[..., str]

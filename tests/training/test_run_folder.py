@@ -16,7 +16,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save
 from torch.distributed import DistBackendError
 
-from pipeline.checkpoint.writer import MANIFEST, Writer, newest_checkpoint, write_checkpoint
+from pipeline.checkpoint.writer import MANIFEST, Writer, newest_checkpoint
 from pipeline.config import Config
 from pipeline.data.loader import Stream
 from pipeline.errors import InputError
@@ -26,6 +26,7 @@ from pipeline.training import run_folder
 from pipeline.training.prepare import build_engine
 from pipeline.training.run_folder import claim
 from pipeline.training.state import PartialRound, Position, restore, restore_weights, share_out, snapshot
+from tests.checkpoint.written import write_checkpoint
 
 POSITION = Position(round=3, images_seen=300, step=30, seconds=1.5, skipped=2)
 
