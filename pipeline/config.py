@@ -21,18 +21,7 @@ from pipeline.errors import InputError, printable
 from pipeline.match.matcher import MatchConfig
 from pipeline.model import networks, objectives
 from pipeline.observe.speed import parse_rounds
-from pipeline.settings import (
-    AT_LEAST_0,
-    FREE,
-    MAY_CHANGE,
-    NOT_EMPTY,
-    POSITIVE,
-    SHARE,
-    Metadata,
-    between,
-    check_fields,
-    one_of,
-)
+from pipeline.settings import AT_LEAST_0, FREE, MAY_CHANGE, NOT_EMPTY, POSITIVE, SHARE, between, check_fields, one_of
 from pipeline.storage.store import open_store
 
 PRECISIONS = ("", "auto", "fp32", "bf16", "fp16")
@@ -245,7 +234,7 @@ def flatten(config: Any) -> dict[str, Any]:
     return {key: value for key, value, _ in _leaves(config)}
 
 
-def changeable(config: Config, metadata: Metadata) -> set[str]:
+def changeable(config: Config, metadata: dict[str, Any]) -> set[str]:
     """The settings that a resumed run may change as one of FREE and MAY_CHANGE says."""
     return {key for key, _, change in _leaves(config) if change == metadata["change"]}
 

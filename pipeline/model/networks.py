@@ -6,9 +6,9 @@ settings and the function that builds it.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,17 +61,9 @@ class PointConfig(NetworkConfig):
     """Sines and cosines of 1, 2, 4, ... times each coordinate, so many, beside it, for data of fine structure."""
 
 
-class Build(Protocol):
-    """Returns the untrained network for samples of `shape`. It is also called under torch.device("meta")."""
-
-    def __call__(
-        self,
-        config: Any,  # the settings of this network's class
-        shape: tuple[int, ...],
-        /,
-        *,
-        recompute: bool,  # activation checkpointing: less memory for a third more arithmetic
-    ) -> nn.Module: ...
+Build = Callable[..., nn.Module]
+"""Of (settings, shape, *, recompute): the untrained network for samples of `shape`, with activation checkpointing (less
+memory for a third more arithmetic) if recompute. It is also called under torch.device("meta")."""
 
 
 def build_network(config: NetworkConfig, shape: tuple[int, ...], *, recompute: bool = False) -> nn.Module:
