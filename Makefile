@@ -9,11 +9,12 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt
 
-.PHONY: help train test quick lint install golden clean
+.PHONY: help train test test-lowest quick lint install golden clean
 
 help:
 	@echo "make train   install, fetch and pack MNIST, train on this machine, evaluate   [CONFIG=configs/x.yaml RUN=runs/x OPTIONS=--seed=1]"
 	@echo "make test    install with the test tools; ruff, mypy --strict, pytest"
+	@echo "make test-lowest    the tests of ranks and engines with the lowest supported Accelerate and DeepSpeed"
 	@echo "make quick   the inner loop: lint and the tests that are not slow"
 	@echo "make clean   remove the virtual environment and caches (data/ and runs/ stay)"
 
@@ -21,12 +22,12 @@ $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml launch/constraints.txt | $(VENV)/bin/python
-	$(PIP_INSTALL) -e .
+$(VENV)/.installed: pyproject.toml benchmarks/baselines/pyproject.toml launch/constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) -e . -e benchmarks/baselines
 	@touch $@
 
-$(VENV)/.tested: pyproject.toml launch/constraints.txt | $(VENV)/bin/python
-	$(PIP_INSTALL) -e '.[test]'
+$(VENV)/.tested: pyproject.toml benchmarks/baselines/pyproject.toml launch/constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) -e '.[test]' -e benchmarks/baselines
 	@touch $@ $(VENV)/.installed
 
 install: $(VENV)/.installed
@@ -48,11 +49,26 @@ lint: $(VENV)/.tested
 test: lint
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
+# A second environment that borrows everything else, torch above all, from the first.
+$(VENV)-lowest/.installed: launch/constraints-lowest.txt | $(VENV)/.tested
+	$(BIN)/python -m venv $(VENV)-lowest
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	    "$$($(VENV)-lowest/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+test-lowest: $(VENV)-lowest/.installed
+	PYTHONPATH=$(CURDIR) $(VENV)-lowest/bin/python -m pytest tests/distributed tests/e2e/test_engines.py
+
 quick: lint
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow"
+
+# A copy rather than a link, so that `kubectl apply -f` takes its address in a repository, too.
+k8s/job.yaml: k8s/base/job.yaml
+	{ echo "# Generated from k8s/base/job.yaml, which is the one to edit, by: make k8s/job.yaml"; cat $<; } > $@
 
 golden: $(VENV)/.tested
 	$(BIN)/python -m tests.golden
 
 clean:
-	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest *.egg-info .pytest_cache .mypy_cache .ruff_cache

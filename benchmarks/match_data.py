@@ -31,7 +31,7 @@ from pipeline.data.loader import read_split
 from pipeline.data.sources.source import Example, Made, Source
 from pipeline.errors import InputError, exit_on_input_error
 from pipeline.model.naign import NAIGN
-from pipeline.model.networks import NetworkConfig, build_network
+from pipeline.model.networks import build_network, recorded_network
 
 Kind = Literal["natural", "trained", "untrained"]
 """Test images among training images; training images among samples f(z) of a run, or of its network before training."""
@@ -91,7 +91,7 @@ def prepare(
     seen = int(model.metadata.get("images_seen", 0)) if kind == "trained" else 0
     if kind == "untrained":
         torch.manual_seed(0)
-        model = NAIGN(build_network(NetworkConfig(**model.metadata["model"]), model.shape), model.metadata)
+        model = NAIGN(build_network(recorded_network(model.metadata["model"]), model.shape), model.metadata)
     pool = scratch / f"{name}-{kind}-{seen}-{candidates}.npy"
     if not pool.exists():
         parts = (model.project(model.latent(ids)) for ids in torch.arange(candidates).split(_BATCH))

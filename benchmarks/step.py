@@ -51,13 +51,13 @@ from pipeline.config import Config
 from pipeline.data.format.writer import pack
 from pipeline.data.sources.source import Example, Made, Source
 from pipeline.errors import InputError, exit_on_input_error
-from pipeline.model.networks import NetworkConfig
+from pipeline.model.networks import ConvConfig
 
 Part = Literal["fit", "checkpoint", "resume"]
 
 ROOT = Path(__file__).parents[1]
 WORLDS = {"one process, 2 threads": 1, "two ranks of one thread, DDP": 2}
-LARGE = NetworkConfig(width=256, depth=2)
+LARGE = ConvConfig(width=256, depth=2)
 """For 64x64 images in colour."""
 STARTS = {
     "`python pipeline/train.py`": [sys.executable],
@@ -127,7 +127,7 @@ class Bench:
         self.settings, self.scratch = settings, scratch
         self.config = Config()
         if settings.quick:
-            self.config.model = NetworkConfig(width=8, code=16)
+            self.config.model = ConvConfig(width=8, code=16)
             self.config.match.round = 512
         self.config.data.path = self.packed((1, 28, 28), 4 * self.config.match.round if settings.quick else 60_000)
         self.config.run.path = str(scratch / "run")
@@ -172,7 +172,7 @@ class Bench:
     def checkpoints(self) -> Record:
         """Of both networks."""
         large = deepcopy(self.config)
-        large.model = NetworkConfig(width=16, depth=1) if self.settings.quick else LARGE
+        large.model = ConvConfig(width=16, depth=1) if self.settings.quick else LARGE
         large.match.round = large.train.batch = 4
         large.data.path = self.packed((3, 64, 64), 8)
         found = {}

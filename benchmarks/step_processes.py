@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.checkpoint.writer import MANIFEST, Writer
 from pipeline.config import Config, TrainConfig
 from pipeline.data.decode import scaled
+from pipeline.data.loader import Stream
 from pipeline.data.order import rank_rows
 from pipeline.distributed.ranks import build_accelerator, keep_memory, set_threads
 from pipeline.distributed.signals import StopRequest
@@ -37,9 +38,8 @@ from pipeline.observe.monitor import Monitor
 from pipeline.observe.speed import Profiler
 from pipeline.training.fit import fit, learning_rate, steps_of
 from pipeline.training.loop import checkpoint
-from pipeline.training.round import Drawing, Run, Work
-from pipeline.training.setup import build_engine, open_stream
-from pipeline.training.state import Position
+from pipeline.training.prepare import build_engine
+from pipeline.training.round import RoundRandom, RoundState, Run
 
 Record = dict[str, Any]
 Contender = Literal["ours", "bare"]
@@ -76,25 +76,24 @@ def opened(config: Config) -> Iterator[Callable[[nn.Module], Run]]:
     rank, world, folder = accelerator.process_index, accelerator.num_processes, Path(config.run.path)
     stop = StopRequest(within=config.stop.within, world=world)
     monitor = Monitor(folder, active=rank == 0, images=config.train.images, images_seen=0, config="")
-    watch = Watchdog(rank=rank, world=world, timeout=config.train.timeout)
-    with open_stream(config, rank, world) as stream, monitor, watch:
+    watchdog = Watchdog(rank=rank, world=world, timeout=config.train.timeout)
+    share = {"seed": config.seed, "round_size": config.match.round, "rank": rank, "world": world}
+    with Stream(config.data, **share) as stream, monitor, watchdog:
 
         def run(bare: nn.Module) -> Run:
-            return Run(
+            run = Run(
                 config=config,
                 accelerator=accelerator,
-                engine=build_engine(config, bare, accelerator),
-                stream=stream,
                 stop=stop,
-                monitor=monitor,
-                watch=watch,
-                profiler=Profiler(folder, config.profile.rounds, rank),
-                writer=Writer(folder, rank=rank, world=world, keep=1, every=0, remote=""),
-                position=Position(),
+                stream=stream,
+                watchdog=watchdog,
                 features=None,
                 perceived=None,
-                spectrum=None,
             )
+            run.engine, run.monitor = build_engine(config, bare, accelerator), monitor
+            run.profiler = Profiler(folder, config.profile.rounds, rank)
+            run.writer = Writer(folder, rank=rank, world=world, keep=1, every=0, remote="")
+            return run
 
         yield run
 
@@ -118,7 +117,8 @@ class Given:
     @classmethod
     def of(cls, config: Config, rounds: int) -> "Given":
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        with open_stream(config, rank, world) as stream:
+        share = {"seed": config.seed, "round_size": config.match.round, "rank": rank, "world": world}
+        with Stream(config.data, **share) as stream:
             images = scaled(stream.take(0).images)
         first, stop = rank_rows(config.match.round, rank, world)
         pool = int(config.match.round * config.match.ratio)
@@ -129,12 +129,14 @@ class Given:
 def fit_ours(run: Run, given: Given) -> None:
     """The next round, as the loop has it fitted."""
     config, position = run.config, run.position
-    draw = Drawing(config, position.round, tuple(given.images.shape[1:]), given.images.device, None)
+    random = RoundRandom(config, position.round, tuple(given.images.shape[1:]), given.images.device, None)
     first, _ = rank_rows(config.match.round, given.rank, given.world)
-    work = Work(number=position.round, began=given.world, draw=draw, images=given.images, first=first)
-    work.match = Match(ids=given.ids, distances=torch.zeros(len(given.ids)))
+    state = RoundState(
+        number=position.round, world_size_at_start=given.world, random=random, images=given.images, first=first
+    )
+    state.match = Match(ids=given.ids, distances=torch.zeros(len(given.ids)))
     with run.phase("fit"):
-        fit(run, work, given.budget)
+        fit(run, state, given.budget)
     position.round, position.done = position.round + 1, 0
 
 
@@ -166,7 +168,7 @@ def plan(config: Config, number: int, given: Given) -> tuple[Tensor, list[float]
     """What `fit_bare` is given."""
     train, size = config.train, config.match.round
     sizes = {"size": size, "batch": train.batch, "passes": train.passes}
-    rows = steps_of(config.seed, number, **sizes, rank=given.rank, world=given.world, began=given.world)
+    rows = steps_of(config.seed, number, **sizes, rank=given.rank, world=given.world, world_size_at_start=given.world)
     seen = range(number * size, (number + 1) * size, train.batch)
     first, _ = rank_rows(size, given.rank, given.world)
     return rows - first, [learning_rate(train, images, given.budget) for images in seen]
@@ -233,7 +235,7 @@ def write(config: Config, checkpoints: int) -> Record:
         for _ in range(1 + checkpoints):
             alone.append(seconds(lambda: fit_ours(run, given)))
             waited.clear()
-            begins = seconds(lambda: checkpoint(run, None))
+            begins = seconds(lambda: checkpoint(run))
             beside.append(seconds(lambda: fit_ours(run, given)))
             still.append(begins + sum(waited))
             run.writer.join()

@@ -18,14 +18,25 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipeline.config import FREE_TO_CHANGE, flatten, parse
+from pipeline.config import changeable, flatten, parse
 from pipeline.errors import InputError
+from pipeline.settings import FREE
 from pipeline.storage.local import write_atomically
 
 ROOT = Path(__file__).parents[1]
 Record = dict[str, Any]
 PARTS = ("fd", "modes", "coverage", "restoration", "idempotence", "reconstruction", "nearest", "images_seen")
 """Of what `naign evaluate` says, that tables use."""
+FORMER: Record = {
+    **{"model.code": 128, "model.max_width": 512, "model.octaves": 0, "objective.distance": "l1"},
+    **{"objective.perceptual": 0.0, "objective.encoder": "", "objective.reconstruction": 1.0, "objective.imle": 1.0},
+    **{"objective.third": "none", "objective.third_weight": 1.0, "objective.denoising": 0.0},
+    **{"objective.damage": "noise", "objective.noise": 0.5, "objective.idempotence": 20.0, "objective.tightness": 2.5},
+    **{"objective.clamp": 1.5, "objective.langevin_steps": 10, "objective.langevin_rate": 0.2},
+    **{"objective.langevin_noise": 0.02, "objective.bound": 1.0},
+}
+"""Settings that every run had, of whatever objective and network, when the committed tables were measured. They count
+in a run's name, so that those runs are found."""
 FOUND, FAILED = "evaluation/metrics.json", "failed.json"
 """Where a run's folder has what `naign evaluate` found, or that it diverged."""
 
@@ -49,11 +60,12 @@ class Task:
         """
         words = (*(str(option) for option in options), f"--seed={seed}")
         try:
-            everything = flatten(parse([f"--config={ROOT / config}", *words]))
+            parsed = parse([f"--config={ROOT / config}", *words])
         except SystemExit:  # what is wrong, or the help that was asked for, stands above
             raise InputError(f"{shlex.join([config, *words])} is no configuration") from None
-        kept = ("train.precision",)  # a run may change it, and rounds otherwise then
-        settings = {key: everything[key] for key in everything if key in kept or not key.startswith(FREE_TO_CHANGE)}
+        free = changeable(parsed, FREE) - {"train.precision"}  # a run may change it, and rounds otherwise then
+        settings = FORMER | {key: value for key, value in flatten(parsed).items() if key not in free}
+        settings["model.kind"] = settings.pop("model.name")
         name = f"{Path(config).stem}-seed-{seed}-{fingerprint(settings)}"
         return cls(runs / name, config, words, settings)
 

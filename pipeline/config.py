@@ -1,10 +1,14 @@
-"""The whole configuration: dataclasses with defaults, then a YAML file, then `--section.key=value`; the last wins."""
+"""The whole configuration: dataclasses with defaults, then a YAML file, then `--section.key=value`; the last wins.
 
+A section that is a choice with a name (NAMED) has the settings class of the chosen one.
+"""
+
+import argparse
 import dataclasses
 import difflib
 import reprlib
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,97 +19,102 @@ import yaml
 from pipeline.data.dataset import DataConfig, check_config
 from pipeline.errors import InputError, printable
 from pipeline.match.matcher import MatchConfig
-from pipeline.model.networks import NetworkConfig
-from pipeline.model.objectives import ObjectiveConfig
+from pipeline.model import networks, objectives
 from pipeline.observe.speed import parse_rounds
+from pipeline.settings import AT_LEAST_0, FREE, MAY_CHANGE, NOT_EMPTY, POSITIVE, SHARE, between, check_fields, one_of
 from pipeline.storage.store import open_store
+
+PRECISIONS = ("", "auto", "fp32", "bf16", "fp16")
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    images: int = 300_000
+    images: int = field(default=300_000, metadata=MAY_CHANGE | POSITIVE)
     """Budget: images trained on, over all ranks and passes; rounded up to whole rounds."""
 
-    batch: int = 128
+    batch: int = field(default=128, metadata=POSITIVE)
     """Images a step, over all ranks."""
 
-    passes: int = 1
+    passes: int = field(default=1, metadata=POSITIVE)
     """Passes of SGD over a round's images before they are matched anew."""
 
-    lr: float = 2e-3
+    lr: float = field(default=2e-3, metadata=MAY_CHANGE | POSITIVE)
     """Peak learning rate of AdamW; a cosine over the budget takes it to lr_end."""
 
-    lr_end: float = 1e-5
+    lr_end: float = field(default=1e-5, metadata=MAY_CHANGE | AT_LEAST_0)
     """Learning rate at the end of the budget."""
 
-    warmup: int = 10_000
+    warmup: int = field(default=10_000, metadata=MAY_CHANGE | AT_LEAST_0)
     """Images over which the learning rate rises from 0; at most half the budget."""
 
-    beta1: float = 0.9
+    beta1: float = field(default=0.9, metadata=SHARE)
     """AdamW's decay of the first moment."""
 
-    beta2: float = 0.99
+    beta2: float = field(default=0.99, metadata=SHARE)
     """AdamW's decay of the second moment."""
 
-    weight_decay: float = 0.01
+    weight_decay: float = field(default=0.01, metadata=MAY_CHANGE | AT_LEAST_0)
     """AdamW's decoupled weight decay."""
 
-    clip: float = 1.0
+    clip: float = field(default=1.0, metadata=MAY_CHANGE | AT_LEAST_0)
     """Largest norm of the gradient; 0 does not clip."""
 
-    ema: float = 0.0
+    ema: float = field(default=0.0, metadata=SHARE)
     """Decay a step of an exponential moving average of the weights, used by evaluation; 0: none."""
 
-    accumulate: int = 1
+    accumulate: int = field(default=1, metadata=FREE | POSITIVE)
     """Micro-batches a step: batch = images of a micro-batch x accumulate x ranks."""
 
-    precision: str = ""
+    precision: str = field(default="", metadata=FREE | one_of(PRECISIONS))
     """fp32, bf16 or fp16 for forward and backward; weights are float32. Empty: as the launcher says; auto: if that is
     nothing, bf16 where the hardware multiplies it, else fp32."""
 
-    compile: bool = False
+    compile: bool = field(default=False, metadata=FREE)
     """Compile the network with torch.compile."""
 
-    channels_last: bool = False
+    channels_last: bool = field(default=False, metadata=FREE)
     """Keep images in memory with the channels of a pixel together, which GPUs' convolutions prefer."""
 
-    recompute: bool = False
+    recompute: bool = field(default=False, metadata=FREE)
     """Activation checkpointing: forget each block's activations and compute them again for the backward."""
 
-    bad_steps: int = 10
+    bad_steps: int = field(default=10, metadata=FREE | POSITIVE)
     """So many steps in a row with a loss or gradient that is not finite stop the run; each of them is skipped."""
 
-    threads: int = 0
+    threads: int = field(default=0, metadata=FREE | between(0, 1024))
     """CPU threads a rank; 0: this machine's cores shared among its ranks."""
 
-    timeout: int = 600
+    timeout: int = field(default=600, metadata=FREE | between(1, 10**7))
     """Seconds a rank waits for the others before it fails."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ReportConfig:
-    rounds: int = 1
+    rounds: int = field(default=1, metadata=POSITIVE)
     """Rounds between reports (TensorBoard scalars and metrics.jsonl)."""
 
-    pictures: int = 25
+    pictures: int = field(default=25, metadata=AT_LEAST_0)
     """Rounds between image grids; 0: none."""
+
+    trackers: str = "tensorboard"
+    """Where to report besides metrics.jsonl: names with commas between them. Other packages may bring more."""
 
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
-    rounds: int = 25
+    rounds: int = field(default=25, metadata=POSITIVE)
     """Rounds between checkpoints; one is always written at the end."""
 
-    keep: int = 2
+    keep: int = field(default=2, metadata=AT_LEAST_0)
     """Complete checkpoints that are kept, the newest ones; 0 keeps all."""
 
-    keep_every: int = 0
+    keep_every: int = field(default=0, metadata=AT_LEAST_0)
     """Also keep, for good, those after a number of rounds that this divides; 0: none."""
 
 
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
-    path: str = "runs/mnist"
+    path: str = field(default="runs/mnist", metadata=NOT_EMPTY)
     """Folder of the run: configuration, metrics, pictures, checkpoints, evaluation. All ranks must see the same one,
     unless `remote` is set."""
 
@@ -115,7 +124,7 @@ class RunConfig:
 
 @dataclass(kw_only=True, slots=True)
 class StopConfig:
-    within: float = 25.0
+    within: float = field(default=25.0, metadata=POSITIVE)
     """Seconds after SIGTERM, SIGUSR1 or Ctrl-C in which the run must have written a checkpoint and ended: torchrun and
     Accelerate, if they are sent the signal, kill their ranks after 30."""
 
@@ -131,59 +140,67 @@ class Config:
     """Train an idempotent generative network. `--config FILE` reads a YAML first; options given here override it."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    model: NetworkConfig = field(default_factory=NetworkConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    model: networks.NetworkConfig = field(default_factory=networks.ConvConfig)
+    objective: objectives.ObjectiveConfig = field(default_factory=objectives.NaignConfig)
     match: MatchConfig = field(default_factory=MatchConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    report: ReportConfig = field(default_factory=ReportConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-    stop: StopConfig = field(default_factory=StopConfig)
-    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    report: ReportConfig = field(default_factory=ReportConfig, metadata=FREE)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE)
+    run: RunConfig = field(default_factory=RunConfig, metadata=FREE)
+    stop: StopConfig = field(default_factory=StopConfig, metadata=FREE)
+    profile: ProfileConfig = field(default_factory=ProfileConfig, metadata=FREE)
 
-    seed: int = 0
+    seed: int = field(default=0, metadata=AT_LEAST_0)
     """Everything random is a function of this, the round and an image's or a latent's number."""
 
-    resume: str = "auto"
+    resume: str = field(default="auto", metadata=FREE | one_of(("auto", "changed", "never")))
     """auto: go on from the newest complete checkpoint of run.path; changed: also with another data.path, train.images,
     lr, lr_end, warmup, clip or weight_decay than it had; never: start anew, refusing a folder in use."""
 
 
-FREE_TO_CHANGE = (
-    *("data.endpoint", "data.source", "data.workers", "data.check", "data.broken", "data.cache", "data.trace"),
-    *("match.method", "report.", "checkpoint.", "run.", "stop.", "profile.", "resume"),
-    *("train.threads", "train.timeout", "train.bad_steps", "train.accumulate", "train.precision"),
-    *("train.compile", "train.channels_last", "train.recompute"),
-)
-"""Keys that a resumed run may change: they touch nothing that is computed, but for rounding. Others are an error."""
+NAMED: dict[str, tuple[str, Callable[[str], tuple[Any, Any]], dict[str, str]]] = {
+    "model": ("conv", networks.find_network, networks.FORMER),
+    "objective": ("naign", objectives.find_objective, objectives.FORMER),
+}
+"""Sections that are a choice with a name: the default, what finds a name's settings class, and the settings that all
+choices had in one class once, with whose they are."""
 
-
-MAY_CHANGE = (
-    *("data.path", "train.images", "train.lr", "train.lr_end", "train.warmup", "train.clip", "train.weight_decay"),
-)
-"""Keys that resume=changed lets a resumed run change besides: what follows is another run than was begun."""
-
-RESUME = ("auto", "changed", "never")
+RENAMED = {"model.kind": "model.name"}
+"""Keys of earlier versions and what they are called now; "" for settings that are gone."""
 
 
 def parse(arguments: Sequence[str]) -> Config:
     """The configuration of a command line; InputError or exit code 2 on anything unknown or impossible."""
-    arguments, base = list(arguments), Config()
-    for at, word in enumerate(arguments):
-        if word == "--config" or word.startswith("--config="):
-            path = word.partition("=")[2] or (arguments[at + 1] if at + 1 < len(arguments) else "")
-            del arguments[at : at + (1 if "=" in word else 2)]
-            base = load(path)
-            break
-    config = tyro.cli(Config, args=arguments, default=base, prog="accelerate launch pipeline/train.py")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", nargs="?", const="")
+    for section in NAMED:
+        former = [f"--{old}" for old, new in RENAMED.items() if new == f"{section}.name"]
+        first.add_argument(f"--{section}.name", *former, dest=section, nargs="?", const="")
+    given, rest = first.parse_known_args(list(arguments))
+    content: Any = {} if given.config is None else _read(given.config)
+    where = given.config or "the command line"
+    for section in NAMED:
+        name = getattr(given, section)
+        if name is not None and isinstance(content, dict) and isinstance(content.get(section) or {}, dict):
+            content[section] = {**(content.get(section) or {}), "name": name}
+    base = from_dict(content, where=where)
+    for word in rest:
+        section, _, key = word.partition("=")[0].removeprefix("--").replace("-", "_").partition(".")
+        if section in NAMED and key not in flatten(getattr(base, section)):
+            _refuse_former(section, key, getattr(base, section).name, "the command line")
+    config = tyro.cli(Config, args=rest, default=base, prog="accelerate launch pipeline/train.py")
     check(config)
     return config
 
 
 def load(path: str) -> Config:
     """The configuration of a YAML file; keys that it does not name keep their defaults."""
+    return from_dict(_read(path), where=path)
+
+
+def _read(path: str) -> Any:
     try:
-        content = yaml.safe_load(Path(path).read_text()) or {}
+        return yaml.safe_load(Path(path).read_text()) or {}
     except FileNotFoundError:
         there = ", ".join(sorted(str(file) for file in Path("configs").glob("*.yaml"))) or "none"
         raise InputError(f"no configuration file '{path}'; configs/ has: {there}") from None
@@ -194,11 +211,16 @@ def load(path: str) -> Config:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise InputError(f"{path}{where}: this is no YAML ({type(error).__name__}): see configs/mnist.yaml") from None
-    return from_dict(content, where=path)
 
 
-def from_dict(content: Any, *, where: str) -> Config:
-    config: Config = _build(Config, content, where, "")
+def from_dict(
+    content: Any,
+    *,
+    where: str,  # that it comes from, for messages
+    recorded: bool = False,  # a run's own record: settings of earlier versions that mean nothing to it are left out
+) -> Config:
+    """The configuration that a file's keys and values describe; InputError for anything unknown or impossible."""
+    config: Config = _build(Config, content, where, "", recorded)
     check(config)
     return config
 
@@ -207,69 +229,50 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def flatten(config: Config) -> dict[str, Any]:
-    """{'section.key': value} for every setting."""
-    return dict(_leaves(to_dict(config)))
+def flatten(config: Any) -> dict[str, Any]:
+    """{'section.key': value} for every setting, also of one section."""
+    return {key: value for key, value, _ in _leaves(config)}
 
 
-def _leaves(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in content.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+def changeable(config: Config, metadata: dict[str, Any]) -> set[str]:
+    """The settings that a resumed run may change as one of FREE and MAY_CHANGE says."""
+    return {key for key, _, change in _leaves(config) if change == metadata["change"]}
+
+
+def _leaves(settings: Any, prefix: str = "", change: str = "") -> Iterator[tuple[str, Any, str]]:
+    for one in dataclasses.fields(settings):
+        key, value, own = prefix + one.name, getattr(settings, one.name), one.metadata.get("change", change)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{key}.", own)
         else:
-            yield f"{prefix}{key}", value
+            yield key, value, own
 
 
 def differences(old: Config, new: Config) -> list[str]:
     """Settings that touch what is computed and differ, one readable line each."""
-    before, after = flatten(old), flatten(new)
+    before, after, free = flatten(old), flatten(new), changeable(new, FREE)
     return [
         f"{key}: {before[key]} there, {after[key]} now"
         for key in before
-        if before[key] != after[key] and not key.startswith(FREE_TO_CHANGE)
+        if key in after and before[key] != after[key] and key not in free
     ]
 
 
 MOST = 2**62
 """Larger numbers mean nothing in any setting, and overflow where they are used."""
 
-MOST_THREADS = 1024
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-MOST_SECONDS = 10**7
-
 
 def check(config: Config) -> None:
     """InputError on values that no run can have; what depends on the data or the world is checked where it is known."""
-    train, match = config.train, config.match
     check_config(config.data)
-    positive = (
-        *("train.images", "train.batch", "train.passes", "train.lr", "train.timeout", "train.accumulate"),
-        *("report.rounds", "checkpoint.rounds", "stop.within", "train.bad_steps"),
-    )
-    least_zero = (
-        *("train.lr_end", "train.warmup", "train.weight_decay", "train.clip", "train.threads"),
-        *("report.pictures", "checkpoint.keep", "checkpoint.keep_every", "data.workers", "seed"),
-    )
     flat = flatten(config)
     for key, value in flat.items():
         if isinstance(value, (int, float)) and not abs(value) < MOST:
             raise InputError(f"{key} is {value}: it must be a finite number below {MOST:.1e}")
-    for key in ("data.path", "run.path"):
-        if not flat[key]:
-            raise InputError(f"{key} is empty: name a folder")
-    if train.threads > MOST_THREADS:
-        raise InputError(f"train.threads is {train.threads}: at most {MOST_THREADS}; 0 takes this machine's cores")
-    if train.timeout > MOST_SECONDS:
-        raise InputError(f"train.timeout is {train.timeout} seconds: at most {MOST_SECONDS}")
-    for key in positive:
-        if not flat[key] > 0:
-            raise InputError(f"{key} is {flat[key]}: it must be positive")
-    for key in least_zero:
-        if not flat[key] >= 0:
-            raise InputError(f"{key} is {flat[key]}: it must be at least 0")
-    for key in ("train.beta1", "train.beta2", "train.ema"):
-        if not 0 <= flat[key] < 1:
-            raise InputError(f"{key} is {flat[key]}: it must lie in [0, 1)")
+    check_fields(config, "")
+    for one in dataclasses.fields(config):
+        if dataclasses.is_dataclass(section := getattr(config, one.name)):
+            check_fields(section, one.name)
     parse_rounds(config.profile.rounds)
     if "://" in config.run.path:
         raise InputError("run.path is a local folder: for the copy in a bucket there is run.remote")
@@ -281,34 +284,51 @@ def check(config: Config) -> None:
                 raise InputError(
                     f"run.remote and {key} are both {config.run.remote}: choose another place for the copy"
                 )
-    if train.precision not in ("", *PRECISIONS):
-        raise InputError(f"train.precision is '{train.precision}': choose one of {', '.join(PRECISIONS)}")
-    if config.resume not in RESUME:
-        raise InputError(f"resume is '{config.resume}': choose one of {', '.join(RESUME)}")
-    if match.round % train.batch:
-        near = max(1, round(match.round / train.batch)) * train.batch
+    if config.match.round % config.train.batch:
+        near = max(1, round(config.match.round / config.train.batch)) * config.train.batch
         raise InputError(
-            f"match.round={match.round} is no multiple of train.batch={train.batch}: every step takes a whole batch of "
-            f"the round's images; the nearest that fits is --match.round={near}"
+            f"match.round={config.match.round} is no multiple of train.batch={config.train.batch}: every step takes a "
+            f"whole batch of the round's images; the nearest that fits is --match.round={near}"
         )
 
 
-def _build(kind: Any, content: Any, where: str, prefix: str) -> Any:
+def _build(kind: Any, content: Any, where: str, prefix: str, recorded: bool) -> Any:
+    section = prefix.rstrip(".")
     if not isinstance(content, dict):
-        raise InputError(f"{where}: '{prefix.rstrip('.') or 'the file'}' must hold keys and values")
+        raise InputError(f"{where}: '{section or 'the file'}' must hold keys and values")
+    gone = [key for key, new in RENAMED.items() if not new]
+    content = {
+        (RENAMED.get(f"{prefix}{key}") or f"{prefix}{key}").removeprefix(prefix): content[key] for key in content
+    }
+    if section in NAMED:
+        default, find, former = NAMED[section]
+        content = {"name": default, **content}
+        kind = find(_convert(str, content["name"], f"{where}: {prefix}name"))[0]
+        recorded = recorded or former.keys() <= content.keys()  # config.yaml of an earlier version
     hints, values = typing.get_type_hints(kind), {}
     for key, value in content.items():
-        if key not in hints:
+        if key in hints and dataclasses.is_dataclass(hints[key]):
+            values[key] = _build(hints[key], {} if value is None else value, where, f"{prefix}{key}.", recorded)
+        elif key in hints:
+            values[key] = _convert(hints[key], value, f"{where}: {prefix}{key}")
+        elif not (recorded and (f"{prefix}{key}" in gone or section in NAMED and key in NAMED[section][2])):
+            if f"{prefix}{key}" in gone:
+                raise InputError(f"{where}: {prefix}{key} is no longer a setting: leave it out")
+            _refuse_former(section, key, content.get("name"), where)
             known = [prefix + name for name in hints] if prefix else list(flatten(Config())) + list(hints)
             near = difflib.get_close_matches(f"{prefix}{key}", known, n=1, cutoff=0.4)
             meant = f"; did you mean '{near[0]}'?" if near else f"; known here: {', '.join(hints)}"
             raise InputError(f"{where}: unknown key '{printable(f'{prefix}{key}')}'{meant}")
-        target = hints[key]
-        if dataclasses.is_dataclass(target):
-            values[key] = _build(target, {} if value is None else value, where, f"{prefix}{key}.")
-        else:
-            values[key] = _convert(target, value, f"{where}: {prefix}{key}")
     return kind(**values)
+
+
+def _refuse_former(section: str, key: str, name: Any, where: str) -> None:
+    """InputError for a setting that another choice of the section has."""
+    if section in NAMED and (owners := NAMED[section][2].get(key)):
+        raise InputError(
+            f"{where}: {section}.{key} is no setting of {section}.name={name}, but of {owners}: leave it out, or "
+            f"choose another {section}.name"
+        )
 
 
 def _convert(target: Any, value: Any, where: str) -> Any:

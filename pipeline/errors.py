@@ -1,4 +1,4 @@
-"""What a program says and returns when the fault is the user's, not ours."""
+"""The errors that are the user's or the environment's rather than ours, and the exit code of each."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 FAILED = 1
 """Exit code: a failure that is worth a retry."""
@@ -20,7 +20,6 @@ BAD_INPUT = 2
 INTERRUPTED = 75
 """Exit code: stopped on request after writing a checkpoint. An orchestrator should retry it."""
 
-
 PEER_LOST = 76
 """Exit code: another rank is gone, through no fault of this one. An orchestrator should retry it, and not count it."""
 
@@ -28,58 +27,69 @@ PEER_LOST = 76
 class InputError(ValueError):
     """Bad configuration or input: the message says what is wrong, where, and what to do about it."""
 
+    code: ClassVar[int] = BAD_INPUT
+
 
 class Damaged(InputError):
-    """What was written is not what is there."""
+    """Stored data does not match its checksum or manifest."""
 
 
 class Conflict(InputError):
-    """Two programs write to one place: what is there is not ours to take back."""
+    """Another program writes to the same place, and what it wrote must not be overwritten."""
 
 
 class Diverged(InputError):
-    """The training broke down: its numbers are not finite any more."""
+    """The training diverged: its numbers are not finite any more."""
 
 
 class Unavailable(Exception):
-    """A store that stayed out of reach through all retries: nobody's mistake, and worth starting again."""
+    """A store stayed out of reach through all retries: nobody's mistake, and worth a restart."""
+
+    code: ClassVar[int] = FAILED
 
 
 class PeerLost(Exception):
-    """Another rank is gone: all have to start again."""
+    """Another rank is gone, so all have to start again."""
+
+    code: ClassVar[int] = PEER_LOST
 
 
 class Stopped(Exception):
     """All ranks agreed to stop here: not a failure."""
 
+    code: ClassVar[int] = INTERRUPTED
+
+
+SHARED = (InputError, Damaged, Conflict, Diverged, Stopped, PeerLost, Unavailable)
+"""The errors that one rank raises on behalf of all: `together` raises them on every rank."""
+
+BY_WEIGHT = (BAD_INPUT, INTERRUPTED, PEER_LOST, FAILED)
+"""Exit codes, the most specific first: where ranks raise different errors, the first of these wins."""
+
 
 def printable(text: str, most: int = 200) -> str:
-    """What a stranger wrote, so that it may stand in a message."""
+    """`text` from an untrusted source, cut and without control characters, fit for a message."""
     return "".join(letter if letter.isprintable() else "?" for letter in text[:most])
 
 
 @contextmanager
 def exit_on_input_error(program: str) -> Iterator[None]:
-    """Turn an InputError into one readable message on stderr and exit code 2, Unavailable into one and 1, PeerLost 76.
+    """Turn InputError, Unavailable and PeerLost into one line on stderr and their exit code, Ctrl-C into 130.
 
-    Anything else is a crash.
+    Any other exception is a crash and passes through.
     """
     try:
         yield
-    except Unavailable as error:
-        _leave(FAILED, f"{program}: failed: {error}")
-    except PeerLost as error:
-        _leave(PEER_LOST, f"{program}: {error}")
-    except Diverged as error:
-        _leave(BAD_INPUT, f"{program}: diverged: {error}")
-    except InputError as error:
-        _leave(BAD_INPUT, f"{program}: error: {error}")
+    except (InputError, PeerLost, Unavailable) as error:
+        kinds = {Diverged: "diverged: ", InputError: "error: ", Unavailable: "failed: "}
+        kind = next((text for base, text in kinds.items() if isinstance(error, base)), "")
+        _exit(error.code, f"{program}: {kind}{error}")
     except KeyboardInterrupt:
-        _leave(128 + signal.SIGINT, f"{program}: interrupted")
+        _exit(128 + signal.SIGINT, f"{program}: interrupted")
 
 
-def _leave(code: int, text: str) -> NoReturn:
-    """Say why, also to a launcher that asks for it (torchelastic), and end."""
+def _exit(code: int, text: str) -> NoReturn:
+    """Print the reason, hand it to torchelastic where that started this process, and exit."""
     print(text, file=sys.stderr, flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with contextlib.suppress(OSError):

@@ -1,14 +1,14 @@
-"""Latents as a pure function of (seed, round, id): nobody stores, gathers or sends them.
+"""Random numbers as a pure function of (seed, round, id, stream), so that nobody stores, gathers or sends them.
 
 The generator is Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): a keyed bijection
-of a 128-bit counter, so any row can be drawn at any time, on any device, without drawing the rows before it. A normal
-takes exactly one 32-bit draw (Box-Muller turns two into two), never a rejection, so positions are fixed.
+of a 128-bit counter. Any row can be drawn at any time, on any device, without the rows before it. Every normal takes
+exactly one 32-bit draw (Box-Muller turns two into two, without rejection), so positions are fixed.
 
     key      seed, low word | seed, high word
     counter  block of four draws | round | id, low word | id, high word
 
-Two bits of a stream's number are the top ones of the id's high word, its next two those of the block. So a stream has
-counters that no other has, and under one key no two draws coincide; a key changed for it would be another seed's.
+The stream is part of the counter: its lower two bits are the top bits of the id's high word, its upper two those of the
+block. Draws of different streams therefore never coincide under one key, as they could if the stream changed the key.
 """
 
 import math
@@ -18,39 +18,27 @@ import torch
 from torch import Tensor
 
 LATENT, SCALE, IMAGINARY, NOISE, JITTER, DAMAGE, FLAT = range(7)
-"""Streams, 16 at most: independent draws for one (seed, round, id). Latents; offset and scale of flat ones; the
-imaginary part of the fourier law; noise that an objective adds to images; noise added to matched latents; where and
-how else images are damaged; the noise of flat latents."""
-
+"""Streams, 16 at most: independent draws for one (seed, round, id). Latents; offset and scale of flat latents; the
+imaginary part of the fourier law; noise that an objective adds to images; noise added to matched latents; other damage
+to images; the noise of flat latents."""
 
 MAX_ID = 2**62
 
-
 _WORD = 0xFFFFFFFF
-
-
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-
-
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-
-
-_CHUNK = 1 << 16  # counters drawn at once: the working set stays in the second-level cache
+Words = Callable[[list[Tensor]], list[Tensor]]  # four words of 32 bits to four float32
+_CHUNK = 1 << 16  # counters drawn at once, to stay in the second-level cache
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> list[Tensor]:
-    """Philox-4x32-10 of four int64 tensors holding 32-bit words; returns four such tensors of the broadcast shape."""
+    """Philox-4x32-10 of four int64 tensors that hold 32-bit words: four such tensors of the broadcast shape."""
     a, b, c, d = counter
     k0, k1 = key
     for _ in range(10):
-        # The 64-bit product wraps in int64 with the right bits; masking undoes the sign that the shift extends.
+        # The 64-bit product wraps in int64 with the right bits; the mask removes the sign that the shift extends.
         p0, p1 = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
-        a, b, c, d = (
-            ((p1 >> 32) & _WORD) ^ b ^ k0,
-            p1 & _WORD,
-            ((p0 >> 32) & _WORD) ^ d ^ k1,
-            p0 & _WORD,
-        )
+        a, b, c, d = (((p1 >> 32) & _WORD) ^ b ^ k0, p1 & _WORD, ((p0 >> 32) & _WORD) ^ d ^ k1, p0 & _WORD)
         k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
     return [a, b, c, d]
 
@@ -64,15 +52,18 @@ def normal(
     *,
     stream: int = LATENT,
 ) -> Tensor:
-    """Standard normals (n, *shape) float32; row i depends on (seed, round, ids[i], stream) alone."""
+    """Standard normals (n, *shape) float32; row i depends on (seed, round, ids[i], stream) alone.
+
+    Raises ValueError for an id outside [0, 2**62).
+    """
     return _rows(seed, round, ids, shape, device, stream, _box_muller)
 
 
 def uniform(
-    seed: int,  # as in `normal`
-    round: int,  # as in `normal`
-    ids: Tensor,  # as in `normal`
-    shape: tuple[int, ...],  # of one row
+    seed: int,  # this and the others: as in `normal`
+    round: int,
+    ids: Tensor,
+    shape: tuple[int, ...],
     device: torch.device | str = "cpu",
     *,
     stream: int = LATENT,
@@ -88,7 +79,7 @@ def _rows(
     shape: tuple[int, ...],
     device: torch.device | str,
     stream: int,
-    transform: Callable[[list[Tensor]], list[Tensor]],
+    transform: Words,
 ) -> Tensor:
     size = math.prod(shape)
     blocks = -(-size // 4)

@@ -11,7 +11,7 @@ import yaml
 
 from pipeline.config import parse
 from pipeline.model.naign import NAIGN
-from pipeline.model.networks import NetworkConfig, build_network
+from pipeline.model.networks import ConvConfig, build_network
 from tests.conftest import ROOT, forked
 
 
@@ -19,7 +19,7 @@ from tests.conftest import ROOT, forked
 def test_match_measures_every_method_and_two_ranks(digits: str, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/digits").symlink_to(digits)
-    config = NetworkConfig(width=8, code=16)
+    config = ConvConfig(width=8, code=16)
     model = {"model": asdict(config), "shape": [1, 8, 8], "latents": "smooth4"}
     NAIGN(build_network(config, (1, 8, 8)), model).save_pretrained(tmp_path / "runs/digits")
     options = ["--quick", "--dims", "64", "--kinds", "untrained", "--ranks", "1", "2"]

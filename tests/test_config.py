@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import Config, differences, flatten, from_dict, load, parse, to_dict
-from pipeline.errors import InputError
+import pipeline.config as settings
+from pipeline.config import Config, changeable, differences, flatten, from_dict, load, parse, to_dict
+from pipeline.errors import InputError, exit_on_input_error
+from pipeline.model.networks import PointConfig
+from pipeline.settings import FREE, MAY_CHANGE
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -40,6 +43,10 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path)
         ("train: {batch: 100}", "match.round=2048 is no multiple of train.batch=100"),
         ("objective: {name: gan}", "choose one of naign, ign"),
         ("objective: {distance: lpips}", "choose one of l1, l2, norm, l1\\+l2"),
+        ("objective: {name: ign, third: matched}", "objective.third is no setting of objective.name=ign, but of naign"),
+        ("objective: {name: ign, clap: 2}", "unknown key 'objective.clap'; did you mean 'objective.clamp'"),
+        ("objective: {name: [ign]}", "objective.name is \\['ign'\\]: it must be str"),
+        ("model: {name: mlp, code: 8}", "model.code is no setting of model.name=mlp, but of conv"),
         ("model: {width: 0}", "model.width is 0: it must lie between 1 and"),
         ("resume: maybe", "choose one of auto"),
         ("train: 0", "'train' must hold keys and values"),
@@ -47,7 +54,7 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path)
         ("train: {lr_end: .inf}", "train.lr_end is inf: it must be a finite number"),
         ("train: {lr: .nan}", "train.lr is nan: it must be a finite number"),
         ("match: {ratio: .nan}", "match.ratio is nan"),
-        ("train: {threads: 100000000}", "train.threads is 100000000: at most"),
+        ("train: {threads: 100000000}", "train.threads is 100000000: it must lie between"),
         ("run: {path: ''}", "run.path is empty"),
         ("seed: 99999999999999999999999", "seed is"),
         ("a: [", "line 1, column 5: this is no YAML"),
@@ -81,13 +88,71 @@ def test_what_is_no_configuration_is_not_shown(tmp_path, text):
         ("--train.lr=fast", "could not convert"),
         ("--objective.name=gan", "choose one of naign, ign"),
         ("--match.latents=cauchy", "choose one of gaussian"),
+        ("--objective.clamp=2", "objective.clamp is no setting of objective.name=naign, but of ign"),
+        ("--model.octaves=2", "model.octaves is no setting of model.name=conv, but of mlp"),
+        ("--objective.thrid=none", "--objective.third"),
     ],
 )
 def test_a_wrong_option_ends_with_code_2(option, message, capsys):
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as ended, exit_on_input_error("train"):
         parse([option])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def help_of(*options, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse([*options, "--help"])
+    assert ended.value.code == 0
+    return {word.strip() for word in capsys.readouterr().out.replace("_", "-").split() if word.startswith("--")}
+
+
+def test_help_shows_the_settings_of_what_is_chosen_alone(capsys):
+    usual = help_of(capsys=capsys)
+    assert {"--objective.third", "--model.code"} <= usual and not {"--objective.clamp", "--model.octaves"} & usual
+    other = help_of("--objective.name", "ign", "--model.name=mlp", capsys=capsys)
+    assert {"--objective.clamp", "--model.octaves"} <= other and not {"--objective.third", "--model.code"} & other
+
+
+def test_a_choice_on_the_command_line_has_its_own_settings(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: {kind: mlp, octaves: 3}\nobjective: {name: nae, bound: 2}\n")
+    config = parse(["--config", str(tmp_path / "a.yaml"), "--objective.langevin-steps=3"])
+    assert (config.model.name, config.model.octaves) == ("mlp", 3)
+    assert (config.objective.name, config.objective.bound, config.objective.langevin_steps) == ("nae", 2.0, 3)
+    assert parse(["--model.kind=mlp", "--model.octaves=1"]).model == PointConfig(octaves=1)
+
+
+FLAT = {
+    "model": {"kind": "mlp", "width": 16, "depth": 2, "code": 128, "max_width": 512, "octaves": 1},
+    "objective": {
+        **{"name": "naign", "distance": "l2", "perceptual": 0.0, "encoder": "", "reconstruction": 1.0, "imle": 1.0},
+        **{"third": "matched", "third_weight": 1.0, "denoising": 0.0, "damage": "noise", "noise": 0.5},
+        **{"idempotence": 20.0, "tightness": 2.5, "clamp": 1.5, "langevin_steps": 10, "langevin_rate": 0.2},
+        **{"langevin_noise": 0.02, "bound": 1.0},
+    },
+}
+"""What every run recorded when all objectives, and all networks, had one class of settings."""
+
+
+def test_the_record_of_an_earlier_version_is_read(tmp_path, monkeypatch):
+    expected = Config(model=PointConfig(width=16, depth=2, octaves=1))
+    expected.objective.distance, expected.objective.third = "l2", "matched"
+    assert from_dict(FLAT, where="run", recorded=True) == expected
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(FLAT))
+    assert load(str(tmp_path / "config.yaml")) == expected  # given as --config
+    part = {"objective": {"name": "nae", "bound": 2.0, "third": "none"}}  # of before there were all those settings
+    assert from_dict(part, where="run", recorded=True).objective.bound == 2.0
+    with pytest.raises(InputError, match="objective.third is no setting"):
+        from_dict(part, where="mine.yaml")
+
+
+def test_the_record_of_a_setting_that_is_gone_or_renamed_is_read(monkeypatch):
+    monkeypatch.setattr(settings, "RENAMED", {"train.speed": "", "match.chunk": "match.block", "match.space.x": ""})
+    record = {"train": {"speed": 3}, "match": {"chunk": 64, "space": {"x": 1}}}
+    config = from_dict(record, where="run", recorded=True)
+    assert config.match.block == 64
+    with pytest.raises(InputError, match="train.speed is no longer a setting"):
+        from_dict(record, where="mine.yaml")
 
 
 def test_only_settings_that_touch_the_computation_count_as_different():
@@ -97,6 +162,20 @@ def test_only_settings_that_touch_the_computation_count_as_different():
     other.train.lr = 0.5
     assert differences(Config(), other) == ["train.lr: 0.002 there, 0.5 now"]
     assert set(flatten(Config())) >= {"train.lr", "seed", "match.ratio", "run.path"}
+    other = Config(objective=from_dict({"objective": {"name": "ign"}}, where="here").objective)
+    assert differences(Config(), other) == ["objective.name: naign there, ign now"]
+
+
+def test_what_a_resumed_run_may_change():
+    assert changeable(Config(), MAY_CHANGE) == {
+        *("data.path", "train.images", "train.lr", "train.lr_end", "train.warmup", "train.clip", "train.weight_decay")
+    }
+    fixed = flatten(Config()).keys() - changeable(Config(), FREE) - changeable(Config(), MAY_CHANGE)
+    assert {key.partition(".")[0] for key in fixed} == {"data", "model", "objective", "match", "train", "seed"}
+    assert {key for key in fixed if key.startswith(("data.", "train."))} == {
+        *("data.split", "data.tail", "data.resampled", "data.flip", "data.crop", "train.batch", "train.passes"),
+        *("train.beta1", "train.beta2", "train.ema"),
+    }
 
 
 def test_the_mnist_recipe_names_what_is_not_the_default():

@@ -1,4 +1,4 @@
-"""The copy of a run in a bucket: checkpoints, manifest last, and what a person looks at."""
+"""The copy of a run in a bucket: checkpoints, each with its manifest written last, and what the run reports."""
 
 import contextlib
 import json
@@ -6,20 +6,21 @@ import os
 import re
 import socket
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipeline.checkpoint.manifest import MANIFEST, is_whole, read_manifest
+from pipeline.checkpoint.manifest import MANIFEST, by_step, is_whole, read_manifest, step_of, to_remove
 from pipeline.errors import Conflict, Damaged, InputError
+from pipeline.storage.local import write_atomically
 from pipeline.storage.store import open_store
 
 RECORDS = ("config.yaml", "metrics.jsonl")
 PICTURES = ("tensorboard/*", "samples/*")
-"""What is copied besides checkpoints, before a manifest and after it."""
+"""Patterns of the files copied besides a checkpoint: RECORDS before its manifest, PICTURES after it."""
 
 OWNER = "owner.json"
-"""Who writes to the bucket: the process that started last. One that finds another's name there ends."""
+"""Names the process that may write to the bucket: the one that started last. Any other one stops."""
 
 
 def upload(
@@ -33,14 +34,14 @@ def upload(
 
 
 def newest_first(remote: str) -> Iterator[str]:
-    """The names of the checkpoints that have their manifests."""
-    for name in _by_step(remote):
+    """The names of the checkpoints that have a manifest, newest first."""
+    for name in by_step(open_store(f"{remote}/checkpoints").folders()):
         if MANIFEST in open_store(f"{remote}/checkpoints/{name}").list():
             yield name
 
 
 def is_there(remote: str, name: str) -> bool:
-    """Whether each file of a checkpoint has the size that its manifest says."""
+    """Whether each file in the manifest of a checkpoint is there with its size; contents are not read."""
     where = f"{remote}/checkpoints/{name}"
     try:
         for file, entry in read_manifest(open_store(where).read(MANIFEST)).items():
@@ -53,7 +54,7 @@ def is_there(remote: str, name: str) -> bool:
 
 
 def round_of(remote: str, name: str) -> int:
-    """The round in which a checkpoint was written; -1 if it does not say."""
+    """The round in which a checkpoint was written; -1 if trainer.json does not say."""
     try:
         return int(json.loads(open_store(f"{remote}/checkpoints/{name}").read("trainer.json"))["round"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -61,9 +62,9 @@ def round_of(remote: str, name: str) -> int:
 
 
 def download(remote: str, name: str, checkpoints: Path) -> Path:
-    """Bring a checkpoint here, its manifest last, but for files that are here; its folder.
+    """Download a checkpoint, its manifest last; files that are here already are kept. Returns its folder.
 
-    Raises Damaged if it is, or speaks of files outside its folder.
+    Raises Damaged if a file does not match the manifest, or if that names a file outside the folder.
     """
     where, folder = f"{remote}/checkpoints/{name}", checkpoints / name
     text = open_store(where).read(MANIFEST)
@@ -73,7 +74,7 @@ def download(remote: str, name: str, checkpoints: Path) -> Path:
         (folder / MANIFEST).unlink(missing_ok=True)
         for file, entry in files.items():
             if is_whole(folder / file, entry):
-                continue  # of an attempt that was cut short
+                continue  # left by an interrupted download
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             path, _, base = f"{where}/{file}".rpartition("/")
             store = open_store(path)
@@ -93,7 +94,7 @@ def download(remote: str, name: str, checkpoints: Path) -> Path:
 
 
 def fetch_newest(remote: str, run: Path) -> Path:
-    """Bring the newest checkpoint that is whole; its folder. InputError where there is none."""
+    """Download the newest undamaged checkpoint. Returns its folder; raises InputError if there is none."""
     remote = remote.rstrip("/")
     for name in newest_first(remote):
         with contextlib.suppress(Damaged):
@@ -102,31 +103,29 @@ def fetch_newest(remote: str, run: Path) -> Path:
 
 
 def fetch_shown(remote: str, run: Path, *, renew: bool = False) -> int:
-    """Bring metrics, TensorBoard's files and pictures, where none are here yet, or also what grew; how many files."""
-    brought, remote = 0, remote.rstrip("/")
+    """Download metrics, TensorBoard's files and pictures that are not here, or with `renew` of another size here.
+
+    Returns the number of files.
+    """
+    fetched, remote = 0, remote.rstrip("/")
     for pattern in ("metrics.jsonl", *PICTURES):
         folder = os.path.dirname(pattern)
         store = open_store(f"{remote}/{folder}".rstrip("/"))
         for name in store.list():
             if not (folder or name == pattern):
                 continue
-            if name in (".", "..") or Path(name).name != name or not name.isprintable():  # a stranger's
+            if name in (".", "..") or Path(name).name != name or not name.isprintable():  # untrusted
                 raise InputError(f"{store.url(name)!r} is no name of a file in a run: remove that object")
             file = run / folder / name
             if not file.exists() or (renew and file.stat().st_size != store.size(name)):
                 file.parent.mkdir(parents=True, exist_ok=True)
-                partial = file.with_name(f".{name}.{os.getpid()}")
-                try:
-                    partial.write_bytes(store.read(name))
-                    os.replace(partial, file)
-                finally:
-                    partial.unlink(missing_ok=True)
-                brought += 1
-    return brought
+                write_atomically(file, store.read(name), sync=False)
+                fetched += 1
+    return fetched
 
 
 def mirror(run: Path, remote: str, patterns: Sequence[str]) -> None:
-    """Copy what a person looks at, where it changed in size."""
+    """Upload the files that match the patterns and whose size changed."""
     for pattern in patterns:
         folder = os.path.dirname(pattern)
         store = open_store(f"{remote}/{folder}".rstrip("/"))
@@ -144,70 +143,56 @@ def prune(
     remote: str,
     newest: str,  # name of the checkpoint just sent, which stays
     keep: int,  # complete ones to keep, the newest; 0 keeps all
-    lasts: Callable[[bytes], bool],  # whether one with this trainer.json is kept for good
-    lasting: set[str],  # names of those known to be; added to
+    every: int,  # also keep those after a number of rounds that this divides; 0: none
+    lasting: set[str],  # names known to be kept by `every`; added to
 ) -> None:
-    """Remove checkpoints before `newest` that are beyond `keep` or were never finished, each manifest first."""
-    older = [name for name in _by_step(remote) if _step(name) < _step(newest) and name not in lasting]
-    complete = 1
-    for name in older:
-        root = f"{remote}/checkpoints/{name}"
-        store = open_store(root)
-        if MANIFEST in store.list():
-            complete += 1
-            if not keep or complete <= keep:
-                continue
-            with contextlib.suppress(InputError):  # it has none: then it is not one to keep
-                if lasts(store.read("trainer.json")):
-                    lasting.add(name)
-                    continue
-            store.delete(MANIFEST)
-        for folder in (root, *(f"{root}/{sub}" for sub in store.folders())):
-            store = open_store(folder)
+    """Remove checkpoints older than `newest` that are incomplete or beyond `keep`, each manifest first."""
+    root = f"{remote}/checkpoints"
+    for name in to_remove(
+        [name for name in by_step(open_store(root).folders()) if step_of(name) < step_of(newest)],
+        keep=keep,
+        every=every,
+        newest=newest,
+        is_complete=lambda name: MANIFEST in open_store(f"{root}/{name}").list(),
+        read_trainer=lambda name: open_store(f"{root}/{name}").read("trainer.json"),
+        lasting=lasting,
+    ):
+        store = open_store(f"{root}/{name}")
+        store.delete(MANIFEST)
+        for folder in ("", *(f"/{sub}" for sub in store.folders())):
+            store = open_store(f"{root}/{name}{folder}")
             for file in store.list():
                 store.delete(file)
 
 
 def take_over(remote: str) -> str:
-    """Make the bucket's copy this process' own, whoever wrote it before; what `check_claim` wants to hear."""
+    """Make this process the only one that may write to the bucket. Returns the claim that `check_claim` takes."""
     claim = uuid.uuid4().hex
-    said = {"claim": claim, "host": socket.gethostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
-    open_store(remote).put(OWNER, json.dumps(said).encode())
+    owner = {"claim": claim, "host": socket.gethostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
+    open_store(remote).put(OWNER, json.dumps(owner).encode())
     return claim
 
 
 def check_claim(remote: str, claim: str) -> None:
-    """Raise Conflict if somebody has called `take_over` since."""
+    """Raise Conflict if another process has called `take_over` since."""
     store = open_store(remote)
     if OWNER not in store.list():
         return
     try:
-        said = {key: re.sub(r"[^\w.:+-]", "?", str(value)) for key, value in json.loads(store.read(OWNER)).items()}
-        said = {"host": "?", "since": "?"} | said
-        if not said.get("claim"):
-            raise ValueError("no claim")
-    except (ValueError, AttributeError, RecursionError):  # nobody's who could be meant
+        owner = {key: re.sub(r"[^\w.:+-]", "?", str(value)) for key, value in json.loads(store.read(OWNER)).items()}
+    except (ValueError, AttributeError, RecursionError):  # not written by this program
         return
-    if said["claim"] != claim:
+    owner = {"claim": "", "host": "?", "since": "?"} | owner
+    if owner["claim"] not in ("", claim):
         raise Conflict(
-            f"{remote} was taken over by a run that started later (on {said['host']}, {said['since']}): this one "
+            f"{remote} was taken over by a run that started later (on {owner['host']}, {owner['since']}): this one "
             "writes no more to it and ends; give each run its own --run.remote"
         )
 
 
 def _copy(file: Path, folder: str, name: str) -> None:
-    """A file to folder/name, streamed; `name` may have folders of its own."""
+    """Stream a file to folder/name; `name` may have folders of its own."""
     path, _, base = f"{folder}/{name}".rpartition("/")
     with file.open("rb") as source, open_store(path).write(base) as target:
         while data := source.read(1 << 20):
             target.write(data)
-
-
-def _by_step(remote: str) -> list[str]:
-    """The folders of checkpoints, whole or not, newest first."""
-    names = [name for name in open_store(f"{remote}/checkpoints").folders() if name.startswith("step-")]
-    return sorted((name for name in names if name.removeprefix("step-").isdecimal()), key=_step, reverse=True)
-
-
-def _step(name: str) -> int:
-    return int(name.removeprefix("step-"))

@@ -1,19 +1,63 @@
-"""The manifest of a checkpoint: which files it has, with size and SHA-256. Read as what a stranger may have written."""
+"""What a local folder and a bucket have in common: names, manifests, and which checkpoints are kept.
 
+A manifest lists a checkpoint's files with size and SHA-256. Its content is untrusted: anybody may have written it.
+"""
+
+import contextlib
 import hashlib
 import json
 import stat
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
 
 Entries = dict[str, dict[str, Any]]
-"""Of a manifest: bytes and sha256 by name."""
+"""The files of a manifest: {"bytes": int, "sha256": str} by name."""
+
+
+def by_step(names: Iterable[str]) -> list[str]:
+    """Those of `names` that are checkpoints (step-00001234), newest first. Others, such as a copy, are left alone."""
+    steps = {name: name.removeprefix("step-") for name in names if name.startswith("step-")}
+    return sorted((name for name, step in steps.items() if step.isdecimal()), key=step_of, reverse=True)
+
+
+def step_of(name: str) -> int:
+    """1234 of step-00001234."""
+    return int(name.removeprefix("step-"))
+
+
+def to_remove(
+    names: list[str],  # of checkpoints, newest first
+    *,
+    keep: int,  # how many complete ones to keep, the newest; 0 keeps all
+    every: int,  # also keep those after a number of rounds that this divides; 0: none
+    newest: str,  # the one just written: kept, and counted first; "": none
+    is_complete: Callable[[str], bool],  # whether a checkpoint has its manifest
+    read_trainer: Callable[[str], bytes],  # its trainer.json; may raise OSError or InputError
+    lasting: set[str],  # names known to be kept by `every`; added to
+) -> list[str]:
+    """The checkpoints to remove: incomplete ones, and complete ones that neither `keep` nor `every` keeps."""
+    complete, removed = int(bool(newest)), []
+    for name in names:
+        if name == newest or name in lasting:
+            continue
+        if is_complete(name):
+            complete += 1
+            if not keep or complete <= keep:
+                continue
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # InputError is a ValueError
+                trainer = json.loads(read_trainer(name))
+                if every and trainer["round"] % every == 0 and not trainer.get("done", 0):
+                    lasting.add(name)
+                    continue
+        removed.append(name)
+    return removed
 
 
 def is_whole(file: Path, entry: dict[str, Any]) -> bool:
-    """Whether a file is what its manifest says."""
+    """Whether a file is a regular one with the size and hash of its manifest entry."""
     found = file.lstat() if file.exists() else None
     if found is None or not stat.S_ISREG(found.st_mode):
         return False
@@ -21,7 +65,7 @@ def is_whole(file: Path, entry: dict[str, Any]) -> bool:
 
 
 def read_manifest(text: bytes) -> Entries:
-    """What a manifest says. Raises ValueError where it is none, or speaks of files outside its folder."""
+    """The entries of a manifest. Raises ValueError if it is malformed or names a file outside its folder."""
     try:
         files = json.loads(text)["files"]
         for name, entry in files.items():
@@ -38,6 +82,6 @@ def read_manifest(text: bytes) -> Entries:
 
 
 def sha256(file: Path) -> str:
-    """Of a file, in hexadecimal."""
+    """The SHA-256 of a file, in hexadecimal."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Images and points that commands are given, and samples that they write."""
+"""Files of the commands: images and points that are read, samples that are written."""
 
 import csv
 import io
@@ -21,8 +21,9 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def find_files(files: Sequence[Path], shape: tuple[int, ...]) -> list[tuple[Path, Path]]:
-    """(path, name) of each file given, for samples of `shape`: a file's name is its own, one found in a folder (images,
-    or .csv for points) keeps its path in there.
+    """(path, name) of each file for samples of `shape`. Folders are searched for images, or for .csv files of points.
+
+    The name of a file found in a folder is its path relative to that folder. Raises InputError if there is no file.
     """
     suffixes, what = (IMAGES, "images") if len(shape) == 3 else ((".csv",), ".csv files of points")
     found = []
@@ -38,27 +39,28 @@ def find_files(files: Sequence[Path], shape: tuple[int, ...]) -> list[tuple[Path
 
 
 def refuse_overwriting(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
-    """InputError if two outputs are one file, or one is an input."""
-    writer: dict[Path, Path] = {}
+    """Raise InputError if two outputs are the same file, or if an output is an input or a folder."""
+    source_of: dict[Path, Path] = {}
     sources = {path.resolve() for path in inputs}
     for source, output in zip(inputs, outputs, strict=True):
         if output.resolve() in sources:
             raise InputError(f"--to would overwrite the input {output}: choose another folder")
         if output.is_dir():
             raise InputError(f"{output} would be written for {source}, but is a folder: choose another --to")
-        if output in writer:
-            raise InputError(f"{writer[output]} and {source} would both be written to {output}: rename one of them")
-        writer[output] = source
+        if output in source_of:
+            raise InputError(f"{source_of[output]} and {source} would both be written to {output}: rename one of them")
+        source_of[output] = source
 
 
 def read_samples(paths: Sequence[Path], shape: tuple[int, ...]) -> list[Tensor]:
-    """What each file holds: one image (1, C, S, S), resized and cropped to the model's square as `pack` does, or points
-    (n, D), one a line of a .csv file; float32, images in [-1, 1]. InputError where a file holds none.
+    """The content of each file, float32: an image (1, C, S, S) in [-1, 1], or points (n, D), one a line of a .csv file.
+
+    Images are resized and cropped to the model's square as `pack` does. Raises InputError for a file that holds none.
     """
-    return [(_image if len(shape) == 3 else _points)(path, shape) for path in paths]
+    return [(_read_image if len(shape) == 3 else _read_points)(path, shape) for path in paths]
 
 
-def _image(path: Path, shape: tuple[int, ...]) -> Tensor:
+def _read_image(path: Path, shape: tuple[int, ...]) -> Tensor:
     try:
         pixels = np.asarray(square(path.read_bytes(), shape[1], shape[0]))
     except InputError as error:
@@ -68,7 +70,7 @@ def _image(path: Path, shape: tuple[int, ...]) -> Tensor:
     return scaled(torch.from_numpy(pixels.copy()).view(1, *shape[1:], shape[0]).permute(0, 3, 1, 2))
 
 
-def _points(path: Path, shape: tuple[int, ...]) -> Tensor:
+def _read_points(path: Path, shape: tuple[int, ...]) -> Tensor:
     wanted = math.prod(shape)
     takes = f"this model takes points, {wanted} finite numbers a line with commas between them and no header"
     try:
@@ -92,29 +94,38 @@ def _points(path: Path, shape: tuple[int, ...]) -> Tensor:
 
 
 def _cause(error: Exception, otherwise: str) -> str:
-    """What the system says of a file; otherwise what cannot be read is not of its kind."""
+    """The operating system's message, if it is the system that refused; else `otherwise`."""
     return error.strerror if isinstance(error, OSError) and error.strerror else otherwise
 
 
 def write_samples(made: Tensor, to: Path) -> str:
-    """Write samples as `sample` promises; where they are."""
+    """Write samples to a .png grid, a .csv file, or as one PNG each into a folder. Returns the place, for a message."""
     points, suffix = made.ndim != 4, to.suffix.lower()
     if points != (suffix == ".csv") or suffix not in (".png", ".csv", ""):
         wanted = ".csv" if points else ".png, or a folder's name"
         raise InputError(f"--to {to}: samples of shape {tuple(made.shape[1:])} go to a file that ends in {wanted}")
-    (to if not to.suffix else to.parent).mkdir(parents=True, exist_ok=True)
-    if points:
-        text = io.StringIO()
-        csv.writer(text).writerows(made.tolist())
-        write_atomically(to, text.getvalue())
-    elif to.suffix:
+    if suffix == ".png":
+        to.parent.mkdir(parents=True, exist_ok=True)
         save(grid(made, columns=math.ceil(math.sqrt(len(made)))), to)
+    elif points:
+        write_one(made, to)
     else:
         for number, image in enumerate(made):
-            save(to_image(image), to / f"{number:06d}.png")
-    return f"{to}/" if not to.suffix else str(to)
+            write_one(image[None], to / f"{number:06d}.png")
+    return str(to) if suffix else f"{to}/"
+
+
+def write_one(samples: Tensor, to: Path) -> None:
+    """Write one image (1, C, H, W) as a PNG file, or points (n, D) as a .csv file."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    if samples.ndim == 4:
+        save(to_image(samples[0]), to)
+    else:
+        text = io.StringIO()
+        csv.writer(text).writerows(samples.tolist())
+        write_atomically(to, text.getvalue())
 
 
 def save(picture: Image.Image, to: Path) -> None:
-    """As PNG, whole or not at all."""
-    write_atomically(to, png(picture), sync=False)  # there may be thousands
+    """Write a PNG file atomically. It is not synced to disk: there may be thousands."""
+    write_atomically(to, png(picture), sync=False)

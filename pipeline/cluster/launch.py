@@ -2,7 +2,7 @@
 
 The same command on every host of a Kubernetes Job, a JobSet, a Kubeflow TrainJob or a Slurm step (place.py says
 which variables are read), and on a machine alone. It waits until all hosts of this start are there, starts the
-ranks through Accelerate in this very process, so that signals arrive, and ends with the code of what ended them:
+ranks through Accelerate in its own process, so that signals reach it, and ends with one of these codes:
 
   0   done, also where the run in the bucket was done already
   2   bad configuration or input: to be corrected, not tried again
@@ -19,9 +19,8 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
@@ -29,25 +28,17 @@ from typing import Any
 
 import psutil
 
-from pipeline.cluster.meeting import TELLING, interface_of, listen, meet, turn_away
+from pipeline.cluster.ending import MEANINGS, SIGNALS, Ending, explain, on_signals, read_code, say, weight
+from pipeline.cluster.meeting import TELLING, Links, interface_of, listen, meet, turn_away
 from pipeline.cluster.place import Place, find_place, find_ports
 from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost, Unavailable
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "pipeline/train.py"
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
-"""Requests to end, which are handed on to the ranks; Slurm's is USR1."""
-
-MEANINGS = {
-    BAD_INPUT: "bad configuration or input, which is not tried again",
-    INTERRUPTED: "stopped on request; the same command goes on from the newest checkpoint",
-    PEER_LOST: "another rank or host is not there; start all again and they go on from the newest checkpoint",
-}
-
 
 def main(arguments: Sequence[str]) -> int:
-    """Start the ranks; the exit code. Never raises for a user's mistake."""
+    """Start the ranks and wait for them. Returns the exit code; errors of the user are reported, not raised."""
     parser = argparse.ArgumentParser(
         "naign launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -61,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--meeting-port", type=int, default=meeting, help="of host 0, where hosts wait for each other (%(default)s)")
     add("--wait", type=float, default=900, help="seconds to wait for the other hosts (%(default)s)")
     add("--reach", type=float, default=300, help="seconds to wait for the bucket of run.remote (%(default)s)")
-    _on_signals(_leave_at_once, SIGNALS[:3])  # the first process of a container gets no others
+    on_signals(_leave_at_once, SIGNALS[:3])  # the first process of a container gets no others
     options, training = parser.parse_known_args(arguments)
     reason = ""
     try:
@@ -72,25 +63,14 @@ def main(arguments: Sequence[str]) -> int:
         code, reason = FAILED, f"failed: {error}"
     except InputError as error:
         code, reason = BAD_INPUT, f"error: {error}"
-    _on_signals(signal.SIG_IGN)  # they change nothing any more
+    on_signals(signal.SIG_IGN)  # they change nothing any more
     if reason:
         say(reason)
     return code
 
 
-def say(text: str) -> None:
-    print(f"naign launch: {text}", file=sys.stderr, flush=True)
-
-
-def _on_signals(
-    handler: Callable[[int, FrameType | None], Any] | signal.Handlers, numbers: Sequence[int] = SIGNALS
-) -> None:
-    for number in numbers:
-        signal.signal(number, handler)
-
-
 def _leave_at_once(number: int, frame: FrameType | None) -> None:
-    """While there are no ranks: nothing is lost."""
+    """End on a signal while there are no ranks, when nothing is lost."""
     say(MEANINGS[INTERRUPTED])
     os._exit(INTERRUPTED)
 
@@ -112,7 +92,7 @@ def _launch(options: argparse.Namespace, training: Sequence[str]) -> int:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)  # of whatever started this: ranks get their own
     try:
-        config = parse(list(training))  # here, too: a mistake in it is told at once, and by one
+        config = parse(list(training))  # here, too, so that a mistake is reported at once, and by one process
     except SystemExit as error:
         if not error.code:
             raise
@@ -120,32 +100,14 @@ def _launch(options: argparse.Namespace, training: Sequence[str]) -> int:
     use_endpoint(config.data.endpoint)
     place = find_place(os.environ)
     processes = options.processes or place.processes or _gpus() or 1
-    ranks = place.hosts * processes
-    listener = listen(place, options.meeting_port)
-    with listener or contextlib.nullcontext():
-        try:
-            if _is_done(config, options.reach):
-                say(f"nothing left to do: the run in {config.run.remote} is done")
-                return 0
-            engine = find_engine(options.engine, ranks)
-            _check_host(options, place, processes)
-            links = meet(place, port=options.meeting_port, within=options.wait, say=say, listener=listener)
-        except InputError as error:
-            if listener:
-                _on_signals(lambda *_: os._exit(BAD_INPUT))
-                say(f"telling the other hosts, for {TELLING:.0f} s at most: {error}")
-                turn_away(listener, place, f"host 0: {error}")
-            raise
-    if place.hosts > 1:
-        if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_of(links.address)):
-            os.environ["GLOO_SOCKET_IFNAME"] = name  # else gloo takes what the host's name means, often 127.0.1.1
-        say(f"all hosts are here; host 0 is {links.address}")
-    if ranks == 1 and not options.engine:
+    links, engine = _meet_others(options, config, place, processes)
+    if links is None:
+        return 0
+    os.environ["NAIGN_LAUNCHER"] = str(os.getpid())  # ranks end with this process
+    if place.hosts * processes == 1 and not options.engine:
         os.environ |= {"ACCELERATE_USE_CPU": "false" if _gpus() else "true", "ACCELERATE_MIXED_PRECISION": _precision()}
         os.execv(sys.executable, [sys.executable, str(TRAIN), *training])
-    # torchrun's options: the signals that it hands on, and when it kills what does not end after one.
-    os.environ["PET_SIGNALS_TO_HANDLE"] = ",".join(number.name for number in SIGNALS)
-    os.environ["PET_SHUTDOWN_TIMEOUT"] = str(math.ceil(config.stop.within) + 5)
+    os.environ["PET_SHUTDOWN_TIMEOUT"] = str(math.ceil(config.stop.within) + 5)  # torchrun kills ranks after so long
     ending = Ending(patience=config.stop.within + 30, alone=place.hosts == 1)
     links.watch(ending.note)
     with tempfile.TemporaryDirectory() as scratch:
@@ -153,10 +115,10 @@ def _launch(options: argparse.Namespace, training: Sequence[str]) -> int:
         file.write_text(engine)
         code = ending.judge(run_ranks(file, place, processes, links.address, options.port, training, ending))
     if code == 0 and config.run.remote and place.index == 0:
-        held = ThreadPoolExecutor(1).submit(_is_done, config, options.reach)  # a signal does not end a request
-        ending.wait_for(held.done)
-        if not held.done() or not held.result():
-            code = FAILED if held.done() else INTERRUPTED
+        done = ThreadPoolExecutor(1).submit(_is_done, config, options.reach)  # a signal does not end a request
+        ending.wait_for(done.done)
+        if not done.done() or not done.result():
+            code = FAILED if done.done() else INTERRUPTED
             say(f"the run is done, but {config.run.remote} does not hold its end: started again, it is sent once more")
     links.leave(code, lost=ending.lost)
     if code == 0 and config.run.remote and place.index and ending.heard(0, options.reach + 60) != 0:
@@ -164,8 +126,35 @@ def _launch(options: argparse.Namespace, training: Sequence[str]) -> int:
     return code
 
 
+def _meet_others(options: argparse.Namespace, config: Any, place: Place, processes: int) -> tuple[Links | None, str]:
+    """Connections to the other hosts once all are here, and the engine's configuration; None if the run is done.
+
+    What is wrong on host 0 alone is reported to the other hosts before it is raised.
+    """
+    listener = listen(place, options.meeting_port)
+    with listener or contextlib.nullcontext():
+        try:
+            if _is_done(config, options.reach):
+                say(f"nothing left to do: the run in {config.run.remote} is done")
+                return None, ""
+            engine = find_engine(options.engine, place.hosts * processes)
+            _check_host(options, place, processes)
+            links = meet(place, port=options.meeting_port, within=options.wait, say=say, listener=listener)
+        except InputError as error:
+            if listener:
+                on_signals(lambda *_: os._exit(BAD_INPUT))
+                say(f"telling the other hosts, for {TELLING:.0f} s at most: {error}")
+                turn_away(listener, place, f"host 0: {error}")
+            raise
+    if place.hosts > 1:
+        if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_of(links.address)):
+            os.environ["GLOO_SOCKET_IFNAME"] = name  # else gloo takes what the host's name means, often 127.0.1.1
+        say(f"all hosts are here; host 0 is {links.address}")
+    return links, engine
+
+
 def _check_host(options: argparse.Namespace, place: Place, processes: int) -> None:
-    """Whether this host has what its ranks need."""
+    """Raise InputError or Unavailable where this host lacks what its ranks need."""
     if _gpus() < options.gpus:
         found = f"{options.gpus} GPUs should be here, torch can use {_gpus()}"
         if _is_without_gpus():
@@ -177,76 +166,10 @@ def _check_host(options: argparse.Namespace, place: Place, processes: int) -> No
             _check_free(options.port)
 
 
-class Ending:
-    """What to do when another host ends: this host's ranks should end by themselves soon, and are made to."""
-
-    def __init__(self, patience: float, *, alone: bool = False) -> None:
-        self._patience, self._alone = patience, alone
-        self._over = threading.Event()
-        self._codes: dict[int, int | None] = {}
-        self.lost = False
-        """Whether a host vanished, as far as this one knows."""
-        self.asked = False
-        """Whether this host was asked to end after its ranks had ended, or had been asked: it waits no more."""
-
-    def listen(self) -> None:
-        """Only note signals from now on: torchelastic's handler raises, in the midst of whatever comes next."""
-        _on_signals(self._ask)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-
-    def wait_for(self, met: Callable[[], bool], within: float = math.inf) -> None:
-        """Return when it is met, after so many seconds, or when this host is asked to end."""
-        end = time.monotonic() + within
-        while not met() and not self.asked and time.monotonic() < end:
-            time.sleep(0.05)
-
-    def note(self, host: int, code: int | None, lost: bool) -> None:
-        """Host `host` ended with `code`, None if it did not say; it knew of a host that was `lost`. Waits for this
-        host's ranks to end; to be called in a thread.
-        """
-        over = self._over.is_set()
-        if not over:
-            self.lost = self.lost or code is None or lost
-        self._codes[host] = code
-        if over:
-            return
-        say(f"host {host} ended" + (f" with code {code}" if code is not None else " without a word: lost"))
-        if not self._over.wait(GRACE if code is None else self._patience):
-            say("this host's ranks do not end: killed")
-            self.lost = True
-            for process in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            if not self._over.wait(GRACE):
-                os._exit(PEER_LOST)
-
-    def judge(self, code: int) -> int:
-        """This host's ranks ended with `code`: what to end with.
-
-        A crash counts, but for one that another host's end brought about: those who saw a host vanish say so.
-        """
-        if code not in (0, BAD_INPUT, INTERRUPTED) and not self._alone:
-            self.wait_for(lambda: bool(self._codes), GRACE)
-        self._over.set()
-        if code == PEER_LOST and BAD_INPUT in self._codes.values():  # Slurm takes the highest of all hosts' codes
-            return BAD_INPUT
-        return PEER_LOST if self.lost and code not in (0, BAD_INPUT, INTERRUPTED) else code
-
-    def heard(self, host: int, within: float) -> int | None:
-        """What a host ended with, once it has; None if it vanished, or says nothing."""
-        self.wait_for(lambda: host in self._codes, within)
-        return self._codes.get(host)
-
-
-GRACE = 10.0
-"""Seconds for ranks to notice themselves that another host is gone."""
-
-
 def _is_done(config: Any, within: float) -> bool:
-    """Whether the bucket holds the finished run. InputError if it stays out of reach for so many seconds: its server
-    may be starting beside this host, or its name be not known yet.
+    """Whether the bucket holds the finished run.
+
+    Waits `within` seconds for a bucket out of reach, since its server may be starting too; then raises InputError.
     """
     from pipeline.training.run_folder import is_done
 
@@ -265,24 +188,27 @@ def _is_done(config: Any, within: float) -> bool:
 
 
 def run_ranks(
-    engine: Path,
+    engine: Path,  # the file of Accelerate's configuration, in a folder where ranks may write their codes
     place: Place,
     processes: int,
-    address: str,
+    address: str,  # of host 0
     port: int,
     training: Sequence[str],
     ending: Ending,
 ) -> int:
-    """Start this host's ranks through Accelerate and wait for them; the exit code, of which the reason is told."""
+    """Start this host's ranks through Accelerate and wait for them. Reports why they ended; returns their code."""
     from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed.elastic.multiprocessing import api
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    def hand_on(signum: int, frame: FrameType | None) -> None:
-        ending.listen()  # a second signal would end the wait for the ranks' checkpoint
-        raise api.SignalException(f"signal {signum}", signal.Signals(signum))
+    ranks = [engine.parent / str(rank) for rank in range(processes)]
 
-    api._terminate_process_handler = hand_on
+    def forward(number: int, frame: FrameType | None) -> None:
+        if not psutil.Process().children() and not any(file.exists() for file in ranks):
+            _leave_at_once(number, frame)
+        ending.listen()  # a second signal would end the wait for the ranks' checkpoint
+        raise SignalException(f"signal {number}", signal.Signals(number))  # the agent ends the ranks by this signal
+
     arguments = [
         *("--config_file", str(engine), "--num_machines", str(place.hosts), "--machine_rank", str(place.index)),
         *("--num_processes", str(place.hosts * processes), "--main_process_ip", address),
@@ -291,14 +217,16 @@ def run_ranks(
         *(str(TRAIN), *training),
     ]
     os.environ["NAIGN_ENDINGS"] = str(engine.parent)
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGSYS"  # torchrun's handlers would replace ours; it wants at least one
+    on_signals(forward)
     try:
         try:
             launch_command(launch_command_parser().parse_args(arguments))
         finally:
             ending.listen()
-    except api.SignalException as error:
-        codes = [_ending(engine.parent / str(rank)) for rank in range(processes)]
-        code = max(codes, key=_weight)
+    except SignalException as error:
+        _end_children(error.sigval)
+        code = max(map(read_code, ranks), key=weight)
         say(f"signal {error.sigval.name}: {MEANINGS.get(code, 'some ranks did not end in time, or crashed')}")
         return code
     except ChildFailedError as error:
@@ -308,38 +236,18 @@ def run_ranks(
     return 0
 
 
-def explain(failures: Mapping[int, Any]) -> tuple[int, str]:
-    """The code that says most of those by which ranks of this host ended, and a sentence for the log's last line.
-
-    `failures` are torchelastic's ProcessFailure by local rank; in the end it kills those that go on, long after.
-    """
-    first = min(failure.timestamp for failure in failures.values())
-    causes = [found for found in failures.values() if found.exitcode >= 0 or found.timestamp < first + GRACE]
-    failure = max(causes, key=lambda failure: _weight(failure.exitcode))
-    code = int(failure.exitcode)
-    if code < 0:
-        killer = signal.Signals(-code).name
-        hint = ": out of memory?" if -code == signal.SIGKILL else ""
-        return FAILED, f"rank {failure.local_rank} of this host was ended by {killer}{hint}"
-    said = "" if failure.message == "<N/A>" or "traceback" in failure.message else f": {failure.message}"
-    meaning = MEANINGS.get(code, "crashed; see its last words above")
-    return code, f"rank {failure.local_rank} of this host ended with code {code}, {meaning}{said}"
-
-
-def _weight(code: int) -> int:
-    return {BAD_INPUT: 3, PEER_LOST: 1, INTERRUPTED: 0, 0: 0}.get(code, 2)
-
-
-def _ending(file: Path) -> int:
-    """What a rank wrote of its end; FAILED if nothing."""
-    try:
-        return int(file.read_text())
-    except (OSError, ValueError):
-        return FAILED
+def _end_children(number: signal.Signals) -> None:
+    """Forward a signal to ranks that still run and wait for them, as torchrun does and Accelerate for one rank not."""
+    children = psutil.Process().children()
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.send_signal(number)
+    for child in psutil.wait_procs(children, timeout=float(os.environ["PET_SHUTDOWN_TIMEOUT"]))[1]:
+        child.kill()
 
 
 def find_engine(name: str, ranks: int) -> str:
-    """The text of an Accelerate configuration: of a file, of a name in launch/, or DDP on what is here."""
+    """The text of an Accelerate configuration: a file's, that of a name in launch/, or DDP on this machine."""
     if name:
         from accelerate.commands.config.config_args import load_config_from_file
 
@@ -381,7 +289,7 @@ def _is_without_gpus() -> bool:
 
 
 def _precision() -> str:
-    """Of a launch without --engine, as launch/gpus.yaml and launch/cpu.yaml have it; train.precision goes before."""
+    """mixed_precision without --engine, as in launch/gpus.yaml and launch/cpu.yaml; train.precision overrides it."""
     return "bf16" if _gpus() else "no"
 
 

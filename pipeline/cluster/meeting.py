@@ -1,11 +1,11 @@
 """All hosts of a job wait for each other before any of them starts its ranks.
 
-A launcher's own rendezvous takes whoever comes: a pod of an earlier start of the same job, still terminating, has the
-name and the number of one that is awaited. Here each says which start it belongs to, host 0 turns others away, and the
-others go on with the address at which that very host 0 answered, whatever its name means a moment later.
+A launcher's own rendezvous admits whoever connects, and a pod of an earlier start of the same job that still terminates
+has the name and the index of one that is awaited. Here every host says which start it belongs to and host 0 rejects the
+others. Hosts then use the address at which host 0 answered, since its name may resolve to another pod a moment later.
 
-The connections stay open while the ranks run: a host that ends without a word closes its own, and the others learn at
-once what a collective may not tell for minutes.
+The connections stay open while the ranks run. A host that dies closes its own, so that the others learn at once what a
+collective may not report for minutes.
 """
 
 import contextlib
@@ -17,19 +17,19 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self, cast
 
 from pipeline.cluster.place import Place
 from pipeline.errors import InputError, PeerLost, printable
 
 EVERY = 10.0
-"""Seconds between two words about who is awaited."""
+"""Seconds between two messages about the missing hosts."""
 
 SILENCE = 10.0
-"""Seconds for somebody who connects to say who it is."""
+"""Seconds that a connection has for its greeting."""
 
 TELLING = 30.0
-"""Seconds that host 0 stays to say why it ends: so long after it another host may come."""
+"""Seconds that host 0 stays to report why it ends, to hosts that start later."""
 
 
 def meet(
@@ -54,15 +54,15 @@ def meet(
 
 
 def listen(place: Place, port: int) -> socket.socket | None:
-    """Open the port on host 0, None on others: before it finds out what may be wrong there alone."""
+    """The listening socket on host 0, None on others. Opened before the checks that only host 0 makes."""
     return _listen(port) if place.hosts > 1 and place.index == 0 else None
 
 
 def turn_away(listener: socket.socket, place: Place, reason: str, within: float = TELLING) -> None:
-    """Tell the other hosts as they come why all end: for so many seconds, or until each was told."""
-    told: set[int] = set()
+    """Report to the other hosts why all end, as they connect: for `within` seconds, or until all have been informed."""
+    informed: set[int] = set()
     until = time.monotonic() + within
-    while len(told) < place.hosts - 1 and (left := until - time.monotonic()) > 0:
+    while len(informed) < place.hosts - 1 and (left := until - time.monotonic()) > 0:
         listener.settimeout(left)
         with contextlib.suppress(OSError):
             peer, _ = listener.accept()
@@ -70,35 +70,34 @@ def turn_away(listener: socket.socket, place: Place, reason: str, within: float 
                 peer.settimeout(1)
                 index, no, end = _judge(place, peer.recv(4096).partition(b"\n")[0])
                 peer.sendall(json.dumps({"no": no or reason[:400], "end": end or not no}).encode() + b"\n")
-                told |= {index} if end or not no else set()
+                informed |= {index} if end or not no else set()
 
 
 class Links:
-    """Connections of host 0 to the others, or of another to host 0, by whose they are."""
+    """Connections to the other hosts by their index: of host 0 to all others, of another host to host 0."""
 
-    def __init__(self, address: str, peers: dict[int, socket.socket], said: bytes = b"") -> None:
-        self.address = address
-        """Of host 0."""
-        self._peers, self._said = peers, said  # host 0 may have said its code already
+    def __init__(self, address: str, peers: dict[int, socket.socket], received: bytes = b"") -> None:
+        self.address = address  # of host 0
+        self._peers, self._received = peers, received  # host 0 may have sent its code already
 
     def watch(self, ended: Callable[[int, int | None, bool], None]) -> None:
-        """Call `ended(host, code, lost)` from a thread when a host ends, as it said by `leave`; code is None if not."""
+        """Call `ended(host, code, lost)` from a thread when a host ends: as sent by its `leave`, or None and False."""
         for peer in self._peers.values():
             peer.setblocking(True)
 
         def listen(host: int, peer: socket.socket) -> None:
-            said = self._said
+            received = self._received
             with contextlib.suppress(OSError):
                 while part := peer.recv(64):
-                    said += part
-            found = re.fullmatch(rb"(\d{1,9})( lost)?\n", said)
+                    received += part
+            found = re.fullmatch(rb"(\d{1,9})( lost)?\n", received)
             ended(host, int(found[1]) if found else None, bool(found and found[2]))
 
         for host, peer in self._peers.items():
             threading.Thread(target=listen, args=(host, peer), name=f"host {host}", daemon=True).start()
 
     def leave(self, code: int, *, lost: bool = False) -> None:
-        """Say that this host ends, and how, and whether it knows of a host that was lost."""
+        """Send the others this host's exit code, and whether it knows of a host that was lost."""
         for peer in self._peers.values():
             with contextlib.suppress(OSError):
                 peer.sendall(f"{code}{' lost' * lost}\n".encode())
@@ -106,7 +105,7 @@ class Links:
 
 
 class _Waiting:
-    """How long, and what is said meanwhile."""
+    """The time limit of a wait, and the messages meanwhile."""
 
     def __init__(self, within: float, say: Callable[[str], None]) -> None:
         self._begun = time.monotonic()
@@ -114,7 +113,7 @@ class _Waiting:
         self._next = self._begun + EVERY
 
     def check(self, for_whom: str) -> None:
-        """Called about every second."""
+        """Raise PeerLost when time is up, and report now and then; to be called about every second."""
         now = time.monotonic()
         if now > self._begun + self._within:
             raise PeerLost(f"waited {self._within:.0f} s for {for_whom}")
@@ -124,81 +123,101 @@ class _Waiting:
 
 
 def _wait_for_others(place: Place, listener: socket.socket, waiting: _Waiting) -> Links:
-    there: dict[int, socket.socket] = {}
-    unsaid: dict[socket.socket, bytes] = {}  # what came so far of who has not said who it is
-    since: dict[socket.socket, float] = {}
-    with selectors.DefaultSelector() as selector:
-        selector.register(listener, selectors.EVENT_READ)
-
-        def drop(peer: socket.socket) -> None:
-            selector.unregister(peer)
-            unsaid.pop(peer, None)
-            since.pop(peer, None)
-            for index in [index for index, found in there.items() if found is peer]:
-                del there[index]
-            peer.close()
-
-        while len(there) < place.hosts - 1:
-            missing = [index for index in range(1, place.hosts) if index not in there]
+    with _Guests(place, listener, waiting.say) as guests:
+        while len(guests.hosts) < place.hosts - 1:
+            missing = [index for index in range(1, place.hosts) if index not in guests.hosts]
             shown = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
             waiting.check(f"host {shown} of {place.hosts}")
-            for peer in [peer for peer, came in since.items() if peer in unsaid and came + SILENCE < time.monotonic()]:
-                drop(peer)
-            for key, _ in selector.select(timeout=1):
-                if key.fileobj is listener:
-                    try:
-                        peer, _ = listener.accept()
-                        peer.setblocking(False)
-                        _notice_death(peer)
-                    except OSError:  # gone already, or too many
-                        time.sleep(0.01)
-                        continue
-                    unsaid[peer], since[peer] = b"", time.monotonic()
-                    selector.register(peer, selectors.EVENT_READ)
-                    continue
-                peer = key.fileobj  # type: ignore[assignment]
-                if peer.fileno() < 0:  # dropped since
-                    continue
-                try:
-                    data = peer.recv(4096)
-                except OSError:
-                    data = b""
-                if not data or peer not in unsaid or len(unsaid[peer]) > 4096:
-                    drop(peer)
-                    continue
-                unsaid[peer] += data
-                if b"\n" not in unsaid[peer]:
-                    continue
-                index, answer, end = _judge(place, unsaid[peer].partition(b"\n")[0])
-                if answer:
-                    waiting.say(answer)
-                    for other in (peer, *there.values()) if end else (peer,):
-                        with contextlib.suppress(OSError):
-                            other.send(json.dumps({"no": answer, "end": end}).encode() + b"\n")
-                    drop(peer)
-                    if end:
-                        raise InputError(answer)
-                    continue
-                del unsaid[peer]
-                if index in there:
-                    waiting.say(f"host {index} came again: the one before it is forgotten")
-                    drop(there[index])  # its pod was replaced
-                there[index] = peer
-        address = str(next(iter(there.values())).getsockname()[0]).removeprefix("::ffff:")
-        for peer in there.values():
+            guests.serve(seconds=1)
+        address = str(next(iter(guests.hosts.values())).getsockname()[0]).removeprefix("::ffff:")
+        for peer in guests.hosts.values():
             with contextlib.suppress(OSError):  # who is gone now will be missed, and all start again
                 peer.setblocking(True)
                 peer.sendall(b'{"go": true}\n')
-        for peer in unsaid:
+        return Links(address, guests.hosts)
+
+
+class _Guests:
+    """Whoever connects to host 0: hosts of this start, and strangers that are sent away."""
+
+    def __init__(self, place: Place, listener: socket.socket, say: Callable[[str], None]) -> None:
+        self.hosts: dict[int, socket.socket] = {}
+        self._place, self._listener, self._say = place, listener, say
+        self._greetings: dict[socket.socket, tuple[bytes, float]] = {}  # incomplete, and when its sender connected
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._selector.close()
+        for peer in self._greetings:
             peer.close()
-        return Links(address, there)
+
+    def serve(self, seconds: float) -> None:
+        """Handle what arrives within so many seconds. Raises InputError where all hosts have to end."""
+        now = time.monotonic()
+        for peer in [peer for peer, (_, since) in self._greetings.items() if since + SILENCE < now]:
+            self._drop(peer)
+        for key, _ in self._selector.select(timeout=seconds):
+            if key.fileobj is self._listener:
+                self._accept()
+            elif (peer := cast(socket.socket, key.fileobj)).fileno() >= 0:  # not dropped since
+                self._read(peer)
+
+    def _accept(self) -> None:
+        try:
+            peer, _ = self._listener.accept()
+            peer.setblocking(False)
+            _notice_death(peer)
+        except OSError:  # gone already, or too many
+            time.sleep(0.01)
+            return
+        self._greetings[peer] = b"", time.monotonic()
+        self._selector.register(peer, selectors.EVENT_READ)
+
+    def _read(self, peer: socket.socket) -> None:
+        data = b""
+        with contextlib.suppress(OSError):
+            data = peer.recv(4096)
+        before, since = self._greetings.get(peer, (b"", 0.0))
+        if not data or peer not in self._greetings or len(before) > 4096:
+            self._drop(peer)
+            return
+        self._greetings[peer] = before + data, since
+        line, complete, _ = (before + data).partition(b"\n")
+        if not complete:
+            return
+        index, refusal, end = _judge(self._place, line)
+        if refusal:
+            self._say(refusal)
+            for other in (peer, *self.hosts.values()) if end else (peer,):
+                with contextlib.suppress(OSError):
+                    other.send(json.dumps({"no": refusal, "end": end}).encode() + b"\n")
+            self._drop(peer)
+            if end:
+                raise InputError(refusal)
+            return
+        del self._greetings[peer]
+        if index in self.hosts:
+            self._say(f"host {index} came again: the one before it is forgotten")
+            self._drop(self.hosts[index])  # its pod was replaced
+        self.hosts[index] = peer
+
+    def _drop(self, peer: socket.socket) -> None:
+        self._selector.unregister(peer)
+        self._greetings.pop(peer, None)
+        for index in [index for index, found in self.hosts.items() if found is peer]:
+            del self.hosts[index]
+        peer.close()
 
 
 def _judge(place: Place, line: bytes) -> tuple[int, str, bool]:
-    """Which host it is, why it is turned away, or '', and whether all must end for that reason."""
+    """Of a greeting: the host's index, why it is rejected or '', and whether all hosts must end for that reason."""
     try:
-        said = json.loads(line)
-        start, index, hosts = str(said["start"]), int(said["index"]), int(said["hosts"])
+        hello = json.loads(line)
+        start, index, hosts = str(hello["start"]), int(hello["index"]), int(hello["hosts"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return 0, "somebody who is no host of this job was turned away", False
     if start != place.start:
@@ -213,9 +232,9 @@ def _judge(place: Place, line: bytes) -> tuple[int, str, bool]:
 
 def _go_to_first(place: Place, port: int, waiting: _Waiting) -> Links:
     hello = json.dumps({"start": place.start, "index": place.index, "hosts": place.hosts}).encode() + b"\n"
-    said = ""
+    reason = ""
     while True:
-        waiting.check(f"host 0 ({place.head}, port {port}){said}")
+        waiting.check(f"host 0 ({place.head}, port {port}){reason}")
         with contextlib.ExitStack() as stack:
             try:
                 connection = stack.enter_context(_connect(place.head, port))
@@ -233,15 +252,15 @@ def _go_to_first(place: Place, port: int, waiting: _Waiting) -> Links:
             if answer.get("go"):
                 stack.pop_all()
                 return Links(str(connection.getpeername()[0]).removeprefix("::ffff:"), {0: connection}, rest)
-            reason = printable(str(answer.get("no", "")))
+            refusal = printable(str(answer.get("no", "")))
             if answer.get("end"):
-                raise InputError(reason or "host 0 turned this one away")
-            said = f": {reason}" if reason else ""
+                raise InputError(refusal or "host 0 turned this one away")
+            reason = f": {refusal}" if refusal else ""
         time.sleep(0.5)
 
 
 def _connect(name: str, port: int) -> socket.socket:
-    """One of the addresses that a name has: an earlier start's pod may still be among them."""
+    """Connect to one of a name's addresses, in random order: a pod of an earlier start may still be among them."""
     addresses = [str(found[4][0]) for found in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)]
     random.shuffle(addresses)
     problem = OSError(f"no address of {name}")
@@ -254,7 +273,7 @@ def _connect(name: str, port: int) -> socket.socket:
 
 
 def _answer(connection: socket.socket, check: Callable[[], None]) -> tuple[dict[str, Any], bytes]:
-    """What host 0 answers, {} if it goes away; and what it said after that."""
+    """Host 0's answer, {} if it closes the connection, and the bytes that followed it."""
     connection.settimeout(1)
     data = b""
     while b"\n" not in data:
@@ -285,7 +304,7 @@ def _listen(port: int) -> socket.socket:
 
 
 def _notice_death(connection: socket.socket) -> None:
-    """Of a machine at the other end: within some ten seconds."""
+    """Let TCP keep-alive detect within some ten seconds that the other machine died."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, name):
@@ -293,7 +312,7 @@ def _notice_death(connection: socket.socket) -> None:
 
 
 def interface_of(address: str) -> str:
-    """The network interface by which this host reaches an address; '' if that is not to be found out."""
+    """The network interface by which this host reaches an address; '' if unknown."""
     try:
         family = socket.getaddrinfo(address, 1, type=socket.SOCK_DGRAM)[0][0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pipeline.errors import InputError
 
 PORTS = (29400, 29500)
-"""Of host 0: where hosts wait for each other, and the ranks' rendezvous."""
+"""Default ports of host 0: where hosts wait for each other, and the rendezvous of the ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,13 +21,13 @@ class Place:
     head: str = "localhost"
     """Name or address of host 0, as the others reach it."""
     start: str = ""
-    """What tells this start of the job from an earlier one whose hosts may still be about: a uid."""
+    """Unique to this start of the job: hosts of an earlier one may still be running."""
     processes: int = 0
     """Ranks on this host; 0: one a GPU, or one."""
 
 
 def find_place(environ: Mapping[str, str]) -> Place:
-    """The first of these that the variables speak of.
+    """This host's place, from the first of these that the variables name.
 
     - Kubernetes: an Indexed Job's JOB_COMPLETION_INDEX, beside NAIGN_HOSTS, NAIGN_HEAD (the name of the first pod) and
       NAIGN_START (the Job's uid), which k8s/job.yaml sets.
@@ -47,7 +47,7 @@ def find_place(environ: Mapping[str, str]) -> Place:
             processes=processes,
         )
     elif "PET_NNODES" in environ:
-        said = environ.get("PET_NPROC_PER_NODE", "auto")
+        per_node = environ.get("PET_NPROC_PER_NODE", "auto")
         hosts = _number(environ, "PET_NNODES")
         place = Place(
             orchestrator="Kubeflow",
@@ -55,7 +55,7 @@ def find_place(environ: Mapping[str, str]) -> Place:
             hosts=hosts,
             head=environ.get("PET_MASTER_ADDR", "localhost"),
             start=environ.get("NAIGN_START", ""),
-            processes=processes or (int(said) if said.isdecimal() else 0),
+            processes=processes or (int(per_node) if per_node.isdecimal() else 0),
         )
     elif "SLURM_PROCID" in environ:
         if environ.get("SLURM_NTASKS") != environ.get("SLURM_NNODES"):
@@ -89,13 +89,13 @@ def find_place(environ: Mapping[str, str]) -> Place:
 
 
 def find_ports(environ: Mapping[str, str]) -> tuple[int, int]:
-    """PORTS; on Slurm, where jobs share nodes, two by the job's number, below those of outgoing connections (32768)."""
+    """PORTS; on Slurm, where jobs share nodes, two derived from the job id, below the ephemeral ports (32768)."""
     job = environ.get("SLURM_JOB_ID", "")
     return (20_000 + int(job) % 6000 * 2, 20_001 + int(job) % 6000 * 2) if job.isdecimal() else PORTS
 
 
 def _first_node(nodes: str) -> str:
-    """The first name of Slurm's short form, as 'node[03-17,20]'."""
+    """The first host of a Slurm node list such as 'node[03-17,20]'."""
     try:
         asked = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Manifests and scripts for a size, made from those in k8s/ and launch/, and what a training of that size will cost."""
+"""Manifests and scripts for a job of any size, from those in k8s/ and launch/, and an estimate of what it costs."""
 
 import hashlib
 import json
@@ -7,10 +7,10 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from pipeline.cluster.check import Object, problems
 from pipeline.config import Config, check, load, to_dict
 from pipeline.data.format.manifest import Manifest
 from pipeline.errors import InputError, Unavailable, printable
@@ -18,14 +18,18 @@ from pipeline.storage.fetch import at_most
 from pipeline.storage.store import use_endpoint
 
 ROOT = Path(__file__).resolve().parents[2]
+
+Object = dict[str, Any]
+"""A Kubernetes object."""
+
 MFU = 0.3
-"""Share of a GPU's peak that training of convolutions reaches, by experience."""
+"""Model FLOPs utilization: the share of a GPU's peak that training of convolutions reaches, by experience."""
 
 LAUNCH = 2e-3
-"""Seconds that a GPU's step, or a block of samples, takes however small it is: so long are its kernels asked for."""
+"""Seconds of kernel launches in a step, or a block of samples: the least that either takes on a GPU."""
 
 CPU_TFLOPS = 0.1
-"""Of a host without GPUs: two or four cores of a server."""
+"""TFLOP/s of a host without GPUs: two or four cores of a server."""
 
 _HOST, _PART = r"[a-zA-Z0-9]([a-zA-Z0-9-]*[a-zA-Z0-9])?", r"[a-z0-9]+((\.|__?|-+)[a-z0-9]+)*"
 IMAGE = rf"({_HOST}(\.{_HOST})*(:\d{{1,5}})?/)?{_PART}(/{_PART})*(:\w[\w.-]{{0,127}})?(@sha256:[0-9a-f]{{64}})?"
@@ -37,18 +41,14 @@ BUCKET = r"s3://(?![^/]*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Size:
-    """Of a job."""
+    """The size and surroundings of a job."""
 
     nodes: int
-    gpus: int
-    """Of each node; 0: CPUs."""
+    gpus: int  # of each node; 0: CPUs
     gpu: str = "h100"
-    bandwidth: float = 10.0
-    """GB/s between nodes."""
-    account: str = ""
-    """Service account of the pods."""
-    endpoint: str = ""
-    """Address of the S3 server; '': AWS."""
+    bandwidth: float = 10.0  # GB/s between nodes
+    account: str = ""  # service account of the pods
+    endpoint: str = ""  # address of the S3 server; '': AWS
     region: str = "us-east-1"
 
     @property
@@ -57,7 +57,7 @@ class Size:
 
 
 def name_after(run: str) -> str:
-    """What Kubernetes takes as a name: the last part of the run's, with a hash of the whole where that is not one."""
+    """A name that Kubernetes accepts: the last part of the run's path, or one made from it and a hash of the path."""
     run = run.rstrip("/")
     last = run.rpartition("/")[2]
     name = re.sub(r"[^a-z0-9]+", "-", last.lower()).lstrip("-0123456789").rstrip("-")
@@ -68,12 +68,12 @@ def name_after(run: str) -> str:
 
 
 def _shown(text: str) -> str:
-    """An option's value, so that it may stand in a message: on one line, without user and password."""
+    """An option's value for a message: on one line, without user and password."""
     return printable(re.sub(r".*@", "...@", text, flags=re.DOTALL))
 
 
 def settings(size: Size, data: str, run: str, config: Path | None, name: str) -> Config:
-    """The run's configuration; InputError where it cannot be run at this size."""
+    """The run's configuration. Raises InputError where it does not fit this size."""
     if size.nodes < 1 or size.gpus < 0:
         raise InputError(f"{size.nodes} nodes of {size.gpus} GPUs: at least one node, and no fewer than 0 GPUs")
     if not 0 < size.bandwidth < 1e6:
@@ -104,7 +104,7 @@ def settings(size: Size, data: str, run: str, config: Path | None, name: str) ->
 
 
 def render_k8s(size: Size, *, image: str, data: str, run: str, config: Path | None, name: str) -> str:
-    """What `kubectl apply -f -` takes: job.yaml for this size, with a bucket instead of its S3 server."""
+    """job.yaml for this size, for `kubectl apply -f -`, with a bucket instead of its S3 server."""
     for option, path in (("--data", data), ("--run", run)):
         if not path.startswith("s3://"):
             raise InputError(f"{option} {_shown(path)}: pods share a bucket only: give s3://bucket/prefix")
@@ -126,9 +126,6 @@ def render_k8s(size: Size, *, image: str, data: str, run: str, config: Path | No
     for item in objects:
         _fit(item, size, image, found, name)
     _bind(objects)
-    wrong = problems(objects)
-    if wrong:  # ours to mend, not the user's
-        raise InputError("\n  ".join(["what would be printed is not right:", *wrong]))
     head = (
         f"# {name}: {size.nodes} pods" + (f" of {size.gpus} GPUs" if size.gpus else " without GPUs") + "\n"
         f"#   apply     kubectl apply -f FILE      clean up  kubectl delete -f FILE, also before it is applied again\n"
@@ -145,7 +142,7 @@ def render_k8s(size: Size, *, image: str, data: str, run: str, config: Path | No
 
 
 class _Dumper(yaml.SafeDumper):
-    """Texts of several lines as such, to be read and edited."""
+    """Writes texts of several lines as blocks, to be read and edited."""
 
 
 _Dumper.add_representer(
@@ -155,7 +152,7 @@ _Dumper.add_representer(
 
 
 def _bind(objects: list[Object]) -> None:
-    """Let a second `apply` under one name be refused: else pods that are replaced take up what the other run's say."""
+    """Make the API server refuse a second `apply` under one name: replaced pods would read the other run's settings."""
     maps = [item for item in objects if item["kind"] == "ConfigMap"]
     digest = hashlib.sha256(json.dumps([item["data"] for item in maps]).encode()).hexdigest()
     for item in maps:
@@ -165,6 +162,7 @@ def _bind(objects: list[Object]) -> None:
 
 
 def _fit(item: Object, size: Size, image: str, config: Config, name: str) -> None:
+    """Set the name, the size and the configuration in one object of job.yaml."""
     old = item["metadata"]["name"]
     item["metadata"]["name"] = old.replace("naign", name, 1)
     item["metadata"]["labels"]["app.kubernetes.io/name"] = name
@@ -208,7 +206,7 @@ def _fit(item: Object, size: Size, image: str, config: Config, name: str) -> Non
 
 
 def render_slurm(size: Size, *, image: str, data: str, run: str, config: Path | None, name: str) -> str:
-    """What `sbatch` takes: launch/slurm.sbatch for this size, its options filled in. `image` has no part in it."""
+    """launch/slurm.sbatch for this size, for `sbatch`, with the options filled in. `image` is not used."""
     found = settings(size, data, run, config, name)
     text = (ROOT / "launch/slurm.sbatch").read_text()
     options = [f"--data.path={data}", f"--run.path={found.run.path}"]
@@ -230,7 +228,7 @@ def render_slurm(size: Size, *, image: str, data: str, run: str, config: Path | 
 
 
 def predict(size: Size, *, data: str, config: Path | None) -> str:
-    """A table: what a training of this size takes. A model, no measurement: peak speeds times MFU, bytes over links."""
+    """A table of the estimated cost: a model (peak speeds times MFU, bytes over bandwidth), not a measurement."""
     import torch
 
     from pipeline.model.networks import build_network

@@ -1,30 +1,31 @@
 """A packed data set as training sees it: its settings, its reader, its shape."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.data.cache import CachedStore
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.reader import Reader
 from pipeline.errors import InputError
+from pipeline.settings import AT_LEAST_0, FREE, MAY_CHANGE, NOT_EMPTY
 from pipeline.storage.store import open_store
 
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    path: str = "data/mnist"
+    path: str = field(default="data/mnist", metadata=MAY_CHANGE | NOT_EMPTY)
     """Folder or s3://bucket/prefix of shards with their index.json (`naign pack` or `naign index` makes it)."""
 
-    source: str = ""
+    source: str = field(default="", metadata=FREE)
     """What to fetch and pack at `path` where nothing is yet, as `naign pack` takes it, such as digits. Empty: nothing,
     but mnist at the default path."""
 
-    endpoint: str = ""
+    endpoint: str = field(default="", metadata=FREE)
     """Address of an S3 server other than Amazon's; empty: AWS_ENDPOINT_URL or the AWS profile's."""
 
     split: str = "train"
     """Which split to train on."""
 
-    workers: int = 0
+    workers: int = field(default=0, metadata=FREE | AT_LEAST_0)
     """Decoding processes a rank; 0 decodes in a background thread."""
 
     tail: str = "wrap"
@@ -40,22 +41,22 @@ class DataConfig:
     crop: int = 0
     """Train on random windows of this many pixels a side; 0: on whole images."""
 
-    broken: str = "error"
+    broken: str = field(default="error", metadata=FREE)
     """A sample that cannot be decoded: error stops the run; skip logs it and takes the shard's next one instead."""
 
-    broken_share: float = 0.001
+    broken_share: float = field(default=0.001, metadata=FREE)
     """With broken=skip: the largest share of skipped samples before the run stops after all."""
 
-    check: bool = True
+    check: bool = field(default=True, metadata=FREE)
     """Check the SHA-256 of everything read, and read again what is wrong."""
 
-    cache: str = ""
+    cache: str = field(default="", metadata=FREE)
     """Local folder that keeps what was read from s3://; ranks and pods may share it. Empty: none."""
 
-    cache_gb: float = 100.0
+    cache_gb: float = field(default=100.0, metadata=FREE)
     """Size of the cache in GB (1e9 bytes); what was used least recently goes first."""
 
-    trace: str = ""
+    trace: str = field(default="", metadata=FREE)
     """Folder in which every rank lists `epoch round key` of each image it trains on; empty: no list."""
 
 

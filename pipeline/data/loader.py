@@ -126,6 +126,8 @@ class Stream:
         self._workers, self._prefetch = config.workers, prefetch
         self._trace = _open_trace(config.trace, rank) if config.trace else None
         self._broken = self._rows = 0  # taken so far
+        self.rows_read = 0
+        """Rows read so far, over all rounds. It grows while `take` waits for a round that is arriving."""
         self._unused: list[Array] = []  # memory of rounds
         self._ahead: _Reading | None = None
         self._loaded: Iterator[Block | InputError | Unavailable] | None = None  # stands before round _next
@@ -204,6 +206,7 @@ class Stream:
                 keys[here] = block.keys
                 tally.merge(block.tally)
                 broken += block.broken
+                self.rows_read += len(block.keys)
         del self._images
         whole = torch.from_numpy(images)
         return Taken(images=whole, labels=labels, keys=keys, epochs=epochs, tally=tally, broken=broken)

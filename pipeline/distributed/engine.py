@@ -6,6 +6,7 @@ So a checkpoint knows nothing of world size and engine, and none has to be conve
 """
 
 import math
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -14,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from filelock import FileLock
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from pipeline.distributed.versions import refuse
 from pipeline.errors import InputError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -29,7 +33,7 @@ AdamState = dict[str, Tensor]
 
 
 class Engine:
-    """What steps: `forward`, then `backward` for each micro-batch, then `step`."""
+    """A training step is `forward` and `backward` for each micro-batch, then `step`."""
 
     def __init__(
         self,
@@ -50,7 +54,7 @@ class Engine:
         assert batch % (world * accumulate) == 0
         self.accelerator, self.bare, self.accumulate = accelerator, bare, accumulate
         self.micro = batch // (world * accumulate)
-        """Images a rank and micro-batch."""
+        """Images per rank and micro-batch."""
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.stage = 0
         """DeepSpeed's ZeRO stage."""
@@ -73,7 +77,9 @@ class Engine:
         self.optimizer: Any
         self.network, self.optimizer = accelerator.prepare(bare, adam)
         if self.deepspeed and hasattr(self.network.optimizer, "check_grad_overflow"):
-            self.network.optimizer.check_grad_overflow = True  # ZeRO 1 and 2 look at float32 gradients only if told to
+            self.network.optimizer.check_grad_overflow = True  # else ZeRO 1 and 2 do not check float32 gradients
+        if self.stage and not self._partitioned:  # checkpoints would hold wrong moments
+            refuse("deepspeed", "_hp_mapping or ds_id of a parameter")
         self._dtype = next(bare.parameters()).dtype
 
     @property
@@ -94,11 +100,13 @@ class Engine:
         return out.float()
 
     def sample(self, x: Tensor) -> Tensor:
-        """f(x) in float32, without gradient. Collective where the network is sharded."""
+        """f(x) in float32, without gradient, in evaluation mode. Collective where the network is sharded."""
         # Under inference_mode ZeRO-3 would gather weights that autograd refuses afterwards.
+        self.bare.eval()
         with torch.no_grad() if self.deepspeed else torch.inference_mode():
             out: Tensor = self.bare(x.to(self._dtype) if self.deepspeed else x)
-            return out.float()
+        self.bare.train()
+        return out.float()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch; with a step's last they are averaged over ranks and micro-batches."""
@@ -110,36 +118,36 @@ class Engine:
             self.accelerator.backward(loss)
 
     def micro_batch(self) -> AbstractContextManager[Any]:
-        """Around forward and backward of a micro-batch: only with the last one do ranks talk."""
+        """Context of a micro-batch's forward and backward: ranks communicate only in the last one of a step."""
         return nullcontext() if self.deepspeed else self.accelerator.accumulate(self.network)
 
     def step(self) -> float:
-        """Collective: clip, step, forget the gradients; the gradient's norm before clipping, the same on all ranks.
+        """Collective: clip, step, zero the gradients. Returns the gradient's norm before clipping, equal on all ranks.
 
-        Where it is not finite nothing is changed.
+        If the norm is not finite, weights and moments stay as they are.
         """
         self.copied.wait()
         if self.deepspeed:
             norm = self._step_deepspeed()
         else:
             norm = float(self.accelerator.clip_grad_norm_(self.bare.parameters(), self._clip or math.inf))
-            # Accelerate's wrapper looks for a package on the disk with every step; only a scaler needs it.
+            # Accelerate's wrapper searches the disk for a package at every step; only a scaler needs the wrapper.
             scaled = self.accelerator.scaler is not None
-            if math.isfinite(norm) or scaled:  # a scaler skips by itself, and learns of it
+            if math.isfinite(norm) or scaled:  # a scaler skips the step itself, and adapts
                 (self.optimizer if scaled else self._adam).step()
             self._adam.zero_grad(set_to_none=True)
+        if self.accelerator.num_processes > 1:  # running statistics are rank 0's, so that all ranks sample alike
+            for value in self.bare.buffers():
+                dist.broadcast(value, src=0)
         if self.ema is not None and math.isfinite(norm):
             self._average()
         return norm
 
     def _step_deepspeed(self) -> float:
-        if self.stage == 0 and not hasattr(self.network.optimizer, "overflow"):  # which steps on anything
+        if self.stage == 0 and not hasattr(self.network.optimizer, "overflow"):  # it would step on NaN
             grads = [value.grad for value in self.bare.parameters() if value.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(grads))
-            if not math.isfinite(norm):
-                self.network.zero_grad()
-                return norm
-            self.network.step()
+            (self.network.step if math.isfinite(norm) else self.network.zero_grad)()
             return norm
         self.network.step()
         if getattr(self.network.optimizer, "overflow", False):
@@ -148,7 +156,7 @@ class Engine:
         return float("nan") if found is None else float(found)
 
     def set_lr(self, lr: float) -> None:
-        """Of the next step."""
+        """Set the learning rate of the next step."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
@@ -157,10 +165,12 @@ class Engine:
         assert self.ema is not None
         with self.gathered():
             now = [value.detach().to(torch.float32) for value in self.bare.parameters()]
-            torch._foreach_lerp_(list(self.ema.parameters()), now, 1 - self._decay)
+            get_ema_multi_avg_fn(self._decay)(list(self.ema.parameters()), now, None)
+            for average, value in zip(self.ema.buffers(), self.bare.buffers(), strict=True):
+                average.copy_(value)
 
     def gathered(self) -> AbstractContextManager[Any]:
-        """Collective: the whole weights in the bare network's parameters, to be read."""
+        """Collective: within this context the bare network's parameters hold the whole weights, for reading."""
         if not self.sharded:
             return nullcontext()
         from deepspeed.runtime.zero import GatheredParameters
@@ -169,7 +179,7 @@ class Engine:
         return context
 
     def states(self) -> Iterator[tuple[str, AdamState]]:
-        """Collective: each parameter's state, whole, one after the other, on every rank. Who keeps one copies it."""
+        """Collective: yield each parameter's whole state in turn, on every rank. Copy what is to be kept."""
         for name, parameter in self._names.items():
             if self._partitioned:
                 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -184,11 +194,11 @@ class Engine:
 
     @property
     def steps(self) -> int:
-        """Steps that AdamW has made."""
+        """Number of steps that AdamW has made."""
         return max((int(state["step"]) for state in self._adam.state.values() if "step" in state), default=0)
 
     def restore(self, name: str, state: AdamState, steps: int) -> None:
-        """Put one parameter's state in place; `steps` is that of all of them."""
+        """Load one parameter's state; `steps` must be the same for all parameters."""
         parameter = self._names[name]
         if not self._partitioned:
             with torch.no_grad():
@@ -201,12 +211,12 @@ class Engine:
             self._set_part(parameter, value, None if key == "weight" else key)
 
     def _set_part(self, parameter: Any, value: Tensor, key: str | None) -> None:
-        """This rank's part of a moment, or of the float32 weight if key is None."""
+        """Set this rank's part of a moment, or of the float32 weight if key is None."""
         from deepspeed import utils
 
         value = value.to(parameter.device)
         if hasattr(parameter, "ds_id"):
-            # By ourselves: DeepSpeed fails where a parameter's number of elements is no multiple of the ranks'.
+            # safe_set_full_* fails where the number of elements is no multiple of the world size: pad and slice here.
             size, rank = parameter.ds_tensor.ds_numel, self.accelerator.process_index
             part = nn.functional.pad(value.flatten(), (0, size * self.accelerator.num_processes - value.numel()))
             part = part[rank * size : (rank + 1) * size]
@@ -220,11 +230,14 @@ class Engine:
             utils.safe_set_full_optimizer_state(parameter, value, key)
 
     def _allocate(self, steps: int) -> None:
-        """Make the moments that AdamW itself makes with its first step, where they are not there yet."""
+        """Allocate the moments that AdamW would allocate at its first step, unless they exist."""
         outer, adam = self.network.optimizer, self._adam
         if adam.state:
             return
-        for flat in next(getattr(outer, name) for name in _FLAT if hasattr(outer, name)):
+        partitions = next((getattr(outer, name) for name in _FLAT if hasattr(outer, name)), None)
+        if partitions is None:
+            refuse("deepspeed", f"{' or '.join(_FLAT)} of {type(outer).__name__}")
+        for flat in partitions:
             zeros = {key: torch.zeros_like(flat) for key in MOMENTS}
             adam.state[flat] = {"step": torch.tensor(float(steps)), **zeros}
         if hasattr(outer, "_lazy_init_hp_params_optimizer_state"):
@@ -232,7 +245,7 @@ class Engine:
 
     @property
     def scale(self) -> dict[str, float]:
-        """The state of fp16's loss scaling; {} where there is none."""
+        """The state of fp16's loss scaler; {} where there is none."""
         scaler: Any = self.accelerator.scaler
         if self.deepspeed:
             scaler = getattr(self.network.optimizer, "loss_scaler", None)
@@ -272,47 +285,43 @@ _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def compile_communication() -> None:
-    """Build what DeepSpeed's ranks talk through on CPUs, one process of the machine after the other.
+    """Compile DeepSpeed's communication for CPUs, one process of the machine at a time.
 
-    torch's own lock is a file that stays when who holds it is killed, and all later starts would wait for ever; this
-    one goes with its process.
+    torch guards a build by a file, which stays behind when a process is killed and then blocks all later starts. The
+    lock here goes with its process.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
-    from torch.utils.cpp_extension import _get_build_directory
+    from torch.utils.cpp_extension import get_default_build_root
 
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
         return
-    folder = Path(_get_build_directory(builder.name, False))
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
-        (folder / "lock").unlink(missing_ok=True)
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f"{builder.name}.lock"):
+        for left in (*root.glob(f"{builder.name}/lock"), *root.glob(f"*/{builder.name}/lock")):
+            left.unlink(missing_ok=True)
         builder.load()
 
 
 def _configure(accelerator: Accelerator, *, micro: int, accumulate: int, clip: float) -> None:
-    """Tell DeepSpeed what the run's configuration says; InputError where its own file says otherwise."""
+    """Write the run's settings into DeepSpeed's configuration; InputError where that says otherwise."""
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     wanted = {
         "train_micro_batch_size_per_gpu": (micro, "train.batch"),
         "gradient_accumulation_steps": (accumulate, "train.accumulate"),
         "gradient_clipping": (clip, "train.clip"),
+        "train_batch_size": (micro * accumulate * accelerator.num_processes, "train.batch"),
     }
     for key, (value, setting) in wanted.items():
-        said = config.get(key, "auto")
-        if said not in ("auto", None, value) and (key, said) != ("gradient_accumulation_steps", 1):
+        configured = config.get(key, "auto")
+        if configured not in ("auto", None, value) and (key, configured) != ("gradient_accumulation_steps", 1):
             raise InputError(
-                f"the launcher's DeepSpeed configuration says {key}: {said}, but {setting} makes it {value}: remove "
-                "it there, or change the run's setting"
+                f"the launcher's DeepSpeed configuration says {key}: {configured}, but {setting} makes it {value}: "
+                "remove it there, or change the run's setting"
             )
         config[key] = value
-    total = micro * accumulate * accelerator.num_processes
-    if config.get("train_batch_size", "auto") not in ("auto", total):
-        raise InputError(
-            f"the launcher's DeepSpeed configuration says train_batch_size: {config['train_batch_size']}, but "
-            f"train.batch is {total}: remove it there"
-        )
-    config["train_batch_size"] = total
     accelerator.gradient_accumulation_steps = accumulate
     config["steps_per_print"] = math.inf
     if not torch.cuda.is_available():

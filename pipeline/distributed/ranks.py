@@ -1,4 +1,4 @@
-"""What the training program asks of its world: the engine, agreement, and one answer of all ranks."""
+"""Connecting the ranks, and what they decide together: one error, one sum, one answer for all."""
 
 import contextlib
 import ctypes
@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
-from torch._C._distributed_c10d import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, without an export
 
-from pipeline.errors import InputError, PeerLost, Stopped, Unavailable
+from pipeline.distributed.versions import check_versions
+from pipeline.errors import BY_WEIGHT, SHARED, InputError, PeerLost
 
 log = logging.getLogger("naign.distributed")
 
@@ -31,54 +32,63 @@ def build_accelerator(
     precision: str = "",  # fp32, bf16, fp16 or auto (`choose_precision`); '': what the launcher's configuration says
     accumulate: int = 1,  # micro-batches a step
 ) -> Accelerator:
-    """The engine that the launcher's configuration names, over gloo where there is no GPU."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ:
+    """The Accelerator that the launcher's configuration asks for, over gloo where there is no GPU. Collective.
+
+    Raises InputError where that configuration contradicts the arguments or the machine.
+    """
+    environ = os.environ
+    several = int(environ.get("WORLD_SIZE", "1")) > 1
+    use_cpu = environ.get("ACCELERATE_USE_CPU", "").lower()
+    on_cpu = use_cpu == "true" or not torch.cuda.is_available()
+    deepspeed = environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    if "WORLD_SIZE" not in environ and "MASTER_ADDR" in environ:
         raise InputError(
             "the launcher was asked for several ranks but started this process alone, as Accelerate does for "
             "distributed_type MULTI_CPU: use a configuration like launch/cpu.yaml"
         )
-    # Said outright, since Accelerate takes ranks without a GPU for unconnected ones unless told that they are CPUs; but
-    # told so it would leave DeepSpeed out without a word.
-    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-    if deepspeed:
-        _check_deepspeed(on_cpu)
-    if several and not deepspeed and on_cpu and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "false":
+    if several and not deepspeed and on_cpu and use_cpu == "false":
         raise InputError(
             "the launcher's configuration says use_cpu: false, but torch can use no GPU here (`naign doctor` says "
             "more): launch/cpu.yaml is for CPUs"
         )
-    backend = "gloo" if on_cpu else "nccl"
-    soon = timedelta(seconds=timeout + 60)
-    # Of collectives: before training one rank may bring data or a checkpoint for long; in it the watchdog comes first.
-    after = max(soon, timedelta(hours=2))
-    patience = InitProcessGroupKwargs(backend=backend, timeout=after)
-    said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").replace("fp32", "no")
-    if precision == "auto":
-        precision = "" if said != "no" or deepspeed else choose_precision(on_cpu)
-    wanted = {"": said, "fp32": "no"}.get(precision, precision)
-    if said not in ("no", wanted):
-        raise InputError(
-            f"the launcher's configuration says mixed_precision: {said}, but train.precision is {precision}: remove one"
-        )
-    if wanted == "fp16" and on_cpu:
-        raise InputError("fp16 needs a GPU: use --train.precision=bf16 or fp32 here")
-    if several and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        _join(backend, soon, after)
+    if deepspeed:
+        _check_deepspeed(on_cpu)
+    check_versions("torch", "accelerate")
+    mixed = _mixed_precision(precision, on_cpu=on_cpu, deepspeed=deepspeed)
+    backend, connecting = "gloo" if on_cpu else "nccl", timedelta(seconds=timeout + 60)
+    # Before training, one rank may download data or a checkpoint for long. In training the watchdog ends ranks sooner.
+    collective = max(connecting, timedelta(hours=2))
+    if several and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        _connect_ranks(backend, connecting, collective)
     accelerator = Accelerator(
+        # Without cpu=True Accelerate takes ranks without a GPU for unconnected ones; with it, it skips DeepSpeed.
         cpu=on_cpu and not deepspeed,
-        mixed_precision=wanted,
+        mixed_precision=mixed,
         gradient_accumulation_steps=accumulate,
-        kwargs_handlers=[patience] if several or deepspeed else [],
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=collective)] if several or deepspeed else [],
     )
-    if several and accelerator.distributed_type == DistributedType.NO:
-        # Ranks that do not average their gradients would each train alone, at the same cost and without a word.
+    if several and accelerator.distributed_type == DistributedType.NO:  # each rank would train alone, silently
         raise InputError(
-            f"the launcher started {os.environ['WORLD_SIZE']} ranks but Accelerate connects none of them: "
+            f"the launcher started {environ['WORLD_SIZE']} ranks but Accelerate connects none of them: "
             "compare its configuration with those in launch/"
         )
     return accelerator
+
+
+def _mixed_precision(precision: str, *, on_cpu: bool, deepspeed: bool) -> str:
+    """Accelerate's `mixed_precision` for train.precision; InputError where the launcher's configuration differs."""
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").replace("fp32", "no")
+    if precision == "auto":
+        precision = "" if configured != "no" or deepspeed else choose_precision(on_cpu)
+    wanted = {"": configured, "fp32": "no"}.get(precision, precision)
+    if configured not in ("no", wanted):
+        raise InputError(
+            f"the launcher's configuration says mixed_precision: {configured}, but train.precision is {precision}: "
+            "remove one"
+        )
+    if wanted == "fp16" and on_cpu:
+        raise InputError("fp16 needs a GPU: use --train.precision=bf16 or fp32 here")
+    return wanted
 
 
 def choose_precision(on_cpu: bool) -> str:
@@ -89,54 +99,54 @@ def choose_precision(on_cpu: bool) -> str:
     return "bf16" if any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "sve_bf16")) else "fp32"
 
 
-def _join(backend: str, within: timedelta, timeout: timedelta) -> None:
-    """Connect the ranks of a launcher that lends them its store (torchrun, Accelerate), by one of this attempt's own.
+def _connect_ranks(backend: str, connecting: timedelta, collective: timedelta) -> None:
+    """Initialize the process group under torchrun or Accelerate, over a store that rank 0 opens for this attempt.
 
-    The launcher keeps one store over all its attempts to start the ranks, where torch would read the addresses of those
-    that died. Nor do its agents agree on the number of the attempt. So the first rank opens a store that ends with it,
-    and the launcher's says only where: a port that nobody answers at is an earlier attempt's.
+    The launcher keeps one store over all its restarts of the ranks, where torch would read the addresses of dead ranks.
+    That store only says at which port rank 0's own store is; a port that refuses connections is an earlier attempt's.
     """
     environ = os.environ
     host, rank, world = environ["MASTER_ADDR"], int(environ["RANK"]), int(environ["WORLD_SIZE"])
-    lent = TCPStore(host, int(environ["MASTER_PORT"]), world, is_master=False, timeout=within)
+    launcher = TCPStore(host, int(environ["MASTER_PORT"]), world, is_master=False, timeout=connecting)
     if rank == 0:
-        store = TCPStore(host, 0, world, is_master=True, timeout=within, wait_for_workers=False)
-        lent.set("port", str(store.port))
+        store = TCPStore(host, 0, world, is_master=True, timeout=connecting, wait_for_workers=False)
+        launcher.set("port", str(store.port))
     else:
-        end = time.monotonic() + within.total_seconds()
-        while not _answers(host, port := int(lent.get("port"))):
+        end = time.monotonic() + connecting.total_seconds()
+        while not _accepts_connections(host, port := int(launcher.get("port"))):
             if time.monotonic() > end:
-                raise TimeoutError(f"rank {rank} waited {within} for the first rank, on {host}")
+                raise TimeoutError(f"rank {rank} waited {connecting} for rank 0, on {host}")
             time.sleep(0.1)
-        store = TCPStore(host, port, world, is_master=False, timeout=within)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        store = TCPStore(host, port, world, is_master=False, timeout=connecting)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=collective)
 
 
-def _answers(host: str, port: int) -> bool:
+def _accepts_connections(host: str, port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5):
         return True
     return False
 
 
 def _check_deepspeed(on_cpu: bool) -> None:
-    """InputError where the launcher asks for DeepSpeed and it cannot work."""
+    """Raise InputError where the launcher asks for DeepSpeed and it cannot work."""
     missing = [name for name in ("deepspeed", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(
             f"the launcher's configuration asks for DeepSpeed, but {' and '.join(missing)} is not installed: "
             "pip install -e '.[deepspeed]'"
         )
-    if on_cpu and not shutil.which(os.environ.get("CXX", "c++")):
-        raise InputError("on CPUs DeepSpeed compiles how its ranks talk: install a C++ compiler (g++), or use DDP")
-    if on_cpu and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
-        raise InputError(
-            "use_cpu: true switches DeepSpeed off without a word: set use_cpu: false; CPUs work all the same"
-        )
-    if on_cpu:
-        from pipeline.distributed.engine import compile_communication
+    if not on_cpu:
+        check_versions("deepspeed")
+        return
+    if not shutil.which(os.environ.get("CXX", "c++")):
+        raise InputError("on CPUs DeepSpeed compiles its communication: install a C++ compiler (g++), or use DDP")
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        raise InputError("use_cpu: true silently switches DeepSpeed off: set use_cpu: false, which works on CPUs too")
+    from pipeline.distributed.engine import compile_communication
 
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        compile_communication()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    check_versions("deepspeed")
+    compile_communication()
 
 
 def set_threads(threads: int) -> None:
@@ -145,10 +155,10 @@ def set_threads(threads: int) -> None:
 
 
 def warn_of_others(seconds: float = 0.2) -> None:
-    """Look for `seconds` at the cores that this machine's ranks count on, and say so where other programs have them.
+    """Measure for `seconds` how busy the cores are, and warn where other programs take those that the ranks count on.
 
-    The threads of a convolution in bfloat16 spin while they wait for one another (oneDNN's own barrier, on which
-    OMP_WAIT_POLICY has no say): with two, beside a busy process, MNIST went at 14 images/s instead of 200 to 300.
+    The threads of a bfloat16 convolution spin while they wait for each other (oneDNN's own barrier, which ignores
+    OMP_WAIT_POLICY): with two threads beside a busy process, MNIST trained at 14 images/s instead of 200 to 300.
     """
     threads, ranks, cores = torch.get_num_threads(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")), _cores()
     if threads == 1:
@@ -166,15 +176,14 @@ def warn_of_others(seconds: float = 0.2) -> None:
 
 
 def _cores() -> set[int]:
-    """That this process may use."""
+    """The cores that this process may use."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def keep_memory() -> None:
-    """Let freed memory stay with the process, where the C library is glibc.
+    """Have glibc keep freed memory instead of returning it to the system, on Linux.
 
-    It would be returned to the system and each large tensor begin by fetching its pages again, which takes a fifth of a
-    CPU round: MNIST's took 2.0 seconds so, and 1.6 without.
+    Otherwise each large tensor begins with page faults: a CPU round of MNIST took 2.0 s with them, 1.6 s without.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
@@ -184,31 +193,33 @@ def keep_memory() -> None:
 
 @contextmanager
 def together(accelerator: Accelerator) -> Iterator[None]:
-    """Collective: an InputError, Unavailable or Stopped of any rank inside becomes one on all, so that none waits for
-    one that left.
+    """Collective: raise an error of one rank inside on every rank, so that no rank waits for one that left.
+
+    Covers the classes of `errors.SHARED`; a subclass from elsewhere arrives as the nearest of them. Of several errors
+    the one with the most specific exit code is raised (`errors.BY_WEIGHT`), of the lowest rank.
     """
     mine: tuple[str, str] | None = None
     try:
         yield
-    except (InputError, Unavailable, Stopped) as error:
-        mine = type(error).__name__, str(error)
-    failures = [mine]
+    except SHARED as error:
+        mine = next(kind.__name__ for kind in type(error).__mro__ if kind in SHARED), str(error)
+    gathered = [mine]
     if accelerator.num_processes > 1:
-        failures = [None] * accelerator.num_processes
-        dist.all_gather_object(failures, mine)
-    kinds = {"InputError": InputError, "Unavailable": Unavailable, "Stopped": Stopped}
-    for kind, raised in kinds.items():  # what is wrong goes before what was asked for
-        for failure in failures:
-            if failure and failure[0] in (kind, "Conflict"):
-                raise raised(failure[1])
+        gathered = [None] * accelerator.num_processes
+        dist.all_gather_object(gathered, mine)
+    kinds = {kind.__name__: kind for kind in SHARED}
+    failures = [(kinds[found[0]], found[1]) for found in gathered if found]
+    if failures:
+        kind, message = min(failures, key=lambda failure: BY_WEIGHT.index(failure[0].code))
+        raise kind(message)
 
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-"""What gloo, torch's store and NCCL say of a rank that is gone."""
+"""Parts of the messages of gloo, TCPStore and NCCL about a rank that is gone."""
 
 
 def is_peer_lost(error: BaseException) -> bool:
-    """Whether a collective failed since another rank is gone."""
+    """Whether a collective failed because another rank is gone."""
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST)
 
 

@@ -1,2 +1,6 @@
-NEIGHBOURS = 5
-"""k of precision, recall, density and coverage."""
+"""What a trained network can do: Frechet distance, coverage, restoration, density, and a report page."""
+
+from pipeline.evaluate.coverage import NEIGHBOURS
+from pipeline.evaluate.run import evaluate
+
+__all__ = ["NEIGHBOURS", "evaluate"]

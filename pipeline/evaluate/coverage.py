@@ -1,4 +1,4 @@
-"""Are the samples like the data, are all of the data reached, and are the samples more than copies?
+"""Do samples look like the data, do they cover all of it, and are they copies of training data?
 
 precision, recall      improved precision and recall, Kynkaanniemi et al. 2019 (arXiv 1904.06991)
 density, coverage      Naeem et al. 2020 (arXiv 2002.09797)
@@ -17,6 +17,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+NEIGHBOURS = 5
+"""k of precision, recall, density and coverage."""
 
 BLOCK = 1000
 """Rows of a distance matrix held at a time: 1,000 x 10,000 float32 are 40 MB."""
@@ -53,7 +56,7 @@ class Coverage:
     """Share of real balls that hold at least one sample: recall that stray samples do not inflate."""
 
 
-def coverage(real: Tensor, samples: Tensor, *, k: int = 5) -> Coverage:
+def coverage(real: Tensor, samples: Tensor, *, k: int = NEIGHBOURS) -> Coverage:
     """Compare features (n, d) of real data with features (m, d) of samples; both need more than k rows."""
     if min(len(real), len(samples)) <= k:
         raise ValueError(f"{len(real)} real and {len(samples)} sampled rows: both must be more than k = {k}")

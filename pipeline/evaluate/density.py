@@ -11,7 +11,6 @@ Baseline: how far the mean brightness is from that of the training set. Where it
 from collections.abc import Callable
 
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 
@@ -32,6 +31,8 @@ def outliers(images: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
 
 def auroc(inlier: Tensor, outlier: Tensor) -> float:
     """Area under the ROC curve of scores (n,) of data against scores (m,) of outliers, higher meaning outlier."""
+    from sklearn.metrics import roc_auc_score
+
     truth = torch.cat([torch.zeros(len(inlier)), torch.ones(len(outlier))])
     return float(roc_auc_score(truth.numpy(), torch.cat([inlier, outlier]).numpy()))
 

@@ -1,7 +1,7 @@
 """The measurements of an evaluation, in order: each takes the subject and returns its part of metrics.json.
 
-Applying f is nearly all the cost, so every application is used for as much as it can tell, and how many examples each
-number rests on stands in `counts`.
+Applying f is nearly all the cost, so each application serves several measurements. `Subject.counts` records how many
+examples each number is based on.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -14,27 +14,29 @@ from pipeline.data.decode import scaled
 from pipeline.data.degrade import KINDS
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.loader import read_split
-from pipeline.evaluate import NEIGHBOURS, coverage, density, restoration
+from pipeline.errors import InputError
+from pipeline.evaluate import coverage, density, restoration
+from pipeline.evaluate.coverage import NEIGHBOURS
 from pipeline.evaluate.frechet import frechet_distance
 from pipeline.model.encoders import Encoder
 from pipeline.model.naign import NAIGN
 
 MEDIAN = 10_000
-"""Training images of which the per-pixel median and the mean brightness are taken."""
+"""Training images from which the per-pixel median and the mean brightness are computed."""
 ROUNDING = 1e-6
-"""Of the test features' variance: training and test data as near as that are the same, and are no measure."""
+"""Share of the test features' variance; a smaller floor is rounding, and no ratio to it is given."""
 VALUES = 2**27
-"""Most values of one set held in memory (512 MB of float32): large images are measured on fewer examples."""
+"""Largest number of values of one set in memory (512 MB of float32): large images are measured on fewer examples."""
 
 
 def within(wanted: int, shape: tuple[int, ...]) -> int:
-    """At most `wanted` examples of that shape, fewer if they would not fit in memory."""
+    """`wanted`, or as many examples of that shape as fit in memory."""
     return min(wanted, max(1, VALUES // int(torch.Size(shape).numel())))
 
 
 @dataclass(kw_only=True)
 class Subject:
-    """What is measured, and on what. All tensors are on the CPU; shuffled by the seed, so that a prefix is a sample."""
+    """The model and the data to measure it on. Tensors are on the CPU, shuffled by the seed: a prefix is a sample."""
 
     model: NAIGN
     manifest: Manifest
@@ -49,7 +51,7 @@ class Subject:
     twice: Tensor = field(init=False)
     """f(f(z))."""
     counts: dict[str, int] = field(default_factory=dict)
-    """On how many examples each number rests."""
+    """How many examples each number is based on."""
 
     @property
     def is_image(self) -> bool:
@@ -58,7 +60,7 @@ class Subject:
 
 
 def read(model: NAIGN, path: str, encoder: Encoder, manifest: Manifest, *, seed: int, crop: int = 0) -> Subject:
-    """Read train and test split, as much as fits, in an order drawn by the seed. Raises InputError."""
+    """Read both splits, as much as fits, in an order drawn by the seed. Raises InputError if one is too small."""
     limit = within(100_000, manifest.shape)
     generator = torch.Generator().manual_seed(seed)
     train, _ = read_split(path, "train", limit=limit, crop=crop)
@@ -67,11 +69,17 @@ def read(model: NAIGN, path: str, encoder: Encoder, manifest: Manifest, *, seed:
     test = scaled(test)[torch.randperm(len(test), generator=generator)]
     subject = Subject(model=model, manifest=manifest, encoder=encoder, train=train, test=test, seed=seed)
     subject.counts |= {"train": len(train), "test": len(test)}
+    for split, images in (("train", train), ("test", test)):
+        if len(images) <= NEIGHBOURS:
+            raise InputError(
+                f"{path} has {len(images)} examples in its {split} split, too few to measure with: give a data set "
+                f"with more than {NEIGHBOURS} in each split, with --data"
+            )
     return subject
 
 
 def draw(subject: Subject, samples: int) -> None:
-    """Draw the samples f(z) and apply f to them once more."""
+    """Draw the samples f(z), and f(f(z))."""
     subject.once = subject.model.sample(samples, seed=subject.seed).cpu()  # else on the model's device
     subject.twice = subject.model.project(subject.once)
     subject.counts["samples"] = samples
@@ -86,9 +94,9 @@ def overlap(subject: Subject) -> dict[str, Any]:
     floor, first, second = (frechet_distance(features, test) for features in (train, once, twice))
     apart = floor > ROUNDING * float(test.double().var(0).sum())
     counts["coverage"] = number = min(10_000, len(test), len(once))
-    cover = asdict(coverage.coverage(test[:number], once[:number], k=NEIGHBOURS))
+    cover = asdict(coverage.coverage(test[:number], once[:number]))
     counts["coverage_train"] = number = min(number, len(train))
-    cover["train"] = asdict(coverage.coverage(test[:number], train[:number], k=NEIGHBOURS))
+    cover["train"] = asdict(coverage.coverage(test[:number], train[:number]))
     shares = coverage.mode_shares(encoder.logits(subject.once)) if encoder.labels else None
     return {
         "fd": {
@@ -106,7 +114,7 @@ def overlap(subject: Subject) -> dict[str, Any]:
 
 
 def copying(subject: Subject) -> tuple[dict[str, Any], Tensor]:
-    """Distance of samples and of test data to their nearest training example, and those examples of the samples."""
+    """Distances of samples and of test data to their nearest training example; and those of the first samples."""
     reference = scaled(subject.train[: within(60_000, subject.manifest.shape)])
     number = min(1000, len(subject.once), len(subject.test))
     samples, indices = coverage.nearest(subject.once[:number], reference)
@@ -122,7 +130,12 @@ def copying(subject: Subject) -> tuple[dict[str, Any], Tensor]:
 
 
 def repairs(subject: Subject, number: int, *, shown: int = 10) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """Restoration of every damage, and idempotence on what was damaged; and the first `shown` of every answer."""
+    """Restoration of every damage and idempotence on damaged images; and the first `shown` of every answer.
+
+    {"restoration": None} for points.
+    """
+    if not subject.is_image:
+        return {"restoration": None, "idempotence": {"damaged": None}}, {}
     clean = subject.test[:number]
     reference = scaled(subject.train[: within(20_000, subject.manifest.shape)])
     typical = restoration.median(subject.train[:MEDIAN])
@@ -130,14 +143,8 @@ def repairs(subject: Subject, number: int, *, shown: int = 10) -> tuple[dict[str
     pictures: dict[str, dict[str, Tensor]] = {}
     moves = []
     for kind in KINDS:
-        answers = restoration.repair(
-            clean,
-            kind,
-            subject.model.project,
-            typical=typical,
-            reference=reference,
-            seed=subject.seed,
-        )
+        project = subject.model.project
+        answers = restoration.repair(clean, kind, project, typical=typical, reference=reference, seed=subject.seed)
         tables[kind] = restoration.scores(answers, clean)
         moves.append(restoration.mae(answers["twice"], answers["once"]))
         pictures[kind] = {name: answer[:shown].clone() for name, answer in answers.items()}
@@ -163,7 +170,9 @@ def fixed_points(subject: Subject, number: int) -> tuple[dict[str, Any], Tensor]
 
 
 def separation(subject: Subject, energies: Tensor, number: int) -> dict[str, Any]:
-    """AUROC of the energy against outliers made from the first `number` test images."""
+    """AUROC of the energy against outliers made from the first `number` test images; None for points."""
+    if not subject.is_image:
+        return {"density": None}
     number = min(number, len(energies))
     subject.counts["density"] = number
     return {

@@ -165,30 +165,31 @@ def restoration_section(metrics: dict[str, Any]) -> str:
     return "".join(parts)
 
 
-def sections(metrics: dict[str, Any]) -> list[str]:
-    """The tables as HTML, those that were measured."""
-    fd, counts, cover, near = metrics["fd"], metrics["counts"], metrics["coverage"], metrics["nearest"]
-    parts = [restoration_section(metrics)] if metrics["restoration"] is not None else []
+def distance_section(metrics: dict[str, Any]) -> str:
+    fd, counts, accuracy = metrics["fd"], metrics["counts"], metrics["encoder_accuracy"]
     lines = [
         [label, number(fd[key]), number(fd[key] / fd["floor"]) if fd["floor"] else "–"]
         for key, label in (("floor", "training data (the floor)"), ("once", "f(z)"), ("twice", "f(f(z))"))
     ]
-    accuracy = metrics["encoder_accuracy"]
-    parts.append(
+    return (
         f"<h2>Distance to the real data</h2><p>Fréchet distance to {counts['test']:,} test examples, on "
         f"{html.escape(metrics['encoder'])}"
         + (f", a classifier that is right on {percent(accuracy)} of real test images" if accuracy else "")
         + f". Samples: {counts['samples']:,}; floor: {counts['floor']:,} training examples.</p>"
         + table(["compared with test data", "distance", "× floor"], lines)
     )
+
+
+def coverage_section(metrics: dict[str, Any]) -> str:
+    cover = metrics["coverage"]
     meaning = {
         "precision": "share of samples that look like real data",
         "recall": "share of real data that the samples could be",
         "density": "precision that outliers cannot inflate; 1 is ideal",
         "coverage": "share of real data with a sample in its neighbourhood",
     }
-    parts.append(
-        f"<h2>Coverage</h2><p>{counts['coverage']:,} samples against as many test examples, k = 5. "
+    return (
+        f"<h2>Coverage</h2><p>{metrics['counts']['coverage']:,} samples against as many test examples, k = 5. "
         f"Read the four together: features of pure noise can crowd into one wide ball of a real image, which "
         f"counts as precision, but then recall and coverage are near zero.</p>"
         + table(
@@ -196,41 +197,53 @@ def sections(metrics: dict[str, Any]) -> list[str]:
             [[name, number(cover[name]), number(cover["train"][name]), text] for name, text in meaning.items()],
         )
     )
-    if metrics["modes"] is not None:
-        top = max(metrics["modes"])
-        lines = [
-            [html.escape(name), percent(share), f'<span class="bar" style="width:{12 * share / top:.2f}rem"></span>']
-            for name, share in zip(metrics["classes"], metrics["modes"], strict=True)
-        ]
-        parts.append("<h2>Classes among the samples</h2>" + table(["class", "share", ""], lines))
-    parts.append(
+
+
+def classes_section(metrics: dict[str, Any]) -> str:
+    top = max(metrics["modes"])
+    lines = [
+        [html.escape(name), percent(share), f'<span class="bar" style="width:{12 * share / top:.2f}rem"></span>']
+        for name, share in zip(metrics["classes"], metrics["modes"], strict=True)
+    ]
+    return "<h2>Classes among the samples</h2>" + table(["class", "share", ""], lines)
+
+
+def fixed_point_sections(metrics: dict[str, Any]) -> str:
+    """Copying, and idempotence."""
+    near, counts, move = metrics["nearest"], metrics["counts"], metrics["idempotence"]
+    lines = [
+        ["f(f(z)) − f(z): samples", number(move["samples"])],
+        ["f(f(y)) − f(y): damaged test images", number(move["damaged"])],
+        ["f(x) − x: test data (reconstruction)", number(metrics["reconstruction"])],
+    ]
+    return (
         f"<h2>Copying</h2><p>Mean distance to the nearest of {counts['nearest_reference']:,} training examples: "
         f"{number(near['samples'])} for {counts['nearest']:,} samples, {number(near['test'])} for as many test "
-        f"examples.</p>"
+        f"examples.</p><h2>Idempotence</h2>" + table(["mean change per value", ""], lines)
     )
-    move = metrics["idempotence"]
-    parts.append(
-        "<h2>Idempotence</h2>"
-        + table(
-            ["mean change per value", ""],
-            [
-                ["f(f(z)) − f(z): samples", number(move["samples"])],
-                ["f(f(y)) − f(y): damaged test images", number(move["damaged"])],
-                ["f(x) − x: test data (reconstruction)", number(metrics["reconstruction"])],
-            ],
-        )
+
+
+def density_section(metrics: dict[str, Any]) -> str:
+    energy, brightness = metrics["density"]["energy"], metrics["density"]["brightness"]
+    lines = [[name, number(value), number(brightness[name])] for name, value in energy.items()]
+    return (
+        f"<h2>Energy as a test for what is not data</h2><p>E(x) = mean (f(x) − x)². AUROC of telling "
+        f"{metrics['counts']['density']:,} test images from: (1 perfect, 0.5 a coin, near 0 taken for better than "
+        f"real). Brightness alone is the baseline.</p>" + table(["outlier", "energy", "brightness"], lines)
     )
-    if metrics["density"] is not None:
-        lines = [
-            [name, number(value), number(metrics["density"]["brightness"][name])]
-            for name, value in metrics["density"]["energy"].items()
-        ]
-        parts.append(
-            f"<h2>Energy as a test for what is not data</h2><p>E(x) = mean (f(x) − x)². AUROC of telling "
-            f"{counts['density']:,} test images from: (1 perfect, 0.5 a coin, near 0 taken for better than real). "
-            f"Brightness alone is the baseline.</p>" + table(["outlier", "energy", "brightness"], lines)
-        )
-    return parts
+
+
+def sections(metrics: dict[str, Any]) -> list[str]:
+    """The tables as HTML, those that were measured."""
+    every = {
+        restoration_section: metrics["restoration"],
+        distance_section: metrics["fd"],
+        coverage_section: metrics["coverage"],
+        classes_section: metrics["modes"],
+        fixed_point_sections: metrics["nearest"],
+        density_section: metrics["density"],
+    }
+    return [section(metrics) for section, measured in every.items() if measured is not None]
 
 
 def render(metrics: dict[str, Any], pictures: Sequence[Picture], *, config: dict[str, Any], title: str) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from pipeline.data.decode import scaled
 from pipeline.data.degrade import Kind, degrade
@@ -29,6 +28,8 @@ def psnr(estimates: Tensor, clean: Tensor) -> float | None:
 
     Over all images, not the mean of each image's ratio: an image that a damage left untouched would make it infinite.
     """
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
     ratio = float(peak_signal_noise_ratio(estimates, clean, data_range=RANGE))
     return ratio if math.isfinite(ratio) else None
 
@@ -38,6 +39,8 @@ def ssim(estimates: Tensor, clean: Tensor) -> float:
 
     Images under 16 pixels have no room for that window: theirs is 5x5, sigma 0.5.
     """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     sigma = 1.5 if min(clean.shape[2:]) >= 16 else 0.5
     similarity = structural_similarity_index_measure(estimates, clean, sigma=sigma, data_range=RANGE)
     assert isinstance(similarity, Tensor)

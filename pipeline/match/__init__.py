@@ -1,0 +1,18 @@
+"""The match: which generated sample is nearest to each image, exactly, over all ranks."""
+
+from pipeline.match.across_ranks import Blocks, Found, NotFinite, nearest, search
+from pipeline.match.matcher import Match, MatchConfig, match_round
+from pipeline.match.space import SpaceConfig, check_space
+
+__all__ = [
+    "Blocks",
+    "Found",
+    "Match",
+    "MatchConfig",
+    "NotFinite",
+    "SpaceConfig",
+    "check_space",
+    "match_round",
+    "nearest",
+    "search",
+]

@@ -1,15 +1,15 @@
-"""The order in which candidates are nearer: by (distance, id), a total one."""
+"""The order that makes an answer unique: candidates are nearer by (distance, id), a total order."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
 NO_ID = torch.iinfo(torch.int64).max
-"""The id of a candidate that there is not: behind all others."""
+"""Stands for a missing candidate and sorts behind all others."""
 
 
 def sort_lexically(*keys: Tensor) -> Tensor:
-    """The order (n,) of rows sorted by the first key, then the second, and so on."""
+    """The permutation (n,) that sorts by the first key, then the second, and so on."""
     order = torch.arange(len(keys[0]), device=keys[0].device)
     for key in reversed(keys):
         order = order[torch.sort(key[order], stable=True).indices]
@@ -22,13 +22,12 @@ def keep_least(distances: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tens
         return distances[0], ids[0]
     distances, ids = distances.transpose(0, 1).flatten(1), ids.transpose(0, 1).flatten(1)
     order = torch.sort(ids, dim=1, stable=True).indices
-    order = order.gather(1, torch.sort(distances.gather(1, order), dim=1, stable=True).indices)
-    distances, ids = distances.gather(1, order), ids.gather(1, order)
-    return distances[:, :count].contiguous(), ids[:, :count].contiguous()
+    order = order.gather(1, torch.sort(distances.gather(1, order), dim=1, stable=True).indices)[:, :count]
+    return distances.gather(1, order), ids.gather(1, order)
 
 
 def first_copies(rows: Tensor, count: int) -> Tensor:
-    """Rows (n, d) that have fewer than `count` equal ones before them, ascending."""
+    """Indices, ascending, of the rows (n, d) that have fewer than `count` bitwise equal rows before them."""
     raw = rows.cpu().numpy()
     kind = np.unique(raw.view(np.dtype((np.void, raw.dtype.itemsize * raw.shape[1]))).ravel(), return_inverse=True)[1]
     order = np.argsort(kind, kind="stable")

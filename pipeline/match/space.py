@@ -4,9 +4,9 @@ For images of D values the squared distance is
 
     D x (sum over the parts of weight x mean squared difference of that part's values)
 
-so pixels alone at weight 1 are the plain sum of squared differences, a reduced image counts for the pixels that its
-values average, and equal weights weigh equal mean squares. An image's embedding is its parts, each times the root of
-its factor, one after another: the search itself knows only plain squared distances.
+so pixels alone at weight 1 give the plain sum of squared differences, and parts with equal weights and equal mean
+squared differences count equally. An embedding is the concatenation of the parts, each times the root of its factor,
+so that the search itself computes plain squared distances.
 """
 
 import math
@@ -19,24 +19,19 @@ from torch import Tensor
 
 from pipeline.errors import InputError
 
-ROWS = 256
-"""Images embedded at once, always as many."""
+ROWS = 256  # images embedded at once, always as many
 
 
 @dataclass(kw_only=True, slots=True)
 class SpaceConfig:
     pixels: float = 1.0
     """Weight of the pixels; of the coordinates where the data are points."""
-
     reduced: float = 0.0
     """Weight of the image averaged down to `side` x `side`."""
-
     side: int = 8
     """Height and width, in pixels, of the reduced image."""
-
     features: float = 0.0
     """Weight of the encoder's features; 0.006 makes those of mnist-cnn64 count as much as MNIST's pixels."""
-
     encoder: str = ""
     """Frozen encoder: the name of a shipped one (mnist-cnn64, ...) or the path of a safetensors file of that kind."""
 
@@ -46,9 +41,8 @@ class SpaceConfig:
             if weight and not 1e-12 <= weight <= 1e12:
                 raise InputError(f"match.space.{name} is {weight}: a weight is 0, or between 1e-12 and 1e12")
         if not any(weights.values()):
-            raise InputError(
-                "match.space.pixels, match.space.reduced and match.space.features are all 0: no distance is left"
-            )
+            names = "match.space.pixels, match.space.reduced and match.space.features"
+            raise InputError(f"{names} are all 0: no distance is left")
         if self.side < 1:
             raise InputError(f"match.space.side is {self.side}: it must be at least 1")
         if self.features and not self.encoder:
@@ -63,23 +57,21 @@ def check_space(config: SpaceConfig, shape: tuple[int, ...]) -> None:
         if getattr(config, name) and len(shape) != 3:
             raise InputError(f"match.space.{name} is for images, these are points: leave it 0")
     if config.reduced and config.side > min(shape[1:]):
-        raise InputError(
-            f"match.space.side is {config.side}, larger than these {shape[1]}x{shape[2]} images: "
-            f"use at most {min(shape[1:])}"
-        )
+        size = f"{shape[1]}x{shape[2]} images: use at most {min(shape[1:])}"
+        raise InputError(f"match.space.side is {config.side}, larger than these {size}")
 
 
 def embed(
     images: Tensor,  # (n, *shape)
     config: SpaceConfig,
-    features: Callable[[Tensor], Tensor] | None = None,  # images (b, *shape) -> (b, e): where they have a weight
+    features: Callable[[Tensor], Tensor] | None = None,  # images (b, *shape) -> (b, e), where they have a weight
     *,
     number: int = 0,  # of the first image
 ) -> Tensor:
-    """(n, d) float32 whose squared L2 distances are those of the space.
+    """Embeddings (n, d) float32, whose squared L2 distances are those of the space.
 
-    A row does not depend on what it comes with: matrix products may round a row by its place and their size, so image
-    i is always computed at row i % ROWS of a batch of ROWS, filled up with zeros.
+    A row does not depend on the rows beside it. A matrix product may round a row by its place and the product's size,
+    so image i is always computed at row i % ROWS of a batch of ROWS, padded with zeros.
     """
     if not config.reduced and not config.features:
         return _parts(images, config, None)

@@ -13,8 +13,9 @@ floor compares, land in the same place.
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pipeline.errors import InputError, printable
+from pipeline.registry import known, lookup
 
 FOLDER = Path(__file__).parent / "encoder_weights"
 FEATURES = 64
@@ -112,22 +114,33 @@ class Encoder:
                 yield data[start : start + batch].float()
 
 
+def shipped() -> dict[str, Callable[[], Encoder]]:
+    """How each encoder of this package is opened, by name. Others are entry points of the group `naign.encoders`."""
+    files = {path.stem: partial(read_encoder, path, path.stem) for path in sorted(FOLDER.glob("*.safetensors"))}
+    return {**files, "pixels": lambda: Encoder(name="pixels")}
+
+
 def names() -> list[str]:
-    """Names of the shipped encoders, sorted."""
-    return sorted(path.stem for path in FOLDER.glob("*.safetensors"))
+    """Names of the shipped encoders that are a network, sorted."""
+    return [name for name in shipped() if name != "pixels"]
 
 
 def load_encoder(name: str) -> Encoder:
-    """The shipped encoder of that name, 'pixels', or the one in the safetensors file of that path.
+    """The encoder of that name, or the one in the safetensors file of that path.
 
     Raises InputError naming what there is, or what is wrong with the file.
     """
-    if name == "pixels":
-        return Encoder(name="pixels")
-    path = Path(name) if name.endswith(".safetensors") else FOLDER / f"{name}.safetensors"
+    if name.endswith(".safetensors"):
+        return read_encoder(Path(name), name)
+    remedies = {name: "or give the path of a .safetensors file"}
+    return lookup("encoder", name, shipped(), "naign.encoders", remedies=remedies)()
+
+
+def read_encoder(path: Path, name: str) -> Encoder:
+    """The encoder in a safetensors file, as benchmarks/train_encoder.py writes it; InputError for anything else."""
     if not os.path.isfile(path):  # False also for what no file could be called
-        known = ", ".join([*names(), "pixels"])
-        raise InputError(f"no encoder {name!r} in {path.parent}; there are {known}, or give a .safetensors file's path")
+        there = ", ".join(known(shipped(), "naign.encoders"))
+        raise InputError(f"no encoder {name!r} in {path.parent}; there are {there}, or give another file's path")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})

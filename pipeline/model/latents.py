@@ -1,6 +1,10 @@
-"""Laws of latents by name: pure functions of (seed, round, id), drawn with Philox."""
+"""Laws of latents by name: pure functions of (seed, round, id), drawn with Philox.
+
+A law is one line in LAWS, or an entry point of the group `naign.latents` in another package.
+"""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -8,13 +12,14 @@ from torch import Tensor
 
 from pipeline.errors import InputError
 from pipeline.philox import FLAT, IMAGINARY, LATENT, SCALE, normal, uniform
+from pipeline.registry import lookup
 
-LAWS = ("gaussian", "smooth4", "mixture", "fourier")
-"""Laws by name; the number of `smooth` may be any from 1 to 64."""
+Law = Callable[..., Tensor]
+"""Of (seed, round, ids, shape, device), as in `draw`."""
 
 
 def draw(
-    law: str,  # one of LAWS
+    law: str,  # one of LAWS, smoothG, or one that another package registers
     seed: int,  # as in `normal`
     round: int,  # as in `normal`
     ids: Tensor,  # as in `normal`
@@ -40,25 +45,49 @@ def draw(
         chosen = (ids % max(1, int(1 / flat + 0.5)) == 0).to(usual.device)
         usual[chosen] = _flat(seed, round, ids[chosen.to(ids.device)], shape, device, FLAT)
         return usual
-    match law:
-        case "gaussian":
-            return normal(seed, round, ids, shape, device)
-        case "mixture":
-            noise = normal(seed, round, ids, shape, device)
-            even = (ids.to(noise.device) % 2 == 0).view(-1, *(1,) * len(shape))
-            return torch.where(even, _flat(seed, round, ids, shape, device, LATENT), noise)
-        case _ if grid := smooth_grid(law):
-            coarse = normal(seed, round, ids, (shape[0], grid, grid), device)
-            return F.interpolate(coarse, size=shape[1:], mode="bicubic")
-        case "fourier":
-            assert spectrum is not None, "the fourier law needs the data's spectrum"
-            real = normal(seed, round, ids, shape, device)
-            mean, deviation = spectrum.to(real.device)
-            imaginary = normal(seed, round, ids, shape, device, stream=IMAGINARY)
-            waves = torch.complex(mean[0] + deviation[0] * real, mean[1] + deviation[1] * imaginary)
-            field: Tensor = torch.fft.ifft2(waves) if len(shape) == 3 else torch.fft.ifft(waves)
-            return field.real
-    raise AssertionError(f"unknown law '{law}': check_law is there to say so")
+    options = {"spectrum": spectrum} if law == "fourier" else {}
+    return find_law(law)(seed, round, ids, shape, device, **options)
+
+
+def find_law(law: str) -> Law:
+    """The function of that name; InputError for an unknown one. The G of smoothG may be any from 1 to 64."""
+    return (
+        partial(_smooth, smooth_grid(law)) if smooth_grid(law) else lookup("match.latents", law, LAWS, "naign.latents")
+    )
+
+
+def _smooth(
+    grid: int, seed: int, round: int, ids: Tensor, shape: tuple[int, ...], device: torch.device | str
+) -> Tensor:
+    coarse = normal(seed, round, ids, (shape[0], grid, grid), device)
+    return F.interpolate(coarse, size=shape[1:], mode="bicubic")
+
+
+def _mixture(seed: int, round: int, ids: Tensor, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
+    noise = normal(seed, round, ids, shape, device)
+    even = (ids.to(noise.device) % 2 == 0).view(-1, *(1,) * len(shape))
+    return torch.where(even, _flat(seed, round, ids, shape, device, LATENT), noise)
+
+
+def _fourier(
+    seed: int,
+    round: int,
+    ids: Tensor,
+    shape: tuple[int, ...],
+    device: torch.device | str,
+    *,
+    spectrum: Tensor | None,
+) -> Tensor:
+    assert spectrum is not None, "the fourier law needs the data's spectrum"
+    real = normal(seed, round, ids, shape, device)
+    mean, deviation = spectrum.to(real.device)
+    imaginary = normal(seed, round, ids, shape, device, stream=IMAGINARY)
+    waves = torch.complex(mean[0] + deviation[0] * real, mean[1] + deviation[1] * imaginary)
+    field: Tensor = torch.fft.ifft2(waves) if len(shape) == 3 else torch.fft.ifft(waves)
+    return field.real
+
+
+LAWS: dict[str, Law] = {"gaussian": normal, "smooth4": partial(_smooth, 4), "mixture": _mixture, "fourier": _fourier}
 
 
 def _flat(
@@ -79,8 +108,7 @@ def smooth_grid(law: str) -> int:
 
 def check_law(law: str, shape: tuple[int, ...] | None = None) -> None:
     """InputError unless `law` names a law, and one for samples of that shape if it is given."""
-    if law not in LAWS and not smooth_grid(law):
-        raise InputError(f"match.latents is '{law}': choose one of {', '.join(LAWS)}")
+    find_law(law)
     if shape and smooth_grid(law) and len(shape) != 3:
         raise InputError(f"match.latents={law} is for images, these are points: choose gaussian, mixture or fourier")
 

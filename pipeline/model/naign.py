@@ -15,7 +15,7 @@ from pipeline.checkpoint.bucket import fetch_newest
 from pipeline.checkpoint.writer import newest_checkpoint, passed_over
 from pipeline.errors import InputError
 from pipeline.model import latents
-from pipeline.model.networks import NetworkConfig, build_network
+from pipeline.model.networks import NetworkConfig, build_network, recorded_network
 
 log = logging.getLogger("naign.model")
 
@@ -59,9 +59,7 @@ class NAIGN:
         try:
             metadata = json.loads(header)
             latents.check_law(metadata["latents"], tuple(metadata["shape"]))
-            with torch.device("meta"):  # nothing is allocated for what the header claims, only for what the file holds
-                network = build_network(NetworkConfig(**metadata["model"]), tuple(metadata["shape"]))
-            network.load_state_dict(tensors, assign=True)
+            network = _rebuild(recorded_network(metadata["model"]), tuple(metadata["shape"]), tensors)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
             raise InputError(f"{file} does not hold the model that its header describes: {error}") from None
         if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
@@ -118,14 +116,30 @@ class NAIGN:
         return (self.project(x, batch=batch) - x).square().flatten(1).mean(1)
 
 
+def _rebuild(config: NetworkConfig, shape: tuple[int, ...], state: dict[str, Tensor]) -> nn.Module:
+    """The network of these settings with that state; RuntimeError where they do not fit.
+
+    It is first built on no device: what the settings claim is checked against the file before any of it is allocated.
+    """
+    with torch.device("meta"):
+        network = build_network(config, shape)
+    network.load_state_dict(state, assign=True)
+    if any(value.is_meta for value in network.buffers()):  # those that are computed when a network is built, not saved
+        with torch.random.fork_rng(devices=[]):
+            network = build_network(config, shape)
+        network.load_state_dict(state)
+    return network
+
+
 def save_model(
     file: Path,
     weights: dict[str, Tensor],  # the bare network's state
     metadata: dict[str, Any],  # JSON-able; at least model, shape and latents
     spectrum: Tensor | None,  # of the fourier law, else None
 ) -> None:
-    """One self-describing safetensors file, float32, on no device in particular."""
-    tensors = {name: value.detach().float().cpu().contiguous() for name, value in weights.items()}
+    """One self-describing safetensors file on no device in particular; float32, but for counters and masks."""
+    floats = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in floats.items()}
     if spectrum is not None:
         tensors[_SPECTRUM] = spectrum.cpu().contiguous()
     save_file(tensors, file, metadata={_KEY: json.dumps(metadata, sort_keys=True)})

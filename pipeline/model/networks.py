@@ -1,64 +1,106 @@
-"""The networks f : R^D -> R^D. Input and output have one shape; images are NCHW in [-1, 1]."""
+"""The networks f : R^D -> R^D. Input and output have one shape; images are NCHW in [-1, 1].
 
+A network is one line in NETWORKS, or an entry point of the group `naign.networks` in another package: the class of its
+settings and the function that builds it.
+"""
+
+import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import InputError
+from pipeline.registry import lookup
+from pipeline.settings import between, check_fields
 
 
 @dataclass(kw_only=True, slots=True)
 class NetworkConfig:
-    kind: str = "conv"
-    """`conv` for images (C, S, S), `mlp` for points (D,)."""
+    """Base of every network's settings."""
 
-    width: int = 32
-    """Channels at half resolution (conv; doubled at each further halving) or hidden units (mlp)."""
-
-    depth: int = 0
-    """Residual blocks a resolution (conv) or further hidden layers (mlp)."""
-
-    code: int = 128
-    """Conv: dimensions of the bottleneck between encoder and decoder."""
-
-    max_width: int = 512
-    """Conv: the channels stop doubling here."""
-
-    octaves: int = 0
-    """Mlp: sines and cosines of 1, 2, 4, ... times each coordinate, so many, beside it, for data of fine structure."""
+    name: str = ""
+    """`conv` for images (C, S, S), `mlp` for points (D,), or one that another package registers."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("conv", "mlp"):
-            raise InputError(f"model.kind is '{self.kind}': choose conv (images) or mlp (points)")
-        for name, least, most in (
-            ("width", 1, 2**14),
-            ("depth", 0, 256),
-            ("code", 1, 2**16),
-            ("max_width", 1, 2**14),
-            ("octaves", 0, 16),
-        ):
-            if not least <= getattr(self, name) <= most:
-                raise InputError(f"model.{name} is {getattr(self, name)}: it must lie between {least} and {most}")
-        if self.octaves and self.kind != "mlp":
-            raise InputError(f"model.octaves is {self.octaves}: it is for model.kind=mlp, leave it 0")
+        check_fields(self, "model")
 
 
-def build_network(
-    config: NetworkConfig,
-    shape: tuple[int, ...],
-    *,
-    recompute: bool = False,  # activation checkpointing: less memory for a third more arithmetic
-) -> nn.Module:
+@dataclass(kw_only=True, slots=True)
+class ConvConfig(NetworkConfig):
+    name: str = "conv"
+
+    width: int = field(default=32, metadata=between(1, 2**14))
+    """Channels at half resolution; doubled at each further halving."""
+
+    depth: int = field(default=0, metadata=between(0, 256))
+    """Residual blocks a resolution."""
+
+    code: int = field(default=128, metadata=between(1, 2**16))
+    """Dimensions of the bottleneck between encoder and decoder."""
+
+    max_width: int = field(default=512, metadata=between(1, 2**14))
+    """The channels stop doubling here."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PointConfig(NetworkConfig):
+    name: str = "mlp"
+
+    width: int = field(default=32, metadata=between(1, 2**14))
+    """Hidden units."""
+
+    depth: int = field(default=0, metadata=between(0, 256))
+    """Further hidden layers."""
+
+    octaves: int = field(default=0, metadata=between(0, 16))
+    """Sines and cosines of 1, 2, 4, ... times each coordinate, so many, beside it, for data of fine structure."""
+
+
+Build = Callable[..., nn.Module]
+"""Of (settings, shape, *, recompute): the untrained network for samples of `shape`, with activation checkpointing (less
+memory for a third more arithmetic) if recompute. It is also called under torch.device("meta")."""
+
+
+def build_network(config: NetworkConfig, shape: tuple[int, ...], *, recompute: bool = False) -> nn.Module:
     """The untrained network for samples of `shape`; InputError where the two do not fit."""
-    if config.kind == "mlp":
-        return PointNetwork(math.prod(shape), config.width, config.depth, octaves=config.octaves)
+    return find_network(config.name)[1](config, shape, recompute=recompute)
+
+
+def find_network(name: str) -> tuple[type[NetworkConfig], Build]:
+    """The settings and the build function of that name; InputError for an unknown one."""
+    return lookup("model.name", name, NETWORKS, "naign.networks")
+
+
+def recorded_network(record: Mapping[str, Any]) -> NetworkConfig:
+    """The settings that a model file recorded, by this version or an earlier one (see FORMER).
+
+    Raises InputError, or TypeError, for what no version wrote.
+    """
+    values = {"name": record.get("kind", "conv"), **record}
+    values.pop("kind", None)
+    kind = find_network(values["name"])[0]
+    known = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{key: value for key, value in values.items() if key in known or key not in FORMER})
+
+
+FORMER = {"width": "conv, mlp", "depth": "conv, mlp", "code": "conv", "max_width": "conv", "octaves": "mlp"}
+"""Settings that all networks had in one class once, and whose they are: earlier runs recorded all of them."""
+
+
+def _build_points(config: PointConfig, shape: tuple[int, ...], *, recompute: bool) -> nn.Module:
+    return PointNetwork(math.prod(shape), config.width, config.depth, octaves=config.octaves)
+
+
+def _build_images(config: ConvConfig, shape: tuple[int, ...], *, recompute: bool) -> nn.Module:
     if len(shape) != 3 or shape[1] != shape[2] or shape[1] % 4:
         raise InputError(
-            f"model.kind=conv takes square images (C, S, S) with S a multiple of 4, the data has {tuple(shape)}: "
-            "pack with another --size, or set model.kind=mlp and match.latents=gaussian for points"
+            f"model.name=conv takes square images (C, S, S) with S a multiple of 4, the data has {tuple(shape)}: "
+            "pack with another --size, or set model.name=mlp and match.latents=gaussian for points"
         )
     return ImageNetwork(config, channels=shape[0], size=shape[1], recompute=recompute)
 
@@ -114,7 +156,7 @@ class ImageNetwork(nn.Module):
     there is no skip connection through which noise could pass unchanged.
     """
 
-    def __init__(self, config: NetworkConfig, *, channels: int, size: int, recompute: bool = False) -> None:
+    def __init__(self, config: ConvConfig, *, channels: int, size: int, recompute: bool = False) -> None:
         super().__init__()
         self.recompute = recompute
         sizes = [size // 2]
@@ -149,3 +191,9 @@ class ImageNetwork(nn.Module):
 
 def _norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(channels, 8), channels)
+
+
+NETWORKS: dict[str, tuple[type[NetworkConfig], Build]] = {
+    "conv": (ConvConfig, _build_images),
+    "mlp": (PointConfig, _build_points),
+}

@@ -1,4 +1,7 @@
-"""What a machine offers a run, and what stands in its way."""
+"""Checks of the machine and of a run's places: all of them by `naign doctor`, the run's own in its first second.
+
+A check yields findings (what was found, remedy); the remedy is "" where nothing is wrong.
+"""
 
 import contextlib
 import os
@@ -8,118 +11,221 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
-from pipeline.data.share import BLOCK_BYTES, SLOTS
+from pipeline.distributed.versions import check_versions
 from pipeline.errors import InputError, Unavailable
 from pipeline.storage.store import open_store
 
 LIBRARIES = ("torch", "accelerate", "webdataset", "boto3", "safetensors", "tensorboard", "deepspeed", "transformers")
 OPTIONAL = ("deepspeed", "transformers")
 LEAST_DISK = 2**30
-LEAST_SHARED_MEMORY = 64 * 2**20
+"""Free bytes that `naign doctor` asks for, which knows no run."""
+
+CHECKPOINTS = 3
+"""How many should fit on the disk: the two that are kept, and the one being written."""
+
+SHARED_MEMORY = "/dev/shm"
+
+PROBE = "preflight"
+"""Name of the file that is written to see whether a bucket can be."""
 
 
-def examine(say: Callable[[str], None]) -> list[str]:
-    """Tell the machine's state line by line; returns the problems, each with its remedy."""
-    import torch
-    import torch.distributed as dist
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Needs:
+    """What a run asks of the machine. The defaults are those of `naign doctor`."""
 
-    problems = []
-    say(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    run: str = ""
+    remote: str = ""
+    workers: int = 5  # whose blocks fit into the 64 MiB of shared memory that a container has by default
+    checkpoint_bytes: int = 0  # of a whole checkpoint, all ranks' files
+    trackers: str = ""
+
+
+LOAD_DEEPSPEED = """
+import deepspeed
+from accelerate.utils import DeepSpeedPlugin
+from pipeline.distributed.versions import check_versions
+DeepSpeedPlugin()
+check_versions("deepspeed")
+"""
+
+Check = Callable[[Needs], Iterator[tuple[str, str]]]
+
+
+def libraries(needs: Needs) -> Iterator[tuple[str, str]]:
+    yield f"python {platform.python_version()} on {platform.system()} {platform.machine()}", ""
     for name in LIBRARIES:
         try:
-            say(f"{name} {version(name)}")
+            yield f"{name} {version(name)}", ""
         except PackageNotFoundError:
-            say(f"{name} is not installed{' (optional)' if name in OPTIONAL else ''}")
-            if name not in OPTIONAL:
-                problems.append(f"{name} is missing: install the project again with pip install -e .")
-    for line in describe_deepspeed():
-        say(line)
-    builds = faiss_builds()
-    say(f"FAISS: {', '.join(builds) or 'none'}")
-    problems += faiss_problems(builds)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    say(f"cores {cores}; training takes train.threads of them a rank, by default its share of all")
-    omp = os.environ.get("OMP_NUM_THREADS", "not set")
-    say(f"OMP_NUM_THREADS {omp}: other commands would use {torch.get_num_threads()} threads")
-    gloo, nccl = (dist.is_available() and has() for has in (dist.is_gloo_available, dist.is_nccl_available))
-    say(f"torch has gloo: {'yes' if gloo else 'no'}, NCCL: {'yes' if nccl else 'no'}")
-    if torch.cuda.device_count() > 1 and not nccl:
-        problems.append("this build of torch has no NCCL, by which GPUs talk: install one from https://pytorch.org")
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            device = torch.cuda.get_device_properties(index)
-            say(f"GPU {index}: {device.name}, {device.total_memory / 2**30:.0f} GiB")
-    else:
-        say("no CUDA device: training runs on the processor, ranks talk through gloo")
-    for place, least, what in ((".", LEAST_DISK, "disk here"), ("/dev/shm", LEAST_SHARED_MEMORY, "shared memory")):
-        if not os.path.isdir(place):
-            continue
-        free = shutil.disk_usage(place).free
-        say(f"{what}: {free / 2**30:.1f} GiB free")
-        if free < least:
-            remedy = "free some" if place == "." else "give the container more, or set data.workers=0"
-            problems.append(f"only {free / 2**20:.0f} MiB of {what}: {remedy}")
-    address = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "the default of boto3"
-    say(f"S3 endpoint: {re.sub(r'//[^/]*@', '//...@', address)}")
-    return problems
+            optional = name in OPTIONAL
+            remedy = "" if optional else "install the project again with pip install -e ."
+            yield f"{name} is not installed{' (optional)' if optional else ''}", remedy
+    for name in ("torch", "accelerate"):
+        try:
+            check_versions(name)
+        except InputError as error:
+            yield f"{name} cannot be used", str(error)
 
 
-def describe_deepspeed() -> list[str]:
-    """Whether the installed DeepSpeed starts under Accelerate, found by loading both in another process; [] without it.
-
-    No problem of the machine's: only runs that ask for DeepSpeed need it.
-    """
+def deepspeed(needs: Needs) -> Iterator[tuple[str, str]]:
+    """Whether DeepSpeed and Accelerate load together. No problem of the machine: only some runs ask for DeepSpeed."""
     import torch
 
     try:
         names = f"deepspeed {version('deepspeed')} and accelerate {version('accelerate')}"
     except PackageNotFoundError:
-        return []
-    on_cpu = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
+        return
     done = subprocess.run(
-        [sys.executable, "-c", "import deepspeed; from accelerate.utils import DeepSpeedPlugin; DeepSpeedPlugin()"],
-        env={**on_cpu, **os.environ},
+        [sys.executable, "-c", LOAD_DEEPSPEED],
+        env={**({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}), **os.environ},
         capture_output=True,
         text=True,
         check=False,
     )
-    if done.returncode:
+    if done.returncode == 0:
+        yield f"{names} load together", ""
+    else:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return [f"{names} do not load together ({last}): before a run asks for them, pip install -U -e '.[deepspeed]'"]
-    return [f"{names} load together"]
+        yield f"{names} do not load together ({last}): before a run asks for them, pip install -U -e '.[deepspeed]'", ""
 
 
 def faiss_builds() -> list[str]:
     """The installed distributions that bring the `faiss` package, with versions."""
-    found = {
-        f"{name} {item.version}"
-        for item in distributions()
-        if (name := (item.metadata["Name"] or "").lower()).startswith("faiss")
-    }
-    return sorted(found)
+    found = ((item.metadata["Name"] or "").lower() + f" {item.version}" for item in distributions())
+    return sorted({build for build in found if build.startswith("faiss")})
 
 
-def faiss_problems(builds: list[str]) -> list[str]:
+def faiss(needs: Needs) -> Iterator[tuple[str, str]]:
     """Two builds overwrite each other's files in one folder, and which code runs is then an accident."""
-    if len(builds) == 1:
-        return []
+    builds = faiss_builds()
+    remedy = ""
     if not builds:
-        return ["FAISS is missing: pip install faiss-cpu"]
-    names = " ".join(build.split()[0] for build in builds)
-    return [f"{len(builds)} builds of FAISS share one folder: pip uninstall -y {names}, then install just one of them"]
+        remedy = "FAISS is missing: pip install faiss-cpu"
+    elif len(builds) > 1:
+        names = " ".join(build.split()[0] for build in builds)
+        remedy = f"builds of FAISS share one folder: pip uninstall -y {names}, then install just one of them"
+    yield f"FAISS: {', '.join(builds) or 'none'}", remedy
 
 
-CHECKPOINTS = 3
-"""For which there should be room: the two that are kept, and the one that is being written."""
+def processor(needs: Needs) -> Iterator[tuple[str, str]]:
+    import torch
 
-SHARED_MEMORY = "/dev/shm"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    yield f"cores {cores}; training takes train.threads of them a rank, by default its share of all", ""
+    threads = os.environ.get("OMP_NUM_THREADS", "not set")
+    yield f"OMP_NUM_THREADS {threads}: other commands would use {torch.get_num_threads()} threads", ""
 
-PROBE = "preflight"
-"""A file that is written to see that a bucket can be."""
+
+def gpus(needs: Needs) -> Iterator[tuple[str, str]]:
+    import torch
+    import torch.distributed as dist
+
+    gloo, nccl = (dist.is_available() and has() for has in (dist.is_gloo_available, dist.is_nccl_available))
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    remedy = "GPUs need NCCL to communicate: install a build of torch with it from https://pytorch.org"
+    found = f"torch has gloo: {'yes' if gloo else 'no'}, NCCL: {'yes' if nccl else 'no'}"
+    yield found, remedy if count > 1 and not nccl else ""
+    for index in range(count):
+        device = torch.cuda.get_device_properties(index)
+        yield f"GPU {index}: {device.name}, {device.total_memory / 2**30:.0f} GiB", ""
+    if not count:
+        yield "no CUDA device: training runs on the processor, ranks communicate by gloo", ""
+
+
+def endpoint(needs: Needs) -> Iterator[tuple[str, str]]:
+    address = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "the default of boto3"
+    yield f"S3 endpoint: {re.sub(r'//[^/]*@', '//...@', address)}", ""
+
+
+def disk(needs: Needs) -> Iterator[tuple[str, str]]:
+    """Whether run.path can be written and has room. Raises InputError if not even one checkpoint fits."""
+    if not needs.run:
+        free = shutil.disk_usage(".").free
+        yield f"disk here: {size(free)} free", "free some" if free < LEAST_DISK else ""
+        return
+    place = Path(needs.run).absolute()
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"naign")
+    except OSError as error:
+        raise InputError(
+            f"run.path '{needs.run}' cannot be written: {place}: {(error.strerror or str(error)).lower()}: "
+            "choose another --run.path"
+        ) from None
+    free, one = shutil.disk_usage(place).free, needs.checkpoint_bytes
+    found = f"run.path '{needs.run}' has {size(free)} free, a checkpoint takes {size(one)}"
+    if free < one:
+        raise InputError(f"{found}: free some, or choose another --run.path")
+    remedy = (
+        f"{size(CHECKPOINTS * one)} would hold the {CHECKPOINTS - 1} that are kept and the one being written: free "
+        "some, or set --checkpoint.keep=1"
+    )
+    yield found, remedy if free < CHECKPOINTS * one else ""
+
+
+def shared_memory(needs: Needs) -> Iterator[tuple[str, str]]:
+    """Whether the blocks of the data workers of this machine's ranks fit into its shared memory."""
+    from pipeline.data.share import BLOCK_BYTES, SLOTS
+
+    workers = needs.workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not workers or not os.path.isdir(SHARED_MEMORY):
+        return
+    free, needed = shutil.disk_usage(SHARED_MEMORY).free, workers * SLOTS * BLOCK_BYTES
+    remedy = (
+        "give the container more (docker run --shm-size, or in Kubernetes an emptyDir of medium Memory), or set a "
+        "lower --data.workers"
+    )
+    found = f"{SHARED_MEMORY} has {size(free)} free, {workers} workers take up to {size(needed)}"
+    yield found, remedy if free < needed else ""
+
+
+def remote(needs: Needs) -> Iterator[tuple[str, str]]:
+    """Put and delete a small file. Raises the store's error; permission to delete is not required."""
+    if not needs.remote:
+        return
+    store, refused = open_store(needs.remote), None
+    try:
+        store.put(PROBE, b"naign")
+    except InputError as error:  # the file may have been written, and only not be readable
+        refused = error
+    with contextlib.suppress(InputError, Unavailable):
+        store.delete(PROBE)
+    if refused:
+        raise refused
+    yield f"run.remote {needs.remote} can be written", ""
+
+
+def trackers(needs: Needs) -> Iterator[tuple[str, str]]:
+    """Raises InputError for a tracker that is not known, or whose package cannot be imported."""
+    from pipeline.observe.monitor import find_trackers
+
+    yield f"trackers: {', '.join(find_trackers(needs.trackers))}", ""
+
+
+OF_A_RUN: tuple[Check, ...] = (trackers, disk, shared_memory, remote)
+CHECKS: tuple[Check, ...] = (libraries, deepspeed, faiss, processor, gpus, *OF_A_RUN, endpoint)
+
+
+def examine(
+    say: Callable[[str], None],  # what was found, a line each
+    needs: Needs | None = None,
+    checks: Sequence[Check] = CHECKS,
+) -> list[str]:
+    """Run checks; returns the problems, each with its remedy. What makes a run impossible is an InputError."""
+    problems = []
+    for check in checks:
+        for found, remedy in check(needs or Needs()):
+            say(found)
+            if remedy:
+                problems.append(f"{found}: {remedy}")
+    return problems
 
 
 def preflight(
@@ -129,79 +235,14 @@ def preflight(
     workers: int,  # data.workers, a rank
     checkpoint_bytes: int,  # of a whole checkpoint, all ranks' files
     say: Callable[[str], None],  # what was found, a line each
+    trackers: str = "",  # report.trackers
 ) -> list[str]:
-    """Warnings, each with its remedy. Leaves nothing behind but, where `remote` is a local folder, that folder.
+    """Run the checks of a run: warnings, each with its remedy. Leaves nothing behind but a folder of a local `remote`.
 
-    Raises InputError for what makes the run impossible, and Unavailable if the remote's server stays out of reach.
+    Raises InputError for what makes the run impossible, and Unavailable if the bucket stays out of reach.
     """
-    place = check_folder(run)
-    warnings = check_disk(run, place, checkpoint_bytes, say)
-    if workers > 0:
-        warnings += check_shared_memory(workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), say)
-    if remote:
-        check_remote(remote)
-        say(f"run.remote {remote} can be written")
-    return warnings
-
-
-def check_folder(run: str) -> Path:
-    """The nearest folder above `run`, or itself, that exists. InputError if nothing can be written there."""
-    place = Path(run).absolute()
-    while not os.path.lexists(place) and place != place.parent:
-        place = place.parent
-    try:
-        with tempfile.TemporaryFile(dir=place) as file:
-            file.write(b"naign")
-    except OSError as error:
-        raise InputError(
-            f"run.path '{run}' cannot be written: {place}: {(error.strerror or str(error)).lower()}: "
-            "choose another --run.path"
-        ) from None
-    return place
-
-
-def check_disk(run: str, place: Path, checkpoint_bytes: int, say: Callable[[str], None]) -> list[str]:
-    """A warning if CHECKPOINTS do not fit on the disk of `place`; InputError if not even one does."""
-    free = shutil.disk_usage(place).free
-    found = f"run.path '{run}' has {size(free)} free, a checkpoint takes {size(checkpoint_bytes)}"
-    say(found)
-    if free < checkpoint_bytes:
-        raise InputError(f"{found}: free some, or choose another --run.path")
-    if free < CHECKPOINTS * checkpoint_bytes:
-        return [
-            f"{found}: {size(CHECKPOINTS * checkpoint_bytes)} would hold the {CHECKPOINTS - 1} that are kept and the "
-            "one being written: free some, or set --checkpoint.keep=1"
-        ]
-    return []
-
-
-def check_shared_memory(workers: int, ranks: int, say: Callable[[str], None]) -> list[str]:
-    """A warning if the blocks of the workers of this machine's ranks do not fit into its shared memory."""
-    if not os.path.isdir(SHARED_MEMORY):
-        return []
-    free, needed = shutil.disk_usage(SHARED_MEMORY).free, workers * ranks * SLOTS * BLOCK_BYTES
-    found = f"{SHARED_MEMORY} has {size(free)} free, {workers * ranks} workers take up to {size(needed)}"
-    say(found)
-    if free < needed:
-        return [
-            f"{found}: give the container more (docker run --shm-size, or in Kubernetes an emptyDir of medium Memory), "
-            "or set a lower --data.workers"
-        ]
-    return []
-
-
-def check_remote(remote: str) -> None:
-    """Put and delete a small file; InputError as the store says it. Who may not delete keeps old checkpoints, too."""
-    store = open_store(remote)
-    refused = None
-    try:
-        store.put(PROBE, b"naign")
-    except InputError as error:  # the file may be there, and only not be readable
-        refused = error
-    with contextlib.suppress(InputError, Unavailable):
-        store.delete(PROBE)
-    if refused:
-        raise refused
+    needs = Needs(run=run, remote=remote, workers=workers, checkpoint_bytes=checkpoint_bytes, trackers=trackers)
+    return examine(say, needs, OF_A_RUN)
 
 
 def size(bytes: int) -> str:

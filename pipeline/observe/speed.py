@@ -34,7 +34,7 @@ def forward_flops(
     values: list[Tensor] = [*network.parameters(), *network.buffers()]
     empty: dict[int, Any] = {id(value): _without_data(value) for value in values}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        deepcopy(network, empty)(torch.empty(batch, *shape, device="meta"))
+        deepcopy(network, empty).eval()(torch.empty(batch, *shape, device="meta"))
     return int(counter.get_total_flops())
 
 

@@ -1,4 +1,4 @@
-"""Fit: a few passes of SGD over one round's images and the latents that they are matched with."""
+"""Fit: a few passes of SGD over a round's images and the latents that they are matched with."""
 
 import logging
 import math
@@ -14,95 +14,103 @@ from pipeline.config import TrainConfig
 from pipeline.distributed.ranks import total
 from pipeline.errors import Diverged, Stopped
 from pipeline.model.objectives import losses
-from pipeline.training.round import Run, Work
+from pipeline.training.round import RoundState, Run
 
 log = logging.getLogger("naign.fit")
 
 
-def fit(run: Run, work: Work, budget: int) -> dict[str, float]:
-    """Collective: a few passes of SGD on (image, its latent); the mean of each loss over steps and ranks, and more.
+def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:
+    """Train on (image, its latent) for train.passes passes. Collective.
 
-    Raises Stopped between two steps; Diverged after too many steps whose gradient is not finite.
+    Returns the mean of each loss over steps and ranks, and the last learning rate. Raises Stopped between two steps;
+    Diverged after train.bad_steps steps in a row whose gradient is not finite.
     """
     config, engine, position = run.config, run.engine, run.position
     size = config.match.round
     steps = steps_of(
         config.seed,
-        work.number,
+        state.number,
         size=size,
         batch=config.train.batch,
         passes=config.train.passes,
         rank=run.rank,
         world=run.world,
-        began=work.began,
+        world_size_at_start=state.world_size_at_start,
     )
-    poll, lr = run.poll("fit"), 0.0
+    stop_requested, lr = run.poll("fit"), 0.0
     while position.done < len(steps):
-        run.watch.beat()
-        if poll():
+        run.watchdog.beat()
+        if stop_requested():
             raise Stopped
         lr = learning_rate(config.train, position.images_seen, budget)
         engine.set_lr(lr)
-        turn = position.done // (size // config.train.batch)
-        found: dict[str, Tensor] = {}
+        passes_done = position.done // (size // config.train.batch)
+        sums: dict[str, Tensor] = {}
         for rows in steps[position.done].split(engine.micro):
-            # Numbers that no other image of the round has, in any pass: for fresh latents, fresh noise and jitter.
-            fresh, here = rows + size * turn, rows - work.first
+            # Fresh latents, noise and jitter are drawn by numbers that no other image of the round has, in any pass.
+            numbers, local = rows + size * passes_done, rows - state.first
+            images = state.images[local]
             with engine.micro_batch():
                 terms = losses(
                     config.objective,
                     engine.forward,
-                    work.images[here],
-                    latents_of(work, here, fresh) if config.objective.needs_latents else None,
-                    damaged=work.draw.damaged(work.images[here], fresh) if config.objective.needs_damaged else None,
+                    images,
+                    latents_of(state, local, numbers) if config.objective.needs_latents else None,
+                    damaged=state.random.damaged(images, numbers) if config.objective.needs_damaged else None,
                     frozen=engine.bare,
-                    normals=partial(work.draw.normals, fresh),
+                    normals=partial(state.random.normals, numbers),
                     perceived=run.perceived,
                 )
                 engine.backward(terms["total"])
             for name, value in terms.items():
                 value = value.detach() / engine.accumulate if engine.accumulate > 1 else value.detach()
-                found[name] = found[name] + value if name in found else value
+                sums[name] = sums[name] + value if name in sums else value
         norm = engine.step()
-        found |= {"gradient": torch.tensor(norm), "steps": torch.tensor(1.0)}
+        sums |= {"gradient": torch.tensor(norm), "steps": torch.tensor(1.0)}
         if math.isfinite(norm):
-            run.bad = 0
-            for name, value in found.items():
-                work.sums[name] = work.sums.get(name, torch.zeros_like(value)) + value
+            run.bad_steps = 0
+            for name, value in sums.items():
+                state.sums[name] = state.sums.get(name, torch.zeros_like(value)) + value
         else:
-            skip(run, work)
+            skip(run, state)
         position.done += 1
         position.step += 1
         position.images_seen += config.train.batch
         run.monitor.advance(config.train.batch)
-    names = sorted(name for name in work.sums if name != "steps")
-    count = float(work.sums["steps"]) if names else 0.0
-    means = total([float(work.sums[name]) / count / run.world for name in names], run.accelerator)
-    return {f"loss/{name}": mean for name, mean in zip(names, means, strict=True)} | {"train/lr": lr}
+    return means(run, state) | {"train/lr": lr}
 
 
-def latents_of(work: Work, here: Tensor, fresh: Tensor) -> Tensor:
-    """Those that images are matched with, or new ones: `here` are rows of the work's images, `fresh` their numbers."""
-    return work.draw.jittered(work.match.ids[here], fresh) if work.match else work.draw.latents(fresh)
+def latents_of(state: RoundState, local: Tensor, numbers: Tensor) -> Tensor:
+    """Latents of the images at rows `local`: the matched ones, or fresh ones drawn by `numbers` without a match."""
+    return state.random.jittered(state.match.ids[local], numbers) if state.match else state.random.latents(numbers)
 
 
-def skip(run: Run, work: Work) -> None:
-    """Count a step that was not made. Raises Diverged after train.bad_steps of them in a row."""
-    run.bad += 1
+def means(run: Run, state: RoundState) -> dict[str, float]:
+    """Mean of each loss over the round's steps and all ranks. Collective."""
+    names = sorted(name for name in state.sums if name != "steps")
+    count = float(state.sums["steps"]) if names else 0.0
+    values = total([float(state.sums[name]) / count / run.world for name in names], run.accelerator)
+    return {f"loss/{name}": value for name, value in zip(names, values, strict=True)}
+
+
+def skip(run: Run, state: RoundState) -> None:
+    """Count a skipped step. Raises Diverged after train.bad_steps of them in a row."""
+    run.bad_steps += 1
     run.position.skipped += 1
     if run.rank == 0:
         log.warning("step %d: the loss or its gradient is not finite: skipped", run.position.step)
-    if run.bad >= run.config.train.bad_steps:
+    if run.bad_steps >= run.config.train.bad_steps:
         run.writer.join()
         newest = newest_checkpoint(Path(run.config.run.path) / "checkpoints") or "not there yet"
         raise Diverged(
-            f"{run.bad} steps in a row had a loss or gradient that is not finite, the last in round {work.number}; the "
-            f"newest checkpoint is {newest}: lower train.lr, set train.clip or raise the precision, in a new --run.path"
+            f"{run.bad_steps} steps in a row had a loss or gradient that is not finite, the last in round "
+            f"{state.number}; the newest checkpoint is {newest}: lower train.lr, set train.clip or raise the "
+            "precision, in a new --run.path"
         )
 
 
 def learning_rate(config: TrainConfig, seen: int, budget: int) -> float:
-    """Linear warm-up over at most half the budget, then a cosine from lr to lr_end; counted in images."""
+    """Linear warm-up over at most half the budget, then a cosine from lr to lr_end; all counted in images."""
     warmup = min(config.warmup, budget // 2)
     if seen < warmup:
         return config.lr * (seen + config.batch) / (warmup + config.batch)
@@ -111,7 +119,7 @@ def learning_rate(config: TrainConfig, seen: int, budget: int) -> float:
 
 
 def pass_order(count: int, *key: int) -> Tensor:
-    """A permutation (count,) that depends on the arguments alone: it sorts raw draws, which NumPy never changes."""
+    """A permutation (count,) int64, a function of the arguments: it sorts raw draws, which NumPy never changes."""
     return torch.from_numpy(np.argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(count), kind="stable"))
 
 
@@ -124,18 +132,20 @@ def steps_of(
     passes: int,
     rank: int,
     world: int,
-    began: int,  # the world size that began the round: as a rule this one
+    world_size_at_start: int,  # of the ranks that started the round: usually `world`
 ) -> Tensor:
-    """The rows of the round (steps, batch / world) int64 that `rank` fits in each step.
+    """Rows of the round (steps, batch / world) int64 that `rank` trains on in each step.
 
-    Every pass has each image of the round once, over all ranks. A rank fits its own contiguous share of the round, in
-    an order of its own; in a round that another world size began every step keeps its images, which are dealt anew.
+    Every pass has each image of the round once, over all ranks. A rank trains on its own contiguous share in an order
+    of its own. In a round that another world size started, every step keeps its images and deals them out anew.
     """
-    share = size // began
-    ranks = [rank] if began == world else range(began)
+    resized = world_size_at_start != world
+    share = size // world_size_at_start
+    ranks = range(world_size_at_start) if resized else [rank]
     passed = [
         torch.stack([other * share + pass_order(share, seed, round, turn, other) for other in ranks])
         for turn in range(passes)
     ]
-    steps = torch.cat([rows.view(len(ranks), -1, batch // began).transpose(0, 1).flatten(1) for rows in passed])
-    return steps if began == world else steps.view(len(steps), world, -1)[:, rank]
+    split = [rows.view(len(ranks), -1, batch // world_size_at_start).transpose(0, 1).flatten(1) for rows in passed]
+    steps = torch.cat(split)
+    return steps.view(len(steps), world, -1)[:, rank] if resized else steps

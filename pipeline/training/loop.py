@@ -1,266 +1,189 @@
-"""The rounds: take, match, fit, report, checkpoint.
+"""The loop: each round takes images, matches them with samples, fits the network, reports and checkpoints.
 
 Progress is counted in images seen. Everything random is a function of (seed, round, number), so a run that resumes goes
-on exactly as if it had never stopped: at a round's start or in the middle of its fit.
+on exactly as if it had never stopped, whether it stopped between two rounds or within the fit of one.
 """
 
 import logging
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
-import torch
-import torch.distributed as dist
-import yaml
 from accelerate import Accelerator
 from torch import Tensor
 
-from pipeline.checkpoint.bucket import newest_first, take_over
-from pipeline.checkpoint.writer import Writer
-from pipeline.config import Config, to_dict
-from pipeline.data.damage import check_damage
+from pipeline.config import Config
 from pipeline.data.decode import scaled
 from pipeline.data.loader import Stream, Taken
 from pipeline.data.order import rank_rows
 from pipeline.distributed.ranks import together, total
-from pipeline.distributed.signals import StopRequest
-from pipeline.distributed.watchdog import Watchdog
 from pipeline.errors import Diverged, InputError, Stopped, Unavailable
 from pipeline.match.across_ranks import NotFinite
 from pipeline.match.matcher import Match, match_round
-from pipeline.model import latents
-from pipeline.model.networks import build_network
-from pipeline.observe.doctor import preflight
-from pipeline.observe.logs import at_round, set_up
-from pipeline.observe.monitor import Monitor
-from pipeline.observe.speed import Profiler, forward_flops, parse_rounds
+from pipeline.model.latents import measure_spectrum
+from pipeline.observe.logs import at_round
 from pipeline.training.fit import fit
-from pipeline.training.report import report
-from pipeline.training.round import Drawing, Run, Work
-from pipeline.training.run_folder import check_shared, claim, count_rounds, have
-from pipeline.training.setup import (
-    build_engine,
-    check_engine,
-    headline,
-    open_features,
-    open_perceived,
-    open_stream,
-    shared,
-)
-from pipeline.training.state import Position, Saved, Under, restore, restore_weights, snapshot
+from pipeline.training.prepare import prepare, resume
+from pipeline.training.report import headline, report
+from pipeline.training.round import RoundRandom, RoundState, Run
+from pipeline.training.state import PartialRound, Position, snapshot
 
 log = logging.getLogger("naign.train")
 
 
 def train(config: Config, accelerator: Accelerator) -> bool:
-    """Train until the budget is spent; False if a signal ended it earlier, after a checkpoint. Collective."""
-    # Setup: everything that can be refused is refused here, on every rank, before anything is written.
-    rank, world = accelerator.process_index, accelerator.num_processes
-    set_up(rank, world)
-    stop = StopRequest(within=config.stop.within, world=world, timeout=config.train.timeout + 60)
-    with together(accelerator):
-        check_engine(config, accelerator)
-        stream = open_stream(config, rank, world)
-        torch.manual_seed(config.seed)  # the first weights, the same on every rank
-        bare = build_network(config.model, stream.shape, recompute=config.train.recompute).to(accelerator.device)
-        latents.check_law(config.match.latents, stream.shape)
-        check_damage(config.objective.damage, stream.shape)
-        features = open_features(config.match.space, stream.shape, accelerator.device)
-        perceived = open_perceived(config.objective, stream.shape, accelerator.device)
-        forward = forward_flops(bare, stream.shape)
-        size = 4 * (4 if config.train.ema else 3) * sum(value.numel() for value in bare.parameters())
-        if rank == 0:
-            for warning in preflight(
-                run=config.run.path,
-                remote=config.run.remote,
-                workers=config.data.workers,
-                checkpoint_bytes=size,
-                say=log.debug,
-            ):
-                log.warning("%s", warning)
-    lock, newest, word = None, None, ""
-    with together(accelerator):
-        if rank == 0:
-            newest, word, lock = claim(config)
-    name, word = shared([newest.name if newest else "", word], accelerator)
-    with together(accelerator):
-        checked = check_shared(config, word)
-
-    # Resume.
-    spectrum = None
-    with together(accelerator):
-        if name and rank:
-            newest = have(config, name, checked=checked)
-        if newest:
-            spectrum = restore_weights(newest, bare)
-    with together(accelerator):
-        engine = build_engine(config, bare, accelerator)
-        saved = restore(newest, engine, rank=rank, world=world, size=config.match.round) if newest else None
-    position = saved.position if saved else Position()
-    trained = config.match.round * config.train.passes  # images a round
-    rounds = count_rounds(config)
-    claimed, unsent = "", False
-    with together(accelerator):
-        monitor = Monitor(
-            Path(config.run.path),
-            active=rank == 0,
-            images=rounds * trained,
-            images_seen=position.images_seen,
-            config=yaml.safe_dump(to_dict(config), sort_keys=False),
-        )
-        if rank == 0 and config.run.remote:
-            unsent = bool(name) and name not in newest_first(config.run.remote)
-            if unsent or position.round < rounds:
-                claimed = take_over(config.run.remote)
-    watch = Watchdog(rank=rank, world=world, timeout=config.train.timeout)
-    writer = Writer(
-        Path(config.run.path),
-        rank=rank,
-        world=world,
-        keep=config.checkpoint.keep,
-        every=config.checkpoint.keep_every,
-        remote=config.run.remote,
-        claim=claimed,
-        beat=watch.beat,
-        left=lambda: stop.left if stop.seen() else math.inf,
-        patience=max(3600.0, config.train.timeout),
-        flush=monitor.flush,
-    )
-    profiler = Profiler(Path(config.run.path), config.profile.rounds, rank)
-    if rank == 0 and any(number >= rounds or number < position.round for number in parse_rounds(config.profile.rounds)):
-        log.warning("profile.rounds=%s: rounds %d to %d are ahead", config.profile.rounds, position.round, rounds - 1)
-    run = Run(
-        config=config,
-        accelerator=accelerator,
-        engine=engine,
-        stream=stream,
-        stop=stop,
-        monitor=monitor,
-        watch=watch,
-        profiler=profiler,
-        writer=writer,
-        position=position,
-        features=features,
-        perceived=perceived,
-        spectrum=spectrum,
-        forward=forward,
-        written=name,
-    )
-    with stream, monitor, watch, profiler:
-        if total([float(unsent)], accelerator)[0]:
-            writer.resend(name)
-        if position.round >= rounds:
-            monitor.say(f"nothing left to do: {config.run.path} has seen its {position.images_seen} images")
-        else:
-            monitor.say(headline(run, rounds, newest))
-        work, clock, spent = None, list[float](), 0.0
-        try:
-            while position.round < rounds:
-                last = position.round + 1 == rounds
-                at_round(position.round)
-                with profiler.round(position.round):
-                    clock, done = [time.perf_counter()], position.done
-                    spent = time.process_time()
-                    with run.phase("take"):
-                        work, taken = take(run, saved)
-                    clock.append(time.perf_counter())
-                    with run.phase("match"):
-                        if config.objective.needs_match and work.match is None:
-                            work.match = find_match(run, work)
-                    clock.append(time.perf_counter())
-                    with run.phase("fit"):
-                        values = fit(run, work, rounds * trained)
-                    clock.append(time.perf_counter())
-                position.round, position.done = position.round + 1, 0
-                position.seconds += clock[-1] - clock[0]
-                position.cpu_seconds += time.process_time() - spent
-                with run.phase("report"), together(accelerator):
-                    report(run, work, taken, values, clock, rounds, trained - done * config.train.batch)
-                saved = work = None
-
-                with run.phase("checkpoint"):
-                    stopping = stop.agree()[0] and not last
-                    if last or stopping or position.round % config.checkpoint.rounds == 0:
-                        checkpoint(run, None)
-                if stopping:
-                    raise Stopped
-        except Stopped:
-            if len(clock) < 4:  # the round's part that is done; a whole one has been counted
-                position.seconds += time.perf_counter() - clock[0]
-                position.cpu_seconds += time.process_time() - spent
-            if position.done and work is None:  # resumed within a round, and stopped before it could go on
-                assert saved is not None
-                checkpoint(run, saved.under, began=saved.began)
-            elif position.done:
-                assert work is not None
-                checkpoint(run, under_way(run, work), began=work.began)
-            else:
-                checkpoint(run, None)
-            monitor.say(
-                f"stopped on request in round {position.round + 1} of {rounds}; the same command goes on from here"
-            )
-        except (InputError, Unavailable):  # of all ranks; what is being written is whole
-            writer.join(within=config.stop.within)
-            raise
-        watch.enter("finish", position.round)
-        written = writer.join()
-        if written and writer.unsent:  # once more: whoever starts this run may have nothing else of it
-            writer.resend(writer.unsent)
-            written = writer.join()
-        if not written:
-            log.warning("the newest checkpoint, or its copy, could not be finished in time")
-        finished = position.round >= rounds and not total([float(not written)], accelerator)[0]
-    if lock:
-        lock.release()
+    """Train until the budget is spent. Returns False if a signal ended it earlier, after a checkpoint. Collective."""
+    run, network = prepare(config, accelerator)
+    partial = resume(run, network)
+    with run.stream, run.monitor, run.watchdog, run.profiler:
+        run.monitor.say(headline(run))
+        run_rounds(run, partial)
+        finished = finish(run)
+    if run.lock:
+        run.lock.release()
     return finished
 
 
-def take(run: Run, saved: Saved | None) -> tuple[Work, Taken]:
-    """Collective: this rank's share of the next round's images, or all of a round that another world size began."""
-    position, device = run.position, run.accelerator.device
-    number = position.round
-    with together(run.accelerator):
-        taken = run.stream.take(number, run.stop.seen)
-        images = scaled(taken.images.to(device))
-    if run.config.match.latents == "fourier" and run.spectrum is None:
-        run.spectrum = latents.measure_spectrum(images, lambda mean: run.accelerator.reduce(mean, "mean"))
-    draw = Drawing(run.config, number, run.stream.shape, device, run.spectrum)
-    first, stop = rank_rows(run.config.match.round, run.rank, run.world)
-    work = Work(number=number, began=run.world, draw=draw, images=images, first=first)
-    if saved and position.done:
-        assert saved.under is not None
-        work.began = saved.began
-        if work.began != run.world:
-            first, stop, work.first = 0, run.config.match.round, 0
+def run_rounds(run: Run, partial: PartialRound | None) -> None:
+    """Train round by round, from `partial` on, until the budget is spent or all ranks agree to stop. Collective."""
+    config, position = run.config, run.position
+    images = config.match.round * config.train.passes  # trained on in each round
+    state: RoundState | None = None
+    try:
+        while position.round < run.rounds:
+            at_round(position.round)
+            done = position.done
+            with run.profiler.round(position.round), measured(position):
+                with run.phase("take"):
+                    state, taken = take(run, partial)
+                with run.phase("match"):
+                    if config.objective.needs_match and state.match is None:
+                        state.match = find_match(run, state)
+                with run.phase("fit"):
+                    values = fit(run, state, run.rounds * images)
+            position.round, position.done = position.round + 1, 0
+            with run.phase("report"), together(run.accelerator):
+                report(run, state, taken, values, images=images - done * config.train.batch)
+            state = partial = None
+
+            with run.phase("checkpoint"):
+                last = position.round == run.rounds
+                stopping = run.stop.agree()[0] and not last
+                if last or stopping or position.round % config.checkpoint.rounds == 0:
+                    checkpoint(run)
+            if stopping:
+                raise Stopped
+    except Stopped:
+        checkpoint(run, gather_partial(run, state) if state and position.done else partial)
+        run.monitor.say(
+            f"stopped on request in round {position.round + 1} of {run.rounds}; the same command goes on from here"
+        )
+    except (InputError, Unavailable):  # raised on all ranks: a checkpoint that is being written can be finished
+        run.writer.join(within=config.stop.within)
+        raise
+
+
+def finish(run: Run) -> bool:
+    """Wait for the last checkpoint and its copy. Returns whether the budget is spent and all is written. Collective."""
+    run.watchdog.enter("finish", run.position.round)
+    written = run.writer.join()
+    if written and run.writer.unsent:  # once more: whoever starts this run again may have only the bucket
+        run.writer.resend(run.writer.unsent)
+        written = run.writer.join()
+    if not written:
+        log.warning("the newest checkpoint, or its copy, could not be finished in time")
+    return run.position.round >= run.rounds and not total([float(not written)], run.accelerator)[0]
+
+
+@contextmanager
+def measured(position: Position) -> Iterator[None]:
+    """Add the wall and processor time spent inside to `position`, also where the round is stopped."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    try:
+        yield
+    finally:
+        position.seconds += time.perf_counter() - wall
+        position.cpu_seconds += time.process_time() - cpu
+
+
+def take(run: Run, partial: PartialRound | None) -> tuple[RoundState, Taken]:
+    """Read this rank's share of the next round, and go on from what is kept of it. Collective."""
+    config, number, device = run.config, run.position.round, run.accelerator.device
+    taken = read_round(run, run.stream, number)
+    images = scaled(taken.images.to(device))
+    if config.match.latents == "fourier" and run.spectrum is None:
+        run.spectrum = measure_spectrum(images, lambda mean: run.accelerator.reduce(mean, "mean"))
+    random = RoundRandom(config, number, run.stream.shape, device, run.spectrum)
+    first, last = rank_rows(config.match.round, run.rank, run.world)
+    state = RoundState(number=number, world_size_at_start=run.world, random=random, images=images, first=first)
+    if partial:
+        state.world_size_at_start = partial.world_size_at_start
+        if partial.world_size_at_start != run.world:  # each step's images are dealt anew, from the whole round
+            first, last, state.first = 0, config.match.round, 0
             with together(run.accelerator):
-                whole = replace(run.config.data, trace="", workers=0)
-                with Stream(whole, seed=run.config.seed, round_size=run.config.match.round, prefetch=False) as stream:
-                    work.images = scaled(stream.take(number, run.stop.seen).images.to(device))
-        work.sums = {name: value.to(device) for name, value in saved.under.sums.items()}
-        if saved.under.ids is not None and saved.under.distances is not None:
-            ids, distances = saved.under.ids[first:stop], saved.under.distances[first:stop]
-            work.match = Match(ids=ids, distances=distances, values=saved.under.values)
-    return work, taken
+                data = replace(config.data, trace="", workers=0)
+                whole = Stream(data, seed=config.seed, round_size=config.match.round, prefetch=False)
+            with whole:
+                state.images = scaled(read_round(run, whole, number).images.to(device))
+        state.sums = {name: value.to(device) for name, value in partial.sums.items()}
+        if match := partial.match:
+            state.match = replace(match, ids=match.ids[first:last], distances=match.distances[first:last])
+    return state, taken
 
 
-def find_match(run: Run, work: Work) -> Match:
-    """Collective: the latent whose sample is nearest to each image of this rank, out of the pool of all ranks."""
-    poll = run.poll("match")
+def read_round(run: Run, stream: Stream, number: int) -> Taken:
+    """A round from `stream`, once every rank has read its own. Collective.
+
+    The ranks compare notes a few times a second. Only rows that arrive, on any rank, count as progress: a store that is
+    slow takes its time, and one that stalls ends the run after train.timeout.
+    """
+    rows = math.inf  # read by all ranks at the last look
+
+    def all_done(done: bool) -> bool:
+        nonlocal rows
+        before, (rows, missing) = rows, total([stream.rows_read, float(not done)], run.accelerator)
+        if rows > before:
+            run.watchdog.beat()
+        return not missing
+
+    def stop_requested() -> bool:
+        all_done(False)
+        return run.stop.seen()
+
+    def wait_for_others() -> None:
+        run.watchdog.beat()
+        while not all_done(True):
+            pass  # it takes as long as the slowest rank is between two looks
+
+    with together(run.accelerator):
+        try:
+            taken = stream.take(number, stop_requested)
+        except (InputError, Unavailable, Stopped):
+            wait_for_others()
+            raise
+        wait_for_others()
+    return taken
+
+
+def find_match(run: Run, state: RoundState) -> Match:
+    """For each image of this rank the latent whose sample is nearest, out of the pool of all ranks. Collective."""
+    stop_requested = run.poll("match")
 
     def sample(ids: Tensor) -> Tensor:
-        return run.engine.sample(work.draw.latents(ids))
+        return run.engine.sample(state.random.latents(ids))
 
-    def look() -> None:
-        run.watch.beat()
-        if poll():
+    def poll() -> None:
+        run.watchdog.beat()
+        if stop_requested():
             raise Stopped
 
     try:
-        match = match_round(work.images, sample, run.config.match, run.features, look)
+        match = match_round(state.images, sample, run.config.match, run.features, poll)
     except NotFinite as error:  # on all ranks
         raise Diverged(
-            f"the network's samples are not finite in round {work.number} ({error}): the run has diverged; lower "
+            f"the network's samples are not finite in round {state.number} ({error}): the run has diverged; lower "
             "train.lr, set train.clip or raise the precision, in a new --run.path"
         ) from None
     if match.described != run.monitor.described:
@@ -269,35 +192,26 @@ def find_match(run: Run, work: Work) -> Match:
     return match
 
 
-def under_way(run: Run, work: Work) -> Under:
-    """Collective: what of the round has to be kept, on rank 0 for all."""
-    match, found = work.match, Under(sums=work.sums)
-    if match is None:
-        return found
-    found.values = match.values
-    parts = [match.ids, match.distances.cpu()]
-    if work.began == run.world and run.world > 1:
-        group = dist.new_group(backend="gloo")
-        for place, mine in enumerate(parts):
-            everyone = [torch.empty_like(mine) for _ in range(run.world)]
-            dist.all_gather(everyone, mine.contiguous(), group=group)
-            parts[place] = torch.cat(everyone)
-    found.ids, found.distances = parts
-    return found
+def gather_partial(run: Run, state: RoundState) -> PartialRound:
+    """What has to be kept of the current round, the match of all ranks included. Collective."""
+    match = state.match
+    if match and state.world_size_at_start == run.world:  # else every rank has the whole match
+        gather = run.accelerator.gather
+        ids, distances = (gather(part.to(run.accelerator.device)).cpu() for part in (match.ids, match.distances))
+        match = replace(match, ids=ids, distances=distances)
+    return PartialRound(world_size_at_start=state.world_size_at_start, match=match, sums=state.sums)
 
 
-def checkpoint(run: Run, under: Under | None, *, began: int = 0) -> None:
-    """Collective: begin to write checkpoints/step-XXXXXXXX, unless it is there already."""
+def checkpoint(run: Run, partial: PartialRound | None = None) -> None:
+    """Begin to write checkpoints/step-XXXXXXXX in the background, unless it is there already. Collective."""
     name = f"step-{run.position.step:08d}"
-    if name == run.written:
+    if name == run.checkpointed:
         return
-    ready = run.writer.join(share=0.5)  # what was written before may still be on its way to the bucket
+    ready = run.writer.join(share=0.5)  # the one before may still be on its way to the bucket
     if total([float(not ready)], run.accelerator)[0]:
         log.warning("%s is not written: the one before it is still being sent, and time is short", name)
         return
-    copy, files = snapshot(
-        run.config, run.stream, run.engine, run.position, run.spectrum, under=under, began=began or run.world
-    )
+    copy, files = snapshot(run.config, run.stream, run.engine, run.position, run.spectrum, partial)
     with together(run.accelerator):
         run.writer.start(name, copy, files)
-    run.written = name
+    run.checkpointed = name

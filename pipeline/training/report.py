@@ -1,8 +1,11 @@
-"""What is told of a round that is done: metrics, pictures and warnings."""
+"""What a run reports: its headline, and each round's metrics, pictures and warnings."""
 
 import logging
+import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -14,90 +17,111 @@ from pipeline.data.loader import Stream, Taken
 from pipeline.distributed.ranks import total
 from pipeline.observe.pictures import grid, rows, scatter
 from pipeline.observe.speed import fit_flops, peak_flops, peak_memory
-from pipeline.training.round import Run, Work
+from pipeline.training.round import RoundState, Run
 
 log = logging.getLogger("naign.report")
 
 
+def headline(run: Run) -> str:
+    """What a run says of itself before the first round."""
+    config, stream, engine, train = run.config, run.stream, run.engine, run.config.train
+    if run.position.round >= run.rounds:
+        return f"nothing left to do: {config.run.path} has seen its {run.position.images_seen} images"
+    parameters = sum(math.prod(shape) for shape in engine.shapes.values())
+    newest = Path(config.run.path) / "checkpoints" / run.checkpointed
+    start = f"resuming from {newest}" if run.checkpointed else "starting anew"
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return (
+        f"{stream.manifest.name} {'x'.join(map(str, stream.shape))}, {stream.order.describe()}\n"
+        f"{config.objective.name} with {parameters / 1e6:.2f} M parameters on {run.world} x "
+        f"{run.accelerator.device.type} ({engine.described}; {local} here, {torch.get_num_threads()} threads each)\n"
+        f"batch {train.batch} = {engine.micro} images x {train.accumulate} micro-batches x {run.world} ranks; "
+        f"{run.rounds} rounds of {config.match.round} images x {train.passes} passes for {train.images}, "
+        f"pool {config.match.pool}; {start} in {config.run.path}"
+    )
+
+
 def report(
     run: Run,
-    work: Work,
+    state: RoundState,
     taken: Taken,
-    values: dict[str, float],
-    clock: list[float],  # when taking began, and when it, the match and the fit ended
-    rounds: int,
-    images: int,  # trained on since then: fewer than the round's where a run resumed in its middle
+    values: dict[str, float],  # of the fit
+    *,
+    images: int,  # trained on: fewer than the round's where a run resumed within it
 ) -> None:
-    """Collective: metrics, pictures and warnings of a round that is done."""
+    """Report a finished round: metrics, pictures and warnings. Collective."""
     config, position, monitor = run.config, run.position, run.monitor
-    last = position.round == rounds
-    if work.match:
-        values |= work.match.values
-        alarm(run, work.match.values)
+    last = position.round == run.rounds
+    if state.match:
+        values |= state.match.values
+        warn_of_collapse(run, state.match.values)
     reported = last or position.round % config.report.rounds == 0
     if reported:
-        values |= speed_values(run, clock, images)
+        values |= speed_values(run, images)
         values |= {"seconds/training": position.seconds, "train/skipped": position.skipped}
-        values |= data_values(taken, run.stream, work.number, run.accelerator)
+        values |= data_values(taken, run.stream, state.number, run.accelerator)
         values |= {"checkpoint/seconds": run.writer.seconds, "checkpoint/upload_seconds": run.writer.uploaded}
     pictures, drawn = config.report.pictures, {}
     wanted = pictures and (last or position.round == 1 or position.round % pictures == 0)
     if wanted and (run.rank == 0 or run.engine.sharded):
-        shown = replace(work.draw, round=rounds).latents(torch.arange(64))  # of no round: the same all along
-        drawn = draw_progress(run.engine.sample, shown, work.images)
+        random = replace(state.random, round=run.rounds)  # a round that is never trained: the same latents all along
+        drawn = draw_progress(run.engine.sample, random.latents(torch.arange(64)), state.images)
     # From here on rank 0 alone works, and may fail.
     if reported:
-        monitor.scalars(values, position.images_seen, round=work.number, step=position.step)
-        if work.match:
-            monitor.histogram("match/distance", work.match.distances, position.images_seen)
+        monitor.scalars(values, position.images_seen, round=state.number, step=position.step)
+        if state.match:
+            monitor.histogram("match/distance", state.match.distances, position.images_seen)
     for name, picture in drawn.items():
         monitor.picture(name, picture, position.images_seen)
-
-
-def alarm(run: Run, values: dict[str, float]) -> None:
-    """Warn of a collapse: few samples that all images pull at, or one that many do."""
-    size = run.config.match.round
-    apart = min(1.0, run.stream.order.total / size)  # share of a round's images that can differ
-    if run.rank == 0 and size * apart >= 64:
-        if values.get("match/used", 1.0) < LEAST_USED * apart:
-            log.warning("collapse? %.1f distinct samples for 100 images", 100 * values["match/used"])
-        if values.get("match/top_share", 0.0) > MOST_SHARED:
-            log.warning("collapse? one sample is the nearest to %.0f %% of the images", 100 * values["match/top_share"])
 
 
 LEAST_USED, MOST_SHARED = 0.02, 0.25
 """Of a match: distinct samples an image, and the share of images that have one sample, from which on to warn."""
 
 
-def speed_values(run: Run, clock: list[float], images: int) -> dict[str, float]:
-    """Of a round: images/s, the share of its time in each part, from the times at which they ended, and what was done.
+def warn_of_collapse(run: Run, values: dict[str, float]) -> None:
+    """Warn if all images pull at a few samples, or many of them at one."""
+    size = run.config.match.round
+    distinct = min(1.0, run.stream.order.total / size)  # share of a round's images that can differ
+    if run.rank == 0 and size * distinct >= 64:
+        if values.get("match/used", 1.0) < LEAST_USED * distinct:
+            log.warning("collapse? %.1f distinct samples for 100 images", 100 * values["match/used"])
+        if values.get("match/top_share", 0.0) > MOST_SHARED:
+            log.warning("collapse? one sample is the nearest to %.0f %% of the images", 100 * values["match/top_share"])
+
+
+def speed_values(run: Run, images: int) -> dict[str, float]:
+    """Images/s of a round, the share of each phase, and arithmetic done.
 
     `speed/mfu` is the share of the GPUs' peak that fitting used (arXiv 2204.02311, B), where the peak is known.
     """
-    accelerator, spent = run.accelerator, clock[-1] - clock[0]
-    flops = fit_flops(run.forward, run.config.objective.forwards) * images / (clock[3] - clock[2])
+    seconds = {phase: run.seconds[phase] for phase in ("take", "match", "fit")}
+    spent, device = sum(seconds.values()), run.accelerator.device
+    flops = fit_flops(run.flops, run.config.objective.forwards) * images / seconds["fit"]
     values = {
         "speed/images_per_second": images / spent,
         "speed/images_per_second_and_rank": images / spent / run.world,
         "speed/fit_tflops": flops / 1e12,
-        "memory/peak_gb": peak_memory(accelerator.device),
+        "memory/peak_gb": peak_memory(device),
     }
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    if peak := peak_flops(accelerator.device, dtype):
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.accelerator.mixed_precision, torch.float32)
+    if peak := peak_flops(device, dtype):
         values["speed/mfu"] = flops / (run.world * peak)
-    parts = zip(("take", "match", "fit"), clock, clock[1:], strict=False)
-    return values | {f"share/{name}": (end - start) / spent for name, start, end in parts}
+    return values | {f"share/{phase}": value / spent for phase, value in seconds.items()}
 
 
 def data_values(taken: Taken, stream: Stream, round: int, accelerator: Accelerator) -> dict[str, float]:
-    """Collective: epochs so far, and what reading the round has cost all ranks."""
+    """Epochs so far, and what reading the round has cost all ranks. Collective."""
     tally = taken.tally
-    counts = [tally.bytes / 1e6, tally.cached / 1e6, tally.retries, tally.reread / 1e6, len(taken.broken)]
-    names = ("megabytes", "cached_megabytes", "retries", "reread_megabytes", "skipped")
-    sums = total([float(count) for count in counts], accelerator)
-    return {"data/epoch": stream.order.epochs(round + 1)} | {
-        f"data/{name}": value for name, value in zip(names, sums, strict=True)
+    costs = {
+        "data/megabytes": tally.bytes / 1e6,
+        "data/cached_megabytes": tally.cached / 1e6,
+        "data/retries": tally.retries,
+        "data/reread_megabytes": tally.reread / 1e6,
+        "data/skipped": len(taken.broken),
     }
+    sums = total([float(cost) for cost in costs.values()], accelerator)
+    return {"data/epoch": stream.order.epochs(round + 1)} | dict(zip(costs, sums, strict=True))
 
 
 def draw_progress(

@@ -1,11 +1,13 @@
-"""What the parts of a round share: the run, and the round under way."""
+"""What the phases of a round share: the run, and the state of the current round."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
+from filelock import FileLock
 from torch import Tensor
 
 from pipeline import philox
@@ -22,12 +24,13 @@ from pipeline.model.objectives import Distance
 from pipeline.observe.logs import title
 from pipeline.observe.monitor import Monitor
 from pipeline.observe.speed import Profiler
+from pipeline.training.run_folder import count_rounds
 from pipeline.training.state import Position
 
 
 @dataclass(slots=True)
-class Drawing:
-    """The random numbers of one round, by number."""
+class RoundRandom:
+    """Random numbers of one round: each row is a function of (seed, round, its number), on any device."""
 
     config: Config
     round: int
@@ -36,14 +39,14 @@ class Drawing:
     spectrum: Tensor | None
 
     def latents(self, ids: Tensor) -> Tensor:
-        """Latents (len(ids), *shape) by the configured law."""
+        """Latents (len(ids), *shape) of the configured law."""
         match, seed = self.config.match, self.config.seed
         return latents.draw(
             match.latents, seed, self.round, ids, self.shape, self.device, spectrum=self.spectrum, flat=match.flat
         )
 
     def damaged(self, images: Tensor, numbers: Tensor) -> Tensor:
-        """Images (n, *shape) with the damage of their numbers in the round, independent of the latents."""
+        """Images (n, *shape) with objective.damage applied; independent of the latents."""
         law, seed = self.config.objective.damage, self.config.seed
         normals = self.normals(numbers)
         shape = (damage.uniforms(law, self.shape),)
@@ -51,12 +54,12 @@ class Drawing:
         return damage.damage(law, images, normals, uniform, self.config.objective.noise)
 
     def normals(self, numbers: Tensor, step: int = 0) -> Tensor:
-        """Standard normals (len(numbers), *shape) of each step, independent of the latents."""
+        """Standard normals (len(numbers), *shape), other ones for each `step`; independent of the latents."""
         numbers = numbers + step * 2**40
         return philox.normal(self.config.seed, self.round, numbers, self.shape, self.device, stream=philox.NOISE)
 
     def jittered(self, ids: Tensor, numbers: Tensor) -> Tensor:
-        """The latents of matched ids with match.jitter's noise, which is that of the images' numbers."""
+        """Latents of `ids` plus noise of standard deviation match.jitter, drawn by the images' `numbers`."""
         drawn = self.latents(ids)
         if not self.config.match.jitter:
             return drawn
@@ -66,44 +69,43 @@ class Drawing:
 
 @dataclass(kw_only=True, slots=True)
 class Run:
-    """What the parts of a round share."""
+    """What the phases of all rounds share."""
 
     config: Config
     accelerator: Accelerator
-    engine: Engine
-    stream: Stream
     stop: StopRequest
-    monitor: Monitor
-    watch: Watchdog
-    profiler: Profiler
-    writer: Writer
-    position: Position
-    features: Callable[[Tensor], Tensor] | None
-    """Of the match's space."""
-    perceived: Distance | None
-    """Of the objective's encoder."""
-    spectrum: Tensor | None
-    """Of the fourier law, measured on the first round."""
-    forward: int = 0
-    """Floating-point operations of f of one image."""
-    polls: dict[str, Poll] = field(default_factory=dict)
-    """Of each phase in which all ranks go in step."""
-    written: str = ""
-    """Name of the newest checkpoint."""
-    bad: int = 0
-    """Steps in a row, up to now, that were skipped."""
+    stream: Stream
+    watchdog: Watchdog
+    features: Callable[[Tensor], Tensor] | None  # of the match's space
+    perceived: Distance | None  # of the objective's encoder
+    flops: int = 0  # of f of one image
+    bad_steps: int = 0  # skipped in a row, up to now
+    polls: dict[str, Poll] = field(default_factory=dict)  # by phase in which the ranks go in step
+    seconds: dict[str, float] = field(default_factory=dict)  # that each phase took last
+
+    # Set by `resume`:
+    lock: FileLock | None = None  # on the run folder, held by rank 0
+    engine: Engine = field(init=False)
+    monitor: Monitor = field(init=False)
+    profiler: Profiler = field(init=False)
+    writer: Writer = field(init=False)
+    position: Position = field(default_factory=Position)
+    checkpointed: str = ""  # name of the newest checkpoint
+    spectrum: Tensor | None = None  # of the fourier law, measured on the first round
 
     def poll(self, phase: str) -> Poll:
-        """Collective: whether to stop is looked at in `phase`, which begins."""
+        """A poll for stop requests in `phase`, which begins. Collective."""
         return self.polls.setdefault(phase, Poll(self.stop)).begin()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Around a part of a round, for whoever looks: the watchdog, a trace."""
-        self.watch.enter(name, self.position.round)
+        """Tell the watchdog, the profiler and the thread's title of a phase of the round, and time it."""
+        self.watchdog.enter(name, self.position.round)
         title(name)
+        start = time.perf_counter()
         with self.profiler.phase(name):
             yield
+        self.seconds[name] = time.perf_counter() - start
 
     @property
     def rank(self) -> int:
@@ -113,19 +115,19 @@ class Run:
     def world(self) -> int:
         return int(self.accelerator.num_processes)
 
+    @property
+    def rounds(self) -> int:
+        return count_rounds(self.config)
+
 
 @dataclass(kw_only=True, slots=True)
-class Work:
-    """The round under way on this rank."""
+class RoundState:
+    """The current round on this rank."""
 
     number: int
-    began: int
-    """The world size that began it."""
-    draw: Drawing
-    images: Tensor
-    """(n, *shape) from row `first` of the round on: this rank's share; all, if another world size began the round."""
-    first: int = 0
-    match: Match | None = None
-    """Of these images."""
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    """Of each loss, and of `steps`, over the steps that count."""
+    world_size_at_start: int  # which decides the images of each step
+    random: RoundRandom
+    images: Tensor  # (n, *shape): this rank's share, or the whole round if it was started with another world size
+    first: int = 0  # row of the round that images[0] is
+    match: Match | None = None  # of these images
+    sums: dict[str, Tensor] = field(default_factory=dict)  # of each loss, and `steps`, over the steps that count

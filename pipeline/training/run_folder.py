@@ -1,22 +1,26 @@
-"""The folder of a run, and its copy in a bucket: who may use it, and where it can be resumed from."""
+"""The folder of a run and its copy in a bucket: who may use it, and which checkpoint it resumes from."""
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
 import socket
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 
 from pipeline.checkpoint import bucket
 from pipeline.checkpoint.writer import is_complete, newest_checkpoint, set_aside
-from pipeline.config import MAY_CHANGE, Config, differences, from_dict, to_dict
+from pipeline.config import Config, changeable, differences, from_dict, to_dict
 from pipeline.errors import Damaged, InputError
 from pipeline.model.naign import NAIGN
+from pipeline.settings import MAY_CHANGE
 from pipeline.storage.base import Store
 from pipeline.storage.local import write_atomically
 from pipeline.storage.store import open_store
@@ -25,49 +29,52 @@ log = logging.getLogger("naign.run")
 
 LOCK_SECONDS = 120.0
 
+TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+"""What a disk or a system that fails for a while says. It is no fault of the user's, and worth a retry."""
+
+DAMAGE = (
+    *(FileNotFoundError, NotADirectoryError, IsADirectoryError, SafetensorError, ValueError, TypeError, LookupError),
+    *(AttributeError, EOFError, OverflowError, RecursionError),
+)
+"""What reading a checkpoint raises if a file is missing, or is not what this program writes."""
+
 
 def claim(config: Config) -> tuple[Path | None, str, FileLock]:
-    """Make the run's folder this configuration's: the checkpoint to resume from, if any, a word for `check_shared`, and
-    a lock to hold.
+    """Take the run's folder for this configuration, on rank 0.
 
-    Raises InputError, changing nothing, if the folder is in use, belongs to another configuration or may not be used
-    again. The lock goes with the process, however that ends.
+    Returns the checkpoint to resume from, if any, a token for `check_shared`, and a lock to hold, which goes with the
+    process. Raises InputError, changing nothing, if the folder is in use or another configuration's.
     """
     folder = Path(config.run.path)
+    # A network file system keeps a dead host's lock for a while, and Slurm starts the job again at once.
+    lock = FileLock(folder / ".lock", timeout=LOCK_SECONDS if "SLURM_RESTART_COUNT" in os.environ else 0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # A network file system keeps a dead host's lock for a while, and Slurm starts the job again at once.
-        lock = FileLock(folder / ".lock", timeout=LOCK_SECONDS if "SLURM_RESTART_COUNT" in os.environ else 0)
         lock.acquire()
-    except Timeout:
-        raise InputError(
-            f"'{folder}' is in use by another process: wait for it, or choose another --run.path"
-        ) from None
-    except OSError as error:
-        raise InputError(f"run.path '{folder}' cannot be written: {error}") from None
-    try:
         if config.resume == "never" and any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints")):
             raise InputError(
                 f"'{folder}' already holds a run and resume=never does not overwrite it: choose another --run.path, or "
                 "delete that folder"
             )
-        newest = find_newest(config)
-        word = uuid.uuid4().hex
-        write_atomically(folder / ".claim", word)
+        newest, token = find_newest(config), uuid.uuid4().hex
+        write_atomically(folder / ".claim", token)
         write_atomically(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
-    except OSError as error:
+        return newest, token, lock
+    except Timeout:
+        raise InputError(
+            f"'{folder}' is in use by another process: wait for it, or choose another --run.path"
+        ) from None
+    except BaseException as error:
         lock.release()
-        raise InputError(f"run.path '{folder}' cannot be written: {error}") from None
-    except BaseException:
-        lock.release()
+        if isinstance(error, OSError) and error.errno not in TRANSIENT:
+            raise InputError(f"run.path '{folder}' cannot be written: {error}") from None
         raise
-    return newest, word, lock
 
 
 def compare(recorded: Any, config: Config, file: str, place: str, option: str) -> list[str]:
     """Settings in which a run at `place` differs from this one, where that is allowed; InputError where it is not."""
-    changed = differences(from_dict(recorded, where=file), config)
-    allowed = all(line.partition(":")[0] in MAY_CHANGE for line in changed)
+    changed = differences(from_dict(recorded, where=file, recorded=True), config)
+    allowed = all(line.partition(":")[0] in changeable(config, MAY_CHANGE) for line in changed)
     if changed and (config.resume != "changed" or not allowed):
         remedy = ", or go on with what is changed by --resume=changed" if allowed else ""
         raise InputError(
@@ -79,14 +86,42 @@ def compare(recorded: Any, config: Config, file: str, place: str, option: str) -
 
 
 def _compare_checkpoint(checkpoint: Path, config: Config) -> None:
-    """By the checkpoint's own record, not config.yaml, which anyone may edit."""
-    recorded = NAIGN.from_pretrained(checkpoint / "model.safetensors").metadata.get("config")
+    """Compare with the checkpoint's own record, not with config.yaml, which anyone may edit."""
+    recorded = read_model(checkpoint, "model.safetensors").metadata.get("config")
     for line in compare(recorded, config, str(checkpoint), f"'{config.run.path}'", "--run.path"):
         log.warning("goes on with another %s", line)
 
 
+def read_model(checkpoint: Path, name: str) -> NAIGN:
+    """A model file of a checkpoint, on the CPU. Raises InputError as `damage_named` does."""
+    with damage_named(checkpoint):
+        open_tensors(checkpoint / name)  # from_pretrained calls a failing disk a damaged file
+        return NAIGN.from_pretrained(checkpoint / name)
+
+
+@contextlib.contextmanager
+def damage_named(checkpoint: Path) -> Iterator[None]:
+    """Turn what a damaged or foreign file raises into an InputError that names the checkpoint.
+
+    Failures of the device, memory, disk or another rank pass unchanged: the checkpoint is good, and a retry may work.
+    """
+    try:
+        yield
+    except DAMAGE as error:
+        raise InputError(
+            f"{checkpoint} cannot be resumed from ({type(error).__name__}: {error}): remove that folder to go on from "
+            "the checkpoint before it"
+        ) from None
+
+
+def open_tensors(file: Path) -> Any:
+    """An open safetensors file, on the CPU."""
+    file.open("rb").close()  # safetensors would call any failure to open it a missing file
+    return safe_open(file, framework="pt", device="cpu")
+
+
 def find_newest(config: Config) -> Path | None:
-    """The newest complete checkpoint, here or in the bucket; then it is brought here, with what the run reported.
+    """The newest complete checkpoint, here or in the bucket; that is brought here, with what the run reported.
 
     Raises InputError, changing nothing, if what is here, or there, is another configuration's.
     """
@@ -103,8 +138,6 @@ def find_newest(config: Config) -> Path | None:
             f"all checkpoints in {run}/checkpoints are damaged, and were set aside under other names: mend one, or "
             "give the same command again to start anew"
         )
-    if not names:
-        return newest
     damaged = ""
     for name in names:
         if newest and int(name.removeprefix("step-")) <= int(newest.name.removeprefix("step-")):
@@ -138,7 +171,7 @@ def check_remote_run(config: Config) -> list[str]:
 
 
 def _read_config(store: Store) -> Any:
-    """Of a run in a bucket."""
+    """The recorded configuration of a run in a bucket."""
     try:
         return yaml.safe_load(store.read("config.yaml"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -150,12 +183,12 @@ def _read_config(store: Store) -> Any:
 def is_done(config: Config) -> bool:
     """Whether the bucket holds a run of this configuration that has spent its budget, and its last checkpoint in full.
 
-    InputError where there is one and resume=never.
+    Raises InputError if there is one and resume=never.
     """
     store = open_store(config.run.remote)
     if "config.yaml" not in store.list():
         return False
-    recorded = from_dict(_read_config(store), where=store.url("config.yaml"))
+    recorded = from_dict(_read_config(store), where=store.url("config.yaml"), recorded=True)
     name = next(bucket.newest_first(config.run.remote), "")
     if not name or differences(recorded, config):
         return False
@@ -169,12 +202,10 @@ def count_rounds(config: Config) -> int:
     return -(-config.train.images // (config.match.round * config.train.passes))
 
 
-def have(config: Config, name: str, *, checked: bool) -> Path:
-    """The checkpoint of that name, on any rank; where the folder is not the one that the first rank has `checked` it
-    comes from the bucket.
-    """
+def fetch_checkpoint(config: Config, name: str, *, shared: bool) -> Path:
+    """The checkpoint of that name on this rank: from the bucket, unless this rank has `shared` the claimed folder."""
     folder = Path(config.run.path) / "checkpoints" / name
-    if checked:
+    if shared:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / ".download"):  # the ranks of a machine come one by one, and the first one fetches
@@ -183,23 +214,21 @@ def have(config: Config, name: str, *, checked: bool) -> Path:
     return folder
 
 
-def check_shared(config: Config, word: str) -> bool:
-    """Whether this rank sees the folder that the first rank has claimed.
+def check_shared(config: Config, token: str) -> bool:
+    """Whether this rank sees the folder that rank 0 has claimed with `token`.
 
-    InputError where it does not and there is no bucket; or where there is one and what lies here, on another machine,
-    is another run's.
+    Raises InputError if it does not and there is no bucket, or if its own folder holds another configuration's run.
     """
     folder = Path(config.run.path)
     claimed = folder / ".claim"
-    if claimed.exists() and claimed.read_text() == word:
+    if claimed.exists() and claimed.read_text() == token:
         return True
-    if config.run.remote:
-        if list(folder.glob("checkpoints/step-*")) and (folder / "config.yaml").exists():
-            recorded = yaml.safe_load((folder / "config.yaml").read_text())
-            compare(recorded, config, f"{folder}/config.yaml", f"'{folder}' on {socket.gethostname()}", "--run.path")
-    else:
+    if not config.run.remote:
         raise InputError(
             f"run.path '{config.run.path}' is not the same folder on every machine: put it on a file system that they "
             "share, or set --run.remote=s3://bucket/prefix"
         )
+    if list(folder.glob("checkpoints/step-*")) and (folder / "config.yaml").exists():
+        recorded = yaml.safe_load((folder / "config.yaml").read_text())
+        compare(recorded, config, f"{folder}/config.yaml", f"'{folder}' on {socket.gethostname()}", "--run.path")
     return False

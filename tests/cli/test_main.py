@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.cli import main as cli
+from pipeline.cli import model as cli
 from pipeline.errors import InputError
 from pipeline.model.naign import NAIGN
-from pipeline.model.networks import NetworkConfig, build_network
+from pipeline.model.networks import build_network, recorded_network
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def model(tmp_path):
         "latents": "gaussian",
     }
     torch.manual_seed(0)
-    NAIGN(build_network(NetworkConfig(**metadata["model"]), (1, 8, 8)), metadata).save_pretrained(tmp_path / "model")
+    NAIGN(build_network(recorded_network(metadata["model"]), (1, 8, 8)), metadata).save_pretrained(tmp_path / "model")
     return str(tmp_path / "model")
 
 
@@ -119,7 +119,7 @@ def test_repairs_are_not_written_to_a_file(model, pictures):
 )  # fmt: skip
 def test_what_are_no_points_of_the_model_is_named(tmp_path, text, said):
     metadata = {"model": {"kind": "mlp", "width": 4}, "shape": [2], "latents": "gaussian"}
-    network = build_network(NetworkConfig(**metadata["model"]), (2,))
+    network = build_network(recorded_network(metadata["model"]), (2,))
     NAIGN(network, metadata).save_pretrained(tmp_path / "model")
     (tmp_path / "points.csv").write_text(text)
     with pytest.raises(InputError, match=said):

@@ -184,6 +184,25 @@ def test_cut_and_foreign_shards_are_named(packed: str, keep: int) -> None:
         read_split(packed, "train")
 
 
+def test_rows_are_counted_while_their_round_is_read(packed: str) -> None:
+    with Stream(DataConfig(path=packed, workers=2), seed=5, round_size=ROUND, prefetch=False) as stream:
+        counts, blocks = list[int](), stream._blocks
+
+        def slowly(round: int) -> Any:
+            for block in blocks(round):
+                yield block
+                while stream.rows_read not in counts:
+                    time.sleep(0.01)
+
+        def look() -> bool:
+            counts.append(stream.rows_read)
+            return False
+
+        stream._blocks = slowly  # type: ignore[method-assign]
+        stream.take(0, look)
+        assert ROUND // 2 in counts and stream.rows_read == ROUND
+
+
 def test_an_error_while_reading_ahead_comes_with_its_round(packed: str) -> None:
     with Stream(DataConfig(path=packed), seed=5, round_size=12) as stream:
         order = Order(sizes=(5, 6, 6, 6), seed=5, round_size=12)

@@ -1,17 +1,21 @@
 """What the ranks of test_ranks.py run. Every case shares one fixed problem out among however many ranks there are."""
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
+from pipeline import errors
+from pipeline.distributed.ranks import together
 from pipeline.errors import InputError
-from pipeline.match import matcher
+from pipeline.match import assign
 from pipeline.match.matcher import Match, MatchConfig, match_round
 from pipeline.match.space import SpaceConfig
 from pipeline.model import latents
-from pipeline.model.networks import NetworkConfig, build_network
-from pipeline.training.loop import open_features
+from pipeline.model.networks import ConvConfig, build_network
+from pipeline.training.prepare import open_features
 from tests.match.problems import draw
 
 
@@ -24,13 +28,13 @@ def share(rows: Tensor, rank: int, world: int) -> tuple[Tensor, int]:
 def matched(setting: dict[str, Any], rank: int, world: int) -> Match:
     """A round's match by a real network: samples and so ids must not depend on who generates them."""
     torch.manual_seed(0)
-    network = build_network(NetworkConfig(width=8, code=16), (1, 8, 8)).eval()
+    network = build_network(ConvConfig(width=8, code=16), (1, 8, 8)).eval()
 
     @torch.inference_mode()
     def sample(ids: Tensor) -> Tensor:
         return network(latents.draw("mixture", 1, 2, ids, (1, 8, 8)))
 
-    matcher.NEIGHBOURS = 2  # so few that images ask again
+    assign.NEIGHBOURS = 2  # so few that images ask again
     images, _ = share(draw(7, 360, 1, 8, 8).tanh(), rank, world)
     config = MatchConfig(round=360, ratio=1000 / 360, block=64, **setting)
     return match_round(images, sample, config, open_features(config.space, (1, 8, 8), torch.device("cpu")))
@@ -72,3 +76,38 @@ def rejected(rank: int, world: int) -> dict[str, str]:
         except InputError as error:
             messages[assignment] = str(error)
     return messages
+
+
+class Narrower(errors.Damaged):
+    """A subclass that errors.py does not know."""
+
+
+RAISED: dict[str, tuple[Exception | None, Exception | None]] = {
+    "one": (None, errors.Damaged("damaged")),
+    "conflict": (None, errors.Conflict("conflict")),
+    "diverged": (errors.Diverged("diverged"), None),
+    "lost": (None, errors.PeerLost("lost")),
+    "out of reach": (None, errors.Unavailable("out of reach")),
+    "stopped": (errors.Stopped(), None),
+    "a subclass of another module": (None, Narrower("narrower")),
+    "2 before 75": (errors.Stopped(), errors.Damaged("damaged")),
+    "75 before 76": (errors.PeerLost("lost"), errors.Stopped()),
+    "76 before 1": (errors.Unavailable("out of reach"), errors.PeerLost("lost")),
+    "the first rank's of two alike": (errors.InputError("wrong"), errors.Damaged("damaged")),
+    "none": (None, None),
+}
+"""What rank 0 and rank 1 raise inside `together`."""
+
+
+def raised(rank: int, world: int) -> dict[str, tuple[str, str]]:
+    """Name and message of what this rank got in each case."""
+    found = {}
+    for name, raising in RAISED.items():
+        try:
+            with together(cast(Accelerator, SimpleNamespace(num_processes=world))):
+                if (error := raising[rank]) is not None:
+                    raise error
+            found[name] = ("", "")
+        except Exception as error:
+            found[name] = (type(error).__name__, str(error))
+    return found

@@ -1,6 +1,7 @@
 """What the ranks of test_search.py run: every problem shared out in several ways, and every way to get it wrong."""
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.match.across_ranks import Blocks, nearest, search
+from pipeline.distributed.signals import Poll, StopRequest
+from pipeline.errors import Stopped
+from pipeline.match import Blocks, MatchConfig, match_round, matcher, nearest, search
 from pipeline.match.method import METHODS
 from tests.match.problems import CASES, draw
 
@@ -72,6 +75,11 @@ def refused(rank: int, world: int) -> dict[str, str]:
             raise OSError("the disk is gone")
         return draw(2, high - low, 3)
 
+    def counted(low: int, high: int) -> Tensor:
+        made.append(low)
+        return failing(low, high)
+
+    made: list[int] = []
     tries: dict[str, Callable[[], object]] = {
         "nan": lambda: nearest(nan if last else queries, candidates, 8 * rank),
         "infinity": lambda: nearest(queries, infinite if last else candidates, 8 * rank),
@@ -85,6 +93,7 @@ def refused(rank: int, world: int) -> dict[str, str]:
         "neighbours": lambda: search(queries, candidates, 8 * rank, neighbours=1 + last),
         "shared ids": lambda: nearest(queries, candidates, 4 * rank),
         "failing": lambda: nearest(queries, Blocks(rows=8, make=failing, size=4), 8 * rank),
+        "failing in lock-step": lambda: nearest(queries, Blocks(rows=8, make=counted, size=1, lockstep=True), 8 * rank),
     }
     told = {}
     for name, attempt in tries.items():
@@ -94,7 +103,7 @@ def refused(rank: int, world: int) -> dict[str, str]:
         except (ValueError, RuntimeError, OSError) as error:
             told[name] = f"{type(error).__name__}: {error}"
     distances, _ = nearest(queries, candidates, 8 * rank)  # the group is as good as before
-    told["afterwards"] = str(len(distances))
+    told |= {"afterwards": str(len(distances)), "made in lock-step": str(len(made))}
     return told
 
 
@@ -128,3 +137,44 @@ def told_of(attempt: Callable[[], object]) -> dict[str, Any]:
     except RuntimeError as error:
         return {"told": str(error), "seconds": time.perf_counter() - start}
     return {"told": "nothing", "seconds": time.perf_counter() - start}
+
+
+ASKED = 30
+"""Block after which one rank is asked to stop."""
+
+
+def stopped(rank: int, world: int) -> dict[str, Any]:
+    """Blocks made by this rank until a match ends, of 200 in all: one rank is asked to stop, or fails to sample."""
+    matcher.HELD_ROWS = 8  # so that a search makes many parts of the pool, each of four blocks
+
+    def match(images: int, ratio: float, fail: bool) -> tuple[str, int]:
+        stop = StopRequest(world=world, timeout=60)
+        poll, made = Poll(stop), list[int]()
+
+        def look() -> None:
+            if poll():
+                raise Stopped
+
+        def sample(ids: Tensor) -> Tensor:
+            time.sleep(0.02)
+            made.append(len(ids))
+            if rank == world - 1 and len(made) == ASKED:
+                if fail:
+                    raise OSError("the disk is gone")
+                os.kill(os.getpid(), signal.SIGTERM)
+            return draw(int(ids[0]), len(ids), 1, 2, 2)
+
+        rows = images * (rank + 1) // world - images * rank // world
+        config = MatchConfig(round=images, ratio=ratio, block=2)
+        try:
+            match_round(draw(rank, rows, 1, 2, 2), sample, config, None, look)
+        except (Stopped, OSError, RuntimeError) as error:
+            return type(error).__name__, len(made)
+        return "nothing", len(made)
+
+    blocks = 200 * world - 1  # the last rank has fewer
+    return {
+        "queries travel": match(30, 2 * blocks / 30, False),
+        "the pool travels": match(3 * blocks, 2 / 3, False),
+        "sampling fails": match(30, 2 * blocks / 30, True),
+    }

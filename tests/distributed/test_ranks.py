@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from pipeline import errors
 from tests.conftest import SMALL
 from tests.distributed.ranks import on_ranks
 
@@ -50,3 +51,28 @@ def test_two_ranks_match_as_one_does_in_the_first_round_and_learn_as_well(train,
         for ranks in (1, 2)
     ]
     assert images[0] == images[1] and len(images[0]) == 79 * 256
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_is_raised_on_all_with_its_class_and_message(tmp_path):
+    first, second = on_ranks("cases.raised", 2, tmp_path)
+    assert first == second
+    assert first == {
+        "one": ("Damaged", "damaged"),
+        "conflict": ("Conflict", "conflict"),
+        "diverged": ("Diverged", "diverged"),
+        "lost": ("PeerLost", "lost"),
+        "out of reach": ("Unavailable", "out of reach"),
+        "stopped": ("Stopped", ""),
+        "a subclass of another module": ("Damaged", "narrower"),
+        "2 before 75": ("Damaged", "damaged"),
+        "75 before 76": ("Stopped", ""),
+        "76 before 1": ("PeerLost", "lost"),
+        "the first rank's of two alike": ("InputError", "wrong"),
+        "none": ("", ""),
+    }
+
+
+def test_every_error_of_a_program_can_be_raised_on_all_ranks():
+    own = {kind for kind in vars(errors).values() if isinstance(kind, type) and kind.__module__ == errors.__name__}
+    assert own == set(errors.SHARED) and {kind.code for kind in own} == set(errors.BY_WEIGHT)

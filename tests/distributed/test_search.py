@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from pipeline.distributed.signals import EVERY
 from tests.distributed.ranks import on_ranks
+from tests.distributed.search_cases import ASKED
 from tests.match.problems import CASES, draw, oracle
 
 
@@ -53,10 +55,28 @@ def test_what_is_wrong_on_one_rank_is_the_same_error_on_all(tmp_path):
         "neighbours": "ValueError: nearest: block size, neighbours, reject or method of rank 2 differ from rank 0's",
         "shared ids": "ValueError: nearest: ranks 0 and 1 both have a candidate with the id 4",
         "failing": "RuntimeError: nearest: rank 2 failed to make its candidates from row 4 on",
+        "failing in lock-step": "RuntimeError: nearest: rank 2 failed to make its candidates from row 1 on",
         "afterwards": "5",
+        "made in lock-step": "2",  # of 8: no rank makes another block
     }
     assert parts[0] == parts[1] == expected
-    assert parts[2] == expected | {"failing": "OSError: the disk is gone"}
+    gone = "OSError: the disk is gone"
+    assert parts[2] == expected | {"failing": gone, "failing in lock-step": gone}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_stop_asked_of_one_rank_ends_the_match_on_all_within_a_few_blocks(world, tmp_path):
+    parts = on_ranks("search_cases.stopped", world, tmp_path)
+    most = ASKED + int(EVERY / 0.02)  # a block takes 0.02 seconds at least, and ranks agree every EVERY
+    for way in ("queries travel", "the pool travels"):
+        assert {part[way][0] for part in parts} == {"Stopped"}
+        assert len({part[way][1] for part in parts}) == 1  # in lock-step
+        assert ASKED <= parts[0][way][1] <= most
+    # A rank that cannot sample takes the others along at the end of the part that it was making.
+    failed = [part["sampling fails"] for part in parts]
+    assert [name for name, _ in failed] == ["RuntimeError"] * (world - 1) + ["OSError"]
+    assert all(ASKED <= made <= ASKED + 4 for _, made in failed)
 
 
 @pytest.mark.slow

@@ -245,14 +245,13 @@ def test_a_long_list_is_cut():
     assert "rank 8, last" in said and "rank 9" not in said and said.endswith("; and 11 more")
 
 
-def test_what_was_read_before_the_store_was_lost_is_told(monkeypatch):
+def test_what_was_read_before_the_store_was_lost_is_told():
     heard = {1: fresh(post(MATCH)), 2: fresh(post(TAKE))}
     said = describe(0, 3, post(MATCH), heard, silence=17, lost="refused")
     assert "for rank 2, last progress 602 s ago in take" in said
     assert said.endswith("; the store cannot be reached (refused): rank 0, which holds it, is gone")
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     said = describe(0, 3, post(MATCH), {}, silence=17, lost="refused")
     assert said == (
         "rank 0 has waited 600 s in match of round 12; the store cannot be reached (refused): "
-        "the launcher of rank 0, which holds it, is gone"
+        "rank 0, which holds it, is gone"
     )

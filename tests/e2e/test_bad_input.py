@@ -87,7 +87,7 @@ def test_damaged_data_names_the_shard(damage, digits, tmp_path):
         (["--data.path=noindex"], ["noindex", "index.json", "naign pack"]),
         (["--data.path={digits}", "--data.split=validation"], ["validation", "train", "test"]),
         (["--data.path={digits}", "--model.kind=conv", "--run.path=file/run"], ["file/run"]),
-        (["--data.path={points}"], ["model.kind=mlp"]),
+        (["--data.path={points}"], ["model.name=mlp"]),
     ],
 )
 def test_a_mistake_is_refused_and_leaves_nothing_behind(options, parts, digits, points, tmp_path):

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.checkpoint.writer import write_checkpoint
 from pipeline.data.degrade import KINDS
 from pipeline.data.format.writer import pack
 from pipeline.data.sources.catalog import load
@@ -25,9 +24,10 @@ from pipeline.evaluate.report import number
 from pipeline.evaluate.run import evaluate
 from pipeline.model.encoders import FOLDER, load_encoder
 from pipeline.model.naign import NAIGN
-from pipeline.model.networks import NetworkConfig
+from pipeline.model.networks import ConvConfig, PointConfig
+from tests.checkpoint.written import write_checkpoint
 
-TINY = NetworkConfig(kind="conv", width=4, code=8)
+TINY = ConvConfig(width=4, code=8)
 Save = Callable[..., str]
 VOLATILE = {"seconds", "device"}
 
@@ -198,7 +198,7 @@ def test_points_skip_what_is_for_images(save_untrained: Save, tmp_path: Path) ->
     data, source = str(tmp_path / "moons"), load("toy2d:moons")
     fewer = {name: Made(length=400, make=examples.__getitem__) for name, examples in source.splits.items()}
     pack(dataclasses.replace(source, splits=fewer), data, progress=False)
-    folder = save_untrained(tmp_path / "run", data=data, shape=(2,), config=NetworkConfig(kind="mlp", width=16))
+    folder = save_untrained(tmp_path / "run", data=data, shape=(2,), config=PointConfig(width=16))
     metrics = evaluate(folder, samples=500, progress=False)
     assert metrics["restoration"] is None and metrics["modes"] is None and metrics["density"] is None
     assert metrics["fd"]["once"] > metrics["fd"]["floor"] and metrics["idempotence"]["damaged"] is None

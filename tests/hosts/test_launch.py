@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from pipeline.cluster.launch import SIGNALS, Ending
+from pipeline.cluster.ending import SIGNALS, Ending
 from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED
-from tests.conftest import SMALL, environment
+from tests.conftest import ROOT, SMALL, environment
 from tests.servers import free_port
 
 
@@ -76,10 +77,11 @@ def test_a_run_that_is_done_and_asked_to_end_before_its_bucket_says_so_is_starte
     assert job.returncode == INTERRUPTED and "does not hold its end" in said and "Traceback" not in said
 
 
-def test_further_signals_change_nothing(start, digits, tmp_path):
+@pytest.mark.parametrize("ranks", [("--processes=2",), ("--processes=1", "--engine=single")], ids=["two", "one"])
+def test_further_signals_change_nothing(ranks, start, digits, tmp_path):
     """Neither while the ranks write their checkpoint, nor when the code is known."""
     metrics = tmp_path / "run/metrics.jsonl"
-    job = start("--processes=2", f"--data.path={digits}", *SMALL, "--train.images=307200", "--run.path=run")
+    job = start(*ranks, f"--data.path={digits}", *SMALL, "--train.images=307200", "--run.path=run")
     deadline = time.monotonic() + 60
     while not (metrics.exists() and metrics.read_text().count("\n") > 5):
         assert time.monotonic() < deadline and job.poll() is None, job.communicate()[1]
@@ -90,6 +92,65 @@ def test_further_signals_change_nothing(start, digits, tmp_path):
     said = job.communicate()[1]
     assert job.returncode == INTERRUPTED and "SIGTERM: stopped on request" in said and "Traceback" not in said
     assert list((tmp_path / "run/checkpoints").glob("step-*"))
+
+
+HELD = """
+import os, pathlib, sys, time
+
+class Hold:
+    def find_spec(self, name, path=None, target=None):
+        if name == "pipeline.config":  # imported first
+            rank = os.environ["LOCAL_RANK"]
+            pathlib.Path(os.environ["HELD"], rank + ".new").write_text(str(os.getpid()))
+            pathlib.Path(os.environ["HELD"], rank + ".new").rename(pathlib.Path(os.environ["HELD"], rank))
+            time.sleep(600 if rank == "1" else 0)
+
+if "LOCAL_RANK" in os.environ:
+    sys.meta_path.insert(0, Hold())
+"""
+"""sitecustomize.py: rank 1 stays in its imports, so that rank 0 waits to connect; each leaves its process id."""
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_over(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.mark.slow
+def test_ranks_end_with_a_launcher_that_is_killed_while_they_import_and_connect(start, digits, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(HELD)
+    job = start(
+        *("--processes=2", f"--data.path={digits}", *SMALL, "--run.path=run"),
+        PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}",
+        HELD=str(tmp_path),
+    )
+    wait_until(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
+    ranks = [psutil.Process(int((tmp_path / name).read_text())) for name in ("0", "1")]
+    try:  # rank 0 waits for the others once it has opened its store
+        wait_until(lambda: any(found.status == psutil.CONN_LISTEN for found in ranks[0].net_connections()))
+        assert not any(map(is_over, ranks))
+        job.kill()
+        wait_until(lambda: all(map(is_over, ranks)), 60)
+    finally:
+        for rank in ranks:
+            if not is_over(rank):
+                rank.kill()
+
+
+def test_a_rank_whose_launcher_is_gone_already_ends_at_once():
+    program = [sys.executable, str(ROOT / "pipeline/train.py")]
+    named = environment(NAIGN_LAUNCHER="1", ACCELERATE_MIXED_PRECISION="no")
+    done = subprocess.run(program, env=named, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (INTERRUPTED, "")
 
 
 def test_a_mistake_on_the_first_host_ends_all(start):

@@ -11,10 +11,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from pipeline.cluster.check import problems, templates
 from pipeline.cluster.render import IMAGE, Size, name_after, render_k8s
 from pipeline.errors import InputError
 from tests.conftest import ROOT
+from tests.hosts.manifest_checks import problems, templates
 
 VERSIONS = ("1.29", "1.31", "1.33", "1.34", "1.35", kubernetes_validate.latest_version())
 FILES = ("job", "pack-job", "evaluate-job", "tensorboard", "jobset", "trainjob")
@@ -193,6 +193,14 @@ def test_a_slurm_script_is_rendered(naign):
     ):
         assert line in done.stdout
     assert subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=False).returncode == 0
+
+
+def test_the_manifest_that_is_applied_by_its_address_is_the_overlays_base():
+    """A link would be downloaded as its target's name, which `kubectl apply -f https://...` takes for YAML."""
+    file, base = ROOT / "k8s/job.yaml", ROOT / "k8s/base/job.yaml"
+    assert not file.is_symlink()
+    head, _, rest = file.read_text().partition("\n")
+    assert head.startswith("#") and "make k8s/job.yaml" in head and rest == base.read_text()
 
 
 def test_nothing_secret_stands_in_a_manifest():

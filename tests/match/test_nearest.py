@@ -1,12 +1,16 @@
 """The search against a float64 oracle: whatever the method, the blocks and the threads, on data that breaks float32."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.match.across_ranks import Blocks, nearest, search
+from pipeline.match import Blocks, nearest, search
 from pipeline.match.method import METHODS
+from tests.conftest import environment
 from tests.match.problems import CASES, FAMILIES, draw, oracle
 
 
@@ -242,3 +246,17 @@ def test_a_pool_that_is_mostly_one_sample_is_not_listed_pair_by_pair(method):
     candidates = torch.cat([draw(1, 1, 60).repeat(3300, 1) * 0.1, 3 * draw(2, 796, 60)])
     found = search(queries, candidates, 0, method=method)
     assert found.measured < 200 and found.ids[:, 0].tolist() == oracle(queries, candidates)[1][:, 0].tolist()
+
+
+def test_the_public_names_and_nothing_heavy_are_imported():
+    code = """
+import pipeline.match.latents
+from pipeline.match import latents, nearest
+from pipeline.match.latents import normal
+import inspect, sys
+from pipeline import philox
+assert pipeline.match.latents.normal is latents.normal is normal is philox.normal
+assert list(inspect.signature(nearest).parameters)[:4] == ["queries", "candidates", "first_id", "group"]
+assert not {"boto3", "deepspeed", "sklearn", "tensorboard", "torchmetrics"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment())

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pipeline.errors import InputError
 from pipeline.match.space import ROWS, SpaceConfig, check_space, embed
 from pipeline.model.encoders import FOLDER
-from pipeline.training.loop import open_features
+from pipeline.training.prepare import open_features
 
 SHAPE = (1, 8, 8)
 

@@ -5,7 +5,7 @@ import torch
 
 from pipeline.errors import InputError
 from pipeline.model.naign import NAIGN
-from pipeline.model.networks import NetworkConfig, build_network
+from pipeline.model.networks import build_network, recorded_network
 
 DESCRIPTION = {
     "model": {"kind": "conv", "width": 4, "depth": 1, "code": 8, "max_width": 16},
@@ -17,7 +17,7 @@ DESCRIPTION = {
 def make(**more):
     torch.manual_seed(0)
     metadata = {**DESCRIPTION, **more}
-    return NAIGN(build_network(NetworkConfig(**metadata["model"]), (1, 8, 8)), metadata)
+    return NAIGN(build_network(recorded_network(metadata["model"]), (1, 8, 8)), metadata)
 
 
 def test_saving_and_loading_changes_nothing(tmp_path):

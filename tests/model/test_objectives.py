@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from naign_baselines.ign import IgnConfig
+from naign_baselines.nae import NaeConfig
 from torch import nn
 
+from pipeline.config import from_dict
 from pipeline.errors import InputError
 from pipeline.model.encoders import load_encoder
-from pipeline.model.objectives import ObjectiveConfig, losses
+from pipeline.model.objectives import NaignConfig, losses
 from pipeline.model.perceptual import perceptual
 
 
@@ -28,7 +31,7 @@ def l1(a, b):
 @pytest.mark.parametrize("third", ["none", "idempotence", "matched"])
 def test_naign_is_the_weighted_sum_of_its_terms(distance, third, denoising):
     f, x, z, noise = setting()
-    config = ObjectiveConfig(
+    config = NaignConfig(
         distance=distance, third=third, reconstruction=2.0, imle=3.0, third_weight=0.5, denoising=denoising
     )
     damaged = x + 0.4 * noise
@@ -50,7 +53,7 @@ def test_naign_is_the_weighted_sum_of_its_terms(distance, third, denoising):
 
 def test_ign_is_the_weighted_sum_of_its_terms_with_the_clamp():
     f, x, z, _ = setting()
-    config = ObjectiveConfig(name="ign", reconstruction=20.0, idempotence=20.0, tightness=2.5, clamp=1.5)
+    config = IgnConfig(reconstruction=20.0, idempotence=20.0, tightness=2.5, clamp=1.5)
     terms = losses(config, f, x, z, frozen=f)
     reconstruction, residual = l1(f(x), x), l1(f(f(z)), f(z))
     clamped = torch.tanh(residual / (1.5 * reconstruction)) * 1.5 * reconstruction
@@ -61,14 +64,14 @@ def test_ign_gradients_go_where_the_paper_says():
     f, x, z, _ = setting()
     only = {"reconstruction": 0.0, "idempotence": 0.0, "tightness": 0.0}
     # Idempotence: through the inner f only, the outer one held.
-    losses(ObjectiveConfig(name="ign", **{**only, "idempotence": 1.0}), f, x, z, frozen=f)["total"].backward()
+    losses(IgnConfig(**{**only, "idempotence": 1.0}), f, x, z, frozen=f)["total"].backward()
     weight, bias = f.weight.detach(), f.bias.detach()
     inner = f(z)
     expected = torch.autograd.grad(l1(inner @ weight.T + bias, inner), f.weight)[0]
     torch.testing.assert_close(f.weight.grad, expected)
     # Tightness: through the outer f only, the inner one held, with the reconstruction's scale held too.
     f.zero_grad()
-    losses(ObjectiveConfig(name="ign", **{**only, "tightness": 1.0}), f, x, z, frozen=f)["total"].backward()
+    losses(IgnConfig(**{**only, "tightness": 1.0}), f, x, z, frozen=f)["total"].backward()
     held, limit = f(z).detach(), 1.5 * l1(f(x), x).detach()
     expected = torch.autograd.grad(-torch.tanh(l1(f(held), held) / limit) * limit, f.weight)[0]
     torch.testing.assert_close(f.weight.grad, expected)
@@ -77,14 +80,14 @@ def test_ign_gradients_go_where_the_paper_says():
 def test_the_clamp_bounds_the_tightness():
     f, x, _, _ = setting()
     far = 1e4 * torch.ones(5, 3)
-    config = ObjectiveConfig(name="ign", reconstruction=0, idempotence=0, tightness=1.0, clamp=1.5)
+    config = IgnConfig(reconstruction=0, idempotence=0, tightness=1.0, clamp=1.5)
     total = float(losses(config, f, x, far, frozen=f)["total"])
     assert math.isclose(total, -1.5 * float(l1(f(x), x)), rel_tol=1e-4)
 
 
 def test_nae_raises_the_energy_where_its_chains_end_and_lowers_it_on_data():
     f, x, z, noise = setting()
-    config = ObjectiveConfig(name="nae", langevin_steps=2, langevin_rate=0.1, langevin_noise=0.3, bound=0.5)
+    config = NaeConfig(langevin_steps=2, langevin_rate=0.1, langevin_noise=0.3, bound=0.5)
     assert config.needs_latents and not config.needs_match and config.forwards == 4
     terms = losses(config, f, x, z, frozen=f, normals=lambda step: noise * (step + 1))
     chain = f(z).detach()
@@ -107,42 +110,48 @@ def test_terms_without_weight_are_not_computed():
         seen.append(len(inputs))
         return f(inputs)
 
-    plain = ObjectiveConfig(imle=0.0)
+    plain = NaignConfig(imle=0.0)
     assert not plain.needs_latents and not plain.needs_match and plain.forwards == 1
     terms = losses(plain, network, x, None)
     torch.testing.assert_close(terms["total"], l1(f(x), x))
-    denoising = ObjectiveConfig(imle=0.0, reconstruction=0.0, denoising=2.0)
+    denoising = NaignConfig(imle=0.0, reconstruction=0.0, denoising=2.0)
     terms = losses(denoising, network, x, None, damaged=x + 1)
     torch.testing.assert_close(terms["total"], 2 * l1(f(x + 1), x))
     assert set(terms) == {"total", "denoising"} and denoising.forwards == 1 and not denoising.needs_match
-    only = ObjectiveConfig(reconstruction=0.0)
+    only = NaignConfig(reconstruction=0.0)
     torch.testing.assert_close(losses(only, network, x, z)["total"], l1(f(z), x))
     assert seen == [5, 5, 5] and only.needs_match
 
 
 NONSENSE = [
-    *({"imle": -1}, {"clamp": 0}, {"third": "both"}, {"third": "denoising"}, {"damage": "fire"}),
+    *({"imle": -1}, {"third": "both"}, {"third": "denoising"}, {"damage": "fire"}),
     *({"reconstruction": 0, "imle": 0}, {"perceptual": 1.0}, {"encoder": "mnist-cnn64"}),
-    {"name": "nae", "perceptual": 1.0, "encoder": "mnist-cnn64"},
 ]
 
 
 @pytest.mark.parametrize("wrong", NONSENSE)
 def test_nonsense_is_refused(wrong):
     with pytest.raises(InputError, match="objective."):
-        ObjectiveConfig(**wrong)
+        NaignConfig(**wrong)
+
+
+def test_nonsense_of_a_baseline_is_refused():
+    with pytest.raises(InputError, match="objective.clamp is 0: it must be positive"):
+        IgnConfig(clamp=0)
+    with pytest.raises(InputError, match="objective.perceptual is no setting of objective.name=nae"):
+        from_dict({"objective": {"name": "nae", "perceptual": 1.0, "encoder": "mnist-cnn64"}}, where="here")
 
 
 def test_a_perceptual_distance_is_added_in_every_term():
     f, x, z, _ = setting()
-    config = ObjectiveConfig(third="matched", perceptual=0.5, encoder="some")
+    config = NaignConfig(third="matched", perceptual=0.5, encoder="some")
     terms = losses(config, f, x, z, perceived=nn.functional.mse_loss)
 
     def d(a, b):
         return l1(a, b) + 0.5 * nn.functional.mse_loss(a, b)
 
     torch.testing.assert_close(terms["total"], d(f(x), x) + d(f(z), x) + d(f(f(z)), x))
-    config = ObjectiveConfig(name="ign", perceptual=0.5, encoder="some")
+    config = IgnConfig(perceptual=0.5, encoder="some")
     terms = losses(config, f, x, z, frozen=f, perceived=nn.functional.mse_loss)
     torch.testing.assert_close(terms["reconstruction"], d(f(x), x))
 

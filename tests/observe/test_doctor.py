@@ -1,17 +1,26 @@
 """The doctor finds what would go wrong later."""
 
-from pipeline.observe.doctor import examine, faiss_problems
+import pytest
+
+from pipeline.observe.doctor import Needs, examine, faiss
 
 
 def test_this_machine_is_described_and_ready():
     lines = []
     assert examine(lines.append) == []
     text = "\n".join(lines)
-    assert "torch" in text and "FAISS: faiss-cpu" in text and "cores" in text
+    assert "torch" in text and "FAISS: faiss-cpu" in text and "cores" in text and "disk here" in text
 
 
-def test_two_builds_of_faiss_are_a_problem():
-    assert faiss_problems(["faiss-cpu 1.15.1"]) == []
-    (problem,) = faiss_problems(["faiss-cpu 1.15.1", "faiss-gpu-cu12 1.12.0"])
-    assert "pip uninstall -y faiss-cpu faiss-gpu-cu12" in problem
-    assert "missing" in faiss_problems([])[0]
+@pytest.mark.parametrize(
+    ("builds", "remedy"),
+    [
+        (["faiss-cpu 1.15.1"], ""),
+        (["faiss-cpu 1.15.1", "faiss-gpu-cu12 1.12.0"], "pip uninstall -y faiss-cpu faiss-gpu-cu12"),
+        ([], "pip install faiss-cpu"),
+    ],
+)
+def test_one_build_of_faiss_is_wanted(monkeypatch, builds, remedy):
+    monkeypatch.setattr("pipeline.observe.doctor.faiss_builds", lambda: builds)
+    problems = examine(lambda line: None, Needs(), [faiss])
+    assert len(problems) == bool(remedy) and all(remedy in problem for problem in problems)

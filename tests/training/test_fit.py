@@ -1,4 +1,4 @@
-"""Every image of a round is fitted once a pass, whichever ranks begin it and whichever end it."""
+"""Every image of a round is fitted once a pass, whichever ranks start it and whichever end it."""
 
 import pytest
 import torch
@@ -8,23 +8,25 @@ from pipeline.training.fit import pass_order, steps_of
 ROUND = {"size": 48, "batch": 6, "passes": 2}
 
 
-def whole(world, began):
+def whole(world, start):
     """The rows of every step, over all ranks: (steps, batch)."""
-    return torch.cat([steps_of(3, 7, **ROUND, rank=rank, world=world, began=began) for rank in range(world)], dim=1)
+    return torch.cat(
+        [steps_of(3, 7, **ROUND, rank=rank, world=world, world_size_at_start=start) for rank in range(world)], dim=1
+    )
 
 
-@pytest.mark.parametrize("began", [1, 2, 3, 6])
+@pytest.mark.parametrize("start", [1, 2, 3, 6])
 @pytest.mark.parametrize("world", [1, 2, 3, 6])
-def test_each_image_once_a_pass_and_the_same_ones_in_each_step(world, began):
-    steps = whole(world, began)
+def test_each_image_once_a_pass_and_the_same_ones_in_each_step(world, start):
+    steps = whole(world, start)
     assert steps.shape == (16, 6)
     assert all(turn.flatten().sort().values.tolist() == list(range(48)) for turn in steps.split(8))
-    assert torch.equal(steps.sort(dim=1).values, whole(began, began).sort(dim=1).values)
+    assert torch.equal(steps.sort(dim=1).values, whole(start, start).sort(dim=1).values)
 
 
-def test_a_rank_that_began_the_round_reads_its_own_share():
+def test_a_rank_that_started_the_round_reads_its_own_share():
     for rank in range(3):
-        steps = steps_of(3, 7, **ROUND, rank=rank, world=3, began=3)
+        steps = steps_of(3, 7, **ROUND, rank=rank, world=3, world_size_at_start=3)
         assert steps.min() == 16 * rank and steps.max() == 16 * rank + 15
         assert torch.equal(steps[0], 16 * rank + pass_order(16, 3, 7, 0, rank)[:2])
 
@@ -32,4 +34,4 @@ def test_a_rank_that_began_the_round_reads_its_own_share():
 def test_passes_and_rounds_differ():
     steps = whole(1, 1)
     assert not torch.equal(steps[:8], steps[8:])
-    assert not torch.equal(steps, steps_of(3, 8, **ROUND, rank=0, world=1, began=1))
+    assert not torch.equal(steps, steps_of(3, 8, **ROUND, rank=0, world=1, world_size_at_start=1))

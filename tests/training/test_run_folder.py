@@ -1,26 +1,32 @@
 """A run's folder belongs to one configuration and one process, and a checkpoint of it is taken whole or refused."""
 
+import errno
 import json
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from accelerate import Accelerator
 from filelock import FileLock
 from safetensors.torch import load_file, save
+from torch.distributed import DistBackendError
 
-from pipeline.checkpoint.writer import MANIFEST, Writer, newest_checkpoint, write_checkpoint
+from pipeline.checkpoint.writer import MANIFEST, Writer, newest_checkpoint
 from pipeline.config import Config
 from pipeline.data.loader import Stream
 from pipeline.errors import InputError
+from pipeline.match.matcher import Match
 from pipeline.model.networks import build_network
+from pipeline.training import run_folder
+from pipeline.training.prepare import build_engine
 from pipeline.training.run_folder import claim
-from pipeline.training.setup import build_engine
-from pipeline.training.state import Position, Under, restore, restore_weights, share_out, snapshot
+from pipeline.training.state import PartialRound, Position, restore, restore_weights, share_out, snapshot
+from tests.checkpoint.written import write_checkpoint
 
 POSITION = Position(round=3, images_seen=300, step=30, seconds=1.5, skipped=2)
 
@@ -39,9 +45,9 @@ def make(folder, digits, seed=0):
         return config, stream, engine
 
 
-def write(config, stream, engine, position=POSITION, under=None, began=1):
+def write(config, stream, engine, position=POSITION, partial=None):
     writer = Writer(Path(config.run.path), rank=0, world=1, keep=2, every=0, remote="")
-    files = snapshot(config, stream, engine, position, None, under=under, began=began)
+    files = snapshot(config, stream, engine, position, None, partial)
     writer.start(f"step-{position.step:08d}", *files)
     assert writer.join()
 
@@ -60,7 +66,7 @@ def test_a_step_waits_until_what_it_changes_is_copied(run):
     config, stream, engine = run
     before = {name: value.detach().clone() for name, value in engine.bare.named_parameters()}
     averaged = {name: value.clone() for name, value in engine.ema.named_parameters()}
-    copy, files = snapshot(config, stream, engine, replace(POSITION, step=31), None, began=1)
+    copy, files = snapshot(config, stream, engine, replace(POSITION, step=31), None)
     with engine.micro_batch():
         engine.backward(engine.forward(torch.randn(4, *stream.shape)).square().sum())
     step = Thread(target=engine.step)
@@ -81,7 +87,7 @@ def test_a_step_waits_until_what_it_changes_is_copied(run):
 def test_a_step_goes_on_where_copying_fails(run):
     config, stream, engine = run
     engine.ema = SimpleNamespace(state_dict=lambda: {"weight": None})
-    copy, files = snapshot(config, stream, engine, replace(POSITION, step=31), None, began=1)
+    copy, files = snapshot(config, stream, engine, replace(POSITION, step=31), None)
     writer = Writer(Path(config.run.path), rank=0, world=1, keep=2, every=0, remote="")
     writer.start("step-00000031", copy, files)
     assert engine.copied.wait(30)
@@ -112,8 +118,7 @@ def test_what_is_saved_comes_back(run, digits):
     config, _, engine = run
     newest, _, lock = claim(config)
     _, _, other = make(config.run.path, digits, seed=1)
-    saved = resume(newest, other)
-    assert saved.position == POSITION and saved.under is None
+    assert resume(newest, other) == (POSITION, None)
     for (name, mine), (_, theirs) in zip(engine.states(), other.states(), strict=True):
         assert mine.keys() == {"weight", "exp_avg", "exp_avg_sq"}, name
         assert all(torch.equal(mine[key], theirs[key]) for key in mine), name
@@ -123,16 +128,17 @@ def test_what_is_saved_comes_back(run, digits):
     lock.release()
 
 
-def test_a_round_that_is_under_way_comes_back(run, digits):
+def test_a_partial_round_comes_back(run, digits):
     config, stream, engine = run
     ids, distances = torch.arange(2048), torch.rand(2048)
     sums = {"total": torch.tensor(1.25), "steps": torch.tensor(3.0)}
-    under = Under(ids=ids, distances=distances, values={"match/used": 0.5}, sums=sums)
-    write(config, stream, engine, replace(POSITION, done=3, step=33), under, began=2)
-    saved = resume(newest_checkpoint(Path(config.run.path) / "checkpoints"), engine)
-    assert saved.began == 2 and saved.position.done == 3
-    assert torch.equal(saved.under.ids, ids) and torch.equal(saved.under.distances, distances)
-    assert saved.under.sums == sums and saved.under.values == under.values
+    match = Match(ids=ids, distances=distances, values={"match/used": 0.5})
+    kept = PartialRound(world_size_at_start=2, match=match, sums=sums)
+    write(config, stream, engine, replace(POSITION, done=3, step=33), kept)
+    position, partial = resume(newest_checkpoint(Path(config.run.path) / "checkpoints"), engine)
+    assert partial.world_size_at_start == 2 and position.done == 3
+    assert torch.equal(partial.match.ids, ids) and torch.equal(partial.match.distances, distances)
+    assert partial.sums == sums and partial.match.values == match.values
 
 
 def test_a_folder_in_use_is_refused(run):
@@ -190,6 +196,54 @@ def test_a_checkpoint_that_is_not_one_is_refused_and_runs_no_code(name, content,
     with pytest.raises(InputError, match="step-00000030"):
         resume(checkpoint, engine)
     assert not (tmp_path / "executed").exists()
+
+
+FAULTS = [
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    torch.OutOfMemoryError("CUDA out of memory"),
+    DistBackendError("NCCL error: unhandled system error"),
+    MemoryError("no memory"),
+    OSError(errno.EIO, "Input/output error"),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
+def test_a_device_that_fails_is_no_damage_of_the_checkpoint(fault, run, monkeypatch):
+    _, _, engine = run
+    checkpoint = newest_checkpoint(Path(run[0].run.path) / "checkpoints")
+
+    def fail(*_, **__):
+        raise fault
+
+    for owner, name in ((engine.bare, "load_state_dict"), (engine, "restore"), (engine.ema, "load_state_dict")):
+        with monkeypatch.context() as patched, pytest.raises(type(fault)) as caught:
+            patched.setattr(owner, name, fail)
+            resume(checkpoint, engine)
+        assert caught.value is fault
+    with monkeypatch.context() as patched, pytest.raises(type(fault)) as caught:
+        patched.setattr(run_folder, "safe_open", fail)
+        resume(checkpoint, engine)
+    assert caught.value is fault
+
+
+@pytest.mark.parametrize("name", [STATE, "model.safetensors", "ema.safetensors", "trainer.json"])
+def test_a_disk_that_fails_is_no_damage_of_the_checkpoint(name, run):
+    config, _, engine = run
+    file = newest_checkpoint(Path(config.run.path) / "checkpoints") / name
+    file.unlink()
+    file.symlink_to(file)  # opening it fails, and not since it is missing
+    with pytest.raises(OSError) as caught:
+        resume(Path(config.run.path) / "checkpoints/step-00000030", engine)
+    assert caught.value.errno == errno.ELOOP
+
+
+@pytest.mark.parametrize(("number", "raised"), [(errno.EIO, OSError), (errno.ENOSPC, InputError)])
+def test_a_disk_that_fails_for_a_while_is_not_the_users_mistake(number, raised, run, monkeypatch):
+    config, *_ = run
+    with monkeypatch.context() as patched, pytest.raises(raised):
+        patched.setattr(Path, "mkdir", Mock(side_effect=OSError(number, "no")))
+        claim(config)
+    claim(config)[2].release()
 
 
 def test_state_of_another_architecture_is_refused(run, tmp_path, digits):

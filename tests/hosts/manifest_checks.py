@@ -1,4 +1,7 @@
-"""What a schema cannot see in manifests: names that must agree, objects that must exist, pods that must be locked."""
+"""What a schema does not check in manifests: names that must agree, objects that must exist, pods that must be locked.
+
+Manifests are ours, in k8s/ or from `naign render`, so what these checks find is a defect of the project.
+"""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,0 +1,104 @@
+"""Commands for many machines: launch, render, fetch."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from pipeline.errors import InputError
+
+
+def launch() -> None:
+    """Start this host's ranks of a training, under Kubernetes, Kubeflow, Slurm or alone (naign launch --help)."""
+    from pipeline.cluster.launch import main
+
+    code = main(sys.argv[2:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a normal exit would restore the default signal handlers and join threads
+
+
+def render(
+    what: Positional[Literal["k8s", "slurm"]],
+    /,
+    *,
+    data: str,
+    run: str,
+    nodes: int = 1,
+    gpus: int = 1,
+    image: str = "naign:cuda",
+    config: Path | None = None,
+    gpu: str = "h100",
+    bandwidth: float = 10.0,
+    name: str = "",
+    service_account: str = "",
+    endpoint: str = "",
+    region: str = "us-east-1",
+) -> None:
+    """Print the manifests, or the Slurm script, of a training of a given size; what it will cost goes to stderr.
+
+    Args:
+        what: k8s for kubectl apply -f -, slurm for sbatch.
+        data: Packed data: s3://bucket/prefix, or for Slurm a shared folder.
+        run: Where the run is kept: s3://bucket/prefix, or for Slurm a shared folder.
+        nodes: Machines.
+        gpus: GPUs of each; 0 trains on CPUs.
+        image: Of launch/Dockerfile (k8s).
+        config: Settings of the run; default: those of configs/mnist.yaml.
+        gpu: Which, for the prediction: h100, h200, a100, l4, ...
+        bandwidth: GB/s between nodes, for the prediction.
+        name: Of the Job, its Service and its ConfigMaps; default: the last part of --run, made to fit.
+        service_account: Of the pods, where a role instead of a Secret gives access to the bucket (k8s).
+        endpoint: Address of the S3 server, where it is not AWS's (k8s).
+        region: Of the bucket (k8s).
+    """
+    from pipeline.cluster.render import Size, name_after, predict, render_k8s, render_slurm
+
+    size = Size(
+        nodes=nodes,
+        gpus=gpus,
+        gpu=gpu,
+        bandwidth=bandwidth,
+        account=service_account,
+        endpoint=endpoint,
+        region=region,
+    )
+    make = render_k8s if what == "k8s" else render_slurm
+    text = make(size, image=image, data=data, run=run, config=config, name=name or name_after(run))
+    if data.startswith("s3://"):
+        print(f"reading {data}", file=sys.stderr, flush=True)
+    cost = predict(size, data=data, config=config)
+    print(text)
+    print(cost, file=sys.stderr)
+
+
+def fetch(remote: Positional[str], /, *, to: Path, every: float = 0) -> None:
+    """Copy what a run in a bucket reports (metrics, TensorBoard, pictures) into a folder.
+
+    Args:
+        remote: s3://bucket/prefix of the run.
+        to: Folder to copy into.
+        every: Seconds after which to look for more, again and again; 0: once.
+    """
+    import time
+
+    from pipeline.checkpoint.bucket import fetch_shown
+    from pipeline.errors import Unavailable
+    from pipeline.storage.store import open_store
+
+    if not (every == 0 or 1 <= every <= 86400) or str(to) in ("", "."):
+        raise InputError("--every must be 0 or 1 to 86400 seconds, --to a folder of its own")
+    if not every and "config.yaml" not in open_store(remote).list():
+        raise InputError(f"{remote} holds no run: its config.yaml is not there")
+    while True:
+        try:
+            print(f"{fetch_shown(remote, to, renew=True)} files from {remote}", flush=True)
+        except (InputError, Unavailable) as error:
+            if not every:
+                raise
+            print(f"naign fetch: {error}", file=sys.stderr, flush=True)
+        if not every:
+            return
+        time.sleep(every)

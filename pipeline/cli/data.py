@@ -1,0 +1,109 @@
+"""Commands that make and check data sets: pack, index, verify."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tyro.conf import Positional
+
+from pipeline.errors import InputError
+
+if TYPE_CHECKING:
+    from pipeline.data.format.manifest import Manifest
+
+
+def pack(
+    source: Positional[str],
+    /,
+    *,
+    to: str,
+    root: Path | None = None,
+    size: int | None = None,
+    channels: Literal[1, 3] = 3,
+    shards: int | None = None,
+    encoding: Literal["png", "jpg", "webp", "npy"] = "png",
+    train: int | None = None,
+    without: tuple[str, ...] = (),
+    seed: int = 0,
+    force: bool = False,
+) -> None:
+    """Pack a data set into WebDataset shards with an index.json.
+
+    Args:
+        source: mnist, fashion_mnist, cifar10, digits, toy2d:<name> or folder.
+        to: Folder or s3://bucket/prefix to write.
+        root: Files to use instead of fetching them; for folder, the tree of images (sub-folders are labels).
+        size: Pixels a side, for folder: images are resized, cropped to a square, transparency laid on white.
+        channels: For folder: 3 colour, 1 grey.
+        shards: Shards a split; default 16, more for large data.
+        encoding: How images are stored: png and webp keep every bit, jpg is smaller, npy is read fastest.
+        train: Keep only so many training examples, drawn by the seed; the test split stays whole.
+        without: Labels to leave out of the training split.
+        seed: Of the order in which samples are dealt to shards, and of what is drawn.
+        force: Replace a data set that is there.
+    """
+    from pipeline.data.format import writer
+    from pipeline.data.sources.catalog import load
+    from pipeline.data.sources.source import subset
+    from pipeline.evaluate import NEIGHBOURS
+
+    loaded = load(source, root=root, size=size, channels=channels, seed=seed)
+    manifest, written = writer.pack(
+        subset(loaded, train=train, without=without, seed=seed) if train is not None or without else loaded,
+        to,
+        shards=shards,
+        encoding=encoding,
+        seed=seed,
+        force=force,
+    )
+    print(f"{_contents(to, manifest)}{'' if written else ' (already there)'}")
+    if (tests := manifest.split("test").samples) <= NEIGHBOURS:
+        print(f"note: too few test examples to evaluate a network on: {tests}, and more than {NEIGHBOURS} are needed")
+
+
+def index(
+    path: Positional[str],
+    /,
+    *,
+    train: str | None = None,
+    test: str | None = None,
+    labels: Path | None = None,
+    name: str | None = None,
+    keep_broken: bool = False,
+    force: bool = False,
+) -> None:
+    """Make the index.json and page tables of WebDataset tars that others wrote; reads every byte, changes no tar.
+
+    Args:
+        path: Folder or s3://bucket/prefix of the tars. Their samples must be alike: pictures of one size, or points.
+        train: Which of them are for training, as a pattern like 'imagenet-train-*.tar'; default: those not for testing.
+        test: Which are for testing; default: those with test or val in their names.
+        labels: File with a label name a line, for the numbers in .cls; default: the numbers themselves.
+        name: Of the data set; default: the last part of the path.
+        keep_broken: Of samples that cannot be decoded only warn; train with --data.broken=skip.
+        force: Replace an index.json that is there.
+    """
+    from pipeline.data.format.audit import index as read_all
+
+    try:
+        names = tuple(labels.read_text().splitlines()) if labels else ()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--labels {labels}: {error}") from None
+    manifest = read_all(path, train=train, test=test, labels=names, name=name, keep_broken=keep_broken, force=force)
+    print(_contents(path, manifest))
+
+
+def _contents(path: str, manifest: "Manifest") -> str:
+    counts = (f"{split.samples} {name} in {len(split.shards)} shards" for name, split in manifest.splits.items())
+    return f"{path}: {manifest.name} {'x'.join(map(str, manifest.shape))}, {', '.join(counts)}"
+
+
+def verify(path: Positional[str], /) -> None:
+    """Check a data set against its index.json: sizes, hashes, page tables, tar structure, pixels, labels, keys.
+
+    Args:
+        path: Folder or s3://bucket/prefix of shards.
+    """
+    from pipeline.data.format.audit import verify as read_all
+
+    report = read_all(path)
+    print(f"{path}: sound, {report.samples} samples in {report.shards} shards, {report.bytes / 1e6:.1f} MB")

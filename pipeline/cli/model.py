@@ -1,0 +1,204 @@
+"""Commands that use a trained model: evaluate, sample, restore, score, export."""
+
+import csv
+import io
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from pipeline.errors import InputError
+
+Device = Literal["auto", "cpu", "cuda"]
+Kind = Literal["blur", "noise", "salt_pepper", "rows"]
+Run = Annotated[Positional[str], tyro.conf.arg(help="A run (or s3://), a checkpoint or an exported model: its folder.")]
+Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images (points: .csv files), or folders of them.")]
+
+
+def evaluate(
+    run: Run,
+    /,
+    *,
+    data: str | None = None,
+    samples: int = 10_000,
+    seed: int = 0,
+    device: Device = "auto",
+) -> None:
+    """Measure a trained model; writes evaluation/metrics.json, pictures and report.html into its folder.
+
+    Args:
+        data: Packed data set; default: the one it was trained on.
+        samples: How many samples to draw; distances of different counts do not compare.
+        seed: The same seed draws the same latents and damages.
+        device: Where to compute.
+    """
+    from pipeline.evaluate.run import evaluate as measure
+
+    _check_seed(seed)
+    metrics = measure(run, data=data, samples=samples, seed=seed, device=_device(device))
+    fd = metrics["fd"]
+    print(
+        f"Frechet distance on {metrics['encoder']}: {fd['once']:.4g} for f(z), {fd['twice']:.4g} for f(f(z)); floor "
+        f"(training against test) {fd['floor']:.4g}"
+    )
+    for kind, errors in (metrics["restoration"] or {}).items():
+        print(f"restoration of {kind}: mean absolute error {errors['input']:.3f} before, {errors['once']:.3f} after")
+    for note in metrics["notes"]:
+        print(f"note: {note}")
+    place = run.rstrip("/") if not Path(run).is_file() else Path(run).parent
+    print(f"report: {place}/evaluation/report.html")
+
+
+def sample(
+    run: Run,
+    /,
+    *,
+    n: int = 64,
+    to: Path | None = None,
+    times: int = 1,
+    seed: int = 0,
+    device: Device = "auto",
+) -> None:
+    """Draw samples: one picture of all, or with a folder as --to one PNG each (points: a .csv file).
+
+    Args:
+        n: How many.
+        to: A .png file for a grid, a .csv file for points, or a folder for one PNG a sample.
+        times: How often f is applied.
+        seed: The same seed draws the same latents, and so the same samples.
+        device: Where to compute.
+    """
+    from pipeline.cli.files import write_samples
+    from pipeline.model.naign import NAIGN
+
+    _at_least(1, n=n, times=times)
+    _check_seed(seed)
+    made = NAIGN.from_pretrained(run, device=_device(device)).sample(n, seed=seed, times=times).cpu()
+    place = to or Path("samples.png" if made.ndim == 4 else "samples.csv")
+    print(f"{n} samples: {write_samples(made, place)}")
+
+
+def restore(
+    run: Run,
+    files: Files,
+    /,
+    *,
+    to: Path = Path("restored"),
+    times: int = 1,
+    damage: Kind | None = None,
+    device: Device = "auto",
+) -> None:
+    """Repair images: writes one PNG a file into a folder, at the model's size (points: from .csv to .csv files).
+
+    Args:
+        to: Folder to write; images found in folders keep their sub-folders and names.
+        times: How often f is applied.
+        damage: Damage the images first (the damaged ones go to a sub-folder of that name), to see what a repair does.
+        device: Where to compute.
+    """
+    import torch
+
+    from pipeline.cli.files import find_files, read_samples, refuse_overwriting, write_one
+    from pipeline.data.degrade import degrade
+    from pipeline.model.naign import NAIGN
+
+    _at_least(1, times=times)
+    model = NAIGN.from_pretrained(run, device=_device(device))
+    if to.is_file():
+        raise InputError(f"--to {to} is a file: give a folder, for one picture an image")
+    points = len(model.shape) == 1
+    if points and damage:
+        raise InputError(f"--damage {damage} is for images, this model takes points")
+    inputs = find_files(files, model.shape)
+    paths = [path for path, _ in inputs]
+    names = [name.with_suffix(".csv" if points else ".png") for _, name in inputs]
+    folders = [to, to / damage] if damage else [to]
+    outputs = [folder / name for folder in folders for name in names]
+    refuse_overwriting(paths * len(folders), outputs)
+    given = read_samples(paths, model.shape)
+    damaged = degrade(torch.cat(given), damage) if damage else torch.cat(given)
+    repaired = model.project(damaged, times=times).cpu()
+    sizes = [len(batch) for batch in given]
+    batches = [*repaired.split(sizes), *(damaged.split(sizes) if damage else ())]
+    for place, samples in zip(outputs, batches, strict=True):
+        write_one(samples, place)
+    print(f"{len(names)} restored {'files of points' if points else 'images'}: {to}/")
+
+
+def score(
+    run: Run,
+    files: Files,
+    /,
+    *,
+    device: Device = "auto",
+) -> None:
+    """Print energies as CSV: file (points: file:line), mean squared residual of f(x) - x. Low near the data trained on.
+
+    Args:
+        device: Where to compute.
+    """
+    import torch
+
+    from pipeline.cli.files import find_files, read_samples
+    from pipeline.model.naign import NAIGN
+
+    model = NAIGN.from_pretrained(run, device=_device(device))
+    paths = [path for path, _ in find_files(files, model.shape)]
+    given = read_samples(paths, model.shape)
+    lines = [(path, line) for path, batch in zip(paths, given, strict=True) for line in range(1, 1 + len(batch))]
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(("file", "energy"))
+    for (path, line), energy in zip(lines, model.energy(torch.cat(given)).tolist(), strict=True):
+        table.writerow((path if len(model.shape) == 3 else f"{path}:{line}", f"{energy:.6g}"))
+
+
+def export(
+    run: Run,
+    /,
+    *,
+    to: Path,
+    format: Literal["safetensors", "torch"] = "safetensors",
+) -> None:
+    """Write a model alone, for use elsewhere: safetensors for NAIGN.from_pretrained, torch for torch.export.load.
+
+    Args:
+        to: Folder to write.
+        format: safetensors, or an exported program (f of a batch of any size) that needs no code of this project.
+    """
+    import torch
+
+    from pipeline.model.naign import NAIGN
+    from pipeline.storage.local import write_atomically
+
+    model = NAIGN.from_pretrained(run)
+    if format == "safetensors":
+        print(f"exported: {model.save_pretrained(to)}")
+        return
+    to.mkdir(parents=True, exist_ok=True)
+    batch = {0: torch.export.Dim("batch", min=1)}
+    program = torch.export.export(model.network, (torch.zeros(2, *model.shape),), dynamic_shapes=(batch,))
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    write_atomically(to / "model.pt2", content.getvalue())
+    print(f"exported: {to / 'model.pt2'}")
+
+
+def _device(name: Device) -> str:
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this machine has no CUDA device that torch can use; try --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed is {seed}: it must be 0 to {2**63 - 1}")
+
+
+def _at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise InputError(f"--{name} is {value}: it must be at least {least}")

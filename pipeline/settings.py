@@ -1,0 +1,50 @@
+"""What a dataclass of settings says beside a field: which values it takes, and whether a resumed run may change it.
+
+    threads: int = field(default=0, metadata=FREE | AT_LEAST_0)
+
+A field without one of FREE and MAY_CHANGE is part of what a run computes and stays as it was.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection
+from typing import Any
+
+from pipeline.errors import InputError
+
+Metadata = dict[str, Any]
+
+FREE: Metadata = {"change": "free"}
+"""A resumed run may change it: but for rounding, nothing that is computed depends on it. Of a section: all of it."""
+
+MAY_CHANGE: Metadata = {"change": "asked"}
+"""A resumed run may change it with resume=changed: what follows is another run than was begun."""
+
+
+def _takes(holds: Callable[[Any], bool], must: str) -> Metadata:
+    return {"holds": holds, "must": must}
+
+
+POSITIVE = _takes(lambda value: value > 0, "it must be positive")
+AT_LEAST_0 = _takes(lambda value: value >= 0, "it must be at least 0")
+SHARE = _takes(lambda value: 0 <= value < 1, "it must lie in [0, 1)")
+NOT_EMPTY = _takes(bool, "name a folder")
+
+
+def between(least: float, most: float) -> Metadata:
+    """Numbers from `least` to `most`."""
+    return _takes(lambda value: least <= value <= most, f"it must lie between {least} and {most}")
+
+
+def one_of(names: Collection[str]) -> Metadata:
+    """One of these names."""
+    return _takes(lambda value: value in names, f"choose one of {', '.join(name for name in names if name)}")
+
+
+def check_fields(settings: Any, section: str) -> None:
+    """InputError unless every field of a dataclass holds a value that it takes; its sections are not looked into."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if "holds" in field.metadata and not field.metadata["holds"](value):
+            shown = (f"'{value}'" if value else "empty") if isinstance(value, str) else value
+            key = f"{section}.{field.name}" if section else field.name
+            raise InputError(f"{key} is {shown}: {field.metadata['must']}")

@@ -1,0 +1,249 @@
+"""Before the first round: refuse what cannot be trained, and restore the newest checkpoint."""
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list
+from torch import Tensor, nn
+
+from pipeline.checkpoint.bucket import newest_first, take_over
+from pipeline.checkpoint.writer import Writer
+from pipeline.config import Config, to_dict
+from pipeline.data.damage import check_damage
+from pipeline.data.dataset import DataConfig
+from pipeline.data.format.writer import pack
+from pipeline.data.loader import Stream
+from pipeline.data.sources.catalog import load
+from pipeline.distributed.engine import Engine
+from pipeline.distributed.ranks import together, total
+from pipeline.distributed.signals import StopRequest
+from pipeline.distributed.watchdog import Watchdog
+from pipeline.errors import InputError
+from pipeline.match.space import SpaceConfig, check_space
+from pipeline.model.encoders import Encoder, load_encoder, names
+from pipeline.model.latents import check_law
+from pipeline.model.networks import build_network
+from pipeline.model.objectives import Distance, ObjectiveConfig
+from pipeline.model.perceptual import perceptual
+from pipeline.observe.doctor import preflight
+from pipeline.observe.logs import set_up
+from pipeline.observe.monitor import Monitor
+from pipeline.observe.speed import Profiler, forward_flops, parse_rounds
+from pipeline.storage.store import open_store
+from pipeline.training.round import Run
+from pipeline.training.run_folder import check_shared, claim, fetch_checkpoint
+from pipeline.training.state import PartialRound, restore, restore_weights
+
+log = logging.getLogger("naign.train")
+
+
+def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, nn.Module]:
+    """Refuse what cannot be trained, on every rank and before anything is written. Collective.
+
+    Returns the run, and its network with its first weights. Raises InputError, or Unavailable for a store.
+    """
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    set_up(rank, world)
+    stop = StopRequest(within=config.stop.within, world=world, timeout=config.train.timeout + 60)
+    with together(accelerator):
+        check_engine(config, accelerator)
+        stream = Stream(config.data, seed=config.seed, round_size=config.match.round, rank=rank, world=world)
+        torch.manual_seed(config.seed)  # the same first weights on every rank
+        network = build_network(config.model, stream.shape, recompute=config.train.recompute).to(device)
+        check_law(config.match.latents, stream.shape)
+        check_damage(config.objective.damage, stream.shape)
+        run = Run(
+            config=config,
+            accelerator=accelerator,
+            stop=stop,
+            stream=stream,
+            watchdog=Watchdog(rank=rank, world=world, timeout=config.train.timeout),
+            features=open_features(config.match.space, stream.shape, device),
+            perceived=open_perceived(config.objective, stream.shape, device),
+            flops=forward_flops(network, stream.shape),
+        )
+        if rank == 0:
+            copies = 4 if config.train.ema else 3  # of the weights: they, two moments, their average
+            for warning in preflight(
+                run=config.run.path,
+                remote=config.run.remote,
+                workers=config.data.workers,
+                checkpoint_bytes=4 * copies * sum(value.numel() for value in network.parameters()),
+                say=log.debug,
+                trackers=config.report.trackers,
+            ):
+                log.warning("%s", warning)
+    return run, network
+
+
+def resume(run: Run, network: nn.Module) -> PartialRound | None:
+    """Claim the run folder and restore its newest checkpoint, if any. Returns what it kept of a round. Collective."""
+    config, rank, folder = run.config, run.rank, Path(run.config.run.path)
+    checkpoint, partial = claim_together(run), None
+
+    # The weights go into the network before an engine takes it, all else after.
+    with together(run.accelerator):
+        if checkpoint:
+            run.spectrum = restore_weights(checkpoint, network)
+    with together(run.accelerator):
+        run.engine = build_engine(config, network, run.accelerator)
+        if checkpoint:
+            run.checkpointed = checkpoint.name
+            run.position, partial = restore(checkpoint, run.engine, rank=rank, world=run.world, size=config.match.round)
+
+    # Open what is written to. The bucket is taken over only if anything will be.
+    ahead, owner, unsent = range(run.position.round, run.rounds), "", False
+    with together(run.accelerator):
+        run.monitor = Monitor(
+            folder,
+            active=rank == 0,
+            images=run.rounds * config.match.round * config.train.passes,
+            images_seen=run.position.images_seen,
+            config=yaml.safe_dump(to_dict(config), sort_keys=False),
+            trackers=config.report.trackers,
+        )
+        if rank == 0 and config.run.remote:
+            unsent = checkpoint is not None and checkpoint.name not in newest_first(config.run.remote)
+            if unsent or ahead:
+                owner = take_over(config.run.remote)
+    run.writer = Writer(
+        folder,
+        rank=rank,
+        world=run.world,
+        keep=config.checkpoint.keep,
+        every=config.checkpoint.keep_every,
+        remote=config.run.remote,
+        claim=owner,
+        beat=run.watchdog.beat,
+        left=lambda: run.stop.left if run.stop.seen() else math.inf,
+        patience=max(3600.0, config.train.timeout),
+        flush=run.monitor.flush,
+    )
+    if total([float(unsent)], run.accelerator)[0]:
+        run.writer.resend(run.checkpointed)
+    run.profiler = Profiler(folder, config.profile.rounds, rank)
+    if rank == 0 and any(number not in ahead for number in parse_rounds(config.profile.rounds)):
+        log.warning("profile.rounds=%s: rounds %d to %d are ahead", config.profile.rounds, ahead.start, ahead.stop - 1)
+    return partial
+
+
+def claim_together(run: Run) -> Path | None:
+    """The checkpoint to resume from, on this rank's disk; the run holds rank 0's lock on the folder. Collective."""
+    checkpoint, token = None, ""
+    with together(run.accelerator):
+        if run.rank == 0:
+            checkpoint, token, run.lock = claim(run.config)
+    name, token = broadcast_object_list([checkpoint.name if checkpoint else "", token])
+    with together(run.accelerator):
+        shared = check_shared(run.config, token)
+    with together(run.accelerator):
+        if name and run.rank:
+            checkpoint = fetch_checkpoint(run.config, name, shared=shared)
+    return checkpoint
+
+
+def pack_missing(data: DataConfig, arguments: list[str]) -> None:
+    """Fetch and pack data.source if data.path holds no data set; InputError if it is meant for another path."""
+    source = data.source or ("mnist" if data.path == DataConfig().path else "")
+    if source and "index.json" not in open_store(data.path).list():
+        given = {argument.partition("=")[0] for argument in arguments}
+        if data.source and "--data.path" in given and "--data.source" not in given:
+            raise InputError(
+                f"{data.path}: no data set here, check --data.path; or pack one there, as with "
+                f"naign pack {source} --to {data.path}"
+            )
+        print(f"no data at {data.path} yet: packing it, as `naign pack {source} --to {data.path}` does", flush=True)
+        pack(load(source), data.path)
+
+
+def check_engine(config: Config, accelerator: Accelerator) -> None:
+    """InputError where the launcher's engine cannot do what the configuration asks for."""
+    batch, world, accumulate = config.train.batch, accelerator.num_processes, config.train.accumulate
+    if batch % (world * accumulate):
+        near = -(-batch // (world * accumulate)) * world * accumulate
+        ranks = [number for number in range(1, batch // accumulate + 1) if batch % (number * accumulate) == 0]
+        raise InputError(
+            f"train.batch={batch} images cannot be shared evenly by {world} ranks x {accumulate} micro-batches "
+            f"(train.accumulate): use {', '.join(map(str, ranks))} ranks; a new run can have --train.batch={near} "
+            f"--match.round={max(1, round(config.match.round / near)) * near}"
+        )
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return
+    stage = int(accelerator.state.deepspeed_plugin.zero_stage)
+    given = accelerator.state.deepspeed_plugin.deepspeed_config
+    if own := next((name for name in ("optimizer", "scheduler") if name in given), ""):
+        raise InputError(f"the launcher's DeepSpeed configuration has a section '{own}', which is the run's: remove it")
+    for name in ("bf16", "fp16"):
+        enabled = given.get(name, {}).get("enabled", "auto")
+        if enabled != "auto" and enabled != (accelerator.mixed_precision == name):
+            raise InputError(
+                f"the launcher's DeepSpeed configuration says {name}.enabled: {enabled}, but the run's precision is "
+                f"{accelerator.mixed_precision.replace('no', 'fp32')}: remove it there, or change train.precision"
+            )
+    if config.objective.needs_frozen and (stage == 3 or accelerator.mixed_precision != "no"):
+        raise InputError(
+            f"objective.name={config.objective.name} evaluates a frozen copy of the network, which ZeRO-3 and "
+            "DeepSpeed's low precision do not allow: use ZeRO 0 to 2 in float32, or DDP"
+        )
+    if stage == 0 and accelerator.mixed_precision != "no":
+        raise InputError(
+            f"DeepSpeed ZeRO-0 in {accelerator.mixed_precision} keeps its float32 weights where no checkpoint "
+            "can reach them: use ZeRO 1 to 3, or DDP"
+        )
+    if name := next((name for name in ("compile", "channels_last") if getattr(config.train, name)), ""):
+        raise InputError(
+            f"train.{name} does not go with DeepSpeed, which lays weights out anew: leave it out, or use DDP"
+        )
+
+
+def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator) -> Engine:
+    """The engine that trains `bare`."""
+    train = config.train
+    if train.channels_last:
+        bare.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Engine(
+        accelerator,
+        bare,
+        lr=train.lr,
+        betas=(train.beta1, train.beta2),
+        weight_decay=train.weight_decay,
+        clip=train.clip,
+        batch=train.batch,
+        accumulate=train.accumulate,
+        ema=train.ema,
+        compile=train.compile,
+    )
+
+
+def open_features(
+    space: SpaceConfig, shape: tuple[int, ...], device: torch.device
+) -> Callable[[Tensor], Tensor] | None:
+    """The encoder of the match's space, if it has one; InputError where space and data do not go together."""
+    check_space(space, shape)
+    if not space.features:
+        return None
+    return _open_encoder("match.space.encoder", space.encoder, shape, device).features
+
+
+def open_perceived(objective: ObjectiveConfig, shape: tuple[int, ...], device: torch.device) -> Distance | None:
+    """The perceptual part of the objective's distance, if it has one; InputError where it is not for such data."""
+    if not objective.perceptual:
+        return None
+    encoder = _open_encoder("objective.encoder", objective.encoder, shape, device)
+    if encoder.network is None or not hasattr(encoder.network, "body"):
+        raise InputError(f"objective.encoder '{objective.encoder}' has no layers: choose one of {', '.join(names())}")
+    return perceptual(encoder.network.body)
+
+
+def _open_encoder(setting: str, name: str, shape: tuple[int, ...], device: torch.device) -> Encoder:
+    encoder = load_encoder(name)
+    if encoder.shape not in (None, shape):
+        raise InputError(f"{setting} '{name}' reads {encoder.shape}, these images are {shape}")
+    if encoder.network:
+        encoder.network.to(device)
+    return encoder

@@ -1,0 +1,89 @@
+"""The package that CONTRIBUTING.md shows is one: what it adds is packed, trained with, resumed and evaluated."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoint.writer import newest_checkpoint
+from pipeline.data.sources import catalog
+from tests.conftest import ROOT, SMALL, direct_command, environment
+
+TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+BLOCK = re.compile(r"^```(?:python|toml)\n# (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+"""A file: a block of code whose first line is a comment with its name."""
+LOAD = """
+from pipeline.model.naign import NAIGN
+model = NAIGN.from_pretrained("runs/inverted")
+print(model.metadata["model"], tuple(model.sample(5).shape))
+"""
+PACK = """
+from my_naign.source import INVERTED
+from pipeline.data.format.writer import pack
+pack(INVERTED[1](), "data/inverted", progress=False)
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """The package as an installer leaves it: its modules, and its metadata with the entry points."""
+    files = dict(BLOCK.findall(TEXT))
+    project = tomllib.loads(files.pop("pyproject.toml"))["project"]
+    info = f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    files[f"{info}/METADATA"] = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    files[f"{info}/entry_points.txt"] = "".join(
+        f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in points.items())
+        for group, points in project["entry-points"].items()
+    )
+    for name, text in files.items():
+        path = tmp_path / "site" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path / "site"
+
+
+@pytest.mark.slow
+def test_the_package_of_contributing_is_packed_trained_with_and_evaluated(package: Path, tmp_path: Path) -> None:
+    def run(*command: str, code: int = 0) -> str:
+        path = os.pathsep.join([str(ROOT), str(package)])
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment(PYTHONPATH=path), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == code, done.stderr
+        return done.stdout + done.stderr
+
+    naign = (sys.executable, "-m", "pipeline.cli")
+    shown = shlex.split(TEXT.partition("pipeline/train.py")[2].partition("naign evaluate")[0])
+    options = [option for option in shown if option != "\n"]
+    if "naign.sources" in Path(catalog.__file__).read_text():
+        run(*naign, "pack", "inverted", "--to", "data/inverted")
+    else:
+        run(sys.executable, "-c", PACK)
+    options += [option for option in SMALL if not option.startswith("--model")]
+    run(*direct_command(*options, "--train.images=512"))
+    # A resumed run reads what the first one recorded of the package's settings.
+    assert "objective.delta: 0.2 there, 0.3 now" in run(*direct_command(*options, "--objective.delta=0.3"), code=2)
+    text = run(*direct_command(*options, "--train.images=768", "--resume=changed"))
+    assert "resuming from" in text
+    rounds = [json.loads(line) for line in (tmp_path / "runs/inverted/metrics.jsonl").read_text().splitlines()]
+    assert len(rounds) == 3 and {"loss/total", "loss/reconstruction", "loss/imle"} <= rounds[-1].keys()
+    newest = newest_checkpoint(tmp_path / "runs/inverted/checkpoints")
+    assert newest is not None
+    assert run(sys.executable, "-c", LOAD).strip() == "{'hidden': 128, 'name': 'dense'} (5, 1, 8, 8)"
+    run(*naign, "evaluate", "runs/inverted", "--samples", "100")
+    metrics = json.loads((tmp_path / "runs/inverted/evaluation/metrics.json").read_text())
+    assert metrics["encoder"] == "pixels" and metrics["images_seen"] == 768
+
+    # Without the package its names are unknown, and with it wrong settings of theirs are.
+    gone = subprocess.run(
+        direct_command(*options), cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert gone.returncode == 2 and "model.name is 'dense': choose one of conv, mlp" in gone.stderr
+    assert "--model.hidden" in run(*direct_command(*options, "--model.hiden=3"), code=2)
+    assert "model.hidden is 0" in run(*direct_command(*options, "--model.hidden=0"), code=2)

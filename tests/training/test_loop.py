@@ -1,0 +1,83 @@
+"""Ranks that read a round wait for each other as long as rows arrive, and no longer."""
+
+from threading import Barrier, Thread
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline.errors import InputError, Stopped
+from pipeline.training import loop
+
+LOOKS = 6
+
+
+class Arriving:
+    """A stream of which so many rows arrive before each look."""
+
+    def __init__(self, *rows):
+        self.rows_read, self.rows = 100, rows  # an earlier round's
+
+    def take(self, number, cancelled):
+        for rows in self.rows:
+            self.rows_read += rows
+            if isinstance(rows, float):
+                raise InputError("damaged")
+            if cancelled():
+                raise Stopped
+        return number
+
+
+def read_on_ranks(monkeypatch, *streams, stop=False):
+    """Beats of each rank's watchdog, and what each got, where the ranks are threads."""
+    slots, barrier = {}, Barrier(len(streams), timeout=30)
+
+    def total(values, rank):
+        slots[rank] = values
+        barrier.wait()
+        sums = [sum(column) for column in zip(*slots.values(), strict=True)]
+        barrier.wait()
+        return sums
+
+    monkeypatch.setattr(loop, "total", lambda values, accelerator: total(values, accelerator.rank))
+    beats, results = [0] * len(streams), [None] * len(streams)
+
+    def read(rank):
+        def beat():
+            beats[rank] += 1
+
+        run = SimpleNamespace(
+            accelerator=SimpleNamespace(rank=rank, num_processes=1),
+            watchdog=SimpleNamespace(beat=beat),
+            stop=SimpleNamespace(seen=lambda: stop),
+        )
+        try:
+            results[rank] = loop.read_round(run, streams[rank], 3)
+        except (InputError, Stopped) as error:
+            results[rank] = type(error)
+
+    threads = [Thread(target=read, args=(rank,)) for rank in range(len(streams))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return beats, results
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_rows_that_arrive_on_any_rank_are_progress_of_all(monkeypatch, world):
+    beats, results = read_on_ranks(monkeypatch, Arriving(*[10] * LOOKS), *[Arriving()] * (world - 1))
+    assert results == [3] * world
+    # The first look only takes note; a rank that is done is ahead by a beat, by which the watchdog knows who is behind.
+    assert beats == [LOOKS] * world
+
+
+def test_a_store_that_stalls_is_no_progress(monkeypatch):
+    beats, results = read_on_ranks(monkeypatch, Arriving(*[0] * LOOKS), Arriving())
+    assert results == [3, 3] and beats == [1, 1]
+
+
+def test_all_ranks_leave_together_where_one_fails_or_is_stopped(monkeypatch):
+    _, results = read_on_ranks(monkeypatch, Arriving(10, 0.0), Arriving(*[10] * LOOKS))
+    assert results == [InputError, 3]  # `together` makes it everyone's
+    _, results = read_on_ranks(monkeypatch, Arriving(*[0] * LOOKS), Arriving(), stop=True)
+    assert results == [Stopped, 3]
