@@ -1,4 +1,4 @@
-"""What the ranks of tests/runtime/test_watchdog.py run: one waits for the other."""
+"""What the ranks of tests/distributed/test_watchdog.py run: one waits for the other."""
 
 import os
 import signal
