@@ -1,4 +1,4 @@
-"""What a training program logs: one line on stderr above the progress bar, which says of which rank and round it is."""
+"""Logging of a training program: a line a record on stderr, above the progress bar, with its rank and round."""
 
 import ctypes
 import logging
@@ -12,9 +12,9 @@ _round: int | None = None  # a plain variable: threads log too
 
 
 def set_up(rank: int, world: int) -> None:
-    """Rank 0 logs INFO and above of this project, other ranks WARNING and above, as every rank does of libraries.
+    """Log this project's INFO and above on rank 0, WARNING and above on other ranks and for libraries.
 
-    What a user sets by TORCH_LOGS or ACCELERATE_LOG_LEVEL stays.
+    Levels set by TORCH_LOGS or ACCELERATE_LOG_LEVEL are left alone.
     """
     handler = _Lines(rank, world)
     root = logging.getLogger()
@@ -26,20 +26,20 @@ def set_up(rank: int, world: int) -> None:
 
 
 def at_round(number: int | None) -> None:
-    """What is logged from here on is of this round; None: of none."""
+    """Set the round that log lines name from now on; None: no round."""
     global _round
     _round = number
 
 
 class _Lines(logging.Handler):
-    """`[rank 3, round 12] warning: ...`; without the rank if it is the only one, without the round if there is none."""
+    """Writes `[rank 3, round 12] warning: ...`; no rank if there is only one, no round if none is set."""
 
     def __init__(self, rank: int, world: int) -> None:
         super().__init__()
         self._rank, self._world, self._process = rank, world, os.getpid()
 
     def format(self, record: logging.LogRecord) -> str:
-        own = os.getpid() == self._process  # a loader's worker reads ahead, and does not hear of rounds
+        own = os.getpid() == self._process  # a loader's worker reads ahead and is not told the round
         place = [f"rank {self._rank}"] if self._world > 1 else []
         place += [f"round {_round}"] if own and _round is not None else []
         name = "" if record.name.split(".")[0] == "naign" else f"{record.name}: "
@@ -52,8 +52,8 @@ class _Lines(logging.Handler):
             if self._rank == 0 and os.getpid() == self._process:
                 tqdm.write(line, file=sys.stderr)
                 return
-            # The bar is another process's, and its lock too, with which a worker killed here would stop it: take
-            # its line, without asking. It is drawn anew below.
+            # The bar belongs to another process. Do not take its lock: a worker killed while holding it would block
+            # that process. Overwrite the bar's line; the bar is redrawn below.
             before, after = ("\r", "\x1b[K") if sys.stderr.isatty() else ("", "")
             sys.stderr.write(f"{before}{line}{after}\n")
             sys.stderr.flush()
@@ -62,10 +62,9 @@ class _Lines(logging.Handler):
 
 
 class _Through(logging.Filter):
-    """Hands a logger's warnings to our handler and nothing to its own.
+    """Passes a logger's warnings to our handler, and nothing to its own handlers.
 
-    DeepSpeed gives its logger a handler to stdout and a level as it is imported, INFO in older versions. A filter
-    outlives that.
+    DeepSpeed sets its logger's handler and level when it is imported. A filter is not affected by that.
     """
 
     def __init__(self, handler: logging.Handler) -> None:
@@ -84,6 +83,6 @@ _libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def title(text: str) -> None:
-    """Name the calling thread `naign <text>`, where the system is Linux."""
+    """Name the calling thread `naign <text>`, for ps and top. Linux only."""
     if _libc is not None:
         _libc.prctl(_PR_SET_NAME, f"naign {text}".encode()[:15], 0, 0, 0)

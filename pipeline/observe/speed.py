@@ -1,4 +1,4 @@
-"""What the machine does with its time: floating-point operations, memory, and traces of whole rounds."""
+"""Floating-point operations, peak speed and memory of the machine, and profiler traces of whole rounds."""
 
 import logging
 import re
@@ -24,10 +24,9 @@ def forward_flops(
     shape: tuple[int, ...],  # of one row
     batch: int = 1,  # rows
 ) -> int:
-    """Floating-point operations of one forward of (batch, *shape), a multiply-add counting as two.
+    """Floating-point operations of one forward of (batch, *shape); a multiply-add counts as two.
 
-    Those of matrix products and convolutions: the rest takes time, but next to none of the arithmetic. Counted on a
-    copy without data, so it costs neither memory nor a kernel, and leaves the network alone.
+    Counts matrix products and convolutions, on a copy of the network on the meta device: no memory, no kernels.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -47,9 +46,9 @@ def fit_flops(
     forward: int,  # forward_flops of one image
     forwards: float,  # of an image, with a backward through each
 ) -> float:
-    """Floating-point operations of training on one image: a backward is twice a forward (arXiv 2001.08361, 2.1).
+    """Floating-point operations of training on one image; a backward costs two forwards (arXiv 2001.08361, 2.1).
 
-    What activation checkpointing computes again does not count: it is no progress (MFU of arXiv 2204.02311, B).
+    Recomputation by activation checkpointing does not count (MFU of arXiv 2204.02311, B).
     """
     return 3.0 * forward * forwards
 
@@ -75,9 +74,9 @@ PEAKS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Floating-point operations a second that a GPU can do at most; None if it is not known, as for every CPU.
+    """Peak floating-point operations a second of a GPU; None if unknown, and for a CPU.
 
-    For float32 those of TF32, where torch uses that: for convolutions it does unless it is told not to.
+    For float32 the peak of TF32 where torch uses that, by default for convolutions.
     """
     if device.type != "cuda":
         return None
@@ -98,7 +97,7 @@ def _uses_tf32() -> bool:
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory so far, in GB: on a GPU what torch's tensors took there, on a CPU what the process held."""
+    """Peak memory so far in GB: of torch's tensors on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
@@ -106,7 +105,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def parse_rounds(text: str) -> range:
-    """The rounds of '3' or '3-4', both ends included; none of ''. InputError for anything else."""
+    """The rounds of '3' or '3-4' (inclusive); '' gives none. Raises InputError for anything else."""
     if not text:
         return range(0)
     found = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", text)
@@ -118,9 +117,9 @@ def parse_rounds(text: str) -> range:
 
 
 class Profiler:
-    """Writes one trace of the wanted rounds to folder/profile, for TensorBoard or https://ui.perfetto.dev.
+    """Writes one trace of the chosen rounds to folder/profile, for TensorBoard or https://ui.perfetto.dev.
 
-    A context manager: what was started is written however the run ends.
+    A context manager: a trace that was started is written however the run ends.
     """
 
     def __init__(
@@ -147,7 +146,7 @@ class Profiler:
             self.close()
 
     def phase(self, name: str) -> AbstractContextManager[Any]:
-        """Around a part of a round: it shows in the trace under this name."""
+        """Around a part of a round, which the trace shows under this name."""
         if self._running is None:
             return nullcontext()
         from torch.profiler import record_function
@@ -156,7 +155,7 @@ class Profiler:
         return context
 
     def close(self) -> None:
-        """Write a trace that was started. What cannot be written is told and does not end the run."""
+        """Write a trace that was started. A failure is logged and does not end the run."""
         running, self._running = self._running, None
         if running is None:
             return
