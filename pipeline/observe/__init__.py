@@ -9,5 +9,5 @@ from pipeline.observe.speed import Profiler, fit_flops, forward_flops, parse_rou
 __all__ = [
     *("Monitor", "Profiler", "Tracker", "at_round", "examine", "fit_flops", "forward_flops", "grid", "heat"),
     *("parse_rounds", "peak_flops", "peak_memory", "png", "preflight", "rows", "scatter", "set_up", "title"),
-    "to_image",
+    *("to_image",),
 ]
