@@ -79,8 +79,6 @@ class StopRequest:
             self._handle(signal.SIGTERM, None)
         return bool(values[0]), float(values[1])
 
-    agree = poll_stop
-
 
 class StopPoll:
     """Polls a stop request in a phase that all ranks pass equally often; they communicate about twice a second."""
@@ -104,6 +102,3 @@ class StopPoll:
         """Collective: begin another phase of the same kind, keeping the stride."""
         self._calls, self._last = 0, time.monotonic()
         return self
-
-
-Poll = StopPoll

@@ -70,7 +70,7 @@ def run_rounds(run: Run, partial: PartialRound | None) -> None:
 
             with run.phase("checkpoint"):
                 last = position.round == run.rounds
-                stopping = run.stop.agree()[0] and not last
+                stopping = run.stop.poll_stop()[0] and not last
                 if last or stopping or position.round % config.checkpoint.rounds == 0:
                     checkpoint(run)
             if stopping:

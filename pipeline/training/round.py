@@ -16,7 +16,7 @@ from pipeline.config import Config
 from pipeline.data import damage
 from pipeline.data.loader import Stream
 from pipeline.distributed.engine import Engine
-from pipeline.distributed.signals import Poll, StopRequest
+from pipeline.distributed.signals import StopPoll, StopRequest
 from pipeline.distributed.watchdog import Watchdog
 from pipeline.match.matcher import Match
 from pipeline.model import latents
@@ -80,7 +80,7 @@ class Run:
     perceived: Distance | None  # of the objective's encoder
     flops: int = 0  # of f of one image
     bad_steps: int = 0  # skipped in a row, up to now
-    polls: dict[str, Poll] = field(default_factory=dict)  # by phase in which the ranks go in step
+    polls: dict[str, StopPoll] = field(default_factory=dict)  # by phase in which the ranks go in step
     seconds: dict[str, float] = field(default_factory=dict)  # that each phase took last
 
     # Set by `resume`:
@@ -93,9 +93,9 @@ class Run:
     checkpointed: str = ""  # name of the newest checkpoint
     spectrum: Tensor | None = None  # of the fourier law, measured on the first round
 
-    def poll(self, phase: str) -> Poll:
+    def poll(self, phase: str) -> StopPoll:
         """A poll for stop requests in `phase`, which begins. Collective."""
-        return self.polls.setdefault(phase, Poll(self.stop)).begin()
+        return self.polls.setdefault(phase, StopPoll(self.stop)).begin()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.distributed.signals import Poll, StopRequest
+from pipeline.distributed.signals import StopPoll, StopRequest
 from pipeline.errors import Stopped
 from pipeline.match import Blocks, MatchConfig, match_round, matcher, nearest, search
 from pipeline.match.method import METHODS
@@ -149,7 +149,7 @@ def stopped(rank: int, world: int) -> dict[str, Any]:
 
     def match(images: int, ratio: float, fail: bool) -> tuple[str, int]:
         stop = StopRequest(world=world, timeout=60)
-        poll, made = Poll(stop), list[int]()
+        poll, made = StopPoll(stop), list[int]()
 
         def look() -> None:
             if poll():
