@@ -91,7 +91,7 @@ def pack_missing(data: DataConfig, words: list[str]) -> None:
     A configuration file's source belongs to its path: InputError where the words of the command give another path.
     """
     source = data.source or ("mnist" if data.path == DataConfig().path else "")
-    if source and "index.json" not in open_store(data.path).list():
+    if source and not open_store(data.path).exists("index.json"):
         given = {word.partition("=")[0] for word in words}
         if data.source and "--data.path" in given and "--data.source" not in given:
             raise InputError(

@@ -35,7 +35,7 @@ def upload(
 def newest_first(remote: str) -> Iterator[str]:
     """The names of the checkpoints that have their manifests."""
     for name in _by_step(remote):
-        if MANIFEST in open_store(f"{remote}/checkpoints/{name}").list():
+        if open_store(f"{remote}/checkpoints/{name}").exists(MANIFEST):
             yield name
 
 
@@ -45,7 +45,7 @@ def is_there(remote: str, name: str) -> bool:
     try:
         for file, entry in read_manifest(open_store(where).read(MANIFEST)).items():
             path, _, base = f"{where}/{file}".rpartition("/")
-            if base not in (store := open_store(path)).list() or store.size(base) != entry["bytes"]:
+            if not (store := open_store(path)).exists(base) or store.size(base) != entry["bytes"]:
                 return False
     except ValueError:
         return False
@@ -153,7 +153,7 @@ def prune(
     for name in older:
         root = f"{remote}/checkpoints/{name}"
         store = open_store(root)
-        if MANIFEST in store.list():
+        if store.exists(MANIFEST):
             complete += 1
             if not keep or complete <= keep:
                 continue
@@ -179,7 +179,7 @@ def take_over(remote: str) -> str:
 def check_claim(remote: str, claim: str) -> None:
     """Raise Conflict if somebody has called `take_over` since."""
     store = open_store(remote)
-    if OWNER not in store.list():
+    if not store.exists(OWNER):
         return
     try:
         said = {key: re.sub(r"[^\w.:+-]", "?", str(value)) for key, value in json.loads(store.read(OWNER)).items()}

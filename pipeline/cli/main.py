@@ -325,7 +325,7 @@ def fetch(remote: Positional[str], /, *, to: Path, every: float = 0) -> None:
         raise InputError("--every must be 0 or 1 to 86400 seconds, --to a folder of its own")
     while True:
         try:
-            if not every and "config.yaml" not in open_store(remote).list():
+            if not every and not open_store(remote).exists("config.yaml"):
                 raise InputError(f"{remote} holds no run: its config.yaml is not there")
             print(f"{fetch_shown(remote, to, renew=True)} files from {remote}", flush=True)
         except (InputError, Unavailable) as error:

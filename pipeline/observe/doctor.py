@@ -12,7 +12,6 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
-from pipeline.data.share import BLOCK_BYTES, SLOTS
 from pipeline.errors import InputError, Unavailable
 from pipeline.storage.store import open_store
 
@@ -61,7 +60,7 @@ def examine(say: Callable[[str], None]) -> list[str]:
         free = shutil.disk_usage(place).free
         say(f"{what}: {free / 2**30:.1f} GiB free")
         if free < least:
-            remedy = "free some" if place == "." else "give the container more, or set data.workers=0"
+            remedy = "free some" if place == "." else "give the container more"
             problems.append(f"only {free / 2**20:.0f} MiB of {what}: {remedy}")
     address = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "the default of boto3"
     say(f"S3 endpoint: {re.sub(r'//[^/]*@', '//...@', address)}")
@@ -116,8 +115,6 @@ def faiss_problems(builds: list[str]) -> list[str]:
 CHECKPOINTS = 3
 """For which there should be room: the two that are kept, and the one that is being written."""
 
-SHARED_MEMORY = "/dev/shm"
-
 PROBE = "preflight"
 """A file that is written to see that a bucket can be."""
 
@@ -126,7 +123,6 @@ def preflight(
     *,
     run: str,  # run.path
     remote: str,  # run.remote; '': none
-    workers: int,  # data.workers, a rank
     checkpoint_bytes: int,  # of a whole checkpoint, all ranks' files
     say: Callable[[str], None],  # what was found, a line each
 ) -> list[str]:
@@ -136,8 +132,6 @@ def preflight(
     """
     place = check_folder(run)
     warnings = check_disk(run, place, checkpoint_bytes, say)
-    if workers > 0:
-        warnings += check_shared_memory(workers, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), say)
     if remote:
         check_remote(remote)
         say(f"run.remote {remote} can be written")
@@ -171,21 +165,6 @@ def check_disk(run: str, place: Path, checkpoint_bytes: int, say: Callable[[str]
         return [
             f"{found}: {size(CHECKPOINTS * checkpoint_bytes)} would hold the {CHECKPOINTS - 1} that are kept and the "
             "one being written: free some, or set --checkpoint.keep=1"
-        ]
-    return []
-
-
-def check_shared_memory(workers: int, ranks: int, say: Callable[[str], None]) -> list[str]:
-    """A warning if the blocks of the workers of this machine's ranks do not fit into its shared memory."""
-    if not os.path.isdir(SHARED_MEMORY):
-        return []
-    free, needed = shutil.disk_usage(SHARED_MEMORY).free, workers * ranks * SLOTS * BLOCK_BYTES
-    found = f"{SHARED_MEMORY} has {size(free)} free, {workers * ranks} workers take up to {size(needed)}"
-    say(found)
-    if free < needed:
-        return [
-            f"{found}: give the container more (docker run --shm-size, or in Kubernetes an emptyDir of medium Memory), "
-            "or set a lower --data.workers"
         ]
     return []
 

@@ -74,7 +74,6 @@ def train(config: Config, accelerator: Accelerator) -> bool:
             for warning in preflight(
                 run=config.run.path,
                 remote=config.run.remote,
-                workers=config.data.workers,
                 checkpoint_bytes=size,
                 say=log.debug,
             ):

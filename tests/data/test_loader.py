@@ -85,7 +85,7 @@ def test_reading_ahead_changes_nothing_and_leaves_the_random_state_alone(packed:
 
 def test_blocks_smaller_than_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: str) -> None:
     expected = take(packed, [0, 1])
-    monkeypatch.setattr("pipeline.data.share.BLOCK", 2)
+    monkeypatch.setattr("pipeline.data.loader.BLOCK", 2)
     assert take(packed, [0, 1]) == take(packed, [0, 1], workers=2) == expected
 
 

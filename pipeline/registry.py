@@ -1,0 +1,59 @@
+"""Choices with a name: those a room brings along, and those that other installed packages add by entry points.
+
+A room keeps its own in one dict, as `OBJECTIVES = {"naign": (NaignConfig, naign)}`. Another package adds one in its
+pyproject.toml, where the group names the room and the value is an object of the same form:
+
+    [project.entry-points."naign.objectives"]
+    huber = "my_package.losses:HUBER"
+"""
+
+import difflib
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import TypeVar
+
+from pipeline.errors import InputError
+
+Entry = TypeVar("Entry")
+
+
+def lookup(
+    setting: str,  # what the user chose it by, for messages: objective.name
+    name: str,
+    builtin: Mapping[str, Entry],
+    group: str,  # of the entry points: naign.objectives
+    *,
+    remedies: Mapping[str, str] | None = None,  # what to do about a name whose package may not be installed
+) -> Entry:
+    """The entry of that name. Entry points are looked up only for a name that is not built in.
+
+    Raises InputError for an unknown name, naming those there are, and for a package that fails to import.
+    """
+    if name in builtin:
+        return builtin[name]
+    found = _entry_points(group).get(name)
+    if found is None:
+        there = known(builtin, group)
+        near = difflib.get_close_matches(name, there, n=1)
+        remedy = (remedies or {}).get(name) or (f"did you mean {near[0]}?" if near else "")
+        raise InputError(f"{setting} is '{name}': choose one of {', '.join(there)}" + (f"; {remedy}" if remedy else ""))
+    try:
+        entry: Entry = found.load()
+    except Exception as error:  # whatever another package's import may raise
+        package = found.dist.name if found.dist else found.module
+        raise InputError(
+            f"{setting} is '{name}', which the package {package} brings as {found.value}, but importing that failed: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return entry
+
+
+def known(builtin: Mapping[str, object], group: str) -> list[str]:
+    """All names that `lookup` finds, the built-in ones first."""
+    return [*builtin, *sorted(_entry_points(group).keys() - builtin.keys())]
+
+
+@cache
+def _entry_points(group: str) -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=group)}
