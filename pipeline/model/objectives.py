@@ -87,7 +87,7 @@ class ObjectiveConfig:
     """nae: weight of the squared energy of samples, which would grow without bounds."""
 
     def __post_init__(self) -> None:
-        choices = {"name": OBJECTIVES, "distance": DISTANCES, "third": THIRD_TERMS, "damage": damage.LAWS}
+        choices = {"name": OBJECTIVES, "distance": DISTANCES, "third": THIRD_TERMS, "damage": damage.names()}
         for name, allowed in choices.items():
             if name == "third" and self.third == "denoising":
                 raise InputError(
