@@ -50,7 +50,7 @@ class Job:
     """png or jpg."""
     grey: bool
     workers: int = 0
-    """Decoding processes beside this one."""
+    """Decoding threads of ours, or processes of `decode, parts`."""
     summed: bool = False
     """Also give the sum of all pixels, which takes time."""
     aws: str = "aws"

@@ -36,7 +36,7 @@ def upload(
 def newest_first(remote: str) -> Iterator[str]:
     """The names of the checkpoints that have a manifest, newest first."""
     for name in by_step(open_store(f"{remote}/checkpoints").folders()):
-        if MANIFEST in open_store(f"{remote}/checkpoints/{name}").list():
+        if open_store(f"{remote}/checkpoints/{name}").exists(MANIFEST):
             yield name
 
 
@@ -46,7 +46,7 @@ def is_there(remote: str, name: str) -> bool:
     try:
         for file, entry in read_manifest(open_store(where).read(MANIFEST)).items():
             path, _, base = f"{where}/{file}".rpartition("/")
-            if base not in (store := open_store(path)).list() or store.size(base) != entry["bytes"]:
+            if not (store := open_store(path)).exists(base) or store.size(base) != entry["bytes"]:
                 return False
     except ValueError:
         return False
@@ -153,7 +153,7 @@ def prune(
         keep=keep,
         every=every,
         newest=newest,
-        is_complete=lambda name: MANIFEST in open_store(f"{root}/{name}").list(),
+        is_complete=lambda name: open_store(f"{root}/{name}").exists(MANIFEST),
         read_trainer=lambda name: open_store(f"{root}/{name}").read("trainer.json"),
         lasting=lasting,
     ):
@@ -176,7 +176,7 @@ def take_over(remote: str) -> str:
 def check_claim(remote: str, claim: str) -> None:
     """Raise Conflict if another process has called `take_over` since."""
     store = open_store(remote)
-    if OWNER not in store.list():
+    if not store.exists(OWNER):
         return
     try:
         owner = {key: re.sub(r"[^\w.:+-]", "?", str(value)) for key, value in json.loads(store.read(OWNER)).items()}

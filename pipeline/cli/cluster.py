@@ -90,7 +90,7 @@ def fetch(remote: Positional[str], /, *, to: Path, every: float = 0) -> None:
 
     if not (every == 0 or 1 <= every <= 86400) or str(to) in ("", "."):
         raise InputError("--every must be 0 or 1 to 86400 seconds, --to a folder of its own")
-    if not every and "config.yaml" not in open_store(remote).list():
+    if not every and not open_store(remote).exists("config.yaml"):
         raise InputError(f"{remote} holds no run: its config.yaml is not there")
     while True:
         try:

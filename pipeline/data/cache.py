@@ -11,14 +11,13 @@ import logging
 import os
 import tempfile
 import time
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.pages import table_name
 from pipeline.errors import InputError
-from pipeline.storage.base import Store, Writer
+from pipeline.storage.base import Store
 
 log = logging.getLogger("naign.cache")
 
@@ -49,29 +48,8 @@ class CachedStore:
         except (OSError, ValueError) as error:
             raise InputError(f"data.cache {folder!r} cannot be made: {error}") from None
 
-    def folders(self) -> list[str]:
-        return self._source.folders()
-
-    def list(self) -> list[str]:
-        return self._source.list()
-
-    def size(self, name: str) -> int:
-        return self._source.size(name)
-
-    def open(self, name: str) -> BinaryIO:
-        return self._source.open(name)
-
-    def write(self, name: str) -> AbstractContextManager[Writer]:
-        return self._source.write(name)
-
-    def put(self, name: str, data: bytes) -> None:
-        self._source.put(name, data)
-
-    def delete(self, name: str) -> None:
-        self._source.delete(name)
-
-    def url(self, name: str) -> str:
-        return self._source.url(name)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)  # all but `read` is the source's
 
     def read(self, name: str, first: int = 0, last: int | None = None, *, fresh: bool = False) -> bytes:
         if name not in self._hashes:

@@ -8,45 +8,79 @@
            left the answer is a typical image, so that no flat image stays what it is.
 
 `mixed` is kin to the damage that repair is measured on (pipeline.data.degrade), but of other kernels and of random
-strengths; a table of repairs must say which of the two, or neither, a network was trained with.
+strengths; a table of repairs must say which of the two, or neither, a network was trained with. Other packages add laws
+as entry points of group naign.damage, each a `Law`.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.errors import InputError
-
-LAWS = ("noise", "mixed")
+from pipeline.registry import known, lookup
 
 SCALARS = 16
-"""Uniform numbers that an image's damage takes besides those of its pixels."""
+"""Uniform numbers that `mixed` takes for an image besides those of its pixels."""
+
+
+class Law(NamedTuple):
+    """A law of damage."""
+
+    damage: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    """As the function `damage` below, without its first argument."""
+    uniforms: Callable[[tuple[int, ...]], int]
+    """How many uniform numbers an image of that shape takes."""
+    check: Callable[[tuple[int, ...]], None]
+    """Raises InputError for a shape that cannot be damaged so."""
+
+
+def find_law(law: str) -> Law:
+    """The law of that name, also of another package; InputError where there is none."""
+    return lookup("objective.damage", law, LAWS, GROUP)
+
+
+def names() -> list[str]:
+    """All laws, also those of other packages."""
+    return known(LAWS, GROUP)
 
 
 def check_damage(law: str, shape: tuple[int, ...]) -> None:
-    """InputError where images of that shape cannot be damaged by the law."""
-    if law == "mixed" and (len(shape) != 3 or min(shape[1:]) < 8):
-        raise InputError(
-            f"objective.damage=mixed is for images of at least 8x8 pixels, the data has {tuple(shape)}: choose noise"
-        )
+    """Raise InputError where there is no such law, or images of that shape cannot be damaged by it."""
+    find_law(law).check(shape)
 
 
 def uniforms(law: str, shape: tuple[int, ...]) -> int:
     """How many uniform numbers an image's damage takes."""
-    return SCALARS + 2 * shape[1] * shape[2] + 2 * max(shape[1:]) if law == "mixed" else 1
+    return find_law(law).uniforms(shape)
 
 
 def damage(
-    law: str,  # one of LAWS
+    law: str,  # one of `names()`
     images: Tensor,  # (n, *shape) float32 in [-1, 1]
     normals: Tensor,  # (n, *shape) standard normals
     uniform: Tensor,  # (n, uniforms(law, shape)) in (0, 1]
     strength: float,  # the noise's largest standard deviation
 ) -> Tensor:
     """Damaged images (n, *shape): a function of the arguments alone, row by row. `mixed` stays in [-1, 1]."""
-    rows = (len(images),) + (1,) * (images.ndim - 1)
-    if law == "noise":
-        return images + strength * uniform[:, 0].view(rows) * normals
+    return find_law(law).damage(images, normals, uniform, strength)
+
+
+def _noise(images: Tensor, normals: Tensor, uniform: Tensor, strength: float) -> Tensor:
+    return images + strength * uniform[:, 0].view((-1,) + (1,) * (images.ndim - 1)) * normals
+
+
+def _check_mixed(shape: tuple[int, ...]) -> None:
+    if len(shape) != 3 or min(shape[1:]) < 8:
+        raise InputError(
+            f"objective.damage=mixed is for images of at least 8x8 pixels, the data has {tuple(shape)}: choose noise"
+        )
+
+
+def _mixed(images: Tensor, normals: Tensor, uniform: Tensor, strength: float) -> Tensor:
+    rows = (len(images), 1, 1, 1)
     _, _, height, width = images.shape
     scalars, pixels, lines = uniform.split([SCALARS, 2 * height * width, 2 * max(height, width)], dim=1)
     chance, shade, reach, select, colour, side, _, tone = (part.view(rows) for part in scalars.split(1, dim=1)[:8])
@@ -83,3 +117,11 @@ def _coarse(images: Tensor, octaves: Tensor, weight: Tensor) -> Tensor:
     coarse = torch.where(octaves >= 3, levels[2], low + between * (high - low))
     mixed: Tensor = images + weight * (coarse - images)
     return mixed
+
+
+LAWS: dict[str, Law] = {
+    "noise": Law(_noise, lambda shape: 1, lambda shape: None),
+    "mixed": Law(_mixed, lambda shape: SCALARS + 2 * shape[1] * shape[2] + 2 * max(shape[1:]), _check_mixed),
+}
+
+GROUP = "naign.damage"

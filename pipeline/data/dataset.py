@@ -1,12 +1,14 @@
 """A packed data set as training sees it: its settings, its reader, its shape."""
 
 from dataclasses import dataclass, field
+from typing import cast
 
 from pipeline.data.cache import CachedStore
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.reader import Reader
 from pipeline.errors import InputError
 from pipeline.settings import AT_LEAST_0, FREE, MAY_CHANGE, NOT_EMPTY
+from pipeline.storage.base import Store
 from pipeline.storage.store import open_store
 
 
@@ -26,7 +28,8 @@ class DataConfig:
     """Which split to train on."""
 
     workers: int = field(default=0, metadata=FREE | AT_LEAST_0)
-    """Decoding processes a rank; 0 decodes in a background thread."""
+    """Threads that read and decode on each rank; 0 is one, as 1 is. Decoding releases the interpreter's lock,
+    so more threads help most with large images."""
 
     tail: str = "wrap"
     """Where an epoch is no whole number of rounds: wrap goes on into the next epoch, drop leaves its last images out,
@@ -87,6 +90,6 @@ def open_reader(config: DataConfig, manifest: Manifest) -> Reader:
     """A reader of one split, through the cache if one is set and the data lie elsewhere."""
     store = open_store(config.path)
     if config.cache and config.path.startswith("s3://"):
-        store = CachedStore(store, manifest, config.cache, int(config.cache_gb * 1e9))
+        store = cast(Store, CachedStore(store, manifest, config.cache, int(config.cache_gb * 1e9)))
     shards = manifest.split(config.split).shards
     return Reader(store, manifest, shards, check=config.check, skip=config.broken == "skip")

@@ -1,64 +1,103 @@
-"""From shards to tensors on one rank: the rounds of plan.py, read and decoded one round ahead."""
+"""The rounds of order.py as tensors on one rank, read and decoded one round ahead by threads.
+
+Threads, not processes: decoders, hashes and sockets release the interpreter's lock, the pixels are written where they
+are wanted, and nothing is forked in a process that already runs gloo, CUDA or boto3.
+"""
 
 import atexit
 import logging
+import math
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import torch
+import numpy as np
 import webdataset
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from pipeline.data import decode
-from pipeline.data.dataset import DataConfig, check_config, image_shape
+from pipeline.data.dataset import DataConfig, check_config, image_shape, open_reader
 from pipeline.data.decode import Array
 from pipeline.data.format.manifest import Manifest, size_problem
-from pipeline.data.order import Order, Piece, check
-from pipeline.data.reader import Reader
-from pipeline.data.share import Block, Rounds, Share, fill, new_images, quiet_worker
-from pipeline.errors import InputError, Stopped, Unavailable
-from pipeline.storage.fetch import Tally
+from pipeline.data.order import Order, Piece, check, parts, pieces, rank_rows
+from pipeline.data.reader import Reader, Taken, fill, new_images, new_rows
+from pipeline.errors import InputError, Stopped
+from pipeline.storage.fetch import in_order
 from pipeline.storage.store import gopen, open_store
 
 webdataset.gopen_schemes["s3"] = gopen  # so that any WebDataset program reads s3:// as training does, without pipes
 
+__all__ = ["Stream", "Taken", "read_split"]
+
 log = logging.getLogger("naign.data")
 
-
 PATIENCE = 5.0
-"""Seconds that a round which nobody wants any more is waited for."""
+"""Seconds to wait for the reading of a round that is no longer wanted."""
+
+BLOCK = 256
+"""The most rows that a thread reads between two looks at whether to stop."""
+
+BLOCK_BYTES = 4 << 20
+"""The most bytes of them, unless one row is more."""
 
 
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Taken:
-    """One rank's part of a round; row i is position i of that part, whatever the number of workers."""
+class _Part:
+    """Rows [first, last) of a rank's part of every round from `start` on, read in one pass by one thread.
 
-    images: Tensor
-    """(n, C, H, W) uint8 of images, in memory as (n, H, W, C); (n, D) float32 of points."""
-    labels: Tensor
-    """(n,) int64, -1 where there is none."""
-    keys: list[str]
-    """n of them."""
-    epochs: Tensor
-    """(n,) int64: in which epoch each row was taken."""
-    tally: Tally
-    """What reading them has cost."""
-    broken: list[str]
-    """What was wrong with each sample in whose place another one is."""
+    What comes after a round is fetched before it is asked for.
+    """
+
+    def __init__(
+        self, config: DataConfig, manifest: Manifest, order: Order, *, start: int, offset: int, first: int, last: int
+    ) -> None:
+        self._order, self._offset, self._first, self._last = order, offset, first, last
+        row = math.prod(image_shape(config, manifest)) * np.dtype(manifest.dtype).itemsize
+        self._block = max(1, min(BLOCK, BLOCK_BYTES // row))
+        self._reader = open_reader(config, manifest)
+        self._fill = partial(fill, reader=self._reader, crop=config.crop, flip=config.flip)
+        begin, end = offset + first, offset + last  # of the round, over all ranks
+        self._stored = self._reader.raw(piece for round in count(start) for piece in pieces(order, round, begin, end))
+
+    def read(
+        self,
+        round: int,
+        taken: Taken,
+        broken: dict[int, str],
+        stop: threading.Event,
+        arrived: Callable[[int], None],  # told how many rows more have been read
+    ) -> bool:
+        """Fill this part's rows of the next round. False if stopped on the way; the part is then of no more use."""
+        whole = False
+        try:
+            for begin in range(self._first, self._last, self._block):
+                if stop.is_set():
+                    return False
+                end = min(begin + self._block, self._last)
+                draws = decode.draws(self._order.seed, round, self._offset + begin, self._offset + end)
+                broken |= self._fill(taken, begin, stored=islice(self._stored, end - begin), draws=draws)
+                taken.tally.merge(self._reader.store.tally.take())
+                arrived(end - begin)
+            whole = True
+        finally:
+            if not whole:
+                self.close()
+        return True
+
+    def close(self) -> None:
+        self._stored.close()
 
 
 class _Reading(threading.Thread):
-    """A round being read in the background. Daemon, so that an interpreter that leaves gets as far as `close`."""
+    """A round being read in the background. Daemon, so that an interpreter that exits gets as far as `close`."""
 
-    def __init__(self, round: int, read: Callable[[int, threading.Event], Taken | None]) -> None:
+    def __init__(self, round: int, read: "Callable[[_Reading], Taken | None]") -> None:
         super().__init__(name=f"read round {round}", daemon=True)
         self.round = round
         self.stop = threading.Event()
@@ -68,12 +107,12 @@ class _Reading(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._taken = self._read(self.round, self.stop)
+            self._taken = self._read(self)
         except BaseException as error:  # re-raised by `result` in the thread that asks
             self._error = error
 
     def result(self, cancelled: Callable[[], bool]) -> Taken:
-        """The round, once it is read. Raises what reading it raised; Stopped where `cancelled` turns true before."""
+        """The round, once it is read. Raises what reading it raised; Stopped if `cancelled` turns true before."""
         while self.is_alive():
             self.join(0.2)
             if self.is_alive() and cancelled():
@@ -85,7 +124,7 @@ class _Reading(threading.Thread):
         return self._taken
 
     def abandon(self) -> None:
-        """Stop soon, and wait for that: in vain where a store does not answer."""
+        """Stop soon, and wait for that: in vain while a store does not answer."""
         self.stop.set()
         self.join(PATIENCE)
 
@@ -122,26 +161,29 @@ class Stream:
         sizes = tuple(shard.samples for shard in self.manifest.split(config.split).shards)
         self.order = Order(sizes=sizes, seed=seed, round_size=round_size, tail=config.tail, resampled=config.resampled)
         check(self.order, world)
-        self._share = Share(config=config, manifest=self.manifest, order=self.order, rank=rank, world=world)
-        self._workers, self._prefetch = config.workers, prefetch
+        self._config, self._prefetch = config, prefetch
+        self._first, last = rank_rows(round_size, rank, world)
+        self._count, self._world = last - self._first, world  # rows of this rank, a round
         self._trace = _open_trace(config.trace, rank) if config.trace else None
         self._broken = self._rows = 0  # taken so far
         self.rows_read = 0
         """Rows read so far, over all rounds. It grows while `take` waits for a round that is arriving."""
         self._unused: list[Array] = []  # memory of rounds
         self._ahead: _Reading | None = None
-        self._loaded: Iterator[Block | InputError | Unavailable] | None = None  # stands before round _next
-        self._dataset: Rounds  # of the workers
-        self._images: Array  # of the round that is being read
+        self._parts: list[_Part] = []  # one a worker; they stand before round _next
         self._next = 0
         atexit.register(self.close)  # a thread inside torch while the interpreter goes down would abort it
 
-    def take(self, round: int, cancelled: Callable[[], bool] = lambda: False) -> Taken:
+    def take(
+        self,
+        round: int,
+        cancelled: Callable[[], bool] = lambda: False,  # asked a few times a second
+    ) -> Taken:
         """This rank's part of a round: a function of the arguments of the Stream and `round` alone.
 
-        Rounds may be taken in any order; only going up one by one is read ahead.
+        Rounds may be taken in any order; they are read ahead only when taken one after the other.
         Raises InputError, naming shard and key, for data that is damaged or not as its manifest says; Unavailable for a
-        store that stays out of reach; Stopped where `cancelled`, looked at a few times a second, turns true.
+        store that stays out of reach; Stopped if `cancelled` turns true.
         """
         ahead, self._ahead = self._ahead, None
         if ahead and ahead.round != round:
@@ -168,15 +210,15 @@ class Stream:
             log.warning("skipped: %s", problem)
         self._broken += len(taken.broken)
         self._rows += len(taken.keys)
-        most = int(self._share.config.broken_share * max(self._rows, self.order.total // self._share.world))
+        most = int(self._config.broken_share * max(self._rows, self.order.total // self._world))
         if self._broken > most:
             raise InputError(
                 f"{self._broken} broken samples of {self._rows} are more than data.broken_share="
-                f"{self._share.config.broken_share} allows ({most}); the last: {taken.broken[-1]}"
+                f"{self._config.broken_share} allows ({most}); the last: {taken.broken[-1]}"
             )
 
     def close(self) -> None:
-        """Stop reading ahead and end the workers."""
+        """Stop reading ahead."""
         if self._ahead:
             self._ahead.abandon()
         self._ahead = None
@@ -189,82 +231,47 @@ class Stream:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _read(self, round: int, stop: threading.Event) -> Taken | None:
+    def _read(self, reading: _Reading) -> Taken | None:
         """The round, or None if stopped on the way."""
-        rows = self._share.rows
-        images = self._images = self._memory()
-        labels, epochs = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.int64)
-        keys, tally, broken = [""] * rows, Tally(), list[str]()
-        with closing(self._blocks(round)) as blocks:
-            for block in blocks:
-                if stop.is_set():
-                    return None
-                here = slice(block.first, block.first + len(block.keys))
-                if self._workers:
-                    images[here] = block.images.numpy()
-                labels[here], epochs[here] = block.labels, block.epochs
-                keys[here] = block.keys
-                tally.merge(block.tally)
-                broken += block.broken
-                self.rows_read += len(block.keys)
-        del self._images
-        whole = torch.from_numpy(images)
-        return Taken(images=whole, labels=labels, keys=keys, epochs=epochs, tally=tally, broken=broken)
+        round = reading.round
+        if self._next != round:
+            self._forget()
+        if not self._parts:
+            make = partial(_Part, self._config, self.manifest, self.order, start=round, offset=self._first)
+            ranges = parts(0, self._count, max(1, self._config.workers))
+            self._parts = [make(first=first, last=last) for first, last in ranges]
+        reads, self._parts = self._parts, []  # given back below, unless this round breaks off
+        taken, broken = new_rows(self._memory()), dict[int, str]()
+        calls = [partial(part.read, round, taken, broken, reading.stop, self._arrived) for part in reads]
+        try:
+            whole = all(list(in_order(calls, len(calls))))
+        except BaseException:
+            reading.stop.set()  # the other parts
+            raise
+        if not whole:
+            return None
+        taken.broken.extend(broken[row] for row in sorted(broken))
+        self._parts, self._next = reads, round + 1
+        return taken
 
     def _memory(self) -> Array:
-        """For a round's images: that of an earlier round which nobody uses any more, or new.
+        """Memory for a round's images: that of an earlier round which nobody uses any more, or new.
 
-        Memory that a process has not touched yet costs it page faults and zeroing, for pictures of 256 x 256 a fifth of
-        the time of decoding them.
+        The first touch of new memory costs page faults and zeroing, for images of 256 x 256 a fifth of the decoding.
         """
-        memory = self._unused.pop() if self._unused else new_images(self._share.config, self.manifest, self._share.rows)
+        memory = self._unused.pop() if self._unused else new_images(self.shape, self.manifest.dtype, self._count)
         lent = memory.view()  # which the round's tensor holds, and all that are made of it
         weakref.finalize(lent, self._unused.append, memory).atexit = False
         return lent
 
-    def _blocks(self, round: int) -> Generator[Block]:
-        """All blocks of a round: read here, into `_images`, or by the workers."""
-        if self._next != round:
-            self._forget()  # the old workers end before the new ones are forked, which would inherit their queues
-        if self._loaded is None:
-            self._loaded = self._load(round) if self._workers else self._read_here(round)
-        loaded, self._loaded = self._loaded, None  # given back below, unless this round breaks off
-        for number in range(self._share.blocks(max(1, self._workers)) * max(1, self._workers)):
-            try:
-                block = next(loaded)
-            except RuntimeError as error:  # so the loader says that a worker is gone
-                del loaded
-                raise Unavailable(f"a reading process was killed, perhaps for want of memory ({error})") from None
-            if not isinstance(block, Block):
-                del loaded  # ends the workers now; the traceback would keep them
-                raise block
-            if self._workers:
-                # To be copied before the next one is asked for: that lets the worker go on to the slot before this one.
-                shared = self._dataset.images(number % self._workers, block.slot, len(block.keys))
-                block = replace(block, images=torch.from_numpy(shared))
-            yield block
-        self._loaded, self._next = loaded, round + 1
+    def _arrived(self, rows: int) -> None:
+        self.rows_read += rows
 
     def _forget(self) -> None:
-        """End what reads the rounds one after the other: its workers, or its threads."""
-        loaded, self._loaded = self._loaded, None
-        if isinstance(loaded, Generator):
-            loaded.close()
-
-    def _read_here(self, round: int) -> Iterator[Block]:
-        share = self._share
-        return share.read(round, 0, share.rows, share.blocks(1), lambda begin, end: self._images[begin:end])
-
-    def _load(self, round: int) -> Iterator[Block | InputError | Unavailable]:
-        self._dataset = Rounds(share=self._share, start=round, workers=self._workers)
-        loader = DataLoader(
-            self._dataset,
-            batch_size=None,
-            num_workers=self._workers,
-            worker_init_fn=quiet_worker,
-            generator=torch.Generator(),  # else the loader draws its seed from torch's global state
-        )
-        return iter(loader)
+        """Close the parts that stand before another round."""
+        gone, self._parts = self._parts, []
+        for part in gone:
+            part.close()
 
 
 def read_split(
@@ -295,5 +302,6 @@ def read_split(
     reader = Reader(store, manifest, shards)
     with closing(reader.raw(wanted)) as stored:
         bar = tqdm(stored, total=count, desc=f"read {split}", unit="sample", disable=not progress)
-        block = fill(0, reader, iter(bar), new_images(config, manifest, count), config, decode.central(count))
-    return block.images.contiguous(), block.labels
+        taken = new_rows(new_images(image_shape(config, manifest), manifest.dtype, count))
+        fill(taken, 0, reader, iter(bar), decode.central(count), crop=crop)
+    return taken.images.contiguous(), taken.labels

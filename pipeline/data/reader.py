@@ -5,17 +5,22 @@ import tarfile
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
-from pipeline.data.decode import Array, decode
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data import decode
+from pipeline.data.decode import Array, Draws
 from pipeline.data.format.manifest import Manifest, Shard, size_problem
 from pipeline.data.format.pages import Table, parse_table, samples, table_name
 from pipeline.data.order import Piece
 from pipeline.errors import InputError
 from pipeline.storage.base import Store
-from pipeline.storage.fetch import PARALLEL, in_order
+from pipeline.storage.fetch import PARALLEL, Tally, in_order
 
 PART = 8 << 20
 """Bytes of pages asked for at once."""
@@ -111,7 +116,7 @@ class Reader:
         """The sample decoded. Raises InputError, naming shard and key, where it cannot be."""
         manifest, where = self.manifest, self.store.url(self.shards[raw.piece.shard].name)
         try:
-            array, label = decode(raw.sample, manifest.kind, manifest.shape, len(manifest.labels), where, into)
+            array, label = decode.decode(raw.sample, manifest.kind, manifest.shape, len(manifest.labels), where, into)
         except InputError as error:
             if not self._skip:
                 raise
@@ -214,3 +219,65 @@ def _cut(found: Iterable[tuple[Piece, Shard, Table]]) -> Iterator[Pages]:
 
 
 _REMEDY = "copy it again, or repack the data set"
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Taken:
+    """One rank's part of a round; row i is position i of that part, whatever the number of workers."""
+
+    images: Tensor
+    """(n, C, H, W) uint8 of images, in memory as (n, H, W, C); (n, D) float32 of points."""
+    labels: Tensor
+    """(n,) int64, -1 where there is none."""
+    keys: list[str]
+    """n of them."""
+    epochs: Tensor
+    """(n,) int64: in which epoch each row was taken."""
+    tally: Tally = field(default_factory=Tally)
+    """What reading them has cost."""
+    broken: list[str] = field(default_factory=list)
+    """The problem of each sample that another one stands in for."""
+
+
+def new_images(shape: tuple[int, ...], dtype: str, rows: int) -> Array:
+    """Memory for images (rows, C, H, W), in which the channels of a pixel lie together; for points (rows, D).
+
+    NumPy's, not torch's: it asks for huge pages, without which touching new memory takes a tenth of the decoding.
+    """
+    if len(shape) != 3:
+        return np.empty((rows, *shape), dtype)
+    channels, height, width = shape
+    return np.empty((rows, height, width, channels), dtype).transpose(0, 3, 1, 2)
+
+
+def new_rows(images: Array) -> Taken:
+    """Rows to be filled."""
+    labels, epochs = (torch.empty(len(images), dtype=torch.int64) for _ in range(2))
+    return Taken(images=torch.from_numpy(images), labels=labels, epochs=epochs, keys=[""] * len(images))
+
+
+def fill(
+    taken: Taken,
+    begin: int,  # row
+    reader: Reader,
+    stored: Iterator[Raw],  # of as many samples as draws
+    draws: Draws,
+    *,
+    crop: int = 0,  # pixels a side of the windows; 0: whole images
+    flip: bool = False,
+) -> dict[int, str]:
+    """Decode samples into rows from `begin` on; the problems of broken samples by row."""
+    images, labels, epochs = taken.images.numpy(), taken.labels.numpy(), taken.epochs.numpy()
+    row, broken = begin, {}
+    for row, raw in enumerate(stored, begin):
+        place = images[row]
+        found = reader.row(raw, None if crop else place)
+        if found.array is not place:
+            place[...] = decode.crop(found.array, crop, draws[row - begin]) if crop else found.array
+        labels[row], epochs[row], taken.keys[row] = found.label, found.epoch, found.key
+        if found.broken:
+            broken[row] = found.broken
+    assert row + 1 == begin + len(draws)
+    if flip and images.ndim == 4:
+        decode.flip(images[begin : row + 1], draws)
+    return broken

@@ -120,7 +120,7 @@ class NaignConfig(DistanceConfig):
     denoising: float = field(default=0.0, metadata=AT_LEAST_0)
     """Weight of d(f(damaged x), x)."""
 
-    damage: str = field(default="noise", metadata=one_of(damage.LAWS))
+    damage: str = "noise"
     """denoising: noise, or mixed (lost detail, noise, specks and stripes: pipeline/data/damage.py)."""
 
     noise: float = field(default=0.5, metadata=AT_LEAST_0)
@@ -130,6 +130,7 @@ class NaignConfig(DistanceConfig):
         if self.third == "denoising":
             raise InputError("objective.third is 'denoising': that term has a weight of its own, objective.denoising")
         DistanceConfig.__post_init__(self)
+        damage.find_law(self.damage)
         third = self.third_weight if self.third != "none" else 0.0
         if not (self.reconstruction or self.imle or third or self.denoising):
             raise InputError("objective.reconstruction and all other terms weigh 0: nothing would be trained")

@@ -29,6 +29,7 @@ CHECKPOINTS = 3
 """How many should fit on the disk: the two that are kept, and the one being written."""
 
 SHARED_MEMORY = "/dev/shm"
+LEAST_SHARED_MEMORY = 64 * 2**20
 
 PROBE = "preflight"
 """Name of the file that is written to see whether a bucket can be."""
@@ -40,7 +41,6 @@ class Needs:
 
     run: str = ""
     remote: str = ""
-    workers: int = 5  # whose blocks fit into the 64 MiB of shared memory that a container has by default
     checkpoint_bytes: int = 0  # of a whole checkpoint, all ranks' files
     trackers: str = ""
 
@@ -171,19 +171,11 @@ def disk(needs: Needs) -> Iterator[tuple[str, str]]:
 
 
 def shared_memory(needs: Needs) -> Iterator[tuple[str, str]]:
-    """Whether the blocks of the data workers of this machine's ranks fit into its shared memory."""
-    from pipeline.data.share import BLOCK_BYTES, SLOTS
-
-    workers = needs.workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if not workers or not os.path.isdir(SHARED_MEMORY):
-        return
-    free, needed = shutil.disk_usage(SHARED_MEMORY).free, workers * SLOTS * BLOCK_BYTES
-    remedy = (
-        "give the container more (docker run --shm-size, or in Kubernetes an emptyDir of medium Memory), or set a "
-        "lower --data.workers"
-    )
-    found = f"{SHARED_MEMORY} has {size(free)} free, {workers} workers take up to {size(needed)}"
-    yield found, remedy if free < needed else ""
+    """Whether NCCL has room for its buffers between the GPUs of a machine."""
+    if os.path.isdir(SHARED_MEMORY):
+        free = shutil.disk_usage(SHARED_MEMORY).free
+        remedy = "give the container more (docker run --shm-size, or in Kubernetes an emptyDir of medium Memory)"
+        yield f"shared memory: {size(free)} free", remedy if free < LEAST_SHARED_MEMORY else ""
 
 
 def remote(needs: Needs) -> Iterator[tuple[str, str]]:
@@ -209,8 +201,8 @@ def trackers(needs: Needs) -> Iterator[tuple[str, str]]:
     yield f"trackers: {', '.join(find_trackers(needs.trackers))}", ""
 
 
-OF_A_RUN: tuple[Check, ...] = (trackers, disk, shared_memory, remote)
-CHECKS: tuple[Check, ...] = (libraries, deepspeed, faiss, processor, gpus, *OF_A_RUN, endpoint)
+OF_A_RUN: tuple[Check, ...] = (trackers, disk, remote)
+CHECKS: tuple[Check, ...] = (libraries, deepspeed, faiss, processor, gpus, shared_memory, *OF_A_RUN, endpoint)
 
 
 def examine(
@@ -232,7 +224,6 @@ def preflight(
     *,
     run: str,  # run.path
     remote: str,  # run.remote; '': none
-    workers: int,  # data.workers, a rank
     checkpoint_bytes: int,  # of a whole checkpoint, all ranks' files
     say: Callable[[str], None],  # what was found, a line each
     trackers: str = "",  # report.trackers
@@ -241,7 +232,7 @@ def preflight(
 
     Raises InputError for what makes the run impossible, and Unavailable if the bucket stays out of reach.
     """
-    needs = Needs(run=run, remote=remote, workers=workers, checkpoint_bytes=checkpoint_bytes, trackers=trackers)
+    needs = Needs(run=run, remote=remote, checkpoint_bytes=checkpoint_bytes, trackers=trackers)
     return examine(say, needs, OF_A_RUN)
 
 

@@ -32,6 +32,10 @@ class Store(Protocol):
         """Names of the complete files, sorted; [] for a folder that is empty or does not exist."""
         ...
 
+    def exists(self, name: str) -> bool:
+        """Whether there is a file of that name; asks for it alone, however many files the folder holds."""
+        ...
+
     def size(self, name: str) -> int:
         """Length in bytes."""
         ...

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,13 @@ class LocalStore:
                 return []
             files = (entry.name for entry in os.scandir(self._folder) if entry.is_file())
             return sorted(name for name in files if not name.startswith(_PARTIAL))
+
+    def exists(self, name: str) -> bool:
+        with self._explained(name):
+            try:
+                return stat.S_ISREG((self._folder / name).stat().st_mode)
+            except FileNotFoundError:
+                return False
 
     def size(self, name: str) -> int:
         with self._explained(name):

@@ -1,31 +1,51 @@
 """Objects under a prefix of an S3 bucket, or of any server that speaks S3.
 
-botocore retries requests, not bodies: a connection that is cut in the middle of an answer, or falls silent, ends the
-read. So its retries are off, and every request and body is tried again here, a body from the byte where it broke.
+botocore retries requests but not bodies: a connection that breaks or stalls in the middle of an answer ends the read.
+So botocore's retries are off. Every request and body is retried here, a body from the byte where it broke.
 """
 
 import base64
 import contextlib
 import hashlib
+import re
+import zlib
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from functools import partial, reduce
 from typing import Any, BinaryIO, cast
+
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
 
 from pipeline.errors import Conflict, InputError
 from pipeline.storage.fetch import PARALLEL, PART, Parts, Patience, Tally, in_order
 from pipeline.storage.s3_client import BadSettings, client, is_anonymous, is_passing
 
 WRITE_PART = 16 << 20
-"""Bytes a part of an upload: S3 takes 10,000 of them."""
+"""Bytes per part of a multipart upload; S3 allows 10,000 parts."""
 
 CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role"
 
 _DENIED = ("AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
 
+_NO_BUCKET = ("404", "NoSuchBucket")
+
+_DIRECTORY_BUCKET = "--x-s3"
+"""End of the name of every directory bucket (S3 Express One Zone), which takes no Content-MD5."""
+
+
+def _code(error: ClientError) -> str:
+    return str(error.response["Error"].get("Code"))
+
 
 class S3Store:
-    """The objects directly under one prefix. Picklable: the client is made in each process at its first use."""
+    """The objects directly under one prefix. Picklable: each process makes its client at the first request."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -36,7 +56,9 @@ class S3Store:
         if set(prefix.strip("/").split("/")) & {"", ".", ".."} and prefix.strip("/"):
             raise InputError(f"{path}: an empty, '.' or '..' part, which servers read differently: write it plainly")
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
-        self._versions: dict[str, tuple[int, str]] = {}  # size and ETag of what was asked after
+        self._versions: dict[str, tuple[int, str]] = {}  # size and ETag at the last HEAD
+        self.checksums = True  # until the server refuses them
+        self.takes_md5 = not self._bucket.endswith(_DIRECTORY_BUCKET)
 
     def folders(self) -> list[str]:
         found = [entry["Prefix"] for page in self._pages() for entry in page.get("CommonPrefixes", [])]
@@ -47,7 +69,7 @@ class S3Store:
         return sorted(key.removeprefix(self._prefix) for key in keys if key != self._prefix)
 
     def _pages(self) -> Iterator[Any]:
-        """Of the listing of what lies directly under the prefix."""
+        """Pages of the listing of what lies directly under the prefix."""
         after: dict[str, str] = {}
         while True:
             with self._explained(""):
@@ -57,9 +79,22 @@ class S3Store:
                 return
             after = {"ContinuationToken": page["NextContinuationToken"]}
 
+    def exists(self, name: str) -> bool:
+        with self._explained(name):
+            try:
+                self._head(name)
+            except ClientError as error:
+                if _code(error) not in ("404", "NoSuchKey", "NotFound") or self._bucket_is_missing():
+                    raise
+                return False
+        return True
+
     def size(self, name: str) -> int:
         with self._explained(name):
-            answer = self._ask("head_object", name)
+            return self._head(name)
+
+    def _head(self, name: str) -> int:
+        answer = self._ask("head_object", name)
         self._versions[name] = int(answer["ContentLength"]), str(answer["ETag"])
         return self._versions[name][0]
 
@@ -68,8 +103,8 @@ class S3Store:
         etag = self._versions[name][1].strip('"')
         if first or last is not None or len(etag) != 32:
             return data
-        # A whole file may have nobody who knows its hash, as index.json. Its ETag is mostly its MD5; where it is not,
-        # as of some encrypted objects, two reads must agree.
+        # Nothing else holds the hash of a file such as index.json. Its ETag usually is its MD5; where it is not, as of
+        # encrypted objects, two reads must agree.
         patience = Patience(f"read {self.url(name)}", self.tally)
         while hashlib.md5(data, usedforsecurity=False).hexdigest() != etag:
             self.tally.add(reread=len(data))
@@ -80,7 +115,7 @@ class S3Store:
         return data
 
     def open(self, name: str) -> BinaryIO:
-        self.size(name)  # so that what is missing raises here
+        self.size(name)  # a missing object must raise here, not at the first read
         return cast(BinaryIO, Parts(self._parts(name, 0, None)))
 
     @contextlib.contextmanager
@@ -108,7 +143,7 @@ class S3Store:
         return f"s3://{self._bucket}/{self._prefix}{name}"
 
     def _parts(self, name: str, first: int, last: int | None) -> Generator[bytes]:
-        """Bytes [first, last) of one version of an object, piece by piece, in parts fetched in parallel."""
+        """Bytes [first, last) of one version of an object, in pieces; parts of PART bytes are fetched in parallel."""
         if name not in self._versions:
             self.size(name)
         size, etag = self._versions[name]
@@ -127,7 +162,7 @@ class S3Store:
                 yield from part
 
     def _get(self, name: str, etag: str, first: int, last: int) -> Sequence[bytes]:
-        """Bytes [first, last), from the byte on where a body broke, however often that happens."""
+        """Bytes [first, last). A body that breaks is asked for again from that byte on, of the same version."""
         chunks: list[bytes] = []
         at, piece = first, 1 << 20
         patience = Patience(f"read {self.url(name)}", self.tally)
@@ -154,12 +189,12 @@ class S3Store:
                     if not is_passing(error):
                         raise
                     patience.wait(error, at=f", byte {at}", progress=at > before)
-                    piece = 1 << 15  # a piece that breaks is lost: of the next, less
+                    piece = 1 << 15  # a piece that breaks is lost as a whole: make the next ones smaller
         self.tally.add(bytes=last - first)
         return chunks
 
     def _ask(self, operation: str, name: str | None = None, **arguments: Any) -> Any:
-        """The answer to one request, made again while it fails in passing."""
+        """The answer to one request; transient failures are retried."""
         if name is not None:
             arguments["Key"] = self._prefix + name
         patience = Patience(f"{operation.replace('_', ' ')} {self.url(name or '')}", self.tally)
@@ -174,15 +209,6 @@ class S3Store:
     @contextlib.contextmanager
     def _explained(self, name: str) -> Iterator[None]:
         """Turn what a user can put right into an InputError."""
-        from botocore.exceptions import (
-            BotoCoreError,
-            ClientError,
-            NoCredentialsError,
-            ParamValidationError,
-            PartialCredentialsError,
-            ProfileNotFound,
-        )
-
         where = self.url(name)
         try:
             yield
@@ -191,12 +217,11 @@ class S3Store:
         except ParamValidationError as error:
             raise InputError(f"{where}: {error}: write s3://bucket/prefix") from None
         except ClientError as error:
-            code = str(error.response["Error"].get("Code"))
-            match code:
-                case "NoSuchBucket" | "InvalidBucketName":
+            match code := _code(error):
+                case "NoSuchKey" | "404" | "NotFound" if not self._bucket_is_missing():
+                    remedy = "no such object: check the path, or pack the data set again"
+                case "NoSuchBucket" | "InvalidBucketName" | "NoSuchKey" | "404" | "NotFound":
                     remedy = f"there is no bucket {self._bucket}: make it first, or check the name and AWS_ENDPOINT_URL"
-                case "NoSuchKey" | "404" | "NotFound":
-                    remedy = self._missing()
                 case "PreconditionFailed" | "412":
                     remedy = "replaced while it was being read: verify the data set, and start again"
                 case "InvalidRange" | "416":
@@ -214,25 +239,22 @@ class S3Store:
                 raise
             raise InputError(f"{where}: {error}: check AWS_ENDPOINT_URL and the AWS configuration") from None
 
-    def _missing(self) -> str:
-        """Why an object is not there; a HEAD has no body that could say it."""
-        from botocore.exceptions import ClientError
-
+    def _bucket_is_missing(self) -> bool:
+        """Whether that is why an object is not found: the answer to a HEAD has no body that could say it."""
         try:
             self._ask("head_bucket")
         except ClientError as error:
-            if str(error.response["Error"].get("Code")) in ("404", "NoSuchBucket"):
-                return f"there is no bucket {self._bucket}: make it first, or check the name and AWS_ENDPOINT_URL"
-        return "no such object: check the path, or pack the data set again"
+            return _code(error) in _NO_BUCKET
+        return False
 
 
 class Upload:
-    """An object being written. It appears when it is finished, whole, or not at all."""
+    """An object being written. It appears as a whole when it is finished, or not at all."""
 
     def __init__(self, store: S3Store, name: str) -> None:
         self._store, self._name = store, name
         self._buffer = bytearray()
-        self._size = 0
+        self._size = self._crc = 0  # of all bytes written
         self._upload: str | None = None
         self._threads: ThreadPoolExecutor | None = None
         self._parts: list[Future[dict[str, Any]]] = []
@@ -240,20 +262,20 @@ class Upload:
     def write(self, data: bytes | bytearray | memoryview) -> int:
         self._buffer += data
         self._size += len(data)
+        self._crc = zlib.crc32(data, self._crc)
         while len(self._buffer) > WRITE_PART:
             self._send(bytes(self._buffer[:WRITE_PART]))
             del self._buffer[:WRITE_PART]
         return len(data)
 
     def finish(self) -> None:
-        """Make it visible, and check that what is there is what was written."""
+        """Make the object visible, and check that it is the one that was written."""
         last = bytes(self._buffer)
         if self._upload is None:
             etag = self._sent("put_object", last)["ETag"]
         else:
             self._send(last)
-            parts = [part.result() for part in self._parts]
-            etag = self._completed(parts)
+            etag = self._completed([part.result() for part in self._parts])
         if self._threads:
             self._threads.shutdown()
         size = self._store.size(self._name)
@@ -273,10 +295,10 @@ class Upload:
                 self._store._ask("abort_multipart_upload", self._name, UploadId=self._upload)
 
     def _send(self, part: bytes) -> None:
-        """In the background, waiting for the oldest if PARALLEL are on their way."""
+        """Upload a part in the background; wait for the oldest one if PARALLEL are under way."""
         if self._upload is None or self._threads is None:
-            self._upload = str(self._store._ask("create_multipart_upload", self._name)["UploadId"])
-            self._threads = ThreadPoolExecutor(PARALLEL)
+            answer = self._ask("create_multipart_upload", {"ChecksumAlgorithm": "CRC32"})
+            self._upload, self._threads = str(answer["UploadId"]), ThreadPoolExecutor(PARALLEL)
         if len(self._parts) >= PARALLEL:
             self._parts[-PARALLEL].result()
         number = len(self._parts) + 1
@@ -284,36 +306,55 @@ class Upload:
 
     def _send_part(self, part: bytes, number: int, upload: str) -> dict[str, Any]:
         answer = self._sent("upload_part", part, PartNumber=number, UploadId=upload)
-        return {"ETag": answer["ETag"], "PartNumber": number}
+        kept = {key: answer[key] for key in ("ETag", "ChecksumCRC32") if key in answer}
+        return {"PartNumber": number, **kept}
 
     def _sent(self, operation: str, data: bytes, **arguments: Any) -> Any:
-        """Content-MD5 lets the server refuse damaged bytes; the ETag, where it is an MD5, says what was stored."""
-        digest = hashlib.md5(data, usedforsecurity=False)
-        md5 = base64.b64encode(digest.digest()).decode()
+        """Upload bytes until the server's answer does not say that it has stored others; that answer.
+
+        CRC-32 and Content-MD5 let the server refuse damaged bytes. What it has stored is checked by the CRC-32 in its
+        answer, or else by an ETag that is an MD5. It is none in directory buckets, and of objects encrypted by SSE-KMS
+        or SSE-C.
+        """
+        md5 = hashlib.md5(data, usedforsecurity=False)
+        crc = base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
+        if self._store.takes_md5:
+            arguments["ContentMD5"] = base64.b64encode(md5.digest()).decode()
         patience = Patience(f"write {self._store.url(self._name)}", self._store.tally)
         while True:
-            answer = self._store._ask(operation, self._name, Body=data, ContentMD5=md5, **arguments)
+            answer = self._ask(operation, {"ChecksumCRC32": crc}, Body=data, **arguments)
+            etag, stored = answer["ETag"].strip('"'), answer.get("ChecksumCRC32")
             encrypted = answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer
-            if encrypted or answer["ETag"].strip('"') == digest.hexdigest():
+            opaque = encrypted or not self._store.takes_md5 or not re.fullmatch("[0-9a-f]{32}", etag)
+            if stored == crc or stored is None and (opaque or etag == md5.hexdigest()):
                 return answer
-            patience.wait(ConnectionError(f"the server stored other bytes: ETag {answer['ETag']}"))
+            patience.wait(ConnectionError(f"the server stored other bytes: ETag {etag}, CRC-32 {stored}"))
+
+    def _ask(self, operation: str, checksum: dict[str, str], **arguments: Any) -> Any:
+        """One request with a checksum; from then on without, where the server does not know these (Backblaze B2)."""
+        given = checksum if self._store.checksums else {}
+        try:
+            return self._store._ask(operation, self._name, **given, **arguments)
+        except ClientError as error:
+            if not given or "x-amz-checksum" not in str(error.response["Error"].get("Message")).lower():
+                raise
+        self._store.checksums = False
+        return self._store._ask(operation, self._name, **arguments)
 
     def _completed(self, parts: list[dict[str, Any]]) -> str:
-        """Complete the upload; its ETag. An answer lost on the way leaves an upload that is complete already."""
-        from botocore.exceptions import ClientError
+        """Complete the upload; returns the object's ETag.
 
+        If the answer is lost, the second request finds no such upload: then the object itself must be what was written.
+        """
+        store, name = self._store, self._name
         try:
-            answer = self._store._ask(
-                "complete_multipart_upload", self._name, UploadId=self._upload, MultipartUpload={"Parts": parts}
+            whole = {"Parts": parts}
+            return str(
+                store._ask("complete_multipart_upload", name, UploadId=self._upload, MultipartUpload=whole)["ETag"]
             )
-            return str(answer["ETag"])
         except ClientError as error:
-            digests = b"".join(bytes.fromhex(part["ETag"].strip('"')) for part in parts)
-            expected = f'"{hashlib.md5(digests, usedforsecurity=False).hexdigest()}-{len(parts)}"'
-            self._store.size(self._name)
-            if (
-                error.response["Error"].get("Code") != "NoSuchUpload"
-                or expected != self._store._versions[self._name][1]
-            ):
+            if _code(error) != "NoSuchUpload" or not store.exists(name) or store.size(name) != self._size:
                 raise
-            return expected
+            if reduce(lambda crc, part: zlib.crc32(part, crc), store._parts(name, 0, None), 0) != self._crc:
+                raise
+        return store._versions[name][1]

@@ -5,6 +5,17 @@ import re
 import threading
 from typing import Any
 
+from botocore.exceptions import (
+    ClientError,
+    CredentialRetrievalError,
+    HTTPClientError,
+    IncompleteReadError,
+    MetadataRetrievalError,
+    SSLError,
+)
+from botocore.exceptions import ConnectionError as NotConnected
+from urllib3.exceptions import HTTPError
+
 from pipeline.errors import printable
 from pipeline.storage.fetch import PARALLEL
 
@@ -12,23 +23,17 @@ SILENCE = 20.0
 """Seconds without a byte, or without a connection, before a request counts as failed."""
 
 
-def is_passing(error: Exception) -> bool:
-    """Whether the same request may well succeed a moment later."""
-    from botocore.exceptions import (
-        ClientError,
-        CredentialRetrievalError,
-        HTTPClientError,
-        IncompleteReadError,
-        MetadataRetrievalError,
-        SSLError,
-    )
-    from botocore.exceptions import ConnectionError as NotConnected
-    from urllib3.exceptions import HTTPError
+_TRANSIENT = ("BadDigest", "XAmzContentChecksumMismatch", "RequestTimeout", "SlowDown")
+"""Error codes of requests worth retrying, whatever their HTTP status."""
 
+
+def is_passing(error: Exception) -> bool:
+    """Whether the failure is transient: the same request may succeed a moment later."""
     if isinstance(error, ClientError):
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         code = str(error.response["Error"].get("Code"))
-        return status >= 500 or status in (408, 429) or code in ("BadDigest", "RequestTimeout", "SlowDown")
+        # 501 is a header or operation that the server will never know.
+        return (status >= 500 and status != 501) or status in (408, 429) or code in _TRANSIENT
     if isinstance(error, SSLError) and any(
         sign in str(error) for sign in ("WRONG_VERSION_NUMBER", "CERTIFICATE_VERIFY")
     ):
@@ -83,7 +88,7 @@ def _make_client() -> Any:
         read_timeout=SILENCE,
         max_pool_connections=8 * PARALLEL,
         tcp_keepalive=True,
-        request_checksum_calculation="when_required",  # Content-MD5 is sent, which every server understands
+        request_checksum_calculation="when_required",  # s3.py gives checksums itself, where the server knows them
         response_checksum_validation="when_required",
         **unsigned,
     )

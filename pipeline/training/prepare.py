@@ -72,7 +72,6 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, nn.Module]:
             for warning in preflight(
                 run=config.run.path,
                 remote=config.run.remote,
-                workers=config.data.workers,
                 checkpoint_bytes=4 * copies * sum(value.numel() for value in network.parameters()),
                 say=log.debug,
                 trackers=config.report.trackers,
@@ -150,7 +149,7 @@ def claim_together(run: Run) -> Path | None:
 def pack_missing(data: DataConfig, arguments: list[str]) -> None:
     """Fetch and pack data.source if data.path holds no data set; InputError if it is meant for another path."""
     source = data.source or ("mnist" if data.path == DataConfig().path else "")
-    if source and "index.json" not in open_store(data.path).list():
+    if source and not open_store(data.path).exists("index.json"):
         given = {argument.partition("=")[0] for argument in arguments}
         if data.source and "--data.path" in given and "--data.source" not in given:
             raise InputError(

@@ -165,7 +165,7 @@ def check_remote_run(config: Config) -> list[str]:
             "--run.remote"
         )
     store = open_store(config.run.remote)
-    if names and "config.yaml" in store.list():
+    if names and store.exists("config.yaml"):
         compare(_read_config(store), config, store.url("config.yaml"), config.run.remote, "--run.remote")
     return names
 
@@ -186,7 +186,7 @@ def is_done(config: Config) -> bool:
     Raises InputError if there is one and resume=never.
     """
     store = open_store(config.run.remote)
-    if "config.yaml" not in store.list():
+    if not store.exists("config.yaml"):
         return False
     recorded = from_dict(_read_config(store), where=store.url("config.yaml"), recorded=True)
     name = next(bucket.newest_first(config.run.remote), "")

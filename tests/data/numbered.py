@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline.data.format.audit import Scan
 from pipeline.data.format.pages import dump_table, table_name
+from pipeline.data.sources.catalog import Seeded
 from pipeline.data.sources.source import Example, Made, Source
 from pipeline.storage.local import LocalStore
 
@@ -33,6 +34,9 @@ def numbered(train: int = 23, test: int = 5, shape: tuple[int, ...] = (1, 4, 4))
         splits={"train": split("train", train), "test": split("test", test)},
     )
 
+
+SOURCE = (Seeded, lambda count, settings: numbered(train=int(count)))
+"""As another package's entry point brings it."""
 
 Members = list[tuple[str, bytes]]
 

@@ -1,10 +1,12 @@
 """Damage to learn from: of each row's own numbers alone, of every kind, within the images' range."""
 
+from importlib.metadata import EntryPoint
+
 import pytest
 import torch
 
 from pipeline import philox
-from pipeline.data.damage import LAWS, check_damage, damage, uniforms
+from pipeline.data.damage import LAWS, Law, check_damage, damage, names, uniforms
 from pipeline.errors import InputError
 
 SHAPE = (1, 28, 28)
@@ -85,3 +87,16 @@ def test_points_take_noise_only():
     check_damage("noise", (2,))
     with pytest.raises(InputError, match="at least 8x8"):
         check_damage("mixed", (2,))
+
+
+INVERTED = Law(lambda images, normals, uniform, strength: -images, lambda shape: 2, lambda shape: None)
+
+
+def test_a_law_of_another_package(monkeypatch):
+    points = {"naign.damage": {"inverted": EntryPoint("inverted", "tests.data.test_damage:INVERTED", "")}}
+    monkeypatch.setattr("pipeline.registry._entry_points", lambda group: points.get(group, {}))
+    assert names() == ["noise", "mixed", "inverted"] and uniforms("inverted", SHAPE) == 2
+    check_damage("inverted", SHAPE)
+    assert torch.equal(damage("inverted", bars(3), *drawn("inverted", torch.arange(3)), 0.5), -bars(3))
+    with pytest.raises(InputError, match="objective.damage is 'noice': choose one of noise, mixed, .*noise"):
+        check_damage("noice", SHAPE)

@@ -1,5 +1,6 @@
 """From shards to tensors: the order, ranks and workers, resuming, and bad data."""
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -17,7 +19,11 @@ from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.writer import pack
 from pipeline.data.loader import Stream, Taken, read_split
 from pipeline.data.order import Order, pieces
+from pipeline.data.reader import Reader, Row
 from pipeline.errors import InputError
+from pipeline.storage.s3_client import client
+from pipeline.storage.store import open_store
+from pipeline.train import pack_missing
 from tests.data.numbered import Members, numbered, rewrite
 
 ROUND = 12
@@ -83,9 +89,43 @@ def test_reading_ahead_changes_nothing_and_leaves_the_random_state_alone(packed:
     assert threading.active_count() == threads
 
 
+def test_workers_are_no_processes(packed: str) -> None:
+    """A process with gloo, CUDA or boto3 threads must not be forked: locks that these hold stay held in the child."""
+    before = psutil.Process().children()
+    with Stream(DataConfig(path=packed, workers=2), seed=5, round_size=ROUND) as stream:
+        stream.take(0)
+        assert psutil.Process().children() == before
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_progress_is_told_before_a_round_is_whole(packed: str, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    told, rows, decode = threading.Event(), itertools.count(), Reader.row
+
+    def slow(*arguments: Any) -> Row:
+        if next(rows) >= ROUND // 2:
+            assert told.wait(20)
+        return decode(*arguments)
+
+    monkeypatch.setattr("pipeline.data.loader.BLOCK", 2)
+    monkeypatch.setattr(Reader, "row", slow)
+    with Stream(DataConfig(path=packed, workers=workers), seed=5, round_size=ROUND, prefetch=False) as stream:
+        assert len(stream.take(0, progress=told.set).keys) == ROUND
+
+
+def test_a_manifest_is_found_without_a_listing(packed: str, bucket: str) -> None:
+    for file in Path(packed).iterdir():
+        open_store(bucket).put(file.name, file.read_bytes())
+    made: list[str] = []
+    client().meta.events.register("before-call.s3", lambda model, **_: made.append(model.name))
+    with Stream(DataConfig(path=bucket), seed=5, round_size=ROUND) as stream:
+        assert len(stream.take(0).keys) == ROUND
+    pack_missing(DataConfig(path=bucket, source="digits"), [])
+    assert "GetObject" in made and "ListObjectsV2" not in made
+
+
 def test_blocks_smaller_than_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: str) -> None:
     expected = take(packed, [0, 1])
-    monkeypatch.setattr("pipeline.data.share.BLOCK", 2)
+    monkeypatch.setattr("pipeline.data.loader.BLOCK", 2)
     assert take(packed, [0, 1]) == take(packed, [0, 1], workers=2) == expected
 
 

@@ -3,6 +3,7 @@
 import gzip
 import io
 import tarfile
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,7 @@ def test_the_checkerboard_has_no_point_on_a_light_square() -> None:
 
 def test_names_and_options_that_do_not_fit(tmp_path: Path) -> None:
     for name, options, message in (
-        ("mnits", {}, "no data set 'mnits'.*mnist"),
+        ("mnits", {}, "'mnits': choose one of mnist,"),
         ("toy2d:moon", {}, "toy2d:moons"),
         ("digits", {"size": 16}, "--size and --channels are for folder only"),
         ("digits", {"root": tmp_path}, "leave out --root"),
@@ -299,3 +300,13 @@ def test_mnist_from_where_it_is_published(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = load("mnist")
     assert (len(source.splits["train"]), len(source.splits["test"])) == (60000, 10000)
+
+
+def test_a_source_of_another_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    points = {"naign.sources": {"numbered:<name>": EntryPoint("numbered:<name>", "tests.data.numbered:SOURCE", "")}}
+    monkeypatch.setattr("pipeline.registry._entry_points", lambda group: points.get(group, {}))
+    assert len(load("numbered:7").splits["train"]) == 7
+    with pytest.raises(InputError, match="numbered:7 needs no files: leave out --root"):
+        load("numbered:7", root=tmp_path)
+    with pytest.raises(InputError, match=r"'numbered': choose one of mnist, .*numbered:<name>"):
+        load("numbered")

@@ -109,4 +109,4 @@ def test_a_disk_that_fails_is_the_user_s_to_mend(tmp_path):
 @pytest.mark.parametrize(("name", "known"), [("tensorbord", "jsonl, tensorboard, "), ("broken", "no_such_module")])
 def test_a_tracker_that_is_not_there_is_refused_in_the_first_second(tmp_path, name, known):
     with pytest.raises(InputError, match=f"report.trackers is '{name}'.*{known}"):
-        preflight(run=str(tmp_path), remote="", workers=0, checkpoint_bytes=1, say=lambda line: None, trackers=name)
+        preflight(run=str(tmp_path), remote="", checkpoint_bytes=1, say=lambda line: None, trackers=name)

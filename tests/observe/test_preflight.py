@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.share import BLOCK_BYTES, SLOTS
 from pipeline.errors import InputError, Unavailable
 from pipeline.observe.doctor import preflight
 from pipeline.storage.store import open_store
@@ -15,8 +14,8 @@ Usage = namedtuple("Usage", "total used free")
 GB = 10**9
 
 
-def check(run, *, remote="", workers=0, checkpoint_bytes=GB // 1000, say=lambda line: None):
-    return preflight(run=str(run), remote=remote, workers=workers, checkpoint_bytes=checkpoint_bytes, say=say)
+def check(run, *, remote="", checkpoint_bytes=GB // 1000, say=lambda line: None):
+    return preflight(run=str(run), remote=remote, checkpoint_bytes=checkpoint_bytes, say=say)
 
 
 @pytest.fixture
@@ -37,7 +36,7 @@ def test_a_machine_with_room_has_no_warnings_and_keeps_no_trace(tmp_path, free):
     said = []
     remote = tmp_path / "remote"
     remote.mkdir()
-    assert check(tmp_path / "runs" / "new", remote=str(remote), workers=4, say=said.append) == []
+    assert check(tmp_path / "runs" / "new", remote=str(remote), say=said.append) == []
     assert [path.name for path in tmp_path.rglob("*")] == ["remote"]
     text = "\n".join(said)
     assert "100.0 GB free, a checkpoint takes 1.0 MB" in text and f"run.remote {remote} can be written" in text
@@ -84,22 +83,6 @@ def test_room_for_checkpoints(tmp_path, free):
     free["disk"] -= 1
     with pytest.raises(InputError, match=r"has 1000.0 MB free, a checkpoint takes 1.0 GB: free some, or choose"):
         check(tmp_path, checkpoint_bytes=GB)
-
-
-def test_shared_memory_for_workers(tmp_path, free, monkeypatch):
-    free["shared"] = 4 * SLOTS * BLOCK_BYTES
-    assert check(tmp_path, workers=4) == []
-    free["shared"] -= 1
-    (warning,) = check(tmp_path, workers=4)
-    assert "4 workers take up to 50.3 MB" in warning and "--shm-size" in warning
-    assert check(tmp_path, workers=0) == check(tmp_path, workers=3) == []
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # ranks of this machine
-    assert len(check(tmp_path, workers=2)) == 1
-
-
-def test_no_shared_memory_is_no_trouble(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.observe.doctor.SHARED_MEMORY", str(tmp_path / "none"))
-    assert check(tmp_path, workers=1000) == []
 
 
 def test_a_bucket_that_can_be_written(tmp_path, bucket):

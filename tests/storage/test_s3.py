@@ -10,13 +10,15 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 
 from pipeline.errors import InputError, Unavailable
 from pipeline.storage.base import Store
 from pipeline.storage.s3 import S3Store
-from pipeline.storage.s3_client import forget_clients
+from pipeline.storage.s3_client import client, forget_clients
 from pipeline.storage.store import open_store
 from tests.proxy import FaultProxy, Faults
 from tests.servers import S3Server
@@ -148,6 +150,122 @@ def test_what_is_stored_is_checked(store: Store, monkeypatch: pytest.MonkeyPatch
         store.put("a", b"12345")
 
 
+Params = dict[str, Any]
+
+
+def answers(change: Callable[[Params], object]) -> None:
+    """Let a function change each parsed answer of this process's client."""
+    client().meta.events.register("after-call.s3", lambda parsed, **_: change(parsed))
+
+
+@pytest.fixture
+def requests(bucket: str) -> list[str]:
+    """The names of the requests that this process makes from now on."""
+    made: list[str] = []
+    client().meta.events.register("before-call.s3", lambda model, **_: made.append(model.name))
+    return made
+
+
+def test_one_file_is_asked_for_alone(store: Store, bucket: str, requests: list[str]) -> None:
+    store.put("a", b"1")
+    open_store(f"{store.path}/deeper").put("below", b"")
+    requests.clear()
+    assert store.exists("a") and set(requests) == {"HeadObject"}
+    assert not any(store.exists(name) for name in ("b", "deeper", "a/b"))
+    assert not open_store(f"{bucket}/nowhere").exists("a") and "ListObjectsV2" not in requests
+
+
+@pytest.mark.parametrize("checksums", [True, False], ids=["checksums", "nothing"])
+@pytest.mark.parametrize("size", [10, 12 * MIB])
+def test_etags_that_are_no_md5(
+    s3: S3Server,
+    store: Store,
+    bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    size: int,
+    checksums: bool,
+) -> None:
+    """As of S3 Express One Zone, which gives checksums, and of servers that give neither."""
+    monkeypatch.setattr("pipeline.storage.s3.WRITE_PART", 5 * MIB)
+
+    def disguised(etag: str) -> str:
+        return f'"{etag.strip(chr(34))[::-1]}{"" if checksums else "-opaque"}"'
+
+    def plain(etag: str) -> str:
+        return f'"{etag.strip(chr(34)).removesuffix("-opaque")[::-1]}"'
+
+    def disguise(parsed: Params) -> None:
+        if "ETag" in parsed:
+            parsed["ETag"] = disguised(parsed["ETag"])
+        if not checksums:
+            parsed.pop("ChecksumCRC32", None)
+
+    def undo(params: Params, **_: object) -> None:
+        if "IfMatch" in params:
+            params["IfMatch"] = plain(params["IfMatch"])
+        for name in ("ChecksumCRC32", "ChecksumAlgorithm"):
+            if not checksums:
+                params.pop(name, None)
+        for part in params.get("MultipartUpload", {}).get("Parts", []):
+            part["ETag"] = plain(part["ETag"])
+
+    answers(disguise)
+    client().meta.events.register("before-parameter-build.s3", undo)
+    data = (DATA * 4)[:size]
+    store.put("a", data)
+    assert "stored other bytes" not in caplog.text
+    with store.open("a") as stream:
+        assert stream.read() == data
+    answer = s3.client().head_object(Bucket=bucket.removeprefix("s3://"), Key="some/where/a", ChecksumMode="ENABLED")
+    assert ("ChecksumCRC32" in answer) == checksums and unfinished(s3, bucket) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (400, "InvalidArgument", "Unsupported header '{header}' received for this API call."),
+        (501, "NotImplemented", "Header '{header}' with value 'CRC32' not implemented"),
+    ],
+)
+def test_a_server_that_refuses_checksums(
+    store: Store, monkeypatch: pytest.MonkeyPatch, status: int, code: str, message: str
+) -> None:
+    monkeypatch.setattr("pipeline.storage.s3.WRITE_PART", 5 * MIB)
+    refused = []
+
+    def refuse(model: Any, params: Params, **_: object) -> None:
+        for header in params["headers"]:
+            if header.lower().startswith("x-amz-checksum"):
+                refused.append(model.name)
+                error = {"Code": code, "Message": message.format(header=header)}
+                raise ClientError({"Error": error, "ResponseMetadata": {"HTTPStatusCode": status}}, model.name)
+
+    client().meta.events.register("before-call.s3", refuse)
+    store.put("a", (DATA * 4)[: 12 * MIB])
+    store.put("b", DATA)
+    assert refused == ["CreateMultipartUpload"]
+    assert open_store(store.path).read("a") == (DATA * 4)[: 12 * MIB] and store.read("b") == DATA
+
+
+@pytest.mark.parametrize("field", ["ChecksumCRC32", "ETag"])
+def test_a_server_that_stored_other_bytes_is_given_them_again(
+    store: Store, caplog: pytest.LogCaptureFixture, field: str
+) -> None:
+    wrong = {"ChecksumCRC32": "AAAAAA==", "ETag": f'"{32 * "0"}"'}
+
+    def once(parsed: Params) -> None:
+        if "ChecksumCRC32" in parsed and wrong:
+            if field == "ETag":
+                del parsed["ChecksumCRC32"]
+            parsed[field] = wrong[field]
+            wrong.clear()
+
+    answers(once)
+    store.put("a", DATA)
+    assert caplog.text.count("stored other bytes") == 1 and store.read("a") == DATA
+
+
 def test_pickling(store: Store) -> None:
     store.put("a", DATA[:5000])
     store.size("a")
@@ -163,6 +281,7 @@ Action = Callable[[Store], object]
 ACTIONS: dict[str, Action] = {
     "list": lambda store: store.list(),
     "size": lambda store: store.size("a"),
+    "exists": lambda store: store.exists("a"),
     "read": lambda store: store.read("a"),
     "open": lambda store: store.open("a"),
     "put": lambda store: store.put("a", b"1"),

@@ -20,6 +20,11 @@ def test_a_local_file_there_and_back(tmp_path: Path) -> None:
     assert local.read("b", 1, 3) == b"23" and local.read("b", 3) == b"45" and local.read("b", 5, 5) == b""
     with pytest.raises(InputError, match="folder/b: 5 bytes where 6 were expected: truncated"):
         local.read("b", 2, 6)
+    (tmp_path / "new/folder/deeper").mkdir()
+    assert local.exists("a") and not any(local.exists(name) for name in ("c", "deeper", "deeper/c"))
+    assert not open_store(str(tmp_path / "nowhere")).exists("a")
+    with pytest.raises(InputError, match="give a folder"):
+        open_store(str(tmp_path / "new/folder/a")).exists("c")
     local.delete("a")
     local.delete("a")
     assert local.list() == ["b"]

@@ -65,18 +65,17 @@ class Manifest:
         Raises InputError where the folder, or index.json in it, is missing, empty, malformed or of another format.
         """
         store = open_store(path)
-        names = store.list()
-        if not names:
-            raise InputError(
-                f"{path}: no data set here, the folder is missing or holds no files: "
-                f"check the path, or make one with `naign pack` (--help has its names): naign pack mnist --to {path}"
-            )
-        if INDEX not in names:
+        if store.exists(INDEX):
+            return cls.parse(store.read(INDEX), where=store.url(INDEX))
+        if names := store.list():
             raise InputError(
                 f"{path}: no {INDEX} among its {len(names)} files: run `naign pack` again if it was interrupted, "
                 f"`naign index` for tars that others wrote, or check the path"
             )
-        return cls.parse(store.read(INDEX), where=store.url(INDEX))
+        raise InputError(
+            f"{path}: no data set here, the folder is missing or holds no files: "
+            f"check the path, or make one with `naign pack` (--help has its names): naign pack mnist --to {path}"
+        )
 
     @classmethod
     def parse(cls, text: bytes, *, where: str) -> "Manifest":

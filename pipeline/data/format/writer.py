@@ -98,7 +98,7 @@ def pack(
         splits=splits,
     )
     if old is None:
-        if INDEX in target.list():
+        if target.exists(INDEX):
             raise Conflict(
                 f"{to}: another program packed a data set there meanwhile: `naign verify` says whether it is whole; "
                 f"choose another place, or replace it with --force"

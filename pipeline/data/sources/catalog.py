@@ -1,6 +1,9 @@
-"""The sources by name: what `naign pack` can pack."""
+"""The sources by name: what `naign pack` can pack. Other packages add theirs as entry points of group naign.sources."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -9,12 +12,60 @@ from pipeline.data.sources import published, toys
 from pipeline.data.sources.folder import from_tree
 from pipeline.data.sources.source import Example, Made, Source
 from pipeline.errors import InputError
+from pipeline.registry import known, lookup
 
-NAMES = ("mnist", "fashion_mnist", "cifar10", "digits", "toy2d:<name>", "folder")
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Seeded:
+    """Settings of a source that needs no files."""
+
+    seed: int = 0
+    """Of what is drawn."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Published(Seeded):
+    """Settings of a source that is fetched from where it is published."""
+
+    root: Path | None = None
+    """Files to use instead of fetching them."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Tree(Seeded):
+    """Settings of a tree of pictures."""
+
+    root: Path | None = None
+    size: int | None = None
+    """Pixels a side."""
+    channels: int = 3
+    """3 colour or 1 grey."""
+
+
+def _folder(_: str, settings: Tree) -> Source:
+    if settings.root is None or settings.size is None:
+        raise InputError("folder needs the tree of pictures and their size: add --root FOLDER --size 64")
+    return from_tree("folder", settings.root, size=settings.size, channels=settings.channels, seed=settings.seed)
+
+
+Entry = tuple[type[Any], Callable[[str, Any], Source]]
+"""The settings that a source takes, and how it is made of its argument ('' or what follows a colon) and these."""
+
+SOURCES: dict[str, Entry] = {
+    "mnist": (Published, lambda _, settings: published.mnist(settings.root)),
+    "fashion_mnist": (Published, lambda _, settings: published.fashion_mnist(settings.root)),
+    "cifar10": (Published, lambda _, settings: published.cifar10(settings.root)),
+    "digits": (Seeded, lambda _, settings: digits()),
+    "toy2d:<name>": (Seeded, lambda law, settings: toys.toy2d(law, seed=settings.seed)),
+    "folder": (Tree, _folder),
+}
+"""`name` or, of those that take an argument, `name:<name>`."""
+
+GROUP = "naign.sources"
 
 
 def load(
-    name: str,  # one of NAMES
+    name: str,  # one of SOURCES
     *,
     root: Path | None = None,  # files to use instead of fetching them; for `folder`, the tree of pictures
     size: int | None = None,  # pixels a side, for `folder`
@@ -23,26 +74,16 @@ def load(
 ) -> Source:
     """The named source. Raises InputError for an unknown name, missing files, or an option that it does not take."""
     check_seed(seed)
-    if name != "folder" and (size is not None or channels != 3):
+    base, colon, argument = name.partition(":")
+    key = f"{base}:<name>" if colon else name
+    settings, build = lookup("the data set to pack", key if key in known(SOURCES, GROUP) else name, SOURCES, GROUP)
+    takes = {field.name for field in fields(settings)}
+    given = {"root": root, "size": size, "channels": channels, "seed": seed}
+    if "size" not in takes and (size is not None or channels != 3):
         raise InputError(f"{name} has its own size and channels: --size and --channels are for folder only")
-    if root is not None and name not in ("mnist", "fashion_mnist", "cifar10", "folder"):
+    if "root" not in takes and root is not None:
         raise InputError(f"{name} needs no files: leave out --root")
-    match name:
-        case "mnist":
-            return published.mnist(root)
-        case "fashion_mnist":
-            return published.fashion_mnist(root)
-        case "cifar10":
-            return published.cifar10(root)
-        case "digits":
-            return digits()
-        case "folder":
-            if root is None or size is None:
-                raise InputError("folder needs the tree of pictures and their size: add --root FOLDER --size 64")
-            return from_tree("folder", root, size=size, channels=channels, seed=seed)
-        case _ if name.startswith("toy2d:"):
-            return toys.toy2d(name.removeprefix("toy2d:"), seed=seed)
-    raise InputError(f"no data set {name!r}: choose one of {', '.join(NAMES)}")
+    return build(argument, settings(**{key: value for key, value in given.items() if key in takes}))
 
 
 def digits() -> Source:

@@ -124,9 +124,8 @@ def _keep(cache: Path, files: dict[str, bytes]) -> None:
 
     try:
         store = open_store(str(cache))
-        held = store.list()
         for file, data in files.items():
-            if file not in held:
+            if not store.exists(file):
                 store.put(file, data)
     except (OSError, InputError):
         pass
