@@ -47,7 +47,7 @@ lint: $(VENV)/.tested
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # A second environment that borrows everything else, torch above all, from the first.
 $(VENV)-lowest/.installed: launch/constraints-lowest.txt | $(VENV)/.tested
@@ -61,7 +61,7 @@ test-lowest: $(VENV)-lowest/.installed
 	PYTHONPATH=$(CURDIR) $(VENV)-lowest/bin/python -m pytest tests/distributed tests/e2e/test_engines.py
 
 quick: lint
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 # A copy rather than a link, so that `kubectl apply -f` takes its address in a repository, too.
 k8s/job.yaml: k8s/base/job.yaml

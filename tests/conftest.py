@@ -26,6 +26,21 @@ ROOT = Path(__file__).parent.parent
 subprocess.Popen = forks.Popen  # type: ignore[misc]  # the same, but for programs with the environment of forked()
 
 
+LONG = ("hosts/test_job.py", "e2e/test_engines.py", "e2e/test_guards.py", "e2e/test_stops.py", "e2e/test_kills.py")
+LONG += ("hosts/test_slurm.py", "test_benchmarks.py", "e2e/", "hosts/", "data/test_faults.py", "distributed/")
+"""Files that take longest, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first (with --no-loadscope-reorder): none is left over for one worker in the end."""
+
+    def turn(item: pytest.Item) -> int:
+        name = item.path.relative_to(ROOT / "tests").as_posix()
+        return next((number for number, long in enumerate(LONG) if name.startswith(long)), len(LONG))
+
+    items.sort(key=turn)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tests run side by side: more threads than cores would make each of them slower."""

@@ -19,6 +19,7 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
 import runpy
 import selectors
 import shutil
@@ -36,9 +37,9 @@ SERVER = "NAIGN_FORK_SERVER"
 
 MODULES = (
     *("torch._dynamo", "torch.utils.tensorboard", "torchmetrics", "sklearn.datasets", "sklearn.metrics"),
-    *("accelerate.commands.launch", "torch.distributed.run", "pipeline.cli.main", "pipeline.training.loop"),
+    *("accelerate.commands.launch", "torch.distributed.run", "boto3", "faiss", "webdataset"),
 )
-"""What the server imports, and with it nearly everything that a program needs."""
+"""What the server imports beside pipeline/, and with it nearly everything that a program needs."""
 
 READ_AT_IMPORT = ("DS_", "LD_", "MKL_", "OMP_", "PYTHON", "TORCHINDUCTOR_", "TORCH_")
 """Prefixes of variables that modules may read when they are imported: a program with others than the server is real."""
@@ -205,9 +206,13 @@ def execute(words: list[str]) -> None:
 if __name__ == "__main__":
     subprocess.Popen = Popen  # type: ignore[misc]  # for modules that take it from there
     own = dict(os.environ)
-    for name in MODULES:
-        importlib.import_module(name)
     import numpy
+
+    import pipeline
+
+    ours = [found.name for found in pkgutil.walk_packages(pipeline.__path__, "pipeline.")]
+    for name in (*MODULES, *(name for name in ours if not name.endswith("__main__"))):
+        importlib.import_module(name)
 
     imported = {name: value for name, value in os.environ.items() if name not in own}
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads is not forked"

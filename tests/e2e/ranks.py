@@ -22,6 +22,7 @@ class Job:
     options: tuple[str, ...]
     places: tuple[str, ...] = ()
     """Folders that the ranks are in, below `folder`; none: all are in it."""
+    program: str = "pipeline/train.py"
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def __enter__(self) -> Self:
@@ -31,7 +32,7 @@ class Job:
             with self.log(rank).open("wb") as log:
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, str(ROOT / "pipeline/train.py"), *self.options],
+                        [sys.executable, str(ROOT / self.program), *self.options],
                         cwd=self.folder / (self.places[rank] if self.places else ""),
                         env=forked(ACCELERATE_USE_CPU="true", **(address | numbers if self.world > 1 else {})),
                         stdout=log,
