@@ -313,6 +313,8 @@ def agree_on_plan(
     with timer("project"):
         mine = encode(queries[first : first + counts[ranks.rank]], plan.frame(plan.method))
     with timer("exchange"):
-        values = ranks.gather(mine.values.view(torch.uint8), counts).view(plan.dtype)
+        values = ranks.gather(mine.values.clone(memory_format=torch.contiguous_format).view(torch.uint8), counts).view(
+            plan.dtype
+        )
         numbers = ranks.gather(torch.stack([mine.error, mine.length, mine.square], 1), counts)
     return plan, Quantized(values=values, error=numbers[:, 0], length=numbers[:, 1], square=numbers[:, 2])

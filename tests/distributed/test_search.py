@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.distributed.signals import EVERY
+from pipeline.distributed.signals import POLL_SECONDS
 from tests.distributed.ranks import on_ranks
 from tests.distributed.search_cases import ASKED
 from tests.match.problems import CASES, draw, oracle
@@ -68,7 +68,7 @@ def test_what_is_wrong_on_one_rank_is_the_same_error_on_all(tmp_path):
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_a_stop_asked_of_one_rank_ends_the_match_on_all_within_a_few_blocks(world, tmp_path):
     parts = on_ranks("search_cases.stopped", world, tmp_path)
-    most = ASKED + int(EVERY / 0.02)  # a block takes 0.02 seconds at least, and ranks agree every EVERY
+    most = ASKED + int(POLL_SECONDS / 0.02)  # a block takes 0.02 seconds at least, and ranks agree every POLL_SECONDS
     for way in ("queries travel", "the pool travels"):
         assert {part[way][0] for part in parts} == {"Stopped"}
         assert len({part[way][1] for part in parts}) == 1  # in lock-step
