@@ -9,8 +9,18 @@ if TYPE_CHECKING:
     from pipeline.checkpoint.writer import Write, Writer, is_complete, newest_checkpoint, passed_over, set_aside
 
 __all__ = [
-    *("MANIFEST", "Write", "Writer", "download", "fetch_newest", "fetch_shown", "is_complete", "newest_checkpoint"),
-    *("newest_first", "passed_over", "set_aside", "take_over"),
+    "MANIFEST",
+    "Write",
+    "Writer",
+    "download",
+    "fetch_newest",
+    "fetch_shown",
+    "is_complete",
+    "newest_checkpoint",
+    "newest_first",
+    "passed_over",
+    "set_aside",
+    "take_over",
 ]
 
 
