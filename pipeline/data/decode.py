@@ -82,11 +82,10 @@ def eight_bits(picture: Image.Image, mode: str) -> Image.Image:
 
 
 def decode_image(data: bytes, into: Array | None = None) -> Array:
-    """The pixels (C, H, W) uint8 of a picture file, C being 1 for grey, else 3. Raises InputError where it is none.
+    """The pixels (C, H, W) uint8 of an image file, C being 1 for grey, else 3. Raises InputError if it is none.
 
-    They may be in `into`, memory of a shape that the picture need not have: then that is what is returned.
-
-    In memory the channels of a pixel lie together, as they come: to gather each channel would take a fifth of the time.
+    If `into` has the image's shape, the pixels may be written there: then `into` itself is returned. In memory the
+    channels of a pixel lie together, as decoders give them.
     """
     plain = _decode_plain_jpeg(data, into) if data[:2] == b"\xff\xd8" else _decode_plain_png(data)
     if plain is not None:
@@ -97,10 +96,10 @@ def decode_image(data: bytes, into: Array | None = None) -> Array:
 
 
 def _decode_plain_png(data: bytes) -> Array | None:
-    """The same, in half the time, of a PNG of nothing but 8-bit grey or colour in one chunk; None for any other.
+    """The pixels of a PNG of 8-bit grey or colour whose data is one chunk; None for any other, which is left to Pillow.
 
-    Pillow's own decompression without its reading of chunks, which for a small picture takes longer. Whatever is odd is
-    left to Pillow's reader, which says what.
+    Pillow decompresses here too, but does not parse the chunks, which takes longer than a small image: with Pillow
+    alone reading MNIST takes a third more processor time.
     """
     if data[:16] != b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" or data[37:41] != b"IDAT" or data[-8:-4] != b"IEND":
         return None
@@ -109,10 +108,9 @@ def _decode_plain_png(data: bytes) -> Array | None:
     end = 41 + int.from_bytes(data[33:37])
     if mode is None or len(data) != end + 16 or not 0 < width * height <= PLAIN_PIXELS:
         return None
-    if zlib.crc32(data[37:end]) != int.from_bytes(data[end : end + 4]):
-        return None
-    if zlib.crc32(data[12:29]) != int.from_bytes(data[29:33]):
-        return None
+    for first, last in ((12, 29), (37, end)):  # of each chunk but its length and its checksum
+        if zlib.crc32(data[first:last]) != int.from_bytes(data[last : last + 4]):
+            return None
     try:
         picture = Image.frombytes(mode, (width, height), data[41:end], "zip", mode, 0)
     except (ValueError, OSError):
@@ -124,10 +122,10 @@ def _decode_plain_png(data: bytes) -> Array | None:
 
 
 def _decode_plain_jpeg(data: bytes, into: Array | None) -> Array | None:
-    """The same of a sound JPEG in grey or YCbCr; None for any other, which is left to Pillow.
+    """The pixels of a sound JPEG in grey or YCbCr; None for any other, which is left to Pillow.
 
-    The same pixels as Pillow's, whose library it is too (libjpeg-turbo), in a fifth of the time for small pictures: no
-    reading of markers in Python, no copies.
+    simplejpeg and Pillow use the same library, libjpeg-turbo, and give the same pixels. simplejpeg parses no markers in
+    Python and copies nothing: for small images it takes a fifth of the time.
     """
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)

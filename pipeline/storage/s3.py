@@ -34,8 +34,6 @@ CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a
 
 _DENIED = ("AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
 
-_NO_BUCKET = ("404", "NoSuchBucket")
-
 _DIRECTORY_BUCKET = "--x-s3"
 """End of the name of every directory bucket (S3 Express One Zone), which takes no Content-MD5."""
 
@@ -53,9 +51,10 @@ class S3Store:
         self._bucket, _, prefix = path.removeprefix("s3://").partition("/")
         if not self._bucket:
             raise InputError(f"{path}: no bucket: write s3://bucket/prefix")
-        if set(prefix.strip("/").split("/")) & {"", ".", ".."} and prefix.strip("/"):
+        prefix = prefix.strip("/")
+        if prefix and set(prefix.split("/")) & {"", ".", ".."}:
             raise InputError(f"{path}: an empty, '.' or '..' part, which servers read differently: write it plainly")
-        self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+        self._prefix = prefix and f"{prefix}/"
         self._versions: dict[str, tuple[int, str]] = {}  # size and ETag at the last HEAD
         self.checksums = True  # until the server refuses them
         self.takes_md5 = not self._bucket.endswith(_DIRECTORY_BUCKET)
@@ -155,9 +154,8 @@ class S3Store:
             for start, stop in ranges:
                 yield from self._get(name, etag, start, stop)
             return
-        with contextlib.closing(
-            in_order((partial(self._get, name, etag, *ends) for ends in ranges), PARALLEL)
-        ) as parts:
+        gets = (partial(self._get, name, etag, *ends) for ends in ranges)
+        with contextlib.closing(in_order(gets, PARALLEL)) as parts:
             for part in parts:
                 yield from part
 
@@ -171,14 +169,11 @@ class S3Store:
                 before = at
                 try:
                     wanted = f"bytes={at}-{last - 1}"
-                    answer = client().get_object(
-                        Bucket=self._bucket, Key=self._prefix + name, Range=wanted, IfMatch=etag
-                    )
+                    key = self._prefix + name
+                    answer = client().get_object(Bucket=self._bucket, Key=key, Range=wanted, IfMatch=etag)
                     if not str(answer.get("ContentRange", "")).startswith(f"bytes {at}-"):
-                        raise InputError(
-                            f"{self.url(name)}: the server does not serve byte ranges: use another one, or copy the "
-                            f"data to a local folder"
-                        )
+                        remedy = "use another one, or copy the data to a local folder"
+                        raise InputError(f"{self.url(name)}: the server does not serve byte ranges: {remedy}")
                     with contextlib.closing(answer["Body"]) as body:
                         while at < last and (chunk := body.read(min(piece, last - at))):
                             chunks.append(chunk)
@@ -243,9 +238,9 @@ class S3Store:
         """Whether that is why an object is not found: the answer to a HEAD has no body that could say it."""
         try:
             self._ask("head_bucket")
+            return False
         except ClientError as error:
-            return _code(error) in _NO_BUCKET
-        return False
+            return _code(error) in ("404", "NoSuchBucket")
 
 
 class Upload:
@@ -278,8 +273,7 @@ class Upload:
             etag = self._completed([part.result() for part in self._parts])
         if self._threads:
             self._threads.shutdown()
-        size = self._store.size(self._name)
-        found = self._store._versions[self._name][1]
+        size, found = self._store.size(self._name), self._store._versions[self._name][1]
         if size != self._size or found != etag:
             raise Conflict(
                 f"{self._store.url(self._name)}: {size} bytes, ETag {found} just after {self._size} bytes, ETag {etag} "
@@ -301,13 +295,11 @@ class Upload:
             self._upload, self._threads = str(answer["UploadId"]), ThreadPoolExecutor(PARALLEL)
         if len(self._parts) >= PARALLEL:
             self._parts[-PARALLEL].result()
-        number = len(self._parts) + 1
-        self._parts.append(self._threads.submit(self._send_part, part, number, self._upload))
+        self._parts.append(self._threads.submit(self._send_part, part, len(self._parts) + 1))
 
-    def _send_part(self, part: bytes, number: int, upload: str) -> dict[str, Any]:
-        answer = self._sent("upload_part", part, PartNumber=number, UploadId=upload)
-        kept = {key: answer[key] for key in ("ETag", "ChecksumCRC32") if key in answer}
-        return {"PartNumber": number, **kept}
+    def _send_part(self, part: bytes, number: int) -> dict[str, Any]:
+        answer = self._sent("upload_part", part, PartNumber=number, UploadId=self._upload)
+        return {"PartNumber": number} | {key: answer[key] for key in ("ETag", "ChecksumCRC32") if key in answer}
 
     def _sent(self, operation: str, data: bytes, **arguments: Any) -> Any:
         """Upload bytes until the server's answer does not say that it has stored others; that answer.
@@ -348,10 +340,8 @@ class Upload:
         """
         store, name = self._store, self._name
         try:
-            whole = {"Parts": parts}
-            return str(
-                store._ask("complete_multipart_upload", name, UploadId=self._upload, MultipartUpload=whole)["ETag"]
-            )
+            whole = {"UploadId": self._upload, "MultipartUpload": {"Parts": parts}}
+            return str(store._ask("complete_multipart_upload", name, **whole)["ETag"])
         except ClientError as error:
             if _code(error) != "NoSuchUpload" or not store.exists(name) or store.size(name) != self._size:
                 raise

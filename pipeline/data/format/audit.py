@@ -1,4 +1,4 @@
-"""Reading whole shards: to verify a data set against its manifest, or to make the manifest of tars by others."""
+"""Reading whole shards: to verify a data set against its manifest, or to write the manifest of tars by others."""
 
 import gzip
 import hashlib
@@ -7,11 +7,12 @@ import logging
 import lzma
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Any, BinaryIO
+from functools import partial
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from tqdm import tqdm
@@ -67,7 +68,7 @@ class Scan:
         with closing(self._store.open(self._name)) as self._stream:
             try:
                 yield from self._grouped()
-                while self._read(1 << 20):
+                while self.read(1 << 20):
                     pass
             except BROKEN_TAR as error:
                 if isinstance(error, InputError):
@@ -87,13 +88,12 @@ class Scan:
 
     def shard(self) -> tuple[Shard, Table]:
         """What the manifest should say of it, and its page table, once all samples were read."""
-        table = self._pager.finish(self._end)
+        table, digest = self._pager.finish(self._end), self._hash.hexdigest()
         pages = hashlib.sha256(dump_table(table)).hexdigest()
-        return Shard(
-            name=self._name, samples=self._count, bytes=self._size, sha256=self._hash.hexdigest(), pages=pages
-        ), table
+        return Shard(name=self._name, samples=self._count, bytes=self._size, sha256=digest, pages=pages), table
 
-    def _read(self, size: int) -> bytes:
+    def read(self, size: int = -1) -> bytes:
+        """The tar's next bytes, measured: for tarfile, which reads from here."""
         assert self._stream is not None
         data = self._stream.read(size)
         self._hash.update(data)
@@ -104,15 +104,13 @@ class Scan:
 
     def _grouped(self) -> Iterator[dict[str, Any]]:
         sample: dict[str, Any] = {}
-        with tarfile.open(fileobj=_Reading(self._read), mode="r|", bufsize=1 << 18) as tar:
+        with tarfile.open(fileobj=cast(BinaryIO, self), mode="r|", bufsize=1 << 18) as tar:
             for member in tar:
                 self._last = tar.offset
                 tar.members = []  # type: ignore[attr-defined]  # else all headers of a large shard stay in memory
                 key, suffix = base_plus_ext(member.name) if member.isreg() else (None, None)
                 if member.issym() or member.islnk() or member.issparse():
-                    raise InputError(
-                        f"{self._where}: {member.name} is a link or sparse: repack it with the files themselves"
-                    )
+                    raise InputError(f"{self._where}: {member.name} is a link or sparse: repack it with the files")
                 if key is None or suffix is None or is_meta(member.name):
                     continue
                 if not key.isprintable():
@@ -134,16 +132,6 @@ class Scan:
             yield sample
 
 
-class _Reading(io.RawIOBase):
-    """What tarfile asks of a stream."""
-
-    def __init__(self, read: Callable[[int], bytes]) -> None:
-        self._read = read
-
-    def read(self, size: int = -1) -> bytes:
-        return self._read(size)
-
-
 def verify(path: str, *, progress: bool = True) -> Report:
     """Read every byte of a data set: sizes, SHA-256, page tables, tar structure, pixels, shapes, labels, keys, counts.
 
@@ -155,7 +143,7 @@ def verify(path: str, *, progress: bool = True) -> Report:
     shards = [(split, shard) for split in manifest.splits for shard in manifest.splits[split].shards]
     keys: dict[str, dict[str, str]] = {split: {} for split in manifest.splits}  # shard by key
     size = sum(shard.bytes for _, shard in shards)
-    with _bar(f"verify {manifest.name}", size, progress) as bar:
+    with _bar(desc=f"verify {manifest.name}", total=size, disable=not progress) as bar:
         for split, shard in shards:
             problems += _verify(store, shard, manifest, keys[split], bar.update)
     if problems:
@@ -163,8 +151,14 @@ def verify(path: str, *, progress: bool = True) -> Report:
     return Report(samples=sum(shard.samples for _, shard in shards), shards=len(shards), bytes=size)
 
 
-def _bar(what: str, size: int, progress: bool) -> "tqdm[Any]":
-    return tqdm(total=size, unit="B", unit_scale=True, desc=what, disable=not progress)
+def _twice(keys: dict[str, str], key: str, shard: str, where: str) -> Iterator[str]:
+    """The problem of a key that an earlier sample has; adds it to `keys`, the shards of a split's keys."""
+    if key in keys:
+        yield f"{where}, key {key}: also in {keys[key]}: repack the data set"
+    keys[key] = shard
+
+
+_bar = partial(tqdm, unit="B", unit_scale=True)
 
 
 def _listed(path: str, problems: list[str]) -> str:
@@ -185,9 +179,7 @@ def _verify(
         scan = Scan(store, shard.name, advance)
         for sample in scan:
             key = sample["__key__"]
-            if key in keys:
-                yield f"{where}, key {key}: also in {keys[key]}: repack the data set"
-            keys[key] = shard.name
+            yield from _twice(keys, key, shard.name, where)
             try:
                 _, label = decode(sample, manifest.kind, manifest.shape, len(manifest.labels), where)
                 if manifest.labels and label < 0:
@@ -197,11 +189,12 @@ def _verify(
         found, table = scan.shard()
         if found.samples != shard.samples:
             yield f"{where}: {found.samples} samples, but {INDEX} says {shard.samples}: repack the data set"
+        wrong = f"its SHA-256 is not the one in {INDEX}: copy it again, or repack the data set"
         if not resized and found.sha256 != shard.sha256:
-            yield f"{where}: its SHA-256 is not the one in {INDEX}: copy it again, or repack the data set"
+            yield f"{where}: {wrong}"
         name = table_name(shard.name)
         if hashlib.sha256(store.read(name)).hexdigest() != shard.pages:
-            yield f"{store.url(name)}: its SHA-256 is not the one in {INDEX}: copy it again, or repack the data set"
+            yield f"{store.url(name)}: {wrong}"
         elif found.sha256 == shard.sha256 and found.pages != shard.pages:
             yield f"{store.url(name)}: not the page table of that shard: run `naign index --force`"
     except InputError as error:  # missing, or no tar from some byte on
@@ -239,31 +232,26 @@ def index(
     form: dict[str, Any] = {}
     shards: dict[str, list[tuple[Shard, Table]]] = {}
     size = sum(store.size(file) for files in groups.values() for file in files)
-    with _bar(f"index {path}", size, progress) as bar:
+    with _bar(desc=f"index {path}", total=size, disable=not progress) as bar:
         for split, files in groups.items():
             keys: dict[str, str] = {}
             shards[split] = []
             for file in files:
                 scan = Scan(store, file, bar.update)
                 try:
-                    problems += _survey(store, file, scan, form, keys, keep_broken)
+                    problems += _survey(store.url(file), file, scan, form, keys, keep_broken)
                     problems += filter(None, [scan.ending()])
                     shards[split].append(scan.shard())
                 except InputError as error:
                     problems.append(str(error))
     if problems:
         raise InputError(_listed(path, problems))
-    classes = form.get("classes", 0)
-    if len(set(labels)) < len(labels):
-        raise InputError(f"{path}: a label name stands twice: give each label its own")
-    if labels and len(labels) < classes:
-        raise InputError(f"{path}: {len(labels)} label names, but labels up to {classes - 1}: name them all")
     manifest = Manifest(
         name=name or path.rstrip("/").rpartition("/")[2] or "indexed",
         kind=form["kind"],
         shape=form["shape"],
         dtype="uint8" if form["kind"] == "image" else "float32",
-        labels=labels or tuple(str(number) for number in range(classes)),
+        labels=_labels(labels, form.get("classes", 0), path),
         splits={
             split: Split(samples=sum(shard.samples for shard, _ in made), shards=tuple(shard for shard, _ in made))
             for split, made in shards.items()
@@ -278,6 +266,15 @@ def index(
     return manifest
 
 
+def _labels(names: Sequence[str], classes: int, path: str) -> tuple[str, ...]:
+    """The names of a data set's labels: those given, or the numbers themselves."""
+    if len(set(names)) < len(names):
+        raise InputError(f"{path}: a label name stands twice: give each label its own")
+    if names and len(names) < classes:
+        raise InputError(f"{path}: {len(names)} label names, but labels up to {classes - 1}: name them all")
+    return tuple(names) or tuple(str(number) for number in range(classes))
+
+
 def _grouped_names(files: list[str], path: str, train: str | None, test: str | None) -> dict[str, list[str]]:
     """The shards of each split."""
     if not files:
@@ -290,35 +287,26 @@ def _grouped_names(files: list[str], path: str, train: str | None, test: str | N
     }
     groups: dict[str, list[str]] = {"train": [], "test": []}
     for file in files:
-        fitting = (split for split in ("test", "train") if any(fnmatch(file, p) for p in patterns[split]))
-        split = next(fitting, None)
-        if split:
+        fitting = (split for split in patterns if any(fnmatch(file, pattern) for pattern in patterns[split]))
+        if split := next(fitting, None):
             groups[split].append(file)
-    for option, pattern, split in (("--train", train, "train"), ("--test", test, "test")):
+    none = f"{path}: none of its {len(files)} tars ({files[0]}, ...) is"
+    for split, pattern in (("train", train), ("test", test)):
         if pattern and not groups[split]:
-            raise InputError(
-                f"{path}: none of its {len(files)} tars ({files[0]}, ...) is left for {option} {pattern!r}: "
-                f"check the pattern"
-            )
+            raise InputError(f"{none} left for --{split} {pattern!r}: check the pattern")
     if not groups["train"]:
-        raise InputError(
-            f"{path}: none of its {len(files)} tars ({files[0]}, ...) is for training: say which with --train 'PATTERN'"
-        )
+        raise InputError(f"{none} for training: say which with --train 'PATTERN'")
     return {split: names for split, names in groups.items() if names}
 
 
 def _survey(
-    store: Store, file: str, scan: Scan, form: dict[str, Any], keys: dict[str, str], keep_broken: bool
+    where: str, file: str, scan: Scan, form: dict[str, Any], keys: dict[str, str], keep_broken: bool
 ) -> Iterator[str]:
-    """The problems of one shard; learns kind, shape and classes from its samples, which must all agree."""
-    where = store.url(file)
-    count = 0
+    """The problems of one shard. Adds kind, shape and classes of the samples, which must all agree, to `form`."""
+    key = ""
     for sample in scan:
         key = sample["__key__"]
-        count += 1
-        if key in keys:
-            yield f"{where}, key {key}: also in {keys[key]}: repack the data set"
-        keys[key] = file
+        yield from _twice(keys, key, file, where)
         try:
             if not form:
                 form |= _form(sample, f"{where}, key {key}")
@@ -338,7 +326,7 @@ def _survey(
             form["classes"] = max(form.get("classes", 0), label + 1)
         except InputError as error:
             yield str(error).replace("index.json says", "others are").replace("repack the data set", _ALIKE)
-    if not count:
+    if not key:
         yield f"{where}: holds no samples: remove it"
 
 

@@ -1,7 +1,7 @@
 """Packing a source into WebDataset shards, which stream into their store as they are made."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, BinaryIO, cast
@@ -42,27 +42,19 @@ def pack(
 ) -> tuple[Manifest, bool]:
     """Write the source's splits as shards `<split>-00000.tar` and, last, their index.json.
 
-    The same source and settings give the same bytes. A pack that was interrupted leaves no index.json, and goes on
-    where it was when run again; one that fails on the user's input takes back what it wrote. Returns the manifest, and
-    False if that very data set was there already.
-    Raises InputError where the target holds anything else, unless `force`, or the source cannot be packed so.
+    The same source and settings give the same bytes. After an interruption there is no index.json, and the next call
+    continues; an InputError takes back what was written. Returns the manifest, and False if this data set was there.
+    Raises InputError if the target holds another data set, unless `force`, or the source cannot be packed so.
     """
     check_seed(seed)
     if encoding not in ENCODINGS:
         raise InputError(f"cannot store images as {encoding!r}: use one of {', '.join(ENCODINGS)}")
     counts = {split: _count(source, split, shards) for split in source.splits}
     target = open_store(to)
-    present = target.list()
-    old = Manifest.parse(target.read(INDEX), where=target.url(INDEX)) if INDEX in present and not force else None
-    if old and _outline(old) != (source.name, source.kind, source.shape, source.labels, _layout(source, counts)):
-        raise InputError(_refusal(to, old))
     if force:
-        target.delete(INDEX)  # from here on the old data set does not exist
-        for name in present:
-            if name.endswith((".tar", ".pages.npy")) and name.rpartition("-")[0] in source.splits:
-                target.delete(name)
-        present = []
-
+        _clear(target, source)
+    old = _there(target, source, counts)
+    present = target.list()
     splits = {}
     total = sum(len(examples) for examples in source.splits.values())
     with (
@@ -70,21 +62,15 @@ def pack(
         tqdm(total=total, unit="sample", desc=f"pack {source.name}", disable=not progress) as bar,
     ):
         for split, count in counts.items():
-            known = {shard.name: shard for shard in old.splits[split].shards} if old else {}
             written = []
             for number, order in enumerate(_deal(len(source.splits[split]), count, seed)):
                 name = f"{split}-{number:05d}.tar"
                 make = partial(_write, source, split, order, name, encoding)
-                old_shard = known.get(name)
                 if old is None and name not in present:
-                    with target.write(name) as stream:
-                        new.append(name)
-                        shard, table = make(stream, bar)
-                    new.append(table_name(name))
-                    target.put(table_name(name), dump_table(table))
+                    shard, table = _add(target, name, make, bar, new)
                 else:
                     shard, table = make(_Nothing(), bar)
-                    if old is not None and old_shard != shard:
+                    if old is not None and shard not in old.splits[split].shards:
                         raise InputError(_refusal(to, old))
                     _complete(target, shard, table, present, make, known=old is not None)
                 written.append(shard)
@@ -105,6 +91,28 @@ def pack(
             )
         target.put(INDEX, manifest.dump())
     return manifest, old is None
+
+
+def _clear(target: Store, source: Source) -> None:
+    """Delete the index, and with it the data set; then the files of the source's splits."""
+    target.delete(INDEX)
+    for name in target.list():
+        if name.endswith((".tar", ".pages.npy")) and name.rpartition("-")[0] in source.splits:
+            target.delete(name)
+
+
+Make = Callable[[Writer, "tqdm[Any] | None"], tuple[Shard, Table]]
+"""Writes one shard."""
+
+
+def _add(target: Store, name: str, make: Make, bar: "tqdm[Any]", new: list[str]) -> tuple[Shard, Table]:
+    """Write a new shard and its page table; their names are added to `new`."""
+    with target.write(name) as stream:
+        new.append(name)
+        shard, table = make(stream, bar)
+    new.append(table_name(name))
+    target.put(table_name(name), dump_table(table))
+    return shard, table
 
 
 @contextmanager
@@ -135,13 +143,17 @@ def _count(source: Source, split: str, shards: int | None) -> int:
     return shards
 
 
-def _outline(manifest: Manifest) -> tuple[Any, ...]:
-    layout = {name: (split.samples, len(split.shards)) for name, split in manifest.splits.items()}
-    return manifest.name, manifest.kind, manifest.shape, manifest.labels, layout
-
-
-def _layout(source: Source, counts: dict[str, int]) -> dict[str, tuple[int, int]]:
-    return {name: (len(examples), counts[name]) for name, examples in source.splits.items()}
+def _there(target: Store, source: Source, counts: dict[str, int]) -> Manifest | None:
+    """The manifest that is there, which may be of this source and these counts of shards alone; None without one."""
+    if not target.exists(INDEX):
+        return None
+    old = Manifest.parse(target.read(INDEX), where=target.url(INDEX))
+    layout = {name: (split.samples, len(split.shards)) for name, split in old.splits.items()}
+    wanted = {name: (len(examples), counts[name]) for name, examples in source.splits.items()}
+    ours = (source.name, source.kind, source.shape, source.labels)
+    if layout != wanted or (old.name, old.kind, old.shape, old.labels) != ours:
+        raise InputError(_refusal(target.path, old))
+    return old
 
 
 def _refusal(to: str, old: Manifest | None) -> str:
@@ -200,9 +212,7 @@ def _write(
     return Shard(name=name, samples=len(order), bytes=size, sha256=digest, pages=pages), table
 
 
-def _complete(
-    target: Store, shard: Shard, table: Table, present: list[str], make: "partial[tuple[Shard, Table]]", *, known: bool
-) -> None:
+def _complete(target: Store, shard: Shard, table: Table, present: list[str], make: Make, *, known: bool) -> None:
     """Write again what the target lacks of a shard. Raises InputError where it holds another of that name.
 
     `known` says that the target's own index.json names this shard, so one of another size is damaged, not foreign.
