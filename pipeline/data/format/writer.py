@@ -54,8 +54,7 @@ def pack(
     if force:
         _clear(target, source)
     old = _there(target, source, counts)
-    present = target.list()
-    splits = {}
+    present, splits = target.list(), {}
     total = sum(len(examples) for examples in source.splits.values())
     with (
         _taken_back(target) as new,
