@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from pipeline.checkpoint import bucket
 from pipeline.checkpoint.manifest import MANIFEST, Entries, by_step, is_whole, read_manifest, sha256, to_remove
 from pipeline.errors import Conflict, InputError, Unavailable
 from pipeline.observe.logs import title
-from pipeline.storage.local import UMASK, sync_file, write_atomically
+from pipeline.storage.local import TRANSIENT, UMASK, sync_file, write_atomically
 
 log = logging.getLogger("naign.checkpoint")
 
@@ -63,11 +64,18 @@ def set_aside(checkpoints: Path, newest: Path | None, *, parts: bool = False) ->
 
 
 def is_complete(folder: Path, *, parts: bool = False) -> bool:
-    """Whether a checkpoint has its manifest and all files match it. With `parts`, files may be missing."""
+    """Whether a checkpoint has its manifest and all files match it. With `parts`, files may be missing.
+
+    Raises OSError where the disk fails for the moment, which says nothing about the checkpoint.
+    """
     try:
         files = read_manifest((folder / MANIFEST).read_bytes()).items()
         return all(is_whole(folder / name, entry) or (parts and not (folder / name).exists()) for name, entry in files)
-    except (OSError, ValueError):
+    except OSError as error:
+        if error.errno in TRANSIENT:
+            raise
+        return False
+    except ValueError:
         return False
 
 
@@ -207,8 +215,11 @@ class Writer:
         self.uploaded = time.perf_counter() - start
 
     def _write(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write]) -> str:
-        """Write the local checkpoint, its manifest last. Returns what failed on any rank, the same on all ranks."""
-        entries, failed = Entries(), ""
+        """Write the local checkpoint, its manifest last. Returns what failed on any rank, the same on all ranks.
+
+        Raises RuntimeError on all ranks where it was not the disk that failed, but a device, say: nobody's mistake.
+        """
+        entries, failed, fault = Entries(), "", False
         try:
             copy()  # first: the next step waits for it
             for name, write in files.items():
@@ -217,13 +228,14 @@ class Writer:
                 entries[name] = _settle(folder / name)
         except Exception as error:
             failed = f"rank {self._rank}: {type(error).__name__}: {error}"
-        gathered = self._gather((entries, failed))
-        problem = next((failed for _, failed in gathered if failed), "")
+            fault = not isinstance(error, OSError | SafetensorError)
+        gathered = self._gather((entries, failed, fault))
+        problem = next((failed for _, failed, _ in gathered if failed), "")
         names = set[str]()
         if self._rank == 0:
             if not problem:
                 manifest = {
-                    "files": dict(sorted((name, entry) for part, _ in gathered for name, entry in part.items()))
+                    "files": dict(sorted((name, entry) for part, *_ in gathered for name, entry in part.items()))
                 }
                 try:
                     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
@@ -237,6 +249,8 @@ class Writer:
                     f"old checkpoints stay in {folder.parent}",
                 )
             names = {path.name for path in _newest_first(folder.parent)}
+        if any(fault for *_, fault in gathered):
+            raise RuntimeError(f"{folder} could not be written ({problem}); the checkpoint before it is untouched")
         problem, names = self._gather((problem, names))[0]
         if not problem and os.environ.get("LOCAL_RANK") == "0":  # a machine may have a folder of its own
             for path in _newest_first(folder.parent):

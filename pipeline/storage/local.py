@@ -26,6 +26,9 @@ _REMEDIES = {
 }
 """What to do about a user's mistake, by error number. A disk that is full or fails is a crash, to be retried."""
 
+TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+"""What a disk or a system that fails for a while says. It is no fault of the user's, and worth a retry."""
+
 
 class LocalStore:
     """Files directly in one local folder."""

@@ -1,7 +1,6 @@
 """The folder of a run and its copy in a bucket: who may use it, and which checkpoint it resumes from."""
 
 import contextlib
-import errno
 import logging
 import os
 import shutil
@@ -22,15 +21,12 @@ from pipeline.errors import Damaged, InputError
 from pipeline.model.naign import NAIGN
 from pipeline.settings import MAY_CHANGE
 from pipeline.storage.base import Store
-from pipeline.storage.local import write_atomically
+from pipeline.storage.local import TRANSIENT, write_atomically
 from pipeline.storage.store import open_store
 
 log = logging.getLogger("naign.run")
 
 LOCK_SECONDS = 120.0
-
-TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-"""What a disk or a system that fails for a while says. It is no fault of the user's, and worth a retry."""
 
 DAMAGE = (
     *(FileNotFoundError, NotADirectoryError, IsADirectoryError, SafetensorError, ValueError, TypeError, LookupError),

@@ -1,5 +1,6 @@
 """A checkpoint is there whole or not at all."""
 
+import errno
 import json
 import os
 import signal
@@ -8,7 +9,8 @@ import sys
 
 import pytest
 
-from pipeline.checkpoint.writer import MANIFEST, newest_checkpoint, prune_checkpoints
+from pipeline.checkpoint.writer import MANIFEST, Writer, newest_checkpoint, prune_checkpoints
+from pipeline.errors import InputError
 from tests.checkpoint.written import write_checkpoint
 from tests.conftest import forked
 
@@ -103,3 +105,33 @@ writer.join()
     assert done.returncode == -signal.SIGKILL
     assert newest_checkpoint(checkpoints) == checkpoints / "step-00000001"
     assert os.path.isdir(checkpoints / "step-00000002")
+
+
+def test_a_disk_that_fails_for_a_while_says_nothing_about_a_checkpoint(checkpoints, monkeypatch):
+    write_checkpoint(checkpoints / "step-00000001", fill)
+
+    def fail(file):
+        raise OSError(errno.EIO, "Input/output error", str(file))
+
+    monkeypatch.setattr("pipeline.checkpoint.manifest.sha256", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        newest_checkpoint(checkpoints)
+    monkeypatch.undo()
+    assert newest_checkpoint(checkpoints) == checkpoints / "step-00000001"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(OSError(errno.ENOSPC, "No space left on device"), InputError), (RuntimeError("CUDA error: ..."), RuntimeError)],
+)
+def test_what_failed_while_copying_decides_whether_a_retry_helps(tmp_path, checkpoints, error, kind):
+    write_checkpoint(checkpoints / "step-00000001", fill)
+    writer = Writer(tmp_path, rank=0, world=1, keep=0, every=0, remote="")
+
+    def copy():
+        raise error
+
+    writer.start("step-00000002", copy, {})
+    with pytest.raises((InputError, RuntimeError), match="step-00000002 could not be written") as raised:
+        writer.join()
+    assert type(raised.value) is kind and names(checkpoints) == ["step-00000001"]

@@ -91,7 +91,7 @@ def test_a_step_goes_on_where_copying_fails(run):
     writer = Writer(Path(config.run.path), rank=0, world=1, keep=2, every=0, remote="")
     writer.start("step-00000031", copy, files)
     assert engine.copied.wait(30)
-    with pytest.raises(InputError, match="could not be written .*AttributeError"):
+    with pytest.raises(RuntimeError, match="could not be written .*AttributeError"):
         writer.join()
     assert newest_checkpoint(Path(config.run.path) / "checkpoints").name == f"step-{POSITION.step:08d}"
 
