@@ -16,12 +16,12 @@ from typing import Any
 import tyro
 import yaml
 
+from pipeline.constraints import AT_LEAST_0, FREE, MAY_CHANGE, NOT_EMPTY, POSITIVE, SHARE, between, check_fields, one_of
 from pipeline.data.dataset import DataConfig, check_config
 from pipeline.errors import InputError, printable
 from pipeline.match.matcher import MatchConfig
-from pipeline.model import networks, objectives
+from pipeline.model import losses, networks
 from pipeline.observe.speed import parse_rounds
-from pipeline.settings import AT_LEAST_0, FREE, MAY_CHANGE, NOT_EMPTY, POSITIVE, SHARE, between, check_fields, one_of
 from pipeline.storage.store import open_store
 
 PRECISIONS = ("", "auto", "fp32", "bf16", "fp16")
@@ -141,7 +141,7 @@ class Config:
 
     data: DataConfig = field(default_factory=DataConfig)
     model: networks.NetworkConfig = field(default_factory=networks.ConvConfig)
-    objective: objectives.ObjectiveConfig = field(default_factory=objectives.NaignConfig)
+    objective: losses.ObjectiveConfig = field(default_factory=losses.NaignConfig)
     match: MatchConfig = field(default_factory=MatchConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     report: ReportConfig = field(default_factory=ReportConfig, metadata=FREE)
@@ -160,7 +160,7 @@ class Config:
 
 NAMED: dict[str, tuple[str, Callable[[str], tuple[Any, Any]], dict[str, str]]] = {
     "model": ("conv", networks.find_network, networks.FORMER),
-    "objective": ("naign", objectives.find_objective, objectives.FORMER),
+    "objective": ("naign", losses.find_objective, losses.FORMER),
 }
 """Sections that are a choice with a name: the default, what finds a name's settings class, and the settings that all
 choices had in one class once, with whose they are."""

@@ -28,7 +28,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.cluster.ending import MEANINGS, SIGNALS, Ending, explain, on_signals, read_code, say, weight
+from pipeline.cluster.exit_codes import MEANINGS, SIGNALS, Ending, explain, on_signals, read_code, say, weight
 from pipeline.cluster.meeting import TELLING, Links, interface_of, listen, meet, turn_away
 from pipeline.cluster.place import Place, find_place, find_ports
 from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost, Unavailable

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from typing import cast
 
+from pipeline.constraints import AT_LEAST_0, FREE, MAY_CHANGE, NOT_EMPTY
 from pipeline.data.cache import CachedStore
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.reader import Reader
 from pipeline.errors import InputError
-from pipeline.settings import AT_LEAST_0, FREE, MAY_CHANGE, NOT_EMPTY
 from pipeline.storage.base import Store
 from pipeline.storage.store import open_store
 

@@ -29,7 +29,7 @@ from pipeline.data.format.manifest import Manifest, size_problem
 from pipeline.data.order import Order, Piece, check, parts, pieces, rank_rows
 from pipeline.data.reader import Reader, Taken, fill, new_images, new_rows
 from pipeline.errors import InputError, Stopped
-from pipeline.storage.fetch import in_order
+from pipeline.storage.prefetch import in_order
 from pipeline.storage.store import gopen, open_store
 
 webdataset.gopen_schemes["s3"] = gopen  # so that any WebDataset program reads s3:// as training does, without pipes

@@ -20,7 +20,8 @@ from pipeline.data.format.pages import Table, parse_table, samples, table_name
 from pipeline.data.order import Piece
 from pipeline.errors import InputError
 from pipeline.storage.base import Store
-from pipeline.storage.fetch import PARALLEL, Tally, in_order
+from pipeline.storage.prefetch import PARALLEL, in_order
+from pipeline.storage.retry import Tally
 
 PART = 8 << 20
 """Bytes of pages asked for at once."""

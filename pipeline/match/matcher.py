@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.constraints import FREE
 from pipeline.errors import InputError
 from pipeline.match.across_ranks import Blocks, Found, search
 from pipeline.match.assign import assign_once
@@ -17,7 +18,6 @@ from pipeline.match.method import METHODS
 from pipeline.match.one_rank import Timer
 from pipeline.match.space import SpaceConfig, embed
 from pipeline.model.latents import check_law
-from pipeline.settings import FREE
 
 ASSIGNMENTS = ("free", "one_to_one")
 

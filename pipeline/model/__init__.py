@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.model.encoders import load_encoder
+    from pipeline.model.losses import Batch, ObjectiveConfig
     from pipeline.model.naign import NAIGN
     from pipeline.model.networks import NetworkConfig, build_network
-    from pipeline.model.objectives import Batch, ObjectiveConfig, losses
 
-__all__ = ["NAIGN", "Batch", "NetworkConfig", "ObjectiveConfig", "build_network", "load_encoder", "losses"]
+__all__ = ["NAIGN", "Batch", "NetworkConfig", "ObjectiveConfig", "build_network", "load_encoder"]
 
 _FILES = {"NAIGN": "naign", "NetworkConfig": "networks", "build_network": "networks", "load_encoder": "encoders"}
-_FILES |= dict.fromkeys(("Batch", "ObjectiveConfig", "losses"), "objectives")
+_FILES |= dict.fromkeys(("Batch", "ObjectiveConfig"), "losses")
 
 
 def __getattr__(name: str) -> Any:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.constraints import between, check_fields
 from pipeline.errors import InputError
 from pipeline.registry import lookup
-from pipeline.settings import between, check_fields
 
 
 @dataclass(kw_only=True, slots=True)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from pipeline.model.objectives import Distance
+from pipeline.model.losses import Distance
 
 FAINT = 1e-2
 """Square of the length below which a position's features count for less than their direction."""

@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager
 from typing import BinaryIO, Protocol
 
-from pipeline.storage.fetch import Tally
+from pipeline.storage.retry import Tally
 
 _PARTIAL = ".partial-"
 """Prefix of a file that is still being written: `list` never shows one."""

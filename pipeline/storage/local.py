@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from pipeline.errors import InputError
 from pipeline.storage.base import _PARTIAL, Writer
-from pipeline.storage.fetch import Tally
+from pipeline.storage.retry import Tally
 
 _REMEDIES = {
     errno.ENOENT: "check the path, or pack the data set again",

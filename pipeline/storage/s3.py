@@ -24,7 +24,8 @@ from botocore.exceptions import (
 )
 
 from pipeline.errors import Conflict, InputError
-from pipeline.storage.fetch import PARALLEL, PART, Parts, Patience, Tally, in_order
+from pipeline.storage.prefetch import PARALLEL, PART, Parts, in_order
+from pipeline.storage.retry import Patience, Tally
 from pipeline.storage.s3_client import BadSettings, client, is_anonymous, is_passing
 
 WRITE_PART = 16 << 20

@@ -17,7 +17,7 @@ from botocore.exceptions import ConnectionError as NotConnected
 from urllib3.exceptions import HTTPError
 
 from pipeline.errors import printable
-from pipeline.storage.fetch import PARALLEL
+from pipeline.storage.prefetch import PARALLEL
 
 SILENCE = 20.0
 """Seconds without a byte, or without a connection, before a request counts as failed."""

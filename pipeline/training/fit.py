@@ -13,7 +13,7 @@ from pipeline.checkpoint.writer import newest_checkpoint
 from pipeline.config import TrainConfig
 from pipeline.distributed.ranks import total
 from pipeline.errors import Diverged, Stopped
-from pipeline.model.objectives import losses
+from pipeline.model.losses import losses
 from pipeline.training.round import RoundState, Run
 
 log = logging.getLogger("naign.fit")

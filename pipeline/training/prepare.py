@@ -27,8 +27,8 @@ from pipeline.errors import InputError
 from pipeline.match.space import SpaceConfig, check_space
 from pipeline.model.encoders import Encoder, load_encoder, names
 from pipeline.model.latents import check_law
+from pipeline.model.losses import Distance, ObjectiveConfig
 from pipeline.model.networks import build_network
-from pipeline.model.objectives import Distance, ObjectiveConfig
 from pipeline.model.perceptual import perceptual
 from pipeline.observe.doctor import preflight
 from pipeline.observe.logs import set_up

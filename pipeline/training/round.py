@@ -20,7 +20,7 @@ from pipeline.distributed.signals import StopPoll, StopRequest
 from pipeline.distributed.watchdog import Watchdog
 from pipeline.match.matcher import Match
 from pipeline.model import latents
-from pipeline.model.objectives import Distance
+from pipeline.model.losses import Distance
 from pipeline.observe.logs import title
 from pipeline.observe.monitor import Monitor
 from pipeline.observe.speed import Profiler

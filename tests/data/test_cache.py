@@ -19,7 +19,7 @@ from pipeline.data.format.pages import table_name
 from pipeline.data.format.writer import pack
 from pipeline.data.loader import Stream
 from pipeline.errors import InputError
-from pipeline.storage.fetch import Tally
+from pipeline.storage.retry import Tally
 from pipeline.storage.store import open_store
 from tests.data.numbered import numbered
 from tests.proxy import FaultProxy

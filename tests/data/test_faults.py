@@ -16,7 +16,7 @@ from pipeline.data.format.writer import pack
 from pipeline.data.loader import Stream
 from pipeline.data.sources.source import Example, Made
 from pipeline.errors import InputError, Unavailable
-from pipeline.storage.fetch import Tally, at_most
+from pipeline.storage.retry import Tally, at_most
 from pipeline.storage.store import open_store
 from tests.data.numbered import numbered
 from tests.proxy import FaultProxy, Faults
@@ -33,9 +33,9 @@ Rows = list[tuple[int, str, str]]
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits that are too short for a network, and short enough for tests; small requests, so that many meet a fault."""
     monkeypatch.setattr("pipeline.storage.s3_client.SILENCE", 0.5)
-    monkeypatch.setattr("pipeline.storage.fetch.FIRST_PAUSE", 0.01)
-    monkeypatch.setattr("pipeline.storage.fetch.LONGEST_PAUSE", 0.05)
-    monkeypatch.setattr("pipeline.storage.fetch.ATTEMPTS", 20)
+    monkeypatch.setattr("pipeline.storage.retry.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("pipeline.storage.retry.LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr("pipeline.storage.retry.ATTEMPTS", 20)
     monkeypatch.setattr("pipeline.data.reader.PART", 300_000)
 
 
@@ -131,7 +131,7 @@ def test_each_fault_alone(
 def test_a_server_that_is_away_for_a_while(
     remote: str, proxy: FaultProxy, expected: Rows, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.fetch.ATTEMPTS", 6)
+    monkeypatch.setattr("pipeline.storage.retry.ATTEMPTS", 6)
     config = DataConfig(path=remote, workers=workers)
     with Stream(config, seed=3, round_size=ROUND, prefetch=False) as stream:
         first = stream.take(0).keys

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.cluster.ending import SIGNALS, Ending
+from pipeline.cluster.exit_codes import SIGNALS, Ending
 from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED
 from tests.conftest import ROOT, SMALL, environment
 from tests.servers import free_port

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.cluster.ending import Ending, explain
+from pipeline.cluster.exit_codes import Ending, explain
 from pipeline.cluster.launch import find_engine
 from pipeline.cluster.meeting import Links, interface_of, listen, meet, turn_away
 from pipeline.cluster.place import PORTS, Place, find_place, find_ports

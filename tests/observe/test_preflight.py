@@ -107,8 +107,8 @@ def test_a_bucket_that_is_closed(tmp_path, bucket, monkeypatch):
 def test_a_bucket_out_of_reach(tmp_path, s3, monkeypatch):
     from pipeline.storage.s3_client import forget_clients
 
-    monkeypatch.setattr("pipeline.storage.fetch.FIRST_PAUSE", 0.01)
-    monkeypatch.setattr("pipeline.storage.fetch.LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr("pipeline.storage.retry.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("pipeline.storage.retry.LONGEST_PAUSE", 0.01)
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     forget_clients()

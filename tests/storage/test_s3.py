@@ -31,8 +31,8 @@ DATA = random.Random(0).randbytes(3 * MIB + 12_345)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits that are too short for a network, and short enough for tests."""
     monkeypatch.setattr("pipeline.storage.s3_client.SILENCE", 1.0)
-    monkeypatch.setattr("pipeline.storage.fetch.FIRST_PAUSE", 0.01)
-    monkeypatch.setattr("pipeline.storage.fetch.LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr("pipeline.storage.retry.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("pipeline.storage.retry.LONGEST_PAUSE", 0.05)
 
 
 @pytest.fixture
@@ -461,7 +461,7 @@ def test_a_server_that_goes_down_in_the_middle(
 
 
 def test_a_short_absence_is_waited_out(store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.storage.fetch.LONGEST_PAUSE", 1.0)
+    monkeypatch.setattr("pipeline.storage.retry.LONGEST_PAUSE", 1.0)
     store.put("a", DATA)
     proxy.faults = Faults(refusing=True)
     back = threading.Timer(0.1, lambda: setattr(proxy, "faults", Faults()))
@@ -489,7 +489,7 @@ def test_reading_through_faults(
 ) -> None:
     monkeypatch.setattr("pipeline.storage.s3.PART", part)
     monkeypatch.setattr("pipeline.storage.s3_client.SILENCE", 0.5)
-    monkeypatch.setattr("pipeline.storage.fetch.ATTEMPTS", 20)
+    monkeypatch.setattr("pipeline.storage.retry.ATTEMPTS", 20)
     store.put("a", DATA)
     forget_clients()
     proxy.faults = faults
@@ -514,7 +514,7 @@ def test_writing_through_faults(
     s3: S3Server, store: Store, bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.storage.s3.WRITE_PART", 5 * MIB)
-    monkeypatch.setattr("pipeline.storage.fetch.ATTEMPTS", 100)
+    monkeypatch.setattr("pipeline.storage.retry.ATTEMPTS", 100)
     data = (DATA * 9)[: 26 * MIB + 3]
     over = threading.Event()
 
@@ -550,7 +550,7 @@ def test_an_upload_is_done_even_if_the_answer_is_lost(
     s3: S3Server, store: Store, bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.storage.s3.WRITE_PART", 5 * MIB)
-    monkeypatch.setattr("pipeline.storage.fetch.ATTEMPTS", 1000)
+    monkeypatch.setattr("pipeline.storage.retry.ATTEMPTS", 1000)
     healed = threading.Event()
 
     def heal() -> None:

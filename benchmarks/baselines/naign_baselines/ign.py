@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from pipeline.model.objectives import Batch, DistanceConfig, Network
-from pipeline.settings import AT_LEAST_0, POSITIVE
+from pipeline.constraints import AT_LEAST_0, POSITIVE
+from pipeline.model.losses import Batch, DistanceConfig, Network
 
 
 @dataclass(kw_only=True, slots=True)

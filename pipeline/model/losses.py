@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.constraints import AT_LEAST_0, check_fields, one_of
 from pipeline.data import damage
 from pipeline.errors import InputError
 from pipeline.registry import lookup
-from pipeline.settings import AT_LEAST_0, check_fields, one_of
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Of two batches of one shape, a scalar."""

@@ -11,7 +11,7 @@ from torch import nn
 from pipeline.config import from_dict
 from pipeline.errors import InputError
 from pipeline.model.encoders import load_encoder
-from pipeline.model.objectives import NaignConfig, losses
+from pipeline.model.losses import NaignConfig, losses
 from pipeline.model.perceptual import perceptual
 
 

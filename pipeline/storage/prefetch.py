@@ -1,124 +1,22 @@
-"""Getting bytes through faults: calls that are tried again, and calls that are made ahead of need."""
+"""Calls that are made by threads ahead of need: a file as a stream of parts in flight, in bounded memory."""
 
-import contextlib
 import io
-import logging
-import os
-import random
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
-from contextvars import ContextVar
-from dataclasses import dataclass, fields
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from pipeline.errors import Unavailable
-
 T = TypeVar("T")
-log = logging.getLogger("naign.store")
 
-ATTEMPTS = 10
-"""Failures in a row, without a byte of progress between, before a store counts as out of reach."""
-
-FIRST_PAUSE = 0.2
-"""Seconds: the longest pause after the first failure; it doubles with each that follows."""
-
-LONGEST_PAUSE = 10.0
-"""Seconds."""
 
 PART = 16 << 20
 """Bytes asked for at once: half as many would cost a third of the speed of a fast server."""
 
+
 PARALLEL = 3
 """Parts on their way at once: with those that wait to be taken, a reader holds (PARALLEL + 1) * PART bytes at most."""
-
-_chance = random.Random()  # not the global one, which belongs to the program
-
-
-@dataclass(slots=True)
-class Tally:
-    """What reading has cost."""
-
-    bytes: int = 0
-    """Received, from a store or a cache."""
-
-    retries: int = 0
-    """Requests that had to be made again."""
-
-    reread: int = 0
-    """Bytes read again because their hash was wrong."""
-
-    cached: int = 0
-    """Bytes of those received that came from the cache."""
-
-    def add(self, **more: int) -> None:
-        with _LOCK[0]:
-            for name, value in more.items():
-                setattr(self, name, getattr(self, name) + value)
-
-    def take(self) -> "Tally":
-        """What was counted, counting anew from 0."""
-        with _LOCK[0]:
-            taken = Tally(**{field.name: getattr(self, field.name) for field in fields(self)})
-            for field in fields(self):
-                setattr(self, field.name, 0)
-        return taken
-
-    def merge(self, other: "Tally") -> None:
-        self.add(**{field.name: getattr(other, field.name) for field in fields(other)})
-
-
-_LOCK = [threading.Lock()]
-
-
-def _renew_lock() -> None:
-    _LOCK[0] = threading.Lock()  # another thread may have held it at the fork
-
-
-os.register_at_fork(after_in_child=_renew_lock)
-
-
-_attempts: ContextVar[int] = ContextVar("attempts")
-
-
-@contextlib.contextmanager
-def at_most(attempts: int) -> Iterator[None]:
-    """Give up after so many attempts at one thing, in this thread: for what can do without the answer."""
-    before = _attempts.set(attempts)
-    try:
-        yield
-    finally:
-        _attempts.reset(before)
-
-
-class Patience:
-    """Waits between the attempts at one thing, ever longer, and says when to give up.
-
-    Exponential back-off with full jitter, so that ranks that failed together do not come back together.
-    """
-
-    def __init__(self, what: str, tally: Tally) -> None:
-        self._what, self._tally, self._failures, self._most = what, tally, 0, _attempts.get(ATTEMPTS)
-
-    def wait(self, error: BaseException, *, at: str = "", progress: bool = False) -> None:
-        """Pause after a failure. Raises Unavailable, with the place and the cause, after ATTEMPTS of them in a row, or
-        as many as `at_most` allows.
-        """
-        self._failures = 1 if progress else self._failures + 1
-        where = f"{self._what}{at}"
-        cause = f"{type(error).__name__}: {error}"
-        if self._failures >= self._most:
-            raise Unavailable(
-                f"{where}: given up after {self._failures} attempts; the last failed with {cause}. "
-                f"Check the network, the server and AWS_ENDPOINT_URL, then run the same command again: it goes on"
-            ) from None
-        pause = _chance.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (self._failures - 1)))
-        log.warning("%s: %s; attempt %d of %d in %.1f s", where, cause, self._failures + 1, self._most, pause)
-        self._tally.add(retries=1)
-        time.sleep(pause)
 
 
 def in_order(calls: Iterable[Callable[[], T]], width: int = PARALLEL) -> Generator[T]:
