@@ -169,9 +169,8 @@ class S3Store:
             while at < last:
                 before = at
                 try:
-                    wanted = f"bytes={at}-{last - 1}"
-                    key = self._prefix + name
-                    answer = client().get_object(Bucket=self._bucket, Key=key, Range=wanted, IfMatch=etag)
+                    span = f"bytes={at}-{last - 1}"
+                    answer = client().get_object(Bucket=self._bucket, Key=self._prefix + name, Range=span, IfMatch=etag)
                     if not str(answer.get("ContentRange", "")).startswith(f"bytes {at}-"):
                         remedy = "use another one, or copy the data to a local folder"
                         raise InputError(f"{self.url(name)}: the server does not serve byte ranges: {remedy}")
