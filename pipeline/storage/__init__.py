@@ -1,4 +1,4 @@
-"""Files by name, in a local folder or under s3://bucket/prefix, behind one protocol; files written whole or not at all."""
+"""Files by name, in a local folder or under s3://bucket/prefix, behind one protocol; written whole or not at all."""
 
 from pipeline.storage.base import Store, Writer
 from pipeline.storage.fetch import Tally, at_most
