@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint.writer import newest_checkpoint
-from pipeline.data.sources import catalog
 from tests.conftest import ROOT, SMALL, direct_command, environment
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
@@ -22,11 +21,6 @@ LOAD = """
 from pipeline.model.naign import NAIGN
 model = NAIGN.from_pretrained("runs/inverted")
 print(model.metadata["model"], tuple(model.sample(5).shape))
-"""
-PACK = """
-from my_naign.source import INVERTED
-from pipeline.data.format.writer import pack
-pack(INVERTED[1](), "data/inverted", progress=False)
 """
 
 
@@ -61,10 +55,7 @@ def test_the_package_of_contributing_is_packed_trained_with_and_evaluated(packag
     naign = (sys.executable, "-m", "pipeline.cli")
     shown = shlex.split(TEXT.partition("pipeline/train.py")[2].partition("naign evaluate")[0])
     options = [option for option in shown if option != "\n"]
-    if "naign.sources" in Path(catalog.__file__).read_text():
-        run(*naign, "pack", "inverted", "--to", "data/inverted")
-    else:
-        run(sys.executable, "-c", PACK)
+    run(*naign, "pack", "inverted", "--to", "data/inverted")
     options += [option for option in SMALL if not option.startswith("--model")]
     run(*direct_command(*options, "--train.images=512"))
     # A resumed run reads what the first one recorded of the package's settings.
