@@ -41,7 +41,7 @@ MODULES = (
 )
 """What the server imports beside pipeline/, and with it nearly everything that a program needs."""
 
-READ_AT_IMPORT = ("DS_", "LD_", "MKL_", "OMP_", "PYTHON", "TORCHINDUCTOR_", "TORCH_")
+READ_AT_IMPORT = ("DS_", "LD_", "MKL_", "OMP_", "PYTHON", "TORCHINDUCTOR_", "TORCH_", "TQDM_")
 """Prefixes of variables that modules may read when they are imported: a program with others than the server is real."""
 
 HARMLESS = ("PYTHONPATH", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
@@ -62,7 +62,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         if SERVER in env and python and preexec_fn is None and not more[0] and not more[5] and len(more) == 19:
             files = [number if end == -1 else end for number, end in enumerate((more[6], more[9], more[11]))]
             request = {"words": list(args[1:]), "env": dict(env), "cwd": str(more[1] or os.getcwd())}
-            request |= {"session": more[17], "group": os.getpgrp()}
+            request |= {"new_session": more[17], "session": os.getsid(0), "group": os.getpgrp()}
             self._server = socket.socket(socket.AF_UNIX)
             self._server.connect(env[SERVER])
             socket.send_fds(self._server, [b"\0"], files)
@@ -148,7 +148,9 @@ def serve(path: str, own: dict[str, str], imported: dict[str, str]) -> tuple[dic
                 with link.makefile("rb") as text:
                     request = json.load(text)
                 theirs = {name: value for name, value in request["env"].items() if imported.get(name) != value}
-                pid = os.fork() if relevant(theirs) == relevant(own) else -1
+                # A process joins no group of another session, where a signal to the group would miss it.
+                joins = request["new_session"] or request["session"] == os.getsid(0)
+                pid = os.fork() if joins and relevant(theirs) == relevant(own) else -1
                 if pid == 0:
                     for other in (link, *links.values()):
                         other.close()
@@ -169,10 +171,10 @@ def become(request: dict[str, Any], files: list[int], imported: dict[str, str]) 
 
     imported: variables that imports would have set here, too
     """
-    if request["session"]:
+    if request["new_session"]:
         os.setsid()
     else:
-        with contextlib.suppress(OSError):  # of another session
+        with contextlib.suppress(OSError):  # the group may have ended
             os.setpgid(0, request["group"])
     for number, file in enumerate(files):
         os.dup2(file, number)

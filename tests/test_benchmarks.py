@@ -68,6 +68,7 @@ def test_data_measures_readers_of_a_folder_and_of_a_server(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(450)  # seven real starts
 def test_step_measures_the_fit_checkpoints_and_resumption(tmp_path: Path) -> None:
     options = ["--quick", "--scratch", "scratch", "--to", "results/step"]
     done = subprocess.run(
@@ -76,7 +77,7 @@ def test_step_measures_the_fit_checkpoints_and_resumption(tmp_path: Path) -> Non
         env=forked(),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stderr
