@@ -1,10 +1,12 @@
 """From shards to tensors: the order, ranks and workers, resuming, and bad data."""
 
+import io
 import itertools
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 from pipeline.data.dataset import DataConfig
-from pipeline.data.decode import encode
+from pipeline.data.decode import decode_array, encode
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.writer import pack
 from pipeline.data.loader import Stream, Taken, read_split
@@ -258,3 +260,15 @@ def test_a_large_sample_crosses_the_boundary_between_processes(tmp_path: Path) -
     pack(numbered(train=8, shape=(3, 64, 64)), str(tmp_path), shards=2, progress=False)
     with Stream(DataConfig(path=str(tmp_path), workers=2), seed=0, round_size=8) as stream:
         assert sorted(stream.take(0).images[:, 0, 0, 0].tolist()) == list(range(8))
+
+
+def test_arrays_are_decoded_by_threads_at_once_whoever_wrote_them() -> None:
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    plain, foreign = io.BytesIO(), io.BytesIO()
+    np.save(plain, array)
+    np.lib.format.write_array_header_1_0(foreign, {"descr": "<f4", "fortran_order": True, "shape": (2, 3)})
+    foreign.write(array.tobytes("F"))
+    with ThreadPoolExecutor(8) as threads:
+        for data in (plain.getvalue(), foreign.getvalue()):
+            for found in threads.map(lambda data: decode_array(data, (2, 3), "float32"), [data] * 4000):
+                assert np.array_equal(found, array) and found.flags.writeable

@@ -2,12 +2,16 @@
 
 import contextlib
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from pipeline.cluster.exit_codes import Ending, explain
@@ -332,11 +336,15 @@ def test_a_crash_counts_unless_a_host_vanished(word, expected):
     thread.join(5)
 
 
-def test_ranks_that_do_not_end_when_a_host_was_lost_are_killed():
+def test_ranks_that_do_not_end_when_a_host_was_lost_are_killed(monkeypatch):
+    rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    tree = SimpleNamespace(children=lambda recursive: [psutil.Process(rank.pid)])  # not what other tests have started
+    known = SimpleNamespace(Process=lambda: tree, NoSuchProcess=psutil.NoSuchProcess)
+    monkeypatch.setattr("pipeline.cluster.exit_codes.psutil", known)
     ending = Ending(patience=0.0)
     thread = threading.Thread(target=ending.note, args=(1, 76, False))
     thread.start()
-    time.sleep(0.1)
+    assert rank.wait(30) == -signal.SIGKILL
     assert ending.judge(1) == PEER_LOST and ending.judge(BAD_INPUT) == BAD_INPUT and ending.judge(0) == 0
     thread.join(5)
 
