@@ -119,6 +119,7 @@ def test_a_run_of_another_configuration_is_not_mixed_with(digits, tmp_path):
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_metrics_are_json_objects(digits, tmp_path):
     assert run_alone(tmp_path, f"--data.path={digits}", "--train.images=512").returncode == 0
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

@@ -71,12 +71,14 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_is_done_and_asked_to_end_before_its_bucket_says_so_is_started_again(start):
     job = start("--processes=2", "--run.remote=s3://bucket/run", program=("-c", BUCKET))
     said = job.communicate(timeout=50)[1]
     assert job.returncode == INTERRUPTED and "does not hold its end" in said and "Traceback" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [("--processes=2",), ("--processes=1", "--engine=single")], ids=["two", "one"])
 def test_further_signals_change_nothing(ranks, start, digits, tmp_path):
     """Neither while the ranks write their checkpoint, nor when the code is known."""
@@ -153,6 +155,7 @@ def test_a_rank_whose_launcher_is_gone_already_ends_at_once():
     assert (done.returncode, done.stderr) == (INTERRUPTED, "")
 
 
+@pytest.mark.slow
 def test_a_mistake_on_the_first_host_ends_all(start):
     meeting = free_port()
     with socket.create_server(("", 0)) as taken:

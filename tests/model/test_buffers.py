@@ -58,6 +58,7 @@ train.main()
 """
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit_and_its_model_loads(digits, tmp_path, monkeypatch):
     small = [option for option in SMALL if not option.startswith("--model")]
     options = [f"--data.path={digits}", "--model.name=normed", *small, "--train.ema=0.9", "--train.images=768"]

@@ -158,6 +158,7 @@ def test_command_line_trains_and_saves(
     assert encoder.labels == tuple("0123456789") and encoder.accuracy is not None and encoder.accuracy > 0.8
 
 
+@pytest.mark.slow
 def test_what_an_encoder_cannot_learn_from_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pack(load("toy2d:moons"), str(tmp_path / "points"), progress=False)
     options = ["--data", str(tmp_path / "points"), "--name", "x-cnn64", "--to", str(tmp_path)]
