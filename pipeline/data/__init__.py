@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 _FILES = {
     **dict.fromkeys(("DataConfig", "check_config", "image_shape"), "dataset"),
     **dict.fromkeys(("Stream", "Taken", "read_split"), "loader"),
-    **{"Manifest": "format.manifest", "pack": "format.writer", "load": "sources.catalog"},
-    **{"scaled": "decode", "rank_rows": "order"},
+    "Manifest": "format.manifest",
+    "pack": "format.writer",
+    "load": "sources.catalog",
+    "scaled": "decode",
+    "rank_rows": "order",
 }
 
 __all__ = [
