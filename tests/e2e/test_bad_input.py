@@ -127,6 +127,7 @@ def test_metrics_are_json_objects(digits, tmp_path):
     assert {"loss/total", "loss/imle", "match/distance", "train/lr", "share/match"} <= set(lines[0])
 
 
+@pytest.mark.slow
 def test_a_wrong_path_is_not_taken_for_the_place_of_the_files_own_source(tmp_path):
     done = run_alone(tmp_path, "--config", str(ROOT / "configs/digits.yaml"), "--data.path=data/digitz")
     refused(done, "data/digitz: no data set here", "naign pack digits --to data/digitz")

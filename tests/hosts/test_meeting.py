@@ -118,6 +118,7 @@ def test_hosts_meet_in_any_order(order):
     assert [meeting.found[index].address in ("127.0.0.1", "::1") for index in range(4)] == [True] * 4
 
 
+@pytest.mark.slow
 def test_a_host_that_comes_again_replaces_itself():
     meeting = Meeting(3)
     meeting.come(0)
@@ -139,6 +140,7 @@ def test_a_host_that_comes_again_replaces_itself():
     assert all(isinstance(found, Links) for found in meeting.found.values())
 
 
+@pytest.mark.slow
 def test_strangers_and_other_starts_are_turned_away():
     meeting = Meeting(2)
     meeting.come(0)
@@ -188,6 +190,7 @@ def test_nothing_that_a_stranger_says_ends_a_meeting(words):
     assert all(text.isprintable() for text in meeting.said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
@@ -230,6 +233,7 @@ def test_hosts_that_count_differently_all_end():
         assert isinstance(found, InputError) and "host 1 counts 4 hosts, host 0 counts 3" in str(found)
 
 
+@pytest.mark.slow
 def test_who_comes_to_a_first_host_that_ends_learns_why():
     port = free_port()
     listener = listen(place(0, 3), port)
@@ -270,6 +274,7 @@ def test_a_taken_port_is_told():
         meet(place(0, 2), port=taken.getsockname()[1], within=1)
 
 
+@pytest.mark.slow
 def test_who_waits_for_nobody_gives_up():
     with pytest.raises(PeerLost, match="waited 1 s for host 1 of 2"):
         meet(place(0, 2), port=free_port(), within=1)
