@@ -24,6 +24,7 @@ from pipeline.evaluate.pictures import draw_pictures
 from pipeline.evaluate.report import Picture, render
 from pipeline.model.encoders import choose_encoder, load_encoder
 from pipeline.model.naign import NAIGN
+from pipeline.observe.pictures import png
 from pipeline.storage.local import write_atomically
 from pipeline.storage.store import open_store, use_endpoint
 
@@ -223,7 +224,7 @@ def _device_name(device: str) -> str:
 def _write(folder: Path, metrics: dict[str, Any], drawn: list[Picture], *, config: dict[str, Any]) -> None:
     """Write pictures, report and, last, metrics.json, each atomically: with metrics.json everything is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {f"{picture.name}.png": picture.png() for picture in drawn}
+    files = {f"{picture.name}.png": png(picture.image) for picture in drawn}
     title = f"NAIGN on {metrics['dataset']}"
     files["report.html"] = render(metrics, drawn, config=config, title=title).encode()
     files["metrics.json"] = (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode()
