@@ -110,7 +110,7 @@ def cheapest(
         projected = [bound.project(rows, frame) for rows in (queries, candidates)]
         for width in widths:
             narrow = replace(frame, basis=plan.basis[:, :width]) if width else frame
-            near, far = (bound.quantize(rows, narrow) for rows in projected)
+            near, far = (bound.quantize(*rows, narrow) for rows in projected)
             a = bound.query_factor(near, narrow)
             a[:, -3:] = bound.limit_columns(near.square, narrow, limit)
             rows, _, given_up = bound.survivors(a, bound.candidate_factor(far, narrow))
