@@ -114,16 +114,15 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         self.active, self.folder = active, folder
         self.described = ""  # the last message about how a match was searched
         self._trackers: dict[str, Tracker] = {}
-        if not active:
-            return
-        for name, (settings, build) in find_trackers(trackers).items():
+        for name, (settings, build) in find_trackers(trackers).items() if active else ():
             with self._writing(name):
                 self._trackers[name] = build(settings() if settings else None, folder, images_seen)
         self._report(lambda tracker: tracker.text("config", f"```yaml\n{config}\n```", images_seen))
         bar: dict[str, Any] = {"dynamic_ncols": True}
         if not sys.stderr.isatty():  # a log: a line now and then
             bar = {"file": _Lines(), "mininterval": LOG_EVERY, "maxinterval": LOG_EVERY, "ncols": 100, "ascii": True}
-        self._bar = tqdm(total=images, initial=images_seen, unit="img", unit_scale=True, smoothing=0.05, **bar)
+        bar |= {"unit": "img", "unit_scale": True, "smoothing": 0.05, "disable": not active}
+        self._bar = tqdm(total=images, initial=images_seen, **bar)
 
     def _report(self, act: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self._trackers.items()):
@@ -150,13 +149,10 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
 
     def advance(self, images: int) -> None:
         """Move the progress bar."""
-        if self.active:
-            self._bar.update(images)
+        self._bar.update(images)
 
     def scalars(self, values: dict[str, float], images_seen: int, **counts: int) -> None:
         """One point of each series. `counts` are the round and the step."""
-        if not self.active:
-            return
         self._report(lambda tracker: tracker.scalars(values, images_seen, counts))
         shown = {name.split("/")[-1]: values[name] for name in ("loss/total", "match/distance") if name in values}
         self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
@@ -177,8 +173,7 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         self._report(lambda tracker: tracker.flush())
 
     def close(self) -> None:
-        if self.active:
-            self._bar.close()
+        self._bar.close()
         self._report(lambda tracker: tracker.close())
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -186,16 +181,14 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
             self.close()
 
 
-LOG_EVERY = float(os.environ.get("TQDM_MININTERVAL", "10"))
-"""Seconds between two lines of progress where stderr is no terminal."""
+LOG_EVERY = float(os.environ.get("TQDM_MININTERVAL", "10"))  # seconds between lines where stderr is no terminal
 
 
 class _Lines:
     """stderr for tqdm, with a line of its own for each update."""
 
     def write(self, text: str) -> None:
-        text = text.strip("\r\n ")
-        if text:
+        if text := text.strip("\r\n "):
             print(text, file=sys.stderr, flush=True)
 
     def flush(self) -> None: ...
