@@ -143,18 +143,12 @@ class NaignConfig(DistanceConfig):
 class Batch:
     """What a loss is computed from: b images and what belongs to each, row for row."""
 
-    images: Tensor
-    """(b, *shape) float32."""
-    latents: Tensor | None
-    """(b, *shape) float32, the matched ones if needs_match; None if not needs_latents."""
-    damaged: Tensor | None
-    """(b, *shape) float32: the images, damaged; None if not needs_damaged."""
-    distance: Distance
-    """d as the settings choose it, with its perceptual part; l1 for settings that do not."""
-    frozen: nn.Module
-    """The bare network. `functional_call(frozen, detached weights, (x,))` is f(x) with its present weights held."""
-    normals: Callable[[int], Tensor]
-    """Standard normals (b, *shape) float32 of a step of a chain, a function of the image's number and the step."""
+    images: Tensor  # (b, *shape) float32
+    latents: Tensor | None  # (b, *shape) float32, the matched ones if needs_match; None if not needs_latents
+    damaged: Tensor | None  # (b, *shape) float32: the images, damaged; None if not needs_damaged
+    distance: Distance  # d as the settings choose it, with its perceptual part; l1 for settings that do not
+    frozen: nn.Module  # bare: `functional_call(frozen, detached weights, (x,))` is f(x) with its present weights held
+    normals: Callable[[int], Tensor]  # of a chain's step: (b, *shape) float32, standard normals by number and step
 
 
 Loss = Callable[[Any, Network, Batch], dict[str, Tensor]]

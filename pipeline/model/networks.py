@@ -115,9 +115,8 @@ class PointNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(1)
-        waves = [
-            wave for octave in range(self.octaves) for wave in ((2**octave * flat).sin(), (2**octave * flat).cos())
-        ]
+        finer = [2**octave * flat for octave in range(self.octaves)]
+        waves = [wave(part) for part in finer for wave in (torch.sin, torch.cos)]
         moved: Tensor = self.layers(torch.cat([flat, *waves], dim=1))
         return moved.view_as(x)
 
