@@ -50,8 +50,8 @@ def separation(
     def dimness(batch: Tensor) -> Tensor:
         return (batch.flatten(1).mean(1) - typical_brightness).abs()
 
-    result: dict[str, dict[str, float]] = {"energy": {}, "brightness": {}}
-    for name, batch in outliers(images, seed=seed).items():
-        result["energy"][name] = auroc(energies, energy(batch))
-        result["brightness"][name] = auroc(dimness(images), dimness(batch))
-    return result
+    others, dim = outliers(images, seed=seed), dimness(images)
+    return {
+        "energy": {name: auroc(energies, energy(batch)) for name, batch in others.items()},
+        "brightness": {name: auroc(dim, dimness(batch)) for name, batch in others.items()},
+    }

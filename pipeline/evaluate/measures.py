@@ -21,12 +21,9 @@ from pipeline.evaluate.frechet import frechet_distance
 from pipeline.model.encoders import Encoder
 from pipeline.model.naign import NAIGN
 
-MEDIAN = 10_000
-"""Training images from which the per-pixel median and the mean brightness are computed."""
-ROUNDING = 1e-6
-"""Share of the test features' variance; a smaller floor is rounding, and no ratio to it is given."""
-VALUES = 2**27
-"""Largest number of values of one set in memory (512 MB of float32): large images are measured on fewer examples."""
+MEDIAN = 10_000  # training images from which the per-pixel median and the mean brightness are computed
+ROUNDING = 1e-6  # share of the test features' variance; a smaller floor is rounding, and no ratio to it is given
+VALUES = 2**27  # of one set in memory at most (512 MB of float32): large images are measured on fewer examples
 
 
 def within(wanted: int, shape: tuple[int, ...]) -> int:
@@ -41,41 +38,32 @@ class Subject:
     model: NAIGN
     manifest: Manifest
     encoder: Encoder
-    train: Tensor
-    """(n, *shape) in storage type."""
-    test: Tensor
-    """(m, *shape) in the model's scale."""
+    train: Tensor  # (n, *shape) in storage type
+    test: Tensor  # (m, *shape) in the model's scale
     seed: int
-    once: Tensor = field(init=False)
-    """f(z): (samples, *shape)."""
-    twice: Tensor = field(init=False)
-    """f(f(z))."""
-    counts: dict[str, int] = field(default_factory=dict)
-    """How many examples each number is based on."""
+    once: Tensor = field(init=False)  # f(z): (samples, *shape)
+    twice: Tensor = field(init=False)  # f(f(z))
+    counts: dict[str, int] = field(default_factory=dict)  # how many examples each number is based on
 
     @property
     def is_image(self) -> bool:
-        """Whether the data are images, not points."""
         return self.manifest.kind == "image"
 
 
 def read(model: NAIGN, path: str, encoder: Encoder, manifest: Manifest, *, seed: int, crop: int = 0) -> Subject:
     """Read both splits, as much as fits, in an order drawn by the seed. Raises InputError if one is too small."""
-    limit = within(100_000, manifest.shape)
-    generator = torch.Generator().manual_seed(seed)
-    train, _ = read_split(path, "train", limit=limit, crop=crop)
-    test, _ = read_split(path, "test", limit=within(10_000, manifest.shape), crop=crop)
-    train = train[torch.randperm(len(train), generator=generator)]
-    test = scaled(test)[torch.randperm(len(test), generator=generator)]
-    subject = Subject(model=model, manifest=manifest, encoder=encoder, train=train, test=test, seed=seed)
-    subject.counts |= {"train": len(train), "test": len(test)}
-    for split, images in (("train", train), ("test", test)):
+    generator, splits = torch.Generator().manual_seed(seed), list[Tensor]()
+    for split, wanted in (("train", 100_000), ("test", 10_000)):
+        images, _ = read_split(path, split, limit=within(wanted, manifest.shape), crop=crop)
         if len(images) <= NEIGHBOURS:
             raise InputError(
                 f"{path} has {len(images)} examples in its {split} split, too few to measure with: give a data set "
                 f"with more than {NEIGHBOURS} in each split, with --data"
             )
-    return subject
+        splits.append(images[torch.randperm(len(images), generator=generator)])
+    counts = {"train": len(splits[0]), "test": len(splits[1])}
+    train, test = splits[0], scaled(splits[1])
+    return Subject(model=model, manifest=manifest, encoder=encoder, train=train, test=test, seed=seed, counts=counts)
 
 
 def draw(subject: Subject, samples: int) -> None:
@@ -98,14 +86,9 @@ def overlap(subject: Subject) -> dict[str, Any]:
     counts["coverage_train"] = number = min(number, len(train))
     cover["train"] = asdict(coverage.coverage(test[:number], train[:number]))
     shares = coverage.mode_shares(encoder.logits(subject.once)) if encoder.labels else None
+    ratios = {"once_ratio": first / floor if apart else None, "twice_ratio": second / floor if apart else None}
     return {
-        "fd": {
-            "floor": floor,
-            "once": first,
-            "twice": second,
-            "once_ratio": first / floor if apart else None,
-            "twice_ratio": second / floor if apart else None,
-        },
+        "fd": {"floor": floor, "once": first, "twice": second, **ratios},
         "coverage": cover,
         "modes": shares,
         "modes_min": min(shares) if shares else None,
@@ -120,13 +103,9 @@ def copying(subject: Subject) -> tuple[dict[str, Any], Tensor]:
     samples, indices = coverage.nearest(subject.once[:number], reference)
     test, _ = coverage.nearest(subject.test[:number], reference)
     subject.counts |= {"nearest": number, "nearest_reference": len(reference)}
-    near = {
-        "samples": float(samples.double().mean()),
-        "test": float(test.double().mean()),
-        "ratio": float(samples.double().mean() / test.double().mean()) if test.any() else None,
-        "smallest": float(samples.min()),
-    }
-    return {"nearest": near}, reference[indices[:12]]
+    mine, unseen = float(samples.double().mean()), float(test.double().mean())
+    near = {"samples": mine, "test": unseen, "ratio": mine / unseen if unseen else None}
+    return {"nearest": near | {"smallest": float(samples.min())}}, reference[indices[:12]]
 
 
 def repairs(subject: Subject, number: int, *, shown: int = 10) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
@@ -139,12 +118,10 @@ def repairs(subject: Subject, number: int, *, shown: int = 10) -> tuple[dict[str
     clean = subject.test[:number]
     reference = scaled(subject.train[: within(20_000, subject.manifest.shape)])
     typical = restoration.median(subject.train[:MEDIAN])
-    tables: dict[str, Any] = {}
-    pictures: dict[str, dict[str, Tensor]] = {}
-    moves = []
+    tables, pictures, moves = dict[str, Any](), dict[str, dict[str, Tensor]](), []
+    project, seed = subject.model.project, subject.seed
     for kind in KINDS:
-        project = subject.model.project
-        answers = restoration.repair(clean, kind, project, typical=typical, reference=reference, seed=subject.seed)
+        answers = restoration.repair(clean, kind, project, typical=typical, reference=reference, seed=seed)
         tables[kind] = restoration.scores(answers, clean)
         moves.append(restoration.mae(answers["twice"], answers["once"]))
         pictures[kind] = {name: answer[:shown].clone() for name, answer in answers.items()}
@@ -163,24 +140,15 @@ def fixed_points(subject: Subject, number: int) -> tuple[dict[str, Any], Tensor]
     answer = subject.model.project(clean)
     energies = (answer - clean).square().flatten(1).mean(1)
     subject.counts["reconstruction"] = len(clean)
-    return {
-        "reconstruction": restoration.mae(answer, clean),
-        "idempotence": {"samples": restoration.mae(subject.twice, subject.once)},
-    }, energies
+    moved = {"samples": restoration.mae(subject.twice, subject.once)}
+    return {"reconstruction": restoration.mae(answer, clean), "idempotence": moved}, energies
 
 
 def separation(subject: Subject, energies: Tensor, number: int) -> dict[str, Any]:
     """AUROC of the energy against outliers made from the first `number` test images; None for points."""
     if not subject.is_image:
         return {"density": None}
-    number = min(number, len(energies))
-    subject.counts["density"] = number
-    return {
-        "density": density.separation(
-            subject.test[:number],
-            energies[:number],
-            subject.model.energy,
-            typical_brightness=float(subject.train[:MEDIAN].double().mean()) / 127.5 - 1,
-            seed=subject.seed,
-        )
-    }
+    subject.counts["density"] = number = min(number, len(energies))
+    typical, energy = float(subject.train[:MEDIAN].double().mean()) / 127.5 - 1, subject.model.energy
+    images, own = subject.test[:number], energies[:number]
+    return {"density": density.separation(images, own, energy, typical_brightness=typical, seed=subject.seed)}

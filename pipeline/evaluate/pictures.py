@@ -9,8 +9,7 @@ from pipeline.evaluate.measures import Subject
 from pipeline.evaluate.report import DAMAGE, Picture
 from pipeline.observe.pictures import grid, heat, rows, scatter
 
-STEPS = 12
-"""Images of an interpolation."""
+STEPS = 12  # images of an interpolation
 
 
 def draw_pictures(subject: Subject, neighbours: Tensor, repaired: dict[str, dict[str, Tensor]]) -> list[Picture]:
@@ -25,48 +24,24 @@ def _of_images(subject: Subject, neighbours: Tensor, repaired: dict[str, dict[st
     times = [("noise z", noise), ("f once", subject.once[:10]), ("f twice", subject.twice[:10])]
     for count in (3, 4, 5):
         times.append((f"{count} times", subject.model.project(times[-1][1])))
+    chosen = "f(z): the network applied once to noise. The first of those drawn, not chosen."
+    alike = "A column is one noise. For a perfect projection all rows below the noise are alike."
+    way = "f(z) on the way from one noise, left, to another, right, along the arc between them."
     drawn = [
-        Picture(
-            name="samples",
-            title="Samples",
-            caption="f(z): the network applied once to noise. The first of those drawn, not chosen.",
-            image=grid(subject.once[:96], columns=16),
-        ),
-        Picture(
-            name="applications",
-            title="The same noise, f applied one to five times",
-            caption="A column is one noise. For a perfect projection all rows below the noise are alike.",
-            image=rows(times),
-        ),
-        Picture(
-            name="interpolation",
-            title="Between two samples",
-            caption="f(z) on the way from one noise, left, to another, right, along the arc between them.",
-            image=grid(_between(subject), columns=STEPS),
-        ),
+        Picture("samples", "Samples", chosen, grid(subject.once[:96], columns=16)),
+        Picture("applications", "The same noise, f applied one to five times", alike, rows(times)),
+        Picture("interpolation", "Between two samples", way, grid(_between(subject), columns=STEPS)),
     ]
+    untold = "Test images. f is not told what was done to them. Last row: the nearest training image, an answer that "
+    untold += "needs no network."
+    shown = {"damaged": "input", "f once": "once", "f twice": "twice", "nearest": "nearest"}
     for kind, answers in repaired.items():
-        clean = subject.test[: len(answers["input"])]
-        lines = [("clean", clean), ("damaged", answers["input"]), ("f once", answers["once"])]
-        lines += [("f twice", answers["twice"]), ("nearest", answers["nearest"])]
-        drawn.append(
-            Picture(
-                name=f"restoration_{kind}",
-                title=f"Repair: {DAMAGE[kind].lower()}",
-                caption="Test images. f is not told what was done to them. Last row: the "
-                "nearest training image, an answer that needs no network.",
-                image=rows(lines),
-            )
-        )
-    drawn.append(
-        Picture(
-            name="neighbours",
-            title="Samples over their nearest training image",
-            caption="Alike in kind is good; the same image would be a copy.",
-            image=rows([("f(z)", subject.once[: len(neighbours)]), ("training", neighbours)]),
-        )
-    )
-    return drawn
+        lines = [("clean", subject.test[: len(answers["input"])])]
+        lines += [(label, answers[name]) for label, name in shown.items()]
+        drawn.append(Picture(f"restoration_{kind}", f"Repair: {DAMAGE[kind].lower()}", untold, rows(lines)))
+    copied = "Alike in kind is good; the same image would be a copy."
+    both = rows([("f(z)", subject.once[: len(neighbours)]), ("training", neighbours)])
+    return [*drawn, Picture("neighbours", "Samples over their nearest training image", copied, both)]
 
 
 def _between(subject: Subject) -> Tensor:
@@ -80,17 +55,9 @@ def _between(subject: Subject) -> Tensor:
 def _of_points(subject: Subject) -> list[Picture]:
     real = subject.test[:2000]
     panels = [("test data", real), ("f(z)", subject.once[:2000]), ("f(f(z))", subject.twice[:2000])]
+    away = "|f(x) − x| over the plane, white where f leaves a point alone, which should be the data alone."
+    moved = heat(lambda x: subject.model.energy(x).sqrt(), behind=real)
     return [
-        Picture(
-            name="samples",
-            title="Samples",
-            caption="Orange over the test data in blue.",
-            image=scatter(panels, behind=real),
-        ),
-        Picture(
-            name="distance",
-            title="How far f moves a point",
-            caption="|f(x) − x| over the plane, white where f leaves a point alone, which should be the data alone.",
-            image=heat(lambda x: subject.model.energy(x).sqrt(), behind=real),
-        ),
+        Picture("samples", "Samples", "Orange over the test data in blue.", scatter(panels, behind=real)),
+        Picture("distance", "How far f moves a point", away, moved),
     ]

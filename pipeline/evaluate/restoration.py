@@ -14,8 +14,7 @@ from pipeline.data.decode import scaled
 from pipeline.data.degrade import Kind, degrade
 from pipeline.evaluate.coverage import nearest
 
-RANGE = 2.0
-"""Images lie in [-1, 1]."""
+RANGE = 2.0  # images lie in [-1, 1]
 
 
 def mae(estimates: Tensor, clean: Tensor) -> float:
@@ -42,9 +41,7 @@ def ssim(estimates: Tensor, clean: Tensor) -> float:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     sigma = 1.5 if min(clean.shape[2:]) >= 16 else 0.5
-    similarity = structural_similarity_index_measure(estimates, clean, sigma=sigma, data_range=RANGE)
-    assert isinstance(similarity, Tensor)
-    return float(similarity)
+    return float(structural_similarity_index_measure(estimates, clean, sigma=sigma, data_range=RANGE))  # type: ignore[arg-type]
 
 
 def median(images: Tensor) -> Tensor:
@@ -76,8 +73,7 @@ def repair(
 
 def scores(answers: dict[str, Tensor], clean: Tensor, *, measured: int = 1000) -> dict[str, object]:
     """Mean absolute error of each answer by name, and psnr (dB) and ssim of the first `measured` in two tables."""
-    errors: dict[str, object] = {name: mae(answer, clean) for name, answer in answers.items()}
-    truth = clean[:measured]
-    errors["psnr"] = {name: psnr(answer[:measured], truth) for name, answer in answers.items()}
-    errors["ssim"] = {name: ssim(answer[:measured], truth) for name, answer in answers.items()}
-    return errors
+    errors = {name: mae(answer, clean) for name, answer in answers.items()}
+    some = {name: (answer[:measured], clean[:measured]) for name, answer in answers.items()}
+    tables = {kind.__name__: {name: kind(*pair) for name, pair in some.items()} for kind in (psnr, ssim)}
+    return {**errors, **tables}

@@ -24,16 +24,14 @@ from pipeline.evaluate.pictures import draw_pictures
 from pipeline.evaluate.report import Picture, render
 from pipeline.model.encoders import choose_encoder, load_encoder
 from pipeline.model.naign import NAIGN
+from pipeline.observe.pictures import png
 from pipeline.storage.local import write_atomically
 from pipeline.storage.store import open_store, use_endpoint
 
-REPAIRED = 2_500
-"""Test images for each damage; f is applied to each twice."""
-OUTLIERS = 1_000
-"""Test images from which outliers are made; f is applied about four times as often."""
+REPAIRED = 2_500  # test images for each damage; f is applied to each twice
+OUTLIERS = 1_000  # test images from which outliers are made; f is applied about four times as often
 STAGES = 7
-FEW = 1000
-"""With fewer examples a Frechet distance on 64 features is mostly bias."""
+FEW = 1000  # with fewer examples a Frechet distance on 64 features is mostly bias
 
 
 def evaluate(
@@ -106,13 +104,8 @@ def _evaluate_remote(folder: str, **options: Any) -> dict[str, Any]:
     return metrics
 
 
-def _notes(
-    subject: Subject,
-    metrics: dict[str, Any],
-    samples: int,  # asked for
-    trained_with: list[str],  # encoders of the network's training
-) -> list[str]:
-    """What a reader must know to compare the numbers with others."""
+def _notes(subject: Subject, metrics: dict[str, Any], samples: int, trained_with: list[str]) -> list[str]:
+    """What a reader must know to compare the numbers with others: of `samples` wanted, and encoders of the training."""
     notes, encoder, manifest, counts = [], subject.encoder, subject.manifest, subject.counts
     learned = subject.model.metadata.get("dataset")
     if learned and learned != manifest.name:
@@ -160,40 +153,29 @@ def _encoder_name(encoder: str) -> str | None:
         return None
 
 
-def _recorded(model: NAIGN, folder: str, data: str | None) -> tuple[str, Manifest, int, list[str]]:
-    """The data set to measure on as `_data_of` returns it, and the encoders of the training, from the model's header.
+def _number(value: Any) -> float | None:
+    """A value of the header if it is a finite number, else None."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
-    Raises InputError for a header that no training wrote.
+
+def _recorded(model: NAIGN, folder: str, data: str | None) -> tuple[str, Manifest, int, list[str]]:
+    """From the model's header: path and manifest of the data set to measure on, the side of the crops trained on (0:
+    whole images), and the encoders of the training.
+
+    Raises InputError for a header that no training wrote, and if the data set is not there or does not fit the model.
     """
     try:
         config = model.metadata.get("config", {})
-        space = config.get("match", {}).get("space", {})
+        recorded, space = config.get("data", {}), config.get("match", {}).get("space", {})
         used = [str(part["encoder"]) for part in (config.get("objective", {}), space) if part.get("encoder")]
-        return (*_data_of(model, folder, data), used)
-    except InputError:
-        raise
+        path, crop = str(data or recorded.get("path") or ""), int(recorded.get("crop", 0))
+        use_endpoint(str(recorded.get("endpoint", "")))
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"the model in {folder} has a header that no training wrote: {error}") from None
-
-
-def _number(value: Any) -> float | None:
-    """A value of the header if it is a finite number, else None."""
-    known = isinstance(value, int | float) and math.isfinite(value)
-    return value if known else None
-
-
-def _data_of(model: NAIGN, folder: str, data: str | None) -> tuple[str, Manifest, int]:
-    """Path and manifest of the data set to measure on, and the side of the crops trained on (0: whole images).
-
-    Raises InputError with how to name a data set, if the recorded one is not there or does not fit the model.
-    """
-    recorded = model.metadata.get("config", {}).get("data", {})
-    path, crop = data or recorded.get("path"), int(recorded.get("crop", 0))
-    use_endpoint(str(recorded.get("endpoint", "")))
     if not path:
         raise InputError(f"{folder} does not say what it was trained on: give the packed data set as --data PATH")
     try:
-        manifest = Manifest.load(str(path))
+        manifest = Manifest.load(path)
         manifest = replace(manifest, shape=image_shape(DataConfig(crop=crop), manifest))
     except InputError as error:
         if data is not None:
@@ -204,7 +186,7 @@ def _data_of(model: NAIGN, folder: str, data: str | None) -> tuple[str, Manifest
             f"{path} ({manifest.name}) holds examples of shape {tuple(manifest.shape)}, the model in {folder} is for "
             f"{tuple(model.shape)}: give the data set it was trained on as --data PATH"
         )
-    return str(path), manifest, crop
+    return path, manifest, crop, used
 
 
 @contextmanager
@@ -215,17 +197,16 @@ def _stage(bar: "tqdm[Any]", title: str) -> Iterator[None]:
 
 
 def _device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU thread{'s' if torch.get_num_threads() > 1 else ''}"
+    threads = torch.get_num_threads()
+    cuda = device.startswith("cuda")
+    return torch.cuda.get_device_name(device) if cuda else f"{threads} CPU thread{'s' if threads > 1 else ''}"
 
 
 def _write(folder: Path, metrics: dict[str, Any], drawn: list[Picture], *, config: dict[str, Any]) -> None:
     """Write pictures, report and, last, metrics.json, each atomically: with metrics.json everything is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {f"{picture.name}.png": picture.png() for picture in drawn}
-    title = f"NAIGN on {metrics['dataset']}"
-    files["report.html"] = render(metrics, drawn, config=config, title=title).encode()
+    files = {f"{picture.name}.png": png(picture.image) for picture in drawn}
+    files["report.html"] = render(metrics, drawn, config=config, title=f"NAIGN on {metrics['dataset']}").encode()
     files["metrics.json"] = (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode()
     for name, content in files.items():
         write_atomically(folder / name, content)

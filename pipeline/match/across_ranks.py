@@ -95,13 +95,12 @@ def search(
 ) -> Found:
     """Collective: the k nearest candidates of each query over all ranks. Raises as `nearest` does.
 
-    Either all queries travel to every rank, which answers for its own candidates; or all candidates do, block by block,
-    and no answer has to travel: whichever are fewer rows. With `reject` the queries travel, since a rank must know all
-    of them to reject a candidate.
+    Either all queries travel to every rank, which answers for its own candidates, or all candidates do, block by block:
+    whichever are fewer rows. With `reject` the queries travel: a rank must know all of them to reject a candidate.
     """
     ranks, timer = ranks_of(group), Timer("make", "project", "search", "rescore", "exchange")
     with timer("exchange"):
-        shards = agree(queries, candidates, first_id, Settings(neighbours, reject, method), ranks)
+        shards = agree(queries, candidates, first_id, (neighbours, reject, method), ranks)
         blocks, queries = as_blocks(candidates), queries.detach()
         counts, pool = [shard.queries for shard in shards], [shard.rows for shard in shards]
         by_queries = reject is not None or sum(counts) <= sum(pool)
@@ -120,7 +119,9 @@ def search(
         if searcher is None:
             plan, encoded = agree_on_plan(asked, block, method, pool, counts, query_ranks, timer)
             searcher = Searcher(asked, plan, timer, neighbours=neighbours, reject=reject, encoded=encoded)
-        block, ids = without(skip, block, ids)
+        if skip is not None and len(skip):
+            left = ~torch.isin(ids, skip.to(ids.device))
+            block, ids = block[left.to(block.device)], ids[left]
         if low == 0 and reject is None:
             searcher.seed(block, SEEDS // query_ranks.world)
             share_limit(searcher, query_ranks, timer)
@@ -143,10 +144,8 @@ def search(
     )
 
 
-class Settings(NamedTuple):
-    neighbours: int
-    reject: float | None
-    method: str
+Settings = tuple[int, float | None, str]
+"""neighbours, reject and method of `search`."""
 
 
 class Shard(NamedTuple):
@@ -200,16 +199,16 @@ def describe(queries: Tensor, candidates: Tensor | Blocks, first_id: int, settin
     dims = queries.shape[1]
     if isinstance(candidates, Tensor) and candidates.shape[1:] != queries.shape[1:]:
         raise ValueError(f"nearest: the candidates of rank {rank} are not rows of {dims} values as the queries are")
-    blocks = as_blocks(candidates)
+    blocks, (neighbours, reject, method) = as_blocks(candidates), settings
     if not (isinstance(blocks.rows, int) and isinstance(blocks.size, int) and blocks.rows >= 0 and blocks.size >= 1):
         raise ValueError(f"nearest: the Blocks of rank {rank} need rows >= 0 and size >= 1, whole numbers")
     if not isinstance(first_id, int) or not 0 <= first_id <= MAX_ID - blocks.rows:
         raise ValueError(f"nearest: the ids of rank {rank} leave [0, 2**62): it starts at {first_id}")
-    if settings.method not in METHODS:
+    if method not in METHODS:
         raise ValueError(f"nearest: the method of rank {rank} is none of {', '.join(METHODS)}")
-    if not isinstance(settings.neighbours, int) or not 1 <= settings.neighbours <= MOST_NEIGHBOURS:
+    if not isinstance(neighbours, int) or not 1 <= neighbours <= MOST_NEIGHBOURS:
         raise ValueError(f"nearest: neighbours of rank {rank} must be a whole number from 1 to {MOST_NEIGHBOURS}")
-    if settings.reject is not None and not 0 <= settings.reject < torch.inf:
+    if reject is not None and not 0 <= reject < torch.inf:
         raise ValueError(f"nearest: reject of rank {rank} must be a finite squared distance from 0 on, or None")
     if (bad := first_not_finite(queries)) >= 0:
         raise NotFinite(f"nearest: NaN or infinity in the queries of rank {rank}, row {bad}")
@@ -264,14 +263,6 @@ def gather_block(block: Tensor, spans: list[Tensor], ranks: Ranks) -> tuple[Tens
         order = ids.argsort()
         block, ids = block[order.to(block.device)], ids[order]
     return block, ids
-
-
-def without(skip: Tensor | None, block: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The candidates of a block, and their ids, that are not to be skipped."""
-    if skip is None or not len(skip):
-        return block, ids
-    left = ~torch.isin(ids, skip.to(ids.device))
-    return block[left.to(block.device)], ids[left]
 
 
 def share_limit(searcher: Searcher, ranks: Ranks, timer: Timer) -> None:

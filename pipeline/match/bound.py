@@ -37,9 +37,11 @@ with kappa = 2 eta (1 + eta) + 2 g. Every number is rounded up, and a square is 
 numbers (24 bits).
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +51,7 @@ CHUNK = 512  # coordinates that are summed in float32 before the sum is added to
 GROUP = 64  # candidates whose signs are tested together
 LARGEST = 1e15  # rows whose scaled norm is larger could overflow and are not screened
 _U = 2.0**-24
+_UP = 1 + 2.0**-7  # times it, a nonnegative float64 is rounded up, by slightly more than necessary
 _WORKING_SET = 6 << 20  # float32 values treated at once, to stay in the last-level cache
 _TILE = 1024  # rows of A in a product, to stay in the last-level cache beside other ranks' tiles
 _FEW_GROUPS = 8  # a row with at most so many surviving groups is always listed
@@ -71,23 +74,11 @@ class Frame:
         return EXTRA + (len(self.centre) if self.basis is None else self.basis.shape[1] + 1)
 
     @property
-    def slack(self) -> float:
-        """g of step 4."""
+    def slack(self) -> float:  # g of step 4
         return gamma(2 * self.width)
 
 
-@dataclass(kw_only=True, slots=True)
-class Projected:
-    """Rows in the coordinates of a frame, in units of its scale, before rounding."""
-
-    values: Tensor  # (n, p) or (n, d) float32
-    square: Tensor  # (n,) float64: |a|^2
-    relative_error: float  # of `square`
-    underflow: float  # what underflow can have taken from a value; times the scale, from `square`
-
-
-@dataclass(kw_only=True, slots=True)
-class Quantized:
+class Quantized(NamedTuple):
     """Rows in the coordinates of a frame, in units of its scale, rounded to its dtype."""
 
     values: Tensor  # (n, p + 1) or (n, d) of the frame's dtype: yy
@@ -122,8 +113,7 @@ def build_frame(
     departure: float = 0.0,  # of the basis, or of a basis that begins with it
 ) -> Frame:
     """The frame with its error bound. Any basis is valid: a worse one only widens the bound."""
-    exponent = torch.frexp(torch.tensor(magnitude, dtype=torch.float64)).exponent if magnitude > 0 else torch.tensor(0)
-    scale = 2.0 ** -float(exponent.clamp(-60, 60))  # well inside float32's own range
+    scale = 2.0 ** -min(max(math.frexp(magnitude)[1], -60), 60)  # well inside float32's own range
     eta = 2 * _U
     if basis is not None:
         terms = min(len(basis), CHUNK) - (-len(basis) // CHUNK)
@@ -149,21 +139,19 @@ def find_basis(rows: Tensor, width: int) -> Tensor:
 
 def departure(basis: Tensor) -> float:
     """|V'V - I|_F of a basis V (d, p), which bounds its distance to an orthonormal one."""
-    wide = basis.double()
-    identity = torch.eye(basis.shape[1], dtype=torch.float64, device=basis.device)
-    return float(torch.linalg.matrix_norm(wide.T @ wide - identity))
+    product = basis.double().T @ basis.double()
+    return float(torch.linalg.matrix_norm(product - torch.eye(len(product)).to(product)))
 
 
 @full_precision()
 def encode(rows: Tensor, frame: Frame) -> Quantized:
     """Rows (n, d) float32, projected and quantized."""
-    parts = [quantize(project(part, frame), frame) for part in rows.split(max(1, _WORKING_SET // rows.shape[1]))]
-    names = [field.name for field in fields(Quantized)]
-    return parts[0] if len(parts) == 1 else Quantized(**{n: torch.cat([getattr(p, n) for p in parts]) for n in names})
+    parts = [quantize(*project(part, frame), frame) for part in rows.split(max(1, _WORKING_SET // rows.shape[1]))]
+    return parts[0] if len(parts) == 1 else Quantized(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def project(rows: Tensor, frame: Frame) -> Projected:
-    """Rows (n, d) float32 in the frame's coordinates (steps 1 and 2)."""
+def project(rows: Tensor, frame: Frame) -> tuple[Tensor, Tensor]:
+    """Rows (n, d) float32 in the frame's coordinates and unit (steps 1 and 2), and their squares (n,) float64."""
     centred = rows - frame.centre
     # Each chunk's square errs by gamma_(k + 6) relatively; the sum over the chunks is exact enough in float64.
     squares = [torch.linalg.vector_norm(part, dim=1).double().square() for part in centred.split(CHUNK, 1)]
@@ -172,30 +160,25 @@ def project(rows: Tensor, frame: Frame) -> Projected:
         values = centred.new_zeros(frame.basis.shape[1], len(rows)).T
         for part, basis in zip(centred.split(CHUNK, 1), frame.basis.split(CHUNK), strict=True):
             values.T.add_(basis.T @ part.T)  # in this layout the speed does not depend on p being round
-    return Projected(
-        values=values * frame.scale,
-        square=torch.stack(squares).sum(0) * frame.scale**2,
-        relative_error=gamma(min(rows.shape[1], CHUNK) + 8),
-        underflow=rows.shape[1] * 2.0**-126 * frame.scale,
-    )
+    return values * frame.scale, torch.stack(squares).sum(0) * frame.scale**2
 
 
-def quantize(projected: Projected, frame: Frame) -> Quantized:
-    """Projected rows, or their first coordinates for a narrower frame, in the frame's dtype (step 3)."""
-    lost_square = projected.underflow * frame.scale
-    above = projected.square * (1 + projected.relative_error) + lost_square
+def quantize(values: Tensor, square: Tensor, frame: Frame) -> Quantized:
+    """What `project` gives, or its first coordinates for a narrower frame, in the frame's dtype (step 3)."""
+    dims = len(frame.centre)
+    relative_error, underflow = gamma(min(dims, CHUNK) + 8), dims * 2.0**-126 * frame.scale
+    lost_square = underflow * frame.scale
+    above = square * (1 + relative_error) + lost_square
     length = above.sqrt() * (1 + 4 * frame.eta)
-    values = projected.values
     if frame.basis is not None:
         values = values[:, : frame.basis.shape[1]]
-        lost_values = projected.underflow * values.shape[1] ** 0.5
-        least = (values.double().norm(dim=1) - frame.eta * length - lost_values).clamp(min=0)
+        least = (values.double().norm(dim=1) - frame.eta * length - underflow * values.shape[1] ** 0.5).clamp(min=0)
         rest = (above - least.square()).clamp(min=0).sqrt() * (1 + 4 * _U)
         values = torch.cat([values, rest.float()[:, None]], 1)
     encoded = values.to(frame.dtype)
     error = torch.linalg.vector_norm(values - encoded.float(), dim=1).double() * (1 + gamma(values.shape[1] + 2))
-    error += projected.underflow * values.shape[1] ** 0.5
-    square = (projected.square * (1 - projected.relative_error) - lost_square).clamp(min=0)
+    error += underflow * values.shape[1] ** 0.5
+    square = (square * (1 - relative_error) - lost_square).clamp(min=0)
     return Quantized(values=encoded, error=error, length=length, square=square)
 
 
@@ -203,8 +186,8 @@ def query_factor(encoded: Quantized, frame: Frame) -> Tensor:
     """A (q, width) for queries. Its last three columns are zero until `limit_columns` sets them."""
     kappa = 2 * frame.eta * (1 + frame.eta) + 2 * frame.slack
     one = torch.ones(len(encoded.values), 3, dtype=frame.dtype, device=encoded.values.device)
-    corrections = torch.stack([2 * (encoded.error + kappa * encoded.length), 2 * encoded.length], 1)
-    return torch.cat([2 * encoded.values, _round_up(corrections, frame.dtype), one, torch.zeros_like(one)], 1)
+    corrections = torch.stack([2 * (encoded.error + kappa * encoded.length), 2 * encoded.length], 1) * _UP
+    return torch.cat([2 * encoded.values, corrections.to(frame.dtype), one, torch.zeros_like(one)], 1)
 
 
 def limit_columns(square: Tensor, frame: Frame, limit: Tensor) -> Tensor:
@@ -216,9 +199,9 @@ def limit_columns(square: Tensor, frame: Frame, limit: Tensor) -> Tensor:
 def candidate_factor(encoded: Quantized, frame: Frame) -> Tensor:
     """B (n, width) for candidates, padded to a multiple of GROUP with rows that never survive."""
     one = torch.ones(len(encoded.values), 3, dtype=frame.dtype, device=encoded.values.device)
-    corrections = torch.stack([encoded.length + encoded.error, encoded.error], 1)
+    corrections = torch.stack([encoded.length + encoded.error, encoded.error], 1) * _UP
     rest = _split(encoded.square * (1.01 * frame.slack - 1), frame.dtype)
-    rows = torch.cat([encoded.values, _round_up(corrections, frame.dtype), rest, one], 1)
+    rows = torch.cat([encoded.values, corrections.to(frame.dtype), rest, one], 1)
     never = rows.new_zeros(-len(rows) % GROUP, rows.shape[1])
     never[:, -6] = -1e30
     return torch.cat([rows, never])
@@ -254,11 +237,6 @@ def survivors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         columns.append(column)
         given_up.append(heavy | over)
     return torch.cat(rows), torch.cat(columns), torch.cat(given_up)
-
-
-def _round_up(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Nonnegative float64 values rounded up, by slightly more than necessary."""
-    return (values * (1 + 2.0**-7)).to(dtype)
 
 
 def _split(values: Tensor, dtype: torch.dtype) -> Tensor:

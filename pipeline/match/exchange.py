@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import torch
@@ -21,10 +21,8 @@ class Ranks:
     rank: int = 0
     world: int = 1
     group: dist.ProcessGroup | None = None
-    link: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """Where tensors must lie to be sent: device memory for NCCL, host memory for gloo."""
-    received: int = 0
-    """Bytes of tensors that other ranks have sent to this one."""
+    link: torch.device = torch.device("cpu")  # where tensors must lie to be sent: on the GPU for NCCL, else here
+    received: int = 0  # bytes of tensors that other ranks have sent to this one
 
     def collect(self, value: T | Exception) -> list[T]:
         """Every rank's value. If any is an exception, the first of them is raised on every rank."""

@@ -19,9 +19,7 @@ def flat(queries: Tensor, candidates: Tensor, count: int) -> tuple[Tensor, Tenso
         parts = [pairwise(part, candidates).topk(count, dim=1, largest=False) for part in queries.split(_ROWS)]
         return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
     faiss.omp_set_num_threads(torch.get_num_threads())
-    index = faiss.IndexFlatL2(queries.shape[1])
-    index.add(candidates.contiguous().numpy())
-    found, rows = index.search(queries.contiguous().numpy(), count)
+    found, rows = faiss.knn(queries.numpy(), candidates.numpy(), count)
     return torch.from_numpy(found), torch.from_numpy(rows)
 
 

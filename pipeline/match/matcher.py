@@ -1,6 +1,7 @@
 """A round's match: generate a pool of samples, and find for every image the sample that training pulls towards it."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.constraints import FREE
+from pipeline.constraints import FREE, POSITIVE, SHARE, between, check_fields, one_of
 from pipeline.errors import InputError
 from pipeline.match.across_ranks import Blocks, Found, search
 from pipeline.match.assign import assign_once
@@ -19,10 +20,7 @@ from pipeline.match.one_rank import Timer
 from pipeline.match.space import SpaceConfig, embed
 from pipeline.model.latents import check_law
 
-ASSIGNMENTS = ("free", "one_to_one")
-
-PROBE = 1024
-"""Samples of the pool on which `reject_share` is measured, rounded up to whole blocks."""
+PROBE = 1024  # samples of the pool on which `reject_share` is measured, rounded up to whole blocks
 
 HELD_ROWS, HELD_VALUES = 4096, 2**26
 """Samples, and float32 values, of the pool in memory at once: at most these, but at least one block. one_to_one keeps a
@@ -31,49 +29,35 @@ rank's part of the pool for its next searches if it has no more values; a larger
 
 @dataclass(kw_only=True, slots=True)
 class MatchConfig:
-    ratio: float = 4.0
-    """Samples in the pool for each image of the round."""
-    round: int = 2048
+    ratio: float = field(default=4.0, metadata=between(1e-6, 10**6))
+    """Samples in the pool for each image of the round; 1 to 100 is sensible."""
+    round: int = field(default=2048, metadata=POSITIVE)
     """Images a round, over all ranks."""
     latents: str = "smooth4"
     """Law of the latents: gaussian, smoothG (G x G normals enlarged), mixture (half flat) or fourier (IGN's)."""
-    flat: float = 0.0
+    flat: float = field(default=0.0, metadata=between(0, 0.5))
     """Share of the pool whose latents are flat images with some noise, whatever the law, so that f carries those to the
     data as well; samples of the trained model are drawn without."""
-    jitter: float = 0.0
+    jitter: float = field(default=0.0, metadata=between(0, 10**12))
     """Standard deviation of normal noise added to the matched latents when fitting; up to 0.01 in the literature."""
-    assignment: str = "free"
+    assignment: str = field(default="free", metadata=one_of(("free", "one_to_one")))
     """free: each image's nearest sample, which several may share; one_to_one: nearest pairs first, each sample once."""
-    reject: float = 0.0
+    reject: float = field(default=0.0, metadata=between(0, 10**12))
     """L2 distance below which a sample is too near to any image to be matched (RS-IMLE's epsilon); 0: none is."""
-    reject_share: float = 0.0
+    reject_share: float = field(default=0.0, metadata=SHARE)
     """Share of the pool to reject: sets that distance anew each round."""
     space: SpaceConfig = field(default_factory=SpaceConfig)
-    block: int = 512
+    block: int = field(default=512, metadata=POSITIVE)
     """Samples generated at once. The pool is cut into the same blocks on every world size, so samples are the same."""
-    method: str = field(default="auto", metadata=FREE)
+    method: str = field(default="auto", metadata=FREE | one_of(METHODS))
     """How to search: flat, projected, rounded, or auto, which tries them. The match is the same."""
 
     def __post_init__(self) -> None:
-        for name, good, rule in (
-            ("ratio", 0 < self.ratio <= 1e6, "it must be positive, 1 to 100 is sensible"),
-            ("round", self.round >= 1, "it must be at least 1"),
-            ("block", self.block >= 1, "it must be at least 1"),
-            ("flat", 0 <= self.flat <= 0.5, "it must lie between 0 and 0.5"),
-            ("jitter", 0 <= self.jitter < math.inf, "it must be finite and not negative"),
-            ("reject", 0 <= self.reject < math.inf, "it must be finite and not negative"),
-            ("reject_share", 0 <= self.reject_share < 1, "it must lie in [0, 1)"),
-            ("assignment", self.assignment in ASSIGNMENTS, f"choose one of {', '.join(ASSIGNMENTS)}"),
-            ("method", self.method in METHODS, f"choose one of {', '.join(METHODS)}"),
-        ):
-            if not good:
-                raise InputError(f"match.{name} is {getattr(self, name)!r}: {rule}")
+        check_fields(self, "match")
         check_law(self.latents)
         if self.reject and self.reject_share:
-            raise InputError(
-                f"match.reject={self.reject} and match.reject_share={self.reject_share} both set the distance of "
-                "rejection: leave one of them 0"
-            )
+            both = f"match.reject={self.reject} and match.reject_share={self.reject_share} both"
+            raise InputError(f"{both} set the distance of rejection: leave one of them 0")
         if self.assignment == "one_to_one" and self.pool < self.round:
             raise InputError(
                 f"match.assignment=one_to_one gives every image a sample of its own and match.ratio={self.ratio} makes "
@@ -140,12 +124,10 @@ def match_round(
     timer.seconds["assign"] -= sum(sum(found.seconds.values()) for found in searches[main:])
 
     values = summarize(distances, ids, counts, ranks) | {"match/rejected": searches[main].rejected / config.pool}
-    if reject is not None:
-        values["match/reject"] = math.sqrt(reject)
+    values |= {} if reject is None else {"match/reject": math.sqrt(reject)}
     values |= costs(searches, main, timer, ranks)
-    described = f"match: {searches[main].method}"
-    if ranks.world > 1:
-        described += f", every rank is sent the {searches[main].travelled}"
+    sent = f", every rank is sent the {searches[main].travelled}" if ranks.world > 1 else ""
+    described = f"match: {searches[main].method}{sent}"
     return Match(ids=ids, distances=distances.float(), values=values, described=described)
 
 
@@ -236,32 +218,20 @@ def summarize(distances: Tensor, ids: Tensor, counts: list[int], ranks: Ranks) -
     """Collective: mean and quantiles of a match's squared distances, and how its samples are shared."""
     pairs = ranks.gather(torch.stack([distances.view(torch.int64), ids], dim=1), counts)
     everyone = pairs[:, 0].view(torch.float64).numpy()
-    low, median, high = np.quantile(everyone, (0.1, 0.5, 0.9)).tolist()
     chosen = pairs[:, 1].unique(return_counts=True)[1]
-    return {
-        "match/distance": float(everyone.mean()),
-        "match/distance_p10": low,
-        "match/distance_p50": median,
-        "match/distance_p90": high,
-        "match/used": len(chosen) / len(pairs),
-        "match/top_share": int(chosen.max()) / len(pairs),
-    }
+    quantiles = {f"match/distance_p{tenth}0": float(np.quantile(everyone, tenth / 10)) for tenth in (1, 5, 9)}
+    shares = {"match/used": len(chosen) / len(pairs), "match/top_share": int(chosen.max()) / len(pairs)}
+    return {"match/distance": float(everyone.mean()), **quantiles, **shares}
 
 
 def costs(searches: list[Found], main: int, timer: Timer, ranks: Ranks) -> dict[str, float]:
     """Collective: what the searches of a match took; of seconds and bytes, those of the rank that has most of each."""
-    seconds = {name: sum(found.seconds[name] for found in searches) for name in searches[main].seconds}
-    seconds = {
-        "generate": timer.seconds["generate"] + seconds.pop("make"),
-        **seconds,
-        "assign": timer.seconds["assign"],
-    }
+    spent = Counter[str]()
+    for seconds in (timer.seconds, *(found.seconds for found in searches)):
+        spent.update(seconds)
+    spent["generate"] += spent.pop("make")
     received = float(ranks.received + sum(found.received for found in searches))
-    mine = [searches[main].proved, searches[main].measured, received, *seconds.values()]
-    proved, measured, *most = zip(*ranks.collect(mine), strict=True)
-    return {
-        "match/proved": sum(proved) / ranks.world,
-        "match/measured": sum(measured),
-        "match/received": max(most[0]),
-        **{f"seconds/{name}": max(spent) for name, spent in zip(seconds, most[1:], strict=True)},
-    }
+    mine = {"match/received": received, **{f"seconds/{name}": value for name, value in spent.items()}}
+    proved, measured, most = zip(*ranks.collect((searches[main].proved, searches[main].measured, mine)), strict=True)
+    largest = {name: max(each[name] for each in most) for name in mine}
+    return {"match/proved": sum(proved) / ranks.world, "match/measured": sum(measured), **largest}

@@ -7,6 +7,7 @@ import math
 import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class SearchPlan:
         basis = self.basis if sieve == "projected" else None
         return bound.build_frame(self.centre, basis, self.magnitude, self.dtype, self.departure)
 
-    def to(self, device: torch.device | str) -> "SearchPlan":
+    def to(self, device: torch.device | str) -> Self:
         return replace(self, centre=self.centre.to(device), basis=self.basis.to(device))
 
 
@@ -65,11 +66,11 @@ def plan_search(
     work = count * expected * dims
     rows = _SAMPLE[0] if work < _MEDIUM else min(max(_SAMPLE_VALUES // dims, _SAMPLE[0]), _SAMPLE[1])
     queries, candidates = queries[:: -(-count // rows) or 1], candidates[:: -(-len(candidates) // rows)]
-    centre = candidates.double().mean(0).float()
-    centred = torch.cat([queries, candidates]) - centre
-    if not torch.isfinite(centred).all():
+    centre, centred = candidates.double().mean(0).float(), torch.cat([queries, candidates])
+    if torch.isfinite(centred - centre).all():
+        centred -= centre
+    else:
         centre = torch.zeros_like(centre)
-        centred = torch.cat([queries, candidates])
     plan = SearchPlan(
         method="flat" if method == "auto" and work < _SMALL else method,
         centre=centre,
@@ -97,9 +98,8 @@ def cheapest(
     expected: int,  # candidates in all
 ) -> tuple[str, int]:
     """`flat`, `rounded` or `projected`, and the coordinates to project to (0: none)."""
-    queries = queries[:: max(1, len(queries) // _PROBE)]
+    queries, threads = queries[:: max(1, len(queries) // _PROBE)], torch.get_num_threads()
     dims, pairs = queries.shape[1], count * expected
-    threads = torch.get_num_threads()
     single, half = measure_rates(queries.device, threads)
     sign, pair, value = (cost * (1e-9 / threads if queries.device.type == "cpu" else 1e-12) for cost in _COSTS)
     limit = pairwise(queries, candidates).amin(1).double() * (1 + bound.gamma(dims + 4))
@@ -110,7 +110,7 @@ def cheapest(
         projected = [bound.project(rows, frame) for rows in (queries, candidates)]
         for width in widths:
             narrow = replace(frame, basis=plan.basis[:, :width]) if width else frame
-            near, far = (bound.quantize(rows, narrow) for rows in projected)
+            near, far = (bound.quantize(*rows, narrow) for rows in projected)
             a = bound.query_factor(near, narrow)
             a[:, -3:] = bound.limit_columns(near.square, narrow, limit)
             rows, _, given_up = bound.survivors(a, bound.candidate_factor(far, narrow))

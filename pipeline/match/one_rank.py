@@ -71,15 +71,13 @@ class Searcher:
         reject: float | None = None,  # squared L2: candidates nearer than this to any query are left out
         encoded: Quantized | None = None,  # the queries in the frame of the plan's method, where known
     ) -> None:
-        self.queries = queries.contiguous()
-        self.neighbours, self.reject = neighbours, reject
-        shape = (len(queries), neighbours)
-        self.distances = torch.full(shape, torch.inf, dtype=torch.float64, device=queries.device)
-        self.ids = torch.full(shape, NO_ID, device=queries.device)
+        self.queries, self.neighbours, self.reject = queries.contiguous(), neighbours, reject
+        shape, device = (len(queries), neighbours), queries.device
+        self.distances = torch.full(shape, torch.inf, dtype=torch.float64, device=device)
+        self.ids = torch.full(shape, NO_ID, device=device)
         self.limit = self.distances.new_full((len(queries),), torch.inf)
         """(q,) squared L2 beyond which no candidate is among the k nearest. Callers may lower it."""
-        self.rejected = 0
-        self.measured = 0  # pairs that no bound excluded, so that their distance was computed
+        self.rejected = self.measured = 0  # candidates; pairs that no bound excluded, so that they were measured
         self._plan, self._timer = plan, timer
         self._ladder = ("projected", "rounded") if plan.method == "projected" else ("rounded",)
         self._sieves: dict[str, Sieve] = {}
@@ -100,13 +98,12 @@ class Searcher:
 
         They must be added later, and not be rejected.
         """
-        candidates = candidates[:most].to(self.queries.device).contiguous()
-        k = self.neighbours
+        candidates, k = candidates[:most].to(self.queries.device).contiguous(), self.neighbours
         if self._plan.method == "flat" or len(candidates) < k or not len(self.queries):
             return
-        sieve, encoded = self._screen(self._plan.method, candidates)
-        if encoded is None:
+        if (screened := self._screen(self._plan.method, candidates)) is None:
             return
+        sieve, encoded = screened
         with self._timer("search"):
             b = bound.candidate_factor(encoded, sieve.frame)[: len(candidates)].T
             sieve.a[:, -3:] = 0
@@ -149,12 +146,9 @@ class Searcher:
 
     def _sift(self, name: str, candidates: Tensor, rows: Tensor, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pairs of queries `rows` and candidates that may lie within `limit` (q,), and the rows given up."""
-        none = rows[:0]
-        if not len(rows):
-            return none, none, rows
-        sieve, encoded = self._screen(name, candidates)
-        if encoded is None:
-            return none, none, rows
+        if not len(rows) or (screened := self._screen(name, candidates)) is None:
+            return rows[:0], rows[:0], rows
+        sieve, encoded = screened
         with self._timer("search"):
             a = sieve.a if len(rows) == len(sieve.a) else sieve.a[rows]
             a[:, -3:] = bound.limit_columns(sieve.square[rows], sieve.frame, self._reach(limit[rows]))
@@ -176,8 +170,7 @@ class Searcher:
         if not len(rows):
             return
         distances = exact_distances(self.queries, candidates, rows, columns)
-        queries = rows.unique()
-        k = self.neighbours
+        queries, k = rows.unique(), self.neighbours
         all_rows = torch.cat([queries.repeat_interleave(k), rows])
         all_distances = torch.cat([self.distances[queries].flatten(), distances])
         all_ids = torch.cat([self.ids[queries].flatten(), ids[columns]])
@@ -186,8 +179,8 @@ class Searcher:
             again = (all_rows[order].diff() == 0) & (all_ids[order].diff() == 0) & (all_ids[order][1:] != NO_ID)
             order = torch.cat([order[:1], order[1:][~again]])
         all_rows, all_distances, all_ids = all_rows[order], all_distances[order], all_ids[order]
-        first = torch.searchsorted(all_rows, queries)
-        best = first[:, None] + torch.arange(k, device=rows.device)  # each query has at least its k old entries
+        # Each query has at least its k old entries.
+        best = torch.searchsorted(all_rows, queries)[:, None] + torch.arange(k, device=rows.device)
         self.distances[queries], self.ids[queries] = all_distances[best], all_ids[best]
         self.limit[queries] = torch.minimum(self.limit[queries], self.distances[queries, -1])
 
@@ -259,7 +252,7 @@ class Searcher:
                         mark(row, column)
         return near
 
-    def _screen(self, name: str, candidates: Tensor) -> tuple[Sieve, Quantized | None]:
+    def _screen(self, name: str, candidates: Tensor) -> tuple[Sieve, Quantized] | None:
         """The sieve of that name and the candidates encoded for it; None where they or the queries are too long."""
         with self._timer("project"):
             if name not in self._sieves:
@@ -268,7 +261,7 @@ class Searcher:
                 self._sieves[name] = Sieve(frame, bound.query_factor(queries, frame), queries.square, queries.usable)
             sieve = self._sieves[name]
             encoded = bound.encode(candidates, sieve.frame)
-        return sieve, encoded if sieve.usable and encoded.usable else None
+        return (sieve, encoded) if sieve.usable and encoded.usable else None
 
     def _interval(self, candidates: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """The least and the most, (s,) float64 each, that the squared distances of pairs can be, by float32."""

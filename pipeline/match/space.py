@@ -11,40 +11,37 @@ so that the search itself computes plain squared distances.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.constraints import POSITIVE, check_fields
 from pipeline.errors import InputError
 
+WEIGHT = {"holds": lambda it: not it or 1e-12 <= it <= 1e12, "must": "a weight is 0, or between 1e-12 and 1e12"}
 ROWS = 256  # images embedded at once, always as many
 
 
 @dataclass(kw_only=True, slots=True)
 class SpaceConfig:
-    pixels: float = 1.0
+    pixels: float = field(default=1.0, metadata=WEIGHT)
     """Weight of the pixels; of the coordinates where the data are points."""
-    reduced: float = 0.0
+    reduced: float = field(default=0.0, metadata=WEIGHT)
     """Weight of the image averaged down to `side` x `side`."""
-    side: int = 8
+    side: int = field(default=8, metadata=POSITIVE)
     """Height and width, in pixels, of the reduced image."""
-    features: float = 0.0
+    features: float = field(default=0.0, metadata=WEIGHT)
     """Weight of the encoder's features; 0.006 makes those of mnist-cnn64 count as much as MNIST's pixels."""
     encoder: str = ""
     """Frozen encoder: the name of a shipped one (mnist-cnn64, ...) or the path of a safetensors file of that kind."""
 
     def __post_init__(self) -> None:
-        weights = {name: getattr(self, name) for name in ("pixels", "reduced", "features")}
-        for name, weight in weights.items():
-            if weight and not 1e-12 <= weight <= 1e12:
-                raise InputError(f"match.space.{name} is {weight}: a weight is 0, or between 1e-12 and 1e12")
-        if not any(weights.values()):
+        check_fields(self, "match.space")
+        if not (self.pixels or self.reduced or self.features):
             names = "match.space.pixels, match.space.reduced and match.space.features"
             raise InputError(f"{names} are all 0: no distance is left")
-        if self.side < 1:
-            raise InputError(f"match.space.side is {self.side}: it must be at least 1")
         if self.features and not self.encoder:
             raise InputError(f"match.space.features is {self.features}: name its match.space.encoder")
         if self.encoder and not self.features:
@@ -56,8 +53,8 @@ def check_space(config: SpaceConfig, shape: tuple[int, ...]) -> None:
     for name in ("reduced", "features"):
         if getattr(config, name) and len(shape) != 3:
             raise InputError(f"match.space.{name} is for images, these are points: leave it 0")
-    if config.reduced and config.side > min(shape[1:]):
-        size = f"{shape[1]}x{shape[2]} images: use at most {min(shape[1:])}"
+    if config.reduced and config.side > (most := min(shape[1:])):
+        size = f"{shape[1]}x{shape[2]} images: use at most {most}"
         raise InputError(f"match.space.side is {config.side}, larger than these {size}")
 
 
@@ -86,18 +83,12 @@ def embed(
 
 def _parts(images: Tensor, config: SpaceConfig, features: Callable[[Tensor], Tensor] | None) -> Tensor:
     images = images.float()
-    parts = []
-    if config.pixels:
-        parts.append(_scaled(images.flatten(1), config.pixels, images))
+    parts = [(config.pixels, images.flatten(1))] if config.pixels else []
     if config.reduced:
-        reduced = F.adaptive_avg_pool2d(images, (config.side, config.side))
-        parts.append(_scaled(reduced.flatten(1), config.reduced, images))
+        parts.append((config.reduced, F.adaptive_avg_pool2d(images, (config.side, config.side)).flatten(1)))
     if config.features:
         assert features is not None, "a weight for features needs an encoder"
-        parts.append(_scaled(features(images).float(), config.features, images))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _scaled(part: Tensor, weight: float, images: Tensor) -> Tensor:
-    factor = math.sqrt(weight * images.shape[1:].numel() / part.shape[1])
-    return part if factor == 1 else part * factor
+        parts.append((config.features, features(images).float()))
+    factors = [math.sqrt(weight * images.shape[1:].numel() / part.shape[1]) for weight, part in parts]
+    scaled = [part if factor == 1 else part * factor for factor, (_, part) in zip(factors, parts, strict=True)]
+    return scaled[0] if len(scaled) == 1 else torch.cat(scaled, dim=1)

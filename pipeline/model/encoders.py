@@ -17,32 +17,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from pipeline.data.format.manifest import Manifest
 from pipeline.errors import InputError, printable
 from pipeline.registry import known, lookup
 
 FOLDER = Path(__file__).parent / "encoder_weights"
-FEATURES = 64
-"""Width of the feature layer of every shipped encoder."""
-
-
-class DataSet(Protocol):
-    """What is asked of a manifest to choose an encoder for its data."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def labels(self) -> tuple[str, ...]: ...
+FEATURES = 64  # width of the feature layer of every shipped encoder
 
 
 class Classifier(nn.Module):
@@ -81,14 +67,10 @@ class Encoder:
     """A frozen map from data to features; without a network the features are the data itself ('pixels')."""
 
     name: str
-    network: Classifier | None = None
-    """None: pooled pixels, or points as they are."""
-    accuracy: float | None = None
-    """Share of test images classified correctly when the encoder was made; None where there are no classes."""
-    labels: tuple[str, ...] = ()
-    """Names of the classes; empty where there are none."""
-    shape: tuple[int, ...] | None = None
-    """(C, H, W) it expects; None: any."""
+    network: Classifier | None = None  # None: pooled pixels, or points as they are
+    accuracy: float | None = None  # share of test images classified correctly when it was made; None without classes
+    labels: tuple[str, ...] = ()  # names of the classes; empty where there are none
+    shape: tuple[int, ...] | None = None  # (C, H, W) it expects; None: any
     metadata: dict[str, str] = field(default_factory=dict)
 
     def features(self, data: Tensor, *, batch: int = 1000) -> Tensor:
@@ -157,23 +139,13 @@ def read_encoder(path: Path, name: str) -> Encoder:
             raise ValueError("a layer's weights are all zero: its features are the same for all images")
         accuracy = float(metadata["accuracy"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        what = " ".join(str(error).split())
-        raise InputError(
-            f"{path} is no encoder as `python benchmarks/train_encoder.py` writes them "
-            f"({type(error).__name__}: {printable(what, 300)})"
-        ) from None
+        what = f"{type(error).__name__}: {printable(' '.join(str(error).split()), 300)}"
+        raise InputError(f"{path} is no encoder as `python benchmarks/train_encoder.py` writes them ({what})") from None
     network.eval().requires_grad_(False)
-    return Encoder(
-        name=name,
-        network=network,
-        accuracy=accuracy,
-        labels=labels,
-        shape=shape,
-        metadata=metadata,
-    )
+    return Encoder(name=name, network=network, accuracy=accuracy, labels=labels, shape=shape, metadata=metadata)
 
 
-def choose_encoder(manifest: DataSet) -> Encoder:
+def choose_encoder(manifest: Manifest) -> Encoder:
     """The shipped encoder trained on the data set of that name, shape and number of labels, otherwise 'pixels'.
 
     An encoder is never lent to other data that merely has its shape: its features would be out of their domain.

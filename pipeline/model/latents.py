@@ -3,6 +3,7 @@
 A law is one line in LAWS, or an entry point of the group `naign.latents` in another package.
 """
 
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -14,6 +15,8 @@ from pipeline.errors import InputError
 from pipeline.philox import FLAT, IMAGINARY, LATENT, SCALE, normal, uniform
 from pipeline.registry import lookup
 
+Shape = tuple[int, ...]
+Device = torch.device | str
 Law = Callable[..., Tensor]
 """Of (seed, round, ids, shape, device), as in `draw`."""
 
@@ -23,8 +26,8 @@ def draw(
     seed: int,  # as in `normal`
     round: int,  # as in `normal`
     ids: Tensor,  # as in `normal`
-    shape: tuple[int, ...],  # of one row
-    device: torch.device | str = "cpu",
+    shape: Shape,  # of one row
+    device: Device = "cpu",
     *,
     spectrum: Tensor | None = None,  # (2, 2, *shape): law `fourier` only, from `measure_spectrum`
     flat: float = 0.0,  # share of the ids, every round(1 / flat)-th, whose latents are flat whatever the law
@@ -51,33 +54,22 @@ def draw(
 
 def find_law(law: str) -> Law:
     """The function of that name; InputError for an unknown one. The G of smoothG may be any from 1 to 64."""
-    return (
-        partial(_smooth, smooth_grid(law)) if smooth_grid(law) else lookup("match.latents", law, LAWS, "naign.latents")
-    )
+    grid = smooth_grid(law)
+    return partial(_smooth, grid) if grid else lookup("match.latents", law, LAWS, "naign.latents")
 
 
-def _smooth(
-    grid: int, seed: int, round: int, ids: Tensor, shape: tuple[int, ...], device: torch.device | str
-) -> Tensor:
+def _smooth(grid: int, seed: int, round: int, ids: Tensor, shape: Shape, device: Device) -> Tensor:
     coarse = normal(seed, round, ids, (shape[0], grid, grid), device)
     return F.interpolate(coarse, size=shape[1:], mode="bicubic")
 
 
-def _mixture(seed: int, round: int, ids: Tensor, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
+def _mixture(seed: int, round: int, ids: Tensor, shape: Shape, device: Device) -> Tensor:
     noise = normal(seed, round, ids, shape, device)
     even = (ids.to(noise.device) % 2 == 0).view(-1, *(1,) * len(shape))
     return torch.where(even, _flat(seed, round, ids, shape, device, LATENT), noise)
 
 
-def _fourier(
-    seed: int,
-    round: int,
-    ids: Tensor,
-    shape: tuple[int, ...],
-    device: torch.device | str,
-    *,
-    spectrum: Tensor | None,
-) -> Tensor:
+def _fourier(seed: int, round: int, ids: Tensor, shape: Shape, device: Device, *, spectrum: Tensor | None) -> Tensor:
     assert spectrum is not None, "the fourier law needs the data's spectrum"
     real = normal(seed, round, ids, shape, device)
     mean, deviation = spectrum.to(real.device)
@@ -90,9 +82,7 @@ def _fourier(
 LAWS: dict[str, Law] = {"gaussian": normal, "smooth4": partial(_smooth, 4), "mixture": _mixture, "fourier": _fourier}
 
 
-def _flat(
-    seed: int, round: int, ids: Tensor, shape: tuple[int, ...], device: torch.device | str, stream: int
-) -> Tensor:
+def _flat(seed: int, round: int, ids: Tensor, shape: Shape, device: Device, stream: int) -> Tensor:
     """(len(ids), *shape): an offset U(-1, 1) a row plus a scale U(0, 1/2) times the normals of `stream`."""
     rows = (len(ids),) + (1,) * len(shape)
     offset, scale = uniform(seed, round, ids, (2,), device, stream=SCALE).unbind(1)
@@ -102,8 +92,8 @@ def _flat(
 
 def smooth_grid(law: str) -> int:
     """G of the law smoothG; 0 for any other law."""
-    digits = law.removeprefix("smooth") if law.startswith("smooth") else ""
-    return int(digits) if digits.isdecimal() and 1 <= int(digits) <= 64 else 0
+    found = re.fullmatch(r"smooth(\d{1,9})", law)
+    return int(found[1]) if found and 1 <= int(found[1]) <= 64 else 0
 
 
 def check_law(law: str, shape: tuple[int, ...] | None = None) -> None:

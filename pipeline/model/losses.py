@@ -86,10 +86,8 @@ class DistanceConfig(ObjectiveConfig):
 
     distance: str = field(default="l1", metadata=one_of(DISTANCES))
     """d in every term: l1, l2 (squared) or l1+l2, means over values, or norm, the root of each sample's mean square."""
-
     perceptual: float = field(default=0.0, metadata=AT_LEAST_0)
     """How much d also counts what two images differ by in the layers of a frozen encoder."""
-
     encoder: str = ""
     """perceptual: a shipped one's name (mnist-cnn64, ...) or a safetensors file; another than an evaluation is on."""
 
@@ -104,25 +102,18 @@ class DistanceConfig(ObjectiveConfig):
 @dataclass(kw_only=True, slots=True)
 class NaignConfig(DistanceConfig):
     name: str = "naign"
-
     reconstruction: float = field(default=1.0, metadata=AT_LEAST_0)
     """Weight of d(f(x), x)."""
-
     imle: float = field(default=1.0, metadata=AT_LEAST_0)
     """Weight of d(f(z*), x), z* the latent whose sample is nearest to x."""
-
     third: str = field(default="none", metadata=one_of(("none", "idempotence", "matched")))
     """none, idempotence d(f(f(z*)), f(z*)) or matched d(f(f(z*)), x)."""
-
     third_weight: float = field(default=1.0, metadata=AT_LEAST_0)
     """Weight of the third term."""
-
     denoising: float = field(default=0.0, metadata=AT_LEAST_0)
     """Weight of d(f(damaged x), x)."""
-
     damage: str = "noise"
     """denoising: noise, or mixed (lost detail, noise, specks and stripes: pipeline/data/damage.py)."""
-
     noise: float = field(default=0.5, metadata=AT_LEAST_0)
     """denoising: the noise's standard deviation is uniform in [0, this] for each image."""
 
@@ -152,23 +143,12 @@ class NaignConfig(DistanceConfig):
 class Batch:
     """What a loss is computed from: b images and what belongs to each, row for row."""
 
-    images: Tensor
-    """(b, *shape) float32."""
-
-    latents: Tensor | None
-    """(b, *shape) float32, the matched ones if needs_match; None if not needs_latents."""
-
-    damaged: Tensor | None
-    """(b, *shape) float32: the images, damaged; None if not needs_damaged."""
-
-    distance: Distance
-    """d as the settings choose it, with its perceptual part; l1 for settings that do not."""
-
-    frozen: nn.Module
-    """The bare network. `functional_call(frozen, detached weights, (x,))` is f(x) with its present weights held."""
-
-    normals: Callable[[int], Tensor]
-    """Standard normals (b, *shape) float32 of a step of a chain, a function of the image's number and the step."""
+    images: Tensor  # (b, *shape) float32
+    latents: Tensor | None  # (b, *shape) float32, the matched ones if needs_match; None if not needs_latents
+    damaged: Tensor | None  # (b, *shape) float32: the images, damaged; None if not needs_damaged
+    distance: Distance  # d as the settings choose it, with its perceptual part; l1 for settings that do not
+    frozen: nn.Module  # bare: `functional_call(frozen, detached weights, (x,))` is f(x) with its present weights held
+    normals: Callable[[int], Tensor]  # of a chain's step: (b, *shape) float32, standard normals by number and step
 
 
 Loss = Callable[[Any, Network, Batch], dict[str, Tensor]]
@@ -189,9 +169,10 @@ def losses(
 ) -> dict[str, Tensor]:
     """The terms of an objective's loss (see Loss) on a batch (see Batch)."""
     assert (damaged is not None) == config.needs_damaged and (latents is not None or not config.needs_latents)
-    distance = DISTANCES[getattr(config, "distance", "l1")]
-    if config.perceptual:
-        distance = _sum(distance, config.perceptual, perceived)
+    plain, weight = DISTANCES[getattr(config, "distance", "l1")], config.perceptual
+    assert perceived is not None or not weight, "a weight for what is perceived needs an encoder"
+    seen = perceived or plain
+    distance = (lambda a, b: plain(a, b) + weight * seen(a, b)) if weight else plain
     given: dict[str, Any] = {"latents": latents, "damaged": damaged, "frozen": frozen, "normals": normals}
     return find_objective(config.name)[1](config, network, Batch(images=images, distance=distance, **given))
 
@@ -212,29 +193,21 @@ FORMER = {
 """Settings that all objectives had in one class once, and whose they are: earlier runs recorded all of them."""
 
 
-def _sum(distance: Distance, weight: float, perceived: Distance | None) -> Distance:
-    assert perceived is not None, "a weight for what is perceived needs an encoder"
-    return lambda a, b: distance(a, b) + weight * perceived(a, b)
-
-
 def _naign(config: NaignConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
     """arXiv 2511.02614: w_rec E d(f(x), x) + w_imle E d(f(z_sigma(i)), x_i) + optional terms.
 
     Without the terms that take latents (imle=0, third=none) f is an autoencoder, with denoising one that repairs.
     """
     images, distance = batch.images, batch.distance
-    weights = {"third": config.third_weight}
-    weights |= {name: getattr(config, name) for name in ("reconstruction", "imle", "denoising")}
     reconstructed = images if config.reconstruction else None
     inputs = {"reconstruction": reconstructed, "imle": batch.latents, "denoising": batch.damaged}
+    weights = {"third": config.third_weight} | {name: getattr(config, name) for name in inputs}
     given = {name: value for name, value in inputs.items() if value is not None}
     parts = network(torch.cat(list(given.values()))).split(len(images))
     outputs = dict(zip(given, parts, strict=True))
     terms = {name: distance(output, images) for name, output in outputs.items()}
-    if config.third == "idempotence":
-        terms["third"] = distance(network(outputs["imle"]), outputs["imle"])
-    elif config.third == "matched":
-        terms["third"] = distance(network(outputs["imle"]), images)
+    if config.third != "none":
+        terms["third"] = distance(network(outputs["imle"]), images if config.third == "matched" else outputs["imle"])
     return {"total": sum((weights[name] * term for name, term in terms.items()), images.new_zeros(())), **terms}
 
 

@@ -33,16 +33,12 @@ class NetworkConfig:
 @dataclass(kw_only=True, slots=True)
 class ConvConfig(NetworkConfig):
     name: str = "conv"
-
     width: int = field(default=32, metadata=between(1, 2**14))
     """Channels at half resolution; doubled at each further halving."""
-
     depth: int = field(default=0, metadata=between(0, 256))
     """Residual blocks a resolution."""
-
     code: int = field(default=128, metadata=between(1, 2**16))
     """Dimensions of the bottleneck between encoder and decoder."""
-
     max_width: int = field(default=512, metadata=between(1, 2**14))
     """The channels stop doubling here."""
 
@@ -50,13 +46,10 @@ class ConvConfig(NetworkConfig):
 @dataclass(kw_only=True, slots=True)
 class PointConfig(NetworkConfig):
     name: str = "mlp"
-
     width: int = field(default=32, metadata=between(1, 2**14))
     """Hidden units."""
-
     depth: int = field(default=0, metadata=between(0, 256))
     """Further hidden layers."""
-
     octaves: int = field(default=0, metadata=between(0, 16))
     """Sines and cosines of 1, 2, 4, ... times each coordinate, so many, beside it, for data of fine structure."""
 
@@ -122,9 +115,8 @@ class PointNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(1)
-        waves = [
-            wave for octave in range(self.octaves) for wave in ((2**octave * flat).sin(), (2**octave * flat).cos())
-        ]
+        finer = [2**octave * flat for octave in range(self.octaves)]
+        waves = [wave(part) for part in finer for wave in (torch.sin, torch.cos)]
         moved: Tensor = self.layers(torch.cat([flat, *waves], dim=1))
         return moved.view_as(x)
 

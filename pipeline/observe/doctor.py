@@ -12,31 +12,27 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
 
 from pipeline.distributed.versions import check_versions
 from pipeline.errors import InputError, Unavailable
+from pipeline.observe.monitor import find_trackers
 from pipeline.storage.store import open_store
 
 LIBRARIES = ("torch", "accelerate", "webdataset", "boto3", "safetensors", "tensorboard", "deepspeed", "transformers")
 OPTIONAL = ("deepspeed", "transformers")
-LEAST_DISK = 2**30
-"""Free bytes that `naign doctor` asks for, which knows no run."""
-
-CHECKPOINTS = 3
-"""How many should fit on the disk: the two that are kept, and the one being written."""
-
-SHARED_MEMORY = "/dev/shm"
-LEAST_SHARED_MEMORY = 64 * 2**20
-
-PROBE = "preflight"
-"""Name of the file that is written to see whether a bucket can be."""
+LEAST_DISK = 2**30  # free bytes that `naign doctor` asks for, which knows no run
+CHECKPOINTS = 3  # how many should fit on the disk: the two that are kept, and the one being written
+SHARED_MEMORY, LEAST_SHARED_MEMORY = "/dev/shm", 64 * 2**20
+PROBE = "preflight"  # the file that is written to see whether a bucket can be
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Needs:
+class Needs(NamedTuple):
     """What a run asks of the machine. The defaults are those of `naign doctor`."""
 
     run: str = ""
@@ -62,9 +58,8 @@ def libraries(needs: Needs) -> Iterator[tuple[str, str]]:
         try:
             yield f"{name} {version(name)}", ""
         except PackageNotFoundError:
-            optional = name in OPTIONAL
-            remedy = "" if optional else "install the project again with pip install -e ."
-            yield f"{name} is not installed{' (optional)' if optional else ''}", remedy
+            note, remedy = (" (optional)", "") if name in OPTIONAL else ("", "install NAIGN again: pip install -e .")
+            yield f"{name} is not installed{note}", remedy
     for name in ("torch", "accelerate"):
         try:
             check_versions(name)
@@ -74,19 +69,12 @@ def libraries(needs: Needs) -> Iterator[tuple[str, str]]:
 
 def deepspeed(needs: Needs) -> Iterator[tuple[str, str]]:
     """Whether DeepSpeed and Accelerate load together. No problem of the machine: only some runs ask for DeepSpeed."""
-    import torch
-
     try:
         names = f"deepspeed {version('deepspeed')} and accelerate {version('accelerate')}"
     except PackageNotFoundError:
         return
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD_DEEPSPEED],
-        env={**({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}), **os.environ},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    env = {**({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}), **os.environ}
+    done = subprocess.run([sys.executable, "-c", LOAD_DEEPSPEED], env=env, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         yield f"{names} load together", ""
     else:
@@ -103,18 +91,14 @@ def faiss_builds() -> list[str]:
 def faiss(needs: Needs) -> Iterator[tuple[str, str]]:
     """Two builds overwrite each other's files in one folder, and which code runs is then an accident."""
     builds = faiss_builds()
-    remedy = ""
-    if not builds:
-        remedy = "FAISS is missing: pip install faiss-cpu"
-    elif len(builds) > 1:
+    remedy = "" if builds else "FAISS is missing: pip install faiss-cpu"
+    if len(builds) > 1:
         names = " ".join(build.split()[0] for build in builds)
         remedy = f"builds of FAISS share one folder: pip uninstall -y {names}, then install just one of them"
     yield f"FAISS: {', '.join(builds) or 'none'}", remedy
 
 
 def processor(needs: Needs) -> Iterator[tuple[str, str]]:
-    import torch
-
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield f"cores {cores}; training takes train.threads of them a rank, by default its share of all", ""
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
@@ -122,9 +106,6 @@ def processor(needs: Needs) -> Iterator[tuple[str, str]]:
 
 
 def gpus(needs: Needs) -> Iterator[tuple[str, str]]:
-    import torch
-    import torch.distributed as dist
-
     gloo, nccl = (dist.is_available() and has() for has in (dist.is_gloo_available, dist.is_nccl_available))
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     remedy = "GPUs need NCCL to communicate: install a build of torch with it from https://pytorch.org"
@@ -155,19 +136,14 @@ def disk(needs: Needs) -> Iterator[tuple[str, str]]:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(b"naign")
     except OSError as error:
-        raise InputError(
-            f"run.path '{needs.run}' cannot be written: {place}: {(error.strerror or str(error)).lower()}: "
-            "choose another --run.path"
-        ) from None
+        why = f"{place}: {(error.strerror or str(error)).lower()}"
+        raise InputError(f"run.path '{needs.run}' cannot be written: {why}: choose another --run.path") from None
     free, one = shutil.disk_usage(place).free, needs.checkpoint_bytes
     found = f"run.path '{needs.run}' has {size(free)} free, a checkpoint takes {size(one)}"
     if free < one:
         raise InputError(f"{found}: free some, or choose another --run.path")
-    remedy = (
-        f"{size(CHECKPOINTS * one)} would hold the {CHECKPOINTS - 1} that are kept and the one being written: free "
-        "some, or set --checkpoint.keep=1"
-    )
-    yield found, remedy if free < CHECKPOINTS * one else ""
+    wanted = f"{size(CHECKPOINTS * one)} would hold the {CHECKPOINTS - 1} that are kept and the one being written"
+    yield found, f"{wanted}: free some, or set --checkpoint.keep=1" if free < CHECKPOINTS * one else ""
 
 
 def shared_memory(needs: Needs) -> Iterator[tuple[str, str]]:
@@ -196,8 +172,6 @@ def remote(needs: Needs) -> Iterator[tuple[str, str]]:
 
 def trackers(needs: Needs) -> Iterator[tuple[str, str]]:
     """Raises InputError for a tracker that is not known, or whose package cannot be imported."""
-    from pipeline.observe.monitor import find_trackers
-
     yield f"trackers: {', '.join(find_trackers(needs.trackers))}", ""
 
 
@@ -207,16 +181,15 @@ CHECKS: tuple[Check, ...] = (libraries, deepspeed, faiss, processor, gpus, share
 
 def examine(
     say: Callable[[str], None],  # what was found, a line each
-    needs: Needs | None = None,
+    needs: Needs = Needs(),  # noqa: B008  (immutable)
     checks: Sequence[Check] = CHECKS,
 ) -> list[str]:
     """Run checks; returns the problems, each with its remedy. What makes a run impossible is an InputError."""
     problems = []
     for check in checks:
-        for found, remedy in check(needs or Needs()):
+        for found, remedy in check(needs):
             say(found)
-            if remedy:
-                problems.append(f"{found}: {remedy}")
+            problems += [f"{found}: {remedy}"] if remedy else []
     return problems
 
 

@@ -17,12 +17,12 @@ def set_up(rank: int, world: int) -> None:
     Levels set by TORCH_LOGS or ACCELERATE_LOG_LEVEL are left alone.
     """
     handler = _Lines(rank, world)
-    root = logging.getLogger()
+    root, deepspeed = logging.getLogger(), logging.getLogger("DeepSpeed")
     root.handlers = [*(other for other in root.handlers if not isinstance(other, _Lines)), handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("naign").setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    deepspeed = logging.getLogger("DeepSpeed")
-    deepspeed.filters = [*(other for other in deepspeed.filters if not isinstance(other, _Through)), _Through(handler)]
+    others = (other for other in deepspeed.filters if not isinstance(getattr(other, "__self__", None), _Lines))
+    deepspeed.filters = [*others, handler.divert]
 
 
 def at_round(number: int | None) -> None:
@@ -60,20 +60,13 @@ class _Lines(logging.Handler):
         except Exception:
             self.handleError(record)
 
+    def divert(self, record: logging.LogRecord) -> bool:
+        """A filter that passes a logger's warnings to this handler, and nothing to the logger's own handlers.
 
-class _Through(logging.Filter):
-    """Passes a logger's warnings to our handler, and nothing to its own handlers.
-
-    DeepSpeed sets its logger's handler and level when it is imported. A filter is not affected by that.
-    """
-
-    def __init__(self, handler: logging.Handler) -> None:
-        super().__init__()
-        self._handler = handler
-
-    def filter(self, record: logging.LogRecord) -> bool:
+        DeepSpeed sets its logger's handler and level when it is imported. A filter is not affected by that.
+        """
         if record.levelno >= logging.WARNING:
-            self._handler.handle(record)
+            self.handle(record)
         return False
 
 

@@ -15,8 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -49,7 +48,7 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-class JsonLines:
+class JsonLines(Tracker):
     """metrics.jsonl, one JSON object a report, and pictures as samples/NAME-IMAGES.png. Always on."""
 
     def __init__(self, settings: None, folder: Path, images_seen: int) -> None:
@@ -63,17 +62,9 @@ class JsonLines:
         with self.file.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
-    def histogram(self, name: str, values: Tensor, images_seen: int) -> None: ...
-
     def picture(self, name: str, picture: Image.Image, images_seen: int) -> None:
         (self.folder / "samples").mkdir(exist_ok=True)
         picture.save(self.folder / "samples" / f"{name}-{images_seen:010d}.png")
-
-    def text(self, name: str, text: str, images_seen: int) -> None: ...
-
-    def flush(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class TensorBoard:
@@ -107,7 +98,7 @@ def find_trackers(names: str) -> dict[str, tuple[type | None, Build]]:
     return {name: lookup("report.trackers", name, TRACKERS, "naign.trackers") for name in wanted}
 
 
-class Monitor:
+class Monitor(contextlib.AbstractContextManager["Monitor"]):
     """Reports to all trackers of a run, and moves its progress bar."""
 
     def __init__(
@@ -120,21 +111,18 @@ class Monitor:
         config: str,  # the resolved configuration, as YAML
         trackers: str = "tensorboard",  # report.trackers
     ) -> None:
-        self.active = active
-        self.described = ""
-        """The last message about how a match was searched."""
-        self.folder = folder
+        self.active, self.folder = active, folder
+        self.described = ""  # the last message about how a match was searched
         self._trackers: dict[str, Tracker] = {}
-        if not active:
-            return
-        for name, (settings, build) in find_trackers(trackers).items():
+        for name, (settings, build) in find_trackers(trackers).items() if active else ():
             with self._writing(name):
                 self._trackers[name] = build(settings() if settings else None, folder, images_seen)
         self._report(lambda tracker: tracker.text("config", f"```yaml\n{config}\n```", images_seen))
         bar: dict[str, Any] = {"dynamic_ncols": True}
         if not sys.stderr.isatty():  # a log: a line now and then
             bar = {"file": _Lines(), "mininterval": LOG_EVERY, "maxinterval": LOG_EVERY, "ncols": 100, "ascii": True}
-        self._bar = tqdm(total=images, initial=images_seen, unit="img", unit_scale=True, smoothing=0.05, **bar)
+        bar |= {"unit": "img", "unit_scale": True, "smoothing": 0.05, "disable": not active}
+        self._bar = tqdm(total=images, initial=images_seen, **bar)
 
     def _report(self, act: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self._trackers.items()):
@@ -149,9 +137,8 @@ class Monitor:
         except Exception as error:
             if name not in TRACKERS:
                 self._trackers.pop(name, None)
-                log.warning(
-                    "tracker %s failed, and is left out from here on: %s: %s", name, type(error).__name__, error
-                )
+                why = f"{type(error).__name__}: {error}"
+                log.warning("tracker %s failed, and is left out from here on: %s", name, why)
             elif isinstance(error, OSError):
                 raise InputError(
                     f"{self.folder}: what is reported cannot be written ({error.strerror or error}): make room; the "
@@ -162,13 +149,10 @@ class Monitor:
 
     def advance(self, images: int) -> None:
         """Move the progress bar."""
-        if self.active:
-            self._bar.update(images)
+        self._bar.update(images)
 
     def scalars(self, values: dict[str, float], images_seen: int, **counts: int) -> None:
         """One point of each series. `counts` are the round and the step."""
-        if not self.active:
-            return
         self._report(lambda tracker: tracker.scalars(values, images_seen, counts))
         shown = {name.split("/")[-1]: values[name] for name in ("loss/total", "match/distance") if name in values}
         self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
@@ -189,28 +173,22 @@ class Monitor:
         self._report(lambda tracker: tracker.flush())
 
     def close(self) -> None:
-        if self.active:
-            self._bar.close()
+        self._bar.close()
         self._report(lambda tracker: tracker.close())
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        with contextlib.suppress(*[InputError] if error else []):  # the first error is the one to report
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        with contextlib.suppress(*[InputError] if kind else []):  # the first error is the one to report
             self.close()
 
 
-LOG_EVERY = float(os.environ.get("TQDM_MININTERVAL", "10"))
-"""Seconds between two lines of progress where stderr is no terminal."""
+LOG_EVERY = float(os.environ.get("TQDM_MININTERVAL", "10"))  # seconds between lines where stderr is no terminal
 
 
 class _Lines:
     """stderr for tqdm, with a line of its own for each update."""
 
     def write(self, text: str) -> None:
-        text = text.strip("\r\n ")
-        if text:
+        if text := text.strip("\r\n "):
             print(text, file=sys.stderr, flush=True)
 
     def flush(self) -> None: ...

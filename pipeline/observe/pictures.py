@@ -8,13 +8,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-CELL = 48
-"""Least side of an image in a grid, in pixels: smaller ones are enlarged by a whole factor, pixels kept sharp."""
-GAP = 3
+CELL, GAP = 48, 3  # pixels: least side of an image in a grid, smaller ones are enlarged by a whole factor; between them
+PANEL = 320  # pixels: side of a drawing of points
 TEXT = (128, 128, 128, 255)  # reads on white and on black
 BLUE, ORANGE = (45, 108, 223), (224, 122, 31)
-PANEL = 320
-"""Side of a drawing of points, in pixels."""
 
 
 def to_image(image: Tensor, *, least: int = 1) -> Image.Image:

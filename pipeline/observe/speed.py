@@ -8,28 +8,23 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, tensorboard_trace_handler
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.errors import InputError
 
 log = logging.getLogger("naign.profile")
 
 
-def forward_flops(
-    network: nn.Module,  # bare: before DDP or DeepSpeed takes it
-    shape: tuple[int, ...],  # of one row
-    batch: int = 1,  # rows
-) -> int:
-    """Floating-point operations of one forward of (batch, *shape); a multiply-add counts as two.
+def forward_flops(network: nn.Module, shape: tuple[int, ...], batch: int = 1) -> int:
+    """Floating-point operations of one forward of (batch, *shape) by a bare network; a multiply-add counts as two.
 
     Counts matrix products and convolutions, on a copy of the network on the meta device: no memory, no kernels.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
     values: list[Tensor] = [*network.parameters(), *network.buffers()]
     empty: dict[int, Any] = {id(value): _without_data(value) for value in values}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -42,11 +37,9 @@ def _without_data(value: Tensor) -> Tensor:
     return nn.Parameter(bare, requires_grad=False) if isinstance(value, nn.Parameter) else bare
 
 
-def fit_flops(
-    forward: int,  # forward_flops of one image
-    forwards: float,  # of an image, with a backward through each
-) -> float:
-    """Floating-point operations of training on one image; a backward costs two forwards (arXiv 2001.08361, 2.1).
+def fit_flops(forward: int, forwards: float) -> float:
+    """Floating-point operations of training on one image: so many `forwards` of `forward` operations, and a backward
+    through each, which costs two forwards (arXiv 2001.08361, 2.1).
 
     Recomputation by activation checkpointing does not count (MFU of arXiv 2204.02311, B).
     """
@@ -90,10 +83,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def _uses_tf32() -> bool:
-    convolution = getattr(torch.backends.cudnn, "conv", None)
-    if convolution is None:  # older torch
-        return bool(torch.backends.cudnn.allow_tf32)
-    return bool(convolution.fp32_precision == "tf32")
+    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
 def peak_memory(device: torch.device) -> float:
@@ -109,25 +99,18 @@ def parse_rounds(text: str) -> range:
     if not text:
         return range(0)
     found = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", text)
-    if found:
-        first, last = int(found[1]), int(found[2] or found[1])
-        if first <= last:
-            return range(first, last + 1)
+    if found and (rounds := range(int(found[1]), int(found[2] or found[1]) + 1)):
+        return rounds
     raise InputError(f"profile.rounds is '{text}': give one round, as 3, or the first and the last, as 3-4")
 
 
-class Profiler:
+class Profiler(AbstractContextManager["Profiler"]):
     """Writes one trace of the chosen rounds to folder/profile, for TensorBoard or https://ui.perfetto.dev.
 
-    A context manager: a trace that was started is written however the run ends.
+    A trace that was started is written however the run ends.
     """
 
-    def __init__(
-        self,
-        folder: Path,  # the run
-        rounds: str,  # as parse_rounds takes it
-        rank: int,
-    ) -> None:
+    def __init__(self, folder: Path, rounds: str, rank: int) -> None:  # of the run; as parse_rounds takes it
         self._folder, self._rank, self._rounds = folder / "profile", rank, parse_rounds(rounds)
         self._running: Any = None
 
@@ -147,12 +130,7 @@ class Profiler:
 
     def phase(self, name: str) -> AbstractContextManager[Any]:
         """Around a part of a round, which the trace shows under this name."""
-        if self._running is None:
-            return nullcontext()
-        from torch.profiler import record_function
-
-        context: AbstractContextManager[Any] = record_function(name)
-        return context
+        return torch.profiler.record_function(name) if self._running is not None else nullcontext()
 
     def close(self) -> None:
         """Write a trace that was started. A failure is logged and does not end the run."""
@@ -167,20 +145,12 @@ class Profiler:
             log.warning("no trace of rank %d in %s: %s", self._rank, self._folder, error)
 
     def _start(self) -> None:
-        from torch.profiler import ProfilerActivity, profile, tensorboard_trace_handler
-
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-        self._running = profile(
-            activities=activities,
-            on_trace_ready=tensorboard_trace_handler(str(self._folder), f"rank-{self._rank:05d}", use_gzip=True),
-            record_shapes=True,
-            profile_memory=True,
-            with_stack=False,
+        write = tensorboard_trace_handler(str(self._folder), f"rank-{self._rank:05d}", use_gzip=True)
+        self._running = torch.profiler.profile(
+            activities=activities, on_trace_ready=write, record_shapes=True, profile_memory=True
         )
         self._running.start()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()

@@ -84,8 +84,7 @@ def test_mode_shares_count_the_likeliest_class() -> None:
     assert mode_shares(logits) == [0.5, 0.25, 0, 0.25]
 
 
-def test_nearest_finds_the_copy_and_its_exact_distance(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BLOCK", 7)
+def test_nearest_finds_the_copy_and_its_exact_distance() -> None:
     reference = _normal(200, 1, 4, 4, seed=0) + 50
     distances, indices = nearest(reference[[150, 3]], reference)
     assert indices.tolist() == [150, 3] and distances.tolist() == [0, 0]

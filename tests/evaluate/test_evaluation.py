@@ -153,6 +153,14 @@ def test_what_a_number_does_not_say_is_said(digits: str, save_untrained: Save, t
     assert "mine.safetensors, which is not there any more" in evaluate(folder, data=digits, samples=50)["notes"][1]
 
 
+def test_names_of_strangers_are_no_html(digits: str, save_untrained: Save, tmp_path: Path) -> None:
+    folder = save_untrained(tmp_path, data=digits, shape=(1, 8, 8), config=TINY, dataset="<script>", encoder="</pre>")
+    evaluate(folder, samples=50, progress=False)
+    text, page = (tmp_path / "evaluation" / "report.html").read_text(), Links()
+    page.feed(text)
+    assert "learned &lt;script&gt;" in text and "script" not in page.tags and text.count("</pre>") == 1
+
+
 def test_a_floor_of_rounding_is_no_measure(digits: str, save_untrained: Save, tmp_path: Path) -> None:
     source, data = load("digits"), str(tmp_path / "twin")
     few = [source.splits["test"][number] for number in range(300)]
