@@ -160,7 +160,7 @@ def decode_array(data: bytes, shape: tuple[int, ...], dtype: str) -> Array:
 
     Raises InputError for anything else.
     """
-    header, size = _npy_header(shape, dtype), math.prod(shape) * np.dtype(dtype).itemsize
+    header, size = npy_header(shape, dtype), math.prod(shape) * np.dtype(dtype).itemsize
     if data.startswith(header) and len(data) >= len(header) + size:
         with decoding():
             return _finite(np.frombuffer(data, dtype, math.prod(shape), len(header)).reshape(shape).copy())
@@ -179,7 +179,7 @@ _PARSING = threading.Lock()
 
 
 @lru_cache(maxsize=16)
-def _npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
+def npy_header(shape: tuple[int, ...], dtype: npt.DTypeLike) -> bytes:
     """The header that NumPy writes before such an array."""
     stream = io.BytesIO()
     descr = np.lib.format.dtype_to_descr(np.dtype(dtype))

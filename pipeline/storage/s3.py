@@ -7,12 +7,13 @@ So botocore's retries are off. Every request and body is retried here, a body fr
 import base64
 import contextlib
 import hashlib
+import io
 import re
 import zlib
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial, reduce
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from botocore.exceptions import (
     BotoCoreError,
@@ -116,7 +117,7 @@ class S3Store:
 
     def open(self, name: str) -> BinaryIO:
         self.size(name)  # a missing object must raise here, not at the first read
-        return cast(BinaryIO, Parts(self._parts(name, 0, None)))
+        return io.BufferedReader(Parts(self._parts(name, 0, None)), 1 << 20)
 
     @contextlib.contextmanager
     def write(self, name: str) -> Iterator["Upload"]:

@@ -55,7 +55,7 @@ def test_a_table_is_the_same_however_it_is_told(
             pager.start(todo.pop(0))
         else:
             size = chunks[place % len(chunks)]
-            pager.update(memoryview(data)[told : told + size])
+            pager.write(memoryview(data)[told : told + size])
             told, place = told + size, place + 1
     assert pager.rest(end) == bytes(2 * BLOCK)
     table = pager.finish(end)
@@ -76,7 +76,7 @@ def test_all_starts_before_all_bytes_and_after() -> None:
                     pager.start(start)
             else:
                 for at in range(0, end, 1001):
-                    pager.update(data[at : min(end, at + 1001)])
+                    pager.write(data[at : min(end, at + 1001)])
         assert [row.tolist() for row in pager.finish(end)] == expected(data, starts, end)
 
 
