@@ -143,7 +143,10 @@ class Reader:
 
     def _fetch(self, pages: Pages) -> tuple[Pages, bytes]:
         """The pages with their bytes; those whose hash is wrong are read again."""
-        name, (starts, edges, digests) = pages.shard.name, (pages.table[column] for column in pages.table.dtype.names)
+        name, (starts, edges, digests) = (
+            pages.shard.name,
+            (pages.table[column] for column in ("sample", "byte", "sha256")),
+        )
         start = int(edges[pages.low])
         data = self.store.read(name, start, int(edges[pages.high]))
         for page in range(pages.low, pages.high if self._check else 0):

@@ -5,7 +5,7 @@ from typing import BinaryIO, Protocol
 
 from pipeline.storage.retry import Tally
 
-_PARTIAL = ".partial-"
+PARTIAL = ".partial-"
 """Prefix of a file that is still being written: `list` never shows one."""
 
 

@@ -5,12 +5,13 @@ import errno
 import os
 import stat
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import InputError
-from pipeline.storage.base import _PARTIAL, Writer
+from pipeline.storage.base import PARTIAL, Writer
 from pipeline.storage.retry import Tally
 
 _REMEDIES = {
@@ -48,7 +49,7 @@ class LocalStore:
             if not self._folder.exists():
                 return []
             files = (entry.name for entry in os.scandir(self._folder) if entry.is_file())
-            return sorted(name for name in files if not name.startswith(_PARTIAL))
+            return sorted(name for name in files if not name.startswith(PARTIAL))
 
     def exists(self, name: str) -> bool:
         with self._explained(name):
@@ -82,7 +83,7 @@ class LocalStore:
     def write(self, name: str) -> Iterator[Writer]:
         with self._explained(name, writing=True):
             self._folder.mkdir(parents=True, exist_ok=True)
-            descriptor, partial = tempfile.mkstemp(prefix=_PARTIAL, dir=self._folder)
+            descriptor, partial = tempfile.mkstemp(prefix=PARTIAL, dir=self._folder)
         try:
             with os.fdopen(descriptor, "wb") as target:
                 yield target
@@ -129,16 +130,17 @@ def write_atomically(file: Path, content: str | bytes, *, sync: bool = True) -> 
     """Replace a file by `content` so that a reader or a kill sees the old one or the new one, whole; with `sync` so
     does a machine that loses power, for some milliseconds more. OSError names the file, and leaves nothing beside it.
     """
-    partial = file.with_name(f".{file.name[:50]}.{os.getpid()}")
+    partial = file.with_name(f"{PARTIAL}{file.name[:50]}.{uuid.uuid4().hex}")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         if sync:
             sync_file(partial)
         os.replace(partial, file)
     except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from None
+    finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(file)) from None
 
 
 def sync_file(file: Path) -> None:

@@ -100,7 +100,7 @@ def dump_table(table: Table) -> bytes:
     return encode(table, "npy")
 
 
-def parse_table(data: bytes, *, samples: int, size: int) -> Table:
+def parse_table(data: bytes | memoryview, *, samples: int, size: int) -> Table:
     """The table in the bytes of a file. Raises ValueError where it is none, or not of such a shard."""
     rows = (len(data) - len(npy_header((0,), ROW))) // ROW.itemsize  # a header's length is a multiple of 64
     header = npy_header((max(rows, 0),), ROW)
