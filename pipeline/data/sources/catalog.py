@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.data.order import check_seed
 from pipeline.data.sources import published, toys
 from pipeline.data.sources.folder import from_tree
-from pipeline.data.sources.source import Example, Made, Source
+from pipeline.data.sources.source import Source, labelled
 from pipeline.errors import InputError
 from pipeline.registry import known, lookup
 
@@ -52,8 +52,8 @@ Entry = tuple[type[Any], Callable[[str, Any], Source]]
 """The settings that a source takes, and how it is made of its argument ('' or what follows a colon) and these."""
 
 SOURCES: dict[str, Entry] = {
-    "mnist": (Published, lambda _, settings: published.mnist(settings.root)),
-    "fashion_mnist": (Published, lambda _, settings: published.fashion_mnist(settings.root)),
+    "mnist": (Published, lambda _, settings: published.idx("mnist", settings.root)),
+    "fashion_mnist": (Published, lambda _, settings: published.idx("fashion_mnist", settings.root)),
     "cifar10": (Published, lambda _, settings: published.cifar10(settings.root)),
     "digits": (Seeded, lambda _, settings: digits()),
     "toy2d:<name>": (Seeded, lambda law, settings: toys.toy2d(law, seed=settings.seed)),
@@ -97,18 +97,6 @@ def digits() -> Source:
     images = np.rint(values * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
     order = np.argsort(np.random.Philox(key=0).random_raw(len(images)), kind="stable")
     count = len(images) // 5
-
-    def made(rows: np.ndarray[tuple[int], np.dtype[np.intp]]) -> Made:
-        def make(index: int) -> Example:
-            row = int(rows[index])
-            return f"digit-{row:04d}", images[row], int(labels[row])
-
-        return Made(length=len(rows), make=make)
-
-    return Source(
-        name="digits",
-        kind="image",
-        shape=(1, 8, 8),
-        labels=tuple("0123456789"),
-        splits={"train": made(order[count:]), "test": made(order[:count])},
-    )
+    rows = {"train": order[count:].tolist(), "test": order[:count].tolist()}
+    splits = {split: labelled("digit-{:04d}", images, labels, chosen) for split, chosen in rows.items()}
+    return Source(name="digits", kind="image", shape=(1, 8, 8), labels=tuple("0123456789"), splits=splits)
