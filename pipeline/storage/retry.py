@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, replace
 
 from pipeline.errors import Unavailable
 
@@ -22,7 +22,6 @@ FIRST_PAUSE = 0.2
 
 LONGEST_PAUSE = 10.0
 """Seconds."""
-
 
 _chance = random.Random()  # not the global one, which belongs to the program
 
@@ -51,24 +50,16 @@ class Tally:
     def take(self) -> "Tally":
         """What was counted, counting anew from 0."""
         with _LOCK[0]:
-            taken = Tally(**{field.name: getattr(self, field.name) for field in fields(self)})
-            for field in fields(self):
-                setattr(self, field.name, 0)
+            taken = replace(self)
+            self.__init__()  # type: ignore[misc]
         return taken
 
     def merge(self, other: "Tally") -> None:
-        self.add(**{field.name: getattr(other, field.name) for field in fields(other)})
+        self.add(**asdict(other))
 
 
 _LOCK = [threading.Lock()]
-
-
-def _renew_lock() -> None:
-    _LOCK[0] = threading.Lock()  # another thread may have held it at the fork
-
-
-os.register_at_fork(after_in_child=_renew_lock)
-
+os.register_at_fork(after_in_child=lambda: _LOCK.__setitem__(0, threading.Lock()))  # a thread may have held it
 
 _attempts: ContextVar[int] = ContextVar("attempts")
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-import threading
+from functools import cache
 from typing import Any
 
 from botocore.exceptions import (
@@ -22,7 +22,6 @@ from pipeline.storage.prefetch import PARALLEL
 SILENCE = 20.0
 """Seconds without a byte, or without a connection, before a request counts as failed."""
 
-
 _TRANSIENT = ("BadDigest", "XAmzContentChecksumMismatch", "RequestTimeout", "SlowDown")
 """Error codes of requests worth retrying, whatever their HTTP status."""
 
@@ -34,44 +33,18 @@ def is_passing(error: Exception) -> bool:
         code = str(error.response["Error"].get("Code"))
         # 501 is a header or operation that the server will never know.
         return (status >= 500 and status != 501) or status in (408, 429) or code in _TRANSIENT
-    if isinstance(error, SSLError) and any(
-        sign in str(error) for sign in ("WRONG_VERSION_NUMBER", "CERTIFICATE_VERIFY")
-    ):
+    if isinstance(error, SSLError) and re.search("WRONG_VERSION_NUMBER|CERTIFICATE_VERIFY", str(error)):
         return False
     of_botocore = (NotConnected, HTTPClientError, IncompleteReadError, CredentialRetrievalError, MetadataRetrievalError)
     return isinstance(error, (*of_botocore, HTTPError, ConnectionError, TimeoutError))
 
 
-_clients: dict[int, Any] = {}
-_making = threading.Lock()
-
-
-def _after_fork() -> None:
-    global _making
-    _making = threading.Lock()  # another thread may have held it at the fork
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-def forget_clients() -> None:
-    """Make new clients, from the environment as it is now."""
-    _clients.clear()
-
-
+@cache
 def client() -> Any:
     """This process's client, signed by what boto3's chain finds (environment, profile, web identity, instance role).
 
     Where it finds nothing requests are not signed: a public bucket needs no account.
     """
-    if os.getpid() not in _clients:
-        with _making:
-            if os.getpid() not in _clients:
-                _clients[os.getpid()] = _make_client()
-    return _clients[os.getpid()]
-
-
-def _make_client() -> Any:
     import boto3
     from botocore import UNSIGNED
     from botocore.config import Config
@@ -100,6 +73,12 @@ def _make_client() -> Any:
         raise BadSettings("the server's address holds a user or a password: give them as AWS_ACCESS_KEY_ID and so on")
     made.meta.events.register_first("needs-retry.s3", _refuse_redirect)
     return made
+
+
+forget_clients = client.cache_clear
+"""Make a new client, from the environment as it is then."""
+
+os.register_at_fork(after_in_child=forget_clients)
 
 
 def _refuse_redirect(response: Any, **_: Any) -> None:

@@ -36,5 +36,11 @@ def gopen(url: str, mode: str = "rb", bufsize: int = 8192) -> BinaryIO:
         raise InputError(
             f"{url}: opened with mode {mode!r}: WebDataset can only read through this; write with `naign pack`"
         )
+    store, name = locate(url)
+    return store.open(name)
+
+
+def locate(url: str) -> tuple[Store, str]:
+    """The store of a file, and its name there."""
     folder, _, name = url.rpartition("/")
-    return open_store(folder).open(name)
+    return open_store(folder), name
