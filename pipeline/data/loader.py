@@ -167,7 +167,7 @@ class Stream:
         if self._ahead:
             self._ahead.abandon()
         self._ahead = None
-        self._forget()
+        self._close_parts()
         atexit.unregister(self.close)
 
     def __enter__(self) -> Self:
@@ -176,6 +176,10 @@ class Stream:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _close_parts(self) -> None:
+        while self._parts:
+            self._parts.pop().stored.close()
+
     def _begin(self, round: int) -> _Reading:
         stop = threading.Event()
         return _Reading(round, stop, in_background(partial(self._read, round, stop), f"read round {round}"))
@@ -183,7 +187,7 @@ class Stream:
     def _read(self, round: int, stop: threading.Event) -> Taken | None:
         """The round, or None if stopped on the way."""
         if self._next != round:
-            self._forget()
+            self._close_parts()
         if not self._parts:
             self._parts = [self._open(round, *rows) for rows in parts(0, self._count, max(1, self._config.workers))]
         reads, self._parts = self._parts, []  # given back below, unless this round breaks off
@@ -230,12 +234,6 @@ class Stream:
         lent = memory.view()  # which the round's tensor holds, and all that are made of it
         weakref.finalize(lent, self._unused.append, memory).atexit = False
         return lent
-
-    def _forget(self) -> None:
-        """Close the parts that stand before another round."""
-        gone, self._parts = self._parts, []
-        for part in gone:
-            part.stored.close()
 
 
 def read_split(

@@ -8,6 +8,7 @@ epoch; and resuming at a round is arithmetic. Pieces need not be whole shards: s
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -69,12 +70,11 @@ class Order:
             return f"{len(self.sizes)} shards drawn with replacement: an epoch of {self.total} images misses some"
         if not left:
             return f"each of {self.total} images once an epoch of {self.total // self.round_size} rounds"
-        match self.tail:
-            case "wrap":
-                return f"each of {self.total} images once an epoch; a round goes on into the next epoch"
-            case "drop":
-                return f"{self.total - left} of {self.total} images once an epoch: drops its last {left}"
-        return f"each of {self.total} images an epoch, its first {self.round_size * self.rounds - self.total} once more"
+        return {
+            "wrap": f"each of {self.total} images once an epoch; a round goes on into the next epoch",
+            "drop": f"{self.total - left} of {self.total} images once an epoch: drops its last {left}",
+            "pad": f"each of {self.total} images an epoch, its first {self.round_size - left} once more",
+        }[self.tail]
 
 
 def check_seed(seed: int) -> None:
@@ -105,11 +105,11 @@ def _epoch(sizes: tuple[int, ...], seed: int, epoch: int, resampled: bool) -> tu
     """
     lengths = np.array(sizes, np.int64)
     total = int(lengths.sum())
-    if not resampled:
-        order = np.array(shard_order(len(sizes), seed, epoch), np.int64)
-    else:
+    if resampled:
         most = -(-total // int(lengths.min()))
         order = (_draws(most, seed, epoch) % np.uint64(len(sizes))).astype(np.int64)
+    else:
+        order = np.array(shard_order(len(sizes), seed, epoch), np.int64)
     ends = np.minimum(np.cumsum(lengths[order]), total)
     count = int(np.searchsorted(ends, total)) + 1
     return order[:count], np.concatenate([[0], ends[:count]])
@@ -145,9 +145,7 @@ def pieces(order: Order, round: int, start: int, stop: int) -> list[Piece]:
             continue
         shards, edges = _epoch(order.sizes, order.seed, epoch, order.resampled)
         low, high = int(np.searchsorted(edges, begin, "right")) - 1, int(np.searchsorted(edges, end))
-        for shard, a, b in zip(
-            shards[low:high].tolist(), edges[low:].tolist(), edges[low + 1 :].tolist(), strict=False
-        ):
+        for shard, (a, b) in zip(shards[low:high].tolist(), pairwise(edges[low : high + 1].tolist()), strict=True):
             found.append(Piece(epoch=epoch, shard=shard, first=max(begin - a, 0), last=min(end, b) - a))
     return found
 
@@ -162,7 +160,7 @@ def rank_rows(round_size: int, rank: int, world: int) -> tuple[int, int]:
 def parts(start: int, stop: int, count: int) -> list[tuple[int, int]]:
     """[start, stop) cut into `count` consecutive ranges whose lengths differ by one at most."""
     edges = [start + (stop - start) * i // count for i in range(count + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 def check(order: Order, world: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,12 +80,6 @@ class Reader:
         self._check, self._skip = check, skip
         self._table = lru_cache(TABLES)(self._read_table)
 
-    def rows(self, wanted: Iterable[Piece]) -> Generator[Row]:
-        """The samples of the pieces in order, as `raw` and `row` give them."""
-        with closing(self.raw(wanted)) as stored:
-            for raw in stored:
-                yield self.row(raw)
-
     def raw(self, wanted: Iterable[Piece]) -> Generator[Raw]:
         """The stored samples of the pieces in order, fetched ahead in bounded memory. The pieces may be without end.
 
@@ -100,12 +95,8 @@ class Reader:
                     if piece.first <= number < piece.last:
                         yield Raw(piece, number, sample)
 
-    def row(
-        self,
-        raw: Raw,
-        into: Array | None = None,  # memory (*shape) for the array, which is used where that saves a copy
-    ) -> Row:
-        """The sample decoded. Raises InputError, naming shard and key, where it cannot be."""
+    def row(self, raw: Raw, into: Array | None = None) -> Row:
+        """The sample decoded, into `into` (*shape) where that saves a copy. InputError names shard and key."""
         manifest, where = self.manifest, self.store.url(self.shards[raw.piece.shard].name)
         try:
             array, label = decode.decode(raw.sample, manifest.kind, manifest.shape, len(manifest.labels), where, into)
@@ -131,30 +122,23 @@ class Reader:
     def _read_table(self, shard: Shard) -> Table:
         if problem := size_problem(self.store, shard):
             raise InputError(problem)
-        name = table_name(shard.name)
-        wanted, said = bytes.fromhex(shard.pages), "its SHA-256 is not the one in index.json"
+        name, wanted = table_name(shard.name), bytes.fromhex(shard.pages)
+        data = self._sound(self.store.read(name), wanted, name, "its SHA-256 is not the one in index.json")
         try:
-            data = self._sound(self.store.read(name), wanted, name, said)
             return parse_table(data, samples=shard.samples, size=shard.bytes)
-        except InputError:
-            raise
         except ValueError as error:
             raise InputError(f"{self.store.url(name)}: {error}: {_REMEDY}") from None
 
     def _fetch(self, pages: Pages) -> tuple[Pages, bytes]:
         """The pages with their bytes; those whose hash is wrong are read again."""
-        name, (starts, edges, digests) = (
-            pages.shard.name,
-            (pages.table[column] for column in ("sample", "byte", "sha256")),
-        )
-        start = int(edges[pages.low])
-        data = self.store.read(name, start, int(edges[pages.high]))
-        for page in range(pages.low, pages.high if self._check else 0):
-            first, last = int(edges[page]), int(edges[page + 1])
+        name, table = pages.shard.name, pages.table.tolist()
+        start = table[pages.low][1]
+        data = self.store.read(name, start, table[pages.high][1])
+        rows = table[pages.low : pages.high + 1] if self._check else []
+        for (sample, first, digest), (next_sample, last, _) in pairwise(rows):
             there = memoryview(data)[first - start : last - start]
-            said = f"the SHA-256 of bytes {first} to {last} (samples {starts[page]} to {starts[page + 1] - 1}) is not"
-            said += f" the one in {table_name(name)}"
-            sound = self._sound(there, digests[page].tobytes(), name, said, first, last)
+            said = f"the SHA-256 of bytes {first} to {last} (samples {sample} to {next_sample - 1}) is not the one in "
+            sound = self._sound(there, digest, name, said + table_name(name), first, last)
             if sound is not there:
                 data = data[: first - start] + sound + data[last - start :]
         return pages, data
@@ -191,10 +175,10 @@ class Reader:
         for step in range(1, shard.samples):
             other = (number + step) % shard.samples
             try:
-                (row,) = sound.rows([Piece(epoch=piece.epoch, shard=piece.shard, first=other, last=other + 1)])
+                (raw,) = sound.raw([Piece(epoch=piece.epoch, shard=piece.shard, first=other, last=other + 1)])
+                return sound.row(raw)._replace(broken=problem)
             except InputError:
                 continue
-            return row._replace(broken=problem)
         raise InputError(f"{self.store.url(shard.name)}: none of its {shard.samples} samples can be decoded: {_REMEDY}")
 
 

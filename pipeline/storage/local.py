@@ -1,12 +1,13 @@
 """Files in a local folder, and writing one file whole or not at all."""
 
+import builtins
 import contextlib
 import errno
 import os
 import stat
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,16 +41,15 @@ class LocalStore:
         self._folder = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
 
     def folders(self) -> list[str]:
-        with self._explained(""):
-            entries = os.scandir(self._folder) if self._folder.exists() else ()
-            return sorted(entry.name for entry in entries if entry.is_dir())
+        return self._names(os.DirEntry.is_dir)
 
     def list(self) -> list[str]:
+        return [name for name in self._names(os.DirEntry.is_file) if not name.startswith(PARTIAL)]
+
+    def _names(self, kind: Callable[["os.DirEntry[str]"], bool]) -> builtins.list[str]:
         with self._explained(""):
-            if not self._folder.exists():
-                return []
-            files = (entry.name for entry in os.scandir(self._folder) if entry.is_file())
-            return sorted(name for name in files if not name.startswith(PARTIAL))
+            entries = os.scandir(self._folder) if self._folder.exists() else ()
+            return sorted(entry.name for entry in entries if kind(entry))
 
     def exists(self, name: str) -> bool:
         with self._explained(name):

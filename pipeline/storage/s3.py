@@ -11,7 +11,7 @@ import io
 import re
 import zlib
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from functools import partial, reduce
 from typing import Any, BinaryIO
 
@@ -25,7 +25,7 @@ from botocore.exceptions import (
 )
 
 from pipeline.errors import Conflict, InputError
-from pipeline.storage.prefetch import PARALLEL, PART, Parts, in_order
+from pipeline.storage.prefetch import PARALLEL, PART, Parts, in_background, in_order
 from pipeline.storage.retry import Patience, Tally
 from pipeline.storage.s3_client import BadSettings, client, is_anonymous, is_passing
 
@@ -252,7 +252,6 @@ class Upload:
         self._buffer = bytearray()
         self._size = self._crc = 0  # of all bytes written
         self._upload: str | None = None
-        self._threads: ThreadPoolExecutor | None = None
         self._parts: list[Future[dict[str, Any]]] = []
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
@@ -272,8 +271,6 @@ class Upload:
         else:
             self._send(last)
             etag = self._completed([part.result() for part in self._parts])
-        if self._threads:
-            self._threads.shutdown()
         size, found = self._store.size(self._name), self._store._versions[self._name][1]
         if size != self._size or found != etag:
             raise Conflict(
@@ -283,20 +280,18 @@ class Upload:
 
     def abort(self) -> None:
         """Leave nothing behind."""
-        if self._threads:
-            self._threads.shutdown(cancel_futures=True)
+        wait(self._parts)
         if self._upload is not None:
             with contextlib.suppress(Exception):  # the first error is the one to report
                 self._store._ask("abort_multipart_upload", self._name, UploadId=self._upload)
 
     def _send(self, part: bytes) -> None:
         """Upload a part in the background; wait for the oldest one if PARALLEL are under way."""
-        if self._upload is None or self._threads is None:
-            answer = self._ask("create_multipart_upload", {"ChecksumAlgorithm": "CRC32"})
-            self._upload, self._threads = str(answer["UploadId"]), ThreadPoolExecutor(PARALLEL)
+        if self._upload is None:
+            self._upload = str(self._ask("create_multipart_upload", {"ChecksumAlgorithm": "CRC32"})["UploadId"])
         if len(self._parts) >= PARALLEL:
             self._parts[-PARALLEL].result()
-        self._parts.append(self._threads.submit(self._send_part, part, len(self._parts) + 1))
+        self._parts.append(in_background(partial(self._send_part, part, len(self._parts) + 1), "send"))
 
     def _send_part(self, part: bytes, number: int) -> dict[str, Any]:
         answer = self._sent("upload_part", part, PartNumber=number, UploadId=self._upload)
