@@ -20,8 +20,7 @@ RECORDS = ("config.yaml", "metrics.jsonl")
 PICTURES = ("tensorboard/*", "samples/*")
 """Patterns of the files copied besides a checkpoint: RECORDS before its manifest, PICTURES after it."""
 
-OWNER = "owner.json"
-"""Names the process that may write to the bucket: the one that started last. Any other one stops."""
+OWNER = "owner.json"  # names the process that may write to the bucket, the one that started last; any other stops
 
 
 def upload(folder: Path, remote: str, names: list[str]) -> None:

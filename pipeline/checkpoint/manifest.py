@@ -17,8 +17,7 @@ from pipeline.storage.store import open_store
 
 MANIFEST = "manifest.json"
 
-Entries = dict[str, dict[str, Any]]
-"""The files of a manifest: {"bytes": int, "sha256": str} by name."""
+Entries = dict[str, dict[str, Any]]  # the files of a manifest: {"bytes": int, "sha256": str} by name
 
 
 def by_step(names: Iterable[str]) -> list[str]:

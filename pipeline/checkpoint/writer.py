@@ -37,8 +37,7 @@ from pipeline.storage.prefetch import in_background
 
 log = logging.getLogger("naign.checkpoint")
 
-Write = Callable[[Path], None]
-"""Writes one file."""
+Write = Callable[[Path], None]  # writes one file
 
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
@@ -73,11 +72,9 @@ def is_complete(folder: Path, *, parts: bool = False) -> bool:
     try:
         files = read_manifest((folder / MANIFEST).read_bytes()).items()
         return all(is_whole(folder / name, entry) or (parts and not (folder / name).exists()) for name, entry in files)
-    except OSError as error:
-        if error.errno in TRANSIENT:
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in TRANSIENT:
             raise
-        return False
-    except ValueError:
         return False
 
 
@@ -108,16 +105,14 @@ class Writer:
         self._lasting = set[str]()  # checkpoints in the bucket known to be kept for good
         self._names = list[str]()  # this rank's files of the newest checkpoint
         # A group of its own: the background threads communicate while the main threads train.
-        wait = timedelta(seconds=patience)
-        self._group: Any = dist.new_group(backend="gloo", timeout=wait) if world > 1 else None
+        self._group: Any = None
+        if world > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
         self._beat, self._flush, self._left = beat, flush, left
         self._done: Future[str] | None = None  # of what is under way: why the run must end, or ""
-        self.seconds = 0.0
-        """Seconds that the last checkpoint took in the background, uploading included."""
-        self.uploaded = 0.0
-        """Seconds of them spent on uploading."""
-        self.unsent = ""
-        """Name of the newest checkpoint if it could not be uploaded; the same on all ranks."""
+        self.seconds = 0.0  # that the last checkpoint took in the background, uploading included
+        self.uploaded = 0.0  # seconds of them spent on uploading
+        self.unsent = ""  # name of the newest checkpoint if it could not be uploaded; the same on all ranks
 
     def start(self, name: str, copy: Callable[[], None], files: Mapping[str, Write]) -> None:
         """Start to write this rank's files of checkpoint `name`. `copy` is called first, in the background.

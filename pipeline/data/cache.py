@@ -21,11 +21,8 @@ from pipeline.storage.local import write_atomically
 
 log = logging.getLogger("naign.cache")
 
-BLOCK = 8 << 20
-"""Bytes: what is fetched for the cache at once."""
-
-_ABANDONED = 3600.0
-"""Seconds after which a temporary file belongs to a process that was killed."""
+BLOCK = 8 << 20  # bytes: what is fetched for the cache at once
+_ABANDONED = 3600.0  # seconds after which a temporary file belongs to a process that was killed
 
 
 class CachedStore:

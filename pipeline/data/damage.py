@@ -22,8 +22,7 @@ from torch import Tensor
 from pipeline.errors import InputError
 from pipeline.registry import lookup
 
-SCALARS = 16
-"""Uniform numbers that `mixed` takes for an image besides those of its pixels."""
+SCALARS = 16  # uniform numbers that `mixed` takes for an image besides those of its pixels
 
 
 class Law(NamedTuple):
@@ -33,10 +32,8 @@ class Law(NamedTuple):
     """Damaged images (n, *shape), a function of the arguments alone, row by row: images (n, *shape) float32 in [-1, 1],
     standard normals (n, *shape), uniform numbers (n, uniforms(shape)) in (0, 1], and the noise's largest standard
     deviation. `mixed` stays in [-1, 1]."""
-    uniforms: Callable[[tuple[int, ...]], int]
-    """How many uniform numbers an image of that shape takes."""
-    check: Callable[[tuple[int, ...]], None]
-    """Raises InputError for a shape that cannot be damaged so."""
+    uniforms: Callable[[tuple[int, ...]], int]  # how many uniform numbers an image of that shape takes
+    check: Callable[[tuple[int, ...]], None]  # raises InputError for a shape that cannot be damaged so
 
 
 def find_law(law: str) -> Law:
@@ -50,9 +47,7 @@ def _noise(images: Tensor, normals: Tensor, uniform: Tensor, strength: float) ->
 
 def _check_mixed(shape: tuple[int, ...]) -> None:
     if len(shape) != 3 or min(shape[1:]) < 8:
-        raise InputError(
-            f"objective.damage=mixed is for images of at least 8x8 pixels, the data has {tuple(shape)}: choose noise"
-        )
+        raise InputError(f"objective.damage=mixed is for images of at least 8x8 pixels, not {shape}: choose noise")
 
 
 def _mixed(images: Tensor, normals: Tensor, uniform: Tensor, strength: float) -> Tensor:

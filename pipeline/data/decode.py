@@ -141,14 +141,12 @@ def _decode_plain_jpeg(data: bytes, into: Array | None) -> Array | None:
     return pixels.transpose(2, 0, 1)
 
 
-JPEG_PIXELS = 1 << 26
-"""Above it Pillow's own guard against pictures that are made to fill the memory decides."""
+JPEG_PIXELS = 1 << 26  # above it Pillow's own guard against pictures that are made to fill the memory decides
 
 _MODES = {b"\x08\0\0\0\0": "L", b"\x08\2\0\0\0": "RGB"}
 """By bit depth, colour type, and three bytes that are 0 (compression, filter, not interlaced)."""
 
-PLAIN_PIXELS = 256 * 256
-"""Above it the time is in decompression."""
+PLAIN_PIXELS = 256 * 256  # above it the time is in decompression
 
 
 def decode_array(data: bytes, shape: tuple[int, ...], dtype: str) -> Array:
@@ -226,8 +224,7 @@ def decode(
     return array, label
 
 
-Draws = npt.NDArray[np.float64]
-"""(rows, 4), uniform in [0, 1)."""
+Draws = npt.NDArray[np.float64]  # (rows, 4), uniform in [0, 1)
 
 
 def draws(seed: int, round: int, first: int, last: int) -> Draws:

@@ -11,11 +11,11 @@ import threading
 import weakref
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, wait
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from functools import partial
 from itertools import accumulate, count, islice
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import webdataset
@@ -38,14 +38,9 @@ __all__ = ["Stream", "Taken", "read_split"]
 
 log = logging.getLogger("naign.data")
 
-PATIENCE = 5.0
-"""Seconds to wait for the reading of a round that is no longer wanted."""
-
-BLOCK = 256
-"""The most rows that a thread reads between two looks at whether to stop."""
-
-BLOCK_BYTES = 4 << 20
-"""The most bytes of them, unless one row is more."""
+PATIENCE = 5.0  # seconds to wait for the reading of a round that is no longer wanted
+BLOCK = 256  # the most rows that a thread reads between two looks at whether to stop
+BLOCK_BYTES = 4 << 20  # the most bytes of them, unless one row is more
 
 
 class _Part(NamedTuple):
@@ -81,7 +76,7 @@ def _open_trace(folder: str, rank: int) -> Path:
     return file
 
 
-class Stream:
+class Stream(AbstractContextManager["Stream"]):
     """One rank's part of every round of a split. Use as a context manager, or close it."""
 
     def __init__(
@@ -169,9 +164,6 @@ class Stream:
         self._ahead = None
         self._close_parts()
         atexit.unregister(self.close)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -17,7 +17,6 @@ import numpy.typing as npt
 from pipeline.errors import InputError
 
 Longs = npt.NDArray[np.int64]
-
 TAILS = ("wrap", "drop", "pad")
 
 
@@ -35,17 +34,12 @@ class Piece:
 class Order:
     """All that says in which order the images of a split come, and in which rounds."""
 
-    sizes: tuple[int, ...]
-    """Samples of each shard."""
-
+    sizes: tuple[int, ...]  # samples of each shard
     seed: int
-    round_size: int
-    """Images a round, over all ranks."""
-
+    round_size: int  # images a round, over all ranks
     tail: str = "wrap"
     """Of an epoch that is no whole number of rounds. wrap: its last round goes on into the next epoch, so that epochs
     laid end to end are cut into rounds; drop: its last images are left out; pad: its first ones fill up the round."""
-
     resampled: bool = False
     """Draw the shards of an epoch with replacement, as WebDataset's resampled=True: images come once on average."""
 
@@ -169,12 +163,9 @@ def check(order: Order, world: int) -> None:
     if order.tail not in TAILS:
         raise InputError(f"data.tail is '{order.tail}': choose one of {', '.join(TAILS)}")
     if order.tail == "drop" and order.total < number:
-        raise InputError(
-            f"data.tail=drop leaves nothing of {order.total} images in rounds of {number}: use smaller rounds, or wrap"
-        )
+        left = f"data.tail=drop leaves nothing of {order.total} images in rounds of {number}"
+        raise InputError(f"{left}: use smaller rounds, or wrap")
     if number < world or number % world:
-        near = max(1, round(number / world)) * world
-        raise InputError(
-            f"a round of {number} images cannot be shared equally by {world} ranks "
-            f"({number} = {number // world} x {world} + {number % world}): use {near}, for example"
-        )
+        near, arithmetic = max(1, round(number / world)) * world, f"{number // world} x {world} + {number % world}"
+        shared = f"a round of {number} images cannot be shared equally by {world} ranks ({number} = {arithmetic})"
+        raise InputError(f"{shared}: use {near}, for example")

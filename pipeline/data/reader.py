@@ -23,17 +23,10 @@ from pipeline.storage.base import Store
 from pipeline.storage.prefetch import PARALLEL, in_order
 from pipeline.storage.retry import Tally
 
-PART = 8 << 20
-"""Bytes of pages asked for at once."""
-
-REREADS = 3
-"""How often a page whose hash is wrong is read again."""
-
-TABLES = 16
-"""Page tables that are kept: each is about a thousandth of its shard."""
-
-TABLES_AHEAD = 2
-"""Page tables asked for before the pages of the shard before are all there."""
+PART = 8 << 20  # bytes of pages asked for at once
+REREADS = 3  # how often a page whose hash is wrong is read again
+TABLES = 16  # page tables that are kept: each is about a thousandth of its shard
+TABLES_AHEAD = 2  # page tables asked for before the pages of the shard before are all there
 
 
 class Raw(NamedTuple):
@@ -189,18 +182,12 @@ _REMEDY = "copy it again, or repack the data set"
 class Taken:
     """One rank's part of a round; row i is position i of that part, whatever the number of workers."""
 
-    images: Tensor
-    """(n, C, H, W) uint8 of images, in memory as (n, H, W, C); (n, D) float32 of points."""
-    labels: Tensor
-    """(n,) int64, -1 where there is none."""
-    keys: list[str]
-    """n of them."""
-    epochs: Tensor
-    """(n,) int64: in which epoch each row was taken."""
-    tally: Tally = field(default_factory=Tally)
-    """What reading them has cost."""
-    broken: list[str] = field(default_factory=list)
-    """The problem of each sample that another one stands in for."""
+    images: Tensor  # (n, C, H, W) uint8 of images, in memory as (n, H, W, C); (n, D) float32 of points
+    labels: Tensor  # (n,) int64, -1 where there is none
+    keys: list[str]  # n of them
+    epochs: Tensor  # (n,) int64: in which epoch each row was taken
+    tally: Tally = field(default_factory=Tally)  # what reading them has cost
+    broken: list[str] = field(default_factory=list)  # the problem of each sample that another one stands in for
 
 
 def new_images(shape: tuple[int, ...], dtype: str, rows: int) -> Array:

@@ -5,8 +5,7 @@ from typing import BinaryIO, Protocol
 
 from pipeline.storage.retry import Tally
 
-PARTIAL = ".partial-"
-"""Prefix of a file that is still being written: `list` never shows one."""
+PARTIAL = ".partial-"  # prefix of a file that is still being written: `list` never shows one
 
 
 class Writer(Protocol):

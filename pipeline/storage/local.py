@@ -73,9 +73,8 @@ class LocalStore:
             stream.seek(first)
             data = stream.readall() if last is None else stream.read(last - first)
         if last is not None and len(data) < last - first:
-            raise InputError(
-                f"{self.url(name)}: {first + len(data)} bytes where {last} were expected: truncated: copy it again"
-            )
+            found = f"{first + len(data)} bytes where {last} were expected"
+            raise InputError(f"{self.url(name)}: {found}: truncated: copy it again")
         self.tally.add(bytes=len(data))
         return data
 

@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-PART = 16 << 20
-"""Bytes asked for at once: half as many would cost a third of the speed of a fast server."""
+PART = 16 << 20  # bytes asked for at once: half as many would cost a third of the speed of a fast server
 
 PARALLEL = 3
 """Parts on their way at once: with those that wait to be taken, a reader holds (PARALLEL + 1) * PART bytes at most."""

@@ -14,15 +14,9 @@ from pipeline.errors import Unavailable
 
 log = logging.getLogger("naign.store")
 
-ATTEMPTS = 10
-"""Failures in a row, without a byte of progress between, before a store counts as out of reach."""
-
-FIRST_PAUSE = 0.2
-"""Seconds: the longest pause after the first failure; it doubles with each that follows."""
-
-LONGEST_PAUSE = 10.0
-"""Seconds."""
-
+ATTEMPTS = 10  # failures in a row, without a byte of progress between, before a store counts as out of reach
+FIRST_PAUSE = 0.2  # seconds: the longest pause after the first failure; it doubles with each that follows
+LONGEST_PAUSE = 10.0  # seconds
 _chance = random.Random()  # not the global one, which belongs to the program
 
 
@@ -30,17 +24,10 @@ _chance = random.Random()  # not the global one, which belongs to the program
 class Tally:
     """What reading has cost."""
 
-    bytes: int = 0
-    """Received, from a store or a cache."""
-
-    retries: int = 0
-    """Requests that had to be made again."""
-
-    reread: int = 0
-    """Bytes read again because their hash was wrong."""
-
-    cached: int = 0
-    """Bytes of those received that came from the cache."""
+    bytes: int = 0  # received, from a store or a cache
+    retries: int = 0  # requests that had to be made again
+    reread: int = 0  # bytes read again because their hash was wrong
+    cached: int = 0  # bytes of those received that came from the cache
 
     def add(self, **more: int) -> None:
         with _LOCK[0]:

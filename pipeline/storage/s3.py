@@ -29,8 +29,7 @@ from pipeline.storage.prefetch import PARALLEL, PART, Parts, in_background, in_o
 from pipeline.storage.retry import Patience, Tally
 from pipeline.storage.s3_client import BadSettings, client, is_anonymous, is_passing
 
-WRITE_PART = 16 << 20
-"""Bytes per part of a multipart upload; S3 allows 10,000 parts."""
+WRITE_PART = 16 << 20  # bytes per part of a multipart upload; S3 allows 10,000 parts
 
 CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role"
 

@@ -19,8 +19,7 @@ from urllib3.exceptions import HTTPError
 from pipeline.errors import printable
 from pipeline.storage.prefetch import PARALLEL
 
-SILENCE = 20.0
-"""Seconds without a byte, or without a connection, before a request counts as failed."""
+SILENCE = 20.0  # seconds without a byte, or without a connection, before a request counts as failed
 
 _TRANSIENT = ("BadDigest", "XAmzContentChecksumMismatch", "RequestTimeout", "SlowDown")
 """Error codes of requests worth retrying, whatever their HTTP status."""
@@ -75,8 +74,7 @@ def client() -> Any:
     return made
 
 
-forget_clients = client.cache_clear
-"""Make a new client, from the environment as it is then."""
+forget_clients = client.cache_clear  # the next one is made from the environment as it is then
 
 os.register_at_fork(after_in_child=forget_clients)
 

@@ -33,9 +33,7 @@ def use_endpoint(address: str) -> None:
 def gopen(url: str, mode: str = "rb", bufsize: int = 8192) -> BinaryIO:
     """A stream of one file, as WebDataset asks for it: `webdataset.gopen_schemes["s3"] = gopen`."""
     if "r" not in mode:
-        raise InputError(
-            f"{url}: opened with mode {mode!r}: WebDataset can only read through this; write with `naign pack`"
-        )
+        raise InputError(f"{url}: mode {mode!r}: WebDataset can only read through this; write with `naign pack`")
     store, name = locate(url)
     return store.open(name)
 

@@ -13,7 +13,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.format.audit import Scan
+from pipeline.data.format.audit import scan
 from pipeline.data.format.pages import BLOCK, PAGE, ROW, Pager, Table, dump_table, parse_table, samples
 from pipeline.errors import InputError
 from pipeline.storage.store import open_store
@@ -135,9 +135,9 @@ def by_webdataset(file: Path) -> list[dict[str, Any]]:
 
 def by_pages(file: Path, *, at_once: int) -> list[dict[str, Any]]:
     """What is in the pages of the file's own table, read `at_once` at a time."""
-    scan = Scan(open_store(str(file.parent)), file.name)
-    count = len(list(scan))
-    _, table = scan.shard()
+    pager = Pager()
+    count = len(list(scan(open_store(str(file.parent)), file.name, pager)))
+    _, table = pager.shard(file.name)
     data = file.read_bytes()
     found = []
     for low in range(0, len(table) - 1, at_once):

@@ -9,10 +9,10 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
-from typing import Any, BinaryIO, cast
+from types import SimpleNamespace
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from tqdm import tqdm
@@ -32,15 +32,11 @@ BROKEN_TAR = (
 )
 """What reading a damaged tar raises. A disk or network that fails raises others, worth a retry."""
 
-MOST_LABELS = 1_000_000
-"""A larger number in .cls is no label."""
-
-PROBLEMS = 20
-"""How many problems a message lists."""
+MOST_LABELS = 1_000_000  # a larger number in .cls is no label
+PROBLEMS = 20  # how many problems a message lists
 
 
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Report:
+class Report(NamedTuple):
     """What `verify` read and found sound."""
 
     samples: int
@@ -48,70 +44,62 @@ class Report:
     bytes: int
 
 
-class Scan:
-    """One shard read from its first byte to its last: iterate over its samples, then ask for what was measured."""
+def scan(
+    store: Store, name: str, pager: Pager, advance: Callable[[int], object] = lambda _: None
+) -> Iterator[dict[str, Any]]:
+    """The samples of a shard as WebDataset gives them; all its bytes are told to `pager`, their number to `advance`.
 
-    def __init__(self, store: Store, name: str, advance: Callable[[int], object] = lambda _: None) -> None:
-        self._store, self._name, self._where = store, name, store.url(name)
-        self._advance = advance  # told of bytes read
-        self._pager = Pager()
-        self._start = 0  # of the last member
-        self._end = self._last = 0  # byte behind the last sample, behind the last member
-        self._stream: BinaryIO | None = None
+    Raises InputError where they are no uncompressed tar or end early, or a sample has two members of a suffix.
+    """
+    where = store.url(name)
+    with closing(store.open(name)) as stream:
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The samples in order, as WebDataset gives them: `__key__` and the bytes by suffix.
+        def read(size: int) -> bytes:
+            data = stream.read(size)
+            advance(pager.write(data))
+            return data
 
-        Raises InputError where the bytes are no uncompressed tar or end early, or a sample has two members of a suffix.
-        """
-        with closing(self._store.open(self._name)) as self._stream:
-            try:
-                yield from grouped(self._members(), lambda: self._pager.start(self._start), f"{self._where}, ")
-                while self.read(1 << 20):
-                    pass
-            except InputError:
-                raise
-            except BROKEN_TAR as error:
-                raise InputError(
-                    f"{self._where}: truncated or no tar ({error}): copy it again, or repack the data set"
-                ) from None
+        try:
+            with tarfile.open(fileobj=cast(BinaryIO, SimpleNamespace(read=read)), mode="r|", bufsize=1 << 18) as tar:
+                yield from grouped(_members(tar, where, pager), f"{where}, ")
+            while read(1 << 20):
+                pass
+        except InputError:
+            raise
+        except BROKEN_TAR as error:
+            raise InputError(f"{where}: truncated or no tar ({error}): copy it again, or repack the data set") from None
 
-    def ending(self) -> Iterator[str]:
-        """What is wrong behind the last sample: a tar that was cut between two samples reads as if whole."""
-        rest = self._pager.rest(self._last)
-        if not self._pager.samples:
-            yield f"{self._where}: holds no samples: remove it"
-        if len(rest) < 2 * tarfile.BLOCKSIZE:
-            yield f"{self._where}: ends in the middle: no end-of-archive mark: copy it again"
-        elif rest.strip(b"\0"):
-            yield f"{self._where}: more data behind the end of the archive, as of tars laid end to end: repack them"
 
-    def shard(self) -> tuple[Shard, Table]:
-        """What the manifest should say of it, and its page table, once all samples were read."""
-        return self._pager.shard(self._name, self._end)
+def _members(tar: tarfile.TarFile, where: str, pager: Pager) -> Iterator[tuple[str, str, bytes]]:
+    """Key, suffix and bytes of each member of a sample; `pager` is told where samples and members start and end."""
+    last = None
+    for member in tar:
+        pager.after = tar.offset
+        tar.members = []  # type: ignore[attr-defined]  # else all headers of a large shard stay in memory
+        if member.issym() or member.islnk() or member.issparse():
+            raise InputError(f"{where}: {member.name} is a link or sparse: repack it with the files")
+        if not member.isreg() or not (named := key_and_suffix(member.name)):
+            continue
+        if not named[0].isprintable():
+            raise InputError(f"{where}, key {named[0]!r}: not printable UTF-8: repack the data set")
+        if named[0] != last:
+            last = named[0]
+            pager.start(member.offset)
+        stream = tar.extractfile(member)
+        assert stream is not None
+        yield *named, stream.read()
+        pager.end = tar.offset
 
-    def read(self, size: int = -1) -> bytes:
-        """The tar's next bytes, measured: for tarfile, which reads from here."""
-        assert self._stream is not None
-        data = self._stream.read(size)
-        self._advance(self._pager.write(data))
-        return data
 
-    def _members(self) -> Iterator[tuple[str, str, bytes]]:
-        with tarfile.open(fileobj=cast(BinaryIO, self), mode="r|", bufsize=1 << 18) as tar:
-            for member in tar:
-                self._start, self._last = member.offset, tar.offset
-                tar.members = []  # type: ignore[attr-defined]  # else all headers of a large shard stay in memory
-                if member.issym() or member.islnk() or member.issparse():
-                    raise InputError(f"{self._where}: {member.name} is a link or sparse: repack it with the files")
-                if not member.isreg() or not (named := key_and_suffix(member.name)):
-                    continue
-                if not named[0].isprintable():
-                    raise InputError(f"{self._where}, key {named[0]!r}: not printable UTF-8: repack the data set")
-                stream = tar.extractfile(member)
-                assert stream is not None
-                yield *named, stream.read()
-                self._end = tar.offset
+def _ending(where: str, pager: Pager) -> Iterator[str]:
+    """What is wrong behind the last sample: a tar that was cut between two samples reads as if whole."""
+    rest = pager.rest(pager.after)
+    if not pager.samples:
+        yield f"{where}: holds no samples: remove it"
+    if len(rest) < 2 * tarfile.BLOCKSIZE:
+        yield f"{where}: ends in the middle: no end-of-archive mark: copy it again"
+    elif rest.strip(b"\0"):
+        yield f"{where}: more data behind the end of the archive, as of tars laid end to end: repack them"
 
 
 def _scans(
@@ -120,14 +108,14 @@ def _scans(
     check: Callable[[dict[str, Any], str], None],  # of a sample and, for messages, its shard: raises InputError
     problems: list[str],  # added to
     bar: "tqdm[Any]",
-) -> Iterator[tuple[str, Scan]]:
-    """Reads shards: the name and the scan of each that could be read to its end. No key may stand twice in a split."""
+) -> Iterator[tuple[str, Pager]]:
+    """Reads shards: name and measures of each that could be read to its end. No key may stand twice in a split."""
     for shards in names.values():
         keys: dict[str, str] = {}  # shard by key
         for name in shards:
-            where, scan = store.url(name), Scan(store, name, bar.update)
+            where, pager = store.url(name), Pager()
             try:
-                for sample in scan:
+                for sample in scan(store, name, pager, bar.update):
                     key = sample["__key__"]
                     if key in keys:
                         problems.append(f"{where}, key {key}: also in {keys[key]}: repack the data set")
@@ -139,7 +127,7 @@ def _scans(
             except InputError as error:  # missing, or no tar from some byte on
                 problems.append(str(error))
             else:
-                yield name, scan
+                yield name, pager
 
 
 def _refuse(path: str, problems: list[str]) -> None:
@@ -176,8 +164,8 @@ def verify(path: str, *, progress: bool = True) -> Report:
         with suppress(InputError):  # one that is missing is named below
             problems += filter(None, [size_problem(store, shard)])
     with _bar(desc=f"verify {manifest.name}", total=report.bytes, disable=not progress) as bar:
-        for name, scan in _scans(store, names, check, problems, bar):
-            problems += _differences(store, shards[name], *scan.shard())
+        for name, pager in _scans(store, names, check, problems, bar):
+            problems += _differences(store, shards[name], *pager.shard(name))
     _refuse(path, problems)
     return report
 
@@ -222,16 +210,14 @@ def index(
     store, problems, form = open_store(path), list[str](), dict[str, Any]()
     present = store.list()
     if INDEX in present and not force:
-        raise InputError(
-            f"{store.url(INDEX)} is there already: check it with `naign verify`, or replace it with --force"
-        )
+        raise InputError(f"{store.url(INDEX)} is there already: check it with `naign verify`, or replace it by --force")
     groups = _grouped_names([file for file in present if file.endswith(".tar")], path, train, test)
     made: dict[str, tuple[Shard, Table]] = {}
     size = sum(store.size(file) for files in groups.values() for file in files)
     with _bar(desc=f"index {path}", total=size, disable=not progress) as bar:
-        for file, scan in _scans(store, groups, partial(_survey, form, keep_broken), problems, bar):
-            problems += scan.ending()
-            made[file] = scan.shard()
+        for file, pager in _scans(store, groups, partial(_survey, form, keep_broken), problems, bar):
+            problems += _ending(store.url(file), pager)
+            made[file] = pager.shard(file)
     _refuse(path, problems)
     manifest = Manifest.of(
         name or path.rstrip("/").rpartition("/")[2] or "indexed",
@@ -260,9 +246,7 @@ def _labels(names: Sequence[str], classes: int, path: str) -> tuple[str, ...]:
 def _grouped_names(files: list[str], path: str, train: str | None, test: str | None) -> dict[str, list[str]]:
     """The shards of each split."""
     if not files:
-        raise InputError(
-            f"{path}: no .tar there: check the path (compressed tars cannot be read by ranges: unpack them)"
-        )
+        raise InputError(f"{path}: no .tar there: check the path, and unpack tars that are compressed")
     patterns = {
         "test": (test,) if test else () if train else SPLITS["test"],
         "train": (train,) if train else SPLITS["train"],
@@ -318,7 +302,6 @@ def _form(sample: dict[str, Any], where: str) -> dict[str, Any]:
         array = np.load(io.BytesIO(sample[suffix]), allow_pickle=False)
     kind = next((kind for kind, form in FORMS.items() if form == (str(array.dtype), array.ndim)), None)
     if kind is None:
-        raise InputError(
-            f"{where}: the .npy is {array.dtype} of {array.shape}: images are uint8 (C, H, W), points float32 (D,)"
-        )
+        found = f"{array.dtype} of {array.shape}"
+        raise InputError(f"{where}: the .npy is {found}: images are uint8 (C, H, W), points float32 (D,)")
     return {"kind": kind, "shape": array.shape}

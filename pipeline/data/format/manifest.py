@@ -14,14 +14,9 @@ from pipeline.storage.store import open_store
 INDEX = "index.json"
 FORMAT = 2
 
-VALUES = 2**28
-"""The most values a sample may have: a colour image of 8192 pixels a side is below it."""
-
-MOST_SAMPLES = 2**40
-"""Of a split."""
-
-SAMPLE_BYTES = 1024
-"""The least that a sample takes in a tar: a block of header and one of data."""
+VALUES = 2**28  # the most values a sample may have: a colour image of 8192 pixels a side is below it
+MOST_SAMPLES = 2**40  # of a split
+SAMPLE_BYTES = 1024  # the least that a sample takes in a tar: a block of header and one of data
 
 FORMS = {"image": ("uint8", 3), "point": ("float32", 1)}
 """The type and the number of axes of a sample, by the data set's kind."""
@@ -35,8 +30,7 @@ class Shard:
     samples: int
     bytes: int
     sha256: str
-    pages: str
-    """SHA-256 of its page table (pages.py)."""
+    pages: str  # SHA-256 of its page table (pages.py)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -52,14 +46,10 @@ class Manifest:
     """A packed data set."""
 
     name: str
-    kind: str
-    """`image` or `point`."""
-    shape: tuple[int, ...]
-    """Of one sample: (C, H, W) of an image, (D,) of a point."""
-    dtype: str
-    """`uint8` of an image, `float32` of a point."""
-    labels: tuple[str, ...]
-    """Name of each label; empty where there are none."""
+    kind: str  # `image` or `point`
+    shape: tuple[int, ...]  # of one sample: (C, H, W) of an image, (D,) of a point
+    dtype: str  # `uint8` of an image, `float32` of a point
+    labels: tuple[str, ...]  # name of each label; empty where there are none
     splits: dict[str, Split]
 
     @classmethod
@@ -81,14 +71,10 @@ class Manifest:
         if store.exists(INDEX):
             return cls.parse(store.read(INDEX), where=store.url(INDEX))
         if names := store.list():
-            raise InputError(
-                f"{path}: no {INDEX} among its {len(names)} files: run `naign pack` again if it was interrupted, "
-                f"`naign index` for tars that others wrote, or check the path"
-            )
-        raise InputError(
-            f"{path}: no data set here, the folder is missing or holds no files: "
-            f"check the path, or make one with `naign pack` (--help has its names): naign pack mnist --to {path}"
-        )
+            remedy = "run `naign pack` again if it was interrupted, `naign index` for tars that others wrote"
+            raise InputError(f"{path}: no {INDEX} among its {len(names)} files: {remedy}, or check the path")
+        remedy = f"make one with `naign pack` (--help has its names): naign pack mnist --to {path}"
+        raise InputError(f"{path}: no data set here, the folder is missing or empty: check the path, or {remedy}")
 
     @classmethod
     def parse(cls, text: bytes, *, where: str) -> "Manifest":
@@ -97,10 +83,8 @@ class Manifest:
             fields: dict[str, Any] = json.loads(text)
             version = fields.pop("format")
             if version != FORMAT:
-                raise InputError(
-                    f"{where}: format {version!r}, but this program reads format {FORMAT}: "
-                    f"write it anew with `naign index --force`, or pack the data set again"
-                )
+                remedy = "write it anew with `naign index --force`, or pack the data set again"
+                raise InputError(f"{where}: format {version!r}, but this program reads format {FORMAT}: {remedy}")
             splits = {
                 name: Split(samples=split["samples"], shards=tuple(Shard(**shard) for shard in split["shards"]))
                 for name, split in fields.pop("splits").items()

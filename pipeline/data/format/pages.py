@@ -8,7 +8,7 @@ whatever the size of the shard, and what arrives is checked before it is used.
 import hashlib
 import io
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,17 +20,13 @@ from pipeline.data.format.manifest import Shard
 from pipeline.errors import InputError
 from pipeline.storage.base import Writer
 
-PAGE = 256 << 10
-"""The least bytes of a page, but for the last: large enough that tables are a thousandth of the data."""
+PAGE = 256 << 10  # the least bytes of a page, but for the last: large enough that tables are a thousandth of the data
 
 ROW = np.dtype([("sample", "<i8"), ("byte", "<i8"), ("sha256", "V32")])
 """A page's first sample, first byte, and hash. One more row says where the last page ends; its hash is zero."""
 
-Table = npt.NDArray[Any]
-"""(pages + 1,) of ROW."""
-
-BLOCK = 512
-"""Of a tar, in bytes."""
+Table = npt.NDArray[Any]  # (pages + 1,) of ROW
+BLOCK = 512  # of a tar, in bytes
 
 
 def table_name(shard: str) -> str:
@@ -46,6 +42,7 @@ class Pager:
         self._bytes = bytearray()  # of the tar, from _start on: what is not hashed yet
         self._start = 0
         self.samples = 0  # told so far
+        self.end = self.after = 0  # byte behind the last sample, behind the last member of the tar
         self._pages: list[tuple[int, int]] = []  # first sample and byte of each that is not hashed yet
         self._rows: list[tuple[int, int, bytes]] = []
 
@@ -78,9 +75,9 @@ class Pager:
         table: Table = np.array([*self._rows, (self.samples, end, bytes(32))], ROW)
         return table
 
-    def shard(self, name: str, end: int) -> tuple[Shard, Table]:
-        """What the manifest should say of the tar, and its page table: as `finish`."""
-        table = self.finish(end)
+    def shard(self, name: str) -> tuple[Shard, Table]:
+        """What the manifest should say of the tar, and its page table, once all is told and `end` is set."""
+        table = self.finish(self.end)
         pages = hashlib.sha256(dump_table(table)).hexdigest()
         digest = self._hash.hexdigest()
         return Shard(name=name, samples=self.samples, bytes=self._size, sha256=digest, pages=pages), table
@@ -123,7 +120,6 @@ def samples(page: bytes) -> Iterator[dict[str, Any]]:
 
 def grouped(
     members: Iterable[tuple[str, str, bytes]],  # key, suffix and bytes of each, in order
-    begin: Callable[[], object] = lambda: None,  # called at the first member of each sample
     where: str = "",  # for messages
 ) -> Iterator[dict[str, Any]]:
     """The samples as WebDataset gives them: `__key__`, and the members' bytes by suffix."""
@@ -133,7 +129,6 @@ def grouped(
             if sample:
                 yield sample
             sample = {"__key__": key}
-            begin()
         if suffix in sample:
             raise InputError(f"{where}key {key}: two members end in .{suffix}: repack the data set")
         sample[suffix] = data

@@ -19,15 +19,11 @@ from pipeline.errors import Conflict, InputError
 from pipeline.storage.base import Store, Writer
 from pipeline.storage.store import open_store
 
-SHARDS = 16
-"""The usual least number of shards a split: enough readers for a machine or two."""
-
-SHARD_BYTES = 64 << 20
-"""The usual most bytes of decoded samples a shard: long enough reads, short enough retries."""
+SHARDS = 16  # the usual least number of shards a split: enough readers for a machine or two
+SHARD_BYTES = 64 << 20  # the usual most bytes of decoded samples a shard: long enough reads, short enough retries
 
 
-ENCODINGS = ("png", "jpg", "webp", "npy")
-"""Of images: jpg trades exactness for space, npy space for speed."""
+ENCODINGS = ("png", "jpg", "webp", "npy")  # of images: jpg trades exactness for space, npy space for speed
 
 
 def pack(
@@ -61,7 +57,7 @@ def pack(
         for split, count in counts.items():
             for number, order in enumerate(_deal(len(source.splits[split]), count, seed)):
                 name = f"{split}-{number:05d}.tar"
-                make = partial(_write, source, split, order, name, encoding)
+                make = partial(_write, source, split, order, name, encoding if source.kind == "image" else "npy")
                 if old is None and name not in present:
                     with target.write(name) as stream:
                         new.append(name)
@@ -77,10 +73,8 @@ def pack(
     manifest = Manifest.of(source.name, source.kind, source.shape, source.labels, made)
     if old is None:
         if target.exists(INDEX):
-            raise Conflict(
-                f"{to}: another program packed a data set there meanwhile: `naign verify` says whether it is whole; "
-                f"choose another place, or replace it with --force"
-            )
+            remedy = "`naign verify` says whether it is whole; choose another place, or replace it with --force"
+            raise Conflict(f"{to}: another program packed a data set there meanwhile: {remedy}")
         target.put(INDEX, manifest.dump())
     return manifest, old is None
 
@@ -103,10 +97,8 @@ def _taken_back(target: Store) -> Iterator[list[str]]:
     names: list[str] = []
     try:
         yield names
-    except Conflict:
-        raise
-    except InputError:
-        for name in names:
+    except InputError as error:
+        for name in names if not isinstance(error, Conflict) else ():
             with suppress(InputError):  # the first error is the one to report
                 target.delete(name)
         raise
@@ -152,16 +144,9 @@ def _deal(samples: int, count: int, seed: int) -> Iterator[list[int]]:
 
 
 def _write(
-    source: Source,
-    split: str,
-    order: list[int],
-    name: str,
-    encoding: str,
-    target: Writer | None,
-    bar: "tqdm[Any] | None",
+    source: Source, split: str, order: list[int], name: str, suffix: str, target: Writer | None, bar: "tqdm[Any] | None"
 ) -> tuple[Shard, Table]:
     """Write one shard; owner, mode and time are fixed so that its bytes depend on the samples alone."""
-    suffix = encoding if source.kind == "image" else "npy"
     pager = Pager(target)
     with TarWriter(cast(BinaryIO, pager), user="", group="", mtime=0, encoder=False) as writer:
         for index in order:
@@ -172,8 +157,8 @@ def _write(
             writer.write(sample if label < 0 else {**sample, "cls": str(label).encode()})
             if bar is not None:
                 bar.update()
-        end = writer.tarstream.offset
-    return pager.shard(name, end)
+        pager.end = writer.tarstream.offset
+    return pager.shard(name)
 
 
 def _complete(target: Store, shard: Shard, table: Table, present: list[str], make: Make, *, known: bool) -> None:

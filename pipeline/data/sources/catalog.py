@@ -19,16 +19,14 @@ from pipeline.registry import known, lookup
 class Seeded:
     """Settings of a source that needs no files."""
 
-    seed: int = 0
-    """Of what is drawn."""
+    seed: int = 0  # of what is drawn
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Published(Seeded):
     """Settings of a source that is fetched from where it is published."""
 
-    root: Path | None = None
-    """Files to use instead of fetching them."""
+    root: Path | None = None  # files to use instead of fetching them
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -36,10 +34,8 @@ class Tree(Seeded):
     """Settings of a tree of pictures."""
 
     root: Path | None = None
-    size: int | None = None
-    """Pixels a side."""
-    channels: int = 3
-    """3 colour or 1 grey."""
+    size: int | None = None  # pixels a side
+    channels: int = 3  # 3 colour or 1 grey
 
 
 def _folder(_: str, settings: Tree) -> Source:

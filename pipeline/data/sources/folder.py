@@ -16,11 +16,8 @@ from pipeline.data.format.audit import BROKEN_TAR
 from pipeline.data.sources.source import Example, Made, Source
 from pipeline.errors import InputError
 
-TEST_SHARE = 0.1
-"""Of the pictures, where the tree has no train/ and test/ of its own."""
-
-LARGEST = 8192
-"""Pixels a side: a colour image is then 805 MB as float32; one far larger would be resized without end."""
+TEST_SHARE = 0.1  # of the pictures, where the tree has no train/ and test/ of its own
+LARGEST = 8192  # pixels a side: a colour image is then 805 MB as float32; one far larger would be resized without end
 
 
 class Picture(NamedTuple):

@@ -21,8 +21,7 @@ from pipeline.data.sources.source import Source, labelled
 from pipeline.errors import InputError
 from pipeline.storage.store import open_store
 
-TIMEOUT = 10
-"""Seconds without an answer before the next way is tried."""
+TIMEOUT = 10  # seconds without an answer before the next way is tried
 
 Way = tuple[str, Callable[[str], bytes]]
 """What a way is called in messages, and a function from a file's name to its bytes (gzipped or not)."""
@@ -90,8 +89,7 @@ def from_web(base: str, suffix: str = ".gz") -> Callable[[str], bytes]:
 
     def get(file: str) -> bytes:
         with urllib.request.urlopen(f"{base}{file}{suffix}", timeout=TIMEOUT) as answer:
-            data: bytes = answer.read()
-            return data
+            return bytes(answer.read())
 
     return get
 

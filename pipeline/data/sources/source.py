@@ -8,8 +8,7 @@ import numpy as np
 from pipeline.data.decode import Array
 from pipeline.errors import InputError
 
-Example = tuple[str, Array, int]
-"""Key, array, label (-1 for none)."""
+Example = tuple[str, Array, int]  # key, array, label (-1 for none)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -41,8 +40,7 @@ class Source:
     """A data set before packing."""
 
     name: str
-    kind: str
-    """`image`: (C, H, W) uint8; `point`: (D,) float32."""
+    kind: str  # `image`: (C, H, W) uint8; `point`: (D,) float32
     shape: tuple[int, ...]
     labels: tuple[str, ...]
     splits: dict[str, Made]
