@@ -151,10 +151,8 @@ def check_claim(remote: str, claim: str) -> None:
         return
     owner = {"claim": "", "host": "?", "since": "?"} | owner
     if owner["claim"] not in ("", claim):
-        raise Conflict(
-            f"{remote} was taken over by a run that started later (on {owner['host']}, {owner['since']}): this one "
-            "writes no more to it and ends; give each run its own --run.remote"
-        )
+        taken = f"{remote} was taken over by a run that started later (on {owner['host']}, {owner['since']})"
+        raise Conflict(f"{taken}: this one writes no more to it and ends; give each run its own --run.remote")
 
 
 def _copy(file: Path, url: str) -> None:

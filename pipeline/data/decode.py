@@ -142,11 +142,9 @@ def _decode_plain_jpeg(data: bytes, into: Array | None) -> Array | None:
 
 
 JPEG_PIXELS = 1 << 26  # above it Pillow's own guard against pictures that are made to fill the memory decides
-
+PLAIN_PIXELS = 256 * 256  # above it the time is in decompression
 _MODES = {b"\x08\0\0\0\0": "L", b"\x08\2\0\0\0": "RGB"}
 """By bit depth, colour type, and three bytes that are 0 (compression, filter, not interlaced)."""
-
-PLAIN_PIXELS = 256 * 256  # above it the time is in decompression
 
 
 def decode_array(data: bytes, shape: tuple[int, ...], dtype: str) -> Array:
@@ -186,14 +184,9 @@ def npy_header(shape: tuple[int, ...], dtype: npt.DTypeLike) -> bytes:
 
 
 def decode(
-    sample: dict[str, Any],
-    kind: str,
-    shape: tuple[int, ...],
-    classes: int,
-    shard: str,
-    into: Array | None = None,  # memory that the array may be in, where that saves a copy
+    sample: dict[str, Any], kind: str, shape: tuple[int, ...], classes: int, shard: str, into: Array | None = None
 ) -> tuple[Array, int]:
-    """A sample's array (uint8 of an image, float32 of a point) and its label, -1 if it has none.
+    """A sample's array (uint8 of an image, float32 of a point; in `into` if that saves a copy), and label, -1 if none.
 
     Raises InputError that names the shard and the key where the array is missing, cannot be decoded, has another shape
     or values that are not finite, or the label is not one of the data set's.

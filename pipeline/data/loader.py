@@ -139,9 +139,8 @@ class Stream(AbstractContextManager["Stream"]):
         self._allow(taken)
         if self._trace:
             with self._trace.open("a", errors="surrogateescape") as lines:
-                lines.writelines(
-                    f"{epoch} {round} {key}\n" for epoch, key in zip(taken.epochs.tolist(), taken.keys, strict=True)
-                )
+                rows = zip(taken.epochs.tolist(), taken.keys, strict=True)
+                lines.writelines(f"{epoch} {round} {key}\n" for epoch, key in rows)
         return taken
 
     def _allow(self, taken: Taken) -> None:
@@ -152,10 +151,8 @@ class Stream(AbstractContextManager["Stream"]):
         self._rows += len(taken.keys)
         most = int(self._config.broken_share * max(self._rows, self.order.total // self._world))
         if self._broken > most:
-            raise InputError(
-                f"{self._broken} broken samples of {self._rows} are more than data.broken_share="
-                f"{self._config.broken_share} allows ({most}); the last: {taken.broken[-1]}"
-            )
+            allowed = f"data.broken_share={self._config.broken_share} allows ({most}); the last: {taken.broken[-1]}"
+            raise InputError(f"{self._broken} broken samples of {self._rows} are more than {allowed}")
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -77,17 +77,17 @@ def check_seed(seed: int) -> None:
         raise InputError(f"--seed {seed}: use a whole number from 0 to 2**64 - 1")
 
 
-def shard_order(shards: int, seed: int, epoch: int) -> list[int]:
-    """The order (shards,) in which an epoch visits the shards: a permutation that depends on the arguments alone.
+def shuffled(count: int, seed: int, stream: int = 0) -> list[int]:
+    """0 to count - 1 in an order that depends on the arguments alone: of the shards of an epoch, say, the `stream`.
 
     It sorts Philox's raw numbers, which NumPy promises never to change, unlike those of its `permutation` (NEP 19).
     """
-    return [int(shard) for shard in np.argsort(_draws(shards, seed, epoch), kind="stable")]
+    order: list[int] = np.argsort(_draws(count, seed, stream), kind="stable").tolist()
+    return order
 
 
-def _draws(count: int, seed: int, epoch: int) -> Any:
-    """Raw numbers (count,) uint64."""
-    key = np.array([seed % 2**64, epoch], np.uint64)  # a list would pass through float64
+def _draws(count: int, seed: int, stream: int) -> Any:
+    key = np.array([seed % 2**64, stream], np.uint64)  # a list would pass through float64
     return np.random.Philox(key=key).random_raw(count)
 
 
@@ -103,7 +103,7 @@ def _epoch(sizes: tuple[int, ...], seed: int, epoch: int, resampled: bool) -> tu
         most = -(-total // int(lengths.min()))
         order = (_draws(most, seed, epoch) % np.uint64(len(sizes))).astype(np.int64)
     else:
-        order = np.array(shard_order(len(sizes), seed, epoch), np.int64)
+        order = np.array(shuffled(len(sizes), seed, epoch), np.int64)
     ends = np.minimum(np.cumsum(lengths[order]), total)
     count = int(np.searchsorted(ends, total)) + 1
     return order[:count], np.concatenate([[0], ends[:count]])

@@ -100,7 +100,6 @@ class Reader:
         return Row(array, label, raw.sample["__key__"], raw.piece.epoch)
 
     def _cut(self, piece: Piece) -> list[Pages]:
-        """What to ask for, in order."""
         shard, found = self.shards[piece.shard], []
         table = self._table(shard)
         starts, edges = table["sample"], table["byte"]
@@ -208,16 +207,12 @@ def new_rows(images: Array) -> Taken:
 
 
 def fill(
-    taken: Taken,
-    begin: int,  # row
-    reader: Reader,
-    stored: Iterator[Raw],  # of as many samples as draws
-    draws: Draws,
-    *,
-    crop: int = 0,  # pixels a side of the windows; 0: whole images
-    flip: bool = False,
+    taken: Taken, begin: int, reader: Reader, stored: Iterator[Raw], draws: Draws, *, crop: int = 0, flip: bool = False
 ) -> dict[int, str]:
-    """Decode samples into rows from `begin` on; the problems of broken samples by row."""
+    """Decode as many samples as there are draws into rows from `begin` on; the problems of broken samples by row.
+
+    Of images, windows of `crop` pixels a side (0: whole ones), and with `flip` mirrored, as the draws say.
+    """
     images, labels, epochs = taken.images.numpy(), taken.labels.numpy(), taken.epochs.numpy()
     row, broken = begin, {}
     for row, raw in enumerate(stored, begin):

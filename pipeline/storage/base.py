@@ -49,6 +49,8 @@ class Store(Protocol):
 
     def put(self, name: str, data: bytes) -> None:
         """Write or replace a file: readers see the old one or the new one, never a part."""
+        with self.write(name) as target:
+            target.write(data)
 
     def delete(self, name: str) -> None:
         """Remove a file; nothing happens if there is none."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import InputError
-from pipeline.storage.base import PARTIAL, Writer
+from pipeline.storage.base import PARTIAL, Store, Writer
 from pipeline.storage.retry import Tally
 
 _REMEDIES = {
@@ -32,7 +32,7 @@ TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EM
 """What a disk or a system that fails for a while says. It is no fault of the user's, and worth a retry."""
 
 
-class LocalStore:
+class LocalStore(Store):
     """Files directly in one local folder."""
 
     def __init__(self, path: str) -> None:
@@ -52,11 +52,9 @@ class LocalStore:
             return sorted(entry.name for entry in entries if kind(entry))
 
     def exists(self, name: str) -> bool:
-        with self._explained(name):
-            try:
-                return stat.S_ISREG((self._folder / name).stat().st_mode)
-            except FileNotFoundError:
-                return False
+        with self._explained(name), contextlib.suppress(FileNotFoundError):
+            return stat.S_ISREG((self._folder / name).stat().st_mode)
+        return False
 
     def size(self, name: str) -> int:
         with self._explained(name):
@@ -95,10 +93,6 @@ class LocalStore:
         except BaseException:
             Path(partial).unlink(missing_ok=True)
             raise
-
-    def put(self, name: str, data: bytes) -> None:
-        with self.write(name) as target:
-            target.write(data)
 
     def delete(self, name: str) -> None:
         with self._explained(name, writing=True):

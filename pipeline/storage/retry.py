@@ -78,10 +78,9 @@ class Patience:
         where = f"{self._what}{at}"
         cause = f"{type(error).__name__}: {error}"
         if self._failures >= self._most:
-            raise Unavailable(
-                f"{where}: given up after {self._failures} attempts; the last failed with {cause}. "
-                f"Check the network, the server and AWS_ENDPOINT_URL, then run the same command again: it goes on"
-            ) from None
+            remedy = "Check the network, the server and AWS_ENDPOINT_URL, then run the same command again: it goes on"
+            failed = f"given up after {self._failures} attempts; the last failed with {cause}"
+            raise Unavailable(f"{where}: {failed}. {remedy}") from None
         pause = _chance.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (self._failures - 1)))
         log.warning("%s: %s; attempt %d of %d in %.1f s", where, cause, self._failures + 1, self._most, pause)
         self._tally.add(retries=1)

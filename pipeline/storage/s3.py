@@ -25,25 +25,22 @@ from botocore.exceptions import (
 )
 
 from pipeline.errors import Conflict, InputError
+from pipeline.storage.base import Store
 from pipeline.storage.prefetch import PARALLEL, PART, Parts, in_background, in_order
 from pipeline.storage.retry import Patience, Tally
 from pipeline.storage.s3_client import BadSettings, client, is_anonymous, is_passing
 
 WRITE_PART = 16 << 20  # bytes per part of a multipart upload; S3 allows 10,000 parts
-
 CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role"
-
+_DIRECTORY_BUCKET = "--x-s3"  # ends the name of a directory bucket (S3 Express One Zone), which takes no Content-MD5
 _DENIED = ("AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
-
-_DIRECTORY_BUCKET = "--x-s3"
-"""End of the name of every directory bucket (S3 Express One Zone), which takes no Content-MD5."""
 
 
 def _code(error: ClientError) -> str:
     return str(error.response["Error"].get("Code"))
 
 
-class S3Store:
+class S3Store(Store):
     """The objects directly under one prefix. Picklable: each process makes its client at the first request."""
 
     def __init__(self, path: str) -> None:
@@ -129,10 +126,6 @@ class S3Store:
                 upload.abort()
                 raise
         self._versions.pop(name, None)
-
-    def put(self, name: str, data: bytes) -> None:
-        with self.write(name) as upload:
-            upload.write(data)
 
     def delete(self, name: str) -> None:
         with self._explained(name):
@@ -272,10 +265,9 @@ class Upload:
             etag = self._completed([part.result() for part in self._parts])
         size, found = self._store.size(self._name), self._store._versions[self._name][1]
         if size != self._size or found != etag:
-            raise Conflict(
-                f"{self._store.url(self._name)}: {size} bytes, ETag {found} just after {self._size} bytes, ETag {etag} "
-                f"were written: another program writes there too: stop it, or choose another path"
-            )
+            there = f"{size} bytes, ETag {found} just after {self._size} bytes, ETag {etag} were written"
+            remedy = "another program writes there too: stop it, or choose another path"
+            raise Conflict(f"{self._store.url(self._name)}: {there}: {remedy}")
 
     def abort(self) -> None:
         """Leave nothing behind."""

@@ -5,6 +5,7 @@ import re
 from functools import cache
 from typing import Any
 
+from botocore import UNSIGNED
 from botocore.exceptions import (
     ClientError,
     CredentialRetrievalError,
@@ -45,7 +46,6 @@ def client() -> Any:
     Where it finds nothing requests are not signed: a public bucket needs no account.
     """
     import boto3
-    from botocore import UNSIGNED
     from botocore.config import Config
 
     session = boto3.session.Session()
@@ -75,7 +75,6 @@ def client() -> Any:
 
 
 forget_clients = client.cache_clear  # the next one is made from the environment as it is then
-
 os.register_at_fork(after_in_child=forget_clients)
 
 
@@ -93,6 +92,4 @@ class BadSettings(Exception):
 
 
 def is_anonymous() -> bool:
-    from botocore import UNSIGNED
-
     return bool(client().meta.config.signature_version is UNSIGNED)

@@ -131,7 +131,6 @@ def _scans(
 
 
 def _refuse(path: str, problems: list[str]) -> None:
-    """Raise InputError if there are problems."""
     if problems:
         shown = [f"  {problem}" for problem in problems[:PROBLEMS]]
         more = [f"  and {len(problems) - PROBLEMS} more"] if len(problems) > PROBLEMS else []
@@ -244,7 +243,6 @@ def _labels(names: Sequence[str], classes: int, path: str) -> tuple[str, ...]:
 
 
 def _grouped_names(files: list[str], path: str, train: str | None, test: str | None) -> dict[str, list[str]]:
-    """The shards of each split."""
     if not files:
         raise InputError(f"{path}: no .tar there: check the path, and unpack tars that are compressed")
     patterns = {
@@ -292,7 +290,6 @@ _ALIKE = "all samples must be alike; `naign pack folder` makes them so"
 
 
 def _form(sample: dict[str, Any], where: str) -> dict[str, Any]:
-    """Kind and shape of the first sample."""
     suffix = next((suffix for suffix in SUFFIXES["image"] if suffix in sample), None)
     if suffix is None:
         raise InputError(f"{where}: no member ends in {' or '.join(SUFFIXES['image'])}: is this an image data set?")

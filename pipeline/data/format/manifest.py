@@ -73,8 +73,8 @@ class Manifest:
         if names := store.list():
             remedy = "run `naign pack` again if it was interrupted, `naign index` for tars that others wrote"
             raise InputError(f"{path}: no {INDEX} among its {len(names)} files: {remedy}, or check the path")
-        remedy = f"make one with `naign pack` (--help has its names): naign pack mnist --to {path}"
-        raise InputError(f"{path}: no data set here, the folder is missing or empty: check the path, or {remedy}")
+        remedy = f"check the path, or make one with `naign pack` (--help has its names): naign pack mnist --to {path}"
+        raise InputError(f"{path}: no data set here, the folder is missing or holds no files: {remedy}")
 
     @classmethod
     def parse(cls, text: bytes, *, where: str) -> "Manifest":
@@ -89,8 +89,10 @@ class Manifest:
                 name: Split(samples=split["samples"], shards=tuple(Shard(**shard) for shard in split["shards"]))
                 for name, split in fields.pop("splits").items()
             }
-            shape, labels = _listed(fields.pop("shape")), _listed(fields.pop("labels"))
-            manifest = cls(shape=shape, labels=labels, splits=splits, **fields)
+            shape, labels = fields.pop("shape"), fields.pop("labels")
+            if not isinstance(shape, list) or not isinstance(labels, list):
+                raise TypeError(f"shape {shape!r} or labels {labels!r} are no list")
+            manifest = cls(shape=tuple(shape), labels=tuple(labels), splits=splits, **fields)
             problem = next(_problems(manifest), "")
         except InputError:
             raise
@@ -113,19 +115,9 @@ class Manifest:
 
 def size_problem(store: Store, shard: Shard) -> str:
     """How a shard's size in the store differs from that in index.json, or ''. Raises InputError where it is missing."""
-    size = store.size(shard.name)
-    if size == shard.bytes:
-        return ""
-    return (
-        f"{store.url(shard.name)}: {size} bytes, but {INDEX} says {shard.bytes}: truncated or replaced: "
-        f"copy it again, or repack the data set"
-    )
-
-
-def _listed(value: object) -> tuple[Any, ...]:
-    if not isinstance(value, list):
-        raise TypeError(f"{value!r} is no list")
-    return tuple(value)
+    size, remedy = store.size(shard.name), "truncated or replaced: copy it again, or repack the data set"
+    problem = f"{store.url(shard.name)}: {size} bytes, but {INDEX} says {shard.bytes}: {remedy}"
+    return problem if size != shard.bytes else ""
 
 
 def _is_count(value: object, least: int = 0) -> bool:

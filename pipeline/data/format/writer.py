@@ -13,7 +13,7 @@ from webdataset import TarWriter
 from pipeline.data.decode import encode
 from pipeline.data.format.manifest import FORMS, INDEX, Manifest, Shard
 from pipeline.data.format.pages import Pager, Table, dump_table, table_name
-from pipeline.data.order import check_seed, parts
+from pipeline.data.order import check_seed, parts, shuffled
 from pipeline.data.sources.source import Source
 from pipeline.errors import Conflict, InputError
 from pipeline.storage.base import Store, Writer
@@ -51,13 +51,15 @@ def pack(
         _clear(target, source)
     old = _there(target, source, counts)
     present, made = target.list(), {split: list[Shard]() for split in counts}
+    suffix = encoding if source.kind == "image" else "npy"
     total = sum(len(examples) for examples in source.splits.values())
     bar = tqdm(total=total, unit="sample", desc=f"pack {source.name}", disable=not progress)
     with _taken_back(target) as new, bar:
         for split, count in counts.items():
-            for number, order in enumerate(_deal(len(source.splits[split]), count, seed)):
+            samples = shuffled(len(source.splits[split]), seed)  # cut evenly, so that every shard is a random subset
+            for number, (first, last) in enumerate(parts(0, len(samples), count)):
                 name = f"{split}-{number:05d}.tar"
-                make = partial(_write, source, split, order, name, encoding if source.kind == "image" else "npy")
+                make = partial(_write, source, split, samples[first:last], name, suffix)
                 if old is None and name not in present:
                     with target.write(name) as stream:
                         new.append(name)
@@ -105,7 +107,6 @@ def _taken_back(target: Store) -> Iterator[list[str]]:
 
 
 def _count(source: Source, split: str, shards: int | None) -> int:
-    """Shards of a split."""
     samples = len(source.splits[split])
     if not samples:
         raise InputError(f"{source.name}: the {split} split is empty: give more images")
@@ -133,14 +134,6 @@ def _there(target: Store, source: Source, counts: dict[str, int]) -> Manifest | 
 def _refusal(to: str, old: Manifest | None) -> str:
     what = f"another data set ({old.name}, or {old.name} packed otherwise)" if old else "shards of another data set"
     return f"{to} already holds {what}: choose another folder, or replace it with --force"
-
-
-def _deal(samples: int, count: int, seed: int) -> Iterator[list[int]]:
-    """Indices of each shard's samples: a random order cut evenly, so that every shard is a random subset."""
-    draws = np.random.Philox(key=seed % 2**64).random_raw(samples)  # raw: the same in every NumPy
-    order = np.argsort(draws, kind="stable")
-    for start, stop in parts(0, samples, count):
-        yield [int(index) for index in order[start:stop]]
 
 
 def _write(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.order import check_seed
+from pipeline.data.order import check_seed, shuffled
 from pipeline.data.sources import published, toys
 from pipeline.data.sources.folder import from_tree
 from pipeline.data.sources.source import Source, labelled
@@ -91,8 +91,7 @@ def digits() -> Source:
 
     values, labels = load_digits(return_X_y=True)
     images = np.rint(values * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
-    order = np.argsort(np.random.Philox(key=0).random_raw(len(images)), kind="stable")
-    count = len(images) // 5
-    rows = {"train": order[count:].tolist(), "test": order[:count].tolist()}
+    order, count = shuffled(len(images), seed=0), len(images) // 5
+    rows = {"train": order[count:], "test": order[:count]}
     splits = {split: labelled("digit-{:04d}", images, labels, chosen) for split, chosen in rows.items()}
     return Source(name="digits", kind="image", shape=(1, 8, 8), labels=tuple("0123456789"), splits=splits)

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from pipeline.data.decode import UNDECODABLE, decoding, eight_bits
 from pipeline.data.format.audit import BROKEN_TAR
+from pipeline.data.order import shuffled
 from pipeline.data.sources.source import Example, Made, Source
 from pipeline.errors import InputError
 
@@ -83,8 +84,7 @@ Tree = tuple[list[Picture], set[str]]
 def _in_folder(root: Path) -> Tree:
     if not root.is_dir():
         raise InputError(f"{root}: no such folder: give a folder of pictures with --root")
-    pictures: list[Picture] = []
-    folders: set[str] = set()
+    pictures, folders = list[Picture](), set[str]()
     for path in sorted(path for path in root.rglob("*") if not _hidden(path.relative_to(root))):
         inside = PurePosixPath(path.relative_to(root).as_posix())
         if path.is_file():
@@ -98,8 +98,7 @@ def _in_folder(root: Path) -> Tree:
 
 def _in_archive(root: Path) -> Tree:
     """Of an archive everything is held in memory, as compressed as it lies there: a zipped tar has no random access."""
-    pictures: list[Picture] = []
-    folders: set[str] = set()
+    pictures, folders = list[Picture](), set[str]()
     try:
         with tarfile.open(root) as tar:
             for member in tar:
@@ -131,8 +130,7 @@ def _split(pictures: list[Picture], seed: int) -> dict[str, list[Picture]]:
             raise InputError(f"{odd.where}: lies beside train/ and test/: move it into one of them")
         inside = [(picture.top, picture._replace(path=PurePosixPath(*picture.path.parts[1:]))) for picture in pictures]
     else:
-        draws = np.random.Philox(key=seed % 2**64).random_raw(len(pictures))
-        test = set(np.argsort(draws, kind="stable")[: max(1, round(TEST_SHARE * len(pictures)))].tolist())
+        test = set(shuffled(len(pictures), seed)[: max(1, round(TEST_SHARE * len(pictures)))])
         inside = [("test" if index in test else "train", picture) for index, picture in enumerate(pictures)]
     return {split: [picture for top, picture in inside if top == split] for split in ("train", "test")}
 

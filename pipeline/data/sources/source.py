@@ -3,9 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from pipeline.data.decode import Array
+from pipeline.data.order import shuffled
 from pipeline.errors import InputError
 
 Example = tuple[str, Array, int]  # key, array, label (-1 for none)
@@ -54,16 +53,14 @@ def subset(
     seed: int = 0,  # which are kept: the first of an order drawn by it
 ) -> Source:
     """The source with fewer training examples, its test split whole. Raises InputError where too few are left."""
-    unknown = [label for label in without if label not in source.labels]
-    if unknown:
+    if unknown := [label for label in without if label not in source.labels]:
         raise InputError(f"{source.name} has no label {unknown[0]!r}: --without takes {', '.join(source.labels)}")
     if train is not None and train < 1:
         raise InputError(f"--train is {train}: it must be at least 1")
     whole = source.splits["train"]
     left_out = {source.labels.index(label) for label in without}
-    # Of a key that neither packing nor toys have: the same numbers twice would be an order, not chance.
-    order = np.argsort(np.random.Philox(key=np.array([seed, 2], np.uint64)).random_raw(len(whole)), kind="stable")
-    kept = [row for row in order.tolist() if not left_out or whole[row][2] not in left_out]
+    # Of a stream that neither packing nor toys have: the same numbers twice would be an order, not chance.
+    kept = [row for row in shuffled(len(whole), seed, 2) if not left_out or whole[row][2] not in left_out]
     if len(kept) < (train or 1):
         raise InputError(f"{source.name} has {len(kept)} such training examples, fewer than the {train or 1} asked for")
     kept = sorted(kept[:train])
