@@ -123,11 +123,10 @@ class Reader:
 
     def _fetch(self, pages: Pages) -> tuple[Pages, bytes]:
         """The pages with their bytes; those whose hash is wrong are read again."""
-        name, table = pages.shard.name, pages.table.tolist()
-        start = table[pages.low][1]
-        data = self.store.read(name, start, table[pages.high][1])
-        rows = table[pages.low : pages.high + 1] if self._check else []
-        for (sample, first, digest), (next_sample, last, _) in pairwise(rows):
+        name, rows = pages.shard.name, pages.table[pages.low : pages.high + 1].tolist()
+        start = rows[0][1]
+        data = self.store.read(name, start, rows[-1][1])
+        for (sample, first, digest), (next_sample, last, _) in pairwise(rows if self._check else ()):
             there = memoryview(data)[first - start : last - start]
             said = f"the SHA-256 of bytes {first} to {last} (samples {sample} to {next_sample - 1}) is not the one in "
             sound = self._sound(there, digest, name, said + table_name(name), first, last)
