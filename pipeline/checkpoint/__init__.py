@@ -1,33 +1,18 @@
-"""Checkpoints: folders of files with a manifest written last, here and in a bucket."""
+"""Checkpoints: folders of files with a manifest written last, here and in a bucket.
 
-from typing import TYPE_CHECKING, Any
+Names are imported when they are first used: the writer imports torch, which commands such as `naign fetch` do without.
+"""
+# ruff: noqa: F401
 
-from pipeline.checkpoint.bucket import download, fetch_newest, fetch_shown, newest_first, take_over
-from pipeline.checkpoint.manifest import MANIFEST
+from typing import TYPE_CHECKING
+
+from pipeline.faces import lazy_face
 
 if TYPE_CHECKING:
+    from pipeline.checkpoint.bucket import download, fetch_newest, fetch_shown, newest_first, take_over
+    from pipeline.checkpoint.manifest import MANIFEST
     from pipeline.checkpoint.writer import Write, Writer, is_complete, newest_checkpoint, passed_over, set_aside
 
-__all__ = [
-    "MANIFEST",
-    "Write",
-    "Writer",
-    "download",
-    "fetch_newest",
-    "fetch_shown",
-    "is_complete",
-    "newest_checkpoint",
-    "newest_first",
-    "passed_over",
-    "set_aside",
-    "take_over",
-]
-
-
-def __getattr__(name: str) -> Any:
-    """The writer imports torch, which commands such as `naign fetch` do without."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from pipeline.checkpoint import writer
-
-    return getattr(writer, name)
+_FILES = {"bucket": "download fetch_newest fetch_shown newest_first take_over", "manifest": "MANIFEST"}
+_FILES |= {"writer": "Write Writer is_complete newest_checkpoint passed_over set_aside"}
+__all__, __getattr__ = lazy_face(__name__, _FILES)

@@ -4,33 +4,29 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import socket
 import uuid
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipeline.checkpoint.manifest import MANIFEST, by_step, is_whole, read_manifest, step_of, to_remove
+from pipeline.checkpoint.manifest import MANIFEST, by_step, is_whole, read_manifest
 from pipeline.errors import Conflict, Damaged, InputError
-from pipeline.storage.local import write_atomically
-from pipeline.storage.store import open_store
+from pipeline.storage.local import sync_file, write_atomically
+from pipeline.storage.store import locate, open_store
 
 RECORDS = ("config.yaml", "metrics.jsonl")
 PICTURES = ("tensorboard/*", "samples/*")
 """Patterns of the files copied besides a checkpoint: RECORDS before its manifest, PICTURES after it."""
 
-OWNER = "owner.json"
-"""Names the process that may write to the bucket: the one that started last. Any other one stops."""
+OWNER = "owner.json"  # names the process that may write to the bucket, the one that started last; any other stops
 
 
-def upload(
-    folder: Path,  # .../checkpoints/step-00001234
-    remote: str,
-    names: list[str],  # of files in it
-) -> None:
-    """Copy files of a checkpoint. Raises InputError or Unavailable as stores do."""
+def upload(folder: Path, remote: str, names: list[str]) -> None:
+    """Copy files of a checkpoint (.../checkpoints/step-00001234). Raises InputError or Unavailable as stores do."""
     for name in names:
-        _copy(folder / name, f"{remote}/checkpoints/{folder.name}", name)
+        _copy(folder / name, f"{remote}/checkpoints/{folder.name}/{name}")
 
 
 def newest_first(remote: str) -> Iterator[str]:
@@ -45,8 +41,8 @@ def is_there(remote: str, name: str) -> bool:
     where = f"{remote}/checkpoints/{name}"
     try:
         for file, entry in read_manifest(open_store(where).read(MANIFEST)).items():
-            path, _, base = f"{where}/{file}".rpartition("/")
-            if not (store := open_store(path)).exists(base) or store.size(base) != entry["bytes"]:
+            store, base = locate(f"{where}/{file}")
+            if not store.exists(base) or store.size(base) != entry["bytes"]:
                 return False
     except ValueError:
         return False
@@ -76,15 +72,12 @@ def download(remote: str, name: str, checkpoints: Path) -> Path:
             if is_whole(folder / file, entry):
                 continue  # left by an interrupted download
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            path, _, base = f"{where}/{file}".rpartition("/")
-            store = open_store(path)
+            store, base = locate(f"{where}/{file}")
             if store.size(base) != entry["bytes"]:  # before it fills the disk
                 raise ValueError(f"{file} has another size")
             with store.open(base) as source, (folder / file).open("wb") as target:
-                while data := source.read(1 << 20):
-                    target.write(data)
-                target.flush()
-                os.fsync(target.fileno())
+                shutil.copyfileobj(source, target, 1 << 20)
+            sync_file(folder / file)
             if not is_whole(folder / file, entry):
                 raise ValueError(f"{file} has another hash")
     except (ValueError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
@@ -132,37 +125,11 @@ def mirror(run: Path, remote: str, patterns: Sequence[str]) -> None:
         there = set(store.list())
         for file in sorted(run.glob(pattern)):
             same = False
-            if file.name in there:
+            if file.name in there and file.name != "config.yaml":
                 with contextlib.suppress(InputError):
                     same = store.size(file.name) == file.stat().st_size
-            if not same or file.name == "config.yaml":
-                _copy(file, f"{remote}/{folder}".rstrip("/"), file.name)
-
-
-def prune(
-    remote: str,
-    newest: str,  # name of the checkpoint just sent, which stays
-    keep: int,  # complete ones to keep, the newest; 0 keeps all
-    every: int,  # also keep those after a number of rounds that this divides; 0: none
-    lasting: set[str],  # names known to be kept by `every`; added to
-) -> None:
-    """Remove checkpoints older than `newest` that are incomplete or beyond `keep`, each manifest first."""
-    root = f"{remote}/checkpoints"
-    for name in to_remove(
-        [name for name in by_step(open_store(root).folders()) if step_of(name) < step_of(newest)],
-        keep=keep,
-        every=every,
-        newest=newest,
-        is_complete=lambda name: open_store(f"{root}/{name}").exists(MANIFEST),
-        read_trainer=lambda name: open_store(f"{root}/{name}").read("trainer.json"),
-        lasting=lasting,
-    ):
-        store = open_store(f"{root}/{name}")
-        store.delete(MANIFEST)
-        for folder in ("", *(f"/{sub}" for sub in store.folders())):
-            store = open_store(f"{root}/{name}{folder}")
-            for file in store.list():
-                store.delete(file)
+            if not same:
+                _copy(file, store.url(file.name))
 
 
 def take_over(remote: str) -> str:
@@ -184,15 +151,11 @@ def check_claim(remote: str, claim: str) -> None:
         return
     owner = {"claim": "", "host": "?", "since": "?"} | owner
     if owner["claim"] not in ("", claim):
-        raise Conflict(
-            f"{remote} was taken over by a run that started later (on {owner['host']}, {owner['since']}): this one "
-            "writes no more to it and ends; give each run its own --run.remote"
-        )
+        taken = f"{remote} was taken over by a run that started later (on {owner['host']}, {owner['since']})"
+        raise Conflict(f"{taken}: this one writes no more to it and ends; give each run its own --run.remote")
 
 
-def _copy(file: Path, folder: str, name: str) -> None:
-    """Stream a file to folder/name; `name` may have folders of its own."""
-    path, _, base = f"{folder}/{name}".rpartition("/")
-    with file.open("rb") as source, open_store(path).write(base) as target:
-        while data := source.read(1 << 20):
-            target.write(data)
+def _copy(file: Path, url: str) -> None:
+    store, name = locate(url)
+    with file.open("rb") as source, store.write(name) as target:
+        shutil.copyfileobj(source, target, 1 << 20)

@@ -6,15 +6,18 @@ A manifest lists a checkpoint's files with size and SHA-256. Its content is untr
 import contextlib
 import hashlib
 import json
+import shutil
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pipeline.storage.local import LocalStore
+from pipeline.storage.store import open_store
+
 MANIFEST = "manifest.json"
 
-Entries = dict[str, dict[str, Any]]
-"""The files of a manifest: {"bytes": int, "sha256": str} by name."""
+Entries = dict[str, dict[str, Any]]  # the files of a manifest: {"bytes": int, "sha256": str} by name
 
 
 def by_step(names: Iterable[str]) -> list[str]:
@@ -28,38 +31,41 @@ def step_of(name: str) -> int:
     return int(name.removeprefix("step-"))
 
 
-def to_remove(
-    names: list[str],  # of checkpoints, newest first
-    *,
+def prune(
+    root: str,  # folder of checkpoints, here or in a bucket
     keep: int,  # how many complete ones to keep, the newest; 0 keeps all
-    every: int,  # also keep those after a number of rounds that this divides; 0: none
-    newest: str,  # the one just written: kept, and counted first; "": none
-    is_complete: Callable[[str], bool],  # whether a checkpoint has its manifest
-    read_trainer: Callable[[str], bytes],  # its trainer.json; may raise OSError or InputError
-    lasting: set[str],  # names known to be kept by `every`; added to
-) -> list[str]:
-    """The checkpoints to remove: incomplete ones, and complete ones that neither `keep` nor `every` keeps."""
-    complete, removed = int(bool(newest)), []
-    for name in names:
-        if name == newest or name in lasting:
+    every: int = 0,  # also keep those after a number of rounds that this divides; 0: none
+    *,
+    newest: str = "",  # the one just written: it is kept and counted, and those after it are left alone; "": none
+    lasting: set[str] | None = None,  # names known to be kept by `every`; added to
+) -> None:
+    """Remove checkpoints that are incomplete, or that neither `keep` nor `every` keeps, each manifest first."""
+    complete, lasting = int(bool(newest)), set() if lasting is None else lasting
+    for name in by_step(open_store(root).folders()):
+        if name in lasting or (newest and step_of(name) >= step_of(newest)):
             continue
-        if is_complete(name):
+        store = open_store(f"{root}/{name}")
+        if store.exists(MANIFEST):
             complete += 1
             if not keep or complete <= keep:
                 continue
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # InputError is a ValueError
-                trainer = json.loads(read_trainer(name))
+                trainer = json.loads(store.read("trainer.json"))
                 if every and trainer["round"] % every == 0 and not trainer.get("done", 0):
                     lasting.add(name)
                     continue
-        removed.append(name)
-    return removed
+        store.delete(MANIFEST)
+        if isinstance(store, LocalStore):
+            shutil.rmtree(f"{root}/{name}", ignore_errors=True)
+            continue
+        for part in (store, *(open_store(f"{root}/{name}/{sub}") for sub in store.folders())):
+            for file in part.list():
+                part.delete(file)
 
 
 def is_whole(file: Path, entry: dict[str, Any]) -> bool:
     """Whether a file is a regular one with the size and hash of its manifest entry."""
-    found = file.lstat() if file.exists() else None
-    if found is None or not stat.S_ISREG(found.st_mode):
+    if not file.exists() or not stat.S_ISREG((found := file.lstat()).st_mode):
         return False
     return bool(found.st_size == entry["bytes"] and sha256(file) == entry["sha256"])
 

@@ -16,10 +16,12 @@ import logging
 import math
 import os
 import shutil
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +29,15 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from pipeline.checkpoint import bucket
-from pipeline.checkpoint.manifest import MANIFEST, Entries, by_step, is_whole, read_manifest, sha256, to_remove
+from pipeline.checkpoint.manifest import MANIFEST, Entries, by_step, is_whole, prune, read_manifest, sha256
 from pipeline.errors import Conflict, InputError, Unavailable
 from pipeline.observe.logs import title
 from pipeline.storage.local import TRANSIENT, UMASK, sync_file, write_atomically
+from pipeline.storage.prefetch import in_background
 
 log = logging.getLogger("naign.checkpoint")
 
-
-Write = Callable[[Path], None]
-"""Writes one file."""
+Write = Callable[[Path], None]  # writes one file
 
 
 def newest_checkpoint(checkpoints: Path) -> Path | None:
@@ -71,33 +72,10 @@ def is_complete(folder: Path, *, parts: bool = False) -> bool:
     try:
         files = read_manifest((folder / MANIFEST).read_bytes()).items()
         return all(is_whole(folder / name, entry) or (parts and not (folder / name).exists()) for name, entry in files)
-    except OSError as error:
-        if error.errno in TRANSIENT:
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in TRANSIENT:
             raise
         return False
-    except ValueError:
-        return False
-
-
-def prune_checkpoints(
-    checkpoints: Path,
-    keep: int,  # complete ones to keep, the newest; 0 keeps all
-    every: int = 0,  # also keep those after a number of rounds that this divides; 0: none
-    *,
-    newest: str = "",  # name of the one just written, which stays
-) -> None:
-    """Remove checkpoints that are incomplete or beyond `keep`, each manifest first."""
-    for name in to_remove(
-        [folder.name for folder in _newest_first(checkpoints)],
-        keep=keep,
-        every=every,
-        newest=newest,
-        is_complete=lambda name: (checkpoints / name / MANIFEST).is_file(),
-        read_trainer=lambda name: (checkpoints / name / "trainer.json").read_bytes(),
-        lasting=set(),
-    ):
-        (checkpoints / name / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(checkpoints / name, ignore_errors=True)
 
 
 def _newest_first(checkpoints: Path) -> list[Path]:
@@ -127,18 +105,14 @@ class Writer:
         self._lasting = set[str]()  # checkpoints in the bucket known to be kept for good
         self._names = list[str]()  # this rank's files of the newest checkpoint
         # A group of its own: the background threads communicate while the main threads train.
-        wait = timedelta(seconds=patience)
-        self._group: Any = dist.new_group(backend="gloo", timeout=wait) if world > 1 else None
+        self._group: Any = None
+        if world > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
         self._beat, self._flush, self._left = beat, flush, left
-        self._thread: threading.Thread | None = None
-        self._failed: str = ""
-        self._error: BaseException | None = None
-        self.seconds = 0.0
-        """Seconds that the last checkpoint took in the background, uploading included."""
-        self.uploaded = 0.0
-        """Seconds of them spent on uploading."""
-        self.unsent = ""
-        """Name of the newest checkpoint if it could not be uploaded; the same on all ranks."""
+        self._done: Future[str] | None = None  # of what is under way: why the run must end, or ""
+        self.seconds = 0.0  # that the last checkpoint took in the background, uploading included
+        self.uploaded = 0.0  # seconds of them spent on uploading
+        self.unsent = ""  # name of the newest checkpoint if it could not be uploaded; the same on all ranks
 
     def start(self, name: str, copy: Callable[[], None], files: Mapping[str, Write]) -> None:
         """Start to write this rank's files of checkpoint `name`. `copy` is called first, in the background.
@@ -150,10 +124,7 @@ class Writer:
         if self._rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
         self._gather(None)  # no rank writes before the folder is empty
-        self._thread = threading.Thread(
-            target=self._work, args=(folder, copy, files), name=f"write {name}", daemon=True
-        )
-        self._thread.start()
+        self._done = in_background(partial(self._work, folder, copy, files), f"write {name}")
 
     def resend(self, name: str) -> None:
         """Start to upload a checkpoint again: this run's newest one, or one that an earlier start left."""
@@ -161,8 +132,7 @@ class Writer:
         names = self._names
         if not names and self._rank == 0:
             names = list(read_manifest((folder / MANIFEST).read_bytes()))
-        self._thread = threading.Thread(target=self._resend, args=(folder, names), name=f"send {name}", daemon=True)
-        self._thread.start()
+        self._done = in_background(partial(self._upload, folder, names), f"send {name}")
 
     def join(self, *, within: float = math.inf, share: float = 1.0) -> bool:
         """Wait for the checkpoint that is being written. Returns False if that takes longer than `within` seconds or,
@@ -171,48 +141,39 @@ class Writer:
         Raises InputError on every rank if any rank could not write its files; earlier checkpoints are untouched. Raises
         what a collective raises when another rank is gone.
         """
-        if self._thread is None:
+        if self._done is None:
             return True
         end, stopping = time.monotonic() + within, False
-        while self._thread.is_alive() and time.monotonic() < end:
-            self._thread.join(min(1.0, max(0.0, end - time.monotonic())))
+        while not wait([self._done], max(0.0, min(1.0, end - time.monotonic()))).done and time.monotonic() < end:
             self._beat()  # a slow upload is not a hang
             if not stopping and not math.isinf(left := self._left()):
                 end, stopping = min(end, time.monotonic() + max(1.0, share * left)), True
-        if self._thread.is_alive():
+        if not self._done.done():
             return False
-        self._thread = None
-        if self._error:
-            raise self._error
-        if self._failed:
-            raise InputError(self._failed)
+        done, self._done = self._done, None
+        if failed := done.result():
+            raise InputError(failed)
         return True
 
-    def _work(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write]) -> None:
+    def _work(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write]) -> str:
         title("write")
         start = time.perf_counter()
         try:
-            problem = self._write(folder, copy, files)
-            if problem:
-                self._failed = (
-                    f"{folder} could not be written ({problem}): make room or choose another --run.path; the "
-                    "checkpoint before it is untouched"
-                )
-            elif self._remote:
-                self._names = list(files)
-                self._resend(folder, self._names)
-        except BaseException as error:  # join raises it in the main thread
-            self._error = error
-        self.seconds = time.perf_counter() - start
+            if problem := self._write(folder, copy, files):
+                remedy = "make room or choose another --run.path; the checkpoint before it is untouched"
+                return f"{folder} could not be written ({problem}): {remedy}"
+            self._names = list(files)
+            return self._upload(folder, self._names) if self._remote else ""
+        finally:
+            self.seconds = time.perf_counter() - start
 
-    def _resend(self, folder: Path, names: list[str]) -> None:
+    def _upload(self, folder: Path, names: list[str]) -> str:
         title("upload")
         start = time.perf_counter()
         try:
-            self._failed = self._send(folder, names)
-        except BaseException as error:
-            self._error = error
-        self.uploaded = time.perf_counter() - start
+            return self._send(folder, names)
+        finally:
+            self.uploaded = time.perf_counter() - start
 
     def _write(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write]) -> str:
         """Write the local checkpoint, its manifest last. Returns what failed on any rank, the same on all ranks.
@@ -234,20 +195,16 @@ class Writer:
         names = set[str]()
         if self._rank == 0:
             if not problem:
-                manifest = {
-                    "files": dict(sorted((name, entry) for part, *_ in gathered for name, entry in part.items()))
-                }
+                listed = dict(sorted((name, entry) for part, *_ in gathered for name, entry in part.items()))
                 try:
-                    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+                    write_atomically(folder / MANIFEST, json.dumps({"files": listed}, indent=2) + "\n")
                 except OSError as error:
                     problem = f"{type(error).__name__}: {error}"
             if problem:
                 shutil.rmtree(folder, ignore_errors=True)
             else:
-                self._may_fail(
-                    lambda: prune_checkpoints(folder.parent, self._keep, self._every, newest=folder.name),
-                    f"old checkpoints stay in {folder.parent}",
-                )
+                with _may_fail(f"old checkpoints stay in {folder.parent}"):
+                    prune(str(folder.parent.absolute()), self._keep, self._every, newest=folder.name)
             names = {path.name for path in _newest_first(folder.parent)}
         if any(fault for *_, fault in gathered):
             raise RuntimeError(f"{folder} could not be written ({problem}); the checkpoint before it is untouched")
@@ -281,27 +238,15 @@ class Writer:
         bucket.mirror(self._run, self._remote, bucket.RECORDS)
         bucket.check_claim(self._remote, self._claim)  # uploading may have taken long
         bucket.upload(folder, self._remote, [MANIFEST])
-        self._may_fail(
-            lambda: bucket.mirror(self._run, self._remote, bucket.PICTURES),
-            f"pictures and TensorBoard's files in {self._remote} are old",
-        )
-        self._may_fail(
-            lambda: bucket.prune(self._remote, folder.name, self._keep, self._every, self._lasting),
-            f"old checkpoints stay in {self._remote}",
-        )
-
-    @staticmethod
-    def _may_fail(act: Callable[[], object], consequence: str) -> None:
-        """Log a failure that does no harm to the new checkpoint."""
-        try:
-            act()
-        except (OSError, InputError, Unavailable) as error:
-            log.warning("%s: %s", consequence, error)
+        with _may_fail(f"pictures and TensorBoard's files in {self._remote} are old"):
+            bucket.mirror(self._run, self._remote, bucket.PICTURES)
+        with _may_fail(f"old checkpoints stay in {self._remote}"):
+            root = f"{self._remote}/checkpoints"
+            prune(root, self._keep, self._every, newest=folder.name, lasting=self._lasting)
 
     def _on_first(self, act: Callable[[], None]) -> tuple[str, bool]:
         """Collective: call `act` on rank 0. Returns the same as `_error_of` on all ranks."""
-        failed, taken = _error_of(act) if self._rank == 0 else ("", False)
-        first: tuple[str, bool] = self._gather((failed, taken))[0]
+        first: tuple[str, bool] = self._gather(_error_of(act) if self._rank == 0 else ("", False))[0]
         return first
 
     def _gather(self, value: Any) -> list[Any]:
@@ -311,6 +256,15 @@ class Writer:
             values = [None] * self._world
             dist.all_gather_object(values, value, group=self._group)
         return values
+
+
+@contextmanager
+def _may_fail(consequence: str) -> Iterator[None]:
+    """Log a failure that does no harm to the new checkpoint."""
+    try:
+        yield
+    except (OSError, InputError, Unavailable) as error:
+        log.warning("%s: %s", consequence, error)
 
 
 def _error_of(act: Callable[[], None]) -> tuple[str, bool]:

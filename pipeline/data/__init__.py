@@ -2,9 +2,11 @@
 
 Names are imported when they are first used: a program that needs a manifest alone does not wait for torch.
 """
+# ruff: noqa: F401
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pipeline.faces import lazy_face
 
 if TYPE_CHECKING:
     from pipeline.data.dataset import DataConfig, check_config, image_shape
@@ -15,32 +17,6 @@ if TYPE_CHECKING:
     from pipeline.data.order import rank_rows
     from pipeline.data.sources.catalog import load
 
-_FILES = {
-    **dict.fromkeys(("DataConfig", "check_config", "image_shape"), "dataset"),
-    **dict.fromkeys(("Stream", "Taken", "read_split"), "loader"),
-    "Manifest": "format.manifest",
-    "pack": "format.writer",
-    "load": "sources.catalog",
-    "scaled": "decode",
-    "rank_rows": "order",
-}
-
-__all__ = [
-    "DataConfig",
-    "Manifest",
-    "Stream",
-    "Taken",
-    "check_config",
-    "image_shape",
-    "load",
-    "pack",
-    "rank_rows",
-    "read_split",
-    "scaled",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _FILES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_FILES[name]}"), name)
+_FILES = {"dataset": "DataConfig check_config image_shape", "decode": "scaled", "order": "rank_rows"}
+_FILES |= {"loader": "Stream Taken read_split", "format.manifest": "Manifest", "format.writer": "pack"}
+__all__, __getattr__ = lazy_face(__name__, _FILES | {"sources.catalog": "load"})

@@ -9,7 +9,6 @@ removes while it is wanted is fetched again, and one that is damaged has a wrong
 import contextlib
 import logging
 import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,13 @@ from typing import Any
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.pages import table_name
 from pipeline.errors import InputError
-from pipeline.storage.base import Store
+from pipeline.storage.base import PARTIAL, Store
+from pipeline.storage.local import write_atomically
 
 log = logging.getLogger("naign.cache")
 
-BLOCK = 8 << 20
-"""Bytes: what is fetched for the cache at once."""
-
-_PARTIAL = ".partial-"
-_ABANDONED = 3600.0
-"""Seconds after which a temporary file belongs to a process that was killed."""
+BLOCK = 8 << 20  # bytes: what is fetched for the cache at once
+_ABANDONED = 3600.0  # seconds after which a temporary file belongs to a process that was killed
 
 
 class CachedStore:
@@ -79,24 +75,14 @@ class CachedStore:
                     return data
         data = self._source.read(name, number * BLOCK, end, fresh=fresh)
         try:
-            self._keep(file, data)
+            self._unseen += len(data)
+            if self._unseen > self._limit // 64:
+                self._make_room(len(data))
+            write_atomically(file, data, sync=False)
+            file.chmod(0o644)  # also where the umask shuts out other users of a shared volume
         except OSError as error:  # a full disk, a folder that is gone: training goes on without
             log.warning("%s: not kept: %s", file, error.strerror)
         return data
-
-    def _keep(self, file: Path, data: bytes) -> None:
-        self._unseen += len(data)
-        if self._unseen > self._limit // 64:
-            self._make_room(len(data))
-        descriptor, partial = tempfile.mkstemp(prefix=_PARTIAL, dir=self._folder)
-        try:
-            with os.fdopen(descriptor, "wb") as target:
-                os.fchmod(target.fileno(), 0o644)  # mkstemp's 0600 would shut out other users of a shared volume
-                target.write(data)
-            os.replace(partial, file)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
 
     def _make_room(self, wanted: int) -> None:
         """Remove what was used least recently until the folder has room for a 64th of its limit."""
@@ -104,7 +90,7 @@ class CachedStore:
         for entry in os.scandir(self._folder):
             with contextlib.suppress(OSError):  # removed by another process meanwhile
                 status = entry.stat()
-                if entry.name.startswith(_PARTIAL):
+                if entry.name.startswith(PARTIAL):
                     if time.time() - status.st_mtime > _ABANDONED:
                         os.unlink(entry)
                 else:

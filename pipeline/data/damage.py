@@ -20,52 +20,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.registry import known, lookup
+from pipeline.registry import lookup
 
-SCALARS = 16
-"""Uniform numbers that `mixed` takes for an image besides those of its pixels."""
+SCALARS = 16  # uniform numbers that `mixed` takes for an image besides those of its pixels
 
 
 class Law(NamedTuple):
     """A law of damage."""
 
     damage: Callable[[Tensor, Tensor, Tensor, float], Tensor]
-    """As the function `damage` below, without its first argument."""
-    uniforms: Callable[[tuple[int, ...]], int]
-    """How many uniform numbers an image of that shape takes."""
-    check: Callable[[tuple[int, ...]], None]
-    """Raises InputError for a shape that cannot be damaged so."""
+    """Damaged images (n, *shape), a function of the arguments alone, row by row: images (n, *shape) float32 in [-1, 1],
+    standard normals (n, *shape), uniform numbers (n, uniforms(shape)) in (0, 1], and the noise's largest standard
+    deviation. `mixed` stays in [-1, 1]."""
+    uniforms: Callable[[tuple[int, ...]], int]  # how many uniform numbers an image of that shape takes
+    check: Callable[[tuple[int, ...]], None]  # raises InputError for a shape that cannot be damaged so
 
 
 def find_law(law: str) -> Law:
     """The law of that name, also of another package; InputError where there is none."""
     return lookup("objective.damage", law, LAWS, GROUP)
-
-
-def names() -> list[str]:
-    """All laws, also those of other packages."""
-    return known(LAWS, GROUP)
-
-
-def check_damage(law: str, shape: tuple[int, ...]) -> None:
-    """Raise InputError where there is no such law, or images of that shape cannot be damaged by it."""
-    find_law(law).check(shape)
-
-
-def uniforms(law: str, shape: tuple[int, ...]) -> int:
-    """How many uniform numbers an image's damage takes."""
-    return find_law(law).uniforms(shape)
-
-
-def damage(
-    law: str,  # one of `names()`
-    images: Tensor,  # (n, *shape) float32 in [-1, 1]
-    normals: Tensor,  # (n, *shape) standard normals
-    uniform: Tensor,  # (n, uniforms(law, shape)) in (0, 1]
-    strength: float,  # the noise's largest standard deviation
-) -> Tensor:
-    """Damaged images (n, *shape): a function of the arguments alone, row by row. `mixed` stays in [-1, 1]."""
-    return find_law(law).damage(images, normals, uniform, strength)
 
 
 def _noise(images: Tensor, normals: Tensor, uniform: Tensor, strength: float) -> Tensor:
@@ -74,9 +47,7 @@ def _noise(images: Tensor, normals: Tensor, uniform: Tensor, strength: float) ->
 
 def _check_mixed(shape: tuple[int, ...]) -> None:
     if len(shape) != 3 or min(shape[1:]) < 8:
-        raise InputError(
-            f"objective.damage=mixed is for images of at least 8x8 pixels, the data has {tuple(shape)}: choose noise"
-        )
+        raise InputError(f"objective.damage=mixed is for images of at least 8x8 pixels, not {shape}: choose noise")
 
 
 def _mixed(images: Tensor, normals: Tensor, uniform: Tensor, strength: float) -> Tensor:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import cast
 
-from pipeline.constraints import AT_LEAST_0, FREE, MAY_CHANGE, NOT_EMPTY
+from pipeline.constraints import AT_LEAST_0, FREE, MAY_CHANGE, NOT_EMPTY, POSITIVE, between, check_fields, one_of
 from pipeline.data.cache import CachedStore
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.reader import Reader
@@ -41,13 +41,13 @@ class DataConfig:
     flip: bool = False
     """Mirror each image with probability 1/2."""
 
-    crop: int = 0
+    crop: int = field(default=0, metadata=AT_LEAST_0)
     """Train on random windows of this many pixels a side; 0: on whole images."""
 
-    broken: str = field(default="error", metadata=FREE)
+    broken: str = field(default="error", metadata=FREE | one_of(("error", "skip")))
     """A sample that cannot be decoded: error stops the run; skip logs it and takes the shard's next one instead."""
 
-    broken_share: float = field(default=0.001, metadata=FREE)
+    broken_share: float = field(default=0.001, metadata=FREE | between(0, 1))
     """With broken=skip: the largest share of skipped samples before the run stops after all."""
 
     check: bool = field(default=True, metadata=FREE)
@@ -56,7 +56,7 @@ class DataConfig:
     cache: str = field(default="", metadata=FREE)
     """Local folder that keeps what was read from s3://; ranks and pods may share it. Empty: none."""
 
-    cache_gb: float = field(default=100.0, metadata=FREE)
+    cache_gb: float = field(default=100.0, metadata=FREE | POSITIVE)
     """Size of the cache in GB (1e9 bytes); what was used least recently goes first."""
 
     trace: str = field(default="", metadata=FREE)
@@ -65,16 +65,9 @@ class DataConfig:
 
 def check_config(config: DataConfig) -> None:
     """Raise InputError for values that no data set can have."""
-    if config.broken not in ("error", "skip"):
-        raise InputError(f"data.broken is '{config.broken}': choose error or skip")
-    if not 0 <= config.broken_share <= 1:
-        raise InputError(f"data.broken_share is {config.broken_share}: it must lie in [0, 1]")
-    if config.crop < 0:
-        raise InputError(f"data.crop is {config.crop}: it must be at least 0")
+    check_fields(config, "data")
     if "@" in config.endpoint:  # it would stand in config.yaml
         raise InputError("data.endpoint holds a user or a password: give them as AWS_ACCESS_KEY_ID and so on")
-    if not config.cache_gb > 0:
-        raise InputError(f"data.cache_gb is {config.cache_gb}: it must be positive")
 
 
 def image_shape(config: DataConfig, manifest: Manifest) -> tuple[int, ...]:

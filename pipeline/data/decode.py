@@ -16,6 +16,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from pipeline.data.format.manifest import FORMS
 from pipeline.errors import InputError
 
 Array = npt.NDArray[Any]
@@ -42,13 +43,8 @@ def encode(array: Array, suffix: str) -> bytes:
         np.save(stream, array)
         return stream.getvalue()
     image = Image.fromarray(array[0] if len(array) == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))
-    match suffix:
-        case "png":
-            image.save(stream, format="PNG")
-        case "webp":
-            image.save(stream, format="WEBP", lossless=True)
-        case _:
-            image.save(stream, format="JPEG", quality=95)
+    options: dict[str, Any] = {"jpg": {"format": "JPEG", "quality": 95}, "webp": {"format": "WEBP", "lossless": True}}
+    image.save(stream, **options.get(suffix, {"format": "PNG"}))
     return stream.getvalue()
 
 
@@ -145,14 +141,10 @@ def _decode_plain_jpeg(data: bytes, into: Array | None) -> Array | None:
     return pixels.transpose(2, 0, 1)
 
 
-JPEG_PIXELS = 1 << 26
-"""Above it Pillow's own guard against pictures that are made to fill the memory decides."""
-
+JPEG_PIXELS = 1 << 26  # above it Pillow's own guard against pictures that are made to fill the memory decides
+PLAIN_PIXELS = 256 * 256  # above it the time is in decompression
 _MODES = {b"\x08\0\0\0\0": "L", b"\x08\2\0\0\0": "RGB"}
 """By bit depth, colour type, and three bytes that are 0 (compression, filter, not interlaced)."""
-
-PLAIN_PIXELS = 256 * 256
-"""Above it the time is in decompression."""
 
 
 def decode_array(data: bytes, shape: tuple[int, ...], dtype: str) -> Array:
@@ -160,18 +152,22 @@ def decode_array(data: bytes, shape: tuple[int, ...], dtype: str) -> Array:
 
     Raises InputError for anything else.
     """
-    header, size = _npy_header(shape, dtype), math.prod(shape) * np.dtype(dtype).itemsize
-    if data.startswith(header) and len(data) >= len(header) + size:
-        with decoding():
-            return _finite(np.frombuffer(data, dtype, math.prod(shape), len(header)).reshape(shape).copy())
-    with decoding(), _PARSING:
-        stream = io.BytesIO(data)
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        found, _, kind = read(stream)
-        if found != shape or kind != np.dtype(dtype):
-            raise InputError(f"{kind} of shape {found}, but index.json says {dtype} of {shape}")
-        return _finite(np.load(io.BytesIO(data), allow_pickle=False))
+    header, by_columns = npy_header(shape, dtype), False
+    with decoding():
+        if not data.startswith(header):
+            with _PARSING:
+                stream = io.BytesIO(data)
+                version = np.lib.format.read_magic(stream)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                found, by_columns, kind = read(stream)
+            if found != shape or kind != np.dtype(dtype):
+                raise InputError(f"{kind} of shape {found}, but index.json says {dtype} of {shape}")
+            header = data[: stream.tell()]
+        flat: Array = np.frombuffer(data, dtype, math.prod(shape), len(header))
+        array = flat.reshape(shape, order="F" if by_columns else "C").copy()
+        if not np.isfinite(array).all():
+            raise InputError("a value is not finite")
+        return array
 
 
 _PARSING = threading.Lock()
@@ -179,7 +175,7 @@ _PARSING = threading.Lock()
 
 
 @lru_cache(maxsize=16)
-def _npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
+def npy_header(shape: tuple[int, ...], dtype: npt.DTypeLike) -> bytes:
     """The header that NumPy writes before such an array."""
     stream = io.BytesIO()
     descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
@@ -187,45 +183,27 @@ def _npy_header(shape: tuple[int, ...], dtype: str) -> bytes:
     return stream.getvalue()
 
 
-def _finite(array: Array) -> Array:
-    if not np.isfinite(array).all():
-        raise InputError("a value is not finite")
-    return array
-
-
-def _in_channels(array: Array, channels: int, *, exactly: bool) -> Array:
-    """A grey picture in a colour data set as colour; with `exactly` colour without colour as grey: WebP has no grey."""
-    if channels == 3:
-        return np.repeat(array, 3, axis=0)
-    return array[:1] if exactly and (array == array[:1]).all() else array
-
-
 def decode(
-    sample: dict[str, Any],
-    kind: str,
-    shape: tuple[int, ...],
-    classes: int,
-    shard: str,
-    into: Array | None = None,  # memory that the array may be in, where that saves a copy
+    sample: dict[str, Any], kind: str, shape: tuple[int, ...], classes: int, shard: str, into: Array | None = None
 ) -> tuple[Array, int]:
-    """A sample's array (uint8 of an image, float32 of a point) and its label, -1 if it has none.
+    """A sample's array (uint8 of an image, float32 of a point; in `into` if that saves a copy), and label, -1 if none.
 
     Raises InputError that names the shard and the key where the array is missing, cannot be decoded, has another shape
     or values that are not finite, or the label is not one of the data set's.
     """
     where = f"{shard}, key {sample['__key__']}"
-    for suffix in SUFFIXES[kind]:
-        if suffix in sample:
-            break
-    else:
+    suffix = next((suffix for suffix in SUFFIXES[kind] if suffix in sample), None)
+    if suffix is None:
         raise InputError(f"{where}: no member ends in {' or '.join(SUFFIXES[kind])}: repack the data set")
     try:
         if suffix == "npy":
-            array = decode_array(sample[suffix], shape, "uint8" if kind == "image" else "float32")
+            array = decode_array(sample[suffix], shape, FORMS[kind][0])
         else:
             array = decode_image(sample[suffix], into)
-            if len(array) != shape[0]:
-                array = _in_channels(array, shape[0], exactly=suffix == "webp")
+            if len(array) == 1 and shape[0] == 3:
+                array = np.repeat(array, 3, axis=0)
+            elif len(array) == 3 and shape[0] == 1 and suffix == "webp" and (array == array[:1]).all():
+                array = array[:1]  # WebP has no grey
     except InputError as error:
         raise InputError(f"{where}: the .{suffix} cannot be decoded ({error}): repack the data set") from None
     if array.shape != shape:
@@ -239,8 +217,7 @@ def decode(
     return array, label
 
 
-Draws = npt.NDArray[np.float64]
-"""(rows, 4), uniform in [0, 1)."""
+Draws = npt.NDArray[np.float64]  # (rows, 4), uniform in [0, 1)
 
 
 def draws(seed: int, round: int, first: int, last: int) -> Draws:

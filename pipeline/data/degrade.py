@@ -17,8 +17,7 @@ from torch import Tensor
 
 Kind = Literal["blur", "noise", "salt_pepper", "rows"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-REFERENCE_HEIGHT = 28
-"""Height in pixels for which the damages are defined; lower images get proportionally less."""
+REFERENCE_HEIGHT = 28  # height in pixels for which the damages are defined; lower images get proportionally less
 
 
 def gaussian_kernel(*, size: int = 9, sigma: float = 2.0) -> Tensor:

@@ -9,13 +9,13 @@ import logging
 import math
 import threading
 import weakref
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, ExitStack, closing
 from functools import partial
-from itertools import count, islice
+from itertools import accumulate, count, islice
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import NamedTuple
 
 import numpy as np
 import webdataset
@@ -27,10 +27,10 @@ from pipeline.data.dataset import DataConfig, check_config, image_shape, open_re
 from pipeline.data.decode import Array
 from pipeline.data.format.manifest import Manifest, size_problem
 from pipeline.data.order import Order, Piece, check, parts, pieces, rank_rows
-from pipeline.data.reader import Reader, Taken, fill, new_images, new_rows
+from pipeline.data.reader import Raw, Reader, Taken, fill, new_images, new_rows
 from pipeline.errors import InputError, Stopped
-from pipeline.storage.prefetch import in_order
-from pipeline.storage.store import gopen, open_store
+from pipeline.storage.prefetch import in_background, in_order
+from pipeline.storage.store import gopen
 
 webdataset.gopen_schemes["s3"] = gopen  # so that any WebDataset program reads s3:// as training does, without pipes
 
@@ -38,95 +38,31 @@ __all__ = ["Stream", "Taken", "read_split"]
 
 log = logging.getLogger("naign.data")
 
-PATIENCE = 5.0
-"""Seconds to wait for the reading of a round that is no longer wanted."""
-
-BLOCK = 256
-"""The most rows that a thread reads between two looks at whether to stop."""
-
-BLOCK_BYTES = 4 << 20
-"""The most bytes of them, unless one row is more."""
+PATIENCE = 5.0  # seconds to wait for the reading of a round that is no longer wanted
+BLOCK = 256  # the most rows that a thread reads between two looks at whether to stop
+BLOCK_BYTES = 4 << 20  # the most bytes of them, unless one row is more
 
 
-class _Part:
-    """Rows [first, last) of a rank's part of every round from `start` on, read in one pass by one thread.
+class _Part(NamedTuple):
+    """Rows [first, last) of a rank's part of every round, read in one pass by one thread."""
 
-    What comes after a round is fetched before it is asked for.
-    """
-
-    def __init__(
-        self, config: DataConfig, manifest: Manifest, order: Order, *, start: int, offset: int, first: int, last: int
-    ) -> None:
-        self._order, self._offset, self._first, self._last = order, offset, first, last
-        row = math.prod(image_shape(config, manifest)) * np.dtype(manifest.dtype).itemsize
-        self._block = max(1, min(BLOCK, BLOCK_BYTES // row))
-        self._reader = open_reader(config, manifest)
-        self._fill = partial(fill, reader=self._reader, crop=config.crop, flip=config.flip)
-        begin, end = offset + first, offset + last  # of the round, over all ranks
-        self._stored = self._reader.raw(piece for round in count(start) for piece in pieces(order, round, begin, end))
-
-    def read(
-        self,
-        round: int,
-        taken: Taken,
-        broken: dict[int, str],
-        stop: threading.Event,
-        arrived: Callable[[int], None],  # told how many rows more have been read
-    ) -> bool:
-        """Fill this part's rows of the next round. False if stopped on the way; the part is then of no more use."""
-        whole = False
-        try:
-            for begin in range(self._first, self._last, self._block):
-                if stop.is_set():
-                    return False
-                end = min(begin + self._block, self._last)
-                draws = decode.draws(self._order.seed, round, self._offset + begin, self._offset + end)
-                broken |= self._fill(taken, begin, stored=islice(self._stored, end - begin), draws=draws)
-                taken.tally.merge(self._reader.store.tally.take())
-                arrived(end - begin)
-            whole = True
-        finally:
-            if not whole:
-                self.close()
-        return True
-
-    def close(self) -> None:
-        self._stored.close()
+    first: int
+    last: int
+    reader: Reader
+    stored: Generator[Raw]  # of all rounds to come: what lies behind a round is fetched before it is asked for
 
 
-class _Reading(threading.Thread):
-    """A round being read in the background. Daemon, so that an interpreter that exits gets as far as `close`."""
+class _Reading(NamedTuple):
+    """A round being read in the background."""
 
-    def __init__(self, round: int, read: "Callable[[_Reading], Taken | None]") -> None:
-        super().__init__(name=f"read round {round}", daemon=True)
-        self.round = round
-        self.stop = threading.Event()
-        self._read = read
-        self._taken: Taken | None = None
-        self._error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            self._taken = self._read(self)
-        except BaseException as error:  # re-raised by `result` in the thread that asks
-            self._error = error
-
-    def result(self, cancelled: Callable[[], bool]) -> Taken:
-        """The round, once it is read. Raises what reading it raised; Stopped if `cancelled` turns true before."""
-        while self.is_alive():
-            self.join(0.2)
-            if self.is_alive() and cancelled():
-                self.abandon()
-                raise Stopped
-        if self._error:
-            raise self._error
-        assert self._taken is not None
-        return self._taken
+    round: int
+    stop: threading.Event
+    taken: "Future[Taken | None]"  # None if stopped on the way
 
     def abandon(self) -> None:
         """Stop soon, and wait for that: in vain while a store does not answer."""
         self.stop.set()
-        self.join(PATIENCE)
+        wait([self.taken], PATIENCE)
 
 
 def _open_trace(folder: str, rank: int) -> Path:
@@ -140,7 +76,7 @@ def _open_trace(folder: str, rank: int) -> Path:
     return file
 
 
-class Stream:
+class Stream(AbstractContextManager["Stream"]):
     """One rank's part of every round of a split. Use as a context manager, or close it."""
 
     def __init__(
@@ -164,6 +100,8 @@ class Stream:
         self._config, self._prefetch = config, prefetch
         self._first, last = rank_rows(round_size, rank, world)
         self._count, self._world = last - self._first, world  # rows of this rank, a round
+        row = math.prod(self.shape) * np.dtype(self.manifest.dtype).itemsize
+        self._block = max(1, min(BLOCK, BLOCK_BYTES // row))
         self._trace = _open_trace(config.trace, rank) if config.trace else None
         self._broken = self._rows = 0  # taken so far
         self.rows_read = 0
@@ -189,19 +127,20 @@ class Stream:
         if ahead and ahead.round != round:
             ahead.abandon()
             ahead = None
-        if ahead is None:
-            ahead = _Reading(round, self._read)
-            ahead.start()
-        taken = ahead.result(cancelled)
+        ahead = ahead or self._begin(round)
+        while not wait([ahead.taken], 0.2).done:
+            if cancelled():
+                ahead.abandon()
+                raise Stopped
+        taken = ahead.taken.result()
+        assert taken is not None
         if self._prefetch:
-            self._ahead = _Reading(round + 1, self._read)
-            self._ahead.start()
+            self._ahead = self._begin(round + 1)
         self._allow(taken)
         if self._trace:
             with self._trace.open("a", errors="surrogateescape") as lines:
-                lines.writelines(
-                    f"{epoch} {round} {key}\n" for epoch, key in zip(taken.epochs.tolist(), taken.keys, strict=True)
-                )
+                rows = zip(taken.epochs.tolist(), taken.keys, strict=True)
+                lines.writelines(f"{epoch} {round} {key}\n" for epoch, key in rows)
         return taken
 
     def _allow(self, taken: Taken) -> None:
@@ -212,47 +151,68 @@ class Stream:
         self._rows += len(taken.keys)
         most = int(self._config.broken_share * max(self._rows, self.order.total // self._world))
         if self._broken > most:
-            raise InputError(
-                f"{self._broken} broken samples of {self._rows} are more than data.broken_share="
-                f"{self._config.broken_share} allows ({most}); the last: {taken.broken[-1]}"
-            )
+            allowed = f"data.broken_share={self._config.broken_share} allows ({most}); the last: {taken.broken[-1]}"
+            raise InputError(f"{self._broken} broken samples of {self._rows} are more than {allowed}")
 
     def close(self) -> None:
         """Stop reading ahead."""
         if self._ahead:
             self._ahead.abandon()
         self._ahead = None
-        self._forget()
+        self._close_parts()
         atexit.unregister(self.close)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self, reading: _Reading) -> Taken | None:
+    def _close_parts(self) -> None:
+        while self._parts:
+            self._parts.pop().stored.close()
+
+    def _begin(self, round: int) -> _Reading:
+        stop = threading.Event()
+        return _Reading(round, stop, in_background(partial(self._read, round, stop), f"read round {round}"))
+
+    def _read(self, round: int, stop: threading.Event) -> Taken | None:
         """The round, or None if stopped on the way."""
-        round = reading.round
         if self._next != round:
-            self._forget()
+            self._close_parts()
         if not self._parts:
-            make = partial(_Part, self._config, self.manifest, self.order, start=round, offset=self._first)
-            ranges = parts(0, self._count, max(1, self._config.workers))
-            self._parts = [make(first=first, last=last) for first, last in ranges]
+            self._parts = [self._open(round, *rows) for rows in parts(0, self._count, max(1, self._config.workers))]
         reads, self._parts = self._parts, []  # given back below, unless this round breaks off
         taken, broken = new_rows(self._memory()), dict[int, str]()
-        calls = [partial(part.read, round, taken, broken, reading.stop, self._arrived) for part in reads]
         try:
+            calls = [partial(self._read_part, part, round, taken, broken, stop) for part in reads]
             whole = all(list(in_order(calls, len(calls))))
         except BaseException:
-            reading.stop.set()  # the other parts
+            stop.set()  # the other parts
             raise
         if not whole:
             return None
         taken.broken.extend(broken[row] for row in sorted(broken))
         self._parts, self._next = reads, round + 1
         return taken
+
+    def _open(self, start: int, first: int, last: int) -> _Part:
+        reader, begin, end = open_reader(self._config, self.manifest), self._first + first, self._first + last
+        wanted = (piece for round in count(start) for piece in pieces(self.order, round, begin, end))
+        return _Part(first, last, reader, reader.raw(wanted))
+
+    def _read_part(self, part: _Part, round: int, taken: Taken, broken: dict[int, str], stop: threading.Event) -> bool:
+        """Fill a part's rows of the next round. False if stopped on the way; the part is then of no more use."""
+        with ExitStack() as unless_whole:
+            unless_whole.callback(part.stored.close)
+            for begin in range(part.first, part.last, self._block):
+                if stop.is_set():
+                    return False
+                end = min(begin + self._block, part.last)
+                draws = decode.draws(self.order.seed, round, self._first + begin, self._first + end)
+                stored, config = islice(part.stored, end - begin), self._config
+                broken |= fill(taken, begin, part.reader, stored, draws, crop=config.crop, flip=config.flip)
+                taken.tally.merge(part.reader.store.tally.take())
+                self.rows_read += end - begin
+            unless_whole.pop_all()
+        return True
 
     def _memory(self) -> Array:
         """Memory for a round's images: that of an earlier round which nobody uses any more, or new.
@@ -263,15 +223,6 @@ class Stream:
         lent = memory.view()  # which the round's tensor holds, and all that are made of it
         weakref.finalize(lent, self._unused.append, memory).atexit = False
         return lent
-
-    def _arrived(self, rows: int) -> None:
-        self.rows_read += rows
-
-    def _forget(self) -> None:
-        """Close the parts that stand before another round."""
-        gone, self._parts = self._parts, []
-        for part in gone:
-            part.close()
 
 
 def read_split(
@@ -291,15 +242,15 @@ def read_split(
     total = manifest.split(split).samples
     count = total if limit is None else min(limit, total)
     shards = manifest.split(split).shards
-    wanted, left = [], count
-    for number, shard in enumerate(shards):
-        if left > 0:
-            wanted.append(Piece(epoch=0, shard=number, first=0, last=min(left, shard.samples)))
-        left -= shard.samples
-    store = open_store(path)
-    if problem := next(filter(None, (size_problem(store, shards[piece.shard]) for piece in wanted)), ""):
+    starts = accumulate((shard.samples for shard in shards), initial=0)
+    wanted = [
+        Piece(epoch=0, shard=number, first=0, last=min(shard.samples, count - start))
+        for number, (shard, start) in enumerate(zip(shards, starts, strict=False))
+        if start < count
+    ]
+    reader = open_reader(config, manifest)
+    if problem := next(filter(None, (size_problem(reader.store, shards[piece.shard]) for piece in wanted)), ""):
         raise InputError(problem)  # before memory is taken for samples that are not there
-    reader = Reader(store, manifest, shards)
     with closing(reader.raw(wanted)) as stored:
         bar = tqdm(stored, total=count, desc=f"read {split}", unit="sample", disable=not progress)
         taken = new_rows(new_images(image_shape(config, manifest), manifest.dtype, count))

@@ -8,6 +8,7 @@ epoch; and resuming at a round is arithmetic. Pieces need not be whole shards: s
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,6 @@ import numpy.typing as npt
 from pipeline.errors import InputError
 
 Longs = npt.NDArray[np.int64]
-
 TAILS = ("wrap", "drop", "pad")
 
 
@@ -34,17 +34,12 @@ class Piece:
 class Order:
     """All that says in which order the images of a split come, and in which rounds."""
 
-    sizes: tuple[int, ...]
-    """Samples of each shard."""
-
+    sizes: tuple[int, ...]  # samples of each shard
     seed: int
-    round_size: int
-    """Images a round, over all ranks."""
-
+    round_size: int  # images a round, over all ranks
     tail: str = "wrap"
     """Of an epoch that is no whole number of rounds. wrap: its last round goes on into the next epoch, so that epochs
     laid end to end are cut into rounds; drop: its last images are left out; pad: its first ones fill up the round."""
-
     resampled: bool = False
     """Draw the shards of an epoch with replacement, as WebDataset's resampled=True: images come once on average."""
 
@@ -69,12 +64,11 @@ class Order:
             return f"{len(self.sizes)} shards drawn with replacement: an epoch of {self.total} images misses some"
         if not left:
             return f"each of {self.total} images once an epoch of {self.total // self.round_size} rounds"
-        match self.tail:
-            case "wrap":
-                return f"each of {self.total} images once an epoch; a round goes on into the next epoch"
-            case "drop":
-                return f"{self.total - left} of {self.total} images once an epoch: drops its last {left}"
-        return f"each of {self.total} images an epoch, its first {self.round_size * self.rounds - self.total} once more"
+        return {
+            "wrap": f"each of {self.total} images once an epoch; a round goes on into the next epoch",
+            "drop": f"{self.total - left} of {self.total} images once an epoch: drops its last {left}",
+            "pad": f"each of {self.total} images an epoch, its first {self.round_size - left} once more",
+        }[self.tail]
 
 
 def check_seed(seed: int) -> None:
@@ -83,17 +77,17 @@ def check_seed(seed: int) -> None:
         raise InputError(f"--seed {seed}: use a whole number from 0 to 2**64 - 1")
 
 
-def shard_order(shards: int, seed: int, epoch: int) -> list[int]:
-    """The order (shards,) in which an epoch visits the shards: a permutation that depends on the arguments alone.
+def shuffled(count: int, seed: int, stream: int = 0) -> list[int]:
+    """0 to count - 1 in an order that depends on the arguments alone: of the shards of an epoch, say, the `stream`.
 
     It sorts Philox's raw numbers, which NumPy promises never to change, unlike those of its `permutation` (NEP 19).
     """
-    return [int(shard) for shard in np.argsort(_draws(shards, seed, epoch), kind="stable")]
+    order: list[int] = np.argsort(_draws(count, seed, stream), kind="stable").tolist()
+    return order
 
 
-def _draws(count: int, seed: int, epoch: int) -> Any:
-    """Raw numbers (count,) uint64."""
-    key = np.array([seed % 2**64, epoch], np.uint64)  # a list would pass through float64
+def _draws(count: int, seed: int, stream: int) -> Any:
+    key = np.array([seed % 2**64, stream], np.uint64)  # a list would pass through float64
     return np.random.Philox(key=key).random_raw(count)
 
 
@@ -105,11 +99,11 @@ def _epoch(sizes: tuple[int, ...], seed: int, epoch: int, resampled: bool) -> tu
     """
     lengths = np.array(sizes, np.int64)
     total = int(lengths.sum())
-    if not resampled:
-        order = np.array(shard_order(len(sizes), seed, epoch), np.int64)
-    else:
+    if resampled:
         most = -(-total // int(lengths.min()))
         order = (_draws(most, seed, epoch) % np.uint64(len(sizes))).astype(np.int64)
+    else:
+        order = np.array(shuffled(len(sizes), seed, epoch), np.int64)
     ends = np.minimum(np.cumsum(lengths[order]), total)
     count = int(np.searchsorted(ends, total)) + 1
     return order[:count], np.concatenate([[0], ends[:count]])
@@ -145,9 +139,7 @@ def pieces(order: Order, round: int, start: int, stop: int) -> list[Piece]:
             continue
         shards, edges = _epoch(order.sizes, order.seed, epoch, order.resampled)
         low, high = int(np.searchsorted(edges, begin, "right")) - 1, int(np.searchsorted(edges, end))
-        for shard, a, b in zip(
-            shards[low:high].tolist(), edges[low:].tolist(), edges[low + 1 :].tolist(), strict=False
-        ):
+        for shard, (a, b) in zip(shards[low:high].tolist(), pairwise(edges[low : high + 1].tolist()), strict=True):
             found.append(Piece(epoch=epoch, shard=shard, first=max(begin - a, 0), last=min(end, b) - a))
     return found
 
@@ -162,7 +154,7 @@ def rank_rows(round_size: int, rank: int, world: int) -> tuple[int, int]:
 def parts(start: int, stop: int, count: int) -> list[tuple[int, int]]:
     """[start, stop) cut into `count` consecutive ranges whose lengths differ by one at most."""
     edges = [start + (stop - start) * i // count for i in range(count + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 def check(order: Order, world: int) -> None:
@@ -171,12 +163,9 @@ def check(order: Order, world: int) -> None:
     if order.tail not in TAILS:
         raise InputError(f"data.tail is '{order.tail}': choose one of {', '.join(TAILS)}")
     if order.tail == "drop" and order.total < number:
-        raise InputError(
-            f"data.tail=drop leaves nothing of {order.total} images in rounds of {number}: use smaller rounds, or wrap"
-        )
+        left = f"data.tail=drop leaves nothing of {order.total} images in rounds of {number}"
+        raise InputError(f"{left}: use smaller rounds, or wrap")
     if number < world or number % world:
-        near = max(1, round(number / world)) * world
-        raise InputError(
-            f"a round of {number} images cannot be shared equally by {world} ranks "
-            f"({number} = {number // world} x {world} + {number % world}): use {near}, for example"
-        )
+        near, arithmetic = max(1, round(number / world)) * world, f"{number // world} x {world} + {number % world}"
+        shared = f"a round of {number} images cannot be shared equally by {world} ranks ({number} = {arithmetic})"
+        raise InputError(f"{shared}: use {near}, for example")

@@ -2,11 +2,11 @@
 
 import hashlib
 import tarfile
-import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,52 +23,38 @@ from pipeline.storage.base import Store
 from pipeline.storage.prefetch import PARALLEL, in_order
 from pipeline.storage.retry import Tally
 
-PART = 8 << 20
-"""Bytes of pages asked for at once."""
-
-REREADS = 3
-"""How often a page whose hash is wrong is read again."""
-
-TABLES = 16
-"""Page tables that are kept: each is about a thousandth of its shard."""
-
-TABLES_AHEAD = 2
-"""Page tables asked for before the pages of the shard before are all there."""
+PART = 8 << 20  # bytes of pages asked for at once
+REREADS = 3  # how often a page whose hash is wrong is read again
+TABLES = 16  # page tables that are kept: each is about a thousandth of its shard
+TABLES_AHEAD = 2  # page tables asked for before the pages of the shard before are all there
 
 
 class Raw(NamedTuple):
     """One sample as it is stored."""
 
     piece: Piece
-    number: int
-    """In its shard."""
-    sample: dict[str, Any]
-    """As WebDataset gives it."""
+    number: int  # in its shard
+    sample: dict[str, Any]  # as WebDataset gives it
 
 
 class Row(NamedTuple):
     """One sample."""
 
     array: Array
-    label: int
-    """-1 where there is none."""
+    label: int  # -1 where there is none
     key: str
     epoch: int
-    broken: str = ""
-    """What was wrong with the sample in whose place this one is."""
+    broken: str = ""  # what was wrong with the sample in whose place this one is
 
 
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Pages:
+class Pages(NamedTuple):
     """Consecutive pages of one shard that hold some of a piece: at most PART bytes, unless one page alone is more."""
 
     piece: Piece
     shard: Shard
     table: Table
-    low: int
-    """First page."""
-    high: int
-    """One past the last."""
+    low: int  # first page
+    high: int  # one past the last
 
 
 class Reader:
@@ -85,14 +71,7 @@ class Reader:
     ) -> None:
         self.store, self.manifest, self.shards = store, manifest, shards
         self._check, self._skip = check, skip
-        self._tables: dict[str, Table] = {}
-        self._lock = threading.Lock()
-
-    def rows(self, wanted: Iterable[Piece]) -> Generator[Row]:
-        """The samples of the pieces in order, as `raw` and `row` give them."""
-        with closing(self.raw(wanted)) as stored:
-            for raw in stored:
-                yield self.row(raw)
+        self._table = lru_cache(TABLES)(self._read_table)
 
     def raw(self, wanted: Iterable[Piece]) -> Generator[Raw]:
         """The stored samples of the pieces in order, fetched ahead in bounded memory. The pieces may be without end.
@@ -100,21 +79,17 @@ class Reader:
         Raises InputError for a shard that is damaged or not as the manifest says, when its turn comes.
         """
         with (
-            closing(in_order(map(self._find, wanted), TABLES_AHEAD)) as found,
-            closing(in_order((partial(self._fetch, pages) for pages in _cut(found)), PARALLEL)) as fetched,
+            closing(in_order((partial(self._cut, piece) for piece in wanted), TABLES_AHEAD)) as found,
+            closing(in_order((partial(self._fetch, pages) for cut in found for pages in cut), PARALLEL)) as fetched,
         ):
             for pages, data in fetched:
                 piece, first = pages.piece, int(pages.table["sample"][pages.low])
                 for number, sample in enumerate(self._samples(pages, data), first):
                     if piece.first <= number < piece.last:
-                        yield Raw(piece=piece, number=number, sample=sample)
+                        yield Raw(piece, number, sample)
 
-    def row(
-        self,
-        raw: Raw,
-        into: Array | None = None,  # memory (*shape) for the array, which is used where that saves a copy
-    ) -> Row:
-        """The sample decoded. Raises InputError, naming shard and key, where it cannot be."""
+    def row(self, raw: Raw, into: Array | None = None) -> Row:
+        """The sample decoded, into `into` (*shape) where that saves a copy. InputError names shard and key."""
         manifest, where = self.manifest, self.store.url(self.shards[raw.piece.shard].name)
         try:
             array, label = decode.decode(raw.sample, manifest.kind, manifest.shape, len(manifest.labels), where, into)
@@ -122,76 +97,67 @@ class Reader:
             if not self._skip:
                 raise
             return self._instead(raw.piece, raw.number, str(error))
-        return Row(array=array, label=label, key=raw.sample["__key__"], epoch=raw.piece.epoch)
+        return Row(array, label, raw.sample["__key__"], raw.piece.epoch)
 
-    def _find(self, piece: Piece) -> Callable[[], tuple[Piece, Shard, Table]]:
-        shard = self.shards[piece.shard]
-        return lambda: (piece, shard, self._table(shard))
+    def _cut(self, piece: Piece) -> list[Pages]:
+        shard, found = self.shards[piece.shard], []
+        table = self._table(shard)
+        starts, edges = table["sample"], table["byte"]
+        low = int(starts.searchsorted(piece.first, "right")) - 1
+        end = int(starts.searchsorted(piece.last))
+        while low < end:
+            high = max(low + 1, min(end, int(edges.searchsorted(edges[low] + PART, "right")) - 1))
+            found.append(Pages(piece, shard, table, low, high))
+            low = high
+        return found
 
-    def _table(self, shard: Shard) -> Table:
-        with self._lock:
-            if shard.name in self._tables:
-                self._tables[shard.name] = self._tables.pop(shard.name)  # the most recently used is last
-                return self._tables[shard.name]
+    def _read_table(self, shard: Shard) -> Table:
         if problem := size_problem(self.store, shard):
             raise InputError(problem)
-        name = table_name(shard.name)
-        data = b""
-        for attempt in range(1 + REREADS):
-            data = self.store.read(name, fresh=attempt > 0)
-            if hashlib.sha256(data).hexdigest() == shard.pages:
-                break
-            self.store.tally.add(reread=len(data))
-        else:
-            raise InputError(f"{self.store.url(name)}: its SHA-256 is not the one in index.json: {_REMEDY}")
+        name, wanted = table_name(shard.name), bytes.fromhex(shard.pages)
+        data = self._sound(self.store.read(name), wanted, name, "its SHA-256 is not the one in index.json")
         try:
-            table = parse_table(data, samples=shard.samples, size=shard.bytes)
+            return parse_table(data, samples=shard.samples, size=shard.bytes)
         except ValueError as error:
             raise InputError(f"{self.store.url(name)}: {error}: {_REMEDY}") from None
-        with self._lock:
-            while len(self._tables) >= TABLES:
-                del self._tables[next(iter(self._tables))]
-            self._tables[shard.name] = table
-        return table
 
     def _fetch(self, pages: Pages) -> tuple[Pages, bytes]:
         """The pages with their bytes; those whose hash is wrong are read again."""
-        edges, digests = pages.table["byte"], pages.table["sha256"]
-        start = int(edges[pages.low])
-        data = self.store.read(pages.shard.name, start, int(edges[pages.high]))
-        if not self._check:
-            return pages, data
-        for page in range(pages.low, pages.high):
-            first, last = int(edges[page]), int(edges[page + 1])
-            wanted = digests[page].tobytes()
-            for attempt in range(1 + REREADS):
-                if hashlib.sha256(memoryview(data)[first - start : last - start]).digest() == wanted:
-                    break
-                if attempt == REREADS:
-                    raise InputError(
-                        f"{self.store.url(pages.shard.name)}: the SHA-256 of bytes {first} to {last} (samples "
-                        f"{pages.table['sample'][page]} to {pages.table['sample'][page + 1] - 1}) is not the one in "
-                        f"{table_name(pages.shard.name)}, also after {REREADS} more reads: {_REMEDY}"
-                    )
-                self.store.tally.add(reread=last - first)
-                again = self.store.read(pages.shard.name, first, last, fresh=True)
-                data = data[: first - start] + again + data[last - start :]
+        name, rows = pages.shard.name, pages.table[pages.low : pages.high + 1].tolist()
+        start = rows[0][1]
+        data = self.store.read(name, start, rows[-1][1])
+        for (sample, first, digest), (next_sample, last, _) in pairwise(rows if self._check else ()):
+            there = memoryview(data)[first - start : last - start]
+            said = f"the SHA-256 of bytes {first} to {last} (samples {sample} to {next_sample - 1}) is not the one in "
+            sound = self._sound(there, digest, name, said + table_name(name), first, last)
+            if sound is not there:
+                data = data[: first - start] + sound + data[last - start :]
         return pages, data
 
+    def _sound(
+        self, data: bytes | memoryview, digest: bytes, name: str, said: str, first: int = 0, last: int | None = None
+    ) -> bytes | memoryview:
+        """Bytes [first, last) of a file, read again where `data` does not have that hash; InputError in the end."""
+        for _ in range(REREADS):
+            if hashlib.sha256(data).digest() == digest:
+                return data
+            self.store.tally.add(reread=len(data))
+            data = self.store.read(name, first, last, fresh=True)
+        if hashlib.sha256(data).digest() == digest:
+            return data
+        raise InputError(f"{self.store.url(name)}: {said}, also after {REREADS} more reads: {_REMEDY}")
+
     def _samples(self, pages: Pages, data: bytes) -> Iterator[dict[str, Any]]:
-        expected = int(pages.table["sample"][pages.high] - pages.table["sample"][pages.low])
-        found = 0
+        where, table = self.store.url(pages.shard.name), table_name(pages.shard.name)
+        expected, found = int(pages.table["sample"][pages.high] - pages.table["sample"][pages.low]), 0
         try:
             for sample in samples(data):
                 found += 1
                 yield sample
         except (tarfile.TarError, ValueError) as error:
-            raise InputError(f"{self.store.url(pages.shard.name)}: no tar of samples ({error}): {_REMEDY}") from None
+            raise InputError(f"{where}: no tar of samples ({error}): {_REMEDY}") from None
         if found != expected:
-            raise InputError(
-                f"{self.store.url(pages.shard.name)}: {found} samples where {table_name(pages.shard.name)} has "
-                f"{expected}: {_REMEDY}"
-            )
+            raise InputError(f"{where}: {found} samples where {table} has {expected}: {_REMEDY}")
 
     def _instead(self, piece: Piece, number: int, problem: str) -> Row:
         """The next sound sample of the shard, whoever asks; after the last comes the first."""
@@ -200,23 +166,11 @@ class Reader:
         for step in range(1, shard.samples):
             other = (number + step) % shard.samples
             try:
-                (row,) = sound.rows([Piece(epoch=piece.epoch, shard=piece.shard, first=other, last=other + 1)])
+                (raw,) = sound.raw([Piece(epoch=piece.epoch, shard=piece.shard, first=other, last=other + 1)])
+                return sound.row(raw)._replace(broken=problem)
             except InputError:
                 continue
-            return Row(array=row.array, label=row.label, key=row.key, epoch=row.epoch, broken=problem)
         raise InputError(f"{self.store.url(shard.name)}: none of its {shard.samples} samples can be decoded: {_REMEDY}")
-
-
-def _cut(found: Iterable[tuple[Piece, Shard, Table]]) -> Iterator[Pages]:
-    """What to ask for, in order."""
-    for piece, shard, table in found:
-        starts, edges = table["sample"], table["byte"]
-        low = int(starts.searchsorted(piece.first, "right")) - 1
-        end = int(starts.searchsorted(piece.last))
-        while low < end:
-            high = max(low + 1, min(end, int(edges.searchsorted(edges[low] + PART, "right")) - 1))
-            yield Pages(piece=piece, shard=shard, table=table, low=low, high=high)
-            low = high
 
 
 _REMEDY = "copy it again, or repack the data set"
@@ -226,18 +180,12 @@ _REMEDY = "copy it again, or repack the data set"
 class Taken:
     """One rank's part of a round; row i is position i of that part, whatever the number of workers."""
 
-    images: Tensor
-    """(n, C, H, W) uint8 of images, in memory as (n, H, W, C); (n, D) float32 of points."""
-    labels: Tensor
-    """(n,) int64, -1 where there is none."""
-    keys: list[str]
-    """n of them."""
-    epochs: Tensor
-    """(n,) int64: in which epoch each row was taken."""
-    tally: Tally = field(default_factory=Tally)
-    """What reading them has cost."""
-    broken: list[str] = field(default_factory=list)
-    """The problem of each sample that another one stands in for."""
+    images: Tensor  # (n, C, H, W) uint8 of images, in memory as (n, H, W, C); (n, D) float32 of points
+    labels: Tensor  # (n,) int64, -1 where there is none
+    keys: list[str]  # n of them
+    epochs: Tensor  # (n,) int64: in which epoch each row was taken
+    tally: Tally = field(default_factory=Tally)  # what reading them has cost
+    broken: list[str] = field(default_factory=list)  # the problem of each sample that another one stands in for
 
 
 def new_images(shape: tuple[int, ...], dtype: str, rows: int) -> Array:
@@ -258,16 +206,12 @@ def new_rows(images: Array) -> Taken:
 
 
 def fill(
-    taken: Taken,
-    begin: int,  # row
-    reader: Reader,
-    stored: Iterator[Raw],  # of as many samples as draws
-    draws: Draws,
-    *,
-    crop: int = 0,  # pixels a side of the windows; 0: whole images
-    flip: bool = False,
+    taken: Taken, begin: int, reader: Reader, stored: Iterator[Raw], draws: Draws, *, crop: int = 0, flip: bool = False
 ) -> dict[int, str]:
-    """Decode samples into rows from `begin` on; the problems of broken samples by row."""
+    """Decode as many samples as there are draws into rows from `begin` on; the problems of broken samples by row.
+
+    Of images, windows of `crop` pixels a side (0: whole ones), and with `flip` mirrored, as the draws say.
+    """
     images, labels, epochs = taken.images.numpy(), taken.labels.numpy(), taken.epochs.numpy()
     row, broken = begin, {}
     for row, raw in enumerate(stored, begin):

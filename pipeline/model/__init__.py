@@ -2,9 +2,11 @@
 
 Names are imported when they are first used: a program that needs the settings alone does not wait for the rest.
 """
+# ruff: noqa: F401
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pipeline.faces import lazy_face
 
 if TYPE_CHECKING:
     from pipeline.model.encoders import load_encoder
@@ -12,13 +14,6 @@ if TYPE_CHECKING:
     from pipeline.model.naign import NAIGN
     from pipeline.model.networks import NetworkConfig, build_network
 
-__all__ = ["NAIGN", "Batch", "NetworkConfig", "ObjectiveConfig", "build_network", "load_encoder"]
-
-_FILES = {"NAIGN": "naign", "NetworkConfig": "networks", "build_network": "networks", "load_encoder": "encoders"}
-_FILES |= dict.fromkeys(("Batch", "ObjectiveConfig"), "losses")
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _FILES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_FILES[name]}"), name)
+_FILES = {"encoders": "load_encoder", "losses": "Batch ObjectiveConfig"}
+_FILES |= {"naign": "NAIGN", "networks": "NetworkConfig build_network"}
+__all__, __getattr__ = lazy_face(__name__, _FILES)

@@ -5,8 +5,7 @@ from typing import BinaryIO, Protocol
 
 from pipeline.storage.retry import Tally
 
-_PARTIAL = ".partial-"
-"""Prefix of a file that is still being written: `list` never shows one."""
+PARTIAL = ".partial-"  # prefix of a file that is still being written: `list` never shows one
 
 
 class Writer(Protocol):
@@ -26,43 +25,35 @@ class Store(Protocol):
 
     def folders(self) -> list[str]:
         """Names of the folders in it, sorted."""
-        ...
 
     def list(self) -> list[str]:
         """Names of the complete files, sorted; [] for a folder that is empty or does not exist."""
-        ...
 
     def exists(self, name: str) -> bool:
         """Whether there is a file of that name; asks for it alone, however many files the folder holds."""
-        ...
 
     def size(self, name: str) -> int:
         """Length in bytes."""
-        ...
 
     def read(self, name: str, first: int = 0, last: int | None = None, *, fresh: bool = False) -> bytes:
         """Bytes [first, last), all of them; to the end if last is None. A file that ends sooner is an InputError.
 
         `fresh` reads past any cache, and renews what it holds.
         """
-        ...
 
     def open(self, name: str) -> BinaryIO:
         """A stream from the first byte on, read ahead in bounded memory. It is never silently cut."""
-        ...
 
     def write(self, name: str) -> AbstractContextManager[Writer]:
         """Write or replace a file as its bytes are made: it appears whole at the end, after an error not at all."""
-        ...
 
     def put(self, name: str, data: bytes) -> None:
         """Write or replace a file: readers see the old one or the new one, never a part."""
-        ...
+        with self.write(name) as target:
+            target.write(data)
 
     def delete(self, name: str) -> None:
         """Remove a file; nothing happens if there is none."""
-        ...
 
     def url(self, name: str) -> str:
         """What to call the file in a message or give to another program."""
-        ...

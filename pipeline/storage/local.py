@@ -1,16 +1,18 @@
 """Files in a local folder, and writing one file whole or not at all."""
 
+import builtins
 import contextlib
 import errno
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from pipeline.errors import InputError
-from pipeline.storage.base import _PARTIAL, Writer
+from pipeline.storage.base import PARTIAL, Store, Writer
 from pipeline.storage.retry import Tally
 
 _REMEDIES = {
@@ -30,7 +32,7 @@ TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EM
 """What a disk or a system that fails for a while says. It is no fault of the user's, and worth a retry."""
 
 
-class LocalStore:
+class LocalStore(Store):
     """Files directly in one local folder."""
 
     def __init__(self, path: str) -> None:
@@ -39,23 +41,20 @@ class LocalStore:
         self._folder = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
 
     def folders(self) -> list[str]:
-        with self._explained(""):
-            entries = os.scandir(self._folder) if self._folder.exists() else ()
-            return sorted(entry.name for entry in entries if entry.is_dir())
+        return self._names(os.DirEntry.is_dir)
 
     def list(self) -> list[str]:
+        return [name for name in self._names(os.DirEntry.is_file) if not name.startswith(PARTIAL)]
+
+    def _names(self, kind: Callable[["os.DirEntry[str]"], bool]) -> builtins.list[str]:
         with self._explained(""):
-            if not self._folder.exists():
-                return []
-            files = (entry.name for entry in os.scandir(self._folder) if entry.is_file())
-            return sorted(name for name in files if not name.startswith(_PARTIAL))
+            entries = os.scandir(self._folder) if self._folder.exists() else ()
+            return sorted(entry.name for entry in entries if kind(entry))
 
     def exists(self, name: str) -> bool:
-        with self._explained(name):
-            try:
-                return stat.S_ISREG((self._folder / name).stat().st_mode)
-            except FileNotFoundError:
-                return False
+        with self._explained(name), contextlib.suppress(FileNotFoundError):
+            return stat.S_ISREG((self._folder / name).stat().st_mode)
+        return False
 
     def size(self, name: str) -> int:
         with self._explained(name):
@@ -72,9 +71,8 @@ class LocalStore:
             stream.seek(first)
             data = stream.readall() if last is None else stream.read(last - first)
         if last is not None and len(data) < last - first:
-            raise InputError(
-                f"{self.url(name)}: {first + len(data)} bytes where {last} were expected: truncated: copy it again"
-            )
+            found = f"{first + len(data)} bytes where {last} were expected"
+            raise InputError(f"{self.url(name)}: {found}: truncated: copy it again")
         self.tally.add(bytes=len(data))
         return data
 
@@ -82,7 +80,7 @@ class LocalStore:
     def write(self, name: str) -> Iterator[Writer]:
         with self._explained(name, writing=True):
             self._folder.mkdir(parents=True, exist_ok=True)
-            descriptor, partial = tempfile.mkstemp(prefix=_PARTIAL, dir=self._folder)
+            descriptor, partial = tempfile.mkstemp(prefix=PARTIAL, dir=self._folder)
         try:
             with os.fdopen(descriptor, "wb") as target:
                 yield target
@@ -95,10 +93,6 @@ class LocalStore:
         except BaseException:
             Path(partial).unlink(missing_ok=True)
             raise
-
-    def put(self, name: str, data: bytes) -> None:
-        with self.write(name) as target:
-            target.write(data)
 
     def delete(self, name: str) -> None:
         with self._explained(name, writing=True):
@@ -129,16 +123,17 @@ def write_atomically(file: Path, content: str | bytes, *, sync: bool = True) -> 
     """Replace a file by `content` so that a reader or a kill sees the old one or the new one, whole; with `sync` so
     does a machine that loses power, for some milliseconds more. OSError names the file, and leaves nothing beside it.
     """
-    partial = file.with_name(f".{file.name[:50]}.{os.getpid()}")
+    partial = file.with_name(f"{PARTIAL}{file.name[:50]}.{uuid.uuid4().hex}")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         if sync:
             sync_file(partial)
         os.replace(partial, file)
     except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from None
+    finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(file)) from None
 
 
 def sync_file(file: Path) -> None:

@@ -8,22 +8,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, replace
 
 from pipeline.errors import Unavailable
 
 log = logging.getLogger("naign.store")
 
-ATTEMPTS = 10
-"""Failures in a row, without a byte of progress between, before a store counts as out of reach."""
-
-FIRST_PAUSE = 0.2
-"""Seconds: the longest pause after the first failure; it doubles with each that follows."""
-
-LONGEST_PAUSE = 10.0
-"""Seconds."""
-
-
+ATTEMPTS = 10  # failures in a row, without a byte of progress between, before a store counts as out of reach
+FIRST_PAUSE = 0.2  # seconds: the longest pause after the first failure; it doubles with each that follows
+LONGEST_PAUSE = 10.0  # seconds
 _chance = random.Random()  # not the global one, which belongs to the program
 
 
@@ -31,17 +24,10 @@ _chance = random.Random()  # not the global one, which belongs to the program
 class Tally:
     """What reading has cost."""
 
-    bytes: int = 0
-    """Received, from a store or a cache."""
-
-    retries: int = 0
-    """Requests that had to be made again."""
-
-    reread: int = 0
-    """Bytes read again because their hash was wrong."""
-
-    cached: int = 0
-    """Bytes of those received that came from the cache."""
+    bytes: int = 0  # received, from a store or a cache
+    retries: int = 0  # requests that had to be made again
+    reread: int = 0  # bytes read again because their hash was wrong
+    cached: int = 0  # bytes of those received that came from the cache
 
     def add(self, **more: int) -> None:
         with _LOCK[0]:
@@ -51,24 +37,16 @@ class Tally:
     def take(self) -> "Tally":
         """What was counted, counting anew from 0."""
         with _LOCK[0]:
-            taken = Tally(**{field.name: getattr(self, field.name) for field in fields(self)})
-            for field in fields(self):
-                setattr(self, field.name, 0)
+            taken = replace(self)
+            self.__init__()  # type: ignore[misc]
         return taken
 
     def merge(self, other: "Tally") -> None:
-        self.add(**{field.name: getattr(other, field.name) for field in fields(other)})
+        self.add(**asdict(other))
 
 
 _LOCK = [threading.Lock()]
-
-
-def _renew_lock() -> None:
-    _LOCK[0] = threading.Lock()  # another thread may have held it at the fork
-
-
-os.register_at_fork(after_in_child=_renew_lock)
-
+os.register_at_fork(after_in_child=lambda: _LOCK.__setitem__(0, threading.Lock()))  # a thread may have held it
 
 _attempts: ContextVar[int] = ContextVar("attempts")
 
@@ -100,10 +78,9 @@ class Patience:
         where = f"{self._what}{at}"
         cause = f"{type(error).__name__}: {error}"
         if self._failures >= self._most:
-            raise Unavailable(
-                f"{where}: given up after {self._failures} attempts; the last failed with {cause}. "
-                f"Check the network, the server and AWS_ENDPOINT_URL, then run the same command again: it goes on"
-            ) from None
+            remedy = "Check the network, the server and AWS_ENDPOINT_URL, then run the same command again: it goes on"
+            failed = f"given up after {self._failures} attempts; the last failed with {cause}"
+            raise Unavailable(f"{where}: {failed}. {remedy}") from None
         pause = _chance.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (self._failures - 1)))
         log.warning("%s: %s; attempt %d of %d in %.1f s", where, cause, self._failures + 1, self._most, pause)
         self._tally.add(retries=1)

@@ -7,12 +7,13 @@ So botocore's retries are off. Every request and body is retried here, a body fr
 import base64
 import contextlib
 import hashlib
+import io
 import re
 import zlib
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from functools import partial, reduce
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from botocore.exceptions import (
     BotoCoreError,
@@ -24,26 +25,22 @@ from botocore.exceptions import (
 )
 
 from pipeline.errors import Conflict, InputError
-from pipeline.storage.prefetch import PARALLEL, PART, Parts, in_order
+from pipeline.storage.base import Store
+from pipeline.storage.prefetch import PARALLEL, PART, Parts, in_background, in_order
 from pipeline.storage.retry import Patience, Tally
 from pipeline.storage.s3_client import BadSettings, client, is_anonymous, is_passing
 
-WRITE_PART = 16 << 20
-"""Bytes per part of a multipart upload; S3 allows 10,000 parts."""
-
+WRITE_PART = 16 << 20  # bytes per part of a multipart upload; S3 allows 10,000 parts
 CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role"
-
+_DIRECTORY_BUCKET = "--x-s3"  # ends the name of a directory bucket (S3 Express One Zone), which takes no Content-MD5
 _DENIED = ("AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
-
-_DIRECTORY_BUCKET = "--x-s3"
-"""End of the name of every directory bucket (S3 Express One Zone), which takes no Content-MD5."""
 
 
 def _code(error: ClientError) -> str:
     return str(error.response["Error"].get("Code"))
 
 
-class S3Store:
+class S3Store(Store):
     """The objects directly under one prefix. Picklable: each process makes its client at the first request."""
 
     def __init__(self, path: str) -> None:
@@ -116,7 +113,7 @@ class S3Store:
 
     def open(self, name: str) -> BinaryIO:
         self.size(name)  # a missing object must raise here, not at the first read
-        return cast(BinaryIO, Parts(self._parts(name, 0, None)))
+        return io.BufferedReader(Parts(self._parts(name, 0, None)), 1 << 20)
 
     @contextlib.contextmanager
     def write(self, name: str) -> Iterator["Upload"]:
@@ -129,10 +126,6 @@ class S3Store:
                 upload.abort()
                 raise
         self._versions.pop(name, None)
-
-    def put(self, name: str, data: bytes) -> None:
-        with self.write(name) as upload:
-            upload.write(data)
 
     def delete(self, name: str) -> None:
         with self._explained(name):
@@ -251,7 +244,6 @@ class Upload:
         self._buffer = bytearray()
         self._size = self._crc = 0  # of all bytes written
         self._upload: str | None = None
-        self._threads: ThreadPoolExecutor | None = None
         self._parts: list[Future[dict[str, Any]]] = []
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
@@ -271,31 +263,26 @@ class Upload:
         else:
             self._send(last)
             etag = self._completed([part.result() for part in self._parts])
-        if self._threads:
-            self._threads.shutdown()
         size, found = self._store.size(self._name), self._store._versions[self._name][1]
         if size != self._size or found != etag:
-            raise Conflict(
-                f"{self._store.url(self._name)}: {size} bytes, ETag {found} just after {self._size} bytes, ETag {etag} "
-                f"were written: another program writes there too: stop it, or choose another path"
-            )
+            there = f"{size} bytes, ETag {found} just after {self._size} bytes, ETag {etag} were written"
+            remedy = "another program writes there too: stop it, or choose another path"
+            raise Conflict(f"{self._store.url(self._name)}: {there}: {remedy}")
 
     def abort(self) -> None:
         """Leave nothing behind."""
-        if self._threads:
-            self._threads.shutdown(cancel_futures=True)
+        wait(self._parts)
         if self._upload is not None:
             with contextlib.suppress(Exception):  # the first error is the one to report
                 self._store._ask("abort_multipart_upload", self._name, UploadId=self._upload)
 
     def _send(self, part: bytes) -> None:
         """Upload a part in the background; wait for the oldest one if PARALLEL are under way."""
-        if self._upload is None or self._threads is None:
-            answer = self._ask("create_multipart_upload", {"ChecksumAlgorithm": "CRC32"})
-            self._upload, self._threads = str(answer["UploadId"]), ThreadPoolExecutor(PARALLEL)
+        if self._upload is None:
+            self._upload = str(self._ask("create_multipart_upload", {"ChecksumAlgorithm": "CRC32"})["UploadId"])
         if len(self._parts) >= PARALLEL:
             self._parts[-PARALLEL].result()
-        self._parts.append(self._threads.submit(self._send_part, part, len(self._parts) + 1))
+        self._parts.append(in_background(partial(self._send_part, part, len(self._parts) + 1), "send"))
 
     def _send_part(self, part: bytes, number: int) -> dict[str, Any]:
         answer = self._sent("upload_part", part, PartNumber=number, UploadId=self._upload)

@@ -2,9 +2,10 @@
 
 import os
 import re
-import threading
+from functools import cache
 from typing import Any
 
+from botocore import UNSIGNED
 from botocore.exceptions import (
     ClientError,
     CredentialRetrievalError,
@@ -19,9 +20,7 @@ from urllib3.exceptions import HTTPError
 from pipeline.errors import printable
 from pipeline.storage.prefetch import PARALLEL
 
-SILENCE = 20.0
-"""Seconds without a byte, or without a connection, before a request counts as failed."""
-
+SILENCE = 20.0  # seconds without a byte, or without a connection, before a request counts as failed
 
 _TRANSIENT = ("BadDigest", "XAmzContentChecksumMismatch", "RequestTimeout", "SlowDown")
 """Error codes of requests worth retrying, whatever their HTTP status."""
@@ -34,46 +33,19 @@ def is_passing(error: Exception) -> bool:
         code = str(error.response["Error"].get("Code"))
         # 501 is a header or operation that the server will never know.
         return (status >= 500 and status != 501) or status in (408, 429) or code in _TRANSIENT
-    if isinstance(error, SSLError) and any(
-        sign in str(error) for sign in ("WRONG_VERSION_NUMBER", "CERTIFICATE_VERIFY")
-    ):
+    if isinstance(error, SSLError) and re.search("WRONG_VERSION_NUMBER|CERTIFICATE_VERIFY", str(error)):
         return False
     of_botocore = (NotConnected, HTTPClientError, IncompleteReadError, CredentialRetrievalError, MetadataRetrievalError)
     return isinstance(error, (*of_botocore, HTTPError, ConnectionError, TimeoutError))
 
 
-_clients: dict[int, Any] = {}
-_making = threading.Lock()
-
-
-def _after_fork() -> None:
-    global _making
-    _making = threading.Lock()  # another thread may have held it at the fork
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-def forget_clients() -> None:
-    """Make new clients, from the environment as it is now."""
-    _clients.clear()
-
-
+@cache
 def client() -> Any:
     """This process's client, signed by what boto3's chain finds (environment, profile, web identity, instance role).
 
     Where it finds nothing requests are not signed: a public bucket needs no account.
     """
-    if os.getpid() not in _clients:
-        with _making:
-            if os.getpid() not in _clients:
-                _clients[os.getpid()] = _make_client()
-    return _clients[os.getpid()]
-
-
-def _make_client() -> Any:
     import boto3
-    from botocore import UNSIGNED
     from botocore.config import Config
 
     session = boto3.session.Session()
@@ -102,6 +74,10 @@ def _make_client() -> Any:
     return made
 
 
+forget_clients = client.cache_clear  # the next one is made from the environment as it is then
+os.register_at_fork(after_in_child=forget_clients)
+
+
 def _refuse_redirect(response: Any, **_: Any) -> None:
     """Else botocore asks that server for the bucket's region, is redirected again, and so on without end."""
     status, answer = (response[0].status_code, response[1]) if response else (0, {})
@@ -116,6 +92,4 @@ class BadSettings(Exception):
 
 
 def is_anonymous() -> bool:
-    from botocore import UNSIGNED
-
     return bool(client().meta.config.signature_version is UNSIGNED)

@@ -33,8 +33,12 @@ def use_endpoint(address: str) -> None:
 def gopen(url: str, mode: str = "rb", bufsize: int = 8192) -> BinaryIO:
     """A stream of one file, as WebDataset asks for it: `webdataset.gopen_schemes["s3"] = gopen`."""
     if "r" not in mode:
-        raise InputError(
-            f"{url}: opened with mode {mode!r}: WebDataset can only read through this; write with `naign pack`"
-        )
+        raise InputError(f"{url}: mode {mode!r}: WebDataset can only read through this; write with `naign pack`")
+    store, name = locate(url)
+    return store.open(name)
+
+
+def locate(url: str) -> tuple[Store, str]:
+    """The store of a file, and its name there."""
     folder, _, name = url.rpartition("/")
-    return open_store(folder).open(name)
+    return open_store(folder), name

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline.checkpoint.bucket import newest_first, take_over
 from pipeline.checkpoint.writer import Writer
 from pipeline.config import Config, to_dict
-from pipeline.data.damage import check_damage
+from pipeline.data.damage import find_law
 from pipeline.data.dataset import DataConfig
 from pipeline.data.format.writer import pack
 from pipeline.data.loader import Stream
@@ -56,7 +56,7 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, nn.Module]:
         torch.manual_seed(config.seed)  # the same first weights on every rank
         network = build_network(config.model, stream.shape, recompute=config.train.recompute).to(device)
         check_law(config.match.latents, stream.shape)
-        check_damage(config.objective.damage, stream.shape)
+        find_law(config.objective.damage).check(stream.shape)
         run = Run(
             config=config,
             accelerator=accelerator,

@@ -47,11 +47,11 @@ class RoundRandom:
 
     def damaged(self, images: Tensor, numbers: Tensor) -> Tensor:
         """Images (n, *shape) with objective.damage applied; independent of the latents."""
-        law, seed = self.config.objective.damage, self.config.seed
+        law, seed = damage.find_law(self.config.objective.damage), self.config.seed
         normals = self.normals(numbers)
-        shape = (damage.uniforms(law, self.shape),)
+        shape = (law.uniforms(self.shape),)
         uniform = philox.uniform(seed, self.round, numbers, shape, self.device, stream=philox.DAMAGE)
-        return damage.damage(law, images, normals, uniform, self.config.objective.noise)
+        return law.damage(images, normals, uniform, self.config.objective.noise)
 
     def normals(self, numbers: Tensor, step: int = 0) -> Tensor:
         """Standard normals (len(numbers), *shape), other ones for each `step`; independent of the latents."""

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from pipeline.checkpoint import bucket
-from pipeline.checkpoint.bucket import OWNER, check_claim, prune, take_over
-from pipeline.checkpoint.manifest import MANIFEST
+from pipeline.checkpoint.bucket import OWNER, check_claim, take_over
+from pipeline.checkpoint.manifest import MANIFEST, prune
 from pipeline.errors import Conflict, InputError
 from pipeline.storage.store import open_store
 
@@ -32,14 +32,14 @@ def test_what_earlier_processes_left_is_pruned_too(bucket):
         put(remote, step)
     put(remote, 4, done=False)  # a process was killed while it sent this one
     open_store(f"{remote}/checkpoints/step-mine").put("kept", b"not ours")
-    prune(remote, "step-00000007", 2, 5, lasting)
+    prune(f"{remote}/checkpoints", 2, 5, newest="step-00000007", lasting=lasting)
     assert open_store(f"{remote}/checkpoints/step-mine").list() == ["kept"]
     assert steps(remote) == [5, 6, 7, 9]  # the one after it is nothing that this one may judge
     assert lasting == {"step-00000005"}
     put(remote, 8)
-    prune(remote, "step-00000008", 1, 5, lasting)
+    prune(f"{remote}/checkpoints", 1, 5, newest="step-00000008", lasting=lasting)
     assert steps(remote) == [5, 8, 9]
-    prune(remote, "step-00000009", 0, 0, set())
+    prune(f"{remote}/checkpoints", 0, 0, newest="step-00000009")
     assert steps(remote) == [5, 8, 9]
 
 

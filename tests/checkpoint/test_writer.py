@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from pipeline.checkpoint.writer import MANIFEST, Writer, newest_checkpoint, prune_checkpoints
+from pipeline.checkpoint.manifest import MANIFEST, prune
+from pipeline.checkpoint.writer import Writer, newest_checkpoint
 from pipeline.errors import InputError
 from tests.checkpoint.written import write_checkpoint
 from tests.conftest import forked
@@ -63,9 +64,9 @@ def test_pruning_keeps_the_newest_and_clears_what_is_incomplete(checkpoints):
         write_checkpoint(checkpoints / f"step-{step:08d}", fill)
     (checkpoints / "step-00000005").mkdir()
     (checkpoints / "step-mine").mkdir()
-    prune_checkpoints(checkpoints, 2)
+    prune(str(checkpoints), 2)
     assert names(checkpoints) == ["step-00000003", "step-00000004", "step-mine"]
-    prune_checkpoints(checkpoints, 0)
+    prune(str(checkpoints), 0)
     assert names(checkpoints) == ["step-00000003", "step-00000004", "step-mine"]
 
 
@@ -74,7 +75,7 @@ def test_pruning_spares_the_one_just_written_and_those_kept_for_good(checkpoints
         trainer = {"round": step, "done": int(step == 4)}  # step 4 lies within a round
         text = "no JSON" if step == 1 else json.dumps(trainer)
         write_checkpoint(checkpoints / f"step-{step:08d}", lambda to, text=text: (to / "trainer.json").write_text(text))
-    prune_checkpoints(checkpoints, 1, every=2, newest="step-00000005")
+    prune(str(checkpoints), 1, every=2, newest="step-00000005")
     assert names(checkpoints) == ["step-00000002", "step-00000005", "step-00000006"]
 
 

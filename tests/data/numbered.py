@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.format.audit import Scan
-from pipeline.data.format.pages import dump_table, table_name
+from pipeline.data.format.audit import scan
+from pipeline.data.format.pages import Pager, dump_table, table_name
 from pipeline.data.sources.catalog import Seeded
 from pipeline.data.sources.source import Example, Made, Source
 from pipeline.storage.local import LocalStore
@@ -57,9 +57,9 @@ def rewrite(path: str, shard: str, change: Callable[[Members], Members], *, dama
 
 def rehash(path: str, shard: str) -> None:
     """Make the manifest agree with the bytes of a shard, but for its number of samples."""
-    scan = Scan(LocalStore(path), shard)
-    assert list(scan)
-    found, table = scan.shard()
+    pager = Pager()
+    assert list(scan(LocalStore(path), shard, pager))
+    found, table = pager.shard(shard)
     (Path(path) / table_name(shard)).write_bytes(dump_table(table))
     index = Path(path) / "index.json"
     content = json.loads(index.read_text())

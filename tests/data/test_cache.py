@@ -250,7 +250,7 @@ def test_a_file_in_place_of_the_folder(remote: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
-@pytest.mark.parametrize("where", ["os.replace", "tempfile.mkstemp"])
+@pytest.mark.parametrize("where", ["os.replace", "pathlib.Path.write_bytes"])
 def test_a_folder_that_takes_nothing_stops_nothing(
     remote: str, folder: Path, monkeypatch: pytest.MonkeyPatch, where: str, code: int, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from pipeline import philox
-from pipeline.data.damage import LAWS, Law, check_damage, damage, names, uniforms
+from pipeline.data.damage import GROUP, LAWS, Law, find_law
 from pipeline.errors import InputError
+from pipeline.registry import known
 
 SHAPE = (1, 28, 28)
 
 
 def drawn(law, numbers, shape=SHAPE):
     normals = philox.normal(0, 3, numbers, shape, stream=philox.NOISE)
-    return normals, philox.uniform(0, 3, numbers, (uniforms(law, shape),), stream=philox.DAMAGE)
+    return normals, philox.uniform(0, 3, numbers, (find_law(law).uniforms(shape),), stream=philox.DAMAGE)
 
 
 def bars(count, shape=SHAPE):
@@ -28,14 +29,14 @@ def bars(count, shape=SHAPE):
 @pytest.mark.parametrize("law", LAWS)
 def test_a_row_depends_on_its_own_numbers_alone(law):
     numbers, images = torch.arange(64), bars(64)
-    whole = damage(law, images, *drawn(law, numbers), 0.5)
+    whole = find_law(law).damage(images, *drawn(law, numbers), 0.5)
     chosen = torch.tensor([40, 3, 17])
-    assert torch.equal(damage(law, images[chosen], *drawn(law, numbers[chosen]), 0.5), whole[chosen])
+    assert torch.equal(find_law(law).damage(images[chosen], *drawn(law, numbers[chosen]), 0.5), whole[chosen])
 
 
 def test_noise_has_every_strength_up_to_the_largest():
     images = torch.zeros(4000, *SHAPE)
-    found = damage("noise", images, *drawn("noise", torch.arange(4000)), 0.5).flatten(1).std(1)
+    found = find_law("noise").damage(images, *drawn("noise", torch.arange(4000)), 0.5).flatten(1).std(1)
     assert 0 < float(found.min()) < 0.02 and 0.48 < float(found.max()) < 0.56
     assert float(found.mean()) == pytest.approx(0.25, abs=0.01)
 
@@ -44,7 +45,7 @@ def test_noise_has_every_strength_up_to_the_largest():
 def test_mixed_leaves_some_images_whole_and_stays_in_range(shape):
     numbers = torch.arange(2000)
     images = bars(2000, shape) if shape == SHAPE else torch.rand(2000, *shape) * 2 - 1
-    found = damage("mixed", images, *drawn("mixed", numbers, shape), 0.5)
+    found = find_law("mixed").damage(images, *drawn("mixed", numbers, shape), 0.5)
     assert found.shape == images.shape and float(found.min()) >= -1 and float(found.max()) <= 1
     whole = (found == images).flatten(1).all(1).float().mean()
     assert 1 / 32 < float(whole) < 1 / 8  # each of four kinds spares half
@@ -56,7 +57,7 @@ def test_mixed_has_each_kind():
     flat = torch.full((2000, *SHAPE), 0.25)
     normals, uniform = drawn("mixed", numbers)
     uniform[:, 14] = 1.0  # nothing erased
-    changed = damage("mixed", flat, normals, uniform, 0.0) != 0.25
+    changed = find_law("mixed").damage(flat, normals, uniform, 0.0) != 0.25
     rows, columns = changed.all(3).any((1, 2)), changed.all(2).any((1, 2))
     assert 0.3 < float(changed.flatten(1).any(1).float().mean()) < 0.8
     assert 0.2 < float((rows & ~columns).float().mean()) < 0.6 and 0.02 < float((columns & ~rows).float().mean()) < 0.3
@@ -65,7 +66,7 @@ def test_mixed_has_each_kind():
     # Lost detail: a bar is paler and wider, and as bright in all.
     images = bars(2000)
     uniform[:, 9:12] = 1.0  # neither noise nor specks nor stripes
-    blurred = damage("mixed", images, normals, uniform, 0.5)
+    blurred = find_law("mixed").damage(images, normals, uniform, 0.5)
     touched = (blurred != images).flatten(1).any(1)
     assert 0.4 < float(touched.float().mean()) < 0.6
     assert torch.allclose(blurred.mean((1, 2, 3)), images.mean((1, 2, 3)), atol=0.02)
@@ -76,7 +77,7 @@ def test_mixed_erases_one_image_in_sixteen():
     numbers, images = torch.arange(4000), bars(4000)
     normals, uniform = drawn("mixed", numbers)
     uniform[:, 8:12] = 1.0  # nothing else
-    found = damage("mixed", images, normals, uniform, 0.5).flatten(1)
+    found = find_law("mixed").damage(images, normals, uniform, 0.5).flatten(1)
     flat = (found == found[:, :1]).all(1)
     assert float(flat.float().mean()) == pytest.approx(1 / 16, abs=0.015)
     shades = found[flat, 0]
@@ -84,9 +85,9 @@ def test_mixed_erases_one_image_in_sixteen():
 
 
 def test_points_take_noise_only():
-    check_damage("noise", (2,))
+    find_law("noise").check((2,))
     with pytest.raises(InputError, match="at least 8x8"):
-        check_damage("mixed", (2,))
+        find_law("mixed").check((2,))
 
 
 INVERTED = Law(lambda images, normals, uniform, strength: -images, lambda shape: 2, lambda shape: None)
@@ -95,8 +96,8 @@ INVERTED = Law(lambda images, normals, uniform, strength: -images, lambda shape:
 def test_a_law_of_another_package(monkeypatch):
     points = {"naign.damage": {"inverted": EntryPoint("inverted", "tests.data.test_damage:INVERTED", "")}}
     monkeypatch.setattr("pipeline.registry._entry_points", lambda group: points.get(group, {}))
-    assert names() == ["noise", "mixed", "inverted"] and uniforms("inverted", SHAPE) == 2
-    check_damage("inverted", SHAPE)
-    assert torch.equal(damage("inverted", bars(3), *drawn("inverted", torch.arange(3)), 0.5), -bars(3))
+    assert known(LAWS, GROUP) == ["noise", "mixed", "inverted"] and find_law("inverted").uniforms(SHAPE) == 2
+    find_law("inverted").check(SHAPE)
+    assert torch.equal(find_law("inverted").damage(bars(3), *drawn("inverted", torch.arange(3)), 0.5), -bars(3))
     with pytest.raises(InputError, match="objective.damage is 'noice': choose one of noise, mixed, .*noise"):
-        check_damage("noice", SHAPE)
+        find_law("noice").check(SHAPE)

@@ -171,8 +171,8 @@ def test_without_labels(tmp_path: Path, packed: str) -> None:
     ("changed", "message"),
     [
         ({"split": "valid"}, "no split 'valid'"),
-        ({"broken": "maybe"}, "data.broken is 'maybe': choose error or skip"),
-        ({"broken_share": 2}, "must lie in"),
+        ({"broken": "maybe"}, "data.broken is 'maybe': choose one of error, skip"),
+        ({"broken_share": 2}, "must lie between"),
         ({"crop": -1}, "data.crop is -1"),
         ({"crop": 5}, "data.crop=5 is more than there is of numbered"),
         ({"cache_gb": 0}, "must be positive"),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from pipeline.data.order import Order, check, parts, pieces, rank_rows, shard_order, spans
+from pipeline.data.order import Order, check, parts, pieces, rank_rows, shuffled, spans
 from pipeline.errors import InputError
 
 SIZES = some.lists(some.integers(1, 9), min_size=1, max_size=7).map(tuple)
@@ -113,8 +113,8 @@ def test_what_becomes_of_the_tail_is_said() -> None:
 
 
 def test_the_order_of_shards_differs_by_epoch_and_seed_and_never_changes() -> None:
-    assert shard_order(8, 0, 0) == [0, 2, 1, 5, 4, 3, 6, 7]
-    orders = {tuple(shard_order(8, seed, epoch)) for seed in range(3) for epoch in range(3)}
+    assert shuffled(8, 0, 0) == [0, 2, 1, 5, 4, 3, 6, 7]
+    orders = {tuple(shuffled(8, seed, epoch)) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
 
 

@@ -13,7 +13,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.format.audit import Scan
+from pipeline.data.format.audit import scan
 from pipeline.data.format.pages import BLOCK, PAGE, ROW, Pager, Table, dump_table, parse_table, samples
 from pipeline.errors import InputError
 from pipeline.storage.store import open_store
@@ -55,7 +55,7 @@ def test_a_table_is_the_same_however_it_is_told(
             pager.start(todo.pop(0))
         else:
             size = chunks[place % len(chunks)]
-            pager.update(memoryview(data)[told : told + size])
+            pager.write(memoryview(data)[told : told + size])
             told, place = told + size, place + 1
     assert pager.rest(end) == bytes(2 * BLOCK)
     table = pager.finish(end)
@@ -76,7 +76,7 @@ def test_all_starts_before_all_bytes_and_after() -> None:
                     pager.start(start)
             else:
                 for at in range(0, end, 1001):
-                    pager.update(data[at : min(end, at + 1001)])
+                    pager.write(data[at : min(end, at + 1001)])
         assert [row.tolist() for row in pager.finish(end)] == expected(data, starts, end)
 
 
@@ -135,9 +135,9 @@ def by_webdataset(file: Path) -> list[dict[str, Any]]:
 
 def by_pages(file: Path, *, at_once: int) -> list[dict[str, Any]]:
     """What is in the pages of the file's own table, read `at_once` at a time."""
-    scan = Scan(open_store(str(file.parent)), file.name)
-    count = len(list(scan))
-    _, table = scan.shard()
+    pager = Pager()
+    count = len(list(scan(open_store(str(file.parent)), file.name, pager)))
+    _, table = pager.shard(file.name)
     data = file.read_bytes()
     found = []
     for low in range(0, len(table) - 1, at_once):

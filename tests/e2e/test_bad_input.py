@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.format.audit import Scan
-from pipeline.data.format.pages import dump_table, table_name
+from pipeline.data.format.audit import scan
+from pipeline.data.format.pages import Pager, dump_table, table_name
 from pipeline.errors import BAD_INPUT
 from pipeline.storage.store import open_store
 from tests.conftest import ROOT, SMALL, forked, train_command
@@ -53,9 +53,9 @@ def broken(digits: str, folder: Path, damage: str) -> str:
     # A tar that somebody wrote so, with an index that agrees: a change of size alone is found without decoding.
     index = json.loads((folder / "data/index.json").read_text())
     entry = next(entry for entry in index["splits"]["train"]["shards"] if entry["name"] == shard.name)
-    scan = Scan(open_store(str(folder / "data")), shard.name)
-    assert len(list(scan)) == entry["samples"]
-    found, table = scan.shard()
+    pager = Pager()
+    assert len(list(scan(open_store(str(folder / "data")), shard.name, pager))) == entry["samples"]
+    found, table = pager.shard(shard.name)
     (folder / "data" / table_name(shard.name)).write_bytes(dump_table(table))
     entry |= {"bytes": found.bytes, "sha256": found.sha256, "pages": found.pages}
     (folder / "data/index.json").write_text(json.dumps(index))

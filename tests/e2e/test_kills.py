@@ -115,4 +115,4 @@ def keys_of(data: str) -> list[str]:
     reader = open_reader(DataConfig(path=data), manifest)
     shards = manifest.split("train").shards
     whole = [Piece(epoch=0, shard=i, first=0, last=shard.samples) for i, shard in enumerate(shards)]
-    return [row.key for row in reader.rows(whole)]
+    return [reader.row(raw).key for raw in reader.raw(whole)]

@@ -92,10 +92,11 @@ def test_ranges_and_streams(store: Store, monkeypatch: pytest.MonkeyPatch, part:
 def test_a_stream_that_is_closed_early_ends_its_threads(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.storage.s3.PART", 10_000)
     store.put("a", DATA)
-    before = set(threading.enumerate())
+    asking: set[threading.Thread] = set()
+    client().meta.events.register("before-call.s3", lambda **_: asking.add(threading.current_thread()))
     with store.open("a") as stream:
         assert stream.read(5) == DATA[:5]
-        fetching = [thread for thread in set(threading.enumerate()) - before if thread.name == "fetch"]
+    fetching = [thread for thread in asking if thread.name == "fetch"]
     assert fetching
     for thread in fetching:
         thread.join(10)

@@ -7,20 +7,19 @@ import logging
 import lzma
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from fnmatch import fnmatch
 from functools import partial
-from typing import Any, BinaryIO, cast
+from types import SimpleNamespace
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from tqdm import tqdm
-from webdataset.tariterators import base_plus_ext
 
 from pipeline.data.decode import SUFFIXES, decode, decode_image, decoding
-from pipeline.data.format.manifest import INDEX, Manifest, Shard, Split, size_problem
-from pipeline.data.format.pages import Pager, Table, dump_table, is_meta, table_name
+from pipeline.data.format.manifest import FORMS, INDEX, Manifest, Shard, size_problem
+from pipeline.data.format.pages import Pager, Table, dump_table, grouped, key_and_suffix, table_name
 from pipeline.errors import InputError
 from pipeline.storage.base import Store
 from pipeline.storage.store import open_store
@@ -33,15 +32,11 @@ BROKEN_TAR = (
 )
 """What reading a damaged tar raises. A disk or network that fails raises others, worth a retry."""
 
-MOST_LABELS = 1_000_000
-"""A larger number in .cls is no label."""
-
-PROBLEMS = 20
-"""How many problems a message lists."""
+MOST_LABELS = 1_000_000  # a larger number in .cls is no label
+PROBLEMS = 20  # how many problems a message lists
 
 
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Report:
+class Report(NamedTuple):
     """What `verify` read and found sound."""
 
     samples: int
@@ -49,87 +44,100 @@ class Report:
     bytes: int
 
 
-class Scan:
-    """One shard read from its first byte to its last: iterate over its samples, then ask for what was measured."""
+def scan(
+    store: Store, name: str, pager: Pager, advance: Callable[[int], object] = lambda _: None
+) -> Iterator[dict[str, Any]]:
+    """The samples of a shard as WebDataset gives them; all its bytes are told to `pager`, their number to `advance`.
 
-    def __init__(self, store: Store, name: str, advance: Callable[[int], object] = lambda _: None) -> None:
-        self._store, self._name, self._where = store, name, store.url(name)
-        self._advance = advance  # told of bytes read
-        self._hash, self._pager = hashlib.sha256(), Pager()
-        self._size = self._count = 0
-        self._end = self._last = 0  # byte behind the last sample, behind the last member
-        self._stream: BinaryIO | None = None
+    Raises InputError where they are no uncompressed tar or end early, or a sample has two members of a suffix.
+    """
+    where = store.url(name)
+    with closing(store.open(name)) as stream:
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The samples in order, as WebDataset gives them: `__key__` and the bytes by suffix.
+        def read(size: int) -> bytes:
+            data = stream.read(size)
+            advance(pager.write(data))
+            return data
 
-        Raises InputError where the bytes are no uncompressed tar or end early, or a sample has two members of a suffix.
-        """
-        with closing(self._store.open(self._name)) as self._stream:
+        try:
+            with tarfile.open(fileobj=cast(BinaryIO, SimpleNamespace(read=read)), mode="r|", bufsize=1 << 18) as tar:
+                yield from grouped(_members(tar, where, pager), f"{where}, ")
+            while read(1 << 20):
+                pass
+        except InputError:
+            raise
+        except BROKEN_TAR as error:
+            raise InputError(f"{where}: truncated or no tar ({error}): copy it again, or repack the data set") from None
+
+
+def _members(tar: tarfile.TarFile, where: str, pager: Pager) -> Iterator[tuple[str, str, bytes]]:
+    """Key, suffix and bytes of each member of a sample; `pager` is told where samples and members start and end."""
+    last = None
+    for member in tar:
+        pager.after = tar.offset
+        tar.members = []  # type: ignore[attr-defined]  # else all headers of a large shard stay in memory
+        if member.issym() or member.islnk() or member.issparse():
+            raise InputError(f"{where}: {member.name} is a link or sparse: repack it with the files")
+        if not member.isreg() or not (named := key_and_suffix(member.name)):
+            continue
+        if not named[0].isprintable():
+            raise InputError(f"{where}, key {named[0]!r}: not printable UTF-8: repack the data set")
+        if named[0] != last:
+            last = named[0]
+            pager.start(member.offset)
+        stream = tar.extractfile(member)
+        assert stream is not None
+        yield *named, stream.read()
+        pager.end = tar.offset
+
+
+def _ending(where: str, pager: Pager) -> Iterator[str]:
+    """What is wrong behind the last sample: a tar that was cut between two samples reads as if whole."""
+    rest = pager.rest(pager.after)
+    if not pager.samples:
+        yield f"{where}: holds no samples: remove it"
+    if len(rest) < 2 * tarfile.BLOCKSIZE:
+        yield f"{where}: ends in the middle: no end-of-archive mark: copy it again"
+    elif rest.strip(b"\0"):
+        yield f"{where}: more data behind the end of the archive, as of tars laid end to end: repack them"
+
+
+def _scans(
+    store: Store,
+    names: Mapping[str, Sequence[str]],  # of the shards of each split
+    check: Callable[[dict[str, Any], str], None],  # of a sample and, for messages, its shard: raises InputError
+    problems: list[str],  # added to
+    bar: "tqdm[Any]",
+) -> Iterator[tuple[str, Pager]]:
+    """Reads shards: name and measures of each that could be read to its end. No key may stand twice in a split."""
+    for shards in names.values():
+        keys: dict[str, str] = {}  # shard by key
+        for name in shards:
+            where, pager = store.url(name), Pager()
             try:
-                yield from self._grouped()
-                while self.read(1 << 20):
-                    pass
-            except BROKEN_TAR as error:
-                if isinstance(error, InputError):
-                    raise
-                raise InputError(
-                    f"{self._where}: truncated or no tar ({error}): copy it again, or repack the data set"
-                ) from None
+                for sample in scan(store, name, pager, bar.update):
+                    key = sample["__key__"]
+                    if key in keys:
+                        problems.append(f"{where}, key {key}: also in {keys[key]}: repack the data set")
+                    keys[key] = name
+                    try:
+                        check(sample, where)
+                    except InputError as error:
+                        problems.append(str(error))
+            except InputError as error:  # missing, or no tar from some byte on
+                problems.append(str(error))
+            else:
+                yield name, pager
 
-    def ending(self) -> str:
-        """What is wrong behind the last sample, or '': a tar that was cut between two samples reads as if whole."""
-        rest = self._pager.rest(self._last)
-        if len(rest) < 2 * tarfile.BLOCKSIZE:
-            return f"{self._where}: ends in the middle: no end-of-archive mark: copy it again"
-        if rest.strip(b"\0"):
-            return f"{self._where}: more data behind the end of the archive, as of tars laid end to end: repack them"
-        return ""
 
-    def shard(self) -> tuple[Shard, Table]:
-        """What the manifest should say of it, and its page table, once all samples were read."""
-        table, digest = self._pager.finish(self._end), self._hash.hexdigest()
-        pages = hashlib.sha256(dump_table(table)).hexdigest()
-        return Shard(name=self._name, samples=self._count, bytes=self._size, sha256=digest, pages=pages), table
+def _refuse(path: str, problems: list[str]) -> None:
+    if problems:
+        shown = [f"  {problem}" for problem in problems[:PROBLEMS]]
+        more = [f"  and {len(problems) - PROBLEMS} more"] if len(problems) > PROBLEMS else []
+        raise InputError("\n".join([f"{path}: {len(problems)} problems", *shown, *more]))
 
-    def read(self, size: int = -1) -> bytes:
-        """The tar's next bytes, measured: for tarfile, which reads from here."""
-        assert self._stream is not None
-        data = self._stream.read(size)
-        self._hash.update(data)
-        self._pager.update(data)
-        self._size += len(data)
-        self._advance(len(data))
-        return data
 
-    def _grouped(self) -> Iterator[dict[str, Any]]:
-        sample: dict[str, Any] = {}
-        with tarfile.open(fileobj=cast(BinaryIO, self), mode="r|", bufsize=1 << 18) as tar:
-            for member in tar:
-                self._last = tar.offset
-                tar.members = []  # type: ignore[attr-defined]  # else all headers of a large shard stay in memory
-                key, suffix = base_plus_ext(member.name) if member.isreg() else (None, None)
-                if member.issym() or member.islnk() or member.issparse():
-                    raise InputError(f"{self._where}: {member.name} is a link or sparse: repack it with the files")
-                if key is None or suffix is None or is_meta(member.name):
-                    continue
-                if not key.isprintable():
-                    raise InputError(f"{self._where}, key {key!r}: not printable UTF-8: repack the data set")
-                if key != sample.get("__key__"):
-                    if sample:
-                        yield sample
-                    sample = {"__key__": key}
-                    self._pager.start(member.offset)
-                    self._count += 1
-                suffix = suffix.lower()
-                if suffix in sample:
-                    raise InputError(f"{self._where}, key {key}: two members end in .{suffix}: repack the data set")
-                stream = tar.extractfile(member)
-                assert stream is not None
-                sample[suffix] = stream.read()
-                self._end = tar.offset
-        if sample:
-            yield sample
+_bar = partial(tqdm, unit="B", unit_scale=True)
 
 
 def verify(path: str, *, progress: bool = True) -> Report:
@@ -137,67 +145,44 @@ def verify(path: str, *, progress: bool = True) -> Report:
 
     Raises InputError that lists the problems, each with its shard and key.
     """
-    manifest = Manifest.load(path)
-    store = open_store(path)
-    problems: list[str] = []
-    shards = [(split, shard) for split in manifest.splits for shard in manifest.splits[split].shards]
-    keys: dict[str, dict[str, str]] = {split: {} for split in manifest.splits}  # shard by key
-    size = sum(shard.bytes for _, shard in shards)
-    with _bar(desc=f"verify {manifest.name}", total=size, disable=not progress) as bar:
-        for split, shard in shards:
-            problems += _verify(store, shard, manifest, keys[split], bar.update)
-    if problems:
-        raise InputError(_listed(path, problems))
-    return Report(samples=sum(shard.samples for _, shard in shards), shards=len(shards), bytes=size)
+    manifest, store, problems = Manifest.load(path), open_store(path), list[str]()
+    shards = {shard.name: shard for split in manifest.splits.values() for shard in split.shards}
+    names = {name: [shard.name for shard in split.shards] for name, split in manifest.splits.items()}
+    report = Report(
+        samples=sum(shard.samples for shard in shards.values()),
+        shards=len(shards),
+        bytes=sum(shard.bytes for shard in shards.values()),
+    )
+
+    def check(sample: dict[str, Any], where: str) -> None:
+        _, label = decode(sample, manifest.kind, manifest.shape, len(manifest.labels), where)
+        if manifest.labels and label < 0:
+            raise InputError(f"{where}, key {sample['__key__']}: no .cls, but {INDEX} has labels: repack it")
+
+    for shard in shards.values():
+        with suppress(InputError):  # one that is missing is named below
+            problems += filter(None, [size_problem(store, shard)])
+    with _bar(desc=f"verify {manifest.name}", total=report.bytes, disable=not progress) as bar:
+        for name, pager in _scans(store, names, check, problems, bar):
+            problems += _differences(store, shards[name], *pager.shard(name))
+    _refuse(path, problems)
+    return report
 
 
-def _twice(keys: dict[str, str], key: str, shard: str, where: str) -> Iterator[str]:
-    """The problem of a key that an earlier sample has; adds it to `keys`, the shards of a split's keys."""
-    if key in keys:
-        yield f"{where}, key {key}: also in {keys[key]}: repack the data set"
-    keys[key] = shard
-
-
-_bar = partial(tqdm, unit="B", unit_scale=True)
-
-
-def _listed(path: str, problems: list[str]) -> str:
-    shown = [f"  {problem}" for problem in problems[:PROBLEMS]]
-    more = [f"  and {len(problems) - PROBLEMS} more"] if len(problems) > PROBLEMS else []
-    return "\n".join([f"{path}: {len(problems)} problems", *shown, *more])
-
-
-def _verify(
-    store: Store, shard: Shard, manifest: Manifest, keys: dict[str, str], advance: Callable[[int], object]
-) -> Iterator[str]:
-    """The problems of one shard; adds its keys to those of its split."""
-    where = store.url(shard.name)
+def _differences(store: Store, shard: Shard, found: Shard, table: Table) -> Iterator[str]:
+    """Between a shard and its page table as they were read and as the manifest says, but for the size."""
+    where, pages = store.url(shard.name), table_name(shard.name)
+    wrong = f"its SHA-256 is not the one in {INDEX}: copy it again, or repack the data set"
+    if found.samples != shard.samples:
+        yield f"{where}: {found.samples} samples, but {INDEX} says {shard.samples}: repack the data set"
+    if found.bytes == shard.bytes and found.sha256 != shard.sha256:
+        yield f"{where}: {wrong}"
     try:
-        resized = size_problem(store, shard)
-        if resized:
-            yield resized
-        scan = Scan(store, shard.name, advance)
-        for sample in scan:
-            key = sample["__key__"]
-            yield from _twice(keys, key, shard.name, where)
-            try:
-                _, label = decode(sample, manifest.kind, manifest.shape, len(manifest.labels), where)
-                if manifest.labels and label < 0:
-                    yield f"{where}, key {key}: no .cls, but {INDEX} has labels: repack the data set"
-            except InputError as error:
-                yield str(error)
-        found, table = scan.shard()
-        if found.samples != shard.samples:
-            yield f"{where}: {found.samples} samples, but {INDEX} says {shard.samples}: repack the data set"
-        wrong = f"its SHA-256 is not the one in {INDEX}: copy it again, or repack the data set"
-        if not resized and found.sha256 != shard.sha256:
-            yield f"{where}: {wrong}"
-        name = table_name(shard.name)
-        if hashlib.sha256(store.read(name)).hexdigest() != shard.pages:
-            yield f"{store.url(name)}: {wrong}"
+        if hashlib.sha256(store.read(pages)).hexdigest() != shard.pages:
+            yield f"{store.url(pages)}: {wrong}"
         elif found.sha256 == shard.sha256 and found.pages != shard.pages:
-            yield f"{store.url(name)}: not the page table of that shard: run `naign index --force`"
-    except InputError as error:  # missing, or no tar from some byte on
+            yield f"{store.url(pages)}: not the page table of that shard: run `naign index --force`"
+    except InputError as error:
         yield str(error)
 
 
@@ -221,47 +206,29 @@ def index(
     All samples must have one kind and shape: pictures of one size (C, H, W), or points (D,) float32 as .npy.
     Raises InputError that lists the problems, each with its shard and key; nothing is written then.
     """
-    store = open_store(path)
+    store, problems, form = open_store(path), list[str](), dict[str, Any]()
     present = store.list()
     if INDEX in present and not force:
-        raise InputError(
-            f"{store.url(INDEX)} is there already: check it with `naign verify`, or replace it with --force"
-        )
+        raise InputError(f"{store.url(INDEX)} is there already: check it with `naign verify`, or replace it by --force")
     groups = _grouped_names([file for file in present if file.endswith(".tar")], path, train, test)
-    problems: list[str] = []
-    form: dict[str, Any] = {}
-    shards: dict[str, list[tuple[Shard, Table]]] = {}
+    made: dict[str, tuple[Shard, Table]] = {}
     size = sum(store.size(file) for files in groups.values() for file in files)
     with _bar(desc=f"index {path}", total=size, disable=not progress) as bar:
-        for split, files in groups.items():
-            keys: dict[str, str] = {}
-            shards[split] = []
-            for file in files:
-                scan = Scan(store, file, bar.update)
-                try:
-                    problems += _survey(store.url(file), file, scan, form, keys, keep_broken)
-                    problems += filter(None, [scan.ending()])
-                    shards[split].append(scan.shard())
-                except InputError as error:
-                    problems.append(str(error))
-    if problems:
-        raise InputError(_listed(path, problems))
-    manifest = Manifest(
-        name=name or path.rstrip("/").rpartition("/")[2] or "indexed",
-        kind=form["kind"],
-        shape=form["shape"],
-        dtype="uint8" if form["kind"] == "image" else "float32",
-        labels=_labels(labels, form.get("classes", 0), path),
-        splits={
-            split: Split(samples=sum(shard.samples for shard, _ in made), shards=tuple(shard for shard, _ in made))
-            for split, made in shards.items()
-        },
+        for file, pager in _scans(store, groups, partial(_survey, form, keep_broken), problems, bar):
+            problems += _ending(store.url(file), pager)
+            made[file] = pager.shard(file)
+    _refuse(path, problems)
+    manifest = Manifest.of(
+        name or path.rstrip("/").rpartition("/")[2] or "indexed",
+        form["kind"],
+        form["shape"],
+        _labels(labels, form.get("classes", 0), path),
+        {split: [made[file][0] for file in files] for split, files in groups.items()},
     )
     written = manifest.dump()
     Manifest.parse(written, where=store.url(INDEX))  # what it would refuse to read is not written
-    for made in shards.values():
-        for shard, table in made:
-            store.put(table_name(shard.name), dump_table(table))
+    for file, (_, table) in made.items():
+        store.put(table_name(file), dump_table(table))
     store.put(INDEX, written)
     return manifest
 
@@ -276,11 +243,8 @@ def _labels(names: Sequence[str], classes: int, path: str) -> tuple[str, ...]:
 
 
 def _grouped_names(files: list[str], path: str, train: str | None, test: str | None) -> dict[str, list[str]]:
-    """The shards of each split."""
     if not files:
-        raise InputError(
-            f"{path}: no .tar there: check the path (compressed tars cannot be read by ranges: unpack them)"
-        )
+        raise InputError(f"{path}: no .tar there: check the path, and unpack tars that are compressed")
     patterns = {
         "test": (test,) if test else () if train else SPLITS["test"],
         "train": (train,) if train else SPLITS["train"],
@@ -299,42 +263,33 @@ def _grouped_names(files: list[str], path: str, train: str | None, test: str | N
     return {split: names for split, names in groups.items() if names}
 
 
-def _survey(
-    where: str, file: str, scan: Scan, form: dict[str, Any], keys: dict[str, str], keep_broken: bool
-) -> Iterator[str]:
-    """The problems of one shard. Adds kind, shape and classes of the samples, which must all agree, to `form`."""
-    key = ""
-    for sample in scan:
-        key = sample["__key__"]
-        yield from _twice(keys, key, file, where)
+def _survey(form: dict[str, Any], keep_broken: bool, sample: dict[str, Any], where: str) -> None:
+    """Add kind, shape and classes of a sample, in which all must agree, to `form`. Raises InputError."""
+    shard, where = where, f"{where}, key {sample['__key__']}"
+    try:
+        if not form:
+            form |= _form(sample, where)
         try:
-            if not form:
-                form |= _form(sample, f"{where}, key {key}")
-            try:
-                _, label = decode(sample, form["kind"], form["shape"], 0, where)
-            except InputError as error:
-                if not keep_broken:
-                    raise
-                log.warning("kept: %s", error)
-                continue
-            if label >= MOST_LABELS:
-                raise InputError(f"{where}, key {key}: label {label} is beyond {MOST_LABELS}: repack the data set")
-            if form.setdefault("labelled", label >= 0) != (label >= 0):
-                raise InputError(
-                    f"{where}, key {key}: {'a' if label >= 0 else 'no'} .cls, unlike others: repack the data set"
-                )
-            form["classes"] = max(form.get("classes", 0), label + 1)
+            _, label = decode(sample, form["kind"], form["shape"], 0, shard)
         except InputError as error:
-            yield str(error).replace("index.json says", "others are").replace("repack the data set", _ALIKE)
-    if not key:
-        yield f"{where}: holds no samples: remove it"
+            if not keep_broken:
+                raise
+            log.warning("kept: %s", error)
+            return
+        if label >= MOST_LABELS:
+            raise InputError(f"{where}: label {label} is beyond {MOST_LABELS}: repack the data set")
+        if form.setdefault("labelled", label >= 0) != (label >= 0):
+            raise InputError(f"{where}: {'a' if label >= 0 else 'no'} .cls, unlike others: repack the data set")
+        form["classes"] = max(form.get("classes", 0), label + 1)
+    except InputError as error:
+        text = str(error).replace("index.json says", "others are").replace("repack the data set", _ALIKE)
+        raise InputError(text) from None
 
 
 _ALIKE = "all samples must be alike; `naign pack folder` makes them so"
 
 
 def _form(sample: dict[str, Any], where: str) -> dict[str, Any]:
-    """Kind and shape of the first sample."""
     suffix = next((suffix for suffix in SUFFIXES["image"] if suffix in sample), None)
     if suffix is None:
         raise InputError(f"{where}: no member ends in {' or '.join(SUFFIXES['image'])}: is this an image data set?")
@@ -342,9 +297,8 @@ def _form(sample: dict[str, Any], where: str) -> dict[str, Any]:
         return {"kind": "image", "shape": decode_image(sample[suffix]).shape}
     with decoding():
         array = np.load(io.BytesIO(sample[suffix]), allow_pickle=False)
-    kind = {("uint8", 3): "image", ("float32", 1): "point"}.get((str(array.dtype), array.ndim))
+    kind = next((kind for kind, form in FORMS.items() if form == (str(array.dtype), array.ndim)), None)
     if kind is None:
-        raise InputError(
-            f"{where}: the .npy is {array.dtype} of {array.shape}: images are uint8 (C, H, W), points float32 (D,)"
-        )
+        found = f"{array.dtype} of {array.shape}"
+        raise InputError(f"{where}: the .npy is {found}: images are uint8 (C, H, W), points float32 (D,)")
     return {"kind": kind, "shape": array.shape}

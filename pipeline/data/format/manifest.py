@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,14 +14,12 @@ from pipeline.storage.store import open_store
 INDEX = "index.json"
 FORMAT = 2
 
-VALUES = 2**28
-"""The most values a sample may have: a colour image of 8192 pixels a side is below it."""
+VALUES = 2**28  # the most values a sample may have: a colour image of 8192 pixels a side is below it
+MOST_SAMPLES = 2**40  # of a split
+SAMPLE_BYTES = 1024  # the least that a sample takes in a tar: a block of header and one of data
 
-MOST_SAMPLES = 2**40
-"""Of a split."""
-
-SAMPLE_BYTES = 1024
-"""The least that a sample takes in a tar: a block of header and one of data."""
+FORMS = {"image": ("uint8", 3), "point": ("float32", 1)}
+"""The type and the number of axes of a sample, by the data set's kind."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -31,8 +30,7 @@ class Shard:
     samples: int
     bytes: int
     sha256: str
-    pages: str
-    """SHA-256 of its page table (pages.py)."""
+    pages: str  # SHA-256 of its page table (pages.py)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -48,15 +46,20 @@ class Manifest:
     """A packed data set."""
 
     name: str
-    kind: str
-    """`image` or `point`."""
-    shape: tuple[int, ...]
-    """Of one sample: (C, H, W) of an image, (D,) of a point."""
-    dtype: str
-    """`uint8` of an image, `float32` of a point."""
-    labels: tuple[str, ...]
-    """Name of each label; empty where there are none."""
+    kind: str  # `image` or `point`
+    shape: tuple[int, ...]  # of one sample: (C, H, W) of an image, (D,) of a point
+    dtype: str  # `uint8` of an image, `float32` of a point
+    labels: tuple[str, ...]  # name of each label; empty where there are none
     splits: dict[str, Split]
+
+    @classmethod
+    def of(
+        cls, name: str, kind: str, shape: tuple[int, ...], labels: tuple[str, ...], shards: dict[str, list[Shard]]
+    ) -> "Manifest":
+        """The manifest of shards by split."""
+        totals = {split: sum(shard.samples for shard in made) for split, made in shards.items()}
+        splits = {split: Split(samples=totals[split], shards=tuple(made)) for split, made in shards.items()}
+        return cls(name=name, kind=kind, shape=shape, dtype=FORMS[kind][0], labels=labels, splits=splits)
 
     @classmethod
     def load(cls, path: str) -> "Manifest":
@@ -68,14 +71,10 @@ class Manifest:
         if store.exists(INDEX):
             return cls.parse(store.read(INDEX), where=store.url(INDEX))
         if names := store.list():
-            raise InputError(
-                f"{path}: no {INDEX} among its {len(names)} files: run `naign pack` again if it was interrupted, "
-                f"`naign index` for tars that others wrote, or check the path"
-            )
-        raise InputError(
-            f"{path}: no data set here, the folder is missing or holds no files: "
-            f"check the path, or make one with `naign pack` (--help has its names): naign pack mnist --to {path}"
-        )
+            remedy = "run `naign pack` again if it was interrupted, `naign index` for tars that others wrote"
+            raise InputError(f"{path}: no {INDEX} among its {len(names)} files: {remedy}, or check the path")
+        remedy = f"check the path, or make one with `naign pack` (--help has its names): naign pack mnist --to {path}"
+        raise InputError(f"{path}: no data set here, the folder is missing or holds no files: {remedy}")
 
     @classmethod
     def parse(cls, text: bytes, *, where: str) -> "Manifest":
@@ -84,17 +83,17 @@ class Manifest:
             fields: dict[str, Any] = json.loads(text)
             version = fields.pop("format")
             if version != FORMAT:
-                raise InputError(
-                    f"{where}: format {version!r}, but this program reads format {FORMAT}: "
-                    f"write it anew with `naign index --force`, or pack the data set again"
-                )
+                remedy = "write it anew with `naign index --force`, or pack the data set again"
+                raise InputError(f"{where}: format {version!r}, but this program reads format {FORMAT}: {remedy}")
             splits = {
                 name: Split(samples=split["samples"], shards=tuple(Shard(**shard) for shard in split["shards"]))
                 for name, split in fields.pop("splits").items()
             }
-            shape, labels = _listed(fields.pop("shape")), _listed(fields.pop("labels"))
-            manifest = cls(shape=shape, labels=labels, splits=splits, **fields)
-            problem = _problem(manifest)
+            shape, labels = fields.pop("shape"), fields.pop("labels")
+            if not isinstance(shape, list) or not isinstance(labels, list):
+                raise TypeError(f"shape {shape!r} or labels {labels!r} are no list")
+            manifest = cls(shape=tuple(shape), labels=tuple(labels), splits=splits, **fields)
+            problem = next(_problems(manifest), "")
         except InputError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -116,19 +115,9 @@ class Manifest:
 
 def size_problem(store: Store, shard: Shard) -> str:
     """How a shard's size in the store differs from that in index.json, or ''. Raises InputError where it is missing."""
-    size = store.size(shard.name)
-    if size == shard.bytes:
-        return ""
-    return (
-        f"{store.url(shard.name)}: {size} bytes, but {INDEX} says {shard.bytes}: truncated or replaced: "
-        f"copy it again, or repack the data set"
-    )
-
-
-def _listed(value: object) -> tuple[Any, ...]:
-    if not isinstance(value, list):
-        raise TypeError(f"{value!r} is no list")
-    return tuple(value)
+    size, remedy = store.size(shard.name), "truncated or replaced: copy it again, or repack the data set"
+    problem = f"{store.url(shard.name)}: {size} bytes, but {INDEX} says {shard.bytes}: {remedy}"
+    return problem if size != shard.bytes else ""
 
 
 def _is_count(value: object, least: int = 0) -> bool:
@@ -136,50 +125,42 @@ def _is_count(value: object, least: int = 0) -> bool:
     return type(value) is int and value >= least
 
 
-def _problem(manifest: Manifest) -> str:
-    """What is of the wrong type, out of range or contradicts itself, or ''."""
-    shape, labels = manifest.shape, manifest.labels
-    form = {"image": (3, "uint8"), "point": (1, "float32")}.get(manifest.kind)
-    if form != (len(shape), manifest.dtype):
-        return f"kind {manifest.kind}, shape {shape} and dtype {manifest.dtype} do not go together"
+def _problems(manifest: Manifest) -> Iterator[str]:
+    """What is of the wrong type, out of range or contradicts itself. What follows a problem may raise."""
+    shape, labels, names = manifest.shape, manifest.labels, set[str]()
+    if FORMS.get(manifest.kind) != (manifest.dtype, len(shape)):
+        yield f"kind {manifest.kind}, shape {shape} and dtype {manifest.dtype} do not go together"
     if not all(_is_count(length, 1) for length in shape) or math.prod(shape) > VALUES:
-        return f"shape {shape} is not of positive integers with at most {VALUES} values together"
+        yield f"shape {shape} is not of positive integers with at most {VALUES} values together"
     if manifest.kind == "image" and shape[0] not in (1, 3):
-        return f"an image has 1 or 3 channels, not the {shape[0]} of shape {shape}"
+        yield f"an image has 1 or 3 channels, not the {shape[0]} of shape {shape}"
     if not all(isinstance(text, str) for text in (manifest.name, *labels)) or len(set(labels)) < len(labels):
-        return "the name and the labels are not strings, or one label stands twice"
-    names: set[str] = set()
+        yield "the name and the labels are not strings, or one label stands twice"
+    if not manifest.splits:
+        yield "no splits"
     for name, split in manifest.splits.items():
         if not split.shards:
-            return f"split {name} has no shards"
+            yield f"split {name} has no shards"
         for shard in split.shards:
-            if problem := _shard_problem(shard):
-                return f"split {name}, shard {shard.name!r}: {problem}"
+            yield from (f"split {name}, shard {shard.name!r}: {problem}" for problem in _shard_problems(shard))
             if shard.name in names:
-                return f"shard {shard.name} is listed twice"
+                yield f"shard {shard.name} is listed twice"
             names.add(shard.name)
-        if (
-            not _is_count(split.samples)
-            or not split.samples < MOST_SAMPLES
-            or sum(shard.samples for shard in split.shards) != split.samples
-        ):
-            return f"the samples of the shards of split {name} do not add up to {split.samples!r}"
-    return "" if manifest.splits else "no splits"
+        total = sum(shard.samples for shard in split.shards)
+        if not _is_count(split.samples) or total != split.samples or total >= MOST_SAMPLES:
+            yield f"the samples of the shards of split {name} do not add up to {split.samples!r}"
 
 
-def _shard_problem(shard: Shard) -> str:
+def _shard_problems(shard: Shard) -> Iterator[str]:
     name = shard.name
     if not isinstance(name, str) or not name.isprintable() or not 0 < len(name.encode()) < 256:
-        return "its name is not that of a file"
+        yield "its name is not that of a file"
     if name.startswith(".") or set(name) & {"/", "\\"}:
-        return "its name is hidden, or leads out of the folder"
+        yield "its name is hidden, or leads out of the folder"
     if not _is_count(shard.samples, 1) or not _is_count(shard.bytes):
-        return (
-            f"{shard.samples!r} samples in {shard.bytes!r} bytes: a shard has at least one, and whole numbers of both"
-        )
+        yield f"{shard.samples!r} samples in {shard.bytes!r} bytes: a shard has at least one, and whole numbers of both"
     if shard.bytes < SAMPLE_BYTES * shard.samples:
-        return f"{shard.bytes} bytes cannot hold {shard.samples} samples"
+        yield f"{shard.bytes} bytes cannot hold {shard.samples} samples"
     for digest in (shard.sha256, shard.pages):
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
-            return f"{digest!r} is no SHA-256 of 64 hexadecimal digits"
-    return ""
+            yield f"{digest!r} is no SHA-256 of 64 hexadecimal digits"

@@ -8,24 +8,25 @@ whatever the size of the shard, and what arrives is checked before it is used.
 import hashlib
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from webdataset.tariterators import base_plus_ext
 
-PAGE = 256 << 10
-"""The least bytes of a page, but for the last: large enough that tables are a thousandth of the data."""
+from pipeline.data.decode import encode, npy_header
+from pipeline.data.format.manifest import Shard
+from pipeline.errors import InputError
+from pipeline.storage.base import Writer
+
+PAGE = 256 << 10  # the least bytes of a page, but for the last: large enough that tables are a thousandth of the data
 
 ROW = np.dtype([("sample", "<i8"), ("byte", "<i8"), ("sha256", "V32")])
 """A page's first sample, first byte, and hash. One more row says where the last page ends; its hash is zero."""
 
-Table = npt.NDArray[Any]
-"""(pages + 1,) of ROW."""
-
-BLOCK = 512
-"""Of a tar, in bytes."""
+Table = npt.NDArray[Any]  # (pages + 1,) of ROW
+BLOCK = 512  # of a tar, in bytes
 
 
 def table_name(shard: str) -> str:
@@ -34,26 +35,33 @@ def table_name(shard: str) -> str:
 
 
 class Pager:
-    """Makes the table from a tar's bytes and the places where its samples start, whichever of the two is told first."""
+    """Measures a tar from its bytes and the places where its samples start, whichever of the two is told first."""
 
-    def __init__(self) -> None:
+    def __init__(self, target: Writer | None = None) -> None:  # what the bytes are passed on to
+        self._target, self._hash, self._size = target, hashlib.sha256(), 0
         self._bytes = bytearray()  # of the tar, from _start on: what is not hashed yet
         self._start = 0
-        self._samples = 0  # told so far
+        self.samples = 0  # told so far
+        self.end = self.after = 0  # byte behind the last sample, behind the last member of the tar
         self._pages: list[tuple[int, int]] = []  # first sample and byte of each that is not hashed yet
         self._rows: list[tuple[int, int, bytes]] = []
 
-    def update(self, data: bytes | bytearray | memoryview) -> None:
+    def write(self, data: bytes | bytearray | memoryview) -> int:
         """The tar's next bytes."""
+        if self._target:
+            self._target.write(data)
+        self._hash.update(data)
+        self._size += len(data)
         self._bytes += data
         self._settle()
+        return len(data)
 
     def start(self, offset: int) -> None:
         """A sample starts at this byte of the tar."""
         if not self._pages or offset - self._pages[-1][1] >= PAGE:
-            self._pages.append((self._samples, offset))
+            self._pages.append((self.samples, offset))
             self._settle()
-        self._samples += 1
+        self.samples += 1
 
     def rest(self, end: int) -> bytes:
         """The bytes from `end` on, which is the last sample's."""
@@ -61,11 +69,18 @@ class Pager:
 
     def finish(self, end: int) -> Table:
         """The table of a tar, all of whose bytes are told, whose last sample ends at byte `end`."""
-        self._pages.append((self._samples, end))
+        self._pages.append((self.samples, end))
         self._settle()
         assert len(self._pages) == 1
-        table: Table = np.array([*self._rows, (self._samples, end, bytes(32))], ROW)
+        table: Table = np.array([*self._rows, (self.samples, end, bytes(32))], ROW)
         return table
+
+    def shard(self, name: str) -> tuple[Shard, Table]:
+        """What the manifest should say of the tar, and its page table, once all is told and `end` is set."""
+        table = self.finish(self.end)
+        pages = hashlib.sha256(dump_table(table)).hexdigest()
+        digest = self._hash.hexdigest()
+        return Shard(name=name, samples=self.samples, bytes=self._size, sha256=digest, pages=pages), table
 
     def _settle(self) -> None:
         while len(self._pages) > 1 and self._pages[1][1] <= self._start + len(self._bytes):
@@ -79,25 +94,19 @@ class Pager:
 
 def dump_table(table: Table) -> bytes:
     """The bytes of its file."""
-    stream = io.BytesIO()
-    np.save(stream, table, allow_pickle=False)
-    return stream.getvalue()
+    return encode(table, "npy")
 
 
-def parse_table(data: bytes, *, samples: int, size: int) -> Table:
+def parse_table(data: bytes | memoryview, *, samples: int, size: int) -> Table:
     """The table in the bytes of a file. Raises ValueError where it is none, or not of such a shard."""
-    empty = np.lib.format.header_data_from_array_1_0(np.empty(0, ROW))
-    stream = io.BytesIO()
-    rows = (len(data) - len(dump_table(np.empty(0, ROW)))) // ROW.itemsize  # a header's length is a multiple of 64
-    np.lib.format.write_array_header_1_0(stream, {**empty, "shape": (max(rows, 0),)})
-    header = stream.getvalue()
+    rows = (len(data) - len(npy_header((0,), ROW))) // ROW.itemsize  # a header's length is a multiple of 64
+    header = npy_header((max(rows, 0),), ROW)
     if rows < 2 or data[: len(header)] != header or len(data) != len(header) + rows * ROW.itemsize:
         raise ValueError("no page table")
     table: Table = np.frombuffer(data, ROW, offset=len(header))
-    columns = (("sample", samples), ("byte", size))
-    if any((table[name] < 0).any() or (table[name] > most).any() for name, most in columns):
-        raise ValueError(f"it is of another shard than one of {samples} samples in {size} bytes")
-    if table["sample"][0] != 0 or table["sample"][-1] != samples:
+    columns = ((table["sample"], samples), (table["byte"], size))
+    outside = any((column < 0).any() or (column > most).any() for column, most in columns)
+    if outside or table["sample"][0] != 0 or table["sample"][-1] != samples:
         raise ValueError(f"it is of another shard than one of {samples} samples in {size} bytes")
     if (np.diff(table["sample"]) < 1).any() or (np.diff(table["byte"]) < BLOCK).any():
         raise ValueError("its pages are not in order")
@@ -105,34 +114,37 @@ def parse_table(data: bytes, *, samples: int, size: int) -> Table:
 
 
 def samples(page: bytes) -> Iterator[dict[str, Any]]:
-    """The samples in the bytes of whole pages, as WebDataset gives them: `__key__`, and the members' bytes by suffix.
+    """The samples in the bytes of whole pages. Raises tarfile.TarError or ValueError where they are none."""
+    return grouped((*named, data) for name, data in _members(page) if (named := key_and_suffix(name)))
 
-    Raises tarfile.TarError or ValueError where they are none.
-    """
+
+def grouped(
+    members: Iterable[tuple[str, str, bytes]],  # key, suffix and bytes of each, in order
+    where: str = "",  # for messages
+) -> Iterator[dict[str, Any]]:
+    """The samples as WebDataset gives them: `__key__`, and the members' bytes by suffix."""
     sample: dict[str, Any] = {}
-    key: str | None = None
-    for name, data in _members(page):
-        slash = name.rfind("/") + 1
-        dot = name.find(".", slash)
-        if dot > slash:
-            base, suffix = name[:dot], name[dot + 1 :].lower()
-        else:
-            base, suffix = base_plus_ext(name)
-        if base is None or is_meta(name):
-            continue
-        if base != key:
-            if key is not None:
+    for key, suffix, data in members:
+        if key != sample.get("__key__"):
+            if sample:
                 yield sample
-            sample, key = {"__key__": base}, base
+            sample = {"__key__": key}
+        if suffix in sample:
+            raise InputError(f"{where}key {key}: two members end in .{suffix}: repack the data set")
         sample[suffix] = data
-    if key is not None:
+    if sample:
         yield sample
 
 
-def is_meta(name: str) -> bool:
-    """Whether WebDataset passes over a member of that name."""
+def key_and_suffix(name: str) -> tuple[str, str] | None:
+    """Of a member's name, as WebDataset splits it; None where WebDataset passes over it."""
     first = name.partition("/")[0]
-    return len(first) >= 4 and first.startswith("__") and first.endswith("__")
+    if len(first) >= 4 and first.startswith("__") and first.endswith("__"):
+        return None
+    slash = name.rfind("/") + 1
+    dot = name.find(".", slash)
+    key, suffix = (name[:dot], name[dot + 1 :]) if dot > slash else base_plus_ext(name)
+    return None if key is None else (key, suffix.lower())
 
 
 def _members(page: bytes) -> Iterator[tuple[str, bytes]]:

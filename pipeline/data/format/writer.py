@@ -11,23 +11,19 @@ from tqdm import tqdm
 from webdataset import TarWriter
 
 from pipeline.data.decode import encode
-from pipeline.data.format.manifest import INDEX, Manifest, Shard, Split
+from pipeline.data.format.manifest import FORMS, INDEX, Manifest, Shard
 from pipeline.data.format.pages import Pager, Table, dump_table, table_name
-from pipeline.data.order import check_seed, parts
+from pipeline.data.order import check_seed, parts, shuffled
 from pipeline.data.sources.source import Source
 from pipeline.errors import Conflict, InputError
 from pipeline.storage.base import Store, Writer
 from pipeline.storage.store import open_store
 
-SHARDS = 16
-"""The usual least number of shards a split: enough readers for a machine or two."""
-
-SHARD_BYTES = 64 << 20
-"""The usual most bytes of decoded samples a shard: long enough reads, short enough retries."""
+SHARDS = 16  # the usual least number of shards a split: enough readers for a machine or two
+SHARD_BYTES = 64 << 20  # the usual most bytes of decoded samples a shard: long enough reads, short enough retries
 
 
-ENCODINGS = ("png", "jpg", "webp", "npy")
-"""Of images: jpg trades exactness for space, npy space for speed."""
+ENCODINGS = ("png", "jpg", "webp", "npy")  # of images: jpg trades exactness for space, npy space for speed
 
 
 def pack(
@@ -54,40 +50,33 @@ def pack(
     if force:
         _clear(target, source)
     old = _there(target, source, counts)
-    present, splits = target.list(), {}
+    present, made = target.list(), {split: list[Shard]() for split in counts}
+    suffix = encoding if source.kind == "image" else "npy"
     total = sum(len(examples) for examples in source.splits.values())
-    with (
-        _taken_back(target) as new,
-        tqdm(total=total, unit="sample", desc=f"pack {source.name}", disable=not progress) as bar,
-    ):
+    bar = tqdm(total=total, unit="sample", desc=f"pack {source.name}", disable=not progress)
+    with _taken_back(target) as new, bar:
         for split, count in counts.items():
-            written = []
-            for number, order in enumerate(_deal(len(source.splits[split]), count, seed)):
+            samples = shuffled(len(source.splits[split]), seed)  # cut evenly, so that every shard is a random subset
+            for number, (first, last) in enumerate(parts(0, len(samples), count)):
                 name = f"{split}-{number:05d}.tar"
-                make = partial(_write, source, split, order, name, encoding)
+                make = partial(_write, source, split, samples[first:last], name, suffix)
                 if old is None and name not in present:
-                    shard, table = _add(target, name, make, bar, new)
+                    with target.write(name) as stream:
+                        new.append(name)
+                        shard, table = make(stream, bar)
+                    new.append(table_name(name))
+                    target.put(table_name(name), dump_table(table))
                 else:
-                    shard, table = make(_Nothing(), bar)
+                    shard, table = make(None, bar)  # only measured
                     if old is not None and shard not in old.splits[split].shards:
                         raise InputError(_refusal(to, old))
                     _complete(target, shard, table, present, make, known=old is not None)
-                written.append(shard)
-            splits[split] = Split(samples=len(source.splits[split]), shards=tuple(written))
-    manifest = Manifest(
-        name=source.name,
-        kind=source.kind,
-        shape=source.shape,
-        dtype="uint8" if source.kind == "image" else "float32",
-        labels=source.labels,
-        splits=splits,
-    )
+                made[split].append(shard)
+    manifest = Manifest.of(source.name, source.kind, source.shape, source.labels, made)
     if old is None:
         if target.exists(INDEX):
-            raise Conflict(
-                f"{to}: another program packed a data set there meanwhile: `naign verify` says whether it is whole; "
-                f"choose another place, or replace it with --force"
-            )
+            remedy = "`naign verify` says whether it is whole; choose another place, or replace it with --force"
+            raise Conflict(f"{to}: another program packed a data set there meanwhile: {remedy}")
         target.put(INDEX, manifest.dump())
     return manifest, old is None
 
@@ -100,18 +89,8 @@ def _clear(target: Store, source: Source) -> None:
             target.delete(name)
 
 
-Make = Callable[[Writer, "tqdm[Any] | None"], tuple[Shard, Table]]
-"""Writes one shard."""
-
-
-def _add(target: Store, name: str, make: Make, bar: "tqdm[Any]", new: list[str]) -> tuple[Shard, Table]:
-    """Write a new shard and its page table; their names are added to `new`."""
-    with target.write(name) as stream:
-        new.append(name)
-        shard, table = make(stream, bar)
-    new.append(table_name(name))
-    target.put(table_name(name), dump_table(table))
-    return shard, table
+Make = Callable[[Writer | None, "tqdm[Any] | None"], tuple[Shard, Table]]
+"""Writes one shard, or with no file to write to only measures it."""
 
 
 @contextmanager
@@ -120,22 +99,19 @@ def _taken_back(target: Store) -> Iterator[list[str]]:
     names: list[str] = []
     try:
         yield names
-    except Conflict:
-        raise
-    except InputError:
-        for name in names:
+    except InputError as error:
+        for name in names if not isinstance(error, Conflict) else ():
             with suppress(InputError):  # the first error is the one to report
                 target.delete(name)
         raise
 
 
 def _count(source: Source, split: str, shards: int | None) -> int:
-    """Shards of a split."""
     samples = len(source.splits[split])
     if not samples:
         raise InputError(f"{source.name}: the {split} split is empty: give more images")
     if shards is None:
-        size = samples * int(np.prod(source.shape)) * (1 if source.kind == "image" else 4)
+        size = samples * int(np.prod(source.shape)) * np.dtype(FORMS[source.kind][0]).itemsize
         return min(samples, max(SHARDS, -(-size // SHARD_BYTES)))
     if not 1 <= shards <= samples:
         raise InputError(f"cannot deal {samples} {split} samples to {shards} shards: use --shards 1 to {samples}")
@@ -160,55 +136,22 @@ def _refusal(to: str, old: Manifest | None) -> str:
     return f"{to} already holds {what}: choose another folder, or replace it with --force"
 
 
-def _deal(samples: int, count: int, seed: int) -> Iterator[list[int]]:
-    """Indices of each shard's samples: a random order cut evenly, so that every shard is a random subset."""
-    draws = np.random.Philox(key=seed % 2**64).random_raw(samples)  # raw: the same in every NumPy
-    order = np.argsort(draws, kind="stable")
-    for start, stop in parts(0, samples, count):
-        yield [int(index) for index in order[start:stop]]
-
-
-class _Nothing:
-    """A file that nobody wants: what is written is only measured."""
-
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        return len(data)
-
-
-class _Measured:
-    """What a tar is written to: passes the bytes on, and counts, hashes and pages them."""
-
-    def __init__(self, target: Writer) -> None:
-        self._target, self.hash, self.pager, self.size = target, hashlib.sha256(), Pager(), 0
-
-    def write(self, data: bytes) -> int:
-        self._target.write(data)
-        self.hash.update(data)
-        self.pager.update(data)
-        self.size += len(data)
-        return len(data)
-
-
 def _write(
-    source: Source, split: str, order: list[int], name: str, encoding: str, target: Writer, bar: "tqdm[Any] | None"
+    source: Source, split: str, order: list[int], name: str, suffix: str, target: Writer | None, bar: "tqdm[Any] | None"
 ) -> tuple[Shard, Table]:
     """Write one shard; owner, mode and time are fixed so that its bytes depend on the samples alone."""
-    suffix = encoding if source.kind == "image" else "npy"
-    measured = _Measured(target)
-    with TarWriter(cast(BinaryIO, measured), user="", group="", mtime=0, encoder=False) as writer:
+    pager = Pager(target)
+    with TarWriter(cast(BinaryIO, pager), user="", group="", mtime=0, encoder=False) as writer:
         for index in order:
             key, array, label = source.splits[split][index]
             assert array.shape == source.shape, f"{key}: {array.shape}"
             sample: dict[str, Any] = {"__key__": key, suffix: encode(array, suffix)}
-            measured.pager.start(writer.tarstream.offset)
+            pager.start(writer.tarstream.offset)
             writer.write(sample if label < 0 else {**sample, "cls": str(label).encode()})
             if bar is not None:
                 bar.update()
-        end = writer.tarstream.offset
-    table = measured.pager.finish(end)
-    pages = hashlib.sha256(dump_table(table)).hexdigest()
-    size, digest = measured.size, measured.hash.hexdigest()
-    return Shard(name=name, samples=len(order), bytes=size, sha256=digest, pages=pages), table
+        pager.end = writer.tarstream.offset
+    return pager.shard(name)
 
 
 def _complete(target: Store, shard: Shard, table: Table, present: list[str], make: Make, *, known: bool) -> None:

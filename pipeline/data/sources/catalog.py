@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.order import check_seed
+from pipeline.data.order import check_seed, shuffled
 from pipeline.data.sources import published, toys
 from pipeline.data.sources.folder import from_tree
-from pipeline.data.sources.source import Example, Made, Source
+from pipeline.data.sources.source import Source, labelled
 from pipeline.errors import InputError
 from pipeline.registry import known, lookup
 
@@ -19,16 +19,14 @@ from pipeline.registry import known, lookup
 class Seeded:
     """Settings of a source that needs no files."""
 
-    seed: int = 0
-    """Of what is drawn."""
+    seed: int = 0  # of what is drawn
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Published(Seeded):
     """Settings of a source that is fetched from where it is published."""
 
-    root: Path | None = None
-    """Files to use instead of fetching them."""
+    root: Path | None = None  # files to use instead of fetching them
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -36,10 +34,8 @@ class Tree(Seeded):
     """Settings of a tree of pictures."""
 
     root: Path | None = None
-    size: int | None = None
-    """Pixels a side."""
-    channels: int = 3
-    """3 colour or 1 grey."""
+    size: int | None = None  # pixels a side
+    channels: int = 3  # 3 colour or 1 grey
 
 
 def _folder(_: str, settings: Tree) -> Source:
@@ -52,8 +48,8 @@ Entry = tuple[type[Any], Callable[[str, Any], Source]]
 """The settings that a source takes, and how it is made of its argument ('' or what follows a colon) and these."""
 
 SOURCES: dict[str, Entry] = {
-    "mnist": (Published, lambda _, settings: published.mnist(settings.root)),
-    "fashion_mnist": (Published, lambda _, settings: published.fashion_mnist(settings.root)),
+    "mnist": (Published, lambda _, settings: published.idx("mnist", settings.root)),
+    "fashion_mnist": (Published, lambda _, settings: published.idx("fashion_mnist", settings.root)),
     "cifar10": (Published, lambda _, settings: published.cifar10(settings.root)),
     "digits": (Seeded, lambda _, settings: digits()),
     "toy2d:<name>": (Seeded, lambda law, settings: toys.toy2d(law, seed=settings.seed)),
@@ -95,20 +91,7 @@ def digits() -> Source:
 
     values, labels = load_digits(return_X_y=True)
     images = np.rint(values * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
-    order = np.argsort(np.random.Philox(key=0).random_raw(len(images)), kind="stable")
-    count = len(images) // 5
-
-    def made(rows: np.ndarray[tuple[int], np.dtype[np.intp]]) -> Made:
-        def make(index: int) -> Example:
-            row = int(rows[index])
-            return f"digit-{row:04d}", images[row], int(labels[row])
-
-        return Made(length=len(rows), make=make)
-
-    return Source(
-        name="digits",
-        kind="image",
-        shape=(1, 8, 8),
-        labels=tuple("0123456789"),
-        splits={"train": made(order[count:]), "test": made(order[:count])},
-    )
+    order, count = shuffled(len(images), seed=0), len(images) // 5
+    rows = {"train": order[count:], "test": order[:count]}
+    splits = {split: labelled("digit-{:04d}", images, labels, chosen) for split, chosen in rows.items()}
+    return Source(name="digits", kind="image", shape=(1, 8, 8), labels=tuple("0123456789"), splits=splits)

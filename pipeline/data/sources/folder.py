@@ -3,33 +3,35 @@
 import io
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
+from itertools import chain, count
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from pipeline.data.decode import UNDECODABLE, decoding, eight_bits
 from pipeline.data.format.audit import BROKEN_TAR
+from pipeline.data.order import shuffled
 from pipeline.data.sources.source import Example, Made, Source
 from pipeline.errors import InputError
 
-TEST_SHARE = 0.1
-"""Of the pictures, where the tree has no train/ and test/ of its own."""
-
-LARGEST = 8192
-"""Pixels a side: a colour image is then 805 MB as float32; one far larger would be resized without end."""
+TEST_SHARE = 0.1  # of the pictures, where the tree has no train/ and test/ of its own
+LARGEST = 8192  # pixels a side: a colour image is then 805 MB as float32; one far larger would be resized without end
 
 
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """One file of the tree."""
 
-    where: str
-    """For messages."""
-    path: PurePosixPath
-    """Relative to the tree, or to its train/ or test/."""
+    where: str  # for messages
+    path: PurePosixPath  # relative to the tree, or to its train/ or test/
     read: Callable[[], bytes]
+
+    @property
+    def top(self) -> str:
+        """The name of its first folder, or ""."""
+        return self.path.parts[0] if len(self.path.parts) > 1 else ""
 
 
 def from_tree(
@@ -48,10 +50,7 @@ def from_tree(
     none among them, and where there are no pictures.
     """
     if channels not in (1, 3) or not 1 <= size <= LARGEST:
-        raise InputError(
-            f"cannot make {channels} channels of {size} pixels: use --channels 1 or 3 and --size 1 to {LARGEST} "
-            f"(a colour image of {LARGEST} is 805 MB as float32 already)"
-        )
+        raise InputError(f"no {channels} channels of {size} pixels: use --channels 1 or 3 and --size 1 to {LARGEST}")
     pictures, folders = _in_archive(root) if root.is_file() else _in_folder(root)
     if len(pictures) < 2:
         raise InputError(f"{root}: {len(pictures)} pictures found, at least 2 are needed: check the path")
@@ -60,19 +59,10 @@ def from_tree(
         if {"train", "test"} <= folders and top not in holding:
             raise InputError(f"{root}: {top}/ holds no pictures: put some there, or remove it")
     splits = _split(pictures, seed)
-    tops = [{picture.path.parts[0] if len(picture.path.parts) > 1 else "" for picture in group} for group in splits]
-    names = sorted(tops[0] | tops[1])
-    labels = tuple(names) if "" not in names else ()
-    return Source(
-        name=name,
-        kind="image",
-        shape=(channels, size, size),
-        labels=labels,
-        splits={
-            "train": _examples(splits[0], labels, size, channels),
-            "test": _examples(splits[1], labels, size, channels),
-        },
-    )
+    names = {picture.top for group in splits.values() for picture in group}
+    labels = () if "" in names else tuple(sorted(names))
+    made = {split: _examples(group, labels, size, channels) for split, group in splits.items()}
+    return Source(name=name, kind="image", shape=(channels, size, size), labels=labels, splits=made)
 
 
 def square(data: bytes, size: int, channels: int) -> Image.Image:
@@ -94,12 +84,11 @@ Tree = tuple[list[Picture], set[str]]
 def _in_folder(root: Path) -> Tree:
     if not root.is_dir():
         raise InputError(f"{root}: no such folder: give a folder of pictures with --root")
-    pictures: list[Picture] = []
-    folders: set[str] = set()
+    pictures, folders = list[Picture](), set[str]()
     for path in sorted(path for path in root.rglob("*") if not _hidden(path.relative_to(root))):
         inside = PurePosixPath(path.relative_to(root).as_posix())
         if path.is_file():
-            pictures.append(Picture(where=str(path), path=inside, read=path.read_bytes))
+            pictures.append(Picture(str(path), inside, path.read_bytes))
         elif path.is_symlink() or not path.is_dir():
             raise InputError(f"{path}: {_NO_FILE}")
         else:
@@ -109,8 +98,7 @@ def _in_folder(root: Path) -> Tree:
 
 def _in_archive(root: Path) -> Tree:
     """Of an archive everything is held in memory, as compressed as it lies there: a zipped tar has no random access."""
-    pictures: list[Picture] = []
-    folders: set[str] = set()
+    pictures, folders = list[Picture](), set[str]()
     try:
         with tarfile.open(root) as tar:
             for member in tar:
@@ -119,7 +107,7 @@ def _in_archive(root: Path) -> Tree:
                     continue
                 where, stream = f"{root}: {path}", tar.extractfile(member) if member.isfile() else None
                 if stream:
-                    pictures.append(Picture(where=where, path=path, read=_constant(stream.read())))
+                    pictures.append(Picture(where, path, partial(bytes, stream.read())))
                 elif not member.isdir():
                     raise InputError(f"{where}: {_NO_FILE}")
                 folders.update(path.parts[:1] if member.isdir() else path.parts[:-1][:1])
@@ -131,35 +119,20 @@ def _in_archive(root: Path) -> Tree:
 _NO_FILE = "neither file nor folder, or a link that leads to no file: remove it, or put the file itself there"
 
 
-def _constant(data: bytes) -> Callable[[], bytes]:
-    return lambda: data
-
-
 def _hidden(path: PurePosixPath | Path) -> bool:
     return any(part.startswith(".") and part != "." for part in path.parts)
 
 
-def _split(pictures: list[Picture], seed: int) -> tuple[list[Picture], list[Picture]]:
-    tops = {picture.path.parts[0] if len(picture.path.parts) > 1 else "" for picture in pictures}
+def _split(pictures: list[Picture], seed: int) -> dict[str, list[Picture]]:
+    tops = {picture.top for picture in pictures}
     if {"train", "test"} <= tops:
-        if tops != {"train", "test"}:
-            odd = next(picture for picture in pictures if picture.path.parts[0] not in ("train", "test"))
+        if odd := next((picture for picture in pictures if picture.top not in ("train", "test")), None):
             raise InputError(f"{odd.where}: lies beside train/ and test/: move it into one of them")
-        train, test = (
-            [
-                Picture(where=picture.where, path=PurePosixPath(*picture.path.parts[1:]), read=picture.read)
-                for picture in pictures
-                if picture.path.parts[0] == top
-            ]
-            for top in ("train", "test")
-        )
-        return train, test
-    draws = np.random.Philox(key=seed % 2**64).random_raw(len(pictures))
-    chosen = set(np.argsort(draws, kind="stable")[: max(1, round(TEST_SHARE * len(pictures)))].tolist())
-    return (
-        [picture for index, picture in enumerate(pictures) if index not in chosen],
-        [picture for index, picture in enumerate(pictures) if index in chosen],
-    )
+        inside = [(picture.top, picture._replace(path=PurePosixPath(*picture.path.parts[1:]))) for picture in pictures]
+    else:
+        test = set(shuffled(len(pictures), seed)[: max(1, round(TEST_SHARE * len(pictures)))])
+        inside = [("test" if index in test else "train", picture) for index, picture in enumerate(pictures)]
+    return {split: [picture for top, picture in inside if top == split] for split in ("train", "test")}
 
 
 def _examples(pictures: list[Picture], labels: tuple[str, ...], size: int, channels: int) -> Made:
@@ -180,14 +153,9 @@ def _examples(pictures: list[Picture], labels: tuple[str, ...], size: int, chann
 
 def _keys(paths: list[PurePosixPath]) -> list[str]:
     """WebDataset keys like the paths: no dots (they start a suffix), no leading __ (metadata), all different."""
-    keys: list[str] = []
-    taken: set[str] = set()
+    keys: dict[str, None] = {}
     for path in paths:
         base = "/".join(part.replace(".", "_").lstrip("_") or "_" for part in path.with_suffix("").parts)
-        key, number = base, 1
-        while key in taken:
-            number += 1
-            key = f"{base}_{number}"
-        taken.add(key)
-        keys.append(key)
-    return keys
+        variants = chain([base], (f"{base}_{number}" for number in count(2)))
+        keys[next(key for key in variants if key not in keys)] = None
+    return list(keys)

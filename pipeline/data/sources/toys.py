@@ -8,14 +8,11 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.sources.source import Example, Made, Source
+from pipeline.data.sources.source import Source, labelled
 from pipeline.errors import InputError
 
-TRAIN, TEST = 50_000, 10_000
-"""Points a split."""
-
-STREAM = 1
-"""Second word of the generator's key: packing deals with 0 there, and would sort what was drawn by the same numbers."""
+TRAIN, TEST = 50_000, 10_000  # points a split
+STREAM = 1  # second word of the key: packing deals with 0 there, and would sort what was drawn by the same numbers
 
 Points = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
@@ -118,17 +115,9 @@ def draw(name: str, count: int, *, seed: int) -> tuple[npt.NDArray[np.float32], 
 def toy2d(name: str, *, seed: int = 0) -> Source:
     """A law as a source, 50,000 points to train and 10,000 to test, drawn together. Raises InputError."""
     points, labels = draw(name, TRAIN + TEST, seed=seed)
-
-    def made(split: str, first: int, length: int) -> Made:
-        def make(index: int) -> Example:
-            return f"{split}-{index:05d}", points[first + index], int(labels[first + index])
-
-        return Made(length=length, make=make)
-
-    return Source(
-        name=f"toy2d:{name}",
-        kind="point",
-        shape=(2,),
-        labels=tuple(f"part {number}" for number in range(LAWS[name][0])),
-        splits={"train": made("train", 0, TRAIN), "test": made("test", TRAIN, TEST)},
-    )
+    names = tuple(f"part {number}" for number in range(LAWS[name][0]))
+    splits = {
+        "train": labelled("train-{:05d}", points[:TRAIN], labels[:TRAIN]),
+        "test": labelled("test-{:05d}", points[TRAIN:], labels[TRAIN:]),
+    }
+    return Source(name=f"toy2d:{name}", kind="point", shape=(2,), labels=names, splits=splits)
