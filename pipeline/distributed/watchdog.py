@@ -1,4 +1,4 @@
-"""Ends a rank that makes no progress, and says which ranks it waited for and where they are.
+"""Ends a rank that makes no progress, and says where it and the other ranks are.
 
 Every rank posts what it is doing in the process group's store, over a connection of its own, since the main thread may
 hold the group's connection while it waits. Clocks of different hosts are never compared: a rank measures by its own
@@ -16,11 +16,10 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Literal, Self, TypeVar
 
-import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, without an export
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -37,9 +36,9 @@ Answer = TypeVar("Answer")
 State = Literal["at work", "left", "ended"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Post:
-    """What a rank says of itself."""
+    """What a rank says of itself, and when this rank read it."""
 
     phase: str
     round: int
@@ -48,20 +47,15 @@ class Post:
     idle: float  # seconds without progress when it was posted, by the poster's clock
     host: str
     state: State = "at work"  # left: the watchdog's context was left; ended: its watchdog ended the rank
-    number: int = 0  # of this rank's posts
+    first: float = field(default=0.0, compare=False)  # when it was first read, by the reader's clock
+    last: float = field(default=0.0, compare=False)  # when it was last read, still the same
 
     @property
-    def where(self) -> str:
-        return f"{self.phase} of round {self.round}"
+    def place(self) -> tuple[int, int]:
+        return self.round, self.order
 
-
-@dataclass(frozen=True, slots=True)
-class Heard:
-    """The last post that was read of another rank, with times by the reader's clock."""
-
-    post: Post
-    ago: float  # seconds since it was first read
-    unchanged: float  # seconds from its first reading to the newest one
+    def __str__(self) -> str:
+        return f"{self.phase} of round {self.round}, beat {self.beats}"
 
 
 class Watchdog:
@@ -85,8 +79,11 @@ class Watchdog:
                 raise ValueError(f"the watchdog's {name} is {value} seconds: more than 0 and finite, such as 600")
         self.phase, self.round = "setup", 0
         self._order, self._beats, self._since = 0, 0, time.monotonic()
-        self._rank, self._timeout, self._say, self._every = rank, timeout, say, min(every, timeout / 10)
-        self._peers = Peers(rank, world)
+        self._rank, self._world, self._say = rank, world, say
+        self._timeout, self._every = timeout, min(every, timeout / 10)
+        self._store: Store | None = None
+        self._posts: dict[int, Post] = {}  # of the other ranks, as last read
+        self._lost = ""  # why the last exchange with the store failed
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -128,10 +125,10 @@ class Watchdog:
                 # Only ranks that wait read, and less often than they post, since each reads the posts of all.
                 read = idle > 2 * self._every and now >= read_at
                 read_at = now + max(self._every, self._timeout / 20) if read else read_at
-                self._peers.exchange(self._post(), read=read)
+                self._exchange(read=read)
                 self._stop.wait(max(0.0, min(self._every, self._since + self._timeout - time.monotonic())))
-            if not self._peers.lost:
-                self._peers.exchange(self._post("left"))
+            if not self._lost:
+                self._exchange("left")
         finally:
             faulthandler.cancel_dump_traceback_later()
             os.close(self._devnull)
@@ -139,24 +136,41 @@ class Watchdog:
     def _give_up(self) -> None:
         """Say why and end the process, unless there is progress after all."""
         exit_after(4 * PATIENCE, file=self._devnull)  # even if `say` hangs, or a full pipe behind stderr
-        since, peers = self._since, self._peers
-        peers.exchange(self._post(), read=True)
+        since = self._since
+        self._exchange(read=True)
         if self._stop.is_set() or self._since != since:
             return
         try:
             silence = min(3 * self._every + 2, self._timeout / 2)  # on a busy machine a post may come late
-            heard = peers.heard() if peers.reachable else None
-            text = describe(self._rank, peers.world, self._post(), heard, silence=silence, lost=peers.lost)
+            text = describe(self._rank, self._world, self._post(), self._posts, silence=silence, lost=self._lost)
             with suppress(Exception):  # the stacks are worth as much
                 self._say(text)
-            if not peers.lost:
-                peers.exchange(self._post("ended"))
+            if not self._lost:
+                self._exchange("ended")
             for stream in (sys.stdout, sys.stderr):
                 with suppress(Exception):
                     stream.flush()
             faulthandler.dump_traceback(file=2)
         finally:
             os._exit(FAILED)
+
+    def _exchange(self, state: State = "at work", *, read: bool = False) -> None:
+        """Post, and read the posts of all if `read`. Raises nothing and takes PATIENCE seconds at most."""
+        if self._world == 1:
+            return
+        own, text = str(self._rank), json.dumps(asdict(self._post(state)))
+        others = [str(rank) for rank in range(self._world) if rank != self._rank] if read else []
+        store, self._store = self._store, None  # one that failed, or still hangs, is not used again
+        try:
+            self._store, found = call_within(PATIENCE, lambda: _swap(store or connect(), own, text, others))
+        except Exception as error:
+            self._lost = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            return
+        self._lost, now = "", time.monotonic()
+        for rank, value in found.items():
+            post, known = Post(**json.loads(value)), self._posts.get(rank)
+            post.first = known.first if known and known == post else now
+            post.last, self._posts[rank] = now, post
 
 
 def exit_after(seconds: float, *, file: int) -> None:
@@ -165,52 +179,12 @@ def exit_after(seconds: float, *, file: int) -> None:
         faulthandler.dump_traceback_later(seconds, exit=True, file=file)
 
 
-class Peers:
-    """The posts of all ranks, in the store. Used by the watchdog's thread alone."""
-
-    def __init__(self, rank: int, world: int) -> None:
-        self.world, self.lost = world, ""  # lost: why the last exchange failed
-        self._rank, self._number = rank, 0
-        self._store: Store | None = None
-        self._posts: dict[int, tuple[Post, float]] = {}  # with the time of its first reading
-        self._read_at = 0.0
-
-    @property
-    def reachable(self) -> bool:
-        """Whether there are other ranks, in a process group."""
-        return self.world > 1 and dist.is_available() and dist.is_initialized()
-
-    def exchange(self, post: Post, *, read: bool = False) -> None:
-        """Post, and read the posts of all if `read`. Raises nothing and takes PATIENCE seconds at most."""
-        if not self.reachable:
-            return
-        self._number += 1
-        text = json.dumps(asdict(post) | {"number": self._number})
-        store, self._store = self._store, None  # one that failed, or still hangs, is not used again
-        try:
-            self._store, posts = call_within(PATIENCE, lambda: self._exchange(store or connect(), text, read))
-        except Exception as error:
-            self.lost = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            return
-        self.lost = ""
-        if read:
-            self._read_at = time.monotonic()
-        for rank, found in posts.items():
-            if rank not in self._posts or self._posts[rank][0].number != found.number:
-                self._posts[rank] = found, self._read_at
-
-    def heard(self) -> dict[int, Heard]:
-        """What the other ranks posted, as far as it was read."""
-        now = time.monotonic()
-        return {rank: Heard(post, now - at, self._read_at - at) for rank, (post, at) in self._posts.items()}
-
-    def _exchange(self, store: Store, text: str, read: bool) -> tuple[Store, dict[int, Post]]:
-        store.set(str(self._rank), text)
-        ranks = [rank for rank in range(self.world) if rank != self._rank] if read else []
-        if ranks and not store.check([str(rank) for rank in ranks]):  # reading a missing key would block
-            ranks = [rank for rank in ranks if store.check([str(rank)])]
-        values = store.multi_get([str(rank) for rank in ranks]) if ranks else []
-        return store, {rank: Post(**json.loads(value)) for rank, value in zip(ranks, values, strict=True)}
+def _swap(store: Store, own: str, text: str, others: list[str]) -> tuple[Store, dict[int, bytes]]:
+    """Set this rank's post; the store, and the posts of the others that have one."""
+    store.set(own, text)
+    if others and not store.check(others):  # reading a missing key would block
+        others = [key for key in others if store.check([key])]
+    return store, dict(zip(map(int, others), store.multi_get(others) if others else [], strict=True))
 
 
 def connect() -> Store:
@@ -247,52 +221,30 @@ def describe(
     rank: int,
     world: int,
     mine: Post,
-    heard: Mapping[int, Heard] | None,  # of the other ranks; None: there are none, or no process group
+    posts: Mapping[int, Post],  # of the other ranks, as far as they were read
     *,
     silence: float,  # seconds after which a post that does not change is a silent rank's
     lost: str = "",  # why the store cannot be reached
 ) -> str:
-    """One sentence: where this rank is stuck, and which ranks it waits for, are silent, or wait for it."""
-    stalled = f"rank {rank} has made no progress for {mine.idle:.0f} s in {mine.where}"
-    waited = f"rank {rank} has waited {mine.idle:.0f} s in {mine.where}"
-    if heard is None:
-        return stalled
-    here = (mine.round, mine.order)
-    missing = {
-        other: "which was never heard of" for other in range(world) if other != rank and not (lost and not heard)
-    }
-    present: dict[int, Post] = {}
-    for other, entry in heard.items():
-        post, at = entry.post, f"in {entry.post.where} (host {entry.post.host})"
-        del missing[other]
-        if post.state == "left" and (post.round, post.order) <= here:
-            missing[other] = f"which left {at}"
-        elif post.state == "at work" and entry.unchanged > silence:
-            missing[other] = f"last heard of {entry.ago:.0f} s ago {at}"
-        else:
-            present[other] = post
-
-    # Of those present, name only the hindmost, by phase or else by beats: the ranks between wait for it as well.
-    first = min([(post.round, post.order) for post in present.values()], default=here)
-    fewest = min([post.beats for post in present.values() if (post.round, post.order) == here], default=mine.beats)
-    for other, post in present.items():
-        progress = f"last progress {post.idle + heard[other].ago:.0f} s ago in {post.where} (host {post.host})"
-        if (post.round, post.order) == first < here:
-            missing[other] = progress
-        elif (post.round, post.order) == first == here and post.beats == fewest < mine.beats:
-            missing[other] = f"{mine.beats - fewest} beats behind, {progress}"
-
-    ahead = [f"rank {other} in {post.where}" for other, post in present.items() if (post.round, post.order) > here]
-    if missing:
-        text = f"{waited} for {listed([f'rank {other}, {missing[other]}' for other in sorted(missing)], '; ')}"
-    elif lost:
-        text = waited
-    else:
-        text = f"{stalled}, and is behind {listed(ahead, ', ')}" if ahead else f"{stalled}, where all {world} ranks are"
-    return f"{text}; the store cannot be reached ({lost}): rank 0, which holds it, is gone" if lost else text
-
-
-def listed(items: list[str], comma: str) -> str:
-    """The items, or the first NAMED of them and how many more there are."""
-    more = len(items) - NAMED
-    return comma.join(items) if more <= 0 else f"{comma.join(items[:NAMED])}{comma}and {more} more"
+    """Where this rank is stuck, and a line each of the others: those that are not there, then the hindmost first."""
+    lines = []  # with what they are sorted by
+    for other in range(world):
+        post = posts.get(other)
+        if post:
+            ago, mark, present = time.monotonic() - post.first, "", True
+            if post.state == "left" and post.place <= mine.place:
+                mark, present = ": LEFT", False
+            elif post.state == "at work" and post.last - post.first > silence:
+                mark, present = f": SILENT for {ago:.0f} s", False
+            elif (*post.place, post.beats) < (*mine.place, mine.beats):
+                mark = ": BEHIND"
+            text = f"in {post}, last progress {post.idle + ago:.0f} s ago, host {post.host}{mark}"
+            lines.append((present, post.place, post.beats, other, text))
+        elif other != rank and (posts or not lost):
+            lines.append((False, (0, 0), 0, other, "MISSING, never heard of"))
+    rows = [f"rank {other} {text}" for *_, other, text in sorted(lines)]
+    more = [f"and {len(rows) - NAMED} more"] if len(rows) > NAMED else []
+    head = f"rank {rank} has made no progress for {mine.idle:.0f} s in {mine}"
+    if lost:
+        head += f"; the store cannot be reached ({lost}): rank 0, which holds it, is gone"
+    return "\n  ".join([head, *rows[:NAMED], *more])
