@@ -72,6 +72,13 @@ def printable(text: str, most: int = 200) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text[:most])
 
 
+def require(*rules: tuple[object, str]) -> None:
+    """InputError with the message of the first rule (whether it holds, its message) that does not hold."""
+    for holds, message in rules:
+        if not holds:
+            raise InputError(message)
+
+
 @contextmanager
 def exit_on_input_error(program: str) -> Iterator[None]:
     """Turn InputError, Unavailable and PeerLost into one line on stderr and their exit code, Ctrl-C into 130.

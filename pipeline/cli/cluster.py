@@ -57,13 +57,7 @@ def render(
     from pipeline.cluster.render import Size, name_after, predict, render_k8s, render_slurm
 
     size = Size(
-        nodes=nodes,
-        gpus=gpus,
-        gpu=gpu,
-        bandwidth=bandwidth,
-        account=service_account,
-        endpoint=endpoint,
-        region=region,
+        nodes=nodes, gpus=gpus, gpu=gpu, bandwidth=bandwidth, account=service_account, endpoint=endpoint, region=region
     )
     make = render_k8s if what == "k8s" else render_slurm
     text = make(size, image=image, data=data, run=run, config=config, name=name or name_after(run))

@@ -18,13 +18,7 @@ Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images (poin
 
 
 def evaluate(
-    run: Run,
-    /,
-    *,
-    data: str | None = None,
-    samples: int = 10_000,
-    seed: int = 0,
-    device: Device = "auto",
+    run: Run, /, *, data: str | None = None, samples: int = 10_000, seed: int = 0, device: Device = "auto"
 ) -> None:
     """Measure a trained model; writes evaluation/metrics.json, pictures and report.html into its folder.
 
@@ -52,14 +46,7 @@ def evaluate(
 
 
 def sample(
-    run: Run,
-    /,
-    *,
-    n: int = 64,
-    to: Path | None = None,
-    times: int = 1,
-    seed: int = 0,
-    device: Device = "auto",
+    run: Run, /, *, n: int = 64, to: Path | None = None, times: int = 1, seed: int = 0, device: Device = "auto"
 ) -> None:
     """Draw samples: one picture of all, or with a folder as --to one PNG each (points: a .csv file).
 
@@ -127,13 +114,7 @@ def restore(
     print(f"{len(names)} restored {'files of points' if points else 'images'}: {to}/")
 
 
-def score(
-    run: Run,
-    files: Files,
-    /,
-    *,
-    device: Device = "auto",
-) -> None:
+def score(run: Run, files: Files, /, *, device: Device = "auto") -> None:
     """Print energies as CSV: file (points: file:line), mean squared residual of f(x) - x. Low near the data trained on.
 
     Args:
@@ -154,13 +135,7 @@ def score(
         table.writerow((path if len(model.shape) == 3 else f"{path}:{line}", f"{energy:.6g}"))
 
 
-def export(
-    run: Run,
-    /,
-    *,
-    to: Path,
-    format: Literal["safetensors", "torch"] = "safetensors",
-) -> None:
+def export(run: Run, /, *, to: Path, format: Literal["safetensors", "torch"] = "safetensors") -> None:
     """Write a model alone, for use elsewhere: safetensors for NAIGN.from_pretrained, torch for torch.export.load.
 
     Args:
