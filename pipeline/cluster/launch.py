@@ -13,6 +13,7 @@ ranks through Accelerate in its own process, so that signals reach it, and ends 
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import signal
@@ -22,16 +23,16 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
 
-from pipeline.cluster.exit_codes import MEANINGS, SIGNALS, Ending, explain, on_signals, read_code, say, weight
+from pipeline.cluster.exit_codes import MEANINGS, SIGNALS, Ending, explain, on_signals, say, weight
 from pipeline.cluster.meeting import TELLING, Links, interface_of, listen, meet, turn_away
 from pipeline.cluster.place import Place, find_place, find_ports
-from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost, Unavailable
+from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost, Unavailable, require
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "pipeline/train.py"
@@ -54,41 +55,37 @@ def main(arguments: Sequence[str]) -> int:
     add("--reach", type=float, default=300, help="seconds to wait for the bucket of run.remote (%(default)s)")
     on_signals(_leave_at_once, SIGNALS[:3])  # the first process of a container gets no others
     options, training = parser.parse_known_args(arguments)
-    reason = ""
     try:
-        code = _launch(options, training)
-    except PeerLost as error:
-        code, reason = PEER_LOST, f"{error}: {MEANINGS[PEER_LOST]}"
-    except Unavailable as error:
-        code, reason = FAILED, f"failed: {error}"
-    except InputError as error:
-        code, reason = BAD_INPUT, f"error: {error}"
+        code, reason = _launch(options, training), ""
+    except (PeerLost, Unavailable, InputError) as error:
+        code = error.code
+        reason = {FAILED: f"failed: {error}", BAD_INPUT: f"error: {error}"}.get(code, f"{error}: {MEANINGS[PEER_LOST]}")
     on_signals(signal.SIG_IGN)  # they change nothing any more
     if reason:
         say(reason)
     return code
 
 
-def _leave_at_once(number: int, frame: FrameType | None) -> None:
+def _leave_at_once(*_: object) -> None:
     """End on a signal while there are no ranks, when nothing is lost."""
     say(MEANINGS[INTERRUPTED])
     os._exit(INTERRUPTED)
 
 
-def _check(options: argparse.Namespace) -> None:
-    seconds, ports = 10**6, (1, 65535)
-    limits = {"processes": (0, 1024), "gpus": (0, 1024), "port": ports, "meeting_port": ports}
-    for name, (least, most) in (limits | {"wait": (1, seconds), "reach": (0, seconds)}).items():
-        option, value = "--" + name.replace("_", "-"), getattr(options, name)
-        if not least <= value <= most:
-            raise InputError(f"{option} is {value}: it must lie between {least} and {most}")
+LIMITS = {
+    **dict.fromkeys(("processes", "gpus"), (0, 1024)),
+    **dict.fromkeys(("port", "meeting_port"), (1, 65535)),
+    **{"wait": (1, 10**6), "reach": (0, 10**6)},
+}
 
 
 def _launch(options: argparse.Namespace, training: Sequence[str]) -> int:
     from pipeline.config import parse
     from pipeline.storage.store import use_endpoint
 
-    _check(options)
+    for name, (least, most) in LIMITS.items():
+        option, value = "--" + name.replace("_", "-"), getattr(options, name)
+        require((least <= value <= most, f"{option} is {value}: it must lie between {least} and {most}"))
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)  # of whatever started this: ranks get their own
     try:
@@ -105,7 +102,8 @@ def _launch(options: argparse.Namespace, training: Sequence[str]) -> int:
         return 0
     os.environ["NAIGN_LAUNCHER"] = str(os.getpid())  # ranks end with this process
     if place.hosts * processes == 1 and not options.engine:
-        os.environ |= {"ACCELERATE_USE_CPU": "false" if _gpus() else "true", "ACCELERATE_MIXED_PRECISION": _precision()}
+        use_cpu, precision = _without_engine()
+        os.environ |= {"ACCELERATE_USE_CPU": use_cpu, "ACCELERATE_MIXED_PRECISION": precision}
         os.execv(sys.executable, [sys.executable, str(TRAIN), *training])
     os.environ["PET_SHUTDOWN_TIMEOUT"] = str(math.ceil(config.stop.within) + 5)  # torchrun kills ranks after so long
     ending = Ending(patience=config.stop.within + 30, alone=place.hosts == 1)
@@ -157,13 +155,17 @@ def _check_host(options: argparse.Namespace, place: Place, processes: int) -> No
     """Raise InputError or Unavailable where this host lacks what its ranks need."""
     if _gpus() < options.gpus:
         found = f"{options.gpus} GPUs should be here, torch can use {_gpus()}"
-        if _is_without_gpus():
+        if not import_module("torch").backends.cuda.is_built():
             raise InputError(f"{found}: this torch was built without; take the image of --target cuda")
         raise Unavailable(f"{found}: see nvidia.com/gpu in the limits, and the node's driver")
     if place.hosts > 1:
         say(f"host {place.index} of {place.hosts}, {processes} ranks each, under {place.orchestrator}")
         if place.index == 0:
-            _check_free(options.port)
+            try:
+                socket.create_server(("", options.port)).close()
+            except OSError as error:
+                problem = f"port {options.port} is taken on host 0 ({error.strerror})"
+                raise InputError(f"{problem}: choose another --port") from None
 
 
 def _is_done(config: Any, within: float) -> bool:
@@ -179,10 +181,8 @@ def _is_done(config: Any, within: float) -> bool:
             return is_done(config)
         except Unavailable as error:
             if time.monotonic() > end:
-                reason = str(error).partition(". Check ")[0]
-                raise InputError(
-                    f"run.remote cannot be reached: {reason}; check its name and AWS_ENDPOINT_URL"
-                ) from None
+                said = f"run.remote cannot be reached: {str(error).partition('. Check ')[0]}"
+                raise InputError(f"{said}; check its name and AWS_ENDPOINT_URL") from None
             say(f"waiting for {config.run.remote}: {error}")
     return False
 
@@ -203,9 +203,9 @@ def run_ranks(
 
     ranks = [engine.parent / str(rank) for rank in range(processes)]
 
-    def forward(number: int, frame: FrameType | None) -> None:
+    def forward(number: int, _: object) -> None:
         if not psutil.Process().children() and not any(file.exists() for file in ranks):
-            _leave_at_once(number, frame)
+            _leave_at_once()
         ending.listen()  # a second signal would end the wait for the ranks' checkpoint
         raise SignalException(f"signal {number}", signal.Signals(number))  # the agent ends the ranks by this signal
 
@@ -222,18 +222,18 @@ def run_ranks(
     try:
         try:
             launch_command(launch_command_parser().parse_args(arguments))
+            return 0
         finally:
             ending.listen()
     except SignalException as error:
         _end_children(error.sigval)
-        code = max(map(read_code, ranks), key=weight)
-        say(f"signal {error.sigval.name}: {MEANINGS.get(code, 'some ranks did not end in time, or crashed')}")
-        return code
+        texts = [file.read_text() if file.exists() else "" for file in ranks]  # '': it ended without a word
+        code = max((int(text or FAILED) for text in texts), key=weight)
+        reason = f"signal {error.sigval.name}: {MEANINGS.get(code, 'some ranks did not end in time, or crashed')}"
     except ChildFailedError as error:
         code, reason = explain(error.failures)
-        say(reason)
-        return code
-    return 0
+    say(reason)
+    return code
 
 
 def _end_children(number: signal.Signals) -> None:
@@ -261,42 +261,22 @@ def find_engine(name: str, ranks: int) -> str:
                     raise InputError(f"--engine {file} is no configuration of Accelerate: {reason}") from None
         known = ", ".join(sorted(file.stem for file in (ROOT / "launch").glob("*.yaml")))
         raise InputError(f"--engine {name} is no file and no name in launch/{': ' + known if known else ''}")
-    return "\n".join(
-        (
-            "compute_environment: LOCAL_MACHINE",
-            f"distributed_type: {'MULTI_GPU' if ranks > 1 else 'NO'}",
-            f"use_cpu: {'false' if _gpus() else 'true'}",
-            "num_machines: 1",
-            f"num_processes: {ranks}",
-            "machine_rank: 0",
-            f'mixed_precision: "{_precision()}"',
-            "rdzv_backend: static",
-            "same_network: true",
-        )
-    )
+    use_cpu, precision = _without_engine()
+    settings = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "MULTI_GPU" if ranks > 1 else "NO",
+        "use_cpu": use_cpu == "true",
+        **{"num_machines": 1, "num_processes": ranks, "machine_rank": 0},
+        "mixed_precision": precision,
+        **{"rdzv_backend": "static", "same_network": True},
+    }
+    return json.dumps(settings)  # which is YAML
 
 
 def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
+    return int(import_module("torch").cuda.device_count())
 
 
-def _is_without_gpus() -> bool:
-    import torch
-
-    return not torch.backends.cuda.is_built()
-
-
-def _precision() -> str:
-    """mixed_precision without --engine, as in launch/gpus.yaml and launch/cpu.yaml; train.precision overrides it."""
-    return "bf16" if _gpus() else "no"
-
-
-def _check_free(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise InputError(f"port {port} is taken on host 0 ({error.strerror}): choose another --port") from None
+def _without_engine() -> tuple[str, str]:
+    """use_cpu and mixed_precision, as in launch/gpus.yaml and launch/cpu.yaml; train.precision overrides it."""
+    return ("false", "bf16") if _gpus() else ("true", "no")

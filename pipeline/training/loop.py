@@ -24,7 +24,7 @@ from pipeline.match.across_ranks import NotFinite
 from pipeline.match.matcher import Match, match_round
 from pipeline.model.latents import measure_spectrum
 from pipeline.observe.logs import at_round
-from pipeline.training.fit import fit
+from pipeline.training.fit import REMEDY, fit
 from pipeline.training.prepare import prepare, resume
 from pipeline.training.report import headline, report
 from pipeline.training.round import RoundRandom, RoundState, Run
@@ -77,9 +77,8 @@ def run_rounds(run: Run, partial: PartialRound | None) -> None:
                 raise Stopped
     except Stopped:
         checkpoint(run, gather_partial(run, state) if state and position.done else partial)
-        run.monitor.say(
-            f"stopped on request in round {position.round + 1} of {run.rounds}; the same command goes on from here"
-        )
+        where = f"round {position.round + 1} of {run.rounds}"
+        run.monitor.say(f"stopped on request in {where}; the same command goes on from here")
     except (InputError, Unavailable):  # raised on all ranks: a checkpoint that is being written can be finished
         run.writer.join(within=config.stop.within)
         raise
@@ -148,22 +147,17 @@ def read_round(run: Run, stream: Stream, number: int) -> Taken:
             run.watchdog.beat()
         return not missing
 
-    def stop_requested() -> bool:
-        all_done(False)
-        return run.stop.seen()
-
-    def wait_for_others() -> None:
+    problem: Exception | None = None
+    with together(run.accelerator):
+        try:
+            taken = stream.take(number, lambda: all_done(False) or run.stop.seen())
+        except (InputError, Unavailable, Stopped) as error:
+            problem = error
         run.watchdog.beat()
         while not all_done(True):
             pass  # it takes as long as the slowest rank is between two looks
-
-    with together(run.accelerator):
-        try:
-            taken = stream.take(number, stop_requested)
-        except (InputError, Unavailable, Stopped):
-            wait_for_others()
-            raise
-        wait_for_others()
+        if problem:
+            raise problem
     return taken
 
 
@@ -182,10 +176,8 @@ def find_match(run: Run, state: RoundState) -> Match:
     try:
         match = match_round(state.images, sample, run.config.match, run.features, poll)
     except NotFinite as error:  # on all ranks
-        raise Diverged(
-            f"the network's samples are not finite in round {state.number} ({error}): the run has diverged; lower "
-            "train.lr, set train.clip or raise the precision, in a new --run.path"
-        ) from None
+        said = f"the network's samples are not finite in round {state.number} ({error}): the run has diverged"
+        raise Diverged(f"{said}; {REMEDY}") from None
     if match.described != run.monitor.described:
         run.monitor.described = match.described
         run.monitor.say(match.described)

@@ -40,31 +40,25 @@ class RoundRandom:
 
     def latents(self, ids: Tensor) -> Tensor:
         """Latents (len(ids), *shape) of the configured law."""
-        match, seed = self.config.match, self.config.seed
-        return latents.draw(
-            match.latents, seed, self.round, ids, self.shape, self.device, spectrum=self.spectrum, flat=match.flat
-        )
+        match, key = self.config.match, (self.config.seed, self.round, ids, self.shape, self.device)
+        return latents.draw(match.latents, *key, spectrum=self.spectrum, flat=match.flat)
 
     def damaged(self, images: Tensor, numbers: Tensor) -> Tensor:
         """Images (n, *shape) with objective.damage applied; independent of the latents."""
-        law, seed = self.config.objective.damage, self.config.seed
-        normals = self.normals(numbers)
-        shape = (damage.uniforms(law, self.shape),)
-        uniform = philox.uniform(seed, self.round, numbers, shape, self.device, stream=philox.DAMAGE)
-        return damage.damage(law, images, normals, uniform, self.config.objective.noise)
+        law, noise = self.config.objective.damage, self.config.objective.noise
+        key = self.config.seed, self.round, numbers, (damage.uniforms(law, self.shape),), self.device
+        uniform = philox.uniform(*key, stream=philox.DAMAGE)
+        return damage.damage(law, images, self.normals(numbers), uniform, noise)
 
-    def normals(self, numbers: Tensor, step: int = 0) -> Tensor:
+    def normals(self, numbers: Tensor, step: int = 0, *, stream: int = philox.NOISE) -> Tensor:
         """Standard normals (len(numbers), *shape), other ones for each `step`; independent of the latents."""
-        numbers = numbers + step * 2**40
-        return philox.normal(self.config.seed, self.round, numbers, self.shape, self.device, stream=philox.NOISE)
+        key = self.config.seed, self.round, numbers + step * 2**40, self.shape, self.device
+        return philox.normal(*key, stream=stream)
 
     def jittered(self, ids: Tensor, numbers: Tensor) -> Tensor:
         """Latents of `ids` plus noise of standard deviation match.jitter, drawn by the images' `numbers`."""
-        drawn = self.latents(ids)
-        if not self.config.match.jitter:
-            return drawn
-        noise = philox.normal(self.config.seed, self.round, numbers, self.shape, self.device, stream=philox.JITTER)
-        return drawn + self.config.match.jitter * noise
+        drawn, jitter = self.latents(ids), self.config.match.jitter
+        return drawn + jitter * self.normals(numbers, stream=philox.JITTER) if jitter else drawn
 
 
 @dataclass(kw_only=True, slots=True)
