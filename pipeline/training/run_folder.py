@@ -15,12 +15,12 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from pipeline.checkpoint import bucket
+from pipeline.checkpoint.manifest import step_of
 from pipeline.checkpoint.writer import is_complete, newest_checkpoint, set_aside
 from pipeline.config import Config, changeable, differences, from_dict, to_dict
 from pipeline.constraints import MAY_CHANGE
 from pipeline.errors import Damaged, InputError
 from pipeline.model.naign import NAIGN
-from pipeline.storage.base import Store
 from pipeline.storage.local import TRANSIENT, write_atomically
 from pipeline.storage.store import open_store
 
@@ -47,19 +47,15 @@ def claim(config: Config) -> tuple[Path | None, str, FileLock]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        if config.resume == "never" and any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints")):
-            raise InputError(
-                f"'{folder}' already holds a run and resume=never does not overwrite it: choose another --run.path, or "
-                "delete that folder"
-            )
+        if any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+            _refuse_never(config, f"'{folder}'", "choose another --run.path, or delete that folder")
         newest, token = find_newest(config), uuid.uuid4().hex
         write_atomically(folder / ".claim", token)
         write_atomically(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
         return newest, token, lock
     except Timeout:
-        raise InputError(
-            f"'{folder}' is in use by another process: wait for it, or choose another --run.path"
-        ) from None
+        busy = f"'{folder}' is in use by another process"
+        raise InputError(f"{busy}: wait for it, or choose another --run.path") from None
     except BaseException as error:
         lock.release()
         if isinstance(error, OSError) and error.errno not in TRANSIENT:
@@ -67,25 +63,44 @@ def claim(config: Config) -> tuple[Path | None, str, FileLock]:
         raise
 
 
-def compare(recorded: Any, config: Config, file: str, place: str, option: str) -> list[str]:
+def compare(recorded: Config, config: Config, place: str, option: str) -> list[str]:
     """Settings in which a run at `place` differs from this one, where that is allowed; InputError where it is not."""
-    changed = differences(from_dict(recorded, where=file, recorded=True), config)
+    changed = differences(recorded, config)
     allowed = all(line.partition(":")[0] in changeable(config, MAY_CHANGE) for line in changed)
     if changed and (config.resume != "changed" or not allowed):
         remedy = ", or go on with what is changed by --resume=changed" if allowed else ""
+        lines = "\n  ".join([f"{place} holds a run of another configuration:", *changed])
         raise InputError(
-            f"{place} holds a run of another configuration:\n  "
-            + "\n  ".join(changed)
-            + f"\nchoose another {option}, or take these settings back to go on with that run{remedy}"
+            f"{lines}\nchoose another {option}, or take these settings back to go on with that run{remedy}"
         )
     return changed
 
 
+def recorded_at(place: str) -> Config | None:
+    """The configuration that the run in a folder or bucket has recorded in config.yaml, if that is there."""
+    store = open_store(place)
+    if not store.exists("config.yaml"):
+        return None
+    try:
+        content = yaml.safe_load(store.read("config.yaml"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        where = f"{store.url('config.yaml')} is no configuration ({type(error).__name__})"
+        raise InputError(f"{where}: remove it") from None
+    return from_dict(content, where=store.url("config.yaml"), recorded=True)
+
+
 def _compare_checkpoint(checkpoint: Path, config: Config) -> None:
     """Compare with the checkpoint's own record, not with config.yaml, which anyone may edit."""
-    recorded = read_model(checkpoint, "model.safetensors").metadata.get("config")
-    for line in compare(recorded, config, str(checkpoint), f"'{config.run.path}'", "--run.path"):
+    content = read_model(checkpoint, "model.safetensors").metadata.get("config")
+    recorded = from_dict(content, where=str(checkpoint), recorded=True)
+    for line in compare(recorded, config, f"'{config.run.path}'", "--run.path"):
         log.warning("goes on with another %s", line)
+
+
+def _refuse_never(config: Config, place: str, remedy: str) -> None:
+    """InputError, if resume=never, about a run that is there."""
+    if config.resume == "never":
+        raise InputError(f"{place} already holds a run and resume=never does not overwrite it: {remedy}")
 
 
 def read_model(checkpoint: Path, name: str) -> NAIGN:
@@ -104,10 +119,8 @@ def damage_named(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except DAMAGE as error:
-        raise InputError(
-            f"{checkpoint} cannot be resumed from ({type(error).__name__}: {error}): remove that folder to go on from "
-            "the checkpoint before it"
-        ) from None
+        problem = f"{checkpoint} cannot be resumed from ({type(error).__name__}: {error})"
+        raise InputError(f"{problem}: remove that folder to go on from the checkpoint before it") from None
 
 
 def open_tensors(file: Path) -> Any:
@@ -136,7 +149,7 @@ def find_newest(config: Config) -> Path | None:
         )
     damaged = ""
     for name in names:
-        if newest and int(name.removeprefix("step-")) <= int(newest.name.removeprefix("step-")):
+        if newest and step_of(name) <= step_of(newest.name):
             return newest
         with contextlib.suppress(Damaged):
             # First what the run reported: once its checkpoint is here, all of it counts as being here.
@@ -154,26 +167,12 @@ def find_newest(config: Config) -> Path | None:
 
 def check_remote_run(config: Config) -> list[str]:
     """Names of the bucket's checkpoints, newest first. InputError, changing nothing, if they are another run's."""
-    names = list(bucket.newest_first(config.run.remote))
-    if names and config.resume == "never":
-        raise InputError(
-            f"{config.run.remote} already holds a run and resume=never does not overwrite it: choose another "
-            "--run.remote"
-        )
-    store = open_store(config.run.remote)
-    if names and store.exists("config.yaml"):
-        compare(_read_config(store), config, store.url("config.yaml"), config.run.remote, "--run.remote")
+    remote = config.run.remote
+    if names := list(bucket.newest_first(remote)):
+        _refuse_never(config, remote, "choose another --run.remote")
+        if recorded := recorded_at(remote):
+            compare(recorded, config, remote, "--run.remote")
     return names
-
-
-def _read_config(store: Store) -> Any:
-    """The recorded configuration of a run in a bucket."""
-    try:
-        return yaml.safe_load(store.read("config.yaml"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{store.url('config.yaml')} is no configuration ({type(error).__name__}): remove it"
-        ) from None
 
 
 def is_done(config: Config) -> bool:
@@ -181,16 +180,12 @@ def is_done(config: Config) -> bool:
 
     Raises InputError if there is one and resume=never.
     """
-    store = open_store(config.run.remote)
-    if not store.exists("config.yaml"):
+    remote, recorded = config.run.remote, recorded_at(config.run.remote)
+    name = next(bucket.newest_first(remote), "") if recorded else ""
+    if not recorded or not name or differences(recorded, config):
         return False
-    recorded = from_dict(_read_config(store), where=store.url("config.yaml"), recorded=True)
-    name = next(bucket.newest_first(config.run.remote), "")
-    if not name or differences(recorded, config):
-        return False
-    if config.resume == "never":
-        check_remote_run(config)
-    return bucket.is_there(config.run.remote, name) and bucket.round_of(config.run.remote, name) >= count_rounds(config)
+    _refuse_never(config, remote, "choose another --run.remote")
+    return bucket.is_there(remote, name) and bucket.round_of(remote, name) >= count_rounds(config)
 
 
 def count_rounds(config: Config) -> int:
@@ -216,15 +211,13 @@ def check_shared(config: Config, token: str) -> bool:
     Raises InputError if it does not and there is no bucket, or if its own folder holds another configuration's run.
     """
     folder = Path(config.run.path)
-    claimed = folder / ".claim"
-    if claimed.exists() and claimed.read_text() == token:
+    if (claimed := folder / ".claim").exists() and claimed.read_text() == token:
         return True
     if not config.run.remote:
         raise InputError(
             f"run.path '{config.run.path}' is not the same folder on every machine: put it on a file system that they "
             "share, or set --run.remote=s3://bucket/prefix"
         )
-    if list(folder.glob("checkpoints/step-*")) and (folder / "config.yaml").exists():
-        recorded = yaml.safe_load((folder / "config.yaml").read_text())
-        compare(recorded, config, f"{folder}/config.yaml", f"'{folder}' on {socket.gethostname()}", "--run.path")
+    if list(folder.glob("checkpoints/step-*")) and (recorded := recorded_at(str(folder.absolute()))):
+        compare(recorded, config, f"'{folder}' on {socket.gethostname()}", "--run.path")
     return False
