@@ -53,20 +53,15 @@ class Engine:
         world = accelerator.num_processes
         assert batch % (world * accumulate) == 0
         self.accelerator, self.bare, self.accumulate = accelerator, bare, accumulate
-        self.micro = batch // (world * accumulate)
-        """Images per rank and micro-batch."""
+        self.micro = batch // (world * accumulate)  # images per rank and micro-batch
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-        self.stage = 0
-        """DeepSpeed's ZeRO stage."""
-        self.ema = deepcopy(bare).requires_grad_(False) if ema else None
-        """The moving average of the weights, whole, float32, on every rank."""
+        self.stage = 0  # DeepSpeed's ZeRO stage
+        self.ema = deepcopy(bare).requires_grad_(False) if ema else None  # whole, float32, on every rank
         self._decay, self._clip, self._waiting = ema, clip, 0
-        self.copied = threading.Event()
-        """Not set while weights and moments are being read in the background: a step waits for it."""
+        self.copied = threading.Event()  # not set while weights and moments are read in the background: a step waits
         self.copied.set()
         self._names = dict(bare.named_parameters())
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in self._names.items()}
-        """Of the whole parameters."""
+        self.shapes = {name: tuple(value.shape) for name, value in self._names.items()}  # of the whole parameters
         adam = torch.optim.AdamW(bare.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
         if self.deepspeed:
             _configure(accelerator, micro=self.micro, accumulate=accumulate, clip=clip)
@@ -90,9 +85,9 @@ class Engine:
     @property
     def described(self) -> str:
         """The engine, in a few words."""
-        precision = {"no": "float32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision)
-        name = f"DeepSpeed ZeRO-{self.stage}" if self.deepspeed else ""
-        return f"{name or ('DDP' if self.accelerator.num_processes > 1 else 'one process')}, {precision}"
+        precision = self.accelerator.mixed_precision.replace("no", "float32")
+        name = "DDP" if self.accelerator.num_processes > 1 else "one process"
+        return f"{f'DeepSpeed ZeRO-{self.stage}' if self.deepspeed else name}, {precision}"
 
     def forward(self, x: Tensor) -> Tensor:
         """f(x) in float32, with gradient."""
@@ -146,7 +141,7 @@ class Engine:
     def _step_deepspeed(self) -> float:
         if self.stage == 0 and not hasattr(self.network.optimizer, "overflow"):  # it would step on NaN
             grads = [value.grad for value in self.bare.parameters() if value.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(grads))
+            norm = float(nn.utils.get_total_norm(grads))
             (self.network.step if math.isfinite(norm) else self.network.zero_grad)()
             return norm
         self.network.step()
@@ -208,26 +203,22 @@ class Engine:
             return
         self._allocate(steps)
         for key, value in state.items():
-            self._set_part(parameter, value, None if key == "weight" else key)
+            self._set_part(parameter, value, key)
 
-    def _set_part(self, parameter: Any, value: Tensor, key: str | None) -> None:
-        """Set this rank's part of a moment, or of the float32 weight if key is None."""
+    def _set_part(self, parameter: Any, value: Tensor, key: str) -> None:
+        """Set this rank's part of a moment, or of the float32 `weight`."""
         from deepspeed import utils
 
-        value = value.to(parameter.device)
+        value, part = value.to(parameter.device), "full"
         if hasattr(parameter, "ds_id"):
             # safe_set_full_* fails where the number of elements is no multiple of the world size: pad and slice here.
-            size, rank = parameter.ds_tensor.ds_numel, self.accelerator.process_index
-            part = nn.functional.pad(value.flatten(), (0, size * self.accelerator.num_processes - value.numel()))
-            part = part[rank * size : (rank + 1) * size]
-            if key is None:
-                utils.safe_set_local_fp32_param(parameter, part)
-            else:
-                utils.safe_set_local_optimizer_state(parameter, part, key)
-        elif key is None:
-            utils.safe_set_full_fp32_param(parameter, value)
+            size, rank, part = parameter.ds_tensor.ds_numel, self.accelerator.process_index, "local"
+            value = nn.functional.pad(value.flatten(), (0, size * self.accelerator.num_processes - value.numel()))
+            value = value[rank * size : (rank + 1) * size]
+        if key == "weight":
+            getattr(utils, f"safe_set_{part}_fp32_param")(parameter, value)
         else:
-            utils.safe_set_full_optimizer_state(parameter, value, key)
+            getattr(utils, f"safe_set_{part}_optimizer_state")(parameter, value, key)
 
     def _allocate(self, steps: int) -> None:
         """Allocate the moments that AdamW would allocate at its first step, unless they exist."""
@@ -246,19 +237,16 @@ class Engine:
     @property
     def scale(self) -> dict[str, float]:
         """The state of fp16's loss scaler; {} where there is none."""
-        scaler: Any = self.accelerator.scaler
         if self.deepspeed:
             scaler = getattr(self.network.optimizer, "loss_scaler", None)
             return {name: getattr(scaler, name) for name in _SCALE if hasattr(scaler, name)}
-        return dict(scaler.state_dict()) if scaler is not None else {}
+        return dict(self.accelerator.scaler.state_dict()) if self.accelerator.scaler is not None else {}
 
     @scale.setter
     def scale(self, state: dict[str, float]) -> None:
         if self.deepspeed:
-            scaler = getattr(self.network.optimizer, "loss_scaler", None)
-            for name in _SCALE:
-                if name in state and hasattr(scaler, name):
-                    setattr(scaler, name, type(getattr(scaler, name))(state[name]))
+            for name, value in self.scale.items():
+                setattr(self.network.optimizer.loss_scaler, name, type(value)(state.get(name, value)))
         elif self.accelerator.scaler is not None and "scale" in state:
             self.accelerator.scaler.load_state_dict(state)
 
@@ -317,10 +305,8 @@ def _configure(accelerator: Accelerator, *, micro: int, accumulate: int, clip: f
     for key, (value, setting) in wanted.items():
         configured = config.get(key, "auto")
         if configured not in ("auto", None, value) and (key, configured) != ("gradient_accumulation_steps", 1):
-            raise InputError(
-                f"the launcher's DeepSpeed configuration says {key}: {configured}, but {setting} makes it {value}: "
-                "remove it there, or change the run's setting"
-            )
+            said = f"the launcher's DeepSpeed configuration says {key}: {configured}, but {setting} makes it {value}"
+            raise InputError(f"{said}: remove it there, or change the run's setting")
         config[key] = value
     accelerator.gradient_accumulation_steps = accumulate
     config["steps_per_print"] = math.inf

@@ -21,7 +21,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, without an export
 
 from pipeline.distributed.versions import check_versions
-from pipeline.errors import BY_WEIGHT, SHARED, InputError, PeerLost
+from pipeline.errors import BY_WEIGHT, SHARED, InputError, PeerLost, require
 
 log = logging.getLogger("naign.distributed")
 
@@ -42,15 +42,11 @@ def build_accelerator(
     on_cpu = use_cpu == "true" or not torch.cuda.is_available()
     deepspeed = environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
     if "WORLD_SIZE" not in environ and "MASTER_ADDR" in environ:
-        raise InputError(
-            "the launcher was asked for several ranks but started this process alone, as Accelerate does for "
-            "distributed_type MULTI_CPU: use a configuration like launch/cpu.yaml"
-        )
+        alone = "the launcher was asked for several ranks but started this process alone, as Accelerate does for"
+        raise InputError(f"{alone} distributed_type MULTI_CPU: use a configuration like launch/cpu.yaml")
     if several and not deepspeed and on_cpu and use_cpu == "false":
-        raise InputError(
-            "the launcher's configuration says use_cpu: false, but torch can use no GPU here (`naign doctor` says "
-            "more): launch/cpu.yaml is for CPUs"
-        )
+        said = "the launcher's configuration says use_cpu: false, but torch can use no GPU here"
+        raise InputError(f"{said} (`naign doctor` says more): launch/cpu.yaml is for CPUs")
     if deepspeed:
         _check_deepspeed(on_cpu)
     check_versions("torch", "accelerate")
@@ -68,10 +64,8 @@ def build_accelerator(
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=collective)] if several or deepspeed else [],
     )
     if several and accelerator.distributed_type == DistributedType.NO:  # each rank would train alone, silently
-        raise InputError(
-            f"the launcher started {environ['WORLD_SIZE']} ranks but Accelerate connects none of them: "
-            "compare its configuration with those in launch/"
-        )
+        said = f"the launcher started {environ['WORLD_SIZE']} ranks but Accelerate connects none of them"
+        raise InputError(f"{said}: compare its configuration with those in launch/")
     return accelerator
 
 
@@ -81,13 +75,11 @@ def _mixed_precision(precision: str, *, on_cpu: bool, deepspeed: bool) -> str:
     if precision == "auto":
         precision = "" if configured != "no" or deepspeed else choose_precision(on_cpu)
     wanted = {"": configured, "fp32": "no"}.get(precision, precision)
-    if configured not in ("no", wanted):
-        raise InputError(
-            f"the launcher's configuration says mixed_precision: {configured}, but train.precision is {precision}: "
-            "remove one"
-        )
-    if wanted == "fp16" and on_cpu:
-        raise InputError("fp16 needs a GPU: use --train.precision=bf16 or fp32 here")
+    said = f"the launcher's configuration says mixed_precision: {configured}, but train.precision is {precision}"
+    require(
+        (configured in ("no", wanted), f"{said}: remove one"),
+        (wanted != "fp16" or not on_cpu, "fp16 needs a GPU: use --train.precision=bf16 or fp32 here"),
+    )
     return wanted
 
 
@@ -105,9 +97,9 @@ def _connect_ranks(backend: str, connecting: timedelta, collective: timedelta) -
     The launcher keeps one store over all its restarts of the ranks, where torch would read the addresses of dead ranks.
     That store only says at which port rank 0's own store is; a port that refuses connections is an earlier attempt's.
     """
-    environ = os.environ
-    host, rank, world = environ["MASTER_ADDR"], int(environ["RANK"]), int(environ["WORLD_SIZE"])
-    launcher = TCPStore(host, int(environ["MASTER_PORT"]), world, is_master=False, timeout=connecting)
+    host = os.environ["MASTER_ADDR"]
+    main_port, rank, world = (int(os.environ[name]) for name in ("MASTER_PORT", "RANK", "WORLD_SIZE"))
+    launcher = TCPStore(host, main_port, world, is_master=False, timeout=connecting)
     if rank == 0:
         store = TCPStore(host, 0, world, is_master=True, timeout=connecting, wait_for_workers=False)
         launcher.set("port", str(store.port))
@@ -129,19 +121,16 @@ def _accepts_connections(host: str, port: int) -> bool:
 
 def _check_deepspeed(on_cpu: bool) -> None:
     """Raise InputError where the launcher asks for DeepSpeed and it cannot work."""
-    missing = [name for name in ("deepspeed", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(
-            f"the launcher's configuration asks for DeepSpeed, but {' and '.join(missing)} is not installed: "
-            "pip install -e '.[deepspeed]'"
-        )
+    if missing := [name for name in ("deepspeed", "transformers") if importlib.util.find_spec(name) is None]:
+        said = f"the launcher's configuration asks for DeepSpeed, but {' and '.join(missing)} is not installed"
+        raise InputError(f"{said}: pip install -e '.[deepspeed]'")
     if not on_cpu:
         check_versions("deepspeed")
         return
-    if not shutil.which(os.environ.get("CXX", "c++")):
-        raise InputError("on CPUs DeepSpeed compiles its communication: install a C++ compiler (g++), or use DDP")
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
-        raise InputError("use_cpu: true silently switches DeepSpeed off: set use_cpu: false, which works on CPUs too")
+    compiler, use_cpu = shutil.which(os.environ.get("CXX", "c++")), os.environ.get("ACCELERATE_USE_CPU", "").lower()
+    compiled = "on CPUs DeepSpeed compiles its communication: install a C++ compiler (g++), or use DDP"
+    switched = "use_cpu: true silently switches DeepSpeed off: set use_cpu: false, which works on CPUs too"
+    require((compiler, compiled), (use_cpu != "true", switched))
     from pipeline.distributed.engine import compile_communication
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -166,12 +155,10 @@ def warn_of_others(seconds: float = 0.2) -> None:
     shares = psutil.cpu_percent(seconds, percpu=True)
     busy = sum(shares[core] for core in cores if core < len(shares)) / 100
     if threads * ranks > len(cores) - busy + 0.5:
+        fewer = max(1, round(len(cores) - busy) // ranks)
         log.warning(
-            "other programs keep %.1f of %d cores busy: threads that wait for one another may train many times "
-            "slower than fewer would, try --train.threads=%d",
-            busy,
-            len(cores),
-            max(1, round(len(cores) - busy) // ranks),
+            f"other programs keep {busy:.1f} of {len(cores)} cores busy: threads that wait for one another may train "
+            f"many times slower than fewer would, try --train.threads={fewer}"
         )
 
 
@@ -198,18 +185,15 @@ def together(accelerator: Accelerator) -> Iterator[None]:
     Covers the classes of `errors.SHARED`; a subclass from elsewhere arrives as the nearest of them. Of several errors
     the one with the most specific exit code is raised (`errors.BY_WEIGHT`), of the lowest rank.
     """
-    mine: tuple[str, str] | None = None
+    mine: tuple[int, str] | None = None
     try:
         yield
     except SHARED as error:
-        mine = next(kind.__name__ for kind in type(error).__mro__ if kind in SHARED), str(error)
-    gathered = [mine]
+        mine = next(SHARED.index(kind) for kind in type(error).__mro__ if kind in SHARED), str(error)
+    gathered = [mine] * accelerator.num_processes
     if accelerator.num_processes > 1:
-        gathered = [None] * accelerator.num_processes
         dist.all_gather_object(gathered, mine)
-    kinds = {kind.__name__: kind for kind in SHARED}
-    failures = [(kinds[found[0]], found[1]) for found in gathered if found]
-    if failures:
+    if failures := [(SHARED[found[0]], found[1]) for found in gathered if found]:
         kind, message = min(failures, key=lambda failure: BY_WEIGHT.index(failure[0].code))
         raise kind(message)
 

@@ -31,8 +31,7 @@ INTERNALS = {
 def check_versions(*libraries: str) -> None:
     """Raise InputError where an installed library lacks one of its INTERNALS. Imports the libraries."""
     for library in libraries:
-        missing = [name for name in INTERNALS[library] if not _exists(name)]
-        if missing:
+        if missing := [name for name in INTERNALS[library] if not _exists(name)]:
             refuse(library, ", ".join(missing))
 
 
@@ -42,8 +41,8 @@ def refuse(library: str, missing: str) -> NoReturn:
         found = version(library)
     except PackageNotFoundError:
         found = "as installed"
-    wanted = f"{library}{TESTED[library]}"
-    raise InputError(f"{library} {found} has no {missing}; tested versions have: pip install '{wanted}'")
+    wanted = f"pip install '{library}{TESTED[library]}'"
+    raise InputError(f"{library} {found} has no {missing}; tested versions have: {wanted}")
 
 
 def _exists(name: str) -> bool:
