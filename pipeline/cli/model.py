@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from pipeline.errors import InputError
+from pipeline.errors import require
 
 Device = Literal["auto", "cpu", "cuda"]
 Kind = Literal["blur", "noise", "salt_pepper", "rows"]
@@ -30,13 +30,11 @@ def evaluate(
     """
     from pipeline.evaluate.run import evaluate as measure
 
-    _check_seed(seed)
+    _check(seed=seed)
     metrics = measure(run, data=data, samples=samples, seed=seed, device=_device(device))
-    fd = metrics["fd"]
-    print(
-        f"Frechet distance on {metrics['encoder']}: {fd['once']:.4g} for f(z), {fd['twice']:.4g} for f(f(z)); floor "
-        f"(training against test) {fd['floor']:.4g}"
-    )
+    fd, encoder = metrics["fd"], metrics["encoder"]
+    print(f"Frechet distance on {encoder}: {fd['once']:.4g} for f(z), {fd['twice']:.4g} for f(f(z)); ", end="")
+    print(f"floor (training against test) {fd['floor']:.4g}")
     for kind, errors in (metrics["restoration"] or {}).items():
         print(f"restoration of {kind}: mean absolute error {errors['input']:.3f} before, {errors['once']:.3f} after")
     for note in metrics["notes"]:
@@ -60,8 +58,7 @@ def sample(
     from pipeline.cli.files import write_samples
     from pipeline.model.naign import NAIGN
 
-    _at_least(1, n=n, times=times)
-    _check_seed(seed)
+    _check(n=n, times=times, seed=seed)
     made = NAIGN.from_pretrained(run, device=_device(device)).sample(n, seed=seed, times=times).cpu()
     place = to or Path("samples.png" if made.ndim == 4 else "samples.csv")
     print(f"{n} samples: {write_samples(made, place)}")
@@ -91,13 +88,13 @@ def restore(
     from pipeline.data.degrade import degrade
     from pipeline.model.naign import NAIGN
 
-    _at_least(1, times=times)
+    _check(times=times)
     model = NAIGN.from_pretrained(run, device=_device(device))
-    if to.is_file():
-        raise InputError(f"--to {to} is a file: give a folder, for one picture an image")
     points = len(model.shape) == 1
-    if points and damage:
-        raise InputError(f"--damage {damage} is for images, this model takes points")
+    require(
+        (not to.is_file(), f"--to {to} is a file: give a folder, for one picture an image"),
+        (not (points and damage), f"--damage {damage} is for images, this model takes points"),
+    )
     inputs = find_files(files, model.shape)
     paths = [path for path, _ in inputs]
     names = [name.with_suffix(".csv" if points else ".png") for _, name in inputs]
@@ -163,17 +160,13 @@ def export(run: Run, /, *, to: Path, format: Literal["safetensors", "torch"] = "
 def _device(name: Device) -> str:
     import torch
 
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: this machine has no CUDA device that torch can use; try --device cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    there = torch.cuda.is_available()
+    absent = "--device cuda: this machine has no CUDA device that torch can use; try --device cpu"
+    require((there or name != "cuda", absent))
+    return ("cuda" if there else "cpu") if name == "auto" else name
 
 
-def _check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**63:
-        raise InputError(f"--seed is {seed}: it must be 0 to {2**63 - 1}")
-
-
-def _at_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise InputError(f"--{name} is {value}: it must be at least {least}")
+def _check(*, seed: int = 0, **counts: int) -> None:
+    """InputError for a seed that no generator takes, and for counts below 1."""
+    least = [(value >= 1, f"--{name} is {value}: it must be at least 1") for name, value in counts.items()]
+    require(*least, (0 <= seed < 2**63, f"--seed is {seed}: it must be 0 to {2**63 - 1}"))
