@@ -13,7 +13,6 @@ ranks through Accelerate in its own process, so that signals reach it, and ends 
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import signal
@@ -21,7 +20,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
@@ -32,7 +31,7 @@ import psutil
 from pipeline.cluster.exit_codes import MEANINGS, SIGNALS, Ending, explain, on_signals, say, weight
 from pipeline.cluster.meeting import TELLING, Links, interface_of, listen, meet, turn_away
 from pipeline.cluster.place import Place, find_place, find_ports
-from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost, Unavailable, require
+from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost, Unavailable
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "pipeline/train.py"
@@ -46,13 +45,13 @@ def main(arguments: Sequence[str]) -> int:
     add = parser.add_argument
     add("--engine", default="", help="a configuration of Accelerate: a file, or a name in launch/ as zero2; default: "
         "DDP, on the GPUs where there are any")  # fmt: skip
-    add("--processes", type=int, default=0, help="ranks on this host; default: one a GPU, or one")
-    add("--gpus", type=int, default=0, help="GPUs that this host must have; default: as many as there are, or none")
-    meeting, ranks = find_ports(os.environ)
-    add("--port", type=int, default=ranks, help="of host 0, for the ranks (%(default)s)")
-    add("--meeting-port", type=int, default=meeting, help="of host 0, where hosts wait for each other (%(default)s)")
-    add("--wait", type=float, default=900, help="seconds to wait for the other hosts (%(default)s)")
-    add("--reach", type=float, default=300, help="seconds to wait for the bucket of run.remote (%(default)s)")
+    (meeting, ranks), count, port = find_ports(os.environ), _between(0, 1024, int), _between(1, 65535, int)
+    add("--processes", type=count, default=0, help="ranks on this host; default: one a GPU, or one")
+    add("--gpus", type=count, default=0, help="GPUs that this host must have; default: as many as there are, or none")
+    add("--port", type=port, default=ranks, help="of host 0, for the ranks (%(default)s)")
+    add("--meeting-port", type=port, default=meeting, help="of host 0, where hosts wait for each other (%(default)s)")
+    add("--wait", type=_between(1, 10**6), default=900, help="seconds to wait for the other hosts (%(default)s)")
+    add("--reach", type=_between(0, 10**6), default=300, help="seconds to wait for run.remote's bucket (%(default)s)")
     on_signals(_leave_at_once, SIGNALS[:3])  # the first process of a container gets no others
     options, training = parser.parse_known_args(arguments)
     try:
@@ -72,20 +71,21 @@ def _leave_at_once(*_: object) -> None:
     os._exit(INTERRUPTED)
 
 
-LIMITS = {
-    **dict.fromkeys(("processes", "gpus"), (0, 1024)),
-    **dict.fromkeys(("port", "meeting_port"), (1, 65535)),
-    **{"wait": (1, 10**6), "reach": (0, 10**6)},
-}
+def _between(least: float, most: float, kind: type[float] = float) -> Callable[[str], float]:
+    """What converts an option's text, for argparse."""
+
+    def number(text: str) -> float:
+        if not least <= (value := kind(text)) <= most:
+            raise argparse.ArgumentTypeError(f"{value}: it must lie between {least} and {most}")
+        return value
+
+    return number
 
 
 def _launch(options: argparse.Namespace, training: Sequence[str]) -> int:
     from pipeline.config import parse
     from pipeline.storage.store import use_endpoint
 
-    for name, (least, most) in LIMITS.items():
-        option, value = "--" + name.replace("_", "-"), getattr(options, name)
-        require((least <= value <= most, f"{option} is {value}: it must lie between {least} and {most}"))
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)  # of whatever started this: ranks get their own
     try:
@@ -262,15 +262,11 @@ def find_engine(name: str, ranks: int) -> str:
         known = ", ".join(sorted(file.stem for file in (ROOT / "launch").glob("*.yaml")))
         raise InputError(f"--engine {name} is no file and no name in launch/{': ' + known if known else ''}")
     use_cpu, precision = _without_engine()
-    settings = {
-        "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "MULTI_GPU" if ranks > 1 else "NO",
-        "use_cpu": use_cpu == "true",
-        **{"num_machines": 1, "num_processes": ranks, "machine_rank": 0},
-        "mixed_precision": precision,
-        **{"rdzv_backend": "static", "same_network": True},
-    }
-    return json.dumps(settings)  # which is YAML
+    return (
+        f"{{compute_environment: LOCAL_MACHINE, distributed_type: MULTI_GPU, use_cpu: {use_cpu}, num_machines: 1, "
+        f'num_processes: {ranks}, machine_rank: 0, mixed_precision: "{precision}", rdzv_backend: static, '
+        "same_network: true}\n"
+    )
 
 
 def _gpus() -> int:

@@ -181,8 +181,10 @@ def render_slurm(size: Size, *, image: str, data: str, run: str, config: Path | 
     remote, precision = found.run.remote, found.train.precision
     copied = f"/tmp/{re.sub(r'[^A-Za-z0-9.-]+', '-', remote.removeprefix('s3://'))}"
     options = [
-        *(f"--config={config.resolve() if config else DEFAULT}", f"--data.path={data}"),
-        *(f"--run.path={copied if remote else found.run.path}", f"--run.remote={remote}"),  # even if that is empty
+        f"--config={config.resolve() if config else DEFAULT}",
+        f"--data.path={data}",
+        f"--run.path={copied if remote else found.run.path}",
+        f"--run.remote={remote}",  # also if that is empty: the configuration may have one
         *([f"--train.precision={precision}"] if precision else []),
     ]
     gpus = f"#SBATCH --gpus-per-node={size.gpus}\n#SBATCH --cpus-per-task={4 * size.gpus}\n" if size.gpus else ""

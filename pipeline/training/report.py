@@ -57,9 +57,8 @@ def report(
         warn_of_collapse(run, state.match.values)
     reported = last or position.round % config.report.rounds == 0
     if reported:
-        values |= speed_values(run, images)
+        values |= speed_values(run, images) | data_values(taken, run.stream, state.number, run.accelerator)
         values |= {"seconds/training": position.seconds, "train/skipped": position.skipped}
-        values |= data_values(taken, run.stream, state.number, run.accelerator)
         values |= {"checkpoint/seconds": run.writer.seconds, "checkpoint/upload_seconds": run.writer.uploaded}
     pictures, drawn = config.report.pictures, {}
     wanted = pictures and (last or position.round == 1 or position.round % pictures == 0)
@@ -112,16 +111,10 @@ def speed_values(run: Run, images: int) -> dict[str, float]:
 
 def data_values(taken: Taken, stream: Stream, round: int, accelerator: Accelerator) -> dict[str, float]:
     """Epochs so far, and what reading the round has cost all ranks. Collective."""
-    tally = taken.tally
-    costs = {
-        "data/megabytes": tally.bytes / 1e6,
-        "data/cached_megabytes": tally.cached / 1e6,
-        "data/retries": tally.retries,
-        "data/reread_megabytes": tally.reread / 1e6,
-        "data/skipped": len(taken.broken),
-    }
-    sums = total([float(cost) for cost in costs.values()], accelerator)
-    return {"data/epoch": stream.order.epochs(round + 1)} | dict(zip(costs, sums, strict=True))
+    tally, names = taken.tally, ("megabytes", "cached_megabytes", "retries", "reread_megabytes", "skipped")
+    costs = [tally.bytes / 1e6, tally.cached / 1e6, float(tally.retries), tally.reread / 1e6, float(len(taken.broken))]
+    sums = zip(names, total(costs, accelerator), strict=True)
+    return {"data/epoch": stream.order.epochs(round + 1)} | {f"data/{name}": value for name, value in sums}
 
 
 def draw_progress(
@@ -130,18 +123,13 @@ def draw_progress(
     examples: Tensor,  # (m, *shape) in the model's scale
 ) -> dict[str, Image.Image]:
     """Pictures by name: samples f(z), resamples f(f(z)), restorations; for points one scatter plot."""
-    once = network(latents)
-    twice = network(once)
+    twice = network(once := network(latents))
     once, twice, examples = once.cpu(), twice.cpu(), examples.cpu()
     if once.ndim != 4:
         return {"samples": scatter([("f(z)", once), ("f(f(z))", twice)], behind=examples[:2000])}
-    clean, lines = examples[:12], []
+    lines = [("clean", examples[:12])]
     for kind in KINDS:
-        damaged = degrade(clean, kind)
-        repaired = network(damaged.to(latents.device)).cpu()
-        lines += [(kind.replace("_", " "), damaged), ("repaired", repaired)]
-    return {
-        "samples": grid(once, columns=8),
-        "samples-twice": grid(twice, columns=8),
-        "restorations": rows([("clean", clean), *lines]),
-    }
+        damaged = degrade(examples[:12], kind)
+        lines += [(kind.replace("_", " "), damaged), ("repaired", network(damaged.to(latents.device)).cpu())]
+    grids = {"samples": grid(once, columns=8), "samples-twice": grid(twice, columns=8)}
+    return grids | {"restorations": rows(lines)}
