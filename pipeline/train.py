@@ -51,14 +51,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == _HERE:
 
 # ruff: noqa: E402
 from pipeline.config import parse
-from pipeline.distributed.ranks import (
-    build_accelerator,
-    keep_memory,
-    peers_missed,
-    set_threads,
-    together,
-    warn_of_others,
-)
+from pipeline.distributed import build_accelerator, keep_memory, peers_missed, set_threads, together, warn_of_others
 from pipeline.errors import FAILED, INTERRUPTED, exit_on_input_error
 from pipeline.storage.store import use_endpoint
 from pipeline.training.loop import train

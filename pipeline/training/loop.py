@@ -15,15 +15,12 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pipeline.config import Config
-from pipeline.data.decode import scaled
-from pipeline.data.loader import Stream, Taken
-from pipeline.data.order import rank_rows
-from pipeline.distributed.ranks import together, total
+from pipeline.data import Stream, Taken, rank_rows, scaled
+from pipeline.distributed import together, total
 from pipeline.errors import Diverged, InputError, Stopped, Unavailable
-from pipeline.match.across_ranks import NotFinite
-from pipeline.match.matcher import Match, match_round
+from pipeline.match import Match, NotFinite, match_round
 from pipeline.model.latents import measure_spectrum
-from pipeline.observe.logs import at_round
+from pipeline.observe import at_round
 from pipeline.training.fit import REMEDY, fit
 from pipeline.training.prepare import prepare, resume
 from pipeline.training.report import headline, report

@@ -12,30 +12,20 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
 
-from pipeline.checkpoint.bucket import newest_first, take_over
-from pipeline.checkpoint.writer import Writer
+from pipeline.checkpoint import Writer, newest_first, take_over
 from pipeline.config import Config, to_dict
+from pipeline.data import DataConfig, Stream, load, pack
 from pipeline.data.damage import check_damage
-from pipeline.data.dataset import DataConfig
-from pipeline.data.format.writer import pack
-from pipeline.data.loader import Stream
-from pipeline.data.sources.catalog import load
-from pipeline.distributed.engine import Engine
-from pipeline.distributed.ranks import together, total
-from pipeline.distributed.signals import StopRequest
-from pipeline.distributed.watchdog import Watchdog
+from pipeline.distributed import Engine, StopRequest, Watchdog, together, total
 from pipeline.errors import InputError
-from pipeline.match.space import SpaceConfig, check_space
+from pipeline.match import SpaceConfig, check_space
 from pipeline.model.encoders import Encoder, load_encoder, names
 from pipeline.model.latents import check_law
 from pipeline.model.losses import Distance, ObjectiveConfig
 from pipeline.model.networks import build_network
 from pipeline.model.perceptual import perceptual
-from pipeline.observe.doctor import preflight
-from pipeline.observe.logs import set_up
-from pipeline.observe.monitor import Monitor
-from pipeline.observe.speed import Profiler, forward_flops, parse_rounds
-from pipeline.storage.store import open_store
+from pipeline.observe import Monitor, Profiler, forward_flops, parse_rounds, preflight, set_up
+from pipeline.storage import open_store
 from pipeline.training.round import Run
 from pipeline.training.run_folder import check_shared, claim, fetch_checkpoint
 from pipeline.training.state import PartialRound, restore, restore_weights

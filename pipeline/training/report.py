@@ -12,11 +12,10 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+from pipeline.data import Stream, Taken
 from pipeline.data.degrade import KINDS, degrade
-from pipeline.data.loader import Stream, Taken
-from pipeline.distributed.ranks import total
-from pipeline.observe.pictures import grid, rows, scatter
-from pipeline.observe.speed import fit_flops, peak_flops, peak_memory
+from pipeline.distributed import total
+from pipeline.observe import fit_flops, grid, peak_flops, peak_memory, rows, scatter
 from pipeline.training.round import RoundState, Run
 
 log = logging.getLogger("naign.report")

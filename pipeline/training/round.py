@@ -11,19 +11,14 @@ from filelock import FileLock
 from torch import Tensor
 
 from pipeline import philox
-from pipeline.checkpoint.writer import Writer
+from pipeline.checkpoint import Writer
 from pipeline.config import Config
-from pipeline.data import damage
-from pipeline.data.loader import Stream
-from pipeline.distributed.engine import Engine
-from pipeline.distributed.signals import StopPoll, StopRequest
-from pipeline.distributed.watchdog import Watchdog
-from pipeline.match.matcher import Match
+from pipeline.data import Stream, damage
+from pipeline.distributed import Engine, StopPoll, StopRequest, Watchdog
+from pipeline.match import Match
 from pipeline.model import latents
 from pipeline.model.losses import Distance
-from pipeline.observe.logs import title
-from pipeline.observe.monitor import Monitor
-from pipeline.observe.speed import Profiler
+from pipeline.observe import Monitor, Profiler, title
 from pipeline.training.run_folder import count_rounds
 from pipeline.training.state import Position
 
