@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -71,23 +71,19 @@ class Engine:
         self.network: Any
         self.optimizer: Any
         self.network, self.optimizer = accelerator.prepare(bare, adam)
-        if self.deepspeed and hasattr(self.network.optimizer, "check_grad_overflow"):
-            self.network.optimizer.check_grad_overflow = True  # else ZeRO 1 and 2 do not check float32 gradients
+        self._adam: Any = self.network.optimizer if self.deepspeed else self.optimizer
+        if self.deepspeed and hasattr(self._adam, "check_grad_overflow"):
+            self._adam.check_grad_overflow = True  # else ZeRO 1 and 2 do not check float32 gradients
+        while hasattr(self._adam, "optimizer"):  # the innermost one
+            self._adam = self._adam.optimizer
+        # Whether DeepSpeed holds float32 weights and moments in partitions of its own.
+        self._partitioned = any(hasattr(next(bare.parameters()), name) for name in ("ds_id", "_hp_mapping"))
         if self.stage and not self._partitioned:  # checkpoints would hold wrong moments
             refuse("deepspeed", "_hp_mapping or ds_id of a parameter")
         self._dtype = next(bare.parameters()).dtype
-
-    @property
-    def sharded(self) -> bool:
-        """Whether no rank has the whole network, so that every forward is collective (ZeRO-3)."""
-        return self.stage == 3
-
-    @property
-    def described(self) -> str:
-        """The engine, in a few words."""
-        precision = self.accelerator.mixed_precision.replace("no", "float32")
-        name = "DDP" if self.accelerator.num_processes > 1 else "one process"
-        return f"{f'DeepSpeed ZeRO-{self.stage}' if self.deepspeed else name}, {precision}"
+        self.sharded = self.stage == 3  # no rank has the whole network, so that every forward is collective
+        name = f"DeepSpeed ZeRO-{self.stage}" if self.deepspeed else "DDP" if world > 1 else "one process"
+        self.described = f"{name}, {accelerator.mixed_precision.replace('no', 'float32')}"
 
     def forward(self, x: Tensor) -> Tensor:
         """f(x) in float32, with gradient."""
@@ -151,7 +147,6 @@ class Engine:
         return float("nan") if found is None else float(found)
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the next step."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
@@ -170,8 +165,7 @@ class Engine:
             return nullcontext()
         from deepspeed.runtime.zero import GatheredParameters
 
-        context: AbstractContextManager[Any] = GatheredParameters(list(self.bare.parameters()))
-        return context
+        return cast(AbstractContextManager[Any], GatheredParameters(list(self.bare.parameters())))
 
     def states(self) -> Iterator[tuple[str, AdamState]]:
         """Collective: yield each parameter's whole state in turn, on every rank. Copy what is to be kept."""
@@ -250,21 +244,6 @@ class Engine:
         elif self.accelerator.scaler is not None and "scale" in state:
             self.accelerator.scaler.load_state_dict(state)
 
-    @property
-    def _partitioned(self) -> bool:
-        """Whether DeepSpeed holds float32 weights and moments in partitions of its own."""
-        parameter = next(iter(self._names.values()))
-        return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
-
-    @property
-    def _adam(self) -> torch.optim.Optimizer:
-        """The innermost optimizer."""
-        found: Any = self.network.optimizer if self.deepspeed else self.optimizer
-        while hasattr(found, "optimizer"):
-            found = found.optimizer
-        assert isinstance(found, torch.optim.Optimizer)
-        return found
-
 
 _FLAT = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
 """Where DeepSpeed's optimizers keep the float32 weights of this rank: ZeRO-3, ZeRO-1 and 2, bfloat16 without ZeRO."""
@@ -275,8 +254,7 @@ _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 def compile_communication() -> None:
     """Compile DeepSpeed's communication for CPUs, one process of the machine at a time.
 
-    torch guards a build by a file, which stays behind when a process is killed and then blocks all later starts. The
-    lock here goes with its process.
+    torch's own lock is a file that a killed process leaves behind, where it blocks all later starts.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator

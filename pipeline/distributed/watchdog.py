@@ -16,9 +16,8 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from typing import Literal, Self, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, without an export
 from torch.distributed import distributed_c10d as c10d
@@ -33,29 +32,25 @@ NAMED = 8
 """The most ranks that one message names."""
 
 Answer = TypeVar("Answer")
-State = Literal["at work", "left", "ended"]
 
 
-@dataclass(slots=True)
-class Post:
-    """What a rank says of itself, and when this rank read it."""
+class Post(NamedTuple):
+    """What a rank says of itself. The first three say how far it is."""
 
-    phase: str
     round: int
     order: int  # of the phase among those entered in this round, from 1
     beats: int  # since the phase began
+    phase: str
     idle: float  # seconds without progress when it was posted, by the poster's clock
     host: str
-    state: State = "at work"  # left: the watchdog's context was left; ended: its watchdog ended the rank
-    first: float = field(default=0.0, compare=False)  # when it was first read, by the reader's clock
-    last: float = field(default=0.0, compare=False)  # when it was last read, still the same
-
-    @property
-    def place(self) -> tuple[int, int]:
-        return self.round, self.order
+    state: str = "at work"  # left: the watchdog's context was left; ended: its watchdog ended the rank
 
     def __str__(self) -> str:
         return f"{self.phase} of round {self.round}, beat {self.beats}"
+
+
+Seen = tuple[Post, float, float]
+"""Another rank's newest post, and when it was read first and last, by the reader's clock."""
 
 
 class Watchdog:
@@ -82,7 +77,7 @@ class Watchdog:
         self._rank, self._world, self._say = rank, world, say
         self._timeout, self._every = timeout, min(every, timeout / 10)
         self._store: Store | None = None
-        self._posts: dict[int, Post] = {}  # of the other ranks, as last read
+        self._seen: dict[int, Seen] = {}  # of the other ranks
         self._lost = ""  # why the last exchange with the store failed
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -107,9 +102,9 @@ class Watchdog:
         self._stop.set()
         self._thread.join(3 * PATIENCE)  # an exchange under way, and the last post
 
-    def _post(self, state: State = "at work") -> Post:
+    def _post(self, state: str = "at work") -> Post:
         idle = time.monotonic() - self._since
-        return Post(self.phase, self.round, self._order, self._beats, idle, socket.gethostname(), state)
+        return Post(self.round, self._order, self._beats, self.phase, idle, socket.gethostname(), state)
 
     def _watch(self) -> None:
         """Post, and end the process once there was no progress for too long. The body of the thread."""
@@ -142,7 +137,7 @@ class Watchdog:
             return
         try:
             silence = min(3 * self._every + 2, self._timeout / 2)  # on a busy machine a post may come late
-            text = describe(self._rank, self._world, self._post(), self._posts, silence=silence, lost=self._lost)
+            text = describe(self._rank, self._world, self._post(), self._seen, silence=silence, lost=self._lost)
             with suppress(Exception):  # the stacks are worth as much
                 self._say(text)
             if not self._lost:
@@ -154,37 +149,28 @@ class Watchdog:
         finally:
             os._exit(FAILED)
 
-    def _exchange(self, state: State = "at work", *, read: bool = False) -> None:
+    def _exchange(self, state: str = "at work", *, read: bool = False) -> None:
         """Post, and read the posts of all if `read`. Raises nothing and takes PATIENCE seconds at most."""
         if self._world == 1:
             return
-        own, text = str(self._rank), json.dumps(asdict(self._post(state)))
+        own, text = str(self._rank), json.dumps(self._post(state))
         others = [str(rank) for rank in range(self._world) if rank != self._rank] if read else []
         store, self._store = self._store, None  # one that failed, or still hangs, is not used again
         try:
-            self._store, found = call_within(PATIENCE, lambda: _swap(store or connect(), own, text, others))
+            self._store, found = call_within(PATIENCE, lambda: swap(store or connect(), own, text, others))
         except Exception as error:
             self._lost = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             return
         self._lost, now = "", time.monotonic()
         for rank, value in found.items():
-            post, known = Post(**json.loads(value)), self._posts.get(rank)
-            post.first = known.first if known and known == post else now
-            post.last, self._posts[rank] = now, post
+            post, (known, first, _) = Post(*json.loads(value)), self._seen.get(rank, (None, 0.0, 0.0))
+            self._seen[rank] = post, first if known == post else now, now
 
 
 def exit_after(seconds: float, *, file: int) -> None:
     """Unless called again or cancelled: write the stacks to `file` and exit with code 1, without the interpreter."""
     with suppress(RuntimeError):  # the container allows no more threads: do without
         faulthandler.dump_traceback_later(seconds, exit=True, file=file)
-
-
-def _swap(store: Store, own: str, text: str, others: list[str]) -> tuple[Store, dict[int, bytes]]:
-    """Set this rank's post; the store, and the posts of the others that have one."""
-    store.set(own, text)
-    if others and not store.check(others):  # reading a missing key would block
-        others = [key for key in others if store.check([key])]
-    return store, dict(zip(map(int, others), store.multi_get(others) if others else [], strict=True))
 
 
 def connect() -> Store:
@@ -198,6 +184,14 @@ def connect() -> Store:
         patience = timedelta(seconds=PATIENCE)
         store = TCPStore(store.host, store.port, is_master=False, timeout=patience, wait_for_workers=False)
     return PrefixStore("watchdog", store)
+
+
+def swap(store: Store, own: str, text: str, others: list[str]) -> tuple[Store, dict[int, bytes]]:
+    """Set the post of rank `own`. Returns the store, and the posts of those other ranks that have one."""
+    store.set(own, text)
+    if others and not store.check(others):  # reading a missing key would block
+        others = [key for key in others if store.check([key])]
+    return store, dict(zip(map(int, others), store.multi_get(others) if others else [], strict=True))
 
 
 def call_within(seconds: float, call: Callable[[], Answer]) -> Answer:
@@ -221,30 +215,29 @@ def describe(
     rank: int,
     world: int,
     mine: Post,
-    posts: Mapping[int, Post],  # of the other ranks, as far as they were read
+    seen: Mapping[int, Seen],  # of the other ranks, as far as their posts were read
     *,
     silence: float,  # seconds after which a post that does not change is a silent rank's
     lost: str = "",  # why the store cannot be reached
 ) -> str:
     """Where this rank is stuck, and a line each of the others: those that are not there, then the hindmost first."""
-    lines = []  # with what they are sorted by
-    for other in range(world):
-        post = posts.get(other)
-        if post:
-            ago, mark, present = time.monotonic() - post.first, "", True
-            if post.state == "left" and post.place <= mine.place:
-                mark, present = ": LEFT", False
-            elif post.state == "at work" and post.last - post.first > silence:
-                mark, present = f": SILENT for {ago:.0f} s", False
-            elif (*post.place, post.beats) < (*mine.place, mine.beats):
-                mark = ": BEHIND"
-            text = f"in {post}, last progress {post.idle + ago:.0f} s ago, host {post.host}{mark}"
-            lines.append((present, post.place, post.beats, other, text))
-        elif other != rank and (posts or not lost):
-            lines.append((False, (0, 0), 0, other, "MISSING, never heard of"))
-    rows = [f"rank {other} {text}" for *_, other, text in sorted(lines)]
-    more = [f"and {len(rows) - NAMED} more"] if len(rows) > NAMED else []
-    head = f"rank {rank} has made no progress for {mine.idle:.0f} s in {mine}"
+    rows, now = [], time.monotonic()  # rows: with what they are sorted by
+    for other, (post, first, last) in seen.items():
+        mark, absent = ": BEHIND" if post[:3] < mine[:3] else "", True
+        if post.state == "left" and post[:2] <= mine[:2]:
+            mark = ": LEFT"
+        elif post.state == "at work" and last - first > silence:
+            mark = f": SILENT for {now - first:.0f} s"
+        else:
+            absent = False
+        text = f"in {post}, last progress {post.idle + now - first:.0f} s ago, host {post.host}{mark}"
+        rows.append((not absent, post[:3], other, text))
+    if seen or not lost:
+        missing = set(range(world)) - {rank, *seen}
+        rows += [(False, (0, 0, 0), other, "MISSING, never heard of") for other in missing]
+    lines = [f"rank {rank} has made no progress for {mine.idle:.0f} s in {mine}"]
     if lost:
-        head += f"; the store cannot be reached ({lost}): rank 0, which holds it, is gone"
-    return "\n  ".join([head, *rows[:NAMED], *more])
+        lines[0] += f"; the store cannot be reached ({lost}): rank 0, which holds it, is gone"
+    lines += [f"rank {other} {text}" for *_, other, text in sorted(rows)]
+    more = len(lines) - 1 - NAMED
+    return "\n  ".join([*lines[: NAMED + 1], *([f"and {more} more"] if more > 0 else [])])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.distributed.watchdog import Post, Watchdog, describe
+from pipeline.distributed.watchdog import Post, Seen, Watchdog, describe
 from pipeline.errors import FAILED
 from tests.conftest import forked
 from tests.distributed.ranks import WORKER, free_port
@@ -188,9 +188,9 @@ def post(
     state: str = "at work",
     ago: float = 2,
     unchanged: float = 0,
-) -> Post:
+) -> Seen:
     first = time.monotonic() - ago
-    return Post(**place, beats=beats, idle=idle, host="xyz", state=state, first=first, last=first + unchanged)
+    return Post(**place, beats=beats, idle=idle, host="xyz", state=state), first, first + unchanged
 
 
 HERE = "in match of round 12, beat 5, last progress 602 s ago, host xyz"
@@ -248,21 +248,21 @@ STALLED = "rank 0 has made no progress for 600 s in match of round 12, beat 5"
     ],
 )
 def test_the_message_has_a_line_a_rank_the_missing_first_then_the_hindmost(posts, rows):
-    assert describe(0, 3, post(MATCH), posts(), silence=17).split("\n  ") == [STALLED, *rows]
+    assert describe(0, 3, post(MATCH)[0], posts(), silence=17).split("\n  ") == [STALLED, *rows]
 
 
 def test_alone_it_names_no_others():
-    assert describe(0, 1, post(MATCH), {}, silence=17) == STALLED
+    assert describe(0, 1, post(MATCH)[0], {}, silence=17) == STALLED
 
 
 def test_a_long_list_is_cut():
-    said = describe(0, 20, post(MATCH), {rank: post(TAKE) for rank in range(1, 20)}, silence=17)
+    said = describe(0, 20, post(MATCH)[0], {rank: post(TAKE) for rank in range(1, 20)}, silence=17)
     assert "rank 8 in take" in said and "rank 9" not in said and said.endswith("\n  and 11 more")
 
 
 def test_what_was_read_before_the_store_was_lost_is_told():
     gone = f"{STALLED}; the store cannot be reached (refused): rank 0, which holds it, is gone"
     posts = {1: post(MATCH), 2: post(TAKE)}
-    said = describe(0, 3, post(MATCH), posts, silence=17, lost="refused")
+    said = describe(0, 3, post(MATCH)[0], posts, silence=17, lost="refused")
     assert said.split("\n  ") == [gone, f"rank 2 {BEFORE}: BEHIND", f"rank 1 {HERE}"]
-    assert describe(0, 3, post(MATCH), {}, silence=17, lost="refused") == gone
+    assert describe(0, 3, post(MATCH)[0], {}, silence=17, lost="refused") == gone
