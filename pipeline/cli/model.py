@@ -11,7 +11,8 @@ from tyro.conf import Positional
 
 from pipeline.errors import require
 
-Device = Literal["auto", "cpu", "cuda"]
+Device = Annotated[Literal["auto", "cpu", "cuda"], tyro.conf.arg(help="Where to compute.")]
+Times = Annotated[int, tyro.conf.arg(help="How often f is applied.")]
 Kind = Literal["blur", "noise", "salt_pepper", "rows"]
 Run = Annotated[Positional[str], tyro.conf.arg(help="A run (or s3://), a checkpoint or an exported model: its folder.")]
 Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images (points: .csv files), or folders of them.")]
@@ -26,7 +27,6 @@ def evaluate(
         data: Packed data set; default: the one it was trained on.
         samples: How many samples to draw; distances of different counts do not compare.
         seed: The same seed draws the same latents and damages.
-        device: Where to compute.
     """
     from pipeline.evaluate.run import evaluate as measure
 
@@ -44,16 +44,14 @@ def evaluate(
 
 
 def sample(
-    run: Run, /, *, n: int = 64, to: Path | None = None, times: int = 1, seed: int = 0, device: Device = "auto"
+    run: Run, /, *, n: int = 64, to: Path | None = None, times: Times = 1, seed: int = 0, device: Device = "auto"
 ) -> None:
     """Draw samples: one picture of all, or with a folder as --to one PNG each (points: a .csv file).
 
     Args:
         n: How many.
         to: A .png file for a grid, a .csv file for points, or a folder for one PNG a sample.
-        times: How often f is applied.
         seed: The same seed draws the same latents, and so the same samples.
-        device: Where to compute.
     """
     from pipeline.cli.files import write_samples
     from pipeline.model.naign import NAIGN
@@ -70,7 +68,7 @@ def restore(
     /,
     *,
     to: Path = Path("restored"),
-    times: int = 1,
+    times: Times = 1,
     damage: Kind | None = None,
     device: Device = "auto",
 ) -> None:
@@ -78,9 +76,7 @@ def restore(
 
     Args:
         to: Folder to write; images found in folders keep their sub-folders and names.
-        times: How often f is applied.
         damage: Damage the images first (the damaged ones go to a sub-folder of that name), to see what a repair does.
-        device: Where to compute.
     """
     import torch
 
@@ -112,11 +108,7 @@ def restore(
 
 
 def score(run: Run, files: Files, /, *, device: Device = "auto") -> None:
-    """Print energies as CSV: file (points: file:line), mean squared residual of f(x) - x. Low near the data trained on.
-
-    Args:
-        device: Where to compute.
-    """
+    """Print energies as CSV: file (points: file:line), mean squared residual of f(x) - x; low near the training data."""
     import torch
 
     from pipeline.cli.files import find_files, read_samples

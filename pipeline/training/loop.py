@@ -132,8 +132,7 @@ def take(run: Run, partial: PartialRound | None) -> tuple[RoundState, Taken]:
 def read_round(run: Run, stream: Stream, number: int) -> Taken:
     """A round from `stream`, once every rank has read its own. Collective.
 
-    The ranks compare notes a few times a second. Only rows that arrive, on any rank, count as progress: a store that is
-    slow takes its time, and one that stalls ends the run after train.timeout.
+    Only rows that arrive, on any rank, count as progress: a store that stalls ends the run after train.timeout.
     """
     rows = math.inf  # read by all ranks at the last look
 
@@ -160,15 +159,15 @@ def read_round(run: Run, stream: Stream, number: int) -> Taken:
 
 def find_match(run: Run, state: RoundState) -> Match:
     """For each image of this rank the latent whose sample is nearest, out of the pool of all ranks. Collective."""
-    stop_requested = run.poll("match")
-
-    def sample(ids: Tensor) -> Tensor:
-        return run.engine.sample(state.random.latents(ids))
+    stop_requested, engine = run.poll("match"), run.engine
 
     def poll() -> None:
         run.watchdog.beat()
         if stop_requested():
             raise Stopped
+
+    def sample(ids: Tensor) -> Tensor:
+        return engine.sample(state.random.latents(ids))
 
     try:
         match = match_round(state.images, sample, run.config.match, run.features, poll)
@@ -193,8 +192,7 @@ def gather_partial(run: Run, state: RoundState) -> PartialRound:
 
 def checkpoint(run: Run, partial: PartialRound | None = None) -> None:
     """Begin to write checkpoints/step-XXXXXXXX in the background, unless it is there already. Collective."""
-    name = f"step-{run.position.step:08d}"
-    if name == run.checkpointed:
+    if (name := f"step-{run.position.step:08d}") == run.checkpointed:
         return
     ready = run.writer.join(share=0.5)  # the one before may still be on its way to the bucket
     if total([float(not ready)], run.accelerator)[0]:

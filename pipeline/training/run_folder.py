@@ -36,10 +36,9 @@ DAMAGE = (
 
 
 def claim(config: Config) -> tuple[Path | None, str, FileLock]:
-    """Take the run's folder for this configuration, on rank 0.
+    """Take the run's folder, on rank 0: the checkpoint to resume from, a token for `check_shared`, and a lock to hold.
 
-    Returns the checkpoint to resume from, if any, a token for `check_shared`, and a lock to hold, which goes with the
-    process. Raises InputError, changing nothing, if the folder is in use or another configuration's.
+    Raises InputError, changing nothing, if the folder is in use or another configuration's.
     """
     folder = Path(config.run.path)
     # A network file system keeps a dead host's lock for a while, and Slurm starts the job again at once.
@@ -112,10 +111,8 @@ def read_model(checkpoint: Path, name: str) -> NAIGN:
 
 @contextlib.contextmanager
 def damage_named(checkpoint: Path) -> Iterator[None]:
-    """Turn what a damaged or foreign file raises into an InputError that names the checkpoint.
-
-    Failures of the device, memory, disk or another rank pass unchanged: the checkpoint is good, and a retry may work.
-    """
+    """Turn what a damaged or foreign file raises into an InputError that names the checkpoint; failures of the device,
+    memory, disk or another rank pass unchanged, since a retry may work."""
     try:
         yield
     except DAMAGE as error:
@@ -134,31 +131,28 @@ def find_newest(config: Config) -> Path | None:
 
     Raises InputError, changing nothing, if what is here, or there, is another configuration's.
     """
-    run = Path(config.run.path)
-    names = check_remote_run(config) if config.run.remote else []
-    newest = newest_checkpoint(run / "checkpoints")
-    if newest:
+    run, remote = Path(config.run.path), config.run.remote
+    folder = run / "checkpoints"
+    names = check_remote_run(config) if remote else []
+    if newest := newest_checkpoint(folder):
         _compare_checkpoint(newest, config)
-    aside = set_aside(run / "checkpoints", newest, parts=bool(config.run.remote))
+    aside = set_aside(folder, newest, parts=bool(remote))
     for name in aside:
-        log.warning("%s/checkpoints/%s is damaged: set aside", run, name)
+        log.warning("%s/%s is damaged: set aside", folder, name)
     if aside and newest is None and not names:
-        raise InputError(
-            f"all checkpoints in {run}/checkpoints are damaged, and were set aside under other names: mend one, or "
-            "give the same command again to start anew"
-        )
+        damaged = f"all checkpoints in {folder} are damaged, and were set aside under other names"
+        raise InputError(f"{damaged}: mend one, or give the same command again to start anew")
     damaged = ""
     for name in names:
         if newest and step_of(name) <= step_of(newest.name):
             return newest
         with contextlib.suppress(Damaged):
             # First what the run reported: once its checkpoint is here, all of it counts as being here.
-            bucket.fetch_shown(config.run.remote, run)
-            found = bucket.download(config.run.remote, name, run / "checkpoints")
-            _compare_checkpoint(found, config)
+            bucket.fetch_shown(remote, run)
+            _compare_checkpoint(found := bucket.download(remote, name, folder), config)
             return found
-        shutil.rmtree(run / "checkpoints" / name, ignore_errors=True)
-        damaged = f"{config.run.remote}/checkpoints/{name}"
+        shutil.rmtree(folder / name, ignore_errors=True)
+        damaged = f"{remote}/checkpoints/{name}"
         log.warning("%s is damaged: passed over", damaged)
     if damaged and newest is None:
         raise InputError(f"{damaged} and all before it are damaged: choose another --run.remote to start anew")
@@ -176,10 +170,7 @@ def check_remote_run(config: Config) -> list[str]:
 
 
 def is_done(config: Config) -> bool:
-    """Whether the bucket holds a run of this configuration that has spent its budget, and its last checkpoint in full.
-
-    Raises InputError if there is one and resume=never.
-    """
+    """Whether the bucket has this configuration's last checkpoint in full; InputError if it has and resume=never."""
     remote, recorded = config.run.remote, recorded_at(config.run.remote)
     name = next(bucket.newest_first(remote), "") if recorded else ""
     if not recorded or not name or differences(recorded, config):
@@ -196,12 +187,11 @@ def count_rounds(config: Config) -> int:
 def fetch_checkpoint(config: Config, name: str, *, shared: bool) -> Path:
     """The checkpoint of that name on this rank: from the bucket, unless this rank has `shared` the claimed folder."""
     folder = Path(config.run.path) / "checkpoints" / name
-    if shared:
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / ".download"):  # the ranks of a machine come one by one, and the first one fetches
-        if not is_complete(folder):
-            bucket.download(config.run.remote, name, folder.parent)
+    if not shared:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / ".download"):  # the ranks of a machine come one by one, and the first one fetches
+            if not is_complete(folder):
+                bucket.download(config.run.remote, name, folder.parent)
     return folder
 
 
@@ -214,10 +204,8 @@ def check_shared(config: Config, token: str) -> bool:
     if (claimed := folder / ".claim").exists() and claimed.read_text() == token:
         return True
     if not config.run.remote:
-        raise InputError(
-            f"run.path '{config.run.path}' is not the same folder on every machine: put it on a file system that they "
-            "share, or set --run.remote=s3://bucket/prefix"
-        )
+        said = f"run.path '{config.run.path}' is not the same folder on every machine"
+        raise InputError(f"{said}: put it on a file system that they share, or set --run.remote=s3://bucket/prefix")
     if list(folder.glob("checkpoints/step-*")) and (recorded := recorded_at(str(folder.absolute()))):
         compare(recorded, config, f"'{folder}' on {socket.gethostname()}", "--run.path")
     return False
