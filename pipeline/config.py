@@ -188,13 +188,11 @@ def _read(path: str) -> Any:
         raise InputError(f"{path}{where}: this is no YAML ({type(error).__name__}): see configs/mnist.yaml") from None
 
 
-def from_dict(
-    content: Any,
-    *,
-    where: str,  # that it comes from, for messages
-    recorded: bool = False,  # a run's own record: settings of earlier versions that mean nothing to it are left out
-) -> Config:
-    """The configuration that a file's keys and values describe; InputError for anything unknown or impossible."""
+def from_dict(content: Any, *, where: str, recorded: bool = False) -> Config:
+    """The configuration that the keys and values of a file, `where`, describe; InputError for what cannot be.
+
+    Of a run's own record (`recorded`) settings of earlier versions that mean nothing any more are left out.
+    """
     config: Config = _build(Config, content, where, "", recorded)
     check(config)
     return config

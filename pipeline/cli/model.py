@@ -108,7 +108,7 @@ def restore(
 
 
 def score(run: Run, files: Files, /, *, device: Device = "auto") -> None:
-    """Print energies as CSV: file (points: file:line), mean squared residual of f(x) - x; low near the training data."""
+    """Print energies as CSV: file (points: file:line), mean squared residual of f(x) - x; low near training data."""
     import torch
 
     from pipeline.cli.files import find_files, read_samples

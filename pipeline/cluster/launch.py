@@ -88,12 +88,7 @@ def _launch(options: argparse.Namespace, training: Sequence[str]) -> int:
 
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)  # of whatever started this: ranks get their own
-    try:
-        config = parse(list(training))  # here, too, so that a mistake is reported at once, and by one process
-    except SystemExit as error:
-        if not error.code:
-            raise
-        raise InputError("an option is wrong, as said above") from None
+    config = parse(list(training))  # here, too, so that a mistake is reported at once, and by one process
     use_endpoint(config.data.endpoint)
     place = find_place(os.environ)
     processes = options.processes or place.processes or _gpus() or 1
@@ -125,10 +120,7 @@ def _launch(options: argparse.Namespace, training: Sequence[str]) -> int:
 
 
 def _meet_others(options: argparse.Namespace, config: Any, place: Place, processes: int) -> tuple[Links | None, str]:
-    """Connections to the other hosts once all are here, and the engine's configuration; None if the run is done.
-
-    What is wrong on host 0 alone is reported to the other hosts before it is raised.
-    """
+    """Connections to the other hosts once all are here, and the engine's configuration; None if the run is done."""
     listener = listen(place, options.meeting_port)
     with listener or contextlib.nullcontext():
         try:
@@ -139,7 +131,7 @@ def _meet_others(options: argparse.Namespace, config: Any, place: Place, process
             _check_host(options, place, processes)
             links = meet(place, port=options.meeting_port, within=options.wait, say=say, listener=listener)
         except InputError as error:
-            if listener:
+            if listener:  # this is host 0: the others end for the same reason
                 on_signals(lambda *_: os._exit(BAD_INPUT))
                 say(f"telling the other hosts, for {TELLING:.0f} s at most: {error}")
                 turn_away(listener, place, f"host 0: {error}")
@@ -169,13 +161,10 @@ def _check_host(options: argparse.Namespace, place: Place, processes: int) -> No
 
 
 def _is_done(config: Any, within: float) -> bool:
-    """Whether the bucket holds the finished run.
-
-    Waits `within` seconds for a bucket out of reach, since its server may be starting too; then raises InputError.
-    """
+    """Whether the bucket holds the finished run. InputError if it is out of reach for `within` seconds."""
     from pipeline.training.run_folder import is_done
 
-    end = time.monotonic() + within
+    end = time.monotonic() + within  # the bucket's server may be starting, too
     while config.run.remote:
         try:
             return is_done(config)
@@ -188,15 +177,12 @@ def _is_done(config: Any, within: float) -> bool:
 
 
 def run_ranks(
-    engine: Path,  # the file of Accelerate's configuration, in a folder where ranks may write their codes
-    place: Place,
-    processes: int,
-    address: str,  # of host 0
-    port: int,
-    training: Sequence[str],
-    ending: Ending,
+    engine: Path, place: Place, processes: int, address: str, port: int, training: Sequence[str], ending: Ending
 ) -> int:
-    """Start this host's ranks through Accelerate and wait for them. Reports why they ended; returns their code."""
+    """Start this host's ranks through Accelerate and wait for them. Reports why they ended; returns their code.
+
+    Ranks write their codes into the folder of `engine`, Accelerate's configuration. `address` is that of host 0.
+    """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -238,8 +224,7 @@ def run_ranks(
 
 def _end_children(number: signal.Signals) -> None:
     """Forward a signal to ranks that still run and wait for them, as torchrun does and Accelerate for one rank not."""
-    children = psutil.Process().children()
-    for child in children:
+    for child in (children := psutil.Process().children()):
         with contextlib.suppress(psutil.NoSuchProcess):
             child.send_signal(number)
     for child in psutil.wait_procs(children, timeout=float(os.environ["PET_SHUTDOWN_TIMEOUT"]))[1]:

@@ -211,16 +211,11 @@ def call_within(seconds: float, call: Callable[[], Answer]) -> Answer:
     return future.result(seconds)
 
 
-def describe(
-    rank: int,
-    world: int,
-    mine: Post,
-    seen: Mapping[int, Seen],  # of the other ranks, as far as their posts were read
-    *,
-    silence: float,  # seconds after which a post that does not change is a silent rank's
-    lost: str = "",  # why the store cannot be reached
-) -> str:
-    """Where this rank is stuck, and a line each of the others: those that are not there, then the hindmost first."""
+def describe(rank: int, world: int, mine: Post, seen: Mapping[int, Seen], *, silence: float, lost: str = "") -> str:
+    """Where this rank is stuck, and a line each of the others: those that are not there, then the hindmost first.
+
+    A rank is silent if its post did not change for `silence` seconds; `lost` is why the store cannot be reached.
+    """
     rows, now = [], time.monotonic()  # rows: with what they are sorted by
     for other, (post, first, last) in seen.items():
         mark, absent = ": BEHIND" if post[:3] < mine[:3] else "", True

@@ -40,15 +40,11 @@ def headline(run: Run) -> str:
     )
 
 
-def report(
-    run: Run,
-    state: RoundState,
-    taken: Taken,
-    values: dict[str, float],  # of the fit
-    *,
-    images: int,  # trained on: fewer than the round's where a run resumed within it
-) -> None:
-    """Report a finished round: metrics, pictures and warnings. Collective."""
+def report(run: Run, state: RoundState, taken: Taken, values: dict[str, float], *, images: int) -> None:
+    """Report a finished round: metrics (`values` are those of the fit), pictures and warnings. Collective.
+
+    `images` were trained on: fewer than the round's where a run resumed within it.
+    """
     config, position, monitor = run.config, run.position, run.monitor
     last = position.round == run.rounds
     if state.match:
@@ -89,10 +85,7 @@ def warn_of_collapse(run: Run, values: dict[str, float]) -> None:
 
 
 def speed_values(run: Run, images: int) -> dict[str, float]:
-    """Images/s of a round, the share of each phase, and arithmetic done.
-
-    `speed/mfu` is the share of the GPUs' peak that fitting used (arXiv 2204.02311, B), where the peak is known.
-    """
+    """Images/s of a round, the share of each phase, and arithmetic done."""
     seconds = {phase: run.seconds[phase] for phase in ("take", "match", "fit")}
     spent, device = sum(seconds.values()), run.accelerator.device
     flops = fit_flops(run.flops, run.config.objective.forwards) * images / seconds["fit"]
@@ -103,7 +96,7 @@ def speed_values(run: Run, images: int) -> dict[str, float]:
         "memory/peak_gb": peak_memory(device),
     }
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.accelerator.mixed_precision, torch.float32)
-    if peak := peak_flops(device, dtype):
+    if peak := peak_flops(device, dtype):  # of the GPUs, the share of which fitting used is MFU: arXiv 2204.02311, B
         values["speed/mfu"] = flops / (run.world * peak)
     return values | {f"share/{phase}": value / spent for phase, value in seconds.items()}
 
@@ -116,19 +109,18 @@ def data_values(taken: Taken, stream: Stream, round: int, accelerator: Accelerat
     return {"data/epoch": stream.order.epochs(round + 1)} | {f"data/{name}": value for name, value in sums}
 
 
-def draw_progress(
-    network: Callable[[Tensor], Tensor],  # f without gradient
-    latents: Tensor,  # (n, *shape): held fixed over the run, so that pictures can be compared
-    examples: Tensor,  # (m, *shape) in the model's scale
-) -> dict[str, Image.Image]:
-    """Pictures by name: samples f(z), resamples f(f(z)), restorations; for points one scatter plot."""
-    twice = network(once := network(latents))
+def draw_progress(f: Callable[[Tensor], Tensor], latents: Tensor, examples: Tensor) -> dict[str, Image.Image]:
+    """Pictures by name: samples f(z), resamples f(f(z)), restorations of (m, *shape) examples; for points a scatter plot.
+
+    The latents (n, *shape) are the same over the run, so that pictures can be compared.
+    """
+    twice = f(once := f(latents))
     once, twice, examples = once.cpu(), twice.cpu(), examples.cpu()
     if once.ndim != 4:
         return {"samples": scatter([("f(z)", once), ("f(f(z))", twice)], behind=examples[:2000])}
     lines = [("clean", examples[:12])]
     for kind in KINDS:
         damaged = degrade(examples[:12], kind)
-        lines += [(kind.replace("_", " "), damaged), ("repaired", network(damaged.to(latents.device)).cpu())]
+        lines += [(kind.replace("_", " "), damaged), ("repaired", f(damaged.to(latents.device)).cpu())]
     grids = {"samples": grid(once, columns=8), "samples-twice": grid(twice, columns=8)}
     return grids | {"restorations": rows(lines)}

@@ -15,12 +15,11 @@ from pipeline.checkpoint import Writer
 from pipeline.config import Config
 from pipeline.data import Stream, damage
 from pipeline.distributed import Engine, StopPoll, StopRequest, Watchdog
-from pipeline.match import Match
 from pipeline.model import latents
 from pipeline.model.losses import Distance
 from pipeline.observe import Monitor, Profiler, title
 from pipeline.training.run_folder import count_rounds
-from pipeline.training.state import Position
+from pipeline.training.state import PartialRound, Position
 
 
 @dataclass(slots=True)
@@ -62,6 +61,9 @@ class Run:
 
     config: Config
     accelerator: Accelerator
+    rank: int = field(init=False)
+    world: int = field(init=False)
+    rounds: int = field(init=False)  # that spend the budget
     stop: StopRequest
     stream: Stream
     watchdog: Watchdog
@@ -96,27 +98,16 @@ class Run:
             yield
         self.seconds[name] = time.perf_counter() - start
 
-    @property
-    def rank(self) -> int:
-        return int(self.accelerator.process_index)
-
-    @property
-    def world(self) -> int:
-        return int(self.accelerator.num_processes)
-
-    @property
-    def rounds(self) -> int:
-        return count_rounds(self.config)
+    def __post_init__(self) -> None:
+        self.rank, self.world = int(self.accelerator.process_index), int(self.accelerator.num_processes)
+        self.rounds = count_rounds(self.config)
 
 
 @dataclass(kw_only=True, slots=True)
-class RoundState:
-    """The current round on this rank."""
+class RoundState(PartialRound):
+    """The current round on this rank: the match is that of `images`, and the sums include the number of `steps`."""
 
     number: int
-    world_size_at_start: int  # which decides the images of each step
     random: RoundRandom
     images: Tensor  # (n, *shape): this rank's share, or the whole round if it was started with another world size
     first: int = 0  # row of the round that images[0] is
-    match: Match | None = None  # of these images
-    sums: dict[str, Tensor] = field(default_factory=dict)  # of each loss, and `steps`, over the steps that count
