@@ -25,6 +25,7 @@ from pipeline.observe.speed import parse_rounds
 from pipeline.storage.store import open_store
 
 PRECISIONS = ("", "auto", "fp32", "bf16", "fp16")
+MOST = 2**62  # larger numbers mean nothing in any setting, and overflow where they are used
 
 
 @dataclass(kw_only=True, slots=True)
@@ -226,10 +227,6 @@ def differences(old: Config, new: Config) -> list[str]:
     before, after = flatten(old), flatten(new)
     same = changeable(new, FREE) | {key for key in before if key not in after or before[key] == after[key]}
     return [f"{key}: {before[key]} there, {after[key]} now" for key in before if key not in same]
-
-
-MOST = 2**62
-"""Larger numbers mean nothing in any setting, and overflow where they are used."""
 
 
 def check(config: Config) -> None:

@@ -11,17 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar, NoReturn
 
-FAILED = 1
-"""Exit code: a failure that is worth a retry."""
-
-BAD_INPUT = 2
-"""Exit code: bad configuration or input. An orchestrator must not retry it."""
-
-INTERRUPTED = 75
-"""Exit code: stopped on request after writing a checkpoint. An orchestrator should retry it."""
-
-PEER_LOST = 76
-"""Exit code: another rank is gone, through no fault of this one. An orchestrator should retry it, and not count it."""
+FAILED = 1  # exit code: a failure that is worth a retry
+BAD_INPUT = 2  # exit code: bad configuration or input, which an orchestrator must not retry
+INTERRUPTED = 75  # exit code: stopped on request after writing a checkpoint, which an orchestrator should retry
+PEER_LOST = 76  # exit code: another rank is gone, which an orchestrator should retry, and not count
 
 
 class InputError(ValueError):
@@ -60,11 +53,10 @@ class Stopped(Exception):
     code: ClassVar[int] = INTERRUPTED
 
 
+# The errors that one rank raises on behalf of all (`together` raises them on every rank), and the exit codes, the most
+# specific first: where ranks raise different errors, the first of these wins.
 SHARED = (InputError, Damaged, Conflict, Diverged, Stopped, PeerLost, Unavailable)
-"""The errors that one rank raises on behalf of all: `together` raises them on every rank."""
-
 BY_WEIGHT = (BAD_INPUT, INTERRUPTED, PEER_LOST, FAILED)
-"""Exit codes, the most specific first: where ranks raise different errors, the first of these wins."""
 
 
 def printable(text: str, most: int = 200) -> str:

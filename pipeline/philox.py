@@ -91,5 +91,4 @@ def normal(
     return out.view(len(ids), blocks * 4)[:, :size].reshape(len(ids), *shape)
 
 
-uniform = partial(normal, law=lambda words: [_unit(word) for word in words])
-"""As `normal`, but uniform in (0, 1]."""
+uniform = partial(normal, law=lambda words: [_unit(word) for word in words])  # as `normal`, but uniform in (0, 1]

@@ -14,17 +14,14 @@ import psutil
 
 from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST
 
+# Requests to end, which are forwarded to the ranks; Slurm's is USR1.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
-"""Requests to end, which are forwarded to the ranks; Slurm's is USR1."""
-
+GRACE = 10.0  # seconds for ranks to notice themselves that another host is gone
 MEANINGS = {
     BAD_INPUT: "bad configuration or input, which is not tried again",
     INTERRUPTED: "stopped on request; the same command goes on from the newest checkpoint",
     PEER_LOST: "another rank or host is not there; start all again and they go on from the newest checkpoint",
 }
-
-GRACE = 10.0
-"""Seconds for ranks to notice themselves that another host is gone."""
 
 
 def say(text: str) -> None:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from pipeline.errors import InputError
 
-PORTS = (29400, 29500)
-"""Default ports of host 0: where hosts wait for each other, and the rendezvous of the ranks."""
+PORTS = (29400, 29500)  # default ports of host 0: where hosts wait for each other, and the rendezvous of the ranks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

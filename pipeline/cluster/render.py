@@ -19,18 +19,10 @@ from pipeline.storage.store import use_endpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ROOT / "configs/mnist.yaml"
-
-Object = dict[str, Any]
-"""A Kubernetes object."""
-
-MFU = 0.3
-"""Model FLOPs utilization: the share of a GPU's peak that training of convolutions reaches, by experience."""
-
-LAUNCH = 2e-3
-"""Seconds of kernel launches in a step, or a block of samples: the least that either takes on a GPU."""
-
-CPU_TFLOPS = 0.1
-"""TFLOP/s of a host without GPUs: two or four cores of a server."""
+Object = dict[str, Any]  # a Kubernetes object
+MFU = 0.3  # model FLOPs utilization: the share of a GPU's peak that training of convolutions reaches, by experience
+LAUNCH = 2e-3  # seconds of kernel launches in a step, or a block of samples: the least that either takes on a GPU
+CPU_TFLOPS = 0.1  # TFLOP/s of a host without GPUs: two or four cores of a server
 
 _HOST, _PART = r"[a-zA-Z0-9]([a-zA-Z0-9-]*[a-zA-Z0-9])?", r"[a-z0-9]+((\.|__?|-+)[a-z0-9]+)*"
 IMAGE = rf"({_HOST}(\.{_HOST})*(:\d{{1,5}})?/)?{_PART}(/{_PART})*(:\w[\w.-]{{0,127}})?(@sha256:[0-9a-f]{{64}})?"

@@ -25,11 +25,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from pipeline.distributed.versions import refuse
 from pipeline.errors import InputError
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state of a parameter, of the parameter's shape."""
-
-AdamState = dict[str, Tensor]
-"""`weight` and MOMENTS of one parameter, each whole and float32; the moments are missing before the first step."""
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, of the parameter's shape
+AdamState = dict[str, Tensor]  # `weight` and, from the first step on, MOMENTS of a parameter, each whole and float32
 
 
 class Engine:

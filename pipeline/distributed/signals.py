@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-POLL_SECONDS = 0.5
-"""Approximate seconds between two collective polls."""
+POLL_SECONDS = 0.5  # approximate seconds between two collective polls
 
 
 def is_launched() -> bool:

@@ -25,13 +25,10 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from pipeline.errors import FAILED
 
-PATIENCE = 5.0
-"""Seconds that one exchange with the store may take."""
-
-NAMED = 8
-"""The most ranks that one message names."""
-
+PATIENCE = 5.0  # seconds that one exchange with the store may take
+NAMED = 8  # the most ranks that one message names
 Answer = TypeVar("Answer")
+Seen = tuple["Post", float, float]  # another rank's newest post, and when it was first and last read here
 
 
 class Post(NamedTuple):
@@ -47,10 +44,6 @@ class Post(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.phase} of round {self.round}, beat {self.beats}"
-
-
-Seen = tuple[Post, float, float]
-"""Another rank's newest post, and when it was read first and last, by the reader's clock."""
 
 
 class Watchdog:

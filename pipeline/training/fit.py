@@ -17,9 +17,7 @@ from pipeline.model.losses import losses
 from pipeline.training.round import RoundState, Run
 
 log = logging.getLogger("naign.fit")
-
-REMEDY = "lower train.lr, set train.clip or raise the precision, in a new --run.path"
-"""For a run that diverged."""
+REMEDY = "lower train.lr, set train.clip or raise the precision, in a new --run.path"  # for a run that diverged
 
 
 def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:

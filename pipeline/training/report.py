@@ -69,8 +69,8 @@ def report(run: Run, state: RoundState, taken: Taken, values: dict[str, float], 
         monitor.picture(name, picture, position.images_seen)
 
 
+# Of a match: distinct samples an image, and the share of images that have one sample, from which on to warn.
 LEAST_USED, MOST_SHARED = 0.02, 0.25
-"""Of a match: distinct samples an image, and the share of images that have one sample, from which on to warn."""
 
 
 def warn_of_collapse(run: Run, values: dict[str, float]) -> None:
@@ -110,7 +110,7 @@ def data_values(taken: Taken, stream: Stream, round: int, accelerator: Accelerat
 
 
 def draw_progress(f: Callable[[Tensor], Tensor], latents: Tensor, examples: Tensor) -> dict[str, Image.Image]:
-    """Pictures by name: samples f(z), resamples f(f(z)), restorations of (m, *shape) examples; for points a scatter plot.
+    """Pictures by name: samples f(z), resamples f(f(z)), restorations of examples (m, *shape); for points a scatter.
 
     The latents (n, *shape) are the same over the run, so that pictures can be compared.
     """

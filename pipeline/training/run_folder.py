@@ -25,7 +25,6 @@ from pipeline.storage.local import TRANSIENT, write_atomically
 from pipeline.storage.store import open_store
 
 log = logging.getLogger("naign.run")
-
 LOCK_SECONDS = 120.0
 
 DAMAGE = (

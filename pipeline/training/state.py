@@ -21,8 +21,7 @@ from pipeline.match.matcher import Match
 from pipeline.model.naign import save_model
 from pipeline.training.run_folder import damage_named, open_tensors, read_model
 
-VERSIONS = {name: version(name) for name in ("naign", "torch", "accelerate")}
-"""Recorded in every checkpoint."""
+VERSIONS = {name: version(name) for name in ("naign", "torch", "accelerate")}  # recorded in every checkpoint
 
 
 @dataclass(kw_only=True, slots=True)
