@@ -73,10 +73,7 @@ def require(*rules: tuple[object, str]) -> None:
 
 @contextmanager
 def exit_on_input_error(program: str) -> Iterator[None]:
-    """Turn InputError, Unavailable and PeerLost into one line on stderr and their exit code, Ctrl-C into 130.
-
-    Any other exception is a crash and passes through.
-    """
+    """Turn InputError, Unavailable and PeerLost into one line on stderr and their exit code, Ctrl-C into 130."""
     try:
         yield
     except (InputError, PeerLost, Unavailable) as error:

@@ -41,7 +41,3 @@ def main() -> None:
             if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
                 raise InputError("this machine has too little memory for that: ask for fewer or smaller ones") from None
             raise
-
-
-if __name__ == "__main__":
-    main()

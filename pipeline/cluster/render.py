@@ -63,13 +63,11 @@ def name_after(run: str) -> str:
 
 
 def _check_options(*rules: tuple[str, str, str, str]) -> None:
-    """InputError for the first (option, value, pattern, what it must be) whose value does not match.
-
-    The message shows the value on one line, without user and password.
-    """
+    """InputError for the first (option, value, pattern, what it must be) whose value does not match."""
     for option, value, pattern, must in rules:
         if not (value.isprintable() and re.fullmatch(pattern, value, re.ASCII)):
-            raise InputError(f"{option} {printable(re.sub('.*@', '...@', value, flags=re.DOTALL))}{must}")
+            shown = re.sub(".*@", "...@", value, flags=re.DOTALL)  # without user and password
+            raise InputError(f"{option} {printable(shown)}{must}")
 
 
 def settings(size: Size, data: str, run: str, config: Path | None, name: str) -> Config:
@@ -138,9 +136,8 @@ def _fit(text: str, size: Size, image: str, config: Config, name: str) -> list[O
     """The objects of job.yaml but those of its S3 server, with this name, size and configuration."""
     text = re.sub(r"\b(name|subdomain): naign(-store)?(?![\w-])", rf'\1: "{name}\2"', text)
     text = text.replace("naign-0.naign", f"{name}-0.{name}")
-    objects = [
-        item for item in yaml.safe_load_all(text) if item["metadata"]["labels"]["app.kubernetes.io/name"] == name
-    ]
+    every = yaml.safe_load_all(text)
+    objects = [item for item in every if item["metadata"]["labels"]["app.kubernetes.io/name"] == name]
     store, run, _, job = objects
     store["data"] = {"AWS_REGION": size.region} | ({"AWS_ENDPOINT_URL": size.endpoint} if size.endpoint else {})
     run["data"]["run.yaml"] = yaml.safe_dump(to_dict(config), sort_keys=False)

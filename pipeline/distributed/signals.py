@@ -16,11 +16,6 @@ from torch.distributed import distributed_c10d as c10d
 POLL_SECONDS = 0.5  # approximate seconds between two collective polls
 
 
-def is_launched() -> bool:
-    """Whether the parent process is Accelerate's launcher; `naign launch` replaces itself by a single rank."""
-    return "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("NAIGN_LAUNCHER") != str(os.getpid())
-
-
 class StopRequest:
     """Set by the first signal to any rank; a second Ctrl-C ends the program at once. Collective."""
 
@@ -40,7 +35,8 @@ class StopRequest:
             self._store = c10d.PrefixStore("stop", c10d._get_default_store())
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._handle)
-        if sys.platform == "linux" and is_launched():
+        own = os.environ.get("NAIGN_LAUNCHER") == str(os.getpid())  # `naign launch` became this single rank
+        if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ and not own:
             # Take the launcher's death for a SIGTERM: Accelerate's launcher of a single process does not forward it.
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
@@ -78,8 +74,7 @@ class StopPoll:
     """Polls a stop request in a phase that all ranks pass equally often; they communicate about twice a second."""
 
     def __init__(self, stop: StopRequest) -> None:
-        self._stop, self._stride = stop, 1
-        self.begin()
+        self._stop, self._stride, self._calls, self._last = stop, 1, 0, time.monotonic()
 
     def __call__(self) -> bool:
         """Collective: whether to stop here, the same on every rank."""

@@ -31,7 +31,13 @@ INTERNALS = {
 def check_versions(*libraries: str) -> None:
     """Raise InputError where an installed library lacks one of its INTERNALS. Imports the libraries."""
     for library in libraries:
-        if missing := [name for name in INTERNALS[library] if not _exists(name)]:
+        missing = []
+        for name in INTERNALS[library]:
+            try:
+                pkgutil.resolve_name(name)
+            except (ImportError, AttributeError):
+                missing.append(name)
+        if missing:
             refuse(library, ", ".join(missing))
 
 
@@ -43,11 +49,3 @@ def refuse(library: str, missing: str) -> NoReturn:
         found = "as installed"
     wanted = f"pip install '{library}{TESTED[library]}'"
     raise InputError(f"{library} {found} has no {missing}; tested versions have: {wanted}")
-
-
-def _exists(name: str) -> bool:
-    try:
-        pkgutil.resolve_name(name)
-    except (ImportError, AttributeError):
-        return False
-    return True

@@ -170,8 +170,11 @@ def snapshot(
         "terms": list(partial.sums) if partial else [],
         "versions": VERSIONS,
     }
-    files["trainer.json"] = lambda file: file.write_text(json.dumps(trainer, indent=2) + "\n")
-    return copy, files
+
+    def write_trainer(file: Path) -> None:
+        file.write_text(json.dumps(trainer, indent=2) + "\n")
+
+    return copy, files | {"trainer.json": write_trainer}
 
 
 def share_out(sizes: Sequence[int], world: int) -> list[int]:
