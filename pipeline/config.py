@@ -24,6 +24,7 @@ from pipeline.model import losses, networks
 from pipeline.observe.speed import parse_rounds
 from pipeline.storage.store import open_store
 
+to_dict = dataclasses.asdict
 PRECISIONS = ("", "auto", "fp32", "bf16", "fp16")
 MOST = 2**62  # larger numbers mean nothing in any setting, and overflow where they are used
 
@@ -197,10 +198,6 @@ def from_dict(content: Any, *, where: str, recorded: bool = False) -> Config:
     config: Config = _build(Config, content, where, "", recorded)
     check(config)
     return config
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    return dataclasses.asdict(config)
 
 
 def flatten(config: Any) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """The errors that are the user's or the environment's rather than ours, and the exit code of each."""
 
-import contextlib
 import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar, NoReturn
 
@@ -88,6 +87,6 @@ def _exit(code: int, text: str) -> NoReturn:
     """Print the reason, hand it to torchelastic where that started this process, and exit."""
     print(text, file=sys.stderr, flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
     raise SystemExit(code) from None

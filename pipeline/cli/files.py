@@ -1,7 +1,5 @@
 """Files of the commands: images and points that are read, samples that are written."""
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,9 +112,7 @@ def write_one(samples: Tensor, to: Path) -> None:
     if samples.ndim == 4:
         save(to_image(samples[0]), to)
     else:
-        text = io.StringIO()
-        csv.writer(text).writerows(samples.tolist())
-        write_atomically(to, text.getvalue())
+        write_atomically(to, "".join(f"{','.join(map(repr, row))}\r\n" for row in samples.tolist()))
 
 
 def save(picture: Image.Image, to: Path) -> None:

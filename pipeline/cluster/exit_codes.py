@@ -54,10 +54,7 @@ class Ending:
             time.sleep(0.05)
 
     def note(self, host: int, code: int | None, lost: bool) -> None:
-        """Host `host` ended with `code`, None if it did not say; it knew of a host that was `lost`.
-
-        Blocks until this host's ranks have ended: to be called in a thread.
-        """
+        """Host `host` ended with `code` (None: it did not say), and knew of a `lost` one. Waits for the ranks' end."""
         over = self._over.is_set()
         self.lost = self.lost or (not over and (code is None or lost))
         self._codes[host] = code
@@ -74,10 +71,7 @@ class Ending:
                 os._exit(PEER_LOST)
 
     def judge(self, code: int) -> int:
-        """The code to end with, where this host's ranks ended with `code`.
-
-        A crash counts as one, unless a host vanished: then it may be the consequence.
-        """
+        """The code to end with, where the ranks ended with `code`: a crash may be the consequence of a lost host."""
         crashed = code not in (0, BAD_INPUT, INTERRUPTED)
         if crashed and not self._alone:
             self.wait_for(lambda: bool(self._codes), GRACE)

@@ -14,8 +14,7 @@ import yaml
 from pipeline.config import Config, check, load, to_dict
 from pipeline.data.format.manifest import Manifest
 from pipeline.errors import InputError, Unavailable, printable, require
-from pipeline.storage.retry import at_most
-from pipeline.storage.store import use_endpoint
+from pipeline.storage import at_most, use_endpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ROOT / "configs/mnist.yaml"

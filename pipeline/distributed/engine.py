@@ -185,31 +185,27 @@ class Engine:
 
     def restore(self, name: str, state: AdamState, steps: int) -> None:
         """Load one parameter's state; `steps` must be the same for all parameters."""
-        parameter = self._names[name]
+        parameter: Any = self._names[name]
         if not self._partitioned:
             with torch.no_grad():
                 parameter.copy_(state["weight"])
             moments = {key: state[key].to(parameter.device, copy=True) for key in MOMENTS}
             self._adam.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
             return
-        self._allocate(steps)
-        for key, value in state.items():
-            self._set_part(parameter, value, key)
-
-    def _set_part(self, parameter: Any, value: Tensor, key: str) -> None:
-        """Set this rank's part of a moment, or of the float32 `weight`."""
         from deepspeed import utils
 
-        value, part = value.to(parameter.device), "full"
-        if hasattr(parameter, "ds_id"):
-            # safe_set_full_* fails where the number of elements is no multiple of the world size: pad and slice here.
-            size, rank, part = parameter.ds_tensor.ds_numel, self.accelerator.process_index, "local"
-            value = nn.functional.pad(value.flatten(), (0, size * self.accelerator.num_processes - value.numel()))
-            value = value[rank * size : (rank + 1) * size]
-        if key == "weight":
-            getattr(utils, f"safe_set_{part}_fp32_param")(parameter, value)
-        else:
-            getattr(utils, f"safe_set_{part}_optimizer_state")(parameter, value, key)
+        self._allocate(steps)
+        for key, whole in state.items():
+            value, part = whole.to(parameter.device), "full"
+            if hasattr(parameter, "ds_id"):
+                # safe_set_full_* fails where the world size does not divide the elements: pad and slice here.
+                size, rank, part = parameter.ds_tensor.ds_numel, self.accelerator.process_index, "local"
+                value = nn.functional.pad(value.flatten(), (0, size * self.accelerator.num_processes - value.numel()))
+                value = value[rank * size : (rank + 1) * size]
+            if key == "weight":
+                getattr(utils, f"safe_set_{part}_fp32_param")(parameter, value)
+            else:
+                getattr(utils, f"safe_set_{part}_optimizer_state")(parameter, value, key)
 
     def _allocate(self, steps: int) -> None:
         """Allocate the moments that AdamW would allocate at its first step, unless they exist."""

@@ -1,6 +1,5 @@
 """Connecting the ranks, and what they decide together: one error, one sum, one answer for all."""
 
-import contextlib
 import ctypes
 import importlib.util
 import logging
@@ -10,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import psutil
@@ -105,7 +104,7 @@ def _connect_ranks(backend: str, connecting: timedelta, collective: timedelta) -
     else:
         end = time.monotonic() + connecting.total_seconds()
         while True:
-            with contextlib.suppress(OSError):  # a port that refuses connections is an earlier attempt's
+            with suppress(OSError):  # a port that refuses connections is an earlier attempt's
                 socket.create_connection((host, port := int(launcher.get("port"))), timeout=5).close()
                 break
             if time.monotonic() > end:
@@ -142,8 +141,8 @@ def set_threads(threads: int) -> None:
 def warn_of_others(seconds: float = 0.2) -> None:
     """Measure for `seconds` how busy the cores are, and warn where other programs take those that the ranks count on.
 
-    The threads of a bfloat16 convolution spin while they wait for each other (oneDNN's own barrier, which ignores
-    OMP_WAIT_POLICY): with two threads beside a busy process, MNIST trained at 14 images/s instead of 200 to 300.
+    Threads of a bfloat16 convolution spin while they wait (oneDNN's barrier, whatever OMP_WAIT_POLICY says): with two
+    beside a busy process MNIST trained at 14 images/s instead of 200 to 300.
     """
     threads, ranks, cores = torch.get_num_threads(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")), _cores()
     if threads == 1:

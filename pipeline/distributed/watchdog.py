@@ -188,10 +188,7 @@ def swap(store: Store, own: str, text: str, others: list[str]) -> tuple[Store, d
 
 
 def call_within(seconds: float, call: Callable[[], Answer]) -> Answer:
-    """What `call` returns or raises, in a thread that is abandoned with a TimeoutError if it takes longer.
-
-    The store's own timeout does not cover a host that vanished without closing its connections.
-    """
+    """What `call` returns or raises, or a TimeoutError: the store's own does not cover a host that vanished."""
     future: Future[Answer] = Future()
 
     def run() -> None:

@@ -26,7 +26,7 @@ def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:
     Returns the mean of each loss over steps and ranks, and the last learning rate. Raises Stopped between two steps;
     Diverged after train.bad_steps steps in a row whose gradient is not finite.
     """
-    config, engine, position = run.config, run.engine, run.position
+    config, engine, position, random, match = run.config, run.engine, run.position, state.random, state.match
     size, batch, objective = config.match.round, config.train.batch, config.objective
     sizes = {"size": size, "batch": batch, "passes": config.train.passes}
     ranks = {"rank": run.rank, "world": run.world, "world_size_at_start": state.world_size_at_start}
@@ -45,9 +45,12 @@ def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:
             numbers, local = rows + size * passes_done, rows - state.first
             images = state.images[local]
             with engine.micro_batch():
-                latents = latents_of(state, local, numbers) if objective.needs_latents else None
-                damaged = state.random.damaged(images, numbers) if objective.needs_damaged else None
-                noise = partial(state.random.normals, numbers)
+                latents = damaged = None
+                if objective.needs_latents:  # the matched ones, or fresh ones without a match
+                    latents = random.jittered(match.ids[local], numbers) if match else random.latents(numbers)
+                if objective.needs_damaged:
+                    damaged = random.damaged(images, numbers)
+                noise = partial(random.normals, numbers)
                 given = latents, damaged, engine.bare, noise, run.perceived
                 terms = losses(objective, engine.forward, images, *given)
                 engine.backward(terms["total"])
@@ -67,11 +70,6 @@ def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:
         position.images_seen += batch
         run.monitor.advance(batch)
     return means(run, state) | {"train/lr": lr}
-
-
-def latents_of(state: RoundState, local: Tensor, numbers: Tensor) -> Tensor:
-    """Latents of the images at rows `local`: the matched ones, or fresh ones drawn by `numbers` without a match."""
-    return state.random.jittered(state.match.ids[local], numbers) if state.match else state.random.latents(numbers)
 
 
 def means(run: Run, state: RoundState) -> dict[str, float]:

@@ -8,11 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from pipeline.data import Stream, Taken
+from pipeline.data import Taken
 from pipeline.data.degrade import KINDS, degrade
 from pipeline.distributed import total
 from pipeline.observe import fit_flops, grid, peak_flops, peak_memory, rows, scatter
@@ -52,7 +51,11 @@ def report(run: Run, state: RoundState, taken: Taken, values: dict[str, float], 
         warn_of_collapse(run, state.match.values)
     reported = last or position.round % config.report.rounds == 0
     if reported:
-        values |= speed_values(run, images) | data_values(taken, run.stream, state.number, run.accelerator)
+        values |= speed_values(run, images) | {"data/epoch": run.stream.order.epochs(position.round)}
+        tally, names = taken.tally, ("megabytes", "cached_megabytes", "reread_megabytes", "retries", "skipped")
+        costs = [tally.bytes / 1e6, tally.cached / 1e6, tally.reread / 1e6, tally.retries, len(taken.broken)]
+        sums = zip(names, total(costs, run.accelerator), strict=True)  # of all ranks
+        values |= {f"data/{name}": value for name, value in sums}
         values |= {"seconds/training": position.seconds, "train/skipped": position.skipped}
         values |= {"checkpoint/seconds": run.writer.seconds, "checkpoint/upload_seconds": run.writer.uploaded}
     pictures, drawn = config.report.pictures, {}
@@ -99,14 +102,6 @@ def speed_values(run: Run, images: int) -> dict[str, float]:
     if peak := peak_flops(device, dtype):  # of the GPUs, the share of which fitting used is MFU: arXiv 2204.02311, B
         values["speed/mfu"] = flops / (run.world * peak)
     return values | {f"share/{phase}": value / spent for phase, value in seconds.items()}
-
-
-def data_values(taken: Taken, stream: Stream, round: int, accelerator: Accelerator) -> dict[str, float]:
-    """Epochs so far, and what reading the round has cost all ranks. Collective."""
-    tally, names = taken.tally, ("megabytes", "cached_megabytes", "retries", "reread_megabytes", "skipped")
-    costs = [tally.bytes / 1e6, tally.cached / 1e6, float(tally.retries), tally.reread / 1e6, float(len(taken.broken))]
-    sums = zip(names, total(costs, accelerator), strict=True)
-    return {"data/epoch": stream.order.epochs(round + 1)} | {f"data/{name}": value for name, value in sums}
 
 
 def draw_progress(f: Callable[[Tensor], Tensor], latents: Tensor, examples: Tensor) -> dict[str, Image.Image]:

@@ -14,9 +14,8 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from pipeline.checkpoint import bucket
+from pipeline.checkpoint import bucket, is_complete, newest_checkpoint, set_aside
 from pipeline.checkpoint.manifest import step_of
-from pipeline.checkpoint.writer import is_complete, newest_checkpoint, set_aside
 from pipeline.config import Config, changeable, differences, from_dict, to_dict
 from pipeline.constraints import MAY_CHANGE
 from pipeline.errors import Damaged, InputError
@@ -126,7 +125,7 @@ def open_tensors(file: Path) -> Any:
 
 
 def find_newest(config: Config) -> Path | None:
-    """The newest complete checkpoint, here or in the bucket; that is brought here, with what the run reported.
+    """The newest complete checkpoint, here or, brought here with what the run reported, in the bucket.
 
     Raises InputError, changing nothing, if what is here, or there, is another configuration's.
     """

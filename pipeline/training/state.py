@@ -47,10 +47,7 @@ class PartialRound:
 
 
 def restore_weights(checkpoint: Path, network: nn.Module, name: str = "model.safetensors") -> Tensor | None:
-    """Load the weights into a network that no engine has yet. Returns the spectrum of its latents, if it has one.
-
-    Raises InputError as `restore` does.
-    """
+    """Load the weights into a network without an engine. Returns its latents' spectrum; InputError as `restore`."""
     model = read_model(checkpoint, name)
     found, wanted = model.network.state_dict(), network.state_dict()
     with damage_named(checkpoint):  # by ourselves: load_state_dict gives a failing device the same RuntimeError
