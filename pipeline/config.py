@@ -25,7 +25,6 @@ from pipeline.observe.speed import parse_rounds
 from pipeline.storage.store import open_store
 
 to_dict = dataclasses.asdict
-PRECISIONS = ("", "auto", "fp32", "bf16", "fp16")
 MOST = 2**62  # larger numbers mean nothing in any setting, and overflow where they are used
 
 
@@ -55,7 +54,7 @@ class TrainConfig:
     """Decay a step of an exponential moving average of the weights, used by evaluation; 0: none."""
     accumulate: int = field(default=1, metadata=FREE | POSITIVE)
     """Micro-batches a step: batch = images of a micro-batch x accumulate x ranks."""
-    precision: str = field(default="", metadata=FREE | one_of(PRECISIONS))
+    precision: str = field(default="", metadata=FREE | one_of(("", "auto", "fp32", "bf16", "fp16")))
     """fp32, bf16 or fp16 for forward and backward; weights are float32. Empty: as the launcher says; auto: if that is
     nothing, bf16 where the hardware multiplies it, else fp32."""
     compile: bool = field(default=False, metadata=FREE)
@@ -95,8 +94,7 @@ class CheckpointConfig:
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
     path: str = field(default="runs/mnist", metadata=NOT_EMPTY)
-    """Folder of the run: configuration, metrics, pictures, checkpoints, evaluation. All ranks must see the same one,
-    unless `remote` is set."""
+    """Folder of the run: metrics, pictures, checkpoints, evaluation. All ranks must see it, unless `remote` is set."""
     remote: str = ""
     """s3://bucket/prefix: the run is copied there as it goes, and resumes from there if `path` has nothing newer."""
 
@@ -104,8 +102,7 @@ class RunConfig:
 @dataclass(kw_only=True, slots=True)
 class StopConfig:
     within: float = field(default=25.0, metadata=POSITIVE)
-    """Seconds after SIGTERM, SIGUSR1 or Ctrl-C in which the run must have written a checkpoint and ended: torchrun and
-    Accelerate, if they are sent the signal, kill their ranks after 30."""
+    """Seconds from SIGTERM, SIGUSR1 or Ctrl-C to a checkpoint and the end: torchrun and Accelerate kill after 30."""
 
 
 @dataclass(kw_only=True, slots=True)

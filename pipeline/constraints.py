@@ -12,7 +12,6 @@ from typing import Any
 from pipeline.errors import InputError
 
 Metadata = dict[str, Any]
-
 # A resumed run may change it: but for rounding, nothing that is computed depends on it. Of a section: all of it.
 FREE: Metadata = {"change": "free"}
 # A resumed run may change it with resume=changed: what follows is another run than was begun.

@@ -21,7 +21,7 @@ def main() -> None:
     """Run the command of sys.argv. Exits with 2 on a user's mistake; see pipeline/errors.py."""
     if sys.argv[1:2] == ["launch"]:  # passes unknown options on to the training program
         launch()
-    commands = (pack, index, verify, launch, render, fetch, evaluate, sample, restore, score, export, doctor)
+    commands = pack, index, verify, launch, render, fetch, evaluate, sample, restore, score, export, doctor
     names = {command.__name__: command for command in commands}
     about = "Non-adversarial idempotent generative networks: one network that generates and repairs."
     with exit_on_input_error("naign"):

@@ -89,8 +89,7 @@ class Ending:
 def explain(failures: Mapping[int, Any]) -> tuple[int, str]:
     """The code that stands for this host's ranks, and a sentence for the log's last line.
 
-    `failures` are torchelastic's ProcessFailure by local rank. Ranks that it killed long after the first failure, since
-    they went on, do not count.
+    `failures` are torchelastic's ProcessFailure by local rank; those that it killed long after the first do not count.
     """
     first = min(failure.timestamp for failure in failures.values())
     causes = [found for found in failures.values() if found.exitcode >= 0 or found.timestamp < first + GRACE]

@@ -212,7 +212,12 @@ def run_ranks(
         finally:
             ending.listen()
     except SignalException as error:
-        _end_children(error.sigval)
+        children = psutil.Process().children()  # that torchrun has not ended: of one rank Accelerate leaves that to us
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.send_signal(error.sigval)
+        for child in psutil.wait_procs(children, timeout=float(os.environ["PET_SHUTDOWN_TIMEOUT"]))[1]:
+            child.kill()
         texts = [file.read_text() if file.exists() else "" for file in ranks]  # '': it ended without a word
         code = max((int(text or FAILED) for text in texts), key=weight)
         reason = f"signal {error.sigval.name}: {MEANINGS.get(code, 'some ranks did not end in time, or crashed')}"
@@ -220,15 +225,6 @@ def run_ranks(
         code, reason = explain(error.failures)
     say(reason)
     return code
-
-
-def _end_children(number: signal.Signals) -> None:
-    """Forward a signal to ranks that still run and wait for them, as torchrun does and Accelerate for one rank not."""
-    for child in (children := psutil.Process().children()):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.send_signal(number)
-    for child in psutil.wait_procs(children, timeout=float(os.environ["PET_SHUTDOWN_TIMEOUT"]))[1]:
-        child.kill()
 
 
 def find_engine(name: str, ranks: int) -> str:

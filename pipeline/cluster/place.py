@@ -77,12 +77,11 @@ def find_ports(environ: Mapping[str, str]) -> tuple[int, int]:
 def _first_node(nodes: str) -> str:
     """The first host of a Slurm node list such as 'node[03-17,20]'."""
     try:
-        asked = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise InputError(f"scontrol, which names the nodes of '{nodes}', is not here: set NAIGN_HEAD") from None
-    if asked.returncode or not asked.stdout.strip():
-        raise InputError(f"scontrol cannot name the nodes of '{nodes}': {asked.stderr.strip()}; set NAIGN_HEAD")
-    return asked.stdout.split()[0]
+        asked = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        return asked.stdout.split()[0]
+    except (FileNotFoundError, subprocess.CalledProcessError, IndexError) as error:
+        reason = str(getattr(error, "stderr", "") or error).strip()
+        raise InputError(f"scontrol cannot name the nodes of '{nodes}' ({reason}): set NAIGN_HEAD") from None
 
 
 def _text(environ: Mapping[str, str], name: str) -> str:

@@ -18,7 +18,6 @@ from pipeline.storage import at_most, use_endpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ROOT / "configs/mnist.yaml"
-Object = dict[str, Any]  # a Kubernetes object
 MFU = 0.3  # model FLOPs utilization: the share of a GPU's peak that training of convolutions reaches, by experience
 LAUNCH = 2e-3  # seconds of kernel launches in a step, or a block of samples: the least that either takes on a GPU
 CPU_TFLOPS = 0.1  # TFLOP/s of a host without GPUs: two or four cores of a server
@@ -29,7 +28,6 @@ IMAGE = rf"({_HOST}(\.{_HOST})*(:\d{{1,5}})?/)?{_PART}(/{_PART})*(:\w[\w.-]{{0,1
 
 BUCKET = r"s3://(?![^/]*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?"
 """docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html."""
-
 NAME = r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?"
 
 
@@ -131,7 +129,7 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(str, _Dumper.represent_str)
 
 
-def _fit(text: str, size: Size, image: str, config: Config, name: str) -> list[Object]:
+def _fit(text: str, size: Size, image: str, config: Config, name: str) -> list[dict[str, Any]]:
     """The objects of job.yaml but those of its S3 server, with this name, size and configuration."""
     text = re.sub(r"\b(name|subdomain): naign(-store)?(?![\w-])", rf'\1: "{name}\2"', text)
     text = text.replace("naign-0.naign", f"{name}-0.{name}")
@@ -212,9 +210,8 @@ def predict(size: Size, *, data: str, config: Path | None) -> str:
     generate = max(match.pool * forward / speed, least * match.pool / match.block / ranks)
     search = 2 * width * match.round * match.pool / speed
     fit = max(images * fit_flops(forward, found.objective.forwards) / speed, least * images / train.batch)
-    exchanged = match.round * (width * 4 + 16 * ranks)
-    averaged = images // train.batch * 2 * 4 * parameters
-    messages = 0.0 if size.nodes == 1 else (exchanged + averaged) / (size.bandwidth * 1e9)
+    sent = match.round * (width * 4 + 16 * ranks) + images // train.batch * 2 * 4 * parameters  # bytes
+    messages = 0.0 if size.nodes == 1 else sent / (size.bandwidth * 1e9)
     rounds, seconds = -(-train.images // images), generate + search + fit + messages
     gpus, hours = size.nodes * size.gpus, rounds * seconds / 3600
     parts = f"generate {generate:.2g}, search {search:.2g}, fit {fit:.2g}, messages {messages:.2g}"

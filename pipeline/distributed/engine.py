@@ -65,8 +65,6 @@ class Engine:
             self.stage = int(accelerator.state.deepspeed_plugin.zero_stage)
         elif compile:
             bare.compile()
-        self.network: Any
-        self.optimizer: Any
         self.network, self.optimizer = accelerator.prepare(bare, adam)
         self._adam: Any = self.network.optimizer if self.deepspeed else self.optimizer
         if self.deepspeed and hasattr(self._adam, "check_grad_overflow"):

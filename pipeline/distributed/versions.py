@@ -1,7 +1,7 @@
 """The supported versions of torch, Accelerate and DeepSpeed, and what is used of them beyond their public API."""
 
 import pkgutil
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import NoReturn
 
 from pipeline.errors import InputError
@@ -43,9 +43,5 @@ def check_versions(*libraries: str) -> None:
 
 def refuse(library: str, missing: str) -> NoReturn:
     """Raise the InputError about what the installed version of a library does not have."""
-    try:
-        found = version(library)
-    except PackageNotFoundError:
-        found = "as installed"
     wanted = f"pip install '{library}{TESTED[library]}'"
-    raise InputError(f"{library} {found} has no {missing}; tested versions have: {wanted}")
+    raise InputError(f"{library} {version(library)} has no {missing}; tested versions have: {wanted}")

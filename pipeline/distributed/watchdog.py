@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import NamedTuple, Self, TypeVar
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, without an export
@@ -59,7 +60,6 @@ class Watchdog:
         rank: int,
         world: int,
         timeout: float,  # seconds without progress; below the process group's, which would fail first
-        say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),  # before the stacks
         every: float = 5.0,  # seconds from post to post; at most a tenth of timeout
     ) -> None:
         for name, value in (("timeout", timeout), ("every", every)):
@@ -67,7 +67,7 @@ class Watchdog:
                 raise ValueError(f"the watchdog's {name} is {value} seconds: more than 0 and finite, such as 600")
         self.phase, self.round = "setup", 0
         self._order, self._beats, self._since = 0, 0, time.monotonic()
-        self._rank, self._world, self._say = rank, world, say
+        self._rank, self._world, self._say = rank, world, partial(print, file=sys.stderr, flush=True)
         self._timeout, self._every = timeout, min(every, timeout / 10)
         self._store: Store | None = None
         self._seen: dict[int, Seen] = {}  # of the other ranks
@@ -208,18 +208,15 @@ def describe(rank: int, world: int, mine: Post, seen: Mapping[int, Seen], *, sil
     """
     rows, now = [], time.monotonic()  # rows: with what they are sorted by
     for other, (post, first, last) in seen.items():
-        mark, absent = ": BEHIND" if post[:3] < mine[:3] else "", True
+        absent, mark = False, ": BEHIND" if post[:3] < mine[:3] else ""
         if post.state == "left" and post[:2] <= mine[:2]:
-            mark = ": LEFT"
+            absent, mark = True, ": LEFT"
         elif post.state == "at work" and last - first > silence:
-            mark = f": SILENT for {now - first:.0f} s"
-        else:
-            absent = False
+            absent, mark = True, f": SILENT for {now - first:.0f} s"
         text = f"in {post}, last progress {post.idle + now - first:.0f} s ago, host {post.host}{mark}"
         rows.append((not absent, post[:3], other, text))
-    if seen or not lost:
-        missing = set(range(world)) - {rank, *seen}
-        rows += [(False, (0, 0, 0), other, "MISSING, never heard of") for other in missing]
+    missing = set(range(world)) - {rank, *seen} if seen or not lost else set()
+    rows += [(False, (0, 0, 0), other, "MISSING, never heard of") for other in missing]
     lines = [f"rank {rank} has made no progress for {mine.idle:.0f} s in {mine}"]
     if lost:
         lines[0] += f"; the store cannot be reached ({lost}): rank 0, which holds it, is gone"

@@ -23,8 +23,7 @@ REMEDY = "lower train.lr, set train.clip or raise the precision, in a new --run.
 def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:
     """Train on (image, its latent) for train.passes passes. Collective.
 
-    Returns the mean of each loss over steps and ranks, and the last learning rate. Raises Stopped between two steps;
-    Diverged after train.bad_steps steps in a row whose gradient is not finite.
+    Returns each loss's mean over steps and ranks, and the last learning rate. Raises Stopped, or Diverged as `skip`.
     """
     config, engine, position, random, match = run.config, run.engine, run.position, state.random, state.match
     size, batch, objective = config.match.round, config.train.batch, config.objective
@@ -45,11 +44,10 @@ def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:
             numbers, local = rows + size * passes_done, rows - state.first
             images = state.images[local]
             with engine.micro_batch():
-                latents = damaged = None
+                latents = None
                 if objective.needs_latents:  # the matched ones, or fresh ones without a match
                     latents = random.jittered(match.ids[local], numbers) if match else random.latents(numbers)
-                if objective.needs_damaged:
-                    damaged = random.damaged(images, numbers)
+                damaged = random.damaged(images, numbers) if objective.needs_damaged else None
                 noise = partial(random.normals, numbers)
                 given = latents, damaged, engine.bare, noise, run.perceived
                 terms = losses(objective, engine.forward, images, *given)

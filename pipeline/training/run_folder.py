@@ -65,11 +65,10 @@ def compare(recorded: Config, config: Config, place: str, option: str) -> list[s
     changed = differences(recorded, config)
     allowed = all(line.partition(":")[0] in changeable(config, MAY_CHANGE) for line in changed)
     if changed and (config.resume != "changed" or not allowed):
-        remedy = ", or go on with what is changed by --resume=changed" if allowed else ""
         lines = "\n  ".join([f"{place} holds a run of another configuration:", *changed])
-        raise InputError(
-            f"{lines}\nchoose another {option}, or take these settings back to go on with that run{remedy}"
-        )
+        remedy = f"choose another {option}, or take these settings back to go on with that run"
+        asked = ", or go on with what is changed by --resume=changed" if allowed else ""
+        raise InputError(f"{lines}\n{remedy}{asked}")
     return changed
 
 
