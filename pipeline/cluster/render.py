@@ -23,11 +23,10 @@ LAUNCH = 2e-3  # seconds of kernel launches in a step, or a block of samples: th
 CPU_TFLOPS = 0.1  # TFLOP/s of a host without GPUs: two or four cores of a server
 
 _HOST, _PART = r"[a-zA-Z0-9]([a-zA-Z0-9-]*[a-zA-Z0-9])?", r"[a-z0-9]+((\.|__?|-+)[a-z0-9]+)*"
+# github.com/distribution/reference: [host[:port]/]name[:tag][@digest], in ASCII.
 IMAGE = rf"({_HOST}(\.{_HOST})*(:\d{{1,5}})?/)?{_PART}(/{_PART})*(:\w[\w.-]{{0,127}})?(@sha256:[0-9a-f]{{64}})?"
-"""github.com/distribution/reference: [host[:port]/]name[:tag][@digest], in ASCII."""
-
+# docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html.
 BUCKET = r"s3://(?![^/]*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?"
-"""docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html."""
 NAME = r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?"
 
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from datetime import timedelta
-from functools import partial
 from typing import NamedTuple, Self, TypeVar
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, without an export
@@ -67,7 +66,8 @@ class Watchdog:
                 raise ValueError(f"the watchdog's {name} is {value} seconds: more than 0 and finite, such as 600")
         self.phase, self.round = "setup", 0
         self._order, self._beats, self._since = 0, 0, time.monotonic()
-        self._rank, self._world, self._say = rank, world, partial(print, file=sys.stderr, flush=True)
+        self._rank, self._world = rank, world
+        self._say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
         self._timeout, self._every = timeout, min(every, timeout / 10)
         self._store: Store | None = None
         self._seen: dict[int, Seen] = {}  # of the other ranks
