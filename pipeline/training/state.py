@@ -19,6 +19,7 @@ from pipeline.data.loader import Stream
 from pipeline.distributed.engine import MOMENTS, Engine
 from pipeline.match.matcher import Match
 from pipeline.model.naign import save_model
+from pipeline.storage.local import write_atomically
 from pipeline.training.run_folder import damage_named, open_tensors, read_model
 
 VERSIONS = {name: version(name) for name in ("naign", "torch", "accelerate")}  # recorded in every checkpoint
@@ -123,6 +124,7 @@ def snapshot(
     Both are for a background thread: training goes on with the next forward, and the next step waits for the copy.
     """
     rank, world = engine.accelerator.process_index, engine.accelerator.num_processes
+    kept = partial or PartialRound(world_size_at_start=world)
     owners = share_out([math.prod(shape) for shape in engine.shapes.values()], world)
     # DeepSpeed gathers whole tensors, which would take room on the device until they are copied.
     take: Callable[[Tensor], Tensor] = _copied if engine.deepspeed else Tensor.detach
@@ -141,7 +143,7 @@ def snapshot(
             engine.copied.set()
 
     engine.copied.clear()
-    sums = [value.detach().float().cpu() for value in (partial.sums if partial else {}).values()]
+    sums = [value.detach().float().cpu() for value in kept.sums.values()]
     state["sums"] = torch.stack(sums) if sums else torch.zeros(0)
     files: dict[str, Write] = {f"state/rank-{rank:05d}-of-{world:05d}.safetensors": bind(save_file, state)}
     if rank:
@@ -153,25 +155,22 @@ def snapshot(
     if engine.ema is not None:
         averaged |= engine.ema.state_dict()
         files["ema.safetensors"] = lambda file: save_model(file, averaged, metadata, spectrum)
-    if match := partial.match if partial else None:
+    if match := kept.match:
         files["state/round.safetensors"] = bind(save_file, {"ids": match.ids, "distances": match.distances})
     trainer = {
         **asdict(position),
         "epoch": stream.order.epochs(position.round),
         "world_size": world,
-        "began": partial.world_size_at_start if partial else world,
+        "began": kept.world_size_at_start,
         "engine": engine.described,
         "adam_steps": engine.steps,
         "scale": engine.scale,
         "match": match.values if match else {},
-        "terms": list(partial.sums) if partial else [],
+        "terms": list(kept.sums),
         "versions": VERSIONS,
     }
-
-    def write_trainer(file: Path) -> None:
-        file.write_text(json.dumps(trainer, indent=2) + "\n")
-
-    return copy, files | {"trainer.json": write_trainer}
+    files["trainer.json"] = lambda file: write_atomically(file, json.dumps(trainer, indent=2) + "\n", sync=False)
+    return copy, files
 
 
 def share_out(sizes: Sequence[int], world: int) -> list[int]:
