@@ -18,72 +18,55 @@ import yaml
 
 from pipeline.constraints import AT_LEAST_0, FREE, MAY_CHANGE, NOT_EMPTY, POSITIVE, SHARE, between, check_fields, one_of
 from pipeline.data.dataset import DataConfig, check_config
-from pipeline.errors import InputError, printable
+from pipeline.errors import InputError, printable, require
 from pipeline.match.matcher import MatchConfig
 from pipeline.model import losses, networks
 from pipeline.observe.speed import parse_rounds
 from pipeline.storage.store import open_store
 
-PRECISIONS = ("", "auto", "fp32", "bf16", "fp16")
+to_dict = dataclasses.asdict
+MOST = 2**62  # larger numbers mean nothing in any setting, and overflow where they are used
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
     images: int = field(default=300_000, metadata=MAY_CHANGE | POSITIVE)
     """Budget: images trained on, over all ranks and passes; rounded up to whole rounds."""
-
     batch: int = field(default=128, metadata=POSITIVE)
     """Images a step, over all ranks."""
-
     passes: int = field(default=1, metadata=POSITIVE)
     """Passes of SGD over a round's images before they are matched anew."""
-
     lr: float = field(default=2e-3, metadata=MAY_CHANGE | POSITIVE)
     """Peak learning rate of AdamW; a cosine over the budget takes it to lr_end."""
-
     lr_end: float = field(default=1e-5, metadata=MAY_CHANGE | AT_LEAST_0)
     """Learning rate at the end of the budget."""
-
     warmup: int = field(default=10_000, metadata=MAY_CHANGE | AT_LEAST_0)
     """Images over which the learning rate rises from 0; at most half the budget."""
-
     beta1: float = field(default=0.9, metadata=SHARE)
     """AdamW's decay of the first moment."""
-
     beta2: float = field(default=0.99, metadata=SHARE)
     """AdamW's decay of the second moment."""
-
     weight_decay: float = field(default=0.01, metadata=MAY_CHANGE | AT_LEAST_0)
     """AdamW's decoupled weight decay."""
-
     clip: float = field(default=1.0, metadata=MAY_CHANGE | AT_LEAST_0)
     """Largest norm of the gradient; 0 does not clip."""
-
     ema: float = field(default=0.0, metadata=SHARE)
     """Decay a step of an exponential moving average of the weights, used by evaluation; 0: none."""
-
     accumulate: int = field(default=1, metadata=FREE | POSITIVE)
     """Micro-batches a step: batch = images of a micro-batch x accumulate x ranks."""
-
-    precision: str = field(default="", metadata=FREE | one_of(PRECISIONS))
+    precision: str = field(default="", metadata=FREE | one_of(("", "auto", "fp32", "bf16", "fp16")))
     """fp32, bf16 or fp16 for forward and backward; weights are float32. Empty: as the launcher says; auto: if that is
     nothing, bf16 where the hardware multiplies it, else fp32."""
-
     compile: bool = field(default=False, metadata=FREE)
     """Compile the network with torch.compile."""
-
     channels_last: bool = field(default=False, metadata=FREE)
     """Keep images in memory with the channels of a pixel together, which GPUs' convolutions prefer."""
-
     recompute: bool = field(default=False, metadata=FREE)
     """Activation checkpointing: forget each block's activations and compute them again for the backward."""
-
     bad_steps: int = field(default=10, metadata=FREE | POSITIVE)
     """So many steps in a row with a loss or gradient that is not finite stop the run; each of them is skipped."""
-
     threads: int = field(default=0, metadata=FREE | between(0, 1024))
     """CPU threads a rank; 0: this machine's cores shared among its ranks."""
-
     timeout: int = field(default=600, metadata=FREE | between(1, 10**7))
     """Seconds a rank waits for the others before it fails."""
 
@@ -92,10 +75,8 @@ class TrainConfig:
 class ReportConfig:
     rounds: int = field(default=1, metadata=POSITIVE)
     """Rounds between reports (TensorBoard scalars and metrics.jsonl)."""
-
     pictures: int = field(default=25, metadata=AT_LEAST_0)
     """Rounds between image grids; 0: none."""
-
     trackers: str = "tensorboard"
     """Where to report besides metrics.jsonl: names with commas between them. Other packages may bring more."""
 
@@ -104,10 +85,8 @@ class ReportConfig:
 class CheckpointConfig:
     rounds: int = field(default=25, metadata=POSITIVE)
     """Rounds between checkpoints; one is always written at the end."""
-
     keep: int = field(default=2, metadata=AT_LEAST_0)
     """Complete checkpoints that are kept, the newest ones; 0 keeps all."""
-
     keep_every: int = field(default=0, metadata=AT_LEAST_0)
     """Also keep, for good, those after a number of rounds that this divides; 0: none."""
 
@@ -115,9 +94,7 @@ class CheckpointConfig:
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
     path: str = field(default="runs/mnist", metadata=NOT_EMPTY)
-    """Folder of the run: configuration, metrics, pictures, checkpoints, evaluation. All ranks must see the same one,
-    unless `remote` is set."""
-
+    """Folder of the run: metrics, pictures, checkpoints, evaluation. All ranks must see it, unless `remote` is set."""
     remote: str = ""
     """s3://bucket/prefix: the run is copied there as it goes, and resumes from there if `path` has nothing newer."""
 
@@ -125,8 +102,7 @@ class RunConfig:
 @dataclass(kw_only=True, slots=True)
 class StopConfig:
     within: float = field(default=25.0, metadata=POSITIVE)
-    """Seconds after SIGTERM, SIGUSR1 or Ctrl-C in which the run must have written a checkpoint and ended: torchrun and
-    Accelerate, if they are sent the signal, kill their ranks after 30."""
+    """Seconds from SIGTERM, SIGUSR1 or Ctrl-C to a checkpoint and the end: torchrun and Accelerate kill after 30."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -149,10 +125,8 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig, metadata=FREE)
     stop: StopConfig = field(default_factory=StopConfig, metadata=FREE)
     profile: ProfileConfig = field(default_factory=ProfileConfig, metadata=FREE)
-
     seed: int = field(default=0, metadata=AT_LEAST_0)
     """Everything random is a function of this, the round and an image's or a latent's number."""
-
     resume: str = field(default="auto", metadata=FREE | one_of(("auto", "changed", "never")))
     """auto: go on from the newest complete checkpoint of run.path; changed: also with another data.path, train.images,
     lr, lr_end, warmup, clip or weight_decay than it had; never: start anew, refusing a folder in use."""
@@ -181,8 +155,8 @@ def parse(arguments: Sequence[str]) -> Config:
     where = given.config or "the command line"
     for section in NAMED:
         name = getattr(given, section)
-        if name is not None and isinstance(content, dict) and isinstance(content.get(section) or {}, dict):
-            content[section] = {**(content.get(section) or {}), "name": name}
+        if name is not None and isinstance(content, dict) and isinstance(there := content.get(section) or {}, dict):
+            content[section] = there | {"name": name}
     base = from_dict(content, where=where)
     for word in rest:
         section, _, key = word.partition("=")[0].removeprefix("--").replace("-", "_").partition(".")
@@ -202,7 +176,7 @@ def _read(path: str) -> Any:
     try:
         return yaml.safe_load(Path(path).read_text()) or {}
     except FileNotFoundError:
-        there = ", ".join(sorted(str(file) for file in Path("configs").glob("*.yaml"))) or "none"
+        there = ", ".join(sorted(map(str, Path("configs").glob("*.yaml")))) or "none"
         raise InputError(f"no configuration file '{path}'; configs/ has: {there}") from None
     except OSError as error:
         raise InputError(f"{path or '--config without a file'} cannot be read: {error.strerror}") from None
@@ -213,20 +187,14 @@ def _read(path: str) -> Any:
         raise InputError(f"{path}{where}: this is no YAML ({type(error).__name__}): see configs/mnist.yaml") from None
 
 
-def from_dict(
-    content: Any,
-    *,
-    where: str,  # that it comes from, for messages
-    recorded: bool = False,  # a run's own record: settings of earlier versions that mean nothing to it are left out
-) -> Config:
-    """The configuration that a file's keys and values describe; InputError for anything unknown or impossible."""
+def from_dict(content: Any, *, where: str, recorded: bool = False) -> Config:
+    """The configuration that the keys and values of a file, `where`, describe; InputError for what cannot be.
+
+    Of a run's own record (`recorded`) settings of earlier versions that mean nothing any more are left out.
+    """
     config: Config = _build(Config, content, where, "", recorded)
     check(config)
     return config
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    return dataclasses.asdict(config)
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -250,45 +218,35 @@ def _leaves(settings: Any, prefix: str = "", change: str = "") -> Iterator[tuple
 
 def differences(old: Config, new: Config) -> list[str]:
     """Settings that touch what is computed and differ, one readable line each."""
-    before, after, free = flatten(old), flatten(new), changeable(new, FREE)
-    return [
-        f"{key}: {before[key]} there, {after[key]} now"
-        for key in before
-        if key in after and before[key] != after[key] and key not in free
-    ]
-
-
-MOST = 2**62
-"""Larger numbers mean nothing in any setting, and overflow where they are used."""
+    before, after = flatten(old), flatten(new)
+    same = changeable(new, FREE) | {key for key in before if key not in after or before[key] == after[key]}
+    return [f"{key}: {before[key]} there, {after[key]} now" for key in before if key not in same]
 
 
 def check(config: Config) -> None:
     """InputError on values that no run can have; what depends on the data or the world is checked where it is known."""
     check_config(config.data)
-    flat = flatten(config)
+    flat, remote = flatten(config), config.run.remote.rstrip("/")
     for key, value in flat.items():
-        if isinstance(value, (int, float)) and not abs(value) < MOST:
-            raise InputError(f"{key} is {value}: it must be a finite number below {MOST:.1e}")
+        finite = not isinstance(value, (int, float)) or abs(value) < MOST
+        require((finite, f"{key} is {value}: it must be a finite number below {MOST:.1e}"))
     check_fields(config, "")
     for one in dataclasses.fields(config):
         if dataclasses.is_dataclass(section := getattr(config, one.name)):
             check_fields(section, one.name)
     parse_rounds(config.profile.rounds)
-    if "://" in config.run.path:
-        raise InputError("run.path is a local folder: for the copy in a bucket there is run.remote")
-    config.run.remote = config.run.remote.rstrip("/")
-    if config.run.remote:
-        open_store(config.run.remote)
+    require(("://" not in config.run.path, "run.path is a local folder: for the copy in a bucket there is run.remote"))
+    config.run.remote = remote
+    if remote:
+        open_store(remote)
         for key in ("run.path", "data.path"):
-            if config.run.remote == flat[key].rstrip("/"):
-                raise InputError(
-                    f"run.remote and {key} are both {config.run.remote}: choose another place for the copy"
-                )
-    if config.match.round % config.train.batch:
-        near = max(1, round(config.match.round / config.train.batch)) * config.train.batch
+            same = remote == flat[key].rstrip("/")
+            require((not same, f"run.remote and {key} are both {remote}: choose another place for the copy"))
+    size, batch = config.match.round, config.train.batch
+    if size % batch:
         raise InputError(
-            f"match.round={config.match.round} is no multiple of train.batch={config.train.batch}: every step takes a "
-            f"whole batch of the round's images; the nearest that fits is --match.round={near}"
+            f"match.round={size} is no multiple of train.batch={batch}: every step takes a whole batch of the round's "
+            f"images; the nearest that fits is --match.round={max(1, round(size / batch)) * batch}"
         )
 
 
@@ -296,7 +254,6 @@ def _build(kind: Any, content: Any, where: str, prefix: str, recorded: bool) -> 
     section = prefix.rstrip(".")
     if not isinstance(content, dict):
         raise InputError(f"{where}: '{section or 'the file'}' must hold keys and values")
-    gone = [key for key, new in RENAMED.items() if not new]
     content = {
         (RENAMED.get(f"{prefix}{key}") or f"{prefix}{key}").removeprefix(prefix): content[key] for key in content
     }
@@ -311,8 +268,8 @@ def _build(kind: Any, content: Any, where: str, prefix: str, recorded: bool) -> 
             values[key] = _build(hints[key], {} if value is None else value, where, f"{prefix}{key}.", recorded)
         elif key in hints:
             values[key] = _convert(hints[key], value, f"{where}: {prefix}{key}")
-        elif not (recorded and (f"{prefix}{key}" in gone or section in NAMED and key in NAMED[section][2])):
-            if f"{prefix}{key}" in gone:
+        elif not (recorded and (RENAMED.get(f"{prefix}{key}") == "" or section in NAMED and key in NAMED[section][2])):
+            if RENAMED.get(f"{prefix}{key}") == "":
                 raise InputError(f"{where}: {prefix}{key} is no longer a setting: leave it out")
             _refuse_former(section, key, content.get("name"), where)
             known = [prefix + name for name in hints] if prefix else list(flatten(Config())) + list(hints)
@@ -325,10 +282,8 @@ def _build(kind: Any, content: Any, where: str, prefix: str, recorded: bool) -> 
 def _refuse_former(section: str, key: str, name: Any, where: str) -> None:
     """InputError for a setting that another choice of the section has."""
     if section in NAMED and (owners := NAMED[section][2].get(key)):
-        raise InputError(
-            f"{where}: {section}.{key} is no setting of {section}.name={name}, but of {owners}: leave it out, or "
-            f"choose another {section}.name"
-        )
+        said = f"{where}: {section}.{key} is no setting of {section}.name={name}, but of {owners}"
+        raise InputError(f"{said}: leave it out, or choose another {section}.name")
 
 
 def _convert(target: Any, value: Any, where: str) -> Any:

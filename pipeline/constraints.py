@@ -12,12 +12,10 @@ from typing import Any
 from pipeline.errors import InputError
 
 Metadata = dict[str, Any]
-
+# A resumed run may change it: but for rounding, nothing that is computed depends on it. Of a section: all of it.
 FREE: Metadata = {"change": "free"}
-"""A resumed run may change it: but for rounding, nothing that is computed depends on it. Of a section: all of it."""
-
+# A resumed run may change it with resume=changed: what follows is another run than was begun.
 MAY_CHANGE: Metadata = {"change": "asked"}
-"""A resumed run may change it with resume=changed: what follows is another run than was begun."""
 
 
 def _takes(holds: Callable[[Any], bool], must: str) -> Metadata:

@@ -1,27 +1,19 @@
 """The errors that are the user's or the environment's rather than ours, and the exit code of each."""
 
-import contextlib
 import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar, NoReturn
 
-FAILED = 1
-"""Exit code: a failure that is worth a retry."""
-
-BAD_INPUT = 2
-"""Exit code: bad configuration or input. An orchestrator must not retry it."""
-
-INTERRUPTED = 75
-"""Exit code: stopped on request after writing a checkpoint. An orchestrator should retry it."""
-
-PEER_LOST = 76
-"""Exit code: another rank is gone, through no fault of this one. An orchestrator should retry it, and not count it."""
+FAILED = 1  # exit code: a failure that is worth a retry
+BAD_INPUT = 2  # exit code: bad configuration or input, which an orchestrator must not retry
+INTERRUPTED = 75  # exit code: stopped on request after writing a checkpoint, which an orchestrator should retry
+PEER_LOST = 76  # exit code: another rank is gone, which an orchestrator should retry, and not count
 
 
 class InputError(ValueError):
@@ -60,11 +52,10 @@ class Stopped(Exception):
     code: ClassVar[int] = INTERRUPTED
 
 
+# The errors that one rank raises on behalf of all (`together` raises them on every rank), and the exit codes, the most
+# specific first: where ranks raise different errors, the first of these wins.
 SHARED = (InputError, Damaged, Conflict, Diverged, Stopped, PeerLost, Unavailable)
-"""The errors that one rank raises on behalf of all: `together` raises them on every rank."""
-
 BY_WEIGHT = (BAD_INPUT, INTERRUPTED, PEER_LOST, FAILED)
-"""Exit codes, the most specific first: where ranks raise different errors, the first of these wins."""
 
 
 def printable(text: str, most: int = 200) -> str:
@@ -72,12 +63,16 @@ def printable(text: str, most: int = 200) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text[:most])
 
 
+def require(*rules: tuple[object, str]) -> None:
+    """InputError with the message of the first rule (whether it holds, its message) that does not hold."""
+    for holds, message in rules:
+        if not holds:
+            raise InputError(message)
+
+
 @contextmanager
 def exit_on_input_error(program: str) -> Iterator[None]:
-    """Turn InputError, Unavailable and PeerLost into one line on stderr and their exit code, Ctrl-C into 130.
-
-    Any other exception is a crash and passes through.
-    """
+    """Turn InputError, Unavailable and PeerLost into one line on stderr and their exit code, Ctrl-C into 130."""
     try:
         yield
     except (InputError, PeerLost, Unavailable) as error:
@@ -92,6 +87,6 @@ def _exit(code: int, text: str) -> NoReturn:
     """Print the reason, hand it to torchelastic where that started this process, and exit."""
     print(text, file=sys.stderr, flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
     raise SystemExit(code) from None

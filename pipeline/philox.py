@@ -13,6 +13,7 @@ block. Draws of different streams therefore never coincide under one key, as the
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,7 +24,6 @@ imaginary part of the fourier law; noise that an objective adds to images; noise
 to images; the noise of flat latents."""
 
 MAX_ID = 2**62
-
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -43,6 +43,20 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     return [a, b, c, d]
 
 
+def _unit(words: Tensor) -> Tensor:
+    """32-bit words to (0, 1]; float32 keeps the small values that the normals' tails need."""
+    return (words.float() + 0.5) * 2.0**-32
+
+
+def _box_muller(words: list[Tensor]) -> list[Tensor]:
+    values: list[Tensor] = []
+    for first, second in (words[:2], words[2:]):
+        radius = torch.sqrt(-2.0 * torch.log(_unit(first)))
+        angle = _unit(second) * (2.0 * math.pi)
+        values += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    return values
+
+
 def normal(
     seed: int,  # any integer; its low 64 bits count
     round: int,  # 0 <= round < 2**32
@@ -51,36 +65,12 @@ def normal(
     device: torch.device | str = "cpu",
     *,
     stream: int = LATENT,
+    law: Words = _box_muller,  # turns uniform words into what is drawn: `uniform` has another one
 ) -> Tensor:
     """Standard normals (n, *shape) float32; row i depends on (seed, round, ids[i], stream) alone.
 
     Raises ValueError for an id outside [0, 2**62).
     """
-    return _rows(seed, round, ids, shape, device, stream, _box_muller)
-
-
-def uniform(
-    seed: int,  # this and the others: as in `normal`
-    round: int,
-    ids: Tensor,
-    shape: tuple[int, ...],
-    device: torch.device | str = "cpu",
-    *,
-    stream: int = LATENT,
-) -> Tensor:
-    """Uniforms in (0, 1], (n, *shape) float32; row i depends on (seed, round, ids[i], stream) alone."""
-    return _rows(seed, round, ids, shape, device, stream, lambda words: [_unit(word) for word in words])
-
-
-def _rows(
-    seed: int,
-    round: int,
-    ids: Tensor,
-    shape: tuple[int, ...],
-    device: torch.device | str,
-    stream: int,
-    transform: Words,
-) -> Tensor:
     size = math.prod(shape)
     blocks = -(-size // 4)
     assert blocks <= 2**30
@@ -95,20 +85,9 @@ def _rows(
         part = ids[start : start + rows, None]
         high = (part >> 32) | (stream & 3) << 30
         counter = (block, torch.full_like(part, round), part & _WORD, high)
-        for lane, values in enumerate(transform(philox(counter, key))):
+        for lane, values in enumerate(law(philox(counter, key))):
             out[start : start + rows, :, lane] = values
     return out.view(len(ids), blocks * 4)[:, :size].reshape(len(ids), *shape)
 
 
-def _unit(words: Tensor) -> Tensor:
-    """32-bit words to (0, 1]; float32 keeps the small values that the normals' tails need."""
-    return (words.float() + 0.5) * 2.0**-32
-
-
-def _box_muller(words: list[Tensor]) -> list[Tensor]:
-    values: list[Tensor] = []
-    for first, second in (words[:2], words[2:]):
-        radius = torch.sqrt(-2.0 * torch.log(_unit(first)))
-        angle = _unit(second) * (2.0 * math.pi)
-        values += [radius * torch.cos(angle), radius * torch.sin(angle)]
-    return values
+uniform = partial(normal, law=lambda words: [_unit(word) for word in words])  # as `normal`, but uniform in (0, 1]

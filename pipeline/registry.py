@@ -42,10 +42,8 @@ def lookup(
         entry: Entry = found.load()
     except Exception as error:  # whatever another package's import may raise
         package = found.dist.name if found.dist else found.module
-        raise InputError(
-            f"{setting} is '{name}', which the package {package} brings as {found.value}, but importing that failed: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+        said = f"{setting} is '{name}', which the package {package} brings as {found.value}, but importing that failed"
+        raise InputError(f"{said}: {type(error).__name__}: {error}") from error
     return entry
 
 

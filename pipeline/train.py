@@ -49,19 +49,13 @@ _HERE = Path(__file__).resolve().parent
 if sys.path and Path(sys.path[0] or ".").resolve() == _HERE:
     sys.path[0] = str(_HERE.parent)
 
-from pipeline.config import parse  # noqa: E402
-from pipeline.distributed.ranks import (  # noqa: E402
-    build_accelerator,
-    keep_memory,
-    peers_missed,
-    set_threads,
-    together,
-    warn_of_others,
-)
-from pipeline.errors import FAILED, INTERRUPTED, exit_on_input_error  # noqa: E402
-from pipeline.storage.store import use_endpoint  # noqa: E402
-from pipeline.training.loop import train  # noqa: E402
-from pipeline.training.prepare import pack_missing  # noqa: E402
+# ruff: noqa: E402
+from pipeline.config import parse
+from pipeline.distributed import build_accelerator, keep_memory, peers_missed, set_threads, together, warn_of_others
+from pipeline.errors import FAILED, INTERRUPTED, exit_on_input_error
+from pipeline.storage.store import use_endpoint
+from pipeline.training.loop import train
+from pipeline.training.prepare import pack_missing
 
 
 def main() -> None:
@@ -81,9 +75,8 @@ def run(arguments: list[str]) -> None:
         use_endpoint(config.data.endpoint)
         keep_memory()
         set_threads(config.train.threads)
-        accelerator = build_accelerator(
-            config.train.timeout, precision=config.train.precision, accumulate=config.train.accumulate
-        )
+        settings = config.train
+        accelerator = build_accelerator(settings.timeout, precision=settings.precision, accumulate=settings.accumulate)
         with together(accelerator):
             if accelerator.is_main_process:
                 pack_missing(config.data, arguments)

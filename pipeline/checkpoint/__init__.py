@@ -2,7 +2,6 @@
 
 Names are imported when they are first used: the writer imports torch, which commands such as `naign fetch` do without.
 """
-# ruff: noqa: F401
 
 from typing import TYPE_CHECKING
 

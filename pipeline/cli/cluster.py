@@ -7,7 +7,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Unavailable, require
 
 
 def launch() -> None:
@@ -57,13 +57,7 @@ def render(
     from pipeline.cluster.render import Size, name_after, predict, render_k8s, render_slurm
 
     size = Size(
-        nodes=nodes,
-        gpus=gpus,
-        gpu=gpu,
-        bandwidth=bandwidth,
-        account=service_account,
-        endpoint=endpoint,
-        region=region,
+        nodes=nodes, gpus=gpus, gpu=gpu, bandwidth=bandwidth, account=service_account, endpoint=endpoint, region=region
     )
     make = render_k8s if what == "k8s" else render_slurm
     text = make(size, image=image, data=data, run=run, config=config, name=name or name_after(run))
@@ -85,13 +79,12 @@ def fetch(remote: Positional[str], /, *, to: Path, every: float = 0) -> None:
     import time
 
     from pipeline.checkpoint.bucket import fetch_shown
-    from pipeline.errors import Unavailable
     from pipeline.storage.store import open_store
 
-    if not (every == 0 or 1 <= every <= 86400) or str(to) in ("", "."):
-        raise InputError("--every must be 0 or 1 to 86400 seconds, --to a folder of its own")
-    if not every and not open_store(remote).exists("config.yaml"):
-        raise InputError(f"{remote} holds no run: its config.yaml is not there")
+    sound = (every == 0 or 1 <= every <= 86400) and str(to) not in ("", ".")
+    require((sound, "--every must be 0 or 1 to 86400 seconds, --to a folder of its own"))
+    there = every or open_store(remote).exists("config.yaml")
+    require((there, f"{remote} holds no run: its config.yaml is not there"))
     while True:
         try:
             print(f"{fetch_shown(remote, to, renew=True)} files from {remote}", flush=True)

@@ -47,14 +47,9 @@ def pack(
     from pipeline.evaluate import NEIGHBOURS
 
     loaded = load(source, root=root, size=size, channels=channels, seed=seed)
-    manifest, written = writer.pack(
-        subset(loaded, train=train, without=without, seed=seed) if train is not None or without else loaded,
-        to,
-        shards=shards,
-        encoding=encoding,
-        seed=seed,
-        force=force,
-    )
+    if train is not None or without:
+        loaded = subset(loaded, train=train, without=without, seed=seed)
+    manifest, written = writer.pack(loaded, to, shards=shards, encoding=encoding, seed=seed, force=force)
     print(f"{_contents(to, manifest)}{'' if written else ' (already there)'}")
     if (tests := manifest.split("test").samples) <= NEIGHBOURS:
         print(f"note: too few test examples to evaluate a network on: {tests}, and more than {NEIGHBOURS} are needed")

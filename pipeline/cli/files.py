@@ -1,7 +1,5 @@
 """Files of the commands: images and points that are read, samples that are written."""
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from pipeline.data.decode import UNDECODABLE, scaled
 from pipeline.data.sources.folder import square
-from pipeline.errors import InputError, printable
+from pipeline.errors import InputError, printable, require
 from pipeline.observe.pictures import grid, png, to_image
 from pipeline.storage.local import write_atomically
 
@@ -28,13 +26,9 @@ def find_files(files: Sequence[Path], shape: tuple[int, ...]) -> list[tuple[Path
     suffixes, what = (IMAGES, "images") if len(shape) == 3 else ((".csv",), ".csv files of points")
     found = []
     for file in files:
-        if file.is_dir():
-            inside = sorted(path for path in file.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
-            found += [(path, path.relative_to(file)) for path in inside]
-        else:
-            found.append((file, Path(file.name)))
-    if not found:
-        raise InputError(f"no {what} given: name files, or folders that hold some")
+        inside = sorted(path for path in file.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+        found += [(path, path.relative_to(file)) for path in inside] if file.is_dir() else [(file, Path(file.name))]
+    require((found, f"no {what} given: name files, or folders that hold some"))
     return found
 
 
@@ -43,12 +37,12 @@ def refuse_overwriting(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
     source_of: dict[Path, Path] = {}
     sources = {path.resolve() for path in inputs}
     for source, output in zip(inputs, outputs, strict=True):
-        if output.resolve() in sources:
-            raise InputError(f"--to would overwrite the input {output}: choose another folder")
-        if output.is_dir():
-            raise InputError(f"{output} would be written for {source}, but is a folder: choose another --to")
-        if output in source_of:
-            raise InputError(f"{source_of[output]} and {source} would both be written to {output}: rename one of them")
+        other = source_of.get(output)
+        require(
+            (output.resolve() not in sources, f"--to would overwrite the input {output}: choose another folder"),
+            (not output.is_dir(), f"{output} would be written for {source}, but is a folder: choose another --to"),
+            (not other, f"{other} and {source} would both be written to {output}: rename one of them"),
+        )
         source_of[output] = source
 
 
@@ -77,20 +71,17 @@ def _read_points(path: Path, shape: tuple[int, ...]) -> Tensor:
         lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeError) as error:
         raise InputError(f"{path}: {_cause(error, 'no text')}; {takes}") from None
-    rows = np.empty((len(lines), wanted), np.float32)
-    for number, line in enumerate(lines):
+    rows = []
+    for number, line in enumerate(lines, 1):
         try:
-            values = [float(cell) for cell in line.split(",")]
-            with np.errstate(over="ignore"):
-                rows[number] = values
-            sound = len(values) == wanted and bool(np.isfinite(rows[number]).all())
+            row = torch.tensor([float(cell) for cell in line.split(",")])
         except ValueError:
-            sound = False
-        if not sound:
-            raise InputError(f"{path}:{number + 1}: '{printable(line, 60)}': {takes}")
-    if not lines:
-        raise InputError(f"{path}: empty; {takes}")
-    return torch.from_numpy(rows)
+            row = torch.empty(0)
+        if len(row) != wanted or not row.isfinite().all():
+            raise InputError(f"{path}:{number}: '{printable(line, 60)}': {takes}")
+        rows.append(row)
+    require((rows, f"{path}: empty; {takes}"))
+    return torch.stack(rows)
 
 
 def _cause(error: Exception, otherwise: str) -> str:
@@ -121,9 +112,7 @@ def write_one(samples: Tensor, to: Path) -> None:
     if samples.ndim == 4:
         save(to_image(samples[0]), to)
     else:
-        text = io.StringIO()
-        csv.writer(text).writerows(samples.tolist())
-        write_atomically(to, text.getvalue())
+        write_atomically(to, "".join(f"{','.join(map(repr, row))}\r\n" for row in samples.tolist()))
 
 
 def save(picture: Image.Image, to: Path) -> None:

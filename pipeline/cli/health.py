@@ -7,7 +7,6 @@ def doctor() -> None:
     """Say what this machine offers and what stands in the way: versions, devices, threads, memory, one FAISS build."""
     from pipeline.observe.doctor import examine
 
-    problems = examine(print)
-    if problems:
+    if problems := examine(print):
         raise InputError("\n  ".join(["this machine is not ready:", *problems]))
     print("ready")

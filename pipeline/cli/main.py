@@ -21,16 +21,14 @@ def main() -> None:
     """Run the command of sys.argv. Exits with 2 on a user's mistake; see pipeline/errors.py."""
     if sys.argv[1:2] == ["launch"]:  # passes unknown options on to the training program
         launch()
-    commands = (pack, index, verify, launch, render, fetch, evaluate, sample, restore, score, export, doctor)
+    commands = pack, index, verify, launch, render, fetch, evaluate, sample, restore, score, export, doctor
+    names = {command.__name__: command for command in commands}
+    about = "Non-adversarial idempotent generative networks: one network that generates and repairs."
     with exit_on_input_error("naign"):
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot encode
         try:
-            tyro.extras.subcommand_cli_from_dict(
-                {command.__name__: command for command in commands},
-                prog="naign",
-                description="Non-adversarial idempotent generative networks: one network that generates and repairs.",
-            )
+            tyro.extras.subcommand_cli_from_dict(names, prog="naign", description=about)
             sys.stdout.flush()
         except BrokenPipeError:  # the reader has closed the pipe, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
@@ -43,7 +41,3 @@ def main() -> None:
             if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
                 raise InputError("this machine has too little memory for that: ask for fewer or smaller ones") from None
             raise
-
-
-if __name__ == "__main__":
-    main()

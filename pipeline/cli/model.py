@@ -9,22 +9,17 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from pipeline.errors import InputError
+from pipeline.errors import require
 
-Device = Literal["auto", "cpu", "cuda"]
+Device = Annotated[Literal["auto", "cpu", "cuda"], tyro.conf.arg(help="Where to compute.")]
+Times = Annotated[int, tyro.conf.arg(help="How often f is applied.")]
 Kind = Literal["blur", "noise", "salt_pepper", "rows"]
 Run = Annotated[Positional[str], tyro.conf.arg(help="A run (or s3://), a checkpoint or an exported model: its folder.")]
 Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images (points: .csv files), or folders of them.")]
 
 
 def evaluate(
-    run: Run,
-    /,
-    *,
-    data: str | None = None,
-    samples: int = 10_000,
-    seed: int = 0,
-    device: Device = "auto",
+    run: Run, /, *, data: str | None = None, samples: int = 10_000, seed: int = 0, device: Device = "auto"
 ) -> None:
     """Measure a trained model; writes evaluation/metrics.json, pictures and report.html into its folder.
 
@@ -32,17 +27,14 @@ def evaluate(
         data: Packed data set; default: the one it was trained on.
         samples: How many samples to draw; distances of different counts do not compare.
         seed: The same seed draws the same latents and damages.
-        device: Where to compute.
     """
     from pipeline.evaluate.run import evaluate as measure
 
-    _check_seed(seed)
+    _check(seed=seed)
     metrics = measure(run, data=data, samples=samples, seed=seed, device=_device(device))
-    fd = metrics["fd"]
-    print(
-        f"Frechet distance on {metrics['encoder']}: {fd['once']:.4g} for f(z), {fd['twice']:.4g} for f(f(z)); floor "
-        f"(training against test) {fd['floor']:.4g}"
-    )
+    fd, encoder = metrics["fd"], metrics["encoder"]
+    print(f"Frechet distance on {encoder}: {fd['once']:.4g} for f(z), {fd['twice']:.4g} for f(f(z)); ", end="")
+    print(f"floor (training against test) {fd['floor']:.4g}")
     for kind, errors in (metrics["restoration"] or {}).items():
         print(f"restoration of {kind}: mean absolute error {errors['input']:.3f} before, {errors['once']:.3f} after")
     for note in metrics["notes"]:
@@ -52,29 +44,19 @@ def evaluate(
 
 
 def sample(
-    run: Run,
-    /,
-    *,
-    n: int = 64,
-    to: Path | None = None,
-    times: int = 1,
-    seed: int = 0,
-    device: Device = "auto",
+    run: Run, /, *, n: int = 64, to: Path | None = None, times: Times = 1, seed: int = 0, device: Device = "auto"
 ) -> None:
     """Draw samples: one picture of all, or with a folder as --to one PNG each (points: a .csv file).
 
     Args:
         n: How many.
         to: A .png file for a grid, a .csv file for points, or a folder for one PNG a sample.
-        times: How often f is applied.
         seed: The same seed draws the same latents, and so the same samples.
-        device: Where to compute.
     """
     from pipeline.cli.files import write_samples
     from pipeline.model.naign import NAIGN
 
-    _at_least(1, n=n, times=times)
-    _check_seed(seed)
+    _check(n=n, times=times, seed=seed)
     made = NAIGN.from_pretrained(run, device=_device(device)).sample(n, seed=seed, times=times).cpu()
     place = to or Path("samples.png" if made.ndim == 4 else "samples.csv")
     print(f"{n} samples: {write_samples(made, place)}")
@@ -86,7 +68,7 @@ def restore(
     /,
     *,
     to: Path = Path("restored"),
-    times: int = 1,
+    times: Times = 1,
     damage: Kind | None = None,
     device: Device = "auto",
 ) -> None:
@@ -94,9 +76,7 @@ def restore(
 
     Args:
         to: Folder to write; images found in folders keep their sub-folders and names.
-        times: How often f is applied.
         damage: Damage the images first (the damaged ones go to a sub-folder of that name), to see what a repair does.
-        device: Where to compute.
     """
     import torch
 
@@ -104,13 +84,13 @@ def restore(
     from pipeline.data.degrade import degrade
     from pipeline.model.naign import NAIGN
 
-    _at_least(1, times=times)
+    _check(times=times)
     model = NAIGN.from_pretrained(run, device=_device(device))
-    if to.is_file():
-        raise InputError(f"--to {to} is a file: give a folder, for one picture an image")
     points = len(model.shape) == 1
-    if points and damage:
-        raise InputError(f"--damage {damage} is for images, this model takes points")
+    require(
+        (not to.is_file(), f"--to {to} is a file: give a folder, for one picture an image"),
+        (not (points and damage), f"--damage {damage} is for images, this model takes points"),
+    )
     inputs = find_files(files, model.shape)
     paths = [path for path, _ in inputs]
     names = [name.with_suffix(".csv" if points else ".png") for _, name in inputs]
@@ -127,18 +107,8 @@ def restore(
     print(f"{len(names)} restored {'files of points' if points else 'images'}: {to}/")
 
 
-def score(
-    run: Run,
-    files: Files,
-    /,
-    *,
-    device: Device = "auto",
-) -> None:
-    """Print energies as CSV: file (points: file:line), mean squared residual of f(x) - x. Low near the data trained on.
-
-    Args:
-        device: Where to compute.
-    """
+def score(run: Run, files: Files, /, *, device: Device = "auto") -> None:
+    """Print energies as CSV: file (points: file:line), mean squared residual of f(x) - x; low near training data."""
     import torch
 
     from pipeline.cli.files import find_files, read_samples
@@ -154,13 +124,7 @@ def score(
         table.writerow((path if len(model.shape) == 3 else f"{path}:{line}", f"{energy:.6g}"))
 
 
-def export(
-    run: Run,
-    /,
-    *,
-    to: Path,
-    format: Literal["safetensors", "torch"] = "safetensors",
-) -> None:
+def export(run: Run, /, *, to: Path, format: Literal["safetensors", "torch"] = "safetensors") -> None:
     """Write a model alone, for use elsewhere: safetensors for NAIGN.from_pretrained, torch for torch.export.load.
 
     Args:
@@ -188,17 +152,13 @@ def export(
 def _device(name: Device) -> str:
     import torch
 
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: this machine has no CUDA device that torch can use; try --device cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    there = torch.cuda.is_available()
+    absent = "--device cuda: this machine has no CUDA device that torch can use; try --device cpu"
+    require((there or name != "cuda", absent))
+    return ("cuda" if there else "cpu") if name == "auto" else name
 
 
-def _check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**63:
-        raise InputError(f"--seed is {seed}: it must be 0 to {2**63 - 1}")
-
-
-def _at_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise InputError(f"--{name} is {value}: it must be at least {least}")
+def _check(*, seed: int = 0, **counts: int) -> None:
+    """InputError for a seed that no generator takes, and for counts below 1."""
+    least = [(value >= 1, f"--{name} is {value}: it must be at least 1") for name, value in counts.items()]
+    require(*least, (0 <= seed < 2**63, f"--seed is {seed}: it must be 0 to {2**63 - 1}"))

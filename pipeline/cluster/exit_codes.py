@@ -8,34 +8,27 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
 
 from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST
 
+# Requests to end, which are forwarded to the ranks; Slurm's is USR1.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
-"""Requests to end, which are forwarded to the ranks; Slurm's is USR1."""
-
+GRACE = 10.0  # seconds for ranks to notice themselves that another host is gone
 MEANINGS = {
     BAD_INPUT: "bad configuration or input, which is not tried again",
     INTERRUPTED: "stopped on request; the same command goes on from the newest checkpoint",
     PEER_LOST: "another rank or host is not there; start all again and they go on from the newest checkpoint",
 }
 
-GRACE = 10.0
-"""Seconds for ranks to notice themselves that another host is gone."""
-
 
 def say(text: str) -> None:
     print(f"naign launch: {text}", file=sys.stderr, flush=True)
 
 
-def on_signals(
-    handler: Callable[[int, FrameType | None], Any] | signal.Handlers, numbers: Sequence[int] = SIGNALS
-) -> None:
+def on_signals(handler: Callable[..., Any] | signal.Handlers, numbers: Sequence[int] = SIGNALS) -> None:
     for number in numbers:
         signal.signal(number, handler)
 
@@ -52,10 +45,7 @@ class Ending:
 
     def listen(self) -> None:
         """Only note signals from now on, so that none interrupts what follows."""
-        on_signals(self._note_signal)
-
-    def _note_signal(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        on_signals(lambda *_: setattr(self, "asked", True))
 
     def wait_for(self, condition: Callable[[], bool], within: float = math.inf) -> None:
         """Return when the condition holds, after `within` seconds, or when this host is asked to end."""
@@ -64,17 +54,13 @@ class Ending:
             time.sleep(0.05)
 
     def note(self, host: int, code: int | None, lost: bool) -> None:
-        """Host `host` ended with `code`, None if it did not say; it knew of a host that was `lost`.
-
-        Blocks until this host's ranks have ended: to be called in a thread.
-        """
+        """Host `host` ended with `code` (None: it did not say), and knew of a `lost` one. Waits for the ranks' end."""
         over = self._over.is_set()
-        if not over:
-            self.lost = self.lost or code is None or lost
+        self.lost = self.lost or (not over and (code is None or lost))
         self._codes[host] = code
         if over:
             return
-        say(f"host {host} ended" + (f" with code {code}" if code is not None else " without a word: lost"))
+        say(f"host {host} ended {'without a word: lost' if code is None else f'with code {code}'}")
         if not self._over.wait(GRACE if code is None else self._patience):
             say("this host's ranks do not end: killed")
             self.lost = True
@@ -85,16 +71,14 @@ class Ending:
                 os._exit(PEER_LOST)
 
     def judge(self, code: int) -> int:
-        """The code to end with, where this host's ranks ended with `code`.
-
-        A crash counts as one, unless a host vanished: then it may be the consequence.
-        """
-        if code not in (0, BAD_INPUT, INTERRUPTED) and not self._alone:
+        """The code to end with, where the ranks ended with `code`: a crash may be the consequence of a lost host."""
+        crashed = code not in (0, BAD_INPUT, INTERRUPTED)
+        if crashed and not self._alone:
             self.wait_for(lambda: bool(self._codes), GRACE)
         self._over.set()
         if code == PEER_LOST and BAD_INPUT in self._codes.values():  # Slurm takes the highest of all hosts' codes
             return BAD_INPUT
-        return PEER_LOST if self.lost and code not in (0, BAD_INPUT, INTERRUPTED) else code
+        return PEER_LOST if self.lost and crashed else code
 
     def heard(self, host: int, within: float) -> int | None:
         """The code of another host, once it has ended; None if it vanished, or says nothing within so many seconds."""
@@ -105,8 +89,7 @@ class Ending:
 def explain(failures: Mapping[int, Any]) -> tuple[int, str]:
     """The code that stands for this host's ranks, and a sentence for the log's last line.
 
-    `failures` are torchelastic's ProcessFailure by local rank. Ranks that it killed long after the first failure, since
-    they went on, do not count.
+    `failures` are torchelastic's ProcessFailure by local rank; those that it killed long after the first do not count.
     """
     first = min(failure.timestamp for failure in failures.values())
     causes = [found for found in failures.values() if found.exitcode >= 0 or found.timestamp < first + GRACE]
@@ -124,11 +107,3 @@ def explain(failures: Mapping[int, Any]) -> tuple[int, str]:
 def weight(code: int) -> int:
     """The exit code of a host is that of its rank with the largest weight: a crash must count against the retries."""
     return {BAD_INPUT: 3, PEER_LOST: 1, INTERRUPTED: 0, 0: 0}.get(code, 2)
-
-
-def read_code(file: Path) -> int:
-    """The code that a rank wrote as it ended; FAILED if it wrote none."""
-    try:
-        return int(file.read_text())
-    except (OSError, ValueError):
-        return FAILED

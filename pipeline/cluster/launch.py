@@ -20,15 +20,15 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
 
-from pipeline.cluster.exit_codes import MEANINGS, SIGNALS, Ending, explain, on_signals, read_code, say, weight
+from pipeline.cluster.exit_codes import MEANINGS, SIGNALS, Ending, explain, on_signals, say, weight
 from pipeline.cluster.meeting import TELLING, Links, interface_of, listen, meet, turn_away
 from pipeline.cluster.place import Place, find_place, find_ports
 from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost, Unavailable
@@ -45,58 +45,50 @@ def main(arguments: Sequence[str]) -> int:
     add = parser.add_argument
     add("--engine", default="", help="a configuration of Accelerate: a file, or a name in launch/ as zero2; default: "
         "DDP, on the GPUs where there are any")  # fmt: skip
-    add("--processes", type=int, default=0, help="ranks on this host; default: one a GPU, or one")
-    add("--gpus", type=int, default=0, help="GPUs that this host must have; default: as many as there are, or none")
-    meeting, ranks = find_ports(os.environ)
-    add("--port", type=int, default=ranks, help="of host 0, for the ranks (%(default)s)")
-    add("--meeting-port", type=int, default=meeting, help="of host 0, where hosts wait for each other (%(default)s)")
-    add("--wait", type=float, default=900, help="seconds to wait for the other hosts (%(default)s)")
-    add("--reach", type=float, default=300, help="seconds to wait for the bucket of run.remote (%(default)s)")
+    (meeting, ranks), count, port = find_ports(os.environ), _between(0, 1024, int), _between(1, 65535, int)
+    add("--processes", type=count, default=0, help="ranks on this host; default: one a GPU, or one")
+    add("--gpus", type=count, default=0, help="GPUs that this host must have; default: as many as there are, or none")
+    add("--port", type=port, default=ranks, help="of host 0, for the ranks (%(default)s)")
+    add("--meeting-port", type=port, default=meeting, help="of host 0, where hosts wait for each other (%(default)s)")
+    add("--wait", type=_between(1, 10**6), default=900, help="seconds to wait for the other hosts (%(default)s)")
+    add("--reach", type=_between(0, 10**6), default=300, help="seconds to wait for run.remote's bucket (%(default)s)")
     on_signals(_leave_at_once, SIGNALS[:3])  # the first process of a container gets no others
     options, training = parser.parse_known_args(arguments)
-    reason = ""
     try:
-        code = _launch(options, training)
-    except PeerLost as error:
-        code, reason = PEER_LOST, f"{error}: {MEANINGS[PEER_LOST]}"
-    except Unavailable as error:
-        code, reason = FAILED, f"failed: {error}"
-    except InputError as error:
-        code, reason = BAD_INPUT, f"error: {error}"
+        code, reason = _launch(options, training), ""
+    except (PeerLost, Unavailable, InputError) as error:
+        code = error.code
+        reason = {FAILED: f"failed: {error}", BAD_INPUT: f"error: {error}"}.get(code, f"{error}: {MEANINGS[PEER_LOST]}")
     on_signals(signal.SIG_IGN)  # they change nothing any more
     if reason:
         say(reason)
     return code
 
 
-def _leave_at_once(number: int, frame: FrameType | None) -> None:
+def _leave_at_once(*_: object) -> None:
     """End on a signal while there are no ranks, when nothing is lost."""
     say(MEANINGS[INTERRUPTED])
     os._exit(INTERRUPTED)
 
 
-def _check(options: argparse.Namespace) -> None:
-    seconds, ports = 10**6, (1, 65535)
-    limits = {"processes": (0, 1024), "gpus": (0, 1024), "port": ports, "meeting_port": ports}
-    for name, (least, most) in (limits | {"wait": (1, seconds), "reach": (0, seconds)}).items():
-        option, value = "--" + name.replace("_", "-"), getattr(options, name)
-        if not least <= value <= most:
-            raise InputError(f"{option} is {value}: it must lie between {least} and {most}")
+def _between(least: float, most: float, kind: type[float] = float) -> Callable[[str], float]:
+    """What converts an option's text, for argparse."""
+
+    def number(text: str) -> float:
+        if not least <= (value := kind(text)) <= most:
+            raise argparse.ArgumentTypeError(f"{value}: it must lie between {least} and {most}")
+        return value
+
+    return number
 
 
 def _launch(options: argparse.Namespace, training: Sequence[str]) -> int:
     from pipeline.config import parse
     from pipeline.storage.store import use_endpoint
 
-    _check(options)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)  # of whatever started this: ranks get their own
-    try:
-        config = parse(list(training))  # here, too, so that a mistake is reported at once, and by one process
-    except SystemExit as error:
-        if not error.code:
-            raise
-        raise InputError("an option is wrong, as said above") from None
+    config = parse(list(training))  # here, too, so that a mistake is reported at once, and by one process
     use_endpoint(config.data.endpoint)
     place = find_place(os.environ)
     processes = options.processes or place.processes or _gpus() or 1
@@ -105,7 +97,8 @@ def _launch(options: argparse.Namespace, training: Sequence[str]) -> int:
         return 0
     os.environ["NAIGN_LAUNCHER"] = str(os.getpid())  # ranks end with this process
     if place.hosts * processes == 1 and not options.engine:
-        os.environ |= {"ACCELERATE_USE_CPU": "false" if _gpus() else "true", "ACCELERATE_MIXED_PRECISION": _precision()}
+        use_cpu, precision = _without_engine()
+        os.environ |= {"ACCELERATE_USE_CPU": use_cpu, "ACCELERATE_MIXED_PRECISION": precision}
         os.execv(sys.executable, [sys.executable, str(TRAIN), *training])
     os.environ["PET_SHUTDOWN_TIMEOUT"] = str(math.ceil(config.stop.within) + 5)  # torchrun kills ranks after so long
     ending = Ending(patience=config.stop.within + 30, alone=place.hosts == 1)
@@ -127,10 +120,7 @@ def _launch(options: argparse.Namespace, training: Sequence[str]) -> int:
 
 
 def _meet_others(options: argparse.Namespace, config: Any, place: Place, processes: int) -> tuple[Links | None, str]:
-    """Connections to the other hosts once all are here, and the engine's configuration; None if the run is done.
-
-    What is wrong on host 0 alone is reported to the other hosts before it is raised.
-    """
+    """Connections to the other hosts once all are here, and the engine's configuration; None if the run is done."""
     listener = listen(place, options.meeting_port)
     with listener or contextlib.nullcontext():
         try:
@@ -141,7 +131,7 @@ def _meet_others(options: argparse.Namespace, config: Any, place: Place, process
             _check_host(options, place, processes)
             links = meet(place, port=options.meeting_port, within=options.wait, say=say, listener=listener)
         except InputError as error:
-            if listener:
+            if listener:  # this is host 0: the others end for the same reason
                 on_signals(lambda *_: os._exit(BAD_INPUT))
                 say(f"telling the other hosts, for {TELLING:.0f} s at most: {error}")
                 turn_away(listener, place, f"host 0: {error}")
@@ -157,55 +147,51 @@ def _check_host(options: argparse.Namespace, place: Place, processes: int) -> No
     """Raise InputError or Unavailable where this host lacks what its ranks need."""
     if _gpus() < options.gpus:
         found = f"{options.gpus} GPUs should be here, torch can use {_gpus()}"
-        if _is_without_gpus():
+        if not import_module("torch").backends.cuda.is_built():
             raise InputError(f"{found}: this torch was built without; take the image of --target cuda")
         raise Unavailable(f"{found}: see nvidia.com/gpu in the limits, and the node's driver")
     if place.hosts > 1:
         say(f"host {place.index} of {place.hosts}, {processes} ranks each, under {place.orchestrator}")
         if place.index == 0:
-            _check_free(options.port)
+            try:
+                socket.create_server(("", options.port)).close()
+            except OSError as error:
+                problem = f"port {options.port} is taken on host 0 ({error.strerror})"
+                raise InputError(f"{problem}: choose another --port") from None
 
 
 def _is_done(config: Any, within: float) -> bool:
-    """Whether the bucket holds the finished run.
-
-    Waits `within` seconds for a bucket out of reach, since its server may be starting too; then raises InputError.
-    """
+    """Whether the bucket holds the finished run. InputError if it is out of reach for `within` seconds."""
     from pipeline.training.run_folder import is_done
 
-    end = time.monotonic() + within
+    end = time.monotonic() + within  # the bucket's server may be starting, too
     while config.run.remote:
         try:
             return is_done(config)
         except Unavailable as error:
             if time.monotonic() > end:
-                reason = str(error).partition(". Check ")[0]
-                raise InputError(
-                    f"run.remote cannot be reached: {reason}; check its name and AWS_ENDPOINT_URL"
-                ) from None
+                said = f"run.remote cannot be reached: {str(error).partition('. Check ')[0]}"
+                raise InputError(f"{said}; check its name and AWS_ENDPOINT_URL") from None
             say(f"waiting for {config.run.remote}: {error}")
     return False
 
 
 def run_ranks(
-    engine: Path,  # the file of Accelerate's configuration, in a folder where ranks may write their codes
-    place: Place,
-    processes: int,
-    address: str,  # of host 0
-    port: int,
-    training: Sequence[str],
-    ending: Ending,
+    engine: Path, place: Place, processes: int, address: str, port: int, training: Sequence[str], ending: Ending
 ) -> int:
-    """Start this host's ranks through Accelerate and wait for them. Reports why they ended; returns their code."""
+    """Start this host's ranks through Accelerate and wait for them. Reports why they ended; returns their code.
+
+    Ranks write their codes into the folder of `engine`, Accelerate's configuration. `address` is that of host 0.
+    """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     ranks = [engine.parent / str(rank) for rank in range(processes)]
 
-    def forward(number: int, frame: FrameType | None) -> None:
+    def forward(number: int, _: object) -> None:
         if not psutil.Process().children() and not any(file.exists() for file in ranks):
-            _leave_at_once(number, frame)
+            _leave_at_once()
         ending.listen()  # a second signal would end the wait for the ranks' checkpoint
         raise SignalException(f"signal {number}", signal.Signals(number))  # the agent ends the ranks by this signal
 
@@ -222,28 +208,23 @@ def run_ranks(
     try:
         try:
             launch_command(launch_command_parser().parse_args(arguments))
+            return 0
         finally:
             ending.listen()
     except SignalException as error:
-        _end_children(error.sigval)
-        code = max(map(read_code, ranks), key=weight)
-        say(f"signal {error.sigval.name}: {MEANINGS.get(code, 'some ranks did not end in time, or crashed')}")
-        return code
+        children = psutil.Process().children()  # that torchrun has not ended: of one rank Accelerate leaves that to us
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.send_signal(error.sigval)
+        for child in psutil.wait_procs(children, timeout=float(os.environ["PET_SHUTDOWN_TIMEOUT"]))[1]:
+            child.kill()
+        texts = [file.read_text() if file.exists() else "" for file in ranks]  # '': it ended without a word
+        code = max((int(text or FAILED) for text in texts), key=weight)
+        reason = f"signal {error.sigval.name}: {MEANINGS.get(code, 'some ranks did not end in time, or crashed')}"
     except ChildFailedError as error:
         code, reason = explain(error.failures)
-        say(reason)
-        return code
-    return 0
-
-
-def _end_children(number: signal.Signals) -> None:
-    """Forward a signal to ranks that still run and wait for them, as torchrun does and Accelerate for one rank not."""
-    children = psutil.Process().children()
-    for child in children:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.send_signal(number)
-    for child in psutil.wait_procs(children, timeout=float(os.environ["PET_SHUTDOWN_TIMEOUT"]))[1]:
-        child.kill()
+    say(reason)
+    return code
 
 
 def find_engine(name: str, ranks: int) -> str:
@@ -261,42 +242,18 @@ def find_engine(name: str, ranks: int) -> str:
                     raise InputError(f"--engine {file} is no configuration of Accelerate: {reason}") from None
         known = ", ".join(sorted(file.stem for file in (ROOT / "launch").glob("*.yaml")))
         raise InputError(f"--engine {name} is no file and no name in launch/{': ' + known if known else ''}")
-    return "\n".join(
-        (
-            "compute_environment: LOCAL_MACHINE",
-            f"distributed_type: {'MULTI_GPU' if ranks > 1 else 'NO'}",
-            f"use_cpu: {'false' if _gpus() else 'true'}",
-            "num_machines: 1",
-            f"num_processes: {ranks}",
-            "machine_rank: 0",
-            f'mixed_precision: "{_precision()}"',
-            "rdzv_backend: static",
-            "same_network: true",
-        )
+    use_cpu, precision = _without_engine()
+    return (
+        f"{{compute_environment: LOCAL_MACHINE, distributed_type: MULTI_GPU, use_cpu: {use_cpu}, num_machines: 1, "
+        f'num_processes: {ranks}, machine_rank: 0, mixed_precision: "{precision}", rdzv_backend: static, '
+        "same_network: true}\n"
     )
 
 
 def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
+    return int(import_module("torch").cuda.device_count())
 
 
-def _is_without_gpus() -> bool:
-    import torch
-
-    return not torch.backends.cuda.is_built()
-
-
-def _precision() -> str:
-    """mixed_precision without --engine, as in launch/gpus.yaml and launch/cpu.yaml; train.precision overrides it."""
-    return "bf16" if _gpus() else "no"
-
-
-def _check_free(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise InputError(f"port {port} is taken on host 0 ({error.strerror}): choose another --port") from None
+def _without_engine() -> tuple[str, str]:
+    """use_cpu and mixed_precision, as in launch/gpus.yaml and launch/cpu.yaml; train.precision overrides it."""
+    return ("false", "bf16") if _gpus() else ("true", "no")

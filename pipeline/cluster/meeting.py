@@ -17,7 +17,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Self, cast
+from typing import Any, cast
+
+import psutil
 
 from pipeline.cluster.place import Place
 from pipeline.errors import InputError, PeerLost, printable
@@ -49,13 +51,23 @@ def meet(
     waiting = _Waiting(within, say)
     if place.index:
         return _go_to_first(place, port, waiting)
-    with contextlib.nullcontext(listener) if listener else _listen(port) as listener:
+    if listener:
         return _wait_for_others(place, listener, waiting)
+    with cast(socket.socket, listen(place, port)) as opened:
+        return _wait_for_others(place, opened, waiting)
 
 
 def listen(place: Place, port: int) -> socket.socket | None:
     """The listening socket on host 0, None on others. Opened before the checks that only host 0 makes."""
-    return _listen(port) if place.hosts > 1 and place.index == 0 else None
+    if place.hosts == 1 or place.index:
+        return None
+    both = socket.has_dualstack_ipv6()
+    try:
+        family = socket.AF_INET6 if both else socket.AF_INET
+        return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=1024)
+    except OSError as error:
+        problem = f"port {port} cannot be opened on host 0 ({error.strerror})"
+        raise InputError(f"{problem}: choose another --meeting-port") from None
 
 
 def turn_away(listener: socket.socket, place: Place, reason: str, within: float = TELLING) -> None:
@@ -123,7 +135,7 @@ class _Waiting:
 
 
 def _wait_for_others(place: Place, listener: socket.socket, waiting: _Waiting) -> Links:
-    with _Guests(place, listener, waiting.say) as guests:
+    with contextlib.closing(_Guests(place, listener, waiting.say)) as guests:
         while len(guests.hosts) < place.hosts - 1:
             missing = [index for index in range(1, place.hosts) if index not in guests.hosts]
             shown = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
@@ -147,10 +159,8 @@ class _Guests:
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Forget those whose greeting is not complete; the hosts stay connected."""
         self._selector.close()
         for peer in self._greetings:
             peer.close()
@@ -232,7 +242,7 @@ def _judge(place: Place, line: bytes) -> tuple[int, str, bool]:
 
 def _go_to_first(place: Place, port: int, waiting: _Waiting) -> Links:
     hello = json.dumps({"start": place.start, "index": place.index, "hosts": place.hosts}).encode() + b"\n"
-    reason = ""
+    awaited, reason = f"an answer of {place.head}, port {port}, where somebody listens", ""
     while True:
         waiting.check(f"host 0 ({place.head}, port {port}){reason}")
         with contextlib.ExitStack() as stack:
@@ -240,9 +250,7 @@ def _go_to_first(place: Place, port: int, waiting: _Waiting) -> Links:
                 connection = stack.enter_context(_connect(place.head, port))
                 _notice_death(connection)
                 connection.sendall(hello)
-                answer, rest = _answer(
-                    connection, lambda: waiting.check(f"an answer of {place.head}, port {port}, where somebody listens")
-                )
+                answer, rest = _answer(connection, lambda: waiting.check(awaited))
             except socket.gaierror as error:
                 answer = {"no": f"no address of that name ({error.strerror})"}
             except OSError:
@@ -292,17 +300,6 @@ def _answer(connection: socket.socket, check: Callable[[], None]) -> tuple[dict[
     return (answer if isinstance(answer, dict) else {}), rest
 
 
-def _listen(port: int) -> socket.socket:
-    try:
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
-        return socket.create_server(("", port), backlog=1024)
-    except OSError as error:
-        raise InputError(
-            f"port {port} cannot be opened on host 0 ({error.strerror}): choose another --meeting-port"
-        ) from None
-
-
 def _notice_death(connection: socket.socket) -> None:
     """Let TCP keep-alive detect within some ten seconds that the other machine died."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -313,18 +310,12 @@ def _notice_death(connection: socket.socket) -> None:
 
 def interface_of(address: str) -> str:
     """The network interface by which this host reaches an address; '' if unknown."""
-    try:
+    with contextlib.suppress(OSError):
         family = socket.getaddrinfo(address, 1, type=socket.SOCK_DGRAM)[0][0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((address, 1))
-            mine = probe.getsockname()[0]
-        import fcntl
-
-        for _, name in socket.if_nameindex():
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked, contextlib.suppress(OSError):
-                found = fcntl.ioctl(asked.fileno(), 0x8915, name.encode()[:15].ljust(256, b"\0"))  # SIOCGIFADDR
-                if socket.inet_ntoa(found[20:24]) == mine.removeprefix("::ffff:"):
-                    return name
-    except (OSError, ImportError):
-        pass
+            mine = probe.getsockname()[0].removeprefix("::ffff:")
+        for name, found in psutil.net_if_addrs().items():
+            if mine in [one.address.partition("%")[0] for one in found]:
+                return name
     return ""

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from pipeline.errors import InputError
 
-PORTS = (29400, 29500)
-"""Default ports of host 0: where hosts wait for each other, and the rendezvous of the ranks."""
+PORTS = (29400, 29500)  # default ports of host 0: where hosts wait for each other, and the rendezvous of the ranks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,12 +17,9 @@ class Place:
     orchestrator: str
     index: int = 0
     hosts: int = 1
-    head: str = "localhost"
-    """Name or address of host 0, as the others reach it."""
-    start: str = ""
-    """Unique to this start of the job: hosts of an earlier one may still be running."""
-    processes: int = 0
-    """Ranks on this host; 0: one a GPU, or one."""
+    head: str = "localhost"  # name or address of host 0, as the others reach it
+    start: str = ""  # unique to this start of the job: hosts of an earlier one may still be running
+    processes: int = 0  # ranks on this host; 0: one a GPU, or one
 
 
 def find_place(environ: Mapping[str, str]) -> Place:
@@ -36,41 +32,25 @@ def find_place(environ: Mapping[str, str]) -> Place:
 
     Without any of them the host is alone. Raises InputError where some are missing or make no sense.
     """
-    processes = _number(environ, "NAIGN_PROCESSES", default=0)
+    processes, start = _number(environ, "NAIGN_PROCESSES", default=0), environ.get("NAIGN_START", "")
     if "NAIGN_HOSTS" in environ:
-        place = Place(
-            orchestrator="Kubernetes",
-            index=_number(environ, "JOB_COMPLETION_INDEX"),
-            hosts=_number(environ, "NAIGN_HOSTS"),
-            head=_text(environ, "NAIGN_HEAD"),
-            start=environ.get("NAIGN_START", ""),
-            processes=processes,
-        )
+        name, index, hosts = "Kubernetes", _number(environ, "JOB_COMPLETION_INDEX"), _number(environ, "NAIGN_HOSTS")
+        head = _text(environ, "NAIGN_HEAD")
     elif "PET_NNODES" in environ:
-        per_node = environ.get("PET_NPROC_PER_NODE", "auto")
-        hosts = _number(environ, "PET_NNODES")
-        place = Place(
-            orchestrator="Kubeflow",
-            index=_number(environ, "PET_NODE_RANK", default=0 if hosts == 1 else None),
-            hosts=hosts,
-            head=environ.get("PET_MASTER_ADDR", "localhost"),
-            start=environ.get("NAIGN_START", ""),
-            processes=processes or (int(per_node) if per_node.isdecimal() else 0),
-        )
+        name, hosts, per_node = "Kubeflow", _number(environ, "PET_NNODES"), environ.get("PET_NPROC_PER_NODE", "auto")
+        index = _number(environ, "PET_NODE_RANK", default=0 if hosts == 1 else None)
+        head = environ.get("PET_MASTER_ADDR", "localhost")
+        processes = processes or (int(per_node) if per_node.isdecimal() else 0)
     elif "SLURM_PROCID" in environ:
-        if environ.get("SLURM_NTASKS") != environ.get("SLURM_NNODES"):
+        tasks, nodes = environ.get("SLURM_NTASKS"), environ.get("SLURM_NNODES")
+        if tasks != nodes:
             raise InputError(
-                f"srun started {environ.get('SLURM_NTASKS')} tasks on {environ.get('SLURM_NNODES')} nodes: one a node "
-                "is wanted (--ntasks-per-node=1), which starts that node's ranks"
+                f"srun started {tasks} tasks on {nodes} nodes: one a node is wanted (--ntasks-per-node=1), which "
+                "starts that node's ranks"
             )
-        place = Place(
-            orchestrator="Slurm",
-            index=_number(environ, "SLURM_PROCID"),
-            hosts=_number(environ, "SLURM_NNODES"),
-            head=environ.get("NAIGN_HEAD") or _first_node(_text(environ, "SLURM_JOB_NODELIST")),
-            start=f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_RESTART_COUNT', '0')}",
-            processes=processes,
-        )
+        name, index, hosts = "Slurm", _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_NNODES")
+        head = environ.get("NAIGN_HEAD") or _first_node(_text(environ, "SLURM_JOB_NODELIST"))
+        start = f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_RESTART_COUNT', '0')}"
     elif "JOB_COMPLETION_INDEX" in environ:
         raise InputError(
             "this is a pod of an Indexed Job, but NAIGN_HOSTS is not set: say how many pods train together, as "
@@ -78,31 +58,30 @@ def find_place(environ: Mapping[str, str]) -> Place:
         )
     else:
         return Place(orchestrator="none", processes=processes)
-    if not all(re.fullmatch(r"[\w:-]{1,63}", label) for label in place.head.rstrip(".").split(".")):
-        raise InputError(f"'{place.head[:300]}' is no name of a host: see NAIGN_HEAD in k8s/job.yaml")
-    if not 0 <= place.index < place.hosts:
+    if not all(re.fullmatch(r"[\w:-]{1,63}", label) for label in head.rstrip(".").split(".")):
+        raise InputError(f"'{head[:300]}' is no name of a host: see NAIGN_HEAD in k8s/job.yaml")
+    if not 0 <= index < hosts:
         raise InputError(
-            f"{place.orchestrator} says that this is host {place.index} of {place.hosts}, counted from 0: make the "
-            "number of hosts (NAIGN_HOSTS, or completions and parallelism of the Job) the same everywhere"
+            f"{name} says that this is host {index} of {hosts}, counted from 0: make the number of hosts (NAIGN_HOSTS, "
+            "or completions and parallelism of the Job) the same everywhere"
         )
-    return place
+    return Place(orchestrator=name, index=index, hosts=hosts, head=head, start=start, processes=processes)
 
 
 def find_ports(environ: Mapping[str, str]) -> tuple[int, int]:
     """PORTS; on Slurm, where jobs share nodes, two derived from the job id, below the ephemeral ports (32768)."""
     job = environ.get("SLURM_JOB_ID", "")
-    return (20_000 + int(job) % 6000 * 2, 20_001 + int(job) % 6000 * 2) if job.isdecimal() else PORTS
+    return (first := 20_000 + int(job) % 6000 * 2, first + 1) if job.isdecimal() else PORTS
 
 
 def _first_node(nodes: str) -> str:
     """The first host of a Slurm node list such as 'node[03-17,20]'."""
     try:
-        asked = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise InputError(f"scontrol, which names the nodes of '{nodes}', is not here: set NAIGN_HEAD") from None
-    if asked.returncode or not asked.stdout.strip():
-        raise InputError(f"scontrol cannot name the nodes of '{nodes}': {asked.stderr.strip()}; set NAIGN_HEAD")
-    return asked.stdout.split()[0]
+        asked = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        return asked.stdout.split()[0]
+    except (FileNotFoundError, subprocess.CalledProcessError, IndexError) as error:
+        reason = str(getattr(error, "stderr", "") or error).strip()
+        raise InputError(f"scontrol cannot name the nodes of '{nodes}' ({reason}): set NAIGN_HEAD") from None
 
 
 def _text(environ: Mapping[str, str], name: str) -> str:

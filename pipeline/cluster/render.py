@@ -13,30 +13,21 @@ import yaml
 
 from pipeline.config import Config, check, load, to_dict
 from pipeline.data.format.manifest import Manifest
-from pipeline.errors import InputError, Unavailable, printable
-from pipeline.storage.retry import at_most
-from pipeline.storage.store import use_endpoint
+from pipeline.errors import InputError, Unavailable, printable, require
+from pipeline.storage import at_most, use_endpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-
-Object = dict[str, Any]
-"""A Kubernetes object."""
-
-MFU = 0.3
-"""Model FLOPs utilization: the share of a GPU's peak that training of convolutions reaches, by experience."""
-
-LAUNCH = 2e-3
-"""Seconds of kernel launches in a step, or a block of samples: the least that either takes on a GPU."""
-
-CPU_TFLOPS = 0.1
-"""TFLOP/s of a host without GPUs: two or four cores of a server."""
+DEFAULT = ROOT / "configs/mnist.yaml"
+MFU = 0.3  # model FLOPs utilization: the share of a GPU's peak that training of convolutions reaches, by experience
+LAUNCH = 2e-3  # seconds of kernel launches in a step, or a block of samples: the least that either takes on a GPU
+CPU_TFLOPS = 0.1  # TFLOP/s of a host without GPUs: two or four cores of a server
 
 _HOST, _PART = r"[a-zA-Z0-9]([a-zA-Z0-9-]*[a-zA-Z0-9])?", r"[a-z0-9]+((\.|__?|-+)[a-z0-9]+)*"
+# github.com/distribution/reference: [host[:port]/]name[:tag][@digest], in ASCII.
 IMAGE = rf"({_HOST}(\.{_HOST})*(:\d{{1,5}})?/)?{_PART}(/{_PART})*(:\w[\w.-]{{0,127}})?(@sha256:[0-9a-f]{{64}})?"
-"""github.com/distribution/reference: [host[:port]/]name[:tag][@digest], in ASCII."""
-
+# docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html.
 BUCKET = r"s3://(?![^/]*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?"
-"""docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html."""
+NAME = r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,161 +58,122 @@ def name_after(run: str) -> str:
     return f"{name[:33].rstrip('-') or 'naign'}-{digest[:8]}"
 
 
-def _shown(text: str) -> str:
-    """An option's value for a message: on one line, without user and password."""
-    return printable(re.sub(r".*@", "...@", text, flags=re.DOTALL))
+def _check_options(*rules: tuple[str, str, str, str]) -> None:
+    """InputError for the first (option, value, pattern, what it must be) whose value does not match."""
+    for option, value, pattern, must in rules:
+        if not (value.isprintable() and re.fullmatch(pattern, value, re.ASCII)):
+            shown = re.sub(".*@", "...@", value, flags=re.DOTALL)  # without user and password
+            raise InputError(f"{option} {printable(shown)}{must}")
 
 
 def settings(size: Size, data: str, run: str, config: Path | None, name: str) -> Config:
     """The run's configuration. Raises InputError where it does not fit this size."""
-    if size.nodes < 1 or size.gpus < 0:
-        raise InputError(f"{size.nodes} nodes of {size.gpus} GPUs: at least one node, and no fewer than 0 GPUs")
-    if not 0 < size.bandwidth < 1e6:
-        raise InputError(f"--bandwidth {size.bandwidth}: it must be positive, in GB/s")
-    if size.ranks > 2**16:
-        raise InputError(f"{size.nodes} nodes of {size.gpus} GPUs are too many")
-    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?", name):
-        raise InputError(f"--name {_shown(name)}: small letters, digits and '-', at most 42, as Kubernetes wants names")
-    for option, path in (("--data", data), ("--run", run)):
-        if not path.isprintable() or ("://" in path and not re.fullmatch(BUCKET, path)):
-            raise InputError(f"{option} {_shown(path)}: write s3://bucket/prefix, a bucket's name as S3 wants it")
-    found = load(str(config or ROOT / "configs/mnist.yaml"))
-    found.data.path = data
+    hosts, place = f"{size.nodes} nodes of {size.gpus} GPUs", rf"(?!.*://).*|{BUCKET}"
+    require(
+        (size.nodes >= 1 and size.gpus >= 0, f"{hosts}: at least one node, and no fewer than 0 GPUs"),
+        (0 < size.bandwidth < 1e6, f"--bandwidth {size.bandwidth}: it must be positive, in GB/s"),
+        (size.ranks <= 2**16, f"{hosts} are too many"),
+    )
+    _check_options(
+        ("--name", name, NAME, ": small letters, digits and '-', at most 42, as Kubernetes wants names"),
+        ("--data", data, place, ": write s3://bucket/prefix, a bucket's name as S3 wants it"),
+        ("--run", run, place, ": write s3://bucket/prefix, a bucket's name as S3 wants it"),
+    )
+    found = load(str(config or DEFAULT))
+    found.data.path, found.run.path, found.run.remote = data, run, ""
     if run.startswith("s3://"):
         found.run.path, found.run.remote = f"/run/naign/{name}", run.rstrip("/")
-    else:
-        found.run.path, found.run.remote = run, ""
     if size.gpus and not found.train.precision:
         found.train.precision = "bf16"
     check(found)
-    if found.train.batch % (size.ranks * found.train.accumulate):
-        least = size.ranks * found.train.accumulate
-        raise InputError(
-            f"train.batch={found.train.batch} cannot be shared by {size.ranks} ranks: in a --config set a multiple of "
-            f"{least}, and match.round to a multiple of that"
-        )
+    least = size.ranks * found.train.accumulate
+    shared = f"train.batch={found.train.batch} cannot be shared by {size.ranks} ranks: in a --config set a multiple of"
+    require((found.train.batch % least == 0, f"{shared} {least}, and match.round to a multiple of that"))
     return found
 
 
 def render_k8s(size: Size, *, image: str, data: str, run: str, config: Path | None, name: str) -> str:
     """job.yaml for this size, for `kubectl apply -f -`, with a bucket instead of its S3 server."""
-    for option, path in (("--data", data), ("--run", run)):
-        if not path.startswith("s3://"):
-            raise InputError(f"{option} {_shown(path)}: pods share a bucket only: give s3://bucket/prefix")
-    if not re.fullmatch(IMAGE, image, re.ASCII):
-        raise InputError(f"--image {_shown(image)} is no name of an image: [registry/]name[:tag][@digest]")
-    if size.account and not re.fullmatch(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?", size.account):
-        raise InputError(f"--service-account {_shown(size.account)} is no name of a service account")
-    if not re.fullmatch(r"[a-z0-9-]+", size.region):
-        raise InputError(f"--region {_shown(size.region)} is no name of a region, as eu-west-1")
-    if size.endpoint and not (re.fullmatch(r"https?://[^\s@]+", size.endpoint) and size.endpoint.isprintable()):
-        raise InputError("--endpoint must be http://host:port or https://host, without user and password")
-    found = settings(size, data, run, config, name)
-    found.stop.within = 60
-    file = ROOT / "k8s/base/job.yaml"
-    if not file.exists():
-        raise InputError(f"{file} is not there: run this from a checkout of the project, or in its image")
-    objects = [item for item in yaml.safe_load_all(file.read_text()) if item["kind"] != "Deployment"]
-    objects = [item for item in objects if (item["kind"], item["metadata"]["name"]) != ("Service", "naign-store")]
-    for item in objects:
-        _fit(item, size, image, found, name)
-    _bind(objects)
-    head = (
-        f"# {name}: {size.nodes} pods" + (f" of {size.gpus} GPUs" if size.gpus else " without GPUs") + "\n"
-        f"#   apply     kubectl apply -f FILE      clean up  kubectl delete -f FILE, also before it is applied again\n"
-        f"#   logs      kubectl logs -f -l app.kubernetes.io/name={name} --prefix --max-log-requests={size.nodes}\n"
-        "#   access    "
-        + (
-            f"the role of the service account {size.account}"
-            if size.account
-            else "the Secret naign-s3, if there is one"
-        )
-        + "\n"
+    found, bucket = settings(size, data, run, config, name), ": pods share a bucket only: give s3://bucket/prefix"
+    account, address = size.account, ": it must be http://host:port or https://host, without user and password"
+    _check_options(
+        ("--data", data, "s3://.*", bucket),
+        ("--run", run, "s3://.*", bucket),
+        ("--image", image, IMAGE, " is no name of an image: [registry/]name[:tag][@digest]"),
+        ("--service-account", account, r"([a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?)?", " is no name of a service account"),
+        ("--region", size.region, r"[a-z0-9-]+", " is no name of a region, as eu-west-1"),
+        ("--endpoint", size.endpoint, r"(https?://[^\s@]+)?", address),
     )
+    file = ROOT / "k8s/base/job.yaml"
+    require((file.exists(), f"{file} is not there: run this from a checkout of the project, or in its image"))
+    found.stop.within = 60
+    access = f"the role of the service account {account}" if account else "the Secret naign-s3, if there is one"
+    head = (
+        f"# {name}: {size.nodes} pods {f'of {size.gpus} GPUs' if size.gpus else 'without GPUs'}\n"
+        "#   apply     kubectl apply -f FILE      clean up  kubectl delete -f FILE, also before it is applied again\n"
+        f"#   logs      kubectl logs -f -l app.kubernetes.io/name={name} --prefix --max-log-requests={size.nodes}\n"
+        f"#   access    {access}\n"
+    )
+    objects = _fit(file.read_text(), size, image, found, name)
     return head + yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, width=120)
 
 
 class _Dumper(yaml.SafeDumper):
     """Writes texts of several lines as blocks, to be read and edited."""
 
-
-_Dumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
-)
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
 
 
-def _bind(objects: list[Object]) -> None:
-    """Make the API server refuse a second `apply` under one name: replaced pods would read the other run's settings."""
-    maps = [item for item in objects if item["kind"] == "ConfigMap"]
-    digest = hashlib.sha256(json.dumps([item["data"] for item in maps]).encode()).hexdigest()
-    for item in maps:
-        item["immutable"] = True
-    (job,) = (item for item in objects if item["kind"] == "Job")
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def _fit(text: str, size: Size, image: str, config: Config, name: str) -> list[dict[str, Any]]:
+    """The objects of job.yaml but those of its S3 server, with this name, size and configuration."""
+    text = re.sub(r"\b(name|subdomain): naign(-store)?(?![\w-])", rf'\1: "{name}\2"', text)
+    text = text.replace("naign-0.naign", f"{name}-0.{name}")
+    every = yaml.safe_load_all(text)
+    objects = [item for item in every if item["metadata"]["labels"]["app.kubernetes.io/name"] == name]
+    store, run, _, job = objects
+    store["data"] = {"AWS_REGION": size.region} | ({"AWS_ENDPOINT_URL": size.endpoint} if size.endpoint else {})
+    run["data"]["run.yaml"] = yaml.safe_dump(to_dict(config), sort_keys=False)
+    store["immutable"] = run["immutable"] = True
+    # The API server then refuses a second `apply` under one name: replaced pods would read the other run's settings.
+    digest = hashlib.sha256(json.dumps([store["data"], run["data"]]).encode()).hexdigest()
     job["spec"]["template"]["metadata"]["annotations"] = {"naign/config-sha256": digest}
-
-
-def _fit(item: Object, size: Size, image: str, config: Config, name: str) -> None:
-    """Set the name, the size and the configuration in one object of job.yaml."""
-    old = item["metadata"]["name"]
-    item["metadata"]["name"] = old.replace("naign", name, 1)
-    item["metadata"]["labels"]["app.kubernetes.io/name"] = name
-    if item["kind"] == "ConfigMap" and "run.yaml" in item["data"]:
-        item["data"]["run.yaml"] = yaml.safe_dump(to_dict(config), sort_keys=False)
-    elif item["kind"] == "ConfigMap":
-        item["data"] = {"AWS_REGION": size.region} | ({"AWS_ENDPOINT_URL": size.endpoint} if size.endpoint else {})
-    elif item["kind"] == "Service":
-        item["spec"]["selector"]["app.kubernetes.io/name"] = name
-    elif item["kind"] == "Job":
-        spec, pod = item["spec"], item["spec"]["template"]["spec"]
-        spec["completions"] = spec["parallelism"] = size.nodes
-        spec["template"]["metadata"]["labels"]["app.kubernetes.io/name"] = name
-        pod["subdomain"] = name
-        (spread,) = pod["topologySpreadConstraints"]
-        spread["labelSelector"]["matchLabels"]["app.kubernetes.io/name"] = name
-        (container,) = pod["containers"]
-        container["image"] = image
-        for variable in container["env"]:
-            if variable["name"] == "NAIGN_HOSTS":
-                variable["value"] = str(size.nodes)
-            if variable["name"] == "NAIGN_HEAD":
-                variable["value"] = f"{name}-0.{name}"
-        container["envFrom"][0]["configMapRef"]["name"] = f"{name}-store"
-        for volume in pod["volumes"]:
-            if "configMap" in volume:
-                volume["configMap"]["name"] = name
-            if volume["name"] == "shm" and size.gpus:
-                volume["emptyDir"]["sizeLimit"] = f"{4 * size.gpus}Gi"
-        if size.account:
-            pod["serviceAccountName"] = size.account
-            del container["envFrom"][1]  # keys of a Secret would go before the role
-        if size.gpus:
-            container["command"][2:2] = ["--gpus", str(size.gpus)]
-            memory = {"memory": f"{12 * size.gpus}Gi"}
-            container["resources"] = {
-                "requests": {"cpu": str(3 * size.gpus), **memory},
-                "limits": {"nvidia.com/gpu": str(size.gpus), "memory": f"{32 * size.gpus}Gi"},
-            }
-            pod["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    job["spec"]["completions"] = job["spec"]["parallelism"] = size.nodes
+    pod = job["spec"]["template"]["spec"]
+    (container,), volumes = pod["containers"], {volume["name"]: volume for volume in pod["volumes"]}
+    container["image"] = image
+    next(each for each in container["env"] if each["name"] == "NAIGN_HOSTS")["value"] = str(size.nodes)
+    if size.account:
+        pod["serviceAccountName"] = size.account
+        del container["envFrom"][1]  # keys of a Secret would go before the role
+    if gpus := size.gpus:
+        volumes["shm"]["emptyDir"]["sizeLimit"] = f"{4 * gpus}Gi"
+        container["command"][2:2] = ["--gpus", str(gpus)]
+        container["resources"] = {
+            "requests": {"cpu": str(3 * gpus), "memory": f"{12 * gpus}Gi"},
+            "limits": {"nvidia.com/gpu": str(gpus), "memory": f"{32 * gpus}Gi"},
+        }
+        pod["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    return objects
 
 
 def render_slurm(size: Size, *, image: str, data: str, run: str, config: Path | None, name: str) -> str:
     """launch/slurm.sbatch for this size, for `sbatch`, with the options filled in. `image` is not used."""
     found = settings(size, data, run, config, name)
-    text = (ROOT / "launch/slurm.sbatch").read_text()
-    options = [f"--data.path={data}", f"--run.path={found.run.path}"]
-    if config:
-        options = [f"--config={config.resolve()}", *options]
-    if found.run.remote:
-        options[-1] = f"--run.path=/tmp/{re.sub(r'[^A-Za-z0-9.-]+', '-', found.run.remote.removeprefix('s3://'))}"
-        options.append(f"--run.remote={found.run.remote}")
-    else:
-        options.append("--run.remote=")  # also where the configuration has one
-    if found.train.precision:
-        options.append(f"--train.precision={found.train.precision}")
-    if not config:
-        options = [f"--config={ROOT / 'configs/mnist.yaml'}", *options]
+    remote, precision = found.run.remote, found.train.precision
+    copied = f"/tmp/{re.sub(r'[^A-Za-z0-9.-]+', '-', remote.removeprefix('s3://'))}"
+    options = [
+        f"--config={config.resolve() if config else DEFAULT}",
+        f"--data.path={data}",
+        f"--run.path={copied if remote else found.run.path}",
+        f"--run.remote={remote}",  # also if that is empty: the configuration may have one
+        *([f"--train.precision={precision}"] if precision else []),
+    ]
     gpus = f"#SBATCH --gpus-per-node={size.gpus}\n#SBATCH --cpus-per-task={4 * size.gpus}\n" if size.gpus else ""
+    text = (ROOT / "launch/slurm.sbatch").read_text()
     text = re.sub(r"#SBATCH --nodes=\d+\n", f"#SBATCH --nodes={size.nodes}\n{gpus}", text)
     text = text.replace("#SBATCH --job-name=naign", f"#SBATCH --job-name={name}")
     return text.replace('naign launch "$@"', f'naign launch {shlex.join(options)} "$@"').rstrip()
@@ -237,12 +189,10 @@ def predict(size: Size, *, data: str, config: Path | None) -> str:
     peak = CPU_TFLOPS
     if size.gpus:
         names = {re.split(r"[ \-|\\]", pattern)[0].lower(): values for pattern, values in PEAKS.items()}
-        if size.gpu.lower() not in names:
-            raise InputError(f"--gpu {size.gpu} is not known: one of {', '.join(sorted(names))}")
+        require((size.gpu.lower() in names, f"--gpu {size.gpu} is not known: one of {', '.join(sorted(names))}"))
         peak = names[size.gpu.lower()][0] or names[size.gpu.lower()][1]
-    found = load(str(config or ROOT / "configs/mnist.yaml"))
+    found, unknown, stored = load(str(config or DEFAULT)), "", 0
     shape: tuple[int, ...] = (1, 28, 28)
-    unknown, stored = "", 0
     use_endpoint(size.endpoint)
     try:
         with at_most(1):  # a cluster's bucket is often out of reach from here
@@ -252,32 +202,28 @@ def predict(size: Size, *, data: str, config: Path | None) -> str:
         unknown = f"\n{data} cannot be read from here: reckoned with images of 1x28x28"
     with torch.device("meta"):
         network = build_network(found.model, shape)
-    parameters = sum(value.numel() for value in network.parameters())
-    rate = peak * 1e12 * (MFU if size.gpus else 1.0)
-    forward, ranks, images = forward_flops(network, shape), size.ranks, found.match.round * found.train.passes
-    width = math.prod(shape)
+    parameters, width, ranks = sum(value.numel() for value in network.parameters()), math.prod(shape), size.ranks
+    forward, match, train = forward_flops(network, shape), found.match, found.train
+    images, speed = match.round * train.passes, peak * 1e12 * (MFU if size.gpus else 1.0) * ranks  # of all ranks
     least = LAUNCH if size.gpus else 0.0
-    generate = max(found.match.pool * forward / ranks / rate, least * found.match.pool / found.match.block / ranks)
-    search = 2 * width * found.match.round * found.match.pool / ranks / rate
-    fit = max(images * fit_flops(forward, found.objective.forwards) / ranks / rate, least * images / found.train.batch)
-    exchanged = found.match.round * width * 4 + 16 * found.match.round * ranks
-    averaged = images // found.train.batch * 2 * 4 * parameters
-    messages = 0.0 if size.nodes == 1 else (exchanged + averaged) / (size.bandwidth * 1e9)
-    rounds = -(-found.train.images // images)
-    seconds = generate + search + fit + messages
-    checkpoint = 4 * (4 if found.train.ema else 3) * parameters
+    generate = max(match.pool * forward / speed, least * match.pool / match.block / ranks)
+    search = 2 * width * match.round * match.pool / speed
+    fit = max(images * fit_flops(forward, found.objective.forwards) / speed, least * images / train.batch)
+    sent = match.round * (width * 4 + 16 * ranks) + images // train.batch * 2 * 4 * parameters  # bytes
+    messages = 0.0 if size.nodes == 1 else sent / (size.bandwidth * 1e9)
+    rounds, seconds = -(-train.images // images), generate + search + fit + messages
     gpus, hours = size.nodes * size.gpus, rounds * seconds / 3600
     parts = f"generate {generate:.2g}, search {search:.2g}, fit {fit:.2g}, messages {messages:.2g}"
+    checkpoint = 4 * (4 if train.ema else 3) * parameters
     rows = (
         ("GPUs" if gpus else "CPU hosts", f"{gpus} x {size.gpu}" if gpus else f"{size.nodes}"),
         ("network", f"{parameters / 1e6:.1f} M parameters, {forward / 1e9:.2f} GFLOP a forward"),
         ("data", f"{stored / 1e9:.2f} GB" if stored else "unknown"),
         ("a checkpoint", f"{checkpoint / 1e9:.3f} GB, {found.checkpoint.keep} kept"),
         ("a round", f"{seconds:.2g} s: {parts}"),
-        ("the run", f"{rounds} rounds, {hours:.2g} h" + (f", {hours * gpus:.2g} GPU hours" if gpus else "")),
+        ("the run", f"{rounds} rounds, {hours:.2g} h{f', {hours * gpus:.2g} GPU hours' if gpus else ''}"),
     )
-    wide = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:{wide}}  {text}" for name, text in rows) + (
+    return "\n".join(f"{name:12}  {text}" for name, text in rows) + (
         f"\nreckoned, not measured: {MFU:.0%} of the GPUs' peak and {size.bandwidth:g} GB/s between nodes; a rank has "
-        f"at least {found.train.batch // ranks} images a step{unknown}"
+        f"at least {train.batch // ranks} images a step{unknown}"
     )

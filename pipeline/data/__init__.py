@@ -2,7 +2,6 @@
 
 Names are imported when they are first used: a program that needs a manifest alone does not wait for torch.
 """
-# ruff: noqa: F401
 
 from typing import TYPE_CHECKING
 

@@ -14,21 +14,3 @@ from pipeline.distributed.ranks import (
 from pipeline.distributed.signals import StopPoll, StopRequest
 from pipeline.distributed.versions import check_versions
 from pipeline.distributed.watchdog import Watchdog
-
-__all__ = [
-    "MOMENTS",
-    "AdamState",
-    "Engine",
-    "StopPoll",
-    "StopRequest",
-    "Watchdog",
-    "build_accelerator",
-    "check_versions",
-    "is_peer_lost",
-    "keep_memory",
-    "peers_missed",
-    "set_threads",
-    "together",
-    "total",
-    "warn_of_others",
-]

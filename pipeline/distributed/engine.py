@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -25,11 +25,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from pipeline.distributed.versions import refuse
 from pipeline.errors import InputError
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state of a parameter, of the parameter's shape."""
-
-AdamState = dict[str, Tensor]
-"""`weight` and MOMENTS of one parameter, each whole and float32; the moments are missing before the first step."""
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, of the parameter's shape
+AdamState = dict[str, Tensor]  # `weight` and, from the first step on, MOMENTS of a parameter, each whole and float32
 
 
 class Engine:
@@ -53,46 +50,35 @@ class Engine:
         world = accelerator.num_processes
         assert batch % (world * accumulate) == 0
         self.accelerator, self.bare, self.accumulate = accelerator, bare, accumulate
-        self.micro = batch // (world * accumulate)
-        """Images per rank and micro-batch."""
+        self.micro = batch // (world * accumulate)  # images per rank and micro-batch
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-        self.stage = 0
-        """DeepSpeed's ZeRO stage."""
-        self.ema = deepcopy(bare).requires_grad_(False) if ema else None
-        """The moving average of the weights, whole, float32, on every rank."""
+        self.stage = 0  # DeepSpeed's ZeRO stage
+        self.ema = deepcopy(bare).requires_grad_(False) if ema else None  # whole, float32, on every rank
         self._decay, self._clip, self._waiting = ema, clip, 0
-        self.copied = threading.Event()
-        """Not set while weights and moments are being read in the background: a step waits for it."""
+        self.copied = threading.Event()  # not set while weights and moments are read in the background: a step waits
         self.copied.set()
         self._names = dict(bare.named_parameters())
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in self._names.items()}
-        """Of the whole parameters."""
+        self.shapes = {name: tuple(value.shape) for name, value in self._names.items()}  # of the whole parameters
         adam = torch.optim.AdamW(bare.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
         if self.deepspeed:
             _configure(accelerator, micro=self.micro, accumulate=accumulate, clip=clip)
             self.stage = int(accelerator.state.deepspeed_plugin.zero_stage)
         elif compile:
             bare.compile()
-        self.network: Any
-        self.optimizer: Any
         self.network, self.optimizer = accelerator.prepare(bare, adam)
-        if self.deepspeed and hasattr(self.network.optimizer, "check_grad_overflow"):
-            self.network.optimizer.check_grad_overflow = True  # else ZeRO 1 and 2 do not check float32 gradients
+        self._adam: Any = self.network.optimizer if self.deepspeed else self.optimizer
+        if self.deepspeed and hasattr(self._adam, "check_grad_overflow"):
+            self._adam.check_grad_overflow = True  # else ZeRO 1 and 2 do not check float32 gradients
+        while hasattr(self._adam, "optimizer"):  # the innermost one
+            self._adam = self._adam.optimizer
+        # Whether DeepSpeed holds float32 weights and moments in partitions of its own.
+        self._partitioned = any(hasattr(next(bare.parameters()), name) for name in ("ds_id", "_hp_mapping"))
         if self.stage and not self._partitioned:  # checkpoints would hold wrong moments
             refuse("deepspeed", "_hp_mapping or ds_id of a parameter")
         self._dtype = next(bare.parameters()).dtype
-
-    @property
-    def sharded(self) -> bool:
-        """Whether no rank has the whole network, so that every forward is collective (ZeRO-3)."""
-        return self.stage == 3
-
-    @property
-    def described(self) -> str:
-        """The engine, in a few words."""
-        precision = {"no": "float32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision)
-        name = f"DeepSpeed ZeRO-{self.stage}" if self.deepspeed else ""
-        return f"{name or ('DDP' if self.accelerator.num_processes > 1 else 'one process')}, {precision}"
+        self.sharded = self.stage == 3  # no rank has the whole network, so that every forward is collective
+        name = f"DeepSpeed ZeRO-{self.stage}" if self.deepspeed else "DDP" if world > 1 else "one process"
+        self.described = f"{name}, {accelerator.mixed_precision.replace('no', 'float32')}"
 
     def forward(self, x: Tensor) -> Tensor:
         """f(x) in float32, with gradient."""
@@ -146,7 +132,7 @@ class Engine:
     def _step_deepspeed(self) -> float:
         if self.stage == 0 and not hasattr(self.network.optimizer, "overflow"):  # it would step on NaN
             grads = [value.grad for value in self.bare.parameters() if value.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(grads))
+            norm = float(nn.utils.get_total_norm(grads))
             (self.network.step if math.isfinite(norm) else self.network.zero_grad)()
             return norm
         self.network.step()
@@ -156,7 +142,6 @@ class Engine:
         return float("nan") if found is None else float(found)
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the next step."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
@@ -175,8 +160,7 @@ class Engine:
             return nullcontext()
         from deepspeed.runtime.zero import GatheredParameters
 
-        context: AbstractContextManager[Any] = GatheredParameters(list(self.bare.parameters()))
-        return context
+        return cast(AbstractContextManager[Any], GatheredParameters(list(self.bare.parameters())))
 
     def states(self) -> Iterator[tuple[str, AdamState]]:
         """Collective: yield each parameter's whole state in turn, on every rank. Copy what is to be kept."""
@@ -199,35 +183,27 @@ class Engine:
 
     def restore(self, name: str, state: AdamState, steps: int) -> None:
         """Load one parameter's state; `steps` must be the same for all parameters."""
-        parameter = self._names[name]
+        parameter: Any = self._names[name]
         if not self._partitioned:
             with torch.no_grad():
                 parameter.copy_(state["weight"])
             moments = {key: state[key].to(parameter.device, copy=True) for key in MOMENTS}
             self._adam.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
             return
-        self._allocate(steps)
-        for key, value in state.items():
-            self._set_part(parameter, value, None if key == "weight" else key)
-
-    def _set_part(self, parameter: Any, value: Tensor, key: str | None) -> None:
-        """Set this rank's part of a moment, or of the float32 weight if key is None."""
         from deepspeed import utils
 
-        value = value.to(parameter.device)
-        if hasattr(parameter, "ds_id"):
-            # safe_set_full_* fails where the number of elements is no multiple of the world size: pad and slice here.
-            size, rank = parameter.ds_tensor.ds_numel, self.accelerator.process_index
-            part = nn.functional.pad(value.flatten(), (0, size * self.accelerator.num_processes - value.numel()))
-            part = part[rank * size : (rank + 1) * size]
-            if key is None:
-                utils.safe_set_local_fp32_param(parameter, part)
+        self._allocate(steps)
+        for key, whole in state.items():
+            value, part = whole.to(parameter.device), "full"
+            if hasattr(parameter, "ds_id"):
+                # safe_set_full_* fails where the world size does not divide the elements: pad and slice here.
+                size, rank, part = parameter.ds_tensor.ds_numel, self.accelerator.process_index, "local"
+                value = nn.functional.pad(value.flatten(), (0, size * self.accelerator.num_processes - value.numel()))
+                value = value[rank * size : (rank + 1) * size]
+            if key == "weight":
+                getattr(utils, f"safe_set_{part}_fp32_param")(parameter, value)
             else:
-                utils.safe_set_local_optimizer_state(parameter, part, key)
-        elif key is None:
-            utils.safe_set_full_fp32_param(parameter, value)
-        else:
-            utils.safe_set_full_optimizer_state(parameter, value, key)
+                getattr(utils, f"safe_set_{part}_optimizer_state")(parameter, value, key)
 
     def _allocate(self, steps: int) -> None:
         """Allocate the moments that AdamW would allocate at its first step, unless they exist."""
@@ -246,36 +222,18 @@ class Engine:
     @property
     def scale(self) -> dict[str, float]:
         """The state of fp16's loss scaler; {} where there is none."""
-        scaler: Any = self.accelerator.scaler
         if self.deepspeed:
             scaler = getattr(self.network.optimizer, "loss_scaler", None)
             return {name: getattr(scaler, name) for name in _SCALE if hasattr(scaler, name)}
-        return dict(scaler.state_dict()) if scaler is not None else {}
+        return dict(self.accelerator.scaler.state_dict()) if self.accelerator.scaler is not None else {}
 
     @scale.setter
     def scale(self, state: dict[str, float]) -> None:
         if self.deepspeed:
-            scaler = getattr(self.network.optimizer, "loss_scaler", None)
-            for name in _SCALE:
-                if name in state and hasattr(scaler, name):
-                    setattr(scaler, name, type(getattr(scaler, name))(state[name]))
+            for name, value in self.scale.items():
+                setattr(self.network.optimizer.loss_scaler, name, type(value)(state.get(name, value)))
         elif self.accelerator.scaler is not None and "scale" in state:
             self.accelerator.scaler.load_state_dict(state)
-
-    @property
-    def _partitioned(self) -> bool:
-        """Whether DeepSpeed holds float32 weights and moments in partitions of its own."""
-        parameter = next(iter(self._names.values()))
-        return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
-
-    @property
-    def _adam(self) -> torch.optim.Optimizer:
-        """The innermost optimizer."""
-        found: Any = self.network.optimizer if self.deepspeed else self.optimizer
-        while hasattr(found, "optimizer"):
-            found = found.optimizer
-        assert isinstance(found, torch.optim.Optimizer)
-        return found
 
 
 _FLAT = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
@@ -287,8 +245,7 @@ _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 def compile_communication() -> None:
     """Compile DeepSpeed's communication for CPUs, one process of the machine at a time.
 
-    torch guards a build by a file, which stays behind when a process is killed and then blocks all later starts. The
-    lock here goes with its process.
+    torch's own lock is a file that a killed process leaves behind, where it blocks all later starts.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -317,10 +274,8 @@ def _configure(accelerator: Accelerator, *, micro: int, accumulate: int, clip: f
     for key, (value, setting) in wanted.items():
         configured = config.get(key, "auto")
         if configured not in ("auto", None, value) and (key, configured) != ("gradient_accumulation_steps", 1):
-            raise InputError(
-                f"the launcher's DeepSpeed configuration says {key}: {configured}, but {setting} makes it {value}: "
-                "remove it there, or change the run's setting"
-            )
+            said = f"the launcher's DeepSpeed configuration says {key}: {configured}, but {setting} makes it {value}"
+            raise InputError(f"{said}: remove it there, or change the run's setting")
         config[key] = value
     accelerator.gradient_accumulation_steps = accumulate
     config["steps_per_print"] = math.inf

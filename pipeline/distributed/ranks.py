@@ -1,6 +1,5 @@
 """Connecting the ranks, and what they decide together: one error, one sum, one answer for all."""
 
-import contextlib
 import ctypes
 import importlib.util
 import logging
@@ -10,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import psutil
@@ -21,7 +20,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, without an export
 
 from pipeline.distributed.versions import check_versions
-from pipeline.errors import BY_WEIGHT, SHARED, InputError, PeerLost
+from pipeline.errors import BY_WEIGHT, SHARED, InputError, PeerLost, require
 
 log = logging.getLogger("naign.distributed")
 
@@ -42,15 +41,11 @@ def build_accelerator(
     on_cpu = use_cpu == "true" or not torch.cuda.is_available()
     deepspeed = environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
     if "WORLD_SIZE" not in environ and "MASTER_ADDR" in environ:
-        raise InputError(
-            "the launcher was asked for several ranks but started this process alone, as Accelerate does for "
-            "distributed_type MULTI_CPU: use a configuration like launch/cpu.yaml"
-        )
+        alone = "the launcher was asked for several ranks but started this process alone, as Accelerate does for"
+        raise InputError(f"{alone} distributed_type MULTI_CPU: use a configuration like launch/cpu.yaml")
     if several and not deepspeed and on_cpu and use_cpu == "false":
-        raise InputError(
-            "the launcher's configuration says use_cpu: false, but torch can use no GPU here (`naign doctor` says "
-            "more): launch/cpu.yaml is for CPUs"
-        )
+        said = "the launcher's configuration says use_cpu: false, but torch can use no GPU here"
+        raise InputError(f"{said} (`naign doctor` says more): launch/cpu.yaml is for CPUs")
     if deepspeed:
         _check_deepspeed(on_cpu)
     check_versions("torch", "accelerate")
@@ -68,10 +63,8 @@ def build_accelerator(
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=collective)] if several or deepspeed else [],
     )
     if several and accelerator.distributed_type == DistributedType.NO:  # each rank would train alone, silently
-        raise InputError(
-            f"the launcher started {environ['WORLD_SIZE']} ranks but Accelerate connects none of them: "
-            "compare its configuration with those in launch/"
-        )
+        said = f"the launcher started {environ['WORLD_SIZE']} ranks but Accelerate connects none of them"
+        raise InputError(f"{said}: compare its configuration with those in launch/")
     return accelerator
 
 
@@ -81,13 +74,11 @@ def _mixed_precision(precision: str, *, on_cpu: bool, deepspeed: bool) -> str:
     if precision == "auto":
         precision = "" if configured != "no" or deepspeed else choose_precision(on_cpu)
     wanted = {"": configured, "fp32": "no"}.get(precision, precision)
-    if configured not in ("no", wanted):
-        raise InputError(
-            f"the launcher's configuration says mixed_precision: {configured}, but train.precision is {precision}: "
-            "remove one"
-        )
-    if wanted == "fp16" and on_cpu:
-        raise InputError("fp16 needs a GPU: use --train.precision=bf16 or fp32 here")
+    said = f"the launcher's configuration says mixed_precision: {configured}, but train.precision is {precision}"
+    require(
+        (configured in ("no", wanted), f"{said}: remove one"),
+        (wanted != "fp16" or not on_cpu, "fp16 needs a GPU: use --train.precision=bf16 or fp32 here"),
+    )
     return wanted
 
 
@@ -102,18 +93,20 @@ def choose_precision(on_cpu: bool) -> str:
 def _connect_ranks(backend: str, connecting: timedelta, collective: timedelta) -> None:
     """Initialize the process group under torchrun or Accelerate, over a store that rank 0 opens for this attempt.
 
-    The launcher keeps one store over all its restarts of the ranks, where torch would read the addresses of dead ranks.
-    That store only says at which port rank 0's own store is; a port that refuses connections is an earlier attempt's.
+    The launcher's store outlives restarts and has dead ranks' addresses: it only says at which port rank 0's own is.
     """
-    environ = os.environ
-    host, rank, world = environ["MASTER_ADDR"], int(environ["RANK"]), int(environ["WORLD_SIZE"])
-    launcher = TCPStore(host, int(environ["MASTER_PORT"]), world, is_master=False, timeout=connecting)
+    host = os.environ["MASTER_ADDR"]
+    main_port, rank, world = (int(os.environ[name]) for name in ("MASTER_PORT", "RANK", "WORLD_SIZE"))
+    launcher = TCPStore(host, main_port, world, is_master=False, timeout=connecting)
     if rank == 0:
         store = TCPStore(host, 0, world, is_master=True, timeout=connecting, wait_for_workers=False)
         launcher.set("port", str(store.port))
     else:
         end = time.monotonic() + connecting.total_seconds()
-        while not _accepts_connections(host, port := int(launcher.get("port"))):
+        while True:
+            with suppress(OSError):  # a port that refuses connections is an earlier attempt's
+                socket.create_connection((host, port := int(launcher.get("port"))), timeout=5).close()
+                break
             if time.monotonic() > end:
                 raise TimeoutError(f"rank {rank} waited {connecting} for rank 0, on {host}")
             time.sleep(0.1)
@@ -121,27 +114,18 @@ def _connect_ranks(backend: str, connecting: timedelta, collective: timedelta) -
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=collective)
 
 
-def _accepts_connections(host: str, port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5):
-        return True
-    return False
-
-
 def _check_deepspeed(on_cpu: bool) -> None:
     """Raise InputError where the launcher asks for DeepSpeed and it cannot work."""
-    missing = [name for name in ("deepspeed", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(
-            f"the launcher's configuration asks for DeepSpeed, but {' and '.join(missing)} is not installed: "
-            "pip install -e '.[deepspeed]'"
-        )
+    if missing := [name for name in ("deepspeed", "transformers") if importlib.util.find_spec(name) is None]:
+        said = f"the launcher's configuration asks for DeepSpeed, but {' and '.join(missing)} is not installed"
+        raise InputError(f"{said}: pip install -e '.[deepspeed]'")
     if not on_cpu:
         check_versions("deepspeed")
         return
-    if not shutil.which(os.environ.get("CXX", "c++")):
-        raise InputError("on CPUs DeepSpeed compiles its communication: install a C++ compiler (g++), or use DDP")
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
-        raise InputError("use_cpu: true silently switches DeepSpeed off: set use_cpu: false, which works on CPUs too")
+    compiler, use_cpu = shutil.which(os.environ.get("CXX", "c++")), os.environ.get("ACCELERATE_USE_CPU", "").lower()
+    compiled = "on CPUs DeepSpeed compiles its communication: install a C++ compiler (g++), or use DDP"
+    switched = "use_cpu: true silently switches DeepSpeed off: set use_cpu: false, which works on CPUs too"
+    require((compiler, compiled), (use_cpu != "true", switched))
     from pipeline.distributed.engine import compile_communication
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -157,8 +141,8 @@ def set_threads(threads: int) -> None:
 def warn_of_others(seconds: float = 0.2) -> None:
     """Measure for `seconds` how busy the cores are, and warn where other programs take those that the ranks count on.
 
-    The threads of a bfloat16 convolution spin while they wait for each other (oneDNN's own barrier, which ignores
-    OMP_WAIT_POLICY): with two threads beside a busy process, MNIST trained at 14 images/s instead of 200 to 300.
+    Threads of a bfloat16 convolution spin while they wait (oneDNN's barrier, whatever OMP_WAIT_POLICY says): with two
+    beside a busy process MNIST trained at 14 images/s instead of 200 to 300.
     """
     threads, ranks, cores = torch.get_num_threads(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")), _cores()
     if threads == 1:
@@ -166,12 +150,10 @@ def warn_of_others(seconds: float = 0.2) -> None:
     shares = psutil.cpu_percent(seconds, percpu=True)
     busy = sum(shares[core] for core in cores if core < len(shares)) / 100
     if threads * ranks > len(cores) - busy + 0.5:
+        fewer = max(1, round(len(cores) - busy) // ranks)
         log.warning(
-            "other programs keep %.1f of %d cores busy: threads that wait for one another may train many times "
-            "slower than fewer would, try --train.threads=%d",
-            busy,
-            len(cores),
-            max(1, round(len(cores) - busy) // ranks),
+            f"other programs keep {busy:.1f} of {len(cores)} cores busy: threads that wait for one another may train "
+            f"many times slower than fewer would, try --train.threads={fewer}"
         )
 
 
@@ -181,10 +163,7 @@ def _cores() -> set[int]:
 
 
 def keep_memory() -> None:
-    """Have glibc keep freed memory instead of returning it to the system, on Linux.
-
-    Otherwise each large tensor begins with page faults: a CPU round of MNIST took 2.0 s with them, 1.6 s without.
-    """
+    """Have glibc keep freed memory, on Linux: page faults of new tensors took 0.4 s of a CPU round of 2.0 s."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
@@ -198,18 +177,15 @@ def together(accelerator: Accelerator) -> Iterator[None]:
     Covers the classes of `errors.SHARED`; a subclass from elsewhere arrives as the nearest of them. Of several errors
     the one with the most specific exit code is raised (`errors.BY_WEIGHT`), of the lowest rank.
     """
-    mine: tuple[str, str] | None = None
+    mine: tuple[int, str] | None = None
     try:
         yield
     except SHARED as error:
-        mine = next(kind.__name__ for kind in type(error).__mro__ if kind in SHARED), str(error)
-    gathered = [mine]
+        mine = next(SHARED.index(kind) for kind in type(error).__mro__ if kind in SHARED), str(error)
+    gathered = [mine] * accelerator.num_processes
     if accelerator.num_processes > 1:
-        gathered = [None] * accelerator.num_processes
         dist.all_gather_object(gathered, mine)
-    kinds = {kind.__name__: kind for kind in SHARED}
-    failures = [(kinds[found[0]], found[1]) for found in gathered if found]
-    if failures:
+    if failures := [(SHARED[found[0]], found[1]) for found in gathered if found]:
         kind, message = min(failures, key=lambda failure: BY_WEIGHT.index(failure[0].code))
         raise kind(message)
 
@@ -231,8 +207,8 @@ def peers_missed() -> Iterator[None]:
     except RuntimeError as error:
         if not is_peer_lost(error):
             raise
-        rank = os.environ.get("RANK", "0")
-        raise PeerLost(f"rank {rank} lost another rank, and ends ({str(error).splitlines()[0]})") from error
+        rank, reason = os.environ.get("RANK", "0"), str(error).splitlines()[0]
+        raise PeerLost(f"rank {rank} lost another rank, and ends ({reason})") from error
 
 
 def total(values: list[float], accelerator: Accelerator) -> list[float]:

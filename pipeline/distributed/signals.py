@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import time
-import types
 from datetime import timedelta
 from typing import Any, Self
 
@@ -14,15 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-POLL_SECONDS = 0.5
-"""Approximate seconds between two collective polls."""
-
-
-def is_launched() -> bool:
-    """Whether the parent process is Accelerate's launcher; `naign launch` replaces itself by a single rank."""
-    return "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("NAIGN_LAUNCHER") != str(os.getpid())
+POLL_SECONDS = 0.5  # approximate seconds between two collective polls
 
 
 class StopRequest:
@@ -44,11 +35,12 @@ class StopRequest:
             self._store = c10d.PrefixStore("stop", c10d._get_default_store())
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._handle)
-        if sys.platform == "linux" and is_launched():
+        own = os.environ.get("NAIGN_LAUNCHER") == str(os.getpid())  # `naign launch` became this single rank
+        if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ and not own:
             # Take the launcher's death for a SIGTERM: Accelerate's launcher of a single process does not forward it.
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
-    def _handle(self, number: int, frame: types.FrameType | None) -> None:
+    def _handle(self, number: int, _: object = None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.requested:
@@ -62,12 +54,10 @@ class StopRequest:
 
     def seen(self) -> bool:
         """Whether any rank was asked, as far as this one knows. Not collective: for code that ranks pass unevenly."""
-        if self._store is None:
-            return self.requested
-        if self.requested:
+        if self._store is not None and self.requested:
             self._store.set("asked", "1")
-        elif self._store.check(["asked"]):
-            self._handle(signal.SIGTERM, None)
+        elif self._store is not None and self._store.check(["asked"]):
+            self._handle(signal.SIGTERM)
         return self.requested
 
     def poll_stop(self, elapsed: float = 0.0) -> tuple[bool, float]:
@@ -76,7 +66,7 @@ class StopRequest:
         if self._group is not None:
             dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
         if values[0] and not self.requested:
-            self._handle(signal.SIGTERM, None)
+            self._handle(signal.SIGTERM)
         return bool(values[0]), float(values[1])
 
 

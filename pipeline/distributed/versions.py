@@ -1,7 +1,7 @@
 """The supported versions of torch, Accelerate and DeepSpeed, and what is used of them beyond their public API."""
 
 import pkgutil
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import NoReturn
 
 from pipeline.errors import InputError
@@ -31,24 +31,17 @@ INTERNALS = {
 def check_versions(*libraries: str) -> None:
     """Raise InputError where an installed library lacks one of its INTERNALS. Imports the libraries."""
     for library in libraries:
-        missing = [name for name in INTERNALS[library] if not _exists(name)]
+        missing = []
+        for name in INTERNALS[library]:
+            try:
+                pkgutil.resolve_name(name)
+            except (ImportError, AttributeError):
+                missing.append(name)
         if missing:
             refuse(library, ", ".join(missing))
 
 
 def refuse(library: str, missing: str) -> NoReturn:
     """Raise the InputError about what the installed version of a library does not have."""
-    try:
-        found = version(library)
-    except PackageNotFoundError:
-        found = "as installed"
-    wanted = f"{library}{TESTED[library]}"
-    raise InputError(f"{library} {found} has no {missing}; tested versions have: pip install '{wanted}'")
-
-
-def _exists(name: str) -> bool:
-    try:
-        pkgutil.resolve_name(name)
-    except (ImportError, AttributeError):
-        return False
-    return True
+    wanted = f"pip install '{library}{TESTED[library]}'"
+    raise InputError(f"{library} {version(library)} has no {missing}; tested versions have: {wanted}")

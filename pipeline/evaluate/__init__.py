@@ -2,5 +2,3 @@
 
 from pipeline.evaluate.coverage import NEIGHBOURS
 from pipeline.evaluate.run import evaluate
-
-__all__ = ["NEIGHBOURS", "evaluate"]

@@ -3,6 +3,3 @@
 from pipeline.match.across_ranks import Blocks, Found, NotFinite, nearest, search
 from pipeline.match.matcher import Match, MatchConfig, match_round
 from pipeline.match.space import SpaceConfig, check_space
-
-__all__ = ["Blocks", "Found", "Match", "MatchConfig", "NotFinite", "SpaceConfig"]
-__all__ += ["check_space", "match_round", "nearest", "search"]

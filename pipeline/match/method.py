@@ -71,13 +71,14 @@ def plan_search(
         centred -= centre
     else:
         centre = torch.zeros_like(centre)
+    single, half = measure_rates(queries.device, torch.get_num_threads())
     plan = SearchPlan(
         method="flat" if method == "auto" and work < _SMALL else method,
         centre=centre,
         basis=centre.new_zeros(dims, 0),
         magnitude=float(centred.abs().max()),
         departure=0.0,
-        dtype=fastest_type(queries.device),
+        dtype=torch.bfloat16 if half < single else torch.float32,  # bfloat16 where the hardware multiplies it
     )
     if plan.method in ("auto", "projected"):
         plan.basis = bound.find_basis(centred, WIDTHS[-1] if method == "auto" and work >= _MEDIUM else _USUAL)
@@ -139,9 +140,3 @@ def measure_rates(device: torch.device, threads: int) -> tuple[float, float]:
         return best / (1024 * 1024 * 256)
 
     return seconds(torch.float32), seconds(torch.bfloat16)
-
-
-def fastest_type(device: torch.device) -> torch.dtype:
-    """bfloat16 where its products are faster than float32's, that is where the hardware has instructions for it."""
-    single, half = measure_rates(device, torch.get_num_threads())
-    return torch.bfloat16 if half < single else torch.float32

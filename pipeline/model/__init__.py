@@ -2,7 +2,6 @@
 
 Names are imported when they are first used: a program that needs the settings alone does not wait for the rest.
 """
-# ruff: noqa: F401
 
 from typing import TYPE_CHECKING
 

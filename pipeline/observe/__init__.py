@@ -5,7 +5,3 @@ from pipeline.observe.logs import at_round, set_up, title
 from pipeline.observe.monitor import Monitor, Tracker
 from pipeline.observe.pictures import grid, heat, png, rows, scatter, to_image
 from pipeline.observe.speed import Profiler, fit_flops, forward_flops, parse_rounds, peak_flops, peak_memory
-
-__all__ = ["Monitor", "Profiler", "Tracker", "at_round", "examine", "fit_flops", "forward_flops", "grid", "heat"]
-__all__ += ["parse_rounds", "peak_flops", "peak_memory", "png", "preflight", "rows", "scatter", "set_up", "title"]
-__all__ += ["to_image"]

@@ -76,14 +76,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     name = re.sub(r"^(NVIDIA|Tesla) ", "", torch.cuda.get_device_name(device))
     for pattern, (bfloat16, float16, tf32, float32) in PEAKS.items():
         if re.fullmatch(pattern, name):
-            plain = tf32 if _uses_tf32() else float32
+            plain = tf32 if torch.backends.cudnn.conv.fp32_precision == "tf32" else float32  # type: ignore[attr-defined]
             peaks = {torch.bfloat16: bfloat16, torch.float16: float16, torch.float32: plain}
             return peaks.get(dtype, 0) * 1e12 or None
     return None
-
-
-def _uses_tf32() -> bool:
-    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
 def peak_memory(device: torch.device) -> float:

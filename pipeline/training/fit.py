@@ -17,26 +17,19 @@ from pipeline.model.losses import losses
 from pipeline.training.round import RoundState, Run
 
 log = logging.getLogger("naign.fit")
+REMEDY = "lower train.lr, set train.clip or raise the precision, in a new --run.path"  # for a run that diverged
 
 
 def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:
     """Train on (image, its latent) for train.passes passes. Collective.
 
-    Returns the mean of each loss over steps and ranks, and the last learning rate. Raises Stopped between two steps;
-    Diverged after train.bad_steps steps in a row whose gradient is not finite.
+    Returns each loss's mean over steps and ranks, and the last learning rate. Raises Stopped, or Diverged as `skip`.
     """
-    config, engine, position = run.config, run.engine, run.position
-    size = config.match.round
-    steps = steps_of(
-        config.seed,
-        state.number,
-        size=size,
-        batch=config.train.batch,
-        passes=config.train.passes,
-        rank=run.rank,
-        world=run.world,
-        world_size_at_start=state.world_size_at_start,
-    )
+    config, engine, position, random, match = run.config, run.engine, run.position, state.random, state.match
+    size, batch, objective = config.match.round, config.train.batch, config.objective
+    sizes = {"size": size, "batch": batch, "passes": config.train.passes}
+    ranks = {"rank": run.rank, "world": run.world, "world_size_at_start": state.world_size_at_start}
+    steps = steps_of(config.seed, state.number, **sizes, **ranks)
     stop_requested, lr = run.poll("fit"), 0.0
     while position.done < len(steps):
         run.watchdog.beat()
@@ -44,26 +37,23 @@ def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:
             raise Stopped
         lr = learning_rate(config.train, position.images_seen, budget)
         engine.set_lr(lr)
-        passes_done = position.done // (size // config.train.batch)
+        passes_done = position.done // (size // batch)
         sums: dict[str, Tensor] = {}
         for rows in steps[position.done].split(engine.micro):
             # Fresh latents, noise and jitter are drawn by numbers that no other image of the round has, in any pass.
             numbers, local = rows + size * passes_done, rows - state.first
             images = state.images[local]
             with engine.micro_batch():
-                terms = losses(
-                    config.objective,
-                    engine.forward,
-                    images,
-                    latents_of(state, local, numbers) if config.objective.needs_latents else None,
-                    damaged=state.random.damaged(images, numbers) if config.objective.needs_damaged else None,
-                    frozen=engine.bare,
-                    normals=partial(state.random.normals, numbers),
-                    perceived=run.perceived,
-                )
+                latents = None
+                if objective.needs_latents:  # the matched ones, or fresh ones without a match
+                    latents = random.jittered(match.ids[local], numbers) if match else random.latents(numbers)
+                damaged = random.damaged(images, numbers) if objective.needs_damaged else None
+                noise = partial(random.normals, numbers)
+                given = latents, damaged, engine.bare, noise, run.perceived
+                terms = losses(objective, engine.forward, images, *given)
                 engine.backward(terms["total"])
             for name, value in terms.items():
-                value = value.detach() / engine.accumulate if engine.accumulate > 1 else value.detach()
+                value = value.detach() / engine.accumulate
                 sums[name] = sums[name] + value if name in sums else value
         norm = engine.step()
         sums |= {"gradient": torch.tensor(norm), "steps": torch.tensor(1.0)}
@@ -75,14 +65,9 @@ def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:
             skip(run, state)
         position.done += 1
         position.step += 1
-        position.images_seen += config.train.batch
-        run.monitor.advance(config.train.batch)
+        position.images_seen += batch
+        run.monitor.advance(batch)
     return means(run, state) | {"train/lr": lr}
-
-
-def latents_of(state: RoundState, local: Tensor, numbers: Tensor) -> Tensor:
-    """Latents of the images at rows `local`: the matched ones, or fresh ones drawn by `numbers` without a match."""
-    return state.random.jittered(state.match.ids[local], numbers) if state.match else state.random.latents(numbers)
 
 
 def means(run: Run, state: RoundState) -> dict[str, float]:
@@ -104,8 +89,7 @@ def skip(run: Run, state: RoundState) -> None:
         newest = newest_checkpoint(Path(run.config.run.path) / "checkpoints") or "not there yet"
         raise Diverged(
             f"{run.bad_steps} steps in a row had a loss or gradient that is not finite, the last in round "
-            f"{state.number}; the newest checkpoint is {newest}: lower train.lr, set train.clip or raise the "
-            "precision, in a new --run.path"
+            f"{state.number}; the newest checkpoint is {newest}: {REMEDY}"
         )
 
 
@@ -142,10 +126,10 @@ def steps_of(
     resized = world_size_at_start != world
     share = size // world_size_at_start
     ranks = range(world_size_at_start) if resized else [rank]
-    passed = [
-        torch.stack([other * share + pass_order(share, seed, round, turn, other) for other in ranks])
-        for turn in range(passes)
-    ]
-    split = [rows.view(len(ranks), -1, batch // world_size_at_start).transpose(0, 1).flatten(1) for rows in passed]
-    steps = torch.cat(split)
+
+    def rows_of(turn: int) -> Tensor:
+        rows = torch.stack([other * share + pass_order(share, seed, round, turn, other) for other in ranks])
+        return rows.view(len(ranks), -1, batch // world_size_at_start).transpose(0, 1).flatten(1)
+
+    steps = torch.cat([rows_of(turn) for turn in range(passes)])
     return steps.view(len(steps), world, -1)[:, rank] if resized else steps

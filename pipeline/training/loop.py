@@ -15,16 +15,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pipeline.config import Config
-from pipeline.data.decode import scaled
-from pipeline.data.loader import Stream, Taken
-from pipeline.data.order import rank_rows
-from pipeline.distributed.ranks import together, total
+from pipeline.data import Stream, Taken, rank_rows, scaled
+from pipeline.distributed import together, total
 from pipeline.errors import Diverged, InputError, Stopped, Unavailable
-from pipeline.match.across_ranks import NotFinite
-from pipeline.match.matcher import Match, match_round
+from pipeline.match import Match, NotFinite, match_round
 from pipeline.model.latents import measure_spectrum
-from pipeline.observe.logs import at_round
-from pipeline.training.fit import fit
+from pipeline.observe import at_round
+from pipeline.training.fit import REMEDY, fit
 from pipeline.training.prepare import prepare, resume
 from pipeline.training.report import headline, report
 from pipeline.training.round import RoundRandom, RoundState, Run
@@ -77,9 +74,8 @@ def run_rounds(run: Run, partial: PartialRound | None) -> None:
                 raise Stopped
     except Stopped:
         checkpoint(run, gather_partial(run, state) if state and position.done else partial)
-        run.monitor.say(
-            f"stopped on request in round {position.round + 1} of {run.rounds}; the same command goes on from here"
-        )
+        where = f"round {position.round + 1} of {run.rounds}"
+        run.monitor.say(f"stopped on request in {where}; the same command goes on from here")
     except (InputError, Unavailable):  # raised on all ranks: a checkpoint that is being written can be finished
         run.writer.join(within=config.stop.within)
         raise
@@ -136,8 +132,7 @@ def take(run: Run, partial: PartialRound | None) -> tuple[RoundState, Taken]:
 def read_round(run: Run, stream: Stream, number: int) -> Taken:
     """A round from `stream`, once every rank has read its own. Collective.
 
-    The ranks compare notes a few times a second. Only rows that arrive, on any rank, count as progress: a store that is
-    slow takes its time, and one that stalls ends the run after train.timeout.
+    Only rows that arrive, on any rank, count as progress: a store that stalls ends the run after train.timeout.
     """
     rows = math.inf  # read by all ranks at the last look
 
@@ -148,44 +143,37 @@ def read_round(run: Run, stream: Stream, number: int) -> Taken:
             run.watchdog.beat()
         return not missing
 
-    def stop_requested() -> bool:
-        all_done(False)
-        return run.stop.seen()
-
-    def wait_for_others() -> None:
+    problem: Exception | None = None
+    with together(run.accelerator):
+        try:
+            taken = stream.take(number, lambda: all_done(False) or run.stop.seen())
+        except (InputError, Unavailable, Stopped) as error:
+            problem = error
         run.watchdog.beat()
         while not all_done(True):
             pass  # it takes as long as the slowest rank is between two looks
-
-    with together(run.accelerator):
-        try:
-            taken = stream.take(number, stop_requested)
-        except (InputError, Unavailable, Stopped):
-            wait_for_others()
-            raise
-        wait_for_others()
+        if problem:
+            raise problem
     return taken
 
 
 def find_match(run: Run, state: RoundState) -> Match:
     """For each image of this rank the latent whose sample is nearest, out of the pool of all ranks. Collective."""
-    stop_requested = run.poll("match")
-
-    def sample(ids: Tensor) -> Tensor:
-        return run.engine.sample(state.random.latents(ids))
+    stop_requested, engine = run.poll("match"), run.engine
 
     def poll() -> None:
         run.watchdog.beat()
         if stop_requested():
             raise Stopped
 
+    def sample(ids: Tensor) -> Tensor:
+        return engine.sample(state.random.latents(ids))
+
     try:
         match = match_round(state.images, sample, run.config.match, run.features, poll)
     except NotFinite as error:  # on all ranks
-        raise Diverged(
-            f"the network's samples are not finite in round {state.number} ({error}): the run has diverged; lower "
-            "train.lr, set train.clip or raise the precision, in a new --run.path"
-        ) from None
+        said = f"the network's samples are not finite in round {state.number} ({error}): the run has diverged"
+        raise Diverged(f"{said}; {REMEDY}") from None
     if match.described != run.monitor.described:
         run.monitor.described = match.described
         run.monitor.say(match.described)
@@ -204,8 +192,7 @@ def gather_partial(run: Run, state: RoundState) -> PartialRound:
 
 def checkpoint(run: Run, partial: PartialRound | None = None) -> None:
     """Begin to write checkpoints/step-XXXXXXXX in the background, unless it is there already. Collective."""
-    name = f"step-{run.position.step:08d}"
-    if name == run.checkpointed:
+    if (name := f"step-{run.position.step:08d}") == run.checkpointed:
         return
     ready = run.writer.join(share=0.5)  # the one before may still be on its way to the bucket
     if total([float(not ready)], run.accelerator)[0]:

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -11,30 +12,20 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
 
-from pipeline.checkpoint.bucket import newest_first, take_over
-from pipeline.checkpoint.writer import Writer
+from pipeline.checkpoint import Writer, newest_first, take_over
 from pipeline.config import Config, to_dict
+from pipeline.data import DataConfig, Stream, load, pack
 from pipeline.data.damage import find_law
-from pipeline.data.dataset import DataConfig
-from pipeline.data.format.writer import pack
-from pipeline.data.loader import Stream
-from pipeline.data.sources.catalog import load
-from pipeline.distributed.engine import Engine
-from pipeline.distributed.ranks import together, total
-from pipeline.distributed.signals import StopRequest
-from pipeline.distributed.watchdog import Watchdog
+from pipeline.distributed import Engine, StopRequest, Watchdog, together, total
 from pipeline.errors import InputError
-from pipeline.match.space import SpaceConfig, check_space
+from pipeline.match import SpaceConfig, check_space
 from pipeline.model.encoders import Encoder, load_encoder, names
 from pipeline.model.latents import check_law
 from pipeline.model.losses import Distance, ObjectiveConfig
 from pipeline.model.networks import build_network
 from pipeline.model.perceptual import perceptual
-from pipeline.observe.doctor import preflight
-from pipeline.observe.logs import set_up
-from pipeline.observe.monitor import Monitor
-from pipeline.observe.speed import Profiler, forward_flops, parse_rounds
-from pipeline.storage.store import open_store
+from pipeline.observe import Monitor, Profiler, forward_flops, parse_rounds, preflight, set_up
+from pipeline.storage import open_store
 from pipeline.training.round import Run
 from pipeline.training.run_folder import check_shared, claim, fetch_checkpoint
 from pipeline.training.state import PartialRound, restore, restore_weights
@@ -69,20 +60,16 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, nn.Module]:
         )
         if rank == 0:
             copies = 4 if config.train.ema else 3  # of the weights: they, two moments, their average
-            for warning in preflight(
-                run=config.run.path,
-                remote=config.run.remote,
-                checkpoint_bytes=4 * copies * sum(value.numel() for value in network.parameters()),
-                say=log.debug,
-                trackers=config.report.trackers,
-            ):
+            size = 4 * copies * sum(value.numel() for value in network.parameters())
+            given = {"run": config.run.path, "remote": config.run.remote, "trackers": config.report.trackers}
+            for warning in preflight(checkpoint_bytes=size, say=log.debug, **given):
                 log.warning("%s", warning)
     return run, network
 
 
 def resume(run: Run, network: nn.Module) -> PartialRound | None:
     """Claim the run folder and restore its newest checkpoint, if any. Returns what it kept of a round. Collective."""
-    config, rank, folder = run.config, run.rank, Path(run.config.run.path)
+    config, rank, folder, remote = run.config, run.rank, Path(run.config.run.path), run.config.run.remote
     checkpoint, partial = claim_together(run), None
 
     # The weights go into the network before an engine takes it, all else after.
@@ -106,17 +93,16 @@ def resume(run: Run, network: nn.Module) -> PartialRound | None:
             config=yaml.safe_dump(to_dict(config), sort_keys=False),
             trackers=config.report.trackers,
         )
-        if rank == 0 and config.run.remote:
-            unsent = checkpoint is not None and checkpoint.name not in newest_first(config.run.remote)
-            if unsent or ahead:
-                owner = take_over(config.run.remote)
+        if rank == 0 and remote:
+            unsent = checkpoint is not None and checkpoint.name not in newest_first(remote)
+            owner = take_over(remote) if unsent or ahead else ""
     run.writer = Writer(
         folder,
         rank=rank,
         world=run.world,
         keep=config.checkpoint.keep,
         every=config.checkpoint.keep_every,
-        remote=config.run.remote,
+        remote=remote,
         claim=owner,
         beat=run.watchdog.beat,
         left=lambda: run.stop.left if run.stop.seen() else math.inf,
@@ -150,13 +136,10 @@ def pack_missing(data: DataConfig, arguments: list[str]) -> None:
     """Fetch and pack data.source if data.path holds no data set; InputError if it is meant for another path."""
     source = data.source or ("mnist" if data.path == DataConfig().path else "")
     if source and not open_store(data.path).exists("index.json"):
-        given = {argument.partition("=")[0] for argument in arguments}
+        given, command = {word.partition("=")[0] for word in arguments}, f"naign pack {source} --to {data.path}"
         if data.source and "--data.path" in given and "--data.source" not in given:
-            raise InputError(
-                f"{data.path}: no data set here, check --data.path; or pack one there, as with "
-                f"naign pack {source} --to {data.path}"
-            )
-        print(f"no data at {data.path} yet: packing it, as `naign pack {source} --to {data.path}` does", flush=True)
+            raise InputError(f"{data.path}: no data set here, check --data.path; or pack one there, as with {command}")
+        print(f"no data at {data.path} yet: packing it, as `{command}` does", flush=True)
         pack(load(source), data.path)
 
 
@@ -165,39 +148,33 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
     batch, world, accumulate = config.train.batch, accelerator.num_processes, config.train.accumulate
     if batch % (world * accumulate):
         near = -(-batch // (world * accumulate)) * world * accumulate
-        ranks = [number for number in range(1, batch // accumulate + 1) if batch % (number * accumulate) == 0]
+        ranks = [str(number) for number in range(1, batch // accumulate + 1) if batch % (number * accumulate) == 0]
         raise InputError(
             f"train.batch={batch} images cannot be shared evenly by {world} ranks x {accumulate} micro-batches "
-            f"(train.accumulate): use {', '.join(map(str, ranks))} ranks; a new run can have --train.batch={near} "
+            f"(train.accumulate): use {', '.join(ranks)} ranks; a new run can have --train.batch={near} "
             f"--match.round={max(1, round(config.match.round / near)) * near}"
         )
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return
-    stage = int(accelerator.state.deepspeed_plugin.zero_stage)
-    given = accelerator.state.deepspeed_plugin.deepspeed_config
-    if own := next((name for name in ("optimizer", "scheduler") if name in given), ""):
-        raise InputError(f"the launcher's DeepSpeed configuration has a section '{own}', which is the run's: remove it")
+    plugin, precision, objective = accelerator.state.deepspeed_plugin, accelerator.mixed_precision, config.objective
+    stage, given, launcher = int(plugin.zero_stage), plugin.deepspeed_config, "the launcher's DeepSpeed configuration"
+    for name in sorted({"optimizer", "scheduler"} & given.keys()):
+        raise InputError(f"{launcher} has a section '{name}', which is the run's: remove it")
     for name in ("bf16", "fp16"):
-        enabled = given.get(name, {}).get("enabled", "auto")
-        if enabled != "auto" and enabled != (accelerator.mixed_precision == name):
-            raise InputError(
-                f"the launcher's DeepSpeed configuration says {name}.enabled: {enabled}, but the run's precision is "
-                f"{accelerator.mixed_precision.replace('no', 'fp32')}: remove it there, or change train.precision"
-            )
-    if config.objective.needs_frozen and (stage == 3 or accelerator.mixed_precision != "no"):
-        raise InputError(
-            f"objective.name={config.objective.name} evaluates a frozen copy of the network, which ZeRO-3 and "
-            "DeepSpeed's low precision do not allow: use ZeRO 0 to 2 in float32, or DDP"
-        )
-    if stage == 0 and accelerator.mixed_precision != "no":
-        raise InputError(
-            f"DeepSpeed ZeRO-0 in {accelerator.mixed_precision} keeps its float32 weights where no checkpoint "
-            "can reach them: use ZeRO 1 to 3, or DDP"
-        )
-    if name := next((name for name in ("compile", "channels_last") if getattr(config.train, name)), ""):
-        raise InputError(
-            f"train.{name} does not go with DeepSpeed, which lays weights out anew: leave it out, or use DDP"
-        )
+        enabled, own = given.get(name, {}).get("enabled", "auto"), precision.replace("no", "fp32")
+        if enabled not in ("auto", precision == name):
+            said = f"{launcher} says {name}.enabled: {enabled}, but the run's precision is {own}"
+            raise InputError(f"{said}: remove it there, or change train.precision")
+    if objective.needs_frozen and (stage == 3 or precision != "no"):
+        said = f"objective.name={objective.name} evaluates a frozen copy of the network"
+        raise InputError(f"{said}: use DDP, or ZeRO 0 to 2 in float32, which allow that")
+    if stage == 0 and precision != "no":
+        said = f"DeepSpeed ZeRO-0 in {precision} keeps its float32 weights where no checkpoint can reach them"
+        raise InputError(f"{said}: use ZeRO 1 to 3, or DDP")
+    for name in ("compile", "channels_last"):
+        if getattr(config.train, name):
+            said = f"train.{name} does not go with DeepSpeed, which lays weights out anew"
+            raise InputError(f"{said}: leave it out, or use DDP")
 
 
 def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator) -> Engine:
@@ -205,18 +182,9 @@ def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator) -> E
     train = config.train
     if train.channels_last:
         bare.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Engine(
-        accelerator,
-        bare,
-        lr=train.lr,
-        betas=(train.beta1, train.beta2),
-        weight_decay=train.weight_decay,
-        clip=train.clip,
-        batch=train.batch,
-        accumulate=train.accumulate,
-        ema=train.ema,
-        compile=train.compile,
-    )
+    same = ("lr", "weight_decay", "clip", "batch", "accumulate", "ema", "compile")
+    settings = {name: getattr(train, name) for name in same}
+    return Engine(accelerator, bare, betas=(train.beta1, train.beta2), **settings)
 
 
 def open_features(
@@ -224,25 +192,23 @@ def open_features(
 ) -> Callable[[Tensor], Tensor] | None:
     """The encoder of the match's space, if it has one; InputError where space and data do not go together."""
     check_space(space, shape)
-    if not space.features:
-        return None
-    return _open_encoder("match.space.encoder", space.encoder, shape, device).features
+    return _open_encoder("match.space", space, shape, device).features if space.features else None
 
 
 def open_perceived(objective: ObjectiveConfig, shape: tuple[int, ...], device: torch.device) -> Distance | None:
     """The perceptual part of the objective's distance, if it has one; InputError where it is not for such data."""
     if not objective.perceptual:
         return None
-    encoder = _open_encoder("objective.encoder", objective.encoder, shape, device)
-    if encoder.network is None or not hasattr(encoder.network, "body"):
+    body = getattr(_open_encoder("objective", objective, shape, device).network, "body", None)
+    if body is None:
         raise InputError(f"objective.encoder '{objective.encoder}' has no layers: choose one of {', '.join(names())}")
-    return perceptual(encoder.network.body)
+    return perceptual(body)
 
 
-def _open_encoder(setting: str, name: str, shape: tuple[int, ...], device: torch.device) -> Encoder:
-    encoder = load_encoder(name)
+def _open_encoder(section: str, settings: Any, shape: tuple[int, ...], device: torch.device) -> Encoder:
+    encoder = load_encoder(settings.encoder)
     if encoder.shape not in (None, shape):
-        raise InputError(f"{setting} '{name}' reads {encoder.shape}, these images are {shape}")
+        raise InputError(f"{section}.encoder '{settings.encoder}' reads {encoder.shape}, these images are {shape}")
     if encoder.network:
         encoder.network.to(device)
     return encoder

@@ -8,15 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+from pipeline.data import Taken
 from pipeline.data.degrade import KINDS, degrade
-from pipeline.data.loader import Stream, Taken
-from pipeline.distributed.ranks import total
-from pipeline.observe.pictures import grid, rows, scatter
-from pipeline.observe.speed import fit_flops, peak_flops, peak_memory
+from pipeline.distributed import total
+from pipeline.observe import fit_flops, grid, peak_flops, peak_memory, rows, scatter
 from pipeline.training.round import RoundState, Run
 
 log = logging.getLogger("naign.report")
@@ -41,15 +39,11 @@ def headline(run: Run) -> str:
     )
 
 
-def report(
-    run: Run,
-    state: RoundState,
-    taken: Taken,
-    values: dict[str, float],  # of the fit
-    *,
-    images: int,  # trained on: fewer than the round's where a run resumed within it
-) -> None:
-    """Report a finished round: metrics, pictures and warnings. Collective."""
+def report(run: Run, state: RoundState, taken: Taken, values: dict[str, float], *, images: int) -> None:
+    """Report a finished round: metrics (`values` are those of the fit), pictures and warnings. Collective.
+
+    `images` were trained on: fewer than the round's where a run resumed within it.
+    """
     config, position, monitor = run.config, run.position, run.monitor
     last = position.round == run.rounds
     if state.match:
@@ -57,9 +51,12 @@ def report(
         warn_of_collapse(run, state.match.values)
     reported = last or position.round % config.report.rounds == 0
     if reported:
-        values |= speed_values(run, images)
+        values |= speed_values(run, images) | {"data/epoch": run.stream.order.epochs(position.round)}
+        tally, names = taken.tally, ("megabytes", "cached_megabytes", "reread_megabytes", "retries", "skipped")
+        costs = [tally.bytes / 1e6, tally.cached / 1e6, tally.reread / 1e6, tally.retries, len(taken.broken)]
+        sums = zip(names, total(costs, run.accelerator), strict=True)  # of all ranks
+        values |= {f"data/{name}": value for name, value in sums}
         values |= {"seconds/training": position.seconds, "train/skipped": position.skipped}
-        values |= data_values(taken, run.stream, state.number, run.accelerator)
         values |= {"checkpoint/seconds": run.writer.seconds, "checkpoint/upload_seconds": run.writer.uploaded}
     pictures, drawn = config.report.pictures, {}
     wanted = pictures and (last or position.round == 1 or position.round % pictures == 0)
@@ -75,8 +72,8 @@ def report(
         monitor.picture(name, picture, position.images_seen)
 
 
+# Of a match: distinct samples an image, and the share of images that have one sample, from which on to warn.
 LEAST_USED, MOST_SHARED = 0.02, 0.25
-"""Of a match: distinct samples an image, and the share of images that have one sample, from which on to warn."""
 
 
 def warn_of_collapse(run: Run, values: dict[str, float]) -> None:
@@ -91,10 +88,7 @@ def warn_of_collapse(run: Run, values: dict[str, float]) -> None:
 
 
 def speed_values(run: Run, images: int) -> dict[str, float]:
-    """Images/s of a round, the share of each phase, and arithmetic done.
-
-    `speed/mfu` is the share of the GPUs' peak that fitting used (arXiv 2204.02311, B), where the peak is known.
-    """
+    """Images/s of a round, the share of each phase, and arithmetic done."""
     seconds = {phase: run.seconds[phase] for phase in ("take", "match", "fit")}
     spent, device = sum(seconds.values()), run.accelerator.device
     flops = fit_flops(run.flops, run.config.objective.forwards) * images / seconds["fit"]
@@ -105,43 +99,23 @@ def speed_values(run: Run, images: int) -> dict[str, float]:
         "memory/peak_gb": peak_memory(device),
     }
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.accelerator.mixed_precision, torch.float32)
-    if peak := peak_flops(device, dtype):
+    if peak := peak_flops(device, dtype):  # of the GPUs, the share of which fitting used is MFU: arXiv 2204.02311, B
         values["speed/mfu"] = flops / (run.world * peak)
     return values | {f"share/{phase}": value / spent for phase, value in seconds.items()}
 
 
-def data_values(taken: Taken, stream: Stream, round: int, accelerator: Accelerator) -> dict[str, float]:
-    """Epochs so far, and what reading the round has cost all ranks. Collective."""
-    tally = taken.tally
-    costs = {
-        "data/megabytes": tally.bytes / 1e6,
-        "data/cached_megabytes": tally.cached / 1e6,
-        "data/retries": tally.retries,
-        "data/reread_megabytes": tally.reread / 1e6,
-        "data/skipped": len(taken.broken),
-    }
-    sums = total([float(cost) for cost in costs.values()], accelerator)
-    return {"data/epoch": stream.order.epochs(round + 1)} | dict(zip(costs, sums, strict=True))
+def draw_progress(f: Callable[[Tensor], Tensor], latents: Tensor, examples: Tensor) -> dict[str, Image.Image]:
+    """Pictures by name: samples f(z), resamples f(f(z)), restorations of examples (m, *shape); for points a scatter.
 
-
-def draw_progress(
-    network: Callable[[Tensor], Tensor],  # f without gradient
-    latents: Tensor,  # (n, *shape): held fixed over the run, so that pictures can be compared
-    examples: Tensor,  # (m, *shape) in the model's scale
-) -> dict[str, Image.Image]:
-    """Pictures by name: samples f(z), resamples f(f(z)), restorations; for points one scatter plot."""
-    once = network(latents)
-    twice = network(once)
+    The latents (n, *shape) are the same over the run, so that pictures can be compared.
+    """
+    twice = f(once := f(latents))
     once, twice, examples = once.cpu(), twice.cpu(), examples.cpu()
     if once.ndim != 4:
         return {"samples": scatter([("f(z)", once), ("f(f(z))", twice)], behind=examples[:2000])}
-    clean, lines = examples[:12], []
+    lines = [("clean", examples[:12])]
     for kind in KINDS:
-        damaged = degrade(clean, kind)
-        repaired = network(damaged.to(latents.device)).cpu()
-        lines += [(kind.replace("_", " "), damaged), ("repaired", repaired)]
-    return {
-        "samples": grid(once, columns=8),
-        "samples-twice": grid(twice, columns=8),
-        "restorations": rows([("clean", clean), *lines]),
-    }
+        damaged = degrade(examples[:12], kind)
+        lines += [(kind.replace("_", " "), damaged), ("repaired", f(damaged.to(latents.device)).cpu())]
+    grids = {"samples": grid(once, columns=8), "samples-twice": grid(twice, columns=8)}
+    return grids | {"restorations": rows(lines)}

@@ -11,21 +11,15 @@ from filelock import FileLock
 from torch import Tensor
 
 from pipeline import philox
-from pipeline.checkpoint.writer import Writer
+from pipeline.checkpoint import Writer
 from pipeline.config import Config
-from pipeline.data import damage
-from pipeline.data.loader import Stream
-from pipeline.distributed.engine import Engine
-from pipeline.distributed.signals import StopPoll, StopRequest
-from pipeline.distributed.watchdog import Watchdog
-from pipeline.match.matcher import Match
+from pipeline.data import Stream, damage
+from pipeline.distributed import Engine, StopPoll, StopRequest, Watchdog
 from pipeline.model import latents
 from pipeline.model.losses import Distance
-from pipeline.observe.logs import title
-from pipeline.observe.monitor import Monitor
-from pipeline.observe.speed import Profiler
+from pipeline.observe import Monitor, Profiler, title
 from pipeline.training.run_folder import count_rounds
-from pipeline.training.state import Position
+from pipeline.training.state import PartialRound, Position
 
 
 @dataclass(slots=True)
@@ -40,31 +34,25 @@ class RoundRandom:
 
     def latents(self, ids: Tensor) -> Tensor:
         """Latents (len(ids), *shape) of the configured law."""
-        match, seed = self.config.match, self.config.seed
-        return latents.draw(
-            match.latents, seed, self.round, ids, self.shape, self.device, spectrum=self.spectrum, flat=match.flat
-        )
+        match, key = self.config.match, (self.config.seed, self.round, ids, self.shape, self.device)
+        return latents.draw(match.latents, *key, spectrum=self.spectrum, flat=match.flat)
 
     def damaged(self, images: Tensor, numbers: Tensor) -> Tensor:
         """Images (n, *shape) with objective.damage applied; independent of the latents."""
-        law, seed = damage.find_law(self.config.objective.damage), self.config.seed
-        normals = self.normals(numbers)
-        shape = (law.uniforms(self.shape),)
-        uniform = philox.uniform(seed, self.round, numbers, shape, self.device, stream=philox.DAMAGE)
-        return law.damage(images, normals, uniform, self.config.objective.noise)
+        law = damage.find_law(self.config.objective.damage)
+        key = self.config.seed, self.round, numbers, (law.uniforms(self.shape),), self.device
+        uniform = philox.uniform(*key, stream=philox.DAMAGE)
+        return law.damage(images, self.normals(numbers), uniform, self.config.objective.noise)
 
-    def normals(self, numbers: Tensor, step: int = 0) -> Tensor:
+    def normals(self, numbers: Tensor, step: int = 0, *, stream: int = philox.NOISE) -> Tensor:
         """Standard normals (len(numbers), *shape), other ones for each `step`; independent of the latents."""
-        numbers = numbers + step * 2**40
-        return philox.normal(self.config.seed, self.round, numbers, self.shape, self.device, stream=philox.NOISE)
+        key = self.config.seed, self.round, numbers + step * 2**40, self.shape, self.device
+        return philox.normal(*key, stream=stream)
 
     def jittered(self, ids: Tensor, numbers: Tensor) -> Tensor:
         """Latents of `ids` plus noise of standard deviation match.jitter, drawn by the images' `numbers`."""
-        drawn = self.latents(ids)
-        if not self.config.match.jitter:
-            return drawn
-        noise = philox.normal(self.config.seed, self.round, numbers, self.shape, self.device, stream=philox.JITTER)
-        return drawn + self.config.match.jitter * noise
+        drawn, jitter = self.latents(ids), self.config.match.jitter
+        return drawn + jitter * self.normals(numbers, stream=philox.JITTER) if jitter else drawn
 
 
 @dataclass(kw_only=True, slots=True)
@@ -73,6 +61,9 @@ class Run:
 
     config: Config
     accelerator: Accelerator
+    rank: int = field(init=False)
+    world: int = field(init=False)
+    rounds: int = field(init=False)  # that spend the budget
     stop: StopRequest
     stream: Stream
     watchdog: Watchdog
@@ -107,27 +98,16 @@ class Run:
             yield
         self.seconds[name] = time.perf_counter() - start
 
-    @property
-    def rank(self) -> int:
-        return int(self.accelerator.process_index)
-
-    @property
-    def world(self) -> int:
-        return int(self.accelerator.num_processes)
-
-    @property
-    def rounds(self) -> int:
-        return count_rounds(self.config)
+    def __post_init__(self) -> None:
+        self.rank, self.world = int(self.accelerator.process_index), int(self.accelerator.num_processes)
+        self.rounds = count_rounds(self.config)
 
 
 @dataclass(kw_only=True, slots=True)
-class RoundState:
-    """The current round on this rank."""
+class RoundState(PartialRound):
+    """The current round on this rank: the match is that of `images`, and the sums include the number of `steps`."""
 
     number: int
-    world_size_at_start: int  # which decides the images of each step
     random: RoundRandom
     images: Tensor  # (n, *shape): this rank's share, or the whole round if it was started with another world size
     first: int = 0  # row of the round that images[0] is
-    match: Match | None = None  # of these images
-    sums: dict[str, Tensor] = field(default_factory=dict)  # of each loss, and `steps`, over the steps that count

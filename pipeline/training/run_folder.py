@@ -14,18 +14,16 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from pipeline.checkpoint import bucket
-from pipeline.checkpoint.writer import is_complete, newest_checkpoint, set_aside
+from pipeline.checkpoint import bucket, is_complete, newest_checkpoint, set_aside
+from pipeline.checkpoint.manifest import step_of
 from pipeline.config import Config, changeable, differences, from_dict, to_dict
 from pipeline.constraints import MAY_CHANGE
 from pipeline.errors import Damaged, InputError
 from pipeline.model.naign import NAIGN
-from pipeline.storage.base import Store
 from pipeline.storage.local import TRANSIENT, write_atomically
 from pipeline.storage.store import open_store
 
 log = logging.getLogger("naign.run")
-
 LOCK_SECONDS = 120.0
 
 DAMAGE = (
@@ -36,10 +34,9 @@ DAMAGE = (
 
 
 def claim(config: Config) -> tuple[Path | None, str, FileLock]:
-    """Take the run's folder for this configuration, on rank 0.
+    """Take the run's folder, on rank 0: the checkpoint to resume from, a token for `check_shared`, and a lock to hold.
 
-    Returns the checkpoint to resume from, if any, a token for `check_shared`, and a lock to hold, which goes with the
-    process. Raises InputError, changing nothing, if the folder is in use or another configuration's.
+    Raises InputError, changing nothing, if the folder is in use or another configuration's.
     """
     folder = Path(config.run.path)
     # A network file system keeps a dead host's lock for a while, and Slurm starts the job again at once.
@@ -47,19 +44,15 @@ def claim(config: Config) -> tuple[Path | None, str, FileLock]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        if config.resume == "never" and any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints")):
-            raise InputError(
-                f"'{folder}' already holds a run and resume=never does not overwrite it: choose another --run.path, or "
-                "delete that folder"
-            )
+        if any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+            _refuse_never(config, f"'{folder}'", "choose another --run.path, or delete that folder")
         newest, token = find_newest(config), uuid.uuid4().hex
         write_atomically(folder / ".claim", token)
         write_atomically(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
         return newest, token, lock
     except Timeout:
-        raise InputError(
-            f"'{folder}' is in use by another process: wait for it, or choose another --run.path"
-        ) from None
+        busy = f"'{folder}' is in use by another process"
+        raise InputError(f"{busy}: wait for it, or choose another --run.path") from None
     except BaseException as error:
         lock.release()
         if isinstance(error, OSError) and error.errno not in TRANSIENT:
@@ -67,25 +60,43 @@ def claim(config: Config) -> tuple[Path | None, str, FileLock]:
         raise
 
 
-def compare(recorded: Any, config: Config, file: str, place: str, option: str) -> list[str]:
+def compare(recorded: Config, config: Config, place: str, option: str) -> list[str]:
     """Settings in which a run at `place` differs from this one, where that is allowed; InputError where it is not."""
-    changed = differences(from_dict(recorded, where=file, recorded=True), config)
+    changed = differences(recorded, config)
     allowed = all(line.partition(":")[0] in changeable(config, MAY_CHANGE) for line in changed)
     if changed and (config.resume != "changed" or not allowed):
-        remedy = ", or go on with what is changed by --resume=changed" if allowed else ""
-        raise InputError(
-            f"{place} holds a run of another configuration:\n  "
-            + "\n  ".join(changed)
-            + f"\nchoose another {option}, or take these settings back to go on with that run{remedy}"
-        )
+        lines = "\n  ".join([f"{place} holds a run of another configuration:", *changed])
+        remedy = f"choose another {option}, or take these settings back to go on with that run"
+        asked = ", or go on with what is changed by --resume=changed" if allowed else ""
+        raise InputError(f"{lines}\n{remedy}{asked}")
     return changed
+
+
+def recorded_at(place: str) -> Config | None:
+    """The configuration that the run in a folder or bucket has recorded in config.yaml, if that is there."""
+    store = open_store(place)
+    if not store.exists("config.yaml"):
+        return None
+    try:
+        content = yaml.safe_load(store.read("config.yaml"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        where = f"{store.url('config.yaml')} is no configuration ({type(error).__name__})"
+        raise InputError(f"{where}: remove it") from None
+    return from_dict(content, where=store.url("config.yaml"), recorded=True)
 
 
 def _compare_checkpoint(checkpoint: Path, config: Config) -> None:
     """Compare with the checkpoint's own record, not with config.yaml, which anyone may edit."""
-    recorded = read_model(checkpoint, "model.safetensors").metadata.get("config")
-    for line in compare(recorded, config, str(checkpoint), f"'{config.run.path}'", "--run.path"):
+    content = read_model(checkpoint, "model.safetensors").metadata.get("config")
+    recorded = from_dict(content, where=str(checkpoint), recorded=True)
+    for line in compare(recorded, config, f"'{config.run.path}'", "--run.path"):
         log.warning("goes on with another %s", line)
+
+
+def _refuse_never(config: Config, place: str, remedy: str) -> None:
+    """InputError, if resume=never, about a run that is there."""
+    if config.resume == "never":
+        raise InputError(f"{place} already holds a run and resume=never does not overwrite it: {remedy}")
 
 
 def read_model(checkpoint: Path, name: str) -> NAIGN:
@@ -97,17 +108,13 @@ def read_model(checkpoint: Path, name: str) -> NAIGN:
 
 @contextlib.contextmanager
 def damage_named(checkpoint: Path) -> Iterator[None]:
-    """Turn what a damaged or foreign file raises into an InputError that names the checkpoint.
-
-    Failures of the device, memory, disk or another rank pass unchanged: the checkpoint is good, and a retry may work.
-    """
+    """Turn what a damaged or foreign file raises into an InputError that names the checkpoint; failures of the device,
+    memory, disk or another rank pass unchanged, since a retry may work."""
     try:
         yield
     except DAMAGE as error:
-        raise InputError(
-            f"{checkpoint} cannot be resumed from ({type(error).__name__}: {error}): remove that folder to go on from "
-            "the checkpoint before it"
-        ) from None
+        problem = f"{checkpoint} cannot be resumed from ({type(error).__name__}: {error})"
+        raise InputError(f"{problem}: remove that folder to go on from the checkpoint before it") from None
 
 
 def open_tensors(file: Path) -> Any:
@@ -117,35 +124,32 @@ def open_tensors(file: Path) -> Any:
 
 
 def find_newest(config: Config) -> Path | None:
-    """The newest complete checkpoint, here or in the bucket; that is brought here, with what the run reported.
+    """The newest complete checkpoint, here or, brought here with what the run reported, in the bucket.
 
     Raises InputError, changing nothing, if what is here, or there, is another configuration's.
     """
-    run = Path(config.run.path)
-    names = check_remote_run(config) if config.run.remote else []
-    newest = newest_checkpoint(run / "checkpoints")
-    if newest:
+    run, remote = Path(config.run.path), config.run.remote
+    folder = run / "checkpoints"
+    names = check_remote_run(config) if remote else []
+    if newest := newest_checkpoint(folder):
         _compare_checkpoint(newest, config)
-    aside = set_aside(run / "checkpoints", newest, parts=bool(config.run.remote))
+    aside = set_aside(folder, newest, parts=bool(remote))
     for name in aside:
-        log.warning("%s/checkpoints/%s is damaged: set aside", run, name)
+        log.warning("%s/%s is damaged: set aside", folder, name)
     if aside and newest is None and not names:
-        raise InputError(
-            f"all checkpoints in {run}/checkpoints are damaged, and were set aside under other names: mend one, or "
-            "give the same command again to start anew"
-        )
+        damaged = f"all checkpoints in {folder} are damaged, and were set aside under other names"
+        raise InputError(f"{damaged}: mend one, or give the same command again to start anew")
     damaged = ""
     for name in names:
-        if newest and int(name.removeprefix("step-")) <= int(newest.name.removeprefix("step-")):
+        if newest and step_of(name) <= step_of(newest.name):
             return newest
         with contextlib.suppress(Damaged):
             # First what the run reported: once its checkpoint is here, all of it counts as being here.
-            bucket.fetch_shown(config.run.remote, run)
-            found = bucket.download(config.run.remote, name, run / "checkpoints")
-            _compare_checkpoint(found, config)
+            bucket.fetch_shown(remote, run)
+            _compare_checkpoint(found := bucket.download(remote, name, folder), config)
             return found
-        shutil.rmtree(run / "checkpoints" / name, ignore_errors=True)
-        damaged = f"{config.run.remote}/checkpoints/{name}"
+        shutil.rmtree(folder / name, ignore_errors=True)
+        damaged = f"{remote}/checkpoints/{name}"
         log.warning("%s is damaged: passed over", damaged)
     if damaged and newest is None:
         raise InputError(f"{damaged} and all before it are damaged: choose another --run.remote to start anew")
@@ -154,43 +158,22 @@ def find_newest(config: Config) -> Path | None:
 
 def check_remote_run(config: Config) -> list[str]:
     """Names of the bucket's checkpoints, newest first. InputError, changing nothing, if they are another run's."""
-    names = list(bucket.newest_first(config.run.remote))
-    if names and config.resume == "never":
-        raise InputError(
-            f"{config.run.remote} already holds a run and resume=never does not overwrite it: choose another "
-            "--run.remote"
-        )
-    store = open_store(config.run.remote)
-    if names and store.exists("config.yaml"):
-        compare(_read_config(store), config, store.url("config.yaml"), config.run.remote, "--run.remote")
+    remote = config.run.remote
+    if names := list(bucket.newest_first(remote)):
+        _refuse_never(config, remote, "choose another --run.remote")
+        if recorded := recorded_at(remote):
+            compare(recorded, config, remote, "--run.remote")
     return names
 
 
-def _read_config(store: Store) -> Any:
-    """The recorded configuration of a run in a bucket."""
-    try:
-        return yaml.safe_load(store.read("config.yaml"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{store.url('config.yaml')} is no configuration ({type(error).__name__}): remove it"
-        ) from None
-
-
 def is_done(config: Config) -> bool:
-    """Whether the bucket holds a run of this configuration that has spent its budget, and its last checkpoint in full.
-
-    Raises InputError if there is one and resume=never.
-    """
-    store = open_store(config.run.remote)
-    if not store.exists("config.yaml"):
+    """Whether the bucket has this configuration's last checkpoint in full; InputError if it has and resume=never."""
+    remote, recorded = config.run.remote, recorded_at(config.run.remote)
+    name = next(bucket.newest_first(remote), "") if recorded else ""
+    if not recorded or not name or differences(recorded, config):
         return False
-    recorded = from_dict(_read_config(store), where=store.url("config.yaml"), recorded=True)
-    name = next(bucket.newest_first(config.run.remote), "")
-    if not name or differences(recorded, config):
-        return False
-    if config.resume == "never":
-        check_remote_run(config)
-    return bucket.is_there(config.run.remote, name) and bucket.round_of(config.run.remote, name) >= count_rounds(config)
+    _refuse_never(config, remote, "choose another --run.remote")
+    return bucket.is_there(remote, name) and bucket.round_of(remote, name) >= count_rounds(config)
 
 
 def count_rounds(config: Config) -> int:
@@ -201,12 +184,11 @@ def count_rounds(config: Config) -> int:
 def fetch_checkpoint(config: Config, name: str, *, shared: bool) -> Path:
     """The checkpoint of that name on this rank: from the bucket, unless this rank has `shared` the claimed folder."""
     folder = Path(config.run.path) / "checkpoints" / name
-    if shared:
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / ".download"):  # the ranks of a machine come one by one, and the first one fetches
-        if not is_complete(folder):
-            bucket.download(config.run.remote, name, folder.parent)
+    if not shared:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / ".download"):  # the ranks of a machine come one by one, and the first one fetches
+            if not is_complete(folder):
+                bucket.download(config.run.remote, name, folder.parent)
     return folder
 
 
@@ -216,15 +198,11 @@ def check_shared(config: Config, token: str) -> bool:
     Raises InputError if it does not and there is no bucket, or if its own folder holds another configuration's run.
     """
     folder = Path(config.run.path)
-    claimed = folder / ".claim"
-    if claimed.exists() and claimed.read_text() == token:
+    if (claimed := folder / ".claim").exists() and claimed.read_text() == token:
         return True
     if not config.run.remote:
-        raise InputError(
-            f"run.path '{config.run.path}' is not the same folder on every machine: put it on a file system that they "
-            "share, or set --run.remote=s3://bucket/prefix"
-        )
-    if list(folder.glob("checkpoints/step-*")) and (folder / "config.yaml").exists():
-        recorded = yaml.safe_load((folder / "config.yaml").read_text())
-        compare(recorded, config, f"{folder}/config.yaml", f"'{folder}' on {socket.gethostname()}", "--run.path")
+        said = f"run.path '{config.run.path}' is not the same folder on every machine"
+        raise InputError(f"{said}: put it on a file system that they share, or set --run.remote=s3://bucket/prefix")
+    if list(folder.glob("checkpoints/step-*")) and (recorded := recorded_at(str(folder.absolute()))):
+        compare(recorded, config, f"'{folder}' on {socket.gethostname()}", "--run.path")
     return False

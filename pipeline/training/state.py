@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial as bind
 from importlib.metadata import version
 from pathlib import Path
@@ -18,11 +18,11 @@ from pipeline.config import Config, to_dict
 from pipeline.data.loader import Stream
 from pipeline.distributed.engine import MOMENTS, Engine
 from pipeline.match.matcher import Match
-from pipeline.model.naign import NAIGN, save_model
+from pipeline.model.naign import save_model
+from pipeline.storage.local import write_atomically
 from pipeline.training.run_folder import damage_named, open_tensors, read_model
 
-VERSIONS = {name: version(name) for name in ("naign", "torch", "accelerate")}
-"""Recorded in every checkpoint."""
+VERSIONS = {name: version(name) for name in ("naign", "torch", "accelerate")}  # recorded in every checkpoint
 
 
 @dataclass(kw_only=True, slots=True)
@@ -47,22 +47,15 @@ class PartialRound:
     sums: dict[str, Tensor] = field(default_factory=dict)  # of each loss over the steps made, on this rank
 
 
-def restore_weights(checkpoint: Path, network: nn.Module) -> Tensor | None:
-    """Load the weights into a network that no engine has yet. Returns the spectrum of its latents, if it has one.
-
-    Raises InputError as `restore` does.
-    """
-    return _load_network(checkpoint, "model.safetensors", network).spectrum
-
-
-def _load_network(checkpoint: Path, name: str, network: nn.Module) -> NAIGN:
+def restore_weights(checkpoint: Path, network: nn.Module, name: str = "model.safetensors") -> Tensor | None:
+    """Load the weights into a network without an engine. Returns its latents' spectrum; InputError as `restore`."""
     model = read_model(checkpoint, name)
     found, wanted = model.network.state_dict(), network.state_dict()
     with damage_named(checkpoint):  # by ourselves: load_state_dict gives a failing device the same RuntimeError
         if {key: value.shape for key, value in found.items()} != {key: value.shape for key, value in wanted.items()}:
             raise ValueError(f"{name} holds the weights of another network")
     network.load_state_dict(found)
-    return model
+    return model.spectrum
 
 
 def restore(
@@ -73,9 +66,8 @@ def restore(
     Raises InputError for files that are damaged or not of this run. Other failures, as of a device, pass unchanged.
     """
     with damage_named(checkpoint):
-        trainer = json.loads((checkpoint / "trainer.json").read_text())
-        given = {"cpu_seconds": 0.0} | trainer  # which older checkpoints lack
-        position = Position(**{name: type(default)(given[name]) for name, default in asdict(Position()).items()})
+        trainer = {"cpu_seconds": 0.0} | json.loads((checkpoint / "trainer.json").read_text())  # older ones lack it
+        position = Position(**{name: type(default)(trainer[name]) for name, default in asdict(Position()).items()})
         sound = all(0 <= value < 2**53 for value in (*asdict(position).values(), trainer["adam_steps"]))
         if not sound or not 1 <= trainer["began"] <= 2**20 or not isinstance(trainer["match"], dict):
             raise ValueError("trainer.json holds what no run wrote")
@@ -97,7 +89,7 @@ def restore(
     with damage_named(checkpoint):
         engine.scale = trainer["scale"]
     if engine.ema is not None:
-        _load_network(checkpoint, "ema.safetensors", engine.ema)
+        restore_weights(checkpoint, engine.ema, "ema.safetensors")
     return position, partial
 
 
@@ -110,10 +102,8 @@ def _restore_round(
         raise ValueError(f"the sums of the round are not those of {terms}")
     own = sums[rank] if len(sums) == world else torch.stack(sums).mean(0)
     partial = PartialRound(world_size_at_start=int(trainer["began"]), sums=dict(zip(terms, own, strict=True)))
-    file = checkpoint / "state/round.safetensors"
-    if file.exists():
-        kept = open_tensors(file)
-        ids, distances = kept.get_tensor("ids"), kept.get_tensor("distances")
+    if (file := checkpoint / "state/round.safetensors").exists():
+        ids, distances = (open_tensors(file).get_tensor(name) for name in ("ids", "distances"))
         typed = ids.dtype == torch.int64 and distances.dtype == torch.float32
         if not typed or ids.shape != (size,) or distances.shape != (size,) or int(ids.min()) < 0:
             raise ValueError(f"state/round.safetensors is not the match of {size} images")
@@ -134,6 +124,7 @@ def snapshot(
     Both are for a background thread: training goes on with the next forward, and the next step waits for the copy.
     """
     rank, world = engine.accelerator.process_index, engine.accelerator.num_processes
+    kept = partial or PartialRound(world_size_at_start=world)
     owners = share_out([math.prod(shape) for shape in engine.shapes.values()], world)
     # DeepSpeed gathers whole tensors, which would take room on the device until they are copied.
     take: Callable[[Tensor], Tensor] = _copied if engine.deepspeed else Tensor.detach
@@ -152,39 +143,34 @@ def snapshot(
             engine.copied.set()
 
     engine.copied.clear()
-    sums = [value.detach().float().cpu() for value in (partial.sums if partial else {}).values()]
+    sums = [value.detach().float().cpu() for value in kept.sums.values()]
     state["sums"] = torch.stack(sums) if sums else torch.zeros(0)
     files: dict[str, Write] = {f"state/rank-{rank:05d}-of-{world:05d}.safetensors": bind(save_file, state)}
     if rank:
         return copy, files
     # Buffers are copied now: the next forward may change them.
     weights |= {name: _copied(value) for name, value in engine.bare.state_dict().items() if name not in engine.shapes}
-    position = replace(position)  # what follows is worked out in the background
-    files["model.safetensors"] = lambda file: save_model(file, weights, describe(config, stream, position), spectrum)
+    metadata = describe(config, stream, position)
+    files["model.safetensors"] = lambda file: save_model(file, weights, metadata, spectrum)
     if engine.ema is not None:
         averaged |= engine.ema.state_dict()
-        files["ema.safetensors"] = lambda file: save_model(file, averaged, describe(config, stream, position), spectrum)
-    match = partial.match if partial else None
-    if match:
+        files["ema.safetensors"] = lambda file: save_model(file, averaged, metadata, spectrum)
+    if match := kept.match:
         files["state/round.safetensors"] = bind(save_file, {"ids": match.ids, "distances": match.distances})
     trainer = {
         **asdict(position),
         "epoch": stream.order.epochs(position.round),
         "world_size": world,
-        "began": partial.world_size_at_start if partial else world,
+        "began": kept.world_size_at_start,
         "engine": engine.described,
         "adam_steps": engine.steps,
         "scale": engine.scale,
         "match": match.values if match else {},
-        "terms": list(partial.sums) if partial else [],
+        "terms": list(kept.sums),
         "versions": VERSIONS,
     }
-    files["trainer.json"] = bind(_write_json, trainer)
+    files["trainer.json"] = lambda file: write_atomically(file, json.dumps(trainer, indent=2) + "\n", sync=False)
     return copy, files
-
-
-def _write_json(content: dict[str, Any], file: Path) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def share_out(sizes: Sequence[int], world: int) -> list[int]:

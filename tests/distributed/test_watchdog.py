@@ -1,5 +1,6 @@
 """A rank that makes no progress ends itself and says for whom it waited; one that makes some is left alone."""
 
+import re
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.distributed.watchdog import Heard, Post, Watchdog, describe
+from pipeline.distributed.watchdog import Post, Seen, Watchdog, describe
 from pipeline.errors import FAILED
 from tests.conftest import forked
 from tests.distributed.ranks import WORKER, free_port
@@ -57,52 +58,49 @@ def two_ranks(case: str, folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
             worker.communicate()
 
 
-def verdict(worker: subprocess.Popen[str]) -> str:
-    """The one line that a rank says before it ends itself."""
+def verdict(worker: subprocess.Popen[str]) -> list[str]:
+    """The lines that a rank says before it ends itself."""
     errors = worker.communicate(timeout=30)[1]
     assert worker.returncode == FAILED, errors
-    (line,) = [line for line in errors.splitlines() if " has waited " in line or " has made no progress " in line]
-    assert "most recent call first" in errors and "watchdog_cases.py" in errors.split(line)[1], "stacks come after"
-    return line
+    said = re.search(r"^rank \d has made no progress .*\n(  rank .*\n)*", errors, re.M)
+    assert said, errors
+    stacks = errors[said.end() :]
+    assert "most recent call first" in stacks and "watchdog_cases.py" in stacks, "stacks come after"
+    return said[0].splitlines()
 
 
 @pytest.mark.slow
 def test_a_rank_that_is_late_is_named_by_the_one_that_waits(tmp_path):
     with two_ranks("late", tmp_path) as (waiting, _):
-        said = verdict(waiting)
-    assert said.startswith("rank 0 has waited 2 s in match of round 12 for rank 1, last progress ")
-    assert "in take of round 12 (host " in said
+        mine, other = verdict(waiting)
+    assert mine == "rank 0 has made no progress for 2 s in match of round 12, beat 0"
+    assert re.fullmatch(r"  rank 1 in take of round 12, beat 0, last progress \d s ago, host \S+: BEHIND", other)
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_frozen_is_silent(tmp_path):
-    with two_ranks("frozen", tmp_path) as (waiting, _):
-        said = verdict(waiting)
-    assert said.startswith("rank 0 has waited 3 s in match of round 12 for rank 1, last heard of ")
-    assert "s ago in match of round 12 (host " in said
-
-
-@pytest.mark.slow
-def test_a_rank_that_was_killed_is_silent(tmp_path):
-    with two_ranks("killed", tmp_path) as (waiting, _):
-        said = verdict(waiting)
-    assert said.startswith("rank 0 has waited 3 s in match of round 12 for rank 1, last heard of ")
-    assert "s ago in take of round 12 (host " in said
+@pytest.mark.parametrize(("case", "phase"), [("frozen", "match"), ("killed", "take")])
+def test_a_rank_that_is_frozen_or_was_killed_is_silent(case, phase, tmp_path):
+    with two_ranks(case, tmp_path) as (waiting, _):
+        mine, other = verdict(waiting)
+    assert mine == "rank 0 has made no progress for 3 s in match of round 12, beat 0"
+    assert other.startswith(f"  rank 1 in {phase} of round 12, beat 0, last progress ")
+    assert re.search(r": SILENT for \d s$", other)
 
 
 @pytest.mark.slow
 def test_the_store_goes_with_the_rank_that_holds_it(tmp_path):
     with two_ranks("holder_killed", tmp_path) as (_, waiting):
-        said = verdict(waiting)
-    assert said.startswith("rank 1 has waited 2 s in match of round 12")
-    assert "the store cannot be reached (" in said and said.endswith("): rank 0, which holds it, is gone")
+        mine = verdict(waiting)[0]
+    assert mine.startswith("rank 1 has made no progress for 2 s in match of round 12")
+    assert "the store cannot be reached (" in mine and mine.endswith("): rank 0, which holds it, is gone")
 
 
 @pytest.mark.slow
 def test_a_rank_that_left_is_named(tmp_path):
     with two_ranks("left", tmp_path) as (waiting, _):
-        said = verdict(waiting)
-    assert said.startswith("rank 0 has waited 2 s in match of round 12 for rank 1, which left in take of round 12")
+        mine, other = verdict(waiting)
+    assert mine.startswith("rank 0 has made no progress for 2 s in match of round 12")
+    assert other.startswith("  rank 1 in take of round 12") and other.endswith(": LEFT")
 
 
 @pytest.mark.slow
@@ -119,7 +117,7 @@ def test_a_process_that_stalls_ends_itself():
     )
     assert done.returncode == FAILED
     said, stacks = done.stderr.split("\n", 1)
-    assert said == "rank 0 has made no progress for 1 s in fit of round 3"
+    assert said == "rank 0 has made no progress for 1 s in fit of round 3, beat 1"
     assert "in hang" in stacks
 
 
@@ -182,76 +180,89 @@ TAKE, MATCH, FIT = (
 )
 
 
-def post(place: dict[str, object], *, beats: int = 5, idle: float = 600, state: str = "at work") -> Post:
-    return Post(**place, beats=beats, idle=idle, host="xyz", state=state)
+def post(
+    place: dict[str, object],
+    *,
+    beats: int = 5,
+    idle: float = 600,
+    state: str = "at work",
+    ago: float = 2,
+    unchanged: float = 0,
+) -> Seen:
+    first = time.monotonic() - ago
+    return Post(**place, beats=beats, idle=idle, host="xyz", state=state), first, first + unchanged
 
 
-def fresh(one: Post) -> Heard:
-    return Heard(one, ago=2, unchanged=0)
+HERE = "in match of round 12, beat 5, last progress 602 s ago, host xyz"
+BEFORE = "in take of round 12, beat 5, last progress 602 s ago, host xyz"
+AFTER = "in fit of round 12, beat 5, last progress 602 s ago, host xyz"
+STALLED = "rank 0 has made no progress for 600 s in match of round 12, beat 5"
 
 
 @pytest.mark.parametrize(
-    ("heard", "said"),
+    ("posts", "rows"),
     [
-        (None, "rank 0 has made no progress for 600 s in match of round 12"),
+        (lambda: {1: post(MATCH), 2: post(MATCH)}, [f"rank 1 {HERE}", f"rank 2 {HERE}"]),  # all at the same place
         (
-            {1: fresh(post(MATCH)), 2: fresh(post(MATCH))},
-            "rank 0 has made no progress for 600 s in match of round 12, where all 3 ranks are",
+            lambda: {1: post(MATCH), 2: post(TAKE, ago=598, unchanged=597)},
+            [
+                "rank 2 in take of round 12, beat 5, last progress 1198 s ago, host xyz: SILENT for 598 s",
+                f"rank 1 {HERE}",
+            ],
+        ),
+        (  # who is silent comes first, even from further on
+            lambda: {1: post(TAKE), 2: post(MATCH, ago=598, unchanged=597)},
+            [
+                "rank 2 in match of round 12, beat 5, last progress 1198 s ago, host xyz: SILENT for 598 s",
+                f"rank 1 {BEFORE}: BEHIND",
+            ],
         ),
         (
-            {1: fresh(post(MATCH)), 2: Heard(post(TAKE), ago=598, unchanged=597)},
-            "rank 0 has waited 600 s in match of round 12 for rank 2, last heard of 598 s ago in take of round 12 "
-            "(host xyz)",
+            lambda: {1: post(MATCH), 2: post(TAKE, idle=1)},
+            ["rank 2 in take of round 12, beat 5, last progress 3 s ago, host xyz: BEHIND", f"rank 1 {HERE}"],
         ),
         (
-            {1: fresh(post(TAKE, idle=1)), 2: fresh(post(MATCH))},
-            "rank 0 has waited 600 s in match of round 12 for rank 1, last progress 3 s ago in take of round 12 "
-            "(host xyz)",
+            lambda: {1: post(MATCH, beats=4), 2: post(MATCH, beats=3)},  # rank 1 may wait for rank 2 as well
+            [
+                "rank 2 in match of round 12, beat 3, last progress 602 s ago, host xyz: BEHIND",
+                "rank 1 in match of round 12, beat 4, last progress 602 s ago, host xyz: BEHIND",
+            ],
         ),
         (
-            {1: fresh(post(MATCH, beats=3)), 2: fresh(post(MATCH, beats=4))},  # rank 2 may wait for rank 1 as well
-            "rank 0 has waited 600 s in match of round 12 for rank 1, 2 beats behind, last progress 602 s ago in "
-            "match of round 12 (host xyz)",
+            lambda: {1: post(MATCH, beats=3), 2: post(TAKE, beats=9)},  # the phase comes before the beats
+            [
+                "rank 2 in take of round 12, beat 9, last progress 602 s ago, host xyz: BEHIND",
+                "rank 1 in match of round 12, beat 3, last progress 602 s ago, host xyz: BEHIND",
+            ],
+        ),
+        (lambda: {1: post(MATCH)}, ["rank 2 MISSING, never heard of", f"rank 1 {HERE}"]),
+        (
+            lambda: {1: post(FIT, state="left"), 2: post(MATCH, state="left")},  # rank 1 was done, so not it
+            [f"rank 2 {HERE}: LEFT", f"rank 1 {AFTER}"],
         ),
         (
-            {1: fresh(post(MATCH, beats=3)), 2: fresh(post(TAKE, beats=9))},  # the phase comes before the beats
-            "rank 0 has waited 600 s in match of round 12 for rank 2, last progress 602 s ago in take of round 12 "
-            "(host xyz)",
+            lambda: {1: post(MATCH, state="ended", ago=40, unchanged=40), 2: post(MATCH)},  # waited, as we do
+            ["rank 1 in match of round 12, beat 5, last progress 640 s ago, host xyz", f"rank 2 {HERE}"],
         ),
-        (
-            {2: fresh(post(MATCH))},
-            "rank 0 has waited 600 s in match of round 12 for rank 1, which was never heard of",
-        ),
-        (
-            {1: fresh(post(MATCH, state="left")), 2: fresh(post(FIT, state="left"))},  # rank 2 was done, so not it
-            "rank 0 has waited 600 s in match of round 12 for rank 1, which left in match of round 12 (host xyz)",
-        ),
-        (
-            {1: Heard(post(MATCH, state="ended"), ago=40, unchanged=40), 2: fresh(post(MATCH))},  # waited, as we do
-            "rank 0 has made no progress for 600 s in match of round 12, where all 3 ranks are",
-        ),
-        (
-            {1: fresh(post(FIT)), 2: fresh(post(MATCH))},
-            "rank 0 has made no progress for 600 s in match of round 12, and is behind rank 1 in fit of round 12",
-        ),
+        (lambda: {1: post(FIT), 2: post(MATCH)}, [f"rank 2 {HERE}", f"rank 1 {AFTER}"]),  # only this one is behind
     ],
 )
-def test_the_message_names_who_is_behind(heard, said):
-    assert describe(0, 3, post(MATCH), heard, silence=17) == said
+def test_the_message_has_a_line_a_rank_the_missing_first_then_the_hindmost(posts, rows):
+    assert describe(0, 3, post(MATCH)[0], posts(), silence=17).split("\n  ") == [STALLED, *rows]
+
+
+def test_alone_it_names_no_others():
+    assert describe(0, 1, post(MATCH)[0], {}, silence=17) == STALLED
 
 
 def test_a_long_list_is_cut():
-    said = describe(0, 20, post(MATCH), {rank: fresh(post(TAKE)) for rank in range(1, 20)}, silence=17)
-    assert "rank 8, last" in said and "rank 9" not in said and said.endswith("; and 11 more")
+    said = describe(0, 20, post(MATCH)[0], {rank: post(TAKE) for rank in range(1, 20)}, silence=17)
+    assert "rank 8 in take" in said and "rank 9" not in said and said.endswith("\n  and 11 more")
 
 
 def test_what_was_read_before_the_store_was_lost_is_told():
-    heard = {1: fresh(post(MATCH)), 2: fresh(post(TAKE))}
-    said = describe(0, 3, post(MATCH), heard, silence=17, lost="refused")
-    assert "for rank 2, last progress 602 s ago in take" in said
-    assert said.endswith("; the store cannot be reached (refused): rank 0, which holds it, is gone")
-    said = describe(0, 3, post(MATCH), {}, silence=17, lost="refused")
-    assert said == (
-        "rank 0 has waited 600 s in match of round 12; the store cannot be reached (refused): "
-        "rank 0, which holds it, is gone"
-    )
+    gone = f"{STALLED}; the store cannot be reached (refused): rank 0, which holds it, is gone"
+    posts = {1: post(MATCH), 2: post(TAKE)}
+    said = describe(0, 3, post(MATCH)[0], posts, silence=17, lost="refused")
+    assert said.split("\n  ") == [gone, f"rank 2 {BEFORE}: BEHIND", f"rank 1 {HERE}"]
+    assert describe(0, 3, post(MATCH)[0], {}, silence=17, lost="refused") == gone

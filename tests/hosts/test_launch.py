@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.cluster import launch
 from pipeline.cluster.exit_codes import SIGNALS, Ending
 from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED
 from tests.conftest import ROOT, SMALL, environment
@@ -51,6 +52,21 @@ def test_a_signal_ends_what_is_waited_for_after_the_ranks(number, handlers):
     begun = time.monotonic()
     assert ending.judge(FAILED) == FAILED and ending.heard(0, 60) is None and ending.asked
     assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--port=0", "argument --port: 0: it must lie between 1 and 65535"),
+        ("--gpus=1025", "argument --gpus: 1025: it must lie between 0 and 1024"),
+        ("--wait=nan", "argument --wait: nan: it must lie between 1 and"),
+        ("--reach=soon", "argument --reach: invalid number value: 'soon'"),
+    ],
+)
+def test_an_option_out_of_bounds_is_refused(option, said, handlers, capsys):
+    with pytest.raises(SystemExit) as caught:
+        launch.main([option])
+    assert caught.value.code == BAD_INPUT and said in capsys.readouterr().err
 
 
 BUCKET = """

@@ -41,7 +41,8 @@ def test_any_problem_in_any_blocks(family, method, dtype, seed, queries, candida
     q, c = FAMILIES[family](seed, queries, candidates, dims)
     blocks = Blocks(rows=len(c), make=lambda low, high: c[low:high], size=max(block, -(-len(c) // 20)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.match.method.fastest_type", lambda device: dtype)
+        rates = (2.0, 1.0) if dtype == torch.bfloat16 else (1.0, 2.0)
+        patch.setattr("pipeline.match.method.measure_rates", lambda device, threads: rates)
         found = search(q, blocks, 7, method=method, neighbours=neighbours)
     expected, rows = oracle(q, c, neighbours)
     kept = rows.shape[1]
