@@ -101,7 +101,7 @@ def test_counting_copies_no_parameter(monkeypatch):
 )
 def test_peaks_by_name(monkeypatch, name, half, plain):
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: name)
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    monkeypatch.setattr(torch.backends.cudnn, "conv", SimpleNamespace(fp32_precision="ieee"))
     assert peak_flops(CUDA, torch.bfloat16) == half
     assert peak_flops(CUDA, torch.float32) == plain
     assert peak_flops(CUDA, torch.float64) is None
