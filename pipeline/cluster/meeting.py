@@ -24,14 +24,9 @@ import psutil
 from pipeline.cluster.place import Place
 from pipeline.errors import InputError, PeerLost, printable
 
-EVERY = 10.0
-"""Seconds between two messages about the missing hosts."""
-
-SILENCE = 10.0
-"""Seconds that a connection has for its greeting."""
-
-TELLING = 30.0
-"""Seconds that host 0 stays to report why it ends, to hosts that start later."""
+EVERY = 10.0  # seconds between two messages about the missing hosts
+SILENCE = 10.0  # seconds that a connection has for its greeting
+TELLING = 30.0  # seconds that host 0 stays to report why it ends, to hosts that start later
 
 
 def meet(

@@ -21,8 +21,7 @@ from pipeline.errors import InputError
 
 Array = npt.NDArray[Any]
 
-SUFFIXES = {"image": ("png", "jpg", "jpeg", "webp", "npy"), "point": ("npy",)}
-"""Which members of a sample hold its array, by the data set's kind."""
+SUFFIXES = {"image": ("png", "jpg", "jpeg", "webp", "npy"), "point": ("npy",)}  # of an array's member, by kind
 
 UNDECODABLE = (OSError, InputError)
 """What reading a picture file raises (OSError), and decoding it (InputError, see `decoding`)."""
@@ -143,8 +142,7 @@ def _decode_plain_jpeg(data: bytes, into: Array | None) -> Array | None:
 
 JPEG_PIXELS = 1 << 26  # above it Pillow's own guard against pictures that are made to fill the memory decides
 PLAIN_PIXELS = 256 * 256  # above it the time is in decompression
-_MODES = {b"\x08\0\0\0\0": "L", b"\x08\2\0\0\0": "RGB"}
-"""By bit depth, colour type, and three bytes that are 0 (compression, filter, not interlaced)."""
+_MODES = {b"\x08\0\0\0\0": "L", b"\x08\2\0\0\0": "RGB"}  # by bit depth, colour type, and three zeros
 
 
 def decode_array(data: bytes, shape: tuple[int, ...], dtype: str) -> Array:

@@ -144,8 +144,7 @@ def search(
     )
 
 
-Settings = tuple[int, float | None, str]
-"""neighbours, reject and method of `search`."""
+Settings = tuple[int, float | None, str]  # neighbours, reject and method of `search`
 
 
 class Shard(NamedTuple):

@@ -4,8 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NO_ID = torch.iinfo(torch.int64).max
-"""Stands for a missing candidate and sorts behind all others."""
+NO_ID = torch.iinfo(torch.int64).max  # stands for a missing candidate and sorts behind all others
 
 
 def sort_lexically(*keys: Tensor) -> Tensor:

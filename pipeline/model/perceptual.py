@@ -5,8 +5,7 @@ from torch import Tensor, nn
 
 from pipeline.model.losses import Distance
 
-FAINT = 1e-2
-"""Square of the length below which a position's features count for less than their direction."""
+FAINT = 1e-2  # square of the length below which a position's features count for less than their direction
 
 
 def perceptual(layers: nn.Sequential) -> Distance:

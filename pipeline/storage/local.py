@@ -5,7 +5,6 @@ import contextlib
 import errno
 import os
 import stat
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,9 +26,8 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter path",
 }
 """What to do about a user's mistake, by error number. A disk that is full or fails is a crash, to be retried."""
-
+# What a disk or a system that fails for a while says: no fault of the user's, and worth a retry.
 TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-"""What a disk or a system that fails for a while says. It is no fault of the user's, and worth a retry."""
 
 
 class LocalStore(Store):
@@ -80,18 +78,18 @@ class LocalStore(Store):
     def write(self, name: str) -> Iterator[Writer]:
         with self._explained(name, writing=True):
             self._folder.mkdir(parents=True, exist_ok=True)
-            descriptor, partial = tempfile.mkstemp(prefix=PARTIAL, dir=self._folder)
+            partial = self._folder / f"{PARTIAL}{uuid.uuid4().hex}"
+            target = partial.open("xb")
         try:
-            with os.fdopen(descriptor, "wb") as target:
+            with target:
                 yield target
                 with self._explained(name, writing=True):
                     target.flush()
                     os.fsync(target.fileno())  # the name must not outlive the bytes if the machine goes down
-                    os.fchmod(target.fileno(), 0o644)  # mkstemp's 0600 would shut out other users of a shared volume
             with self._explained(name, writing=True):
                 os.replace(partial, self._folder / name)
         except BaseException:
-            Path(partial).unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
             raise
 
     def delete(self, name: str) -> None:

@@ -10,9 +10,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 PART = 16 << 20  # bytes asked for at once: half as many would cost a third of the speed of a fast server
-
-PARALLEL = 3
-"""Parts on their way at once: with those that wait to be taken, a reader holds (PARALLEL + 1) * PART bytes at most."""
+PARALLEL = 3  # parts on their way at once: with those that wait, a reader holds (PARALLEL + 1) * PART bytes at most
 
 
 def in_background(call: Callable[[], T], name: str) -> Future[T]:
@@ -20,8 +18,11 @@ def in_background(call: Callable[[], T], name: str) -> Future[T]:
     future: Future[T] = Future()
 
     def run() -> None:
+        nonlocal call
         try:
-            future.set_result(call())
+            result = call()
+            del call  # what it holds is freed before anybody goes on: at exit a thread within torch would abort
+            future.set_result(result)
         except BaseException as error:  # re-raised where the result is asked for
             future.set_exception(error)
 

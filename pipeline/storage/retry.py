@@ -71,9 +71,7 @@ class Patience:
         self._what, self._tally, self._failures, self._most = what, tally, 0, _attempts.get(ATTEMPTS)
 
     def wait(self, error: BaseException, *, at: str = "", progress: bool = False) -> None:
-        """Pause after a failure. Raises Unavailable, with the place and the cause, after ATTEMPTS of them in a row, or
-        as many as `at_most` allows.
-        """
+        """Pause after a failure. Raises Unavailable after ATTEMPTS of them in a row, or as many as `at_most` allows."""
         self._failures = 1 if progress else self._failures + 1
         where = f"{self._what}{at}"
         cause = f"{type(error).__name__}: {error}"

@@ -2,6 +2,7 @@
 
 import os
 import re
+import threading
 from functools import cache
 from typing import Any
 
@@ -22,8 +23,8 @@ from pipeline.storage.prefetch import PARALLEL
 
 SILENCE = 20.0  # seconds without a byte, or without a connection, before a request counts as failed
 
+# Error codes of requests worth retrying, whatever their HTTP status.
 _TRANSIENT = ("BadDigest", "XAmzContentChecksumMismatch", "RequestTimeout", "SlowDown")
-"""Error codes of requests worth retrying, whatever their HTTP status."""
 
 
 def is_passing(error: Exception) -> bool:
@@ -39,12 +40,26 @@ def is_passing(error: Exception) -> bool:
     return isinstance(error, (*of_botocore, HTTPError, ConnectionError, TimeoutError))
 
 
-@cache
+_MAKING = threading.Lock()  # held across a fork, too, after which the child has none of the parent's connections
+
+
 def client() -> Any:
     """This process's client, signed by what boto3's chain finds (environment, profile, web identity, instance role).
 
     Where it finds nothing requests are not signed: a public bucket needs no account.
     """
+    with _MAKING:
+        return _make_client()
+
+
+def forget_clients() -> None:
+    """Have the next client made from the environment as it is then."""
+    with _MAKING:
+        _make_client.cache_clear()
+
+
+@cache
+def _make_client() -> Any:
     import boto3
     from botocore.config import Config
 
@@ -74,8 +89,8 @@ def client() -> Any:
     return made
 
 
-forget_clients = client.cache_clear  # the next one is made from the environment as it is then
-os.register_at_fork(after_in_child=forget_clients)
+os.register_at_fork(before=_MAKING.acquire, after_in_parent=_MAKING.release, after_in_child=_MAKING.release)
+os.register_at_fork(after_in_child=_make_client.cache_clear)
 
 
 def _refuse_redirect(response: Any, **_: Any) -> None:

@@ -18,8 +18,7 @@ VALUES = 2**28  # the most values a sample may have: a colour image of 8192 pixe
 MOST_SAMPLES = 2**40  # of a split
 SAMPLE_BYTES = 1024  # the least that a sample takes in a tar: a block of header and one of data
 
-FORMS = {"image": ("uint8", 3), "point": ("float32", 1)}
-"""The type and the number of axes of a sample, by the data set's kind."""
+FORMS = {"image": ("uint8", 3), "point": ("float32", 1)}  # type and axes of a sample, by kind
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
