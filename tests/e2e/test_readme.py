@@ -16,7 +16,7 @@ from tests.conftest import ROOT, Program
 @pytest.mark.slow
 def test_the_steps_of_the_readme(naign: Program, train: Program, tmp_path: Path) -> None:
     def run(*options: str) -> str:
-        done = naign(*options, real=True)
+        done = naign(*options, real=options[0] in ("pack", "evaluate", "export"))  # others start alike
         assert done.returncode == 0, done.stderr
         return done.stdout
 

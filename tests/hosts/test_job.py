@@ -24,7 +24,7 @@ def prepared(hosts: int, **train: Any) -> list[dict[str, Any]]:
     for item in objects:
         if item["kind"] == "ConfigMap" and "run.yaml" in item["data"]:
             config = yaml.safe_load(item["data"]["run.yaml"])
-            config["train"] |= {"images": 40 * 1024, "threads": 1, **train}
+            config["train"] |= {"images": 24 * 1024, "threads": 1, **train}
             config["checkpoint"] = {"rounds": 5}
             item["data"]["run.yaml"] = yaml.safe_dump(config)
         if item["kind"] == "Job":
@@ -96,7 +96,7 @@ def complete(cluster: Cluster) -> bool:
         assert open_store("s3://naign/digits").list()
         name = next(newest_first("s3://naign/runs/digits"))
         found = download("s3://naign/runs/digits", name, cluster.folder / "found")
-        return name == "step-00000640" and is_complete(found)
+        return name == "step-00000384" and is_complete(found)
     finally:
         del os.environ["AWS_ENDPOINT_URL"]
         os.environ |= {name: value for name, value in before.items() if value is not None}
@@ -110,12 +110,12 @@ def test_a_job_trains_loses_a_pod_goes_on_and_ends(hosts, lost, rate, cluster):
     job = Job(cluster, "naign", rates={1: rate} if rate else None)
     for index in reversed(range(hosts)):  # host 0 last
         job.create(index)
-    job.until(lambda: rounds(job) >= 12, 120)
+    job.until(lambda: rounds(job) >= 8, 120)
     cluster.tell(f"{rounds(job)} rounds; {job.pods[lost].name} is killed")
     killed = time.monotonic()
     job.pods[lost].kill()
-    job.until(lambda: rounds(job) < 12, 30)
-    job.until(lambda: rounds(job) > 12, 90)
+    job.until(lambda: rounds(job) < 8, 30)
+    job.until(lambda: rounds(job) > 8, 90)
     cluster.tell(f"goes on, {time.monotonic() - killed:.1f} s after the kill")
     assert time.monotonic() - killed < 60
     job.until(lambda: len(job.done) == hosts, 180)
@@ -126,7 +126,7 @@ def test_a_job_trains_loses_a_pod_goes_on_and_ends(hosts, lost, rate, cluster):
 
 def test_a_pod_that_is_asked_to_go_costs_nothing(cluster):
     job = started(cluster)
-    job.until(lambda: rounds(job) >= 8, 120)
+    job.until(lambda: rounds(job) >= 4, 120)
     job.pods[1].kill(signal.SIGTERM)
     job.until(lambda: len(job.done) == 2, 180)
     assert not job.failed and job.failures == 0 and complete(cluster)
@@ -181,7 +181,7 @@ def test_a_missing_secret_fails_the_job_at_once(cluster):
 
 def test_a_bucket_out_of_reach_fails_the_job(cluster):
     cluster.find("ConfigMap", "naign-store")["data"]["AWS_ENDPOINT_URL"] = "http://naign-store:8444"
-    cluster.find("Job", "naign")["spec"]["template"]["spec"]["containers"][0]["command"].append("--reach=10")
+    cluster.find("Job", "naign")["spec"]["template"]["spec"]["containers"][0]["command"].append("--reach=3")
     job = started(cluster)
     job.until(lambda: bool(job.failed), 240)
     last = job.failed.strip().splitlines()[-1]
