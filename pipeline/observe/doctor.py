@@ -38,7 +38,7 @@ class Needs(NamedTuple):
     run: str = ""
     remote: str = ""
     checkpoint_bytes: int = 0  # of a whole checkpoint, all ranks' files
-    trackers: str = ""
+    trackers: str = "tensorboard"
 
 
 LOAD_DEEPSPEED = """
