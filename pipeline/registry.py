@@ -9,6 +9,7 @@ pyproject.toml, where the group names the room and the value is an object of the
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
@@ -28,7 +29,8 @@ def lookup(
 ) -> Entry:
     """The entry of that name. Entry points are looked up only for a name that is not built in.
 
-    Raises InputError for an unknown name, naming those there are, and for a package that fails to import.
+    Raises InputError for an unknown name, naming those there are, and for a package that fails to import or brings
+    something of another form than the built-in entries.
     """
     if name in builtin:
         return builtin[name]
@@ -38,13 +40,24 @@ def lookup(
         near = difflib.get_close_matches(name, there, n=1)
         remedy = (remedies or {}).get(name) or (f"did you mean {near[0]}?" if near else "")
         raise InputError(f"{setting} is '{name}': choose one of {', '.join(there)}" + (f"; {remedy}" if remedy else ""))
+    package = found.dist.name if found.dist else found.module
+    said = f"{setting} is '{name}', which the package {package} brings as {found.value}, but"
     try:
         entry: Entry = found.load()
-    except Exception as error:  # whatever another package's import may raise
-        package = found.dist.name if found.dist else found.module
-        said = f"{setting} is '{name}', which the package {package} brings as {found.value}, but importing that failed"
-        raise InputError(f"{said}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever another package's import may raise
+        raise InputError(f"{said} importing that failed: {type(error).__name__}: {error}") from error
+    example = next(iter(builtin.values()))
+    if not _alike(entry, example):
+        wanted = "a settings class and a function" if isinstance(example, tuple) else "a function"
+        raise InputError(f"{said} that is {type(entry).__name__}, not {wanted} as the group {group} needs: see its package")
     return entry
+
+
+def _alike(entry: object, example: object) -> bool:
+    """Whether the one has the form of the other: settings classes and functions, and tuples of these."""
+    if isinstance(example, tuple):
+        return isinstance(entry, tuple) and len(entry) == len(example) and all(map(_alike, entry, example))
+    return callable(entry) and (is_dataclass(entry) if is_dataclass(example) else True)
 
 
 def known(builtin: Mapping[str, object], group: str) -> list[str]:

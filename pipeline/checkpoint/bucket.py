@@ -36,23 +36,17 @@ def newest_first(remote: str) -> Iterator[str]:
             yield name
 
 
-def is_there(remote: str, name: str) -> bool:
-    """Whether each file in the manifest of a checkpoint is there with its size; contents are not read."""
+def round_of(remote: str, name: str) -> int:
+    """The round in which a checkpoint was written; -1 if trainer.json does not say, or if a file of the manifest is not
+    there with its size. Other contents are not read.
+    """
     where = f"{remote}/checkpoints/{name}"
     try:
         for file, entry in read_manifest(open_store(where).read(MANIFEST)).items():
             store, base = locate(f"{where}/{file}")
             if not store.exists(base) or store.size(base) != entry["bytes"]:
-                return False
-    except ValueError:
-        return False
-    return True
-
-
-def round_of(remote: str, name: str) -> int:
-    """The round in which a checkpoint was written; -1 if trainer.json does not say."""
-    try:
-        return int(json.loads(open_store(f"{remote}/checkpoints/{name}").read("trainer.json"))["round"])
+                return -1
+        return int(json.loads(open_store(where).read("trainer.json"))["round"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return -1
 

@@ -3,6 +3,7 @@
 Commands import what is heavy when they are called, so that `naign --help` is quick.
 """
 
+import errno
 import io
 import os
 import signal
@@ -14,7 +15,7 @@ from pipeline.cli.cluster import fetch, launch, render
 from pipeline.cli.data import index, pack, verify
 from pipeline.cli.health import doctor
 from pipeline.cli.model import evaluate, export, restore, sample, score
-from pipeline.errors import InputError, exit_on_input_error
+from pipeline.errors import InputError, Unavailable, exit_on_input_error
 
 
 def main() -> None:
@@ -36,7 +37,8 @@ def main() -> None:
         except OSError as error:
             if error.filename is None:
                 raise
-            raise InputError(f"{error.filename}: {error.strerror}") from None
+            kind = Unavailable if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE) else InputError
+            raise kind(f"{error.filename}: {error.strerror}") from None
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
                 raise InputError("this machine has too little memory for that: ask for fewer or smaller ones") from None

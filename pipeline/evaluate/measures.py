@@ -1,4 +1,4 @@
-"""The measurements of an evaluation, in order: each takes the subject and returns its part of metrics.json.
+"""The measurements of an evaluation: each takes the subject and returns its part of metrics.json.
 
 Applying f is nearly all the cost, so each application serves several measurements. `Subject.counts` records how many
 examples each number is based on.
@@ -23,6 +23,9 @@ from pipeline.model.naign import NAIGN
 
 MEDIAN = 10_000  # training images from which the per-pixel median and the mean brightness are computed
 ROUNDING = 1e-6  # share of the test features' variance; a smaller floor is rounding, and no ratio to it is given
+REPAIRED = 2_500  # test images for each damage; f is applied to each twice
+OUTLIERS = 1_000  # test images from which outliers are made; f is applied about four times as often
+SHOWN = 10  # repairs of each kind kept for pictures
 VALUES = 2**27  # of one set in memory at most (512 MB of float32): large images are measured on fewer examples
 
 
@@ -31,7 +34,7 @@ def within(wanted: int, shape: tuple[int, ...]) -> int:
     return min(wanted, max(1, VALUES // int(torch.Size(shape).numel())))
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Subject:
     """The model and the data to measure it on. Tensors are on the CPU, shuffled by the seed: a prefix is a sample."""
 
@@ -40,37 +43,40 @@ class Subject:
     encoder: Encoder
     train: Tensor  # (n, *shape) in storage type
     test: Tensor  # (m, *shape) in the model's scale
+    samples: int  # wanted
     seed: int
-    once: Tensor = field(init=False)  # f(z): (samples, *shape)
+    once: Tensor = field(init=False)  # f(z): (samples, *shape), as many as fit
     twice: Tensor = field(init=False)  # f(f(z))
-    counts: dict[str, int] = field(default_factory=dict)  # how many examples each number is based on
+    neighbours: Tensor = field(init=False)  # the training examples that are nearest to the first samples
+    repaired: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # SHOWN of every answer, by damage and answer
+    counts: dict[str, int] = field(init=False)  # how many examples each number is based on
 
     @property
     def is_image(self) -> bool:
         return self.manifest.kind == "image"
 
 
-def read(model: NAIGN, path: str, encoder: Encoder, manifest: Manifest, *, seed: int, crop: int = 0) -> Subject:
-    """Read both splits, as much as fits, in an order drawn by the seed. Raises InputError if one is too small."""
+def read(path: str, shape: tuple[int, ...], *, seed: int, crop: int = 0) -> tuple[Tensor, Tensor]:
+    """What a Subject takes of both splits, in an order drawn by the seed. Raises InputError if one is too small."""
     generator, splits = torch.Generator().manual_seed(seed), list[Tensor]()
     for split, wanted in (("train", 100_000), ("test", 10_000)):
-        images, _ = read_split(path, split, limit=within(wanted, manifest.shape), crop=crop)
+        images, _ = read_split(path, split, limit=within(wanted, shape), crop=crop)
         if len(images) <= NEIGHBOURS:
             raise InputError(
                 f"{path} has {len(images)} examples in its {split} split, too few to measure with: give a data set "
                 f"with more than {NEIGHBOURS} in each split, with --data"
             )
         splits.append(images[torch.randperm(len(images), generator=generator)])
-    counts = {"train": len(splits[0]), "test": len(splits[1])}
-    train, test = splits[0], scaled(splits[1])
-    return Subject(model=model, manifest=manifest, encoder=encoder, train=train, test=test, seed=seed, counts=counts)
+    return splits[0], scaled(splits[1])
 
 
-def draw(subject: Subject, samples: int) -> None:
+def draw(subject: Subject) -> dict[str, Any]:
     """Draw the samples f(z), and f(f(z))."""
-    subject.once = subject.model.sample(samples, seed=subject.seed).cpu()  # else on the model's device
+    number = within(subject.samples, subject.manifest.shape)
+    subject.counts = {"train": len(subject.train), "test": len(subject.test), "samples": number}
+    subject.once = subject.model.sample(number, seed=subject.seed).cpu()  # else on the model's device
     subject.twice = subject.model.project(subject.once)
-    subject.counts["samples"] = samples
+    return {}
 
 
 def overlap(subject: Subject) -> dict[str, Any]:
@@ -96,8 +102,8 @@ def overlap(subject: Subject) -> dict[str, Any]:
     }
 
 
-def copying(subject: Subject) -> tuple[dict[str, Any], Tensor]:
-    """Distances of samples and of test data to their nearest training example; and those of the first samples."""
+def copying(subject: Subject) -> dict[str, Any]:
+    """Distances of samples and of test data to their nearest training example."""
     reference = scaled(subject.train[: within(60_000, subject.manifest.shape)])
     number = min(1000, len(subject.once), len(subject.test))
     samples, indices = coverage.nearest(subject.once[:number], reference)
@@ -105,50 +111,56 @@ def copying(subject: Subject) -> tuple[dict[str, Any], Tensor]:
     subject.counts |= {"nearest": number, "nearest_reference": len(reference)}
     mine, unseen = float(samples.double().mean()), float(test.double().mean())
     near = {"samples": mine, "test": unseen, "ratio": mine / unseen if unseen else None}
-    return {"nearest": near | {"smallest": float(samples.min())}}, reference[indices[:12]]
+    subject.neighbours = reference[indices[:12]]
+    return {"nearest": near | {"smallest": float(samples.min())}}
 
 
-def repairs(subject: Subject, number: int, *, shown: int = 10) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """Restoration of every damage and idempotence on damaged images; and the first `shown` of every answer.
-
-    {"restoration": None} for points.
-    """
+def repairs(subject: Subject) -> dict[str, Any]:
+    """Restoration of every damage, None for points; idempotence on samples and on damaged images."""
+    moved = restoration.mae(subject.twice, subject.once)
     if not subject.is_image:
-        return {"restoration": None, "idempotence": {"damaged": None}}, {}
-    clean = subject.test[:number]
+        return {"restoration": None, "idempotence": {"samples": moved, "damaged": None}}
+    clean = subject.test[:REPAIRED]
     reference = scaled(subject.train[: within(20_000, subject.manifest.shape)])
     typical = restoration.median(subject.train[:MEDIAN])
-    tables, pictures, moves = dict[str, Any](), dict[str, dict[str, Tensor]](), []
+    tables, moves = dict[str, Any](), []
     project, seed = subject.model.project, subject.seed
     for kind in KINDS:
         answers = restoration.repair(clean, kind, project, typical=typical, reference=reference, seed=seed)
         tables[kind] = restoration.scores(answers, clean)
         moves.append(restoration.mae(answers["twice"], answers["once"]))
-        pictures[kind] = {name: answer[:shown].clone() for name, answer in answers.items()}
+        subject.repaired[kind] = {name: answer[:SHOWN].clone() for name, answer in answers.items()}
     subject.counts |= {
         "restoration": len(clean),
         "similarity": min(1000, len(clean)),
         "restoration_reference": len(reference),
         "median": min(MEDIAN, len(subject.train)),
     }
-    return {"restoration": tables, "idempotence": {"damaged": sum(moves) / len(moves)}}, pictures
+    return {"restoration": tables, "idempotence": {"samples": moved, "damaged": sum(moves) / len(moves)}}
 
 
-def fixed_points(subject: Subject, number: int) -> tuple[dict[str, Any], Tensor]:
-    """Reconstruction error of test data, and their energies (n,) from the same application of f."""
-    clean = subject.test[:number]
+def fixed_points(subject: Subject) -> dict[str, Any]:
+    """Reconstruction error of test data; AUROC of the energy against outliers made from test images, None for points.
+
+    Both from the same application of f.
+    """
+    clean = subject.test[:REPAIRED]
     answer = subject.model.project(clean)
-    energies = (answer - clean).square().flatten(1).mean(1)
     subject.counts["reconstruction"] = len(clean)
-    moved = {"samples": restoration.mae(subject.twice, subject.once)}
-    return {"reconstruction": restoration.mae(answer, clean), "idempotence": moved}, energies
+    found: dict[str, Any] = {"reconstruction": restoration.mae(answer, clean), "density": None}
+    if subject.is_image:
+        images, energies = clean[:OUTLIERS], (answer - clean).square().flatten(1).mean(1)[:OUTLIERS]
+        subject.counts["density"] = len(images)
+        typical, energy = float(subject.train[:MEDIAN].double().mean()) / 127.5 - 1, subject.model.energy
+        found["density"] = density.separation(images, energies, energy, typical_brightness=typical, seed=subject.seed)
+    return found
 
 
-def separation(subject: Subject, energies: Tensor, number: int) -> dict[str, Any]:
-    """AUROC of the energy against outliers made from the first `number` test images; None for points."""
-    if not subject.is_image:
-        return {"density": None}
-    subject.counts["density"] = number = min(number, len(energies))
-    typical, energy = float(subject.train[:MEDIAN].double().mean()) / 127.5 - 1, subject.model.energy
-    images, own = subject.test[:number], energies[:number]
-    return {"density": density.separation(images, own, energy, typical_brightness=typical, seed=subject.seed)}
+STAGES = {
+    "drawing samples, applying f": draw,
+    "distance and coverage": overlap,
+    "nearest training examples": copying,
+    "reconstruction and energy": fixed_points,
+    "repair": repairs,
+}
+"""The measurements in order, by what the progress bar says meanwhile."""

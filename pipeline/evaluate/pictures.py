@@ -12,14 +12,14 @@ from pipeline.observe.pictures import grid, heat, rows, scatter
 STEPS = 12  # images of an interpolation
 
 
-def draw_pictures(subject: Subject, neighbours: Tensor, repaired: dict[str, dict[str, Tensor]]) -> list[Picture]:
-    """Pictures of images: samples, repairs (by damage and answer), and samples over `neighbours`; of 2-D points."""
+def draw_pictures(subject: Subject) -> list[Picture]:
+    """Pictures of images: samples, repairs, and samples over their nearest training images; of 2-D points."""
     if subject.is_image:
-        return _of_images(subject, neighbours, repaired)
+        return _of_images(subject)
     return _of_points(subject) if subject.test.shape[1] == 2 else []
 
 
-def _of_images(subject: Subject, neighbours: Tensor, repaired: dict[str, dict[str, Tensor]]) -> list[Picture]:
+def _of_images(subject: Subject) -> list[Picture]:
     noise = subject.model.latent(torch.arange(10), seed=subject.seed).cpu()
     times = [("noise z", noise), ("f once", subject.once[:10]), ("f twice", subject.twice[:10])]
     for count in (3, 4, 5):
@@ -35,12 +35,12 @@ def _of_images(subject: Subject, neighbours: Tensor, repaired: dict[str, dict[st
     untold = "Test images. f is not told what was done to them. Last row: the nearest training image, an answer that "
     untold += "needs no network."
     shown = {"damaged": "input", "f once": "once", "f twice": "twice", "nearest": "nearest"}
-    for kind, answers in repaired.items():
+    for kind, answers in subject.repaired.items():
         lines = [("clean", subject.test[: len(answers["input"])])]
         lines += [(label, answers[name]) for label, name in shown.items()]
         drawn.append(Picture(f"restoration_{kind}", f"Repair: {DAMAGE[kind].lower()}", untold, rows(lines)))
     copied = "Alike in kind is good; the same image would be a copy."
-    both = rows([("f(z)", subject.once[: len(neighbours)]), ("training", neighbours)])
+    both = rows([("f(z)", subject.once[: len(subject.neighbours)]), ("training", subject.neighbours)])
     return [*drawn, Picture("neighbours", "Samples over their nearest training image", copied, both)]
 
 

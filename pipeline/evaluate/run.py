@@ -4,8 +4,6 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from pipeline.data.format.manifest import Manifest
 from pipeline.errors import InputError
 from pipeline.evaluate import measures
 from pipeline.evaluate.coverage import NEIGHBOURS
-from pipeline.evaluate.measures import Subject, within
+from pipeline.evaluate.measures import STAGES, Subject
 from pipeline.evaluate.pictures import draw_pictures
 from pipeline.evaluate.report import Picture, render
 from pipeline.model.encoders import choose_encoder, load_encoder
@@ -28,9 +26,6 @@ from pipeline.observe.pictures import png
 from pipeline.storage.local import write_atomically
 from pipeline.storage.store import open_store, use_endpoint
 
-REPAIRED = 2_500  # test images for each damage; f is applied to each twice
-OUTLIERS = 1_000  # test images from which outliers are made; f is applied about four times as often
-STAGES = 7
 FEW = 1000  # with fewer examples a Frechet distance on 64 features is mostly bias
 
 
@@ -58,37 +53,28 @@ def evaluate(
     encoder = choose_encoder(manifest)
     metrics: dict[str, Any] = {"encoder": encoder.name, "encoder_accuracy": encoder.accuracy, "dataset": manifest.name}
     layout = "{desc:<30}{bar}{n_fmt}/{total_fmt} {elapsed}"
-    with tqdm(total=STAGES, disable=not progress, bar_format=layout) as bar:
-        with _stage(bar, "reading data"):
-            subject = measures.read(model, path, encoder, manifest, seed=seed, crop=crop)
-        with _stage(bar, "drawing samples, applying f"):
-            measures.draw(subject, within(samples, manifest.shape))
-        with _stage(bar, "distance and coverage"):
-            metrics |= measures.overlap(subject)
-        with _stage(bar, "nearest training examples"):
-            part, neighbours = measures.copying(subject)
-            metrics |= part
-        with _stage(bar, "reconstruction and energy"):
-            part, energies = measures.fixed_points(subject, REPAIRED)
-            metrics |= part | measures.separation(subject, energies, OUTLIERS)
-        with _stage(bar, "repair"):
-            part, repaired = measures.repairs(subject, REPAIRED)
-            metrics["idempotence"] |= part.pop("idempotence")
-            metrics |= part
-        with _stage(bar, "pictures and report"):
-            drawn = draw_pictures(subject, neighbours, repaired)
-            header = model.metadata
-            metrics |= {
-                "seed": _number(header.get("seed", seed)),
-                "evaluation_seed": seed,
-                **{key: _number(header.get(key)) for key in ("images_seen", "training_seconds", "cpu_seconds")},
-                "counts": subject.counts,
-                "notes": _notes(subject, metrics, samples, trained_with),
-                "device": _device_name(device),
-                "seconds": round(time.monotonic() - start, 1),
-            }
-            place = Path(folder) if Path(folder).is_dir() else Path(folder).parent
-            _write(place / "evaluation", metrics, drawn, config=header.get("config", header))
+    with tqdm(total=len(STAGES) + 2, disable=not progress, bar_format=layout, desc="reading data") as bar:
+        train, test = measures.read(path, manifest.shape, seed=seed, crop=crop)
+        subject = Subject(model, manifest, encoder, train, test, samples=samples, seed=seed)
+        for title, measure in STAGES.items():
+            bar.update()
+            bar.set_description(title)
+            metrics |= measure(subject)
+        bar.update()
+        bar.set_description("pictures and report")
+        drawn, header = draw_pictures(subject), model.metadata
+        metrics |= {
+            "seed": _number(header.get("seed", seed)),
+            "evaluation_seed": seed,
+            **{key: _number(header.get(key)) for key in ("images_seen", "training_seconds", "cpu_seconds")},
+            "counts": subject.counts,
+            "notes": _notes(subject, metrics, trained_with),
+            "device": _device_name(device),
+            "seconds": round(time.monotonic() - start, 1),
+        }
+        place = Path(folder) if Path(folder).is_dir() else Path(folder).parent
+        _write(place / "evaluation", metrics, drawn, config=header.get("config", header))
+        bar.update()
     return metrics
 
 
@@ -104,8 +90,8 @@ def _evaluate_remote(folder: str, **options: Any) -> dict[str, Any]:
     return metrics
 
 
-def _notes(subject: Subject, metrics: dict[str, Any], samples: int, trained_with: list[str]) -> list[str]:
-    """What a reader must know to compare the numbers with others: of `samples` wanted, and encoders of the training."""
+def _notes(subject: Subject, metrics: dict[str, Any], trained_with: list[str]) -> list[str]:
+    """What a reader must know to compare the numbers with others; `trained_with` are encoders of the training."""
     notes, encoder, manifest, counts = [], subject.encoder, subject.manifest, subject.counts
     learned = subject.model.metadata.get("dataset")
     if learned and learned != manifest.name:
@@ -125,8 +111,10 @@ def _notes(subject: Subject, metrics: dict[str, Any], samples: int, trained_with
             f"The network was trained with the encoder {encoder.name}, which it is measured on: its Fréchet distances "
             "and coverage do not compare with those of networks that were not."
         )
-    if (count := counts["samples"]) < samples:
-        notes.append(f"Samples were limited to {count:,} of {samples:,}: examples of this size fill the memory.")
+    if (count := counts["samples"]) < subject.samples:
+        notes.append(
+            f"Samples were limited to {count:,} of {subject.samples:,}: examples of this size fill the memory."
+        )
     if encoder.network is None and subject.is_image:
         notes.append(
             f"No encoder ships for {manifest.name} {manifest.shape} of {len(manifest.labels)} classes: distances "
@@ -187,13 +175,6 @@ def _recorded(model: NAIGN, folder: str, data: str | None) -> tuple[str, Manifes
             f"{tuple(model.shape)}: give the data set it was trained on as --data PATH"
         )
     return path, manifest, crop, used
-
-
-@contextmanager
-def _stage(bar: "tqdm[Any]", title: str) -> Iterator[None]:
-    bar.set_description(title)
-    yield
-    bar.update()
 
 
 def _device_name(device: str) -> str:

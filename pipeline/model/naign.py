@@ -50,7 +50,7 @@ class NAIGN:
         try:
             with safe_open(file, framework="pt", device="cpu") as opened:
                 header = (opened.metadata() or {}).get(_KEY)
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no iterator)
+                tensors = {name: _float32(opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file} is no readable safetensors file ({error}); is it truncated?") from None
         if header is None:
@@ -138,11 +138,15 @@ def save_model(
     spectrum: Tensor | None,  # of the fourier law, else None
 ) -> None:
     """One self-describing safetensors file on no device in particular; float32, but for counters and masks."""
-    floats = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in floats.items()}
+    tensors = {name: _float32(value.detach()).cpu().contiguous() for name, value in weights.items()}
     if spectrum is not None:
         tensors[_SPECTRUM] = spectrum.cpu().contiguous()
     save_file(tensors, file, metadata={_KEY: json.dumps(metadata, sort_keys=True)})
+
+
+def _float32(value: Tensor) -> Tensor:
+    """In float32, but for counters and masks."""
+    return value.float() if value.is_floating_point() else value
 
 
 def _find(folder: Path) -> Path:

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,10 +35,10 @@ PROBE = "preflight"  # the file that is written to see whether a bucket can be
 class Needs(NamedTuple):
     """What a run asks of the machine. The defaults are those of `naign doctor`."""
 
-    run: str = ""
-    remote: str = ""
+    run: str = ""  # run.path
+    remote: str = ""  # run.remote; '': none
     checkpoint_bytes: int = 0  # of a whole checkpoint, all ranks' files
-    trackers: str = "tensorboard"
+    trackers: str = "tensorboard"  # report.trackers
 
 
 LOAD_DEEPSPEED = """
@@ -193,20 +193,12 @@ def examine(
     return problems
 
 
-def preflight(
-    *,
-    run: str,  # run.path
-    remote: str,  # run.remote; '': none
-    checkpoint_bytes: int,  # of a whole checkpoint, all ranks' files
-    say: Callable[[str], None],  # what was found, a line each
-    trackers: str = "",  # report.trackers
-) -> list[str]:
-    """Run the checks of a run: warnings, each with its remedy. Leaves nothing behind but a folder of a local `remote`.
+def preflight(say: Callable[[str], None], **needs: Any) -> list[str]:
+    """Run the checks of a run by its Needs, as `examine`. Leaves nothing behind but a folder of a local `remote`.
 
     Raises InputError for what makes the run impossible, and Unavailable if the bucket stays out of reach.
     """
-    needs = Needs(run=run, remote=remote, checkpoint_bytes=checkpoint_bytes, trackers=trackers)
-    return examine(say, needs, OF_A_RUN)
+    return examine(say, Needs(**needs), OF_A_RUN)
 
 
 def size(bytes: int) -> str:

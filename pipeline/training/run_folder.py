@@ -173,7 +173,7 @@ def is_done(config: Config) -> bool:
     if not recorded or not name or differences(recorded, config):
         return False
     _refuse_never(config, remote, "choose another --run.remote")
-    return bucket.is_there(remote, name) and bucket.round_of(remote, name) >= count_rounds(config)
+    return bucket.round_of(remote, name) >= count_rounds(config)
 
 
 def count_rounds(config: Config) -> int:

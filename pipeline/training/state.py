@@ -83,8 +83,8 @@ def restore(
             with damage_named(checkpoint):
                 state = {key: file_of[f"{key}.{name}"].get_tensor(f"{key}.{name}") for key in MOMENTS}
                 state["weight"] = weights[name]
-                if any(value.shape != shape for value in state.values()):
-                    raise ValueError(f"state of {name} has another shape than its weights {shape}")
+                if any(value.shape != shape or not value.is_floating_point() for value in state.values()):
+                    raise ValueError(f"state of {name} has another shape than its weights {shape}, or type")
             engine.restore(name, state, trainer["adam_steps"])
     with damage_named(checkpoint):
         engine.scale = trainer["scale"]

@@ -3,6 +3,7 @@
 import gzip
 import io
 import tarfile
+from functools import partial
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -285,7 +286,7 @@ def test_idx_files_gzipped_or_not_are_checked(tmp_path: Path, monkeypatch: pytes
 def test_every_way_that_failed_is_listed_and_success_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     sums = {"file": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}  # of b"abc"
-    bad = [("here", published.from_folder(tmp_path / "x")), ("there", lambda file: b"abd")]
+    bad = [("here", partial(published.in_folder, tmp_path / "x")), ("there", lambda file: b"abd")]
     with pytest.raises(InputError) as caught:
         published.obtain("letters", sums, bad, advice="Give --root")
     for part in ("cache", "here: no file or file.gz", "there: file has sha256 a52d159f262b", "Give --root"):

@@ -267,9 +267,8 @@ def _survey(form: dict[str, Any], keep_broken: bool, sample: dict[str, Any], whe
     """Add kind, shape and classes of a sample, in which all must agree, to `form`. Raises InputError."""
     shard, where = where, f"{where}, key {sample['__key__']}"
     try:
-        if not form:
-            form |= _form(sample, where)
         try:
+            form |= form or _form(sample, where)
             _, label = decode(sample, form["kind"], form["shape"], 0, shard)
         except InputError as error:
             if not keep_broken:
@@ -295,8 +294,11 @@ def _form(sample: dict[str, Any], where: str) -> dict[str, Any]:
         raise InputError(f"{where}: no member ends in {' or '.join(SUFFIXES['image'])}: is this an image data set?")
     if suffix != "npy":
         return {"kind": "image", "shape": decode_image(sample[suffix]).shape}
-    with decoding():
-        array = np.load(io.BytesIO(sample[suffix]), allow_pickle=False)
+    try:
+        with decoding():
+            array = np.load(io.BytesIO(sample[suffix]), allow_pickle=False)
+    except InputError as error:
+        raise InputError(f"{where}: the .npy cannot be decoded ({error}): repack the data set") from None
     kind = next((kind for kind, form in FORMS.items() if form == (str(array.dtype), array.ndim)), None)
     if kind is None:
         found = f"{array.dtype} of {array.shape}"

@@ -89,8 +89,9 @@ class Manifest:
                 for name, split in fields.pop("splits").items()
             }
             shape, labels = fields.pop("shape"), fields.pop("labels")
-            if not isinstance(shape, list) or not isinstance(labels, list):
-                raise TypeError(f"shape {shape!r} or labels {labels!r} are no list")
+            for key, value in (("shape", shape), ("labels", labels)):
+                if not isinstance(value, list):
+                    raise TypeError(f"{key} {value!r} is no list")
             manifest = cls(shape=tuple(shape), labels=tuple(labels), splits=splits, **fields)
             problem = next(_problems(manifest), "")
         except InputError:

