@@ -49,7 +49,7 @@ def lookup(
     example = next(iter(builtin.values()))
     if not _alike(entry, example):
         wanted = "a settings class and a function" if isinstance(example, tuple) else "a function"
-        raise InputError(f"{said} that is {type(entry).__name__}, not {wanted} as the group {group} needs: see its package")
+        raise InputError(f"{said} that is a {type(entry).__name__}, not {wanted}, as {group} needs: mend the package")
     return entry
 
 

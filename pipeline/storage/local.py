@@ -18,7 +18,7 @@ _REMEDIES = {
     errno.ENOENT: "check the path, or pack the data set again",
     errno.EACCES: "check the owner and mode of the folder",
     errno.EPERM: "check the owner and mode of the folder",
-    errno.EISDIR: "a directory or pipe is where a shard should be: remove it, and copy the shard or pack the data set again",
+    errno.EISDIR: "remove it, and copy the shard or pack the data set again",
     errno.ENOTDIR: "give a folder",
     errno.EEXIST: "give a folder",
     errno.EROFS: "choose another folder",
@@ -58,10 +58,11 @@ class LocalStore(Store):
         with self._explained(name):
             found = (self._folder / name).stat()
             if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+                raise IsADirectoryError(errno.EISDIR, "no regular file")
             return found.st_size
 
     def open(self, name: str) -> BinaryIO:
+        self.size(name)
         with self._explained(name):
             return (self._folder / name).open("rb")
 

@@ -95,6 +95,10 @@ def test_points_and_arrays(tmp_path: Path) -> None:
         ([("a.png", PNG), ("a.cls", b"200000000")], "key a: label 200000000 is beyond 1000000"),
         ([("a.png", PNG), ("a.cls", b"0"), ("b.png", PNG)], "key b: no .cls, unlike others"),
         ([("a.npy", encode(np.zeros((4, 4), np.float32), "npy"))], "float32 of .*images are uint8"),
+        (
+            [("a.npy", encode(np.zeros((1, 4, 4), np.uint8), "npy")[:-3])],
+            "train.tar, key a: the .npy cannot be decoded",
+        ),
         ([("README", b"x")], "train.tar: holds no samples"),
     ],
 )
@@ -151,10 +155,12 @@ def test_a_key_in_two_shards_and_names_of_splits(tmp_path: Path) -> None:
         index(str(tmp_path), labels=("only",), force=True, progress=False)
 
 
-def test_broken_pictures_may_be_kept(tmp_path: Path) -> None:
-    write(tmp_path / "train.tar", [("a.png", PNG), ("b.png", PNG[:40]), ("c.png", PNG)])
+@pytest.mark.parametrize("first", [False, True])
+def test_broken_pictures_may_be_kept(tmp_path: Path, first: bool) -> None:
+    members = [("a.png", PNG), ("b.png", PNG[:40]), ("c.png", PNG)]
+    write(tmp_path / "train.tar", members[1:] if first else members)
     refuse(tmp_path, r"key b: the \.png cannot be decoded")
-    assert index(str(tmp_path), keep_broken=True, progress=False).split("train").samples == 3
+    assert index(str(tmp_path), keep_broken=True, progress=False).split("train").samples == 3 - first
     with pytest.raises(InputError, match=r"key b: the \.png cannot be decoded"):
         read_split(str(tmp_path), "train")
 
@@ -176,3 +182,9 @@ def test_a_page_table_of_another_shard_is_found(packed: str) -> None:
         read_split(packed, "train")
     pack(numbered(), packed, shards=4, progress=False)
     assert verify(packed, progress=False).samples == 28
+
+
+def test_nothing_but_broken_pictures(tmp_path: Path) -> None:
+    write(tmp_path / "train.tar", [("a.png", PNG[:40]), ("b.png", PNG[:50])])
+    with pytest.raises(InputError, match="none of its samples can be decoded"):
+        index(str(tmp_path), keep_broken=True, progress=False)

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import os
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -147,12 +148,14 @@ def test_a_foreign_shard_is_named_without_addresses(packed: str) -> None:
     assert "_io." not in str(caught.value)
 
 
-def test_a_directory_in_place_of_a_shard(packed: str) -> None:
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_a_directory_or_a_pipe_in_place_of_a_shard(packed: str, make: Callable[[Path], None]) -> None:
     file = Path(packed) / "train-00003.tar"
     file.unlink()
-    file.mkdir()
-    with pytest.raises(InputError, match=r"00003\.tar: is a directory: a directory is where a shard should be"):
-        read_split(packed, "train")
+    make(file)
+    for use in (lambda: read_split(packed, "train"), lambda: verify(packed, progress=False)):
+        with pytest.raises(InputError, match=r"00003\.tar: no regular file: remove it"):
+            use()
 
 
 def test_more_samples_than_memory_holds(packed: str) -> None:

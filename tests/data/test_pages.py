@@ -241,3 +241,10 @@ def test_pages_of_nonsense(tmp_path: Path, damage: Any) -> None:
     assert len(list(samples(whole))) == 2
     with pytest.raises((tarfile.TarError, ValueError)):
         list(samples(damage(whole)))
+
+
+def test_a_member_of_negative_size_is_refused() -> None:
+    header = bytearray(tarfile.TarInfo("a.cls").tobuf(tarfile.USTAR_FORMAT))
+    header[124:136] = b"-0000001000\0"
+    with pytest.raises(tarfile.ReadError, match=r"the header of a\.cls claims -512 bytes"):
+        list(samples(bytes(header) + bytes(BLOCK)))

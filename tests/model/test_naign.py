@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from pipeline.errors import InputError
 from pipeline.model.naign import NAIGN
@@ -93,3 +95,11 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="not finite"):
         NAIGN.from_pretrained(tmp_path)
+
+
+def test_weights_of_half_precision_are_widened(tmp_path):
+    file = make().save_pretrained(tmp_path)
+    halved = {name: value.half() for name, value in load_file(file).items()}
+    with safe_open(file, framework="pt") as opened:
+        save_file(halved, file, metadata=opened.metadata())
+    assert NAIGN.from_pretrained(tmp_path).sample(2).dtype == torch.float32

@@ -217,7 +217,7 @@ def index(
         for file, pager in _scans(store, groups, partial(_survey, form, keep_broken), problems, bar):
             problems += _ending(store.url(file), pager)
             made[file] = pager.shard(file)
-    _refuse(path, problems)
+    _refuse(path, problems or ([] if form else [f"{path}: none of its samples can be decoded: repack the data set"]))
     manifest = Manifest.of(
         name or path.rstrip("/").rpartition("/")[2] or "indexed",
         form["kind"],
@@ -292,13 +292,13 @@ def _form(sample: dict[str, Any], where: str) -> dict[str, Any]:
     suffix = next((suffix for suffix in SUFFIXES["image"] if suffix in sample), None)
     if suffix is None:
         raise InputError(f"{where}: no member ends in {' or '.join(SUFFIXES['image'])}: is this an image data set?")
-    if suffix != "npy":
-        return {"kind": "image", "shape": decode_image(sample[suffix]).shape}
     try:
+        if suffix != "npy":
+            return {"kind": "image", "shape": decode_image(sample[suffix]).shape}
         with decoding():
             array = np.load(io.BytesIO(sample[suffix]), allow_pickle=False)
     except InputError as error:
-        raise InputError(f"{where}: the .npy cannot be decoded ({error}): repack the data set") from None
+        raise InputError(f"{where}: the .{suffix} cannot be decoded ({error}): repack the data set") from None
     kind = next((kind for kind, form in FORMS.items() if form == (str(array.dtype), array.ndim)), None)
     if kind is None:
         found = f"{array.dtype} of {array.shape}"

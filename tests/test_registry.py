@@ -1,0 +1,55 @@
+"""Choices with a name that other packages add: what is wrong with them is told, whatever their code does."""
+
+import sys
+from importlib.metadata import EntryPoint
+from types import ModuleType
+
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.model import latents, networks
+from pipeline.model.losses import OBJECTIVES
+from pipeline.registry import lookup
+
+FOREIGN = ModuleType("foreign_choices")
+sys.modules["foreign_choices"] = FOREIGN
+
+
+def found(monkeypatch, value: str, group: str, builtin):
+    point = EntryPoint("other", value, group)
+    monkeypatch.setattr("pipeline.registry._entry_points", lambda asked: {"other": point} if asked == group else {})
+    return lookup("some.name", "other", builtin, group)
+
+
+@pytest.mark.parametrize(
+    ("entry", "wanted"),
+    [
+        (None, "NoneType, not a settings class and a function"),
+        ((networks.ConvConfig,), "tuple, not a settings class and a function"),
+        ((networks.ConvConfig, len, len), "tuple, not a settings class and a function"),
+        ((int, len), "tuple, not a settings class and a function"),
+        ((networks.ConvConfig, 3), "tuple, not a settings class and a function"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("builtin", "group"), [(networks.NETWORKS, "naign.networks"), (OBJECTIVES, "naign.objectives")]
+)
+def test_what_has_another_form_is_refused(monkeypatch, entry, wanted, builtin, group):
+    monkeypatch.setattr(FOREIGN, "ENTRY", entry, raising=False)
+    with pytest.raises(InputError, match=f"some.name is 'other', .* brings as foreign_choices:ENTRY, .*{wanted}"):
+        found(monkeypatch, "foreign_choices:ENTRY", group, builtin)
+
+
+def test_a_function_is_enough_for_a_law(monkeypatch):
+    monkeypatch.setattr(FOREIGN, "ENTRY", len, raising=False)
+    assert found(monkeypatch, "foreign_choices:ENTRY", "naign.latents", latents.LAWS) is len
+    monkeypatch.setattr(FOREIGN, "ENTRY", 3)
+    with pytest.raises(InputError, match="int, not a function, as naign.latents needs"):
+        found(monkeypatch, "foreign_choices:ENTRY", "naign.latents", latents.LAWS)
+
+
+def test_a_package_that_exits_while_it_is_imported_does_not_end_the_program(monkeypatch, tmp_path):
+    (tmp_path / "exits_on_import.py").write_text("raise SystemExit(0)")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match="importing that failed: SystemExit: 0"):
+        found(monkeypatch, "exits_on_import:ENTRY", "naign.networks", networks.NETWORKS)
