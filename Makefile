@@ -52,7 +52,7 @@ test: lint
 # A second environment that borrows everything else, torch above all, from the first.
 $(VENV)-lowest/.installed: launch/constraints-lowest.txt | $(VENV)/.tested
 	$(BIN)/python -m venv $(VENV)-lowest
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"), "$(CURDIR)/benchmarks/baselines", sep="\n")' > \
 	    "$$($(VENV)-lowest/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
 	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
