@@ -16,49 +16,35 @@ from pipeline.storage.store import open_store
 class DataConfig:
     path: str = field(default="data/mnist", metadata=MAY_CHANGE | NOT_EMPTY)
     """Folder or s3://bucket/prefix of shards with their index.json (`naign pack` or `naign index` makes it)."""
-
     source: str = field(default="", metadata=FREE)
     """What to fetch and pack at `path` where nothing is yet, as `naign pack` takes it, such as digits. Empty: nothing,
     but mnist at the default path."""
-
     endpoint: str = field(default="", metadata=FREE)
     """Address of an S3 server other than Amazon's; empty: AWS_ENDPOINT_URL or the AWS profile's."""
-
     split: str = "train"
     """Which split to train on."""
-
     workers: int = field(default=0, metadata=FREE | AT_LEAST_0)
     """Threads that read and decode on each rank; 0 is one, as 1 is. Decoding releases the interpreter's lock,
     so more threads help most with large images."""
-
     tail: str = "wrap"
     """Where an epoch is no whole number of rounds: wrap goes on into the next epoch, drop leaves its last images out,
     pad fills its last round with its first images."""
-
     resampled: bool = False
     """Draw shards with replacement instead of each once an epoch."""
-
     flip: bool = False
     """Mirror each image with probability 1/2."""
-
     crop: int = field(default=0, metadata=AT_LEAST_0)
     """Train on random windows of this many pixels a side; 0: on whole images."""
-
     broken: str = field(default="error", metadata=FREE | one_of(("error", "skip")))
     """A sample that cannot be decoded: error stops the run; skip logs it and takes the shard's next one instead."""
-
     broken_share: float = field(default=0.001, metadata=FREE | between(0, 1))
     """With broken=skip: the largest share of skipped samples before the run stops after all."""
-
     check: bool = field(default=True, metadata=FREE)
     """Check the SHA-256 of everything read, and read again what is wrong."""
-
     cache: str = field(default="", metadata=FREE)
     """Local folder that keeps what was read from s3://; ranks and pods may share it. Empty: none."""
-
     cache_gb: float = field(default=100.0, metadata=FREE | POSITIVE)
     """Size of the cache in GB (1e9 bytes); what was used least recently goes first."""
-
     trace: str = field(default="", metadata=FREE)
     """Folder in which every rank lists `epoch round key` of each image it trains on; empty: no list."""
 

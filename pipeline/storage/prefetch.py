@@ -5,6 +5,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
+from functools import partial
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -31,25 +33,46 @@ def in_background(call: Callable[[], T], name: str) -> Future[T]:
 
 
 def in_order(calls: Iterable[Callable[[], T]], width: int = PARALLEL) -> Generator[T]:
-    """The results of the calls in their order, each call made in the background ahead of need.
+    """The results of the calls in their order, each call made by one of `width` threads ahead of need.
 
     At most `width` results are on their way or waiting, so memory is bounded however slowly they are taken. Raises what
     a call, or the making of it, raised, in its place. Once the generator is closed, no further call begins.
     """
-    ahead: deque[Future[T]] = deque()
-    made = iter(calls)
-    while True:
-        if len(ahead) == width:
-            yield ahead.popleft().result()
-        try:
-            ahead.append(in_background(next(made), "fetch"))
-        except StopIteration:
-            break
-        except Exception as error:
+    todo: SimpleQueue[tuple[Future[T], Callable[[], T]] | None] = SimpleQueue()
+    ahead, made, threads = deque[Future[T]](), iter(calls), 0
+    try:
+        while True:
+            if len(ahead) == width:
+                yield ahead.popleft().result()
             ahead.append(Future())
-            ahead[-1].set_exception(error)
-    while ahead:
-        yield ahead.popleft().result()
+            try:
+                todo.put((ahead[-1], next(made)))
+            except StopIteration:
+                ahead.pop()
+                break
+            except Exception as error:
+                ahead[-1].set_exception(error)
+            if threads < width:  # few threads that last: glibc keeps memory for each that there was
+                threads += 1
+                in_background(partial(_work, todo), "fetch")
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        for future in ahead:
+            future.cancel()
+        for _ in range(threads):
+            todo.put(None)
+
+
+def _work(todo: "SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]") -> None:
+    while item := todo.get():
+        future, call = item
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(call())
+            except BaseException as error:  # re-raised where the result is asked for
+                future.set_exception(error)
+        del item, future, call  # else the thread would keep the last result's bytes while it waits
 
 
 class Parts(io.RawIOBase):
