@@ -29,8 +29,7 @@ def lookup(
 ) -> Entry:
     """The entry of that name. Entry points are looked up only for a name that is not built in.
 
-    Raises InputError for an unknown name, naming those there are, and for a package that fails to import or brings
-    something of another form than the built-in entries.
+    Raises InputError for an unknown name, and for a package that fails to import or brings what has another form.
     """
     if name in builtin:
         return builtin[name]

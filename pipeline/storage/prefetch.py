@@ -33,10 +33,9 @@ def in_background(call: Callable[[], T], name: str) -> Future[T]:
 
 
 def in_order(calls: Iterable[Callable[[], T]], width: int = PARALLEL) -> Generator[T]:
-    """The results of the calls in their order, each call made by one of `width` threads ahead of need.
+    """The results of the calls in their order, each made by one of `width` threads ahead of need, in bounded memory.
 
-    At most `width` results are on their way or waiting, so memory is bounded however slowly they are taken. Raises what
-    a call, or the making of it, raised, in its place. Once the generator is closed, no further call begins.
+    Raises what a call, or the making of it, raised, in its place. Once the generator is closed, no further call begins.
     """
     todo: SimpleQueue[tuple[Future[T], Callable[[], T]] | None] = SimpleQueue()
     ahead, made, threads = deque[Future[T]](), iter(calls), 0
@@ -97,5 +96,4 @@ class Parts(io.RawIOBase):
 
     def close(self) -> None:
         self._parts.close()
-        self._left = memoryview(b"")
         super().close()

@@ -89,9 +89,8 @@ class Manifest:
                 for name, split in fields.pop("splits").items()
             }
             shape, labels = fields.pop("shape"), fields.pop("labels")
-            for key, value in (("shape", shape), ("labels", labels)):
-                if not isinstance(value, list):
-                    raise TypeError(f"{key} {value!r} is no list")
+            if other := [value for value in (shape, labels) if not isinstance(value, list)]:
+                raise TypeError(f"{other[0]!r} is no list, as shape and labels are")
             manifest = cls(shape=tuple(shape), labels=tuple(labels), splits=splits, **fields)
             problem = next(_problems(manifest), "")
         except InputError:
