@@ -9,10 +9,10 @@ import math
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -154,13 +154,16 @@ class Engine:
             for average, value in zip(self.ema.buffers(), self.bare.buffers(), strict=True):
                 average.copy_(value)
 
-    def gathered(self) -> AbstractContextManager[Any]:
+    def gathered(self) -> ExitStack:
         """Collective: within this context the bare network's parameters hold the whole weights, for reading."""
-        if not self.sharded:
-            return nullcontext()
-        from deepspeed.runtime.zero import GatheredParameters
+        stack, whole = ExitStack(), list(self.bare.parameters())
+        if self.sharded:
+            from deepspeed.runtime.zero import GatheredParameters
 
-        return cast(AbstractContextManager[Any], GatheredParameters(list(self.bare.parameters())))
+            # One at a time on CPUs: of several, DeepSpeed 0.17 waits for the last one's values only.
+            for some in [[value] for value in whole] if whole[0].device.type == "cpu" else [whole]:
+                stack.enter_context(GatheredParameters(some))
+        return stack
 
     def states(self) -> Iterator[tuple[str, AdamState]]:
         """Collective: yield each parameter's whole state in turn, on every rank. Copy what is to be kept."""
@@ -200,10 +203,8 @@ class Engine:
                 size, rank, part = parameter.ds_tensor.ds_numel, self.accelerator.process_index, "local"
                 value = nn.functional.pad(value.flatten(), (0, size * self.accelerator.num_processes - value.numel()))
                 value = value[rank * size : (rank + 1) * size]
-            if key == "weight":
-                getattr(utils, f"safe_set_{part}_fp32_param")(parameter, value)
-            else:
-                getattr(utils, f"safe_set_{part}_optimizer_state")(parameter, value, key)
+            kind, keys = ("fp32_param", ()) if key == "weight" else ("optimizer_state", (key,))
+            getattr(utils, f"safe_set_{part}_{kind}")(parameter, value, *keys)
 
     def _allocate(self, steps: int) -> None:
         """Allocate the moments that AdamW would allocate at its first step, unless they exist."""
@@ -236,9 +237,8 @@ class Engine:
             self.accelerator.scaler.load_state_dict(state)
 
 
+# Where DeepSpeed's optimizers keep the float32 weights of this rank: ZeRO-3, ZeRO-1 and 2, bfloat16 without ZeRO.
 _FLAT = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
-"""Where DeepSpeed's optimizers keep the float32 weights of this rank: ZeRO-3, ZeRO-1 and 2, bfloat16 without ZeRO."""
-
 _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
