@@ -18,10 +18,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-LATENT, SCALE, IMAGINARY, NOISE, JITTER, DAMAGE, FLAT = range(7)
+LATENT, SCALE, IMAGINARY, NOISE, JITTER, DAMAGE, FLAT, LEARN = range(8)
 """Streams, 16 at most: independent draws for one (seed, round, id). Latents; offset and scale of flat latents; the
 imaginary part of the fourier law; noise that an objective adds to images; noise added to matched latents; other damage
-to images; the noise of flat latents."""
+to images; the noise of flat latents; what the law `codes` learns with."""
 
 MAX_ID = 2**62
 _WORD = 0xFFFFFFFF

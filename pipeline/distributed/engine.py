@@ -8,7 +8,7 @@ So a checkpoint knows nothing of world size and engine, and none has to be conve
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -91,6 +91,14 @@ class Engine:
         self.bare.eval()
         with torch.no_grad() if self.deepspeed else torch.inference_mode():
             out: Tensor = self.bare(x.to(self._dtype) if self.deepspeed else x)
+        self.bare.train()
+        return out.float()
+
+    def apply(self, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """part(x) in float32, without gradient; `part` is a method of the bare network. Collective as `sample` is."""
+        self.bare.eval()
+        with torch.no_grad(), nullcontext() if self.deepspeed else self.accelerator.autocast():
+            out = part(x.to(self._dtype) if self.deepspeed else x)
         self.bare.train()
         return out.float()
 

@@ -18,6 +18,7 @@ from pipeline.match.exchange import Ranks, ranks_of
 from pipeline.match.method import METHODS
 from pipeline.match.one_rank import Timer
 from pipeline.match.space import SpaceConfig, embed
+from pipeline.model.codes import CodesConfig
 from pipeline.model.latents import check_law
 
 PROBE = 1024  # samples of the pool on which `reject_share` is measured, rounded up to whole blocks
@@ -34,7 +35,9 @@ class MatchConfig:
     round: int = field(default=2048, metadata=POSITIVE)
     """Images a round, over all ranks."""
     latents: str = "smooth4"
-    """Law of the latents: gaussian, smoothG (G x G normals enlarged), mixture (half flat) or fourier (IGN's)."""
+    """Law of the latents: codes (decoded from codes that a flow draws, which learns them while f trains), gaussian,
+    smoothG (G x G normals enlarged), mixture (half flat) or fourier (IGN's)."""
+    codes: CodesConfig = field(default_factory=CodesConfig)
     flat: float = field(default=0.0, metadata=between(0, 0.5))
     """Share of the pool whose latents are flat images with some noise, whatever the law, so that f carries those to the
     data as well; samples of the trained model are drawn without."""

@@ -4,19 +4,25 @@ A law is one line in LAWS, or an entry point of the group `naign.latents` in ano
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.errors import InputError
+from pipeline.model.codes import CodeFlow
+from pipeline.model.networks import Autoencoder
 from pipeline.philox import FLAT, IMAGINARY, LATENT, SCALE, normal, uniform
 from pipeline.registry import lookup
 
 Shape = tuple[int, ...]
 Device = torch.device | str
+State = Mapping[str, Tensor]
+Decode = Callable[[Tensor], Tensor]
+"""Of codes (n, dims), the images (n, *shape) that f decodes from them."""
 Law = Callable[..., Tensor]
 """Of (seed, round, ids, shape, device), as in `draw`."""
 
@@ -29,7 +35,8 @@ def draw(
     shape: Shape,  # of one row
     device: Device = "cpu",
     *,
-    spectrum: Tensor | None = None,  # (2, 2, *shape): law `fourier` only, from `measure_spectrum`
+    state: State = MappingProxyType({}),  # what the law was measured or has learned to be: of fourier and codes
+    decode: Decode | None = None,  # of f: law `codes` only
     flat: float = 0.0,  # share of the ids, every round(1 / flat)-th, whose latents are flat whatever the law
 ) -> Tensor:
     """Latents (n, *shape) float32 by law; row i depends on (seed, round, ids[i]) alone.
@@ -38,18 +45,20 @@ def draw(
     smoothG   normals on a grid of G x G a channel, enlarged to the image by bicubic interpolation: noise of few
               dimensions, in which a pool of some thousand samples is dense enough that near images share near latents.
     mixture   N(0, I) for odd ids, flat for even ids.
-    fourier   IGN's law (arXiv 2311.01462): each frequency normal with the data's mean and variance there.
+    fourier   IGN's law (arXiv 2311.01462): each frequency normal with the data's mean and variance there; its state is
+              `measure_spectrum`'s.
+    codes     what f decodes from codes that a flow draws (codes.py); its state is that of a CodeFlow.
 
     Flat latents are one offset U(-1, 1) a row plus a scale U(0, 1/2) times N(0, I). With some of them in the pool f is
     also trained to carry flat images to the data; a residual autoencoder leaves black where it is.
     """
     if flat:
-        usual = draw(law, seed, round, ids, shape, device, spectrum=spectrum)
+        usual = draw(law, seed, round, ids, shape, device, state=state, decode=decode)
         chosen = (ids % max(1, int(1 / flat + 0.5)) == 0).to(usual.device)
         usual[chosen] = _flat(seed, round, ids[chosen.to(ids.device)], shape, device, FLAT)
         return usual
-    options = {"spectrum": spectrum} if law == "fourier" else {}
-    return find_law(law)(seed, round, ids, shape, device, **options)
+    options = {"state": state} if law in LEARNED else {}
+    return find_law(law)(seed, round, ids, shape, device, **options, **({"decode": decode} if law == "codes" else {}))
 
 
 def find_law(law: str) -> Law:
@@ -69,10 +78,17 @@ def _mixture(seed: int, round: int, ids: Tensor, shape: Shape, device: Device) -
     return torch.where(even, _flat(seed, round, ids, shape, device, LATENT), noise)
 
 
-def _fourier(seed: int, round: int, ids: Tensor, shape: Shape, device: Device, *, spectrum: Tensor | None) -> Tensor:
-    assert spectrum is not None, "the fourier law needs the data's spectrum"
+def _codes(
+    seed: int, round: int, ids: Tensor, shape: Shape, device: Device, *, state: State, decode: Decode | None
+) -> Tensor:
+    assert decode is not None, "the law codes needs a network with a code"
+    flow = CodeFlow.of(state)
+    return decode(flow.draw(normal(seed, round, ids, flow.mean.shape, device)))
+
+
+def _fourier(seed: int, round: int, ids: Tensor, shape: Shape, device: Device, *, state: State) -> Tensor:
     real = normal(seed, round, ids, shape, device)
-    mean, deviation = spectrum.to(real.device)
+    mean, deviation = state["spectrum"].to(real.device)
     imaginary = normal(seed, round, ids, shape, device, stream=IMAGINARY)
     waves = torch.complex(mean[0] + deviation[0] * real, mean[1] + deviation[1] * imaginary)
     field: Tensor = torch.fft.ifft2(waves) if len(shape) == 3 else torch.fft.ifft(waves)
@@ -80,6 +96,8 @@ def _fourier(seed: int, round: int, ids: Tensor, shape: Shape, device: Device, *
 
 
 LAWS: dict[str, Law] = {"gaussian": normal, "smooth4": partial(_smooth, 4), "mixture": _mixture, "fourier": _fourier}
+LAWS["codes"] = _codes
+LEARNED = ("fourier", "codes")  # laws with a state
 
 
 def _flat(seed: int, round: int, ids: Tensor, shape: Shape, device: Device, stream: int) -> Tensor:
@@ -101,6 +119,14 @@ def check_law(law: str, shape: tuple[int, ...] | None = None) -> None:
     find_law(law)
     if shape and smooth_grid(law) and len(shape) != 3:
         raise InputError(f"match.latents={law} is for images, these are points: choose gaussian, mixture or fourier")
+
+
+def check_state(law: str, state: State, network: nn.Module) -> None:
+    """Raises KeyError, ValueError or RuntimeError where that is not the state of such a law for that network."""
+    if law == "codes" and (not isinstance(network, Autoencoder) or len(CodeFlow.of(state).mean) != network.code):
+        raise ValueError("the law of its codes is of another network")
+    if law == "fourier":
+        state["spectrum"]
 
 
 def measure_spectrum(

@@ -3,6 +3,7 @@
 import json
 import logging
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pipeline.model.networks import NetworkConfig, build_network, recorded_netwo
 log = logging.getLogger("naign.model")
 
 _KEY = "naign"  # in the safetensors header: a JSON object that describes the model
-_SPECTRUM = "latents.spectrum"
+_STATE = "latents."  # begins the names of the tensors of the latents' law
 _SAMPLE_ROUND = 2**32 - 1  # no training round has this number, so samples never reuse a training latent
 
 
@@ -30,10 +31,10 @@ class NAIGN:
     Images are float32 in [-1, 1], NCHW; points are (n, D) float32. `metadata` says where the model comes from.
     """
 
-    def __init__(self, network: nn.Module, metadata: dict[str, Any], spectrum: Tensor | None = None) -> None:
+    def __init__(self, network: nn.Module, metadata: dict[str, Any], state: Mapping[str, Tensor] | None = None) -> None:
         self.network = network.eval().requires_grad_(False)
         self.metadata = metadata
-        self.spectrum = spectrum
+        self.state = dict(state or {})  # of the latents' law, as `latents.draw` takes it
         self.shape: tuple[int, ...] = tuple(metadata["shape"])
         self.latents: str = metadata["latents"]
 
@@ -55,25 +56,24 @@ class NAIGN:
             raise InputError(f"{file} is no readable safetensors file ({error}); is it truncated?") from None
         if header is None:
             raise InputError(f"{file} has no '{_KEY}' entry in its header: it was not written by this program")
-        spectrum = tensors.pop(_SPECTRUM, None)
+        state = {name.removeprefix(_STATE): tensors.pop(name) for name in list(tensors) if name.startswith(_STATE)}
         try:
             metadata = json.loads(header)
             latents.check_law(metadata["latents"], tuple(metadata["shape"]))
             network = _rebuild(recorded_network(metadata["model"]), tuple(metadata["shape"]), tensors)
+            latents.check_state(metadata["latents"], state, network)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
             raise InputError(f"{file} does not hold the model that its header describes: {error}") from None
-        if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
+        if not all(bool(torch.isfinite(value).all()) for value in (*tensors.values(), *state.values())):
             raise InputError(f"{file} holds weights that are not finite: its training broke down, take an earlier one")
-        if metadata["latents"] == "fourier" and spectrum is None:
-            raise InputError(f"{file} has no {_SPECTRUM}, which its latents need: it was not written by this program")
-        return cls(network.to(device), metadata, spectrum)
+        return cls(network.to(device), metadata, {name: value.to(device) for name, value in state.items()})
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write folder/model.safetensors (float32) and return its path."""
         file = Path(folder) / "model.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_model(file, self.network.state_dict(), self.metadata, self.spectrum)
+            save_model(file, self.network.state_dict(), self.metadata, self.state)
         except SafetensorError as error:
             raise InputError(f"{file} cannot be written: {error}") from None
         file.chmod(0o644)  # safetensors writes for the owner only
@@ -85,7 +85,9 @@ class NAIGN:
 
     def latent(self, ids: Tensor, *, seed: int = 0) -> Tensor:
         """Latents (len(ids), *shape) float32 on the model's device; row i depends on (seed, ids[i]) alone."""
-        return latents.draw(self.latents, seed, _SAMPLE_ROUND, ids, self.shape, self.device, spectrum=self.spectrum)
+        key = seed, _SAMPLE_ROUND, ids, self.shape, self.device
+        with torch.inference_mode():
+            return latents.draw(self.latents, *key, state=self.state, decode=getattr(self.network, "decode", None))
 
     def sample(self, n: int, *, seed: int = 0, times: int = 1, batch: int = 500) -> Tensor:
         """n samples (n, *shape) float32: f applied `times` times to latents 0 to n - 1 of `seed`."""
@@ -135,12 +137,11 @@ def save_model(
     file: Path,
     weights: dict[str, Tensor],  # the bare network's state
     metadata: dict[str, Any],  # JSON-able; at least model, shape and latents
-    spectrum: Tensor | None,  # of the fourier law, else None
+    state: Mapping[str, Tensor],  # of the latents' law
 ) -> None:
     """One self-describing safetensors file on no device in particular; float32, but for counters and masks."""
     tensors = {name: _float32(value.detach()).cpu().contiguous() for name, value in weights.items()}
-    if spectrum is not None:
-        tensors[_SPECTRUM] = spectrum.cpu().contiguous()
+    tensors |= {_STATE + name: value.cpu().contiguous() for name, value in state.items()}
     save_file(tensors, file, metadata={_KEY: json.dumps(metadata, sort_keys=True)})
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,17 @@ memory for a third more arithmetic) if recompute. It is also called under torch.
 def build_network(config: NetworkConfig, shape: tuple[int, ...], *, recompute: bool = False) -> nn.Module:
     """The untrained network for samples of `shape`; InputError where the two do not fit."""
     return find_network(config.name)[1](config, shape, recompute=recompute)
+
+
+@runtime_checkable
+class Autoencoder(Protocol):
+    """A network with a dense code: f(x) = decode(encode(x)), as the law of latents `codes` needs it."""
+
+    code: int
+    """Dimensions of the code."""
+
+    def encode(self, x: Tensor) -> Tensor: ...
+    def decode(self, code: Tensor) -> Tensor: ...
 
 
 def find_network(name: str) -> tuple[type[NetworkConfig], Build]:
@@ -167,6 +178,7 @@ class ImageNetwork(nn.Module):
             up += [_norm(before), nn.SiLU(), nn.ConvTranspose2d(before, after, 4, stride=2, padding=1)]
 
         self.encoder = nn.Sequential(*down, _norm(widths[-1]), nn.SiLU(), nn.Flatten())
+        self.code = config.code
         self.bottleneck = nn.Sequential(
             nn.Linear(math.prod(inner), config.code), nn.SiLU(), nn.Linear(config.code, math.prod(inner))
         )
@@ -178,6 +190,14 @@ class ImageNetwork(nn.Module):
                 x = checkpoint(layer, x, use_reentrant=False) if isinstance(layer, ResidualBlock) else layer(x)
             return x
         out: Tensor = self.decoder(self.bottleneck(self.encoder(x)))
+        return out
+
+    def encode(self, x: Tensor) -> Tensor:
+        code: Tensor = self.bottleneck[0](self.encoder(x))
+        return code
+
+    def decode(self, code: Tensor) -> Tensor:
+        out: Tensor = self.decoder(self.bottleneck[1:](code))
         return out
 
 

@@ -10,8 +10,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor
 
 from pipeline.config import Config
@@ -19,15 +22,18 @@ from pipeline.data import Stream, Taken, rank_rows, scaled
 from pipeline.distributed import together, total
 from pipeline.errors import Diverged, InputError, Stopped, Unavailable
 from pipeline.match import Match, NotFinite, match_round
+from pipeline.model.codes import CodeLaw
 from pipeline.model.latents import measure_spectrum
 from pipeline.observe import at_round
-from pipeline.training.fit import REMEDY, fit
+from pipeline.training.fit import REMEDY, fit, learning_rate
 from pipeline.training.prepare import prepare, resume
 from pipeline.training.report import headline, report
 from pipeline.training.round import RoundRandom, RoundState, Run
 from pipeline.training.state import PartialRound, Position, snapshot
 
 log = logging.getLogger("naign.train")
+
+ENCODED = 512  # images encoded at once for the law of codes
 
 
 def train(config: Config, accelerator: Accelerator) -> bool:
@@ -60,6 +66,7 @@ def run_rounds(run: Run, partial: PartialRound | None) -> None:
                         state.match = find_match(run, state)
                 with run.phase("fit"):
                     values = fit(run, state, run.rounds * images)
+                    values |= {"loss/codes": run.learned} if run.law else {}
             position.round, position.done = position.round + 1, 0
             with run.phase("report"), together(run.accelerator):
                 report(run, state, taken, values, images=images - done * config.train.batch)
@@ -104,29 +111,52 @@ def measured(position: Position) -> Iterator[None]:
         position.cpu_seconds += time.process_time() - cpu
 
 
-def take(run: Run, partial: PartialRound | None) -> tuple[RoundState, Taken]:
+def take(run: Run, kept: PartialRound | None) -> tuple[RoundState, Taken]:
     """Read this rank's share of the next round, and go on from what is kept of it. Collective."""
     config, number, device = run.config, run.position.round, run.accelerator.device
     taken = read_round(run, run.stream, number)
     images = scaled(taken.images.to(device))
-    if config.match.latents == "fourier" and run.spectrum is None:
-        run.spectrum = measure_spectrum(images, lambda mean: run.accelerator.reduce(mean, "mean"))
-    random = RoundRandom(config, number, run.stream.shape, device, run.spectrum)
+    if config.match.latents == "fourier" and not run.state:
+        run.state = {"spectrum": measure_spectrum(images, lambda mean: run.accelerator.reduce(mean, "mean"))}
+    if run.law and run.law.rounds <= number:  # else it has learned from this round before a stop
+        learn_codes(run, run.law, images)
+    decode = partial(run.engine.apply, run.engine.bare.decode) if run.law else None
+    random = RoundRandom(config, number, run.stream.shape, device, run.state, decode)
     first, last = rank_rows(config.match.round, run.rank, run.world)
     state = RoundState(number=number, world_size_at_start=run.world, random=random, images=images, first=first)
-    if partial:
-        state.world_size_at_start = partial.world_size_at_start
-        if partial.world_size_at_start != run.world:  # each step's images are dealt anew, from the whole round
+    if kept:
+        state.world_size_at_start = kept.world_size_at_start
+        if kept.world_size_at_start != run.world:  # each step's images are dealt anew, from the whole round
             first, last, state.first = 0, config.match.round, 0
             with together(run.accelerator):
                 data = replace(config.data, trace="", workers=0)
                 whole = Stream(data, seed=config.seed, round_size=config.match.round, prefetch=False)
             with whole:
                 state.images = scaled(read_round(run, whole, number).images.to(device))
-        state.sums = {name: value.to(device) for name, value in partial.sums.items()}
-        if match := partial.match:
+        state.sums = {name: value.to(device) for name, value in kept.sums.items()}
+        if match := kept.match:
             state.match = replace(match, ids=match.ids[first:last], distances=match.distances[first:last])
     return state, taken
+
+
+def learn_codes(run: Run, law: CodeLaw, images: Tensor) -> None:
+    """Let the law of latents learn from the codes of a round, on rank 0 for all. Collective."""
+    engine, train = run.engine, run.config.train
+    mine = torch.cat([engine.apply(engine.bare.encode, part) for part in images.split(ENCODED)])
+    codes = run.accelerator.gather(mine)
+    if not torch.isfinite(codes).all():
+        raise Diverged(f"f's codes are not finite in round {run.position.round}: {REMEDY}")
+    budget = run.rounds * run.config.match.round * train.passes
+    share = learning_rate(train, run.position.images_seen, budget) / train.lr
+    with together(run.accelerator):
+        if run.rank == 0:
+            autocast = run.accelerator.autocast
+            run.learned = law.learn(codes, share, autocast=autocast, beat=run.watchdog.beat)
+    law.rounds = run.position.round + 1
+    run.state = law.state()
+    if run.world > 1:
+        for value in run.state.values():
+            broadcast(value, from_process=0)
 
 
 def read_round(run: Run, stream: Stream, number: int) -> Taken:
@@ -190,7 +220,7 @@ def gather_partial(run: Run, state: RoundState) -> PartialRound:
     return PartialRound(world_size_at_start=state.world_size_at_start, match=match, sums=state.sums)
 
 
-def checkpoint(run: Run, partial: PartialRound | None = None) -> None:
+def checkpoint(run: Run, kept: PartialRound | None = None) -> None:
     """Begin to write checkpoints/step-XXXXXXXX in the background, unless it is there already. Collective."""
     if (name := f"step-{run.position.step:08d}") == run.checkpointed:
         return
@@ -198,7 +228,7 @@ def checkpoint(run: Run, partial: PartialRound | None = None) -> None:
     if total([float(not ready)], run.accelerator)[0]:
         log.warning("%s is not written: the one before it is still being sent, and time is short", name)
         return
-    copy, files = snapshot(run.config, run.stream, run.engine, run.position, run.spectrum, partial)
+    copy, files = snapshot(run.config, run.stream, run.engine, run.position, run.state, run.law, kept)
     with together(run.accelerator):
         run.writer.start(name, copy, files)
     run.checkpointed = name

@@ -19,16 +19,17 @@ from pipeline.data.damage import find_law
 from pipeline.distributed import Engine, StopRequest, Watchdog, together, total
 from pipeline.errors import InputError
 from pipeline.match import SpaceConfig, check_space
+from pipeline.model.codes import CodeLaw
 from pipeline.model.encoders import Encoder, load_encoder, names
 from pipeline.model.latents import check_law
 from pipeline.model.losses import Distance, ObjectiveConfig
-from pipeline.model.networks import build_network
+from pipeline.model.networks import Autoencoder, build_network
 from pipeline.model.perceptual import perceptual
 from pipeline.observe import Monitor, Profiler, forward_flops, parse_rounds, preflight, set_up
 from pipeline.storage import open_store
 from pipeline.training.round import Run
 from pipeline.training.run_folder import check_shared, claim, fetch_checkpoint
-from pipeline.training.state import PartialRound, restore, restore_weights
+from pipeline.training.state import PartialRound, restore, restore_law, restore_weights
 
 log = logging.getLogger("naign.train")
 
@@ -57,6 +58,7 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, nn.Module]:
             features=open_features(config.match.space, stream.shape, device),
             perceived=open_perceived(config.objective, stream.shape, device),
             flops=forward_flops(network, stream.shape),
+            law=build_law(config, network, device),
         )
         if rank == 0:
             copies = 4 if config.train.ema else 3  # of the weights: they, two moments, their average
@@ -75,7 +77,9 @@ def resume(run: Run, network: nn.Module) -> PartialRound | None:
     # The weights go into the network before an engine takes it, all else after.
     with together(run.accelerator):
         if checkpoint:
-            run.spectrum = restore_weights(checkpoint, network)
+            run.state = restore_weights(checkpoint, network)
+            if run.law:
+                restore_law(checkpoint, run.law)
     with together(run.accelerator):
         run.engine = build_engine(config, network, run.accelerator)
         if checkpoint:
@@ -185,6 +189,15 @@ def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator) -> E
     same = ("lr", "weight_decay", "clip", "batch", "accumulate", "ema", "compile")
     settings = {name: getattr(train, name) for name in same}
     return Engine(accelerator, bare, betas=(train.beta1, train.beta2), **settings)
+
+
+def build_law(config: Config, network: nn.Module, device: torch.device) -> CodeLaw | None:
+    """The law of latents, if it learns; InputError where the network has no codes."""
+    if config.match.latents != "codes":
+        return None
+    if not isinstance(network, Autoencoder):
+        raise InputError(f"match.latents=codes: model.name={config.model.name} has no code, choose conv")
+    return CodeLaw(network.code, config.match.codes, config.seed, device)
 
 
 def open_features(

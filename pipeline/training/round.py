@@ -1,7 +1,8 @@
 """What the phases of a round share: the run, and the state of the current round."""
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from pipeline.config import Config
 from pipeline.data import Stream, damage
 from pipeline.distributed import Engine, StopPoll, StopRequest, Watchdog
 from pipeline.model import latents
+from pipeline.model.codes import CodeLaw
 from pipeline.model.losses import Distance
 from pipeline.observe import Monitor, Profiler, title
 from pipeline.training.run_folder import count_rounds
@@ -30,12 +32,13 @@ class RoundRandom:
     round: int
     shape: tuple[int, ...]
     device: torch.device
-    spectrum: Tensor | None
+    state: Mapping[str, Tensor]  # of the law of latents
+    decode: Callable[[Tensor], Tensor] | None  # of f
 
     def latents(self, ids: Tensor) -> Tensor:
         """Latents (len(ids), *shape) of the configured law."""
         match, key = self.config.match, (self.config.seed, self.round, ids, self.shape, self.device)
-        return latents.draw(match.latents, *key, spectrum=self.spectrum, flat=match.flat)
+        return latents.draw(match.latents, *key, state=self.state, decode=self.decode, flat=match.flat)
 
     def damaged(self, images: Tensor, numbers: Tensor) -> Tensor:
         """Images (n, *shape) with objective.damage applied; independent of the latents."""
@@ -82,7 +85,9 @@ class Run:
     writer: Writer = field(init=False)
     position: Position = field(default_factory=Position)
     checkpointed: str = ""  # name of the newest checkpoint
-    spectrum: Tensor | None = None  # of the fourier law, measured on the first round
+    state: dict[str, Tensor] = field(default_factory=dict)  # of the law of latents: measured, or learned by `law`
+    law: CodeLaw | None = None  # of latents, where it learns
+    learned: float = math.nan  # its last loss, on rank 0
 
     def poll(self, phase: str) -> StopPoll:
         """A poll for stop requests in `phase`, which begins. Collective."""

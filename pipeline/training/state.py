@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial as bind
 from importlib.metadata import version
@@ -18,10 +18,12 @@ from pipeline.config import Config, to_dict
 from pipeline.data.loader import Stream
 from pipeline.distributed.engine import MOMENTS, Engine
 from pipeline.match.matcher import Match
+from pipeline.model.codes import CodeLaw
 from pipeline.model.naign import save_model
 from pipeline.storage.local import write_atomically
 from pipeline.training.run_folder import damage_named, open_tensors, read_model
 
+LAW = "state/law.safetensors"  # what a law of latents that learns goes on from
 VERSIONS = {name: version(name) for name in ("naign", "torch", "accelerate")}  # recorded in every checkpoint
 
 
@@ -47,15 +49,22 @@ class PartialRound:
     sums: dict[str, Tensor] = field(default_factory=dict)  # of each loss over the steps made, on this rank
 
 
-def restore_weights(checkpoint: Path, network: nn.Module, name: str = "model.safetensors") -> Tensor | None:
-    """Load the weights into a network without an engine. Returns its latents' spectrum; InputError as `restore`."""
+def restore_weights(checkpoint: Path, network: nn.Module, name: str = "model.safetensors") -> dict[str, Tensor]:
+    """Load the weights into a network without an engine. Returns its latents' state; InputError as `restore`."""
     model = read_model(checkpoint, name)
     found, wanted = model.network.state_dict(), network.state_dict()
     with damage_named(checkpoint):  # by ourselves: load_state_dict gives a failing device the same RuntimeError
         if {key: value.shape for key, value in found.items()} != {key: value.shape for key, value in wanted.items()}:
             raise ValueError(f"{name} holds the weights of another network")
     network.load_state_dict(found)
-    return model.spectrum
+    return model.state
+
+
+def restore_law(checkpoint: Path, law: CodeLaw) -> None:
+    """Let the law of latents go on from a checkpoint. Raises InputError as `restore` does."""
+    with damage_named(checkpoint):
+        file = open_tensors(checkpoint / LAW)
+        law.load({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no iterator)
 
 
 def restore(
@@ -116,7 +125,8 @@ def snapshot(
     stream: Stream,
     engine: Engine,
     position: Position,
-    spectrum: Tensor | None,
+    latents: Mapping[str, Tensor],  # the state of their law
+    law: CodeLaw | None,
     partial: PartialRound | None = None,  # within a round
 ) -> tuple[Callable[[], None], dict[str, Write]]:
     """What copies all that may change, and what writes each of this rank's files of a checkpoint then. Collective.
@@ -150,11 +160,13 @@ def snapshot(
         return copy, files
     # Buffers are copied now: the next forward may change them.
     weights |= {name: _copied(value) for name, value in engine.bare.state_dict().items() if name not in engine.shapes}
-    metadata = describe(config, stream, position)
-    files["model.safetensors"] = lambda file: save_model(file, weights, metadata, spectrum)
+    metadata, latents = describe(config, stream, position), {name: _copied(value) for name, value in latents.items()}
+    if law:
+        files[LAW] = bind(save_file, law.dump())
+    files["model.safetensors"] = lambda file: save_model(file, weights, metadata, latents)
     if engine.ema is not None:
         averaged |= engine.ema.state_dict()
-        files["ema.safetensors"] = lambda file: save_model(file, averaged, metadata, spectrum)
+        files["ema.safetensors"] = lambda file: save_model(file, averaged, metadata, latents)
     if match := kept.match:
         files["state/round.safetensors"] = bind(save_file, {"ids": match.ids, "distances": match.distances})
     trainer = {

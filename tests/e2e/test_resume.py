@@ -28,8 +28,10 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_an_ended_run_goes_on_bit_for_bit(train, digits, tmp_path):
+@pytest.mark.parametrize("latents", ["smooth4", "codes"])
+def test_an_ended_run_goes_on_bit_for_bit(train, digits, tmp_path, latents):
     options = [f"--data.path={digits}", *SMALL, "--train.images=5120", "--train.ema=0.95", "--checkpoint.rounds=4"]
+    options += [f"--match.latents={latents}", "--match.codes.width=32"]
     whole = train("--run.path=whole", *options)
     assert whole.returncode == 0, whole.stderr
 

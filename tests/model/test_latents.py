@@ -29,7 +29,7 @@ def test_philox_gives_the_published_vectors(counter, key, output):
 @pytest.mark.parametrize("law", ["gaussian", "mixture", "smooth4", "fourier"])
 def test_a_row_depends_on_its_id_alone(law):
     def draw(ids, shape):
-        return latents.draw(law, 7, 3, ids, shape, spectrum=torch.ones(2, 2, *shape))
+        return latents.draw(law, 7, 3, ids, shape, state={"spectrum": torch.ones(2, 2, *shape)})
 
     ids = torch.tensor([5, 2**40 + 3, 0, 71, 2**62 - 1])
     together = draw(ids, (1, 5, 5))
@@ -89,7 +89,7 @@ def test_the_fourier_law_has_the_spectrum_of_the_data():
     phase = torch.rand(4000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
     images = torch.cos(3 * grid + 6 * phase) * torch.cos(2 * grid)[:, None] + 0.2
     spectrum = latents.measure_spectrum(images)
-    drawn = latents.draw("fourier", 0, 0, torch.arange(4000), (1, 16, 16), spectrum=spectrum)
+    drawn = latents.draw("fourier", 0, 0, torch.arange(4000), (1, 16, 16), state={"spectrum": spectrum})
     assert float(drawn.mean()) == pytest.approx(float(images.mean()), abs=0.02)
     power = torch.fft.fft2(drawn).abs().square().mean(0)[0]
     top = power.flatten().topk(9).indices.tolist()

@@ -32,7 +32,7 @@ def test_saving_and_loading_changes_nothing(tmp_path):
 
 def test_a_spectrum_travels_with_the_model(tmp_path):
     model = make(latents="fourier")
-    model.spectrum = torch.rand(2, 2, 1, 8, 8)
+    model.state = {"spectrum": torch.rand(2, 2, 1, 8, 8)}
     model.save_pretrained(tmp_path)
     assert torch.equal(NAIGN.from_pretrained(tmp_path).sample(3), model.sample(3))
 

@@ -1,0 +1,90 @@
+"""The law of latents that is learned: a flow from noise to the codes of the data."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.errors import InputError
+from pipeline.model import latents
+from pipeline.model.codes import CodeFlow, CodeLaw, CodesConfig
+from pipeline.model.naign import NAIGN
+from pipeline.model.networks import ConvConfig, build_network
+
+SETTINGS = CodesConfig(width=64, depth=2, passes=8, batch=128, steps=6)
+
+
+def codes(round: int, count: int = 1024) -> torch.Tensor:
+    """Two clusters, of one and three quarters of the codes, in which the second value is twice the first."""
+    generator = torch.Generator().manual_seed(round)
+    first = torch.randn(count, generator=generator) * 0.1 + 3 * (torch.arange(count) % 4 > 0)
+    return torch.stack([first, 2 * first + 0.1 * torch.randn(count, generator=generator)], dim=1)
+
+
+def learned(rounds: int) -> CodeLaw:
+    law = CodeLaw(2, SETTINGS, seed=3, device=torch.device("cpu"))
+    for round in range(rounds):
+        assert law.learn(codes(round), 1.0) < 2
+    return law
+
+
+def test_the_flow_learns_clusters_and_their_shares():
+    drawn = CodeFlow.of(learned(20).state()).draw(torch.randn(4000, 2, generator=torch.Generator().manual_seed(0)))
+    share = float((drawn[:, 0] > 1.5).float().mean())
+    assert 0.68 < share < 0.82
+    between = ((drawn[:, 0] > 0.7) & (drawn[:, 0] < 2.3)).float().mean()
+    assert between < 0.05
+    assert float((drawn[:, 1] - 2 * drawn[:, 0]).std()) < 0.5
+
+
+def test_learning_goes_on_bit_for_bit():
+    law, other = learned(4), CodeLaw(2, SETTINGS, seed=3, device=torch.device("cpu"))
+    other.load({name: value.clone() for name, value in law.dump().items()})
+    assert other.rounds == 4 and other.learn(codes(4), 0.5) == law.learn(codes(4), 0.5)
+    for name, value in law.dump().items():
+        assert torch.equal(value, other.dump()[name]), name
+
+
+def test_first_weights_change_nothing_that_is_drawn_besides():
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    torch.manual_seed(5)
+    CodeLaw(2, SETTINGS, seed=3, device=torch.device("cpu"))
+    assert torch.equal(torch.randn(3), expected)
+
+
+@pytest.mark.parametrize("change", ["another width", "a moment is missing"])
+def test_what_another_flow_left_is_refused(change):
+    saved = learned(1).dump()
+    law = CodeLaw(2, CodesConfig(width=32) if change == "another width" else SETTINGS, 3, torch.device("cpu"))
+    if change == "a moment is missing":
+        del saved["adam.exp_avg.outer.weight"]
+    with pytest.raises((KeyError, RuntimeError, ValueError)):
+        law.load(saved)
+
+
+def model(code: int = 16, dims: int = 16) -> NAIGN:
+    config = ConvConfig(width=8, code=code)
+    law = CodeLaw(dims, SETTINGS, 0, torch.device("cpu"))
+    law.learn(torch.randn(256, dims), 1.0)
+    metadata = {"shape": [1, 8, 8], "latents": "codes"}
+    metadata["model"] = {"name": "conv", "width": 8, "code": code}
+    return NAIGN(build_network(config, (1, 8, 8)), metadata, law.state())
+
+
+def test_latents_are_decoded_codes_and_travel_with_the_model(tmp_path):
+    first = model()
+    first.save_pretrained(tmp_path)
+    second = NAIGN.from_pretrained(tmp_path)
+    assert torch.equal(first.sample(7, seed=2), second.sample(7, seed=2))
+    assert {name for name in load_file(tmp_path / "model.safetensors") if name.startswith("latents.")}
+    drawn = second.latent(torch.tensor([5, 3]), seed=2)
+    torch.testing.assert_close(drawn, second.latent(torch.arange(7), seed=2)[[5, 3]])
+    flow = CodeFlow.of(second.state)
+    noise = latents.normal(2, 2**32 - 1, torch.tensor([5, 3]), (16,))
+    torch.testing.assert_close(drawn, second.network.decode(flow.draw(noise)))
+
+
+def test_the_codes_of_another_network_are_refused(tmp_path):
+    model(code=16, dims=8).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="does not hold the model"):
+        NAIGN.from_pretrained(tmp_path)
