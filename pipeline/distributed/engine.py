@@ -8,7 +8,7 @@ So a checkpoint knows nothing of world size and engine, and none has to be conve
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -94,11 +94,16 @@ class Engine:
         self.bare.train()
         return out.float()
 
-    def apply(self, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """part(x) in float32, without gradient; `part` is a method of the bare network. Collective as `sample` is."""
-        self.bare.eval()
-        with torch.no_grad(), nullcontext() if self.deepspeed else self.accelerator.autocast():
-            out = part(x.to(self._dtype) if self.deepspeed else x)
+    def coded(self, part: str, x: Tensor) -> Tensor:
+        """`encode` or `decode` of x in float32, without gradient, by the network that is exported.
+
+        That is the average, if one is kept. Codes are computed in float32. Collective where the network is sharded.
+        """
+        network: Any = self.bare if self.ema is None else self.ema
+        exact = self.deepspeed or part == "encode"
+        network.eval()
+        with torch.no_grad(), nullcontext() if exact else self.accelerator.autocast():
+            out: Tensor = getattr(network, part)(x.to(next(network.parameters()).dtype))
         self.bare.train()
         return out.float()
 

@@ -1,40 +1,45 @@
 """The law of latents `codes`: a small flow draws a code from noise, and the decoder of f makes the latent of it.
 
-f is an autoencoder, image -> code -> f(image). A rectified flow (arXiv 2209.03003) learns the law of the codes of the
-data while f trains. A latent is z = decode(code) of a drawn code: near the data from the start, so that f(z) is one
+f is an autoencoder, image -> code -> f(image). The flow learns the law of the codes of the data while f trains, and
+then alone, with f as it is. A latent is z = decode(code) of a drawn code: it is near the data already, f(z) is one
 application of f, and the match has only to repair what is left.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pipeline.constraints import POSITIVE, between, check_fields
 from pipeline.errors import require
+from pipeline.model.flow import CodeFlow
 from pipeline.philox import LEARN, normal, uniform
 
 DECAY = 0.999  # a step, of the average of the flow's weights, which is what draws
-WINDOW = 20  # rounds over which the mean and the deviation of codes are averaged
+WARMUP = 200  # steps over which the learning rate rises
+WINDOW = 20  # rounds over which the mean and the covariance of codes are averaged
 
 
 @dataclass(kw_only=True, slots=True)
 class CodesConfig:
     width: int = field(default=512, metadata=between(8, 2**13))
-    """Hidden units of the flow."""
+    """Hidden units of the flow of a dense code; channels, at full resolution, of that of a spatial code."""
     depth: int = field(default=3, metadata=between(1, 64))
-    """Residual layers of the flow."""
+    """Residual layers of the flow; a resolution and side for a spatial code."""
     passes: int = field(default=8, metadata=POSITIVE)
     """How often the flow learns from each image's code, each time with other noise."""
     batch: int = field(default=512, metadata=POSITIVE)
-    """Codes a step."""
+    """Codes a step, over all ranks."""
     lr: float = field(default=1e-3, metadata=POSITIVE)
-    """Peak learning rate of the flow's AdamW; it rises and falls as train.lr does."""
+    """Peak learning rate of the flow's AdamW: a short warm-up, then a cosine to zero over the whole run."""
+    alone: float = field(default=0.5, metadata=between(0, 0.99))
+    """Share of train.images, at the end, over which the flow learns alone: f stays as it is."""
     steps: int = field(default=8, metadata=between(1, 10**4))
     """Steps of Heun's method from noise to a code: 2 x steps - 1 evaluations of the flow."""
 
@@ -42,110 +47,84 @@ class CodesConfig:
         check_fields(self, "match.codes")
 
 
-class CodeFlow(nn.Module):
-    """The velocity of standardized codes on straight paths from noise (t = 0) to the data (t = 1)."""
-
-    mean: Tensor
-    deviation: Tensor
-    steps: Tensor
-
-    def __init__(self, dims: int, width: int, depth: int, steps: int) -> None:
-        super().__init__()
-        self.inner, self.outer = nn.Linear(dims + 32, width), nn.Linear(width, dims)
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
-            for _ in range(depth)
-        )
-        nn.init.zeros_(self.outer.weight)
-        for name, value in (
-            ("mean", torch.zeros(dims)),
-            ("deviation", torch.ones(dims)),
-            ("steps", torch.tensor(steps)),
-        ):
-            self.register_buffer(name, value)
-
-    @classmethod
-    def of(cls, state: Mapping[str, Tensor]) -> "CodeFlow":
-        """The flow of that state. Raises KeyError, ValueError or RuntimeError for what is none."""
-        width, depth = len(state["inner.weight"]), sum(name.endswith(".0.weight") for name in state)
-        with torch.device("meta"):
-            flow = cls(len(state["mean"]), width, depth, int(state["steps"]))
-        flow.load_state_dict(state, assign=True)
-        return flow.requires_grad_(False)
-
-    def forward(self, codes: Tensor, time: Tensor) -> Tensor:
-        """Velocity (n, dims) at standardized codes (n, dims) and times (n, 1)."""
-        angles = time * torch.arange(1, 17, device=time.device) * (torch.pi / 2)
-        hidden = self.inner(torch.cat([codes, angles.sin(), angles.cos()], dim=1))
-        for layer in self.layers:
-            hidden = hidden + layer(hidden)
-        velocity: Tensor = self.outer(hidden)
-        return velocity
-
-    def draw(self, noise: Tensor) -> Tensor:
-        """The codes (n, dims) at the ends of the paths that begin at standard normals (n, dims)."""
-        codes, times = noise, torch.linspace(0, 1, int(self.steps) + 1).tolist()
-        for now, then in zip(times, times[1:], strict=False):
-            step, velocity = then - now, self(codes, noise.new_full((len(noise), 1), now))
-            if then < 1:
-                ahead = self(codes + step * velocity, noise.new_full((len(noise), 1), then))
-                velocity = (velocity + ahead) / 2
-            codes = codes + step * velocity
-        return codes * self.deviation + self.mean
-
-
 class CodeLaw:
-    """The flow while it learns: its weights, their average, AdamW's moments, and how many rounds it has seen."""
+    """The flow while it learns: its weights, their average, AdamW's moments, and how far it is."""
 
-    def __init__(self, dims: int, config: CodesConfig, seed: int, device: torch.device) -> None:
-        self.config, self.seed, self.rounds = config, seed, 0
+    def __init__(self, shape: tuple[int, ...], config: CodesConfig, seed: int, device: torch.device) -> None:
+        self.config, self.seed = config, seed
+        self.rounds, self.done = 0, 0  # rounds learned from, and steps made of the next one
+        self.sum, self.loss = 0.0, math.nan  # of the losses of those steps; mean of the last whole round's
         with torch.random.fork_rng(devices=[]):  # its first weights change none that are drawn besides
             torch.manual_seed(seed)
-            self.flow = CodeFlow(dims, config.width, config.depth, config.steps).to(device)
+            self.flow = CodeFlow(shape, config.width, config.depth, config.steps).to(device)
         self.average = deepcopy(self.flow).requires_grad_(False)
         self.adam = torch.optim.AdamW(self.flow.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
 
     def learn(
         self,
-        codes: Tensor,  # (n, dims) float32: those of a round's images, over all ranks
-        share: float,  # of the peak learning rate
+        codes: Tensor,  # (n, *shape) float32: those of a round's images, of all ranks
+        share: float,  # of the run that lies behind
         *,
+        rank: int = 0,
+        world: int = 1,
+        add: Callable[[Tensor], Tensor] = lambda value: value,  # its sum over all ranks
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        beat: Callable[[], None] = lambda: None,  # called at each step
-    ) -> float:
-        """Learn from the next round's codes. Returns the mean loss: per value, of a velocity against a straight path's.
+    ) -> Iterator[None]:
+        """Learn from the next round's codes, step by step; the loss is that per value. Collective.
 
-        A function of the state, the codes and the seed.
+        A function of the state, the codes and the seed, whatever the number of ranks, but for the order in which
+        gradients are added.
         """
-        count, dims = codes.shape
-        keep = max(1 / (self.rounds + 1), 1 / WINDOW)
-        spread = codes.std(0).clamp(min=1e-6)
-        for flow in (self.flow, self.average):
-            flow.mean.lerp_(codes.mean(0), keep)
-            flow.deviation.lerp_(spread, keep)
-        wanted = (codes - self.flow.mean) / self.flow.deviation
-        ids = torch.arange(count)
+        if not self.done:
+            keep = max(1 / (self.rounds + 1), 1 / WINDOW)
+            values = codes.transpose(0, 1).flatten(1)
+            for flow in (self.flow, self.average):
+                flow.mean.lerp_(values.mean(1), keep)
+                flow.covariance.lerp_(values.cov(), keep)
+        wanted = self.flow.whiten(codes)
+        ids = torch.arange(len(codes))
         order = uniform(self.seed, self.rounds, ids, (self.config.passes,), stream=LEARN).argsort(dim=0).T.flatten()
-        losses = []
-        for number, rows in enumerate(order.split(self.config.batch)):
-            drawn = normal(self.seed, self.rounds, rows + (number + 1) * count, (dims + 1,), codes.device, stream=LEARN)
-            noise, time, target = drawn[:, :dims], drawn[:, dims:].sigmoid(), wanted[rows.to(codes.device)]
-            with autocast():
-                velocity = self.flow(time * target + (1 - time) * noise, time)
-            loss = (velocity.float() - (target - noise)).square().mean()
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.flow.parameters(), 1.0)
-            for group in self.adam.param_groups:
-                group["lr"] = self.config.lr * share
-            self.adam.step()
-            self.adam.zero_grad()
-            made = int(self.adam.state[self.flow.outer.weight]["step"])
-            average = get_ema_multi_avg_fn(min(DECAY, (1 + made) / (10 + made)))
-            average(list(self.average.parameters()), [value.detach() for value in self.flow.parameters()], None)
-            losses.append(loss.detach())
-            beat()
-        self.rounds += 1
-        return float(torch.stack(losses).mean())
+        batches = order.split(self.config.batch)
+        rate = self.config.lr * (1 + math.cos(math.pi * share)) / 2
+        while self.done < len(batches):
+            rows = batches[self.done]
+            first, last = (len(rows) * part // world for part in (rank, rank + 1))
+            mine = rows[first:last]
+            loss = self._loss(wanted[mine.to(codes.device)], mine + (self.done + 1) * len(codes), autocast)
+            self.sum += self._step(loss / (len(rows) * wanted[0].numel()), rate, add)
+            self.done += 1
+            yield
+        self.loss, self.sum = self.sum / len(batches), 0.0
+        self.rounds, self.done = self.rounds + 1, 0
+
+    def _loss(self, wanted: Tensor, numbers: Tensor, autocast: Callable[[], AbstractContextManager[Any]]) -> Tensor:
+        """Sum of the squared errors of the velocity at random times of straight paths that end at `wanted`."""
+        drawn = normal(self.seed, self.rounds, numbers, (math.prod(wanted.shape[1:]) + 1,), wanted.device, stream=LEARN)
+        noise, time = drawn[:, :-1].view_as(wanted), drawn[:, -1].sigmoid()
+        along = time.view(-1, *(1,) * (wanted.ndim - 1))
+        with autocast():
+            velocity = self.flow(along * wanted + (1 - along) * noise, time)
+        loss: Tensor = (velocity.float() - (wanted - noise)).square().sum()
+        return loss
+
+    def _step(self, loss: Tensor, rate: float, add: Callable[[Tensor], Tensor]) -> float:
+        """Returns the loss over all ranks."""
+        parameters = list(self.flow.parameters())
+        parts = torch.autograd.grad(loss, parameters)
+        whole = add(torch.cat([*(part.flatten() for part in parts), loss.detach().view(1)]))
+        gradient = whole[:-1] * min(1.0, 1 / (float(whole[:-1].norm()) + 1e-6))
+        for value, part in zip(parameters, gradient.split([value.numel() for value in parameters]), strict=True):
+            value.grad = part.view_as(value)
+        for group in self.adam.param_groups:
+            group["lr"] = rate * min(1.0, (self._made + 1) / WARMUP)
+        self.adam.step()
+        average = get_ema_multi_avg_fn(min(DECAY, (1 + self._made) / (10 + self._made)))
+        average(list(self.average.parameters()), [value.detach() for value in parameters], None)
+        return float(whole[-1])
+
+    @property
+    def _made(self) -> int:
+        return max((int(state["step"]) for state in self.adam.state.values()), default=0)
 
     def state(self) -> dict[str, Tensor]:
         """What draws, as `CodeFlow.of` takes it."""
@@ -157,21 +136,24 @@ class CodeLaw:
         found |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
         for name, parameter in self.flow.named_parameters():
             found |= {f"adam.{key}.{name}": value for key, value in self.adam.state.get(parameter, {}).items()}
-        found["rounds"] = torch.tensor(self.rounds)
+        found["progress"] = torch.tensor([self.rounds, self.done, self.sum, self.loss], dtype=torch.float64)
         return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in found.items()}
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
         """Go on from what `dump` returned. Raises KeyError, ValueError or RuntimeError for another flow's."""
         part: dict[str, dict[str, Tensor]] = {"flow": {}, "average": {}, "adam": {}}
         for name, value in saved.items():
-            if name != "rounds":
+            if name != "progress":
                 kind, _, rest = name.partition(".")
                 part[kind][rest] = value
         self.flow.load_state_dict(part["flow"])
         self.average.load_state_dict(part["average"])
         for name, parameter in self.flow.named_parameters():
+            if not part["adam"]:  # no step was made yet
+                break
             kept = {key: part["adam"][f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
             require((kept["exp_avg"].shape == parameter.shape, f"moments of {name} have another shape"))
             self.adam.state[parameter] = {key: value.to(parameter.device) for key, value in kept.items()}
             self.adam.state[parameter]["step"] = kept["step"].cpu()
-        self.rounds = int(saved["rounds"])
+        rounds, done, self.sum, self.loss = saved["progress"].tolist()
+        self.rounds, self.done = int(rounds), int(done)

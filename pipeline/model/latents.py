@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
-from pipeline.model.codes import CodeFlow
+from pipeline.model.flow import CodeFlow
 from pipeline.model.networks import Autoencoder
 from pipeline.philox import FLAT, IMAGINARY, LATENT, SCALE, normal, uniform
 from pipeline.registry import lookup
@@ -83,7 +83,7 @@ def _codes(
 ) -> Tensor:
     assert decode is not None, "the law codes needs a network with a code"
     flow = CodeFlow.of(state)
-    return decode(flow.draw(normal(seed, round, ids, flow.mean.shape, device)))
+    return decode(flow.draw(normal(seed, round, ids, tuple(flow.shape.tolist()), device)))
 
 
 def _fourier(seed: int, round: int, ids: Tensor, shape: Shape, device: Device, *, state: State) -> Tensor:
@@ -123,7 +123,9 @@ def check_law(law: str, shape: tuple[int, ...] | None = None) -> None:
 
 def check_state(law: str, state: State, network: nn.Module) -> None:
     """Raises KeyError, ValueError or RuntimeError where that is not the state of such a law for that network."""
-    if law == "codes" and (not isinstance(network, Autoencoder) or len(CodeFlow.of(state).mean) != network.code):
+    if law == "codes" and (
+        not isinstance(network, Autoencoder) or tuple(CodeFlow.of(state).shape.tolist()) != network.code
+    ):
         raise ValueError("the law of its codes is of another network")
     if law == "fourier":
         state["spectrum"]

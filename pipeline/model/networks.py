@@ -6,11 +6,12 @@ settings and the function that builds it.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,7 +25,7 @@ class NetworkConfig:
     """Base of every network's settings."""
 
     name: str = ""
-    """`conv` for images (C, S, S), `mlp` for points (D,), or one that another package registers."""
+    """`conv` and `spatial` for images (C, S, S), `mlp` for points (D,), or one that another package registers."""
 
     def __post_init__(self) -> None:
         check_fields(self, "model")
@@ -39,6 +40,19 @@ class ConvConfig(NetworkConfig):
     """Residual blocks a resolution."""
     code: int = field(default=128, metadata=between(1, 2**16))
     """Dimensions of the bottleneck between encoder and decoder."""
+    max_width: int = field(default=512, metadata=between(1, 2**14))
+    """The channels stop doubling here."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SpatialConfig(NetworkConfig):
+    name: str = "spatial"
+    width: int = field(default=64, metadata=between(1, 2**14))
+    """Channels at half resolution; doubled at each further halving."""
+    depth: int = field(default=1, metadata=between(0, 256))
+    """Residual blocks a resolution, in the encoder and in the decoder."""
+    code: int = field(default=8, metadata=between(1, 2**14))
+    """Channels of the code at each of its at most 8 x 8 positions (or an odd number of them)."""
     max_width: int = field(default=512, metadata=between(1, 2**14))
     """The channels stop doubling here."""
 
@@ -66,10 +80,10 @@ def build_network(config: NetworkConfig, shape: tuple[int, ...], *, recompute: b
 
 @runtime_checkable
 class Autoencoder(Protocol):
-    """A network with a dense code: f(x) = decode(encode(x)), as the law of latents `codes` needs it."""
+    """A network with a code: f(x) = decode(encode(x)), as the law of latents `codes` needs it."""
 
-    code: int
-    """Dimensions of the code."""
+    code: tuple[int, ...]
+    """Shape of the code of an image: (c,) dense, or (c, h, w) spatial."""
 
     def encode(self, x: Tensor) -> Tensor: ...
     def decode(self, code: Tensor) -> Tensor: ...
@@ -92,7 +106,13 @@ def recorded_network(record: Mapping[str, Any]) -> NetworkConfig:
     return kind(**{key: value for key, value in values.items() if key in known or key not in FORMER})
 
 
-FORMER = {"width": "conv, mlp", "depth": "conv, mlp", "code": "conv", "max_width": "conv", "octaves": "mlp"}
+FORMER = {
+    "width": "conv, spatial, mlp",
+    "depth": "conv, spatial, mlp",
+    "code": "conv, spatial",
+    "max_width": "conv, spatial",
+    "octaves": "mlp",
+}
 """Settings that all networks had in one class once, and whose they are: earlier runs recorded all of them."""
 
 
@@ -100,13 +120,14 @@ def _build_points(config: PointConfig, shape: tuple[int, ...], *, recompute: boo
     return PointNetwork(math.prod(shape), config.width, config.depth, octaves=config.octaves)
 
 
-def _build_images(config: ConvConfig, shape: tuple[int, ...], *, recompute: bool) -> nn.Module:
+def _build_images(config: ConvConfig | SpatialConfig, shape: tuple[int, ...], *, recompute: bool) -> nn.Module:
     if len(shape) != 3 or shape[1] != shape[2] or shape[1] % 4:
         raise InputError(
-            f"model.name=conv takes square images (C, S, S) with S a multiple of 4, the data has {tuple(shape)}: "
-            "pack with another --size, or set model.name=mlp and match.latents=gaussian for points"
+            f"model.name={config.name} takes square images (C, S, S) with S a multiple of 4, the data has "
+            f"{tuple(shape)}: pack with another --size, or set model.name=mlp and match.latents=gaussian for points"
         )
-    return ImageNetwork(config, channels=shape[0], size=shape[1], recompute=recompute)
+    build = ImageNetwork if isinstance(config, ConvConfig) else SpatialNetwork
+    return build(config, channels=shape[0], size=shape[1], recompute=recompute)  # type: ignore[arg-type]
 
 
 class PointNetwork(nn.Module):
@@ -138,10 +159,10 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            _norm(channels),
+            norm(channels),
             nn.SiLU(),
             nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            _norm(channels),
+            norm(channels),
             nn.SiLU(),
             nn.Conv2d(channels, channels, 3, padding=1),
         )
@@ -162,10 +183,7 @@ class ImageNetwork(nn.Module):
     def __init__(self, config: ConvConfig, *, channels: int, size: int, recompute: bool = False) -> None:
         super().__init__()
         self.recompute = recompute
-        sizes = [size // 2]
-        while sizes[-1] > 8 and sizes[-1] % 2 == 0:
-            sizes.append(sizes[-1] // 2)
-        widths = [min(config.width * 2**level, max(config.max_width, config.width)) for level in range(len(sizes))]
+        sizes, widths = _levels(config, size)
         inner = (widths[-1], sizes[-1], sizes[-1])
 
         down: list[nn.Module] = []
@@ -175,10 +193,10 @@ class ImageNetwork(nn.Module):
         up: list[nn.Module] = []
         for before, after in zip(reversed(widths), [*reversed(widths[:-1]), channels], strict=True):
             up += [ResidualBlock(before) for _ in range(config.depth)]
-            up += [_norm(before), nn.SiLU(), nn.ConvTranspose2d(before, after, 4, stride=2, padding=1)]
+            up += [norm(before), nn.SiLU(), nn.ConvTranspose2d(before, after, 4, stride=2, padding=1)]
 
-        self.encoder = nn.Sequential(*down, _norm(widths[-1]), nn.SiLU(), nn.Flatten())
-        self.code = config.code
+        self.encoder = nn.Sequential(*down, norm(widths[-1]), nn.SiLU(), nn.Flatten())
+        self.code = (config.code,)
         self.bottleneck = nn.Sequential(
             nn.Linear(math.prod(inner), config.code), nn.SiLU(), nn.Linear(config.code, math.prod(inner))
         )
@@ -186,9 +204,7 @@ class ImageNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            for layer in (*self.encoder, *self.bottleneck, *self.decoder):
-                x = checkpoint(layer, x, use_reentrant=False) if isinstance(layer, ResidualBlock) else layer(x)
-            return x
+            return _recomputed((*self.encoder, *self.bottleneck, *self.decoder), x)
         out: Tensor = self.decoder(self.bottleneck(self.encoder(x)))
         return out
 
@@ -201,11 +217,82 @@ class ImageNetwork(nn.Module):
         return out
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+class Attention(nn.Module):
+    """x + self-attention of the positions of x (n, C, H, W), with heads of at most 32 channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.heads = math.gcd(channels, max(1, channels // 32))
+        self.norm = norm(channels)
+        self.inner, self.outer = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.outer.weight)  # it starts as the identity
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, channels, height, width = x.shape
+        parts = self.inner(self.norm(x)).view(n, 3, self.heads, channels // self.heads, height * width)
+        mixed = F.scaled_dot_product_attention(*parts.transpose(-1, -2).unbind(1))
+        out: Tensor = x + self.outer(mixed.transpose(-1, -2).reshape(n, channels, height, width))
+        return out
+
+
+class SpatialNetwork(nn.Module):
+    """A convolutional autoencoder whose code keeps positions, for images with more detail than a dense code can hold.
+
+    Pixels are moved into channels rather than pooled, and back rather than by transposed convolutions, which leave
+    checkerboards. Self-attention on both sides of the code lets each output pixel depend on the whole image.
+    """
+
+    def __init__(self, config: SpatialConfig, *, channels: int, size: int, recompute: bool = False) -> None:
+        super().__init__()
+        self.recompute = recompute
+        sizes, widths = _levels(config, size)
+        down: list[nn.Module] = []
+        for before, after in zip([channels, *widths], widths, strict=False):
+            down += [nn.PixelUnshuffle(2), nn.Conv2d(4 * before, after, 3, padding=1)]
+            down += [ResidualBlock(after) for _ in range(config.depth)]
+        up: list[nn.Module] = [nn.Conv2d(config.code, widths[-1], 3, padding=1), Attention(widths[-1])]
+        for before, after in zip(reversed(widths), [*reversed(widths[:-1]), channels], strict=True):
+            up += [ResidualBlock(before) for _ in range(config.depth)]
+            up += [norm(before), nn.SiLU(), nn.Conv2d(before, 4 * after, 3, padding=1), nn.PixelShuffle(2)]
+
+        last = [Attention(widths[-1]), norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], config.code, 1)]
+        self.code = (config.code, sizes[-1], sizes[-1])
+        self.encoder, self.decoder = nn.Sequential(*down, *last), nn.Sequential(*up, nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return _recomputed((*self.encoder, *self.decoder), x)
+        return self.decode(self.encode(x))
+
+    def encode(self, x: Tensor) -> Tensor:
+        code: Tensor = self.encoder(x)
+        return code
+
+    def decode(self, code: Tensor) -> Tensor:
+        out: Tensor = self.decoder(code)
+        return out
+
+
+def _levels(config: ConvConfig | SpatialConfig, size: int) -> tuple[list[int], list[int]]:
+    """Sides and channels from half resolution to at most 8 x 8, or an odd side."""
+    sizes = [size // 2]
+    while sizes[-1] > 8 and sizes[-1] % 2 == 0:
+        sizes.append(sizes[-1] // 2)
+    return sizes, [min(config.width * 2**level, max(config.max_width, config.width)) for level in range(len(sizes))]
+
+
+def _recomputed(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+    for layer in layers:
+        x = checkpoint(layer, x, use_reentrant=False) if isinstance(layer, ResidualBlock) else layer(x)
+    return x
+
+
+def norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(channels, 8), channels)
 
 
 NETWORKS: dict[str, tuple[type[NetworkConfig], Build]] = {
     "conv": (ConvConfig, _build_images),
+    "spatial": (SpatialConfig, _build_images),
     "mlp": (PointConfig, _build_points),
 }

@@ -25,7 +25,7 @@ from pipeline.match import Match, NotFinite, match_round
 from pipeline.model.codes import CodeLaw
 from pipeline.model.latents import measure_spectrum
 from pipeline.observe import at_round
-from pipeline.training.fit import REMEDY, fit, learning_rate
+from pipeline.training.fit import REMEDY, fit
 from pipeline.training.prepare import prepare, resume
 from pipeline.training.report import headline, report
 from pipeline.training.round import RoundRandom, RoundState, Run
@@ -57,16 +57,22 @@ def run_rounds(run: Run, partial: PartialRound | None) -> None:
     try:
         while position.round < run.rounds:
             at_round(position.round)
+            run.seconds.clear()
             done = position.done
             with run.profiler.round(position.round), measured(position):
                 with run.phase("take"):
                     state, taken = take(run, partial)
-                with run.phase("match"):
-                    if config.objective.needs_match and state.match is None:
-                        state.match = find_match(run, state)
-                with run.phase("fit"):
-                    values = fit(run, state, run.rounds * images)
-                    values |= {"loss/codes": run.learned} if run.law else {}
+                values = {"loss/codes": learn_codes(run, run.law, state)} if run.law else {}
+                if position.round < run.fitted:
+                    with run.phase("match"):
+                        if config.objective.needs_match and state.match is None:
+                            state.match = find_match(run, state)
+                    with run.phase("fit"):
+                        values |= fit(run, state, run.fitted * images)
+                else:  # f stays as it is
+                    position.images_seen += images
+                    position.step += images // config.train.batch
+                    run.monitor.advance(images)
             position.round, position.done = position.round + 1, 0
             with run.phase("report"), together(run.accelerator):
                 report(run, state, taken, values, images=images - done * config.train.batch)
@@ -118,9 +124,7 @@ def take(run: Run, kept: PartialRound | None) -> tuple[RoundState, Taken]:
     images = scaled(taken.images.to(device))
     if config.match.latents == "fourier" and not run.state:
         run.state = {"spectrum": measure_spectrum(images, lambda mean: run.accelerator.reduce(mean, "mean"))}
-    if run.law and run.law.rounds <= number:  # else it has learned from this round before a stop
-        learn_codes(run, run.law, images)
-    decode = partial(run.engine.apply, run.engine.bare.decode) if run.law else None
+    decode = partial(run.engine.coded, "decode") if run.law else None
     random = RoundRandom(config, number, run.stream.shape, device, run.state, decode)
     first, last = rank_rows(config.match.round, run.rank, run.world)
     state = RoundState(number=number, world_size_at_start=run.world, random=random, images=images, first=first)
@@ -139,24 +143,28 @@ def take(run: Run, kept: PartialRound | None) -> tuple[RoundState, Taken]:
     return state, taken
 
 
-def learn_codes(run: Run, law: CodeLaw, images: Tensor) -> None:
-    """Let the law of latents learn from the codes of a round, on rank 0 for all. Collective."""
-    engine, train = run.engine, run.config.train
-    mine = torch.cat([engine.apply(engine.bare.encode, part) for part in images.split(ENCODED)])
-    codes = run.accelerator.gather(mine)
-    if not torch.isfinite(codes).all():
-        raise Diverged(f"f's codes are not finite in round {run.position.round}: {REMEDY}")
-    budget = run.rounds * run.config.match.round * train.passes
-    share = learning_rate(train, run.position.images_seen, budget) / train.lr
-    with together(run.accelerator):
-        if run.rank == 0:
-            autocast = run.accelerator.autocast
-            run.learned = law.learn(codes, share, autocast=autocast, beat=run.watchdog.beat)
-    law.rounds = run.position.round + 1
-    run.state = law.state()
-    if run.world > 1:
-        for value in run.state.values():
-            broadcast(value, from_process=0)
+def learn_codes(run: Run, law: CodeLaw, state: RoundState) -> float:
+    """Let the law of latents learn from the codes of a round. Returns its mean loss. Collective."""
+    if law.rounds > state.number:  # it did before a stop
+        return law.loss
+    accelerator, device = run.accelerator, run.accelerator.device
+    with run.phase("learn"):
+        mine = torch.cat([run.engine.coded("encode", part) for part in state.images.split(ENCODED)])
+        stop_requested = run.poll("learn")
+        how = {"rank": run.rank, "world": run.world, "autocast": accelerator.autocast}
+        if run.world > 1:
+            how["add"] = partial(accelerator.reduce, reduction="sum")
+        for _ in law.learn(accelerator.gather(mine).to(device), state.number / run.rounds, **how):
+            run.watchdog.beat()
+            if stop_requested():
+                raise Stopped
+        if not math.isfinite(law.loss):
+            raise Diverged(f"the flow of f's codes is not finite in round {state.number}: {REMEDY}")
+        run.state = state.random.state = law.state()
+        if run.world > 1:  # the same bits on every rank, whatever its machine
+            for value in run.state.values():
+                broadcast(value, from_process=0)
+    return law.loss
 
 
 def read_round(run: Run, stream: Stream, number: int) -> Taken:

@@ -196,7 +196,7 @@ def build_law(config: Config, network: nn.Module, device: torch.device) -> CodeL
     if config.match.latents != "codes":
         return None
     if not isinstance(network, Autoencoder):
-        raise InputError(f"match.latents=codes: model.name={config.model.name} has no code, choose conv")
+        raise InputError(f"match.latents=codes: model.name={config.model.name} has no code, choose conv or spatial")
     return CodeLaw(network.code, config.match.codes, config.seed, device)
 
 

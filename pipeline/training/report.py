@@ -89,19 +89,22 @@ def warn_of_collapse(run: Run, values: dict[str, float]) -> None:
 
 def speed_values(run: Run, images: int) -> dict[str, float]:
     """Images/s of a round, the share of each phase, and arithmetic done."""
-    seconds = {phase: run.seconds[phase] for phase in ("take", "match", "fit")}
+    seconds = {phase: run.seconds[phase] for phase in ("take", "learn", "match", "fit") if phase in run.seconds}
     spent, device = sum(seconds.values()), run.accelerator.device
-    flops = fit_flops(run.flops, run.config.objective.forwards) * images / seconds["fit"]
     values = {
         "speed/images_per_second": images / spent,
         "speed/images_per_second_and_rank": images / spent / run.world,
-        "speed/fit_tflops": flops / 1e12,
         "memory/peak_gb": peak_memory(device),
+        **{f"share/{phase}": value / spent for phase, value in seconds.items()},
     }
+    if "fit" not in seconds:
+        return values
+    flops = fit_flops(run.flops, run.config.objective.forwards) * images / seconds["fit"]
+    values["speed/fit_tflops"] = flops / 1e12
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.accelerator.mixed_precision, torch.float32)
     if peak := peak_flops(device, dtype):  # of the GPUs, the share of which fitting used is MFU: arXiv 2204.02311, B
         values["speed/mfu"] = flops / (run.world * peak)
-    return values | {f"share/{phase}": value / spent for phase, value in seconds.items()}
+    return values
 
 
 def draw_progress(f: Callable[[Tensor], Tensor], latents: Tensor, examples: Tensor) -> dict[str, Image.Image]:

@@ -1,6 +1,5 @@
 """What the phases of a round share: the run, and the state of the current round."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -67,6 +66,7 @@ class Run:
     rank: int = field(init=False)
     world: int = field(init=False)
     rounds: int = field(init=False)  # that spend the budget
+    fitted: int = field(init=False)  # rounds in which f is trained; in those after them its codes' law learns alone
     stop: StopRequest
     stream: Stream
     watchdog: Watchdog
@@ -87,7 +87,6 @@ class Run:
     checkpointed: str = ""  # name of the newest checkpoint
     state: dict[str, Tensor] = field(default_factory=dict)  # of the law of latents: measured, or learned by `law`
     law: CodeLaw | None = None  # of latents, where it learns
-    learned: float = math.nan  # its last loss, on rank 0
 
     def poll(self, phase: str) -> StopPoll:
         """A poll for stop requests in `phase`, which begins. Collective."""
@@ -106,6 +105,7 @@ class Run:
     def __post_init__(self) -> None:
         self.rank, self.world = int(self.accelerator.process_index), int(self.accelerator.num_processes)
         self.rounds = count_rounds(self.config)
+        self.fitted = self.rounds - int(self.rounds * self.config.match.codes.alone) if self.law else self.rounds
 
 
 @dataclass(kw_only=True, slots=True)

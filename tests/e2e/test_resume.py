@@ -23,8 +23,9 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(newest / "model.safetensors")
 
 
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss/total"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+def losses(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name.startswith("loss/")} for line in lines]
 
 
 @pytest.mark.slow

@@ -1,0 +1,164 @@
+"""A rectified flow (arXiv 2209.03003) from noise to the codes of f, small beside f.
+
+Codes are (n, c), of a network with a dense code, or (n, c, h, w), of one with a spatial code. They are whitened over
+their c channels first, so that no direction of little spread is lost in the noise.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.model.networks import Attention, norm
+
+_WAVES = 32  # sines, and as many cosines, of the time
+
+
+class DenseVelocity(nn.Module):
+    """A residual perceptron on (n, c)."""
+
+    def __init__(self, shape: tuple[int, ...], width: int, depth: int) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(shape[0] + 2 * _WAVES, width), nn.Linear(width, shape[0])
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        nn.init.zeros_(self.outer.weight)
+
+    def forward(self, codes: Tensor, time: Tensor) -> Tensor:
+        hidden = self.inner(torch.cat([codes, waves(time)], dim=1))
+        for layer in self.layers:
+            hidden = hidden + layer(hidden)
+        velocity: Tensor = self.outer(self.norm(hidden))
+        return velocity
+
+
+class TimedBlock(nn.Module):
+    """A pre-activation residual block that also sees the time, and from which attention follows where it is asked."""
+
+    def __init__(self, before: int, after: int, timed: int, *, attends: bool) -> None:
+        super().__init__()
+        self.first = nn.Sequential(norm(before), nn.SiLU(), nn.Conv2d(before, after, 3, padding=1))
+        self.time = nn.Linear(timed, after)
+        self.second = nn.Sequential(norm(after), nn.SiLU(), nn.Conv2d(after, after, 3, padding=1))
+        self.skip = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
+        self.attention = Attention(after) if attends else nn.Identity()
+        nn.init.zeros_(self.second[-1].weight)  # type: ignore[arg-type]  # each block starts as its skip
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        hidden = self.first(x) + self.time(time)[:, :, None, None]
+        out: Tensor = self.attention(self.skip(x) + self.second(hidden))
+        return out
+
+
+class SpatialVelocity(nn.Module):
+    """A U-Net on (n, c, h, w) that halves h to at most 2; `depth` blocks a resolution on each side."""
+
+    def __init__(self, shape: tuple[int, ...], width: int, depth: int) -> None:
+        super().__init__()
+        halvings = max(1, math.ceil(math.log2(max(shape[1:]))) - 1)
+        self.multiple = 2**halvings  # of the sides it works on
+        widths, timed = [width * min(2**level, 4) for level in range(halvings + 1)], 4 * width
+        self.time = nn.Sequential(nn.Linear(2 * _WAVES, timed), nn.SiLU(), nn.Linear(timed, timed), nn.SiLU())
+        self.inner = nn.Conv2d(shape[0], width, 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        self.shrink, self.enlarge = nn.ModuleList(), nn.ModuleList()
+        for level, channels in enumerate(widths):
+            attends = max(shape[1:]) <= 8 * 2**level
+            side = [TimedBlock(channels, channels, timed, attends=attends) for _ in range(depth)]
+            self.down.append(nn.ModuleList(side))
+            if level < halvings:
+                self.shrink.append(nn.Conv2d(channels, widths[level + 1], 2, stride=2))
+                self.enlarge.append(nn.Conv2d(widths[level + 1], 4 * channels, 1))
+                back = [TimedBlock(2 * channels, channels, timed, attends=attends)]
+                back += [TimedBlock(channels, channels, timed, attends=attends) for _ in range(depth - 1)]
+                self.up.append(nn.ModuleList(back))
+        self.outer = nn.Sequential(norm(width), nn.SiLU(), nn.Conv2d(width, shape[0], 3, padding=1))
+        nn.init.zeros_(self.outer[-1].weight)  # type: ignore[arg-type]
+
+    def forward(self, codes: Tensor, time: Tensor) -> Tensor:
+        height, width = codes.shape[2:]
+        hidden, seen = F.pad(codes, (0, -width % self.multiple, 0, -height % self.multiple)), self.time(waves(time))
+        hidden, skips = self.inner(hidden), list[Tensor]()
+        for level, blocks in enumerate(self.down):
+            if level:
+                skips.append(hidden)
+                hidden = self.shrink[level - 1](hidden)
+            for block in blocks:  # type: ignore[attr-defined]
+                hidden = block(hidden, seen)
+        for enlarge, blocks in zip(reversed(self.enlarge), reversed(self.up), strict=True):
+            hidden = torch.cat([F.pixel_shuffle(enlarge(hidden), 2), skips.pop()], dim=1)
+            for block in blocks:  # type: ignore[attr-defined]
+                hidden = block(hidden, seen)
+        velocity: Tensor = self.outer(hidden)[:, :, :height, :width]
+        return velocity
+
+
+class CodeFlow(nn.Module):
+    """The velocity of whitened codes on straight paths from noise (t = 0) to the data (t = 1)."""
+
+    mean: Tensor
+    covariance: Tensor
+    shape: Tensor
+    steps: Tensor
+
+    def __init__(self, shape: tuple[int, ...], width: int, depth: int, steps: int) -> None:
+        super().__init__()
+        self.velocity = (DenseVelocity if len(shape) == 1 else SpatialVelocity)(shape, width, depth)
+        for name, value in (
+            ("mean", torch.zeros(shape[0])),
+            ("covariance", torch.eye(shape[0])),  # of the channels, over positions
+            ("shape", torch.tensor(shape)),
+            ("steps", torch.tensor(steps)),
+        ):
+            self.register_buffer(name, value)
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> "CodeFlow":
+        """The flow of that state. Raises KeyError, ValueError or RuntimeError for what is none."""
+        shape, dense = tuple(state["shape"].tolist()), "velocity.norm.weight" in state
+        blocks = "velocity.layers." if dense else "velocity.down.0."
+        depth = len({name.split(".")[blocks.count(".")] for name in state if name.startswith(blocks)})
+        with torch.device("meta"):
+            flow = cls(shape, len(state["velocity.inner.weight"]), depth, int(state["steps"]))
+        flow.load_state_dict(state, assign=True)
+        return flow.requires_grad_(False)
+
+    def forward(self, codes: Tensor, time: Tensor) -> Tensor:
+        """Velocity (n, *shape) at whitened codes (n, *shape) and times (n,)."""
+        velocity: Tensor = self.velocity(codes, time)
+        return velocity
+
+    def whiten(self, codes: Tensor) -> Tensor:
+        return self._mixed(codes - _rows(self.mean, codes), -0.5)
+
+    def draw(self, noise: Tensor) -> Tensor:
+        """The codes (n, *shape) at the ends of the paths that begin at standard normals (n, *shape)."""
+        codes, times = noise, torch.linspace(0, 1, int(self.steps) + 1).tolist()
+        for now, then in zip(times, times[1:], strict=False):  # Heun's method; the last step is Euler's
+            step, velocity = then - now, self(codes, noise.new_full((len(noise),), now))
+            if then < 1:
+                ahead = self(codes + step * velocity, noise.new_full((len(noise),), then))
+                velocity = (velocity + ahead) / 2
+            codes = codes + step * velocity
+        return self._mixed(codes, 0.5) + _rows(self.mean, codes)
+
+    def _mixed(self, codes: Tensor, power: float) -> Tensor:
+        """Channels multiplied by that power of the covariance, which is symmetric: it follows the codes smoothly."""
+        values, directions = torch.linalg.eigh(self.covariance.double())
+        matrix = (directions * values.clamp(min=1e-8 * float(values.max())).pow(power)) @ directions.T
+        return torch.einsum("ij,nj...->ni...", matrix.to(codes.dtype), codes)
+
+
+def waves(time: Tensor) -> Tensor:
+    """(n,) -> (n, 2 * _WAVES): sines and cosines of multiples of a quarter turn."""
+    angles = time[:, None] * torch.arange(1, _WAVES + 1, device=time.device) * (torch.pi / 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def _rows(mean: Tensor, codes: Tensor) -> Tensor:
+    return mean.view(1, -1, *(1,) * (codes.ndim - 2))
