@@ -4,15 +4,23 @@ import csv
 import io
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
 
 from pipeline.errors import require
 
+if TYPE_CHECKING:
+    from pipeline.model.naign import NAIGN
+
 Device = Annotated[Literal["auto", "cpu", "cuda"], tyro.conf.arg(help="Where to compute.")]
 Times = Annotated[int, tyro.conf.arg(help="How often f is applied.")]
+Latents = Annotated[
+    Literal["trained", "mixture"],
+    tyro.conf.arg(help="Law of z: as trained, or decoded from a Gaussian mixture fitted to codes of training images."),
+]
+Components = Annotated[int, tyro.conf.arg(help="Gaussians of --latents mixture.")]
 Kind = Literal["blur", "noise", "salt_pepper", "rows"]
 Run = Annotated[Positional[str], tyro.conf.arg(help="A run (or s3://), a checkpoint or an exported model: its folder.")]
 Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images (points: .csv files), or folders of them.")]
@@ -44,7 +52,16 @@ def evaluate(
 
 
 def sample(
-    run: Run, /, *, n: int = 64, to: Path | None = None, times: Times = 1, seed: int = 0, device: Device = "auto"
+    run: Run,
+    /,
+    *,
+    n: int = 64,
+    to: Path | None = None,
+    times: Times = 1,
+    latents: Latents = "trained",
+    components: Components = 50,
+    seed: int = 0,
+    device: Device = "auto",
 ) -> None:
     """Draw samples: one picture of all, or with a folder as --to one PNG each (points: a .csv file).
 
@@ -54,10 +71,9 @@ def sample(
         seed: The same seed draws the same latents, and so the same samples.
     """
     from pipeline.cli.files import write_samples
-    from pipeline.model.naign import NAIGN
 
-    _check(n=n, times=times, seed=seed)
-    made = NAIGN.from_pretrained(run, device=_device(device)).sample(n, seed=seed, times=times).cpu()
+    _check(n=n, times=times, components=components, seed=seed)
+    made = _model(run, latents, components, device=_device(device)).sample(n, seed=seed, times=times).cpu()
     place = to or Path("samples.png" if made.ndim == 4 else "samples.csv")
     print(f"{n} samples: {write_samples(made, place)}")
 
@@ -124,7 +140,15 @@ def score(run: Run, files: Files, /, *, device: Device = "auto") -> None:
         table.writerow((path if len(model.shape) == 3 else f"{path}:{line}", f"{energy:.6g}"))
 
 
-def export(run: Run, /, *, to: Path, format: Literal["safetensors", "torch"] = "safetensors") -> None:
+def export(
+    run: Run,
+    /,
+    *,
+    to: Path,
+    format: Literal["safetensors", "torch"] = "safetensors",
+    latents: Latents = "trained",
+    components: Components = 50,
+) -> None:
     """Write a model alone, for use elsewhere: safetensors for NAIGN.from_pretrained, torch for torch.export.load.
 
     Args:
@@ -133,10 +157,10 @@ def export(run: Run, /, *, to: Path, format: Literal["safetensors", "torch"] = "
     """
     import torch
 
-    from pipeline.model.naign import NAIGN
     from pipeline.storage.local import write_atomically
 
-    model = NAIGN.from_pretrained(run)
+    _check(components=components)
+    model = _model(run, latents, components)
     if format == "safetensors":
         print(f"exported: {model.save_pretrained(to)}")
         return
@@ -147,6 +171,17 @@ def export(run: Run, /, *, to: Path, format: Literal["safetensors", "torch"] = "
     torch.export.save(program, content)
     write_atomically(to / "model.pt2", content.getvalue())
     print(f"exported: {to / 'model.pt2'}")
+
+
+def _model(run: str, latents: Latents, components: int, *, device: str = "cpu") -> "NAIGN":
+    from pipeline.model.naign import NAIGN
+
+    model = NAIGN.from_pretrained(run, device=device)
+    if latents == "trained":
+        return model
+    from pipeline.evaluate.refit import with_mixture
+
+    return with_mixture(model, run, components=components)
 
 
 def _device(name: Device) -> str:

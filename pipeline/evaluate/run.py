@@ -4,7 +4,6 @@ import json
 import math
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,18 @@ import torch
 from tqdm import tqdm
 
 from pipeline.checkpoint.bucket import fetch_newest
-from pipeline.data.dataset import DataConfig, image_shape
-from pipeline.data.format.manifest import Manifest
 from pipeline.errors import InputError
 from pipeline.evaluate import measures
 from pipeline.evaluate.coverage import NEIGHBOURS
 from pipeline.evaluate.measures import STAGES, Subject
 from pipeline.evaluate.pictures import draw_pictures
+from pipeline.evaluate.recorded import recorded
 from pipeline.evaluate.report import Picture, render
 from pipeline.model.encoders import choose_encoder, load_encoder
 from pipeline.model.naign import NAIGN
 from pipeline.observe.pictures import png
 from pipeline.storage.local import write_atomically
-from pipeline.storage.store import open_store, use_endpoint
+from pipeline.storage.store import open_store
 
 FEW = 1000  # with fewer examples a Frechet distance on 64 features is mostly bias
 
@@ -49,7 +47,7 @@ def evaluate(
     if samples <= NEIGHBOURS:
         raise InputError(f"{samples} samples are too few to measure: --samples must be more than {NEIGHBOURS}")
     model = NAIGN.from_pretrained(folder, device=device)
-    path, manifest, crop, trained_with = _recorded(model, folder, data)
+    path, manifest, crop, trained_with = recorded(model, folder, data)
     encoder = choose_encoder(manifest)
     metrics: dict[str, Any] = {"encoder": encoder.name, "encoder_accuracy": encoder.accuracy, "dataset": manifest.name}
     layout = "{desc:<30}{bar}{n_fmt}/{total_fmt} {elapsed}"
@@ -144,37 +142,6 @@ def _encoder_name(encoder: str) -> str | None:
 def _number(value: Any) -> float | None:
     """A value of the header if it is a finite number, else None."""
     return value if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _recorded(model: NAIGN, folder: str, data: str | None) -> tuple[str, Manifest, int, list[str]]:
-    """From the model's header: path and manifest of the data set to measure on, the side of the crops trained on (0:
-    whole images), and the encoders of the training.
-
-    Raises InputError for a header that no training wrote, and if the data set is not there or does not fit the model.
-    """
-    try:
-        config = model.metadata.get("config", {})
-        recorded, space = config.get("data", {}), config.get("match", {}).get("space", {})
-        used = [str(part["encoder"]) for part in (config.get("objective", {}), space) if part.get("encoder")]
-        path, crop = str(data or recorded.get("path") or ""), int(recorded.get("crop", 0))
-        use_endpoint(str(recorded.get("endpoint", "")))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"the model in {folder} has a header that no training wrote: {error}") from None
-    if not path:
-        raise InputError(f"{folder} does not say what it was trained on: give the packed data set as --data PATH")
-    try:
-        manifest = Manifest.load(path)
-        manifest = replace(manifest, shape=image_shape(DataConfig(crop=crop), manifest))
-    except InputError as error:
-        if data is not None:
-            raise
-        raise InputError(f"{error}; {folder} was trained on {path}: if that moved, give it as --data PATH") from error
-    if tuple(manifest.shape) != tuple(model.shape):
-        raise InputError(
-            f"{path} ({manifest.name}) holds examples of shape {tuple(manifest.shape)}, the model in {folder} is for "
-            f"{tuple(model.shape)}: give the data set it was trained on as --data PATH"
-        )
-    return path, manifest, crop, used
 
 
 def _device_name(device: str) -> str:

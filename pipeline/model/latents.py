@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import InputError
 from pipeline.model.flow import CodeFlow
+from pipeline.model.mixture import check_mixture, draw_mixture, is_mixture
 from pipeline.model.networks import Autoencoder
 from pipeline.philox import FLAT, IMAGINARY, LATENT, SCALE, normal, uniform
 from pipeline.registry import lookup
@@ -47,7 +48,7 @@ def draw(
     mixture   N(0, I) for odd ids, flat for even ids.
     fourier   IGN's law (arXiv 2311.01462): each frequency normal with the data's mean and variance there; its state is
               `measure_spectrum`'s.
-    codes     what f decodes from codes that a flow draws (codes.py); its state is that of a CodeFlow.
+    codes     what f decodes from codes that a flow or a mixture draws: its state is a CodeFlow's or fit_mixture's.
 
     Flat latents are one offset U(-1, 1) a row plus a scale U(0, 1/2) times N(0, I). With some of them in the pool f is
     also trained to carry flat images to the data; a residual autoencoder leaves black where it is.
@@ -82,6 +83,8 @@ def _codes(
     seed: int, round: int, ids: Tensor, shape: Shape, device: Device, *, state: State, decode: Decode | None
 ) -> Tensor:
     assert decode is not None, "the law codes needs a network with a code"
+    if is_mixture(state):
+        return decode(draw_mixture(state, seed, round, ids, device))
     flow = CodeFlow.of(state)
     return decode(flow.draw(normal(seed, round, ids, tuple(flow.shape.tolist()), device)))
 
@@ -123,10 +126,10 @@ def check_law(law: str, shape: tuple[int, ...] | None = None) -> None:
 
 def check_state(law: str, state: State, network: nn.Module) -> None:
     """Raises KeyError, ValueError or RuntimeError where that is not the state of such a law for that network."""
-    if law == "codes" and (
-        not isinstance(network, Autoencoder) or tuple(CodeFlow.of(state).shape.tolist()) != network.code
-    ):
-        raise ValueError("the law of its codes is of another network")
+    if law == "codes":
+        shape = check_mixture(state) if is_mixture(state) else tuple(CodeFlow.of(state).shape.tolist())
+        if not isinstance(network, Autoencoder) or shape != network.code:
+            raise ValueError("the law of its codes is of another network")
     if law == "fourier":
         state["spectrum"]
 
