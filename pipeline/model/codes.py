@@ -23,7 +23,7 @@ from pipeline.philox import LEARN, normal, uniform
 
 DECAY = 0.999  # a step, of the average of the flow's weights, which is what draws
 WARMUP = 200  # steps over which the learning rate rises
-WINDOW = 20  # rounds over which the mean and the covariance of codes are averaged
+WINDOW = 5  # rounds over which the mean and the covariance of codes are averaged, while f moves them
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,6 +64,7 @@ class CodeLaw:
         self,
         codes: Tensor,  # (n, *shape) float32: those of a round's images, of all ranks
         share: float,  # of the run that lies behind
+        settled: int = 0,  # rounds since which f has not changed
         *,
         rank: int = 0,
         world: int = 1,
@@ -76,7 +77,7 @@ class CodeLaw:
         gradients are added.
         """
         if not self.done:
-            keep = max(1 / (self.rounds + 1), 1 / WINDOW)
+            keep = max(1 / (self.rounds + 1), 1 / (WINDOW + settled))
             values = codes.transpose(0, 1).flatten(1)
             for flow in (self.flow, self.average):
                 flow.mean.lerp_(values.mean(1), keep)

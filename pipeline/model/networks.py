@@ -26,6 +26,9 @@ class NetworkConfig:
 
     name: str = ""
     """`conv` and `spatial` for images (C, S, S), `mlp` for points (D,), or one that another package registers."""
+    init: str = ""
+    """Begin from the weights of this model: a run (or s3://), a checkpoint, an exported folder or its file. Those whose
+    name and shape agree are taken; empty: from random ones."""
 
     def __post_init__(self) -> None:
         check_fields(self, "model")

@@ -154,7 +154,8 @@ def learn_codes(run: Run, law: CodeLaw, state: RoundState) -> float:
         how = {"rank": run.rank, "world": run.world, "autocast": accelerator.autocast}
         if run.world > 1:
             how["add"] = partial(accelerator.reduce, reduction="sum")
-        for _ in law.learn(accelerator.gather(mine).to(device), state.number / run.rounds, **how):
+        share, settled = state.number / run.rounds, max(0, state.number - run.fitted)
+        for _ in law.learn(accelerator.gather(mine).to(device), share, settled, **how):
             run.watchdog.beat()
             if stop_requested():
                 raise Stopped

@@ -30,6 +30,7 @@ from pipeline.storage import open_store
 from pipeline.training.round import Run
 from pipeline.training.run_folder import check_shared, claim, fetch_checkpoint
 from pipeline.training.state import PartialRound, restore, restore_law, restore_weights
+from pipeline.training.warm_start import warm_start
 
 log = logging.getLogger("naign.train")
 
@@ -47,6 +48,9 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, nn.Module]:
         stream = Stream(config.data, seed=config.seed, round_size=config.match.round, rank=rank, world=world)
         torch.manual_seed(config.seed)  # the same first weights on every rank
         network = build_network(config.model, stream.shape, recompute=config.train.recompute).to(device)
+        law = build_law(config, network, device)
+        if config.model.init:
+            warm_start(config, network, law)
         check_law(config.match.latents, stream.shape)
         find_law(config.objective.damage).check(stream.shape)
         run = Run(
@@ -58,7 +62,7 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, nn.Module]:
             features=open_features(config.match.space, stream.shape, device),
             perceived=open_perceived(config.objective, stream.shape, device),
             flops=forward_flops(network, stream.shape),
-            law=build_law(config, network, device),
+            law=law,
         )
         if rank == 0:
             copies = 4 if config.train.ema else 3  # of the weights: they, two moments, their average

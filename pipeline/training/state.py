@@ -202,7 +202,7 @@ def _copied(value: Tensor) -> Tensor:
 def describe(config: Config, stream: Stream, position: Position) -> dict[str, Any]:
     """NAIGN.metadata of the model file."""
     return {
-        "model": asdict(config.model),
+        "model": asdict(config.model) | {"init": ""},
         "shape": list(stream.shape),
         "latents": config.match.latents,
         "dataset": stream.manifest.name,

@@ -1,0 +1,53 @@
+"""Begin a run from the weights of a model that was trained before."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from pipeline.checkpoint import newest_checkpoint, newest_first
+from pipeline.config import Config
+from pipeline.errors import InputError
+from pipeline.model.codes import CodeLaw
+from pipeline.model.naign import NAIGN
+from pipeline.model.networks import recorded_network
+
+log = logging.getLogger("naign.train")
+
+
+def warm_start(config: Config, network: nn.Module, law: CodeLaw | None) -> None:
+    """Load what fits of the model at model.init, unless there is a checkpoint to go on from.
+
+    Its flow of codes is taken whole or not at all. Raises InputError for a model of another kind, or without any weight
+    that fits.
+    """
+    folder, remote = Path(config.run.path) / "checkpoints", config.run.remote
+    if newest_checkpoint(folder) or (remote and next(iter(newest_first(remote)), None)):
+        return
+    place = config.model.init
+    model = NAIGN.from_pretrained(place)
+    name = recorded_network(model.metadata["model"]).name
+    if name != config.model.name:
+        raise InputError(f"model.init={place} is a model of model.name={name}, this run's is {config.model.name}")
+    taken = _load_fitting(network, model.network.state_dict())
+    wanted = network.state_dict()
+    if not taken:
+        raise InputError(f"model.init={place} fits nothing of this network: no weight has its name and its shape")
+    fresh = ", ".join(sorted(wanted.keys() - taken))
+    log.info("%d of %d weights are from %s%s", len(taken), len(wanted), place, f", not {fresh}" if fresh else "")
+    if law and _shapes(law.state()) == _shapes(model.state):
+        law.flow.load_state_dict(model.state)
+        law.average.load_state_dict(model.state)
+
+
+def _load_fitting(network: nn.Module, found: Mapping[str, Tensor]) -> set[str]:
+    """Names of the weights that the network takes over."""
+    wanted = network.state_dict()
+    fits = {name: value for name, value in found.items() if name in wanted and value.shape == wanted[name].shape}
+    network.load_state_dict(wanted | fits)
+    return set(fits)
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items()}
