@@ -92,6 +92,19 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class QualityConfig:
+    rounds: int = field(default=0, metadata=AT_LEAST_0)
+    """Rounds between measurements of samples and repairs (quality/* of metrics.jsonl and TensorBoard), which also keep
+    the checkpoint with the smallest distance: best.json in the run's folder names it; 0: none."""
+    samples: int = field(default=2000, metadata=between(10, 10**6))
+    """Samples that are compared with as many real examples."""
+    split: str = field(default="train", metadata=NOT_EMPTY)
+    """Where the real examples are from. Never choose by the split that you report on."""
+    patience: int = field(default=0, metadata=AT_LEAST_0)
+    """Stop the run after so many measurements in a row that are no better than the best; 0: never."""
+
+
+@dataclass(kw_only=True, slots=True)
 class RunConfig:
     path: str = field(default="runs/mnist", metadata=NOT_EMPTY)
     """Folder of the run: metrics, pictures, checkpoints, evaluation. All ranks must see it, unless `remote` is set."""
@@ -121,6 +134,7 @@ class Config:
     match: MatchConfig = field(default_factory=MatchConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     report: ReportConfig = field(default_factory=ReportConfig, metadata=FREE)
+    quality: QualityConfig = field(default_factory=QualityConfig, metadata=FREE)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE)
     run: RunConfig = field(default_factory=RunConfig, metadata=FREE)
     stop: StopConfig = field(default_factory=StopConfig, metadata=FREE)

@@ -16,7 +16,7 @@ from pipeline.errors import Conflict, Damaged, InputError
 from pipeline.storage.local import sync_file, write_atomically
 from pipeline.storage.store import locate, open_store
 
-RECORDS = ("config.yaml", "metrics.jsonl")
+RECORDS = ("config.yaml", "metrics.jsonl", "best.json")
 PICTURES = ("tensorboard/*", "samples/*")
 """Patterns of the files copied besides a checkpoint: RECORDS before its manifest, PICTURES after it."""
 

@@ -102,6 +102,7 @@ class Writer:
     ) -> None:
         self._run, self._rank, self._world = run, rank, world
         self._keep, self._every, self._remote, self._claim = keep, every, remote, claim
+        self.best = ""  # name of a checkpoint that is kept whatever its age
         self._lasting = set[str]()  # checkpoints in the bucket known to be kept for good
         self._names = list[str]()  # this rank's files of the newest checkpoint
         # A group of its own: the background threads communicate while the main threads train.
@@ -204,7 +205,8 @@ class Writer:
                 shutil.rmtree(folder, ignore_errors=True)
             else:
                 with _may_fail(f"old checkpoints stay in {folder.parent}"):
-                    prune(str(folder.parent.absolute()), self._keep, self._every, newest=folder.name)
+                    root = str(folder.parent.absolute())
+                    prune(root, self._keep, self._every, newest=folder.name, lasting={self.best})
             names = {path.name for path in _newest_first(folder.parent)}
         if any(fault for *_, fault in gathered):
             raise RuntimeError(f"{folder} could not be written ({problem}); the checkpoint before it is untouched")
@@ -242,7 +244,9 @@ class Writer:
             bucket.mirror(self._run, self._remote, bucket.PICTURES)
         with _may_fail(f"old checkpoints stay in {self._remote}"):
             root = f"{self._remote}/checkpoints"
-            prune(root, self._keep, self._every, newest=folder.name, lasting=self._lasting)
+            known = self._lasting | {self.best}
+            prune(root, self._keep, self._every, newest=folder.name, lasting=known)
+            self._lasting = known - {self.best}
 
     def _on_first(self, act: Callable[[], None]) -> tuple[str, bool]:
         """Collective: call `act` on rank 0. Returns the same as `_error_of` on all ranks."""

@@ -94,16 +94,16 @@ class Engine:
         self.bare.train()
         return out.float()
 
-    def coded(self, part: str, x: Tensor) -> Tensor:
-        """`encode` or `decode` of x in float32, without gradient, by the network that is exported.
+    def exported(self, part: str, x: Tensor) -> Tensor:
+        """f(x), or its `encode` or `decode`, by the network that is exported: the average, if one is kept.
 
-        That is the average, if one is kept. Codes are computed in float32. Collective where the network is sharded.
+        In float32, without gradient; codes are also computed in float32. Collective where the network is sharded.
         """
         network: Any = self.bare if self.ema is None else self.ema
         exact = self.deepspeed or part == "encode"
         network.eval()
         with torch.no_grad(), nullcontext() if exact else self.accelerator.autocast():
-            out: Tensor = getattr(network, part)(x.to(next(network.parameters()).dtype))
+            out: Tensor = (getattr(network, part) if part else network)(x.to(next(network.parameters()).dtype))
         self.bare.train()
         return out.float()
 

@@ -27,6 +27,7 @@ from pipeline.model.latents import measure_spectrum
 from pipeline.observe import at_round
 from pipeline.training.fit import REMEDY, fit
 from pipeline.training.prepare import prepare, resume
+from pipeline.training.quality import measure_quality
 from pipeline.training.report import headline, report
 from pipeline.training.round import RoundRandom, RoundState, Run
 from pipeline.training.state import PartialRound, Position, snapshot
@@ -74,6 +75,7 @@ def run_rounds(run: Run, partial: PartialRound | None) -> None:
                     position.step += images // config.train.batch
                     run.monitor.advance(images)
             position.round, position.done = position.round + 1, 0
+            better = measure_quality(run, state, values)
             with run.phase("report"), together(run.accelerator):
                 report(run, state, taken, values, images=images - done * config.train.batch)
             state = partial = None
@@ -81,8 +83,8 @@ def run_rounds(run: Run, partial: PartialRound | None) -> None:
             with run.phase("checkpoint"):
                 last = position.round == run.rounds
                 stopping = run.stop.poll_stop()[0] and not last
-                if last or stopping or position.round % config.checkpoint.rounds == 0:
-                    checkpoint(run)
+                if last or stopping or better or position.round % config.checkpoint.rounds == 0:
+                    checkpoint(run, best=better)
             if stopping:
                 raise Stopped
     except Stopped:
@@ -124,7 +126,7 @@ def take(run: Run, kept: PartialRound | None) -> tuple[RoundState, Taken]:
     images = scaled(taken.images.to(device))
     if config.match.latents == "fourier" and not run.state:
         run.state = {"spectrum": measure_spectrum(images, lambda mean: run.accelerator.reduce(mean, "mean"))}
-    decode = partial(run.engine.coded, "decode") if run.law else None
+    decode = partial(run.engine.exported, "decode") if run.law else None
     random = RoundRandom(config, number, run.stream.shape, device, run.state, decode)
     first, last = rank_rows(config.match.round, run.rank, run.world)
     state = RoundState(number=number, world_size_at_start=run.world, random=random, images=images, first=first)
@@ -149,7 +151,7 @@ def learn_codes(run: Run, law: CodeLaw, state: RoundState) -> float:
         return law.loss
     accelerator, device = run.accelerator, run.accelerator.device
     with run.phase("learn"):
-        mine = torch.cat([run.engine.coded("encode", part) for part in state.images.split(ENCODED)])
+        mine = torch.cat([run.engine.exported("encode", part) for part in state.images.split(ENCODED)])
         stop_requested = run.poll("learn")
         how = {"rank": run.rank, "world": run.world, "autocast": accelerator.autocast}
         if run.world > 1:
@@ -229,7 +231,7 @@ def gather_partial(run: Run, state: RoundState) -> PartialRound:
     return PartialRound(world_size_at_start=state.world_size_at_start, match=match, sums=state.sums)
 
 
-def checkpoint(run: Run, kept: PartialRound | None = None) -> None:
+def checkpoint(run: Run, kept: PartialRound | None = None, *, best: bool = False) -> None:
     """Begin to write checkpoints/step-XXXXXXXX in the background, unless it is there already. Collective."""
     if (name := f"step-{run.position.step:08d}") == run.checkpointed:
         return
@@ -239,5 +241,8 @@ def checkpoint(run: Run, kept: PartialRound | None = None) -> None:
         return
     copy, files = snapshot(run.config, run.stream, run.engine, run.position, run.state, run.law, kept)
     with together(run.accelerator):
+        if best and run.quality:
+            run.writer.best = name
+            run.quality.record(run, name)
         run.writer.start(name, copy, files)
     run.checkpointed = name

@@ -27,6 +27,7 @@ from pipeline.model.networks import Autoencoder, build_network
 from pipeline.model.perceptual import perceptual
 from pipeline.observe import Monitor, Profiler, forward_flops, parse_rounds, preflight, set_up
 from pipeline.storage import open_store
+from pipeline.training.quality import Quality
 from pipeline.training.round import Run
 from pipeline.training.run_folder import check_shared, claim, fetch_checkpoint
 from pipeline.training.state import PartialRound, restore, restore_law, restore_weights
@@ -119,6 +120,10 @@ def resume(run: Run, network: nn.Module) -> PartialRound | None:
     )
     if total([float(unsent)], run.accelerator)[0]:
         run.writer.resend(run.checkpointed)
+    if config.quality.rounds:
+        run.quality = Quality(run)
+        if run.quality.exhausted(run.position.round):
+            run.rounds = run.position.round
     run.profiler = Profiler(folder, config.profile.rounds, rank)
     if rank == 0 and any(number not in ahead for number in parse_rounds(config.profile.rounds)):
         log.warning("profile.rounds=%s: rounds %d to %d are ahead", config.profile.rounds, ahead.start, ahead.stop - 1)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +22,9 @@ from pipeline.model.losses import Distance
 from pipeline.observe import Monitor, Profiler, title
 from pipeline.training.run_folder import count_rounds
 from pipeline.training.state import PartialRound, Position
+
+if TYPE_CHECKING:
+    from pipeline.training.quality import Quality
 
 
 @dataclass(slots=True)
@@ -87,6 +91,7 @@ class Run:
     checkpointed: str = ""  # name of the newest checkpoint
     state: dict[str, Tensor] = field(default_factory=dict)  # of the law of latents: measured, or learned by `law`
     law: CodeLaw | None = None  # of latents, where it learns
+    quality: "Quality | None" = None  # where it is measured
 
     def poll(self, phase: str) -> StopPoll:
         """A poll for stop requests in `phase`, which begins. Collective."""

@@ -169,18 +169,7 @@ def snapshot(
         files["ema.safetensors"] = lambda file: save_model(file, averaged, metadata, latents)
     if match := kept.match:
         files["state/round.safetensors"] = bind(save_file, {"ids": match.ids, "distances": match.distances})
-    trainer = {
-        **asdict(position),
-        "epoch": stream.order.epochs(position.round),
-        "world_size": world,
-        "began": kept.world_size_at_start,
-        "engine": engine.described,
-        "adam_steps": engine.steps,
-        "scale": engine.scale,
-        "match": match.values if match else {},
-        "terms": list(kept.sums),
-        "versions": VERSIONS,
-    }
+    trainer = _progress(stream, engine, position, kept, world)
     files["trainer.json"] = lambda file: write_atomically(file, json.dumps(trainer, indent=2) + "\n", sync=False)
     return copy, files
 
@@ -197,6 +186,22 @@ def share_out(sizes: Sequence[int], world: int) -> list[int]:
 def _copied(value: Tensor) -> Tensor:
     """A contiguous copy in this process's memory."""
     return value.detach().to("cpu", copy=True).contiguous()
+
+
+def _progress(stream: Stream, engine: Engine, position: Position, kept: PartialRound, world: int) -> dict[str, Any]:
+    """What trainer.json holds."""
+    return {
+        **asdict(position),
+        "epoch": stream.order.epochs(position.round),
+        "world_size": world,
+        "began": kept.world_size_at_start,
+        "engine": engine.described,
+        "adam_steps": engine.steps,
+        "scale": engine.scale,
+        "match": kept.match.values if kept.match else {},
+        "terms": list(kept.sums),
+        "versions": VERSIONS,
+    }
 
 
 def describe(config: Config, stream: Stream, position: Position) -> dict[str, Any]:

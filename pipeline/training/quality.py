@@ -1,0 +1,119 @@
+"""Quality while a run trains: the distance of samples, recall and repairs every few rounds, and the best of them."""
+
+import json
+import logging
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.data import read_split, scaled
+from pipeline.data.degrade import KINDS, degrade
+from pipeline.distributed import together, total
+from pipeline.errors import InputError
+from pipeline.evaluate.coverage import NEIGHBOURS, coverage
+from pipeline.evaluate.frechet import frechet_distance
+from pipeline.evaluate.restoration import mae
+from pipeline.model.encoders import Encoder, choose_encoder
+from pipeline.storage.local import write_atomically
+from pipeline.training.round import RoundState, Run
+
+log = logging.getLogger("naign.quality")
+
+BATCH = 500  # samples at once
+ROUND = 2**32 - 2  # a round that is never trained: the same latents each time
+BEST = "best.json"  # in the run's folder: which checkpoint it is, and its distance
+
+
+def measure_quality(run: Run, state: RoundState, values: dict[str, float]) -> bool:
+    """Add quality/* to `values` if a measurement is due, and end the run where patience ends. Collective.
+
+    Returns whether this is the best so far.
+    """
+    quality, rounds = run.quality, run.position.round
+    if quality is None or not quality.due(rounds):
+        return False
+    with run.phase("quality"):
+        found, better = quality.measure(run, state)
+    values |= found
+    if quality.exhausted(rounds) and rounds < run.rounds:
+        run.monitor.say(f"stopped in round {rounds} of {run.rounds}: no better than in round {quality.round}")
+        run.rounds = rounds
+    return better
+
+
+class Quality:
+    """What a run's samples are measured against, and the best checkpoint so far."""
+
+    def __init__(self, run: Run) -> None:
+        """Collective. Raises InputError where quality.split is missing, or has too few examples."""
+        self.config, self.file = run.config.quality, Path(run.config.run.path) / BEST
+        self.encoder: Encoder = choose_encoder(run.stream.manifest)
+        self.real: Tensor | None = None  # features, on rank 0
+        with together(run.accelerator):
+            if run.rank == 0:
+                data = run.config.data
+                real, _ = read_split(data.path, self.config.split, limit=self.config.samples, crop=data.crop)
+                if len(real) <= NEIGHBOURS:
+                    raise InputError(
+                        f"quality.split={self.config.split} has {len(real)} examples, too few to measure with"
+                    )
+                self.real = self.encoder.features(scaled(real))
+        self.best, self.round = math.inf, 0  # the smallest distance, and after how many rounds
+        found: dict[str, Any] = json.loads(self.file.read_text()) if run.rank == 0 and self.file.exists() else {}
+        best, number = total([found.get("fd", 0.0), found.get("round", 0)], run.accelerator)
+        if number:
+            self.best, self.round = best, int(number)
+            run.writer.best = found.get("checkpoint", "")
+
+    def due(self, rounds: int) -> bool:
+        return rounds % self.config.rounds == 0
+
+    def exhausted(self, rounds: int) -> bool:
+        """Whether quality.patience measurements in a row were no better than the best."""
+        return 0 < self.config.patience * self.config.rounds <= rounds - self.round
+
+    def measure(self, run: Run, state: RoundState) -> tuple[dict[str, float], bool]:
+        """The values of `quality/*`, and whether they are the best so far. Collective."""
+        begin, share = time.perf_counter(), -(-self.config.samples // run.world)
+        random = replace(state.random, round=ROUND)
+        made, moved = [], 0.0
+        for ids in torch.arange(run.rank * share, (run.rank + 1) * share).split(BATCH):
+            run.watchdog.beat()
+            once = run.engine.exported("", random.latents(ids))
+            moved += mae(run.engine.exported("", once), once) * len(ids) / share / run.world
+            made.append(self.encoder.features(once.cpu()))
+        features = run.accelerator.gather(torch.cat(made).to(run.accelerator.device))[: self.config.samples].cpu()
+        errors = [mae_of_repair(run, state.images[:BATCH], kind) for kind in KINDS if state.images.ndim == 4]
+        found = {"fd": 0.0, "recall": 0.0, "precision": 0.0}
+        with together(run.accelerator):
+            if self.real is not None:
+                finite = bool(torch.isfinite(features).all())
+                found["fd"] = frechet_distance(features, self.real) if finite else math.inf
+                if finite:
+                    number = min(len(features), len(self.real))
+                    cover = coverage(self.real[:number], features[:number])
+                    found |= {"recall": cover.recall, "precision": cover.precision}
+        values = total([*found.values(), moved, *errors], run.accelerator)
+        names = [*found, "idempotence", *(f"repair_{kind}" for kind in KINDS)][: len(values)]
+        better = values[0] <= self.best and math.isfinite(values[0])
+        if better:
+            self.best, self.round = values[0], run.position.round
+        measured = {f"quality/{name}": value for name, value in zip(names, values, strict=True)}
+        return measured | {"quality/seconds": time.perf_counter() - begin}, better
+
+    def record(self, run: Run, checkpoint: str) -> None:
+        """Say in best.json which checkpoint is the best; on rank 0."""
+        if run.rank == 0:
+            content = {"checkpoint": checkpoint, "fd": self.best, "encoder": self.encoder.name, "round": self.round}
+            write_atomically(self.file, json.dumps(content, indent=2) + "\n")
+
+
+def mae_of_repair(run: Run, images: Tensor, kind: str) -> float:
+    """This rank's part of the mean error of f on damaged images of the round."""
+    damaged = degrade(images.cpu(), kind).to(images.device)  # type: ignore[arg-type]
+    return mae(run.engine.exported("", damaged), images) / run.world
