@@ -1,5 +1,8 @@
 """The law of latents that is learned: a flow from noise to the codes of the data."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -54,6 +57,54 @@ def test_learning_goes_on_bit_for_bit():
     assert other.loss == law.loss and other.rounds == 5
     for name, value in law.dump().items():
         assert torch.equal(value, other.dump()[name]), name
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 5, 5), (2, 8, 8), (1, 16, 16)])
+def test_a_flow_fits_any_code_and_its_state_says_which(shape):
+    flow = CodeFlow(shape, width=8, depth=2, steps=3)
+    assert flow(torch.randn(4, *shape), torch.rand(4)).shape == (4, *shape)
+    again = CodeFlow.of(flow.state_dict())
+    noise = torch.randn(4, *shape)
+    assert torch.equal(again.draw(noise), flow.draw(noise).detach())
+    wanted = flow.whiten(noise)
+    assert wanted.shape == noise.shape
+
+
+def test_whitened_codes_have_no_spread_of_their_own():
+    law = CodeLaw((4, 6, 6), SETTINGS, 0, torch.device("cpu"))
+    mixed = torch.einsum("ij,njhw->nihw", torch.randn(4, 4), torch.randn(500, 4, 6, 6)) + 5
+    learn(law, mixed, 0.0, steps=1)
+    white = law.flow.whiten(mixed).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(white.cov(), torch.eye(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(white.mean(1), torch.zeros(4), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_learn_what_one_would(world):
+    """Ranks in turn, each with the sum of all gradients, as a reduction gives it."""
+    alone = CodeLaw((2,), SETTINGS, seed=3, device=torch.device("cpu"))
+    laws = [CodeLaw((2,), SETTINGS, seed=3, device=torch.device("cpu")) for _ in range(world)]
+    with ThreadPoolExecutor(world) as pool:
+        barrier, parts = threading.Barrier(world), list[torch.Tensor]()
+
+        def work(rank: int) -> None:
+            def add(value: torch.Tensor) -> torch.Tensor:
+                parts.append(value)
+                barrier.wait()
+                whole = torch.stack(sorted(parts, key=lambda part: float(part[0]))).sum(0)
+                if barrier.wait() == 0:
+                    parts.clear()
+                barrier.wait()
+                return whole
+
+            learn(laws[rank], codes(0), 0.0, rank=rank, world=world, add=add)
+
+        list(pool.map(work, range(world)))
+    learn(alone, codes(0), 0.0)
+    for law in laws:
+        assert law.loss == pytest.approx(alone.loss, rel=1e-5)
+        for name, value in alone.state().items():
+            torch.testing.assert_close(law.state()[name], value, atol=1e-4, rtol=1e-4)
 
 
 def test_first_weights_change_nothing_that_is_drawn_besides():

@@ -5,15 +5,16 @@ import torch
 from torch import nn
 
 from pipeline.errors import InputError
-from pipeline.model.networks import ConvConfig, PointConfig, build_network
+from pipeline.model.networks import Attention, Autoencoder, ConvConfig, PointConfig, SpatialConfig, build_network
 
 
 @pytest.mark.parametrize(
     "shape", [(1, 28, 28), (3, 32, 32), (1, 8, 8), (4, 12, 12), (1, 4, 4), (3, 36, 36), pytest.param((3, 256, 256))]
 )
 @pytest.mark.parametrize("depth", [0, 1])
-def test_images_keep_their_shape_and_range(shape, depth):
-    network = build_network(ConvConfig(width=4, depth=depth, code=8, max_width=16), shape)
+@pytest.mark.parametrize("kind", [ConvConfig, SpatialConfig])
+def test_images_keep_their_shape_and_range(shape, depth, kind):
+    network = build_network(kind(width=4, depth=depth, code=8, max_width=16), shape)
     out = network(3 * torch.randn(2, *shape))
     assert out.shape == (2, *shape) and float(out.abs().max()) <= 1
     out.sum().backward()
@@ -27,8 +28,42 @@ def test_every_pixel_sees_every_pixel():
     assert x.grad is not None and (x.grad != 0).all()
 
 
-def test_rows_do_not_touch_each_other():
-    network = build_network(ConvConfig(width=8, code=8), (1, 16, 16)).eval()
+@pytest.mark.parametrize("kind", [ConvConfig, SpatialConfig])
+@pytest.mark.parametrize("size", [8, 28, 64])
+def test_the_code_has_its_shape_and_decodes_to_f(kind, size):
+    network = build_network(kind(width=4, code=3), (2, size, size))
+    assert isinstance(network, Autoencoder)
+    x = torch.randn(5, 2, size, size)
+    code = network.encode(x)
+    assert code.shape == (5, *network.code) and code[0].numel() <= 3 * 64
+    torch.testing.assert_close(network.decode(code), network(x))
+
+
+@pytest.mark.parametrize("kind", [ConvConfig, SpatialConfig])
+def test_recomputed_activations_change_nothing(kind):
+    config = kind(width=4, code=3, depth=1)
+    plain, again = (build_network(config, (1, 16, 16), recompute=recompute) for recompute in (False, True))
+    again.load_state_dict(plain.state_dict())
+    x = torch.randn(5, 1, 16, 16)
+    for network in (plain, again):
+        network(x).square().sum().backward()
+    for one, two in zip(plain.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad)
+
+
+def test_attention_starts_as_the_identity_and_takes_positions_alike():
+    layer, x = Attention(16), torch.randn(2, 16, 4, 4)
+    assert torch.equal(layer(x), x)
+    nn.init.normal_(layer.outer.weight)
+    out, order = layer(x), torch.randperm(16)
+    assert not torch.allclose(out, x)
+    moved = x.flatten(2)[:, :, order].view_as(x)
+    torch.testing.assert_close(layer(moved), out.flatten(2)[:, :, order].view_as(x))
+
+
+@pytest.mark.parametrize("kind", [ConvConfig, SpatialConfig])
+def test_rows_do_not_touch_each_other(kind):
+    network = build_network(kind(width=8, code=8), (1, 16, 16)).eval()
     x = torch.randn(6, 1, 16, 16)
     torch.testing.assert_close(network(x)[2:3], network(x[2:3]))
 
@@ -39,9 +74,10 @@ def test_points_keep_their_shape():
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 20), (1, 30, 30), (2,)])
-def test_a_shape_that_does_not_fit_is_refused(shape):
-    with pytest.raises(InputError, match="model.name=conv takes square images"):
-        build_network(ConvConfig(), shape)
+@pytest.mark.parametrize("config", [ConvConfig(), SpatialConfig()])
+def test_a_shape_that_does_not_fit_is_refused(shape, config):
+    with pytest.raises(InputError, match=f"model.name={config.name} takes square images"):
+        build_network(config, shape)
 
 
 def test_octaves_put_waves_beside_the_coordinates():
