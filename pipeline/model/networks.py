@@ -228,7 +228,8 @@ class Attention(nn.Module):
         self.heads = math.gcd(channels, max(1, channels // 32))
         self.norm = norm(channels)
         self.inner, self.outer = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.outer.weight)  # it starts as the identity
+        for value in self.outer.parameters():
+            nn.init.zeros_(value)  # it starts as the identity
 
     def forward(self, x: Tensor) -> Tensor:
         n, channels, height, width = x.shape
