@@ -110,6 +110,31 @@ def test_deepspeed_trains_as_ddp_does_resumes_bit_for_bit_and_exports(name, plai
     assert torch.isfinite(model.sample(4)).all()
 
 
+CODES = ["--match.latents=codes", "--match.codes.width=32", "--match.codes.passes=4", "--match.codes.batch=64"]
+
+
+@pytest.mark.slow
+def test_the_law_of_codes_learns_the_same_with_every_engine(digits, tmp_path):
+    runs = {}
+    for name in ("cpu", "zero2", "zero3"):
+        done = launch(engine(name, tmp_path), tmp_path, *options(digits, name), *CODES)
+        assert done.returncode == 0, done.stderr
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        runs[name] = [json.loads(line)["loss/codes"] for line in lines]
+    for name in ("zero2", "zero3"):
+        assert runs[name] == pytest.approx(runs["cpu"], rel=1e-3)
+
+    # Its own checkpoint, and one rank's: the same to the last bit, and nearly.
+    for name, ranks in (("cpu", 2), ("single", 1)):
+        from_round(tmp_path / "cpu", tmp_path / f"again-{name}", 1)
+        done = launch(engine(name, tmp_path), tmp_path, *options(digits, f"again-{name}"), *CODES, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        lines = (tmp_path / f"again-{name}/metrics.jsonl").read_text().splitlines()
+        found = [json.loads(line)["loss/codes"] for line in lines]
+        assert found == (runs["cpu"][1:] if ranks == 2 else pytest.approx(runs["cpu"][1:], rel=2e-2))
+    assert same(weights(tmp_path / "again-cpu"), weights(tmp_path / "cpu"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "ranks"), [("zero2", 2), ("zero3", 2), ("zero1", 4), ("single", 1)])
 def test_another_engine_goes_on_with_the_optimizers_state(name, ranks, plain, digits, tmp_path):
