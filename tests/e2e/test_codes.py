@@ -1,0 +1,60 @@
+"""A run whose latents are decoded from codes that a flow draws, from training to samples."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.model.naign import NAIGN
+from tests.conftest import SMALL
+
+CODES = ["--match.latents=codes", "--match.codes.width=32", "--match.codes.batch=64", "--match.codes.passes=2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["conv", "spatial"])
+def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, network):
+    size = "--model.code=2" if network == "spatial" else "--model.code=16"
+    options = [f"--data.path={digits}", *SMALL, *CODES, f"--model.name={network}", size, "--match.codes.depth=1"]
+    done = train(*options, "--run.path=run", "--train.images=4096", "--checkpoint.rounds=4", "--checkpoint.keep=0")
+    assert done.returncode == 0, done.stderr
+
+    # In the first half f is trained, in the second the flow alone.
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert ["loss/total" in line for line in lines] == [True] * 8 + [False] * 8
+    assert all("loss/codes" in line for line in lines) and lines[-1]["images_seen"] == 4096
+    assert lines[-1]["share/learn"] > 0.1
+    early, half, last = (
+        load_file(tmp_path / f"run/checkpoints/step-{step:08d}/model.safetensors") for step in (32, 64, 128)
+    )
+    for name, value in half.items():
+        changed = not torch.equal(value, last[name])
+        assert changed == name.startswith("latents.") or name in ("latents.shape", "latents.steps"), name
+    assert all(not torch.equal(value, half[name]) for name, value in early.items() if name.startswith("encoder."))
+
+    made = NAIGN.from_pretrained(tmp_path / "run").sample(6)
+    again = NAIGN.from_pretrained(tmp_path / "run").sample(4)
+    torch.testing.assert_close(made[:4], again)
+    assert naign("sample", "run", "--latents", "mixture", "--components", "3", "--to", "drawn.png").returncode == 0
+    done = naign("export", "run", "--latents", "mixture", "--components", "3", "--to", "mixed")
+    assert done.returncode == 0, done.stderr
+    mixed = NAIGN.from_pretrained(tmp_path / "mixed")
+    trained = NAIGN.from_pretrained(tmp_path / "run").metadata["cpu_seconds"]
+    assert mixed.metadata["mixture"]["components"] == 3 and mixed.metadata["cpu_seconds"] > trained
+    done = naign("evaluate", "mixed", "--samples", "300")
+    assert done.returncode == 0, done.stderr
+    done = naign("sample", "run", "--latents", "mixture", "--components", "500")
+    assert done.returncode == 2 and "needs 10000 images" in done.stderr
+
+
+@pytest.mark.slow
+def test_networks_without_a_code_are_refused(train, naign, digits, tmp_path):
+    points = [option for option in SMALL if not option.startswith("--model.code")]
+    points += [f"--data.path={digits}", "--model.name=mlp", "--train.images=256", "--run.path=run"]
+    done = train(*points, "--match.latents=codes")
+    assert done.returncode == 2 and "model.name=mlp has no code" in done.stderr
+    assert not (tmp_path / "run").exists()
+    assert train(*points, "--match.latents=gaussian").returncode == 0
+    done = naign("sample", "run", "--latents", "mixture")
+    assert done.returncode == 2 and "has no code" in done.stderr
