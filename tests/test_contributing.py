@@ -66,7 +66,7 @@ def test_the_package_of_contributing_is_packed_trained_with_and_evaluated(packag
     assert len(rounds) == 3 and {"loss/total", "loss/reconstruction", "loss/imle"} <= rounds[-1].keys()
     newest = newest_checkpoint(tmp_path / "runs/inverted/checkpoints")
     assert newest is not None
-    assert run(sys.executable, "-c", LOAD).strip() == "{'hidden': 128, 'name': 'dense'} (5, 1, 8, 8)"
+    assert run(sys.executable, "-c", LOAD).strip() == "{'hidden': 128, 'init': '', 'name': 'dense'} (5, 1, 8, 8)"
     run(*naign, "evaluate", "runs/inverted", "--samples", "100")
     metrics = json.loads((tmp_path / "runs/inverted/evaluation/metrics.json").read_text())
     assert metrics["encoder"] == "pixels" and metrics["images_seen"] == 768

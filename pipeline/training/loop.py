@@ -239,7 +239,7 @@ def checkpoint(run: Run, kept: PartialRound | None = None, *, best: bool = False
     if total([float(not ready)], run.accelerator)[0]:
         log.warning("%s is not written: the one before it is still being sent, and time is short", name)
         return
-    copy, files = snapshot(run.config, run.stream, run.engine, run.position, run.state, run.law, kept)
+    copy, files = snapshot(run.config, run.stream, run.engine, run.position, run.state, kept, run.law)
     with together(run.accelerator):
         if best and run.quality:
             run.writer.best = name

@@ -35,8 +35,8 @@ class RoundRandom:
     round: int
     shape: tuple[int, ...]
     device: torch.device
-    state: Mapping[str, Tensor]  # of the law of latents
-    decode: Callable[[Tensor], Tensor] | None  # of f
+    state: Mapping[str, Tensor] = field(default_factory=dict)  # of the law of latents
+    decode: Callable[[Tensor], Tensor] | None = None  # of f, for a law of its codes
 
     def latents(self, ids: Tensor) -> Tensor:
         """Latents (len(ids), *shape) of the configured law."""

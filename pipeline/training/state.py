@@ -126,8 +126,8 @@ def snapshot(
     engine: Engine,
     position: Position,
     latents: Mapping[str, Tensor],  # the state of their law
-    law: CodeLaw | None,
     partial: PartialRound | None = None,  # within a round
+    law: CodeLaw | None = None,
 ) -> tuple[Callable[[], None], dict[str, Write]]:
     """What copies all that may change, and what writes each of this rank's files of a checkpoint then. Collective.
 

@@ -191,7 +191,7 @@ def test_what_is_reported_of_a_match():
 def test_jitter_is_small_noise_of_the_images_number():
     def drawing(jitter, round=3):
         config = Config(match=MatchConfig(latents="gaussian", jitter=jitter), seed=5)
-        return RoundRandom(config, round, (1, 8, 8), torch.device("cpu"), None)
+        return RoundRandom(config, round, (1, 8, 8), torch.device("cpu"))
 
     ids, numbers = torch.tensor([4, 4, 9, 2**40]), torch.arange(4)
     plain = drawing(0.0).latents(ids)

@@ -47,7 +47,7 @@ def make(folder, digits, seed=0):
 
 def write(config, stream, engine, position=POSITION, partial=None):
     writer = Writer(Path(config.run.path), rank=0, world=1, keep=2, every=0, remote="")
-    files = snapshot(config, stream, engine, position, None, partial)
+    files = snapshot(config, stream, engine, position, {}, partial)
     writer.start(f"step-{position.step:08d}", *files)
     assert writer.join()
 
@@ -66,7 +66,7 @@ def test_a_step_waits_until_what_it_changes_is_copied(run):
     config, stream, engine = run
     before = {name: value.detach().clone() for name, value in engine.bare.named_parameters()}
     averaged = {name: value.clone() for name, value in engine.ema.named_parameters()}
-    copy, files = snapshot(config, stream, engine, replace(POSITION, step=31), None)
+    copy, files = snapshot(config, stream, engine, replace(POSITION, step=31), {})
     with engine.micro_batch():
         engine.backward(engine.forward(torch.randn(4, *stream.shape)).square().sum())
     step = Thread(target=engine.step)
@@ -87,7 +87,7 @@ def test_a_step_waits_until_what_it_changes_is_copied(run):
 def test_a_step_goes_on_where_copying_fails(run):
     config, stream, engine = run
     engine.ema = SimpleNamespace(state_dict=lambda: {"weight": None})
-    copy, files = snapshot(config, stream, engine, replace(POSITION, step=31), None)
+    copy, files = snapshot(config, stream, engine, replace(POSITION, step=31), {})
     writer = Writer(Path(config.run.path), rank=0, world=1, keep=2, every=0, remote="")
     writer.start("step-00000031", copy, files)
     assert engine.copied.wait(30)
