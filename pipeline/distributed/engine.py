@@ -94,6 +94,14 @@ class Engine:
         self.bare.train()
         return out.float()
 
+    def encode(self, x: Tensor) -> Tensor:
+        """The codes of x by the present network, without gradient, in float32. Not where the network is sharded."""
+        network: Any = self.bare.eval()
+        with torch.no_grad():
+            out: Tensor = network.encode(x.to(self._dtype) if self.deepspeed else x)
+        self.bare.train()
+        return out.float()
+
     def exported(self, part: str, x: Tensor) -> Tensor:
         """f(x), or its `encode` or `decode`, by the network that is exported: the average, if one is kept.
 

@@ -87,6 +87,7 @@ def match_round(
     config: MatchConfig,
     features: Callable[[Tensor], Tensor] | None = None,  # of the space's encoder, where it has a weight
     poll: Callable[[], None] = lambda: None,  # called before each block, as often on every rank; may raise on all alike
+    code: Callable[[Tensor], Tensor] | None = None,  # of f, where the space gives it a weight
 ) -> Match:
     """Collective: the sample of the pool that each image is matched to.
 
@@ -98,8 +99,8 @@ def match_round(
     counts = ranks.collect(len(images))
     number = sum(counts[: ranks.rank])  # of this rank's first image
     with timer("generate"):
-        queries = embed(images, config.space, features, number=number)
-    share = partial(share_pool, config, sample, features, queries.shape[1], ranks, poll)
+        queries = embed(images, config.space, features, code, number=number)
+    share = partial(share_pool, config, sample, (features, code), queries.shape[1], ranks, poll)
 
     reject = config.reject * config.reject if config.reject else None
     if config.reject_share:
@@ -137,7 +138,7 @@ def match_round(
 def share_pool(
     config: MatchConfig,
     sample: Callable[[Tensor], Tensor],  # as in match_round
-    features: Callable[[Tensor], Tensor] | None,  # as in match_round
+    encoders: tuple[Callable[[Tensor], Tensor] | None, ...],  # features and code, as in match_round
     dims: int,  # values of an embedding
     ranks: Ranks,
     poll: Callable[[], None],  # as in match_round
@@ -171,7 +172,7 @@ def share_pool(
                 failure = error
         if failure is not None:
             raise failure
-        made = embed(torch.cat(samples[: len(parts)] or [samples[0][:0]]), config.space, features, number=first + low)
+        made = embed(torch.cat(samples[: len(parts)] or [samples[0][:0]]), config.space, *encoders, number=first + low)
         if keep:
             kept[step] = made
         return made

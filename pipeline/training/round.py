@@ -36,7 +36,7 @@ class RoundRandom:
     shape: tuple[int, ...]
     device: torch.device
     state: Mapping[str, Tensor]  # of the law of latents
-    decode: Callable[[Tensor], Tensor] | None  # of f
+    decode: Callable[[Tensor], Tensor] | None = None  # of f
 
     def latents(self, ids: Tensor) -> Tensor:
         """Latents (len(ids), *shape) of the configured law."""

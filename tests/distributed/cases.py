@@ -37,7 +37,8 @@ def matched(setting: dict[str, Any], rank: int, world: int) -> Match:
     assign.NEIGHBOURS = 2  # so few that images ask again
     images, _ = share(draw(7, 360, 1, 8, 8).tanh(), rank, world)
     config = MatchConfig(round=360, ratio=1000 / 360, block=64, **setting)
-    return match_round(images, sample, config, open_features(config.space, (1, 8, 8), torch.device("cpu")))
+    features = open_features(config.space, (1, 8, 8), torch.device("cpu"))
+    return match_round(images, sample, config, features, code=torch.no_grad()(network.encode))
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -50,6 +51,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "space": SpaceConfig(pixels=0.5, reduced=1.0, side=4, features=0.1, encoder="digits-cnn64"),
         "assignment": "one_to_one",
     },
+    "code": {"space": SpaceConfig(pixels=0, code=1.0)},
+    "code and pixels": {"space": SpaceConfig(pixels=0.5, code=2.0)},
 }
 
 

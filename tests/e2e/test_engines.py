@@ -158,6 +158,7 @@ def test_channels_last_and_recomputed_networks_train_alike(digits, tmp_path):
         ("zero2", 1, {"gradient_clipping": 5.0}, [], "gradient_clipping: 5.0, but train.clip"),
         ("zero3", 1, {}, ["--objective.name=ign"], "objective.name=ign evaluates a frozen copy"),
         ("zero3", 1, {}, ["--objective.name=nae"], "objective.name=nae evaluates a frozen copy"),
+        ("zero3", 1, {}, ["--match.space.code=1"], "match.space.code encodes images rank by rank"),
         ("zero0", 1, {}, ["--train.precision=bf16"], "use ZeRO 1 to 3, or DDP"),
         ("zero2", 1, {}, ["--train.compile"], "train.compile does not go with DeepSpeed"),
         ("zero1", 2, {}, ["--train.accumulate=3"], "2 ranks x 3 micro-batches"),
