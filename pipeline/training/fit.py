@@ -4,6 +4,7 @@ import logging
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +14,13 @@ from pipeline.checkpoint.writer import newest_checkpoint
 from pipeline.config import TrainConfig
 from pipeline.distributed.ranks import total
 from pipeline.errors import Diverged, Stopped
+from pipeline.match.space import embed_rows
 from pipeline.model.losses import losses
+from pipeline.model.population import Population, stopped_code
 from pipeline.training.round import RoundState, Run
 
 log = logging.getLogger("naign.fit")
+FRESH = 2**40  # first id of latents drawn for one micro-batch: no pool reaches it
 REMEDY = "lower train.lr, set train.clip or raise the precision, in a new --run.path"  # for a run that diverged
 
 
@@ -50,7 +54,8 @@ def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:
                 damaged = random.damaged(images, numbers) if objective.needs_damaged else None
                 noise = partial(random.normals, numbers)
                 given = latents, damaged, engine.bare, noise, run.perceived
-                terms = losses(objective, engine.forward, images, *given)
+                sets = compared(run, state, local, numbers) if objective.needs_fresh else {}
+                terms = losses(objective, engine.forward, images, *given, **sets)
                 engine.backward(terms["total"])
             for name, value in terms.items():
                 value = value.detach() / engine.accumulate
@@ -68,6 +73,18 @@ def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:
         position.images_seen += batch
         run.monitor.advance(batch)
     return means(run, state) | {"train/lr": lr}
+
+
+def compared(run: Run, state: RoundState, local: Tensor, numbers: Tensor) -> dict[str, Any]:
+    """What the terms on sets take besides (see Batch): fresh latents of other ids than the pool's, and more images."""
+    space, more = run.config.match.space, torch.arange(1, run.config.objective.positives)
+    code = stopped_code(run.engine.bare) if space.code else None
+    ranks = {"gather": run.accelerator.gather, "rank": run.rank, "world": run.world}
+    return {
+        "fresh": state.random.latents(numbers + FRESH),
+        "further": state.images[(local[:, None] + more).flatten() % len(state.images)] if len(more) else None,
+        "population": Population(embed=lambda rows: embed_rows(rows, space, run.features, code), **ranks),
+    }
 
 
 def means(run: Run, state: RoundState) -> dict[str, float]:

@@ -169,6 +169,11 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
             f"(train.accumulate): use {', '.join(ranks)} ranks; a new run can have --train.batch={near} "
             f"--match.round={max(1, round(config.match.round / near)) * near}"
         )
+    if config.objective.needs_fresh and batch // accumulate < 4:
+        said = (
+            f"train.batch={batch} with train.accumulate={accumulate} makes {batch // accumulate} samples a micro-batch"
+        )
+        raise InputError(f"{said}: objective.drift and objective.moments compare at least 4 with the images")
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return
     plugin, precision, objective = accelerator.state.deepspeed_plugin, accelerator.mixed_precision, config.objective
