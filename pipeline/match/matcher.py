@@ -44,6 +44,11 @@ class MatchConfig:
     data as well; samples of the trained model are drawn without."""
     jitter: float = field(default=0.0, metadata=between(0, 10**12))
     """Standard deviation of normal noise added to the matched latents when fitting; up to 0.01 in the literature."""
+    refine: int = field(default=0, metadata=between(0, 1000))
+    """Gradient steps that a matched latent makes towards its image in the match's space, with f as it is when fitting;
+    each costs a forward and a backward."""
+    refine_rate: float = field(default=0.02, metadata=POSITIVE)
+    """How far each of these steps moves a latent: root mean square over its values."""
     assignment: str = field(default="free", metadata=one_of(("free", *ONCE)))
     """free: each image's nearest sample, which several may share; one_to_one: nearest pairs first, each sample once;
     optimal: each sample once, at the least sum of squared distances over the round (optimal transport)."""

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:
                 latents = None
                 if objective.needs_latents:  # the matched ones, or fresh ones without a match
                     latents = random.jittered(match.ids[local], numbers) if match else random.latents(numbers)
+                    latents = refined(run, latents, images) if match else latents
                 damaged = random.damaged(images, numbers) if objective.needs_damaged else None
                 noise = partial(random.normals, numbers)
                 given = latents, damaged, engine.bare, noise, run.perceived
@@ -77,14 +79,37 @@ def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:
 
 def compared(run: Run, state: RoundState, local: Tensor, numbers: Tensor) -> dict[str, Any]:
     """What the terms on sets take besides (see Batch): fresh latents of other ids than the pool's, and more images."""
-    space, more = run.config.match.space, torch.arange(1, run.config.objective.positives)
-    code = stopped_code(run.engine.bare) if space.code else None
+    more = torch.arange(1, run.config.objective.positives)
     ranks = {"gather": run.accelerator.gather, "rank": run.rank, "world": run.world}
     return {
         "fresh": state.random.latents(numbers + FRESH),
         "further": state.images[(local[:, None] + more).flatten() % len(state.images)] if len(more) else None,
-        "population": Population(embed=lambda rows: embed_rows(rows, space, run.features, code), **ranks),
+        "population": Population(embed=embedding(run), **ranks),
     }
+
+
+def refined(run: Run, latents: Tensor, images: Tensor) -> Tensor:
+    """Matched latents (n, *shape) after match.refine steps down the distance of their samples to the images.
+
+    A function of the present weights, so that a run that resumes refines alike.
+    """
+    if not run.config.match.refine:
+        return latents
+    embed, rate = embedding(run), run.config.match.refine_rate
+    with torch.no_grad():
+        wanted = embed(images).clone()
+    for _ in range(run.config.match.refine):
+        slope = run.engine.slope(latents, lambda samples: (embed(samples) - wanted).square().sum())
+        length = slope.flatten(1).square().mean(1).sqrt().clamp(min=1e-30)
+        latents = latents - rate * slope / length.view(-1, *(1,) * (slope.ndim - 1))
+    return latents
+
+
+def embedding(run: Run) -> Callable[[Tensor], Tensor]:
+    """The match's space as a function of images (n, *shape), with the present network's codes and with gradient."""
+    space = run.config.match.space
+    code = stopped_code(run.engine.bare) if space.code else None
+    return lambda images: embed_rows(images, space, run.features, code)
 
 
 def means(run: Run, state: RoundState) -> dict[str, float]:

@@ -188,9 +188,10 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
     if objective.needs_frozen and (stage == 3 or precision != "no"):
         said = f"objective.name={objective.name} evaluates a frozen copy of the network"
         raise InputError(f"{said}: use DDP, or ZeRO 0 to 2 in float32, which allow that")
-    if stage == 3 and config.match.space.code:
-        said = "match.space.code encodes images rank by rank, and under ZeRO-3 no rank has the whole network"
-        raise InputError(f"{said}: use DDP, or ZeRO 0 to 2")
+    for name, wanted in {"match.space.code": config.match.space.code, "match.refine": config.match.refine}.items():
+        if wanted and stage == 3:
+            said = f"{name} evaluates the network rank by rank, and under ZeRO-3 no rank has it whole"
+            raise InputError(f"{said}: use DDP, or ZeRO 0 to 2")
     if stage == 0 and precision != "no":
         said = f"DeepSpeed ZeRO-0 in {precision} keeps its float32 weights where no checkpoint can reach them"
         raise InputError(f"{said}: use ZeRO 1 to 3, or DDP")
