@@ -105,7 +105,7 @@ def test_a_checkpoint_has_the_buffers_of_its_step(engine, tmp_path):
     config, stream, engine = engine
     engine.forward(torch.randn(4, 1, 8, 8))
     before = {name: value.clone() for name, value in engine.bare.named_buffers()}
-    copy, files = snapshot(config, stream, engine, Position(), None)
+    copy, files = snapshot(config, stream, engine, Position(), {}, None)
     engine.forward(torch.randn(4, 1, 8, 8))  # training goes on while the files are written
     copy()
     files["model.safetensors"](Path(tmp_path / "model.safetensors"))
