@@ -46,7 +46,7 @@ class MatchConfig:
     """Standard deviation of normal noise added to the matched latents when fitting; up to 0.01 in the literature."""
     refine: int = field(default=0, metadata=between(0, 1000))
     """Gradient steps that a matched latent makes towards its image in the match's space, with f as it is when fitting;
-    each costs a forward and a backward."""
+    each costs a forward and a backward. The trained model samples without: large steps leave the law of latents."""
     refine_rate: float = field(default=0.02, metadata=POSITIVE)
     """How far each of these steps moves a latent: root mean square over its values."""
     assignment: str = field(default="free", metadata=one_of(("free", *ONCE)))

@@ -48,7 +48,7 @@ def drift_field(
     samples: Tensor,  # (n, d) float32
     images: Tensor,  # (m, d) float32
     temperatures: list[float],  # in units of the mean distance
-    repulsion: float = 1.0,  # 0: none, and samples do not compete for images with other samples' pull
+    repulsion: float = 1.0,  # 0: none, and the softmax is over images alone
 ) -> tuple[Tensor, Tensor]:
     """The drift (n, d) of samples that are divided by the scale (), which makes the mean distance the root of d.
 
