@@ -8,7 +8,7 @@ So a checkpoint knows nothing of world size and engine, and none has to be conve
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -91,6 +91,20 @@ class Engine:
         self.bare.eval()
         with torch.no_grad() if self.deepspeed else torch.inference_mode():
             out: Tensor = self.bare(x.to(self._dtype) if self.deepspeed else x)
+        self.bare.train()
+        return out.float()
+
+    def slope(self, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """The gradient of the scalar loss(f(x)) by x, with the weights held. Not where the network is sharded."""
+        x = x.detach().requires_grad_()
+        out: Tensor = self.bare(x.to(self._dtype) if self.deepspeed else x)
+        return torch.autograd.grad(loss(out.float()), x)[0]
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The codes of x by the present network, without gradient, in float32. Not where the network is sharded."""
+        network: Any = self.bare.eval()
+        with torch.no_grad():
+            out: Tensor = network.encode(x.to(self._dtype) if self.deepspeed else x)
         self.bare.train()
         return out.float()
 

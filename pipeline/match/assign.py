@@ -1,4 +1,4 @@
-"""match.assignment=one_to_one: nearest pairs of an image and a sample first, each sample at most once."""
+"""Each sample at most once: match.assignment=one_to_one takes nearest pairs first, optimal pairs of the least sum."""
 
 import math
 from collections.abc import Callable
@@ -6,10 +6,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
 
 from pipeline.match.exchange import Ranks
 
+MOST_NEIGHBOURS = 2**20  # that `search` looks for
 NEIGHBOURS, MOST_PAIRS = 16, 2**22
 """Samples that an image asks for at first, and pairs that all images together ask for at most in later searches, each
 for twice as many samples as in the one before if most images were settled, else for eight times as many."""
@@ -45,6 +48,53 @@ def assign_once(
         asking = np.delete(asking, taken)
     mine = torch.from_numpy(answers[edges[ranks.rank] : edges[ranks.rank + 1]])
     return mine[:, 0].contiguous().view(torch.float64), mine[:, 1].contiguous()
+
+
+def assign_optimally(
+    find: Callable[[Tensor, int, Tensor | None], tuple[Tensor, Tensor]],  # of match_round
+    ranks: Ranks,
+    counts: list[int],  # images of each rank
+) -> tuple[Tensor, Tensor]:
+    """Collective: as `assign_once`, but the sum of the squared distances is the least: optimal transport of the round.
+
+    Every rank solves this for the nearest few samples of all images, where an image may also have some sample behind
+    its last one, at that one's distance. What lies there costs no less, so a solution in which no image does is optimal
+    among all samples, up to rounding of the sum. Images that do ask for more samples.
+    """
+    edges = np.cumsum([0, *counts])
+    known = [np.zeros((0, 2), np.int64)] * int(edges[-1])  # of each image: the bits of distances, and ids
+    asking, neighbours = np.arange(edges[-1]), NEIGHBOURS
+    while len(asking):
+        parts = np.split(asking, np.searchsorted(asking, edges[1:-1]))
+        distances, ids = find(torch.from_numpy(parts[ranks.rank] - edges[ranks.rank]), neighbours, None)
+        pairs = torch.stack([distances.view(torch.int64), ids], dim=2)
+        for image, row in zip(asking, ranks.gather(pairs, [len(part) for part in parts]).numpy(), strict=True):
+            known[image] = row
+        columns = solve([row[:, 0].view(np.float64) for row in known], [row[:, 1] for row in known])
+        asking = np.flatnonzero(columns < 0)
+        neighbours = min(2 * max((len(known[image]) for image in asking), default=0), MOST_NEIGHBOURS)
+    answers = np.array([row[column] for row, column in zip(known, columns, strict=True)]).reshape(-1, 2)
+    mine = torch.from_numpy(answers[edges[ranks.rank] : edges[ranks.rank + 1]])
+    return mine[:, 0].contiguous().view(torch.float64), mine[:, 1].contiguous()
+
+
+def solve(distances: list[NDArray[np.float64]], ids: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """The place in its lists of the sample that each image gets; -1: one behind them. Lists as in `take_in_order`."""
+    least, numbers = np.concatenate(distances), np.concatenate(ids)
+    rows = np.repeat(np.arange(len(ids)), [len(each) for each in ids])
+    places = np.concatenate([np.arange(len(each)) for each in ids])
+    there = numbers >= 0
+    names, columns = np.unique(numbers[there], return_inverse=True)
+    more = np.flatnonzero([each[-1] >= 0 for each in ids])  # images that may have samples behind their last
+    last = np.array([distances[row][-1] for row in more])
+    weights = np.concatenate([least[there], last])
+    weights = 1 + weights / max(float(weights.max()), 1e-300)  # a weight of 0 would stand for no pair
+    rows, columns = np.concatenate([rows[there], more]), np.concatenate([columns, len(names) + np.arange(len(more))])
+    graph = csr_array((weights, (rows, columns)), shape=(len(ids), len(names) + len(more)))
+    chosen = min_weight_full_bipartite_matching(graph)[1]
+    place = csr_array((np.concatenate([places[there], 0 * more - 1]) + 2, (rows, columns)), shape=graph.shape)
+    found: NDArray[np.int64] = np.asarray(place[np.arange(len(ids)), chosen]).ravel() - 2
+    return found
 
 
 def take_in_order(

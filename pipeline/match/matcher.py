@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.constraints import FREE, POSITIVE, SHARE, between, check_fields, one_of
 from pipeline.errors import InputError
 from pipeline.match.across_ranks import Blocks, Found, search
-from pipeline.match.assign import assign_once
+from pipeline.match.assign import assign_once, assign_optimally
 from pipeline.match.exchange import Ranks, ranks_of
 from pipeline.match.method import METHODS
 from pipeline.match.one_rank import Timer
@@ -21,11 +21,12 @@ from pipeline.match.space import SpaceConfig, embed
 from pipeline.model.codes import CodesConfig
 from pipeline.model.latents import check_law
 
+ONCE = {"one_to_one": assign_once, "optimal": assign_optimally}
 PROBE = 1024  # samples of the pool on which `reject_share` is measured, rounded up to whole blocks
 
 HELD_ROWS, HELD_VALUES = 4096, 2**26
-"""Samples, and float32 values, of the pool in memory at once: at most these, but at least one block. one_to_one keeps a
-rank's part of the pool for its next searches if it has no more values; a larger part is generated again."""
+"""Samples, and float32 values, of the pool in memory at once: at most these, but at least one block. ONCE keep a rank's
+part of the pool for their next searches if it has no more values; a larger part is generated again."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,8 +44,14 @@ class MatchConfig:
     data as well; samples of the trained model are drawn without."""
     jitter: float = field(default=0.0, metadata=between(0, 10**12))
     """Standard deviation of normal noise added to the matched latents when fitting; up to 0.01 in the literature."""
-    assignment: str = field(default="free", metadata=one_of(("free", "one_to_one")))
-    """free: each image's nearest sample, which several may share; one_to_one: nearest pairs first, each sample once."""
+    refine: int = field(default=0, metadata=between(0, 1000))
+    """Gradient steps that a matched latent makes towards its image in the match's space, with f as it is when fitting;
+    each costs a forward and a backward. The trained model samples without: large steps leave the law of latents."""
+    refine_rate: float = field(default=0.02, metadata=POSITIVE)
+    """How far each of these steps moves a latent: root mean square over its values."""
+    assignment: str = field(default="free", metadata=one_of(("free", *ONCE)))
+    """free: each image's nearest sample, which several may share; one_to_one: nearest pairs first, each sample once;
+    optimal: each sample once, at the least sum of squared distances over the round (optimal transport)."""
     reject: float = field(default=0.0, metadata=between(0, 10**12))
     """L2 distance below which a sample is too near to any image to be matched (RS-IMLE's epsilon); 0: none is."""
     reject_share: float = field(default=0.0, metadata=SHARE)
@@ -61,10 +68,10 @@ class MatchConfig:
         if self.reject and self.reject_share:
             both = f"match.reject={self.reject} and match.reject_share={self.reject_share} both"
             raise InputError(f"{both} set the distance of rejection: leave one of them 0")
-        if self.assignment == "one_to_one" and self.pool < self.round:
+        if self.assignment in ONCE and self.pool < self.round:
             raise InputError(
-                f"match.assignment=one_to_one gives every image a sample of its own and match.ratio={self.ratio} makes "
-                f"{self.pool} for {self.round} images: use --match.ratio=1 or more"
+                f"match.assignment={self.assignment} gives every image a sample of its own and match.ratio="
+                f"{self.ratio} makes {self.pool} for {self.round} images: use --match.ratio=1 or more"
             )
 
     @property
@@ -87,6 +94,7 @@ def match_round(
     config: MatchConfig,
     features: Callable[[Tensor], Tensor] | None = None,  # of the space's encoder, where it has a weight
     poll: Callable[[], None] = lambda: None,  # called before each block, as often on every rank; may raise on all alike
+    code: Callable[[Tensor], Tensor] | None = None,  # of f, where the space gives it a weight
 ) -> Match:
     """Collective: the sample of the pool that each image is matched to.
 
@@ -98,8 +106,8 @@ def match_round(
     counts = ranks.collect(len(images))
     number = sum(counts[: ranks.rank])  # of this rank's first image
     with timer("generate"):
-        queries = embed(images, config.space, features, number=number)
-    share = partial(share_pool, config, sample, features, queries.shape[1], ranks, poll)
+        queries = embed(images, config.space, features, code, number=number)
+    share = partial(share_pool, config, sample, (features, code), queries.shape[1], ranks, poll)
 
     reject = config.reject * config.reject if config.reject else None
     if config.reject_share:
@@ -120,8 +128,8 @@ def match_round(
 
     with timer("assign"):
         main = len(searches)
-        if config.assignment == "one_to_one":
-            distances, ids = assign_once(find, ranks, counts)
+        if config.assignment in ONCE:
+            distances, ids = ONCE[config.assignment](find, ranks, counts)
         else:
             distances, ids = (best[:, 0] for best in find(torch.arange(len(queries)), 1))
     timer.seconds["assign"] -= sum(sum(found.seconds.values()) for found in searches[main:])
@@ -137,7 +145,7 @@ def match_round(
 def share_pool(
     config: MatchConfig,
     sample: Callable[[Tensor], Tensor],  # as in match_round
-    features: Callable[[Tensor], Tensor] | None,  # as in match_round
+    encoders: tuple[Callable[[Tensor], Tensor] | None, ...],  # features and code, as in match_round
     dims: int,  # values of an embedding
     ranks: Ranks,
     poll: Callable[[], None],  # as in match_round
@@ -148,7 +156,7 @@ def share_pool(
     shares = [block_range(pool, config.block, rank, ranks.world) for rank in range(ranks.world)]
     first, last = shares[ranks.rank]
     most = max(last - first for first, last in shares)
-    keep = config.assignment == "one_to_one" and most * dims <= HELD_VALUES
+    keep = config.assignment in ONCE and most * dims <= HELD_VALUES
     size = max(1, min(HELD_ROWS, HELD_VALUES // dims) // config.block) * config.block
     kept: dict[int, Tensor] = {}
 
@@ -171,7 +179,7 @@ def share_pool(
                 failure = error
         if failure is not None:
             raise failure
-        made = embed(torch.cat(samples[: len(parts)] or [samples[0][:0]]), config.space, features, number=first + low)
+        made = embed(torch.cat(samples[: len(parts)] or [samples[0][:0]]), config.space, *encoders, number=first + low)
         if keep:
             kept[step] = made
         return made
@@ -205,11 +213,11 @@ def measure_rejection(
 
 
 def check_left(config: MatchConfig, rejected: int, reject: float | None, images: int) -> None:
-    """InputError unless rejection leaves a sample, and under one_to_one one for each of `images`."""
+    """InputError unless rejection leaves a sample, and where each is matched once one for each of `images`."""
     left = config.pool - rejected
-    if left >= (images if config.assignment == "one_to_one" else 1):
+    if left >= (images if config.assignment in ONCE else 1):
         return
-    wanted = f"{images} images with match.assignment=one_to_one" if left else f"{images} images"
+    wanted = f"{images} images with match.assignment={config.assignment}" if left else f"{images} images"
     key = "match.reject_share" if config.reject_share else "match.reject"
     raise InputError(
         f"{left} of the pool's {config.pool} samples are left for {wanted}: {rejected} lie nearer than "

@@ -1,4 +1,4 @@
-"""Where distance is measured: pixels, the image at a lower resolution, features of a frozen encoder, or a mixture.
+"""Where distance is measured: pixels, a lower resolution, features of a frozen encoder, f's own code, or a mixture.
 
 For images of D values the squared distance is
 
@@ -36,11 +36,13 @@ class SpaceConfig:
     """Weight of the encoder's features; 0.006 makes those of mnist-cnn64 count as much as MNIST's pixels."""
     encoder: str = ""
     """Frozen encoder: the name of a shipped one (mnist-cnn64, ...) or the path of a safetensors file of that kind."""
+    code: float = field(default=0.0, metadata=WEIGHT)
+    """Weight of the code that f, as it is when the round is matched, has of an image."""
 
     def __post_init__(self) -> None:
         check_fields(self, "match.space")
-        if not (self.pixels or self.reduced or self.features):
-            names = "match.space.pixels, match.space.reduced and match.space.features"
+        if not (self.pixels or self.reduced or self.features or self.code):
+            names = "match.space.pixels, match.space.reduced, match.space.features and match.space.code"
             raise InputError(f"{names} are all 0: no distance is left")
         if self.features and not self.encoder:
             raise InputError(f"match.space.features is {self.features}: name its match.space.encoder")
@@ -62,6 +64,7 @@ def embed(
     images: Tensor,  # (n, *shape)
     config: SpaceConfig,
     features: Callable[[Tensor], Tensor] | None = None,  # images (b, *shape) -> (b, e), where they have a weight
+    code: Callable[[Tensor], Tensor] | None = None,  # images (b, *shape) -> (b, *code), where it has a weight
     *,
     number: int = 0,  # of the first image
 ) -> Tensor:
@@ -70,18 +73,24 @@ def embed(
     A row does not depend on the rows beside it. A matrix product may round a row by its place and the product's size,
     so image i is always computed at row i % ROWS of a batch of ROWS, padded with zeros.
     """
-    if not config.reduced and not config.features:
-        return _parts(images, config, None)
+    if not config.reduced and not config.features and not config.code:
+        return embed_rows(images, config)
     rows = []
     for start in range(-(number % ROWS), max(1, len(images)), ROWS):
         before, part = max(0, -start), images[max(0, start) : start + ROWS]
         batch = images.new_zeros(ROWS, *images.shape[1:])
         batch[before : before + len(part)] = part
-        rows.append(_parts(batch, config, features)[before : before + len(part)])
+        rows.append(embed_rows(batch, config, features, code)[before : before + len(part)])
     return torch.cat(rows)
 
 
-def _parts(images: Tensor, config: SpaceConfig, features: Callable[[Tensor], Tensor] | None) -> Tensor:
+def embed_rows(
+    images: Tensor,  # as in `embed`
+    config: SpaceConfig,
+    features: Callable[[Tensor], Tensor] | None = None,  # as in `embed`
+    code: Callable[[Tensor], Tensor] | None = None,  # as in `embed`
+) -> Tensor:
+    """As `embed`, but all rows at once: it may round by the batch, and gradients pass."""
     images = images.float()
     parts = [(config.pixels, images.flatten(1))] if config.pixels else []
     if config.reduced:
@@ -89,6 +98,9 @@ def _parts(images: Tensor, config: SpaceConfig, features: Callable[[Tensor], Ten
     if config.features:
         assert features is not None, "a weight for features needs an encoder"
         parts.append((config.features, features(images).float()))
+    if config.code:
+        assert code is not None, "a weight for the code needs a network with one"
+        parts.append((config.code, code(images).float().flatten(1)))
     factors = [math.sqrt(weight * images.shape[1:].numel() / part.shape[1]) for weight, part in parts]
     scaled = [part if factor == 1 else part * factor for factor, (_, part) in zip(factors, parts, strict=True)]
     return scaled[0] if len(scaled) == 1 else torch.cat(scaled, dim=1)

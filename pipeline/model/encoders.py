@@ -91,7 +91,7 @@ class Encoder:
     def _parts(self, data: Tensor, batch: int) -> Iterator[Tensor]:
         if self.shape is not None and tuple(data.shape[1:]) != self.shape:
             raise InputError(f"encoder {self.name!r} reads images of shape {self.shape}, not {tuple(data.shape[1:])}")
-        with torch.inference_mode():
+        with torch.inference_mode(not data.requires_grad):
             for start in range(0, len(data), batch):
                 yield data[start : start + batch].float()
 

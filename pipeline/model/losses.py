@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.constraints import AT_LEAST_0, check_fields, one_of
+from pipeline.constraints import AT_LEAST_0, between, check_fields, one_of
 from pipeline.data import damage
 from pipeline.errors import InputError
+from pipeline.model.population import Population, drift_loss, moments_loss, parse_temperatures
 from pipeline.registry import lookup
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -59,6 +60,11 @@ class ObjectiveConfig:
         return False
 
     @property
+    def needs_fresh(self) -> bool:
+        """Whether the loss compares samples of latents that are not matched with images, as sets."""
+        return False
+
+    @property
     def forwards(self) -> int:
         """Forwards of f an image and pass, a backward through each: for estimates of the time a step takes."""
         return 1 + self.needs_latents
@@ -70,6 +76,10 @@ class ObjectiveConfig:
     @property
     def noise(self) -> float:
         return 0.0
+
+    @property
+    def positives(self) -> int:
+        return 1
 
     @property
     def perceptual(self) -> float:
@@ -117,26 +127,44 @@ class NaignConfig(DistanceConfig):
     noise: float = field(default=0.5, metadata=AT_LEAST_0)
     """denoising: the noise's standard deviation is uniform in [0, this] for each image."""
 
+    drift: float = field(default=0.0, metadata=AT_LEAST_0)
+    """Weight of |e(f(z)) - stop(e(f(z)) + V)|^2, z not matched, e the match's space and V the pull of images less the
+    push of the step's other samples (drifting, arXiv 2602.04770)."""
+    temperatures: str = "0.02,0.05,0.2"
+    """drift: those whose fields are added, as shares of the mean distance, with commas between them."""
+    repulsion: float = field(default=1.0, metadata=AT_LEAST_0)
+    """drift: how much samples push one another; 1 leaves samples where they are that have the law of the images."""
+    moments: float = field(default=0.0, metadata=AT_LEAST_0)
+    """Weight of the difference of means and covariances of e(f(z)) and e(x) (arXiv 1904.02762)."""
+    positives: int = field(default=1, metadata=between(1, 64))
+    """drift, moments: images for each sample, all of the round; they cost an embedding, no forward of f."""
+
     def __post_init__(self) -> None:
+        parse_temperatures(self.temperatures)
         if self.third == "denoising":
             raise InputError("objective.third is 'denoising': that term has a weight of its own, objective.denoising")
         DistanceConfig.__post_init__(self)
         damage.find_law(self.damage)
         third = self.third_weight if self.third != "none" else 0.0
-        if not (self.reconstruction or self.imle or third or self.denoising):
+        if not (self.reconstruction or self.imle or third or self.denoising or self.needs_fresh):
             raise InputError("objective.reconstruction and all other terms weigh 0: nothing would be trained")
 
     @property
     def needs_latents(self) -> bool:
-        return self.imle > 0 or self.third != "none"
+        return self.imle > 0 or self.third == "matched" or (self.third == "idempotence" and not self.needs_fresh)
 
     @property
     def needs_damaged(self) -> bool:
         return self.denoising > 0
 
     @property
+    def needs_fresh(self) -> bool:
+        return self.drift > 0 or self.moments > 0
+
+    @property
     def forwards(self) -> int:
-        return (self.reconstruction > 0) + self.needs_latents + (self.third != "none") + self.needs_damaged
+        ours = (self.reconstruction > 0) + self.needs_latents + (self.third != "none") + self.needs_damaged
+        return ours + self.needs_fresh
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -149,6 +177,9 @@ class Batch:
     distance: Distance  # d as the settings choose it, with its perceptual part; l1 for settings that do not
     frozen: nn.Module  # bare: `functional_call(frozen, detached weights, (x,))` is f(x) with its present weights held
     normals: Callable[[int], Tensor]  # of a chain's step: (b, *shape) float32, standard normals by number and step
+    fresh: Tensor | None = None  # (b, *shape) float32: latents drawn anew; None if not needs_fresh
+    further: Tensor | None = None  # (b x (positives - 1), *shape) float32: more images of the round; None if none
+    population: Population | None = None  # of the micro-batches of all ranks; None if not needs_fresh
 
 
 Loss = Callable[[Any, Network, Batch], dict[str, Tensor]]
@@ -166,14 +197,16 @@ def losses(
     frozen: nn.Module | None = None,
     normals: Callable[[int], Tensor] | None = None,
     perceived: Distance | None = None,  # where perceptual has a weight: the encoder's, model/perceptual.py
+    **more: Any,  # of Batch, what has a default there
 ) -> dict[str, Tensor]:
     """The terms of an objective's loss (see Loss) on a batch (see Batch)."""
+    assert ("fresh" in more) == config.needs_fresh
     assert (damaged is not None) == config.needs_damaged and (latents is not None or not config.needs_latents)
     plain, weight = DISTANCES[getattr(config, "distance", "l1")], config.perceptual
     assert perceived is not None or not weight, "a weight for what is perceived needs an encoder"
     seen = perceived or plain
     distance = (lambda a, b: plain(a, b) + weight * seen(a, b)) if weight else plain
-    given: dict[str, Any] = {"latents": latents, "damaged": damaged, "frozen": frozen, "normals": normals}
+    given: dict[str, Any] = {"latents": latents, "damaged": damaged, "frozen": frozen, "normals": normals, **more}
     return find_objective(config.name)[1](config, network, Batch(images=images, distance=distance, **given))
 
 
@@ -201,13 +234,23 @@ def _naign(config: NaignConfig, network: Network, batch: Batch) -> dict[str, Ten
     images, distance = batch.images, batch.distance
     reconstructed = images if config.reconstruction else None
     inputs = {"reconstruction": reconstructed, "imle": batch.latents, "denoising": batch.damaged}
-    weights = {"third": config.third_weight} | {name: getattr(config, name) for name in inputs}
+    weights = {"third": config.third_weight} | {name: getattr(config, name) for name in (*inputs, "drift", "moments")}
+    inputs["fresh"] = batch.fresh
     given = {name: value for name, value in inputs.items() if value is not None}
     parts = network(torch.cat(list(given.values()))).split(len(images))
     outputs = dict(zip(given, parts, strict=True))
+    fresh = outputs.pop("fresh", None)
     terms = {name: distance(output, images) for name, output in outputs.items()}
     if config.third != "none":
-        terms["third"] = distance(network(outputs["imle"]), images if config.third == "matched" else outputs["imle"])
+        sample = outputs["imle"] if fresh is None or config.needs_latents else fresh
+        terms["third"] = distance(network(sample), images if config.third == "matched" else sample)
+    if fresh is not None and batch.population is not None:
+        real = images if batch.further is None else torch.cat([images, batch.further])
+        sets = batch.population.embedded(fresh, real)
+        if config.drift:
+            terms["drift"] = drift_loss(*sets, config, batch.population)
+        if config.moments:
+            terms["moments"] = moments_loss(*sets, batch.population)
     return {"total": sum((weights[name] * term for name, term in terms.items()), images.new_zeros(())), **terms}
 
 

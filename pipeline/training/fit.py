@@ -2,8 +2,10 @@
 
 import logging
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +15,13 @@ from pipeline.checkpoint.writer import newest_checkpoint
 from pipeline.config import TrainConfig
 from pipeline.distributed.ranks import total
 from pipeline.errors import Diverged, Stopped
+from pipeline.match.space import embed_rows
 from pipeline.model.losses import losses
+from pipeline.model.population import Population, stopped_code
 from pipeline.training.round import RoundState, Run
 
 log = logging.getLogger("naign.fit")
+FRESH = 2**40  # first id of latents drawn for one micro-batch: no pool reaches it
 REMEDY = "lower train.lr, set train.clip or raise the precision, in a new --run.path"  # for a run that diverged
 
 
@@ -47,10 +52,12 @@ def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:
                 latents = None
                 if objective.needs_latents:  # the matched ones, or fresh ones without a match
                     latents = random.jittered(match.ids[local], numbers) if match else random.latents(numbers)
+                    latents = refined(run, latents, images) if match else latents
                 damaged = random.damaged(images, numbers) if objective.needs_damaged else None
                 noise = partial(random.normals, numbers)
                 given = latents, damaged, engine.bare, noise, run.perceived
-                terms = losses(objective, engine.forward, images, *given)
+                sets = compared(run, state, local, numbers) if objective.needs_fresh else {}
+                terms = losses(objective, engine.forward, images, *given, **sets)
                 engine.backward(terms["total"])
             for name, value in terms.items():
                 value = value.detach() / engine.accumulate
@@ -68,6 +75,41 @@ def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:
         position.images_seen += batch
         run.monitor.advance(batch)
     return means(run, state) | {"train/lr": lr}
+
+
+def compared(run: Run, state: RoundState, local: Tensor, numbers: Tensor) -> dict[str, Any]:
+    """What the terms on sets take besides (see Batch): fresh latents of other ids than the pool's, and more images."""
+    more = torch.arange(1, run.config.objective.positives)
+    ranks = {"gather": run.accelerator.gather, "rank": run.rank, "world": run.world}
+    return {
+        "fresh": state.random.latents(numbers + FRESH),
+        "further": state.images[(local[:, None] + more).flatten() % len(state.images)] if len(more) else None,
+        "population": Population(embed=embedding(run), **ranks),
+    }
+
+
+def refined(run: Run, latents: Tensor, images: Tensor) -> Tensor:
+    """Matched latents (n, *shape) after match.refine steps down the distance of their samples to the images.
+
+    A function of the present weights, so that a run that resumes refines alike.
+    """
+    if not run.config.match.refine:
+        return latents
+    embed, rate = embedding(run), run.config.match.refine_rate
+    with torch.no_grad():
+        wanted = embed(images).clone()
+    for _ in range(run.config.match.refine):
+        slope = run.engine.slope(latents, lambda samples: (embed(samples) - wanted).square().sum())
+        length = slope.flatten(1).square().mean(1).sqrt().clamp(min=1e-30)
+        latents = latents - rate * slope / length.view(-1, *(1,) * (slope.ndim - 1))
+    return latents
+
+
+def embedding(run: Run) -> Callable[[Tensor], Tensor]:
+    """The match's space as a function of images (n, *shape), with the present network's codes and with gradient."""
+    space = run.config.match.space
+    code = stopped_code(run.engine.bare) if space.code else None
+    return lambda images: embed_rows(images, space, run.features, code)
 
 
 def means(run: Run, state: RoundState) -> dict[str, float]:

@@ -211,7 +211,7 @@ def find_match(run: Run, state: RoundState) -> Match:
         return engine.sample(state.random.latents(ids))
 
     try:
-        match = match_round(state.images, sample, run.config.match, run.features, poll)
+        match = match_round(state.images, sample, run.config.match, run.features, poll, engine.encode)
     except NotFinite as error:  # on all ranks
         said = f"the network's samples are not finite in round {state.number} ({error}): the run has diverged"
         raise Diverged(f"{said}; {REMEDY}") from None

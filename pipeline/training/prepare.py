@@ -53,6 +53,8 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, nn.Module]:
         if config.model.init:
             warm_start(config, network, law)
         check_law(config.match.latents, stream.shape)
+        if config.match.space.code:
+            require_code(config, network, "match.space.code")
         find_law(config.objective.damage).check(stream.shape)
         run = Run(
             config=config,
@@ -167,6 +169,11 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
             f"(train.accumulate): use {', '.join(ranks)} ranks; a new run can have --train.batch={near} "
             f"--match.round={max(1, round(config.match.round / near)) * near}"
         )
+    if config.objective.needs_fresh and batch // accumulate < 4:
+        said = (
+            f"train.batch={batch} with train.accumulate={accumulate} makes {batch // accumulate} samples a micro-batch"
+        )
+        raise InputError(f"{said}: objective.drift and objective.moments compare at least 4 with the images")
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return
     plugin, precision, objective = accelerator.state.deepspeed_plugin, accelerator.mixed_precision, config.objective
@@ -181,6 +188,10 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
     if objective.needs_frozen and (stage == 3 or precision != "no"):
         said = f"objective.name={objective.name} evaluates a frozen copy of the network"
         raise InputError(f"{said}: use DDP, or ZeRO 0 to 2 in float32, which allow that")
+    for name, wanted in {"match.space.code": config.match.space.code, "match.refine": config.match.refine}.items():
+        if wanted and stage == 3:
+            said = f"{name} evaluates the network rank by rank, and under ZeRO-3 no rank has it whole"
+            raise InputError(f"{said}: use DDP, or ZeRO 0 to 2")
     if stage == 0 and precision != "no":
         said = f"DeepSpeed ZeRO-0 in {precision} keeps its float32 weights where no checkpoint can reach them"
         raise InputError(f"{said}: use ZeRO 1 to 3, or DDP")
@@ -204,9 +215,14 @@ def build_law(config: Config, network: nn.Module, device: torch.device) -> CodeL
     """The law of latents, if it learns; InputError where the network has no codes."""
     if config.match.latents != "codes":
         return None
+    return CodeLaw(require_code(config, network, "match.latents=codes").code, config.match.codes, config.seed, device)
+
+
+def require_code(config: Config, network: nn.Module, setting: str) -> Autoencoder:
+    """The network; InputError where it has no code, which `setting` needs."""
     if not isinstance(network, Autoencoder):
-        raise InputError(f"match.latents=codes: model.name={config.model.name} has no code, choose conv or spatial")
-    return CodeLaw(network.code, config.match.codes, config.seed, device)
+        raise InputError(f"{setting}: model.name={config.model.name} has no code, choose conv or spatial")
+    return network
 
 
 def open_features(

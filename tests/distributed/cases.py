@@ -11,10 +11,13 @@ from pipeline import errors
 from pipeline.distributed.ranks import together
 from pipeline.errors import InputError
 from pipeline.match import assign
+from pipeline.match.exchange import ranks_of
 from pipeline.match.matcher import Match, MatchConfig, match_round
 from pipeline.match.space import SpaceConfig
 from pipeline.model import latents
+from pipeline.model.losses import NaignConfig
 from pipeline.model.networks import ConvConfig, build_network
+from pipeline.model.population import Population, drift_loss, moments_loss
 from pipeline.training.prepare import open_features
 from tests.match.problems import draw
 
@@ -37,7 +40,8 @@ def matched(setting: dict[str, Any], rank: int, world: int) -> Match:
     assign.NEIGHBOURS = 2  # so few that images ask again
     images, _ = share(draw(7, 360, 1, 8, 8).tanh(), rank, world)
     config = MatchConfig(round=360, ratio=1000 / 360, block=64, **setting)
-    return match_round(images, sample, config, open_features(config.space, (1, 8, 8), torch.device("cpu")))
+    features = open_features(config.space, (1, 8, 8), torch.device("cpu"))
+    return match_round(images, sample, config, features, code=torch.no_grad()(network.encode))
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -50,6 +54,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "space": SpaceConfig(pixels=0.5, reduced=1.0, side=4, features=0.1, encoder="digits-cnn64"),
         "assignment": "one_to_one",
     },
+    "optimal": {"assignment": "optimal"},
+    "optimal of the rest": {"assignment": "optimal", "reject_share": 0.3},
+    "code": {"space": SpaceConfig(pixels=0, code=1.0)},
+    "code and pixels": {"space": SpaceConfig(pixels=0.5, code=2.0)},
 }
 
 
@@ -66,6 +74,27 @@ def match(rank: int, world: int) -> dict[str, dict[str, Any]]:
         }
         answers[name] = {"ids": found.ids, "distances": found.distances, "values": values}
     return answers
+
+
+def compared(rank: int, world: int) -> dict[str, Tensor]:
+    """The values and this rank's gradients of the terms on sets, averaged over ranks as training does."""
+    everyone, images = draw(21, 24, 1, 3, 4), draw(22, 48, 1, 3, 4) + 0.5
+
+    def gather(rows: Tensor) -> Tensor:
+        return ranks.gather(rows, [len(rows)] * world)
+
+    ranks = ranks_of(None)
+    population = Population(embed=lambda rows: rows.flatten(1), gather=gather, rank=rank, world=world)
+    found = {}
+    for name, loss in {
+        "drift": lambda *sets: drift_loss(*sets, NaignConfig(drift=1.0), population),
+        "moments": lambda *sets: moments_loss(*sets, population),
+    }.items():
+        mine = share(everyone, rank, world)[0].requires_grad_()
+        value = loss(*population.embedded(mine, share(images, rank, world)[0]))
+        (value / world).backward()
+        found |= {name: ranks.gather(value.detach()[None], [1] * world).mean(), f"{name} gradient": mine.grad}
+    return found
 
 
 def rejected(rank: int, world: int) -> dict[str, str]:

@@ -76,3 +76,14 @@ def test_an_error_of_one_rank_is_raised_on_all_with_its_class_and_message(tmp_pa
 def test_every_error_of_a_program_can_be_raised_on_all_ranks():
     own = {kind for kind in vars(errors).values() if isinstance(kind, type) and kind.__module__ == errors.__name__}
     assert own == set(errors.SHARED) and {kind.code for kind in own} == set(errors.BY_WEIGHT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_terms_on_sets_are_those_of_one_rank(world, tmp_path):
+    (alone,) = on_ranks("cases.compared", 1, tmp_path / "1")
+    parts = on_ranks("cases.compared", world, tmp_path / str(world))
+    for name in ("drift", "moments"):
+        assert all(float(part[name]) == pytest.approx(float(alone[name]), rel=1e-5) for part in parts)
+        gradient = torch.cat([part[f"{name} gradient"] for part in parts])
+        torch.testing.assert_close(gradient, alone[f"{name} gradient"], rtol=1e-5, atol=1e-7)

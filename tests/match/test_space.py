@@ -6,10 +6,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.match.space import ROWS, SpaceConfig, check_space, embed
 from pipeline.model.encoders import FOLDER
-from pipeline.training.prepare import open_features
+from pipeline.model.networks import PointConfig, build_network
+from pipeline.training.prepare import open_features, require_code
 
 SHAPE = (1, 8, 8)
 
@@ -31,7 +33,7 @@ def test_the_default_is_the_pixels_themselves():
 
 @settings(max_examples=30, deadline=None)
 @given(
-    weights=st.tuples(*[st.sampled_from([0.0, 0.1, 1.0, 30.0])] * 3).filter(any),
+    weights=st.tuples(*[st.sampled_from([0.0, 0.1, 1.0, 30.0])] * 4).filter(any),
     side=st.integers(1, 6),
     count=st.integers(0, 5),
 )
@@ -39,15 +41,19 @@ def test_the_squared_distance_is_the_weighted_sum_of_mean_squares(weights, side,
     def features(images):
         return images.flatten(1)[:, :7].sin()
 
-    pixels, reduced, learned = weights
-    config = SpaceConfig(pixels=pixels, reduced=reduced, side=side, features=learned, encoder="any" if learned else "")
+    def code(images):
+        return images[:, :, :2, :3].cos()
+
+    pixels, reduced, learned, own = weights
+    encoder = {"features": learned, "encoder": "any" if learned else ""}
+    config = SpaceConfig(pixels=pixels, reduced=reduced, side=side, code=own, **encoder)
     images, others = draw(1, count, 2, 6, 6), draw(2, count, 2, 6, 6)
-    found = (embed(images, config, features) - embed(others, config, features)).square().sum(1)
+    found = (embed(images, config, features, code) - embed(others, config, features, code)).square().sum(1)
 
     def mean(part):
         return (part(images) - part(others)).square().flatten(1).mean(1)
 
-    expected = pixels * mean(lambda x: x) + learned * mean(features)
+    expected = pixels * mean(lambda x: x) + learned * mean(features) + own * mean(code)
     expected = expected + reduced * mean(lambda x: F.adaptive_avg_pool2d(x, side))
     torch.testing.assert_close(found, 72 * expected, rtol=1e-4, atol=1e-4)
 
@@ -93,7 +99,7 @@ def test_the_encoder_may_be_a_file(tmp_path):
         ({"pixels": -1.0}, "match.space.pixels"),
         ({"reduced": float("nan")}, "match.space.reduced"),
         ({"features": float("inf"), "encoder": "pixels"}, "match.space.features"),
-        ({"pixels": 0.0}, "match.space.pixels, match.space.reduced and match.space.features are all 0"),
+        ({"pixels": 0.0}, "match.space.features and match.space.code are all 0"),
         ({"side": 0}, "match.space.side"),
         ({"features": 1.0}, "match.space.encoder"),
         ({"encoder": "pixels"}, "match.space.features"),
@@ -102,6 +108,12 @@ def test_the_encoder_may_be_a_file(tmp_path):
 def test_nonsense_is_refused(setting, key):
     with pytest.raises(InputError, match=key):
         SpaceConfig(**setting)
+
+
+def test_the_code_of_a_network_without_one_is_refused():
+    points = PointConfig()
+    with pytest.raises(InputError, match="match.space.code: model.name=mlp has no code, choose conv or spatial"):
+        require_code(Config(model=points), build_network(points, (2,)), "match.space.code")
 
 
 def test_a_space_that_does_not_fit_the_data_is_refused():
