@@ -49,10 +49,10 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, nn.Module]:
         stream = Stream(config.data, seed=config.seed, round_size=config.match.round, rank=rank, world=world)
         torch.manual_seed(config.seed)  # the same first weights on every rank
         network = build_network(config.model, stream.shape, recompute=config.train.recompute).to(device)
+        check_law(config.match.latents, stream.shape, network)
         law = build_law(config, network, device)
         if config.model.init:
             warm_start(config, network, law)
-        check_law(config.match.latents, stream.shape)
         find_law(config.objective.damage).check(stream.shape)
         run = Run(
             config=config,
@@ -201,11 +201,10 @@ def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator) -> E
 
 
 def build_law(config: Config, network: nn.Module, device: torch.device) -> CodeLaw | None:
-    """The law of latents, if it learns; InputError where the network has no codes."""
+    """The law of latents, if it learns: then the network has a code."""
     if config.match.latents != "codes":
         return None
-    if not isinstance(network, Autoencoder):
-        raise InputError(f"match.latents=codes: model.name={config.model.name} has no code, choose conv or spatial")
+    assert isinstance(network, Autoencoder)
     return CodeLaw(network.code, config.match.codes, config.seed, device)
 
 
