@@ -16,6 +16,7 @@ from tests.conftest import SMALL, forked
 VAE = [*SMALL, "--model.name=vae", "--objective.name=vae", "--match.latents=code-normal"]
 FLOW = [option for option in SMALL if "code" not in option] + ["--model.depth=1", "--match.latents=gaussian"]
 FLOW += ["--model.name=rectified_flow", "--objective.name=rectified_flow", "--train.lr=5e-3"]
+FLOW += ["--model.evaluations=2"]
 BOTH = pytest.mark.parametrize("options", [VAE, FLOW], ids=["vae", "rectified_flow"])
 LONG, SHORT = "--train.images=4096", "--train.images=1024"  # 16 and 4 rounds
 
@@ -70,8 +71,7 @@ def test_two_ranks_learn_what_one_learns(train, digits, tmp_path, options):
         done = train(*given, ranks=ranks)
         assert done.returncode == 0, done.stderr
     one, two = (losses(tmp_path / f"ranks-{ranks}") for ranks in (1, 2))
-    # The scale of a VAE's likelihood is that of a rank's part of the batch, so that theirs differ a little more.
-    assert two == pytest.approx(one, rel=0.05 if options is VAE else 1e-2, abs=2e-2)
+    assert two == pytest.approx(one, rel=0.1, abs=0.02)  # steps are of other images, in the same rounds
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ class RectifiedFlow(nn.Module):
         return x.clamp(-1, 1)
 
     def _at(self, x: Tensor, time: float) -> Tensor:
-        slope: Tensor = self.velocity(x, x.new_full((len(x),), time))
+        slope: Tensor = self.velocity(x, x.new_full((x.shape[0],), time))
         return slope
 
 
