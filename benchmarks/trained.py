@@ -108,7 +108,7 @@ class Task:
         return self._read(folder / FOUND, *PARTS) | {"late": late(trained / "metrics.jsonl")}
 
     def _do(self, command: list[str], folder: Path) -> None:
-        """Run it, with its log in `folder`. FAILED is there afterwards if the training diverged; InputError otherwise."""
+        """Run it, its log in `folder`. Raises InputError where it fails, unless the training diverged: see FAILED."""
         (self.trained / "asked.json").write_text(json.dumps(self.settings, indent=1) + "\n")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         with (folder / "log").open("a") as log:
