@@ -7,6 +7,9 @@ the columns. Every run is one process of one thread, trained and measured as `na
 runs/tables: what is there is not done again, so a table may be cut off and goes on, and tables share their runs. So it
 is with what a table in the folder of `--to` rests on already: to make all anew, write to another folder. A row says how
 many seeds it rests on, and is left out while there is none. It writes the table (.md) and what it rests on (.json).
+
+A row may measure another model that is made of its run: `then: [pipeline.cli, export, --latents=mixture]` runs
+`python -m pipeline.cli export --latents=mixture RUN --to=FOLDER`. Rows of one configuration share its training.
 """
 
 import sys
@@ -28,6 +31,8 @@ KEPT = (
     *("fd", "modes", "coverage", "restoration", "density", "idempotence", "reconstruction", "nearest", "encoder"),
     *("images_seen", "training_seconds", "cpu_seconds", "counts", "late"),
 )
+ALSO_KEPT = ("sampling",)
+"""Where it is there: records of earlier tables lack it."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -101,8 +106,12 @@ class Plan:
         if not self.rows or not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"{file}: it needs rows, and seeds that differ: see benchmarks/generation.yaml")
         for name, row in self.rows.items():
-            if set(row) != {"printed"} and ("config" not in row or set(row) - {"config", "options"}):
-                raise InputError(f"{file}: row '{name}' must have config, and may have options, or have printed alone")
+            if set(row) != {"printed"} and ("config" not in row or set(row) - {"config", "options", "then"}):
+                said = "must have config, and may have options and then, or have printed alone"
+                raise InputError(f"{file}: row '{name}' {said}")
+            then = row.get("then", [])
+            if not isinstance(then, list) or not all(isinstance(word, str) for word in then):
+                raise InputError(f"{file}: row '{name}': then must be a list of words: [pipeline.cli, export, ...]")
             if not isinstance(row.get("printed", {}), dict):
                 raise InputError(f"{file}: row '{name}': printed must name columns: {{blur: 0.15}}")
             if not isinstance(row.get("options", []), list) or not isinstance(row.get("config", ""), str):
@@ -152,7 +161,8 @@ def main(settings: Settings) -> None:
         for name, row in plan.rows.items():
             if "config" in row:
                 try:
-                    task = Task.of(settings.runs, row["config"], [*plan.common, *row.get("options", [])], seed)
+                    options, then = [*plan.common, *row.get("options", [])], row.get("then", [])
+                    task = Task.of(settings.runs, row["config"], options, seed, then)
                 except InputError as error:
                     raise InputError(f"{settings.file}: row '{name}': {error}") from None
                 names.setdefault(name, []).append(run := task.folder.name)
@@ -172,8 +182,8 @@ def main(settings: Settings) -> None:
         return text
 
     for run, record in measure_all(tasks, settings.jobs):
-        kept = record if "failed" in record else {part: record.get(part) for part in KEPT}
-        records[run] = {"run": run} | kept
+        kept = {part: record.get(part) for part in KEPT} | {part: record[part] for part in ALSO_KEPT if part in record}
+        records[run] = {"run": run} | (record if "failed" in record else kept)
         report()
     print(report())
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import linear_regression, mean, stdev
 from typing import Any
 
+from filelock import FileLock
 from tqdm import tqdm
 
 from pipeline.config import changeable, flatten, parse
@@ -43,18 +44,22 @@ FOUND, FAILED = "evaluation/metrics.json", "failed.json"
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A network to train and measure."""
+    """A network to train and measure, or another model that is made of it then."""
 
     folder: Path
-    """Of the run; it may be removed once its numbers are kept elsewhere."""
+    """Of what is measured; it may be removed once its numbers are kept elsewhere."""
+    trained: Path
+    """Of the run; the same unless another model is made of it."""
     config: str
     """Below the repository."""
     options: tuple[str, ...]
     settings: Record
     """All that decides what is computed, by name."""
+    then: tuple[str, ...] = ()
+    """What `python -m` runs to make the model that is measured, of the run's folder and of --to, which follow."""
 
     @classmethod
-    def of(cls, runs: Path, config: str, options: Iterable[object], seed: int) -> "Task":
+    def of(cls, runs: Path, config: str, options: Iterable[object], seed: int, then: Iterable[str] = ()) -> "Task":
         """In a folder of `runs` named after all that decides what is computed, so that tables that ask for the same
         share it, and none finds what an older configuration made. InputError where it is no configuration.
         """
@@ -67,12 +72,14 @@ class Task:
         settings = FORMER | {key: value for key, value in flatten(parsed).items() if key not in free}
         settings["model.kind"] = settings.pop("model.name")
         name = f"{Path(config).stem}-seed-{seed}-{fingerprint(settings)}"
-        return cls(runs / name, config, words, settings)
+        steps = tuple(then)
+        folder = runs / (f"{name}-{fingerprint({'then': steps})}" if steps else name)
+        return cls(folder, runs / name, config, words, settings, steps)
 
     @property
     def measured(self) -> bool:
         """Whether its numbers are there, or that it diverged."""
-        return (self.folder / FOUND).exists() or (self.folder / FAILED).exists()
+        return (self.folder / FOUND).exists() or (self.trained / FAILED).exists()
 
     def measure(self) -> Record:
         """What `naign evaluate` says of it, trained first if it is not yet; {"failed": reason} if it diverged.
@@ -86,26 +93,31 @@ class Task:
             raise InputError(f"{error.filename or self.folder}: {error.strerror}") from None
 
     def _measure(self) -> Record:
-        folder = self.folder.absolute()
-        file = folder / FOUND
-        if (folder / FAILED).exists():
-            return self._read(folder / FAILED, "failed")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "asked.json").write_text(json.dumps(self.settings, indent=1) + "\n")
+        folder, trained = self.folder.absolute(), self.trained.absolute()
+        trained.mkdir(parents=True, exist_ok=True)
         train = [sys.executable, str(ROOT / "pipeline/train.py"), "--config", str(ROOT / self.config), *self.options]
-        train += [f"--run.path={folder}", "--train.threads=1", "--report.pictures=0"]
+        train += [f"--run.path={trained}", "--train.threads=1", "--report.pictures=0"]
+        evaluate = [sys.executable, "-m", "pipeline.cli", "evaluate", str(folder)]
+        make = [sys.executable, "-m", *self.then, str(trained), f"--to={folder}"] if self.then else []
+        with FileLock(trained / ".table"):  # models that are made of one run wait for it here
+            for command in [] if (folder / FOUND).exists() else filter(None, (train, make, evaluate)):
+                if not (trained / FAILED).exists():
+                    self._do(command, folder if command is evaluate else trained)
+        if (trained / FAILED).exists():
+            return self._read(trained / FAILED, "failed")
+        return self._read(folder / FOUND, *PARTS) | {"late": late(trained / "metrics.jsonl")}
+
+    def _do(self, command: list[str], folder: Path) -> None:
+        """Run it, its log in `folder`. Raises InputError where it fails, unless the training diverged: see FAILED."""
+        (self.trained / "asked.json").write_text(json.dumps(self.settings, indent=1) + "\n")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        commands = [] if file.exists() else [train, [sys.executable, "-m", "pipeline.cli", "evaluate", str(folder)]]
-        for command in commands:
-            with (folder / "log").open("a") as log:
-                done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False)
-            if done.returncode:
-                last = (folder / "log").read_text(errors="replace").strip().splitlines()[-1:]
-                if "".join(last).startswith("train: diverged: "):
-                    (folder / FAILED).write_text(json.dumps({"failed": last[0]}) + "\n")
-                    return {"failed": last[0]}
+        with (folder / "log").open("a") as log:
+            done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False)
+        if done.returncode:
+            last = (folder / "log").read_text(errors="replace").strip().splitlines()[-1:]
+            if not "".join(last).startswith("train: diverged: "):
                 raise InputError(f"exit code {done.returncode}: {' '.join(command)}; see {folder / 'log'}: {last}")
-        return self._read(file, *PARTS) | {"late": late(folder / "metrics.jsonl")}
+            (folder / FAILED).write_text(json.dumps({"failed": last[0]}) + "\n")
 
     def _read(self, file: Path, *parts: str) -> Record:
         try:
@@ -254,10 +266,26 @@ def _overlap(name: str) -> Column:
     return Column(name, lambda record: float(record["coverage"][name]), 2)
 
 
+def _of_latents(name: str) -> Column:
+    return Column(f"{name} of z", lambda record: record["coverage"].get("latents", {}).get(name), 2)
+
+
+def _cost(title: str, part: str) -> Column:
+    """Processor seconds of 10,000 samples."""
+
+    def get(record: Record) -> float | None:
+        cost = record.get("sampling") or {}
+        return cost[part] / cost["samples"] * 10_000 if cost.get(part) is not None else None
+
+    return Column(title, get, 1)
+
+
 KINDS = ("blur", "noise", "salt_pepper", "rows")
 COLUMNS = {
     "once": Column("FD f(z), × floor", lambda record: record["fd"]["once_ratio"], 1),
     "twice": Column("FD f(f(z)), × floor", lambda record: record["fd"]["twice_ratio"], 1),
+    "latents": Column("FD of z where f decodes it, × floor", lambda record: record["fd"].get("latents_ratio"), 1),
+    **{f"latents_{name}": _of_latents(name) for name in ("precision", "recall", "density", "coverage")},
     "fd_once": Column("FD f(z)", lambda record: float(record["fd"]["once"]), 0),
     "fd_twice": Column("FD f(f(z))", lambda record: float(record["fd"]["twice"]), 0),
     "rarest": Column("rarest class, %", lambda record: 100 * min(record["modes"]) if record["modes"] else None, 1),
@@ -269,6 +297,9 @@ COLUMNS = {
     "copying": Column("distance to training, × test's", lambda record: record["nearest"]["ratio"], 2),
     "late": Column("late loss, spread", lambda record: record["late"], 3),
     "images": Column("images seen, 10³", lambda record: record["images_seen"] / 1000, 0),
+    "training": Column("training, processor s", lambda record: record.get("cpu_seconds"), 0),
+    "sampling": _cost("10,000 f(z), processor s", "cpu_seconds"),
+    "latents_sampling": _cost("10,000 z, processor s", "latents_cpu_seconds"),
     "minutes": Column(
         "core minutes", lambda record: record["cpu_seconds"] / 60 if record.get("cpu_seconds") else None, 1
     ),

@@ -248,6 +248,10 @@ def check(config: Config) -> None:
     for one in dataclasses.fields(config):
         if dataclasses.is_dataclass(section := getattr(config, one.name)):
             check_fields(section, one.name)
+    model, objective = config.model, config.objective
+    if model.only_with not in ("", objective.name) or objective.only_with not in ("", model.name):
+        said = f"model.name={model.name} and objective.name={objective.name} do not go together"
+        raise InputError(f"{said}: choose the same name for both, or another network and objective")
     parse_rounds(config.profile.rounds)
     require(("://" not in config.run.path, "run.path is a local folder: for the copy in a bucket there is run.remote"))
     config.run.remote = remote

@@ -63,6 +63,8 @@ SOUND = {
         ({"rows": {}}, "needs rows"),
         ({"rows": {"a": {"config": "configs/digits.yaml", "printed": {}}}}, "or have printed alone"),
         ({"rows": {"a": {"config": "configs/digits.yaml", "options": "--seed=3"}}}, "must be a list"),
+        ({"rows": {"a": {"config": "configs/digits.yaml", "then": "pipeline.cli export"}}}, "then must be a list"),
+        ({"rows": {"a": {"printed": {}, "then": ["pipeline.cli"]}}}, "or have printed alone"),
         ({"rows": {"a": {"printed": {"blurr": 1}}}}, "no columns blurr"),
         ({"seeds": "none"}, "is no table"),
         ({"common": "--seed=3"}, "common must be a list"),
@@ -93,6 +95,8 @@ def test_a_run_is_named_after_what_it_computes(table, tmp_path):
     ]
     others.append(table.Task.of(Path("runs"), str(config), ["--train.precision=bf16"], 0))
     others.append(table.Task.of(Path("runs"), str(config), [], 1))
+    others.append(table.Task.of(Path("runs"), str(config), [], 0, ["pipeline.cli", "export"]))
+    assert others[-1].trained == first.folder
     config.write_text("train: {images: 2000}\n")
     others.append(table.Task.of(Path("runs"), str(config), [], 0))
     assert len({first.folder, *(other.folder for other in others)}) == 1 + len(others)
@@ -197,6 +201,27 @@ def test_table_of_two_seeds_beside_printed_numbers(table, digits, tmp_path, capf
     assert made([0, 1, 2], train=False)[0] == lines
     with pytest.raises(InputError, match="nothing of"):
         made([7], train=False)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("forked_programs")
+def test_models_that_are_made_of_one_run_share_its_training(table, digits, tmp_path, capsys):
+    options = ["--model.width=8", "--model.evaluations=2", "--match.round=512", "--train.images=1024"]
+    row = {"config": "configs/mnist_flow.yaml", "options": [f"--data.path={digits}", *options]}
+    rows = {count: row | {"then": ["naign_baselines.solver", f"--evaluations={count}"]} for count in (1, 4)}
+    mixed = {"config": "configs/mnist_vae.yaml", "then": ["pipeline.cli", "export", "--latents=mixture"]}
+    mixed["then"] += ["--components=2"]
+    few = [f"--data.path={digits}", "--model.width=8", "--model.code=4", "--match.round=512", "--train.images=1024"]
+    rows |= {"VAE": mixed | {"options": few}}
+    columns = ["latents", "once", "latents_recall", "training", "sampling", "latents_sampling"]
+    file, runs = tmp_path / "table.yaml", tmp_path / "runs"
+    file.write_text(json.dumps({"title": "A table", "seeds": [0], "columns": columns, "rows": rows}))
+    table.main(table.Settings(file=file, to=tmp_path / "made", runs=runs))
+    lines = [line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines() if "|" in line][2:]
+    one, four, vae = ([None if cell.strip() == "-" else float(cell) for cell in line] for line in lines)
+    assert one[0] is one[2] is one[5] is None and one[3] == four[3]
+    assert all(value is not None for value in vae) and four[4] > one[4] > 0
+    assert len(list(runs.glob("*/checkpoints"))) == 2 and len(list(runs.iterdir())) == 5
 
 
 @pytest.mark.slow

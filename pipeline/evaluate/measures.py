@@ -4,6 +4,7 @@ Applying f is nearly all the cost, so each application serves several measuremen
 examples each number is based on.
 """
 
+import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from pipeline.evaluate import coverage, density, restoration
 from pipeline.evaluate.coverage import NEIGHBOURS
 from pipeline.evaluate.frechet import frechet_distance
 from pipeline.model.encoders import Encoder
+from pipeline.model.latents import decodes
 from pipeline.model.naign import NAIGN
 
 MEDIAN = 10_000  # training images from which the per-pixel median and the mean brightness are computed
@@ -45,6 +47,7 @@ class Subject:
     test: Tensor  # (m, *shape) in the model's scale
     samples: int  # wanted
     seed: int
+    latents: Tensor | None = None  # z, where f decodes it: then it is a sample itself
     once: Tensor = field(init=False)  # f(z): (samples, *shape), as many as fit
     twice: Tensor = field(init=False)  # f(f(z))
     neighbours: Tensor = field(init=False)  # the training examples that are nearest to the first samples
@@ -54,6 +57,11 @@ class Subject:
     @property
     def is_image(self) -> bool:
         return self.manifest.kind == "image"
+
+    @property
+    def repairs(self) -> bool:
+        """Whether f is meant to repair images: not points, and not where it only carries latents to images."""
+        return self.is_image and not getattr(self.model.network, "generates_only", False)
 
 
 def read(path: str, shape: tuple[int, ...], *, seed: int, crop: int = 0) -> tuple[Tensor, Tensor]:
@@ -71,12 +79,20 @@ def read(path: str, shape: tuple[int, ...], *, seed: int, crop: int = 0) -> tupl
 
 
 def draw(subject: Subject) -> dict[str, Any]:
-    """Draw the samples f(z), and f(f(z))."""
+    """Draw the samples f(z), and f(f(z)). What they cost is in processor seconds; `latents` is the cost of z alone."""
     number = within(subject.samples, subject.manifest.shape)
     subject.counts = {"train": len(subject.train), "test": len(subject.test), "samples": number}
-    subject.once = subject.model.sample(number, seed=subject.seed).cpu()  # else on the model's device
-    subject.twice = subject.model.project(subject.once)
-    return {}
+    model, begin = subject.model, time.process_time()
+    decoded: float | None = None
+    if decodes(model.latents):
+        parts = [model.latent(ids, seed=subject.seed).cpu() for ids in torch.arange(number).split(500)]
+        subject.latents, decoded = torch.cat(parts), time.process_time() - begin
+        subject.once = model.project(subject.latents)
+    else:
+        subject.once = model.sample(number, seed=subject.seed).cpu()  # else on the model's device
+    spent = time.process_time() - begin
+    subject.twice = model.project(subject.once)
+    return {"sampling": {"samples": number, "cpu_seconds": spent, "latents_cpu_seconds": decoded}}
 
 
 def overlap(subject: Subject) -> dict[str, Any]:
@@ -91,10 +107,16 @@ def overlap(subject: Subject) -> dict[str, Any]:
     cover = asdict(coverage.coverage(test[:number], once[:number]))
     counts["coverage_train"] = number = min(number, len(train))
     cover["train"] = asdict(coverage.coverage(test[:number], train[:number]))
+    decoded: float | None = None
+    if subject.latents is not None:
+        latents, number = encoder.features(subject.latents), counts["coverage"]
+        decoded = frechet_distance(latents, test)
+        cover["latents"] = asdict(coverage.coverage(test[:number], latents[:number]))
     shares = coverage.mode_shares(encoder.logits(subject.once)) if encoder.labels else None
     ratios = {"once_ratio": first / floor if apart else None, "twice_ratio": second / floor if apart else None}
+    ratios["latents_ratio"] = decoded / floor if decoded is not None and apart else None
     return {
-        "fd": {"floor": floor, "once": first, "twice": second, **ratios},
+        "fd": {"floor": floor, "once": first, "twice": second, "latents": decoded, **ratios},
         "coverage": cover,
         "modes": shares,
         "modes_min": min(shares) if shares else None,
@@ -116,9 +138,9 @@ def copying(subject: Subject) -> dict[str, Any]:
 
 
 def repairs(subject: Subject) -> dict[str, Any]:
-    """Restoration of every damage, None for points; idempotence on samples and on damaged images."""
+    """Restoration of every damage, None where f repairs nothing; idempotence on samples and on damaged images."""
     moved = restoration.mae(subject.twice, subject.once)
-    if not subject.is_image:
+    if not subject.repairs:
         return {"restoration": None, "idempotence": {"samples": moved, "damaged": None}}
     clean = subject.test[:REPAIRED]
     reference = scaled(subject.train[: within(20_000, subject.manifest.shape)])
@@ -140,7 +162,8 @@ def repairs(subject: Subject) -> dict[str, Any]:
 
 
 def fixed_points(subject: Subject) -> dict[str, Any]:
-    """Reconstruction error of test data; AUROC of the energy against outliers made from test images, None for points.
+    """Reconstruction error of test data; AUROC of the energy against outliers made from test images, None
+    where f repairs nothing.
 
     Both from the same application of f.
     """
@@ -148,7 +171,7 @@ def fixed_points(subject: Subject) -> dict[str, Any]:
     answer = subject.model.project(clean)
     subject.counts["reconstruction"] = len(clean)
     found: dict[str, Any] = {"reconstruction": restoration.mae(answer, clean), "density": None}
-    if subject.is_image:
+    if subject.repairs:
         images, energies = clean[:OUTLIERS], (answer - clean).square().flatten(1).mean(1)[:OUTLIERS]
         subject.counts["density"] = len(images)
         typical, energy = float(subject.train[:MEDIAN].double().mean()) / 127.5 - 1, subject.model.energy

@@ -128,6 +128,8 @@ def _notes(subject: Subject, metrics: dict[str, Any], trained_with: list[str]) -
         )
     if not subject.is_image:
         notes.append("Points: repair, classes and energy against image outliers do not apply.")
+    elif not subject.repairs:
+        notes.append("This f carries latents to images and repairs none: repair and energy do not apply.")
     return notes
 
 

@@ -56,11 +56,11 @@ class TimedBlock(nn.Module):
 
 
 class SpatialVelocity(nn.Module):
-    """A U-Net on (n, c, h, w) that halves h to at most 2; `depth` blocks a resolution on each side."""
+    """A U-Net on (n, c, h, w) that halves h to at most `smallest`; `depth` blocks a resolution on each side."""
 
-    def __init__(self, shape: tuple[int, ...], width: int, depth: int) -> None:
+    def __init__(self, shape: tuple[int, ...], width: int, depth: int, *, smallest: int = 2) -> None:
         super().__init__()
-        halvings = max(1, math.ceil(math.log2(max(shape[1:]))) - 1)
+        halvings = max(1, math.ceil(math.log2(max(shape[1:]) / smallest)))
         self.multiple = 2**halvings  # of the sides it works on
         widths, timed = [width * min(2**level, 4) for level in range(halvings + 1)], 4 * width
         self.time = nn.Sequential(nn.Linear(2 * _WAVES, timed), nn.SiLU(), nn.Linear(timed, timed), nn.SiLU())

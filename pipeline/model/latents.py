@@ -6,6 +6,7 @@ A law is one line in LAWS, or an entry point of the group `naign.latents` in ano
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from inspect import signature
 from types import MappingProxyType
 
 import torch
@@ -25,7 +26,7 @@ State = Mapping[str, Tensor]
 Decode = Callable[[Tensor], Tensor]
 """Of codes (n, dims), the images (n, *shape) that f decodes from them."""
 Law = Callable[..., Tensor]
-"""Of (seed, round, ids, shape, device), as in `draw`."""
+"""Of (seed, round, ids, shape, device) and, by keyword, what it takes of (state, decode, code), as in `draw`."""
 
 
 def draw(
@@ -37,7 +38,8 @@ def draw(
     device: Device = "cpu",
     *,
     state: State = MappingProxyType({}),  # what the law was measured or has learned to be: of fourier and codes
-    decode: Decode | None = None,  # of f: law `codes` only
+    decode: Decode | None = None,  # of f, for laws that draw codes
+    code: Shape | None = None,  # of a code of f
     flat: float = 0.0,  # share of the ids, every round(1 / flat)-th, whose latents are flat whatever the law
 ) -> Tensor:
     """Latents (n, *shape) float32 by law; row i depends on (seed, round, ids[i]) alone.
@@ -54,12 +56,18 @@ def draw(
     also trained to carry flat images to the data; a residual autoencoder leaves black where it is.
     """
     if flat:
-        usual = draw(law, seed, round, ids, shape, device, state=state, decode=decode)
+        usual = draw(law, seed, round, ids, shape, device, state=state, decode=decode, code=code)
         chosen = (ids % max(1, int(1 / flat + 0.5)) == 0).to(usual.device)
         usual[chosen] = _flat(seed, round, ids[chosen.to(ids.device)], shape, device, FLAT)
         return usual
-    options = {"state": state} if law in LEARNED else {}
-    return find_law(law)(seed, round, ids, shape, device, **options, **({"decode": decode} if law == "codes" else {}))
+    given = {"state": state, "decode": decode, "code": code}
+    taken = signature(found := find_law(law)).parameters
+    return found(seed, round, ids, shape, device, **{name: given[name] for name in given if name in taken})
+
+
+def decodes(law: str) -> bool:
+    """Whether its latents are decoded by f from codes, and so are samples themselves."""
+    return "decode" in signature(find_law(law)).parameters
 
 
 def find_law(law: str) -> Law:
@@ -100,7 +108,6 @@ def _fourier(seed: int, round: int, ids: Tensor, shape: Shape, device: Device, *
 
 LAWS: dict[str, Law] = {"gaussian": normal, "smooth4": partial(_smooth, 4), "mixture": _mixture, "fourier": _fourier}
 LAWS["codes"] = _codes
-LEARNED = ("fourier", "codes")  # laws with a state
 
 
 def _flat(seed: int, round: int, ids: Tensor, shape: Shape, device: Device, stream: int) -> Tensor:
@@ -117,18 +124,22 @@ def smooth_grid(law: str) -> int:
     return int(found[1]) if found and 1 <= int(found[1]) <= 64 else 0
 
 
-def check_law(law: str, shape: tuple[int, ...] | None = None) -> None:
-    """InputError unless `law` names a law, and one for samples of that shape if it is given."""
+def check_law(law: str, shape: tuple[int, ...] | None = None, network: nn.Module | None = None) -> None:
+    """InputError unless `law` names a law, and one for samples of that shape and for that network if they are given."""
     find_law(law)
+    if network is not None and decodes(law) and not isinstance(network, Autoencoder):
+        raise InputError(f"match.latents={law}: this network has no code, choose model.name conv or spatial")
     if shape and smooth_grid(law) and len(shape) != 3:
         raise InputError(f"match.latents={law} is for images, these are points: choose gaussian, mixture or fourier")
 
 
 def check_state(law: str, state: State, network: nn.Module) -> None:
     """Raises KeyError, ValueError or RuntimeError where that is not the state of such a law for that network."""
+    if decodes(law) and not isinstance(network, Autoencoder):
+        raise ValueError(f"the law {law} needs a network with a code")
     if law == "codes":
         shape = check_mixture(state) if is_mixture(state) else tuple(CodeFlow.of(state).shape.tolist())
-        if not isinstance(network, Autoencoder) or shape != network.code:
+        if shape != network.code:
             raise ValueError("the law of its codes is of another network")
     if law == "fourier":
         state["spectrum"]

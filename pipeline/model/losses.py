@@ -40,6 +40,11 @@ class ObjectiveConfig:
         check_fields(self, "objective")
 
     @property
+    def only_with(self) -> str:
+        """The one model.name that it trains; empty: any."""
+        return ""
+
+    @property
     def needs_latents(self) -> bool:
         """Whether the loss takes latents at all."""
         return True
@@ -215,7 +220,8 @@ def find_objective(name: str) -> tuple[type[ObjectiveConfig], Loss]:
     return lookup("objective.name", name, OBJECTIVES, "naign.objectives", remedies=_REMEDIES)
 
 
-_REMEDIES = {name: f"{name} is a baseline, install it: pip install -e benchmarks/baselines" for name in ("ign", "nae")}
+BASELINES = ("ign", "nae", "vae", "rectified_flow")
+_REMEDIES = {name: f"{name} is a baseline, install it: pip install -e benchmarks/baselines" for name in BASELINES}
 
 FORMER = {
     **dict.fromkeys(("distance", "perceptual", "encoder", "reconstruction"), "naign, ign"),

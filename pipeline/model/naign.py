@@ -87,7 +87,8 @@ class NAIGN:
         """Latents (len(ids), *shape) float32 on the model's device; row i depends on (seed, ids[i]) alone."""
         key = seed, _SAMPLE_ROUND, ids, self.shape, self.device
         with torch.inference_mode():
-            return latents.draw(self.latents, *key, state=self.state, decode=getattr(self.network, "decode", None))
+            decode, code = (getattr(self.network, name, None) for name in ("decode", "code"))
+            return latents.draw(self.latents, *key, state=self.state, decode=decode, code=code)
 
     def sample(self, n: int, *, seed: int = 0, times: int = 1, batch: int = 500) -> Tensor:
         """n samples (n, *shape) float32: f applied `times` times to latents 0 to n - 1 of `seed`."""

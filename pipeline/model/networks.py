@@ -33,6 +33,11 @@ class NetworkConfig:
     def __post_init__(self) -> None:
         check_fields(self, "model")
 
+    @property
+    def only_with(self) -> str:
+        """The one objective.name that trains it; empty: any that does not name another network."""
+        return ""
+
 
 @dataclass(kw_only=True, slots=True)
 class ConvConfig(NetworkConfig):

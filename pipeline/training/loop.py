@@ -24,6 +24,7 @@ from pipeline.errors import Diverged, InputError, Stopped, Unavailable
 from pipeline.match import Match, NotFinite, match_round
 from pipeline.model.codes import CodeLaw
 from pipeline.model.latents import measure_spectrum
+from pipeline.model.networks import Autoencoder
 from pipeline.observe import at_round
 from pipeline.training.fit import REMEDY, fit
 from pipeline.training.prepare import prepare, resume
@@ -126,8 +127,9 @@ def take(run: Run, kept: PartialRound | None) -> tuple[RoundState, Taken]:
     images = scaled(taken.images.to(device))
     if config.match.latents == "fourier" and not run.state:
         run.state = {"spectrum": measure_spectrum(images, lambda mean: run.accelerator.reduce(mean, "mean"))}
-    decode = partial(run.engine.exported, "decode") if run.law else None
-    random = RoundRandom(config, number, run.stream.shape, device, run.state, decode)
+    random = RoundRandom(config, number, run.stream.shape, device, run.state)
+    if isinstance(network := run.engine.bare, Autoencoder):
+        random.decode, random.code = partial(run.engine.exported, "decode"), network.code
     first, last = rank_rows(config.match.round, run.rank, run.world)
     state = RoundState(number=number, world_size_at_start=run.world, random=random, images=images, first=first)
     if kept:

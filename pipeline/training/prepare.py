@@ -49,12 +49,12 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, nn.Module]:
         stream = Stream(config.data, seed=config.seed, round_size=config.match.round, rank=rank, world=world)
         torch.manual_seed(config.seed)  # the same first weights on every rank
         network = build_network(config.model, stream.shape, recompute=config.train.recompute).to(device)
+        check_law(config.match.latents, stream.shape, network)
         law = build_law(config, network, device)
         if config.model.init:
             warm_start(config, network, law)
-        check_law(config.match.latents, stream.shape)
-        if config.match.space.code:
-            require_code(config, network, "match.space.code")
+        if config.match.space.code and not isinstance(network, Autoencoder):
+            raise InputError("match.space.code: this network has no code, choose model.name conv or spatial")
         find_law(config.objective.damage).check(stream.shape)
         run = Run(
             config=config,
@@ -212,17 +212,11 @@ def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator) -> E
 
 
 def build_law(config: Config, network: nn.Module, device: torch.device) -> CodeLaw | None:
-    """The law of latents, if it learns; InputError where the network has no codes."""
+    """The law of latents, if it learns: then the network has a code."""
     if config.match.latents != "codes":
         return None
-    return CodeLaw(require_code(config, network, "match.latents=codes").code, config.match.codes, config.seed, device)
-
-
-def require_code(config: Config, network: nn.Module, setting: str) -> Autoencoder:
-    """The network; InputError where it has no code, which `setting` needs."""
-    if not isinstance(network, Autoencoder):
-        raise InputError(f"{setting}: model.name={config.model.name} has no code, choose conv or spatial")
-    return network
+    assert isinstance(network, Autoencoder)
+    return CodeLaw(network.code, config.match.codes, config.seed, device)
 
 
 def open_features(

@@ -37,11 +37,13 @@ class RoundRandom:
     device: torch.device
     state: Mapping[str, Tensor] = field(default_factory=dict)  # of the law of latents
     decode: Callable[[Tensor], Tensor] | None = None  # of f, for a law of its codes
+    code: tuple[int, ...] | None = None  # shape of a code of f
 
     def latents(self, ids: Tensor) -> Tensor:
         """Latents (len(ids), *shape) of the configured law."""
         match, key = self.config.match, (self.config.seed, self.round, ids, self.shape, self.device)
-        return latents.draw(match.latents, *key, state=self.state, decode=self.decode, flat=match.flat)
+        decode, code = self.decode, self.code
+        return latents.draw(match.latents, *key, state=self.state, decode=decode, code=code, flat=match.flat)
 
     def damaged(self, images: Tensor, numbers: Tensor) -> Tensor:
         """Images (n, *shape) with objective.damage applied; independent of the latents."""

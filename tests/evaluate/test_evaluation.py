@@ -29,7 +29,7 @@ from tests.checkpoint.written import write_checkpoint
 
 TINY = ConvConfig(width=4, code=8)
 Save = Callable[..., str]
-VOLATILE = {"seconds", "device"}
+VOLATILE = {"seconds", "device", "sampling"}
 
 
 class Still(nn.Module):
@@ -91,8 +91,11 @@ def test_report_stands_alone_and_says_the_numbers(evaluated: tuple[Path, dict[st
     assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert "url(" not in text and "@import" not in text and "prefers-color-scheme:dark" in text
-    for value in (*metrics["fd"].values(), metrics["reconstruction"], *metrics["idempotence"].values()):
+    measured = [value for value in metrics["fd"].values() if value is not None]
+    for value in (*measured, metrics["reconstruction"], *metrics["idempotence"].values()):
         assert number(value) in text
+    assert metrics["fd"]["latents"] is None and "z, decoded" not in text
+    assert f"drawn in {number(metrics['sampling']['cpu_seconds'])} processor seconds" in text
     for table in metrics["restoration"].values():
         assert all(number(table[name]) in text for name in ("input", "once", "twice", "black", "median"))
     assert f"<b>{number(min(metrics['restoration']['blur'][n] for n in ('input', 'median', 'nearest')))}</b>" in text

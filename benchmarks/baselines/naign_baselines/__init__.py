@@ -1,1 +1,1 @@
-"""The baselines that NAIGN is compared with: IGN and the normalised autoencoder, on the same networks and data."""
+"""The baselines that NAIGN is compared with: IGN, a normalised autoencoder, a VAE and a rectified flow."""

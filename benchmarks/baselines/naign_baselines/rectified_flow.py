@@ -1,0 +1,119 @@
+"""A rectified flow (arXiv 2209.03003) on pixels, as network and objective.
+
+    accelerate launch pipeline/train.py --config configs/mnist_flow.yaml
+
+f(z) follows the velocity from the latent z (t = 0) to an image (t = 1) in `model.evaluations` evaluations, of which
+`python -m naign_baselines.solver` gives a trained one another number. f is not meant for images: it does not repair.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.constraints import between, one_of
+from pipeline.errors import InputError
+from pipeline.model.flow import SpatialVelocity
+from pipeline.model.losses import Batch, Network, ObjectiveConfig
+from pipeline.model.networks import NetworkConfig
+
+SIDE = 8  # the U-Net halves to at most this side, where it attends
+
+
+@dataclass(kw_only=True, slots=True)
+class FlowNetworkConfig(NetworkConfig):
+    name: str = "rectified_flow"
+    patch: int = field(default=2, metadata=between(1, 64))
+    """The U-Net works on squares of so many pixels a side, as channels: a quarter of the arithmetic at 2."""
+    width: int = field(default=64, metadata=between(8, 2**13))
+    """Channels at the first resolution; doubled at each of the first two halvings."""
+    depth: int = field(default=2, metadata=between(1, 64))
+    """Residual blocks a resolution, on each side of the U-Net."""
+    evaluations: int = field(default=10, metadata=between(1, 10**4))
+    """How often a sample evaluates the velocity."""
+    solver: str = field(default="heun", metadata=one_of(("heun", "euler")))
+    """heun: two evaluations a step, an odd last one is Euler's; euler: one evaluation a step."""
+
+    @property
+    def only_with(self) -> str:
+        return "rectified_flow"
+
+
+class RectifiedFlow(nn.Module):
+    """The U-Net of the velocity, with GroupNorm, SiLU and attention at SIDE, and the solver that samples with it."""
+
+    generates_only = True
+
+    def __init__(self, config: FlowNetworkConfig, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.channels, self.patch = shape[0], config.patch
+        inner = (shape[0] * config.patch**2, shape[1] // config.patch, shape[2] // config.patch)
+        self.velocity = SpatialVelocity(inner, config.width, config.depth, smallest=SIDE)
+        self.evaluations, self.solver = config.evaluations, config.solver
+
+    def forward(self, x: Tensor) -> Tensor:
+        """f(x) for latents (n, C, H, W), clamped to [-1, 1].
+
+        For training, (n, C + 1, H, W), whose last channel holds the time: the velocity (n, C, H, W) there.
+        """
+        if x.shape[1] > self.channels:
+            return self._velocity(x[:, :-1], x[:, -1, 0, 0])
+        heun = self.solver == "heun"
+        steps = math.ceil(self.evaluations / 2) if heun else self.evaluations
+        for step in range(steps):
+            slope = self._at(x, step / steps)
+            if heun and (step + 1 < steps or self.evaluations % 2 == 0):
+                slope = (slope + self._at(x + slope / steps, (step + 1) / steps)) / 2
+            x = x + slope / steps
+        return x.clamp(-1, 1)
+
+    def _at(self, x: Tensor, time: float) -> Tensor:
+        return self._velocity(x, x.new_full((x.shape[0],), time))
+
+    def _velocity(self, x: Tensor, time: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.velocity(F.pixel_unshuffle(x, self.patch), time), self.patch)
+
+
+def _build(config: FlowNetworkConfig, shape: tuple[int, ...], *, recompute: bool) -> nn.Module:
+    if len(shape) != 3:
+        raise InputError(f"model.name=rectified_flow takes images, the data has {shape}")
+    if shape[1] % config.patch or shape[2] % config.patch:
+        raise InputError(f"model.patch={config.patch} does not divide images of {shape}: set --model.patch=1")
+    if recompute:
+        raise InputError("model.name=rectified_flow keeps all activations: leave out train.recompute")
+    return RectifiedFlow(config, shape)
+
+
+NETWORK = (FlowNetworkConfig, _build)
+
+
+@dataclass(kw_only=True, slots=True)
+class FlowConfig(ObjectiveConfig):
+    name: str = "rectified_flow"
+
+    @property
+    def only_with(self) -> str:
+        return "rectified_flow"
+
+    @property
+    def needs_match(self) -> bool:
+        return False
+
+    @property
+    def forwards(self) -> int:
+        return 1
+
+
+def rectified_flow(config: FlowConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
+    """Squared error of the velocity on straight paths from a latent to an image, at times of a logistic normal."""
+    assert batch.latents is not None
+    time = batch.normals(0)[:, :1, :1, :1].sigmoid()  # arXiv 2403.03206, as the flow of codes has it
+    along = time * batch.images + (1 - time) * batch.latents
+    velocity = network(torch.cat([along, time.expand_as(along[:, :1])], dim=1))
+    error = (velocity - (batch.images - batch.latents)).square().mean()
+    return {"total": error, "velocity": error}
+
+
+FLOW = (FlowConfig, rectified_flow)

@@ -1,0 +1,136 @@
+"""A variational autoencoder (arXiv 1312.6114) on the networks of NAIGN: network, objective and law of latents.
+
+    accelerate launch pipeline/train.py --config configs/mnist_vae.yaml
+
+f(x) decodes the mean of x's code. The law `code-normal` decodes codes from N(0, I): its z are the VAE's samples, and
+f(z) is the reconstruction of such a sample.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.constraints import AT_LEAST_0, one_of
+from pipeline.errors import InputError
+from pipeline.model.latents import Decode
+from pipeline.model.losses import Batch, Network, ObjectiveConfig
+from pipeline.model.networks import ConvConfig, ImageNetwork, SpatialNetwork, build_network, find_network
+from pipeline.philox import normal
+
+SMALLEST = 1e-6  # mean error of a batch: its logarithm stays finite
+WIDEST = 10.0  # log-variance of a code, either way
+
+
+@dataclass(kw_only=True, slots=True)
+class VaeNetworkConfig(ConvConfig):
+    name: str = "vae"
+    body: str = field(default="conv", metadata=one_of(("conv", "spatial")))
+    """The network of that name, but for the last layer of its encoder, which gives mean and log-variance."""
+
+    @property
+    def only_with(self) -> str:
+        return "vae"
+
+
+class VariationalNetwork(nn.Module):
+    """The mean and the log-variance of codes, and their decoder. Dense codes are (c,), spatial ones (c, h, w)."""
+
+    def __init__(self, body: ImageNetwork | SpatialNetwork, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.body, self.shape, self.code = body, shape, body.code
+        channels = 2 * body.code[0]
+        if isinstance(body, ImageNetwork):
+            body.bottleneck[0] = nn.Linear(body.bottleneck[0].in_features, channels)
+        else:
+            body.encoder[-1] = nn.Conv2d(body.encoder[-1].in_channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """f(x) for images (n, *shape).
+
+        For training, rows of an image's values and of as much noise as a code has values, (n, D + c): the image decoded
+        from a code that is drawn with that noise, the code's mean and its log-variance, (n, D + 2c).
+        """
+        if x.ndim > 2:
+            return self.decode(self.encode(x))
+        images, noise = x.split([math.prod(self.shape), math.prod(self.code)], dim=1)
+        mean, log_variance = self._law(images.view(-1, *self.shape))
+        drawn = self.decode(mean + (log_variance / 2).exp() * noise.view_as(mean))
+        return torch.cat([part.flatten(1).float() for part in (drawn, mean, log_variance)], dim=1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self._law(x)[0]
+
+    def decode(self, code: Tensor) -> Tensor:
+        return self.body.decode(code)
+
+    def _law(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_variance = self.body.encode(x).chunk(2, dim=1)
+        return mean, log_variance.clamp(-WIDEST, WIDEST)
+
+
+def _build(config: VaeNetworkConfig, shape: tuple[int, ...], *, recompute: bool) -> nn.Module:
+    if recompute:
+        raise InputError("model.name=vae keeps all activations: leave out train.recompute")
+    kind = find_network(config.body)[0]
+    settings = {key: value for key, value in asdict(config).items() if key not in ("name", "init", "body")}
+    body = build_network(kind(**settings), shape)
+    assert isinstance(body, ImageNetwork | SpatialNetwork)
+    return VariationalNetwork(body, shape)
+
+
+NETWORK = (VaeNetworkConfig, _build)
+
+
+@dataclass(kw_only=True, slots=True)
+class VaeConfig(ObjectiveConfig):
+    name: str = "vae"
+
+    likelihood: str = field(default="gaussian", metadata=one_of(("gaussian", "laplace")))
+    """Of an image given its code: gaussian (squared errors) or laplace (absolute errors), of one scale for all values,
+    which is at its optimum for every batch (arXiv 2006.13202)."""
+
+    kl: float = field(default=1.0, metadata=AT_LEAST_0)
+    """Weight of the divergence of codes from N(0, I); at 1 the loss is the bound on the likelihood."""
+
+    @property
+    def only_with(self) -> str:
+        return "vae"
+
+    @property
+    def needs_latents(self) -> bool:
+        return False
+
+
+def vae(config: VaeConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
+    """The negative bound on the log-likelihood, in nats a value and up to a constant."""
+    images, code = batch.images.flatten(1), getattr(batch.frozen, "code", ())
+    size, dims = images.shape[1], math.prod(code)
+    parts = [batch.normals(step).flatten(1) for step in range(-(-dims // size))]
+    outputs = network(torch.cat([images, torch.cat(parts, dim=1)[:, :dims]], dim=1))
+    drawn, mean, log_variance = outputs.split([size, dims, dims], dim=1)
+    squared = config.likelihood == "gaussian"
+    error = (drawn - images).square().mean() if squared else (drawn - images).abs().mean()
+    # Minus the log-likelihood at the optimal scale: log sigma or log b, and a constant.
+    misfit = error.clamp(min=SMALLEST).log() / (2 if squared else 1)
+    divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean() / 2
+    return {"total": misfit + config.kl * divergence / size, "reconstruction": error, "divergence": divergence}
+
+
+VAE = (VaeConfig, vae)
+
+
+def code_normal(
+    seed: int,
+    round: int,
+    ids: Tensor,
+    shape: tuple[int, ...],
+    device: torch.device | str,
+    *,
+    decode: Decode | None,
+    code: tuple[int, ...] | None,
+) -> Tensor:
+    """Latents (n, *shape) decoded from codes N(0, I); row i depends on (seed, round, ids[i]) alone."""
+    assert decode is not None and code is not None, "the law code-normal needs a network with a code"
+    return decode(normal(seed, round, ids, code, device))
