@@ -45,6 +45,7 @@ class Subject:
     test: Tensor  # (m, *shape) in the model's scale
     samples: int  # wanted
     seed: int
+    second: Encoder | None = None  # another that Frechet distances are computed on
     once: Tensor = field(init=False)  # f(z): (samples, *shape), as many as fit
     twice: Tensor = field(init=False)  # f(f(z))
     neighbours: Tensor = field(init=False)  # the training examples that are nearest to the first samples
@@ -79,27 +80,42 @@ def draw(subject: Subject) -> dict[str, Any]:
     return {}
 
 
+def distances(encoder: Encoder, subject: Subject) -> tuple[dict[str, Any], list[Tensor]]:
+    """Frechet distances to the test data, and the features of train (as many as samples), test, f(z) and f(f(z))."""
+    counts = subject.counts
+    counts["floor"] = min(counts["samples"], len(subject.train))
+    sets = (scaled(subject.train[: counts["floor"]]), subject.test, subject.once, subject.twice)
+    train, test, once, twice = features = [encoder.features(data) for data in sets]
+    floor, first, second = (frechet_distance(one, test) for one in (train, once, twice))
+    apart = floor > ROUNDING * float(test.double().var(0).sum())
+    ratios = {"once_ratio": first / floor if apart else None, "twice_ratio": second / floor if apart else None}
+    return {"floor": floor, "once": first, "twice": second, **ratios}, features
+
+
 def overlap(subject: Subject) -> dict[str, Any]:
     """Frechet distances, coverage and modes, all from the features of one pass of the encoder over each set."""
     encoder, counts = subject.encoder, subject.counts
-    counts["floor"] = min(counts["samples"], len(subject.train))
-    train = encoder.features(scaled(subject.train[: counts["floor"]]))
-    test, once, twice = (encoder.features(data) for data in (subject.test, subject.once, subject.twice))
-    floor, first, second = (frechet_distance(features, test) for features in (train, once, twice))
-    apart = floor > ROUNDING * float(test.double().var(0).sum())
+    found, (train, test, once, _) = distances(encoder, subject)
     counts["coverage"] = number = min(10_000, len(test), len(once))
     cover = asdict(coverage.coverage(test[:number], once[:number]))
     counts["coverage_train"] = number = min(number, len(train))
     cover["train"] = asdict(coverage.coverage(test[:number], train[:number]))
     shares = coverage.mode_shares(encoder.logits(subject.once)) if encoder.labels else None
-    ratios = {"once_ratio": first / floor if apart else None, "twice_ratio": second / floor if apart else None}
     return {
-        "fd": {"floor": floor, "once": first, "twice": second, **ratios},
+        "fd": found,
         "coverage": cover,
         "modes": shares,
         "modes_min": min(shares) if shares else None,
         "classes": list(encoder.labels) or None,
     }
+
+
+def second_opinion(subject: Subject) -> dict[str, Any]:
+    """Frechet distances on the second encoder; None without one."""
+    if subject.second is None:
+        return {"second": None}
+    found, features = distances(subject.second, subject)
+    return {"second": {"encoder": subject.second.name, "features": features[0].shape[1], **found}}
 
 
 def copying(subject: Subject) -> dict[str, Any]:
@@ -159,6 +175,7 @@ def fixed_points(subject: Subject) -> dict[str, Any]:
 STAGES = {
     "drawing samples, applying f": draw,
     "distance and coverage": overlap,
+    "distance on a second encoder": second_opinion,
     "nearest training examples": copying,
     "reconstruction and energy": fixed_points,
     "repair": repairs,

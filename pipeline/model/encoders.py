@@ -148,16 +148,20 @@ def load_encoder(name: str) -> Encoder:
     Raises InputError naming what there is, what is missing, or what is wrong with the file.
     """
     if name.startswith("timm:"):
-        return Encoder(name=name, network=open_timm(name.removeprefix("timm:")))
+        network, (kind, _, file) = open_timm(name.removeprefix("timm:")), name.partition("@")
+        return Encoder(name=name, network=network, metadata={"name": f"{kind}{_digest(file)}"} if file else {})
     if name.endswith(".safetensors"):
         return read_encoder(Path(name), name)
     if name.endswith((".pt2", ".ts", ".torchscript")):
-        network, digest = open_file(name), hashlib.sha256(Path(name).read_bytes()).hexdigest()
-        return Encoder(name=name, network=network, metadata={"name": f"{Path(name).stem} ({digest[:12]})"})
+        return Encoder(name=name, network=open_file(name), metadata={"name": f"{Path(name).stem}{_digest(name)}"})
     if name.endswith((".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")):
         raise InputError(f"encoder '{name}' is a pickle by its name, which is not opened: {REMEDY}")
     remedies = {name: "or give timm:NAME, or the path of a .safetensors, .ts or .pt2 file"}
     return lookup("encoder", name, shipped(), "naign.encoders", remedies=remedies)()
+
+
+def _digest(file: str) -> str:
+    return f" ({hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]})"
 
 
 def read_encoder(path: Path, name: str) -> Encoder:

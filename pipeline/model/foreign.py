@@ -103,7 +103,7 @@ class Foreign(nn.Module):
             return f"reads images of {self.channels} channels, or of 1, which is repeated; these have {shape[0]}"
         if min(shape[1:]) < self.smallest:
             least = f"{self.smallest}x{self.smallest}"
-            return f"takes images of at least {least} pixels, these are {shape[1]}x{shape[2]}: too small to show anything"
+            return f"takes images of at least {least} pixels, these are {shape[1]}x{shape[2]}: too small"
         try:
             with torch.no_grad():
                 found = [self.features(torch.zeros(n, *shape, device=self.mean.device)) for n in (2, 3)]
@@ -129,7 +129,7 @@ class Staged(nn.Module):
 
 
 def open_timm(name: str) -> Foreign:
-    """`NAME` of timm with weights of its hub, or `NAME@FILE.safetensors`; InputError where one of the two is missing."""
+    """`NAME` of timm with weights of its hub, or `NAME@FILE.safetensors`; InputError where one is missing."""
     kind, _, file = name.partition("@")
     try:
         import timm
@@ -145,7 +145,7 @@ def open_timm(name: str) -> Foreign:
         remedy = "see timm.list_models(); without network access give its weights as timm:NAME@FILE.safetensors"
         raise InputError(f"encoder 'timm:{name}' cannot be opened ({type(error).__name__}: {what}): {remedy}") from None
     if not hasattr(network, "forward_intermediates"):
-        raise InputError(f"encoder 'timm:{name}' has no forward_intermediates in timm {timm.__version__}: choose another")
+        raise InputError(f"encoder 'timm:{name}' has no forward_intermediates in this timm: choose another")
     settings = network.pretrained_cfg
     channels, height, _ = settings["input_size"]
     exact = bool(settings.get("fixed_input_size"))
@@ -182,7 +182,7 @@ def open_file(path: str) -> Foreign:
 
 
 def _script(path: str) -> nn.Module:
-    module = torch.jit.load(path, map_location="cpu").eval()
+    module: nn.Module = torch.jit.load(path, map_location="cpu").eval()
     if files := {"aten::save", "aten::from_file"} & set(torch.jit.export_opnames(module)):
         raise InputError(f"{path} reads or writes files ({', '.join(files)}), which no encoder needs: it is not used")
     return module
