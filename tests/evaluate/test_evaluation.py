@@ -166,7 +166,11 @@ class Halves(nn.Module):
 
 
 def test_a_second_encoder_measures_beside_the_first(
-    digits: str, save_untrained: Save, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    digits: str,
+    save_untrained: Save,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file, copy = str(tmp_path / "halves.ts"), str(tmp_path / "copy" / "halves.ts")
     torch.jit.save(torch.jit.script(Halves()), file)
@@ -175,7 +179,8 @@ def test_a_second_encoder_measures_beside_the_first(
     folder = save_untrained(tmp_path / "run", data=digits, shape=(1, 8, 8), config=TINY, encoder=copy)
     plain = evaluate(folder, samples=300, progress=False)
     assert plain["second"] is None and not plain["warnings"]
-    main(["evaluate", folder, "--samples", "300", "--encoder", file, "--device", "cpu"])
+    monkeypatch.setattr("sys.argv", ["naign", "evaluate", folder, "--samples=300", "--encoder", file, "--device=cpu"])
+    main()
     metrics = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
     second, text = metrics["second"], (tmp_path / "run" / "evaluation" / "report.html").read_text()
     assert second["encoder"] == file and second["features"] == 2 and metrics["fd"] == plain["fd"]
@@ -188,11 +193,12 @@ def test_a_second_encoder_measures_beside_the_first(
 
 @pytest.mark.parametrize("name", ["nonesuch", "weights.pkl", "mnist-cnn64", "absent.ts"])
 def test_a_second_encoder_that_cannot_be_used_is_refused_first(
-    digits: str, save_untrained: Save, tmp_path: Path, name: str
+    digits: str, save_untrained: Save, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save_untrained(tmp_path, data=digits, shape=(1, 8, 8), config=TINY)
+    monkeypatch.setattr("sys.argv", ["naign", "evaluate", folder, "--encoder", name])
     with pytest.raises(SystemExit) as caught:
-        main(["evaluate", folder, "--encoder", name])
+        main()
     assert caught.value.code == 2 and not (tmp_path / "evaluation").exists()
 
 
