@@ -16,11 +16,11 @@ def perceptual(stages: Callable[[Tensor], list[Tensor]]) -> Distance:
     """
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
-        found = []
-        for both in stages(torch.cat([a, b])):
-            unit = both * torch.rsqrt(both.float().square().sum(1, keepdim=True) + FAINT)
-            mine, other = unit.split(len(a))
-            found.append((mine - other).square().sum(1).mean())
-        return torch.stack(found).mean()
+        pairs = zip(map(_unit, stages(a)), map(_unit, stages(b)), strict=True)  # apart: no backward through real images
+        return torch.stack([(mine - other).square().sum(1).mean() for mine, other in pairs]).mean()
 
     return distance
+
+
+def _unit(maps: Tensor) -> Tensor:
+    return maps * torch.rsqrt(maps.float().square().sum(1, keepdim=True) + FAINT)
