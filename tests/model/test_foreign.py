@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import InputError
 from pipeline.evaluate.frechet import frechet_distance
-from pipeline.match.space import SpaceConfig
+from pipeline.match.space import SpaceConfig, embed
 from pipeline.model import encoders
 from pipeline.model.encoders import load_encoder
 from pipeline.model.losses import NaignConfig
@@ -147,6 +147,16 @@ def test_lite_measures_what_training_sees_and_where_it_matches() -> None:
     assert leaf.grad is not None and bool(leaf.grad.isfinite().all()) and float(leaf.grad.abs().sum()) > 0
     features = open_features(SpaceConfig(features=1.0, encoder=encoder), shape, CPU)
     assert features is not None and features(a).shape == (2, 1280)
+
+
+@wheel
+@pytest.mark.slow
+def test_a_row_of_the_space_does_not_depend_on_the_rows_beside_it() -> None:
+    config = SpaceConfig(features=1.0, encoder="efficientnet-lite0")
+    features = open_features(config, (3, 32, 32), CPU)
+    images = torch.rand(40, 3, 32, 32) * 2 - 1
+    parts = [embed(images[start:end], config, features, number=start) for start, end in ((0, 7), (7, 40))]
+    assert torch.equal(torch.cat(parts), embed(images, config, features))
 
 
 @wheel
@@ -291,6 +301,21 @@ def test_a_program_that_names_anything_but_tensor_operations_is_refused(
 
     with pytest.raises(InputError, match=f"not used, .*it holds {said}"):
         load_encoder(rewritten(export(Small(), tmp_path / "a.pt2"), tmp_path / "b.pt2", change))
+
+
+def test_guards_of_a_program_are_not_compiled(tmp_path: Path) -> None:
+    code = f"__import__('pathlib').Path('{tmp_path}/opened').touch() is None"
+
+    def change(name: str, content: bytes) -> bytes:
+        if not name.endswith("models/model.json"):
+            return content
+        program = json.loads(content)
+        program["guards_code"] = [code]
+        return json.dumps(program).encode()
+
+    file = rewritten(export(Small(), tmp_path / "a.pt2"), tmp_path / "b.pt2", change)
+    assert load_encoder(file).features(torch.zeros(2, 3, 32, 32)).shape == (2, 16)
+    assert not (tmp_path / "opened").exists()
 
 
 class Writes(nn.Module):
