@@ -27,24 +27,36 @@ Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images (poin
 
 
 def evaluate(
-    run: Run, /, *, data: str | None = None, samples: int = 10_000, seed: int = 0, device: Device = "auto"
+    run: Run,
+    /,
+    *,
+    data: str | None = None,
+    samples: int = 10_000,
+    encoder: str | None = None,
+    seed: int = 0,
+    device: Device = "auto",
 ) -> None:
     """Measure a trained model; writes evaluation/metrics.json, pictures and report.html into its folder.
 
     Args:
         data: Packed data set; default: the one it was trained on.
         samples: How many samples to draw; distances of different counts do not compare.
+        encoder: A second encoder for Frechet distances: efficientnet-lite0 to -lite2, timm:NAME, a .ts or .pt2 file;
+            default: efficientnet-lite2 for images of 3 channels.
         seed: The same seed draws the same latents and damages.
     """
     from pipeline.evaluate.run import evaluate as measure
 
     _check(seed=seed)
-    metrics = measure(run, data=data, samples=samples, seed=seed, device=_device(device))
-    fd, encoder = metrics["fd"], metrics["encoder"]
-    print(f"Frechet distance on {encoder}: {fd['once']:.4g} for f(z), {fd['twice']:.4g} for f(f(z)); ", end="")
-    print(f"floor (training against test) {fd['floor']:.4g}")
+    metrics = measure(run, data=data, samples=samples, seed=seed, device=_device(device), encoder=encoder)
+    for fd in ({"encoder": metrics["encoder"], **metrics["fd"]}, metrics["second"]):
+        if fd:
+            values = f"{fd['once']:.4g} for f(z), {fd['twice']:.4g} for f(f(z))"
+            print(f"Frechet distance on {fd['encoder']}: {values}; floor (training against test) {fd['floor']:.4g}")
     for kind, errors in (metrics["restoration"] or {}).items():
         print(f"restoration of {kind}: mean absolute error {errors['input']:.3f} before, {errors['once']:.3f} after")
+    for warning in metrics["warnings"]:
+        print(f"warning: {warning}")
     for note in metrics["notes"]:
         print(f"note: {note}")
     place = run.rstrip("/") if not Path(run).is_file() else Path(run).parent

@@ -48,6 +48,7 @@ class Subject:
     samples: int  # wanted
     seed: int
     latents: Tensor | None = None  # z, where f decodes it: then it is a sample itself
+    second: Encoder | None = None  # another that Frechet distances are computed on
     once: Tensor = field(init=False)  # f(z): (samples, *shape), as many as fit
     twice: Tensor = field(init=False)  # f(f(z))
     neighbours: Tensor = field(init=False)  # the training examples that are nearest to the first samples
@@ -95,33 +96,49 @@ def draw(subject: Subject) -> dict[str, Any]:
     return {"sampling": {"samples": number, "cpu_seconds": spent, "latents_cpu_seconds": decoded}}
 
 
+def distances(encoder: Encoder, subject: Subject) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Frechet distances to the test data of: as many training data as samples (floor), z where it is a sample itself
+    (latents, else None), f(z) (once), f(f(z)) (twice). And the features of all these, and of test."""
+    counts = subject.counts
+    counts["floor"] = min(counts["samples"], len(subject.train))
+    sets = {"floor": scaled(subject.train[: counts["floor"]]), "once": subject.once, "twice": subject.twice}
+    sets |= {} if subject.latents is None else {"latents": subject.latents}
+    test = encoder.features(subject.test)
+    features = {name: encoder.features(data) for name, data in sets.items()}
+    found: dict[str, Any] = {"latents": None} | {name: frechet_distance(one, test) for name, one in features.items()}
+    apart = found["floor"] > ROUNDING * float(test.double().var(0).sum())
+    for name in ("latents", "once", "twice"):
+        found[f"{name}_ratio"] = found[name] / found["floor"] if apart and found[name] is not None else None
+    return found, features | {"test": test}
+
+
 def overlap(subject: Subject) -> dict[str, Any]:
     """Frechet distances, coverage and modes, all from the features of one pass of the encoder over each set."""
     encoder, counts = subject.encoder, subject.counts
-    counts["floor"] = min(counts["samples"], len(subject.train))
-    train = encoder.features(scaled(subject.train[: counts["floor"]]))
-    test, once, twice = (encoder.features(data) for data in (subject.test, subject.once, subject.twice))
-    floor, first, second = (frechet_distance(features, test) for features in (train, once, twice))
-    apart = floor > ROUNDING * float(test.double().var(0).sum())
+    found, features = distances(encoder, subject)
+    test, once = features["test"], features["once"]
     counts["coverage"] = number = min(10_000, len(test), len(once))
     cover = asdict(coverage.coverage(test[:number], once[:number]))
-    counts["coverage_train"] = number = min(number, len(train))
-    cover["train"] = asdict(coverage.coverage(test[:number], train[:number]))
-    decoded: float | None = None
-    if subject.latents is not None:
-        latents, number = encoder.features(subject.latents), counts["coverage"]
-        decoded = frechet_distance(latents, test)
-        cover["latents"] = asdict(coverage.coverage(test[:number], latents[:number]))
+    if "latents" in features:
+        cover["latents"] = asdict(coverage.coverage(test[:number], features["latents"][:number]))
+    counts["coverage_train"] = number = min(number, len(features["floor"]))
+    cover["train"] = asdict(coverage.coverage(test[:number], features["floor"][:number]))
     shares = coverage.mode_shares(encoder.logits(subject.once)) if encoder.labels else None
-    ratios = {"once_ratio": first / floor if apart else None, "twice_ratio": second / floor if apart else None}
-    ratios["latents_ratio"] = decoded / floor if decoded is not None and apart else None
     return {
-        "fd": {"floor": floor, "once": first, "twice": second, "latents": decoded, **ratios},
+        "fd": found,
         "coverage": cover,
         "modes": shares,
         "modes_min": min(shares) if shares else None,
         "classes": list(encoder.labels) or None,
     }
+
+
+def second_opinion(subject: Subject) -> dict[str, Any]:
+    """Frechet distances on the second encoder; None without one."""
+    if subject.second is None:
+        return {"second": None}
+    found, features = distances(subject.second, subject)
+    return {"second": {"encoder": subject.second.name, "features": features["test"].shape[1], **found}}
 
 
 def copying(subject: Subject) -> dict[str, Any]:
@@ -182,6 +199,7 @@ def fixed_points(subject: Subject) -> dict[str, Any]:
 STAGES = {
     "drawing samples, applying f": draw,
     "distance and coverage": overlap,
+    "distance on a second encoder": second_opinion,
     "nearest training examples": copying,
     "reconstruction and energy": fixed_points,
     "repair": repairs,

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from pipeline.checkpoint.bucket import fetch_newest
+from pipeline.data.format.manifest import Manifest
 from pipeline.errors import InputError
 from pipeline.evaluate import measures
 from pipeline.evaluate.coverage import NEIGHBOURS
@@ -18,13 +19,14 @@ from pipeline.evaluate.measures import STAGES, Subject
 from pipeline.evaluate.pictures import draw_pictures
 from pipeline.evaluate.recorded import recorded
 from pipeline.evaluate.report import Picture, render
-from pipeline.model.encoders import choose_encoder, load_encoder
+from pipeline.model.encoders import Encoder, choose_encoder, load_encoder
 from pipeline.model.naign import NAIGN
 from pipeline.observe.pictures import png
 from pipeline.storage.local import write_atomically
 from pipeline.storage.store import open_store
 
 FEW = 1000  # with fewer examples a Frechet distance on 64 features is mostly bias
+STRANGER = "efficientnet-lite2"  # natural images are measured on it, too: trained on ImageNet, by others
 
 
 def evaluate(
@@ -34,26 +36,28 @@ def evaluate(
     samples: int = 10_000,  # how many f(z) to draw; Frechet distances of different counts do not compare
     seed: int = 0,  # of latents, damage and order
     device: str = "cpu",  # where f is computed
+    encoder: str | None = None,  # a second one for Frechet distances; None: STRANGER for images of 3 channels
     progress: bool = True,  # bar on stderr
 ) -> dict[str, Any]:
     """Measure the model and write `evaluation/{metrics.json, report.html, *.png}` in its folder.
 
     Returns what metrics.json holds. MNIST, two cores, 10,000 samples: about 90 s.
-    Raises InputError where there is no model, no data, or the data are of another shape than the model's.
+    Raises InputError where there is no model, no data, no such encoder, or one of them is for another shape.
     """
     if folder.startswith("s3:"):
-        return _evaluate_remote(folder, data=data, samples=samples, seed=seed, device=device, progress=progress)
+        options = {"data": data, "samples": samples, "seed": seed, "device": device, "encoder": encoder}
+        return _evaluate_remote(folder, **options, progress=progress)
     start = time.monotonic()
     if samples <= NEIGHBOURS:
         raise InputError(f"{samples} samples are too few to measure: --samples must be more than {NEIGHBOURS}")
     model = NAIGN.from_pretrained(folder, device=device)
     path, manifest, crop, trained_with = recorded(model, folder, data)
-    encoder = choose_encoder(manifest)
-    metrics: dict[str, Any] = {"encoder": encoder.name, "encoder_accuracy": encoder.accuracy, "dataset": manifest.name}
+    first, (second, missing) = choose_encoder(manifest), _open_second(encoder, manifest, device)
+    metrics: dict[str, Any] = {"encoder": first.name, "encoder_accuracy": first.accuracy, "dataset": manifest.name}
     layout = "{desc:<30}{bar}{n_fmt}/{total_fmt} {elapsed}"
     with tqdm(total=len(STAGES) + 2, disable=not progress, bar_format=layout, desc="reading data") as bar:
         train, test = measures.read(path, manifest.shape, seed=seed, crop=crop)
-        subject = Subject(model, manifest, encoder, train, test, samples=samples, seed=seed)
+        subject = Subject(model, manifest, first, train, test, samples=samples, seed=seed, second=second)
         for title, measure in STAGES.items():
             bar.update()
             bar.set_description(title)
@@ -66,7 +70,8 @@ def evaluate(
             "evaluation_seed": seed,
             **{key: _number(header.get(key)) for key in ("images_seen", "training_seconds", "cpu_seconds")},
             "counts": subject.counts,
-            "notes": _notes(subject, metrics, trained_with),
+            "warnings": _warnings(subject, trained_with),
+            "notes": [*_notes(subject, metrics), *missing],
             "device": _device_name(device),
             "seconds": round(time.monotonic() - start, 1),
         }
@@ -88,26 +93,51 @@ def _evaluate_remote(folder: str, **options: Any) -> dict[str, Any]:
     return metrics
 
 
-def _notes(subject: Subject, metrics: dict[str, Any], trained_with: list[str]) -> list[str]:
-    """What a reader must know to compare the numbers with others; `trained_with` are encoders of the training."""
+def _open_second(name: str | None, manifest: Manifest, device: str) -> tuple[Encoder | None, list[str]]:
+    """The second encoder, on the device, and a note where natural images have none. InputError for a chosen one."""
+    if name is None and (manifest.kind != "image" or manifest.shape[0] != 3):
+        return None, []
+    try:
+        encoder = load_encoder(name or STRANGER)
+        if unfit := encoder.unfit(tuple(manifest.shape)):
+            raise InputError(f"encoder '{encoder.name}' {unfit}")
+    except InputError as error:
+        if name is not None:
+            raise
+        return None, [f"Fréchet distances are on one encoder, no second one of ImageNet confirms them: {error}."]
+    if encoder.network is not None:
+        encoder.network.to(device)
+    return encoder, []
+
+
+def _warnings(subject: Subject, trained_with: list[str]) -> list[str]:
+    """Where the network may have been trained on what measures it; `trained_with` are encoders of the training."""
+    found, names = [], {name: _identity(name) for name in trained_with}
+    missing = [name for name, own in names.items() if own is None]
+    measuring = [one for one in (subject.encoder, subject.second) if one is not None]
+    if missing and any(one.network for one in measuring):
+        found.append(
+            f"The network was trained with the encoder {', '.join(missing)}, which is not there any more: if that is "
+            f"one it is measured on, {' or '.join(one.name for one in measuring)}, its distances do not compare with "
+            "those of other networks."
+        )
+    for encoder in measuring:
+        if encoder.identity in names.values():
+            found.append(
+                f"The network was trained with the encoder {encoder.name}, which it is measured on: its Fréchet "
+                "distances and coverage on it do not compare with those of networks that were not."
+            )
+    return found
+
+
+def _notes(subject: Subject, metrics: dict[str, Any]) -> list[str]:
+    """What a reader must know to compare the numbers with others."""
     notes, encoder, manifest, counts = [], subject.encoder, subject.manifest, subject.counts
     learned = subject.model.metadata.get("dataset")
     if learned and learned != manifest.name:
         notes.append(
             f"The network learned {learned} and is measured on {manifest.name}, with the encoder for those: no number "
             "here says how well it does what it was trained for."
-        )
-    names = {name: _encoder_name(name) for name in trained_with}
-    missing = [name for name, own in names.items() if own is None]
-    if missing and encoder.network is not None:
-        notes.append(
-            f"The network was trained with the encoder {', '.join(missing)}, which is not there any more: if that was "
-            f"the one it is measured on, {encoder.name}, its distances do not compare with those of other networks."
-        )
-    if encoder.name in names.values():
-        notes.append(
-            f"The network was trained with the encoder {encoder.name}, which it is measured on: its Fréchet distances "
-            "and coverage do not compare with those of networks that were not."
         )
     if (count := counts["samples"]) < subject.samples:
         notes.append(
@@ -126,6 +156,11 @@ def _notes(subject: Subject, metrics: dict[str, Any], trained_with: list[str]) -
             f"Fréchet distances, the floor's too, rest on as few as {least:,} examples, and much of their value is "
             "bias: compare them with others of the same counts only."
         )
+    if (second := metrics["second"]) and FEW <= least < 4 * second["features"]:
+        notes.append(
+            f"{second['encoder']} has {second['features']:,} features: distances on it, the floor's too, rest on as "
+            f"few as {least:,} examples, and much of their value is bias."
+        )
     if not subject.is_image:
         notes.append("Points: repair, classes and energy against image outliers do not apply.")
     elif not subject.repairs:
@@ -133,10 +168,10 @@ def _notes(subject: Subject, metrics: dict[str, Any], trained_with: list[str]) -
     return notes
 
 
-def _encoder_name(encoder: str) -> str | None:
-    """The name in an encoder's file, by which a copy is recognised; None if the file is gone."""
+def _identity(encoder: str) -> str | None:
+    """The name by which a copy of an encoder is recognised; None if it cannot be opened any more."""
     try:
-        return load_encoder(encoder).metadata.get("name", encoder)
+        return load_encoder(encoder).identity
     except InputError:
         return None
 

@@ -35,7 +35,7 @@ class SpaceConfig:
     features: float = field(default=0.0, metadata=WEIGHT)
     """Weight of the encoder's features; 0.006 makes those of mnist-cnn64 count as much as MNIST's pixels."""
     encoder: str = ""
-    """Frozen encoder: the name of a shipped one (mnist-cnn64, ...) or the path of a safetensors file of that kind."""
+    """Frozen encoder: mnist-cnn64, efficientnet-lite0, timm:NAME, or the path of a .safetensors, .ts or .pt2 file."""
     code: float = field(default=0.0, metadata=WEIGHT)
     """Weight of the code that f, as it is when the round is matched, has of an image."""
 

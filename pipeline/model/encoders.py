@@ -1,4 +1,7 @@
-"""Small classifiers whose 64-d layer is the space in which image sets are compared.
+"""Encoders: frozen networks in whose features images are compared. Ours are small classifiers with a 64-d layer.
+
+Others are opened by name, too: `efficientnet-lite2` (ImageNet, see efficientnet.py), `timm:NAME`, and files of
+TorchScript or torch.export (foreign.py).
 
 A Frechet distance is only as meaningful as its features, and only comparable on the same ones. So the encoders are
 fixed, named, and shipped with the package (`encoder_weights/<name>.safetensors`, 0.2 to 2 MB each): no download at the
@@ -10,12 +13,14 @@ weight decay and light augmentation, so that no single feature carries a class a
 floor compares, land in the same place.
 """
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -25,6 +30,8 @@ from torch import Tensor, nn
 
 from pipeline.data.format.manifest import Manifest
 from pipeline.errors import InputError, printable
+from pipeline.model.efficientnet import open_lite
+from pipeline.model.foreign import REMEDY, Foreign, open_file, open_timm
 from pipeline.registry import known, lookup
 
 FOLDER = Path(__file__).parent / "encoder_weights"
@@ -56,6 +63,15 @@ class Classifier(nn.Module):
         features: Tensor = self.body(images)
         return features
 
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """(n, channels, size, size) in [-1, 1] -> what comes out of each ReLU, (n, c, h, w)."""
+        found = []
+        for layer in list(self.body)[:6]:
+            images = layer(images)
+            if isinstance(layer, nn.ReLU):
+                found.append(images)
+        return found
+
     def forward(self, images: Tensor) -> Tensor:
         """(n, channels, size, size) in [-1, 1] -> (n, classes) logits."""
         logits: Tensor = self.head(self.dropout(F.relu(self.features(images))))
@@ -67,16 +83,21 @@ class Encoder:
     """A frozen map from data to features; without a network the features are the data itself ('pixels')."""
 
     name: str
-    network: Classifier | None = None  # None: pooled pixels, or points as they are
+    network: Classifier | Foreign | None = None  # None: pooled pixels, or points as they are
     accuracy: float | None = None  # share of test images classified correctly when it was made; None without classes
     labels: tuple[str, ...] = ()  # names of the classes; empty where there are none
     shape: tuple[int, ...] | None = None  # (C, H, W) it expects; None: any
     metadata: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def identity(self) -> str:
+        """The name by which a copy of it in another file is recognised."""
+        return self.metadata.get("name", self.name)
+
     def features(self, data: Tensor, *, batch: int = 1000) -> Tensor:
-        """(n, C, H, W) in [-1, 1], or (n, D) points -> (n, 64) float32; for 'pixels' (n, at most C*8*8) or (n, D)."""
+        """(n, C, H, W) in [-1, 1], or (n, D) points -> (n, d) float32, d 64 for ours; 'pixels': at most C*8*8, or D."""
         if self.network is not None:
-            return torch.cat([self.network.features(part) for part in self._parts(data, batch)])
+            return torch.cat([self.network.features(part) for part in self._parts(data, batch)]).to(data.device)
         if data.ndim == 2:
             return data.float()
         height, width = data.shape[2:]
@@ -84,38 +105,63 @@ class Encoder:
 
     def logits(self, data: Tensor, *, batch: int = 1000) -> Tensor:
         """(n, C, H, W) in [-1, 1] -> (n, classes) float32. Raises ValueError on an encoder without classes."""
-        if self.network is None:
+        if not isinstance(self.network, Classifier):
             raise ValueError(f"the encoder {self.name!r} has no classes")
         return torch.cat([self.network(part) for part in self._parts(data, batch)])
 
+    def unfit(self, shape: tuple[int, ...]) -> str:
+        """Why it cannot read samples of that shape, '' if it can. A network of others is tried."""
+        if isinstance(self.network, Foreign):
+            return self.network.unfit(shape)
+        return "" if self.shape in (None, shape) else f"reads {self.shape}, these images are {shape}"
+
     def _parts(self, data: Tensor, batch: int) -> Iterator[Tensor]:
+        assert self.network is not None
         if self.shape is not None and tuple(data.shape[1:]) != self.shape:
             raise InputError(f"encoder {self.name!r} reads images of shape {self.shape}, not {tuple(data.shape[1:])}")
+        device = next(chain(self.network.parameters(), self.network.buffers())).device
         with torch.inference_mode(not data.requires_grad):
             for start in range(0, len(data), batch):
-                yield data[start : start + batch].float()
+                yield data[start : start + batch].to(device).float()
 
 
 def shipped() -> dict[str, Callable[[], Encoder]]:
     """How each encoder of this package is opened, by name. Others are entry points of the group `naign.encoders`."""
     files = {path.stem: partial(read_encoder, path, path.stem) for path in sorted(FOLDER.glob("*.safetensors"))}
-    return {**files, "pixels": lambda: Encoder(name="pixels")}
+    lites = {f"efficientnet-lite{number}": partial(_open_lite, number) for number in range(3)}
+    return {**files, **lites, "pixels": lambda: Encoder(name="pixels")}
+
+
+def _open_lite(number: int) -> Encoder:
+    return Encoder(name=f"efficientnet-lite{number}", network=open_lite(number))
 
 
 def names() -> list[str]:
-    """Names of the shipped encoders that are a network, sorted."""
-    return [name for name in shipped() if name != "pixels"]
+    """Names of the encoders that are shipped as a file, sorted."""
+    return sorted(path.stem for path in FOLDER.glob("*.safetensors"))
 
 
 def load_encoder(name: str) -> Encoder:
-    """The encoder of that name, or the one in the safetensors file of that path.
+    """The encoder of that name, `timm:NAME[@FILE.safetensors]`, or the one in the file of that path.
 
-    Raises InputError naming what there is, or what is wrong with the file.
+    A file is ours (.safetensors), TorchScript (.ts, .torchscript) or an exported program (.pt2).
+    Raises InputError naming what there is, what is missing, or what is wrong with the file.
     """
+    if name.startswith("timm:"):
+        network, (kind, _, file) = open_timm(name.removeprefix("timm:")), name.partition("@")
+        return Encoder(name=name, network=network, metadata={"name": f"{kind}{_digest(file)}"} if file else {})
     if name.endswith(".safetensors"):
         return read_encoder(Path(name), name)
-    remedies = {name: "or give the path of a .safetensors file"}
+    if name.endswith((".pt2", ".ts", ".torchscript")):
+        return Encoder(name=name, network=open_file(name), metadata={"name": f"{Path(name).stem}{_digest(name)}"})
+    if name.endswith((".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")):
+        raise InputError(f"encoder '{name}' is a pickle by its name, which is not opened: {REMEDY}")
+    remedies = {name: "or give timm:NAME, or the path of a .safetensors, .ts or .pt2 file"}
     return lookup("encoder", name, shipped(), "naign.encoders", remedies=remedies)()
+
+
+def _digest(file: str) -> str:
+    return f" ({hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]})"
 
 
 def read_encoder(path: Path, name: str) -> Encoder:

@@ -104,7 +104,7 @@ class DistanceConfig(ObjectiveConfig):
     perceptual: float = field(default=0.0, metadata=AT_LEAST_0)
     """How much d also counts what two images differ by in the layers of a frozen encoder."""
     encoder: str = ""
-    """perceptual: a shipped one's name (mnist-cnn64, ...) or a safetensors file; another than an evaluation is on."""
+    """perceptual: mnist-cnn64, efficientnet-lite0, timm:NAME or a file; another than an evaluation is on."""
 
     def __post_init__(self) -> None:
         check_fields(self, "objective")

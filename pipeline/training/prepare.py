@@ -231,16 +231,19 @@ def open_perceived(objective: ObjectiveConfig, shape: tuple[int, ...], device: t
     """The perceptual part of the objective's distance, if it has one; InputError where it is not for such data."""
     if not objective.perceptual:
         return None
-    body = getattr(_open_encoder("objective", objective, shape, device).network, "body", None)
-    if body is None:
-        raise InputError(f"objective.encoder '{objective.encoder}' has no layers: choose one of {', '.join(names())}")
-    return perceptual(body)
+    network = _open_encoder("objective", objective, shape, device).network
+    with torch.no_grad():
+        seen = network.stages(torch.zeros(1, *shape, device=device)) if network else []
+    if network is None or not seen:
+        there = ", ".join([*names(), "efficientnet-lite0"])
+        raise InputError(f"objective.encoder '{objective.encoder}' has no layers: choose one of {there}")
+    return perceptual(network.stages)
 
 
 def _open_encoder(section: str, settings: Any, shape: tuple[int, ...], device: torch.device) -> Encoder:
     encoder = load_encoder(settings.encoder)
-    if encoder.shape not in (None, shape):
-        raise InputError(f"{section}.encoder '{settings.encoder}' reads {encoder.shape}, these images are {shape}")
     if encoder.network:
         encoder.network.to(device)
+    if unfit := encoder.unfit(shape):
+        raise InputError(f"{section}.encoder '{settings.encoder}' {unfit}")
     return encoder

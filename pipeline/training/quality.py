@@ -53,6 +53,8 @@ class Quality:
         """Collective. Raises InputError where quality.split is missing, or has too few examples."""
         self.config, self.file = run.config.quality, Path(run.config.run.path) / BEST
         self.encoder: Encoder = choose_encoder(run.stream.manifest)
+        if run.rank == 0 and self.encoder.name in (run.config.objective.encoder, run.config.match.space.encoder):
+            log.warning("quality/fd is measured on %s, which the run is trained with too", self.encoder.name)
         self.real: Tensor | None = None  # features, on rank 0
         with together(run.accelerator):
             if run.rank == 0:

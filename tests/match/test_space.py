@@ -112,7 +112,7 @@ def test_nonsense_is_refused(setting, key):
 
 def test_the_code_of_a_network_without_one_is_refused():
     points = PointConfig()
-    with pytest.raises(InputError, match="match.space.code: model.name=mlp has no code, choose conv or spatial"):
+    with pytest.raises(InputError, match="match.space.code: this network has no code"):
         require_code(Config(model=points), build_network(points, (2,)), "match.space.code")
 
 

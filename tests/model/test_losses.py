@@ -157,8 +157,8 @@ def test_a_perceptual_distance_is_added_in_every_term():
 
 
 def test_perception_is_of_every_layer_and_reaches_the_image():
-    body = load_encoder("digits-cnn64").network.body
-    distance = perceptual(body)
+    network = load_encoder("digits-cnn64").network
+    body, distance = network.body, perceptual(network.stages)
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.rand(4, 1, 8, 8, generator=generator) * 2 - 1 for _ in range(2))
     assert distance(a, a) == 0 and distance(a, b) == distance(b, a) > distance(a, a + 0.01) > 0
