@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline.errors import InputError
 from pipeline.model.flow import CodeFlow
 from pipeline.model.mixture import check_mixture, draw_mixture, is_mixture
-from pipeline.model.networks import Autoencoder
+from pipeline.model.networks import Autoencoder, require_code
 from pipeline.philox import FLAT, IMAGINARY, LATENT, SCALE, normal, uniform
 from pipeline.registry import lookup
 
@@ -127,8 +127,8 @@ def smooth_grid(law: str) -> int:
 def check_law(law: str, shape: tuple[int, ...] | None = None, network: nn.Module | None = None) -> None:
     """InputError unless `law` names a law, and one for samples of that shape and for that network if they are given."""
     find_law(law)
-    if network is not None and decodes(law) and not isinstance(network, Autoencoder):
-        raise InputError(f"match.latents={law}: this network has no code, choose model.name conv or spatial")
+    if network is not None and decodes(law):
+        require_code(network, f"match.latents={law}")
     if shape and smooth_grid(law) and len(shape) != 3:
         raise InputError(f"match.latents={law} is for images, these are points: choose gaussian, mixture or fourier")
 

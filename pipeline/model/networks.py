@@ -97,6 +97,13 @@ class Autoencoder(Protocol):
     def decode(self, code: Tensor) -> Tensor: ...
 
 
+def require_code(network: nn.Module, setting: str) -> Autoencoder:
+    """The network; InputError where it has no code, which `setting` needs."""
+    if not isinstance(network, Autoencoder):
+        raise InputError(f"{setting}: this network has no code, choose model.name conv or spatial")
+    return network
+
+
 def find_network(name: str) -> tuple[type[NetworkConfig], Build]:
     """The settings and the build function of that name; InputError for an unknown one."""
     return lookup("model.name", name, NETWORKS, "naign.networks")

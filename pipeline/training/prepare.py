@@ -23,7 +23,7 @@ from pipeline.model.codes import CodeLaw
 from pipeline.model.encoders import Encoder, load_encoder, names
 from pipeline.model.latents import check_law
 from pipeline.model.losses import Distance, ObjectiveConfig
-from pipeline.model.networks import Autoencoder, build_network
+from pipeline.model.networks import build_network, require_code
 from pipeline.model.perceptual import perceptual
 from pipeline.observe import Monitor, Profiler, forward_flops, parse_rounds, preflight, set_up
 from pipeline.storage import open_store
@@ -53,8 +53,8 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, nn.Module]:
         law = build_law(config, network, device)
         if config.model.init:
             warm_start(config, network, law)
-        if config.match.space.code and not isinstance(network, Autoencoder):
-            raise InputError("match.space.code: this network has no code, choose model.name conv or spatial")
+        if config.match.space.code:
+            require_code(network, "match.space.code")
         find_law(config.objective.damage).check(stream.shape)
         run = Run(
             config=config,
@@ -215,8 +215,7 @@ def build_law(config: Config, network: nn.Module, device: torch.device) -> CodeL
     """The law of latents, if it learns: then the network has a code."""
     if config.match.latents != "codes":
         return None
-    assert isinstance(network, Autoencoder)
-    return CodeLaw(network.code, config.match.codes, config.seed, device)
+    return CodeLaw(require_code(network, "match.latents=codes").code, config.match.codes, config.seed, device)
 
 
 def open_features(

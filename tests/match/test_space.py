@@ -6,12 +6,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.match.space import ROWS, SpaceConfig, check_space, embed
 from pipeline.model.encoders import FOLDER
-from pipeline.model.networks import PointConfig, build_network
-from pipeline.training.prepare import open_features, require_code
+from pipeline.model.networks import PointConfig, build_network, require_code
+from pipeline.training.prepare import open_features
 
 SHAPE = (1, 8, 8)
 
@@ -111,9 +110,8 @@ def test_nonsense_is_refused(setting, key):
 
 
 def test_the_code_of_a_network_without_one_is_refused():
-    points = PointConfig()
     with pytest.raises(InputError, match="match.space.code: this network has no code"):
-        require_code(Config(model=points), build_network(points, (2,)), "match.space.code")
+        require_code(build_network(PointConfig(), (2,)), "match.space.code")
 
 
 def test_a_space_that_does_not_fit_the_data_is_refused():
