@@ -155,6 +155,9 @@ class FaultProxy:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._faults.refusing:  # it was on its way when the listener closed
+            _reset(writer)
+            return
         if self._chance(self._faults.refuse):
             self.counts["refuse"] += 1
             _reset(writer)
