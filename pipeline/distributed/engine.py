@@ -183,12 +183,12 @@ class Engine:
 
     def gathered(self) -> ExitStack:
         """Collective: within this context the bare network's parameters hold the whole weights, for reading."""
-        stack, whole = ExitStack(), list(self.bare.parameters())
+        stack, parameters = ExitStack(), self.bare.parameters()
         if self.sharded:
             from deepspeed.runtime.zero import GatheredParameters
 
-            # One at a time on CPUs: of several, DeepSpeed 0.17 waits for the last one's values only.
-            for some in [[value] for value in whole] if whole[0].device.type == "cpu" else [whole]:
+            # One at a time on CPUs: when it gathers several, DeepSpeed 0.17 waits for the last one only.
+            for some in parameters if self.accelerator.device.type == "cpu" else [list(parameters)]:
                 stack.enter_context(GatheredParameters(some))
         return stack
 
