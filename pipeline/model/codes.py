@@ -32,11 +32,13 @@ class CodesConfig:
     """Hidden units of the flow of a dense code; channels, at full resolution, of that of a spatial code."""
     depth: int = field(default=3, metadata=between(1, 64))
     """Residual layers of the flow; a resolution and side for a spatial code."""
+    directions: int = field(default=64, metadata=between(1, 2**13))
+    """Principal directions of the codes' channels, of most spread, that the flow models; all if there are no more."""
     passes: int = field(default=8, metadata=POSITIVE)
     """How often the flow learns from each image's code, each time with other noise."""
     batch: int = field(default=512, metadata=POSITIVE)
     """Codes a step, over all ranks."""
-    lr: float = field(default=1e-3, metadata=POSITIVE)
+    lr: float = field(default=2e-3, metadata=POSITIVE)
     """Peak learning rate of the flow's AdamW: a short warm-up, then a cosine to zero over the whole run."""
     alone: float = field(default=0.5, metadata=between(0, 0.99))
     """Share of train.images, at the end, over which the flow learns alone: f stays as it is."""
@@ -56,7 +58,8 @@ class CodeLaw:
         self.sum, self.loss = 0.0, math.nan  # of the losses of those steps; mean of the last whole round's
         with torch.random.fork_rng(devices=[]):  # its first weights change none that are drawn besides
             torch.manual_seed(seed)
-            self.flow = CodeFlow(shape, config.width, config.depth, config.steps).to(device)
+            self.flow = CodeFlow(shape, config.width, config.depth, config.steps, config.directions)
+        self.flow.to(device)
         self.average = deepcopy(self.flow).requires_grad_(False)
         self.adam = torch.optim.AdamW(self.flow.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
 
@@ -79,9 +82,9 @@ class CodeLaw:
         if not self.done:
             keep = max(1 / (self.rounds + 1), 1 / (WINDOW + settled))
             values = codes.transpose(0, 1).flatten(1)
-            for flow in (self.flow, self.average):
-                flow.mean.lerp_(values.mean(1), keep)
-                flow.covariance.lerp_(values.cov(), keep)
+            self.flow.follow(values.mean(1), values.cov(), keep)
+            for name, value in self.flow.named_buffers():
+                self.average.get_buffer(name).copy_(value)
         wanted = self.flow.whiten(codes)
         ids = torch.arange(len(codes))
         order = uniform(self.seed, self.rounds, ids, (self.config.passes,), stream=LEARN).argsort(dim=0).T.flatten()

@@ -1,7 +1,8 @@
 """A rectified flow (arXiv 2209.03003) from noise to the codes of f, small beside f.
 
 Codes are (n, c), of a network with a dense code, or (n, c, h, w), of one with a spatial code. They are whitened over
-their c channels first, so that no direction of little spread is lost in the noise.
+their c channels first, so that no direction of little spread is lost in the noise, and of many channels only the
+directions of most spread are modelled: the others stay at their mean.
 """
 
 import math
@@ -99,19 +100,27 @@ class SpatialVelocity(nn.Module):
 
 
 class CodeFlow(nn.Module):
-    """The velocity of whitened codes on straight paths from noise (t = 0) to the data (t = 1)."""
+    """The velocity of whitened codes on straight paths from noise (t = 0) to the data (t = 1).
 
-    mean: Tensor
-    covariance: Tensor
+    Whitened codes, and noise, are (n, d, ...), of at most `directions` channels.
+    """
+
+    mean: Tensor  # (c,) of the channels, over positions
+    covariance: Tensor  # (c, c)
+    inward: Tensor  # (d, c): from codes, less their mean, to whitened ones
+    outward: Tensor  # (c, d), and back
     shape: Tensor
     steps: Tensor
 
-    def __init__(self, shape: tuple[int, ...], width: int, depth: int, steps: int) -> None:
+    def __init__(self, shape: tuple[int, ...], width: int, depth: int, steps: int, directions: int = 2**13) -> None:
         super().__init__()
-        self.velocity = (DenseVelocity if len(shape) == 1 else SpatialVelocity)(shape, width, depth)
+        channels, number = shape[0], min(directions, shape[0])
+        self.velocity = (DenseVelocity if len(shape) == 1 else SpatialVelocity)((number, *shape[1:]), width, depth)
         for name, value in (
-            ("mean", torch.zeros(shape[0])),
-            ("covariance", torch.eye(shape[0])),  # of the channels, over positions
+            ("mean", torch.zeros(channels)),
+            ("covariance", torch.eye(channels)),
+            ("inward", torch.eye(number, channels)),
+            ("outward", torch.eye(channels, number)),
             ("shape", torch.tensor(shape)),
             ("steps", torch.tensor(steps)),
         ):
@@ -123,21 +132,43 @@ class CodeFlow(nn.Module):
         shape, dense = tuple(state["shape"].tolist()), "velocity.norm.weight" in state
         blocks = "velocity.layers." if dense else "velocity.down.0."
         depth = len({name.split(".")[blocks.count(".")] for name in state if name.startswith(blocks)})
+        width, directions = len(state["velocity.inner.weight"]), len(state["inward"])
         with torch.device("meta"):
-            flow = cls(shape, len(state["velocity.inner.weight"]), depth, int(state["steps"]))
+            flow = cls(shape, width, depth, int(state["steps"]), directions)
         flow.load_state_dict(state, assign=True)
         return flow.requires_grad_(False)
 
+    @property
+    def drawn_from(self) -> tuple[int, ...]:
+        """The shape of one code's noise."""
+        return (len(self.inward), *self.shape.tolist()[1:])
+
     def forward(self, codes: Tensor, time: Tensor) -> Tensor:
-        """Velocity (n, *shape) at whitened codes (n, *shape) and times (n,)."""
+        """Velocity (n, d, ...) at whitened codes (n, d, ...) and times (n,)."""
         velocity: Tensor = self.velocity(codes, time)
         return velocity
 
+    def follow(self, mean: Tensor, covariance: Tensor, keep: float) -> None:
+        """Move the mean and the covariance that share towards these, and whiten by them.
+
+        Of all matrices that whiten, the one that moves whitened codes least: the velocity learns on from where it is.
+        """
+        self.mean.lerp_(mean, keep)
+        self.covariance.lerp_(covariance, keep)
+        values, directions = torch.linalg.eigh(self.covariance.double())
+        values, directions = values[-len(self.inward) :], directions[:, -len(self.inward) :]
+        spread = values.clamp(min=1e-8 * float(values.max())).sqrt()
+        left, _, right = torch.linalg.svd(self.inward.double() @ (directions * spread))
+        turn = left @ right
+        self.inward.copy_(turn @ (directions / spread).T)
+        self.outward.copy_((directions * spread) @ turn.T)
+
     def whiten(self, codes: Tensor) -> Tensor:
-        return self._mixed(codes - _rows(self.mean, codes), -0.5)
+        """(n, c, ...) -> (n, d, ...)"""
+        return torch.einsum("ij,nj...->ni...", self.inward, codes - _rows(self.mean, codes))
 
     def draw(self, noise: Tensor) -> Tensor:
-        """The codes (n, *shape) at the ends of the paths that begin at standard normals (n, *shape)."""
+        """The codes (n, c, ...) at the ends of the paths that begin at standard normals (n, d, ...)."""
         codes, times = noise, torch.linspace(0, 1, int(self.steps) + 1).tolist()
         for now, then in zip(times, times[1:], strict=False):  # Heun's method; the last step is Euler's
             step, velocity = then - now, self(codes, noise.new_full((len(noise),), now))
@@ -145,13 +176,7 @@ class CodeFlow(nn.Module):
                 ahead = self(codes + step * velocity, noise.new_full((len(noise),), then))
                 velocity = (velocity + ahead) / 2
             codes = codes + step * velocity
-        return self._mixed(codes, 0.5) + _rows(self.mean, codes)
-
-    def _mixed(self, codes: Tensor, power: float) -> Tensor:
-        """Channels multiplied by that power of the covariance, which is symmetric: it follows the codes smoothly."""
-        values, directions = torch.linalg.eigh(self.covariance.double())
-        matrix = (directions * values.clamp(min=1e-8 * float(values.max())).pow(power)) @ directions.T
-        return torch.einsum("ij,nj...->ni...", matrix.to(codes.dtype), codes)
+        return torch.einsum("ij,nj...->ni...", self.outward, codes) + _rows(self.mean, codes)
 
 
 def waves(time: Tensor) -> Tensor:

@@ -79,6 +79,32 @@ def test_whitened_codes_have_no_spread_of_their_own():
     torch.testing.assert_close(white.mean(1), torch.zeros(4), atol=1e-3, rtol=0)
 
 
+def test_of_many_directions_the_leading_ones_are_modelled():
+    spread = torch.tensor([0.01, 3.0, 0.02, 2.0, 0.03])
+    turn = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(0))).Q
+    mixed = torch.randn(2000, 5, generator=torch.Generator().manual_seed(1)) * spread @ turn + 1
+    law = CodeLaw((5,), CodesConfig(width=16, depth=1, passes=1, directions=2), 0, torch.device("cpu"))
+    learn(law, mixed, 0.0)
+    assert law.flow.drawn_from == (2,)
+    white = law.flow.whiten(mixed)
+    torch.testing.assert_close(white.T.cov(), torch.eye(2), atol=1e-3, rtol=0)
+    back = white @ law.flow.outward.T + law.flow.mean
+    assert 0 < float((back - mixed).square().mean(0).sum()) < 0.002
+    again = CodeFlow.of(law.state())
+    assert again.drawn_from == (2,) and again.draw(torch.randn(7, 2)).shape == (7, 5)
+
+
+def test_whitened_codes_move_little_while_the_codes_turn():
+    """Two directions of the same spread: their eigenvectors are any; what is learned from must not turn with them."""
+    law = CodeLaw((3,), CodesConfig(width=16, depth=1, passes=1, directions=2), 0, torch.device("cpu"))
+    mixed = torch.randn(4000, 3, generator=torch.Generator().manual_seed(1)) * torch.tensor([1.0, 1.0, 0.01])
+    learn(law, mixed, 0.0)
+    white = law.flow.whiten(mixed)
+    for bump in (torch.tensor([1.02, 1.0, 1.0]), torch.tensor([1.0, 1.05, 1.0])):
+        learn(law, mixed * bump, 0.0)
+        assert float((law.flow.whiten(mixed) - white).square().mean()) < 0.002
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_learn_what_one_would(world):
     """Ranks in turn, each with the sum of all gradients, as a reduction gives it."""
