@@ -119,7 +119,7 @@ class Encoder:
         assert self.network is not None
         if self.shape is not None and tuple(data.shape[1:]) != self.shape:
             raise InputError(f"encoder {self.name!r} reads images of shape {self.shape}, not {tuple(data.shape[1:])}")
-        device = next(chain(self.network.parameters(), self.network.buffers())).device
+        device = next(chain(self.network.parameters(), self.network.buffers()), data).device
         with torch.inference_mode(not data.requires_grad):
             for start in range(0, len(data), batch):
                 yield data[start : start + batch].to(device).float()
