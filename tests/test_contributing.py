@@ -75,6 +75,6 @@ def test_the_package_of_contributing_is_packed_trained_with_and_evaluated(packag
     gone = subprocess.run(
         direct_command(*options), cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
     )
-    assert gone.returncode == 2 and "model.name is 'dense': choose one of conv, mlp" in gone.stderr
+    assert gone.returncode == 2 and "model.name is 'dense': choose one of conv, spatial, mlp" in gone.stderr
     assert "--model.hidden" in run(*direct_command(*options, "--model.hiden=3"), code=2)
     assert "model.hidden is 0" in run(*direct_command(*options, "--model.hidden=0"), code=2)
