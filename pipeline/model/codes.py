@@ -39,7 +39,10 @@ class CodesConfig:
     batch: int = field(default=512, metadata=POSITIVE)
     """Codes a step, over all ranks."""
     lr: float = field(default=2e-3, metadata=POSITIVE)
-    """Peak learning rate of the flow's AdamW: a short warm-up, then a cosine to zero over the whole run."""
+    """Peak learning rate of the flow's AdamW: a short warm-up, then a cosine to zero at the end of the run."""
+    begin: float = field(default=0.5, metadata=between(0, 0.99))
+    """Share of train.images before which the flow only follows the mean and the covariance of the codes: what it draws
+    until then is a Gaussian. 0 where matched latents are to move f."""
     alone: float = field(default=0.5, metadata=between(0, 0.99))
     """Share of train.images, at the end, over which the flow learns alone: f stays as it is."""
     steps: int = field(default=8, metadata=between(1, 10**4))
@@ -76,6 +79,7 @@ class CodeLaw:
     ) -> Iterator[None]:
         """Learn from the next round's codes, step by step; the loss is that per value. Collective.
 
+        Before `begin` there are no steps, and the loss stays not a number.
         A function of the state, the codes and the seed, whatever the number of ranks, but for the order in which
         gradients are added.
         """
@@ -86,10 +90,11 @@ class CodeLaw:
             for name, value in self.flow.named_buffers():
                 self.average.get_buffer(name).copy_(value)
         wanted = self.flow.whiten(codes)
+        learned = (share - self.config.begin) / (1 - self.config.begin)  # share of what the flow learns from
         ids = torch.arange(len(codes))
         order = uniform(self.seed, self.rounds, ids, (self.config.passes,), stream=LEARN).argsort(dim=0).T.flatten()
-        batches = order.split(self.config.batch)
-        rate = self.config.lr * (1 + math.cos(math.pi * share)) / 2
+        batches = order.split(self.config.batch) if learned >= 0 else ()
+        rate = self.config.lr * (1 + math.cos(math.pi * learned)) / 2
         while self.done < len(batches):
             rows = batches[self.done]
             first, last = (len(rows) * part // world for part in (rank, rank + 1))
@@ -98,7 +103,7 @@ class CodeLaw:
             self.sum += self._step(loss / (len(rows) * wanted[0].numel()), rate, add)
             self.done += 1
             yield
-        self.loss, self.sum = self.sum / len(batches), 0.0
+        self.loss, self.sum = self.sum / len(batches) if batches else math.nan, 0.0
         self.rounds, self.done = self.rounds + 1, 0
 
     def _loss(self, wanted: Tensor, numbers: Tensor, autocast: Callable[[], AbstractContextManager[Any]]) -> Tensor:

@@ -28,7 +28,7 @@ class DenseVelocity(nn.Module):
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
-        nn.init.zeros_(self.outer.weight)
+        still(self.outer)
 
     def forward(self, codes: Tensor, time: Tensor) -> Tensor:
         hidden = self.inner(torch.cat([codes, waves(time)], dim=1))
@@ -79,7 +79,7 @@ class SpatialVelocity(nn.Module):
                 back += [TimedBlock(channels, channels, timed, attends=attends) for _ in range(depth - 1)]
                 self.up.append(nn.ModuleList(back))
         self.outer = nn.Sequential(norm(width), nn.SiLU(), nn.Conv2d(width, shape[0], 3, padding=1))
-        nn.init.zeros_(self.outer[-1].weight)  # type: ignore[arg-type]
+        still(self.outer[-1])
 
     def forward(self, codes: Tensor, time: Tensor) -> Tensor:
         height, width = codes.shape[2:]
@@ -177,6 +177,12 @@ class CodeFlow(nn.Module):
                 velocity = (velocity + ahead) / 2
             codes = codes + step * velocity
         return torch.einsum("ij,nj...->ni...", self.outward, codes) + _rows(self.mean, codes)
+
+
+def still(layer: nn.Module) -> None:
+    """A velocity of zero at first: noise is a whitened code, of a Gaussian."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
 
 def waves(time: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def run_rounds(run: Run, partial: PartialRound | None) -> None:
             with run.profiler.round(position.round), measured(position):
                 with run.phase("take"):
                     state, taken = take(run, partial)
-                values = {"loss/codes": learn_codes(run, run.law, state)} if run.law else {}
+                values = learn_codes(run, run.law, state) if run.law else {}
                 if position.round < run.fitted:
                     with run.phase("match"):
                         if config.objective.needs_match and state.match is None:
@@ -147,10 +147,12 @@ def take(run: Run, kept: PartialRound | None) -> tuple[RoundState, Taken]:
     return state, taken
 
 
-def learn_codes(run: Run, law: CodeLaw, state: RoundState) -> float:
-    """Let the law of latents learn from the codes of a round. Returns its mean loss. Collective."""
+def learn_codes(run: Run, law: CodeLaw, state: RoundState) -> dict[str, float]:
+    """Let the law of latents learn from the codes of a round. Returns its mean loss, if it has begun. Collective."""
+    share = state.number / run.rounds
+    begun = share >= law.config.begin
     if law.rounds > state.number:  # it did before a stop
-        return law.loss
+        return {"loss/codes": law.loss} if begun else {}
     accelerator, device = run.accelerator, run.accelerator.device
     with run.phase("learn"):
         mine = torch.cat([run.engine.exported("encode", part) for part in state.images.split(ENCODED)])
@@ -158,18 +160,18 @@ def learn_codes(run: Run, law: CodeLaw, state: RoundState) -> float:
         how = {"rank": run.rank, "world": run.world, "autocast": accelerator.autocast}
         if run.world > 1:
             how["add"] = partial(accelerator.reduce, reduction="sum")
-        share, settled = state.number / run.rounds, max(0, state.number - run.fitted)
+        settled = max(0, state.number - run.fitted)
         for _ in law.learn(accelerator.gather(mine).to(device), share, settled, **how):
             run.watchdog.beat()
             if stop_requested():
                 raise Stopped
-        if not math.isfinite(law.loss):
+        if begun and not math.isfinite(law.loss):
             raise Diverged(f"the flow of f's codes is not finite in round {state.number}: {REMEDY}")
         run.state = state.random.state = law.state()
         if run.world > 1:  # the same bits on every rank, whatever its machine
             for value in run.state.values():
                 broadcast(value, from_process=0)
-    return law.loss
+    return {"loss/codes": law.loss} if begun else {}
 
 
 def read_round(run: Run, stream: Stream, number: int) -> Taken:

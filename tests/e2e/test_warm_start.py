@@ -12,6 +12,7 @@ from pipeline.model.naign import NAIGN
 from tests.conftest import SMALL
 
 CODES = ["--match.latents=codes", "--match.codes.width=32", "--match.codes.passes=8", "--match.codes.batch=64"]
+CODES += ["--match.codes.begin=0"]
 
 
 def first_loss(run: Path) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The law of latents that is learned: a flow from noise to the codes of the data."""
 
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +15,7 @@ from pipeline.model.flow import CodeFlow
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import ConvConfig, build_network
 
-SETTINGS = CodesConfig(width=64, depth=2, passes=8, batch=128, steps=6)
+SETTINGS = CodesConfig(width=64, depth=2, passes=8, batch=128, steps=6, begin=0.0)
 
 
 def codes(round: int, count: int = 1024) -> torch.Tensor:
@@ -83,7 +84,7 @@ def test_of_many_directions_the_leading_ones_are_modelled():
     spread = torch.tensor([0.01, 3.0, 0.02, 2.0, 0.03])
     turn = torch.linalg.qr(torch.randn(5, 5, generator=torch.Generator().manual_seed(0))).Q
     mixed = torch.randn(2000, 5, generator=torch.Generator().manual_seed(1)) * spread @ turn + 1
-    law = CodeLaw((5,), CodesConfig(width=16, depth=1, passes=1, directions=2), 0, torch.device("cpu"))
+    law = CodeLaw((5,), CodesConfig(width=16, depth=1, passes=1, directions=2, begin=0.0), 0, torch.device("cpu"))
     learn(law, mixed, 0.0)
     assert law.flow.drawn_from == (2,)
     white = law.flow.whiten(mixed)
@@ -96,7 +97,7 @@ def test_of_many_directions_the_leading_ones_are_modelled():
 
 def test_whitened_codes_move_little_while_the_codes_turn():
     """Two directions of the same spread: their eigenvectors are any; what is learned from must not turn with them."""
-    law = CodeLaw((3,), CodesConfig(width=16, depth=1, passes=1, directions=2), 0, torch.device("cpu"))
+    law = CodeLaw((3,), CodesConfig(width=16, depth=1, passes=1, directions=2, begin=0.0), 0, torch.device("cpu"))
     mixed = torch.randn(4000, 3, generator=torch.Generator().manual_seed(1)) * torch.tensor([1.0, 1.0, 0.01])
     learn(law, mixed, 0.0)
     white = law.flow.whiten(mixed)
@@ -133,6 +134,19 @@ def test_ranks_learn_what_one_would(world):
             torch.testing.assert_close(law.state()[name], value, atol=1e-4, rtol=1e-4)
 
 
+def test_before_it_begins_the_flow_draws_a_gaussian_of_the_codes_mean_and_covariance():
+    law = CodeLaw((2,), CodesConfig(width=16, depth=1, begin=0.5), 3, torch.device("cpu"))
+    before = {name: value.clone() for name, value in law.flow.named_parameters()}
+    learn(law, codes(0), 0.49)
+    assert law.rounds == 1 and math.isnan(law.loss)
+    assert all(torch.equal(value, before[name]) for name, value in law.flow.named_parameters())
+    drawn = CodeFlow.of(law.state()).draw(torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(drawn.T.cov(), codes(0).T.cov(), atol=0.05, rtol=0.05)
+    torch.testing.assert_close(drawn.mean(0), codes(0).mean(0), atol=0.1, rtol=0)
+    learn(law, codes(1), 0.5)
+    assert law.rounds == 2 and 0 < law.loss < 4
+
+
 def test_first_weights_change_nothing_that_is_drawn_besides():
     torch.manual_seed(5)
     expected = torch.randn(3)
@@ -144,7 +158,9 @@ def test_first_weights_change_nothing_that_is_drawn_besides():
 @pytest.mark.parametrize("change", ["another width", "a moment is missing"])
 def test_what_another_flow_left_is_refused(change):
     saved = learned(1).dump()
-    law = CodeLaw((2,), CodesConfig(width=32) if change == "another width" else SETTINGS, 3, torch.device("cpu"))
+    law = CodeLaw(
+        (2,), CodesConfig(width=32, begin=0.0) if change == "another width" else SETTINGS, 3, torch.device("cpu")
+    )
     if change == "a moment is missing":
         del saved["adam.exp_avg.velocity.outer.weight"]
     with pytest.raises((KeyError, RuntimeError, ValueError)):
