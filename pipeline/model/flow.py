@@ -1,8 +1,8 @@
 """A rectified flow (arXiv 2209.03003) from noise to the codes of f, small beside f.
 
 Codes are (n, c), of a network with a dense code, or (n, c, h, w), of one with a spatial code. They are whitened over
-their c channels first, so that no direction of little spread is lost in the noise, and of many channels only the
-directions of most spread are modelled: the others stay at their mean.
+their c channels first, so that no direction is lost in the noise, but for those of little spread, which stay small; and
+of many channels only the directions of most spread are modelled: the others stay at their mean.
 """
 
 import math
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.model.networks import Attention, norm
 
+RIDGE = 0.3  # of the mean variance, added to each: whitened fully, directions of little spread cost the others' law
 _WAVES = 32  # sines, and as many cosines, of the time
 
 
@@ -156,8 +157,8 @@ class CodeFlow(nn.Module):
         self.mean.lerp_(mean, keep)
         self.covariance.lerp_(covariance, keep)
         values, directions = torch.linalg.eigh(self.covariance.double())
-        values, directions = values[-len(self.inward) :], directions[:, -len(self.inward) :]
-        spread = values.clamp(min=1e-8 * float(values.max())).sqrt()
+        directions = directions[:, -len(self.inward) :]
+        spread = (values[-len(self.inward) :].clamp(min=0) + RIDGE * values.mean()).clamp(min=1e-30).sqrt()
         left, _, right = torch.linalg.svd(self.inward.double() @ (directions * spread))
         turn = left @ right
         self.inward.copy_(turn @ (directions / spread).T)

@@ -154,6 +154,37 @@ def open_timm(name: str) -> Foreign:
     return Foreign(Staged(network.eval()), channels=channels, smallest=16, side=side, exact=exact, **scale)
 
 
+class Inception(nn.Module):
+    """torch-fidelity's Inception network: pixels 0 ... 255 -> the 2,048 features of the FID."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.network(images.round().clamp(0, 255).to(torch.uint8))[0]
+        return features
+
+
+def open_inception() -> Foreign:
+    """The network of the FID, from torch-fidelity; InputError where the package or its weights are missing."""
+    try:
+        from torch_fidelity import feature_extractor_inceptionv3 as source
+    except ImportError as error:
+        raise InputError(
+            f"encoder 'fid-inception' needs torch-fidelity ({error}): pip install torch-fidelity"
+        ) from None
+    url = source.URL_INCEPTION_V3
+    try:  # the package unpickles what is then in the cache: only what is known to hold nothing but tensors
+        torch.hub.load_state_dict_from_url(url, progress=False, check_hash=True, weights_only=True)
+        network = source.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    except Exception as error:  # the network's, the file's
+        cache, what = f"{torch.hub.get_dir()}/checkpoints", f"{type(error).__name__}: {printable(str(error), 300)}"
+        remedy = f"without network access put the file of {url} into {cache}"
+        raise InputError(f"the weights of encoder 'fid-inception' cannot be had ({what}): {remedy}") from None
+    return Foreign(Inception(network), channels=3, mean=[-1.0], std=[1 / 127.5])
+
+
 def open_file(path: str) -> Foreign:
     """The module in a TorchScript (.ts, .torchscript) or torch.export (.pt2) file, without enlarging or scaling.
 

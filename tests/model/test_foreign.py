@@ -181,6 +181,31 @@ def test_missing_packages_are_named_with_the_command(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(InputError, match="'timm:resnet18' needs timm .*pip install timm"):
         load_encoder("timm:resnet18")
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(InputError, match="'fid-inception' needs torch-fidelity .*pip install torch-fidelity"):
+        load_encoder("fid-inception")
+
+
+def test_inception_is_that_of_torch_fidelity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With weights of our own in its cache, since the true ones are a download; and with a pickle there."""
+    source = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", exc_type=ImportError)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub/checkpoints" / Path(source.URL_INCEPTION_V3).name
+    file.parent.mkdir(parents=True)
+    torch.save({"weight": Path("pickled")}, file)
+    with pytest.raises(InputError, match="weights of encoder 'fid-inception' cannot be had .*Unpickling"):
+        load_encoder("fid-inception")
+    with monkeypatch.context() as unloaded:
+        unloaded.setattr(source.FeatureExtractorInceptionV3, "load_state_dict", lambda network, state: None)
+        torch.save({}, file)
+        network = source.FeatureExtractorInceptionV3("inception", ["2048"])
+    torch.save(network.state_dict(), file)
+    encoder = load_encoder("fid-inception")
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        expected = network(((images + 1) * 127.5).round().to(torch.uint8))[0]
+    torch.testing.assert_close(encoder.features(images), expected)
+    assert not encoder.unfit((3, 32, 32)) and expected.shape == (2, 2048)
 
 
 def test_timm_opens_a_file_of_weights(tmp_path: Path) -> None:
