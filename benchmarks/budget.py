@@ -5,7 +5,7 @@
 Multiplications and additions of f's layers, counted by torch, times the forwards that an image needs: one for each of
 the pool's samples that are generated for it, and three (a forward, and a backward of twice its cost) for each input
 that a term trains on. Normalisation, activation, search and reading are left out: what they cost is in the rate, which
-is measured (0.18 TFLOP/s: mnist_best.yaml on two cores) or supposed (100: a tenth of what an H100 is sold for in bf16).
+is measured (0.18 TFLOP/s: mnist_imle_long.yaml on two cores) or supposed (100: a tenth of what an H100 is sold for in bf16).
 """
 
 import math
@@ -23,7 +23,7 @@ from pipeline.model.networks import build_network
 
 SHAPES = {
     "mnist": (1, 28, 28),
-    "mnist_best": (1, 28, 28),
+    "mnist_imle_long": (1, 28, 28),
     "fashion_mnist": (1, 28, 28),
     "cifar10": (3, 32, 32),
     "folder256": (3, 256, 256),

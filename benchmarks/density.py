@@ -7,7 +7,7 @@ more like the data than any image of it. Scores: the energy of networks, mean an
 the mean brightness is from the data's; the distance to the nearest training image. Outliers: Fashion-MNIST's test
 images, all black, other constants (every shade but black), uniform noise, inverted digits, digits upside down, and a
 digit that is left out of training. For that last column networks are trained anew on the data without it. All on the
-recipe of mnist.yaml, also with a code of 128 values, and NAIGN with all digits also on that of mnist_best.yaml.
+recipe of mnist_imle.yaml, also with a code of 128 values, and NAIGN with all digits also on that of mnist_imle_long.yaml.
 
 Runs are kept under runs/tables as table.py's are, and so is what `--to` has of them already. data/mnist,
 data/mnist_without_9 and data/fashion_mnist are packed where they are missing.
@@ -30,10 +30,10 @@ from pipeline.evaluate.density import auroc
 from pipeline.model.naign import NAIGN
 
 HELD_OUT = "9"
-FAST, PLAIN = "configs/mnist.yaml", ("--objective.denoising=0", "--objective.third=none")
-LONGER, SHORTER = "NAIGN, mnist_best.yaml", "NAIGN, mnist.yaml"
+FAST, PLAIN = "configs/mnist_imle.yaml", ("--objective.denoising=0", "--objective.third=none")
+LONGER, SHORTER = "NAIGN, mnist_imle_long.yaml", "NAIGN, mnist_imle.yaml"
 CONFIGURATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
-    LONGER: ("configs/mnist_best.yaml", ()),
+    LONGER: ("configs/mnist_imle_long.yaml", ()),
     SHORTER: (FAST, ()),
     "NAIGN, reconstruction and IMLE alone": (FAST, PLAIN),
     "autoencoder": (FAST, ("--objective.imle=0", *PLAIN)),
@@ -46,9 +46,9 @@ NETWORKS = CONFIGURATIONS | {
     if name != LONGER  # it has that code anyway
 }
 OFTEN, TIMES = ", f applied five times", 5
-"""Another score of the networks of mnist_best.yaml: how far from an image f leaves it in the end."""
+"""Another score of the networks of mnist_imle_long.yaml: how far from an image f leaves it in the end."""
 CODES = ", distance to the nearest training code"
-"""Another one of those of mnist.yaml: in f's bottleneck, by angle."""
+"""Another one of those of mnist_imle.yaml: in f's bottleneck, by angle."""
 TURNED = "upside down"
 Score = Callable[[Tensor], Tensor]
 Sets = dict[str, tuple[Tensor, Tensor]]

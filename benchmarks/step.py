@@ -185,7 +185,7 @@ class Bench:
         """Seconds to the first step, by way to start."""
         rounds = 3
         options = [
-            *("--config", str(ROOT / "configs/mnist.yaml"), "--data.path", self.config.data.path),
+            *("--config", str(ROOT / "configs/mnist_imle.yaml"), "--data.path", self.config.data.path),
             *("--run.path", str(self.scratch / "resumed"), "--checkpoint.rounds=1", "--checkpoint.keep=0"),
             *(f"--train.images={rounds * self.config.match.round}", f"--match.round={self.config.match.round}"),
             *(f"--model.width={self.config.model.width}", f"--model.code={self.config.model.code}"),

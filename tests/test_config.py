@@ -182,5 +182,6 @@ def test_the_mnist_recipe_names_what_is_not_the_default():
     recipe = flatten(load(str(CONFIGS[0].parent / "mnist.yaml")))
     changed = {key for key, value in flatten(Config()).items() if recipe[key] != value}
     assert changed == {
-        *("objective.third", "objective.denoising", "objective.damage", "match.ratio", "train.precision", "model.code")
+        *("objective.imle", "objective.denoising", "objective.damage", "train.precision", "train.images"),
+        *("match.latents", "match.codes.begin", "match.codes.alone", "match.codes.passes"),
     }
