@@ -4,8 +4,9 @@
 
 Multiplications and additions of f's layers, counted by torch, times the forwards that an image needs: one for each of
 the pool's samples that are generated for it, and three (a forward, and a backward of twice its cost) for each input
-that a term trains on. Normalisation, activation, search and reading are left out: what they cost is in the rate, which
-is measured (0.18 TFLOP/s: mnist_imle_long.yaml on two cores) or supposed (100: a tenth of what an H100 is sold for in bf16).
+that a term trains on; and those of the flow of codes, three for each code it learns from. Normalisation, activation,
+search and reading are left out: what they cost is in the rate, which is measured (0.18 TFLOP/s: mnist_imle_long.yaml on
+two cores) or supposed (100: a tenth of what an H100 is sold for in bf16).
 """
 
 import math
@@ -14,18 +15,23 @@ from pathlib import Path
 
 import torch
 import tyro
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from trained import ROOT, check_place, page, write
 
 from pipeline.config import load
 from pipeline.errors import InputError, exit_on_input_error
+from pipeline.model.flow import CodeFlow
 from pipeline.model.networks import build_network
 
 SHAPES = {
     "mnist": (1, 28, 28),
+    "mnist_imle": (1, 28, 28),
     "mnist_imle_long": (1, 28, 28),
     "fashion_mnist": (1, 28, 28),
+    "cifar10_cpu": (3, 32, 32),
     "cifar10": (3, 32, 32),
+    "folder64": (3, 64, 64),
     "folder256": (3, 256, 256),
 }
 
@@ -44,26 +50,39 @@ def main(settings: Settings) -> None:
     check_place(settings.to)
     if not all(0 < rate < math.inf for rate in settings.rates):
         raise InputError(f"--rates {settings.rates}: each must be above 0")
-    rows, found = list[list[str]](), dict[str, dict[str, float]]()
+    rows, found = list[list[str]](), dict[str, dict[str, list[float]]]()
     for name, shape in SHAPES.items():
         config = load(str(ROOT / f"configs/{name}.yaml"))
+        codes, images = config.match.codes, config.train.images
         with torch.device("meta"):
             network, image = build_network(config.model, shape), torch.empty(1, *shape)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(image)
-        forwards = 3 * config.objective.forwards + config.match.ratio / config.train.passes
-        total = counter.get_total_flops() * forwards * config.train.images
-        hours = [total / (rate * 1e12) / 3600 for rate in settings.rates]
-        parameters = sum(value.numel() for value in network.parameters())
-        found[name] = {"parameters": parameters, "flop": counter.get_total_flops(), "total": total}
-        cells = [f"{parameters / 1e6:.1f}", f"{counter.get_total_flops() / 1e9:.3f}", f"{forwards:g}"]
-        cells += [f"{config.train.images:,}", f"{total / 1e15:.2f}"]
+        forwards = 3 * config.objective.forwards
+        forwards += config.match.ratio / config.train.passes if config.objective.needs_match else 0
+        learns = config.match.latents == "codes"
+        fitted = images * (1 - codes.alone) if learns else images
+        parts = [forwards * fitted * count(network, image)]
+        if learns:
+            flow = CodeFlow(network.code, codes.width, codes.depth, codes.steps, codes.directions)
+            drawn = torch.zeros(1, *flow.noise_shape), torch.zeros(1)
+            parts.append(3 * codes.passes * images * (1 - codes.begin) * count(flow, *drawn))
+        hours = [sum(parts) / (rate * 1e12) / 3600 for rate in settings.rates]
+        sizes = [sum(value.numel() for value in part.parameters()) for part in (network, *([flow] if learns else []))]
+        found[name] = {"parameters": sizes, "flop": parts}
+        cells = [" + ".join(f"{value / 1e6:.1f}" for value in sizes), f"{forwards:g}", f"{fitted:,.0f}"]
+        cells.append(" + ".join(f"{value / 1e15:.2f}" for value in parts))
         rows.append([name, *cells, *(f"{spent:,.2f}" for spent in hours)])
-    titles = ["", "parameters, 10⁶", "GFLOP a forward", "forwards an image", "images", "PFLOP in all"]
+    titles = ["", "parameters of f + flow, 10⁶", "forwards an image", "images f learns from", "PFLOP of f + flow"]
     titles += [f"hours at {rate:g} TFLOP/s" for rate in settings.rates]
     text = page("Arithmetic of a training", titles, rows)
     write(settings.to, text, found)
     print(text)
+
+
+def count(network: nn.Module, *inputs: Tensor) -> int:
+    """Multiplications and additions of one forward."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(*inputs)
+    return int(counter.get_total_flops())
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ more like the data than any image of it. Scores: the energy of networks, mean an
 the mean brightness is from the data's; the distance to the nearest training image. Outliers: Fashion-MNIST's test
 images, all black, other constants (every shade but black), uniform noise, inverted digits, digits upside down, and a
 digit that is left out of training. For that last column networks are trained anew on the data without it. All on the
-recipe of mnist_imle.yaml, also with a code of 128 values, and NAIGN with all digits also on that of mnist_imle_long.yaml.
+recipe of mnist_imle.yaml, also with a code of 128 values, and NAIGN with all digits also on that of
+mnist_imle_long.yaml.
 
 Runs are kept under runs/tables as table.py's are, and so is what `--to` has of them already. data/mnist,
 data/mnist_without_9 and data/fashion_mnist are packed where they are missing.

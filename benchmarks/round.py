@@ -60,15 +60,9 @@ class Span:
 
 def traced(settings: Settings, folder: Path) -> list[Path]:
     command = [
-        *(
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--quiet",
-            "--config_file",
-            str(ROOT / "launch/cpu.yaml"),
-        ),
-        *("--main_process_port", "0", str(ROOT / "pipeline/train.py"), "--config", str(ROOT / "configs/mnist_imle.yaml")),
+        *(sys.executable, "-m", "accelerate.commands.launch", "--quiet"),
+        *("--config_file", str(ROOT / "launch/cpu.yaml"), "--main_process_port", "0"),
+        *(str(ROOT / "pipeline/train.py"), "--config", str(ROOT / "configs/mnist_imle.yaml")),
         *(f"--data.path={settings.data}", f"--run.path={folder}", "--train.images=12288", "--report.pictures=0"),
         "--profile.rounds=4",
     ]

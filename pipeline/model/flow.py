@@ -140,7 +140,7 @@ class CodeFlow(nn.Module):
         return flow.requires_grad_(False)
 
     @property
-    def drawn_from(self) -> tuple[int, ...]:
+    def noise_shape(self) -> tuple[int, ...]:
         """The shape of one code's noise."""
         return (len(self.inward), *self.shape.tolist()[1:])
 

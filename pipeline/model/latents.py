@@ -94,7 +94,7 @@ def _codes(
     if is_mixture(state):
         return decode(draw_mixture(state, seed, round, ids, device))
     flow = CodeFlow.of(state)
-    return decode(flow.draw(normal(seed, round, ids, flow.drawn_from, device)))
+    return decode(flow.draw(normal(seed, round, ids, flow.noise_shape, device)))
 
 
 def _fourier(seed: int, round: int, ids: Tensor, shape: Shape, device: Device, *, state: State) -> Tensor:

@@ -92,7 +92,7 @@ def test_of_many_directions_the_leading_ones_are_modelled():
     mixed = torch.randn(2000, 5, generator=torch.Generator().manual_seed(1)) * spread @ turn + 1
     law = CodeLaw((5,), CodesConfig(width=16, depth=1, passes=1, directions=2, begin=0.0), 0, torch.device("cpu"))
     learn(law, mixed, 0.0)
-    assert law.flow.drawn_from == (2,)
+    assert law.flow.noise_shape == (2,)
     white = law.flow.whiten(mixed)
     expected = kept(torch.linalg.eigvalsh(mixed.T.cov()))[-2:]
     assert expected.min() > 0.6
@@ -100,7 +100,7 @@ def test_of_many_directions_the_leading_ones_are_modelled():
     back = white @ law.flow.outward.T + law.flow.mean
     assert 0 < float((back - mixed).square().mean(0).sum()) < 0.002
     again = CodeFlow.of(law.state())
-    assert again.drawn_from == (2,) and again.draw(torch.randn(7, 2)).shape == (7, 5)
+    assert again.inner == (2,) and again.draw(torch.randn(7, 2)).shape == (7, 5)
 
 
 def test_whitened_codes_move_little_while_the_codes_turn():
