@@ -38,6 +38,12 @@ FORMER: Record = {
 }
 """Settings that every run had, of whatever objective and network, when the committed tables were measured. They count
 in a run's name, so that those runs are found."""
+LATER: Record = {
+    **{"model.init": "", "objective.drift": 0.0, "objective.moments": 0.0, "match.refine": 0, "match.space.code": 0.0},
+    **{"objective.temperatures": "0.02,0.05,0.2", "objective.repulsion": 1.0, "objective.positives": 1},
+    "match.refine_rate": 0.02,
+}
+"""Settings that came since then. With these values a run computes what it did before, and they do not count."""
 FOUND, FAILED = "evaluation/metrics.json", "failed.json"
 """Where a run's folder has what `naign evaluate` found, or that it diverged."""
 
@@ -71,6 +77,9 @@ class Task:
         free = changeable(parsed, FREE) - {"train.precision"}  # a run may change it, and rounds otherwise then
         settings = FORMER | {key: value for key, value in flatten(parsed).items() if key not in free}
         settings["model.kind"] = settings.pop("model.name")
+        settings = {key: value for key, value in settings.items() if key not in LATER or value != LATER[key]}
+        if parsed.match.latents != "codes":
+            settings = {key: value for key, value in settings.items() if not key.startswith("match.codes.")}
         name = f"{Path(config).stem}-seed-{seed}-{fingerprint(settings)}"
         steps = tuple(then)
         folder = runs / (f"{name}-{fingerprint({'then': steps})}" if steps else name)
