@@ -169,8 +169,12 @@ class CodeFlow(nn.Module):
         return torch.einsum("ij,nj...->ni...", self.inward, codes - _rows(self.mean, codes))
 
     def draw(self, noise: Tensor) -> Tensor:
-        """The codes (n, c, ...) at the ends of the paths that begin at standard normals (n, d, ...)."""
-        codes, times = noise, torch.linspace(0, 1, int(self.steps) + 1).tolist()
+        """The codes (n, c, ...) at the ends of the paths that begin at standard normals (n, d, ...).
+
+        Before the flow has learned, paths stand still, and cost nothing.
+        """
+        moves = any(bool(value.any()) for value in self.velocity.outer.parameters())
+        codes, times = noise, torch.linspace(0, 1, int(self.steps) + 1 if moves else 1).tolist()
         for now, then in zip(times, times[1:], strict=False):  # Heun's method; the last step is Euler's
             step, velocity = then - now, self(codes, noise.new_full((len(noise),), now))
             if then < 1:

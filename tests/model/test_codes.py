@@ -100,7 +100,7 @@ def test_of_many_directions_the_leading_ones_are_modelled():
     back = white @ law.flow.outward.T + law.flow.mean
     assert 0 < float((back - mixed).square().mean(0).sum()) < 0.002
     again = CodeFlow.of(law.state())
-    assert again.inner == (2,) and again.draw(torch.randn(7, 2)).shape == (7, 5)
+    assert again.noise_shape == (2,) and again.draw(torch.randn(7, 2)).shape == (7, 5)
 
 
 def test_whitened_codes_move_little_while_the_codes_turn():
