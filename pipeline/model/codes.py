@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pipeline.constraints import POSITIVE, between, check_fields
-from pipeline.errors import require
+from pipeline.errors import InputError, require
 from pipeline.model.flow import CodeFlow
 from pipeline.philox import LEARN, normal, uniform
 
@@ -50,6 +50,9 @@ class CodesConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "match.codes")
+        if self.begin + self.alone > 1 + 1e-9:
+            what = f"match.codes.begin is {self.begin:g} and match.codes.alone {self.alone:g}"
+            raise InputError(f"{what}: between f's last step and the flow's first nothing would learn; at most 1 together")
 
 
 class CodeLaw:
