@@ -104,6 +104,19 @@ def test_a_run_is_named_after_what_it_computes(table, tmp_path):
         table.Task.of(Path("runs"), "configs/absent.yaml", [], 0)
 
 
+@pytest.mark.parametrize("name", ["generation", "stability", "ablation", "generation_fashion"])
+def test_committed_numbers_are_those_of_runs_that_the_table_names(table, tmp_path, name):
+    """Else a new setting, or another default, would have all of them trained anew."""
+    plan = table.Plan.read(ROOT / f"benchmarks/{name}.yaml")
+    stored = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+    rows = [row for row in plan.rows if stored.get(row) and "config" in plan.rows[row]]
+    for row in rows:
+        options, config = [*plan.common, *plan.rows[row].get("options", [])], plan.rows[row]["config"]
+        named = {table.Task.of(tmp_path, config, options, seed).folder.name for seed in plan.seeds}
+        assert named & {record["run"] for record in stored[row]}, row
+    assert len(rows) > 2
+
+
 @pytest.mark.parametrize("options", [["--help"], ["--train.batch=0.5"], ["--match.ratio=-1"]])
 def test_an_option_that_is_none_is_named_with_its_row(table, tmp_path, options):
     file = tmp_path / "table.yaml"

@@ -52,7 +52,9 @@ class CodesConfig:
         check_fields(self, "match.codes")
         if self.begin + self.alone > 1 + 1e-9:
             what = f"match.codes.begin is {self.begin:g} and match.codes.alone {self.alone:g}"
-            raise InputError(f"{what}: between f's last step and the flow's first nothing would learn; at most 1 together")
+            raise InputError(
+                f"{what}: between f's last step and the flow's first nothing would learn; at most 1 together"
+            )
 
 
 class CodeLaw:
