@@ -72,6 +72,7 @@ def sample(
     times: Times = 1,
     latents: Latents = "trained",
     components: Components = 50,
+    data: str | None = None,
     seed: int = 0,
     device: Device = "auto",
 ) -> None:
@@ -80,12 +81,13 @@ def sample(
     Args:
         n: How many.
         to: A .png file for a grid, a .csv file for points, or a folder for one PNG a sample.
+        data: Packed data set whose codes the mixture is fitted to; default: the one it was trained on.
         seed: The same seed draws the same latents, and so the same samples.
     """
     from pipeline.cli.files import write_samples
 
     _check(n=n, times=times, components=components, seed=seed)
-    made = _model(run, latents, components, device=_device(device)).sample(n, seed=seed, times=times).cpu()
+    made = _model(run, latents, components, data, device=_device(device)).sample(n, seed=seed, times=times).cpu()
     place = to or Path("samples.png" if made.ndim == 4 else "samples.csv")
     print(f"{n} samples: {write_samples(made, place)}")
 
@@ -160,11 +162,13 @@ def export(
     format: Literal["safetensors", "torch"] = "safetensors",
     latents: Latents = "trained",
     components: Components = 50,
+    data: str | None = None,
 ) -> None:
     """Write a model alone, for use elsewhere: safetensors for NAIGN.from_pretrained, torch for torch.export.load.
 
     Args:
         to: Folder to write.
+        data: Packed data set whose codes the mixture is fitted to; default: the one it was trained on.
         format: safetensors, or an exported program (f of a batch of any size) that needs no code of this project.
     """
     import torch
@@ -172,7 +176,15 @@ def export(
     from pipeline.storage.local import write_atomically
 
     _check(components=components)
-    model = _model(run, latents, components)
+    require(
+        (
+            not (to / "manifest.json").exists(),
+            f"--to {to} is a checkpoint, which a run goes on from: give another folder",
+        ),
+        (not (to / "checkpoints").exists(), f"--to {to} is a run, whose checkpoints come first: give another folder"),
+        (format == "safetensors" or latents == "trained", "--format torch is f alone, without a law of latents"),
+    )
+    model = _model(run, latents, components, data)
     if format == "safetensors":
         print(f"exported: {model.save_pretrained(to)}")
         return
@@ -185,7 +197,7 @@ def export(
     print(f"exported: {to / 'model.pt2'}")
 
 
-def _model(run: str, latents: Latents, components: int, *, device: str = "cpu") -> "NAIGN":
+def _model(run: str, latents: Latents, components: int, data: str | None, *, device: str = "cpu") -> "NAIGN":
     from pipeline.model.naign import NAIGN
 
     model = NAIGN.from_pretrained(run, device=device)
@@ -193,7 +205,7 @@ def _model(run: str, latents: Latents, components: int, *, device: str = "cpu") 
         return model
     from pipeline.evaluate.refit import with_mixture
 
-    return with_mixture(model, run, components=components)
+    return with_mixture(model, run, components=components, data=data)
 
 
 def _device(name: Device) -> str:

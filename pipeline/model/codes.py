@@ -18,7 +18,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pipeline.constraints import POSITIVE, between, check_fields
 from pipeline.errors import InputError, require
-from pipeline.model.flow import CodeFlow
+from pipeline.model.flow import MOST_STEPS, CodeFlow
 from pipeline.philox import LEARN, normal, uniform
 
 DECAY = 0.999  # a step, of the average of the flow's weights, which is what draws
@@ -34,7 +34,7 @@ class CodesConfig:
     """Residual layers of the flow; a resolution and side for a spatial code."""
     directions: int = field(default=128, metadata=between(1, 2**13))
     """Principal directions of the codes' channels, of most spread, that the flow models; all if there are no more."""
-    passes: int = field(default=8, metadata=POSITIVE)
+    passes: int = field(default=8, metadata=between(1, 10**4))
     """How often the flow learns from each image's code, each time with other noise."""
     batch: int = field(default=512, metadata=POSITIVE)
     """Codes a step, over all ranks."""
@@ -45,7 +45,7 @@ class CodesConfig:
     until then is a Gaussian, a little wider. 0 where matched latents are to move f."""
     alone: float = field(default=0.5, metadata=between(0, 0.99))
     """Share of train.images, at the end, over which the flow learns alone: f stays as it is."""
-    steps: int = field(default=8, metadata=between(1, 10**4))
+    steps: int = field(default=8, metadata=between(1, MOST_STEPS))
     """Steps of Heun's method from noise to a code: 2 x steps - 1 evaluations of the flow."""
 
     def __post_init__(self) -> None:
@@ -154,19 +154,23 @@ class CodeLaw:
         return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in found.items()}
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
-        """Go on from what `dump` returned. Raises KeyError, ValueError or RuntimeError for another flow's."""
+        """Go on from what `dump` returned. Raises KeyError or ValueError for another flow's."""
         part: dict[str, dict[str, Tensor]] = {"flow": {}, "average": {}, "adam": {}}
         for name, value in saved.items():
             if name != "progress":
                 kind, _, rest = name.partition(".")
                 part[kind][rest] = value
-        self.flow.load_state_dict(part["flow"])
-        self.average.load_state_dict(part["average"])
+        try:
+            self.flow.load_state_dict(part["flow"])
+            self.average.load_state_dict(part["average"])
+        except RuntimeError as error:
+            raise ValueError(" ".join(str(error).split())) from None
         for name, parameter in self.flow.named_parameters():
             if not part["adam"]:  # no step was made yet
                 break
             kept = {key: part["adam"][f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            require((kept["exp_avg"].shape == parameter.shape, f"moments of {name} have another shape"))
+            same = all(kept[key].shape == parameter.shape for key in ("exp_avg", "exp_avg_sq"))
+            require((same, f"moments of {name} have another shape"))
             self.adam.state[parameter] = {key: value.to(parameter.device) for key, value in kept.items()}
             self.adam.state[parameter]["step"] = kept["step"].cpu()
         rounds, done, self.sum, self.loss = saved["progress"].tolist()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.model.networks import Attention, norm
 
 RIDGE = 0.3  # of the mean variance, added to each: whitened fully, directions of little spread cost the others' law
+MOST_STEPS = 10**4
 _WAVES = 32  # sines, and as many cosines, of the time
 
 
@@ -134,8 +135,10 @@ class CodeFlow(nn.Module):
         blocks = "velocity.layers." if dense else "velocity.down.0."
         depth = len({name.split(".")[blocks.count(".")] for name in state if name.startswith(blocks)})
         width, directions = len(state["velocity.inner.weight"]), len(state["inward"])
+        if not 1 <= (steps := int(state["steps"])) <= MOST_STEPS:
+            raise ValueError(f"{steps} steps from noise to a code")
         with torch.device("meta"):
-            flow = cls(shape, width, depth, int(state["steps"]), directions)
+            flow = cls(shape, width, depth, steps, directions)
         flow.load_state_dict(state, assign=True)
         return flow.requires_grad_(False)
 

@@ -5,10 +5,11 @@ would unpickle parts of it and resolve any name in it: `_check_program` refuses 
 """
 
 import json
+import math
+import os
 import re
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,13 +107,15 @@ class Foreign(nn.Module):
             return f"takes images of at least {least} pixels, these are {shape[1]}x{shape[2]}: too small"
         try:
             with torch.no_grad():
-                found = [self.features(torch.zeros(n, *shape, device=self.mean.device)) for n in (2, 3)]
+                values = torch.linspace(-1, 1, 3 * math.prod(shape), device=self.mean.device).view(3, *shape)
+                found = [self.features(values[:n]) for n in (1, 2, 3)]
         except Exception as error:  # whatever a network of others may raise
             what = printable(" ".join(str(error).split())[-300:], 300)
             return f"cannot read images of shape {shape} in batches of any size ({type(error).__name__}: {what})"
-        shapes = [tuple(features.shape) for features in found]
-        if any(features.ndim != 2 or len(features) != n for features, n in zip(found, (2, 3), strict=True)):
-            return f"gives {shapes[0]} for 2 images: it must give (n, d), maps (n, c, h, w), or a list that ends so"
+        for n, features in enumerate(found, start=1):
+            if features.ndim != 2 or len(features) != n or not features.shape[1]:
+                said = "it must give (n, d), maps (n, c, h, w), or a list that ends so"
+                return f"gives {tuple(features.shape)} for {n} image{'s'[: n != 1]}: {said}"
         return "" if all(bool(features.isfinite().all()) for features in found) else "gives values that are not finite"
 
 
@@ -135,7 +138,7 @@ def open_timm(name: str) -> Foreign:
         import timm
     except ImportError as error:
         raise InputError(f"encoder 'timm:{name}' needs timm ({error}): pip install timm") from None
-    if file and not (file.endswith(".safetensors") and Path(file).is_file()):
+    if file and not (file.endswith(".safetensors") and os.path.isfile(file)):
         raise InputError(f"encoder 'timm:{name}': {file} is no safetensors file that is there")
     try:
         overlay = {"pretrained_cfg_overlay": {"file": file}} if file else {}
@@ -190,7 +193,7 @@ def open_file(path: str) -> Foreign:
 
     It gets images in [-1, 1] at the data's size and channels. InputError for a pickle, and for other files.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # False also for what no file could be called
         raise InputError(f"no encoder in {path}: there is no such file")
     if not zipfile.is_zipfile(path):
         raise InputError(f"{path} is a pickle or something else that is not opened: {REMEDY}")
@@ -203,7 +206,13 @@ def open_file(path: str) -> Foreign:
                 raise InputError(f"{path} is {kind}, which is not opened: {REMEDY}")
             if exported:
                 _check_program(archive)
-        network = torch.export.load(path).module(check_guards=False) if exported else _script(path)
+            else:
+                _check_script(archive)
+        network = (
+            torch.export.load(path).module(check_guards=False)
+            if exported
+            else torch.jit.load(path, map_location="cpu").eval()
+        )
     except InputError:
         raise
     except Exception as error:  # whatever torch makes of the file
@@ -212,11 +221,14 @@ def open_file(path: str) -> Foreign:
     return Foreign(network)
 
 
-def _script(path: str) -> nn.Module:
-    module: nn.Module = torch.jit.load(path, map_location="cpu").eval()
-    if files := {"aten::save", "aten::from_file"} & set(torch.jit.export_opnames(module)):
-        raise InputError(f"{path} reads or writes files ({', '.join(files)}), which no encoder needs: it is not used")
-    return module
+def _check_script(archive: zipfile.ZipFile) -> None:
+    """InputError for a script that would run while it is opened, or that reads or writes files."""
+    for entry in archive.namelist():
+        if "/code/" in entry and entry.endswith(".py"):
+            code = archive.read(entry).decode(errors="replace")
+            if found := re.search(r"__[gs]etstate__|\b(torch|ops\.aten)\.(save|from_file)\b", code):
+                why = "runs while it is opened" if "state" in found[0] else "reads or writes files"
+                raise InputError(f"{archive.filename} has {found[0]}, which {why} and no encoder needs: it is not used")
 
 
 def _check_program(archive: zipfile.ZipFile) -> None:

@@ -55,6 +55,8 @@ def check_mixture(state: Mapping[str, Tensor]) -> tuple[int, ...]:
     """The shape of a code. Raises KeyError, ValueError or RuntimeError for what `fit_mixture` does not return."""
     shape = tuple(state["shape"].tolist())
     components, kept = state["means"].shape
+    if not components or not kept:
+        raise ValueError("the mixture has no components")
     sizes = {"weights": (components,), "factors": (components, kept, kept), "mean": (math.prod(shape),)}
     sizes["basis"] = (kept, math.prod(shape))
     for name, size in sizes.items():

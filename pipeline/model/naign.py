@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,7 +64,9 @@ class NAIGN:
             network = _rebuild(recorded_network(metadata["model"]), tuple(metadata["shape"]), tensors)
             latents.check_state(metadata["latents"], state, network)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
-            raise InputError(f"{file} does not hold the model that its header describes: {error}") from None
+            raise InputError(
+                f"{file} does not hold the model that its header describes: {' '.join(str(error).split())}"
+            ) from None
         if not all(bool(torch.isfinite(value).all()) for value in (*tensors.values(), *state.values())):
             raise InputError(f"{file} holds weights that are not finite: its training broke down, take an earlier one")
         return cls(network.to(device), metadata, {name: value.to(device) for name, value in state.items()})
@@ -153,9 +156,9 @@ def _float32(value: Tensor) -> Tensor:
 
 def _find(folder: Path) -> Path:
     """The model file of a run, a checkpoint or an exported folder."""
-    if folder.is_file():
+    if os.path.isfile(folder):  # False also for what no file could be called
         return folder
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"no run or model at '{folder}': train one, or give the folder of a run")
     newest = newest_checkpoint(folder / "checkpoints")
     for passed in passed_over(folder / "checkpoints", newest):

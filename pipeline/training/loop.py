@@ -166,7 +166,7 @@ def learn_codes(run: Run, law: CodeLaw, state: RoundState) -> dict[str, float]:
             if stop_requested():
                 raise Stopped
         if begun and not math.isfinite(law.loss):
-            raise Diverged(f"the flow of f's codes is not finite in round {state.number}: {REMEDY}")
+            raise Diverged(f"the flow of f's codes is not finite in round {state.number}: lower match.codes.lr")
         run.state = state.random.state = law.state()
         if run.world > 1:  # the same bits on every rank, whatever its machine
             for value in run.state.values():

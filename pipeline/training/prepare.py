@@ -27,9 +27,9 @@ from pipeline.model.networks import build_network, require_code
 from pipeline.model.perceptual import perceptual
 from pipeline.observe import Monitor, Profiler, forward_flops, parse_rounds, preflight, set_up
 from pipeline.storage import open_store
-from pipeline.training.quality import Quality
+from pipeline.training.quality import Quality, check_quality
 from pipeline.training.round import Run
-from pipeline.training.run_folder import check_shared, claim, fetch_checkpoint
+from pipeline.training.run_folder import check_shared, claim, count_rounds, fetch_checkpoint
 from pipeline.training.state import PartialRound, restore, restore_law, restore_weights
 from pipeline.training.warm_start import warm_start
 
@@ -56,6 +56,8 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, nn.Module]:
         if config.match.space.code:
             require_code(network, "match.space.code")
         find_law(config.objective.damage).check(stream.shape)
+        if rank == 0:
+            check_quality(config)
         run = Run(
             config=config,
             accelerator=accelerator,
@@ -215,7 +217,13 @@ def build_law(config: Config, network: nn.Module, device: torch.device) -> CodeL
     """The law of latents, if it learns: then the network has a code."""
     if config.match.latents != "codes":
         return None
-    return CodeLaw(require_code(network, "match.latents=codes").code, config.match.codes, config.seed, device)
+    code, rounds = require_code(network, "match.latents=codes").code, count_rounds(config)
+    if rounds - 1 < (begin := config.match.codes.begin) * rounds:
+        raise InputError(
+            f"match.codes.begin={begin:g} is after the last of {rounds} rounds: the flow would not learn. Lower it, or "
+            f"raise train.images"
+        )
+    return CodeLaw(code, config.match.codes, config.seed, device)
 
 
 def open_features(

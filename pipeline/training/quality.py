@@ -6,11 +6,11 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.config import Config
 from pipeline.data import read_split, scaled
 from pipeline.data.degrade import KINDS, degrade
 from pipeline.distributed import together, total
@@ -46,13 +46,22 @@ def measure_quality(run: Run, state: RoundState, values: dict[str, float]) -> bo
     return better
 
 
+def check_quality(config: Config) -> None:
+    """InputError where quality.split is missing, or has too few examples."""
+    if config.quality.rounds:
+        split = config.quality.split
+        found, _ = read_split(config.data.path, split, limit=NEIGHBOURS + 1, crop=config.data.crop)
+        if len(found) <= NEIGHBOURS:
+            raise InputError(f"quality.split={split} has {len(found)} examples, too few to measure with")
+
+
 class Quality:
     """What a run's samples are measured against, and the best checkpoint so far."""
 
     def __init__(self, run: Run) -> None:
-        """Collective. Raises InputError where quality.split is missing, or has too few examples."""
+        """Collective."""
         self.config, self.file = run.config.quality, Path(run.config.run.path) / BEST
-        self.encoder: Encoder = choose_encoder(run.stream.manifest)
+        self.encoder: Encoder = choose_encoder(replace(run.stream.manifest, shape=run.stream.shape))
         if run.rank == 0 and self.encoder.name in (run.config.objective.encoder, run.config.match.space.encoder):
             log.warning("quality/fd is measured on %s, which the run is trained with too", self.encoder.name)
         self.real: Tensor | None = None  # features, on rank 0
@@ -60,17 +69,24 @@ class Quality:
             if run.rank == 0:
                 data = run.config.data
                 real, _ = read_split(data.path, self.config.split, limit=self.config.samples, crop=data.crop)
-                if len(real) <= NEIGHBOURS:
-                    raise InputError(
-                        f"quality.split={self.config.split} has {len(real)} examples, too few to measure with"
-                    )
                 self.real = self.encoder.features(scaled(real))
         self.best, self.round = math.inf, 0  # the smallest distance, and after how many rounds
-        found: dict[str, Any] = json.loads(self.file.read_text()) if run.rank == 0 and self.file.exists() else {}
-        best, number = total([found.get("fd", 0.0), found.get("round", 0)], run.accelerator)
+        fd, round, checkpoint = self._before() if run.rank == 0 else (0.0, 0, "")
+        best, number = total([fd, round], run.accelerator)
         if number:
             self.best, self.round = best, int(number)
-            run.writer.best = found.get("checkpoint", "")
+            run.writer.best = checkpoint
+
+    def _before(self) -> tuple[float, int, str]:
+        """Distance, round and name of the best checkpoint so far; 0 where there is none, or its record is damaged."""
+        try:
+            found = json.loads(self.file.read_text())
+            return float(found["fd"]), int(found["round"]), str(found["checkpoint"])
+        except FileNotFoundError:
+            pass
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            log.warning("%s says nothing of the best checkpoint (%s): the next measurement is", self.file, error)
+        return 0.0, 0, ""
 
     def due(self, rounds: int) -> bool:
         return rounds % self.config.rounds == 0

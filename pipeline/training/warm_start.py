@@ -37,8 +37,9 @@ def warm_start(config: Config, network: nn.Module, law: CodeLaw | None) -> None:
     fresh = ", ".join(sorted(wanted.keys() - taken))
     log.info("%d of %d weights are from %s%s", len(taken), len(wanted), place, f", not {fresh}" if fresh else "")
     if law and _shapes(law.state()) == _shapes(model.state):
-        law.flow.load_state_dict(model.state)
-        law.average.load_state_dict(model.state)
+        kept = {**model.state, "steps": law.flow.steps}  # which is this run's setting
+        law.flow.load_state_dict(kept)
+        law.average.load_state_dict(kept)
 
 
 def _load_fitting(network: nn.Module, found: Mapping[str, Tensor]) -> set[str]:

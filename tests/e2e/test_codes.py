@@ -42,6 +42,13 @@ def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, 
     mixed = NAIGN.from_pretrained(tmp_path / "mixed")
     trained = NAIGN.from_pretrained(tmp_path / "run").metadata["cpu_seconds"]
     assert mixed.metadata["mixture"]["components"] == 3 and mixed.metadata["cpu_seconds"] > trained
+    place = tmp_path / "run/checkpoints/step-00000128"
+    for to, said in ((place, "is a checkpoint"), (tmp_path / "run", "is a run")):
+        done = naign("export", "run", "--latents", "mixture", "--components", "3", "--to", str(to))
+        assert done.returncode == 2 and said in done.stderr
+    torch.testing.assert_close(NAIGN.from_pretrained(tmp_path / "run").sample(4), again)
+    done = naign("export", "run", "--latents", "mixture", "--format", "torch", "--to", "program")
+    assert done.returncode == 2 and "f alone" in done.stderr and not (tmp_path / "program").exists()
     done = naign("evaluate", "mixed", "--samples", "300")
     assert done.returncode == 0, done.stderr
     done = naign("sample", "run", "--latents", "mixture", "--components", "500")
@@ -55,6 +62,9 @@ def test_networks_without_a_code_are_refused(train, naign, digits, tmp_path):
     done = train(*points, "--match.latents=codes")
     assert done.returncode == 2 and "this network has no code" in done.stderr
     assert not (tmp_path / "run").exists()
+    short = [f"--data.path={digits}", *SMALL, *CODES, "--run.path=short", "--train.images=256"]
+    done = train(*short)
+    assert done.returncode == 2 and "is after the last of 1 rounds" in done.stderr and not (tmp_path / "short").exists()
     assert train(*points, "--match.latents=gaussian").returncode == 0
     done = naign("sample", "run", "--latents", "mixture")
     assert done.returncode == 2 and "has no code" in done.stderr

@@ -88,3 +88,16 @@ def test_patience_ends_a_run_for_good(train, digits, tmp_path):
 def test_a_split_that_is_not_there_is_refused(train, digits):
     done = train(f"--data.path={digits}", *SMALL, *EVERY, "--quality.split=val", "--run.path=run")
     assert done.returncode == 2 and "val" in done.stderr
+
+
+@pytest.mark.slow
+def test_it_goes_with_a_crop_and_a_damaged_record(train, digits, tmp_path):
+    options = [f"--data.path={digits}", *SMALL, *EVERY, "--data.crop=4", "--run.path=run"]
+    assert train(*options, "--train.images=512").returncode == 0
+    assert list(measured(tmp_path / "run")) == [1]
+    (tmp_path / "run/best.json").write_text("{x")
+    done = train(*options, "--train.images=1024", "--resume=changed")
+    assert done.returncode == 0 and "says nothing of the best checkpoint" in done.stderr
+    assert json.loads((tmp_path / "run/best.json").read_text())["round"] > 2
+    done = train(*options, "--run.path=other", "--quality.split=nope", "--train.images=512")
+    assert done.returncode == 2 and "nope" in done.stderr and not (tmp_path / "other").exists()

@@ -25,7 +25,7 @@ def test_it_begins_where_the_other_ended_and_need_not_have_it_to_resume(train, d
     options = [f"--data.path={digits}", *SMALL, *CODES]
     assert train("--run.path=one", *options, "--train.images=4096").returncode == 0
     (tmp_path / "one/metrics.jsonl").rename(tmp_path / "metrics.jsonl")
-    options += ["--run.path=two", "--model.init=one", "--train.images=1024", "--train.lr=1e-5"]
+    options += ["--run.path=two", "--model.init=one", "--train.images=1024", "--train.lr=1e-5", "--match.codes.steps=3"]
     done = train(*options)
     assert done.returncode == 0, done.stderr
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[7])  # of those in which f was trained
@@ -33,12 +33,13 @@ def test_it_begins_where_the_other_ended_and_need_not_have_it_to_resume(train, d
     assert begin["loss/reconstruction"] < 1.1 * last["loss/reconstruction"]
 
     (tmp_path / "one").rename(tmp_path / "gone")
+    assert int(load_file(newest_checkpoint(tmp_path / "two/checkpoints") / "model.safetensors")["latents.steps"]) == 3
     newest = newest_checkpoint(tmp_path / "two/checkpoints")
     assert newest and NAIGN.from_pretrained(newest).metadata["model"]["init"] == ""
     assert train(*options).returncode == 0  # nothing is left to do, and the other run is not looked for
 
     # Another size of code: what fits is taken.
-    options[-3:] = ["--model.init=gone", "--run.path=three", "--train.images=256", "--model.code=9", "--train.lr=1e-9"]
+    options[-4:] = ["--model.init=gone", "--run.path=three", "--train.images=256", "--model.code=9", "--train.lr=1e-9"]
     options += ["--train.lr_end=1e-9", "--train.warmup=0", "--match.codes.lr=1e-9"]
     done = train(*options)
     assert done.returncode == 0, done.stderr

@@ -165,7 +165,7 @@ def test_first_weights_change_nothing_that_is_drawn_besides():
     assert torch.equal(torch.randn(3), expected)
 
 
-@pytest.mark.parametrize("change", ["another width", "a moment is missing"])
+@pytest.mark.parametrize("change", ["another width", "a moment is missing", "a moment of another shape"])
 def test_what_another_flow_left_is_refused(change):
     saved = learned(1).dump()
     law = CodeLaw(
@@ -173,8 +173,16 @@ def test_what_another_flow_left_is_refused(change):
     )
     if change == "a moment is missing":
         del saved["adam.exp_avg.velocity.outer.weight"]
-    with pytest.raises((KeyError, RuntimeError, ValueError)):
+    if change == "a moment of another shape":
+        saved["adam.exp_avg_sq.velocity.outer.weight"] = torch.zeros(3)
+    with pytest.raises((KeyError, ValueError)):
         law.load(saved)
+
+
+@pytest.mark.parametrize("steps", [0, -5, 10**13])
+def test_a_state_without_sensible_steps_is_refused(steps):
+    with pytest.raises(ValueError, match="steps from noise to a code"):
+        CodeFlow.of(learned(0).state() | {"steps": torch.tensor(steps)})
 
 
 def model(code: int = 16, dims: int = 16) -> NAIGN:

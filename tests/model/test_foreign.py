@@ -343,6 +343,34 @@ def test_guards_of_a_program_are_not_compiled(tmp_path: Path) -> None:
     assert not (tmp_path / "opened").exists()
 
 
+class Restored(nn.Module):
+    """What TorchScript runs while it opens the file."""
+
+    def __init__(self, to: str) -> None:
+        super().__init__()
+        self.to_file = to
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[str, bool]:
+        return self.to_file, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        self.to_file = state[0]
+        self.training = state[1]
+        torch.save(torch.ones(1), state[0])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean((2, 3))
+
+
+def test_a_script_that_runs_while_it_is_opened_is_not_opened(tmp_path: Path) -> None:
+    torch.jit.script(Restored(str(tmp_path / "written"))).save(str(tmp_path / "a.ts"))
+    with pytest.raises(InputError, match="has __[gs]etstate__, which runs while it is opened"):
+        load_encoder(str(tmp_path / "a.ts"))
+    assert not (tmp_path / "written").exists()
+
+
 class Writes(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         torch.save(images, "written.pt")
