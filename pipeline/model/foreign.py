@@ -204,15 +204,14 @@ def open_file(path: str) -> Foreign:
             if not ({"archive_format"} if exported else {"constants.pkl", "version"}) <= inside:
                 kind = "a pickle" if "data.pkl" in inside else "another archive"
                 raise InputError(f"{path} is {kind}, which is not opened: {REMEDY}")
-            if exported:
-                _check_program(archive)
-            else:
-                _check_script(archive)
-        network = (
-            torch.export.load(path).module(check_guards=False)
-            if exported
-            else torch.jit.load(path, map_location="cpu").eval()
-        )
+            entries = [entry.lower() for entry in archive.namelist()]  # torch finds them whatever their case
+            if len(set(entries)) < len(entries):  # one might be checked and the other read
+                raise InputError(f"{path} is not used, since it holds two entries of one name")
+            (_check_program if exported else _check_script)(archive)
+        if exported:
+            network = torch.export.load(path).module(check_guards=False)
+        else:
+            network = torch.jit.load(path, map_location="cpu").eval()
     except InputError:
         raise
     except Exception as error:  # whatever torch makes of the file
@@ -224,7 +223,7 @@ def open_file(path: str) -> Foreign:
 def _check_script(archive: zipfile.ZipFile) -> None:
     """InputError for a script that would run while it is opened, or that reads or writes files."""
     for entry in archive.namelist():
-        if "/code/" in entry and entry.endswith(".py"):
+        if entry.lower().endswith(".py"):
             code = archive.read(entry).decode(errors="replace")
             if found := re.search(r"__[gs]etstate__|\b(torch|ops\.aten)\.(save|from_file)\b", code):
                 why = "runs while it is opened" if "state" in found[0] else "reads or writes files"
@@ -234,10 +233,7 @@ def _check_script(archive: zipfile.ZipFile) -> None:
 def _check_program(archive: zipfile.ZipFile) -> None:
     """InputError for a program that holds pickles, or calls or names anything but tensor operations."""
     refused = f"{archive.filename} is not used, since an encoder needs tensors and tensor operations only; it holds"
-    entries = archive.namelist()
-    if len({entry.lower() for entry in entries}) < len(entries):  # one might be checked and the other read
-        raise InputError(f"{refused} two entries of one name")
-    for entry in entries:
+    for entry in archive.namelist():
         name = entry.partition("/")[2]
         if name.startswith("data/sample_inputs/"):
             with archive.open(entry) as file:

@@ -371,6 +371,24 @@ def test_a_script_that_runs_while_it_is_opened_is_not_opened(tmp_path: Path) -> 
     assert not (tmp_path / "written").exists()
 
 
+@pytest.mark.parametrize("hidden", ["in capitals", "behind another of its name"])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_script_cannot_hide_its_code_from_the_check(tmp_path: Path, hidden: str) -> None:
+    """torch finds entries whatever their case, and of two of one name the first; Python's zipfile reads the last."""
+    torch.jit.script(Restored(str(tmp_path / "written"))).save(str(tmp_path / "a.ts"))
+    with zipfile.ZipFile(tmp_path / "a.ts") as old, zipfile.ZipFile(tmp_path / "b.ts", "w") as new:
+        for name in old.namelist():
+            capitals = name.endswith(".py") and hidden == "in capitals"
+            new.writestr(name.replace("code", "CODE").replace(".py", ".PY") if capitals else name, old.read(name))
+        if hidden != "in capitals":
+            for name in old.namelist():
+                if name.endswith(".py"):
+                    new.writestr(name, "class Nothing(Module):\n  pass\n")
+    with pytest.raises(InputError, match="runs while it is opened|two entries of one name"):
+        load_encoder(str(tmp_path / "b.ts"))
+    assert not (tmp_path / "written").exists()
+
+
 class Writes(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         torch.save(images, "written.pt")
