@@ -77,9 +77,10 @@ class Task:
         free = changeable(parsed, FREE) - {"train.precision"}  # a run may change it, and rounds otherwise then
         settings = FORMER | {key: value for key, value in flatten(parsed).items() if key not in free}
         settings["model.kind"] = settings.pop("model.name")
-        settings = {key: value for key, value in settings.items() if key not in LATER or value != LATER[key]}
-        if parsed.match.latents != "codes":
-            settings = {key: value for key, value in settings.items() if not key.startswith("match.codes.")}
+        idle = (
+            () if parsed.match.latents == "codes" else tuple(key for key in settings if key.startswith("match.codes."))
+        )
+        settings = {key: value for key, value in settings.items() if key not in idle and LATER.get(key, ...) != value}
         name = f"{Path(config).stem}-seed-{seed}-{fingerprint(settings)}"
         steps = tuple(then)
         folder = runs / (f"{name}-{fingerprint({'then': steps})}" if steps else name)

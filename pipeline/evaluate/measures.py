@@ -102,8 +102,8 @@ def distances(encoder: Encoder, subject: Subject, draws: int) -> tuple[dict[str,
     """Frechet distances to the test data of: as many training data as samples (floor), z where it is a sample itself
     (latents, else None), f(z) (once), f(f(z)) (twice). And the features of all these, and of test.
 
-    The floor is the mean of as many draws of training data, of which none shares an example, as there are of `draws`:
-    on MNIST, single draws of 10,000 lie between 3.4 and 4.7.
+    The floor is the mean over `draws` disjoint draws of training data, or as many as there are: single draws of 10,000
+    MNIST images lie between 3.4 and 4.7.
     """
     counts = subject.counts
     counts["floor"] = number = min(counts["samples"], len(subject.train))
@@ -114,8 +114,7 @@ def distances(encoder: Encoder, subject: Subject, draws: int) -> tuple[dict[str,
     found: dict[str, Any] = {"latents": None} | {name: frechet_distance(one, test) for name, one in features.items()}
     floors = [part for part in subject.train[: draws * number].split(number) if len(part) == number]
     drawn = [encoder.features(scaled(part)) for part in floors]
-    features["floor"], counts["floors"] = drawn[0], max(len(drawn), counts.get("floors", 0))
-    found["floor"] = fmean(frechet_distance(one, test) for one in drawn)
+    features["floor"], found["floor"] = drawn[0], fmean(frechet_distance(one, test) for one in drawn)
     apart = found["floor"] > ROUNDING * float(test.double().var(0).sum())
     for name in ("latents", "once", "twice"):
         found[f"{name}_ratio"] = found[name] / found["floor"] if apart and found[name] is not None else None
@@ -126,6 +125,7 @@ def overlap(subject: Subject) -> dict[str, Any]:
     """Frechet distances, coverage and modes, all from the features of one pass of the encoder over each set."""
     encoder, counts = subject.encoder, subject.counts
     found, features = distances(encoder, subject, FLOORS)
+    counts["floors"] = min(FLOORS, len(subject.train) // counts["floor"])
     test, once = features["test"], features["once"]
     counts["coverage"] = number = min(10_000, len(test), len(once))
     cover = asdict(coverage.coverage(test[:number], once[:number]))

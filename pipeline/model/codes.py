@@ -94,11 +94,14 @@ class CodeLaw:
             self.flow.follow(values.mean(1), values.cov(), keep)
             for name, value in self.flow.named_buffers():
                 self.average.get_buffer(name).copy_(value)
-        wanted = self.flow.whiten(codes)
         learned = (share - self.config.begin) / (1 - self.config.begin)  # share of what the flow learns from
+        if learned < 0:
+            self.rounds += 1
+            return
+        wanted = self.flow.whiten(codes)
         ids = torch.arange(len(codes))
         order = uniform(self.seed, self.rounds, ids, (self.config.passes,), stream=LEARN).argsort(dim=0).T.flatten()
-        batches = order.split(self.config.batch) if learned >= 0 else ()
+        batches = order.split(self.config.batch)
         rate = self.config.lr * (1 + math.cos(math.pi * learned)) / 2
         while self.done < len(batches):
             rows = batches[self.done]
@@ -108,7 +111,7 @@ class CodeLaw:
             self.sum += self._step(loss / (len(rows) * wanted[0].numel()), rate, add)
             self.done += 1
             yield
-        self.loss, self.sum = self.sum / len(batches) if batches else math.nan, 0.0
+        self.loss, self.sum = self.sum / len(batches), 0.0
         self.rounds, self.done = self.rounds + 1, 0
 
     def _loss(self, wanted: Tensor, numbers: Tensor, autocast: Callable[[], AbstractContextManager[Any]]) -> Tensor:
