@@ -253,6 +253,9 @@ def check(config: Config) -> None:
         said = f"model.name={model.name} and objective.name={objective.name} do not go together"
         raise InputError(f"{said}: choose the same name for both, or another network and objective")
     parse_rounds(config.profile.rounds)
+    patience, rounds = config.quality.patience, config.quality.rounds
+    never = f"quality.patience is {patience}, but nothing is measured while quality.rounds is 0: set both"
+    require((rounds or not patience, never))
     require(("://" not in config.run.path, "run.path is a local folder: for the copy in a bucket there is run.remote"))
     config.run.remote = remote
     if remote:

@@ -63,6 +63,11 @@ def printable(text: str, most: int = 200) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text[:most])
 
 
+def one_line(error: BaseException, most: int = 300) -> str:
+    """What an error of another library says, on one line, its last `most` letters, fit for a message."""
+    return printable(" ".join(str(error).split())[-most:], most)
+
+
 def require(*rules: tuple[object, str]) -> None:
     """InputError with the message of the first rule (whether it holds, its message) that does not hold."""
     for holds, message in rules:

@@ -91,6 +91,7 @@ def test_what_is_no_configuration_is_not_shown(tmp_path, text):
         ("--objective.clamp=2", "objective.clamp is no setting of objective.name=naign, but of ign"),
         ("--model.octaves=2", "model.octaves is no setting of model.name=conv, but of mlp"),
         ("--objective.thrid=none", "--objective.third"),
+        ("--quality.patience=2", "quality.patience is 2, but nothing is measured"),
         ("--match.codes.alone=0.6", "match.codes.begin is 0.5 and match.codes.alone 0.6"),
     ],
 )

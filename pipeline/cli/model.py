@@ -20,7 +20,7 @@ Latents = Annotated[
     Literal["trained", "mixture"],
     tyro.conf.arg(help="Law of z: as trained, or decoded from a Gaussian mixture fitted to codes of training images."),
 ]
-Components = Annotated[int, tyro.conf.arg(help="Gaussians of --latents mixture.")]
+Components = Annotated[int | None, tyro.conf.arg(help="Gaussians of --latents mixture; default: 50.")]
 Kind = Literal["blur", "noise", "salt_pepper", "rows"]
 Run = Annotated[Positional[str], tyro.conf.arg(help="A run (or s3://), a checkpoint or an exported model: its folder.")]
 Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images (points: .csv files), or folders of them.")]
@@ -71,7 +71,7 @@ def sample(
     to: Path | None = None,
     times: Times = 1,
     latents: Latents = "trained",
-    components: Components = 50,
+    components: Components = None,
     data: str | None = None,
     seed: int = 0,
     device: Device = "auto",
@@ -86,7 +86,7 @@ def sample(
     """
     from pipeline.cli.files import write_samples
 
-    _check(n=n, times=times, components=components, seed=seed)
+    _check(n=n, times=times, seed=seed)
     made = _model(run, latents, components, data, device=_device(device)).sample(n, seed=seed, times=times).cpu()
     place = to or Path("samples.png" if made.ndim == 4 else "samples.csv")
     print(f"{n} samples: {write_samples(made, place)}")
@@ -161,7 +161,7 @@ def export(
     to: Path,
     format: Literal["safetensors", "torch"] = "safetensors",
     latents: Latents = "trained",
-    components: Components = 50,
+    components: Components = None,
     data: str | None = None,
 ) -> None:
     """Write a model alone, for use elsewhere: safetensors for NAIGN.from_pretrained, torch for torch.export.load.
@@ -175,7 +175,6 @@ def export(
 
     from pipeline.storage.local import write_atomically
 
-    _check(components=components)
     require(
         (
             not (to / "manifest.json").exists(),
@@ -197,9 +196,14 @@ def export(
     print(f"exported: {to / 'model.pt2'}")
 
 
-def _model(run: str, latents: Latents, components: int, data: str | None, *, device: str = "cpu") -> "NAIGN":
+def _model(run: str, latents: Latents, components: int | None, data: str | None, *, device: str = "cpu") -> "NAIGN":
     from pipeline.model.naign import NAIGN
 
+    if latents == "trained":
+        given = next((name for name, value in (("components", components), ("data", data)) if value is not None), "")
+        require((not given, f"--{given} is of a mixture: add --latents mixture, or leave it out"))
+    components = 50 if components is None else components
+    _check(components=components)
     model = NAIGN.from_pretrained(run, device=device)
     if latents == "trained":
         return model

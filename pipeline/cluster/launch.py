@@ -31,7 +31,7 @@ import psutil
 from pipeline.cluster.exit_codes import MEANINGS, SIGNALS, Ending, explain, on_signals, say, weight
 from pipeline.cluster.meeting import TELLING, Links, interface_of, listen, meet, turn_away
 from pipeline.cluster.place import Place, find_place, find_ports
-from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost, Unavailable
+from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost, Unavailable, one_line
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / "pipeline/train.py"
@@ -238,7 +238,7 @@ def find_engine(name: str, ranks: int) -> str:
                     load_config_from_file(str(file))
                     return file.read_text()
                 except Exception as error:  # of many kinds
-                    reason = " ".join(str(error).split())[:200]
+                    reason = one_line(error, 200)
                     raise InputError(f"--engine {file} is no configuration of Accelerate: {reason}") from None
         known = ", ".join(sorted(file.stem for file in (ROOT / "launch").glob("*.yaml")))
         raise InputError(f"--engine {name} is no file and no name in launch/{': ' + known if known else ''}")

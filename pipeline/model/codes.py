@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pipeline.constraints import POSITIVE, between, check_fields
-from pipeline.errors import InputError, require
+from pipeline.errors import InputError, one_line, require
 from pipeline.model.flow import MOST_STEPS, CodeFlow
 from pipeline.philox import LEARN, normal, uniform
 
@@ -167,7 +167,7 @@ class CodeLaw:
             self.flow.load_state_dict(part["flow"])
             self.average.load_state_dict(part["average"])
         except RuntimeError as error:
-            raise ValueError(" ".join(str(error).split())) from None
+            raise ValueError(one_line(error)) from None
         for name, parameter in self.flow.named_parameters():
             if not part["adam"]:  # no step was made yet
                 break

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pipeline.data.format.manifest import Manifest
-from pipeline.errors import InputError, printable
+from pipeline.errors import InputError, one_line
 from pipeline.model.efficientnet import open_lite
 from pipeline.model.foreign import REMEDY, Foreign, open_file, open_inception, open_timm
 from pipeline.registry import known, lookup
@@ -186,7 +186,7 @@ def read_encoder(path: Path, name: str) -> Encoder:
             raise ValueError("a layer's weights are all zero: its features are the same for all images")
         accuracy = float(metadata["accuracy"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        what = f"{type(error).__name__}: {printable(' '.join(str(error).split()), 300)}"
+        what = f"{type(error).__name__}: {one_line(error)}"
         raise InputError(f"{path} is no encoder as `python benchmarks/train_encoder.py` writes them ({what})") from None
     network.eval().requires_grad_(False)
     return Encoder(name=name, network=network, accuracy=accuracy, labels=labels, shape=shape, metadata=metadata)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.errors import InputError, printable
+from pipeline.errors import InputError, one_line, printable
 
 PIXELS = {"cpu": 2**17, "cuda": 2**22}  # seen at once; in a CPU's cache: lite2 is 2.5 times as fast as on 2**20
 REMEDY = "save the module with torch.jit.save (.ts) or torch.export.save (.pt2)"
@@ -110,7 +110,7 @@ class Foreign(nn.Module):
                 values = torch.linspace(-1, 1, 3 * math.prod(shape), device=self.mean.device).view(3, *shape)
                 found = [self.features(values[:n]) for n in (1, 2, 3)]
         except Exception as error:  # whatever a network of others may raise
-            what = printable(" ".join(str(error).split())[-300:], 300)
+            what = one_line(error)
             return f"cannot read images of shape {shape} in batches of any size ({type(error).__name__}: {what})"
         for n, features in enumerate(found, start=1):
             if features.ndim != 2 or len(features) != n or not features.shape[1]:
@@ -144,7 +144,7 @@ def open_timm(name: str) -> Foreign:
         overlay = {"pretrained_cfg_overlay": {"file": file}} if file else {}
         network = timm.create_model(kind, pretrained=True, **overlay)
     except Exception as error:  # unknown names, the hub's, the file's
-        what = printable(" ".join(str(error).split()), 300)
+        what = one_line(error)
         remedy = "see timm.list_models(); without network access give its weights as timm:NAME@FILE.safetensors"
         raise InputError(f"encoder 'timm:{name}' cannot be opened ({type(error).__name__}: {what}): {remedy}") from None
     if not hasattr(network, "forward_intermediates"):
@@ -182,7 +182,7 @@ def open_inception() -> Foreign:
         torch.hub.load_state_dict_from_url(url, progress=False, check_hash=True, weights_only=True)
         network = source.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
     except Exception as error:  # the network's, the file's
-        cache, what = f"{torch.hub.get_dir()}/checkpoints", f"{type(error).__name__}: {printable(str(error), 300)}"
+        cache, what = f"{torch.hub.get_dir()}/checkpoints", f"{type(error).__name__}: {one_line(error)}"
         remedy = f"without network access put the file of {url} into {cache}"
         raise InputError(f"the weights of encoder 'fid-inception' cannot be had ({what}): {remedy}") from None
     return Foreign(Inception(network), channels=3, mean=[-1.0], std=[1 / 127.5])
@@ -215,7 +215,7 @@ def open_file(path: str) -> Foreign:
     except InputError:
         raise
     except Exception as error:  # whatever torch makes of the file
-        what = printable(" ".join(str(error).split()), 300)
+        what = one_line(error)
         raise InputError(f"{path} cannot be opened ({type(error).__name__}: {what}): {REMEDY}") from None
     return Foreign(network)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.checkpoint.bucket import fetch_newest
 from pipeline.checkpoint.writer import newest_checkpoint, passed_over
-from pipeline.errors import InputError
+from pipeline.errors import InputError, one_line
 from pipeline.model import latents
 from pipeline.model.networks import NetworkConfig, build_network, recorded_network
 
@@ -64,9 +64,7 @@ class NAIGN:
             network = _rebuild(recorded_network(metadata["model"]), tuple(metadata["shape"]), tensors)
             latents.check_state(metadata["latents"], state, network)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
-            raise InputError(
-                f"{file} does not hold the model that its header describes: {' '.join(str(error).split())}"
-            ) from None
+            raise InputError(f"{file} does not hold the model that its header describes: {one_line(error)}") from None
         if not all(bool(torch.isfinite(value).all()) for value in (*tensors.values(), *state.values())):
             raise InputError(f"{file} holds weights that are not finite: its training broke down, take an earlier one")
         return cls(network.to(device), metadata, {name: value.to(device) for name, value in state.items()})

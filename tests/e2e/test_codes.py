@@ -53,6 +53,9 @@ def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, 
     assert done.returncode == 0, done.stderr
     done = naign("sample", "run", "--latents", "mixture", "--components", "500")
     assert done.returncode == 2 and "needs 10000 images" in done.stderr
+    for option, value in (("--components", "3"), ("--data", "elsewhere")):
+        done = naign("sample", "run", option, value)
+        assert done.returncode == 2 and f"{option} is of a mixture" in done.stderr
 
 
 @pytest.mark.slow
