@@ -137,20 +137,21 @@ def restore(
     print(f"{len(names)} restored {'files of points' if points else 'images'}: {to}/")
 
 
-def score(run: Run, files: Files, /, *, device: Device = "auto") -> None:
+def score(run: Run, files: Files, /, *, times: Times = 1, device: Device = "auto") -> None:
     """Print energies as CSV: file (points: file:line), mean squared residual of f(x) - x; low near training data."""
     import torch
 
     from pipeline.cli.files import find_files, read_samples
     from pipeline.model.naign import NAIGN
 
+    _check(times=times)
     model = NAIGN.from_pretrained(run, device=_device(device))
     paths = [path for path, _ in find_files(files, model.shape)]
     given = read_samples(paths, model.shape)
     lines = [(path, line) for path, batch in zip(paths, given, strict=True) for line in range(1, 1 + len(batch))]
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(("file", "energy"))
-    for (path, line), energy in zip(lines, model.energy(torch.cat(given)).tolist(), strict=True):
+    for (path, line), energy in zip(lines, model.energy(torch.cat(given), times=times).tolist(), strict=True):
         table.writerow((path if len(model.shape) == 3 else f"{path}:{line}", f"{energy:.6g}"))
 
 

@@ -39,19 +39,21 @@ def auroc(inlier: Tensor, outlier: Tensor) -> float:
 
 def separation(
     images: Tensor,  # (n, C, H, W) in [-1, 1]: test images, from which the outliers are made
-    energies: Tensor,  # (n,): energy of those test images
-    energy: Callable[[Tensor], Tensor],  # (m, C, H, W) -> (m,)
+    project: Callable[[Tensor], Tensor],  # f
     *,
     typical_brightness: float,  # mean of the training images in [-1, 1]
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """AUROC by outlier: {"energy": {outlier: a}, "brightness": {outlier: a}}."""
+    """AUROC by outlier: {"energy": {outlier: a}, "twice": {outlier: a}, "brightness": {outlier: a}}.
 
-    def dimness(batch: Tensor) -> Tensor:
-        return (batch.flatten(1).mean(1) - typical_brightness).abs()
+    `twice` is of the energy with f applied twice: what is off the data has moved further then.
+    """
 
-    others, dim = outliers(images, seed=seed), dimness(images)
-    return {
-        "energy": {name: auroc(energies, energy(batch)) for name, batch in others.items()},
-        "brightness": {name: auroc(dim, dimness(batch)) for name, batch in others.items()},
-    }
+    def scores(batch: Tensor) -> dict[str, Tensor]:
+        once = project(batch)
+        energies = [(moved - batch).square().flatten(1).mean(1) for moved in (once, project(once))]
+        dimness = (batch.flatten(1).mean(1) - typical_brightness).abs()
+        return dict(zip(("energy", "twice", "brightness"), (*energies, dimness), strict=True))
+
+    real, others = scores(images), {name: scores(batch) for name, batch in outliers(images, seed=seed).items()}
+    return {score: {name: auroc(real[score], other[score]) for name, other in others.items()} for score in real}

@@ -28,7 +28,7 @@ MEDIAN = 10_000  # training images from which the per-pixel median and the mean 
 ROUNDING = 1e-6  # share of the test features' variance; a smaller floor is rounding, and no ratio to it is given
 FLOORS = 5  # draws of training data whose distances the floor is the mean of, where there are as many
 REPAIRED = 2_500  # test images for each damage; f is applied to each twice
-OUTLIERS = 1_000  # test images from which outliers are made; f is applied about four times as often
+OUTLIERS = 1_000  # test images from which outliers are made; f is applied about ten times as often
 SHOWN = 10  # repairs of each kind kept for pictures
 VALUES = 2**27  # of one set in memory at most (512 MB of float32): large images are measured on fewer examples
 
@@ -191,18 +191,16 @@ def repairs(subject: Subject) -> dict[str, Any]:
 def fixed_points(subject: Subject) -> dict[str, Any]:
     """Reconstruction error of test data; AUROC of the energy against outliers made from test images, None
     where f repairs nothing.
-
-    Both from the same application of f.
     """
     clean = subject.test[:REPAIRED]
     answer = subject.model.project(clean)
     subject.counts["reconstruction"] = len(clean)
     found: dict[str, Any] = {"reconstruction": restoration.mae(answer, clean), "density": None}
     if subject.repairs:
-        images, energies = clean[:OUTLIERS], (answer - clean).square().flatten(1).mean(1)[:OUTLIERS]
+        images, typical = clean[:OUTLIERS], float(subject.train[:MEDIAN].double().mean()) / 127.5 - 1
         subject.counts["density"] = len(images)
-        typical, energy = float(subject.train[:MEDIAN].double().mean()) / 127.5 - 1, subject.model.energy
-        found["density"] = density.separation(images, energies, energy, typical_brightness=typical, seed=subject.seed)
+        project, seed = subject.model.project, subject.seed
+        found["density"] = density.separation(images, project, typical_brightness=typical, seed=seed)
     return found
 
 

@@ -115,9 +115,13 @@ class NAIGN:
             raise InputError("f gives values that are not finite: its training broke down, or what it was given is not")
         return made
 
-    def energy(self, x: Tensor, *, batch: int = 500) -> Tensor:
-        """Mean squared residual of f(x) - x over the values of each row: (n,). Low near the data."""
-        return (self.project(x, batch=batch) - x).square().flatten(1).mean(1)
+    def energy(self, x: Tensor, *, times: int = 1, batch: int = 500) -> Tensor:
+        """Mean squared residual of f(x) - x over the values of each row: (n,). Low near the data.
+
+        With more `times`, of f applied so often: what is off the data moves on while data stays, so that more tells
+        better which is which, at that many times the cost.
+        """
+        return (self.project(x, times=times, batch=batch) - x).square().flatten(1).mean(1)
 
 
 def _rebuild(config: NetworkConfig, shape: tuple[int, ...], state: dict[str, Tensor]) -> nn.Module:

@@ -130,14 +130,12 @@ def test_separation_of_a_perfect_and_of_a_blind_energy() -> None:
     assert {len(batch) for batch in outliers.values()} == {1, 30}
     assert torch.equal(outliers["upside down"].flip(2), images) and torch.equal(outliers["inverted"], -images)
 
-    def energy(batch: Tensor) -> Tensor:
-        return (batch + 0.7).square().flatten(1).mean(1)
+    def halfway(batch: Tensor) -> Tensor:
+        return (batch - 0.7) / 2
 
-    def blind(batch: Tensor) -> Tensor:
-        return torch.zeros(len(batch))
-
-    found = density.separation(images, energy(images), energy, typical_brightness=-0.7)
+    found = density.separation(images, halfway, typical_brightness=-0.7)
     assert found["energy"]["black"] == found["energy"]["uniform noise"] == found["brightness"]["grey"] == 1
     assert found["energy"]["upside down"] == pytest.approx(0.5, abs=0.01)  # ties, but for rounding
-    found = density.separation(images, blind(images), blind, typical_brightness=-0.7)
-    assert set(found["energy"].values()) == {0.5}
+    assert found["twice"] == pytest.approx(found["energy"], abs=0.01)  # the same order, only further
+    found = density.separation(images, lambda batch: batch, typical_brightness=-0.7)
+    assert set(found["energy"].values()) == set(found["twice"].values()) == {0.5}

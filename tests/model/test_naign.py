@@ -47,6 +47,8 @@ def test_samples_do_not_depend_on_the_batch_and_times_is_how_often_f_is_applied(
 def test_energy_is_the_mean_squared_residual():
     model, x = make(), torch.rand(6, 1, 8, 8)
     torch.testing.assert_close(model.energy(x), (model.network(x) - x).square().mean((1, 2, 3)))
+    moved = model.network(model.network(x)) - x
+    torch.testing.assert_close(model.energy(x, times=2), moved.square().mean((1, 2, 3)))
 
 
 def test_nothing_in_nothing_out():
