@@ -66,7 +66,7 @@ class TrainConfig:
     bad_steps: int = field(default=10, metadata=FREE | POSITIVE)
     """So many steps in a row with a loss or gradient that is not finite stop the run; each of them is skipped."""
     threads: int = field(default=0, metadata=FREE | between(0, 1024))
-    """CPU threads a rank; 0: this machine's cores shared among its ranks."""
+    """CPU threads a rank; 0: OMP_NUM_THREADS, or under a launcher, which sets it to 1, the cores shared by ranks."""
     timeout: int = field(default=600, metadata=FREE | between(1, 10**7))
     """Seconds a rank waits for the others before it fails."""
 

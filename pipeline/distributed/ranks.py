@@ -134,8 +134,10 @@ def _check_deepspeed(on_cpu: bool) -> None:
 
 
 def set_threads(threads: int) -> None:
-    """CPU threads of this rank; 0: this machine's cores shared among its ranks (launchers export 1)."""
-    torch.set_num_threads(threads or max(1, len(_cores()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    """CPU threads of this rank; 0: OMP_NUM_THREADS, or under a launcher, which exports 1, the cores shared by ranks."""
+    launched = "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if threads or launched or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads or max(1, len(_cores()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def warn_of_others(seconds: float = 0.2) -> None:
@@ -147,8 +149,10 @@ def warn_of_others(seconds: float = 0.2) -> None:
     threads, ranks, cores = torch.get_num_threads(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")), _cores()
     if threads == 1:
         return
+    before = time.process_time()
     shares = psutil.cpu_percent(seconds, percpu=True)
-    busy = sum(shares[core] for core in cores if core < len(shares)) / 100
+    ours = (time.process_time() - before) / seconds  # of threads that read ahead
+    busy = max(0.0, sum(shares[core] for core in cores if core < len(shares)) / 100 - ours)
     if threads * ranks > len(cores) - busy + 0.5:
         fewer = max(1, round(len(cores) - busy) // ranks)
         log.warning(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.data import Stream, Taken, rank_rows, scaled
-from pipeline.distributed import together, total
+from pipeline.distributed import together, total, warn_of_others
 from pipeline.errors import Diverged, InputError, Stopped, Unavailable
 from pipeline.match import Match, NotFinite, match_round
 from pipeline.model.codes import CodeLaw
@@ -55,6 +55,7 @@ def run_rounds(run: Run, partial: PartialRound | None) -> None:
     """Train round by round, from `partial` on, until the budget is spent or all ranks agree to stop. Collective."""
     config, position = run.config, run.position
     images = config.match.round * config.train.passes  # trained on in each round
+    first = position.round
     state: RoundState | None = None
     try:
         while position.round < run.rounds:
@@ -79,6 +80,8 @@ def run_rounds(run: Run, partial: PartialRound | None) -> None:
             better = measure_quality(run, state, values)
             with run.phase("report"), together(run.accelerator):
                 report(run, state, taken, values, images=images - done * config.train.batch)
+            if state.number == first and run.world == 1 and run.accelerator.device.type == "cpu":
+                warn_of_others()  # again: two runs that start together see one another only now
             state = partial = None
 
             with run.phase("checkpoint"):

@@ -21,8 +21,21 @@ def four_cores(monkeypatch):
 @pytest.mark.parametrize(("asked", "local", "threads"), [(0, 1, 4), (0, 3, 1), (0, 9, 1), (3, 1, 3)])
 def test_cores_are_shared_among_ranks(asked, local, threads, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     ranks.set_threads(asked)
     assert torch.get_num_threads() == threads
+
+
+def test_without_a_launcher_the_environment_is_heeded(monkeypatch):
+    for name in ("RANK", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    torch.set_num_threads(2)  # as torch does where it is imported under that
+    ranks.set_threads(0)
+    assert torch.get_num_threads() == 2
+    ranks.set_threads(3)
+    assert torch.get_num_threads() == 3
 
 
 @pytest.mark.parametrize(
