@@ -290,6 +290,16 @@ def _cost(title: str, part: str) -> Column:
     return Column(title, get, 1)
 
 
+def _upside_down(title: str, score: str) -> Column:
+    """AUROC of test images against themselves upside down; None where f repairs nothing, or a record has it not."""
+
+    def get(record: Record) -> float | None:
+        value: float | None = ((record["density"] or {}).get(score) or {}).get("upside down")
+        return value
+
+    return Column(title, get, 3)
+
+
 KINDS = ("blur", "noise", "salt_pepper", "rows")
 COLUMNS = {
     "once": Column("FD f(z), × floor", lambda record: record["fd"]["once_ratio"], 1),
@@ -304,6 +314,8 @@ COLUMNS = {
     **{kind: _restored(kind) for kind in KINDS},
     "reconstruction": Column("reconstruction", lambda record: float(record["reconstruction"]), 3),
     "idempotence": Column("idempotence", lambda record: float(record["idempotence"]["samples"]), 3),
+    "upside_down": _upside_down("upside down, AUROC", "energy"),
+    "upside_down_twice": _upside_down("of f twice", "twice"),
     "copying": Column("distance to training, × test's", lambda record: record["nearest"]["ratio"], 2),
     "late": Column("late loss, spread", lambda record: record["late"], 3),
     "images": Column("images seen, 10³", lambda record: record["images_seen"] / 1000, 0),
