@@ -51,7 +51,15 @@ if sys.path and Path(sys.path[0] or ".").resolve() == _HERE:
 
 # ruff: noqa: E402
 from pipeline.config import parse
-from pipeline.distributed import build_accelerator, keep_memory, peers_missed, set_threads, together, warn_of_others
+from pipeline.distributed import (
+    build_accelerator,
+    keep_memory,
+    part,
+    peers_missed,
+    set_threads,
+    together,
+    warn_of_others,
+)
 from pipeline.errors import FAILED, INTERRUPTED, exit_on_input_error
 from pipeline.storage.store import use_endpoint
 from pipeline.training.loop import train
@@ -83,6 +91,7 @@ def run(arguments: list[str]) -> None:
                 if accelerator.device.type == "cpu":
                     warn_of_others()
         finished = train(config, accelerator)
+        part()
         accelerator.end_training()
     if not finished:
         leave(INTERRUPTED)

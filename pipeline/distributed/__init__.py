@@ -5,6 +5,7 @@ from pipeline.distributed.ranks import (
     build_accelerator,
     is_peer_lost,
     keep_memory,
+    part,
     peers_missed,
     set_threads,
     together,

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, without an export
+from torch.distributed import distributed_c10d as c10d
 
 from pipeline.distributed.versions import check_versions
 from pipeline.errors import BY_WEIGHT, SHARED, InputError, PeerLost, require
@@ -213,6 +214,22 @@ def peers_missed() -> Iterator[None]:
             raise
         rank, reason = os.environ.get("RANK", "0"), str(error).splitlines()[0]
         raise PeerLost(f"rank {rank} lost another rank, and ends ({reason})") from error
+
+
+def part(seconds: float = 10.0) -> None:
+    """Wait until all ranks are here, so that none closes its connections while another still reads its last answer.
+
+    Over the store, since a collective would be the last one itself. The rank that has the store leaves last. A rank
+    that is not here after `seconds` is not waited for.
+    """
+    if not dist.is_initialized() or (world := dist.get_world_size()) == 1:
+        return
+    rank, store = dist.get_rank(), c10d.PrefixStore("part", c10d._get_default_store())
+    with suppress(RuntimeError):  # somebody left already
+        for sign in ("here", "leaving"):
+            store.set(f"{sign}/{rank}", "")
+            if sign == "here" or rank == 0:
+                store.wait([f"{sign}/{other}" for other in range(world)], timedelta(seconds=seconds))
 
 
 def total(values: list[float], accelerator: Accelerator) -> list[float]:

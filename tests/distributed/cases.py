@@ -1,5 +1,6 @@
 """What the ranks of test_ranks.py run. Every case shares one fixed problem out among however many ranks there are."""
 
+import time
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -8,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pipeline import errors
-from pipeline.distributed.ranks import together
+from pipeline.distributed.ranks import part, together
 from pipeline.errors import InputError
 from pipeline.match import assign
 from pipeline.match.exchange import ranks_of
@@ -26,6 +27,22 @@ def share(rows: Tensor, rank: int, world: int) -> tuple[Tensor, int]:
     """This rank's contiguous part and its first row."""
     start, stop = len(rows) * rank // world, len(rows) * (rank + 1) // world
     return rows[start:stop], start
+
+
+def parted(rank: int, world: int) -> float:
+    """Seconds that a rank waits for the others, of whom the last comes a second later."""
+    time.sleep(rank == world - 1)
+    began = time.monotonic()
+    part()
+    return time.monotonic() - began
+
+
+def parted_without_one(rank: int, world: int) -> float:
+    """Seconds that a rank waits for the others, of whom the last does not come."""
+    began = time.monotonic()
+    if rank < world - 1:
+        part(0.5)
+    return time.monotonic() - began
 
 
 def matched(setting: dict[str, Any], rank: int, world: int) -> Match:
