@@ -21,6 +21,10 @@ Latents = Annotated[
     tyro.conf.arg(help="Law of z: as trained, or decoded from a Gaussian mixture fitted to codes of training images."),
 ]
 Components = Annotated[int | None, tyro.conf.arg(help="Gaussians of --latents mixture; default: 50.")]
+Steps = Annotated[
+    int | None,
+    tyro.conf.arg(help="Steps from noise to a code (match.codes.steps), more for better samples; default: as trained."),
+]
 Kind = Literal["blur", "noise", "salt_pepper", "rows"]
 Run = Annotated[Positional[str], tyro.conf.arg(help="A run (or s3://), a checkpoint or an exported model: its folder.")]
 Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images (points: .csv files), or folders of them.")]
@@ -72,6 +76,7 @@ def sample(
     times: Times = 1,
     latents: Latents = "trained",
     components: Components = None,
+    steps: Steps = None,
     data: str | None = None,
     seed: int = 0,
     device: Device = "auto",
@@ -87,7 +92,7 @@ def sample(
     from pipeline.cli.files import write_samples
 
     _check(n=n, times=times, seed=seed)
-    made = _model(run, latents, components, data, device=_device(device)).sample(n, seed=seed, times=times).cpu()
+    made = _model(run, latents, components, steps, data, device=_device(device)).sample(n, seed=seed, times=times).cpu()
     place = to or Path("samples.png" if made.ndim == 4 else "samples.csv")
     print(f"{n} samples: {write_samples(made, place)}")
 
@@ -163,6 +168,7 @@ def export(
     format: Literal["safetensors", "torch"] = "safetensors",
     latents: Latents = "trained",
     components: Components = None,
+    steps: Steps = None,
     data: str | None = None,
 ) -> None:
     """Write a model alone, for use elsewhere: safetensors for NAIGN.from_pretrained, torch for torch.export.load.
@@ -184,7 +190,7 @@ def export(
         (not (to / "checkpoints").exists(), f"--to {to} is a run, whose checkpoints come first: give another folder"),
         (format == "safetensors" or latents == "trained", "--format torch is f alone, without a law of latents"),
     )
-    model = _model(run, latents, components, data)
+    model = _model(run, latents, components, steps, data)
     if format == "safetensors":
         print(f"exported: {model.save_pretrained(to)}")
         return
@@ -197,7 +203,12 @@ def export(
     print(f"exported: {to / 'model.pt2'}")
 
 
-def _model(run: str, latents: Latents, components: int | None, data: str | None, *, device: str = "cpu") -> "NAIGN":
+def _model(
+    run: str, latents: Latents, components: int | None, steps: int | None, data: str | None, *, device: str = "cpu"
+) -> "NAIGN":
+    import torch
+
+    from pipeline.model.flow import MOST_STEPS
     from pipeline.model.naign import NAIGN
 
     if latents == "trained":
@@ -206,6 +217,13 @@ def _model(run: str, latents: Latents, components: int | None, data: str | None,
     components = 50 if components is None else components
     _check(components=components)
     model = NAIGN.from_pretrained(run, device=device)
+    if steps is not None:
+        none = f"--steps is of a flow of codes, which {run} has not: leave it out"
+        require(
+            (latents == "trained" and "inward" in model.state, none),
+            (1 <= steps <= MOST_STEPS, f"--steps is {steps}: it must be 1 to {MOST_STEPS}"),
+        )
+        model.state["steps"] = torch.tensor(steps)
     if latents == "trained":
         return model
     from pipeline.evaluate.refit import with_mixture

@@ -53,6 +53,11 @@ def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, 
     assert done.returncode == 0, done.stderr
     done = naign("sample", "run", "--latents", "mixture", "--components", "500")
     assert done.returncode == 2 and "needs 10000 images" in done.stderr
+    assert naign("export", "run", "--steps", "3", "--to", "finer").returncode == 0
+    assert int(NAIGN.from_pretrained(tmp_path / "finer").state["steps"]) == 3
+    for more, said in ((["0"], "must be 1 to"), (["3", "--latents", "mixture"], "flow of codes")):
+        done = naign("sample", "run", "--steps", *more)
+        assert done.returncode == 2 and said in done.stderr
     for option, value in (("--components", "3"), ("--data", "elsewhere")):
         done = naign("sample", "run", option, value)
         assert done.returncode == 2 and f"{option} is of a mixture" in done.stderr
