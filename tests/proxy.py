@@ -41,8 +41,9 @@ class Faults:
     errors: float = 0
     """Probability that a request gets 503 SlowDown or 500 InternalError and never reaches the server."""
     flip: float = 0
-    """Probability that one byte is inverted in the body of a GET of an object, if it has 1,000 bytes or more. Listings
-    are left alone: nothing could tell that a name in them is wrong."""
+    """Probability that one byte is inverted in the body of a GET of an object, if it has 1,000 bytes or more; certain
+    after three times as many such bodies without one as it takes on average. Listings are left alone: nothing could
+    tell that a name in them is wrong."""
     flip_always: str = ""
     """One byte is inverted in each body of a GET of an object whose path contains this, whatever `only` says."""
     only: str = ""
@@ -99,7 +100,7 @@ class FaultProxy:
         self._upstream = (host, port)
         self._random = random.Random(seed)
         self._faults = Faults()
-        self._until_reset = 0
+        self._until_reset = self._unflipped = 0
         self._listener: asyncio.Server | None = None
         self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._loop = asyncio.new_event_loop()
@@ -256,6 +257,7 @@ class FaultProxy:
                 self._until_reset -= len(piece)
             if flip_at is not None and passed <= flip_at < passed + len(piece):
                 self.counts["flip"] += 1
+                self._unflipped = 0
                 piece = _flipped(piece, flip_at - passed)
             if faults.rate:
                 await asyncio.sleep(begin + (passed + len(piece)) / faults.rate - self._loop.time())
@@ -283,7 +285,9 @@ class FaultProxy:
             stall_at = self._random.randrange(1, length) if length else 1
         if request.method == "GET" and answer.status in ("200", "206") and "/" in request.path.strip("/") and length:
             always = faults.flip_always and faults.flip_always in request.path
-            if always or (length >= 1000 and self._chance(faults.flip)):
+            self._unflipped += length >= 1000
+            overdue = self._unflipped * faults.flip > 3
+            if always or (length >= 1000 and (overdue or self._chance(faults.flip))):
                 flip_at = self._random.randrange(length)
         return stall_at, flip_at
 
