@@ -16,6 +16,7 @@ data/mnist_without_9 and data/fashion_mnist are packed where they are missing.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -132,11 +133,6 @@ def dimness(train: Tensor) -> Score:
     return lambda batch: (batch.flatten(1).mean(1) - typical).abs()
 
 
-def residual(model: NAIGN, times: int) -> Score:
-    """Mean squared difference of an image and f applied to it `times` times; once, it is the energy."""
-    return lambda batch: (model.project(batch, times=times) - batch).square().flatten(1).mean(1)
-
-
 def cells(found: Found, titles: list[str]) -> list[list[str]]:
     """Rows of a table of the sets named, of what was measured on any of them."""
     lines = list[list[str]]()
@@ -193,7 +189,7 @@ def main(settings: Settings) -> None:
             model = NAIGN.from_pretrained(tasks[run].folder)
             scores = {owners[run]: model.energy}
             if owners[run] == LONGER:
-                scores[f"{LONGER}{OFTEN}"] = residual(model, TIMES)
+                scores[f"{LONGER}{OFTEN}"] = partial(model.energy, times=TIMES)
             if owners[run].startswith(SHORTER):
                 scores[f"{owners[run]}{CODES}"] = code_distance(model, train)
             for row, score in scores.items():

@@ -77,10 +77,10 @@ class Task:
         free = changeable(parsed, FREE) - {"train.precision"}  # a run may change it, and rounds otherwise then
         settings = FORMER | {key: value for key, value in flatten(parsed).items() if key not in free}
         settings["model.kind"] = settings.pop("model.name")
-        idle = (
-            () if parsed.match.latents == "codes" else tuple(key for key in settings if key.startswith("match.codes."))
-        )
-        settings = {key: value for key, value in settings.items() if key not in idle and LATER.get(key, ...) != value}
+        idle = "match.codes." if parsed.match.latents != "codes" else ()  # settings that such a run does not read
+        settings = {
+            key: value for key, value in settings.items() if not key.startswith(idle) and LATER.get(key, ...) != value
+        }
         name = f"{Path(config).stem}-seed-{seed}-{fingerprint(settings)}"
         steps = tuple(then)
         folder = runs / (f"{name}-{fingerprint({'then': steps})}" if steps else name)
@@ -291,7 +291,7 @@ def _cost(title: str, part: str) -> Column:
 
 
 def _upside_down(title: str, score: str) -> Column:
-    """AUROC of test images against themselves upside down; None where f repairs nothing, or a record has it not."""
+    """AUROC of test images against themselves upside down; None where f repairs nothing, or the record lacks it."""
 
     def get(record: Record) -> float | None:
         value: float | None = ((record["density"] or {}).get(score) or {}).get("upside down")

@@ -209,6 +209,7 @@ def _model(
     import torch
 
     from pipeline.model.flow import MOST_STEPS
+    from pipeline.model.mixture import is_mixture
     from pipeline.model.naign import NAIGN
 
     if latents == "trained":
@@ -218,9 +219,9 @@ def _model(
     _check(components=components)
     model = NAIGN.from_pretrained(run, device=device)
     if steps is not None:
-        none = f"--steps is of a flow of codes, which {run} has not: leave it out"
+        flow = latents == "trained" and model.latents == "codes" and not is_mixture(model.state)
         require(
-            (latents == "trained" and "inward" in model.state, none),
+            (flow, f"--steps applies to a flow of codes, and these latents have none ({run}): leave it out"),
             (1 <= steps <= MOST_STEPS, f"--steps is {steps}: it must be 1 to {MOST_STEPS}"),
         )
         model.state["steps"] = torch.tensor(steps)

@@ -217,10 +217,11 @@ def peers_missed() -> Iterator[None]:
 
 
 def part(seconds: float = 10.0) -> None:
-    """Wait until all ranks are here, so that none closes its connections while another still reads its last answer.
+    """Wait until every rank calls this, so that none closes its connections while another still receives the result of
+    the last collective.
 
-    Over the store, since a collective would be the last one itself. The rank that has the store leaves last. A rank
-    that is not here after `seconds` is not waited for.
+    Uses the store, since a barrier would be such a collective itself. Rank 0, which has the store, returns last. After
+    `seconds` a rank waits no longer for others.
     """
     if not dist.is_initialized() or (world := dist.get_world_size()) == 1:
         return

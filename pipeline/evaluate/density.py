@@ -46,7 +46,7 @@ def separation(
 ) -> dict[str, dict[str, float]]:
     """AUROC by outlier: {"energy": {outlier: a}, "twice": {outlier: a}, "brightness": {outlier: a}}.
 
-    `twice` is of the energy with f applied twice: what is off the data has moved further then.
+    `twice` is of the energy after two applications of f, mean (f(f(x)) - x)^2.
     """
 
     def scores(batch: Tensor) -> dict[str, Tensor]:

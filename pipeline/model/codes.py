@@ -71,6 +71,10 @@ class CodeLaw:
         self.average = deepcopy(self.flow).requires_grad_(False)
         self.adam = torch.optim.AdamW(self.flow.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
 
+    def begun(self, share: float) -> bool:
+        """Whether the flow learns from a round before which that share of the run lies."""
+        return share >= self.config.begin
+
     def learn(
         self,
         codes: Tensor,  # (n, *shape) float32: those of a round's images, of all ranks
@@ -94,10 +98,10 @@ class CodeLaw:
             self.flow.follow(values.mean(1), values.cov(), keep)
             for name, value in self.flow.named_buffers():
                 self.average.get_buffer(name).copy_(value)
-        learned = (share - self.config.begin) / (1 - self.config.begin)  # share of what the flow learns from
-        if learned < 0:
+        if not self.begun(share):
             self.rounds += 1
             return
+        learned = (share - self.config.begin) / (1 - self.config.begin)  # share of what the flow learns from
         wanted = self.flow.whiten(codes)
         ids = torch.arange(len(codes))
         order = uniform(self.seed, self.rounds, ids, (self.config.passes,), stream=LEARN).argsort(dim=0).T.flatten()

@@ -118,8 +118,8 @@ class NAIGN:
     def energy(self, x: Tensor, *, times: int = 1, batch: int = 500) -> Tensor:
         """Mean squared residual of f(x) - x over the values of each row: (n,). Low near the data.
 
-        With more `times`, of f applied so often: what is off the data moves on while data stays, so that more tells
-        better which is which, at that many times the cost.
+        With `times` above 1 it is the residual after that many applications of f, each of which moves points that are
+        far from the data further: the energy then separates them better, at a cost that is proportional to `times`.
         """
         return (self.project(x, times=times, batch=batch) - x).square().flatten(1).mean(1)
 

@@ -102,7 +102,8 @@ def processor(needs: Needs) -> Iterator[tuple[str, str]]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield f"cores {cores}; training takes train.threads of them a rank, by default its share of all", ""
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
-    yield f"OMP_NUM_THREADS {threads}: other commands would use {torch.get_num_threads()} threads", ""
+    used = torch.get_num_threads()
+    yield f"OMP_NUM_THREADS {threads}: without a launcher, training and other commands use {used} threads", ""
 
 
 def gpus(needs: Needs) -> Iterator[tuple[str, str]]:

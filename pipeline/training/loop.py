@@ -153,7 +153,7 @@ def take(run: Run, kept: PartialRound | None) -> tuple[RoundState, Taken]:
 def learn_codes(run: Run, law: CodeLaw, state: RoundState) -> dict[str, float]:
     """Let the law of latents learn from the codes of a round. Returns its mean loss, if it has begun. Collective."""
     share = state.number / run.rounds
-    begun = share >= law.config.begin
+    begun = law.begun(share)
     if law.rounds > state.number:  # it did before a stop
         return {"loss/codes": law.loss} if begun else {}
     accelerator, device = run.accelerator, run.accelerator.device

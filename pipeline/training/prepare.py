@@ -17,7 +17,7 @@ from pipeline.config import Config, to_dict
 from pipeline.data import DataConfig, Stream, load, pack
 from pipeline.data.damage import find_law
 from pipeline.distributed import Engine, StopRequest, Watchdog, together, total
-from pipeline.errors import InputError
+from pipeline.errors import InputError, require
 from pipeline.match import SpaceConfig, check_space
 from pipeline.model.codes import CodeLaw
 from pipeline.model.encoders import Encoder, load_encoder, names
@@ -217,13 +217,11 @@ def build_law(config: Config, network: nn.Module, device: torch.device) -> CodeL
     """The law of latents, if it learns: then the network has a code."""
     if config.match.latents != "codes":
         return None
-    code, rounds = require_code(network, "match.latents=codes").code, count_rounds(config)
-    if rounds - 1 < (begin := config.match.codes.begin) * rounds:
-        raise InputError(
-            f"match.codes.begin={begin:g} is after the last of {rounds} rounds: the flow would not learn. Lower it, or "
-            f"raise train.images"
-        )
-    return CodeLaw(code, config.match.codes, config.seed, device)
+    code, codes, rounds = require_code(network, "match.latents=codes").code, config.match.codes, count_rounds(config)
+    law = CodeLaw(code, codes, config.seed, device)
+    late = f"match.codes.begin={codes.begin:g} is after the last of {rounds} rounds: the flow would not learn"
+    require((law.begun((rounds - 1) / rounds), f"{late}. Lower it, or raise train.images"))
+    return law
 
 
 def open_features(
