@@ -29,12 +29,12 @@ def share(rows: Tensor, rank: int, world: int) -> tuple[Tensor, int]:
     return rows[start:stop], start
 
 
-def parted(rank: int, world: int) -> float:
-    """Seconds that a rank waits for the others, of whom the last comes a second later."""
+def parted(rank: int, world: int) -> tuple[float, float]:
+    """When a rank comes and when it leaves, by the machine's clock; the last comes a second later."""
     time.sleep(rank == world - 1)
-    began = time.monotonic()
-    part()
-    return time.monotonic() - began
+    came = time.monotonic()
+    part(120)
+    return came, time.monotonic()
 
 
 def parted_without_one(rank: int, world: int) -> float:

@@ -75,10 +75,10 @@ def test_an_error_of_one_rank_is_raised_on_all_with_its_class_and_message(tmp_pa
 
 @pytest.mark.slow
 def test_no_rank_leaves_before_all_are_done_but_none_waits_for_ever(tmp_path):
-    *early, last = on_ranks("cases.parted", 3, tmp_path / "all")
-    assert all(waited > 0.9 for waited in early) and last < 0.9
+    came, left = zip(*on_ranks("cases.parted", 3, tmp_path / "all"), strict=True)
+    assert max(came) <= min(left)
     *others, _ = on_ranks("cases.parted_without_one", 3, tmp_path / "less", missing={2})
-    assert all(0.4 < waited < 5 for waited in others)
+    assert all(waited > 0.4 for waited in others)
 
 
 def test_every_error_of_a_program_can_be_raised_on_all_ranks():
