@@ -34,6 +34,8 @@ class CodesConfig:
     """Residual layers of the flow; a resolution and side for a spatial code."""
     directions: int = field(default=128, metadata=between(1, 2**13))
     """Principal directions of the codes' channels, of most spread, that the flow models; all if there are no more."""
+    components: int = field(default=0, metadata=between(0, 10**4))
+    """Gaussians of a mixture that follows the codes while f trains, in place of the flow. 0: the flow."""
     passes: int = field(default=8, metadata=between(1, 10**4))
     """How often the flow learns from each image's code, each time with other noise."""
     batch: int = field(default=512, metadata=POSITIVE)
@@ -41,8 +43,8 @@ class CodesConfig:
     lr: float = field(default=2e-3, metadata=POSITIVE)
     """Peak learning rate of the flow's AdamW: a short warm-up, then a cosine to zero at the end of the run."""
     begin: float = field(default=0.5, metadata=between(0, 0.99))
-    """Share of train.images before which the flow only follows the mean and the covariance of the codes: what it draws
-    until then is a Gaussian, a little wider. 0 where matched latents are to move f."""
+    """Share of train.images before which the law only follows the mean and the covariance of the codes: what it draws
+    until then is a Gaussian. 0 where matched latents are to move f."""
     alone: float = field(default=0.5, metadata=between(0, 0.99))
     """Share of train.images, at the end, over which the flow learns alone: f stays as it is."""
     steps: int = field(default=8, metadata=between(1, MOST_STEPS))
@@ -150,6 +152,13 @@ class CodeLaw:
     def state(self) -> dict[str, Tensor]:
         """What draws, as `CodeFlow.of` takes it."""
         return self.average.state_dict()
+
+    def adopt(self, state: Mapping[str, Tensor]) -> None:
+        """Begin from the state of another run's law, if it is one of this shape."""
+        if {name: value.shape for name, value in state.items()} == {k: v.shape for k, v in self.state().items()}:
+            kept = {**state, "steps": self.flow.steps}  # which is this run's setting
+            self.flow.load_state_dict(kept)
+            self.average.load_state_dict(kept)
 
     def dump(self) -> dict[str, Tensor]:
         """All that learning goes on from, on the CPU."""

@@ -70,7 +70,9 @@ def draw_mixture(
 ) -> Tensor:
     """Codes (n, *shape) float32; row i depends on (seed, round, ids[i]) alone."""
     which = uniform(seed, round, ids, (1,), device, stream=SCALE)
-    chosen = torch.searchsorted(state["weights"].cumsum(0), which.flatten()).clamp(max=len(state["weights"]) - 1)
+    chosen = torch.searchsorted(state["weights"].cumsum(0), which.flatten().contiguous()).clamp(
+        max=len(state["weights"]) - 1
+    )
     noise = normal(seed, round, ids, (state["basis"].shape[0],), device)
     white = state["means"][chosen] + torch.einsum("nij,nj->ni", state["factors"][chosen], noise)
     return (white @ state["basis"] + state["mean"]).view(-1, *state["shape"].tolist())

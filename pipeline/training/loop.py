@@ -22,9 +22,9 @@ from pipeline.data import Stream, Taken, rank_rows, scaled
 from pipeline.distributed import together, total, warn_of_others
 from pipeline.errors import Diverged, InputError, Stopped, Unavailable
 from pipeline.match import Match, NotFinite, match_round
-from pipeline.model.codes import CodeLaw
 from pipeline.model.latents import measure_spectrum
 from pipeline.model.networks import Autoencoder
+from pipeline.model.running import LearnedLaw
 from pipeline.observe import at_round
 from pipeline.training.fit import REMEDY, fit
 from pipeline.training.prepare import prepare, resume
@@ -150,7 +150,7 @@ def take(run: Run, kept: PartialRound | None) -> tuple[RoundState, Taken]:
     return state, taken
 
 
-def learn_codes(run: Run, law: CodeLaw, state: RoundState) -> dict[str, float]:
+def learn_codes(run: Run, law: LearnedLaw, state: RoundState) -> dict[str, float]:
     """Let the law of latents learn from the codes of a round. Returns its mean loss, if it has begun. Collective."""
     share = state.number / run.rounds
     begun = law.begun(share)

@@ -19,12 +19,12 @@ from pipeline.data.damage import find_law
 from pipeline.distributed import Engine, StopRequest, Watchdog, together, total
 from pipeline.errors import InputError, require
 from pipeline.match import SpaceConfig, check_space
-from pipeline.model.codes import CodeLaw
 from pipeline.model.encoders import Encoder, load_encoder, names
 from pipeline.model.latents import check_law
 from pipeline.model.losses import Distance, ObjectiveConfig
 from pipeline.model.networks import build_network, require_code
 from pipeline.model.perceptual import perceptual
+from pipeline.model.running import LearnedLaw, build
 from pipeline.observe import Monitor, Profiler, forward_flops, parse_rounds, preflight, set_up
 from pipeline.storage import open_store
 from pipeline.training.quality import Quality, check_quality
@@ -213,15 +213,14 @@ def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator) -> E
     return Engine(accelerator, bare, betas=(train.beta1, train.beta2), **settings)
 
 
-def build_law(config: Config, network: nn.Module, device: torch.device) -> CodeLaw | None:
+def build_law(config: Config, network: nn.Module, device: torch.device) -> LearnedLaw | None:
     """The law of latents, if it learns: then the network has a code."""
     if config.match.latents != "codes":
         return None
     code, codes, rounds = require_code(network, "match.latents=codes").code, config.match.codes, count_rounds(config)
-    law = CodeLaw(code, codes, config.seed, device)
-    late = f"match.codes.begin={codes.begin:g} is after the last of {rounds} rounds: the flow would not learn"
-    require((law.begun((rounds - 1) / rounds), f"{late}. Lower it, or raise train.images"))
-    return law
+    late = f"match.codes.begin={codes.begin:g} is after the last of {rounds} rounds: the law would not be learned"
+    require(((rounds - 1) / rounds >= codes.begin, f"{late}. Lower it, or raise train.images"))
+    return build(code, codes, config.match.round, config.seed, device)
 
 
 def open_features(

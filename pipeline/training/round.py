@@ -17,8 +17,8 @@ from pipeline.config import Config
 from pipeline.data import Stream, damage
 from pipeline.distributed import Engine, StopPoll, StopRequest, Watchdog
 from pipeline.model import latents
-from pipeline.model.codes import CodeLaw
 from pipeline.model.losses import Distance
+from pipeline.model.running import LearnedLaw
 from pipeline.observe import Monitor, Profiler, title
 from pipeline.training.run_folder import count_rounds
 from pipeline.training.state import PartialRound, Position
@@ -92,7 +92,7 @@ class Run:
     position: Position = field(default_factory=Position)
     checkpointed: str = ""  # name of the newest checkpoint
     state: dict[str, Tensor] = field(default_factory=dict)  # of the law of latents: measured, or learned by `law`
-    law: CodeLaw | None = None  # of latents, where it learns
+    law: LearnedLaw | None = None  # of latents, where it learns
     quality: "Quality | None" = None  # where it is measured
 
     def poll(self, phase: str) -> StopPoll:

@@ -18,8 +18,8 @@ from pipeline.config import Config, to_dict
 from pipeline.data.loader import Stream
 from pipeline.distributed.engine import MOMENTS, Engine
 from pipeline.match.matcher import Match
-from pipeline.model.codes import CodeLaw
 from pipeline.model.naign import save_model
+from pipeline.model.running import LearnedLaw
 from pipeline.storage.local import write_atomically
 from pipeline.training.run_folder import damage_named, open_tensors, read_model
 
@@ -60,7 +60,7 @@ def restore_weights(checkpoint: Path, network: nn.Module, name: str = "model.saf
     return model.state
 
 
-def restore_law(checkpoint: Path, law: CodeLaw) -> None:
+def restore_law(checkpoint: Path, law: LearnedLaw) -> None:
     """Let the law of latents go on from a checkpoint. Raises InputError as `restore` does."""
     with damage_named(checkpoint):
         file = open_tensors(checkpoint / LAW)
@@ -127,7 +127,7 @@ def snapshot(
     position: Position,
     latents: Mapping[str, Tensor],  # the state of their law
     partial: PartialRound | None = None,  # within a round
-    law: CodeLaw | None = None,
+    law: LearnedLaw | None = None,
 ) -> tuple[Callable[[], None], dict[str, Write]]:
     """What copies all that may change, and what writes each of this rank's files of a checkpoint then. Collective.
 

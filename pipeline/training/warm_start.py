@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from pipeline.checkpoint import newest_checkpoint, newest_first
 from pipeline.config import Config
 from pipeline.errors import InputError
-from pipeline.model.codes import CodeLaw
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import recorded_network
+from pipeline.model.running import LearnedLaw
 
 log = logging.getLogger("naign.train")
 
 
-def warm_start(config: Config, network: nn.Module, law: CodeLaw | None) -> None:
+def warm_start(config: Config, network: nn.Module, law: LearnedLaw | None) -> None:
     """Load what fits of the model at model.init, unless there is a checkpoint to go on from.
 
     Its flow of codes is taken whole or not at all. Raises InputError for a model of another kind, or without any weight
@@ -36,10 +36,8 @@ def warm_start(config: Config, network: nn.Module, law: CodeLaw | None) -> None:
         raise InputError(f"model.init={place} fits nothing of this network: no weight has its name and its shape")
     fresh = ", ".join(sorted(wanted.keys() - taken))
     log.info("%d of %d weights are from %s%s", len(taken), len(wanted), place, f", not {fresh}" if fresh else "")
-    if law and _shapes(law.state()) == _shapes(model.state):
-        kept = {**model.state, "steps": law.flow.steps}  # which is this run's setting
-        law.flow.load_state_dict(kept)
-        law.average.load_state_dict(kept)
+    if law:
+        law.adopt(model.state)
 
 
 def _load_fitting(network: nn.Module, found: Mapping[str, Tensor]) -> set[str]:
@@ -48,7 +46,3 @@ def _load_fitting(network: nn.Module, found: Mapping[str, Tensor]) -> set[str]:
     fits = {name: value for name, value in found.items() if name in wanted and value.shape == wanted[name].shape}
     network.load_state_dict(wanted | fits)
     return set(fits)
-
-
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in state.items()}

@@ -1,11 +1,14 @@
 """A run whose latents are decoded from codes that a flow draws, from training to samples."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.data.decode import scaled
+from pipeline.data.loader import read_split
 from pipeline.model.naign import NAIGN
 from tests.conftest import SMALL
 
@@ -61,6 +64,34 @@ def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, 
     for option, value in (("--components", "3"), ("--data", "elsewhere")):
         done = naign("sample", "run", option, value)
         assert done.returncode == 2 and f"{option} is of a mixture" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_mixture_that_follows_the_codes_on_ranks_and_after_a_stop(train, naign, digits, tmp_path):
+    options = [f"--data.path={digits}", *SMALL, "--match.latents=codes", "--match.codes.components=3"]
+    options += ["--match.codes.begin=0.5", "--match.codes.alone=0.5", "--train.images=2048"]
+    options += ["--checkpoint.rounds=1", "--checkpoint.keep=0"]
+    for run, ranks in (("run", 1), ("ranks", 2), ("stopped", 1)):
+        if run == "stopped":  # as if after four of eight rounds
+            shutil.copytree(tmp_path / "run", tmp_path / run)
+            for later in sorted((tmp_path / run / "checkpoints").iterdir())[4:]:
+                shutil.rmtree(later)
+        done = train(*options, f"--run.path={run}", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    found = {run: NAIGN.from_pretrained(tmp_path / run) for run in ("run", "ranks", "stopped")}
+    assert found["run"].state["weights"].shape == (3,) and float(found["run"].state["weights"].min()) > 0
+    for name, value in found["run"].state.items():
+        assert torch.equal(value, found["stopped"].state[name]), name
+    images = scaled(read_split(str(digits), "train")[0])
+    for run, model in found.items():  # f stayed as it was in the second half: these are the codes that were followed
+        codes, state = model.network.encode(images).detach(), model.state
+        apart = state["weights"] @ state["means"] - codes.mean(0)
+        assert float((apart / codes.std(0).mean()).abs().max()) < 0.15, run
+    assert naign("evaluate", "run", "--samples", "300").returncode == 0
+    done = naign("sample", "run", "--steps", "3")
+    assert done.returncode == 2 and "flow of codes" in done.stderr
+    done = train(*options, "--match.codes.components=5000", "--run.path=large")
+    assert done.returncode == 2 and "ask for fewer" in done.stderr.lower() and not (tmp_path / "large").exists()
 
 
 @pytest.mark.slow
