@@ -55,9 +55,10 @@ class MixtureLaw:
         if not self.parted and share >= self.config.begin:
             self.parted, self.followed = True, 0
         number = self.config.components if self.parted else 1
-        window = max(WINDOW, FOLLOWED * number * codes.shape[1] / len(codes)) + settled
-        keep = max(1 / (self.followed + 1), 1 / window)
-        shares = self._shares(codes) if self.followed and number > 1 else self._clustered(codes, number)
+        window = max(WINDOW, FOLLOWED * number * codes.shape[1] / len(codes))
+        keep = max(1 / (self.followed + 1), 1 / (window + settled))
+        gaussian = self.parted and self.followed >= window
+        shares = self._shares(codes) if gaussian else self._clustered(codes, number)
         for component, share_of in enumerate(shares.T):
             rows = share_of > LEAST
             weights, values = share_of[rows].double() / len(codes), codes[rows].double()
@@ -71,9 +72,15 @@ class MixtureLaw:
         yield from ()
 
     def _clustered(self, codes: Tensor, number: int) -> Tensor:
-        """Which of so many clusters each code is in, by k-means: (n, k) of zeros and ones."""
-        which = torch.zeros(len(codes), dtype=torch.long)
-        if number > 1:
+        """Which of so many clusters each code is in: (n, k) of zeros and ones.
+
+        By k-means at first, then by the nearest mean until there are codes enough: a covariance of few codes is narrow,
+        and keeps them.
+        """
+        which = torch.zeros(len(codes), dtype=torch.long, device=codes.device)
+        if number > 1 and self.followed:
+            which = torch.cdist(codes, self.means).argmin(1)
+        elif number > 1:
             from sklearn.cluster import KMeans  # slow to import
             from sklearn.exceptions import ConvergenceWarning
 

@@ -44,9 +44,9 @@ def test_it_learns_clusters_their_shares_and_their_spread():
 
 
 def test_before_it_begins_it_is_one_gaussian():
-    law = learned(4, share=0.49)
+    law = learned(8, share=0.49)
     assert law.weights.tolist() == [1, 0, 0]
-    whole = torch.cat([codes(round) for round in range(4)])
+    whole = torch.cat([codes(round) for round in range(3, 8)])
     drawn = draw_mixture(law.state(), 0, 0, torch.arange(20_000))
     torch.testing.assert_close(drawn.mean(0), whole.mean(0), atol=0.1, rtol=0)
     torch.testing.assert_close(drawn.T.cov(), whole.T.cov(), atol=0.3, rtol=0)
