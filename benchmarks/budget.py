@@ -58,8 +58,9 @@ def main(settings: Settings) -> None:
             network, image = build_network(config.model, shape), torch.empty(1, *shape)
         forwards = 3 * config.objective.forwards
         forwards += config.match.ratio / config.train.passes if config.objective.needs_match else 0
-        learns = config.match.latents == "codes"
-        fitted = images * (1 - codes.alone) if learns else images
+        decodes = config.match.latents == "codes"
+        fitted = images * (1 - codes.alone) if decodes else images
+        learns = decodes and not codes.components  # a mixture costs little
         parts = [forwards * fitted * count(network, image)]
         if learns:
             flow = CodeFlow(network.code, codes.width, codes.depth, codes.steps, codes.directions)
