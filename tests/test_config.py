@@ -185,5 +185,6 @@ def test_the_mnist_recipe_names_what_is_not_the_default():
     changed = {key for key, value in flatten(Config()).items() if recipe[key] != value}
     assert changed == {
         *("objective.imle", "objective.denoising", "objective.damage", "train.precision", "train.images"),
-        *("match.latents", "match.ratio", "match.codes.begin", "match.codes.alone", "match.codes.passes"),
+        *("match.latents", "match.ratio", "match.codes.begin", "match.codes.alone", "match.codes.components"),
+        "model.code",
     }
