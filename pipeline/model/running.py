@@ -107,34 +107,35 @@ class MixtureLaw:
         within = torch.einsum("k,kij->ij", weights, covariances)
         covariances.lerp_(within.expand_as(covariances), (prior / (self.seen * some + prior))[:, None, None])
         covariances.diagonal(dim1=1, dim2=2).add_((RIDGE * within.diagonal().mean()).clamp(min=1e-12))
-        for own, value in zip(
-            (self.weights, self.means, self.factors), (weights, means, torch.linalg.cholesky(covariances)), strict=True
-        ):
-            own.copy_(value)
+        self.weights.copy_(weights)
+        self.means.copy_(means)
+        self.factors.copy_(torch.linalg.cholesky(covariances))
 
     def state(self) -> dict[str, Tensor]:
         """What draws, as `draw_mixture` takes it."""
         values = self.means.shape[1]
         whole = {"basis": torch.eye(values, device=self.means.device), "mean": torch.zeros_like(self.means[0])}
-        parts = {"weights": self.weights, "means": self.means, "factors": self.factors}
-        return {"shape": torch.tensor(self.shape, device=self.means.device)} | parts | whole
+        return {"shape": torch.tensor(self.shape, device=self.means.device)} | self._components() | whole
 
     def adopt(self, state: Mapping[str, Tensor]) -> None:
         """Begin from the state of another run's law: a mixture needs none, the first round is enough."""
 
+    def _components(self) -> dict[str, Tensor]:
+        return {"weights": self.weights, "means": self.means, "factors": self.factors}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return dict(zip(STATISTICS, self.statistics, strict=True)) | self._components()
+
     def dump(self) -> dict[str, Tensor]:
         """All that learning goes on from, on the CPU."""
-        found = dict(zip(STATISTICS, self.statistics, strict=True))
-        found |= {"weights": self.weights, "means": self.means, "factors": self.factors}
+        found = self._tensors()
         progress = [self.rounds, self.followed, self.parted, self.seen]
         found["progress"] = torch.tensor(progress, dtype=torch.float64)
         return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in found.items()}
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
         """Go on from what `dump` returned. Raises KeyError or ValueError for another law's."""
-        own = dict(zip(STATISTICS, self.statistics, strict=True))
-        own |= {"weights": self.weights, "means": self.means, "factors": self.factors}
-        for name, value in own.items():
+        for name, value in self._tensors().items():
             require((saved[name].shape == value.shape, f"{name} of the mixture have another shape"))
             value.copy_(saved[name])
         rounds, followed, parted, self.seen = saved["progress"].tolist()

@@ -1,4 +1,4 @@
-"""A run whose latents are decoded from codes that a flow draws, from training to samples."""
+"""A run whose latents are decoded from codes that a flow or a mixture draws, from training to samples."""
 
 import json
 import shutil

@@ -99,7 +99,7 @@ def test_few_codes_or_all_the_same_are_no_error(count):
 def test_the_setting_chooses_the_law_and_too_large_ones_are_refused():
     assert isinstance(build((4, 6, 6), SETTINGS, 100, 0, CPU), MixtureLaw)
     assert isinstance(build((4, 6, 6), CodesConfig(), 100, 0, CPU), CodeLaw)
-    with pytest.raises(InputError, match=r"components=100 with codes of 1024 values.*"):
+    with pytest.raises(InputError, match=r"components=100 with codes of 1024 values.*fewer components"):
         build((1024,), CodesConfig(components=100), 1000, 0, CPU)
     with pytest.raises(InputError, match=r"components=100 with match.round=799: fewer than 8"):
         build((4,), CodesConfig(components=100), 799, 0, CPU)
