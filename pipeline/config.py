@@ -317,6 +317,8 @@ def _convert(target: Any, value: Any, where: str) -> Any:
                 return int(float(value))
         elif isinstance(value, target):
             return value
+        elif target is str and type(value) is int:
+            return str(value)
     except (TypeError, ValueError, OverflowError):
         pass
     raise InputError(f"{where} is {reprlib.repr(value)}: it must be {target.__name__}")

@@ -17,7 +17,7 @@ def pack(
     *,
     to: str,
     root: Path | None = None,
-    size: int | None = None,
+    size: str | None = None,
     channels: Literal[1, 3] = 3,
     shards: int | None = None,
     encoding: Literal["png", "jpg", "webp", "npy"] = "png",
@@ -32,7 +32,7 @@ def pack(
         source: mnist, fashion_mnist, cifar10, digits, toy2d:<name> or folder.
         to: Folder or s3://bucket/prefix to write.
         root: Files to use instead of fetching them; for folder, the tree of images (sub-folders are labels).
-        size: Pixels a side, for folder: images are resized, cropped to a square, transparency laid on white.
+        size: For folder: pixels a side (64) or height x width (48x64); pictures are cropped to that shape, resized.
         channels: For folder: 3 colour, 1 grey.
         shards: Shards a split; default 16, more for large data.
         encoding: How images are stored: png and webp keep every bit, jpg is smaller, npy is read fastest.
@@ -69,7 +69,7 @@ def index(
     """Make the index.json and page tables of WebDataset tars that others wrote; reads every byte, changes no tar.
 
     Args:
-        path: Folder or s3://bucket/prefix of the tars. Their samples must be alike: pictures of one size, or points.
+        path: Folder or s3://bucket/prefix of the tars. Their samples are pictures of any size, or points of one.
         train: Which of them are for training, as a pattern like 'imagenet-train-*.tar'; default: those not for testing.
         test: Which are for testing; default: those with test or val in their names.
         labels: File with a label name a line, for the numbers in .cls; default: the numbers themselves.
@@ -89,7 +89,8 @@ def index(
 
 def _contents(path: str, manifest: "Manifest") -> str:
     counts = (f"{split.samples} {name} in {len(split.shards)} shards" for name, split in manifest.splits.items())
-    return f"{path}: {manifest.name} {'x'.join(map(str, manifest.shape))}, {', '.join(counts)}"
+    sizes = "x".join(map(str, manifest.shape)) if all(manifest.shape) else f"{manifest.shape[0]} x any size"
+    return f"{path}: {manifest.name} {sizes}, {', '.join(counts)}"
 
 
 def verify(path: Positional[str], /) -> None:

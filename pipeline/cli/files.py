@@ -10,8 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.data.decode import UNDECODABLE, scaled
-from pipeline.data.sources.folder import square
+from pipeline.data.resize import Resize, channels, resized
 from pipeline.errors import InputError, printable, require
+from pipeline.evaluate.recorded import recorded_resize
+from pipeline.model.naign import NAIGN
 from pipeline.observe.pictures import grid, png, to_image
 from pipeline.storage.local import write_atomically
 
@@ -46,22 +48,28 @@ def refuse_overwriting(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
         source_of[output] = source
 
 
-def read_samples(paths: Sequence[Path], shape: tuple[int, ...]) -> list[Tensor]:
-    """The content of each file, float32: an image (1, C, S, S) in [-1, 1], or points (n, D), one a line of a .csv file.
+def read_samples(paths: Sequence[Path], model: NAIGN) -> list[Tensor]:
+    """The content of each file, float32: an image (1, C, H, W) in [-1, 1], or points (n, D), one a line of a .csv file.
 
-    Images are resized and cropped to the model's square as `pack` does. Raises InputError for a file that holds none.
+    Pictures are brought to the model's size as evaluation does it. Raises InputError for a file that holds none.
     """
-    return [(_read_image if len(shape) == 3 else _read_points)(path, shape) for path in paths]
+    shape = model.shape
+    if len(shape) != 3:
+        return [_read_points(path, shape) for path in paths]
+    resize = recorded_resize(model)
+    if not resize.height:
+        resize = Resize(height=shape[1], width=shape[2])
+    return [_read_image(path, shape, resize) for path in paths]
 
 
-def _read_image(path: Path, shape: tuple[int, ...]) -> Tensor:
+def _read_image(path: Path, shape: tuple[int, ...], resize: Resize) -> Tensor:
     try:
-        pixels = np.asarray(square(path.read_bytes(), shape[1], shape[0]))
+        pixels = channels(resized(path.read_bytes(), resize), shape[0])
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except UNDECODABLE as error:
         raise InputError(f"{path}: {_cause(error, 'no picture that can be read')}") from None
-    return scaled(torch.from_numpy(pixels.copy()).view(1, *shape[1:], shape[0]).permute(0, 3, 1, 2))
+    return scaled(torch.from_numpy(np.ascontiguousarray(pixels))[None])
 
 
 def _read_points(path: Path, shape: tuple[int, ...]) -> Tensor:

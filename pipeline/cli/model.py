@@ -132,7 +132,7 @@ def restore(
     folders = [to, to / damage] if damage else [to]
     outputs = [folder / name for folder in folders for name in names]
     refuse_overwriting(paths * len(folders), outputs)
-    given = read_samples(paths, model.shape)
+    given = read_samples(paths, model)
     damaged = degrade(torch.cat(given), damage) if damage else torch.cat(given)
     repaired = model.project(damaged, times=times).cpu()
     sizes = [len(batch) for batch in given]
@@ -152,7 +152,7 @@ def score(run: Run, files: Files, /, *, times: Times = 1, device: Device = "auto
     _check(times=times)
     model = NAIGN.from_pretrained(run, device=_device(device))
     paths = [path for path, _ in find_files(files, model.shape)]
-    given = read_samples(paths, model.shape)
+    given = read_samples(paths, model)
     lines = [(path, line) for path, batch in zip(paths, given, strict=True) for line in range(1, 1 + len(batch))]
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(("file", "energy"))

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from pipeline.config import Config, check, load, to_dict
+from pipeline.data.dataset import image_shape
 from pipeline.data.format.manifest import Manifest
 from pipeline.errors import InputError, Unavailable, printable, require
 from pipeline.storage import at_most, use_endpoint
@@ -197,7 +198,10 @@ def predict(size: Size, *, data: str, config: Path | None) -> str:
     try:
         with at_most(1):  # a cluster's bucket is often out of reach from here
             manifest = Manifest.load(data)
-        shape, stored = manifest.shape, sum(shard.bytes for split in manifest.splits.values() for shard in split.shards)
+        shape, stored = (
+            image_shape(found.data, manifest),
+            sum(shard.bytes for split in manifest.splits.values() for shard in split.shards),
+        )
     except (InputError, Unavailable):
         unknown = f"\n{data} cannot be read from here: reckoned with images of 1x28x28"
     with torch.device("meta"):

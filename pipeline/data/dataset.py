@@ -1,5 +1,6 @@
 """A packed data set as training sees it: its settings, its reader, its shape."""
 
+import math
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -7,6 +8,7 @@ from pipeline.constraints import AT_LEAST_0, FREE, MAY_CHANGE, NOT_EMPTY, POSITI
 from pipeline.data.cache import CachedStore
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.reader import Reader
+from pipeline.data.resize import FITS, INTERPOLATIONS, Resize, parse_size
 from pipeline.errors import InputError
 from pipeline.storage.base import Store
 from pipeline.storage.store import open_store
@@ -34,7 +36,18 @@ class DataConfig:
     flip: bool = False
     """Mirror each image with probability 1/2."""
     crop: int = field(default=0, metadata=AT_LEAST_0)
-    """Train on random windows of this many pixels a side; 0: on whole images."""
+    """Train on random windows of this many pixels a side, not resized; 0: on whole images."""
+    size: str = ""
+    """Resize pictures to so many pixels a side (64), or height x width (48x64). Empty: as stored, in one size."""
+    fit: str = field(default="crop", metadata=one_of(FITS))
+    """How a picture is brought to `size`: crop takes the largest central window of that shape, random a window of
+    random area and shape (in evaluation crop), pad puts the whole picture on black, stretch changes its shape."""
+    scale: str = "0.08,1"
+    """With fit=random: least and largest share of the picture's area."""
+    ratio: str = "0.75,1.3333"
+    """With fit=random: least and largest width of the window divided by its height."""
+    interpolation: str = field(default="lanczos", metadata=one_of(INTERPOLATIONS))
+    """How pictures are resized: Pillow's filters, which average over what they shrink."""
     broken: str = field(default="error", metadata=FREE | one_of(("error", "skip")))
     """A sample that cannot be decoded: error stops the run; skip logs it and takes the shard's next one instead."""
     broken_share: float = field(default=0.001, metadata=FREE | between(0, 1))
@@ -52,17 +65,45 @@ class DataConfig:
 def check_config(config: DataConfig) -> None:
     """Raise InputError for values that no data set can have."""
     check_fields(config, "data")
+    parse_resize(config)
     if "@" in config.endpoint:  # it would stand in config.yaml
         raise InputError("data.endpoint holds a user or a password: give them as AWS_ACCESS_KEY_ID and so on")
 
 
+def parse_resize(config: DataConfig) -> Resize:
+    """What the settings say of pictures' sizes. Raises InputError for what they cannot say."""
+    height, width = parse_size(config.size, "data.size") if config.size else (0, 0)
+    if height and config.crop:
+        raise InputError("data.crop takes windows of images as they are stored, data.size resizes them: choose one")
+    if not height and config.fit != "crop":
+        raise InputError(f"data.fit={config.fit} says how pictures are brought to data.size: give that as well")
+    scale, ratio = (_parse_range(getattr(config, name), f"data.{name}") for name in ("scale", "ratio"))
+    if scale[1] > 1:
+        raise InputError(f"data.scale is '{config.scale}': a window is at most 1, the whole picture")
+    return Resize(
+        height=height,
+        width=width,
+        fit=config.fit,
+        scale=scale,
+        ratio=ratio,
+        interpolation=config.interpolation,
+        crop=config.crop,
+    )
+
+
+def _parse_range(text: str, setting: str) -> tuple[float, float]:
+    try:
+        least, most = (float(part) for part in text.split(","))
+    except ValueError:
+        least = most = 0.0
+    if not 0 < least <= most < math.inf:
+        raise InputError(f"{setting} is '{text}': give the least and the largest, positive, with a comma between")
+    return least, most
+
+
 def image_shape(config: DataConfig, manifest: Manifest) -> tuple[int, ...]:
-    """Of what training sees. Raises InputError where the images have no such windows."""
-    if not config.crop:
-        return manifest.shape
-    if manifest.kind != "image" or config.crop > min(manifest.shape[1:]):
-        raise InputError(f"data.crop={config.crop} is more than there is of {manifest.name} {manifest.shape}")
-    return manifest.shape[0], config.crop, config.crop
+    """Of what training sees. Raises InputError where the images cannot be brought to it."""
+    return parse_resize(config).shape(manifest.shape, manifest.name)
 
 
 def open_reader(config: DataConfig, manifest: Manifest) -> Reader:
@@ -71,4 +112,5 @@ def open_reader(config: DataConfig, manifest: Manifest) -> Reader:
     if config.cache and config.path.startswith("s3://"):
         store = cast(Store, CachedStore(store, manifest, config.cache, int(config.cache_gb * 1e9)))
     shards = manifest.split(config.split).shards
-    return Reader(store, manifest, shards, check=config.check, skip=config.broken == "skip")
+    skip = config.broken == "skip"
+    return Reader(store, manifest, shards, check=config.check, skip=skip, resize=parse_resize(config))

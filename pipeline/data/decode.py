@@ -1,4 +1,4 @@
-"""One sample in a shard: its bytes, and what they decode to."""
+"""The bytes of pictures and arrays, and the pixels and values that they decode to."""
 
 import io
 import math
@@ -13,15 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from pipeline.data.format.manifest import FORMS
 from pipeline.errors import InputError
 
 Array = npt.NDArray[Any]
-
-SUFFIXES = {"image": ("png", "jpg", "jpeg", "webp", "npy"), "point": ("npy",)}  # of an array's member, by kind
 
 UNDECODABLE = (OSError, InputError)
 """What reading a picture file raises (OSError), and decoding it (InputError, see `decoding`)."""
@@ -80,17 +77,18 @@ def eight_bits(picture: Image.Image, mode: str) -> Image.Image:
 
 
 def decode_image(data: bytes, into: Array | None = None) -> Array:
-    """The pixels (C, H, W) uint8 of an image file, C being 1 for grey, else 3. Raises InputError if it is none.
+    """The pixels (C, H, W) uint8 of an image file, upright, C being 1 for grey, else 3. Of several frames the first.
 
     If `into` has the image's shape, the pixels may be written there: then `into` itself is returned. In memory the
-    channels of a pixel lie together, as decoders give them.
+    channels of a pixel lie together, as decoders give them. Raises InputError for bytes that are no picture.
     """
     plain = _decode_plain_jpeg(data, into) if data[:2] == b"\xff\xd8" else _decode_plain_png(data)
     if plain is not None:
         return plain
     with decoding(), Image.open(io.BytesIO(data)) as picture:
         pixels = np.asarray(eight_bits(picture, "L" if picture.mode == "L" else "RGB"))
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+        lies = _orientation(picture)
+    return turned(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), lies)
 
 
 def _decode_plain_png(data: bytes) -> Array | None:
@@ -130,14 +128,42 @@ def _decode_plain_jpeg(data: bytes, into: Array | None) -> Array | None:
         if space not in ("Gray", "YCbCr") or height * width > JPEG_PIXELS:
             return None
         kind, channels = ("GRAY", 1) if space == "Gray" else ("RGB", 3)
-        memory = into.transpose(1, 2, 0) if into is not None and into.shape == (channels, height, width) else None
+        lies = jpeg_orientation(data)
+        usable = into is not None and into.shape == (channels, height, width) and lies == 1
+        memory = into.transpose(1, 2, 0) if into is not None and usable else None
         if memory is not None and memory.flags.c_contiguous:
             simplejpeg.decode_jpeg(data, kind, strict=True, buffer=memory)
             return into
         pixels: Array = simplejpeg.decode_jpeg(data, kind, strict=True)
     except (ValueError, KeyError):  # KeyError for a subsampling that it does not know
         return None
-    return pixels.transpose(2, 0, 1)
+    return turned(pixels.transpose(2, 0, 1), lies)
+
+
+def jpeg_orientation(data: bytes) -> int:
+    """EXIF's number for how a JPEG lies, from 1, upright, to 8."""
+    if data.find(b"Exif\0\0", 0, 1 << 16) < 0:
+        return 1
+    with decoding(), Image.open(io.BytesIO(data)) as picture:
+        return _orientation(picture)
+
+
+def _orientation(picture: Image.Image) -> int:
+    """The same of any picture: 1 where it says nothing, or nothing that can be read, as viewers have it."""
+    try:
+        found = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # for damaged EXIF Pillow raises nearly anything
+        return 1
+    return int(found) if found in range(1, 9) else 1
+
+
+def turned(pixels: Array, orientation: int) -> Array:
+    """A view of pixels (C, H, W), upright, that lie as EXIF's number says."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(1, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[:, ::-1]
+    return pixels[:, :, ::-1] if orientation in (2, 3, 6, 7) else pixels
 
 
 JPEG_PIXELS = 1 << 26  # above it Pillow's own guard against pictures that are made to fill the memory decides
@@ -146,11 +172,11 @@ _MODES = {b"\x08\0\0\0\0": "L", b"\x08\2\0\0\0": "RGB"}  # by bit depth, colour 
 
 
 def decode_array(data: bytes, shape: tuple[int, ...], dtype: str) -> Array:
-    """The finite values of an .npy file, whose header must say `shape` and `dtype` before memory is taken.
+    """The finite values of an .npy file, whose header must say `shape` (0: any length) and `dtype`.
 
-    Raises InputError for anything else.
+    Raises InputError for anything else, before memory is taken.
     """
-    header, by_columns = npy_header(shape, dtype), False
+    header, by_columns, found = npy_header(shape, dtype), False, shape
     with decoding():
         if not data.startswith(header):
             with _PARSING:
@@ -158,14 +184,19 @@ def decode_array(data: bytes, shape: tuple[int, ...], dtype: str) -> Array:
                 version = np.lib.format.read_magic(stream)
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 found, by_columns, kind = read(stream)
-            if found != shape or kind != np.dtype(dtype):
+            if not fits(found, shape) or kind != np.dtype(dtype):
                 raise InputError(f"{kind} of shape {found}, but index.json says {dtype} of {shape}")
             header = data[: stream.tell()]
-        flat: Array = np.frombuffer(data, dtype, math.prod(shape), len(header))
-        array = flat.reshape(shape, order="F" if by_columns else "C").copy()
+        flat: Array = np.frombuffer(data, dtype, math.prod(found), len(header))
+        array = flat.reshape(found, order="F" if by_columns else "C").copy()
         if not np.isfinite(array).all():
             raise InputError("a value is not finite")
         return array
+
+
+def fits(shape: tuple[int, ...], stored: tuple[int, ...]) -> bool:
+    """Whether a sample's shape is that of a data set, where 0 stands for a length that varies."""
+    return len(shape) == len(stored) and all(length in (0, found) for length, found in zip(stored, shape, strict=True))
 
 
 _PARSING = threading.Lock()
@@ -179,66 +210,3 @@ def npy_header(shape: tuple[int, ...], dtype: npt.DTypeLike) -> bytes:
     descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
     np.lib.format.write_array_header_1_0(stream, {"descr": descr, "fortran_order": False, "shape": shape})
     return stream.getvalue()
-
-
-def decode(
-    sample: dict[str, Any], kind: str, shape: tuple[int, ...], classes: int, shard: str, into: Array | None = None
-) -> tuple[Array, int]:
-    """A sample's array (uint8 of an image, float32 of a point; in `into` if that saves a copy), and label, -1 if none.
-
-    Raises InputError that names the shard and the key where the array is missing, cannot be decoded, has another shape
-    or values that are not finite, or the label is not one of the data set's.
-    """
-    where = f"{shard}, key {sample['__key__']}"
-    suffix = next((suffix for suffix in SUFFIXES[kind] if suffix in sample), None)
-    if suffix is None:
-        raise InputError(f"{where}: no member ends in {' or '.join(SUFFIXES[kind])}: repack the data set")
-    try:
-        if suffix == "npy":
-            array = decode_array(sample[suffix], shape, FORMS[kind][0])
-        else:
-            array = decode_image(sample[suffix], into)
-            if len(array) == 1 and shape[0] == 3:
-                array = np.repeat(array, 3, axis=0)
-            elif len(array) == 3 and shape[0] == 1 and suffix == "webp" and (array == array[:1]).all():
-                array = array[:1]  # WebP has no grey
-    except InputError as error:
-        raise InputError(f"{where}: the .{suffix} cannot be decoded ({error}): repack the data set") from None
-    if array.shape != shape:
-        raise InputError(f"{where}: an image of shape {array.shape}, but index.json says {shape}: repack the data set")
-    if "cls" not in sample:
-        return array, -1
-    text = sample["cls"].decode("ascii", errors="replace").strip()
-    label = int(text) if text.isdecimal() and len(text) < 19 else -1  # 19 digits may be more than an int64
-    if label < 0 or (classes and label >= classes):
-        raise InputError(f"{where}: label {text[:20]!r} is none of the {classes} in index.json: repack the data set")
-    return array, label
-
-
-Draws = npt.NDArray[np.float64]  # (rows, 4), uniform in [0, 1)
-
-
-def draws(seed: int, round: int, first: int, last: int) -> Draws:
-    """The random numbers of rows [first, last) of a round: Philox counted by row, so that any part is drawn alone."""
-    key = np.array([seed % 2**64, round + 2**63], np.uint64)  # apart from the keys that order shards
-    raw: Any = np.random.Philox(key=key, counter=[first, 0, 0, 0]).random_raw(4 * (last - first))
-    uniform: Draws = (raw >> np.uint64(11)).reshape(-1, 4) * 2.0**-53
-    return uniform
-
-
-def central(rows: int) -> Draws:
-    """Draws that take the central window and mirror nothing."""
-    return np.full((rows, 4), 0.5)
-
-
-def crop(image: Array, size: int, drawn: npt.NDArray[np.float64]) -> Array:
-    """A window (C, size, size) of an image (C, H, W)."""
-    _, height, width = image.shape
-    top, left = int(drawn[0] * (height - size + 1)), int(drawn[1] * (width - size + 1))
-    return image[:, top : top + size, left : left + size]
-
-
-def flip(images: Array, drawn: Draws) -> None:
-    """Mirror about half of the images (n, C, H, W), in place."""
-    chosen = drawn[:, 2] < 0.5
-    images[chosen] = images[chosen, ..., ::-1]

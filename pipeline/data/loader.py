@@ -22,15 +22,16 @@ import webdataset
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.data import decode
 from pipeline.data.dataset import DataConfig, check_config, image_shape, open_reader
 from pipeline.data.decode import Array
 from pipeline.data.format.manifest import Manifest, size_problem
 from pipeline.data.order import Order, Piece, check, parts, pieces, rank_rows
 from pipeline.data.reader import Raw, Reader, Taken, fill, new_images, new_rows
+from pipeline.data.resize import Resize
+from pipeline.data.sample import AS_STORED, draws
 from pipeline.errors import InputError, Stopped
 from pipeline.storage.prefetch import in_background, in_order
-from pipeline.storage.store import gopen
+from pipeline.storage.store import gopen, open_store
 
 webdataset.gopen_schemes["s3"] = gopen  # so that any WebDataset program reads s3:// as training does, without pipes
 
@@ -206,9 +207,9 @@ class Stream(AbstractContextManager["Stream"]):
                 if stop.is_set():
                     return False
                 end = min(begin + self._block, part.last)
-                draws = decode.draws(self.order.seed, round, self._first + begin, self._first + end)
-                stored, config = islice(part.stored, end - begin), self._config
-                broken |= fill(taken, begin, part.reader, stored, draws, crop=config.crop, flip=config.flip)
+                rows, random = (self._first + begin, self._first + end), part.reader.resize.fit == "random"
+                drawn, stored = draws(self.order.seed, round, *rows, windows=random), islice(part.stored, end - begin)
+                broken |= fill(taken, begin, part.reader, stored, drawn, flip=self._config.flip)
                 taken.tally.merge(part.reader.store.tally.take())
                 self.rows_read += end - begin
             unless_whole.pop_all()
@@ -230,7 +231,7 @@ def read_split(
     split: str,
     *,
     limit: int | None = None,  # samples; None: all. As packing shuffles, the first ones are a random subset
-    crop: int = 0,  # the central window of so many pixels a side; 0: whole images
+    resize: Resize = AS_STORED,
     progress: bool = False,  # bar on stderr
 ) -> tuple[Tensor, Tensor]:
     """A whole split in the order of its shards: images (n, C, H, W) uint8 or points (n, D) float32, labels (n,) int64.
@@ -238,7 +239,7 @@ def read_split(
     Raises InputError as Stream does.
     """
     manifest = Manifest.load(path)
-    config = DataConfig(path=path, split=split, crop=crop)
+    resize = resize.central()
     total = manifest.split(split).samples
     count = total if limit is None else min(limit, total)
     shards = manifest.split(split).shards
@@ -248,11 +249,11 @@ def read_split(
         for number, (shard, start) in enumerate(zip(shards, starts, strict=False))
         if start < count
     ]
-    reader = open_reader(config, manifest)
+    reader = Reader(open_store(path), manifest, shards, resize=resize)
     if problem := next(filter(None, (size_problem(reader.store, shards[piece.shard]) for piece in wanted)), ""):
         raise InputError(problem)  # before memory is taken for samples that are not there
     with closing(reader.raw(wanted)) as stored:
         bar = tqdm(stored, total=count, desc=f"read {split}", unit="sample", disable=not progress)
-        taken = new_rows(new_images(image_shape(config, manifest), manifest.dtype, count))
-        fill(taken, 0, reader, iter(bar), decode.central(count), crop=crop)
+        taken = new_rows(new_images(resize.shape(manifest.shape, manifest.name), manifest.dtype, count))
+        fill(taken, 0, reader, bar)
     return taken.images.contiguous(), taken.labels

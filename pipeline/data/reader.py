@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data import decode
-from pipeline.data.decode import Array, Draws
+from pipeline.data.decode import Array
 from pipeline.data.format.manifest import Manifest, Shard, size_problem
 from pipeline.data.format.pages import Table, parse_table, samples, table_name
 from pipeline.data.order import Piece
+from pipeline.data.resize import Numbers, Resize
+from pipeline.data.sample import AS_STORED, Draws, decode
+from pipeline.data.sample import flip as mirror
 from pipeline.errors import InputError
 from pipeline.storage.base import Store
 from pipeline.storage.prefetch import PARALLEL, in_order
@@ -68,8 +70,9 @@ class Reader:
         *,
         check: bool = True,  # hash what was read
         skip: bool = False,  # put the next sound sample in the place of one that cannot be decoded
+        resize: Resize = AS_STORED,
     ) -> None:
-        self.store, self.manifest, self.shards = store, manifest, shards
+        self.store, self.manifest, self.shards, self.resize = store, manifest, shards, resize
         self._check, self._skip = check, skip
         self._table = lru_cache(TABLES)(self._read_table)
 
@@ -88,15 +91,18 @@ class Reader:
                     if piece.first <= number < piece.last:
                         yield Raw(piece, number, sample)
 
-    def row(self, raw: Raw, into: Array | None = None) -> Row:
-        """The sample decoded, into `into` (*shape) where that saves a copy. InputError names shard and key."""
-        manifest, where = self.manifest, self.store.url(self.shards[raw.piece.shard].name)
+    def row(self, raw: Raw, into: Array | None = None, drawn: Numbers | None = None) -> Row:
+        """The sample decoded, into `into` (*shape) where that saves a copy. InputError names shard and key.
+
+        `drawn` are the numbers of its row (see sample.draws), None: the central window.
+        """
+        where = self.store.url(self.shards[raw.piece.shard].name)
         try:
-            array, label = decode.decode(raw.sample, manifest.kind, manifest.shape, len(manifest.labels), where, into)
+            array, label = decode(raw.sample, self.manifest, where, into, self.resize, drawn)
         except InputError as error:
             if not self._skip:
                 raise
-            return self._instead(raw.piece, raw.number, str(error))
+            return self._instead(raw.piece, raw.number, drawn, str(error))
         return Row(array, label, raw.sample["__key__"], raw.piece.epoch)
 
     def _cut(self, piece: Piece) -> list[Pages]:
@@ -159,15 +165,15 @@ class Reader:
         if found != expected:
             raise InputError(f"{where}: {found} samples where {table} has {expected}: {_REMEDY}")
 
-    def _instead(self, piece: Piece, number: int, problem: str) -> Row:
+    def _instead(self, piece: Piece, number: int, drawn: Numbers | None, problem: str) -> Row:
         """The next sound sample of the shard, whoever asks; after the last comes the first."""
         shard = self.shards[piece.shard]
-        sound = Reader(self.store, self.manifest, self.shards, check=self._check)
+        sound = Reader(self.store, self.manifest, self.shards, check=self._check, resize=self.resize)
         for step in range(1, shard.samples):
             other = (number + step) % shard.samples
             try:
                 (raw,) = sound.raw([Piece(epoch=piece.epoch, shard=piece.shard, first=other, last=other + 1)])
-                return sound.row(raw)._replace(broken=problem)
+                return sound.row(raw, None, drawn)._replace(broken=problem)
             except InputError:
                 continue
         raise InputError(f"{self.store.url(shard.name)}: none of its {shard.samples} samples can be decoded: {_REMEDY}")
@@ -206,23 +212,23 @@ def new_rows(images: Array) -> Taken:
 
 
 def fill(
-    taken: Taken, begin: int, reader: Reader, stored: Iterator[Raw], draws: Draws, *, crop: int = 0, flip: bool = False
+    taken: Taken, begin: int, reader: Reader, stored: Iterable[Raw], draws: Draws | None = None, *, flip: bool = False
 ) -> dict[int, str]:
-    """Decode as many samples as there are draws into rows from `begin` on; the problems of broken samples by row.
+    """Decode samples into rows from `begin` on, one a row of `draws`; the problems of broken samples by row.
 
-    Of images, windows of `crop` pixels a side (0: whole ones), and with `flip` mirrored, as the draws say.
+    The draws say which windows are taken, and with `flip` which images are mirrored; None: the central windows.
     """
     images, labels, epochs = taken.images.numpy(), taken.labels.numpy(), taken.epochs.numpy()
-    row, broken = begin, {}
+    row, broken = begin - 1, {}
     for row, raw in enumerate(stored, begin):
         place = images[row]
-        found = reader.row(raw, None if crop else place)
+        found = reader.row(raw, place, None if draws is None else draws[row - begin])
         if found.array is not place:
-            place[...] = decode.crop(found.array, crop, draws[row - begin]) if crop else found.array
+            place[...] = found.array
         labels[row], epochs[row], taken.keys[row] = found.label, found.epoch, found.key
         if found.broken:
             broken[row] = found.broken
-    assert row + 1 == begin + len(draws)
-    if flip and images.ndim == 4:
-        decode.flip(images[begin : row + 1], draws)
+    assert row + 1 == (len(images) if draws is None else begin + len(draws))
+    if flip and draws is not None and images.ndim == 4:
+        mirror(images[begin : row + 1], draws)
     return broken

@@ -16,6 +16,8 @@ from pipeline.data.decode import scaled
 from pipeline.data.degrade import KINDS
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.loader import read_split
+from pipeline.data.resize import Resize
+from pipeline.data.sample import AS_STORED
 from pipeline.errors import InputError
 from pipeline.evaluate import coverage, density, restoration
 from pipeline.evaluate.coverage import NEIGHBOURS
@@ -67,11 +69,11 @@ class Subject:
         return self.is_image and not getattr(self.model.network, "generates_only", False)
 
 
-def read(path: str, shape: tuple[int, ...], *, seed: int, crop: int = 0) -> tuple[Tensor, Tensor]:
+def read(path: str, shape: tuple[int, ...], *, seed: int, resize: Resize = AS_STORED) -> tuple[Tensor, Tensor]:
     """What a Subject takes of both splits, in an order drawn by the seed. Raises InputError if one is too small."""
     generator, splits = torch.Generator().manual_seed(seed), list[Tensor]()
     for split, wanted in (("train", 100_000), ("test", 10_000)):
-        images, _ = read_split(path, split, limit=within(wanted, shape), crop=crop)
+        images, _ = read_split(path, split, limit=within(wanted, shape), resize=resize)
         if len(images) <= NEIGHBOURS:
             raise InputError(
                 f"{path} has {len(images)} examples in its {split} split, too few to measure with: give a data set "

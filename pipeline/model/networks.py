@@ -136,13 +136,13 @@ def _build_points(config: PointConfig, shape: tuple[int, ...], *, recompute: boo
 
 
 def _build_images(config: ConvConfig | SpatialConfig, shape: tuple[int, ...], *, recompute: bool) -> nn.Module:
-    if len(shape) != 3 or shape[1] != shape[2] or shape[1] % 4:
+    if len(shape) != 3 or shape[1] % 4 or shape[2] % 4:
         raise InputError(
-            f"model.name={config.name} takes square images (C, S, S) with S a multiple of 4, the data has "
-            f"{tuple(shape)}: pack with another --size, or set model.name=mlp and match.latents=gaussian for points"
+            f"model.name={config.name} takes images (C, H, W) whose sides are multiples of 4, the data has "
+            f"{tuple(shape)}: give another --data.size, or set model.name=mlp and match.latents=gaussian for points"
         )
     build = ImageNetwork if isinstance(config, ConvConfig) else SpatialNetwork
-    return build(config, channels=shape[0], size=shape[1], recompute=recompute)  # type: ignore[arg-type]
+    return build(config, shape=shape, recompute=recompute)  # type: ignore[arg-type]
 
 
 class PointNetwork(nn.Module):
@@ -195,11 +195,11 @@ class ImageNetwork(nn.Module):
     there is no skip connection through which noise could pass unchanged.
     """
 
-    def __init__(self, config: ConvConfig, *, channels: int, size: int, recompute: bool = False) -> None:
+    def __init__(self, config: ConvConfig, *, shape: tuple[int, ...], recompute: bool = False) -> None:
         super().__init__()
         self.recompute = recompute
-        sizes, widths = _levels(config, size)
-        inner = (widths[-1], sizes[-1], sizes[-1])
+        (height, width), widths = _levels(config, shape[1:])
+        inner, channels = (widths[-1], height, width), shape[0]
 
         down: list[nn.Module] = []
         for before, after in zip([channels, *widths], widths, strict=False):
@@ -258,10 +258,11 @@ class SpatialNetwork(nn.Module):
     checkerboards. Self-attention on both sides of the code lets each output pixel depend on the whole image.
     """
 
-    def __init__(self, config: SpatialConfig, *, channels: int, size: int, recompute: bool = False) -> None:
+    def __init__(self, config: SpatialConfig, *, shape: tuple[int, ...], recompute: bool = False) -> None:
         super().__init__()
         self.recompute = recompute
-        sizes, widths = _levels(config, size)
+        (height, width), widths = _levels(config, shape[1:])
+        channels = shape[0]
         down: list[nn.Module] = []
         for before, after in zip([channels, *widths], widths, strict=False):
             down += [nn.PixelUnshuffle(2), nn.Conv2d(4 * before, after, 3, padding=1)]
@@ -272,7 +273,7 @@ class SpatialNetwork(nn.Module):
             up += [norm(before), nn.SiLU(), nn.Conv2d(before, 4 * after, 3, padding=1), nn.PixelShuffle(2)]
 
         last = [Attention(widths[-1]), norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], config.code, 1)]
-        self.code = (config.code, sizes[-1], sizes[-1])
+        self.code = (config.code, height, width)
         self.encoder, self.decoder = nn.Sequential(*down, *last), nn.Sequential(*up, nn.Tanh())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -289,12 +290,17 @@ class SpatialNetwork(nn.Module):
         return out
 
 
-def _levels(config: ConvConfig | SpatialConfig, size: int) -> tuple[list[int], list[int]]:
-    """Sides and channels from half resolution to at most 8 x 8, or an odd side."""
-    sizes = [size // 2]
-    while sizes[-1] > 8 and sizes[-1] % 2 == 0:
-        sizes.append(sizes[-1] // 2)
-    return sizes, [min(config.width * 2**level, max(config.max_width, config.width)) for level in range(len(sizes))]
+def _levels(config: ConvConfig | SpatialConfig, sides: tuple[int, ...]) -> tuple[tuple[int, int], list[int]]:
+    """Height and width of the smallest resolution, and the channels of each from half the image's down to it.
+
+    The longer side is halved until it is at most 8, or either is odd.
+    """
+    height, width = sides[0] // 2, sides[1] // 2
+    levels = 1
+    while max(height, width) > 8 and height % 2 == 0 and width % 2 == 0:
+        height, width, levels = height // 2, width // 2, levels + 1
+    widths = [min(config.width * 2**level, max(config.max_width, config.width)) for level in range(levels)]
+    return (height, width), widths
 
 
 def _recomputed(layers: Iterable[nn.Module], x: Tensor) -> Tensor:

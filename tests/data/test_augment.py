@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data import decode
 from pipeline.data.dataset import DataConfig
 from pipeline.data.decode import encode
 from pipeline.data.format.writer import pack
 from pipeline.data.loader import Stream, read_split
+from pipeline.data.resize import Resize
+from pipeline.data.sample import draws
 from pipeline.errors import InputError
 from tests.data.numbered import Members, numbered, rewrite
 
@@ -76,14 +77,14 @@ def test_windows_are_parts_of_the_images_and_all_places_come(larger: str) -> Non
 
 def test_evaluation_sees_the_central_window(larger: str) -> None:
     whole, _ = read_split(larger, "test")
-    windows, _ = read_split(larger, "test", crop=4)
+    windows, _ = read_split(larger, "test", resize=Resize(crop=4))
     assert torch.equal(windows, whole[:, :, 2:6, 3:7])
 
 
 def test_draws_of_any_rows_are_those_of_all() -> None:
-    every = decode.draws(7, 3, 0, 100)
-    assert np.array_equal(every[40:60], decode.draws(7, 3, 40, 60))
-    assert not np.array_equal(every, decode.draws(7, 4, 0, 100)) and every.min() >= 0 and every.max() < 1
+    every = draws(7, 3, 0, 100)
+    assert np.array_equal(every[40:60], draws(7, 3, 40, 60))
+    assert not np.array_equal(every, draws(7, 4, 0, 100)) and every.min() >= 0 and every.max() < 1
     assert abs(every.mean() - 0.5) < 0.05
 
 

@@ -15,7 +15,7 @@ from pipeline.data.format.writer import pack
 from pipeline.data.loader import read_split
 from pipeline.data.sources import published, toys
 from pipeline.data.sources.catalog import load
-from pipeline.data.sources.folder import square
+from pipeline.data.sources.folder import fitted
 from pipeline.data.sources.source import subset
 from pipeline.errors import InputError
 
@@ -99,7 +99,7 @@ def test_names_and_options_that_do_not_fit(tmp_path: Path) -> None:
         ("folder", {"root": tmp_path / "nowhere", "size": 8}, "no such folder"),
         ("folder", {"root": tmp_path, "size": 8}, "0 pictures found"),
         ("folder", {"root": tmp_path, "size": 8, "channels": 2}, "--channels 1 or 3"),
-        ("folder", {"root": tmp_path, "size": 10_000_000}, "--size 1 to 8192"),
+        ("folder", {"root": tmp_path, "size": 10_000_000}, "--size is '10000000'.* to 8192"),
         ("mnist", {"root": tmp_path}, "no train-images-idx3-ubyte or train-images-idx3-ubyte.gz"),
         ("cifar10", {"root": tmp_path}, "0 pictures found"),
     ):
@@ -162,7 +162,7 @@ def one_row(image: Image.Image, kind: str, channels: int = 1) -> list[int]:
     """The first row of the first channel that `square` makes of it."""
     stream = io.BytesIO()
     image.save(stream, kind)
-    pixels = np.asarray(square(stream.getvalue(), image.width, channels))
+    pixels = np.asarray(fitted(stream.getvalue(), image.size, channels))
     return [int(value) for value in pixels.reshape(image.width, image.width, -1)[0, :, 0]]
 
 

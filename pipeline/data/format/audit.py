@@ -9,6 +9,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from types import SimpleNamespace
@@ -17,9 +18,10 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 from tqdm import tqdm
 
-from pipeline.data.decode import SUFFIXES, decode, decode_image, decoding
+from pipeline.data.decode import decode_image, decoding
 from pipeline.data.format.manifest import FORMS, INDEX, Manifest, Shard, size_problem
 from pipeline.data.format.pages import Pager, Table, dump_table, grouped, key_and_suffix, table_name
+from pipeline.data.sample import SUFFIXES, decode, label
 from pipeline.errors import InputError
 from pipeline.storage.base import Store
 from pipeline.storage.store import open_store
@@ -155,7 +157,7 @@ def verify(path: str, *, progress: bool = True) -> Report:
     )
 
     def check(sample: dict[str, Any], where: str) -> None:
-        _, label = decode(sample, manifest.kind, manifest.shape, len(manifest.labels), where)
+        _, label = decode(sample, manifest, where)
         if manifest.labels and label < 0:
             raise InputError(f"{where}, key {sample['__key__']}: no .cls, but {INDEX} has labels: repack it")
 
@@ -203,10 +205,10 @@ def index(
 ) -> Manifest:
     """Read every byte of WebDataset tars and write the index.json and page tables that training needs beside them.
 
-    All samples must have one kind and shape: pictures of one size (C, H, W), or points (D,) float32 as .npy.
+    Samples are pictures of any size, or points (D,) float32 as .npy; their other members are passed over.
     Raises InputError that lists the problems, each with its shard and key; nothing is written then.
     """
-    store, problems, form = open_store(path), list[str](), dict[str, Any]()
+    store, problems, survey = open_store(path), list[str](), _Survey(keep_broken)
     present = store.list()
     if INDEX in present and not force:
         raise InputError(f"{store.url(INDEX)} is there already: check it with `naign verify`, or replace it by --force")
@@ -214,15 +216,17 @@ def index(
     made: dict[str, tuple[Shard, Table]] = {}
     size = sum(store.size(file) for files in groups.values() for file in files)
     with _bar(desc=f"index {path}", total=size, disable=not progress) as bar:
-        for file, pager in _scans(store, groups, partial(_survey, form, keep_broken), problems, bar):
+        for file, pager in _scans(store, groups, survey.see, problems, bar):
             problems += _ending(store.url(file), pager)
             made[file] = pager.shard(file)
-    _refuse(path, problems or ([] if form else [f"{path}: none of its samples can be decoded: repack the data set"]))
+    _refuse(
+        path, problems or ([] if survey.kind else [f"{path}: none of its samples can be decoded: repack the data set"])
+    )
     manifest = Manifest.of(
         name or path.rstrip("/").rpartition("/")[2] or "indexed",
-        form["kind"],
-        form["shape"],
-        _labels(labels, form.get("classes", 0), path),
+        survey.kind,
+        survey.shape,
+        _labels(labels, survey.classes, path),
         {split: [made[file][0] for file in files] for split, files in groups.items()},
     )
     written = manifest.dump()
@@ -263,44 +267,60 @@ def _grouped_names(files: list[str], path: str, train: str | None, test: str | N
     return {split: names for split, names in groups.items() if names}
 
 
-def _survey(form: dict[str, Any], keep_broken: bool, sample: dict[str, Any], where: str) -> None:
-    """Add kind, shape and classes of a sample, in which all must agree, to `form`. Raises InputError."""
-    shard, where = where, f"{where}, key {sample['__key__']}"
-    try:
+@dataclass
+class _Survey:
+    """What the samples of a data set are, of which all must be of one kind, and labelled or not."""
+
+    keep_broken: bool
+    kind: str = ""
+    shape: tuple[int, ...] = ()  # of pictures that differ in size (C, 0, 0)
+    classes: int = 0
+    labelled: bool | None = None
+
+    def see(self, sample: dict[str, Any], where: str) -> None:
+        """Take account of one more. Raises InputError where it is unlike the others or cannot be decoded."""
+        where = f"{where}, key {sample['__key__']}"
         try:
-            form |= form or _form(sample, where)
-            _, label = decode(sample, form["kind"], form["shape"], 0, shard)
+            kind, shape = _form(sample, where)
         except InputError as error:
-            if not keep_broken:
+            if not self.keep_broken:
                 raise
             log.warning("kept: %s", error)
             return
-        if label >= MOST_LABELS:
-            raise InputError(f"{where}: label {label} is beyond {MOST_LABELS}: repack the data set")
-        if form.setdefault("labelled", label >= 0) != (label >= 0):
-            raise InputError(f"{where}: {'a' if label >= 0 else 'no'} .cls, unlike others: repack the data set")
-        form["classes"] = max(form.get("classes", 0), label + 1)
-    except InputError as error:
-        text = str(error).replace("index.json says", "others are").replace("repack the data set", _ALIKE)
-        raise InputError(text) from None
+        self.kind, self.shape = self.kind or kind, self.shape or shape
+        if kind != self.kind or (kind == "point" and shape != self.shape):
+            raise InputError(f"{where}: {kind} {shape}, others are {self.kind} {self.shape}: {_ALIKE}")
+        if kind == "image":  # grey ones are read as colour among others
+            sides = shape[1:] if shape[1:] == self.shape[1:] else (0, 0)
+            self.shape = (max(shape[0], self.shape[0]), *sides)
+        number = label(sample, 0, where)
+        if number >= MOST_LABELS:
+            raise InputError(f"{where}: label {number} is beyond {MOST_LABELS}: repack the data set")
+        self.labelled = number >= 0 if self.labelled is None else self.labelled
+        if self.labelled != (number >= 0):
+            raise InputError(f"{where}: {'a' if number >= 0 else 'no'} .cls, unlike others: {_ALIKE}")
+        self.classes = max(self.classes, number + 1)
 
 
 _ALIKE = "all samples must be alike; `naign pack folder` makes them so"
 
 
-def _form(sample: dict[str, Any], where: str) -> dict[str, Any]:
+def _form(sample: dict[str, Any], where: str) -> tuple[str, tuple[int, ...]]:
+    """Kind and shape of a sample."""
     suffix = next((suffix for suffix in SUFFIXES["image"] if suffix in sample), None)
     if suffix is None:
         raise InputError(f"{where}: no member ends in {' or '.join(SUFFIXES['image'])}: is this an image data set?")
     try:
         if suffix != "npy":
-            return {"kind": "image", "shape": decode_image(sample[suffix]).shape}
+            return "image", decode_image(sample[suffix]).shape
         with decoding():
             array = np.load(io.BytesIO(sample[suffix]), allow_pickle=False)
+            if not np.isfinite(array).all():
+                raise InputError("a value is not finite")
     except InputError as error:
         raise InputError(f"{where}: the .{suffix} cannot be decoded ({error}): repack the data set") from None
     kind = next((kind for kind, form in FORMS.items() if form == (str(array.dtype), array.ndim)), None)
     if kind is None:
         found = f"{array.dtype} of {array.shape}"
         raise InputError(f"{where}: the .npy is {found}: images are uint8 (C, H, W), points float32 (D,)")
-    return {"kind": kind, "shape": array.shape}
+    return kind, array.shape

@@ -46,7 +46,7 @@ class Manifest:
 
     name: str
     kind: str  # `image` or `point`
-    shape: tuple[int, ...]  # of one sample: (C, H, W) of an image, (D,) of a point
+    shape: tuple[int, ...]  # of one sample: (C, H, W) of an image, (C, 0, 0) where sizes vary, (D,) of a point
     dtype: str  # `uint8` of an image, `float32` of a point
     labels: tuple[str, ...]  # name of each label; empty where there are none
     splits: dict[str, Split]
@@ -129,7 +129,9 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     shape, labels, names = manifest.shape, manifest.labels, set[str]()
     if FORMS.get(manifest.kind) != (manifest.dtype, len(shape)):
         yield f"kind {manifest.kind}, shape {shape} and dtype {manifest.dtype} do not go together"
-    if not all(_is_count(length, 1) for length in shape) or math.prod(shape) > VALUES:
+    varies = manifest.kind == "image" and shape[1:] == (0, 0)
+    lengths = shape[:1] if varies else shape
+    if not all(_is_count(length, 1) for length in lengths) or math.prod(lengths) > VALUES:
         yield f"shape {shape} is not of positive integers with at most {VALUES} values together"
     if manifest.kind == "image" and shape[0] not in (1, 3):
         yield f"an image has 1 or 3 channels, not the {shape[0]} of shape {shape}"

@@ -34,7 +34,7 @@ class Tree(Seeded):
     """Settings of a tree of pictures."""
 
     root: Path | None = None
-    size: int | None = None  # pixels a side
+    size: str | int | None = None  # pixels a side, or height x width
     channels: int = 3  # 3 colour or 1 grey
 
 
@@ -64,7 +64,7 @@ def load(
     name: str,  # one of SOURCES
     *,
     root: Path | None = None,  # files to use instead of fetching them; for `folder`, the tree of pictures
-    size: int | None = None,  # pixels a side, for `folder`
+    size: str | int | None = None,  # pixels a side or height x width, for `folder`
     channels: int = 3,  # 3 colour or 1 grey, for `folder`
     seed: int = 0,  # of what is drawn: the points of toy2d, the test split of `folder`
 ) -> Source:

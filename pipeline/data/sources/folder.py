@@ -1,4 +1,4 @@
-"""Any tree of pictures as a source: each is turned upright, shrunk or grown, cropped to a square, and labelled."""
+"""Any tree of pictures as a source: each is turned upright, cropped to one shape, resized, and labelled."""
 
 import io
 import tarfile
@@ -14,11 +14,11 @@ from PIL import Image, ImageOps
 from pipeline.data.decode import UNDECODABLE, decoding, eight_bits
 from pipeline.data.format.audit import BROKEN_TAR
 from pipeline.data.order import shuffled
+from pipeline.data.resize import parse_size
 from pipeline.data.sources.source import Example, Made, Source
 from pipeline.errors import InputError
 
 TEST_SHARE = 0.1  # of the pictures, where the tree has no train/ and test/ of its own
-LARGEST = 8192  # pixels a side: a colour image is then 805 MB as float32; one far larger would be resized without end
 
 
 class Picture(NamedTuple):
@@ -38,7 +38,7 @@ def from_tree(
     name: str,
     root: Path,  # folder, or tar archive of one
     *,
-    size: int,  # pixels a side
+    size: str | int,  # pixels a side, or height x width as 48x64
     channels: int = 3,  # 3 colour, 1 grey
     seed: int = 0,  # of the test split, where the tree does not say
 ) -> Source:
@@ -49,8 +49,9 @@ def from_tree(
     a dot are passed over. Raises InputError, naming the file, for anything else that is no picture, links that lead to
     none among them, and where there are no pictures.
     """
-    if channels not in (1, 3) or not 1 <= size <= LARGEST:
-        raise InputError(f"no {channels} channels of {size} pixels: use --channels 1 or 3 and --size 1 to {LARGEST}")
+    if channels not in (1, 3):
+        raise InputError(f"no {channels} channels: use --channels 1 or 3")
+    height, width = parse_size(str(size), "--size")
     pictures, folders = _in_archive(root) if root.is_file() else _in_folder(root)
     if len(pictures) < 2:
         raise InputError(f"{root}: {len(pictures)} pictures found, at least 2 are needed: check the path")
@@ -61,20 +62,20 @@ def from_tree(
     splits = _split(pictures, seed)
     names = {picture.top for group in splits.values() for picture in group}
     labels = () if "" in names else tuple(sorted(names))
-    made = {split: _examples(group, labels, size, channels) for split, group in splits.items()}
-    return Source(name=name, kind="image", shape=(channels, size, size), labels=labels, splits=made)
+    made = {split: _examples(group, labels, (width, height), channels) for split, group in splits.items()}
+    return Source(name=name, kind="image", shape=(channels, height, width), labels=labels, splits=made)
 
 
-def square(data: bytes, size: int, channels: int) -> Image.Image:
-    """A picture upright (EXIF orientation), its shorter side resized to `size`, cropped to the centre square.
+def fitted(data: bytes, size: tuple[int, int], channels: int) -> Image.Image:
+    """A picture upright (EXIF orientation), its largest central window of that shape resized to (width, height).
 
     Transparency is laid on white. Raises InputError, saying why but not where, for bytes that are no such picture.
     """
     with decoding(), Image.open(io.BytesIO(data)) as opened:
         upright = eight_bits(ImageOps.exif_transpose(opened), "L" if channels == 1 else "RGB")
-        if upright.size == (size, size):
+        if upright.size == size:
             return upright
-        return ImageOps.fit(upright, (size, size), method=Image.Resampling.LANCZOS)
+        return ImageOps.fit(upright, size, method=Image.Resampling.LANCZOS)
 
 
 Tree = tuple[list[Picture], set[str]]
@@ -135,14 +136,14 @@ def _split(pictures: list[Picture], seed: int) -> dict[str, list[Picture]]:
     return {split: [picture for top, picture in inside if top == split] for split in ("train", "test")}
 
 
-def _examples(pictures: list[Picture], labels: tuple[str, ...], size: int, channels: int) -> Made:
+def _examples(pictures: list[Picture], labels: tuple[str, ...], size: tuple[int, int], channels: int) -> Made:
     numbers = {label: number for number, label in enumerate(labels)}
     keys = _keys([picture.path for picture in pictures])
 
     def make(index: int) -> Example:
         picture = pictures[index]
         try:
-            pixels = np.asarray(square(picture.read(), size, channels))
+            pixels = np.asarray(fitted(picture.read(), size, channels))
         except UNDECODABLE as error:
             raise InputError(f"{picture.where}: {error}: remove it, or repair it") from None
         array = pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -1,0 +1,184 @@
+"""How pictures of any size become images of one size: `data.size` and what goes with it.
+
+A window of the upright picture is chosen, enlarged or shrunk to the size, as torchvision's transforms do; where it is
+random, by draws that are a function of the seed, the round and the row alone.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image
+
+from pipeline.data.decode import JPEG_PIXELS, Array, decode_image, decoding, jpeg_orientation, turned
+from pipeline.errors import InputError
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the upright picture
+Numbers = npt.NDArray[np.float64]
+
+FITS = ("crop", "pad", "stretch", "random")
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+LARGEST = 8192  # pixels a side: a colour image is then 805 MB as float32
+TRIES = 10  # windows of random area and shape that are tried before the central one is taken, as torchvision does
+WINDOW = 2 * TRIES + 2  # uniform numbers that one random window takes
+SPARE = 2.5  # a JPEG is decoded at the least scale at which its window is still so many times the size
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Resize:
+    """What becomes of every picture."""
+
+    height: int = 0
+    """Of the images, in pixels; 0: as stored, which must be one size, or `crop`."""
+    width: int = 0
+    fit: str = "crop"
+    """One of FITS."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """With fit=random: least and largest share of the picture's area."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """With fit=random: least and largest width of the window divided by its height."""
+    interpolation: str = "lanczos"
+    """One of INTERPOLATIONS."""
+    crop: int = 0
+    """Without a height: windows of so many pixels a side, not resized; 0: whole images."""
+
+    def shape(self, stored: tuple[int, ...], name: str) -> tuple[int, ...]:
+        """Of an image that becomes of samples of shape `stored`, where 0 stands for a length that varies.
+
+        Raises InputError where that is not possible, naming the data set.
+        """
+        if len(stored) != 3 and (self.height or self.crop):
+            raise InputError(f"data.size and data.crop are of pictures, {name} holds points of {stored}")
+        if self.height:
+            return stored[0], self.height, self.width
+        if self.crop and 0 < min(stored[1:]) < self.crop:
+            raise InputError(f"data.crop={self.crop} is more than there is of {name} {stored}")
+        if not self.crop and 0 in stored:
+            raise InputError(f"the pictures of {name} have many sizes: say one, as with --data.size=64")
+        return (stored[0], self.crop, self.crop) if self.crop else stored
+
+    def central(self) -> "Resize":
+        """The same without chance, for evaluation: the central window."""
+        return replace(self, fit="crop") if self.fit == "random" else self
+
+    def box(self, width: int, height: int, drawn: Numbers | None = None) -> Box:
+        """The window of a picture; WINDOW numbers in [0, 1) decide where it is random."""
+        if self.fit == "random" and drawn is not None:
+            return self._random(width, height, drawn)
+        if self.fit in ("pad", "stretch"):
+            return 0.0, 0.0, float(width), float(height)
+        wide = self.width / self.height  # as Pillow's ImageOps.fit with its defaults
+        if width / height == wide:
+            return 0.0, 0.0, float(width), float(height)
+        kept = (float(width), width / wide) if width / height < wide else (wide * height, float(height))
+        left, top = (width - kept[0]) * 0.5, (height - kept[1]) * 0.5
+        return left, top, left + kept[0], top + kept[1]
+
+    def _random(self, width: int, height: int, drawn: Numbers) -> Box:
+        (least, most), (narrow, wide) = self.scale, (math.log(value) for value in self.ratio)
+        for area, shape in drawn[: 2 * TRIES].reshape(TRIES, 2).tolist():
+            area, shape = width * height * (least + (most - least) * area), math.exp(narrow + (wide - narrow) * shape)
+            w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+            if 0 < w <= width and 0 < h <= height:
+                top, left = int(drawn[-2] * (height - h + 1)), int(drawn[-1] * (width - w + 1))
+                return float(left), float(top), float(left + w), float(top + h)
+        shape = min(max(width / height, self.ratio[0]), self.ratio[1])
+        w, h = min(width, max(1, round(height * shape))), min(height, max(1, round(width / shape)))
+        left, top = (width - w) // 2, (height - h) // 2
+        return float(left), float(top), float(left + w), float(top + h)
+
+    def target(self, box: Box) -> tuple[int, int]:
+        """Width and height that the window is resized to; with fit=pad less than the image's on one side."""
+        if self.fit != "pad":
+            return self.width, self.height
+        width, height = box[2] - box[0], box[3] - box[1]
+        factor = min(self.width / width, self.height / height)
+        return max(1, min(self.width, round(width * factor))), max(1, min(self.height, round(height * factor)))
+
+
+def parse_size(text: str, setting: str) -> tuple[int, int]:
+    """Height and width in pixels of `64` or `48x64`. Raises InputError that names the setting."""
+    parts = text.lower().split("x")
+    sides = [int(part) for part in parts if part.isdecimal() and len(part) < 9]
+    if len(sides) != len(parts) or len(parts) > 2 or not all(1 <= side <= LARGEST for side in sides):
+        raise InputError(f"{setting} is '{text}': give pixels a side, as 64, or height x width, as 48x64, to {LARGEST}")
+    return sides[0], sides[-1]
+
+
+def resized(data: bytes, resize: Resize, drawn: Numbers | None = None) -> Array:
+    """The image (C, height, width) uint8 of a picture file, C being 1 for grey, else 3.
+
+    A JPEG is decoded at a half, a quarter or an eighth of its size where that is still SPARE times what is wanted.
+    Raises InputError for bytes that are no picture.
+    """
+    jpeg = _scaled_jpeg(data, resize, drawn) if data[:2] == b"\xff\xd8" else None
+    if jpeg is not None:
+        return jpeg
+    return resized_array(decode_image(data), resize, drawn)
+
+
+def resized_array(array: Array, resize: Resize, drawn: Numbers | None = None) -> Array:
+    """The image (C, height, width) of pixels (C, H, W) uint8."""
+    height, width = array.shape[1:]
+    return _cut(array, resize, resize.box(width, height, drawn), 1)
+
+
+def _scaled_jpeg(data: bytes, resize: Resize, drawn: Numbers | None) -> Array | None:
+    """Of a JPEG in grey or YCbCr; None for any other, which is left to Pillow."""
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+        if space not in ("Gray", "YCbCr") or height * width > JPEG_PIXELS:
+            return None
+        lies = jpeg_orientation(data)
+        upright = (height, width) if lies >= 5 else (width, height)
+        box = resize.box(*upright, drawn)
+        wide, high = resize.target(box)
+        room = min((box[2] - box[0]) / wide, (box[3] - box[1]) / high) / SPARE
+        factor = next((factor for factor in (8, 4, 2) if room >= factor), 1)
+        kind = "GRAY" if space == "Gray" else "RGB"
+        least = {"min_height": -(-height // factor), "min_width": -(-width // factor), "min_factor": factor}
+        pixels: Array = simplejpeg.decode_jpeg(data, kind, strict=True, **least if factor > 1 else {})
+    except (ValueError, KeyError):  # KeyError for a subsampling that simplejpeg does not know
+        return None
+    if pixels.shape[:2] != (-(-height // factor), -(-width // factor)):
+        return None
+    return _cut(turned(pixels.transpose(2, 0, 1), lies), resize, box, factor)
+
+
+def _cut(array: Array, resize: Resize, box: Box, factor: int) -> Array:
+    """The window of an upright picture, decoded at 1/factor of its size, as an image (C, height, width)."""
+    target = resize.target(box)
+    channels, height, width = array.shape
+    if (width, height) == target and factor == 1 and box == (0, 0, width, height):
+        small = array
+    else:
+        whole = np.ascontiguousarray(array[0] if channels == 1 else array.transpose(1, 2, 0))
+        left, top, right, bottom = (edge / factor for edge in box)
+        inside = left, top, min(right, width), min(bottom, height)
+        with decoding():
+            picture = Image.fromarray(whole).resize(target, INTERPOLATIONS[resize.interpolation], inside)
+        pixels = np.asarray(picture)
+        small = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+    if target == (resize.width, resize.height):
+        return small
+    image = np.zeros((resize.height, resize.width, channels), np.uint8).transpose(2, 0, 1)
+    top, left = round((resize.height - target[1]) * 0.5), round((resize.width - target[0]) * 0.5)  # as ImageOps.pad
+    image[:, top : top + target[1], left : left + target[0]] = small
+    return image
+
+
+def channels(pixels: Array, count: int) -> Array:
+    """Pixels (C, H, W), C being 1 or 3, as so many channels: grey repeated, or colour's brightness as Pillow has it."""
+    if len(pixels) == count:
+        return pixels
+    if count == 3:
+        return np.repeat(pixels, 3, axis=0)
+    return np.asarray(Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).convert("L"))[None]

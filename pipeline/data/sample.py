@@ -1,0 +1,104 @@
+"""One sample of a shard: its members' bytes by suffix, and the array and label that they are."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.data.decode import Array, decode_array, decode_image, fits
+from pipeline.data.format.manifest import INDEX, Manifest
+from pipeline.data.resize import WINDOW, Numbers, Resize, resized, resized_array
+from pipeline.errors import InputError
+
+SUFFIXES = {"image": ("png", "jpg", "jpeg", "webp", "npy"), "point": ("npy",)}  # of an array's member, by kind
+AS_STORED = Resize()
+REPACK = "repack the data set"
+
+
+Draws = npt.NDArray[np.float64]  # (rows, OTHERS), and with random windows (rows, OTHERS + WINDOW): uniform in [0, 1)
+OTHERS = 4  # numbers of a row that crop and flip take
+
+
+def decode(
+    sample: dict[str, Any],
+    manifest: Manifest,
+    shard: str,  # for messages
+    into: Array | None = None,
+    resize: Resize = AS_STORED,
+    drawn: Numbers | None = None,  # a row of Draws; None: the central window
+) -> tuple[Array, int]:
+    """A sample's array (uint8 of an image, float32 of a point; in `into` if that saves a copy), and label, -1 if none.
+
+    Raises InputError that names the shard and the key where the array is missing, cannot be decoded, has another shape
+    than the manifest says or values that are not finite, or the label is not one of the data set's.
+    """
+    where = f"{shard}, key {sample['__key__']}"
+    suffix = next((suffix for suffix in SUFFIXES[manifest.kind] if suffix in sample), None)
+    if suffix is None:
+        raise InputError(f"{where}: no member ends in {' or '.join(SUFFIXES[manifest.kind])}: {REPACK}")
+    window = drawn[OTHERS:] if drawn is not None and resize.fit == "random" else None
+    try:
+        array = _array(sample[suffix], suffix, manifest, None if resize.crop else into, resize, window)
+    except InputError as error:
+        raise InputError(f"{where}: the .{suffix} cannot be decoded ({error}): {REPACK}") from None
+    if not fits(array.shape, resize.shape(manifest.shape, where) if resize.height else manifest.shape):
+        stored = tuple(manifest.shape)
+        raise InputError(f"{where}: an image of shape {array.shape}, but {INDEX} says {stored}: {REPACK}")
+    if resize.crop and not resize.height:
+        if resize.crop > min(array.shape[1:]):
+            raise InputError(f"{where}: {array.shape[2]}x{array.shape[1]} is less than data.crop={resize.crop}")
+        array = crop(array, resize.crop, (0.5, 0.5) if drawn is None else drawn)
+    return array, label(sample, len(manifest.labels), where)
+
+
+def _array(
+    data: bytes, suffix: str, manifest: Manifest, into: Array | None, resize: Resize, window: Numbers | None
+) -> Array:
+    if suffix == "npy":
+        array = decode_array(data, manifest.shape, manifest.dtype)
+        return resized_array(array, resize, window) if resize.height else array
+    array = resized(data, resize, window) if resize.height else decode_image(data, into)
+    if len(array) == 1 and manifest.shape[0] == 3:
+        return np.repeat(array, 3, axis=0)
+    if len(array) == 3 and manifest.shape[0] == 1 and suffix == "webp" and (array == array[:1]).all():
+        return array[:1]  # WebP has no grey
+    return array
+
+
+def label(sample: dict[str, Any], classes: int, where: str) -> int:
+    """The number in .cls, -1 without one. Raises InputError for anything but 0 to classes - 1 (classes 0: any)."""
+    if "cls" not in sample:
+        return -1
+    text = sample["cls"].decode("ascii", errors="replace").strip()
+    number = int(text) if text.isdecimal() and len(text) < 19 else -1  # 19 digits may be more than an int64
+    if number < 0 or (classes and number >= classes):
+        raise InputError(f"{where}: label {text[:20]!r} is none of the {classes} in {INDEX}: {REPACK}")
+    return number
+
+
+def draws(seed: int, round: int, first: int, last: int, *, windows: bool = False) -> Draws:
+    """The random numbers of rows [first, last) of a round: Philox counted by row, so that any part is drawn alone."""
+    found = _uniform(seed, round + 2**63, first, last, OTHERS)
+    return np.hstack([found, _uniform(seed, round + 3 * 2**62, first, last, WINDOW)]) if windows else found
+
+
+def _uniform(seed: int, stream: int, first: int, last: int, count: int) -> Draws:
+    """Rows of `count` numbers of a stream, which must be one that no order of shards has."""
+    blocks = -(-count // 4)  # of Philox, which counts in fours
+    key = np.array([seed % 2**64, stream], np.uint64)
+    raw: Any = np.random.Philox(key=key, counter=[first * blocks, 0, 0, 0]).random_raw(4 * blocks * (last - first))
+    uniform: Draws = (raw >> np.uint64(11)).reshape(-1, 4 * blocks)[:, :count] * 2.0**-53
+    return uniform
+
+
+def crop(image: Array, size: int, drawn: Numbers | tuple[float, float]) -> Array:
+    """A window (C, size, size) of an image (C, H, W)."""
+    _, height, width = image.shape
+    top, left = int(drawn[0] * (height - size + 1)), int(drawn[1] * (width - size + 1))
+    return image[:, top : top + size, left : left + size]
+
+
+def flip(images: Array, drawn: Draws) -> None:
+    """Mirror about half of the images (n, C, H, W), in place."""
+    chosen = drawn[:, 2] < 0.5
+    images[chosen] = images[chosen, ..., ::-1]

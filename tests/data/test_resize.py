@@ -1,0 +1,243 @@
+"""Pictures of any size, as others store them, brought to one size."""
+
+import io
+import tarfile
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sklearn.datasets
+import torch
+from PIL import Image, ImageOps
+
+from pipeline.data.dataset import DataConfig, check_config, parse_resize
+from pipeline.data.decode import decode_image
+from pipeline.data.format.audit import index, verify
+from pipeline.data.loader import Stream, read_split
+from pipeline.data.resize import INTERPOLATIONS, Resize, resized
+from pipeline.data.sample import OTHERS, draws
+from pipeline.errors import InputError
+
+PHOTOS = sorted((Path(sklearn.datasets.__file__).parent / "images").glob("*.jpg"))
+"""Two photographs of 640 x 427."""
+
+WINDOWS = draws(3, 0, 0, 12, windows=True)[:, OTHERS:]
+
+
+def stored(picture: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, form, **options)
+    return stream.getvalue()
+
+
+def photo(number: int, size: tuple[int, int]) -> Image.Image:
+    """Part of a photograph, of any size."""
+    rng = np.random.default_rng(number)
+    whole = Image.open(PHOTOS[number % 2])
+    left, top = rng.integers(0, 200, 2).tolist()
+    return whole.resize(size, box=(left, top, left + 400, top + 220))
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_pictures_are_turned_upright(form: str, mode: str) -> None:
+    for number in range(10):  # 0 and 9 are none of EXIF's
+        exif = Image.Exif()
+        exif[0x0112] = number
+        data = stored(photo(1, (24, 16)).convert(mode), form, exif=exif)
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        assert (5 <= number <= 8) == (upright.size == (16, 24))
+        expected = np.asarray(upright.convert("RGB"))
+        decoded, small = decode_image(data), resized(data, Resize(height=8, width=4))
+        assert (decoded.transpose(1, 2, 0) == expected).all()
+        fitted = ImageOps.fit(upright, (4, 8), method=Image.Resampling.LANCZOS)
+        assert (small.transpose(1, 2, 0) == np.asarray(fitted.convert("RGB"))).all()
+        assert len(decoded) == len(small) == (1 if mode == "L" and form != "WEBP" else 3)
+
+
+def test_damaged_exif_is_passed_over() -> None:
+    data = stored(photo(1, (24, 16)), "JPEG", exif=b"Exif\0\0no such thing")
+    assert decode_image(data).shape == (3, 16, 24) and resized(data, Resize(height=4, width=4)).shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize("interpolation", list(INTERPOLATIONS))
+@pytest.mark.parametrize("size", [(61, 40), (40, 61), (20, 20), (8, 8), (5, 90), (1, 1)])
+def test_fits(interpolation: str, size: tuple[int, int]) -> None:
+    picture, method = photo(2, size), INTERPOLATIONS[interpolation]
+    data, height, width = stored(picture), 12, 20
+
+    def made(fit: str) -> np.ndarray[Any, Any]:
+        found = resized(data, Resize(height=height, width=width, fit=fit, interpolation=interpolation))
+        assert found.shape == (3, height, width)
+        return found.transpose(1, 2, 0)
+
+    assert (made("crop") == np.asarray(ImageOps.fit(picture, (width, height), method))).all()
+    assert (made("stretch") == np.asarray(picture.resize((width, height), method))).all()
+    assert (made("pad") == np.asarray(ImageOps.pad(picture, (width, height), method))).all()
+    assert (made("random") == made("crop")).all()  # without draws, as in evaluation
+
+
+def test_random_windows_have_the_areas_and_shapes_asked_for() -> None:
+    resize = Resize(height=8, width=8, fit="random", scale=(0.2, 0.5), ratio=(0.5, 2.0))
+    drawn = draws(1, 0, 0, 4000, windows=True)[:, OTHERS:]
+    boxes = np.array([resize.box(300, 300, row) for row in drawn])
+    left, top, right, bottom = boxes.T
+    assert left.min() == 0 == top.min() and right.max() == 300 == bottom.max()
+    share, ratio = (right - left) * (bottom - top) / 90_000, (right - left) / (bottom - top)
+    assert 0.195 < share.min() < 0.21 and 0.48 < share.max() < 0.505 and abs(share.mean() - 0.35) < 0.01
+    assert 0.49 < ratio.min() < 0.52 and 1.9 < ratio.max() < 2.03 and abs(np.log(ratio).mean()) < 0.03
+    assert resize.box(300, 3, drawn[0]) == (147.0, 0.0, 153.0, 3.0)  # nothing fits: the largest that is central
+    assert resize.box(1, 1, drawn[0]) == (0.0, 0.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("fit", ["crop", "stretch", "pad", "random"])
+@pytest.mark.parametrize("size", [16, 32, 64, 100])
+def test_a_jpeg_decoded_small_is_within_a_grey_level_of_it_decoded_whole(fit: str, size: int) -> None:
+    for path in PHOTOS:
+        data, resize = path.read_bytes(), Resize(height=size, width=size, fit=fit)
+        for window in WINDOWS if fit == "random" else WINDOWS[:1]:
+            exact = resized(stored(Image.open(path)), resize, window).astype(int)
+            assert np.abs(resized(data, resize, window) - exact).mean() < 1
+
+
+def test_files_of_every_mode_come_as_pillow_shows_them() -> None:
+    rgb = photo(0, (40, 30))
+    alpha = rgb.copy()
+    alpha.putalpha(Image.linear_gradient("L").resize((40, 30)))
+    on_white = Image.alpha_composite(Image.new("RGBA", alpha.size, "white"), alpha).convert("RGB")
+    deep = Image.fromarray(np.asarray(rgb.convert("L")).astype(np.uint16) * 257)
+    frames = {"save_all": True, "append_images": [photo(1, (40, 30))]}
+    palette = rgb.convert("P", palette=Image.Palette.ADAPTIVE)
+    cmyk = stored(rgb.convert("CMYK"), "JPEG")
+    cases = {
+        "grey": (stored(rgb.convert("L")), rgb.convert("L").convert("RGB")),
+        "two-tone": (stored(rgb.convert("1")), rgb.convert("1").convert("RGB")),
+        "palette": (stored(palette), palette.convert("RGB")),
+        "transparent": (stored(alpha), on_white),
+        "16 bits": (stored(deep), rgb.convert("L").convert("RGB")),
+        "CMYK": (cmyk, Image.open(io.BytesIO(cmyk)).convert("RGB")),
+        "frames": (stored(rgb, "WEBP", lossless=True, **frames), rgb),
+        "GIF": (stored(palette, "GIF", **frames), palette.convert("RGB")),
+    }
+    for name, (data, expected) in cases.items():
+        small = np.asarray(ImageOps.fit(expected, (16, 12), method=Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+        assert np.abs(resized(data, Resize(height=12, width=16)) - small.astype(int)).max() <= 1, name
+
+
+SIZES = [(64, 64), (90, 66), (150, 200), (640, 427), (65, 300), (1000, 80)]
+
+
+def write(path: Path, name: str, numbers: range, label: bool = False) -> None:
+    """Pictures of many sizes and forms with a caption and facts, as img2dataset writes them."""
+    path.mkdir(exist_ok=True)
+    with tarfile.open(path / name, "w") as tar:
+        for number in numbers:
+            form = ("JPEG", "PNG", "WEBP")[number % 3]
+            picture = photo(number, SIZES[number % len(SIZES)])
+            data = stored(picture.convert("L") if number % 5 == 0 else picture, form)
+            suffix = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[form]
+            members = [(suffix, data), ("txt", b"a picture"), ("json", b"{}")]
+            for ending, content in members + [("cls", b"%d" % (number % 2))] * label:
+                info = tarfile.TarInfo(f"{number:09d}.{ending}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """60 training pictures in shards of 7, 30 and 23, and 10 for testing."""
+    path = tmp_path_factory.mktemp("theirs")
+    for number, (first, last) in enumerate([(0, 7), (7, 37), (37, 60)]):
+        write(path, f"{number:05d}.tar", range(first, last))
+    write(path, "val-00000.tar", range(60, 70))
+    assert index(str(path), progress=False).shape == (3, 0, 0)
+    return str(path)
+
+
+def take(path: str, rounds: int, world: int, **settings: Any) -> tuple[torch.Tensor, list[str]]:
+    images, keys = [], []
+    config = DataConfig(path=path, **settings)
+    with ExitStack() as stack:
+        streams = [
+            stack.enter_context(Stream(config, seed=4, round_size=20, rank=rank, world=world)) for rank in range(world)
+        ]
+        for round in range(rounds):
+            for taken in [stream.take(round) for stream in streams]:
+                images.append(taken.images)
+                keys += taken.keys
+    return torch.cat(images), keys
+
+
+def test_every_picture_once_and_the_same_bits_on_any_ranks_and_workers(theirs: str) -> None:
+    settings = {"size": "24x32", "fit": "random", "flip": True}
+    plain, keys = take(theirs, 6, 1, **settings)
+    assert plain.shape == (120, 3, 24, 32) and Counter(keys) == {f"{number:09d}": 2 for number in range(60)}
+    first, second = ({key: images[keys.index(key)] for key in keys} for images in (plain[:60], plain[60:].flip(0)))
+    assert sum(torch.equal(first[key], second[key]) for key in keys) < 6  # another window every epoch
+    for world, workers in ((1, 3), (2, 0), (4, 2), (5, 1)):
+        images, others = take(theirs, 6, world, workers=workers, **settings)
+        assert others == keys and torch.equal(images, plain)
+
+
+def test_evaluation_takes_the_central_window(theirs: str) -> None:
+    config = DataConfig(path=theirs, size="16x24", fit="random")
+    images, labels = read_split(theirs, "test", resize=parse_resize(config))
+    assert images.shape == (10, 3, 16, 24) and (labels == -1).all()
+    again, _ = read_split(theirs, "test", resize=Resize(height=16, width=24))
+    assert torch.equal(images, again)
+    assert verify(theirs, progress=False).samples == 70
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "have many sizes: say one, as with --data.size=64"),
+        ({"size": "0"}, "data.size is '0': give pixels a side"),
+        ({"size": "64x"}, "data.size is '64x'"),
+        ({"size": "8x8x8"}, "data.size is '8x8x8'"),
+        ({"size": "9999"}, "height x width, as 48x64, to 8192"),
+        ({"size": "8", "crop": 4}, "data.crop takes windows .*choose one"),
+        ({"fit": "pad"}, "data.fit=pad .*give that as well"),
+        ({"size": "8", "fit": "centre"}, "data.fit is 'centre': choose one of crop"),
+        ({"size": "8", "scale": "0.5"}, "data.scale is '0.5': give the least and the largest"),
+        ({"size": "8", "scale": "0.5,2"}, "a window is at most 1"),
+        ({"size": "8", "scale": "nan,1"}, "data.scale is 'nan,1'"),
+        ({"size": "8", "ratio": "2,0.5"}, "data.ratio is '2,0.5'"),
+        ({"size": "8", "interpolation": "cubic"}, "data.interpolation is 'cubic'"),
+    ],
+)
+def test_settings_that_say_nothing(theirs: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Stream(DataConfig(path=theirs, **settings), seed=0, round_size=4)
+
+
+def test_a_picture_too_small_for_a_window_is_named_or_skipped(tmp_path: Path) -> None:
+    write(tmp_path, "train.tar", range(12))
+    index(str(tmp_path), progress=False)
+    with pytest.raises(InputError, match=r"train.tar, key 0000000\d\d: .* is less than data.crop=70"):
+        take(str(tmp_path), 1, 1, crop=70)
+    images, keys = take(str(tmp_path), 1, 1, crop=70, broken="skip", broken_share=0.9)
+    assert images.shape == (20, 3, 70, 70) and not {int(key) % 6 for key in keys} & {0, 1, 4}
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "message"),
+    [
+        ("PNG", lambda data: data[:16] + (60_000).to_bytes(4, "big") * 2 + data[24:], "."),
+        ("PNG", lambda data: data[:16] + bytes(8) + data[24:], "."),
+        ("JPEG", lambda data: data[: len(data) // 2], "."),
+        ("JPEG", lambda data: b"", "no picture"),
+    ],
+)
+def test_bombs_and_pictures_without_pixels_are_refused(form: str, change: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        resized(change(stored(photo(0, (200, 100)), form)), Resize(height=8, width=8))
+
+
+def test_points_have_no_size(points: str) -> None:
+    check_config(DataConfig(path=points, size="8"))
+    with pytest.raises(InputError, match=r"data.size and data.crop are of pictures"):
+        Stream(DataConfig(path=points, size="8"), seed=0, round_size=4)

@@ -1,0 +1,52 @@
+"""From tars of pictures of many sizes, which are not square, to a network that is measured and repairs a photograph."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.data.format.audit import index
+from pipeline.evaluate.recorded import recorded_resize
+from pipeline.model.naign import NAIGN
+from tests.conftest import SMALL
+from tests.data.test_resize import PHOTOS, write
+
+SIZED = ["--data.size=16x24", "--data.fit=random", "--data.flip"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["conv", "spatial"])
+def test_pictures_of_many_sizes_are_trained_on_and_measured(train, naign, tmp_path, network):
+    for number in range(3):
+        write(tmp_path / "theirs", f"{number:05d}.tar", range(50 * number, 50 * number + 50))
+    write(tmp_path / "theirs", "val-00000.tar", range(150, 170))
+    index(str(tmp_path / "theirs"), progress=False)
+    options = ["--data.path=theirs", *SMALL, *SIZED, f"--model.name={network}", "--run.path=run"]
+    done = train(*options, "--train.images=512", ranks=2)
+    assert done.returncode == 0, done.stderr
+    done = train(*options, "--train.images=1024", "--data.size=24x16", "--resume=changed")
+    assert done.returncode == 2 and "data.size" in done.stderr
+    done = train(*options, "--train.images=1024", "--resume=changed")
+    assert done.returncode == 0, done.stderr
+
+    model = NAIGN.from_pretrained(tmp_path / "run")
+    resize = recorded_resize(model)
+    assert model.shape == (3, 16, 24) and (resize.height, resize.width, resize.fit) == (16, 24, "crop")
+    done = naign("evaluate", "run", "--samples=50")
+    assert done.returncode == 0, done.stderr
+    done = naign("restore", "run", *map(str, PHOTOS), "--to=out", "--damage=noise")
+    assert done.returncode == 0, done.stderr
+    for photo in PHOTOS:
+        assert np.asarray(Image.open(tmp_path / f"out/{photo.stem}.png")).shape == (16, 24, 3)
+    done = naign("sample", "run", "--to=samples.png")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_folder_is_packed_to_a_size_that_is_not_square(naign, tmp_path):
+    for photo in PHOTOS:
+        (tmp_path / photo.name).write_bytes(photo.read_bytes())
+    done = naign("pack", "folder", "--root=.", "--size=20x32", "--to=packed")
+    assert done.returncode == 0, done.stderr
+    assert "3x20x32" in done.stdout
+    done = naign("pack", "folder", "--root=.", "--size=20by32", "--to=packed")
+    assert done.returncode == 2 and "--size is '20by32'" in done.stderr
