@@ -176,7 +176,8 @@ def test_what_a_resumed_run_may_change():
     assert {key.partition(".")[0] for key in fixed} == {"data", "model", "objective", "match", "train", "seed"}
     assert {key for key in fixed if key.startswith(("data.", "train."))} == {
         *("data.split", "data.tail", "data.resampled", "data.flip", "data.crop", "data.size", "data.fit"),
-        *("data.scale", "data.ratio", "data.interpolation", "train.batch", "train.passes"),
+        *("data.scale", "data.ratio", "data.interpolation", "data.shuffle", "data.shuffle_block"),
+        *("train.batch", "train.passes"),
         *("train.beta1", "train.beta2", "train.ema"),
     }
 

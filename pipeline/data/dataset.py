@@ -7,6 +7,7 @@ from typing import cast
 from pipeline.constraints import AT_LEAST_0, FREE, MAY_CHANGE, NOT_EMPTY, POSITIVE, between, check_fields, one_of
 from pipeline.data.cache import CachedStore
 from pipeline.data.format.manifest import Manifest
+from pipeline.data.order import BLOCK, SHUFFLE
 from pipeline.data.reader import Reader
 from pipeline.data.resize import FITS, INTERPOLATIONS, Resize, parse_size
 from pipeline.errors import InputError
@@ -33,6 +34,12 @@ class DataConfig:
     pad fills its last round with its first images."""
     resampled: bool = False
     """Draw shards with replacement instead of each once an epoch."""
+    shuffle: int = field(default=0, metadata=AT_LEAST_0)
+    """From how many places of the data set a round draws at once; 1: shards one after the other. 0: 128 where others
+    wrote the tars, and 1 where `naign pack` did, which deals samples to shards at random."""
+    shuffle_block: int = field(default=BLOCK, metadata=POSITIVE)
+    """With shuffle: consecutive samples of a shard that are taken together. Pages end at multiples of 16: other numbers
+    read more bytes."""
     flip: bool = False
     """Mirror each image with probability 1/2."""
     crop: int = field(default=0, metadata=AT_LEAST_0)
@@ -106,6 +113,11 @@ def image_shape(config: DataConfig, manifest: Manifest) -> tuple[int, ...]:
     return parse_resize(config).shape(manifest.shape, manifest.name)
 
 
+def lanes(config: DataConfig, manifest: Manifest) -> int:
+    """From how many places rounds draw."""
+    return config.shuffle or (1 if manifest.dealt else SHUFFLE)
+
+
 def open_reader(config: DataConfig, manifest: Manifest) -> Reader:
     """A reader of one split, through the cache if one is set and the data lie elsewhere."""
     store = open_store(config.path)
@@ -113,4 +125,12 @@ def open_reader(config: DataConfig, manifest: Manifest) -> Reader:
         store = cast(Store, CachedStore(store, manifest, config.cache, int(config.cache_gb * 1e9)))
     shards = manifest.split(config.split).shards
     skip = config.broken == "skip"
-    return Reader(store, manifest, shards, check=config.check, skip=skip, resize=parse_resize(config))
+    return Reader(
+        store,
+        manifest,
+        shards,
+        check=config.check,
+        skip=skip,
+        resize=parse_resize(config),
+        lanes=lanes(config, manifest),
+    )

@@ -22,10 +22,10 @@ import webdataset
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.data.dataset import DataConfig, check_config, image_shape, open_reader
+from pipeline.data.dataset import DataConfig, check_config, image_shape, lanes, open_reader
 from pipeline.data.decode import Array
 from pipeline.data.format.manifest import Manifest, size_problem
-from pipeline.data.order import Order, Piece, check, parts, pieces, rank_rows
+from pipeline.data.order import SHUFFLE, Order, Piece, check, parts, pieces, rank_rows
 from pipeline.data.reader import Raw, Reader, Taken, fill, new_images, new_rows
 from pipeline.data.resize import Resize
 from pipeline.data.sample import AS_STORED, draws
@@ -96,7 +96,15 @@ class Stream(AbstractContextManager["Stream"]):
         self.shape = image_shape(config, self.manifest)
         """Of one row."""
         sizes = tuple(shard.samples for shard in self.manifest.split(config.split).shards)
-        self.order = Order(sizes=sizes, seed=seed, round_size=round_size, tail=config.tail, resampled=config.resampled)
+        self.order = Order(
+            sizes=sizes,
+            seed=seed,
+            round_size=round_size,
+            tail=config.tail,
+            resampled=config.resampled,
+            shuffle=lanes(config, self.manifest),
+            block=config.shuffle_block,
+        )
         check(self.order, world)
         self._config, self._prefetch = config, prefetch
         self._first, last = rank_rows(round_size, rank, world)
@@ -230,7 +238,7 @@ def read_split(
     path: str,  # folder or s3://bucket/prefix with index.json
     split: str,
     *,
-    limit: int | None = None,  # samples; None: all. As packing shuffles, the first ones are a random subset
+    limit: int | None = None,  # samples, a random subset of them; None: all
     resize: Resize = AS_STORED,
     progress: bool = False,  # bar on stderr
 ) -> tuple[Tensor, Tensor]:
@@ -239,21 +247,29 @@ def read_split(
     Raises InputError as Stream does.
     """
     manifest = Manifest.load(path)
-    resize = resize.central()
+    resize, shards = resize.central(), manifest.split(split).shards
     total = manifest.split(split).samples
     count = total if limit is None else min(limit, total)
-    shards = manifest.split(split).shards
-    starts = accumulate((shard.samples for shard in shards), initial=0)
-    wanted = [
-        Piece(epoch=0, shard=number, first=0, last=min(shard.samples, count - start))
-        for number, (shard, start) in enumerate(zip(shards, starts, strict=False))
-        if start < count
-    ]
-    reader = Reader(open_store(path), manifest, shards, resize=resize)
-    if problem := next(filter(None, (size_problem(reader.store, shards[piece.shard]) for piece in wanted)), ""):
+    wanted = _some(manifest, split, count)
+    mixed = SHUFFLE if len(wanted) > len(shards) else 1
+    reader = Reader(open_store(path), manifest, shards, resize=resize, lanes=mixed)
+    needed = [shards[number] for number in sorted({piece.shard for piece in wanted})]
+    if problem := next(filter(None, (size_problem(reader.store, shard) for shard in needed)), ""):
         raise InputError(problem)  # before memory is taken for samples that are not there
     with closing(reader.raw(wanted)) as stored:
         bar = tqdm(stored, total=count, desc=f"read {split}", unit="sample", disable=not progress)
         taken = new_rows(new_images(resize.shape(manifest.shape, manifest.name), manifest.dtype, count))
         fill(taken, 0, reader, bar)
     return taken.images.contiguous(), taken.labels
+
+
+def _some(manifest: Manifest, split: str, count: int) -> list[Piece]:
+    """So many samples: the first ones where `naign pack` dealt them at random, else blocks of all shards."""
+    sizes = [shard.samples for shard in manifest.split(split).shards]
+    if not manifest.dealt and count < sum(sizes):
+        return pieces(Order(sizes=tuple(sizes), seed=0, round_size=count, shuffle=SHUFFLE), 0, 0, count)
+    return [
+        Piece(epoch=0, shard=number, first=0, last=min(size, count - start))
+        for number, (size, start) in enumerate(zip(sizes, accumulate(sizes, initial=0), strict=False))
+        if start < count
+    ]

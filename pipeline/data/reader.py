@@ -27,8 +27,9 @@ from pipeline.storage.retry import Tally
 
 PART = 8 << 20  # bytes of pages asked for at once
 REREADS = 3  # how often a page whose hash is wrong is read again
-TABLES = 16  # page tables that are kept: each is about a thousandth of its shard
+TABLES = 16  # page tables that are kept, or as many as there are lanes: each is about a thousandth of its shard
 TABLES_AHEAD = 2  # page tables asked for before the pages of the shard before are all there
+BLOCKS_AHEAD = 16  # the same, and blocks, where pieces are short: each then waits for an answer of the store
 
 
 class Raw(NamedTuple):
@@ -71,10 +72,12 @@ class Reader:
         check: bool = True,  # hash what was read
         skip: bool = False,  # put the next sound sample in the place of one that cannot be decoded
         resize: Resize = AS_STORED,
+        lanes: int = 1,  # from how many shards pieces come in turn
     ) -> None:
         self.store, self.manifest, self.shards, self.resize = store, manifest, shards, resize
         self._check, self._skip = check, skip
-        self._table = lru_cache(TABLES)(self._read_table)
+        self._table = lru_cache(max(TABLES, 2 * lanes))(self._read_table)
+        self._ahead = (TABLES_AHEAD, PARALLEL) if lanes == 1 else (BLOCKS_AHEAD, BLOCKS_AHEAD)
 
     def raw(self, wanted: Iterable[Piece]) -> Generator[Raw]:
         """The stored samples of the pieces in order, fetched ahead in bounded memory. The pieces may be without end.
@@ -82,8 +85,10 @@ class Reader:
         Raises InputError for a shard that is damaged or not as the manifest says, when its turn comes.
         """
         with (
-            closing(in_order((partial(self._cut, piece) for piece in wanted), TABLES_AHEAD)) as found,
-            closing(in_order((partial(self._fetch, pages) for cut in found for pages in cut), PARALLEL)) as fetched,
+            closing(in_order((partial(self._cut, piece) for piece in wanted), self._ahead[0])) as found,
+            closing(
+                in_order((partial(self._fetch, pages) for cut in found for pages in cut), self._ahead[1])
+            ) as fetched,
         ):
             for pages, data in fetched:
                 piece, first = pages.piece, int(pages.table["sample"][pages.low])

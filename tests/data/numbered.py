@@ -41,6 +41,13 @@ SOURCE = (Seeded, lambda count, settings: numbered(train=int(count)))
 Members = list[tuple[str, bytes]]
 
 
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """A file in a tar."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
 def rewrite(path: str, shard: str, change: Callable[[Members], Members], *, damage: bool = False) -> None:
     """Replace the members of a shard. Its hashes in the manifest follow, as if packed so, unless it is `damage`."""
     file = Path(path) / shard
@@ -48,9 +55,7 @@ def rewrite(path: str, shard: str, change: Callable[[Members], Members], *, dama
         members = [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
     with tarfile.open(file, "w") as tar:
         for name, data in change(members):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+            add(tar, name, data)
     if not damage:
         rehash(path, shard)
 

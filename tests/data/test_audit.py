@@ -4,6 +4,7 @@ import io
 import shutil
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def test_an_index_of_our_own_tars_is_the_one_that_pack_wrote(packed: str, tmp_pa
     for tar in Path(packed).glob("*.tar"):
         shutil.copy(tar, other)
     made = index(str(other), name="numbered", labels=("even", "odd"), progress=False)
-    assert made == Manifest.load(packed) == Manifest.load(str(other))
+    assert made == replace(Manifest.load(packed), dealt=False) == Manifest.load(str(other))
     for table in Path(packed).glob("*.npy"):
         assert table.read_bytes() == (other / table.name).read_bytes()
     assert verify(str(other), progress=False).samples == 28

@@ -1,6 +1,5 @@
 """Every image once an epoch, for any number of real processes and workers, from shards of any sizes in S3."""
 
-import io
 import multiprocessing
 import tarfile
 from collections import Counter
@@ -20,6 +19,7 @@ from pipeline.data.format.pages import samples
 from pipeline.data.loader import Stream
 from pipeline.errors import InputError
 from pipeline.storage.store import open_store
+from tests.data.numbered import add
 
 SIZES = [1, 7, 23, 50, 64, 5]
 ROUND = 60
@@ -41,9 +41,7 @@ def uneven(bucket: str) -> str:
                 image = np.full((1, 4, 4), place, np.uint8)
                 image[0, 0, 1] = number
                 for suffix, data in (("png", encode(image, "png")), ("cls", b"%d" % (place % 3))):
-                    info = tarfile.TarInfo(f"{number}/{place:03d}.{suffix}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+                    add(tar, f"{number}/{place:03d}.{suffix}", data)
     manifest = index(path, progress=False)
     assert [shard.samples for shard in manifest.split("train").shards] == SIZES and manifest.labels == ("0", "1", "2")
     return path

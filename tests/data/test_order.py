@@ -1,12 +1,14 @@
 """The plan, with ranks and workers simulated."""
 
 from collections import Counter
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from pipeline.data.order import Order, check, parts, pieces, rank_rows, shuffled, spans
+from pipeline.data.order import SHUFFLE, Order, check, parts, pieces, rank_rows, shuffled, spans
 from pipeline.errors import InputError
 
 SIZES = some.lists(some.integers(1, 9), min_size=1, max_size=7).map(tuple)
@@ -50,9 +52,11 @@ def test_two_epochs_hold_each_image_exactly_twice(world: int, workers: int) -> N
     assert Counter(found) == Counter(sample for epoch in range(120) for sample in every(UNEVEN, epoch))
 
 
-@given(SIZES, SEEDS, some.integers(1, 12), some.integers(1, 4))
-def test_every_image_comes_exactly_once_an_epoch(sizes: tuple[int, ...], seed: int, size: int, epochs: int) -> None:
-    order = Order(sizes=sizes, seed=seed, round_size=size)
+@given(SIZES, SEEDS, some.integers(1, 12), some.integers(1, 4), some.integers(1, 9), some.integers(1, 5))
+def test_every_image_comes_exactly_once_an_epoch(
+    sizes: tuple[int, ...], seed: int, size: int, epochs: int, shuffle: int, block: int
+) -> None:
+    order = Order(sizes=sizes, seed=seed, round_size=size, shuffle=shuffle, block=block)
     rounds = -(-epochs * order.total // size)
     found = Counter(sample for round in range(rounds) for sample in listed(order, round, 0, size))
     assert sum(found.values()) == rounds * size
@@ -66,12 +70,45 @@ def test_a_round_does_not_depend_on_ranks_and_workers(
     sizes: tuple[int, ...], seed: int, tail: str, resampled: bool, data: some.DataObject
 ) -> None:
     world, workers, share, round = (data.draw(some.integers(*ends)) for ends in ((1, 6), (0, 3), (1, 4), (0, 20)))
-    order = Order(sizes=sizes, seed=seed, round_size=share * world, tail=tail, resampled=resampled)
+    mixed = {"shuffle": data.draw(some.integers(1, 9)), "block": data.draw(some.integers(1, 5))}
+    order = Order(sizes=sizes, seed=seed, round_size=share * world, tail=tail, resampled=resampled, **mixed)
     if tail == "drop" and order.total < order.round_size:
         return
     whole = listed(order, round, 0, order.round_size)
     assert len(whole) == order.round_size
     assert read(order, round, world, workers) == whole
+
+
+@given(
+    some.lists(some.integers(1, 40), min_size=1, max_size=9).map(tuple),
+    SEEDS,
+    some.integers(2, 12),
+    some.integers(1, 9),
+)
+def test_blocks_are_taken_in_turn_from_lanes_of_equal_length(
+    sizes: tuple[int, ...], seed: int, shuffle: int, block: int
+) -> None:
+    order = Order(sizes=sizes, seed=seed, round_size=sum(sizes), shuffle=shuffle, block=block)
+    blocks = [
+        [(0, shard, sample) for sample in range(first, min(first + block, sizes[shard]))]
+        for shard in shuffled(len(sizes), seed)
+        for first in range(0, sizes[shard], block)
+    ]
+    lanes = [[blocks[i] for i in lane] for lane in np.array_split(np.arange(len(blocks)), min(shuffle, len(blocks)))]
+    taken = [lane[turn] for turn in range(len(lanes[0])) for lane in lanes if turn < len(lane)]
+    assert listed(order, 0, 0, order.round_size) == [sample for block in taken for sample in block]
+
+
+@pytest.mark.parametrize("classes_of", [lambda shard: shard % 10, lambda shard: shard // 100])
+def test_rounds_of_shards_sorted_by_class_are_mixed(classes_of: Callable[[int], int]) -> None:
+    order = Order(sizes=(300,) * 1000, seed=0, round_size=2048, shuffle=SHUFFLE, block=16)
+    most = 0.0
+    for round in range(150):
+        counts = Counter[int]()
+        for piece in pieces(order, round, 0, 2048):
+            counts[classes_of(piece.shard)] += piece.last - piece.first
+        most = max(most, max(counts.values()) / 2048)
+    assert most < 0.2
 
 
 @pytest.mark.parametrize("size", [7, 10, 57, 60, 130])

@@ -20,6 +20,7 @@ from pipeline.data.loader import Stream, read_split
 from pipeline.data.resize import INTERPOLATIONS, Resize, resized
 from pipeline.data.sample import OTHERS, draws
 from pipeline.errors import InputError
+from tests.data.numbered import add
 
 PHOTOS = sorted((Path(sklearn.datasets.__file__).parent / "images").glob("*.jpg"))
 """Two photographs of 640 x 427."""
@@ -141,9 +142,7 @@ def write(path: Path, name: str, numbers: range, label: bool = False) -> None:
             suffix = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[form]
             members = [(suffix, data), ("txt", b"a picture"), ("json", b"{}")]
             for ending, content in members + [("cls", b"%d" % (number % 2))] * label:
-                info = tarfile.TarInfo(f"{number:09d}.{ending}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+                add(tar, f"{number:09d}.{ending}", content)
 
 
 @pytest.fixture(scope="module")

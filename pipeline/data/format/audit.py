@@ -228,6 +228,7 @@ def index(
         survey.shape,
         _labels(labels, survey.classes, path),
         {split: [made[file][0] for file in files] for split, files in groups.items()},
+        dealt=False,
     )
     written = manifest.dump()
     Manifest.parse(written, where=store.url(INDEX))  # what it would refuse to read is not written

@@ -50,15 +50,25 @@ class Manifest:
     dtype: str  # `uint8` of an image, `float32` of a point
     labels: tuple[str, ...]  # name of each label; empty where there are none
     splits: dict[str, Split]
+    dealt: bool = True
+    """Whether each shard is a random subset of its split, as `naign pack` makes them; of tars by others: no."""
 
     @classmethod
     def of(
-        cls, name: str, kind: str, shape: tuple[int, ...], labels: tuple[str, ...], shards: dict[str, list[Shard]]
+        cls,
+        name: str,
+        kind: str,
+        shape: tuple[int, ...],
+        labels: tuple[str, ...],
+        shards: dict[str, list[Shard]],
+        *,
+        dealt: bool = True,
     ) -> "Manifest":
         """The manifest of shards by split."""
         totals = {split: sum(shard.samples for shard in made) for split, made in shards.items()}
         splits = {split: Split(samples=totals[split], shards=tuple(made)) for split, made in shards.items()}
-        return cls(name=name, kind=kind, shape=shape, dtype=FORMS[kind][0], labels=labels, splits=splits)
+        form = FORMS[kind][0]
+        return cls(name=name, kind=kind, shape=shape, dtype=form, labels=labels, splits=splits, dealt=dealt)
 
     @classmethod
     def load(cls, path: str) -> "Manifest":
@@ -109,7 +119,10 @@ class Manifest:
 
     def dump(self) -> bytes:
         """The bytes of its index.json."""
-        return (json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n").encode()
+        fields = {"format": FORMAT, **asdict(self)}
+        if self.dealt:
+            del fields["dealt"]  # as programs without it read and write it
+        return (json.dumps(fields, indent=1) + "\n").encode()
 
 
 def size_problem(store: Store, shard: Shard) -> str:
@@ -137,6 +150,8 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         yield f"an image has 1 or 3 channels, not the {shape[0]} of shape {shape}"
     if not all(isinstance(text, str) for text in (manifest.name, *labels)) or len(set(labels)) < len(labels):
         yield "the name and the labels are not strings, or one label stands twice"
+    if type(manifest.dealt) is not bool:
+        yield f"dealt is {manifest.dealt!r}, neither true nor false"
     if not manifest.splits:
         yield "no splits"
     for name, split in manifest.splits.items():

@@ -15,12 +15,14 @@ import numpy as np
 import numpy.typing as npt
 from webdataset.tariterators import base_plus_ext
 
+from pipeline.data import order
 from pipeline.data.decode import encode, npy_header
 from pipeline.data.format.manifest import Shard
 from pipeline.errors import InputError
 from pipeline.storage.base import Writer
 
-PAGE = 256 << 10  # the least bytes of a page, but for the last: large enough that tables are a thousandth of the data
+PAGE = 256 << 10  # a page ends at the first sample behind so many bytes, or at a multiple of order.BLOCK samples: then
+# its blocks are whole pages. Of samples of 2 KB tables are .15 % of the data, of large ones less than .02 %.
 
 ROW = np.dtype([("sample", "<i8"), ("byte", "<i8"), ("sha256", "V32")])
 """A page's first sample, first byte, and hash. One more row says where the last page ends; its hash is zero."""
@@ -58,7 +60,7 @@ class Pager:
 
     def start(self, offset: int) -> None:
         """A sample starts at this byte of the tar."""
-        if not self._pages or offset - self._pages[-1][1] >= PAGE:
+        if not self._pages or offset - self._pages[-1][1] >= PAGE or self.samples % order.BLOCK == 0:
             self._pages.append((self.samples, offset))
             self._settle()
         self.samples += 1
