@@ -170,7 +170,8 @@ def test_only_settings_that_touch_the_computation_count_as_different():
 
 def test_what_a_resumed_run_may_change():
     assert changeable(Config(), MAY_CHANGE) == {
-        *("data.path", "train.images", "train.lr", "train.lr_end", "train.warmup", "train.clip", "train.weight_decay")
+        *("data.path", "data.index", "train.images", "train.lr", "train.lr_end", "train.warmup", "train.clip"),
+        "train.weight_decay",
     }
     fixed = flatten(Config()).keys() - changeable(Config(), FREE) - changeable(Config(), MAY_CHANGE)
     assert {key.partition(".")[0] for key in fixed} == {"data", "model", "objective", "match", "train", "seed"}

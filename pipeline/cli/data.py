@@ -59,32 +59,52 @@ def index(
     path: Positional[str],
     /,
     *,
+    to: str = "",
     train: str | None = None,
     test: str | None = None,
+    label: str = "",
     labels: Path | None = None,
     name: str | None = None,
+    sample_check: int | None = None,
     keep_broken: bool = False,
     force: bool = False,
 ) -> None:
     """Make the index.json and page tables of WebDataset tars that others wrote; reads every byte, changes no tar.
 
+    Interrupted, it goes on with the tars that it has not read yet.
+
     Args:
-        path: Folder or s3://bucket/prefix of the tars. Their samples are pictures of any size, or points of one.
+        path: Folder, s3://bucket/prefix or a pattern such as 's3://bucket/prefix/{00000..01023}.tar' of the tars. Their
+            samples are pictures of any size, or points of one.
+        to: Folder or s3://bucket/prefix to write to, for --data.index; default: beside the tars.
         train: Which of them are for training, as a pattern like 'imagenet-train-*.tar'; default: those not for testing.
         test: Which are for testing; default: those with test or val in their names.
-        labels: File with a label name a line, for the numbers in .cls; default: the numbers themselves.
+        label: Where labels are: json:FIELD of the .json, or name:REGEX of the key; default: the number in .cls.
+        labels: File with a label name a line; default: the numbers or texts that are found.
         name: Of the data set; default: the last part of the path.
+        sample_check: So many pictures of each tar are decoded, of others the header is read; default: all are decoded.
         keep_broken: Of samples that cannot be decoded only warn; train with --data.broken=skip.
         force: Replace an index.json that is there.
     """
-    from pipeline.data.format.audit import index as read_all
+    from pipeline.data.format.indexing import index as read_all
 
     try:
         names = tuple(labels.read_text().splitlines()) if labels else ()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--labels {labels}: {error}") from None
-    manifest = read_all(path, train=train, test=test, labels=names, name=name, keep_broken=keep_broken, force=force)
-    print(_contents(path, manifest))
+    manifest = read_all(
+        path,
+        to=to,
+        train=train,
+        test=test,
+        label=label,
+        labels=names,
+        name=name,
+        sample_check=sample_check,
+        keep_broken=keep_broken,
+        force=force,
+    )
+    print(_contents(to or path, manifest))
 
 
 def _contents(path: str, manifest: "Manifest") -> str:
@@ -93,13 +113,14 @@ def _contents(path: str, manifest: "Manifest") -> str:
     return f"{path}: {manifest.name} {sizes}, {', '.join(counts)}"
 
 
-def verify(path: Positional[str], /) -> None:
+def verify(path: Positional[str], /, *, index: str = "") -> None:
     """Check a data set against its index.json: sizes, hashes, page tables, tar structure, pixels, labels, keys.
 
     Args:
         path: Folder or s3://bucket/prefix of shards.
+        index: Folder or s3://bucket/prefix of its index.json and page tables; default: beside the shards.
     """
     from pipeline.data.format.audit import verify as read_all
 
-    report = read_all(path)
+    report = read_all(path, index=index)
     print(f"{path}: sound, {report.samples} samples in {report.shards} shards, {report.bytes / 1e6:.1f} MB")

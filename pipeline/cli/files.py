@@ -69,7 +69,7 @@ def _read_image(path: Path, shape: tuple[int, ...], resize: Resize) -> Tensor:
         raise InputError(f"{path}: {error}") from None
     except UNDECODABLE as error:
         raise InputError(f"{path}: {_cause(error, 'no picture that can be read')}") from None
-    return scaled(torch.from_numpy(np.ascontiguousarray(pixels))[None])
+    return scaled(torch.from_numpy(np.array(pixels))[None])  # a copy: what Pillow gives is not writable
 
 
 def _read_points(path: Path, shape: tuple[int, ...]) -> Tensor:

@@ -197,7 +197,7 @@ def predict(size: Size, *, data: str, config: Path | None) -> str:
     use_endpoint(size.endpoint)
     try:
         with at_most(1):  # a cluster's bucket is often out of reach from here
-            manifest = Manifest.load(data)
+            manifest = Manifest.load(found.data.index or data)
         shape, stored = (
             image_shape(found.data, manifest),
             sum(shard.bytes for split in manifest.splits.values() for shard in split.shards),

@@ -19,6 +19,9 @@ from pipeline.storage.store import open_store
 class DataConfig:
     path: str = field(default="data/mnist", metadata=MAY_CHANGE | NOT_EMPTY)
     """Folder or s3://bucket/prefix of shards with their index.json (`naign pack` or `naign index` makes it)."""
+    index: str = field(default="", metadata=MAY_CHANGE)
+    """Folder or s3://bucket/prefix of index.json and page tables, where they do not lie beside the shards
+    (`naign index --to`). Empty: beside them."""
     source: str = field(default="", metadata=FREE)
     """What to fetch and pack at `path` where nothing is yet, as `naign pack` takes it, such as digits. Empty: nothing,
     but mnist at the default path."""
@@ -113,6 +116,11 @@ def image_shape(config: DataConfig, manifest: Manifest) -> tuple[int, ...]:
     return parse_resize(config).shape(manifest.shape, manifest.name)
 
 
+def open_manifest(config: DataConfig) -> Manifest:
+    """What the data set holds. Raises InputError as Manifest.load does."""
+    return Manifest.load(config.index or config.path)
+
+
 def lanes(config: DataConfig, manifest: Manifest) -> int:
     """From how many places rounds draw."""
     return config.shuffle or (1 if manifest.dealt else SHUFFLE)
@@ -120,17 +128,21 @@ def lanes(config: DataConfig, manifest: Manifest) -> int:
 
 def open_reader(config: DataConfig, manifest: Manifest) -> Reader:
     """A reader of one split, through the cache if one is set and the data lie elsewhere."""
-    store = open_store(config.path)
-    if config.cache and config.path.startswith("s3://"):
-        store = cast(Store, CachedStore(store, manifest, config.cache, int(config.cache_gb * 1e9)))
-    shards = manifest.split(config.split).shards
-    skip = config.broken == "skip"
+
+    def opened(path: str) -> Store:
+        store = open_store(path)
+        if not config.cache or "://" not in path:
+            return store
+        return cast(Store, CachedStore(store, manifest, config.cache, int(config.cache_gb * 1e9)))
+
+    store = opened(config.path)
     return Reader(
         store,
         manifest,
-        shards,
+        manifest.split(config.split).shards,
+        tables=opened(config.index) if config.index else store,
         check=config.check,
-        skip=skip,
+        skip=config.broken == "skip",
         resize=parse_resize(config),
         lanes=lanes(config, manifest),
     )

@@ -5,7 +5,7 @@ import math
 import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import Any
 
@@ -89,6 +89,24 @@ def decode_image(data: bytes, into: Array | None = None) -> Array:
         pixels = np.asarray(eight_bits(picture, "L" if picture.mode == "L" else "RGB"))
         lies = _orientation(picture)
     return turned(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), lies)
+
+
+def header_shape(data: bytes) -> tuple[int, int, int]:
+    """Channels, height and width of what decode_image would give, from the file's header alone.
+
+    Raises InputError for bytes that are no picture.
+    """
+    if data[:2] == b"\xff\xd8":
+        with suppress(ValueError, KeyError):
+            height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+            if space in ("Gray", "YCbCr"):
+                sides = (height, width) if jpeg_orientation(data) < 5 else (width, height)
+                return 1 if space == "Gray" else 3, *sides
+    with decoding(), Image.open(io.BytesIO(data)) as picture:
+        if picture.mode == "F":
+            raise InputError("mode F, floating-point pixels of no known range: save it with 8 or 16 bits")
+        sides = picture.size if _orientation(picture) >= 5 else picture.size[::-1]
+        return 1 if picture.mode == "L" else 3, *sides
 
 
 def _decode_plain_png(data: bytes) -> Array | None:

@@ -22,13 +22,12 @@ import webdataset
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.data.dataset import DataConfig, check_config, image_shape, lanes, open_reader
+from pipeline.data.dataset import DataConfig, check_config, image_shape, lanes, open_manifest, open_reader, parse_resize
 from pipeline.data.decode import Array
 from pipeline.data.format.manifest import Manifest, size_problem
 from pipeline.data.order import SHUFFLE, Order, Piece, check, parts, pieces, rank_rows
 from pipeline.data.reader import Raw, Reader, Taken, fill, new_images, new_rows
-from pipeline.data.resize import Resize
-from pipeline.data.sample import AS_STORED, draws
+from pipeline.data.sample import draws
 from pipeline.errors import InputError, Stopped
 from pipeline.storage.prefetch import in_background, in_order
 from pipeline.storage.store import gopen, open_store
@@ -92,7 +91,7 @@ class Stream(AbstractContextManager["Stream"]):
     ) -> None:
         """Raises InputError where the data set is missing, or a round cannot be shared equally by the ranks."""
         check_config(config)
-        self.manifest = Manifest.load(config.path)
+        self.manifest = open_manifest(config)
         self.shape = image_shape(config, self.manifest)
         """Of one row."""
         sizes = tuple(shard.samples for shard in self.manifest.split(config.split).shards)
@@ -235,24 +234,25 @@ class Stream(AbstractContextManager["Stream"]):
 
 
 def read_split(
-    path: str,  # folder or s3://bucket/prefix with index.json
+    data: DataConfig | str,  # or the path alone
     split: str,
     *,
     limit: int | None = None,  # samples, a random subset of them; None: all
-    resize: Resize = AS_STORED,
     progress: bool = False,  # bar on stderr
 ) -> tuple[Tensor, Tensor]:
     """A whole split in the order of its shards: images (n, C, H, W) uint8 or points (n, D) float32, labels (n,) int64.
 
-    Raises InputError as Stream does.
+    Images are brought to `data.size` without chance. Raises InputError as Stream does.
     """
-    manifest = Manifest.load(path)
-    resize, shards = resize.central(), manifest.split(split).shards
+    config = DataConfig(path=data) if isinstance(data, str) else data
+    manifest = open_manifest(config)
+    resize, shards = parse_resize(config).central(), manifest.split(split).shards
     total = manifest.split(split).samples
     count = total if limit is None else min(limit, total)
     wanted = _some(manifest, split, count)
     mixed = SHUFFLE if len(wanted) > len(shards) else 1
-    reader = Reader(open_store(path), manifest, shards, resize=resize, lanes=mixed)
+    tables = open_store(config.index) if config.index else None
+    reader = Reader(open_store(config.path), manifest, shards, tables=tables, resize=resize, lanes=mixed)
     needed = [shards[number] for number in sorted({piece.shard for piece in wanted})]
     if problem := next(filter(None, (size_problem(reader.store, shard) for shard in needed)), ""):
         raise InputError(problem)  # before memory is taken for samples that are not there

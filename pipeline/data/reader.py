@@ -69,12 +69,14 @@ class Reader:
         manifest: Manifest,
         shards: Sequence[Shard],
         *,
+        tables: Store | None = None,  # where page tables are; None: in `store`
         check: bool = True,  # hash what was read
         skip: bool = False,  # put the next sound sample in the place of one that cannot be decoded
         resize: Resize = AS_STORED,
         lanes: int = 1,  # from how many shards pieces come in turn
     ) -> None:
         self.store, self.manifest, self.shards, self.resize = store, manifest, shards, resize
+        self._tables = tables or store
         self._check, self._skip = check, skip
         self._table = lru_cache(max(TABLES, 2 * lanes))(self._read_table)
         self._ahead = (TABLES_AHEAD, PARALLEL) if lanes == 1 else (BLOCKS_AHEAD, BLOCKS_AHEAD)
@@ -126,11 +128,12 @@ class Reader:
         if problem := size_problem(self.store, shard):
             raise InputError(problem)
         name, wanted = table_name(shard.name), bytes.fromhex(shard.pages)
-        data = self._sound(self.store.read(name), wanted, name, "its SHA-256 is not the one in index.json")
+        said = "its SHA-256 is not the one in index.json"
+        data = self._sound(self._tables, self._tables.read(name), wanted, name, said)
         try:
             return parse_table(data, samples=shard.samples, size=shard.bytes)
         except ValueError as error:
-            raise InputError(f"{self.store.url(name)}: {error}: {_REMEDY}") from None
+            raise InputError(f"{self._tables.url(name)}: {error}: {_REMEDY}") from None
 
     def _fetch(self, pages: Pages) -> tuple[Pages, bytes]:
         """The pages with their bytes; those whose hash is wrong are read again."""
@@ -140,23 +143,30 @@ class Reader:
         for (sample, first, digest), (next_sample, last, _) in pairwise(rows if self._check else ()):
             there = memoryview(data)[first - start : last - start]
             said = f"the SHA-256 of bytes {first} to {last} (samples {sample} to {next_sample - 1}) is not the one in "
-            sound = self._sound(there, digest, name, said + table_name(name), first, last)
+            sound = self._sound(self.store, there, digest, name, said + table_name(name), first, last)
             if sound is not there:
                 data = data[: first - start] + sound + data[last - start :]
         return pages, data
 
     def _sound(
-        self, data: bytes | memoryview, digest: bytes, name: str, said: str, first: int = 0, last: int | None = None
+        self,
+        store: Store,
+        data: bytes | memoryview,
+        digest: bytes,
+        name: str,
+        said: str,
+        first: int = 0,
+        last: int | None = None,
     ) -> bytes | memoryview:
         """Bytes [first, last) of a file, read again where `data` does not have that hash; InputError in the end."""
         for _ in range(REREADS):
             if hashlib.sha256(data).digest() == digest:
                 return data
             self.store.tally.add(reread=len(data))
-            data = self.store.read(name, first, last, fresh=True)
+            data = store.read(name, first, last, fresh=True)
         if hashlib.sha256(data).digest() == digest:
             return data
-        raise InputError(f"{self.store.url(name)}: {said}, also after {REREADS} more reads: {_REMEDY}")
+        raise InputError(f"{store.url(name)}: {said}, also after {REREADS} more reads: {_REMEDY}")
 
     def _samples(self, pages: Pages, data: bytes) -> Iterator[dict[str, Any]]:
         where, table = self.store.url(pages.shard.name), table_name(pages.shard.name)
@@ -173,7 +183,9 @@ class Reader:
     def _instead(self, piece: Piece, number: int, drawn: Numbers | None, problem: str) -> Row:
         """The next sound sample of the shard, whoever asks; after the last comes the first."""
         shard = self.shards[piece.shard]
-        sound = Reader(self.store, self.manifest, self.shards, check=self._check, resize=self.resize)
+        sound = Reader(
+            self.store, self.manifest, self.shards, tables=self._tables, check=self._check, resize=self.resize
+        )
         for step in range(1, shard.samples):
             other = (number + step) % shard.samples
             try:

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.data.decode import Array, decode_array, decode_image, fits
+from pipeline.data.format.labels import label_text
 from pipeline.data.format.manifest import INDEX, Manifest
 from pipeline.data.resize import WINDOW, Numbers, Resize, resized, resized_array
 from pipeline.errors import InputError
@@ -48,7 +49,7 @@ def decode(
         if resize.crop > min(array.shape[1:]):
             raise InputError(f"{where}: {array.shape[2]}x{array.shape[1]} is less than data.crop={resize.crop}")
         array = crop(array, resize.crop, (0.5, 0.5) if drawn is None else drawn)
-    return array, label(sample, len(manifest.labels), where)
+    return array, label(sample, manifest, where)
 
 
 def _array(
@@ -65,12 +66,15 @@ def _array(
     return array
 
 
-def label(sample: dict[str, Any], classes: int, where: str) -> int:
-    """The number in .cls, -1 without one. Raises InputError for anything but 0 to classes - 1 (classes 0: any)."""
-    if "cls" not in sample:
+def label(sample: dict[str, Any], manifest: Manifest, where: str) -> int:
+    """The number of a sample's label, -1 without one. Raises InputError for one that is none of the data set's."""
+    text, classes = label_text(sample, manifest.label, where), len(manifest.labels)
+    if text is None:
         return -1
-    text = sample["cls"].decode("ascii", errors="replace").strip()
-    number = int(text) if text.isdecimal() and len(text) < 19 else -1  # 19 digits may be more than an int64
+    if manifest.label:
+        number = manifest.numbers.get(text, -1)
+    else:
+        number = int(text) if text.isdecimal() and len(text) < 19 else -1  # 19 digits may be more than an int64
     if number < 0 or (classes and number >= classes):
         raise InputError(f"{where}: label {text[:20]!r} is none of the {classes} in {INDEX}: {REPACK}")
     return number

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.data.dataset import DataConfig
 from pipeline.data.decode import scaled
 from pipeline.data.degrade import KINDS
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.loader import read_split
-from pipeline.data.resize import Resize
-from pipeline.data.sample import AS_STORED
 from pipeline.errors import InputError
 from pipeline.evaluate import coverage, density, restoration
 from pipeline.evaluate.coverage import NEIGHBOURS
@@ -69,15 +68,15 @@ class Subject:
         return self.is_image and not getattr(self.model.network, "generates_only", False)
 
 
-def read(path: str, shape: tuple[int, ...], *, seed: int, resize: Resize = AS_STORED) -> tuple[Tensor, Tensor]:
+def read(data: DataConfig, shape: tuple[int, ...], *, seed: int) -> tuple[Tensor, Tensor]:
     """What a Subject takes of both splits, in an order drawn by the seed. Raises InputError if one is too small."""
     generator, splits = torch.Generator().manual_seed(seed), list[Tensor]()
     for split, wanted in (("train", 100_000), ("test", 10_000)):
-        images, _ = read_split(path, split, limit=within(wanted, shape), resize=resize)
+        images, _ = read_split(data, split, limit=within(wanted, shape))
         if len(images) <= NEIGHBOURS:
             raise InputError(
-                f"{path} has {len(images)} examples in its {split} split, too few to measure with: give a data set "
-                f"with more than {NEIGHBOURS} in each split, with --data"
+                f"{data.path} has {len(images)} examples in its {split} split, too few to measure with: give a data "
+                f"set with more than {NEIGHBOURS} in each split, with --data"
             )
         splits.append(images[torch.randperm(len(images), generator=generator)])
     return splits[0], scaled(splits[1])

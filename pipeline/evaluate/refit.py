@@ -33,8 +33,8 @@ def with_mixture(
         name = model.metadata.get("model", {}).get("name", "mlp")
         raise InputError(f"the model in {folder} has no code for a mixture: model.name={name}, not conv or spatial")
     begin = time.process_time()
-    path, manifest, resize, _ = recorded(model, folder, data)
-    images, _ = read_split(path, "train", limit=IMAGES, resize=resize)
+    config, _, _ = recorded(model, folder, data)
+    images, _ = read_split(config, "train", limit=IMAGES)
     with torch.inference_mode():
         parts = [model.network.encode(scaled(part).to(model.device)) for part in images.split(batch)]
     codes = torch.cat(parts).float().cpu()

@@ -51,12 +51,12 @@ def evaluate(
     if samples <= NEIGHBOURS:
         raise InputError(f"{samples} samples are too few to measure: --samples must be more than {NEIGHBOURS}")
     model = NAIGN.from_pretrained(folder, device=device)
-    path, manifest, resize, trained_with = recorded(model, folder, data)
+    config, manifest, trained_with = recorded(model, folder, data)
     first, (second, missing) = choose_encoder(manifest), _open_second(encoder, manifest, device)
     metrics: dict[str, Any] = {"encoder": first.name, "encoder_accuracy": first.accuracy, "dataset": manifest.name}
     layout = "{desc:<30}{bar}{n_fmt}/{total_fmt} {elapsed}"
     with tqdm(total=len(STAGES) + 2, disable=not progress, bar_format=layout, desc="reading data") as bar:
-        train, test = measures.read(path, manifest.shape, seed=seed, resize=resize)
+        train, test = measures.read(config, manifest.shape, seed=seed)
         subject = Subject(model, manifest, first, train, test, samples=samples, seed=seed, second=second)
         for title, measure in STAGES.items():
             bar.update()

@@ -35,6 +35,9 @@ class Store(Protocol):
     def size(self, name: str) -> int:
         """Length in bytes."""
 
+    def version(self, name: str) -> str:
+        """What is another text once the file is another: its ETag, say, or its time and size."""
+
     def read(self, name: str, first: int = 0, last: int | None = None, *, fresh: bool = False) -> bytes:
         """Bytes [first, last), all of them; to the end if last is None. A file that ends sooner is an InputError.
 

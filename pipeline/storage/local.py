@@ -61,6 +61,11 @@ class LocalStore(Store):
                 raise IsADirectoryError(errno.EISDIR, "no regular file")
             return found.st_size
 
+    def version(self, name: str) -> str:
+        with self._explained(name):
+            found = (self._folder / name).stat()
+            return f"{found.st_mtime_ns}-{found.st_size}"
+
     def open(self, name: str) -> BinaryIO:
         self.size(name)
         with self._explained(name):

@@ -90,6 +90,11 @@ class S3Store(Store):
         with self._explained(name):
             return self._head(name)
 
+    def version(self, name: str) -> str:
+        if name not in self._versions:
+            self.size(name)
+        return self._versions[name][1]
+
     def _head(self, name: str) -> int:
         answer = self._ask("head_object", name)
         self._versions[name] = int(answer["ContentLength"]), str(answer["ETag"])

@@ -3,7 +3,7 @@
 import os
 import re
 import threading
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from botocore import UNSIGNED
@@ -46,7 +46,8 @@ _MAKING = threading.Lock()  # held across a fork, too, after which the child has
 def client() -> Any:
     """This process's client, signed by what boto3's chain finds (environment, profile, web identity, instance role).
 
-    Where it finds nothing requests are not signed: a public bucket needs no account.
+    Where it finds nothing, or AWS_NO_SIGN_REQUEST=YES, requests are not signed: a public bucket needs no account. With
+    AWS_REQUEST_PAYER=requester this account pays for them, which some buckets demand. Both variables are those of GDAL.
     """
     with _MAKING:
         return _make_client()
@@ -65,6 +66,8 @@ def _make_client() -> Any:
 
     session = boto3.session.Session()
     credentials = session.get_credentials()
+    if os.environ.get("AWS_NO_SIGN_REQUEST", "").upper() in ("YES", "TRUE", "1"):
+        credentials = None
     unsigned = {"signature_version": UNSIGNED} if credentials is None else {}
     if credentials is not None and not all(part.isprintable() for part in credentials.get_frozen_credentials() if part):
         # Such a header is refused with an error that prints it.
@@ -86,11 +89,18 @@ def _make_client() -> Any:
     if "@" in made.meta.endpoint_url:  # every error would print it
         raise BadSettings("the server's address holds a user or a password: give them as AWS_ACCESS_KEY_ID and so on")
     made.meta.events.register_first("needs-retry.s3", _refuse_redirect)
+    if payer := os.environ.get("AWS_REQUEST_PAYER"):
+        for operation in ("GetObject", "HeadObject", "ListObjectsV2"):
+            made.meta.events.register(f"provide-client-params.s3.{operation}", partial(_pay, payer))
     return made
 
 
 os.register_at_fork(before=_MAKING.acquire, after_in_parent=_MAKING.release, after_in_child=_MAKING.release)
 os.register_at_fork(after_in_child=_make_client.cache_clear)
+
+
+def _pay(payer: str, params: dict[str, Any], **_: Any) -> dict[str, Any]:
+    return {**params, "RequestPayer": payer}
 
 
 def _refuse_redirect(response: Any, **_: Any) -> None:

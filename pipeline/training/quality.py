@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Config
-from pipeline.data import parse_resize, read_split, scaled
+from pipeline.data import read_split, scaled
 from pipeline.data.degrade import KINDS, degrade
 from pipeline.distributed import together, total
 from pipeline.errors import InputError
@@ -50,7 +50,7 @@ def check_quality(config: Config) -> None:
     """InputError where quality.split is missing, or has too few examples."""
     if config.quality.rounds:
         split = config.quality.split
-        found, _ = read_split(config.data.path, split, limit=NEIGHBOURS + 1, resize=parse_resize(config.data))
+        found, _ = read_split(config.data, split, limit=NEIGHBOURS + 1)
         if len(found) <= NEIGHBOURS:
             raise InputError(f"quality.split={split} has {len(found)} examples, too few to measure with")
 
@@ -68,7 +68,7 @@ class Quality:
         with together(run.accelerator):
             if run.rank == 0:
                 data = run.config.data
-                real, _ = read_split(data.path, self.config.split, limit=self.config.samples, resize=parse_resize(data))
+                real, _ = read_split(data, self.config.split, limit=self.config.samples)
                 self.real = self.encoder.features(scaled(real))
         self.best, self.round = math.inf, 0  # the smallest distance, and after how many rounds
         fd, round, checkpoint = self._before() if run.rank == 0 else (0.0, 0, "")

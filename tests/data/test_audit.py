@@ -12,7 +12,8 @@ import pytest
 from webdataset import TarWriter
 
 from pipeline.data.decode import encode
-from pipeline.data.format.audit import index, verify
+from pipeline.data.format.audit import verify
+from pipeline.data.format.indexing import index
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.writer import pack
 from pipeline.data.loader import read_split

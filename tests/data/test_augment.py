@@ -13,7 +13,6 @@ from pipeline.data.dataset import DataConfig
 from pipeline.data.decode import encode
 from pipeline.data.format.writer import pack
 from pipeline.data.loader import Stream, read_split
-from pipeline.data.resize import Resize
 from pipeline.data.sample import draws
 from pipeline.errors import InputError
 from tests.data.numbered import Members, numbered, rewrite
@@ -77,7 +76,7 @@ def test_windows_are_parts_of_the_images_and_all_places_come(larger: str) -> Non
 
 def test_evaluation_sees_the_central_window(larger: str) -> None:
     whole, _ = read_split(larger, "test")
-    windows, _ = read_split(larger, "test", resize=Resize(crop=4))
+    windows, _ = read_split(DataConfig(path=larger, crop=4), "test")
     assert torch.equal(windows, whole[:, :, 2:6, 3:7])
 
 

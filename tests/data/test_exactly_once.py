@@ -13,7 +13,7 @@ import webdataset
 
 from pipeline.data.dataset import DataConfig
 from pipeline.data.decode import encode
-from pipeline.data.format.audit import index
+from pipeline.data.format.indexing import index
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.pages import samples
 from pipeline.data.loader import Stream

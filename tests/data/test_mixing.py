@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.data.dataset import DataConfig
 from pipeline.data.decode import encode
-from pipeline.data.format.audit import index
+from pipeline.data.format.indexing import index
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.loader import Stream, read_split
 from pipeline.storage.store import open_store
@@ -37,7 +37,7 @@ def sorted_by_class(bucket: str) -> str:
 
 def rounds(path: str, count: int, size: int, world: int = 1, **settings: Any) -> tuple[list[list[int]], list[str], int]:
     """Labels by round, keys, and bytes read."""
-    config, labels, keys, read = DataConfig(path=path, **settings), list[list[int]](), list[str](), 0
+    labels, keys, read = list[list[int]](), list[str](), 0
     with ExitStack() as stack:
         streams = [
             stack.enter_context(

@@ -13,9 +13,10 @@ import sklearn.datasets
 import torch
 from PIL import Image, ImageOps
 
-from pipeline.data.dataset import DataConfig, check_config, parse_resize
+from pipeline.data.dataset import DataConfig, check_config
 from pipeline.data.decode import decode_image
-from pipeline.data.format.audit import index, verify
+from pipeline.data.format.audit import verify
+from pipeline.data.format.indexing import index
 from pipeline.data.loader import Stream, read_split
 from pipeline.data.resize import INTERPOLATIONS, Resize, resized
 from pipeline.data.sample import OTHERS, draws
@@ -182,10 +183,9 @@ def test_every_picture_once_and_the_same_bits_on_any_ranks_and_workers(theirs: s
 
 
 def test_evaluation_takes_the_central_window(theirs: str) -> None:
-    config = DataConfig(path=theirs, size="16x24", fit="random")
-    images, labels = read_split(theirs, "test", resize=parse_resize(config))
+    images, labels = read_split(DataConfig(path=theirs, size="16x24", fit="random"), "test")
     assert images.shape == (10, 3, 16, 24) and (labels == -1).all()
-    again, _ = read_split(theirs, "test", resize=Resize(height=16, width=24))
+    again, _ = read_split(DataConfig(path=theirs, size="16x24"), "test")
     assert torch.equal(images, again)
     assert verify(theirs, progress=False).samples == 70
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.format.audit import index
+from pipeline.data.format.indexing import index
 from pipeline.evaluate.recorded import recorded_resize
 from pipeline.model.naign import NAIGN
 from tests.conftest import SMALL

@@ -5,8 +5,10 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
+from pipeline.data.format.labels import check_label_rule
 from pipeline.errors import InputError
 from pipeline.storage.base import Store
 from pipeline.storage.store import open_store
@@ -40,7 +42,7 @@ class Split:
     shards: tuple[Shard, ...]
 
 
-@dataclass(kw_only=True, slots=True, frozen=True)
+@dataclass(kw_only=True, frozen=True)
 class Manifest:
     """A packed data set."""
 
@@ -52,6 +54,8 @@ class Manifest:
     splits: dict[str, Split]
     dealt: bool = True
     """Whether each shard is a random subset of its split, as `naign pack` makes them; of tars by others: no."""
+    label: str = ""
+    """Where a sample's label stands: "" in .cls as a number, or see sample.label_text."""
 
     @classmethod
     def of(
@@ -63,12 +67,15 @@ class Manifest:
         shards: dict[str, list[Shard]],
         *,
         dealt: bool = True,
+        label: str = "",
     ) -> "Manifest":
         """The manifest of shards by split."""
         totals = {split: sum(shard.samples for shard in made) for split, made in shards.items()}
         splits = {split: Split(samples=totals[split], shards=tuple(made)) for split, made in shards.items()}
         form = FORMS[kind][0]
-        return cls(name=name, kind=kind, shape=shape, dtype=form, labels=labels, splits=splits, dealt=dealt)
+        return cls(
+            name=name, kind=kind, shape=shape, dtype=form, labels=labels, splits=splits, dealt=dealt, label=label
+        )
 
     @classmethod
     def load(cls, path: str) -> "Manifest":
@@ -111,6 +118,11 @@ class Manifest:
             raise InputError(f"{where}: malformed ({problem}): pack the data set again")
         return manifest
 
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """The number of each label by its name."""
+        return {name: number for number, name in enumerate(self.labels)}
+
     def split(self, name: str) -> Split:
         """The split of that name. Raises InputError, naming those there are, where there is none."""
         if name not in self.splits:
@@ -120,8 +132,9 @@ class Manifest:
     def dump(self) -> bytes:
         """The bytes of its index.json."""
         fields = {"format": FORMAT, **asdict(self)}
-        if self.dealt:
-            del fields["dealt"]  # as programs without it read and write it
+        for name, usual in (("dealt", True), ("label", "")):
+            if fields[name] == usual:
+                del fields[name]  # as programs without it read and write it
         return (json.dumps(fields, indent=1) + "\n").encode()
 
 
@@ -150,8 +163,9 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         yield f"an image has 1 or 3 channels, not the {shape[0]} of shape {shape}"
     if not all(isinstance(text, str) for text in (manifest.name, *labels)) or len(set(labels)) < len(labels):
         yield "the name and the labels are not strings, or one label stands twice"
-    if type(manifest.dealt) is not bool:
-        yield f"dealt is {manifest.dealt!r}, neither true nor false"
+    if type(manifest.dealt) is not bool or type(manifest.label) is not str:
+        yield f"dealt is {manifest.dealt!r} and label {manifest.label!r}, not true or false, and text"
+    check_label_rule(manifest.label)
     if not manifest.splits:
         yield "no splits"
     for name, split in manifest.splits.items():

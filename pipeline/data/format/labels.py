@@ -1,0 +1,42 @@
+"""Where the label of a sample stands, which tars by others say in different ways."""
+
+import json
+import re
+from typing import Any
+
+from pipeline.errors import InputError
+
+
+def label_text(sample: dict[str, Any], rule: str, where: str) -> str | None:
+    """A sample's label as it is written, None without one.
+
+    The rule is "" for the number in .cls, `json:FIELD` for a field of .json, or `name:REGEX` for what the first group
+    of the expression finds in the key. Raises InputError for .json that is none.
+    """
+    kind, _, argument = rule.partition(":")
+    if kind == "json":
+        if "json" not in sample:
+            return None
+        try:
+            value = json.loads(sample["json"]).get(argument)
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise InputError(f"{where}: the .json cannot be read ({error}): repack the data set") from None
+        return None if value is None or isinstance(value, (dict, list)) else str(value)
+    if kind == "name":
+        found = re.search(argument, sample["__key__"])
+        return found and found.group(1)
+    return sample["cls"].decode("ascii", errors="replace").strip() if "cls" in sample else None
+
+
+def check_label_rule(rule: str) -> None:
+    """Raise InputError for a rule that label_text does not know."""
+    kind, _, argument = rule.partition(":")
+    if rule and (kind not in ("json", "name") or not argument):
+        raise InputError(f"--label {rule!r}: give json:FIELD, or name:REGEX with one group, as in 'name:^([a-z]+)_'")
+    if kind == "name":
+        try:
+            groups = re.compile(argument).groups
+        except re.error as error:
+            raise InputError(f"--label {rule!r}: no regular expression ({error})") from None
+        if groups != 1:
+            raise InputError(f"--label {rule!r}: {groups} groups in brackets, and one must be the label")

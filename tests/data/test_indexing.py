@@ -1,0 +1,217 @@
+"""Indexing tars in buckets that may only be read, and going on after a kill."""
+
+import io
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.data.dataset import DataConfig
+from pipeline.data.decode import encode
+from pipeline.data.format import indexing
+from pipeline.data.format.audit import verify
+from pipeline.data.format.indexing import index
+from pipeline.data.format.manifest import Manifest
+from pipeline.data.format.writer import pack
+from pipeline.data.loader import Stream, read_split
+from pipeline.errors import InputError
+from pipeline.storage.store import open_store
+from tests.data.numbered import add, numbered
+
+
+def png(value: int) -> bytes:
+    return encode(np.full((1, 4, 4), value % 256, np.uint8), "png")
+
+
+def write(path: str, names: list[str], each: int = 3, **fields: Any) -> None:
+    """Tars of so many pictures each, whose value is their number modulo 256; `fields` make further members from it."""
+    number = 0
+    for name in names:
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode="w") as tar:
+            for _ in range(each):
+                add(tar, f"{number:05d}.png", png(number))
+                for suffix, make in fields.items():
+                    add(tar, f"{number:05d}.{suffix}", make(number))
+                number += 1
+        open_store(path).put(name, stream.getvalue())
+
+
+TARS = [f"{number:05d}.tar" for number in range(7)]
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_an_index_lies_elsewhere(bucket: str, tmp_path: Path, remote: bool) -> None:
+    theirs, mine = f"{bucket}/theirs", f"{bucket}/mine" if remote else str(tmp_path / "mine")
+    write(theirs, [*TARS, "val.tar"])
+    manifest = index(theirs, to=mine, progress=False)
+    assert open_store(theirs).list() == [*TARS, "val.tar"]
+    assert len(open_store(mine).list()) == 9 and Manifest.load(mine) == manifest
+    config = DataConfig(path=theirs, index=mine)
+    assert read_split(config, "train")[0][:, 0, 0, 0].tolist() == list(range(21))
+    with Stream(config, seed=0, round_size=21) as stream:
+        assert sorted(stream.take(0).images[:, 0, 0, 0].tolist()) == list(range(21))
+    assert verify(theirs, index=mine, progress=False).samples == 24
+    with pytest.raises(InputError, match=r"no index.json among its 8 files"):
+        read_split(theirs, "train")
+
+
+def test_braces_and_patterns_choose_tars(tmp_path: Path) -> None:
+    write(str(tmp_path), TARS)
+    for pattern, count in (("{00001..00003}.tar", 9), ("0000[45].tar", 6), ("00006.tar", 3)):
+        made = index(f"{tmp_path}/{pattern}", to=str(tmp_path / "index"), force=True, progress=False)
+        assert made.split("train").samples == count
+    with pytest.raises(InputError, match=r"00007\.tar: no such file"):
+        index(f"{tmp_path}/{{00006..00007}}.tar", to=str(tmp_path / "other"), progress=False)
+    with pytest.raises(InputError, match=r"no \.tar there"):
+        index(f"{tmp_path}/x*.tar", progress=False)
+
+
+def test_only_shards_that_were_not_read_yet_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(str(tmp_path), TARS)
+    expected = index(str(tmp_path), to=str(tmp_path / "whole"), progress=False)
+    read, scanned = [], indexing.scan
+
+    def counted(store: Any, file: str, *rest: Any) -> Any:
+        read.append(file)
+        if len(read) in (3, 6):
+            raise KeyboardInterrupt
+        return scanned(store, file, *rest)
+
+    monkeypatch.setattr(indexing, "scan", counted)
+    monkeypatch.setattr(indexing, "THREADS", 1)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            index(str(tmp_path), to=str(tmp_path / "mine"), progress=False)
+        assert not (tmp_path / "mine/index.json").exists()
+    assert index(str(tmp_path), to=str(tmp_path / "mine"), progress=False) == expected
+    assert sorted(read) == sorted([*TARS, read[2], read[5]])  # those in which it was killed twice
+    assert not list((tmp_path / "mine").glob("*.indexing.json"))
+    assert verify(str(tmp_path), index=str(tmp_path / "mine"), progress=False).samples == 21
+
+
+def test_what_was_kept_of_another_tar_or_with_other_settings_is_not_used(tmp_path: Path) -> None:
+    write(str(tmp_path), TARS[:1], each=1)
+    store = open_store(str(tmp_path))
+    settings = indexing.Survey()
+    found = indexing._read(store, TARS[0], settings, lambda _: None)
+    kept = found.dump(store.version(TARS[0]))
+    again = indexing.Found.parse(kept, store.version(TARS[0]), settings)
+    assert again is not None and again.shard == found.shard and (again.table == found.table).all()
+    assert again.survey == found.survey and (again.keys == found.keys).all()
+    write(str(tmp_path), TARS[:1], each=1)
+    assert indexing.Found.parse(kept, store.version(TARS[0]), settings) is None
+    assert indexing.Found.parse(kept, "", indexing.Survey(check=1)) is None
+    for damaged in (b"", b"[]", b"{}", kept[:-20], kept.replace(b"samples", b"simples")):
+        assert indexing.Found.parse(damaged, "", settings) is None
+
+
+@pytest.mark.slow
+def test_a_killed_index_goes_on(tmp_path: Path) -> None:
+    write(str(tmp_path), [f"{number:05d}.tar" for number in range(200)], each=40)
+    command = [sys.executable, "-m", "pipeline.cli", "index", str(tmp_path), "--to", str(tmp_path / "mine")]
+    kept = 0
+    for _ in range(3):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while len(list((tmp_path / "mine").glob("*.indexing.json"))) < kept + 20 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "mine/index.json").exists()
+        assert (kept := len(list((tmp_path / "mine").glob("*.indexing.json")))) >= 20
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "mine").glob("*.indexing.json")}
+    assert kept >= 60 and len(before) == kept
+    assert subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
+    assert verify(str(tmp_path), index=str(tmp_path / "mine"), progress=False).samples == 8000
+
+
+@pytest.mark.parametrize(
+    ("label", "fields", "names", "expected"),
+    [
+        (
+            "json:kind",
+            {"json": lambda n: b'{"kind": "%s"}' % (b"cat", b"dog")[n % 2]},
+            ("cat", "dog"),
+            [0, 1, 0],
+        ),
+        ("json:id", {"json": lambda n: b'{"id": %d}' % (10 - n)}, ("8", "9", "10"), [2, 1, 0]),
+        ("name:(.)$", {}, ("0", "1", "2"), [0, 1, 2]),
+        ("", {"cls": lambda n: b"%d" % (2 * n)}, ("0", "1", "2", "3", "4"), [0, 2, 4]),
+        ("", {"txt": lambda n: b"a caption", "json": lambda n: b"{}"}, (), [-1, -1, -1]),
+    ],
+)
+def test_labels_are_found_where_they_are(
+    tmp_path: Path, label: str, fields: dict[str, Any], names: tuple[str, ...], expected: list[int]
+) -> None:
+    write(str(tmp_path), ["train.tar"], **fields)
+    assert index(str(tmp_path), label=label, progress=False).labels == names
+    assert read_split(str(tmp_path), "train")[1].tolist() == expected
+    assert verify(str(tmp_path), progress=False).samples == 3
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("text", "--label 'text': give json:FIELD"),
+        ("json:", "--label 'json:': give json:FIELD"),
+        ("name:(", "no regular expression"),
+        ("name:.", "0 groups in brackets"),
+        ("json:kind", "no sample has a label where --label json:kind says"),
+        ("name:(0)$", r"key 00001: no label \(name:\(0\)\$\), unlike others"),
+    ],
+)
+def test_labels_that_are_nowhere(tmp_path: Path, label: str, message: str) -> None:
+    write(str(tmp_path), ["train.tar"], json=lambda n: b"{}")
+    with pytest.raises(InputError, match=message):
+        index(str(tmp_path), label=label, progress=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["train.tar"]
+
+
+def test_headers_tell_what_decoding_would(tmp_path: Path) -> None:
+    write(str(tmp_path), ["a.tar", "b.tar"])
+    whole = index(str(tmp_path), to=str(tmp_path / "1"), progress=False)
+    assert index(str(tmp_path), to=str(tmp_path / "2"), sample_check=0, progress=False) == whole
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for number in range(4):
+            add(tar, f"{number}.png", png(number)[: 45 if number else 999])
+    (tmp_path / "b.tar").write_bytes(stream.getvalue())
+    made = index(str(tmp_path / "b.tar"), to=str(tmp_path / "3"), sample_check=1, progress=False)
+    assert made.split("train").samples == 4
+    with pytest.raises(InputError, match=r"3 problems\n.*key 1: the \.png cannot be decoded"):
+        index(str(tmp_path / "b.tar"), to=str(tmp_path / "4"), progress=False)
+
+
+def test_page_tables_of_our_own_tars_are_made_anew(tmp_path: Path) -> None:
+    pack(numbered(), str(tmp_path), shards=2, progress=False)
+    before = Manifest.load(str(tmp_path))
+    assert index(str(tmp_path), name="numbered", labels=("even", "odd"), force=True, progress=False) == before
+
+
+def test_a_bucket_of_others_may_be_public_or_cost_the_reader(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.storage.s3_client import client, forget_clients
+
+    write(f"{bucket}/theirs", TARS[:2])
+    asked = []
+    monkeypatch.setenv("AWS_REQUEST_PAYER", "requester")
+    forget_clients()
+    client().meta.events.register("before-send.s3", lambda request, **_: asked.append(request.headers))
+    assert index(f"{bucket}/theirs", to="", progress=False).split("train").samples == 6
+    reads = [headers for headers in asked if b"Range" in headers or "Range" in headers]
+    assert reads and all(headers["x-amz-request-payer"] in ("requester", b"requester") for headers in reads)
+    monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "YES")
+    forget_clients()
+    client().meta.events.register("before-send.s3", lambda request, **_: asked.append(request.headers))
+    asked.clear()
+    with pytest.raises(InputError, match="access denied"):
+        open_store(f"{bucket}/theirs").list()
+    assert asked and not any("Authorization" in headers for headers in asked)
+    monkeypatch.undo()
+    forget_clients()
