@@ -1,4 +1,4 @@
-"""Where files lie: a local folder or `s3://bucket/prefix` (s3.py), behind one small protocol over str paths."""
+"""Where files lie, behind one protocol over str paths: a local folder, `s3://bucket/prefix`, or what fsspec reads."""
 
 import os
 from typing import BinaryIO
@@ -9,7 +9,10 @@ from pipeline.storage.local import LocalStore
 
 
 def open_store(path: str) -> Store:
-    """The store at a local folder (`~` is expanded) or `s3://bucket/prefix`. Touches neither disk nor network."""
+    """The store at a local folder (`~` is expanded), `s3://bucket/prefix`, or an address that is only read.
+
+    Touches neither disk nor network.
+    """
     if not path.strip() or "\0" in path:
         raise InputError(f"{path!r} is no path: give a local folder or s3://bucket/prefix")
     scheme, separator, _ = path.partition("://")
@@ -21,7 +24,9 @@ def open_store(path: str) -> Store:
         from pipeline.storage.s3 import S3Store
 
         return S3Store(path)
-    raise InputError(f"{path}: cannot read {scheme}:// paths: give a local folder or s3://bucket/prefix")
+    from pipeline.storage.remote import RemoteStore
+
+    return RemoteStore(path)
 
 
 def use_endpoint(address: str) -> None:
