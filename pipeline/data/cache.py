@@ -36,7 +36,7 @@ class CachedStore:
         self._hashes: dict[str, tuple[str, int | None]] = {}
         for split in manifest.splits.values():
             for shard in split.shards:
-                self._hashes[shard.name] = shard.sha256, shard.bytes
+                self._hashes[shard.name] = shard.sha256 or shard.pages, shard.bytes
                 self._hashes[table_name(shard.name)] = shard.pages, None
         self._unseen = limit  # bytes that may have been added since the folder was last measured: measure first
         try:

@@ -12,10 +12,10 @@ from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 
-from pipeline.errors import InputError, printable
+from pipeline.errors import InputError, Unavailable, printable
 from pipeline.storage.base import Store, Writer
 from pipeline.storage.prefetch import PARALLEL, PART, Parts, in_order
-from pipeline.storage.retry import Patience, Tally, Unavailable
+from pipeline.storage.retry import Patience, Tally
 
 T = TypeVar("T")
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from pipeline.data.format.manifest import INDEX, Manifest, Shard, size_problem
 from pipeline.data.format.pages import Pager, Table, grouped, key_and_suffix, table_name
+from pipeline.data.format.tar import BLOCK, Unusual, next_member
 from pipeline.data.sample import decode
 from pipeline.errors import InputError
 from pipeline.storage.base import Store
@@ -29,8 +30,8 @@ BROKEN_TAR = (
 )
 """What reading a damaged tar raises. A disk or network that fails raises others, worth a retry."""
 
-MOST_LABELS = 1_000_000  # a larger number in .cls is no label
 PROBLEMS = 20  # how many problems a message lists
+PIECE = 1 << 20  # bytes of a tar that are read at once
 
 
 class Report(NamedTuple):
@@ -51,15 +52,14 @@ def scan(
     where = store.url(name)
     with closing(store.open(name)) as stream:
 
-        def read(size: int) -> bytes:
-            data = stream.read(size)
+        def more() -> bool:
+            data = stream.read(PIECE)
             advance(pager.write(data))
-            return data
+            return bool(data)
 
         try:
-            with tarfile.open(fileobj=cast(BinaryIO, SimpleNamespace(read=read)), mode="r|", bufsize=1 << 18) as tar:
-                yield from grouped(_members(tar, where, pager), f"{where}, ")
-            while read(1 << 20):
+            yield from grouped(_samples_members(_members(pager, more, where), where, pager), f"{where}, ")
+            while more():
                 pass
         except InputError:
             raise
@@ -67,25 +67,77 @@ def scan(
             raise InputError(f"{where}: truncated or no tar ({error}): copy it again, or repack the data set") from None
 
 
-def _members(tar: tarfile.TarFile, where: str, pager: Pager) -> Iterator[tuple[str, str, bytes]]:
-    """Key, suffix and bytes of each member of a sample; `pager` is told where samples and members start and end."""
+class _File(NamedTuple):
+    """A regular file of a tar."""
+
+    name: str
+    begin: int  # of its header
+    data: bytes
+    end: int  # of the header behind it
+
+
+def _members(pager: Pager, more: Callable[[], bool], where: str) -> Iterator[_File]:
+    """The regular files of a tar whose bytes `more` tells to `pager`. `pager.after` is where the last member ends."""
+
+    def get(first: int, last: int) -> bytes:
+        while pager.told < last and more():
+            pass
+        return pager.get(first, last)
+
+    while True:
+        try:
+            member = next_member(get, pager.after)
+        except Unusual:
+            yield from _unusual(pager, more, where)
+            return
+        if member is None:
+            if not pager.after:
+                raise tarfile.ReadError("empty file" if not pager.told else "it begins with zeros")
+            return
+        data = get(member.start, member.end)  # with the padding behind it
+        if len(data) < member.end - member.start:
+            raise tarfile.ReadError("unexpected end of data")
+        pager.after = member.end
+        if member.is_file:
+            yield _File(member.name, member.begin, data[: member.size], member.end)
+
+
+def _unusual(pager: Pager, more: Callable[[], bool], where: str) -> Iterator[_File]:
+    """The same by tarfile, from `pager.after` on. Raises InputError for links and sparse files."""
+    base = place = pager.after
+
+    def read(size: int) -> bytes:
+        nonlocal place
+        while pager.told < place + size and more():
+            pass
+        data = pager.get(place, place + size)
+        place += len(data)
+        return data
+
+    with tarfile.open(fileobj=cast(BinaryIO, SimpleNamespace(read=read)), mode="r|", bufsize=BLOCK) as tar:
+        for member in tar:
+            tar.members = []  # type: ignore[attr-defined]  # else all headers of a large shard stay in memory
+            if member.issym() or member.islnk() or member.issparse():
+                raise InputError(f"{where}: {member.name} is a link or sparse: repack it with the files")
+            stream = tar.extractfile(member) if member.isreg() else None
+            pager.after = base + tar.offset
+            if stream:
+                yield _File(member.name, base + member.offset, stream.read(), base + tar.offset)
+
+
+def _samples_members(files: Iterator[_File], where: str, pager: Pager) -> Iterator[tuple[str, str, bytes]]:
+    """Key, suffix and bytes of each member of a sample; `pager` is told where samples start and end."""
     last = None
-    for member in tar:
-        pager.after = tar.offset
-        tar.members = []  # type: ignore[attr-defined]  # else all headers of a large shard stay in memory
-        if member.issym() or member.islnk() or member.issparse():
-            raise InputError(f"{where}: {member.name} is a link or sparse: repack it with the files")
-        if not member.isreg() or not (named := key_and_suffix(member.name)):
+    for file in files:
+        if not (named := key_and_suffix(file.name)):
             continue
         if not named[0].isprintable():
             raise InputError(f"{where}, key {named[0]!r}: not printable UTF-8: repack the data set")
         if named[0] != last:
             last = named[0]
-            pager.start(member.offset)
-        stream = tar.extractfile(member)
-        assert stream is not None
-        yield *named, stream.read()
-        pager.end = tar.offset
+            pager.start(file.begin)
+        yield *named, file.data
+        pager.end = file.end
 
 
 def ending(where: str, pager: Pager) -> Iterator[str]:
@@ -174,11 +226,13 @@ def _differences(store: Store, tables: Store, shard: Shard, found: Shard, table:
     wrong = f"its SHA-256 is not the one in {INDEX}: copy it again, or repack the data set"
     if found.samples != shard.samples:
         yield f"{where}: {found.samples} samples, but {INDEX} says {shard.samples}: repack the data set"
-    if found.bytes == shard.bytes and found.sha256 != shard.sha256:
+    if shard.sha256 and found.bytes == shard.bytes and found.sha256 != shard.sha256:
         yield f"{where}: {wrong}"
     try:
         if hashlib.sha256(tables.read(pages)).hexdigest() != shard.pages:
             yield f"{tables.url(pages)}: {wrong}"
+        elif found.bytes == shard.bytes and found.pages != shard.pages and not shard.sha256:
+            yield f"{where}: other bytes than when it was indexed: copy it again, or run `naign index --force`"
         elif found.sha256 == shard.sha256 and found.pages != shard.pages:
             yield f"{tables.url(pages)}: not the page table of that shard: run `naign index --force`"
     except InputError as error:

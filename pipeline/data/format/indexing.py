@@ -193,7 +193,7 @@ def _read_all(store: Store, target: Store, files: list[str], settings: Survey, p
             if before and before.shard.bytes == sizes[file]:
                 advance(sizes[file])
                 return before
-            found = _read(store, file, settings, advance)
+            found = _read(store, file, settings, advance, whole=store.path == target.path)
             if not found.problems:
                 target.put(name, found.dump(version))
             return found
@@ -202,8 +202,8 @@ def _read_all(store: Store, target: Store, files: list[str], settings: Survey, p
             return {one.shard.name: one for one in found}
 
 
-def _read(store: Store, file: str, settings: Survey, advance: Any) -> Found:
-    where, pager, problems = store.url(file), Pager(), list[str]()
+def _read(store: Store, file: str, settings: Survey, advance: Any, *, whole: bool = False) -> Found:
+    where, pager, problems = store.url(file), Pager(whole=whole), list[str]()
     survey, keys = settings.anew(), list[int]()
     seen = set[str]()
     try:
@@ -247,7 +247,7 @@ def _duplicates(store: Store, found: Sequence[Found], most: int) -> Iterator[str
 
 def _keys(store: Store, file: str, wanted: int) -> set[str]:
     """The keys in a shard that have that hash."""
-    return {key for sample in scan(store, file, Pager()) if _hash(key := sample["__key__"]) == wanted}
+    return {key for sample in scan(store, file, Pager(whole=False)) if _hash(key := sample["__key__"]) == wanted}
 
 
 def _forget(target: Store) -> None:

@@ -30,8 +30,8 @@ class Shard:
     name: str
     samples: int
     bytes: int
-    sha256: str
     pages: str  # SHA-256 of its page table (pages.py)
+    sha256: str = ""  # of all of it; not there where the index lies elsewhere: page tables have what is read
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -102,7 +102,7 @@ class Manifest:
                 remedy = "write it anew with `naign index --force`, or pack the data set again"
                 raise InputError(f"{where}: format {version!r}, but this program reads format {FORMAT}: {remedy}")
             splits = {
-                name: Split(samples=split["samples"], shards=tuple(Shard(**shard) for shard in split["shards"]))
+                name: Split(samples=split["samples"], shards=tuple(Shard(**_given(shard)) for shard in split["shards"]))
                 for name, split in fields.pop("splits").items()
             }
             shape, labels = fields.pop("shape"), fields.pop("labels")
@@ -135,7 +135,20 @@ class Manifest:
         for name, usual in (("dealt", True), ("label", "")):
             if fields[name] == usual:
                 del fields[name]  # as programs without it read and write it
+        for split in fields["splits"].values():
+            split["shards"] = [{key: shard[key] for key in _KEYS if shard[key] != ""} for shard in split["shards"]]
         return (json.dumps(fields, indent=1) + "\n").encode()
+
+
+_KEYS = ("name", "samples", "bytes", "sha256", "pages")
+"""Of a shard, in the order in which they are written."""
+
+
+def _given(shard: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a shard. Raises ValueError for an empty hash: one that is not known is not there."""
+    if shard.get("sha256", "unknown") == "":
+        raise ValueError("'' is no SHA-256")
+    return shard
 
 
 def size_problem(store: Store, shard: Shard) -> str:
@@ -191,6 +204,6 @@ def _shard_problems(shard: Shard) -> Iterator[str]:
         yield f"{shard.samples!r} samples in {shard.bytes!r} bytes: a shard has at least one, and whole numbers of both"
     if shard.bytes < SAMPLE_BYTES * shard.samples:
         yield f"{shard.bytes} bytes cannot hold {shard.samples} samples"
-    for digest in (shard.sha256, shard.pages):
+    for digest in (shard.pages, shard.sha256)[: 1 if shard.sha256 == "" else 2]:
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
             yield f"{digest!r} is no SHA-256 of 64 hexadecimal digits"

@@ -18,6 +18,7 @@ from webdataset.tariterators import base_plus_ext
 from pipeline.data import order
 from pipeline.data.decode import encode, npy_header
 from pipeline.data.format.manifest import Shard
+from pipeline.data.format.tar import BLOCK, Unusual, next_member
 from pipeline.errors import InputError
 from pipeline.storage.base import Writer
 
@@ -28,7 +29,6 @@ ROW = np.dtype([("sample", "<i8"), ("byte", "<i8"), ("sha256", "V32")])
 """A page's first sample, first byte, and hash. One more row says where the last page ends; its hash is zero."""
 
 Table = npt.NDArray[Any]  # (pages + 1,) of ROW
-BLOCK = 512  # of a tar, in bytes
 
 
 def table_name(shard: str) -> str:
@@ -39,8 +39,13 @@ def table_name(shard: str) -> str:
 class Pager:
     """Measures a tar from its bytes and the places where its samples start, whichever of the two is told first."""
 
-    def __init__(self, target: Writer | None = None) -> None:  # what the bytes are passed on to
-        self._target, self._hash, self._size = target, hashlib.sha256(), 0
+    def __init__(
+        self,
+        target: Writer | None = None,  # what the bytes are passed on to
+        *,
+        whole: bool = True,  # hash the tar as a whole, too
+    ) -> None:
+        self._target, self._hash, self._size = target, hashlib.sha256() if whole else None, 0
         self._bytes = bytearray()  # of the tar, from _start on: what is not hashed yet
         self._start = 0
         self.samples = 0  # told so far
@@ -52,7 +57,8 @@ class Pager:
         """The tar's next bytes."""
         if self._target:
             self._target.write(data)
-        self._hash.update(data)
+        if self._hash:
+            self._hash.update(data)
         self._size += len(data)
         self._bytes += data
         self._settle()
@@ -64,6 +70,15 @@ class Pager:
             self._pages.append((self.samples, offset))
             self._settle()
         self.samples += 1
+
+    def get(self, first: int, last: int) -> bytes:
+        """Bytes [first, last), fewer where they are not told yet. `first` must not lie before the sample told last."""
+        return bytes(self._bytes[first - self._start : last - self._start])
+
+    @property
+    def told(self) -> int:
+        """How many bytes are."""
+        return self._size
 
     def rest(self, end: int) -> bytes:
         """The bytes from `end` on, which is the last sample's."""
@@ -81,7 +96,7 @@ class Pager:
         """What the manifest should say of the tar, and its page table, once all is told and `end` is set."""
         table = self.finish(self.end)
         pages = hashlib.sha256(dump_table(table)).hexdigest()
-        digest = self._hash.hexdigest()
+        digest = self._hash.hexdigest() if self._hash else ""
         return Shard(name=name, samples=self.samples, bytes=self._size, sha256=digest, pages=pages), table
 
     def _settle(self) -> None:
@@ -150,12 +165,21 @@ def key_and_suffix(name: str) -> tuple[str, str] | None:
 
 
 def _members(page: bytes) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of each regular file. Plain headers (POSIX ustar, no prefix) are read here, others by tarfile."""
+    """Name and bytes of each regular file. Plain headers (POSIX ustar, no prefix) are read here."""
     at, end = 0, len(page)
     while at < end:
         if page[at + 257 : at + 262] != b"ustar" or page[at + 345] or page[at + 156] != 0x30:
-            yield from _unusual(page[at:])
-            return
+            try:
+                member = next_member(lambda first, last: page[first:last], at)
+            except Unusual:
+                yield from _unusual(page[at:])
+                return
+            if member is None:
+                return
+            if member.is_file:
+                yield member.name, page[member.start : member.start + member.size]
+            at = member.end
+            continue
         name = page[at : at + 100].split(b"\0", 1)[0].decode(errors="surrogateescape")
         if (size := int(page[at + 124 : at + 136].rstrip(b" \0"), 8)) < 0:
             raise tarfile.ReadError(f"the header of {name} claims {size} bytes")

@@ -126,15 +126,16 @@ class Survey:
         numbers = all(text.isdecimal() and len(text) < 19 for text in self.texts)
         texts = sorted(self.texts, key=int if numbers else str)
         names = labels or tuple(texts) or tuple(str(number) for number in range(self.classes))
-        hashes = {shard.sha256 for split in shards.values() for shard in split}
-        before = {shard.sha256 for split in old.splits.values() for shard in split.shards} if old else set[str]()
+        found = {(shard.name, shard.bytes, shard.samples) for split in shards.values() for shard in split}
+        splits = old.splits.values() if old else ()
+        before = {(shard.name, shard.bytes, shard.samples) for split in splits for shard in split.shards}
         return Manifest.of(
             name,
             self.kind,
             self.shape,
             names,
             shards,
-            dealt=bool(old and old.dealt and before == hashes),  # tars of `naign pack` stay what they are
+            dealt=bool(old and old.dealt and before == found),  # tars of `naign pack` stay what they are
             label=self.label,
         )
 
