@@ -1,4 +1,4 @@
-"""How fast tars by others are indexed from an S3 server, beside boto3, which gets the same bytes and does nothing with them.
+"""How fast tars by others are indexed from an S3 server, beside boto3, which gets the same bytes and does nothing else.
 
     python benchmarks/index.py --shards 1000 --to benchmarks/results/index
 
@@ -9,6 +9,8 @@ objects at a time by eight threads of one client, whole, in pieces of a megabyte
 
 import io
 import json
+import os
+import random
 import statistics
 import subprocess
 import sys
@@ -18,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import sklearn.datasets
 import tyro
 from PIL import Image
@@ -38,10 +39,10 @@ begin, used = time.perf_counter(), time.process_time()
 print(time.perf_counter() - begin, time.process_time() - used)
 """
 BODIES = {
-    "naign index --sample-check 16": """
+    "naign index --sample-check 1": """
 from pipeline.data.format.indexing import index
 begin, used = time.perf_counter(), time.process_time()
-index(sys.argv[1], to=sys.argv[2], sample_check=16, progress=False)""",
+index(sys.argv[1], to=sys.argv[2], sample_check=1, progress=False)""",
     "naign index, every picture decoded": """
 from pipeline.data.format.indexing import index
 begin, used = time.perf_counter(), time.process_time()
@@ -77,10 +78,10 @@ class Settings:
 
 def tar(number: int, pictures: list[bytes]) -> bytes:
     """About SHARD bytes of samples."""
-    stream, rng, size, sample = io.BytesIO(), np.random.default_rng(number), 0, 0
+    stream, rng, size, sample = io.BytesIO(), random.Random(number), 0, 0
     with tarfile.open(fileobj=stream, mode="w") as target:
         while size < SHARD:
-            data, key = pictures[int(rng.integers(len(pictures)))], f"{number:05d}{sample:04d}"
+            data, key = pictures[rng.randrange(len(pictures))], f"{number:05d}{sample:04d}"
             for suffix, member in (("jpg", data), ("txt", b"a photograph"), ("json", b'{"url": "https://"}')):
                 info = tarfile.TarInfo(f"{key}.{suffix}")
                 info.size = len(member)
@@ -91,12 +92,12 @@ def tar(number: int, pictures: list[bytes]) -> bytes:
 
 def photographs() -> list[bytes]:
     """Windows of two photographs, about 500 x 400, as JPEGs."""
-    found, rng = [], np.random.default_rng(0)
+    found, rng = [], random.Random(0)
     for file in sorted((Path(sklearn.datasets.__file__).parent / "images").glob("*.jpg")):
         whole = Image.open(file)
         for _ in range(20):
-            width, height = int(rng.integers(420, 580)), int(rng.integers(340, 420))
-            left, top = int(rng.integers(640 - width + 1)), int(rng.integers(427 - height + 1))
+            width, height = rng.randrange(420, 580), rng.randrange(340, 420)
+            left, top = rng.randrange(641 - width), rng.randrange(428 - height)
             stream = io.BytesIO()
             whole.crop((left, top, left + width, top + height)).save(stream, "JPEG", quality=80)
             found.append(stream.getvalue())
@@ -106,17 +107,26 @@ def photographs() -> list[bytes]:
 def main(settings: Settings) -> None:
     pictures, times = photographs(), dict[str, list[list[float]]]()
     with tempfile.TemporaryDirectory() as scratch, S3Server(scratch) as server:
-        path, environment = f"{server.bucket('theirs')}/tars", server.environment
-        __import__("os").environ.update(environment)
+        path = f"{server.bucket('theirs')}/tars"
+        os.environ.update(server.environment)
         store = open_store(path)
         with ThreadPoolExecutor(2) as threads:
-            sizes = list(threads.map(lambda n: (store.put(f"{n:05d}.tar", data := tar(n, pictures)), len(data))[1], range(settings.shards)))
+
+            def put(number: int) -> int:
+                data = tar(number, pictures)
+                store.put(f"{number:05d}.tar", data)
+                return len(data)
+
+            sizes = list(threads.map(put, range(settings.shards)))
         for turn in range(settings.repeats):
             for name, body in BODIES.items():
                 arguments = [path, f"{scratch}/index-{turn}-{len(name)}"]
                 done = subprocess.run(
                     [sys.executable, "-c", RUN.format(body=body), *arguments],
-                    capture_output=True, text=True, cwd=ROOT, check=True,
+                    capture_output=True,
+                    text=True,
+                    cwd=ROOT,
+                    check=True,
                 )
                 times.setdefault(name, []).append([float(word) for word in done.stdout.split()])
                 print(name, done.stdout.strip(), flush=True)
@@ -131,8 +141,8 @@ def main(settings: Settings) -> None:
     ]
     for name, runs in times.items():
         median, used = statistics.median(wall for wall, _ in runs), min(cpu for _, cpu in runs)
-        row = (f"{total / best[name]:.0f}", f"{total / median:.0f}", f"{floor / best[name]:.2f}", f"{1000 * used / total:.1f}")
-        lines.append(f"| {name} | {' | '.join(row)} |")
+        speeds, cost = (f"{total / best[name]:.0f}", f"{total / median:.0f}"), f"{1000 * used / total:.1f}"
+        lines.append(f"| {name} | {' | '.join(speeds)} | {floor / best[name]:.2f} | {cost} |")
     settings.to.with_suffix(".md").write_text("\n".join(lines) + "\n")
     settings.to.with_suffix(".json").write_text(json.dumps({"megabytes": total, "seconds": times}, indent=1) + "\n")
     print("\n".join(lines))

@@ -94,7 +94,7 @@ class Stream(AbstractContextManager["Stream"]):
         self.manifest = open_manifest(config)
         self.shape = image_shape(config, self.manifest)
         """Of one row."""
-        sizes = tuple(shard.samples for shard in self.manifest.split(config.split).shards)
+        sizes = self.manifest.split(config.split).sizes
         self.order = Order(
             sizes=sizes,
             seed=seed,
@@ -265,9 +265,9 @@ def read_split(
 
 def _some(manifest: Manifest, split: str, count: int) -> list[Piece]:
     """So many samples: the first ones where `naign pack` dealt them at random, else blocks of all shards."""
-    sizes = [shard.samples for shard in manifest.split(split).shards]
+    sizes = manifest.split(split).sizes
     if not manifest.dealt and count < sum(sizes):
-        return pieces(Order(sizes=tuple(sizes), seed=0, round_size=count, shuffle=SHUFFLE), 0, 0, count)
+        return pieces(Order(sizes=sizes, seed=0, round_size=count, shuffle=SHUFFLE), 0, 0, count)
     return [
         Piece(epoch=0, shard=number, first=0, last=min(size, count - start))
         for number, (size, start) in enumerate(zip(sizes, accumulate(sizes, initial=0), strict=False))

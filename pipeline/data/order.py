@@ -34,6 +34,15 @@ class Piece:
     last: int
 
 
+class _Sizes(tuple[int, ...]):
+    """Numbers whose hash is computed once: plans are looked up by them, and there may be a hundred thousand."""
+
+    def __hash__(self) -> int:
+        if not hasattr(self, "_hash"):
+            self._hash = super().__hash__()
+        return self._hash
+
+
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Order:
     """All that says in which order the images of a split come, and in which rounds."""
@@ -51,10 +60,13 @@ class Order:
     block: int = BLOCK
     """Consecutive images of a shard that are taken together; its last block may be shorter."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", _Sizes(self.sizes))
+
     @property
     def total(self) -> int:
         """Images of an epoch."""
-        return sum(self.sizes)
+        return _total(self.sizes)
 
     @property
     def rounds(self) -> int:
@@ -79,6 +91,11 @@ class Order:
             "drop": f"{self.total - left} of {self.total} images once an epoch: drops its last {left}",
             "pad": f"each of {self.total} images an epoch, its first {self.round_size - left} once more",
         }[self.tail]
+
+
+@lru_cache(maxsize=4)
+def _total(sizes: tuple[int, ...]) -> int:
+    return sum(sizes)
 
 
 def check_seed(seed: int) -> None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from pipeline.data.decode import Array
-from pipeline.data.format.manifest import Manifest, Shard, size_problem
+from pipeline.data.format.manifest import Manifest, size_problem
 from pipeline.data.format.pages import Table, parse_table, samples, table_name
+from pipeline.data.format.shards import Shard
 from pipeline.data.order import Piece
 from pipeline.data.resize import Numbers, Resize
 from pipeline.data.sample import AS_STORED, Draws, decode

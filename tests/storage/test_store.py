@@ -62,7 +62,7 @@ def test_paths_that_are_no_store(tmp_path: Path) -> None:
     for path in ("", " ", "a\0b"):
         with pytest.raises(InputError, match="is no path"):
             open_store(path)
-    for path in ("s3://", "http://host/folder"):
+    for path in ("s3://", "other://host/folder"):
         with pytest.raises(InputError, match=path):
             open_store(path)
     with pytest.raises(InputError, match="give a folder"):

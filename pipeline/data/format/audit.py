@@ -14,8 +14,9 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from tqdm import tqdm
 
-from pipeline.data.format.manifest import INDEX, Manifest, Shard, size_problem
+from pipeline.data.format.manifest import INDEX, Manifest, size_problem
 from pipeline.data.format.pages import Pager, Table, grouped, key_and_suffix, table_name
+from pipeline.data.format.shards import Shard
 from pipeline.data.format.tar import BLOCK, Unusual, next_member
 from pipeline.data.sample import decode
 from pipeline.errors import InputError

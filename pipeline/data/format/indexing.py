@@ -18,8 +18,9 @@ from braceexpand import braceexpand
 
 from pipeline.data.format.audit import PROBLEMS, bar_of_bytes, ending, refuse, scan
 from pipeline.data.format.labels import check_label_rule
-from pipeline.data.format.manifest import INDEX, Manifest, Shard
+from pipeline.data.format.manifest import INDEX, Manifest
 from pipeline.data.format.pages import Pager, Table, dump_table, parse_table, table_name
+from pipeline.data.format.shards import Shard
 from pipeline.data.format.survey import Survey
 from pipeline.errors import InputError
 from pipeline.storage.base import Store
@@ -110,8 +111,8 @@ def index(
         title = name or folder.rstrip("/").rpartition("/")[2] or "indexed"
         shards = {split: [found[file].shard for file in files] for split, files in groups.items()}
         manifest = survey.manifest(title, labels, shards, old)
-        written = manifest.dump()
-        Manifest.parse(written, where=target.url(INDEX))  # what it would refuse to read is not written
+        written = manifest.files()
+        Manifest.parse(written[INDEX], where=target.url(INDEX), read=written.__getitem__)  # else it is not written
     except InputError:
         _forget(target)
         raise
@@ -119,7 +120,8 @@ def index(
     with closing(in_order(calls, THREADS)) as puts:
         for _ in puts:
             pass
-    target.put(INDEX, written)
+    for file, data in written.items():
+        target.put(file, data)
     _forget(target)
     return manifest
 
@@ -139,7 +141,7 @@ def _there(target: Store, force: bool) -> Manifest | None:
             f"{target.url(INDEX)} is there already: check it with `naign verify`, or replace it by --force"
         )
     try:
-        return Manifest.parse(target.read(INDEX), where=target.url(INDEX))
+        return Manifest.load(target.path)
     except InputError:
         return None
 

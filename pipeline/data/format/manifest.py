@@ -1,14 +1,18 @@
 """index.json: what a packed data set holds. It is written last, so a data set without it does not exist."""
 
+import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
 from functools import cached_property
 from typing import Any
 
 from pipeline.data.format.labels import check_label_rule
+from pipeline.data.format.shards import MANY, MOST_SAMPLES, Shard, ShardTable, problems, sizes
 from pipeline.errors import InputError
 from pipeline.storage.base import Store
 from pipeline.storage.store import open_store
@@ -17,21 +21,8 @@ INDEX = "index.json"
 FORMAT = 2
 
 VALUES = 2**28  # the most values a sample may have: a colour image of 8192 pixels a side is below it
-MOST_SAMPLES = 2**40  # of a split
-SAMPLE_BYTES = 1024  # the least that a sample takes in a tar: a block of header and one of data
 
 FORMS = {"image": ("uint8", 3), "point": ("float32", 1)}  # type and axes of a sample, by kind
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Shard:
-    """One tar."""
-
-    name: str
-    samples: int
-    bytes: int
-    pages: str  # SHA-256 of its page table (pages.py)
-    sha256: str = ""  # of all of it; not there where the index lies elsewhere: page tables have what is read
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -39,7 +30,12 @@ class Split:
     """`train` or `test`: its shards in order."""
 
     samples: int
-    shards: tuple[Shard, ...]
+    shards: Sequence[Shard]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Samples of each shard."""
+        return sizes(self.shards)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -85,7 +81,7 @@ class Manifest:
         """
         store = open_store(path)
         if store.exists(INDEX):
-            return cls.parse(store.read(INDEX), where=store.url(INDEX))
+            return cls.parse(store.read(INDEX), where=store.url(INDEX), read=store.read)
         if names := store.list():
             remedy = "run `naign pack` again if it was interrupted, `naign index` for tars that others wrote"
             raise InputError(f"{path}: no {INDEX} among its {len(names)} files: {remedy}, or check the path")
@@ -93,8 +89,8 @@ class Manifest:
         raise InputError(f"{path}: no data set here, the folder is missing or holds no files: {remedy}")
 
     @classmethod
-    def parse(cls, text: bytes, *, where: str) -> "Manifest":
-        """Read it from the bytes of the index.json at `where`. Raises InputError."""
+    def parse(cls, text: bytes, *, where: str, read: Callable[[str], bytes] | None = None) -> "Manifest":
+        """Read it from the bytes of the index.json at `where`, and `read` tables of shards. Raises InputError."""
         try:
             fields: dict[str, Any] = json.loads(text)
             version = fields.pop("format")
@@ -102,7 +98,7 @@ class Manifest:
                 remedy = "write it anew with `naign index --force`, or pack the data set again"
                 raise InputError(f"{where}: format {version!r}, but this program reads format {FORMAT}: {remedy}")
             splits = {
-                name: Split(samples=split["samples"], shards=tuple(Shard(**_given(shard)) for shard in split["shards"]))
+                name: Split(samples=split["samples"], shards=_shards(split, read))
                 for name, split in fields.pop("splits").items()
             }
             shape, labels = fields.pop("shape"), fields.pop("labels")
@@ -129,26 +125,33 @@ class Manifest:
             raise InputError(f"data set {self.name} has no split {name!r}: choose one of {', '.join(self.splits)}")
         return self.splits[name]
 
-    def dump(self) -> bytes:
-        """The bytes of its index.json."""
-        fields = {"format": FORMAT, **asdict(self)}
+    def files(self) -> dict[str, bytes]:
+        """The bytes of its files by name, index.json being the last."""
+        fields: dict[str, Any] = {"format": FORMAT}
+        fields |= {field.name: getattr(self, field.name) for field in dataclass_fields(self)}
         for name, usual in (("dealt", True), ("label", "")):
             if fields[name] == usual:
                 del fields[name]  # as programs without it read and write it
-        for split in fields["splits"].values():
-            split["shards"] = [{key: shard[key] for key in _KEYS if shard[key] != ""} for shard in split["shards"]]
-        return (json.dumps(fields, indent=1) + "\n").encode()
+        made, splits = dict[str, bytes](), dict[str, Any]()
+        for name, split in self.splits.items():
+            splits[name] = {"samples": split.samples}
+            if len(split.shards) <= MANY:
+                splits[name]["shards"] = [shard.fields() for shard in split.shards]
+                continue
+            data = ShardTable.of(split.shards).dump()
+            made[f"index-{name}.npy"] = data
+            splits[name] |= {"table": f"index-{name}.npy", "sha256": hashlib.sha256(data).hexdigest()}
+        fields["splits"] = splits
+        return made | {INDEX: (json.dumps(fields, indent=1) + "\n").encode()}
 
 
-_KEYS = ("name", "samples", "bytes", "sha256", "pages")
-"""Of a shard, in the order in which they are written."""
-
-
-def _given(shard: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a shard. Raises ValueError for an empty hash: one that is not known is not there."""
-    if shard.get("sha256", "unknown") == "":
-        raise ValueError("'' is no SHA-256")
-    return shard
+def _shards(split: dict[str, Any], read: Callable[[str], bytes] | None) -> Sequence[Shard]:
+    """The shards of a split, which index.json lists or names the table of."""
+    if "table" not in split:
+        return tuple(Shard.parse(shard) for shard in split["shards"])
+    if read is None or not re.fullmatch(r"[\w-]+\.npy", split["table"]):
+        raise ValueError(f"the table of shards {split['table']!r} cannot be read")
+    return ShardTable.parse(read(split["table"]), split["sha256"])
 
 
 def size_problem(store: Store, shard: Shard) -> str:
@@ -165,7 +168,7 @@ def _is_count(value: object, least: int = 0) -> bool:
 
 def _problems(manifest: Manifest) -> Iterator[str]:
     """What is of the wrong type, out of range or contradicts itself. What follows a problem may raise."""
-    shape, labels, names = manifest.shape, manifest.labels, set[str]()
+    shape, labels = manifest.shape, manifest.labels
     if FORMS.get(manifest.kind) != (manifest.dtype, len(shape)):
         yield f"kind {manifest.kind}, shape {shape} and dtype {manifest.dtype} do not go together"
     varies = manifest.kind == "image" and shape[1:] == (0, 0)
@@ -184,26 +187,10 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     for name, split in manifest.splits.items():
         if not split.shards:
             yield f"split {name} has no shards"
-        for shard in split.shards:
-            yield from (f"split {name}, shard {shard.name!r}: {problem}" for problem in _shard_problems(shard))
-            if shard.name in names:
-                yield f"shard {shard.name} is listed twice"
-            names.add(shard.name)
-        total = sum(shard.samples for shard in split.shards)
+        yield from (f"split {name}, {problem}" for problem in problems(split.shards))
+        total = sum(split.sizes)
         if not _is_count(split.samples) or total != split.samples or total >= MOST_SAMPLES:
             yield f"the samples of the shards of split {name} do not add up to {split.samples!r}"
-
-
-def _shard_problems(shard: Shard) -> Iterator[str]:
-    name = shard.name
-    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name.encode()) < 256:
-        yield "its name is not that of a file"
-    if name.startswith(".") or set(name) & {"/", "\\"}:
-        yield "its name is hidden, or leads out of the folder"
-    if not _is_count(shard.samples, 1) or not _is_count(shard.bytes):
-        yield f"{shard.samples!r} samples in {shard.bytes!r} bytes: a shard has at least one, and whole numbers of both"
-    if shard.bytes < SAMPLE_BYTES * shard.samples:
-        yield f"{shard.bytes} bytes cannot hold {shard.samples} samples"
-    for digest in (shard.pages, shard.sha256)[: 1 if shard.sha256 == "" else 2]:
-        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
-            yield f"{digest!r} is no SHA-256 of 64 hexadecimal digits"
+    listed = [shard.name for split in manifest.splits.values() if len(split.shards) <= MANY for shard in split.shards]
+    if twice := [name for name, count in Counter(listed).items() if count > 1]:
+        yield f"shard {twice[0]} is listed twice"

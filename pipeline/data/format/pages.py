@@ -17,7 +17,7 @@ from webdataset.tariterators import base_plus_ext
 
 from pipeline.data import order
 from pipeline.data.decode import encode, npy_header
-from pipeline.data.format.manifest import Shard
+from pipeline.data.format.shards import Shard
 from pipeline.data.format.tar import BLOCK, Unusual, next_member
 from pipeline.errors import InputError
 from pipeline.storage.base import Writer

@@ -10,7 +10,8 @@ import numpy as np
 
 from pipeline.data.decode import decode_image, decoding, header_shape
 from pipeline.data.format.labels import label_text
-from pipeline.data.format.manifest import FORMS, Manifest, Shard
+from pipeline.data.format.manifest import FORMS, Manifest
+from pipeline.data.format.shards import Shard
 from pipeline.data.sample import SUFFIXES
 from pipeline.errors import InputError
 

@@ -11,8 +11,9 @@ from tqdm import tqdm
 from webdataset import TarWriter
 
 from pipeline.data.decode import encode
-from pipeline.data.format.manifest import FORMS, INDEX, Manifest, Shard
+from pipeline.data.format.manifest import FORMS, INDEX, Manifest
 from pipeline.data.format.pages import Pager, Table, dump_table, table_name
+from pipeline.data.format.shards import Shard
 from pipeline.data.order import check_seed, parts, shuffled
 from pipeline.data.sources.source import Source
 from pipeline.errors import Conflict, InputError
@@ -77,7 +78,8 @@ def pack(
         if target.exists(INDEX):
             remedy = "`naign verify` says whether it is whole; choose another place, or replace it with --force"
             raise Conflict(f"{to}: another program packed a data set there meanwhile: {remedy}")
-        target.put(INDEX, manifest.dump())
+        for name, data in manifest.files().items():
+            target.put(name, data)
     return manifest, old is None
 
 
