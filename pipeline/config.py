@@ -288,6 +288,8 @@ def _build(kind: Any, content: Any, where: str, prefix: str, recorded: bool) -> 
         if key in hints and dataclasses.is_dataclass(hints[key]):
             values[key] = _build(hints[key], {} if value is None else value, where, f"{prefix}{key}.", recorded)
         elif key in hints:
+            if f"{prefix}{key}" == "data.path" and isinstance(value, list):
+                value = yaml.safe_dump(value, default_flow_style=True, width=MOST).strip()
             values[key] = _convert(hints[key], value, f"{where}: {prefix}{key}")
         elif not (recorded and (RENAMED.get(f"{prefix}{key}") == "" or section in NAMED and key in NAMED[section][2])):
             if RENAMED.get(f"{prefix}{key}") == "":

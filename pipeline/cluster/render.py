@@ -5,15 +5,14 @@ import json
 import math
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from pipeline.config import Config, check, load, to_dict
-from pipeline.data.dataset import image_shape
-from pipeline.data.format.manifest import Manifest
+from pipeline.data.several import open_manifest
 from pipeline.errors import InputError, Unavailable, printable, require
 from pipeline.storage import at_most, use_endpoint
 
@@ -197,11 +196,8 @@ def predict(size: Size, *, data: str, config: Path | None) -> str:
     use_endpoint(size.endpoint)
     try:
         with at_most(1):  # a cluster's bucket is often out of reach from here
-            manifest = Manifest.load(found.data.index or data)
-        shape, stored = (
-            image_shape(found.data, manifest),
-            sum(shard.bytes for split in manifest.splits.values() for shard in split.shards),
-        )
+            manifest, shape = open_manifest(replace(found.data, path=data))
+        stored = sum(shard.bytes for split in manifest.splits.values() for shard in split.shards)
     except (InputError, Unavailable):
         unknown = f"\n{data} cannot be read from here: reckoned with images of 1x28x28"
     with torch.device("meta"):

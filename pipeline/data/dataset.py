@@ -18,7 +18,8 @@ from pipeline.storage.store import open_store
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     path: str = field(default="data/mnist", metadata=MAY_CHANGE | NOT_EMPTY)
-    """Folder or s3://bucket/prefix of shards with their index.json (`naign pack` or `naign index` makes it)."""
+    """Folder or s3://bucket/prefix of shards with their index.json (`naign pack` or `naign index` makes it). Several,
+    each with a share of every round: [s3://a, {path: s3://b, weight: 3, index: s3://c}]."""
     index: str = field(default="", metadata=MAY_CHANGE)
     """Folder or s3://bucket/prefix of index.json and page tables, where they do not lie beside the shards
     (`naign index --to`). Empty: beside them."""
@@ -116,8 +117,8 @@ def image_shape(config: DataConfig, manifest: Manifest) -> tuple[int, ...]:
     return parse_resize(config).shape(manifest.shape, manifest.name)
 
 
-def open_manifest(config: DataConfig) -> Manifest:
-    """What the data set holds. Raises InputError as Manifest.load does."""
+def one_manifest(config: DataConfig) -> Manifest:
+    """What a data set holds, if data.path names one. Raises InputError as Manifest.load does."""
     return Manifest.load(config.index or config.path)
 
 
@@ -126,8 +127,8 @@ def lanes(config: DataConfig, manifest: Manifest) -> int:
     return config.shuffle or (1 if manifest.dealt else SHUFFLE)
 
 
-def open_reader(config: DataConfig, manifest: Manifest) -> Reader:
-    """A reader of one split, through the cache if one is set and the data lie elsewhere."""
+def open_reader(config: DataConfig, manifest: Manifest, split: str | None = None) -> Reader:
+    """A reader of data.split or another one, through the cache if one is set and the data lie elsewhere."""
 
     def opened(path: str) -> Store:
         store = open_store(path)
@@ -139,7 +140,7 @@ def open_reader(config: DataConfig, manifest: Manifest) -> Reader:
     return Reader(
         store,
         manifest,
-        manifest.split(config.split).shards,
+        manifest.split(split or config.split).shards,
         tables=opened(config.index) if config.index else store,
         check=config.check,
         skip=config.broken == "skip",

@@ -9,11 +9,11 @@ import logging
 import math
 import threading
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, ExitStack, closing
 from functools import partial
-from itertools import accumulate, count, islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,15 +22,16 @@ import webdataset
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.data.dataset import DataConfig, check_config, image_shape, lanes, open_manifest, open_reader, parse_resize
+from pipeline.data.dataset import DataConfig, check_config
 from pipeline.data.decode import Array
-from pipeline.data.format.manifest import Manifest, size_problem
-from pipeline.data.order import SHUFFLE, Order, Piece, check, parts, pieces, rank_rows
-from pipeline.data.reader import Raw, Reader, Taken, fill, new_images, new_rows
+from pipeline.data.format.manifest import size_problem
+from pipeline.data.order import SHUFFLE, Order, Piece, parts, pieces, rank_rows
+from pipeline.data.reader import Reader, Taken, fill, new_images, new_rows
 from pipeline.data.sample import draws
+from pipeline.data.several import DataSets, Stored, shares
 from pipeline.errors import InputError, Stopped
 from pipeline.storage.prefetch import in_background, in_order
-from pipeline.storage.store import gopen, open_store
+from pipeline.storage.store import gopen
 
 webdataset.gopen_schemes["s3"] = gopen  # so that any WebDataset program reads s3:// as training does, without pipes
 
@@ -48,8 +49,8 @@ class _Part(NamedTuple):
 
     first: int
     last: int
-    reader: Reader
-    stored: Generator[Raw]  # of all rounds to come: what lies behind a round is fetched before it is asked for
+    readers: list[Reader]
+    stored: Stored  # of all rounds to come: what lies behind a round is fetched before it is asked for
 
 
 class _Reading(NamedTuple):
@@ -91,20 +92,11 @@ class Stream(AbstractContextManager["Stream"]):
     ) -> None:
         """Raises InputError where the data set is missing, or a round cannot be shared equally by the ranks."""
         check_config(config)
-        self.manifest = open_manifest(config)
-        self.shape = image_shape(config, self.manifest)
+        self.sets = DataSets(config)
+        self.manifest, self.shape = self.sets.manifest, self.sets.shape
         """Of one row."""
-        sizes = self.manifest.split(config.split).sizes
-        self.order = Order(
-            sizes=sizes,
-            seed=seed,
-            round_size=round_size,
-            tail=config.tail,
-            resampled=config.resampled,
-            shuffle=lanes(config, self.manifest),
-            block=config.shuffle_block,
-        )
-        check(self.order, world)
+        self.order = self.sets.plan(seed, round_size)
+        self.order.check(world)
         self._config, self._prefetch = config, prefetch
         self._first, last = rank_rows(round_size, rank, world)
         self._count, self._world = last - self._first, world  # rows of this rank, a round
@@ -202,9 +194,7 @@ class Stream(AbstractContextManager["Stream"]):
         return taken
 
     def _open(self, start: int, first: int, last: int) -> _Part:
-        reader, begin, end = open_reader(self._config, self.manifest), self._first + first, self._first + last
-        wanted = (piece for round in count(start) for piece in pieces(self.order, round, begin, end))
-        return _Part(first, last, reader, reader.raw(wanted))
+        return _Part(first, last, *self.order.open(self.sets, start, self._first + first, self._first + last))
 
     def _read_part(self, part: _Part, round: int, taken: Taken, broken: dict[int, str], stop: threading.Event) -> bool:
         """Fill a part's rows of the next round. False if stopped on the way; the part is then of no more use."""
@@ -214,10 +204,11 @@ class Stream(AbstractContextManager["Stream"]):
                 if stop.is_set():
                     return False
                 end = min(begin + self._block, part.last)
-                rows, random = (self._first + begin, self._first + end), part.reader.resize.fit == "random"
+                rows, random = (self._first + begin, self._first + end), self._config.fit == "random"
                 drawn, stored = draws(self.order.seed, round, *rows, windows=random), islice(part.stored, end - begin)
-                broken |= fill(taken, begin, part.reader, stored, drawn, flip=self._config.flip)
-                taken.tally.merge(part.reader.store.tally.take())
+                broken |= fill(taken, begin, stored, drawn, flip=self._config.flip)
+                for reader in part.readers:
+                    taken.tally.merge(reader.store.tally.take())
                 self.rows_read += end - begin
             unless_whole.pop_all()
         return True
@@ -245,31 +236,41 @@ def read_split(
     Images are brought to `data.size` without chance. Raises InputError as Stream does.
     """
     config = DataConfig(path=data) if isinstance(data, str) else data
-    manifest = open_manifest(config)
-    resize, shards = parse_resize(config).central(), manifest.split(split).shards
-    total = manifest.split(split).samples
+    sets = DataSets(config)
+    total = sets.manifest.split(split).samples
     count = total if limit is None else min(limit, total)
-    wanted = _some(manifest, split, count)
-    mixed = SHUFFLE if len(wanted) > len(shards) else 1
-    tables = open_store(config.index) if config.index else None
-    reader = Reader(open_store(config.path), manifest, shards, tables=tables, resize=resize, lanes=mixed)
-    needed = [shards[number] for number in sorted({piece.shard for piece in wanted})]
-    if problem := next(filter(None, (size_problem(reader.store, shard) for shard in needed)), ""):
-        raise InputError(problem)  # before memory is taken for samples that are not there
-    with closing(reader.raw(wanted)) as stored:
-        bar = tqdm(stored, total=count, desc=f"read {split}", unit="sample", disable=not progress)
-        taken = new_rows(new_images(resize.shape(manifest.shape, manifest.name), manifest.dtype, count))
-        fill(taken, 0, reader, bar)
+    wanted = _some(sets, split, count)
+    with ExitStack() as stack:
+        readers = [sets.reader(place, split) for place in range(len(wanted))]
+        for reader, found in zip(readers, wanted, strict=True):
+            needed = [reader.shards[number] for number in sorted({piece.shard for piece in found})]
+            if problem := next(filter(None, (size_problem(reader.store, shard) for shard in needed)), ""):
+                raise InputError(problem)  # before memory is taken for samples that are not there
+        stored = [stack.enter_context(closing(r.raw(found))) for r, found in zip(readers, wanted, strict=True)]
+        rows = ((reader, raw) for reader, raws in zip(readers, stored, strict=True) for raw in raws)
+        bar = tqdm(rows, total=count, desc=f"read {split}", unit="sample", disable=not progress)
+        taken = new_rows(new_images(sets.shape, sets.manifest.dtype, count))
+        fill(taken, 0, bar)
     return taken.images.contiguous(), taken.labels
 
 
-def _some(manifest: Manifest, split: str, count: int) -> list[Piece]:
-    """So many samples: the first ones where `naign pack` dealt them at random, else blocks of all shards."""
-    sizes = manifest.split(split).sizes
-    if not manifest.dealt and count < sum(sizes):
-        return pieces(Order(sizes=sizes, seed=0, round_size=count, shuffle=SHUFFLE), 0, 0, count)
-    return [
-        Piece(epoch=0, shard=number, first=0, last=min(size, count - start))
-        for number, (size, start) in enumerate(zip(sizes, accumulate(sizes, initial=0), strict=False))
-        if start < count
-    ]
+def _some(sets: DataSets, split: str, count: int) -> list[list[Piece]]:
+    """So many samples of each data set, in proportion to what it has: the first ones where `naign pack` dealt them at
+    random, else blocks of all shards.
+    """
+    there = [manifest.splits[split].samples if split in manifest.splits else 0 for manifest in sets.manifests]
+    found = list[list[Piece]]()
+    for manifest, wanted in zip(sets.manifests, shares(there, count), strict=True):
+        sizes = manifest.splits[split].sizes if wanted else ()
+        if wanted and not manifest.dealt and wanted < sum(sizes):
+            found.append(pieces(Order(sizes=sizes, seed=0, round_size=wanted, shuffle=SHUFFLE), 0, 0, wanted))
+            continue
+        starts = accumulate(sizes, initial=0)
+        found.append(
+            [
+                Piece(epoch=0, shard=number, first=0, last=min(size, wanted - start))
+                for number, (size, start) in enumerate(zip(sizes, starts, strict=False))
+                if start < wanted
+            ]
+        )
+    return found

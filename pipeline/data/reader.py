@@ -78,6 +78,8 @@ class Reader:
     ) -> None:
         self.store, self.manifest, self.shards, self.resize = store, manifest, shards, resize
         self._tables = tables or store
+        self.prefix = ""  # of keys, where several data sets have readers
+        self.numbers: list[int] | None = None  # of labels among those of all data sets
         self._check, self._skip = check, skip
         self._table = lru_cache(max(TABLES, 2 * lanes))(self._read_table)
         self._ahead = (TABLES_AHEAD, PARALLEL) if lanes == 1 else (BLOCKS_AHEAD, BLOCKS_AHEAD)
@@ -111,7 +113,9 @@ class Reader:
             if not self._skip:
                 raise
             return self._instead(raw.piece, raw.number, drawn, str(error))
-        return Row(array, label, raw.sample["__key__"], raw.piece.epoch)
+        if self.numbers is not None and label >= 0:
+            label = self.numbers[label] if label < len(self.numbers) else -1  # a number without a name
+        return Row(array, label, self.prefix + raw.sample["__key__"], raw.piece.epoch)
 
     def _cut(self, piece: Piece) -> list[Pages]:
         shard, found = self.shards[piece.shard], []
@@ -230,7 +234,12 @@ def new_rows(images: Array) -> Taken:
 
 
 def fill(
-    taken: Taken, begin: int, reader: Reader, stored: Iterable[Raw], draws: Draws | None = None, *, flip: bool = False
+    taken: Taken,
+    begin: int,
+    stored: Iterable[tuple[Reader, Raw]],
+    draws: Draws | None = None,
+    *,
+    flip: bool = False,
 ) -> dict[int, str]:
     """Decode samples into rows from `begin` on, one a row of `draws`; the problems of broken samples by row.
 
@@ -238,7 +247,7 @@ def fill(
     """
     images, labels, epochs = taken.images.numpy(), taken.labels.numpy(), taken.epochs.numpy()
     row, broken = begin - 1, {}
-    for row, raw in enumerate(stored, begin):
+    for row, (reader, raw) in enumerate(stored, begin):
         place = images[row]
         found = reader.row(raw, place, None if draws is None else draws[row - begin])
         if found.array is not place:

@@ -5,9 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.constraints import check_fields
-from pipeline.data.dataset import DataConfig, open_manifest, parse_resize
+from pipeline.data.dataset import DataConfig, parse_resize
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.resize import Resize
+from pipeline.data.several import open_manifest
 from pipeline.errors import InputError
 from pipeline.model.naign import NAIGN
 from pipeline.storage.store import use_endpoint
@@ -32,8 +33,8 @@ def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, M
     if not config.path:
         raise InputError(f"{folder} does not say what it was trained on: give the packed data set as --data PATH")
     try:
-        manifest = open_manifest(config)
-        manifest = replace(manifest, shape=parse_resize(config).shape(manifest.shape, manifest.name))
+        manifest, shape = open_manifest(config)
+        manifest = replace(manifest, shape=shape)
     except InputError as error:
         if data is not None:
             raise

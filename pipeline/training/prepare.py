@@ -152,7 +152,9 @@ def claim_together(run: Run) -> Path | None:
 def pack_missing(data: DataConfig, arguments: list[str]) -> None:
     """Fetch and pack data.source if data.path holds no data set; InputError if it is meant for another path."""
     source = data.source or ("mnist" if data.path == DataConfig().path else "")
-    if source and not open_store(data.path).exists("index.json"):
+    if data.path.lstrip().startswith("["):
+        require((not data.source, "data.source packs one data set, and data.path names several: leave it out"))
+    elif source and not open_store(data.path).exists("index.json"):
         given, command = {word.partition("=")[0] for word in arguments}, f"naign pack {source} --to {data.path}"
         if data.source and "--data.path" in given and "--data.source" not in given:
             raise InputError(f"{data.path}: no data set here, check --data.path; or pack one there, as with {command}")

@@ -1,0 +1,210 @@
+"""One or several data sets that rounds are made of, each with a share of every round and epochs of its own."""
+
+import math
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import count, cycle
+from typing import Any
+
+import numpy as np
+import yaml
+
+from pipeline.data.dataset import DataConfig, lanes, one_manifest, open_reader, parse_resize
+from pipeline.data.format.manifest import Manifest, Split
+from pipeline.data.order import Order, Piece, check, pieces
+from pipeline.data.reader import Raw, Reader
+from pipeline.errors import InputError
+
+Stored = Generator[tuple[Reader, Raw]]
+
+
+def members(config: DataConfig) -> list[tuple[DataConfig, float]]:
+    """The settings and the weight of each data set of data.path. Raises InputError for a list that is none."""
+    if not config.path.lstrip().startswith("["):
+        return [(config, 1.0)]
+    if config.index:
+        raise InputError("data.index is of one data set: with several, write {path: ..., index: ...} in data.path")
+    try:
+        listed = yaml.safe_load(config.path)
+    except yaml.YAMLError as error:
+        raise InputError(f"data.path is {config.path!r}: no list ({type(error).__name__}): {_HOW}") from None
+    if not isinstance(listed, list) or not listed:
+        raise InputError(f"data.path is {config.path!r}: {_HOW}")
+    return [_member(config, {"path": entry} if isinstance(entry, str) else entry) for entry in listed]
+
+
+_HOW = "write paths in brackets, with weights and indexes, as in [s3://a, {path: s3://b, weight: 3, index: s3://c}]"
+
+
+def _member(config: DataConfig, entry: Any) -> tuple[DataConfig, float]:
+    if not isinstance(entry, dict) or entry.keys() - {"path", "weight", "index"} or not entry.get("path"):
+        raise InputError(f"data.path has the entry {entry!r}: {_HOW}")
+    weight, index = entry.get("weight", 1), entry.get("index", "")
+    if not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise InputError(f"data.path gives {entry['path']} the weight {weight!r}: a weight is a positive number")
+    return replace(config, path=str(entry["path"]), index=str(index)), float(weight)
+
+
+def shares(weights: Sequence[float], size: int) -> list[int]:
+    """`size` cut into whole numbers in proportion to the weights; what is left over goes to the largest remainders."""
+    exact = np.array(weights) / sum(weights) * size
+    found = np.floor(exact).astype(int)
+    for place in np.argsort(found - exact, kind="stable")[: size - int(found.sum())].tolist():
+        found[place] += 1
+    return [int(share) for share in found]
+
+
+class DataSets:
+    """What data.path names."""
+
+    def __init__(self, config: DataConfig) -> None:
+        """Raises InputError where one is missing, or they do not go together."""
+        named = members(config)
+        self.configs, self.weights = [config for config, _ in named], [weight for _, weight in named]
+        self.resize = parse_resize(config)
+        self.manifests = [one_manifest(config) for config in self.configs]
+        shapes = [self.resize.shape(manifest.shape, manifest.name) for manifest in self.manifests]
+        channels = max(shape[0] for shape in shapes)
+        for manifest, shape in zip(self.manifests, shapes, strict=True):
+            if manifest.kind != self.manifests[0].kind or shape[1:] != shapes[0][1:]:
+                first = f"{self.manifests[0].name} {shapes[0]}"
+                raise InputError(f"{manifest.name} {shape} and {first} do not go together: bring them to one data.size")
+        if self.manifests[0].kind == "image":  # grey ones are read as colour among others
+            self.manifests = [replace(m, shape=(channels, *m.shape[1:])) for m in self.manifests]
+        self.shape = (channels, *shapes[0][1:])
+        """Of one row."""
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """Of all of them together: a label is the same class in all that have a label of that name."""
+        first, *others = self.manifests
+        if not others:
+            return first
+        names = {name for manifest in self.manifests for name in manifest.splits}
+        splits = {
+            name: [manifest.splits[name] for manifest in self.manifests if name in manifest.splits]
+            for name in sorted(names, key=["train", "test", *sorted(names)].index)
+        }
+        return replace(
+            first,
+            name=" + ".join(manifest.name for manifest in self.manifests),
+            labels=tuple(self._numbers),
+            label="",
+            splits={
+                name: Split(samples=sum(split.samples for split in found), shards=[s for f in found for s in f.shards])
+                for name, found in splits.items()
+            },
+        )
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        labels = dict.fromkeys(label for manifest in self.manifests for label in manifest.labels)
+        return {label: number for number, label in enumerate(labels)}
+
+    def reader(self, place: int, split: str | None = None) -> Reader:
+        """A reader of one of them, of data.split or another one."""
+        config, manifest = self.configs[place], self.manifests[place]
+        reader = open_reader(config, manifest, split)
+        if len(self.configs) > 1:
+            reader.prefix, reader.numbers = f"{place}:", [self._numbers[label] for label in manifest.labels]
+        return reader
+
+    def plan(self, seed: int, round_size: int) -> "Plan":
+        """What rounds of so many images are made of. Raises InputError where one has no share."""
+        orders = [
+            Order(
+                sizes=manifest.split(config.split).sizes,
+                seed=seed,
+                round_size=share,
+                tail=config.tail,
+                resampled=config.resampled,
+                shuffle=lanes(config, manifest),
+                block=config.shuffle_block,
+            )
+            for config, manifest, share in zip(
+                self.configs, self.manifests, shares(self.weights, round_size), strict=True
+            )
+        ]
+        for order, config in zip(orders, self.configs, strict=True):
+            if not order.round_size:
+                raise InputError(f"data.path: {config.path} has no image in a round of {round_size}: raise its weight")
+        return Plan(tuple(orders), seed, round_size)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The order of each data set, and which rows of a round are whose: evenly mixed, the same in every round."""
+
+    orders: tuple[Order, ...]
+    seed: int
+    round_size: int
+
+    def check(self, world: int) -> None:
+        """Raise InputError, with the arithmetic, where so many ranks cannot share a round equally."""
+        first, *others = self.orders
+        if not others:
+            check(first, world)
+            return
+        for order in self.orders:
+            check(order, 1)
+        check(replace(first, round_size=self.round_size, tail="wrap"), world)
+
+    @property
+    def total(self) -> int:
+        """Images of all data sets."""
+        return sum(order.total for order in self.orders)
+
+    def epochs(self, rounds: int) -> float:
+        """How many epochs so many rounds are, of the data set that has seen the fewest."""
+        return min(order.epochs(rounds) for order in self.orders)
+
+    def describe(self) -> str:
+        """What becomes of the images, for people."""
+        if len(self.orders) == 1:
+            return self.orders[0].describe()
+        return "; ".join(f"{order.round_size} a round: {order.describe()}" for order in self.orders)
+
+    @cached_property
+    def owners(self) -> list[int]:
+        """Whose each row of a round is."""
+        sizes = [order.round_size for order in self.orders]
+        places = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
+        owners = np.repeat(np.arange(len(sizes)), sizes)
+        found: list[int] = owners[np.argsort(places, kind="stable")].tolist()
+        return found
+
+    def open(self, sets: DataSets, start: int, begin: int, end: int) -> tuple[list[Reader], Stored]:
+        """The readers of rows [begin, end) of a round, and these rows of round `start` and all that follow."""
+        mine, found = self.owners[begin:end], dict[int, tuple[Reader, Generator[Raw]]]()
+        for place in sorted(set(mine)):
+            before = self.owners[:begin].count(place)
+            wanted = self._wanted(self.orders[place], start, before, before + mine.count(place))
+            reader = sets.reader(place)
+            found[place] = reader, reader.raw(wanted)
+        return [reader for reader, _ in found.values()], _in_turn(found, mine)
+
+    @staticmethod
+    def _wanted(order: Order, start: int, begin: int, end: int) -> Iterator[Piece]:
+        return (piece for round in count(start) for piece in pieces(order, round, begin, end))
+
+
+def _in_turn(found: dict[int, tuple[Reader, Generator[Raw]]], owners: list[int]) -> Stored:
+    """Samples of the readers by number, over and over in the order of `owners`."""
+    with ExitStack() as stack:
+        for _, raws in found.values():
+            stack.enter_context(closing(raws))
+        if len(found) == 1:
+            ((reader, raws),) = found.values()
+            yield from ((reader, raw) for raw in raws)
+            return
+        for place in cycle(owners):
+            reader, raws = found[place]
+            yield reader, next(raws)
+
+
+def open_manifest(config: DataConfig) -> tuple[Manifest, tuple[int, ...]]:
+    """What data.path holds, and the shape of an image that is brought to data.size. Raises InputError."""
+    sets = DataSets(config)
+    return sets.manifest, sets.shape
