@@ -81,13 +81,18 @@ def tar(number: int, pictures: list[bytes]) -> bytes:
     stream, rng, size, sample = io.BytesIO(), random.Random(number), 0, 0
     with tarfile.open(fileobj=stream, mode="w") as target:
         while size < SHARD:
-            data, key = pictures[rng.randrange(len(pictures))], f"{number:05d}{sample:04d}"
-            for suffix, member in (("jpg", data), ("txt", b"a photograph"), ("json", b'{"url": "https://"}')):
-                info = tarfile.TarInfo(f"{key}.{suffix}")
-                info.size = len(member)
-                target.addfile(info, io.BytesIO(member))
+            data = pictures[rng.randrange(len(pictures))]
+            add_sample(target, f"{number:05d}{sample:04d}", data)
             size, sample = size + len(data) + 3 * 1024, sample + 1
     return stream.getvalue()
+
+
+def add_sample(target: tarfile.TarFile, key: str, data: bytes) -> None:
+    """A JPEG with a caption and JSON."""
+    for suffix, member in (("jpg", data), ("txt", b"a photograph"), ("json", b'{"url": "https://"}')):
+        info = tarfile.TarInfo(f"{key}.{suffix}")
+        info.size = len(member)
+        target.addfile(info, io.BytesIO(member))
 
 
 def photographs() -> list[bytes]:

@@ -42,7 +42,7 @@ LATER: Record = {
     **{"model.init": "", "objective.drift": 0.0, "objective.moments": 0.0, "match.refine": 0, "match.space.code": 0.0},
     **{"objective.temperatures": "0.02,0.05,0.2", "objective.repulsion": 1.0, "objective.positives": 1},
     **{"match.refine_rate": 0.02, "match.codes.components": 0, "data.size": "", "data.fit": "crop"},
-    **{"data.scale": "0.08,1", "data.ratio": "0.75,1.3333", "data.interpolation": "lanczos", "data.shuffle": 0},
+    **{"data.scale": "0.08,1", "data.ratio": "0.75,1.3333", "data.interpolation": "bicubic", "data.shuffle": 0},
     **{"data.index": ""},
     **{"data.shuffle_block": 16},
 }

@@ -57,7 +57,7 @@ class DataConfig:
     """With fit=random: least and largest share of the picture's area."""
     ratio: str = "0.75,1.3333"
     """With fit=random: least and largest width of the window divided by its height."""
-    interpolation: str = field(default="lanczos", metadata=one_of(INTERPOLATIONS))
+    interpolation: str = field(default="bicubic", metadata=one_of(INTERPOLATIONS))
     """How pictures are resized: Pillow's filters, which average over what they shrink."""
     broken: str = field(default="error", metadata=FREE | one_of(("error", "skip")))
     """A sample that cannot be decoded: error stops the run; skip logs it and takes the shard's next one instead."""

@@ -1,5 +1,6 @@
 """The protocol of a store: a flat folder of files, behind `str` paths."""
 
+from collections.abc import Generator
 from contextlib import AbstractContextManager
 from typing import BinaryIO, Protocol
 
@@ -46,6 +47,9 @@ class Store(Protocol):
 
     def open(self, name: str) -> BinaryIO:
         """A stream from the first byte on, read ahead in bounded memory. It is never silently cut."""
+
+    def pieces(self, name: str) -> Generator[bytes]:
+        """The bytes of a file as they arrive, in pieces of about a megabyte: `open` without its copies."""
 
     def write(self, name: str) -> AbstractContextManager[Writer]:
         """Write or replace a file as its bytes are made: it appears whole at the end, after an error not at all."""

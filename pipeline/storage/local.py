@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -80,6 +80,10 @@ class LocalStore(Store):
             raise InputError(f"{self.url(name)}: {found}: truncated: copy it again")
         self.tally.add(bytes=len(data))
         return data
+
+    def pieces(self, name: str) -> Generator[bytes]:
+        with self.open(name) as stream, self._explained(name):
+            yield from iter(lambda: stream.read(1 << 20), b"")
 
     @contextlib.contextmanager
     def write(self, name: str) -> Iterator[Writer]:

@@ -98,6 +98,9 @@ class RemoteStore(Store):
         self.size(name)
         return io.BufferedReader(Parts(self._parts(name, 0, None)), 1 << 20)
 
+    def pieces(self, name: str) -> Generator[bytes]:
+        return self._parts(name, 0, None)
+
     def write(self, name: str) -> "contextlib.AbstractContextManager[Writer]":
         raise InputError(f"{self.url(name)}: {self._scheme}:// is only read: write to a local folder or s3://")
 

@@ -120,6 +120,9 @@ class S3Store(Store):
         self.size(name)  # a missing object must raise here, not at the first read
         return io.BufferedReader(Parts(self._parts(name, 0, None)), 1 << 20)
 
+    def pieces(self, name: str) -> Generator[bytes]:
+        return self._parts(name, 0, None)
+
     @contextlib.contextmanager
     def write(self, name: str) -> Iterator["Upload"]:
         with self._explained(name):

@@ -51,7 +51,7 @@ def test_a_billion_images_are_read_from_a_table(folder: Path) -> None:
     assert time.process_time() - begin < 2  # a fifth of a second on an idle core
     assert found.splits["train"].shards[77].name == "00000077.tar" and found == large()
     with Stream(DataConfig(path=str(folder), size="64"), seed=0, round_size=1 << 16, rank=5, world=1024) as stream:
-        assert stream.order.total == 10**9 and stream.order.shuffle == 128
+        assert stream.order.total == 10**9 and stream.order.orders[0].shuffle == 128
 
 
 def test_a_table_that_does_not_belong_is_refused(folder: Path, tmp_path: Path) -> None:

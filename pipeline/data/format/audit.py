@@ -32,7 +32,6 @@ BROKEN_TAR = (
 """What reading a damaged tar raises. A disk or network that fails raises others, worth a retry."""
 
 PROBLEMS = 20  # how many problems a message lists
-PIECE = 1 << 20  # bytes of a tar that are read at once
 
 
 class Report(NamedTuple):
@@ -51,10 +50,10 @@ def scan(
     Raises InputError where they are no uncompressed tar or end early, or a sample has two members of a suffix.
     """
     where = store.url(name)
-    with closing(store.open(name)) as stream:
+    with closing(store.pieces(name)) as pieces:
 
         def more() -> bool:
-            data = stream.read(PIECE)
+            data = next(pieces, b"")
             advance(pager.write(data))
             return bool(data)
 
