@@ -161,10 +161,13 @@ def _decode_plain_jpeg(data: bytes, into: Array | None) -> Array | None:
 def jpeg_orientation(data: bytes) -> int:
     """EXIF's number for how a JPEG lies, from 1, upright, to 8."""
     at = 2
-    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] in _APPLICATION:  # segments before the picture's own
-        if data[at + 4 : at + 10] == b"Exif\0\0":
+    while (at := data.find(b"\xff", at)) >= 0:  # segment by segment, to where the pixels begin
+        marker = data[at + 1] if at + 1 < len(data) else 0xDA
+        if marker == 0xE1:  # EXIF, or XMP that may say it
             break
-        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+        if marker == 0xDA:
+            return 1
+        at += 1 if marker in (0x00, 0xFF) else 2 + int.from_bytes(data[at + 2 : at + 4])
     else:
         return 1
     with decoding(), Image.open(io.BytesIO(data)) as picture:
@@ -189,7 +192,6 @@ def turned(pixels: Array, orientation: int) -> Array:
     return pixels[:, :, ::-1] if orientation in (2, 3, 6, 7) else pixels
 
 
-_APPLICATION = tuple(bytes([marker]) for marker in (*range(0xE0, 0xF0), 0xFE))  # and comments
 JPEG_PIXELS = 1 << 26  # above it Pillow's own guard against pictures that are made to fill the memory decides
 PLAIN_PIXELS = 256 * 256  # above it the time is in decompression
 _MODES = {b"\x08\0\0\0\0": "L", b"\x08\2\0\0\0": "RGB"}  # by bit depth, colour type, and three zeros

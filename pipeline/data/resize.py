@@ -118,7 +118,7 @@ class Resize:
 def parse_size(text: str, setting: str) -> tuple[int, int]:
     """Height and width in pixels of `64` or `48x64`. Raises InputError that names the setting."""
     parts = text.lower().split("x")
-    sides = [int(part) for part in parts if part.isdecimal() and len(part) < 9]
+    sides = [int(part) for part in parts if part.isascii() and part.isdecimal() and len(part) < 9]
     if len(sides) != len(parts) or len(parts) > 2 or not all(1 <= side <= LARGEST for side in sides):
         raise InputError(f"{setting} is '{text}': give pixels a side, as 64, or height x width, as 48x64, to {LARGEST}")
     return sides[0], sides[-1]
@@ -152,6 +152,8 @@ def _scaled_jpeg(data: bytes, resize: Resize, drawn: Numbers | None) -> Array | 
         upright = (height, width) if lies >= 5 else (width, height)
         box = resize.box(*upright, drawn)
         factor = resize.factor(box)
+        while lies != 1 and (height % factor or width % factor):  # else what libjpeg adds at an edge may be turned
+            factor //= 2
         kind = "GRAY" if space == "Gray" else "RGB"
         least = {"min_height": -(-height // factor), "min_width": -(-width // factor), "min_factor": factor}
         pixels: Array = simplejpeg.decode_jpeg(data, kind, strict=True, **least if factor > 1 else {})
@@ -184,10 +186,16 @@ def _resampled(array: Array, box: Box, target: tuple[int, int], interpolation: s
     """A window of pixels (C, H, W) as an image (C, height, width), target being (width, height)."""
     left, top, right, bottom = box
     inside = array[:, int(top) : int(bottom), int(left) : int(right)]
-    if interpolation in TORCH and box == tuple(map(int, box)) and inside.shape[1:] != array.shape[1:]:
+    if (
+        interpolation in TORCH
+        and min(target) > 1
+        and box == tuple(map(int, box))
+        and inside.shape[1:] != array.shape[1:]
+    ):
         plain = inside if inside.flags.writeable and min(inside.strides) > 0 else inside.copy()
         batch = torch.from_numpy(plain)[None]
-        made: Array = F.interpolate(batch, target[::-1], mode=interpolation, antialias=True)[0].numpy()
+        with decoding():
+            made: Array = F.interpolate(batch, target[::-1], mode=interpolation, antialias=True)[0].numpy()
         return made
     channels = len(array)
     whole = np.ascontiguousarray(array[0] if channels == 1 else array.transpose(1, 2, 0))

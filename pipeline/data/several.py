@@ -42,17 +42,25 @@ def _member(config: DataConfig, entry: Any) -> tuple[DataConfig, float]:
     if not isinstance(entry, dict) or entry.keys() - {"path", "weight", "index"} or not entry.get("path"):
         raise InputError(f"data.path has the entry {entry!r}: {_HOW}")
     weight, index = entry.get("weight", 1), entry.get("index", "")
-    if not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        raise InputError(f"data.path gives {entry['path']} the weight {weight!r}: a weight is a positive number")
-    return replace(config, path=str(entry["path"]), index=str(index)), float(weight)
+    try:
+        weight = float(weight) if type(weight) in (int, float) else math.nan
+    except OverflowError:
+        weight = math.inf
+    if not 0 < weight < math.inf:
+        raise InputError(
+            f"data.path gives {entry['path']} the weight {entry['weight']!r}: a weight is a positive number"
+        )
+    return replace(config, path=str(entry["path"]), index=str(index or "")), weight
 
 
 def shares(weights: Sequence[float], size: int) -> list[int]:
     """`size` cut into whole numbers in proportion to the weights; what is left over goes to the largest remainders."""
-    exact = np.array(weights) / sum(weights) * size
+    relative = np.array(weights) / max(weights)
+    exact = relative / relative.sum() * size
     found = np.floor(exact).astype(int)
     for place in np.argsort(found - exact, kind="stable")[: size - int(found.sum())].tolist():
         found[place] += 1
+    assert found.sum() == size
     return [int(share) for share in found]
 
 

@@ -71,7 +71,11 @@ class RemoteStore(Store):
         return []
 
     def exists(self, name: str) -> bool:
-        return bool(self._ask(name, "look for", lambda: self._files.isfile(self.url(name))))
+        try:
+            found = self._ask(name, "look for", lambda: self._files.info(self.url(name)))
+        except FileNotFoundError:
+            return False
+        return bool(found.get("type", "file") == "file")
 
     def size(self, name: str) -> int:
         size = self._info(name).get("size")
@@ -172,6 +176,8 @@ def _is_denied(error: Exception) -> bool:
 def _is_passing(error: Exception) -> bool:
     """Whether the same request may succeed a moment later. aiohttp's errors have a status where a server answered."""
     status = getattr(error, "status", None)
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):
+        return _is_passing(error.__cause__)  # so fsspec has it where a web server does not answer
     if isinstance(status, int) and status:
         return (status >= 500 and status != 501) or status in (408, 429)
     if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError | InputError):

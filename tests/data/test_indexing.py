@@ -1,6 +1,7 @@
 """Indexing tars in buckets that may only be read, and going on after a kill."""
 
 import io
+import json
 import signal
 import subprocess
 import sys
@@ -162,6 +163,7 @@ def test_labels_are_found_where_they_are(
         ("text", "--label 'text': give json:FIELD"),
         ("json:", "--label 'json:': give json:FIELD"),
         ("name:(", "no regular expression"),
+        ("name:(a{4294967296})", "no regular expression"),
         ("name:.", "0 groups in brackets"),
         ("json:kind", "no sample has a label where --label json:kind says"),
         ("name:(0)$", r"key 00001: no label \(name:\(0\)\$\), unlike others"),
@@ -187,6 +189,38 @@ def test_headers_tell_what_decoding_would(tmp_path: Path) -> None:
     assert made.split("train").samples == 4
     with pytest.raises(InputError, match=r"3 problems\n.*key 1: the \.png cannot be decoded"):
         index(str(tmp_path / "b.tar"), to=str(tmp_path / "4"), progress=False)
+
+
+def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
+    write(str(tmp_path / "data[1]"), ["train.tar"])
+    for options, message in (
+        ({"sample_check": -1}, "--sample-check -1"),
+        ({"labels": ("a",)}, "no sample has a label"),
+    ):
+        with pytest.raises(InputError, match=message):
+            index(str(tmp_path / "data[1]"), progress=False, **options)  # type: ignore[arg-type]
+    made = index(str(tmp_path / "data[1]"), progress=False)  # its name is no pattern
+    content = json.loads((tmp_path / "data[1]/index.json").read_text())
+    (tmp_path / "data[1]/index.json").write_text(json.dumps({**content, "label": "name:("}))
+    with pytest.raises(InputError, match=r"index.json: malformed \(label 'name:\('"):
+        Manifest.load(str(tmp_path / "data[1]"))
+    assert made.name == "data[1]"
+
+
+def test_labels_of_equal_value_have_one_order(tmp_path: Path) -> None:
+    write(str(tmp_path), ["train.tar"], each=4, json=lambda n: b'{"l": "%s"}' % (b"7", b"007", b"07", b"10")[n])
+    assert index(str(tmp_path), label="json:l", progress=False).labels == ("007", "07", "7", "10")
+
+
+@pytest.mark.parametrize("size", [b"-0000001000\0", b"0000001_000\0", b"00000018000\0"])
+def test_a_size_that_is_no_number_is_refused(tmp_path: Path, size: bytes) -> None:
+    write(str(tmp_path), ["train.tar"])
+    data = bytearray((tmp_path / "train.tar").read_bytes())
+    data[124:136] = size
+    data[148:156] = b"%06o\0 " % (sum(data[:148]) + 8 * 32 + sum(data[156:512]))
+    (tmp_path / "train.tar").write_bytes(data)
+    with pytest.raises(InputError, match="truncated or no tar"):
+        index(str(tmp_path), progress=False)
 
 
 def test_page_tables_of_our_own_tars_are_made_anew(tmp_path: Path) -> None:

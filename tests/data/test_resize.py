@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 from pipeline.data.dataset import DataConfig, check_config
-from pipeline.data.decode import decode_image
+from pipeline.data.decode import decode_image, header_shape
 from pipeline.data.format.audit import verify
 from pipeline.data.format.indexing import index
 from pipeline.data.loader import Stream, read_split
@@ -59,6 +59,38 @@ def test_pictures_are_turned_upright(form: str, mode: str) -> None:
         fitted = ImageOps.fit(upright, (4, 8), method=Image.Resampling.LANCZOS)
         assert (small.transpose(1, 2, 0) == np.asarray(fitted.convert("RGB"))).all()
         assert len(decoded) == len(small) == (1 if mode == "L" and form != "WEBP" else 3)
+
+
+@pytest.mark.parametrize("size", [(801, 403), (800, 400), (806, 402)])
+def test_a_turned_jpeg_that_is_decoded_small_is_not_shifted(size: tuple[int, int]) -> None:
+    for number in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = number
+        data = stored(photo(1, size), "JPEG", exif=exif)
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        expected = np.asarray(ImageOps.fit(upright, (32, 24), method=Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        assert np.abs(resized(data, Resize(height=24, width=32)) - expected.astype(int)).mean() < 0.7
+
+
+def test_orientation_is_found_wherever_it_stands() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = stored(photo(1, (24, 16)), "JPEG", exif=exif)
+    plain = stored(photo(1, (24, 16)), "JPEG")
+    start = data.index(b"\xff\xe1")
+    segment = data[start : start + 2 + int.from_bytes(data[start + 2 : start + 4])]
+    table = plain.index(b"\xff\xdb")
+    behind = table + 2 + int.from_bytes(plain[table + 2 : table + 4])
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    said = b"http://ns.adobe.com/xap/1.0/\0" + xmp
+    cases = {
+        "behind a table": plain[:behind] + segment + plain[behind:],
+        "filled": plain[:2] + b"\xff" + segment + plain[2:],
+        "XMP": plain[:2] + b"\xff\xe1" + (len(said) + 2).to_bytes(2) + said + plain[2:],
+    }
+    for name, turned in cases.items():
+        assert ImageOps.exif_transpose(Image.open(io.BytesIO(turned))).size == (16, 24), name
+        assert decode_image(turned).shape == (3, 24, 16) == header_shape(turned), name
 
 
 def test_damaged_exif_is_passed_over() -> None:

@@ -96,7 +96,7 @@ def test_a_configuration_lists_them(three: str, tmp_path: Path) -> None:
 
 def test_shares_add_up() -> None:
     assert shares([1, 1, 1], 8) == [3, 3, 2] and shares([1, 2, 3], 24) == [4, 8, 12] and shares([5], 7) == [7]
-    assert shares([0.1, 0.7, 0.2], 10) == [1, 7, 2]
+    assert shares([0.1, 0.7, 0.2], 10) == [1, 7, 2] and shares([1e308, 1e308], 128) == [64, 64]
 
 
 @pytest.mark.parametrize(
@@ -108,6 +108,7 @@ def test_shares_add_up() -> None:
         ("[<a>, {path: <a>, weight: 0}]", "the weight 0: a weight is a positive number"),
         ("[<a>, {path: <a>, weight: .nan}]", "the weight nan"),
         ("[<a>, {path: <a>, weight: many}]", "the weight 'many'"),
+        (f"[<a>, {{path: <a>, weight: {10**400}}}]", "the weight 1000"),
         ("[<a>, {path: <a>, weight: 0.001}]", "has no image in a round of 24: raise its weight"),
         ("[<a>, nowhere]", "nowhere: no data set here"),
         ("[<a>, <b>]", r"numbered \(1, 8, 8\) and numbered \(1, 4, 4\) do not go together"),

@@ -86,6 +86,10 @@ def test_what_fails_in_passing_is_asked_for_again(web: str, tmp_path: Path) -> N
     assert store.tally.retries >= 3 and not Web.faults
     Web.faults = ["cut", ""]
     assert store.open("train-00000.tar").read() == data
+    dead = open_store("http://127.0.0.1:9/there")
+    for ask in (dead.size, dead.exists, dead.read):
+        with pytest.raises(Unavailable, match="given up"):
+            ask("a")
     Web.faults = ["500"] * 100
     with pytest.raises(Unavailable, match="given up"):
         store.read("train-00000.tar", 0, 10)

@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,8 @@ def index(
     Raises InputError that lists the problems, each with its shard and key; nothing is written then.
     """
     check_label_rule(label)
+    if sample_check is not None and sample_check < 0:
+        raise InputError(f"--sample-check {sample_check}: give how many pictures of each tar are decoded, 0 or more")
     folder, chosen = split_pattern(path)
     store, target = open_store(folder), open_store(to or folder)
     settings = Survey(label=label, check=sample_check, keep_broken=keep_broken)
@@ -128,6 +131,8 @@ def index(
 
 def split_pattern(path: str) -> tuple[str, str]:
     """Folder and pattern of file names, which is "" where the path is a folder."""
+    if "://" not in path and Path(path).expanduser().is_dir():
+        return path, ""
     folder, _, last = path.rstrip("/").rpartition("/")
     return (folder or ".", last) if last.endswith(".tar") or set("{*?[") & set(last) else (path, "")
 

@@ -36,7 +36,7 @@ def check_label_rule(rule: str) -> None:
     if kind == "name":
         try:
             groups = re.compile(argument).groups
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise InputError(f"--label {rule!r}: no regular expression ({error})") from None
         if groups != 1:
             raise InputError(f"--label {rule!r}: {groups} groups in brackets, and one must be the label")

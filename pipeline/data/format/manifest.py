@@ -181,7 +181,10 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         yield "the name and the labels are not strings, or one label stands twice"
     if type(manifest.dealt) is not bool or type(manifest.label) is not str:
         yield f"dealt is {manifest.dealt!r} and label {manifest.label!r}, not true or false, and text"
-    check_label_rule(manifest.label)
+    try:
+        check_label_rule(manifest.label)
+    except InputError as error:
+        yield str(error).replace("--label", "label")
     if not manifest.splits:
         yield "no splits"
     for name, split in manifest.splits.items():

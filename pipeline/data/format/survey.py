@@ -116,6 +116,10 @@ class Survey:
         """The manifest of shards by split. Raises InputError for names of labels that do not fit."""
         if len(set(labels)) < len(labels):
             raise InputError(f"{name}: a label name stands twice: give each label its own")
+        if labels and not self.labelled:
+            raise InputError(
+                f"{name}: {len(labels)} label names, but no sample has a label: leave them out, or --label"
+            )
         if labels and len(labels) < self.classes:
             raise InputError(f"{name}: {len(labels)} label names, but labels up to {self.classes - 1}: name them all")
         if labels and (unknown := self.texts - set(labels)):
@@ -125,7 +129,7 @@ class Survey:
                 f"{name}: no sample has a label where --label {self.label} says: check it, or leave it out"
             )
         numbers = all(text.isdecimal() and len(text) < 19 for text in self.texts)
-        texts = sorted(self.texts, key=int if numbers else str)
+        texts = sorted(self.texts, key=lambda text: (int(text) if numbers else 0, text))
         names = labels or tuple(texts) or tuple(str(number) for number in range(self.classes))
         found = {(shard.name, shard.bytes, shard.samples) for split in shards.values() for shard in split}
         splits = old.splits.values() if old else ()

@@ -66,10 +66,7 @@ def next_member(get: Callable[[int, int], bytes], at: int) -> Member | None:
 def _check(block: bytes) -> None:
     """Raise ReadError unless the header's sum is the one it says: Adler-32's lower half is a sum of bytes."""
     field = block[148:156]
-    try:
-        said = int(field.strip(b" \0") or b"0", 8)
-    except ValueError:
-        said = -1
+    said = _octal(field)
     if (1 + said - 8 * 32 + sum(field)) % 65521 != zlib.adler32(block) & 0xFFFF:
         raise tarfile.ReadError("bad checksum")
 
@@ -77,10 +74,14 @@ def _check(block: bytes) -> None:
 def _number(field: bytes) -> int:
     if field[0] & 0x80:  # in base 256
         raise Unusual
-    try:
-        return int(field.strip(b" \0") or b"0", 8)
-    except ValueError:
-        raise tarfile.ReadError("invalid header") from None
+    return _octal(field)
+
+
+def _octal(field: bytes) -> int:
+    digits = field.strip(b" \0") or b"0"
+    if digits.strip(b"01234567"):  # int would take a sign and underscores
+        raise tarfile.ReadError("invalid header")
+    return int(digits, 8)
 
 
 def _name(block: bytes) -> str:
