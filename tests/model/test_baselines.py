@@ -116,7 +116,7 @@ def test_a_flow_has_images_of_any_shape(shape):
     [
         (FlowNetworkConfig(), {"shape": (2,)}, "takes images"),
         (FlowNetworkConfig(), {"shape": (1, 27, 28)}, "model.patch=2 does not divide"),
-        (VaeNetworkConfig(), {"shape": (2,)}, "takes square images"),
+        (VaeNetworkConfig(), {"shape": (2,)}, "takes images"),
         (FlowNetworkConfig(), {"recompute": True}, "leave out train.recompute"),
         (VaeNetworkConfig(), {"recompute": True}, "leave out train.recompute"),
     ],

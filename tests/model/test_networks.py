@@ -73,11 +73,22 @@ def test_points_keep_their_shape():
     assert network(torch.randn(7, 2)).shape == (7, 2)
 
 
-@pytest.mark.parametrize("shape", [(1, 28, 20), (1, 30, 30), (2,)])
+@pytest.mark.parametrize("shape", [(1, 28, 30), (1, 30, 28), (2,)])
 @pytest.mark.parametrize("config", [ConvConfig(), SpatialConfig()])
 def test_a_shape_that_does_not_fit_is_refused(shape, config):
-    with pytest.raises(InputError, match=f"model.name={config.name} takes square images"):
+    with pytest.raises(InputError, match=f"model.name={config.name} takes images .* whose sides are multiples of 4"):
         build_network(config, shape)
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 20), (3, 48, 64), (3, 4, 36), (1, 100, 8)])
+@pytest.mark.parametrize("kind", [ConvConfig, SpatialConfig])
+def test_images_need_not_be_square(shape, kind):
+    network = build_network(kind(width=8, code=8), shape)
+    x = torch.randn(2, *shape)
+    code = network.encode(x)
+    assert code.shape == (2, *network.code) and network.decode(code).shape == network(x).shape == x.shape
+    if kind is SpatialConfig:  # positions are as the image's
+        assert network.code[1] * shape[2] == network.code[2] * shape[1]
 
 
 def test_octaves_put_waves_beside_the_coordinates():
