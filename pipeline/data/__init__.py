@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pipeline.faces import lazy_face
 
 if TYPE_CHECKING:
-    from pipeline.data.dataset import DataConfig, check_config, image_shape, parse_resize
+    from pipeline.data.dataset import DataConfig, check_config, names_several
     from pipeline.data.decode import scaled
     from pipeline.data.format.manifest import Manifest
     from pipeline.data.format.writer import pack
@@ -16,6 +16,6 @@ if TYPE_CHECKING:
     from pipeline.data.order import rank_rows
     from pipeline.data.sources.catalog import load
 
-_FILES = {"dataset": "DataConfig check_config image_shape parse_resize", "decode": "scaled", "order": "rank_rows"}
+_FILES = {"dataset": "DataConfig check_config names_several", "decode": "scaled", "order": "rank_rows"}
 _FILES |= {"loader": "Stream Taken read_split", "format.manifest": "Manifest", "format.writer": "pack"}
 __all__, __getattr__ = lazy_face(__name__, _FILES | {"sources.catalog": "load"})

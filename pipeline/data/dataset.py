@@ -112,9 +112,9 @@ def _parse_range(text: str, setting: str) -> tuple[float, float]:
     return least, most
 
 
-def image_shape(config: DataConfig, manifest: Manifest) -> tuple[int, ...]:
-    """Of what training sees. Raises InputError where the images cannot be brought to it."""
-    return parse_resize(config).shape(manifest.shape, manifest.name)
+def names_several(config: DataConfig) -> bool:
+    """Whether data.path is a list of data sets."""
+    return config.path.lstrip().startswith("[")
 
 
 def one_manifest(config: DataConfig) -> Manifest:

@@ -5,13 +5,13 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ FOUND = ".indexing.json"  # ends the name of what was found in a shard, until in
 SPLITS = {"test": ("*test*.tar", "*val*.tar"), "train": ("*.tar",)}
 """Patterns of the names of each split's shards; a shard is of the first split that fits."""
 
+T = TypeVar("T")
 Hashes = npt.NDArray[np.uint64]
 
 
@@ -102,7 +103,7 @@ def index(
     groups = _grouped_names(_names(store, chosen, path), path, train, test)
     found = _read_all(store, target, [file for files in groups.values() for file in files], settings, progress)
     problems = [problem for file in found.values() for problem in file.problems]
-    survey = Survey(label=label, check=sample_check, keep_broken=keep_broken)
+    survey = settings.anew()
     for file, one in found.items():
         problems += survey.merge(one.survey, store.url(file))
     for files in groups.values():
@@ -119,10 +120,7 @@ def index(
     except InputError:
         _forget(target)
         raise
-    calls = [partial(target.put, table_name(file), dump_table(one.table)) for file, one in found.items()]
-    with closing(in_order(calls, THREADS)) as puts:
-        for _ in puts:
-            pass
+    _all([partial(target.put, table_name(file), dump_table(one.table)) for file, one in found.items()])
     for file, data in written.items():
         target.put(file, data)
     _forget(target)
@@ -186,8 +184,7 @@ def _grouped_names(files: list[str], path: str, train: str | None, test: str | N
 def _read_all(store: Store, target: Store, files: list[str], settings: Survey, progress: bool) -> dict[str, Found]:
     """What is found in every shard, in the order of their names."""
     kept, lock = set(target.list()), threading.Lock()
-    with closing(in_order([partial(store.size, file) for file in files], THREADS)) as asked:
-        sizes = dict(zip(files, asked, strict=True))
+    sizes = dict(zip(files, _all([partial(store.size, file) for file in files]), strict=True))
     with bar_of_bytes(desc=f"index {store.path}", total=sum(sizes.values()), disable=not progress) as bar:
 
         def advance(count: int) -> None:
@@ -205,8 +202,7 @@ def _read_all(store: Store, target: Store, files: list[str], settings: Survey, p
                 target.put(name, found.dump(version))
             return found
 
-        with closing(in_order((partial(read, file) for file in files), THREADS)) as found:
-            return {one.shard.name: one for one in found}
+        return {one.shard.name: one for one in _all([partial(read, file) for file in files])}
 
 
 def _read(store: Store, file: str, settings: Survey, advance: Any, *, whole: bool = False) -> Found:
@@ -259,7 +255,10 @@ def _keys(store: Store, file: str, wanted: int) -> set[str]:
 
 def _forget(target: Store) -> None:
     """Remove what was kept of shards."""
-    calls = [partial(target.delete, name) for name in target.list() if name.endswith(FOUND)]
-    with closing(in_order(calls, THREADS)) as gone:
-        for _ in gone:
-            pass
+    _all([partial(target.delete, name) for name in target.list() if name.endswith(FOUND)])
+
+
+def _all(calls: Sequence[Callable[[], T]]) -> list[T]:
+    """What the calls return, in their order, made by THREADS threads."""
+    with closing(in_order(calls, THREADS)) as results:
+        return list(results)

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from pipeline.data.format.labels import check_label_rule
-from pipeline.data.format.shards import MANY, MOST_SAMPLES, Shard, ShardTable, problems, sizes
+from pipeline.data.format.shards import MANY, MOST_SAMPLES, Shard, ShardTable, is_count, problems, sizes
 from pipeline.errors import InputError
 from pipeline.storage.base import Store
 from pipeline.storage.store import open_store
@@ -51,7 +51,7 @@ class Manifest:
     dealt: bool = True
     """Whether each shard is a random subset of its split, as `naign pack` makes them; of tars by others: no."""
     label: str = ""
-    """Where a sample's label stands: "" in .cls as a number, or see sample.label_text."""
+    """Where a sample's label stands: "" in .cls as a number, or see labels.label_text."""
 
     @classmethod
     def of(
@@ -161,11 +161,6 @@ def size_problem(store: Store, shard: Shard) -> str:
     return problem if size != shard.bytes else ""
 
 
-def _is_count(value: object, least: int = 0) -> bool:
-    """Whether it is an integer from `least` up; JSON's true, 1.0 and "1" are none."""
-    return type(value) is int and value >= least
-
-
 def _problems(manifest: Manifest) -> Iterator[str]:
     """What is of the wrong type, out of range or contradicts itself. What follows a problem may raise."""
     shape, labels = manifest.shape, manifest.labels
@@ -173,7 +168,7 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         yield f"kind {manifest.kind}, shape {shape} and dtype {manifest.dtype} do not go together"
     varies = manifest.kind == "image" and shape[1:] == (0, 0)
     lengths = shape[:1] if varies else shape
-    if not all(_is_count(length, 1) for length in lengths) or math.prod(lengths) > VALUES:
+    if not all(is_count(length, 1) for length in lengths) or math.prod(lengths) > VALUES:
         yield f"shape {shape} is not of positive integers with at most {VALUES} values together"
     if manifest.kind == "image" and shape[0] not in (1, 3):
         yield f"an image has 1 or 3 channels, not the {shape[0]} of shape {shape}"
@@ -192,7 +187,7 @@ def _problems(manifest: Manifest) -> Iterator[str]:
             yield f"split {name} has no shards"
         yield from (f"split {name}, {problem}" for problem in problems(split.shards))
         total = sum(split.sizes)
-        if not _is_count(split.samples) or total != split.samples or total >= MOST_SAMPLES:
+        if not is_count(split.samples) or total != split.samples or total >= MOST_SAMPLES:
             yield f"the samples of the shards of split {name} do not add up to {split.samples!r}"
     listed = [shard.name for split in manifest.splits.values() if len(split.shards) <= MANY for shard in split.shards]
     if twice := [name for name, count in Counter(listed).items() if count > 1]:

@@ -16,8 +16,6 @@ SAMPLE_BYTES = 1024  # the least that a sample takes in a tar: a block of header
 MOST_SAMPLES = 2**40  # of a split
 MANY = 10_000  # shards of a split that index.json lists; more are in a table of their own
 
-Longs = npt.NDArray[np.int64]
-
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Shard:
@@ -114,16 +112,12 @@ def sizes(shards: Sequence[Shard]) -> tuple[int, ...]:
 
 
 def problems(shards: Sequence[Shard]) -> Iterator[str]:
-    """What is of the wrong type, out of range or stands twice. What follows a problem may raise."""
+    """What is of the wrong type or out of range, or stands twice in a table. What follows a problem may raise."""
     if isinstance(shards, ShardTable):
         yield from _table_problems(shards)
         return
-    names = set[str]()
     for shard in shards:
         yield from (f"shard {shard.name!r}: {problem}" for problem in _shard_problems(shard))
-        if shard.name in names:
-            yield f"shard {shard.name} is listed twice"
-        names.add(shard.name)
 
 
 def _table_problems(table: ShardTable) -> Iterator[str]:
@@ -138,7 +132,7 @@ def _table_problems(table: ShardTable) -> Iterator[str]:
         yield "a shard is listed twice"
 
 
-def _is_count(value: object, least: int = 0) -> bool:
+def is_count(value: object, least: int = 0) -> bool:
     """Whether it is an integer from `least` up; JSON's true, 1.0 and "1" are none."""
     return type(value) is int and value >= least
 
@@ -149,7 +143,7 @@ def _shard_problems(shard: Shard) -> Iterator[str]:
         yield "its name is not that of a file"
     if name.startswith(".") or set(name) & {"/", "\\"}:
         yield "its name is hidden, or leads out of the folder"
-    if not _is_count(shard.samples, 1) or not _is_count(shard.bytes):
+    if not is_count(shard.samples, 1) or not is_count(shard.bytes):
         yield f"{shard.samples!r} samples in {shard.bytes!r} bytes: a shard has at least one, and whole numbers of both"
     if shard.bytes < SAMPLE_BYTES * shard.samples:
         yield f"{shard.bytes} bytes cannot hold {shard.samples} samples"
