@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from pipeline.data.decode import JPEG_PIXELS, Array, decode_image, decoding, jpeg_orientation, turned
@@ -192,10 +190,14 @@ def _resampled(array: Array, box: Box, target: tuple[int, int], interpolation: s
         and box == tuple(map(int, box))
         and inside.shape[1:] != array.shape[1:]
     ):
+        import torch  # what reads headers alone starts without it
+
         plain = inside if inside.flags.writeable and min(inside.strides) > 0 else inside.copy()
         batch = torch.from_numpy(plain)[None]
         with decoding():
-            made: Array = F.interpolate(batch, target[::-1], mode=interpolation, antialias=True)[0].numpy()
+            made: Array = torch.nn.functional.interpolate(batch, target[::-1], mode=interpolation, antialias=True)[
+                0
+            ].numpy()
         return made
     channels = len(array)
     whole = np.ascontiguousarray(array[0] if channels == 1 else array.transpose(1, 2, 0))

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from pipeline.data.dataset import DataConfig
 from pipeline.data.decode import encode
-from pipeline.data.format import indexing
+from pipeline.data.format import found, indexing
 from pipeline.data.format.audit import verify
+from pipeline.data.format.found import Found, read_shard
 from pipeline.data.format.indexing import index
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.writer import pack
@@ -24,6 +26,7 @@ from pipeline.data.loader import Stream, read_split
 from pipeline.errors import InputError
 from pipeline.storage.store import open_store
 from tests.data.numbered import add, numbered
+from tests.hosts.test_launch import is_over
 
 
 def png(value: int) -> bytes:
@@ -77,7 +80,7 @@ def test_braces_and_patterns_choose_tars(tmp_path: Path) -> None:
 def test_only_shards_that_were_not_read_yet_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(str(tmp_path), TARS)
     expected = index(str(tmp_path), to=str(tmp_path / "whole"), progress=False)
-    read, scanned = [], indexing.scan
+    read, scanned = [], found.scan
 
     def counted(store: Any, file: str, *rest: Any) -> Any:
         read.append(file)
@@ -85,7 +88,7 @@ def test_only_shards_that_were_not_read_yet_are_read(tmp_path: Path, monkeypatch
             raise KeyboardInterrupt
         return scanned(store, file, *rest)
 
-    monkeypatch.setattr(indexing, "scan", counted)
+    monkeypatch.setattr(found, "scan", counted)
     monkeypatch.setattr(indexing, "THREADS", 1)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
@@ -101,34 +104,56 @@ def test_what_was_kept_of_another_tar_or_with_other_settings_is_not_used(tmp_pat
     write(str(tmp_path), TARS[:1], each=1)
     store = open_store(str(tmp_path))
     settings = indexing.Survey()
-    found = indexing._read(store, TARS[0], settings, lambda _: None)
+    found = read_shard(store, TARS[0], settings)
     kept = found.dump(store.version(TARS[0]))
-    again = indexing.Found.parse(kept, store.version(TARS[0]), settings)
+    again = Found.parse(kept, store.version(TARS[0]), settings)
     assert again is not None and again.shard == found.shard and (again.table == found.table).all()
     assert again.survey == found.survey and (again.keys == found.keys).all()
     write(str(tmp_path), TARS[:1], each=1)
-    assert indexing.Found.parse(kept, store.version(TARS[0]), settings) is None
-    assert indexing.Found.parse(kept, "", indexing.Survey(check=1)) is None
+    assert Found.parse(kept, store.version(TARS[0]), settings) is None
+    assert Found.parse(kept, "", indexing.Survey(check=1)) is None
     for damaged in (b"", b"[]", b"{}", kept[:-20], kept.replace(b"samples", b"simples")):
-        assert indexing.Found.parse(damaged, "", settings) is None
+        assert Found.parse(damaged, "", settings) is None
 
 
 @pytest.mark.slow
-def test_a_killed_index_goes_on(tmp_path: Path) -> None:
+def test_processes_find_what_threads_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(str(tmp_path), TARS)
+    threads = index(str(tmp_path), to=str(tmp_path / "threads"), progress=False)
+    monkeypatch.setattr(indexing, "MUCH", 0)
+    monkeypatch.setattr(indexing, "cpu_count", lambda: 2)
+    assert index(str(tmp_path), to=str(tmp_path / "processes"), progress=False) == threads
+    for file in (tmp_path / "threads").iterdir():
+        assert file.read_bytes() == (tmp_path / "processes" / file.name).read_bytes()
+    (tmp_path / TARS[2]).write_bytes(b"no tar" * 1000)
+    with pytest.raises(InputError, match=rf"1 problems\n.*{TARS[2]}: truncated or no tar"):
+        index(str(tmp_path), to=str(tmp_path / "broken"), progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("much", [1 << 40, 0], ids=["threads", "processes"])
+def test_a_killed_index_goes_on(tmp_path: Path, much: int) -> None:
     write(str(tmp_path), [f"{number:05d}.tar" for number in range(200)], each=40)
-    command = [sys.executable, "-m", "pipeline.cli", "index", str(tmp_path), "--to", str(tmp_path / "mine")]
+    code = f"import sys; from pipeline.data.format import indexing; indexing.MUCH = {much}; "
+    code += "from pipeline.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "index", str(tmp_path), "--to", str(tmp_path / "mine")]
     kept = 0
-    for _ in range(3):
+    kills = 3 if much else 1
+    for _ in range(kills):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while len(list((tmp_path / "mine").glob("*.indexing.json"))) < kept + 20 and time.monotonic() < deadline:
             time.sleep(0.01)
+        theirs = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGKILL)
         process.wait()
+        while not all(map(is_over, theirs)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert all(map(is_over, theirs)) and len(theirs) >= (0 if much else 2)
         assert not (tmp_path / "mine/index.json").exists()
         assert (kept := len(list((tmp_path / "mine").glob("*.indexing.json")))) >= 20
     before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "mine").glob("*.indexing.json")}
-    assert kept >= 60 and len(before) == kept
+    assert kept >= 20 * kills and len(before) == kept
     assert subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
     assert verify(str(tmp_path), index=str(tmp_path / "mine"), progress=False).samples == 8000
 

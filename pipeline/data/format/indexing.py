@@ -1,29 +1,31 @@
-"""Indexing tars that others wrote: threads read each of them once, and what was found outlasts a kill."""
+"""Indexing tars that others wrote: each of them is read once, by threads or processes, and that outlasts a kill."""
 
-import base64
-import hashlib
-import json
 import logging
+import multiprocessing
+import os
+import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from braceexpand import braceexpand
+from joblib import cpu_count
+from tqdm import tqdm
 
-from pipeline.data.format.audit import PROBLEMS, bar_of_bytes, ending, refuse, scan
+from pipeline.data.format.audit import PROBLEMS, bar_of_bytes, refuse, scan
+from pipeline.data.format.found import FOUND, Found, key_hash, read_shard
 from pipeline.data.format.labels import check_label_rule
 from pipeline.data.format.manifest import INDEX, Manifest
-from pipeline.data.format.pages import Pager, Table, dump_table, parse_table, table_name
-from pipeline.data.format.shards import Shard
+from pipeline.data.format.pages import Pager, dump_table, table_name
 from pipeline.data.format.survey import Survey
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Unavailable
 from pipeline.storage.base import Store
 from pipeline.storage.prefetch import in_order
 from pipeline.storage.store import open_store
@@ -31,46 +33,14 @@ from pipeline.storage.store import open_store
 log = logging.getLogger("naign.data")
 
 THREADS = 8  # shards that are read at once: a stream of one hardly fills a fast network
-FOUND = ".indexing.json"  # ends the name of what was found in a shard, until index.json is there
 SPLITS = {"test": ("*test*.tar", "*val*.tar"), "train": ("*.tar",)}
 """Patterns of the names of each split's shards; a shard is of the first split that fits."""
 
+PROCESSES, MUCH = 32, 256 << 20
+"""From so many bytes on each core reads shards by a process of its own, which takes a second to start."""
+
 T = TypeVar("T")
-Hashes = npt.NDArray[np.uint64]
-
-
-@dataclass(kw_only=True)
-class Found:
-    """What reading one shard found."""
-
-    shard: Shard
-    table: Table
-    survey: Survey
-    keys: Hashes = field(repr=False)  # of its samples, sorted
-    problems: list[str]
-
-    def dump(self, version: str) -> bytes:
-        """The bytes that keep it; `version` is that of the tar."""
-        packed = {"table": dump_table(self.table), "keys": self.keys.astype("<u8").tobytes()}
-        texts = {name: base64.b64encode(data).decode() for name, data in packed.items()}
-        record = {"version": version, **asdict(self.shard), "survey": asdict(self.survey), **texts}
-        return json.dumps(record, default=sorted).encode()  # sets, as lists
-
-    @classmethod
-    def parse(cls, data: bytes, version: str, settings: Survey) -> "Found | None":
-        """What was kept, if it is of that version of the tar, was found with these settings and is whole."""
-        try:
-            kept = json.loads(data)
-            table, keys = (base64.b64decode(kept.pop(name), validate=True) for name in ("table", "keys"))
-            survey, there = Survey.parse(kept.pop("survey")), kept.pop("version")
-            shard = Shard(**kept)
-            found = parse_table(table, samples=shard.samples, size=shard.bytes)
-            hashes = np.frombuffer(keys, "<u8")
-            if there != version or not survey.like(settings) or len(hashes) != shard.samples:
-                return None
-            return cls(shard=shard, table=found, survey=survey, keys=hashes, problems=[])
-        except (ValueError, TypeError, KeyError, AttributeError):
-            return None
+_Task = tuple[str, int, bool]  # file, its bytes, whether something of it was kept
 
 
 def index(
@@ -183,56 +153,95 @@ def _grouped_names(files: list[str], path: str, train: str | None, test: str | N
 
 def _read_all(store: Store, target: Store, files: list[str], settings: Survey, progress: bool) -> dict[str, Found]:
     """What is found in every shard, in the order of their names."""
-    kept, lock = set(target.list()), threading.Lock()
+    kept = set(target.list())
     sizes = dict(zip(files, _all([partial(store.size, file) for file in files]), strict=True))
+    reader = _Reader(store, target, settings)
+    tasks = [(file, sizes[file], f"{file.removesuffix('.tar')}{FOUND}" in kept) for file in files]
+    many = min(cpu_count(), len(files), PROCESSES)
     with bar_of_bytes(desc=f"index {store.path}", total=sum(sizes.values()), disable=not progress) as bar:
+        if many > 1 and sum(sizes.values()) >= MUCH:
+            return dict(zip(files, _by_processes(reader, tasks, many, bar), strict=True))
+        lock = threading.Lock()
 
         def advance(count: int) -> None:
             with lock:
                 bar.update(count)
 
-        def read(file: str) -> Found:
-            version, name = store.version(file), f"{file.removesuffix('.tar')}{FOUND}"
-            before = Found.parse(target.read(name), version, settings) if name in kept else None
-            if before and before.shard.bytes == sizes[file]:
-                advance(sizes[file])
-                return before
-            found = _read(store, file, settings, advance, whole=store.path == target.path)
-            if not found.problems:
-                target.put(name, found.dump(version))
-            return found
-
-        return {one.shard.name: one for one in _all([partial(read, file) for file in files])}
+        return dict(zip(files, _all([partial(reader.found, *task, advance) for task in tasks]), strict=True))
 
 
-def _read(store: Store, file: str, settings: Survey, advance: Any, *, whole: bool = False) -> Found:
-    where, pager, problems = store.url(file), Pager(whole=whole), list[str]()
-    survey, keys = settings.anew(), list[int]()
-    seen = set[str]()
-    try:
-        for sample in scan(store, file, pager, advance):
-            key = sample["__key__"]
-            if key in seen:
-                problems.append(f"{where}, key {key}: also in {file}: repack the data set")
-            seen.add(key)
-            keys.append(_hash(key))
-            try:
-                survey.see(sample, f"{where}, key {key}")
-            except InputError as error:
-                problems.append(str(error))
-    except InputError as error:  # missing, or no tar from some byte on
-        empty = Shard(name=file, samples=0, bytes=0, sha256="", pages="")
-        table = np.empty(0, [("sample", "<i8")])
-        hashes, problems = np.empty(0, np.uint64), [*problems, str(error)]
-        return Found(shard=empty, table=table, survey=survey, keys=hashes, problems=problems)
-    problems += ending(where, pager)
-    shard, table = pager.shard(file)
-    hashes = np.sort(np.array(keys, np.uint64))
-    return Found(shard=shard, table=table, survey=survey, keys=hashes, problems=problems)
+class _Reader:
+    """Reads shards, or what was kept of them; keeps what it finds. Picklable."""
+
+    def __init__(self, store: Store, target: Store, settings: Survey) -> None:
+        self.store, self.target, self.settings = store, target, settings
+
+    def found(self, file: str, size: int, kept: bool, advance: Callable[[int], object]) -> Found:
+        """What is in a shard of that size; `kept` says whether what an interrupted call found may be there."""
+        version, name = self.store.version(file), f"{file.removesuffix('.tar')}{FOUND}"
+        before = Found.parse(self.target.read(name), version, self.settings) if kept else None
+        if before and before.shard.bytes == size:
+            advance(size)
+            return before
+        found = read_shard(self.store, file, self.settings, advance, whole=self.store.path == self.target.path)
+        if not found.problems:
+            self.target.put(name, found.dump(version))
+        return found
 
 
-def _hash(key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest(), "little")
+def _by_processes(reader: _Reader, tasks: Iterable[_Task], many: int, bar: "tqdm[Any]") -> list[Found]:
+    """What the reader finds in each shard, with a process for each of `many` cores: one's lock lets one core parse."""
+    context = multiprocessing.get_context("spawn")
+    done, closed = context.Value("q", 0), threading.Event()
+
+    def follow() -> None:
+        while not closed.wait(0.2):
+            bar.update(done.value - bar.n)
+
+    shown = threading.Thread(target=follow, name="progress", daemon=True)
+    with ProcessPoolExecutor(many, context, initializer=_begin, initargs=(reader, done)) as pool:
+        shown.start()
+        try:
+            return list(pool.map(_found, tasks))
+        except BrokenProcessPool:
+            killed = "index: a process that reads tars was killed, for its memory perhaps"
+            raise Unavailable(f"{killed}: run it again, it goes on with the tars that were not read yet") from None
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        finally:
+            closed.set()
+            shown.join()
+            bar.update(done.value - bar.n)
+
+
+_in_process: tuple[_Reader, Any]
+"""In a process of _by_processes: the reader, and the count of bytes of all processes."""
+
+
+def _begin(reader: _Reader, done: Any) -> None:
+    global _in_process
+    _in_process = reader, done
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to answer
+    threading.Thread(target=_leave_with_first, name="leave", daemon=True).start()
+
+
+def _leave_with_first() -> None:
+    """End this process once the first one is gone: a worker of a pool whose first process was killed waits for ever."""
+    first = multiprocessing.parent_process()
+    assert first is not None
+    first.join()
+    os._exit(1)
+
+
+def _found(task: _Task) -> Found:
+    reader, done = _in_process
+
+    def advance(count: int) -> None:
+        with done.get_lock():
+            done.value += count
+
+    return reader.found(*task, advance)
 
 
 def _duplicates(store: Store, found: Sequence[Found], most: int) -> Iterator[str]:
@@ -250,7 +259,7 @@ def _duplicates(store: Store, found: Sequence[Found], most: int) -> Iterator[str
 
 def _keys(store: Store, file: str, wanted: int) -> set[str]:
     """The keys in a shard that have that hash."""
-    return {key for sample in scan(store, file, Pager(whole=False)) if _hash(key := sample["__key__"]) == wanted}
+    return {key for sample in scan(store, file, Pager(whole=False)) if key_hash(key := sample["__key__"]) == wanted}
 
 
 def _forget(target: Store) -> None:

@@ -7,13 +7,13 @@ whatever the size of the shard, and what arrives is checked before it is used.
 
 import hashlib
 import io
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from webdataset.tariterators import base_plus_ext
 
 from pipeline.data import order
 from pipeline.data.decode import encode, npy_header
@@ -24,6 +24,8 @@ from pipeline.storage.base import Writer
 
 PAGE = 256 << 10  # a page ends at the first sample behind so many bytes, or at a multiple of order.BLOCK samples: then
 # its blocks are whole pages. Of samples of 2 KB tables are .15 % of the data, of large ones less than .02 %.
+
+_SPLIT = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # WebDataset's, whose import would wait for torch
 
 ROW = np.dtype([("sample", "<i8"), ("byte", "<i8"), ("sha256", "V32")])
 """A page's first sample, first byte, and hash. One more row says where the last page ends; its hash is zero."""
@@ -73,7 +75,8 @@ class Pager:
 
     def get(self, first: int, last: int) -> bytes:
         """Bytes [first, last), fewer where they are not told yet. `first` must not lie before the sample told last."""
-        return bytes(self._bytes[first - self._start : last - self._start])
+        with memoryview(self._bytes) as known:  # one copy, not two
+            return known[first - self._start : last - self._start].tobytes()
 
     @property
     def told(self) -> int:
@@ -160,8 +163,10 @@ def key_and_suffix(name: str) -> tuple[str, str] | None:
         return None
     slash = name.rfind("/") + 1
     dot = name.find(".", slash)
-    key, suffix = (name[:dot], name[dot + 1 :]) if dot > slash else base_plus_ext(name)
-    return None if key is None else (key, suffix.lower())
+    if dot > slash:
+        return name[:dot], name[dot + 1 :].lower()
+    found = _SPLIT.match(name)
+    return found and (found[1], found[2].lower())
 
 
 def _members(page: bytes) -> Iterator[tuple[str, bytes]]:
