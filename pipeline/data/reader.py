@@ -2,11 +2,12 @@
 
 import hashlib
 import tarfile
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +31,9 @@ PART = 8 << 20  # bytes of pages asked for at once
 REREADS = 3  # how often a page whose hash is wrong is read again
 TABLES = 16  # page tables that are kept, or as many as there are lanes: each is about a thousandth of its shard
 TABLES_AHEAD = 2  # page tables asked for before the pages of the shard before are all there
-BLOCKS_AHEAD = 16  # the same, and blocks, where pieces are short: each then waits for an answer of the store
+BLOCKS_AHEAD = 16  # the same, and requests, where pieces are short: each then waits for an answer of the store
+JOINED = 4 << 20  # bytes of pieces that lie together and are asked for at once, though others are used in between
+HELD = 128 << 20  # bytes of pieces to come among which those are found, and that wait in memory at most
 
 
 class Raw(NamedTuple):
@@ -60,6 +63,24 @@ class Pages(NamedTuple):
     low: int  # first page
     high: int  # one past the last
 
+    @property
+    def edges(self) -> tuple[int, int]:
+        """First byte, and one past the last."""
+        return int(self.table["byte"][self.low]), int(self.table["byte"][self.high])
+
+    def within(self, whole: "Pages", data: bytes) -> bytes:
+        """The bytes of these pages in those of more."""
+        (first, last), (start, _) = self.edges, whole.edges
+        return data[first - start : last - start]
+
+
+class _Request:
+    """Pages that are read at once."""
+
+    def __init__(self, pages: Pages) -> None:
+        self.pages, self.data = pages, None  # type: Pages, bytes | None
+        self.begun = False
+
 
 class Reader:
     """The samples of some shards of one data set. To be made in the process that uses it."""
@@ -83,23 +104,26 @@ class Reader:
         self._check, self._skip = check, skip
         self._table = lru_cache(max(TABLES, 2 * lanes))(self._read_table)
         self._ahead = (TABLES_AHEAD, PARALLEL) if lanes == 1 else (BLOCKS_AHEAD, BLOCKS_AHEAD)
+        self._held = 0 if lanes == 1 else HELD
 
     def raw(self, wanted: Iterable[Piece]) -> Generator[Raw]:
         """The stored samples of the pieces in order, fetched ahead in bounded memory. The pieces may be without end.
 
         Raises InputError for a shard that is damaged or not as the manifest says, when its turn comes.
         """
+        turn = deque[tuple[Pages, _Request]]()  # pages whose request has begun, in order
         with (
             closing(in_order((partial(self._cut, piece) for piece in wanted), self._ahead[0])) as found,
-            closing(
-                in_order((partial(self._fetch, pages) for cut in found for pages in cut), self._ahead[1])
-            ) as fetched,
+            closing(in_order(self._requests(chain.from_iterable(found), turn), self._ahead[1])) as fetched,
         ):
-            for pages, data in fetched:
-                piece, first = pages.piece, int(pages.table["sample"][pages.low])
-                for number, sample in enumerate(self._samples(pages, data), first):
-                    if piece.first <= number < piece.last:
-                        yield Raw(piece, number, sample)
+            for _ in fetched:
+                while turn and (data := turn[0][1].data) is not None:
+                    pages, request = turn.popleft()
+                    piece, first = pages.piece, int(pages.table["sample"][pages.low])
+                    for number, sample in enumerate(self._samples(pages, pages.within(request.pages, data)), first):
+                        if piece.first <= number < piece.last:
+                            yield Raw(piece, number, sample)
+                    del request, data  # the last piece of a request frees its bytes
 
     def row(self, raw: Raw, into: Array | None = None, drawn: Numbers | None = None) -> Row:
         """The sample decoded, into `into` (*shape) where that saves a copy. InputError names shard and key.
@@ -129,6 +153,43 @@ class Reader:
             low = high
         return found
 
+    def _requests(self, pages: Iterable[Pages], turn: deque[tuple[Pages, _Request]]) -> Iterator[Callable[[], None]]:
+        """Calls that read pages, and the pages themselves in `turn`, in order.
+
+        Pages of lanes come in turn with those of other shards. What follows them in their shard and is needed soon is
+        read together with them: a store takes longer for a request than for the bytes of a block.
+        """
+        window, held = deque[tuple[Pages, _Request]](), 0
+        ends = dict[tuple[int, int], _Request]()  # by shard and the page behind it: what has not begun
+
+        def next_turn() -> Iterator[Callable[[], None]]:
+            nonlocal held
+            first, request = window.popleft()
+            held -= _size(first)
+            turn.append((first, request))
+            if not request.begun:
+                request.begun = True
+                ends.pop((first.piece.shard, request.pages.high), None)
+                yield partial(self._load, request)
+
+        for some in pages:
+            shard, low = some.piece.shard, some.low
+            request = ends.pop((shard, low), None)
+            if request and _size(request.pages) + _size(some) <= JOINED:
+                request.pages = request.pages._replace(high=some.high)
+            else:
+                request = _Request(some)
+            ends[shard, request.pages.high] = request
+            window.append((some, request))
+            held += _size(some)
+            while window and held > self._held:
+                yield from next_turn()
+        while window:
+            yield from next_turn()
+
+    def _load(self, request: _Request) -> None:
+        request.data = self._fetch(request.pages)
+
     def _read_table(self, shard: Shard) -> Table:
         if problem := size_problem(self.store, shard):
             raise InputError(problem)
@@ -140,8 +201,8 @@ class Reader:
         except ValueError as error:
             raise InputError(f"{self._tables.url(name)}: {error}: {_REMEDY}") from None
 
-    def _fetch(self, pages: Pages) -> tuple[Pages, bytes]:
-        """The pages with their bytes; those whose hash is wrong are read again."""
+    def _fetch(self, pages: Pages) -> bytes:
+        """The bytes of pages; those whose hash is wrong are read again."""
         name, rows = pages.shard.name, pages.table[pages.low : pages.high + 1].tolist()
         start = rows[0][1]
         data = self.store.read(name, start, rows[-1][1])
@@ -151,7 +212,7 @@ class Reader:
             sound = self._sound(self.store, there, digest, name, said + table_name(name), first, last)
             if sound is not there:
                 data = data[: first - start] + sound + data[last - start :]
-        return pages, data
+        return data
 
     def _sound(
         self,
@@ -199,6 +260,11 @@ class Reader:
             except InputError:
                 continue
         raise InputError(f"{self.store.url(shard.name)}: none of its {shard.samples} samples can be decoded: {_REMEDY}")
+
+
+def _size(pages: Pages) -> int:
+    first, last = pages.edges
+    return last - first
 
 
 _REMEDY = "copy it again, or repack the data set"

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.data import reader
 from pipeline.data.dataset import DataConfig
 from pipeline.data.decode import encode
 from pipeline.data.format.indexing import index
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.loader import Stream, read_split
+from pipeline.storage.s3 import S3Store
 from pipeline.storage.store import open_store
 from tests.data.numbered import add
 
@@ -63,6 +65,24 @@ def test_no_class_is_a_fifth_of_a_round_by_default(sorted_by_class: str) -> None
 
 def test_mixing_reads_hardly_more_bytes(sorted_by_class: str) -> None:
     assert rounds(sorted_by_class, 6, 2000)[2] < 1.3 * rounds(sorted_by_class, 6, 2000, shuffle=1)[2]
+
+
+def test_what_lies_together_is_one_request(sorted_by_class: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, read = list[str](), S3Store.read
+
+    def counted(self: S3Store, name: str, *rest: Any, **more: Any) -> bytes:
+        asked.append(name)
+        return read(self, name, *rest, **more)
+
+    monkeypatch.setattr(S3Store, "read", counted)
+    found = {}
+    for held in (reader.HELD, 0):
+        monkeypatch.setattr(reader, "HELD", held)
+        asked.clear()
+        keys = rounds(sorted_by_class, 3, 2000)[1]
+        found[held] = keys, sum(name.endswith(".tar") for name in asked)
+    (keys, few), (same, many) = found.values()
+    assert keys == same and many > 375 and few < 0.6 * many  # and some of the next epoch
 
 
 def test_ranks_and_workers_share_mixed_rounds(sorted_by_class: str) -> None:
