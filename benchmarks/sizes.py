@@ -36,7 +36,7 @@ class Settings:
 
     to: Path
     """Where to write, without an ending."""
-    images: int = 4000
+    images: int = 16000
     """Pictures, in 8 tars."""
     runs: int = 3
     """Of each reader."""

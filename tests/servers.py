@@ -118,6 +118,15 @@ class S3Server:
         self.client().create_bucket(Bucket=name)
         return f"s3://{name}"
 
+    def reader(self, name: str) -> dict[str, str]:
+        """The variables of an account that may GET what is in one bucket and LIST it, and nothing else."""
+        key, secret = f"key{secrets.token_hex(8)}", secrets.token_hex(20)
+        master, filer = (f"127.0.0.1:{port}.{port + GRPC}" for port in (self._ports["master"], self._ports["filer"]))
+        account = f"-user={key} -access_key={key} -secret_key={secret} -buckets={name} -actions=Read,List"
+        command = [_weed(), "shell", f"-master={master}", f"-filer={filer}"]
+        subprocess.run(command, input=f"s3.configure {account} -apply\n", text=True, capture_output=True, check=True)
+        return {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret}
+
     def close(self) -> None:
         """End the server for certain; its files stay. Nothing happens if it has ended already."""
         process, self._process = self._process, None

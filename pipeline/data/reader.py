@@ -2,6 +2,7 @@
 
 import hashlib
 import tarfile
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -102,7 +103,8 @@ class Reader:
         self.prefix = ""  # of keys, where several data sets have readers
         self.numbers: list[int] | None = None  # of labels among those of all data sets
         self._check, self._skip = check, skip
-        self._table = lru_cache(max(TABLES, 2 * lanes))(self._read_table)
+        self._known = lru_cache(max(TABLES, 2 * lanes))(self._read_table)
+        self._one = [threading.Lock() for _ in range(4 * BLOCKS_AHEAD)]
         self._ahead = (TABLES_AHEAD, PARALLEL) if lanes == 1 else (BLOCKS_AHEAD, BLOCKS_AHEAD)
         self._held = 0 if lanes == 1 else HELD
 
@@ -189,6 +191,11 @@ class Reader:
 
     def _load(self, request: _Request) -> None:
         request.data = self._fetch(request.pages)
+
+    def _table(self, shard: Shard) -> Table:
+        """The page table, asked for once though several threads want it."""
+        with self._one[hash(shard.name) % len(self._one)]:
+            return self._known(shard)
 
     def _read_table(self, shard: Shard) -> Table:
         if problem := size_problem(self.store, shard):

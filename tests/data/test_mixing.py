@@ -14,9 +14,12 @@ from pipeline.data.decode import encode
 from pipeline.data.format.indexing import index
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.loader import Stream, read_split
+from pipeline.data.order import BLOCK, pieces
+from pipeline.data.reader import BLOCKS_AHEAD
 from pipeline.storage.s3 import S3Store
 from pipeline.storage.store import open_store
 from tests.data.numbered import add
+from tests.proxy import FaultProxy
 
 CLASSES, EACH, SHARDS = 10, 600, 40
 
@@ -83,6 +86,26 @@ def test_what_lies_together_is_one_request(sorted_by_class: str, monkeypatch: py
         found[held] = keys, sum(name.endswith(".tar") for name in asked)
     (keys, few), (same, many) = found.values()
     assert keys == same and many > 375 and few < 0.6 * many  # and some of the next epoch
+
+
+def test_requests_of_a_rank_are_those_of_its_blocks_and_tables(sorted_by_class: str, proxy: FaultProxy) -> None:
+    size, rounds_read, world = 1600, 12, 4
+    config = DataConfig(path=sorted_by_class)
+    with Stream(config, seed=1, round_size=size, rank=1, world=world, prefetch=False) as stream:
+        (order,) = stream.order.orders
+        found = [
+            piece for round in range(rounds_read) for piece in pieces(order, round, size // world, 2 * size // world)
+        ]
+        blocks, shards = len(found), len({piece.shard for piece in found})
+        assert blocks <= rounds_read * (size / world / BLOCK + 2 * SHARDS)
+        proxy.requests.clear()
+        for round in range(rounds_read):
+            stream.take(round)
+    asked = Counter((method, path.endswith(".tar")) for method, path in proxy.requests)
+    assert asked["GET", True] <= blocks + BLOCKS_AHEAD
+    assert shards <= asked["GET", False] <= SHARDS  # each page table once, read ahead too
+    assert asked["HEAD", True] + asked["HEAD", False] <= 2 * SHARDS
+    assert proxy.counts["bytes"] > 0
 
 
 def test_ranks_and_workers_share_mixed_rounds(sorted_by_class: str) -> None:

@@ -1,12 +1,18 @@
 """From tars of pictures of many sizes, which are not square, to a network that is measured and repairs a photograph."""
 
+import time
+from contextlib import suppress
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from pipeline.data.format.indexing import index
+from pipeline.errors import InputError
 from pipeline.evaluate.recorded import recorded_resize
 from pipeline.model.naign import NAIGN
+from pipeline.storage.s3_client import forget_clients
+from pipeline.storage.store import open_store
 from tests.conftest import SMALL
 from tests.data.test_resize import PHOTOS, write
 
@@ -50,3 +56,35 @@ def test_a_folder_is_packed_to_a_size_that_is_not_square(naign, tmp_path):
     assert "3x20x32" in done.stdout
     done = naign("pack", "folder", "--root=.", "--size=20by32", "--to=packed")
     assert done.returncode == 2 and "--size is '20by32'" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_bucket_that_may_only_be_read_is_indexed_and_trained_on(train, naign, s3, bucket, tmp_path, monkeypatch):
+    write(tmp_path / "theirs", "00000.tar", range(60))
+    write(tmp_path / "theirs", "00001.tar", range(60, 120))
+    store = open_store(f"{bucket}/theirs")
+    for file in ("00000.tar", "00001.tar"):
+        store.put(file, (tmp_path / "theirs" / file).read_bytes())
+    for name, value in s3.reader(bucket.removeprefix("s3://")).items():
+        monkeypatch.setenv(name, value)
+    forget_clients()
+    deadline = time.monotonic() + 30
+    while True:  # the server hears of accounts a little later
+        with suppress(InputError):
+            assert len(store.list()) == 2
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    with pytest.raises(InputError, match="access denied"):
+        store.put("mine", b"")
+    done = naign("index", f"{bucket}/theirs")
+    assert done.returncode == 2 and "access denied" in done.stderr and "--to" in done.stderr
+    done = naign("index", f"{bucket}/theirs", "--to=index")
+    assert done.returncode == 0, done.stderr
+    options = [f"--data.path={bucket}/theirs", "--data.index=index", *SMALL, *SIZED, "--run.path=run"]
+    for images in (256, 512):
+        done = train(*options, f"--train.images={images}", "--resume=changed")
+        assert done.returncode == 0, done.stderr
+    assert "goes on with another train.images: 256 there" in done.stderr
+    assert naign("verify", f"{bucket}/theirs", "--index=index").returncode == 0
+    assert sorted(store.list()) == ["00000.tar", "00001.tar"]

@@ -71,6 +71,11 @@ def index(
     settings = Survey(label=label, check=sample_check, keep_broken=keep_broken)
     old = _there(target, force)
     groups = _grouped_names(_names(store, chosen, path), path, train, test)
+    try:
+        target.put(f"index{FOUND}", b"")  # rather than be refused once much was read
+    except InputError as error:
+        elsewhere = "" if to else "; where you may only read, have the index written elsewhere: --to=FOLDER"
+        raise InputError(f"{error}{elsewhere}") from None
     found = _read_all(store, target, [file for files in groups.values() for file in files], settings, progress)
     problems = [problem for file in found.values() for problem in file.problems]
     survey = settings.anew()
