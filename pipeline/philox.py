@@ -11,12 +11,15 @@ The stream is part of the counter: its lower two bits are the top bits of the id
 block. Draws of different streams therefore never coincide under one key, as they could if the stream changed the key.
 """
 
+import logging
 import math
-from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger("naign.philox")
 
 LATENT, SCALE, IMAGINARY, NOISE, JITTER, DAMAGE, FLAT, LEARN = range(8)
 """Streams, 16 at most: independent draws for one (seed, round, id). Latents; offset and scale of flat latents; the
@@ -27,8 +30,8 @@ MAX_ID = 2**62
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-Words = Callable[[list[Tensor]], list[Tensor]]  # four words of 32 bits to four float32
-_CHUNK = 1 << 16  # counters drawn at once, to stay in the second-level cache
+_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}
+"""Counters drawn at once, on a CPU to stay in the second-level cache, on a GPU in few launches."""
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> list[Tensor]:
@@ -57,6 +60,49 @@ def _box_muller(words: list[Tensor]) -> list[Tensor]:
     return values
 
 
+@torch.library.custom_op("naign::philox", mutates_args=())
+def _drawn(ids: Tensor, blocks: int, seed: int, round: int, stream: int, normals: bool) -> Tensor:
+    """Normals, or uniform numbers in (0, 1], (n, blocks, 4) float32 of ids (n,) int64. One operation for torch."""
+    if ids.is_cuda and (found := _by_one_kernel(ids, blocks, seed, round, stream, normals)) is not None:
+        return found
+    law, device = _box_muller if normals else partial(map, _unit), ids.device
+    out = torch.empty(len(ids), blocks, 4, dtype=torch.float32, device=device)
+    key = (seed & _WORD, (seed >> 32) & _WORD)
+    block = torch.arange(blocks, device=device) | (stream >> 2) << 30
+    rows = max(1, _CHUNK.get(device.type, _CHUNK["cpu"]) // max(blocks, 1))
+    for start in range(0, len(ids), rows):
+        part = ids[start : start + rows, None]
+        high = (part >> 32) | (stream & 3) << 30
+        counter = (block, torch.full_like(part, round), part & _WORD, high)
+        for lane, values in enumerate(law(philox(counter, key))):
+            out[start : start + rows, :, lane] = values
+    return out
+
+
+@_drawn.register_fake
+def _(ids: Tensor, blocks: int, seed: int, round: int, stream: int, normals: bool) -> Tensor:
+    return ids.new_empty(len(ids), blocks, 4, dtype=torch.float32)
+
+
+def _by_one_kernel(*arguments: Any) -> Tensor | None:
+    """The same by one kernel; None where Triton is not there or cannot compile it: then by some hundred."""
+    global _one_kernel
+    if _one_kernel:
+        try:
+            from pipeline import philox_kernel
+
+            return philox_kernel.drawn(*arguments)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # no Triton, or none of what it needs, such as a C compiler
+            _one_kernel, kind = False, type(error).__name__
+            log.warning("random numbers take 160 launches a draw instead of one: Triton fails (%s: %s)", kind, error)
+    return None
+
+
+_one_kernel = True
+
+
 def normal(
     seed: int,  # any integer; its low 64 bits count
     round: int,  # 0 <= round < 2**32
@@ -65,29 +111,23 @@ def normal(
     device: torch.device | str = "cpu",
     *,
     stream: int = LATENT,
-    law: Words = _box_muller,  # turns uniform words into what is drawn: `uniform` has another one
+    normals: bool = True,  # else uniform numbers in (0, 1]
 ) -> Tensor:
     """Standard normals (n, *shape) float32; row i depends on (seed, round, ids[i], stream) alone.
 
-    Raises ValueError for an id outside [0, 2**62).
+    Uniform numbers have the same bits on every device; normals may differ in the last ones, as logarithm and cosine do.
+    Raises ValueError for an id outside [0, 2**62), where the ids are in the host's memory: to look at others would wait
+    for the device.
     """
     size = math.prod(shape)
     blocks = -(-size // 4)
     assert blocks <= 2**30
-    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < MAX_ID:
+    if ids.device.type == "cpu" and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < MAX_ID:
         raise ValueError(f"latent ids must lie in [0, 2**62): got {int(ids.min())} to {int(ids.max())}")
-    ids = ids.to(device)
-    out = torch.empty(len(ids), blocks, 4, dtype=torch.float32, device=device)
-    key = (seed & _WORD, (seed >> 32) & _WORD)
-    block = torch.arange(blocks, device=device) | (stream >> 2) << 30
-    rows = max(1, _CHUNK // max(blocks, 1))
-    for start in range(0, len(ids), rows):
-        part = ids[start : start + rows, None]
-        high = (part >> 32) | (stream & 3) << 30
-        counter = (block, torch.full_like(part, round), part & _WORD, high)
-        for lane, values in enumerate(law(philox(counter, key))):
-            out[start : start + rows, :, lane] = values
+    signed = (seed + 2**63) % 2**64 - 2**63  # as torch's operations take an integer
+    out: Tensor = _drawn(ids.to(device), blocks, signed, round, stream, normals)
     return out.view(len(ids), blocks * 4)[:, :size].reshape(len(ids), *shape)
 
 
-uniform = partial(normal, law=lambda words: [_unit(word) for word in words])  # as `normal`, but uniform in (0, 1]
+uniform = partial(normal, normals=False)
+"""As `normal`, but uniform in (0, 1]."""

@@ -1,12 +1,20 @@
 """Philox against the published vectors; normals against their law; every row a function of its id alone."""
 
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from typing import ClassVar
+
 import pytest
 import torch
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import philox
 from pipeline.errors import InputError
 from pipeline.model import latents
+from tests.conftest import ROOT, environment
 
 # Random123's kat_vectors for philox4x32-10: counter, key, output.
 KNOWN_ANSWERS = [
@@ -112,6 +120,47 @@ def test_bad_ids_and_laws_are_refused():
             latents.check_law(law, (1, 8, 8))
     with pytest.raises(InputError, match="for images"):
         latents.check_law("smooth4", (2,))
+
+
+WORDS = """
+import torch
+from pipeline import philox, philox_kernel
+ids = torch.tensor([0, 1, 5, 2**40 + 3, 2**61 + 7])
+for seed in (0, 1, -1, 2**62 + 3):
+    for round, stream, blocks in ((0, 0, 1), (1, 3, 5), (2**32 - 1, 7, 196)):
+        drawn = [draw(ids, blocks, seed, round, stream, False) for draw in (philox._drawn, philox_kernel.drawn)]
+        assert torch.equal(*drawn), (seed, round, stream)
+        normals = [draw(ids, blocks, seed, round, stream, True) for draw in (philox._drawn, philox_kernel.drawn)]
+        torch.testing.assert_close(*normals)
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_the_kernel_draws_the_same_words():
+    env = environment(TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path]))
+    done = subprocess.run([sys.executable, "-c", WORDS], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_draw_is_one_operation_wherever_it_is_made():
+    class Counted(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Counted():
+        philox.normal(3, 2, torch.arange(6), (3, 8, 8))
+    assert sum(name.startswith("naign.philox") for name in Counted.names) == 1 and len(Counted.names) < 12
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_gpu_draws_the_same_uniform_numbers():
+    for shape in ((3, 8, 8), (7,)):
+        here, there = (philox.uniform(3, 2, torch.arange(1000), shape, device) for device in ("cpu", "cuda"))
+        assert torch.equal(here, there.cpu())
 
 
 @pytest.mark.gpu
