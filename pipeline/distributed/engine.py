@@ -45,6 +45,7 @@ class Engine:
         accumulate: int = 1,  # micro-batches a step
         ema: float = 0.0,  # decay a step of the average of the weights; 0: none is kept
         compile: bool = False,
+        ahead: bool | None = None,  # whether a step leaves its norm on the device; None: on a GPU
     ) -> None:
         """Collective. Raises InputError where the launcher's configuration contradicts these."""
         world = accelerator.num_processes
@@ -59,7 +60,11 @@ class Engine:
         self.copied.set()
         self._names = dict(bare.named_parameters())
         self.shapes = {name: tuple(value.shape) for name, value in self._names.items()}  # of the whole parameters
-        adam = torch.optim.AdamW(bare.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
+        ahead = accelerator.device.type == "cuda" if ahead is None else ahead
+        self.ahead = ahead and not self.deepspeed and accelerator.scaler is None
+        """Whether `step` decides on the device whether to step, and does not wait for it."""
+        fused = {"fused": True} if self.ahead else {}
+        adam = torch.optim.AdamW(bare.parameters(), lr=lr, betas=betas, weight_decay=weight_decay, **fused)
         if self.deepspeed:
             _configure(accelerator, micro=self.micro, accumulate=accumulate, clip=clip)
             self.stage = int(accelerator.state.deepspeed_plugin.zero_stage)
@@ -134,14 +139,21 @@ class Engine:
         """Context of a micro-batch's forward and backward: ranks communicate only in the last one of a step."""
         return nullcontext() if self.deepspeed else self.accelerator.accumulate(self.network)
 
-    def step(self) -> float:
+    def step(self) -> float | Tensor:
         """Collective: clip, step, zero the gradients. Returns the gradient's norm before clipping, equal on all ranks.
 
-        If the norm is not finite, weights and moments stay as they are.
+        If the norm is not finite, weights and moments stay as they are. With `ahead` the norm is a scalar on the
+        device: to read it at once would have the device wait for the next step's launches.
         """
         self.copied.wait()
         if self.deepspeed:
-            norm = self._step_deepspeed()
+            norm: float | Tensor = self._step_deepspeed()
+        elif self.ahead:
+            found: Tensor = self.accelerator.clip_grad_norm_(self.bare.parameters(), self._clip or math.inf)
+            norm = found.detach()
+            self._adam.grad_scale, self._adam.found_inf = None, (~norm.isfinite()).float()  # then it does not step
+            self._adam.step()
+            self._adam.zero_grad(set_to_none=True)
         else:
             norm = float(self.accelerator.clip_grad_norm_(self.bare.parameters(), self._clip or math.inf))
             # Accelerate's wrapper searches the disk for a package at every step; only a scaler needs the wrapper.
@@ -152,8 +164,8 @@ class Engine:
         if self.accelerator.num_processes > 1:  # running statistics are rank 0's, so that all ranks sample alike
             for value in self.bare.buffers():
                 dist.broadcast(value, src=0)
-        if self.ema is not None and math.isfinite(norm):
-            self._average()
+        if self.ema is not None and (self.ahead or math.isfinite(norm)):
+            self._average(norm)
         return norm
 
     def _step_deepspeed(self) -> float:
@@ -173,11 +185,17 @@ class Engine:
             group["lr"] = lr
 
     @torch.no_grad()
-    def _average(self) -> None:
+    def _average(self, norm: float | Tensor) -> None:
         assert self.ema is not None
         with self.gathered():
             now = [value.detach().to(torch.float32) for value in self.bare.parameters()]
-            get_ema_multi_avg_fn(self._decay)(list(self.ema.parameters()), now, None)
+            averages: Any = list(self.ema.parameters())
+            if isinstance(norm, Tensor):  # not at all after a step that was none
+                change = torch._foreach_sub(now, averages)
+                torch._foreach_mul_(change, torch.where(norm.isfinite(), 1 - self._decay, 0.0))
+                torch._foreach_add_(averages, change)
+            else:
+                get_ema_multi_avg_fn(self._decay)(averages, now, None)
             for average, value in zip(self.ema.buffers(), self.bare.buffers(), strict=True):
                 average.copy_(value)
 
@@ -218,7 +236,8 @@ class Engine:
             with torch.no_grad():
                 parameter.copy_(state["weight"])
             moments = {key: state[key].to(parameter.device, copy=True) for key in MOMENTS}
-            self._adam.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
+            where = parameter.device if self.ahead else "cpu"
+            self._adam.state[parameter] = {"step": torch.tensor(float(steps), device=where), **moments}
             return
         from deepspeed import utils
 

@@ -63,10 +63,23 @@ def build_accelerator(
         gradient_accumulation_steps=accumulate,
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=collective)] if several or deepspeed else [],
     )
+    if not on_cpu:
+        repeat_bits()
     if several and accelerator.distributed_type == DistributedType.NO:  # each rank would train alone, silently
         said = f"the launcher started {environ['WORLD_SIZE']} ranks but Accelerate connects none of them"
         raise InputError(f"{said}: compare its configuration with those in launch/")
     return accelerator
+
+
+def repeat_bits() -> None:
+    """Have a GPU compute the same bits each time, so that a run that resumes is the run that was never stopped.
+
+    cuDNN may otherwise choose sums by atomics for the gradients of convolutions; pipeline/__init__.py fixes cuBLAS's
+    workspace, which it asks for. Operations that have no such way warn.
+    """
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # not each new tensor
 
 
 def _mixed_precision(precision: str, *, on_cpu: bool, deepspeed: bool) -> str:

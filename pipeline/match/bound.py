@@ -52,8 +52,10 @@ GROUP = 64  # candidates whose signs are tested together
 LARGEST = 1e15  # rows whose scaled norm is larger could overflow and are not screened
 _U = 2.0**-24
 _UP = 1 + 2.0**-7  # times it, a nonnegative float64 is rounded up, by slightly more than necessary
-_WORKING_SET = 6 << 20  # float32 values treated at once, to stay in the last-level cache
-_TILE = 1024  # rows of A in a product, to stay in the last-level cache beside other ranks' tiles
+_WORKING_SET = {"cpu": 6 << 20, "cuda": 128 << 20}
+"""float32 values treated at once: on a CPU to stay in the last-level cache, on a GPU in few launches."""
+_TILE = {"cpu": 1024, "cuda": 8192}
+"""Rows of A in a product: on a CPU to stay in the last-level cache beside other ranks' tiles."""
 _FEW_GROUPS = 8  # a row with at most so many surviving groups is always listed
 _FEW_ROWS = 16  # one row in so many may always be listed
 
@@ -146,7 +148,8 @@ def departure(basis: Tensor) -> float:
 @full_precision()
 def encode(rows: Tensor, frame: Frame) -> Quantized:
     """Rows (n, d) float32, projected and quantized."""
-    parts = [quantize(*project(part, frame), frame) for part in rows.split(max(1, _WORKING_SET // rows.shape[1]))]
+    most = max(1, _WORKING_SET.get(rows.device.type, 6 << 20) // rows.shape[1])
+    parts = [quantize(*project(part, frame), frame) for part in rows.split(most)]
     return parts[0] if len(parts) == 1 else Quantized(*map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -219,9 +222,10 @@ def survivors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     most = max(_FEW_GROUPS, groups * 7 // 8)
     none = torch.empty(0, dtype=torch.int64, device=a.device)
     rows, columns, given_up = [none], [none], [none.bool()]
-    tile = a.new_empty(min(_TILE, len(a)), len(b))  # reused: fresh memory would cost as much as the product
-    for start in range(0, len(a), _TILE):
-        part = a[start : start + _TILE]
+    height = _TILE.get(a.device.type, 1024)
+    tile = a.new_empty(min(height, len(a)), len(b))  # reused: fresh memory would cost as much as the product
+    for start in range(0, len(a), height):
+        part = a[start : start + height]
         signs = torch.mm(part, b.T, out=tile[: len(part)]).view(integer).view(-1, groups, GROUP)
         alive = signs.amax(2) >= 0
         heavy = alive.sum(1) > most

@@ -1,5 +1,8 @@
 """Fast float32 distances: FAISS on the CPU, torch on CUDA. The only file that knows FAISS."""
 
+from functools import lru_cache
+from typing import Any
+
 import faiss
 import torch
 from torch import Tensor
@@ -14,13 +17,19 @@ def flat(queries: Tensor, candidates: Tensor, count: int) -> tuple[Tensor, Tenso
         if hasattr(faiss, "StandardGpuResources"):  # a GPU build
             from faiss.contrib import torch_utils  # noqa: F401  (lets FAISS take tensors)
 
-            near: tuple[Tensor, Tensor] = faiss.knn_gpu(faiss.StandardGpuResources(), queries, candidates, count)
+            near: tuple[Tensor, Tensor] = faiss.knn_gpu(_resources(queries.device), queries, candidates, count)
             return near
         parts = [pairwise(part, candidates).topk(count, dim=1, largest=False) for part in queries.split(_ROWS)]
         return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
     faiss.omp_set_num_threads(torch.get_num_threads())
     found, rows = faiss.knn(queries.numpy(), candidates.numpy(), count)
     return torch.from_numpy(found), torch.from_numpy(rows)
+
+
+@lru_cache
+def _resources(device: torch.device) -> Any:
+    """FAISS's memory on a device: some 1.5 GB, which are taken once."""
+    return faiss.StandardGpuResources()
 
 
 def pairwise(queries: Tensor, candidates: Tensor) -> Tensor:

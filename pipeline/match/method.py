@@ -129,14 +129,15 @@ def cheapest(
 @lru_cache
 def measure_rates(device: torch.device, threads: int) -> tuple[float, float]:
     """Seconds of a multiply-add of a matrix product, in float32 and in bfloat16; takes some milliseconds."""
+    rows, inner = (1024, 256) if device.type == "cpu" else (8192, 2048)  # a small one measures a GPU's latency
 
     def seconds(dtype: torch.dtype) -> float:
-        a, b = torch.ones(1024, 256, dtype=dtype, device=device), torch.ones(256, 1024, dtype=dtype, device=device)
+        a, b = (torch.ones(shape, dtype=dtype, device=device) for shape in ((rows, inner), (inner, rows)))
         best = math.inf
         for _ in range(4):
             start = time.perf_counter()
             float((a @ b)[0, 0])  # waits for the device
             best = min(best, time.perf_counter() - start)
-        return best / (1024 * 1024 * 256)
+        return best / (rows * rows * inner)
 
     return seconds(torch.float32), seconds(torch.bfloat16)

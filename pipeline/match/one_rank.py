@@ -31,8 +31,11 @@ from pipeline.match.order import NO_ID, first_copies, sort_lexically
 SEEDS = 2048  # candidates that the first limits come from
 _FETCH = 8  # candidates that `flat` asks for beyond the k wanted
 _WIDE_ROWS = 512  # queries in a float64 product
-_WORKING_SET, _LEAST_ROWS = 6 << 20, 512  # float32 values searched at once, to stay in the last-level cache
-_PAIRS = 1 << 20  # pairs measured at once
+_LEAST_ROWS = 512
+_WORKING_SET = {"cpu": 6 << 20, "cuda": 128 << 20}
+"""float32 values searched at once, but _LEAST_ROWS candidates at least: on a CPU to stay in the last-level cache."""
+_PAIRS = {"cpu": 1 << 20, "cuda": 1 << 24}
+"""Pairs measured at once."""
 
 
 class Timer:
@@ -119,7 +122,8 @@ class Searcher:
         if not len(self.queries) or not len(candidates):
             return
         candidates, ids = candidates.to(self.queries.device).contiguous(), ids.to(self.queries.device)
-        rows = max(_LEAST_ROWS, _WORKING_SET // self.queries.shape[1] // _LEAST_ROWS * _LEAST_ROWS)
+        most = _WORKING_SET.get(self.queries.device.type, 6 << 20)
+        rows = max(_LEAST_ROWS, most // self.queries.shape[1] // _LEAST_ROWS * _LEAST_ROWS)
         for part, numbers in zip(candidates.split(rows), ids.split(rows), strict=True):
             if self.reject is not None:
                 near = self._nearer(part, self.reject)
@@ -291,4 +295,5 @@ class Searcher:
 
 def _portions(rows: Tensor, columns: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs, as many at once as are measured at once."""
-    yield from zip(rows.split(_PAIRS), columns.split(_PAIRS), strict=True)
+    most = _PAIRS.get(rows.device.type, 1 << 20)
+    yield from zip(rows.split(most), columns.split(most), strict=True)

@@ -56,8 +56,11 @@ def draw(
     also trained to carry flat images to the data; a residual autoencoder leaves black where it is.
     """
     if flat:
-        usual = draw(law, seed, round, ids, shape, device, state=state, decode=decode, code=code)
+        key = seed, round, ids, shape, device
+        usual = draw(law, *key, state=state, decode=decode, code=code)
         chosen = (ids % max(1, int(1 / flat + 0.5)) == 0).to(usual.device)
+        if usual.device.type != "cpu":  # which rows, a GPU would have to tell the host first
+            return torch.where(chosen.view(-1, *(1,) * len(shape)), _flat(*key, FLAT), usual)
         usual[chosen] = _flat(seed, round, ids[chosen.to(ids.device)], shape, device, FLAT)
         return usual
     given = {"state": state, "decode": decode, "code": code}
@@ -88,11 +91,19 @@ def _mixture(seed: int, round: int, ids: Tensor, shape: Shape, device: Device) -
 
 
 def _codes(
-    seed: int, round: int, ids: Tensor, shape: Shape, device: Device, *, state: State, decode: Decode | None
+    seed: int,
+    round: int,
+    ids: Tensor,
+    shape: Shape,
+    device: Device,
+    *,
+    state: State,
+    decode: Decode | None,
+    code: Shape | None,
 ) -> Tensor:
     assert decode is not None, "the law codes needs a network with a code"
     if is_mixture(state):
-        return decode(draw_mixture(state, seed, round, ids, device))
+        return decode(draw_mixture(state, seed, round, ids, device, code))
     flow = CodeFlow.of(state)
     return decode(flow.draw(normal(seed, round, ids, flow.noise_shape, device)))
 

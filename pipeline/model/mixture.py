@@ -66,13 +66,18 @@ def check_mixture(state: Mapping[str, Tensor]) -> tuple[int, ...]:
 
 
 def draw_mixture(
-    state: Mapping[str, Tensor], seed: int, round: int, ids: Tensor, device: torch.device | str = "cpu"
+    state: Mapping[str, Tensor],
+    seed: int,
+    round: int,
+    ids: Tensor,
+    device: torch.device | str = "cpu",
+    code: tuple[int, ...] | None = None,  # shape of a code; None: it is read from the state, which waits for a GPU
 ) -> Tensor:
-    """Codes (n, *shape) float32; row i depends on (seed, round, ids[i]) alone."""
+    """Codes (n, *code) float32; row i depends on (seed, round, ids[i]) alone."""
     which = uniform(seed, round, ids, (1,), device, stream=SCALE)
     chosen = torch.searchsorted(state["weights"].cumsum(0), which.flatten().contiguous()).clamp(
         max=len(state["weights"]) - 1
     )
     noise = normal(seed, round, ids, (state["basis"].shape[0],), device)
     white = state["means"][chosen] + torch.einsum("nij,nj->ni", state["factors"][chosen], noise)
-    return (white @ state["basis"] + state["mean"]).view(-1, *state["shape"].tolist())
+    return (white @ state["basis"] + state["mean"]).view(-1, *(code or state["shape"].tolist()))

@@ -34,11 +34,14 @@ def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:
     size, batch, objective = config.match.round, config.train.batch, config.objective
     sizes = {"size": size, "batch": batch, "passes": config.train.passes}
     ranks = {"rank": run.rank, "world": run.world, "world_size_at_start": state.world_size_at_start}
-    steps = steps_of(config.seed, state.number, **sizes, **ranks)
-    stop_requested, lr = run.poll("fit"), 0.0
+    # Once a round: each upload of its own would have the launches wait for the device.
+    steps = steps_of(config.seed, state.number, **sizes, **ranks).to(state.images.device)
+    ids = match.ids.to(state.images.device) if match else None
+    stop_requested, lr, unread = run.poll("fit"), 0.0, list[tuple[int, Tensor | float, dict[str, Tensor]]]()
     while position.done < len(steps):
         run.watchdog.beat()
         if stop_requested():
+            settle(run, state, unread)
             raise Stopped
         lr = learning_rate(config.train, position.images_seen, budget)
         engine.set_lr(lr)
@@ -51,8 +54,8 @@ def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:
             with engine.micro_batch():
                 latents = None
                 if objective.needs_latents:  # the matched ones, or fresh ones without a match
-                    latents = random.jittered(match.ids[local], numbers) if match else random.latents(numbers)
-                    latents = refined(run, latents, images) if match else latents
+                    latents = random.latents(numbers) if ids is None else random.jittered(ids[local], numbers)
+                    latents = latents if ids is None else refined(run, latents, images)
                 damaged = random.damaged(images, numbers) if objective.needs_damaged else None
                 noise = partial(random.normals, numbers)
                 given = latents, damaged, engine.bare, noise, run.perceived
@@ -62,24 +65,36 @@ def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:
             for name, value in terms.items():
                 value = value.detach() / engine.accumulate
                 sums[name] = sums[name] + value if name in sums else value
-        norm = engine.step()
-        sums |= {"gradient": torch.tensor(norm), "steps": torch.tensor(1.0)}
-        if math.isfinite(norm):
-            run.bad_steps = 0
-            for name, value in sums.items():
-                state.sums[name] = state.sums.get(name, torch.zeros_like(value)) + value
-        else:
-            skip(run, state)
+        unread.append((position.step, engine.step(), sums))
+        settle(run, state, unread, 1 if engine.ahead else 0)
         position.done += 1
         position.step += 1
         position.images_seen += batch
         run.monitor.advance(batch)
+    settle(run, state, unread)
     return means(run, state) | {"train/lr": lr}
+
+
+def settle(
+    run: Run, state: RoundState, unread: list[tuple[int, Tensor | float, dict[str, Tensor]]], left: int = 0
+) -> None:
+    """Add the sums of the steps to the round's, those of skipped ones not, but for the last `left` steps.
+
+    A step's number, norm and sums are read when the next one has been launched. Raises Diverged as `skip`.
+    """
+    while len(unread) > left:
+        number, norm, sums = unread.pop(0)
+        if not math.isfinite(norm):
+            skip(run, state, number)
+            continue
+        run.bad_steps = 0
+        for name, value in (sums | {"gradient": torch.as_tensor(norm), "steps": torch.tensor(1.0)}).items():
+            state.sums[name] = state.sums.get(name, torch.zeros_like(value)) + value
 
 
 def compared(run: Run, state: RoundState, local: Tensor, numbers: Tensor) -> dict[str, Any]:
     """What the terms on sets take besides (see Batch): fresh latents of other ids than the pool's, and more images."""
-    more = torch.arange(1, run.config.objective.positives)
+    more = torch.arange(1, run.config.objective.positives, device=local.device)
     ranks = {"gather": run.accelerator.gather, "rank": run.rank, "world": run.world}
     return {
         "fresh": state.random.latents(numbers + FRESH),
@@ -120,12 +135,12 @@ def means(run: Run, state: RoundState) -> dict[str, float]:
     return {f"loss/{name}": value for name, value in zip(names, values, strict=True)}
 
 
-def skip(run: Run, state: RoundState) -> None:
+def skip(run: Run, state: RoundState, step: int) -> None:
     """Count a skipped step. Raises Diverged after train.bad_steps of them in a row."""
     run.bad_steps += 1
     run.position.skipped += 1
     if run.rank == 0:
-        log.warning("step %d: the loss or its gradient is not finite: skipped", run.position.step)
+        log.warning("step %d: the loss or its gradient is not finite: skipped", step)
     if run.bad_steps >= run.config.train.bad_steps:
         run.writer.join()
         newest = newest_checkpoint(Path(run.config.run.path) / "checkpoints") or "not there yet"

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.match import Blocks, nearest, search
+from pipeline.match.exact import exact_distances, halved_sum
 from pipeline.match.method import METHODS
 from tests.conftest import environment
 from tests.match.problems import CASES, FAMILIES, draw, oracle
@@ -261,3 +262,23 @@ assert list(inspect.signature(nearest).parameters)[:4] == ["queries", "candidate
 assert not {"boto3", "deepspeed", "sklearn", "tensorboard", "torchmetrics"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3, 64, 784, 3072])
+def test_a_sum_for_a_gpu_depends_on_no_other_row(dims: int) -> None:
+    values = torch.rand(50, dims, generator=torch.Generator().manual_seed(dims), dtype=torch.float64)
+    whole = halved_sum(values.clone())
+    torch.testing.assert_close(whole, values.sum(1))
+    for rows in (1, 2, 7, 31):
+        assert torch.equal(halved_sum(values[:rows].clone()), whole[:rows])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dims", [64, 784, 3072])
+def test_a_distance_on_a_gpu_depends_on_no_other_pair(dims: int) -> None:
+    generator, rows = torch.Generator().manual_seed(dims), torch.arange(400).cuda()
+    queries, candidates = (torch.randn(400, dims, generator=generator).cuda() for _ in range(2))
+    whole = exact_distances(queries, candidates, rows, rows)
+    for count in (1, 2, 13, 64):
+        assert torch.equal(exact_distances(queries, candidates, rows[:count], rows[:count]), whole[:count])

@@ -1,0 +1,48 @@
+"""What a fit step asks of a GPU: how many launches, and nothing that waits for it."""
+
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from pipeline.config import parse
+from pipeline.model.losses import losses
+from pipeline.model.networks import build_network
+from pipeline.training.prepare import build_engine
+from pipeline.training.round import RoundRandom
+from tests.conftest import ROOT, environment
+from tests.training.card import Watch
+
+
+def test_a_fit_step_mixes_no_devices_and_waits_for_none():
+    command = [sys.executable, "-m", "tests.training.card"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 9 and all(line.endswith("launches: sound") for line in lines), done.stdout
+
+
+@pytest.mark.parametrize(("name", "shape", "most"), [("mnist", (1, 28, 28), 250), ("cifar10", (3, 32, 32), 900)])
+def test_launches_of_a_fit_step(name, shape, most):
+    AcceleratorState._reset_state(True)
+    options = ["--match.latents=gaussian", "--objective.imle=0.3", "--train.batch=2", "--train.precision=bf16"]
+    config = parse(["--config", str(ROOT / f"configs/{name}.yaml"), *options])
+    engine = build_engine(config, build_network(config.model, shape), Accelerator(mixed_precision="bf16", cpu=True))
+    engine.ahead, engine.optimizer.defaults["fused"] = True, True
+    for group in engine.optimizer.param_groups:
+        group["fused"] = True
+    random, rows = RoundRandom(config, 0, shape, torch.device("cpu")), torch.arange(2)
+    images = torch.rand(8, *shape)
+    with Watch() as watch:
+        latents, damaged = random.latents(rows), random.damaged(images[rows], rows)
+        with engine.micro_batch():
+            given = latents, damaged, engine.bare, partial(random.normals, rows), None
+            engine.backward(losses(config.objective, engine.forward, images[rows], *given)["total"])
+        engine.step()
+    assert watch.launches["philox"] == 3
+    assert sum(watch.launches.values()) <= most, watch.launches.most_common(20)
+    assert not watch.problems
