@@ -12,7 +12,7 @@ import yaml
 from pipeline.config import parse
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import ConvConfig, build_network
-from tests.conftest import ROOT, forked
+from tests.conftest import ROOT, environment, forked
 
 
 @pytest.mark.slow
@@ -43,6 +43,20 @@ def test_match_measures_every_method_and_two_ranks(digits: str, tmp_path: Path) 
     assert problem["ranks"]["2"]["auto"]["received"] < problem["ranks"]["2"]["peers"]["received"]
     assert problem["model"]["weak 1024"]["memory"] > 0
     assert done.stdout.strip() == (tmp_path / "results/match.md").read_text().strip()
+
+
+@pytest.mark.slow
+def test_recipes_fit_the_memory_that_they_ask_for(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/memory.py"), "--configs", "folder64", "folder256"]
+    done = subprocess.run(
+        [*command, "--to", "memory"], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = {name: row["gigabytes"][-1] for name, row in json.loads((tmp_path / "memory.json").read_text()).items()}
+    for name, most in (("folder64", 16), ("folder256", 24)):
+        assert f"a GPU with {most} GB" in (ROOT / f"configs/{name}.yaml").read_text()
+        assert 0.3 * most < found[name] < most - 1.5  # for CUDA itself and what its allocator wastes
+    assert found["folder256 --train.recompute"] < 0.6 * found["folder256"]
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from pipeline.config import Config, parse
 from pipeline.model.losses import losses
@@ -23,6 +22,7 @@ from pipeline.model.networks import build_network
 from pipeline.model.population import Population
 from pipeline.training.fit import FRESH
 from pipeline.training.round import RoundRandom
+from tests import pretend
 from tests.conftest import ROOT
 
 NO_LAUNCH = ("detach", "empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "alias", "device")
@@ -69,7 +69,9 @@ def step(config: Config, shape: tuple[int, ...], state: dict[str, torch.Tensor],
         fresh = {"fresh": random.latents(rows + FRESH), "population": Population(embed=lambda rows: rows.flatten(1))}
         sets = fresh if objective.needs_fresh else {}
         given = latents, damaged, network, partial(random.normals, rows), None
-        losses(objective, network, images[rows], *given, **sets)["total"].backward()
+        with torch.autocast(pretend.NAME, dtype=torch.bfloat16):
+            total = losses(objective, network, images[rows], *given, **sets)["total"]
+        total.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0, foreach=True)
     return watch
 
@@ -102,12 +104,12 @@ def cases() -> Any:
 
 
 def main() -> None:
-    _setup_privateuseone_for_python_backend("card")
+    device = pretend.device()
     for name, config, shape, state in cases():
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             there = {key: mode.from_tensor(value) for key, value in state.items()}
             try:
-                watch = step(config, shape, there, torch.device("card", 0))
+                watch = step(config, shape, there, device)
                 said = watch.problems or ["sound"]
             except Exception as error:  # as a fake tensor's value is asked for
                 watch, said = Watch(), [f"{type(error).__name__}: {error}".splitlines()[0]]
