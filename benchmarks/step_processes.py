@@ -70,9 +70,9 @@ def on_rank(rank: int, world: int, folder: str, measure: Callable[..., Any], arg
 
 
 @contextmanager
-def opened(config: Config) -> Iterator[Callable[[nn.Module], Run]]:
+def opened(config: Config, precision: str = "") -> Iterator[Callable[[nn.Module], Run]]:
     """All that a run has but the network; with that it becomes a Run, all as in `pipeline.training.loop.train`."""
-    accelerator = build_accelerator()
+    accelerator = build_accelerator(precision=precision)
     rank, world, folder = accelerator.process_index, accelerator.num_processes, Path(config.run.path)
     stop = StopRequest(within=config.stop.within, world=world)
     monitor = Monitor(folder, active=rank == 0, images=config.train.images, images_seen=0, config="")
