@@ -16,6 +16,7 @@ from pipeline.checkpoint import Writer
 from pipeline.config import Config
 from pipeline.data import Stream, damage
 from pipeline.distributed import Engine, StopPoll, StopRequest, Watchdog
+from pipeline.errors import InputError, one_line
 from pipeline.model import latents
 from pipeline.model.losses import Distance
 from pipeline.model.running import LearnedLaw
@@ -25,6 +26,16 @@ from pipeline.training.state import PartialRound, Position
 
 if TYPE_CHECKING:
     from pipeline.training.quality import Quality
+
+
+SMALLER = {
+    "take": "halve match.round",
+    "match": "halve match.block, the samples that are generated at once, then match.round",
+    "fit": "double train.accumulate, which halves what a forward holds, or set train.recompute",
+    "learn": "halve match.codes.batch",
+    "quality": "halve quality.samples",
+}
+"""What halves the memory of a phase."""
 
 
 @dataclass(slots=True)
@@ -105,8 +116,13 @@ class Run:
         self.watchdog.enter(name, self.position.round)
         title(name)
         start = time.perf_counter()
-        with self.profiler.phase(name):
-            yield
+        try:
+            with self.profiler.phase(name):
+                yield
+        except torch.cuda.OutOfMemoryError as error:
+            remedy = SMALLER.get(name, "take a smaller network, or a larger GPU")
+            said = f"the GPU's memory is full in round {self.position.round}, phase {name}"
+            raise InputError(f"{said}: {remedy}. {one_line(error)}") from None
         self.seconds[name] = time.perf_counter() - start
 
     def __post_init__(self) -> None:

@@ -1,12 +1,15 @@
 """Ranks that read a round wait for each other as long as rows arrive, and no longer."""
 
+from contextlib import nullcontext
 from threading import Barrier, Thread
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pipeline.errors import InputError, Stopped
 from pipeline.training import loop
+from pipeline.training.round import Run
 
 LOOKS = 6
 
@@ -81,3 +84,18 @@ def test_all_ranks_leave_together_where_one_fails_or_is_stopped(monkeypatch):
     assert results == [InputError, 3]  # `together` makes it everyone's
     _, results = read_on_ranks(monkeypatch, Arriving(*[0] * LOOKS), Arriving(), stop=True)
     assert results == [Stopped, 3]
+
+
+@pytest.mark.parametrize(
+    ("phase", "remedy"), [("fit", "train.accumulate"), ("match", "match.block"), ("report", "smaller network")]
+)
+def test_a_full_gpu_names_the_phase_and_what_takes_less(phase, remedy):
+    run = SimpleNamespace(
+        watchdog=SimpleNamespace(enter=lambda *_: None),
+        profiler=SimpleNamespace(phase=lambda _: nullcontext()),
+        position=SimpleNamespace(round=3),
+        seconds={},
+    )
+    full = rf"full in round 3, phase {phase}: .*{remedy}.* 2 GiB"
+    with pytest.raises(InputError, match=full), Run.phase(run, phase):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
