@@ -22,6 +22,7 @@ import torch.distributed as dist
 from pipeline.distributed.versions import check_versions
 from pipeline.errors import InputError, Unavailable
 from pipeline.observe.monitor import find_trackers
+from pipeline.observe.self_test import self_test
 from pipeline.storage.store import open_store
 
 LIBRARIES = ("torch", "accelerate", "webdataset", "boto3", "safetensors", "tensorboard", "deepspeed", "transformers")
@@ -115,6 +116,9 @@ def gpus(needs: Needs) -> Iterator[tuple[str, str]]:
     for index in range(count):
         device = torch.cuda.get_device_properties(index)
         yield f"GPU {index}: {device.name}, {device.total_memory / 2**30:.0f} GiB", ""
+        if not needs.run:  # before a run it would take too long
+            for said, wanted in self_test(torch.device("cuda", index)):
+                yield f"GPU {index}: {said}", wanted
     if not count:
         yield "no CUDA device: training runs on the processor, ranks communicate by gloo", ""
 

@@ -1,0 +1,63 @@
+"""Whether a GPU computes what the CPU does, and the same bits each time: some seconds, for `naign doctor`."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline import philox
+from pipeline.distributed.ranks import repeat_bits
+
+REMEDY = "its numbers cannot be trusted: update the driver, install torch for it, or take another card"
+WIDTHS = {"cpu": 256, "cuda": 8192}
+"""Of the products that are timed."""
+
+
+def self_test(device: torch.device) -> Iterator[tuple[str, str]]:
+    """What was found, and what to do about it or ""."""
+    ids = torch.tensor([0, 1, 5, 2**40 + 3, 2**61 + 7])
+    here, there = (philox.uniform(3, 2, ids, (3, 32, 32), where).cpu() for where in ("cpu", device))
+    wrong = int((here != there).sum())
+    yield f"random numbers other than the CPU's: {wrong} of {here.numel()}", REMEDY if wrong else ""
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        images, weights = torch.randn(8, 16, 28, 28), torch.randn(32, 16, 3, 3)
+    expected, found = (convolve(images.to(where), weights.to(where)) for where in (torch.device("cpu"), device))
+    far = max(float((a - b.cpu()).norm() / a.norm()) for a, b in zip(expected, found, strict=True))
+    yield f"a convolution and its gradients differ from the CPU's by {far:.1e}", REMEDY if far > 1e-2 else ""
+
+    again = convolve(images.to(device), weights.to(device))
+    other = sum(not torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    remedy = "runs that resume would not repeat their bits here: report the card and the version of torch"
+    yield f"of three results {other} have other bits the second time", remedy if other else ""
+
+    for dtype in (torch.float32, torch.bfloat16):
+        yield f"a product in {str(dtype).removeprefix('torch.')}: {rate(device, dtype) / 1e12:.2f} TFLOP/s", ""
+
+
+def convolve(images: Tensor, weights: Tensor) -> list[Tensor]:
+    """A convolution and its gradients by both, as training has a GPU compute them."""
+    before: Any = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+    if images.is_cuda:
+        repeat_bits()
+    try:
+        images, weights = images.requires_grad_(), weights.requires_grad_()
+        out = F.conv2d(images, weights, padding=1)
+        return [out.detach(), *torch.autograd.grad(out.square().mean(), (images, weights))]
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a product of square matrices."""
+    width = WIDTHS.get(device.type, 1024)
+    a, best = torch.ones(width, width, dtype=dtype, device=device), 0.0
+    for _ in range(4):
+        begin = time.perf_counter()
+        float((a @ a)[0, 0])  # waits for the device
+        best = max(best, 2 * width**3 / (time.perf_counter() - begin))
+    return best
