@@ -213,6 +213,8 @@ PARTS: dict[Part, Callable[[Report], None]] = {
 
 def main(settings: Settings) -> int:
     check_place(settings.to)
+    if not settings.parts:
+        raise InputError(f"--parts: give some of {', '.join(PARTS)}")
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise InputError("no CUDA device that torch can use (`naign doctor` says more): try --device cpu --small")
     if settings.device == "cpu":

@@ -23,7 +23,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from trained import ROOT, check_place, page, write
 
 from pipeline.config import Config, load
-from pipeline.errors import exit_on_input_error
+from pipeline.errors import InputError, exit_on_input_error
 from pipeline.model.losses import Network, losses
 from pipeline.model.networks import build_network
 from pipeline.training.round import RoundRandom
@@ -47,6 +47,8 @@ class Settings:
 
 def main(settings: Settings) -> None:
     check_place(settings.to)
+    if not settings.configs or set(settings.configs) - set(SHAPES):
+        raise InputError(f"--configs {' '.join(settings.configs)}: give some of {', '.join(SHAPES)}")
     device, found = pretend.device(), dict[str, dict[str, list[float]]]()
     for name in settings.configs:
         config = load(str(ROOT / f"configs/{name}.yaml"))

@@ -121,11 +121,11 @@ def normal(
     """
     size = math.prod(shape)
     blocks = -(-size // 4)
-    assert blocks <= 2**30
+    assert blocks <= 2**30 and 0 <= round < 2**32 and 0 <= stream < 16
     if ids.device.type == "cpu" and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < MAX_ID:
         raise ValueError(f"latent ids must lie in [0, 2**62): got {int(ids.min())} to {int(ids.max())}")
     signed = (seed + 2**63) % 2**64 - 2**63  # as torch's operations take an integer
-    out: Tensor = _drawn(ids.to(device), blocks, signed, round, stream, normals)
+    out: Tensor = _drawn(ids.to(device, torch.int64), blocks, signed, round, stream, normals)
     return out.view(len(ids), blocks * 4)[:, :size].reshape(len(ids), *shape)
 
 

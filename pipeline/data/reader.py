@@ -34,7 +34,8 @@ TABLES = 16  # page tables that are kept, or as many as there are lanes: each is
 TABLES_AHEAD = 2  # page tables asked for before the pages of the shard before are all there
 BLOCKS_AHEAD = 16  # the same, and requests, where pieces are short: each then waits for an answer of the store
 JOINED = 4 << 20  # bytes of pieces that lie together and are asked for at once, though others are used in between
-HELD = 128 << 20  # bytes of pieces to come among which those are found, and that wait in memory at most
+HELD, ROUNDS_OF_LANES = 128 << 20, 4
+"""They are found among so many bytes of pieces to come, which wait in memory at most, and so many pieces of a lane."""
 
 
 class Raw(NamedTuple):
@@ -80,7 +81,8 @@ class _Request:
 
     def __init__(self, pages: Pages) -> None:
         self.pages, self.data = pages, None  # type: Pages, bytes | None
-        self.begun = False
+        self.begun = self.joined = False
+        self.apart = False  # one of its pages is damaged: they are read piece by piece, each in its turn
 
 
 class Reader:
@@ -103,10 +105,10 @@ class Reader:
         self.prefix = ""  # of keys, where several data sets have readers
         self.numbers: list[int] | None = None  # of labels among those of all data sets
         self._check, self._skip = check, skip
-        self._known = lru_cache(max(TABLES, 2 * lanes))(self._read_table)
+        self._known = lru_cache(max(TABLES, (2 + ROUNDS_OF_LANES) * lanes))(self._read_table)
         self._one = [threading.Lock() for _ in range(4 * BLOCKS_AHEAD)]
         self._ahead = (TABLES_AHEAD, PARALLEL) if lanes == 1 else (BLOCKS_AHEAD, BLOCKS_AHEAD)
-        self._held = 0 if lanes == 1 else HELD
+        self._held, self._most = (0, 0) if lanes == 1 else (HELD, ROUNDS_OF_LANES * lanes)
 
     def raw(self, wanted: Iterable[Piece]) -> Generator[Raw]:
         """The stored samples of the pieces in order, fetched ahead in bounded memory. The pieces may be without end.
@@ -119,13 +121,14 @@ class Reader:
             closing(in_order(self._requests(chain.from_iterable(found), turn), self._ahead[1])) as fetched,
         ):
             for _ in fetched:
-                while turn and (data := turn[0][1].data) is not None:
+                while turn and ((data := turn[0][1].data) is not None or turn[0][1].apart):
                     pages, request = turn.popleft()
                     piece, first = pages.piece, int(pages.table["sample"][pages.low])
-                    for number, sample in enumerate(self._samples(pages, pages.within(request.pages, data)), first):
+                    there = self._fetch(pages) if data is None else pages.within(request.pages, data)
+                    for number, sample in enumerate(self._samples(pages, there), first):
                         if piece.first <= number < piece.last:
                             yield Raw(piece, number, sample)
-                    del request, data  # the last piece of a request frees its bytes
+                    del request, data, there  # the last piece of a request frees its bytes
 
     def row(self, raw: Raw, into: Array | None = None, drawn: Numbers | None = None) -> Row:
         """The sample decoded, into `into` (*shape) where that saves a copy. InputError names shard and key.
@@ -174,23 +177,34 @@ class Reader:
                 ends.pop((first.piece.shard, request.pages.high), None)
                 yield partial(self._load, request)
 
-        for some in pages:
-            shard, low = some.piece.shard, some.low
-            request = ends.pop((shard, low), None)
-            if request and _size(request.pages) + _size(some) <= JOINED:
-                request.pages = request.pages._replace(high=some.high)
-            else:
-                request = _Request(some)
-            ends[shard, request.pages.high] = request
-            window.append((some, request))
-            held += _size(some)
-            while window and held > self._held:
-                yield from next_turn()
+        failure = None
+        try:
+            for some in pages:
+                shard, low = some.piece.shard, some.low
+                request = ends.pop((shard, low), None)
+                if request and _size(request.pages) + _size(some) <= JOINED:
+                    request.pages, request.joined = request.pages._replace(high=some.high), True
+                else:
+                    request = _Request(some)
+                ends[shard, request.pages.high] = request
+                window.append((some, request))
+                held += _size(some)
+                while window and (held > self._held or len(window) > self._most):
+                    yield from next_turn()
+        except Exception as error:  # of a piece to come: those before it are sound
+            failure = error
         while window:
             yield from next_turn()
+        if failure:
+            raise failure
 
     def _load(self, request: _Request) -> None:
-        request.data = self._fetch(request.pages)
+        try:
+            request.data = self._fetch(request.pages)
+        except InputError:
+            if not request.joined:
+                raise
+            request.apart = True
 
     def _table(self, shard: Shard) -> Table:
         """The page table, asked for once though several threads want it."""

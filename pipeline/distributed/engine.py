@@ -197,7 +197,7 @@ class Engine:
             else:
                 get_ema_multi_avg_fn(self._decay)(averages, now, None)
             for average, value in zip(self.ema.buffers(), self.bare.buffers(), strict=True):
-                average.copy_(value)
+                average.copy_(torch.where(norm.isfinite(), value, average) if isinstance(norm, Tensor) else value)
 
     def gathered(self) -> ExitStack:
         """Collective: within this context the bare network's parameters hold the whole weights, for reading."""

@@ -3,6 +3,7 @@
 import tarfile
 from collections import Counter
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from pipeline.data.format.manifest import Manifest
 from pipeline.data.loader import Stream, read_split
 from pipeline.data.order import BLOCK, pieces
 from pipeline.data.reader import BLOCKS_AHEAD
+from pipeline.errors import InputError
+from pipeline.storage.local import LocalStore
 from pipeline.storage.s3 import S3Store
 from pipeline.storage.store import open_store
 from tests.data.numbered import add
@@ -118,3 +121,61 @@ def test_a_part_of_a_split_is_of_all_classes(sorted_by_class: str) -> None:
     counts = np.bincount(labels)
     assert len(counts) == CLASSES and counts.max() < 200 and counts.min() > 30
     assert Manifest.load(sorted_by_class).dealt is False
+
+
+def small_shards(path: Path, shards: int, each: int, side: int = 4) -> None:
+    rng, number = np.random.default_rng(0), 0
+    path.mkdir()
+    for shard in range(shards):
+        with tarfile.open(path / f"{shard:05d}.tar", "w") as tar:
+            for _ in range(each):
+                add(tar, f"{number:06d}.png", encode(rng.integers(0, 256, (1, side, side), dtype=np.uint8), "png"))
+                number += 1
+    index(str(path), progress=False)
+
+
+def test_looking_ahead_is_bounded_where_shards_are_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_shards(tmp_path / "tiny", 40, 1)
+    asked, read = list[str](), LocalStore.read
+
+    def counted(self: LocalStore, name: str, *rest: Any, **more: Any) -> bytes:
+        asked.append(name)
+        return read(self, name, *rest, **more)
+
+    monkeypatch.setattr(LocalStore, "read", counted)
+    for shuffle in (3, 128):
+        asked.clear()
+        config = DataConfig(path=str(tmp_path / "tiny"), shuffle=shuffle)
+        with Stream(config, seed=1, round_size=32, prefetch=False) as stream:
+            assert len(set(stream.take(0).keys)) == 32
+        assert len(asked) < 400
+
+
+def taken_until_refused(path: Path, message: str) -> int:
+    """Rounds of 64 that were sound before the error."""
+    with Stream(DataConfig(path=str(path), shuffle=4), seed=1, round_size=64, prefetch=False) as stream:
+        for round in range(12):
+            try:
+                stream.take(round)
+            except InputError as error:
+                assert message in str(error)
+                return round
+    return 12
+
+
+@pytest.mark.parametrize("harm", ["missing", "damaged"])
+def test_an_error_comes_in_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str) -> None:
+    small_shards(tmp_path / "set", 12, 64, 32)
+    file = tmp_path / "set/00005.tar"
+    if harm == "missing":
+        file.unlink()
+    else:
+        data = bytearray(file.read_bytes())
+        data[len(data) * 2 // 3] ^= 1
+        file.write_bytes(data)
+    message = "no such file" if harm == "missing" else "the SHA-256 of bytes"
+    found = {}
+    for held in (0, reader.HELD):
+        monkeypatch.setattr(reader, "HELD", held)
+        found[held] = taken_until_refused(tmp_path / "set", message)
+    assert len(set(found.values())) == 1 and 0 < found[0] < 12

@@ -203,15 +203,21 @@ def _by_processes(reader: _Reader, tasks: Iterable[_Task], many: int, bar: "tqdm
         while not closed.wait(0.2):
             bar.update(done.value - bar.n)
 
+    others = multiprocessing.active_children()
     shown = threading.Thread(target=follow, name="progress", daemon=True)
     with ProcessPoolExecutor(many, context, initializer=_begin, initargs=(reader, done)) as pool:
         shown.start()
         try:
             return list(pool.map(_found, tasks))
         except BrokenProcessPool:
-            killed = "index: a process that reads tars was killed, for its memory perhaps"
-            raise Unavailable(f"{killed}: run it again, it goes on with the tars that were not read yet") from None
+            again = "run it again, it goes on with the tars that were not read yet"
+            guard = "a script that calls `index` needs `if __name__ == '__main__':`, as any that starts processes"
+            killed = "index: a process that reads tars was killed, for its memory perhaps, or could not start"
+            raise Unavailable(f"{killed}: {again}; {guard}") from None
         except BaseException:
+            for process in multiprocessing.active_children():  # what they kept of whole tars stays
+                if process not in others:
+                    process.terminate()
             pool.shutdown(cancel_futures=True)
             raise
         finally:
