@@ -105,6 +105,10 @@ def index(
         force=force,
     )
     print(_contents(to or path, manifest))
+    if "test" not in manifest.splits:
+        print(
+            "note: no tar is for testing, so none to measure a network on: test or val in a name, or --test, says which"
+        )
 
 
 def _contents(path: str, manifest: "Manifest") -> str:

@@ -122,7 +122,11 @@ class Manifest:
     def split(self, name: str) -> Split:
         """The split of that name. Raises InputError, naming those there are, where there is none."""
         if name not in self.splits:
-            raise InputError(f"data set {self.name} has no split {name!r}: choose one of {', '.join(self.splits)}")
+            found = f"data set {self.name} has no split {name!r}, only {', '.join(self.splits)}"
+            remedy = (
+                "take another data set, or index tars for testing: those with test or val in their names, or --test"
+            )
+            raise InputError(f"{found}: {remedy if name == 'test' else 'choose one of these'}")
         return self.splits[name]
 
     def files(self) -> dict[str, bytes]:

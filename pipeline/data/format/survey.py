@@ -18,6 +18,7 @@ from pipeline.errors import InputError
 log = logging.getLogger("naign.data")
 
 MOST_LABELS = 1_000_000  # a larger number in .cls is no label, and more texts are no classes
+_BROKEN = "repack the data set, or index it with --keep-broken and train with --data.broken=skip"
 _ALIKE = "all samples must be alike; `naign pack folder` makes them so"
 
 
@@ -158,7 +159,7 @@ def _form(sample: dict[str, Any], where: str, *, whole: bool) -> tuple[str, tupl
             if not np.isfinite(array).all():
                 raise InputError("a value is not finite")
     except InputError as error:
-        raise InputError(f"{where}: the .{suffix} cannot be decoded ({error}): repack the data set") from None
+        raise InputError(f"{where}: the .{suffix} cannot be decoded ({error}): {_BROKEN}") from None
     kind = next((kind for kind, form in FORMS.items() if form == (str(array.dtype), array.ndim)), None)
     if kind is None:
         found = f"{array.dtype} of {array.shape}"
