@@ -13,19 +13,16 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from budget import count
 from safetensors.torch import load_file
-from step_processes import first_network, opened
+from step_processes import first_network, opened, random_images
 from torch import nn
 from trained import ROOT
 
 from pipeline.checkpoint.writer import newest_checkpoint
 from pipeline.config import Config, parse
 from pipeline.data.decode import scaled
-from pipeline.data.format.writer import pack
-from pipeline.data.sources.source import Example, Made, Source
 from pipeline.match.matcher import Match
 from pipeline.model.losses import losses
 from pipeline.observe.speed import peak_flops
@@ -42,15 +39,14 @@ RUNS = "whole", "stopped"
 class Rounds:
     """Rounds of a recipe on random images, fitted by the program and by a bare loop."""
 
-    def __init__(self, report: "Report", name: str, scratch: str, run: Any, config: Config) -> None:
-        self.report, self.run, self.config, self.shape = report, run, config, RECIPES[name]
-        self.device = run.accelerator.device
-        self.images = scaled(run.stream.take(0).images).to(self.device)
-        self.random = RoundRandom(config, 0, self.shape, self.device)
+    def __init__(self, shape: tuple[int, ...], run: Any, config: Config) -> None:
+        self.run, self.config, device = run, config, run.accelerator.device
+        self.images = scaled(run.stream.take(0).images).to(device)
+        self.random = RoundRandom(config, 0, shape, device)
         self.match = Match(ids=torch.arange(len(self.images)), distances=torch.zeros(len(self.images)))
         sizes = {"size": config.match.round, "batch": config.train.batch, "passes": 1}
-        self.rows = steps_of(0, 0, **sizes, rank=0, world=1, world_size_at_start=1).to(self.device)
-        self.ids = self.match.ids.to(self.device)
+        self.rows = steps_of(0, 0, **sizes, rank=0, world=1, world_size_at_start=1).to(device)
+        self.ids = self.match.ids.to(device)
         self.seen = range(0, config.match.round, config.train.batch)
 
     def ours(self) -> None:
@@ -85,7 +81,7 @@ def on_rounds(report: "Report", name: str, use: Callable[[Rounds, Callable[[], A
     config = parse(options)
     size = config.train.batch * steps
     with tempfile.TemporaryDirectory() as scratch:
-        path = made(shape, size, scratch)
+        path = random_images(Path(scratch) / "images", shape, size)
         options += [f"--data.path={path}", f"--match.round={size}", f"--match.block={min(size, 512)}"]
         config = parse([*options, f"--run.path={scratch}/run", "--train.images=1000000", "--train.ema=0"])
         with redirect_stderr(StringIO()), opened(config, precision="auto") as start:
@@ -94,24 +90,7 @@ def on_rounds(report: "Report", name: str, use: Callable[[Rounds, Callable[[], A
             def fresh() -> Any:
                 return start(first_network(config, shape).to(device))
 
-            use(Rounds(report, name, scratch, fresh(), config), fresh)
-
-
-def made(shape: tuple[int, ...], size: int, folder: str) -> str:
-    """A data set of random images."""
-    draws = np.random.default_rng(0)
-
-    def make(index: int) -> Example:
-        return f"image-{index:06d}", draws.integers(0, 256, shape, dtype=np.uint8), -1
-
-    splits = {"train": Made(length=size, make=make), "test": Made(length=4, make=make)}
-    pack(
-        Source(name="random", kind="image", shape=shape, labels=(), splits=dict(splits)),
-        f"{folder}/images",
-        shards=4,
-        progress=False,
-    )
-    return f"{folder}/images"
+            use(Rounds(shape, fresh(), config), fresh)
 
 
 def determinism(report: "Report") -> None:

@@ -42,14 +42,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, get_args
 
-import numpy as np
 import tyro
-from step_processes import WHO, Record, alternate, first_step, on_ranks, peak, write
+from step_processes import WHO, Record, alternate, first_step, on_ranks, peak, random_images, write
 from trained import table
 
 from pipeline.config import Config
-from pipeline.data.format.writer import pack
-from pipeline.data.sources.source import Example, Made, Source
 from pipeline.errors import InputError, exit_on_input_error
 from pipeline.model.networks import ConvConfig
 
@@ -133,16 +130,7 @@ class Bench:
         self.config.run.path = str(scratch / "run")
 
     def packed(self, shape: tuple[int, ...], count: int) -> str:
-        """A data set of random images."""
-
-        def make(index: int) -> Example:
-            draws = np.random.Generator(np.random.Philox(key=0, counter=index))
-            return f"image-{index:06d}", draws.integers(0, 256, shape, dtype=np.uint8), -1
-
-        path = str(self.scratch / f"images{shape[1]}")
-        splits = {"train": Made(length=count, make=make), "test": Made(length=4, make=make)}
-        pack(Source(name="random", kind="image", shape=shape, labels=(), splits=dict(splits)), path, shards=4)
-        return path
+        return random_images(self.scratch / f"images{shape[1]}", shape, count)
 
     def fits(self) -> Record:
         """Seconds and memory of both, and whether they end with the same weights."""

@@ -17,6 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from data_peers import status
@@ -26,8 +27,10 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.checkpoint.writer import MANIFEST, Writer
 from pipeline.config import Config, TrainConfig
 from pipeline.data.decode import scaled
+from pipeline.data.format.writer import pack
 from pipeline.data.loader import Stream
 from pipeline.data.order import rank_rows
+from pipeline.data.sources.source import Example, Made, Source
 from pipeline.distributed.ranks import build_accelerator, keep_memory, set_threads
 from pipeline.distributed.signals import StopRequest
 from pipeline.distributed.watchdog import Watchdog
@@ -96,6 +99,19 @@ def opened(config: Config, precision: str = "") -> Iterator[Callable[[nn.Module]
             return run
 
         yield run
+
+
+def random_images(folder: Path, shape: tuple[int, ...], count: int) -> str:
+    """The path of a data set of so many random images, which is packed there."""
+
+    def make(index: int) -> Example:
+        draws = np.random.Generator(np.random.Philox(key=0, counter=index))
+        return f"image-{index:06d}", draws.integers(0, 256, shape, dtype=np.uint8), -1
+
+    splits = {"train": Made(length=count, make=make), "test": Made(length=4, make=make)}
+    source = Source(name="random", kind="image", shape=shape, labels=(), splits=dict(splits))
+    pack(source, str(folder), shards=4, progress=False)
+    return str(folder)
 
 
 def first_network(config: Config, shape: tuple[int, ...]) -> nn.Module:

@@ -148,7 +148,7 @@ def departure(basis: Tensor) -> float:
 @full_precision()
 def encode(rows: Tensor, frame: Frame) -> Quantized:
     """Rows (n, d) float32, projected and quantized."""
-    most = max(1, _WORKING_SET.get(rows.device.type, 6 << 20) // rows.shape[1])
+    most = max(1, _WORKING_SET.get(rows.device.type, _WORKING_SET["cpu"]) // rows.shape[1])
     parts = [quantize(*project(part, frame), frame) for part in rows.split(most)]
     return parts[0] if len(parts) == 1 else Quantized(*map(torch.cat, zip(*parts, strict=True)))
 
@@ -222,7 +222,7 @@ def survivors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     most = max(_FEW_GROUPS, groups * 7 // 8)
     none = torch.empty(0, dtype=torch.int64, device=a.device)
     rows, columns, given_up = [none], [none], [none.bool()]
-    height = _TILE.get(a.device.type, 1024)
+    height = _TILE.get(a.device.type, _TILE["cpu"])
     tile = a.new_empty(min(height, len(a)), len(b))  # reused: fresh memory would cost as much as the product
     for start in range(0, len(a), height):
         part = a[start : start + height]

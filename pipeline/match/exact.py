@@ -14,7 +14,7 @@ def exact_distances(queries: Tensor, candidates: Tensor, query_rows: Tensor, can
     the smaller id.
     """
     out = torch.empty(len(query_rows), dtype=torch.float64, device=queries.device)
-    step = max(2, _WORKING_SET.get(queries.device.type, 1 << 17) // max(1, queries.shape[1]))
+    step = max(2, _WORKING_SET.get(queries.device.type, _WORKING_SET["cpu"]) // max(1, queries.shape[1]))
     for start in range(0, len(out), step):
         part = slice(start, start + step)
         left, right = queries[query_rows[part]].double(), candidates[candidate_rows[part]].double()

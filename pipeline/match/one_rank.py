@@ -122,7 +122,7 @@ class Searcher:
         if not len(self.queries) or not len(candidates):
             return
         candidates, ids = candidates.to(self.queries.device).contiguous(), ids.to(self.queries.device)
-        most = _WORKING_SET.get(self.queries.device.type, 6 << 20)
+        most = _WORKING_SET.get(self.queries.device.type, _WORKING_SET["cpu"])
         rows = max(_LEAST_ROWS, most // self.queries.shape[1] // _LEAST_ROWS * _LEAST_ROWS)
         for part, numbers in zip(candidates.split(rows), ids.split(rows), strict=True):
             if self.reject is not None:
@@ -295,5 +295,5 @@ class Searcher:
 
 def _portions(rows: Tensor, columns: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs, as many at once as are measured at once."""
-    most = _PAIRS.get(rows.device.type, 1 << 20)
+    most = _PAIRS.get(rows.device.type, _PAIRS["cpu"])
     yield from zip(rows.split(most), columns.split(most), strict=True)

@@ -22,6 +22,8 @@ from pipeline.training.round import RoundState, Run
 
 log = logging.getLogger("naign.fit")
 FRESH = 2**40  # first id of latents drawn for one micro-batch: no pool reaches it
+Step = tuple[int, Tensor | float, dict[str, Tensor]]
+"""Of a step that was made: its number, the norm of its gradient, and its losses."""
 REMEDY = "lower train.lr, set train.clip or raise the precision, in a new --run.path"  # for a run that diverged
 
 
@@ -37,7 +39,7 @@ def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:
     # Once a round: each upload of its own would have the launches wait for the device.
     steps = steps_of(config.seed, state.number, **sizes, **ranks).to(state.images.device)
     ids = match.ids.to(state.images.device) if match else None
-    stop_requested, lr, unread = run.poll("fit"), 0.0, list[tuple[int, Tensor | float, dict[str, Tensor]]]()
+    stop_requested, lr, unread = run.poll("fit"), 0.0, list[Step]()
     while position.done < len(steps):
         run.watchdog.beat()
         if stop_requested():
@@ -54,8 +56,10 @@ def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:
             with engine.micro_batch():
                 latents = None
                 if objective.needs_latents:  # the matched ones, or fresh ones without a match
-                    latents = random.latents(numbers) if ids is None else random.jittered(ids[local], numbers)
-                    latents = latents if ids is None else refined(run, latents, images)
+                    if ids is None:
+                        latents = random.latents(numbers)
+                    else:
+                        latents = refined(run, random.jittered(ids[local], numbers), images)
                 damaged = random.damaged(images, numbers) if objective.needs_damaged else None
                 noise = partial(random.normals, numbers)
                 given = latents, damaged, engine.bare, noise, run.perceived
@@ -75,12 +79,11 @@ def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:
     return means(run, state) | {"train/lr": lr}
 
 
-def settle(
-    run: Run, state: RoundState, unread: list[tuple[int, Tensor | float, dict[str, Tensor]]], left: int = 0
-) -> None:
-    """Add the sums of the steps to the round's, those of skipped ones not, but for the last `left` steps.
+def settle(run: Run, state: RoundState, unread: list[Step], left: int = 0) -> None:
+    """Add the sums of all but the last `left` steps to the round's, without those of skipped steps.
 
-    A step's number, norm and sums are read when the next one has been launched. Raises Diverged as `skip`.
+    Where steps are launched ahead, the last is left until the next has been launched: reading its norm waits for it.
+    Raises Diverged as `skip` does.
     """
     while len(unread) > left:
         number, norm, sums = unread.pop(0)
