@@ -126,6 +126,11 @@ def forked(**more: str) -> dict[str, str]:
     return environment(**({forks.SERVER: server} if server else {}), **more)
 
 
+def ended_as_bad_input(stderr: str) -> bool:
+    """Whether torch's agent names code 2. It does not where its own clean-up fails: os.killpg finds no process."""
+    return "exitcode  : 2" in stderr or ("train: error: " in stderr and "ProcessLookupError" in stderr)
+
+
 def train_command(*options: str, ranks: int = 1) -> list[str]:
     """The command line that starts the main job, alone or on several gloo ranks."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
