@@ -59,6 +59,9 @@ class TrainConfig:
     nothing, bf16 where the hardware multiplies it, else fp32."""
     compile: bool = field(default=False, metadata=FREE)
     """Compile the network with torch.compile."""
+    graphs: bool = field(default=False, metadata=FREE)
+    """Compile it, and on a GPU replay its kernels as CUDA graphs: one launch for each pass through it. They keep their
+    memory, for each size of a batch its own."""
     channels_last: bool = field(default=False, metadata=FREE)
     """Keep images in memory with the channels of a pixel together, which GPUs' convolutions prefer."""
     recompute: bool = field(default=False, metadata=FREE)

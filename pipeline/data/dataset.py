@@ -31,7 +31,7 @@ class DataConfig:
     split: str = "train"
     """Which split to train on."""
     workers: int = field(default=0, metadata=FREE | AT_LEAST_0)
-    """Threads that read and decode on each rank; 0 is one, as 1 is. Decoding releases the interpreter's lock,
+    """Threads that read and decode on each rank; 0: one, and two on a GPU. Decoding releases the interpreter's lock,
     so more threads help most with large images."""
     tail: str = "wrap"
     """Where an epoch is no whole number of rounds: wrap goes on into the next epoch, drop leaves its last images out,

@@ -45,6 +45,7 @@ class Engine:
         accumulate: int = 1,  # micro-batches a step
         ema: float = 0.0,  # decay a step of the average of the weights; 0: none is kept
         compile: bool = False,
+        graphs: bool = False,  # compile, and replay as CUDA graphs on a GPU
         ahead: bool | None = None,  # whether a step leaves its norm on the device; None: on a GPU
     ) -> None:
         """Collective. Raises InputError where the launcher's configuration contradicts these."""
@@ -55,7 +56,7 @@ class Engine:
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.stage = 0  # DeepSpeed's ZeRO stage
         self.ema = deepcopy(bare).requires_grad_(False) if ema else None  # whole, float32, on every rank
-        self._decay, self._clip, self._waiting = ema, clip, 0
+        self._decay, self._clip, self._waiting, self._graphs = ema, clip, 0, graphs
         self.copied = threading.Event()  # not set while weights and moments are read in the background: a step waits
         self.copied.set()
         self._names = dict(bare.named_parameters())
@@ -68,8 +69,8 @@ class Engine:
         if self.deepspeed:
             _configure(accelerator, micro=self.micro, accumulate=accumulate, clip=clip)
             self.stage = int(accelerator.state.deepspeed_plugin.zero_stage)
-        elif compile:
-            bare.compile()
+        elif compile or graphs:
+            bare.compile(mode="reduce-overhead" if graphs else None)
         self.network, self.optimizer = accelerator.prepare(bare, adam)
         self._adam: Any = self.network.optimizer if self.deepspeed else self.optimizer
         if self.deepspeed and hasattr(self._adam, "check_grad_overflow"):
@@ -94,10 +95,11 @@ class Engine:
         """f(x) in float32, without gradient, in evaluation mode. Collective where the network is sharded."""
         # Under inference_mode ZeRO-3 would gather weights that autograd refuses afterwards.
         self.bare.eval()
+        self._replay()
         with torch.no_grad() if self.deepspeed else torch.inference_mode():
             out: Tensor = self.bare(x.to(self._dtype) if self.deepspeed else x)
         self.bare.train()
-        return out.float()
+        return out.float().clone() if self._graphs else out.float()
 
     def slope(self, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
         """The gradient of the scalar loss(f(x)) by x, with the weights held. Not where the network is sharded."""
@@ -137,7 +139,13 @@ class Engine:
 
     def micro_batch(self) -> AbstractContextManager[Any]:
         """Context of a micro-batch's forward and backward: ranks communicate only in the last one of a step."""
+        self._replay()
         return nullcontext() if self.deepspeed else self.accelerator.accumulate(self.network)
+
+    def _replay(self) -> None:
+        """Let CUDA graphs overwrite what the network has returned up to now."""
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()
 
     def step(self) -> float | Tensor:
         """Collective: clip, step, zero the gradients. Returns the gradient's norm before clipping, equal on all ranks.

@@ -64,8 +64,10 @@ class CodeLaw:
 
     def __init__(self, shape: tuple[int, ...], config: CodesConfig, seed: int, device: torch.device) -> None:
         self.config, self.seed = config, seed
+        self.ahead = device.type != "cpu"  # whether norm and loss of a step stay on the device
         self.rounds, self.done = 0, 0  # rounds learned from, and steps made of the next one
-        self.sum, self.loss = 0.0, math.nan  # of the losses of those steps; mean of the last whole round's
+        self.sum: float | Tensor = 0.0  # of the losses of those steps
+        self.loss = math.nan  # mean of the last whole round's
         with torch.random.fork_rng(devices=[]):  # its first weights change none that are drawn besides
             torch.manual_seed(seed)
             self.flow = CodeFlow(shape, config.width, config.depth, config.steps, config.directions)
@@ -117,7 +119,7 @@ class CodeLaw:
             self.sum += self._step(loss / (len(rows) * wanted[0].numel()), rate, add)
             self.done += 1
             yield
-        self.loss, self.sum = self.sum / len(batches), 0.0
+        self.loss, self.sum = float(self.sum) / len(batches), 0.0
         self.rounds, self.done = self.rounds + 1, 0
 
     def _loss(self, wanted: Tensor, numbers: Tensor, autocast: Callable[[], AbstractContextManager[Any]]) -> Tensor:
@@ -130,12 +132,13 @@ class CodeLaw:
         loss: Tensor = (velocity.float() - (wanted - noise)).square().sum()
         return loss
 
-    def _step(self, loss: Tensor, rate: float, add: Callable[[Tensor], Tensor]) -> float:
+    def _step(self, loss: Tensor, rate: float, add: Callable[[Tensor], Tensor]) -> float | Tensor:
         """Returns the loss over all ranks."""
         parameters = list(self.flow.parameters())
         parts = torch.autograd.grad(loss, parameters)
         whole = add(torch.cat([*(part.flatten() for part in parts), loss.detach().view(1)]))
-        gradient = whole[:-1] * min(1.0, 1 / (float(whole[:-1].norm()) + 1e-6))
+        norm = whole[:-1].norm()
+        gradient = whole[:-1] * ((1 / (norm + 1e-6)).clamp(max=1) if self.ahead else min(1.0, 1 / (float(norm) + 1e-6)))
         for value, part in zip(parameters, gradient.split([value.numel() for value in parameters]), strict=True):
             value.grad = part.view_as(value)
         for group in self.adam.param_groups:
@@ -143,7 +146,7 @@ class CodeLaw:
         self.adam.step()
         average = get_ema_multi_avg_fn(min(DECAY, (1 + self._made) / (10 + self._made)))
         average(list(self.average.parameters()), [value.detach() for value in parameters], None)
-        return float(whole[-1])
+        return whole[-1].double() if self.ahead else float(whole[-1])
 
     @property
     def _made(self) -> int:
@@ -166,7 +169,7 @@ class CodeLaw:
         found |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
         for name, parameter in self.flow.named_parameters():
             found |= {f"adam.{key}.{name}": value for key, value in self.adam.state.get(parameter, {}).items()}
-        found["progress"] = torch.tensor([self.rounds, self.done, self.sum, self.loss], dtype=torch.float64)
+        found["progress"] = torch.tensor([self.rounds, self.done, float(self.sum), self.loss], dtype=torch.float64)
         return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in found.items()}
 
     def load(self, saved: Mapping[str, Tensor]) -> None:

@@ -67,7 +67,7 @@ def drift_field(
     mean = (total / pairs).clamp(min=1e-30)
     scale = mean / math.sqrt(samples.shape[1])
     samples, images, field = samples / scale, images / scale, torch.zeros_like(samples)
-    finite = bool(torch.isfinite(mean))  # else the step is skipped, as any that is not finite
+    squares = []
     for temperature in temperatures:
         logits = -far / (mean * temperature)
         weights = ((logits.log_softmax(1) + logits.log_softmax(0)) / 2).exp()
@@ -77,11 +77,14 @@ def drift_field(
             push = weights[:, len(images) :]
             away = push @ samples - push.sum(1, keepdim=True) * samples
             drift = push.sum(1, keepdim=True) * drift - repulsion * pull.sum(1, keepdim=True) * away
-        square = drift.double().square().mean()
-        if finite and not (math.isfinite(square) and square > 0):
+        squares.append(drift.double().square().mean())
+        field += drift / squares[-1].sqrt().float()
+    # One read of the device a step. A mean distance that is not finite has the step skipped, as any loss that is not.
+    distance, *found = torch.stack([mean.double(), *squares]).tolist()
+    for temperature, square in zip(temperatures, found, strict=True):
+        if math.isfinite(distance) and not (math.isfinite(square) and square > 0):
             said = f"objective.temperatures: at {temperature:g} of the mean distance no sample is moved"
             raise InputError(f"{said} (all weights are 0 in {count} samples): use higher ones, such as 0.02,0.05,0.2")
-        field += drift / square.sqrt().float()
     return field, scale
 
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from pipeline.distributed.versions import check_versions
 from pipeline.errors import InputError, Unavailable
 from pipeline.observe.monitor import find_trackers
-from pipeline.observe.self_test import self_test
+from pipeline.observe.self_test import ring, self_test
 from pipeline.storage.store import open_store
 
 LIBRARIES = ("torch", "accelerate", "webdataset", "boto3", "safetensors", "tensorboard", "deepspeed", "transformers")
@@ -119,6 +119,8 @@ def gpus(needs: Needs) -> Iterator[tuple[str, str]]:
         if not needs.run:  # before a run it would take too long
             for said, wanted in self_test(torch.device("cuda", index)):
                 yield f"GPU {index}: {said}", wanted
+    if count > 1 and nccl and not needs.run:
+        yield from ring("nccl", count)
     if not count:
         yield "no CUDA device: training runs on the processor, ranks communicate by gloo", ""
 

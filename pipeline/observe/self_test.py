@@ -1,12 +1,17 @@
 """Whether a GPU computes what the CPU does, and the same bits each time: some seconds, for `naign doctor`."""
 
+import tempfile
 import time
 from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from pipeline import philox
 from pipeline.distributed.ranks import repeat_bits
@@ -14,6 +19,9 @@ from pipeline.distributed.ranks import repeat_bits
 REMEDY = "its numbers cannot be trusted: update the driver, install torch for it, or take another card"
 WIDTHS = {"cpu": 256, "cuda": 8192}
 """Of the products that are timed."""
+
+RING_VALUES, RING_SECONDS = 1 << 24, 60  # float32 values that are summed over the devices, and how long they may take
+RING_REMEDY = "ranks cannot communicate: set NCCL_DEBUG=INFO and see what it says; NCCL_P2P_DISABLE=1 may help"
 
 
 def self_test(device: torch.device) -> Iterator[tuple[str, str]]:
@@ -61,3 +69,35 @@ def rate(device: torch.device, dtype: torch.dtype) -> float:
         float((a @ a)[0, 0])  # waits for the device
         best = max(best, 2 * width**3 / (time.perf_counter() - begin))
     return best
+
+
+def ring(backend: str, count: int, values: int = RING_VALUES) -> Iterator[tuple[str, str]]:
+    """Sum `values` numbers over `count` devices, as the ranks of one machine do: what was found, and what to do."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            spawn(_sum_over_ranks, (backend, count, values, folder), nprocs=count)
+            seconds = max(float(file.read_text()) for file in Path(folder).glob("seconds-*"))
+        except Exception as error:  # of many kinds, and with the traceback of another process
+            last = str(error).strip().splitlines()[-1]
+            yield f"{backend} on {count} devices fails: {last}", RING_REMEDY
+            return
+    rate = 4 * values * 2 * (count - 1) / count / seconds / 1e9
+    yield f"{backend} on {count} devices sums {4 * values / 1e6:.0f} MB right, at {rate:.1f} GB/s a device", ""
+
+
+def _sum_over_ranks(rank: int, backend: str, count: int, values: int, folder: str) -> None:
+    limit, device = timedelta(seconds=RING_SECONDS), torch.device("cpu")
+    if backend == "nccl":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, f"file://{folder}/meeting", limit, count, rank)
+    mine, seconds = torch.full((values,), float(rank + 1), device=device), []
+    for _ in range(3):
+        begin, sums = time.perf_counter(), mine.clone()
+        dist.all_reduce(sums)
+        found = float(sums.double().mean())  # waits for the device
+        seconds.append(time.perf_counter() - begin)
+        if found != count * (count + 1) / 2:
+            raise ValueError(f"rank {rank}: the mean is {found}, not {count * (count + 1) / 2}")
+    Path(folder, f"seconds-{rank}").write_text(str(min(seconds)))
+    dist.destroy_process_group()

@@ -215,7 +215,16 @@ def find_match(run: Run, state: RoundState) -> Match:
             raise Stopped
 
     def sample(ids: Tensor) -> Tensor:
-        return engine.sample(state.random.latents(ids))
+        try:
+            parts = ids.chunk(1 + run.halved)
+            return torch.cat([engine.sample(state.random.latents(part)) for part in parts])
+        except torch.cuda.OutOfMemoryError:
+            if run.halved or engine.sharded:  # a sharded forward is collective: ranks would no longer be in step
+                raise
+            run.halved = True
+        torch.cuda.empty_cache()
+        log.warning("match.block=%d samples do not fit this GPU: they are generated in halves", run.config.match.block)
+        return sample(ids)
 
     try:
         match = match_round(state.images, sample, run.config.match, run.features, poll, engine.encode)

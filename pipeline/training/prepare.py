@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, nn.Module]:
     stop = StopRequest(within=config.stop.within, world=world, timeout=config.train.timeout + 60)
     with together(accelerator):
         check_engine(config, accelerator)
-        stream = Stream(config.data, seed=config.seed, round_size=config.match.round, rank=rank, world=world)
+        data = replace(config.data, workers=config.data.workers or (2 if device.type == "cuda" else 1))
+        stream = Stream(data, seed=config.seed, round_size=config.match.round, rank=rank, world=world)
         torch.manual_seed(config.seed)  # the same first weights on every rank
         network = build_network(config.model, stream.shape, recompute=config.train.recompute).to(device)
         check_law(config.match.latents, stream.shape, network)
@@ -199,7 +201,7 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
     if stage == 0 and precision != "no":
         said = f"DeepSpeed ZeRO-0 in {precision} keeps its float32 weights where no checkpoint can reach them"
         raise InputError(f"{said}: use ZeRO 1 to 3, or DDP")
-    for name in ("compile", "channels_last"):
+    for name in ("compile", "graphs", "channels_last"):
         if getattr(config.train, name):
             said = f"train.{name} does not go with DeepSpeed, which lays weights out anew"
             raise InputError(f"{said}: leave it out, or use DDP")
@@ -210,7 +212,7 @@ def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator) -> E
     train = config.train
     if train.channels_last:
         bare.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    same = ("lr", "weight_decay", "clip", "batch", "accumulate", "ema", "compile")
+    same = ("lr", "weight_decay", "clip", "batch", "accumulate", "ema", "compile", "graphs")
     settings = {name: getattr(train, name) for name in same}
     return Engine(accelerator, bare, betas=(train.beta1, train.beta2), **settings)
 

@@ -91,6 +91,7 @@ class Run:
     perceived: Distance | None  # of the objective's encoder
     flops: int = 0  # of f of one image
     bad_steps: int = 0  # skipped in a row, up to now
+    halved: bool = False  # whether a block of samples is generated in two parts, since a whole one did not fit
     polls: dict[str, StopPoll] = field(default_factory=dict)  # by phase in which the ranks go in step
     seconds: dict[str, float] = field(default_factory=dict)  # that each phase took last
 

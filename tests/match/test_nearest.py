@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.match import Blocks, nearest, search
 from pipeline.match.exact import exact_distances, halved_sum
-from pipeline.match.method import METHODS
+from pipeline.match.method import METHODS, without_probe
 from tests.conftest import environment
 from tests.match.problems import CASES, FAMILIES, draw, oracle
 
@@ -24,6 +24,21 @@ def test_nearest_equals_the_oracle(case, method):
     assert (ids - 1000).tolist() == rows[:, 0].tolist()
     assert distances.tolist() == pytest.approx(expected[:, 0].astype("float32").tolist(), rel=1e-7)
     assert (distances.dtype, ids.dtype) == (torch.float32, torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("method", "work", "dims", "gpu", "halves", "expected"),
+    [
+        ("auto", 1e8, 3072, True, True, "flat"),
+        ("auto", 1e12, 3072, True, True, "rounded"),
+        ("auto", 1e12, 12288, True, True, "auto"),
+        ("auto", 1e12, 3072, True, False, "auto"),
+        ("auto", 1e12, 3072, False, True, "auto"),
+        ("projected", 1e12, 3072, True, True, "projected"),
+    ],
+)
+def test_a_gpu_bounds_by_all_values_without_a_probe(method, work, dims, gpu, halves, expected):
+    assert without_probe(method, work=work, dims=dims, gpu=gpu, halves=halves) == expected
 
 
 @settings(max_examples=150, deadline=None)

@@ -60,6 +60,17 @@ def test_learning_goes_on_bit_for_bit():
         assert torch.equal(value, other.dump()[name]), name
 
 
+def test_steps_that_read_nothing_learn_alike():
+    law, other = (CodeLaw((2,), SETTINGS, seed=3, device=torch.device("cpu")) for _ in range(2))
+    other.ahead = True
+    for one in (law, other):
+        learn(one, codes(0), 0.0)
+        learn(one, codes(1), 0.5, steps=3)
+    assert isinstance(other.sum, torch.Tensor) and isinstance(other.loss, float)
+    for name, value in law.dump().items():
+        torch.testing.assert_close(value, other.dump()[name], rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(3,), (3, 5, 5), (2, 8, 8), (1, 16, 16)])
 def test_a_flow_fits_any_code_and_its_state_says_which(shape):
     flow = CodeFlow(shape, width=8, depth=2, steps=3)

@@ -5,7 +5,7 @@ import torch
 
 from pipeline import philox
 from pipeline.observe import self_test as module
-from pipeline.observe.self_test import self_test
+from pipeline.observe.self_test import ring, self_test
 
 CPU = torch.device("cpu")
 
@@ -31,6 +31,14 @@ def test_wrong_numbers_are_named(monkeypatch):
     monkeypatch.setattr(module, "convolve", noisy)
     remedies = [remedy for _, remedy in self_test(CPU)]
     assert all(remedies[:3]) and "cannot be trusted" in remedies[0] and "repeat their bits" in remedies[2]
+
+
+@pytest.mark.slow
+def test_ranks_sum_over_their_devices():
+    [(said, remedy)] = ring("gloo", 2, values=1000)
+    assert said.startswith("gloo on 2 devices sums 0 MB right, at ") and not remedy
+    [(said, remedy)] = ring("none", 1, values=1000)
+    assert said.startswith("none on 1 devices fails: ") and "NCCL_DEBUG=INFO" in remedy
 
 
 @pytest.mark.gpu

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pipeline.config import parse
 from pipeline.errors import InputError, Stopped
 from pipeline.training import loop
-from pipeline.training.round import Run
+from pipeline.training.round import RoundRandom, Run
 
 LOOKS = 6
 
@@ -99,3 +100,32 @@ def test_a_full_gpu_names_the_phase_and_what_takes_less(phase, remedy):
     full = rf"full in round 3, phase {phase}: .*{remedy}.* 2 GiB"
     with pytest.raises(InputError, match=full), Run.phase(run, phase):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+
+def test_a_block_that_does_not_fit_is_generated_in_halves_from_then_on(caplog):
+    config, asked = parse(["--match.round=8", "--match.block=8", "--match.ratio=4", "--train.batch=8"]), list[int]()
+
+    def sample(latents):
+        asked.append(len(latents))
+        if len(latents) > 4:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return latents.tanh()
+
+    run = SimpleNamespace(
+        config=config,
+        engine=SimpleNamespace(sample=sample, encode=None, sharded=False),
+        features=None,
+        halved=False,
+        monitor=SimpleNamespace(described="", say=lambda text: None),
+        poll=lambda phase: lambda: False,
+        watchdog=SimpleNamespace(beat=lambda: None),
+    )
+    random = RoundRandom(config, 0, (1, 4, 4), torch.device("cpu"))
+    images = random.latents(torch.arange(3, 32, 4)).tanh()  # samples of the pool
+    state = SimpleNamespace(images=images, random=random, number=0)
+    assert loop.find_match(run, state).ids.tolist() == list(range(3, 32, 4))
+    assert asked == [8, *[4] * 8] and "match.block=8 samples do not fit" in caplog.text
+
+    run.halved, run.engine.sharded = False, True  # where a forward is collective, a rank may not have more of them
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        loop.find_match(run, state)
