@@ -7,6 +7,7 @@ So a checkpoint knows nothing of world size and engine, and none has to be conve
 
 import math
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -21,6 +22,7 @@ from accelerate.utils import DistributedType
 from filelock import FileLock
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils import cpp_extension
 
 from pipeline.distributed.versions import refuse
 from pipeline.errors import InputError
@@ -333,5 +335,6 @@ def _configure(accelerator: Accelerator, *, micro: int, accumulate: int, clip: f
         config[key] = value
     accelerator.gradient_accumulation_steps = accumulate
     config["steps_per_print"] = math.inf
-    if not torch.cuda.is_available():
-        config["zero_force_ds_cpu_optimizer"] = False  # it would be compiled first; torch's AdamW does the same
+    # DeepSpeed's AdamW for offloaded weights is compiled first, with CUDA's headers; torch's does the same, slower.
+    if not torch.cuda.is_available() or shutil.which("g++") is None or cpp_extension.CUDA_HOME is None:
+        config["zero_force_ds_cpu_optimizer"] = False

@@ -1,9 +1,13 @@
-"""train.precision=auto: bf16 where it is fast, unless the launcher says otherwise."""
+"""What depends on the machine: the precision that train.precision=auto takes, and which AdamW DeepSpeed can compile."""
+
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
-from pipeline.distributed import ranks
+from pipeline.distributed import engine, ranks
 from tests.conftest import SMALL, Program
 
 ABLE = [
@@ -25,3 +29,19 @@ def test_a_run_takes_what_the_processor_has(train: Program, digits: str) -> None
     assert done.returncode == 0, done.stderr
     fast = ranks.choose_precision(not torch.cuda.is_available()) == "bf16"
     assert ("bf16" if fast else "float32") in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("cuda", "compiler", "home", "forced"),
+    [(True, "/usr/bin/g++", "/usr/local/cuda", None), (True, None, "/usr/local/cuda", False),
+     (True, "/usr/bin/g++", None, False), (False, "/usr/bin/g++", None, False)],
+)  # fmt: skip
+def test_deepspeeds_own_adamw_is_asked_for_only_where_it_can_be_compiled(cuda, compiler, home, forced, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(shutil, "which", lambda _: compiler)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", home)
+    config: dict[str, object] = {}
+    plugin = SimpleNamespace(deepspeed_config=config)
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), num_processes=2)
+    engine._configure(accelerator, micro=4, accumulate=1, clip=1.0)
+    assert config.get("zero_force_ds_cpu_optimizer") is forced and config["train_batch_size"] == 8
