@@ -3,8 +3,8 @@
 import os
 from importlib.metadata import PackageNotFoundError, version
 
-# Before torch loads its OpenMP: threads that wait for one another sleep instead of spinning. Alone on a machine that
-# costs nothing; beside one other busy process training on two cores ran 6 times as fast (450 against 67 images/s).
+# Set before torch loads OpenMP: waiting threads sleep instead of spinning. On an idle machine this costs nothing.
+# Beside one other busy process, training on two cores ran 6 times as fast (450 against 67 images/s).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Before the first product on a GPU: cuBLAS then sums in the same order each time (distributed/ranks.py, repeat_bits).

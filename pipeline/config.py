@@ -1,6 +1,6 @@
-"""The whole configuration: dataclasses with defaults, then a YAML file, then `--section.key=value`; the last wins.
+"""The configuration of a run: defaults of dataclasses, then a YAML file, then `--section.key=value`; the last one wins.
 
-A section that is a choice with a name (NAMED) has the settings class of the chosen one.
+The settings class of a section in NAMED depends on the name that is chosen.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from pipeline.observe.speed import parse_rounds
 from pipeline.storage.store import open_store
 
 to_dict = dataclasses.asdict
-MOST = 2**62  # larger numbers mean nothing in any setting, and overflow where they are used
+MOST = 2**62  # no setting has a use for larger numbers, which overflow
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,7 +33,7 @@ class TrainConfig:
     images: int = field(default=300_000, metadata=MAY_CHANGE | POSITIVE)
     """Budget: images trained on, over all ranks and passes; rounded up to whole rounds."""
     batch: int = field(default=128, metadata=POSITIVE)
-    """Images a step, over all ranks."""
+    """Images per step, over all ranks."""
     passes: int = field(default=1, metadata=POSITIVE)
     """Passes of SGD over a round's images before they are matched anew."""
     lr: float = field(default=2e-3, metadata=MAY_CHANGE | POSITIVE)
@@ -51,25 +51,26 @@ class TrainConfig:
     clip: float = field(default=1.0, metadata=MAY_CHANGE | AT_LEAST_0)
     """Largest norm of the gradient; 0 does not clip."""
     ema: float = field(default=0.0, metadata=SHARE)
-    """Decay a step of an exponential moving average of the weights, used by evaluation; 0: none."""
+    """Decay per step of an exponential moving average of the weights, which evaluation uses; 0: none."""
     accumulate: int = field(default=1, metadata=FREE | POSITIVE)
-    """Micro-batches a step: batch = images of a micro-batch x accumulate x ranks."""
+    """Micro-batches per step: batch = images of a micro-batch x accumulate x ranks."""
     precision: str = field(default="", metadata=FREE | one_of(("", "auto", "fp32", "bf16", "fp16")))
-    """fp32, bf16 or fp16 for forward and backward; weights are float32. Empty: as the launcher says; auto: if that is
-    nothing, bf16 where the hardware multiplies it, else fp32."""
+    """fp32, bf16 or fp16 for forward and backward; weights are float32. Empty: as configured in the launcher. auto: the
+    same, but without a configuration bf16 if the hardware multiplies it, else fp32."""
     compile: bool = field(default=False, metadata=FREE)
     """Compile the network with torch.compile."""
     graphs: bool = field(default=False, metadata=FREE)
-    """Compile it, and on a GPU replay its kernels as CUDA graphs: one launch for each pass through it. They keep their
-    memory, for each size of a batch its own."""
+    """Compile the network and, on a GPU, replay its kernels as CUDA graphs, with one launch for each pass. The graphs
+    keep their memory, separately for each batch size."""
     channels_last: bool = field(default=False, metadata=FREE)
-    """Keep images in memory with the channels of a pixel together, which GPUs' convolutions prefer."""
+    """Use the channels-last memory format (NHWC), which convolutions on GPUs prefer."""
     recompute: bool = field(default=False, metadata=FREE)
-    """Activation checkpointing: forget each block's activations and compute them again for the backward."""
+    """Activation checkpointing: drop the activations of each block and recompute them in the backward pass."""
     bad_steps: int = field(default=10, metadata=FREE | POSITIVE)
-    """So many steps in a row with a loss or gradient that is not finite stop the run; each of them is skipped."""
+    """Stop the run after so many steps in a row whose loss or gradient is not finite. Each of them is skipped."""
     threads: int = field(default=0, metadata=FREE | between(0, 1024))
-    """CPU threads a rank; 0: OMP_NUM_THREADS, or under a launcher, which sets it to 1, the cores shared by ranks."""
+    """CPU threads per rank. 0: OMP_NUM_THREADS, or under a launcher, which sets that to 1, the rank's share of the
+    cores."""
     timeout: int = field(default=600, metadata=FREE | between(1, 10**7))
     """Seconds a rank waits for the others before it fails."""
 
@@ -89,9 +90,9 @@ class CheckpointConfig:
     rounds: int = field(default=25, metadata=POSITIVE)
     """Rounds between checkpoints; one is always written at the end."""
     keep: int = field(default=2, metadata=AT_LEAST_0)
-    """Complete checkpoints that are kept, the newest ones; 0 keeps all."""
+    """How many of the newest complete checkpoints to keep; 0: all."""
     keep_every: int = field(default=0, metadata=AT_LEAST_0)
-    """Also keep, for good, those after a number of rounds that this divides; 0: none."""
+    """Also keep, for good, the checkpoint of every so many rounds; 0: none."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -102,7 +103,7 @@ class QualityConfig:
     samples: int = field(default=2000, metadata=between(10, 10**6))
     """Samples that are compared with as many real examples."""
     split: str = field(default="train", metadata=NOT_EMPTY)
-    """Where the real examples are from. Never choose by the split that you report on."""
+    """Split of the real examples. Never choose a checkpoint by the split that you report on."""
     patience: int = field(default=0, metadata=AT_LEAST_0)
     """Stop the run after so many measurements in a row that are no better than the best; 0: never."""
 
@@ -112,19 +113,21 @@ class RunConfig:
     path: str = field(default="runs/mnist", metadata=NOT_EMPTY)
     """Folder of the run: metrics, pictures, checkpoints, evaluation. All ranks must see it, unless `remote` is set."""
     remote: str = ""
-    """s3://bucket/prefix: the run is copied there as it goes, and resumes from there if `path` has nothing newer."""
+    """s3://bucket/prefix: the run is copied there while it trains, and resumes from there if `path` has nothing
+    newer."""
 
 
 @dataclass(kw_only=True, slots=True)
 class StopConfig:
     within: float = field(default=25.0, metadata=POSITIVE)
-    """Seconds from SIGTERM, SIGUSR1 or Ctrl-C to a checkpoint and the end: torchrun and Accelerate kill after 30."""
+    """Seconds from SIGTERM, SIGUSR1 or Ctrl-C until a checkpoint is written and the run exits. torchrun and Accelerate
+    kill after 30."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ProfileConfig:
     rounds: str = ""
-    """Rounds of which every rank writes a trace for TensorBoard: 3 or 3-4; empty: none."""
+    """Rounds that every rank traces for TensorBoard, as 3 or 3-4; empty: none."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -143,21 +146,21 @@ class Config:
     stop: StopConfig = field(default_factory=StopConfig, metadata=FREE)
     profile: ProfileConfig = field(default_factory=ProfileConfig, metadata=FREE)
     seed: int = field(default=0, metadata=AT_LEAST_0)
-    """Everything random is a function of this, the round and an image's or a latent's number."""
+    """All random numbers are a function of the seed, the round and the number of an image or latent."""
     resume: str = field(default="auto", metadata=FREE | one_of(("auto", "changed", "never")))
-    """auto: go on from the newest complete checkpoint of run.path; changed: also with another data.path, train.images,
-    lr, lr_end, warmup, clip or weight_decay than it had; never: start anew, refusing a folder in use."""
+    """auto: continue from the newest complete checkpoint of run.path. changed: the same, and allow another data.path,
+    train.images, lr, lr_end, warmup, clip or weight_decay. never: start from scratch, and refuse a folder in use."""
 
 
 NAMED: dict[str, tuple[str, Callable[[str], tuple[Any, Any]], dict[str, str]]] = {
     "model": ("conv", networks.find_network, networks.FORMER),
     "objective": ("naign", losses.find_objective, losses.FORMER),
 }
-"""Sections that are a choice with a name: the default, what finds a name's settings class, and the settings that all
-choices had in one class once, with whose they are."""
+"""Sections whose settings class depends on a name: the default name, the lookup of a name's class, and the settings
+that all choices once shared in one class, with the choices that have them now."""
 
 RENAMED = {"model.kind": "model.name"}
-"""Keys of earlier versions and what they are called now; "" for settings that are gone."""
+"""Keys of earlier versions and their present names; "" for settings that were removed."""
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -198,16 +201,16 @@ def _read(path: str) -> Any:
     except OSError as error:
         raise InputError(f"{path or '--config without a file'} cannot be read: {error.strerror}") from None
     except (ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
-        # Not the error's own words: they show what stands there, which may be no configuration but a secret.
+        # Do not quote the error: it shows the content of the file, which may be a secret.
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise InputError(f"{path}{where}: this is no YAML ({type(error).__name__}): see configs/mnist.yaml") from None
 
 
 def from_dict(content: Any, *, where: str, recorded: bool = False) -> Config:
-    """The configuration that the keys and values of a file, `where`, describe; InputError for what cannot be.
+    """The configuration with the keys and values of the file `where`. Raises InputError if it is invalid.
 
-    Of a run's own record (`recorded`) settings of earlier versions that mean nothing any more are left out.
+    In the record of a run (`recorded`), settings of earlier versions that no longer exist are ignored.
     """
     config: Config = _build(Config, content, where, "", recorded)
     check(config)
@@ -220,7 +223,7 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def changeable(config: Config, metadata: dict[str, Any]) -> set[str]:
-    """The settings that a resumed run may change as one of FREE and MAY_CHANGE says."""
+    """The keys of the settings with the metadata FREE or MAY_CHANGE, whichever is given."""
     return {key for key, _, change in _leaves(config) if change == metadata["change"]}
 
 
@@ -234,14 +237,14 @@ def _leaves(settings: Any, prefix: str = "", change: str = "") -> Iterator[tuple
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """Settings that touch what is computed and differ, one readable line each."""
+    """The settings that affect what is computed and differ, one line each, for a message."""
     before, after = flatten(old), flatten(new)
     same = changeable(new, FREE) | {key for key in before if key not in after or before[key] == after[key]}
     return [f"{key}: {before[key]} there, {after[key]} now" for key in before if key not in same]
 
 
 def check(config: Config) -> None:
-    """InputError on values that no run can have; what depends on the data or the world is checked where it is known."""
+    """Raise InputError for values that no run can have. What depends on data or world size is checked elsewhere."""
     check_config(config.data)
     flat, remote = flatten(config), config.run.remote.rstrip("/")
     for key, value in flat.items():
@@ -306,14 +309,14 @@ def _build(kind: Any, content: Any, where: str, prefix: str, recorded: bool) -> 
 
 
 def _refuse_former(section: str, key: str, name: Any, where: str) -> None:
-    """InputError for a setting that another choice of the section has."""
+    """Raise InputError if the setting belongs to another choice of the section."""
     if section in NAMED and (owners := NAMED[section][2].get(key)):
         said = f"{where}: {section}.{key} is no setting of {section}.name={name}, but of {owners}"
         raise InputError(f"{said}: leave it out, or choose another {section}.name")
 
 
 def _convert(target: Any, value: Any, where: str) -> Any:
-    """YAML reads 1e-3 as text and 1 as an integer where a float is meant; anything else must have the right type."""
+    """Convert a value of YAML, which reads 1e-3 as text and 1 as an integer. All other types must match."""
     try:
         if target is float and not isinstance(value, bool):
             return float(value)

@@ -1,8 +1,8 @@
-"""What a dataclass of settings says beside a field: which values it takes, and whether a resumed run may change it.
+"""Metadata of settings: which values a field of a dataclass takes, and whether a resumed run may change it.
 
     threads: int = field(default=0, metadata=FREE | AT_LEAST_0)
 
-A field without one of FREE and MAY_CHANGE is part of what a run computes and stays as it was.
+A field with neither FREE nor MAY_CHANGE determines what a run computes and may not change.
 """
 
 import dataclasses
@@ -12,9 +12,9 @@ from typing import Any
 from pipeline.errors import InputError
 
 Metadata = dict[str, Any]
-# A resumed run may change it: but for rounding, nothing that is computed depends on it. Of a section: all of it.
+# A resumed run may change it: results depend on it by rounding at most. On a section it holds for all its settings.
 FREE: Metadata = {"change": "free"}
-# A resumed run may change it with resume=changed: what follows is another run than was begun.
+# A resumed run may change it with resume=changed, and is then no longer the same run.
 MAY_CHANGE: Metadata = {"change": "asked"}
 
 
@@ -39,7 +39,7 @@ def one_of(names: Collection[str]) -> Metadata:
 
 
 def check_fields(settings: Any, section: str) -> None:
-    """InputError unless every field of a dataclass holds a value that it takes; its sections are not looked into."""
+    """Raise InputError if a field's value violates its metadata. Nested dataclasses are not checked."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if "holds" in field.metadata and not field.metadata["holds"](value):

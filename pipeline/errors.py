@@ -1,4 +1,4 @@
-"""The errors that are the user's or the environment's rather than ours, and the exit code of each."""
+"""Errors that the user or the environment causes, and their exit codes."""
 
 import json
 import os
@@ -59,12 +59,12 @@ BY_WEIGHT = (BAD_INPUT, INTERRUPTED, PEER_LOST, FAILED)
 
 
 def printable(text: str, most: int = 200) -> str:
-    """`text` from an untrusted source, cut and without control characters, fit for a message."""
+    """Untrusted `text` for a message: shortened, without control characters."""
     return "".join(letter if letter.isprintable() else "?" for letter in text[:most])
 
 
 def one_line(error: BaseException, most: int = 300) -> str:
-    """What an error of another library says, on one line, its last `most` letters, fit for a message."""
+    """The text of another library's error on one line, at most its last `most` characters, for a message."""
     return printable(" ".join(str(error).split())[-most:], most)
 
 
@@ -77,7 +77,7 @@ def require(*rules: tuple[object, str]) -> None:
 
 @contextmanager
 def exit_on_input_error(program: str) -> Iterator[None]:
-    """Turn InputError, Unavailable and PeerLost into one line on stderr and their exit code, Ctrl-C into 130."""
+    """Print InputError, Unavailable and PeerLost as one line on stderr and exit with their code; on Ctrl-C with 130."""
     try:
         yield
     except (InputError, PeerLost, Unavailable) as error:
@@ -89,7 +89,7 @@ def exit_on_input_error(program: str) -> Iterator[None]:
 
 
 def _exit(code: int, text: str) -> NoReturn:
-    """Print the reason, hand it to torchelastic where that started this process, and exit."""
+    """Print the reason, pass it to torchelastic if that started this process, and exit."""
     print(text, file=sys.stderr, flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Random numbers as a pure function of (seed, round, id, stream), so that nobody stores, gathers or sends them.
+"""Random numbers as a pure function of (seed, round, id, stream), which need not be stored, gathered or sent.
 
 The generator is Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): a keyed bijection
 of a 128-bit counter. Any row can be drawn at any time, on any device, without the rows before it. Every normal takes
@@ -85,7 +85,7 @@ def _(ids: Tensor, blocks: int, seed: int, round: int, stream: int, normals: boo
 
 
 def _by_one_kernel(*arguments: Any) -> Tensor | None:
-    """The same by one kernel; None where Triton is not there or cannot compile it: then by some hundred."""
+    """The same by one Triton kernel; None if Triton is missing or cannot compile it."""
     global _one_kernel
     if _one_kernel:
         try:

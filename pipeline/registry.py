@@ -1,7 +1,7 @@
-"""Choices with a name: those a room brings along, and those that other installed packages add by entry points.
+"""Choices by name: built-in ones, and those that other installed packages register as entry points.
 
-A room keeps its own in one dict, as `OBJECTIVES = {"naign": (NaignConfig, naign)}`. Another package adds one in its
-pyproject.toml, where the group names the room and the value is an object of the same form:
+Built-in choices are a dict, such as `OBJECTIVES = {"naign": (NaignConfig, naign)}`. Another package registers one in
+its pyproject.toml: the group says what is chosen, and the value is an object of the same form:
 
     [project.entry-points."naign.objectives"]
     huber = "my_package.losses:HUBER"
@@ -29,7 +29,7 @@ def lookup(
 ) -> Entry:
     """The entry of that name. Entry points are looked up only for a name that is not built in.
 
-    Raises InputError for an unknown name, and for a package that fails to import or brings what has another form.
+    Raises InputError for an unknown name, and for a package that fails to import or registers something else.
     """
     if name in builtin:
         return builtin[name]
@@ -48,12 +48,12 @@ def lookup(
     example = next(iter(builtin.values()))
     if not _alike(entry, example):
         wanted = "a settings class and a function" if isinstance(example, tuple) else "a function"
-        raise InputError(f"{said} that is a {type(entry).__name__}, not {wanted}, as {group} needs: mend the package")
+        raise InputError(f"{said} that is a {type(entry).__name__}, not {wanted}, as {group} needs: fix the package")
     return entry
 
 
 def _alike(entry: object, example: object) -> bool:
-    """Whether the one has the form of the other: settings classes and functions, and tuples of these."""
+    """Whether both are of the same form: a settings class, a function, or a tuple of these."""
     if isinstance(example, tuple):
         return isinstance(entry, tuple) and len(entry) == len(example) and all(map(_alike, entry, example))
     return callable(entry) and (is_dataclass(entry) if is_dataclass(example) else True)

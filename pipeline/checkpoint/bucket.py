@@ -86,7 +86,7 @@ def fetch_newest(remote: str, run: Path) -> Path:
     for name in newest_first(remote):
         with contextlib.suppress(Damaged):
             return download(remote, name, run / "checkpoints")
-    raise InputError(f"{remote} holds no complete checkpoint: has its training got that far?")
+    raise InputError(f"{remote} holds no complete checkpoint: has the training written one yet?")
 
 
 def fetch_shown(remote: str, run: Path, *, renew: bool = False) -> int:
@@ -146,7 +146,7 @@ def check_claim(remote: str, claim: str) -> None:
     owner = {"claim": "", "host": "?", "since": "?"} | owner
     if owner["claim"] not in ("", claim):
         taken = f"{remote} was taken over by a run that started later (on {owner['host']}, {owner['since']})"
-        raise Conflict(f"{taken}: this one writes no more to it and ends; give each run its own --run.remote")
+        raise Conflict(f"{taken}: this one exits and writes no more to it; give each run its own --run.remote")
 
 
 def _copy(file: Path, url: str) -> None:

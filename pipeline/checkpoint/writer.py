@@ -179,7 +179,7 @@ class Writer:
     def _write(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write]) -> str:
         """Write the local checkpoint, its manifest last. Returns what failed on any rank, the same on all ranks.
 
-        Raises RuntimeError on all ranks where it was not the disk that failed, but a device, say: nobody's mistake.
+        Raises RuntimeError on all ranks if something other than the disk failed, such as a device.
         """
         entries, failed, fault = Entries(), "", False
         try:

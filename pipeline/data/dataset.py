@@ -21,29 +21,29 @@ class DataConfig:
     """Folder or s3://bucket/prefix of shards with their index.json (`naign pack` or `naign index` makes it). Several,
     each with a share of every round: [s3://a, {path: s3://b, weight: 3, index: s3://c}]."""
     index: str = field(default="", metadata=MAY_CHANGE)
-    """Folder or s3://bucket/prefix of index.json and page tables, where they do not lie beside the shards
-    (`naign index --to`). Empty: beside them."""
+    """Folder or s3://bucket/prefix of index.json and page tables, if they are not beside the shards (`naign index
+    --to`). Empty: beside them."""
     source: str = field(default="", metadata=FREE)
-    """What to fetch and pack at `path` where nothing is yet, as `naign pack` takes it, such as digits. Empty: nothing,
-    but mnist at the default path."""
+    """Data set to pack at `path` if nothing is there, named as for `naign pack`, such as digits. Empty: none, but mnist
+    at the default path."""
     endpoint: str = field(default="", metadata=FREE)
     """Address of an S3 server other than Amazon's; empty: AWS_ENDPOINT_URL or the AWS profile's."""
     split: str = "train"
     """Which split to train on."""
     workers: int = field(default=0, metadata=FREE | AT_LEAST_0)
-    """Threads that read and decode on each rank; 0: one, and two on a GPU. Decoding releases the interpreter's lock,
-    so more threads help most with large images."""
+    """Threads per rank that read and decode. 0: one, or two on a GPU. Decoding releases the interpreter's lock, so more
+    threads help, most with large images."""
     tail: str = "wrap"
-    """Where an epoch is no whole number of rounds: wrap goes on into the next epoch, drop leaves its last images out,
-    pad fills its last round with its first images."""
+    """If an epoch is not a whole number of rounds: wrap continues into the next epoch, drop leaves the last images out,
+    pad fills the last round with the epoch's first images."""
     resampled: bool = False
-    """Draw shards with replacement instead of each once an epoch."""
+    """Draw shards with replacement instead of each once per epoch."""
     shuffle: int = field(default=0, metadata=AT_LEAST_0)
-    """From how many places of the data set a round draws at once; 1: shards one after the other. 0: 128 where others
-    wrote the tars, and 1 where `naign pack` did, which deals samples to shards at random."""
+    """From how many places of the data set a round draws in turn; 1: shards one after the other. 0: 1 for data of
+    `naign pack`, whose shards are random subsets, and 128 for tars by others."""
     shuffle_block: int = field(default=BLOCK, metadata=POSITIVE)
-    """With shuffle: consecutive samples of a shard that are taken together. Pages end at multiples of 16: other numbers
-    read more bytes."""
+    """With shuffle: how many consecutive samples of a shard are taken at once. Pages end at multiples of 16, so other
+    numbers read more bytes."""
     flip: bool = False
     """Mirror each image with probability 1/2."""
     crop: int = field(default=0, metadata=AT_LEAST_0)
@@ -82,7 +82,7 @@ def check_config(config: DataConfig) -> None:
 
 
 def parse_resize(config: DataConfig) -> Resize:
-    """What the settings say of pictures' sizes. Raises InputError for what they cannot say."""
+    """The resizing that the settings describe. Raises InputError if they contradict each other."""
     height, width = parse_size(config.size, "data.size") if config.size else (0, 0)
     if height and config.crop:
         raise InputError("data.crop takes windows of images as they are stored, data.size resizes them: choose one")
@@ -123,7 +123,7 @@ def one_manifest(config: DataConfig) -> Manifest:
 
 
 def lanes(config: DataConfig, manifest: Manifest) -> int:
-    """From how many places rounds draw."""
+    """The number of lanes that rounds draw from (order.py)."""
     return config.shuffle or (1 if manifest.dealt else SHUFFLE)
 
 

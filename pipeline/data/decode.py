@@ -49,7 +49,7 @@ def encode(array: Array, suffix: str) -> bytes:
 
 @contextmanager
 def decoding() -> Iterator[None]:
-    """Turn what a decoder raises for bytes in memory that it cannot read into an InputError that says why, not where.
+    """Turn any error of a decoder for bytes in memory into an InputError that says why, not where.
 
     For damaged bytes Pillow and NumPy raise nearly anything: SyntaxError, struct.error, MemoryError, OverflowError, ...
     """

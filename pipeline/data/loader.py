@@ -214,7 +214,7 @@ class Stream(AbstractContextManager["Stream"]):
         return True
 
     def _memory(self) -> Array:
-        """Memory for a round's images: that of an earlier round which nobody uses any more, or new.
+        """Memory for a round's images: that of an earlier round if nothing refers to it any more, else new.
 
         The first touch of new memory costs page faults and zeroing, for images of 256 x 256 a fifth of the decoding.
         """

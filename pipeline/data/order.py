@@ -74,11 +74,11 @@ class Order:
         return self.total // self.round_size if self.tail == "drop" else -(-self.total // self.round_size)
 
     def epochs(self, rounds: int) -> float:
-        """How many epochs that many rounds are."""
+        """The number of epochs in that many rounds."""
         return rounds * self.round_size / self.total if self.tail == "wrap" else rounds / self.rounds
 
     def describe(self) -> str:
-        """What becomes of the images, for people."""
+        """Which images a round takes and what happens at the end of an epoch, for a log."""
         left = self.total % self.round_size
         if self.shuffle > 1:
             return f"{replace(self, shuffle=1).describe()}; {self.block} in turn from each of {self.shuffle} places"

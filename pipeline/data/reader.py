@@ -268,7 +268,7 @@ class Reader:
             raise InputError(f"{where}: {found} samples where {table} has {expected}: {_REMEDY}")
 
     def _instead(self, piece: Piece, number: int, drawn: Numbers | None, problem: str) -> Row:
-        """The next sound sample of the shard, whoever asks; after the last comes the first."""
+        """The next readable sample of the shard; after the last comes the first."""
         shard = self.shards[piece.shard]
         sound = Reader(
             self.store, self.manifest, self.shards, tables=self._tables, check=self._check, resize=self.resize

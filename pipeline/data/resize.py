@@ -35,7 +35,7 @@ SPARE = 2.5  # a JPEG is decoded at the least scale at which its window is still
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Resize:
-    """What becomes of every picture."""
+    """How a picture of any size becomes an image."""
 
     height: int = 0
     """Of the images, in pixels; 0: as stored, which must be one size, or `crop`."""

@@ -165,11 +165,11 @@ class Plan:
         return sum(order.total for order in self.orders)
 
     def epochs(self, rounds: int) -> float:
-        """How many epochs so many rounds are, of the data set that has seen the fewest."""
+        """The number of epochs in that many rounds, of the data set with the fewest."""
         return min(order.epochs(rounds) for order in self.orders)
 
     def describe(self) -> str:
-        """What becomes of the images, for people."""
+        """Which images a round takes and what happens at the end of an epoch, for a log."""
         if len(self.orders) == 1:
             return self.orders[0].describe()
         return "; ".join(f"{order.round_size} a round: {order.describe()}" for order in self.orders)

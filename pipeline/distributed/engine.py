@@ -2,7 +2,7 @@
 
 The only file that imports DeepSpeed. Whatever the engine, its state goes in and out by parameter: float32 weights and
 AdamW's two moments of the whole parameter (DeepSpeed's tensor_fragment API assembles them from the ranks' partitions).
-So a checkpoint knows nothing of world size and engine, and none has to be converted.
+So a checkpoint does not depend on world size and engine, and is never converted.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Connecting the ranks, and what they decide together: one error, one sum, one answer for all."""
+"""Connecting the ranks, and what they decide collectively: errors, sums and answers."""
 
 import ctypes
 import importlib.util
@@ -72,10 +72,10 @@ def build_accelerator(
 
 
 def repeat_bits() -> None:
-    """Have a GPU compute the same bits each time, so that a run that resumes is the run that was never stopped.
+    """Make a GPU compute the same bits each time, so that a resumed run equals one that never stopped.
 
-    cuDNN may otherwise choose sums by atomics for the gradients of convolutions; pipeline/__init__.py fixes cuBLAS's
-    workspace, which it asks for. Operations that have no such way warn.
+    Otherwise cuDNN may choose atomic sums for the gradients of convolutions. cuBLAS needs a fixed workspace, which
+    pipeline/__init__.py sets. Operations without a deterministic algorithm warn.
     """
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -107,7 +107,8 @@ def choose_precision(on_cpu: bool) -> str:
 def _connect_ranks(backend: str, connecting: timedelta, collective: timedelta) -> None:
     """Initialize the process group under torchrun or Accelerate, over a store that rank 0 opens for this attempt.
 
-    The launcher's store outlives restarts and has dead ranks' addresses: it only says at which port rank 0's own is.
+    The launcher's store survives restarts and keeps addresses of dead ranks. It is used only to publish the port of
+    rank 0's own store.
     """
     host = os.environ["MASTER_ADDR"]
     main_port, rank, world = (int(os.environ[name]) for name in ("MASTER_PORT", "RANK", "WORLD_SIZE"))
@@ -148,7 +149,8 @@ def _check_deepspeed(on_cpu: bool) -> None:
 
 
 def set_threads(threads: int) -> None:
-    """CPU threads of this rank; 0: OMP_NUM_THREADS, or under a launcher, which exports 1, the cores shared by ranks."""
+    """CPU threads of this rank. 0: OMP_NUM_THREADS, or under a launcher, which exports 1, the rank's share of the
+    cores."""
     launched = "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
     if threads or launched or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads or max(1, len(_cores()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
@@ -190,10 +192,10 @@ def keep_memory() -> None:
 
 @contextmanager
 def together(accelerator: Accelerator) -> Iterator[None]:
-    """Collective: raise an error of one rank inside on every rank, so that no rank waits for one that left.
+    """Context, collective: an error that one rank raises inside is raised on every rank, so that no rank waits in vain.
 
-    Covers the classes of `errors.SHARED`; a subclass from elsewhere arrives as the nearest of them. Of several errors
-    the one with the most specific exit code is raised (`errors.BY_WEIGHT`), of the lowest rank.
+    Covers the classes of `errors.SHARED`; a subclass from elsewhere arrives as the nearest of them. If ranks raise
+    different errors, the one with the most specific exit code wins (`errors.BY_WEIGHT`), then that of the lowest rank.
     """
     mine: tuple[int, str] | None = None
     try:

@@ -53,7 +53,8 @@ class StopRequest:
         return max(0.0, self._deadline - time.monotonic())
 
     def seen(self) -> bool:
-        """Whether any rank was asked, as far as this one knows. Not collective: for code that ranks pass unevenly."""
+        """Whether any rank was asked to stop, as far as this one knows. Not collective: for code that ranks run
+        unequally often."""
         if self._store is not None and self.requested:
             self._store.set("asked", "1")
         elif self._store is not None and self._store.check(["asked"]):
@@ -71,7 +72,7 @@ class StopRequest:
 
 
 class StopPoll:
-    """Polls a stop request in a phase that all ranks pass equally often; they communicate about twice a second."""
+    """Polls for a stop request in a phase where all ranks poll equally often; they communicate about twice a second."""
 
     def __init__(self, stop: StopRequest) -> None:
         self._stop, self._stride, self._calls, self._last = stop, 1, 0, time.monotonic()

@@ -1,4 +1,5 @@
-"""Another law of latents for a trained model: a Gaussian mixture on the codes of its training images."""
+"""Another distribution of latents for a trained model: a Gaussian mixture fitted to the codes of its training
+images."""
 
 import time
 

@@ -1,6 +1,6 @@
-"""The nearest candidate over all ranks, exactly: what is refused, what travels, and how ranks go through the blocks.
+"""The exact nearest candidate over all ranks: checks of the arguments, communication, and the loop over blocks.
 
-The search of one rank lies in `one_rank.py`. 'Nearest' is a total order, (distance, id), so the answer is the same for
+The search of one rank is in `one_rank.py`. 'Nearest' is a total order, (distance, id), so the answer is the same for
 every world size, block size, thread count and backend.
 
     distances, ids = nearest(images, samples, first_id)  # (q, d) and (c, d): each rank passes its own rows
@@ -28,7 +28,8 @@ MOST_NEIGHBOURS = 2**20
 
 @dataclass(kw_only=True, slots=True)
 class Blocks:
-    """Candidates that are made when they are searched and then dropped, so that memory is O(size), not O(rows)."""
+    """Candidates that are generated block by block during the search and then dropped: memory is O(size), not
+    O(rows)."""
 
     rows: int
     """Candidates of this rank."""
@@ -148,7 +149,7 @@ Settings = tuple[int, float | None, str]  # neighbours, reject and method of `se
 
 
 class Shard(NamedTuple):
-    """What every rank must know of one rank's call before anything travels."""
+    """What every rank must know of one rank's arguments before data is exchanged."""
 
     queries: int  # rows
     dims: int
@@ -232,7 +233,7 @@ def first_not_finite(rows: Tensor) -> int:
 def make_block(blocks: Blocks, low: int, queries: Tensor, ranks: Ranks, timer: Timer) -> Tensor:
     """Collective: this rank's candidates of the block that begins at row `low`, on the device of the queries.
 
-    All ranks leave here together if making fails on one, or gives what is no such block.
+    All ranks raise here together if `make` fails on one, or returns something else than such a block.
     """
     low, high = (min(row, blocks.rows) for row in (low, low + blocks.size))
     block = queries.new_empty(high - low, queries.shape[1])

@@ -34,28 +34,29 @@ class MatchConfig:
     ratio: float = field(default=4.0, metadata=between(1e-6, 10**6))
     """Samples in the pool for each image of the round; 1 to 100 is sensible."""
     round: int = field(default=2048, metadata=POSITIVE)
-    """Images a round, over all ranks."""
+    """Images per round, over all ranks."""
     latents: str = "smooth4"
-    """Law of the latents: codes (decoded from codes that a flow draws, which learns them while f trains), gaussian,
-    smoothG (G x G normals enlarged), mixture (half flat) or fourier (IGN's)."""
+    """Distribution ("law") of the latents: codes (decoded from codes that a flow or a mixture draws, which learns in
+    the same run), gaussian, smoothG (G x G normals, enlarged), mixture (half flat) or fourier (IGN's)."""
     codes: CodesConfig = field(default_factory=CodesConfig)
     flat: float = field(default=0.0, metadata=between(0, 0.5))
-    """Share of the pool whose latents are flat images with some noise, whatever the law, so that f carries those to the
-    data as well; samples of the trained model are drawn without."""
+    """Share of the pool whose latents are flat images with some noise, so that f learns to map these to the data as
+    well. Samples of the trained model use none."""
     jitter: float = field(default=0.0, metadata=between(0, 10**12))
     """Standard deviation of normal noise added to the matched latents when fitting; up to 0.01 in the literature."""
     refine: int = field(default=0, metadata=between(0, 1000))
-    """Gradient steps that a matched latent makes towards its image in the match's space, with f as it is when fitting;
-    each costs a forward and a backward. The trained model samples without: large steps leave the law of latents."""
+    """Gradient steps that move a matched latent towards its image in the space of the match, with the f of the fit.
+    Each costs a forward and a backward. Samples of the trained model use none: large steps leave the distribution of
+    latents."""
     refine_rate: float = field(default=0.02, metadata=POSITIVE)
     """How far each of these steps moves a latent: root mean square over its values."""
     assignment: str = field(default="free", metadata=one_of(("free", *ONCE)))
     """free: each image's nearest sample, which several may share; one_to_one: nearest pairs first, each sample once;
     optimal: each sample once, at the least sum of squared distances over the round (optimal transport)."""
     reject: float = field(default=0.0, metadata=between(0, 10**12))
-    """L2 distance below which a sample is too near to any image to be matched (RS-IMLE's epsilon); 0: none is."""
+    """Samples nearer than this L2 distance to any image are not matched (RS-IMLE's epsilon); 0: all are."""
     reject_share: float = field(default=0.0, metadata=SHARE)
-    """Share of the pool to reject: sets that distance anew each round."""
+    """Share of the pool to reject; sets the distance of `reject` anew each round."""
     space: SpaceConfig = field(default_factory=SpaceConfig)
     block: int = field(default=512, metadata=POSITIVE)
     """Samples generated at once. The pool is cut into the same blocks on every world size, so samples are the same."""

@@ -27,7 +27,7 @@ ROWS = 256  # images embedded at once, always as many
 @dataclass(kw_only=True, slots=True)
 class SpaceConfig:
     pixels: float = field(default=1.0, metadata=WEIGHT)
-    """Weight of the pixels; of the coordinates where the data are points."""
+    """Weight of the pixels, or of the coordinates of points."""
     reduced: float = field(default=0.0, metadata=WEIGHT)
     """Weight of the image averaged down to `side` x `side`."""
     side: int = field(default=8, metadata=POSITIVE)
@@ -37,7 +37,7 @@ class SpaceConfig:
     encoder: str = ""
     """Frozen encoder: mnist-cnn64, efficientnet-lite0, timm:NAME, or the path of a .safetensors, .ts or .pt2 file."""
     code: float = field(default=0.0, metadata=WEIGHT)
-    """Weight of the code that f, as it is when the round is matched, has of an image."""
+    """Weight of the image's code under the present f."""
 
     def __post_init__(self) -> None:
         check_fields(self, "match.space")

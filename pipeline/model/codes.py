@@ -29,24 +29,25 @@ WINDOW = 5  # rounds over which the mean and the covariance of codes are average
 @dataclass(kw_only=True, slots=True)
 class CodesConfig:
     width: int = field(default=512, metadata=between(8, 2**13))
-    """Hidden units of the flow of a dense code; channels, at full resolution, of that of a spatial code."""
+    """Width of the flow: hidden units for a dense code, channels at full resolution for a spatial code."""
     depth: int = field(default=3, metadata=between(1, 64))
-    """Residual layers of the flow; a resolution and side for a spatial code."""
+    """Depth of the flow: residual layers for a dense code; for a spatial code, blocks per resolution on each side of a
+    U-Net."""
     directions: int = field(default=128, metadata=between(1, 2**13))
-    """Principal directions of the codes' channels, of most spread, that the flow models; all if there are no more."""
+    """How many leading principal directions of the codes' channels are modelled; the others stay at their mean."""
     components: int = field(default=0, metadata=between(0, 10**4))
-    """Gaussians of a mixture that follows the codes while f trains, in place of the flow. 0: the flow."""
+    """Gaussians of a mixture that follows the codes while f trains and replaces the flow. 0: the flow."""
     passes: int = field(default=8, metadata=between(1, 10**4))
     """How often the flow learns from each image's code, each time with other noise."""
     batch: int = field(default=512, metadata=POSITIVE)
-    """Codes a step, over all ranks."""
+    """Codes per step, over all ranks."""
     lr: float = field(default=2e-3, metadata=POSITIVE)
     """Peak learning rate of the flow's AdamW: a short warm-up, then a cosine to zero at the end of the run."""
     begin: float = field(default=0.5, metadata=between(0, 0.99))
-    """Share of train.images before which the law only follows the mean and the covariance of the codes: what it draws
-    until then is a Gaussian. 0 where matched latents are to move f."""
+    """Share of train.images before which only the mean and the covariance of the codes are tracked, and codes are drawn
+    from that Gaussian. Use 0 if matched latents are to move f."""
     alone: float = field(default=0.5, metadata=between(0, 0.99))
-    """Share of train.images, at the end, over which the flow learns alone: f stays as it is."""
+    """Share of train.images, at the end, over which only the law learns and f is frozen."""
     steps: int = field(default=8, metadata=between(1, MOST_STEPS))
     """Steps of Heun's method from noise to a code: 2 x steps - 1 evaluations of the flow."""
 
@@ -60,7 +61,7 @@ class CodesConfig:
 
 
 class CodeLaw:
-    """The flow while it learns: its weights, their average, AdamW's moments, and how far it is."""
+    """The flow in training: its weights, their average, AdamW's moments, and its progress."""
 
     def __init__(self, shape: tuple[int, ...], config: CodesConfig, seed: int, device: torch.device) -> None:
         self.config, self.seed = config, seed
@@ -76,7 +77,7 @@ class CodeLaw:
         self.adam = torch.optim.AdamW(self.flow.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
 
     def begun(self, share: float) -> bool:
-        """Whether the flow learns from a round before which that share of the run lies."""
+        """Whether the flow learns from a round that begins after that share of the run."""
         return share >= self.config.begin
 
     def learn(
@@ -153,7 +154,7 @@ class CodeLaw:
         return max((int(state["step"]) for state in self.adam.state.values()), default=0)
 
     def state(self) -> dict[str, Tensor]:
-        """What draws, as `CodeFlow.of` takes it."""
+        """The state of the flow that draws codes, as `CodeFlow.of` takes it."""
         return self.average.state_dict()
 
     def adopt(self, state: Mapping[str, Tensor]) -> None:
@@ -164,7 +165,7 @@ class CodeLaw:
             self.average.load_state_dict(kept)
 
     def dump(self) -> dict[str, Tensor]:
-        """All that learning goes on from, on the CPU."""
+        """The state from which learning resumes, on the CPU."""
         found = {f"flow.{name}": value for name, value in self.flow.state_dict().items()}
         found |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
         for name, parameter in self.flow.named_parameters():
@@ -173,7 +174,7 @@ class CodeLaw:
         return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in found.items()}
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
-        """Go on from what `dump` returned. Raises KeyError or ValueError for another flow's."""
+        """Resume from what `dump` returned. Raises KeyError or ValueError for another flow's."""
         part: dict[str, dict[str, Tensor]] = {"flow": {}, "average": {}, "adam": {}}
         for name, value in saved.items():
             if name != "progress":

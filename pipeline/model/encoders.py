@@ -43,7 +43,7 @@ class Classifier(nn.Module):
 
     def __init__(self, *, channels: int, size: int, classes: int, width: int = 16, dropout: float = 0.3) -> None:
         super().__init__()
-        first = 2 if size >= 24 else 1  # an 8x8 digit has nothing to give away in the first layer
+        first = 2 if size >= 24 else 1  # 8x8 digits are too small to be reduced in the first layer
         side = math.ceil(math.ceil(size / first) / 2)
         self.body = nn.Sequential(
             nn.Conv2d(channels, width, 5, stride=first, padding=2),
@@ -195,7 +195,7 @@ def read_encoder(path: Path, name: str) -> Encoder:
 def choose_encoder(manifest: Manifest) -> Encoder:
     """The shipped encoder trained on the data set of that name, shape and number of labels, otherwise 'pixels'.
 
-    An encoder is never lent to other data that merely has its shape: its features would be out of their domain.
+    An encoder is not used for other data of the same shape, which is outside the domain of its features.
     """
     name = f"{manifest.name}-cnn{FEATURES}"
     if manifest.kind == "image" and name in names():

@@ -153,9 +153,10 @@ class CodeFlow(nn.Module):
         return velocity
 
     def follow(self, mean: Tensor, covariance: Tensor, keep: float) -> None:
-        """Move the mean and the covariance that share towards these, and whiten by them.
+        """Move the mean and the covariance towards these by the share `keep`, and whiten by them.
 
-        Of all matrices that whiten, the one that moves whitened codes least: the velocity learns on from where it is.
+        Of all whitening matrices it takes the one that changes whitened codes least, since the velocity goes on
+        learning.
         """
         self.mean.lerp_(mean, keep)
         self.covariance.lerp_(covariance, keep)

@@ -31,7 +31,8 @@ Network = Callable[[Tensor], Tensor]
 
 @dataclass(kw_only=True, slots=True)
 class ObjectiveConfig:
-    """Base of every objective's settings: what training asks of them. Of these, a subclass overrides what differs."""
+    """Base of every objective's settings. Its properties tell training what the loss needs; a subclass overrides
+    them."""
 
     name: str = ""
     """`naign` (reconstruction + IMLE), or one that another package registers, such as the baselines `ign` and `nae`."""
@@ -100,11 +101,12 @@ class DistanceConfig(ObjectiveConfig):
     """Base of the settings of objectives whose terms are distances d between images: `Batch.distance`."""
 
     distance: str = field(default="l1", metadata=one_of(DISTANCES))
-    """d in every term: l1, l2 (squared) or l1+l2, means over values, or norm, the root of each sample's mean square."""
+    """d in every term: l1, l2 (squared) or l1+l2, which are means over values, or norm, each sample's root mean
+    square."""
     perceptual: float = field(default=0.0, metadata=AT_LEAST_0)
-    """How much d also counts what two images differ by in the layers of a frozen encoder."""
+    """Weight within d of the difference of two images in the layers of a frozen encoder."""
     encoder: str = ""
-    """perceptual: mnist-cnn64, efficientnet-lite0, timm:NAME or a file; another than an evaluation is on."""
+    """perceptual: mnist-cnn64, efficientnet-lite0, timm:NAME or a file. Choose another one for evaluation."""
 
     def __post_init__(self) -> None:
         check_fields(self, "objective")
@@ -133,16 +135,17 @@ class NaignConfig(DistanceConfig):
     """denoising: the noise's standard deviation is uniform in [0, this] for each image."""
 
     drift: float = field(default=0.0, metadata=AT_LEAST_0)
-    """Weight of |e(f(z)) - stop(e(f(z)) + V)|^2, z not matched, e the match's space and V the pull of images less the
-    push of the step's other samples (drifting, arXiv 2602.04770)."""
+    """Weight of |e(f(z)) - stop(e(f(z)) + V)|^2, where z is not matched, e embeds in the space of the match, and V is
+    the pull of images minus the push of the step's other samples (drifting, arXiv 2602.04770)."""
     temperatures: str = "0.02,0.05,0.2"
-    """drift: those whose fields are added, as shares of the mean distance, with commas between them."""
+    """drift: temperatures as shares of the mean distance, separated by commas. Their fields are added."""
     repulsion: float = field(default=1.0, metadata=AT_LEAST_0)
-    """drift: how much samples push one another; 1 leaves samples where they are that have the law of the images."""
+    """drift: strength of the repulsion between samples. With 1, samples that are distributed as the images do not
+    move."""
     moments: float = field(default=0.0, metadata=AT_LEAST_0)
     """Weight of the difference of means and covariances of e(f(z)) and e(x) (arXiv 1904.02762)."""
     positives: int = field(default=1, metadata=between(1, 64))
-    """drift, moments: images for each sample, all of the round; they cost an embedding, no forward of f."""
+    """drift, moments: images per sample, taken from the round. Each costs an embedding, but no forward of f."""
 
     def __post_init__(self) -> None:
         parse_temperatures(self.temperatures)
@@ -229,7 +232,8 @@ FORMER = {
     **dict.fromkeys(("idempotence", "tightness", "clamp"), "ign"),
     **dict.fromkeys(("langevin_steps", "langevin_rate", "langevin_noise", "bound"), "nae"),
 }
-"""Settings that all objectives had in one class once, and whose they are: earlier runs recorded all of them."""
+"""Settings that all objectives once shared in one class, with the objectives that have them now. Earlier runs recorded
+all."""
 
 
 def _naign(config: NaignConfig, network: Network, batch: Batch) -> dict[str, Tensor]:

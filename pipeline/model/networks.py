@@ -27,8 +27,8 @@ class NetworkConfig:
     name: str = ""
     """`conv` and `spatial` for images (C, S, S), `mlp` for points (D,), or one that another package registers."""
     init: str = ""
-    """Begin from the weights of this model: a run (or s3://), a checkpoint, an exported folder or its file. Those whose
-    name and shape agree are taken; empty: from random ones."""
+    """Start from the weights of this model: a run (or s3://), a checkpoint, an exported folder or its file. Weights
+    whose name and shape agree are used. Empty: random weights."""
 
     def __post_init__(self) -> None:
         check_fields(self, "model")
@@ -58,7 +58,7 @@ class SpatialConfig(NetworkConfig):
     width: int = field(default=64, metadata=between(1, 2**14))
     """Channels at half resolution; doubled at each further halving."""
     depth: int = field(default=1, metadata=between(0, 256))
-    """Residual blocks a resolution, in the encoder and in the decoder."""
+    """Residual blocks per resolution, in the encoder and in the decoder."""
     code: int = field(default=8, metadata=between(1, 2**14))
     """Channels of the code at each of its at most 8 x 8 positions (or an odd number of them)."""
     max_width: int = field(default=512, metadata=between(1, 2**14))
@@ -73,7 +73,7 @@ class PointConfig(NetworkConfig):
     depth: int = field(default=0, metadata=between(0, 256))
     """Further hidden layers."""
     octaves: int = field(default=0, metadata=between(0, 16))
-    """Sines and cosines of 1, 2, 4, ... times each coordinate, so many, beside it, for data of fine structure."""
+    """Give the network sines and cosines of 1, 2, 4, ... times each coordinate, so many octaves, for fine structure."""
 
 
 Build = Callable[..., nn.Module]
@@ -128,7 +128,8 @@ FORMER = {
     "max_width": "conv, spatial",
     "octaves": "mlp",
 }
-"""Settings that all networks had in one class once, and whose they are: earlier runs recorded all of them."""
+"""Settings that all networks once shared in one class, with the networks that have them now. Earlier runs recorded
+all."""
 
 
 def _build_points(config: PointConfig, shape: tuple[int, ...], *, recompute: bool) -> nn.Module:

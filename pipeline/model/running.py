@@ -74,8 +74,8 @@ class MixtureLaw:
     def _clustered(self, codes: Tensor, number: int) -> Tensor:
         """Which of so many clusters each code is in: (n, k) of zeros and ones.
 
-        By k-means at first, then by the nearest mean until there are codes enough: a covariance of few codes is narrow,
-        and keeps them.
+        By k-means at first, then by the nearest mean until there are enough codes: the covariance of few codes is
+        narrow, and such a component keeps the codes it has.
         """
         which = torch.zeros(len(codes), dtype=torch.long, device=codes.device)
         if number > 1 and self.followed:
@@ -112,7 +112,7 @@ class MixtureLaw:
         self.factors.copy_(torch.linalg.cholesky(covariances))
 
     def state(self) -> dict[str, Tensor]:
-        """What draws, as `draw_mixture` takes it."""
+        """The state that draws codes, as `draw_mixture` takes it."""
         values = self.means.shape[1]
         whole = {"basis": torch.eye(values, device=self.means.device), "mean": torch.zeros_like(self.means[0])}
         return {"shape": torch.tensor(self.shape, device=self.means.device)} | self._components() | whole
@@ -127,14 +127,14 @@ class MixtureLaw:
         return dict(zip(STATISTICS, self.statistics, strict=True)) | self._components()
 
     def dump(self) -> dict[str, Tensor]:
-        """All that learning goes on from, on the CPU."""
+        """The state from which learning resumes, on the CPU."""
         found = self._tensors()
         progress = [self.rounds, self.followed, self.parted, self.seen]
         found["progress"] = torch.tensor(progress, dtype=torch.float64)
         return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in found.items()}
 
     def load(self, saved: Mapping[str, Tensor]) -> None:
-        """Go on from what `dump` returned. Raises KeyError or ValueError for another law's."""
+        """Resume from what `dump` returned. Raises KeyError or ValueError for another law's."""
         for name, value in self._tensors().items():
             require((saved[name].shape == value.shape, f"{name} of the mixture have another shape"))
             value.copy_(saved[name])

@@ -16,9 +16,9 @@ class Writer(Protocol):
 
 
 class Store(Protocol):
-    """A flat folder of files. Every method raises InputError for what is missing or forbidden.
+    """A flat folder of files. Every method raises InputError for missing or forbidden files.
 
-    One in a network tries again what fails in passing, and raises Unavailable where that does not help.
+    A store in a network retries transient failures, and raises Unavailable if that does not help.
     """
 
     path: str
@@ -37,12 +37,12 @@ class Store(Protocol):
         """Length in bytes."""
 
     def version(self, name: str) -> str:
-        """What is another text once the file is another: its ETag, say, or its time and size."""
+        """A text that changes whenever the file does, such as its ETag, or its time and size."""
 
     def read(self, name: str, first: int = 0, last: int | None = None, *, fresh: bool = False) -> bytes:
-        """Bytes [first, last), all of them; to the end if last is None. A file that ends sooner is an InputError.
+        """Bytes [first, last), all of them; to the end if last is None. InputError if it is shorter.
 
-        `fresh` reads past any cache, and renews what it holds.
+        `fresh` bypasses any cache and renews its content.
         """
 
     def open(self, name: str) -> BinaryIO:
@@ -52,7 +52,7 @@ class Store(Protocol):
         """The bytes of a file as they arrive, in pieces of about a megabyte: `open` without its copies."""
 
     def write(self, name: str) -> AbstractContextManager[Writer]:
-        """Write or replace a file as its bytes are made: it appears whole at the end, after an error not at all."""
+        """Write or replace a file while its bytes are produced: it appears whole at the end, or not at all."""
 
     def put(self, name: str, data: bytes) -> None:
         """Write or replace a file: readers see the old one or the new one, never a part."""
@@ -63,4 +63,4 @@ class Store(Protocol):
         """Remove a file; nothing happens if there is none."""
 
     def url(self, name: str) -> str:
-        """What to call the file in a message or give to another program."""
+        """The address of the file, for messages and for other programs."""

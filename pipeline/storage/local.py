@@ -26,7 +26,7 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter path",
 }
 """What to do about a user's mistake, by error number. A disk that is full or fails is a crash, to be retried."""
-# What a disk or a system that fails for a while says: no fault of the user's, and worth a retry.
+# Temporary failures of a disk or system, which are worth a retry.
 TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
@@ -129,8 +129,8 @@ os.umask(UMASK)  # there is no other way to ask
 
 
 def write_atomically(file: Path, content: str | bytes, *, sync: bool = True) -> None:
-    """Replace a file by `content` so that a reader or a kill sees the old one or the new one, whole; with `sync` so
-    does a machine that loses power, for some milliseconds more. OSError names the file, and leaves nothing beside it.
+    """Replace a file by `content` atomically: readers see the old or the new file, also after a kill. With `sync` this
+    holds for a loss of power, too, and takes some milliseconds. OSError names the file; no temporary file stays.
     """
     partial = file.with_name(f"{PARTIAL}{file.name[:50]}.{uuid.uuid4().hex}")
     try:

@@ -1,4 +1,4 @@
-"""Calls that are made by threads ahead of need: a file as a stream of parts in flight, in bounded memory."""
+"""Prefetching by threads in bounded memory: the results of calls in order, and a file as a stream of its parts."""
 
 import io
 import threading
@@ -35,7 +35,8 @@ def in_background(call: Callable[[], T], name: str) -> Future[T]:
 def in_order(calls: Iterable[Callable[[], T]], width: int = PARALLEL) -> Generator[T]:
     """The results of the calls in their order, each made by one of `width` threads ahead of need, in bounded memory.
 
-    Raises what a call, or the making of it, raised, in its place. Once the generator is closed, no further call begins.
+    An exception of a call, or of the iterator that gives the calls, is raised in its turn. Once the generator is
+    closed, no further call begins.
     """
     todo: SimpleQueue[tuple[Future[T], Callable[[], T]] | None] = SimpleQueue()
     ahead, made, threads = deque[Future[T]](), iter(calls), 0

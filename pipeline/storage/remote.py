@@ -1,6 +1,6 @@
 """Files in any store that fsspec can read, such as https://, gs://, az:// and hf://; nothing is written there.
 
-Every request is made as those to S3 are: by ranges of bytes, tried again when it fails in passing.
+Requests are made as those to S3: for byte ranges, with transient failures retried.
 """
 
 import builtins
@@ -142,7 +142,7 @@ class RemoteStore(Store):
         return data
 
     def _ask(self, name: str, what: str, call: Callable[[], T]) -> T:
-        """The answer to one request; what fails in passing is tried again."""
+        """The answer to one request; transient failures are retried."""
         patience = Patience(f"{what} {self.url(name)}", self.tally)
         while True:
             try:
@@ -154,7 +154,7 @@ class RemoteStore(Store):
 
     @contextlib.contextmanager
     def _explained(self, name: str) -> Iterator[None]:
-        """Turn what a user can put right into an InputError."""
+        """Turn errors that the user can fix into InputError."""
         try:
             yield
         except (InputError, Unavailable):

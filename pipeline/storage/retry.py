@@ -1,4 +1,4 @@
-"""Failed requests to a store: which pause before the next attempt, and after how many the store is out of reach."""
+"""Retries of requests to a store: the pause before the next attempt, and the number of attempts."""
 
 import contextlib
 import logging
@@ -53,7 +53,7 @@ _attempts: ContextVar[int] = ContextVar("attempts")
 
 @contextlib.contextmanager
 def at_most(attempts: int) -> Iterator[None]:
-    """Give up after so many attempts at one thing, in this thread: for what can do without the answer."""
+    """Context: give up after so many attempts in this thread, for callers that can do without the answer."""
     before = _attempts.set(attempts)
     try:
         yield
@@ -62,9 +62,9 @@ def at_most(attempts: int) -> Iterator[None]:
 
 
 class Patience:
-    """Waits between the attempts at one thing, ever longer, and says when to give up.
+    """Pauses between the attempts at one operation, and gives up after too many.
 
-    Exponential back-off with full jitter, so that ranks that failed together do not come back together.
+    Exponential back-off with full jitter, so that ranks that failed together do not retry together.
     """
 
     def __init__(self, what: str, tally: Tally) -> None:
@@ -76,7 +76,7 @@ class Patience:
         where = f"{self._what}{at}"
         cause = f"{type(error).__name__}: {error}"
         if self._failures >= self._most:
-            remedy = "Check the network, the server and AWS_ENDPOINT_URL, then run the same command again: it goes on"
+            remedy = "Check the network, the server and AWS_ENDPOINT_URL, then run the same command again: it continues"
             failed = f"given up after {self._failures} attempts; the last failed with {cause}"
             raise Unavailable(f"{where}: {failed}. {remedy}") from None
         pause = _chance.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (self._failures - 1)))

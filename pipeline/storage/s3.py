@@ -162,7 +162,7 @@ class S3Store(Store):
                 yield from part
 
     def _get(self, name: str, etag: str, first: int, last: int) -> Sequence[bytes]:
-        """Bytes [first, last). A body that breaks is asked for again from that byte on, of the same version."""
+        """Bytes [first, last). A body that breaks is resumed at the failed byte of the same version."""
         chunks: list[bytes] = []
         at, piece = first, 1 << 20
         patience = Patience(f"read {self.url(name)}", self.tally)
@@ -204,7 +204,7 @@ class S3Store(Store):
 
     @contextlib.contextmanager
     def _explained(self, name: str) -> Iterator[None]:
-        """Turn what a user can put right into an InputError."""
+        """Turn errors that the user can fix into InputError."""
         where = self.url(name)
         try:
             yield

@@ -1,4 +1,4 @@
-"""This process' connection to S3: the only file with boto3."""
+"""The S3 client of this process. The only file that imports boto3."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""What reading one tar by others finds: its shard, page table, survey and keys, which outlast a kill in a file."""
+"""The result of reading one tar by others, kept in a file so that an interrupted call can continue."""
 
 import base64
 import hashlib

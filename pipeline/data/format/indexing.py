@@ -1,4 +1,4 @@
-"""Indexing tars that others wrote: each of them is read once, by threads or processes, and that outlasts a kill."""
+"""Indexing tars that others wrote: each is read once, by threads or processes, also after an interruption."""
 
 import logging
 import multiprocessing
@@ -210,7 +210,7 @@ def _by_processes(reader: _Reader, tasks: Iterable[_Task], many: int, bar: "tqdm
         try:
             return list(pool.map(_found, tasks))
         except BrokenProcessPool:
-            again = "run it again, it goes on with the tars that were not read yet"
+            again = "run it again: it continues with the tars that were not read yet"
             guard = "a script that calls `index` needs `if __name__ == '__main__':`, as any that starts processes"
             killed = "index: a process that reads tars was killed, for its memory perhaps, or could not start"
             raise Unavailable(f"{killed}: {again}; {guard}") from None

@@ -166,7 +166,7 @@ def size_problem(store: Store, shard: Shard) -> str:
 
 
 def _problems(manifest: Manifest) -> Iterator[str]:
-    """What is of the wrong type, out of range or contradicts itself. What follows a problem may raise."""
+    """The problems: wrong types, values out of range, contradictions. Checks after a first problem may raise."""
     shape, labels = manifest.shape, manifest.labels
     if FORMS.get(manifest.kind) != (manifest.dtype, len(shape)):
         yield f"kind {manifest.kind}, shape {shape} and dtype {manifest.dtype} do not go together"

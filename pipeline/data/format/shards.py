@@ -1,4 +1,4 @@
-"""The shards of a split: one by one, or of large data sets as a table, which makes a shard when it is asked for one."""
+"""The shards of a split: a list, or for large data sets a table that creates a shard when it is accessed."""
 
 import hashlib
 import io
