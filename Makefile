@@ -9,13 +9,14 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt
 
-.PHONY: help train test test-lowest quick lint install golden clean
+.PHONY: help train test test-lowest quick lint docs install golden clean
 
 help:
 	@echo "make train   install, fetch and pack MNIST, train on this machine, evaluate   [CONFIG=configs/x.yaml RUN=runs/x OPTIONS=--seed=1]"
 	@echo "make test    install with the test tools; ruff, mypy --strict, pytest"
 	@echo "make test-lowest    the tests of ranks and engines with the lowest supported Accelerate and DeepSpeed"
 	@echo "make quick   the inner loop: lint and the tests that are not slow"
+	@echo "make docs    write docs/settings.md from the code; build the pages of docs/ as a site in build/site"
 	@echo "make clean   remove the virtual environment and caches (data/ and runs/ stay)"
 
 $(VENV)/bin/python:
@@ -62,6 +63,10 @@ test-lowest: $(VENV)-lowest/.installed
 
 quick: lint
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
+
+docs: $(VENV)/.tested
+	$(BIN)/python docs/settings.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # A copy rather than a link, so that `kubectl apply -f` takes its address in a repository, too.
 k8s/job.yaml: k8s/base/job.yaml

@@ -1,6 +1,6 @@
-"""Runs side by side, one above the other: what each draws from noise, and its repairs of noise and of blur.
+"""One row of pictures a run: samples, repairs of noise, repairs of blur.
 
-    python benchmarks/pictures.py RUN [RUN ...] --to benchmarks/results/mnist.png
+    python benchmarks/pictures.py RUN [RUN ...] --colours 64 --to docs/samples.png
 
 A run must have been evaluated: `naign evaluate RUN`, or any table that has it.
 """
@@ -28,6 +28,8 @@ class Settings:
     """Evaluated runs, from top to bottom."""
     to: Path
     """The PNG to write."""
+    colours: int = 0
+    """Size of the palette, at most 256, for a smaller file of grey pictures. 0: all colours."""
 
 
 def strip(run: Path) -> list[Image.Image]:
@@ -41,6 +43,8 @@ def strip(run: Path) -> list[Image.Image]:
 def main(settings: Settings) -> None:
     if not settings.runs or settings.to.suffix != ".png" or settings.to.is_dir():
         raise InputError(f"give runs, and --to {settings.to} as the name of a .png file")
+    if not 0 <= settings.colours <= 256:
+        raise InputError(f"--colours is {settings.colours}: it must lie between 0 and 256")
     strips = [strip(run) for run in settings.runs]
     width = max(sum(image.width + GAP for image in images) for images in strips)
     heights = [max(image.height for image in images) + GAP for images in strips]
@@ -52,7 +56,7 @@ def main(settings: Settings) -> None:
             left += image.width + GAP
     try:
         settings.to.parent.mkdir(parents=True, exist_ok=True)
-        save(canvas, settings.to)
+        save(canvas.quantize(settings.colours) if settings.colours else canvas, settings.to)
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}") from None
 

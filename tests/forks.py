@@ -8,7 +8,7 @@ starts is forked, too, such as the ranks of a launcher.
 
 What differs from a new interpreter: the parent process is the server, modules are imported already, and all programs
 share one seed of string hashes. Tests in which that matters (launchers, signals while modules are imported, the
-commands of README) start real programs. The server has one thread and no CUDA context: without Linux, or with a GPU,
+commands of the docs) start real programs. The server has one thread and no CUDA context: without Linux, or with a GPU,
 every program is a real one.
 """
 
