@@ -22,6 +22,7 @@ from pipeline.errors import InputError, printable, require
 from pipeline.match.matcher import MatchConfig
 from pipeline.model import losses, networks
 from pipeline.observe.speed import parse_rounds
+from pipeline.shipped import shipped
 from pipeline.storage.store import open_store
 
 to_dict = dataclasses.asdict
@@ -132,7 +133,8 @@ class ProfileConfig:
 
 @dataclass(kw_only=True, slots=True)
 class Config:
-    """Train an idempotent generative network. `--config FILE` reads a YAML first; options given here override it."""
+    """Train an idempotent generative network. `--config` reads a YAML first, a file or a name such as digits; options
+    given here override it."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: networks.NetworkConfig = field(default_factory=networks.ConvConfig)
@@ -182,22 +184,29 @@ def parse(arguments: Sequence[str]) -> Config:
         section, _, key = word.partition("=")[0].removeprefix("--").replace("-", "_").partition(".")
         if section in NAMED and key not in flatten(getattr(base, section)):
             _refuse_former(section, key, getattr(base, section).name, "the command line")
-    config = tyro.cli(Config, args=rest, default=base, prog="accelerate launch pipeline/train.py")
+    config = tyro.cli(Config, args=rest, default=base, prog="naign train")
     check(config)
     return config
 
 
 def load(path: str) -> Config:
-    """The configuration of a YAML file; keys that it does not name keep their defaults."""
+    """The configuration of a YAML file, or of a name in configs/; keys that it does not name keep their defaults."""
     return from_dict(_read(path), where=path)
+
+
+def find_config(name: str) -> Path:
+    """The YAML file that `name` means: a file's path, or the name of one in configs/, such as digits."""
+    file = Path(name)
+    known = Path() if file.is_file() or file.name != name else shipped(f"configs/{name}.yaml")
+    return known if known.is_file() else file
 
 
 def _read(path: str) -> Any:
     try:
-        return yaml.safe_load(Path(path).read_text()) or {}
+        return yaml.safe_load(find_config(path).read_text()) or {}
     except FileNotFoundError:
-        there = ", ".join(sorted(map(str, Path("configs").glob("*.yaml")))) or "none"
-        raise InputError(f"no configuration file '{path}'; configs/ has: {there}") from None
+        names = ", ".join(sorted(file.stem for file in shipped("configs").glob("*.yaml")))
+        raise InputError(f"no configuration file '{path}': give a file, or one of these names: {names}") from None
     except OSError as error:
         raise InputError(f"{path or '--config without a file'} cannot be read: {error.strerror}") from None
     except (ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:

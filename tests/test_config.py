@@ -68,9 +68,19 @@ def test_a_wrong_file_is_refused(tmp_path, text, message):
         load(str(tmp_path / "a.yaml"))
 
 
-def test_a_missing_file_is_refused_with_those_there_are():
-    with pytest.raises(InputError, match="no configuration file 'nowhere.yaml'; configs/ has"):
-        load("nowhere.yaml")
+@pytest.mark.parametrize("name", ["nowhere.yaml", "digitz", "configs/digits", "../configs/digits", ""])
+def test_a_missing_file_is_refused_with_the_names_there_are(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"'{name}': .* names: cifar10, .*digits, |without a file cannot be read"):
+        load(name)
+
+
+def test_a_configuration_has_a_name_unless_a_file_is_called_that(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    assert load("digits") == load(str(CONFIGS[0].parent / "digits.yaml")) != Config()
+    (tmp_path / "mnist").write_text("seed: 3")
+    assert load("mnist") == Config(seed=3)
 
 
 @pytest.mark.parametrize("text", ["[default]\naws_secret_access_key = top-secret\n", "top-secret", "- top-secret: {"])

@@ -1,4 +1,4 @@
-"""Commands for many machines: launch, render, fetch."""
+"""Commands that train, on this machine or on many: train, launch, render, fetch."""
 
 import os
 import sys
@@ -7,7 +7,20 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from pipeline.errors import InputError, Unavailable, require
+from pipeline.errors import InputError, Unavailable, exit_on_input_error, require
+
+
+def train() -> None:
+    """Train a network: --config is a file or a name, such as digits, and --help lists all settings.
+
+    The options of `naign launch`, such as --engine and --processes, are taken, too.
+    """
+    if not {"-h", "--help"}.isdisjoint(sys.argv[2:]):
+        from pipeline.config import parse
+
+        with exit_on_input_error("naign train"):
+            parse(sys.argv[2:])
+    launch()
 
 
 def launch() -> None:

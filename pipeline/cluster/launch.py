@@ -32,9 +32,9 @@ from pipeline.cluster.exit_codes import MEANINGS, SIGNALS, Ending, explain, on_s
 from pipeline.cluster.meeting import TELLING, Links, interface_of, listen, meet, turn_away
 from pipeline.cluster.place import Place, find_place, find_ports
 from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost, Unavailable, one_line
+from pipeline.shipped import shipped
 
-ROOT = Path(__file__).resolve().parents[2]
-TRAIN = ROOT / "pipeline/train.py"
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -232,7 +232,7 @@ def find_engine(name: str, ranks: int) -> str:
     if name:
         from accelerate.commands.config.config_args import load_config_from_file
 
-        for file in (Path(name), ROOT / f"launch/{name}.yaml", ROOT / f"launch/{name}"):
+        for file in (Path(name), shipped(f"launch/{name}.yaml"), shipped(f"launch/{name}")):
             if len(name) < 200 and file.is_file():
                 try:
                     load_config_from_file(str(file))
@@ -240,7 +240,7 @@ def find_engine(name: str, ranks: int) -> str:
                 except Exception as error:  # of many kinds
                     reason = one_line(error, 200)
                     raise InputError(f"--engine {file} is no configuration of Accelerate: {reason}") from None
-        known = ", ".join(sorted(file.stem for file in (ROOT / "launch").glob("*.yaml")))
+        known = ", ".join(sorted(file.stem for file in shipped("launch").glob("*.yaml")))
         raise InputError(f"--engine {name} is no file and no name in launch/{': ' + known if known else ''}")
     use_cpu, precision = _without_engine()
     return (

@@ -14,10 +14,10 @@ import yaml
 from pipeline.config import Config, check, load, to_dict
 from pipeline.data.several import open_manifest
 from pipeline.errors import InputError, Unavailable, printable, require
+from pipeline.shipped import shipped
 from pipeline.storage import at_most, use_endpoint
 
-ROOT = Path(__file__).resolve().parents[2]
-DEFAULT = ROOT / "configs/mnist.yaml"
+DEFAULT = "mnist"  # in configs/
 MFU = 0.3  # model FLOPs utilization: the share of a GPU's peak that training of convolutions reaches, by experience
 LAUNCH = 2e-3  # seconds of kernel launches in a step, or a block of samples: the least that either takes on a GPU
 CPU_TFLOPS = 0.1  # TFLOP/s of a host without GPUs: two or four cores of a server
@@ -104,8 +104,6 @@ def render_k8s(size: Size, *, image: str, data: str, run: str, config: Path | No
         ("--region", size.region, r"[a-z0-9-]+", " is no name of a region, as eu-west-1"),
         ("--endpoint", size.endpoint, r"(https?://[^\s@]+)?", address),
     )
-    file = ROOT / "k8s/base/job.yaml"
-    require((file.exists(), f"{file} is not there: run this from a checkout of the project, or in its image"))
     found.stop.within = 60
     access = f"the role of the service account {account}" if account else "the Secret naign-s3, if there is one"
     head = (
@@ -114,7 +112,7 @@ def render_k8s(size: Size, *, image: str, data: str, run: str, config: Path | No
         f"#   logs      kubectl logs -f -l app.kubernetes.io/name={name} --prefix --max-log-requests={size.nodes}\n"
         f"#   access    {access}\n"
     )
-    objects = _fit(file.read_text(), size, image, found, name)
+    objects = _fit(shipped("k8s/base/job.yaml").read_text(), size, image, found, name)
     return head + yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, width=120)
 
 
@@ -166,14 +164,14 @@ def render_slurm(size: Size, *, image: str, data: str, run: str, config: Path | 
     remote, precision = found.run.remote, found.train.precision
     copied = f"/tmp/{re.sub(r'[^A-Za-z0-9.-]+', '-', remote.removeprefix('s3://'))}"
     options = [
-        f"--config={config.resolve() if config else DEFAULT}",
+        f"--config={config.resolve() if config and config.is_file() else config or DEFAULT}",
         f"--data.path={data}",
         f"--run.path={copied if remote else found.run.path}",
         f"--run.remote={remote}",  # also if that is empty: the configuration may have one
         *([f"--train.precision={precision}"] if precision else []),
     ]
     gpus = f"#SBATCH --gpus-per-node={size.gpus}\n#SBATCH --cpus-per-task={4 * size.gpus}\n" if size.gpus else ""
-    text = (ROOT / "launch/slurm.sbatch").read_text()
+    text = shipped("launch/slurm.sbatch").read_text()
     text = re.sub(r"#SBATCH --nodes=\d+\n", f"#SBATCH --nodes={size.nodes}\n{gpus}", text)
     text = text.replace("#SBATCH --job-name=naign", f"#SBATCH --job-name={name}")
     return text.replace('naign launch "$@"', f'naign launch {shlex.join(options)} "$@"').rstrip()

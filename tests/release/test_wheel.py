@@ -1,0 +1,85 @@
+"""The wheel trains and measures where there is no checkout, and its version is that of git's newest tag."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, SMALL, environment
+
+WHERE = """
+import pipeline
+from pipeline.shipped import shipped
+print(pipeline.__file__, pipeline.__version__, shipped("launch/zero2.yaml"))
+"""
+
+
+def run(folder: Path, *command: str, code: int = 0, **more: str) -> str:
+    """Run a program that does not see this checkout. Returns what it said."""
+    env = {name: value for name, value in environment().items() if not name.startswith(("GIT_", "SETUPTOOLS_SCM"))}
+    more = {"PYTHONPATH": "", **more}
+    done = subprocess.run(command, cwd=folder, env=env | more, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def tagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository of the files of this checkout, one commit with the tag v7.8.9."""
+    folder = tmp_path_factory.mktemp("tagged")
+    listed = run(ROOT, "git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    git = ("git", "-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgSign=false")
+    run(folder, *git, "init", "--quiet")
+    run(folder, *git, "add", ".")
+    run(folder, *git, "commit", "--quiet", "--message=all")
+    run(folder, *git, "tag", "--annotate", "v7.8.9", "--message=7.8.9")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_and_measures_in_an_empty_folder(tagged: Path, tmp_path: Path) -> None:
+    dist, site, empty = tmp_path / "dist", tmp_path / "site", tmp_path / "empty"
+    run(tagged, sys.executable, "-m", "build", "--no-isolation", "--outdir", str(dist))  # the wheel from the archive
+    wheel, archive = dist / "naign-7.8.9-py3-none-any.whl", dist / "naign-7.8.9.tar.gz"
+    assert sorted(dist.iterdir()) == [wheel, archive]
+    with tarfile.open(archive) as opened:
+        assert {"naign-7.8.9/tests/conftest.py", "naign-7.8.9/k8s/base/job.yaml"} <= set(opened.getnames())
+    run(tmp_path, sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel))
+    for folder in ("configs", "launch", "k8s"):
+        there, here = site / "pipeline" / folder, ROOT / folder
+        assert {file.relative_to(there) for file in there.rglob("*")} == {f.relative_to(here) for f in here.rglob("*")}
+
+    empty.mkdir()
+
+    def python(*options: str) -> str:
+        return run(empty, sys.executable, *options, PYTHONPATH=str(site))
+
+    where = python("-c", WHERE).split()
+    assert where == [str(site / "pipeline/__init__.py"), "7.8.9", str(site / "pipeline/launch/zero2.yaml")]
+    small = [option for option in SMALL if not option.startswith("--report")]
+    said = python(str(site / "bin/naign"), "train", "--config", "digits", *small, "--train.images=512")
+    assert "packing it" in said and "done: the run lies in runs/digits" in said
+    python(str(site / "bin/naign"), "evaluate", "runs/digits", "--samples", "100")
+    metrics = json.loads((empty / "runs/digits/evaluation/metrics.json").read_text())
+    assert metrics["encoder"] == "digits-cnn64" and metrics["images_seen"] == 512
+
+
+def test_an_archive_without_gits_history_has_a_version(tagged: Path, tmp_path: Path) -> None:
+    """As `git archive` makes it, its tag's; as copied files, that of pyproject.toml."""
+    version = (sys.executable, "-m", "setuptools_scm")
+    run(tagged, "git", "archive", "--output", str(tmp_path / "all.tar"), "HEAD")
+    with tarfile.open(tmp_path / "all.tar") as opened:
+        opened.extractall(tmp_path / "archive", filter="data")
+    assert run(tmp_path / "archive", *version).split()[-1] == "7.8.9"
+    (tmp_path / "archive/.git_archival.txt").unlink()
+    assert run(tmp_path / "archive", *version).split()[-1] == "0.1.0"
+    assert os.access(tmp_path / "archive/.ci/run", os.X_OK)
