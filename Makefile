@@ -9,7 +9,11 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt
 
-.PHONY: help train test test-lowest quick lint docs install golden clean
+TARGET ?= cpu
+VERSION ?=
+TORCH_INDEX ?=
+
+.PHONY: help train test test-lowest quick lint docs install golden constraints dist sbom image clean
 
 help:
 	@echo "make train   install, fetch and pack MNIST, train on this machine, evaluate   [CONFIG=configs/x.yaml RUN=runs/x OPTIONS=--seed=1]"
@@ -17,6 +21,9 @@ help:
 	@echo "make test-lowest    the tests of ranks and engines with the lowest supported Accelerate and DeepSpeed"
 	@echo "make quick   the inner loop: lint and the tests that are not slow"
 	@echo "make docs    write docs/settings.md from the code; build the pages of docs/ as a site in build/site"
+	@echo "make dist    the wheel and the source archive, in dist/; make sbom: what the wheel depends on, in build/sbom/"
+	@echo "make image   the container image, by docker   [TARGET=cuda VERSION=0.1.0 TORCH_INDEX=...]"
+	@echo "make constraints    pin what pyproject.toml asks for and launch/constraints.txt lacks   [OPTIONS=--upgrade]"
 	@echo "make clean   remove the virtual environment and caches (data/ and runs/ stay)"
 
 $(VENV)/bin/python:
@@ -72,8 +79,39 @@ docs: $(VENV)/.tested
 k8s/job.yaml: k8s/base/job.yaml
 	{ echo "# Generated from k8s/base/job.yaml, which is the one to edit, by: make k8s/job.yaml"; cat $<; } > $@
 
+docs/tour.ipynb: docs/tour.py | $(VENV)/.tested
+	$(BIN)/jupytext --quiet --update --to ipynb --output $@ $<
+
+# One file for all extras, so that their pins agree; each line says what asks for it. OPTIONS=--upgrade renews the pins.
+# torch and torchvision, and what they alone ask for, are left to pip: their builds differ by machine.
+LEFT_OUT := torch torchvision setuptools
+constraints: $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	printf '%s; sys_platform == "none"\n' torch torchvision > $(VENV)/left-out.txt
+	$(BIN)/uv pip compile --quiet --universal --all-extras --override $(VENV)/left-out.txt \
+	    $(LEFT_OUT:%=--no-emit-package %) --annotation-style line --custom-compile-command "make constraints" \
+	    --output-file launch/constraints.txt $(OPTIONS) pyproject.toml
+	sed -i "/sys_platform == 'none'/d" launch/constraints.txt
+
+dist: $(VENV)/.tested
+	rm -rf dist
+	$(BIN)/python -m build
+
+# Of an environment that holds the wheel and what it asks for, and nothing else.
+sbom: dist
+	$(BIN)/python -m venv --clear $(VENV)-sbom
+	$(VENV)-sbom/bin/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt dist/*.whl
+	$(PIP_INSTALL) cyclonedx-bom pip-licenses
+	mkdir -p build/sbom
+	$(BIN)/cyclonedx-py environment --output-reproducible --output-file build/sbom/naign.cdx.json $(VENV)-sbom
+	$(BIN)/pip-licenses --python $(VENV)-sbom/bin/python --format markdown --with-urls --output-file build/sbom/licenses.md
+
+image:
+	docker build -f launch/Dockerfile --target $(TARGET) --build-arg VERSION=$(VERSION) \
+	    --build-arg TORCH_INDEX=$(TORCH_INDEX) -t naign:$(TARGET) .
+
 golden: $(VENV)/.tested
 	$(BIN)/python -m tests.golden
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-sbom build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,65 @@
+"""The workflows of .github are valid and pinned, run what the Makefile has, and may do no more than they must."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+FILES = sorted((ROOT / ".github/workflows").glob("*.yml"))
+WRITES = {
+    ("docs", "publish"): {"pages", "id-token"},
+    ("image", "build"): {"packages"},
+    ("release", "pypi"): {"id-token"},
+    ("release", "github"): {"contents"},
+    ("release", "image"): {"packages"},
+}
+"""What a job may write, by workflow and job; the others only read."""
+
+
+def jobs(file: Path) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = yaml.safe_load(file.read_text())["jobs"]
+    return found
+
+
+def test_workflows_are_valid_and_a_wrong_one_is_found(tmp_path: Path) -> None:
+    def check(*files: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows"]
+        return subprocess.run([*command, *map(str, files)], capture_output=True, text=True, check=False)
+
+    assert {file.stem for file in FILES} == {"test", "docs", "image", "release"}
+    done = check(*FILES)
+    assert done.returncode == 0, done.stdout
+    wrong = tmp_path / "wrong.yml"
+    wrong.write_text(FILES[0].read_text().replace("runs-on", "run-on"))
+    assert check(wrong).returncode == 1
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_workflows_run_what_the_makefile_has_and_can_write_only_what_they_must(file: Path) -> None:
+    text, targets = file.read_text(), set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"\bmake ([\w-]+)", text)) <= targets and "secrets." not in text
+    used = re.findall(r"uses: (.*)", text)
+    pinned = r"\./\.github/workflows/\w+\.yml|[\w/-]+@[0-9a-f]{40} # v[\d.]+"
+    assert used and [each for each in used if not re.fullmatch(pinned, each)] == []
+    assert yaml.safe_load(text)["permissions"] == {"contents": "read"}
+    for name, job in jobs(file).items():
+        rights = job.get("permissions", {})
+        assert {right for right, how in rights.items() if how == "write"} == WRITES.get((file.stem, name), set())
+        for step in job.get("steps", []):  # ${{ }} in a command would run what it holds
+            assert "${{" not in step.get("run", "")
+            assert "checkout" not in step.get("uses", "") or step["with"]["persist-credentials"] is False
+
+
+def test_all_that_an_extra_asks_for_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    names = {re.match(r"[\w.-]+", each)[0].lower().replace("_", "-") for each in asked}  # type: ignore[index]
+    pins = set(re.findall(r"^([\w.-]+)==\S+", (ROOT / "launch/constraints.txt").read_text(), re.M))
+    assert names - pins == {"torch"}, "make constraints"
