@@ -1,0 +1,62 @@
+"""The notebook docs/tour.py runs from beginning to end, and shows what it says."""
+
+import ast
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+from tests.conftest import ROOT, environment
+
+TOUR = ROOT / "docs/tour.py"
+
+
+def execute(notebook: Any, folder: Path, **more: str) -> str:
+    """Run all cells in `folder`. Returns what they print."""
+    env = environment(**more)
+    env.pop("PYTEST_CURRENT_TEST", None)  # where it is set, the kernel does not show what programs print
+    client = NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": folder}})
+    client.execute(env=env)
+    printed = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "".join(printed)
+
+
+@pytest.mark.slow
+def test_the_tour_trains_repairs_and_maps_energy(tmp_path: Path) -> None:
+    notebook = jupytext.read(TOUR)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("IMAGES = 30_000", "IMAGES = 6_000")
+    said = execute(notebook, tmp_path)
+    assert "IMAGES = 6_000" in str(notebook.cells) and "naign with 0.17 M parameters" in said
+    pictures = [out for cell in notebook.cells for out in cell.get("outputs", []) if "image/png" in out.get("data", {})]
+    assert len(pictures) == 4
+    repairs = re.findall(r"^(blur|noise) +error (\S+) damaged, (\S+) repaired", said, re.M)
+    assert len(repairs) == 2 and all(float(after) < float(before) for _, before, after in repairs)
+    clean, damaged, swapped = (float(value) for value in re.findall(r"energy (\d\S+)", said))
+    assert clean < damaged < swapped
+
+
+def test_a_kernel_without_the_package_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline/__init__.py").touch()  # another package of that name, which hides ours if it is installed
+    notebook = jupytext.read(TOUR)
+    notebook.cells = [cell for cell in notebook.cells if cell.cell_type == "code"][:2]
+    with pytest.raises(CellExecutionError, match=r"This kernel has no NAIGN \(No module named .*\): run `%pip install"):
+        execute(notebook, tmp_path, PYTHONPATH=str(tmp_path))
+    assert [output.output_type for cell in notebook.cells for output in cell.outputs].count("error") == 1
+    assert os.listdir(tmp_path) == ["pipeline"]
+
+
+def test_the_notebook_file_is_that_of_the_source_without_outputs() -> None:
+    file, source = jupytext.read(TOUR.with_suffix(".ipynb")), jupytext.read(TOUR)
+    cells = [(cell.cell_type, cell.source) for cell in file.cells]
+    assert cells == [(cell.cell_type, cell.source) for cell in source.cells], "make docs/tour.ipynb"
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in file.cells)
+    for cell in file.cells:
+        if cell.cell_type == "code":
+            ast.parse(cell.source)
