@@ -49,6 +49,9 @@ _HERE = Path(__file__).resolve().parent
 if sys.path and Path(sys.path[0] or ".").resolve() == _HERE:
     sys.path[0] = str(_HERE.parent)
 
+# Before torch loads: its store and sockets log a stack of 20 lines for each rank that they lose.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 # ruff: noqa: E402
 from pipeline.config import parse
 from pipeline.distributed import (

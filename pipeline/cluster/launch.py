@@ -22,11 +22,11 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 
 from pipeline.cluster.exit_codes import MEANINGS, SIGNALS, Ending, explain, on_signals, say, weight
 from pipeline.cluster.meeting import TELLING, Links, interface_of, listen, meet, turn_away
@@ -124,10 +124,11 @@ def _meet_others(options: argparse.Namespace, config: Any, place: Place, process
     listener = listen(place, options.meeting_port)
     with listener or contextlib.nullcontext():
         try:
+            engine = find_engine(options.engine, place.hosts * processes)
+            _check_gpus(options.gpus, processes, engine)
             if _is_done(config, options.reach):
                 say(f"nothing left to do: the run in {config.run.remote} is done")
                 return None, ""
-            engine = find_engine(options.engine, place.hosts * processes)
             _check_host(options, place, processes)
             links = meet(place, port=options.meeting_port, within=options.wait, say=say, listener=listener)
         except InputError as error:
@@ -143,13 +144,20 @@ def _meet_others(options: argparse.Namespace, config: Any, place: Place, process
     return links, engine
 
 
+def _check_gpus(wanted: int, processes: int, engine: str) -> None:
+    """Raise InputError or Unavailable where this host lacks GPUs, for `wanted` of --gpus or for its ranks."""
+    from pipeline.distributed.gpus import check_gpus
+
+    check_gpus(f"--gpus {wanted}", wanted)
+    found = yaml.safe_load(engine)
+    if not found.get("use_cpu") and (
+        _gpus() or found.get("distributed_type") == "MULTI_GPU"
+    ):  # DeepSpeed takes CPUs too
+        check_gpus(f"{processes} ranks on GPUs are to start here (on CPUs: --engine cpu)", processes)
+
+
 def _check_host(options: argparse.Namespace, place: Place, processes: int) -> None:
-    """Raise InputError or Unavailable where this host lacks what its ranks need."""
-    if _gpus() < options.gpus:
-        found = f"{options.gpus} GPUs should be here, torch can use {_gpus()}"
-        if not import_module("torch").backends.cuda.is_built():
-            raise InputError(f"{found}: this torch was built without; take the image of --target cuda")
-        raise Unavailable(f"{found}: see nvidia.com/gpu in the limits, and the node's driver")
+    """Raise InputError where this host lacks what its ranks need."""
     if place.hosts > 1:
         say(f"host {place.index} of {place.hosts}, {processes} ranks each, under {place.orchestrator}")
         if place.index == 0:
@@ -251,7 +259,9 @@ def find_engine(name: str, ranks: int) -> str:
 
 
 def _gpus() -> int:
-    return int(import_module("torch").cuda.device_count())
+    from pipeline.distributed.gpus import count_gpus
+
+    return count_gpus()
 
 
 def _without_engine() -> tuple[str, str]:

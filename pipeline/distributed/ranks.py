@@ -20,8 +20,9 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, without an export
 from torch.distributed import distributed_c10d as c10d
 
+from pipeline.distributed.gpus import check_bf16, check_gpus
 from pipeline.distributed.versions import check_versions
-from pipeline.errors import BY_WEIGHT, SHARED, InputError, PeerLost, require
+from pipeline.errors import BY_WEIGHT, SHARED, InputError, PeerLost, printable, require
 
 log = logging.getLogger("naign.distributed")
 
@@ -45,8 +46,13 @@ def build_accelerator(
         alone = "the launcher was asked for several ranks but started this process alone, as Accelerate does for"
         raise InputError(f"{alone} distributed_type MULTI_CPU: use a configuration like launch/cpu.yaml")
     if several and not deepspeed and on_cpu and use_cpu == "false":
-        said = "the launcher's configuration says use_cpu: false, but torch can use no GPU here"
-        raise InputError(f"{said} (`naign doctor` says more): launch/cpu.yaml is for CPUs")
+        said = "the launcher's configuration says use_cpu: false (launch/cpu.yaml is for CPUs)"
+        check_gpus(said, int(environ.get("LOCAL_WORLD_SIZE", "1")))
+    if not on_cpu:
+        ranks = int(environ.get("LOCAL_WORLD_SIZE", "1"))
+        check_gpus(f"{ranks} ranks were started here", ranks)
+        if precision == "bf16":
+            check_bf16()
     if deepspeed:
         _check_deepspeed(on_cpu)
     check_versions("torch", "accelerate")
@@ -123,7 +129,7 @@ def _connect_ranks(backend: str, connecting: timedelta, collective: timedelta) -
                 socket.create_connection((host, port := int(launcher.get("port"))), timeout=5).close()
                 break
             if time.monotonic() > end:
-                raise TimeoutError(f"rank {rank} waited {connecting} for rank 0, on {host}")
+                raise PeerLost(f"rank {rank} waited {connecting} for rank 0, on {host}")
             time.sleep(0.1)
         store = TCPStore(host, port, world, is_master=False, timeout=connecting)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=collective)
@@ -210,13 +216,29 @@ def together(accelerator: Accelerator) -> Iterator[None]:
         raise kind(message)
 
 
-LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-"""Parts of the messages of gloo, TCPStore and NCCL about a rank that is gone."""
+LOST = (
+    *("Connection closed by", "closed by remote peer", "reset by peer", "Broken pipe", "Socket closed"),
+    *("remote process exited", "connectFullMesh failed", "Timed out waiting"),
+)
+"""Parts of the messages of gloo and NCCL about a rank that is gone."""
+
+NCCL_LOST = (*LOST, "ncclRemoteError", "ncclSystemError", "collective operation timeout", "was aborted")
+OWN = (
+    *("ncclInvalidUsage", "ncclInvalidArgument", "ncclUnhandledCudaError", "unhandled cuda error"),
+    *("out of memory", "shared memory", "No space left", "failed to listen"),
+)
+"""Parts of the messages about a fault of this rank or its machine, which starting all again would not mend."""
 
 
 def is_peer_lost(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone."""
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST)
+    """Whether a collective or the store failed because another rank is gone, or silent for too long."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or any(sign in text for sign in OWN):
+        return False
+    if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)):  # of the store, which is rank 0's
+        return True
+    signs = NCCL_LOST if isinstance(error, dist.DistBackendError) else LOST
+    return any(sign in text for sign in signs)
 
 
 @contextmanager
@@ -227,7 +249,8 @@ def peers_missed() -> Iterator[None]:
     except RuntimeError as error:
         if not is_peer_lost(error):
             raise
-        rank, reason = os.environ.get("RANK", "0"), str(error).splitlines()[0]
+        said = str(error).partition("\nException raised from")[0]  # the rest is a stack
+        rank, reason = os.environ.get("RANK", "0"), printable(" ".join(said.split()), 400)
         raise PeerLost(f"rank {rank} lost another rank, and ends ({reason})") from error
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from pipeline.distributed.gpus import why_none
 from pipeline.distributed.versions import check_versions
 from pipeline.errors import InputError, Unavailable
 from pipeline.observe.monitor import find_trackers
@@ -45,6 +46,7 @@ class Needs(NamedTuple):
 LOAD_DEEPSPEED = """
 import deepspeed
 from accelerate.utils import DeepSpeedPlugin
+from pipeline.distributed.gpus import why_none
 from pipeline.distributed.versions import check_versions
 DeepSpeedPlugin()
 check_versions("deepspeed")
@@ -90,13 +92,18 @@ def faiss_builds() -> list[str]:
 
 
 def faiss(needs: Needs) -> Iterator[tuple[str, str]]:
-    """Two builds overwrite each other's files in one folder, and which code runs is then an accident."""
+    """Two builds overwrite each other's files in one folder, and which code runs is then an accident.
+
+    Raises InputError for a run.
+    """
     builds = faiss_builds()
     remedy = "" if builds else "FAISS is missing: pip install faiss-cpu"
-    if len(builds) > 1:
-        names = " ".join(build.split()[0] for build in builds)
-        remedy = f"builds of FAISS share one folder: pip uninstall -y {names}, then install just one of them"
-    yield f"FAISS: {', '.join(builds) or 'none'}", remedy
+    found = f"FAISS: {', '.join(builds) or 'none'}"
+    if len(names := sorted({build.split()[0] for build in builds})) > 1:
+        remedy = f"builds of FAISS share one folder: pip uninstall -y {' '.join(names)}, then install just one of them"
+        if needs.run:
+            raise InputError(f"{found}: {remedy}")
+    yield found, remedy
 
 
 def processor(needs: Needs) -> Iterator[tuple[str, str]]:
@@ -122,7 +129,8 @@ def gpus(needs: Needs) -> Iterator[tuple[str, str]]:
     if count > 1 and nccl and not needs.run:
         yield from ring("nccl", count)
     if not count:
-        yield "no CUDA device: training runs on the processor, ranks communicate by gloo", ""
+        yield f"no CUDA device ({why_none()})", ""
+        yield "training runs on the processor, ranks communicate by gloo", ""
 
 
 def endpoint(needs: Needs) -> Iterator[tuple[str, str]]:
@@ -182,8 +190,8 @@ def trackers(needs: Needs) -> Iterator[tuple[str, str]]:
     yield f"trackers: {', '.join(find_trackers(needs.trackers))}", ""
 
 
-OF_A_RUN: tuple[Check, ...] = (trackers, disk, remote)
-CHECKS: tuple[Check, ...] = (libraries, deepspeed, faiss, processor, gpus, shared_memory, *OF_A_RUN, endpoint)
+OF_A_RUN: tuple[Check, ...] = (faiss, trackers, disk, remote)
+CHECKS: tuple[Check, ...] = (libraries, deepspeed, processor, gpus, shared_memory, *OF_A_RUN, endpoint)
 
 
 def examine(

@@ -2,7 +2,8 @@
 
 import pytest
 
-from pipeline.observe.doctor import Needs, examine, faiss
+from pipeline.errors import InputError
+from pipeline.observe.doctor import Needs, examine, faiss, preflight
 
 
 def test_this_machine_is_described_and_ready():
@@ -20,7 +21,10 @@ def test_this_machine_is_described_and_ready():
         ([], "pip install faiss-cpu"),
     ],
 )
-def test_one_build_of_faiss_is_wanted(monkeypatch, builds, remedy):
+def test_one_build_of_faiss_is_wanted(monkeypatch, builds, remedy, tmp_path):
     monkeypatch.setattr("pipeline.observe.doctor.faiss_builds", lambda: builds)
     problems = examine(lambda line: None, Needs(), [faiss])
     assert len(problems) == bool(remedy) and all(remedy in problem for problem in problems)
+    if len(builds) > 1:  # a run cannot tell which code it would search with
+        with pytest.raises(InputError, match=remedy):
+            preflight(lambda line: None, run=str(tmp_path / "run"))

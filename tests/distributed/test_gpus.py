@@ -1,0 +1,96 @@
+"""GPUs that a run cannot have are told in a sentence before anything is waited for. The answers here are torch's."""
+
+import pytest
+import torch
+
+from pipeline.cluster import launch
+from pipeline.distributed import build_accelerator
+from pipeline.distributed.gpus import check_bf16, check_gpus
+from pipeline.errors import BAD_INPUT, FAILED, InputError, Unavailable
+
+NO_DRIVER = "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver"
+OLD_DRIVER = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver"
+UNKNOWN = "CUDA unknown error - this may be due to an incorrectly set up environment"
+HIDDEN = "No CUDA GPUs are available"
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Sets what torch answers: whether it is a CUDA build, its GPUs, what it says on the first use, bfloat16."""
+
+    def answer(*, built: bool = True, count: int = 0, said: str = "", bf16: bool = True) -> None:
+        def init() -> None:
+            if said:
+                raise RuntimeError(said)
+
+        monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
+        monkeypatch.setattr(torch.version, "cuda", "13.0" if built else None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        # By NVML, which knows nothing of this torch: cards that are there, not those that can be used.
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count or 8)
+        monkeypatch.setattr(torch.cuda, "init", init)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16 or including_emulation)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("torch_says", "kind", "said"),
+    [
+        ({"built": False}, InputError, "was built without CUDA: install a CUDA build"),
+        ({"said": NO_DRIVER}, InputError, "there is no NVIDIA driver: install it"),
+        ({"said": OLD_DRIVER}, InputError, "is for CUDA 11.4 at most, torch .* needs one for CUDA 13.0: update the"),
+        ({"said": HIDDEN}, InputError, "No CUDA GPUs are available: see nvidia.com/gpu"),
+        ({"said": UNKNOWN}, Unavailable, "CUDA unknown error"),
+        ({"count": 4}, InputError, "8 GPUs are needed on this host, torch can use 4: ask for fewer, or give the host"),
+    ],
+)
+def test_gpus_that_are_missing(torch_says, kind, said, machine):
+    machine(**torch_says)
+    with pytest.raises(kind, match=said) as caught:
+        check_gpus("--gpus 8", 8)
+    assert "\n" not in str(caught.value)
+    machine(count=8)
+    check_gpus("--gpus 8", 8)
+
+
+@pytest.mark.parametrize(
+    ("torch_says", "code"), [({"said": NO_DRIVER}, BAD_INPUT), ({"said": UNKNOWN}, FAILED), ({"count": 1}, BAD_INPUT)]
+)
+def test_gpus_are_looked_at_before_the_bucket(torch_says, code, machine, monkeypatch, capsys):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    machine(**torch_says)
+    monkeypatch.setattr(launch, "on_signals", lambda *_: None)  # they are this process's
+    assert launch.main(["--gpus=2", "--run.remote=s3://bucket/run"]) == code
+    said = capsys.readouterr().err
+    assert "--gpus 2: 2 GPUs are needed" in said and "bucket" not in said and len(said.splitlines()) == 1
+
+
+def test_more_ranks_than_gpus_are_refused(machine, monkeypatch, capsys):
+    machine(count=2)
+    monkeypatch.setattr(launch, "on_signals", lambda *_: None)
+    assert launch.main(["--processes=4", "--run.remote=s3://bucket/run"]) == BAD_INPUT
+    assert "4 ranks on GPUs are to start here (on CPUs: --engine cpu): 4 GPUs are needed" in capsys.readouterr().err
+    machine(built=False)
+    assert launch.main(["--engine=gpus", "--processes=2", "--run.remote=s3://bucket/run"]) == BAD_INPUT
+    assert "2 GPUs are needed on this host, torch can use 0: torch" in capsys.readouterr().err
+    machine(count=2)
+    for name, value in {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="4 ranks were started here: 4 GPUs are needed on this host, torch can use 2"):
+        build_accelerator()
+    machine(said=OLD_DRIVER)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    with pytest.raises(InputError, match="use_cpu: false .* the NVIDIA driver is for CUDA 11.4 at most"):
+        build_accelerator()
+
+
+def test_bf16_on_a_card_without_is_refused(machine):
+    machine(count=1, bf16=False)
+    with pytest.raises(
+        InputError, match="train.precision is bf16, which Tesla T4 only emulates: use --train.precision"
+    ):
+        build_accelerator(precision="bf16")
+    machine(count=1)
+    check_bf16()

@@ -1,0 +1,112 @@
+"""A rank that loses another one says so in a line, with the code for it; one that fails by itself does not."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipeline.distributed import is_peer_lost
+from pipeline.errors import PEER_LOST
+from tests.conftest import environment, forked
+from tests.distributed.ranks import free_port
+
+LOADING = """
+import os, signal, sys, time
+from types import SimpleNamespace
+from pipeline.train import build_accelerator, exit_on_input_error, peers_missed
+from pipeline.distributed import StopRequest, Watchdog
+from pipeline.training.loop import read_round
+
+rank, lost, wait = int(os.environ["RANK"]), int(sys.argv[1]), sys.argv[2]
+
+class Stream:
+    rows_read = 0
+
+    def take(self, number, cancelled):  # its store does not answer
+        looks = 0
+        while rank != lost or looks < 3:
+            looks += wait == "read" and not cancelled()
+            looks += wait == "store" and not stop.seen()
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+with exit_on_input_error("train"), peers_missed():
+    accelerator, stop = build_accelerator(), StopRequest(world=2, timeout=60)
+    accelerator.wait_for_everyone()
+    read_round(SimpleNamespace(accelerator=accelerator, stop=stop, watchdog=Watchdog(rank=rank, world=2, timeout=60)),
+        Stream(), 0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("lost", "wait"), [(0, "read"), (0, "store"), (1, "read")])
+def test_a_rank_that_is_lost_while_data_are_read_is_told_in_a_line(lost, wait):
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    begin = environment if wait == "store" else forked  # what torch itself logs is settled where it is imported
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOADING, str(lost), wait],
+            env=begin(**address, RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true"),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert ranks[lost].returncode == -signal.SIGKILL, said[lost]
+    assert ranks[1 - lost].returncode == PEER_LOST, said[1 - lost]
+    (line,) = said[1 - lost].splitlines()
+    assert line.startswith(f"train: rank {1 - lost} lost another rank, and ends (")
+
+
+NCCL = (
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, {}, NCCL version 2.29.7\n{}\nLast error:\n{}"
+)
+REMOTE = "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely."
+SYSTEM = "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error. "
+CUDA = "ncclUnhandledCudaError: Call to CUDA function failed."
+USAGE = "ncclInvalidUsage: This usually reflects invalid usage of NCCL library."
+CHECK = "ncclInternalError: Internal check failed."
+TIMEOUT = (
+    "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE) ran for 600001 ms"
+)
+BROKEN, RESET = "Net : Call to recv from 10.0.0.7<33759> failed : Broken pipe", "Connection reset by peer"
+SHARED = "Error while creating shared memory segment /dev/shm/nccl-x (size 9637888): No space left on device (28)"
+
+
+def nccl(kind: str, last: str) -> dist.DistBackendError:
+    return dist.DistBackendError(NCCL.format("some error", kind, last))
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (dist.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."), True),
+        (dist.DistNetworkError("Failed to send, sent 0 bytes. Connection was likely closed."), True),
+        (dist.DistNetworkError("The client socket has timed out after 60000ms while trying to connect"), True),
+        (dist.DistNetworkError("The server socket has failed to listen on any local network address."), False),
+        (dist.DistStoreError("wait timeout after 60000ms, keys: /default_pg/0//cpu//1/rank_1"), True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.7]:2"), True),
+        (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 60000ms for recv"), True),
+        (nccl(REMOTE, BROKEN), True),
+        (nccl(SYSTEM, f"socketProgress: {RESET}"), True),
+        (nccl(CHECK, "Net : Connection closed by remote peer 10.0.0.7<50260>"), True),
+        (dist.DistBackendError(TIMEOUT), True),
+        (dist.DistBackendError("NCCL communicator was aborted on rank 0."), True),
+        (nccl(SYSTEM, SHARED), False),
+        (nccl(CHECK, "Cuda failure 999"), False),
+        (nccl(USAGE, "Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000"), False),
+        (nccl(CUDA, "Cuda failure 2 'out of memory'"), False),
+        (nccl(CUDA, RESET), False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ConnectionResetError(104, RESET), False),  # not of a collective
+        (BrokenPipeError(32, os.strerror(32)), False),
+    ],
+)
+def test_what_is_a_lost_rank(error, lost):
+    assert is_peer_lost(error) is lost
