@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ from pipeline.storage.store import locate, open_store
 RECORDS = ("config.yaml", "metrics.jsonl", "best.json")
 PICTURES = ("tensorboard/*", "samples/*")
 """Patterns of the files copied besides a checkpoint: RECORDS before its manifest, PICTURES after it."""
+
+log = logging.getLogger("naign.bucket")
 
 OWNER = "owner.json"  # names the process that may write to the bucket, the one that started last; any other stops
 
@@ -127,7 +130,14 @@ def mirror(run: Path, remote: str, patterns: Sequence[str]) -> None:
 
 
 def take_over(remote: str) -> str:
-    """Make this process the only one that may write to the bucket. Returns the claim that `check_claim` takes."""
+    """Make this process the only one that may write to the bucket; the log tells whose it was. Returns the claim that
+    `check_claim` takes.
+    """
+    if before := _owner(remote):
+        whose = f"the run that started on {before['host']} at {before['since']}"
+        newest = next(newest_first(remote), "")
+        sent = f"what it sent last is {newest}" if newest else "it sent no checkpoint"
+        log.info("%s is taken over from %s: %s, and it can send no more", remote, whose, sent)
     claim = uuid.uuid4().hex
     owner = {"claim": claim, "host": socket.gethostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
     open_store(remote).put(OWNER, json.dumps(owner).encode())
@@ -136,17 +146,22 @@ def take_over(remote: str) -> str:
 
 def check_claim(remote: str, claim: str) -> None:
     """Raise Conflict if another process has called `take_over` since."""
+    owner = _owner(remote)
+    if owner.get("claim", "") not in ("", claim):
+        taken = f"{remote} was taken over by a run that started later (on {owner['host']}, {owner['since']})"
+        raise Conflict(f"{taken}: this one exits and writes no more to it; give each run its own --run.remote")
+
+
+def _owner(remote: str) -> dict[str, str]:
+    """Who has taken over the bucket last: claim, host and since; {} if nobody, or nobody known to this program."""
     store = open_store(remote)
     if not store.exists(OWNER):
-        return
+        return {}
     try:
         owner = {key: re.sub(r"[^\w.:+-]", "?", str(value)) for key, value in json.loads(store.read(OWNER)).items()}
     except (ValueError, AttributeError, RecursionError):  # not written by this program
-        return
-    owner = {"claim": "", "host": "?", "since": "?"} | owner
-    if owner["claim"] not in ("", claim):
-        taken = f"{remote} was taken over by a run that started later (on {owner['host']}, {owner['since']})"
-        raise Conflict(f"{taken}: this one exits and writes no more to it; give each run its own --run.remote")
+        return {}
+    return {"claim": "", "host": "?", "since": "?"} | owner
 
 
 def _copy(file: Path, url: str) -> None:

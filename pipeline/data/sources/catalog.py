@@ -68,7 +68,11 @@ def load(
     channels: int = 3,  # 3 colour or 1 grey, for `folder`
     seed: int = 0,  # of what is drawn: the points of toy2d, the test split of `folder`
 ) -> Source:
-    """The named source. Raises InputError for an unknown name, missing files, or an option that it does not take."""
+    """The named source.
+
+    Raises InputError for an unknown name, missing files, or an option that it does not take; Unavailable where files
+    cannot be fetched for now.
+    """
     check_seed(seed)
     base, colon, argument = name.partition(":")
     key = f"{base}:<name>" if colon else name

