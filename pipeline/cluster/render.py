@@ -109,6 +109,7 @@ def render_k8s(size: Size, *, image: str, data: str, run: str, config: Path | No
     head = (
         f"# {name}: {size.nodes} pods {f'of {size.gpus} GPUs' if size.gpus else 'without GPUs'}\n"
         "#   apply     kubectl apply -f FILE      clean up  kubectl delete -f FILE, also before it is applied again\n"
+        f"#   wait      kubectl wait --for=condition=Ready pod -l app.kubernetes.io/name={name} --timeout=30m\n"
         f"#   logs      kubectl logs -f -l app.kubernetes.io/name={name} --prefix --max-log-requests={size.nodes}\n"
         f"#   access    {access}\n"
     )
@@ -128,7 +129,9 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 def _fit(text: str, size: Size, image: str, config: Config, name: str) -> list[dict[str, Any]]:
     """The objects of job.yaml but those of its S3 server, with this name, size and configuration."""
-    text = re.sub(r"\b(name|subdomain): naign(-store)?(?![\w-])", rf'\1: "{name}\2"', text)
+    # No run's name has a dot, so that none can be that of another run's ConfigMap for its store.
+    text = re.sub(r"\bname: naign-store(?![\w-])", f'name: "{name}.store"', text)
+    text = re.sub(r"\b(name|subdomain): naign(?![\w-])", rf'\1: "{name}"', text)
     text = text.replace("naign-0.naign", f"{name}-0.{name}")
     every = yaml.safe_load_all(text)
     objects = [item for item in every if item["metadata"]["labels"]["app.kubernetes.io/name"] == name]

@@ -36,7 +36,13 @@ def templates(item: Object) -> list[tuple[str, Object]]:
 
 def _of(item: Object, objects: list[Object]) -> Iterator[str]:
     if item["kind"] == "Service":
-        yield from _of_service(item, objects)
+        yield from _reaches(
+            f"Service {item['metadata']['name']}", item["spec"]["selector"], item["spec"]["ports"], objects
+        )
+    if item["kind"] == "NetworkPolicy":
+        selector = item["spec"]["podSelector"]["matchLabels"]
+        ports = [entry for rule in item["spec"]["ingress"] for entry in rule["ports"]]
+        yield from _reaches(f"NetworkPolicy {item['metadata']['name']}", selector, ports, objects)
     if item["kind"] == "Job":
         yield from _of_job(item, objects)
     if item["kind"] == "ConfigMap" and "run.yaml" in item["data"]:
@@ -48,8 +54,8 @@ def _of(item: Object, objects: list[Object]) -> Iterator[str]:
         yield from _of_pod(name, template["spec"], objects)
 
 
-def _of_service(item: Object, objects: list[Object]) -> Iterator[str]:
-    name, selector = f"Service {item['metadata']['name']}", item["spec"]["selector"]
+def _reaches(name: str, selector: Object, ports: list[Object], objects: list[Object]) -> Iterator[str]:
+    """What is wrong with an object `name` that selects pods and names ports of theirs."""
     found = [
         template
         for other in objects
@@ -59,9 +65,9 @@ def _of_service(item: Object, objects: list[Object]) -> Iterator[str]:
     if not found:
         yield f"{name} selects no pod"
     for template in found:
-        ports = [port for container in template["spec"]["containers"] for port in container.get("ports", [])]
-        known = {port["name"] for port in ports} | {port["containerPort"] for port in ports}
-        for port in item["spec"]["ports"]:
+        opened = [port for container in template["spec"]["containers"] for port in container.get("ports", [])]
+        known = {port["name"] for port in opened} | {port["containerPort"] for port in opened}
+        for port in ports:
             if port.get("targetPort", port["port"]) not in known:
                 yield f"{name}: no container has the port {port.get('targetPort', port['port'])}"
 

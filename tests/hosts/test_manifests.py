@@ -171,10 +171,16 @@ def test_runs_that_differ_have_names_that_differ():
         assert re.fullmatch(r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?", name), name
 
 
+def test_runs_share_no_object():
+    """A run named as another one with an ending has none of its objects."""
+    kinds = [set(rendered(name=name)) for name in ("x", "x-store", "x-store-store")]
+    assert not kinds[0] & kinds[1] and not kinds[1] & kinds[2] and not kinds[0] & kinds[2]
+
+
 def test_a_second_run_under_one_name_is_refused():
     """The API server takes no change of a Job's pod template, nor of an immutable ConfigMap."""
     first, again = rendered(), rendered()
-    assert first == again and first["ConfigMapr"]["immutable"] and first["ConfigMapr-store"]["immutable"]
+    assert first == again and first["ConfigMapr"]["immutable"] and first["ConfigMapr.store"]["immutable"]
     for other in (rendered(data="s3://bucket/other"), rendered(region="eu-west-1")):
         assert other["Jobr"]["spec"]["template"] != first["Jobr"]["spec"]["template"]
 
@@ -226,6 +232,9 @@ def test_what_is_wrong_is_found():
     assert "selects no pod" in wrong("Service", "naign", lambda item: item["spec"]["selector"].update(a="b"))
     assert "no container has the port 1" in wrong(
         "Service", "naign", lambda item: item["spec"]["ports"][0].update(port=1)
+    )
+    assert "no container has the port 1" in wrong(
+        "NetworkPolicy", "naign-store", lambda item: item["spec"]["ingress"][0]["ports"][0].update(port=1)
     )
     assert "are not the same" in wrong("Job", "naign", lambda item: item["spec"].update(completions=3))
     assert "not the name of the first pod" in pod(lambda spec: spec.update(subdomain="other"))
