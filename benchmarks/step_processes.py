@@ -78,7 +78,7 @@ def opened(config: Config, precision: str = "") -> Iterator[Callable[[nn.Module]
     accelerator = build_accelerator(precision=precision)
     rank, world, folder = accelerator.process_index, accelerator.num_processes, Path(config.run.path)
     stop = StopRequest(within=config.stop.within, world=world)
-    monitor = Monitor(folder, active=rank == 0, images=config.train.images, images_seen=0, config="")
+    monitor = Monitor(folder, active=rank == 0, images=config.train.images, images_seen=0, config="", settings={})
     watchdog = Watchdog(rank=rank, world=world, timeout=config.train.timeout)
     share = {"seed": config.seed, "round_size": config.match.round, "rank": rank, "world": world}
     with Stream(config.data, **share) as stream, monitor, watchdog:

@@ -22,6 +22,7 @@ from pipeline.errors import InputError, printable, require
 from pipeline.match.matcher import MatchConfig
 from pipeline.model import losses, networks
 from pipeline.observe.speed import parse_rounds
+from pipeline.observe.trackers import find_trackers
 from pipeline.shipped import shipped
 from pipeline.storage.store import open_store
 
@@ -83,7 +84,8 @@ class ReportConfig:
     pictures: int = field(default=25, metadata=AT_LEAST_0)
     """Rounds between image grids; 0: none."""
     trackers: str = "tensorboard"
-    """Where to report besides metrics.jsonl: names with commas between them. Other packages may bring more."""
+    """Where to report besides metrics.jsonl: names, as [tensorboard, wandb], of TensorBoard, of Accelerate's trackers
+    (wandb, mlflow, trackio, ...) and of those that other packages bring. docs/tracking.md has what each is told."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -186,6 +188,7 @@ def parse(arguments: Sequence[str]) -> Config:
             _refuse_former(section, key, getattr(base, section).name, "the command line")
     config = tyro.cli(Config, args=rest, default=base, prog="naign train")
     check(config)
+    find_trackers(config.report.trackers)  # here, since a run is read where its trackers need not be installed
     return config
 
 
@@ -303,7 +306,7 @@ def _build(kind: Any, content: Any, where: str, prefix: str, recorded: bool) -> 
         if key in hints and dataclasses.is_dataclass(hints[key]):
             values[key] = _build(hints[key], {} if value is None else value, where, f"{prefix}{key}.", recorded)
         elif key in hints:
-            if f"{prefix}{key}" == "data.path" and isinstance(value, list):
+            if f"{prefix}{key}" in ("data.path", "report.trackers") and isinstance(value, list):
                 value = yaml.safe_dump(value, default_flow_style=True, width=MOST).strip()
             values[key] = _convert(hints[key], value, f"{where}: {prefix}{key}")
         elif not (recorded and (RENAMED.get(f"{prefix}{key}") == "" or section in NAMED and key in NAMED[section][2])):

@@ -56,7 +56,7 @@ def _alike(entry: object, example: object) -> bool:
     """Whether both are of the same form: a settings class, a function, or a tuple of these."""
     if isinstance(example, tuple):
         return isinstance(entry, tuple) and len(entry) == len(example) and all(map(_alike, entry, example))
-    return callable(entry) and (is_dataclass(entry) if is_dataclass(example) else True)
+    return entry is example is None or callable(entry) and (is_dataclass(entry) if is_dataclass(example) else True)
 
 
 def known(builtin: Mapping[str, object], group: str) -> list[str]:

@@ -64,6 +64,7 @@ from pipeline.distributed import (
     warn_of_others,
 )
 from pipeline.errors import FAILED, INTERRUPTED, exit_on_input_error
+from pipeline.observe import trackers_hang
 from pipeline.storage.store import use_endpoint
 from pipeline.training.loop import train
 from pipeline.training.prepare import pack_missing
@@ -101,6 +102,8 @@ def run(arguments: list[str]) -> None:
     if accelerator.is_main_process:
         place = config.run.remote or config.run.path
         print(f"done: the run lies in {place}; measure it with: naign evaluate {place}")
+    if trackers_hang():
+        leave(0)
     note(0)
 
 

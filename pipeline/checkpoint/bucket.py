@@ -18,7 +18,7 @@ from pipeline.storage.local import sync_file, write_atomically
 from pipeline.storage.store import locate, open_store
 
 RECORDS = ("config.yaml", "metrics.jsonl", "best.json")
-PICTURES = ("tensorboard/*", "samples/*")
+PICTURES = ("tensorboard/*", "samples/*", "trackers/*")
 """Patterns of the files copied besides a checkpoint: RECORDS before its manifest, PICTURES after it."""
 
 log = logging.getLogger("naign.bucket")

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from pipeline.distributed.gpus import why_none
 from pipeline.distributed.versions import check_versions
 from pipeline.errors import InputError, Unavailable
-from pipeline.observe.monitor import find_trackers
 from pipeline.observe.self_test import ring, self_test
+from pipeline.observe.trackers import find_trackers
 from pipeline.storage.store import open_store
 
 LIBRARIES = ("torch", "accelerate", "webdataset", "boto3", "safetensors", "tensorboard", "deepspeed", "transformers")
@@ -186,7 +186,7 @@ def remote(needs: Needs) -> Iterator[tuple[str, str]]:
 
 
 def trackers(needs: Needs) -> Iterator[tuple[str, str]]:
-    """Raises InputError for a tracker that is not known, or whose package cannot be imported."""
+    """Raises InputError for a tracker that is not known, or whose package is not there."""
     yield f"trackers: {', '.join(find_trackers(needs.trackers))}", ""
 
 

@@ -1,101 +1,21 @@
-"""What a run reports while it trains: metrics and pictures, to trackers, and a progress bar. Only rank 0 reports.
-
-Another package adds a tracker by an entry point of the group `naign.trackers`, a pair (settings dataclass or None,
-build) as those in TRACKERS:
-
-    [project.entry-points."naign.trackers"]
-    mine = "my_package.tracking:MINE"
-"""
+"""What a run reports while it trains: metrics and pictures, to trackers, and a progress bar. Only rank 0 reports."""
 
 import contextlib
-import json
-import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.errors import InputError
-from pipeline.registry import lookup
-from pipeline.storage.local import write_atomically
-
-log = logging.getLogger("naign.monitor")
-
-
-class Tracker(Protocol):
-    """Where a run reports to. Every series is over images seen, so that runs of any batch size share an axis."""
-
-    def scalars(self, values: dict[str, float], images_seen: int, counts: dict[str, int]) -> None:
-        """One point of each series; `counts` are the round and the step."""
-
-    def histogram(self, name: str, values: Tensor, images_seen: int) -> None: ...
-
-    def picture(self, name: str, picture: Image.Image, images_seen: int) -> None: ...
-
-    def text(self, name: str, text: str, images_seen: int) -> None:
-        """Markdown."""
-
-    def flush(self) -> None:
-        """Return once everything reported so far is written. Called from any thread."""
-
-    def close(self) -> None: ...
-
-
-class JsonLines(Tracker):
-    """metrics.jsonl, one JSON object a report, and pictures as samples/NAME-IMAGES.png. Always on."""
-
-    def __init__(self, settings: None, folder: Path, images_seen: int) -> None:
-        self.folder, self.file = folder, folder / "metrics.jsonl"
-        if self.file.exists():
-            lines = self.file.read_text(errors="replace").splitlines()
-            write_atomically(self.file, "".join(f"{line}\n" for line in lines if _seen(line) <= images_seen))
-
-    def scalars(self, values: dict[str, float], images_seen: int, counts: dict[str, int]) -> None:
-        entry = {"images_seen": images_seen, **counts, **values, "time": round(time.time(), 3)}
-        with self.file.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def picture(self, name: str, picture: Image.Image, images_seen: int) -> None:
-        (self.folder / "samples").mkdir(exist_ok=True)
-        picture.save(self.folder / "samples" / f"{name}-{images_seen:010d}.png")
-
-
-class TensorBoard:
-    """Event files in tensorboard/."""
-
-    def __init__(self, settings: None, folder: Path, images_seen: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        purge_step = images_seen + 1 if images_seen else None  # drops what was reported after the checkpoint
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
-        self.histogram, self.text = self.board.add_histogram, self.board.add_text
-        self.flush, self.close = self.board.flush, self.board.close
-
-    def scalars(self, values: dict[str, float], images_seen: int, counts: dict[str, int]) -> None:
-        for name, value in values.items():
-            self.board.add_scalar(name, value, images_seen)
-
-    def picture(self, name: str, picture: Image.Image, images_seen: int) -> None:
-        self.board.add_image(name, np.asarray(picture.convert("RGB")), images_seen, dataformats="HWC")
-
-
-Build = Callable[[Any, Path, int], Tracker]
-"""Makes a tracker from its settings (the defaults), the run's folder and the images seen at which the run resumes."""
-
-TRACKERS: dict[str, tuple[type | None, Build]] = {"jsonl": (None, JsonLines), "tensorboard": (None, TensorBoard)}
-
-
-def find_trackers(names: str) -> dict[str, tuple[type | None, Build]]:
-    """The trackers of report.trackers, names with commas between them. Raises InputError for an unknown one."""
-    wanted = dict.fromkeys(["jsonl", *filter(None, map(str.strip, names.split(",")))])
-    return {name: lookup("report.trackers", name, TRACKERS, "naign.trackers") for name in wanted}
+from pipeline.observe.background import PATIENCE, Background
+from pipeline.observe.trackers import TRACKERS, Tracker, find_trackers
 
 
 class Monitor(contextlib.AbstractContextManager["Monitor"]):
@@ -109,15 +29,22 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         images: int,  # budget
         images_seen: int,  # where a resumed run continues: later reports are dropped
         config: str,  # the resolved configuration, as YAML
+        settings: Mapping[str, Any],  # the same by name: train.lr
         trackers: str = "tensorboard",  # report.trackers
     ) -> None:
         self.active, self.folder = active, folder
         self.described = ""  # the last message about how a match was searched
-        self._trackers: dict[str, Tracker] = {}
-        for name, (settings, build) in find_trackers(trackers).items() if active else ():
-            with self._writing(name):
-                self._trackers[name] = build(settings() if settings else None, folder, images_seen)
-        self._report(lambda tracker: tracker.text("config", f"```yaml\n{config}\n```", images_seen))
+        self._own: list[Tracker] = []
+        self._others: list[Background] = []
+        for name, (kind, build) in find_trackers(trackers).items() if active else ():
+            opened = partial(build, kind() if kind else None, folder, images_seen)
+            if name in TRACKERS:
+                with self._writing():
+                    self._own.append(opened())
+            else:
+                self._others.append(Background(name, opened))
+        plain = {key: value if isinstance(value, SCALAR) else str(value) for key, value in settings.items()}
+        self._report(lambda tracker: tracker.configuration(plain, config))
         bar: dict[str, Any] = {"dynamic_ncols": True}
         if not sys.stderr.isatty():  # a log: a line now and then
             bar = {"file": _Lines(), "mininterval": LOG_EVERY, "maxinterval": LOG_EVERY, "ncols": 100, "ascii": True}
@@ -125,27 +52,22 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         self._bar = tqdm(total=images, initial=images_seen, **bar)
 
     def _report(self, act: Callable[[Tracker], None]) -> None:
-        for name, tracker in list(self._trackers.items()):
-            with self._writing(name):
+        for tracker in self._own:
+            with self._writing():
                 act(tracker)
+        for other in self._others:
+            other.put(act)
 
     @contextlib.contextmanager
-    def _writing(self, name: str) -> Iterator[None]:
-        """Raise InputError if the disk is full or fails. A tracker of another package must not end the run."""
+    def _writing(self) -> Iterator[None]:
+        """Raise InputError if the disk is full or fails."""
         try:
             yield
-        except Exception as error:
-            if name not in TRACKERS:
-                self._trackers.pop(name, None)
-                why = f"{type(error).__name__}: {error}"
-                log.warning("tracker %s failed, and is left out from here on: %s", name, why)
-            elif isinstance(error, OSError):
-                raise InputError(
-                    f"{self.folder}: what is reported cannot be written ({error.strerror or error}): make room; the "
-                    "newest checkpoint is untouched, and the same command goes on from it"
-                ) from None
-            else:
-                raise
+        except OSError as error:
+            raise InputError(
+                f"{self.folder}: what is reported cannot be written ({error.strerror or error}): make room; the "
+                "newest checkpoint is untouched, and the same command goes on from it"
+            ) from None
 
     def advance(self, images: int) -> None:
         """Move the progress bar."""
@@ -169,18 +91,27 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
             self._bar.write(text)
 
     def flush(self) -> None:
-        """Return once everything reported so far is written. Any thread may call it."""
+        """Return once everything reported so far is written to the run's folder. Any thread may call it."""
         self._report(lambda tracker: tracker.flush())
 
     def close(self) -> None:
+        """Close all trackers; of those that may fail, wait for what is reported, but PATIENCE seconds at most."""
         self._bar.close()
-        self._report(lambda tracker: tracker.close())
+        until = time.monotonic() + PATIENCE
+        for other in self._others:
+            other.end()
+        for tracker in self._own:
+            with self._writing():
+                tracker.close()
+        for other in self._others:
+            other.wait(until)
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         with contextlib.suppress(*[InputError] if kind else []):  # the first error is the one to report
             self.close()
 
 
+SCALAR = (bool, int, float, str)  # what trackers take as the value of a setting
 LOG_EVERY = float(os.environ.get("TQDM_MININTERVAL", "10"))  # seconds between lines where stderr is no terminal
 
 
@@ -192,11 +123,3 @@ class _Lines:
             print(text, file=sys.stderr, flush=True)
 
     def flush(self) -> None: ...
-
-
-def _seen(line: str) -> float:
-    """images_seen of a line of metrics.jsonl; infinite for one that a kill cut short, so that it is dropped."""
-    try:
-        return float(json.loads(line)["images_seen"])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return float("inf")

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
 
 from pipeline.checkpoint import Writer, newest_first, take_over
-from pipeline.config import Config, to_dict
+from pipeline.config import Config, flatten, to_dict
 from pipeline.data import DataConfig, Stream, load, names_several, pack
 from pipeline.data.damage import find_law
 from pipeline.distributed import Engine, StopRequest, Watchdog, together, total
@@ -106,6 +106,7 @@ def resume(run: Run, network: nn.Module) -> PartialRound | None:
             images=run.rounds * config.match.round * config.train.passes,
             images_seen=run.position.images_seen,
             config=yaml.safe_dump(to_dict(config), sort_keys=False),
+            settings=flatten(config),
             trackers=config.report.trackers,
         )
         if rank == 0 and remote:

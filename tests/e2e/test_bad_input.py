@@ -88,6 +88,8 @@ def test_damaged_data_names_the_shard(damage, digits, tmp_path):
         (["--data.path={digits}", "--data.split=validation"], ["validation", "train", "test"]),
         (["--data.path={digits}", "--model.kind=conv", "--run.path=file/run"], ["file/run"]),
         (["--data.path={points}"], ["model.name=mlp"]),
+        (["--config={root}/configs/digits.yaml", "--report.trackers=[jsonl, wandbb]"], ["did you mean wandb?"]),
+        (["--data.path={digits}", "--report.trackers=aim"], ["'aim', which is not installed: pip install aim"]),
     ],
 )
 def test_a_mistake_is_refused_and_leaves_nothing_behind(options, parts, digits, points, tmp_path):
@@ -95,8 +97,9 @@ def test_a_mistake_is_refused_and_leaves_nothing_behind(options, parts, digits, 
     (tmp_path / "noindex").mkdir()
     (tmp_path / "noindex/train-00000.tar").write_bytes(b"")
     (tmp_path / "file").write_text("")
-    refused(run_alone(tmp_path, *(option.format(digits=digits, points=points) for option in options)), *parts)
-    assert not (tmp_path / "run").exists()
+    names = {"digits": digits, "points": points, "root": ROOT}
+    refused(run_alone(tmp_path, *(option.format(**names) for option in options)), *parts)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "data").exists()
 
 
 @pytest.mark.slow

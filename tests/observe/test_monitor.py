@@ -1,24 +1,35 @@
 """What is reported goes to every tracker, and one of another package harms nobody."""
 
 import json
+import re
+import time
 from importlib.metadata import EntryPoint
+from threading import Event
 
 import pytest
 import torch
+from google.protobuf.json_format import MessageToDict
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from pipeline import registry
 from pipeline.errors import InputError
+from pipeline.observe import monitor
+from pipeline.observe.background import WAITING, trackers_hang
 from pipeline.observe.doctor import preflight
 from pipeline.observe.monitor import Monitor
+from tests.conftest import ROOT
 
 calls = []
 
 
 class Recorder:
-    """A tracker of another package. `fail` names the method that raises."""
+    """A tracker of another package. `fail` names the method that raises, `hold` the one that waits for `go`."""
 
-    fail = ""
+    fail = hold = ""
+    go = Event()
 
     def __init__(self, settings, folder, images_seen):
         self.record("build", settings, folder.name, images_seen)
@@ -27,52 +38,70 @@ class Recorder:
         calls.append((name, *values))
         if name == self.fail:
             raise ConnectionError("no network")
+        if name == self.hold:
+            self.go.wait()
 
     def __getattr__(self, name):
         return lambda *values: self.record(name, *values)
 
 
 RECORDER = (dict, Recorder)
+PLAIN = (None, Recorder)  # without settings
 
 
 @pytest.fixture(autouse=True)
 def recorder(monkeypatch):
     points = {
         "recorder": EntryPoint("recorder", f"{__name__}:RECORDER", "naign.trackers"),
+        "plain": EntryPoint("plain", f"{__name__}:PLAIN", "naign.trackers"),
         "broken": EntryPoint("broken", "no_such_module:X", "naign.trackers"),
     }
     monkeypatch.setattr(registry, "_entry_points", lambda group: points if group == "naign.trackers" else {})
     monkeypatch.setattr(Recorder, "fail", "")
+    monkeypatch.setattr(Recorder, "hold", "")
+    monkeypatch.setattr(Recorder, "go", Event())
     calls.clear()
 
 
+def opened(folder, trackers, images_seen=0, active=True):
+    settings = {"seed": 0, "train.lr": 2e-3, "data.split": "train"}
+    given = {"images": 100, "config": "seed: 0", "settings": settings, "trackers": trackers}
+    return Monitor(folder, active=active, images_seen=images_seen, **given)
+
+
 def report(folder, trackers, images_seen=0, active=True):
-    monitor = Monitor(folder, active=active, images=100, images_seen=images_seen, config="seed: 0", trackers=trackers)
-    with monitor:
+    with opened(folder, trackers, images_seen, active) as monitor:
         monitor.advance(10)
         monitor.scalars({"loss/total": 0.5}, images_seen + 10, round=1, step=2)
         monitor.histogram("match/distance", torch.ones(3), images_seen + 10)
         monitor.picture("samples", Image.new("RGB", (4, 4)), images_seen + 10)
         monitor.flush()
-    return monitor
 
 
 def test_every_tracker_is_told_everything(tmp_path):
     report(tmp_path, "tensorboard, recorder")
-    assert [call[0] for call in calls] == ["build", "text", "scalars", "histogram", "picture", "flush", "close"]
+    assert [call[0] for call in calls] == [
+        "build",
+        "configuration",
+        "scalars",
+        "histogram",
+        "picture",
+        "flush",
+        "close",
+    ]
     assert calls[0] == ("build", {}, tmp_path.name, 0)
-    assert calls[1] == ("text", "config", "```yaml\nseed: 0\n```", 0)
+    assert calls[1] == ("configuration", {"seed": 0, "train.lr": 2e-3, "data.split": "train"}, "seed: 0")
     assert calls[2] == ("scalars", {"loss/total": 0.5}, 10, {"round": 1, "step": 2})
     (entry,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert entry.pop("time") and entry == {"images_seen": 10, "round": 1, "step": 2, "loss/total": 0.5}
     assert list((tmp_path / "tensorboard").iterdir()) and (tmp_path / "samples/samples-0000000010.png").exists()
 
 
-@pytest.mark.parametrize("trackers", ["", "jsonl", "recorder"])
+@pytest.mark.parametrize("trackers", ["", "[]", "jsonl", "recorder", "['plain', jsonl]"])
 def test_tensorboard_can_be_left_out_and_metrics_cannot(tmp_path, trackers):
     report(tmp_path, trackers)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "samples"]
-    assert bool(calls) == (trackers == "recorder")
+    assert bool(calls) == ("recorder" in trackers or "plain" in trackers)
 
 
 def test_a_rank_that_is_not_the_first_reports_nothing(tmp_path):
@@ -92,12 +121,55 @@ def test_a_resumed_run_drops_what_was_reported_later(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("method", ["build", "text", "scalars", "flush", "close"])
+@pytest.mark.parametrize("method", ["build", "configuration", "scalars", "flush", "close"])
 def test_a_tracker_of_another_package_that_fails_is_left_out(tmp_path, caplog, monkeypatch, method):
     monkeypatch.setattr(Recorder, "fail", method)
     report(tmp_path, "recorder")
     assert calls[-1][0] == method and caplog.text.count("tracker recorder failed") == 1
     assert "no network" in caplog.text and (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("method", ["build", "scalars", "close"])
+def test_a_tracker_that_hangs_is_not_waited_for(tmp_path, caplog, monkeypatch, method):
+    monkeypatch.setattr(Recorder, "hold", method)
+    monkeypatch.setattr(monitor, "PATIENCE", 0.2)
+    report(tmp_path, "recorder")
+    assert calls[-1][0] == method and trackers_hang()
+    assert caplog.text.count("tracker recorder has not finished") == 1
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+    Recorder.go.set()
+
+
+def test_reports_that_a_tracker_has_no_room_for_are_dropped_and_counted(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(Recorder, "hold", "configuration")
+    number = WAITING + 10
+    with opened(tmp_path, "recorder") as monitor:
+        while len(calls) < 2:  # until the queue is empty
+            time.sleep(0.001)
+        for images_seen in range(1, number + 1):
+            monitor.scalars({"loss/total": 0.5}, images_seen, round=images_seen)
+        Recorder.go.set()
+    assert [call[2] for call in calls if call[0] == "scalars"] == list(range(1, WAITING + 1))
+    assert caplog.text.count("tracker recorder does not keep up") == 1
+    assert "tracker recorder has missed 10 reports" in caplog.text
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == number
+
+
+def test_tensorboard_shows_settings_and_what_matters_first(tmp_path):
+    report(tmp_path, "tensorboard")
+    report(tmp_path, "tensorboard", images_seen=5)  # resumes before what was reported
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss/total")] == [15]
+    assert [event.step for event in board.Images("samples")] == [15]
+    started = HParamsPluginData.FromString(board.PluginTagToContent("hparams")["_hparams_/session_start_info"])
+    settings = {name: MessageToDict(value) for name, value in started.session_start_info.hparams.items()}
+    assert settings == {"seed": 0, "train.lr": 2e-3, "data.split": "train"}
+    shown = Layout.FromString(board.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    assert [category.title for category in shown.category][:3] == ["Losses", "Match", "Quality"]
+    assert shown.category[-1].title == "Machinery"
+    tags = [tag for category in shown.category for chart in category.chart for tag in chart.multiline.tag]
+    named = re.findall(r"`(\w+/\w+)`", (ROOT / "docs/tracking.md").read_text().partition("## What a run reports")[2])
+    assert named and all(sum(bool(re.match(tag, name)) for tag in tags) == 1 for name in named)  # one chart each
 
 
 def test_a_disk_that_fails_is_the_user_s_to_mend(tmp_path):
@@ -106,7 +178,14 @@ def test_a_disk_that_fails_is_the_user_s_to_mend(tmp_path):
         report(tmp_path, "")
 
 
-@pytest.mark.parametrize(("name", "known"), [("tensorbord", "jsonl, tensorboard, "), ("broken", "no_such_module")])
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("tensorbord", "choose one of jsonl, tensorboard, .*wandb.*did you mean tensorboard"),
+        ("broken", "no_such_module"),
+        ("comet_ml", "not installed: pip install comet_ml"),
+    ],
+)
 def test_a_tracker_that_is_not_there_is_refused_in_the_first_second(tmp_path, name, known):
     with pytest.raises(InputError, match=f"report.trackers is '{name}'.*{known}"):
         preflight(run=str(tmp_path), remote="", checkpoint_bytes=1, say=lambda line: None, trackers=name)

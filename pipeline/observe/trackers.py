@@ -1,0 +1,245 @@
+"""Where a run reports to: its own folder, Accelerate's trackers, and those of other packages.
+
+Another package adds a tracker by an entry point of the group `naign.trackers`, a pair (settings dataclass or None,
+build) as those in TRACKERS; of a subclass of Accelerate's GeneralTracker `accelerated` makes the build:
+
+    [project.entry-points."naign.trackers"]
+    mine = "my_package.tracking:MINE"
+"""
+
+import json
+import netrc
+import os
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from pipeline.errors import InputError
+from pipeline.registry import lookup
+from pipeline.storage.local import write_atomically
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+
+
+class Tracker(Protocol):
+    """Where a run reports to. Every series is over images seen, so that runs of any batch size share an axis."""
+
+    def configuration(self, settings: dict[str, bool | int | float | str], text: str) -> None:
+        """The run's settings by name (train.lr), and as YAML. Called once, before anything is reported."""
+
+    def scalars(self, values: dict[str, float], images_seen: int, counts: dict[str, int]) -> None:
+        """One point of each series; `counts` are the round and the step."""
+
+    def histogram(self, name: str, values: Tensor, images_seen: int) -> None: ...
+
+    def picture(self, name: str, picture: Image.Image, images_seen: int) -> None: ...
+
+    def flush(self) -> None:
+        """Write everything reported so far."""
+
+    def close(self) -> None: ...
+
+
+class JsonLines(Tracker):
+    """metrics.jsonl, one JSON object a report, and pictures as samples/NAME-IMAGES.png. Always on."""
+
+    def __init__(self, settings: None, folder: Path, images_seen: int) -> None:
+        self.folder, self.file = folder, folder / "metrics.jsonl"
+        if self.file.exists():
+            lines = self.file.read_text(errors="replace").splitlines()
+            write_atomically(self.file, "".join(f"{line}\n" for line in lines if _seen(line) <= images_seen))
+
+    def scalars(self, values: dict[str, float], images_seen: int, counts: dict[str, int]) -> None:
+        entry = {"images_seen": images_seen, **counts, **values, "time": round(time.time(), 3)}
+        with self.file.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def picture(self, name: str, picture: Image.Image, images_seen: int) -> None:
+        file = picture_file(self.folder, name, images_seen)
+        file.parent.mkdir(exist_ok=True)
+        picture.save(file)
+
+
+LAYOUT = {
+    "Losses": {"total": ["loss/total$"], "terms": ["loss/(?!total$)"]},
+    "Match": {"squared distance": ["match/distance"], "use of samples": ["match/used$", "match/top_share$"]},
+    "Quality": {
+        "Frechet distance": ["quality/fd$"],
+        "recall and precision": ["quality/recall$", "quality/precision$"],
+        "idempotence and repairs": ["quality/idempotence$", "quality/repair_"],
+    },
+    "Training": {"learning rate": ["train/lr$"], "skipped steps": ["train/skipped$"], "epochs": ["data/epoch$"]},
+    "Speed": {
+        "images a second": ["speed/images_per_second"],
+        "TFLOPS of the fit": ["speed/fit_tflops$"],
+        "share of the peak": ["speed/mfu$"],
+        "shares of a round": ["share/"],
+    },
+    "Machinery": {
+        "seconds of a match and of a measurement": ["seconds/(?!training$)", "quality/seconds$"],
+        "seconds in all": ["seconds/training$"],
+        "samples left out, pairs proved": ["match/rejected$", "match/proved$"],
+        "distance of rejection": ["match/reject$"],
+        "samples measured an image": ["match/measured$"],
+        "bytes received": ["match/received$"],
+        "data": ["data/(?!epoch$)"],
+        "checkpoints": ["checkpoint/"],
+        "memory": ["memory/"],
+    },
+}
+"""TensorBoard's custom scalars, in this order: charts by category, and of each the patterns of its series' names."""
+
+COMPARED = ("loss/total", "match/distance", "quality/fd")
+"""The series whose newest value TensorBoard's HParams tab shows beside the settings."""
+
+
+class TensorBoard:
+    """Event files in tensorboard/: not Accelerate's class, which cannot drop what a resumed run will report again."""
+
+    def __init__(self, settings: None, folder: Path, images_seen: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.images_seen = images_seen
+        purge_step = images_seen + 1 if images_seen else None  # drops what was reported after the checkpoint
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+        self.histogram, self.flush, self.close = self.board.add_histogram, self.board.flush, self.board.close
+
+    def configuration(self, settings: dict[str, bool | int | float | str], text: str) -> None:
+        from torch.utils.tensorboard.summary import hparams
+
+        self.board.add_text("config", f"```yaml\n{text}\n```", self.images_seen)
+        file: Any = self.board.file_writer
+        for summary in hparams(settings, dict.fromkeys(COMPARED, 0.0)):  # add_hparams would make it a run of its own
+            file.add_summary(summary)
+        charts = {title: {name: ["Multiline", tags] for name, tags in them.items()} for title, them in LAYOUT.items()}
+        self.board.add_custom_scalars(charts)
+
+    def scalars(self, values: dict[str, float], images_seen: int, counts: dict[str, int]) -> None:
+        for name, value in values.items():
+            self.board.add_scalar(name, value, images_seen)
+
+    def picture(self, name: str, picture: Image.Image, images_seen: int) -> None:
+        self.board.add_image(name, np.asarray(picture.convert("RGB")), images_seen, dataformats="HWC")
+
+
+class Accelerated(Tracker):
+    """A tracker of Accelerate's kind. A run that resumes goes on in the same one where its library has that."""
+
+    def __init__(self, kind: "type[GeneralTracker]", folder: Path, images_seen: int) -> None:
+        self.name, self.folder, file = kind.name, folder, folder / "trackers" / kind.name
+        begin, identify = RESUMED.get(self.name, (lambda folder, known: {}, None))
+        known = file.read_text().strip() if identify and file.exists() else ""
+        options = begin(folder, known)
+        self.resumed = known and known in options.values()
+        place = [str(folder)] if kind.requires_logging_directory else []
+        self.tracker = kind(PROJECT, *place, **options)
+        self.tracker.start()
+        if identify and (now := str(identify(self.tracker.tracker))) != known:
+            file.parent.mkdir(exist_ok=True)
+            write_atomically(file, now)
+
+    def configuration(self, settings: dict[str, bool | int | float | str], text: str) -> None:
+        if not (self.resumed and self.name == "mlflow"):  # which refuses to change a parameter
+            self.tracker.store_init_configuration(settings)
+
+    def scalars(self, values: dict[str, float], images_seen: int, counts: dict[str, int]) -> None:
+        self.tracker.log({**counts, **values}, step=images_seen)
+
+    def picture(self, name: str, picture: Image.Image, images_seen: int) -> None:
+        if self.name == "mlflow":
+            self.tracker.log_artifact(str(picture_file(self.folder, name, images_seen)), "samples")
+        elif hasattr(self.tracker, "log_images"):
+            one = self.name in ("aim", "clearml")  # the others take lists
+            self.tracker.log_images({name: picture if one else [picture]}, step=images_seen)
+
+    def histogram(self, name: str, values: Tensor, images_seen: int) -> None:
+        """These take none."""
+
+    def flush(self) -> None:
+        """These send by themselves."""
+
+    def close(self) -> None:
+        self.tracker.finish()
+
+
+def begin_wandb(folder: Path, known: str) -> dict[str, Any]:
+    """Options of wandb.init: offline without a login, and with what is printed left to the run."""
+    options: dict[str, Any] = {"dir": str(folder), "name": folder.name, "settings": {"console": "off"}}
+    options |= {"id": known} if known else {}
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        login = os.environ.get("WANDB_API_KEY") or netrc.netrc(os.environ.get("NETRC")).authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        login = None
+    if "WANDB_MODE" not in os.environ and not login:
+        return options | {"mode": "offline"}
+    return options | ({"resume": "allow"} if os.environ.get("WANDB_MODE", "online") == "online" else {})
+
+
+def begin_mlflow(folder: Path, known: str) -> dict[str, Any]:
+    """Options of MLflow's run, in the run's folder where MLFLOW_TRACKING_URI names no other place."""
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # plain files need no database
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        import mlflow
+
+        known = known if (folder / "mlflow").exists() else ""  # what came from a bucket has the name of the run alone
+        mlflow.set_tracking_uri((folder / "mlflow").absolute().as_uri())
+    return {"run_name": folder.name, **({"run_id": known} if known else {})}
+
+
+PROJECT = "naign"
+RESUMED: dict[str, tuple[Callable[[Path, str], dict[str, Any]], Callable[[Any], Any] | None]] = {
+    "wandb": (begin_wandb, attrgetter("id")),
+    "mlflow": (begin_mlflow, attrgetter("info.run_id")),
+}
+"""How a run begins in a tracker, or goes on in the one of a known id, and the id afterwards, kept in trackers/NAME."""
+
+Build = Callable[[Any, Path, int], Tracker]
+"""Makes a tracker from its settings (the defaults), the run's folder and the images seen at which the run resumes."""
+
+TRACKERS: dict[str, tuple[type | None, Build]] = {"jsonl": (None, JsonLines), "tensorboard": (None, TensorBoard)}
+"""Those that write to the run's folder, which the run cannot do without; all others may fail."""
+
+PACKAGES = {"mlflow": "mlflow-skinny"}  # where it is not the tracker's name
+
+
+def accelerated(kind: "type[GeneralTracker]") -> Build:
+    """Builds a tracker of Accelerate's kind; the class takes the project's name, and a folder if it asks for one."""
+    return lambda settings, folder, images_seen: Accelerated(kind, folder, images_seen)
+
+
+def find_trackers(names: str) -> dict[str, tuple[type | None, Build]]:
+    """The trackers of report.trackers, names with commas between them. Raises InputError for an unknown one."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    theirs = {name: (None, accelerated(kind)) for name, kind in LOGGER_TYPE_TO_CLASS.items() if name not in TRACKERS}
+    wanted = ["jsonl", *(name.strip(" '\"") for name in names.strip(" []").split(","))]
+    found = {}
+    for name in filter(None, wanted):
+        found[name] = lookup("report.trackers", name, TRACKERS | theirs, "naign.trackers")
+        if name in theirs and find_spec(name) is None:
+            package = PACKAGES.get(name, name)
+            raise InputError(f"report.trackers is '{name}', which is not installed: pip install {package}")
+    return found
+
+
+def picture_file(folder: Path, name: str, images_seen: int) -> Path:
+    return folder / "samples" / f"{name}-{images_seen:010d}.png"
+
+
+def _seen(line: str) -> float:
+    """images_seen of a line of metrics.jsonl; infinite for one that a kill cut short, so that it is dropped."""
+    try:
+        return float(json.loads(line)["images_seen"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return float("inf")

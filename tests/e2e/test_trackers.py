@@ -1,0 +1,103 @@
+"""Real trackings of a real run: one that hangs costs nothing, MLflow's is resumed, and docs/tracking.md says it all."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT, SMALL, direct_command, forked
+
+PAGE = (ROOT / "docs/tracking.md").read_text()
+ROW = re.compile(r"^\| (`.*?`) \| .* \| (.*?) \|$", re.MULTILINE)
+HANGING = """
+import threading
+
+from accelerate.tracking import GeneralTracker
+
+from pipeline.observe import accelerated
+
+
+class Hanging(GeneralTracker):
+    name, requires_logging_directory, tracker = "hanging", False, None
+
+    def __init__(self, project):
+        super().__init__()
+
+    def log(self, values, step=None, **kwargs):
+        threading.Event().wait()
+
+
+HANGING = (None, accelerated(Hanging))
+"""
+POINTS = "[naign.trackers]\nlines = my_package.lines:LINES\nhanging = my_package.hanging:HANGING\n"
+EVERYTHING = [
+    *("--quality.rounds=1", "--quality.samples=100", "--match.reject=0.01", "--objective.denoising=1"),
+    *("--objective.drift=1", "--objective.moments=1", "--match.latents=codes", "--match.codes.begin=0"),
+    *("--match.codes.alone=0", "--match.codes.width=16", "--match.codes.passes=1", "--objective.third=matched"),
+]
+"""Settings with which a run reports all that it can without a GPU."""
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """The package of docs/tracking.md, and a tracker that hangs, as an installer leaves them."""
+    files = dict(re.findall(r"^```python\n# (\S+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
+    info = "my_package-1.dist-info"
+    files |= {"my_package/hanging.py": HANGING, f"{info}/entry_points.txt": POINTS}
+    files |= {f"{info}/METADATA": "Metadata-Version: 2.1\nName: my_package\nVersion: 1\n"}
+    for name, text in files.items():
+        (tmp_path / "site" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "site" / name).write_text(text)
+    return tmp_path / "site"
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_trackers_of_a_run(site, digits, tmp_path):
+    def run(name: str, *options: str) -> str:
+        env = forked(PYTHONPATH=os.pathsep.join([str(ROOT), str(site)]))
+        env = {key: value for key, value in env.items() if not key.startswith("MLFLOW_")}
+        command = direct_command(f"--data.path={digits}", f"--run.path={name}", *SMALL, *EVERYTHING, *options)
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        return done.stderr
+
+    two = "--train.images=512"
+    said = run("run", two, "--report.trackers=[tensorboard, mlflow, lines, hanging]", "--report.pictures=1")
+    assert said.count("tracker hanging has not finished after 5 s: the run ends without it") == 1
+    assert re.search(r"tracker hanging has missed \d+ reports", said) and said.count("tracker ") == 2
+    folder = tmp_path / "run"
+
+    # All that is reported is in the table of the page, and nothing else is.
+    (first, second), rows = lines(folder), ROW.findall(PAGE.partition("## What a run reports")[2])
+    named = [name for names, when in rows if "GPU" not in when for name in re.findall(r"`(\S+?)`", names)]
+    assert len(named) > 50 and sorted(named) == sorted(second.keys() - {"images_seen", "round", "step", "time"})
+
+    # The tracker that hangs has changed nothing.
+    run("alone", two, "--report.trackers=")
+    assert [[(name, value) for name, value in line.items() if name.startswith("loss/")] for line in lines(folder)] == [
+        [(name, value) for name, value in line.items() if name.startswith("loss/")]
+        for line in lines(tmp_path / "alone")
+    ]
+    assert (folder / "lines.txt").read_text() == "".join(
+        f"{line['images_seen']} {line['loss/total']}\n" for line in (first, second)
+    )
+
+    # A run that resumes goes on in the same run of MLflow, settings that may change included.
+    (tmp_path / "more.yaml").write_text("report: {trackers: [mlflow]}\n")
+    run("run", "--config=more.yaml", "--train.images=768", "--resume=changed")
+    (tracked,) = (folder / "mlflow").glob(f"*/{(folder / 'trackers/mlflow').read_text()}")
+    points = [line.split() for line in (tracked / "metrics/loss/total").read_text().splitlines()]
+    assert [(float(value), int(step)) for _, value, step in points] == [
+        (line["loss/total"], line["images_seen"]) for line in lines(folder)
+    ]
+    assert len(points) == 3 and (tracked / "params/train.images").read_text() == "512"
+    assert len(list((tracked / "artifacts/samples").iterdir())) == 6
+    assert len(list((folder / "mlflow").glob("*/*/metrics"))) == 1
