@@ -117,9 +117,10 @@ class TensorBoard:
         from torch.utils.tensorboard.summary import hparams
 
         self.board.add_text("config", f"```yaml\n{text}\n```", self.images_seen)
-        file: Any = self.board.file_writer
-        for summary in hparams(settings, dict.fromkeys(COMPARED, 0.0)):  # add_hparams would make it a run of its own
-            file.add_summary(summary)
+        file: Any = self.board.file_writer  # add_hparams would begin another run
+        experiment, session, _succeeded = hparams(settings, dict.fromkeys(COMPARED, 0.0))
+        file.add_summary(experiment)
+        file.add_summary(session)
         charts = {title: {name: ["Multiline", tags] for name, tags in them.items()} for title, them in LAYOUT.items()}
         self.board.add_custom_scalars(charts)
 
@@ -136,19 +137,17 @@ class Accelerated(Tracker):
 
     def __init__(self, kind: "type[GeneralTracker]", folder: Path, images_seen: int) -> None:
         self.name, self.folder, file = kind.name, folder, folder / "trackers" / kind.name
-        begin, identify = RESUMED.get(self.name, (lambda folder, known: {}, None))
-        known = file.read_text().strip() if identify and file.exists() else ""
-        options = begin(folder, known)
-        self.resumed = known and known in options.values()
+        known = file.read_text().strip() if file.exists() else ""
+        self.options = BEGIN[self.name](folder, known) if self.name in BEGIN else {}
         place = [str(folder)] if kind.requires_logging_directory else []
-        self.tracker = kind(PROJECT, *place, **options)
+        self.tracker = kind(PROJECT, *place, **self.options)
         self.tracker.start()
-        if identify and (now := str(identify(self.tracker.tracker))) != known:
+        if self.name in BEGIN and (now := str(IDENTIFY[self.name](self.tracker.tracker))) != known:
             file.parent.mkdir(exist_ok=True)
             write_atomically(file, now)
 
     def configuration(self, settings: dict[str, bool | int | float | str], text: str) -> None:
-        if not (self.resumed and self.name == "mlflow"):  # which refuses to change a parameter
+        if "run_id" not in self.options:  # a run that MLflow has refuses to change a parameter
             self.tracker.store_init_configuration(settings)
 
     def scalars(self, values: dict[str, float], images_seen: int, counts: dict[str, int]) -> None:
@@ -198,11 +197,10 @@ def begin_mlflow(folder: Path, known: str) -> dict[str, Any]:
 
 
 PROJECT = "naign"
-RESUMED: dict[str, tuple[Callable[[Path, str], dict[str, Any]], Callable[[Any], Any] | None]] = {
-    "wandb": (begin_wandb, attrgetter("id")),
-    "mlflow": (begin_mlflow, attrgetter("info.run_id")),
-}
-"""How a run begins in a tracker, or goes on in the one of a known id, and the id afterwards, kept in trackers/NAME."""
+BEGIN = {"wandb": begin_wandb, "mlflow": begin_mlflow}
+"""Options with which a run begins in a tracker, or goes on in the one whose id is known."""
+IDENTIFY = {"wandb": attrgetter("id"), "mlflow": attrgetter("info.run_id")}
+"""The id of a run that has begun, which trackers/NAME in the run's folder keeps."""
 
 Build = Callable[[Any, Path, int], Tracker]
 """Makes a tracker from its settings (the defaults), the run's folder and the images seen at which the run resumes."""

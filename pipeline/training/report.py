@@ -67,7 +67,7 @@ def report(run: Run, state: RoundState, taken: Taken, values: dict[str, float], 
     if reported:
         monitor.scalars(values, position.images_seen, round=state.number, step=position.step)
         if state.match:
-            monitor.histogram("match/distance", state.match.distances, position.images_seen)
+            monitor.histogram("match/distances", state.match.distances, position.images_seen)
     for name, picture in drawn.items():
         monitor.picture(name, picture, position.images_seen)
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import ROOT, SMALL, direct_command, forked
 
 PAGE = (ROOT / "docs/tracking.md").read_text()
 ROW = re.compile(r"^\| (`.*?`) \| .* \| (.*?) \|$", re.MULTILINE)
+"""Names and conditions of a row of the table."""
 HANGING = """
 import threading
 
@@ -79,6 +81,10 @@ def test_trackers_of_a_run(site, digits, tmp_path):
     (first, second), rows = lines(folder), ROW.findall(PAGE.partition("## What a run reports")[2])
     named = [name for names, when in rows if "GPU" not in when for name in re.findall(r"`(\S+?)`", names)]
     assert len(named) > 50 and sorted(named) == sorted(second.keys() - {"images_seen", "round", "step", "time"})
+
+    # TensorBoard has the same names, and no other series under one of them, which would make both unreadable.
+    tags = EventAccumulator(str(folder / "tensorboard")).Reload().Tags()
+    assert sorted(tags["scalars"]) == sorted(named) and tags["histograms"] == ["match/distances"]
 
     # The tracker that hangs has changed nothing.
     run("alone", two, "--report.trackers=")
