@@ -19,6 +19,7 @@ from pipeline.model.naign import NAIGN
 from pipeline.model.networks import NetworkConfig, build_network
 from tests import forks
 from tests.data.numbered import numbered
+from tests.hub import Hub
 from tests.proxy import FaultProxy
 from tests.servers import S3Server
 
@@ -104,6 +105,23 @@ def proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         forget_clients()
         yield proxy
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub for this process, and for programs with the environment of `Hub.environment`; the login is its token."""
+    from huggingface_hub import constants
+
+    with Hub(tmp_path / "hub-home") as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", hub.environment["HF_HUB_CACHE"])
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", hub.environment["HF_TOKEN_PATH"])
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", hub.token)
+        yield hub
 
 
 SMALL = [

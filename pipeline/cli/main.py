@@ -14,7 +14,7 @@ import tyro
 from pipeline.cli.cluster import fetch, launch, render, train
 from pipeline.cli.data import index, pack, verify
 from pipeline.cli.health import doctor
-from pipeline.cli.model import evaluate, export, restore, sample, score
+from pipeline.cli.model import evaluate, export, push, restore, sample, score
 from pipeline.errors import InputError, Unavailable, exit_on_input_error
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     """Run the command of sys.argv. Exits with 2 on a user's mistake; see pipeline/errors.py."""
     if sys.argv[1:2] in (["train"], ["launch"]):  # these pass unknown options on to the training program
         (train if sys.argv[1] == "train" else launch)()
-    commands = pack, index, verify, train, launch, render, fetch, evaluate, sample, restore, score, export, doctor
+    commands = pack, index, verify, train, launch, render, fetch, evaluate, sample, restore, score, export, push, doctor
     names = {command.__name__: command for command in commands}
     about = "Non-adversarial idempotent generative networks: one network that generates and repairs."
     with exit_on_input_error("naign"):

@@ -1,8 +1,8 @@
-"""Commands that use a trained model: evaluate, sample, restore, score, export."""
+"""Commands that use a trained model: evaluate, sample, restore, score, export, push."""
 
 import csv
-import io
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -27,6 +27,7 @@ Steps = Annotated[
 ]
 Kind = Literal["blur", "noise", "salt_pepper", "rows"]
 Run = Annotated[Positional[str], tyro.conf.arg(help="A run (or s3://), a checkpoint or an exported model: its folder.")]
+Model = Annotated[Positional[str], tyro.conf.arg(help="As RUN of `evaluate`, or user/model on the Hugging Face hub.")]
 Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images (points: .csv files), or folders of them.")]
 
 
@@ -68,7 +69,7 @@ def evaluate(
 
 
 def sample(
-    run: Run,
+    run: Model,
     /,
     *,
     n: int = 64,
@@ -98,7 +99,7 @@ def sample(
 
 
 def restore(
-    run: Run,
+    run: Model,
     files: Files,
     /,
     *,
@@ -142,7 +143,7 @@ def restore(
     print(f"{len(names)} restored {'files of points' if points else 'images'}: {to}/")
 
 
-def score(run: Run, files: Files, /, *, times: Times = 1, device: Device = "auto") -> None:
+def score(run: Model, files: Files, /, *, times: Times = 1, device: Device = "auto") -> None:
     """Print energies as CSV: file (points: file:line), mean squared residual of f(x) - x; low near training data."""
     import torch
 
@@ -161,46 +162,89 @@ def score(run: Run, files: Files, /, *, times: Times = 1, device: Device = "auto
 
 
 def export(
-    run: Run,
+    run: Model,
     /,
     *,
     to: Path,
-    format: Literal["safetensors", "torch"] = "safetensors",
+    format: Literal["safetensors", "torch", "onnx"] = "safetensors",
     latents: Latents = "trained",
     components: Components = None,
     steps: Steps = None,
     data: str | None = None,
 ) -> None:
-    """Write a model alone, for use elsewhere: safetensors for NAIGN.from_pretrained, torch for torch.export.load.
+    """Write a model alone, for use elsewhere: safetensors for NAIGN.from_pretrained, or f as a program.
 
     Args:
         to: Folder to write.
         data: Packed data set whose codes the mixture is fitted to; default: the one it was trained on.
-        format: safetensors, or an exported program (f of a batch of any size) that needs no code of this project.
+        format: safetensors, or f of a batch of any size as a program that needs no code of this project: torch for
+            torch.export.load, onnx (`pip install 'naign[onnx]'`), which is compared with f in onnxruntime.
     """
-    import torch
+    from pipeline.model import programs
 
-    from pipeline.storage.local import write_atomically
-
-    require(
-        (
-            not (to / "manifest.json").exists(),
-            f"--to {to} is a checkpoint, which a run goes on from: give another folder",
-        ),
-        (not (to / "checkpoints").exists(), f"--to {to} is a run, whose checkpoints come first: give another folder"),
-        (format == "safetensors" or latents == "trained", "--format torch is f alone, without a law of latents"),
-    )
+    _refuse_runs(to)
+    trained = format == "safetensors" or latents == "trained"
+    require((trained, f"--format {format} is f alone, without a law of latents"))
     model = _model(run, latents, components, steps, data)
     if format == "safetensors":
-        print(f"exported: {model.save_pretrained(to)}")
-        return
-    to.mkdir(parents=True, exist_ok=True)
-    batch = {0: torch.export.Dim("batch", min=1)}
-    program = torch.export.export(model.network, (torch.zeros(2, *model.shape),), dynamic_shapes=(batch,))
-    content = io.BytesIO()
-    torch.export.save(program, content)
-    write_atomically(to / "model.pt2", content.getvalue())
-    print(f"exported: {to / 'model.pt2'}")
+        model.save_pretrained(to)
+        print(f"exported: {to / 'model.safetensors'}")
+    elif format == "torch":
+        programs.write_torch(model.network, model.shape, to / "model.pt2")
+        print(f"exported: {to / 'model.pt2'}")
+    else:
+        difference = programs.write_onnx(model.network, model.shape, to / "model.onnx")
+        print(f"exported: {to / 'model.onnx'}")
+        checked = f"differs from f by at most {difference:.1g} in onnxruntime" if difference is not None else ""
+        print(checked or "not checked: onnxruntime is not installed (pip install 'naign[onnx]')")
+
+
+def push(
+    run: Run,
+    name: Annotated[Positional[str], tyro.conf.arg(help="Repository on the Hugging Face hub: user/model.")],
+    /,
+    *,
+    private: bool = False,
+    license: str | None = None,
+    dry_run: Path | None = None,
+) -> None:
+    """Upload a model to the Hugging Face hub, with a card written from its evaluation (`naign evaluate` first).
+
+    Args:
+        private: A new repository is private; without it, as the account has it by default.
+        license: Licence of the weights, as the hub abbreviates it, such as apache-2.0; default: the card states none.
+        dry_run: Write what would be uploaded into this folder, and upload nothing.
+    """
+    from pipeline.evaluate.card import write_repository
+    from pipeline.model import hub
+    from pipeline.model.naign import NAIGN
+
+    if dry_run is None:
+        hub.check_login(name)
+    else:
+        hub.check_target(name)
+        _refuse_runs(dry_run, "--dry-run")
+        own = f"--dry-run {dry_run} has an evaluation, and so a model of its own: give another folder"
+        require((not (dry_run / "evaluation").exists(), own))
+    model = NAIGN.from_pretrained(run)
+    with tempfile.TemporaryDirectory() as place:
+        write_repository(dry_run or Path(place), model, run, name=name, license=license)
+        if dry_run is None:
+            print(f"uploaded: {hub.upload(Path(place), name, private=private)}")
+        else:
+            print(f"not uploaded: {dry_run}/")
+
+
+def _refuse_runs(folder: Path, option: str = "--to") -> None:
+    """InputError for a folder in which a model would be taken for a part of a run, or be hidden by it."""
+    checkpoint = f"{option} {folder} is a checkpoint, which a run goes on from: give another folder"
+    require(
+        (not (folder / "manifest.json").exists(), checkpoint),
+        (
+            not (folder / "checkpoints").exists(),
+            f"{option} {folder} is a run, whose checkpoints come first: give another folder",
+        ),
+    )
 
 
 def _model(

@@ -20,6 +20,7 @@ from pipeline.evaluate.pictures import draw_pictures
 from pipeline.evaluate.recorded import recorded
 from pipeline.evaluate.report import Picture, render
 from pipeline.model.encoders import Encoder, choose_encoder, load_encoder
+from pipeline.model.hub import is_hub_name
 from pipeline.model.naign import NAIGN
 from pipeline.observe.pictures import png
 from pipeline.storage.local import write_atomically
@@ -47,6 +48,9 @@ def evaluate(
     if folder.startswith("s3:"):
         options = {"data": data, "samples": samples, "seed": seed, "device": device, "encoder": encoder}
         return _evaluate_remote(folder, **options, progress=progress)
+    if is_hub_name(folder):
+        copy = f"of a model on the hub, evaluate a copy: naign export {folder} --to FOLDER"
+        raise InputError(f"no run or model at '{folder}', beside which the results are written; {copy}")
     start = time.monotonic()
     if samples <= NEIGHBOURS:
         raise InputError(f"{samples} samples are too few to measure: --samples must be more than {NEIGHBOURS}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from pipeline.checkpoint.bucket import fetch_newest
 from pipeline.checkpoint.writer import newest_checkpoint, passed_over
 from pipeline.errors import InputError, one_line
-from pipeline.model import latents
+from pipeline.model import hub, latents
 from pipeline.model.networks import NetworkConfig, build_network, recorded_network
 
 log = logging.getLogger("naign.model")
@@ -26,10 +27,12 @@ _STATE = "latents."  # begins the names of the tensors of the latents' law
 _SAMPLE_ROUND = 2**32 - 1  # no training round has this number, so samples never reuse a training latent
 
 
-class NAIGN:
+class NAIGN(PyTorchModelHubMixin, library_name="naign", tags=["naign"], model_card_template=hub.CARD):
     """An idempotent generative network f and the law of its latents.
 
     Images are float32 in [-1, 1], NCHW; points are (n, D) float32. `metadata` says where the model comes from.
+    `save_pretrained(folder)` writes model.safetensors (float32), config.json (`metadata`, for readers) and, where there
+    is none, README.md; `push_to_hub("user/model")` uploads the same. Both are huggingface_hub's.
     """
 
     def __init__(self, network: nn.Module, metadata: dict[str, Any], state: Mapping[str, Tensor] | None = None) -> None:
@@ -40,15 +43,37 @@ class NAIGN:
         self.latents: str = metadata["latents"]
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> "NAIGN":
+    def from_pretrained(  # type: ignore[override]  # takes no further keywords
+        cls,
+        folder: str | Path,
+        device: torch.device | str = "cpu",
+        *,
+        revision: str | None = None,  # branch, tag or commit; None: the newest
+        token: str | bool | None = None,  # None: HF_TOKEN or that of a login
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> "NAIGN":
         """The model of an exported folder, a checkpoint or a run (its newest complete checkpoint; EMA if it has one).
 
-        A run may also be s3://bucket/prefix. Raises InputError where there is none, or the file is not one of ours.
+        A run may also be s3://bucket/prefix. "user/model" is a model on the Hugging Face hub, unless there is a folder
+        `user` here; what follows `device` is for such models alone.
+        Raises InputError where there is none, or the file is not one of ours.
         """
         if str(folder).startswith("s3:"):
             with tempfile.TemporaryDirectory() as place:
                 return cls.from_pretrained(fetch_newest(str(folder), Path(place)), device)
-        file = _find(Path(folder))
+        if hub.is_hub_name(folder):
+            file = hub.download(
+                str(folder),
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                force_download=force_download,
+            )
+        else:
+            file = _find(Path(folder))
         try:
             with safe_open(file, framework="pt", device="cpu") as opened:
                 header = (opened.metadata() or {}).get(_KEY)
@@ -69,16 +94,24 @@ class NAIGN:
             raise InputError(f"{file} holds weights that are not finite: its training broke down, take an earlier one")
         return cls(network.to(device), metadata, {name: value.to(device) for name, value in state.items()})
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write folder/model.safetensors (float32) and return its path."""
-        file = Path(folder) / "model.safetensors"
-        file.parent.mkdir(parents=True, exist_ok=True)
+    def _save_pretrained(self, save_directory: Path) -> None:
+        file = save_directory / hub.WEIGHTS
         try:
             save_model(file, self.network.state_dict(), self.metadata, self.state)
         except SafetensorError as error:
             raise InputError(f"{file} cannot be written: {error}") from None
         file.chmod(0o644)  # safetensors writes for the owner only
-        return file
+        (save_directory / "config.json").write_text(json.dumps(self.metadata, indent=1, sort_keys=True) + "\n")
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what `save_pretrained` writes, without paths in `metadata`, to user/model on the hub.
+
+        Returns the commit's address. `options` (private, token, branch, commit_message, ...) are huggingface_hub's. Raises InputError without a login
+        or where the hub refuses, Unavailable where it does not answer.
+        """
+        with hub.uploading(repo_id, options.get("token")):
+            shared = NAIGN(self.network, hub.without_places(self.metadata), self.state)
+            return super(NAIGN, shared).push_to_hub(repo_id, **options)
 
     @property
     def device(self) -> torch.device:

@@ -100,7 +100,8 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 
 
 def test_weights_of_half_precision_are_widened(tmp_path):
-    file = make().save_pretrained(tmp_path)
+    make().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
     halved = {name: value.half() for name, value in load_file(file).items()}
     with safe_open(file, framework="pt") as opened:
         save_file(halved, file, metadata=opened.metadata())

@@ -1,0 +1,147 @@
+"""A repository for the Hugging Face hub: a model, and its card (README.md) written from its evaluation.
+
+The text of the card is `card.md.jinja`. Its front matter is what the hub indexes: tags, licence, data set, results.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
+
+from pipeline.errors import InputError, require
+from pipeline.evaluate.report import DAMAGE, number
+from pipeline.model.hub import without_places
+from pipeline.model.naign import NAIGN
+from pipeline.storage.base import Store
+from pipeline.storage.local import write_atomically
+from pipeline.storage.store import open_store
+
+DATASETS = {
+    "mnist": "ylecun/mnist",
+    "fashion_mnist": "zalando-datasets/fashion_mnist",
+    "cifar10": "uoft-cs/cifar10",
+}
+"""Names on the hub of data sets that `naign pack` knows."""
+
+PICTURES = {
+    "samples": "Samples f(z), the first of those drawn, not chosen",
+    **{f"restoration_{kind}": f"Repair of test images: {name.lower()}" for kind, name in DAMAGE.items()},
+    "applications": "The same noise, f applied one to five times",
+    "interpolation": "Between two samples",
+    "neighbours": "Samples over their nearest training image",
+    "distance": "How far f moves a point",
+}
+"""The pictures of an evaluation that a card shows, in this order."""
+
+
+def write_repository(
+    folder: Path,  # to write
+    model: NAIGN,
+    run: str,  # where the model is from: a run (or s3://), a checkpoint, an exported folder or its file
+    *,
+    name: str,  # of the repository: user/model
+    license: str | None = None,  # of the weights, as the hub abbreviates it; None: the card says that none is stated
+) -> None:
+    """Write model.safetensors, config.json, README.md and pictures: all that is uploaded.
+
+    Raises InputError, before anything is written, where the run was not evaluated, or not in this state.
+    """
+    store, metrics = _read_evaluation(model, run)
+    present = set(store.list())
+    pictures = {f"{key}.png": title for key, title in PICTURES.items() if f"{key}.png" in present}
+    shared = NAIGN(model.network, without_places(model.metadata), model.state)
+    try:
+        card = _render(shared, metrics, pictures, name=name, license=license)
+    except (UndefinedError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"{store.url('metrics.json')} lacks what a model card says ({error}): run `naign evaluate {run}` again"
+        ) from None
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture in pictures:
+        write_atomically(folder / picture, store.read(picture))
+    write_atomically(folder / "README.md", str(card))
+    shared.save_pretrained(folder)
+
+
+def _read_evaluation(model: NAIGN, run: str) -> tuple[Store, dict[str, Any]]:
+    place = str(Path(run).parent) if Path(run).is_file() else run.rstrip("/")
+    store = open_store(f"{place}/evaluation")
+    again = f"run `naign evaluate {run}` first"
+    require((store.exists("metrics.json"), f"{run} has no evaluation to write a model card from: {again}"))
+    try:
+        metrics = json.loads(store.read("metrics.json"))
+        measured = metrics.get("images_seen")
+    except (ValueError, AttributeError):
+        raise InputError(f"{store.url('metrics.json')} is no evaluation: {again}") from None
+    seen = model.metadata.get("images_seen")
+    state = f"the evaluation of {run} is of its state after {measured} images, the model has seen {seen}: {again}"
+    require((measured == seen, state))
+    return store, metrics
+
+
+def _render(
+    model: NAIGN, metrics: dict[str, Any], pictures: dict[str, str], *, name: str, license: str | None
+) -> ModelCard:
+    results = _results(metrics)
+    dataset = DATASETS.get(metrics["dataset"])
+    data = ModelCardData(
+        library_name="naign",
+        license=license,
+        datasets=[dataset] if dataset else None,
+        tags=["naign", "idempotent-generative-network", "pytorch_model_hub_mixin", "model_hub_mixin"],
+        pipeline_tag="unconditional-image-generation" if len(model.shape) == 3 else None,
+        metrics=sorted({result.metric_type for result in results}),
+        model_name=name,
+        eval_results=results,
+    )
+    pages = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True)
+    pages.filters |= {"number": number, "count": "{:,}".format}
+    settings = yaml.safe_dump(model.metadata.get("config", {}), sort_keys=True)
+    text = pages.get_template("card.md.jinja").render(
+        front=data.to_yaml(),
+        name=name,
+        model=model,
+        measured=metrics,
+        pictures=pictures,
+        settings=settings,
+        damages=DAMAGE,
+        license=license,
+        dataset=dataset,
+    )
+    return ModelCard(text)
+
+
+def _results(metrics: dict[str, Any]) -> list[EvalResult]:
+    """The numbers of the card in the form that the hub indexes."""
+    found: list[EvalResult] = []
+
+    def add(task: str, kind: str, label: str, value: float | None) -> None:
+        if value is not None:
+            found.append(
+                EvalResult(
+                    task_type=task,
+                    dataset_type=DATASETS.get(metrics["dataset"], metrics["dataset"]),
+                    dataset_name=metrics["dataset"],
+                    dataset_split="test",
+                    metric_type=kind,
+                    metric_name=label,
+                    metric_value=value,
+                )
+            )
+
+    for fd in ({"encoder": metrics["encoder"], **metrics["fd"]}, metrics["second"]):
+        for key, label in (("once", "f(z)"), ("twice", "f(f(z))")):
+            if fd:
+                text = f"Fréchet distance on {fd['encoder']}: {label}"
+                add("unconditional-image-generation", "frechet-distance", text, fd[key])
+    for key in ("precision", "recall", "density", "coverage"):
+        add("unconditional-image-generation", key, key.capitalize(), metrics["coverage"][key])
+    for kind, errors in (metrics["restoration"] or {}).items():
+        label = f"f(x), damage: {DAMAGE[kind].lower()}"
+        add("image-to-image", "mae", f"Mean absolute error in [-1, 1] of {label}", errors["once"])
+        add("image-to-image", "psnr", f"PSNR in dB of {label}", errors["psnr"]["once"])
+        add("image-to-image", "ssim", f"SSIM of {label}", errors["ssim"]["once"])
+    return found

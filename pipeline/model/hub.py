@@ -1,0 +1,149 @@
+"""The Hugging Face hub: models are fetched from it by name, and folders uploaded. Only safetensors are read."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from pipeline.errors import InputError, Unavailable, one_line, require
+
+WEIGHTS = "model.safetensors"
+
+# The errors of the HTTP library that this version of huggingface_hub is built on, and what else its calls raise.
+ERRORS: Any = (*HfHubHTTPError.__bases__, OSError, RuntimeError, ValueError)
+
+CARD = """---
+{{ card_data }}
+---
+
+# NAIGN
+
+One network f that generates, f(noise), and repairs, f(damaged): a non-adversarial idempotent generative network. It
+comes without measurements: `naign push` uploads a model with a card that has them.
+
+```python
+from pipeline.model import NAIGN
+
+model = NAIGN.from_pretrained("user/model")  # this repository, or a folder with its files
+samples = model.sample(16, seed=0)  # values in [-1, 1]
+repaired = model.project(samples)
+```
+"""
+"""Template of the card that NAIGN.save_pretrained and NAIGN.push_to_hub write."""
+
+
+def is_hub_name(place: str | Path) -> bool:
+    """Whether `place` is user/model, a name on the hub. Where there is a folder `user`, it is a path."""
+    if not isinstance(place, str) or place.count("/") != 1 or os.path.exists(place.partition("/")[0]):
+        return False
+    try:
+        validate_repo_id(place)
+    except HFValidationError:
+        return False
+    return True
+
+
+def download(name: str, **options: Any) -> Path:
+    """The weights of a model on the hub, from the cache if they are there. `options` are hf_hub_download's.
+
+    Raises InputError where the hub has no such model, or none that is stored as safetensors, or cannot be reached.
+    """
+    _check_secrets(options.get("token"))
+    nothing = f"no run or model at '{name}': it is no folder here, and"
+    try:
+        return Path(hf_hub_download(name, WEIGHTS, **options))
+    except RepositoryNotFoundError:
+        text = f"{nothing} the hub has no such model, or shows it only after a login (`hf auth login`, or HF_TOKEN)"
+    except LocalEntryNotFoundError as error:
+        cause = one_line(error.__cause__ or error)
+        text = f"{nothing} the hub ({constants.ENDPOINT}) does not answer, nor is a copy in the cache: {cause}"
+    except EntryNotFoundError:
+        text = f"the hub's {name} has no {WEIGHTS}, which is all that is read: pickles (.bin, .pt) never are"
+    except ERRORS as error:
+        text = f"{name} cannot be fetched from the hub ({constants.ENDPOINT}): {one_line(error)}"
+    raise InputError(text)
+
+
+def check_target(name: str) -> None:
+    """InputError unless `name` can name a repository of a user on the hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise InputError(f"'{name}' is no name on the hub: {one_line(error)}") from None
+    require(("/" in name, f"'{name}' is no name on the hub: write user/{name}"))
+
+
+def check_login(name: str, token: str | bool | None = None) -> None:
+    """InputError unless `name` can name a repository and there is a token: `token`, HF_TOKEN or that of a login."""
+    check_target(name)
+    there = _check_secrets(token)
+    require((there, f"uploading {name} needs a login to the hub: run `hf auth login`, or set HF_TOKEN"))
+
+
+def _check_secrets(token: str | bool | None) -> bool:
+    """Whether there is a token. InputError where a message of the HTTP library could show it, or a password."""
+    found = token if isinstance(token, str) else get_token() or ""
+    plain = found.isascii() and found.isprintable()
+    require(
+        (plain, "the token for the hub has characters that no token has: run `hf auth login` again, or set HF_TOKEN"),
+        ("@" not in constants.ENDPOINT, "HF_ENDPOINT holds a user or a password: give a token as HF_TOKEN instead"),
+    )
+    return bool(found)
+
+
+def without_places(value: Any) -> Any:
+    """A model's header without folders, buckets and addresses: of a path its last part is left, of a URL nothing."""
+    if isinstance(value, dict):
+        return {key: without_places(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [without_places(part) for part in value]
+    if isinstance(value, str) and "/" in value:
+        return "" if "://" in value else value.rstrip("/").rpartition("/")[2]
+    return value
+
+
+@contextmanager
+def uploading(name: str, token: str | bool | None = None) -> Iterator[None]:
+    """Turn what the hub answers to an upload into InputError, or Unavailable where a retry may help.
+
+    Raises what `check_login` does at once. No message holds the token.
+    """
+    check_login(name, token)
+    try:
+        yield
+    except InputError:
+        raise
+    except ERRORS as error:
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        text = f"{name} was not uploaded to the hub ({constants.ENDPOINT}): {one_line(error)}"
+        if status in (401, 403):
+            raise InputError(f"{text}; is the login (`hf auth login`, or HF_TOKEN) one that may write there?") from None
+        if 400 <= status < 500 or isinstance(error, ValueError):
+            raise InputError(text) from None
+        raise Unavailable(text) from None
+
+
+def upload(folder: Path, name: str, *, private: bool = False) -> str:
+    """Upload all files of a folder, README.md among them, to a repository of the hub; returns its address.
+
+    The repository is made if there is none. Raises what `uploading` does; no file is sent where the card is refused, or
+    where a repository that should be private is not.
+    """
+    with uploading(name):
+        api = HfApi()
+        address = api.create_repo(name, private=private or None, exist_ok=True)
+        hidden = not private or api.model_info(name).private
+        require((hidden, f"{name} is there and is public: make it private on the hub first, or leave out --private"))
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a NAIGN model")
+    return str(address)

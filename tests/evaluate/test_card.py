@@ -1,0 +1,121 @@
+"""A pushed model has a card that says what its evaluation says, whose example runs, and nothing of this machine."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from pipeline.cli.model import push
+from pipeline.errors import InputError
+from pipeline.evaluate.run import evaluate
+from pipeline.model.naign import NAIGN
+from pipeline.model.networks import ConvConfig, PointConfig
+from tests.conftest import environment
+from tests.hub import Hub
+
+Save = Callable[..., str]
+TINY = ConvConfig(width=8, code=8, max_width=32, init="/home/someone/runs/first")
+
+
+@pytest.fixture(scope="module")
+def run(digits: str, save_untrained: Save, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An evaluated model."""
+    folder = tmp_path_factory.mktemp("run")
+    save_untrained(folder, data=digits, shape=(1, 8, 8), config=TINY, dataset="digits")
+    evaluate(str(folder), samples=50, progress=False)
+    return str(folder)
+
+
+def numbers(card: ModelCard) -> dict[str, float]:
+    return {str(result.metric_name): result.metric_value for result in card.data.eval_results or []}
+
+
+def test_the_card_says_what_was_measured_and_its_example_runs(hub: Hub, run: str, digits: str) -> None:
+    push(run, "me/digits", license="mit", private=True)
+    files, metrics = hub.models["me/digits"], json.loads(Path(run, "evaluation/metrics.json").read_text())
+    assert hub.private == {"me/digits"}
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.license, card.data.library_name, card.data.datasets) == ("mit", "naign", None)
+    found = numbers(card)
+    assert found["Fréchet distance on digits-cnn64: f(z)"] == metrics["fd"]["once"]
+    assert found["Recall"] == metrics["coverage"]["recall"]
+    assert found["PSNR in dB of f(x), damage: blur"] == metrics["restoration"]["blur"]["psnr"]["once"]
+    assert all(note in card.text for note in metrics["notes"]) and "under mit" in card.text
+    pictures = set(re.findall(r"\]\((\w+\.png)\)", card.text))
+    assert pictures | {"README.md", "config.json", "model.safetensors"} == set(files) and len(pictures) == 8
+    for place in (digits, run, "/home/someone"):
+        assert not [name for name, content in files.items() if place.encode() in content]
+    (example,) = re.findall(r"```python\n(.*?)```", card.text, re.S)
+    names: dict[str, torch.Tensor] = {}
+    exec(example, names)
+    assert torch.equal(names["samples"], NAIGN.from_pretrained(run).sample(16)) and names["energy"].shape == (16,)
+
+
+def test_a_dry_run_uploads_nothing(hub: Hub, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    push(run, "me/digits", dry_run=tmp_path / "out")
+    assert not hub.requests and "states no licence" in (tmp_path / "out/README.md").read_text()
+    assert torch.equal(NAIGN.from_pretrained(tmp_path / "out").sample(3), NAIGN.from_pretrained(run).sample(3))
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    with pytest.raises(InputError, match="--dry-run .* is a run"):
+        push(run, "me/digits", dry_run=tmp_path / "run")
+    with pytest.raises(InputError, match="--dry-run .* has an evaluation"):
+        push(run, "me/digits", dry_run=Path(run))
+    with pytest.raises(InputError, match="needs a login"):
+        push(run, "me/digits")
+
+
+def test_points_have_a_card(points: str, save_untrained: Save, tmp_path: Path) -> None:
+    folder = save_untrained(tmp_path / "run", data=points, shape=(2,), config=PointConfig(name="mlp", width=8))
+    evaluate(folder, samples=50, progress=False)
+    push(folder, "me/points", dry_run=tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert card.data.pipeline_tag is None and "samples.csv" in card.text and "distance.png" in card.text
+    assert "Repair of" not in card.text and "Recall" in numbers(card)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        (None, "has no evaluation to write a model card from: run `naign evaluate .*` first"),
+        ("{", "metrics.json is no evaluation: run"),
+        ("[]", "metrics.json is no evaluation: run"),
+        ('{"images_seen": 99}', "is of its state after 99 images, the model has seen 12345: run"),
+        ('{"images_seen": 12345}', "metrics.json lacks what a model card says .*: run"),
+    ],
+)
+def test_without_an_evaluation_nothing_is_written(
+    hub: Hub, save_untrained: Save, tmp_path: Path, metrics: str | None, said: str
+) -> None:
+    folder = save_untrained(tmp_path / "run", data=None, shape=(1, 8, 8), config=TINY)
+    if metrics is not None:
+        (tmp_path / "run/evaluation").mkdir()
+        (tmp_path / "run/evaluation/metrics.json").write_text(metrics)
+    for options in ({}, {"dry_run": tmp_path / "out"}):
+        with pytest.raises(InputError, match=said):
+            push(folder, "me/digits", **options)  # type: ignore[arg-type]
+    assert not hub.requests and not (tmp_path / "out").exists()
+
+
+def test_what_the_hub_must_not_take_is_not_sent(hub: Hub, run: str) -> None:
+    with pytest.raises(InputError, match='was not uploaded .*"license" must be one of'):
+        push(run, "me/digits", license="mine")
+    with pytest.raises(InputError, match="me/digits is there and is public"):
+        push(run, "me/digits", private=True)
+    assert hub.models == {"me/digits": {}}
+
+
+@pytest.mark.slow
+def test_the_command_finds_the_hub_through_the_environment(hub: Hub, run: str) -> None:
+    command = [sys.executable, "-m", "pipeline.cli", "push", run, "me/digits", "--license", "mit"]
+    env = environment(**hub.environment)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0 and f"uploaded: {hub.endpoint}/me/digits" in done.stdout, done.stderr
+    assert hub.token not in done.stdout + done.stderr
+    assert torch.equal(NAIGN.from_pretrained("me/digits").sample(3), NAIGN.from_pretrained(run).sample(3))

@@ -1,0 +1,157 @@
+"""A small Hugging Face hub on loopback that speaks what huggingface_hub asks for: models are made, written and read.
+
+Files are kept by git LFS (.safetensors, .png) or sent within a commit, as the real hub decides. Xet, its protocol for
+chunks of files, is not spoken: programs are given HF_HUB_DISABLE_XET.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+LICENSES = ("apache-2.0", "mit", "cc-by-4.0")
+
+
+class Hub:
+    """A context manager; `endpoint` is its address, and `token` the one with which it may be written to.
+
+    `environment` holds the variables with which programs find it, and nobody's own login and cache.
+    `models` holds the files of each model by path; `private` the names of those that are read with the token only;
+    `requests` what was asked for, as "METHOD /path". With `broken` every request is answered by that status.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.token = "hf_a-token-that-nothing-may-print"
+        self.models: dict[str, dict[str, bytes]] = {}
+        self.private: set[str] = set()
+        self.requests: list[str] = []
+        self.broken = 0
+        self._objects: dict[str, bytes] = {}  # of git LFS, by SHA-256
+        hub = self
+
+        class Handler(_Handler):
+            state = hub
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        self.environment = {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_TOKEN": self.token,
+            "HF_TOKEN_PATH": str(home / "token"),
+            "HF_HUB_CACHE": str(home / "cache"),
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def answer(self, method: str, path: str, body: bytes, known: bool) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body; `known`: the request bears the token."""
+        self.requests.append(f"{method} {path}")
+        if self.broken:
+            return self.broken, {}, b"{}"
+        if found := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([\w.-]+)/(.+)", path):
+            return self._resolve(*found.groups(), known=known)
+        if path == "/api/validate-yaml":
+            return self._validate(json.loads(body)["content"])
+        if method == "PUT":
+            self._objects[path.rpartition("/")[2]] = body
+            return _said({})
+        if not known:
+            return _said({"error": "Invalid username or password."}, 401)
+        if path == "/api/repos/create":
+            return self._create(json.loads(body))
+        if found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/(preupload|commit)/main", path):
+            return self._preupload(body) if found[2] == "preupload" else self._commit(found[1], body)
+        if found := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(?:/revision/main)?", path):
+            about = {"id": found[1], "private": found[1] in self.private, "tags": [], "siblings": []}
+            return _said(about | {"sha": self._version(found[1])})
+        if path.endswith(".git/info/lfs/objects/batch"):
+            wanted = [{"oid": one["oid"], "size": one["size"]} for one in json.loads(body)["objects"]]
+            actions = [one | {"actions": {"upload": {"href": f"{self.endpoint}/lfs/{one['oid']}"}}} for one in wanted]
+            return _said({"transfer": "basic", "objects": actions})
+        return _said({"error": f"this hub does not know {method} {path}"}, 404)
+
+    def _create(self, wanted: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
+        name = f"{wanted['organization']}/{wanted['name']}"
+        new = name not in self.models
+        self.models.setdefault(name, {})
+        if new and (wanted.get("visibility") == "private" or wanted.get("private")):
+            self.private.add(name)
+        return _said({"url": f"{self.endpoint}/{name}"}, 200 if new else 409)
+
+    def _validate(self, card: str) -> tuple[int, dict[str, str], bytes]:
+        front = yaml.safe_load(card.split("---\n")[1])
+        if front.get("license", LICENSES[0]) in LICENSES and all(
+            model["results"] for model in front.get("model-index", [])
+        ):
+            return _said({"errors": [], "warnings": []})
+        return _said({"errors": [{"message": f'"license" must be one of {LICENSES}'}], "warnings": []}, 400)
+
+    def _preupload(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        paths = [file["path"] for file in json.loads(body)["files"]]
+        modes = {path: "lfs" if path.endswith((".safetensors", ".png")) else "regular" for path in paths}
+        return _said({"files": [{"path": p, "uploadMode": modes[p], "shouldIgnore": False} for p in paths]})
+
+    def _commit(self, name: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        for line in body.splitlines():
+            kind, value = (entry := json.loads(line))["key"], entry["value"]
+            if kind == "file":
+                self.models[name][value["path"]] = base64.b64decode(value["content"])
+            elif kind == "lfsFile":
+                content = self._objects[value["oid"]]
+                assert hashlib.sha256(content).hexdigest() == value["oid"]
+                self.models[name][value["path"]] = content
+        commit = self._version(name)
+        where = f"{self.endpoint}/{name}/commit/{commit}"
+        return _said({"success": True, "commitOid": commit, "commitUrl": where, "hookOutput": ""})
+
+    def _resolve(self, name: str, _: str, file: str, *, known: bool) -> tuple[int, dict[str, str], bytes]:
+        if name not in self.models or (name in self.private and not known):
+            return 401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}, b""
+        commit = {"X-Repo-Commit": self._version(name)}
+        if file not in self.models[name]:
+            return 404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found", **commit}, b""
+        content = self.models[name][file]
+        return 200, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', **commit}, content
+
+    def _version(self, name: str) -> str:
+        return hashlib.sha1(repr(sorted(self.models[name].items())).encode()).hexdigest()
+
+
+def _said(content: dict[str, Any], status: int = 200) -> tuple[int, dict[str, str], bytes]:
+    return status, {"Content-Type": "application/json"}, json.dumps(content).encode()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    state: Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        known = self.headers.get("Authorization") == f"Bearer {self.state.token}"
+        status, headers, content = self.state.answer(self.command, self.path.partition("?")[0], body, known)
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    do_GET = do_HEAD = do_PUT = do_POST
+
+    def log_message(self, *_: object) -> None:
+        pass

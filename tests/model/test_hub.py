@@ -1,0 +1,115 @@
+"""Models go to the hub and come back by name; folders need no hub; nothing is ever unpickled, no token shown."""
+
+import logging
+import pickle
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants
+
+from pipeline.errors import InputError, Unavailable
+from pipeline.model.hub import WEIGHTS
+from pipeline.model.naign import NAIGN
+from pipeline.model.networks import build_network, recorded_network
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    metadata = {"model": {"name": "conv", "width": 4, "code": 8}, "shape": [1, 8, 8], "latents": "gaussian"}
+    metadata |= {"data": "/home/someone/digits", "config": {"run": {"remote": "s3://bucket/run"}}}
+    return NAIGN(build_network(recorded_network(metadata["model"]), (1, 8, 8)), metadata)
+
+
+def test_a_model_comes_back_from_the_hub_also_offline(hub, model, monkeypatch):
+    address = model.push_to_hub("me/model", private=True)
+    assert address.startswith(hub.endpoint) and hub.private == {"me/model"}
+    assert set(hub.models["me/model"]) == {WEIGHTS, "config.json", "README.md"}
+    card = ModelCard(hub.models["me/model"]["README.md"].decode())
+    assert card.data.library_name == "naign" and "NAIGN.from_pretrained" in card.text
+    again = NAIGN.from_pretrained("me/model")
+    assert again.metadata == model.metadata | {"data": "digits", "config": {"run": {"remote": ""}}}
+    assert torch.equal(again.sample(3), model.sample(3))
+    asked = len(hub.requests)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert torch.equal(NAIGN.from_pretrained("me/model").sample(3), model.sample(3))
+    with pytest.raises(InputError, match="no run or model at 'me/other': .* does not answer, nor is a copy"):
+        NAIGN.from_pretrained("me/other")
+    assert len(hub.requests) == asked
+
+
+def test_a_name_whose_folder_is_here_is_a_path(hub, model, tmp_path):
+    model.save_pretrained("me/model")
+    assert torch.equal(NAIGN.from_pretrained("me/model").sample(3), model.sample(3))
+    for place in ("me/other", "me/a/b", tmp_path / "a/b"):
+        with pytest.raises(InputError, match="no run or model at"):
+            NAIGN.from_pretrained(place)
+    assert not hub.requests
+
+
+class Opened:
+    def __reduce__(self):
+        return open, ("opened", "w")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+def test_a_pickle_is_never_read(hub, model, tmp_path, name):
+    hub.models["me/pickle"] = {name: pickle.dumps(Opened()), "config.json": b"[]"}
+    with pytest.raises(InputError, match="the hub's me/pickle has no model.safetensors, .* pickles .* never are"):
+        NAIGN.from_pretrained("me/pickle")
+    assert not any(name in request for request in hub.requests)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / name).write_bytes(pickle.dumps(Opened()))
+    for place in ("folder", f"folder/{name}"):
+        with pytest.raises(InputError, match="no model.safetensors|no readable safetensors"):
+            NAIGN.from_pretrained(place)
+    assert not (tmp_path / "opened").exists()
+
+
+def test_what_the_hub_does_not_have_or_show_is_no_model(hub, model, monkeypatch):
+    with pytest.raises(InputError, match="the hub has no such model, or shows it only after a login"):
+        NAIGN.from_pretrained("me/none")
+    model.push_to_hub("me/hidden", private=True)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(InputError, match="the hub has no such model, or shows it only after a login"):
+        NAIGN.from_pretrained("me/hidden")
+    hub.models["me/cut"] = {WEIGHTS: hub.models["me/hidden"][WEIGHTS][:-9]}
+    with pytest.raises(InputError, match="no readable safetensors file"):
+        NAIGN.from_pretrained("me/cut")
+
+
+@pytest.mark.parametrize(
+    ("token", "name", "said"),
+    [
+        ("", "me/model", "needs a login to the hub: run `hf auth login`, or set HF_TOKEN"),
+        ("hf_wrong", "me/model", "was not uploaded .* is the login .* one that may write there"),
+        ("hf_\x07secret", "me/model", "has characters that no token has"),
+        ("hf_right", "model", "write user/model"),
+        ("hf_right", "me/mo del", "'me/mo del' is no name on the hub"),
+    ],
+)
+def test_an_upload_that_is_refused_says_why_without_the_token(hub, model, monkeypatch, caplog, token, name, said):
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(InputError, match=said) as caught:
+        model.push_to_hub(name)
+    assert not hub.models
+    assert not token or token not in f"{caught.value}{caplog.text}"
+
+
+def test_no_message_of_a_download_shows_a_secret(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_\x07secret")
+    with pytest.raises(InputError, match="has characters that no token has"):
+        NAIGN.from_pretrained("me/model")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://me:secret@127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    with pytest.raises(InputError, match="HF_ENDPOINT holds a user or a password: [^@]*$"):
+        NAIGN.from_pretrained("me/model")
+
+
+def test_a_hub_that_is_down_is_worth_a_retry(hub, model):
+    hub.broken = 503
+    with pytest.raises(Unavailable, match="me/model was not uploaded .*503") as caught:
+        model.push_to_hub("me/model")
+    assert hub.token not in str(caught.value)

@@ -1,0 +1,82 @@
+"""f as an ONNX program is f, for every network and batch size, and says nothing of the machine that wrote it."""
+
+import importlib.util
+from dataclasses import dataclass
+
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from pipeline.cli import model as cli
+from pipeline.errors import InputError
+from pipeline.model import programs
+from pipeline.model.naign import NAIGN
+from pipeline.model.networks import NETWORKS, build_network, find_network
+
+SMALL = {
+    "conv": ({"width": 4, "depth": 1, "code": 8}, (1, 8, 8)),
+    "spatial": ({"width": 8, "depth": 1, "code": 4}, (3, 16, 8)),
+    "mlp": ({"width": 8, "depth": 1, "octaves": 2}, (2,)),
+}
+
+
+def save(folder, name):
+    settings, shape = SMALL[name]
+    torch.manual_seed(0)
+    network = build_network(find_network(name)[0](**settings), shape)
+    for value in network.parameters():  # some begin as zero
+        nn.init.normal_(value, std=0.3)
+    metadata = {"model": {"name": name, **settings}, "shape": list(shape), "latents": "gaussian"}
+    NAIGN(network, metadata).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_onnx_is_f(tmp_path, capsys, name):
+    run, file = save(tmp_path / "run", name), tmp_path / "to/model.onnx"
+    cli.export(run, to=tmp_path / "to", format="onnx")
+    assert "differs from f by at most" in capsys.readouterr().out
+    session, model = onnxruntime.InferenceSession(file), NAIGN.from_pretrained(run)
+    for count in (1, 5):
+        x = torch.randn(count, *model.shape)
+        (found,) = session.run(["projected"], {"x": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), model.project(x), rtol=1e-5, atol=1e-5)
+    assert b".py" not in file.read_bytes()
+    next(model.network.parameters()).mul_(1.01)
+    with pytest.raises(InputError, match="in onnxruntime the program differs from f by"):
+        programs.difference(file.read_bytes(), model.network, model.shape)
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
+def test_a_missing_package_is_named_and_nothing_is_written(tmp_path, monkeypatch, missing):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+    with pytest.raises(InputError, match=rf"--format onnx needs {missing}: pip install 'naign\[onnx\]'"):
+        cli.export(save(tmp_path / "run", "mlp"), to=tmp_path / "to", format="onnx")
+    assert not (tmp_path / "to").exists()
+
+
+def test_without_onnxruntime_it_is_not_checked(tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
+    cli.export(save(tmp_path / "run", "mlp"), to=tmp_path / "to", format="onnx")
+    assert "not checked: onnxruntime is not installed" in capsys.readouterr().out
+
+
+@dataclass(eq=False)
+class Branching(nn.Module):
+    """What no exporter can follow: its graph depends on its input."""
+
+    def __post_init__(self):
+        super().__init__()
+
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def test_a_network_that_cannot_be_exported_says_so(tmp_path):
+    with pytest.raises(InputError, match="torch cannot export this network to ONNX"):
+        programs.write_onnx(Branching(), (2,), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
