@@ -17,6 +17,7 @@ import pytest
 from pipeline.data.dataset import DataConfig
 from pipeline.data.decode import encode
 from pipeline.data.format import found, indexing
+from pipeline.data.format import manifest as manifests
 from pipeline.data.format.audit import verify
 from pipeline.data.format.found import Found, read_shard
 from pipeline.data.format.indexing import index
@@ -24,6 +25,7 @@ from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.writer import pack
 from pipeline.data.loader import Stream, read_split
 from pipeline.errors import InputError
+from pipeline.storage.local import LocalStore
 from pipeline.storage.store import open_store
 from tests.data.numbered import add, numbered
 from tests.hosts.test_launch import is_over
@@ -198,7 +200,7 @@ def test_labels_that_are_nowhere(tmp_path: Path, label: str, message: str) -> No
     write(str(tmp_path), ["train.tar"], json=lambda n: b"{}")
     with pytest.raises(InputError, match=message):
         index(str(tmp_path), label=label, progress=False)
-    assert [file.name for file in tmp_path.iterdir()] == ["train.tar"]
+    assert not (tmp_path / "index.json").exists() and not list(tmp_path.glob("*.npy"))
 
 
 def test_headers_tell_what_decoding_would(tmp_path: Path) -> None:
@@ -229,6 +231,10 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data[1]/index.json").write_text(json.dumps({**content, "label": "name:("}))
     with pytest.raises(InputError, match=r"index.json: malformed \(label 'name:\('"):
         Manifest.load(str(tmp_path / "data[1]"))
+    for field, value in (("tables", "/../x"), ("tables", 5), ("broken", {"train.tar": 5}), ("broken", ["a"])):
+        (tmp_path / "data[1]/index.json").write_text(json.dumps({**content, field: value}))
+        with pytest.raises(InputError, match=r"index.json: malformed"):
+            Manifest.load(str(tmp_path / "data[1]"))
     assert made.name == "data[1]"
 
 
@@ -254,6 +260,16 @@ def test_page_tables_of_our_own_tars_are_made_anew(tmp_path: Path) -> None:
     assert index(str(tmp_path), name="numbered", labels=("even", "odd"), force=True, progress=False) == before
 
 
+def test_packing_anew_leaves_no_tables_of_an_index_that_was_replaced(tmp_path: Path) -> None:
+    pack(numbered(), str(tmp_path), shards=2, progress=False)
+    usual = {file.name for file in tmp_path.iterdir()}
+    write(str(tmp_path), ["train-00000.tar", "train-00001.tar"], cls=lambda n: b"1")
+    made = index(str(tmp_path), force=True, progress=False)
+    assert made.tables and not usual & {file.name for file in tmp_path.glob("*.npy")}
+    pack(numbered(), str(tmp_path), shards=2, force=True, progress=False)
+    assert {file.name for file in tmp_path.iterdir()} == usual
+
+
 def test_a_bucket_of_others_may_be_public_or_cost_the_reader(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.storage.s3_client import client, forget_clients
 
@@ -274,3 +290,89 @@ def test_a_bucket_of_others_may_be_public_or_cost_the_reader(bucket: str, monkey
     assert asked and not any("Authorization" in headers for headers in asked)
     monkeypatch.undo()
     forget_clients()
+
+
+def test_a_broken_tar_costs_no_second_reading_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, scanned = [], found.scan
+
+    def counted(store: Any, file: str, *rest: Any) -> Any:
+        read.append(file)
+        return scanned(store, file, *rest)
+
+    monkeypatch.setattr(found, "scan", counted)
+    write(str(tmp_path), TARS)
+    sound = (tmp_path / TARS[2]).read_bytes()
+    (tmp_path / TARS[2]).write_bytes(sound[:2000])
+    for turn in range(2):
+        with pytest.raises(InputError, match=rf"1 problems\n.*{TARS[2]}: .*\n.* 6 sound tars is kept"):
+            index(str(tmp_path), progress=False)
+        assert sorted(read) == (sorted(TARS) if not turn else [TARS[2]])
+        read.clear()
+    (tmp_path / TARS[2]).write_bytes(sound)
+    manifest = index(str(tmp_path), keep_broken=True, progress=False)  # what they hold is the same with that
+    assert read == [TARS[2]] and verify(str(tmp_path), progress=False).samples == manifest.split("train").samples == 21
+    assert not list(tmp_path.glob("*.indexing.json"))
+
+
+def test_samples_that_were_indexed_as_broken_are_known(tmp_path: Path) -> None:
+    """And others are not: those that break later, or whose bytes change."""
+    write(str(tmp_path), TARS[:2])
+    tar = bytearray((tmp_path / TARS[0]).read_bytes())
+    middle = tar.index(b"IDAT") - 20  # the first picture's header
+    tar[middle : middle + 8] = b"\xff" * 8
+    (tmp_path / TARS[0]).write_bytes(tar)
+    with pytest.raises(InputError, match=r"1 problems\n.*key 00000: the \.png cannot be decoded"):
+        index(str(tmp_path), progress=False)
+    manifest = index(str(tmp_path), keep_broken=True, progress=False)
+    assert manifest.broken == {TARS[0]: ["00000"]} and Manifest.load(str(tmp_path)) == manifest
+    assert verify(str(tmp_path), progress=False).broken == ((TARS[0], "00000"),)
+    other = bytearray((tmp_path / TARS[1]).read_bytes())
+    place = other.index(b"IDAT") - 20
+    other[place : place + 8] = b"\xff" * 8
+    (tmp_path / TARS[1]).write_bytes(other)
+    with pytest.raises(InputError, match=rf"2 problems\n.*{TARS[1]}, key 00003: .*\n.*{TARS[1]}: its SHA-256"):
+        verify(str(tmp_path), progress=False)
+
+
+@pytest.mark.parametrize("many", [10_000, 0], ids=["listed", "table"])
+def test_a_forced_index_replaces_the_old_one_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: int
+) -> None:
+    """Interrupted before any of its writes and deletions, it leaves the old or the new index whole."""
+    monkeypatch.setattr(manifests, "MANY", many)
+    monkeypatch.setattr(indexing, "THREADS", 1)
+    old, new, mine = (str(tmp_path / name) for name in ("old", "new", "mine"))
+    write(old, TARS[:3])
+    write(new, TARS[1:4], each=5)
+    done, put, delete = [0], LocalStore.put, LocalStore.delete
+
+    def interrupted(call: Any) -> Any:
+        def changed(store: LocalStore, name: str, *rest: bytes) -> None:
+            done[0] -= 1
+            if done[0] < 0 and not name.endswith(found.FOUND):
+                raise KeyboardInterrupt
+            call(store, name, *rest)
+
+        return changed
+
+    monkeypatch.setattr(LocalStore, "put", interrupted(put))
+    monkeypatch.setattr(LocalStore, "delete", interrupted(delete))
+    which, steps = [], 0
+    while not which or which[-1] != "finished":
+        done[0] = 10_000
+        for file in Path(mine).glob("*"):
+            file.unlink()
+        index(old, to=mine, progress=False)
+        done[0], steps = steps, steps + 1
+        try:
+            index(new, to=mine, force=True, progress=False)
+            which.append("finished")
+        except KeyboardInterrupt:
+            samples = Manifest.load(mine).split("train").samples
+            which.append("old" if samples == 9 else "new")
+        done[0] = 10_000
+        assert verify(old if which[-1] == "old" else new, index=mine, progress=False).samples in (9, 15)
+    assert {"old", "new", "finished"} == set(which) and which == sorted(which, key=["old", "new", "finished"].index)
+    assert len(list(Path(mine).iterdir())) == 4 + (not many)
+    config = DataConfig(path=new, index=mine, cache=str(tmp_path / "cache"))
+    assert len(read_split(config, "train")[0]) == 15

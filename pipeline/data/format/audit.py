@@ -15,11 +15,12 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from tqdm import tqdm
 
 from pipeline.data.format.manifest import INDEX, Manifest, size_problem
-from pipeline.data.format.pages import Pager, Table, grouped, key_and_suffix, table_name
+from pipeline.data.format.pages import Pager, grouped, key_and_suffix, table_name
 from pipeline.data.format.shards import Shard
 from pipeline.data.format.tar import BLOCK, Unusual, next_member
 from pipeline.data.sample import decode
 from pipeline.errors import InputError
+from pipeline.progress import busy
 from pipeline.storage.base import Store
 from pipeline.storage.store import open_store
 
@@ -35,11 +36,22 @@ PROBLEMS = 20  # how many problems a message lists
 
 
 class Report(NamedTuple):
-    """What `verify` read and found sound."""
+    """What `verify` read and found sound, but for the samples that index.json says are broken."""
 
     samples: int
     shards: int
     bytes: int
+    broken: tuple[tuple[str, str], ...]  # shard and key
+
+
+class Problems(InputError):
+    """What is wrong with a data set; the message lists the first of the `problems`."""
+
+    def __init__(self, path: str, problems: list[str], note: str = "") -> None:
+        shown = [f"  {problem}" for problem in problems[:PROBLEMS]]
+        more = [f"  and {len(problems) - PROBLEMS} more"] if len(problems) > PROBLEMS else []
+        super().__init__("\n".join([f"{path}: {len(problems)} problems", *shown, *more, *([note] if note else [])]))
+        self.problems = problems
 
 
 def scan(
@@ -154,7 +166,7 @@ def ending(where: str, pager: Pager) -> Iterator[str]:
 def _scans(
     store: Store,
     names: Mapping[str, Sequence[str]],  # of the shards of each split
-    check: Callable[[dict[str, Any], str], None],  # of a sample and, for messages, its shard: raises InputError
+    check: Callable[[dict[str, Any], str], None],  # of a sample and the name of its shard: raises InputError
     problems: list[str],  # added to
     bar: "tqdm[Any]",
 ) -> Iterator[tuple[str, Pager]]:
@@ -170,7 +182,7 @@ def _scans(
                         problems.append(f"{where}, key {key}: also in {keys[key]}: repack the data set")
                     keys[key] = name
                     try:
-                        check(sample, where)
+                        check(sample, name)
                     except InputError as error:
                         problems.append(str(error))
             except InputError as error:  # missing, or no tar from some byte on
@@ -179,50 +191,51 @@ def _scans(
                 yield name, pager
 
 
-def refuse(path: str, problems: list[str]) -> None:
-    """Raise InputError that lists the problems, if there are any."""
-    if problems:
-        shown = [f"  {problem}" for problem in problems[:PROBLEMS]]
-        more = [f"  and {len(problems) - PROBLEMS} more"] if len(problems) > PROBLEMS else []
-        raise InputError("\n".join([f"{path}: {len(problems)} problems", *shown, *more]))
-
-
 bar_of_bytes = partial(tqdm, unit="B", unit_scale=True)
 
 
 def verify(path: str, *, index: str = "", progress: bool = True) -> Report:
     """Read every byte of a data set: sizes, SHA-256, page tables, tar structure, pixels, shapes, labels, keys, counts.
 
-    Raises InputError that lists the problems, each with its shard and key.
+    Samples that index.json says are broken may be. Raises Problems, each with its shard and key.
     """
     manifest, store, problems = Manifest.load(index or path), open_store(path), list[str]()
     tables = open_store(index) if index else store
     shards = {shard.name: shard for split in manifest.splits.values() for shard in split.shards}
     names = {name: [shard.name for shard in split.shards] for name, split in manifest.splits.items()}
-    report = Report(
-        samples=sum(shard.samples for shard in shards.values()),
-        shards=len(shards),
-        bytes=sum(shard.bytes for shard in shards.values()),
-    )
+    total = sum(shard.bytes for shard in shards.values())
+    known = {name: set(keys) for name, keys in manifest.broken.items()}
+    broken = list[tuple[str, str]]()
 
-    def check(sample: dict[str, Any], where: str) -> None:
-        _, label = decode(sample, manifest, where)
+    def check(sample: dict[str, Any], name: str) -> None:
+        where, key = store.url(name), sample["__key__"]
+        try:
+            _, label = decode(sample, manifest, where)
+        except InputError:
+            if key not in known.get(name, ()):
+                raise
+            broken.append((name, key))
+            return
         if manifest.labels and label < 0:
-            raise InputError(f"{where}, key {sample['__key__']}: no .cls, but {INDEX} has labels: repack it")
+            raise InputError(f"{where}, key {key}: no .cls, but {INDEX} has labels: repack it")
 
-    for shard in shards.values():
-        with suppress(InputError):  # one that is missing is named below
-            problems += filter(None, [size_problem(store, shard)])
-    with bar_of_bytes(desc=f"verify {manifest.name}", total=report.bytes, disable=not progress) as bar:
+    with busy(f"asking for the sizes of {len(shards)} tars", shown=progress):
+        for shard in shards.values():
+            with suppress(InputError):  # one that is missing is named below
+                problems += filter(None, [size_problem(store, shard)])
+    with bar_of_bytes(desc=f"verify {manifest.name}", total=total, disable=not progress) as bar:
         for name, pager in _scans(store, names, check, problems, bar):
-            problems += _differences(store, tables, shards[name], *pager.shard(name))
-    refuse(path, problems)
-    return report
+            pages = table_name(name, manifest.tables)
+            problems += _differences(store, tables, pages, shards[name], pager.shard(name)[0])
+    if problems:
+        raise Problems(path, problems)
+    samples = sum(shard.samples for shard in shards.values())
+    return Report(samples=samples, shards=len(shards), bytes=total, broken=tuple(broken))
 
 
-def _differences(store: Store, tables: Store, shard: Shard, found: Shard, table: Table) -> Iterator[str]:
-    """Between a shard and its page table as they were read and as the manifest says, but for the size."""
-    where, pages = store.url(shard.name), table_name(shard.name)
+def _differences(store: Store, tables: Store, pages: str, shard: Shard, found: Shard) -> Iterator[str]:
+    """Between a shard and its page table, of the name `pages`, as read and as the manifest says, but for the size."""
+    where = store.url(shard.name)
     wrong = f"its SHA-256 is not the one in {INDEX}: copy it again, or repack the data set"
     if found.samples != shard.samples:
         yield f"{where}: {found.samples} samples, but {INDEX} says {shard.samples}: repack the data set"

@@ -49,7 +49,7 @@ class Found:
             shard = Shard(**kept)
             found = parse_table(table, samples=shard.samples, size=shard.bytes)
             hashes = np.frombuffer(keys, "<u8")
-            if there != version or not survey.like(settings) or len(hashes) != shard.samples:
+            if there != version or not survey.holds(settings) or len(hashes) != shard.samples:
                 return None
             return cls(shard=shard, table=found, survey=survey, keys=hashes, problems=[])
         except (ValueError, TypeError, KeyError, AttributeError):

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
+from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,13 +21,14 @@ from braceexpand import braceexpand
 from joblib import cpu_count
 from tqdm import tqdm
 
-from pipeline.data.format.audit import PROBLEMS, bar_of_bytes, refuse, scan
+from pipeline.data.format.audit import PROBLEMS, Problems, bar_of_bytes, scan
 from pipeline.data.format.found import FOUND, Found, key_hash, read_shard
 from pipeline.data.format.labels import check_label_rule
 from pipeline.data.format.manifest import INDEX, Manifest
 from pipeline.data.format.pages import Pager, dump_table, table_name
 from pipeline.data.format.survey import Survey
 from pipeline.errors import InputError, Unavailable
+from pipeline.progress import busy
 from pipeline.storage.base import Store
 from pipeline.storage.prefetch import in_order
 from pipeline.storage.store import open_store
@@ -60,8 +63,9 @@ def index(
     """Read every byte of WebDataset tars and write the index.json and page tables that training needs.
 
     Samples are pictures of any size, or points (D,) float32 as .npy; their other members are passed over. After an
-    interruption the next call goes on with the shards that were not read yet.
-    Raises InputError that lists the problems, each with its shard and key; nothing is written then.
+    interruption or an error the next call reads only shards that were not read, had problems or were replaced since.
+    An index that is there is replaced at once, in the moment its index.json is. Raises Problems, each with its shard
+    and key.
     """
     check_label_rule(label)
     if sample_check is not None and sample_check < 0:
@@ -77,28 +81,58 @@ def index(
         elsewhere = "" if to else "; where you may only read, have the index written elsewhere: --to=FOLDER"
         raise InputError(f"{error}{elsewhere}") from None
     found = _read_all(store, target, [file for files in groups.values() for file in files], settings, progress)
-    problems = [problem for file in found.values() for problem in file.problems]
-    survey = settings.anew()
+    try:
+        with busy("comparing tars", shown=progress):
+            survey = _merged(path, store, settings, groups, found)
+        title = name or folder.rstrip("/").rpartition("/")[2] or "indexed"
+        shards = {split: [found[file].shard for file in files] for split, files in groups.items()}
+        manifest = survey.manifest(title, labels, shards, old)
+        broken = {file: one.survey.broken for file, one in found.items() if one.survey.broken}
+        manifest = _beside(replace(manifest, broken=broken), old)
+        written = manifest.files()
+        Manifest.parse(written[INDEX], where=target.url(INDEX), read=written.__getitem__)  # else it is not written
+    except InputError:
+        target.delete(f"index{FOUND}")
+        raise
+    tables = {table_name(file, manifest.tables): dump_table(one.table) for file, one in found.items()}
+    with busy("writing the index", shown=progress):
+        _replace(target, tables, written, outdated=(old.hashes().keys() if old else set()) - manifest.hashes().keys())
+    return manifest
+
+
+def _merged(path: str, store: Store, settings: Survey, groups: dict[str, list[str]], found: dict[str, Found]) -> Survey:
+    """What all shards are together. Raises Problems: those of single shards, and where shards do not go together."""
+    survey, problems = settings.anew(), [problem for one in found.values() for problem in one.problems]
     for file, one in found.items():
         problems += survey.merge(one.survey, store.url(file))
     for files in groups.values():
         problems += _duplicates(store, [found[file] for file in files], PROBLEMS)
-    try:
-        if not survey.kind:
-            problems = problems or [f"{path}: none of its samples can be decoded: repack the data set"]
-        refuse(path, problems)
-        title = name or folder.rstrip("/").rpartition("/")[2] or "indexed"
-        shards = {split: [found[file].shard for file in files] for split, files in groups.items()}
-        manifest = survey.manifest(title, labels, shards, old)
-        written = manifest.files()
-        Manifest.parse(written[INDEX], where=target.url(INDEX), read=written.__getitem__)  # else it is not written
-    except InputError:
-        _forget(target)
-        raise
-    _all([partial(target.put, table_name(file), dump_table(one.table)) for file, one in found.items()])
-    for file, data in written.items():
-        target.put(file, data)
-    _forget(target)
+    if not problems and not survey.kind:
+        problems.append(f"{path}: none of its samples can be decoded: repack the data set")
+    if problems:
+        kept = sum(not one.problems for one in found.values())
+        note = f"what was read of {kept} sound tars is kept (*{FOUND}): the next call reads only the others"
+        raise Problems(path, problems, note if kept else "")
+    return survey
+
+
+def _replace(target: Store, tables: dict[str, bytes], written: dict[str, bytes], *, outdated: set[str]) -> None:
+    """Write what an index consists of, `written` ending with its index.json; then delete what only the old one had."""
+    _all([partial(target.put, name, data) for name, data in tables.items()])
+    for name, data in written.items():
+        target.put(name, data)
+    kept = [name for name in target.list() if name.endswith(FOUND)]
+    _all([partial(target.delete, name) for name in [*outdated, *kept]])
+
+
+def _beside(manifest: Manifest, old: Manifest | None) -> Manifest:
+    """The manifest with names of tables under which the old one has no others: a kill must not leave a mix of both."""
+    if old is None:
+        return manifest
+    manifest, before = replace(manifest, tables=old.tables), old.hashes()
+    after = manifest.hashes()
+    if any(before.get(name, digest) != digest for name, digest in after.items()):
+        manifest = replace(manifest, tables=f"-{sha256(''.join(after.values()).encode()).hexdigest()[:8]}")
     return manifest
 
 
@@ -158,8 +192,9 @@ def _grouped_names(files: list[str], path: str, train: str | None, test: str | N
 
 def _read_all(store: Store, target: Store, files: list[str], settings: Survey, progress: bool) -> dict[str, Found]:
     """What is found in every shard, in the order of their names."""
-    kept = set(target.list())
-    sizes = dict(zip(files, _all([partial(store.size, file) for file in files]), strict=True))
+    with busy(f"asking for the sizes of {len(files)} tars", shown=progress):
+        kept = set(target.list())
+        sizes = dict(zip(files, _all([partial(store.size, file) for file in files]), strict=True))
     reader = _Reader(store, target, settings)
     tasks = [(file, sizes[file], f"{file.removesuffix('.tar')}{FOUND}" in kept) for file in files]
     many = min(cpu_count(), len(files), PROCESSES)
@@ -180,15 +215,16 @@ class _Reader:
 
     def __init__(self, store: Store, target: Store, settings: Survey) -> None:
         self.store, self.target, self.settings = store, target, settings
+        self.whole = store.path == target.path  # an index beside the tars has the hash of each
 
     def found(self, file: str, size: int, kept: bool, advance: Callable[[int], object]) -> Found:
         """What is in a shard of that size; `kept` says whether what an interrupted call found may be there."""
         version, name = self.store.version(file), f"{file.removesuffix('.tar')}{FOUND}"
         before = Found.parse(self.target.read(name), version, self.settings) if kept else None
-        if before and before.shard.bytes == size:
+        if before and before.shard.bytes == size and bool(before.shard.sha256) == self.whole:
             advance(size)
             return before
-        found = read_shard(self.store, file, self.settings, advance, whole=self.store.path == self.target.path)
+        found = read_shard(self.store, file, self.settings, advance, whole=self.whole)
         if not found.problems:
             self.target.put(name, found.dump(version))
         return found
@@ -271,11 +307,6 @@ def _duplicates(store: Store, found: Sequence[Found], most: int) -> Iterator[str
 def _keys(store: Store, file: str, wanted: int) -> set[str]:
     """The keys in a shard that have that hash."""
     return {key for sample in scan(store, file, Pager(whole=False)) if key_hash(key := sample["__key__"]) == wanted}
-
-
-def _forget(target: Store) -> None:
-    """Remove what was kept of shards."""
-    _all([partial(target.delete, name) for name in target.list() if name.endswith(FOUND)])
 
 
 def _all(calls: Sequence[Callable[[], T]]) -> list[T]:

@@ -6,12 +6,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
 from functools import cached_property
 from typing import Any
 
 from pipeline.data.format.labels import check_label_rule
+from pipeline.data.format.pages import table_name
 from pipeline.data.format.shards import MANY, MOST_SAMPLES, Shard, ShardTable, is_count, problems, sizes
 from pipeline.errors import InputError
 from pipeline.storage.base import Store
@@ -52,6 +53,10 @@ class Manifest:
     """Whether each shard is a random subset of its split, as `naign pack` makes them; of tars by others: no."""
     label: str = ""
     """Where a sample's label stands: "" in .cls as a number, or see labels.label_text."""
+    tables: str = ""
+    """Ends the names of page tables, "" or -1a2b3c4d: an index that replaces another writes its own beside the old."""
+    broken: dict[str, list[str]] = field(default_factory=dict)
+    """By shard the keys of samples that could not be decoded when the tars were indexed with --keep-broken."""
 
     @classmethod
     def of(
@@ -133,7 +138,7 @@ class Manifest:
         """The bytes of its files by name, index.json being the last."""
         fields: dict[str, Any] = {"format": FORMAT}
         fields |= {field.name: getattr(self, field.name) for field in dataclass_fields(self)}
-        for name, usual in (("dealt", True), ("label", "")):
+        for name, usual in (("dealt", True), ("label", ""), ("tables", ""), ("broken", {})):
             if fields[name] == usual:
                 del fields[name]  # as programs without it read and write it
         made, splits = dict[str, bytes](), dict[str, Any]()
@@ -143,10 +148,16 @@ class Manifest:
                 splits[name]["shards"] = [shard.fields() for shard in split.shards]
                 continue
             data = ShardTable.of(split.shards).dump()
-            made[f"index-{name}.npy"] = data
-            splits[name] |= {"table": f"index-{name}.npy", "sha256": hashlib.sha256(data).hexdigest()}
+            made[f"index-{name}{self.tables}.npy"] = data
+            splits[name] |= {"table": f"index-{name}{self.tables}.npy", "sha256": hashlib.sha256(data).hexdigest()}
         fields["splits"] = splits
         return made | {INDEX: (json.dumps(fields, indent=1) + "\n").encode()}
+
+    def hashes(self) -> dict[str, str]:
+        """The SHA-256 of each file that index.json refers to, by name: page tables, and tables of shards."""
+        shards = [shard for split in self.splits.values() for shard in split.shards]
+        tables = {name: hashlib.sha256(data).hexdigest() for name, data in self.files().items() if name != INDEX}
+        return {table_name(shard.name, self.tables): shard.pages for shard in shards} | tables
 
 
 def _shards(split: dict[str, Any], read: Callable[[str], bytes] | None) -> Sequence[Shard]:
@@ -184,6 +195,10 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         check_label_rule(manifest.label)
     except InputError as error:
         yield str(error).replace("--label", "label")
+    if not isinstance(manifest.tables, str) or not re.fullmatch("(-[0-9a-f]{8})?", manifest.tables):
+        yield f"tables is {manifest.tables!r}, not - and 8 hexadecimal digits"
+    if not all(type(keys) is list and {*map(type, keys)} <= {str} for keys in manifest.broken.values()):
+        yield "broken does not list keys by shard"
     if not manifest.splits:
         yield "no splits"
     for name, split in manifest.splits.items():

@@ -33,9 +33,9 @@ ROW = np.dtype([("sample", "<i8"), ("byte", "<i8"), ("sha256", "V32")])
 Table = npt.NDArray[Any]  # (pages + 1,) of ROW
 
 
-def table_name(shard: str) -> str:
-    """Of the file that holds a shard's page table."""
-    return f"{shard.removesuffix('.tar')}.pages.npy"
+def table_name(shard: str, tables: str = "") -> str:
+    """Of the file that holds a shard's page table; `tables` is the manifest's."""
+    return f"{shard.removesuffix('.tar')}.pages{tables}.npy"
 
 
 class Pager:

@@ -40,20 +40,22 @@ class Survey:
     """One more than the largest number in .cls."""
     texts: set[str] = field(default_factory=set)
     """The labels, where they are not numbers in .cls."""
+    broken: list[str] = field(default_factory=list)
+    """Keys of samples that cannot be decoded, which keep_broken lets pass."""
 
     def anew(self) -> "Survey":
         """One with these settings that has seen nothing."""
         return Survey(label=self.label, check=self.check, keep_broken=self.keep_broken)
 
-    def like(self, other: "Survey") -> bool:
-        """Whether the settings are the same."""
-        return (self.label, self.check, self.keep_broken) == (other.label, other.check, other.keep_broken)
+    def holds(self, settings: "Survey") -> bool:
+        """Whether one with these settings would have found the same."""
+        same = (self.label, self.check) == (settings.label, settings.check)
+        return same and (settings.keep_broken or not self.broken)
 
     @classmethod
     def parse(cls, record: Mapping[str, Any]) -> "Survey":
-        """From its fields as JSON. Raises TypeError for what is none."""
-        made = cls(**record)
-        return replace(made, shape=tuple(made.shape), texts=set(made.texts))
+        """From its fields as JSON. Raises TypeError or KeyError for what is none."""
+        return replace(cls(**record), shape=tuple(record["shape"]), texts=set(record["texts"]), broken=record["broken"])
 
     def see(self, sample: dict[str, Any], where: str) -> None:
         """Take account of a sample. Raises InputError where it is unlike the others or cannot be decoded."""
@@ -64,6 +66,7 @@ class Survey:
             if not self.keep_broken:
                 raise
             log.warning("kept: %s", error)
+            self.broken.append(sample["__key__"])
             return
         self._agree(kind, shape, where)
         text = label_text(sample, self.label, where)

@@ -1,6 +1,7 @@
 """Packing a source into WebDataset shards, which stream into their store as they are made."""
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -71,7 +72,7 @@ def pack(
                     shard, table = make(None, bar)  # only measured
                     if old is not None and shard not in old.splits[split].shards:
                         raise InputError(_refusal(to, old))
-                    _complete(target, shard, table, present, make, known=old is not None)
+                    _complete(target, shard, table, present, make, old=old)
                 made[split].append(shard)
     manifest = Manifest.of(source.name, source.kind, source.shape, source.labels, made)
     if old is None:
@@ -87,7 +88,8 @@ def _clear(target: Store, source: Source) -> None:
     """Delete the index, and with it the data set; then the files of the source's splits."""
     target.delete(INDEX)
     for name in target.list():
-        if name.endswith((".tar", ".pages.npy")) and name.rpartition("-")[0] in source.splits:
+        stem, _, suffix = name.partition(".")
+        if re.fullmatch(r"tar|pages(-[0-9a-f]{8})?\.npy", suffix) and stem.rpartition("-")[0] in source.splits:
             target.delete(name)
 
 
@@ -156,17 +158,19 @@ def _write(
     return pager.shard(name)
 
 
-def _complete(target: Store, shard: Shard, table: Table, present: list[str], make: Make, *, known: bool) -> None:
+def _complete(
+    target: Store, shard: Shard, table: Table, present: list[str], make: Make, *, old: Manifest | None
+) -> None:
     """Write again what the target lacks of a shard. Raises InputError where it holds another of that name.
 
-    `known` says that the target's own index.json names this shard, so one of another size is damaged, not foreign.
+    `old` is the target's own index.json, which names this shard: one of another size is damaged then, not foreign.
     """
     there = shard.name in present
-    if there and not known and hashlib.sha256(target.read(shard.name)).hexdigest() != shard.sha256:
+    if there and not old and hashlib.sha256(target.read(shard.name)).hexdigest() != shard.sha256:
         raise InputError(_refusal(target.path, None))
     if not there or target.size(shard.name) != shard.bytes:
         with target.write(shard.name) as stream:
             make(stream, None)
-    name, data = table_name(shard.name), dump_table(table)
+    name, data = table_name(shard.name, old.tables if old else ""), dump_table(table)
     if name not in present or target.read(name) != data:
         target.put(name, data)

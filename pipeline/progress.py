@@ -1,0 +1,43 @@
+"""Progress of commands on stderr, where that is a terminal and they take more than two seconds."""
+
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+DELAY = 2.0  # seconds before which nothing is shown
+
+
+def counted(
+    what: str, iterable: Iterable[Any] | None = None, *, total: int | None = None, unit: str = "it"
+) -> "tqdm[Any]":
+    """A bar over an iterable, or for `update`."""
+    return tqdm(iterable, desc=what, total=total, unit=unit, delay=DELAY, leave=False, disable=None)
+
+
+@contextmanager
+def busy(what: str, *, shown: bool = True) -> Iterator[None]:
+    """Say what a call without steps to count is doing, and for how long, until it returns."""
+    ended = threading.Event()
+
+    def show() -> None:
+        if ended.wait(DELAY):
+            return
+        with tqdm(desc=what, bar_format="{desc} {elapsed}", leave=False) as line:
+            line.start_t -= DELAY
+            line.refresh()
+            while not ended.wait(1.0):
+                line.refresh()
+
+    thread = threading.Thread(target=show, name="progress", daemon=True)
+    if shown and sys.stderr.isatty():
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if thread.ident:
+            thread.join()
