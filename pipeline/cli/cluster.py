@@ -2,12 +2,14 @@
 
 import os
 import sys
+from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Literal
 
 from tyro.conf import Positional
 
 from pipeline.errors import InputError, Unavailable, exit_on_input_error, require
+from pipeline.progress import busy
 
 
 def train() -> None:
@@ -31,6 +33,15 @@ def launch() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a normal exit would restore the default signal handlers and join threads
+
+
+def launch_options() -> type:
+    """A class with the options that `naign launch` takes, those of the training among them, for shell completion."""
+    from pipeline.cluster.launch import build_parser
+    from pipeline.config import Config
+
+    own = [(name, type(value), value) for name, value in vars(build_parser().parse_args([])).items()]
+    return make_dataclass("Launch", own, bases=(Config,), kw_only=True, namespace={"__doc__": launch.__doc__})
 
 
 def render(
@@ -100,7 +111,9 @@ def fetch(remote: Positional[str], /, *, to: Path, every: float = 0) -> None:
     require((there, f"{remote} holds no run: its config.yaml is not there"))
     while True:
         try:
-            print(f"{fetch_shown(remote, to, renew=True)} files from {remote}", flush=True)
+            with busy(f"fetching {remote}"):
+                count = fetch_shown(remote, to, renew=True)
+            print(f"{count} files from {remote}", flush=True)
         except (InputError, Unavailable) as error:
             if not every:
                 raise

@@ -1,11 +1,13 @@
 """Commands that make and check data sets: pack, index, verify."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
+from pipeline.cli.output import Json, lines_to_stderr, print_json
 from pipeline.errors import InputError
+from pipeline.progress import busy
 
 if TYPE_CHECKING:
     from pipeline.data.format.manifest import Manifest
@@ -46,7 +48,8 @@ def pack(
     from pipeline.data.sources.source import subset
     from pipeline.evaluate import NEIGHBOURS
 
-    loaded = load(source, root=root, size=size, channels=channels, seed=seed)
+    with busy(f"reading {source}"):
+        loaded = load(source, root=root, size=size, channels=channels, seed=seed)
     if train is not None or without:
         loaded = subset(loaded, train=train, without=without, seed=seed)
     manifest, written = writer.pack(loaded, to, shards=shards, encoding=encoding, seed=seed, force=force)
@@ -105,6 +108,8 @@ def index(
         force=force,
     )
     print(_contents(to or path, manifest))
+    if broken := sum(map(len, manifest.broken.values())):
+        print(f"note: {broken} samples cannot be decoded, which index.json records: train with --data.broken=skip")
     if "test" not in manifest.splits:
         print(
             "note: no tar is for testing, so none to measure a network on: test or val in a name, or --test, says which"
@@ -117,14 +122,33 @@ def _contents(path: str, manifest: "Manifest") -> str:
     return f"{path}: {manifest.name} {sizes}, {', '.join(counts)}"
 
 
-def verify(path: Positional[str], /, *, index: str = "") -> None:
+def verify(path: Positional[str], /, *, index: str = "", json: Json = False) -> None:
     """Check a data set against its index.json: sizes, hashes, page tables, tar structure, pixels, labels, keys.
+
+    Samples that cannot be decoded and were indexed so (naign index --keep-broken) are named, and are no problem.
 
     Args:
         path: Folder or s3://bucket/prefix of shards.
         index: Folder or s3://bucket/prefix of its index.json and page tables; default: beside the shards.
     """
+    from pipeline.data.format.audit import PROBLEMS, Problems
     from pipeline.data.format.audit import verify as read_all
 
-    report = read_all(path, index=index)
+    document: dict[str, Any] = {"path": path, "sound": True, "problems": []}
+    document |= dict.fromkeys(("samples", "shards", "bytes", "broken"))
+    try:
+        with lines_to_stderr(json):
+            report = read_all(path, index=index)
+    except Problems as error:
+        if json:
+            print_json(document | {"sound": False, "problems": error.problems})
+        raise
+    if json:
+        broken = [{"shard": shard, "key": key} for shard, key in report.broken]
+        print_json(document | report._asdict() | {"broken": broken})
+        return
     print(f"{path}: sound, {report.samples} samples in {report.shards} shards, {report.bytes / 1e6:.1f} MB")
+    if report.broken:
+        shown = ", ".join(f"{shard} {key}" for shard, key in report.broken[:PROBLEMS])
+        more = ", ..." if len(report.broken) > PROBLEMS else ""
+        print(f"of them {len(report.broken)} are known to be broken: {shown}{more}")

@@ -15,6 +15,7 @@ from pipeline.errors import InputError, printable, require
 from pipeline.evaluate.recorded import recorded_resize
 from pipeline.model.naign import NAIGN
 from pipeline.observe.pictures import grid, png, to_image
+from pipeline.progress import counted
 from pipeline.storage.local import write_atomically
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -55,11 +56,11 @@ def read_samples(paths: Sequence[Path], model: NAIGN) -> list[Tensor]:
     """
     shape = model.shape
     if len(shape) != 3:
-        return [_read_points(path, shape) for path in paths]
+        return [_read_points(path, shape) for path in counted("reading", paths, unit="file")]
     resize = recorded_resize(model)
     if not resize.height:
         resize = Resize(height=shape[1], width=shape[2])
-    return [_read_image(path, shape, resize) for path in paths]
+    return [_read_image(path, shape, resize) for path in counted("reading", paths, unit="image")]
 
 
 def _read_image(path: Path, shape: tuple[int, ...], resize: Resize) -> Tensor:
@@ -109,7 +110,7 @@ def write_samples(made: Tensor, to: Path) -> str:
     elif points:
         write_one(made, to)
     else:
-        for number, image in enumerate(made):
+        for number, image in enumerate(counted("writing", made, unit="image")):
             write_one(image[None], to / f"{number:06d}.png")
     return str(to) if suffix else f"{to}/"
 

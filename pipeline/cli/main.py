@@ -8,28 +8,37 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 import tyro
 
 from pipeline.cli.cluster import fetch, launch, render, train
+from pipeline.cli.completion import completion
 from pipeline.cli.data import index, pack, verify
 from pipeline.cli.health import doctor
 from pipeline.cli.model import evaluate, export, push, restore, sample, score
+from pipeline.cli.runs import compare, runs
 from pipeline.errors import InputError, Unavailable, exit_on_input_error
+
+ABOUT = "Non-adversarial idempotent generative networks: one network that generates and repairs."
+COMMANDS: dict[str, Callable[..., None]] = {
+    command.__name__: command
+    for command in (
+        *(pack, index, verify, train, launch, render, fetch, runs, compare),
+        *(evaluate, sample, restore, score, export, push, doctor, completion),
+    )
+}
 
 
 def main() -> None:
     """Run the command of sys.argv. Exits with 2 on a user's mistake; see pipeline/errors.py."""
     if sys.argv[1:2] in (["train"], ["launch"]):  # these pass unknown options on to the training program
         (train if sys.argv[1] == "train" else launch)()
-    commands = pack, index, verify, train, launch, render, fetch, evaluate, sample, restore, score, export, push, doctor
-    names = {command.__name__: command for command in commands}
-    about = "Non-adversarial idempotent generative networks: one network that generates and repairs."
     with exit_on_input_error("naign"):
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot encode
         try:
-            tyro.extras.subcommand_cli_from_dict(names, prog="naign", description=about)
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="naign", description=ABOUT)
             sys.stdout.flush()
         except BrokenPipeError:  # the reader has closed the pipe, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
+from pipeline.cli.output import Json, lines_to_stderr, print_json
 from pipeline.errors import require
+from pipeline.progress import busy, counted
 
 if TYPE_CHECKING:
     from pipeline.model.naign import NAIGN
@@ -40,6 +42,7 @@ def evaluate(
     encoder: str | None = None,
     seed: int = 0,
     device: Device = "auto",
+    json: Json = False,
 ) -> None:
     """Measure a trained model; writes evaluation/metrics.json, pictures and report.html into its folder.
 
@@ -53,7 +56,13 @@ def evaluate(
     from pipeline.evaluate.run import evaluate as measure
 
     _check(seed=seed)
-    metrics = measure(run, data=data, samples=samples, seed=seed, device=_device(device), encoder=encoder)
+    with lines_to_stderr(json):
+        metrics = measure(run, data=data, samples=samples, seed=seed, device=_device(device), encoder=encoder)
+    place = run.rstrip("/") if not Path(run).is_file() else Path(run).parent
+    report = f"{place}/evaluation/report.html"
+    if json:
+        print_json(metrics | {"report": report})
+        return
     for fd in ({"encoder": metrics["encoder"], **metrics["fd"]}, metrics["second"]):
         if fd:
             values = f"{fd['once']:.4g} for f(z), {fd['twice']:.4g} for f(f(z))"
@@ -64,8 +73,7 @@ def evaluate(
         print(f"warning: {warning}")
     for note in metrics["notes"]:
         print(f"note: {note}")
-    place = run.rstrip("/") if not Path(run).is_file() else Path(run).parent
-    print(f"report: {place}/evaluation/report.html")
+    print(f"report: {report}")
 
 
 def sample(
@@ -93,7 +101,9 @@ def sample(
     from pipeline.cli.files import write_samples
 
     _check(n=n, times=times, seed=seed)
-    made = _model(run, latents, components, steps, data, device=_device(device)).sample(n, seed=seed, times=times).cpu()
+    model = _model(run, latents, components, steps, data, device=_device(device))
+    with counted("sampling", total=n, unit="sample") as bar:
+        made = model.sample(n, seed=seed, times=times, advance=bar.update).cpu()
     place = to or Path("samples.png" if made.ndim == 4 else "samples.csv")
     print(f"{n} samples: {write_samples(made, place)}")
 
@@ -118,10 +128,9 @@ def restore(
 
     from pipeline.cli.files import find_files, read_samples, refuse_overwriting, write_one
     from pipeline.data.degrade import degrade
-    from pipeline.model.naign import NAIGN
 
     _check(times=times)
-    model = NAIGN.from_pretrained(run, device=_device(device))
+    model = _open(run, _device(device))
     points = len(model.shape) == 1
     require(
         (not to.is_file(), f"--to {to} is a file: give a folder, for one picture an image"),
@@ -135,29 +144,37 @@ def restore(
     refuse_overwriting(paths * len(folders), outputs)
     given = read_samples(paths, model)
     damaged = degrade(torch.cat(given), damage) if damage else torch.cat(given)
-    repaired = model.project(damaged, times=times).cpu()
+    with counted("restoring", total=len(damaged), unit="sample") as bar:
+        repaired = model.project(damaged, times=times, advance=bar.update).cpu()
     sizes = [len(batch) for batch in given]
     batches = [*repaired.split(sizes), *(damaged.split(sizes) if damage else ())]
-    for place, samples in zip(outputs, batches, strict=True):
+    for place, samples in counted("writing", list(zip(outputs, batches, strict=True)), unit="file"):
         write_one(samples, place)
     print(f"{len(names)} restored {'files of points' if points else 'images'}: {to}/")
 
 
-def score(run: Model, files: Files, /, *, times: Times = 1, device: Device = "auto") -> None:
+def score(run: Model, files: Files, /, *, times: Times = 1, device: Device = "auto", json: Json = False) -> None:
     """Print energies as CSV: file (points: file:line), mean squared residual of f(x) - x; low near training data."""
     import torch
 
     from pipeline.cli.files import find_files, read_samples
-    from pipeline.model.naign import NAIGN
 
     _check(times=times)
-    model = NAIGN.from_pretrained(run, device=_device(device))
+    with lines_to_stderr(json):
+        model = _open(run, _device(device))
     paths = [path for path, _ in find_files(files, model.shape)]
     given = read_samples(paths, model)
     lines = [(path, line) for path, batch in zip(paths, given, strict=True) for line in range(1, 1 + len(batch))]
+    with counted("scoring", total=len(lines), unit="sample") as bar:
+        energies = model.energy(torch.cat(given), times=times, advance=bar.update).tolist()
+    if json:
+        rows = [(path, line if len(model.shape) == 1 else None) for path, line in lines]
+        found = [{"file": path, "line": line, "energy": e} for (path, line), e in zip(rows, energies, strict=True)]
+        print_json({"run": run, "times": times, "energies": found})
+        return
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(("file", "energy"))
-    for (path, line), energy in zip(lines, model.energy(torch.cat(given), times=times).tolist(), strict=True):
+    for (path, line), energy in zip(lines, energies, strict=True):
         table.writerow((path if len(model.shape) == 3 else f"{path}:{line}", f"{energy:.6g}"))
 
 
@@ -185,18 +202,20 @@ def export(
     _refuse_runs(to)
     trained = format == "safetensors" or latents == "trained"
     require((trained, f"--format {format} is f alone, without a law of latents"))
-    model = _model(run, latents, components, steps, data)
-    if format == "safetensors":
-        model.save_pretrained(to)
-        print(f"exported: {to / 'model.safetensors'}")
-    elif format == "torch":
-        programs.write_torch(model.network, model.shape, to / "model.pt2")
-        print(f"exported: {to / 'model.pt2'}")
-    else:
-        difference = programs.write_onnx(model.network, model.shape, to / "model.onnx")
-        print(f"exported: {to / 'model.onnx'}")
-        checked = f"differs from f by at most {difference:.1g} in onnxruntime" if difference is not None else ""
-        print(checked or "not checked: onnxruntime is not installed (pip install 'naign[onnx]')")
+    model, checked = _model(run, latents, components, steps, data), ""
+    with busy("exporting"):
+        if format == "safetensors":
+            model.save_pretrained(to)
+            file = to / "model.safetensors"
+        elif format == "torch":
+            file = to / "model.pt2"
+            programs.write_torch(model.network, model.shape, file)
+        else:
+            file = to / "model.onnx"
+            difference = programs.write_onnx(model.network, model.shape, file)
+            checked = f"differs from f by at most {difference:.1g} in onnxruntime" if difference is not None else ""
+            checked = checked or "not checked: onnxruntime is not installed (pip install 'naign[onnx]')"
+    print(f"exported: {file}", *[checked] if checked else [], sep="\n")
 
 
 def push(
@@ -247,6 +266,13 @@ def _refuse_runs(folder: Path, option: str = "--to") -> None:
     )
 
 
+def _open(run: str, device: str) -> "NAIGN":
+    from pipeline.model.naign import NAIGN
+
+    with busy(f"reading {run}"):
+        return NAIGN.from_pretrained(run, device=device)
+
+
 def _model(
     run: str, latents: Latents, components: int | None, steps: int | None, data: str | None, *, device: str = "cpu"
 ) -> "NAIGN":
@@ -254,14 +280,13 @@ def _model(
 
     from pipeline.model.flow import MOST_STEPS
     from pipeline.model.mixture import is_mixture
-    from pipeline.model.naign import NAIGN
 
     if latents == "trained":
         given = next((name for name, value in (("components", components), ("data", data)) if value is not None), "")
         require((not given, f"--{given} is of a mixture: add --latents mixture, or leave it out"))
     components = 50 if components is None else components
     _check(components=components)
-    model = NAIGN.from_pretrained(run, device=device)
+    model = _open(run, device)
     if steps is not None:
         flow = latents == "trained" and model.latents == "codes" and not is_mixture(model.state)
         require(
@@ -273,7 +298,8 @@ def _model(
         return model
     from pipeline.evaluate.refit import with_mixture
 
-    return with_mixture(model, run, components=components, data=data)
+    with busy("fitting a mixture to codes of training images"):
+        return with_mixture(model, run, components=components, data=data)
 
 
 def _device(name: Device) -> str:

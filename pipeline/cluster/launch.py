@@ -37,8 +37,8 @@ from pipeline.shipped import shipped
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Start the ranks and wait for them. Returns the exit code; errors of the user are reported, not raised."""
+def build_parser() -> argparse.ArgumentParser:
+    """Of the options that are not the training's."""
     parser = argparse.ArgumentParser(
         "naign launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -52,6 +52,12 @@ def main(arguments: Sequence[str]) -> int:
     add("--meeting-port", type=port, default=meeting, help="of host 0, where hosts wait for each other (%(default)s)")
     add("--wait", type=_between(1, 10**6), default=900, help="seconds to wait for the other hosts (%(default)s)")
     add("--reach", type=_between(0, 10**6), default=300, help="seconds to wait for run.remote's bucket (%(default)s)")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Start the ranks and wait for them. Returns the exit code; errors of the user are reported, not raised."""
+    parser = build_parser()
     on_signals(_leave_at_once, SIGNALS[:3])  # the first process of a container gets no others
     options, training = parser.parse_known_args(arguments)
     try:

@@ -1,4 +1,14 @@
-"""What a trained network can do: Frechet distance, coverage, restoration, density, and a report page."""
+"""What a trained network can do: Frechet distance, coverage, restoration, density, a report page; runs side by side.
 
-from pipeline.evaluate.coverage import NEIGHBOURS
-from pipeline.evaluate.run import evaluate
+Names are imported when they are first used: `naign runs` does without torch.
+"""
+
+from typing import TYPE_CHECKING
+
+from pipeline.faces import lazy_face
+
+if TYPE_CHECKING:
+    from pipeline.evaluate.coverage import NEIGHBOURS
+    from pipeline.evaluate.run import evaluate
+
+__all__, __getattr__ = lazy_face(__name__, {"coverage": "NEIGHBOURS", "run": "evaluate"})

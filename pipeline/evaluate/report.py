@@ -39,14 +39,19 @@ def number(value: float | None) -> str:
 
 def render(metrics: dict[str, Any], pictures: Sequence[Picture], *, config: dict[str, Any], title: str) -> str:
     """The whole page as HTML. `metrics` is what metrics.json holds; `config` the run's own configuration."""
-    pages = Environment(
+    settings = json.dumps(config, indent=1, default=str)
+    given = {"pictures": pictures, "config": config, "settings": settings, "title": title, "damages": DAMAGE}
+    return pages().get_template("report.html.jinja").render(metrics | given) + "\n"
+
+
+def pages() -> Environment:
+    """The templates of this folder, with the filters that they use."""
+    found = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         extensions=["jinja2.ext.do"],
         autoescape=True,
         undefined=StrictUndefined,
     )
-    pages.filters |= {"number": number, "percent": lambda share: f"{100 * share:.1f} %", "count": "{:,}".format}
-    pages.filters["base64"] = lambda image: base64.b64encode(png(image)).decode()
-    settings = json.dumps(config, indent=1, default=str)
-    given = {"pictures": pictures, "config": config, "settings": settings, "title": title, "damages": DAMAGE}
-    return pages.get_template("report.html.jinja").render(metrics | given) + "\n"
+    found.filters |= {"number": number, "percent": lambda share: f"{100 * share:.1f} %", "count": "{:,}".format}
+    found.filters["base64"] = lambda image: base64.b64encode(image if isinstance(image, bytes) else png(image)).decode()
+    return found

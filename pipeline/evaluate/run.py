@@ -23,6 +23,7 @@ from pipeline.model.encoders import Encoder, choose_encoder, load_encoder
 from pipeline.model.hub import is_hub_name
 from pipeline.model.naign import NAIGN
 from pipeline.observe.pictures import png
+from pipeline.progress import busy
 from pipeline.storage.local import write_atomically
 from pipeline.storage.store import open_store
 
@@ -88,7 +89,8 @@ def evaluate(
 def _evaluate_remote(folder: str, **options: Any) -> dict[str, Any]:
     """Evaluate the newest checkpoint of a run in a bucket, and upload the results."""
     with tempfile.TemporaryDirectory() as copy:
-        fetch_newest(folder, Path(copy))
+        with busy(f"fetching {folder}", shown=options["progress"]):
+            fetch_newest(folder, Path(copy))
         metrics = evaluate(copy, **options)
         store = open_store(f"{folder.rstrip('/')}/evaluation")
         files = (Path(copy) / "evaluation").iterdir()

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,12 @@ log = logging.getLogger("naign.model")
 _KEY = "naign"  # in the safetensors header: a JSON object that describes the model
 _STATE = "latents."  # begins the names of the tensors of the latents' law
 _SAMPLE_ROUND = 2**32 - 1  # no training round has this number, so samples never reuse a training latent
+
+Advance = Callable[[int], object]
+"""Is told how many more rows are done."""
+
+
+def _ignore(_: int) -> None: ...
 
 
 class NAIGN(PyTorchModelHubMixin, library_name="naign", tags=["naign"], model_card_template=hub.CARD):
@@ -124,13 +130,14 @@ class NAIGN(PyTorchModelHubMixin, library_name="naign", tags=["naign"], model_ca
             decode, code = (getattr(self.network, name, None) for name in ("decode", "code"))
             return latents.draw(self.latents, *key, state=self.state, decode=decode, code=code)
 
-    def sample(self, n: int, *, seed: int = 0, times: int = 1, batch: int = 500) -> Tensor:
+    def sample(self, n: int, *, seed: int = 0, times: int = 1, batch: int = 500, advance: Advance = _ignore) -> Tensor:
         """n samples (n, *shape) float32: f applied `times` times to latents 0 to n - 1 of `seed`."""
-        parts = [self.project(self.latent(ids, seed=seed), times=times) for ids in torch.arange(n).split(batch)]
+        ids = torch.arange(n).split(batch)
+        parts = [self.project(self.latent(part, seed=seed), times=times, advance=advance) for part in ids]
         return torch.cat(parts) if parts else torch.empty(0, *self.shape)
 
     @torch.inference_mode()
-    def project(self, x: Tensor, *, times: int = 1, batch: int = 500) -> Tensor:
+    def project(self, x: Tensor, *, times: int = 1, batch: int = 500, advance: Advance = _ignore) -> Tensor:
         """f applied `times` times to x (n, *shape): its repair. On the device of x.
 
         Raises InputError where that is not finite: x is not, or the training broke down.
@@ -143,18 +150,19 @@ class NAIGN(PyTorchModelHubMixin, library_name="naign", tags=["naign"], model_ca
             for _ in range(times):
                 value = self.network(value)
             done.append(value.to(x.device))
+            advance(len(part))
         made = torch.cat(done) if done else x.clone()
         if not torch.isfinite(made).all():
             raise InputError("f gives values that are not finite: its training broke down, or what it was given is not")
         return made
 
-    def energy(self, x: Tensor, *, times: int = 1, batch: int = 500) -> Tensor:
+    def energy(self, x: Tensor, *, times: int = 1, batch: int = 500, advance: Advance = _ignore) -> Tensor:
         """Mean squared residual of f(x) - x over the values of each row: (n,). Low near the data.
 
         With `times` above 1 it is the residual after that many applications of f, each of which moves points that are
         far from the data further: the energy then separates them better, at a cost that is proportional to `times`.
         """
-        return (self.project(x, times=times, batch=batch) - x).square().flatten(1).mean(1)
+        return (self.project(x, times=times, batch=batch, advance=advance) - x).square().flatten(1).mean(1)
 
 
 def _rebuild(config: NetworkConfig, shape: tuple[int, ...], state: dict[str, Tensor]) -> nn.Module:

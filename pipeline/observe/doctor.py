@@ -43,6 +43,14 @@ class Needs(NamedTuple):
     trackers: str = "tensorboard"  # report.trackers
 
 
+class Finding(NamedTuple):
+    """What a check found."""
+
+    check: str  # its name
+    found: str
+    remedy: str  # "" where nothing is wrong
+
+
 LOAD_DEEPSPEED = """
 import deepspeed
 from accelerate.utils import DeepSpeedPlugin
@@ -201,11 +209,17 @@ def examine(
 ) -> list[str]:
     """Run checks; returns the problems, each with its remedy. What makes a run impossible is an InputError."""
     problems = []
+    for _, found, remedy in findings(needs, checks):
+        say(found)
+        problems += [f"{found}: {remedy}"] if remedy else []
+    return problems
+
+
+def findings(needs: Needs, checks: Sequence[Check]) -> Iterator[Finding]:
+    """Run checks one by one. What makes a run impossible is an InputError."""
     for check in checks:
         for found, remedy in check(needs):
-            say(found)
-            problems += [f"{found}: {remedy}"] if remedy else []
-    return problems
+            yield Finding(check.__name__, found, remedy)
 
 
 def preflight(say: Callable[[str], None], **needs: Any) -> list[str]:

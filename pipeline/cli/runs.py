@@ -1,0 +1,105 @@
+"""Commands that look at runs: runs, compare."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tyro.conf import Positional
+
+from pipeline.cli.output import Json, print_json, print_table
+from pipeline.errors import InputError, require
+from pipeline.progress import busy
+
+if TYPE_CHECKING:
+    from pipeline.evaluate.runs import Run
+
+HEADER = ("run", "state", "images", "of", "x floor", "recall", "FD", "measured", "size", "age")
+
+
+def runs(
+    folder: Positional[Path],
+    /,
+    *,
+    sort: Literal["name", "quality", "images", "size", "age"] = "name",
+    json: Json = False,
+) -> None:
+    """List the runs in a folder: state, images seen, quality, size on disk, time since the last report.
+
+    Quality is that of `naign evaluate`: the Frechet distance of f(z), also over its floor, and recall; without one, the
+    last that was measured while training (quality.rounds), which has no floor.
+
+    Args:
+        folder: Local folder that holds runs, also in sub-folders, or a run.
+        sort: name; quality: best first; images, size: most first; age: newest first.
+    """
+    from pipeline.evaluate.runs import find_runs
+
+    _check_local(folder)
+    with busy(f"reading {folder}"):
+        found, others = find_runs(folder)
+    infinite = float("inf")
+    found.sort(
+        key={
+            "name": lambda run: run.name,
+            "quality": lambda run: (run.fd_over_floor or infinite, infinite if run.fd is None else run.fd),
+            "images": lambda run: -run.images_seen,
+            "size": lambda run: -run.bytes,
+            "age": lambda run: run.age_seconds,
+        }[sort]
+    )
+    if json:
+        named = [{"path": path, "problem": problem} for path, problem in others.items()]
+        print_json({"folder": folder, "runs": [asdict(run) for run in found], "others": named})
+        return
+    print_table(HEADER, [_row(run) for run in found])
+    for path, problem in others.items():
+        print(f"{path}: {problem}")
+
+
+def compare(folders: Positional[tuple[Path, ...]], /, *, to: Path = Path("compare.html")) -> None:
+    """Write one page about several runs: curves, settings that differ, evaluations, samples side by side.
+
+    Args:
+        folders: Two local runs or more; also exported models that were evaluated.
+        to: The page: one .html file that needs no other and no network.
+    """
+    from pipeline.evaluate.compare import render_comparison
+    from pipeline.storage.local import write_atomically
+
+    for folder in folders:
+        _check_local(folder)
+    require(
+        (to.suffix == ".html", f"--to {to}: give a file that ends in .html"),
+        (not to.is_dir(), f"--to {to} is a folder: give a file that ends in .html"),
+    )
+    with busy("reading runs"):
+        page = render_comparison(folders)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(to, page)
+    print(f"{len(folders)} runs: {to}")
+
+
+def _check_local(folder: Path) -> None:
+    if ":/" in str(folder):  # a Path has lost the second slash
+        raise InputError(f"{folder} is in a bucket: copy what it reports with `naign fetch`, and give that folder")
+
+
+def _row(run: "Run") -> tuple[str, ...]:
+    digits = ("–" if value is None else f"{value:.4g}" for value in (run.fd_over_floor, run.recall, run.fd))
+    stale = run.measured and run.measured_at and run.measured_at != run.images_seen
+    measured = f"{run.measured or '–'}{f' at {run.measured_at:,}' if stale else ''}"
+    return (
+        *(run.name, run.state, f"{run.images_seen:,}", f"{run.images:,}", *digits, measured),
+        *(_size(run.bytes), _age(run.age_seconds)),
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _age(seconds: float) -> str:
+    for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

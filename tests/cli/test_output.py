@@ -1,0 +1,218 @@
+"""What programs read of the commands: JSON on stdout, exit codes, completion; and what a terminal shows meanwhile."""
+
+import io
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import tarfile
+import termios
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pipeline import progress
+from pipeline.cli import model as cli
+from pipeline.cli.completion import completion
+from pipeline.cli.main import COMMANDS, main
+from pipeline.data.format.indexing import index
+from pipeline.data.format.writer import pack
+from pipeline.data.sources.catalog import load
+from pipeline.data.sources.source import Made
+from pipeline.model.networks import ConvConfig, PointConfig
+from pipeline.observe import doctor
+from tests.data.numbered import add
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Run the program here; its exit code and all that it wrote to stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["naign", *arguments])
+        capfd.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as error:
+            code = int(error.code or 0)
+        return code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def plane(tmp_path: Path, save_untrained: Callable[..., str]) -> str:
+    """A model of points, of a data set with sixty in each split."""
+    source = load("toy2d:gaussians")
+    few = {name: Made(length=60, make=split.__getitem__) for name, split in source.splits.items()}
+    pack(replace(source, splits=few), str(tmp_path / "data"), shards=1, progress=False)
+    return save_untrained(tmp_path / "model", data=str(tmp_path / "data"), shape=(2,), config=PointConfig(width=4))
+
+
+def test_evaluate_prints_what_it_writes(command: Command, plane: str) -> None:
+    code, out, err = command("evaluate", plane, "--samples", "50", "--json")
+    found = json.loads(out)
+    assert code == 0 and found.pop("report") == f"{plane}/evaluation/report.html"
+    assert found == json.loads(Path(plane, "evaluation/metrics.json").read_text())
+    assert command("evaluate", f"{plane}/none", "--json")[:2] == (2, "")
+
+
+def test_score_prints_files_and_lines(
+    command: Command, plane: str, tmp_path: Path, save_untrained: Callable[..., str]
+) -> None:
+    (tmp_path / "points.csv").write_text("1,2\n3,4\n")
+    code, out, _ = command("score", plane, str(tmp_path / "points.csv"), "--json", "--times", "2")
+    found = json.loads(out)
+    assert code == 0 and (found["run"], found["times"]) == (plane, 2)
+    table = command("score", plane, str(tmp_path / "points.csv"), "--times", "2")[1].splitlines()[1:]
+    assert [f"{row['file']}:{row['line']},{row['energy']:.6g}" for row in found["energies"]] == table
+    images = save_untrained(tmp_path / "images", data=None, shape=(1, 8, 8), config=ConvConfig(width=4, code=8))
+    Image.new("L", (8, 8), 90).save(tmp_path / "a.png")
+    (row,) = json.loads(command("score", images, str(tmp_path / "a.png"), "--json")[1])["energies"]
+    assert row["file"] == str(tmp_path / "a.png") and row["line"] is None and row["energy"] > 0
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    code, out, err = command("score", images, str(tmp_path / "b.png"), "--json")
+    assert (code, out) == (2, "") and "b.png: no picture" in err
+
+
+def test_verify_prints_what_is_known_and_what_is_wrong(command: Command, tmp_path: Path) -> None:
+    picture = io.BytesIO()
+    Image.new("L", (4, 4)).save(picture, "PNG")
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        add(tar, "a.png", picture.getvalue())
+        add(tar, "b.png", picture.getvalue()[:40])
+    index(str(tmp_path), keep_broken=True, progress=False)
+    code, out, _ = command("verify", str(tmp_path), "--json")
+    size = (tmp_path / "train.tar").stat().st_size
+    expected = {"path": str(tmp_path), "sound": True, "problems": [], "samples": 2, "shards": 1, "bytes": size}
+    assert code == 0 and json.loads(out) == expected | {"broken": [{"shard": "train.tar", "key": "b"}]}
+    assert "of them 1 are known to be broken: train.tar b" in command("verify", str(tmp_path))[1]
+    with (tmp_path / "train.tar").open("r+b") as file:
+        file.seek(512)
+        file.write(b"\xff")
+    code, out, err = command("verify", str(tmp_path), "--json")
+    found = json.loads(out)
+    assert code == 2 and "naign: error: " in err and found.keys() == {*expected, "broken"}
+    assert found["sound"] is False and re.search("key a: the .png cannot be decoded", found["problems"][0])
+    assert command("verify", str(tmp_path / "none"), "--json")[:2] == (2, "")
+
+
+def test_doctor_prints_findings(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "CHECKS", (doctor.faiss, doctor.disk))  # others take seconds
+    code, out, _ = command("doctor", "--json")
+    found = json.loads(out)
+    assert code == 0 and found.keys() == {"ready", "findings"} and found["ready"] is True
+    assert [one["check"] for one in found["findings"]] == ["faiss", "disk"]
+    assert all(one.keys() == {"check", "found", "remedy"} for one in found["findings"])
+    monkeypatch.setattr(doctor, "faiss_builds", lambda: ["faiss-cpu 1.15.1", "faiss-gpu-cu12 1.12.0"])
+    code, out, err = command("doctor", "--json")
+    assert code == 2 and json.loads(out)["ready"] is False and "this machine is not ready" in err
+
+
+TRY = """
+source "$1"; shift
+COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
+fn=$(complete -p naign | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+$fn naign "${COMP_WORDS[COMP_CWORD]}" ""
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+def test_bash_completes_commands_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    completion("bash")
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+
+    def complete(*words: str) -> list[str]:
+        run = ["bash", "-c", TRY, "bash", str(tmp_path / "script"), "naign", *words]
+        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
+
+    assert set(complete("")) == {*COMMANDS, "-h", "--help"}
+    assert complete("eva") == ["evaluate"]
+    assert complete("evaluate", "--sam") == ["--samples"]
+    assert complete("evaluate", "runs/x", "--device", "c") == ["cpu", "cuda"]
+    assert complete("launch", "--train.im") == ["--train.images"] and complete("launch", "--eng") == ["--engine"]
+    assert all(word.startswith("-") for word in complete("evaluate", "-")) and complete("evaluate", "zz") == [""]
+    assert (
+        "-o default"
+        in subprocess.run(
+            ["bash", "-c", f"source {tmp_path}/script; complete -p naign"], capture_output=True, text=True, check=True
+        ).stdout
+    )  # then files complete
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_scripts_of_other_shells_hold_all_commands(shell: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    completion(shell)
+    script = capsys.readouterr().out
+    assert all(f"'{name}': {{" in script for name in COMMANDS) and "--train.images" in script
+    assert 'if [[ -z "$completions" ||' in script if shell == "zsh" else "--no-files" not in script
+
+
+def on_terminal(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a call writes to stderr where that is a terminal."""
+    outer, inner = pty.openpty()
+    termios.tcsetwinsize(inner, (24, 80))
+    said = []
+
+    def read() -> None:
+        while True:
+            try:
+                said.append(os.read(outer, 4096))
+            except OSError:  # closed at the other end
+                return
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with os.fdopen(inner, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        call()
+        monkeypatch.undo()
+    reader.join()
+    os.close(outer)
+    return b"".join(said).decode()
+
+
+def test_commands_that_take_long_show_what_they_do(
+    tmp_path: Path, save_untrained: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    model = save_untrained(tmp_path / "model", data=None, shape=(1, 8, 8), config=ConvConfig(width=4, code=8))
+    Image.new("L", (8, 8), 90).save(tmp_path / "a.png")
+    file = (tmp_path / "a.png",)
+    calls: dict[Callable[[], Any], list[str]] = {
+        lambda: cli.sample(model, n=3, to=tmp_path / "out"): ["sampling", "writing"],
+        lambda: cli.restore(model, file, to=tmp_path / "out"): ["reading:", "restoring", "writing"],
+        lambda: cli.score(model, file): ["reading:", "scoring"],
+    }
+    for call, words in calls.items():
+        monkeypatch.setattr(progress, "DELAY", 0.0)
+        said = on_terminal(call, monkeypatch)
+        assert all(word in said for word in words), said
+        call()
+        assert capsys.readouterr().err == ""  # no terminal, no progress
+
+
+def test_a_call_without_steps_shows_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = threading.Event()
+
+    class Watched(progress.tqdm):  # type: ignore[type-arg]
+        def refresh(self, *given: Any, **named: Any) -> None:
+            super().refresh(*given, **named)
+            shown.set()
+
+    def wait() -> None:
+        with progress.busy("exporting"):
+            assert shown.wait(30)
+
+    monkeypatch.setattr(progress, "DELAY", 0.0)
+    monkeypatch.setattr(progress, "tqdm", Watched)
+    assert "exporting 00:0" in on_terminal(wait, monkeypatch)

@@ -1,0 +1,225 @@
+"""`naign runs` and `naign compare` on folders as training, evaluation, kills and strangers leave them."""
+
+import json
+import re
+import shutil
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from filelock import FileLock
+from PIL import Image
+
+from pipeline.cli.main import main
+from pipeline.cli.runs import compare, runs
+from pipeline.config import Config, to_dict
+from pipeline.errors import InputError
+from pipeline.evaluate.compare import render_comparison
+from pipeline.evaluate.curves import MOST, averaged, logarithmic_ticks, short, ticks
+from pipeline.evaluate.runs import find_runs
+from tests.conftest import SMALL, Program
+
+NOW = time.time()
+
+
+def a_run(
+    folder: Path, seen: int, *, checkpoint: int | None = None, evaluated: float = 0.0, age: float = 60, **settings: Any
+) -> Path:
+    """A folder as a run of 4 rounds of 256 images leaves it, that has seen and kept so many images."""
+    folder.mkdir(parents=True)
+    config = Config()
+    config.match.round, config.train.batch, config.train.images = 256, 32, 1000
+    for key, value in settings.items():
+        section, _, name = key.partition("__")
+        setattr(getattr(config, section), name, value)
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    with (folder / "metrics.jsonl").open("w") as file:
+        for images in range(256, seen + 1, 256):
+            line = {"images_seen": images, "loss/total": 900 / images, "loss/imle": float("nan"), "match/distance": 3.0}
+            quality = {"quality/fd": 50.0 - images / 256, "quality/recall": 0.5} if images <= 512 else {}
+            file.write(json.dumps(line | quality | {"time": NOW - age}) + "\n")
+        file.write('{"images_seen": 99999, "cut')
+    if checkpoint is not None:
+        place = folder / f"checkpoints/step-{checkpoint // 32:08d}"
+        place.mkdir(parents=True)
+        (place / "trainer.json").write_text(json.dumps({"round": checkpoint // 256, "images_seen": checkpoint}))
+        (place / "manifest.json").write_text("{}")
+        (folder / ".lock").touch()
+    if evaluated:
+        (folder / "evaluation").mkdir()
+        fd = {"once": 4 * evaluated, "once_ratio": evaluated, "floor": 4.0}
+        metrics = {"fd": fd, "coverage": {"recall": 0.9}, "images_seen": seen, "dataset": "digits"}
+        (folder / "evaluation/metrics.json").write_text(json.dumps(metrics))
+        Image.new("L", (8, 8), 90).save(folder / "evaluation/samples.png")
+    return folder
+
+
+def test_a_folder_of_runs_as_a_table_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a_run(tmp_path / "best", 1024, checkpoint=1024, evaluated=1.5, age=7200)
+    a_run(tmp_path / "group/killed", 768, checkpoint=512)
+    a_run(tmp_path / "patient", 768, checkpoint=768, quality__rounds=1, quality__patience=2)
+    (tmp_path / "patient/best.json").write_text(json.dumps({"round": 1}))
+    a_run(tmp_path / "copied", 512)
+    busy = a_run(tmp_path / "busy", 256, checkpoint=0)
+    with FileLock(busy / ".lock"):
+        runs(tmp_path, sort="quality", json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"folder", "runs", "others"} and not found["others"]
+    by_name = {run.pop("name"): run for run in found["runs"]}
+    states = {name: run["state"] for name, run in by_name.items()}
+    assert states == {
+        **{"best": "done", "patient": "done", "busy": "training", "group/killed": "stopped", "copied": "unknown"}
+    }
+    assert list(by_name)[0] == "best" and by_name["best"].pop("bytes") > 1000
+    assert by_name["best"].pop("age_seconds") == pytest.approx(7200, abs=600)
+    assert by_name["best"] == {
+        **{"path": str(tmp_path / "best"), "state": "done", "images_seen": 1024, "images": 1024, "fd": 6.0},
+        **{"fd_over_floor": 1.5, "recall": 0.9, "measured": "evaluation", "measured_at": 1024},
+    }
+    killed = by_name["group/killed"]
+    assert (killed["fd"], killed["measured"], killed["measured_at"]) == (48.0, "training", 512)
+    runs(tmp_path, sort="age")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["run", "state", "images", "of", "x", "floor", "recall", "FD", "measured", "size", "age"]
+    assert re.match(r"best +done +1,024 +1,024 +1\.5 +0\.9 +6 +evaluation +0\.0 MB +2 h$", lines[-1])
+    assert "training at 512" in next(line for line in lines if line.startswith("group/killed"))
+    assert [run.state for run in find_runs(busy)[0]] == ["stopped"]
+
+
+def test_folders_that_are_no_runs_take_a_line_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a_run(tmp_path / "sound", 256, checkpoint=256)
+    broken = {
+        "empty": b"",
+        "binary": b"\xff\x00\x01",
+        "list": b"- 1",
+        "pickle": b"!!python/object/apply:os.system ['true']",
+        "zero": b"train: {images: 10, passes: 0}\nmatch: {round: 10}",
+        "deep": b"[" * 1500,
+        "bomb": b"a: &a {x: 1, y: 2}\n"
+        + b"".join(b"%c: &%c {x: *%c, y: *%c}\n" % (n, n, n - 1, n - 1) for n in b"bcdefgh" * 1)
+        + b"z: {"
+        + b", ".join(b"k%d: *h" % n for n in range(2000))
+        + b"}",
+    }
+    for name, content in broken.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_bytes(content)
+    (tmp_path / "photos/deep").mkdir(parents=True)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model.safetensors").touch()
+    (tmp_path / "loop").symlink_to(tmp_path)
+    runs(tmp_path)
+    out = capsys.readouterr().out.splitlines()
+    assert out[1].startswith("sound") and len(out) == 2 + len(broken) + 3
+    said = dict(line.removeprefix(f"{tmp_path}/").split(": ", 1) for line in out[2:])
+    assert said.keys() == {*broken, "photos/deep", "model", "loop"} and "exported model" in said["model"]
+    with pytest.raises(InputError, match="no folder"):
+        runs(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="naign fetch"):
+        runs(Path("s3://bucket/runs"))
+
+
+def test_files_of_a_run_may_hold_anything(tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "run", 512, checkpoint=512, evaluated=2.0)
+    hostile = (
+        "[]",
+        "{}",
+        '{"fd": {"once": NaN}}',
+        '{"fd": 5}',
+        "\0",
+        '{"fd": {"once": "x"}, "images_seen": -1}',
+        "[" * 9999,
+    )
+    for text in hostile:
+        for name in ("evaluation/metrics.json", "best.json", "checkpoints/step-00000016/trainer.json"):
+            (folder / name).write_text(text)
+        (folder / "metrics.jsonl").write_text(f"{text}\n" * 3)
+        ((run,), others) = find_runs(folder)
+        assert run.measured is None and run.fd is None and not others
+        render_comparison([folder, a_run(tmp_path / f"other{hostile.index(text)}", 256)])
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_a_page_compares_runs_and_needs_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = a_run(tmp_path / "one", 1024, checkpoint=1024, evaluated=1.5, train__lr=0.5)
+    evil = a_run(tmp_path / "<img src=x onerror=alert(1)>", 768, checkpoint=768, evaluated=2.5)
+    third = a_run(tmp_path / "third", 512)
+    (third / "samples").mkdir()
+    for images in (256, 512):
+        Image.new("L", (4, 4), images % 255).save(third / f"samples/samples-{images:010d}.png")
+    compare((one, evil, third), to=tmp_path / "new/page.html")
+    assert capsys.readouterr().out == f"3 runs: {tmp_path}/new/page.html\n"
+    text = (tmp_path / "new/page.html").read_text()
+    tags = Page(text).tags
+    assert not [tag for tag, _ in tags if tag in ("script", "link", "iframe", "object", "a")]
+    assert all((attrs.get("src") or "data:image/png;base64,").startswith("data:image/png;base64,") for _, attrs in tags)
+    assert "http" not in text and "url(" not in text and "@import" not in text
+    assert len([tag for tag, _ in tags if tag == "img"]) == 3
+    curves = [attrs["points"] for tag, attrs in tags if tag == "polyline"]
+    charts = [attrs["aria-label"] for tag, attrs in tags if tag == "svg" and "aria-label" in attrs]
+    assert charts == ["quality/fd", "quality/recall", "match/distance", "loss/total"]  # of NaN there is no curve
+    assert len(curves) == 12 and all(re.fullmatch(r"([\d.]+,[\d.]+ ?)+", points or "") for points in curves)
+    assert re.search(r"<td>train\.lr</td><td>0\.5</td><td>0\.002</td><td>0\.002</td>", text)
+    assert re.search(r"<td>FD of f\(z\), × floor</td><td><b>1\.50</b></td><td>2\.50</td><td>–</td>", text)
+    assert "do not compare" not in text.replace("of runs with other objectives", "").split("<h2>Settings")[0]
+
+
+def test_what_cannot_be_compared_is_named(tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = a_run(tmp_path / "one", 512), a_run(tmp_path / "two", 512)
+    (tmp_path / "photos").mkdir()
+    cases: dict[str, tuple[list[Path | str], str]] = {
+        "1 runs given": ([one], "x.html"),
+        "given twice": ([one, two, tmp_path / "two/../one"], "x.html"),
+        "photos' cannot be compared: no run in it": ([one, tmp_path / "photos"], "x.html"),
+        "ends in .html": ([one, two], "one/config.yaml"),
+        "naign fetch": ([one, "s3://bucket/run"], "x.html"),
+    }
+    for message, (folders, to) in cases.items():
+        arguments = ["naign", "compare", *map(str, folders), "--to", str(tmp_path / to)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        assert ended.value.code == 2 and message in err and not out and "Traceback" not in err
+        assert not (tmp_path / "x.html").exists()
+
+
+def test_curves_are_scaled_and_brought_to_few_points() -> None:
+    assert ticks(0, 700_000) == [0, 200_000, 400_000, 600_000] and ticks(3, 3) == [3]
+    assert ticks(-1e-5, 1e-5) == pytest.approx([-1e-5, -5e-6, 0, 5e-6, 1e-5])
+    assert logarithmic_ticks(0.03, 2) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2])
+    assert all(0 < len(logarithmic_ticks(10**-low, 1e3)) < 12 for low in range(2, 300, 7))
+    assert [short(value) for value in (1_300_480, 165.4, 0.0571, 0, 2e30)] == ["1.3M", "165", "0.0571", "0", "2e+30"]
+    points = [(float(x), 2.0 * x) for x in range(100_000)]
+    few = averaged(points)
+    assert len(few) <= MOST and all(y == pytest.approx(2 * x) for x, y in few) and averaged(points[:9]) == points[:9]
+
+
+@pytest.mark.slow
+def test_a_run_of_the_real_program(train: Program, naign: Program, tmp_path: Path, digits: str) -> None:
+    options = [f"--data.path={digits}", "--quality.rounds=1", "--quality.samples=50", "--train.images=512", *SMALL]
+    done = train("--run.path=runs/a", *options)
+    assert done.returncode == 0, done.stderr
+    (run,) = json.loads(naign("runs", "runs", "--json").stdout)["runs"]
+    assert [run[key] for key in ("name", "state", "images_seen", "images")] == ["a", "done", 512, 512]
+    assert run["measured"] == "training" and run["measured_at"] == 512 and run["fd"] > 0
+    shutil.copytree(tmp_path / "runs/a", tmp_path / "runs/b")
+    content = yaml.safe_load((tmp_path / "runs/b/config.yaml").read_text())
+    content["train"]["lr"] = 0.5
+    (tmp_path / "runs/b/config.yaml").write_text(yaml.safe_dump(content))
+    assert naign("compare", "runs/a", "runs/b").returncode == 0
+    text = (tmp_path / "compare.html").read_text()
+    assert "<td>train.lr</td><td>0.002</td><td>0.5</td>" in text and text.count("<polyline") > 10
