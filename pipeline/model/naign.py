@@ -112,8 +112,8 @@ class NAIGN(PyTorchModelHubMixin, library_name="naign", tags=["naign"], model_ca
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload what `save_pretrained` writes, without paths in `metadata`, to user/model on the hub.
 
-        Returns the commit's address. `options` (private, token, branch, commit_message, ...) are huggingface_hub's. Raises InputError without a login
-        or where the hub refuses, Unavailable where it does not answer.
+        Returns the commit's address. `options` (private, token, branch, commit_message, ...) are huggingface_hub's.
+        Raises InputError without a login or where the hub refuses, Unavailable where it does not answer.
         """
         with hub.uploading(repo_id, options.get("token")):
             shared = NAIGN(self.network, hub.without_places(self.metadata), self.state)
