@@ -4,15 +4,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.data.decode import UNDECODABLE, scaled
-from pipeline.data.resize import Resize, channels, resized
+from pipeline.data.decode import UNDECODABLE
 from pipeline.errors import InputError, printable, require
-from pipeline.evaluate.recorded import recorded_resize
+from pipeline.evaluate.recorded import read_image
 from pipeline.model.naign import NAIGN
 from pipeline.observe.pictures import grid, png, to_image
 from pipeline.progress import counted
@@ -54,23 +52,18 @@ def read_samples(paths: Sequence[Path], model: NAIGN) -> list[Tensor]:
 
     Pictures are brought to the model's size as evaluation does it. Raises InputError for a file that holds none.
     """
-    shape = model.shape
-    if len(shape) != 3:
-        return [_read_points(path, shape) for path in counted("reading", paths, unit="file")]
-    resize = recorded_resize(model)
-    if not resize.height:
-        resize = Resize(height=shape[1], width=shape[2])
-    return [_read_image(path, shape, resize) for path in counted("reading", paths, unit="image")]
+    if len(model.shape) != 3:
+        return [_read_points(path, model.shape) for path in counted("reading", paths, unit="file")]
+    return [_read_image(path, model) for path in counted("reading", paths, unit="image")]
 
 
-def _read_image(path: Path, shape: tuple[int, ...], resize: Resize) -> Tensor:
+def _read_image(path: Path, model: NAIGN) -> Tensor:
     try:
-        pixels = channels(resized(path.read_bytes(), resize), shape[0])
+        return read_image(path.read_bytes(), model)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except UNDECODABLE as error:
         raise InputError(f"{path}: {_cause(error, 'no picture that can be read')}") from None
-    return scaled(torch.from_numpy(np.array(pixels))[None])  # a copy: what Pillow gives is not writable
 
 
 def _read_points(path: Path, shape: tuple[int, ...]) -> Tensor:

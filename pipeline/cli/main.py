@@ -15,6 +15,7 @@ import tyro
 from pipeline.cli.cluster import fetch, launch, render, train
 from pipeline.cli.completion import completion
 from pipeline.cli.data import index, pack, verify
+from pipeline.cli.demo import demo
 from pipeline.cli.health import doctor
 from pipeline.cli.model import evaluate, export, push, restore, sample, score
 from pipeline.cli.runs import compare, runs
@@ -25,7 +26,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__: command
     for command in (
         *(pack, index, verify, train, launch, render, fetch, runs, compare),
-        *(evaluate, sample, restore, score, export, push, doctor, completion),
+        *(evaluate, sample, restore, score, export, push, demo, doctor, completion),
     )
 }
 

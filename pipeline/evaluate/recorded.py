@@ -4,10 +4,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from pipeline.constraints import check_fields
 from pipeline.data.dataset import DataConfig, parse_resize
+from pipeline.data.decode import scaled
 from pipeline.data.format.manifest import Manifest
-from pipeline.data.resize import Resize
+from pipeline.data.resize import Resize, channels, resized
 from pipeline.data.several import open_manifest
 from pipeline.errors import InputError
 from pipeline.model.naign import NAIGN
@@ -55,6 +60,18 @@ def recorded_resize(model: NAIGN) -> Resize:
         return parse_resize(_config(model.metadata.get("config", {}).get("data", {}))).central()
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"the model has a header that no training wrote: {error}") from None
+
+
+def read_image(data: bytes, model: NAIGN) -> Tensor:
+    """An image file as (1, C, H, W) float32 in [-1, 1], brought to the model's size as evaluation does it.
+
+    Raises InputError for bytes that are no picture.
+    """
+    resize, shape = recorded_resize(model), model.shape
+    if not resize.height:
+        resize = Resize(height=shape[1], width=shape[2])
+    pixels = channels(resized(data, resize), shape[0])
+    return scaled(torch.from_numpy(np.array(pixels))[None])  # a copy: what Pillow gives is not writable
 
 
 def _config(section: Mapping[str, Any]) -> DataConfig:

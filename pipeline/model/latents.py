@@ -3,6 +3,7 @@
 A law is one line in LAWS, or an entry point of the group `naign.latents` in another package.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -106,6 +107,27 @@ def _codes(
         return decode(draw_mixture(state, seed, round, ids, device, code))
     flow = CodeFlow.of(state)
     return decode(flow.draw(normal(seed, round, ids, flow.noise_shape, device)))
+
+
+def codes_between(seeds: tuple[int, int], round: int, state: State, *, steps: int) -> Tensor:
+    """Codes (steps, ...) on the way from that of (seeds[0], round, id 0) to that of (seeds[1], round, id 0)."""
+    ids, device = torch.zeros(1, dtype=torch.int64), next(iter(state.values())).device
+    if is_mixture(state):
+        return way(*(draw_mixture(state, seed, round, ids, device) for seed in seeds), steps=steps, arc=False)
+    flow = CodeFlow.of(state)
+    noise = [normal(seed, round, ids, flow.noise_shape, device) for seed in seeds]
+    return flow.draw(way(*noise, steps=steps, arc=True))
+
+
+def way(first: Tensor, last: Tensor, *, steps: int, arc: bool) -> Tensor:
+    """(1, ...), (1, ...) -> (steps, ...) from one to the other, in equal steps of an arc's angle or of a line."""
+    share = torch.linspace(0, 1, steps, device=first.device).view(-1, *(1,) * (first.ndim - 1))
+    cosine = F.cosine_similarity(first.flatten(), last.flatten(), dim=0)
+    angle = cosine.clamp(-1, 1).acos()
+    if not arc or angle < 1e-3 or angle > math.pi - 1e-3:  # in one line no arc is the shortest
+        return torch.lerp(first, last, share)
+    points: Tensor = (((1 - share) * angle).sin() * first + (share * angle).sin() * last) / angle.sin()
+    return points
 
 
 def _fourier(seed: int, round: int, ids: Tensor, shape: Shape, device: Device, *, state: State) -> Tensor:

@@ -130,6 +130,20 @@ class NAIGN(PyTorchModelHubMixin, library_name="naign", tags=["naign"], model_ca
             decode, code = (getattr(self.network, name, None) for name in ("decode", "code"))
             return latents.draw(self.latents, *key, state=self.state, decode=decode, code=code)
 
+    @torch.inference_mode()
+    def between(self, first: int, last: int, *, steps: int) -> Tensor:
+        """Latents (steps, *shape) on the way from latent 0 of the seed `first` to latent 0 of the seed `last`.
+
+        The way is an arc where latents are Gaussian noise, or are made from it: all along it they keep their law.
+        Elsewhere it is a straight line, of a mixture of codes the line between two codes.
+        """
+        ids = torch.zeros(1, dtype=torch.int64)
+        if self.latents != "codes":
+            arc = self.latents == "gaussian" or latents.smooth_grid(self.latents) > 0
+            return latents.way(*(self.latent(ids, seed=seed) for seed in (first, last)), steps=steps, arc=arc)
+        made: Tensor = self.network.decode(latents.codes_between((first, last), _SAMPLE_ROUND, self.state, steps=steps))  # type: ignore[operator]
+        return made
+
     def sample(self, n: int, *, seed: int = 0, times: int = 1, batch: int = 500, advance: Advance = _ignore) -> Tensor:
         """n samples (n, *shape) float32: f applied `times` times to latents 0 to n - 1 of `seed`."""
         ids = torch.arange(n).split(batch)

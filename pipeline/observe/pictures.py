@@ -84,8 +84,12 @@ def heat(values: Callable[[Tensor], Tensor], *, behind: Tensor, side: int = 80) 
     ticks = torch.linspace(-half, half, side)
     y, x = torch.meshgrid(ticks.flip(0), ticks, indexing="ij")
     level = values(torch.stack([x, y], dim=-1).view(-1, 2) + centre).view(side, side)
-    level = (level / level.max().clamp(min=1e-12)).sqrt()
+    return shades(level).resize((PANEL, PANEL), Image.Resampling.BILINEAR).convert("RGBA")
+
+
+def shades(values: Tensor) -> Image.Image:
+    """(H, W), not negative -> RGB image of that size: white is 0, dark blue the largest."""
+    level = (values / values.max().clamp(min=1e-12)).sqrt()
     dark, light = torch.tensor([12.0, 30.0, 90.0]), torch.tensor([255.0, 255.0, 255.0])
     pixels = (light + level[..., None] * (dark - light)).round().to(torch.uint8)
-    picture = Image.fromarray(np.ascontiguousarray(pixels.numpy())).resize((PANEL, PANEL), Image.Resampling.BILINEAR)
-    return picture.convert("RGBA")
+    return Image.fromarray(np.ascontiguousarray(pixels.numpy()))

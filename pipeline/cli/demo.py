@@ -1,0 +1,89 @@
+"""The command that serves a page to play with a model: demo."""
+
+import os
+import signal
+import socket
+import tempfile
+import threading
+from typing import TYPE_CHECKING
+
+from pipeline.cli.model import Device, Run, _device
+from pipeline.errors import InputError, Unavailable, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.model.naign import NAIGN
+
+
+def demo(
+    run: Run,
+    /,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    share: bool = False,
+    data: str | None = None,
+    device: Device = "auto",
+) -> None:
+    """Serve a page to play with a model of images: draw or upload, damage, repair; sample, interpolate.
+
+    Args:
+        host: Address to listen on. The default is reachable from this machine alone; the page has no password.
+        port: Port to listen on; 0 for any free one.
+        share: Also make a public link, through a server of Gradio's, which anyone who has it can use.
+        data: Packed data set in which nearest training images are searched; default: the one it was trained on.
+    """
+    from pipeline.model.naign import NAIGN
+
+    port = _free_port(host, port)
+    model = NAIGN.from_pretrained(run, device=_device(device))
+    require((len(model.shape) == 3, f"the page is for images, the model in {run} takes points of {model.shape}"))
+    training, about = _introduce(model, run, data)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    with tempfile.TemporaryDirectory(prefix="naign-demo-") as place:
+        os.environ |= {  # read when Gradio is imported: nothing is sent, and its files are gone in the end
+            "GRADIO_ANALYTICS_ENABLED": "False",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "GRADIO_TEMP_DIR": place,
+            "GRADIO_ALLOWED_PATHS": "",
+        }
+        try:
+            from pipeline.cli.page import Player, serving
+        except ModuleNotFoundError as error:
+            raise InputError(f"naign demo needs Gradio ({error}): pip install 'naign[demo]'") from None
+        with serving(Player(model, training), about=about, host=host, port=port, share=share) as page:
+            print(f"page: {page.share_url or page.local_url} (Ctrl-C ends it)", flush=True)
+            threading.Event().wait()
+
+
+def _introduce(model: "NAIGN", run: str, data: str | None) -> "tuple[Tensor | None, str]":
+    """The training images to search, None where they cannot be read, and what the page says of the model."""
+    from pipeline.evaluate.play import training_images
+
+    about = f"**{run}**: f takes images of {' × '.join(map(str, model.shape))}."
+    if getattr(model.network, "generates_only", False):
+        about += " It carries latents to images: it was not trained to repair."
+    try:
+        training = training_images(model, run, data)
+    except (InputError, Unavailable) as error:
+        if data is not None:
+            raise
+        return None, f"{about} There are no training images to show: {error}."
+    return training, f"{about} Nearest images are searched among {len(training):,} of its training images."
+
+
+def _free_port(host: str, port: int) -> int:
+    """The port, or a free one for 0. Raises InputError where this machine cannot listen there."""
+    require((0 <= port < 2**16, f"--port is {port}: it must be 0 to {2**16 - 1}"))
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # or a port stays taken for a while
+            listener.bind(address)
+            return int(listener.getsockname()[1])
+    except (OSError, UnicodeError) as error:
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise InputError(
+            f"cannot listen on --host {host} --port {port} ({cause}): choose another, or --port 0 for any free one"
+        ) from None

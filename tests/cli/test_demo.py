@@ -1,0 +1,251 @@
+"""The page of `naign demo`, as its visitors meet it: over HTTP and, where Chromium is, in a browser."""
+
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.cli.demo import demo
+from pipeline.data.decode import scaled
+from pipeline.data.degrade import KINDS
+from pipeline.errors import InputError
+from pipeline.evaluate import play
+from pipeline.model.naign import NAIGN
+from pipeline.model.networks import ConvConfig, PointConfig
+from pipeline.observe.pictures import grid, shades, to_image
+from tests.conftest import environment
+from tests.evaluate.test_play import claiming
+
+TINY = ConvConfig(width=8, depth=0, code=16, max_width=16)
+FACTOR = 40  # pixels of the canvas for one of a digit
+
+
+class Page(NamedTuple):
+    url: str
+    run: str
+    model: NAIGN
+    pid: int
+
+
+@pytest.fixture(scope="module")
+def page(digits, save_untrained, tmp_path_factory) -> Iterator[Page]:
+    """The program on a free port, with the digits as training images. It ends on SIGTERM, and leaves nothing."""
+    pytest.importorskip("gradio")
+    folder = tmp_path_factory.mktemp("demo")
+    run = save_untrained(folder / "run", data=digits, shape=(1, 8, 8), config=TINY)
+    command = [sys.executable, "-m", "pipeline.cli", "demo", run, "--port", "0"]
+    env = environment(TMPDIR=str(folder), HF_HUB_OFFLINE="1")
+    with (folder / "log").open("w") as log:
+        program = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=log, text=True)
+    try:
+        assert program.stdout is not None
+        line = program.stdout.readline()
+        found = re.fullmatch(r"page: (http://127\.0\.0\.1:\d+)/ \(Ctrl-C ends it\)\n", line)
+        assert found, line + (folder / "log").read_text()
+        yield Page(found[1], run, NAIGN.from_pretrained(run), program.pid)
+        program.send_signal(signal.SIGTERM)
+        assert program.wait(30) == 130 and (folder / "log").read_text().endswith("naign: interrupted\n")
+        assert not [path for path in folder.iterdir() if "demo" in path.name or "gradio" in path.name]
+    finally:
+        program.kill()
+        program.wait()
+
+
+@pytest.fixture(scope="module")
+def client(page) -> Iterator[Any]:
+    from gradio_client import Client
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+        yield Client(page.url, verbose=False)
+
+
+def pixels(picture: str | bytes | Image.Image) -> np.ndarray:
+    return np.asarray(picture if isinstance(picture, Image.Image) else Image.open(picture).convert("RGB"))
+
+
+def drawn(file: Path | str) -> dict[str, Any]:
+    """What the canvas sends."""
+    from gradio_client import handle_file
+
+    return {"background": handle_file(file), "layers": [], "composite": handle_file(file), "id": None}
+
+
+@pytest.fixture
+def digit(tmp_path) -> tuple[Tensor, Path]:
+    """An image (1, 1, 8, 8), and the file of what the canvas shows of it."""
+    values = torch.randint(0, 256, (1, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    to_image(scaled(values)[0], least=8 * FACTOR).save(tmp_path / "digit.png")
+    return scaled(values), tmp_path / "digit.png"
+
+
+def test_a_repair_is_the_models(page, client, digit, digits) -> None:
+    image, file = digit
+    strengths = dict(zip(KINDS, (0.5, 0.0, 1.0, 2.0), strict=True))
+    given, moved, repaired, text, applied, near = client.predict(
+        drawn(file), 2, 3, *strengths.values(), api_name="/repair"
+    )
+    damaged = play.damage(image, strengths, seed=3)
+    found = play.repair(page.model, damaged, times=2)
+    assert np.array_equal(pixels(given), pixels(to_image(damaged[0])))
+    assert np.array_equal(pixels(repaired), pixels(to_image(page.model.project(damaged, times=2)[0])))
+    assert np.array_equal(pixels(moved), pixels(shades(found.moved)))
+    assert f"**{float(page.model.energy(damaged)):.4g}** of what f was given" in text and len(applied) == 2
+    training = play.training_images(page.model, page.run)
+    for shown, image in zip(near, play.nearest(training, found.answers[-1])[0], strict=True):
+        assert np.array_equal(pixels(shown["image"]), pixels(to_image(image)))
+
+
+def test_samples_are_the_models(page, client) -> None:
+    for shown, made in (
+        (client.predict(5, 9, 2, api_name="/sample"), page.model.sample(5, seed=9, times=2)),
+        (client.predict(4, 5, 5, 1, api_name="/between"), page.model.project(page.model.between(4, 5, steps=5))),
+    ):
+        assert np.array_equal(pixels(shown), pixels(grid(made, columns=5).convert("RGB")))
+
+
+def test_an_upload_or_a_training_image_is_shown_on_the_canvas(page, client, digit) -> None:
+    from gradio_client import handle_file
+
+    shown = client.predict(handle_file(digit[1]), api_name="/upload")["background"]
+    expected = to_image(play.read_upload(digit[1].read_bytes(), page.model)[0], least=8 * FACTOR)
+    assert np.array_equal(pixels(shown), pixels(expected))
+    training = play.training_images(page.model, page.run)
+    shown = client.predict(12, api_name="/example")["background"]
+    assert np.array_equal(pixels(shown), pixels(to_image(scaled(training[12]), least=8 * FACTOR)))
+
+
+def test_the_canvas_is_exact_for_colour_and_any_shape(client, save_untrained, tmp_path) -> None:
+    from pipeline.cli.page import Player
+
+    for shape in ((3, 8, 24), (1, 40, 16), (3, 400, 8)):
+        folder = save_untrained(tmp_path / str(shape), data=None, shape=shape, config=TINY)
+        player = Player(NAIGN.from_pretrained(folder), None)
+        image = scaled(torch.randint(0, 256, (1, *shape), dtype=torch.uint8))
+        assert torch.equal(player.from_canvas(player.to_canvas(image[0])), image)
+        given, _, repaired, _, _, near = player.repair({"composite": player.to_canvas(image[0])}, 1, 0, 0, 0, 0, 0)
+        assert given.size == repaired.size == (shape[2], shape[1]) and near == []
+
+
+def test_bad_input_is_answered_with_a_message(page, client, digit, tmp_path) -> None:
+    from gradio_client import handle_file
+    from gradio_client.exceptions import AppError
+
+    bad = {"text.png": b"hello", "cut.png": digit[1].read_bytes()[:90], "large.png": claiming(25_000, 20_000)}
+    said = {"text.png": "cannot be read as a picture", "cut.png": "cannot be decoded", "large.png": "25 megapixels"}
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(AppError, match=said[name]):
+            client.predict(handle_file(tmp_path / name), api_name="/upload")
+        with pytest.raises(AppError, match=said[name]):
+            client.predict(drawn(tmp_path / name), 1, 0, 0, 0, 0, 0, api_name="/repair")
+    for values in ((6, 0, 0), (1, -1, 0), (1, 0, 2.5)):
+        with pytest.raises(AppError, match="than m"):
+            client.predict(drawn(digit[1]), *values, 0, 0, 0, api_name="/repair")
+    with pytest.raises(AppError, match="there is no picture"):
+        client.predict(None, 1, 0, 0, 0, 0, 0, api_name="/repair")
+    test_samples_are_the_models(page, client)
+
+
+def ask(url: str, data: bytes | None = None, **headers: str) -> tuple[int, str]:
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"} | headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
+            return answer.status, answer.read().decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_no_file_or_address_is_read_that_was_not_uploaded(page, client, digit) -> None:
+    for path in (f"{page.run}/model.safetensors", str(digit[1]), "/etc/hostname", f"{page.url}/theme.css"):
+        assert ask(f"{page.url}/gradio_api/file={path}")[0] in (403, 404)
+        file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        for name, values in (("upload", [file]), ("repair", [{"composite": file, "layers": []}, 1, 0, 0, 0, 0, 0])):
+            status, text = ask(f"{page.url}/gradio_api/call/{name}", json.dumps({"data": values}).encode())
+            if status == 200:  # the queue took it, and the answer tells
+                status, text = ask(f"{page.url}/gradio_api/call/{name}/{json.loads(text)['event_id']}")
+                assert "event: error" in text and "event: complete" not in text
+                assert "://" not in path or "an address is no upload" in text
+    assert ask(f"{page.url}/gradio_api/upload", b" ", **{"Content-length": str(play.UPLOAD + 2**21)})[0] == 413
+    test_samples_are_the_models(page, client)
+
+
+def test_what_cannot_be_served_is_refused(page, save_untrained, tmp_path, monkeypatch) -> None:
+    port = int(page.url.rpartition(":")[2])
+    taken = rf"cannot listen on --host 127.0.0.1 --port {port} \(Address already in use\): choose another"
+    for options, said in (
+        ({"port": port}, taken),
+        ({"port": 2**16}, "--port is 65536: it must be 0 to 65535"),
+        ({"host": "203.0.113.1", "port": 0}, "cannot listen on --host 203.0.113.1"),
+        ({"data": str(tmp_path / "none"), "port": 0}, "no data set here"),
+    ):
+        with pytest.raises(InputError, match=said):
+            demo(page.run, **options)
+    points = save_untrained(tmp_path / "points", data=None, shape=(2,), config=PointConfig(width=8))
+    with pytest.raises(InputError, match="the page is for images"):
+        demo(points, port=0)
+    for name in ("gradio", "pipeline.cli.page"):
+        monkeypatch.setitem(sys.modules, name, None)  # as where it is not installed
+    with pytest.raises(InputError, match=r"needs Gradio .*: pip install 'naign\[demo\]'"):
+        demo(page.run, port=0)
+
+
+def test_it_listens_on_loopback_alone(page) -> None:
+    listening = [one.laddr.ip for one in psutil.Process(page.pid).net_connections() if one.status == "LISTEN"]
+    assert listening == ["127.0.0.1"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="Debian's chromium is not installed")
+def test_draw_repair_and_a_bad_upload_in_a_browser(page, tmp_path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api")
+    (tmp_path / "text.png").write_text("hello")
+    options = {"executable_path": shutil.which("chromium"), "args": ["--no-sandbox"]}
+    with playwright.sync_playwright() as driver, driver.chromium.launch(**options) as browser:
+        tab, asked = browser.new_page(), set()
+        tab.set_default_timeout(60_000)
+        tab.on("request", lambda request: asked.add(re.sub("^(blob|data):.*", page.url, request.url)))
+        tab.goto(page.url)
+        box = tab.locator("#canvas canvas").first.bounding_box()
+        tab.wait_for_timeout(1000)  # for the canvas, which shows nothing when it is ready
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        before = None
+        for across in (0, 60):  # a stroke, and after the upload another
+            tab.mouse.move(x + across, y - 60)
+            tab.mouse.down()
+            tab.mouse.move(x + across, y + 60, steps=5)
+            tab.mouse.up()
+            tab.get_by_role("button", name="Repair", exact=True).click()
+            repaired = tab.locator(f"#repaired img:not([src='{before}'])")
+            repaired.wait_for()
+            shown = [shown_in(tab, name) for name in ("given", "repaired")]
+            given = scaled(torch.from_numpy(shown[0][..., 0].copy())[None, None])
+            assert math.isclose(float(given[0, 0, 0, 0]), -1) and float(given[0, 0, 4, 4 + across // 36]) > 0.5
+            assert np.array_equal(shown[1], pixels(to_image(page.model.project(given)[0])))
+            before = repaired.get_attribute("src")
+            with tab.expect_file_chooser() as chooser:
+                tab.get_by_role("button", name="Upload a picture").click()
+            chooser.value.set_files(tmp_path / "text.png")
+            tab.get_by_text("the file cannot be read as a picture").first.wait_for()
+        assert {url.split("/")[2] for url in asked} == {page.url.split("/")[2]}
+
+
+def shown_in(tab: Any, name: str) -> np.ndarray:
+    with urllib.request.urlopen(tab.locator(f"#{name} img").get_attribute("src")) as picture:
+        return pixels(picture)

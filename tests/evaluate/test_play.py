@@ -1,0 +1,120 @@
+"""What the page of `naign demo` computes: pictures are refused before they are decoded, damage grows with its strength,
+nearest images are the nearest, and the way between two latents begins and ends at them."""
+
+import io
+import struct
+import zlib
+
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.data.decode import scaled
+from pipeline.data.degrade import KINDS, degrade
+from pipeline.errors import InputError
+from pipeline.evaluate import play
+from pipeline.model.mixture import draw_mixture, fit_mixture
+from pipeline.model.naign import NAIGN
+from pipeline.model.networks import ConvConfig, build_network
+from pipeline.observe.pictures import png
+
+SHAPE = (3, 8, 12)
+
+
+@pytest.fixture(scope="module")
+def model() -> NAIGN:
+    torch.manual_seed(0)
+    metadata = {"shape": list(SHAPE), "latents": "gaussian"}
+    return NAIGN(build_network(ConvConfig(width=4, depth=0, code=6, max_width=8), SHAPE), metadata)
+
+
+def claiming(width: int, height: int) -> bytes:
+    """A PNG whose header says that size, and that has next to no pixels."""
+    data = png(Image.new("L", (8, 8)))
+    header = b"IHDR" + struct.pack(">II", width, height) + data[24:29]
+    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+
+
+def test_a_picture_is_refused_by_its_header() -> None:
+    for size in ((25_000, 20_000), (5000, 5001)):
+        with pytest.raises(InputError, match="more than 25 megapixels: give a smaller one"):
+            play.check_picture(claiming(*size))
+    with pytest.raises(InputError, match="cannot be read as a picture"):
+        play.check_picture(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # Pillow would start Ghostscript
+    with pytest.raises(InputError, match="bytes: give one of at most"):
+        play.check_picture(bytes(play.UPLOAD + 1))
+    play.check_picture(claiming(5000, 5000))
+
+
+def test_an_upload_is_brought_to_the_models_size(model: NAIGN) -> None:
+    content = io.BytesIO()
+    Image.new("L", (60, 50), 255).save(content, "TIFF")
+    assert torch.equal(play.read_upload(content.getvalue(), model), torch.ones(1, *SHAPE))
+    with pytest.raises(InputError, match="cannot be decoded"):
+        play.read_upload(claiming(500, 400), model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damage_grows_with_its_strength(kind) -> None:
+    images = torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    done = [play.damage(images, {kind: strength}, seed=5) for strength in (0.0, 0.5, 1.0, 2.0)]
+    changes = [float((damaged - images).abs().mean()) for damaged in done]
+    assert changes[0] == 0 < changes[1] < changes[2] < changes[3]
+    assert torch.equal(done[2], degrade(images, kind, seed=5)) and float(done[3].abs().max()) <= 1
+
+
+def test_values_out_of_range_are_refused(model: NAIGN) -> None:
+    image = torch.zeros(1, *SHAPE)
+    for wrong in (-0.1, 2.1, float("nan")):
+        with pytest.raises(InputError, match="the strength of blur is"):
+            play.damage(image, {"blur": wrong})
+    for ask, said in (
+        (lambda: play.repair(model, image, times=6), "times is 6: it must be a whole number from 1 to 5"),
+        (lambda: play.sample(model, n=65), "n is 65"),
+        (lambda: play.sample(model, n=1, seed=-1), "seed is -1"),
+        (lambda: play.between(model, 0, 1, steps=1), "steps is 1"),
+        (lambda: play.between(model, 0, None, steps=2), "last is None"),  # type: ignore[arg-type]  # an empty field
+    ):
+        with pytest.raises(InputError, match=said):
+            ask()
+
+
+def test_a_repair_has_every_application_and_its_energy(model: NAIGN) -> None:
+    given = torch.rand(1, *SHAPE) * 2 - 1
+    found = play.repair(model, given, times=3)
+    for count, answer in enumerate(found.answers, 1):
+        assert torch.equal(answer, model.project(given, times=count))
+    assert len(found.answers) == 3 and found.moved.shape == SHAPE[1:]
+    torch.testing.assert_close(torch.tensor(found.energies), model.energy(torch.cat([given, *found.answers])))
+
+
+def test_nearest_images_are_the_nearest() -> None:
+    training = torch.randint(0, 256, (40, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    training[7] = training[3]
+    image = scaled(training[3:4])
+    images, distances = play.nearest(training, image)
+    every = (scaled(training) - image).double().flatten(1).norm(dim=1)
+    assert distances == pytest.approx(every.sort().values[: play.NEAREST].tolist()) and distances[1] == 0
+    assert torch.equal(images, scaled(training[every.argsort(stable=True)[: play.NEAREST]]))
+    assert len(play.nearest(training[:2], image)[0]) == 2  # of a data set that has no more
+
+
+def test_the_way_between_gaussian_latents_keeps_their_law() -> None:
+    shape = (1, 64, 64)
+    large = NAIGN(torch.nn.Conv2d(1, 1, 1), {"shape": list(shape), "latents": "gaussian"})
+    way, ids = large.between(3, 4, steps=9), torch.zeros(1, dtype=torch.int64)
+    for end, seed in ((way[:1], 3), (way[-1:], 4)):
+        torch.testing.assert_close(end, large.latent(ids, seed=seed))
+    assert (way.flatten(1).std(1) - 1).abs().max() < 0.05  # in the middle of a line it would be 0.7
+    assert large.between(3, 3, steps=4).diff(dim=0).abs().max() < 1e-5
+
+
+def test_the_way_between_codes_is_decoded(model: NAIGN) -> None:
+    codes = torch.randn(300, 6, generator=torch.Generator().manual_seed(3))
+    state = fit_mixture(codes, 3, seed=0)
+    mixed = NAIGN(model.network, model.metadata | {"latents": "codes"}, state)
+    way, ids = mixed.between(1, 2, steps=3), torch.zeros(1, dtype=torch.int64)
+    for end, seed in ((way[:1], 1), (way[-1:], 2)):
+        torch.testing.assert_close(end, mixed.latent(ids, seed=seed))
+    ends = torch.cat([draw_mixture(state, seed, 2**32 - 1, ids) for seed in (1, 2)])
+    torch.testing.assert_close(way[1:2], model.network.decode(ends.mean(0, keepdim=True)))  # type: ignore[operator]
