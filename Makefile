@@ -91,7 +91,7 @@ constraints: $(VENV)/bin/python
 	$(BIN)/uv pip compile --quiet --universal --all-extras --override $(VENV)/left-out.txt \
 	    $(LEFT_OUT:%=--no-emit-package %) --annotation-style line --custom-compile-command "make constraints" \
 	    --output-file launch/constraints.txt $(OPTIONS) pyproject.toml
-	sed -i "/sys_platform == 'none'/d" launch/constraints.txt
+	sed -i.old "/sys_platform == 'none'/d" launch/constraints.txt && rm launch/constraints.txt.old
 
 dist: $(VENV)/.tested
 	rm -rf dist

@@ -43,7 +43,8 @@ def test_the_tour_trains_repairs_and_maps_energy(tmp_path: Path) -> None:
 
 def test_a_kernel_without_the_package_says_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "pipeline").mkdir()
-    (tmp_path / "pipeline/__init__.py").touch()  # another package of that name, which hides ours if it is installed
+    hidden = "raise ModuleNotFoundError(\"No module named 'pipeline'\")"  # comes before the one that is installed
+    (tmp_path / "pipeline/__init__.py").write_text(hidden)
     notebook = jupytext.read(TOUR)
     notebook.cells = [cell for cell in notebook.cells if cell.cell_type == "code"][:2]
     with pytest.raises(CellExecutionError, match=r"This kernel has no NAIGN \(No module named .*\): run `%pip install"):
