@@ -16,11 +16,12 @@ from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST
 
 # Requests to end, which are forwarded to the ranks; Slurm's is USR1.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
-GRACE = 10.0  # seconds for ranks to notice themselves that another host is gone
+GRACE = 10.0  # seconds to wait for another host's code, or for processes that were killed
+SOON = 3.0  # seconds for ranks to notice themselves that another host is gone
 MEANINGS = {
     BAD_INPUT: "bad configuration or input, which is not tried again",
     INTERRUPTED: "stopped on request; the same command goes on from the newest checkpoint",
-    PEER_LOST: "another rank or host is not there; start all again and they go on from the newest checkpoint",
+    PEER_LOST: "another rank or host is not there; once all are, they go on from the newest checkpoint",
 }
 
 
@@ -38,9 +39,11 @@ class Ending:
 
     def __init__(self, patience: float, *, alone: bool = False) -> None:
         self._patience, self._alone = patience, alone  # patience: seconds for ranks to end after another host did
-        self._over = threading.Event()
+        self._ended, self._over = threading.Event(), threading.Event()  # this host's ranks; and its code is decided
         self._codes: dict[int, int | None] = {}
         self.lost = False  # a host vanished, as far as this one knows
+        self.killed = False  # from outside: a rank of this host, which is nobody else's fault
+        self.stopping = False  # this host was asked to end, and not only another one
         self.asked = False  # a signal came after the ranks had ended, or had been asked to: wait for nothing more
 
     def listen(self) -> None:
@@ -61,24 +64,31 @@ class Ending:
         if over:
             return
         say(f"host {host} ended {'without a word: lost' if code is None else f'with code {code}'}")
-        if not self._over.wait(GRACE if code is None else self._patience):
+        # Where none is gone, ranks may be writing a checkpoint, or have missed one of this host.
+        if not self._ended.wait(SOON if lost or code is None else self._patience):
             say("this host's ranks do not end: killed")
             self.lost = True
-            for process in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            if not self._over.wait(GRACE):
+            kill_children()
+            if not self._ended.wait(GRACE):
                 os._exit(PEER_LOST)
 
     def judge(self, code: int) -> int:
         """The code to end with, where the ranks ended with `code`: a crash may be the consequence of a lost host."""
+        self._ended.set()
         crashed = code not in (0, BAD_INPUT, INTERRUPTED)
-        if crashed and not self._alone:
+        if crashed and not self.killed and not self._alone:
             self.wait_for(lambda: bool(self._codes), GRACE)
+            if code != PEER_LOST and {*self._codes.values()} == {PEER_LOST}:
+                self.wait_for(lambda: self.lost, SOON)  # the word of the host that those have lost may come later
         self._over.set()
         if code == PEER_LOST and BAD_INPUT in self._codes.values():  # Slurm takes the highest of all hosts' codes
             return BAD_INPUT
         return PEER_LOST if self.lost and crashed else code
+
+    def may_go_on(self, code: int) -> bool:
+        """Whether this host, which would end with `code`, can meet the others again: nothing is wrong with itself."""
+        ended = code == PEER_LOST or (code == INTERRUPTED and not self.stopping)  # as another host was asked to
+        return ended and not self.asked and not self._alone
 
     def heard(self, host: int, within: float) -> int | None:
         """The code of another host, once it has ended; None if it vanished, or says nothing within so many seconds."""
@@ -86,8 +96,17 @@ class Ending:
         return self._codes.get(host)
 
 
-def explain(failures: Mapping[int, Any]) -> tuple[int, str]:
-    """The code that stands for this host's ranks, and a sentence for the log's last line.
+def kill_children() -> list[psutil.Process]:
+    """Kill all processes that this one has started, and those that they have started. Returns them."""
+    found = psutil.Process().children(recursive=True)
+    for process in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    return found
+
+
+def explain(failures: Mapping[int, Any]) -> tuple[int, str, bool]:
+    """The code that stands for this host's ranks, a sentence for the log's last line, and `Ending.killed`.
 
     `failures` are torchelastic's ProcessFailure by local rank; those that it killed long after the first do not count.
     """
@@ -98,10 +117,11 @@ def explain(failures: Mapping[int, Any]) -> tuple[int, str]:
     if code < 0:
         killer = signal.Signals(-code).name
         hint = ": out of memory?" if -code == signal.SIGKILL else ""
-        return FAILED, f"rank {failure.local_rank} of this host was ended by {killer}{hint}"
+        # An abort may be the library's answer to a lost peer, as NCCL's watchdog gives it.
+        return FAILED, f"rank {failure.local_rank} of this host was ended by {killer}{hint}", -code != signal.SIGABRT
     reason = "" if failure.message == "<N/A>" or "traceback" in failure.message else f": {failure.message}"
     meaning = MEANINGS.get(code, "crashed; see its last words above")
-    return code, f"rank {failure.local_rank} of this host ended with code {code}, {meaning}{reason}"
+    return code, f"rank {failure.local_rank} of this host ended with code {code}, {meaning}{reason}", False
 
 
 def weight(code: int) -> int:

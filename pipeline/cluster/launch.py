@@ -2,12 +2,13 @@
 
 The same command on every host of a Kubernetes Job, a JobSet, a Kubeflow TrainJob or a Slurm step (place.py says
 which variables are read), and on a machine alone. It waits until all hosts of this start are there, starts the
-ranks through Accelerate in its own process, so that signals reach it, and ends with one of these codes:
+ranks through Accelerate in its own process, so that signals reach it. Where another host is lost and the orchestrator
+replaces it, this one ends its ranks and meets the others again. It ends with one of these codes:
 
   0   done, also where the run in the bucket was done already
   2   bad configuration or input: to be corrected, not tried again
   75  stopped on request after a checkpoint: to be started again
-  76  another host was lost, or did not come: to be started again, through no fault of this one
+  76  another host did not come, or was lost where none is replaced: to be started again, through no fault of this one
   else  a crash: to be tried again a few times
 """
 
@@ -20,7 +21,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from typing import Any
 import psutil
 import yaml
 
+from pipeline.cluster.again import check_progress, meet_again
 from pipeline.cluster.exit_codes import MEANINGS, SIGNALS, Ending, explain, on_signals, say, weight
 from pipeline.cluster.meeting import TELLING, Links, interface_of, listen, meet, turn_away
 from pipeline.cluster.place import Place, find_place, find_ports
@@ -57,14 +59,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     """Start the ranks and wait for them. Returns the exit code; errors of the user are reported, not raised."""
-    parser = build_parser()
+    parser, environ = build_parser(), dict(os.environ)
     on_signals(_leave_at_once, SIGNALS[:3])  # the first process of a container gets no others
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # which came while it executed itself anew
     options, training = parser.parse_known_args(arguments)
     try:
-        code, reason = _launch(options, training), ""
+        code, reason = _launch(options, training, environ), ""
     except (PeerLost, Unavailable, InputError) as error:
         code = error.code
-        reason = {FAILED: f"failed: {error}", BAD_INPUT: f"error: {error}"}.get(code, f"{error}: {MEANINGS[PEER_LOST]}")
+        reason = {FAILED: "failed: ", BAD_INPUT: "error: "}.get(code, "") + str(error)
     on_signals(signal.SIG_IGN)  # they change nothing any more
     if reason:
         say(reason)
@@ -88,7 +91,7 @@ def _between(least: float, most: float, kind: type[float] = float) -> Callable[[
     return number
 
 
-def _launch(options: argparse.Namespace, training: Sequence[str]) -> int:
+def _launch(options: argparse.Namespace, training: Sequence[str], environ: Mapping[str, str]) -> int:
     from pipeline.config import parse
     from pipeline.storage.store import use_endpoint
 
@@ -107,21 +110,28 @@ def _launch(options: argparse.Namespace, training: Sequence[str]) -> int:
         os.environ |= {"ACCELERATE_USE_CPU": use_cpu, "ACCELERATE_MIXED_PRECISION": precision}
         os.execv(sys.executable, [sys.executable, str(TRAIN), *training])
     os.environ["PET_SHUTDOWN_TIMEOUT"] = str(math.ceil(config.stop.within) + 5)  # torchrun kills ranks after so long
-    ending = Ending(patience=config.stop.within + 30, alone=place.hosts == 1)
+    os.environ["PET_RDZV_ID"] = f"{place.start}.{links.generation}"  # agents of different generations never meet
+    ending, begun = Ending(patience=config.stop.within + 30, alone=place.hosts == 1), time.monotonic()
     links.watch(ending.note)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "engine.yaml"
         file.write_text(engine)
-        code = ending.judge(run_ranks(file, place, processes, links.address, options.port, training, ending))
+        code = run_ranks(file, place, processes, links.address, options.port, training, ending)
+    seconds = time.monotonic() - begun
+    if code == PEER_LOST:
+        links.leave(code)  # before it waits for another host's code, which may wait for this one
+    code = ending.judge(code)
     if code == 0 and config.run.remote and place.index == 0:
         done = ThreadPoolExecutor(1).submit(_is_done, config, options.reach)  # a signal does not end a request
         ending.wait_for(done.done)
         if not done.done() or not done.result():
             code = FAILED if done.done() else INTERRUPTED
             say(f"the run is done, but {config.run.remote} does not hold its end: started again, it is sent once more")
-    links.leave(code, lost=ending.lost)
+    links.leave(code, lost=ending.lost or ending.killed)
     if code == 0 and config.run.remote and place.index and ending.heard(0, options.reach + 60) != 0:
         code = INTERRUPTED if ending.asked else PEER_LOST
+    if place.is_replaced and ending.may_go_on(code):
+        return meet_again(environ, code, ending, links, seconds)
     return code
 
 
@@ -147,6 +157,7 @@ def _meet_others(options: argparse.Namespace, config: Any, place: Place, process
         if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_of(links.address)):
             os.environ["GLOO_SOCKET_IFNAME"] = name  # else gloo takes what the host's name means, often 127.0.1.1
         say(f"all hosts are here; host 0 is {links.address}")
+        check_progress(links)
     return links, engine
 
 
@@ -175,7 +186,7 @@ def _check_host(options: argparse.Namespace, place: Place, processes: int) -> No
 
 
 def _is_done(config: Any, within: float) -> bool:
-    """Whether the bucket holds the finished run. InputError if it is out of reach for `within` seconds."""
+    """Whether the bucket holds the finished run. InputError or Unavailable if it is out of reach for so long."""
     from pipeline.training.run_folder import is_done
 
     end = time.monotonic() + within  # the bucket's server may be starting, too
@@ -184,8 +195,9 @@ def _is_done(config: Any, within: float) -> bool:
             return is_done(config)
         except Unavailable as error:
             if time.monotonic() > end:
+                kind = Unavailable if "NAIGN_GENERATION" in os.environ else InputError  # it could be reached before
                 said = f"run.remote cannot be reached: {str(error).partition('. Check ')[0]}"
-                raise InputError(f"{said}; check its name and AWS_ENDPOINT_URL") from None
+                raise kind(f"{said}; check its name and AWS_ENDPOINT_URL") from None
             say(f"waiting for {config.run.remote}: {error}")
     return False
 
@@ -207,6 +219,7 @@ def run_ranks(
         if not psutil.Process().children() and not any(file.exists() for file in ranks):
             _leave_at_once()
         ending.listen()  # a second signal would end the wait for the ranks' checkpoint
+        ending.stopping = True
         raise SignalException(f"signal {number}", signal.Signals(number))  # the agent ends the ranks by this signal
 
     arguments = [
@@ -236,7 +249,7 @@ def run_ranks(
         code = max((int(text or FAILED) for text in texts), key=weight)
         reason = f"signal {error.sigval.name}: {MEANINGS.get(code, 'some ranks did not end in time, or crashed')}"
     except ChildFailedError as error:
-        code, reason = explain(error.failures)
+        code, reason, ending.killed = explain(error.failures)
     say(reason)
     return code
 

@@ -4,6 +4,10 @@ A launcher's own rendezvous admits whoever connects, and a pod of an earlier sta
 has the name and the index of one that is awaited. Here every host says which start it belongs to and host 0 rejects the
 others. Hosts then use the address at which host 0 answered, since its name may resolve to another pod a moment later.
 
+Hosts of a start meet again when one was lost (again.py). Each meeting is a generation with a number, one more than the
+largest that a host brings along. Of two hosts with one index the later goes on, unless it comes from an older
+generation; the other one is told to leave, so that they do not take turns.
+
 The connections stay open while the ranks run. A host that dies closes its own, so that the others learn at once what a
 collective may not report for minutes.
 """
@@ -12,20 +16,20 @@ import contextlib
 import json
 import random
 import re
-import selectors
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any, cast
 
 import psutil
 
+from pipeline.cluster.guests import Guests, Hello, Met, judge, notice_death
 from pipeline.cluster.place import Place
 from pipeline.errors import InputError, PeerLost, printable
 
 EVERY = 10.0  # seconds between two messages about the missing hosts
-SILENCE = 10.0  # seconds that a connection has for its greeting
 TELLING = 30.0  # seconds that host 0 stays to report why it ends, to hosts that start later
 
 
@@ -39,10 +43,11 @@ def meet(
 ) -> "Links":
     """Wait until every host of this start is here; on host 0 `listener` is what `listen` opened, if it was called.
 
-    Raises PeerLost when time is up, InputError where the hosts disagree on how many they are or the port is taken.
+    Raises PeerLost when time is up or another host has this index, InputError where the hosts disagree on how many they
+    are or the port is taken.
     """
     if place.hosts == 1:
-        return Links("127.0.0.1", {})
+        return Links("127.0.0.1", {}, Met(1, 1))
     waiting = _Waiting(within, say)
     if place.index:
         return _go_to_first(place, port, waiting)
@@ -75,7 +80,7 @@ def turn_away(listener: socket.socket, place: Place, reason: str, within: float 
             peer, _ = listener.accept()
             with peer:
                 peer.settimeout(1)
-                index, no, end = _judge(place, peer.recv(4096).partition(b"\n")[0])
+                index, no, end = judge(place, Hello.read(peer.recv(4096).partition(b"\n")[0]))
                 peer.sendall(json.dumps({"no": no or reason[:400], "end": end or not no}).encode() + b"\n")
                 informed |= {index} if end or not no else set()
 
@@ -83,8 +88,9 @@ def turn_away(listener: socket.socket, place: Place, reason: str, within: float 
 class Links:
     """Connections to the other hosts by their index: of host 0 to all others, of another host to host 0."""
 
-    def __init__(self, address: str, peers: dict[int, socket.socket], received: bytes = b"") -> None:
+    def __init__(self, address: str, peers: dict[int, socket.socket], met: Met, received: bytes = b"") -> None:
         self.address = address  # of host 0
+        self.generation, self.since = met
         self._peers, self._received = peers, received  # host 0 may have sent its code already
 
     def watch(self, ended: Callable[[int, int | None, bool], None]) -> None:
@@ -123,141 +129,61 @@ class _Waiting:
         """Raise PeerLost when time is up, and report now and then; to be called about every second."""
         now = time.monotonic()
         if now > self._begun + self._within:
-            raise PeerLost(f"waited {self._within:.0f} s for {for_whom}")
+            remedy = "start all again and they go on from the newest checkpoint"
+            raise PeerLost(f"waited {self._within:.0f} s for {for_whom}, which is not there: {remedy}")
         if now >= self._next:
             self.say(f"waiting for {for_whom} ({now - self._begun:.0f} s)")
             self._next = now + EVERY
 
 
 def _wait_for_others(place: Place, listener: socket.socket, waiting: _Waiting) -> Links:
-    with contextlib.closing(_Guests(place, listener, waiting.say)) as guests:
+    with contextlib.closing(Guests(place, listener, waiting.say)) as guests:
         while len(guests.hosts) < place.hosts - 1:
             missing = [index for index in range(1, place.hosts) if index not in guests.hosts]
             shown = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
             waiting.check(f"host {shown} of {place.hosts}")
             guests.serve(seconds=1)
-        address = str(next(iter(guests.hosts.values())).getsockname()[0]).removeprefix("::ffff:")
-        for peer in guests.hosts.values():
-            with contextlib.suppress(OSError):  # who is gone now will be missed, and all start again
+        peers = {index: peer for index, (peer, _) in guests.hosts.items()}
+        address = str(next(iter(peers.values())).getsockname()[0]).removeprefix("::ffff:")
+        past = [
+            (place.generation, place.since),
+            *((hello.generation, hello.since) for _, hello in guests.hosts.values()),
+        ]
+        generation = 1 + max(past)[0]
+        met = Met(generation, max(past)[1] if all(number for number, _ in past) else generation)
+        for peer in peers.values():
+            with contextlib.suppress(OSError):  # who is gone now will be missed, and all meet again
                 peer.setblocking(True)
-                peer.sendall(b'{"go": true}\n')
-        return Links(address, guests.hosts)
-
-
-class _Guests:
-    """Whoever connects to host 0: hosts of this start, and strangers that are sent away."""
-
-    def __init__(self, place: Place, listener: socket.socket, say: Callable[[str], None]) -> None:
-        self.hosts: dict[int, socket.socket] = {}
-        self._place, self._listener, self._say = place, listener, say
-        self._greetings: dict[socket.socket, tuple[bytes, float]] = {}  # incomplete, and when its sender connected
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(listener, selectors.EVENT_READ)
-
-    def close(self) -> None:
-        """Forget those whose greeting is not complete; the hosts stay connected."""
-        self._selector.close()
-        for peer in self._greetings:
-            peer.close()
-
-    def serve(self, seconds: float) -> None:
-        """Handle what arrives within so many seconds. Raises InputError where all hosts have to end."""
-        now = time.monotonic()
-        for peer in [peer for peer, (_, since) in self._greetings.items() if since + SILENCE < now]:
-            self._drop(peer)
-        for key, _ in self._selector.select(timeout=seconds):
-            if key.fileobj is self._listener:
-                self._accept()
-            elif (peer := cast(socket.socket, key.fileobj)).fileno() >= 0:  # not dropped since
-                self._read(peer)
-
-    def _accept(self) -> None:
-        try:
-            peer, _ = self._listener.accept()
-            peer.setblocking(False)
-            _notice_death(peer)
-        except OSError:  # gone already, or too many
-            time.sleep(0.01)
-            return
-        self._greetings[peer] = b"", time.monotonic()
-        self._selector.register(peer, selectors.EVENT_READ)
-
-    def _read(self, peer: socket.socket) -> None:
-        data = b""
-        with contextlib.suppress(OSError):
-            data = peer.recv(4096)
-        before, since = self._greetings.get(peer, (b"", 0.0))
-        if not data or peer not in self._greetings or len(before) > 4096:
-            self._drop(peer)
-            return
-        self._greetings[peer] = before + data, since
-        line, complete, _ = (before + data).partition(b"\n")
-        if not complete:
-            return
-        index, refusal, end = _judge(self._place, line)
-        if refusal:
-            self._say(refusal)
-            for other in (peer, *self.hosts.values()) if end else (peer,):
-                with contextlib.suppress(OSError):
-                    other.send(json.dumps({"no": refusal, "end": end}).encode() + b"\n")
-            self._drop(peer)
-            if end:
-                raise InputError(refusal)
-            return
-        del self._greetings[peer]
-        if index in self.hosts:
-            self._say(f"host {index} came again: the one before it is forgotten")
-            self._drop(self.hosts[index])  # its pod was replaced
-        self.hosts[index] = peer
-
-    def _drop(self, peer: socket.socket) -> None:
-        self._selector.unregister(peer)
-        self._greetings.pop(peer, None)
-        for index in [index for index, found in self.hosts.items() if found is peer]:
-            del self.hosts[index]
-        peer.close()
-
-
-def _judge(place: Place, line: bytes) -> tuple[int, str, bool]:
-    """Of a greeting: the host's index, why it is rejected or '', and whether all hosts must end for that reason."""
-    try:
-        hello = json.loads(line)
-        start, index, hosts = str(hello["start"]), int(hello["index"]), int(hello["hosts"])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return 0, "somebody who is no host of this job was turned away", False
-    if start != place.start:
-        shown = printable(start, 80) or "unnamed"
-        return index, f"a host {index} of another start of this job ({shown}) was turned away", False
-    if not 0 < index < max(hosts, place.hosts):
-        return index, f"somebody who calls itself host {index} was turned away", False
-    if hosts != place.hosts:
-        return index, f"host {index} counts {hosts} hosts, host 0 counts {place.hosts}: make NAIGN_HOSTS the same", True
-    return index, "", False
+                peer.sendall(json.dumps({"go": True, **met._asdict()}).encode() + b"\n")
+        return Links(address, peers, met)
 
 
 def _go_to_first(place: Place, port: int, waiting: _Waiting) -> Links:
-    hello = json.dumps({"start": place.start, "index": place.index, "hosts": place.hosts}).encode() + b"\n"
+    hello = Hello(place.start, place.index, place.hosts, place.generation, place.since, uuid.uuid4().hex)
     awaited, reason = f"an answer of {place.head}, port {port}, where somebody listens", ""
     while True:
         waiting.check(f"host 0 ({place.head}, port {port}){reason}")
         with contextlib.ExitStack() as stack:
             try:
                 connection = stack.enter_context(_connect(place.head, port))
-                _notice_death(connection)
-                connection.sendall(hello)
+                notice_death(connection)
+                connection.sendall(hello.line())
                 answer, rest = _answer(connection, lambda: waiting.check(awaited))
+                if answer.get("go"):
+                    met = Met(int(answer["generation"]), int(answer["since"]))
+                    stack.pop_all()
+                    return Links(str(connection.getpeername()[0]).removeprefix("::ffff:"), {0: connection}, met, rest)
             except socket.gaierror as error:
                 answer = {"no": f"no address of that name ({error.strerror})"}
             except OSError:
                 answer = {}
-            except (ValueError, RecursionError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 answer = {"no": "another program answers there"}
-            if answer.get("go"):
-                stack.pop_all()
-                return Links(str(connection.getpeername()[0]).removeprefix("::ffff:"), {0: connection}, rest)
             refusal = printable(str(answer.get("no", "")))
             if answer.get("end"):
                 raise InputError(refusal or "host 0 turned this one away")
+            if answer.get("leave"):
+                raise PeerLost(refusal or "host 0 has another host in this one's place")
             reason = f": {refusal}" if refusal else ""
         time.sleep(0.5)
 
@@ -293,14 +219,6 @@ def _answer(connection: socket.socket, check: Callable[[], None]) -> tuple[dict[
     line, _, rest = data.partition(b"\n")
     answer = json.loads(line)
     return (answer if isinstance(answer, dict) else {}), rest
-
-
-def _notice_death(connection: socket.socket) -> None:
-    """Let TCP keep-alive detect within some ten seconds that the other machine died."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
-        if hasattr(socket, name):
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def interface_of(address: str) -> str:

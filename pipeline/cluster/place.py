@@ -3,7 +3,7 @@
 import re
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.errors import InputError
 
@@ -20,6 +20,13 @@ class Place:
     head: str = "localhost"  # name or address of host 0, as the others reach it
     start: str = ""  # unique to this start of the job: hosts of an earlier one may still be running
     processes: int = 0  # ranks on this host; 0: one a GPU, or one
+    generation: int = 0  # how often the hosts of this start have met, as far as this one was there
+    since: int = 0  # the generation from which on the hosts were the same, or that was the last to train for long
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether the orchestrator starts another in the place of a host that is lost, while the others go on."""
+        return self.orchestrator in ("Kubernetes", "Kubeflow")
 
 
 def find_place(environ: Mapping[str, str]) -> Place:
@@ -30,8 +37,14 @@ def find_place(environ: Mapping[str, str]) -> Place:
     - Kubeflow Trainer v2, or whoever sets torchrun's options: PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR.
     - Slurm: one task of `srun` a node.
 
-    Without any of them the host is alone. Raises InputError where some are missing or make no sense.
+    Without any of them the host is alone. A host that meets the others again (again.py) has set NAIGN_GENERATION and
+    NAIGN_SINCE itself. Raises InputError where some are missing or make no sense.
     """
+    generation, since = (_number(environ, name, default=0) for name in ("NAIGN_GENERATION", "NAIGN_SINCE"))
+    return replace(_find_place(environ), generation=generation, since=since)
+
+
+def _find_place(environ: Mapping[str, str]) -> Place:
     processes, start = _number(environ, "NAIGN_PROCESSES", default=0), environ.get("NAIGN_START", "")
     if "NAIGN_HOSTS" in environ:
         name, index, hosts = "Kubernetes", _number(environ, "JOB_COMPLETION_INDEX"), _number(environ, "NAIGN_HOSTS")
@@ -50,7 +63,8 @@ def find_place(environ: Mapping[str, str]) -> Place:
             )
         name, index, hosts = "Slurm", _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_NNODES")
         head = environ.get("NAIGN_HEAD") or _first_node(_text(environ, "SLURM_JOB_NODELIST"))
-        start = f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_RESTART_COUNT', '0')}"
+        parts = {"SLURM_JOB_ID": "", "SLURM_RESTART_COUNT": "0", "SLURM_STEP_ID": "0"}
+        start = ".".join(environ.get(variable, default) for variable, default in parts.items())
     elif "JOB_COMPLETION_INDEX" in environ:
         raise InputError(
             "this is a pod of an Indexed Job, but NAIGN_HOSTS is not set: say how many pods train together, as "

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -53,6 +54,7 @@ class Pod:
 
     name: str
     network: str
+    link: str  # the bridge's end of its cable
     address: str
     log: Path
     process: subprocess.Popen[bytes]
@@ -203,7 +205,7 @@ class Cluster:
         runtime = [*command, "--kill-child", sys.executable, str(ROOT / "tests/hosts/pod.py"), str(place / "spec.json")]
         with log.open("wb") as output:
             process = subprocess.Popen(runtime, stdout=output, stderr=output, env=environment())
-        pod = Pod(name, network, address, log, process, time.monotonic())
+        pod = Pod(name, network, outside, address, log, process, time.monotonic())
         self.pods.append(pod)
         self.tell(f"{name} starts on {address}")
         return pod
@@ -228,18 +230,30 @@ class Cluster:
 
 
 class Job:
-    """An Indexed Job, as its controller runs it."""
+    """An Indexed Job, as its controller runs it (kubernetes/pkg/controller/job/backoff_utils.go).
 
-    BACKOFF = 2.0
-    """Seconds before a pod that failed is replaced; a real controller begins with 10."""
+    A pod that failed is replaced after backoff x 2^(n-1) seconds, MOST_BACKOFF at most, where n counts the failures,
+    ignored ones too: of its index with backoffLimitPerIndex, else of all since the last success.
+    """
 
-    def __init__(self, cluster: Cluster, name: str, uid: str = "uid-1", rates: dict[int, str] | None = None) -> None:
-        self.cluster, self.uid, self.rates = cluster, uid, rates or {}
+    MOST_BACKOFF = 600.0
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        name: str,
+        uid: str = "uid-1",
+        rates: dict[int, str] | None = None,
+        backoff: float = 2.0,  # seconds; a real controller's are 10
+    ) -> None:
+        self.cluster, self.uid, self.rates, self.backoff = cluster, uid, rates or {}, backoff
         self.object = cluster.find("Job", name)
         self.size = self.object["spec"]["completions"]
         self.pods: dict[int, Pod] = {}
         self.done: set[int] = set()
         self.failures, self.failed, self.count = 0, "", 0
+        self.per_index = "backoffLimitPerIndex" in self.object["spec"]
+        self._counted, self._all = Counter[int](), Counter[int]()  # failures, by index or of all; without ignored ones
         self._due: dict[int, float] = {}
 
     def create(self, index: int) -> Pod:
@@ -261,7 +275,6 @@ class Job:
 
     def step(self) -> bool:
         """Look at the pods and do what the policy says; whether the Job is over."""
-        spec = self.object["spec"]
         now = time.monotonic()
         for index, due in list(self._due.items()):
             if now >= due:
@@ -276,14 +289,32 @@ class Job:
             self.cluster.tell(f"{pod.name} ended with {code}{f': {action}' if action else ''}")
             if code == 0:
                 self.done.add(index)
+                self._all[0] = 0 if not self.per_index else self._all[0]
             elif action == "FailJob":
                 self.failed = f"{pod.name}: {pod.said()[-1000:]}"
             else:
-                self.failures += action == "Count"
-                if self.failures > spec["backoffLimit"]:
-                    self.failed = "BackoffLimitExceeded"
-                self._due[index] = now + self.BACKOFF
+                self._replace(index, action, pod)
+        if self.failed:
+            for pod in self.pods.values():
+                pod.kill(signal.SIGTERM)
         return bool(self.failed) or len(self.done) == self.size
+
+    def _replace(self, index: int, action: str, pod: Pod) -> None:
+        spec, key = self.object["spec"], index if self.per_index else 0
+        self.failures += action == "Count"
+        self._counted[key] += action == "Count"
+        self._all[key] += 1
+        limit = spec["backoffLimitPerIndex" if self.per_index else "backoffLimit"]
+        if self._counted[key] > limit:  # maxFailedIndexes is 0
+            self.failed = f"{pod.name}: {pod.said()[-1000:]}"
+        self._due[index] = time.monotonic() + min(self.backoff * 2 ** (self._all[key] - 1), self.MOST_BACKOFF)
+
+    def take_node(self, index: int) -> None:
+        """A node vanishes with its pod, and is taken out of the cluster: that is ignored, and the pod replaced."""
+        pod = self.pods.pop(index)
+        run("ip", "link", "set", pod.link, "down")
+        self.cluster.tell(f"the node of {pod.name} is gone: Ignore")
+        self._replace(index, "Ignore", pod)
 
     def judge(self, code: int) -> str:
         """The action of the first rule that an exit code meets."""
@@ -297,8 +328,8 @@ class Job:
         end = time.monotonic() + seconds
         while not happened():
             over = self.step()
-            texts = [f"== {pod.name}\n{pod.said()[-3000:]}" for pod in self.cluster.pods]
             if (over and not happened()) or time.monotonic() > end:
+                texts = [f"== {pod.name}\n{pod.said()[-3000:]}" for pod in self.cluster.pods]
                 raise AssertionError("\n".join([*self.cluster.events, self.failed, *texts]))
             time.sleep(0.1)
 

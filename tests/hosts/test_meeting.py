@@ -42,9 +42,9 @@ from tests.servers import free_port
         (
             {
                 **{"SLURM_PROCID": "1", "SLURM_NNODES": "2", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"},
-                **{"SLURM_RESTART_COUNT": "3", "NAIGN_HEAD": "node3"},
+                **{"SLURM_RESTART_COUNT": "3", "SLURM_STEP_ID": "1", "NAIGN_HEAD": "node3"},
             },
-            Place(orchestrator="Slurm", index=1, hosts=2, head="node3", start="7.3"),
+            Place(orchestrator="Slurm", index=1, hosts=2, head="node3", start="7.3.1"),
         ),
     ],
 )
@@ -129,7 +129,7 @@ def test_a_host_that_comes_again_replaces_itself():
             break
         except OSError:
             time.sleep(0.05)
-    gone.sendall(json.dumps({"start": "a", "index": 1, "hosts": 3}).encode() + b"\n")
+    gone.sendall(hello(hosts=3))
     time.sleep(0.3)
     gone.close()
     meeting.come(2)
@@ -158,7 +158,8 @@ def test_strangers_and_other_starts_are_turned_away():
 
 
 def hello(**said: Any) -> bytes:
-    return json.dumps({"start": "a", "index": 1, "hosts": 2} | said).encode() + b"\n"
+    told = {"start": "a", "index": 1, "hosts": 2, "generation": 0, "since": 0, "member": "m"}
+    return json.dumps(told | said).encode() + b"\n"
 
 
 @pytest.mark.parametrize(
@@ -169,10 +170,12 @@ def hello(**said: Any) -> bytes:
         hello(index=-7),
         hello(index=0),
         hello(index=float("inf")),
+        hello(generation=10**9),
+        hello(generation=1, since=2),
         hello(start="b\n: done\x1b[2J"),
         b"x" * 10_000,
     ],
-    ids=["nested", "bytes", "negative", "zero", "infinite", "escapes", "long"],
+    ids=["nested", "bytes", "negative", "zero", "infinite", "far", "ahead", "escapes", "long"],
 )
 def test_nothing_that_a_stranger_says_ends_a_meeting(words):
     meeting = Meeting(2)
@@ -317,13 +320,14 @@ def failure(code: int, message: str = "", rank: int = 0, at: int = 0) -> Any:
 
 
 def test_a_host_ends_with_the_code_that_says_most():
-    code, said = explain({0: failure(76), 1: failure(2, "train: error: no such thing", 1), 2: failure(1)})
-    assert code == BAD_INPUT and said.endswith("not tried again: train: error: no such thing")
+    code, said, killed = explain({0: failure(76), 1: failure(2, "train: error: no such thing", 1), 2: failure(1)})
+    assert code == BAD_INPUT and not killed and said.endswith("not tried again: train: error: no such thing")
     assert explain({0: failure(76), 1: failure(1)})[0] == FAILED
     assert explain({0: failure(75), 1: failure(76)})[0] == PEER_LOST
     assert explain({0: failure(75)})[0] == INTERRUPTED
-    code, said = explain({0: failure(-9)})
-    assert code == FAILED and "SIGKILL: out of memory?" in said
+    code, said, killed = explain({0: failure(-9)})
+    assert code == FAILED and killed and "SIGKILL: out of memory?" in said
+    assert not explain({0: failure(-6)})[2]  # as NCCL ends a rank whose peer is gone
     assert explain({0: failure(76, at=1), 1: failure(-9, at=2)})[0] == FAILED  # its end made the other one end
     assert explain({0: failure(76, at=1), 1: failure(-9, at=36)})[0] == PEER_LOST  # it hung, and the launcher killed it
 
@@ -332,7 +336,8 @@ def test_a_host_ends_with_the_code_that_says_most():
     ("word", "expected"),
     [((76, False), FAILED), ((1, False), FAILED), ((76, True), PEER_LOST), ((None, False), PEER_LOST)],
 )
-def test_a_crash_counts_unless_a_host_vanished(word, expected):
+def test_a_crash_counts_unless_a_host_vanished(word, expected, monkeypatch):
+    monkeypatch.setattr("pipeline.cluster.exit_codes.SOON", 0.5)
     assert Ending(patience=0.0, alone=True).judge(1) == FAILED
     ending = Ending(patience=60)
     thread = threading.Thread(target=ending.note, args=(1, *word))
@@ -347,7 +352,7 @@ def test_ranks_that_do_not_end_when_a_host_was_lost_are_killed(monkeypatch):
     known = SimpleNamespace(Process=lambda: tree, NoSuchProcess=psutil.NoSuchProcess)
     monkeypatch.setattr("pipeline.cluster.exit_codes.psutil", known)
     ending = Ending(patience=0.0)
-    thread = threading.Thread(target=ending.note, args=(1, 76, False))
+    thread = threading.Thread(target=ending.note, args=(1, 1, False))
     thread.start()
     assert rank.wait(30) == -signal.SIGKILL
     assert ending.judge(1) == PEER_LOST and ending.judge(BAD_INPUT) == BAD_INPUT and ending.judge(0) == 0

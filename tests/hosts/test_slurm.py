@@ -43,7 +43,7 @@ def test_a_job_is_signalled_goes_on_and_ends(digits, tmp_path):
         assert slurm.state(job) == "COMPLETED 0:0"
     assert rounds() == 120
     said = (place / f"naign-{job}.log").read_text()
-    assert "ended with 75: queued again" in said and f"start 1 of job {job}" in said
+    assert "ended with 75: queued again" in said and f"start 1.0 of job {job}" in said
 
 
 def test_a_mistake_ends_the_job(digits, tmp_path):
@@ -56,11 +56,11 @@ def test_a_mistake_ends_the_job(digits, tmp_path):
     assert "no multiple of train.batch=33" in (place / f"naign-{job}-host0.log").read_text()
 
 
-def test_bad_input_of_one_host_ends_the_job_where_others_miss_it(tmp_path):
+def test_hosts_start_again_within_the_allocation_until_bad_input_of_one_ends_the_job(tmp_path):
     place = tmp_path / "submitted"
     (place / ".venv/bin").mkdir(parents=True)
     (place / ".venv/bin/activate").write_text(f"PATH={place}:$PATH\n")  # which the script looks for
-    (place / "naign").write_text("#!/bin/sh\nexit $((2 + 74 * SLURM_PROCID))\n")
+    (place / "naign").write_text("#!/bin/sh\nexit $((SLURM_PROCID ? 76 : SLURM_STEP_ID + 1))\n")  # a crash, then 2
     (place / "naign").chmod(0o755)
     with Slurm() as slurm:
         job = slurm.submit(place)
@@ -68,3 +68,4 @@ def test_bad_input_of_one_host_ends_the_job_where_others_miss_it(tmp_path):
         assert slurm.state(job) == "FAILED 2:0"
     said = (place / f"naign-{job}.log").read_text()
     assert "task 1: Exited with exit code 76" in said and said.endswith("ended with 2\n")
+    assert said.count("all hosts start again") == 1 and f"start 0.1 of job {job}" in said

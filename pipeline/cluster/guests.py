@@ -1,0 +1,165 @@
+"""Who comes to host 0 while the hosts of a job meet: what each says of itself, and who of them is taken in."""
+
+import contextlib
+import json
+import selectors
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Self, cast
+
+from pipeline.cluster.place import Place
+from pipeline.errors import InputError, PeerLost, printable
+
+SILENCE = 10.0  # seconds that a connection has for its greeting
+
+
+class Met(NamedTuple):
+    """Which meeting it was."""
+
+    generation: int
+    since: int  # see Place
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What a host says of itself to host 0."""
+
+    start: str
+    index: int
+    hosts: int
+    generation: int  # the last that it took part in; 0: it is new
+    since: int
+    member: str  # random: two hosts of one index differ in it
+
+    def line(self) -> bytes:
+        return json.dumps({name: getattr(self, name) for name in self.__slots__}).encode() + b"\n"
+
+    @classmethod
+    def read(cls, line: bytes) -> Self | None:
+        """None if that is no greeting."""
+        try:
+            said = json.loads(line)
+            index, hosts, generation, since = (int(said[name]) for name in ("index", "hosts", "generation", "since"))
+            sound = 0 <= since <= generation < 10**5
+            return cls(str(said["start"]), index, hosts, generation, since, str(said["member"])) if sound else None
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            return None
+
+
+class Guests:
+    """Whoever connects to host 0: hosts of this start, and strangers that are sent away."""
+
+    def __init__(self, place: Place, listener: socket.socket, say: Callable[[str], None]) -> None:
+        self.hosts: dict[int, tuple[socket.socket, Hello]] = {}
+        self._place, self._listener, self._say = place, listener, say
+        self._greetings: dict[socket.socket, tuple[bytes, float]] = {}  # incomplete, and when its sender connected
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ)
+
+    def close(self) -> None:
+        """Forget those whose greeting is not complete; the hosts stay connected."""
+        self._selector.close()
+        for peer in self._greetings:
+            peer.close()
+
+    def serve(self, seconds: float) -> None:
+        """Handle what arrives within so many seconds. Raises InputError where all hosts have to end, PeerLost where
+        this one has to."""
+        now = time.monotonic()
+        for peer in [peer for peer, (_, since) in self._greetings.items() if since + SILENCE < now]:
+            self._drop(peer)
+        for key, _ in self._selector.select(timeout=seconds):
+            if key.fileobj is self._listener:
+                self._accept()
+            elif (peer := cast(socket.socket, key.fileobj)).fileno() >= 0:  # not dropped since
+                self._read(peer)
+
+    def _accept(self) -> None:
+        try:
+            peer, _ = self._listener.accept()
+            peer.setblocking(False)
+            notice_death(peer)
+        except OSError:  # gone already, or too many
+            time.sleep(0.01)
+            return
+        self._greetings[peer] = b"", time.monotonic()
+        self._selector.register(peer, selectors.EVENT_READ)
+
+    def _read(self, peer: socket.socket) -> None:
+        data = b""
+        with contextlib.suppress(OSError):
+            data = peer.recv(4096)
+        before, since = self._greetings.get(peer, (b"", 0.0))
+        if not data or peer not in self._greetings or len(before) > 4096:
+            self._drop(peer)
+            return
+        self._greetings[peer] = before + data, since
+        line, complete, _ = (before + data).partition(b"\n")
+        if not complete:
+            return
+        hello = Hello.read(line)
+        index, refusal, end = judge(self._place, hello)
+        if refusal:
+            others = [other for other, _ in self.hosts.values()] if end else []
+            self._refuse(refusal, peer, *others, end=end)
+            if end:
+                raise InputError(refusal)
+        elif hello:
+            del self._greetings[peer]
+            self._take_in(peer, hello)
+
+    def _take_in(self, peer: socket.socket, hello: Hello) -> None:
+        """Add a host, choosing between it and another one with its index. PeerLost if this host missed a meeting."""
+        if 0 < self._place.generation < hello.generation:
+            missed = f"host {hello.index} comes from generation {hello.generation}, this host 0 from an older one"
+            raise PeerLost(f"{missed} ({self._place.generation}): another host 0 has its place")
+        index, newest = hello.index, max([self._place.generation, *(met.generation for _, met in self.hosts.values())])
+        before, known = self.hosts.get(index, (None, None))
+        if before and known and known.member != hello.member:
+            if 0 < hello.generation < newest:
+                was = f"of generation {hello.generation}, which came after generation {newest}"
+                self._refuse(f"a host {index} {was}, was turned away: another has its place", peer, leave=True)
+                return
+            self._refuse(f"host {index} came again, as another pod: the one before it has to leave", before, leave=True)
+        elif before:
+            self._drop(before)  # it has connected anew
+        self.hosts[index] = peer, hello
+
+    def _refuse(self, reason: str, *peers: socket.socket, **what: bool) -> None:
+        self._say(reason)
+        for peer in peers:
+            with contextlib.suppress(OSError):
+                peer.send(json.dumps({"no": reason, **what}).encode() + b"\n")
+        self._drop(peers[0])
+
+    def _drop(self, peer: socket.socket) -> None:
+        self._selector.unregister(peer)
+        self._greetings.pop(peer, None)
+        for index in [index for index, (found, _) in self.hosts.items() if found is peer]:
+            del self.hosts[index]
+        peer.close()
+
+
+def judge(place: Place, hello: Hello | None) -> tuple[int, str, bool]:
+    """Of a greeting: the host's index, why it is rejected or '', and whether all hosts must end for that reason."""
+    if hello is None:
+        return 0, "somebody who is no host of this job was turned away", False
+    index, hosts = hello.index, hello.hosts
+    if hello.start != place.start:
+        shown = printable(hello.start, 80) or "unnamed"
+        return index, f"a host {index} of another start of this job ({shown}) was turned away", False
+    if not 0 < index < max(hosts, place.hosts):
+        return index, f"somebody who calls itself host {index} was turned away", False
+    if hosts != place.hosts:
+        return index, f"host {index} counts {hosts} hosts, host 0 counts {place.hosts}: make NAIGN_HOSTS the same", True
+    return index, "", False
+
+
+def notice_death(connection: socket.socket) -> None:
+    """Let TCP keep-alive detect within some ten seconds that the other machine died."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -1,0 +1,100 @@
+"""The losses that a pod can suffer, and how long a Job takes to train again."""
+
+import contextlib
+import json
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from tests.hosts.cluster import Job, Pod, manifest
+
+KINDS = ("delete", "rank", "launcher", "node")
+"""The pod is deleted; SIGKILL for its rank, as when memory is out; SIGKILL for all of it; its node vanishes."""
+
+
+def prepared(hosts: int, *, rounds: int = 24, **train: Any) -> list[dict[str, Any]]:
+    """The manifest for so many pods, with a smaller budget."""
+    objects = manifest("job.yaml")
+    for item in objects:
+        if item["kind"] == "ConfigMap" and "run.yaml" in item["data"]:
+            config = yaml.safe_load(item["data"]["run.yaml"])
+            config["train"] |= {"images": rounds * 1024, "threads": 1, **train}
+            config["checkpoint"] = {"rounds": 5}
+            item["data"]["run.yaml"] = yaml.safe_dump(config)
+        if item["kind"] == "Job":
+            item["spec"] |= {"completions": hosts, "parallelism": hosts}
+            for variable in item["spec"]["template"]["spec"]["containers"][0]["env"]:
+                if variable["name"] == "NAIGN_HOSTS":
+                    variable["value"] = str(hosts)
+    return objects
+
+
+def reported(pod: Pod | None) -> list[dict[str, float]]:
+    """The rounds that host 0 has reported, by its own files."""
+    metrics = pod.log.parent / "volumes/run/digits/metrics.jsonl" if pod else Path("none")
+    found = []
+    for line in metrics.read_text().splitlines() if metrics.exists() else []:
+        with contextlib.suppress(ValueError):  # that is being written
+            found.append(json.loads(line))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """Seconds from a loss until ..."""
+
+    noticed: float
+    """all other hosts have ended their ranks"""
+    replaced: float
+    """the controller starts a new pod"""
+    met: float
+    """all hosts are there"""
+    trained: float
+    """the next round is reported"""
+
+
+def kill_rank(pod: Pod) -> None:
+    """SIGKILL for the pod's rank, if that runs."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(pod.process.pid).children(recursive=True):
+            if any(word.endswith("train.py") for word in process.cmdline()):
+                process.kill()
+
+
+def lose(job: Job, index: int, kind: str) -> None:
+    pod = job.pods[index]
+    job.cluster.tell(f"{kind}: {pod.name}")
+    if kind == "node":
+        job.take_node(index)
+    elif kind == "rank":
+        kill_rank(pod)
+    else:
+        pod.kill(signal.SIGTERM if kind == "delete" else signal.SIGKILL)
+
+
+def recover(job: Job, index: int, kind: str, within: float) -> Recovery:
+    """Lose a pod and wait until the Job trains again; AssertionError where another pod ends, or it takes too long."""
+    lost, others = job.pods[index], [pod for other, pod in job.pods.items() if other != index]
+    stayed = {pod.name: pod.said().count("this host stays") for pod in others}
+    met = 0 if index == 0 else job.pods[0].said().count("all hosts are here")
+    begun = time.monotonic()
+    seconds: list[float] = []
+
+    def reached(condition: Any) -> None:
+        job.until(condition, within + begun - time.monotonic())
+        seconds.append(time.monotonic() - begun)
+        assert all(pod.code is None for pod in others), [*job.cluster.events, *(pod.said() for pod in others)]
+
+    lose(job, index, kind)
+    reached(lambda: all(pod.said().count("this host stays") > stayed[pod.name] for pod in others))
+    reached(lambda: job.pods.get(index, lost) is not lost)
+    reached(lambda: job.pods[0].said().count("all hosts are here") > met)
+    now = time.time()
+    reached(lambda: any(line["time"] > now for line in reported(job.pods.get(0))))
+    job.cluster.tell(f"trains again: {[round(value, 1) for value in seconds]}")
+    return Recovery(*seconds)
