@@ -48,6 +48,7 @@ class Engine:
         ema: float = 0.0,  # decay a step of the average of the weights; 0: none is kept
         compile: bool = False,
         graphs: bool = False,  # compile, and replay as CUDA graphs on a GPU
+        shape: tuple[int, ...] = (),  # of a sample; (): DDP sums the first step of a process in other buckets
         ahead: bool | None = None,  # whether a step leaves its norm on the device; None: on a GPU
     ) -> None:
         """Collective. Raises InputError where the launcher's configuration contradicts these."""
@@ -73,6 +74,8 @@ class Engine:
             self.stage = int(accelerator.state.deepspeed_plugin.zero_stage)
         elif compile or graphs:
             bare.compile(mode="reduce-overhead" if graphs else None)
+        # Lets CUDA graphs overwrite what the network has returned up to now.
+        self._replay = torch.compiler.cudagraph_mark_step_begin if graphs else lambda: None
         self.network, self.optimizer = accelerator.prepare(bare, adam)
         self._adam: Any = self.network.optimizer if self.deepspeed else self.optimizer
         if self.deepspeed and hasattr(self._adam, "check_grad_overflow"):
@@ -86,7 +89,19 @@ class Engine:
         self._dtype = next(bare.parameters()).dtype
         self.sharded = self.stage == 3  # no rank has the whole network, so that every forward is collective
         name = f"DeepSpeed ZeRO-{self.stage}" if self.deepspeed else "DDP" if world > 1 else "one process"
+        if shape and name == "DDP":
+            self._settle_buckets(shape)
         self.described = f"{name}, {accelerator.mixed_precision.replace('no', 'float32')}"
+
+    def _settle_buckets(self, shape: tuple[int, ...]) -> None:
+        """Let DDP arrange its buckets before the first step, instead of after it.
+
+        From three ranks on, the bits of a sum depend on places in buckets: a resumed run would not repeat them.
+        """
+        self.network.eval()  # running statistics stay as they are
+        self.network(torch.zeros(1, *shape, device=self.accelerator.device)).float().sum().backward()
+        self.network.train()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """f(x) in float32, with gradient."""
@@ -143,11 +158,6 @@ class Engine:
         """Context of a micro-batch's forward and backward: ranks communicate only in the last one of a step."""
         self._replay()
         return nullcontext() if self.deepspeed else self.accelerator.accumulate(self.network)
-
-    def _replay(self) -> None:
-        """Let CUDA graphs overwrite what the network has returned up to now."""
-        if self._graphs:
-            torch.compiler.cudagraph_mark_step_begin()
 
     def step(self) -> float | Tensor:
         """Collective: clip, step, zero the gradients. Returns the gradient's norm before clipping, equal on all ranks.

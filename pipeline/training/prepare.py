@@ -92,7 +92,7 @@ def resume(run: Run, network: nn.Module) -> PartialRound | None:
             if run.law:
                 restore_law(checkpoint, run.law)
     with together(run.accelerator):
-        run.engine = build_engine(config, network, run.accelerator)
+        run.engine = build_engine(config, network, run.accelerator, run.stream.shape)
         if checkpoint:
             run.checkpointed = checkpoint.name
             run.position, partial = restore(checkpoint, run.engine, rank=rank, world=run.world, size=config.match.round)
@@ -208,14 +208,14 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
             raise InputError(f"{said}: leave it out, or use DDP")
 
 
-def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator) -> Engine:
-    """The engine that trains `bare`."""
+def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator, shape: tuple[int, ...] = ()) -> Engine:
+    """The engine that trains `bare` on samples of `shape`."""
     train = config.train
     if train.channels_last:
         bare.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     same = ("lr", "weight_decay", "clip", "batch", "accumulate", "ema", "compile", "graphs")
     settings = {name: getattr(train, name) for name in same}
-    return Engine(accelerator, bare, betas=(train.beta1, train.beta2), **settings)
+    return Engine(accelerator, bare, betas=(train.beta1, train.beta2), shape=shape, **settings)
 
 
 def build_law(config: Config, network: nn.Module, device: torch.device) -> LearnedLaw | None:

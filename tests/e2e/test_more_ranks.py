@@ -1,0 +1,29 @@
+"""Runs of three ranks: from there on the order in which ranks are added is seen in the bits of a sum."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import SMALL
+from tests.e2e.test_engines import engine, launch
+
+OPTIONS = [*SMALL, "--match.round=384", "--train.batch=48", "--train.images=1536"]
+"""Four rounds of eight steps."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cpu", "zero2"])
+def test_three_ranks_resume_bit_for_bit(name: str, digits: str, tmp_path: Path) -> None:
+    options = [f"--data.path={digits}", *OPTIONS, "--checkpoint.rounds=1", "--checkpoint.keep=0"]
+    done = launch(engine(name, tmp_path), tmp_path, "--run.path=whole", *options, ranks=3)
+    assert done.returncode == 0, done.stderr
+    first, *_, last = sorted((tmp_path / "whole/checkpoints").glob("step-*"))
+    shutil.copytree(first, tmp_path / "again/checkpoints" / first.name)
+    done = launch(engine(name, tmp_path), tmp_path, "--run.path=again", *options, ranks=3)
+    assert done.returncode == 0 and "resuming from" in done.stderr + done.stdout, done.stderr
+    expected = load_file(last / "model.safetensors")
+    for key, value in load_file(tmp_path / "again/checkpoints" / last.name / "model.safetensors").items():
+        assert torch.equal(value, expected[key]), key
