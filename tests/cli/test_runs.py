@@ -23,8 +23,6 @@ from pipeline.evaluate.curves import MOST, averaged, logarithmic_ticks, short, t
 from pipeline.evaluate.runs import find_runs
 from tests.conftest import SMALL, Program
 
-NOW = time.time()
-
 
 def a_run(
     folder: Path, seen: int, *, checkpoint: int | None = None, evaluated: float = 0.0, age: float = 60, **settings: Any
@@ -41,7 +39,7 @@ def a_run(
         for images in range(256, seen + 1, 256):
             line = {"images_seen": images, "loss/total": 900 / images, "loss/imle": float("nan"), "match/distance": 3.0}
             quality = {"quality/fd": 50.0 - images / 256, "quality/recall": 0.5} if images <= 512 else {}
-            file.write(json.dumps(line | quality | {"time": NOW - age}) + "\n")
+            file.write(json.dumps(line | quality | {"time": time.time() - age}) + "\n")
         file.write('{"images_seen": 99999, "cut')
     if checkpoint is not None:
         place = folder / f"checkpoints/step-{checkpoint // 32:08d}"
