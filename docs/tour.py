@@ -26,7 +26,7 @@ try:
     from pipeline.model.naign import NAIGN
     from pipeline.observe.pictures import grid, rows
 except ModuleNotFoundError as error:
-    sys.exit(f"This kernel has no NAIGN ({error}): run `%pip install naign` in a cell, then restart the kernel.")
+    sys.exit(f"This kernel has no NAIGN ({error}): run `%pip install -e .` in a checkout, then restart.")
 
 
 def naign(*options):

@@ -167,8 +167,11 @@ RENAMED = {"model.kind": "model.name"}
 """Keys of earlier versions and their present names; "" for settings that were removed."""
 
 
-def parse(arguments: Sequence[str]) -> Config:
-    """The configuration of a command line; InputError or exit code 2 on anything unknown or impossible."""
+def parse(arguments: Sequence[str], about: str | None = None) -> Config:
+    """The configuration of a command line; InputError or exit code 2 on anything unknown or impossible.
+
+    `about` stands at the top of --help.
+    """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", nargs="?", const="")
     for section in NAMED:
@@ -186,7 +189,7 @@ def parse(arguments: Sequence[str]) -> Config:
         section, _, key = word.partition("=")[0].removeprefix("--").replace("-", "_").partition(".")
         if section in NAMED and key not in flatten(getattr(base, section)):
             _refuse_former(section, key, getattr(base, section).name, "the command line")
-    config = tyro.cli(Config, args=rest, default=base, prog="naign train")
+    config = tyro.cli(Config, args=rest, default=base, prog="naign train", description=about)
     check(config)
     find_trackers(config.report.trackers)  # here, since a run is read where its trackers need not be installed
     return config

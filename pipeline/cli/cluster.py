@@ -2,14 +2,22 @@
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import make_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
 from pipeline.errors import InputError, Unavailable, exit_on_input_error, require
 from pipeline.progress import busy
+from pipeline.shipped import shipped
+
+ABOUT_TRAIN = """Train a network. Beside the settings below, it takes
+--config FILE: a YAML file, or the name of one in configs/, such as digits; settings beside it override it.
+--engine FILE: a configuration of Accelerate, or the name of one in launch/, such as zero2; default: DDP.
+--processes N: ranks on this machine; default: one a GPU, or one.
+`naign launch --help` lists the options for several machines, which it takes, too."""
 
 
 def train() -> None:
@@ -21,7 +29,7 @@ def train() -> None:
         from pipeline.config import parse
 
         with exit_on_input_error("naign train"):
-            parse(sys.argv[2:])
+            parse(sys.argv[2:], about=ABOUT_TRAIN)
     launch()
 
 
@@ -35,13 +43,18 @@ def launch() -> None:
     os._exit(code)  # a normal exit would restore the default signal handlers and join threads
 
 
-def launch_options() -> type:
-    """A class with the options that `naign launch` takes, those of the training among them, for shell completion."""
+def launch_options(command: Callable[[], None]) -> type:
+    """A class with the options of `train` or `launch`, settings of the training included, for shell completion."""
     from pipeline.cluster.launch import build_parser
     from pipeline.config import Config
 
-    own = [(name, type(value), value) for name, value in vars(build_parser().parse_args([])).items()]
-    return make_dataclass("Launch", own, bases=(Config,), kw_only=True, namespace={"__doc__": launch.__doc__})
+    own: list[Any] = [(name, type(value), value) for name, value in vars(build_parser().parse_args([])).items()]
+    named = {"config": "configs", "engine": "launch"}
+    own = [field for field in own if field[0] not in named]
+    for option, folder in named.items():
+        names = sorted(file.stem for file in shipped(folder).glob("*.yaml"))
+        own.append((option, Literal[tuple(names)], names[0]))
+    return make_dataclass("Launch", own, bases=(Config,), kw_only=True, namespace={"__doc__": command.__doc__})
 
 
 def render(

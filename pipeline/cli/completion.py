@@ -25,10 +25,11 @@ def completion(shell: Positional[Literal["bash", "zsh", "fish"]], /) -> None:
     Args:
         shell: Whose script to print.
     """
-    from pipeline.cli.cluster import launch_options
+    from pipeline.cli.cluster import launch, launch_options, train
     from pipeline.cli.main import COMMANDS
 
-    commands, script = COMMANDS | {"launch": launch_options()}, io.StringIO()
+    commands = COMMANDS | {command.__name__: launch_options(command) for command in (train, launch)}
+    script = io.StringIO()
     with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
         tyro.extras.subcommand_cli_from_dict(commands, prog="naign", args=["--tyro-print-completion", shell])
     lines = script.getvalue().replace(*FILES[shell]).splitlines()

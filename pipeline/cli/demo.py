@@ -51,7 +51,7 @@ def demo(
         try:
             from pipeline.cli.page import Player, serving
         except ModuleNotFoundError as error:
-            raise InputError(f"naign demo needs Gradio ({error}): pip install 'naign[demo]'") from None
+            raise InputError(f"naign demo needs Gradio ({error}): in a checkout, pip install -e '.[demo]'") from None
         with serving(Player(model, training), about=about, host=host, port=port, share=share) as page:
             print(f"page: {page.share_url or page.local_url} (Ctrl-C ends it)", flush=True)
             threading.Event().wait()

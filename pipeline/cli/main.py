@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import tyro
 
+from pipeline import __version__
 from pipeline.cli.cluster import fetch, launch, render, train
 from pipeline.cli.completion import completion
 from pipeline.cli.data import index, pack, verify
@@ -21,7 +22,7 @@ from pipeline.cli.model import evaluate, export, push, restore, sample, score
 from pipeline.cli.runs import compare, runs
 from pipeline.errors import InputError, Unavailable, exit_on_input_error
 
-ABOUT = "Non-adversarial idempotent generative networks: one network that generates and repairs."
+ABOUT = "Non-adversarial idempotent generative networks: one network that generates and repairs. --version: print it."
 COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__: command
     for command in (
@@ -35,6 +36,9 @@ def main() -> None:
     """Run the command of sys.argv. Exits with 2 on a user's mistake; see pipeline/errors.py."""
     if sys.argv[1:2] in (["train"], ["launch"]):  # these pass unknown options on to the training program
         (train if sys.argv[1] == "train" else launch)()
+    if sys.argv[1:] == ["--version"]:
+        print(f"naign {__version__}")
+        return
     with exit_on_input_error("naign"):
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot encode

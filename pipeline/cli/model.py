@@ -150,7 +150,8 @@ def restore(
     batches = [*repaired.split(sizes), *(damaged.split(sizes) if damage else ())]
     for place, samples in counted("writing", list(zip(outputs, batches, strict=True)), unit="file"):
         write_one(samples, place)
-    print(f"{len(names)} restored {'files of points' if points else 'images'}: {to}/")
+    also = f"; as they were damaged: {to / damage}/" if damage else ""
+    print(f"{len(names)} restored {'files of points' if points else 'images'}: {to}/{also}")
 
 
 def score(run: Model, files: Files, /, *, times: Times = 1, device: Device = "auto", json: Json = False) -> None:
@@ -195,7 +196,7 @@ def export(
         to: Folder to write.
         data: Packed data set whose codes the mixture is fitted to; default: the one it was trained on.
         format: safetensors, or f of a batch of any size as a program that needs no code of this project: torch for
-            torch.export.load, onnx (`pip install 'naign[onnx]'`), which is compared with f in onnxruntime.
+            torch.export.load, onnx (in a checkout: `pip install -e '.[onnx]'`), compared with f in onnxruntime.
     """
     from pipeline.model import programs
 
@@ -214,7 +215,7 @@ def export(
             file = to / "model.onnx"
             difference = programs.write_onnx(model.network, model.shape, file)
             checked = f"differs from f by at most {difference:.1g} in onnxruntime" if difference is not None else ""
-            checked = checked or "not checked: onnxruntime is not installed (pip install 'naign[onnx]')"
+            checked = checked or "not checked: onnxruntime is not installed (in a checkout: pip install -e '.[onnx]')"
     print(f"exported: {file}", *[checked] if checked else [], sep="\n")
 
 

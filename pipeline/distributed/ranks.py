@@ -139,7 +139,7 @@ def _check_deepspeed(on_cpu: bool) -> None:
     """Raise InputError where the launcher asks for DeepSpeed and it cannot work."""
     if missing := [name for name in ("deepspeed", "transformers") if importlib.util.find_spec(name) is None]:
         said = f"the launcher's configuration asks for DeepSpeed, but {' and '.join(missing)} is not installed"
-        raise InputError(f"{said}: pip install 'naign[deepspeed]'")
+        raise InputError(f"{said}: in a checkout, pip install -e '.[deepspeed]'")
     if not on_cpu:
         check_versions("deepspeed")
         return

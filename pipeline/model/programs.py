@@ -32,7 +32,7 @@ def write_onnx(network: nn.Module, shape: tuple[int, ...], file: Path) -> float 
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     size = sum(value.numel() * value.element_size() for value in network.state_dict().values())
     require(
-        (not missing, f"--format onnx needs {' and '.join(missing)}: pip install 'naign[onnx]'"),
+        (not missing, f"--format onnx needs {' and '.join(missing)}: in a checkout, pip install -e '.[onnx]'"),
         (size < MOST_BYTES, "an ONNX file holds at most 2 GiB, this network is larger: choose --format torch"),
     )
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass

@@ -69,7 +69,9 @@ def libraries(needs: Needs) -> Iterator[tuple[str, str]]:
         try:
             yield f"{name} {version(name)}", ""
         except PackageNotFoundError:
-            note, remedy = (" (optional)", "") if name in OPTIONAL else ("", "install NAIGN again: pip install naign")
+            note, remedy = (
+                (" (optional)", "") if name in OPTIONAL else ("", "install again: in a checkout, pip install -e .")
+            )
             yield f"{name} is not installed{note}", remedy
     for name in ("torch", "accelerate"):
         try:
@@ -90,7 +92,7 @@ def deepspeed(needs: Needs) -> Iterator[tuple[str, str]]:
         yield f"{names} load together", ""
     else:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        yield f"{names} do not load together ({last}): before a run needs them, pip install -U 'naign[deepspeed]'", ""
+        yield f"{names} do not load together ({last}): before a run needs them, pip install -U -e '.[deepspeed]'", ""
 
 
 def faiss_builds() -> list[str]:

@@ -202,7 +202,7 @@ def test_what_cannot_be_served_is_refused(page, save_untrained, tmp_path, monkey
         demo(points, port=0)
     for name in ("gradio", "pipeline.cli.page"):
         monkeypatch.setitem(sys.modules, name, None)  # as where it is not installed
-    with pytest.raises(InputError, match=r"needs Gradio .*: pip install 'naign\[demo\]'"):
+    with pytest.raises(InputError, match=r"needs Gradio .*: in a checkout, pip install -e '.\[demo\]'"):
         demo(page.run, port=0)
 
 

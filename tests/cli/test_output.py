@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipeline import progress
+from pipeline import __version__, progress
 from pipeline.cli import model as cli
 from pipeline.cli.completion import completion
 from pipeline.cli.main import COMMANDS, main
@@ -119,6 +119,12 @@ def test_doctor_prints_findings(command: Command, monkeypatch: pytest.MonkeyPatc
     assert code == 2 and json.loads(out)["ready"] is False and "this machine is not ready" in err
 
 
+def test_the_version_and_what_train_takes_beside_settings(command: Command) -> None:
+    assert command("--version") == (0, f"naign {__version__}\n", "")
+    code, out, _ = command("train", "--help")
+    assert code == 0 and all(option in out for option in ("--config FILE", "--engine FILE", "--processes N", "--seed"))
+
+
 TRY = """
 source "$1"; shift
 COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
@@ -141,6 +147,8 @@ def test_bash_completes_commands_and_options(tmp_path: Path, capsys: pytest.Capt
     assert complete("evaluate", "--sam") == ["--samples"]
     assert complete("evaluate", "runs/x", "--device", "c") == ["cpu", "cuda"]
     assert complete("launch", "--train.im") == ["--train.images"] and complete("launch", "--eng") == ["--engine"]
+    assert complete("train", "--train.im") == ["--train.images"] and complete("train", "--config", "dig") == ["digits"]
+    assert {"zero2", "cpu"} <= set(complete("train", "--engine", ""))
     assert all(word.startswith("-") for word in complete("evaluate", "-")) and complete("evaluate", "zz") == [""]
     assert (
         "-o default"

@@ -53,7 +53,7 @@ def test_onnx_is_f(tmp_path, capsys, name):
 def test_a_missing_package_is_named_and_nothing_is_written(tmp_path, monkeypatch, missing):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
-    with pytest.raises(InputError, match=rf"--format onnx needs {missing}: pip install 'naign\[onnx\]'"):
+    with pytest.raises(InputError, match=rf"--format onnx needs {missing}: in a checkout, pip install -e '.\[onnx\]'"):
         cli.export(save(tmp_path / "run", "mlp"), to=tmp_path / "to", format="onnx")
     assert not (tmp_path / "to").exists()
 
