@@ -25,8 +25,13 @@ MEANINGS = {
 }
 
 
+def program() -> str:
+    """The command as typed: `naign train` starts ranks in the same way."""
+    return "naign train" if sys.argv[1:2] == ["train"] else "naign launch"
+
+
 def say(text: str) -> None:
-    print(f"naign launch: {text}", file=sys.stderr, flush=True)
+    print(f"{program()}: {text}", file=sys.stderr, flush=True)
 
 
 def on_signals(handler: Callable[..., Any] | signal.Handlers, numbers: Sequence[int] = SIGNALS) -> None:

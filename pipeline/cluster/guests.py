@@ -7,9 +7,9 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
-from pipeline.cluster.place import Place
+from pipeline.cluster.place import MOST, Place
 from pipeline.errors import InputError, PeerLost, printable
 
 SILENCE = 10.0  # seconds that a connection has for its greeting
@@ -20,6 +20,14 @@ class Met(NamedTuple):
 
     generation: int
     since: int  # see Place
+
+    @classmethod
+    def read(cls, said: dict[str, Any], most: int = MOST) -> Self:
+        """Raises ValueError or KeyError for what cannot be."""
+        generation, since = _number(said, "generation", most), _number(said, "since", most)
+        if since > generation:
+            raise ValueError("a generation before its first")
+        return cls(generation, since)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +49,25 @@ class Hello:
         """None if that is no greeting."""
         try:
             said = json.loads(line)
-            index, hosts, generation, since = (int(said[name]) for name in ("index", "hosts", "generation", "since"))
-            sound = 0 <= since <= generation < 10**5
-            return cls(str(said["start"]), index, hosts, generation, since, str(said["member"])) if sound else None
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            index, hosts = _number(said, "index"), _number(said, "hosts")
+            met = Met.read(said, MOST - 1)  # this meeting is one more
+            return cls(str(said["start"]), index, hosts, *met, str(said["member"]))
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
 
 
 class Guests:
-    """Whoever connects to host 0: hosts of this start, and strangers that are sent away."""
+    """Whoever connects to host 0: hosts of this start, and strangers that are sent away.
 
-    def __init__(self, place: Place, listener: socket.socket, say: Callable[[str], None]) -> None:
+    Where `ending` says why all hosts end, every host learns it, and none is taken in.
+    """
+
+    def __init__(self, place: Place, listener: socket.socket, say: Callable[[str], None], ending: str = "") -> None:
         self.hosts: dict[int, tuple[socket.socket, Hello]] = {}
-        self._place, self._listener, self._say = place, listener, say
+        self.newest = place.generation  # of all that were taken in, those that had to leave again among them
+        self.informed: set[int] = set()  # hosts that know why all end
+        self._place, self._listener, self._say, self._ending = place, listener, say, ending
+        listener.setblocking(False)
         self._greetings: dict[socket.socket, tuple[bytes, float]] = {}  # incomplete, and when its sender connected
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
@@ -101,10 +115,13 @@ class Guests:
             return
         hello = Hello.read(line)
         index, refusal, end = judge(self._place, hello)
+        if self._ending and not refusal:
+            refusal, end = self._ending, True
         if refusal:
             others = [other for other, _ in self.hosts.values()] if end else []
             self._refuse(refusal, peer, *others, end=end)
-            if end:
+            self.informed |= {index} if end else set()
+            if end and not self._ending:
                 raise InputError(refusal)
         elif hello:
             del self._greetings[peer]
@@ -115,17 +132,17 @@ class Guests:
         if 0 < self._place.generation < hello.generation:
             missed = f"host {hello.index} comes from generation {hello.generation}, this host 0 from an older one"
             raise PeerLost(f"{missed} ({self._place.generation}): another host 0 has its place")
-        index, newest = hello.index, max([self._place.generation, *(met.generation for _, met in self.hosts.values())])
+        index = hello.index
         before, known = self.hosts.get(index, (None, None))
         if before and known and known.member != hello.member:
-            if 0 < hello.generation < newest:
-                was = f"of generation {hello.generation}, which came after generation {newest}"
+            if 0 < hello.generation < self.newest:
+                was = f"of generation {hello.generation}, which came after generation {self.newest}"
                 self._refuse(f"a host {index} {was}, was turned away: another has its place", peer, leave=True)
                 return
             self._refuse(f"host {index} came again, as another pod: the one before it has to leave", before, leave=True)
         elif before:
             self._drop(before)  # it has connected anew
-        self.hosts[index] = peer, hello
+        self.hosts[index], self.newest = (peer, hello), max(self.newest, hello.generation)
 
     def _refuse(self, reason: str, *peers: socket.socket, **what: bool) -> None:
         self._say(reason)
@@ -140,6 +157,13 @@ class Guests:
         for index in [index for index, (found, _) in self.hosts.items() if found is peer]:
             del self.hosts[index]
         peer.close()
+
+
+def _number(said: dict[str, Any], name: str, most: int = MOST) -> int:
+    """Raises ValueError where that is no integer from 0 to `most`."""
+    if type(value := said[name]) is not int or not 0 <= value <= most:
+        raise ValueError(f"{name} is out of bounds")
+    return value
 
 
 def judge(place: Place, hello: Hello | None) -> tuple[int, str, bool]:

@@ -30,7 +30,7 @@ import psutil
 import yaml
 
 from pipeline.cluster.again import check_progress, meet_again
-from pipeline.cluster.exit_codes import MEANINGS, SIGNALS, Ending, explain, on_signals, say, weight
+from pipeline.cluster.exit_codes import MEANINGS, SIGNALS, Ending, explain, on_signals, program, say, weight
 from pipeline.cluster.meeting import TELLING, Links, interface_of, listen, meet, turn_away
 from pipeline.cluster.place import Place, find_place, find_ports
 from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost, Unavailable, one_line
@@ -42,7 +42,7 @@ TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 def build_parser() -> argparse.ArgumentParser:
     """Of the options that are not the training's."""
     parser = argparse.ArgumentParser(
-        "naign launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        program(), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
     add("--engine", default="", help="a configuration of Accelerate: a file, or a name in launch/ as zero2; default: "

@@ -25,8 +25,8 @@ from typing import Any, cast
 
 import psutil
 
-from pipeline.cluster.guests import Guests, Hello, Met, judge, notice_death
-from pipeline.cluster.place import Place
+from pipeline.cluster.guests import Guests, Hello, Met, notice_death
+from pipeline.cluster.place import MOST, Place
 from pipeline.errors import InputError, PeerLost, printable
 
 EVERY = 10.0  # seconds between two messages about the missing hosts
@@ -48,6 +48,8 @@ def meet(
     """
     if place.hosts == 1:
         return Links("127.0.0.1", {}, Met(1, 1))
+    if place.generation >= MOST:
+        raise PeerLost(f"generation {place.generation} is the last that hosts can count to: start all again")
     waiting = _Waiting(within, say)
     if place.index:
         return _go_to_first(place, port, waiting)
@@ -72,17 +74,10 @@ def listen(place: Place, port: int) -> socket.socket | None:
 
 def turn_away(listener: socket.socket, place: Place, reason: str, within: float = TELLING) -> None:
     """Report to the other hosts why all end, as they connect: for `within` seconds, or until all have been informed."""
-    informed: set[int] = set()
     until = time.monotonic() + within
-    while len(informed) < place.hosts - 1 and (left := until - time.monotonic()) > 0:
-        listener.settimeout(left)
-        with contextlib.suppress(OSError):
-            peer, _ = listener.accept()
-            with peer:
-                peer.settimeout(1)
-                index, no, end = judge(place, Hello.read(peer.recv(4096).partition(b"\n")[0]))
-                peer.sendall(json.dumps({"no": no or reason[:400], "end": end or not no}).encode() + b"\n")
-                informed |= {index} if end or not no else set()
+    with contextlib.closing(Guests(place, listener, lambda _: None, ending=reason[:400])) as guests:
+        while len(guests.informed) < place.hosts - 1 and (left := until - time.monotonic()) > 0:
+            guests.serve(min(left, 1))
 
 
 class Links:
@@ -149,8 +144,9 @@ def _wait_for_others(place: Place, listener: socket.socket, waiting: _Waiting) -
             (place.generation, place.since),
             *((hello.generation, hello.since) for _, hello in guests.hosts.values()),
         ]
-        generation = 1 + max(past)[0]
-        met = Met(generation, max(past)[1] if all(number for number, _ in past) else generation)
+        generation, (last, since) = 1 + guests.newest, max(past)
+        same = last == guests.newest and all(number for number, _ in past)
+        met = Met(generation, since if same else generation)
         for peer in peers.values():
             with contextlib.suppress(OSError):  # who is gone now will be missed, and all meet again
                 peer.setblocking(True)
@@ -170,7 +166,7 @@ def _go_to_first(place: Place, port: int, waiting: _Waiting) -> Links:
                 connection.sendall(hello.line())
                 answer, rest = _answer(connection, lambda: waiting.check(awaited))
                 if answer.get("go"):
-                    met = Met(int(answer["generation"]), int(answer["since"]))
+                    met = Met.read(answer)
                     stack.pop_all()
                     return Links(str(connection.getpeername()[0]).removeprefix("::ffff:"), {0: connection}, met, rest)
             except socket.gaierror as error:

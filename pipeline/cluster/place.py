@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.errors import InputError
 
+MOST = 99_999  # of indices, hosts and generations: what `_number` reads back
 PORTS = (29400, 29500)  # default ports of host 0: where hosts wait for each other, and the rendezvous of the ranks
 
 

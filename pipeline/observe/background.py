@@ -56,7 +56,7 @@ class Background:
             for act in iter(self._queue.get, None):
                 act(tracker)
             tracker.close()
-        except (Exception, SystemExit) as error:  # whatever another library may raise
+        except BaseException as error:  # whatever another library may raise, as Rust's panics, which are no Exception
             self.failed = True
             why = f"{type(error).__name__}: {one_line(error)}"
             log.warning("tracker %s failed, and is left out from here on: %s", self.name, why)

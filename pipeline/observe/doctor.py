@@ -197,7 +197,8 @@ def remote(needs: Needs) -> Iterator[tuple[str, str]]:
 
 def trackers(needs: Needs) -> Iterator[tuple[str, str]]:
     """Raises InputError for a tracker that is not known, or whose package is not there."""
-    yield f"trackers: {', '.join(find_trackers(needs.trackers))}", ""
+    whose = "" if needs.run else " of the default configuration"
+    yield f"trackers{whose}: {', '.join(find_trackers(needs.trackers))}", ""
 
 
 OF_A_RUN: tuple[Check, ...] = (faiss, trackers, disk, remote)

@@ -69,6 +69,13 @@ def test_an_option_out_of_bounds_is_refused(option, said, handlers, capsys):
     assert caught.value.code == BAD_INPUT and said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["train", "launch"])
+def test_messages_begin_with_the_command_as_typed(command, handlers, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["naign", command])
+    assert launch.main(["--engine=zero9"]) == BAD_INPUT
+    assert capsys.readouterr().err.startswith(f"naign {command}: error: ")
+
+
 BUCKET = """
 import os, signal, sys, threading, time
 from pipeline.cli import main as cli

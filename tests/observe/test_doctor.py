@@ -11,6 +11,7 @@ def test_this_machine_is_described_and_ready():
     assert examine(lines.append) == []
     text = "\n".join(lines)
     assert "torch" in text and "FAISS: faiss-cpu" in text and "cores" in text and "disk here" in text
+    assert "trackers of the default configuration: jsonl, tensorboard" in text
 
 
 @pytest.mark.parametrize(

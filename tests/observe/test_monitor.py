@@ -17,7 +17,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from pipeline import registry
 from pipeline.errors import InputError
 from pipeline.observe import monitor
-from pipeline.observe.background import WAITING, trackers_hang
+from pipeline.observe.background import WAITING, Background, trackers_hang
 from pipeline.observe.doctor import preflight
 from pipeline.observe.monitor import Monitor
 from tests.conftest import ROOT
@@ -127,6 +127,18 @@ def test_a_tracker_of_another_package_that_fails_is_left_out(tmp_path, caplog, m
     report(tmp_path, "recorder")
     assert calls[-1][0] == method and caplog.text.count("tracker recorder failed") == 1
     assert "no network" in caplog.text and (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+
+
+def test_a_tracker_that_raises_no_exception_is_left_out(caplog):
+    class Panic(BaseException):
+        """As a library in Rust raises it."""
+
+    def build():
+        raise Panic("in Rust")
+
+    tracker = Background("rusty", build)
+    tracker.wait(time.monotonic() + 10)
+    assert tracker.failed and "tracker rusty failed, and is left out from here on: Panic: in Rust" in caplog.text
 
 
 @pytest.mark.parametrize("method", ["build", "scalars", "close"])
