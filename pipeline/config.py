@@ -6,9 +6,10 @@ The settings class of a section in NAMED depends on the name that is chosen.
 import argparse
 import dataclasses
 import difflib
-import reprlib
+import re
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import yaml
 
 from pipeline.constraints import AT_LEAST_0, FREE, MAY_CHANGE, NOT_EMPTY, POSITIVE, SHARE, between, check_fields, one_of
 from pipeline.data.dataset import DataConfig, check_config
-from pipeline.errors import InputError, printable, require
+from pipeline.errors import InputError, printable, require, shown
 from pipeline.match.matcher import MatchConfig
 from pipeline.model import losses, networks
 from pipeline.observe.speed import parse_rounds
@@ -263,8 +264,8 @@ def check(config: Config) -> None:
     check_config(config.data)
     flat, remote = flatten(config), config.run.remote.rstrip("/")
     for key, value in flat.items():
-        finite = not isinstance(value, (int, float)) or abs(value) < MOST
-        require((finite, f"{key} is {value}: it must be a finite number below {MOST:.1e}"))
+        if isinstance(value, (int, float)) and not abs(value) < MOST:
+            raise InputError(f"{key} is {shown(value)}: it must be a finite number below {MOST:.1e}")
     check_fields(config, "")
     for one in dataclasses.fields(config):
         if dataclasses.is_dataclass(section := getattr(config, one.name)):
@@ -296,6 +297,7 @@ def _build(kind: Any, content: Any, where: str, prefix: str, recorded: bool) -> 
     section = prefix.rstrip(".")
     if not isinstance(content, dict):
         raise InputError(f"{where}: '{section or 'the file'}' must hold keys and values")
+    require((all(isinstance(key, str) for key in content), f"{where}: a key of '{section or 'the file'}' is no text"))
     content = {
         (RENAMED.get(f"{prefix}{key}") or f"{prefix}{key}").removeprefix(prefix): content[key] for key in content
     }
@@ -310,7 +312,8 @@ def _build(kind: Any, content: Any, where: str, prefix: str, recorded: bool) -> 
             values[key] = _build(hints[key], {} if value is None else value, where, f"{prefix}{key}.", recorded)
         elif key in hints:
             if f"{prefix}{key}" in ("data.path", "report.trackers") and isinstance(value, list):
-                value = yaml.safe_dump(value, default_flow_style=True, width=MOST).strip()
+                with suppress(ValueError):  # a number with too many digits, which is refused below
+                    value = yaml.safe_dump(value, default_flow_style=True, width=MOST).strip()
             values[key] = _convert(hints[key], value, f"{where}: {prefix}{key}")
         elif not (recorded and (RENAMED.get(f"{prefix}{key}") == "" or section in NAMED and key in NAMED[section][2])):
             if RENAMED.get(f"{prefix}{key}") == "":
@@ -319,7 +322,8 @@ def _build(kind: Any, content: Any, where: str, prefix: str, recorded: bool) -> 
             known = [prefix + name for name in hints] if prefix else list(flatten(Config())) + list(hints)
             near = difflib.get_close_matches(f"{prefix}{key}", known, n=1, cutoff=0.4)
             meant = f"; did you mean '{near[0]}'?" if near else f"; known here: {', '.join(hints)}"
-            raise InputError(f"{where}: unknown key '{printable(f'{prefix}{key}')}'{meant}")
+            brief = key if re.fullmatch(r"[\w.]{1,40}", key) else f"{printable(key, 8)}..."  # may be a line of secrets
+            raise InputError(f"{where}: unknown key '{prefix}{brief}'{meant}")
     return kind(**values)
 
 
@@ -344,4 +348,4 @@ def _convert(target: Any, value: Any, where: str) -> Any:
             return str(value)
     except (TypeError, ValueError, OverflowError):
         pass
-    raise InputError(f"{where} is {reprlib.repr(value)}: it must be {target.__name__}")
+    raise InputError(f"{where} is {shown(value)}: it must be {target.__name__}")

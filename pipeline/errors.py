@@ -2,6 +2,7 @@
 
 import json
 import os
+import reprlib
 import signal
 import sys
 import time
@@ -66,6 +67,14 @@ def printable(text: str, most: int = 200) -> str:
 def one_line(error: BaseException, most: int = 300) -> str:
     """The text of another library's error on one line, at most its last `most` characters, for a message."""
     return printable(" ".join(str(error).split())[-most:], most)
+
+
+def shown(value: object) -> str:
+    """A value of a file for a message, shortened. Python refuses to write an integer of thousands of digits."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:
+        return "a number of too many digits"
 
 
 def require(*rules: tuple[object, str]) -> None:

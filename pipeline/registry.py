@@ -14,7 +14,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, printable
 
 Entry = TypeVar("Entry")
 
@@ -38,7 +38,8 @@ def lookup(
         there = known(builtin, group)
         near = difflib.get_close_matches(name, there, n=1)
         remedy = (remedies or {}).get(name) or (f"did you mean {near[0]}?" if near else "")
-        raise InputError(f"{setting} is '{name}': choose one of {', '.join(there)}" + (f"; {remedy}" if remedy else ""))
+        said = f"{setting} is '{printable(name)}': choose one of {', '.join(there)}"
+        raise InputError(said + (f"; {remedy}" if remedy else ""))
     package = found.dist.name if found.dist else found.module
     said = f"{setting} is '{name}', which the package {package} brings as {found.value}, but"
     try:

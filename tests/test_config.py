@@ -68,6 +68,20 @@ def test_a_wrong_file_is_refused(tmp_path, text, message):
         load(str(tmp_path / "a.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: %s", "seed is a number of too many digits"),
+        ("data: {path: [%s]}", "data.path is a number of too many digits: it must be str"),
+        ("train: {? %s : 1}", "a key of 'train' is no text"),
+    ],
+)
+def test_a_number_of_too_many_digits_is_refused(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text % f"0x{'f' * 5000}")
+    with pytest.raises(InputError, match=message):
+        load(str(tmp_path / "a.yaml"))
+
+
 @pytest.mark.parametrize("name", ["nowhere.yaml", "digitz", "configs/digits", "../configs/digits", ""])
 def test_a_missing_file_is_refused_with_the_names_there_are(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -83,7 +97,10 @@ def test_a_configuration_has_a_name_unless_a_file_is_called_that(tmp_path, monke
     assert load("mnist") == Config(seed=3)
 
 
-@pytest.mark.parametrize("text", ["[default]\naws_secret_access_key = top-secret\n", "top-secret", "- top-secret: {"])
+@pytest.mark.parametrize(
+    "text",
+    ["[default]\naws_secret_access_key = top-secret\n", "top-secret", "- top-secret: {", "root:$6$top-secret:1: x"],
+)
 def test_what_is_no_configuration_is_not_shown(tmp_path, text):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(InputError) as error:

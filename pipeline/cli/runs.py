@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from pipeline.cli.output import Json, print_json, print_table
-from pipeline.errors import InputError, require
+from pipeline.errors import InputError, printable, require
 from pipeline.progress import busy
 
 if TYPE_CHECKING:
     from pipeline.evaluate.runs import Run
 
+LONGEST = 4096  # characters of a path
 HEADER = ("run", "state", "images", "of", "x floor", "recall", "FD", "measured", "size", "age")
 
 
@@ -53,7 +54,7 @@ def runs(
         return
     print_table(HEADER, [_row(run) for run in found])
     for path, problem in others.items():
-        print(f"{path}: {problem}")
+        print(f"{printable(path, LONGEST)}: {problem}")
 
 
 def compare(folders: Positional[tuple[Path, ...]], /, *, to: Path = Path("compare.html")) -> None:
@@ -68,20 +69,23 @@ def compare(folders: Positional[tuple[Path, ...]], /, *, to: Path = Path("compar
 
     for folder in folders:
         _check_local(folder)
+    named = printable(str(to), LONGEST)
     require(
-        (to.suffix == ".html", f"--to {to}: give a file that ends in .html"),
-        (not to.is_dir(), f"--to {to} is a folder: give a file that ends in .html"),
+        (to.suffix == ".html", f"--to {named}: give a file that ends in .html"),
+        (not to.is_dir(), f"--to {named} is a folder: give a file that ends in .html"),
     )
     with busy("reading runs"):
         page = render_comparison(folders)
     to.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(to, page)
-    print(f"{len(folders)} runs: {to}")
+    write_atomically(to, page.encode(errors="backslashreplace"))  # names may be no UTF-8
+    print(f"{len(folders)} runs: {named}")
 
 
 def _check_local(folder: Path) -> None:
     if ":/" in str(folder):  # a Path has lost the second slash
-        raise InputError(f"{folder} is in a bucket: copy what it reports with `naign fetch`, and give that folder")
+        raise InputError(
+            f"{printable(str(folder))} is in a bucket: copy what it reports with `naign fetch`, and give that folder"
+        )
 
 
 def _row(run: "Run") -> tuple[str, ...]:
@@ -89,7 +93,7 @@ def _row(run: "Run") -> tuple[str, ...]:
     stale = run.measured and run.measured_at and run.measured_at != run.images_seen
     measured = f"{run.measured or '–'}{f' at {run.measured_at:,}' if stale else ''}"
     return (
-        *(run.name, run.state, f"{run.images_seen:,}", f"{run.images:,}", *digits, measured),
+        *(printable(run.name, LONGEST), run.state, f"{run.images_seen:,}", f"{run.images:,}", *digits, measured),
         *(_size(run.bytes), _age(run.age_seconds)),
     )
 
@@ -99,6 +103,8 @@ def _size(count: int) -> str:
 
 
 def _age(seconds: float) -> str:
+    if not seconds < 1e10:  # three centuries: no time that a run reported
+        return "–"
     for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"

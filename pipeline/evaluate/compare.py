@@ -1,6 +1,8 @@
 """Several runs on one page: curves, settings that differ, evaluations, samples side by side. See compare.html.jinja."""
 
 import io
+import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +12,11 @@ from typing import Any, NamedTuple
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from pipeline.errors import InputError, require
+from pipeline.errors import InputError, printable, require
 from pipeline.evaluate import curves
 from pipeline.evaluate.curves import Chart, Point, draw_chart
 from pipeline.evaluate.report import DAMAGE, pages
-from pipeline.evaluate.runs import flat, number, parse_line, pick, read_json, read_run, read_settings, whole
+from pipeline.evaluate.runs import flat, number, parse_line, pick, read_json, read_run, read_settings, regular, whole
 
 MOST = 16  # runs of a page
 PICTURE = 32 << 20  # bytes of a picture that is embedded, at most
@@ -79,7 +81,7 @@ def render_comparison(folders: Sequence[Path]) -> str:
     twice = [str(folder) for folder, count in Counter(resolved).items() if count > 1]
     require(
         (2 <= len(folders) <= MOST, f"{len(folders)} runs given: compare 2 to {MOST}"),
-        (not twice, f"{''.join(twice[:1])} is given twice: leave it out once"),
+        (not twice, f"{printable(''.join(twice[:1]))} is given twice: leave it out once"),
     )
     names = Counter(folder.name for folder in resolved)
     labels = [
@@ -98,16 +100,18 @@ def render_comparison(folders: Sequence[Path]) -> str:
 
 
 def _read(folder: Path, label: str, turn: int) -> Side:
-    metrics = read_json(folder / "evaluation/metrics.json")
+    metrics, named = read_json(folder / "evaluation/metrics.json"), printable(str(folder))
     try:
         run = read_run(folder, label)
         state, seen, settings = run.state, run.images_seen, read_settings(folder)
     except InputError as error:
         if not metrics:
-            raise InputError(f"'{folder}' cannot be compared: {error}") from None
+            model = os.path.exists(folder / "model.safetensors")
+            remedy = f": run `naign evaluate {named}` first" if model else ""
+            raise InputError(f"'{named}' cannot be compared: {error}{remedy}") from None
         state, seen, settings = "model", whole(metrics.get("images_seen")), _recorded(folder / "model.safetensors")
     except OSError as error:
-        raise InputError(f"'{folder}' cannot be compared: {error.strerror}") from None
+        raise InputError(f"'{named}' cannot be compared: {error.strerror}") from None
     colour, dash = COLOURS[turn % len(COLOURS)], "6 3" if turn >= len(COLOURS) else "none"
     return Side(
         label=label,
@@ -126,19 +130,18 @@ def _read(folder: Path, label: str, turn: int) -> Side:
 def _recorded(file: Path) -> dict[str, Any]:
     """The settings in the header of an exported model; {} where it has none."""
     try:
-        with safe_open(file, framework="numpy") as opened:
-            header = parse_line((opened.metadata() or {}).get("naign", ""))
-    except (SafetensorError, OSError):
+        with safe_open(regular(file), framework="numpy") as opened:
+            config = parse_line((opened.metadata() or {}).get("naign", "")).get("config")
+        return flat(config.items()) if isinstance(config, dict) else {}
+    except (SafetensorError, OSError, RecursionError):
         return {}
-    config = header.get("config")
-    return flat(config.items()) if isinstance(config, dict) else {}
 
 
 def read_series(file: Path) -> dict[str, list[Point]]:
     """The curves of metrics.jsonl that the page shows, of finite values; {} without it."""
     found: dict[str, list[Point]] = {}
     try:
-        with file.open("rb") as lines:
+        with regular(file).open("rb") as lines:
             for entry in map(parse_line, lines):
                 seen = number(entry.get("images_seen"))
                 for name, value in entry.items():
@@ -167,9 +170,16 @@ def draw_charts(sides: Sequence[Side]) -> list[Chart]:
 def settings_that_differ(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
     """Key and the value of each run, "–" where it has none; of runs without any settings none is counted."""
     keys = dict.fromkeys(key for side in sides for key in side.settings if key not in OWN)
-    rows = [(key, [str(side.settings.get(key, "–")) if side.settings else "–" for side in sides]) for key in keys]
+    rows = [
+        (key, [_masked(str(side.settings.get(key, "–"))) if side.settings else "–" for side in sides]) for key in keys
+    ]
     known = [turn for turn, side in enumerate(sides) if side.settings]
     return [(key, values) for key, values in rows if len({values[turn] for turn in known}) > 1]
+
+
+def _masked(value: str) -> str:
+    """Without the user and password of addresses: the page may be passed on."""
+    return re.sub(r"://[^\s/]*@", "://...@", value)
 
 
 def _unlike(sides: Sequence[Side], path: str) -> bool:
@@ -183,7 +193,7 @@ def _picture(folder: Path) -> bytes | None:
         *sorted(folder.glob("samples/samples-[0-9]*.png"), reverse=True)[:1],
     ):
         try:
-            if file.stat().st_size <= PICTURE:
+            if regular(file).stat().st_size <= PICTURE:
                 content = file.read_bytes()
                 with Image.open(io.BytesIO(content), formats=["PNG"]) as opened:
                     opened.verify()

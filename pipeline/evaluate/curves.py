@@ -79,7 +79,9 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     if high <= low:
         return [low]
     raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
+    power = 10.0 ** math.floor(math.log10(raw)) if raw else 0.0
+    if not power:  # bounds so close that it underflows
+        return [low]
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [number * step for number in range(first, first + 4 * count) if number * step <= high + 1e-9 * step]

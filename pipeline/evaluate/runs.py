@@ -1,5 +1,6 @@
 """Run folders as they lie on a disk: state, images seen, quality, size, age. Their files are untrusted; no torch."""
 
+import errno
 import json
 import math
 import os
@@ -13,12 +14,13 @@ from typing import Any
 import yaml
 
 from pipeline.checkpoint.manifest import MANIFEST, by_step
-from pipeline.errors import InputError, printable
+from pipeline.errors import InputError, printable, require
 
 MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
 """A folder with one of them is a run."""
 
-SETTINGS = 10_000  # of a configuration, at most
+SETTINGS = 10_000  # of a configuration, at most, sections counted
+LARGEST = 2**62  # count of images
 DEPTH = 3  # folders below the given one that are searched for runs
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError)
 """What parsing a file raises that this program did not write."""
@@ -55,6 +57,8 @@ def find_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
             runs.append(read_run(place, str(place.relative_to(folder)) if place != folder else folder.resolve().name))
         except (InputError, OSError) as error:
             others[str(place)] = printable(str(error))
+        except (*MALFORMED, OverflowError) as error:  # a foreign folder may hold anything
+            others[str(place)] = f"it cannot be read ({type(error).__name__})"
     return runs, others
 
 
@@ -64,13 +68,14 @@ def _places(folder: Path, depth: int) -> Iterator[Path]:
         yield folder
         return
     try:
-        inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        inside = sorted(path for path in folder.iterdir() if os.path.isdir(path) and not path.name.startswith("."))
     except OSError:
         inside = []
-    if not inside or (folder / "model.safetensors").exists():
+    model = os.path.exists(folder / "model.safetensors")
+    if not inside or model:
         yield folder
-    for path in inside if not (folder / "model.safetensors").exists() else ():
-        yield from [path] if path.is_symlink() else _places(path, depth - 1)
+    for path in inside if not model else ():
+        yield from [path] if os.path.islink(path) else _places(path, depth - 1)
 
 
 def _is_run(folder: Path) -> bool:
@@ -80,12 +85,14 @@ def _is_run(folder: Path) -> bool:
 def read_run(folder: Path, name: str) -> Run:
     """Raises InputError, saying what the folder is instead, where it is no run."""
     if not _is_run(folder):
-        model = (folder / "model.safetensors").exists()
+        require((os.access(folder, os.R_OK | os.X_OK), "it cannot be read: check its owner and mode"))
+        model = os.path.exists(folder / "model.safetensors")
         raise InputError("no run, but an exported model" if model else "no run in it")
     settings = read_settings(folder)
     try:
         batch = int(settings["match.round"]) * int(settings["train.passes"])
         images = -(-int(settings["train.images"]) // batch) * batch
+        require((0 < batch < LARGEST and 0 <= images < LARGEST, "no such run can be"))
     except (*MALFORMED, ZeroDivisionError, OverflowError):
         raise InputError("config.yaml does not say how many images the run is for") from None
     last, measured = _last_lines(folder / "metrics.jsonl")
@@ -108,7 +115,7 @@ def read_run(folder: Path, name: str) -> Run:
 def read_settings(folder: Path) -> dict[str, Any]:
     """{'section.key': value} of config.yaml. Raises InputError where it is missing or malformed."""
     try:
-        content = yaml.safe_load((folder / "config.yaml").read_bytes())
+        content = yaml.safe_load(regular(folder / "config.yaml").read_bytes())
         return flat(content.items())
     except FileNotFoundError:
         raise InputError("no config.yaml") from None
@@ -118,15 +125,25 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def flat(items: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
     """Nested sections as {'section.key': value}, at most SETTINGS of them: aliases can make a small YAML file huge."""
-    return dict(islice(_leaves(items, ""), SETTINGS))
+    return {key: value for key, value in islice(_nodes(items, ""), SETTINGS) if not isinstance(value, dict)}
 
 
-def _leaves(items: Iterable[tuple[Any, Any]], prefix: str) -> Iterator[tuple[str, Any]]:
+def _nodes(items: Iterable[tuple[Any, Any]], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Settings, and the sections they are in: aliases can repeat empty ones without end."""
     for key, value in items:
         if isinstance(value, dict):
-            yield from _leaves(value.items(), f"{prefix}{key}.")
+            yield f"{prefix}{key}", value
+            yield from _nodes(value.items(), f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value if isinstance(value, str | int | float | None) else "..."
+            shown = isinstance(value, str | float | None) or isinstance(value, int) and abs(value) <= 2**63
+            yield f"{prefix}{key}", value if shown else "..."
+
+
+def regular(file: Path) -> Path:
+    """The file itself. Raises OSError for what is there but no file, such as a pipe, which would be waited for."""
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise OSError(errno.EINVAL, "no regular file", str(file))
+    return file
 
 
 def parse_line(line: bytes | str) -> dict[str, Any]:
@@ -141,7 +158,7 @@ def parse_line(line: bytes | str) -> dict[str, Any]:
 def read_json(file: Path) -> dict[str, Any]:
     """An object of a JSON file; {} where it is missing or none."""
     try:
-        return parse_line(file.read_bytes())
+        return parse_line(regular(file).read_bytes())
     except OSError:
         return {}
 
@@ -154,7 +171,7 @@ def number(value: Any) -> float | None:
 
 def whole(value: Any) -> int:
     """A count; 0 for what is none."""
-    return value if isinstance(value, int) and 0 <= value < 2**62 else 0
+    return value if type(value) is int and 0 <= value < LARGEST else 0
 
 
 def pick(content: Mapping[str, Any], path: str) -> Any:
@@ -170,7 +187,7 @@ def _last_lines(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     last: dict[str, Any] = {}
     measured, before, newest = b"", b"", b""
     try:
-        with file.open("rb") as lines:
+        with regular(file).open("rb") as lines:
             for line in lines:
                 before, newest = newest, line
                 measured = line if b'"quality/fd"' in line else measured
@@ -183,7 +200,7 @@ def _last_lines(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _newest_trainer(folder: Path) -> dict[str, Any] | None:
     """trainer.json of the newest complete checkpoint; None without checkpoints/."""
     place = folder / "checkpoints"
-    if not place.is_dir():
+    if not os.path.isdir(place):
         return None
     names = by_step(path.name for path in place.iterdir() if (path / MANIFEST).is_file())
     return read_json(place / names[0] / "trainer.json") if names else {}
@@ -199,7 +216,7 @@ def _state(folder: Path, settings: Mapping[str, Any], checkpoint: dict[str, Any]
         return "done"
     if 0 < patience * every <= waited < rounds:
         return "done"  # stopped by quality.patience
-    return "unknown" if checkpoint is None and not (folder / ".lock").exists() else "stopped"
+    return "unknown" if checkpoint is None and not os.path.exists(folder / ".lock") else "stopped"
 
 
 def _in_use(lock: Path) -> bool:
@@ -207,7 +224,7 @@ def _in_use(lock: Path) -> bool:
     import fcntl
 
     try:
-        with lock.open("rb") as file:
+        with regular(lock).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -1,6 +1,7 @@
 """`naign runs` and `naign compare` on folders as training, evaluation, kills and strangers leave them."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -102,6 +103,13 @@ def test_folders_that_are_no_runs_take_a_line_each(tmp_path: Path, capsys: pytes
         + b"z: {"
         + b", ".join(b"k%d: *h" % n for n in range(2000))
         + b"}",
+        "hollow": b"a: &a {}\n"
+        + b"".join(
+            b"%c: &%c {%s}\n" % (n, n, b", ".join(b"%d: *%c" % (k, n - 1) for k in range(9))) for n in b"bcdefghijkl"
+        ),
+        "long": b"train: {images: 0x%s, passes: 1}\nmatch: {round: 10}" % (b"f" * 5000),
+        "large": b"train: {images: 1.0e+300, passes: 1}\nmatch: {round: 10}",
+        "escape\033[2J": b"",
     }
     for name, content in broken.items():
         (tmp_path / name).mkdir()
@@ -114,6 +122,7 @@ def test_folders_that_are_no_runs_take_a_line_each(tmp_path: Path, capsys: pytes
     out = capsys.readouterr().out.splitlines()
     assert out[1].startswith("sound") and len(out) == 2 + len(broken) + 3
     said = dict(line.removeprefix(f"{tmp_path}/").split(": ", 1) for line in out[2:])
+    broken["escape?[2J"] = broken.pop("escape\033[2J")
     assert said.keys() == {*broken, "photos/deep", "model", "loop"} and "exported model" in said["model"]
     with pytest.raises(InputError, match="no folder"):
         runs(tmp_path / "nowhere")
@@ -139,6 +148,54 @@ def test_files_of_a_run_may_hold_anything(tmp_path: Path) -> None:
         ((run,), others) = find_runs(folder)
         assert run.measured is None and run.fd is None and not others
         render_comparison([folder, a_run(tmp_path / f"other{hostile.index(text)}", 256)])
+
+
+def test_pipes_and_closed_folders_are_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {"a": "config.yaml", "b": "metrics.jsonl", "c": "evaluation/samples.png", "d": "evaluation/metrics.json"}
+    for folder, name in names.items():
+        file = a_run(tmp_path / folder, 512, evaluated=2.0) / name
+        file.unlink()
+        os.mkfifo(file)
+    (tmp_path / "closed").mkdir(mode=0)
+    runs(tmp_path)
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 6 and any("no regular file" in line for line in out) and "closed: " in out[5]
+    render_comparison([tmp_path / "b", tmp_path / "c", tmp_path / "d"])
+
+
+def test_ages_and_counts_that_no_run_has_are_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a_run(tmp_path / "run", 256)
+    (tmp_path / "run/metrics.jsonl").write_text('{"images_seen": true, "time": -1e200}\n')
+    runs(tmp_path)
+    assert re.match(r"run +unknown +0 +1,024 .* –$", capsys.readouterr().out.splitlines()[1])
+
+
+def test_a_page_of_strange_names_and_values_is_written(tmp_path: Path) -> None:
+    one, other = (a_run(tmp_path / name, 512, data__index=f"s3://me:p@{name}@host/x") for name in ("o\udcffne", "two"))
+    with (other / "metrics.jsonl").open("w") as file:
+        for seen, value in enumerate((0, 5e-324)):
+            file.write(json.dumps({"images_seen": seen, "quality/\ud800": value, "loss/total": value}) + "\n")
+    compare((one, other), to=tmp_path / "x.html")
+    text = (tmp_path / "x.html").read_text()
+    assert (
+        "quality/\\ud800" in text
+        and "o\\udcffne" in text
+        and "<td>s3://...@host/x</td>" not in text
+        and "://me" not in text
+    )
+
+
+def test_what_was_not_evaluated_or_alike_is_said(tmp_path: Path) -> None:
+    one, other = (a_run(tmp_path / name, 512, evaluated=1.5) for name in ("one", "other"))
+    metrics = json.loads((one / "evaluation/metrics.json").read_text())
+    (one / "evaluation/metrics.json").write_text(json.dumps({**metrics, "dataset": "x", "counts": {"test": 3}}))
+    text = render_comparison([one, other, a_run(tmp_path / "third", 512)])
+    assert "Not the same for all: data set, test examples; distances do not compare." in text
+    assert text.count("was not evaluated") == 1 and "third was not evaluated: run <code>naign evaluate" in text
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model.safetensors").touch()
+    with pytest.raises(InputError, match=r"exported model: run `naign evaluate .*/model` first"):
+        render_comparison([one, tmp_path / "model"])
 
 
 class Page(HTMLParser):
@@ -197,6 +254,7 @@ def test_what_cannot_be_compared_is_named(tmp_path: Path, monkeypatch: Any, caps
 
 def test_curves_are_scaled_and_brought_to_few_points() -> None:
     assert ticks(0, 700_000) == [0, 200_000, 400_000, 600_000] and ticks(3, 3) == [3]
+    assert ticks(0, 5e-324) == ticks(0, 2e-323) == [0]
     assert ticks(-1e-5, 1e-5) == pytest.approx([-1e-5, -5e-6, 0, 5e-6, 1e-5])
     assert logarithmic_ticks(0.03, 2) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2])
     assert all(0 < len(logarithmic_ticks(10**-low, 1e3)) < 12 for low in range(2, 300, 7))

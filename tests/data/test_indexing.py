@@ -1,5 +1,6 @@
 """Indexing tars in buckets that may only be read, and going on after a kill."""
 
+import base64
 import io
 import json
 import signal
@@ -108,14 +109,46 @@ def test_what_was_kept_of_another_tar_or_with_other_settings_is_not_used(tmp_pat
     settings = indexing.Survey()
     found = read_shard(store, TARS[0], settings)
     kept = found.dump(store.version(TARS[0]))
-    again = Found.parse(kept, store.version(TARS[0]), settings)
+    again = Found.parse(kept, TARS[0], store.version(TARS[0]), settings)
     assert again is not None and again.shard == found.shard and (again.table == found.table).all()
     assert again.survey == found.survey and (again.keys == found.keys).all()
     write(str(tmp_path), TARS[:1], each=1)
-    assert Found.parse(kept, store.version(TARS[0]), settings) is None
-    assert Found.parse(kept, "", indexing.Survey(check=1)) is None
+    assert Found.parse(kept, TARS[0], store.version(TARS[0]), settings) is None
+    assert Found.parse(kept, TARS[0], "", indexing.Survey(check=1)) is None
     for damaged in (b"", b"[]", b"{}", kept[:-20], kept.replace(b"samples", b"simples")):
-        assert Found.parse(damaged, "", settings) is None
+        assert Found.parse(damaged, TARS[0], "", settings) is None
+
+
+def test_what_was_kept_and_then_changed_is_not_used(tmp_path: Path) -> None:
+    write(str(tmp_path), TARS[:1], cls=lambda n: b"%d" % n)
+    made = read_shard(open_store(str(tmp_path)), TARS[0], indexing.Survey(), whole=True)
+    record = json.loads(made.dump("1"))
+
+    def parse(content: bytes) -> Found | None:
+        return Found.parse(content, TARS[0], "1", indexing.Survey())
+
+    assert parse(json.dumps(record).encode()) and Found.parse(made.dump("1"), TARS[1], "1", indexing.Survey()) is None
+    wrong: dict[str, Any] = {"name": "x.tar", "sha256": "0", "pages": "../x", "samples": "3", "bytes": 3.0}
+    wrong["keys"] = base64.b64encode(made.keys[::-1].tobytes()).decode()
+    for name, value in wrong.items():
+        assert parse(json.dumps({**record, name: value}).encode()) is None, name
+    within: dict[str, tuple[Any, ...]] = {
+        **{
+            "kind": ("video", [], 0, ""),
+            "shape": ("abc", [1, 2], [1, 2.5, 2], [-1, 4, 4]),
+            "labelled": (1, "yes", False),
+        },
+        **{
+            "classes": (-1, 1.5, True, 10**9),
+            "texts": ("abc", [1], [[]]),
+            "broken": ({}, [5]),
+            "keep_broken": (None, 1),
+        },
+    }
+    for name, values in within.items():
+        for value in values:
+            assert parse(json.dumps({**record, "survey": {**record["survey"], name: value}}).encode()) is None, name
+    assert parse(b"[" * 100_000) is None
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from pipeline.data.format.audit import ending, scan
 from pipeline.data.format.pages import Pager, Table, dump_table, parse_table
-from pipeline.data.format.shards import Shard
+from pipeline.data.format.shards import Shard, problems
 from pipeline.data.format.survey import Survey
 from pipeline.errors import InputError
 from pipeline.storage.base import Store
@@ -40,19 +40,22 @@ class Found:
         return json.dumps(record, default=sorted).encode()  # sets, as lists
 
     @classmethod
-    def parse(cls, data: bytes, version: str, settings: Survey) -> "Found | None":
-        """What was kept, if it is of that version of the tar, was found with these settings and is whole."""
+    def parse(cls, data: bytes, file: str, version: str, settings: Survey) -> "Found | None":
+        """What was kept, if it is of that version of the tar `file`, was found with these settings and is whole."""
         try:
             kept = json.loads(data)
             table, keys = (base64.b64decode(kept.pop(name), validate=True) for name in ("table", "keys"))
             survey, there = Survey.parse(kept.pop("survey")), kept.pop("version")
             shard = Shard(**kept)
+            if shard.name != file or any(problems([shard])):
+                return None
             found = parse_table(table, samples=shard.samples, size=shard.bytes)
             hashes = np.frombuffer(keys, "<u8")
-            if there != version or not survey.holds(settings) or len(hashes) != shard.samples:
+            whole = len(hashes) == shard.samples and bool((hashes[1:] >= hashes[:-1]).all())
+            if there != version or not survey.holds(settings) or not whole:
                 return None
             return cls(shard=shard, table=found, survey=survey, keys=hashes, problems=[])
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             return None
 
 

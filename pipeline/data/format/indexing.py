@@ -220,7 +220,7 @@ class _Reader:
     def found(self, file: str, size: int, kept: bool, advance: Callable[[int], object]) -> Found:
         """What is in a shard of that size; `kept` says whether what an interrupted call found may be there."""
         version, name = self.store.version(file), f"{file.removesuffix('.tar')}{FOUND}"
-        before = Found.parse(self.target.read(name), version, self.settings) if kept else None
+        before = Found.parse(self.target.read(name), file, version, self.settings) if kept else None
         if before and before.shard.bytes == size and bool(before.shard.sha256) == self.whole:
             advance(size)
             return before

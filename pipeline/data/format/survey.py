@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.data.decode import decode_image, decoding, header_shape
 from pipeline.data.format.labels import label_text
 from pipeline.data.format.manifest import FORMS, Manifest
-from pipeline.data.format.shards import Shard
+from pipeline.data.format.shards import Shard, is_count
 from pipeline.data.sample import SUFFIXES
 from pipeline.errors import InputError
 
@@ -54,8 +54,27 @@ class Survey:
 
     @classmethod
     def parse(cls, record: Mapping[str, Any]) -> "Survey":
-        """From its fields as JSON. Raises TypeError or KeyError for what is none."""
-        return replace(cls(**record), shape=tuple(record["shape"]), texts=set(record["texts"]), broken=record["broken"])
+        """From its fields as JSON. Raises TypeError, KeyError or ValueError for what is none."""
+        lists = all(type(record[name]) is list for name in ("shape", "texts", "broken"))
+        if not lists or {*map(type, (*record["texts"], *record["broken"]))} - {str}:
+            raise TypeError("shape, texts and broken are lists, the latter two of texts")
+        found = replace(cls(**record), shape=tuple(record["shape"]), texts=set(record["texts"]))
+        if not found._sound():
+            raise ValueError("no survey finds that")
+        return found
+
+    def _sound(self) -> bool:
+        """Whether what it has found are values that `see` can leave."""
+        if not is_count(self.seen) or not is_count(self.classes) or max(self.classes, len(self.texts)) > MOST_LABELS:
+            return False
+        if {type(self.keep_broken), type(self.labelled)} - {bool, type(None)} or self.keep_broken is None:
+            return False
+        if not self.labelled and (self.classes or self.texts):
+            return False
+        if self.kind == "":  # all are broken
+            return self.shape == () and self.labelled is None
+        lengths = self.shape[:1] if self.kind == "image" and self.shape[1:] == (0, 0) else self.shape
+        return len(self.shape) == FORMS[self.kind][1] and all(is_count(length, 1) for length in lengths)
 
     def see(self, sample: dict[str, Any], where: str) -> None:
         """Take account of a sample. Raises InputError where it is unlike the others or cannot be decoded."""
