@@ -3,6 +3,7 @@
 import json
 import os
 import reprlib
+import re
 import signal
 import sys
 import time
@@ -65,8 +66,12 @@ def printable(text: str, most: int = 200) -> str:
 
 
 def one_line(error: BaseException, most: int = 300) -> str:
-    """The text of another library's error on one line, at most its last `most` characters, for a message."""
-    return printable(" ".join(str(error).split())[-most:], most)
+    """The text of another library's error on one line, at most its last `most` characters, for a message.
+
+    Of a URL with a user or a password what stands before the host is left out.
+    """
+    text = re.sub(r"://\S*@", "://...@", " ".join(str(error).split()))
+    return printable(text[-most:], most)
 
 
 def shown(value: object) -> str:

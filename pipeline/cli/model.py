@@ -3,6 +3,7 @@
 import csv
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -235,7 +236,7 @@ def push(
         license: Licence of the weights, as the hub abbreviates it, such as apache-2.0; default: the card states none.
         dry_run: Write what would be uploaded into this folder, and upload nothing.
     """
-    from pipeline.evaluate.card import write_repository
+    from pipeline.evaluate.card import FILES, write_repository
     from pipeline.model import hub
     from pipeline.model.naign import NAIGN
 
@@ -246,13 +247,22 @@ def push(
         _refuse_runs(dry_run, "--dry-run")
         own = f"--dry-run {dry_run} has an evaluation, and so a model of its own: give another folder"
         require((not (dry_run / "evaluation").exists(), own))
+        _refuse_others(dry_run, FILES)
     model = NAIGN.from_pretrained(run)
     with tempfile.TemporaryDirectory() as place:
-        write_repository(dry_run or Path(place), model, run, name=name, license=license)
+        files = write_repository(dry_run or Path(place), model, run, name=name, license=license)
         if dry_run is None:
             print(f"uploaded: {hub.upload(Path(place), name, private=private)}")
         else:
-            print(f"not uploaded: {dry_run}/")
+            print(f"wrote {files} files to {dry_run}/, uploaded nothing")
+
+
+def _refuse_others(folder: Path, names: Collection[str]) -> None:
+    """InputError for a folder with files that no earlier --dry-run wrote: such have these names, a model among them."""
+    require((folder.is_dir() or not folder.exists(), f"--dry-run {folder} is a file: give a folder"))
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    own = not found or (found <= set(names) and "model.safetensors" in found)
+    require((own, f"--dry-run {folder} has files of others, which could be overwritten: give a new or empty folder"))
 
 
 def _refuse_runs(folder: Path, option: str = "--to") -> None:

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from pipeline.data.decode import scaled
 from pipeline.data.degrade import KINDS
-from pipeline.errors import InputError, one_line
+from pipeline.errors import InputError, one_line, require
 from pipeline.evaluate import play
 from pipeline.model.naign import NAIGN
 from pipeline.observe.pictures import grid, shades, to_image
 
 SIDE = 320  # pixels of the canvas' longer side, about
+LAYERS = 2  # of a drawing: the page sends one at most, and uses none
 WAITING = 32  # requests at most
 BODY = play.UPLOAD + 2**20  # bytes of a request
 POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; object-src 'none'; base-uri 'self'"
@@ -65,8 +66,8 @@ def _by_upload_alone(component: Any) -> None:
 
 
 def _as_uploads(canvas: Any) -> None:
-    """What is drawn is refused as uploads are, before it is decoded."""
-    convert = canvas.convert_and_format_image
+    """What is drawn is refused as uploads are, before it is decoded, and so are more layers than the page sends."""
+    convert, preprocess = canvas.convert_and_format_image, canvas.preprocess
 
     @_told
     def checked(file: Any, flatten_on_white: bool = False) -> Any:
@@ -75,7 +76,14 @@ def _as_uploads(canvas: Any) -> None:
         with play.decoded():
             return convert(file, flatten_on_white)
 
-    canvas.convert_and_format_image = checked
+    @_told
+    def counted(payload: Any) -> Any:
+        sent = canvas.blob_storage.get(payload.id) if payload is not None and payload.id is not None else payload
+        layers = len((sent and sent.layers) or ())
+        require((layers <= LAYERS, f"the drawing has {layers} layers: send at most {LAYERS}"))
+        return preprocess(payload)
+
+    canvas.convert_and_format_image, canvas.preprocess = checked, counted
 
 
 class Player:

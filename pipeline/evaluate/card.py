@@ -4,6 +4,8 @@ The text of the card is `card.md.jinja`. Its front matter is what the hub indexe
 """
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedErro
 
 from pipeline.errors import InputError, require
 from pipeline.evaluate.report import DAMAGE, number
-from pipeline.model.hub import without_places
+from pipeline.model.hub import WEIGHTS, without_places
 from pipeline.model.naign import NAIGN
 from pipeline.storage.base import Store
 from pipeline.storage.local import write_atomically
@@ -36,6 +38,9 @@ PICTURES = {
 }
 """The pictures of an evaluation that a card shows, in this order."""
 
+FILES = ("README.md", WEIGHTS, "config.json", *(f"{key}.png" for key in PICTURES))
+"""All that `write_repository` may write."""
+
 
 def write_repository(
     folder: Path,  # to write
@@ -44,8 +49,8 @@ def write_repository(
     *,
     name: str,  # of the repository: user/model
     license: str | None = None,  # of the weights, as the hub abbreviates it; None: the card says that none is stated
-) -> None:
-    """Write model.safetensors, config.json, README.md and pictures: all that is uploaded.
+) -> int:
+    """Write model.safetensors, config.json, README.md and pictures: all that is uploaded. Returns the number of files.
 
     Raises InputError, before anything is written, where the run was not evaluated, or not in this state.
     """
@@ -54,8 +59,8 @@ def write_repository(
     pictures = {f"{key}.png": title for key, title in PICTURES.items() if f"{key}.png" in present}
     shared = NAIGN(model.network, without_places(model.metadata), model.state)
     try:
-        card = _render(shared, metrics, pictures, name=name, license=license)
-    except (UndefinedError, KeyError, TypeError, AttributeError, ValueError) as error:
+        card = _render(shared, _shareable(metrics, model), pictures, name=name, license=license)
+    except (UndefinedError, KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise InputError(
             f"{store.url('metrics.json')} lacks what a model card says ({error}): run `naign evaluate {run}` again"
         ) from None
@@ -64,6 +69,30 @@ def write_repository(
         write_atomically(folder / picture, store.read(picture))
     write_atomically(folder / "README.md", str(card))
     shared.save_pretrained(folder)
+    return len(pictures) + 3
+
+
+def _shareable(metrics: dict[str, Any], model: NAIGN) -> dict[str, Any]:
+    """The metrics without folders and buckets, of which texts keep the last part, and with None for what is no number.
+
+    Encoders are known by their whole name, which may have spaces.
+    """
+    header = model.metadata.get("config", {})
+    used = [header.get("objective", {}), header.get("match", {}).get("space", {}), metrics, metrics["second"] or {}]
+    names = sorted({str(part["encoder"]) for part in used if part.get("encoder")}, key=len, reverse=True)
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: shown(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [shown(part) for part in value]
+        if isinstance(value, str):
+            for name in names:
+                value = value.replace(name, name.rstrip("/").rpartition("/")[2])
+            return re.sub(r"[^\s,;()'\"`*]*/(?=[^\s/])", "", value)
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {key: shown(value) for key, value in metrics.items()}
 
 
 def _read_evaluation(model: NAIGN, run: str) -> tuple[Store, dict[str, Any]]:
@@ -95,7 +124,7 @@ def _render(
         pipeline_tag="unconditional-image-generation" if len(model.shape) == 3 else None,
         metrics=sorted({result.metric_type for result in results}),
         model_name=name,
-        eval_results=results,
+        eval_results=results or None,
     )
     pages = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True)
     pages.filters |= {"number": number, "count": "{:,}".format}
@@ -115,7 +144,7 @@ def _render(
 
 
 def _results(metrics: dict[str, Any]) -> list[EvalResult]:
-    """The numbers of the card in the form that the hub indexes."""
+    """The numbers of the card in the form that the hub indexes, to four digits."""
     found: list[EvalResult] = []
 
     def add(task: str, kind: str, label: str, value: float | None) -> None:
@@ -128,7 +157,7 @@ def _results(metrics: dict[str, Any]) -> list[EvalResult]:
                     dataset_split="test",
                     metric_type=kind,
                     metric_name=label,
-                    metric_value=value,
+                    metric_value=float(f"{value:.4g}"),
                 )
             )
 

@@ -1,20 +1,24 @@
 """What a model file says of its training: the data, and the encoders."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.checkpoint.manifest import MANIFEST
 from pipeline.constraints import check_fields
 from pipeline.data.dataset import DataConfig, parse_resize
 from pipeline.data.decode import scaled
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.resize import Resize, channels, resized
 from pipeline.data.several import open_manifest
-from pipeline.errors import InputError
+from pipeline.errors import InputError, printable, require
+from pipeline.evaluate.runs import MARKS
 from pipeline.model.naign import NAIGN
 from pipeline.storage.store import use_endpoint
 
@@ -23,6 +27,8 @@ def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, M
     """From the model's header: the data set to measure on, its manifest, whose shape is that of images brought to the
     model's size, and the encoders of the training.
 
+    Of a run the S3 server is asked that it was trained from. A model from elsewhere cannot choose a server, to which
+    requests signed for the user would go.
     Raises InputError for a header that no training wrote, and if the data set is not there or does not fit the model.
     """
     try:
@@ -30,11 +36,19 @@ def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, M
         section, space = header.get("data", {}), header.get("match", {}).get("space", {})
         used = [str(part["encoder"]) for part in (header.get("objective", {}), space) if part.get("encoder")]
         config = _config(section)
-        use_endpoint(str(section.get("endpoint", "")))
+        endpoint = str(section.get("endpoint", ""))
+        if _is_run(folder):
+            use_endpoint(endpoint)
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"the model in {folder} has a header that no training wrote: {error}") from None
     if data is not None:
         config = replace(config, path=data, index="")
+    elif "s3:" in config.path + config.index and not _is_run(folder):
+        own = ("", os.environ.get("AWS_ENDPOINT_URL_S3"), os.environ.get("AWS_ENDPOINT_URL"))
+        asked = f"the model in {folder} names the server {printable(endpoint)} for its data"
+        require(
+            (endpoint in own, f"{asked}: set AWS_ENDPOINT_URL to it if you trust it, or give the data as --data PATH")
+        )
     if not config.path:
         raise InputError(f"{folder} does not say what it was trained on: give the packed data set as --data PATH")
     try:
@@ -52,6 +66,12 @@ def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, M
             f"is for {tuple(model.shape)}: give the data set it was trained on as --data PATH"
         )
     return config, manifest, used
+
+
+def _is_run(folder: str) -> bool:
+    """Whether the model is that of a run or of a checkpoint, not an exported one or one of the hub."""
+    place = Path(folder).parent if Path(folder).is_file() else Path(folder)
+    return folder.startswith("s3:") or any((place / name).exists() for name in (*MARKS, MANIFEST))
 
 
 def recorded_resize(model: NAIGN) -> Resize:

@@ -20,8 +20,10 @@ from pipeline.errors import InputError, Unavailable, one_line, require
 
 WEIGHTS = "model.safetensors"
 
-# The errors of the HTTP library that this version of huggingface_hub is built on, and what else its calls raise.
-ERRORS: Any = (*HfHubHTTPError.__bases__, OSError, RuntimeError, ValueError)
+# The errors of the HTTP library that this version of huggingface_hub is built on, and what else its calls raise;
+# FORM: where the hub answers in another form than expected.
+FORM = (LookupError, TypeError, AttributeError)
+ERRORS: Any = (*HfHubHTTPError.__bases__, OSError, RuntimeError, ValueError, *FORM)
 
 CARD = """---
 {{ card_data }}
@@ -71,8 +73,14 @@ def download(name: str, **options: Any) -> Path:
     except EntryNotFoundError:
         text = f"the hub's {name} has no {WEIGHTS}, which is all that is read: pickles (.bin, .pt) never are"
     except ERRORS as error:
-        text = f"{name} cannot be fetched from the hub ({constants.ENDPOINT}): {one_line(error)}"
+        text = f"{name} cannot be fetched from the hub ({constants.ENDPOINT}): {_cause(error)}"
     raise InputError(text)
+
+
+def _cause(error: BaseException) -> str:
+    """What the HTTP library said, on one line."""
+    text = one_line(error)
+    return f"it answers in an unknown form ({type(error).__name__}: {text})" if isinstance(error, FORM) else text
 
 
 def check_target(name: str) -> None:
@@ -126,7 +134,7 @@ def uploading(name: str, token: str | bool | None = None) -> Iterator[None]:
         raise
     except ERRORS as error:
         status = getattr(getattr(error, "response", None), "status_code", 0)
-        text = f"{name} was not uploaded to the hub ({constants.ENDPOINT}): {one_line(error)}"
+        text = f"{name} was not uploaded to the hub ({constants.ENDPOINT}): {_cause(error)}"
         if status in (401, 403):
             raise InputError(f"{text}; is the login (`hf auth login`, or HF_TOKEN) one that may write there?") from None
         if 400 <= status < 500 or isinstance(error, ValueError):

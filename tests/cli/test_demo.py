@@ -154,6 +154,8 @@ def test_bad_input_is_answered_with_a_message(page, client, digit, tmp_path) -> 
             client.predict(handle_file(tmp_path / name), api_name="/upload")
         with pytest.raises(AppError, match=said[name]):
             client.predict(drawn(tmp_path / name), 1, 0, 0, 0, 0, 0, api_name="/repair")
+    with pytest.raises(AppError, match="the drawing has 3 layers: send at most 2"):
+        client.predict(drawn(digit[1]) | {"layers": [handle_file(digit[1])] * 3}, 1, 0, 0, 0, 0, 0, api_name="/repair")
     for values in ((6, 0, 0), (1, -1, 0), (1, 0, 2.5)):
         with pytest.raises(AppError, match="than m"):
             client.predict(drawn(digit[1]), *values, 0, 0, 0, api_name="/repair")

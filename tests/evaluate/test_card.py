@@ -1,7 +1,9 @@
 """A pushed model has a card that says what its evaluation says, whose example runs, and nothing of this machine."""
 
 import json
+import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -43,9 +45,11 @@ def test_the_card_says_what_was_measured_and_its_example_runs(hub: Hub, run: str
     card = ModelCard(files["README.md"].decode())
     assert (card.data.license, card.data.library_name, card.data.datasets) == ("mit", "naign", None)
     found = numbers(card)
-    assert found["Fréchet distance on digits-cnn64: f(z)"] == metrics["fd"]["once"]
-    assert found["Recall"] == metrics["coverage"]["recall"]
-    assert found["PSNR in dB of f(x), damage: blur"] == metrics["restoration"]["blur"]["psnr"]["once"]
+    assert found["Fréchet distance on digits-cnn64: f(z)"] == float(f"{metrics['fd']['once']:.4g}")
+    assert found["Recall"] == pytest.approx(metrics["coverage"]["recall"], rel=1e-3)
+    assert found["PSNR in dB of f(x), damage: blur"] == pytest.approx(
+        metrics["restoration"]["blur"]["psnr"]["once"], rel=1e-3
+    )
     assert all(note in card.text for note in metrics["notes"]) and "under mit" in card.text
     pictures = set(re.findall(r"\]\((\w+\.png)\)", card.text))
     assert pictures | {"README.md", "config.json", "model.safetensors"} == set(files) and len(pictures) == 8
@@ -55,6 +59,42 @@ def test_the_card_says_what_was_measured_and_its_example_runs(hub: Hub, run: str
     names: dict[str, torch.Tensor] = {}
     exec(example, names)
     assert torch.equal(names["samples"], NAIGN.from_pretrained(run).sample(16)) and names["energy"].shape == (16,)
+
+
+def test_a_card_has_no_paths_of_encoders_and_no_nan(hub: Hub, run: str, tmp_path: Path) -> None:
+    place, out = Path(shutil.copytree(run, tmp_path / "run")), tmp_path / "out"
+    metrics = json.loads((place / "evaluation/metrics.json").read_text())
+    metrics["second"] = metrics["fd"] | {"encoder": "/home/some one/features.pt", "twice": math.nan}
+    metrics["warnings"] = ["Trained with /home/some one/features.pt."]
+    metrics["notes"] = ["None at s3://bucket/private/lite2.pt, 8×8."]
+    (place / "evaluation/metrics.json").write_text(json.dumps(metrics))
+    push(str(place), "me/digits", dry_run=out)
+    card = ModelCard.load(out / "README.md")
+    assert "Trained with features.pt." in card.text and "None at lite2.pt, 8×8." in card.text
+    assert not [word for word in ("/home", "some one", "bucket", "private", "nan") if word in card.content]
+    labels = [f"Fréchet distance on features.pt: {times}" for times in ("f(z)", "f(f(z))")]
+    assert [label in numbers(card) for label in labels] == [True, False]
+    (place / "evaluation/metrics.json").write_text(json.dumps(metrics | {"cpu_seconds": 10**400}))
+    with pytest.raises(InputError, match=r"metrics.json lacks what a model card says \(.*too large"):
+        push(str(place), "me/digits", dry_run=out)
+
+
+def test_a_dry_run_keeps_to_a_folder_of_its_own(
+    hub: Hub, run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/README.md").write_text("mine")
+    with pytest.raises(InputError, match="--dry-run .* has files of others"):
+        push(run, "me/digits", dry_run=tmp_path / "mine")
+    assert (tmp_path / "mine/README.md").read_text() == "mine"
+    for _ in range(2):
+        push(run, "me/digits", dry_run=tmp_path / "out")
+        files = len(list((tmp_path / "out").iterdir()))
+        assert capsys.readouterr().out.endswith(f"wrote {files} files to {tmp_path}/out/, uploaded nothing\n")
+    (tmp_path / "out/notes.txt").touch()
+    for name, said in (("out", "has files of others"), ("mine/README.md", "is a file")):
+        with pytest.raises(InputError, match=said):
+            push(run, "me/digits", dry_run=tmp_path / name)
 
 
 def test_a_dry_run_uploads_nothing(hub: Hub, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,3 +113,16 @@ def test_a_hub_that_is_down_is_worth_a_retry(hub, model):
     with pytest.raises(Unavailable, match="me/model was not uploaded .*503") as caught:
         model.push_to_hub("me/model")
     assert hub.token not in str(caught.value)
+
+
+def test_a_hub_that_answers_in_another_form_is_told_in_one_sentence(hub, model, monkeypatch):
+    monkeypatch.setattr(hub, "_create", lambda wanted: (200, {}, b"[]"))
+    with pytest.raises(Unavailable, match="me/model was not uploaded .* in an unknown form"):
+        model.push_to_hub("me/model")
+
+    def download(*_, **__):
+        return {}["etag"]
+
+    monkeypatch.setattr("pipeline.model.hub.hf_hub_download", download)
+    with pytest.raises(InputError, match="me/model cannot be fetched .* in an unknown form .KeyError: 'etag'"):
+        NAIGN.from_pretrained("me/model")

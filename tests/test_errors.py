@@ -1,0 +1,18 @@
+"""What is told of another library's error shows no password."""
+
+import pytest
+
+from pipeline.errors import one_line
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("cannot reach\n https://me:se/cr@et@host:5000/api now", "cannot reach https://...@host:5000/api now"),
+        ("x" * 99 + " postgresql+psycopg://me:secret@host/" + "y" * 290, "t/" + "y" * 290),  # cut within the address
+        ("no https://host/api for me@host", "no https://host/api for me@host"),
+    ],
+)
+def test_a_url_in_an_error_shows_no_credentials(text, said):
+    shown = one_line(RuntimeError(text))
+    assert shown.endswith(said) and "secret" not in shown and "cr@et" not in shown
