@@ -2,8 +2,8 @@
 
 import json
 import os
-import reprlib
 import re
+import reprlib
 import signal
 import sys
 import time
