@@ -298,9 +298,8 @@ def _build(kind: Any, content: Any, where: str, prefix: str, recorded: bool) -> 
     if not isinstance(content, dict):
         raise InputError(f"{where}: '{section or 'the file'}' must hold keys and values")
     require((all(isinstance(key, str) for key in content), f"{where}: a key of '{section or 'the file'}' is no text"))
-    content = {
-        (RENAMED.get(f"{prefix}{key}") or f"{prefix}{key}").removeprefix(prefix): content[key] for key in content
-    }
+    names = {key: (RENAMED.get(f"{prefix}{key}") or f"{prefix}{key}").removeprefix(prefix) for key in content}
+    content = {names[key]: value for key, value in content.items()}
     if section in NAMED:
         default, find, former = NAMED[section]
         content = {"name": default, **content}
