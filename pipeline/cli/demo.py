@@ -7,7 +7,7 @@ import tempfile
 import threading
 from typing import TYPE_CHECKING
 
-from pipeline.cli.model import Device, Run, _device
+from pipeline.cli.model import Device, Run, find_device, open_model
 from pipeline.errors import InputError, Unavailable, require
 
 if TYPE_CHECKING:
@@ -34,10 +34,8 @@ def demo(
         share: Also make a public link, through a server of Gradio's, which anyone who has it can use.
         data: Packed data set in which nearest training images are searched; default: the one it was trained on.
     """
-    from pipeline.model.naign import NAIGN
-
     port = _free_port(host, port)
-    model = NAIGN.from_pretrained(run, device=_device(device))
+    model = open_model(run, find_device(device))
     require((len(model.shape) == 3, f"the page is for images, the model in {run} takes points of {model.shape}"))
     training, about = _introduce(model, run, data)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C

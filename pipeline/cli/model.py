@@ -55,12 +55,12 @@ def evaluate(
         seed: The same seed draws the same latents and damages.
     """
     from pipeline.evaluate.run import evaluate as measure
+    from pipeline.evaluate.runs import folder_of
 
     _check(seed=seed)
     with lines_to_stderr(json):
-        metrics = measure(run, data=data, samples=samples, seed=seed, device=_device(device), encoder=encoder)
-    place = run.rstrip("/") if not Path(run).is_file() else Path(run).parent
-    report = f"{place}/evaluation/report.html"
+        metrics = measure(run, data=data, samples=samples, seed=seed, device=find_device(device), encoder=encoder)
+    report = f"{folder_of(run)}/evaluation/report.html"
     if json:
         print_json(metrics | {"report": report})
         return
@@ -102,7 +102,7 @@ def sample(
     from pipeline.cli.files import write_samples
 
     _check(n=n, times=times, seed=seed)
-    model = _model(run, latents, components, steps, data, device=_device(device))
+    model = _model(run, latents, components, steps, data, device=find_device(device))
     with counted("sampling", total=n, unit="sample") as bar:
         made = model.sample(n, seed=seed, times=times, advance=bar.update).cpu()
     place = to or Path("samples.png" if made.ndim == 4 else "samples.csv")
@@ -131,7 +131,7 @@ def restore(
     from pipeline.data.degrade import degrade
 
     _check(times=times)
-    model = _open(run, _device(device))
+    model = open_model(run, find_device(device))
     points = len(model.shape) == 1
     require(
         (not to.is_file(), f"--to {to} is a file: give a folder, for one picture an image"),
@@ -163,7 +163,7 @@ def score(run: Model, files: Files, /, *, times: Times = 1, device: Device = "au
 
     _check(times=times)
     with lines_to_stderr(json):
-        model = _open(run, _device(device))
+        model = open_model(run, find_device(device))
     paths = [path for path, _ in find_files(files, model.shape)]
     given = read_samples(paths, model)
     lines = [(path, line) for path, batch in zip(paths, given, strict=True) for line in range(1, 1 + len(batch))]
@@ -238,7 +238,6 @@ def push(
     """
     from pipeline.evaluate.card import FILES, write_repository
     from pipeline.model import hub
-    from pipeline.model.naign import NAIGN
 
     if dry_run is None:
         hub.check_login(name)
@@ -248,7 +247,7 @@ def push(
         own = f"--dry-run {dry_run} has an evaluation, and so a model of its own: give another folder"
         require((not (dry_run / "evaluation").exists(), own))
         _refuse_others(dry_run, FILES)
-    model = NAIGN.from_pretrained(run)
+    model = open_model(run, "cpu")
     with tempfile.TemporaryDirectory() as place:
         files = write_repository(dry_run or Path(place), model, run, name=name, license=license)
         if dry_run is None:
@@ -277,7 +276,7 @@ def _refuse_runs(folder: Path, option: str = "--to") -> None:
     )
 
 
-def _open(run: str, device: str) -> "NAIGN":
+def open_model(run: str, device: str) -> "NAIGN":
     from pipeline.model.naign import NAIGN
 
     with busy(f"reading {run}"):
@@ -297,7 +296,7 @@ def _model(
         require((not given, f"--{given} is of a mixture: add --latents mixture, or leave it out"))
     components = 50 if components is None else components
     _check(components=components)
-    model = _open(run, device)
+    model = open_model(run, device)
     if steps is not None:
         flow = latents == "trained" and model.latents == "codes" and not is_mixture(model.state)
         require(
@@ -313,7 +312,7 @@ def _model(
         return with_mixture(model, run, components=components, data=data)
 
 
-def _device(name: Device) -> str:
+def find_device(name: Device) -> str:
     import torch
 
     there = torch.cuda.is_available()

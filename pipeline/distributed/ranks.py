@@ -39,6 +39,7 @@ def build_accelerator(
     """
     environ = os.environ
     several = int(environ.get("WORLD_SIZE", "1")) > 1
+    ranks = int(environ.get("LOCAL_WORLD_SIZE", "1"))  # of this host
     use_cpu = environ.get("ACCELERATE_USE_CPU", "").lower()
     on_cpu = use_cpu == "true" or not torch.cuda.is_available()
     deepspeed = environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
@@ -47,9 +48,8 @@ def build_accelerator(
         raise InputError(f"{alone} distributed_type MULTI_CPU: use a configuration like launch/cpu.yaml")
     if several and not deepspeed and on_cpu and use_cpu == "false":
         said = "the launcher's configuration says use_cpu: false (launch/cpu.yaml is for CPUs)"
-        check_gpus(said, int(environ.get("LOCAL_WORLD_SIZE", "1")))
+        check_gpus(said, ranks)
     if not on_cpu:
-        ranks = int(environ.get("LOCAL_WORLD_SIZE", "1"))
         check_gpus(f"{ranks} ranks were started here", ranks)
         if precision == "bf16":
             check_bf16()

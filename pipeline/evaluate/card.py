@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedErro
 
 from pipeline.errors import InputError, require
 from pipeline.evaluate.report import DAMAGE, number
+from pipeline.evaluate.runs import folder_of
 from pipeline.model.hub import WEIGHTS, without_places
 from pipeline.model.naign import NAIGN
 from pipeline.storage.base import Store
@@ -96,8 +97,7 @@ def _shareable(metrics: dict[str, Any], model: NAIGN) -> dict[str, Any]:
 
 
 def _read_evaluation(model: NAIGN, run: str) -> tuple[Store, dict[str, Any]]:
-    place = str(Path(run).parent) if Path(run).is_file() else run.rstrip("/")
-    store = open_store(f"{place}/evaluation")
+    store = open_store(f"{folder_of(run)}/evaluation")
     again = f"run `naign evaluate {run}` first"
     require((store.exists("metrics.json"), f"{run} has no evaluation to write a model card from: {again}"))
     try:

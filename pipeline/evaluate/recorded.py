@@ -18,7 +18,7 @@ from pipeline.data.format.manifest import Manifest
 from pipeline.data.resize import Resize, channels, resized
 from pipeline.data.several import open_manifest
 from pipeline.errors import InputError, printable, require
-from pipeline.evaluate.runs import MARKS
+from pipeline.evaluate.runs import folder_of, is_run
 from pipeline.model.naign import NAIGN
 from pipeline.storage.store import use_endpoint
 
@@ -37,17 +37,17 @@ def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, M
         used = [str(part["encoder"]) for part in (header.get("objective", {}), space) if part.get("encoder")]
         config = _config(section)
         endpoint = str(section.get("endpoint", ""))
-        if _is_run(folder):
+        if own := _is_own(folder):
             use_endpoint(endpoint)
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"the model in {folder} has a header that no training wrote: {error}") from None
     if data is not None:
         config = replace(config, path=data, index="")
-    elif "s3:" in config.path + config.index and not _is_run(folder):
-        own = ("", os.environ.get("AWS_ENDPOINT_URL_S3"), os.environ.get("AWS_ENDPOINT_URL"))
+    elif "s3:" in config.path + config.index and not own:
+        known = ("", os.environ.get("AWS_ENDPOINT_URL_S3"), os.environ.get("AWS_ENDPOINT_URL"))
         asked = f"the model in {folder} names the server {printable(endpoint)} for its data"
         require(
-            (endpoint in own, f"{asked}: set AWS_ENDPOINT_URL to it if you trust it, or give the data as --data PATH")
+            (endpoint in known, f"{asked}: set AWS_ENDPOINT_URL to it if you trust it, or give the data as --data PATH")
         )
     if not config.path:
         raise InputError(f"{folder} does not say what it was trained on: give the packed data set as --data PATH")
@@ -68,10 +68,10 @@ def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, M
     return config, manifest, used
 
 
-def _is_run(folder: str) -> bool:
+def _is_own(folder: str) -> bool:
     """Whether the model is that of a run or of a checkpoint, not an exported one or one of the hub."""
-    place = Path(folder).parent if Path(folder).is_file() else Path(folder)
-    return folder.startswith("s3:") or any((place / name).exists() for name in (*MARKS, MANIFEST))
+    place = Path(folder_of(folder))
+    return folder.startswith("s3:") or is_run(place) or (place / MANIFEST).exists()
 
 
 def recorded_resize(model: NAIGN) -> Resize:

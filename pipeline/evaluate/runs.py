@@ -44,6 +44,11 @@ class Run:
     age_seconds: float  # since the last report
 
 
+def folder_of(run: str) -> str:
+    """The folder of a run, a checkpoint or a model, which may be given by its file; addresses stay as they are."""
+    return str(Path(run).parent) if Path(run).is_file() else run.rstrip("/")
+
+
 def find_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
     """The runs in a folder, or the folder itself, by name; and why other folders are none, by their path.
 
@@ -64,7 +69,7 @@ def find_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
 
 def _places(folder: Path, depth: int) -> Iterator[Path]:
     """Runs at or below a folder, in order, and folders in which there is none."""
-    if _is_run(folder) or depth == 0:
+    if is_run(folder) or depth == 0:
         yield folder
         return
     try:
@@ -78,13 +83,14 @@ def _places(folder: Path, depth: int) -> Iterator[Path]:
         yield from [path] if os.path.islink(path) else _places(path, depth - 1)
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
+    """Whether the folder has one of MARKS."""
     return any(os.path.exists(folder / name) for name in MARKS)
 
 
 def read_run(folder: Path, name: str) -> Run:
     """Raises InputError, saying what the folder is instead, where it is no run."""
-    if not _is_run(folder):
+    if not is_run(folder):
         require((os.access(folder, os.R_OK | os.X_OK), "it cannot be read: check its owner and mode"))
         model = os.path.exists(folder / "model.safetensors")
         raise InputError("no run, but an exported model" if model else "no run in it")

@@ -54,7 +54,6 @@ class Finding(NamedTuple):
 LOAD_DEEPSPEED = """
 import deepspeed
 from accelerate.utils import DeepSpeedPlugin
-from pipeline.distributed.gpus import why_none
 from pipeline.distributed.versions import check_versions
 DeepSpeedPlugin()
 check_versions("deepspeed")
