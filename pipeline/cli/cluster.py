@@ -1,5 +1,6 @@
 """Commands that train, on this machine or on many: train, launch, render, fetch."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -35,6 +36,7 @@ def train() -> None:
 
 def launch() -> None:
     """Start this host's ranks of a training, under Kubernetes, Kubeflow, Slurm or alone (naign launch --help)."""
+    gc.disable()  # while modules are imported; see pipeline/train.py
     from pipeline.cluster.launch import main
 
     code = main(sys.argv[2:])

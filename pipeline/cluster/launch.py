@@ -14,6 +14,7 @@ replaces it, this one ends its ranks and meets the others again. It ends with on
 
 import argparse
 import contextlib
+import gc
 import math
 import os
 import signal
@@ -146,6 +147,8 @@ def _meet_others(options: argparse.Namespace, config: Any, place: Place, process
                 say(f"nothing left to do: the run in {config.run.remote} is done")
                 return None, ""
             _check_host(options, place, processes)
+            if place.hosts > 1:  # what takes a second to load is loaded while the others are waited for
+                _program()
             links = meet(place, port=options.meeting_port, within=options.wait, say=say, listener=listener)
         except InputError as error:
             if listener:  # this is host 0: the others end for the same reason
@@ -209,10 +212,10 @@ def run_ranks(
 
     Ranks write their codes into the folder of `engine`, Accelerate's configuration. `address` is that of host 0.
     """
-    from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    parse, start = _program()
     ranks = [engine.parent / str(rank) for rank in range(processes)]
 
     def forward(number: int, _: object) -> None:
@@ -234,7 +237,7 @@ def run_ranks(
     on_signals(forward)
     try:
         try:
-            launch_command(launch_command_parser().parse_args(arguments))
+            start(parse(arguments))
             return 0
         finally:
             ending.listen()
@@ -252,6 +255,15 @@ def run_ranks(
         code, reason, ending.killed = explain(error.failures)
     say(reason)
     return code
+
+
+def _program() -> tuple[Callable[[list[str]], argparse.Namespace], Callable[[argparse.Namespace], None]]:
+    """Accelerate's `accelerate launch`, and torch's agent with it: what parses its arguments, and what runs them."""
+    import torch.distributed.run  # noqa: F401
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    gc.enable()  # which `naign launch` disabled for the imports
+    return launch_command_parser().parse_args, launch_command
 
 
 def find_engine(name: str, ranks: int) -> str:

@@ -22,7 +22,6 @@ from accelerate.utils import DistributedType
 from filelock import FileLock
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils import cpp_extension
 
 from pipeline.distributed.versions import refuse
 from pipeline.errors import InputError
@@ -330,6 +329,8 @@ def compile_communication() -> None:
 
 def _configure(accelerator: Accelerator, *, micro: int, accumulate: int, clip: float) -> None:
     """Write the run's settings into DeepSpeed's configuration; InputError where that says otherwise."""
+    from torch.utils.cpp_extension import CUDA_HOME  # loads setuptools
+
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     wanted = {
         "train_micro_batch_size_per_gpu": (micro, "train.batch"),
@@ -343,8 +344,7 @@ def _configure(accelerator: Accelerator, *, micro: int, accumulate: int, clip: f
             said = f"the launcher's DeepSpeed configuration says {key}: {configured}, but {setting} makes it {value}"
             raise InputError(f"{said}: remove it there, or change the run's setting")
         config[key] = value
-    accelerator.gradient_accumulation_steps = accumulate
-    config["steps_per_print"] = math.inf
+    accelerator.gradient_accumulation_steps, config["steps_per_print"] = accumulate, math.inf
     # DeepSpeed's AdamW for offloaded weights is compiled first, with CUDA's headers; torch's does the same, slower.
-    if not torch.cuda.is_available() or shutil.which("g++") is None or cpp_extension.CUDA_HOME is None:
+    if not torch.cuda.is_available() or shutil.which("g++") is None or CUDA_HOME is None:
         config["zero_force_ds_cpu_optimizer"] = False

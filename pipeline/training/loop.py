@@ -4,6 +4,7 @@ Progress is counted in images seen. Everything random is a function of (seed, ro
 on exactly as if it had never stopped, whether it stopped between two rounds or within the fit of one.
 """
 
+import gc
 import logging
 import math
 import time
@@ -44,6 +45,9 @@ def train(config: Config, accelerator: Accelerator) -> bool:
     partial = resume(run, network)
     with run.stream, run.monitor, run.watchdog, run.profiler:
         run.monitor.say(headline(run))
+        if not gc.isenabled():  # since the program's start
+            gc.freeze()  # what stays until the end is not looked through again
+            gc.enable()
         run_rounds(run, partial)
         finished = finish(run)
     if run.lock:

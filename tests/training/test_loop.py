@@ -1,5 +1,7 @@
-"""Ranks that read a round wait for each other as long as rows arrive, and no longer."""
+"""Ranks that read a round wait for each other as long as rows arrive, and no longer; garbage is collected meanwhile."""
 
+import subprocess
+import sys
 from contextlib import nullcontext
 from threading import Barrier, Thread
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ from pipeline.config import parse
 from pipeline.errors import InputError, Stopped
 from pipeline.training import loop
 from pipeline.training.round import RoundRandom, Run
+from tests.conftest import SMALL, forked
 
 LOOKS = 6
 
@@ -129,3 +132,15 @@ def test_a_block_that_does_not_fit_is_generated_in_halves_from_then_on(caplog):
     run.halved, run.engine.sharded = False, True  # where a forward is collective, a rank may not have more of them
     with pytest.raises(torch.cuda.OutOfMemoryError):
         loop.find_match(run, state)
+
+
+def test_garbage_is_collected_once_training_begins(digits, tmp_path):
+    """Modules are imported without it."""
+    program = (
+        "import gc, sys; import pipeline.train as program; assert not gc.isenabled(); "
+        "program.run(sys.argv[1:]); assert gc.isenabled() and gc.get_freeze_count()"
+    )
+    options = [f"--data.path={digits}", f"--run.path={tmp_path}/run", *SMALL, "--train.images=256"]
+    command = [sys.executable, "-c", program, *options]
+    result = subprocess.run(command, env=forked(), capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
