@@ -143,11 +143,11 @@ def test_every_row_and_trial_is_a_configuration(file: Path) -> None:
 @pytest.mark.slow
 def test_the_first_minutes_on_a_gpu_can_be_tried_without_one(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--device=cpu", "--small", "--to=gpu"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=forked(), capture_output=True, text=True, check=False)
     lines = json.loads((tmp_path / "gpu.json").read_text())["lines"]
     assert {line["part"] for line in lines} == {"random", "search", "determinism", "resume", "step", "match"}
     assert done.returncode == 0 and all(line["holds"] for line in lines), done.stdout + done.stderr
     command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--to=other"]
     if not torch.cuda.is_available():
-        done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=tmp_path, env=forked(), capture_output=True, text=True, check=False)
         assert done.returncode == 2 and "no CUDA device" in done.stderr and not (tmp_path / "other.md").exists()
