@@ -307,6 +307,9 @@ KINDS = ("blur", "noise", "salt_pepper", "rows")
 COLUMNS = {
     "once": Column("FD f(z), × floor", lambda record: record["fd"]["once_ratio"], 1),
     "twice": Column("FD f(f(z)), × floor", lambda record: record["fd"]["twice_ratio"], 1),
+    "second": Column(
+        "FD f(z), × floor, on a second encoder", lambda record: (record.get("second") or {}).get("once_ratio"), 1
+    ),
     "latents": Column("FD of z where f decodes it, × floor", lambda record: record["fd"].get("latents_ratio"), 1),
     **{f"latents_{name}": _of_latents(name) for name in ("precision", "recall", "density", "coverage")},
     "fd_once": Column("FD f(z)", lambda record: float(record["fd"]["once"]), 0),
