@@ -66,7 +66,8 @@ $(VENV)-lowest/.installed: launch/constraints-lowest.txt | $(VENV)/.tested
 	@touch $@
 
 test-lowest: $(VENV)-lowest/.installed
-	PYTHONPATH=$(CURDIR) $(VENV)-lowest/bin/python -m pytest tests/distributed tests/e2e/test_engines.py
+	PYTHONPATH=$(CURDIR) $(VENV)-lowest/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	    tests/distributed tests/e2e/test_engines.py
 
 quick: lint
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"

@@ -32,7 +32,8 @@ def check_progress(links: Links) -> None:
 def meet_again(environ: Mapping[str, str], code: int, ending: Ending, links: Links, seconds: float) -> int:
     """Execute this process anew, with the environment that it was given. Its ranks were at work for so many `seconds`.
 
-    Returns `code`, for this host to end with, where it was asked to end meanwhile or its ranks do not go.
+    Any thread may call it. Returns `code`, for this host to end with, where it was asked to end
+    meanwhile or its ranks do not go.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # kept over the exec, until there are handlers for them
     if ending.asked or psutil.wait_procs(kill_children(), timeout=GRACE)[1]:
@@ -45,4 +46,7 @@ def meet_again(environ: Mapping[str, str], code: int, ending: Ending, links: Lin
             os.set_inheritable(int(file.name), int(file.name) < 3)
     past = {"NAIGN_GENERATION": str(links.generation), "NAIGN_SINCE": str(since)}
     sys.stdout.flush()
+    if ending.asked:  # meanwhile: other threads still take signals
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        return code
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**environ, **past})

@@ -4,10 +4,11 @@ import contextlib
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import psutil
@@ -17,12 +18,14 @@ from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST
 # Requests to end, which are forwarded to the ranks; Slurm's is USR1.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 GRACE = 10.0  # seconds to wait for another host's code, or for processes that were killed
+QUIET = 30.0  # seconds without ranks after which that is told
 SOON = 3.0  # seconds for ranks to notice themselves that another host is gone
 MEANINGS = {
     BAD_INPUT: "bad configuration or input, which is not tried again",
     INTERRUPTED: "stopped on request; the same command goes on from the newest checkpoint",
     PEER_LOST: "another rank or host is not there; once all are, they go on from the newest checkpoint",
 }
+CRASHED = "crashed; see its last words above"
 
 
 def program() -> str:
@@ -34,9 +37,40 @@ def say(text: str) -> None:
     print(f"{program()}: {text}", file=sys.stderr, flush=True)
 
 
-def on_signals(handler: Callable[..., Any] | signal.Handlers, numbers: Sequence[int] = SIGNALS) -> None:
-    for number in numbers:
-        signal.signal(number, handler)
+def on_signals(handler: Callable[..., Any] | signal.Handlers) -> None:
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which nohup has ignored
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def heeded(idle: Callable[[], bool], leave: Callable[[], object], wait: Callable[[], object]) -> Iterator[None]:
+    """While the main thread may wait in C++, where no handler runs: call `leave` a while after a signal if `idle()`
+    still, and `wait` once QUIET seconds have passed.
+    """
+    reader, writer = socket.socketpair()
+    reader.settimeout(QUIET)
+    writer.setblocking(False)
+    before, over = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False), threading.Event()
+
+    def heed() -> None:
+        while not over.is_set():
+            try:
+                asked = reader.recv(1)
+            except TimeoutError:
+                wait()
+                reader.settimeout(None)
+                continue
+            if asked and not over.wait(SOON) and idle():
+                leave()
+
+    threading.Thread(target=heed, name="signals", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+        signal.set_wakeup_fd(before)
+        writer.close()
 
 
 class Ending:
@@ -46,6 +80,7 @@ class Ending:
         self._patience, self._alone = patience, alone  # patience: seconds for ranks to end after another host did
         self._ended, self._over = threading.Event(), threading.Event()  # this host's ranks; and its code is decided
         self._codes: dict[int, int | None] = {}
+        self.stay: Callable[[], object] = lambda: None  # execute this process anew, to meet the others again
         self.lost = False  # a host vanished, as far as this one knows
         self.killed = False  # from outside: a rank of this host, which is nobody else's fault
         self.stopping = False  # this host was asked to end, and not only another one
@@ -73,9 +108,10 @@ class Ending:
         if not self._ended.wait(SOON if lost or code is None else self._patience):
             say("this host's ranks do not end: killed")
             self.lost = True
-            kill_children()
-            if not self._ended.wait(GRACE):
-                os._exit(PEER_LOST)
+            # Without ranks torch's agent waits for those of other hosts: there are none yet, or no more.
+            if not self._ended.wait(GRACE if kill_children() else SOON):
+                self.stay()
+                os._exit(INTERRUPTED if self.asked else PEER_LOST)
 
     def judge(self, code: int) -> int:
         """The code to end with, where the ranks ended with `code`: a crash may be the consequence of a lost host."""
@@ -125,7 +161,7 @@ def explain(failures: Mapping[int, Any]) -> tuple[int, str, bool]:
         # An abort may be the library's answer to a lost peer, as NCCL's watchdog gives it.
         return FAILED, f"rank {failure.local_rank} of this host was ended by {killer}{hint}", -code != signal.SIGABRT
     reason = "" if failure.message == "<N/A>" or "traceback" in failure.message else f": {failure.message}"
-    meaning = MEANINGS.get(code, "crashed; see its last words above")
+    meaning = MEANINGS.get(code, CRASHED)
     return code, f"rank {failure.local_rank} of this host ended with code {code}, {meaning}{reason}", False
 
 

@@ -56,6 +56,14 @@ class Hello:
             return None
 
 
+class Disagreement(InputError):
+    """Of hosts on how many they are. `informed`: those that know of it."""
+
+    def __init__(self, text: str, informed: set[int]) -> None:
+        super().__init__(text)
+        self.informed = informed
+
+
 class Guests:
     """Whoever connects to host 0: hosts of this start, and strangers that are sent away.
 
@@ -119,10 +127,10 @@ class Guests:
             refusal, end = self._ending, True
         if refusal:
             others = [other for other, _ in self.hosts.values()] if end else []
+            self.informed |= {index, *self.hosts} if end else set()
             self._refuse(refusal, peer, *others, end=end)
-            self.informed |= {index} if end else set()
             if end and not self._ending:
-                raise InputError(refusal)
+                raise Disagreement(refusal, self.informed)
         elif hello:
             del self._greetings[peer]
             self._take_in(peer, hello)

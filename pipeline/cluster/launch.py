@@ -17,6 +17,7 @@ import contextlib
 import gc
 import math
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -28,15 +29,32 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 
 from pipeline.cluster.again import check_progress, meet_again
-from pipeline.cluster.exit_codes import MEANINGS, SIGNALS, Ending, explain, on_signals, program, say, weight
+from pipeline.cluster.engine_file import check_gpus, count_gpus, find_engine, without_engine
+from pipeline.cluster.exit_codes import (
+    CRASHED,
+    MEANINGS,
+    QUIET,
+    SIGNALS,
+    Ending,
+    explain,
+    heeded,
+    on_signals,
+    program,
+    say,
+    weight,
+)
 from pipeline.cluster.meeting import TELLING, Links, interface_of, listen, meet, turn_away
-from pipeline.cluster.place import Place, find_place, find_ports
+from pipeline.cluster.place import RANKS, Place, find_place, find_ports
 from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost, Unavailable, one_line
-from pipeline.shipped import shipped
 
+FIXED = (
+    "--rdzv_backend=static",
+    "--deepspeed_multinode_launcher=standard",
+    "--num_cpu_threads_per_process=1",
+    "--quiet",
+)
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 
 
@@ -48,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--engine", default="", help="a configuration of Accelerate: a file, or a name in launch/ as zero2; default: "
         "DDP, on the GPUs where there are any")  # fmt: skip
-    (meeting, ranks), count, port = find_ports(os.environ), _between(0, 1024, int), _between(1, 65535, int)
+    (meeting, ranks), count, port = find_ports(os.environ), _between(0, RANKS, int), _between(1, 65535, int)
     add("--processes", type=count, default=0, help="ranks on this host; default: one a GPU, or one")
     add("--gpus", type=count, default=0, help="GPUs that this host must have; default: as many as there are, or none")
     add("--port", type=port, default=ranks, help="of host 0, for the ranks (%(default)s)")
@@ -61,7 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Start the ranks and wait for them. Returns the exit code; errors of the user are reported, not raised."""
     parser, environ = build_parser(), dict(os.environ)
-    on_signals(_leave_at_once, SIGNALS[:3])  # the first process of a container gets no others
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch loads: its sockets log a stack of 20 lines
+    on_signals(_leave_at_once)  # the first process of a container gets no others
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # which came while it executed itself anew
     options, training = parser.parse_known_args(arguments)
     try:
@@ -101,26 +120,33 @@ def _launch(options: argparse.Namespace, training: Sequence[str], environ: Mappi
     config = parse(list(training))  # here, too, so that a mistake is reported at once, and by one process
     use_endpoint(config.data.endpoint)
     place = find_place(os.environ)
-    processes = options.processes or place.processes or _gpus() or 1
+    processes = options.processes or place.processes or count_gpus() or 1
     links, engine = _meet_others(options, config, place, processes)
     if links is None:
         return 0
     os.environ["NAIGN_LAUNCHER"] = str(os.getpid())  # ranks end with this process
     if place.hosts * processes == 1 and not options.engine:
-        use_cpu, precision = _without_engine()
+        use_cpu, precision = without_engine()
         os.environ |= {"ACCELERATE_USE_CPU": use_cpu, "ACCELERATE_MIXED_PRECISION": precision}
         os.execv(sys.executable, [sys.executable, str(TRAIN), *training])
     os.environ["PET_SHUTDOWN_TIMEOUT"] = str(math.ceil(config.stop.within) + 5)  # torchrun kills ranks after so long
     os.environ["PET_RDZV_ID"] = f"{place.start}.{links.generation}"  # agents of different generations never meet
     ending, begun = Ending(patience=config.stop.within + 30, alone=place.hosts == 1), time.monotonic()
-    links.watch(ending.note)
     with tempfile.TemporaryDirectory() as scratch:
+        if place.is_replaced:
+
+            def stay() -> None:
+                shutil.rmtree(scratch, ignore_errors=True)
+                meet_again(environ, PEER_LOST, ending, links, seconds=0)
+
+            ending.stay = stay
+        links.watch(ending.note)
         file = Path(scratch) / "engine.yaml"
         file.write_text(engine)
         code = run_ranks(file, place, processes, links.address, options.port, training, ending)
     seconds = time.monotonic() - begun
     if code == PEER_LOST:
-        links.leave(code)  # before it waits for another host's code, which may wait for this one
+        links.leave(code, lost=ending.lost)  # before it waits for another host's code, which may wait for this one
     code = ending.judge(code)
     if code == 0 and config.run.remote and place.index == 0:
         done = ThreadPoolExecutor(1).submit(_is_done, config, options.reach)  # a signal does not end a request
@@ -142,7 +168,7 @@ def _meet_others(options: argparse.Namespace, config: Any, place: Place, process
     with listener or contextlib.nullcontext():
         try:
             engine = find_engine(options.engine, place.hosts * processes)
-            _check_gpus(options.gpus, processes, engine)
+            check_gpus(options.gpus, processes, engine)
             if _is_done(config, options.reach):
                 say(f"nothing left to do: the run in {config.run.remote} is done")
                 return None, ""
@@ -154,7 +180,7 @@ def _meet_others(options: argparse.Namespace, config: Any, place: Place, process
             if listener:  # this is host 0: the others end for the same reason
                 on_signals(lambda *_: os._exit(BAD_INPUT))
                 say(f"telling the other hosts, for {TELLING:.0f} s at most: {error}")
-                turn_away(listener, place, f"host 0: {error}")
+                turn_away(listener, place, error)
             raise
     if place.hosts > 1:
         if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_of(links.address)):
@@ -162,18 +188,6 @@ def _meet_others(options: argparse.Namespace, config: Any, place: Place, process
         say(f"all hosts are here; host 0 is {links.address}")
         check_progress(links)
     return links, engine
-
-
-def _check_gpus(wanted: int, processes: int, engine: str) -> None:
-    """Raise InputError or Unavailable where this host lacks GPUs, for `wanted` of --gpus or for its ranks."""
-    from pipeline.distributed.gpus import check_gpus
-
-    check_gpus(f"--gpus {wanted}", wanted)
-    found = yaml.safe_load(engine)
-    if not found.get("use_cpu") and (
-        _gpus() or found.get("distributed_type") == "MULTI_GPU"
-    ):  # DeepSpeed takes CPUs too
-        check_gpus(f"{processes} ranks on GPUs are to start here (on CPUs: --engine cpu)", processes)
 
 
 def _check_host(options: argparse.Namespace, place: Place, processes: int) -> None:
@@ -212,14 +226,18 @@ def run_ranks(
 
     Ranks write their codes into the folder of `engine`, Accelerate's configuration. `address` is that of host 0.
     """
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     parse, start = _program()
     ranks = [engine.parent / str(rank) for rank in range(processes)]
 
+    def idle() -> bool:
+        return not psutil.Process().children() and not any(file.exists() for file in ranks)
+
     def forward(number: int, _: object) -> None:
-        if not psutil.Process().children() and not any(file.exists() for file in ranks):
+        if idle():
             _leave_at_once()
         ending.listen()  # a second signal would end the wait for the ranks' checkpoint
         ending.stopping = True
@@ -228,33 +246,48 @@ def run_ranks(
     arguments = [
         *("--config_file", str(engine), "--num_machines", str(place.hosts), "--machine_rank", str(place.index)),
         *("--num_processes", str(place.hosts * processes), "--main_process_ip", address),
-        *("--main_process_port", str(port if place.hosts > 1 else 0), "--rdzv_backend", "static"),
-        *("--deepspeed_multinode_launcher", "standard", "--num_cpu_threads_per_process", "1", "--quiet"),
-        *(str(TRAIN), *training),
+        *("--main_process_port", str(port if place.hosts > 1 else 0), *FIXED, str(TRAIN), *training),
     ]
     os.environ["NAIGN_ENDINGS"] = str(engine.parent)
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGSYS"  # torchrun's handlers would replace ours; it wants at least one
     on_signals(forward)
+
+    def wait() -> None:
+        if idle():
+            say(f"no ranks after {QUIET:.0f} s: do all hosts reach port {port} of host 0 ({address})?")
+
     try:
-        try:
-            start(parse(arguments))
-            return 0
-        finally:
-            ending.listen()
+        with heeded(lambda: idle() and not ending.stopping, _leave_at_once, wait):
+            try:
+                start(parse(arguments))
+                return 0
+            finally:
+                ending.listen()
     except SignalException as error:
-        children = psutil.Process().children()  # that torchrun has not ended: of one rank Accelerate leaves that to us
-        for child in children:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.send_signal(error.sigval)
-        for child in psutil.wait_procs(children, timeout=float(os.environ["PET_SHUTDOWN_TIMEOUT"]))[1]:
-            child.kill()
+        _end_children(error.sigval)
         texts = [file.read_text() if file.exists() else "" for file in ranks]  # '': it ended without a word
         code = max((int(text or FAILED) for text in texts), key=weight)
         reason = f"signal {error.sigval.name}: {MEANINGS.get(code, 'some ranks did not end in time, or crashed')}"
     except ChildFailedError as error:
         code, reason, ending.killed = explain(error.failures)
+    except SystemExit:  # of one rank that Accelerate starts without torch's agent; it hides the code
+        text = ranks[0].read_text() if ranks[0].exists() else ""
+        code, ending.killed = int(text or FAILED), not text
+        reason = f"the rank of this host ended with code {code}, {MEANINGS.get(code, CRASHED)}"
+    except DistError as error:  # of torch's agent, before there are ranks
+        code, reason = PEER_LOST, f"host 0 ({address}, port {port}) is not reached, or nobody there: {one_line(error)}"
     say(reason)
     return code
+
+
+def _end_children(number: int) -> None:
+    """By signal `number`, those that torchrun has not ended: of one rank Accelerate leaves that to us."""
+    children = psutil.Process().children()
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.send_signal(number)
+    for child in psutil.wait_procs(children, timeout=float(os.environ["PET_SHUTDOWN_TIMEOUT"]))[1]:
+        child.kill()
 
 
 def _program() -> tuple[Callable[[list[str]], argparse.Namespace], Callable[[argparse.Namespace], None]]:
@@ -264,37 +297,3 @@ def _program() -> tuple[Callable[[list[str]], argparse.Namespace], Callable[[arg
 
     gc.enable()  # which `naign launch` disabled for the imports
     return launch_command_parser().parse_args, launch_command
-
-
-def find_engine(name: str, ranks: int) -> str:
-    """The text of an Accelerate configuration: a file's, that of a name in launch/, or DDP on this machine."""
-    if name:
-        from accelerate.commands.config.config_args import load_config_from_file
-
-        for file in (Path(name), shipped(f"launch/{name}.yaml"), shipped(f"launch/{name}")):
-            if len(name) < 200 and file.is_file():
-                try:
-                    load_config_from_file(str(file))
-                    return file.read_text()
-                except Exception as error:  # of many kinds
-                    reason = one_line(error, 200)
-                    raise InputError(f"--engine {file} is no configuration of Accelerate: {reason}") from None
-        known = ", ".join(sorted(file.stem for file in shipped("launch").glob("*.yaml")))
-        raise InputError(f"--engine {name} is no file and no name in launch/{': ' + known if known else ''}")
-    use_cpu, precision = _without_engine()
-    return (
-        f"{{compute_environment: LOCAL_MACHINE, distributed_type: MULTI_GPU, use_cpu: {use_cpu}, num_machines: 1, "
-        f'num_processes: {ranks}, machine_rank: 0, mixed_precision: "{precision}", rdzv_backend: static, '
-        "same_network: true}\n"
-    )
-
-
-def _gpus() -> int:
-    from pipeline.distributed.gpus import count_gpus
-
-    return count_gpus()
-
-
-def _without_engine() -> tuple[str, str]:
-    """use_cpu and mixed_precision, as in launch/gpus.yaml and launch/cpu.yaml; train.precision overrides it."""
-    return ("false", "bf16") if _gpus() else ("true", "no")

@@ -25,7 +25,7 @@ from typing import Any, cast
 
 import psutil
 
-from pipeline.cluster.guests import Guests, Hello, Met, notice_death
+from pipeline.cluster.guests import Disagreement, Guests, Hello, Met, notice_death
 from pipeline.cluster.place import MOST, Place
 from pipeline.errors import InputError, PeerLost, printable
 
@@ -72,11 +72,12 @@ def listen(place: Place, port: int) -> socket.socket | None:
         raise InputError(f"{problem}: choose another --meeting-port") from None
 
 
-def turn_away(listener: socket.socket, place: Place, reason: str, within: float = TELLING) -> None:
+def turn_away(listener: socket.socket, place: Place, error: InputError, within: float = TELLING) -> None:
     """Report to the other hosts why all end, as they connect: for `within` seconds, or until all have been informed."""
+    reason, informed = (str(error), error.informed) if isinstance(error, Disagreement) else (f"host 0: {error}", set())
     until = time.monotonic() + within
     with contextlib.closing(Guests(place, listener, lambda _: None, ending=reason[:400])) as guests:
-        while len(guests.informed) < place.hosts - 1 and (left := until - time.monotonic()) > 0:
+        while len(guests.informed | informed) < place.hosts - 1 and (left := until - time.monotonic()) > 0:
             guests.serve(min(left, 1))
 
 

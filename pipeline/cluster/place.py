@@ -5,9 +5,10 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, printable, require
 
 MOST = 99_999  # of indices, hosts and generations: what `_number` reads back
+RANKS = 1024  # on a host
 PORTS = (29400, 29500)  # default ports of host 0: where hosts wait for each other, and the rendezvous of the ranks
 
 
@@ -42,7 +43,12 @@ def find_place(environ: Mapping[str, str]) -> Place:
     NAIGN_SINCE itself. Raises InputError where some are missing or make no sense.
     """
     generation, since = (_number(environ, name, default=0) for name in ("NAIGN_GENERATION", "NAIGN_SINCE"))
-    return replace(_find_place(environ), generation=generation, since=since)
+    place = replace(_find_place(environ), generation=generation, since=since)
+    require(
+        (since <= generation, f"NAIGN_SINCE ({since}) is more than NAIGN_GENERATION ({generation}): set neither"),
+        (place.processes <= RANKS, f"{place.processes} ranks on this host: at most {RANKS} are possible"),
+    )
+    return place
 
 
 def _find_place(environ: Mapping[str, str]) -> Place:
@@ -54,7 +60,7 @@ def _find_place(environ: Mapping[str, str]) -> Place:
         name, hosts, per_node = "Kubeflow", _number(environ, "PET_NNODES"), environ.get("PET_NPROC_PER_NODE", "auto")
         index = _number(environ, "PET_NODE_RANK", default=0 if hosts == 1 else None)
         head = environ.get("PET_MASTER_ADDR", "localhost")
-        processes = processes or (int(per_node) if per_node.isdecimal() else 0)
+        processes = processes or (_number(environ, "PET_NPROC_PER_NODE") if per_node.isdecimal() else 0)
     elif "SLURM_PROCID" in environ:
         tasks, nodes = environ.get("SLURM_NTASKS"), environ.get("SLURM_NNODES")
         if tasks != nodes:
@@ -73,7 +79,7 @@ def _find_place(environ: Mapping[str, str]) -> Place:
         )
     else:
         return Place(orchestrator="none", processes=processes)
-    if not all(re.fullmatch(r"[\w:-]{1,63}", label) for label in head.rstrip(".").split(".")):
+    if not all(re.fullmatch(r"[\w:-]{1,63}", label, re.ASCII) for label in head.rstrip(".").split(".")):
         raise InputError(f"'{head[:300]}' is no name of a host: see NAIGN_HEAD in k8s/job.yaml")
     if not 0 <= index < hosts:
         raise InputError(
@@ -86,7 +92,7 @@ def _find_place(environ: Mapping[str, str]) -> Place:
 def find_ports(environ: Mapping[str, str]) -> tuple[int, int]:
     """PORTS; on Slurm, where jobs share nodes, two derived from the job id, below the ephemeral ports (32768)."""
     job = environ.get("SLURM_JOB_ID", "")
-    return (first := 20_000 + int(job) % 6000 * 2, first + 1) if job.isdecimal() else PORTS
+    return (first := 20_000 + int(job[-9:]) % 6000 * 2, first + 1) if job.isdecimal() else PORTS
 
 
 def _first_node(nodes: str) -> str:
@@ -95,7 +101,7 @@ def _first_node(nodes: str) -> str:
         asked = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
         return asked.stdout.split()[0]
     except (FileNotFoundError, subprocess.CalledProcessError, IndexError) as error:
-        reason = str(getattr(error, "stderr", "") or error).strip()
+        reason = printable(" ".join(str(getattr(error, "stderr", "") or error).split()))
         raise InputError(f"scontrol cannot name the nodes of '{nodes}' ({reason}): set NAIGN_HEAD") from None
 
 

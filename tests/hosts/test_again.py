@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.cluster.again import LIMIT, check_progress
+from pipeline.cluster import again
+from pipeline.cluster.again import LIMIT, check_progress, meet_again
 from pipeline.cluster.exit_codes import Ending
 from pipeline.cluster.guests import Hello, Met
 from pipeline.cluster.meeting import Links, meet
@@ -139,6 +140,21 @@ def test_a_host_whose_rank_was_killed_says_so_at_once(monkeypatch):
     ending.killed = True
     monkeypatch.setattr(ending, "wait_for", lambda *_: pytest.fail("it waits"))
     assert ending.judge(FAILED) == FAILED
+
+
+def test_a_host_that_is_asked_to_end_while_its_ranks_are_killed_does_not_meet_again(monkeypatch):
+    """Other threads than the one that executes it anew still take signals."""
+    ending = Ending(patience=60)
+
+    def asked(*_, **__):
+        ending.asked = True
+        return [], []
+
+    monkeypatch.setattr(again.psutil, "wait_procs", asked)
+    monkeypatch.setattr(again.os, "execve", lambda *_: pytest.fail("it goes on"))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert meet_again({}, PEER_LOST, ending, Links("", {}, Met(1, 1)), 0.0) == PEER_LOST
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
 def until(condition: Any, log: Path, seconds: float = 90) -> None:

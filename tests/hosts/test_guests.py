@@ -12,7 +12,7 @@ import pytest
 from pipeline.cluster.guests import Guests, Hello, Met
 from pipeline.cluster.meeting import meet, turn_away
 from pipeline.cluster.place import MOST, Place, find_place
-from pipeline.errors import PeerLost
+from pipeline.errors import InputError, PeerLost
 
 HELLO = Hello("a", 1, 3, 0, 0, "m")
 
@@ -94,17 +94,17 @@ def test_silent_strangers_and_slow_greetings_do_not_keep_hosts_from_the_reason()
     line, begun = HELLO.line(), time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as server:
         guests = [socket.create_connection(server.getsockname()[:2], timeout=10) for _ in range(42)]
-        ending = threading.Thread(target=turn_away, args=(server, place(0, 3), "no GPUs", 10))
+        ending = threading.Thread(target=turn_away, args=(server, place(0, 3), InputError("no GPUs"), 10))
         guests[40].sendall(line[:9])
         ending.start()
         guests[41].sendall(dataclasses.replace(HELLO, index=2).line())
-        assert json.loads(guests[41].recv(1000)) == {"no": "no GPUs", "end": True}
+        assert json.loads(guests[41].recv(1000)) == {"no": "host 0: no GPUs", "end": True}
         guests[40].sendall(line[9:])
-        assert json.loads(guests[40].recv(1000)) == {"no": "no GPUs", "end": True}
+        assert json.loads(guests[40].recv(1000)) == {"no": "host 0: no GPUs", "end": True}
         ending.join(10)
         assert time.monotonic() - begun < 5
         begun = time.monotonic()
-        turn_away(server, place(0, 3), "no GPUs", 0.2)
+        turn_away(server, place(0, 3), InputError("no GPUs"), 0.2)
         assert time.monotonic() - begun < 2
         for guest in guests:
             guest.close()

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed import DistNetworkError
 
-from pipeline.cluster import launch
-from pipeline.cluster.exit_codes import SIGNALS, Ending
-from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED
+from pipeline.cluster import exit_codes, launch
+from pipeline.cluster.exit_codes import SIGNALS, Ending, on_signals
+from pipeline.cluster.meeting import meet
+from pipeline.cluster.place import Place
+from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST
 from tests.conftest import ROOT, SMALL, environment
 from tests.servers import free_port
 
@@ -52,6 +55,26 @@ def test_a_signal_ends_what_is_waited_for_after_the_ranks(number, handlers):
     begun = time.monotonic()
     assert ending.judge(FAILED) == FAILED and ending.heard(0, 60) is None and ending.asked
     assert time.monotonic() - begun < 5
+
+
+def test_what_nohup_ignores_stays_ignored(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    on_signals(lambda *_: None)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and callable(signal.getsignal(signal.SIGTERM))
+
+
+def test_agents_that_do_not_reach_each_other_are_told_as_a_lost_host(handlers, capsys, monkeypatch, tmp_path):
+    def start(_):
+        time.sleep(1)
+        raise DistNetworkError("The client socket has timed out")
+
+    monkeypatch.setattr(launch, "_program", lambda: (lambda _: None, start))
+    monkeypatch.setattr(exit_codes, "QUIET", 0.2)
+    place = Place(orchestrator="Kubernetes", index=1, hosts=2, head="a")
+    code = launch.run_ranks(tmp_path / "engine.yaml", place, 1, "10.0.0.1", 29500, [], Ending(patience=60))
+    quiet, last = capsys.readouterr().err.splitlines()
+    assert code == PEER_LOST and "host 0 (10.0.0.1, port 29500) is not reached" in last and "timed out" in last
+    assert "no ranks after" in quiet and "do all hosts reach port 29500" in quiet
 
 
 @pytest.mark.parametrize(
@@ -117,6 +140,35 @@ def test_further_signals_change_nothing(ranks, start, digits, tmp_path):
     said = job.communicate()[1]
     assert job.returncode == INTERRUPTED and "SIGTERM: stopped on request" in said and "Traceback" not in said
     assert list((tmp_path / "run/checkpoints").glob("step-*"))
+
+
+@pytest.mark.slow
+def test_one_rank_under_an_engine_keeps_its_code(start):
+    job = start("--processes=1", "--engine=single", "--data.path=nowhere", "--run.path=run")
+    said = job.communicate(timeout=60)[1]
+    assert job.returncode == BAD_INPUT and "Traceback" not in said
+    assert "the rank of this host ended with code 2, bad configuration" in said.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_host_lost_before_there_are_ranks_is_waited_for_and_signals_are_heeded(start, digits):
+    """Torch's agent waits for that of the other host, in C++."""
+    port, meeting = free_port(), free_port()
+    named = {"NAIGN_HOSTS": "2", "NAIGN_HEAD": "localhost", "JOB_COMPLETION_INDEX": "0", "NAIGN_START": "s"}
+    options = (f"--port={port}", f"--meeting-port={meeting}", f"--data.path={digits}", "--run.path=run")
+    job = start(*options, **named)
+    other = Place(orchestrator="Kubernetes", index=1, hosts=2, head="localhost", start="s")
+    links = meet(other, port=meeting, within=60)
+    assert links.generation == 1
+    for peer in links._peers.values():
+        peer.close()  # as if the host were gone
+    links = meet(other, port=meeting, within=60)
+    assert links.generation == 2 and job.poll() is None
+    time.sleep(1)
+    job.send_signal(signal.SIGTERM)
+    said = job.communicate(timeout=30)[1]
+    assert job.returncode == INTERRUPTED and said.count("this host stays") == 1, said
+    assert "stopped on request" in said.splitlines()[-1]
 
 
 HELD = """

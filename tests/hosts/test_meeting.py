@@ -14,8 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
+from pipeline.cluster.engine_file import find_engine
 from pipeline.cluster.exit_codes import Ending, explain
-from pipeline.cluster.launch import find_engine
+from pipeline.cluster.guests import Disagreement
 from pipeline.cluster.meeting import Links, interface_of, listen, meet, turn_away
 from pipeline.cluster.place import PORTS, Place, find_place, find_ports
 from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost
@@ -64,6 +65,10 @@ def test_the_place_is_what_the_orchestrator_says(environ, expected):
         ({"NAIGN_HOSTS": "2", "NAIGN_HEAD": "a..b", "JOB_COMPLETION_INDEX": "1"}, "'a..b' is no name of a host"),
         ({"JOB_COMPLETION_INDEX": "1"}, "NAIGN_HOSTS is not set"),
         ({"PET_NNODES": "2"}, "PET_NODE_RANK is not set"),
+        ({"PET_NNODES": "1", "PET_NPROC_PER_NODE": "9" * 5000}, "from 0 to 99999"),
+        ({"NAIGN_PROCESSES": "1025"}, "1025 ranks on this host: at most 1024"),
+        ({"NAIGN_GENERATION": "1", "NAIGN_SINCE": "3"}, "set neither"),
+        ({"NAIGN_HOSTS": "2", "NAIGN_HEAD": "ß" * 63, "JOB_COMPLETION_INDEX": "1"}, "is no name of a host"),
     ],
 )
 def test_a_place_that_makes_no_sense_is_refused(environ, said):
@@ -75,6 +80,7 @@ def test_jobs_that_share_a_node_have_ports_of_their_own():
     assert find_ports({}) == PORTS
     found = [find_ports({"SLURM_JOB_ID": str(job)}) for job in range(123_456, 123_456 + 6000)]
     ports = {port for pair in found for port in pair}
+    assert find_ports({"SLURM_JOB_ID": "7" * 5000}) != PORTS
     assert len(ports) == 12_000 and min(ports) >= 1024 and max(ports) < 32_768
 
 
@@ -256,14 +262,17 @@ def test_who_comes_to_a_first_host_that_ends_learns_why():
         late = threading.Timer(1, come, args=(2,))
         late.start()
         begun = time.monotonic()
-        turn_away(listener, place(0, 3), "no GPUs", within=20)
+        turn_away(listener, place(0, 3), InputError("no GPUs"), within=20)
         assert time.monotonic() - begun < 10
         assert b'"end": false' in stranger.recv(1000)
     early.join(10)
     late.join(10)
-    assert found == ["no GPUs"] * 2
+    assert found == ["host 0: no GPUs"] * 2
     with listen(place(0, 3), port) as listener:  # type: ignore[union-attr]
-        turn_away(listener, place(0, 3), "no GPUs", within=0.2)
+        turn_away(listener, place(0, 3), InputError("no GPUs"), within=0.2)
+        begun = time.monotonic()
+        turn_away(listener, place(0, 3), Disagreement("host 2 counts 4 hosts", {1, 2}), within=20)  # who knows already
+        assert time.monotonic() - begun < 1
 
 
 def test_a_stranger_who_is_silent_is_not_taken_for_the_first_host():
@@ -364,13 +373,21 @@ def test_engines_are_found_by_name_and_by_file(tmp_path):
     text = find_engine("cpu", 2)
     (tmp_path / "mine.yaml").write_text(text)
     assert find_engine(str(tmp_path / "mine.yaml"), 2) == text
-    for wrong in ("", "- a\n", "mine: true\n", text.replace("MULTI_GPU", "MANY"), "a: ["):
+    malformed = ("", "- a\n", "mine: true\n", text.replace("MULTI_GPU", "MANY"), "a: [")
+    of_others = (text.replace("MULTI_GPU", "FSDP"), text.replace("MULTI_GPU", "XLA"), f"{text}mixed_precision: 7\n")
+    (tmp_path / "mine.yaml").write_text(
+        "{compute_environment: LOCAL_MACHINE, distributed_type: NO, mixed_precision: no}"
+    )
+    assert "NO" in find_engine(str(tmp_path / "mine.yaml"), 1)
+    for wrong in (*malformed, *of_others):
         (tmp_path / "mine.yaml").write_text(wrong)
         with pytest.raises(InputError, match="is no configuration of Accelerate"):
             find_engine(str(tmp_path / "mine.yaml"), 2)
     assert "MULTI_GPU" in find_engine("", 2) and "'NO'" not in find_engine("", 2)
     with pytest.raises(InputError, match="no name in launch/: cpu, gpus"):
         find_engine("zero9", 2)
+    with pytest.raises(InputError, match="is no file"):
+        find_engine("x" * 5000, 2)
 
 
 def test_the_interface_towards_an_address():
