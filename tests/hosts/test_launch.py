@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -70,6 +71,8 @@ def test_agents_that_do_not_reach_each_other_are_told_as_a_lost_host(handlers, c
 
     monkeypatch.setattr(launch, "_program", lambda: (lambda _: None, start))
     monkeypatch.setattr(exit_codes, "QUIET", 0.2)
+    childless = SimpleNamespace(children=list)  # this process may have servers of other tests
+    monkeypatch.setattr(launch, "psutil", SimpleNamespace(Process=lambda: childless))
     place = Place(orchestrator="Kubernetes", index=1, hosts=2, head="a")
     code = launch.run_ranks(tmp_path / "engine.yaml", place, 1, "10.0.0.1", 29500, [], Ending(patience=60))
     quiet, last = capsys.readouterr().err.splitlines()
