@@ -185,7 +185,7 @@ class Bench:
         newest = max((self.scratch / "resumed/checkpoints").iterdir())
         shutil.rmtree(newest)
         seconds: dict[str, list[float]] = {title: [] for title in STARTS}
-        for number in range(int(self.settings.quick), 1 + self.settings.starts):
+        for number in range(int(self.settings.quick), 1 + self.settings.starts):  # 0 is not counted
             for title, start in STARTS.items():
                 taken = first_step([*start, *command], environment)
                 say(f"{title}: {taken:.2f} s")

@@ -65,8 +65,8 @@ def printable(text: str, most: int = 200) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text[:most])
 
 
-def one_line(error: BaseException, most: int = 300) -> str:
-    """The text of another library's error on one line, at most its last `most` characters, for a message.
+def one_line(error: object, most: int = 300) -> str:
+    """The text of another library's or program's error on one line, at most its last `most` characters, for a message.
 
     Of a URL with a user or a password what stands before the host is left out.
     """

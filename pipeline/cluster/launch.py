@@ -265,19 +265,23 @@ def run_ranks(
                 ending.listen()
     except SignalException as error:
         _end_children(error.sigval)
-        texts = [file.read_text() if file.exists() else "" for file in ranks]  # '': it ended without a word
-        code = max((int(text or FAILED) for text in texts), key=weight)
+        code = max((int(text or FAILED) for text in _codes(ranks)), key=weight)
         reason = f"signal {error.sigval.name}: {MEANINGS.get(code, 'some ranks did not end in time, or crashed')}"
     except ChildFailedError as error:
         code, reason, ending.killed = explain(error.failures)
     except SystemExit:  # of one rank that Accelerate starts without torch's agent; it hides the code
-        text = ranks[0].read_text() if ranks[0].exists() else ""
+        (text,) = _codes(ranks)
         code, ending.killed = int(text or FAILED), not text
         reason = f"the rank of this host ended with code {code}, {MEANINGS.get(code, CRASHED)}"
     except DistError as error:  # of torch's agent, before there are ranks
-        code, reason = PEER_LOST, f"host 0 ({address}, port {port}) is not reached, or nobody there: {one_line(error)}"
+        code, reason = PEER_LOST, f"host 0 ({address}, port {port}) is not reached: {one_line(error)}"
     say(reason)
     return code
+
+
+def _codes(ranks: Sequence[Path]) -> list[str]:
+    """What ranks wrote when they ended, as text; '' of one that has not ended, or did so without a word."""
+    return [file.read_text() if file.exists() else "" for file in ranks]
 
 
 def _end_children(number: int) -> None:

@@ -5,7 +5,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from pipeline.errors import InputError, printable, require
+from pipeline.errors import InputError, one_line, require
 
 MOST = 99_999  # of indices, hosts and generations: what `_number` reads back
 RANKS = 1024  # on a host
@@ -101,7 +101,7 @@ def _first_node(nodes: str) -> str:
         asked = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
         return asked.stdout.split()[0]
     except (FileNotFoundError, subprocess.CalledProcessError, IndexError) as error:
-        reason = printable(" ".join(str(getattr(error, "stderr", "") or error).split()))
+        reason = one_line(getattr(error, "stderr", "") or error)
         raise InputError(f"scontrol cannot name the nodes of '{nodes}' ({reason}): set NAIGN_HEAD") from None
 
 
