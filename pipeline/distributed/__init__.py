@@ -15,3 +15,4 @@ from pipeline.distributed.ranks import (
 from pipeline.distributed.signals import StopPoll, StopRequest
 from pipeline.distributed.versions import check_versions
 from pipeline.distributed.watchdog import Watchdog
+from pipeline.distributed.zero import ZeroEngine

@@ -147,7 +147,7 @@ def _check_deepspeed(on_cpu: bool) -> None:
     compiled = "on CPUs DeepSpeed compiles its communication: install a C++ compiler (g++), or use DDP"
     switched = "use_cpu: true silently switches DeepSpeed off: set use_cpu: false, which works on CPUs too"
     require((compiler, compiled), (use_cpu != "true", switched))
-    from pipeline.distributed.engine import compile_communication
+    from pipeline.distributed.zero import compile_communication
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     check_versions("deepspeed")

@@ -25,7 +25,7 @@ INTERNALS = {
         "deepspeed.utils.safe_set_local_optimizer_state",
     ),
 }
-"""Names that may change with any release, by library. engine.py checks those of DeepSpeed's objects itself."""
+"""Names that may change with any release, by library. zero.py checks those of DeepSpeed's objects itself."""
 
 
 def check_versions(*libraries: str) -> None:

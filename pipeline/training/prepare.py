@@ -17,7 +17,7 @@ from pipeline.checkpoint import Writer, newest_first, take_over
 from pipeline.config import Config, flatten, to_dict
 from pipeline.data import DataConfig, Stream, load, names_several, pack
 from pipeline.data.damage import find_law
-from pipeline.distributed import Engine, StopRequest, Watchdog, together, total
+from pipeline.distributed import Engine, StopRequest, Watchdog, ZeroEngine, together, total
 from pipeline.errors import InputError, require
 from pipeline.match import SpaceConfig, check_space
 from pipeline.model.encoders import Encoder, load_encoder, names
@@ -209,13 +209,17 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
 
 
 def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator, shape: tuple[int, ...] = ()) -> Engine:
-    """The engine that trains `bare` on samples of `shape`."""
+    """The engine that trains `bare` on samples of `shape`.
+
+    Collective. Raises InputError where the launcher's DeepSpeed configuration contradicts the settings.
+    """
     train = config.train
     if train.channels_last:
         bare.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     same = ("lr", "weight_decay", "clip", "batch", "accumulate", "ema", "compile", "graphs")
     settings = {name: getattr(train, name) for name in same}
-    return Engine(accelerator, bare, betas=(train.beta1, train.beta2), shape=shape, **settings)
+    kind = ZeroEngine if accelerator.distributed_type == DistributedType.DEEPSPEED else Engine
+    return kind(accelerator, bare, betas=(train.beta1, train.beta2), shape=shape, **settings)
 
 
 def build_law(config: Config, network: nn.Module, device: torch.device) -> LearnedLaw | None:

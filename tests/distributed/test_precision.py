@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from pipeline.distributed import engine, ranks
+from pipeline.distributed import ranks, zero
 from tests.conftest import SMALL, Program
 
 ABLE = [
@@ -43,5 +43,5 @@ def test_deepspeeds_own_adamw_is_asked_for_only_where_it_can_be_compiled(cuda, c
     config: dict[str, object] = {}
     plugin = SimpleNamespace(deepspeed_config=config)
     accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), num_processes=2)
-    engine._configure(accelerator, micro=4, accumulate=1, clip=1.0)
+    zero._configure(accelerator, micro=4, accumulate=1, clip=1.0)
     assert config.get("zero_force_ds_cpu_optimizer") is forced and config["train_batch_size"] == 8

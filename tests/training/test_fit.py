@@ -48,7 +48,7 @@ def test_passes_and_rounds_differ():
 def test_refined_latents_have_nearer_samples_and_leave_the_weights_alone(space):
     torch.manual_seed(0)
     network = build_network(ConvConfig(width=8, code=16), (1, 8, 8))
-    engine = SimpleNamespace(bare=network, deepspeed=False)
+    engine = SimpleNamespace(bare=network, _dtype=torch.float32)
     engine.slope = partial(Engine.slope, engine)
     latents, images = torch.randn(5, 1, 8, 8), torch.randn(5, 1, 8, 8).tanh()
 
