@@ -130,7 +130,8 @@ class NaignConfig(DistanceConfig):
     denoising: float = field(default=0.0, metadata=AT_LEAST_0)
     """Weight of d(f(damaged x), x)."""
     damage: str = "noise"
-    """denoising: noise, or mixed (lost detail, noise, specks and stripes: pipeline/data/damage.py)."""
+    """denoising: noise; mixed (lost detail, noise, specks and stripes: pipeline/data/damage.py); or mild, as mixed, but
+    less often, so that one image in five stays whole and `reconstruction` can be 0."""
     noise: float = field(default=0.5, metadata=AT_LEAST_0)
     """denoising: the noise's standard deviation is uniform in [0, this] for each image."""
 
