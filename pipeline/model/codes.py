@@ -86,6 +86,7 @@ class CodeLaw:
         share: float,  # of the run that lies behind
         settled: int = 0,  # rounds since which f has not changed
         *,
+        covers: float = 0.0,  # share of the run that this round is: the learning rate falls within it, too
         rank: int = 0,
         world: int = 1,
         add: Callable[[Tensor], Tensor] = lambda value: value,  # its sum over all ranks
@@ -106,13 +107,14 @@ class CodeLaw:
         if not self.begun(share):
             self.rounds += 1
             return
-        learned = (share - self.config.begin) / (1 - self.config.begin)  # share of what the flow learns from
         wanted = self.flow.whiten(codes)
         ids = torch.arange(len(codes))
         order = uniform(self.seed, self.rounds, ids, (self.config.passes,), stream=LEARN).argsort(dim=0).T.flatten()
         batches = order.split(self.config.batch)
-        rate = self.config.lr * (1 + math.cos(math.pi * learned)) / 2
         while self.done < len(batches):
+            now = share + covers * self.done / len(batches)
+            learned = (now - self.config.begin) / (1 - self.config.begin)  # share of what the flow learns from
+            rate = self.config.lr * (1 + math.cos(math.pi * learned)) / 2
             rows = batches[self.done]
             first, last = (len(rows) * part // world for part in (rank, rank + 1))
             mine = rows[first:last]

@@ -164,7 +164,7 @@ def learn_codes(run: Run, law: LearnedLaw, state: RoundState) -> dict[str, float
     with run.phase("learn"):
         mine = torch.cat([run.engine.exported("encode", part) for part in state.images.split(ENCODED)])
         stop_requested = run.poll("learn")
-        how = {"rank": run.rank, "world": run.world, "autocast": accelerator.autocast}
+        how = {"rank": run.rank, "world": run.world, "autocast": accelerator.autocast, "covers": 1 / run.rounds}
         if run.world > 1:
             how["add"] = partial(accelerator.reduce, reduction="sum")
         settled = max(0, state.number - run.fitted)

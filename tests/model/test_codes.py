@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from pipeline.errors import InputError
 from pipeline.model import latents
-from pipeline.model.codes import CodeLaw, CodesConfig
+from pipeline.model.codes import WARMUP, CodeLaw, CodesConfig
 from pipeline.model.flow import RIDGE, CodeFlow
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import ConvConfig, build_network
@@ -45,6 +45,15 @@ def test_the_flow_learns_clusters_and_their_shares():
     between = ((drawn[:, 0] > 0.7) & (drawn[:, 0] < 2.3)).float().mean()
     assert between < 0.05
     assert float((drawn[:, 1] - 2 * drawn[:, 0]).std()) < 0.5
+
+
+def test_the_learning_rate_falls_from_step_to_step_of_a_round():
+    law, rates = CodeLaw((2,), SETTINGS, seed=3, device=torch.device("cpu")), list[float]()
+    for share in (0.0, 0.5):
+        for _ in law.learn(codes(0), share, covers=0.5):
+            rates.append(law.adam.param_groups[0]["lr"] / min(1.0, len(rates) / WARMUP + 1 / WARMUP))
+    whole = [SETTINGS.lr * (1 + math.cos(math.pi * step / len(rates))) / 2 for step in range(len(rates))]
+    assert rates == pytest.approx(whole)
 
 
 def test_learning_goes_on_bit_for_bit():
