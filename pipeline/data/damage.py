@@ -9,9 +9,9 @@
     mild   as mixed, but each of the four with probability 1/3, so that nearly one image in five stays whole. That much
            reconstruction suffices: with `objective.reconstruction=0` a step evaluates f once and takes half the time.
 
-Both are kin to the damage that repair is measured on (pipeline.data.degrade), but of other kernels and of random
-strengths; a table of repairs must say which of the two, or neither, a network was trained with. Other packages add laws
-as entry points of group naign.damage, each a `Law`.
+The last two are kin to the damage that repair is measured on (pipeline.data.degrade), but of other kernels and of
+random strengths; a table of repairs must say which law a network was trained with. Other packages add laws as entry
+points of group naign.damage, each a `Law`.
 """
 
 from collections.abc import Callable

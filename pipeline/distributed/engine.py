@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -49,6 +50,7 @@ class Engine:
     ) -> None:
         """Collective."""
         world = accelerator.num_processes
+        assert self.deepspeed == (accelerator.distributed_type == DistributedType.DEEPSPEED)
         assert batch % (world * accumulate) == 0
         self.accelerator, self.bare, self.accumulate = accelerator, bare, accumulate
         self.micro = batch // (world * accumulate)  # images per rank and micro-batch
@@ -157,19 +159,19 @@ class Engine:
         return norm
 
     def _step(self) -> float | Tensor:
-        found: Tensor = self.accelerator.clip_grad_norm_(self.bare.parameters(), self._clip or math.inf)
+        found: Tensor = self.accelerator.clip_grad_norm_(self.bare.parameters(), self._clip or math.inf).detach()
         if self.ahead:
-            norm = found.detach()
-            self._adam.grad_scale, self._adam.found_inf = None, (~norm.isfinite()).float()  # then it does not step
+            self._adam.grad_scale, self._adam.found_inf = None, (~found.isfinite()).float()  # then it does not step
             self._adam.step()
             self._adam.zero_grad(set_to_none=True)
-            return norm
+            return found
+        norm = float(found)
         # Accelerate's wrapper searches the disk for a package at every step; only a scaler needs the wrapper.
         scaled = self.accelerator.scaler is not None
-        if math.isfinite(found) or scaled:  # a scaler skips the step itself, and adapts
+        if math.isfinite(norm) or scaled:  # a scaler skips the step itself, and adapts
             (self.optimizer if scaled else self._adam).step()
         self._adam.zero_grad(set_to_none=True)
-        return float(found)
+        return norm
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:

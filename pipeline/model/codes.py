@@ -104,8 +104,8 @@ class CodeLaw:
             self.flow.follow(values.mean(1), values.cov(), keep)
             for name, value in self.flow.named_buffers():
                 self.average.get_buffer(name).copy_(value)
-        if not self.begun(share):
-            self.rounds += 1
+        if not self.begun(share):  # and a round that a shorter run stopped in is not gone on with
+            self.rounds, self.done, self.sum = self.rounds + 1, 0, 0.0
             return
         wanted = self.flow.whiten(codes)
         ids = torch.arange(len(codes))

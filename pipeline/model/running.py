@@ -46,7 +46,7 @@ class MixtureLaw:
         """Whether there is a loss to report after a round before which that share of the run lies: there is none."""
         return False
 
-    def learn(self, codes: Tensor, share: float, settled: int = 0, **_ranks: object) -> Iterator[None]:
+    def learn(self, codes: Tensor, share: float, settled: int = 0, **_how: object) -> Iterator[None]:
         """Learn from the next round's codes (n, *shape) of all ranks, at once: there are no steps to yield between.
 
         `share` is that of the run that lies behind, `settled` the rounds since which f has not changed.

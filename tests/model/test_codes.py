@@ -61,9 +61,9 @@ def test_learning_goes_on_bit_for_bit():
     for step in (1, 3):  # from the middle of a round, too
         other.load({name: value.clone() for name, value in law.dump().items()})
         assert (other.rounds, other.done) == (law.rounds, law.done)
-        learn(law, codes(4), 0.5, steps=step)
-    learn(law, codes(4), 0.5)
-    learn(other, codes(4), 0.5)
+        learn(law, codes(4), 0.5, steps=step, covers=0.1)
+    learn(law, codes(4), 0.5, covers=0.1)
+    learn(other, codes(4), 0.5, covers=0.1)
     assert other.loss == law.loss and other.rounds == 5
     for name, value in law.dump().items():
         assert torch.equal(value, other.dump()[name]), name
