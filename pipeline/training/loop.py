@@ -37,6 +37,7 @@ from pipeline.training.state import PartialRound, Position, snapshot
 log = logging.getLogger("naign.train")
 
 ENCODED = 512  # images encoded at once for the law of codes
+TRACKED = 1024  # images of a round, at least, whose codes' mean and covariance are tracked
 
 
 def train(config: Config, accelerator: Accelerator) -> bool:
@@ -162,7 +163,8 @@ def learn_codes(run: Run, law: LearnedLaw, state: RoundState) -> dict[str, float
         return {"loss/codes": law.loss} if begun else {}
     accelerator, device = run.accelerator, run.accelerator.device
     with run.phase("learn"):
-        mine = torch.cat([run.engine.exported("encode", part) for part in state.images.split(ENCODED)])
+        some = state.images if begun else state.images[:: tracked_every(run.config)]
+        mine = torch.cat([run.engine.exported("encode", part) for part in some.split(ENCODED)])
         stop_requested = run.poll("learn")
         how = {"rank": run.rank, "world": run.world, "autocast": accelerator.autocast, "covers": 1 / run.rounds}
         if run.world > 1:
@@ -179,6 +181,17 @@ def learn_codes(run: Run, law: LearnedLaw, state: RoundState) -> dict[str, float
             for value in run.state.values():
                 broadcast(value, from_process=0)
     return {"loss/codes": law.loss} if begun else {}
+
+
+def tracked_every(config: Config) -> int:
+    """The stride in a round's images at which they are encoded before the law begins.
+
+    Until then samples are for pictures only, unless f is trained on latents. The stride divides the rows of a rank for
+    any number of ranks, so that the same images are encoded on every world size.
+    """
+    steps = config.match.round // config.train.batch
+    wanted = 1 if config.objective.needs_latents else config.match.round // TRACKED
+    return max(every for every in range(1, steps + 1) if steps % every == 0 and every <= max(1, wanted))
 
 
 def read_round(run: Run, stream: Stream, number: int) -> Taken:

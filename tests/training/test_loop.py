@@ -134,6 +134,27 @@ def test_a_block_that_does_not_fit_is_generated_in_halves_from_then_on(caplog):
         loop.find_match(run, state)
 
 
+@pytest.mark.parametrize(
+    ("size", "batch", "options", "encoded"),
+    [
+        (8192, 128, [], 1024),
+        (25600, 256, [], 1024),
+        (2048, 64, [], 1024),
+        (1408, 64, [], 1408),  # of fewer images than twice those needed all are encoded
+        (6 * 640, 640, [], 1280),  # three divides the steps of a round, so that it divides every rank's rows
+        (8192, 128, ["--objective.imle=0.3"], 8192),  # f is trained on what is drawn
+    ],
+)
+def test_before_the_flow_begins_the_same_part_of_a_round_is_encoded_on_every_world_size(size, batch, options, encoded):
+    given = ["--data.path=x", "--match.latents=codes", "--objective.imle=0", "--objective.denoising=1", *options]
+    every = loop.tracked_every(parse([*given, f"--match.round={size}", f"--train.batch={batch}"]))
+    rows = [range(0, size, every)]
+    for world in (world for world in (2, 4, 5, 8, 32) if batch % world == 0):
+        share = size // world
+        rows.append([rank * share + row for rank in range(world) for row in range(0, share, every)])
+    assert len(rows) > 2 and all(list(one) == list(rows[0]) for one in rows) and len(rows[0]) == encoded
+
+
 def test_garbage_is_collected_once_training_begins(digits, tmp_path):
     """Modules are imported without it."""
     program = (
