@@ -54,10 +54,10 @@ def test_recipes_fit_the_memory_that_they_ask_for(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = {name: row["gigabytes"][-1] for name, row in json.loads((tmp_path / "memory.json").read_text()).items()}
-    for name, most in (("folder64", 16), ("folder256", 24)):
+    for name, most in (("folder64", 8), ("folder256", 12)):
         assert f"a GPU with {most} GB" in (ROOT / f"configs/{name}.yaml").read_text()
         assert 0.3 * most < found[name] < most - 1.5  # for CUDA itself and what its allocator wastes
-    assert found["folder256 --train.recompute"] < 0.6 * found["folder256"]
+    assert found["folder256 --train.recompute"] < 0.65 * found["folder256"]
 
 
 @pytest.mark.slow
