@@ -53,11 +53,14 @@ def test_recipes_fit_the_memory_that_they_ask_for(tmp_path: Path) -> None:
         [*command, "--to", "memory"], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    found = {name: row["gigabytes"][-1] for name, row in json.loads((tmp_path / "memory.json").read_text()).items()}
+    parts = {name: row["gigabytes"] for name, row in json.loads((tmp_path / "memory.json").read_text()).items()}
+    found = {name: row[-1] for name, row in parts.items()}
     for name, most in (("folder64", 8), ("folder256", 12)):
         assert f"a GPU with {most} GB" in (ROOT / f"configs/{name}.yaml").read_text()
         assert 0.3 * most < found[name] < most - 1.5  # for CUDA itself and what its allocator wastes
-    assert found["folder256 --train.recompute"] < 0.65 * found["folder256"]
+    assert (
+        parts["folder256 --train.recompute"][1] < 0.5 * parts["folder256"][1]
+    )  # what a step holds besides the weights
 
 
 @pytest.mark.slow
