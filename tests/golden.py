@@ -26,6 +26,16 @@ TRACES = {
         *("--objective.third=idempotence", "--objective.distance=l1+l2", "--match.latents=smooth4", "--train.ema=0.9"),
     ],
     "ign": ["--objective.name=ign", "--objective.reconstruction=20", "--match.latents=fourier"],
+    "flow of codes": [
+        *("--model.name=spatial", "--model.code=2", "--objective.third=none", "--objective.imle=0"),
+        *("--objective.reconstruction=0", "--objective.denoising=1", "--objective.damage=mild"),
+        *("--match.latents=codes", "--match.codes.begin=0.5", "--match.codes.alone=0.34", "--match.codes.width=16"),
+        *("--match.codes.depth=1", "--match.codes.batch=64", "--match.codes.passes=2"),
+    ],
+    "mixture of codes": [
+        *("--objective.third=none", "--objective.imle=0.3", "--match.latents=codes", "--match.codes.components=3"),
+        *("--match.codes.begin=0.34", "--match.codes.alone=0"),
+    ],
 }
 RECIPE = [
     *("--train.lr=2e-3", "--train.lr_end=1e-5", "--train.weight_decay=0.01", "--train.beta2=0.99", "--train.clip=1"),
