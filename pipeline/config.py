@@ -154,7 +154,7 @@ class Config:
     """All random numbers are a function of the seed, the round and the number of an image or latent."""
     resume: str = field(default="auto", metadata=FREE | one_of(("auto", "changed", "never")))
     """auto: continue from the newest complete checkpoint of run.path. changed: the same, and allow another data.path,
-    train.images, lr, lr_end, warmup, clip or weight_decay. never: start from scratch, and refuse a folder in use."""
+    data.index, train.images, lr, lr_end, warmup, clip or weight_decay. never: start from scratch, and refuse a folder in use."""
 
 
 NAMED: dict[str, tuple[str, Callable[[str], tuple[Any, Any]], dict[str, str]]] = {

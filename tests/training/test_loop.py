@@ -143,6 +143,7 @@ def test_a_block_that_does_not_fit_is_generated_in_halves_from_then_on(caplog):
         (1408, 64, [], 1408),  # of fewer images than twice those needed all are encoded
         (6 * 640, 640, [], 1280),  # three divides the steps of a round, so that it divides every rank's rows
         (8192, 128, ["--objective.imle=0.3"], 8192),  # f is trained on what is drawn
+        (8192, 128, ["--match.codes.components=3"], 8192),  # a mixture learns from the codes of every round
     ],
 )
 def test_before_the_flow_begins_the_same_part_of_a_round_is_encoded_on_every_world_size(size, batch, options, encoded):
