@@ -56,7 +56,7 @@ class TrainConfig:
     ema: float = field(default=0.0, metadata=SHARE)
     """Decay per step of an exponential moving average of the weights, which evaluation uses; 0: none."""
     accumulate: int = field(default=1, metadata=FREE | POSITIVE)
-    """Micro-batches per step: batch = images of a micro-batch x accumulate x ranks."""
+    """Micro-batches per step: batch = images of a micro-batch x accumulate x ranks. Drift and moments depend on it."""
     precision: str = field(default="", metadata=FREE | one_of(("", "auto", "fp32", "bf16", "fp16")))
     """fp32, bf16 or fp16 for forward and backward; weights are float32. Empty: as configured in the launcher. auto: the
     same, but without a configuration bf16 if the hardware multiplies it, else fp32."""
@@ -153,8 +153,8 @@ class Config:
     seed: int = field(default=0, metadata=AT_LEAST_0)
     """All random numbers are a function of the seed, the round and the number of an image or latent."""
     resume: str = field(default="auto", metadata=FREE | one_of(("auto", "changed", "never")))
-    """auto: continue from the newest complete checkpoint of run.path. changed: the same, and allow another data.path,
-    data.index, train.images, lr, lr_end, warmup, clip or weight_decay. never: start from scratch, and refuse a folder in use."""
+    """auto: continue from the newest complete checkpoint of run.path. changed: the same, and allow another data.path or
+    index, train.images, lr, lr_end, warmup, clip or weight_decay. never: start from scratch; refuse a folder in use."""
 
 
 NAMED: dict[str, tuple[str, Callable[[str], tuple[Any, Any]], dict[str, str]]] = {
@@ -240,7 +240,8 @@ def flatten(config: Any) -> dict[str, Any]:
 
 def changeable(config: Config, metadata: dict[str, Any]) -> set[str]:
     """The keys of the settings with the metadata FREE or MAY_CHANGE, whichever is given."""
-    return {key for key, _, change in _leaves(config) if change == metadata["change"]}
+    fixed = {"train.accumulate"} if config.objective.needs_fresh else set()  # the samples of a micro-batch are compared
+    return {key for key, _, change in _leaves(config) if change == metadata["change"]} - fixed
 
 
 def _leaves(settings: Any, prefix: str = "", change: str = "") -> Iterator[tuple[str, Any, str]]:
@@ -338,12 +339,11 @@ def _convert(target: Any, value: Any, where: str) -> Any:
     try:
         if target is float and not isinstance(value, bool):
             return float(value)
-        if target is int and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            if float(value) == int(float(value)):
-                return int(float(value))
-        elif isinstance(value, target):
+        if target is int and isinstance(value, (float, str)) and float(value) == int(float(value)):
+            return int(float(value))
+        if isinstance(value, target) and isinstance(value, bool) == (target is bool):
             return value
-        elif target is str and type(value) is int:
+        if target is str and type(value) is int:
             return str(value)
     except (TypeError, ValueError, OverflowError):
         pass

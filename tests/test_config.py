@@ -1,5 +1,6 @@
 """Every wrong setting is refused with what is wrong and what would be right; every shipped file is a right one."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,19 @@ def test_only_settings_that_touch_the_computation_count_as_different():
     assert set(flatten(Config())) >= {"train.lr", "seed", "match.ratio", "run.path"}
     other = Config(objective=from_dict({"objective": {"name": "ign"}}, where="here").objective)
     assert differences(Config(), other) == ["objective.name: naign there, ign now"]
+
+
+def test_micro_batches_may_change_unless_their_samples_are_compared():
+    one, two = parse(["--train.batch=64"]), parse(["--train.batch=64", "--train.accumulate=2"])
+    assert differences(one, two) == []
+    one.objective.drift = two.objective.drift = 0.1
+    assert differences(one, two) == ["train.accumulate: 1 there, 2 now"]
+
+
+def test_a_large_seed_stays_what_it_is():
+    config = parse(["--seed=1234567890123456789"])
+    recorded = from_dict(json.loads(json.dumps(to_dict(config))), where="there", recorded=True)
+    assert recorded.seed == config.seed == 1234567890123456789
 
 
 def test_what_a_resumed_run_may_change():

@@ -14,10 +14,12 @@ from pathlib import Path
 
 from pipeline.checkpoint.manifest import MANIFEST, by_step, is_whole, read_manifest
 from pipeline.errors import Conflict, Damaged, InputError
+from pipeline.storage.base import Store
 from pipeline.storage.local import sync_file, write_atomically
 from pipeline.storage.store import locate, open_store
 
 RECORDS = ("config.yaml", "metrics.jsonl", "best.json")
+CHANGING = ("config.yaml", "best.json")
 PICTURES = ("tensorboard/*", "samples/*", "trackers/*")
 """Patterns of the files copied besides a checkpoint: RECORDS before its manifest, PICTURES after it."""
 
@@ -93,12 +95,12 @@ def fetch_newest(remote: str, run: Path) -> Path:
 
 
 def fetch_shown(remote: str, run: Path, *, renew: bool = False) -> int:
-    """Download metrics, TensorBoard's files and pictures that are not here, or with `renew` of another size here.
+    """Download records, TensorBoard's files and pictures that are not here, or with `renew` differ from those here.
 
     Returns the number of files.
     """
     fetched, remote = 0, remote.rstrip("/")
-    for pattern in ("metrics.jsonl", *PICTURES):
+    for pattern in ("metrics.jsonl", "best.json", *PICTURES):
         folder = os.path.dirname(pattern)
         store = open_store(f"{remote}/{folder}".rstrip("/"))
         for name in store.list():
@@ -107,7 +109,7 @@ def fetch_shown(remote: str, run: Path, *, renew: bool = False) -> int:
             if name in (".", "..") or Path(name).name != name or not name.isprintable():  # untrusted
                 raise InputError(f"{store.url(name)!r} is no name of a file in a run: remove that object")
             file = run / folder / name
-            if not file.exists() or (renew and file.stat().st_size != store.size(name)):
+            if not file.exists() or (renew and not _is_same(file, store, name)):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(file, store.read(name), sync=False)
                 fetched += 1
@@ -115,18 +117,23 @@ def fetch_shown(remote: str, run: Path, *, renew: bool = False) -> int:
 
 
 def mirror(run: Path, remote: str, patterns: Sequence[str]) -> None:
-    """Upload the files that match the patterns and whose size changed."""
+    """Upload the files that match the patterns and have changed."""
     for pattern in patterns:
         folder = os.path.dirname(pattern)
         store = open_store(f"{remote}/{folder}".rstrip("/"))
         there = set(store.list())
         for file in sorted(run.glob(pattern)):
-            same = False
-            if file.name in there and file.name != "config.yaml":
-                with contextlib.suppress(InputError):
-                    same = store.size(file.name) == file.stat().st_size
-            if not same:
+            if file.name not in there or not _is_same(file, store, file.name):
                 _copy(file, store.url(file.name))
+
+
+def _is_same(file: Path, store: Store, name: str) -> bool:
+    """Whether the object is the file: by its content where that changes, by its size where it only grows."""
+    with contextlib.suppress(InputError):
+        if name in CHANGING:
+            return store.read(name) == file.read_bytes()
+        return store.size(name) == file.stat().st_size
+    return False
 
 
 def take_over(remote: str) -> str:

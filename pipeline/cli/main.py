@@ -30,6 +30,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
         *(evaluate, sample, restore, score, export, push, demo, doctor, completion),
     )
 }
+FULL = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")  # what torch says of it
 
 
 def main() -> None:
@@ -54,6 +55,6 @@ def main() -> None:
             kind = Unavailable if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE) else InputError
             raise kind(f"{error.filename}: {error.strerror}") from None
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-                raise InputError("this machine has too little memory for that: ask for fewer or smaller ones") from None
+            if isinstance(error, MemoryError) or any(said in str(error) for said in FULL):
+                raise InputError("there is too little memory for that: ask for fewer or smaller ones") from None
             raise

@@ -32,7 +32,7 @@ DATASETS = {
 PICTURES = {
     "samples": "Samples f(z), the first of those drawn, not chosen",
     **{f"restoration_{kind}": f"Repair of test images: {name.lower()}" for kind, name in DAMAGE.items()},
-    "applications": "The same noise, f applied one to five times",
+    "applications": "The same z, f applied one to five times",
     "interpolation": "Between two samples",
     "neighbours": "Samples over their nearest training image",
     "distance": "How far f moves a point",

@@ -1,7 +1,5 @@
 """The pictures of an evaluation's report."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -21,15 +19,15 @@ def draw_pictures(subject: Subject) -> list[Picture]:
 
 def _of_images(subject: Subject) -> list[Picture]:
     noise = subject.model.latent(torch.arange(10), seed=subject.seed).cpu()
-    times = [("noise z", noise), ("f once", subject.once[:10]), ("f twice", subject.twice[:10])]
+    times = [("z", noise), ("f once", subject.once[:10]), ("f twice", subject.twice[:10])]
     for count in (3, 4, 5):
         times.append((f"{count} times", subject.model.project(times[-1][1])))
-    chosen = "f(z): the network applied once to noise. The first of those drawn, not chosen."
-    alike = "A column is one noise. For a perfect projection all rows below the noise are alike."
-    way = "f(z) on the way from one noise, left, to another, right, along the arc between them."
+    chosen = "f(z): the network applied once to z. The first of those drawn, not chosen."
+    alike = "A column is one z. For a perfect projection all rows below the first are alike."
+    way = "f(z) on the way from one z, left, to another, right: along an arc where z is noise or is made of noise."
     drawn = [
         Picture("samples", "Samples", chosen, grid(subject.once[:96], columns=16)),
-        Picture("applications", "The same noise, f applied one to five times", alike, rows(times)),
+        Picture("applications", "The same z, f applied one to five times", alike, rows(times)),
         Picture("interpolation", "Between two samples", way, grid(_between(subject), columns=STEPS)),
     ]
     untold = "Test images. f is not told what was done to them. Last row: the nearest training image, an answer that "
@@ -45,11 +43,10 @@ def _of_images(subject: Subject) -> list[Picture]:
 
 
 def _between(subject: Subject) -> Tensor:
-    """Six rows of STEPS images (6 * STEPS, *shape) between two samples; cos and sin keep the variance of latents."""
-    latents = subject.model.latent(torch.arange(12), seed=subject.seed)
-    angle = torch.linspace(0, math.pi / 2, STEPS, device=latents.device).view(1, -1, *(1,) * len(subject.model.shape))
-    way = angle.cos() * latents[:6, None] + angle.sin() * latents[6:, None]
-    return subject.model.project(way.flatten(0, 1)).cpu()
+    """Six rows of STEPS images (6 * STEPS, *shape), each between the first samples of two seeds."""
+    seeds = range(subject.seed, subject.seed + 6)
+    ways = [subject.model.between(seed, seed + 1, steps=STEPS) for seed in seeds]
+    return subject.model.project(torch.cat(ways)).cpu()
 
 
 def _of_points(subject: Subject) -> list[Picture]:

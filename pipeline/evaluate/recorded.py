@@ -13,9 +13,10 @@ from torch import Tensor
 from pipeline.checkpoint.manifest import MANIFEST
 from pipeline.constraints import check_fields
 from pipeline.data.dataset import DataConfig, parse_resize
-from pipeline.data.decode import scaled
+from pipeline.data.decode import decode_image, scaled
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.resize import Resize, channels, resized
+from pipeline.data.sample import crop
 from pipeline.data.several import open_manifest
 from pipeline.errors import InputError, printable, require
 from pipeline.evaluate.runs import folder_of, is_run
@@ -85,18 +86,24 @@ def recorded_resize(model: NAIGN) -> Resize:
 def read_image(data: bytes, model: NAIGN) -> Tensor:
     """An image file as (1, C, H, W) float32 in [-1, 1], brought to the model's size as evaluation does it.
 
-    Raises InputError for bytes that are no picture.
+    Raises InputError for bytes that are no picture, or for one that is smaller than the model's windows (data.crop).
     """
     resize, shape = recorded_resize(model), model.shape
-    if not resize.height:
-        resize = Resize(height=shape[1], width=shape[2])
-    pixels = channels(resized(data, resize), shape[0])
+    if resize.crop and not resize.height:
+        pixels = decode_image(data)
+        if min(pixels.shape[1:]) < resize.crop:
+            high, wide = pixels.shape[1:]
+            raise InputError(f"{wide}x{high} pixels, the model is of windows of {resize.crop}x{resize.crop}")
+        pixels = crop(pixels, resize.crop, (0.5, 0.5))
+    else:
+        pixels = resized(data, resize if resize.height else Resize(height=shape[1], width=shape[2]))
+    pixels = channels(pixels, shape[0])
     return scaled(torch.from_numpy(np.array(pixels))[None])  # a copy: what Pillow gives is not writable
 
 
 def _config(section: Mapping[str, Any]) -> DataConfig:
-    """The section `data` of a header, as far as it says where images are and how they are brought to one size."""
-    texts = ("path", "index", "size", "fit", "scale", "ratio", "interpolation")
+    """The section `data` of a header, as far as it says where images are and how they are read."""
+    texts = ("path", "index", "size", "fit", "scale", "ratio", "interpolation", "broken")
     given: dict[str, Any] = {"path": ""} | {name: str(section[name]) for name in texts if section.get(name)}
     config = DataConfig(crop=int(section.get("crop", 0)), **given)
     check_fields(replace(config, path="any"), "data")

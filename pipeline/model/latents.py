@@ -74,6 +74,11 @@ def decodes(law: str) -> bool:
     return "decode" in signature(find_law(law)).parameters
 
 
+def has_state(law: str) -> bool:
+    """Whether it is drawn from a state that a run measures or learns."""
+    return "state" in signature(find_law(law)).parameters
+
+
 def find_law(law: str) -> Law:
     """The function of that name; InputError for an unknown one. The G of smoothG may be any from 1 to 64."""
     grid = smooth_grid(law)

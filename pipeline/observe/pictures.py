@@ -61,8 +61,11 @@ def window(points: Tensor) -> tuple[Tensor, float]:
 
 
 def scatter(panels: Sequence[tuple[str, Tensor]], *, behind: Tensor) -> Image.Image:
-    """Panels of (title, points (n, 2)) side by side, orange, over `behind` (m, 2) in blue, which sets the scale."""
-    centre, half = window(behind)
+    """Panels of (title, points (n, d)) side by side, orange, over `behind` (m, d) in blue, which sets the scale.
+
+    Of more than two coordinates the first two are drawn.
+    """
+    centre, half = window(behind[:, :2])
     canvas = Image.new("RGBA", (len(panels) * (PANEL + GAP) - GAP, PANEL + 22), (0, 0, 0, 0))
     draw = ImageDraw.Draw(canvas)
     for number, (title, points) in enumerate(panels):

@@ -23,7 +23,7 @@ from pipeline.data import Stream, Taken, rank_rows, scaled
 from pipeline.distributed import together, total, warn_of_others
 from pipeline.errors import Diverged, InputError, Stopped, Unavailable
 from pipeline.match import Match, NotFinite, match_round
-from pipeline.model.latents import measure_spectrum
+from pipeline.model.latents import has_state, measure_spectrum
 from pipeline.model.networks import Autoencoder
 from pipeline.model.running import LearnedLaw
 from pipeline.observe import at_round
@@ -269,6 +269,8 @@ def checkpoint(run: Run, kept: PartialRound | None = None, *, best: bool = False
     """Begin to write checkpoints/step-XXXXXXXX in the background, unless it is there already. Collective."""
     if (name := f"step-{run.position.step:08d}") == run.checkpointed:
         return
+    if not run.position.step and not run.state and has_state(run.config.match.latents):
+        return  # in the first round, before that was measured or learned: a new start does the same
     ready = run.writer.join(share=0.5)  # the one before may still be on its way to the bucket
     if total([float(not ready)], run.accelerator)[0]:
         log.warning("%s is not written: the one before it is still being sent, and time is short", name)

@@ -88,7 +88,8 @@ def resume(run: Run, network: nn.Module) -> PartialRound | None:
     # The weights go into the network before an engine takes it, all else after.
     with together(run.accelerator):
         if checkpoint:
-            run.state = restore_weights(checkpoint, network)
+            state = restore_weights(checkpoint, network)
+            run.state = {name: value.to(run.accelerator.device) for name, value in state.items()}
             if run.law:
                 restore_law(checkpoint, run.law)
     with together(run.accelerator):

@@ -92,13 +92,13 @@ class Quality:
         return rounds % self.config.rounds == 0
 
     def exhausted(self, rounds: int) -> bool:
-        """Whether quality.patience measurements in a row were no better than the best."""
-        return 0 < self.config.patience * self.config.rounds <= rounds - self.round
+        """Whether quality.patience measurements in a row were no better than the best, if there is one."""
+        return self.round > 0 < self.config.patience * self.config.rounds <= rounds - self.round
 
     def measure(self, run: Run, state: RoundState) -> tuple[dict[str, float], bool]:
         """The values of `quality/*`, and whether they are the best so far. Collective."""
         begin, share = time.perf_counter(), -(-self.config.samples // run.world)
-        random = replace(state.random, round=ROUND)
+        random = state.random.as_sampled(ROUND)
         made, moved = [], 0.0
         for ids in torch.arange(run.rank * share, (run.rank + 1) * share).split(BATCH):
             run.watchdog.beat()

@@ -4,7 +4,6 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -61,7 +60,7 @@ def report(run: Run, state: RoundState, taken: Taken, values: dict[str, float], 
     pictures, drawn = config.report.pictures, {}
     wanted = pictures and (last or position.round == 1 or position.round % pictures == 0)
     if wanted and (run.rank == 0 or run.engine.sharded):
-        random = replace(state.random, round=run.rounds)  # a round that is never trained: the same latents all along
+        random = state.random.as_sampled(run.rounds)  # a round that is never trained: the same latents all along
         drawn = draw_progress(run.engine.sample, random.latents(torch.arange(64)), state.images)
     # From here on rank 0 alone works, and may fail.
     if reported:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,6 +55,11 @@ class RoundRandom:
         match, key = self.config.match, (self.config.seed, self.round, ids, self.shape, self.device)
         decode, code = self.decode, self.code
         return latents.draw(match.latents, *key, state=self.state, decode=decode, code=code, flat=match.flat)
+
+    def as_sampled(self, round: int) -> "RoundRandom":
+        """That of another round, with the latents of a trained model's samples: none of them is flat."""
+        config = replace(self.config, match=replace(self.config.match, flat=0.0))
+        return replace(self, round=round, config=config)
 
     def damaged(self, images: Tensor, numbers: Tensor) -> Tensor:
         """Images (n, *shape) with objective.damage applied; independent of the latents."""

@@ -80,7 +80,7 @@ def restore(
         sound = all(0 <= value < 2**53 for value in (*asdict(position).values(), trainer["adam_steps"]))
         if not sound or not 1 <= trainer["began"] <= 2**20 or not isinstance(trainer["match"], dict):
             raise ValueError("trainer.json holds what no run wrote")
-        paths = sorted((checkpoint / "state").glob("rank-*.safetensors"))
+        paths = sorted((checkpoint / "state").glob(f"rank-*-of-{trainer['world_size']:05d}.safetensors"))
         if len(paths) != trainer["world_size"]:
             raise ValueError(f"state of {len(paths)} ranks instead of {trainer['world_size']}")
         files = [open_tensors(path) for path in paths]

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from pipeline.checkpoint import bucket
-from pipeline.checkpoint.bucket import OWNER, check_claim, take_over
+from pipeline.checkpoint.bucket import OWNER, RECORDS, check_claim, fetch_shown, mirror, take_over
 from pipeline.checkpoint.manifest import MANIFEST, prune
 from pipeline.errors import Conflict, InputError
 from pipeline.storage.store import open_store
@@ -60,6 +60,18 @@ def test_the_process_that_started_last_has_the_bucket(bucket, caplog):
         check_claim(f"{bucket}/run", first)
     open_store(f"{bucket}/run").delete(OWNER)  # a person may: nobody else claims it then
     check_claim(f"{bucket}/run", first)
+
+
+def test_a_record_that_changes_is_sent_and_fetched_whatever_its_size(bucket, tmp_path):
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    run.mkdir()
+    for step in (256, 288):
+        (run / "best.json").write_text(json.dumps({"checkpoint": f"step-{step:08d}"}))
+        mirror(run, bucket, RECORDS)
+        assert fetch_shown(bucket, copy, renew=True) == 1
+        assert (copy / "best.json").read_text() == (run / "best.json").read_text()
+    assert fetch_shown(bucket, copy, renew=True) == 0
+    assert fetch_shown(bucket, tmp_path / "anew") == 1
 
 
 class Stranger:

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from pipeline.cli import model as cli
+from pipeline.cli.main import main
 from pipeline.errors import InputError
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import build_network, recorded_network
@@ -99,6 +100,25 @@ def test_a_network_that_broke_down_says_so(model, pictures):
     ):
         with pytest.raises(InputError, match="not finite"):
             command()
+
+
+@pytest.mark.parametrize("said", ["CUDA out of memory: tried 20.00 GiB", "can't allocate memory: you tried"])
+def test_too_little_memory_is_told_in_a_line(said, model, monkeypatch, capsys):
+    def sample(*_args, **_options):
+        raise torch.OutOfMemoryError(said) if "CUDA" in said else RuntimeError(said)
+
+    monkeypatch.setattr(NAIGN, "sample", sample)
+    monkeypatch.setattr("sys.argv", ["naign", "sample", model])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and "too little memory" in capsys.readouterr().err
+
+
+def test_more_samples_than_there_are_numbers_are_refused(model, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["naign", "sample", model, "--n", "2000000000000000000"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and "too little memory" in capsys.readouterr().err
 
 
 def test_a_seed_that_no_generator_takes_is_refused(model):

@@ -2,15 +2,19 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.checkpoint import newest_checkpoint
 from pipeline.data.decode import scaled
 from pipeline.data.loader import read_split
+from pipeline.errors import INTERRUPTED
 from pipeline.model.naign import NAIGN
-from tests.conftest import SMALL
+from tests.conftest import SMALL, forked
 
 CODES = ["--match.latents=codes", "--match.codes.width=32", "--match.codes.batch=64", "--match.codes.passes=2"]
 
@@ -92,6 +96,33 @@ def test_a_mixture_that_follows_the_codes_on_ranks_and_after_a_stop(train, naign
     assert done.returncode == 2 and "flow of codes" in done.stderr
     done = train(*options, "--match.codes.components=5000", "--run.path=large")
     assert done.returncode == 2 and "ask for fewer" in done.stderr.lower() and not (tmp_path / "large").exists()
+
+
+STOP = """
+import sys
+import pipeline.training.loop as loop
+from pipeline.errors import Stopped
+def take(*_):
+    raise Stopped
+loop.take = take
+import pipeline.train
+pipeline.train.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("law", [["codes", "--match.codes.components=3"], ["fourier"], ["smooth4"]])
+def test_a_stop_before_the_law_of_latents_is_known(train, digits, tmp_path, law):
+    options = [f"--data.path={digits}", *SMALL, f"--match.latents={law[0]}", *law[1:], "--train.images=512"]
+    command = [sys.executable, "-c", STOP, *options, "--run.path=run"]
+    stopped = subprocess.run(command, cwd=tmp_path, env=forked(), capture_output=True, text=True, check=False)
+    assert stopped.returncode == INTERRUPTED and "the same command goes on from here" in stopped.stdout
+    for path in ("run", "whole"):
+        done = train(*options, f"--run.path={path}")
+        assert done.returncode == 0, done.stderr
+    folders = (newest_checkpoint(tmp_path / path / "checkpoints") for path in ("run", "whole"))
+    resumed, whole = (load_file(folder / "model.safetensors") for folder in folders)
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
 @pytest.mark.slow

@@ -1,12 +1,15 @@
 """Quality that is measured while a run trains, and the checkpoint that it keeps."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.checkpoint.writer import is_complete
+from pipeline.config import QualityConfig
+from pipeline.training.quality import Quality
 from tests.conftest import SMALL
 
 EVERY = ["--quality.rounds=2", "--quality.samples=200"]
@@ -74,7 +77,8 @@ def test_patience_ends_a_run_for_good(train, digits, tmp_path):
         "--train.lr=1e-9",
         "--train.lr_end=1e-9",
     ]
-    options += ["--train.images=25600", "--train.ema=0.0", "--run.path=run"]
+    options += ["--train.images=25600", "--train.ema=0.0", "--run.path=run", f"--run.remote={tmp_path}/remote"]
+    options += ["--checkpoint.keep=1"]
     done = train(*options)
     assert done.returncode == 0, done.stderr
     rounds = len(lines(tmp_path / "run"))
@@ -82,6 +86,21 @@ def test_patience_ends_a_run_for_good(train, digits, tmp_path):
     again = train(*options)
     assert again.returncode == 0 and len(lines(tmp_path / "run")) == rounds
     assert "nothing left to do" in again.stdout + again.stderr
+
+    # A fresh machine knows as much, and keeps the best checkpoint in the bucket.
+    shutil.rmtree(tmp_path / "run")
+    fresh = train(*options)
+    assert fresh.returncode == 0 and "nothing left to do" in fresh.stdout + fresh.stderr
+    best = json.loads((tmp_path / "run/best.json").read_text())
+    assert is_complete(tmp_path / "remote/checkpoints" / best["checkpoint"])
+
+
+def test_patience_begins_with_the_first_measurement():
+    quality = Quality.__new__(Quality)
+    quality.config, quality.round = QualityConfig(rounds=2, patience=3), 0
+    assert not quality.exhausted(100)
+    quality.round = 4
+    assert [quality.exhausted(rounds) for rounds in (4, 8, 10)] == [False, False, True]
 
 
 @pytest.mark.slow

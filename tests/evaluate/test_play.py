@@ -4,6 +4,7 @@ nearest images are the nearest, and the way between two latents begins and ends 
 import io
 import struct
 import zlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from pipeline.data.decode import scaled
 from pipeline.data.degrade import KINDS, degrade
 from pipeline.errors import InputError
 from pipeline.evaluate import play
+from pipeline.evaluate.pictures import STEPS, _between
 from pipeline.model.mixture import draw_mixture, fit_mixture
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import ConvConfig, build_network
@@ -118,3 +120,13 @@ def test_the_way_between_codes_is_decoded(model: NAIGN) -> None:
         torch.testing.assert_close(end, mixed.latent(ids, seed=seed))
     ends = torch.cat([draw_mixture(state, seed, 2**32 - 1, ids) for seed in (1, 2)])
     torch.testing.assert_close(way[1:2], model.network.decode(ends.mean(0, keepdim=True)))  # type: ignore[operator]
+
+
+def test_the_report_interpolates_between_samples(model: NAIGN) -> None:
+    state = fit_mixture(torch.randn(300, 6, generator=torch.Generator().manual_seed(3)), 3, seed=0)
+    mixed = NAIGN(model.network, model.metadata | {"latents": "codes"}, state)
+    drawn = _between(SimpleNamespace(model=mixed, seed=4))  # type: ignore[arg-type]
+    first = [mixed.sample(1, seed=seed) for seed in range(4, 11)]
+    assert drawn.shape == (6 * STEPS, *SHAPE)
+    torch.testing.assert_close(drawn[::STEPS], torch.cat(first[:-1]))
+    torch.testing.assert_close(drawn[STEPS - 1 :: STEPS], torch.cat(first[1:]))

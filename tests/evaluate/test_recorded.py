@@ -1,11 +1,18 @@
-"""A model from elsewhere chooses no S3 server; a run keeps the one that it was trained from."""
+"""What a model's header may ask for: a run keeps the S3 server that it was trained from, a model from elsewhere chooses
+none; data are read as in training."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from pipeline.data.dataset import DataConfig
+from pipeline.data.decode import encode, scaled
+from pipeline.data.format.manifest import Manifest
+from pipeline.data.loader import read_split
 from pipeline.errors import InputError
-from pipeline.evaluate.recorded import recorded
+from pipeline.evaluate.recorded import read_image, recorded
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import PointConfig, build_network
 
@@ -60,3 +67,21 @@ def test_a_run_keeps_its_server(model, asked, tmp_path, monkeypatch, place):
         with pytest.raises(InputError, match="nothing there"):
             recorded(model, place, data)
     assert asked == [THERE, THERE]
+
+
+def test_a_run_that_skipped_what_is_broken_is_measured_likewise(model, monkeypatch):
+    manifest = Manifest(name="here", kind="point", shape=(2,), dtype="float32", labels=(), splits={})
+    monkeypatch.setattr("pipeline.evaluate.recorded.open_manifest", lambda config: (manifest, (2,)))
+    model.metadata["config"]["data"] = {"path": "here", "broken": "skip"}
+    config, _, _ = recorded(model, "exported", None)
+    assert config.broken == "skip"
+
+
+def test_a_picture_is_cropped_as_evaluation_crops_it(digits):
+    model = SimpleNamespace(metadata={"config": {"data": {"path": "x", "crop": 4}}}, shape=(1, 4, 4))
+    whole, _ = read_split(DataConfig(path=digits), "test", limit=1)
+    cropped, _ = read_split(DataConfig(path=digits, crop=4), "test", limit=1)
+    assert torch.equal(read_image(encode(whole[0].numpy(), "png"), model), scaled(cropped))
+    assert torch.equal(read_image(encode(cropped[0].numpy(), "png"), model), scaled(cropped))
+    with pytest.raises(InputError, match="3x8 pixels, the model is of windows of 4x4"):
+        read_image(encode(whole[0, :, :, :3].numpy(), "png"), model)

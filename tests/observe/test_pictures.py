@@ -47,3 +47,9 @@ def test_heat_is_white_where_the_value_is_nothing() -> None:
     centre, corner = picture.getpixel((PANEL // 2, PANEL // 2)), picture.getpixel((0, 0))
     assert isinstance(centre, tuple) and isinstance(corner, tuple)
     assert min(centre[:3]) > 200 and max(corner[:3]) < 100
+
+
+def test_points_of_more_than_two_coordinates_are_drawn_by_the_first_two() -> None:
+    points = torch.randn(50, 3)
+    flat, deep = (scatter([("f(z)", some)], behind=some) for some in (points[:, :2], points))
+    assert np.array_equal(np.asarray(flat), np.asarray(deep))

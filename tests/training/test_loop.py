@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from threading import Barrier, Thread
 from types import SimpleNamespace
 
@@ -166,3 +167,13 @@ def test_garbage_is_collected_once_training_begins(digits, tmp_path):
     command = [sys.executable, "-c", program, *options]
     result = subprocess.run(command, env=forked(), capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_samples_that_are_looked_at_have_the_law_of_the_trained_model():
+    """A share of flat latents is for the match alone."""
+    given, ids = ["--data.path=x", "--match.flat=0.5"], torch.arange(50)
+    random, plain = (RoundRandom(parse(options), 3, (1, 8, 8), torch.device("cpu")) for options in (given, given[:1]))
+    assert not torch.equal(random.latents(ids), plain.latents(ids))
+    shown = random.as_sampled(7)
+    assert shown.round == 7 and random.round == 3
+    assert torch.equal(shown.latents(ids), replace(plain, round=7).latents(ids))

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -139,6 +140,13 @@ def test_a_partial_round_comes_back(run, digits):
     assert partial.world_size_at_start == 2 and position.done == 3
     assert torch.equal(partial.match.ids, ids) and torch.equal(partial.match.distances, distances)
     assert partial.sums == sums and partial.match.values == match.values
+
+
+def test_state_that_another_world_size_left_is_passed_over(run):
+    config, _, engine = run
+    newest = newest_checkpoint(Path(config.run.path) / "checkpoints")
+    shutil.copy(newest / STATE, newest / "state/rank-00001-of-00004.safetensors")
+    assert resume(newest, engine) == (POSITION, None)
 
 
 def test_a_folder_in_use_is_refused(run):
