@@ -42,8 +42,11 @@ def end_with_launcher() -> None:
 
 if __name__ == "__main__":
     end_with_launcher()
-    for _number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(_number, lambda *_: leave(75))  # there is nothing to keep until training listens itself
+    _stops = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
+    for _number in _stops:
+        if signal.getsignal(_number) != signal.SIG_IGN:  # as nohup has it of SIGHUP
+            signal.signal(_number, lambda *_: leave(75))  # there is nothing to keep until training listens itself
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _stops)  # blocked while `naign launch` became this process
 
 # In a script sys.path starts with the script's own folder, where `data` or `match` would shadow libraries.
 _HERE = Path(__file__).resolve().parent

@@ -3,7 +3,6 @@
 A manifest lists a checkpoint's files with size and SHA-256. Its content is untrusted: anybody may have written it.
 """
 
-import contextlib
 import hashlib
 import json
 import shutil
@@ -49,11 +48,14 @@ def prune(
             complete += 1
             if not keep or complete <= keep:
                 continue
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # InputError is a ValueError
-                trainer = json.loads(store.read("trainer.json"))
-                if every and trainer["round"] % every == 0 and not trainer.get("done", 0):
+            try:
+                if every and _lasts(json.loads(store.read("trainer.json")), every):
                     lasting.add(name)
                     continue
+            except OSError:  # a disk that fails now may answer the next time
+                continue
+            except (ValueError, KeyError, TypeError, AttributeError):  # damaged; InputError is a ValueError
+                pass
         store.delete(MANIFEST)
         if isinstance(store, LocalStore):
             shutil.rmtree(f"{root}/{name}", ignore_errors=True)
@@ -61,6 +63,10 @@ def prune(
         for part in (store, *(open_store(f"{root}/{name}/{sub}") for sub in store.folders())):
             for file in part.list():
                 part.delete(file)
+
+
+def _lasts(trainer: Any, every: int) -> bool:
+    return trainer["round"] % every == 0 and not trainer.get("done", 0)
 
 
 def is_whole(file: Path, entry: dict[str, Any]) -> bool:

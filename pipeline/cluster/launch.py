@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 
 from pipeline.cluster.again import check_progress, meet_again
 from pipeline.cluster.engine_file import check_gpus, count_gpus, find_engine, without_engine
@@ -37,6 +38,7 @@ from pipeline.cluster.exit_codes import (
     MEANINGS,
     QUIET,
     SIGNALS,
+    SOON,
     Ending,
     explain,
     heeded,
@@ -126,8 +128,9 @@ def _launch(options: argparse.Namespace, training: Sequence[str], environ: Mappi
         return 0
     os.environ["NAIGN_LAUNCHER"] = str(os.getpid())  # ranks end with this process
     if place.hosts * processes == 1 and not options.engine:
-        use_cpu, precision = without_engine()
+        use_cpu, precision = without_engine(config.train.precision)
         os.environ |= {"ACCELERATE_USE_CPU": use_cpu, "ACCELERATE_MIXED_PRECISION": precision}
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until training has handlers for them
         os.execv(sys.executable, [sys.executable, str(TRAIN), *training])
     os.environ["PET_SHUTDOWN_TIMEOUT"] = str(math.ceil(config.stop.within) + 5)  # torchrun kills ranks after so long
     os.environ["PET_RDZV_ID"] = f"{place.start}.{links.generation}"  # agents of different generations never meet
@@ -167,7 +170,7 @@ def _meet_others(options: argparse.Namespace, config: Any, place: Place, process
     listener = listen(place, options.meeting_port)
     with listener or contextlib.nullcontext():
         try:
-            engine = find_engine(options.engine, place.hosts * processes)
+            engine = find_engine(options.engine, place.hosts * processes, config.train.precision)
             check_gpus(options.gpus, processes, engine)
             if _is_done(config, options.reach):
                 say(f"nothing left to do: the run in {config.run.remote} is done")
@@ -232,22 +235,22 @@ def run_ranks(
 
     parse, start = _program()
     ranks = [engine.parent / str(rank) for rank in range(processes)]
+    begun, silent = time.monotonic(), str(FAILED)  # of a rank that ended without a word
 
     def idle() -> bool:
         return not psutil.Process().children() and not any(file.exists() for file in ranks)
 
     def forward(number: int, _: object) -> None:
+        nonlocal silent
         if idle():
             _leave_at_once()
+        if time.monotonic() < begun + SOON:  # a rank may not have handlers yet
+            silent = str(INTERRUPTED)
         ending.listen()  # a second signal would end the wait for the ranks' checkpoint
         ending.stopping = True
-        raise SignalException(f"signal {number}", signal.Signals(number))  # the agent ends the ranks by this signal
+        given = signal.SIGTERM if number in (signal.SIGHUP, signal.SIGQUIT) else signal.Signals(number)
+        raise SignalException(f"signal {number}", given)  # the agent ends the ranks by this signal
 
-    arguments = [
-        *("--config_file", str(engine), "--num_machines", str(place.hosts), "--machine_rank", str(place.index)),
-        *("--num_processes", str(place.hosts * processes), "--main_process_ip", address),
-        *("--main_process_port", str(port if place.hosts > 1 else 0), *FIXED, str(TRAIN), *training),
-    ]
     os.environ["NAIGN_ENDINGS"] = str(engine.parent)
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGSYS"  # torchrun's handlers would replace ours; it wants at least one
     on_signals(forward)
@@ -259,18 +262,20 @@ def run_ranks(
     try:
         with heeded(lambda: idle() and not ending.stopping, _leave_at_once, wait):
             try:
-                start(parse(arguments))
+                start(parse([*_options(engine, place, processes, address, port), *training]))
                 return 0
+            except (ValueError, yaml.YAMLError) as error:  # of Accelerate, before it starts anything
+                raise InputError(f"the configuration of Accelerate (--engine): {one_line(error)}") from None
             finally:
                 ending.listen()
     except SignalException as error:
         _end_children(error.sigval)
-        code = max((int(text or FAILED) for text in _codes(ranks)), key=weight)
+        code = max((int(text or silent) for text in _codes(ranks)), key=weight)
         reason = f"signal {error.sigval.name}: {MEANINGS.get(code, 'some ranks did not end in time, or crashed')}"
     except ChildFailedError as error:
         code, reason, ending.killed = explain(error.failures)
     except SystemExit:  # of one rank that Accelerate starts without torch's agent; it hides the code
-        (text,) = _codes(ranks)
+        text = _codes(ranks)[0]
         code, ending.killed = int(text or FAILED), not text
         reason = f"the rank of this host ended with code {code}, {MEANINGS.get(code, CRASHED)}"
     except DistError as error:  # of torch's agent, before there are ranks
@@ -279,13 +284,26 @@ def run_ranks(
     return code
 
 
+def _options(engine: Path, place: Place, processes: int, address: str, port: int) -> list[str]:
+    """Of `accelerate launch`, up to the program that it starts."""
+    return [
+        *("--config_file", str(engine), "--num_machines", str(place.hosts), "--machine_rank", str(place.index)),
+        *("--num_processes", str(place.hosts * processes), "--main_process_ip", address),
+        *("--main_process_port", str(port if place.hosts > 1 else 0), *FIXED, str(TRAIN)),
+    ]
+
+
 def _codes(ranks: Sequence[Path]) -> list[str]:
     """What ranks wrote when they ended, as text; '' of one that has not ended, or did so without a word."""
     return [file.read_text() if file.exists() else "" for file in ranks]
 
 
 def _end_children(number: int) -> None:
-    """By signal `number`, those that torchrun has not ended: of one rank Accelerate leaves that to us."""
+    """By signal `number`, those that torchrun has not ended: of one rank Accelerate leaves that to us.
+
+    A second SIGINT, after the terminal's, would end a rank without a checkpoint.
+    """
+    number = signal.SIGTERM if number == signal.SIGINT else number
     children = psutil.Process().children()
     for child in children:
         with contextlib.suppress(psutil.NoSuchProcess):

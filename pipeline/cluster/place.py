@@ -37,7 +37,7 @@ def find_place(environ: Mapping[str, str]) -> Place:
     - Kubernetes: an Indexed Job's JOB_COMPLETION_INDEX, beside NAIGN_HOSTS, NAIGN_HEAD (the name of the first pod) and
       NAIGN_START (the Job's uid), which k8s/job.yaml sets.
     - Kubeflow Trainer v2, or whoever sets torchrun's options: PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR.
-    - Slurm: one task of `srun` a node.
+    - Slurm: one task of `srun` a node. A batch script that calls no srun is alone, on its one node.
 
     Without any of them the host is alone. A host that meets the others again (again.py) has set NAIGN_GENERATION and
     NAIGN_SINCE itself. Raises InputError where some are missing or make no sense.
@@ -61,6 +61,10 @@ def _find_place(environ: Mapping[str, str]) -> Place:
         index = _number(environ, "PET_NODE_RANK", default=0 if hosts == 1 else None)
         head = environ.get("PET_MASTER_ADDR", "localhost")
         processes = processes or (_number(environ, "PET_NPROC_PER_NODE") if per_node.isdecimal() else 0)
+    elif "SLURM_PROCID" in environ and "SLURM_STEP_ID" not in environ:  # the batch script itself
+        hosts = _number(environ, "SLURM_NNODES", default=1)
+        require((hosts == 1, f"this job has {hosts} nodes: start training with srun, as launch/slurm.sbatch does"))
+        return Place(orchestrator="none", processes=processes)
     elif "SLURM_PROCID" in environ:
         tasks, nodes = environ.get("SLURM_NTASKS"), environ.get("SLURM_NNODES")
         if tasks != nodes:

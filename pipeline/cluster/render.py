@@ -180,16 +180,26 @@ def render_slurm(size: Size, *, image: str, data: str, run: str, config: Path | 
     return text.replace('naign launch "$@"', f'naign launch {shlex.join(options)} "$@"').rstrip()
 
 
+def peaks_by_name() -> dict[str, tuple[float, ...]]:
+    """PEAKS by the short names of --gpu; of a GPU that has several forms those of the first one, SXM."""
+    from pipeline.observe.speed import PEAKS
+
+    names = dict[str, tuple[float, ...]]()
+    for pattern, values in PEAKS.items():
+        names.setdefault(re.split(r"[ \-|\\]", pattern.replace("GeForce RTX ", "RTX"))[0].lower(), values)
+    return names
+
+
 def predict(size: Size, *, data: str, config: Path | None) -> str:
     """A table of the estimated cost: a model (peak speeds times MFU, bytes over bandwidth), not a measurement."""
     import torch
 
     from pipeline.model.networks import build_network
-    from pipeline.observe.speed import PEAKS, fit_flops, forward_flops
+    from pipeline.observe.speed import fit_flops, forward_flops
 
     peak = CPU_TFLOPS
     if size.gpus:
-        names = {re.split(r"[ \-|\\]", pattern)[0].lower(): values for pattern, values in PEAKS.items()}
+        names = peaks_by_name()
         require((size.gpu.lower() in names, f"--gpu {size.gpu} is not known: one of {', '.join(sorted(names))}"))
         peak = names[size.gpu.lower()][0] or names[size.gpu.lower()][1]
     found, unknown, stored = load(str(config or DEFAULT)), "", 0

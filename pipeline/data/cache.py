@@ -9,6 +9,7 @@ damaged block is recognised by its hash and bypassed.
 import contextlib
 import logging
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from pipeline.storage.local import write_atomically
 log = logging.getLogger("naign.cache")
 
 BLOCK = 8 << 20  # bytes: what is fetched for the cache at once
+_OWN = re.compile(r"[0-9a-f]{64}(-tar)?-\d{6,}")  # names of blocks; any other file in the folder is not ours
 _ABANDONED = 3600.0  # seconds after which a temporary file belongs to a process that was killed
 
 
@@ -36,7 +38,7 @@ class CachedStore:
         self._hashes: dict[str, tuple[str, int | None]] = {}
         for split in manifest.splits.values():
             for shard in split.shards:
-                self._hashes[shard.name] = shard.sha256 or shard.pages, shard.bytes
+                self._hashes[shard.name] = shard.sha256 or f"{shard.pages}-tar", shard.bytes
                 self._hashes[table_name(shard.name, manifest.tables)] = shard.pages, None
         self._unseen = limit  # bytes that may have been added since the folder was last measured: measure first
         try:
@@ -85,7 +87,7 @@ class CachedStore:
         return data
 
     def _make_room(self, wanted: int) -> None:
-        """Remove what was used least recently until the folder has room for a 64th of its limit."""
+        """Remove the blocks used least recently until the folder has room for a 64th of its limit."""
         entries = []
         for entry in os.scandir(self._folder):
             with contextlib.suppress(OSError):  # removed by another process meanwhile
@@ -93,7 +95,7 @@ class CachedStore:
                 if entry.name.startswith(PARTIAL):
                     if time.time() - status.st_mtime > _ABANDONED:
                         os.unlink(entry)
-                else:
+                elif _OWN.fullmatch(entry.name):
                     entries.append((status.st_mtime, status.st_size, entry.path))
         total = sum(size for _, size, _ in entries)
         for _, size, path in sorted(entries):

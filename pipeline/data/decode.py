@@ -61,6 +61,18 @@ def decoding() -> Iterator[None]:
         raise InputError(str(error) or type(error).__name__) from None
 
 
+@lru_cache(maxsize=1)
+def _formats() -> list[str]:
+    """All that Pillow reads but those for which it starts another program: Ghostscript for EPS."""
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """A picture in any of these formats, not decoded yet. Raises what Pillow raises."""
+    return Image.open(io.BytesIO(data), formats=_formats())
+
+
 def eight_bits(picture: Image.Image, mode: str) -> Image.Image:
     """A picture in mode `L` or `RGB`: 16-bit grey is scaled by 1/257 (Pillow would clip it), transparency is on white.
 
@@ -88,7 +100,7 @@ def decode_image(data: bytes, into: Array | None = None) -> Array:
     plain = _decode_plain_jpeg(data, into) if data[:2] == b"\xff\xd8" else _decode_plain_png(data)
     if plain is not None:
         return plain
-    with decoding(), Image.open(io.BytesIO(data)) as picture:
+    with decoding(), open_picture(data) as picture:
         pixels = np.asarray(eight_bits(picture, "L" if picture.mode == "L" else "RGB"))
         lies = _orientation(picture)
     return turned(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), lies)
@@ -105,7 +117,7 @@ def header_shape(data: bytes) -> tuple[int, int, int]:
             if space in ("Gray", "YCbCr"):
                 sides = (height, width) if jpeg_orientation(data) < 5 else (width, height)
                 return 1 if space == "Gray" else 3, *sides
-    with decoding(), Image.open(io.BytesIO(data)) as picture:
+    with decoding(), open_picture(data) as picture:
         if picture.mode == "F":
             raise InputError("mode F, floating-point pixels of no known range: save it with 8 or 16 bits")
         sides = picture.size if _orientation(picture) >= 5 else picture.size[::-1]
@@ -173,7 +185,7 @@ def jpeg_orientation(data: bytes) -> int:
         at += 1 if marker in (0x00, 0xFF) else 2 + int.from_bytes(data[at + 2 : at + 4])
     else:
         return 1
-    with decoding(), Image.open(io.BytesIO(data)) as picture:
+    with decoding(), open_picture(data) as picture:
         return _orientation(picture)
 
 
@@ -216,6 +228,8 @@ def decode_array(data: bytes, shape: tuple[int, ...], dtype: str) -> Array:
             if not fits(found, shape) or kind != np.dtype(dtype):
                 raise InputError(f"{kind} of shape {found}, but index.json says {dtype} of {shape}")
             header = data[: stream.tell()]
+        if 0 in found:
+            raise InputError(f"no values, its shape is {found}")
         flat: Array = np.frombuffer(data, dtype, math.prod(found), len(header))
         array = flat.reshape(found, order="F" if by_columns else "C").copy()
         if not np.isfinite(array).all():

@@ -149,10 +149,8 @@ class Stream(AbstractContextManager["Stream"]):
             log.warning("skipped: %s", problem)
         self._broken += len(taken.broken)
         self._rows += len(taken.keys)
-        most = int(self._config.broken_share * max(self._rows, self.order.total // self._world))
-        if self._broken > most:
-            allowed = f"data.broken_share={self._config.broken_share} allows ({most}); the last: {taken.broken[-1]}"
-            raise InputError(f"{self._broken} broken samples of {self._rows} are more than {allowed}")
+        of = max(self._rows, self.order.total // self._world)
+        check_share(self._broken, self._rows, self._config.broken_share, of, *taken.broken[-1:])
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -224,6 +222,14 @@ class Stream(AbstractContextManager["Stream"]):
         return lent
 
 
+def check_share(broken: int, rows: int, share: float, of: int, last: str = "") -> None:
+    """InputError if more samples are broken than that share of `of`, or than one; `last` is what is wrong with one."""
+    most = max(int(share * of), int(share > 0))
+    if broken > most:
+        allowed = f"data.broken_share={share} allows ({most}); the last: {last}"
+        raise InputError(f"{broken} broken samples of {rows} are more than {allowed}")
+
+
 def read_split(
     data: DataConfig | str,  # or the path alone
     split: str,
@@ -241,7 +247,8 @@ def read_split(
     count = total if limit is None else min(limit, total)
     wanted = _some(sets, split, count)
     with ExitStack() as stack:
-        readers = [sets.reader(place, split) for place in range(len(wanted))]
+        readers = [sets.reader(place, split) for place, found in enumerate(wanted) if found]
+        wanted = [found for found in wanted if found]
         for reader, found in zip(readers, wanted, strict=True):
             needed = [reader.shards[number] for number in sorted({piece.shard for piece in found})]
             if problem := next(filter(None, (size_problem(reader.store, shard) for shard in needed)), ""):
@@ -250,7 +257,10 @@ def read_split(
         rows = ((reader, raw) for reader, raws in zip(readers, stored, strict=True) for raw in raws)
         bar = tqdm(rows, total=count, desc=f"read {split}", unit="sample", disable=not progress)
         taken = new_rows(new_images(sets.shape, sets.manifest.dtype, count))
-        fill(taken, 0, bar)
+        broken = list(fill(taken, 0, bar).values())
+    for problem in broken:
+        log.warning("skipped: %s", problem)
+    check_share(len(broken), count, config.broken_share, count, *broken[-1:])
     return taken.images.contiguous(), taken.labels
 
 

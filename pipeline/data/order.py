@@ -114,8 +114,11 @@ def shuffled(count: int, seed: int, stream: int = 0) -> list[int]:
 
 
 def _draws(count: int, seed: int, stream: int) -> Any:
-    key = np.array([seed % 2**64, stream], np.uint64)  # a list would pass through float64
-    return np.random.Philox(key=key).random_raw(count)
+    return _philox(seed, stream).random_raw(count)
+
+
+def _philox(seed: int, stream: int) -> np.random.Philox:
+    return np.random.Philox(key=np.array([seed % 2**64, stream], np.uint64))  # a list would pass through float64
 
 
 @lru_cache(maxsize=4)
@@ -127,8 +130,11 @@ def _epoch(sizes: tuple[int, ...], seed: int, epoch: int, resampled: bool) -> tu
     lengths = np.array(sizes, np.int64)
     total = int(lengths.sum())
     if resampled:
-        most = -(-total // int(lengths.min()))
-        order = (_draws(most, seed, epoch) % np.uint64(len(sizes))).astype(np.int64)
+        drawn, reached, source = list[Longs](), 0, _philox(seed, epoch)
+        while reached < total:
+            drawn.append((source.random_raw(2 * len(sizes)) % np.uint64(len(sizes))).astype(np.int64))
+            reached += int(lengths[drawn[-1]].sum())
+        order = np.concatenate(drawn)
     else:
         order = np.array(shuffled(len(sizes), seed, epoch), np.int64)
     ends = np.minimum(np.cumsum(lengths[order]), total)

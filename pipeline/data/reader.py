@@ -273,6 +273,7 @@ class Reader:
         sound = Reader(
             self.store, self.manifest, self.shards, tables=self._tables, check=self._check, resize=self.resize
         )
+        sound.prefix, sound.numbers = self.prefix, self.numbers
         for step in range(1, shard.samples):
             other = (number + step) % shard.samples
             try:

@@ -33,8 +33,9 @@ class StopRequest:
         if world > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
             self._store = c10d.PrefixStore("stop", c10d._get_default_store())
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._handle)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it of SIGHUP
+                signal.signal(number, self._handle)
         own = os.environ.get("NAIGN_LAUNCHER") == str(os.getpid())  # `naign launch` became this single rank
         if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ and not own:
             # Take the launcher's death for a SIGTERM: Accelerate's launcher of a single process does not forward it.

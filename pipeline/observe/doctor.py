@@ -144,7 +144,8 @@ def gpus(needs: Needs) -> Iterator[tuple[str, str]]:
 
 def endpoint(needs: Needs) -> Iterator[tuple[str, str]]:
     address = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "the default of boto3"
-    yield f"S3 endpoint: {re.sub(r'//[^/]*@', '//...@', address)}", ""
+    shown = re.sub(r"://\S*@", "://...@", address)
+    yield f"S3 endpoint: {shown}", ""
 
 
 def disk(needs: Needs) -> Iterator[tuple[str, str]]:

@@ -26,6 +26,7 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter path",
 }
 """What to do about a user's mistake, by error number. A disk that is full or fails is a crash, to be retried."""
+FULL = {errno.ENOSPC, errno.EDQUOT}
 # Temporary failures of a disk or system, which are worth a retry.
 TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
@@ -42,7 +43,8 @@ class LocalStore(Store):
         return self._names(os.DirEntry.is_dir)
 
     def list(self) -> list[str]:
-        return [name for name in self._names(os.DirEntry.is_file) if not name.startswith(PARTIAL)]
+        """Their names, with those of links that lead nowhere: whoever reads one is told of it."""
+        return [name for name in self._names(_is_file_or_lost) if not name.startswith(PARTIAL)]
 
     def _names(self, kind: Callable[["os.DirEntry[str]"], bool]) -> builtins.list[str]:
         with self._explained(""):
@@ -99,8 +101,10 @@ class LocalStore(Store):
                     os.fsync(target.fileno())  # the name must not outlive the bytes if the machine goes down
             with self._explained(name, writing=True):
                 os.replace(partial, self._folder / name)
-        except BaseException:
+        except BaseException as error:
             partial.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
+                raise OSError(error.errno, error.strerror, self.url(name)) from None
             raise
 
     def delete(self, name: str) -> None:
@@ -122,6 +126,10 @@ class LocalStore(Store):
                 what = f"cannot be written ({what})"
                 remedy = "choose another folder" if error.errno == errno.ENOENT else remedy
             raise InputError(f"{self.url(name)}: {what}: {remedy}") from None
+
+
+def _is_file_or_lost(entry: "os.DirEntry[str]") -> bool:
+    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry))
 
 
 UMASK = os.umask(0)

@@ -32,6 +32,8 @@ def _filesystem(scheme: str) -> Any:
 def check_scheme(path: str) -> str:
     """The scheme of a path. Raises InputError where fsspec does not know it, or its package is missing."""
     scheme, _, rest = path.partition("://")
+    if "@" in rest.partition("/")[0]:
+        raise InputError(f"{scheme}://: the address holds a user or a password, which messages would show")
     try:
         fsspec.get_filesystem_class(scheme)
     except ImportError as error:
@@ -40,8 +42,6 @@ def check_scheme(path: str) -> str:
     except ValueError:
         known = "give a local folder, s3://bucket/prefix, or https://, gs://, az://, hf:// to read from"
         raise InputError(f"{path}: cannot read {scheme}:// paths: {known}") from None
-    if "@" in rest.partition("/")[0]:
-        raise InputError(f"{scheme}://: the address holds a user or a password, which messages would show")
     return scheme
 
 
@@ -64,18 +64,17 @@ class RemoteStore(Store):
         return self._listed("file")
 
     def _listed(self, kind: str) -> builtins.list[str]:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), self._explained("", absent=True):
             found = self._ask("", "list", lambda: self._files.ls(self.path, detail=True))
             names = {entry["name"].rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == kind}
             return sorted(names - {""})
         return []
 
     def exists(self, name: str) -> bool:
-        try:
+        with contextlib.suppress(FileNotFoundError), self._explained(name, absent=True):
             found = self._ask(name, "look for", lambda: self._files.info(self.url(name)))
-        except FileNotFoundError:
-            return False
-        return bool(found.get("type", "file") == "file")
+            return bool(found.get("type", "file") == "file")
+        return False
 
     def size(self, name: str) -> int:
         size = self._info(name).get("size")
@@ -153,13 +152,15 @@ class RemoteStore(Store):
                 patience.wait(error)
 
     @contextlib.contextmanager
-    def _explained(self, name: str) -> Iterator[None]:
-        """Turn errors that the user can fix into InputError."""
+    def _explained(self, name: str, *, absent: bool = False) -> Iterator[None]:
+        """Turn errors that the user can fix into InputError, but for FileNotFoundError where it may be `absent`."""
         try:
             yield
         except (InputError, Unavailable):
             raise
         except FileNotFoundError:
+            if absent:
+                raise
             raise InputError(f"{self.url(name)}: no such file: check the path") from None
         except Exception as error:
             if _is_passing(error):

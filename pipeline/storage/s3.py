@@ -24,7 +24,7 @@ from botocore.exceptions import (
     ProfileNotFound,
 )
 
-from pipeline.errors import Conflict, InputError
+from pipeline.errors import Conflict, InputError, one_line
 from pipeline.storage.base import Store
 from pipeline.storage.prefetch import PARALLEL, PART, Parts, in_background, in_order
 from pipeline.storage.retry import Patience, Tally
@@ -211,7 +211,7 @@ class S3Store(Store):
         except (NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
             raise InputError(f"{where}: {error}: {CREDENTIALS}") from None
         except ParamValidationError as error:
-            raise InputError(f"{where}: {error}: write s3://bucket/prefix") from None
+            raise InputError(f"{where}: {one_line(error)}: write s3://bucket/prefix") from None
         except ClientError as error:
             match code := _code(error):
                 case "NoSuchKey" | "404" | "NotFound" if not self._bucket_is_missing():
@@ -233,7 +233,7 @@ class S3Store(Store):
         except (BotoCoreError, BadSettings) as error:
             if is_passing(error):
                 raise
-            raise InputError(f"{where}: {error}: check AWS_ENDPOINT_URL and the AWS configuration") from None
+            raise InputError(f"{where}: {one_line(error)}: check AWS_ENDPOINT_URL and the AWS configuration") from None
 
     def _bucket_is_missing(self) -> bool:
         """Whether that is why an object is not found: the answer to a HEAD has no body that could say it."""

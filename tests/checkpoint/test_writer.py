@@ -12,6 +12,7 @@ import pytest
 from pipeline.checkpoint.manifest import MANIFEST, prune
 from pipeline.checkpoint.writer import Writer, newest_checkpoint
 from pipeline.errors import InputError
+from pipeline.storage.local import LocalStore
 from tests.checkpoint.written import write_checkpoint
 from tests.conftest import forked
 
@@ -77,6 +78,25 @@ def test_pruning_spares_the_one_just_written_and_those_kept_for_good(checkpoints
         write_checkpoint(checkpoints / f"step-{step:08d}", lambda to, text=text: (to / "trainer.json").write_text(text))
     prune(str(checkpoints), 1, every=2, newest="step-00000005")
     assert names(checkpoints) == ["step-00000002", "step-00000005", "step-00000006"]
+
+
+def test_pruning_spares_what_a_failing_disk_says_nothing_of(checkpoints, monkeypatch):
+    for step in (2, 4, 6):
+        text = json.dumps({"round": step, "done": 0})
+        write_checkpoint(checkpoints / f"step-{step:08d}", lambda to, text=text: (to / "trainer.json").write_text(text))
+    whole, failing = LocalStore.read, [True]
+
+    def read(self, name, *args, **options):
+        if name == "trainer.json" and "00000002" in self.path and failing:
+            raise OSError(errno.ESTALE, "Stale file handle", name)
+        return whole(self, name, *args, **options)
+
+    monkeypatch.setattr(LocalStore, "read", read)
+    prune(str(checkpoints), 1, every=4)
+    assert names(checkpoints) == ["step-00000002", "step-00000004", "step-00000006"]
+    failing.clear()
+    prune(str(checkpoints), 1, every=4)
+    assert names(checkpoints) == ["step-00000004", "step-00000006"]
 
 
 @pytest.mark.parametrize("moment", ["first file", "second file", "before manifest"])

@@ -96,6 +96,10 @@ def test_points_and_arrays(tmp_path: Path) -> None:
         ([("a.png", PNG), ("b.png", PNG), ("a.cls", b"1")], "train.tar, key a: also in train.tar"),
         ([("a.png", PNG), ("b.png", PNG[:40])], r"train.tar, key b: the \.png cannot be decoded"),
         ([("a.png", PNG), ("b.npy", encode(np.zeros(4, np.float32), "npy"))], "key b: point .4,., others are image"),
+        (
+            [("a.npy", encode(np.zeros((3, 0, 5), np.uint8), "npy"))],
+            "no values, its shape is .3, 0, 5",
+        ),
         ([("a.png", PNG), ("a.cls", b"cat")], "label 'cat' is none"),
         ([("a.png", PNG), ("a.cls", b"200000000")], "key a: label 200000000 is beyond 1000000"),
         ([("a.png", PNG), ("a.cls", b"0"), ("b.png", PNG)], "key b: no .cls, unlike others"),

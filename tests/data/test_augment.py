@@ -124,6 +124,16 @@ def read_order(path: str) -> list[str]:
         return [name.removesuffix(".png") for name in tar.getnames() if name.endswith(".png")]
 
 
+def test_one_broken_sample_is_allowed_whatever_the_ranks(packed: str, caplog: pytest.LogCaptureFixture) -> None:
+    broken(packed, "train-00002.tar", 1)
+    config = DataConfig(path=packed, broken="skip")
+    take(packed, 1, world=3, broken="skip")
+    assert len(read_split(config, "train")[0]) == 23 and "skipped: " in caplog.text
+    broken(packed, "train-00002.tar", 3)
+    with pytest.raises(InputError, match=r"2 broken samples of 23 are more than data.broken_share=0.001 allows \(1\)"):
+        read_split(config, "train")
+
+
 def test_more_broken_samples_than_allowed_stop_the_run(packed: str) -> None:
     broken(packed, "train-00002.tar", 1, 2)
     take(packed, 2, broken="skip", broken_share=2 / 23)

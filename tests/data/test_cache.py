@@ -14,6 +14,7 @@ import torch
 
 from pipeline.data.cache import CachedStore
 from pipeline.data.dataset import DataConfig
+from pipeline.data.format.indexing import index
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.pages import table_name
 from pipeline.data.format.writer import pack
@@ -293,3 +294,20 @@ def test_what_is_being_written_stays(remote: str, folder: Path) -> None:
     for _ in range(2):
         store.read("train-00000.tar")
     assert (folder / ".partial-new").exists()
+
+
+def test_files_of_others_in_the_folder_stay(remote: str, folder: Path) -> None:
+    folder.mkdir()
+    (folder / "thesis.tex").write_bytes(b"1" * 10**6)
+    os.utime(folder / "thesis.tex", (0, 0))
+    epoch(remote, folder, gb=1e-4)
+    assert (folder / "thesis.tex").stat().st_size == 10**6
+
+
+def test_tars_that_are_indexed_elsewhere_are_kept_too(remote: str, folder: Path, tmp_path: Path) -> None:
+    index(remote, to=str(tmp_path / "mine"), progress=False)
+    config = DataConfig(path=remote, index=str(tmp_path / "mine"), cache=str(folder))
+    for cached in (False, True):
+        with Stream(config, seed=1, round_size=IMAGES, prefetch=False) as stream:
+            tally = stream.take(0).tally
+        assert (tally.cached == tally.bytes) == cached and tally.bytes > 10**6

@@ -76,6 +76,7 @@ def test_a_table_that_does_not_belong_is_refused(folder: Path, tmp_path: Path) -
         ("name", b"../x.tar", "hidden, or leads out"),
         ("name", b"", "not that of a file"),
         ("name", b"a\x01b", "not that of a file"),
+        ("name", b"a\x00b", "not that of a file"),
         ("name", b"00000001.tar", "listed twice"),
         ("samples", 0, "0 samples in"),
         ("samples", -1, "-1 samples in"),

@@ -1,5 +1,6 @@
 """The plan, with ranks and workers simulated."""
 
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from pipeline.data.order import SHUFFLE, Order, check, parts, pieces, rank_rows, shuffled, spans
+from pipeline.data.order import SHUFFLE, Order, _draws, _epoch, check, parts, pieces, rank_rows, shuffled, spans
 from pipeline.errors import InputError
 
 SIZES = some.lists(some.integers(1, 9), min_size=1, max_size=7).map(tuple)
@@ -136,6 +137,16 @@ def test_resampling_draws_whole_shards_with_replacement() -> None:
     counts = Counter(shard for epoch in epochs for _, shard, sample in epoch if sample == 0)
     assert all(abs(counts[shard] - counts.total() / 7) < 6 * (counts.total() / 7) ** 0.5 for shard in range(7))
     assert any(len(set(epoch)) < 57 for epoch in epochs)
+
+
+def test_resampling_draws_no_more_shards_than_it_needs() -> None:
+    """A last shard of one image does not make it draw as many shards as there are images."""
+    tracemalloc.start()
+    order, ends = _epoch((10_000,) * 1000 + (1,), 0, 0, True)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(order) < 1200 and ends[-1] == 10_000_001 and most < 2**20
+    assert order[:5].tolist() == (_draws(5, 0, 0) % np.uint64(1001)).tolist()
 
 
 def test_what_becomes_of_the_tail_is_said() -> None:

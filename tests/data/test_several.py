@@ -3,6 +3,7 @@
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipeline.data.loader import Stream, read_split
 from pipeline.data.several import DataSets, shares
 from pipeline.errors import InputError
 from tests.data.numbered import numbered
+from tests.data.test_augment import broken
 
 
 @pytest.fixture
@@ -85,6 +87,24 @@ def test_evaluation_takes_of_each_what_it_has(three: str) -> None:
     assert Counter((labels < 0).tolist()) == {True: 20, False: 16}
     manifest = DataSets(DataConfig(path=three)).manifest
     assert manifest.name == "a + b + c" and manifest.labels == ("even", "odd", "other")
+
+
+def test_evaluation_passes_over_a_set_without_the_split(tmp_path: Path) -> None:
+    pack(numbered(23, 5), str(tmp_path / "a"), shards=3, progress=False)
+    source = numbered(9, 5)
+    pack(replace(source, splits={"train": source.splits["train"]}), str(tmp_path / "b"), shards=2, progress=False)
+    for path in (f"[{tmp_path}/a, {tmp_path}/b]", f"[{tmp_path}/b, {tmp_path}/a]"):
+        assert len(read_split(path, "test")[0]) == 5 and len(read_split(path, "train")[0]) == 32
+
+
+def test_what_stands_in_for_a_broken_sample_has_its_own_label_and_key(three: str, tmp_path: Path) -> None:
+    keys, _, labels = take(three, 3)
+    label_of = dict(zip(chain(*keys), labels.tolist(), strict=True))
+    for shard in sorted((tmp_path / "b").glob("train-*.tar")):
+        broken(str(tmp_path / "b"), shard.name, 0)
+    keys, _, labels = take(three, 3, broken="skip", broken_share=0.5)
+    assert len({key for key in chain(*keys) if key.startswith("1:")}) == 6  # of nine
+    assert all(label_of[key] == label for key, label in zip(chain(*keys), labels.tolist(), strict=True))
 
 
 def test_a_configuration_lists_them(three: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import shutil
 import tarfile
 import threading
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.data.decode import decode_image
+from pipeline.data.format.audit import verify
 from pipeline.data.format.writer import pack
 from pipeline.data.loader import read_split
 from pipeline.data.sources import published, toys
@@ -126,6 +129,39 @@ def test_folder_with_its_own_split(tmp_path: Path) -> None:
     picture(tmp_path / "stray.png")
     with pytest.raises(InputError, match="stray.png: lies beside train/ and test/"):
         load("folder", root=tmp_path, size=4)
+
+
+def test_names_that_no_key_can_have(tmp_path: Path) -> None:
+    for name in (b"caf\xe9.png", b"a\nb.png", b"a_b.png"):
+        picture(tmp_path / os.fsdecode(name))
+    source = load("folder", root=tmp_path, size=4)
+    keys = {split[i][0] for split in source.splits.values() for i in range(len(split))}
+    assert keys in ({"caf_", "a_b"}, {"caf_", "a_b", "a_b_2"})  # two of them in different splits, or not
+    pack(source, str(tmp_path / "packed"), progress=False)
+    assert verify(str(tmp_path / "packed"), progress=False)
+
+
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for label in ("cat", "dog"):
+        picture(tmp_path / label / "a.png")
+    scan = os.scandir
+
+    def scandir(path: Path) -> object:
+        if Path(path).name == "dog":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr("os.scandir", scandir)  # root may read every folder
+    with pytest.raises(InputError, match="dog: cannot be read .permission denied.: check the owner and mode"):
+        load("folder", root=tmp_path, size=4)
+
+
+def test_no_other_program_is_started_for_a_picture() -> None:
+    with pytest.raises(InputError, match="no picture that Pillow can read"):
+        decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # Ghostscript would be
+    content = io.BytesIO()
+    Image.new("RGB", (3, 2)).save(content, "TIFF")
+    assert decode_image(content.getvalue()).shape == (3, 2, 3)
 
 
 def test_folder_without_split_and_labels(tmp_path: Path) -> None:

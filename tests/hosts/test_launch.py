@@ -31,7 +31,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     def run(*options: str, program: tuple[str, ...] = ("-m", "pipeline.cli"), **more: str) -> subprocess.Popen[str]:
         command, named = [sys.executable, *program, "launch", *options], environment(**more)
-        started.append(subprocess.Popen(command, cwd=tmp_path, env=named, stderr=subprocess.PIPE, text=True))
+        own = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=named, **own))
         return started[-1]
 
     yield run
@@ -143,6 +144,45 @@ def test_further_signals_change_nothing(ranks, start, digits, tmp_path):
     said = job.communicate()[1]
     assert job.returncode == INTERRUPTED and "SIGTERM: stopped on request" in said and "Traceback" not in said
     assert list((tmp_path / "run/checkpoints").glob("step-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "number"),
+    [(["--processes=1", "--engine=single"], signal.SIGINT), (["--processes=2"], signal.SIGHUP), ([], signal.SIGHUP)],
+)
+def test_what_a_terminal_sends_to_all_processes_leaves_a_checkpoint(ranks, number, start, digits, tmp_path):
+    metrics = tmp_path / "run/metrics.jsonl"
+    job = start(*ranks, f"--data.path={digits}", *SMALL, "--train.images=307200", "--run.path=run")
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        assert time.monotonic() < deadline and job.poll() is None, job.communicate()[1]
+        time.sleep(0.05)
+    os.killpg(job.pid, number)
+    said = job.communicate(timeout=60)[1]
+    assert job.returncode == INTERRUPTED and "Traceback" not in said
+    assert list((tmp_path / "run/checkpoints").glob("step-*"))
+
+
+ENGINE = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nmixed_precision: 'no'\nuse_cpu: true\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ("single", "started this process alone"),
+        (ENGINE + "gpu_ids: '0'\n", "Less than two GPU ids"),
+        (ENGINE + "dynamo_config: {dynamo_backend: FOO}\n", "Unknown dynamo backend"),
+    ],
+)
+def test_an_engine_that_cannot_start_these_ranks_is_refused(engine, said, start, digits, tmp_path):
+    if engine != "single":
+        (tmp_path / "mine.yaml").write_text(engine)
+        engine = "mine.yaml"
+    job = start("--processes=2", f"--engine={engine}", f"--data.path={digits}", *SMALL, "--run.path=run")
+    told = job.communicate(timeout=60)[1]
+    assert job.returncode == BAD_INPUT and said in told and "Traceback" not in told
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from pipeline.cluster.render import IMAGE, Size, name_after, render_k8s
+from pipeline.cluster.render import IMAGE, Size, name_after, peaks_by_name, render_k8s
 from pipeline.errors import InputError
 from tests.conftest import ROOT
 from tests.hosts.manifest_checks import problems, templates
@@ -116,6 +116,13 @@ def test_what_is_rendered_is_valid(nodes, gpus, naign):
 def test_what_cannot_be_rendered_is_refused(options, said, naign):
     done = naign("render", *options)
     assert done.returncode == 2 and said in done.stderr and "SECRET" not in done.stderr
+
+
+def test_a_gpu_has_the_peak_of_its_first_form():
+    names = peaks_by_name()
+    assert [names[name][:2] for name in ("h100", "h200", "v100", "rtx4090")] == [
+        *((989, 989), (989, 989), (0, 125), (165.2, 165.2)),
+    ]
 
 
 def rendered(**changed: Any) -> dict[str, dict[str, Any]]:

@@ -13,8 +13,9 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 
-from pipeline.cluster.engine_file import find_engine
+from pipeline.cluster.engine_file import find_engine, without_engine
 from pipeline.cluster.exit_codes import Ending, explain
 from pipeline.cluster.guests import Disagreement
 from pipeline.cluster.meeting import Links, interface_of, listen, meet, turn_away
@@ -47,6 +48,7 @@ from tests.servers import free_port
             },
             Place(orchestrator="Slurm", index=1, hosts=2, head="node3", start="7.3.1"),
         ),
+        ({"SLURM_PROCID": "0", "SLURM_NNODES": "1", "SLURM_JOB_ID": "7"}, Place(orchestrator="none")),  # no srun
     ],
 )
 def test_the_place_is_what_the_orchestrator_says(environ, expected):
@@ -60,7 +62,14 @@ def test_the_place_is_what_the_orchestrator_says(environ, expected):
         ({"NAIGN_HOSTS": "2", "NAIGN_HEAD": "a"}, "JOB_COMPLETION_INDEX is not set"),
         ({"NAIGN_HOSTS": "two", "NAIGN_HEAD": "a", "JOB_COMPLETION_INDEX": "0"}, "NAIGN_HOSTS is 'two'"),
         ({"NAIGN_HOSTS": "2", "NAIGN_HEAD": "a", "JOB_COMPLETION_INDEX": "2"}, "host 2 of 2, counted from 0"),
-        ({"SLURM_PROCID": "1", "SLURM_NNODES": "2", "SLURM_NTASKS": "16"}, "one a node is wanted"),
+        (
+            {"SLURM_PROCID": "1", "SLURM_NNODES": "2", "SLURM_NTASKS": "16", "SLURM_STEP_ID": "0"},
+            "one a node is wanted",
+        ),
+        (
+            {"SLURM_PROCID": "0", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7"},
+            "this job has 2 nodes: start training with srun",
+        ),
         ({"NAIGN_HOSTS": "9" * 5000, "NAIGN_HEAD": "a", "JOB_COMPLETION_INDEX": "0"}, "from 0 to 99999"),
         ({"NAIGN_HOSTS": "2", "NAIGN_HEAD": "a..b", "JOB_COMPLETION_INDEX": "1"}, "'a..b' is no name of a host"),
         ({"JOB_COMPLETION_INDEX": "1"}, "NAIGN_HOSTS is not set"),
@@ -368,6 +377,16 @@ def test_ranks_that_do_not_end_when_a_host_was_lost_are_killed(monkeypatch):
     thread.join(5)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "precision", "mixed"), [(2, "", "bf16"), (2, "fp32", "no"), (2, "auto", "no"), (0, "", "no")]
+)
+def test_the_precision_of_ddp_is_that_of_the_training(gpus, precision, mixed, monkeypatch):
+    """What a configuration says contradicts another train.precision, and no user wrote this one."""
+    monkeypatch.setattr("pipeline.cluster.engine_file.count_gpus", lambda: gpus)
+    assert yaml.safe_load(find_engine("", 2, precision))["mixed_precision"] == mixed
+    assert without_engine(precision) == ("false" if gpus else "true", mixed)
+
+
 def test_engines_are_found_by_name_and_by_file(tmp_path):
     assert "zero_stage: 2" in find_engine("zero2", 2)
     text = find_engine("cpu", 2)
@@ -383,6 +402,16 @@ def test_engines_are_found_by_name_and_by_file(tmp_path):
         (tmp_path / "mine.yaml").write_text(wrong)
         with pytest.raises(InputError, match="is no configuration of Accelerate"):
             find_engine(str(tmp_path / "mine.yaml"), 2)
+    deepspeed = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "DEEPSPEED", "mixed_precision": "no"}
+    for settings, said in (
+        ({"zero_stage": 9}, "zero_stage is 9"),
+        ({"deepspeed_config_file": "/no.json"}, "no such file"),
+    ):
+        (tmp_path / "mine.json").write_text(json.dumps(deepspeed | {"deepspeed_config": settings}, indent="\t"))
+        with pytest.raises(InputError, match=said):
+            find_engine(str(tmp_path / "mine.json"), 1)
+    (tmp_path / "mine.json").write_text(json.dumps(deepspeed | {"deepspeed_config": {"zero_stage": 2}}, indent="\t"))
+    assert yaml.safe_load(find_engine(str(tmp_path / "mine.json"), 1))["deepspeed_config"] == {"zero_stage": 2}
     assert "MULTI_GPU" in find_engine("", 2) and "'NO'" not in find_engine("", 2)
     with pytest.raises(InputError, match="no name in launch/: cpu, gpus"):
         find_engine("zero9", 2)

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.observe.doctor import Needs, examine, faiss, preflight
+from pipeline.observe.doctor import Needs, endpoint, examine, faiss, preflight
 
 
 def test_this_machine_is_described_and_ready():
@@ -29,3 +29,9 @@ def test_one_build_of_faiss_is_wanted(monkeypatch, builds, remedy, tmp_path):
     if len(builds) > 1:  # a run cannot tell which code it would search with
         with pytest.raises(InputError, match=remedy):
             preflight(lambda line: None, run=str(tmp_path / "run"))
+
+
+def test_no_password_of_the_endpoint_is_shown(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://me:pa/ss@host:1")
+    ((said, _),) = endpoint(Needs())
+    assert said == "S3 endpoint: http://...@host:1"

@@ -24,7 +24,7 @@ class Web(http.server.SimpleHTTPRequestHandler):
     """Files of a folder with byte ranges, and what may go wrong."""
 
     faults: ClassVar[list[str]] = []
-    """What becomes of the next GETs, one each: `500`, `cut`, `drop` or ``."""
+    """What becomes of the next GETs, one each: `500`, `403`, `cut`, `drop` or ``."""
     ranges: ClassVar[bool] = True
     asked: ClassVar[list[str]] = []
 
@@ -32,8 +32,8 @@ class Web(http.server.SimpleHTTPRequestHandler):
         wanted, fault = self.headers.get("Range"), type(self).faults.pop(0) if type(self).faults else ""
         type(self).asked.append(self.path)
         file = Path(self.translate_path(self.path))
-        if fault == "500":
-            self.send_error(500)
+        if fault in ("500", "403"):
+            self.send_error(int(fault))
         elif fault == "drop":
             self.connection.close()
         elif not file.is_file() or not wanted or not self.ranges:
@@ -105,11 +105,16 @@ def test_what_a_web_server_may_not_do(web: str, tmp_path: Path) -> None:
     for change in (lambda: store.put("a", b""), lambda: store.delete("train-00000.tar")):
         with pytest.raises(InputError, match="http:// is only read"):
             change()
+    for ask in (store.list, store.folders):
+        Web.faults = ["403"]
+        with pytest.raises(InputError, match="403: .*: check what the account of this machine may read"):
+            ask()
     Web.ranges = False
     with pytest.raises(InputError, match="does not serve byte ranges"):
         store.read("train-00000.tar", 0, 10)
-    with pytest.raises(InputError, match="holds a user or a password"):
-        open_store("https://me:secret@example.org/data")
+    for scheme in ("https", "webdavs", "gs"):
+        with pytest.raises(InputError, match="holds a user or a password"):
+            open_store(f"{scheme}://me:secret@example.org/data")
     with pytest.raises(InputError, match="http:// is only read"):
         index(f"{web}/train-{{00000..00003}}.tar", progress=False)
 

@@ -76,3 +76,19 @@ def test_a_folder_that_cannot_be_written() -> None:
         open_store("/proc/x").put("a", b"")
     with pytest.raises(InputError, match=r"cannot be written \(file name too long\): choose a shorter path"):
         open_store("x" * 300).put("a", b"")
+
+
+def test_links_that_lead_nowhere_are_listed_and_named(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "lost.tar").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "folder").symlink_to(tmp_path / "here")
+    local = open_store(str(tmp_path))
+    assert local.list() == ["lost.tar"]
+    with pytest.raises(InputError, match=r"lost.tar: no such file"):
+        local.size("lost.tar")
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left on device: .*/a'"), open_store(str(tmp_path)).write("a"):
+        raise OSError(28, "No space left on device")  # as the file's own `write` has it
+    assert list(tmp_path.iterdir()) == []

@@ -126,6 +126,7 @@ def _table_problems(table: ShardTable) -> Iterator[str]:
     raw = np.frombuffer(rows["name"].tobytes(), np.uint8).reshape(len(rows), -1)
     odd = (raw[:, 0] == 0) | (raw[:, 0] == ord(".")) | np.isin(raw, list(b"/\\")).any(1)
     odd |= ((raw < 32) & (raw != 0)).any(1) | (raw > 126).any(1)
+    odd |= ((raw[:, :-1] == 0) & (raw[:, 1:] != 0)).any(1)
     for place in np.flatnonzero(short | odd).tolist():  # names beyond ASCII are looked at one by one
         yield from (f"shard {table[place].name!r}: {problem}" for problem in _shard_problems(table[place]))
     if len(np.unique(rows["name"])) < len(rows):

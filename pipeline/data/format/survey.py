@@ -178,6 +178,8 @@ def _form(sample: dict[str, Any], where: str, *, whole: bool) -> tuple[str, tupl
             return "image", decode_image(sample[suffix]).shape if whole else header_shape(sample[suffix])
         with decoding():
             array = np.load(io.BytesIO(sample[suffix]), allow_pickle=False)
+            if not array.size:
+                raise InputError(f"no values, its shape is {array.shape}")
             if not np.isfinite(array).all():
                 raise InputError("a value is not finite")
     except InputError as error:

@@ -1,6 +1,6 @@
 """Any tree of pictures as a source: each is turned upright, cropped to one shape, resized, and labelled."""
 
-import io
+import os
 import tarfile
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from pipeline.data.decode import UNDECODABLE, decoding, eight_bits
+from pipeline.data.decode import UNDECODABLE, decoding, eight_bits, open_picture
 from pipeline.data.format.audit import BROKEN_TAR
 from pipeline.data.order import shuffled
 from pipeline.data.resize import parse_size
@@ -71,7 +71,7 @@ def fitted(data: bytes, size: tuple[int, int], channels: int) -> Image.Image:
 
     Transparency is laid on white. Raises InputError, saying why but not where, for bytes that are no such picture.
     """
-    with decoding(), Image.open(io.BytesIO(data)) as opened:
+    with decoding(), open_picture(data) as opened:
         upright = eight_bits(ImageOps.exif_transpose(opened), "L" if channels == 1 else "RGB")
         if upright.size == size:
             return upright
@@ -85,8 +85,11 @@ Tree = tuple[list[Picture], set[str]]
 def _in_folder(root: Path) -> Tree:
     if not root.is_dir():
         raise InputError(f"{root}: no such folder: give a folder of pictures with --root")
-    pictures, folders = list[Picture](), set[str]()
-    for path in sorted(path for path in root.rglob("*") if not _hidden(path.relative_to(root))):
+    pictures, folders, paths = list[Picture](), set[str](), list[Path]()
+    for folder, inner, files in os.walk(root, onerror=_refuse):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        paths += [Path(folder, name) for name in (*inner, *files) if not name.startswith(".")]
+    for path in sorted(paths):
         inside = PurePosixPath(path.relative_to(root).as_posix())
         if path.is_file():
             pictures.append(Picture(str(path), inside, path.read_bytes))
@@ -95,6 +98,11 @@ def _in_folder(root: Path) -> Tree:
         else:
             folders.add(inside.parts[0])
     return pictures, folders
+
+
+def _refuse(error: OSError) -> None:
+    what = str(error.strerror).lower()
+    raise InputError(f"{error.filename}: cannot be read ({what}): check the owner and mode of the folder")
 
 
 def _in_archive(root: Path) -> Tree:
@@ -153,10 +161,11 @@ def _examples(pictures: list[Picture], labels: tuple[str, ...], size: tuple[int,
 
 
 def _keys(paths: list[PurePosixPath]) -> list[str]:
-    """WebDataset keys like the paths: no dots (they start a suffix), no leading __ (metadata), all different."""
+    """WebDataset keys like the paths: no dots (they start a suffix), no leading __ (metadata), printable, each once."""
     keys: dict[str, None] = {}
     for path in paths:
-        base = "/".join(part.replace(".", "_").lstrip("_") or "_" for part in path.with_suffix("").parts)
+        shown = "".join(letter if letter.isprintable() else "_" for letter in str(path.with_suffix("")))
+        base = "/".join(part.replace(".", "_").lstrip("_") or "_" for part in shown.split("/"))
         variants = chain([base], (f"{base}_{number}" for number in count(2)))
         keys[next(key for key in variants if key not in keys)] = None
     return list(keys)
