@@ -56,7 +56,7 @@ class TrainConfig:
     ema: float = field(default=0.0, metadata=SHARE)
     """Decay per step of an exponential moving average of the weights, which evaluation uses; 0: none."""
     accumulate: int = field(default=1, metadata=FREE | POSITIVE)
-    """Micro-batches per step: batch = images of a micro-batch x accumulate x ranks. Drift and moments depend on it."""
+    """Micro-batches per step: batch = micro-batch x accumulate x ranks. With drift or moments it may not change."""
     precision: str = field(default="", metadata=FREE | one_of(("", "auto", "fp32", "bf16", "fp16")))
     """fp32, bf16 or fp16 for forward and backward; weights are float32. Empty: as configured in the launcher. auto: the
     same, but without a configuration bf16 if the hardware multiplies it, else fp32."""
@@ -124,8 +124,8 @@ class RunConfig:
 @dataclass(kw_only=True, slots=True)
 class StopConfig:
     within: float = field(default=25.0, metadata=POSITIVE)
-    """Seconds from SIGTERM, SIGUSR1 or Ctrl-C until a checkpoint is written and the run exits. torchrun and Accelerate
-    kill after 30."""
+    """Seconds from SIGTERM, SIGUSR1, SIGHUP or Ctrl-C until a checkpoint is written and the run exits. torchrun and
+    Accelerate kill after 30."""
 
 
 @dataclass(kw_only=True, slots=True)

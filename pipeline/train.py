@@ -44,7 +44,7 @@ if __name__ == "__main__":
     end_with_launcher()
     _stops = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
     for _number in _stops:
-        if signal.getsignal(_number) != signal.SIG_IGN:  # as nohup has it of SIGHUP
+        if _number != signal.SIGHUP or signal.getsignal(_number) != signal.SIG_IGN:  # which nohup has ignored
             signal.signal(_number, lambda *_: leave(75))  # there is nothing to keep until training listens itself
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _stops)  # blocked while `naign launch` became this process
 
@@ -70,7 +70,7 @@ from pipeline.distributed import (
     together,
     warn_of_others,
 )
-from pipeline.errors import FAILED, INTERRUPTED, exit_on_input_error
+from pipeline.errors import FAILED, INTERRUPTED, exit_on_input_error, outlive_terminal
 from pipeline.observe import trackers_hang
 from pipeline.storage.store import use_endpoint
 from pipeline.training.loop import train
@@ -78,6 +78,7 @@ from pipeline.training.prepare import pack_missing
 
 
 def main() -> None:
+    outlive_terminal()
     try:
         run(sys.argv[1:])
     except SystemExit as error:

@@ -59,10 +59,10 @@ def count_gpus() -> int:
 
 def check_deepspeed(settings: dict[str, Any]) -> None:
     """Raise ValueError for what Accelerate only refuses in the ranks."""
-    if (stage := settings.get("zero_stage", 0)) not in (0, 1, 2, 3):
+    if str(stage := settings.get("zero_stage", 0)) not in ("0", "1", "2", "3"):
         raise ValueError(f"deepspeed_config.zero_stage is {stage}: it must be 0, 1, 2 or 3")
     file = settings.get("deepspeed_config_file")
-    if file and not os.path.isfile(str(file)):
+    if file and file != "none" and not os.path.isfile(str(file)):
         raise ValueError(f"deepspeed_config_file {file}: no such file")
 
 

@@ -49,7 +49,17 @@ from pipeline.cluster.exit_codes import (
 )
 from pipeline.cluster.meeting import TELLING, Links, interface_of, listen, meet, turn_away
 from pipeline.cluster.place import RANKS, Place, find_place, find_ports
-from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost, Unavailable, one_line
+from pipeline.errors import (
+    BAD_INPUT,
+    FAILED,
+    INTERRUPTED,
+    PEER_LOST,
+    InputError,
+    PeerLost,
+    Unavailable,
+    one_line,
+    outlive_terminal,
+)
 
 FIXED = (
     "--rdzv_backend=static",
@@ -80,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     """Start the ranks and wait for them. Returns the exit code; errors of the user are reported, not raised."""
+    outlive_terminal()
     parser, environ = build_parser(), dict(os.environ)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch loads: its sockets log a stack of 20 lines
     on_signals(_leave_at_once)  # the first process of a container gets no others
@@ -235,7 +246,7 @@ def run_ranks(
 
     parse, start = _program()
     ranks = [engine.parent / str(rank) for rank in range(processes)]
-    begun, silent = time.monotonic(), str(FAILED)  # of a rank that ended without a word
+    silent = FAILED  # the code of a rank that ended without a word
 
     def idle() -> bool:
         return not psutil.Process().children() and not any(file.exists() for file in ranks)
@@ -244,12 +255,10 @@ def run_ranks(
         nonlocal silent
         if idle():
             _leave_at_once()
-        if time.monotonic() < begun + SOON:  # a rank may not have handlers yet
-            silent = str(INTERRUPTED)
+        silent = INTERRUPTED if _is_young() else FAILED  # it may not have had handlers yet
         ending.listen()  # a second signal would end the wait for the ranks' checkpoint
         ending.stopping = True
-        given = signal.SIGTERM if number in (signal.SIGHUP, signal.SIGQUIT) else signal.Signals(number)
-        raise SignalException(f"signal {number}", given)  # the agent ends the ranks by this signal
+        raise SignalException(f"signal {number}", _for_ranks(number))  # by which the agent ends the ranks
 
     os.environ["NAIGN_ENDINGS"] = str(engine.parent)
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGSYS"  # torchrun's handlers would replace ours; it wants at least one
@@ -264,7 +273,9 @@ def run_ranks(
             try:
                 start(parse([*_options(engine, place, processes, address, port), *training]))
                 return 0
-            except (ValueError, yaml.YAMLError) as error:  # of Accelerate, before it starts anything
+            except (ValueError, yaml.YAMLError) as error:
+                if not idle():  # it is not of Accelerate, before it starts anything
+                    raise
                 raise InputError(f"the configuration of Accelerate (--engine): {one_line(error)}") from None
             finally:
                 ending.listen()
@@ -282,6 +293,15 @@ def run_ranks(
         code, reason = PEER_LOST, f"host 0 ({address}, port {port}) is not reached: {one_line(error)}"
     say(reason)
     return code
+
+
+def _for_ranks(number: int) -> signal.Signals:
+    return signal.SIGTERM if number in (signal.SIGHUP, signal.SIGQUIT) else signal.Signals(number)
+
+
+def _is_young() -> bool:
+    """Whether this process has just started others."""
+    return any(child.create_time() > time.time() - SOON for child in psutil.Process().children())
 
 
 def _options(engine: Path, place: Place, processes: int, address: str, port: int) -> list[str]:

@@ -149,8 +149,8 @@ class Stream(AbstractContextManager["Stream"]):
             log.warning("skipped: %s", problem)
         self._broken += len(taken.broken)
         self._rows += len(taken.keys)
-        of = max(self._rows, self.order.total // self._world)
-        check_share(self._broken, self._rows, self._config.broken_share, of, *taken.broken[-1:])
+        epoch = self.order.total // self._world
+        check_share(self._broken, self._rows, self._config.broken_share, epoch, *taken.broken[-1:])
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -223,8 +223,10 @@ class Stream(AbstractContextManager["Stream"]):
 
 
 def check_share(broken: int, rows: int, share: float, of: int, last: str = "") -> None:
-    """InputError if more samples are broken than that share of `of`, or than one; `last` is what is wrong with one."""
-    most = max(int(share * of), int(share > 0))
+    """InputError if more of `rows` samples are broken than that share of an epoch `of`, or of all, allows; one an epoch
+    is always allowed. `last` is what is wrong with one.
+    """
+    most = max(int(share * max(rows, of)), -(-rows // max(of, 1)) if share else 0)
     if broken > most:
         allowed = f"data.broken_share={share} allows ({most}); the last: {last}"
         raise InputError(f"{broken} broken samples of {rows} are more than {allowed}")
@@ -260,7 +262,7 @@ def read_split(
         broken = list(fill(taken, 0, bar).values())
     for problem in broken:
         log.warning("skipped: %s", problem)
-    check_share(len(broken), count, config.broken_share, count, *broken[-1:])
+    check_share(len(broken), count, config.broken_share, total, *broken[-1:])
     return taken.images.contiguous(), taken.labels
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C ask for a checkpoint and exit code 75, once all ranks agree."""
+"""SIGTERM, SIGUSR1, SIGHUP and Ctrl-C ask for a checkpoint and exit code 75, once all ranks agree."""
 
 import ctypes
 import math
@@ -34,7 +34,7 @@ class StopRequest:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
             self._store = c10d.PrefixStore("stop", c10d._get_default_store())
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it of SIGHUP
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which nohup has ignored
                 signal.signal(number, self._handle)
         own = os.environ.get("NAIGN_LAUNCHER") == str(os.getpid())  # `naign launch` became this single rank
         if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ and not own:

@@ -105,7 +105,8 @@ def _config(section: Mapping[str, Any]) -> DataConfig:
     """The section `data` of a header, as far as it says where images are and how they are read."""
     texts = ("path", "index", "size", "fit", "scale", "ratio", "interpolation", "broken")
     given: dict[str, Any] = {"path": ""} | {name: str(section[name]) for name in texts if section.get(name)}
-    config = DataConfig(crop=int(section.get("crop", 0)), **given)
+    share = float(section.get("broken_share", DataConfig().broken_share))
+    config = DataConfig(crop=int(section.get("crop", 0)), broken_share=share, **given)
     check_fields(replace(config, path="any"), "data")
     parse_resize(config)
     return config

@@ -145,7 +145,7 @@ def find_newest(config: Config) -> Path | None:
             return newest
         with contextlib.suppress(Damaged):
             # First what the run reported: once its checkpoint is here, all of it counts as being here.
-            bucket.fetch_shown(remote, run)
+            bucket.fetch_shown(remote, run, renew=True)
             _compare_checkpoint(found := bucket.download(remote, name, folder), config)
             return found
         shutil.rmtree(folder / name, ignore_errors=True)

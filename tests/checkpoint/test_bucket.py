@@ -6,7 +6,7 @@ import re
 import pytest
 
 from pipeline.checkpoint import bucket
-from pipeline.checkpoint.bucket import OWNER, RECORDS, check_claim, fetch_shown, mirror, take_over
+from pipeline.checkpoint.bucket import OWNER, PICTURES, RECORDS, check_claim, fetch_shown, mirror, take_over
 from pipeline.checkpoint.manifest import MANIFEST, prune
 from pipeline.errors import Conflict, InputError
 from pipeline.storage.store import open_store
@@ -71,7 +71,12 @@ def test_a_record_that_changes_is_sent_and_fetched_whatever_its_size(bucket, tmp
         assert fetch_shown(bucket, copy, renew=True) == 1
         assert (copy / "best.json").read_text() == (run / "best.json").read_text()
     assert fetch_shown(bucket, copy, renew=True) == 0
-    assert fetch_shown(bucket, tmp_path / "anew") == 1
+    (run / "trackers").mkdir()
+    for name in ("aaaa", "bbbb"):  # the file was deleted to begin a new run there
+        (run / "trackers/mlflow.txt").write_text(name)
+        mirror(run, bucket, PICTURES)
+        assert fetch_shown(bucket, copy, renew=True) == 1 and (copy / "trackers/mlflow.txt").read_text() == name
+    assert fetch_shown(bucket, tmp_path / "anew") == 2
 
 
 class Stranger:

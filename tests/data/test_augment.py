@@ -128,6 +128,7 @@ def test_one_broken_sample_is_allowed_whatever_the_ranks(packed: str, caplog: py
     broken(packed, "train-00002.tar", 1)
     config = DataConfig(path=packed, broken="skip")
     take(packed, 1, world=3, broken="skip")
+    take(packed, 4, broken="skip")  # and once more in the next epoch
     assert len(read_split(config, "train")[0]) == 23 and "skipped: " in caplog.text
     broken(packed, "train-00002.tar", 3)
     with pytest.raises(InputError, match=r"2 broken samples of 23 are more than data.broken_share=0.001 allows \(1\)"):

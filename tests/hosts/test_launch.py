@@ -1,6 +1,8 @@
 """`naign launch` itself: what signals do to it, and what the other hosts learn of a mistake on the first."""
 
+import contextlib
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -15,6 +17,7 @@ import psutil
 import pytest
 from torch.distributed import DistNetworkError
 
+from pipeline.checkpoint import newest_checkpoint
 from pipeline.cluster import exit_codes, launch
 from pipeline.cluster.exit_codes import SIGNALS, Ending, on_signals
 from pipeline.cluster.meeting import meet
@@ -149,7 +152,7 @@ def test_further_signals_change_nothing(ranks, start, digits, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "number"),
-    [(["--processes=1", "--engine=single"], signal.SIGINT), (["--processes=2"], signal.SIGHUP), ([], signal.SIGHUP)],
+    [(["--processes=1", "--engine=single"], signal.SIGINT), (["--processes=2"], signal.SIGHUP)],
 )
 def test_what_a_terminal_sends_to_all_processes_leaves_a_checkpoint(ranks, number, start, digits, tmp_path):
     metrics = tmp_path / "run/metrics.jsonl"
@@ -162,6 +165,32 @@ def test_what_a_terminal_sends_to_all_processes_leaves_a_checkpoint(ranks, numbe
     said = job.communicate(timeout=60)[1]
     assert job.returncode == INTERRUPTED and "Traceback" not in said
     assert list((tmp_path / "run/checkpoints").glob("step-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [("pipeline/train.py",), ("-m", "pipeline.cli", "launch", "--processes=2")])
+def test_a_terminal_that_is_closed_leaves_a_checkpoint(command, digits, tmp_path):
+    """What is written to it fails from then on."""
+    metrics = tmp_path / "run/metrics.jsonl"
+    options = [f"--data.path={digits}", *SMALL, "--train.images=307200", f"--run.path={tmp_path}/run"]
+    process, terminal = pty.fork()
+    if not process:
+        os.chdir(ROOT)
+        os.execve(sys.executable, [sys.executable, *command, *options], environment())
+    os.set_blocking(terminal, False)
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        assert time.monotonic() < deadline
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 1 << 16)  # else it is full, and the program waits
+        time.sleep(0.05)
+    os.close(terminal)
+    while not (ended := os.waitpid(process, os.WNOHANG))[0]:
+        assert time.monotonic() < deadline + 60
+        time.sleep(0.05)
+    assert os.waitstatus_to_exitcode(ended[1]) == INTERRUPTED
+    newest = newest_checkpoint(tmp_path / "run/checkpoints")
+    assert newest and newest.name != "step-00000000"
 
 
 ENGINE = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nmixed_precision: 'no'\nuse_cpu: true\n"

@@ -410,8 +410,9 @@ def test_engines_are_found_by_name_and_by_file(tmp_path):
         (tmp_path / "mine.json").write_text(json.dumps(deepspeed | {"deepspeed_config": settings}, indent="\t"))
         with pytest.raises(InputError, match=said):
             find_engine(str(tmp_path / "mine.json"), 1)
-    (tmp_path / "mine.json").write_text(json.dumps(deepspeed | {"deepspeed_config": {"zero_stage": 2}}, indent="\t"))
-    assert yaml.safe_load(find_engine(str(tmp_path / "mine.json"), 1))["deepspeed_config"] == {"zero_stage": 2}
+    accepted = {"zero_stage": "2", "deepspeed_config_file": "none"}
+    (tmp_path / "mine.json").write_text(json.dumps(deepspeed | {"deepspeed_config": accepted}, indent="\t"))
+    assert yaml.safe_load(find_engine(str(tmp_path / "mine.json"), 1))["deepspeed_config"] == accepted
     assert "MULTI_GPU" in find_engine("", 2) and "'NO'" not in find_engine("", 2)
     with pytest.raises(InputError, match="no name in launch/: cpu, gpus"):
         find_engine("zero9", 2)
