@@ -94,13 +94,14 @@ def fetch_newest(remote: str, run: Path) -> Path:
     raise InputError(f"{remote} holds no complete checkpoint: has the training written one yet?")
 
 
-def fetch_shown(remote: str, run: Path, *, renew: bool = False) -> int:
-    """Download records, TensorBoard's files and pictures that are not here, or with `renew` differ from those here.
+def fetch_shown(remote: str, run: Path, *, renew: bool = False, also: Sequence[str] = ()) -> int:
+    """Download records, TensorBoard's files and pictures that are not here, or with `renew` differ from those here;
+    `also` are more names.
 
     Returns the number of files.
     """
     fetched, remote = 0, remote.rstrip("/")
-    for pattern in ("metrics.jsonl", "best.json", *PICTURES):
+    for pattern in (*also, "metrics.jsonl", "best.json", *PICTURES):
         folder = os.path.dirname(pattern)
         store = open_store(f"{remote}/{folder}".rstrip("/"))
         for name in store.list():

@@ -108,7 +108,7 @@ def render(
 
 
 def fetch(remote: Positional[str], /, *, to: Path, every: float = 0) -> None:
-    """Copy what a run in a bucket reports (metrics, TensorBoard, pictures) into a folder.
+    """Copy what a run in a bucket reports (settings, metrics, TensorBoard, pictures) into a folder.
 
     Args:
         remote: s3://bucket/prefix of the run.
@@ -127,7 +127,7 @@ def fetch(remote: Positional[str], /, *, to: Path, every: float = 0) -> None:
     while True:
         try:
             with busy(f"fetching {remote}"):
-                count = fetch_shown(remote, to, renew=True)
+                count = fetch_shown(remote, to, renew=True, also=["config.yaml"])
             print(f"{count} files from {remote}", flush=True)
         except (InputError, Unavailable) as error:
             if not every:

@@ -30,7 +30,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
         *(evaluate, sample, restore, score, export, push, demo, doctor, completion),
     )
 }
-FULL = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")  # what torch says of it
+FULL = ("can't allocate memory", "out of memory")  # of a machine, of a GPU
 
 
 def main() -> None:

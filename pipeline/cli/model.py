@@ -1,6 +1,7 @@
 """Commands that use a trained model: evaluate, sample, restore, score, export, push."""
 
 import csv
+import math
 import sys
 import tempfile
 from collections.abc import Collection
@@ -169,6 +170,8 @@ def score(run: Model, files: Files, /, *, times: Times = 1, device: Device = "au
     lines = [(path, line) for path, batch in zip(paths, given, strict=True) for line in range(1, 1 + len(batch))]
     with counted("scoring", total=len(lines), unit="sample") as bar:
         energies = model.energy(torch.cat(given), times=times, advance=bar.update).tolist()
+    for (path, line), energy in zip(lines, energies, strict=True):
+        require((math.isfinite(energy), f"{path}:{line}: its energy is beyond float32: leave it out"))
     if json:
         rows = [(path, line if len(model.shape) == 1 else None) for path, line in lines]
         found = [{"file": path, "line": line, "energy": e} for (path, line), e in zip(rows, energies, strict=True)]
@@ -323,5 +326,8 @@ def find_device(name: Device) -> str:
 
 def _check(*, seed: int = 0, **counts: int) -> None:
     """InputError for a seed that no generator takes, and for counts below 1."""
-    least = [(value >= 1, f"--{name} is {value}: it must be at least 1") for name, value in counts.items()]
+    least = [
+        (1 <= value < 2**53, f"--{name} is {value}: it must be at least 1, and no more than memory holds")
+        for name, value in counts.items()
+    ]
     require(*least, (0 <= seed < 2**63, f"--seed is {seed}: it must be 0 to {2**63 - 1}"))

@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
 from pipeline.errors import InputError, require
+from pipeline.evaluate.recorded import fingerprint
 from pipeline.evaluate.report import DAMAGE, number
 from pipeline.evaluate.runs import folder_of
 from pipeline.model.hub import WEIGHTS, without_places
@@ -107,7 +108,8 @@ def _read_evaluation(model: NAIGN, run: str) -> tuple[Store, dict[str, Any]]:
         raise InputError(f"{store.url('metrics.json')} is no evaluation: {again}") from None
     seen = model.metadata.get("images_seen")
     state = f"the evaluation of {run} is of its state after {measured} images, the model has seen {seen}: {again}"
-    require((measured == seen, state))
+    other = f"the evaluation of {run} is of other weights, or of other latents: {again}"
+    require((measured == seen, state), (metrics.get("weights") in (None, fingerprint(model)), other))
     return store, metrics
 
 
@@ -115,7 +117,8 @@ def _render(
     model: NAIGN, metrics: dict[str, Any], pictures: dict[str, str], *, name: str, license: str | None
 ) -> ModelCard:
     results = _results(metrics)
-    dataset = DATASETS.get(metrics["dataset"])
+    learned = model.metadata.get("dataset") or metrics["dataset"]
+    dataset = DATASETS.get(learned)
     data = ModelCardData(
         library_name="naign",
         license=license,
@@ -136,6 +139,7 @@ def _render(
         measured=metrics,
         pictures=pictures,
         settings=settings,
+        learned=learned,
         damages=DAMAGE,
         license=license,
         dataset=dataset,

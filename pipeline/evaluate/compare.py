@@ -55,6 +55,7 @@ SAME = {
     "encoder": "encoder",
     "counts.samples": "number of samples",
     "counts.test": "test examples",
+    "counts.floor": "training examples of the floor",
 }
 """What must be the same of two evaluations whose distances are compared, by its path."""
 

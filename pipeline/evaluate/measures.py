@@ -71,7 +71,7 @@ class Subject:
 def read(data: DataConfig, shape: tuple[int, ...], *, seed: int) -> tuple[Tensor, Tensor]:
     """What a Subject takes of both splits, in an order drawn by the seed. Raises InputError if one is too small."""
     generator, splits = torch.Generator().manual_seed(seed), list[Tensor]()
-    for split, wanted in (("train", 100_000), ("test", 10_000)):
+    for split, wanted in ((data.split, 100_000), ("test", 10_000)):
         images, _ = read_split(data, split, limit=within(wanted, shape))
         if len(images) <= NEIGHBOURS:
             raise InputError(
@@ -104,7 +104,8 @@ def distances(encoder: Encoder, subject: Subject, draws: int) -> tuple[dict[str,
     (latents, else None), f(z) (once), f(f(z)) (twice). And the features of all these, and of test.
 
     The floor is the mean over `draws` disjoint draws of training data, or as many as there are: single draws of 10,000
-    MNIST images lie between 3.4 and 4.7.
+    MNIST images lie between 3.4 and 4.7. Where there are fewer training data than samples, multiples of the floor are
+    those of as many samples: a distance of few examples is larger, that of real ones, too.
     """
     counts = subject.counts
     counts["floor"] = number = min(counts["samples"], len(subject.train))
@@ -118,7 +119,10 @@ def distances(encoder: Encoder, subject: Subject, draws: int) -> tuple[dict[str,
     features["floor"], found["floor"] = drawn[0], fmean(frechet_distance(one, test) for one in drawn)
     apart = found["floor"] > ROUNDING * float(test.double().var(0).sum())
     for name in ("latents", "once", "twice"):
-        found[f"{name}_ratio"] = found[name] / found["floor"] if apart and found[name] is not None else None
+        value = found[name]
+        if name in features and number < counts["samples"]:
+            value = frechet_distance(features[name][:number], test)
+        found[f"{name}_ratio"] = value / found["floor"] if apart and value is not None else None
     return found, features | {"test": test}
 
 

@@ -1,5 +1,6 @@
 """What a model file says of its training: the data, and the encoders."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -69,6 +70,15 @@ def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, M
     return config, manifest, used
 
 
+def fingerprint(model: NAIGN) -> str:
+    """SHA-256 of the weights and of the state of the latents: by it an evaluation is known to be of this model."""
+    found = hashlib.sha256()
+    for name, value in sorted((model.network.state_dict() | model.state).items()):
+        found.update(f"{name} {tuple(value.shape)} ".encode())
+        found.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
 def _is_own(folder: str) -> bool:
     """Whether the model is that of a run or of a checkpoint, not an exported one or one of the hub."""
     place = Path(folder_of(folder))
@@ -103,7 +113,7 @@ def read_image(data: bytes, model: NAIGN) -> Tensor:
 
 def _config(section: Mapping[str, Any]) -> DataConfig:
     """The section `data` of a header, as far as it says where images are and how they are read."""
-    texts = ("path", "index", "size", "fit", "scale", "ratio", "interpolation", "broken")
+    texts = ("path", "index", "split", "size", "fit", "scale", "ratio", "interpolation", "broken")
     given: dict[str, Any] = {"path": ""} | {name: str(section[name]) for name in texts if section.get(name)}
     share = float(section.get("broken_share", DataConfig().broken_share))
     config = DataConfig(crop=int(section.get("crop", 0)), broken_share=share, **given)

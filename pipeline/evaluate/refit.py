@@ -35,7 +35,7 @@ def with_mixture(
         raise InputError(f"the model in {folder} has no code for a mixture: model.name={name}, not conv or spatial")
     begin = time.process_time()
     config, _, _ = recorded(model, folder, data)
-    images, _ = read_split(config, "train", limit=IMAGES)
+    images, _ = read_split(config, config.split, limit=IMAGES)
     with torch.inference_mode():
         parts = [model.network.encode(scaled(part).to(model.device)) for part in images.split(batch)]
     codes = torch.cat(parts).float().cpu()

@@ -17,7 +17,7 @@ from pipeline.evaluate import measures
 from pipeline.evaluate.coverage import NEIGHBOURS
 from pipeline.evaluate.measures import STAGES, Subject
 from pipeline.evaluate.pictures import draw_pictures
-from pipeline.evaluate.recorded import recorded
+from pipeline.evaluate.recorded import fingerprint, recorded
 from pipeline.evaluate.report import Picture, render
 from pipeline.model.encoders import Encoder, choose_encoder, load_encoder
 from pipeline.model.hub import is_hub_name
@@ -75,7 +75,8 @@ def evaluate(
             "evaluation_seed": seed,
             **{key: _number(header.get(key)) for key in ("images_seen", "training_seconds", "cpu_seconds")},
             "counts": subject.counts,
-            "warnings": _warnings(subject, trained_with),
+            "warnings": _warnings(subject, trained_with, config.split),
+            "weights": fingerprint(model),
             "notes": [*_notes(subject, metrics), *missing],
             "device": _device_name(device),
             "seconds": round(time.monotonic() - start, 1),
@@ -116,9 +117,11 @@ def _open_second(name: str | None, manifest: Manifest, device: str) -> tuple[Enc
     return encoder, []
 
 
-def _warnings(subject: Subject, trained_with: list[str]) -> list[str]:
+def _warnings(subject: Subject, trained_with: list[str], split: str) -> list[str]:
     """Where the network may have been trained on what measures it; `trained_with` are encoders of the training."""
     found, names = [], {name: _identity(name) for name in trained_with}
+    if split == "test":
+        found.append("The network was trained on the test split, which it is measured on: no number is of new data.")
     missing = [name for name, own in names.items() if own is None]
     measuring = [one for one in (subject.encoder, subject.second) if one is not None]
     if missing and any(one.network for one in measuring):
@@ -156,6 +159,11 @@ def _notes(subject: Subject, metrics: dict[str, Any]) -> list[str]:
         )
     if metrics["fd"]["once_ratio"] is None:
         notes.append("Training and test split are alike, so that no distance is a multiple of theirs.")
+    if counts["floor"] < count:
+        notes.append(
+            f"There are {counts['floor']:,} training examples: multiples of the floor are of as many samples, and the "
+            "coverage of training data is that of as many."
+        )
     least = min(counts[name] for name in ("samples", "test", "floor"))
     if least < FEW:
         notes.append(
@@ -197,7 +205,9 @@ def _write(folder: Path, metrics: dict[str, Any], drawn: list[Picture], *, confi
     """Write pictures, report and, last, metrics.json, each atomically: with metrics.json everything is there."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {f"{picture.name}.png": png(picture.image) for picture in drawn}
-    files["report.html"] = render(metrics, drawn, config=config, title=f"NAIGN on {metrics['dataset']}").encode()
+    files["report.html"] = render(metrics, drawn, config=config, title=f"NAIGN on {metrics['dataset']}").encode(
+        errors="backslashreplace"
+    )
     files["metrics.json"] = (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode()
     for name, content in files.items():
         write_atomically(folder / name, content)

@@ -91,7 +91,10 @@ def is_run(folder: Path) -> bool:
 def read_run(folder: Path, name: str) -> Run:
     """Raises InputError, saying what the folder is instead, where it is no run."""
     if not is_run(folder):
-        require((os.access(folder, os.R_OK | os.X_OK), "it cannot be read: check its owner and mode"))
+        require(
+            (os.path.isdir(folder), "no such folder"),
+            (os.access(folder, os.R_OK | os.X_OK), "it cannot be read: check its owner and mode"),
+        )
         model = os.path.exists(folder / "model.safetensors")
         raise InputError("no run, but an exported model" if model else "no run in it")
     settings = read_settings(folder)

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pipeline.errors import InputError, one_line, require
 from pipeline.storage.local import write_atomically
@@ -18,6 +18,9 @@ MOST_BYTES = 2**31 - 2**20  # of a protobuf message, with room for the graph
 def write_torch(network: nn.Module, shape: tuple[int, ...], file: Path) -> None:
     """Write f for torch.export.load: (n, *shape) float32 to the same."""
     program = torch.export.export(network, (torch.zeros(2, *shape),), dynamic_shapes=(_batch(),))
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # it has paths of this machine
     content = io.BytesIO()
     torch.export.save(program, content)
     _write(file, content.getvalue())

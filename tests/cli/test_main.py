@@ -118,7 +118,15 @@ def test_more_samples_than_there_are_numbers_are_refused(model, monkeypatch, cap
     monkeypatch.setattr("sys.argv", ["naign", "sample", model, "--n", "2000000000000000000"])
     with pytest.raises(SystemExit) as ended:
         main()
-    assert ended.value.code == 2 and "too little memory" in capsys.readouterr().err
+    assert ended.value.code == 2 and "--n is 2000000000000000000: it must be" in capsys.readouterr().err
+
+
+def test_an_energy_beyond_float32_is_named(tmp_path):
+    metadata = {"shape": [2], "latents": "gaussian", "model": {"name": "mlp", "width": 8}}
+    NAIGN(build_network(recorded_network(metadata["model"]), (2,)), metadata).save_pretrained(tmp_path / "points")
+    (tmp_path / "big.csv").write_text("0,0\n1e25,1e25\n")
+    with pytest.raises(InputError, match=r"big.csv:2: its energy is beyond float32"):
+        cli.score(str(tmp_path / "points"), (tmp_path / "big.csv",))
 
 
 def test_a_seed_that_no_generator_takes_is_refused(model):

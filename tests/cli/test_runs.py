@@ -267,11 +267,16 @@ def test_curves_are_scaled_and_brought_to_few_points() -> None:
 @pytest.mark.slow
 def test_a_run_of_the_real_program(train: Program, naign: Program, tmp_path: Path, digits: str) -> None:
     options = [f"--data.path={digits}", "--quality.rounds=1", "--quality.samples=50", "--train.images=512", *SMALL]
-    done = train("--run.path=runs/a", *options)
+    done = train("--run.path=runs/a", f"--run.remote={tmp_path}/bucket", *options)
     assert done.returncode == 0, done.stderr
     (run,) = json.loads(naign("runs", "runs", "--json").stdout)["runs"]
     assert [run[key] for key in ("name", "state", "images_seen", "images")] == ["a", "done", 512, 512]
     assert run["measured"] == "training" and run["measured_at"] == 512 and run["fd"] > 0
+    assert naign("fetch", f"{tmp_path}/bucket", "--to", "fetched").returncode == 0
+    (copied,) = json.loads(naign("runs", "fetched", "--json").stdout)["runs"]
+    assert copied["state"] == "done" and [copied[key] for key in ("fd", "images")] == [run["fd"], 512]
+    assert naign("compare", "runs/a", "fetched", "--to", "fetched.html").returncode == 0
+    assert "nowhere" in (said := naign("compare", "runs/a", "nowhere").stderr) and "no such folder" in said
     shutil.copytree(tmp_path / "runs/a", tmp_path / "runs/b")
     content = yaml.safe_load((tmp_path / "runs/b/config.yaml").read_text())
     content["train"]["lr"] = 0.5

@@ -143,6 +143,28 @@ def test_without_an_evaluation_nothing_is_written(
     assert not hub.requests and not (tmp_path / "out").exists()
 
 
+def test_the_evaluation_of_another_model_is_not_published(hub: Hub, run: str, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "other")
+    model = NAIGN.from_pretrained(run)
+    with torch.no_grad():
+        next(model.network.parameters()).mul_(1.01)
+    model.save_pretrained(tmp_path / "other")  # as another seed, which has seen as many images
+    with pytest.raises(InputError, match="is of other weights, or of other latents: run `naign evaluate"):
+        push(str(tmp_path / "other"), "me/digits", dry_run=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_card_says_what_the_model_learned_not_what_it_was_measured_on(
+    digits: str, save_untrained: Save, tmp_path: Path
+) -> None:
+    folder = save_untrained(tmp_path / "run", data=None, shape=(1, 8, 8), config=TINY, dataset="mnist")
+    evaluate(folder, data=digits, samples=50, progress=False)
+    push(folder, "me/mnist", dry_run=tmp_path / "out")
+    text = (tmp_path / "out/README.md").read_text()
+    assert "trained on\n[mnist](https://huggingface.co/datasets/ylecun/mnist)" in text
+    assert "On the test split of digits" in text and "datasets:\n- ylecun/mnist" in text
+
+
 def test_what_the_hub_must_not_take_is_not_sent(hub: Hub, run: str) -> None:
     with pytest.raises(InputError, match='was not uploaded .*"license" must be one of'):
         push(run, "me/digits", license="mine")

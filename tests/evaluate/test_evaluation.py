@@ -161,6 +161,29 @@ def test_what_a_number_does_not_say_is_said(digits: str, save_untrained: Save, t
     assert "mine.safetensors, which is not there any more" in evaluate(folder, data=digits, samples=50)["warnings"][0]
 
 
+def test_a_floor_of_fewer_images_is_compared_with_as_many_samples(
+    digits: str, save_untrained: Save, tmp_path: Path
+) -> None:
+    folder = save_untrained(tmp_path, data=digits, shape=(1, 8, 8), config=TINY)
+    larger, equal = (evaluate(folder, samples=samples, progress=False) for samples in (2000, 1438))
+    assert larger["counts"]["floor"] == equal["counts"]["floor"] == 1438
+    assert larger["fd"]["once_ratio"] == pytest.approx(equal["fd"]["once_ratio"], rel=1e-6)
+    assert larger["fd"]["once"] != equal["fd"]["once"]
+    assert any("1,438 training examples: multiples of the floor are of as many samples" in n for n in larger["notes"])
+    assert not any("multiples of the floor" in note for note in equal["notes"])
+
+
+def test_a_network_that_was_trained_on_the_test_split_says_so(
+    digits: str, save_untrained: Save, tmp_path: Path
+) -> None:
+    folder = save_untrained(tmp_path, data=digits, shape=(1, 8, 8), config=TINY)
+    model = NAIGN.from_pretrained(folder)
+    model.metadata["config"]["data"]["split"] = "test"
+    model.save_pretrained(folder)
+    metrics = evaluate(folder, samples=50, progress=False)
+    assert "was trained on the test split" in metrics["warnings"][0] and metrics["nearest"]["test"] == 0
+
+
 class Halves(nn.Module):
     """Two features of an image: the means of its upper and lower half."""
 

@@ -1,6 +1,7 @@
 """f as an ONNX program is f, for every network and batch size, and says nothing of the machine that wrote it."""
 
 import importlib.util
+import zipfile
 from dataclasses import dataclass
 
 import onnxruntime
@@ -47,6 +48,16 @@ def test_onnx_is_f(tmp_path, capsys, name):
     next(model.network.parameters()).mul_(1.01)
     with pytest.raises(InputError, match="in onnxruntime the program differs from f by"):
         programs.difference(file.read_bytes(), model.network, model.shape)
+
+
+def test_a_program_of_torch_is_f_and_has_no_paths_of_this_machine(tmp_path):
+    run, file = save(tmp_path / "run", "conv"), tmp_path / "to/model.pt2"
+    cli.export(run, to=tmp_path / "to", format="torch")
+    program, model = torch.export.load(file).module(), NAIGN.from_pretrained(run)
+    x = torch.randn(3, *model.shape)
+    torch.testing.assert_close(program(x), model.project(x))
+    with zipfile.ZipFile(file) as opened:
+        assert not any(b".py" in opened.read(name) for name in opened.namelist())
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
