@@ -63,9 +63,9 @@ def decoding() -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def _formats() -> list[str]:
-    """All that Pillow reads but those for which it starts another program: Ghostscript for EPS."""
+    """All that Pillow reads, the usual ones first, but EPS, for which it starts another program, Ghostscript."""
     Image.init()
-    return [name for name in Image.ID if name != "EPS"]
+    return sorted((name for name in Image.ID if name != "EPS"), key=lambda name: name not in ("PNG", "JPEG", "WEBP"))
 
 
 def open_picture(data: bytes) -> Image.Image:
