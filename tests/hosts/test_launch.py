@@ -131,16 +131,21 @@ def test_a_run_that_is_done_and_asked_to_end_before_its_bucket_says_so_is_starte
     assert job.returncode == INTERRUPTED and "does not hold its end" in said and "Traceback" not in said
 
 
+def training(start: Callable[..., subprocess.Popen[str]], folder: Path, *options: str) -> subprocess.Popen[str]:
+    """A long run in `folder` that has trained for some rounds."""
+    metrics, deadline = folder / "run/metrics.jsonl", time.monotonic() + 60
+    job = start(*options, *SMALL, "--train.images=307200", "--run.path=run")
+    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        assert time.monotonic() < deadline and job.poll() is None, job.communicate()[1]
+        time.sleep(0.05)
+    return job
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [("--processes=2",), ("--processes=1", "--engine=single")], ids=["two", "one"])
 def test_further_signals_change_nothing(ranks, start, digits, tmp_path):
     """Neither while the ranks write their checkpoint, nor when the code is known."""
-    metrics = tmp_path / "run/metrics.jsonl"
-    job = start(*ranks, f"--data.path={digits}", *SMALL, "--train.images=307200", "--run.path=run")
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
-        assert time.monotonic() < deadline and job.poll() is None, job.communicate()[1]
-        time.sleep(0.05)
+    job, deadline = training(start, tmp_path, *ranks, f"--data.path={digits}"), time.monotonic() + 60
     while job.poll() is None and time.monotonic() < deadline:
         job.send_signal(signal.SIGTERM)
         time.sleep(0.02)
@@ -155,12 +160,7 @@ def test_further_signals_change_nothing(ranks, start, digits, tmp_path):
     [(["--processes=1", "--engine=single"], signal.SIGINT), (["--processes=2"], signal.SIGHUP)],
 )
 def test_what_a_terminal_sends_to_all_processes_leaves_a_checkpoint(ranks, number, start, digits, tmp_path):
-    metrics = tmp_path / "run/metrics.jsonl"
-    job = start(*ranks, f"--data.path={digits}", *SMALL, "--train.images=307200", "--run.path=run")
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
-        assert time.monotonic() < deadline and job.poll() is None, job.communicate()[1]
-        time.sleep(0.05)
+    job = training(start, tmp_path, *ranks, f"--data.path={digits}")
     os.killpg(job.pid, number)
     said = job.communicate(timeout=60)[1]
     assert job.returncode == INTERRUPTED and "Traceback" not in said
