@@ -1,7 +1,5 @@
 """Errors that the user or the environment causes, and their exit codes."""
 
-import errno
-import io
 import json
 import os
 import re
@@ -12,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import ClassVar, NoReturn
 
 FAILED = 1  # exit code: a failure that is worth a retry
 BAD_INPUT = 2  # exit code: bad configuration or input, which an orchestrator must not retry
@@ -111,25 +109,3 @@ def _exit(code: int, text: str) -> NoReturn:
         with suppress(OSError):
             Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
     raise SystemExit(code) from None
-
-
-class _Terminal(io.FileIO):
-    """What is written to a terminal that is gone goes nowhere."""
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-            return len(data)
-
-
-def outlive_terminal() -> None:
-    """Let no write to a terminal raise once it is closed: a run that SIGHUP tells of it has a checkpoint to write."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper) and stream.isatty():
-            raw = _Terminal(stream.fileno(), "w", closefd=False)
-            text = io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=True)
-            setattr(sys, name, text)

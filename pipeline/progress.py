@@ -1,5 +1,7 @@
 """Progress of commands on stderr, where that is a terminal and they take more than two seconds."""
 
+import errno
+import io
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -41,3 +43,25 @@ def busy(what: str, *, shown: bool = True) -> Iterator[None]:
         ended.set()
         if thread.ident:
             thread.join()
+
+
+class _Terminal(io.FileIO):
+    """What is written to a terminal that is gone goes nowhere."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return len(data)
+
+
+def outlive_terminal() -> None:
+    """Let no write to a terminal raise once it is closed: a run that SIGHUP tells of it has a checkpoint to write."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and stream.isatty():
+            raw = _Terminal(stream.fileno(), "w", closefd=False)
+            text = io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=True)
+            setattr(sys, name, text)

@@ -70,8 +70,9 @@ from pipeline.distributed import (
     together,
     warn_of_others,
 )
-from pipeline.errors import FAILED, INTERRUPTED, exit_on_input_error, outlive_terminal
+from pipeline.errors import FAILED, INTERRUPTED, exit_on_input_error
 from pipeline.observe import trackers_hang
+from pipeline.progress import outlive_terminal
 from pipeline.storage.store import use_endpoint
 from pipeline.training.loop import train
 from pipeline.training.prepare import pack_missing

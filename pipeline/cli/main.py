@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import tyro
 
@@ -33,10 +34,19 @@ COMMANDS: dict[str, Callable[..., None]] = {
 FULL = ("can't allocate memory", "out of memory")  # of a machine, of a GPU
 
 
+def _end_quietly() -> NoReturn:
+    """End where the reader has closed the pipe, as `head` does."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
+    sys.exit(128 + signal.SIGPIPE)
+
+
 def main() -> None:
     """Run the command of sys.argv. Exits with 2 on a user's mistake; see pipeline/errors.py."""
     if sys.argv[1:2] in (["train"], ["launch"]):  # these pass unknown options on to the training program
-        (train if sys.argv[1] == "train" else launch)()
+        try:
+            (train if sys.argv[1] == "train" else launch)()
+        except BrokenPipeError:  # as of `naign train --help | head`
+            _end_quietly()
     if sys.argv[1:] == ["--version"]:
         print(f"naign {__version__}")
         return
@@ -46,9 +56,8 @@ def main() -> None:
         try:
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="naign", description=ABOUT)
             sys.stdout.flush()
-        except BrokenPipeError:  # the reader has closed the pipe, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
-            sys.exit(128 + signal.SIGPIPE)
+        except BrokenPipeError:
+            _end_quietly()
         except OSError as error:
             if error.filename is None:
                 raise

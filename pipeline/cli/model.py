@@ -30,8 +30,9 @@ Steps = Annotated[
     tyro.conf.arg(help="Steps from noise to a code (match.codes.steps), more for better samples; default: as trained."),
 ]
 Kind = Literal["blur", "noise", "salt_pepper", "rows"]
-Run = Annotated[Positional[str], tyro.conf.arg(help="A run (or s3://), a checkpoint or an exported model: its folder.")]
-Model = Annotated[Positional[str], tyro.conf.arg(help="As RUN of `evaluate`, or user/model on the Hugging Face hub.")]
+_RUN = "The folder of a run (or s3://), a checkpoint or an exported model"
+Run = Annotated[Positional[str], tyro.conf.arg(metavar="RUN", help=f"{_RUN}.")]
+Model = Annotated[Positional[str], tyro.conf.arg(metavar="RUN", help=f"{_RUN}; or user/model on the Hugging Face hub.")]
 Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images (points: .csv files), or folders of them.")]
 
 
@@ -55,6 +56,7 @@ def evaluate(
             default: efficientnet-lite2 for images of 3 channels.
         seed: The same seed draws the same latents and damages.
     """
+    from pipeline.evaluate.report import compared
     from pipeline.evaluate.run import evaluate as measure
     from pipeline.evaluate.runs import folder_of
 
@@ -67,7 +69,7 @@ def evaluate(
         return
     for fd in ({"encoder": metrics["encoder"], **metrics["fd"]}, metrics["second"]):
         if fd:
-            values = f"{fd['once']:.4g} for f(z), {fd['twice']:.4g} for f(f(z))"
+            values = f"{compared(fd, 'once'):.4g} for f(z), {compared(fd, 'twice'):.4g} for f(f(z))"
             print(f"Frechet distance on {fd['encoder']}: {values}; floor (training against test) {fd['floor']:.4g}")
     for kind, errors in (metrics["restoration"] or {}).items():
         print(f"restoration of {kind}: mean absolute error {errors['input']:.3f} before, {errors['once']:.3f} after")

@@ -58,8 +58,8 @@ from pipeline.errors import (
     PeerLost,
     Unavailable,
     one_line,
-    outlive_terminal,
 )
+from pipeline.progress import outlive_terminal
 
 FIXED = (
     "--rdzv_backend=static",

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedErro
 
 from pipeline.errors import InputError, require
 from pipeline.evaluate.recorded import fingerprint
-from pipeline.evaluate.report import DAMAGE, number
+from pipeline.evaluate.report import DAMAGE, compared, number
 from pipeline.evaluate.runs import folder_of
 from pipeline.model.hub import WEIGHTS, without_places
 from pipeline.model.naign import NAIGN
@@ -130,7 +130,7 @@ def _render(
         eval_results=results or None,
     )
     pages = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True)
-    pages.filters |= {"number": number, "count": "{:,}".format}
+    pages.filters |= {"number": number, "count": "{:,}".format, "compared": compared}
     settings = yaml.safe_dump(model.metadata.get("config", {}), sort_keys=True)
     text = pages.get_template("card.md.jinja").render(
         front=data.to_yaml(),

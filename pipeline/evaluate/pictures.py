@@ -51,7 +51,7 @@ def _between(subject: Subject) -> Tensor:
 
 def _of_points(subject: Subject) -> list[Picture]:
     real = subject.test[:2000]
-    panels = [("test data", real), ("f(z)", subject.once[:2000]), ("f(f(z))", subject.twice[:2000])]
+    panels = [("test data", real[:0]), ("f(z)", subject.once[:2000]), ("f(f(z))", subject.twice[:2000])]
     away = "|f(x) − x| over the plane, white where f leaves a point alone, which should be the data alone."
     moved = heat(lambda x: subject.model.energy(x).sqrt(), behind=real)
     return [

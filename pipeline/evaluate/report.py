@@ -44,6 +44,12 @@ def render(metrics: dict[str, Any], pictures: Sequence[Picture], *, config: dict
     return pages().get_template("report.html.jinja").render(metrics | given) + "\n"
 
 
+def compared(fd: dict[str, Any], key: str) -> float:
+    """The distance of once, twice or latents that compares with the floor: of as many samples."""
+    ratio = fd.get(f"{key}_ratio")
+    return float(fd[key] if ratio is None else ratio * fd["floor"])
+
+
 def pages() -> Environment:
     """The templates of this folder, with the filters that they use."""
     found = Environment(
@@ -53,5 +59,6 @@ def pages() -> Environment:
         undefined=StrictUndefined,
     )
     found.filters |= {"number": number, "percent": lambda share: f"{100 * share:.1f} %", "count": "{:,}".format}
+    found.filters["compared"] = compared
     found.filters["base64"] = lambda image: base64.b64encode(image if isinstance(image, bytes) else png(image)).decode()
     return found

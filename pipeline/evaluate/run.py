@@ -161,8 +161,8 @@ def _notes(subject: Subject, metrics: dict[str, Any]) -> list[str]:
         notes.append("Training and test split are alike, so that no distance is a multiple of theirs.")
     if counts["floor"] < count:
         notes.append(
-            f"There are {counts['floor']:,} training examples: multiples of the floor are of as many samples, and the "
-            "coverage of training data is that of as many."
+            f"There are {counts['floor']:,} training examples: distances beside the floor, and its multiples, are of "
+            "as many samples, and the coverage of training data is that of as many."
         )
     least = min(counts[name] for name in ("samples", "test", "floor"))
     if least < FEW:

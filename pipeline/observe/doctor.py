@@ -120,7 +120,8 @@ def processor(needs: Needs) -> Iterator[tuple[str, str]]:
     yield f"cores {cores}; training takes train.threads of them a rank, by default its share of all", ""
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
     used = torch.get_num_threads()
-    yield f"OMP_NUM_THREADS {threads}: without a launcher, training and other commands use {used} threads", ""
+    told = f"commands use {used} threads; of training only `python pipeline/train.py` does, else see train.threads"
+    yield f"OMP_NUM_THREADS {threads}: {told}", ""
 
 
 def gpus(needs: Needs) -> Iterator[tuple[str, str]]:

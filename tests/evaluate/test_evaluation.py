@@ -169,8 +169,10 @@ def test_a_floor_of_fewer_images_is_compared_with_as_many_samples(
     assert larger["counts"]["floor"] == equal["counts"]["floor"] == 1438
     assert larger["fd"]["once_ratio"] == pytest.approx(equal["fd"]["once_ratio"], rel=1e-6)
     assert larger["fd"]["once"] != equal["fd"]["once"]
-    assert any("1,438 training examples: multiples of the floor are of as many samples" in n for n in larger["notes"])
-    assert not any("multiples of the floor" in note for note in equal["notes"])
+    assert any("1,438 training examples: distances beside the floor" in n for n in larger["notes"])
+    text = (tmp_path / "evaluation/report.html").read_text()
+    assert f"{number(larger['fd']['once_ratio'] * larger['fd']['floor'])} for f(z)" in text
+    assert not any("beside the floor" in note for note in equal["notes"])
 
 
 def test_a_network_that_was_trained_on_the_test_split_says_so(

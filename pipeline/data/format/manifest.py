@@ -90,7 +90,7 @@ class Manifest:
         if names := store.list():
             remedy = "run `naign pack` again if it was interrupted, `naign index` for tars that others wrote"
             raise InputError(f"{path}: no {INDEX} among its {len(names)} files: {remedy}, or check the path")
-        remedy = f"check the path, or make one with `naign pack` (--help has its names): naign pack mnist --to {path}"
+        remedy = f"check the path, or make one, as with `naign pack folder --root PICTURES --size 64 --to {path}`"
         raise InputError(f"{path}: no data set here, the folder is missing or holds no files: {remedy}")
 
     @classmethod
