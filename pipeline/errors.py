@@ -7,15 +7,18 @@ import reprlib
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 FAILED = 1  # exit code: a failure that is worth a retry
 BAD_INPUT = 2  # exit code: bad configuration or input, which an orchestrator must not retry
 INTERRUPTED = 75  # exit code: stopped on request after writing a checkpoint, which an orchestrator should retry
 PEER_LOST = 76  # exit code: another rank is gone, which an orchestrator should retry, and not count
+
+# Requests to end, which a launcher forwards to its ranks; Slurm's is USR1.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 
 
 class InputError(ValueError):
@@ -109,3 +112,10 @@ def _exit(code: int, text: str) -> NoReturn:
         with suppress(OSError):
             Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
     raise SystemExit(code) from None
+
+
+def on_signals(handler: Callable[..., Any] | signal.Handlers) -> None:
+    """Handle all of SIGNALS by `handler`; SIGHUP stays ignored where it is, as under nohup."""
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)

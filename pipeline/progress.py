@@ -46,7 +46,7 @@ def busy(what: str, *, shown: bool = True) -> Iterator[None]:
 
 
 class _Terminal(io.FileIO):
-    """What is written to a terminal that is gone goes nowhere."""
+    """A terminal; what is written after it was closed is dropped."""
 
     def write(self, data: Any) -> int:
         try:
@@ -58,7 +58,7 @@ class _Terminal(io.FileIO):
 
 
 def outlive_terminal() -> None:
-    """Let no write to a terminal raise once it is closed: a run that SIGHUP tells of it has a checkpoint to write."""
+    """Ignore writes to a terminal that was closed, so that a run that SIGHUP stops can still write its checkpoint."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper) and stream.isatty():

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.cluster.exit_codes import GRACE, SIGNALS, Ending, kill_children, say
+from pipeline.cluster.exit_codes import GRACE, Ending, kill_children, say
 from pipeline.cluster.meeting import Links
-from pipeline.errors import Unavailable
+from pipeline.errors import SIGNALS, Unavailable
 
 LIMIT = 5  # starts in a row that may end early although the same hosts are there
 LONG = 600.0  # seconds of ranks at work after which a start has not ended early

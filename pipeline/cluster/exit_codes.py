@@ -13,10 +13,8 @@ from typing import Any
 
 import psutil
 
-from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST
+from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, on_signals
 
-# Requests to end, which are forwarded to the ranks; Slurm's is USR1.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 GRACE = 10.0  # seconds to wait for another host's code, or for processes that were killed
 QUIET = 30.0  # seconds without ranks after which that is told
 SOON = 3.0  # seconds for ranks to notice themselves that another host is gone
@@ -35,12 +33,6 @@ def program() -> str:
 
 def say(text: str) -> None:
     print(f"{program()}: {text}", file=sys.stderr, flush=True)
-
-
-def on_signals(handler: Callable[..., Any] | signal.Handlers) -> None:
-    for number in SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which nohup has ignored
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

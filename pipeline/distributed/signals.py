@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from pipeline.errors import on_signals
+
 POLL_SECONDS = 0.5  # approximate seconds between two collective polls
 
 
@@ -33,9 +35,7 @@ class StopRequest:
         if world > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
             self._store = c10d.PrefixStore("stop", c10d._get_default_store())
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which nohup has ignored
-                signal.signal(number, self._handle)
+        on_signals(self._handle)
         own = os.environ.get("NAIGN_LAUNCHER") == str(os.getpid())  # `naign launch` became this single rank
         if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ and not own:
             # Take the launcher's death for a SIGTERM: Accelerate's launcher of a single process does not forward it.

@@ -205,9 +205,8 @@ def _write(folder: Path, metrics: dict[str, Any], drawn: list[Picture], *, confi
     """Write pictures, report and, last, metrics.json, each atomically: with metrics.json everything is there."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {f"{picture.name}.png": png(picture.image) for picture in drawn}
-    files["report.html"] = render(metrics, drawn, config=config, title=f"NAIGN on {metrics['dataset']}").encode(
-        errors="backslashreplace"
-    )
+    page = render(metrics, drawn, config=config, title=f"NAIGN on {metrics['dataset']}")
+    files["report.html"] = page.encode(errors="backslashreplace")  # a name may be no UTF-8
     files["metrics.json"] = (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode()
     for name, content in files.items():
         write_atomically(folder / name, content)

@@ -120,7 +120,7 @@ def processor(needs: Needs) -> Iterator[tuple[str, str]]:
     yield f"cores {cores}; training takes train.threads of them a rank, by default its share of all", ""
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
     used = torch.get_num_threads()
-    told = f"commands use {used} threads; of training only `python pipeline/train.py` does, else see train.threads"
+    told = f"commands use {used} threads, as does `python pipeline/train.py`; under a launcher train.threads decides"
     yield f"OMP_NUM_THREADS {threads}: {told}", ""
 
 

@@ -19,10 +19,10 @@ from torch.distributed import DistNetworkError
 
 from pipeline.checkpoint import newest_checkpoint
 from pipeline.cluster import exit_codes, launch
-from pipeline.cluster.exit_codes import SIGNALS, Ending, on_signals
+from pipeline.cluster.exit_codes import Ending
 from pipeline.cluster.meeting import meet
 from pipeline.cluster.place import Place
-from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST
+from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, SIGNALS, on_signals
 from tests.conftest import ROOT, SMALL, environment
 from tests.servers import free_port
 
