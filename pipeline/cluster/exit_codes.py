@@ -72,6 +72,7 @@ class Ending:
         self._patience, self._alone = patience, alone  # patience: seconds for ranks to end after another host did
         self._ended, self._over = threading.Event(), threading.Event()  # this host's ranks; and its code is decided
         self._codes: dict[int, int | None] = {}
+        self._saying, self._is_wrong = threading.Lock(), False  # is_wrong: this host itself, by its input
         self.stay: Callable[[], object] = lambda: None  # execute this process anew, to meet the others again
         self.lost = False  # a host vanished, as far as this one knows
         self.killed = False  # from outside: a rank of this host, which is nobody else's fault
@@ -88,6 +89,12 @@ class Ending:
         while not condition() and not self.asked and time.monotonic() < end:
             time.sleep(0.05)
 
+    def report(self, code: int, reason: str) -> None:
+        """Say why this host's ranks ended with `code`. After wrong input, no other host's end is told."""
+        with self._saying:
+            self._is_wrong = code == BAD_INPUT
+            say(reason)
+
     def note(self, host: int, code: int | None, lost: bool) -> None:
         """Host `host` ended with `code` (None: it did not say), and knew of a `lost` one. Waits for the ranks' end."""
         over = self._over.is_set()
@@ -95,7 +102,9 @@ class Ending:
         self._codes[host] = code
         if over:
             return
-        say(f"host {host} ended {'without a word: lost' if code is None else f'with code {code}'}")
+        with self._saying:
+            if not self._is_wrong:
+                say(f"host {host} ended {'without a word: lost' if code is None else f'with code {code}'}")
         # Where none is gone, ranks may be writing a checkpoint, or have missed one of this host.
         if not self._ended.wait(SOON if lost or code is None else self._patience):
             say("this host's ranks do not end: killed")

@@ -291,7 +291,7 @@ def run_ranks(
         reason = f"the rank of this host ended with code {code}, {MEANINGS.get(code, CRASHED)}"
     except DistError as error:  # of torch's agent, before there are ranks
         code, reason = PEER_LOST, f"host 0 ({address}, port {port}) is not reached: {one_line(error)}"
-    say(reason)
+    ending.report(code, reason)
     return code
 
 

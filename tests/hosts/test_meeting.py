@@ -364,6 +364,20 @@ def test_a_crash_counts_unless_a_host_vanished(word, expected, monkeypatch):
     thread.join(5)
 
 
+@pytest.mark.parametrize(("code", "told"), [(BAD_INPUT, False), (1, True)])
+def test_what_is_wrong_with_the_input_is_the_last_line(code, told, capsys):
+    """The connection's thread tells of another host, which ends for the same reason, at any moment."""
+    ending = Ending(patience=60)
+    ending.report(code, "train.images is -1")
+    thread = threading.Thread(target=ending.note, args=(0, BAD_INPUT, False))
+    thread.start()
+    assert ending.heard(0, 5) == BAD_INPUT
+    assert ending.judge(code) == code
+    thread.join(5)
+    lines = capsys.readouterr().err.splitlines()
+    assert "train.images is -1" in lines[0] and len(lines) == 1 + told
+
+
 def test_ranks_that_do_not_end_when_a_host_was_lost_are_killed(monkeypatch):
     rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     tree = SimpleNamespace(children=lambda recursive: [psutil.Process(rank.pid)])  # not what other tests have started
