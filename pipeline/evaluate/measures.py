@@ -5,6 +5,7 @@ examples each number is based on.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
@@ -39,6 +40,9 @@ def within(wanted: int, shape: tuple[int, ...]) -> int:
     return min(wanted, max(1, VALUES // int(torch.Size(shape).numel())))
 
 
+def _ignore(_: float) -> None: ...
+
+
 @dataclass
 class Subject:
     """The model and the data to measure it on. Tensors are on the CPU, shuffled by the seed: a prefix is a sample."""
@@ -52,6 +56,7 @@ class Subject:
     seed: int
     latents: Tensor | None = None  # z, where f decodes it: then it is a sample itself
     second: Encoder | None = None  # another that Frechet distances are computed on
+    tell: Callable[[float], object] = _ignore  # takes the share of a measurement that is done
     once: Tensor = field(init=False)  # f(z): (samples, *shape), as many as fit
     twice: Tensor = field(init=False)  # f(f(z))
     neighbours: Tensor = field(init=False)  # the training examples that are nearest to the first samples
@@ -86,16 +91,25 @@ def draw(subject: Subject) -> dict[str, Any]:
     """Draw the samples f(z), and f(f(z)). What they cost is in processor seconds; `latents` is the cost of z alone."""
     number = within(subject.samples, subject.manifest.shape)
     subject.counts = {"train": len(subject.train), "test": len(subject.test), "samples": number}
-    model, begin = subject.model, time.process_time()
+    model, begin, done = subject.model, time.process_time(), 0
     decoded: float | None = None
+
+    def advance(more: int) -> None:
+        nonlocal done
+        done += more
+        subject.tell(done / number / (3 if decodes(model.latents) else 2))
+
     if decodes(model.latents):
-        parts = [model.latent(ids, seed=subject.seed).cpu() for ids in torch.arange(number).split(500)]
+        parts = list[Tensor]()
+        for ids in torch.arange(number).split(500):
+            parts.append(model.latent(ids, seed=subject.seed).cpu())
+            advance(len(ids))
         subject.latents, decoded = torch.cat(parts), time.process_time() - begin
-        subject.once = model.project(subject.latents)
+        subject.once = model.project(subject.latents, advance=advance)
     else:
-        subject.once = model.sample(number, seed=subject.seed).cpu()  # else on the model's device
+        subject.once = model.sample(number, seed=subject.seed, advance=advance).cpu()  # else on the model's device
     spent = time.process_time() - begin
-    subject.twice = model.project(subject.once)
+    subject.twice = model.project(subject.once, advance=advance)
     return {"sampling": {"samples": number, "cpu_seconds": spent, "latents_cpu_seconds": decoded}}
 
 
@@ -112,7 +126,10 @@ def distances(encoder: Encoder, subject: Subject, draws: int) -> tuple[dict[str,
     sets = {"once": subject.once, "twice": subject.twice}
     sets |= {} if subject.latents is None else {"latents": subject.latents}
     test = encoder.features(subject.test)
-    features = {name: encoder.features(data) for name, data in sets.items()}
+    features = dict[str, Tensor]()
+    for name, data in sets.items():
+        features[name] = encoder.features(data)
+        subject.tell(len(features) / (len(sets) + draws))
     found: dict[str, Any] = {"latents": None} | {name: frechet_distance(one, test) for name, one in features.items()}
     floors = [part for part in subject.train[: draws * number].split(number) if len(part) == number]
     drawn = [encoder.features(scaled(part)) for part in floors]
@@ -179,7 +196,8 @@ def repairs(subject: Subject) -> dict[str, Any]:
     typical = restoration.median(subject.train[:MEDIAN])
     tables, moves = dict[str, Any](), []
     project, seed = subject.model.project, subject.seed
-    for kind in KINDS:
+    for number, kind in enumerate(KINDS):
+        subject.tell(number / len(KINDS))
         answers = restoration.repair(clean, kind, project, typical=typical, reference=reference, seed=seed)
         tables[kind] = restoration.scores(answers, clean)
         moves.append(restoration.mae(answers["twice"], answers["once"]))

@@ -4,6 +4,7 @@ import json
 import math
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,14 @@ def evaluate(
     config, manifest, trained_with = recorded(model, folder, data)
     first, (second, missing) = choose_encoder(manifest), _open_second(encoder, manifest, device)
     metrics: dict[str, Any] = {"encoder": first.name, "encoder_accuracy": first.accuracy, "dataset": manifest.name}
-    layout = "{desc:<30}{bar}{n_fmt}/{total_fmt} {elapsed}"
+    layout = "{desc:<34}{bar}{n_fmt}/{total_fmt} {elapsed}"
     with tqdm(total=len(STAGES) + 2, disable=not progress, bar_format=layout, desc="reading data") as bar:
         train, test = measures.read(config, manifest.shape, seed=seed)
         subject = Subject(model, manifest, first, train, test, samples=samples, seed=seed, second=second)
         for title, measure in STAGES.items():
             bar.update()
             bar.set_description(title)
+            subject.tell = partial(_tell, bar, title)
             metrics |= measure(subject)
         bar.update()
         bar.set_description("pictures and report")
@@ -85,6 +87,10 @@ def evaluate(
         _write(place / "evaluation", metrics, drawn, config=header.get("config", header))
         bar.update()
     return metrics
+
+
+def _tell(bar: "tqdm[Any]", title: str, share: float) -> None:
+    bar.set_description(f"{title}, {share:.0%}")
 
 
 def _evaluate_remote(folder: str, **options: Any) -> dict[str, Any]:

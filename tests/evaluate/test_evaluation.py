@@ -86,6 +86,14 @@ def test_metrics_hold_every_promised_key(evaluated: tuple[Path, dict[str, Any]])
     assert metrics["counts"]["samples"] == 300 and metrics["counts"]["restoration"] == metrics["counts"]["test"]
 
 
+def test_the_bar_tells_how_far_a_measurement_is(digits, save_untrained, tmp_path, capsys):
+    save_untrained(tmp_path, data=digits, shape=(1, 8, 8), config=TINY)
+    evaluate(str(tmp_path), samples=1000)  # two batches of 500: f(z), then f(f(z))
+    said = capsys.readouterr().err
+    assert all(f"drawing samples, applying f, {share}%" in said for share in (25, 50, 75, 100))
+    assert "repair, 50%" in said and "distance and coverage, 29%" in said  # two sets of samples, five of real images
+
+
 def test_report_stands_alone_and_says_the_numbers(evaluated: tuple[Path, dict[str, Any]]) -> None:
     folder, metrics = evaluated
     text = (folder / "evaluation" / "report.html").read_text()
