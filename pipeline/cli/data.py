@@ -21,6 +21,7 @@ def pack(
     root: Path | None = None,
     size: str | None = None,
     channels: Literal[1, 3] = 3,
+    broken: Literal["error", "skip"] = "error",
     shards: int | None = None,
     encoding: Literal["png", "jpg", "webp", "npy"] = "png",
     train: int | None = None,
@@ -36,6 +37,7 @@ def pack(
         root: Files to use instead of fetching them; for folder, the tree of images (sub-folders are labels).
         size: For folder: pixels a side (64) or height x width (48x64); pictures are cropped to that shape, resized.
         channels: For folder: 3 colour, 1 grey.
+        broken: For folder: whether a file that is no picture ends it, or is passed over with a warning.
         shards: Shards a split; default 16, more for large data.
         encoding: How images are stored: png and webp keep every bit, jpg is smaller, npy is read fastest.
         train: Keep only so many training examples, drawn by the seed; the test split stays whole.
@@ -49,7 +51,7 @@ def pack(
     from pipeline.evaluate import NEIGHBOURS
 
     with busy(f"reading {source}"):
-        loaded = load(source, root=root, size=size, channels=channels, seed=seed)
+        loaded = load(source, root=root, size=size, channels=channels, seed=seed, skip=broken == "skip")
     if train is not None or without:
         loaded = subset(loaded, train=train, without=without, seed=seed)
     manifest, written = writer.pack(loaded, to, shards=shards, encoding=encoding, seed=seed, force=force)

@@ -9,6 +9,7 @@ import threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import EntryPoint
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 
 from pipeline.data.decode import decode_image
 from pipeline.data.format.audit import verify
+from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.writer import pack
 from pipeline.data.loader import read_split
 from pipeline.data.sources import published, toys
@@ -245,6 +247,30 @@ def test_a_failed_pack_takes_back_its_shards(tmp_path: Path) -> None:
     assert not list(target.glob("*"))
     bad.unlink()
     assert pack(load("folder", root=tree, size=4), str(target), progress=False)[1]
+
+
+def test_files_that_are_no_picture_are_passed_over_where_that_is_asked_for(tmp_path, naign):
+    """They make no difference but a warning: packed is what would be packed without them."""
+    tree, odd = tmp_path / "tree", [f"train/{label}/notes-{number}.txt" for label in "ab" for number in range(12)]
+    for split, label, number in product(("train", "test"), "ab", range(3)):
+        picture(tree / split / label / f"{number}.png")
+    whole, _ = pack(load("folder", root=tree, size=4), str(tmp_path / "whole"), progress=False)
+    for name in (*odd, "LICENSE", "test/c/Thumbs.db"):
+        (tree / name).parent.mkdir(exist_ok=True)
+        (tree / name).write_text("no picture")
+    with tarfile.open(tmp_path / "tree.tar", "w") as tar:
+        tar.add(tree, arcname=".")
+    for root in (tree, tmp_path / "tree.tar"):
+        done = naign("pack", "folder", f"--root={root}", "--size=4", "--broken=skip", f"--to={root}.packed")
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("no picture that Pillow can read: passed over") == 20
+        assert "LICENSE: no picture" in done.stderr and "6 more files that are no picture" in done.stderr
+        assert Manifest.load(f"{root}.packed") == whole
+    (tree / "LICENSE").unlink()
+    refused = naign("pack", "folder", f"--root={tree}", "--size=4", f"--to={tmp_path}/other")
+    assert refused.returncode == 2 and "or pass over all such files with --broken skip" in refused.stderr
+    with pytest.raises(InputError, match="mnist has no pictures to decode: --broken is for folder only"):
+        load("mnist", skip=True)
 
 
 @pytest.mark.parametrize("to", ["nowhere", "loop", "train"])

@@ -36,12 +36,14 @@ class Tree(Seeded):
     root: Path | None = None
     size: str | int | None = None  # pixels a side, or height x width
     channels: int = 3  # 3 colour or 1 grey
+    skip: bool = False  # pass over files that are no picture
 
 
 def _folder(_: str, settings: Tree) -> Source:
     if settings.root is None or settings.size is None:
         raise InputError("folder needs the tree of pictures and their size: add --root FOLDER --size 64")
-    return from_tree("folder", settings.root, size=settings.size, channels=settings.channels, seed=settings.seed)
+    size, channels = settings.size, settings.channels
+    return from_tree("folder", settings.root, size=size, channels=channels, seed=settings.seed, skip=settings.skip)
 
 
 Entry = tuple[type[Any], Callable[[str, Any], Source]]
@@ -67,6 +69,7 @@ def load(
     size: str | int | None = None,  # pixels a side or height x width, for `folder`
     channels: int = 3,  # 3 colour or 1 grey, for `folder`
     seed: int = 0,  # of what is drawn: the points of toy2d, the test split of `folder`
+    skip: bool = False,  # pass over files that are no picture, for `folder`
 ) -> Source:
     """The named source.
 
@@ -78,9 +81,11 @@ def load(
     key = f"{base}:<name>" if colon else name
     settings, build = lookup("the data set to pack", key if key in known(SOURCES, GROUP) else name, SOURCES, GROUP)
     takes = {field.name for field in fields(settings)}
-    given = {"root": root, "size": size, "channels": channels, "seed": seed}
+    given = {"root": root, "size": size, "channels": channels, "seed": seed, "skip": skip}
     if "size" not in takes and (size is not None or channels != 3):
         raise InputError(f"{name} has its own size and channels: --size and --channels are for folder only")
+    if "skip" not in takes and skip:
+        raise InputError(f"{name} has no pictures to decode: --broken is for folder only")
     if "root" not in takes and root is not None:
         raise InputError(f"{name} needs no files: leave out --root")
     return build(argument, settings(**{key: value for key, value in given.items() if key in takes}))

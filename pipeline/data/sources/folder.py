@@ -1,10 +1,12 @@
 """Any tree of pictures as a source: each is turned upright, cropped to one shape, resized, and labelled."""
 
+import logging
 import os
 import tarfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import chain, count
+from itertools import chain, count, islice
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -17,7 +19,11 @@ from pipeline.data.order import shuffled
 from pipeline.data.resize import parse_size
 from pipeline.data.sources.source import Example, Made, Source
 from pipeline.errors import InputError
+from pipeline.progress import counted
 
+log = logging.getLogger(__name__)
+
+NAMED = 20  # files that are passed over; of more only the number is told
 TEST_SHARE = 0.1  # of the pictures, where the tree has no train/ and test/ of its own
 
 
@@ -41,18 +47,21 @@ def from_tree(
     size: str | int,  # pixels a side, or height x width as 48x64
     channels: int = 3,  # 3 colour, 1 grey
     seed: int = 0,  # of the test split, where the tree does not say
+    skip: bool = False,  # pass over files that are no picture, with a warning; decodes every picture once more
 ) -> Source:
     """The pictures under `root`, the name of a picture's first folder being its label (none if any lies outside).
 
     The splits are the top folders train/ and test/ where both are there, else a random tenth is the test split.
     Transparent pictures are laid on white, as viewers show them; 16-bit grey is scaled to 8 bits. Names that start with
-    a dot are passed over. Raises InputError, naming the file, for anything else that is no picture, links that lead to
-    none among them, and where there are no pictures.
+    a dot are passed over. Raises InputError, naming the file, for links that lead to none, for anything else that is no
+    picture unless `skip`, and where there are no pictures.
     """
     if channels not in (1, 3):
         raise InputError(f"no {channels} channels: use --channels 1 or 3")
     height, width = parse_size(str(size), "--size")
     pictures, folders = _in_archive(root) if root.is_file() else _in_folder(root)
+    if skip:
+        pictures = _decodable(pictures, root, (width, height), channels)
     if len(pictures) < 2:
         raise InputError(f"{root}: {len(pictures)} pictures found, at least 2 are needed: check the path")
     holding = {picture.path.parts[0] for picture in pictures}
@@ -132,6 +141,24 @@ def _hidden(path: PurePosixPath | Path) -> bool:
     return any(part.startswith(".") and part != "." for part in path.parts)
 
 
+def _decodable(pictures: list[Picture], root: Path, size: tuple[int, int], channels: int) -> list[Picture]:
+    def problem(picture: Picture) -> str:
+        try:
+            fitted(picture.read(), size, channels)
+        except UNDECODABLE as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # decoding releases the interpreter's lock
+        found = counted("decoding", threads.map(problem, pictures), total=len(pictures), unit="picture")
+        broken = {picture.where: why for picture, why in zip(pictures, found, strict=True) if why}
+    for where, why in islice(broken.items(), NAMED):
+        log.warning("%s: %s: passed over", where, why)
+    if len(broken) > NAMED:
+        log.warning("%s: %d more files that are no picture: passed over", root, len(broken) - NAMED)
+    return [picture for picture in pictures if picture.where not in broken]
+
+
 def _split(pictures: list[Picture], seed: int) -> dict[str, list[Picture]]:
     tops = {picture.top for picture in pictures}
     if {"train", "test"} <= tops:
@@ -153,7 +180,8 @@ def _examples(pictures: list[Picture], labels: tuple[str, ...], size: tuple[int,
         try:
             pixels = np.asarray(fitted(picture.read(), size, channels))
         except UNDECODABLE as error:
-            raise InputError(f"{picture.where}: {error}: remove it, or repair it") from None
+            remedy = "remove it, repair it, or pass over all such files with --broken skip"
+            raise InputError(f"{picture.where}: {error}: {remedy}") from None
         array = pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
         return keys[index], array, numbers[picture.path.parts[0]] if labels else -1
 
