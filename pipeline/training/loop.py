@@ -32,7 +32,7 @@ from pipeline.training.prepare import prepare, resume
 from pipeline.training.quality import measure_quality
 from pipeline.training.report import headline, report
 from pipeline.training.round import RoundRandom, RoundState, Run
-from pipeline.training.state import PartialRound, Position, snapshot
+from pipeline.training.state import PartialRound, snapshot
 
 log = logging.getLogger("naign.train")
 
@@ -67,7 +67,7 @@ def run_rounds(run: Run, partial: PartialRound | None) -> None:
             at_round(position.round)
             run.seconds.clear()
             done = position.done
-            with run.profiler.round(position.round), measured(position):
+            with run.profiler.round(position.round), measured(run):
                 with run.phase("take"):
                     state, taken = take(run, partial)
                 values = learn_codes(run, run.law, state) if run.law else {}
@@ -118,14 +118,14 @@ def finish(run: Run) -> bool:
 
 
 @contextmanager
-def measured(position: Position) -> Iterator[None]:
-    """Add the wall and processor time spent inside to `position`, also where the round is stopped."""
+def measured(run: Run) -> Iterator[None]:
+    """Add up the wall and processor time spent inside, also where the round is stopped."""
     wall, cpu = time.perf_counter(), time.process_time()
     try:
         yield
     finally:
-        position.seconds += time.perf_counter() - wall
-        position.cpu_seconds += time.process_time() - cpu
+        run.position.seconds += time.perf_counter() - wall
+        run.cpu_seconds += time.process_time() - cpu
 
 
 def take(run: Run, kept: PartialRound | None) -> tuple[RoundState, Taken]:
@@ -272,9 +272,11 @@ def checkpoint(run: Run, kept: PartialRound | None = None, *, best: bool = False
     if not run.position.step and not run.state and has_state(run.config.match.latents):
         return  # in the first round, before that was measured or learned: a new start does the same
     ready = run.writer.join(share=0.5)  # the one before may still be on its way to the bucket
-    if total([float(not ready)], run.accelerator)[0]:
+    late, spent = total([float(not ready), run.cpu_seconds], run.accelerator)
+    if late:
         log.warning("%s is not written: the one before it is still being sent, and time is short", name)
         return
+    run.position.cpu_seconds, run.cpu_seconds = run.position.cpu_seconds + spent, 0.0
     copy, files = snapshot(run.config, run.stream, run.engine, run.position, run.state, kept, run.law)
     with together(run.accelerator):
         if best and run.quality:

@@ -107,6 +107,7 @@ class Run:
     profiler: Profiler = field(init=False)
     writer: Writer = field(init=False)
     position: Position = field(default_factory=Position)
+    cpu_seconds: float = 0.0  # of this rank, since the newest checkpoint
     checkpointed: str = ""  # name of the newest checkpoint
     state: dict[str, Tensor] = field(default_factory=dict)  # of the law of latents: measured, or learned by `law`
     law: LearnedLaw | None = None  # of latents, where it learns

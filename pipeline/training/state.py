@@ -36,7 +36,7 @@ class Position:
     images_seen: int = 0  # trained on, over all ranks and passes
     step: int = 0  # optimizer steps
     seconds: float = 0.0  # wall time of the rounds
-    cpu_seconds: float = 0.0  # processor time of the rounds, of all threads of rank 0
+    cpu_seconds: float = 0.0  # processor time of the rounds, of all ranks and threads
     skipped: int = 0  # optimizer steps not made, since the loss or its gradient was not finite
 
 

@@ -1,5 +1,6 @@
 """Runs of three ranks: from there on the order in which ranks are added is seen in the bits of a sum."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.checkpoint.writer import newest_checkpoint
 from tests.conftest import SMALL
+from tests.e2e.ranks import Job
 from tests.e2e.test_engines import engine, launch
 
 OPTIONS = [*SMALL, "--match.round=384", "--train.batch=48", "--train.images=1536"]
@@ -27,3 +30,13 @@ def test_three_ranks_resume_bit_for_bit(name: str, digits: str, tmp_path: Path) 
     expected = load_file(last / "model.safetensors")
     for key, value in load_file(tmp_path / "again/checkpoints" / last.name / "model.safetensors").items():
         assert torch.equal(value, expected[key]), key
+
+
+def test_processor_time_is_that_of_all_ranks_over_all_resumptions(digits: str, tmp_path: Path) -> None:
+    options = [*SMALL, f"--data.path={digits}", "--run.path=run", "--resume=changed", "--checkpoint.rounds=2"]
+    for ranks, rounds, spent in ((2, 3, 3 * (1 + 2)), (1, 5, 3 * (1 + 2) + 2 * 1)):
+        images = f"--train.images={256 * rounds}"
+        with Job(tmp_path, ranks, (*options, images), program="tests/e2e/clocked.py") as job:
+            assert job.ended(120) == [0] * ranks, job.said()
+        newest = newest_checkpoint(tmp_path / "run/checkpoints")
+        assert newest and json.loads((newest / "trainer.json").read_text())["cpu_seconds"] == spent
