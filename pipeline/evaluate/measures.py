@@ -40,9 +40,6 @@ def within(wanted: int, shape: tuple[int, ...]) -> int:
     return min(wanted, max(1, VALUES // int(torch.Size(shape).numel())))
 
 
-def _ignore(_: float) -> None: ...
-
-
 @dataclass
 class Subject:
     """The model and the data to measure it on. Tensors are on the CPU, shuffled by the seed: a prefix is a sample."""
@@ -56,7 +53,7 @@ class Subject:
     seed: int
     latents: Tensor | None = None  # z, where f decodes it: then it is a sample itself
     second: Encoder | None = None  # another that Frechet distances are computed on
-    tell: Callable[[float], object] = _ignore  # takes the share of a measurement that is done
+    tell: Callable[[float], object] = field(init=False)  # takes the share of the current measurement that is done
     once: Tensor = field(init=False)  # f(z): (samples, *shape), as many as fit
     twice: Tensor = field(init=False)  # f(f(z))
     neighbours: Tensor = field(init=False)  # the training examples that are nearest to the first samples
@@ -92,12 +89,13 @@ def draw(subject: Subject) -> dict[str, Any]:
     number = within(subject.samples, subject.manifest.shape)
     subject.counts = {"train": len(subject.train), "test": len(subject.test), "samples": number}
     model, begin, done = subject.model, time.process_time(), 0
+    sets = 3 if decodes(model.latents) else 2  # z, where f decodes it; f(z); f(f(z))
     decoded: float | None = None
 
     def advance(more: int) -> None:
         nonlocal done
         done += more
-        subject.tell(done / number / (3 if decodes(model.latents) else 2))
+        subject.tell(done / number / sets)
 
     if decodes(model.latents):
         parts = list[Tensor]()

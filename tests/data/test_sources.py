@@ -269,7 +269,7 @@ def test_files_that_are_no_picture_are_passed_over_where_that_is_asked_for(tmp_p
     (tree / "LICENSE").unlink()
     refused = naign("pack", "folder", f"--root={tree}", "--size=4", f"--to={tmp_path}/other")
     assert refused.returncode == 2 and "or pass over all such files with --broken skip" in refused.stderr
-    with pytest.raises(InputError, match="mnist has no pictures to decode: --broken is for folder only"):
+    with pytest.raises(InputError, match="mnist is packed whole or not at all: --broken is for folder only"):
         load("mnist", skip=True)
 
 

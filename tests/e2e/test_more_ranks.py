@@ -1,4 +1,4 @@
-"""Runs of three ranks: from there on the order in which ranks are added is seen in the bits of a sum."""
+"""Runs of several ranks. From three on, the order in which ranks are added is seen in the bits of a sum."""
 
 import json
 import shutil

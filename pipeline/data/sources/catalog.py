@@ -85,7 +85,7 @@ def load(
     if "size" not in takes and (size is not None or channels != 3):
         raise InputError(f"{name} has its own size and channels: --size and --channels are for folder only")
     if "skip" not in takes and skip:
-        raise InputError(f"{name} has no pictures to decode: --broken is for folder only")
+        raise InputError(f"{name} is packed whole or not at all: --broken is for folder only")
     if "root" not in takes and root is not None:
         raise InputError(f"{name} needs no files: leave out --root")
     return build(argument, settings(**{key: value for key, value in given.items() if key in takes}))

@@ -142,6 +142,8 @@ def _hidden(path: PurePosixPath | Path) -> bool:
 
 
 def _decodable(pictures: list[Picture], root: Path, size: tuple[int, int], channels: int) -> list[Picture]:
+    from joblib import cpu_count  # of the cores that this process may use
+
     def problem(picture: Picture) -> str:
         try:
             fitted(picture.read(), size, channels)
@@ -149,7 +151,7 @@ def _decodable(pictures: list[Picture], root: Path, size: tuple[int, int], chann
             return str(error)
         return ""
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # decoding releases the interpreter's lock
+    with ThreadPoolExecutor(cpu_count()) as threads:  # decoding releases the interpreter's lock
         found = counted("decoding", threads.map(problem, pictures), total=len(pictures), unit="picture")
         broken = {picture.where: why for picture, why in zip(pictures, found, strict=True) if why}
     for where, why in islice(broken.items(), NAMED):
