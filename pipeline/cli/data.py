@@ -50,7 +50,7 @@ def pack(
     from pipeline.data.sources.source import subset
     from pipeline.evaluate import NEIGHBOURS
 
-    with busy(f"reading {source}"):
+    with busy(f"reading {source}", shown=broken == "error"):  # else it has a bar of its own
         loaded = load(source, root=root, size=size, channels=channels, seed=seed, skip=broken == "skip")
     if train is not None or without:
         loaded = subset(loaded, train=train, without=without, seed=seed)

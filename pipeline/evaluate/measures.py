@@ -124,13 +124,13 @@ def distances(encoder: Encoder, subject: Subject, draws: int) -> tuple[dict[str,
     sets = {"once": subject.once, "twice": subject.twice}
     sets |= {} if subject.latents is None else {"latents": subject.latents}
     test = encoder.features(subject.test)
-    features = dict[str, Tensor]()
-    for name, data in sets.items():
-        features[name] = encoder.features(data)
-        subject.tell(len(features) / (len(sets) + draws))
-    found: dict[str, Any] = {"latents": None} | {name: frechet_distance(one, test) for name, one in features.items()}
     floors = [part for part in subject.train[: draws * number].split(number) if len(part) == number]
-    drawn = [encoder.features(scaled(part)) for part in floors]
+    made = list[Tensor]()
+    for part in (*sets.values(), *floors):
+        made.append(encoder.features(scaled(part)))  # samples are in the model's scale already
+        subject.tell(len(made) / (len(sets) + len(floors)))
+    features, drawn = dict(zip(sets, made, strict=False)), made[len(sets) :]
+    found: dict[str, Any] = {"latents": None} | {name: frechet_distance(one, test) for name, one in features.items()}
     features["floor"], found["floor"] = drawn[0], fmean(frechet_distance(one, test) for one in drawn)
     apart = found["floor"] > ROUNDING * float(test.double().var(0).sum())
     for name in ("latents", "once", "twice"):

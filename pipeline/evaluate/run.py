@@ -60,7 +60,7 @@ def evaluate(
     config, manifest, trained_with = recorded(model, folder, data)
     first, (second, missing) = choose_encoder(manifest), _open_second(encoder, manifest, device)
     metrics: dict[str, Any] = {"encoder": first.name, "encoder_accuracy": first.accuracy, "dataset": manifest.name}
-    layout = "{desc:<34}{bar}{n_fmt}/{total_fmt} {elapsed}"
+    layout = "{desc:<35}{bar}{n_fmt}/{total_fmt} {elapsed}"
     with tqdm(total=len(STAGES) + 2, disable=not progress, bar_format=layout, desc="reading data") as bar:
         train, test = measures.read(config, manifest.shape, seed=seed)
         subject = Subject(model, manifest, first, train, test, samples=samples, seed=seed, second=second)

@@ -273,6 +273,31 @@ def test_files_that_are_no_picture_are_passed_over_where_that_is_asked_for(tmp_p
         load("mnist", skip=True)
 
 
+def test_no_sound_picture_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(3):
+        picture(tmp_path / f"tree/a/{i}.png")
+    (tmp_path / "0.png").write_bytes(b"broken")
+    with tarfile.open(tmp_path / "tree.tar", "w") as tar:  # which may hold a name twice
+        tar.add(tmp_path / "tree", arcname=".")
+        tar.add(tmp_path / "0.png", arcname="a/0.png")
+    assert sum(map(len, load("folder", root=tmp_path / "tree.tar", size=4, skip=True).splits.values())) == 3
+    problems = {"cannot be read": PermissionError(13, "Permission denied"), "not enough memory": MemoryError()}
+    for said, problem in problems.items():
+        target = (
+            "pathlib.Path.read_bytes" if isinstance(problem, OSError) else "pipeline.data.sources.folder.open_picture"
+        )
+        with monkeypatch.context() as patch, pytest.raises(InputError, match=rf"tree/a/\d\.png: {said}"):
+            patch.setattr(target, lambda *_, problem=problem: (_ for _ in ()).throw(problem))
+            load("folder", root=tmp_path / "tree", size=4, skip=True)
+
+
+def test_names_are_printed_without_control_characters(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "new\nline.png").write_text("no picture")
+    with pytest.raises(InputError, match=r"new_line\.png: no picture"):
+        pack(load("folder", root=tmp_path, size=4), str(tmp_path / "packed"), progress=False)
+
+
 @pytest.mark.parametrize("to", ["nowhere", "loop", "train"])
 def test_links_to_no_file(tmp_path: Path, to: str) -> None:
     picture(tmp_path / "train/a.png")

@@ -6,12 +6,13 @@ import tarfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import chain, count, islice
+from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from pipeline.data.decode import UNDECODABLE, decoding, eight_bits, open_picture
 from pipeline.data.format.audit import BROKEN_TAR
@@ -19,7 +20,6 @@ from pipeline.data.order import shuffled
 from pipeline.data.resize import parse_size
 from pipeline.data.sources.source import Example, Made, Source
 from pipeline.errors import InputError
-from pipeline.progress import counted
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def _in_folder(root: Path) -> Tree:
     for path in sorted(paths):
         inside = PurePosixPath(path.relative_to(root).as_posix())
         if path.is_file():
-            pictures.append(Picture(str(path), inside, path.read_bytes))
+            pictures.append(Picture(_printable(str(path)), inside, path.read_bytes))
         elif path.is_symlink() or not path.is_dir():
             raise InputError(f"{path}: {_NO_FILE}")
         else:
@@ -123,7 +123,7 @@ def _in_archive(root: Path) -> Tree:
                 path = PurePosixPath(member.name)
                 if _hidden(path) or not path.parts:
                     continue
-                where, stream = f"{root}: {path}", tar.extractfile(member) if member.isfile() else None
+                where, stream = _printable(f"{root}: {path}"), tar.extractfile(member) if member.isfile() else None
                 if stream:
                     pictures.append(Picture(where, path, partial(bytes, stream.read())))
                 elif not member.isdir():
@@ -137,6 +137,10 @@ def _in_archive(root: Path) -> Tree:
 _NO_FILE = "neither file nor folder, or a link that leads to no file: remove it, or put the file itself there"
 
 
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "_" for letter in text)
+
+
 def _hidden(path: PurePosixPath | Path) -> bool:
     return any(part.startswith(".") and part != "." for part in path.parts)
 
@@ -145,20 +149,27 @@ def _decodable(pictures: list[Picture], root: Path, size: tuple[int, int], chann
     from joblib import cpu_count  # of the cores that this process may use
 
     def problem(picture: Picture) -> str:
+        """Why its bytes are no picture, or ''. InputError where that cannot be told: it may be sound."""
         try:
             fitted(picture.read(), size, channels)
-        except UNDECODABLE as error:
+        except OSError as error:
+            raise InputError(f"{picture.where}: cannot be read ({error.strerror}): check its owner and mode") from None
+        except InputError as error:
+            if isinstance(error.__context__, MemoryError):
+                remedy = "free some, or remove it"
+                raise InputError(f"{picture.where}: not enough memory to decode it: {remedy}") from None
             return str(error)
         return ""
 
     with ThreadPoolExecutor(cpu_count()) as threads:  # decoding releases the interpreter's lock
-        found = counted("decoding", threads.map(problem, pictures), total=len(pictures), unit="picture")
-        broken = {picture.where: why for picture, why in zip(pictures, found, strict=True) if why}
-    for where, why in islice(broken.items(), NAMED):
-        log.warning("%s: %s: passed over", where, why)
+        found = tqdm(threads.map(problem, pictures), total=len(pictures), desc="decode folder", unit="picture")
+        told = list(zip(pictures, found, strict=True))
+    broken = [f"{picture.where}: {why}" for picture, why in told if why]
+    for what in broken[:NAMED]:
+        log.warning("%s: passed over", what)
     if len(broken) > NAMED:
         log.warning("%s: %d more files that are no picture: passed over", root, len(broken) - NAMED)
-    return [picture for picture in pictures if picture.where not in broken]
+    return [picture for picture, why in told if not why]
 
 
 def _split(pictures: list[Picture], seed: int) -> dict[str, list[Picture]]:
@@ -194,7 +205,7 @@ def _keys(paths: list[PurePosixPath]) -> list[str]:
     """WebDataset keys like the paths: no dots (they start a suffix), no leading __ (metadata), printable, each once."""
     keys: dict[str, None] = {}
     for path in paths:
-        shown = "".join(letter if letter.isprintable() else "_" for letter in str(path.with_suffix("")))
+        shown = _printable(str(path.with_suffix("")))
         base = "/".join(part.replace(".", "_").lstrip("_") or "_" for part in shown.split("/"))
         variants = chain([base], (f"{base}_{number}" for number in count(2)))
         keys[next(key for key in variants if key not in keys)] = None
