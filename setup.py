@@ -1,4 +1,4 @@
-"""What goes into a wheel: pipeline/, and as data inside it configs/, launch/ and k8s/ (see pipeline/shipped.py)."""
+"""What goes into a wheel: pipeline/, and as data in it configs/, launch/ and k8s/ (pipeline/__init__.py: shipped)."""
 
 from setuptools import find_packages, setup
 

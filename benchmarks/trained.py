@@ -20,8 +20,8 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from pipeline.config import changeable, flatten, parse
-from pipeline.constraints import FREE
 from pipeline.errors import InputError
+from pipeline.settings.constraints import FREE
 from pipeline.storage.local import write_atomically
 
 ROOT = Path(__file__).parents[1]

@@ -1,7 +1,11 @@
 """NAIGN: non-adversarial idempotent generative networks, trained at scale."""
 
 import os
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 # Set before torch loads OpenMP: waiting threads sleep instead of spinning. On an idle machine this costs nothing.
 # Beside one other busy process, training on two cores ran 6 times as fast (450 against 67 images/s).
@@ -14,3 +18,29 @@ try:
     __version__ = version("naign")
 except PackageNotFoundError:  # run from a checkout that was never installed
     __version__ = "0+checkout"
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def shipped(path: str) -> Path:
+    """The place of a file of configs/, launch/ or k8s/, whether it exists or not.
+
+    These folders are beside this package in a checkout, and inside it where a wheel was installed.
+    """
+    inside = _PACKAGE / path
+    return inside if (_PACKAGE / Path(path).parts[0]).is_dir() else _PACKAGE.parent / path
+
+
+def lazy_face(room: str, files: Mapping[str, str]) -> tuple[list[str], Callable[[str], Any]]:
+    """`__all__` and `__getattr__` of a folder, from the names (separated by spaces) that each of its files defines.
+
+    Each name is imported when it is first used.
+    """
+    home = {name: file for file, names in files.items() for name in names.split()}
+
+    def find(name: str) -> Any:
+        if name not in home:
+            raise AttributeError(f"module {room!r} has no attribute {name!r}")
+        return getattr(import_module(f"{room}.{home[name]}"), name)
+
+    return sorted(home), find

@@ -17,14 +17,25 @@ from typing import Any
 import tyro
 import yaml
 
-from pipeline.constraints import AT_LEAST_0, FREE, MAY_CHANGE, NOT_EMPTY, POSITIVE, SHARE, between, check_fields, one_of
+from pipeline import shipped
 from pipeline.data.dataset import DataConfig, check_config
 from pipeline.errors import InputError, printable, require, shown
 from pipeline.match.matcher import MatchConfig
 from pipeline.model import losses, networks
 from pipeline.observe.speed import parse_rounds
 from pipeline.observe.trackers import find_trackers
-from pipeline.shipped import shipped
+from pipeline.settings.constraints import (
+    AT_LEAST_0,
+    FREE,
+    MAY_CHANGE,
+    NOT_EMPTY,
+    POSITIVE,
+    SHARE,
+    between,
+    check_fields,
+    one_of,
+)
+from pipeline.settings.read import convert
 from pipeline.storage.store import open_store
 
 to_dict = dataclasses.asdict
@@ -304,7 +315,7 @@ def _build(kind: Any, content: Any, where: str, prefix: str, recorded: bool) -> 
     if section in NAMED:
         default, find, former = NAMED[section]
         content = {"name": default, **content}
-        kind = find(_convert(str, content["name"], f"{where}: {prefix}name"))[0]
+        kind = find(convert(str, content["name"], f"{where}: {prefix}name"))[0]
         recorded = recorded or former.keys() <= content.keys()  # config.yaml of an earlier version
     hints, values = typing.get_type_hints(kind), {}
     for key, value in content.items():
@@ -314,7 +325,7 @@ def _build(kind: Any, content: Any, where: str, prefix: str, recorded: bool) -> 
             if f"{prefix}{key}" in ("data.path", "report.trackers") and isinstance(value, list):
                 with suppress(ValueError):  # a number with too many digits, which is refused below
                     value = yaml.safe_dump(value, default_flow_style=True, width=MOST).strip()
-            values[key] = _convert(hints[key], value, f"{where}: {prefix}{key}")
+            values[key] = convert(hints[key], value, f"{where}: {prefix}{key}")
         elif not (recorded and (RENAMED.get(f"{prefix}{key}") == "" or section in NAMED and key in NAMED[section][2])):
             if RENAMED.get(f"{prefix}{key}") == "":
                 raise InputError(f"{where}: {prefix}{key} is no longer a setting: leave it out")
@@ -332,19 +343,3 @@ def _refuse_former(section: str, key: str, name: Any, where: str) -> None:
     if section in NAMED and (owners := NAMED[section][2].get(key)):
         said = f"{where}: {section}.{key} is no setting of {section}.name={name}, but of {owners}"
         raise InputError(f"{said}: leave it out, or choose another {section}.name")
-
-
-def _convert(target: Any, value: Any, where: str) -> Any:
-    """Convert a value of YAML, which reads 1e-3 as text and 1 as an integer. All other types must match."""
-    try:
-        if target is float and not isinstance(value, bool):
-            return float(value)
-        if target is int and isinstance(value, (float, str)) and float(value) == int(float(value)):
-            return int(float(value))
-        if isinstance(value, target) and isinstance(value, bool) == (target is bool):
-            return value
-        if target is str and type(value) is int:
-            return str(value)
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise InputError(f"{where} is {shown(value)}: it must be {target.__name__}")

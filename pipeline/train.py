@@ -72,8 +72,8 @@ from pipeline.distributed import (
 )
 from pipeline.errors import FAILED, INTERRUPTED, exit_on_input_error
 from pipeline.observe import trackers_hang
-from pipeline.progress import outlive_terminal
 from pipeline.storage.store import use_endpoint
+from pipeline.terminal import outlive_terminal
 from pipeline.training.loop import train
 from pipeline.training.prepare import pack_missing
 

@@ -8,9 +8,9 @@ import yaml
 
 import pipeline.config as settings
 from pipeline.config import Config, changeable, differences, flatten, from_dict, load, parse, to_dict
-from pipeline.constraints import FREE, MAY_CHANGE
 from pipeline.errors import InputError, exit_on_input_error
 from pipeline.model.networks import PointConfig
+from pipeline.settings.constraints import FREE, MAY_CHANGE
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 

@@ -9,7 +9,7 @@ import pytest
 from pipeline.errors import InputError
 from pipeline.model import latents, networks
 from pipeline.model.losses import OBJECTIVES
-from pipeline.registry import lookup
+from pipeline.settings.registry import lookup
 
 FOREIGN = ModuleType("foreign_choices")
 sys.modules["foreign_choices"] = FOREIGN
@@ -17,7 +17,9 @@ sys.modules["foreign_choices"] = FOREIGN
 
 def found(monkeypatch, value: str, group: str, builtin):
     point = EntryPoint("other", value, group)
-    monkeypatch.setattr("pipeline.registry._entry_points", lambda asked: {"other": point} if asked == group else {})
+    monkeypatch.setattr(
+        "pipeline.settings.registry._entry_points", lambda asked: {"other": point} if asked == group else {}
+    )
     return lookup("some.name", "other", builtin, group)
 
 

@@ -5,7 +5,7 @@ Names are imported when they are first used: the writer imports torch, which com
 
 from typing import TYPE_CHECKING
 
-from pipeline.faces import lazy_face
+from pipeline import lazy_face
 
 if TYPE_CHECKING:
     from pipeline.checkpoint.bucket import download, fetch_newest, fetch_shown, newest_first, take_over

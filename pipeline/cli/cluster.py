@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
+from pipeline import shipped
 from pipeline.errors import InputError, Unavailable, exit_on_input_error, require
-from pipeline.progress import busy
-from pipeline.shipped import shipped
+from pipeline.terminal import busy
 
 ABOUT_TRAIN = """Train a network. Beside the settings below, it takes
 --config FILE: a YAML file, or the name of one in configs/, such as digits; settings beside it override it.

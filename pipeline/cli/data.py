@@ -7,7 +7,7 @@ from tyro.conf import Positional
 
 from pipeline.cli.output import Json, lines_to_stderr, print_json
 from pipeline.errors import InputError
-from pipeline.progress import busy
+from pipeline.terminal import busy
 
 if TYPE_CHECKING:
     from pipeline.data.format.manifest import Manifest

@@ -13,8 +13,8 @@ from pipeline.errors import InputError, printable, require
 from pipeline.evaluate.recorded import read_image
 from pipeline.model.naign import NAIGN
 from pipeline.observe.pictures import grid, png, to_image
-from pipeline.progress import counted
 from pipeline.storage.local import write_atomically
+from pipeline.terminal import counted
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 

@@ -4,7 +4,7 @@ from tqdm import tqdm
 
 from pipeline.cli.output import Json, lines_to_stderr, print_json
 from pipeline.errors import InputError
-from pipeline.progress import busy
+from pipeline.terminal import busy
 
 
 def doctor(*, json: Json = False) -> None:

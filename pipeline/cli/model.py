@@ -13,7 +13,7 @@ from tyro.conf import Positional
 
 from pipeline.cli.output import Json, lines_to_stderr, print_json
 from pipeline.errors import require
-from pipeline.progress import busy, counted
+from pipeline.terminal import busy, counted
 
 if TYPE_CHECKING:
     from pipeline.model.naign import NAIGN

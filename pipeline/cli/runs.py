@@ -8,7 +8,7 @@ from tyro.conf import Positional
 
 from pipeline.cli.output import Json, print_json, print_table
 from pipeline.errors import InputError, printable, require
-from pipeline.progress import busy
+from pipeline.terminal import busy
 
 if TYPE_CHECKING:
     from pipeline.evaluate.runs import Run

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
+from pipeline import shipped
 from pipeline.errors import InputError, one_line
-from pipeline.shipped import shipped
 
 STARTS = {
     "compute_environment": ("LOCAL_MACHINE",),

@@ -59,7 +59,7 @@ from pipeline.errors import (
     on_signals,
     one_line,
 )
-from pipeline.progress import outlive_terminal
+from pipeline.terminal import outlive_terminal
 
 FIXED = (
     "--rdzv_backend=static",

@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
+from pipeline import shipped
 from pipeline.config import Config, check, load, to_dict
 from pipeline.data.several import open_manifest
 from pipeline.errors import InputError, Unavailable, printable, require
-from pipeline.shipped import shipped
 from pipeline.storage import at_most, use_endpoint
 
 DEFAULT = "mnist"  # in configs/

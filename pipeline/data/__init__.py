@@ -5,7 +5,7 @@ Names are imported when they are first used: a program that needs a manifest alo
 
 from typing import TYPE_CHECKING
 
-from pipeline.faces import lazy_face
+from pipeline import lazy_face
 
 if TYPE_CHECKING:
     from pipeline.data.dataset import DataConfig, check_config, names_several

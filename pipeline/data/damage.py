@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.registry import lookup
+from pipeline.settings.registry import lookup
 
 SCALARS = 16  # uniform numbers that `mixed` and `mild` take for an image besides those of its pixels
 

@@ -4,13 +4,22 @@ import math
 from dataclasses import dataclass, field
 from typing import cast
 
-from pipeline.constraints import AT_LEAST_0, FREE, MAY_CHANGE, NOT_EMPTY, POSITIVE, between, check_fields, one_of
 from pipeline.data.cache import CachedStore
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.order import BLOCK, SHUFFLE
 from pipeline.data.reader import Reader
 from pipeline.data.resize import FITS, INTERPOLATIONS, Resize, parse_size
 from pipeline.errors import InputError
+from pipeline.settings.constraints import (
+    AT_LEAST_0,
+    FREE,
+    MAY_CHANGE,
+    NOT_EMPTY,
+    POSITIVE,
+    between,
+    check_fields,
+    one_of,
+)
 from pipeline.storage.base import Store
 from pipeline.storage.store import open_store
 

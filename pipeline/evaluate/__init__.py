@@ -5,7 +5,7 @@ Names are imported when they are first used: `naign runs` does without torch.
 
 from typing import TYPE_CHECKING
 
-from pipeline.faces import lazy_face
+from pipeline import lazy_face
 
 if TYPE_CHECKING:
     from pipeline.evaluate.coverage import NEIGHBOURS

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint.manifest import MANIFEST
-from pipeline.constraints import check_fields
 from pipeline.data.dataset import DataConfig, parse_resize
 from pipeline.data.decode import decode_image, scaled
 from pipeline.data.format.manifest import Manifest
@@ -22,6 +21,7 @@ from pipeline.data.several import open_manifest
 from pipeline.errors import InputError, printable, require
 from pipeline.evaluate.runs import folder_of, is_run
 from pipeline.model.naign import NAIGN
+from pipeline.settings.constraints import check_fields
 from pipeline.storage.store import use_endpoint
 
 

@@ -24,9 +24,9 @@ from pipeline.model.encoders import Encoder, choose_encoder, load_encoder
 from pipeline.model.hub import is_hub_name
 from pipeline.model.naign import NAIGN
 from pipeline.observe.pictures import png
-from pipeline.progress import busy
 from pipeline.storage.local import write_atomically
 from pipeline.storage.store import open_store
+from pipeline.terminal import busy
 
 FEW = 1000  # with fewer examples a Frechet distance on 64 features is mostly bias
 STRANGER = "efficientnet-lite2"  # natural images are measured on it, too: trained on ImageNet, by others

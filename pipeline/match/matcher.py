@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.constraints import FREE, POSITIVE, SHARE, between, check_fields, one_of
 from pipeline.errors import InputError
 from pipeline.match.across_ranks import Blocks, Found, search
 from pipeline.match.assign import assign_once, assign_optimally
@@ -20,6 +19,7 @@ from pipeline.match.one_rank import Timer
 from pipeline.match.space import SpaceConfig, embed
 from pipeline.model.codes import CodesConfig
 from pipeline.model.latents import check_law
+from pipeline.settings.constraints import FREE, POSITIVE, SHARE, between, check_fields, one_of
 
 ONCE = {"one_to_one": assign_once, "optimal": assign_optimally}
 PROBE = 1024  # samples of the pool on which `reject_share` is measured, rounded up to whole blocks

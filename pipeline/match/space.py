@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.constraints import POSITIVE, check_fields
 from pipeline.errors import InputError
+from pipeline.settings.constraints import POSITIVE, check_fields
 
 WEIGHT = {"holds": lambda it: not it or 1e-12 <= it <= 1e12, "must": "a weight is 0, or between 1e-12 and 1e12"}
 ROWS = 256  # images embedded at once, always as many

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from pipeline.constraints import POSITIVE, between, check_fields
 from pipeline.errors import InputError, one_line, require
 from pipeline.model.flow import MOST_STEPS, CodeFlow
 from pipeline.philox import LEARN, normal, uniform
+from pipeline.settings.constraints import POSITIVE, between, check_fields
 
 DECAY = 0.999  # a step, of the average of the flow's weights, which is what draws
 WARMUP = 200  # steps over which the learning rate rises

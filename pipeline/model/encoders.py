@@ -32,7 +32,7 @@ from pipeline.data.format.manifest import Manifest
 from pipeline.errors import InputError, one_line
 from pipeline.model.efficientnet import open_lite
 from pipeline.model.foreign import REMEDY, Foreign, open_file, open_inception, open_timm
-from pipeline.registry import known, lookup
+from pipeline.settings.registry import known, lookup
 
 FOLDER = Path(__file__).parent / "encoder_weights"
 FEATURES = 64  # width of the feature layer of every shipped encoder

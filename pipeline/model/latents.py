@@ -19,7 +19,7 @@ from pipeline.model.flow import CodeFlow
 from pipeline.model.mixture import check_mixture, draw_mixture, is_mixture
 from pipeline.model.networks import Autoencoder, require_code
 from pipeline.philox import FLAT, IMAGINARY, LATENT, SCALE, normal, uniform
-from pipeline.registry import lookup
+from pipeline.settings.registry import lookup
 
 Shape = tuple[int, ...]
 Device = torch.device | str

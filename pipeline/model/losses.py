@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.constraints import AT_LEAST_0, between, check_fields, one_of
 from pipeline.data import damage
 from pipeline.errors import InputError
 from pipeline.model.population import Population, drift_loss, moments_loss, parse_temperatures
-from pipeline.registry import lookup
+from pipeline.settings.constraints import AT_LEAST_0, between, check_fields, one_of
+from pipeline.settings.registry import lookup
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Of two batches of one shape, a scalar."""

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.constraints import between, check_fields
 from pipeline.errors import InputError
-from pipeline.registry import lookup
+from pipeline.settings.constraints import between, check_fields
+from pipeline.settings.registry import lookup
 
 
 @dataclass(kw_only=True, slots=True)

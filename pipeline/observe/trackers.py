@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.registry import lookup
+from pipeline.settings.registry import lookup
 from pipeline.storage.local import write_atomically
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from pipeline.checkpoint import bucket, is_complete, newest_checkpoint, set_aside
 from pipeline.checkpoint.manifest import step_of
 from pipeline.config import Config, changeable, differences, from_dict, to_dict
-from pipeline.constraints import MAY_CHANGE
 from pipeline.errors import Damaged, InputError
 from pipeline.model.naign import NAIGN
+from pipeline.settings.constraints import MAY_CHANGE
 from pipeline.storage.local import TRANSIENT, write_atomically
 from pipeline.storage.store import open_store
 

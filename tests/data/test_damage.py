@@ -8,7 +8,7 @@ import torch
 from pipeline import philox
 from pipeline.data.damage import GROUP, LAWS, Law, find_law
 from pipeline.errors import InputError
-from pipeline.registry import known
+from pipeline.settings.registry import known
 
 SHAPE = (1, 28, 28)
 
@@ -97,7 +97,7 @@ INVERTED = Law(lambda images, normals, uniform, strength: -images, lambda shape:
 
 def test_a_law_of_another_package(monkeypatch):
     points = {"naign.damage": {"inverted": EntryPoint("inverted", "tests.data.test_damage:INVERTED", "")}}
-    monkeypatch.setattr("pipeline.registry._entry_points", lambda group: points.get(group, {}))
+    monkeypatch.setattr("pipeline.settings.registry._entry_points", lambda group: points.get(group, {}))
     assert known(LAWS, GROUP) == ["noise", "mixed", "mild", "inverted"] and find_law("inverted").uniforms(SHAPE) == 2
     find_law("inverted").check(SHAPE)
     assert torch.equal(find_law("inverted").damage(bars(3), *drawn("inverted", torch.arange(3)), 0.5), -bars(3))

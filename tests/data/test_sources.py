@@ -431,7 +431,7 @@ def test_mnist_from_where_it_is_published(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_source_of_another_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     points = {"naign.sources": {"numbered:<name>": EntryPoint("numbered:<name>", "tests.data.numbered:SOURCE", "")}}
-    monkeypatch.setattr("pipeline.registry._entry_points", lambda group: points.get(group, {}))
+    monkeypatch.setattr("pipeline.settings.registry._entry_points", lambda group: points.get(group, {}))
     assert len(load("numbered:7").splits["train"]) == 7
     with pytest.raises(InputError, match="numbered:7 needs no files: leave out --root"):
         load("numbered:7", root=tmp_path)

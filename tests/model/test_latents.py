@@ -124,13 +124,14 @@ def test_bad_ids_and_laws_are_refused():
 
 WORDS = """
 import torch
-from pipeline import philox, philox_kernel
+from pipeline import philox
+from pipeline.philox import kernel
 ids = torch.tensor([0, 1, 5, 2**40 + 3, 2**61 + 7])
 for seed in (0, 1, -1, 2**62 + 3):
     for round, stream, blocks in ((0, 0, 1), (1, 3, 5), (2**32 - 1, 7, 196)):
-        drawn = [draw(ids, blocks, seed, round, stream, False) for draw in (philox._drawn, philox_kernel.drawn)]
+        drawn = [draw(ids, blocks, seed, round, stream, False) for draw in (philox._drawn, kernel.drawn)]
         assert torch.equal(*drawn), (seed, round, stream)
-        normals = [draw(ids, blocks, seed, round, stream, True) for draw in (philox._drawn, philox_kernel.drawn)]
+        normals = [draw(ids, blocks, seed, round, stream, True) for draw in (philox._drawn, kernel.drawn)]
         torch.testing.assert_close(*normals)
 """
 

@@ -14,7 +14,7 @@ from tests.conftest import ROOT, SMALL, environment
 
 WHERE = """
 import pipeline
-from pipeline.shipped import shipped
+from pipeline import shipped
 print(pipeline.__file__, pipeline.__version__, shipped("launch/zero2.yaml"))
 """
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from pipeline.constraints import AT_LEAST_0
 from pipeline.model.losses import Batch, Network, ObjectiveConfig
+from pipeline.settings.constraints import AT_LEAST_0
 
 
 @dataclass(kw_only=True, slots=True)

@@ -20,9 +20,9 @@ from pipeline.data.format.shards import Shard
 from pipeline.data.format.tar import BLOCK, Unusual, next_member
 from pipeline.data.sample import decode
 from pipeline.errors import InputError
-from pipeline.progress import busy
 from pipeline.storage.base import Store
 from pipeline.storage.store import open_store
+from pipeline.terminal import busy
 
 log = logging.getLogger("naign.data")
 

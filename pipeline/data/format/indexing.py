@@ -28,10 +28,10 @@ from pipeline.data.format.manifest import INDEX, Manifest
 from pipeline.data.format.pages import Pager, dump_table, table_name
 from pipeline.data.format.survey import Survey
 from pipeline.errors import InputError, Unavailable
-from pipeline.progress import busy
 from pipeline.storage.base import Store
 from pipeline.storage.prefetch import in_order
 from pipeline.storage.store import open_store
+from pipeline.terminal import busy
 
 log = logging.getLogger("naign.data")
 

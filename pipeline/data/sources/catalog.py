@@ -12,7 +12,7 @@ from pipeline.data.sources import published, toys
 from pipeline.data.sources.folder import from_tree
 from pipeline.data.sources.source import Source, labelled
 from pipeline.errors import InputError
-from pipeline.registry import known, lookup
+from pipeline.settings.registry import known, lookup
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

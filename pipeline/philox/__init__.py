@@ -89,9 +89,9 @@ def _by_one_kernel(*arguments: Any) -> Tensor | None:
     global _one_kernel
     if _one_kernel:
         try:
-            from pipeline import philox_kernel
+            from pipeline.philox import kernel
 
-            return philox_kernel.drawn(*arguments)
+            return kernel.drawn(*arguments)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # no Triton, or none of what it needs, such as a C compiler
