@@ -15,23 +15,21 @@ Exit code 1 where a line is wrong, or a part failed. Not run on a card yet.
 """
 
 import os
-import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 from unittest.mock import patch
 
 import faiss
 import torch
 import tyro
 from gpu_fit import determinism, resume, step
+from gpu_report import Part, Report, Settings
 from torch import Tensor
-from trained import ROOT, check_place, page, write
+from trained import ROOT, check_place
 
 from pipeline import philox
 from pipeline.distributed.ranks import repeat_bits
@@ -42,61 +40,8 @@ from pipeline.match.method import METHODS
 
 sys.path.insert(0, str(ROOT))
 
-Part = Literal["random", "search", "determinism", "resume", "step", "match"]
 SIZES = ((2048, 24_576, 784), (12_800, 51_200, 3072))
 """Queries, candidates and values of the searches that are timed."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Settings:
-    """Try and time everything on one GPU."""
-
-    to: Path
-    """Where to write, without an ending."""
-    parts: tuple[Part, ...] = get_args(Part)
-    """What to do."""
-    device: Literal["cuda", "cpu"] = "cuda"
-    """Where."""
-    small: bool = False
-    """Small sizes, to see that all works."""
-
-
-class Report:
-    """Lines: part, what, value, what it must be."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings, self.lines = settings, list[dict[str, Any]]()
-        self.device = torch.device(settings.device)
-        self.part = ""
-
-    def say(self, what: str, value: str, must: str = "", holds: bool = True) -> None:
-        """Print a line and keep it."""
-        self.lines.append({"part": self.part, "what": what, "value": value, "must": must, "holds": holds})
-        said = f" (must: {must})" * bool(must) + "  WRONG" * (not holds)
-        print(f"{self.part:12} {what}: {value}{said}", flush=True)
-
-    def write(self, card: str) -> None:
-        rows = [[line["part"], line["what"], line["value"], line["must"] or "-"] for line in self.lines]
-        rows = [[*row, "yes" if line["holds"] else "**no**"] for row, line in zip(rows, self.lines, strict=True)]
-        text = page(f"On {card}", ["part", "", "found", "must be", "holds"], rows)
-        write(self.settings.to, text, {"card": card, "lines": self.lines})
-
-    def seconds(self, call: Callable[[], Any], repeats: int = 10) -> float:
-        """The median, after three that are not counted."""
-        found = []
-        for number in range(3 + repeats):
-            self.wait()
-            begin = time.perf_counter()
-            call()
-            self.wait()
-            found.append(time.perf_counter() - begin)
-            if number == 3 and found[-1] > 1:
-                break
-        return statistics.median(found[3:])
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def random(report: Report) -> None:

@@ -11,10 +11,11 @@ from contextlib import redirect_stderr
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from budget import count
+from gpu_report import Report
 from safetensors.torch import load_file
 from step_processes import first_network, opened, random_images
 from torch import nn
@@ -28,9 +29,6 @@ from pipeline.model.losses import losses
 from pipeline.observe.speed import peak_flops
 from pipeline.training.fit import fit, learning_rate, steps_of
 from pipeline.training.round import RoundRandom, RoundState
-
-if TYPE_CHECKING:
-    from gpu import Report
 
 RECIPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 RUNS = "whole", "stopped"
@@ -73,7 +71,7 @@ class Rounds:
             adam.zero_grad()
 
 
-def on_rounds(report: "Report", name: str, use: Callable[[Rounds, Callable[[], Any]], None], steps: int) -> None:
+def on_rounds(report: Report, name: str, use: Callable[[Rounds, Callable[[], Any]], None], steps: int) -> None:
     """Use rounds of so many steps of a recipe, and a function that opens a run with its first weights."""
     shape, batch = RECIPES[name], 8 if report.settings.small else 0
     options = ["--config", str(ROOT / f"configs/{name}.yaml"), "--match.latents=gaussian"]
@@ -93,7 +91,7 @@ def on_rounds(report: "Report", name: str, use: Callable[[Rounds, Callable[[], A
             use(Rounds(shape, fresh(), config), fresh)
 
 
-def determinism(report: "Report") -> None:
+def determinism(report: Report) -> None:
     for name in RECIPES:
 
         def twice(rounds: Rounds, fresh: Callable[[], Any], name: str = name) -> None:
@@ -108,7 +106,7 @@ def determinism(report: "Report") -> None:
         on_rounds(report, name, twice, 2 if report.settings.small else 10)
 
 
-def resume(report: "Report") -> None:
+def resume(report: Report) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         images = 2048 if report.settings.small else 8192
         options = ["--data.path=digits", "--match.round=512", "--match.block=64", "--train.batch=32", "--match.ratio=2"]
@@ -137,7 +135,7 @@ def resume(report: "Report") -> None:
         report.say("weights that are not those of the run that went through", str(other), "0", other == 0)
 
 
-def step(report: "Report") -> None:
+def step(report: Report) -> None:
     for name, shape in RECIPES.items():
 
         def both(rounds: Rounds, fresh: Callable[[], Any], name: str = name, shape: tuple[int, ...] = shape) -> None:
