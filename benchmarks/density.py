@@ -24,12 +24,12 @@ import tyro
 from torch import Tensor
 from trained import ROOT, Task, measure_all, packed, page, seeds_of, spread, stored, table, write
 
-from pipeline.data.decode import scaled
 from pipeline.data.loader import read_split
 from pipeline.errors import InputError, exit_on_input_error
 from pipeline.evaluate.coverage import nearest
 from pipeline.evaluate.density import auroc
 from pipeline.model.naign import NAIGN
+from pipeline.model.scale import scaled
 
 HELD_OUT = "9"
 FAST, PLAIN = "configs/mnist_imle.yaml", ("--objective.denoising=0", "--objective.third=none")

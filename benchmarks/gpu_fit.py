@@ -23,9 +23,9 @@ from trained import ROOT
 
 from pipeline.checkpoint.writer import newest_checkpoint
 from pipeline.config import Config, parse
-from pipeline.data.decode import scaled
 from pipeline.match.matcher import Match
 from pipeline.model.losses import losses
+from pipeline.model.scale import scaled
 from pipeline.observe.speed import peak_flops
 from pipeline.training.fit import fit, learning_rate, steps_of
 from pipeline.training.round import RoundRandom, RoundState

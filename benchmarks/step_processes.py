@@ -26,7 +26,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.checkpoint.writer import MANIFEST, Writer
 from pipeline.config import Config, TrainConfig
-from pipeline.data.decode import scaled
 from pipeline.data.format.writer import pack
 from pipeline.data.loader import Stream
 from pipeline.data.order import rank_rows
@@ -37,6 +36,7 @@ from pipeline.distributed.watchdog import Watchdog
 from pipeline.match.matcher import Match
 from pipeline.model import latents
 from pipeline.model.networks import build_network
+from pipeline.model.scale import scaled
 from pipeline.observe.monitor import Monitor
 from pipeline.observe.speed import Profiler
 from pipeline.training.fit import fit, learning_rate, steps_of

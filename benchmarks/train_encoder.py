@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.data.decode import scaled
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.loader import read_split
 from pipeline.errors import InputError, exit_on_input_error
 from pipeline.model.encoders import FOLDER, Classifier
+from pipeline.model.scale import scaled
 
 BATCH = 128
 

@@ -21,8 +21,9 @@ import subprocess
 import sys
 
 try:
-    from pipeline.data import read_split, scaled
+    from pipeline.data import read_split
     from pipeline.data.degrade import KINDS, degrade
+    from pipeline.model import scaled
     from pipeline.model.naign import NAIGN
     from pipeline.observe.pictures import grid, rows
 except ModuleNotFoundError as error:

@@ -19,11 +19,11 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
-from pipeline.data.decode import scaled
 from pipeline.data.degrade import KINDS
 from pipeline.errors import InputError, one_line, require
 from pipeline.evaluate import play
 from pipeline.model.naign import NAIGN
+from pipeline.model.scale import scaled
 from pipeline.observe.pictures import grid, shades, to_image
 
 SIDE = 320  # pixels of the canvas' longer side, about

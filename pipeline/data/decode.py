@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,21 +16,10 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from pipeline.errors import InputError
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 Array = npt.NDArray[Any]
 
 UNDECODABLE = (OSError, InputError)
 """What reading a picture file raises (OSError), and decoding it (InputError, see `decoding`)."""
-
-
-def scaled(data: "Tensor") -> "Tensor":
-    """Stored images (uint8) in the model's scale: float32 in [-1, 1]; points as they are."""
-    import torch  # what reads files alone starts without it
-
-    values = data.to(torch.float32, memory_format=torch.contiguous_format)
-    return values.div_(127.5).sub_(1.0) if data.dtype == torch.uint8 else values
 
 
 def encode(array: Array, suffix: str) -> bytes:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from pipeline.data.dataset import DataConfig
-from pipeline.data.decode import scaled
 from pipeline.data.degrade import KINDS
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.loader import read_split
@@ -25,6 +24,7 @@ from pipeline.evaluate.frechet import frechet_distance
 from pipeline.model.encoders import Encoder
 from pipeline.model.latents import decodes
 from pipeline.model.naign import NAIGN
+from pipeline.model.scale import scaled
 
 MEDIAN = 10_000  # training images from which the per-pixel median and the mean brightness are computed
 ROUNDING = 1e-6  # share of the test features' variance; a smaller floor is rounding, and no ratio to it is given

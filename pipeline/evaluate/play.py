@@ -10,13 +10,14 @@ from typing import NamedTuple
 from PIL import Image
 from torch import Tensor
 
-from pipeline.data.decode import decoding, scaled
+from pipeline.data.decode import decoding
 from pipeline.data.degrade import KINDS, Kind, degrade
 from pipeline.data.loader import read_split
 from pipeline.errors import InputError, require
 from pipeline.evaluate.recorded import read_image, recorded
 from pipeline.match import Blocks, search
 from pipeline.model.naign import NAIGN
+from pipeline.model.scale import scaled
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 UPLOAD = 20_000_000  # bytes of an uploaded file at most

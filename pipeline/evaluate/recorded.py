@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.checkpoint.manifest import MANIFEST
 from pipeline.data.dataset import DataConfig, parse_resize
-from pipeline.data.decode import decode_image, scaled
+from pipeline.data.decode import decode_image
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.resize import Resize, channels, resized
 from pipeline.data.sample import crop
@@ -21,6 +21,7 @@ from pipeline.data.several import open_manifest
 from pipeline.errors import InputError, printable, require
 from pipeline.evaluate.runs import folder_of, is_run
 from pipeline.model.naign import NAIGN
+from pipeline.model.scale import scaled
 from pipeline.settings.constraints import check_fields
 from pipeline.storage.store import use_endpoint
 

@@ -5,13 +5,13 @@ import time
 
 import torch
 
-from pipeline.data.decode import scaled
 from pipeline.data.loader import read_split
 from pipeline.errors import InputError
 from pipeline.evaluate.recorded import recorded
 from pipeline.model.mixture import fit_mixture
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import Autoencoder
+from pipeline.model.scale import scaled
 
 IMAGES = 60_000  # whose codes are fitted, at most
 

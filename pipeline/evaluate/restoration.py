@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pipeline.data.decode import scaled
 from pipeline.data.degrade import Kind, degrade
 from pipeline.evaluate.coverage import nearest
+from pipeline.model.scale import scaled
 
 RANGE = 2.0  # images lie in [-1, 1]
 

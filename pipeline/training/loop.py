@@ -19,10 +19,11 @@ from accelerate.utils import broadcast
 from torch import Tensor
 
 from pipeline.config import Config
-from pipeline.data import Stream, Taken, rank_rows, scaled
+from pipeline.data import Stream, Taken, rank_rows
 from pipeline.distributed import together, total, warn_of_others
 from pipeline.errors import Diverged, InputError, Stopped, Unavailable
 from pipeline.match import Match, NotFinite, match_round
+from pipeline.model import scaled
 from pipeline.model.latents import has_state, measure_spectrum
 from pipeline.model.networks import Autoencoder
 from pipeline.model.running import LearnedLaw

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Config
-from pipeline.data import read_split, scaled
+from pipeline.data import read_split
 from pipeline.data.degrade import KINDS, degrade
 from pipeline.distributed import together, total
 from pipeline.errors import InputError
 from pipeline.evaluate.coverage import NEIGHBOURS, coverage
 from pipeline.evaluate.frechet import frechet_distance
 from pipeline.evaluate.restoration import mae
+from pipeline.model import scaled
 from pipeline.model.encoders import Encoder, choose_encoder
 from pipeline.storage.local import write_atomically
 from pipeline.training.round import RoundState, Run

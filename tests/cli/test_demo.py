@@ -21,12 +21,12 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.cli.demo import demo
-from pipeline.data.decode import scaled
 from pipeline.data.degrade import KINDS
 from pipeline.errors import InputError
 from pipeline.evaluate import play
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import ConvConfig, PointConfig
+from pipeline.model.scale import scaled
 from pipeline.observe.pictures import grid, shades, to_image
 from tests.conftest import environment
 from tests.evaluate.test_play import claiming

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.checkpoint import newest_checkpoint
-from pipeline.data.decode import scaled
 from pipeline.data.loader import read_split
 from pipeline.errors import INTERRUPTED
 from pipeline.model.naign import NAIGN
+from pipeline.model.scale import scaled
 from tests.conftest import SMALL, forked
 
 CODES = ["--match.latents=codes", "--match.codes.width=32", "--match.codes.batch=64", "--match.codes.passes=2"]

@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.data.decode import scaled
 from pipeline.data.degrade import KINDS, degrade
 from pipeline.errors import InputError
 from pipeline.evaluate import play
@@ -18,6 +17,7 @@ from pipeline.evaluate.pictures import STEPS, _between
 from pipeline.model.mixture import draw_mixture, fit_mixture
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import ConvConfig, build_network
+from pipeline.model.scale import scaled
 from pipeline.observe.pictures import png
 
 SHAPE = (3, 8, 12)

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from pipeline.data.dataset import DataConfig
-from pipeline.data.decode import encode, scaled
+from pipeline.data.decode import encode
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.loader import read_split
 from pipeline.errors import InputError
 from pipeline.evaluate.recorded import read_image, recorded
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import PointConfig, build_network
+from pipeline.model.scale import scaled
 
 THERE = "http://there:9000"
 
