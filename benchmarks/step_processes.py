@@ -95,7 +95,7 @@ def opened(config: Config, precision: str = "") -> Iterator[Callable[[nn.Module]
             )
             run.engine, run.monitor = build_engine(config, bare, accelerator), monitor
             run.profiler = Profiler(folder, config.profile.rounds, rank)
-            run.writer = Writer(folder, rank=rank, world=world, keep=1, every=0, remote="")
+            run.writer = Writer(folder, rank=rank, world=world, keep=1, remote="")
             return run
 
         yield run

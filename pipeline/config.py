@@ -106,8 +106,6 @@ class CheckpointConfig:
     """Rounds between checkpoints; one is always written at the end."""
     keep: int = field(default=2, metadata=AT_LEAST_0)
     """How many of the newest complete checkpoints to keep; 0: all."""
-    keep_every: int = field(default=0, metadata=AT_LEAST_0)
-    """Also keep, for good, the checkpoint of every so many rounds; 0: none."""
 
 
 @dataclass(kw_only=True, slots=True)

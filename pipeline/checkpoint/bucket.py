@@ -12,16 +12,16 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipeline.checkpoint.manifest import MANIFEST, by_step, is_whole, read_manifest
+from pipeline.checkpoint.manifest import BEST, MANIFEST, best_named, by_step, is_whole, read_manifest
 from pipeline.errors import Conflict, Damaged, InputError
 from pipeline.storage.base import Store
 from pipeline.storage.local import sync_file, write_atomically
 from pipeline.storage.store import locate, open_store
 
-RECORDS = ("config.yaml", "metrics.jsonl", "best.json")
-CHANGING = ("config.yaml", "best.json")
+RECORDS = ("config.yaml", "metrics.jsonl")
 PICTURES = ("tensorboard/*", "samples/*", "trackers/*")
-"""Patterns of the files copied besides a checkpoint: RECORDS before its manifest, PICTURES after it."""
+"""Patterns of the files copied besides a checkpoint: RECORDS before its manifest; BEST and PICTURES after it."""
+CHANGING = ("config.yaml", BEST)
 
 log = logging.getLogger("naign.bucket")
 
@@ -101,7 +101,7 @@ def fetch_shown(remote: str, run: Path, *, renew: bool = False, also: Sequence[s
     Returns the number of files.
     """
     fetched, remote = 0, remote.rstrip("/")
-    for pattern in (*also, "metrics.jsonl", "best.json", *PICTURES):
+    for pattern in (*also, "metrics.jsonl", BEST, *PICTURES):
         folder = os.path.dirname(pattern)
         store = open_store(f"{remote}/{folder}".rstrip("/"))
         for name in store.list():
@@ -126,6 +126,15 @@ def mirror(run: Path, remote: str, patterns: Sequence[str]) -> None:
         for file in sorted(run.glob(pattern)):
             if file.name not in there or not _is_same(file, store, file.name):
                 _copy(file, store.url(file.name))
+
+
+def send_best(run: Path, remote: str) -> str:
+    """Upload best.json if the bucket holds the checkpoint that it names. Returns what the bucket's best.json names."""
+    name = best_named(str(run.absolute()))
+    if not name or not open_store(f"{remote}/checkpoints/{name}").exists(MANIFEST):
+        return best_named(remote)
+    mirror(run, remote, [BEST])
+    return name
 
 
 def _is_same(file: Path, store: Store, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a local folder and a bucket have in common: names, manifests, and which checkpoints are kept.
+"""What a local folder and a bucket share: names of checkpoints, manifests, and which checkpoints are kept.
 
 A manifest lists a checkpoint's files with size and SHA-256. Its content is untrusted: anybody may have written it.
 """
@@ -15,6 +15,7 @@ from pipeline.storage.local import LocalStore
 from pipeline.storage.store import open_store
 
 MANIFEST = "manifest.json"
+BEST = "best.json"  # in the run's folder: the best checkpoint by quality/fd, and how it was measured
 
 Entries = dict[str, dict[str, Any]]  # the files of a manifest: {"bytes": int, "sha256": str} by name
 
@@ -33,29 +34,20 @@ def step_of(name: str) -> int:
 def prune(
     root: str,  # folder of checkpoints, here or in a bucket
     keep: int,  # how many complete ones to keep, the newest; 0 keeps all
-    every: int = 0,  # also keep those after a number of rounds that this divides; 0: none
     *,
     newest: str = "",  # the one just written: it is kept and counted, and those after it are left alone; "": none
-    lasting: set[str] | None = None,  # names known to be kept by `every`; added to
+    spare: str = "",  # name of one that is kept whatever its age, and not counted; "": none
 ) -> None:
-    """Remove checkpoints that are incomplete, or that neither `keep` nor `every` keeps, each manifest first."""
-    complete, lasting = int(bool(newest)), set() if lasting is None else lasting
+    """Remove checkpoints that are incomplete, or complete but not among the newest `keep`, each manifest first."""
+    complete = int(bool(newest))
     for name in by_step(open_store(root).folders()):
-        if name in lasting or (newest and step_of(name) >= step_of(newest)):
+        if name == spare or (newest and step_of(name) >= step_of(newest)):
             continue
         store = open_store(f"{root}/{name}")
         if store.exists(MANIFEST):
             complete += 1
             if not keep or complete <= keep:
                 continue
-            try:
-                if every and _lasts(json.loads(store.read("trainer.json")), every):
-                    lasting.add(name)
-                    continue
-            except OSError:  # a disk that fails now may answer the next time
-                continue
-            except (ValueError, KeyError, TypeError, AttributeError):  # damaged; InputError is a ValueError
-                pass
         store.delete(MANIFEST)
         if isinstance(store, LocalStore):
             shutil.rmtree(f"{root}/{name}", ignore_errors=True)
@@ -65,15 +57,21 @@ def prune(
                 part.delete(file)
 
 
-def _lasts(trainer: Any, every: int) -> bool:
-    return trainer["round"] % every == 0 and not trainer.get("done", 0)
+def best_named(root: str) -> str:
+    """The checkpoint that best.json in a run's folder or bucket names; "" if it is missing, or names none."""
+    store = open_store(root)
+    try:
+        name = json.loads(store.read(BEST))["checkpoint"] if store.exists(BEST) else ""
+        return name if by_step([name]) else ""
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError):
+        return ""
 
 
 def is_whole(file: Path, entry: dict[str, Any]) -> bool:
     """Whether a file is a regular one with the size and hash of its manifest entry."""
-    if not file.exists() or not stat.S_ISREG((found := file.lstat()).st_mode):
+    if not file.exists() or not stat.S_ISREG((status := file.lstat()).st_mode):
         return False
-    return bool(found.st_size == entry["bytes"] and sha256(file) == entry["sha256"])
+    return bool(status.st_size == entry["bytes"] and sha256(file) == entry["sha256"])
 
 
 def read_manifest(text: bytes) -> Entries:

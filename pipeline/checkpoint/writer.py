@@ -29,7 +29,17 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from pipeline.checkpoint import bucket
-from pipeline.checkpoint.manifest import MANIFEST, Entries, by_step, is_whole, prune, read_manifest, sha256
+from pipeline.checkpoint.manifest import (
+    BEST,
+    MANIFEST,
+    Entries,
+    best_named,
+    by_step,
+    is_whole,
+    prune,
+    read_manifest,
+    sha256,
+)
 from pipeline.errors import Conflict, InputError, Unavailable
 from pipeline.observe.logs import title
 from pipeline.storage.local import TRANSIENT, UMASK, sync_file, write_atomically
@@ -91,8 +101,7 @@ class Writer:
         *,
         rank: int,
         world: int,
-        keep: int,
-        every: int,
+        keep: int,  # as `prune` takes it
         remote: str,  # s3://bucket/prefix, or ''
         claim: str = "",  # rank 0's claim on it, from bucket.take_over
         beat: Callable[[], None] = lambda: None,  # called about once a second while waiting
@@ -101,9 +110,7 @@ class Writer:
         flush: Callable[[], None] = lambda: None,  # flushes metrics and pictures before they are uploaded
     ) -> None:
         self._run, self._rank, self._world = run, rank, world
-        self._keep, self._every, self._remote, self._claim = keep, every, remote, claim
-        self.best = ""  # name of a checkpoint that is kept whatever its age
-        self._lasting = set[str]()  # checkpoints in the bucket known to be kept for good
+        self._keep, self._remote, self._claim = keep, remote, claim
         self._names = list[str]()  # this rank's files of the newest checkpoint
         # A group of its own: the background threads communicate while the main threads train.
         self._group: Any = None
@@ -115,8 +122,11 @@ class Writer:
         self.uploaded = 0.0  # seconds of them spent on uploading
         self.unsent = ""  # name of the newest checkpoint if it could not be uploaded; the same on all ranks
 
-    def start(self, name: str, copy: Callable[[], None], files: Mapping[str, Write]) -> None:
+    def start(self, name: str, copy: Callable[[], None], files: Mapping[str, Write], best: str = "") -> None:
         """Start to write this rank's files of checkpoint `name`. `copy` is called first, in the background.
+
+        `best`, on rank 0, is the text of best.json where this is the best checkpoint: it is written once the checkpoint
+        is complete, and only then is the former best one removed, here and in the bucket.
 
         Waits for the previous checkpoint, and raises InputError if that could not be written.
         """
@@ -125,7 +135,7 @@ class Writer:
         if self._rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
         self._gather(None)  # no rank writes before the folder is empty
-        self._done = in_background(partial(self._work, folder, copy, files), f"write {name}")
+        self._done = in_background(partial(self._work, folder, copy, files, best), f"write {name}")
 
     def resend(self, name: str) -> None:
         """Start to upload a checkpoint again: this run's newest one, or one that an earlier start left."""
@@ -156,11 +166,11 @@ class Writer:
             raise InputError(failed)
         return True
 
-    def _work(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write]) -> str:
+    def _work(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write], best: str) -> str:
         title("write")
         start = time.perf_counter()
         try:
-            if problem := self._write(folder, copy, files):
+            if problem := self._write(folder, copy, files, best):
                 remedy = "make room or choose another --run.path; the checkpoint before it is untouched"
                 return f"{folder} could not be written ({problem}): {remedy}"
             self._names = list(files)
@@ -176,7 +186,7 @@ class Writer:
         finally:
             self.uploaded = time.perf_counter() - start
 
-    def _write(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write]) -> str:
+    def _write(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write], best: str) -> str:
         """Write the local checkpoint, its manifest last. Returns what failed on any rank, the same on all ranks.
 
         Raises RuntimeError on all ranks if something other than the disk failed, such as a device.
@@ -205,8 +215,10 @@ class Writer:
                 shutil.rmtree(folder, ignore_errors=True)
             else:
                 with _may_fail(f"old checkpoints stay in {folder.parent}"):
-                    root = str(folder.parent.absolute())
-                    prune(root, self._keep, self._every, newest=folder.name, lasting={self.best})
+                    if best:
+                        write_atomically(self._run / BEST, best)
+                    root = self._run.absolute()
+                    prune(f"{root}/checkpoints", self._keep, newest=folder.name, spare=best_named(str(root)))
             names = {path.name for path in _newest_first(folder.parent)}
         if any(fault for *_, fault in gathered):
             raise RuntimeError(f"{folder} could not be written ({problem}); the checkpoint before it is untouched")
@@ -240,13 +252,11 @@ class Writer:
         bucket.mirror(self._run, self._remote, bucket.RECORDS)
         bucket.check_claim(self._remote, self._claim)  # uploading may have taken long
         bucket.upload(folder, self._remote, [MANIFEST])
+        with _may_fail(f"old checkpoints stay in {self._remote}"):
+            best = bucket.send_best(self._run, self._remote)
+            prune(f"{self._remote}/checkpoints", self._keep, newest=folder.name, spare=best)
         with _may_fail(f"pictures and TensorBoard's files in {self._remote} are old"):
             bucket.mirror(self._run, self._remote, bucket.PICTURES)
-        with _may_fail(f"old checkpoints stay in {self._remote}"):
-            root = f"{self._remote}/checkpoints"
-            known = self._lasting | {self.best}
-            prune(root, self._keep, self._every, newest=folder.name, lasting=known)
-            self._lasting = known - {self.best}
 
     def _on_first(self, act: Callable[[], None]) -> tuple[str, bool]:
         """Collective: call `act` on rank 0. Returns the same as `_error_of` on all ranks."""

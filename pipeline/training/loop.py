@@ -280,8 +280,5 @@ def checkpoint(run: Run, kept: PartialRound | None = None, *, best: bool = False
     run.position.cpu_seconds, run.cpu_seconds = run.position.cpu_seconds + spent, 0.0
     copy, files = snapshot(run.config, run.stream, run.engine, run.position, run.state, kept, run.law)
     with together(run.accelerator):
-        if best and run.quality:
-            run.writer.best = name
-            run.quality.record(run, name)
-        run.writer.start(name, copy, files)
+        run.writer.start(name, copy, files, run.quality.record(name) if best and run.quality else "")
     run.checkpointed = name

@@ -118,7 +118,6 @@ def resume(run: Run, network: nn.Module) -> PartialRound | None:
         rank=rank,
         world=run.world,
         keep=config.checkpoint.keep,
-        every=config.checkpoint.keep_every,
         remote=remote,
         claim=owner,
         beat=run.watchdog.beat,

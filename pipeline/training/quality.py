@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pipeline.checkpoint.manifest import BEST
 from pipeline.config import Config
 from pipeline.data import read_split
 from pipeline.data.degrade import KINDS, degrade
@@ -20,14 +21,12 @@ from pipeline.evaluate.frechet import frechet_distance
 from pipeline.evaluate.restoration import mae
 from pipeline.model import scaled
 from pipeline.model.encoders import Encoder, choose_encoder
-from pipeline.storage.local import write_atomically
 from pipeline.training.round import RoundState, Run
 
 log = logging.getLogger("naign.quality")
 
 BATCH = 500  # samples at once
 ROUND = 2**32 - 2  # a round that is never trained: the same latents each time
-BEST = "best.json"  # in the run's folder: which checkpoint it is, and its distance
 
 
 def measure_quality(run: Run, state: RoundState, values: dict[str, float]) -> bool:
@@ -72,22 +71,21 @@ class Quality:
                 real, _ = read_split(data, self.config.split, limit=self.config.samples)
                 self.real = self.encoder.features(scaled(real))
         self.best, self.round = math.inf, 0  # the smallest distance, and after how many rounds
-        fd, round, checkpoint = self._before() if run.rank == 0 else (0.0, 0, "")
+        fd, round = self._before() if run.rank == 0 else (0.0, 0)
         best, number = total([fd, round], run.accelerator)
         if number:
             self.best, self.round = best, int(number)
-            run.writer.best = checkpoint
 
-    def _before(self) -> tuple[float, int, str]:
-        """Distance, round and name of the best checkpoint so far; 0 where there is none, or its record is damaged."""
+    def _before(self) -> tuple[float, int]:
+        """Distance and round of the best checkpoint so far; 0 where there is none, or its record is damaged."""
         try:
             found = json.loads(self.file.read_text())
-            return float(found["fd"]), int(found["round"]), str(found["checkpoint"])
+            return float(found["fd"]), int(found["round"])
         except FileNotFoundError:
             pass
         except (ValueError, TypeError, LookupError, RecursionError) as error:
             log.warning("%s says nothing of the best checkpoint (%s): the next measurement is", self.file, error)
-        return 0.0, 0, ""
+        return 0.0, 0
 
     def due(self, rounds: int) -> bool:
         return rounds % self.config.rounds == 0
@@ -125,11 +123,10 @@ class Quality:
         measured = {f"quality/{name}": value for name, value in zip(names, values, strict=True)}
         return measured | {"quality/seconds": time.perf_counter() - begin}, better
 
-    def record(self, run: Run, checkpoint: str) -> None:
-        """Say in best.json which checkpoint is the best; on rank 0."""
-        if run.rank == 0:
-            content = {"checkpoint": checkpoint, "fd": self.best, "encoder": self.encoder.name, "round": self.round}
-            write_atomically(self.file, json.dumps(content, indent=2) + "\n")
+    def record(self, checkpoint: str) -> str:
+        """The text of best.json where `checkpoint` is the best."""
+        content = {"checkpoint": checkpoint, "fd": self.best, "encoder": self.encoder.name, "round": self.round}
+        return json.dumps(content, indent=2) + "\n"
 
 
 def mae_of_repair(run: Run, images: Tensor, kind: str) -> float:

@@ -4,17 +4,14 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
-from pipeline.checkpoint.manifest import MANIFEST, prune
+from pipeline.checkpoint import writer
+from pipeline.checkpoint.manifest import BEST, MANIFEST, best_named, prune
 from pipeline.checkpoint.writer import Writer, newest_checkpoint
 from pipeline.errors import InputError
-from pipeline.storage.local import LocalStore
 from tests.checkpoint.written import write_checkpoint
-from tests.conftest import forked
 
 
 def fill(folder):
@@ -71,61 +68,86 @@ def test_pruning_keeps_the_newest_and_clears_what_is_incomplete(checkpoints):
     assert names(checkpoints) == ["step-00000003", "step-00000004", "step-mine"]
 
 
-def test_pruning_spares_the_one_just_written_and_those_kept_for_good(checkpoints):
+def test_pruning_spares_the_one_just_written_those_after_it_and_the_best(checkpoints):
     for step in (1, 2, 3, 4, 5, 6):
-        trainer = {"round": step, "done": int(step == 4)}  # step 4 lies within a round
-        text = "no JSON" if step == 1 else json.dumps(trainer)
-        write_checkpoint(checkpoints / f"step-{step:08d}", lambda to, text=text: (to / "trainer.json").write_text(text))
-    prune(str(checkpoints), 1, every=2, newest="step-00000005")
+        write_checkpoint(checkpoints / f"step-{step:08d}", fill)
+    prune(str(checkpoints), 1, newest="step-00000005", spare="step-00000002")
     assert names(checkpoints) == ["step-00000002", "step-00000005", "step-00000006"]
 
 
-def test_pruning_spares_what_a_failing_disk_says_nothing_of(checkpoints, monkeypatch):
-    for step in (2, 4, 6):
-        text = json.dumps({"round": step, "done": 0})
-        write_checkpoint(checkpoints / f"step-{step:08d}", lambda to, text=text: (to / "trainer.json").write_text(text))
-    whole, failing = LocalStore.read, [True]
+def test_the_best_is_named_once_it_is_complete_and_the_former_best_goes_after_that(tmp_path, checkpoints, monkeypatch):
+    write, written = writer.write_atomically, list[str]()
 
-    def read(self, name, *args, **options):
-        if name == "trainer.json" and "00000002" in self.path and failing:
-            raise OSError(errno.ESTALE, "Stale file handle", name)
-        return whole(self, name, *args, **options)
+    def record(file, content):
+        written.append(file.name)
+        if file.name == BEST and json.loads(content)["checkpoint"] == "step-00000002":
+            assert newest_checkpoint(checkpoints).name == "step-00000002"
+            assert (checkpoints / "step-00000001").exists()
+        write(file, content)
 
-    monkeypatch.setattr(LocalStore, "read", read)
-    prune(str(checkpoints), 1, every=4)
-    assert names(checkpoints) == ["step-00000002", "step-00000004", "step-00000006"]
-    failing.clear()
-    prune(str(checkpoints), 1, every=4)
-    assert names(checkpoints) == ["step-00000004", "step-00000006"]
+    def best(step):
+        return json.dumps({"checkpoint": f"step-{step:08d}", "fd": 1.0, "round": step})
+
+    def look(file):
+        seen.append((best_named(str(tmp_path)), "manifest.json" in written))
+        file.write_bytes(b"m")
+
+    monkeypatch.setattr(writer, "write_atomically", record)
+    seen, one = list[tuple[str, bool]](), Writer(tmp_path, rank=0, world=1, keep=1, remote="")
+    for step, text in ((1, best(1)), (2, best(2)), (3, "")):
+        written.clear()
+        one.start(f"step-{step:08d}", lambda: None, {"model.bin": look}, text)
+        one.join()
+        assert written == [MANIFEST, *[BEST] * bool(text)]
+    assert seen == [("", False), ("step-00000001", False), ("step-00000002", False)]
+    assert names(checkpoints) == ["step-00000002", "step-00000003"] and best_named(str(tmp_path)) == "step-00000002"
 
 
-@pytest.mark.parametrize("moment", ["first file", "second file", "before manifest"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"checkpoint": 7}', '{"checkpoint": "../../step-1"}', '{"fd": 1}'])
+def test_a_record_of_the_best_that_names_no_checkpoint_names_none(tmp_path, text):
+    (tmp_path / BEST).write_text(text)
+    assert best_named(str(tmp_path)) == ""
+
+
+@pytest.mark.parametrize("moment", ["first file", "second file", "before manifest", "before best.json"])
 def test_a_kill_in_the_middle_of_writing_leaves_the_one_before(tmp_path, checkpoints, moment):
     write_checkpoint(checkpoints / "step-00000001", fill)
-    script = f"""
-import os, signal
-from pathlib import Path
-import pipeline.checkpoint.writer as c
-def die(): os.kill(os.getpid(), signal.SIGKILL)
-def write_a(path):
-    with path.open("wb") as file:
-        file.write(b"a" * 500)
-        file.flush()
-        if {moment!r} == "first file": die()
-        file.write(b"a" * 500)
-def write_b(path):
-    path.write_bytes(b"b" * 10)
-    if {moment!r} == "second file": die()
-if {moment!r} == "before manifest":
-    c.write_atomically = lambda file, text: die()
-writer = c.Writer(Path({str(tmp_path)!r}), rank=0, world=1, keep=0, every=0, remote="")
-writer.start("step-00000002", lambda: None, {{"a.bin": write_a, "b.bin": write_b}})
-writer.join()
-"""
-    done = subprocess.run([sys.executable, "-c", script], env=forked(), check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert newest_checkpoint(checkpoints) == checkpoints / "step-00000001"
-    assert os.path.isdir(checkpoints / "step-00000002")
+    (tmp_path / BEST).write_text('{"checkpoint": "step-00000001"}')
+    write = writer.write_atomically
+
+    def die_at(reached):
+        if moment == reached:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def write_a(path):
+        with path.open("wb") as file:
+            file.write(b"a" * 500)
+            file.flush()
+            die_at("first file")
+            file.write(b"a" * 500)
+
+    def write_b(path):
+        path.write_bytes(b"b" * 10)
+        die_at("second file")
+
+    def finish(file, text):
+        die_at("before manifest" if file.name == MANIFEST else f"before {file.name}")
+        write(file, text)
+
+    child = os.fork()
+    if not child:
+        try:
+            writer.write_atomically = finish
+            one = Writer(tmp_path, rank=0, world=1, keep=1, remote="")
+            best = '{"checkpoint": "step-00000002"}'
+            one.start("step-00000002", lambda: None, {"a.bin": write_a, "b.bin": write_b}, best)
+            one.join()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    newest = "step-00000002" if moment == "before best.json" else "step-00000001"
+    assert newest_checkpoint(checkpoints) == checkpoints / newest
+    assert names(checkpoints) == ["step-00000001", "step-00000002"] and best_named(str(tmp_path)) == "step-00000001"
 
 
 def test_a_disk_that_fails_for_a_while_says_nothing_about_a_checkpoint(checkpoints, monkeypatch):
@@ -147,7 +169,7 @@ def test_a_disk_that_fails_for_a_while_says_nothing_about_a_checkpoint(checkpoin
 )
 def test_what_failed_while_copying_decides_whether_a_retry_helps(tmp_path, checkpoints, error, kind):
     write_checkpoint(checkpoints / "step-00000001", fill)
-    writer = Writer(tmp_path, rank=0, world=1, keep=0, every=0, remote="")
+    writer = Writer(tmp_path, rank=0, world=1, keep=0, remote="")
 
     def copy():
         raise error

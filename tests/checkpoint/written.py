@@ -17,7 +17,7 @@ def write_checkpoint(
         source = Path(made)
         fill(source)
         names = [path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()]
-        writer = Writer(folder.parent.parent, rank=0, world=1, keep=0, every=0, remote="")
+        writer = Writer(folder.parent.parent, rank=0, world=1, keep=0, remote="")
         writer.start(
             folder.name,
             lambda: None,

@@ -14,12 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from pipeline import registry
 from pipeline.errors import InputError
 from pipeline.observe import monitor
 from pipeline.observe.background import WAITING, Background, trackers_hang
 from pipeline.observe.doctor import preflight
 from pipeline.observe.monitor import Monitor
+from pipeline.settings import registry
 from tests.conftest import ROOT
 
 calls = []

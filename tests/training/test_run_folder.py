@@ -47,7 +47,7 @@ def make(folder, digits, seed=0):
 
 
 def write(config, stream, engine, position=POSITION, partial=None):
-    writer = Writer(Path(config.run.path), rank=0, world=1, keep=2, every=0, remote="")
+    writer = Writer(Path(config.run.path), rank=0, world=1, keep=2, remote="")
     files = snapshot(config, stream, engine, position, {}, partial)
     writer.start(f"step-{position.step:08d}", *files)
     assert writer.join()
@@ -74,7 +74,7 @@ def test_a_step_waits_until_what_it_changes_is_copied(run):
     step.start()
     step.join(0.5)
     assert step.is_alive()
-    writer = Writer(Path(config.run.path), rank=0, world=1, keep=2, every=0, remote="")
+    writer = Writer(Path(config.run.path), rank=0, world=1, keep=2, remote="")
     writer.start("step-00000031", copy, files)
     step.join(30)
     assert not step.is_alive() and writer.join()
@@ -89,7 +89,7 @@ def test_a_step_goes_on_where_copying_fails(run):
     config, stream, engine = run
     engine.ema = SimpleNamespace(state_dict=lambda: {"weight": None})
     copy, files = snapshot(config, stream, engine, replace(POSITION, step=31), {})
-    writer = Writer(Path(config.run.path), rank=0, world=1, keep=2, every=0, remote="")
+    writer = Writer(Path(config.run.path), rank=0, world=1, keep=2, remote="")
     writer.start("step-00000031", copy, files)
     assert engine.copied.wait(30)
     with pytest.raises(RuntimeError, match="could not be written .*AttributeError"):
