@@ -74,7 +74,7 @@ quick: lint
 
 docs: $(VENV)/.tested
 	$(BIN)/python docs/settings.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python docs/build_site.py
 
 # A copy rather than a link, so that `kubectl apply -f` takes its address in a repository, too.
 k8s/job.yaml: k8s/base/job.yaml
