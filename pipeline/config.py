@@ -5,21 +5,14 @@ The settings class of a section in NAMED depends on the name that is chosen.
 
 import argparse
 import dataclasses
-import difflib
-import re
-import typing
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import tyro
-import yaml
 
-from pipeline import shipped
 from pipeline.data.dataset import DataConfig, check_config
-from pipeline.errors import InputError, printable, require, shown
+from pipeline.errors import InputError, require, shown
 from pipeline.match.matcher import MatchConfig
 from pipeline.model import losses, networks
 from pipeline.observe.speed import parse_rounds
@@ -35,11 +28,10 @@ from pipeline.settings.constraints import (
     check_fields,
     one_of,
 )
-from pipeline.settings.read import convert
+from pipeline.settings.read import MOST, Named, build, leaves, read_yaml, refuse_renamed
 from pipeline.storage.store import open_store
 
 to_dict = dataclasses.asdict
-MOST = 2**62  # no setting has a use for larger numbers, which overflow
 
 
 @dataclass(kw_only=True, slots=True)
@@ -166,15 +158,10 @@ class Config:
     index, train.images, lr, lr_end, warmup, clip or weight_decay. never: start from scratch; refuse a folder in use."""
 
 
-NAMED: dict[str, tuple[str, Callable[[str], tuple[Any, Any]], dict[str, str]]] = {
-    "model": ("conv", networks.find_network, networks.FORMER),
-    "objective": ("naign", losses.find_objective, losses.FORMER),
-}
-"""Sections whose settings class depends on a name: the default name, the lookup of a name's class, and the settings
-that all choices once shared in one class, with the choices that have them now."""
+NAMED: Named = {"model": ("conv", networks.find_network), "objective": ("naign", losses.find_objective)}
 
-RENAMED = {"model.kind": "model.name"}
-"""Keys of earlier versions and their present names; "" for settings that were removed."""
+RENAMED: dict[str, str] = {}
+"""Settings and sections of earlier versions and their present names; "" for those that were removed."""
 
 
 def parse(arguments: Sequence[str], about: str | None = None) -> Config:
@@ -185,20 +172,17 @@ def parse(arguments: Sequence[str], about: str | None = None) -> Config:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", nargs="?", const="")
     for section in NAMED:
-        former = [f"--{old}" for old, new in RENAMED.items() if new == f"{section}.name"]
-        first.add_argument(f"--{section}.name", *former, dest=section, nargs="?", const="")
+        first.add_argument(f"--{section}.name", dest=section, nargs="?", const="")
     given, rest = first.parse_known_args(list(arguments))
-    content: Any = {} if given.config is None else _read(given.config)
-    where = given.config or "the command line"
+    content: Any = {} if given.config is None else read_yaml(given.config)
     for section in NAMED:
         name = getattr(given, section)
         if name is not None and isinstance(content, dict) and isinstance(there := content.get(section) or {}, dict):
             content[section] = there | {"name": name}
-    base = from_dict(content, where=where)
     for word in rest:
-        section, _, key = word.partition("=")[0].removeprefix("--").replace("-", "_").partition(".")
-        if section in NAMED and key not in flatten(getattr(base, section)):
-            _refuse_former(section, key, getattr(base, section).name, "the command line")
+        if word.startswith("--"):
+            refuse_renamed(RENAMED, word.partition("=")[0].removeprefix("--").replace("-", "_"), "the command line")
+    base = from_dict(content, where=given.config or "the command line")
     config = tyro.cli(Config, args=rest, default=base, prog="naign train", description=about)
     check(config)
     find_trackers(config.report.trackers)  # here, since a run is read where its trackers need not be installed
@@ -207,59 +191,25 @@ def parse(arguments: Sequence[str], about: str | None = None) -> Config:
 
 def load(path: str) -> Config:
     """The configuration of a YAML file, or of a name in configs/; keys that it does not name keep their defaults."""
-    return from_dict(_read(path), where=path)
+    return from_dict(read_yaml(path), where=path)
 
 
-def find_config(name: str) -> Path:
-    """The YAML file that `name` means: a file's path, or the name of one in configs/, such as digits."""
-    file = Path(name)
-    known = Path() if file.is_file() or file.name != name else shipped(f"configs/{name}.yaml")
-    return known if known.is_file() else file
-
-
-def _read(path: str) -> Any:
-    try:
-        return yaml.safe_load(find_config(path).read_text()) or {}
-    except FileNotFoundError:
-        names = ", ".join(sorted(file.stem for file in shipped("configs").glob("*.yaml")))
-        raise InputError(f"no configuration file '{path}': give a file, or one of these names: {names}") from None
-    except OSError as error:
-        raise InputError(f"{path or '--config without a file'} cannot be read: {error.strerror}") from None
-    except (ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
-        # Do not quote the error: it shows the content of the file, which may be a secret.
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise InputError(f"{path}{where}: this is no YAML ({type(error).__name__}): see configs/mnist.yaml") from None
-
-
-def from_dict(content: Any, *, where: str, recorded: bool = False) -> Config:
-    """The configuration with the keys and values of the file `where`. Raises InputError if it is invalid.
-
-    In the record of a run (`recorded`), settings of earlier versions that no longer exist are ignored.
-    """
-    config: Config = _build(Config, content, where, "", recorded)
+def from_dict(content: Any, *, where: str) -> Config:
+    """The configuration with the keys and values of the file `where`. Raises InputError if it is invalid."""
+    config: Config = build(Config, content, where, named=NAMED, renamed=RENAMED)
     check(config)
     return config
 
 
 def flatten(config: Any) -> dict[str, Any]:
     """{'section.key': value} for every setting, also of one section."""
-    return {key: value for key, value, _ in _leaves(config)}
+    return {key: value for key, value, _ in leaves(config)}
 
 
 def changeable(config: Config, metadata: dict[str, Any]) -> set[str]:
     """The keys of the settings with the metadata FREE or MAY_CHANGE, whichever is given."""
     fixed = {"train.accumulate"} if config.objective.needs_fresh else set()  # the samples of a micro-batch are compared
-    return {key for key, _, change in _leaves(config) if change == metadata["change"]} - fixed
-
-
-def _leaves(settings: Any, prefix: str = "", change: str = "") -> Iterator[tuple[str, Any, str]]:
-    for one in dataclasses.fields(settings):
-        key, value, own = prefix + one.name, getattr(settings, one.name), one.metadata.get("change", change)
-        if dataclasses.is_dataclass(value):
-            yield from _leaves(value, f"{key}.", own)
-        else:
-            yield key, value, own
+    return {key for key, _, change in leaves(config) if change == metadata["change"]} - fixed
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -301,43 +251,3 @@ def check(config: Config) -> None:
             f"match.round={size} is no multiple of train.batch={batch}: every step takes a whole batch of the round's "
             f"images; the nearest that fits is --match.round={max(1, round(size / batch)) * batch}"
         )
-
-
-def _build(kind: Any, content: Any, where: str, prefix: str, recorded: bool) -> Any:
-    section = prefix.rstrip(".")
-    if not isinstance(content, dict):
-        raise InputError(f"{where}: '{section or 'the file'}' must hold keys and values")
-    require((all(isinstance(key, str) for key in content), f"{where}: a key of '{section or 'the file'}' is no text"))
-    names = {key: (RENAMED.get(f"{prefix}{key}") or f"{prefix}{key}").removeprefix(prefix) for key in content}
-    content = {names[key]: value for key, value in content.items()}
-    if section in NAMED:
-        default, find, former = NAMED[section]
-        content = {"name": default, **content}
-        kind = find(convert(str, content["name"], f"{where}: {prefix}name"))[0]
-        recorded = recorded or former.keys() <= content.keys()  # config.yaml of an earlier version
-    hints, values = typing.get_type_hints(kind), {}
-    for key, value in content.items():
-        if key in hints and dataclasses.is_dataclass(hints[key]):
-            values[key] = _build(hints[key], {} if value is None else value, where, f"{prefix}{key}.", recorded)
-        elif key in hints:
-            if f"{prefix}{key}" in ("data.path", "report.trackers") and isinstance(value, list):
-                with suppress(ValueError):  # a number with too many digits, which is refused below
-                    value = yaml.safe_dump(value, default_flow_style=True, width=MOST).strip()
-            values[key] = convert(hints[key], value, f"{where}: {prefix}{key}")
-        elif not (recorded and (RENAMED.get(f"{prefix}{key}") == "" or section in NAMED and key in NAMED[section][2])):
-            if RENAMED.get(f"{prefix}{key}") == "":
-                raise InputError(f"{where}: {prefix}{key} is no longer a setting: leave it out")
-            _refuse_former(section, key, content.get("name"), where)
-            known = [prefix + name for name in hints] if prefix else list(flatten(Config())) + list(hints)
-            near = difflib.get_close_matches(f"{prefix}{key}", known, n=1, cutoff=0.4)
-            meant = f"; did you mean '{near[0]}'?" if near else f"; known here: {', '.join(hints)}"
-            brief = key if re.fullmatch(r"[\w.]{1,40}", key) else f"{printable(key, 8)}..."  # may be a line of secrets
-            raise InputError(f"{where}: unknown key '{prefix}{brief}'{meant}")
-    return kind(**values)
-
-
-def _refuse_former(section: str, key: str, name: Any, where: str) -> None:
-    """Raise InputError if the setting belongs to another choice of the section."""
-    if section in NAMED and (owners := NAMED[section][2].get(key)):
-        said = f"{where}: {section}.{key} is no setting of {section}.name={name}, but of {owners}"
-        raise InputError(f"{said}: leave it out, or choose another {section}.name")

@@ -227,15 +227,6 @@ def find_objective(name: str) -> tuple[type[ObjectiveConfig], Loss]:
 BASELINES = ("ign", "nae", "vae", "rectified_flow")
 _REMEDIES = {name: f"{name} is a baseline, install it: pip install -e benchmarks/baselines" for name in BASELINES}
 
-FORMER = {
-    **dict.fromkeys(("distance", "perceptual", "encoder", "reconstruction"), "naign, ign"),
-    **dict.fromkeys(("imle", "third", "third_weight", "denoising", "damage", "noise"), "naign"),
-    **dict.fromkeys(("idempotence", "tightness", "clamp"), "ign"),
-    **dict.fromkeys(("langevin_steps", "langevin_rate", "langevin_noise", "bound"), "nae"),
-}
-"""Settings that all objectives once shared in one class, with the objectives that have them now. Earlier runs recorded
-all."""
-
 
 def _naign(config: NaignConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
     """arXiv 2511.02614: w_rec E d(f(x), x) + w_imle E d(f(z_sigma(i)), x_i) + optional terms.

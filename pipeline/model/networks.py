@@ -4,7 +4,6 @@ A network is one line in NETWORKS, or an entry point of the group `naign.network
 settings and the function that builds it.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -110,26 +109,8 @@ def find_network(name: str) -> tuple[type[NetworkConfig], Build]:
 
 
 def recorded_network(record: Mapping[str, Any]) -> NetworkConfig:
-    """The settings that a model file recorded, by this version or an earlier one (see FORMER).
-
-    Raises InputError, or TypeError, for what no version wrote.
-    """
-    values = {"name": record.get("kind", "conv"), **record}
-    values.pop("kind", None)
-    kind = find_network(values["name"])[0]
-    known = {field.name for field in dataclasses.fields(kind)}
-    return kind(**{key: value for key, value in values.items() if key in known or key not in FORMER})
-
-
-FORMER = {
-    "width": "conv, spatial, mlp",
-    "depth": "conv, spatial, mlp",
-    "code": "conv, spatial",
-    "max_width": "conv, spatial",
-    "octaves": "mlp",
-}
-"""Settings that all networks once shared in one class, with the networks that have them now. Earlier runs recorded
-all."""
+    """The settings that a model file recorded. Raises InputError, KeyError or TypeError for what no run wrote."""
+    return find_network(record["name"])[0](**record)
 
 
 def _build_points(config: PointConfig, shape: tuple[int, ...], *, recompute: bool) -> nn.Module:

@@ -1,8 +1,97 @@
-"""Values of configuration files as the types of the settings."""
+"""From a YAML file to the typed dataclasses of the settings, with an error for each key or value that does not fit."""
 
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from pipeline.errors import InputError, shown
+import yaml
+
+from pipeline import shipped
+from pipeline.errors import InputError, printable, require, shown
+
+MOST = 2**62  # no setting has a use for larger numbers, which overflow
+LISTS = ("data.path", "report.trackers")  # settings that a file may also give as a list
+
+Named = Mapping[str, tuple[str, Callable[[str], tuple[Any, Any]]]]
+"""Sections whose settings class depends on a name: the default name, and the lookup of a name's class."""
+
+
+def find_config(name: str) -> Path:
+    """The YAML file that `name` means: a file's path, or the name of one in configs/, such as digits."""
+    file = Path(name)
+    known = Path() if file.is_file() or file.name != name else shipped(f"configs/{name}.yaml")
+    return known if known.is_file() else file
+
+
+def read_yaml(path: str) -> Any:
+    """The content of a YAML file, or of a name in configs/. Raises InputError, which never shows the content."""
+    try:
+        return yaml.safe_load(find_config(path).read_text()) or {}
+    except FileNotFoundError:
+        names = ", ".join(sorted(file.stem for file in shipped("configs").glob("*.yaml")))
+        raise InputError(f"no configuration file '{path}': give a file, or one of these names: {names}") from None
+    except OSError as error:
+        raise InputError(f"{path or '--config without a file'} cannot be read: {error.strerror}") from None
+    except (ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
+        # Do not quote the error: it shows the content of the file, which may be a secret.
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise InputError(f"{path}{where}: this is no YAML ({type(error).__name__}): see configs/mnist.yaml") from None
+
+
+def build(kind: Any, content: Any, where: str, *, named: Named, renamed: Mapping[str, str], prefix: str = "") -> Any:
+    """A settings dataclass with the keys and values of `content`; fields that it does not name keep their defaults.
+
+    Raises InputError, which names the file `where`, for an unknown or renamed key and for a value of another type.
+    """
+    section = prefix.rstrip(".")
+    if not isinstance(content, dict):
+        raise InputError(f"{where}: '{section or 'the file'}' must hold keys and values")
+    require((all(isinstance(key, str) for key in content), f"{where}: a key of '{section or 'the file'}' is no text"))
+    if section in named:
+        default, find = named[section]
+        content = {"name": default, **content}
+        kind = find(convert(str, content["name"], f"{where}: {prefix}name"))[0]
+    hints, values = typing.get_type_hints(kind), {}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if key not in hints or name in renamed:
+            refuse_renamed(renamed, name, where)
+            _refuse_unknown(kind, name, where, content.get("name") if section in named else None)
+        if dataclasses.is_dataclass(hints[key]):
+            below = {} if value is None else value
+            values[key] = build(hints[key], below, where, named=named, renamed=renamed, prefix=f"{name}.")
+        else:
+            if name in LISTS and isinstance(value, list):
+                with suppress(ValueError):  # a number with too many digits, which `convert` refuses
+                    value = yaml.safe_dump(value, default_flow_style=True, width=MOST).strip()
+            values[key] = convert(hints[key], value, f"{where}: {name}")
+    return kind(**values)
+
+
+def refuse_renamed(renamed: Mapping[str, str], name: str, where: str) -> None:
+    """Raise InputError if a setting, or the section that it is in, had that name in an earlier version."""
+    for old in (name, name.rpartition(".")[0]):
+        if old in renamed:
+            now = f"is now {renamed[old]}" if renamed[old] else "is no longer a setting: leave it out"
+            raise InputError(f"{where}: {old} {now}")
+
+
+def _refuse_unknown(kind: Any, name: str, where: str, choice: str | None) -> typing.NoReturn:
+    section, _, key = name.rpartition(".")
+    prefix = f"{section}." if section else ""
+    names = typing.get_type_hints(kind)
+    known = [prefix + one for one in names] if section else [key for key, _, _ in leaves(kind())] + list(names)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    of = f" of {section}.name={choice}" if choice else ""
+    meant = f"; did you mean '{near[0]}'?" if near else f"; known settings{of}: {', '.join(names)}"
+    brief = key if re.fullmatch(r"[\w.]{1,40}", key) else f"{printable(key, 8)}..."  # may be a line of secrets
+    raise InputError(f"{where}: unknown key '{prefix}{brief}'{of if near else ''}{meant}")
 
 
 def convert(target: Any, value: Any, where: str) -> Any:
@@ -19,3 +108,13 @@ def convert(target: Any, value: Any, where: str) -> Any:
     except (TypeError, ValueError, OverflowError):
         pass
     raise InputError(f"{where} is {shown(value)}: it must be {target.__name__}")
+
+
+def leaves(settings: Any, prefix: str = "", change: str = "") -> Iterator[tuple[str, Any, str]]:
+    """(section.key, value, whether a resumed run may change it) of every setting below a dataclass."""
+    for one in dataclasses.fields(settings):
+        key, value, may = prefix + one.name, getattr(settings, one.name), one.metadata.get("change", change)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{key}.", may)
+        else:
+            yield key, value, may

@@ -82,13 +82,13 @@ def recorded_at(place: str) -> Config | None:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         where = f"{store.url('config.yaml')} is no configuration ({type(error).__name__})"
         raise InputError(f"{where}: remove it") from None
-    return from_dict(content, where=store.url("config.yaml"), recorded=True)
+    return from_dict(content, where=store.url("config.yaml"))
 
 
 def _compare_checkpoint(checkpoint: Path, config: Config) -> None:
     """Compare with the checkpoint's own record, not with config.yaml, which anyone may edit."""
     content = read_model(checkpoint, "model.safetensors").metadata.get("config")
-    recorded = from_dict(content, where=str(checkpoint), recorded=True)
+    recorded = from_dict(content, where=str(checkpoint))
     for line in compare(recorded, config, f"'{config.run.path}'", "--run.path"):
         log.warning("goes on with another %s", line)
 

@@ -15,7 +15,7 @@ from pipeline.model.networks import build_network, recorded_network
 @pytest.fixture
 def model(tmp_path):
     metadata = {
-        "model": {"kind": "conv", "width": 4, "depth": 0, "code": 8, "max_width": 16},
+        "model": {"name": "conv", "width": 4, "depth": 0, "code": 8, "max_width": 16},
         "shape": [1, 8, 8],
         "latents": "gaussian",
     }
@@ -146,7 +146,7 @@ def test_repairs_are_not_written_to_a_file(model, pictures):
      ("1,2\n\n3,4\n", ":2: ''"), ("1,1e39\n", ":1: '1,1e39'")],
 )  # fmt: skip
 def test_what_are_no_points_of_the_model_is_named(tmp_path, text, said):
-    metadata = {"model": {"kind": "mlp", "width": 4}, "shape": [2], "latents": "gaussian"}
+    metadata = {"model": {"name": "mlp", "width": 4}, "shape": [2], "latents": "gaussian"}
     network = build_network(recorded_network(metadata["model"]), (2,))
     NAIGN(network, metadata).save_pretrained(tmp_path / "model")
     (tmp_path / "points.csv").write_text(text)
