@@ -13,7 +13,7 @@ import yaml
 
 from pipeline import shipped
 from pipeline.config import Config, check, load, to_dict
-from pipeline.data.several import open_manifest
+from pipeline.data.mixing import open_manifest
 from pipeline.errors import InputError, Unavailable, printable, require
 from pipeline.storage import at_most, use_endpoint
 

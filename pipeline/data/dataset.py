@@ -121,7 +121,7 @@ def _parse_range(text: str, setting: str) -> tuple[float, float]:
     return least, most
 
 
-def names_several(config: DataConfig) -> bool:
+def lists_data_sets(config: DataConfig) -> bool:
     """Whether data.path is a list of data sets."""
     return config.path.lstrip().startswith("[")
 

@@ -25,17 +25,16 @@ from tqdm import tqdm
 from pipeline.data.dataset import DataConfig, check_config
 from pipeline.data.decode import Array
 from pipeline.data.format.manifest import size_problem
+from pipeline.data.mixing import DataSets, Stored, shares
 from pipeline.data.order import SHUFFLE, Order, Piece, parts, pieces, rank_rows
-from pipeline.data.reader import Reader, Taken, fill, new_images, new_rows
+from pipeline.data.reader import Reader
+from pipeline.data.rows import Rows, fill, new_images, new_rows
 from pipeline.data.sample import draws
-from pipeline.data.several import DataSets, Stored, shares
 from pipeline.errors import InputError, Stopped
 from pipeline.storage.prefetch import in_background, in_order
 from pipeline.storage.store import gopen
 
 webdataset.gopen_schemes["s3"] = gopen  # so that any WebDataset program reads s3:// as training does, without pipes
-
-__all__ = ["Stream", "Taken", "read_split"]
 
 log = logging.getLogger("naign.data")
 
@@ -58,7 +57,7 @@ class _Reading(NamedTuple):
 
     round: int
     stop: threading.Event
-    taken: "Future[Taken | None]"  # None if stopped on the way
+    taken: "Future[Rows | None]"  # None if stopped on the way
 
     def abandon(self) -> None:
         """Stop soon, and wait for that: in vain while a store does not answer."""
@@ -116,7 +115,7 @@ class Stream(AbstractContextManager["Stream"]):
         self,
         round: int,
         cancelled: Callable[[], bool] = lambda: False,  # asked a few times a second
-    ) -> Taken:
+    ) -> Rows:
         """This rank's part of a round: a function of the arguments of the Stream and `round` alone.
 
         Rounds may be taken in any order; they are read ahead only when taken one after the other.
@@ -143,7 +142,7 @@ class Stream(AbstractContextManager["Stream"]):
                 lines.writelines(f"{epoch} {round} {key}\n" for epoch, key in rows)
         return taken
 
-    def _allow(self, taken: Taken) -> None:
+    def _allow(self, taken: Rows) -> None:
         """Log what is broken; InputError if it is more than the share of this rank's images, at least an epoch's."""
         for problem in taken.broken:
             log.warning("skipped: %s", problem)
@@ -171,7 +170,7 @@ class Stream(AbstractContextManager["Stream"]):
         stop = threading.Event()
         return _Reading(round, stop, in_background(partial(self._read, round, stop), f"read round {round}"))
 
-    def _read(self, round: int, stop: threading.Event) -> Taken | None:
+    def _read(self, round: int, stop: threading.Event) -> Rows | None:
         """The round, or None if stopped on the way."""
         if self._next != round:
             self._close_parts()
@@ -194,7 +193,7 @@ class Stream(AbstractContextManager["Stream"]):
     def _open(self, start: int, first: int, last: int) -> _Part:
         return _Part(first, last, *self.order.open(self.sets, start, self._first + first, self._first + last))
 
-    def _read_part(self, part: _Part, round: int, taken: Taken, broken: dict[int, str], stop: threading.Event) -> bool:
+    def _read_part(self, part: _Part, round: int, taken: Rows, broken: dict[int, str], stop: threading.Event) -> bool:
         """Fill a part's rows of the next round. False if stopped on the way; the part is then of no more use."""
         with ExitStack() as unless_whole:
             unless_whole.callback(part.stored.close)

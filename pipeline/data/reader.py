@@ -6,14 +6,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import chain, pairwise
 from typing import Any, NamedTuple
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from pipeline.data.decode import Array
 from pipeline.data.format.manifest import Manifest, size_problem
@@ -21,12 +16,10 @@ from pipeline.data.format.pages import Table, parse_table, samples, table_name
 from pipeline.data.format.shards import Shard
 from pipeline.data.order import Piece
 from pipeline.data.resize import Numbers, Resize
-from pipeline.data.sample import AS_STORED, Draws, decode
-from pipeline.data.sample import flip as mirror
+from pipeline.data.sample import AS_STORED, decode
 from pipeline.errors import InputError
 from pipeline.storage.base import Store
 from pipeline.storage.prefetch import PARALLEL, in_order
-from pipeline.storage.retry import Tally
 
 PART = 8 << 20  # bytes of pages asked for at once
 REREADS = 3  # how often a page whose hash is wrong is read again
@@ -290,60 +283,3 @@ def _size(pages: Pages) -> int:
 
 
 _REMEDY = "copy it again, or repack the data set"
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Taken:
-    """One rank's part of a round; row i is position i of that part, whatever the number of workers."""
-
-    images: Tensor  # (n, C, H, W) uint8 of images, in memory as (n, H, W, C); (n, D) float32 of points
-    labels: Tensor  # (n,) int64, -1 where there is none
-    keys: list[str]  # n of them
-    epochs: Tensor  # (n,) int64: in which epoch each row was taken
-    tally: Tally = field(default_factory=Tally)  # what reading them has cost
-    broken: list[str] = field(default_factory=list)  # the problem of each sample that another one stands in for
-
-
-def new_images(shape: tuple[int, ...], dtype: str, rows: int) -> Array:
-    """Memory for images (rows, C, H, W), in which the channels of a pixel lie together; for points (rows, D).
-
-    NumPy's, not torch's: it asks for huge pages, without which touching new memory takes a tenth of the decoding.
-    """
-    if len(shape) != 3:
-        return np.empty((rows, *shape), dtype)
-    channels, height, width = shape
-    return np.empty((rows, height, width, channels), dtype).transpose(0, 3, 1, 2)
-
-
-def new_rows(images: Array) -> Taken:
-    """Rows to be filled."""
-    labels, epochs = (torch.empty(len(images), dtype=torch.int64) for _ in range(2))
-    return Taken(images=torch.from_numpy(images), labels=labels, epochs=epochs, keys=[""] * len(images))
-
-
-def fill(
-    taken: Taken,
-    begin: int,
-    stored: Iterable[tuple[Reader, Raw]],
-    draws: Draws | None = None,
-    *,
-    flip: bool = False,
-) -> dict[int, str]:
-    """Decode samples into rows from `begin` on, one a row of `draws`; the problems of broken samples by row.
-
-    The draws say which windows are taken, and with `flip` which images are mirrored; None: the central windows.
-    """
-    images, labels, epochs = taken.images.numpy(), taken.labels.numpy(), taken.epochs.numpy()
-    row, broken = begin - 1, {}
-    for row, (reader, raw) in enumerate(stored, begin):
-        place = images[row]
-        found = reader.row(raw, place, None if draws is None else draws[row - begin])
-        if found.array is not place:
-            place[...] = found.array
-        labels[row], epochs[row], taken.keys[row] = found.label, found.epoch, found.key
-        if found.broken:
-            broken[row] = found.broken
-    assert row + 1 == (len(images) if draws is None else begin + len(draws))
-    if flip and draws is not None and images.ndim == 4:
-        mirror(images[begin : row + 1], draws)
-    return broken

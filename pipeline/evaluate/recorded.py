@@ -15,9 +15,9 @@ from pipeline.checkpoint.manifest import MANIFEST
 from pipeline.data.dataset import DataConfig, parse_resize
 from pipeline.data.decode import decode_image
 from pipeline.data.format.manifest import Manifest
+from pipeline.data.mixing import open_manifest
 from pipeline.data.resize import Resize, channels, resized
 from pipeline.data.sample import crop
-from pipeline.data.several import open_manifest
 from pipeline.errors import InputError, printable, require
 from pipeline.evaluate.runs import folder_of, is_run
 from pipeline.model.naign import NAIGN

@@ -19,7 +19,7 @@ from accelerate.utils import broadcast
 from torch import Tensor
 
 from pipeline.config import Config
-from pipeline.data import Stream, Taken, rank_rows
+from pipeline.data import Rows, Stream, rank_rows
 from pipeline.distributed import together, total, warn_of_others
 from pipeline.errors import Diverged, InputError, Stopped, Unavailable
 from pipeline.match import Match, NotFinite, match_round
@@ -129,7 +129,7 @@ def measured(run: Run) -> Iterator[None]:
         run.cpu_seconds += time.process_time() - cpu
 
 
-def take(run: Run, kept: PartialRound | None) -> tuple[RoundState, Taken]:
+def take(run: Run, kept: PartialRound | None) -> tuple[RoundState, Rows]:
     """Read this rank's share of the next round, and go on from what is kept of it. Collective."""
     config, number, device = run.config, run.position.round, run.accelerator.device
     taken = read_round(run, run.stream, number)
@@ -196,7 +196,7 @@ def tracked_every(config: Config) -> int:
     return max(every for every in range(1, steps + 1) if steps % every == 0 and every <= max(1, wanted))
 
 
-def read_round(run: Run, stream: Stream, number: int) -> Taken:
+def read_round(run: Run, stream: Stream, number: int) -> Rows:
     """A round from `stream`, once every rank has read its own. Collective.
 
     Only rows that arrive, on any rank, count as progress: a store that stalls ends the run after train.timeout.

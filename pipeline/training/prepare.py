@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.checkpoint import Writer, newest_first, take_over
 from pipeline.config import Config, flatten, to_dict
-from pipeline.data import DataConfig, Stream, load, names_several, pack
+from pipeline.data import DataConfig, Stream, lists_data_sets, load, pack
 from pipeline.data.damage import find_law
 from pipeline.distributed import Engine, StopRequest, Watchdog, ZeroEngine, together, total
 from pipeline.errors import InputError, require
@@ -155,7 +155,7 @@ def claim_together(run: Run) -> Path | None:
 def pack_missing(data: DataConfig, arguments: list[str]) -> None:
     """Fetch and pack data.source if data.path holds no data set; InputError if it is meant for another path."""
     source = data.source or ("mnist" if data.path == DataConfig().path else "")
-    if names_several(data):
+    if lists_data_sets(data):
         require((not data.source, "data.source packs one data set, and data.path names several: leave it out"))
     elif source and not open_store(data.path).exists("index.json"):
         given, command = {word.partition("=")[0] for word in arguments}, f"naign pack {source} --to {data.path}"

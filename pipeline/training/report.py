@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.data import Taken
+from pipeline.data import Rows
 from pipeline.data.degrade import KINDS, degrade
 from pipeline.distributed import total
 from pipeline.observe import fit_flops, grid, peak_flops, peak_memory, rows, scatter
@@ -38,7 +38,7 @@ def headline(run: Run) -> str:
     )
 
 
-def report(run: Run, state: RoundState, taken: Taken, values: dict[str, float], *, images: int) -> None:
+def report(run: Run, state: RoundState, taken: Rows, values: dict[str, float], *, images: int) -> None:
     """Report a finished round: metrics (`values` are those of the fit), pictures and warnings. Collective.
 
     `images` were trained on: fewer than the round's where a run resumed within it.

@@ -19,9 +19,10 @@ from pipeline.data.dataset import DataConfig
 from pipeline.data.decode import decode_array, encode
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.writer import pack
-from pipeline.data.loader import Stream, Taken, read_split
+from pipeline.data.loader import Stream, read_split
 from pipeline.data.order import Order, pieces
 from pipeline.data.reader import Reader, Row
+from pipeline.data.rows import Rows
 from pipeline.errors import InputError
 from pipeline.storage.s3_client import client
 from pipeline.storage.store import open_store
@@ -78,7 +79,7 @@ def test_rounds_in_any_order(packed: str, workers: int) -> None:
 def test_reading_ahead_changes_nothing_and_leaves_the_random_state_alone(packed: str) -> None:
     state = torch.get_rng_state()
     threads = threading.active_count()
-    kinds: list[list[Taken]] = []
+    kinds: list[list[Rows]] = []
     for prefetch in (False, True):
         with Stream(DataConfig(path=packed, workers=2), seed=5, round_size=ROUND, prefetch=prefetch) as stream:
             kinds.append([stream.take(round) for round in range(3)])

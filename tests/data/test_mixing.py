@@ -1,181 +1,148 @@
-"""Rounds of shards that are sorted by class, as others wrote them, from a real S3 server."""
+"""Several data sets at once: exact shares of every round, and epochs of their own."""
 
-import tarfile
 from collections import Counter
 from contextlib import ExitStack
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+import torch
 
-from pipeline.data import reader
+from pipeline.config import load
 from pipeline.data.dataset import DataConfig
-from pipeline.data.decode import encode
-from pipeline.data.format.indexing import index
-from pipeline.data.format.manifest import Manifest
+from pipeline.data.format.writer import pack
 from pipeline.data.loader import Stream, read_split
-from pipeline.data.order import BLOCK, pieces
-from pipeline.data.reader import BLOCKS_AHEAD
+from pipeline.data.mixing import DataSets, shares
 from pipeline.errors import InputError
-from pipeline.storage.local import LocalStore
-from pipeline.storage.s3 import S3Store
-from pipeline.storage.store import open_store
-from tests.data.numbered import add
-from tests.proxy import FaultProxy
-
-CLASSES, EACH, SHARDS = 10, 600, 40
+from tests.data.numbered import numbered
+from tests.data.test_augment import broken
 
 
 @pytest.fixture
-def sorted_by_class(bucket: str) -> str:
-    """6,000 images in 40 shards, every class in shards of its own."""
-    path, rng = f"{bucket}/sorted", np.random.default_rng(0)
-    store, number = open_store(path), 0
-    for shard in range(SHARDS):
-        with store.write(f"{shard:05d}.tar") as target, tarfile.open(fileobj=target, mode="w|") as tar:  # type: ignore[call-overload]
-            for _ in range(CLASSES * EACH // SHARDS):
-                image = rng.integers(0, 256, (1, 8, 8), dtype=np.uint8)
-                add(tar, f"{number:06d}.png", encode(image, "png"))
-                add(tar, f"{number:06d}.cls", b"%d" % (number // EACH))
-                number += 1
-    assert not index(path, progress=False).dealt
-    return path
+def three(tmp_path: Path) -> str:
+    """Data sets of 23, 9 and 40 images, the second in colour, with labels that they share in part."""
+    for name, count, shape, labels in (
+        ("a", 23, (1, 4, 4), ("even", "odd")),
+        ("b", 9, (3, 4, 4), ("odd", "other")),
+        ("c", 40, (1, 4, 4), ()),
+    ):
+        source = replace(numbered(count, 5, shape), name=name, labels=labels)
+        pack(source, str(tmp_path / name), shards=3, progress=False)
+    return f"[{tmp_path}/a, {{path: {tmp_path}/b, weight: 2}}, {{path: {tmp_path}/c, weight: 3.0}}]"
 
 
-def rounds(path: str, count: int, size: int, world: int = 1, **settings: Any) -> tuple[list[list[int]], list[str], int]:
-    """Labels by round, keys, and bytes read."""
-    labels, keys, read = list[list[int]](), list[str](), 0
+def take(path: str, rounds: int, world: int = 1, **settings: Any) -> tuple[list[list[str]], torch.Tensor, torch.Tensor]:
+    """Keys by round, images and labels."""
+    keys, images, labels = [], [], []
     with ExitStack() as stack:
         streams = [
             stack.enter_context(
-                Stream(DataConfig(path=path, **settings), seed=1, round_size=size, rank=rank, world=world)
+                Stream(DataConfig(path=path, **settings), seed=2, round_size=24, rank=rank, world=world)
             )
             for rank in range(world)
         ]
-        for round in range(count):
+        for round in range(rounds):
             taken = [stream.take(round) for stream in streams]
-            labels.append([label for part in taken for label in part.labels.tolist()])
-            keys += [key for part in taken for key in part.keys]
-            read += sum(part.tally.bytes for part in taken)
-    return labels, keys, read
+            keys.append([key for part in taken for key in part.keys])
+            images += [part.images for part in taken]
+            labels += [part.labels for part in taken]
+    return keys, torch.cat(images), torch.cat(labels)
 
 
-def test_no_class_is_a_fifth_of_a_round_by_default(sorted_by_class: str) -> None:
-    labels, keys, _ = rounds(sorted_by_class, 3, 2000)
-    assert Counter(keys).most_common(1)[0][1] == 1 and len(keys) == 6000
-    assert max(Counter(found).most_common(1)[0][1] for found in labels) < 0.2 * 2000
-    stored, _, _ = rounds(sorted_by_class, 3, 2000, shuffle=1)
-    assert max(Counter(found).most_common(1)[0][1] for found in stored) > 0.2 * 2000
+def test_every_round_has_exact_shares_and_every_data_set_its_own_epochs(three: str, tmp_path: Path) -> None:
+    keys, images, labels = take(three, 23 * 9, trace=str(tmp_path / "trace"))
+    assert all(Counter(key[0] for key in found) == {"0": 4, "1": 8, "2": 12} for found in keys)
+    for source, count in (("0", 23), ("1", 9), ("2", 40)):
+        mine = [key for found in keys for key in found if key[0] == source]
+        whole = len(mine) // count * count
+        assert set(Counter(mine[:whole]).values()) == {len(mine) // count}
+        assert len({*mine[:count]}) == count  # each once before any comes again
+    flat = [key for found in keys for key in found]
+    lines = (tmp_path / "trace/rank-00000.txt").read_text().split()
+    assert lines[2::3] == flat
+    assert images.shape[1:] == (3, 4, 4)
+    numbers = [int(key[-3:]) for key in flat]
+    expected = {"0": lambda n: n % 2, "1": lambda n: 1 + n % 2, "2": lambda n: -1}
+    assert labels.tolist() == [expected[key[0]](number) for key, number in zip(flat, numbers, strict=True)]
+    assert [int(image[0, 0, 0]) for image in images] == numbers
 
 
-def test_mixing_reads_hardly_more_bytes(sorted_by_class: str) -> None:
-    assert rounds(sorted_by_class, 6, 2000)[2] < 1.3 * rounds(sorted_by_class, 6, 2000, shuffle=1)[2]
+@pytest.mark.parametrize(("world", "workers"), [(1, 3), (2, 0), (3, 2), (4, 1)])
+def test_they_are_the_same_on_any_ranks_and_workers(three: str, world: int, workers: int) -> None:
+    plain, other = take(three, 7), take(three, 7, world, workers=workers)
+    assert plain[0] == other[0] and torch.equal(plain[1], other[1]) and torch.equal(plain[2], other[2])
 
 
-def test_what_lies_together_is_one_request(sorted_by_class: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, read = list[str](), S3Store.read
-
-    def counted(self: S3Store, name: str, *rest: Any, **more: Any) -> bytes:
-        asked.append(name)
-        return read(self, name, *rest, **more)
-
-    monkeypatch.setattr(S3Store, "read", counted)
-    found = {}
-    for held in (reader.HELD, 0):
-        monkeypatch.setattr(reader, "HELD", held)
-        asked.clear()
-        keys = rounds(sorted_by_class, 3, 2000)[1]
-        found[held] = keys, sum(name.endswith(".tar") for name in asked)
-    (keys, few), (same, many) = found.values()
-    assert keys == same and many > 375 and few < 0.6 * many  # and some of the next epoch
+def test_rounds_are_mixed_evenly(three: str) -> None:
+    owners = [int(key[0]) for key in take(three, 1)[0][0]]
+    for part in (owners[:12], owners[12:]):
+        assert Counter(part) == {0: 2, 1: 4, 2: 6}
 
 
-def test_requests_of_a_rank_are_those_of_its_blocks_and_tables(sorted_by_class: str, proxy: FaultProxy) -> None:
-    size, rounds_read, world = 1600, 12, 4
-    config = DataConfig(path=sorted_by_class)
-    with Stream(config, seed=1, round_size=size, rank=1, world=world, prefetch=False) as stream:
-        (order,) = stream.order.orders
-        found = [
-            piece for round in range(rounds_read) for piece in pieces(order, round, size // world, 2 * size // world)
-        ]
-        blocks, shards = len(found), len({piece.shard for piece in found})
-        assert blocks <= rounds_read * (size / world / BLOCK + 2 * SHARDS)
-        proxy.requests.clear()
-        for round in range(rounds_read):
-            stream.take(round)
-    asked = Counter((method, path.endswith(".tar")) for method, path in proxy.requests)
-    assert asked["GET", True] <= blocks + BLOCKS_AHEAD
-    assert shards <= asked["GET", False] <= SHARDS  # each page table once, read ahead too
-    assert asked["HEAD", True] + asked["HEAD", False] <= 2 * SHARDS
-    assert proxy.counts["bytes"] > 0
+def test_evaluation_takes_of_each_what_it_has(three: str) -> None:
+    assert len(read_split(three, "train")[0]) == 72 and len(read_split(three, "test")[0]) == 15
+    _, labels = read_split(three, "train", limit=36)
+    assert Counter((labels < 0).tolist()) == {True: 20, False: 16}
+    manifest = DataSets(DataConfig(path=three)).manifest
+    assert manifest.name == "a + b + c" and manifest.labels == ("even", "odd", "other")
 
 
-def test_ranks_and_workers_share_mixed_rounds(sorted_by_class: str) -> None:
-    plain = rounds(sorted_by_class, 2, 1000)[1]
-    assert rounds(sorted_by_class, 2, 1000, world=4, workers=3)[1] == plain
+def test_evaluation_passes_over_a_set_without_the_split(tmp_path: Path) -> None:
+    pack(numbered(23, 5), str(tmp_path / "a"), shards=3, progress=False)
+    source = numbered(9, 5)
+    pack(replace(source, splits={"train": source.splits["train"]}), str(tmp_path / "b"), shards=2, progress=False)
+    for path in (f"[{tmp_path}/a, {tmp_path}/b]", f"[{tmp_path}/b, {tmp_path}/a]"):
+        assert len(read_split(path, "test")[0]) == 5 and len(read_split(path, "train")[0]) == 32
 
 
-def test_a_part_of_a_split_is_of_all_classes(sorted_by_class: str) -> None:
-    _, labels = read_split(sorted_by_class, "train", limit=1000)
-    counts = np.bincount(labels)
-    assert len(counts) == CLASSES and counts.max() < 200 and counts.min() > 30
-    assert Manifest.load(sorted_by_class).dealt is False
+def test_what_stands_in_for_a_broken_sample_has_its_own_label_and_key(three: str, tmp_path: Path) -> None:
+    keys, _, labels = take(three, 3)
+    label_of = dict(zip(chain(*keys), labels.tolist(), strict=True))
+    for shard in sorted((tmp_path / "b").glob("train-*.tar")):
+        broken(str(tmp_path / "b"), shard.name, 0)
+    keys, _, labels = take(three, 3, broken="skip", broken_share=0.5)
+    assert len({key for key in chain(*keys) if key.startswith("1:")}) == 6  # of nine
+    assert all(label_of[key] == label for key, label in zip(chain(*keys), labels.tolist(), strict=True))
 
 
-def small_shards(path: Path, shards: int, each: int, side: int = 4) -> None:
-    rng, number = np.random.default_rng(0), 0
-    path.mkdir()
-    for shard in range(shards):
-        with tarfile.open(path / f"{shard:05d}.tar", "w") as tar:
-            for _ in range(each):
-                add(tar, f"{number:06d}.png", encode(rng.integers(0, 256, (1, side, side), dtype=np.uint8), "png"))
-                number += 1
-    index(str(path), progress=False)
+def test_a_configuration_lists_them(three: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(f"data:\n  path:\n  - {tmp_path}/a\n  - path: {tmp_path}/b\n    weight: 2\n")
+    config = load(str(tmp_path / "c.yaml"))
+    assert [found.path for found in DataSets(config.data).configs] == [f"{tmp_path}/a", f"{tmp_path}/b"]
+    assert DataSets(config.data).weights == [1.0, 2.0]
 
 
-def test_looking_ahead_is_bounded_where_shards_are_tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small_shards(tmp_path / "tiny", 40, 1)
-    asked, read = list[str](), LocalStore.read
-
-    def counted(self: LocalStore, name: str, *rest: Any, **more: Any) -> bytes:
-        asked.append(name)
-        return read(self, name, *rest, **more)
-
-    monkeypatch.setattr(LocalStore, "read", counted)
-    for shuffle in (3, 128):
-        asked.clear()
-        config = DataConfig(path=str(tmp_path / "tiny"), shuffle=shuffle)
-        with Stream(config, seed=1, round_size=32, prefetch=False) as stream:
-            assert len(set(stream.take(0).keys)) == 32
-        assert len(asked) < 400
+def test_shares_add_up() -> None:
+    assert shares([1, 1, 1], 8) == [3, 3, 2] and shares([1, 2, 3], 24) == [4, 8, 12] and shares([5], 7) == [7]
+    assert shares([0.1, 0.7, 0.2], 10) == [1, 7, 2] and shares([1e308, 1e308], 128) == [64, 64]
 
 
-def taken_until_refused(path: Path, message: str) -> int:
-    """Rounds of 64 that were sound before the error."""
-    with Stream(DataConfig(path=str(path), shuffle=4), seed=1, round_size=64, prefetch=False) as stream:
-        for round in range(12):
-            try:
-                stream.take(round)
-            except InputError as error:
-                assert message in str(error)
-                return round
-    return 12
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("[]", "write paths in brackets"),
+        ("[{weight: 3}]", "has the entry {'weight': 3}"),
+        ("[{path: <a>, weigth: 3}]", "has the entry"),
+        ("[<a>, {path: <a>, weight: 0}]", "the weight 0: a weight is a positive number"),
+        ("[<a>, {path: <a>, weight: .nan}]", "the weight nan"),
+        ("[<a>, {path: <a>, weight: many}]", "the weight 'many'"),
+        (f"[<a>, {{path: <a>, weight: {10**400}}}]", "the weight 1000"),
+        ("[<a>, {path: <a>, weight: 0.001}]", "has no image in a round of 24: raise its weight"),
+        ("[<a>, nowhere]", "nowhere: no data set here"),
+        ("[<a>, <b>]", r"numbered \(1, 8, 8\) and numbered \(1, 4, 4\) do not go together"),
+        ("[<a>, <b>", "no list"),
+    ],
+)
+def test_lists_that_are_none(tmp_path: Path, path: str, message: str) -> None:
+    pack(numbered(), str(tmp_path / "a"), shards=2, progress=False)
+    pack(numbered(shape=(1, 8, 8)), str(tmp_path / "b"), shards=2, progress=False)
+    with pytest.raises(InputError, match=message):
+        take(path.replace("<a>", f"{tmp_path}/a").replace("<b>", f"{tmp_path}/b"), 1)
 
 
-@pytest.mark.parametrize("harm", ["missing", "damaged"])
-def test_an_error_comes_in_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str) -> None:
-    small_shards(tmp_path / "set", 12, 64, 32)
-    file = tmp_path / "set/00005.tar"
-    if harm == "missing":
-        file.unlink()
-    else:
-        data = bytearray(file.read_bytes())
-        data[len(data) * 2 // 3] ^= 1
-        file.write_bytes(data)
-    message = "no such file" if harm == "missing" else "the SHA-256 of bytes"
-    found = {}
-    for held in (0, reader.HELD):
-        monkeypatch.setattr(reader, "HELD", held)
-        found[held] = taken_until_refused(tmp_path / "set", message)
-    assert len(set(found.values())) == 1 and 0 < found[0] < 12
+def test_sizes_that_differ_are_brought_to_one(tmp_path: Path) -> None:
+    pack(numbered(), str(tmp_path / "a"), shards=2, progress=False)
+    pack(numbered(shape=(3, 8, 9)), str(tmp_path / "b"), shards=2, progress=False)
+    assert take(f"[{tmp_path}/a, {tmp_path}/b]", 1, size="6")[1].shape == (24, 3, 6, 6)

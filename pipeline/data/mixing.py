@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pipeline.data.dataset import DataConfig, lanes, names_several, one_manifest, open_reader, parse_resize
+from pipeline.data.dataset import DataConfig, lanes, lists_data_sets, one_manifest, open_reader, parse_resize
 from pipeline.data.format.manifest import Manifest, Split
 from pipeline.data.order import Order, Piece, check, pieces
 from pipeline.data.reader import Raw, Reader
@@ -22,7 +22,7 @@ Stored = Generator[tuple[Reader, Raw]]
 
 def members(config: DataConfig) -> list[tuple[DataConfig, float]]:
     """The settings and the weight of each data set of data.path. Raises InputError for a list that is none."""
-    if not names_several(config):
+    if not lists_data_sets(config):
         return [(config, 1.0)]
     if config.index:
         raise InputError("data.index is of one data set: with several, write {path: ..., index: ...} in data.path")
