@@ -69,14 +69,12 @@ def render(
     gpus: int = 1,
     image: str = "naign:cuda",
     config: Path | None = None,
-    gpu: str = "h100",
-    bandwidth: float = 10.0,
     name: str = "",
     service_account: str = "",
     endpoint: str = "",
     region: str = "us-east-1",
 ) -> None:
-    """Print the manifests, or the Slurm script, of a training of a given size; what it will cost goes to stderr.
+    """Print the manifests, or the Slurm script, of a training of a given size, and its cost on stderr.
 
     Args:
         what: k8s for kubectl apply -f -, slurm for sbatch.
@@ -86,8 +84,6 @@ def render(
         gpus: GPUs of each; 0 trains on CPUs.
         image: Of launch/Dockerfile (k8s).
         config: Settings of the run; default: those of configs/mnist.yaml.
-        gpu: Which, for the prediction: h100, h200, a100, l4, ...
-        bandwidth: GB/s between nodes, for the prediction.
         name: Of the Job, its Service and its ConfigMaps; default: the last part of --run, made to fit.
         service_account: Of the pods, where a role instead of a Secret gives access to the bucket (k8s).
         endpoint: Address of the S3 server, where it is not AWS's (k8s).
@@ -95,9 +91,7 @@ def render(
     """
     from pipeline.cluster.render import Size, name_after, predict, render_k8s, render_slurm
 
-    size = Size(
-        nodes=nodes, gpus=gpus, gpu=gpu, bandwidth=bandwidth, account=service_account, endpoint=endpoint, region=region
-    )
+    size = Size(nodes=nodes, gpus=gpus, account=service_account, endpoint=endpoint, region=region)
     make = render_k8s if what == "k8s" else render_slurm
     text = make(size, image=image, data=data, run=run, config=config, name=name or name_after(run))
     if data.startswith("s3://"):

@@ -32,7 +32,7 @@ import psutil
 import yaml
 
 from pipeline.cluster.again import check_progress, meet_again
-from pipeline.cluster.engine_file import check_gpus, count_gpus, find_engine, without_engine
+from pipeline.cluster.engine_file import find_engine, require_gpus, without_engine
 from pipeline.cluster.exit_codes import (
     CRASHED,
     MEANINGS,
@@ -126,6 +126,7 @@ def _between(least: float, most: float, kind: type[float] = float) -> Callable[[
 
 def _launch(options: argparse.Namespace, training: Sequence[str], environ: Mapping[str, str]) -> int:
     from pipeline.config import parse
+    from pipeline.distributed.gpus import count_gpus
     from pipeline.storage.store import use_endpoint
 
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -182,7 +183,7 @@ def _meet_others(options: argparse.Namespace, config: Any, place: Place, process
     with listener or contextlib.nullcontext():
         try:
             engine = find_engine(options.engine, place.hosts * processes, config.train.precision)
-            check_gpus(options.gpus, processes, engine)
+            require_gpus(options.gpus, processes, engine)
             if _is_done(config, options.reach):
                 say(f"nothing left to do: the run in {config.run.remote} is done")
                 return None, ""

@@ -1,4 +1,4 @@
-"""Manifests and scripts for a job of any size, from those in k8s/ and launch/, and an estimate of what it costs."""
+"""Manifests and scripts for a job of any size, from those in k8s/ and launch/, and what the job computes and stores."""
 
 import hashlib
 import json
@@ -18,9 +18,6 @@ from pipeline.errors import InputError, Unavailable, printable, require
 from pipeline.storage import at_most, use_endpoint
 
 DEFAULT = "mnist"  # in configs/
-MFU = 0.3  # model FLOPs utilization: the share of a GPU's peak that training of convolutions reaches, by experience
-LAUNCH = 2e-3  # seconds of kernel launches in a step, or a block of samples: the least that either takes on a GPU
-CPU_TFLOPS = 0.1  # TFLOP/s of a host without GPUs: two or four cores of a server
 
 _HOST, _PART = r"[a-zA-Z0-9]([a-zA-Z0-9-]*[a-zA-Z0-9])?", r"[a-z0-9]+((\.|__?|-+)[a-z0-9]+)*"
 # github.com/distribution/reference: [host[:port]/]name[:tag][@digest], in ASCII.
@@ -36,10 +33,8 @@ class Size:
 
     nodes: int
     gpus: int  # of each node; 0: CPUs
-    gpu: str = "h100"
-    bandwidth: float = 10.0  # GB/s between nodes
     account: str = ""  # service account of the pods
-    endpoint: str = ""  # address of the S3 server; '': AWS
+    endpoint: str = ""  # address of the S3 server; '': that of AWS
     region: str = "us-east-1"
 
     @property
@@ -66,12 +61,11 @@ def _check_options(*rules: tuple[str, str, str, str]) -> None:
             raise InputError(f"{option} {printable(shown)}{must}")
 
 
-def settings(size: Size, data: str, run: str, config: Path | None, name: str) -> Config:
+def configure(size: Size, data: str, run: str, config: Path | None, name: str) -> Config:
     """The run's configuration. Raises InputError where it does not fit this size."""
     hosts, place = f"{size.nodes} nodes of {size.gpus} GPUs", rf"(?!.*://).*|{BUCKET}"
     require(
         (size.nodes >= 1 and size.gpus >= 0, f"{hosts}: at least one node, and no fewer than 0 GPUs"),
-        (0 < size.bandwidth < 1e6, f"--bandwidth {size.bandwidth}: it must be positive, in GB/s"),
         (size.ranks <= 2**16, f"{hosts} are too many"),
     )
     _check_options(
@@ -79,22 +73,24 @@ def settings(size: Size, data: str, run: str, config: Path | None, name: str) ->
         ("--data", data, place, ": write s3://bucket/prefix, a bucket's name as S3 wants it"),
         ("--run", run, place, ": write s3://bucket/prefix, a bucket's name as S3 wants it"),
     )
-    found = load(str(config or DEFAULT))
-    found.data.path, found.run.path, found.run.remote = data, run, ""
+    settings = load(str(config or DEFAULT))
+    settings.data.path, settings.run.path, settings.run.remote = data, run, ""
     if run.startswith("s3://"):
-        found.run.path, found.run.remote = f"/run/naign/{name}", run.rstrip("/")
-    if size.gpus and not found.train.precision:
-        found.train.precision = "bf16"
-    check(found)
-    least = size.ranks * found.train.accumulate
-    shared = f"train.batch={found.train.batch} cannot be shared by {size.ranks} ranks: in a --config set a multiple of"
-    require((found.train.batch % least == 0, f"{shared} {least}, and match.round to a multiple of that"))
-    return found
+        settings.run.path, settings.run.remote = f"/run/naign/{name}", run.rstrip("/")
+    if size.gpus and not settings.train.precision:
+        settings.train.precision = "bf16"
+    check(settings)
+    least = size.ranks * settings.train.accumulate
+    shared = (
+        f"train.batch={settings.train.batch} cannot be shared by {size.ranks} ranks: in a --config set a multiple of"
+    )
+    require((settings.train.batch % least == 0, f"{shared} {least}, and match.round to a multiple of that"))
+    return settings
 
 
 def render_k8s(size: Size, *, image: str, data: str, run: str, config: Path | None, name: str) -> str:
     """job.yaml for this size, for `kubectl apply -f -`, with a bucket instead of its S3 server."""
-    found, bucket = settings(size, data, run, config, name), ": pods share a bucket only: give s3://bucket/prefix"
+    settings, bucket = configure(size, data, run, config, name), ": pods share a bucket only: give s3://bucket/prefix"
     account, address = size.account, ": it must be http://host:port or https://host, without user and password"
     _check_options(
         ("--data", data, "s3://.*", bucket),
@@ -104,7 +100,7 @@ def render_k8s(size: Size, *, image: str, data: str, run: str, config: Path | No
         ("--region", size.region, r"[a-z0-9-]+", " is no name of a region, as eu-west-1"),
         ("--endpoint", size.endpoint, r"(https?://[^\s@]+)?", address),
     )
-    found.stop.within = 60
+    settings.stop.within = 60
     access = f"the role of the service account {account}" if account else "the Secret naign-s3, if there is one"
     head = (
         f"# {name}: {size.nodes} pods {f'of {size.gpus} GPUs' if size.gpus else 'without GPUs'}\n"
@@ -113,7 +109,7 @@ def render_k8s(size: Size, *, image: str, data: str, run: str, config: Path | No
         f"#   logs      kubectl logs -f -l app.kubernetes.io/name={name} --prefix --max-log-requests={size.nodes}\n"
         f"#   access    {access}\n"
     )
-    objects = _fit(shipped("k8s/base/job.yaml").read_text(), size, image, found, name)
+    objects = _fit(shipped("k8s/base/job.yaml").read_text(), size, image, settings, name)
     return head + yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, width=120)
 
 
@@ -163,13 +159,13 @@ def _fit(text: str, size: Size, image: str, config: Config, name: str) -> list[d
 
 def render_slurm(size: Size, *, image: str, data: str, run: str, config: Path | None, name: str) -> str:
     """launch/slurm.sbatch for this size, for `sbatch`, with the options filled in. `image` is not used."""
-    found = settings(size, data, run, config, name)
-    remote, precision = found.run.remote, found.train.precision
+    settings = configure(size, data, run, config, name)
+    remote, precision = settings.run.remote, settings.train.precision
     copied = f"/tmp/{re.sub(r'[^A-Za-z0-9.-]+', '-', remote.removeprefix('s3://'))}"
     options = [
         f"--config={config.resolve() if config and config.is_file() else config or DEFAULT}",
         f"--data.path={data}",
-        f"--run.path={copied if remote else found.run.path}",
+        f"--run.path={copied if remote else settings.run.path}",
         f"--run.remote={remote}",  # also if that is empty: the configuration may have one
         *([f"--train.precision={precision}"] if precision else []),
     ]
@@ -180,61 +176,41 @@ def render_slurm(size: Size, *, image: str, data: str, run: str, config: Path | 
     return text.replace('naign launch "$@"', f'naign launch {shlex.join(options)} "$@"').rstrip()
 
 
-def peaks_by_name() -> dict[str, tuple[float, ...]]:
-    """PEAKS by the short names of --gpu; of a GPU that has several forms those of the first one, SXM."""
-    from pipeline.observe.speed import PEAKS
-
-    names = dict[str, tuple[float, ...]]()
-    for pattern, values in PEAKS.items():
-        names.setdefault(re.split(r"[ \-|\\]", pattern.replace("GeForce RTX ", "RTX"))[0].lower(), values)
-    return names
-
-
 def predict(size: Size, *, data: str, config: Path | None) -> str:
-    """A table of the estimated cost: a model (peak speeds times MFU, bytes over bandwidth), not a measurement."""
+    """A table of what the run computes, stores and sends: counted from its configuration, without any speed."""
     import torch
 
     from pipeline.model.networks import build_network
     from pipeline.observe.speed import fit_flops, forward_flops
 
-    peak = CPU_TFLOPS
-    if size.gpus:
-        names = peaks_by_name()
-        require((size.gpu.lower() in names, f"--gpu {size.gpu} is not known: one of {', '.join(sorted(names))}"))
-        peak = names[size.gpu.lower()][0] or names[size.gpu.lower()][1]
-    found, unknown, stored = load(str(config or DEFAULT)), "", 0
+    settings, unknown, stored = load(str(config or DEFAULT)), "", 0
     shape: tuple[int, ...] = (1, 28, 28)
     use_endpoint(size.endpoint)
     try:
         with at_most(1):  # a cluster's bucket is often out of reach from here
-            manifest, shape = open_manifest(replace(found.data, path=data))
+            manifest, shape = open_manifest(replace(settings.data, path=data))
         stored = sum(shard.bytes for split in manifest.splits.values() for shard in split.shards)
     except (InputError, Unavailable):
-        unknown = f"\n{data} cannot be read from here: reckoned with images of 1x28x28"
+        unknown = f"\n{data} cannot be read from here: counted with images of 1x28x28"
     with torch.device("meta"):
-        network = build_network(found.model, shape)
-    parameters, width, ranks = sum(value.numel() for value in network.parameters()), math.prod(shape), size.ranks
-    forward, match, train = forward_flops(network, shape), found.match, found.train
-    images, speed = match.round * train.passes, peak * 1e12 * (MFU if size.gpus else 1.0) * ranks  # of all ranks
-    least = LAUNCH if size.gpus else 0.0
-    generate = max(match.pool * forward / speed, least * match.pool / match.block / ranks)
-    search = 2 * width * match.round * match.pool / speed
-    fit = max(images * fit_flops(forward, found.objective.forwards) / speed, least * images / train.batch)
-    sent = match.round * (width * 4 + 16 * ranks) + images // train.batch * 2 * 4 * parameters  # bytes
-    messages = 0.0 if size.nodes == 1 else sent / (size.bandwidth * 1e9)
-    rounds, seconds = -(-train.images // images), generate + search + fit + messages
-    gpus, hours = size.nodes * size.gpus, rounds * seconds / 3600
-    parts = f"generate {generate:.2g}, search {search:.2g}, fit {fit:.2g}, messages {messages:.2g}"
-    checkpoint = 4 * (4 if train.ema else 3) * parameters
+        network = build_network(settings.model, shape)
+    parameters, width = sum(value.numel() for value in network.parameters()), math.prod(shape)
+    forward, match, train = forward_flops(network, shape), settings.match, settings.train
+    images = match.round * train.passes
+    generate, search = match.pool * forward, 2 * width * match.round * match.pool
+    fit = images * fit_flops(forward, settings.objective.forwards)
+    sent = match.round * (width * 4 + 16 * size.ranks) + images // train.batch * 2 * 4 * parameters
+    rounds, copies = -(-train.images // images), 4 + bool(train.ema)  # weights, gradients, two moments; average
+    parts = f"generate {generate / 1e12:.2g}, search at most {search / 1e12:.2g}, fit {fit / 1e12:.2g}"
+    between = f"; {sent / 1e9:.2g} GB between nodes" if size.nodes > 1 else ""
     rows = (
-        ("GPUs" if gpus else "CPU hosts", f"{gpus} x {size.gpu}" if gpus else f"{size.nodes}"),
+        ("GPUs" if size.gpus else "CPU hosts", str(size.nodes * (size.gpus or 1))),
         ("network", f"{parameters / 1e6:.1f} M parameters, {forward / 1e9:.2f} GFLOP a forward"),
         ("data", f"{stored / 1e9:.2f} GB" if stored else "unknown"),
-        ("a checkpoint", f"{checkpoint / 1e9:.3f} GB, {found.checkpoint.keep} kept"),
-        ("a round", f"{seconds:.2g} s: {parts}"),
-        ("the run", f"{rounds} rounds, {hours:.2g} h{f', {hours * gpus:.2g} GPU hours' if gpus else ''}"),
-    )
-    return "\n".join(f"{name:12}  {text}" for name, text in rows) + (
-        f"\nreckoned, not measured: {MFU:.0%} of the GPUs' peak and {size.bandwidth:g} GB/s between nodes; a rank has "
-        f"at least {train.batch // ranks} images a step{unknown}"
-    )
+        ("a rank", f"{train.batch // size.ranks} images a step; {copies * 4 * parameters / 1e9:.2g} GB of memory"
+         " for weights, gradients and optimizer, without activations"),
+        ("a checkpoint", f"{(copies - 1) * 4 * parameters / 1e9:.3f} GB, {settings.checkpoint.keep} kept"),
+        ("a round", f"{(generate + search + fit) / 1e12:.2g} TFLOP: {parts}{between}"),
+        ("the run", f"{rounds} rounds, {rounds * (generate + search + fit) / 1e15:.2g} PFLOP"),
+    )  # fmt: skip
+    return "\n".join(f"{name:12}  {text}" for name, text in rows) + unknown

@@ -11,7 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from pipeline.cluster.render import IMAGE, Size, name_after, peaks_by_name, render_k8s
+from pipeline.cluster.render import IMAGE, Size, name_after, predict, render_k8s
 from pipeline.errors import InputError
 from tests.conftest import ROOT
 from tests.hosts.manifest_checks import problems, templates
@@ -85,50 +85,36 @@ def test_the_queue_component_suspends_the_job(tmp_path):
     assert job["spec"]["suspend"] and job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
 
 
+def rendered(**changed: Any) -> dict[str, dict[str, Any]]:
+    options = {"image": "naign:cuda", "data": "s3://bucket/d", "run": "s3://bucket/r", "config": None, "name": "r"}
+    size = Size(
+        nodes=changed.pop("nodes", 1),
+        gpus=changed.pop("gpus", 1),
+        account=changed.pop("account", ""),
+        region=changed.pop("region", "us-east-1"),
+    )
+    return {item["kind"] + item["metadata"]["name"]: item for item in load(render_k8s(size, **{**options, **changed}))}
+
+
 @pytest.mark.parametrize(("nodes", "gpus"), [(1, 1), (1, 8), (8, 8), (3, 0)])
-def test_what_is_rendered_is_valid(nodes, gpus, naign):
-    where = ["--data", "s3://bucket/mnist", "--run", "s3://bucket/run"]
-    config = ROOT / "tests/hosts/size.yaml"
-    done = naign("render", "k8s", "--nodes", str(nodes), "--gpus", str(gpus), *where, "--config", str(config))
-    assert done.returncode == 0, done.stderr
-    objects = load(done.stdout)
+def test_what_is_rendered_is_valid(nodes, gpus):
+    objects = [*rendered(nodes=nodes, gpus=gpus, config=ROOT / "tests/hosts/size.yaml").values()]
     for version in VERSIONS:
         for item in objects:
             kubernetes_validate.validate(item, version, strict=True)
-    assert problems(objects) == [] and "naign-store" not in done.stdout.replace("name: naign-store", "")
-    assert f"{nodes * gpus} x h100" in done.stderr or not gpus
+    assert problems(objects) == [] and not any(item["metadata"]["name"].startswith("naign-store") for item in objects)
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (("k8s", "--data", "data/mnist", "--run", "s3://bucket/run"), "pods share a bucket only"),
-        (
-            ("k8s", "--nodes", "3", "--gpus", "8", "--data", "s3://bucket/d", "--run", "s3://bucket/r"),
-            "cannot be shared by 24 ranks",
-        ),
-        (("k8s", "--image", "No Image", "--data", "s3://bucket/d", "--run", "s3://bucket/r"), "is no name of an image"),
-        (("slurm", "--nodes", "0", "--data", "d", "--run", "r"), "0 nodes"),
         (("slurm", "--data", "d", "--run", "https://me:SECRET@host/r"), "--run ...@host/r: write s3://bucket/prefix"),
-        (("slurm", "--gpu", "abacus", "--data", "d", "--run", "r"), "--gpu abacus is not known"),
     ],
 )
 def test_what_cannot_be_rendered_is_refused(options, said, naign):
     done = naign("render", *options)
     assert done.returncode == 2 and said in done.stderr and "SECRET" not in done.stderr
-
-
-def test_a_gpu_has_the_peak_of_its_first_form():
-    names = peaks_by_name()
-    assert [names[name][:2] for name in ("h100", "h200", "v100", "rtx4090")] == [
-        *((989, 989), (989, 989), (0, 125), (165.2, 165.2)),
-    ]
-
-
-def rendered(**changed: Any) -> dict[str, dict[str, Any]]:
-    options = {"image": "naign:cuda", "data": "s3://bucket/d", "run": "s3://bucket/r", "config": None, "name": "r"}
-    size = Size(nodes=1, gpus=1, account=changed.pop("account", ""), region=changed.pop("region", "us-east-1"))
-    return {item["kind"] + item["metadata"]["name"]: item for item in load(render_k8s(size, **{**options, **changed}))}
 
 
 @pytest.mark.parametrize(
@@ -143,6 +129,9 @@ def rendered(**changed: Any) -> dict[str, dict[str, Any]]:
         ({"image": "me:SECRET@host/a"}, "--image ...@host/a is no name"),
         ({"region": "a\x1bb"}, "--region a?b is no name"),
         ({"account": "a\nb"}, "--service-account a?b is no name"),
+        ({"image": "No Image"}, "is no name of an image"),
+        ({"nodes": 3, "gpus": 8}, "cannot be shared by 24 ranks"),
+        ({"nodes": 0}, "0 nodes"),
     ],
 )
 def test_what_no_cluster_could_use_is_refused(changed, said):
@@ -194,6 +183,17 @@ def test_a_second_run_under_one_name_is_refused():
 
 def test_a_role_has_no_keys_beside_it():
     assert "secretRef" in str(rendered()["Jobr"]) and "secretRef" not in str(rendered(account="naign")["Jobr"])
+
+
+def test_the_computation_of_a_run_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.observe.speed.forward_flops", lambda network, shape: 10**9)
+    (tmp_path / "run.yaml").write_text(
+        "{objective: {third: none, denoising: 0}, train: {images: 4096, batch: 64}, match: {round: 1024, ratio: 2}}"
+    )
+    table = predict(Size(nodes=2, gpus=4), data="nowhere", config=tmp_path / "run.yaml")
+    assert re.search(r"^GPUs +8$", table, re.M) and "8 images a step" in table
+    assert "a round       8.2 TFLOP: generate 2, search at most 0.0033, fit 6.1; 0." in table
+    assert "the run       4 rounds, 0.033 PFLOP" in table and "nowhere cannot be read from here" in table
 
 
 def test_a_slurm_script_is_rendered(naign):
