@@ -1,8 +1,9 @@
 # Two commands: `make train` (MNIST, from nothing to a report) and `make test` (everything CI runs).
 PYTHON ?= python3
 VENV ?= .venv
-CONFIG ?= configs/mnist.yaml
-RUN ?= runs/$(basename $(notdir $(CONFIG)))
+# Empty: what `accelerate launch pipeline/train.py` trains when nothing is said, configs/mnist.yaml.
+CONFIG ?=
+RUN ?= runs/$(or $(basename $(notdir $(CONFIG))),mnist)
 OPTIONS ?=
 WORKERS ?= 2
 
@@ -41,7 +42,7 @@ $(VENV)/.tested: pyproject.toml benchmarks/baselines/pyproject.toml launch/const
 install: $(VENV)/.installed
 
 train: $(VENV)/.installed
-	$(BIN)/accelerate launch --quiet pipeline/train.py --config $(CONFIG) --run.path $(RUN) $(OPTIONS)
+	$(BIN)/accelerate launch --quiet pipeline/train.py $(addprefix --config ,$(CONFIG)) --run.path $(RUN) $(OPTIONS)
 	$(BIN)/naign evaluate $(RUN)
 	@echo
 	@echo "report       $(RUN)/evaluation/report.html"

@@ -22,6 +22,15 @@ def test_shipped_configurations_are_sound_and_say_what_they_are(file):
     assert from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config))), where="copy") == config
 
 
+def test_recipes_share_no_run_folder_and_no_data_folder_of_another_set():
+    recipes = {file.stem: load(str(file)) for file in CONFIGS}
+    assert {name: recipe.run.path for name, recipe in recipes.items()} == {name: f"runs/{name}" for name in recipes}
+    sources = {recipe.data.path: recipe.data.source or "mnist" for recipe in recipes.values()}
+    assert all((recipe.data.source or "mnist") == sources[recipe.data.path] for recipe in recipes.values())
+    for name, recipe in recipes.items():  # what is missing is packed on the way, but for a folder of one's own
+        assert recipe.data.source or recipe.data.path == Config().data.path or name.startswith("folder"), name
+
+
 def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path):
     (tmp_path / "a.yaml").write_text("train: {lr: 5e-4, batch: 64}\nmatch: {round: 640}\n")
     config = parse(["--train.lr=1e-4", "--config", str(tmp_path / "a.yaml"), "--seed", "3"])

@@ -32,7 +32,7 @@ def pack(
     """Pack a data set into WebDataset shards with an index.json.
 
     Args:
-        source: mnist, fashion_mnist, cifar10, digits, toy2d:<name> or folder.
+        source: mnist, fashion_mnist, cifar10, digits, toy2d:<name> or folder; mnist:100 keeps 100 training images.
         to: Folder or s3://bucket/prefix to write.
         root: Files to use instead of fetching them; for folder, the tree of images (sub-folders are labels).
         size: For folder: pixels a side (64) or height x width (48x64); pictures are cropped to that shape, resized.

@@ -55,6 +55,15 @@ def test_toys_are_drawn_alike_and_fit_the_square(law: str) -> None:
     assert len(shares) == toys.LAWS[law][0] and np.allclose(shares, 1 / len(shares), atol=0.03)
 
 
+def test_a_number_after_the_name_keeps_as_many_training_examples() -> None:
+    few, whole = load("digits:100", seed=3), load("digits", seed=3)
+    kept = subset(whole, train=100, seed=3)
+    assert [few.splits["train"][i][0] for i in range(100)] == [kept.splits["train"][i][0] for i in range(100)]
+    assert (len(few.splits["train"]), len(few.splits["test"])) == (100, len(whole.splits["test"]))
+    with pytest.raises(InputError, match="digits has 1438 such training examples, fewer than the 2000 asked for"):
+        load("digits:2000")
+
+
 def test_a_subset_keeps_the_test_split_and_what_the_seed_draws() -> None:
     source = load("digits")
     few = subset(source, train=100, without=("9", "0"), seed=1)

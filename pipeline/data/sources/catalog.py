@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.data.order import check_seed, shuffled
 from pipeline.data.sources import published, toys
 from pipeline.data.sources.folder import from_tree
-from pipeline.data.sources.source import Source, labelled
+from pipeline.data.sources.source import Source, labelled, subset
 from pipeline.errors import InputError
 from pipeline.settings.registry import known, lookup
 
@@ -71,13 +71,16 @@ def load(
     seed: int = 0,  # of what is drawn: the points of toy2d, the test split of `folder`
     skip: bool = False,  # pass over files that are no picture, for `folder`
 ) -> Source:
-    """The named source.
+    """The named source; of one such as mnist:100, that many of its training examples, drawn by the seed.
 
     Raises InputError for an unknown name, missing files, or an option that it does not take; Unavailable where files
     cannot be fetched for now.
     """
     check_seed(seed)
     base, colon, argument = name.partition(":")
+    if argument.isdecimal() and len(argument) < 10:
+        whole = load(base, root=root, size=size, channels=channels, seed=seed, skip=skip)
+        return subset(whole, train=int(argument), seed=seed)
     key = f"{base}:<name>" if colon else name
     settings, build = lookup("the data set to pack", key if key in known(SOURCES, GROUP) else name, SOURCES, GROUP)
     takes = {field.name for field in fields(settings)}
