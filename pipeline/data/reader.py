@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from pipeline.data.decode import Array
 from pipeline.data.format.manifest import Manifest, size_problem
-from pipeline.data.format.pages import Table, parse_table, samples, table_name
+from pipeline.data.format.pages import Table, parse_table, table_name
+from pipeline.data.format.samples import samples
 from pipeline.data.format.shards import Shard
 from pipeline.data.order import Piece
 from pipeline.data.resize import Numbers, Resize

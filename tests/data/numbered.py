@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.format.audit import scan
 from pipeline.data.format.pages import Pager, dump_table, table_name
+from pipeline.data.format.samples import scan
 from pipeline.data.sources.catalog import Seeded
 from pipeline.data.sources.source import Example, Made, Source
 from pipeline.storage.local import LocalStore

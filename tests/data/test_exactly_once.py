@@ -15,7 +15,7 @@ from pipeline.data.dataset import DataConfig
 from pipeline.data.decode import encode
 from pipeline.data.format.indexing import index
 from pipeline.data.format.manifest import Manifest
-from pipeline.data.format.pages import samples
+from pipeline.data.format.samples import samples
 from pipeline.data.loader import Stream
 from pipeline.errors import InputError
 from pipeline.storage.store import open_store

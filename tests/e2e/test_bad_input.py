@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.format.audit import scan
 from pipeline.data.format.pages import Pager, dump_table, table_name
+from pipeline.data.format.samples import scan
 from pipeline.errors import BAD_INPUT
 from pipeline.storage.store import open_store
 from tests.conftest import ROOT, SMALL, ended_as_bad_input, forked, train_command

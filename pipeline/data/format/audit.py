@@ -1,36 +1,22 @@
-"""Reading whole shards, and verifying a data set against its manifest."""
+"""Verification of a data set against its manifest."""
 
-import gzip
 import hashlib
-import logging
-import lzma
-import tarfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from functools import partial
-from types import SimpleNamespace
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from pipeline.data.format.manifest import INDEX, Manifest, size_problem
-from pipeline.data.format.pages import Pager, grouped, key_and_suffix, table_name
+from pipeline.data.format.pages import Pager, table_name
+from pipeline.data.format.samples import scan
 from pipeline.data.format.shards import Shard
-from pipeline.data.format.tar import BLOCK, Unusual, next_member
 from pipeline.data.sample import decode
 from pipeline.errors import InputError
 from pipeline.storage.base import Store
 from pipeline.storage.store import open_store
 from pipeline.terminal import busy
-
-log = logging.getLogger("naign.data")
-
-BROKEN_TAR = (
-    *(tarfile.TarError, EOFError, RecursionError, MemoryError, ValueError),  # headers that nest or lie
-    *(zlib.error, lzma.LZMAError, gzip.BadGzipFile),  # a tar may be compressed
-)
-"""What reading a damaged tar raises. A disk or network that fails raises others, worth a retry."""
 
 PROBLEMS = 20  # how many problems a message lists
 
@@ -52,115 +38,6 @@ class Problems(InputError):
         more = [f"  and {len(problems) - PROBLEMS} more"] if len(problems) > PROBLEMS else []
         super().__init__("\n".join([f"{path}: {len(problems)} problems", *shown, *more, *([note] if note else [])]))
         self.problems = problems
-
-
-def scan(
-    store: Store, name: str, pager: Pager, advance: Callable[[int], object] = lambda _: None
-) -> Iterator[dict[str, Any]]:
-    """The samples of a shard as WebDataset gives them; all its bytes are told to `pager`, their number to `advance`.
-
-    Raises InputError where they are no uncompressed tar or end early, or a sample has two members of a suffix.
-    """
-    where = store.url(name)
-    with closing(store.pieces(name)) as pieces:
-
-        def more() -> bool:
-            data = next(pieces, b"")
-            advance(pager.write(data))
-            return bool(data)
-
-        try:
-            yield from grouped(_samples_members(_members(pager, more, where), where, pager), f"{where}, ")
-            while more():
-                pass
-        except InputError:
-            raise
-        except BROKEN_TAR as error:
-            raise InputError(f"{where}: truncated or no tar ({error}): copy it again, or repack the data set") from None
-
-
-class _File(NamedTuple):
-    """A regular file of a tar."""
-
-    name: str
-    begin: int  # of its header
-    data: bytes
-    end: int  # of the header behind it
-
-
-def _members(pager: Pager, more: Callable[[], bool], where: str) -> Iterator[_File]:
-    """The regular files of a tar whose bytes `more` tells to `pager`. `pager.after` is where the last member ends."""
-
-    def get(first: int, last: int) -> bytes:
-        while pager.told < last and more():
-            pass
-        return pager.get(first, last)
-
-    while True:
-        try:
-            member = next_member(get, pager.after)
-        except Unusual:
-            yield from _unusual(pager, more, where)
-            return
-        if member is None:
-            if not pager.after:
-                raise tarfile.ReadError("empty file" if not pager.told else "it begins with zeros")
-            return
-        data = get(member.start, member.end)  # with the padding behind it
-        if len(data) < member.end - member.start:
-            raise tarfile.ReadError("unexpected end of data")
-        pager.after = member.end
-        if member.is_file:
-            yield _File(member.name, member.begin, data[: member.size], member.end)
-
-
-def _unusual(pager: Pager, more: Callable[[], bool], where: str) -> Iterator[_File]:
-    """The same by tarfile, from `pager.after` on. Raises InputError for links and sparse files."""
-    base = place = pager.after
-
-    def read(size: int) -> bytes:
-        nonlocal place
-        while pager.told < place + size and more():
-            pass
-        data = pager.get(place, place + size)
-        place += len(data)
-        return data
-
-    with tarfile.open(fileobj=cast(BinaryIO, SimpleNamespace(read=read)), mode="r|", bufsize=BLOCK) as tar:
-        for member in tar:
-            tar.members = []  # type: ignore[attr-defined]  # else all headers of a large shard stay in memory
-            if member.issym() or member.islnk() or member.issparse():
-                raise InputError(f"{where}: {member.name} is a link or sparse: repack it with the files")
-            stream = tar.extractfile(member) if member.isreg() else None
-            pager.after = base + tar.offset
-            if stream:
-                yield _File(member.name, base + member.offset, stream.read(), base + tar.offset)
-
-
-def _samples_members(files: Iterator[_File], where: str, pager: Pager) -> Iterator[tuple[str, str, bytes]]:
-    """Key, suffix and bytes of each member of a sample; `pager` is told where samples start and end."""
-    last = None
-    for file in files:
-        if not (named := key_and_suffix(file.name)):
-            continue
-        if not named[0].isprintable():
-            raise InputError(f"{where}, key {named[0]!r}: not printable UTF-8: repack the data set")
-        if named[0] != last:
-            last = named[0]
-            pager.start(file.begin)
-        yield *named, file.data
-        pager.end = file.end
-
-
-def ending(where: str, pager: Pager) -> Iterator[str]:
-    """What is wrong behind the last sample: a tar that was cut between two samples reads as if whole."""
-    rest = pager.rest(pager.after)
-    if not pager.samples:
-        yield f"{where}: holds no samples: remove it"
-    if len(rest) < 2 * tarfile.BLOCKSIZE:
-        yield f"{where}: ends in the middle: no end-of-archive mark: copy it again"
-    elif rest.strip(b"\0"):
-        yield f"{where}: more data behind the end of the archive, as of tars laid end to end: repack them"
 
 
 def _scans(

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.format.audit import ending, scan
 from pipeline.data.format.pages import Pager, Table, dump_table, parse_table
+from pipeline.data.format.samples import ending, scan
 from pipeline.data.format.shards import Shard, problems
 from pipeline.data.format.survey import Survey
 from pipeline.errors import InputError

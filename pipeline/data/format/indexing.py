@@ -21,11 +21,12 @@ from braceexpand import braceexpand
 from joblib import cpu_count
 from tqdm import tqdm
 
-from pipeline.data.format.audit import PROBLEMS, Problems, bar_of_bytes, scan
+from pipeline.data.format.audit import PROBLEMS, Problems, bar_of_bytes
 from pipeline.data.format.found import FOUND, Found, key_hash, read_shard
 from pipeline.data.format.labels import check_label_rule
 from pipeline.data.format.manifest import INDEX, Manifest
 from pipeline.data.format.pages import Pager, dump_table, table_name
+from pipeline.data.format.samples import scan
 from pipeline.data.format.survey import Survey
 from pipeline.errors import InputError, Unavailable
 from pipeline.storage.base import Store

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from pipeline.data.decode import UNDECODABLE, decoding, eight_bits, open_picture
-from pipeline.data.format.audit import BROKEN_TAR
+from pipeline.data.format.samples import BROKEN_TAR
 from pipeline.data.order import shuffled
 from pipeline.data.resize import parse_size
 from pipeline.data.sources.source import Example, Made, Source

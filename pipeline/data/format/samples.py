@@ -1,0 +1,122 @@
+"""The samples of a shard as WebDataset groups them: of whole pages in memory, and of a whole tar in a store."""
+
+import gzip
+import lzma
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from typing import Any
+
+from pipeline.data.format.pages import Pager
+from pipeline.data.format.tar import members
+from pipeline.errors import InputError
+from pipeline.storage.base import Store
+
+BROKEN_TAR = (
+    *(tarfile.TarError, EOFError, RecursionError, MemoryError, ValueError),  # headers that nest or lie
+    *(zlib.error, lzma.LZMAError, gzip.BadGzipFile),  # a tar may be compressed
+)
+"""What reading a damaged tar raises. A disk or network that fails raises others, worth a retry."""
+
+_SPLIT = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # WebDataset's, whose import would wait for torch
+
+
+def samples(page: bytes) -> Iterator[dict[str, Any]]:
+    """The samples in the bytes of whole pages. Raises tarfile.TarError or ValueError where they are none."""
+    files = members(lambda first, last: page[first:last], hashed=True)
+    return grouped((*split, data) for name, _, _, data in files if data is not None and (split := key_and_suffix(name)))
+
+
+def scan(
+    store: Store, name: str, pager: Pager, advance: Callable[[int], object] = lambda _: None
+) -> Iterator[dict[str, Any]]:
+    """The samples of a shard; `pager` measures all its bytes, and `advance` gets the number of each piece of them.
+
+    Raises InputError where they are no uncompressed tar or end early, or a sample has two members of a suffix.
+    """
+    where = store.url(name)
+    with closing(store.pieces(name)) as pieces:
+
+        def more() -> bool:
+            data = next(pieces, b"")
+            advance(pager.write(data))
+            return bool(data)
+
+        try:
+            yield from grouped(_measured(pager, more, where), f"{where}, ")
+            while more():
+                pass
+        except InputError:
+            raise
+        except BROKEN_TAR as error:
+            raise InputError(f"{where}: truncated or no tar ({error}): copy it again, or repack the data set") from None
+
+
+def _measured(pager: Pager, more: Callable[[], bool], where: str) -> Iterator[tuple[str, str, bytes]]:
+    """Key, suffix and bytes of each member of a sample; tells `pager`, which `more` gives bytes, where samples lie."""
+
+    def read(first: int, last: int) -> bytes:
+        while pager.size < last and more():
+            pass
+        return pager.get(first, last)
+
+    previous = None
+    for member in members(read, where):
+        pager.after = member.end
+        if member.data is None or not (split := key_and_suffix(member.name)):
+            if not pager.samples:
+                pager.skip(member.end)
+            continue
+        if not split[0].isprintable():
+            raise InputError(f"{where}, key {split[0]!r}: not printable UTF-8: repack the data set")
+        if split[0] != previous:
+            previous = split[0]
+            pager.start(member.begin)
+        yield *split, member.data
+        pager.end = member.end
+    if not pager.after:
+        raise tarfile.ReadError("it begins with zeros" if pager.size else "empty file")
+
+
+def ending(where: str, pager: Pager) -> Iterator[str]:
+    """What is wrong behind the last sample: a tar that was cut between two samples reads as if whole."""
+    rest = pager.rest(pager.after)
+    if not pager.samples:
+        yield f"{where}: holds no samples: remove it"
+    if len(rest) < 2 * tarfile.BLOCKSIZE:
+        yield f"{where}: ends in the middle: no end-of-archive mark: copy it again"
+    elif rest.strip(b"\0"):
+        yield f"{where}: more data behind the end of the archive, as of tars laid end to end: repack them"
+
+
+def grouped(
+    members: Iterable[tuple[str, str, bytes]],  # key, suffix and bytes of each, in order
+    where: str = "",  # for messages
+) -> Iterator[dict[str, Any]]:
+    """The samples as WebDataset gives them: `__key__`, and the members' bytes by suffix."""
+    sample: dict[str, Any] = {}
+    for key, suffix, data in members:
+        if key != sample.get("__key__"):
+            if sample:
+                yield sample
+            sample = {"__key__": key}
+        if suffix in sample:
+            raise InputError(f"{where}key {key}: two members end in .{suffix}: repack the data set")
+        sample[suffix] = data
+    if sample:
+        yield sample
+
+
+def key_and_suffix(name: str) -> tuple[str, str] | None:
+    """Key and suffix of a member's name, as WebDataset splits it; None where WebDataset ignores the member."""
+    first = name.partition("/")[0]
+    if len(first) >= 4 and first.startswith("__") and first.endswith("__"):
+        return None
+    slash = name.rfind("/") + 1
+    dot = name.find(".", slash)
+    if dot > slash:
+        return name[:dot], name[dot + 1 :].lower()
+    match = _SPLIT.match(name)
+    return match and (match[1], match[2].lower())
