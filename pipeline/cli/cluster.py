@@ -3,14 +3,11 @@
 import gc
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import make_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tyro.conf import Positional
 
-from pipeline import shipped
 from pipeline.errors import InputError, Unavailable, exit_on_input_error, require
 from pipeline.terminal import busy
 
@@ -43,20 +40,6 @@ def launch() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a normal exit would restore the default signal handlers and join threads
-
-
-def launch_options(command: Callable[[], None]) -> type:
-    """A class with the options of `train` or `launch`, settings of the training included, for shell completion."""
-    from pipeline.cluster.launch import build_parser
-    from pipeline.config import Config
-
-    own: list[Any] = [(name, type(value), value) for name, value in vars(build_parser().parse_args([])).items()]
-    named = {"config": "configs", "engine": "launch"}
-    own = [field for field in own if field[0] not in named]
-    for option, folder in named.items():
-        names = sorted(file.stem for file in shipped(folder).glob("*.yaml"))
-        own.append((option, Literal[tuple(names)], names[0]))
-    return make_dataclass("Launch", own, bases=(Config,), kw_only=True, namespace={"__doc__": command.__doc__})
 
 
 def render(

@@ -20,21 +20,17 @@ def demo(
     run: Run,
     /,
     *,
-    host: str = "127.0.0.1",
     port: int = 7860,
-    share: bool = False,
     data: str | None = None,
     device: Device = "auto",
 ) -> None:
     """Serve a page to play with a model of images: draw or upload, damage, repair; sample, interpolate.
 
     Args:
-        host: Address to listen on. The default is reachable from this machine alone; the page has no password.
-        port: Port to listen on; 0 for any free one.
-        share: Also make a public link, through a server of Gradio's, which anyone who has it can use.
+        port: Port of 127.0.0.1 to listen on; 0 for any free one. Other machines cannot reach it.
         data: Packed data set in which nearest training images are searched; default: the one it was trained on.
     """
-    port = _free_port(host, port)
+    port = _free_port(port)
     model = open_model(run, find_device(device))
     require((len(model.shape) == 3, f"the page is for images, the model in {run} takes points of {model.shape}"))
     training, about = _introduce(model, run, data)
@@ -44,14 +40,13 @@ def demo(
             "GRADIO_ANALYTICS_ENABLED": "False",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "GRADIO_TEMP_DIR": place,
-            "GRADIO_ALLOWED_PATHS": "",
         }
         try:
             from pipeline.cli.page import Player, serving
         except ModuleNotFoundError as error:
             raise InputError(f"naign demo needs Gradio ({error}): in a checkout, pip install -e '.[demo]'") from None
-        with serving(Player(model, training), about=about, host=host, port=port, share=share) as page:
-            print(f"page: {page.share_url or page.local_url} (Ctrl-C ends it)", flush=True)
+        with serving(Player(model, training), about=about, port=port) as page:
+            print(f"page: {page.local_url} (Ctrl-C ends it)", flush=True)
             threading.Event().wait()
 
 
@@ -71,17 +66,13 @@ def _introduce(model: "NAIGN", run: str, data: str | None) -> "tuple[Tensor | No
     return training, f"{about} Nearest images are searched among {len(training):,} of its training images."
 
 
-def _free_port(host: str, port: int) -> int:
-    """The port, or a free one for 0. Raises InputError where this machine cannot listen there."""
+def _free_port(port: int) -> int:
+    """The port, or a free one for 0. Raises InputError where this machine cannot listen on it."""
     require((0 <= port < 2**16, f"--port is {port}: it must be 0 to {2**16 - 1}"))
     try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # or a port stays taken for a while
-            listener.bind(address)
+        with socket.create_server(("127.0.0.1", port)) as listener:
             return int(listener.getsockname()[1])
-    except (OSError, UnicodeError) as error:
-        cause = error.strerror if isinstance(error, OSError) else error
+    except OSError as error:
         raise InputError(
-            f"cannot listen on --host {host} --port {port} ({cause}): choose another, or --port 0 for any free one"
+            f"cannot listen on --port {port} ({error.strerror}): choose another, or --port 0 for any free one"
         ) from None

@@ -15,7 +15,6 @@ import tyro
 
 from pipeline import __version__
 from pipeline.cli.cluster import fetch, launch, render, train
-from pipeline.cli.completion import completion
 from pipeline.cli.data import index, pack, verify
 from pipeline.cli.demo import demo
 from pipeline.cli.health import doctor
@@ -28,7 +27,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     command.__name__: command
     for command in (
         *(pack, index, verify, train, launch, render, fetch, runs, compare),
-        *(evaluate, sample, restore, score, export, push, demo, doctor, completion),
+        *(evaluate, sample, restore, score, export, push, demo, doctor),
     )
 }
 FULL = ("can't allocate memory", "out of memory")  # of a machine, of a GPU

@@ -1,7 +1,4 @@
-"""The page of `naign demo`, in Gradio. What it computes is in pipeline/evaluate/play.py.
-
-The browser loads nothing from other hosts, and the server reads nothing that was not uploaded to it.
-"""
+"""The page of `naign demo`, in Gradio. Its computations are in pipeline/evaluate/play.py."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -13,10 +10,6 @@ import gradio
 import numpy as np
 import torch
 from PIL import Image
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from torch import Tensor
 
 from pipeline.data.degrade import KINDS
@@ -26,21 +19,23 @@ from pipeline.model.naign import NAIGN
 from pipeline.model.scale import scaled
 from pipeline.observe.pictures import grid, shades, to_image
 
+HOST = "127.0.0.1"
 SIDE = 320  # pixels of the canvas' longer side, about
-LAYERS = 2  # of a drawing: the page sends one at most, and uses none
-WAITING = 32  # requests at most
-BODY = play.UPLOAD + 2**20  # bytes of a request
-POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; object-src 'none'; base-uri 'self'"
+STRENGTH = 2.0  # of a damage at most
+TIMES = 5  # applications of f at most
+SAMPLES = 64  # at once at most
+STEPS = 16  # images of an interpolation at most
+SEEDS = 2**31
 STYLE = ".pixels img {object-fit: contain !important; image-rendering: pixelated} .pixels .image-frame {width: 100%}"
 
 
-def _told(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, but that bad input and too little memory are told to the person in the browser."""
+def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with bad input and a lack of memory shown as messages in the browser."""
 
     @functools.wraps(function)
-    def call(*inputs: Any, **named: Any) -> Any:
+    def call(*inputs: Any) -> Any:
         try:
-            return function(*inputs, **named)
+            return function(*inputs)
         except InputError as error:
             message = str(error)
         except (MemoryError, RuntimeError) as error:
@@ -52,38 +47,9 @@ def _told(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _by_upload_alone(component: Any) -> None:
-    """Files of the component come by upload alone. Gradio itself refuses paths, but would fetch addresses."""
-    move = component.async_move_resource_to_block_cache
-
-    async def moved(address: str | Path | None) -> str | None:
-        if address is not None and "://" in str(address):
-            raise gradio.Error("an address is no upload: save the picture and upload the file", print_exception=False)
-        path: str | None = await move(address)
-        return path
-
-    component.async_move_resource_to_block_cache = moved
-
-
-def _as_uploads(canvas: Any) -> None:
-    """What is drawn is refused as uploads are, before it is decoded, and so are more layers than the page sends."""
-    convert, preprocess = canvas.convert_and_format_image, canvas.preprocess
-
-    @_told
-    def checked(file: Any, flatten_on_white: bool = False) -> Any:
-        if file is not None:
-            play.check_picture(Path(file.path).read_bytes() if hasattr(file, "path") else bytes(file))
-        with play.decoded():
-            return convert(file, flatten_on_white)
-
-    @_told
-    def counted(payload: Any) -> Any:
-        sent = canvas.blob_storage.get(payload.id) if payload is not None and payload.id is not None else payload
-        layers = len((sent and sent.layers) or ())
-        require((layers <= LAYERS, f"the drawing has {layers} layers: send at most {LAYERS}"))
-        return preprocess(payload)
-
-    canvas.convert_and_format_image, canvas.preprocess = checked, counted
+def _filled(*numbers: float | None) -> None:
+    """Raise InputError for an empty field; Gradio checks the ranges itself."""
+    require((None not in numbers, "a number is missing: fill in every field"))
 
 
 class Player:
@@ -113,7 +79,7 @@ class Player:
         return self._drawn(play.read_upload(Path(file).read_bytes(), self.model))
 
     def example(self, seed: int) -> dict[str, Any]:
-        play.check(seed=seed)
+        _filled(seed)
         assert self.training is not None
         return self._drawn(scaled(self.training[seed % len(self.training)][None]))
 
@@ -124,28 +90,30 @@ class Player:
         picture = canvas and (canvas["composite"] or canvas["background"])
         if not picture:
             raise InputError("there is no picture: draw one, or upload one")
+        _filled(times, seed, *strengths)
         given = play.damage(self.from_canvas(picture), dict(zip(KINDS, strengths, strict=True)), seed=seed)
-        found = play.repair(self.model, given, times=times)
-        answer = found.answers[-1]
+        done = play.repair(self.model, given, times=times)
+        answer = done.answers[-1]
         applied = [
             (to_image(image[0]), f"{count}: {energy:.2g}")
-            for count, (image, energy) in enumerate(zip(found.answers, found.energies[1:], strict=True), 1)
+            for count, (image, energy) in enumerate(zip(done.answers, done.energies[1:], strict=True), 1)
         ]
         near = []
         if self.training is not None:
             images, distances = play.nearest(self.training, answer)
             near = [(to_image(image), f"{one:.3g}") for image, one in zip(images, distances, strict=True)]
-        text = f"Energy, the mean of (f(x) − x)²: **{found.energies[0]:.4g}** of what f was given, "
-        text += f"**{found.energies[-1]:.4g}** of its answer. Darkest in the map: |f(x) − x| = {found.moved.max():.3g}."
-        return to_image(given[0]), shades(found.moved), to_image(answer[0]), text, applied, near
+        text = f"Energy, the mean of (f(x) − x)²: **{done.energies[0]:.4g}** of what f was given, "
+        text += f"**{done.energies[-1]:.4g}** of its answer. Darkest in the map: |f(x) − x| = {done.moved.max():.3g}."
+        return to_image(given[0]), shades(done.moved), to_image(answer[0]), text, applied, near
 
     def sample(self, n: int, seed: int, times: int) -> Image.Image:
-        made = play.sample(self.model, n=n, seed=seed, times=times)
-        return grid(made, columns=min(n, 8))
+        _filled(n, seed, times)
+        return grid(self.model.sample(n, seed=seed, times=times).cpu(), columns=min(n, 8))
 
     def between(self, first: int, last: int, steps: int, times: int) -> Image.Image:
-        made = play.between(self.model, first, last, steps=steps, times=times)
-        return grid(made, columns=min(steps, 8))
+        _filled(first, last, steps, times)
+        latents = self.model.between(first, last, steps=steps)
+        return grid(self.model.project(latents, times=times).cpu(), columns=min(steps, 8))
 
 
 def build(player: Player, *, about: str) -> gradio.Blocks:
@@ -157,16 +125,18 @@ def build(player: Player, *, about: str) -> gradio.Blocks:
             _repairing(player, shared)
         with gradio.Tab("Sample"):
             with gradio.Row():
-                n, seed, times = _slider("Samples", 16, play.SAMPLES), _seed("Seed"), _times()
+                n, seed, times = _slider("Samples", 16, SAMPLES), _seed("Seed"), _times()
                 button = gradio.Button("Sample", variant="primary")
-            button.click(_told(player.sample), [n, seed, times], _shown("Samples f(z)"), api_name="sample", **shared)
+            button.click(
+                _refusing(player.sample), [n, seed, times], _shown("Samples f(z)"), api_name="sample", **shared
+            )
         with gradio.Tab("Between two samples"):
             with gradio.Row():
                 ends = [_seed("Seed of the first latent"), _seed("Seed of the second latent", 1)]
-                inputs = [*ends, _slider("Images", 8, play.STEPS, least=2), _times()]
+                inputs = [*ends, _slider("Images", 8, STEPS, least=2), _times()]
                 button = gradio.Button("Interpolate", variant="primary")
-            button.click(_told(player.between), inputs, _shown("f on the way"), api_name="between", **shared)
-    page.queue(api_open=False, max_size=WAITING, default_concurrency_limit=1)
+            button.click(_refusing(player.between), inputs, _shown("f on the way"), api_name="between", **shared)
+    page.queue(api_open=False, default_concurrency_limit=1)
     return page
 
 
@@ -200,25 +170,22 @@ def _repairing(player: Player, shared: dict[str, Any]) -> None:
                 upload = gradio.UploadButton("Upload a picture", elem_id="upload", size="md")
                 example = gradio.Button("A training image", size="md", visible=player.training is not None)
         with gradio.Column():
-            strengths = [_slider(kind.replace("_", " and "), 0, play.STRENGTH, least=0, step=0.1) for kind in KINDS]
+            strengths = [_slider(kind.replace("_", " and "), 0, STRENGTH, least=0, step=0.1) for kind in KINDS]
             seed, times = _seed("Seed of the damage, number of the training image"), _times()
             button = gradio.Button("Repair", variant="primary")
     with gradio.Row():
         pictures = [_shown("What f is given", "given"), _shown("|f(x) − x|", "map"), _shown("Repaired", "repaired")]
-    _by_upload_alone(upload)
-    _by_upload_alone(canvas)
-    _as_uploads(canvas)
     text = gradio.Markdown(elem_id="energies")
-    rows = [_gallery("f applied 1, 2, ... times: energy", play.TIMES)]
+    rows = [_gallery("f applied 1, 2, ... times: energy", TIMES)]
     rows.append(_gallery("Training images nearest to the repaired one: L2 distance", play.NEAREST))
     rows[1].visible = player.training is not None
     inputs, outputs = [canvas, times, seed, *strengths], [*pictures, text, *rows]
     quiet = {"show_progress": "hidden"} | shared  # else a refused upload would cover the canvas
-    clear.click(_told(player.clear), None, canvas, api_name="clear", **quiet)
-    upload.upload(_told(player.upload), upload, canvas, api_name="upload", **quiet)
-    button.click(_told(player.repair), inputs, outputs, api_name="repair", **shared)
+    clear.click(_refusing(player.clear), None, canvas, api_name="clear", **quiet)
+    upload.upload(_refusing(player.upload), upload, canvas, api_name="upload", **quiet)
+    button.click(_refusing(player.repair), inputs, outputs, api_name="repair", **shared)
     if player.training is not None:
-        example.click(_told(player.example), seed, canvas, api_name="example", **quiet)
+        example.click(_refusing(player.example), seed, canvas, api_name="example", **quiet)
 
 
 def _slider(label: str, value: float, most: float, *, least: float = 1, step: float = 1) -> gradio.Slider:
@@ -227,11 +194,11 @@ def _slider(label: str, value: float, most: float, *, least: float = 1, step: fl
 
 
 def _times() -> gradio.Slider:
-    return _slider("Times that f is applied", 1, play.TIMES)
+    return _slider("Times that f is applied", 1, TIMES)
 
 
 def _seed(label: str, value: int = 0) -> gradio.Number:
-    return gradio.Number(value, label=label, precision=0, minimum=0, maximum=play.SEEDS - 1)
+    return gradio.Number(value, label=label, precision=0, minimum=0, maximum=SEEDS - 1)
 
 
 def _shown(label: str, name: str | None = None) -> gradio.Image:
@@ -253,46 +220,14 @@ def _gallery(label: str, columns: int) -> gradio.Gallery:
     )
 
 
-class _Guard:
-    """Refuses requests with more than BODY bytes, and tells the browser to load nothing from other hosts."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        left = BODY
-
-        async def counted() -> Message:
-            nonlocal left
-            message = await receive()
-            left -= len(message.get("body", b""))
-            return message if left >= 0 else {"type": "http.disconnect"}
-
-        async def marked(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["Content-Security-Policy"] = POLICY
-            await send(message)
-
-        length = Headers(scope=scope).get("content-length", "0")
-        if not length.isdecimal() or int(length) > BODY:
-            refused = PlainTextResponse(f"a request has at most {BODY:,} bytes", status_code=413)
-            await refused(scope, receive, send)
-        else:
-            await self.app(scope, counted, marked)
-
-
 @contextmanager
-def serving(player: Player, *, about: str, host: str, port: int, share: bool) -> Iterator[gradio.Blocks]:
+def serving(player: Player, *, about: str, port: int) -> Iterator[gradio.Blocks]:
     """Serve the page until the context ends."""
     page = build(player, about=about)
     try:
         page.launch(
-            server_name=f"[{host}]" if ":" in host else host,
+            server_name=HOST,
             server_port=port,
-            share=share,
             theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # none is fetched
             css=STYLE,
             ssr_mode=False,
@@ -300,13 +235,11 @@ def serving(player: Player, *, about: str, host: str, port: int, share: bool) ->
             enable_monitoring=False,
             run_history=False,
             footer_links=[],
-            max_file_size=play.UPLOAD,
-            app_kwargs={"middleware": [Middleware(_Guard)]},
             prevent_thread_lock=True,
             quiet=True,
         )
         yield page
     except (OSError, gradio.exceptions.ServerFailedToStartError) as error:
-        raise InputError(f"the page cannot be served on --host {host} --port {port}: {one_line(error)}") from None
+        raise InputError(f"the page cannot be served on --port {port}: {one_line(error)}") from None
     finally:
         page.close(verbose=False)

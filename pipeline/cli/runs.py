@@ -1,5 +1,6 @@
 """Commands that look at runs: runs, compare."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from pipeline.cli.output import Json, print_json, print_table
-from pipeline.errors import InputError, printable, require
+from pipeline.errors import InputError, printable
 from pipeline.terminal import busy
 
 if TYPE_CHECKING:
@@ -57,28 +58,51 @@ def runs(
         print(f"{printable(path, LONGEST)}: {problem}")
 
 
-def compare(folders: Positional[tuple[Path, ...]], /, *, to: Path = Path("compare.html")) -> None:
-    """Write one page about several runs: curves, settings that differ, evaluations, samples side by side.
+def compare(folders: Positional[tuple[Path, ...]], /, *, json: Json = False) -> None:
+    """Print runs side by side: evaluations, the best marked by *, and the settings that differ.
 
     Args:
         folders: Two local runs or more; also exported models that were evaluated.
-        to: The page: one .html file that needs no other and no network.
     """
-    from pipeline.evaluate.compare import render_comparison
-    from pipeline.storage.local import write_atomically
+    from pipeline.evaluate.compare import compare_runs
 
     for folder in folders:
         _check_local(folder)
-    named = printable(str(to), LONGEST)
-    require(
-        (to.suffix == ".html", f"--to {named}: give a file that ends in .html"),
-        (not to.is_dir(), f"--to {named} is a folder: give a file that ends in .html"),
-    )
     with busy("reading runs"):
-        page = render_comparison(folders)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(to, page.encode(errors="backslashreplace"))  # names may be no UTF-8
-    print(f"{len(folders)} runs: {named}")
+        compared = compare_runs(folders)
+    if json:
+        sides = [asdict(side) for side in compared.sides]
+        print_json(
+            {
+                "runs": [{key: side[key] for key in ("label", "path", "state", "images_seen")} for side in sides],
+                "evaluation": {row.path: values for row, values in compared.numbers},
+                "settings": dict(compared.settings),
+                "unlike": compared.unlike,
+            }
+        )
+        return
+    labels = [printable(side.label, LONGEST) for side in compared.sides]
+    state = ("state", [side.state for side in compared.sides])
+    seen = ("images seen", [f"{side.images_seen:,}" for side in compared.sides])
+    measured = [(row.title, _marked(values, row.better)) for row, values in compared.numbers]
+    for title, rows in (("run", [state, seen, *measured]), ("setting", compared.settings)):
+        if rows:
+            print_table((title, *labels), [(name, *values) for name, values in rows])
+            print()
+    for label, side in zip(labels, compared.sides, strict=True):
+        if not side.metrics:
+            print(f"{label} was not evaluated: run `naign evaluate {printable(side.path, LONGEST)}`")
+    if compared.unlike:
+        print(f"not the same for all: {', '.join(compared.unlike)}; distances do not compare")
+
+
+def _marked(values: Sequence[float | None], better: str) -> list[str]:
+    """The values as text, the best with a * where there are at least two; better: min, max or ""."""
+    from pipeline.evaluate.report import number
+
+    known = [value for value in values if value is not None]
+    best = None if not better or len(known) < 2 else (min if better == "min" else max)(known)
+    return [f"{number(value)}{'*' if value is not None and value == best else ''}" for value in values]
 
 
 def _check_local(folder: Path) -> None:

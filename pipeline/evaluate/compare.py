@@ -1,32 +1,25 @@
-"""Several runs on one page: curves, settings that differ, evaluations, samples side by side. See compare.html.jinja."""
+"""Runs side by side: evaluations, and the settings that differ."""
 
-import io
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from pipeline.errors import InputError, printable, require
-from pipeline.evaluate import curves
-from pipeline.evaluate.curves import Chart, Point, draw_chart
-from pipeline.evaluate.report import DAMAGE, pages
+from pipeline.errors import InputError, one_line, printable, require
+from pipeline.evaluate.report import DAMAGE
 from pipeline.evaluate.runs import flat, number, parse_line, pick, read_json, read_run, read_settings, regular, whole
 
-MOST = 16  # runs of a page
-PICTURE = 32 << 20  # bytes of a picture that is embedded, at most
-COLOURS = ("#2d6cdf", "#e07a1f", "#2e9e5b", "#c4161c", "#8e5bd0", "#13a3b5", "#b5893a", "#d0509a")
-OWN = ("run.path", "run.remote", "resume")
+MOST = 16  # runs side by side
+IGNORED = ("run.path", "run.remote", "resume")
 """Settings that always differ, or say nothing of what was learned."""
 
 
 class Number(NamedTuple):
-    """A line of the table of evaluations."""
+    """A row of the table of evaluations."""
 
     title: str
     path: str  # in metrics.json
@@ -57,12 +50,12 @@ SAME = {
     "counts.test": "test examples",
     "counts.floor": "training examples of the floor",
 }
-"""What must be the same of two evaluations whose distances are compared, by its path."""
+"""By path in metrics.json, what two evaluations must share for their distances to compare."""
 
 
 @dataclass(kw_only=True)
 class Side:
-    """A run on the page."""
+    """One of the runs."""
 
     label: str
     path: str
@@ -70,14 +63,19 @@ class Side:
     images_seen: int
     settings: dict[str, Any]
     metrics: dict[str, Any]  # of its evaluation; {}: none
-    series: dict[str, list[Point]]  # over images seen, by name
-    picture: bytes | None  # samples, as a PNG file
-    colour: str
-    dash: str  # of its curves, beyond the first COLOURS
 
 
-def render_comparison(folders: Sequence[Path]) -> str:
-    """The page, as HTML. Raises InputError for what is no run, and for too few, too many or the same ones."""
+class Comparison(NamedTuple):
+    """Each list of values has one entry a run, in the order of `sides`."""
+
+    sides: list[Side]
+    numbers: list[tuple[Number, list[float | None]]]  # those that a run has
+    settings: list[tuple[str, list[str]]]  # those that differ; "–" where a run has none
+    unlike: list[str]  # of SAME, what differs
+
+
+def compare_runs(folders: Sequence[Path]) -> Comparison:
+    """Compare 2 to MOST runs or evaluated models. Raises InputError for what is neither, or given twice."""
     resolved = [folder.resolve() for folder in folders]
     twice = [str(folder) for folder, count in Counter(resolved).items() if count > 1]
     require(
@@ -88,19 +86,17 @@ def render_comparison(folders: Sequence[Path]) -> str:
     labels = [
         str(given) if names[folder.name] > 1 else folder.name for given, folder in zip(folders, resolved, strict=True)
     ]
-    sides = [_read(folder, label, turn) for turn, (folder, label) in enumerate(zip(folders, labels, strict=True))]
-    given = {
-        "sides": sides,
-        "charts": draw_charts(sides),
-        "settings": settings_that_differ(sides),
-        "numbers": [(one, [number(pick(side.metrics, one.path)) for side in sides]) for one in NUMBERS],
-        "unlike": [name for path, name in SAME.items() if _unlike(sides, path)],
-        "curves": curves,
-    }
-    return pages().get_template("compare.html.jinja").render(given) + "\n"
+    sides = [_read(folder, label) for folder, label in zip(folders, labels, strict=True)]
+    rows = [(row, [number(pick(side.metrics, row.path)) for side in sides]) for row in NUMBERS]
+    return Comparison(
+        sides,
+        [(row, values) for row, values in rows if any(value is not None for value in values)],
+        settings_that_differ(sides),
+        [name for path, name in SAME.items() if _unlike(sides, path)],
+    )
 
 
-def _read(folder: Path, label: str, turn: int) -> Side:
+def _read(folder: Path, label: str) -> Side:
     metrics, named = read_json(folder / "evaluation/metrics.json"), printable(str(folder))
     try:
         run = read_run(folder, label)
@@ -113,19 +109,7 @@ def _read(folder: Path, label: str, turn: int) -> Side:
         state, seen, settings = "model", whole(metrics.get("images_seen")), _recorded(folder / "model.safetensors")
     except OSError as error:
         raise InputError(f"'{named}' cannot be compared: {error.strerror}") from None
-    colour, dash = COLOURS[turn % len(COLOURS)], "6 3" if turn >= len(COLOURS) else "none"
-    return Side(
-        label=label,
-        path=str(folder),
-        state=state,
-        images_seen=seen,
-        settings=settings,
-        metrics=metrics,
-        series=read_series(folder / "metrics.jsonl"),
-        picture=_picture(folder),
-        colour=colour,
-        dash=dash,
-    )
+    return Side(label=label, path=str(folder), state=state, images_seen=seen, settings=settings, metrics=metrics)
 
 
 def _recorded(file: Path) -> dict[str, Any]:
@@ -138,67 +122,13 @@ def _recorded(file: Path) -> dict[str, Any]:
         return {}
 
 
-def read_series(file: Path) -> dict[str, list[Point]]:
-    """The curves of metrics.jsonl that the page shows, of finite values; {} without it."""
-    found: dict[str, list[Point]] = {}
-    try:
-        with regular(file).open("rb") as lines:
-            for entry in map(parse_line, lines):
-                seen = number(entry.get("images_seen"))
-                for name, value in entry.items():
-                    shown = name == "match/distance" or (
-                        name.startswith(("loss/", "quality/")) and "seconds" not in name
-                    )
-                    if shown and seen is not None and (finite := number(value)) is not None:
-                        found.setdefault(name, []).append((seen, finite))
-    except OSError:
-        return {}
-    return {name: sorted(points) for name, points in found.items()}
-
-
-def draw_charts(sides: Sequence[Side]) -> list[Chart]:
-    """Quality first, then the match, then losses, the total before its terms."""
-    names = sorted({name for side in sides for name in side.series}, key=lambda name: (name != "loss/total", name))
-    rooms = ("quality/", "match/", "loss/")
-    ordered = [name for room in rooms for name in names if name.startswith(room)]
-    drawn = (
-        draw_chart(name, {turn: side.series[name] for turn, side in enumerate(sides) if name in side.series})
-        for name in ordered
-    )
-    return [chart for chart in drawn if chart]
-
-
 def settings_that_differ(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
-    """Key and the value of each run, "–" where it has none; of runs without any settings none is counted."""
-    keys = dict.fromkeys(key for side in sides for key in side.settings if key not in OWN)
-    rows = [
-        (key, [_masked(str(side.settings.get(key, "–"))) if side.settings else "–" for side in sides]) for key in keys
-    ]
+    """Key and value of each run, "–" where it has none. Runs without any settings are not counted."""
+    keys = dict.fromkeys(key for side in sides for key in side.settings if key not in IGNORED)
+    rows = [(key, [one_line(side.settings.get(key, "–")) if side.settings else "–" for side in sides]) for key in keys]
     known = [turn for turn, side in enumerate(sides) if side.settings]
     return [(key, values) for key, values in rows if len({values[turn] for turn in known}) > 1]
 
 
-def _masked(value: str) -> str:
-    """Without the user and password of addresses: the page may be passed on."""
-    return re.sub(r"://[^\s/]*@", "://...@", value)
-
-
 def _unlike(sides: Sequence[Side], path: str) -> bool:
     return len({str(pick(side.metrics, path)) for side in sides if side.metrics}) > 1
-
-
-def _picture(folder: Path) -> bytes | None:
-    """The samples that evaluation drew, or else the last that training did; None without a PNG file of them."""
-    for file in (
-        folder / "evaluation/samples.png",
-        *sorted(folder.glob("samples/samples-[0-9]*.png"), reverse=True)[:1],
-    ):
-        try:
-            if regular(file).stat().st_size <= PICTURE:
-                content = file.read_bytes()
-                with Image.open(io.BytesIO(content), formats=["PNG"]) as opened:
-                    opened.verify()
-                return content
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            continue
-    return None

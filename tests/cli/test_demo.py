@@ -1,6 +1,5 @@
 """The page of `naign demo`, as its visitors meet it: over HTTP and, where Chromium is, in a browser."""
 
-import json
 import math
 import re
 import shutil
@@ -29,7 +28,6 @@ from pipeline.model.networks import ConvConfig, PointConfig
 from pipeline.model.scale import scaled
 from pipeline.observe.pictures import grid, shades, to_image
 from tests.conftest import environment
-from tests.evaluate.test_play import claiming
 
 TINY = ConvConfig(width=8, depth=0, code=16, max_width=16)
 FACTOR = 40  # pixels of the canvas for one of a digit
@@ -146,55 +144,35 @@ def test_bad_input_is_answered_with_a_message(page, client, digit, tmp_path) -> 
     from gradio_client import handle_file
     from gradio_client.exceptions import AppError
 
-    bad = {"text.png": b"hello", "cut.png": digit[1].read_bytes()[:90], "large.png": claiming(25_000, 20_000)}
-    said = {"text.png": "cannot be read as a picture", "cut.png": "cannot be decoded", "large.png": "25 megapixels"}
-    for name, content in bad.items():
+    for name, content in {"text.png": b"hello", "cut.png": digit[1].read_bytes()[:90]}.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(AppError, match=said[name]):
+        with pytest.raises(AppError, match="cannot be read as a picture"):
             client.predict(handle_file(tmp_path / name), api_name="/upload")
-        with pytest.raises(AppError, match=said[name]):
-            client.predict(drawn(tmp_path / name), 1, 0, 0, 0, 0, 0, api_name="/repair")
-    with pytest.raises(AppError, match="the drawing has 3 layers: send at most 2"):
-        client.predict(drawn(digit[1]) | {"layers": [handle_file(digit[1])] * 3}, 1, 0, 0, 0, 0, 0, api_name="/repair")
-    for values in ((6, 0, 0), (1, -1, 0), (1, 0, 2.5)):
+    for values in ((6, 0, 0), (0, 0, 0), (1, -1, 0), (1, 2**31, 0), (1, 0, 2.5), (1, 0, -0.1)):
         with pytest.raises(AppError, match="than m"):
             client.predict(drawn(digit[1]), *values, 0, 0, 0, api_name="/repair")
+    for name, numbers in (("sample", (65, 0, 1)), ("between", (0, 1, 1, 1)), ("between", (0, 1, 17, 1))):
+        with pytest.raises(AppError, match="than m"):
+            client.predict(*numbers, api_name=f"/{name}")
+    with pytest.raises(AppError, match="a number is missing"):
+        client.predict(0, None, 2, 1, api_name="/between")
     with pytest.raises(AppError, match="there is no picture"):
         client.predict(None, 1, 0, 0, 0, 0, 0, api_name="/repair")
     test_samples_are_the_models(page, client)
 
 
-def ask(url: str, data: bytes | None = None, **headers: str) -> tuple[int, str]:
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"} | headers)
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
-            return answer.status, answer.read().decode(errors="replace")
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-
-
-def test_no_file_or_address_is_read_that_was_not_uploaded(page, client, digit) -> None:
-    for path in (f"{page.run}/model.safetensors", str(digit[1]), "/etc/hostname", f"{page.url}/theme.css"):
-        assert ask(f"{page.url}/gradio_api/file={path}")[0] in (403, 404)
-        file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        for name, values in (("upload", [file]), ("repair", [{"composite": file, "layers": []}, 1, 0, 0, 0, 0, 0])):
-            status, text = ask(f"{page.url}/gradio_api/call/{name}", json.dumps({"data": values}).encode())
-            if status == 200:  # the queue took it, and the answer tells
-                status, text = ask(f"{page.url}/gradio_api/call/{name}/{json.loads(text)['event_id']}")
-                assert "event: error" in text and "event: complete" not in text
-                assert "://" not in path or "an address is no upload" in text
-    assert ask(f"{page.url}/gradio_api/upload", b" ", **{"Content-length": str(play.UPLOAD + 2**21)})[0] == 413
-    test_samples_are_the_models(page, client)
+def test_no_file_is_served_that_was_not_uploaded(page, digit) -> None:
+    for path in (f"{page.run}/model.safetensors", str(digit[1]), "/etc/hostname"):
+        with pytest.raises(urllib.error.HTTPError, match="40[34]"):
+            urllib.request.urlopen(f"{page.url}/gradio_api/file={path}", timeout=60)
 
 
 def test_what_cannot_be_served_is_refused(page, save_untrained, tmp_path, monkeypatch) -> None:
     port = int(page.url.rpartition(":")[2])
-    taken = rf"cannot listen on --host 127.0.0.1 --port {port} \(Address already in use\): choose another"
+    taken = rf"cannot listen on --port {port} \(.*[Aa]ddress already in use.*\): choose another"
     for options, said in (
         ({"port": port}, taken),
         ({"port": 2**16}, "--port is 65536: it must be 0 to 65535"),
-        ({"host": "203.0.113.1", "port": 0}, "cannot listen on --host 203.0.113.1"),
         ({"data": str(tmp_path / "none"), "port": 0}, "no data set here"),
     ):
         with pytest.raises(InputError, match=said):

@@ -1,11 +1,10 @@
-"""What programs read of the commands: JSON on stdout, exit codes, completion; and what a terminal shows meanwhile."""
+"""What programs read of the commands: JSON on stdout, exit codes; and what a terminal shows meanwhile."""
 
 import io
 import json
 import os
 import pty
 import re
-import subprocess
 import sys
 import tarfile
 import termios
@@ -18,9 +17,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipeline import __version__, progress
+from pipeline import __version__, terminal
 from pipeline.cli import model as cli
-from pipeline.cli.completion import completion
 from pipeline.cli.main import COMMANDS, main
 from pipeline.data.format.indexing import index
 from pipeline.data.format.writer import pack
@@ -125,45 +123,10 @@ def test_the_version_and_what_train_takes_beside_settings(command: Command) -> N
     assert code == 0 and all(option in out for option in ("--config FILE", "--engine FILE", "--processes N", "--seed"))
 
 
-TRY = """
-source "$1"; shift
-COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
-fn=$(complete -p naign | sed 's/.*-F \\([^ ]*\\).*/\\1/')
-$fn naign "${COMP_WORDS[COMP_CWORD]}" ""
-printf '%s\\n' "${COMPREPLY[@]}"
-"""
-
-
-def test_bash_completes_commands_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    completion("bash")
-    (tmp_path / "script").write_text(capsys.readouterr().out)
-
-    def complete(*words: str) -> list[str]:
-        run = ["bash", "-c", TRY, "bash", str(tmp_path / "script"), "naign", *words]
-        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
-
-    assert set(complete("")) == {*COMMANDS, "-h", "--help"}
-    assert complete("eva") == ["evaluate"]
-    assert complete("evaluate", "--sam") == ["--samples"]
-    assert complete("evaluate", "runs/x", "--device", "c") == ["cpu", "cuda"]
-    assert complete("launch", "--train.im") == ["--train.images"] and complete("launch", "--eng") == ["--engine"]
-    assert complete("train", "--train.im") == ["--train.images"] and complete("train", "--config", "dig") == ["digits"]
-    assert {"zero2", "cpu"} <= set(complete("train", "--engine", ""))
-    assert all(word.startswith("-") for word in complete("evaluate", "-")) and complete("evaluate", "zz") == [""]
-    assert (
-        "-o default"
-        in subprocess.run(
-            ["bash", "-c", f"source {tmp_path}/script; complete -p naign"], capture_output=True, text=True, check=True
-        ).stdout
-    )  # then files complete
-
-
-@pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_scripts_of_other_shells_hold_all_commands(shell: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    completion(shell)
-    script = capsys.readouterr().out
-    assert all(f"'{name}': {{" in script for name in COMMANDS) and "--train.images" in script
-    assert 'if [[ -z "$completions" ||' in script if shell == "zsh" else "--no-files" not in script
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts_hold_all_commands(shell: str, command: Command) -> None:
+    code, script, _ = command("--tyro-print-completion", shell)
+    assert code == 0 and all(f"'{name}': {{" in script for name in COMMANDS) and "--samples" in script
 
 
 def on_terminal(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> str:
@@ -202,7 +165,7 @@ def test_commands_that_take_long_show_what_they_do(
         lambda: cli.score(model, file): ["reading:", "scoring"],
     }
     for call, words in calls.items():
-        monkeypatch.setattr(progress, "DELAY", 0.0)
+        monkeypatch.setattr(terminal, "DELAY", 0.0)
         said = on_terminal(call, monkeypatch)
         assert all(word in said for word in words), said
         call()
@@ -212,15 +175,15 @@ def test_commands_that_take_long_show_what_they_do(
 def test_a_call_without_steps_shows_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = threading.Event()
 
-    class Watched(progress.tqdm):  # type: ignore[type-arg]
+    class Watched(terminal.tqdm):  # type: ignore[type-arg]
         def refresh(self, *given: Any, **named: Any) -> None:
             super().refresh(*given, **named)
             shown.set()
 
     def wait() -> None:
-        with progress.busy("exporting"):
+        with terminal.busy("exporting"):
             assert shown.wait(30)
 
-    monkeypatch.setattr(progress, "DELAY", 0.0)
-    monkeypatch.setattr(progress, "tqdm", Watched)
+    monkeypatch.setattr(terminal, "DELAY", 0.0)
+    monkeypatch.setattr(terminal, "tqdm", Watched)
     assert "exporting 00:0" in on_terminal(wait, monkeypatch)

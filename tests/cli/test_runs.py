@@ -6,7 +6,6 @@ import re
 import shutil
 import sys
 import time
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ from pipeline.cli.main import main
 from pipeline.cli.runs import compare, runs
 from pipeline.config import Config, to_dict
 from pipeline.errors import InputError
-from pipeline.evaluate.compare import render_comparison
-from pipeline.evaluate.curves import MOST, averaged, logarithmic_ticks, short, ticks
+from pipeline.evaluate.compare import compare_runs
 from pipeline.evaluate.runs import find_runs
 from tests.conftest import SMALL, Program
 
@@ -147,7 +145,7 @@ def test_files_of_a_run_may_hold_anything(tmp_path: Path) -> None:
         (folder / "metrics.jsonl").write_text(f"{text}\n" * 3)
         ((run,), others) = find_runs(folder)
         assert run.measured is None and run.fd is None and not others
-        render_comparison([folder, a_run(tmp_path / f"other{hostile.index(text)}", 256)])
+        compare_runs([folder, a_run(tmp_path / f"other{hostile.index(text)}", 256)])
 
 
 def test_pipes_and_closed_folders_are_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,7 +158,7 @@ def test_pipes_and_closed_folders_are_not_waited_for(tmp_path: Path, capsys: pyt
     runs(tmp_path)
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 6 and any("no regular file" in line for line in out) and "closed: " in out[5]
-    render_comparison([tmp_path / "b", tmp_path / "c", tmp_path / "d"])
+    compare_runs([tmp_path / "b", tmp_path / "c", tmp_path / "d"])
 
 
 def test_ages_and_counts_that_no_run_has_are_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,98 +168,68 @@ def test_ages_and_counts_that_no_run_has_are_not_shown(tmp_path: Path, capsys: p
     assert re.match(r"run +unknown +0 +1,024 .* –$", capsys.readouterr().out.splitlines()[1])
 
 
-def test_a_page_of_strange_names_and_values_is_written(tmp_path: Path) -> None:
+def test_strange_names_and_values_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, other = (a_run(tmp_path / name, 512, data__index=f"s3://me:p@{name}@host/x") for name in ("o\udcffne", "two"))
-    with (other / "metrics.jsonl").open("w") as file:
-        for seen, value in enumerate((0, 5e-324)):
-            file.write(json.dumps({"images_seen": seen, "quality/\ud800": value, "loss/total": value}) + "\n")
-    compare((one, other), to=tmp_path / "x.html")
-    text = (tmp_path / "x.html").read_text()
-    assert (
-        "quality/\\ud800" in text
-        and "o\\udcffne" in text
-        and "<td>s3://...@host/x</td>" not in text
-        and "://me" not in text
-    )
+    compare((one, other))
+    out = capsys.readouterr().out
+    assert "o?ne" in out and "two" in out and "data.index" not in out and "://me" not in out
 
 
-def test_what_was_not_evaluated_or_alike_is_said(tmp_path: Path) -> None:
+def test_what_was_not_evaluated_or_alike_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, other = (a_run(tmp_path / name, 512, evaluated=1.5) for name in ("one", "other"))
     metrics = json.loads((one / "evaluation/metrics.json").read_text())
     (one / "evaluation/metrics.json").write_text(json.dumps({**metrics, "dataset": "x", "counts": {"test": 3}}))
-    text = render_comparison([one, other, a_run(tmp_path / "third", 512)])
-    assert "Not the same for all: data set, test examples; distances do not compare." in text
-    assert text.count("was not evaluated") == 1 and "third was not evaluated: run <code>naign evaluate" in text
+    compare((one, other, a_run(tmp_path / "third", 512)))
+    text = capsys.readouterr().out
+    assert "not the same for all: data set, test examples; distances do not compare" in text
+    assert text.count("was not evaluated") == 1
+    assert f"third was not evaluated: run `naign evaluate {tmp_path}/third`" in text
     (tmp_path / "model").mkdir()
     (tmp_path / "model/model.safetensors").touch()
     with pytest.raises(InputError, match=r"exported model: run `naign evaluate .*/model` first"):
-        render_comparison([one, tmp_path / "model"])
+        compare_runs([one, tmp_path / "model"])
 
 
-class Page(HTMLParser):
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-
-def test_a_page_compares_runs_and_needs_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_are_compared_as_a_table_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = a_run(tmp_path / "one", 1024, checkpoint=1024, evaluated=1.5, train__lr=0.5)
-    evil = a_run(tmp_path / "<img src=x onerror=alert(1)>", 768, checkpoint=768, evaluated=2.5)
-    third = a_run(tmp_path / "third", 512)
-    (third / "samples").mkdir()
-    for images in (256, 512):
-        Image.new("L", (4, 4), images % 255).save(third / f"samples/samples-{images:010d}.png")
-    compare((one, evil, third), to=tmp_path / "new/page.html")
-    assert capsys.readouterr().out == f"3 runs: {tmp_path}/new/page.html\n"
-    text = (tmp_path / "new/page.html").read_text()
-    tags = Page(text).tags
-    assert not [tag for tag, _ in tags if tag in ("script", "link", "iframe", "object", "a")]
-    assert all((attrs.get("src") or "data:image/png;base64,").startswith("data:image/png;base64,") for _, attrs in tags)
-    assert "http" not in text and "url(" not in text and "@import" not in text
-    assert len([tag for tag, _ in tags if tag == "img"]) == 3
-    curves = [attrs["points"] for tag, attrs in tags if tag == "polyline"]
-    charts = [attrs["aria-label"] for tag, attrs in tags if tag == "svg" and "aria-label" in attrs]
-    assert charts == ["quality/fd", "quality/recall", "match/distance", "loss/total"]  # of NaN there is no curve
-    assert len(curves) == 12 and all(re.fullmatch(r"([\d.]+,[\d.]+ ?)+", points or "") for points in curves)
-    assert re.search(r"<td>train\.lr</td><td>0\.5</td><td>0\.002</td><td>0\.002</td>", text)
-    assert re.search(r"<td>FD of f\(z\), × floor</td><td><b>1\.50</b></td><td>2\.50</td><td>–</td>", text)
-    assert "do not compare" not in text.replace("of runs with other objectives", "").split("<h2>Settings")[0]
+    other = a_run(tmp_path / "other", 768, checkpoint=768, evaluated=2.5)
+    folders = (one, other, a_run(tmp_path / "third", 512))
+    compare(folders)
+    rows = [re.split(r" {2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    assert rows[:3] == [
+        ["run", "one", "other", "third"],
+        ["state", "done", "stopped", "unknown"],
+        ["images seen", "1,024", "768", "512"],
+    ]
+    assert ["FD of f(z), × floor", "1.50*", "2.50", "–"] in rows and ["floor", "4.00", "4.00", "–"] in rows
+    assert ["recall", "0.900*", "0.900*", "–"] in rows and not [row for row in rows if row[0] == "reconstruction"]
+    assert rows[rows.index([""]) + 1 :][:2] == [
+        ["setting", "one", "other", "third"],
+        ["train.lr", "0.5", "0.002", "0.002"],
+    ]
+    compare(folders, json=True)
+    document = json.loads(capsys.readouterr().out)
+    assert document["runs"][1] == {"label": "other", "path": str(other), "state": "stopped", "images_seen": 768}
+    assert document["evaluation"]["fd.once_ratio"] == [1.5, 2.5, None] and document["unlike"] == []
+    assert document["settings"] == {"train.lr": ["0.5", "0.002", "0.002"]}
 
 
 def test_what_cannot_be_compared_is_named(tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = a_run(tmp_path / "one", 512), a_run(tmp_path / "two", 512)
     (tmp_path / "photos").mkdir()
-    cases: dict[str, tuple[list[Path | str], str]] = {
-        "1 runs given": ([one], "x.html"),
-        "given twice": ([one, two, tmp_path / "two/../one"], "x.html"),
-        "photos' cannot be compared: no run in it": ([one, tmp_path / "photos"], "x.html"),
-        "ends in .html": ([one, two], "one/config.yaml"),
-        "naign fetch": ([one, "s3://bucket/run"], "x.html"),
+    cases: dict[str, list[Path | str]] = {
+        "1 runs given": [one],
+        "given twice": [one, two, tmp_path / "two/../one"],
+        "photos' cannot be compared: no run in it": [one, tmp_path / "photos"],
+        "naign fetch": [one, "s3://bucket/run"],
+        "nowhere' cannot be compared: no such folder": [one, tmp_path / "nowhere"],
     }
-    for message, (folders, to) in cases.items():
-        arguments = ["naign", "compare", *map(str, folders), "--to", str(tmp_path / to)]
-        monkeypatch.setattr(sys, "argv", arguments)
+    for message, folders in cases.items():
+        monkeypatch.setattr(sys, "argv", ["naign", "compare", *map(str, folders)])
         with pytest.raises(SystemExit) as ended:
             main()
         out, err = capsys.readouterr()
         assert ended.value.code == 2 and message in err and not out and "Traceback" not in err
-        assert not (tmp_path / "x.html").exists()
-
-
-def test_curves_are_scaled_and_brought_to_few_points() -> None:
-    assert ticks(0, 700_000) == [0, 200_000, 400_000, 600_000] and ticks(3, 3) == [3]
-    assert ticks(0, 5e-324) == ticks(0, 2e-323) == [0]
-    assert ticks(-1e-5, 1e-5) == pytest.approx([-1e-5, -5e-6, 0, 5e-6, 1e-5])
-    assert logarithmic_ticks(0.03, 2) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2])
-    assert all(0 < len(logarithmic_ticks(10**-low, 1e3)) < 12 for low in range(2, 300, 7))
-    assert [short(value) for value in (1_300_480, 165.4, 0.0571, 0, 2e30)] == ["1.3M", "165", "0.0571", "0", "2e+30"]
-    points = [(float(x), 2.0 * x) for x in range(100_000)]
-    few = averaged(points)
-    assert len(few) <= MOST and all(y == pytest.approx(2 * x) for x, y in few) and averaged(points[:9]) == points[:9]
 
 
 @pytest.mark.slow
@@ -275,12 +243,9 @@ def test_a_run_of_the_real_program(train: Program, naign: Program, tmp_path: Pat
     assert naign("fetch", f"{tmp_path}/bucket", "--to", "fetched").returncode == 0
     (copied,) = json.loads(naign("runs", "fetched", "--json").stdout)["runs"]
     assert copied["state"] == "done" and [copied[key] for key in ("fd", "images")] == [run["fd"], 512]
-    assert naign("compare", "runs/a", "fetched", "--to", "fetched.html").returncode == 0
-    assert "nowhere" in (said := naign("compare", "runs/a", "nowhere").stderr) and "no such folder" in said
+    assert naign("compare", "runs/a", "fetched").returncode == 0
     shutil.copytree(tmp_path / "runs/a", tmp_path / "runs/b")
     content = yaml.safe_load((tmp_path / "runs/b/config.yaml").read_text())
     content["train"]["lr"] = 0.5
     (tmp_path / "runs/b/config.yaml").write_text(yaml.safe_dump(content))
-    assert naign("compare", "runs/a", "runs/b").returncode == 0
-    text = (tmp_path / "compare.html").read_text()
-    assert "<td>train.lr</td><td>0.002</td><td>0.5</td>" in text and text.count("<polyline") > 10
+    assert re.search(r"^train\.lr +0\.002 +0\.5$", naign("compare", "runs/a", "runs/b").stdout, re.MULTILINE)

@@ -2,8 +2,6 @@
 nearest images are the nearest, and the way between two latents begins and ends at them."""
 
 import io
-import struct
-import zlib
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +16,6 @@ from pipeline.model.mixture import draw_mixture, fit_mixture
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import ConvConfig, build_network
 from pipeline.model.scale import scaled
-from pipeline.observe.pictures import png
 
 SHAPE = (3, 8, 12)
 
@@ -30,30 +27,14 @@ def model() -> NAIGN:
     return NAIGN(build_network(ConvConfig(width=4, depth=0, code=6, max_width=8), SHAPE), metadata)
 
 
-def claiming(width: int, height: int) -> bytes:
-    """A PNG whose header says that size, and that has next to no pixels."""
-    data = png(Image.new("L", (8, 8)))
-    header = b"IHDR" + struct.pack(">II", width, height) + data[24:29]
-    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
-
-
-def test_a_picture_is_refused_by_its_header() -> None:
-    for size in ((25_000, 20_000), (5000, 5001)):
-        with pytest.raises(InputError, match="more than 25 megapixels: give a smaller one"):
-            play.check_picture(claiming(*size))
-    with pytest.raises(InputError, match="cannot be read as a picture"):
-        play.check_picture(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # Pillow would start Ghostscript
-    with pytest.raises(InputError, match="bytes: give one of at most"):
-        play.check_picture(bytes(play.UPLOAD + 1))
-    play.check_picture(claiming(5000, 5000))
-
-
 def test_an_upload_is_brought_to_the_models_size(model: NAIGN) -> None:
     content = io.BytesIO()
     Image.new("L", (60, 50), 255).save(content, "TIFF")
     assert torch.equal(play.read_upload(content.getvalue(), model), torch.ones(1, *SHAPE))
-    with pytest.raises(InputError, match="cannot be decoded"):
-        play.read_upload(claiming(500, 400), model)
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"  # Pillow would start Ghostscript
+    for wrong in (b"hello", postscript, content.getvalue()[:90]):
+        with pytest.raises(InputError, match="cannot be read as a picture"):
+            play.read_upload(wrong, model)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,22 +44,6 @@ def test_damage_grows_with_its_strength(kind) -> None:
     changes = [float((damaged - images).abs().mean()) for damaged in done]
     assert changes[0] == 0 < changes[1] < changes[2] < changes[3]
     assert torch.equal(done[2], degrade(images, kind, seed=5)) and float(done[3].abs().max()) <= 1
-
-
-def test_values_out_of_range_are_refused(model: NAIGN) -> None:
-    image = torch.zeros(1, *SHAPE)
-    for wrong in (-0.1, 2.1, float("nan")):
-        with pytest.raises(InputError, match="the strength of blur is"):
-            play.damage(image, {"blur": wrong})
-    for ask, said in (
-        (lambda: play.repair(model, image, times=6), "times is 6: it must be a whole number from 1 to 5"),
-        (lambda: play.sample(model, n=65), "n is 65"),
-        (lambda: play.sample(model, n=1, seed=-1), "seed is -1"),
-        (lambda: play.between(model, 0, 1, steps=1), "steps is 1"),
-        (lambda: play.between(model, 0, None, steps=2), "last is None"),  # type: ignore[arg-type]  # an empty field
-    ):
-        with pytest.raises(InputError, match=said):
-            ask()
 
 
 def test_a_repair_has_every_application_and_its_energy(model: NAIGN) -> None:
