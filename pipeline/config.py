@@ -132,7 +132,7 @@ class StopConfig:
 @dataclass(kw_only=True, slots=True)
 class ProfileConfig:
     rounds: str = ""
-    """Rounds that every rank traces for TensorBoard, as 3 or 3-4; empty: none."""
+    """Rounds of which every rank writes a trace for ui.perfetto.dev, as 3 or 3-4; empty: none."""
 
 
 @dataclass(kw_only=True, slots=True)

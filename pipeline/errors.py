@@ -85,6 +85,11 @@ def shown(value: object) -> str:
         return "a number of too many digits"
 
 
+def bytes_in_words(count: int) -> str:
+    """A size for a message, to one decimal: 1.0 GB is 1e9 bytes."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
 def require(*rules: tuple[object, str]) -> None:
     """InputError with the message of the first rule (whether it holds, its message) that does not hold."""
     for holds, message in rules:

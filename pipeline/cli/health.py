@@ -9,18 +9,18 @@ from pipeline.terminal import busy
 
 def doctor(*, json: Json = False) -> None:
     """Say what this machine offers and what stands in the way: versions, devices, threads, memory, one FAISS build."""
-    from pipeline.observe.doctor import CHECKS, Finding, Needs, findings
+    from pipeline.observe.doctor import CHECKS, Finding, Needs, findings, problems
 
-    found = list[Finding]()
+    examined = list[Finding]()
     with busy("examining this machine"), lines_to_stderr(json):
-        for one in findings(Needs(), CHECKS):
-            found.append(one)
+        for finding in findings(Needs(), CHECKS):
+            examined.append(finding)
             if not json:
-                tqdm.write(one.found)  # a line above the progress
-    problems = [f"{one.found}: {one.remedy}" for one in found if one.remedy]
+                tqdm.write(finding.text)  # a line above the progress
+    wrong = problems(examined)
     if json:
-        print_json({"ready": not problems, "findings": [one._asdict() for one in found]})
-    if problems:
-        raise InputError("\n  ".join(["this machine is not ready:", *problems]))
+        print_json({"ready": not wrong, "findings": [finding._asdict() for finding in examined]})
+    if wrong:
+        raise InputError("\n  ".join(["this machine is not ready:", *wrong]))
     if not json:
         print("ready")

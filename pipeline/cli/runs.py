@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from pipeline.cli.output import Json, print_json, print_table
-from pipeline.errors import InputError, printable
+from pipeline.errors import InputError, bytes_in_words, printable
 from pipeline.terminal import busy
 
 if TYPE_CHECKING:
@@ -118,12 +118,8 @@ def _row(run: "Run") -> tuple[str, ...]:
     measured = f"{run.measured or '–'}{f' at {run.measured_at:,}' if stale else ''}"
     return (
         *(printable(run.name, LONGEST), run.state, f"{run.images_seen:,}", f"{run.images:,}", *digits, measured),
-        *(_size(run.bytes), _age(run.age_seconds)),
+        *(bytes_in_words(run.bytes), _age(run.age_seconds)),
     )
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _age(seconds: float) -> str:

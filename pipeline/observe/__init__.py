@@ -1,7 +1,7 @@
 """What a person sees of a run: its reports, log lines, speed and pictures, and what is wrong with the machine."""
 
 from pipeline.observe.background import trackers_hang
-from pipeline.observe.doctor import examine, preflight
+from pipeline.observe.doctor import Needs, preflight
 from pipeline.observe.logs import at_round, set_up, title
 from pipeline.observe.monitor import Monitor
 from pipeline.observe.pictures import grid, heat, png, rows, scatter, to_image

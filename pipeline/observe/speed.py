@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, tensorboard_trace_handler
+from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.errors import InputError
@@ -101,20 +101,24 @@ def parse_rounds(text: str) -> range:
 
 
 class Profiler(AbstractContextManager["Profiler"]):
-    """Writes one trace of the chosen rounds to folder/profile, for TensorBoard or https://ui.perfetto.dev.
+    """Writes one trace of the chosen rounds to profile/ in the run's folder, for https://ui.perfetto.dev.
 
     A trace that was started is written however the run ends.
     """
 
     def __init__(self, folder: Path, rounds: str, rank: int) -> None:  # of the run; as parse_rounds takes it
         self._folder, self._rank, self._rounds = folder / "profile", rank, parse_rounds(rounds)
-        self._running: Any = None
+        self._trace: torch.profiler.profile | None = None
+        self._first = 0
 
     @contextmanager
     def round(self, number: int) -> Iterator[None]:
         """Around each round of the run."""
-        if number in self._rounds and self._running is None:
-            self._start()
+        if number in self._rounds and self._trace is None:
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+            self._trace = torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True)
+            self._trace.start()
+            self._first = number
         try:
             with self.phase(f"round {number}"):
                 yield
@@ -126,27 +130,21 @@ class Profiler(AbstractContextManager["Profiler"]):
 
     def phase(self, name: str) -> AbstractContextManager[Any]:
         """Around a part of a round, which the trace shows under this name."""
-        return torch.profiler.record_function(name) if self._running is not None else nullcontext()
+        return torch.profiler.record_function(name) if self._trace is not None else nullcontext()
 
     def close(self) -> None:
         """Write a trace that was started. A failure is logged and does not end the run."""
-        running, self._running = self._running, None
-        if running is None:
+        trace, self._trace = self._trace, None
+        if trace is None:
             return
         try:
-            running.stop()
+            trace.stop()
+            self._folder.mkdir(parents=True, exist_ok=True)
+            trace.export_chrome_trace(str(self._folder / f"rank-{self._rank:05d}-round-{self._first}.json.gz"))
             if self._rank == 0:
-                log.info("traces are in %s", self._folder)
+                log.info("traces are in %s: open them at https://ui.perfetto.dev", self._folder)
         except (OSError, RuntimeError) as error:
             log.warning("no trace of rank %d in %s: %s", self._rank, self._folder, error)
-
-    def _start(self) -> None:
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-        write = tensorboard_trace_handler(str(self._folder), f"rank-{self._rank:05d}", use_gzip=True)
-        self._running = torch.profiler.profile(
-            activities=activities, on_trace_ready=write, record_shapes=True, profile_memory=True
-        )
-        self._running.start()
 
     def __exit__(self, *error: object) -> None:
         self.close()

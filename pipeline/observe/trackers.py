@@ -8,6 +8,7 @@ build) as those in TRACKERS; of a subclass of Accelerate's GeneralTracker `accel
 """
 
 import json
+import math
 import netrc
 import os
 import time
@@ -50,7 +51,7 @@ class Tracker(Protocol):
 
 
 class JsonLines(Tracker):
-    """metrics.jsonl, one JSON object a report, and pictures as samples/NAME-IMAGES.png. Always on."""
+    """metrics.jsonl, a JSON object per report with its finite values, and pictures as samples/NAME-IMAGES.png."""
 
     def __init__(self, settings: None, folder: Path, images_seen: int) -> None:
         self.folder, self.file = folder, folder / "metrics.jsonl"
@@ -59,9 +60,10 @@ class JsonLines(Tracker):
             write_atomically(self.file, "".join(f"{line}\n" for line in lines if _seen(line) <= images_seen))
 
     def scalars(self, values: dict[str, float], images_seen: int, counts: dict[str, int]) -> None:
-        entry = {"images_seen": images_seen, **counts, **values, "time": round(time.time(), 3)}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no other numbers
+        entry = {"images_seen": images_seen, **counts, **finite, "time": round(time.time(), 3)}
         with self.file.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps(entry, allow_nan=False) + "\n")
 
     def picture(self, name: str, picture: Image.Image, images_seen: int) -> None:
         file = picture_file(self.folder, name, images_seen)
@@ -185,15 +187,19 @@ def begin_wandb(folder: Path, known: str) -> dict[str, Any]:
 
 
 def begin_mlflow(folder: Path, known: str) -> dict[str, Any]:
-    """Options of MLflow's run, in the run's folder where MLFLOW_TRACKING_URI names no other place."""
+    """Options of MLflow's run: on the server of MLFLOW_TRACKING_URI, or in an SQLite file in the run's folder."""
+    options = {"run_name": folder.name}
     if not os.environ.get("MLFLOW_TRACKING_URI"):
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # plain files need no database
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # else it logs how it creates its tables
         import mlflow
 
-        known = known if (folder / "mlflow").exists() else ""  # what came from a bucket has the name of the run alone
-        mlflow.set_tracking_uri((folder / "mlflow").absolute().as_uri())
-    return {"run_name": folder.name, **({"run_id": known} if known else {})}
+        place = (folder / "mlflow").absolute()
+        known = known if place.exists() else ""  # a run fetched from a bucket has the id without the data
+        place.mkdir(exist_ok=True)
+        mlflow.set_tracking_uri(f"sqlite:///{place}/mlflow.db")
+        options["logging_dir"] = str(place)  # of artifacts
+    return {**options, **({"run_id": known} if known else {})}
 
 
 PROJECT = "naign"
@@ -208,7 +214,9 @@ Build = Callable[[Any, Path, int], Tracker]
 TRACKERS: dict[str, tuple[type | None, Build]] = {"jsonl": (None, JsonLines), "tensorboard": (None, TensorBoard)}
 """Those that write to the run's folder, which the run cannot do without; all others may fail."""
 
-PACKAGES = {"mlflow": "mlflow-skinny"}  # where it is not the tracker's name
+MODULES = {"mlflow": ("mlflow", "sqlalchemy", "alembic")}  # of its SQLite file
+PACKAGES = {"mlflow": "mlflow-skinny sqlalchemy alembic"}
+"""What has to be installed for a tracker, where that is not its name alone."""
 
 
 def accelerated(kind: "type[GeneralTracker]") -> Build:
@@ -225,7 +233,7 @@ def find_trackers(names: str) -> dict[str, tuple[type | None, Build]]:
     found = {}
     for name in filter(None, wanted):
         found[name] = lookup("report.trackers", name, TRACKERS | theirs, "naign.trackers")
-        if name in theirs and find_spec(name) is None:
+        if name in theirs and not all(map(find_spec, MODULES.get(name, (name,)))):
             package = PACKAGES.get(name, name)
             raise InputError(f"report.trackers is '{name}', which is not installed: pip install {package}")
     return found

@@ -26,7 +26,7 @@ from pipeline.model.losses import Distance, ObjectiveConfig
 from pipeline.model.networks import build_network, require_code
 from pipeline.model.perceptual import perceptual
 from pipeline.model.running import LearnedLaw, build
-from pipeline.observe import Monitor, Profiler, forward_flops, parse_rounds, preflight, set_up
+from pipeline.observe import Monitor, Needs, Profiler, forward_flops, parse_rounds, preflight, set_up
 from pipeline.storage import open_store
 from pipeline.training.quality import Quality, check_quality
 from pipeline.training.round import Run
@@ -74,8 +74,7 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, nn.Module]:
         if rank == 0:
             copies = 4 if config.train.ema else 3  # of the weights: they, two moments, their average
             size = 4 * copies * sum(value.numel() for value in network.parameters())
-            given = {"run": config.run.path, "remote": config.run.remote, "trackers": config.report.trackers}
-            for warning in preflight(checkpoint_bytes=size, say=log.debug, **given):
+            for warning in preflight(Needs(config.run.path, config.run.remote, size, config.report.trackers)):
                 log.warning("%s", warning)
     return run, network
 

@@ -111,7 +111,7 @@ def test_doctor_prints_findings(command: Command, monkeypatch: pytest.MonkeyPatc
     found = json.loads(out)
     assert code == 0 and found.keys() == {"ready", "findings"} and found["ready"] is True
     assert [one["check"] for one in found["findings"]] == ["faiss", "disk"]
-    assert all(one.keys() == {"check", "found", "remedy"} for one in found["findings"])
+    assert all(one.keys() == {"check", "text", "remedy"} for one in found["findings"])
     monkeypatch.setattr(doctor, "faiss_builds", lambda: ["faiss-cpu 1.15.1", "faiss-gpu-cu12 1.12.0"])
     code, out, err = command("doctor", "--json")
     assert code == 2 and json.loads(out)["ready"] is False and "this machine is not ready" in err

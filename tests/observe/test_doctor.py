@@ -3,13 +3,13 @@
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.observe.doctor import Needs, endpoint, examine, faiss, preflight
+from pipeline.observe.doctor import CHECKS, Needs, endpoint, faiss, findings, preflight, problems
 
 
 def test_this_machine_is_described_and_ready():
-    lines = []
-    assert examine(lines.append) == []
-    text = "\n".join(lines)
+    examined = [*findings(Needs(), CHECKS)]
+    assert problems(examined) == []
+    text = "\n".join(finding.text for finding in examined)
     assert "torch" in text and "FAISS: faiss-cpu" in text and "cores" in text and "disk here" in text
     assert "trackers of the default configuration: jsonl, tensorboard" in text
 
@@ -24,14 +24,14 @@ def test_this_machine_is_described_and_ready():
 )
 def test_one_build_of_faiss_is_wanted(monkeypatch, builds, remedy, tmp_path):
     monkeypatch.setattr("pipeline.observe.doctor.faiss_builds", lambda: builds)
-    problems = examine(lambda line: None, Needs(), [faiss])
-    assert len(problems) == bool(remedy) and all(remedy in problem for problem in problems)
+    wrong = problems(findings(Needs(), [faiss]))
+    assert len(wrong) == bool(remedy) and all(remedy in problem for problem in wrong)
     if len(builds) > 1:  # a run cannot tell which code it would search with
         with pytest.raises(InputError, match=remedy):
-            preflight(lambda line: None, run=str(tmp_path / "run"))
+            preflight(Needs(run=str(tmp_path / "run")))
 
 
 def test_no_password_of_the_endpoint_is_shown(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://me:pa/ss@host:1")
-    ((said, _),) = endpoint(Needs())
-    assert said == "S3 endpoint: http://...@host:1"
+    ((text, _),) = endpoint(Needs())
+    assert text == "S3 endpoint: http://...@host:1"

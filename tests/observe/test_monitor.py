@@ -1,6 +1,7 @@
 """What is reported goes to every tracker, and one of another package harms nobody."""
 
 import json
+import math
 import re
 import time
 from importlib.metadata import EntryPoint
@@ -17,7 +18,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from pipeline.errors import InputError
 from pipeline.observe import monitor
 from pipeline.observe.background import WAITING, Background, trackers_hang
-from pipeline.observe.doctor import preflight
+from pipeline.observe.doctor import Needs, preflight
 from pipeline.observe.monitor import Monitor
 from pipeline.settings import registry
 from tests.conftest import ROOT
@@ -102,6 +103,17 @@ def test_tensorboard_can_be_left_out_and_metrics_cannot(tmp_path, trackers):
     report(tmp_path, trackers)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "samples"]
     assert bool(calls) == ("recorder" in trackers or "plain" in trackers)
+
+
+def test_every_line_of_the_metrics_is_valid_json(tmp_path):
+    def refuse(name):
+        raise ValueError(f"{name} is no JSON")
+
+    with opened(tmp_path, "recorder") as monitor:
+        monitor.scalars({"quality/fd": math.inf, "loss/total": math.nan, "loss/imle": 0.5}, 10, round=1)
+    entry = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert entry.pop("time") and entry == {"images_seen": 10, "round": 1, "loss/imle": 0.5}
+    assert calls[2][1]["quality/fd"] == math.inf  # others show that it is not finite
 
 
 def test_a_rank_that_is_not_the_first_reports_nothing(tmp_path):
@@ -201,4 +213,4 @@ def test_a_disk_that_fails_is_the_user_s_to_mend(tmp_path):
 )
 def test_a_tracker_that_is_not_there_is_refused_in_the_first_second(tmp_path, name, known):
     with pytest.raises(InputError, match=f"report.trackers is '{name}'.*{known}"):
-        preflight(run=str(tmp_path), remote="", checkpoint_bytes=1, say=lambda line: None, trackers=name)
+        preflight(Needs(run=str(tmp_path), checkpoint_bytes=1, trackers=name))

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import InputError, Unavailable
-from pipeline.observe.doctor import preflight
+from pipeline.observe.doctor import OF_A_RUN, Needs, findings, preflight, problems
 from pipeline.storage.store import open_store
 
 Usage = namedtuple("Usage", "total used free")
 GB = 10**9
 
 
-def check(run, *, remote="", checkpoint_bytes=GB // 1000, say=lambda line: None):
-    return preflight(run=str(run), remote=remote, checkpoint_bytes=checkpoint_bytes, say=say)
+def check(run, *, remote="", checkpoint_bytes=GB // 1000):
+    return preflight(Needs(str(run), remote, checkpoint_bytes))
 
 
 @pytest.fixture
@@ -33,12 +33,11 @@ def free(monkeypatch):
 
 
 def test_a_machine_with_room_has_no_warnings_and_keeps_no_trace(tmp_path, free):
-    said = []
     remote = tmp_path / "remote"
     remote.mkdir()
-    assert check(tmp_path / "runs" / "new", remote=str(remote), say=said.append) == []
-    assert [path.name for path in tmp_path.rglob("*")] == ["remote"]
-    text = "\n".join(said)
+    examined = [*findings(Needs(str(tmp_path / "runs" / "new"), str(remote), GB // 1000), OF_A_RUN)]
+    assert problems(examined) == [] and [path.name for path in tmp_path.rglob("*")] == ["remote"]
+    text = "\n".join(finding.text for finding in examined)
     assert "100.0 GB free, a checkpoint takes 1.0 MB" in text and f"run.remote {remote} can be written" in text
 
 
