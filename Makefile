@@ -8,13 +8,18 @@ OPTIONS ?=
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt
+PIP_INSTALL ?= $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c launch/constraints.txt
+
+# A worker that has no tests left takes some from the end of another's list.
+XDIST := -n $(WORKERS) --dist worksteal
+PYTEST := $(BIN)/pytest $(XDIST)
+LOWEST := PYTHONPATH=$(CURDIR) $(VENV)-lowest/bin/python -m pytest $(XDIST)
 
 TARGET ?= cpu
 VERSION ?=
 TORCH_INDEX ?=
 
-.PHONY: help train test test-lowest quick lint docs install golden constraints dist sbom image clean
+.PHONY: help train test test-lowest smoke-lowest quick lint docs install golden constraints dist sbom image clean
 
 help:
 	@echo "make train   install, fetch and pack MNIST, train on this machine, evaluate   [CONFIG=configs/x.yaml RUN=runs/x OPTIONS=--seed=1]"
@@ -52,26 +57,28 @@ train: $(VENV)/.installed
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
 # A second environment that borrows everything else, torch above all, from the first.
 $(VENV)-lowest/.installed: launch/constraints-lowest.txt | $(VENV)/.tested
 	$(BIN)/python -m venv $(VENV)-lowest
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"), "$(CURDIR)/benchmarks/baselines", sep="\n")' > \
 	    "$$($(VENV)-lowest/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
-	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	$(VENV)-lowest/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r $<
 	@touch $@
 
 test-lowest: $(VENV)-lowest/.installed
-	PYTHONPATH=$(CURDIR) $(VENV)-lowest/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
-	    tests/distributed tests/e2e/test_engines.py
+	$(LOWEST) tests/distributed tests/e2e/test_engines.py tests/e2e/test_more_ranks.py
+
+smoke-lowest: $(VENV)-lowest/.installed
+	$(LOWEST) tests/distributed/test_versions.py tests/e2e/test_more_ranks.py
 
 quick: lint
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(PYTEST) -m "not slow"
 
 docs: $(VENV)/.tested
 	$(BIN)/python docs/settings.py

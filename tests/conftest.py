@@ -33,7 +33,7 @@ LONG += ("hosts/test_slurm.py", "test_benchmarks.py", "e2e/", "hosts/", "data/te
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long come first (with --no-loadscope-reorder): none is left over for one worker in the end."""
+    """Files that take long come first: the last tests, which workers share out among themselves, are short."""
 
     def turn(item: pytest.Item) -> int:
         name = item.path.relative_to(ROOT / "tests").as_posix()
@@ -173,7 +173,7 @@ def train(tmp_path: Path) -> Program:
     """Run the main job in an empty folder to its end; one rank without a launcher, unless asked."""
 
     def run(
-        *options: str, ranks: int = 1, launcher: bool = False, real: bool = False, timeout: float = 120
+        *options: str, ranks: int = 1, launcher: bool = False, real: bool = False, timeout: float = 300
     ) -> subprocess.CompletedProcess[str]:
         command = train_command(*options, ranks=ranks) if launcher or ranks > 1 else direct_command(*options)
         env = environment() if real else forked()
@@ -188,7 +188,7 @@ def train(tmp_path: Path) -> Program:
 def naign(tmp_path: Path) -> Program:
     """Run the command line program in an empty folder."""
 
-    def run(*options: str, real: bool = False, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def run(*options: str, real: bool = False, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "pipeline.cli", *options]
         env = environment() if real else forked()
         return subprocess.run(
