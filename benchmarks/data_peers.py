@@ -99,7 +99,7 @@ def ours(job: Job, *, check: bool = True) -> Read:
 
     from pipeline.data.dataset import DataConfig
     from pipeline.data.loader import Stream
-    from pipeline.distributed.ranks import keep_memory
+    from pipeline.distributed.host import keep_memory
 
     keep_memory()  # as the training program does
 
@@ -265,7 +265,7 @@ def write_mds(job: Job) -> Read:
 def ours_bytes(job: Job, *, hashed: bool = False) -> Read:
     import boto3  # noqa: F401  # see `ours`
 
-    from pipeline.distributed.ranks import keep_memory
+    from pipeline.distributed.host import keep_memory
     from pipeline.storage.store import open_store
 
     keep_memory()

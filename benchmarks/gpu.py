@@ -32,7 +32,7 @@ from torch import Tensor
 from trained import ROOT, check_place
 
 from pipeline import philox
-from pipeline.distributed.ranks import repeat_bits
+from pipeline.distributed.connect import repeat_bits
 from pipeline.errors import InputError, exit_on_input_error
 from pipeline.match import Blocks, bound, search
 from pipeline.match.exact import exact_distances

@@ -50,7 +50,7 @@ def ours(path: str, count: int, *, workers: int = 1) -> Iterator[int]:
 
     from pipeline.data.dataset import DataConfig
     from pipeline.data.loader import Stream
-    from pipeline.distributed.ranks import keep_memory
+    from pipeline.distributed.host import keep_memory
 
     keep_memory()
     config = DataConfig(path=path, size=str(SIZE), fit="random", interpolation="bilinear", workers=workers)

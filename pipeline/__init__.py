@@ -11,8 +11,11 @@ from typing import Any
 # Beside one other busy process, training on two cores ran 6 times as fast (450 against 67 images/s).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Before the first product on a GPU: cuBLAS then sums in the same order each time (distributed/ranks.py, repeat_bits).
+# Before the first product on a GPU: cuBLAS then sums in the same order each time (distributed/connect.py, repeat_bits).
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+# Before torch loads: its store and sockets log a stack of 20 lines for each rank that they lose.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 try:
     __version__ = version("naign")

@@ -1,5 +1,6 @@
-"""Errors that the user or the environment causes, and their exit codes."""
+"""Errors that the user or the environment causes, their exit codes, and how a rank leaves with one."""
 
+import ctypes
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import reprlib
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -117,6 +119,56 @@ def _exit(code: int, text: str) -> NoReturn:
         with suppress(OSError):
             Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
     raise SystemExit(code) from None
+
+
+def record_exit(code: int) -> None:
+    """Record this rank's exit code for `naign launch`."""
+    if folder := os.environ.get("NAIGN_ENDINGS"):
+        (Path(folder) / os.environ.get("LOCAL_RANK", "0")).write_text(str(code))
+
+
+def leave(code: int) -> NoReturn:
+    """Exit without interpreter shutdown, which aborts and hides `code` where a thread still waits for gloo's store."""
+    record_exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@contextmanager
+def leave_on_failure() -> Iterator[None]:
+    """Leave with the code of a SystemExit, or with 1 after the traceback of any other error."""
+    try:
+        yield
+    except SystemExit as error:
+        if error.code:
+            leave(error.code if isinstance(error.code, int) else FAILED)
+    except BaseException:
+        traceback.print_exc()
+        leave(FAILED)
+
+
+def leave_when_asked() -> None:
+    """Leave with 75 at any of SIGNALS, and at once when the launcher of this rank dies (Linux).
+
+    From the first round on, `distributed.StopRequest` handles both.
+    """
+    die_with_launcher(signal.SIGKILL)
+    on_signals(lambda *_: leave(INTERRUPTED))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked while `naign launch` became this process
+
+
+def die_with_launcher(number: signal.Signals) -> None:
+    """Have Linux send this process the signal when its launcher dies, for which nobody else would end it.
+
+    Not where there is no launcher, or `naign launch` became this process: the parent may well end first.
+    """
+    launcher = int(os.environ.get("NAIGN_LAUNCHER", os.getppid()))
+    if sys.platform != "linux" or "ACCELERATE_MIXED_PRECISION" not in os.environ or launcher == os.getpid():
+        return
+    ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+    if os.getppid() != launcher:  # it died before that call
+        leave(INTERRUPTED)
 
 
 def on_signals(handler: Callable[..., Any] | signal.Handlers) -> None:

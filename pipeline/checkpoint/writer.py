@@ -20,12 +20,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from pipeline.checkpoint import bucket
@@ -40,6 +38,7 @@ from pipeline.checkpoint.manifest import (
     read_manifest,
     sha256,
 )
+from pipeline.distributed.ranks import SideGroup
 from pipeline.errors import Conflict, InputError, Unavailable
 from pipeline.observe.logs import title
 from pipeline.storage.local import TRANSIENT, UMASK, sync_file, write_atomically
@@ -113,9 +112,7 @@ class Writer:
         self._keep, self._remote, self._claim = keep, remote, claim
         self._names = list[str]()  # this rank's files of the newest checkpoint
         # A group of its own: the background threads communicate while the main threads train.
-        self._group: Any = None
-        if world > 1:
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience))
+        self._group = SideGroup(world, timeout=patience)
         self._beat, self._flush, self._left = beat, flush, left
         self._done: Future[str] | None = None  # of what is under way: why the run must end, or ""
         self.seconds = 0.0  # that the last checkpoint took in the background, uploading included
@@ -265,11 +262,7 @@ class Writer:
 
     def _gather(self, value: Any) -> list[Any]:
         """Collective, among the background threads: the value of each rank."""
-        values: list[Any] = [value]
-        if self._world > 1:
-            values = [None] * self._world
-            dist.all_gather_object(values, value, group=self._group)
-        return values
+        return self._group.gather(value)
 
 
 @contextmanager

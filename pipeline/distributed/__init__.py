@@ -1,16 +1,19 @@
 """The ranks of a training: the engine that runs the network on them, and how they agree, stop and end together."""
 
+from pipeline.distributed.connect import build_accelerator
 from pipeline.distributed.engine import MOMENTS, AdamState, Engine
+from pipeline.distributed.host import keep_memory, set_threads, warn_of_others
 from pipeline.distributed.ranks import (
-    build_accelerator,
+    SideGroup,
+    broadcast,
+    broadcast_object,
+    gather,
     is_peer_lost,
-    keep_memory,
     part,
     peers_missed,
-    set_threads,
+    reduce,
     together,
     total,
-    warn_of_others,
 )
 from pipeline.distributed.signals import StopPoll, StopRequest
 from pipeline.distributed.versions import check_versions

@@ -13,11 +13,12 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from pipeline.distributed.ranks import broadcast
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, of the parameter's shape
 AdamState = dict[str, Tensor]  # `weight` and, from the first step on, MOMENTS of a parameter, each whole and float32
@@ -151,9 +152,7 @@ class Engine:
         """
         self.copied.wait()
         norm = self._step()
-        if self.accelerator.num_processes > 1:  # running statistics are rank 0's, so that all ranks sample alike
-            for value in self.bare.buffers():
-                dist.broadcast(value, src=0)
+        broadcast(self.bare.buffers())  # running statistics are rank 0's, so that all ranks sample alike
         if self.ema is not None and (self.ahead or math.isfinite(norm)):
             self._average(norm)
         return norm

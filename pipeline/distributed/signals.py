@@ -1,19 +1,14 @@
 """SIGTERM, SIGUSR1, SIGHUP and Ctrl-C ask for a checkpoint and exit code 75, once all ranks agree."""
 
-import ctypes
 import math
-import os
 import signal
-import sys
 import time
-from datetime import timedelta
 from typing import Any, Self
 
-import torch
-import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from pipeline.errors import on_signals
+from pipeline.distributed.ranks import SideGroup
+from pipeline.errors import die_with_launcher, on_signals
 
 POLL_SECONDS = 0.5  # approximate seconds between two collective polls
 
@@ -30,16 +25,13 @@ class StopRequest:
     ) -> None:
         self.requested = False
         self._within, self._deadline = within, math.inf
-        self._group: Any = None
+        self._group = SideGroup(world, timeout=timeout)
         self._store: Any = None
         if world > 1:
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
             self._store = c10d.PrefixStore("stop", c10d._get_default_store())
         on_signals(self._handle)
-        own = os.environ.get("NAIGN_LAUNCHER") == str(os.getpid())  # `naign launch` became this single rank
-        if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ and not own:
-            # Take the launcher's death for a SIGTERM: Accelerate's launcher of a single process does not forward it.
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        # The launcher's death counts as a SIGTERM: Accelerate's launcher of a single process does not forward that.
+        die_with_launcher(signal.SIGTERM)
 
     def _handle(self, number: int, _: object = None) -> None:
         if self.requested and number == signal.SIGINT:
@@ -64,12 +56,10 @@ class StopRequest:
 
     def poll_stop(self, elapsed: float = 0.0) -> tuple[bool, float]:
         """Collective: whether any rank was asked, and the largest `elapsed` of all ranks."""
-        values = torch.tensor([float(self.requested), elapsed], dtype=torch.float64)
-        if self._group is not None:
-            dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
-        if values[0] and not self.requested:
+        requested, elapsed = self._group.largest([float(self.requested), elapsed])
+        if requested and not self.requested:
             self._handle(signal.SIGTERM)
-        return bool(values[0]), float(values[1])
+        return bool(requested), elapsed
 
 
 class StopPoll:

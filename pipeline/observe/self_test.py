@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from pipeline import philox
-from pipeline.distributed.ranks import repeat_bits
+from pipeline.distributed.connect import repeat_bits
 
 REMEDY = "its numbers cannot be trusted: update the driver, install torch for it, or take another card"
 WIDTHS = {"cpu": 256, "cuda": 8192}

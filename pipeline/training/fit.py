@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.checkpoint.writer import newest_checkpoint
 from pipeline.config import TrainConfig
-from pipeline.distributed.ranks import total
+from pipeline.distributed import gather, total
 from pipeline.errors import Diverged, Stopped
 from pipeline.match.space import embed_rows
 from pipeline.model.losses import losses
@@ -98,11 +98,12 @@ def settle(run: Run, state: RoundState, unread: list[Step], left: int = 0) -> No
 def compared(run: Run, state: RoundState, local: Tensor, numbers: Tensor) -> dict[str, Any]:
     """What the terms on sets take besides (see Batch): fresh latents of other ids than the pool's, and more images."""
     more = torch.arange(1, run.config.objective.positives, device=local.device)
-    ranks = {"gather": run.accelerator.gather, "rank": run.rank, "world": run.world}
     return {
         "fresh": state.random.latents(numbers + FRESH),
         "further": state.images[(local[:, None] + more).flatten() % len(state.images)] if len(more) else None,
-        "population": Population(embed=embedding(run), **ranks),
+        "population": Population(
+            embed=embedding(run), gather=lambda rows: gather(rows, run.accelerator), rank=run.rank, world=run.world
+        ),
     }
 
 

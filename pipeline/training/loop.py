@@ -15,12 +15,11 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.data import Rows, Stream, rank_rows
-from pipeline.distributed import together, total, warn_of_others
+from pipeline.distributed import broadcast, gather, reduce, together, total, warn_of_others
 from pipeline.errors import Diverged, InputError, Stopped, Unavailable
 from pipeline.match import Match, NotFinite, match_round
 from pipeline.model import scaled
@@ -54,6 +53,9 @@ def train(config: Config, accelerator: Accelerator) -> bool:
         finished = finish(run)
     if run.lock:
         run.lock.release()
+    if finished and run.rank == 0:
+        place = config.run.remote or config.run.path
+        print(f"done: the run lies in {place}; measure it with: naign evaluate {place}")
     return finished
 
 
@@ -135,7 +137,7 @@ def take(run: Run, kept: PartialRound | None) -> tuple[RoundState, Rows]:
     taken = read_round(run, run.stream, number)
     images = scaled(taken.images.to(device))
     if config.match.latents == "fourier" and not run.state:
-        run.state = {"spectrum": measure_spectrum(images, lambda mean: run.accelerator.reduce(mean, "mean"))}
+        run.state = {"spectrum": measure_spectrum(images, lambda mean: reduce(mean, run.accelerator, "mean"))}
     random = RoundRandom(config, number, run.stream.shape, device, run.state)
     if isinstance(network := run.engine.bare, Autoencoder):
         random.decode, random.code = partial(run.engine.exported, "decode"), network.code
@@ -162,25 +164,23 @@ def learn_codes(run: Run, law: LearnedLaw, state: RoundState) -> dict[str, float
     begun = law.begun(share)
     if law.rounds > state.number:  # it did before a stop
         return {"loss/codes": law.loss} if begun else {}
-    accelerator, device = run.accelerator, run.accelerator.device
+    accelerator = run.accelerator
     with run.phase("learn"):
         some = state.images if begun else state.images[:: tracked_every(run.config)]
         mine = torch.cat([run.engine.exported("encode", part) for part in some.split(ENCODED)])
         stop_requested = run.poll("learn")
         how = {"rank": run.rank, "world": run.world, "autocast": accelerator.autocast, "covers": 1 / run.rounds}
         if run.world > 1:
-            how["add"] = partial(accelerator.reduce, reduction="sum")
+            how["add"] = partial(reduce, accelerator=accelerator)
         settled = max(0, state.number - run.fitted)
-        for _ in law.learn(accelerator.gather(mine).to(device), share, settled, **how):
+        for _ in law.learn(gather(mine, accelerator), share, settled, **how):
             run.watchdog.beat()
             if stop_requested():
                 raise Stopped
         if begun and not math.isfinite(law.loss):
             raise Diverged(f"the flow of f's codes is not finite in round {state.number}: lower match.codes.lr")
         run.state = state.random.state = law.state()
-        if run.world > 1:  # the same bits on every rank, whatever its machine
-            for value in run.state.values():
-                broadcast(value, from_process=0)
+        broadcast(run.state.values())  # the same bits on every rank, whatever its machine
     return {"loss/codes": law.loss} if begun else {}
 
 
@@ -260,8 +260,7 @@ def gather_partial(run: Run, state: RoundState) -> PartialRound:
     """What has to be kept of the current round, the match of all ranks included. Collective."""
     match = state.match
     if match and state.world_size_at_start == run.world:  # else every rank has the whole match
-        gather = run.accelerator.gather
-        ids, distances = (gather(part.to(run.accelerator.device)).cpu() for part in (match.ids, match.distances))
+        ids, distances = (gather(part, run.accelerator).cpu() for part in (match.ids, match.distances))
         match = replace(match, ids=ids, distances=distances)
     return PartialRound(world_size_at_start=state.world_size_at_start, match=match, sums=state.sums)
 

@@ -10,14 +10,23 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from pipeline.checkpoint import Writer, newest_first, take_over
 from pipeline.config import Config, flatten, to_dict
 from pipeline.data import DataConfig, Stream, lists_data_sets, load, pack
 from pipeline.data.damage import find_law
-from pipeline.distributed import Engine, StopRequest, Watchdog, ZeroEngine, together, total
+from pipeline.distributed import (
+    Engine,
+    StopRequest,
+    Watchdog,
+    ZeroEngine,
+    broadcast_object,
+    together,
+    total,
+    warn_of_others,
+)
 from pipeline.errors import InputError, require
 from pipeline.match import SpaceConfig, check_space
 from pipeline.model.encoders import Encoder, load_encoder, names
@@ -76,6 +85,8 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, nn.Module]:
             size = 4 * copies * sum(value.numel() for value in network.parameters())
             for warning in preflight(Needs(config.run.path, config.run.remote, size, config.report.trackers)):
                 log.warning("%s", warning)
+            if device.type == "cpu":
+                warn_of_others()
     return run, network
 
 
@@ -142,7 +153,7 @@ def claim_together(run: Run) -> Path | None:
     with together(run.accelerator):
         if run.rank == 0:
             checkpoint, token, run.lock = claim(run.config)
-    name, token = broadcast_object_list([checkpoint.name if checkpoint else "", token])
+    name, token = broadcast_object((checkpoint.name if checkpoint else "", token))
     with together(run.accelerator):
         shared = check_shared(run.config, token)
     with together(run.accelerator):

@@ -14,7 +14,7 @@ from pipeline.checkpoint.manifest import BEST
 from pipeline.config import Config
 from pipeline.data import read_split
 from pipeline.data.degrade import KINDS, degrade
-from pipeline.distributed import together, total
+from pipeline.distributed import gather, together, total
 from pipeline.errors import InputError
 from pipeline.evaluate.coverage import NEIGHBOURS, coverage
 from pipeline.evaluate.frechet import frechet_distance
@@ -104,7 +104,7 @@ class Quality:
             once = run.engine.exported("", random.latents(ids))
             moved += mae(run.engine.exported("", once), once) * len(ids) / share / run.world
             made.append(self.encoder.features(once.cpu()))
-        features = run.accelerator.gather(torch.cat(made).to(run.accelerator.device))[: self.config.samples].cpu()
+        features = gather(torch.cat(made), run.accelerator)[: self.config.samples].cpu()
         errors = [mae_of_repair(run, state.images[:BATCH], kind) for kind in KINDS if state.images.ndim == 4]
         found = {"fd": 0.0, "recall": 0.0, "precision": 0.0}
         with together(run.accelerator):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from pipeline.distributed import ranks, zero
+from pipeline.distributed import connect, zero
 from tests.conftest import SMALL, Program
 
 ABLE = [
@@ -21,13 +21,13 @@ ABLE = [
 @pytest.mark.parametrize(("able", "expected"), ABLE)
 def test_processors_that_multiply_bf16_are_known(monkeypatch, able, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
-    assert ranks.choose_precision(on_cpu=True) == expected
+    assert connect.choose_precision(on_cpu=True) == expected
 
 
 def test_a_run_takes_what_the_processor_has(train: Program, digits: str) -> None:
     done = train(*SMALL, f"--data.path={digits}", "--train.images=512", "--train.precision=auto")
     assert done.returncode == 0, done.stderr
-    fast = ranks.choose_precision(not torch.cuda.is_available()) == "bf16"
+    fast = connect.choose_precision(not torch.cuda.is_available()) == "bf16"
     assert ("bf16" if fast else "float32") in done.stdout + done.stderr
 
 

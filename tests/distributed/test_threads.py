@@ -6,14 +6,14 @@ import psutil
 import pytest
 import torch
 
-from pipeline.distributed import ranks
+from pipeline.distributed import host
 
 
 @pytest.fixture(autouse=True)
 def four_cores(monkeypatch):
     """A machine of four cores, of which this process may use 0, 1, 2 and 5."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(ranks, "_cores", lambda: {0, 1, 2, 5})
+    monkeypatch.setattr(host, "_cores", lambda: {0, 1, 2, 5})
     yield
     torch.set_num_threads(before)
 
@@ -23,7 +23,7 @@ def test_cores_are_shared_among_ranks(asked, local, threads, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    ranks.set_threads(asked)
+    host.set_threads(asked)
     assert torch.get_num_threads() == threads
 
 
@@ -32,9 +32,9 @@ def test_without_a_launcher_the_environment_is_heeded(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     torch.set_num_threads(2)  # as torch does where it is imported under that
-    ranks.set_threads(0)
+    host.set_threads(0)
     assert torch.get_num_threads() == 2
-    ranks.set_threads(3)
+    host.set_threads(3)
     assert torch.get_num_threads() == 3
 
 
@@ -51,7 +51,7 @@ def test_without_a_launcher_the_environment_is_heeded(monkeypatch):
 def test_a_crowded_machine_is_mentioned(threads, shares, said, monkeypatch, caplog):
     monkeypatch.setattr(psutil, "cpu_percent", lambda seconds, percpu: shares)
     torch.set_num_threads(threads)
-    ranks.warn_of_others()
+    host.warn_of_others()
     if said:
         [record] = caplog.records
         assert re.search(said, record.getMessage())

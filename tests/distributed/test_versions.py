@@ -7,7 +7,7 @@ import pytest
 import torch.distributed.distributed_c10d as c10d
 
 from pipeline.distributed import versions
-from pipeline.distributed.ranks import build_accelerator
+from pipeline.distributed.connect import build_accelerator
 from pipeline.errors import InputError
 from tests.conftest import ROOT
 

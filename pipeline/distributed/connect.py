@@ -1,0 +1,146 @@
+"""Connect the ranks as the launcher's configuration asks: the process group, the precision, DeepSpeed."""
+
+import importlib.util
+import os
+import shutil
+import socket
+import time
+from contextlib import suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, without an export
+
+from pipeline.distributed.gpus import check_bf16, check_gpus
+from pipeline.distributed.versions import check_versions
+from pipeline.errors import InputError, PeerLost, require
+
+
+def build_accelerator(
+    timeout: float = 600,  # seconds a rank waits for the others in a collective before it fails
+    *,
+    precision: str = "",  # fp32, bf16, fp16 or auto (`choose_precision`); '': what the launcher's configuration says
+    accumulate: int = 1,  # micro-batches a step
+) -> Accelerator:
+    """The Accelerator that the launcher's configuration asks for, over gloo where there is no GPU. Collective.
+
+    Raises InputError where that configuration contradicts the arguments or the machine.
+    """
+    environ = os.environ
+    several = int(environ.get("WORLD_SIZE", "1")) > 1
+    ranks = int(environ.get("LOCAL_WORLD_SIZE", "1"))  # of this host
+    use_cpu = environ.get("ACCELERATE_USE_CPU", "").lower()
+    on_cpu = use_cpu == "true" or not torch.cuda.is_available()
+    deepspeed = environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    if "WORLD_SIZE" not in environ and "MASTER_ADDR" in environ:
+        alone = "the launcher was asked for several ranks but started this process alone, as Accelerate does for"
+        raise InputError(f"{alone} distributed_type MULTI_CPU: use a configuration like launch/cpu.yaml")
+    if several and not deepspeed and on_cpu and use_cpu == "false":
+        said = "the launcher's configuration says use_cpu: false (launch/cpu.yaml is for CPUs)"
+        check_gpus(said, ranks)
+    if not on_cpu:
+        check_gpus(f"{ranks} ranks were started here", ranks)
+        if precision == "bf16":
+            check_bf16()
+    if deepspeed:
+        _check_deepspeed(on_cpu)
+    check_versions("torch", "accelerate")
+    mixed = _mixed_precision(precision, on_cpu=on_cpu, deepspeed=deepspeed)
+    backend, connecting = "gloo" if on_cpu else "nccl", timedelta(seconds=timeout + 60)
+    # Before training, one rank may download data or a checkpoint for long. In training the watchdog ends ranks sooner.
+    collective = max(connecting, timedelta(hours=2))
+    if several and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        _connect_ranks(backend, connecting, collective)
+    accelerator = Accelerator(
+        # Without cpu=True Accelerate takes ranks without a GPU for unconnected ones; with it, it skips DeepSpeed.
+        cpu=on_cpu and not deepspeed,
+        mixed_precision=mixed,
+        gradient_accumulation_steps=accumulate,
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=collective)] if several or deepspeed else [],
+    )
+    if not on_cpu:
+        repeat_bits()
+    if several and accelerator.distributed_type == DistributedType.NO:  # each rank would train alone, silently
+        said = f"the launcher started {environ['WORLD_SIZE']} ranks but Accelerate connects none of them"
+        raise InputError(f"{said}: compare its configuration with those in launch/")
+    return accelerator
+
+
+def repeat_bits() -> None:
+    """Make a GPU compute the same bits each time, so that a resumed run equals one that never stopped.
+
+    Otherwise cuDNN may choose atomic sums for the gradients of convolutions. cuBLAS needs a fixed workspace, which
+    pipeline/__init__.py sets. Operations without a deterministic algorithm warn.
+    """
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # not each new tensor
+
+
+def _mixed_precision(precision: str, *, on_cpu: bool, deepspeed: bool) -> str:
+    """Accelerate's `mixed_precision` for train.precision; InputError where the launcher's configuration differs."""
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").replace("fp32", "no")
+    if precision == "auto":
+        precision = "" if configured != "no" or deepspeed else choose_precision(on_cpu)
+    wanted = {"": configured, "fp32": "no"}.get(precision, precision)
+    said = f"the launcher's configuration says mixed_precision: {configured}, but train.precision is {precision}"
+    require(
+        (configured in ("no", wanted), f"{said}: remove one"),
+        (wanted != "fp16" or not on_cpu, "fp16 needs a GPU: use --train.precision=bf16 or fp32 here"),
+    )
+    return wanted
+
+
+def choose_precision(on_cpu: bool) -> str:
+    """bf16 where the processor or GPU multiplies it natively, else fp32: elsewhere it is slower than float32."""
+    if not on_cpu:
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "sve_bf16")) else "fp32"
+
+
+def _connect_ranks(backend: str, connecting: timedelta, collective: timedelta) -> None:
+    """Initialize the process group under torchrun or Accelerate, over a store that rank 0 opens for this attempt.
+
+    The launcher's store survives restarts and keeps addresses of dead ranks. It is used only to publish the port of
+    rank 0's own store.
+    """
+    host = os.environ["MASTER_ADDR"]
+    main_port, rank, world = (int(os.environ[name]) for name in ("MASTER_PORT", "RANK", "WORLD_SIZE"))
+    launcher = TCPStore(host, main_port, world, is_master=False, timeout=connecting)
+    if rank == 0:
+        store = TCPStore(host, 0, world, is_master=True, timeout=connecting, wait_for_workers=False)
+        launcher.set("port", str(store.port))
+    else:
+        end = time.monotonic() + connecting.total_seconds()
+        while True:
+            with suppress(OSError):  # a port that refuses connections is an earlier attempt's
+                socket.create_connection((host, port := int(launcher.get("port"))), timeout=5).close()
+                break
+            if time.monotonic() > end:
+                raise PeerLost(f"rank {rank} waited {connecting} for rank 0, on {host}")
+            time.sleep(0.1)
+        store = TCPStore(host, port, world, is_master=False, timeout=connecting)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=collective)
+
+
+def _check_deepspeed(on_cpu: bool) -> None:
+    """Raise InputError where the launcher asks for DeepSpeed and it cannot work."""
+    if missing := [name for name in ("deepspeed", "transformers") if importlib.util.find_spec(name) is None]:
+        said = f"the launcher's configuration asks for DeepSpeed, but {' and '.join(missing)} is not installed"
+        raise InputError(f"{said}: in a checkout, pip install -e '.[deepspeed]'")
+    if not on_cpu:
+        check_versions("deepspeed")
+        return
+    compiler, use_cpu = shutil.which(os.environ.get("CXX", "c++")), os.environ.get("ACCELERATE_USE_CPU", "").lower()
+    compiled = "on CPUs DeepSpeed compiles its communication: install a C++ compiler (g++), or use DDP"
+    switched = "use_cpu: true silently switches DeepSpeed off: set use_cpu: false, which works on CPUs too"
+    require((compiler, compiled), (use_cpu != "true", switched))
+    from pipeline.distributed.zero import compile_communication
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    check_versions("deepspeed")
+    compile_communication()
