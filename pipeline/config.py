@@ -64,16 +64,12 @@ class TrainConfig:
     """fp32, bf16 or fp16 for forward and backward; weights are float32. Empty: as configured in the launcher. auto: the
     same, but without a configuration bf16 if the hardware multiplies it, else fp32."""
     compile: bool = field(default=False, metadata=FREE)
-    """Compile the network with torch.compile."""
-    graphs: bool = field(default=False, metadata=FREE)
-    """Compile the network and, on a GPU, replay its kernels as CUDA graphs, with one launch for each pass. The graphs
-    keep their memory, separately for each batch size."""
+    """Compile the network with torch.compile and, on a GPU, replay its kernels as CUDA graphs, which keep their memory,
+    separately for each batch size."""
     channels_last: bool = field(default=False, metadata=FREE)
     """Use the channels-last memory format (NHWC), which convolutions on GPUs prefer."""
     recompute: bool = field(default=False, metadata=FREE)
     """Activation checkpointing: drop the activations of each block and recompute them in the backward pass."""
-    bad_steps: int = field(default=10, metadata=FREE | POSITIVE)
-    """Stop the run after so many steps in a row whose loss or gradient is not finite. Each of them is skipped."""
     threads: int = field(default=0, metadata=FREE | between(0, 1024))
     """CPU threads per rank. 0: OMP_NUM_THREADS, or under a launcher, which sets that to 1, the rank's share of the
     cores."""
@@ -83,8 +79,6 @@ class TrainConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ReportConfig:
-    rounds: int = field(default=1, metadata=POSITIVE)
-    """Rounds between reports (TensorBoard scalars and metrics.jsonl)."""
     pictures: int = field(default=25, metadata=AT_LEAST_0)
     """Rounds between image grids; 0: none."""
     trackers: str = "tensorboard"
@@ -107,6 +101,8 @@ class QualityConfig:
     the checkpoint with the smallest distance: best.json in the run's folder names it; 0: none."""
     samples: int = field(default=2000, metadata=between(10, 10**6))
     """Samples that are compared with as many real examples."""
+    encoder: str = ""
+    """Encoder whose features quality/fd compares; empty: the one shipped for the data set, else pooled pixels."""
     split: str = field(default="train", metadata=NOT_EMPTY)
     """Split of the real examples. Never choose a checkpoint by the split that you report on."""
     patience: int = field(default=0, metadata=AT_LEAST_0)
@@ -160,7 +156,7 @@ class Config:
 
 NAMED: Named = {"model": ("conv", networks.find_network), "objective": ("naign", losses.find_objective)}
 
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {"train.graphs": "train.compile", "train.bad_steps": "", "report.rounds": ""}
 """Settings and sections of earlier versions and their present names; "" for those that were removed."""
 
 

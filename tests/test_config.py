@@ -184,7 +184,7 @@ def test_a_setting_that_is_gone_or_renamed_is_refused_with_its_new_name(tmp_path
 
 def test_only_settings_that_touch_the_computation_count_as_different():
     other = Config()
-    other.report.rounds, other.run.path, other.data.workers, other.train.threads = 7, "elsewhere", 3, 1
+    other.report.pictures, other.run.path, other.data.workers, other.train.threads = 7, "elsewhere", 3, 1
     assert differences(Config(), other) == []
     other.train.lr = 0.5
     assert differences(Config(), other) == ["train.lr: 0.002 there, 0.5 now"]

@@ -57,14 +57,20 @@ def prune(
                 part.delete(file)
 
 
-def best_named(root: str) -> str:
-    """The checkpoint that best.json in a run's folder or bucket names; "" if it is missing, or names none."""
+def read_best(root: str) -> dict[str, Any]:
+    """The content of best.json in a run's folder or bucket; {} if it is missing or damaged."""
     store = open_store(root)
     try:
-        name = json.loads(store.read(BEST))["checkpoint"] if store.exists(BEST) else ""
-        return name if by_step([name]) else ""
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, RecursionError):
-        return ""
+        content = json.loads(store.read(BEST)) if store.exists(BEST) else {}
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def best_named(root: str) -> str:
+    """The checkpoint that best.json in a run's folder or bucket names; "" if it is missing, or names none."""
+    name = read_best(root).get("checkpoint")
+    return name if isinstance(name, str) and by_step([name]) else ""
 
 
 def is_whole(file: Path, entry: dict[str, Any]) -> bool:

@@ -44,8 +44,7 @@ class Engine:
         batch: int,  # images a step over all ranks
         accumulate: int = 1,  # micro-batches a step
         ema: float = 0.0,  # decay a step of the average of the weights; 0: none is kept
-        compile: bool = False,
-        graphs: bool = False,  # compile, and replay as CUDA graphs on a GPU
+        compile: bool = False,  # and, on a GPU, replay as CUDA graphs
         shape: tuple[int, ...] = (),  # of a sample; (): DDP sums the first step of a process in other buckets
         ahead: bool | None = None,  # whether a step leaves its norm on the device; None: on a GPU
     ) -> None:
@@ -56,7 +55,8 @@ class Engine:
         self.accelerator, self.bare, self.accumulate = accelerator, bare, accumulate
         self.micro = batch // (world * accumulate)  # images per rank and micro-batch
         self.ema = deepcopy(bare).requires_grad_(False) if ema else None  # whole, float32, on every rank
-        self._decay, self._clip, self._graphs = ema, clip, graphs
+        self._decay, self._clip = ema, clip
+        self._graphs = compile and accelerator.device.type == "cuda"
         self.copied = threading.Event()  # not set while weights and moments are read in the background: a step waits
         self.copied.set()
         self._names = dict(bare.named_parameters())
@@ -66,10 +66,8 @@ class Engine:
         """Whether `step` decides on the device whether to step, and does not wait for it."""
         fused = {"fused": True} if self.ahead else {}
         adam = torch.optim.AdamW(bare.parameters(), lr=lr, betas=betas, weight_decay=weight_decay, **fused)
-        if compile or graphs:
-            bare.compile(mode="reduce-overhead" if graphs else None)
-        # Lets CUDA graphs overwrite what the network has returned up to now.
-        self._replay = torch.compiler.cudagraph_mark_step_begin if graphs else lambda: None
+        if compile:
+            bare.compile(mode="reduce-overhead" if self._graphs else None)
         self.network, self.optimizer = accelerator.prepare(bare, adam)
         self._adam: Any = self.optimizer
         while hasattr(self._adam, "optimizer"):  # the innermost one
@@ -105,6 +103,15 @@ class Engine:
         with self._ungraded():
             out: Tensor = self.bare(x.to(self._dtype))
         self.bare.train()
+        return self._kept(out)
+
+    def _replay(self) -> None:
+        """Let CUDA graphs overwrite what the network has returned up to now."""
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+
+    def _kept(self, out: Tensor) -> Tensor:
+        """An output in float32 that later evaluations do not overwrite, as they do the memory of a CUDA graph."""
         return out.float().clone() if self._graphs else out.float()
 
     def slope(self, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
@@ -129,10 +136,11 @@ class Engine:
         network: Any = self.bare if self.ema is None else self.ema
         exact = self.deepspeed or part == "encode"
         network.eval()
+        self._replay()
         with torch.no_grad(), nullcontext() if exact else self.accelerator.autocast():
             out: Tensor = (getattr(network, part) if part else network)(x.to(next(network.parameters()).dtype))
         self.bare.train()
-        return out.float()
+        return self._kept(out)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch; with a step's last they are averaged over ranks and micro-batches."""

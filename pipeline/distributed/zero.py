@@ -37,11 +37,11 @@ class ZeroEngine(Engine):
         accumulate: int = 1,
         **settings: Any,
     ) -> None:
-        """As Engine, but `compile` and `graphs` must be false.
+        """As Engine, but `compile` must be false.
 
         Raises InputError where the launcher's configuration contradicts these settings.
         """
-        assert not settings.get("compile") and not settings.get("graphs")
+        assert not settings.get("compile")
         micro = batch // (accelerator.num_processes * accumulate)
         _configure(accelerator, micro=micro, accumulate=accumulate, clip=clip)
         self.stage = int(accelerator.state.deepspeed_plugin.zero_stage)

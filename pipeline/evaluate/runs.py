@@ -13,11 +13,15 @@ from typing import Any
 
 import yaml
 
-from pipeline.checkpoint.manifest import MANIFEST, by_step
+from pipeline.checkpoint.done import is_done
+from pipeline.checkpoint.manifest import BEST, MANIFEST, by_step
 from pipeline.errors import InputError, printable, require
 
 MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
 """A folder with one of them is a run."""
+
+COUNTS = ("train.images", "train.passes", "match.round", "quality.patience", "quality.rounds")
+"""Settings that decide when a run is done."""
 
 SETTINGS = 10_000  # of a configuration, at most, sections counted
 LARGEST = 2**62  # count of images
@@ -107,12 +111,13 @@ def read_run(folder: Path, name: str) -> Run:
     last, measured = _last_lines(folder / "metrics.jsonl")
     checkpoint = _newest_trainer(folder)
     seen = max(whole(last.get("images_seen")), whole((checkpoint or {}).get("images_seen")))
+    rounds = whole(checkpoint.get("round")) if checkpoint else whole(last["round"]) + 1 if "round" in last else 0
     quality = _evaluated(folder) or _measured(measured)
     reported = number(last.get("time")) or (folder / "config.yaml").stat().st_mtime
     return Run(
         name=name,
         path=str(folder),
-        state=_state(folder, settings, checkpoint, seen, images),
+        state=_state(folder, settings, checkpoint, rounds),
         images_seen=seen,
         images=images,
         **quality,
@@ -215,16 +220,12 @@ def _newest_trainer(folder: Path) -> dict[str, Any] | None:
     return read_json(place / names[0] / "trainer.json") if names else {}
 
 
-def _state(folder: Path, settings: Mapping[str, Any], checkpoint: dict[str, Any] | None, seen: int, images: int) -> str:
+def _state(folder: Path, settings: Mapping[str, Any], checkpoint: dict[str, Any] | None, rounds: int) -> str:
     if _in_use(folder / ".lock"):
         return "training"
-    patience, every = (whole(settings.get(f"quality.{key}")) for key in ("patience", "rounds"))
-    rounds = whole((checkpoint or {}).get("round"))
-    waited = rounds - whole(read_json(folder / "best.json").get("round"))
-    if (whole((checkpoint or {}).get("images_seen")) if checkpoint else seen) >= images:
+    counts = {key: whole(settings.get(key)) for key in COUNTS}
+    if is_done({**settings, **counts}, rounds, read_json(folder / BEST)):
         return "done"
-    if 0 < patience * every <= waited < rounds:
-        return "done"  # stopped by quality.patience
     return "unknown" if checkpoint is None and not os.path.exists(folder / ".lock") else "stopped"
 
 

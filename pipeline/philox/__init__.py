@@ -27,6 +27,7 @@ imaginary part of the fourier law; noise that an objective adds to images; noise
 to images; the noise of flat latents; what the law `codes` learns with."""
 
 MAX_ID = 2**62
+SAMPLES = 2**32 - 1  # round of latents that training never draws: of samples, pictures and measurements
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)

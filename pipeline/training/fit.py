@@ -21,6 +21,7 @@ from pipeline.model.population import Population, stopped_code
 from pipeline.training.round import RoundState, Run
 
 log = logging.getLogger("naign.fit")
+BAD_STEPS = 10  # skipped in a row, after which the run has diverged
 FRESH = 2**40  # first id of latents drawn for one micro-batch: no pool reaches it
 Step = tuple[int, Tensor | float, dict[str, Tensor]]
 """Of a step that was made: its number, the norm of its gradient, and its losses."""
@@ -140,12 +141,12 @@ def means(run: Run, state: RoundState) -> dict[str, float]:
 
 
 def skip(run: Run, state: RoundState, step: int) -> None:
-    """Count a skipped step. Raises Diverged after train.bad_steps of them in a row."""
+    """Count a skipped step. Raises Diverged after BAD_STEPS of them in a row."""
     run.bad_steps += 1
     run.position.skipped += 1
     if run.rank == 0:
         log.warning("step %d: the loss or its gradient is not finite: skipped", step)
-    if run.bad_steps >= run.config.train.bad_steps:
+    if run.bad_steps >= BAD_STEPS:
         run.writer.join()
         newest = newest_checkpoint(Path(run.config.run.path) / "checkpoints") or "not there yet"
         raise Diverged(

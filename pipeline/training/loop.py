@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from pipeline import philox
 from pipeline.config import Config
 from pipeline.data import Rows, Stream, rank_rows
 from pipeline.distributed import broadcast, gather, reduce, together, total, warn_of_others
@@ -29,7 +30,7 @@ from pipeline.model.running import LearnedLaw
 from pipeline.observe import at_round
 from pipeline.training.fit import REMEDY, fit
 from pipeline.training.prepare import prepare, resume
-from pipeline.training.quality import measure_quality
+from pipeline.training.quality import Quality
 from pipeline.training.report import headline, report
 from pipeline.training.round import RoundRandom, RoundState, Run
 from pipeline.training.state import PartialRound, snapshot
@@ -37,6 +38,7 @@ from pipeline.training.state import PartialRound, snapshot
 log = logging.getLogger("naign.train")
 
 ENCODED = 512  # images encoded at once for the law of codes
+MEASURED = 2**40  # first id of the latents that quality measures: no evaluation reports on the same ones
 TRACKED = 1024  # images of a round, at least, whose codes' mean and covariance are tracked
 
 
@@ -85,7 +87,10 @@ def run_rounds(run: Run, partial: PartialRound | None) -> None:
                     position.step += images // config.train.batch
                     run.monitor.advance(images)
             position.round, position.done = position.round + 1, 0
-            better = measure_quality(run, state, values)
+            better = False
+            if run.quality and run.quality.due(position.round):
+                with run.phase("quality"):
+                    better = measure(run, run.quality, state, values)
             with run.phase("report"), together(run.accelerator):
                 report(run, state, taken, values, images=images - done * config.train.batch)
             if state.number == first and run.world == 1 and run.accelerator.device.type == "cpu":
@@ -106,6 +111,23 @@ def run_rounds(run: Run, partial: PartialRound | None) -> None:
     except (InputError, Unavailable):  # raised on all ranks: a checkpoint that is being written can be finished
         run.writer.join(within=config.stop.within)
         raise
+
+
+def measure(run: Run, quality: Quality, state: RoundState, values: dict[str, float]) -> bool:
+    """Add quality/* to `values`, and end the run where patience ends. Returns whether it is the best. Collective."""
+    random, rounds = state.random.as_sampled(philox.SAMPLES), run.position.round
+    measured, better = quality.measure(
+        run.engine,
+        lambda ids: random.latents(ids + MEASURED),
+        state.images,
+        rounds=rounds,
+        beat=run.watchdog.beat,
+    )
+    values |= measured
+    if quality.exhausted(rounds) and rounds < run.rounds:
+        run.monitor.say(f"stopped in round {rounds} of {run.rounds}: no better than in round {quality.best['round']}")
+        run.rounds = rounds
+    return better
 
 
 def finish(run: Run) -> bool:

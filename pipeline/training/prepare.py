@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from pipeline.checkpoint import Writer, newest_first, take_over
+from pipeline.checkpoint.done import count_rounds
 from pipeline.config import Config, flatten, to_dict
 from pipeline.data import DataConfig, Stream, lists_data_sets, load, pack
 from pipeline.data.damage import find_law
@@ -39,7 +40,7 @@ from pipeline.observe import Monitor, Needs, Profiler, forward_flops, parse_roun
 from pipeline.storage import open_store
 from pipeline.training.quality import Quality, check_quality
 from pipeline.training.round import Run
-from pipeline.training.run_folder import check_shared, claim, count_rounds, fetch_checkpoint
+from pipeline.training.run_folder import check_shared, claim, fetch_checkpoint
 from pipeline.training.state import PartialRound, restore, restore_law, restore_weights
 from pipeline.training.warm_start import warm_start
 
@@ -138,7 +139,7 @@ def resume(run: Run, network: nn.Module) -> PartialRound | None:
     if total([float(unsent)], run.accelerator)[0]:
         run.writer.resend(run.checkpointed)
     if config.quality.rounds:
-        run.quality = Quality(run)
+        run.quality = Quality(config, run.stream, run.accelerator)
         if run.quality.exhausted(run.position.round):
             run.rounds = run.position.round
     run.profiler = Profiler(folder, config.profile.rounds, rank)
@@ -212,7 +213,7 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
     if stage == 0 and precision != "no":
         said = f"DeepSpeed ZeRO-0 in {precision} keeps its float32 weights where no checkpoint can reach them"
         raise InputError(f"{said}: use ZeRO 1 to 3, or DDP")
-    for name in ("compile", "graphs", "channels_last"):
+    for name in ("compile", "channels_last"):
         if getattr(config.train, name):
             said = f"train.{name} does not go with DeepSpeed, which lays weights out anew"
             raise InputError(f"{said}: leave it out, or use DDP")
@@ -226,17 +227,28 @@ def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator, shap
     train = config.train
     if train.channels_last:
         bare.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    same = ("lr", "weight_decay", "clip", "batch", "accumulate", "ema", "compile", "graphs")
-    settings = {name: getattr(train, name) for name in same}
     kind = ZeroEngine if accelerator.distributed_type == DistributedType.DEEPSPEED else Engine
-    return kind(accelerator, bare, betas=(train.beta1, train.beta2), shape=shape, **settings)
+    return kind(
+        accelerator,
+        bare,
+        lr=train.lr,
+        betas=(train.beta1, train.beta2),
+        weight_decay=train.weight_decay,
+        clip=train.clip,
+        batch=train.batch,
+        accumulate=train.accumulate,
+        ema=train.ema,
+        compile=train.compile,
+        shape=shape,
+    )
 
 
 def build_law(config: Config, network: nn.Module, device: torch.device) -> LearnedLaw | None:
     """The law of latents, if it learns: then the network has a code."""
     if config.match.latents != "codes":
         return None
-    code, codes, rounds = require_code(network, "match.latents=codes").code, config.match.codes, count_rounds(config)
+    code, codes = require_code(network, "match.latents=codes").code, config.match.codes
+    rounds = count_rounds(flatten(config))
     late = f"match.codes.begin={codes.begin:g} is after the last of {rounds} rounds: the law would not be learned"
     require(((rounds - 1) / rounds >= codes.begin, f"{late}. Lower it, or raise train.images"))
     return build(code, codes, config.match.round, config.seed, device)

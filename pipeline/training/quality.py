@@ -4,132 +4,149 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
+from pipeline.checkpoint.done import is_exhausted, measured_alike, measured_by
 from pipeline.checkpoint.manifest import BEST
-from pipeline.config import Config
-from pipeline.data import read_split
+from pipeline.config import Config, flatten
+from pipeline.data import Stream, read_split
 from pipeline.data.degrade import KINDS, degrade
-from pipeline.distributed import gather, together, total
+from pipeline.distributed import Engine, broadcast_object, gather, together, total
 from pipeline.errors import InputError
 from pipeline.evaluate.coverage import NEIGHBOURS, coverage
 from pipeline.evaluate.frechet import frechet_distance
 from pipeline.evaluate.restoration import mae
 from pipeline.model import scaled
-from pipeline.model.encoders import Encoder, choose_encoder
-from pipeline.training.round import RoundState, Run
+from pipeline.model.encoders import Encoder, choose_encoder, load_encoder
 
 log = logging.getLogger("naign.quality")
 
 BATCH = 500  # samples at once
-ROUND = 2**32 - 2  # a round that is never trained: the same latents each time
-
-
-def measure_quality(run: Run, state: RoundState, values: dict[str, float]) -> bool:
-    """Add quality/* to `values` if a measurement is due, and end the run where patience ends. Collective.
-
-    Returns whether this is the best so far.
-    """
-    quality, rounds = run.quality, run.position.round
-    if quality is None or not quality.due(rounds):
-        return False
-    with run.phase("quality"):
-        found, better = quality.measure(run, state)
-    values |= found
-    if quality.exhausted(rounds) and rounds < run.rounds:
-        run.monitor.say(f"stopped in round {rounds} of {run.rounds}: no better than in round {quality.round}")
-        run.rounds = rounds
-    return better
 
 
 def check_quality(config: Config) -> None:
     """InputError where quality.split is missing, or has too few examples."""
     if config.quality.rounds:
         split = config.quality.split
-        found, _ = read_split(config.data, split, limit=NEIGHBOURS + 1)
-        if len(found) <= NEIGHBOURS:
-            raise InputError(f"quality.split={split} has {len(found)} examples, too few to measure with")
+        examples, _ = read_split(config.data, split, limit=NEIGHBOURS + 1)
+        if len(examples) <= NEIGHBOURS:
+            raise InputError(f"quality.split={split} has {len(examples)} examples, too few to measure with")
 
 
 class Quality:
-    """What a run's samples are measured against, and the best checkpoint so far."""
+    """What a run's samples are compared with, and the best distance so far."""
 
-    def __init__(self, run: Run) -> None:
-        """Collective."""
-        self.config, self.file = run.config.quality, Path(run.config.run.path) / BEST
-        self.encoder: Encoder = choose_encoder(replace(run.stream.manifest, shape=run.stream.shape))
-        if run.rank == 0 and self.encoder.name in (run.config.objective.encoder, run.config.match.space.encoder):
-            log.warning("quality/fd is measured on %s, which the run is trained with too", self.encoder.name)
+    def __init__(self, config: Config, stream: Stream, accelerator: Accelerator) -> None:
+        """Collective. Raises InputError for an encoder that does not fit the data."""
+        self.config, self.accelerator, self.settings = config.quality, accelerator, flatten(config)
+        self.encoder = find_encoder(config, stream)
         self.real: Tensor | None = None  # features, on rank 0
-        with together(run.accelerator):
-            if run.rank == 0:
-                data = run.config.data
-                real, _ = read_split(data, self.config.split, limit=self.config.samples)
+        self.best: dict[str, Any] = {}  # as in best.json
+        with together(accelerator):
+            if accelerator.is_main_process:
+                real, _ = read_split(config.data, self.config.split, limit=self.config.samples)
                 self.real = self.encoder.features(scaled(real))
-        self.best, self.round = math.inf, 0  # the smallest distance, and after how many rounds
-        fd, round = self._before() if run.rank == 0 else (0.0, 0)
-        best, number = total([fd, round], run.accelerator)
-        if number:
-            self.best, self.round = best, int(number)
+                self.best = self._read_best(Path(config.run.path) / BEST)
+                self._warn(config)
+        self.best = broadcast_object(self.best)
 
-    def _before(self) -> tuple[float, int]:
-        """Distance and round of the best checkpoint so far; 0 where there is none, or its record is damaged."""
+    def _read_best(self, file: Path) -> dict[str, Any]:
+        """What best.json says of the best checkpoint so far; {} where nothing, or nothing to compare with."""
         try:
-            found = json.loads(self.file.read_text())
-            return float(found["fd"]), int(found["round"])
+            content = json.loads(file.read_text())
+            best: dict[str, Any] = {key: content.get(key) for key in ("encoder", "measured")}
+            best |= {"fd": float(content["fd"]), "round": int(content["round"])}
         except FileNotFoundError:
-            pass
+            return {}
         except (ValueError, TypeError, LookupError, RecursionError) as error:
-            log.warning("%s says nothing of the best checkpoint (%s): the next measurement is", self.file, error)
-        return 0.0, 0
+            log.warning("%s says nothing of the best checkpoint (%s): the next measurement is", file, error)
+            return {}
+        if measured_alike(self.settings, best) and best["encoder"] == self.encoder.name:
+            return best
+        log.warning("%s was measured otherwise than this run measures: the next measurement counts as the best", file)
+        return {}
+
+    def _warn(self, config: Config) -> None:
+        if self.encoder.name in (config.objective.encoder, config.match.space.encoder):
+            log.warning("quality/fd is measured on %s, which the run is trained with too", self.encoder.name)
+        if self.encoder.name == "pixels" and not self.config.encoder:
+            log.warning(
+                "quality/fd is measured on pooled pixels, since no encoder is shipped for this data: it says little "
+                "of what is seen. Set quality.encoder, to efficientnet-lite0 for photographs, or to pixels"
+            )
 
     def due(self, rounds: int) -> bool:
         return rounds % self.config.rounds == 0
 
     def exhausted(self, rounds: int) -> bool:
-        """Whether quality.patience measurements in a row were no better than the best, if there is one."""
-        return self.round > 0 < self.config.patience * self.config.rounds <= rounds - self.round
+        """Whether quality.patience ends a run of so many rounds."""
+        return is_exhausted(self.settings, rounds, self.best)
 
-    def measure(self, run: Run, state: RoundState) -> tuple[dict[str, float], bool]:
-        """The values of `quality/*`, and whether they are the best so far. Collective."""
-        begin, share = time.perf_counter(), -(-self.config.samples // run.world)
-        random = state.random.as_sampled(ROUND)
-        made, moved = [], 0.0
-        for ids in torch.arange(run.rank * share, (run.rank + 1) * share).split(BATCH):
-            run.watchdog.beat()
-            once = run.engine.exported("", random.latents(ids))
-            moved += mae(run.engine.exported("", once), once) * len(ids) / share / run.world
-            made.append(self.encoder.features(once.cpu()))
-        features = gather(torch.cat(made), run.accelerator)[: self.config.samples].cpu()
-        errors = [mae_of_repair(run, state.images[:BATCH], kind) for kind in KINDS if state.images.ndim == 4]
-        found = {"fd": 0.0, "recall": 0.0, "precision": 0.0}
-        with together(run.accelerator):
+    def measure(
+        self,
+        engine: Engine,
+        latents: Callable[[Tensor], Tensor],  # of ids, the same at each measurement
+        images: Tensor,  # of the round, on this rank
+        *,
+        rounds: int,  # trained so far
+        beat: Callable[[], None],
+    ) -> tuple[dict[str, float], bool]:
+        """The finite values of `quality/*`, and whether they are the best so far. Collective."""
+        begin, rank, world = time.perf_counter(), self.accelerator.process_index, self.accelerator.num_processes
+        share = -(-self.config.samples // world)
+        parts, moved = [], 0.0
+        for ids in torch.arange(rank * share, (rank + 1) * share).split(BATCH):
+            beat()
+            once = engine.exported("", latents(ids))
+            moved += mae(engine.exported("", once), once) * len(ids) / share / world
+            parts.append(self.encoder.features(once.cpu()))
+        features = gather(torch.cat(parts), self.accelerator)[: self.config.samples].cpu()
+        values = dict.fromkeys(("fd", "recall", "precision"), 0.0) | {"idempotence": moved}
+        if images.ndim == 4:
+            values |= {f"repair_{kind}": mae_of_repair(engine, images[:BATCH], kind) / world for kind in KINDS}
+        with together(self.accelerator):
             if self.real is not None:
-                finite = bool(torch.isfinite(features).all())
-                found["fd"] = frechet_distance(features, self.real) if finite else math.inf
-                if finite:
-                    number = min(len(features), len(self.real))
-                    cover = coverage(self.real[:number], features[:number])
-                    found |= {"recall": cover.recall, "precision": cover.precision}
-        values = total([*found.values(), moved, *errors], run.accelerator)
-        names = [*found, "idempotence", *(f"repair_{kind}" for kind in KINDS)][: len(values)]
-        better = values[0] <= self.best and math.isfinite(values[0])
+                values |= compare(features, self.real)
+        sums = dict(zip(values, total(list(values.values()), self.accelerator), strict=True))
+        better = sums["fd"] <= self.best.get("fd", math.inf) and math.isfinite(sums["fd"])
         if better:
-            self.best, self.round = values[0], run.position.round
-        measured = {f"quality/{name}": value for name, value in zip(names, values, strict=True)}
-        return measured | {"quality/seconds": time.perf_counter() - begin}, better
+            self.best = {"fd": sums["fd"], "encoder": self.encoder.name, "round": rounds}
+            self.best["measured"] = measured_by(self.settings)
+        finite = {f"quality/{name}": value for name, value in sums.items() if math.isfinite(value)}
+        return finite | {"quality/seconds": time.perf_counter() - begin}, better
 
     def record(self, checkpoint: str) -> str:
         """The text of best.json where `checkpoint` is the best."""
-        content = {"checkpoint": checkpoint, "fd": self.best, "encoder": self.encoder.name, "round": self.round}
-        return json.dumps(content, indent=2) + "\n"
+        return json.dumps(self.best | {"checkpoint": checkpoint}, indent=2) + "\n"
 
 
-def mae_of_repair(run: Run, images: Tensor, kind: str) -> float:
-    """This rank's part of the mean error of f on damaged images of the round."""
+def find_encoder(config: Config, stream: Stream) -> Encoder:
+    """The encoder that quality/fd is measured on; InputError where quality.encoder does not fit the data."""
+    if not (name := config.quality.encoder):
+        return choose_encoder(replace(stream.manifest, shape=stream.shape))
+    encoder = load_encoder(name)
+    if unfit := encoder.unfit(stream.shape):
+        raise InputError(f"quality.encoder '{name}' {unfit}")
+    return encoder
+
+
+def compare(features: Tensor, real: Tensor) -> dict[str, float]:
+    """Distance, recall and precision of samples by their features; NaN where these are not finite."""
+    if not torch.isfinite(features).all():
+        return dict.fromkeys(("fd", "recall", "precision"), math.nan)
+    number = min(len(features), len(real))
+    cover = coverage(real[:number], features[:number])
+    return {"fd": frechet_distance(features, real), "recall": cover.recall, "precision": cover.precision}
+
+
+def mae_of_repair(engine: Engine, images: Tensor, kind: str) -> float:
+    """The mean error of f on damaged images of the round."""
     damaged = degrade(images.cpu(), kind).to(images.device)  # type: ignore[arg-type]
-    return mae(run.engine.exported("", damaged), images) / run.world
+    return mae(engine.exported("", damaged), images)

@@ -4,17 +4,19 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline import philox
 from pipeline.data import Rows
 from pipeline.data.degrade import KINDS, degrade
-from pipeline.distributed import total
+from pipeline.distributed import Engine, total
 from pipeline.observe import fit_flops, grid, peak_flops, peak_memory, rows, scatter
-from pipeline.training.round import RoundState, Run
+from pipeline.training.round import RoundRandom, RoundState, Run
 
 log = logging.getLogger("naign.report")
 
@@ -48,25 +50,21 @@ def report(run: Run, state: RoundState, taken: Rows, values: dict[str, float], *
     if state.match:
         values |= state.match.values
         warn_of_collapse(run, state.match.values)
-    reported = last or position.round % config.report.rounds == 0
-    if reported:
-        values |= speed_values(run, images) | {"data/epoch": run.stream.order.epochs(position.round)}
-        tally, names = taken.tally, ("megabytes", "cached_megabytes", "reread_megabytes", "retries", "skipped")
-        costs = [tally.bytes / 1e6, tally.cached / 1e6, tally.reread / 1e6, tally.retries, len(taken.broken)]
-        sums = zip(names, total(costs, run.accelerator), strict=True)  # of all ranks
-        values |= {f"data/{name}": value for name, value in sums}
-        values |= {"seconds/training": position.seconds, "train/skipped": position.skipped}
-        values |= {"checkpoint/seconds": run.writer.seconds, "checkpoint/upload_seconds": run.writer.uploaded}
+    values |= speed_values(run, images) | {"data/epoch": run.stream.order.epochs(position.round)}
+    tally, names = taken.tally, ("megabytes", "cached_megabytes", "reread_megabytes", "retries", "skipped")
+    costs = [tally.bytes / 1e6, tally.cached / 1e6, tally.reread / 1e6, tally.retries, len(taken.broken)]
+    sums = zip(names, total(costs, run.accelerator), strict=True)  # of all ranks
+    values |= {f"data/{name}": value for name, value in sums}
+    values |= {"seconds/training": position.seconds, "train/skipped": position.skipped}
+    values |= {"checkpoint/seconds": run.writer.seconds, "checkpoint/upload_seconds": run.writer.uploaded}
     pictures, drawn = config.report.pictures, {}
     wanted = pictures and (last or position.round == 1 or position.round % pictures == 0)
     if wanted and (run.rank == 0 or run.engine.sharded):
-        random = state.random.as_sampled(run.rounds)  # a round that is never trained: the same latents all along
-        drawn = draw_progress(run.engine.sample, random.latents(torch.arange(64)), state.images)
+        drawn = draw(run.engine, state.random, state.images)
     # From here on rank 0 alone works, and may fail.
-    if reported:
-        monitor.scalars(values, position.images_seen, round=state.number, step=position.step)
-        if state.match:
-            monitor.histogram("match/distances", state.match.distances, position.images_seen)
+    monitor.scalars(values, position.images_seen, round=state.number, step=position.step)
+    if state.match:
+        monitor.histogram("match/distances", state.match.distances, position.images_seen)
     for name, picture in drawn.items():
         monitor.picture(name, picture, position.images_seen)
 
@@ -104,6 +102,12 @@ def speed_values(run: Run, images: int) -> dict[str, float]:
     if peak := peak_flops(device, dtype):  # of the GPUs, the share of which fitting used is MFU: arXiv 2204.02311, B
         values["speed/mfu"] = flops / (run.world * peak)
     return values
+
+
+def draw(engine: Engine, random: RoundRandom, images: Tensor) -> dict[str, Image.Image]:
+    """Pictures of the network that is exported, by the same latents all along. Collective where it is sharded."""
+    latents = random.as_sampled(philox.SAMPLES).latents(torch.arange(64))
+    return draw_progress(partial(engine.exported, ""), latents, images)
 
 
 def draw_progress(f: Callable[[Tensor], Tensor], latents: Tensor, examples: Tensor) -> dict[str, Image.Image]:

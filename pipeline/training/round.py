@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from pipeline import philox
 from pipeline.checkpoint import Writer
-from pipeline.config import Config
+from pipeline.checkpoint.done import count_rounds
+from pipeline.config import Config, flatten
 from pipeline.data import Stream, damage
 from pipeline.distributed import Engine, StopPoll, StopRequest, Watchdog
 from pipeline.errors import InputError, one_line
@@ -21,12 +21,8 @@ from pipeline.model import latents
 from pipeline.model.losses import Distance
 from pipeline.model.running import LearnedLaw
 from pipeline.observe import Monitor, Profiler, title
-from pipeline.training.run_folder import count_rounds
+from pipeline.training.quality import Quality
 from pipeline.training.state import PartialRound, Position
-
-if TYPE_CHECKING:
-    from pipeline.training.quality import Quality
-
 
 SMALLER = {
     "take": "halve match.round",
@@ -111,7 +107,7 @@ class Run:
     checkpointed: str = ""  # name of the newest checkpoint
     state: dict[str, Tensor] = field(default_factory=dict)  # of the law of latents: measured, or learned by `law`
     law: LearnedLaw | None = None  # of latents, where it learns
-    quality: "Quality | None" = None  # where it is measured
+    quality: Quality | None = None  # where it is measured
 
     def poll(self, phase: str) -> StopPoll:
         """A poll for stop requests in `phase`, which begins. Collective."""
@@ -134,7 +130,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.rank, self.world = int(self.accelerator.process_index), int(self.accelerator.num_processes)
-        self.rounds = count_rounds(self.config)
+        self.rounds = count_rounds(flatten(self.config))
         self.fitted = self.rounds - int(self.rounds * self.config.match.codes.alone) if self.law else self.rounds
 
 

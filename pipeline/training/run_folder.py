@@ -14,9 +14,9 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from pipeline.checkpoint import bucket, is_complete, newest_checkpoint, set_aside
-from pipeline.checkpoint.manifest import step_of
-from pipeline.config import Config, changeable, differences, from_dict, to_dict
+from pipeline.checkpoint import bucket, done, is_complete, newest_checkpoint, set_aside
+from pipeline.checkpoint.manifest import read_best, step_of
+from pipeline.config import Config, changeable, differences, flatten, from_dict, to_dict
 from pipeline.errors import Damaged, InputError
 from pipeline.model.naign import NAIGN
 from pipeline.settings.constraints import MAY_CHANGE
@@ -167,18 +167,16 @@ def check_remote_run(config: Config) -> list[str]:
 
 
 def is_done(config: Config) -> bool:
-    """Whether the bucket has this configuration's last checkpoint in full; InputError if it has and resume=never."""
+    """Whether the bucket has the last checkpoint of this configuration's run in full.
+
+    Raises InputError if it has and resume=never.
+    """
     remote, recorded = config.run.remote, recorded_at(config.run.remote)
     name = next(bucket.newest_first(remote), "") if recorded else ""
     if not recorded or not name or differences(recorded, config):
         return False
     _refuse_never(config, remote, "choose another --run.remote")
-    return bucket.round_of(remote, name) >= count_rounds(config)
-
-
-def count_rounds(config: Config) -> int:
-    """Rounds that spend the budget."""
-    return -(-config.train.images // (config.match.round * config.train.passes))
+    return done.is_done(flatten(config), bucket.round_of(remote, name), read_best(remote))
 
 
 def fetch_checkpoint(config: Config, name: str, *, shared: bool) -> Path:

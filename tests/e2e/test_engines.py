@@ -201,7 +201,7 @@ def test_channels_last_and_recomputed_networks_train_alike(digits, tmp_path):
         ("zero3", 1, {}, ["--match.space.code=1"], "match.space.code evaluates the network rank by rank"),
         ("zero3", 1, {}, ["--match.refine=1"], "match.refine evaluates the network rank by rank"),
         ("zero0", 1, {}, ["--train.precision=bf16"], "use ZeRO 1 to 3, or DDP"),
-        ("zero2", 1, {}, ["--train.graphs"], "train.graphs does not go with DeepSpeed"),
+        ("zero2", 1, {}, ["--train.compile"], "train.compile does not go with DeepSpeed"),
         ("zero1", 2, {}, ["--train.accumulate=3"], "2 ranks x 3 micro-batches"),
         ("cpu", 1, {}, ["--train.precision=fp16"], "fp16 needs a GPU"),
     ],
@@ -214,10 +214,9 @@ def test_what_an_engine_cannot_do_is_refused_at_the_start(name, ranks, changes, 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for CPUs with g++")
-@pytest.mark.parametrize("how", ["compile", "graphs"])
-def test_a_compiled_network_trains_alike(how, plain, digits, tmp_path):
+def test_a_compiled_network_trains_alike(plain, digits, tmp_path):
     file = engine("cpu", tmp_path)
-    done = launch(file, tmp_path, *options(digits, "run"), f"--train.{how}")
+    done = launch(file, tmp_path, *options(digits, "run"), "--train.compile")
     assert done.returncode == 0, done.stderr
     for ours, theirs in zip(losses(tmp_path / "run"), losses(plain), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)

@@ -1,19 +1,32 @@
 """Quality that is measured while a run trains, and the checkpoint that it keeps."""
 
 import json
+import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
+from pipeline.checkpoint.done import measured_by
 from pipeline.checkpoint.writer import is_complete
-from pipeline.config import QualityConfig
+from pipeline.config import parse
+from pipeline.data import Stream
+from pipeline.errors import InputError
 from pipeline.training.quality import Quality
 from tests.conftest import SMALL
 
 EVERY = ["--quality.rounds=2", "--quality.samples=200"]
 STILL = ["--train.lr=1e-9", "--train.lr_end=1e-9"]
+
+
+def open_quality(stream: Stream, options: list[str]) -> Quality:
+    AcceleratorState._reset_state(True)
+    return Quality(parse(options), stream, Accelerator(cpu=True))
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -95,12 +108,43 @@ def test_patience_ends_a_run_for_good(train, digits, tmp_path):
     assert is_complete(tmp_path / "remote/checkpoints" / best["checkpoint"])
 
 
-def test_patience_begins_with_the_first_measurement():
-    quality = Quality.__new__(Quality)
-    quality.config, quality.round = QualityConfig(rounds=2, patience=3), 0
-    assert not quality.exhausted(100)
-    quality.round = 4
-    assert [quality.exhausted(rounds) for rounds in (4, 8, 10)] == [False, False, True]
+def test_a_distance_measured_otherwise_is_not_compared_with(digits, tmp_path, caplog):
+    """A run that goes on with fewer samples, another split or encoder begins anew, and so does its patience."""
+    done = ["--quality.rounds=2", "--quality.patience=3", f"--data.path={digits}", f"--run.path={tmp_path}"]
+    with Stream(parse(done).data, seed=0, round_size=256, prefetch=False) as stream:
+        first = open_quality(stream, done)
+        first.best = {"fd": 0.1, "encoder": first.encoder.name, "round": 4, "measured": measured_by(first.settings)}
+        assert [first.exhausted(rounds) for rounds in (4, 8, 10)] == [False, False, True]
+        (tmp_path / "best.json").write_text(first.record("step-00000032"))
+        assert open_quality(stream, done).exhausted(10) and not caplog.text
+        for changed in ("--quality.samples=100", "--quality.split=test", "--quality.encoder=pixels"):
+            other = open_quality(stream, [*done, changed])
+            assert other.best == {} and not other.exhausted(100), changed
+            assert "was measured otherwise" in caplog.text
+            caplog.clear()
+
+
+def test_pooled_pixels_are_warned_of_unless_they_are_asked_for(points, tmp_path, caplog):
+    given = ["--quality.rounds=2", f"--data.path={points}", f"--run.path={tmp_path}", "--model.name=mlp"]
+    with Stream(parse(given).data, seed=0, round_size=256, prefetch=False) as stream:
+        assert open_quality(stream, [*given, "--quality.encoder=pixels"]).encoder.name == "pixels" and not caplog.text
+        open_quality(stream, given)
+        assert "measured on pooled pixels" in caplog.text
+        with pytest.raises(InputError, match="quality.encoder 'digits-cnn64' reads"):
+            open_quality(stream, [*given, "--quality.encoder=digits-cnn64"])
+
+
+def test_features_that_are_not_finite_are_no_measurement_and_the_rest_is_json(digits, tmp_path):
+    given = ["--quality.rounds=2", "--quality.samples=20", f"--data.path={digits}", f"--run.path={tmp_path}", *SMALL]
+    with Stream(parse(given).data, seed=0, round_size=256, prefetch=False) as stream:
+        quality = open_quality(stream, given)
+        broken = SimpleNamespace(exported=lambda part, x: x * math.inf)
+        images = torch.zeros(20, *stream.shape)
+        values, better = quality.measure(
+            broken, lambda ids: torch.ones(len(ids), *stream.shape), images, rounds=2, beat=lambda: None
+        )
+        assert not better and quality.best == {} and "quality/fd" not in values and values["quality/seconds"] > 0
+        json.dumps(values, allow_nan=False)
 
 
 @pytest.mark.slow

@@ -95,9 +95,31 @@ def test_sums_are_those_of_the_steps_that_were_made(left, monkeypatch):
 
 
 def test_steps_that_fail_in_a_row_end_the_run_though_they_are_read_late():
-    settings = SimpleNamespace(train=SimpleNamespace(bad_steps=3), run=SimpleNamespace(path="run"))
+    settings = SimpleNamespace(run=SimpleNamespace(path="run"))
     run = SimpleNamespace(config=settings, bad_steps=0, position=SimpleNamespace(skipped=0), rank=0)
     run.writer = SimpleNamespace(join=lambda: None)
-    unread = [(number, torch.tensor(math.nan), {}) for number in range(4)]
-    with pytest.raises(Diverged, match="3 steps in a row"):
+    unread = [(number, torch.tensor(math.nan), {}) for number in range(11)]
+    with pytest.raises(Diverged, match="10 steps in a row"):
         settle(run, SimpleNamespace(sums={}, number=0), unread)
+
+
+class Overwriting(torch.nn.Module):
+    """Returns the same memory each time, as CUDA graphs do."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.memory = torch.nn.Parameter(torch.ones(1)), torch.zeros(2, 3)
+
+    def forward(self, x):
+        assert x.data_ptr() != self.memory.data_ptr(), "fed its own output memory"
+        return self.memory.copy_(x.detach() + 1)
+
+
+def test_what_a_graph_returns_is_kept_apart_from_its_memory():
+    AcceleratorState._reset_state(True)
+    one = Engine(Accelerator(cpu=True), Overwriting(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0, clip=0.0, batch=2)
+    one._graphs = True
+    for evaluate in (one.sample, lambda x: one.exported("", x)):
+        once = evaluate(torch.zeros(2, 3))
+        twice = evaluate(once)
+        assert once.eq(1).all() and twice.eq(2).all()
