@@ -20,7 +20,7 @@ on loopback and shares the cores with the reader. Mosaic fetches through an empt
 floor: boto3 gets the same bytes, one object after the other, and decodes nothing; Pillow, and the decoder that ours has
 for JPEG, decode from memory.
 
-Bytes of a large shard, read three times by one process: pieces of 1 MiB are read by `open_store(path).open(name)` and
+Bytes of a large shard, read three times by one process: pieces of 1 MiB are read by `open_store(path).pieces(name)` and
 by boto3's `get_object`, in turns; the ratio is that of the medians.
 
 Memory: what a process' resident set grew by at most from before the dataset is made, of a large shard beside a small
@@ -69,7 +69,6 @@ ROWS = (
     Row(where="S3", title="ours", contender="ours"),
     Row(where="S3", title="ours, check=false", contender="ours, unchecked"),
     Row(where="S3", title="WebDataset, `pipe:aws s3 cp`", contender="webdataset"),
-    Row(where="S3", title="WebDataset, our `s3://`", contender="webdataset, our s3://"),
     Row(where="S3", title="mosaicml-streaming", contender="mosaic"),
     Row(where="S3", title="ours, 2 workers", contender="ours", workers=2),
     Row(where="S3", title="boto3, bytes only", contender="boto3", floor=True),

@@ -124,17 +124,6 @@ def webdataset(job: Job) -> Read:
     return _webdataset(job, [f"{job.path}/{shard}" for shard in job.shards])
 
 
-def webdataset_ours(job: Job) -> Read:
-    """Plain WebDataset that opens s3:// by what pipeline.data.loader registers."""
-    import boto3  # noqa: F401  # see `ours`
-    from webdataset import gopen_schemes
-
-    import pipeline.data.loader  # noqa: F401
-
-    assert "s3" in gopen_schemes
-    return _webdataset(job, [f"{job.path}/{shard}" for shard in job.shards])
-
-
 def _webdataset(job: Job, urls: list[str]) -> Read:
     import PIL.Image  # noqa: F401  # its decoder imports it at the first image
     from webdataset import WebDataset
@@ -274,11 +263,10 @@ def ours_bytes(job: Job, *, hashed: bool = False) -> Read:
         store = open_store(job.path)
         for shard in job.shards:
             digest = hashlib.sha256()
-            with store.open(shard) as stream:
-                while data := stream.read(CHUNK):
-                    if hashed:
-                        digest.update(data)
-                    yield 0, len(data), None
+            for data in store.pieces(shard):
+                if hashed:
+                    digest.update(data)
+                yield 0, len(data), None
 
     return read
 
@@ -320,7 +308,6 @@ CONTENDERS: dict[str, Callable[[Job], Read]] = {
     "ours": ours,
     "ours, unchecked": ours_unchecked,
     "webdataset": webdataset,
-    "webdataset, our s3://": webdataset_ours,
     "mosaic": mosaic,
     "decode": decode,
     "decode, parts": decode_parts,

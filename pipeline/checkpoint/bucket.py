@@ -74,8 +74,8 @@ def download(remote: str, name: str, checkpoints: Path) -> Path:
             store, base = locate(f"{where}/{file}")
             if store.size(base) != entry["bytes"]:  # before it fills the disk
                 raise ValueError(f"{file} has another size")
-            with store.open(base) as source, (folder / file).open("wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
+            with contextlib.closing(store.pieces(base)) as pieces, (folder / file).open("wb") as target:
+                target.writelines(pieces)
             sync_file(folder / file)
             if not is_whole(folder / file, entry):
                 raise ValueError(f"{file} has another hash")

@@ -39,7 +39,7 @@ class CachedStore:
         for split in manifest.splits.values():
             for shard in split.shards:
                 self._hashes[shard.name] = shard.sha256 or f"{shard.pages}-tar", shard.bytes
-                self._hashes[table_name(shard.name, manifest.tables)] = shard.pages, None
+                self._hashes[table_name(shard.name)] = shard.pages, None
         self._unseen = limit  # bytes that may have been added since the folder was last measured: measure first
         try:
             self._folder.mkdir(parents=True, exist_ok=True)

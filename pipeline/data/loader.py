@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import webdataset
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,9 +31,6 @@ from pipeline.data.rows import Rows, fill, new_images, new_rows
 from pipeline.data.sample import draws
 from pipeline.errors import InputError, Stopped
 from pipeline.storage.prefetch import in_background, in_order
-from pipeline.storage.store import gopen
-
-webdataset.gopen_schemes["s3"] = gopen  # so that any WebDataset program reads s3:// as training does, without pipes
 
 log = logging.getLogger("naign.data")
 

@@ -101,7 +101,9 @@ class DataSets:
             labels=tuple(self._numbers),
             label="",
             splits={
-                name: Split(samples=sum(split.samples for split in found), shards=[s for f in found for s in f.shards])
+                name: Split(
+                    samples=sum(split.samples for split in found), shards=tuple(s for f in found for s in f.shards)
+                )
                 for name, found in splits.items()
             },
         )

@@ -208,7 +208,7 @@ class Reader:
     def _read_table(self, shard: Shard) -> Table:
         if problem := size_problem(self.store, shard):
             raise InputError(problem)
-        name, wanted = table_name(shard.name, self.manifest.tables), bytes.fromhex(shard.pages)
+        name, wanted = table_name(shard.name), bytes.fromhex(shard.pages)
         said = "its SHA-256 is not the one in index.json"
         data = self._sound(self._tables, self._tables.read(name), wanted, name, said)
         try:
@@ -219,7 +219,7 @@ class Reader:
     def _fetch(self, pages: Pages) -> bytes:
         """The bytes of pages; those whose hash is wrong are read again."""
         name, rows = pages.shard.name, pages.table[pages.low : pages.high + 1].tolist()
-        start, table = rows[0][1], table_name(name, self.manifest.tables)
+        start, table = rows[0][1], table_name(name)
         data = self.store.read(name, start, rows[-1][1])
         for (sample, first, digest), (next_sample, last, _) in pairwise(rows if self._check else ()):
             there = memoryview(data)[first - start : last - start]
@@ -250,7 +250,7 @@ class Reader:
         raise InputError(f"{store.url(name)}: {said}, also after {REREADS} more reads: {_REMEDY}")
 
     def _samples(self, pages: Pages, data: bytes) -> Iterator[dict[str, Any]]:
-        where, table = self.store.url(pages.shard.name), table_name(pages.shard.name, self.manifest.tables)
+        where, table = self.store.url(pages.shard.name), table_name(pages.shard.name)
         expected, found = int(pages.table["sample"][pages.high] - pages.table["sample"][pages.low]), 0
         try:
             for sample in samples(data):

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import AbstractContextManager
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 from pipeline.storage.retry import Tally
 
@@ -45,11 +45,8 @@ class Store(Protocol):
         `fresh` bypasses any cache and renews its content.
         """
 
-    def open(self, name: str) -> BinaryIO:
-        """A stream from the first byte on, read ahead in bounded memory. It is never silently cut."""
-
     def pieces(self, name: str) -> Generator[bytes]:
-        """The bytes of a file as they arrive, in pieces of about a megabyte: `open` without its copies."""
+        """The bytes of a file in pieces of at most a megabyte, read ahead in bounded memory; never silently cut."""
 
     def write(self, name: str) -> AbstractContextManager[Writer]:
         """Write or replace a file while its bytes are produced: it appears whole at the end, or not at all."""

@@ -8,7 +8,6 @@ import stat
 import uuid
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from pipeline.errors import InputError
 from pipeline.storage.base import PARTIAL, Store, Writer
@@ -68,11 +67,6 @@ class LocalStore(Store):
             found = (self._folder / name).stat()
             return f"{found.st_mtime_ns}-{found.st_size}"
 
-    def open(self, name: str) -> BinaryIO:
-        self.size(name)
-        with self._explained(name):
-            return (self._folder / name).open("rb")
-
     def read(self, name: str, first: int = 0, last: int | None = None, *, fresh: bool = False) -> bytes:
         with self._explained(name), (self._folder / name).open("rb", buffering=0) as stream:
             stream.seek(first)
@@ -84,7 +78,8 @@ class LocalStore(Store):
         return data
 
     def pieces(self, name: str) -> Generator[bytes]:
-        with self.open(name) as stream, self._explained(name):
+        self.size(name)
+        with self._explained(name), (self._folder / name).open("rb") as stream:
             yield from iter(lambda: stream.read(1 << 20), b"")
 
     @contextlib.contextmanager

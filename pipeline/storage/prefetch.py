@@ -1,6 +1,5 @@
-"""Prefetching by threads in bounded memory: the results of calls in order, and a file as a stream of its parts."""
+"""Calls made by daemon threads ahead of need, in bounded memory."""
 
-import io
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -73,28 +72,3 @@ def _work(todo: "SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]") -> 
             except BaseException as error:  # re-raised where the result is asked for
                 future.set_exception(error)
         del item, future, call  # else the thread would keep the last result's bytes while it waits
-
-
-class Parts(io.RawIOBase):
-    """A raw stream over byte strings that follow one another."""
-
-    def __init__(self, parts: Generator[bytes]) -> None:
-        self._parts, self._left = parts, memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill the buffer as far as the present part reaches; 0 at the end."""
-        while not self._left:
-            if (part := next(self._parts, None)) is None:
-                return 0
-            self._left = memoryview(part)
-        count = min(len(buffer), len(self._left))
-        buffer[:count] = self._left[:count]
-        self._left = self._left[count:]
-        return count
-
-    def close(self) -> None:
-        self._parts.close()
-        super().close()

@@ -7,13 +7,12 @@ So botocore's retries are off. Every request and body is retried here, a body fr
 import base64
 import contextlib
 import hashlib
-import io
 import re
 import zlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from functools import partial, reduce
-from typing import Any, BinaryIO
+from typing import Any
 
 from botocore.exceptions import (
     BotoCoreError,
@@ -25,14 +24,13 @@ from botocore.exceptions import (
 )
 
 from pipeline.errors import Conflict, InputError, one_line
-from pipeline.storage.base import Store
-from pipeline.storage.prefetch import PARALLEL, PART, Parts, in_background, in_order
-from pipeline.storage.retry import Patience, Tally
-from pipeline.storage.s3_client import BadSettings, client, is_anonymous, is_passing
+from pipeline.storage.network import NO_RANGES, NetworkStore, Stat
+from pipeline.storage.prefetch import PARALLEL, in_background
+from pipeline.storage.retry import Patience
+from pipeline.storage.s3_client import BadSettings, client, is_anonymous, is_transient
 
 WRITE_PART = 16 << 20  # bytes per part of a multipart upload; S3 allows 10,000 parts
 CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role"
-_DIRECTORY_BUCKET = "--x-s3"  # ends the name of a directory bucket (S3 Express One Zone), which takes no Content-MD5
 _DENIED = ("AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
 
 
@@ -40,12 +38,11 @@ def _code(error: ClientError) -> str:
     return str(error.response["Error"].get("Code"))
 
 
-class S3Store(Store):
+class S3Store(NetworkStore):
     """The objects directly under one prefix. Picklable: each process makes its client at the first request."""
 
     def __init__(self, path: str) -> None:
-        self.path = path
-        self.tally = Tally()
+        super().__init__(path)
         self._bucket, _, prefix = path.removeprefix("s3://").partition("/")
         if not self._bucket:
             raise InputError(f"{path}: no bucket: write s3://bucket/prefix")
@@ -53,9 +50,7 @@ class S3Store(Store):
         if prefix and set(prefix.split("/")) & {"", ".", ".."}:
             raise InputError(f"{path}: an empty, '.' or '..' part, which servers read differently: write it plainly")
         self._prefix = prefix and f"{prefix}/"
-        self._versions: dict[str, tuple[int, str]] = {}  # size and ETag at the last HEAD
         self.checksums = True  # until the server refuses them
-        self.takes_md5 = not self._bucket.endswith(_DIRECTORY_BUCKET)
 
     def folders(self) -> list[str]:
         found = [entry["Prefix"] for page in self._pages() for entry in page.get("CommonPrefixes", [])]
@@ -79,30 +74,22 @@ class S3Store(Store):
     def exists(self, name: str) -> bool:
         with self._explained(name):
             try:
-                self._head(name)
+                self._stats[name] = self._stat(name)
             except ClientError as error:
                 if _code(error) not in ("404", "NoSuchKey", "NotFound") or self._bucket_is_missing():
                     raise
                 return False
         return True
 
-    def size(self, name: str) -> int:
-        with self._explained(name):
-            return self._head(name)
+    _is_transient = staticmethod(is_transient)
 
-    def version(self, name: str) -> str:
-        if name not in self._versions:
-            self.size(name)
-        return self._versions[name][1]
-
-    def _head(self, name: str) -> int:
+    def _stat(self, name: str) -> Stat:
         answer = self._ask("head_object", name)
-        self._versions[name] = int(answer["ContentLength"]), str(answer["ETag"])
-        return self._versions[name][0]
+        return Stat(int(answer["ContentLength"]), str(answer["ETag"]))
 
     def read(self, name: str, first: int = 0, last: int | None = None, *, fresh: bool = False) -> bytes:
-        data = b"".join(self._parts(name, first, last))
-        etag = self._versions[name][1].strip('"')
+        data = super().read(name, first, last)
+        etag = self._stats[name].version.strip('"')
         if first or last is not None or len(etag) != 32:
             return data
         # Nothing else holds the hash of a file such as index.json. Its ETag usually is its MD5; where it is not, as of
@@ -110,18 +97,11 @@ class S3Store(Store):
         patience = Patience(f"read {self.url(name)}", self.tally)
         while hashlib.md5(data, usedforsecurity=False).hexdigest() != etag:
             self.tally.add(reread=len(data))
-            before, data = data, b"".join(self._parts(name, 0, None))
+            before, data = data, super().read(name)
             if data == before:
                 break
             patience.wait(ConnectionError(f"bytes that are not those of its ETag {etag}, others at each read"))
         return data
-
-    def open(self, name: str) -> BinaryIO:
-        self.size(name)  # a missing object must raise here, not at the first read
-        return io.BufferedReader(Parts(self._parts(name, 0, None)), 1 << 20)
-
-    def pieces(self, name: str) -> Generator[bytes]:
-        return self._parts(name, 0, None)
 
     @contextlib.contextmanager
     def write(self, name: str) -> Iterator["Upload"]:
@@ -133,78 +113,36 @@ class S3Store(Store):
             except BaseException:
                 upload.abort()
                 raise
-        self._versions.pop(name, None)
+        self._stats.pop(name, None)
 
     def delete(self, name: str) -> None:
         with self._explained(name):
             self._ask("delete_object", name)
-        self._versions.pop(name, None)
+        self._stats.pop(name, None)
 
     def url(self, name: str) -> str:
         return f"s3://{self._bucket}/{self._prefix}{name}"
 
-    def _parts(self, name: str, first: int, last: int | None) -> Generator[bytes]:
-        """Bytes [first, last) of one version of an object, in pieces; parts of PART bytes are fetched in parallel."""
-        if name not in self._versions:
-            self.size(name)
-        size, etag = self._versions[name]
-        last = size if last is None else last
-        if last > size:
-            raise InputError(f"{self.url(name)}: {size} bytes where {last} were expected: truncated: copy it again")
-        ranges = [(start, min(start + PART, last)) for start in range(first, last, PART)]
-        if len(ranges) < 2:
-            for start, stop in ranges:
-                yield from self._get(name, etag, start, stop)
-            return
-        gets = (partial(self._get, name, etag, *ends) for ends in ranges)
-        with contextlib.closing(in_order(gets, PARALLEL)) as parts:
-            for part in parts:
-                yield from part
-
-    def _get(self, name: str, etag: str, first: int, last: int) -> Sequence[bytes]:
-        """Bytes [first, last). A body that breaks is resumed at the failed byte of the same version."""
-        chunks: list[bytes] = []
-        at, piece = first, 1 << 20
-        patience = Patience(f"read {self.url(name)}", self.tally)
-        with self._explained(name):
-            while at < last:
-                before = at
-                try:
-                    span = f"bytes={at}-{last - 1}"
-                    answer = client().get_object(Bucket=self._bucket, Key=self._prefix + name, Range=span, IfMatch=etag)
-                    if not str(answer.get("ContentRange", "")).startswith(f"bytes {at}-"):
-                        remedy = "use another one, or copy the data to a local folder"
-                        raise InputError(f"{self.url(name)}: the server does not serve byte ranges: {remedy}")
-                    with contextlib.closing(answer["Body"]) as body:
-                        while at < last and (chunk := body.read(min(piece, last - at))):
-                            chunks.append(chunk)
-                            at += len(chunk)
-                    if at < last:
-                        raise ConnectionError(f"the body ended {last - at} bytes early")
-                except Exception as error:
-                    if not is_passing(error):
-                        raise
-                    patience.wait(error, at=f", byte {at}", progress=at > before)
-                    piece = 1 << 15  # a piece that breaks is lost as a whole: make the next ones smaller
-        self.tally.add(bytes=last - first)
-        return chunks
+    def _range(self, name: str, version: str, first: int, last: int, piece: int) -> Iterator[bytes]:
+        span = f"bytes={first}-{last - 1}"
+        answer = client().get_object(Bucket=self._bucket, Key=self._prefix + name, Range=span, IfMatch=version)
+        if not str(answer.get("ContentRange", "")).startswith(f"bytes {first}-"):
+            raise InputError(f"{self.url(name)}: {NO_RANGES}")
+        left = last - first
+        with contextlib.closing(answer["Body"]) as body:
+            while left and (chunk := body.read(min(piece, left))):
+                yield chunk
+                left -= len(chunk)
 
     def _ask(self, operation: str, name: str | None = None, **arguments: Any) -> Any:
         """The answer to one request; transient failures are retried."""
         if name is not None:
             arguments["Key"] = self._prefix + name
-        patience = Patience(f"{operation.replace('_', ' ')} {self.url(name or '')}", self.tally)
-        while True:
-            try:
-                return getattr(client(), operation)(Bucket=self._bucket, **arguments)
-            except Exception as error:
-                if not is_passing(error):
-                    raise
-                patience.wait(error)
+        what = f"{operation.replace('_', ' ')} {self.url(name or '')}"
+        return self._retried(what, lambda: getattr(client(), operation)(Bucket=self._bucket, **arguments))
 
     @contextlib.contextmanager
     def _explained(self, name: str) -> Iterator[None]:
-        """Turn errors that the user can fix into InputError."""
         where = self.url(name)
         try:
             yield
@@ -231,7 +169,7 @@ class S3Store(Store):
                     remedy = f"the server refuses ({code}: {message}): check the path, AWS_ENDPOINT_URL and the region"
             raise InputError(f"{where}: {remedy}") from None
         except (BotoCoreError, BadSettings) as error:
-            if is_passing(error):
+            if is_transient(error):
                 raise
             raise InputError(f"{where}: {one_line(error)}: check AWS_ENDPOINT_URL and the AWS configuration") from None
 
@@ -271,9 +209,9 @@ class Upload:
         else:
             self._send(last)
             etag = self._completed([part.result() for part in self._parts])
-        size, found = self._store.size(self._name), self._store._versions[self._name][1]
-        if size != self._size or found != etag:
-            there = f"{size} bytes, ETag {found} just after {self._size} bytes, ETag {etag} were written"
+        size, version = self._store.size(self._name), self._store.version(self._name)
+        if size != self._size or version != etag:
+            there = f"{size} bytes, ETag {version} just after {self._size} bytes, ETag {etag} were written"
             remedy = "another program writes there too: stop it, or choose another path"
             raise Conflict(f"{self._store.url(self._name)}: {there}: {remedy}")
 
@@ -299,21 +237,18 @@ class Upload:
     def _sent(self, operation: str, data: bytes, **arguments: Any) -> Any:
         """Upload bytes until the server's answer does not say that it has stored others; that answer.
 
-        CRC-32 and Content-MD5 let the server refuse damaged bytes. What it has stored is checked by the CRC-32 in its
-        answer, or else by an ETag that is an MD5. It is none in directory buckets, and of objects encrypted by SSE-KMS
-        or SSE-C.
+        CRC-32 lets the server refuse damaged bytes. What it has stored is checked by the CRC-32 in its answer, or else
+        by an ETag that is an MD5, which it is not for objects encrypted by SSE-KMS or SSE-C.
         """
-        md5 = hashlib.md5(data, usedforsecurity=False)
+        md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
         crc = base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
-        if self._store.takes_md5:
-            arguments["ContentMD5"] = base64.b64encode(md5.digest()).decode()
         patience = Patience(f"write {self._store.url(self._name)}", self._store.tally)
         while True:
             answer = self._ask(operation, {"ChecksumCRC32": crc}, Body=data, **arguments)
             etag, stored = answer["ETag"].strip('"'), answer.get("ChecksumCRC32")
             encrypted = answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer
-            opaque = encrypted or not self._store.takes_md5 or not re.fullmatch("[0-9a-f]{32}", etag)
-            if stored == crc or stored is None and (opaque or etag == md5.hexdigest()):
+            opaque = encrypted or not re.fullmatch("[0-9a-f]{32}", etag)
+            if stored == crc or stored is None and (opaque or etag == md5):
                 return answer
             patience.wait(ConnectionError(f"the server stored other bytes: ETag {etag}, CRC-32 {stored}"))
 
@@ -340,6 +275,6 @@ class Upload:
         except ClientError as error:
             if _code(error) != "NoSuchUpload" or not store.exists(name) or store.size(name) != self._size:
                 raise
-            if reduce(lambda crc, part: zlib.crc32(part, crc), store._parts(name, 0, None), 0) != self._crc:
+            if reduce(lambda crc, piece: zlib.crc32(piece, crc), store.pieces(name), 0) != self._crc:
                 raise
-        return store._versions[name][1]
+        return store.version(name)

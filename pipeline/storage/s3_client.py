@@ -27,7 +27,7 @@ SILENCE = 20.0  # seconds without a byte, or without a connection, before a requ
 _TRANSIENT = ("BadDigest", "XAmzContentChecksumMismatch", "RequestTimeout", "SlowDown")
 
 
-def is_passing(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether the failure is transient: the same request may succeed a moment later."""
     if isinstance(error, ClientError):
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

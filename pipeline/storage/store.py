@@ -1,7 +1,6 @@
 """Where files lie, behind one protocol over str paths: a local folder, `s3://bucket/prefix`, or what fsspec reads."""
 
 import os
-from typing import BinaryIO
 
 from pipeline.errors import InputError
 from pipeline.storage.base import Store
@@ -33,14 +32,6 @@ def use_endpoint(address: str) -> None:
     """Ask the S3 server at this address from now on, in this process and those it starts; '' changes nothing."""
     if address:
         os.environ["AWS_ENDPOINT_URL_S3"] = address
-
-
-def gopen(url: str, mode: str = "rb", bufsize: int = 8192) -> BinaryIO:
-    """A stream of one file, as WebDataset asks for it: `webdataset.gopen_schemes["s3"] = gopen`."""
-    if "r" not in mode:
-        raise InputError(f"{url}: mode {mode!r}: WebDataset can only read through this; write with `naign pack`")
-    store, name = locate(url)
-    return store.open(name)
 
 
 def locate(url: str) -> tuple[Store, str]:

@@ -13,9 +13,9 @@ from webdataset import TarWriter
 
 from pipeline.data.decode import encode
 from pipeline.data.format.audit import verify
-from pipeline.data.format.found import FOUND
 from pipeline.data.format.indexing import index
 from pipeline.data.format.manifest import Manifest
+from pipeline.data.format.summary import KEPT
 from pipeline.data.format.writer import pack
 from pipeline.data.loader import read_split
 from pipeline.errors import InputError
@@ -39,8 +39,8 @@ def refuse(folder: Path, message: str) -> None:
     with pytest.raises(InputError, match=message):
         index(str(folder), progress=False)
     after = {file.name: file.read_bytes() for file in folder.iterdir()}
-    assert before == {name: data for name, data in after.items() if not name.endswith(FOUND)}
-    assert f"index{FOUND}" not in after
+    assert before == {name: data for name, data in after.items() if not name.endswith(KEPT)}
+    assert f"index{KEPT}" not in after
 
 
 def test_an_index_of_our_own_tars_is_the_one_that_pack_wrote(packed: str, tmp_path: Path) -> None:

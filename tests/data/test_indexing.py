@@ -1,6 +1,5 @@
 """Indexing tars in buckets that may only be read, and going on after a kill."""
 
-import base64
 import io
 import json
 import signal
@@ -17,12 +16,11 @@ import pytest
 
 from pipeline.data.dataset import DataConfig
 from pipeline.data.decode import encode
-from pipeline.data.format import found, indexing
-from pipeline.data.format import manifest as manifests
+from pipeline.data.format import indexing, summary
 from pipeline.data.format.audit import verify
-from pipeline.data.format.found import Found, read_shard
 from pipeline.data.format.indexing import index
 from pipeline.data.format.manifest import Manifest
+from pipeline.data.format.summary import KEPT, Summary, summarize
 from pipeline.data.format.writer import pack
 from pipeline.data.loader import Stream, read_split
 from pipeline.errors import InputError
@@ -83,7 +81,7 @@ def test_braces_and_patterns_choose_tars(tmp_path: Path) -> None:
 def test_only_shards_that_were_not_read_yet_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(str(tmp_path), TARS)
     expected = index(str(tmp_path), to=str(tmp_path / "whole"), progress=False)
-    read, scanned = [], found.scan
+    read, scanned = [], summary.scan
 
     def counted(store: Any, file: str, *rest: Any) -> Any:
         read.append(file)
@@ -91,7 +89,7 @@ def test_only_shards_that_were_not_read_yet_are_read(tmp_path: Path, monkeypatch
             raise KeyboardInterrupt
         return scanned(store, file, *rest)
 
-    monkeypatch.setattr(found, "scan", counted)
+    monkeypatch.setattr(summary, "scan", counted)
     monkeypatch.setattr(indexing, "THREADS", 1)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
@@ -107,48 +105,30 @@ def test_what_was_kept_of_another_tar_or_with_other_settings_is_not_used(tmp_pat
     write(str(tmp_path), TARS[:1], each=1)
     store = open_store(str(tmp_path))
     settings = indexing.Survey()
-    found = read_shard(store, TARS[0], settings)
+    found = summarize(store, TARS[0], settings)
     kept = found.dump(store.version(TARS[0]))
-    again = Found.parse(kept, TARS[0], store.version(TARS[0]), settings)
+    again = Summary.parse(kept, TARS[0], store.version(TARS[0]), settings)
     assert again is not None and again.shard == found.shard and (again.table == found.table).all()
     assert again.survey == found.survey and (again.keys == found.keys).all()
     write(str(tmp_path), TARS[:1], each=1)
-    assert Found.parse(kept, TARS[0], store.version(TARS[0]), settings) is None
-    assert Found.parse(kept, TARS[0], "", indexing.Survey(check=1)) is None
+    assert Summary.parse(kept, TARS[0], store.version(TARS[0]), settings) is None
+    assert Summary.parse(kept, TARS[0], "", indexing.Survey(check=1)) is None
     for damaged in (b"", b"[]", b"{}", kept[:-20], kept.replace(b"samples", b"simples")):
-        assert Found.parse(damaged, TARS[0], "", settings) is None
+        assert Summary.parse(damaged, TARS[0], "", settings) is None
 
 
 def test_what_was_kept_and_then_changed_is_not_used(tmp_path: Path) -> None:
     write(str(tmp_path), TARS[:1], cls=lambda n: b"%d" % n)
-    made = read_shard(open_store(str(tmp_path)), TARS[0], indexing.Survey(), whole=True)
-    record = json.loads(made.dump("1"))
+    kept = summarize(open_store(str(tmp_path)), TARS[0], indexing.Survey(), whole=True).dump("1")
 
-    def parse(content: bytes) -> Found | None:
-        return Found.parse(content, TARS[0], "1", indexing.Survey())
+    def parse(content: bytes, name: str = TARS[0]) -> Summary | None:
+        return Summary.parse(content, name, "1", indexing.Survey())
 
-    assert parse(json.dumps(record).encode()) and Found.parse(made.dump("1"), TARS[1], "1", indexing.Survey()) is None
-    wrong: dict[str, Any] = {"name": "x.tar", "sha256": "0", "pages": "../x", "samples": "3", "bytes": 3.0}
-    wrong["keys"] = base64.b64encode(made.keys[::-1].tobytes()).decode()
-    for name, value in wrong.items():
-        assert parse(json.dumps({**record, name: value}).encode()) is None, name
-    within: dict[str, tuple[Any, ...]] = {
-        **{
-            "kind": ("video", [], 0, ""),
-            "shape": ("abc", [1, 2], [1, 2.5, 2], [-1, 4, 4]),
-            "labelled": (1, "yes", False),
-        },
-        **{
-            "classes": (-1, 1.5, True, 10**9),
-            "texts": ("abc", [1], [[]]),
-            "broken": ({}, [5]),
-            "keep_broken": (None, 1),
-        },
-    }
-    for name, values in within.items():
-        for value in values:
-            assert parse(json.dumps({**record, "survey": {**record["survey"], name: value}}).encode()) is None, name
-    assert parse(b"[" * 100_000) is None
+    assert parse(kept) and parse(kept, TARS[1]) is None
+    for before, after in {b"00000.tar": b"00001.tar", b": true": b": null", b": [1, 4, 4]": b": [3, 4, 4]"}.items():
+        assert before in kept and parse(kept.replace(before, after)) is None, before
+    for damaged in (b"[" * 100_000, b"5", b'{"sha256": "", "record": 5}', b'{"sha256": ""}'):
+        assert parse(damaged) is None
 
 
 @pytest.mark.slow
@@ -264,7 +244,7 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data[1]/index.json").write_text(json.dumps({**content, "label": "name:("}))
     with pytest.raises(InputError, match=r"index.json: malformed \(label 'name:\('"):
         Manifest.load(str(tmp_path / "data[1]"))
-    for field, value in (("tables", "/../x"), ("tables", 5), ("broken", {"train.tar": 5}), ("broken", ["a"])):
+    for field, value in (("tables", ""), ("broken", {"train.tar": 5}), ("broken", ["a"])):
         (tmp_path / "data[1]/index.json").write_text(json.dumps({**content, field: value}))
         with pytest.raises(InputError, match=r"index.json: malformed"):
             Manifest.load(str(tmp_path / "data[1]"))
@@ -293,16 +273,6 @@ def test_page_tables_of_our_own_tars_are_made_anew(tmp_path: Path) -> None:
     assert index(str(tmp_path), name="numbered", labels=("even", "odd"), force=True, progress=False) == before
 
 
-def test_packing_anew_leaves_no_tables_of_an_index_that_was_replaced(tmp_path: Path) -> None:
-    pack(numbered(), str(tmp_path), shards=2, progress=False)
-    usual = {file.name for file in tmp_path.iterdir()}
-    write(str(tmp_path), ["train-00000.tar", "train-00001.tar"], cls=lambda n: b"1")
-    made = index(str(tmp_path), force=True, progress=False)
-    assert made.tables and not usual & {file.name for file in tmp_path.glob("*.npy")}
-    pack(numbered(), str(tmp_path), shards=2, force=True, progress=False)
-    assert {file.name for file in tmp_path.iterdir()} == usual
-
-
 def test_a_bucket_of_others_may_be_public_or_cost_the_reader(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.storage.s3_client import client, forget_clients
 
@@ -326,13 +296,13 @@ def test_a_bucket_of_others_may_be_public_or_cost_the_reader(bucket: str, monkey
 
 
 def test_a_broken_tar_costs_no_second_reading_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, scanned = [], found.scan
+    read, scanned = [], summary.scan
 
     def counted(store: Any, file: str, *rest: Any) -> Any:
         read.append(file)
         return scanned(store, file, *rest)
 
-    monkeypatch.setattr(found, "scan", counted)
+    monkeypatch.setattr(summary, "scan", counted)
     write(str(tmp_path), TARS)
     sound = (tmp_path / TARS[2]).read_bytes()
     (tmp_path / TARS[2]).write_bytes(sound[:2000])
@@ -367,12 +337,8 @@ def test_samples_that_were_indexed_as_broken_are_known(tmp_path: Path) -> None:
         verify(str(tmp_path), progress=False)
 
 
-@pytest.mark.parametrize("many", [10_000, 0], ids=["listed", "table"])
-def test_a_forced_index_replaces_the_old_one_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, many: int
-) -> None:
-    """Interrupted before any of its writes and deletions, it leaves the old or the new index whole."""
-    monkeypatch.setattr(manifests, "MANY", many)
+def test_a_forced_index_replaces_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted before any of its writes and deletions, it leaves the old index, the new one, or none."""
     monkeypatch.setattr(indexing, "THREADS", 1)
     old, new, mine = (str(tmp_path / name) for name in ("old", "new", "mine"))
     write(old, TARS[:3])
@@ -382,7 +348,7 @@ def test_a_forced_index_replaces_the_old_one_at_once(
     def interrupted(call: Any) -> Any:
         def changed(store: LocalStore, name: str, *rest: bytes) -> None:
             done[0] -= 1
-            if done[0] < 0 and not name.endswith(found.FOUND):
+            if done[0] < 0 and not name.endswith(KEPT):
                 raise KeyboardInterrupt
             call(store, name, *rest)
 
@@ -401,11 +367,16 @@ def test_a_forced_index_replaces_the_old_one_at_once(
             index(new, to=mine, force=True, progress=False)
             which.append("finished")
         except KeyboardInterrupt:
-            samples = Manifest.load(mine).split("train").samples
-            which.append("old" if samples == 9 else "new")
+            done[0] = 10_000
+            if not (Path(mine) / "index.json").exists():
+                which.append("none")
+                assert index(new, to=mine, progress=False).split("train").samples == 15
+            else:
+                which.append("old" if Manifest.load(mine).split("train").samples == 9 else "new")
         done[0] = 10_000
         assert verify(old if which[-1] == "old" else new, index=mine, progress=False).samples in (9, 15)
-    assert {"old", "new", "finished"} == set(which) and which == sorted(which, key=["old", "new", "finished"].index)
-    assert len(list(Path(mine).iterdir())) == 4 + (not many)
+    states = ["old", "none", "new", "finished"]
+    assert set(states) == set(which) and which == sorted(which, key=states.index)
+    assert len(list(Path(mine).iterdir())) == 4
     config = DataConfig(path=new, index=mine, cache=str(tmp_path / "cache"))
     assert len(read_split(config, "train")[0]) == 15

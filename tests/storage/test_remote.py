@@ -85,7 +85,7 @@ def test_what_fails_in_passing_is_asked_for_again(web: str, tmp_path: Path) -> N
     assert store.read("train-00000.tar", 512, 1536) == data[512:1536]
     assert store.tally.retries >= 3 and not Web.faults
     Web.faults = ["cut", ""]
-    assert store.open("train-00000.tar").read() == data
+    assert b"".join(store.pieces("train-00000.tar")) == data
     dead = open_store("http://127.0.0.1:9/there")
     for ask in (dead.size, dead.exists, dead.read):
         with pytest.raises(Unavailable, match="given up"):

@@ -9,6 +9,7 @@ import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -55,7 +56,7 @@ def test_there_and_back(store: Store, bucket: str) -> None:
     store.put("empty", b"")
     assert store.list() == ["a", "b", "empty", "ä b+c%20?#.tar"]
     assert store.size("a") == 3 and store.read("b") == b"12345" and store.read("ä b+c%20?#.tar") == b"odd"
-    assert store.read("empty") == store.open("empty").read() == b"" and store.size("empty") == 0
+    assert store.read("empty") == b"".join(store.pieces("empty")) == b"" and store.size("empty") == 0
     assert store.url("a") == f"{bucket}/some/where/a"
     open_store(f"{bucket}/some").put("beside", b"")
     open_store(f"{bucket}/some/where/deeper").put("below", b"")
@@ -70,7 +71,7 @@ def test_there_and_back(store: Store, bucket: str) -> None:
 
 @pytest.mark.parametrize("part", [1000, 999_983, 8 * MIB])
 def test_ranges_and_streams(store: Store, monkeypatch: pytest.MonkeyPatch, part: int) -> None:
-    monkeypatch.setattr("pipeline.storage.s3.PART", part)
+    monkeypatch.setattr("pipeline.storage.network.PART", part)
     data = DATA if part > 1000 else DATA[:54_321]
     store.put("a", data)
     size = len(data)
@@ -80,22 +81,18 @@ def test_ranges_and_streams(store: Store, monkeypatch: pytest.MonkeyPatch, part:
     assert store.read("a", 1234) == data[1234:] and store.read("a", size) == b""
     taken = store.tally.take()
     assert taken.bytes >= 2 * size and not taken.cached and not taken.reread
-    with store.open("a") as stream:
-        pieces = [stream.read(count) for count in (0, 1, 999, 1, 3000)]
-        rest = bytearray(500)
-        count = stream.readinto(rest)  # type: ignore[attr-defined]
-        assert b"".join([*pieces, rest[:count], stream.read()]) == data and stream.read(1) == b""
+    assert b"".join(store.pieces("a")) == data
     with pytest.raises(InputError, match=f"where/a: {size} bytes where {size + 1} were expected: truncated: copy it"):
         store.read("a", 0, size + 1)
 
 
 def test_a_stream_that_is_closed_early_ends_its_threads(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.storage.s3.PART", 10_000)
+    monkeypatch.setattr("pipeline.storage.network.PART", 10_000)
     store.put("a", DATA)
     asking: set[threading.Thread] = set()
     client().meta.events.register("before-call.s3", lambda **_: asking.add(threading.current_thread()))
-    with store.open("a") as stream:
-        assert stream.read(5) == DATA[:5]
+    with closing(store.pieces("a")) as pieces:
+        assert next(pieces) == DATA[:10_000]
     fetching = [thread for thread in asking if thread.name == "fetch"]
     assert fetching
     for thread in fetching:
@@ -216,8 +213,7 @@ def test_etags_that_are_no_md5(
     data = (DATA * 4)[:size]
     store.put("a", data)
     assert "stored other bytes" not in caplog.text
-    with store.open("a") as stream:
-        assert stream.read() == data
+    assert b"".join(store.pieces("a")) == data
     answer = s3.client().head_object(Bucket=bucket.removeprefix("s3://"), Key="some/where/a", ChecksumMode="ENABLED")
     assert ("ChecksumCRC32" in answer) == checksums and unfinished(s3, bucket) == []
 
@@ -284,7 +280,7 @@ ACTIONS: dict[str, Action] = {
     "size": lambda store: store.size("a"),
     "exists": lambda store: store.exists("a"),
     "read": lambda store: store.read("a"),
-    "open": lambda store: store.open("a"),
+    "pieces": lambda store: next(store.pieces("a")),
     "put": lambda store: store.put("a", b"1"),
     "delete": lambda store: store.delete("a"),
 }
@@ -313,7 +309,7 @@ def test_a_missing_bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_missing_object(s3: S3Server, bucket: str) -> None:
-    for action in ("size", "read", "open"):
+    for action in ("size", "read", "pieces"):
         assert "/x/a: no such object: check the path" in refusal(s3, action, f"{bucket}/x")
 
 
@@ -402,7 +398,7 @@ def test_a_public_bucket_needs_no_account(s3: S3Server, bucket: str, monkeypatch
         monkeypatch.delenv(variable)
     forget_clients()
     store = open_store(f"{bucket}/x")
-    assert store.list() == ["a"] and store.read("a") == store.open("a").read() == DATA
+    assert store.list() == ["a"] and store.read("a") == b"".join(store.pieces("a")) == DATA
     assert "no credentials were found" in refusal(s3, "put", f"{bucket}/x")
 
 
@@ -410,17 +406,17 @@ def test_a_public_bucket_needs_no_account(s3: S3Server, bucket: str, monkeypatch
 def test_an_object_that_changes_while_it_is_read(
     store: Store, monkeypatch: pytest.MonkeyPatch, again: bytes | None
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.s3.PART", 100_000)
+    monkeypatch.setattr("pipeline.storage.network.PART", 100_000)
     store.put("a", DATA)
     known = open_store(store.path)
     assert known.size("a") == len(DATA)
-    stream = store.open("a")
-    assert stream.read(5) == DATA[:5]
+    pieces = store.pieces("a")
+    assert next(pieces) == DATA[:100_000]
     other = open_store(store.path)
     other.delete("a") if again is None else other.put("a", again)
     message = "where/a: no such object" if again is None else "where/a: replaced while it was being read"
     with pytest.raises(InputError, match=message):
-        stream.read()
+        b"".join(pieces)
     for read in (lambda: known.read("a"), lambda: known.read("a", 50, 60)):
         with pytest.raises(InputError, match=message):
             read()
@@ -441,7 +437,7 @@ def test_a_server_that_is_down(store: Store, proxy: FaultProxy) -> None:
     with pytest.raises(Unavailable, match=rf"read {store.url('a')}, byte 0: given up after 10 attempts; .*Endpoint"):
         store.read("a")
     assert store.tally.take().retries == 9
-    for action in ("list", "size", "open", "put", "delete"):
+    for action in ("list", "size", "pieces", "put", "delete"):
         with pytest.raises(Unavailable, match=rf"{store.path}/.*: given up after 10 attempts; .*EndpointConnection"):
             ACTIONS[action](flaky(store))
     proxy.faults = Faults()
@@ -451,13 +447,13 @@ def test_a_server_that_is_down(store: Store, proxy: FaultProxy) -> None:
 def test_a_server_that_goes_down_in_the_middle(
     store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.s3.PART", 100_000)
+    monkeypatch.setattr("pipeline.storage.network.PART", 100_000)
     store.put("a", DATA)
-    stream = store.open("a")
-    assert stream.read(5) == DATA[:5]
+    pieces = store.pieces("a")
+    assert next(pieces) == DATA[:100_000]
     proxy.faults = Faults(refusing=True)
     with pytest.raises(Unavailable, match=rf"read {store.url('a')}, byte \d+00000: given up after 10 attempts"):
-        stream.read()
+        b"".join(pieces)
 
 
 def test_a_short_absence_is_waited_out(store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -487,7 +483,7 @@ def test_a_short_absence_is_waited_out(store: Store, proxy: FaultProxy, monkeypa
 def test_reading_through_faults(
     store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, faults: Faults, kinds: list[str], part: int
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.s3.PART", part)
+    monkeypatch.setattr("pipeline.storage.network.PART", part)
     monkeypatch.setattr("pipeline.storage.s3_client.SILENCE", 0.5)
     monkeypatch.setattr("pipeline.storage.retry.ATTEMPTS", 20)
     store.put("a", DATA)
@@ -497,8 +493,7 @@ def test_reading_through_faults(
     while not all(proxy.counts[kind] for kind in kinds):
         assert fresh.list() == ["a"] and fresh.size("a") == len(DATA)
         assert fresh.read("a", 7) == DATA[7:]
-        with fresh.open("a") as stream:
-            assert stream.read() == DATA
+        assert b"".join(fresh.pieces("a")) == DATA
     assert fresh.tally.retries > 0
     assert fresh.tally.bytes % (2 * len(DATA) - 7) == 0  # what was received twice counts once
 
@@ -579,13 +574,13 @@ def digest(store: Store) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_processes_that_a_program_starts(store: Store, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    monkeypatch.setattr("pipeline.storage.s3.PART", 100_000)
+    monkeypatch.setattr("pipeline.storage.network.PART", 100_000)
     store.put("a", DATA)
-    stream = store.open("a")  # its threads read on while the processes start
-    start = stream.read(1000)
+    pieces = store.pieces("a")  # its threads read on while the processes start
+    start = next(pieces)
     expected = hashlib.sha256(DATA).hexdigest()
     with multiprocessing.get_context(method).Pool(2) as pool:
         running = pool.map_async(digest, [store] * 6)
         assert digest(store) == expected
         assert running.get(60) == [expected] * 6
-    assert start + stream.read() == DATA and digest(store) == expected
+    assert start + b"".join(pieces) == DATA and digest(store) == expected

@@ -102,7 +102,7 @@ def verify(path: str, *, index: str = "", progress: bool = True) -> Report:
                 problems += filter(None, [size_problem(store, shard)])
     with bar_of_bytes(desc=f"verify {manifest.name}", total=total, disable=not progress) as bar:
         for name, pager in _scans(store, names, check, problems, bar):
-            pages = table_name(name, manifest.tables)
+            pages = table_name(name)
             problems += _differences(store, tables, pages, shards[name], pager.shard(name)[0])
     if problems:
         raise Problems(path, problems)

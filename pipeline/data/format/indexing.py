@@ -5,28 +5,26 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from braceexpand import braceexpand
 from joblib import cpu_count
-from tqdm import tqdm
 
 from pipeline.data.format.audit import PROBLEMS, Problems, bar_of_bytes
-from pipeline.data.format.found import FOUND, Found, key_hash, read_shard
 from pipeline.data.format.labels import check_label_rule
 from pipeline.data.format.manifest import INDEX, Manifest
 from pipeline.data.format.pages import Pager, dump_table, table_name
 from pipeline.data.format.samples import scan
+from pipeline.data.format.summary import KEPT, Summary, key_hash, summarize
 from pipeline.data.format.survey import Survey
 from pipeline.errors import InputError, Unavailable
 from pipeline.storage.base import Store
@@ -44,7 +42,6 @@ PROCESSES, MUCH = 32, 256 << 20
 """From so many bytes on each core reads shards by a process of its own, which takes a second to start."""
 
 T = TypeVar("T")
-_Task = tuple[str, int, bool]  # file, its bytes, whether something of it was kept
 
 
 def index(
@@ -65,8 +62,7 @@ def index(
 
     Samples are pictures of any size, or points (D,) float32 as .npy; their other members are passed over. After an
     interruption or an error the next call reads only shards that were not read, had problems or were replaced since.
-    An index that is there is replaced at once, in the moment its index.json is. Raises Problems, each with its shard
-    and key.
+    An index that is there stays until all is read. Raises Problems, each with its shard and key.
     """
     check_label_rule(label)
     if sample_check is not None and sample_check < 0:
@@ -77,64 +73,58 @@ def index(
     old = _there(target, force)
     groups = _grouped_names(_names(store, chosen, path), path, train, test)
     try:
-        target.put(f"index{FOUND}", b"")  # rather than be refused once much was read
+        target.put(f"index{KEPT}", b"")  # rather than be refused once much was read
     except InputError as error:
         elsewhere = "" if to else "; where you may only read, have the index written elsewhere: --to=FOLDER"
         raise InputError(f"{error}{elsewhere}") from None
-    found = _read_all(store, target, [file for files in groups.values() for file in files], settings, progress)
+    names = [name for files in groups.values() for name in files]
+    summaries = _summaries(store, target, names, settings, progress)
     try:
         with busy("comparing tars", shown=progress):
-            survey = _merged(path, store, settings, groups, found)
+            survey = _merged(path, store, settings, groups, summaries)
         title = name or folder.rstrip("/").rpartition("/")[2] or "indexed"
-        shards = {split: [found[file].shard for file in files] for split, files in groups.items()}
+        shards = {split: [summaries[file].shard for file in files] for split, files in groups.items()}
         manifest = survey.manifest(title, labels, shards, old)
-        broken = {file: one.survey.broken for file, one in found.items() if one.survey.broken}
-        manifest = _beside(replace(manifest, broken=broken), old)
-        written = manifest.files()
-        Manifest.parse(written[INDEX], where=target.url(INDEX), read=written.__getitem__)  # else it is not written
+        broken = {file: one.survey.broken for file, one in summaries.items() if one.survey.broken}
+        manifest = replace(manifest, broken=broken)
+        Manifest.parse(manifest.dump(), where=target.url(INDEX))  # else it is not written
     except InputError:
-        target.delete(f"index{FOUND}")
+        target.delete(f"index{KEPT}")
         raise
-    tables = {table_name(file, manifest.tables): dump_table(one.table) for file, one in found.items()}
     with busy("writing the index", shown=progress):
-        _replace(target, tables, written, outdated=(old.hashes().keys() if old else set()) - manifest.hashes().keys())
+        _write(target, manifest, old, summaries)
     return manifest
 
 
-def _merged(path: str, store: Store, settings: Survey, groups: dict[str, list[str]], found: dict[str, Found]) -> Survey:
-    """What all shards are together. Raises Problems: those of single shards, and where shards do not go together."""
-    survey, problems = settings.anew(), [problem for one in found.values() for problem in one.problems]
-    for file, one in found.items():
-        problems += survey.merge(one.survey, store.url(file))
-    for files in groups.values():
-        problems += _duplicates(store, [found[file] for file in files], PROBLEMS)
+def _write(target: Store, manifest: Manifest, old: Manifest | None, summaries: dict[str, Summary]) -> None:
+    """Write page tables and index.json in place of the `old` ones; then delete summaries and tables without a tar.
+
+    Between the two index.json files there is none, for the seconds that this takes.
+    """
+    target.delete(INDEX)
+    _all([partial(target.put, table_name(name), dump_table(one.table)) for name, one in summaries.items()])
+    target.put(INDEX, manifest.dump())
+    before = [shard.name for split in old.splits.values() for shard in split.shards] if old else []
+    outdated = [table_name(name) for name in before if name not in summaries]
+    _all([partial(target.delete, name) for name in [*outdated, *(f for f in target.list() if f.endswith(KEPT))]])
+
+
+def _merged(
+    path: str, store: Store, settings: Survey, groups: dict[str, list[str]], summaries: dict[str, Summary]
+) -> Survey:
+    """The survey of all tars together. Raises Problems: those of single tars, and where tars do not go together."""
+    survey, problems = settings.anew(), [problem for one in summaries.values() for problem in one.problems]
+    for name, one in summaries.items():
+        problems += survey.merge(one.survey, store.url(name))
+    for names in groups.values():
+        problems += _duplicates(store, [summaries[name] for name in names], PROBLEMS)
     if not problems and not survey.kind:
         problems.append(f"{path}: none of its samples can be decoded: repack the data set")
     if problems:
-        kept = sum(not one.problems for one in found.values())
-        note = f"what was read of {kept} sound tars is kept (*{FOUND}): the next call reads only the others"
+        kept = sum(not one.problems for one in summaries.values())
+        note = f"what was read of {kept} sound tars is kept (*{KEPT}): the next call reads only the others"
         raise Problems(path, problems, note if kept else "")
     return survey
-
-
-def _replace(target: Store, tables: dict[str, bytes], written: dict[str, bytes], *, outdated: set[str]) -> None:
-    """Write what an index consists of, `written` ending with its index.json; then delete what only the old one had."""
-    _all([partial(target.put, name, data) for name, data in tables.items()])
-    for name, data in written.items():
-        target.put(name, data)
-    kept = [name for name in target.list() if name.endswith(FOUND)]
-    _all([partial(target.delete, name) for name in [*outdated, *kept]])
-
-
-def _beside(manifest: Manifest, old: Manifest | None) -> Manifest:
-    """The manifest with names of tables under which the old one has no others: a kill must not leave a mix of both."""
-    if old is None:
-        return manifest
-    manifest, before = replace(manifest, tables=old.tables), old.hashes()
-    after = manifest.hashes()
-    if any(before.get(name, digest) != digest for name, digest in after.items()):
-        manifest = replace(manifest, tables=f"-{sha256(''.join(after.values()).encode()).hexdigest()[:8]}")
-    return manifest
 
 
 def split_pattern(path: str) -> tuple[str, str]:
@@ -191,126 +181,101 @@ def _grouped_names(files: list[str], path: str, train: str | None, test: str | N
     return {split: names for split, names in groups.items() if names}
 
 
-def _read_all(store: Store, target: Store, files: list[str], settings: Survey, progress: bool) -> dict[str, Found]:
-    """What is found in every shard, in the order of their names."""
-    with busy(f"asking for the sizes of {len(files)} tars", shown=progress):
+def _summaries(store: Store, target: Store, names: list[str], settings: Survey, progress: bool) -> dict[str, Summary]:
+    """The summary of every tar by name, in the order of the names."""
+    with busy(f"asking for the sizes of {len(names)} tars", shown=progress):
         kept = set(target.list())
-        sizes = dict(zip(files, _all([partial(store.size, file) for file in files]), strict=True))
-    reader = _Reader(store, target, settings)
-    tasks = [(file, sizes[file], f"{file.removesuffix('.tar')}{FOUND}" in kept) for file in files]
-    many = min(cpu_count(), len(files), PROCESSES)
-    with bar_of_bytes(desc=f"index {store.path}", total=sum(sizes.values()), disable=not progress) as bar:
-        if many > 1 and sum(sizes.values()) >= MUCH:
-            return dict(zip(files, _by_processes(reader, tasks, many, bar), strict=True))
-        lock = threading.Lock()
-
-        def advance(count: int) -> None:
-            with lock:
-                bar.update(count)
-
-        return dict(zip(files, _all([partial(reader.found, *task, advance) for task in tasks]), strict=True))
+        sizes = _all([partial(store.size, name) for name in names])
+    tasks = [_Task(store, target, settings, name, _kept_name(name) in kept) for name in names]
+    many = min(cpu_count(), len(names), PROCESSES)
+    apart = many > 1 and sum(sizes) >= MUCH
+    results = _by_processes(tasks, many) if apart else in_order(tasks, THREADS)
+    with bar_of_bytes(desc=f"index {store.path}", total=sum(sizes), disable=not progress) as bar, closing(results):
+        summaries = dict[str, Summary]()
+        for name, size, summary in zip(names, sizes, results, strict=True):
+            summaries[name] = summary
+            bar.update(size)
+    return summaries
 
 
-class _Reader:
-    """Reads shards, or what was kept of them; keeps what it finds. Picklable."""
+def _kept_name(name: str) -> str:
+    return f"{name.removesuffix('.tar')}{KEPT}"
 
-    def __init__(self, store: Store, target: Store, settings: Survey) -> None:
-        self.store, self.target, self.settings = store, target, settings
-        self.whole = store.path == target.path  # an index beside the tars has the hash of each
 
-    def found(self, file: str, size: int, kept: bool, advance: Callable[[int], object]) -> Found:
-        """What is in a shard of that size; `kept` says whether what an interrupted call found may be there."""
-        version, name = self.store.version(file), f"{file.removesuffix('.tar')}{FOUND}"
-        before = Found.parse(self.target.read(name), file, version, self.settings) if kept else None
-        if before and before.shard.bytes == size and bool(before.shard.sha256) == self.whole:
-            advance(size)
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """Reading of one tar, or of what an interrupted call kept of it; keeps the summary. Picklable."""
+
+    store: Store
+    target: Store
+    settings: Survey
+    name: str
+    kept: bool  # whether the target may have a summary
+
+    def __call__(self) -> Summary:
+        version, file = self.store.version(self.name), _kept_name(self.name)
+        whole = self.store.path == self.target.path  # an index beside the tars has the hash of each
+        before = Summary.parse(self.target.read(file), self.name, version, self.settings) if self.kept else None
+        if before and bool(before.shard.sha256) == whole:
             return before
-        found = read_shard(self.store, file, self.settings, advance, whole=self.whole)
-        if not found.problems:
-            self.target.put(name, found.dump(version))
-        return found
+        summary = summarize(self.store, self.name, self.settings, whole=whole)
+        if not summary.problems:
+            self.target.put(file, summary.dump(version))
+        return summary
 
 
-def _by_processes(reader: _Reader, tasks: Iterable[_Task], many: int, bar: "tqdm[Any]") -> list[Found]:
-    """What the reader finds in each shard, with a process for each of `many` cores: one's lock lets one core parse."""
-    context = multiprocessing.get_context("spawn")
-    done, closed = context.Value("q", 0), threading.Event()
-
-    def follow() -> None:
-        while not closed.wait(0.2):
-            bar.update(done.value - bar.n)
-
+def _by_processes(tasks: list[_Task], many: int) -> Generator[Summary]:
+    """The results of the tasks, by a process for each of `many` cores: threads of one share the interpreter's lock."""
     others = multiprocessing.active_children()
-    shown = threading.Thread(target=follow, name="progress", daemon=True)
-    with ProcessPoolExecutor(many, context, initializer=_begin, initargs=(reader, done)) as pool:
-        shown.start()
+    with ProcessPoolExecutor(many, multiprocessing.get_context("spawn"), initializer=_begin) as pool:
         try:
-            return list(pool.map(_found, tasks))
+            yield from pool.map(_Task.__call__, tasks)
         except BrokenProcessPool:
             again = "run it again: it continues with the tars that were not read yet"
             guard = "a script that calls `index` needs `if __name__ == '__main__':`, as any that starts processes"
             killed = "index: a process that reads tars was killed, for its memory perhaps, or could not start"
             raise Unavailable(f"{killed}: {again}; {guard}") from None
         except BaseException:
-            for process in multiprocessing.active_children():  # what they kept of whole tars stays
+            for process in multiprocessing.active_children():  # the summaries that they kept stay
                 if process not in others:
                     process.terminate()
             pool.shutdown(cancel_futures=True)
             raise
-        finally:
-            closed.set()
-            shown.join()
-            bar.update(done.value - bar.n)
 
 
-_in_process: tuple[_Reader, Any]
-"""In a process of _by_processes: the reader, and the count of bytes of all processes."""
-
-
-def _begin(reader: _Reader, done: Any) -> None:
-    global _in_process
-    _in_process = reader, done
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to answer
+def _begin() -> None:
+    """Leave Ctrl-C to the first process, and end once that has gone: else a worker would wait for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with_first, name="leave", daemon=True).start()
 
 
 def _leave_with_first() -> None:
-    """End this process once the first one is gone: a worker of a pool whose first process was killed waits for ever."""
     first = multiprocessing.parent_process()
     assert first is not None
     first.join()
     os._exit(1)
 
 
-def _found(task: _Task) -> Found:
-    reader, done = _in_process
-
-    def advance(count: int) -> None:
-        with done.get_lock():
-            done.value += count
-
-    return reader.found(*task, advance)
-
-
-def _duplicates(store: Store, found: Sequence[Found], most: int) -> Iterator[str]:
-    """Keys that stand in two shards. Hashes tell where to look; such shards are read once more for the keys."""
-    hashes = np.concatenate([one.keys for one in found])
-    owners = np.repeat(np.arange(len(found)), [len(one.keys) for one in found])
+def _duplicates(store: Store, summaries: Sequence[Summary], most: int) -> Iterator[str]:
+    """Keys that stand in two tars. Tars that share a hash of a key are read once more for the keys themselves."""
+    hashes = np.concatenate([one.keys for one in summaries])
+    owners = np.repeat(np.arange(len(summaries)), [len(one.keys) for one in summaries])
     order = np.argsort(hashes, kind="stable")
     hashes, owners = hashes[order], owners[order]
     again = np.flatnonzero((hashes[1:] == hashes[:-1]) & (owners[1:] != owners[:-1]))
     for place in again[:most].tolist():
-        first, second = (found[int(owners[at])].shard.name for at in (place, place + 1))
+        first, second = (summaries[int(owners[at])].shard.name for at in (place, place + 1))
         for key in sorted(_keys(store, first, int(hashes[place])) & _keys(store, second, int(hashes[place]))):
             yield f"{store.url(second)}, key {key}: also in {first}: repack the data set"
 
 
-def _keys(store: Store, file: str, wanted: int) -> set[str]:
-    """The keys in a shard that have that hash."""
-    return {key for sample in scan(store, file, Pager(whole=False)) if key_hash(key := sample["__key__"]) == wanted}
+def _keys(store: Store, name: str, wanted: int) -> set[str]:
+    """The keys in a tar that have that hash."""
+    keys = (sample["__key__"] for sample in scan(store, name, Pager(whole=False)))
+    return {key for key in keys if key_hash(key) == wanted}
 
 
 def _all(calls: Sequence[Callable[[], T]]) -> list[T]:
-    """What the calls return, in their order, made by THREADS threads."""
+    """The results of the calls in their order, made by THREADS threads."""
     with closing(in_order(calls, THREADS)) as results:
         return list(results)

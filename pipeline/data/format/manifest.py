@@ -1,19 +1,16 @@
 """index.json: what a packed data set holds. It is written last, so a data set without it does not exist."""
 
-import hashlib
 import json
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
 from functools import cached_property
 from typing import Any
 
 from pipeline.data.format.labels import check_label_rule
-from pipeline.data.format.pages import table_name
-from pipeline.data.format.shards import MANY, MOST_SAMPLES, Shard, ShardTable, is_count, problems, sizes
+from pipeline.data.format.shards import MOST_SAMPLES, Shard, is_count, problems
 from pipeline.errors import InputError
 from pipeline.storage.base import Store
 from pipeline.storage.store import open_store
@@ -31,12 +28,12 @@ class Split:
     """`train` or `test`: its shards in order."""
 
     samples: int
-    shards: Sequence[Shard]
+    shards: tuple[Shard, ...]
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Samples of each shard."""
-        return sizes(self.shards)
+        return tuple(shard.samples for shard in self.shards)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -53,8 +50,6 @@ class Manifest:
     """Whether each shard is a random subset of its split, as `naign pack` makes them; of tars by others: no."""
     label: str = ""
     """Where a sample's label stands: "" in .cls as a number, or see labels.label_text."""
-    tables: str = ""
-    """Ends the names of page tables, "" or -1a2b3c4d: an index that replaces another writes its own beside the old."""
     broken: dict[str, list[str]] = field(default_factory=dict)
     """By shard the keys of samples that could not be decoded when the tars were indexed with --keep-broken."""
 
@@ -86,7 +81,7 @@ class Manifest:
         """
         store = open_store(path)
         if store.exists(INDEX):
-            return cls.parse(store.read(INDEX), where=store.url(INDEX), read=store.read)
+            return cls.parse(store.read(INDEX), where=store.url(INDEX))
         if names := store.list():
             remedy = "run `naign pack` again if it was interrupted, `naign index` for tars that others wrote"
             raise InputError(f"{path}: no {INDEX} among its {len(names)} files: {remedy}, or check the path")
@@ -94,8 +89,8 @@ class Manifest:
         raise InputError(f"{path}: no data set here, the folder is missing or holds no files: {remedy}")
 
     @classmethod
-    def parse(cls, text: bytes, *, where: str, read: Callable[[str], bytes] | None = None) -> "Manifest":
-        """Read it from the bytes of the index.json at `where`, and `read` tables of shards. Raises InputError."""
+    def parse(cls, text: bytes, *, where: str) -> "Manifest":
+        """Read it from the bytes of the index.json at `where`. Raises InputError."""
         try:
             fields: dict[str, Any] = json.loads(text)
             version = fields.pop("format")
@@ -103,7 +98,7 @@ class Manifest:
                 remedy = "write it anew with `naign index --force`, or pack the data set again"
                 raise InputError(f"{where}: format {version!r}, but this program reads format {FORMAT}: {remedy}")
             splits = {
-                name: Split(samples=split["samples"], shards=_shards(split, read))
+                name: Split(samples=split["samples"], shards=tuple(map(Shard.parse, split["shards"])))
                 for name, split in fields.pop("splits").items()
             }
             shape, labels = fields.pop("shape"), fields.pop("labels")
@@ -134,39 +129,18 @@ class Manifest:
             raise InputError(f"{found}: {remedy if name == 'test' else 'choose one of these'}")
         return self.splits[name]
 
-    def files(self) -> dict[str, bytes]:
-        """The bytes of its files by name, index.json being the last."""
+    def dump(self) -> bytes:
+        """The bytes of index.json."""
         fields: dict[str, Any] = {"format": FORMAT}
         fields |= {field.name: getattr(self, field.name) for field in dataclass_fields(self)}
-        for name, usual in (("dealt", True), ("label", ""), ("tables", ""), ("broken", {})):
+        for name, usual in (("dealt", True), ("label", ""), ("broken", {})):
             if fields[name] == usual:
-                del fields[name]  # as programs without it read and write it
-        made, splits = dict[str, bytes](), dict[str, Any]()
-        for name, split in self.splits.items():
-            splits[name] = {"samples": split.samples}
-            if len(split.shards) <= MANY:
-                splits[name]["shards"] = [shard.fields() for shard in split.shards]
-                continue
-            data = ShardTable.of(split.shards).dump()
-            made[f"index-{name}{self.tables}.npy"] = data
-            splits[name] |= {"table": f"index-{name}{self.tables}.npy", "sha256": hashlib.sha256(data).hexdigest()}
-        fields["splits"] = splits
-        return made | {INDEX: (json.dumps(fields, indent=1) + "\n").encode()}
-
-    def hashes(self) -> dict[str, str]:
-        """The SHA-256 of each file that index.json refers to, by name: page tables, and tables of shards."""
-        shards = [shard for split in self.splits.values() for shard in split.shards]
-        tables = {name: hashlib.sha256(data).hexdigest() for name, data in self.files().items() if name != INDEX}
-        return {table_name(shard.name, self.tables): shard.pages for shard in shards} | tables
-
-
-def _shards(split: dict[str, Any], read: Callable[[str], bytes] | None) -> Sequence[Shard]:
-    """The shards of a split, which index.json lists or names the table of."""
-    if "table" not in split:
-        return tuple(Shard.parse(shard) for shard in split["shards"])
-    if read is None or not re.fullmatch(r"[\w-]+\.npy", split["table"]):
-        raise ValueError(f"the table of shards {split['table']!r} cannot be read")
-    return ShardTable.parse(read(split["table"]), split["sha256"])
+                del fields[name]
+        fields["splits"] = {
+            name: {"samples": split.samples, "shards": [shard.fields() for shard in split.shards]}
+            for name, split in self.splits.items()
+        }
+        return (json.dumps(fields, indent=1) + "\n").encode()
 
 
 def size_problem(store: Store, shard: Shard) -> str:
@@ -195,8 +169,6 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         check_label_rule(manifest.label)
     except InputError as error:
         yield str(error).replace("--label", "label")
-    if not isinstance(manifest.tables, str) or not re.fullmatch("(-[0-9a-f]{8})?", manifest.tables):
-        yield f"tables is {manifest.tables!r}, not - and 8 hexadecimal digits"
     if not all(type(keys) is list and {*map(type, keys)} <= {str} for keys in manifest.broken.values()):
         yield "broken does not list keys by shard"
     if not manifest.splits:
@@ -204,10 +176,11 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     for name, split in manifest.splits.items():
         if not split.shards:
             yield f"split {name} has no shards"
-        yield from (f"split {name}, {problem}" for problem in problems(split.shards))
+        for shard in split.shards:
+            yield from (f"split {name}, shard {shard.name!r}: {problem}" for problem in problems(shard))
         total = sum(split.sizes)
         if not is_count(split.samples) or total != split.samples or total >= MOST_SAMPLES:
             yield f"the samples of the shards of split {name} do not add up to {split.samples!r}"
-    listed = [shard.name for split in manifest.splits.values() if len(split.shards) <= MANY for shard in split.shards]
+    listed = [shard.name for split in manifest.splits.values() for shard in split.shards]
     if twice := [name for name, count in Counter(listed).items() if count > 1]:
         yield f"shard {twice[0]} is listed twice"

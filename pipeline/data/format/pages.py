@@ -28,9 +28,9 @@ ROW = np.dtype([("sample", "<i8"), ("byte", "<i8"), ("sha256", "V32")])
 Table = npt.NDArray[Any]  # (pages + 1,) of ROW
 
 
-def table_name(shard: str, tables: str = "") -> str:
-    """Name of the file that holds a shard's page table; `tables` is the manifest's."""
-    return f"{shard.removesuffix('.tar')}.pages{tables}.npy"
+def table_name(shard: str) -> str:
+    """The name of the file that holds a shard's page table."""
+    return f"{shard.removesuffix('.tar')}.pages.npy"
 
 
 class Pager:

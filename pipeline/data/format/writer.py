@@ -79,8 +79,7 @@ def pack(
         if target.exists(INDEX):
             remedy = "`naign verify` says whether it is whole; choose another place, or replace it with --force"
             raise Conflict(f"{to}: another program packed a data set there meanwhile: {remedy}")
-        for name, data in manifest.files().items():
-            target.put(name, data)
+        target.put(INDEX, manifest.dump())
     return manifest, old is None
 
 
@@ -89,7 +88,7 @@ def _clear(target: Store, source: Source) -> None:
     target.delete(INDEX)
     for name in target.list():
         stem, _, suffix = name.partition(".")
-        if re.fullmatch(r"tar|pages(-[0-9a-f]{8})?\.npy", suffix) and stem.rpartition("-")[0] in source.splits:
+        if re.fullmatch(r"tar|pages\.npy", suffix) and stem.rpartition("-")[0] in source.splits:
             target.delete(name)
 
 
@@ -171,6 +170,6 @@ def _complete(
     if not there or target.size(shard.name) != shard.bytes:
         with target.write(shard.name) as stream:
             make(stream, None)
-    name, data = table_name(shard.name, old.tables if old else ""), dump_table(table)
+    name, data = table_name(shard.name), dump_table(table)
     if name not in present or target.read(name) != data:
         target.put(name, data)

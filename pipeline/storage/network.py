@@ -1,0 +1,117 @@
+"""What stores in a network share: reads of parallel ranges, retried, and resumed at the byte where they broke."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+from pipeline.errors import InputError
+from pipeline.storage.base import Store
+from pipeline.storage.prefetch import PARALLEL, PART, in_order
+from pipeline.storage.retry import Patience, Tally
+
+T = TypeVar("T")
+
+NO_RANGES = "the server does not serve byte ranges: use another one, or copy the data to a local folder"
+PIECE, SMALL_PIECE = 1 << 20, 1 << 15  # bytes of a body read at once; small ones lose less when the connection breaks
+
+
+class Stat(NamedTuple):
+    """What a server reports about a file."""
+
+    size: int  # bytes
+    version: str  # changes whenever the file does
+
+
+class NetworkStore(Store):
+    """A store whose requests can fail and are retried."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.tally = path, Tally()
+        self._stats: dict[str, Stat] = {}  # as reported last
+
+    @abstractmethod
+    def _stat(self, name: str) -> Stat:
+        """Ask the server about a file."""
+
+    @abstractmethod
+    def _range(self, name: str, version: str, first: int, last: int, piece: int) -> Iterator[bytes]:
+        """Request bytes [first, last) of that version once; yields at most `piece` bytes at a time, as they arrive."""
+
+    @abstractmethod
+    def _explained(self, name: str) -> AbstractContextManager[None]:
+        """Turn errors that the user can fix into InputError."""
+
+    @staticmethod
+    @abstractmethod
+    def _is_transient(error: Exception) -> bool:
+        """Whether the same request may succeed a moment later."""
+
+    def size(self, name: str) -> int:
+        with self._explained(name):
+            self._stats[name] = self._stat(name)
+        return self._stats[name].size
+
+    def version(self, name: str) -> str:
+        return self._known(name).version
+
+    def _known(self, name: str) -> Stat:
+        if name not in self._stats:
+            self.size(name)
+        return self._stats[name]
+
+    def read(self, name: str, first: int = 0, last: int | None = None, *, fresh: bool = False) -> bytes:
+        return b"".join(self._parts(name, first, last))
+
+    def pieces(self, name: str) -> Generator[bytes]:
+        return self._parts(name, 0, None)
+
+    def _parts(self, name: str, first: int, last: int | None) -> Generator[bytes]:
+        """Bytes [first, last) of one version of a file, in pieces; parts of PART bytes are fetched in parallel."""
+        size, version = self._known(name)
+        last = size if last is None else last
+        if last > size:
+            raise InputError(f"{self.url(name)}: {size} bytes where {last} were expected: truncated: copy it again")
+        ranges = [(start, min(start + PART, last)) for start in range(first, last, PART)]
+        if len(ranges) < 2:
+            for start, stop in ranges:
+                yield from self._get(name, version, start, stop)
+            return
+        gets = (partial(self._get, name, version, *ends) for ends in ranges)
+        with closing(in_order(gets, PARALLEL)) as parts:
+            for part in parts:
+                yield from part
+
+    def _get(self, name: str, version: str, first: int, last: int) -> Sequence[bytes]:
+        """Bytes [first, last). A body that breaks is resumed at the failed byte of the same version."""
+        chunks: list[bytes] = []
+        at, piece = first, PIECE
+        patience = Patience(f"read {self.url(name)}", self.tally)
+        with self._explained(name):
+            while at < last:
+                before = at
+                try:
+                    for chunk in self._range(name, version, at, last, piece):
+                        chunks.append(chunk)
+                        at += len(chunk)
+                    if at < last:
+                        raise ConnectionError(f"the body ended {last - at} bytes early")
+                except Exception as error:
+                    if not self._is_transient(error):
+                        raise
+                    patience.wait(error, at=f", byte {at}", progress=at > before)
+                    piece = SMALL_PIECE
+        self.tally.add(bytes=last - first)
+        return chunks
+
+    def _retried(self, what: str, call: Callable[[], T]) -> T:
+        """The answer to one request; transient failures are retried."""
+        patience = Patience(what, self.tally)
+        while True:
+            try:
+                return call()
+            except Exception as error:
+                if not self._is_transient(error):
+                    raise
+                patience.wait(error)
