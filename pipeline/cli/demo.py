@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import tempfile
 import threading
 from typing import TYPE_CHECKING
@@ -30,7 +29,7 @@ def demo(
         port: Port of 127.0.0.1 to listen on; 0 for any free one. Other machines cannot reach it.
         data: Packed data set in which nearest training images are searched; default: the one it was trained on.
     """
-    port = _free_port(port)
+    require((0 <= port < 2**16, f"--port is {port}: it must be 0 to {2**16 - 1}"))
     model = open_model(run, find_device(device))
     require((len(model.shape) == 3, f"the page is for images, the model in {run} takes points of {model.shape}"))
     training, about = _introduce(model, run, data)
@@ -51,7 +50,7 @@ def demo(
 
 
 def _introduce(model: "NAIGN", run: str, data: str | None) -> "tuple[Tensor | None, str]":
-    """The training images to search, None where they cannot be read, and what the page says of the model."""
+    """The training images to search, None where they cannot be read, and the text at the top of the page."""
     from pipeline.evaluate.play import training_images
 
     about = f"**{run}**: f takes images of {' × '.join(map(str, model.shape))}."
@@ -64,15 +63,3 @@ def _introduce(model: "NAIGN", run: str, data: str | None) -> "tuple[Tensor | No
             raise
         return None, f"{about} There are no training images to show: {error}."
     return training, f"{about} Nearest images are searched among {len(training):,} of its training images."
-
-
-def _free_port(port: int) -> int:
-    """The port, or a free one for 0. Raises InputError where this machine cannot listen on it."""
-    require((0 <= port < 2**16, f"--port is {port}: it must be 0 to {2**16 - 1}"))
-    try:
-        with socket.create_server(("127.0.0.1", port)) as listener:
-            return int(listener.getsockname()[1])
-    except OSError as error:
-        raise InputError(
-            f"cannot listen on --port {port} ({error.strerror}): choose another, or --port 0 for any free one"
-        ) from None

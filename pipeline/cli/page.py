@@ -117,31 +117,28 @@ class Player:
 
 
 def build(player: Player, *, about: str) -> gradio.Blocks:
-    """The page; `about` is Markdown at its top. One request at a time computes."""
-    shared = {"concurrency_id": "model", "concurrency_limit": 1}
+    """The page; `about` is Markdown at its top."""
     with gradio.Blocks(title="naign demo", analytics_enabled=False, delete_cache=(600, 600)) as page:
         gradio.Markdown(about)
         with gradio.Tab("Repair"):
-            _repairing(player, shared)
+            _build_repair(player)
         with gradio.Tab("Sample"):
             with gradio.Row():
                 n, seed, times = _slider("Samples", 16, SAMPLES), _seed("Seed"), _times()
                 button = gradio.Button("Sample", variant="primary")
-            button.click(
-                _refusing(player.sample), [n, seed, times], _shown("Samples f(z)"), api_name="sample", **shared
-            )
+            button.click(_refusing(player.sample), [n, seed, times], _shown("Samples f(z)"), api_name="sample")
         with gradio.Tab("Between two samples"):
             with gradio.Row():
                 ends = [_seed("Seed of the first latent"), _seed("Seed of the second latent", 1)]
                 inputs = [*ends, _slider("Images", 8, STEPS, least=2), _times()]
                 button = gradio.Button("Interpolate", variant="primary")
-            button.click(_refusing(player.between), inputs, _shown("f on the way"), api_name="between", **shared)
-    page.queue(api_open=False, default_concurrency_limit=1)
+            button.click(_refusing(player.between), inputs, _shown("f on the way"), api_name="between")
+    page.queue(api_open=False)
     return page
 
 
-def _repairing(player: Player, shared: dict[str, Any]) -> None:
-    """The first tab."""
+def _build_repair(player: Player) -> None:
+    """The tab to draw on."""
     size, colour = (player.width * player.factor, player.height * player.factor), player.model.shape[0] == 3
     brush = gradio.Brush(
         default_size=max(player.factor, SIDE // 40),  # a radius
@@ -180,12 +177,12 @@ def _repairing(player: Player, shared: dict[str, Any]) -> None:
     rows.append(_gallery("Training images nearest to the repaired one: L2 distance", play.NEAREST))
     rows[1].visible = player.training is not None
     inputs, outputs = [canvas, times, seed, *strengths], [*pictures, text, *rows]
-    quiet = {"show_progress": "hidden"} | shared  # else a refused upload would cover the canvas
-    clear.click(_refusing(player.clear), None, canvas, api_name="clear", **quiet)
-    upload.upload(_refusing(player.upload), upload, canvas, api_name="upload", **quiet)
-    button.click(_refusing(player.repair), inputs, outputs, api_name="repair", **shared)
+    # The progress of a refused upload would cover the canvas, so it is hidden.
+    clear.click(_refusing(player.clear), None, canvas, api_name="clear", show_progress="hidden")
+    upload.upload(_refusing(player.upload), upload, canvas, api_name="upload", show_progress="hidden")
+    button.click(_refusing(player.repair), inputs, outputs, api_name="repair")
     if player.training is not None:
-        example.click(_refusing(player.example), seed, canvas, api_name="example", **quiet)
+        example.click(_refusing(player.example), seed, canvas, api_name="example", show_progress="hidden")
 
 
 def _slider(label: str, value: float, most: float, *, least: float = 1, step: float = 1) -> gradio.Slider:
@@ -222,12 +219,12 @@ def _gallery(label: str, columns: int) -> gradio.Gallery:
 
 @contextmanager
 def serving(player: Player, *, about: str, port: int) -> Iterator[gradio.Blocks]:
-    """Serve the page until the context ends."""
+    """Serve the page until the context ends; port 0 is any free one. Raises InputError where it cannot listen."""
     page = build(player, about=about)
     try:
         page.launch(
             server_name=HOST,
-            server_port=port,
+            server_port=port or None,
             theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # none is fetched
             css=STYLE,
             ssr_mode=False,
@@ -240,6 +237,7 @@ def serving(player: Player, *, about: str, port: int) -> Iterator[gradio.Blocks]
         )
         yield page
     except (OSError, gradio.exceptions.ServerFailedToStartError) as error:
-        raise InputError(f"the page cannot be served on --port {port}: {one_line(error)}") from None
+        remedy = "choose another, or --port 0 for any free one"
+        raise InputError(f"cannot listen on --port {port} ({one_line(error)}): {remedy}") from None
     finally:
         page.close(verbose=False)
