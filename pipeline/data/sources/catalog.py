@@ -54,7 +54,7 @@ SOURCES: dict[str, Entry] = {
     "fashion_mnist": (Published, lambda _, settings: published.idx("fashion_mnist", settings.root)),
     "cifar10": (Published, lambda _, settings: published.cifar10(settings.root)),
     "digits": (Seeded, lambda _, settings: digits()),
-    "toy2d:<name>": (Seeded, lambda law, settings: toys.toy2d(law, seed=settings.seed)),
+    "toy2d:<name>": (Seeded, lambda name, settings: toys.toy2d(name, seed=settings.seed)),
     "folder": (Tree, _folder),
 }
 """`name` or, of those that take an argument, `name:<name>`."""
@@ -77,12 +77,12 @@ def load(
     cannot be fetched for now.
     """
     check_seed(seed)
-    base, colon, argument = name.partition(":")
-    if argument.isdecimal() and len(argument) < 10:
+    base, _, argument = name.partition(":")
+    choices, key = known(SOURCES, GROUP), f"{base}:<name>"
+    if key not in choices and argument.isdecimal() and len(argument) < 10:
         whole = load(base, root=root, size=size, channels=channels, seed=seed, skip=skip)
         return subset(whole, train=int(argument), seed=seed)
-    key = f"{base}:<name>" if colon else name
-    settings, build = lookup("the data set to pack", key if key in known(SOURCES, GROUP) else name, SOURCES, GROUP)
+    settings, build = lookup("the data set to pack", key if argument and key in choices else name, SOURCES, GROUP)
     takes = {field.name for field in fields(settings)}
     given = {"root": root, "size": size, "channels": channels, "seed": seed, "skip": skip}
     if "size" not in takes and (size is not None or channels != 3):

@@ -2,10 +2,8 @@
 
 import logging
 import os
-import tarfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -15,7 +13,6 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from pipeline.data.decode import UNDECODABLE, decoding, eight_bits, open_picture
-from pipeline.data.format.samples import BROKEN_TAR
 from pipeline.data.order import shuffled
 from pipeline.data.resize import parse_size
 from pipeline.data.sources.source import Example, Made, Source
@@ -23,7 +20,7 @@ from pipeline.errors import InputError
 
 log = logging.getLogger(__name__)
 
-NAMED = 20  # files that are passed over; of more only the number is told
+NAMED = 20  # skipped files that are named; of more only the number is logged
 TEST_SHARE = 0.1  # of the pictures, where the tree has no train/ and test/ of its own
 
 
@@ -42,7 +39,7 @@ class Picture(NamedTuple):
 
 def from_tree(
     name: str,
-    root: Path,  # folder, or tar archive of one
+    root: Path,
     *,
     size: str | int,  # pixels a side, or height x width as 48x64
     channels: int = 3,  # 3 colour, 1 grey
@@ -59,7 +56,7 @@ def from_tree(
     if channels not in (1, 3):
         raise InputError(f"no {channels} channels: use --channels 1 or 3")
     height, width = parse_size(str(size), "--size")
-    pictures, folders = _in_archive(root) if root.is_file() else _in_folder(root)
+    pictures, folders = _pictures(root)
     if skip:
         pictures = _decodable(pictures, root, (width, height), channels)
     if len(pictures) < 2:
@@ -87,13 +84,10 @@ def fitted(data: bytes, size: tuple[int, int], channels: int) -> Image.Image:
         return ImageOps.fit(upright, size, method=Image.Resampling.LANCZOS)
 
 
-Tree = tuple[list[Picture], set[str]]
-"""Pictures in order, and the names of the top folders, also of those without pictures."""
-
-
-def _in_folder(root: Path) -> Tree:
+def _pictures(root: Path) -> tuple[list[Picture], set[str]]:
+    """The pictures in order, and the names of the top folders, also of those without pictures."""
     if not root.is_dir():
-        raise InputError(f"{root}: no such folder: give a folder of pictures with --root")
+        raise InputError(f"{root}: no such folder: give a folder of pictures with --root; unpack an archive first")
     pictures, folders, paths = list[Picture](), set[str](), list[Path]()
     for folder, inner, files in os.walk(root, onerror=_refuse):
         inner[:] = [name for name in inner if not name.startswith(".")]
@@ -114,26 +108,6 @@ def _refuse(error: OSError) -> None:
     raise InputError(f"{error.filename}: cannot be read ({what}): check the owner and mode of the folder")
 
 
-def _in_archive(root: Path) -> Tree:
-    """Of an archive everything is held in memory, as compressed as it lies there: a zipped tar has no random access."""
-    pictures, folders = list[Picture](), set[str]()
-    try:
-        with tarfile.open(root) as tar:
-            for member in tar:
-                path = PurePosixPath(member.name)
-                if _hidden(path) or not path.parts:
-                    continue
-                where, stream = _printable(f"{root}: {path}"), tar.extractfile(member) if member.isfile() else None
-                if stream:
-                    pictures.append(Picture(where, path, partial(bytes, stream.read())))
-                elif not member.isdir():
-                    raise InputError(f"{where}: {_NO_FILE}")
-                folders.update(path.parts[:1] if member.isdir() else path.parts[:-1][:1])
-    except (*BROKEN_TAR, OSError) as error:
-        raise InputError(f"{root}: truncated or no tar archive ({error}): give a folder, or fetch it again") from None
-    return sorted(pictures, key=lambda picture: picture.path), folders
-
-
 _NO_FILE = "neither file nor folder, or a link that leads to no file: remove it, or put the file itself there"
 
 
@@ -141,15 +115,11 @@ def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "_" for letter in text)
 
 
-def _hidden(path: PurePosixPath | Path) -> bool:
-    return any(part.startswith(".") and part != "." for part in path.parts)
-
-
 def _decodable(pictures: list[Picture], root: Path, size: tuple[int, int], channels: int) -> list[Picture]:
     from joblib import cpu_count  # of the cores that this process may use
 
     def problem(picture: Picture) -> str:
-        """Why its bytes are no picture, or ''. InputError where that cannot be told: it may be sound."""
+        """Why its bytes are no picture, or ''. InputError where they cannot be read or decoded for another reason."""
         try:
             fitted(picture.read(), size, channels)
         except OSError as error:
@@ -162,14 +132,14 @@ def _decodable(pictures: list[Picture], root: Path, size: tuple[int, int], chann
         return ""
 
     with ThreadPoolExecutor(cpu_count()) as threads:  # decoding releases the interpreter's lock
-        found = tqdm(threads.map(problem, pictures), total=len(pictures), desc="decode folder", unit="picture")
-        told = list(zip(pictures, found, strict=True))
-    broken = [f"{picture.where}: {why}" for picture, why in told if why]
+        checks = tqdm(threads.map(problem, pictures), total=len(pictures), desc="decode folder", unit="picture")
+        checked = list(zip(pictures, checks, strict=True))
+    broken = [f"{picture.where}: {reason}" for picture, reason in checked if reason]
     for what in broken[:NAMED]:
         log.warning("%s: passed over", what)
     if len(broken) > NAMED:
         log.warning("%s: %d more files that are no picture: passed over", root, len(broken) - NAMED)
-    return [picture for picture, why in told if not why]
+    return [picture for picture, reason in checked if not reason]
 
 
 def _split(pictures: list[Picture], seed: int) -> dict[str, list[Picture]]:

@@ -50,14 +50,14 @@ def obtain(
     Raises InputError that lists every way tried and why it failed, followed by `advice`; Unavailable where a way failed
     in the network, so that another try may succeed.
     """
-    kept, failures, passing = cache_folder() / name, [], False
-    own: Way = (str(root), partial(in_folder, root)) if root else (f"cache {kept}", partial(in_folder, kept))
-    for title, get in [own] if root else [own, *ways]:
+    kept, failures, transient = cache_folder() / name, [], False
+    cached: Way = (f"cache {kept}", partial(in_folder, kept))
+    for title, get in [(str(root), partial(in_folder, root))] if root else [cached, *ways]:
         try:
             files = {file: checked(file, get(file), digest) for file, digest in sums.items()}
         except (OSError, EOFError, ValueError, HTTPException, subprocess.SubprocessError, tarfile.TarError) as error:
             failures.append(f"  {title}: {error}")
-            passing = passing or may_pass(error)
+            transient = transient or is_transient(error)
             continue
         with suppress(OSError, InputError):  # a cache that cannot be written is no reason to stop
             store = open_store(str(kept))
@@ -65,11 +65,11 @@ def obtain(
                 if not store.exists(file):
                     store.put(file, data)
         return files
-    kind = Unavailable if passing else InputError
+    kind = Unavailable if transient else InputError
     raise kind(f"{name}: no way to get its files. Tried\n" + "\n".join(failures) + f"\n{advice}")
 
 
-def may_pass(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether what failed is the network or a server, which may be there again later: no name, no answer, a 5xx."""
     if isinstance(error, HTTPError):
         return error.code == 429 or error.code >= 500
@@ -81,12 +81,12 @@ def may_pass(error: Exception) -> bool:
 
 def checked(file: str, data: bytes, digest: str) -> bytes:
     """The bytes that have that SHA-256: these, or what is gzipped in them. Raises ValueError where neither has."""
-    found = hashlib.sha256(data).hexdigest()
-    if found != digest and data[:2] == b"\x1f\x8b":
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != digest and data[:2] == b"\x1f\x8b":
         data = gzip.decompress(data)
-        found = hashlib.sha256(data).hexdigest()
-    if found != digest:
-        raise ValueError(f"{file} has sha256 {found[:12]}…, not {digest[:12]}…")
+        actual = hashlib.sha256(data).hexdigest()
+    if actual != digest:
+        raise ValueError(f"{file} has sha256 {actual[:12]}…, not {digest[:12]}…")
     return data
 
 
@@ -182,7 +182,7 @@ def read_idx(data: bytes) -> Array:
 
 def cifar10(root: Path | None) -> Source:
     """32x32 colour, 50,000 and 10,000: the binary version from its site, or, with `root`, that archive,
-    or a folder or tar archive of pictures in train/ and test/ with a folder a class.
+    or a folder of pictures in train/ and test/ with a folder a class.
     """
     (file,) = CIFAR_SUMS
     if root is None or (root.name == file and root.is_file()):

@@ -1,6 +1,6 @@
-"""Toy laws of points in the plane, each with a density one can write down, to see what a model learns.
+"""Toy distributions of points in the plane, whose densities are known, to see what a model learns.
 
-Every law lies about in [-1, 1]². `draw` is exact: points are independent, and the law of each is in its docstring.
+All lie about in [-1, 1]². `draw` is exact: points are independent, each of the distribution in the docstring.
 """
 
 from collections.abc import Callable
@@ -25,14 +25,6 @@ def moons(count: int, random: np.random.Generator) -> Drawn:
     angle = random.uniform(0, np.pi, count)
     sign = 1 - 2 * label  # +1 upper arc, -1 lower
     points = np.stack([sign * (0.6 * np.cos(angle) - 0.3), sign * (0.6 * np.sin(angle) - 0.15)], axis=1)
-    return points + random.normal(0, 0.03, points.shape), label
-
-
-def circles(count: int, random: np.random.Generator) -> Drawn:
-    """Two circles of radius 0.9 and 0.45, angle uniform, plus normal noise of deviation 0.03 in x and y."""
-    label = random.integers(2, size=count)
-    angle = random.uniform(0, 2 * np.pi, count)
-    points = np.where(label, 0.45, 0.9)[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
     return points + random.normal(0, 0.03, points.shape), label
 
 
@@ -61,61 +53,35 @@ def gaussians25(count: int, random: np.random.Generator) -> Drawn:
 
 
 def ring(count: int, random: np.random.Generator) -> Drawn:
-    """The circle of radius 0.7 itself, angle uniform: a manifold to which the distance is known everywhere."""
+    """The circle of radius 0.7 itself, angle uniform: a manifold whose distance is known everywhere."""
     angle = random.uniform(0, 2 * np.pi, count)
     return 0.7 * np.stack([np.cos(angle), np.sin(angle)], axis=1), np.zeros(count, np.int64)
 
 
-def checkerboard(count: int, random: np.random.Generator) -> Drawn:
-    """Uniform on the 8 dark squares of a 4 x 4 board that fills [-1, 1]²: density 1/2 there, 0 elsewhere."""
-    label = random.integers(8, size=count)
-    row = label // 2
-    column = 2 * (label % 2) + row % 2
-    corner = np.stack([column, row], axis=1)
-    return (corner + random.uniform(0, 1, corner.shape)) / 2 - 1, label
-
-
-def pinwheel(count: int, random: np.random.Generator) -> Drawn:
-    """Five blades: radius 0.5 + 0.15 n, across 0.05 m (n, m standard normal), turned by 2 pi k / 5 + exp(2 radius) / 4.
-
-    The turn keeps areas, so the density is that of (n, m) read at the point turned back.
-    """
-    label = random.integers(5, size=count)
-    along = 0.5 + 0.15 * random.standard_normal(count)
-    across = 0.05 * random.standard_normal(count)
-    angle = 2 * np.pi * label / 5 + np.exp(2 * np.hypot(along, across)) / 4
-    points = np.stack(
-        [along * np.cos(angle) - across * np.sin(angle), along * np.sin(angle) + across * np.cos(angle)], axis=1
-    )
-    return points, label
-
-
-LAWS: dict[str, tuple[int, Callable[[int, np.random.Generator], Drawn]]] = {
+DISTRIBUTIONS: dict[str, tuple[int, Callable[[int, np.random.Generator], Drawn]]] = {
     "moons": (2, moons),
-    "circles": (2, circles),
     "spirals": (2, spirals),
     "gaussians": (8, gaussians),
     "gaussians25": (25, gaussians25),
     "ring": (1, ring),
-    "checkerboard": (8, checkerboard),
-    "pinwheel": (5, pinwheel),
 }
-"""Number of labels (parts of the law) and how to draw."""
+"""Number of labels (parts of the distribution) and how to draw."""
 
 
 def draw(name: str, count: int, *, seed: int) -> tuple[npt.NDArray[np.float32], Labels]:
-    """`count` points (count, 2) float32 of a law and the part each came from, (count,) int64. Raises InputError."""
-    if name not in LAWS:
-        raise InputError(f"no toy data set {name!r}: choose one of {', '.join(f'toy2d:{law}' for law in LAWS)}")
+    """`count` points (count, 2) float32 and the part each came from, (count,) int64. InputError for an unknown name."""
+    if name not in DISTRIBUTIONS:
+        names = ", ".join(f"toy2d:{known}" for known in DISTRIBUTIONS)
+        raise InputError(f"no toy data set {name!r}: choose one of {names}")
     key = np.array([seed % 2**64, STREAM], np.uint64)
-    points, labels = LAWS[name][1](count, np.random.Generator(np.random.Philox(key=key)))
+    points, labels = DISTRIBUTIONS[name][1](count, np.random.Generator(np.random.Philox(key=key)))
     return points.astype(np.float32), labels
 
 
 def toy2d(name: str, *, seed: int = 0) -> Source:
-    """A law as a source, 50,000 points to train and 10,000 to test, drawn together. Raises InputError."""
+    """A distribution as a source, 50,000 points to train and 10,000 to test, drawn together. Raises InputError."""
     points, labels = draw(name, TRAIN + TEST, seed=seed)
-    names = tuple(f"part {number}" for number in range(LAWS[name][0]))
+    names = tuple(f"part {number}" for number in range(DISTRIBUTIONS[name][0]))
     splits = {
         "train": labelled("train-{:05d}", points[:TRAIN], labels[:TRAIN]),
         "test": labelled("test-{:05d}", points[TRAIN:], labels[TRAIN:]),
