@@ -24,7 +24,7 @@ from trained import ROOT
 from pipeline.checkpoint.writer import newest_checkpoint
 from pipeline.config import Config, parse
 from pipeline.match.matcher import Match
-from pipeline.model.losses import losses
+from pipeline.model.losses import Batch, choose_distance, compute_losses
 from pipeline.model.scale import scaled
 from pipeline.observe.speed import peak_flops
 from pipeline.training.fit import fit, learning_rate, steps_of
@@ -59,12 +59,17 @@ class Rounds:
         for rows, seen in zip(self.rows, self.seen, strict=True):
             adam.param_groups[0]["lr"] = learning_rate(config.train, seen, config.train.images)
             images = self.images[rows]
-            latents = self.random.jittered(self.ids[rows], rows) if objective.needs_latents else None
-            damaged = self.random.damaged(images, rows) if objective.needs_damaged else None
-            given = latents, damaged, network, partial(self.random.normals, rows), None
+            batch = Batch(
+                images=images,
+                latents=self.random.latents(self.ids[rows]) if objective.needs_latents else None,
+                damaged=self.random.damaged(images, rows) if objective.needs_damaged else None,
+                distance=choose_distance(objective, None),
+                frozen=network,
+                normals=lambda step, rows=rows: self.random.normals(rows, step),  # type: ignore[misc]
+            )
             with self.run.accelerator.autocast():
                 forward = lambda x: network(x).float()  # noqa: E731
-                total = losses(objective, forward, images, *given)["total"]
+                total = compute_losses(objective, forward, batch)["total"]
             total.backward()
             nn.utils.clip_grad_norm_(network.parameters(), config.train.clip or torch.inf)
             adam.step()

@@ -10,7 +10,6 @@ its allocator and cuDNN's workspaces waste. Not measured on a card yet.
 
 import sys
 from dataclasses import dataclass, replace
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from trained import ROOT, check_place, page, write
 
 from pipeline.config import Config, load
 from pipeline.errors import InputError, exit_on_input_error
-from pipeline.model.losses import Network, losses
+from pipeline.model.losses import Batch, Network, choose_distance, compute_losses
 from pipeline.model.networks import build_network
 from pipeline.training.round import RoundRandom
 
@@ -97,11 +96,16 @@ def estimate(config: Config, shape: tuple[int, ...], device: torch.device) -> li
 def step(config: Config, network: Any, forward: Network, random: RoundRandom, images: torch.Tensor) -> None:
     """Forward and backward of a micro-batch."""
     rows, objective = torch.arange(len(images), device=images.device), config.objective
-    latents = random.latents(rows) if objective.needs_latents else None
-    damaged = random.damaged(images, rows) if objective.needs_damaged else None
+    batch = Batch(
+        images=images,
+        latents=random.latents(rows) if objective.needs_latents else None,
+        damaged=random.damaged(images, rows) if objective.needs_damaged else None,
+        distance=choose_distance(objective, None),
+        frozen=network,
+        normals=lambda step: random.normals(rows, step),
+    )
     with torch.autocast(pretend.NAME, dtype=torch.bfloat16):
-        given = latents, damaged, network, partial(random.normals, rows), None
-        total = losses(objective, forward, images, *given)["total"]
+        total = compute_losses(objective, forward, batch)["total"]
     total.backward()
 
 

@@ -34,14 +34,13 @@ FORMER: Record = {
     **{"objective.third": "none", "objective.third_weight": 1.0, "objective.denoising": 0.0},
     **{"objective.damage": "noise", "objective.noise": 0.5, "objective.idempotence": 20.0, "objective.tightness": 2.5},
     **{"objective.clamp": 1.5, "objective.langevin_steps": 10, "objective.langevin_rate": 0.2},
-    **{"objective.langevin_noise": 0.02, "objective.bound": 1.0},
+    **{"objective.langevin_noise": 0.02, "objective.bound": 1.0, "match.reject": 0.0, "match.jitter": 0.0},
+    **{"match.space.reduced": 0.0, "match.space.side": 8},
 }
 """Settings that every run had, of whatever objective and network, when the committed tables were measured. They count
 in a run's name, so that those runs are found."""
 LATER: Record = {
-    **{"model.init": "", "objective.drift": 0.0, "objective.moments": 0.0, "match.refine": 0, "match.space.code": 0.0},
-    **{"objective.temperatures": "0.02,0.05,0.2", "objective.repulsion": 1.0, "objective.positives": 1},
-    **{"match.refine_rate": 0.02, "match.codes.components": 0, "data.size": "", "data.fit": "crop"},
+    **{"model.init": "", "match.space.code": 0.0, "match.codes.components": 0, "data.size": "", "data.fit": "crop"},
     **{"data.scale": "0.08,1", "data.ratio": "0.75,1.3333", "data.interpolation": "bicubic", "data.shuffle": 0},
     **{"data.index": ""},
     **{"data.shuffle_block": 16},

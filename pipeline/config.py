@@ -59,7 +59,7 @@ class TrainConfig:
     ema: float = field(default=0.0, metadata=SHARE)
     """Decay per step of an exponential moving average of the weights, which evaluation uses; 0: none."""
     accumulate: int = field(default=1, metadata=FREE | POSITIVE)
-    """Micro-batches per step: batch = micro-batch x accumulate x ranks. With drift or moments it may not change."""
+    """Micro-batches per step: batch = micro-batch x accumulate x ranks."""
     precision: str = field(default="", metadata=FREE | one_of(("", "auto", "fp32", "bf16", "fp16")))
     """fp32, bf16 or fp16 for forward and backward; weights are float32. Empty: as configured in the launcher. auto: the
     same, but without a configuration bf16 if the hardware multiplies it, else fp32."""
@@ -156,7 +156,22 @@ class Config:
 
 NAMED: Named = {"model": ("conv", networks.find_network), "objective": ("naign", losses.find_objective)}
 
-RENAMED: dict[str, str] = {"train.graphs": "train.compile", "train.bad_steps": "", "report.rounds": ""}
+RENAMED: dict[str, str] = {
+    "train.graphs": "train.compile",
+    "train.bad_steps": "",
+    "report.rounds": "",
+    "objective.drift": "",
+    "objective.temperatures": "",
+    "objective.repulsion": "",
+    "objective.moments": "",
+    "objective.positives": "",
+    "match.jitter": "",
+    "match.refine": "",
+    "match.refine_rate": "",
+    "match.reject": "match.reject_share, a share of the pool",
+    "match.space.reduced": "",
+    "match.space.side": "",
+}
 """Settings and sections of earlier versions and their present names; "" for those that were removed."""
 
 
@@ -204,8 +219,7 @@ def flatten(config: Any) -> dict[str, Any]:
 
 def changeable(config: Config, metadata: dict[str, Any]) -> set[str]:
     """The keys of the settings with the metadata FREE or MAY_CHANGE, whichever is given."""
-    fixed = {"train.accumulate"} if config.objective.needs_fresh else set()  # the samples of a micro-batch are compared
-    return {key for key, _, change in leaves(config) if change == metadata["change"]} - fixed
+    return {key for key, _, change in leaves(config) if change == metadata["change"]}
 
 
 def differences(old: Config, new: Config) -> list[str]:

@@ -193,11 +193,8 @@ def test_only_settings_that_touch_the_computation_count_as_different():
     assert differences(Config(), other) == ["objective.name: naign there, ign now"]
 
 
-def test_micro_batches_may_change_unless_their_samples_are_compared():
-    one, two = parse(["--train.batch=64"]), parse(["--train.batch=64", "--train.accumulate=2"])
-    assert differences(one, two) == []
-    one.objective.drift = two.objective.drift = 0.1
-    assert differences(one, two) == ["train.accumulate: 1 there, 2 now"]
+def test_micro_batches_may_change():
+    assert differences(parse(["--train.batch=64"]), parse(["--train.batch=64", "--train.accumulate=2"])) == []
 
 
 def test_a_large_seed_stays_what_it_is():

@@ -114,12 +114,6 @@ class Engine:
         """An output in float32 that later evaluations do not overwrite, as they do the memory of a CUDA graph."""
         return out.float().clone() if self._graphs else out.float()
 
-    def slope(self, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
-        """The gradient of the scalar loss(f(x)) by x, with the weights held. Not where the network is sharded."""
-        x = x.detach().requires_grad_()
-        out: Tensor = self.bare(x.to(self._dtype))
-        return torch.autograd.grad(loss(out.float()), x)[0]
-
     def encode(self, x: Tensor) -> Tensor:
         """The codes of x by the present network, without gradient, in float32. Not where the network is sharded."""
         network: Any = self.bare.eval()

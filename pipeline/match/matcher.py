@@ -42,21 +42,12 @@ class MatchConfig:
     flat: float = field(default=0.0, metadata=between(0, 0.5))
     """Share of the pool whose latents are flat images with some noise, so that f learns to map these to the data as
     well. Samples of the trained model use none."""
-    jitter: float = field(default=0.0, metadata=between(0, 10**12))
-    """Standard deviation of normal noise added to the matched latents when fitting; up to 0.01 in the literature."""
-    refine: int = field(default=0, metadata=between(0, 1000))
-    """Gradient steps that move a matched latent towards its image in the space of the match, with the f of the fit.
-    Each costs a forward and a backward. Samples of the trained model use none: large steps leave the distribution of
-    latents."""
-    refine_rate: float = field(default=0.02, metadata=POSITIVE)
-    """How far each of these steps moves a latent: root mean square over its values."""
     assignment: str = field(default="free", metadata=one_of(("free", *ONCE)))
     """free: each image's nearest sample, which several may share; one_to_one: nearest pairs first, each sample once;
     optimal: each sample once, at the least sum of squared distances over the round (optimal transport)."""
-    reject: float = field(default=0.0, metadata=between(0, 10**12))
-    """Samples nearer than this L2 distance to any image are not matched (RS-IMLE's epsilon); 0: all are."""
     reject_share: float = field(default=0.0, metadata=SHARE)
-    """Share of the pool to reject; sets the distance of `reject` anew each round."""
+    """Share of the pool to reject: its samples nearest to any image are not matched. RS-IMLE (arXiv 2409.17439), whose
+    distance epsilon is set anew each round."""
     space: SpaceConfig = field(default_factory=SpaceConfig)
     block: int = field(default=512, metadata=POSITIVE)
     """Samples generated at once. The pool is cut into the same blocks on every world size, so samples are the same."""
@@ -66,9 +57,6 @@ class MatchConfig:
     def __post_init__(self) -> None:
         check_fields(self, "match")
         check_law(self.latents)
-        if self.reject and self.reject_share:
-            both = f"match.reject={self.reject} and match.reject_share={self.reject_share} both"
-            raise InputError(f"{both} set the distance of rejection: leave one of them 0")
         if self.assignment in ONCE and self.pool < self.round:
             raise InputError(
                 f"match.assignment={self.assignment} gives every image a sample of its own and match.ratio="
@@ -110,7 +98,7 @@ def match_round(
         queries = embed(images, config.space, features, code, number=number)
     share = partial(share_pool, config, sample, (features, code), queries.shape[1], ranks, poll)
 
-    reject = config.reject * config.reject if config.reject else None
+    reject = None
     if config.reject_share:
         reject, probe = measure_rejection(config, share, queries, number, ranks, timer)
         searches.append(probe)
@@ -123,7 +111,7 @@ def match_round(
         asking = queries if everyone else queries[rows]
         found = search(asking, blocks, first, method=config.method, neighbours=neighbours, reject=reject, skip=skip)
         searches.append(found)
-        check_left(config, found.rejected, reject, sum(counts))
+        check_left(config, found.rejected, sum(counts))
         distances, ids = found.distances.cpu(), found.ids.cpu()
         return (distances[rows], ids[rows]) if everyone else (distances, ids)
 
@@ -213,17 +201,14 @@ def measure_rejection(
     return float(near[int(config.reject_share * len(near))]), found
 
 
-def check_left(config: MatchConfig, rejected: int, reject: float | None, images: int) -> None:
-    """InputError unless rejection leaves a sample, and where each is matched once one for each of `images`."""
+def check_left(config: MatchConfig, rejected: int, images: int) -> None:
+    """InputError unless rejection leaves a sample for each of `images` where each sample is matched once."""
     left = config.pool - rejected
-    if left >= (images if config.assignment in ONCE else 1):
-        return
-    wanted = f"{images} images with match.assignment={config.assignment}" if left else f"{images} images"
-    key = "match.reject_share" if config.reject_share else "match.reject"
-    raise InputError(
-        f"{left} of the pool's {config.pool} samples are left for {wanted}: {rejected} lie nearer than "
-        f"{math.sqrt(reject or 0):.4g} to an image and were rejected; lower {key}, or raise match.ratio"
-    )
+    if config.assignment in ONCE and left < images:
+        raise InputError(
+            f"{left} of the pool's {config.pool} samples are left for {images} images with match.assignment="
+            f"{config.assignment}, {rejected} were rejected: lower match.reject_share, or raise match.ratio"
+        )
 
 
 def summarize(distances: Tensor, ids: Tensor, counts: list[int], ranks: Ranks) -> dict[str, float]:

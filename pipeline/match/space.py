@@ -1,4 +1,4 @@
-"""Where distance is measured: pixels, a lower resolution, features of a frozen encoder, f's own code, or a mixture.
+"""The space of the match: pixels, features of a frozen encoder, f's code of an image, or a weighted sum of these.
 
 For images of D values the squared distance is
 
@@ -14,11 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.settings.constraints import POSITIVE, check_fields
+from pipeline.settings.constraints import check_fields
 
 WEIGHT = {"holds": lambda it: not it or 1e-12 <= it <= 1e12, "must": "a weight is 0, or between 1e-12 and 1e12"}
 ROWS = 256  # images embedded at once, always as many
@@ -28,10 +27,6 @@ ROWS = 256  # images embedded at once, always as many
 class SpaceConfig:
     pixels: float = field(default=1.0, metadata=WEIGHT)
     """Weight of the pixels, or of the coordinates of points."""
-    reduced: float = field(default=0.0, metadata=WEIGHT)
-    """Weight of the image averaged down to `side` x `side`."""
-    side: int = field(default=8, metadata=POSITIVE)
-    """Height and width, in pixels, of the reduced image."""
     features: float = field(default=0.0, metadata=WEIGHT)
     """Weight of the encoder's features; 0.006 makes those of mnist-cnn64 count as much as MNIST's pixels."""
     encoder: str = ""
@@ -41,9 +36,8 @@ class SpaceConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "match.space")
-        if not (self.pixels or self.reduced or self.features or self.code):
-            names = "match.space.pixels, match.space.reduced, match.space.features and match.space.code"
-            raise InputError(f"{names} are all 0: no distance is left")
+        if not (self.pixels or self.features or self.code):
+            raise InputError("match.space.pixels, .features and .code are all 0: no distance is left")
         if self.features and not self.encoder:
             raise InputError(f"match.space.features is {self.features}: name its match.space.encoder")
         if self.encoder and not self.features:
@@ -52,12 +46,8 @@ class SpaceConfig:
 
 def check_space(config: SpaceConfig, shape: tuple[int, ...]) -> None:
     """InputError unless samples of that shape have every part that is given a weight."""
-    for name in ("reduced", "features"):
-        if getattr(config, name) and len(shape) != 3:
-            raise InputError(f"match.space.{name} is for images, these are points: leave it 0")
-    if config.reduced and config.side > (most := min(shape[1:])):
-        size = f"{shape[1]}x{shape[2]} images: use at most {most}"
-        raise InputError(f"match.space.side is {config.side}, larger than these {size}")
+    if config.features and len(shape) != 3:
+        raise InputError("match.space.features is for images, these are points: leave it 0")
 
 
 def embed(
@@ -73,28 +63,26 @@ def embed(
     A row does not depend on the rows beside it. A matrix product may round a row by its place and the product's size,
     so image i is always computed at row i % ROWS of a batch of ROWS, padded with zeros.
     """
-    if not config.reduced and not config.features and not config.code:
-        return embed_rows(images, config)
+    if not config.features and not config.code:
+        return _embed_batch(images, config)
     rows = []
     for start in range(-(number % ROWS), max(1, len(images)), ROWS):
         before, part = max(0, -start), images[max(0, start) : start + ROWS]
         batch = images.new_zeros(ROWS, *images.shape[1:])
         batch[before : before + len(part)] = part
-        rows.append(embed_rows(batch, config, features, code)[before : before + len(part)])
+        rows.append(_embed_batch(batch, config, features, code)[before : before + len(part)])
     return torch.cat(rows)
 
 
-def embed_rows(
-    images: Tensor,  # as in `embed`
+def _embed_batch(
+    images: Tensor,
     config: SpaceConfig,
-    features: Callable[[Tensor], Tensor] | None = None,  # as in `embed`
-    code: Callable[[Tensor], Tensor] | None = None,  # as in `embed`
+    features: Callable[[Tensor], Tensor] | None = None,
+    code: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """As `embed`, but all rows at once: it may round by the batch, and gradients pass."""
+    """As `embed`, but all rows at once: the batch may change their rounding."""
     images = images.float()
     parts = [(config.pixels, images.flatten(1))] if config.pixels else []
-    if config.reduced:
-        parts.append((config.reduced, F.adaptive_avg_pool2d(images, (config.side, config.side)).flatten(1)))
     if config.features:
         assert features is not None, "a weight for features needs an encoder"
         parts.append((config.features, features(images).float()))

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.data import damage
 from pipeline.errors import InputError
-from pipeline.model.population import Population, drift_loss, moments_loss, parse_temperatures
-from pipeline.settings.constraints import AT_LEAST_0, between, check_fields, one_of
+from pipeline.settings.constraints import AT_LEAST_0, check_fields, one_of
 from pipeline.settings.registry import lookup
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -66,11 +65,6 @@ class ObjectiveConfig:
         return False
 
     @property
-    def needs_fresh(self) -> bool:
-        """Whether the loss compares samples of latents that are not matched with images, as sets."""
-        return False
-
-    @property
     def forwards(self) -> int:
         """Forwards of f an image and pass, a backward through each: for estimates of the time a step takes."""
         return 1 + self.needs_latents
@@ -82,10 +76,6 @@ class ObjectiveConfig:
     @property
     def noise(self) -> float:
         return 0.0
-
-    @property
-    def positives(self) -> int:
-        return 1
 
     @property
     def perceptual(self) -> float:
@@ -135,45 +125,26 @@ class NaignConfig(DistanceConfig):
     noise: float = field(default=0.5, metadata=AT_LEAST_0)
     """denoising: the noise's standard deviation is uniform in [0, this] for each image."""
 
-    drift: float = field(default=0.0, metadata=AT_LEAST_0)
-    """Weight of |e(f(z)) - stop(e(f(z)) + V)|^2, where z is not matched, e embeds in the space of the match, and V is
-    the pull of images minus the push of the step's other samples (drifting, arXiv 2602.04770)."""
-    temperatures: str = "0.02,0.05,0.2"
-    """drift: temperatures as shares of the mean distance, separated by commas. Their fields are added."""
-    repulsion: float = field(default=1.0, metadata=AT_LEAST_0)
-    """drift: strength of the repulsion between samples. With 1, samples that are distributed as the images do not
-    move."""
-    moments: float = field(default=0.0, metadata=AT_LEAST_0)
-    """Weight of the difference of means and covariances of e(f(z)) and e(x) (arXiv 1904.02762)."""
-    positives: int = field(default=1, metadata=between(1, 64))
-    """drift, moments: images per sample, taken from the round. Each costs an embedding, but no forward of f."""
-
     def __post_init__(self) -> None:
-        parse_temperatures(self.temperatures)
         if self.third == "denoising":
             raise InputError("objective.third is 'denoising': that term has a weight of its own, objective.denoising")
         DistanceConfig.__post_init__(self)
         damage.find_law(self.damage)
         third = self.third_weight if self.third != "none" else 0.0
-        if not (self.reconstruction or self.imle or third or self.denoising or self.needs_fresh):
+        if not (self.reconstruction or self.imle or third or self.denoising):
             raise InputError("objective.reconstruction and all other terms weigh 0: nothing would be trained")
 
     @property
     def needs_latents(self) -> bool:
-        return self.imle > 0 or self.third == "matched" or (self.third == "idempotence" and not self.needs_fresh)
+        return self.imle > 0 or self.third != "none"
 
     @property
     def needs_damaged(self) -> bool:
         return self.denoising > 0
 
     @property
-    def needs_fresh(self) -> bool:
-        return self.drift > 0 or self.moments > 0
-
-    @property
     def forwards(self) -> int:
-        ours = (self.reconstruction > 0) + self.needs_latents + (self.third != "none") + self.needs_damaged
-        return ours + self.needs_fresh
+        return (self.reconstruction > 0) + self.needs_latents + (self.third != "none") + self.needs_damaged
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -181,14 +152,11 @@ class Batch:
     """What a loss is computed from: b images and what belongs to each, row for row."""
 
     images: Tensor  # (b, *shape) float32
-    latents: Tensor | None  # (b, *shape) float32, the matched ones if needs_match; None if not needs_latents
-    damaged: Tensor | None  # (b, *shape) float32: the images, damaged; None if not needs_damaged
-    distance: Distance  # d as the settings choose it, with its perceptual part; l1 for settings that do not
+    latents: Tensor | None = None  # (b, *shape) float32, the matched ones if needs_match; None if not needs_latents
+    damaged: Tensor | None = None  # (b, *shape) float32: the images, damaged; None if not needs_damaged
+    distance: Distance  # that of `choose_distance`
     frozen: nn.Module  # bare: `functional_call(frozen, detached weights, (x,))` is f(x) with its present weights held
     normals: Callable[[int], Tensor]  # of a chain's step: (b, *shape) float32, standard normals by number and step
-    fresh: Tensor | None = None  # (b, *shape) float32: latents drawn anew; None if not needs_fresh
-    further: Tensor | None = None  # (b x (positives - 1), *shape) float32: more images of the round; None if none
-    population: Population | None = None  # of the micro-batches of all ranks; None if not needs_fresh
 
 
 Loss = Callable[[Any, Network, Batch], dict[str, Tensor]]
@@ -197,26 +165,21 @@ the weighted sum as `total` and each unweighted term under its own name, all sca
 another cost less as one of all their inputs together."""
 
 
-def losses(
-    config: ObjectiveConfig,
-    network: Network,
-    images: Tensor,
-    latents: Tensor | None,
-    damaged: Tensor | None = None,
-    frozen: nn.Module | None = None,
-    normals: Callable[[int], Tensor] | None = None,
-    perceived: Distance | None = None,  # where perceptual has a weight: the encoder's, model/perceptual.py
-    **more: Any,  # of Batch, what has a default there
-) -> dict[str, Tensor]:
-    """The terms of an objective's loss (see Loss) on a batch (see Batch)."""
-    assert ("fresh" in more) == config.needs_fresh
-    assert (damaged is not None) == config.needs_damaged and (latents is not None or not config.needs_latents)
+def choose_distance(config: ObjectiveConfig, perceptual: Distance | None) -> Distance:
+    """The distance d of the settings, with its perceptual part (`perceptual.py`) where that has a weight; l1 for
+    settings without a distance."""
     plain, weight = DISTANCES[getattr(config, "distance", "l1")], config.perceptual
-    assert perceived is not None or not weight, "a weight for what is perceived needs an encoder"
-    seen = perceived or plain
-    distance = (lambda a, b: plain(a, b) + weight * seen(a, b)) if weight else plain
-    given: dict[str, Any] = {"latents": latents, "damaged": damaged, "frozen": frozen, "normals": normals, **more}
-    return find_objective(config.name)[1](config, network, Batch(images=images, distance=distance, **given))
+    if not weight:
+        return plain
+    assert perceptual is not None, "objective.perceptual needs an encoder"
+    return lambda a, b: plain(a, b) + weight * perceptual(a, b)
+
+
+def compute_losses(config: ObjectiveConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
+    """The terms of an objective's loss (see Loss) on a batch."""
+    assert (batch.damaged is not None) == config.needs_damaged
+    assert batch.latents is not None or not config.needs_latents
+    return find_objective(config.name)[1](config, network, batch)
 
 
 def find_objective(name: str) -> tuple[type[ObjectiveConfig], Loss]:
@@ -236,23 +199,14 @@ def _naign(config: NaignConfig, network: Network, batch: Batch) -> dict[str, Ten
     images, distance = batch.images, batch.distance
     reconstructed = images if config.reconstruction else None
     inputs = {"reconstruction": reconstructed, "imle": batch.latents, "denoising": batch.damaged}
-    weights = {"third": config.third_weight} | {name: getattr(config, name) for name in (*inputs, "drift", "moments")}
-    inputs["fresh"] = batch.fresh
-    given = {name: value for name, value in inputs.items() if value is not None}
-    parts = network(torch.cat(list(given.values()))).split(len(images))
-    outputs = dict(zip(given, parts, strict=True))
-    fresh = outputs.pop("fresh", None)
+    weights = {"third": config.third_weight} | {name: getattr(config, name) for name in inputs}
+    present = {name: value for name, value in inputs.items() if value is not None}
+    parts = network(torch.cat(list(present.values()))).split(len(images))
+    outputs = dict(zip(present, parts, strict=True))
     terms = {name: distance(output, images) for name, output in outputs.items()}
     if config.third != "none":
-        sample = outputs["imle"] if fresh is None or config.needs_latents else fresh
+        sample = outputs["imle"]
         terms["third"] = distance(network(sample), images if config.third == "matched" else sample)
-    if fresh is not None and batch.population is not None:
-        real = images if batch.further is None else torch.cat([images, batch.further])
-        sets = batch.population.embedded(fresh, real)
-        if config.drift:
-            terms["drift"] = drift_loss(*sets, config, batch.population)
-        if config.moments:
-            terms["moments"] = moments_loss(*sets, batch.population)
     return {"total": sum((weights[name] * term for name, term in terms.items()), images.new_zeros(())), **terms}
 
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 log = logging.getLogger("naign.philox")
 
-LATENT, SCALE, IMAGINARY, NOISE, JITTER, DAMAGE, FLAT, LEARN = range(8)
+LATENT, SCALE, IMAGINARY, NOISE, UNUSED, DAMAGE, FLAT, LEARN = range(8)
 """Streams, 16 at most: independent draws for one (seed, round, id). Latents; offset and scale of flat latents; the
-imaginary part of the fourier law; noise that an objective adds to images; noise added to matched latents; other damage
+imaginary part of the fourier law; noise that an objective adds to images; none; other damage
 to images; the noise of flat latents; what the law `codes` learns with."""
 
 MAX_ID = 2**62

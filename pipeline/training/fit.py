@@ -2,10 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +12,11 @@ from pipeline.checkpoint.writer import newest_checkpoint
 from pipeline.config import TrainConfig
 from pipeline.distributed import gather, total
 from pipeline.errors import Diverged, Stopped
-from pipeline.match.space import embed_rows
-from pipeline.model.losses import losses
-from pipeline.model.population import Population, stopped_code
+from pipeline.model.losses import Batch, choose_distance, compute_losses
 from pipeline.training.round import RoundState, Run
 
 log = logging.getLogger("naign.fit")
 BAD_STEPS = 10  # skipped in a row, after which the run has diverged
-FRESH = 2**40  # first id of latents drawn for one micro-batch: no pool reaches it
 Step = tuple[int, Tensor | float, dict[str, Tensor]]
 """Of a step that was made: its number, the norm of its gradient, and its losses."""
 REMEDY = "lower train.lr, set train.clip or raise the precision, in a new --run.path"  # for a run that diverged
@@ -34,12 +28,13 @@ def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:
     Returns each loss's mean over steps and ranks, and the last learning rate. Raises Stopped, or Diverged as `skip`.
     """
     config, engine, position, random, match = run.config, run.engine, run.position, state.random, state.match
-    size, batch, objective = config.match.round, config.train.batch, config.objective
-    sizes = {"size": size, "batch": batch, "passes": config.train.passes}
+    size, step_size, objective = config.match.round, config.train.batch, config.objective
+    sizes = {"size": size, "batch": step_size, "passes": config.train.passes}
     ranks = {"rank": run.rank, "world": run.world, "world_size_at_start": state.world_size_at_start}
     # Once a round: each upload of its own would have the launches wait for the device.
     steps = steps_of(config.seed, state.number, **sizes, **ranks).to(state.images.device)
     ids = match.ids.to(state.images.device) if match else None
+    distance = choose_distance(objective, run.perceived)
     stop_requested, lr, unread = run.poll("fit"), 0.0, list[Step]()
     while position.done < len(steps):
         run.watchdog.beat()
@@ -48,24 +43,25 @@ def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:
             raise Stopped
         lr = learning_rate(config.train, position.images_seen, budget)
         engine.set_lr(lr)
-        passes_done = position.done // (size // batch)
+        passes_done = position.done // (size // step_size)
         sums: dict[str, Tensor] = {}
         for rows in steps[position.done].split(engine.micro):
-            # Fresh latents, noise and jitter are drawn by numbers that no other image of the round has, in any pass.
+            # Fresh latents and noise are drawn by numbers that no other image of the round has, in any pass.
             numbers, local = rows + size * passes_done, rows - state.first
             images = state.images[local]
             with engine.micro_batch():
                 latents = None
                 if objective.needs_latents:  # the matched ones, or fresh ones without a match
-                    if ids is None:
-                        latents = random.latents(numbers)
-                    else:
-                        latents = refined(run, random.jittered(ids[local], numbers), images)
-                damaged = random.damaged(images, numbers) if objective.needs_damaged else None
-                noise = partial(random.normals, numbers)
-                given = latents, damaged, engine.bare, noise, run.perceived
-                sets = compared(run, state, local, numbers) if objective.needs_fresh else {}
-                terms = losses(objective, engine.forward, images, *given, **sets)
+                    latents = random.latents(numbers if ids is None else ids[local])
+                batch = Batch(
+                    images=images,
+                    latents=latents,
+                    damaged=random.damaged(images, numbers) if objective.needs_damaged else None,
+                    distance=distance,
+                    frozen=engine.bare,
+                    normals=lambda step, numbers=numbers: random.normals(numbers, step),  # type: ignore[misc]
+                )
+                terms = compute_losses(objective, engine.forward, batch)
                 engine.backward(terms["total"])
             for name, value in terms.items():
                 value = value.detach() / engine.accumulate
@@ -74,8 +70,8 @@ def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:
         settle(run, state, unread, 1 if engine.ahead else 0)
         position.done += 1
         position.step += 1
-        position.images_seen += batch
-        run.monitor.advance(batch)
+        position.images_seen += step_size
+        run.monitor.advance(step_size)
     settle(run, state, unread)
     return means(run, state) | {"train/lr": lr}
 
@@ -94,42 +90,6 @@ def settle(run: Run, state: RoundState, unread: list[Step], left: int = 0) -> No
         run.bad_steps = 0
         for name, value in (sums | {"gradient": torch.as_tensor(norm), "steps": torch.tensor(1.0)}).items():
             state.sums[name] = state.sums.get(name, torch.zeros_like(value)) + value
-
-
-def compared(run: Run, state: RoundState, local: Tensor, numbers: Tensor) -> dict[str, Any]:
-    """What the terms on sets take besides (see Batch): fresh latents of other ids than the pool's, and more images."""
-    more = torch.arange(1, run.config.objective.positives, device=local.device)
-    return {
-        "fresh": state.random.latents(numbers + FRESH),
-        "further": state.images[(local[:, None] + more).flatten() % len(state.images)] if len(more) else None,
-        "population": Population(
-            embed=embedding(run), gather=lambda rows: gather(rows, run.accelerator), rank=run.rank, world=run.world
-        ),
-    }
-
-
-def refined(run: Run, latents: Tensor, images: Tensor) -> Tensor:
-    """Matched latents (n, *shape) after match.refine steps down the distance of their samples to the images.
-
-    A function of the present weights, so that a run that resumes refines alike.
-    """
-    if not run.config.match.refine:
-        return latents
-    embed, rate = embedding(run), run.config.match.refine_rate
-    with torch.no_grad():
-        wanted = embed(images).clone()
-    for _ in range(run.config.match.refine):
-        slope = run.engine.slope(latents, lambda samples: (embed(samples) - wanted).square().sum())
-        length = slope.flatten(1).square().mean(1).sqrt().clamp(min=1e-30)
-        latents = latents - rate * slope / length.view(-1, *(1,) * (slope.ndim - 1))
-    return latents
-
-
-def embedding(run: Run) -> Callable[[Tensor], Tensor]:
-    """The match's space as a function of images (n, *shape), with the present network's codes and with gradient."""
-    space = run.config.match.space
-    code = stopped_code(run.engine.bare) if space.code else None
-    return lambda images: embed_rows(images, space, run.features, code)
 
 
 def means(run: Run, state: RoundState) -> dict[str, float]:

@@ -187,11 +187,6 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
             f"(train.accumulate): use {', '.join(ranks)} ranks; a new run can have --train.batch={near} "
             f"--match.round={max(1, round(config.match.round / near)) * near}"
         )
-    if config.objective.needs_fresh and batch // accumulate < 4:
-        said = (
-            f"train.batch={batch} with train.accumulate={accumulate} makes {batch // accumulate} samples a micro-batch"
-        )
-        raise InputError(f"{said}: objective.drift and objective.moments compare at least 4 with the images")
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return
     plugin, precision, objective = accelerator.state.deepspeed_plugin, accelerator.mixed_precision, config.objective
@@ -206,10 +201,9 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
     if objective.needs_frozen and (stage == 3 or precision != "no"):
         said = f"objective.name={objective.name} evaluates a frozen copy of the network"
         raise InputError(f"{said}: use DDP, or ZeRO 0 to 2 in float32, which allow that")
-    for name, wanted in {"match.space.code": config.match.space.code, "match.refine": config.match.refine}.items():
-        if wanted and stage == 3:
-            said = f"{name} evaluates the network rank by rank, and under ZeRO-3 no rank has it whole"
-            raise InputError(f"{said}: use DDP, or ZeRO 0 to 2")
+    if config.match.space.code and stage == 3:
+        reason = "match.space.code evaluates the network rank by rank, and under ZeRO-3 no rank has it whole"
+        raise InputError(f"{reason}: use DDP, or ZeRO 0 to 2")
     if stage == 0 and precision != "no":
         said = f"DeepSpeed ZeRO-0 in {precision} keeps its float32 weights where no checkpoint can reach them"
         raise InputError(f"{said}: use ZeRO 1 to 3, or DDP")

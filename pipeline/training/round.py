@@ -64,15 +64,10 @@ class RoundRandom:
         uniform = philox.uniform(*key, stream=philox.DAMAGE)
         return law.damage(images, self.normals(numbers), uniform, self.config.objective.noise)
 
-    def normals(self, numbers: Tensor, step: int = 0, *, stream: int = philox.NOISE) -> Tensor:
+    def normals(self, numbers: Tensor, step: int = 0) -> Tensor:
         """Standard normals (len(numbers), *shape), other ones for each `step`; independent of the latents."""
         key = self.config.seed, self.round, numbers + step * 2**40, self.shape, self.device
-        return philox.normal(*key, stream=stream)
-
-    def jittered(self, ids: Tensor, numbers: Tensor) -> Tensor:
-        """Latents of `ids` plus noise of standard deviation match.jitter, drawn by the images' `numbers`."""
-        drawn, jitter = self.latents(ids), self.config.match.jitter
-        return drawn + jitter * self.normals(numbers, stream=philox.JITTER) if jitter else drawn
+        return philox.normal(*key, stream=philox.NOISE)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -26,8 +26,7 @@ def test_the_match_is_the_same_on_every_world_size_whatever_is_set(tmp_path):
 @pytest.mark.slow
 def test_rejection_that_leaves_too_few_is_an_error_on_all(tmp_path):
     first, second = on_ranks("cases.rejected", 2, tmp_path)
-    assert first == second and set(first) == {"free", "one_to_one"}
-    assert "lower match.reject, or raise match.ratio" in first["free"]
+    assert first == second and "lower match.reject_share, or raise match.ratio" in first
 
 
 @pytest.mark.slow
@@ -84,14 +83,3 @@ def test_no_rank_leaves_before_all_are_done_but_none_waits_for_ever(tmp_path):
 def test_every_error_of_a_program_can_be_raised_on_all_ranks():
     own = {kind for kind in vars(errors).values() if isinstance(kind, type) and kind.__module__ == errors.__name__}
     assert own == set(errors.SHARED) and {kind.code for kind in own} == set(errors.BY_WEIGHT)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 3])
-def test_terms_on_sets_are_those_of_one_rank(world, tmp_path):
-    (alone,) = on_ranks("cases.compared", 1, tmp_path / "1")
-    parts = on_ranks("cases.compared", world, tmp_path / str(world))
-    for name in ("drift", "moments"):
-        assert all(float(part[name]) == pytest.approx(float(alone[name]), rel=1e-5) for part in parts)
-        gradient = torch.cat([part[f"{name} gradient"] for part in parts])
-        torch.testing.assert_close(gradient, alone[f"{name} gradient"], rtol=1e-5, atol=1e-7)

@@ -46,8 +46,8 @@ monitor.PATIENCE = 90 if "PATIENT" in os.environ else monitor.PATIENCE
 """MLflow takes some seconds to create its tables, and more on a busy machine."""
 POINTS = "[naign.trackers]\nlines = my_package.lines:LINES\nhanging = my_package.hanging:HANGING\n"
 EVERYTHING = [
-    *("--quality.rounds=1", "--quality.samples=100", "--match.reject=0.01", "--objective.denoising=1"),
-    *("--objective.drift=1", "--objective.moments=1", "--match.latents=codes", "--match.codes.begin=0"),
+    *("--quality.rounds=1", "--quality.samples=100", "--match.reject_share=0.01", "--objective.denoising=1"),
+    *("--match.latents=codes", "--match.codes.begin=0"),
     *("--match.codes.alone=0", "--match.codes.width=16", "--match.codes.passes=1", "--objective.third=matched"),
 ]
 """Settings with which a run reports all that it can without a GPU."""

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,33 +26,29 @@ def encoder(**weights):
 def test_the_default_is_the_pixels_themselves():
     images = draw(0, 5, 3, 4, 4)
     assert torch.equal(embed(images, SpaceConfig(), number=3), images.flatten(1))
-    assert torch.equal(embed(images, SpaceConfig(reduced=1.0, side=4, pixels=0)), images.flatten(1))
 
 
 @settings(max_examples=30, deadline=None)
 @given(
-    weights=st.tuples(*[st.sampled_from([0.0, 0.1, 1.0, 30.0])] * 4).filter(any),
-    side=st.integers(1, 6),
+    weights=st.tuples(*[st.sampled_from([0.0, 0.1, 1.0, 30.0])] * 3).filter(any),
     count=st.integers(0, 5),
 )
-def test_the_squared_distance_is_the_weighted_sum_of_mean_squares(weights, side, count):
+def test_the_squared_distance_is_the_weighted_sum_of_mean_squares(weights, count):
     def features(images):
         return images.flatten(1)[:, :7].sin()
 
     def code(images):
         return images[:, :, :2, :3].cos()
 
-    pixels, reduced, learned, own = weights
-    encoder = {"features": learned, "encoder": "any" if learned else ""}
-    config = SpaceConfig(pixels=pixels, reduced=reduced, side=side, code=own, **encoder)
+    pixels, learned, coded = weights
+    config = SpaceConfig(pixels=pixels, features=learned, encoder="any" if learned else "", code=coded)
     images, others = draw(1, count, 2, 6, 6), draw(2, count, 2, 6, 6)
     found = (embed(images, config, features, code) - embed(others, config, features, code)).square().sum(1)
 
     def mean(part):
         return (part(images) - part(others)).square().flatten(1).mean(1)
 
-    expected = pixels * mean(lambda x: x) + learned * mean(features) + own * mean(code)
-    expected = expected + reduced * mean(lambda x: F.adaptive_avg_pool2d(x, side))
+    expected = pixels * mean(lambda x: x) + learned * mean(features) + coded * mean(code)
     torch.testing.assert_close(found, 72 * expected, rtol=1e-4, atol=1e-4)
 
 
@@ -64,7 +59,7 @@ def by_place(images):
 
 @pytest.mark.parametrize("features", ["digits-cnn64", by_place])
 def test_an_embedding_does_not_depend_on_the_batch(features):
-    config, shipped = encoder(reduced=2.0, side=3)
+    config, shipped = encoder(pixels=2.0)
     features = features if callable(features) else shipped
     images = draw(3, 700, *SHAPE)
     whole = embed(images, config, features)
@@ -96,10 +91,9 @@ def test_the_encoder_may_be_a_file(tmp_path):
     ("setting", "key"),
     [
         ({"pixels": -1.0}, "match.space.pixels"),
-        ({"reduced": float("nan")}, "match.space.reduced"),
+        ({"code": float("nan")}, "match.space.code"),
         ({"features": float("inf"), "encoder": "pixels"}, "match.space.features"),
-        ({"pixels": 0.0}, "match.space.features and match.space.code are all 0"),
-        ({"side": 0}, "match.space.side"),
+        ({"pixels": 0.0}, "match.space.pixels, .features and .code are all 0"),
         ({"features": 1.0}, "match.space.encoder"),
         ({"encoder": "pixels"}, "match.space.features"),
     ],
@@ -116,9 +110,6 @@ def test_the_code_of_a_network_without_one_is_refused():
 
 def test_a_space_that_does_not_fit_the_data_is_refused():
     check_space(SpaceConfig(), (2,))
-    check_space(SpaceConfig(reduced=1.0, side=8), SHAPE)
-    with pytest.raises(InputError, match="match.space.side is 9, larger than these 8x8 images"):
-        check_space(SpaceConfig(reduced=1.0, side=9), SHAPE)
-    for setting in ({"reduced": 1.0}, {"features": 1.0, "encoder": "pixels"}):
-        with pytest.raises(InputError, match=f"match.space.{next(iter(setting))} is for images, these are points"):
-            check_space(SpaceConfig(**setting), (2,))
+    check_space(SpaceConfig(features=1.0, encoder="pixels"), SHAPE)
+    with pytest.raises(InputError, match="match.space.features is for images, these are points"):
+        check_space(SpaceConfig(features=1.0, encoder="pixels"), (2,))

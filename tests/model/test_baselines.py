@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline import config
 from pipeline.errors import InputError
 from pipeline.model import latents, networks
-from pipeline.model.losses import losses
+from pipeline.model.losses import Batch, choose_distance, compute_losses
 
 SHAPE = (1, 8, 8)
 
@@ -27,13 +27,20 @@ def normals(step: int, count: int = 5) -> Tensor:
     return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(step))
 
 
+def losses(config: Any, network: Any, images: Tensor, latents: Tensor | None = None) -> dict[str, Tensor]:
+    """The terms on a batch of these."""
+    distance = choose_distance(config, None)
+    batch = Batch(images=images, latents=latents, distance=distance, frozen=network, normals=normals)
+    return compute_losses(config, network, batch)
+
+
 @pytest.mark.parametrize(("body", "code"), [("conv", (6,)), ("conv", (100,)), ("spatial", (6, 4, 4))])
 @pytest.mark.parametrize("likelihood", ["gaussian", "laplace"])
 def test_the_loss_is_the_bound_on_the_likelihood(body, code, likelihood):
     f = build(VaeNetworkConfig(width=8, code=code[0], body=body))
     assert isinstance(f, networks.Autoencoder) and f.code == code
     x = normals(9).tanh()
-    terms = losses(VaeConfig(likelihood=likelihood), f, x, None, None, f, normals)
+    terms = losses(VaeConfig(likelihood=likelihood), f, x)
     mean, log_variance = f.body.encode(x).chunk(2, dim=1)
     noise = torch.cat([normals(step).flatten(1) for step in (0, 1)], dim=1)[:, : math.prod(code)].view_as(mean)
     drawn = f.decode(mean + (log_variance / 2).exp() * noise)
@@ -96,7 +103,7 @@ def test_the_flow_learns_the_way_from_its_latents_to_the_data():
     f = build(FlowNetworkConfig(width=8, depth=1))
     torch.nn.init.normal_(f.velocity.outer[-1].weight)  # else it is still everywhere
     x, z = normals(1).tanh(), normals(2)
-    terms = losses(FlowConfig(), f, x, z, None, f, normals)
+    terms = losses(FlowConfig(), f, x, z)
     time = normals(0)[:, 0, 0, 0].sigmoid()
     along = torch.stack([t * end + (1 - t) * begin for t, end, begin in zip(time, x, z, strict=True)])
     torch.testing.assert_close(terms["total"], (f._velocity(along, time) - (x - z)).square().mean())

@@ -11,7 +11,7 @@ from torch import nn
 from pipeline.config import from_dict
 from pipeline.errors import InputError
 from pipeline.model.encoders import load_encoder
-from pipeline.model.losses import NaignConfig, losses
+from pipeline.model.losses import Batch, NaignConfig, choose_distance, compute_losses
 from pipeline.model.perceptual import perceptual
 
 
@@ -20,6 +20,13 @@ def setting():
     network = nn.Linear(3, 3)
     x, z, noise = (torch.randn(5, 3, generator=generator) for _ in range(3))
     return network, x, z, noise
+
+
+def losses(config, network, images, latents, *, damaged=None, frozen=None, normals=None, perceived=None):
+    """The terms on a batch of these."""
+    distance = choose_distance(config, perceived)
+    batch = Batch(images=images, latents=latents, damaged=damaged, distance=distance, frozen=frozen, normals=normals)
+    return compute_losses(config, network, batch)
 
 
 def l1(a, b):
@@ -138,7 +145,7 @@ def test_nonsense_is_refused(wrong):
 def test_nonsense_of_a_baseline_is_refused():
     with pytest.raises(InputError, match="objective.clamp is 0: it must be positive"):
         IgnConfig(clamp=0)
-    with pytest.raises(InputError, match="objective.perceptual is no setting of objective.name=nae"):
+    with pytest.raises(InputError, match="unknown key 'objective.perceptual' of objective.name=nae"):
         from_dict({"objective": {"name": "nae", "perceptual": 1.0, "encoder": "mnist-cnn64"}}, where="here")
 
 
