@@ -52,7 +52,7 @@ def evaluate(
     Args:
         data: Packed data set; default: the one it was trained on.
         samples: How many samples to draw; distances of different counts do not compare.
-        encoder: A second encoder for Frechet distances: efficientnet-lite0 to -lite2, timm:NAME, a .ts or .pt2 file;
+        encoder: A second encoder for Frechet distances: efficientnet-lite0 to -lite2, timm:NAME, a .safetensors file;
             default: efficientnet-lite2 for images of 3 channels.
         seed: The same seed draws the same latents and damages.
     """

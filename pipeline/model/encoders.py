@@ -1,16 +1,13 @@
 """Encoders: frozen networks in whose features images are compared. Ours are small classifiers with a 64-d layer.
 
-Others are opened by name, too: `efficientnet-lite2` (ImageNet, see efficientnet.py), `timm:NAME`, and files of
-TorchScript or torch.export (foreign.py).
+`efficientnet-lite2` (ImageNet, efficientnet.py) and `timm:NAME` (pretrained.py) are opened by name, too.
 
-A Frechet distance is only as meaningful as its features, and only comparable on the same ones. So the encoders are
-fixed, named, and shipped with the package (`encoder_weights/<name>.safetensors`, 0.2 to 2 MB each): no download at the
-time of measuring, and 'FD-mnist-cnn64' means the same number everywhere.
+Frechet distances can only be compared on the same features. So our encoders are fixed, named, and shipped with the
+package (`encoder_weights/<name>.safetensors`, 0.2 to 2 MB each): 'FD-mnist-cnn64' means the same number everywhere.
 
-The features are the *linear* 64-d layer, before its ReLU. A ReLU piles mass up at zero and a Frechet distance fits a
-Gaussian: before the ReLU that fit is far better, and no direction is silenced. Trained with dropout behind the layer,
-weight decay and light augmentation, so that no single feature carries a class and train and test images, which the
-floor compares, land in the same place.
+The features are the *linear* 64-d layer, before its ReLU: a Frechet distance fits a Gaussian, which fits features with
+mass at zero badly. Dropout behind the layer, weight decay and light augmentation keep single features from carrying a
+class, so that train and test images, which the floor compares, have the same features.
 """
 
 import hashlib
@@ -31,7 +28,7 @@ from torch import Tensor, nn
 from pipeline.data.format.manifest import Manifest
 from pipeline.errors import InputError, one_line
 from pipeline.model.efficientnet import open_lite
-from pipeline.model.foreign import REMEDY, Foreign, open_file, open_inception, open_timm
+from pipeline.model.pretrained import Pretrained, open_inception, open_timm
 from pipeline.settings.registry import known, lookup
 
 FOLDER = Path(__file__).parent / "encoder_weights"
@@ -83,7 +80,7 @@ class Encoder:
     """A frozen map from data to features; without a network the features are the data itself ('pixels')."""
 
     name: str
-    network: Classifier | Foreign | None = None  # None: pooled pixels, or points as they are
+    network: Classifier | Pretrained | None = None  # None: pooled pixels, or points as they are
     accuracy: float | None = None  # share of test images classified correctly when it was made; None without classes
     labels: tuple[str, ...] = ()  # names of the classes; empty where there are none
     shape: tuple[int, ...] | None = None  # (C, H, W) it expects; None: any
@@ -111,7 +108,7 @@ class Encoder:
 
     def unfit(self, shape: tuple[int, ...]) -> str:
         """Why it cannot read samples of that shape, '' if it can. A network of others is tried."""
-        if isinstance(self.network, Foreign):
+        if isinstance(self.network, Pretrained):
             return self.network.unfit(shape)
         return "" if self.shape in (None, shape) else f"reads {self.shape}, these images are {shape}"
 
@@ -143,21 +140,19 @@ def names() -> list[str]:
 
 
 def load_encoder(name: str) -> Encoder:
-    """The encoder of that name, `timm:NAME[@FILE.safetensors]`, or the one in the file of that path.
+    """The encoder of that name, `timm:NAME[@FILE.safetensors]`, or the one in a .safetensors file of ours.
 
-    A file is ours (.safetensors), TorchScript (.ts, .torchscript) or an exported program (.pt2).
-    Raises InputError naming what there is, what is missing, or what is wrong with the file.
+    Raises InputError that names the encoders there are, the missing package, or the fault of the file.
     """
     if name.startswith("timm:"):
         network, (kind, _, file) = open_timm(name.removeprefix("timm:")), name.partition("@")
         return Encoder(name=name, network=network, metadata={"name": f"{kind}{_digest(file)}"} if file else {})
     if name.endswith(".safetensors"):
         return read_encoder(Path(name), name)
-    if name.endswith((".pt2", ".ts", ".torchscript")):
-        return Encoder(name=name, network=open_file(name), metadata={"name": f"{Path(name).stem}{_digest(name)}"})
-    if name.endswith((".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")):
-        raise InputError(f"encoder '{name}' is a pickle by its name, which is not opened: {REMEDY}")
-    remedies = {name: "or give timm:NAME, or the path of a .safetensors, .ts or .pt2 file"}
+    if name.endswith((".pt2", ".ts", ".torchscript", ".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")):
+        remedy = "register the module as an encoder of a package (CONTRIBUTING.md), or give timm:NAME@FILE.safetensors"
+        raise InputError(f"encoder '{name}' is not opened, since such files can run code: {remedy}")
+    remedies = {name: "or give timm:NAME, or the path of a .safetensors file"}
     return lookup("encoder", name, shipped(), "naign.encoders", remedies=remedies)()
 
 
