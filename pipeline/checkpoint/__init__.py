@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from pipeline import lazy_face
 
 if TYPE_CHECKING:
-    from pipeline.checkpoint.bucket import download, fetch_newest, fetch_shown, newest_first, take_over
+    from pipeline.checkpoint.bucket import download, fetch_file, fetch_shown, newest_first, take_over
     from pipeline.checkpoint.manifest import MANIFEST
     from pipeline.checkpoint.writer import Write, Writer, is_complete, newest_checkpoint, passed_over, set_aside
 
-_FILES = {"bucket": "download fetch_newest fetch_shown newest_first take_over", "manifest": "MANIFEST"}
+_FILES = {"bucket": "download fetch_file fetch_shown newest_first take_over", "manifest": "MANIFEST"}
 _FILES |= {"writer": "Write Writer is_complete newest_checkpoint passed_over set_aside"}
 __all__, __getattr__ = lazy_face(__name__, _FILES)

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from pipeline.checkpoint.manifest import BEST, MANIFEST, best_named, by_step, is_whole, read_manifest
 from pipeline.errors import Conflict, Damaged, InputError
@@ -68,30 +69,35 @@ def download(remote: str, name: str, checkpoints: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)
         for file, entry in files.items():
-            if is_whole(folder / file, entry):
-                continue  # left by an interrupted download
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            store, base = locate(f"{where}/{file}")
-            if store.size(base) != entry["bytes"]:  # before it fills the disk
-                raise ValueError(f"{file} has another size")
-            with contextlib.closing(store.pieces(base)) as pieces, (folder / file).open("wb") as target:
-                target.writelines(pieces)
-            sync_file(folder / file)
-            if not is_whole(folder / file, entry):
-                raise ValueError(f"{file} has another hash")
+            if not is_whole(folder / file, entry):  # else left by an interrupted download
+                _download_file(where, file, entry, folder)
     except (ValueError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
         raise Damaged(f"{where} is damaged ({error}): remove it") from None
     (folder / MANIFEST).write_bytes(text)
     return folder
 
 
-def fetch_newest(remote: str, run: Path) -> Path:
-    """Download the newest undamaged checkpoint. Returns its folder; raises InputError if there is none."""
-    remote = remote.rstrip("/")
-    for name in newest_first(remote):
-        with contextlib.suppress(Damaged):
-            return download(remote, name, run / "checkpoints")
-    raise InputError(f"{remote} holds no complete checkpoint: has the training written one yet?")
+def fetch_file(remote: str, name: str, file: str, folder: Path) -> Path:
+    """Download one file of a checkpoint into a folder. Raises Damaged if it does not match the manifest."""
+    where = f"{remote}/checkpoints/{name}"
+    try:
+        _download_file(where, file, read_manifest(open_store(where).read(MANIFEST))[file], folder)
+    except (ValueError, KeyError) as error:
+        raise Damaged(f"{where} is damaged ({error}): remove it") from None
+    return folder / file
+
+
+def _download_file(where: str, file: str, entry: dict[str, Any], folder: Path) -> None:
+    """Raises ValueError if the file does not match its entry in the manifest."""
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    store, base = locate(f"{where}/{file}")
+    if store.size(base) != entry["bytes"]:  # before it fills the disk
+        raise ValueError(f"{file} has another size")
+    with contextlib.closing(store.pieces(base)) as pieces, (folder / file).open("wb") as target:
+        target.writelines(pieces)
+    sync_file(folder / file)
+    if not is_whole(folder / file, entry):
+        raise ValueError(f"{file} has another hash")
 
 
 def fetch_shown(remote: str, run: Path, *, renew: bool = False, also: Sequence[str] = ()) -> int:

@@ -32,7 +32,9 @@ Steps = Annotated[
 Kind = Literal["blur", "noise", "salt_pepper", "rows"]
 _RUN = "The folder of a run (or s3://), a checkpoint or an exported model"
 Run = Annotated[Positional[str], tyro.conf.arg(metavar="RUN", help=f"{_RUN}.")]
-Model = Annotated[Positional[str], tyro.conf.arg(metavar="RUN", help=f"{_RUN}; or user/model on the Hugging Face hub.")]
+Model = Annotated[
+    Positional[str], tyro.conf.arg(metavar="RUN", help=f"{_RUN}; or hf://user/model on the Hugging Face hub.")
+]
 Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images (points: .csv files), or folders of them.")]
 
 
@@ -247,7 +249,7 @@ def push(
     if dry_run is None:
         hub.check_login(name)
     else:
-        hub.check_target(name)
+        hub.check_name(name)
         _refuse_runs(dry_run, "--dry-run")
         own = f"--dry-run {dry_run} has an evaluation, and so a model of its own: give another folder"
         require((not (dry_run / "evaluation").exists(), own))

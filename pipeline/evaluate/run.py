@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from pipeline.checkpoint.bucket import fetch_newest
 from pipeline.data.format.manifest import Manifest
 from pipeline.errors import InputError
 from pipeline.evaluate import measures
@@ -47,16 +46,14 @@ def evaluate(
     Returns what metrics.json holds. MNIST, two cores, 10,000 samples: about 90 s.
     Raises InputError where there is no model, no data, no such encoder, or one of them is for another shape.
     """
-    if folder.startswith("s3:"):
-        options = {"data": data, "samples": samples, "seed": seed, "device": device, "encoder": encoder}
-        return _evaluate_remote(folder, **options, progress=progress)
     if is_hub_name(folder):
         copy = f"of a model on the hub, evaluate a copy: naign export {folder} --to FOLDER"
-        raise InputError(f"no run or model at '{folder}', beside which the results are written; {copy}")
+        raise InputError(f"the results are written beside the model, which {folder} does not allow; {copy}")
     start = time.monotonic()
     if samples <= NEIGHBOURS:
         raise InputError(f"{samples} samples are too few to measure: --samples must be more than {NEIGHBOURS}")
-    model = NAIGN.from_pretrained(folder, device=device)
+    with busy(f"reading {folder}", shown=progress):
+        model = NAIGN.from_pretrained(folder, device=device)
     config, manifest, trained_with = recorded(model, folder, data)
     first, (second, missing) = choose_encoder(manifest), _open_second(encoder, manifest, device)
     metrics: dict[str, Any] = {"encoder": first.name, "encoder_accuracy": first.accuracy, "dataset": manifest.name}
@@ -83,8 +80,12 @@ def evaluate(
             "device": _device_name(device),
             "seconds": round(time.monotonic() - start, 1),
         }
-        place = Path(folder) if Path(folder).is_dir() else Path(folder).parent
-        _write(place / "evaluation", metrics, drawn, config=header.get("config", header))
+        config_of_run = header.get("config", header)
+        if folder.startswith("s3:"):
+            _upload(f"{folder.rstrip('/')}/evaluation", metrics, drawn, config=config_of_run)
+        else:
+            place = Path(folder) if Path(folder).is_dir() else Path(folder).parent
+            _write(place / "evaluation", metrics, drawn, config=config_of_run)
         bar.update()
     return metrics
 
@@ -93,17 +94,13 @@ def _tell(bar: "tqdm[Any]", title: str, share: float) -> None:
     bar.set_description(f"{title}, {share:.0%}")
 
 
-def _evaluate_remote(folder: str, **options: Any) -> dict[str, Any]:
-    """Evaluate the newest checkpoint of a run in a bucket, and upload the results."""
+def _upload(remote: str, metrics: dict[str, Any], drawn: list[Picture], *, config: dict[str, Any]) -> None:
+    """As `_write`, into a folder of a bucket."""
     with tempfile.TemporaryDirectory() as copy:
-        with busy(f"fetching {folder}", shown=options["progress"]):
-            fetch_newest(folder, Path(copy))
-        metrics = evaluate(copy, **options)
-        store = open_store(f"{folder.rstrip('/')}/evaluation")
-        files = (Path(copy) / "evaluation").iterdir()
-        for file in sorted(files, key=lambda file: file.name == "metrics.json"):  # last: then everything is there
-            store.put(file.name, file.read_bytes())
-    return metrics
+        _write(Path(copy), metrics, drawn, config=config)
+        files = sorted(Path(copy).iterdir(), key=lambda file: file.name == "metrics.json")  # last: then all is there
+        for file in files:
+            open_store(remote).put(file.name, file.read_bytes())
 
 
 def _open_second(name: str | None, manifest: Manifest, device: str) -> tuple[Encoder | None, list[str]]:

@@ -1,6 +1,5 @@
 """The Hugging Face hub: models are fetched from it by name, and folders uploaded. Only safetensors are read."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from pipeline.errors import InputError, Unavailable, one_line, require
 
 WEIGHTS = "model.safetensors"
+PREFIX = "hf://"  # of the names of models on the hub
 
 # The errors of the HTTP library that this version of huggingface_hub is built on, and what else its calls raise;
 # FORM: where the hub answers in another form than expected.
@@ -37,7 +37,7 @@ comes without measurements: `naign push` uploads a model with a card that has th
 ```python
 from pipeline.model import NAIGN
 
-model = NAIGN.from_pretrained("user/model")  # this repository, or a folder with its files
+model = NAIGN.from_pretrained("hf://user/model")  # this repository, or a folder with its files
 samples = model.sample(16, seed=0)  # values in [-1, 1]
 repaired = model.project(samples)
 ```
@@ -46,27 +46,22 @@ repaired = model.project(samples)
 
 
 def is_hub_name(place: str | Path) -> bool:
-    """Whether `place` is user/model, a name on the hub. Where there is a folder `user`, it is a path."""
-    if not isinstance(place, str) or place.count("/") != 1 or os.path.exists(place.partition("/")[0]):
-        return False
-    try:
-        validate_repo_id(place)
-    except HFValidationError:
-        return False
-    return True
+    """Whether `place` is hf://user/model."""
+    return str(place).startswith(PREFIX)
 
 
 def download(name: str, **options: Any) -> Path:
-    """The weights of a model on the hub, from the cache if they are there. `options` are hf_hub_download's.
+    """The weights of the model user/model on the hub, or in its cache. `options` are those of hf_hub_download.
 
     Raises InputError where the hub has no such model, or none that is stored as safetensors, or cannot be reached.
     """
+    check_name(name)
     _check_secrets(options.get("token"))
-    nothing = f"no run or model at '{name}': it is no folder here, and"
+    nothing = f"no model at {PREFIX}{name}:"
     try:
         return Path(hf_hub_download(name, WEIGHTS, **options))
     except RepositoryNotFoundError:
-        text = f"{nothing} the hub has no such model, or shows it only after a login (`hf auth login`, or HF_TOKEN)"
+        text = f"{nothing} the hub has none of this name, or shows it only after a login (`hf auth login`, or HF_TOKEN)"
     except LocalEntryNotFoundError as error:
         cause = one_line(error.__cause__ or error)
         text = f"{nothing} the hub ({constants.ENDPOINT}) does not answer, nor is a copy in the cache: {cause}"
@@ -83,7 +78,7 @@ def _cause(error: BaseException) -> str:
     return f"it answers in an unknown form ({type(error).__name__}: {text})" if isinstance(error, FORM) else text
 
 
-def check_target(name: str) -> None:
+def check_name(name: str) -> None:
     """InputError unless `name` can name a repository of a user on the hub."""
     try:
         validate_repo_id(name)
@@ -94,7 +89,7 @@ def check_target(name: str) -> None:
 
 def check_login(name: str, token: str | bool | None = None) -> None:
     """InputError unless `name` can name a repository and there is a token: `token`, HF_TOKEN or that of a login."""
-    check_target(name)
+    check_name(name)
     there = _check_secrets(token)
     require((there, f"uploading {name} needs a login to the hub: run `hf auth login`, or set HF_TOKEN"))
 

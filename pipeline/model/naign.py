@@ -1,9 +1,6 @@
 """A trained model as its users hold it: sample, project, energy, from one safetensors file."""
 
 import json
-import logging
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.checkpoint.bucket import fetch_newest
-from pipeline.checkpoint.writer import newest_checkpoint, passed_over
 from pipeline.errors import InputError, one_line
 from pipeline.model import hub, latents
 from pipeline.model.networks import NetworkConfig, build_network, recorded_network
-
-log = logging.getLogger("naign.model")
+from pipeline.model.weights import locate
 
 _KEY = "naign"  # in the safetensors header: a JSON object that describes the model
 _STATE = "latents."  # begins the names of the tensors of the latents' law
@@ -47,11 +41,12 @@ class NAIGN(PyTorchModelHubMixin, library_name="naign", tags=["naign"], model_ca
         self.state = dict(state or {})  # of the latents' law, as `latents.draw` takes it
         self.shape: tuple[int, ...] = tuple(metadata["shape"])
         self.latents: str = metadata["latents"]
+        self.checkpoint, self.choice = "", ""  # of a run: the checkpoint's name, and best or last
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # takes no further keywords
         cls,
-        folder: str | Path,
+        place: str | Path,
         device: torch.device | str = "cpu",
         *,
         revision: str | None = None,  # branch, tag or commit; None: the newest
@@ -60,26 +55,27 @@ class NAIGN(PyTorchModelHubMixin, library_name="naign", tags=["naign"], model_ca
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> "NAIGN":
-        """The model of an exported folder, a checkpoint or a run (its newest complete checkpoint; EMA if it has one).
+        """The model of an exported folder or its file, a checkpoint, a run (a folder or s3://bucket/prefix) or
+        hf://user/model on the Hugging Face hub, for which alone the keywords are.
 
-        A run may also be s3://bucket/prefix. "user/model" is a model on the Hugging Face hub, unless there is a folder
-        `user` here; what follows `device` is for such models alone.
-        Raises InputError where there is none, or the file is not one of ours.
+        Of a run it is the best checkpoint where quality.patience ended the run, else the newest complete one: see
+        `checkpoint` and `choice`. The moving average of the weights is preferred where there is one.
+        Raises InputError where there is no model, or the file was not written by this program.
         """
-        if str(folder).startswith("s3:"):
-            with tempfile.TemporaryDirectory() as place:
-                return cls.from_pretrained(fetch_newest(str(folder), Path(place)), device)
-        if hub.is_hub_name(folder):
-            file = hub.download(
-                str(folder),
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                force_download=force_download,
-            )
-        else:
-            file = _find(Path(folder))
+        with locate(
+            place,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        ) as weights:
+            model = cls._read(weights.file, device)
+        model.checkpoint, model.choice = weights.checkpoint, weights.choice
+        return model
+
+    @classmethod
+    def _read(cls, file: Path, device: torch.device | str) -> "NAIGN":
         try:
             with safe_open(file, framework="pt", device="cpu") as opened:
                 header = (opened.metadata() or {}).get(_KEY)
@@ -209,19 +205,3 @@ def save_model(
 def _float32(value: Tensor) -> Tensor:
     """In float32, but for counters and masks."""
     return value.float() if value.is_floating_point() else value
-
-
-def _find(folder: Path) -> Path:
-    """The model file of a run, a checkpoint or an exported folder."""
-    if os.path.isfile(folder):  # False also for what no file could be called
-        return folder
-    if not os.path.isdir(folder):
-        raise InputError(f"no run or model at '{folder}': train one, or give the folder of a run")
-    newest = newest_checkpoint(folder / "checkpoints")
-    for passed in passed_over(folder / "checkpoints", newest):
-        log.warning("%s is damaged or not all here: passed over", passed)
-    place = newest or folder
-    for name in ("ema.safetensors", "model.safetensors"):
-        if (place / name).is_file():
-            return place / name
-    raise InputError(f"'{folder}' has no complete checkpoint and no model.safetensors: has its training got that far?")

@@ -180,4 +180,4 @@ def test_the_command_finds_the_hub_through_the_environment(hub: Hub, run: str) -
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0 and f"uploaded: {hub.endpoint}/me/digits" in done.stdout, done.stderr
     assert hub.token not in done.stdout + done.stderr
-    assert torch.equal(NAIGN.from_pretrained("me/digits").sample(3), NAIGN.from_pretrained(run).sample(3))
+    assert torch.equal(NAIGN.from_pretrained("hf://me/digits").sample(3), NAIGN.from_pretrained(run).sample(3))

@@ -28,24 +28,29 @@ def test_a_model_comes_back_from_the_hub_also_offline(hub, model, monkeypatch):
     assert set(hub.models["me/model"]) == {WEIGHTS, "config.json", "README.md"}
     card = ModelCard(hub.models["me/model"]["README.md"].decode())
     assert card.data.library_name == "naign" and "NAIGN.from_pretrained" in card.text
-    again = NAIGN.from_pretrained("me/model")
+    again = NAIGN.from_pretrained("hf://me/model")
     assert again.metadata == model.metadata | {"data": "digits", "config": {"run": {"remote": ""}}}
     assert torch.equal(again.sample(3), model.sample(3))
     asked = len(hub.requests)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert torch.equal(NAIGN.from_pretrained("me/model").sample(3), model.sample(3))
-    with pytest.raises(InputError, match="no run or model at 'me/other': .* does not answer, nor is a copy"):
-        NAIGN.from_pretrained("me/other")
+    assert torch.equal(NAIGN.from_pretrained("hf://me/model").sample(3), model.sample(3))
+    with pytest.raises(InputError, match="no model at hf://me/other: .* does not answer, nor is a copy"):
+        NAIGN.from_pretrained("hf://me/other")
     assert len(hub.requests) == asked
 
 
-def test_a_name_whose_folder_is_here_is_a_path(hub, model, tmp_path):
+def test_the_hub_is_asked_only_for_names_of_the_hub(hub, model, tmp_path):
+    """A mistyped folder must not open the model of a stranger."""
+    hub.models["me/other"] = {}
+    for place in ("me/other", "me/a/b", tmp_path / "a/b"):
+        with pytest.raises(InputError, match=f"no run or model at '{place}': there is no /.*; a model .* is hf://user"):
+            NAIGN.from_pretrained(place)
+    for name, reason in (("hf://other", "write user/other"), ("hf://me/../x", "is no name on the hub")):
+        with pytest.raises(InputError, match=reason):
+            NAIGN.from_pretrained(name)
+    assert not hub.requests
     model.save_pretrained("me/model")
     assert torch.equal(NAIGN.from_pretrained("me/model").sample(3), model.sample(3))
-    for place in ("me/other", "me/a/b", tmp_path / "a/b"):
-        with pytest.raises(InputError, match="no run or model at"):
-            NAIGN.from_pretrained(place)
-    assert not hub.requests
 
 
 class Opened:
@@ -57,7 +62,7 @@ class Opened:
 def test_a_pickle_is_never_read(hub, model, tmp_path, name):
     hub.models["me/pickle"] = {name: pickle.dumps(Opened()), "config.json": b"[]"}
     with pytest.raises(InputError, match="the hub's me/pickle has no model.safetensors, .* pickles .* never are"):
-        NAIGN.from_pretrained("me/pickle")
+        NAIGN.from_pretrained("hf://me/pickle")
     assert not any(name in request for request in hub.requests)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / name).write_bytes(pickle.dumps(Opened()))
@@ -68,15 +73,15 @@ def test_a_pickle_is_never_read(hub, model, tmp_path, name):
 
 
 def test_what_the_hub_does_not_have_or_show_is_no_model(hub, model, monkeypatch):
-    with pytest.raises(InputError, match="the hub has no such model, or shows it only after a login"):
-        NAIGN.from_pretrained("me/none")
+    with pytest.raises(InputError, match="the hub has none of this name, or shows it only after a login"):
+        NAIGN.from_pretrained("hf://me/none")
     model.push_to_hub("me/hidden", private=True)
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(InputError, match="the hub has no such model, or shows it only after a login"):
-        NAIGN.from_pretrained("me/hidden")
+    with pytest.raises(InputError, match="the hub has none of this name, or shows it only after a login"):
+        NAIGN.from_pretrained("hf://me/hidden")
     hub.models["me/cut"] = {WEIGHTS: hub.models["me/hidden"][WEIGHTS][:-9]}
     with pytest.raises(InputError, match="no readable safetensors file"):
-        NAIGN.from_pretrained("me/cut")
+        NAIGN.from_pretrained("hf://me/cut")
 
 
 @pytest.mark.parametrize(
@@ -101,11 +106,11 @@ def test_an_upload_that_is_refused_says_why_without_the_token(hub, model, monkey
 def test_no_message_of_a_download_shows_a_secret(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_\x07secret")
     with pytest.raises(InputError, match="has characters that no token has"):
-        NAIGN.from_pretrained("me/model")
+        NAIGN.from_pretrained("hf://me/model")
     monkeypatch.setattr(constants, "ENDPOINT", "http://me:secret@127.0.0.1")
     monkeypatch.setenv("HF_TOKEN", hub.token)
     with pytest.raises(InputError, match="HF_ENDPOINT holds a user or a password: [^@]*$"):
-        NAIGN.from_pretrained("me/model")
+        NAIGN.from_pretrained("hf://me/model")
 
 
 def test_a_hub_that_is_down_is_worth_a_retry(hub, model):
@@ -125,4 +130,4 @@ def test_a_hub_that_answers_in_another_form_is_told_in_one_sentence(hub, model, 
 
     monkeypatch.setattr("pipeline.model.hub.hf_hub_download", download)
     with pytest.raises(InputError, match="me/model cannot be fetched .* in an unknown form .KeyError: 'etag'"):
-        NAIGN.from_pretrained("me/model")
+        NAIGN.from_pretrained("hf://me/model")

@@ -1,0 +1,105 @@
+"""Where the weights of a model are: in a file, an exported folder, a checkpoint, a run, a run's bucket, or on the hub.
+
+Of a run it is the best checkpoint where quality.patience ended the run, else the newest complete one; of a checkpoint
+the moving average, if it has one.
+"""
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.checkpoint.bucket import fetch_file, newest_first
+from pipeline.checkpoint.manifest import BEST, MANIFEST, best_named, read_manifest
+from pipeline.checkpoint.writer import is_complete, newest_checkpoint, passed_over
+from pipeline.errors import Damaged, InputError, one_line
+from pipeline.model import hub
+from pipeline.storage.store import open_store
+
+log = logging.getLogger("naign.model")
+
+FILES = ("ema.safetensors", "model.safetensors")  # the first that is there
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    file: Path
+    checkpoint: str = ""
+    """Of a run: the name of the checkpoint."""
+    choice: str = ""
+    """Of a run: best, or last."""
+
+
+@contextmanager
+def locate(place: str | Path, **download: Any) -> Iterator[Weights]:
+    """The file with the weights of `place`, which may be temporary; `download` is for hf:// alone (`hub.download`).
+
+    Of a bucket that one file is fetched. Raises InputError, which names what was looked for where, if there is none.
+    """
+    if hub.is_hub_name(place):
+        yield Weights(file=hub.download(str(place).removeprefix(hub.PREFIX), **download))
+    elif str(place).startswith("s3:"):
+        with tempfile.TemporaryDirectory() as folder:
+            yield _fetch(str(place).rstrip("/"), Path(folder))
+    else:
+        yield _find(Path(place))
+
+
+def _fetch(remote: str, folder: Path) -> Weights:
+    """The weights of a run in a bucket, of its best or newest undamaged checkpoint."""
+    names = list(newest_first(remote))
+    best = best_named(remote) if names and _ended_by_patience(remote, names[0]) else ""
+    for name in [*([best] if best in names else []), *names]:
+        try:
+            there = read_manifest(open_store(f"{remote}/checkpoints/{name}").read(MANIFEST))
+            file = fetch_file(remote, name, FILES[0] if FILES[0] in there else FILES[1], folder)
+            return Weights(file=file, checkpoint=name, choice="best" if name == best else "last")
+        except (Damaged, ValueError) as error:
+            log.warning("%s/checkpoints/%s is damaged and passed over: %s", remote, name, one_line(error))
+    raise InputError(f"{remote} holds no complete checkpoint: has the training written one yet?")
+
+
+def _find(folder: Path) -> Weights:
+    """The weights of a run, a checkpoint or an exported folder on this machine."""
+    if os.path.isfile(folder):  # False also for what no file could be called
+        return Weights(file=folder)
+    if not os.path.isdir(folder):
+        elsewhere = "a model of the Hugging Face hub is hf://user/model, a run in a bucket s3://bucket/prefix"
+        raise InputError(f"no run or model at '{folder}': there is no {os.path.abspath(folder)}; {elsewhere}")
+    run, checkpoints = str(folder.absolute()), folder / "checkpoints"
+    checkpoint, choice = newest_checkpoint(checkpoints), "last"
+    for damaged in passed_over(checkpoints, checkpoint):
+        log.warning("%s is damaged or not all here: passed over", damaged)
+    if checkpoint and _ended_by_patience(run, checkpoint.name):
+        best = checkpoints / best_named(run)
+        if is_complete(best):
+            checkpoint, choice = best, "best"
+    for name in FILES:
+        if checkpoint and (checkpoint / name).is_file():
+            return Weights(file=checkpoint / name, checkpoint=checkpoint.name, choice=choice)
+        if not checkpoint and (folder / name).is_file():
+            return Weights(file=folder / name)
+    raise InputError(f"'{folder}' has no complete checkpoint and no model.safetensors: has its training got that far?")
+
+
+def _ended_by_patience(run: str, newest: str) -> bool:
+    """Whether the best checkpoint of a run, in a folder or a bucket, is quality.patience measurements old."""
+    try:
+        quality = yaml.safe_load(_read(run, "config.yaml"))["quality"]
+        rounds = json.loads(_read(f"{run}/checkpoints/{newest}", "trainer.json"))["round"]
+        best = json.loads(_read(run, BEST))["round"]
+        return bool(0 < quality["patience"] * quality["rounds"] <= rounds - best)
+    except (ValueError, LookupError, TypeError, RecursionError, yaml.YAMLError):
+        return False  # a file is missing, or was written by another program
+
+
+def _read(folder: str, name: str) -> bytes:
+    store = open_store(folder)
+    return store.read(name) if store.exists(name) else b""
