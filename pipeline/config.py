@@ -171,6 +171,7 @@ RENAMED: dict[str, str] = {
     "match.reject": "match.reject_share, a share of the pool",
     "match.space.reduced": "",
     "match.space.side": "",
+    "model.max_width": "",
 }
 """Settings and sections of earlier versions and their present names; "" for those that were removed."""
 

@@ -1,4 +1,4 @@
-"""Each sample at most once: match.assignment=one_to_one takes nearest pairs first, optimal pairs of the least sum."""
+"""match.assignment=one_to_one: nearest pairs first, each sample at most once."""
 
 import math
 from collections.abc import Callable
@@ -6,16 +6,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
 
 from pipeline.match.exchange import Ranks
 
-MOST_NEIGHBOURS = 2**20  # that `search` looks for
 NEIGHBOURS, MOST_PAIRS = 16, 2**22
-"""Samples that an image asks for at first, and pairs that all images together ask for at most in later searches, each
-for twice as many samples as in the one before if most images were settled, else for eight times as many."""
+"""Initial k. Each later search doubles k, or multiplies it by 8 if most images are unsettled, up to MOST_PAIRS pairs over
+all images."""
 
 
 def assign_once(
@@ -23,101 +20,54 @@ def assign_once(
     ranks: Ranks,
     counts: list[int],  # images of each rank
 ) -> tuple[Tensor, Tensor]:
-    """Collective: squared distance float64 and id, each (n,), of the sample that each image of this rank gets.
+    """Collective: squared distance float64 and id, each (n,), of the sample of each image of this rank.
 
-    The least of all pairs by (distance, number of the image, id) is taken, then the least of the pairs of the images
-    and samples that remain, and so on. Every rank computes this on the nearest few samples of all images. An image that
-    finds all of these taken needs more, and until then no pair behind its last one is settled. All images that are not
-    settled search again among the samples that are left.
+    The least of all pairs by (distance, number of the image, id) is assigned, then the least of the pairs of the
+    remaining images and samples, and so on. Every rank computes this on the k nearest samples of all images. An image
+    whose k samples are all assigned to others needs more, and no pair beyond its last one is settled until then. All
+    unsettled images search again, among the samples that are left.
     """
     edges = np.cumsum([0, *counts])
     answers = np.zeros((edges[-1], 2), np.int64)  # of each image: the bits of the distance, and the id
-    settled = np.zeros(0, np.int64)  # ids
-    asking, neighbours = np.arange(edges[-1]), NEIGHBOURS
-    while len(asking):
-        parts = np.split(asking, np.searchsorted(asking, edges[1:-1]))
+    assigned = np.zeros(0, np.int64)  # ids
+    open_images, neighbours = np.arange(edges[-1]), NEIGHBOURS
+    while len(open_images):
+        parts = np.split(open_images, np.searchsorted(open_images, edges[1:-1]))
         rows = torch.from_numpy(parts[ranks.rank] - edges[ranks.rank])
-        distances, ids = find(rows, neighbours, torch.from_numpy(np.sort(settled)) if len(settled) else None)
-        pairs = torch.stack([distances.view(torch.int64), ids], dim=2)
-        found = ranks.gather(pairs, [len(part) for part in parts]).numpy()
-        taken, columns = take_in_order(found[:, :, 0].view(np.float64), found[:, :, 1])
-        answers[asking[taken]] = found[taken, columns]
-        settled = np.concatenate([settled, found[taken, columns, 1]])
-        most = MOST_PAIRS // max(1, len(asking) - len(taken))
-        neighbours = max(NEIGHBOURS, min(neighbours * (2 if 2 * len(taken) > len(asking) else 8), most))
-        asking = np.delete(asking, taken)
+        distances, ids = find(rows, neighbours, torch.from_numpy(np.sort(assigned)) if len(assigned) else None)
+        pairs = ranks.gather(torch.stack([distances.view(torch.int64), ids], dim=2), [len(part) for part in parts])
+        nearest = pairs.numpy()
+        settled, columns = settle(nearest[:, :, 0].view(np.float64), nearest[:, :, 1])
+        answers[open_images[settled]] = nearest[settled, columns]
+        assigned = np.concatenate([assigned, nearest[settled, columns, 1]])
+        most = MOST_PAIRS // max(1, len(open_images) - len(settled))
+        neighbours = max(NEIGHBOURS, min(neighbours * (2 if 2 * len(settled) > len(open_images) else 8), most))
+        open_images = np.delete(open_images, settled)
     mine = torch.from_numpy(answers[edges[ranks.rank] : edges[ranks.rank + 1]])
     return mine[:, 0].contiguous().view(torch.float64), mine[:, 1].contiguous()
 
 
-def assign_optimally(
-    find: Callable[[Tensor, int, Tensor | None], tuple[Tensor, Tensor]],  # of match_round
-    ranks: Ranks,
-    counts: list[int],  # images of each rank
-) -> tuple[Tensor, Tensor]:
-    """Collective: as `assign_once`, but the sum of the squared distances is the least: optimal transport of the round.
-
-    Every rank solves this for the nearest few samples of all images, where an image may also have some sample behind
-    its last one, at that one's distance. What lies there costs no less, so a solution in which no image does is optimal
-    among all samples, up to rounding of the sum. Images that do ask for more samples.
-    """
-    edges = np.cumsum([0, *counts])
-    known = [np.zeros((0, 2), np.int64)] * int(edges[-1])  # of each image: the bits of distances, and ids
-    asking, neighbours = np.arange(edges[-1]), NEIGHBOURS
-    while len(asking):
-        parts = np.split(asking, np.searchsorted(asking, edges[1:-1]))
-        distances, ids = find(torch.from_numpy(parts[ranks.rank] - edges[ranks.rank]), neighbours, None)
-        pairs = torch.stack([distances.view(torch.int64), ids], dim=2)
-        for image, row in zip(asking, ranks.gather(pairs, [len(part) for part in parts]).numpy(), strict=True):
-            known[image] = row
-        columns = solve([row[:, 0].view(np.float64) for row in known], [row[:, 1] for row in known])
-        asking = np.flatnonzero(columns < 0)
-        neighbours = min(2 * max((len(known[image]) for image in asking), default=0), MOST_NEIGHBOURS)
-    answers = np.array([row[column] for row, column in zip(known, columns, strict=True)]).reshape(-1, 2)
-    mine = torch.from_numpy(answers[edges[ranks.rank] : edges[ranks.rank + 1]])
-    return mine[:, 0].contiguous().view(torch.float64), mine[:, 1].contiguous()
-
-
-def solve(distances: list[NDArray[np.float64]], ids: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """The place in its lists of the sample that each image gets; -1: one behind them. Lists as in `take_in_order`."""
-    least, numbers = np.concatenate(distances), np.concatenate(ids)
-    rows = np.repeat(np.arange(len(ids)), [len(each) for each in ids])
-    places = np.concatenate([np.arange(len(each)) for each in ids])
-    there = numbers >= 0
-    names, columns = np.unique(numbers[there], return_inverse=True)
-    more = np.flatnonzero([each[-1] >= 0 for each in ids])  # images that may have samples behind their last
-    last = np.array([distances[row][-1] for row in more])
-    weights = np.concatenate([least[there], last])
-    weights = 1 + weights / max(float(weights.max()), 1e-300)  # a weight of 0 would stand for no pair
-    rows, columns = np.concatenate([rows[there], more]), np.concatenate([columns, len(names) + np.arange(len(more))])
-    graph = csr_array((weights, (rows, columns)), shape=(len(ids), len(names) + len(more)))
-    chosen = min_weight_full_bipartite_matching(graph)[1]
-    place = csr_array((np.concatenate([places[there], 0 * more - 1]) + 2, (rows, columns)), shape=graph.shape)
-    found: NDArray[np.int64] = np.asarray(place[np.arange(len(ids)), chosen]).ravel() - 2
-    return found
-
-
-def take_in_order(
+def settle(
     distances: NDArray[np.float64],  # (n, k): ascending along each row; inf where there is no sample
     ids: NDArray[np.int64],  # (n, k): ascending among equal distances; -1 where there is no sample
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The pairs (rows, columns) that are taken whatever unknown samples each image has behind its known ones.
+    """The pairs (rows, columns) that are assigned whatever samples each image has beyond its k nearest.
 
-    An unknown pair comes after all known pairs of its image. So the pairs taken before the first last pair of an image
-    whose samples are all taken are settled.
+    A pair beyond them comes after all known pairs of its image. So all pairs are settled that come before the last
+    known pair of the first image that has no sample left.
     """
     names, numbers = np.unique(ids, return_inverse=True)
     numbers = numbers.reshape(ids.shape)
     gone = names < 0
     column = np.zeros(len(ids), np.int64)  # of the nearest sample that each image can still have
     least, choice = distances[:, 0].copy(), numbers[:, 0].copy()
-    bound, taken = (math.inf, 0), list[int]()
+    bound, settled = (math.inf, 0), list[int]()
     while True:
         row = int(least.argmin())
         if (least[row], row) >= bound:
-            rows = np.array(taken, np.int64)
+            rows = np.array(settled, np.int64)
             return rows, column[rows]
-        taken.append(row)
+        settled.append(row)
         least[row] = math.inf
         gone[choice[row]] = True
         losers = np.flatnonzero(choice == choice[row])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.errors import InputError
 from pipeline.match.across_ranks import Blocks, Found, search
-from pipeline.match.assign import assign_once, assign_optimally
+from pipeline.match.assign import assign_once
 from pipeline.match.exchange import Ranks, ranks_of
 from pipeline.match.method import METHODS
 from pipeline.match.one_rank import Timer
@@ -21,12 +21,11 @@ from pipeline.model.codes import CodesConfig
 from pipeline.model.latents import check_law
 from pipeline.settings.constraints import FREE, POSITIVE, SHARE, between, check_fields, one_of
 
-ONCE = {"one_to_one": assign_once, "optimal": assign_optimally}
 PROBE = 1024  # samples of the pool on which `reject_share` is measured, rounded up to whole blocks
 
 HELD_ROWS, HELD_VALUES = 4096, 2**26
-"""Samples, and float32 values, of the pool in memory at once: at most these, but at least one block. ONCE keep a rank's
-part of the pool for their next searches if it has no more values; a larger part is generated again."""
+"""Samples, and float32 values, of the pool in memory at once: at most these, but at least one block. one_to_one keeps a
+rank's part of the pool for the next searches if it has no more values; a larger part is generated again."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,9 +41,9 @@ class MatchConfig:
     flat: float = field(default=0.0, metadata=between(0, 0.5))
     """Share of the pool whose latents are flat images with some noise, so that f learns to map these to the data as
     well. Samples of the trained model use none."""
-    assignment: str = field(default="free", metadata=one_of(("free", *ONCE)))
-    """free: each image's nearest sample, which several may share; one_to_one: nearest pairs first, each sample once;
-    optimal: each sample once, at the least sum of squared distances over the round (optimal transport)."""
+    assignment: str = field(default="free", metadata=one_of(("free", "one_to_one")))
+    """free: each image's nearest sample, which other images may share; one_to_one: nearest pairs first, each sample
+    once."""
     reject_share: float = field(default=0.0, metadata=SHARE)
     """Share of the pool to reject: its samples nearest to any image are not matched. RS-IMLE (arXiv 2409.17439), whose
     distance epsilon is set anew each round."""
@@ -57,11 +56,16 @@ class MatchConfig:
     def __post_init__(self) -> None:
         check_fields(self, "match")
         check_law(self.latents)
-        if self.assignment in ONCE and self.pool < self.round:
+        if self.once and self.pool < self.round:
             raise InputError(
                 f"match.assignment={self.assignment} gives every image a sample of its own and match.ratio="
                 f"{self.ratio} makes {self.pool} for {self.round} images: use --match.ratio=1 or more"
             )
+
+    @property
+    def once(self) -> bool:
+        """Whether each sample is matched at most once."""
+        return self.assignment == "one_to_one"
 
     @property
     def pool(self) -> int:
@@ -117,8 +121,8 @@ def match_round(
 
     with timer("assign"):
         main = len(searches)
-        if config.assignment in ONCE:
-            distances, ids = ONCE[config.assignment](find, ranks, counts)
+        if config.once:
+            distances, ids = assign_once(find, ranks, counts)
         else:
             distances, ids = (best[:, 0] for best in find(torch.arange(len(queries)), 1))
     timer.seconds["assign"] -= sum(sum(found.seconds.values()) for found in searches[main:])
@@ -145,7 +149,7 @@ def share_pool(
     shares = [block_range(pool, config.block, rank, ranks.world) for rank in range(ranks.world)]
     first, last = shares[ranks.rank]
     most = max(last - first for first, last in shares)
-    keep = config.assignment in ONCE and most * dims <= HELD_VALUES
+    keep = config.once and most * dims <= HELD_VALUES
     size = max(1, min(HELD_ROWS, HELD_VALUES // dims) // config.block) * config.block
     kept: dict[int, Tensor] = {}
 
@@ -204,7 +208,7 @@ def measure_rejection(
 def check_left(config: MatchConfig, rejected: int, images: int) -> None:
     """InputError unless rejection leaves a sample for each of `images` where each sample is matched once."""
     left = config.pool - rejected
-    if config.assignment in ONCE and left < images:
+    if config.once and left < images:
         raise InputError(
             f"{left} of the pool's {config.pool} samples are left for {images} images with match.assignment="
             f"{config.assignment}, {rejected} were rejected: lower match.reject_share, or raise match.ratio"

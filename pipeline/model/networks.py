@@ -18,6 +18,8 @@ from pipeline.errors import InputError
 from pipeline.settings.constraints import between, check_fields
 from pipeline.settings.registry import lookup
 
+MOST_CHANNELS = 512  # the channels stop doubling here
+
 
 @dataclass(kw_only=True, slots=True)
 class NetworkConfig:
@@ -42,26 +44,22 @@ class NetworkConfig:
 class ConvConfig(NetworkConfig):
     name: str = "conv"
     width: int = field(default=32, metadata=between(1, 2**14))
-    """Channels at half resolution; doubled at each further halving."""
+    """Channels at half resolution; doubled at each further halving, up to 512."""
     depth: int = field(default=0, metadata=between(0, 256))
     """Residual blocks a resolution."""
     code: int = field(default=128, metadata=between(1, 2**16))
     """Dimensions of the bottleneck between encoder and decoder."""
-    max_width: int = field(default=512, metadata=between(1, 2**14))
-    """The channels stop doubling here."""
 
 
 @dataclass(kw_only=True, slots=True)
 class SpatialConfig(NetworkConfig):
     name: str = "spatial"
     width: int = field(default=64, metadata=between(1, 2**14))
-    """Channels at half resolution; doubled at each further halving."""
+    """Channels at half resolution; doubled at each further halving, up to 512."""
     depth: int = field(default=1, metadata=between(0, 256))
     """Residual blocks per resolution, in the encoder and in the decoder."""
     code: int = field(default=8, metadata=between(1, 2**14))
     """Channels of the code at each of its at most 8 x 8 positions (or an odd number of them)."""
-    max_width: int = field(default=512, metadata=between(1, 2**14))
-    """The channels stop doubling here."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -281,7 +279,7 @@ def _levels(config: ConvConfig | SpatialConfig, sides: tuple[int, ...]) -> tuple
     levels = 1
     while max(height, width) > 8 and height % 2 == 0 and width % 2 == 0:
         height, width, levels = height // 2, width // 2, levels + 1
-    widths = [min(config.width * 2**level, max(config.max_width, config.width)) for level in range(levels)]
+    widths = [min(config.width * 2**level, max(MOST_CHANNELS, config.width)) for level in range(levels)]
     return (height, width), widths
 
 

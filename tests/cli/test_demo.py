@@ -29,7 +29,7 @@ from pipeline.model.scale import scaled
 from pipeline.observe.pictures import grid, shades, to_image
 from tests.conftest import environment
 
-TINY = ConvConfig(width=8, depth=0, code=16, max_width=16)
+TINY = ConvConfig(width=8, depth=0, code=16)
 FACTOR = 40  # pixels of the canvas for one of a digit
 
 

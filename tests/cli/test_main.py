@@ -15,7 +15,7 @@ from pipeline.model.networks import build_network, recorded_network
 @pytest.fixture
 def model(tmp_path):
     metadata = {
-        "model": {"name": "conv", "width": 4, "depth": 0, "code": 8, "max_width": 16},
+        "model": {"name": "conv", "width": 4, "depth": 0, "code": 8},
         "shape": [1, 8, 8],
         "latents": "gaussian",
     }

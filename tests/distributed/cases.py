@@ -67,8 +67,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "space": SpaceConfig(pixels=0.5, features=0.1, encoder="digits-cnn64"),
         "assignment": "one_to_one",
     },
-    "optimal": {"assignment": "optimal"},
-    "optimal of the rest": {"assignment": "optimal", "reject_share": 0.3},
     "code": {"space": SpaceConfig(pixels=0, code=1.0)},
     "code and pixels": {"space": SpaceConfig(pixels=0.5, code=2.0)},
 }

@@ -28,15 +28,15 @@ def losses(run: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if name.startswith("loss/")} for line in lines]
 
 
-OPTIMAL = ["--match.space.code=0.5", "--match.assignment=optimal"]
+BY_CODES = ["--match.space.code=0.5", "--match.assignment=one_to_one"]
 """A match by the codes of the network as it is within a round."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("latents", ["smooth4", "codes", "optimal"])
+@pytest.mark.parametrize("latents", ["smooth4", "codes", "matched by codes"])
 def test_an_ended_run_goes_on_bit_for_bit(train, digits, tmp_path, latents):
     options = [f"--data.path={digits}", *SMALL, "--train.images=5120", "--train.ema=0.95", "--checkpoint.rounds=4"]
-    options += OPTIMAL if latents == "optimal" else [f"--match.latents={latents}", "--match.codes.width=32"]
+    options += BY_CODES if latents == "matched by codes" else [f"--match.latents={latents}", "--match.codes.width=32"]
     whole = train("--run.path=whole", *options)
     assert whole.returncode == 0, whole.stderr
 

@@ -22,7 +22,7 @@ from tests.conftest import environment
 from tests.hub import Hub
 
 Save = Callable[..., str]
-TINY = ConvConfig(width=8, code=8, max_width=32, init="/home/someone/runs/first")
+TINY = ConvConfig(width=8, code=8, init="/home/someone/runs/first")
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ SHAPE = (3, 8, 12)
 def model() -> NAIGN:
     torch.manual_seed(0)
     metadata = {"shape": list(SHAPE), "latents": "gaussian"}
-    return NAIGN(build_network(ConvConfig(width=4, depth=0, code=6, max_width=8), SHAPE), metadata)
+    return NAIGN(build_network(ConvConfig(width=4, depth=0, code=6), SHAPE), metadata)
 
 
 def test_an_upload_is_brought_to_the_models_size(model: NAIGN) -> None:

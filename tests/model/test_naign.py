@@ -10,7 +10,7 @@ from pipeline.model.naign import NAIGN
 from pipeline.model.networks import build_network, recorded_network
 
 DESCRIPTION = {
-    "model": {"name": "conv", "width": 4, "depth": 1, "code": 8, "max_width": 16},
+    "model": {"name": "conv", "width": 4, "depth": 1, "code": 8},
     "shape": [1, 8, 8],
     "latents": "gaussian",
 }
@@ -80,7 +80,7 @@ def test_what_is_no_model_is_refused(tmp_path):
         {"latents": "cauchy"},
         {"latents": "fourier"},
         {"model": {"width": 10**8}},
-        {"model": {"name": "conv", "width": 8, "depth": 1, "code": 8, "max_width": 16}},
+        {"model": {"name": "conv", "width": 8, "depth": 1, "code": 8}},
     ],
 )
 def test_a_header_that_lies_is_refused(change, tmp_path):

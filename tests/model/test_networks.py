@@ -14,7 +14,7 @@ from pipeline.model.networks import Attention, Autoencoder, ConvConfig, PointCon
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("kind", [ConvConfig, SpatialConfig])
 def test_images_keep_their_shape_and_range(shape, depth, kind):
-    network = build_network(kind(width=4, depth=depth, code=8, max_width=16), shape)
+    network = build_network(kind(width=4, depth=depth, code=8), shape)
     out = network(3 * torch.randn(2, *shape))
     assert out.shape == (2, *shape) and float(out.abs().max()) <= 1
     out.sum().backward()
