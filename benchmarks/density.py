@@ -50,7 +50,7 @@ NETWORKS = CONFIGURATIONS | {
 OFTEN, TIMES = ", f applied five times", 5
 """Another score of the networks of mnist_imle_long.yaml: how far from an image f leaves it in the end."""
 CODES = ", distance to the nearest training code"
-"""Another one of those of mnist_imle.yaml: in f's bottleneck, by angle."""
+"""Another one of those of mnist_imle.yaml: in the code that f decodes, by angle."""
 TURNED = "upside down"
 Score = Callable[[Tensor], Tensor]
 Sets = dict[str, tuple[Tensor, Tensor]]
@@ -120,7 +120,7 @@ def code_distance(model: NAIGN, train: Tensor) -> Score:
 
     def codes(batch: Tensor) -> Tensor:
         network = model.network
-        found = [network.bottleneck[:2](network.encoder(part)) for part in batch.split(1000)]
+        found = [network.decoder[0](network.encode(part)) for part in batch.split(1000)]
         return torch.nn.functional.normalize(torch.cat(found))
 
     reference = codes(scaled(train))

@@ -5,7 +5,7 @@ settings and the function that builds it.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -111,20 +111,6 @@ def recorded_network(record: Mapping[str, Any]) -> NetworkConfig:
     return find_network(record["name"])[0](**record)
 
 
-def _build_points(config: PointConfig, shape: tuple[int, ...], *, recompute: bool) -> nn.Module:
-    return PointNetwork(math.prod(shape), config.width, config.depth, octaves=config.octaves)
-
-
-def _build_images(config: ConvConfig | SpatialConfig, shape: tuple[int, ...], *, recompute: bool) -> nn.Module:
-    if len(shape) != 3 or shape[1] % 4 or shape[2] % 4:
-        raise InputError(
-            f"model.name={config.name} takes images (C, H, W) whose sides are multiples of 4, the data has "
-            f"{tuple(shape)}: give another --data.size, or set model.name=mlp and match.latents=gaussian for points"
-        )
-    build = ImageNetwork if isinstance(config, ConvConfig) else SpatialNetwork
-    return build(config, shape=shape, recompute=recompute)  # type: ignore[arg-type]
-
-
 class PointNetwork(nn.Module):
     """A multilayer perceptron on (n, D) float32; any further dimensions are flattened.
 
@@ -168,50 +154,6 @@ class ResidualBlock(nn.Module):
         return out
 
 
-class ImageNetwork(nn.Module):
-    """A convolutional autoencoder: halve until at most 8 x 8 (or odd), one dense code, and back.
-
-    The dense code is what makes f a projector rather than a filter: every output pixel sees every input pixel, and
-    there is no skip connection through which noise could pass unchanged.
-    """
-
-    def __init__(self, config: ConvConfig, *, shape: tuple[int, ...], recompute: bool = False) -> None:
-        super().__init__()
-        self.recompute = recompute
-        (height, width), widths = _levels(config, shape[1:])
-        inner, channels = (widths[-1], height, width), shape[0]
-
-        down: list[nn.Module] = []
-        for before, after in zip([channels, *widths], widths, strict=False):
-            down.append(nn.Conv2d(before, after, 4, stride=2, padding=1))
-            down += [ResidualBlock(after) for _ in range(config.depth)]
-        up: list[nn.Module] = []
-        for before, after in zip(reversed(widths), [*reversed(widths[:-1]), channels], strict=True):
-            up += [ResidualBlock(before) for _ in range(config.depth)]
-            up += [norm(before), nn.SiLU(), nn.ConvTranspose2d(before, after, 4, stride=2, padding=1)]
-
-        self.encoder = nn.Sequential(*down, norm(widths[-1]), nn.SiLU(), nn.Flatten())
-        self.code = (config.code,)
-        self.bottleneck = nn.Sequential(
-            nn.Linear(math.prod(inner), config.code), nn.SiLU(), nn.Linear(config.code, math.prod(inner))
-        )
-        self.decoder = nn.Sequential(nn.Unflatten(1, inner), *up, nn.Tanh())
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return _recomputed((*self.encoder, *self.bottleneck, *self.decoder), x)
-        out: Tensor = self.decoder(self.bottleneck(self.encoder(x)))
-        return out
-
-    def encode(self, x: Tensor) -> Tensor:
-        code: Tensor = self.bottleneck[0](self.encoder(x))
-        return code
-
-    def decode(self, code: Tensor) -> Tensor:
-        out: Tensor = self.decoder(self.bottleneck[1:](code))
-        return out
-
-
 class Attention(nn.Module):
     """x + self-attention of the positions of x (n, C, H, W), with heads of at most 32 channels."""
 
@@ -231,34 +173,20 @@ class Attention(nn.Module):
         return out
 
 
-class SpatialNetwork(nn.Module):
-    """A convolutional autoencoder whose code keeps positions, for images with more detail than a dense code can hold.
+class ImageNetwork(nn.Module):
+    """A convolutional autoencoder, with a code but no skip connections, through which noise could pass unchanged."""
 
-    Pixels are moved into channels rather than pooled, and back rather than by transposed convolutions, which leave
-    checkerboards. Self-attention on both sides of the code lets each output pixel depend on the whole image.
-    """
-
-    def __init__(self, config: SpatialConfig, *, shape: tuple[int, ...], recompute: bool = False) -> None:
+    def __init__(
+        self, encoder: nn.Sequential, decoder: nn.Sequential, code: tuple[int, ...], *, recompute: bool
+    ) -> None:
         super().__init__()
-        self.recompute = recompute
-        (height, width), widths = _levels(config, shape[1:])
-        channels = shape[0]
-        down: list[nn.Module] = []
-        for before, after in zip([channels, *widths], widths, strict=False):
-            down += [nn.PixelUnshuffle(2), nn.Conv2d(4 * before, after, 3, padding=1)]
-            down += [ResidualBlock(after) for _ in range(config.depth)]
-        up: list[nn.Module] = [nn.Conv2d(config.code, widths[-1], 3, padding=1), Attention(widths[-1])]
-        for before, after in zip(reversed(widths), [*reversed(widths[:-1]), channels], strict=True):
-            up += [ResidualBlock(before) for _ in range(config.depth)]
-            up += [norm(before), nn.SiLU(), nn.Conv2d(before, 4 * after, 3, padding=1), nn.PixelShuffle(2)]
-
-        last = [Attention(widths[-1]), norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], config.code, 1)]
-        self.code = (config.code, height, width)
-        self.encoder, self.decoder = nn.Sequential(*down, *last), nn.Sequential(*up, nn.Tanh())
+        self.encoder, self.decoder, self.code, self.recompute = encoder, decoder, code, recompute
 
     def forward(self, x: Tensor) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return _recomputed((*self.encoder, *self.decoder), x)
+            for layer in (*self.encoder, *self.decoder):
+                x = checkpoint(layer, x, use_reentrant=False) if isinstance(layer, ResidualBlock) else layer(x)
+            return x
         return self.decode(self.encode(x))
 
     def encode(self, x: Tensor) -> Tensor:
@@ -270,23 +198,67 @@ class SpatialNetwork(nn.Module):
         return out
 
 
-def _levels(config: ConvConfig | SpatialConfig, sides: tuple[int, ...]) -> tuple[tuple[int, int], list[int]]:
+def _build_dense(config: ConvConfig, shape: tuple[int, ...], *, recompute: bool) -> ImageNetwork:
+    """Halve the image until at most 8 x 8 (or odd), one dense code, and back.
+
+    The dense code makes f a projector rather than a filter: every output pixel depends on every input pixel.
+    """
+    (height, width), widths = _levels(config, shape)
+    inner, channels = (widths[-1], height, width), shape[0]
+    down: list[nn.Module] = []
+    for before, after in zip([channels, *widths], widths, strict=False):
+        down.append(nn.Conv2d(before, after, 4, stride=2, padding=1))
+        down += [ResidualBlock(after) for _ in range(config.depth)]
+    up: list[nn.Module] = []
+    for before, after in zip(reversed(widths), [*reversed(widths[:-1]), channels], strict=True):
+        up += [ResidualBlock(before) for _ in range(config.depth)]
+        up += [norm(before), nn.SiLU(), nn.ConvTranspose2d(before, after, 4, stride=2, padding=1)]
+    to_code = norm(widths[-1]), nn.SiLU(), nn.Flatten(), nn.Linear(math.prod(inner), config.code)
+    from_code = nn.SiLU(), nn.Linear(config.code, math.prod(inner)), nn.Unflatten(1, inner)
+    encoder, decoder = nn.Sequential(*down, *to_code), nn.Sequential(*from_code, *up, nn.Tanh())
+    return ImageNetwork(encoder, decoder, (config.code,), recompute=recompute)
+
+
+def _build_spatial(config: SpatialConfig, shape: tuple[int, ...], *, recompute: bool) -> ImageNetwork:
+    """An autoencoder whose code keeps positions, for images with more detail than a dense code can hold.
+
+    Pixels are moved into channels rather than pooled, and back rather than by transposed convolutions, which leave
+    checkerboards. Self-attention on both sides of the code lets each output pixel depend on the whole image.
+    """
+    (height, width), widths = _levels(config, shape)
+    channels = shape[0]
+    down: list[nn.Module] = []
+    for before, after in zip([channels, *widths], widths, strict=False):
+        down += [nn.PixelUnshuffle(2), nn.Conv2d(4 * before, after, 3, padding=1)]
+        down += [ResidualBlock(after) for _ in range(config.depth)]
+    up: list[nn.Module] = [nn.Conv2d(config.code, widths[-1], 3, padding=1), Attention(widths[-1])]
+    for before, after in zip(reversed(widths), [*reversed(widths[:-1]), channels], strict=True):
+        up += [ResidualBlock(before) for _ in range(config.depth)]
+        up += [norm(before), nn.SiLU(), nn.Conv2d(before, 4 * after, 3, padding=1), nn.PixelShuffle(2)]
+    to_code = Attention(widths[-1]), norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], config.code, 1)
+    encoder, decoder = nn.Sequential(*down, *to_code), nn.Sequential(*up, nn.Tanh())
+    return ImageNetwork(encoder, decoder, (config.code, height, width), recompute=recompute)
+
+
+def _build_points(config: PointConfig, shape: tuple[int, ...], *, recompute: bool) -> PointNetwork:
+    return PointNetwork(math.prod(shape), config.width, config.depth, octaves=config.octaves)
+
+
+def _levels(config: ConvConfig | SpatialConfig, shape: tuple[int, ...]) -> tuple[tuple[int, int], list[int]]:
     """Height and width of the smallest resolution, and the channels of each from half the image's down to it.
 
-    The longer side is halved until it is at most 8, or either is odd.
+    The longer side is halved until it is at most 8, or either is odd. InputError for a shape that cannot be halved.
     """
-    height, width = sides[0] // 2, sides[1] // 2
-    levels = 1
+    if len(shape) != 3 or shape[1] % 4 or shape[2] % 4:
+        raise InputError(
+            f"model.name={config.name} takes images (C, H, W) whose sides are multiples of 4, the data has "
+            f"{tuple(shape)}: give another --data.size, or set model.name=mlp and match.latents=gaussian for points"
+        )
+    height, width, levels = shape[1] // 2, shape[2] // 2, 1
     while max(height, width) > 8 and height % 2 == 0 and width % 2 == 0:
         height, width, levels = height // 2, width // 2, levels + 1
     widths = [min(config.width * 2**level, max(MOST_CHANNELS, config.width)) for level in range(levels)]
     return (height, width), widths
-
-
-def _recomputed(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
-    for layer in layers:
-        x = checkpoint(layer, x, use_reentrant=False) if isinstance(layer, ResidualBlock) else layer(x)
-    return x
 
 
 class Norm(nn.GroupNorm):
@@ -308,7 +280,7 @@ def norm(channels: int) -> Norm:
 
 
 NETWORKS: dict[str, tuple[type[NetworkConfig], Build]] = {
-    "conv": (ConvConfig, _build_images),
-    "spatial": (SpatialConfig, _build_images),
+    "conv": (ConvConfig, _build_dense),
+    "spatial": (SpatialConfig, _build_spatial),
     "mlp": (PointConfig, _build_points),
 }

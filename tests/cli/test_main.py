@@ -92,7 +92,7 @@ def test_what_cannot_be_written_is_named_and_nothing_is_left(model, tmp_path):
 
 def test_a_network_that_broke_down_says_so(model, pictures):
     broken = NAIGN.from_pretrained(model)
-    broken.network.bottleneck[2].weight.fill_(3e38)
+    broken.network.decoder[1].weight.fill_(3e38)
     broken.save_pretrained(pictures / "broken")
     for command in (
         lambda: cli.sample(str(pictures / "broken")),

@@ -43,7 +43,7 @@ def test_it_begins_where_the_other_ended_and_need_not_have_it_to_resume(train, d
     options += ["--train.lr_end=1e-9", "--train.warmup=0", "--match.codes.lr=1e-9"]
     done = train(*options)
     assert done.returncode == 0, done.stderr
-    assert "not bottleneck.0.bias" in done.stderr
+    assert "not decoder.1.weight" in done.stderr
     old, new = (newest_checkpoint(tmp_path / name / "checkpoints") for name in ("gone", "three"))
     assert old and new
     old, new = load_file(old / "model.safetensors"), load_file(new / "model.safetensors")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.errors import InputError
 from pipeline.model.latents import Decode
 from pipeline.model.losses import Batch, Network, ObjectiveConfig
-from pipeline.model.networks import ConvConfig, ImageNetwork, SpatialNetwork, build_network, find_network
+from pipeline.model.networks import ConvConfig, ImageNetwork, build_network, find_network
 from pipeline.philox import normal
 from pipeline.settings.constraints import AT_LEAST_0, one_of
 
@@ -37,14 +37,13 @@ class VaeNetworkConfig(ConvConfig):
 class VariationalNetwork(nn.Module):
     """The mean and the log-variance of codes, and their decoder. Dense codes are (c,), spatial ones (c, h, w)."""
 
-    def __init__(self, body: ImageNetwork | SpatialNetwork, shape: tuple[int, ...]) -> None:
+    def __init__(self, body: ImageNetwork, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.body, self.shape, self.code = body, shape, body.code
         channels = 2 * body.code[0]
-        if isinstance(body, ImageNetwork):
-            body.bottleneck[0] = nn.Linear(body.bottleneck[0].in_features, channels)
-        else:
-            body.encoder[-1] = nn.Conv2d(body.encoder[-1].in_channels, channels, 1)
+        last = body.encoder[-1]
+        dense = isinstance(last, nn.Linear)
+        body.encoder[-1] = nn.Linear(last.in_features, channels) if dense else nn.Conv2d(last.in_channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """f(x) for images (n, *shape).
@@ -76,7 +75,7 @@ def _build(config: VaeNetworkConfig, shape: tuple[int, ...], *, recompute: bool)
     kind = find_network(config.body)[0]
     settings = {key: value for key, value in asdict(config).items() if key not in ("name", "init", "body")}
     body = build_network(kind(**settings), shape)
-    assert isinstance(body, ImageNetwork | SpatialNetwork)
+    assert isinstance(body, ImageNetwork)
     return VariationalNetwork(body, shape)
 
 
