@@ -4,7 +4,7 @@ The search of one rank is in `one_rank.py`. 'Nearest' is a total order, (distanc
 every world size, block size, thread count and backend.
 
     distances, ids = nearest(images, samples, first_id)  # (q, d) and (c, d): each rank passes its own rows
-    found = search(images, Blocks(rows=10**6, make=generate), first_id=rank * 10**6, neighbours=5)
+    answer = search(images, Blocks(rows=10**6, make=generate), first_id=rank * 10**6, neighbours=5)
 """
 
 import contextlib
@@ -45,7 +45,7 @@ class Blocks:
 
 
 @dataclass(kw_only=True, slots=True)
-class Found:
+class Answer:
     distances: Tensor  # (q, k) float64: squared L2, ascending; infinite where fewer than k candidates are left
     ids: Tensor  # (q, k) int64, ascending among equal distances; -1 where there is none
     rejected: int  # candidates of all ranks that were nearer than `reject` to a query of any rank
@@ -79,8 +79,8 @@ def nearest(
             are shared by ranks, or if no rank has a candidate.
         RuntimeError: if a rank dies or is silent for longer than the process group's timeout.
     """
-    found = search(queries, candidates, first_id, group=group, method=method)
-    return found.distances[:, 0].float(), found.ids[:, 0]
+    answer = search(queries, candidates, first_id, group=group, method=method)
+    return answer.distances[:, 0].float(), answer.ids[:, 0]
 
 
 def search(
@@ -93,7 +93,7 @@ def search(
     neighbours: int = 1,  # k: how many of the nearest
     reject: float | None = None,  # squared L2: candidates nearer than this to any query of any rank are left out
     skip: Tensor | None = None,  # (s,) int64: ids that are left out, the same on every rank
-) -> Found:
+) -> Answer:
     """Collective: the k nearest candidates of each query over all ranks. Raises as `nearest` does.
 
     Either all queries travel to every rank, which answers for its own candidates, or all candidates do, block by block:
@@ -132,7 +132,7 @@ def search(
 
     with timer("exchange"):
         distances, ids = deliver_answers(searcher, counts, query_ranks)
-    return Found(
+    return Answer(
         distances=distances.to(queries.device),
         ids=ids.to(queries.device),
         rejected=sum(query_ranks.collect(searcher.rejected)),
@@ -233,7 +233,7 @@ def first_not_finite(rows: Tensor) -> int:
 def make_block(blocks: Blocks, low: int, queries: Tensor, ranks: Ranks, timer: Timer) -> Tensor:
     """Collective: this rank's candidates of the block that begins at row `low`, on the device of the queries.
 
-    All ranks raise here together if `make` fails on one, or returns something else than such a block.
+    All ranks raise here together if `make` fails on one, or returns anything but such a block.
     """
     low, high = (min(row, blocks.rows) for row in (low, low + blocks.size))
     block = queries.new_empty(high - low, queries.shape[1])
@@ -243,7 +243,7 @@ def make_block(blocks: Blocks, low: int, queries: Tensor, ranks: Ranks, timer: T
             with timer("make"):
                 block = torch.as_tensor(blocks.make(low, high)).detach().to(queries.device)
     except Exception:
-        with contextlib.suppress(Exception):  # this rank's own exception says more
+        with contextlib.suppress(Exception):  # this rank's exception says more
             ranks.collect(RuntimeError(f"nearest: rank {ranks.rank} failed to make its candidates from row {low} on"))
         raise
     what, fault = f"the candidates of rank {ranks.rank}, row", None
@@ -272,7 +272,7 @@ def share_limit(searcher: Searcher, ranks: Ranks, timer: Timer) -> None:
 
 
 def deliver_answers(searcher: Searcher, counts: list[int], ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Collective: distances and ids (q, k) of this rank's own queries, the least of what the ranks found."""
+    """Collective: distances and ids (q, k) of this rank's queries, the least of all ranks' answers."""
     packed = torch.stack([searcher.distances.view(torch.int64), searcher.ids], dim=2)
     parts = ranks.deliver(packed, counts)
     distances = parts[..., 0].contiguous().view(torch.float64)
@@ -289,7 +289,7 @@ def agree_on_plan(
     ranks: Ranks,
     timer: Timer,
 ) -> tuple[SearchPlan, Quantized | None]:
-    """Collective: the plan of the first rank with candidates, and all queries encoded for it, by their own ranks."""
+    """Collective: the plan of the first rank with candidates, and all queries, which each rank encodes for its part."""
     leader = next(rank for rank, rows in enumerate(pool) if rows)
     plan = None
     if ranks.rank == leader:

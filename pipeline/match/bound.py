@@ -115,7 +115,7 @@ def build_frame(
     departure: float = 0.0,  # of the basis, or of a basis that begins with it
 ) -> Frame:
     """The frame with its error bound. Any basis is valid: a worse one only widens the bound."""
-    scale = 2.0 ** -min(max(math.frexp(magnitude)[1], -60), 60)  # well inside float32's own range
+    scale = 2.0 ** -min(max(math.frexp(magnitude)[1], -60), 60)  # well inside float32's range
     eta = 2 * _U
     if basis is not None:
         terms = min(len(basis), CHUNK) - (-len(basis) // CHUNK)
@@ -135,8 +135,8 @@ def find_basis(rows: Tensor, width: int) -> Tensor:
     values, turn = torch.linalg.eigh(spanned.T @ spanned)
     kept = values > 1e-12 * values[-1]  # the rows may span fewer directions
     basis = spanned @ (turn[:, kept] * values[kept].rsqrt()).flip(1)
-    found: Tensor = basis.float().contiguous()
-    return found
+    leading: Tensor = basis.float().contiguous()
+    return leading
 
 
 def departure(basis: Tensor) -> float:
@@ -194,7 +194,7 @@ def query_factor(encoded: Quantized, frame: Frame) -> Tensor:
 
 
 def limit_columns(square: Tensor, frame: Frame, limit: Tensor) -> Tensor:
-    """The last three columns of A, (q, 3), for t = `limit` (q,) float64 in the data's own units."""
+    """The last three columns of A, (q, 3), for t = `limit` (q,) float64 in the units of the data."""
     rest = (limit * frame.scale**2).clamp(max=10 * LARGEST**2) - square  # no usable rows are that far apart
     return _split(rest + 1.01 * frame.slack * rest.abs() + 1e-30, frame.dtype)  # 1e-30: products may underflow
 

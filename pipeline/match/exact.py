@@ -21,15 +21,15 @@ def exact_distances(queries: Tensor, candidates: Tensor, query_rows: Tensor, can
         if len(left) == 1:  # torch would split the sum of a single row among threads, and so round it differently
             left, right = left.expand(2, -1), right.expand(2, -1)
         squares = (left - right).square_()
-        found = squares.sum(1) if squares.device.type == "cpu" else halved_sum(squares)
-        out[part] = found[: len(out[part])]
+        sums = squares.sum(1) if squares.device.type == "cpu" else halved_sum(squares)
+        out[part] = sums[: len(out[part])]
     return out
 
 
 def halved_sum(values: Tensor) -> Tensor:
     """The sum of each row of (n, d), in an order that d alone decides; uses up `values`.
 
-    The second half of the columns is added to the first, until one is left. A GPU's own sum takes another order for
+    The second half of the columns is added to the first, until one is left. A GPU's `sum` takes another order for
     other numbers of rows.
     """
     if not values.shape[1]:

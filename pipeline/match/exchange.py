@@ -21,7 +21,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     group: dist.ProcessGroup | None = None
-    link: torch.device = torch.device("cpu")  # where tensors must lie to be sent: on the GPU for NCCL, else here
+    link: torch.device = torch.device("cpu")  # where tensors must lie to be sent: on the GPU for NCCL, else on the CPU
     received: int = 0  # bytes of tensors that other ranks have sent to this one
 
     def collect(self, value: T | Exception) -> list[T]:

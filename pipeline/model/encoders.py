@@ -62,12 +62,12 @@ class Classifier(nn.Module):
 
     def stages(self, images: Tensor) -> list[Tensor]:
         """(n, channels, size, size) in [-1, 1] -> what comes out of each ReLU, (n, c, h, w)."""
-        found = []
+        outputs = []
         for layer in list(self.body)[:6]:
             images = layer(images)
             if isinstance(layer, nn.ReLU):
-                found.append(images)
-        return found
+                outputs.append(images)
+        return outputs
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, channels, size, size) in [-1, 1] -> (n, classes) logits."""

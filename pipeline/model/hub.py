@@ -73,7 +73,7 @@ def download(name: str, **options: Any) -> Path:
 
 
 def _cause(error: BaseException) -> str:
-    """What the HTTP library said, on one line."""
+    """The HTTP library's message, on one line."""
     text = one_line(error)
     return f"it answers in an unknown form ({type(error).__name__}: {text})" if isinstance(error, FORM) else text
 
@@ -96,13 +96,13 @@ def check_login(name: str, token: str | bool | None = None) -> None:
 
 def _check_secrets(token: str | bool | None) -> bool:
     """Whether there is a token. InputError where a message of the HTTP library could show it, or a password."""
-    found = token if isinstance(token, str) else get_token() or ""
-    plain = found.isascii() and found.isprintable()
+    secret = token if isinstance(token, str) else get_token() or ""
+    plain = secret.isascii() and secret.isprintable()
     require(
         (plain, "the token for the hub has characters that no token has: run `hf auth login` again, or set HF_TOKEN"),
         ("@" not in constants.ENDPOINT, "HF_ENDPOINT holds a user or a password: give a token as HF_TOKEN instead"),
     )
-    return bool(found)
+    return bool(secret)
 
 
 def without_places(value: Any) -> Any:

@@ -57,9 +57,9 @@ def write_onnx(network: nn.Module, shape: tuple[int, ...], file: Path) -> float 
     assert program is not None
     ClearMetadataAndDocStringPass()(program.model)  # stack traces with paths of this machine
     content = program.model_proto.SerializeToString()
-    found = difference(content, network, shape) if importlib.util.find_spec("onnxruntime") else None
+    largest = difference(content, network, shape) if importlib.util.find_spec("onnxruntime") else None
     _write(file, content)
-    return found
+    return largest
 
 
 def difference(content: bytes, network: nn.Module, shape: tuple[int, ...]) -> float:
@@ -68,12 +68,12 @@ def difference(content: bytes, network: nn.Module, shape: tuple[int, ...]) -> fl
 
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    found = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+    actual = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
     with torch.inference_mode():
-        wanted: Tensor = network(x)
-    largest = float((found - wanted).abs().max())
-    close = torch.allclose(found, wanted, rtol=TOLERANCE, atol=TOLERANCE)
-    require((close, f"in onnxruntime the program differs from f by {largest:.2g}, which is too much: not written"))
+        expected: Tensor = network(x)
+    largest = float((actual - expected).abs().max())
+    if not torch.allclose(actual, expected, rtol=TOLERANCE, atol=TOLERANCE):
+        raise InputError(f"in onnxruntime the program differs from f by {largest:.2g}, which is too much: not written")
     return largest
 
 
