@@ -209,10 +209,8 @@ def test_a_network_of_maps_and_features() -> None:
 @pytest.mark.parametrize(
     ("output", "reason"),
     [
-        (lambda images: images.flatten(), r"it must return \(n, d\)"),
-        (lambda images: images.flatten(1) / 0.0 * 0.0, "values that are not finite"),
-        (lambda images: images.view(2, -1), "returns .* for a batch of 1|in batches of any size"),
-        (lambda images: images[:, :, :40, :40].view(-1, 3 * 40 * 40), "cannot read images of shape .*RuntimeError"),
+        (lambda images: images.flatten(1) / 0.0 * 0.0, "returns values that are not finite"),
+        (lambda images: images.view(1, 40, 40, 40), "cannot read images of shape .*RuntimeError"),
     ],
 )
 def test_a_network_that_does_not_fit_is_refused(
