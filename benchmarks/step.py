@@ -81,7 +81,7 @@ class Settings:
     scratch: Path = Path(tempfile.gettempdir()) / "naign-step"
     """For data sets and checkpoints, up to 3 GB; on the disk that is to be measured."""
     quick: bool = False
-    """A few turns, small networks, to see that all works."""
+    """A few turns, small networks, processes forked instead of started, to see that all works."""
 
     def __post_init__(self) -> None:
         if self.quick:
@@ -122,6 +122,7 @@ class Bench:
 
     def __init__(self, settings: Settings, scratch: Path) -> None:
         self.settings, self.scratch = settings, scratch
+        self.method = "forkserver" if settings.quick else "spawn"
         self.config = Config()
         if settings.quick:
             self.config.model = ConvConfig(width=8, code=16)
@@ -136,7 +137,7 @@ class Bench:
         """Seconds and memory of both, and whether they end with the same weights."""
         settings, found = self.settings, Record()
         for title, world in WORLDS.items():
-            turns = on_ranks(world, alternate, self.config, settings.pairs)
+            turns = on_ranks(world, self.method, alternate, self.config, settings.pairs)
             seconds = {
                 who: [max(turn) for turn in zip(*(rank["seconds"][who] for rank in turns), strict=True)] for who in WHO
             }
@@ -146,7 +147,7 @@ class Bench:
             peaks: dict[str, list[int]] = {who: [] for who in WHO}
             for _ in range(settings.memory):
                 for who in WHO:
-                    peaks[who].append(max(on_ranks(world, peak, self.config, who)))
+                    peaks[who].append(max(on_ranks(world, self.method, peak, self.config, who)))
                     say(f"  {who}: {peaks[who][-1] / 1e6:.1f} MB")
             for who in WHO:
                 row[who] = {
@@ -165,7 +166,7 @@ class Bench:
         large.data.path = self.packed((3, 64, 64), 8)
         found = {}
         for title, config in (("defaults", self.config), ("width 256, depth 2, 64x64 in colour", large)):
-            (found[title],) = on_ranks(1, write, config, self.settings.checkpoints)
+            (found[title],) = on_ranks(1, self.method, write, config, self.settings.checkpoints)
             say(f"{title}: {found[title]}")
         return found
 

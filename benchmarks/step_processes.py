@@ -49,9 +49,12 @@ Contender = Literal["ours", "bare"]
 WHO: tuple[Contender, ...] = get_args(Contender)
 
 
-def on_ranks(world: int, measure: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `measure(*arguments)` returns on each of so many fresh ranks."""
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(world, get_context("spawn")) as pool:
+def on_ranks(world: int, method: str, measure: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `measure(*arguments)` returns on each of so many fresh ranks, started by a method of multiprocessing."""
+    context = get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload([__name__, "torch._dynamo"])
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(world, context) as pool:
         tasks = [pool.submit(on_rank, rank, world, folder, measure, arguments) for rank in range(world)]
         return [task.result() for task in tasks]
 
