@@ -201,8 +201,9 @@ class FaultProxy:
         status, (reason, code) = self._random.choice(list(ERRORS.items()))
         if "expect" in request.fields:
             client.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        async for _ in _body(client.reader, request):
-            pass
+        if "content-length" in request.fields:
+            async for _ in _body(client.reader, request):
+                pass
         await asyncio.sleep(faults.latency)
         self.counts["error"] += 1
         body = f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>{reason}</Message></Error>'
@@ -243,10 +244,7 @@ class FaultProxy:
         stall_at, flip_at = self._plan(request, faults, answer)
         most = min(PIECE, max(1, int(faults.rate / 20))) if faults.rate else PIECE
         begin, passed = self._loop.time(), 0
-        async for piece, is_content in _body(server.reader, answer, most=most, until_end=True):
-            if not is_content:
-                client.writer.write(piece)
-                continue
+        async for piece in _body(server.reader, answer, most=most):
             stalls = resets = False
             if stall_at is not None and passed + len(piece) >= stall_at:
                 stalls, piece = True, piece[: stall_at - passed]
@@ -275,7 +273,7 @@ class FaultProxy:
                     await asyncio.sleep(0.01)
                 return False
         await client.writer.drain()
-        return "content-length" in answer.fields or "transfer-encoding" in answer.fields
+        return "content-length" in answer.fields
 
     def _plan(self, request: Head, faults: Faults, answer: Head) -> tuple[int | None, int | None]:
         """After how many bytes of its body an answer stalls, and which byte is inverted, if any."""
@@ -325,44 +323,18 @@ async def _read_head(reader: asyncio.StreamReader) -> Head | None:
 
 async def _upload(request: Head, client: Wire, server: Wire) -> None:
     server.writer.write(request.raw)
-    async for piece, _ in _body(client.reader, request):
-        server.writer.write(piece)
-        await server.writer.drain()
+    if "content-length" in request.fields:
+        async for piece in _body(client.reader, request):
+            server.writer.write(piece)
+            await server.writer.drain()
 
 
-async def _body(
-    reader: asyncio.StreamReader, head: Head, *, most: int = PIECE, until_end: bool = False
-) -> AsyncIterator[tuple[bytes, bool]]:
-    """The body after a head, as it is on the wire: pieces, and whether each is content or the frame of a chunk.
-
-    most:       bytes in a piece
-    until_end:  whether a body of unknown length lasts until the connection ends (an answer's) or is empty (a request's)
-    """
-    if "chunked" in head.fields.get("transfer-encoding", "").lower():
-        size = 1
-        while size:
-            line = await reader.readuntil(b"\r\n")
-            size = int(line.split(b";")[0], 16)
-            yield line, False
-            async for data in _exactly(reader, size, most):
-                yield data, True
-            if size:
-                yield await reader.readexactly(2), False
-        while line != b"\r\n":  # trailers, and the empty line after them
-            line = await reader.readuntil(b"\r\n")
-            yield line, False
-    elif "content-length" in head.fields:
-        async for data in _exactly(reader, int(head.fields["content-length"]), most):
-            yield data, True
-    elif until_end:
-        while data := await reader.read(most):
-            yield data, True
-
-
-async def _exactly(reader: asyncio.StreamReader, size: int, most: int) -> AsyncIterator[bytes]:
-    while size:
-        data = await reader.read(min(size, most))
-        if not data:
-            raise asyncio.IncompleteReadError(b"", size)
-        size -= len(data)
+async def _body(reader: asyncio.StreamReader, head: Head, *, most: int = PIECE) -> AsyncIterator[bytes]:
+    """The body after a head, at most so many bytes at a time. One of unknown length ends with the connection."""
+    assert "transfer-encoding" not in head.fields, "SeaweedFS and boto3 send no chunks"
+    left = int(head.fields["content-length"]) if "content-length" in head.fields else None
+    while left != 0 and (data := await reader.read(most if left is None else min(left, most))):
+        left = None if left is None else left - len(data)
         yield data
+    if left:
+        raise asyncio.IncompleteReadError(b"", left)

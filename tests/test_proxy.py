@@ -1,10 +1,7 @@
 """Each fault of tests/proxy.py as a plain boto3 client meets it, before a real S3 server."""
 
-import http.client
-import http.server
 import io
 import random
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -78,50 +75,6 @@ def test_passes_uploads_on(s3: S3Server, client: Any, proxy: FaultProxy, bucket:
     assert proxy.counts["requests"] == 1 + 2 + 1 + 1
     assert s3.client().get_object(Bucket=name, Key="parts")["Body"].read() == body
     assert s3.client().get_object(Bucket=name, Key="one")["Body"].read() == BODY
-
-
-def test_passes_chunked_uploads_on(s3: S3Server, client: Any, proxy: FaultProxy, bucket: str) -> None:
-    name = bucket.removeprefix("s3://")
-    url = client.generate_presigned_url("put_object", Params={"Bucket": name, "Key": "chunked"})
-    connection = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=5)
-    pieces = (BODY[at : at + 1_000_000] for at in range(0, len(BODY), 1_000_000))
-    connection.request("PUT", url.removeprefix(proxy.endpoint), pieces, encode_chunked=True)
-    assert connection.getresponse().status == 200
-    connection.close()
-    assert s3.client().get_object(Bucket=name, Key="chunked")["Body"].read() == BODY
-
-
-def test_passes_chunked_answers_on() -> None:
-    """SeaweedFS sends none, other servers do: this one is Python's own."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-            for piece in (BODY, b"end"):
-                self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
-            self.wfile.write(b"0\r\nTrailer: value\r\n\r\n")
-
-        def log_message(self, *_: Any) -> None: ...
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    with server, FaultProxy("127.0.0.1", server.server_port) as proxy:
-        connection = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=0.5)
-        for _ in range(3):  # over one connection
-            connection.request("GET", "/")
-            assert connection.getresponse().read() == BODY + b"end"
-        assert proxy.counts == {"requests": 3, "bytes": 3 * len(BODY + b"end")}
-        proxy.faults = Faults(stall=1)
-        connection.request("GET", "/")
-        with pytest.raises(TimeoutError):
-            connection.getresponse().read()
-        connection.close()
-        server.shutdown()
 
 
 def test_resets_in_the_middle_of_a_body(client: Any, proxy: FaultProxy, put: Put) -> None:

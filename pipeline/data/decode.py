@@ -202,7 +202,8 @@ _MODES = {b"\x08\0\0\0\0": "L", b"\x08\2\0\0\0": "RGB"}  # by bit depth, colour 
 
 
 def decode_array(data: bytes, shape: tuple[int, ...], dtype: str) -> Array:
-    """The finite values of an .npy file, whose header must say `shape` (0: any length) and `dtype`.
+    """The finite values of an .npy file, whose header must say `shape` (0: any length), or (1, H, W) where that is
+    (3, H, W), and `dtype`.
 
     Raises InputError for anything else, before memory is taken.
     """
@@ -214,7 +215,8 @@ def decode_array(data: bytes, shape: tuple[int, ...], dtype: str) -> Array:
                 version = np.lib.format.read_magic(stream)
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 found, by_columns, kind = read(stream)
-            if not fits(found, shape) or kind != np.dtype(dtype):
+            grey = len(shape) == 3 and shape[0] == 3 and fits(found, (1, *shape[1:]))
+            if not (grey or fits(found, shape)) or kind != np.dtype(dtype):
                 raise InputError(f"{kind} of shape {found}, but index.json says {dtype} of {shape}")
             header = data[: stream.tell()]
         if 0 in found:

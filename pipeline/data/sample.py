@@ -57,8 +57,9 @@ def _array(
 ) -> Array:
     if suffix == "npy":
         array = decode_array(data, manifest.shape, manifest.dtype)
-        return resized_array(array, resize, window) if resize.height else array
-    array = resized(data, resize, window) if resize.height else decode_image(data, into)
+        array = resized_array(array, resize, window) if resize.height else array
+    else:
+        array = resized(data, resize, window) if resize.height else decode_image(data, into)
     if len(array) == 1 and manifest.shape[0] == 3:
         return np.repeat(array, 3, axis=0)
     if len(array) == 3 and manifest.shape[0] == 1 and suffix == "webp" and (array == array[:1]).all():

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from webdataset import TarWriter
 
+from pipeline.data.dataset import DataConfig
 from pipeline.data.decode import encode
 from pipeline.data.format.audit import verify
 from pipeline.data.format.indexing import index
@@ -87,9 +89,39 @@ def test_points_and_arrays(tmp_path: Path) -> None:
         assert (read_split(str(tmp_path / name), "train")[0][0].numpy() == array).all()
 
 
+def stored(mode: str, form: str) -> bytes:
+    """A picture of 4 x 4 pixels of the value 128."""
+    stream = io.BytesIO()
+    Image.new("L", (4, 4), 128).convert(mode).save(stream, form)
+    return stream.getvalue()
+
+
+def saved(*shape: int) -> bytes:
+    return encode(np.full(shape, 128, np.uint8), "npy")
+
+
+@pytest.mark.parametrize("check", [None, 0])
+def test_what_is_indexed_is_read(tmp_path: Path, check: int | None) -> None:
+    """Grey samples beside colour ones among them, however they are stored."""
+    forms = [("png", stored(mode, "PNG")) for mode in ("L", "RGB", "LA", "P")]
+    forms += [("jpg", stored(mode, "JPEG")) for mode in ("L", "RGB", "CMYK")]
+    forms += [("webp", stored("RGB", "WEBP")), ("npy", saved(1, 4, 4)), ("npy", saved(3, 4, 4))]
+    stream = io.BytesIO()
+    np.save(stream, np.asfortranarray(np.full((1, 4, 4), 128, np.uint8)))
+    forms.append(("npy", stream.getvalue()))
+    write(tmp_path / "train.tar", [(f"{number:02d}.{suffix}", data) for number, (suffix, data) in enumerate(forms)])
+    assert index(str(tmp_path), sample_check=check, progress=False).shape == (3, 4, 4)
+    assert verify(str(tmp_path), progress=False).samples == len(forms)
+    images = read_split(str(tmp_path), "train")[0].numpy()
+    assert images.shape == (len(forms), 3, 4, 4) and (abs(images.astype(int) - 128) < 3).all()
+    larger = read_split(DataConfig(path=str(tmp_path), size="8"), "train")[0].numpy()
+    assert larger.shape == (len(forms), 3, 8, 8) and (abs(larger.astype(int) - 128) < 3).all()
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [
+        ([("a.npy", saved(4, 4, 4))], "key a: the .npy has 4 channels, not 1 or 3"),
         ([("a.txt", b"x")], "train.tar, key a: no member ends in png or"),
         ([("a.png", PNG), ("b.cls", b"1")], "train.tar, key b: no member ends in png or"),
         ([("a.png", PNG), ("a.png", PNG)], r"train.tar, key a: two members end in \.png"),

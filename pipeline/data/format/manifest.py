@@ -20,6 +20,7 @@ FORMAT = 2
 
 VALUES = 2**28  # the most values a sample may have: a colour image of 8192 pixels a side is below it
 
+CHANNELS = (1, 3)  # of an image: grey or colour
 FORMS = {"image": ("uint8", 3), "point": ("float32", 1)}  # type and axes of a sample, by kind
 
 
@@ -159,7 +160,7 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     lengths = shape[:1] if varies else shape
     if not all(is_count(length, 1) for length in lengths) or math.prod(lengths) > VALUES:
         yield f"shape {shape} is not of positive integers with at most {VALUES} values together"
-    if manifest.kind == "image" and shape[0] not in (1, 3):
+    if manifest.kind == "image" and shape[0] not in CHANNELS:
         yield f"an image has 1 or 3 channels, not the {shape[0]} of shape {shape}"
     if not all(isinstance(text, str) for text in (manifest.name, *labels)) or len(set(labels)) < len(labels):
         yield "the name and the labels are not strings, or one label stands twice"

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.data.decode import decode_image, decoding, header_shape
 from pipeline.data.format.labels import label_text
-from pipeline.data.format.manifest import FORMS, Manifest
+from pipeline.data.format.manifest import CHANNELS, FORMS, Manifest
 from pipeline.data.format.shards import Shard
 from pipeline.data.sample import SUFFIXES
 from pipeline.errors import InputError
@@ -173,4 +173,6 @@ def _form(sample: dict[str, Any], where: str, *, whole: bool) -> tuple[str, tupl
     if kind is None:
         wanted = "images are uint8 (C, H, W), points float32 (D,)"
         raise InputError(f"{where}: the .npy is {array.dtype} of {array.shape}: {wanted}")
+    if kind == "image" and array.shape[0] not in CHANNELS:
+        raise InputError(f"{where}: the .npy has {array.shape[0]} channels, not 1 or 3: repack the data set")
     return kind, array.shape
