@@ -149,7 +149,7 @@ Settings = tuple[int, float | None, str]  # neighbours, reject and method of `se
 
 
 class Shard(NamedTuple):
-    """What every rank must know of one rank's arguments before data is exchanged."""
+    """One rank's arguments, as far as every rank must know them before data is exchanged."""
 
     queries: int  # rows
     dims: int
@@ -165,7 +165,7 @@ class Shard(NamedTuple):
 
 
 def agree(queries: Tensor, candidates: Tensor | Blocks, first_id: int, settings: Settings, ranks: Ranks) -> list[Shard]:
-    """Collective: every rank's shard; ValueError, the same on every rank, if any is wrong or they do not fit."""
+    """Collective: every rank's shard; ValueError, the same on every rank, if one is invalid or two contradict."""
     mine: Shard | ValueError
     try:
         mine = describe(queries, candidates, first_id, settings, ranks.rank)
@@ -187,7 +187,7 @@ def agree(queries: Tensor, candidates: Tensor | Blocks, first_id: int, settings:
 
 
 def describe(queries: Tensor, candidates: Tensor | Blocks, first_id: int, settings: Settings, rank: int) -> Shard:
-    """This rank's shard; ValueError if one of the arguments is wrong by itself."""
+    """This rank's shard; ValueError if one of its arguments is invalid."""
     if not isinstance(queries, Tensor) or not isinstance(candidates, Tensor | Blocks):
         raise ValueError(f"nearest: queries and candidates of rank {rank} must be torch tensors, or Blocks of such")
     if queries.ndim != 2 or not queries.shape[1]:
@@ -216,7 +216,7 @@ def describe(queries: Tensor, candidates: Tensor | Blocks, first_id: int, settin
 
 
 def as_blocks(candidates: Tensor | Blocks) -> Blocks:
-    """Candidates, or slices of them where they are there already."""
+    """Candidates as blocks: slices of a tensor."""
     if isinstance(candidates, Blocks):
         return candidates
     return Blocks(rows=len(candidates), make=lambda low, high: candidates[low:high])
@@ -266,7 +266,7 @@ def gather_block(block: Tensor, spans: list[Tensor], ranks: Ranks) -> tuple[Tens
 
 
 def share_limit(searcher: Searcher, ranks: Ranks, timer: Timer) -> None:
-    """Collective: a candidate beyond the limit of any rank is not among the nearest of all."""
+    """Collective: lower the limits to the least of all ranks: a candidate beyond it is not among the nearest."""
     with timer("exchange"):
         searcher.limit = ranks.least(searcher.limit)
 

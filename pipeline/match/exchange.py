@@ -1,4 +1,4 @@
-"""What ranks exchange during a search: agreement, rows of uneven shards, and answers for the rank that asked."""
+"""Communication of a search: agreement, rows of uneven shards, and answers to the rank that asked."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(kw_only=True, slots=True)
 class Ranks:
-    """This process's place in a process group; a single process without one. All methods are collective."""
+    """This process's rank in a process group; without a group, a single process. All methods are collective."""
 
     rank: int = 0
     world: int = 1

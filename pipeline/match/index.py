@@ -1,4 +1,4 @@
-"""Fast float32 distances: FAISS on the CPU, torch on CUDA. The only file that knows FAISS."""
+"""Fast float32 distances: FAISS on the CPU, torch on CUDA. The only file that imports FAISS."""
 
 from functools import lru_cache
 from typing import Any

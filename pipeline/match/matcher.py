@@ -1,4 +1,4 @@
-"""A round's match: generate a pool of samples, and find for every image the sample that training pulls towards it."""
+"""A round's match: generate a pool of samples, and assign to every image the sample that training moves towards it."""
 
 import math
 from collections import Counter
@@ -86,13 +86,13 @@ def match_round(
     sample: Callable[[Tensor], Tensor],  # ids (b,) -> samples (b, *shape): f(z) without gradient; called on all ranks
     config: MatchConfig,
     features: Callable[[Tensor], Tensor] | None = None,  # of the space's encoder, where it has a weight
-    poll: Callable[[], None] = lambda: None,  # called before each block, as often on every rank; may raise on all alike
+    poll: Callable[[], None] = lambda: None,  # called before each block, equally often on every rank; may raise on all
     code: Callable[[Tensor], Tensor] | None = None,  # of f, where the space gives it a weight
 ) -> Match:
     """Collective: the sample of the pool that each image is matched to.
 
-    The pool is generated in fixed blocks of ids, dealt to the ranks in contiguous runs, so the match is the same for
-    every world size that shares out the same images in the same order. What `poll` raises ends the match at once.
+    The pool is generated in fixed blocks of ids, of which each rank has a contiguous range. So the match is the same on
+    every world size that has the same images in the same order. An exception of `poll` ends the match at once.
     Raises InputError on every rank if rejection leaves too few samples.
     """
     ranks, timer, searches = ranks_of(None), Timer("generate", "assign"), list[Answer]()
@@ -228,7 +228,7 @@ def check_left(config: MatchConfig, rejected: int, images: int) -> None:
 
 
 def summarize(distances: Tensor, ids: Tensor, counts: list[int], ranks: Ranks) -> dict[str, float]:
-    """Collective: mean and quantiles of a match's squared distances, and how its samples are shared."""
+    """Collective: mean and quantiles of a match's squared distances, and how many images share a sample."""
     pairs = ranks.gather(torch.stack([distances.view(torch.int64), ids], dim=1), counts)
     everyone = pairs[:, 0].view(torch.float64).numpy()
     chosen = pairs[:, 1].unique(return_counts=True)[1]
@@ -238,7 +238,7 @@ def summarize(distances: Tensor, ids: Tensor, counts: list[int], ranks: Ranks) -
 
 
 def costs(searches: list[Answer], main: int, timer: Timer, ranks: Ranks) -> dict[str, float]:
-    """Collective: what the searches of a match took; of seconds and bytes, those of the rank that has most of each."""
+    """Collective: the cost of a match's searches; seconds and bytes are those of the rank with most of each."""
     spent = Counter[str]()
     for seconds in (timer.seconds, *(answer.seconds for answer in searches)):
         spent.update(seconds)

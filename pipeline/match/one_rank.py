@@ -6,8 +6,8 @@ Each query of a block passes through sieves of rising cost until one settles it:
     rounded     the same bound on all coordinates, for data that no projection separates
     wide        float64 by matrix product, for near-duplicates, which float32 cannot separate
 
-A search begins with the sieve that its method names. The method `flat` replaces the first two by a FAISS index that
-returns some more candidates than wanted, and by a bound on all others.
+A search begins with the sieve that its method names. The method `flat` uses, instead of the first two, a FAISS index
+that returns a few more than k candidates, and a bound on all others.
 
 Survivors are measured in float32 by differences. Those that may still win are measured in float64, and the first by
 (distance, id) are kept. No sieve drops a candidate that could be among them, so methods differ only in speed.
@@ -99,7 +99,7 @@ class Searcher:
     def seed(self, candidates: Tensor, most: int = SEEDS) -> None:
         """Lower the limits to the distances of the candidates that score best in the first sieve.
 
-        They must be added later, and not be rejected.
+        The caller adds them later, and rejects none.
         """
         candidates, k = candidates[:most].to(self.queries.device).contiguous(), self.neighbours
         if self._plan.method == "flat" or len(candidates) < k or not len(self.queries):
@@ -294,6 +294,6 @@ class Searcher:
 
 
 def _portions(rows: Tensor, columns: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs, as many at once as are measured at once."""
+    """Pairs in portions of at most _PAIRS."""
     most = _PAIRS.get(rows.device.type, _PAIRS["cpu"])
     yield from zip(rows.split(most), columns.split(most), strict=True)

@@ -1,10 +1,10 @@
-"""The order that makes an answer unique: candidates are nearer by (distance, id), a total order."""
+"""The total order (distance, id), which makes an answer unique."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-NO_ID = torch.iinfo(torch.int64).max  # stands for a missing candidate and sorts behind all others
+NO_ID = torch.iinfo(torch.int64).max  # of a missing candidate; sorts behind all others
 
 
 def sort_lexically(*keys: Tensor) -> Tensor:
