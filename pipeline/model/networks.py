@@ -28,8 +28,8 @@ class NetworkConfig:
     name: str = ""
     """`conv` and `spatial` for images (C, S, S), `mlp` for points (D,), or one that another package registers."""
     init: str = ""
-    """Start from the weights of this model: a run (or s3://), a checkpoint, an exported folder or its file. Weights
-    whose name and shape agree are used. Empty: random weights."""
+    """Start from the weights of this model: a run (a folder or s3://), a checkpoint, an exported folder or its file, or
+    hf://user/model. Weights whose name and shape agree are used. Empty: random weights."""
 
     def __post_init__(self) -> None:
         check_fields(self, "model")

@@ -23,7 +23,7 @@ def alone(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_the_answer_is_the_oracles_on_every_world_size(world, expected, alone, tmp_path):
-    parts = on_ranks("search_cases.answers", world, tmp_path)
+    parts = [alone] if world == 1 else on_ranks("search_cases.answers", world, tmp_path)
     for name, (_, distances, ids) in alone.items():
         rows, found, numbers = (torch.cat([part[name][i] for part in parts]) for i in range(3))
         assert rows.tolist() == list(range(len(rows)))
