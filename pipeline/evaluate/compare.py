@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import InputError, one_line, printable, require
 from pipeline.evaluate.report import DAMAGE
-from pipeline.evaluate.runs import flat, number, parse_line, pick, read_json, read_run, read_settings, regular, whole
+from pipeline.evaluate.runs import flat, number, parse_line, pick, read_json, read_run, read_settings, whole
 
 MOST = 16  # runs side by side
 IGNORED = ("run.path", "run.remote", "resume")
@@ -115,7 +115,7 @@ def _read(folder: Path, label: str) -> Side:
 def _recorded(file: Path) -> dict[str, Any]:
     """The settings in the header of an exported model; {} where it has none."""
     try:
-        with safe_open(regular(file), framework="numpy") as opened:
+        with safe_open(file, framework="numpy") as opened:
             config = parse_line((opened.metadata() or {}).get("naign", "")).get("config")
         return flat(config.items()) if isinstance(config, dict) else {}
     except (SafetensorError, OSError, RecursionError):

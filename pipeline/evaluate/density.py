@@ -34,7 +34,9 @@ def auroc(inlier: Tensor, outlier: Tensor) -> float:
     from sklearn.metrics import roc_auc_score
 
     truth = torch.cat([torch.zeros(len(inlier)), torch.ones(len(outlier))])
-    return float(roc_auc_score(truth.numpy(), torch.cat([inlier, outlier]).numpy()))
+    scores = torch.cat([inlier, outlier])
+    most = torch.finfo(scores.dtype).max
+    return float(roc_auc_score(truth.numpy(), scores.nan_to_num(nan=most, posinf=most).numpy()))
 
 
 def separation(

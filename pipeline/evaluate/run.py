@@ -69,6 +69,8 @@ def evaluate(
         bar.update()
         bar.set_description("pictures and report")
         drawn, header = draw_pictures(subject), model.metadata
+        beyond = list[str]()
+        metrics = {key: finite(value, key, beyond) for key, value in metrics.items()}
         metrics |= {
             "seed": _number(header.get("seed", seed)),
             "evaluation_seed": seed,
@@ -76,7 +78,7 @@ def evaluate(
             "counts": subject.counts,
             "warnings": _warnings(subject, trained_with, config.split),
             "weights": fingerprint(model),
-            "notes": [*_notes(subject, metrics), *missing],
+            "notes": [*_notes(subject, metrics), *missing, *_beyond(beyond)],
             "device": _device_name(device),
             "seconds": round(time.monotonic() - start, 1),
         }
@@ -191,6 +193,20 @@ def _identity(encoder: str) -> str | None:
         return load_encoder(encoder).identity
     except InputError:
         return None
+
+
+def finite(value: Any, path: str, beyond: list[str]) -> Any:
+    """`value` with None for numbers that are not finite, which JSON lacks; their paths are added to `beyond`."""
+    if isinstance(value, dict):
+        return {key: finite(part, f"{path}.{key}", beyond) for key, part in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        beyond.append(path)
+        return None
+    return value
+
+
+def _beyond(paths: list[str]) -> list[str]:
+    return [f"Beyond what numbers can hold, and left out: {', '.join(paths)}. f has diverged."] if paths else []
 
 
 def _number(value: Any) -> float | None:

@@ -1,19 +1,18 @@
-"""Run folders as they lie on a disk: state, images seen, quality, size, age. Their files are untrusted; no torch."""
+"""Run folders on a disk: state, images seen, quality, size, age. Files may be damaged or foreign. Without torch."""
 
-import errno
 import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pipeline.checkpoint.done import is_done
+from pipeline.checkpoint.done import count_rounds, is_done
 from pipeline.checkpoint.manifest import BEST, MANIFEST, by_step
 from pipeline.errors import InputError, printable, require
 
@@ -23,11 +22,10 @@ MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
 COUNTS = ("train.images", "train.passes", "match.round", "quality.patience", "quality.rounds")
 """Settings that decide when a run is done."""
 
-SETTINGS = 10_000  # of a configuration, at most, sections counted
 LARGEST = 2**62  # count of images
-DEPTH = 3  # folders below the given one that are searched for runs
+DEPTH = 3  # levels of folders that are searched for runs, and of sections in a configuration
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError)
-"""What parsing a file raises that this program did not write."""
+"""What parsing a foreign file raises."""
 
 
 @dataclass(kw_only=True)
@@ -66,24 +64,18 @@ def find_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
             runs.append(read_run(place, str(place.relative_to(folder)) if place != folder else folder.resolve().name))
         except (InputError, OSError) as error:
             others[str(place)] = printable(str(error))
-        except (*MALFORMED, OverflowError) as error:  # a foreign folder may hold anything
-            others[str(place)] = f"it cannot be read ({type(error).__name__})"
     return runs, others
 
 
 def _places(folder: Path, depth: int) -> Iterator[Path]:
     """Runs at or below a folder, in order, and folders in which there is none."""
-    if is_run(folder) or depth == 0:
+    inside: list[Path] = []
+    if depth and not is_run(folder) and not os.path.exists(folder / "model.safetensors"):
+        with suppress(OSError):  # a folder that may not be listed
+            inside = sorted(path for path in folder.iterdir() if os.path.isdir(path) and not path.name.startswith("."))
+    if not inside:
         yield folder
-        return
-    try:
-        inside = sorted(path for path in folder.iterdir() if os.path.isdir(path) and not path.name.startswith("."))
-    except OSError:
-        inside = []
-    model = os.path.exists(folder / "model.safetensors")
-    if not inside or model:
-        yield folder
-    for path in inside if not model else ():
+    for path in inside:
         yield from [path] if os.path.islink(path) else _places(path, depth - 1)
 
 
@@ -93,7 +85,7 @@ def is_run(folder: Path) -> bool:
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """Raises InputError, saying what the folder is instead, where it is no run."""
+    """The run in a folder. Raises InputError, saying what the folder is instead, where it is no run."""
     if not is_run(folder):
         require(
             (os.path.isdir(folder), "no such folder"),
@@ -103,16 +95,15 @@ def read_run(folder: Path, name: str) -> Run:
         raise InputError("no run, but an exported model" if model else "no run in it")
     settings = read_settings(folder)
     try:
-        batch = int(settings["match.round"]) * int(settings["train.passes"])
-        images = -(-int(settings["train.images"]) // batch) * batch
-        require((0 < batch < LARGEST and 0 <= images < LARGEST, "no such run can be"))
+        images = count_rounds(settings) * int(settings["match.round"]) * int(settings["train.passes"])
+        require((0 <= images < LARGEST, "no such run can be"))
     except (*MALFORMED, ZeroDivisionError, OverflowError):
         raise InputError("config.yaml does not say how many images the run is for") from None
     last, measured = _last_lines(folder / "metrics.jsonl")
     checkpoint = _newest_trainer(folder)
     seen = max(whole(last.get("images_seen")), whole((checkpoint or {}).get("images_seen")))
     rounds = whole(checkpoint.get("round")) if checkpoint else whole(last["round"]) + 1 if "round" in last else 0
-    quality = _evaluated(folder) or _measured(measured)
+    quality = _quality(read_json(folder / "evaluation/metrics.json"), measured)
     reported = number(last.get("time")) or (folder / "config.yaml").stat().st_mtime
     return Run(
         name=name,
@@ -129,50 +120,38 @@ def read_run(folder: Path, name: str) -> Run:
 def read_settings(folder: Path) -> dict[str, Any]:
     """{'section.key': value} of config.yaml. Raises InputError where it is missing or malformed."""
     try:
-        content = yaml.safe_load(regular(folder / "config.yaml").read_bytes())
-        return flat(content.items())
+        return flat(yaml.safe_load((folder / "config.yaml").read_bytes()))
     except FileNotFoundError:
         raise InputError("no config.yaml") from None
     except MALFORMED as error:
         raise InputError(f"config.yaml is no configuration ({type(error).__name__})") from None
 
 
-def flat(items: Iterable[tuple[Any, Any]]) -> dict[str, Any]:
-    """Nested sections as {'section.key': value}, at most SETTINGS of them: aliases can make a small YAML file huge."""
-    return {key: value for key, value in islice(_nodes(items, ""), SETTINGS) if not isinstance(value, dict)}
-
-
-def _nodes(items: Iterable[tuple[Any, Any]], prefix: str) -> Iterator[tuple[str, Any]]:
-    """Settings, and the sections they are in: aliases can repeat empty ones without end."""
-    for key, value in items:
-        if isinstance(value, dict):
-            yield f"{prefix}{key}", value
-            yield from _nodes(value.items(), f"{prefix}{key}.")
+def flat(section: Mapping[str, Any], prefix: str = "", depth: int = DEPTH) -> dict[str, Any]:
+    """Nested sections as {'section.key': value}; deeper ones, which aliases can repeat without end, as "..."."""
+    settings: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, dict) and depth:
+            settings |= flat(value, f"{prefix}{key}.", depth - 1)
         else:
-            shown = isinstance(value, str | float | None) or isinstance(value, int) and abs(value) <= 2**63
-            yield f"{prefix}{key}", value if shown else "..."
-
-
-def regular(file: Path) -> Path:
-    """The file itself. Raises OSError for what is there but no file, such as a pipe, which would be waited for."""
-    if os.path.exists(file) and not os.path.isfile(file):
-        raise OSError(errno.EINVAL, "no regular file", str(file))
-    return file
+            plain = isinstance(value, str | float | None) or isinstance(value, int) and abs(value) <= 2**63
+            settings[f"{prefix}{key}"] = value if plain else "..."
+    return settings
 
 
 def parse_line(line: bytes | str) -> dict[str, Any]:
     """A line of metrics.jsonl; {} for one that a kill cut short."""
     try:
-        found = json.loads(line)
+        content = json.loads(line)
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """An object of a JSON file; {} where it is missing or none."""
     try:
-        return parse_line(regular(file).read_bytes())
+        return parse_line(file.read_bytes())
     except OSError:
         return {}
 
@@ -190,25 +169,20 @@ def whole(value: Any) -> int:
 
 def pick(content: Mapping[str, Any], path: str) -> Any:
     """The value at a path such as fd.once; None where there is none."""
-    found: Any = content
+    value: Any = content
     for key in path.split("."):
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return found
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def _last_lines(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The last report, and the last with quality/*."""
-    last: dict[str, Any] = {}
-    measured, before, newest = b"", b"", b""
     try:
-        with regular(file).open("rb") as lines:
-            for line in lines:
-                before, newest = newest, line
-                measured = line if b'"quality/fd"' in line else measured
+        lines = file.read_bytes().splitlines()
     except OSError:
-        pass
-    last = parse_line(newest) or parse_line(before)
-    return last, parse_line(measured)
+        return {}, {}
+    last = next(filter(None, map(parse_line, reversed(lines[-2:]))), {})  # a kill may have cut the last one short
+    return last, parse_line(next((line for line in reversed(lines) if b'"quality/fd"' in line), b""))
 
 
 def _newest_trainer(folder: Path) -> dict[str, Any] | None:
@@ -230,11 +204,11 @@ def _state(folder: Path, settings: Mapping[str, Any], checkpoint: dict[str, Any]
 
 
 def _in_use(lock: Path) -> bool:
-    """Whether a training holds the lock of its folder. It is asked for shared, and let go of at once."""
+    """Whether a training holds the lock of its folder. Takes a shared lock and releases it at once."""
     import fcntl
 
     try:
-        with regular(lock).open("rb") as file:
+        with lock.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -243,27 +217,26 @@ def _in_use(lock: Path) -> bool:
     return False
 
 
-def _evaluated(folder: Path) -> dict[str, Any] | None:
-    metrics = read_json(folder / "evaluation/metrics.json")
-    if number(pick(metrics, "fd.once")) is None:
-        return None
-    paths = {"fd": "fd.once", "fd_over_floor": "fd.once_ratio", "recall": "coverage.recall"}
-    found: dict[str, Any] = {name: number(pick(metrics, path)) for name, path in paths.items()}
-    return found | {"measured": "evaluation", "measured_at": whole(metrics.get("images_seen")) or None}
-
-
-def _measured(line: Mapping[str, Any]) -> dict[str, Any]:
-    fd, recall = (number(line.get(f"quality/{name}")) for name in ("fd", "recall"))
-    at, how = (whole(line.get("images_seen")), "training") if fd is not None else (None, None)
-    return {"fd": fd, "fd_over_floor": None, "recall": recall, "measured": how, "measured_at": at}
+def _quality(evaluation: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
+    """Quality by metrics.json of the evaluation, or else by the last report with quality/*."""
+    if (fd := number(pick(evaluation, "fd.once"))) is not None:
+        source, line, recall = "evaluation", evaluation, number(pick(evaluation, "coverage.recall"))
+    else:
+        source, line = "training", report
+        fd, recall = number(report.get("quality/fd")), number(report.get("quality/recall"))
+    return {
+        "fd": fd,
+        "fd_over_floor": number(pick(line, "fd.once_ratio")),
+        "recall": recall,
+        "measured": source if fd is not None else None,
+        "measured_at": (whole(line.get("images_seen")) or None) if fd is not None else None,
+    }
 
 
 def _size(folder: Path) -> int:
     total = 0
     for place, _, files in os.walk(folder):
         for name in files:
-            try:
+            with suppress(OSError):  # a training has removed it
                 total += os.lstat(os.path.join(place, name)).st_size
-            except OSError:  # a training has removed it
-                continue
     return total

@@ -147,6 +147,24 @@ def test_the_identity_changes_nothing(digits: str, tmp_path: Path, monkeypatch: 
     assert metrics["images_seen"] is None and metrics["seed"] == 0
 
 
+class Huge(Still):
+    """f(x) is x with every value multiplied by 1e30, as of a network that diverged."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1e30 if x.abs().max() < 1e20 else 1.0)
+
+
+def test_numbers_that_are_not_finite_are_left_out_and_named(
+    digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata = {"shape": [1, 8, 8], "latents": "gaussian"}
+    monkeypatch.setattr(NAIGN, "from_pretrained", lambda folder, device: NAIGN(Huge(), metadata))
+    metrics = evaluate(str(tmp_path), data=digits, samples=100, progress=False)
+    assert json.loads((tmp_path / "evaluation/metrics.json").read_text()) == metrics
+    assert metrics["nearest"]["samples"] is None and metrics["reconstruction"] > 1e20
+    assert any("left out: " in note and "nearest.samples" in note for note in metrics["notes"])
+
+
 def test_data_without_an_encoder_are_compared_on_pixels(
     digits: str, save_untrained: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
