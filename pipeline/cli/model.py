@@ -66,6 +66,8 @@ def evaluate(
     with lines_to_stderr(json):
         metrics = measure(run, data=data, samples=samples, seed=seed, device=find_device(device), encoder=encoder)
     report = f"{folder_of(run)}/evaluation/report.html"
+    if chosen := metrics["checkpoint"]:
+        print(f"{run}: the {chosen['choice']} checkpoint, {chosen['name']}", file=sys.stderr)
     if json:
         print_json(metrics | {"report": report})
         return
@@ -284,10 +286,14 @@ def _refuse_runs(folder: Path, option: str = "--to") -> None:
 
 
 def open_model(run: str, device: str) -> "NAIGN":
+    """The model; of a run, which of its checkpoints it is goes to stderr."""
     from pipeline.model.naign import NAIGN
 
     with busy(f"reading {run}"):
-        return NAIGN.from_pretrained(run, device=device)
+        model = NAIGN.from_pretrained(run, device=device)
+    if model.checkpoint:
+        print(f"{run}: the {model.choice} checkpoint, {model.checkpoint}", file=sys.stderr)
+    return model
 
 
 def _model(

@@ -78,6 +78,7 @@ def evaluate(
             "counts": subject.counts,
             "warnings": _warnings(subject, trained_with, config.split),
             "weights": fingerprint(model),
+            "checkpoint": {"name": model.checkpoint, "choice": model.choice} if model.checkpoint else None,
             "notes": [*_notes(subject, metrics), *missing, *_beyond(beyond)],
             "device": _device_name(device),
             "seconds": round(time.monotonic() - start, 1),

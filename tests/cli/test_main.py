@@ -1,5 +1,7 @@
 """Commands write what they say, and never over what is there to be read."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from pipeline.cli.main import main
 from pipeline.errors import InputError
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import build_network, recorded_network
+from tests.model.test_weights import write_run
 
 
 @pytest.fixture
@@ -157,3 +160,22 @@ def test_what_are_no_points_of_the_model_is_named(tmp_path, text, said):
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="noise is for images"):
         cli.restore(str(tmp_path / "model"), (tmp_path / "points.csv",), damage="noise")
+
+
+@pytest.mark.parametrize(
+    ("patience", "chosen"), [(2, "the best checkpoint, step-00000010"), (0, "the last checkpoint")]
+)
+def test_commands_say_which_checkpoint_of_a_run_they_read(tmp_path, capsys, digits, patience, chosen):
+    run = str(write_run(tmp_path / "run", patience=patience))
+    for command in (
+        lambda: cli.sample(run, n=2, to=tmp_path / "samples.png"),
+        lambda: cli.score(run, (tmp_path / "samples.png",)),
+        lambda: cli.export(run, to=tmp_path / "model"),
+        lambda: cli.evaluate(run, data=digits, samples=20, device="cpu"),
+    ):
+        command()
+        assert f"{run}: {chosen}" in capsys.readouterr().err
+    cli.sample(str(tmp_path / "model"), n=2, to=tmp_path / "samples.png")
+    assert "checkpoint" not in capsys.readouterr().err
+    record = json.loads((tmp_path / "run/evaluation/metrics.json").read_text())["checkpoint"]
+    assert record["choice"] in chosen and record["choice"] in (tmp_path / "run/evaluation/report.html").read_text()
