@@ -21,8 +21,8 @@ from trained import ROOT, check_place, page, write
 
 from pipeline.config import load
 from pipeline.errors import InputError, exit_on_input_error
-from pipeline.model.flow import CodeFlow
 from pipeline.model.networks import build_network
+from pipeline.model.prior.flow import Flow, FlowConfig
 
 SHAPES = {
     "mnist": (1, 28, 28),
@@ -53,21 +53,20 @@ def main(settings: Settings) -> None:
     rows, found = list[list[str]](), dict[str, dict[str, list[float]]]()
     for name, shape in SHAPES.items():
         config = load(str(ROOT / f"configs/{name}.yaml"))
-        codes, images = config.match.codes, config.train.images
+        prior, images = config.prior, config.train.images
         with torch.device("meta"):
             network, image = build_network(config.model, shape), torch.empty(1, *shape)
         forwards = 3 * config.objective.forwards
         forwards += config.match.ratio / config.train.passes if config.objective.needs_match else 0
-        decodes = config.match.latents == "codes"
-        fitted = images * (1 - codes.alone) if decodes else images
-        learns = decodes and not codes.components  # a mixture costs little
-        parts = [forwards * fitted * count(network, image)]
-        if learns:
-            flow = CodeFlow(network.code, codes.width, codes.depth, codes.steps, codes.directions)
+        fitted = images * (1 - prior.alone)
+        parts, flows = [forwards * fitted * count(network, image)], list[nn.Module]()
+        if isinstance(prior, FlowConfig):  # other priors cost little
+            flow = Flow(prior, network.code)
+            flows.append(flow.velocity)
             drawn = torch.zeros(1, *flow.noise_shape), torch.zeros(1)
-            parts.append(3 * codes.passes * images * (1 - codes.begin) * count(flow, *drawn))
+            parts.append(3 * prior.passes * images * (1 - prior.begin) * count(flow.velocity, *drawn))
         hours = [sum(parts) / (rate * 1e12) / 3600 for rate in settings.rates]
-        sizes = [sum(value.numel() for value in part.parameters()) for part in (network, *([flow] if learns else []))]
+        sizes = [sum(value.numel() for value in part.parameters()) for part in (network, *flows)]
         found[name] = {"parameters": sizes, "flop": parts}
         cells = [" + ".join(f"{value / 1e6:.1f}" for value in sizes), f"{forwards:g}", f"{fitted:,.0f}"]
         cells.append(" + ".join(f"{value / 1e15:.2f}" for value in parts))

@@ -40,7 +40,7 @@ class Rounds:
     def __init__(self, shape: tuple[int, ...], run: Any, config: Config) -> None:
         self.run, self.config, device = run, config, run.accelerator.device
         self.images = scaled(run.stream.take(0).images).to(device)
-        self.random = RoundRandom(config, 0, shape, device)
+        self.random = RoundRandom(config, 0, shape, device, run.prior)
         self.match = Match(ids=torch.arange(len(self.images)), distances=torch.zeros(len(self.images)))
         sizes = {"size": config.match.round, "batch": config.train.batch, "passes": 1}
         self.rows = steps_of(0, 0, **sizes, rank=0, world=1, world_size_at_start=1).to(device)
@@ -79,7 +79,7 @@ class Rounds:
 def on_rounds(report: Report, name: str, use: Callable[[Rounds, Callable[[], Any]], None], steps: int) -> None:
     """Use rounds of so many steps of a recipe, and a function that opens a run with its first weights."""
     shape, batch = RECIPES[name], 8 if report.settings.small else 0
-    options = ["--config", str(ROOT / f"configs/{name}.yaml"), "--match.latents=gaussian"]
+    options = ["--config", str(ROOT / f"configs/{name}.yaml"), "--prior.name=gaussian"]
     options += [f"--train.batch={batch}"] * bool(batch)
     config = parse(options)
     size = config.train.batch * steps

@@ -91,12 +91,13 @@ def prepare(
     seen = int(model.metadata.get("images_seen", 0)) if kind == "trained" else 0
     if kind == "untrained":
         torch.manual_seed(0)
-        model = NAIGN(build_network(recorded_network(model.metadata["model"]), model.shape), model.metadata)
+        fresh = build_network(recorded_network(model.metadata["model"]), model.shape)
+        model = NAIGN(fresh, model.metadata, model.prior.state_dict())
     pool = scratch / f"{name}-{kind}-{seen}-{candidates}.npy"
     if not pool.exists():
         parts = (model.project(model.latent(ids)) for ids in torch.arange(candidates).split(_BATCH))
         write_rows(pool, parts, candidates, dims)
-    source = f"samples of runs/{name} after {seen:,} images, latents {model.latents}"
+    source = f"samples of runs/{name} after {seen:,} images, latents {model.metadata['prior']['name']}"
     return Case(kind=kind, dims=dims, queries=asked, candidates=pool, source=source)
 
 

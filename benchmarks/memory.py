@@ -25,6 +25,7 @@ from pipeline.config import Config, load
 from pipeline.errors import InputError, exit_on_input_error
 from pipeline.model.losses import Batch, Network, choose_distance, compute_losses
 from pipeline.model.networks import build_network
+from pipeline.model.prior import build_prior
 from pipeline.training.round import RoundRandom
 
 sys.path.insert(0, str(ROOT))
@@ -70,8 +71,9 @@ def estimate(config: Config, shape: tuple[int, ...], device: torch.device) -> li
     with FakeTensorMode():
         with device:
             network: Any = build_network(config.model, shape, recompute=config.train.recompute)
+            prior = build_prior(config.prior, shape, network)
         adam = torch.optim.AdamW(network.parameters(), foreach=True)
-        random = RoundRandom(config, 0, shape, device)
+        random = RoundRandom(config, 0, shape, device, prior)
         tracker = MemTracker()
         tracker.track_external(network, adam)
         with tracker:

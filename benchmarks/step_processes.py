@@ -34,8 +34,8 @@ from pipeline.distributed import build_accelerator, keep_memory, set_threads
 from pipeline.distributed.signals import StopRequest
 from pipeline.distributed.watchdog import Watchdog
 from pipeline.match.matcher import Match
-from pipeline.model import latents
 from pipeline.model.networks import build_network
+from pipeline.model.prior import Prior, build_prior
 from pipeline.model.scale import scaled
 from pipeline.observe.monitor import Monitor
 from pipeline.observe.speed import Profiler
@@ -93,6 +93,7 @@ def opened(config: Config, precision: str = "") -> Iterator[Callable[[nn.Module]
                 stop=stop,
                 stream=stream,
                 watchdog=watchdog,
+                prior=build_prior(config.prior, stream.shape, bare),
                 features=None,
                 perceived=None,
             )
@@ -130,6 +131,7 @@ class Given:
     world: int
     images: Tensor
     ids: Tensor
+    prior: Prior
     budget: int
     """Images to train on in all."""
 
@@ -142,13 +144,14 @@ class Given:
         first, stop = rank_rows(config.match.round, rank, world)
         pool = int(config.match.round * config.match.ratio)
         ids = torch.randperm(pool, generator=torch.Generator().manual_seed(0))[first:stop]
-        return cls(rank=rank, world=world, images=images, ids=ids, budget=rounds * config.match.round)
+        prior, budget = build_prior(config.prior, tuple(images.shape[1:]), nn.Identity()), rounds * config.match.round
+        return cls(rank=rank, world=world, images=images, ids=ids, prior=prior, budget=budget)
 
 
 def fit_ours(run: Run, given: Given) -> None:
     """The next round, as the loop has it fitted."""
     config, position = run.config, run.position
-    random = RoundRandom(config, position.round, tuple(given.images.shape[1:]), given.images.device, None)
+    random = RoundRandom(config, position.round, tuple(given.images.shape[1:]), given.images.device, given.prior)
     first, _ = rank_rows(config.match.round, given.rank, given.world)
     state = RoundState(
         number=position.round, world_size_at_start=given.world, random=random, images=given.images, first=first
@@ -174,7 +177,7 @@ def fit_bare(bare: Bare, config: Config, number: int, given: Given, rows: Tensor
     for mine, rate in zip(rows, rates, strict=True):
         bare.adam.param_groups[0]["lr"] = rate
         images = given.images[mine]
-        drawn = latents.draw(config.match.latents, config.seed, number, given.ids[mine], images.shape[1:])
+        drawn = given.prior.draw(config.seed, number, given.ids[mine], images.device)
         reconstructed, sampled = bare.network(torch.cat([images, drawn])).split(len(images))
         loss = (reconstructed - images).abs().mean() + (sampled - images).abs().mean()
         loss.backward()

@@ -8,8 +8,8 @@ runs/tables: what is there is not done again, so a table may be cut off and goes
 is with what a table in the folder of `--to` rests on already: to make all anew, write to another folder. A row says how
 many seeds it rests on, and is left out while there is none. It writes the table (.md) and what it rests on (.json).
 
-A row may measure another model that is made of its run: `then: [pipeline.cli, export, --latents=mixture]` runs
-`python -m pipeline.cli export --latents=mixture RUN --to=FOLDER`. Rows of one configuration share its training.
+A row may measure another model that is made of its run: `then: [pipeline.cli, export, --prior=gmm]` runs
+`python -m pipeline.cli export --prior=gmm RUN --to=FOLDER`. Rows of one configuration share its training.
 """
 
 import sys

@@ -40,7 +40,7 @@ FORMER: Record = {
 """Settings that every run had, of whatever objective and network, when the committed tables were measured. They count
 in a run's name, so that those runs are found."""
 LATER: Record = {
-    **{"model.init": "", "match.space.code": 0.0, "match.codes.components": 0, "data.size": "", "data.fit": "crop"},
+    **{"model.init": "", "match.space.code": 0.0, "data.size": "", "data.fit": "crop"},
     **{"data.scale": "0.08,1", "data.ratio": "0.75,1.3333", "data.interpolation": "bicubic", "data.shuffle": 0},
     **{"data.index": ""},
     **{"data.shuffle_block": 16},
@@ -79,10 +79,7 @@ class Task:
         free = changeable(parsed, FREE) - {"train.precision"}  # a run may change it, and rounds otherwise then
         settings = FORMER | {key: value for key, value in flatten(parsed).items() if key not in free}
         settings["model.kind"] = settings.pop("model.name")
-        idle = "match.codes." if parsed.match.latents != "codes" else ()  # settings that such a run does not read
-        settings = {
-            key: value for key, value in settings.items() if not key.startswith(idle) and LATER.get(key, ...) != value
-        }
+        settings = {key: value for key, value in settings.items() if LATER.get(key, ...) != value}
         name = f"{Path(config).stem}-seed-{seed}-{fingerprint(settings)}"
         steps = tuple(then)
         folder = runs / (f"{name}-{fingerprint({'then': steps})}" if steps else name)

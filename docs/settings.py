@@ -6,7 +6,7 @@ import inspect
 import re
 import textwrap
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.model.losses import OBJECTIVES
 from pipeline.model.networks import NETWORKS
+from pipeline.model.prior.registry import PRIORS
 
 PAGE = Path(__file__).with_name("settings.md")
 HEAD = """\
@@ -31,7 +32,7 @@ train:
 The last column says whether a resumed run may change the setting: *yes*; *if asked*, with `--resume=changed`; or *no*.
 """
 CHANGE = {"": "no", "free": "yes", "asked": "if asked"}
-NAMED = {"model": NETWORKS, "objective": OBJECTIVES}
+NAMED = {"model": NETWORKS, "objective": OBJECTIVES, "prior": PRIORS}
 """Sections whose settings depend on the chosen name."""
 
 
@@ -54,13 +55,17 @@ def values(hint: type, metadata: typing.Mapping[str, Any]) -> str:
     return f"{hint.__name__}, {must}" if must else hint.__name__
 
 
-def table(kind: type, prefix: str, change: str) -> Iterator[str]:
-    """A row for each setting of a dataclass; sections within it are tables of their own."""
+def fields(kind: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
+
+
+def table(kind: type, prefix: str, change: str, names: Collection[str]) -> Iterator[str]:
+    """A row for each of these settings of a dataclass; sections within it are tables of their own."""
     hints, texts = typing.get_type_hints(kind), docstrings(kind)
     yield "| setting | values | default | meaning | may change |"
     yield "| --- | --- | --- | --- | --- |"
     for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(hints[field.name]):
+        if field.name not in names or dataclasses.is_dataclass(hints[field.name]):
             continue
         default = f"`{field.default}`" if field.default != "" else "empty"
         text = re.sub(r"([|*<])", r"\\\1", texts[field.name])
@@ -69,18 +74,19 @@ def table(kind: type, prefix: str, change: str) -> Iterator[str]:
 
 
 def page() -> str:
-    lines = [HEAD, "## Without a section", "", *table(Config, "", "")]
+    lines = [HEAD, "## Without a section", "", *table(Config, "", "", fields(Config))]
     pending = [(field.name, field) for field in dataclasses.fields(Config)]
     while pending:
         name, field = pending.pop(0)
         if not dataclasses.is_dataclass(field.default_factory):
             continue
-        change = field.metadata.get("change", "")
-        for choice, kind in {key: entry[0] for key, entry in NAMED.get(name, {}).items()}.items():
-            lines += ["", f"## {name}, with {name}.name={choice}", "", *table(kind, f"{name}.", change)]
+        change, kind = field.metadata.get("change", ""), typing.cast(type, field.default_factory)
+        shared = fields(typing.get_type_hints(Config)[name]) if name in NAMED else fields(kind)
+        lines += ["", f"## {name}", "", *table(kind, f"{name}.", change, shared)]
+        for choice, entry in NAMED.get(name, {}).items():
+            if more := fields(entry[0]) - shared:
+                lines += ["", f"## {name}, with {name}.name={choice}", "", *table(entry[0], f"{name}.", change, more)]
         if name not in NAMED:
-            kind = typing.cast(type, field.default_factory)
-            lines += ["", f"## {name}", "", *table(kind, f"{name}.", change)]
             pending = [(f"{name}.{inner.name}", inner) for inner in dataclasses.fields(kind)] + pending
     return "\n".join(lines) + "\n"
 

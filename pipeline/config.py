@@ -5,6 +5,7 @@ The settings class of a section in NAMED depends on the name that is chosen.
 
 import argparse
 import dataclasses
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,9 @@ from pipeline.data.dataset import DataConfig, check_config
 from pipeline.errors import InputError, require, shown
 from pipeline.match.matcher import MatchConfig
 from pipeline.model import losses, networks
+from pipeline.model.prior.base import PriorConfig
+from pipeline.model.prior.registry import find_prior
+from pipeline.model.prior.smooth import SmoothConfig
 from pipeline.observe.speed import parse_rounds
 from pipeline.observe.trackers import find_trackers
 from pipeline.settings.constraints import (
@@ -139,6 +143,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: networks.NetworkConfig = field(default_factory=networks.ConvConfig)
     objective: losses.ObjectiveConfig = field(default_factory=losses.NaignConfig)
+    prior: PriorConfig = field(default_factory=SmoothConfig)
     match: MatchConfig = field(default_factory=MatchConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     report: ReportConfig = field(default_factory=ReportConfig, metadata=FREE)
@@ -154,7 +159,11 @@ class Config:
     index, train.images, lr, lr_end, warmup, clip or weight_decay. never: start from scratch; refuse a folder in use."""
 
 
-NAMED: Named = {"model": ("conv", networks.find_network), "objective": ("naign", losses.find_objective)}
+NAMED: Named = {
+    "model": ("conv", networks.find_network),
+    "objective": ("naign", losses.find_objective),
+    "prior": ("smooth", find_prior),
+}
 
 RENAMED: dict[str, str] = {
     "train.graphs": "train.compile",
@@ -172,6 +181,9 @@ RENAMED: dict[str, str] = {
     "match.space.reduced": "",
     "match.space.side": "",
     "model.max_width": "",
+    "match.latents": "prior.name, where codes is flow or gmm, smooth4 is smooth and mixture is halves",
+    "match.codes": "prior",
+    "match.flat": "",
 }
 """Settings and sections of earlier versions and their present names; "" for those that were removed."""
 
@@ -190,7 +202,7 @@ def parse(arguments: Sequence[str], about: str | None = None) -> Config:
     for section in NAMED:
         name = getattr(given, section)
         if name is not None and isinstance(content, dict) and isinstance(there := content.get(section) or {}, dict):
-            content[section] = there | {"name": name}
+            content[section] = choose(section, there, name)
     for word in rest:
         if word.startswith("--"):
             refuse_renamed(RENAMED, word.partition("=")[0].removeprefix("--").replace("-", "_"), "the command line")
@@ -262,3 +274,10 @@ def check(config: Config) -> None:
             f"match.round={size} is no multiple of train.batch={batch}: every step takes a whole batch of the round's "
             f"images; the nearest that fits is --match.round={max(1, round(size / batch)) * batch}"
         )
+
+
+def choose(section: str, content: dict[str, Any], name: str) -> dict[str, Any]:
+    """The content of a section with another choice: without the settings that the former choice alone has."""
+    default, find = NAMED[section]
+    former, present = (set(typing.get_type_hints(find(one)[0])) for one in (str(content.get("name", default)), name))
+    return {key: value for key, value in content.items() if key not in former - present} | {"name": name}

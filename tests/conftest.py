@@ -220,7 +220,11 @@ def save_untrained() -> Callable[..., str]:
         encoder: str | None = None,
     ) -> str:
         torch.manual_seed(0)
-        metadata: dict[str, Any] = {"shape": list(shape), "latents": "gaussian", "model": dataclasses.asdict(config)}
+        metadata: dict[str, Any] = {
+            "shape": list(shape),
+            "prior": {"name": "gaussian"},
+            "model": dataclasses.asdict(config),
+        }
         metadata |= {"seed": 7, "images_seen": 12_345, "config": {"data": {"path": data}} if data else {}}
         metadata |= {"dataset": dataset} if dataset else {}
         metadata["config"] |= {"objective": {"encoder": encoder}} if encoder else {}

@@ -14,27 +14,27 @@ from tests.conftest import SMALL, environment, train_command
 
 FILE = Path(__file__).parent / "golden.json"
 TRACES = {
-    "naign": ["--match.latents=mixture", "--objective.third=none"],
+    "naign": ["--prior.name=halves", "--objective.third=none"],
     "naign denoising": [
         "--objective.third=none",
         "--objective.denoising=1",
         "--train.passes=2",
-        "--match.latents=gaussian",
+        "--prior.name=gaussian",
         "--seed=5",
     ],
     "naign idempotence": [
-        *("--objective.third=idempotence", "--objective.distance=l1+l2", "--match.latents=smooth4", "--train.ema=0.9"),
+        *("--objective.third=idempotence", "--objective.distance=l1+l2", "--prior.name=smooth", "--train.ema=0.9"),
     ],
-    "ign": ["--objective.name=ign", "--objective.reconstruction=20", "--match.latents=fourier"],
+    "ign": ["--objective.name=ign", "--objective.reconstruction=20", "--prior.name=fourier"],
     "flow of codes": [
         *("--model.name=spatial", "--model.code=2", "--objective.third=none", "--objective.imle=0"),
         *("--objective.reconstruction=0", "--objective.denoising=1", "--objective.damage=mild"),
-        *("--match.latents=codes", "--match.codes.begin=0.5", "--match.codes.alone=0.34", "--match.codes.width=16"),
-        *("--match.codes.depth=1", "--match.codes.batch=64", "--match.codes.passes=2"),
+        *("--prior.name=flow", "--prior.begin=0.5", "--prior.alone=0.34", "--prior.width=16"),
+        *("--prior.depth=1", "--prior.batch=64", "--prior.passes=2"),
     ],
     "mixture of codes": [
-        *("--objective.third=none", "--objective.imle=0.3", "--match.latents=codes", "--match.codes.components=3"),
-        *("--match.codes.begin=0.34", "--match.codes.alone=0"),
+        *("--objective.third=none", "--objective.imle=0.3", "--prior.name=gmm", "--prior.components=3"),
+        *("--prior.begin=0.34", "--prior.alone=0"),
     ],
 }
 RECIPE = [

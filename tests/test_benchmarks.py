@@ -21,7 +21,7 @@ def test_match_measures_every_method_and_two_ranks(digits: str, tmp_path: Path) 
     (tmp_path / "data").mkdir()
     (tmp_path / "data/digits").symlink_to(digits)
     config = ConvConfig(width=8, code=16)
-    model = {"model": asdict(config), "shape": [1, 8, 8], "latents": "smooth4"}
+    model = {"model": asdict(config), "shape": [1, 8, 8], "prior": {"name": "smooth", "grid": 4}}
     NAIGN(build_network(config, (1, 8, 8)), model).save_pretrained(tmp_path / "runs/digits")
     options = ["--quick", "--dims", "64", "--kinds", "untrained", "--ranks", "1", "2"]
     done = subprocess.run(

@@ -130,12 +130,15 @@ def test_what_is_no_configuration_is_not_shown(tmp_path, text):
         ("--train.lrr=1", "--train.lr"),
         ("--train.lr=fast", "could not convert"),
         ("--objective.name=gan", "choose one of naign, ign"),
-        ("--match.latents=cauchy", "choose one of gaussian"),
+        ("--prior.name=cauchy", "choose one of gaussian"),
         ("--objective.clamp=2", "--objective.clamp"),
         ("--model.octaves=2", "--model.octaves"),
         ("--objective.thrid=none", "--objective.third"),
         ("--quality.patience=2", "quality.patience is 2, but nothing is measured"),
-        ("--match.codes.alone=0.6", "match.codes.begin is 0.5 and match.codes.alone 0.6"),
+        ("--match.latents=codes", "match.latents is now prior.name, where codes is flow or gmm"),
+        ("--match.codes.begin=0.5", "match.codes is now prior"),
+        ("--match.flat=0.1", "match.flat is no longer a setting"),
+        ("--prior.components=3", "prior.components"),
     ],
 )
 def test_a_wrong_option_ends_with_code_2(option, message, capsys):
@@ -209,7 +212,7 @@ def test_what_a_resumed_run_may_change():
         "train.weight_decay",
     }
     fixed = flatten(Config()).keys() - changeable(Config(), FREE) - changeable(Config(), MAY_CHANGE)
-    assert {key.partition(".")[0] for key in fixed} == {"data", "model", "objective", "match", "train", "seed"}
+    assert {key.partition(".")[0] for key in fixed} == {"data", "model", "objective", "prior", "match", "train", "seed"}
     assert {key for key in fixed if key.startswith(("data.", "train."))} == {
         *("data.split", "data.tail", "data.resampled", "data.flip", "data.crop", "data.size", "data.fit"),
         *("data.scale", "data.ratio", "data.interpolation", "data.shuffle", "data.shuffle_block"),
@@ -220,9 +223,9 @@ def test_what_a_resumed_run_may_change():
 
 def test_the_mnist_recipe_names_what_is_not_the_default():
     recipe = flatten(load(str(CONFIGS[0].parent / "mnist.yaml")))
-    changed = {key for key, value in flatten(Config()).items() if recipe[key] != value}
+    changed = {key for key, value in flatten(Config()).items() if recipe.get(key, ...) != value}
     assert changed == {
         *("objective.imle", "objective.denoising", "objective.damage", "train.precision", "train.images"),
-        *("match.latents", "match.ratio", "match.codes.begin", "match.codes.alone", "match.codes.components"),
+        *("match.ratio", "prior.name", "prior.grid"),
         "model.code",
     }

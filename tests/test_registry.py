@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 from pipeline.errors import InputError
-from pipeline.model import latents, networks
+from pipeline.model import networks
 from pipeline.model.losses import OBJECTIVES
 from pipeline.settings.registry import lookup
 
@@ -40,14 +40,6 @@ def test_what_has_another_form_is_refused(monkeypatch, entry, wanted, builtin, g
     monkeypatch.setattr(FOREIGN, "ENTRY", entry, raising=False)
     with pytest.raises(InputError, match=f"some.name is 'other', .* brings as foreign_choices:ENTRY, .*{wanted}"):
         found(monkeypatch, "foreign_choices:ENTRY", group, builtin)
-
-
-def test_a_function_is_enough_for_a_law(monkeypatch):
-    monkeypatch.setattr(FOREIGN, "ENTRY", len, raising=False)
-    assert found(monkeypatch, "foreign_choices:ENTRY", "naign.latents", latents.LAWS) is len
-    monkeypatch.setattr(FOREIGN, "ENTRY", 3)
-    with pytest.raises(InputError, match="int, not a function, as naign.latents needs"):
-        found(monkeypatch, "foreign_choices:ENTRY", "naign.latents", latents.LAWS)
 
 
 def test_a_package_that_exits_while_it_is_imported_does_not_end_the_program(monkeypatch, tmp_path):

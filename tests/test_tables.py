@@ -222,7 +222,7 @@ def test_models_that_are_made_of_one_run_share_its_training(table, digits, tmp_p
     options = ["--model.width=8", "--model.evaluations=2", "--match.round=512", "--train.images=1024"]
     row = {"config": "configs/mnist_flow.yaml", "options": [f"--data.path={digits}", *options]}
     rows = {count: row | {"then": ["naign_baselines.solver", f"--evaluations={count}"]} for count in (1, 4)}
-    mixed = {"config": "configs/mnist_vae.yaml", "then": ["pipeline.cli", "export", "--latents=mixture"]}
+    mixed = {"config": "configs/mnist_vae.yaml", "then": ["pipeline.cli", "export", "--prior=gmm"]}
     mixed["then"] += ["--components=2"]
     few = [f"--data.path={digits}", "--model.width=8", "--model.code=4", "--match.round=512", "--train.images=1024"]
     rows |= {"VAE": mixed | {"options": few}}

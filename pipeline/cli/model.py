@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 Device = Annotated[Literal["auto", "cpu", "cuda"], tyro.conf.arg(help="Where to compute.")]
 Times = Annotated[int, tyro.conf.arg(help="How often f is applied.")]
-Latents = Annotated[
-    Literal["trained", "mixture"],
-    tyro.conf.arg(help="Law of z: as trained, or decoded from a Gaussian mixture fitted to codes of training images."),
+Prior = Annotated[
+    Literal["trained", "gmm"],
+    tyro.conf.arg(help="What z is drawn from: the run's prior, or a Gaussian mixture of codes of its training images."),
 ]
-Components = Annotated[int | None, tyro.conf.arg(help="Gaussians of --latents mixture; default: 50.")]
+Components = Annotated[int | None, tyro.conf.arg(help="Gaussians of --prior gmm; default: 50.")]
 Steps = Annotated[
     int | None,
-    tyro.conf.arg(help="Steps from noise to a code (match.codes.steps), more for better samples; default: as trained."),
+    tyro.conf.arg(help="Steps from noise to a code (prior.steps), more for better samples; default: as trained."),
 ]
 Kind = Literal["blur", "noise", "salt_pepper", "rows"]
 _RUN = "The folder of a run (or s3://), a checkpoint or an exported model"
@@ -91,7 +91,7 @@ def sample(
     n: int = 64,
     to: Path | None = None,
     times: Times = 1,
-    latents: Latents = "trained",
+    prior: Prior = "trained",
     components: Components = None,
     steps: Steps = None,
     data: str | None = None,
@@ -109,7 +109,7 @@ def sample(
     from pipeline.cli.files import write_samples
 
     _check(n=n, times=times, seed=seed)
-    model = _model(run, latents, components, steps, data, device=find_device(device))
+    model = _model(run, prior, components, steps, data, device=find_device(device))
     with counted("sampling", total=n, unit="sample") as bar:
         made = model.sample(n, seed=seed, times=times, advance=bar.update).cpu()
     place = to or Path("samples.png" if made.ndim == 4 else "samples.csv")
@@ -195,7 +195,7 @@ def export(
     *,
     to: Path,
     format: Literal["safetensors", "torch", "onnx"] = "safetensors",
-    latents: Latents = "trained",
+    prior: Prior = "trained",
     components: Components = None,
     steps: Steps = None,
     data: str | None = None,
@@ -211,9 +211,9 @@ def export(
     from pipeline.model import programs
 
     _refuse_runs(to)
-    trained = format == "safetensors" or latents == "trained"
-    require((trained, f"--format {format} is f alone, without a law of latents"))
-    model, checked = _model(run, latents, components, steps, data), ""
+    trained = format == "safetensors" or prior == "trained"
+    require((trained, f"--format {format} is f alone, without a prior"))
+    model, checked = _model(run, prior, components, steps, data), ""
     with busy("exporting"):
         if format == "safetensors":
             model.save_pretrained(to)
@@ -297,27 +297,21 @@ def open_model(run: str, device: str) -> "NAIGN":
 
 
 def _model(
-    run: str, latents: Latents, components: int | None, steps: int | None, data: str | None, *, device: str = "cpu"
+    run: str, prior: Prior, components: int | None, steps: int | None, data: str | None, *, device: str = "cpu"
 ) -> "NAIGN":
-    import torch
-
-    from pipeline.model.flow import MOST_STEPS
-    from pipeline.model.mixture import is_mixture
-
-    if latents == "trained":
+    if prior == "trained":
         given = next((name for name, value in (("components", components), ("data", data)) if value is not None), "")
-        require((not given, f"--{given} is of a mixture: add --latents mixture, or leave it out"))
+        require((not given, f"--{given} is of a mixture: add --prior gmm, or leave it out"))
     components = 50 if components is None else components
     _check(components=components)
     model = open_model(run, device)
     if steps is not None:
-        flow = latents == "trained" and model.latents == "codes" and not is_mixture(model.state)
-        require(
-            (flow, f"--steps applies to a flow of codes, and these latents have none ({run}): leave it out"),
-            (1 <= steps <= MOST_STEPS, f"--steps is {steps}: it must be 1 to {MOST_STEPS}"),
-        )
-        model.state["steps"] = torch.tensor(steps)
-    if latents == "trained":
+        recorded = model.metadata["prior"]
+        flow = prior == "trained" and recorded["name"] == "flow"
+        require((flow, f"--steps applies to a flow of codes, and this prior is none ({run}): leave it out"))
+        metadata = model.metadata | {"prior": recorded | {"steps": steps}}
+        model = type(model)(model.network, metadata, model.prior.state_dict())
+    if prior == "trained":
         return model
     from pipeline.evaluate.refit import with_mixture
 

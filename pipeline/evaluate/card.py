@@ -59,7 +59,7 @@ def write_repository(
     store, metrics = _read_evaluation(model, run)
     present = set(store.list())
     pictures = {f"{key}.png": title for key, title in PICTURES.items() if f"{key}.png" in present}
-    shared = NAIGN(model.network, without_places(model.metadata), model.state)
+    shared = NAIGN(model.network, without_places(model.metadata), model.prior.state_dict())
     try:
         card = _render(shared, _shareable(metrics, model), pictures, name=name, license=license)
     except (UndefinedError, KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:

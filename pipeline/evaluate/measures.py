@@ -22,7 +22,6 @@ from pipeline.evaluate import coverage, density, restoration
 from pipeline.evaluate.coverage import NEIGHBOURS
 from pipeline.evaluate.frechet import frechet_distance
 from pipeline.model.encoders import Encoder
-from pipeline.model.latents import decodes
 from pipeline.model.naign import NAIGN
 from pipeline.model.scale import scaled
 
@@ -89,7 +88,7 @@ def draw(subject: Subject) -> dict[str, Any]:
     number = within(subject.samples, subject.manifest.shape)
     subject.counts = {"train": len(subject.train), "test": len(subject.test), "samples": number}
     model, begin, done = subject.model, time.process_time(), 0
-    sets = 3 if decodes(model.latents) else 2  # z, where f decodes it; f(z); f(f(z))
+    sets = 3 if model.prior.decodes else 2  # z, where f decodes it; f(z); f(f(z))
     decoded: float | None = None
 
     def advance(more: int) -> None:
@@ -97,7 +96,7 @@ def draw(subject: Subject) -> dict[str, Any]:
         done += more
         subject.tell(done / number / sets)
 
-    if decodes(model.latents):
+    if model.prior.decodes:
         parts = list[Tensor]()
         for ids in torch.arange(number).split(500):
             parts.append(model.latent(ids, seed=subject.seed).cpu())

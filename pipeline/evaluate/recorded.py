@@ -1,6 +1,7 @@
 """What a model file says of its training: the data, and the encoders."""
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -72,12 +73,13 @@ def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, M
 
 
 def fingerprint(model: NAIGN) -> str:
-    """SHA-256 of the weights and of the state of the latents: by it an evaluation is known to be of this model."""
-    found = hashlib.sha256()
-    for name, value in sorted((model.network.state_dict() | model.state).items()):
-        found.update(f"{name} {tuple(value.shape)} ".encode())
-        found.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
+    """SHA-256 of the weights and of the prior: by it an evaluation is known to be of this model."""
+    digest = hashlib.sha256(json.dumps(model.metadata["prior"], sort_keys=True).encode())
+    state = {f"prior.{name}": value for name, value in model.prior.state_dict().items()}
+    for name, value in sorted((model.network.state_dict() | state).items()):
+        digest.update(f"{name} {tuple(value.shape)} ".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _is_own(folder: str) -> bool:

@@ -1,16 +1,18 @@
-"""Another distribution of latents for a trained model: a Gaussian mixture fitted to the codes of its training
+"""Another prior for a trained model: a Gaussian mixture fitted to the codes of its training
 images."""
 
 import time
+from dataclasses import asdict
 
 import torch
 
 from pipeline.data.loader import read_split
 from pipeline.errors import InputError
 from pipeline.evaluate.recorded import recorded
-from pipeline.model.mixture import fit_mixture
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import Autoencoder
+from pipeline.model.prior.fitted import fit_mixture
+from pipeline.model.prior.gmm import GmmConfig
 from pipeline.model.scale import scaled
 
 IMAGES = 60_000  # whose codes are fitted, at most
@@ -41,8 +43,8 @@ def with_mixture(
     codes = torch.cat(parts).float().cpu()
     state = {name: value.to(model.device) for name, value in fit_mixture(codes, components, seed=seed).items()}
     spent = time.process_time() - begin
-    metadata = model.metadata | {"latents": "codes", "mixture": {"components": components, "images": len(codes)}}
-    metadata["mixture"]["cpu_seconds"] = spent
+    metadata = model.metadata | {"prior": asdict(GmmConfig(components=components))}
+    metadata["fit"] = {"images": len(codes), "cpu_seconds": spent}
     if isinstance(trained := metadata.get("cpu_seconds"), int | float):
         metadata["cpu_seconds"] = trained + spent
     return NAIGN(model.network, metadata, state)

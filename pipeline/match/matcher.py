@@ -17,8 +17,6 @@ from pipeline.match.exchange import Ranks, ranks_of
 from pipeline.match.method import METHODS
 from pipeline.match.one_rank import Timer
 from pipeline.match.space import SpaceConfig, embed
-from pipeline.model.codes import CodesConfig
-from pipeline.model.latents import check_law
 from pipeline.settings.constraints import FREE, POSITIVE, SHARE, between, check_fields, one_of
 
 PROBE = 1024  # samples of the pool on which `reject_share` is measured, rounded up to whole blocks
@@ -34,13 +32,6 @@ class MatchConfig:
     """Samples in the pool for each image of the round; 1 to 100 is sensible."""
     round: int = field(default=2048, metadata=POSITIVE)
     """Images per round, over all ranks."""
-    latents: str = "smooth4"
-    """Distribution ("law") of the latents: codes (decoded from codes that a flow or a mixture draws, which learns in
-    the same run), gaussian, smoothG (G x G normals, enlarged), mixture (half flat) or fourier (IGN's)."""
-    codes: CodesConfig = field(default_factory=CodesConfig)
-    flat: float = field(default=0.0, metadata=between(0, 0.5))
-    """Share of the pool whose latents are flat images with some noise, so that f learns to map these to the data as
-    well. Samples of the trained model use none."""
     assignment: str = field(default="free", metadata=one_of(("free", "one_to_one")))
     """free: each image's nearest sample, which other images may share; one_to_one: nearest pairs first, each sample
     once."""
@@ -55,7 +46,6 @@ class MatchConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "match")
-        check_law(self.latents)
         if self.once and self.pool < self.round:
             raise InputError(
                 f"match.assignment={self.assignment} gives no two images one sample, and match.ratio="

@@ -1,4 +1,4 @@
-"""The network f and what it is trained to do: networks, objectives, laws of latents, encoders, and a trained model.
+"""The network f and what it is trained to do: networks, objectives, priors, encoders, and a trained model.
 
 Names are imported when they are first used: a program that needs the settings alone does not wait for the rest.
 """

@@ -12,13 +12,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.errors import InputError, one_line
-from pipeline.model import hub, latents
+from pipeline.model import hub
 from pipeline.model.networks import NetworkConfig, build_network, recorded_network
+from pipeline.model.prior.registry import build_prior, recorded_prior
 from pipeline.model.weights import locate
+from pipeline.philox import SAMPLES
 
 _KEY = "naign"  # in the safetensors header: a JSON object that describes the model
-_STATE = "latents."  # begins the names of the tensors of the latents' law
-_SAMPLE_ROUND = 2**32 - 1  # no training round has this number, so samples never reuse a training latent
+_STATE = "prior."  # begins the names of the tensors of the prior
+
 
 Advance = Callable[[int], object]
 """Is told how many more rows are done."""
@@ -28,7 +30,7 @@ def _ignore(_: int) -> None: ...
 
 
 class NAIGN(PyTorchModelHubMixin, library_name="naign", tags=["naign"], model_card_template=hub.CARD):
-    """An idempotent generative network f and the law of its latents.
+    """An idempotent generative network f and the prior of its latents.
 
     Images are float32 in [-1, 1], NCHW; points are (n, D) float32. `metadata` says where the model comes from.
     `save_pretrained(folder)` writes model.safetensors (float32), config.json (`metadata`, for readers) and, where there
@@ -38,10 +40,11 @@ class NAIGN(PyTorchModelHubMixin, library_name="naign", tags=["naign"], model_ca
     def __init__(self, network: nn.Module, metadata: dict[str, Any], state: Mapping[str, Tensor] | None = None) -> None:
         self.network = network.eval().requires_grad_(False)
         self.metadata = metadata
-        self.state = dict(state or {})  # of the latents' law, as `latents.draw` takes it
         self.shape: tuple[int, ...] = tuple(metadata["shape"])
-        self.latents: str = metadata["latents"]
         self.checkpoint, self.choice = "", ""  # of a run: the checkpoint's name, and best or last
+        with torch.device("meta"):  # what the settings claim is checked against `state` before it is allocated
+            self.prior = build_prior(recorded_prior(metadata["prior"]), self.shape, network)
+        self.prior.load_state_dict(state or {}, assign=True)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # takes no further keywords
@@ -87,19 +90,20 @@ class NAIGN(PyTorchModelHubMixin, library_name="naign", tags=["naign"], model_ca
         state = {name.removeprefix(_STATE): tensors.pop(name) for name in list(tensors) if name.startswith(_STATE)}
         try:
             metadata = json.loads(header)
-            latents.check_law(metadata["latents"], tuple(metadata["shape"]))
             network = _rebuild(recorded_network(metadata["model"]), tuple(metadata["shape"]), tensors)
-            latents.check_state(metadata["latents"], state, network)
+            model = cls(network, metadata, state)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
             raise InputError(f"{file} does not hold the model that its header describes: {one_line(error)}") from None
         if not all(bool(torch.isfinite(value).all()) for value in (*tensors.values(), *state.values())):
             raise InputError(f"{file} holds weights that are not finite: its training broke down, take an earlier one")
-        return cls(network.to(device), metadata, {name: value.to(device) for name, value in state.items()})
+        network.to(device)
+        model.prior.to(device)
+        return model
 
     def _save_pretrained(self, save_directory: Path) -> None:
         file = save_directory / hub.WEIGHTS
         try:
-            save_model(file, self.network.state_dict(), self.metadata, self.state)
+            save_model(file, self.network.state_dict(), self.metadata, self.prior.state_dict())
         except SafetensorError as error:
             raise InputError(f"{file} cannot be written: {error}") from None
         file.chmod(0o644)  # safetensors writes for the owner only
@@ -112,7 +116,7 @@ class NAIGN(PyTorchModelHubMixin, library_name="naign", tags=["naign"], model_ca
         Raises InputError without a login or where the hub refuses, Unavailable where it does not answer.
         """
         with hub.uploading(repo_id, options.get("token")):
-            shared = NAIGN(self.network, hub.without_places(self.metadata), self.state)
+            shared = NAIGN(self.network, hub.without_places(self.metadata), self.prior.state_dict())
             return super(NAIGN, shared).push_to_hub(repo_id, **options)
 
     @property
@@ -121,24 +125,21 @@ class NAIGN(PyTorchModelHubMixin, library_name="naign", tags=["naign"], model_ca
 
     def latent(self, ids: Tensor, *, seed: int = 0) -> Tensor:
         """Latents (len(ids), *shape) float32 on the model's device; row i depends on (seed, ids[i]) alone."""
-        key = seed, _SAMPLE_ROUND, ids, self.shape, self.device
         with torch.inference_mode():
-            decode, code = (getattr(self.network, name, None) for name in ("decode", "code"))
-            return latents.draw(self.latents, *key, state=self.state, decode=decode, code=code)
+            return self._decoded(self.prior.draw(seed, SAMPLES, ids, self.device))
+
+    def _decoded(self, drawn: Tensor) -> Tensor:
+        made: Tensor = self.network.decode(drawn) if self.prior.decodes else drawn  # type: ignore[operator]
+        return made
 
     @torch.inference_mode()
     def between(self, first: int, last: int, *, steps: int) -> Tensor:
         """Latents (steps, *shape) on the way from latent 0 of the seed `first` to latent 0 of the seed `last`.
 
-        The way is an arc where latents are Gaussian noise, or are made from it: all along it they keep their law.
-        Elsewhere it is a straight line, of a mixture of codes the line between two codes.
+        The way is an arc where latents, or codes, are made from Gaussian noise: all along it they keep their
+        distribution. Elsewhere it is a straight line between two latents, or between two codes.
         """
-        ids = torch.zeros(1, dtype=torch.int64)
-        if self.latents != "codes":
-            arc = self.latents == "gaussian" or latents.smooth_grid(self.latents) > 0
-            return latents.way(*(self.latent(ids, seed=seed) for seed in (first, last)), steps=steps, arc=arc)
-        made: Tensor = self.network.decode(latents.codes_between((first, last), _SAMPLE_ROUND, self.state, steps=steps))  # type: ignore[operator]
-        return made
+        return self._decoded(self.prior.between((first, last), SAMPLES, self.device, steps=steps))
 
     def sample(self, n: int, *, seed: int = 0, times: int = 1, batch: int = 500, advance: Advance = _ignore) -> Tensor:
         """n samples (n, *shape) float32: f applied `times` times to latents 0 to n - 1 of `seed`."""
@@ -193,8 +194,8 @@ def _rebuild(config: NetworkConfig, shape: tuple[int, ...], state: dict[str, Ten
 def save_model(
     file: Path,
     weights: dict[str, Tensor],  # the bare network's state
-    metadata: dict[str, Any],  # JSON-able; at least model, shape and latents
-    state: Mapping[str, Tensor],  # of the latents' law
+    metadata: dict[str, Any],  # JSON-able; at least model, shape and prior
+    state: Mapping[str, Tensor],  # of the prior
 ) -> None:
     """One self-describing safetensors file on no device in particular; float32, but for counters and masks."""
     tensors = {name: _float32(value.detach()).cpu().contiguous() for name, value in weights.items()}

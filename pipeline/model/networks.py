@@ -85,7 +85,7 @@ def build_network(config: NetworkConfig, shape: tuple[int, ...], *, recompute: b
 
 @runtime_checkable
 class Autoencoder(Protocol):
-    """A network with a code: f(x) = decode(encode(x)), as the law of latents `codes` needs it."""
+    """A network with a code: f(x) = decode(encode(x)), as priors of codes need it."""
 
     code: tuple[int, ...]
     """Shape of the code of an image: (c,) dense, or (c, h, w) spatial."""
@@ -252,7 +252,7 @@ def _levels(config: ConvConfig | SpatialConfig, shape: tuple[int, ...]) -> tuple
     if len(shape) != 3 or shape[1] % 4 or shape[2] % 4:
         raise InputError(
             f"model.name={config.name} takes images (C, H, W) whose sides are multiples of 4, the data has "
-            f"{tuple(shape)}: give another --data.size, or set model.name=mlp and match.latents=gaussian for points"
+            f"{tuple(shape)}: give another --data.size, or set model.name=mlp and prior.name=gaussian for points"
         )
     height, width, levels = shape[1] // 2, shape[2] // 2, 1
     while max(height, width) > 8 and height % 2 == 0 and width % 2 == 0:

@@ -21,10 +21,10 @@ from torch import Tensor
 
 log = logging.getLogger("naign.philox")
 
-LATENT, SCALE, IMAGINARY, NOISE, UNUSED, DAMAGE, FLAT, LEARN = range(8)
+LATENT, SCALE, IMAGINARY, NOISE, DAMAGE, LEARN = 0, 1, 2, 3, 5, 7
 """Streams, 16 at most: independent draws for one (seed, round, id). Latents; offset and scale of flat latents; the
-imaginary part of the fourier law; noise that an objective adds to images; none; other damage
-to images; the noise of flat latents; what the law `codes` learns with."""
+imaginary part of the prior `fourier`; noise that an objective adds to images; other damage to images; what a prior
+learns with."""
 
 MAX_ID = 2**62
 SAMPLES = 2**32 - 1  # round of latents that training never draws: of samples, pictures and measurements

@@ -24,9 +24,7 @@ from pipeline.distributed import broadcast, gather, reduce, together, total, war
 from pipeline.errors import Diverged, InputError, Stopped, Unavailable
 from pipeline.match import Match, NotFinite, match_round
 from pipeline.model import scaled
-from pipeline.model.latents import has_state, measure_spectrum
-from pipeline.model.networks import Autoencoder
-from pipeline.model.running import LearnedLaw
+from pipeline.model.prior import Examples
 from pipeline.observe import at_round
 from pipeline.training.fit import REMEDY, fit
 from pipeline.training.prepare import prepare, resume
@@ -37,9 +35,8 @@ from pipeline.training.state import PartialRound, snapshot
 
 log = logging.getLogger("naign.train")
 
-ENCODED = 512  # images encoded at once for the law of codes
 MEASURED = 2**40  # first id of the latents that quality measures: no evaluation reports on the same ones
-TRACKED = 1024  # images of a round, at least, whose codes' mean and covariance are tracked
+TRACKED = 1024  # images of a round, at least, whose codes' mean and covariance a prior tracks
 
 
 def train(config: Config, accelerator: Accelerator) -> bool:
@@ -75,7 +72,7 @@ def run_rounds(run: Run, partial: PartialRound | None) -> None:
             with run.profiler.round(position.round), measured(run):
                 with run.phase("take"):
                     state, taken = take(run, partial)
-                values = learn_codes(run, run.law, state) if run.law else {}
+                values = learn_prior(run, state) if run.prior.learns else {}
                 if position.round < run.fitted:
                     with run.phase("match"):
                         if config.objective.needs_match and state.match is None:
@@ -115,7 +112,7 @@ def run_rounds(run: Run, partial: PartialRound | None) -> None:
 
 def measure(run: Run, quality: Quality, state: RoundState, values: dict[str, float]) -> bool:
     """Add quality/* to `values`, and end the run where patience ends. Returns whether it is the best. Collective."""
-    random, rounds = state.random.as_sampled(philox.SAMPLES), run.position.round
+    random, rounds = replace(state.random, round=philox.SAMPLES), run.position.round
     measured, better = quality.measure(
         run.engine,
         lambda ids: random.latents(ids + MEASURED),
@@ -158,11 +155,7 @@ def take(run: Run, kept: PartialRound | None) -> tuple[RoundState, Rows]:
     config, number, device = run.config, run.position.round, run.accelerator.device
     taken = read_round(run, run.stream, number)
     images = scaled(taken.images.to(device))
-    if config.match.latents == "fourier" and not run.state:
-        run.state = {"spectrum": measure_spectrum(images, lambda mean: reduce(mean, run.accelerator, "mean"))}
-    random = RoundRandom(config, number, run.stream.shape, device, run.state)
-    if isinstance(network := run.engine.bare, Autoencoder):
-        random.decode, random.code = partial(run.engine.exported, "decode"), network.code
+    random = RoundRandom(config, number, run.stream.shape, device, run.prior, partial(run.engine.exported, "decode"))
     first, last = rank_rows(config.match.round, run.rank, run.world)
     state = RoundState(number=number, world_size_at_start=run.world, random=random, images=images, first=first)
     if kept:
@@ -180,41 +173,46 @@ def take(run: Run, kept: PartialRound | None) -> tuple[RoundState, Rows]:
     return state, taken
 
 
-def learn_codes(run: Run, law: LearnedLaw, state: RoundState) -> dict[str, float]:
-    """Let the law of latents learn from the codes of a round. Returns its mean loss, if it has begun. Collective."""
-    share = state.number / run.rounds
-    begun = law.begun(share)
-    if law.rounds > state.number:  # it did before a stop
-        return {"loss/codes": law.loss} if begun else {}
-    accelerator = run.accelerator
+def learn_prior(run: Run, state: RoundState) -> dict[str, float]:
+    """Let the prior learn from a round, unless it did before a stop. Returns its metrics. Collective."""
+    if run.position.learned > state.number:
+        return run.prior.metrics
     with run.phase("learn"):
-        some = state.images if begun else state.images[:: tracked_every(run.config)]
-        mine = torch.cat([run.engine.exported("encode", part) for part in some.split(ENCODED)])
         stop_requested = run.poll("learn")
-        how = {"rank": run.rank, "world": run.world, "autocast": accelerator.autocast, "covers": 1 / run.rounds}
-        if run.world > 1:
-            how["add"] = partial(reduce, accelerator=accelerator)
-        settled = max(0, state.number - run.fitted)
-        for _ in law.learn(gather(mine, accelerator), share, settled, **how):
+        examples = Examples(
+            images=state.images,
+            encode=partial(run.engine.exported, "encode"),
+            round=state.number,
+            progress=state.number / run.rounds,
+            covers=1 / run.rounds,
+            settled=max(0, state.number - run.fitted),
+            stride=tracked_every(run.config),
+            rank=run.rank,
+            world=run.world,
+            gather=partial(gather, accelerator=run.accelerator),
+            add=partial(reduce, accelerator=run.accelerator),
+            autocast=run.accelerator.autocast,
+        )
+        for _ in run.prior.learn(examples):
             run.watchdog.beat()
             if stop_requested():
                 raise Stopped
-        if begun and not math.isfinite(law.loss):
-            raise Diverged(f"the flow of f's codes is not finite in round {state.number}: lower match.codes.lr")
-        run.state = state.random.state = law.state()
-        broadcast(run.state.values())  # the same bits on every rank, whatever its machine
-    return {"loss/codes": law.loss} if begun else {}
+        run.position.learned = state.number + 1
+        for name, value in run.prior.metrics.items():
+            if not math.isfinite(value):
+                raise Diverged(f"{name} of the prior is not finite in round {state.number}: lower prior.lr")
+        broadcast(run.prior.state_dict().values())  # the same bits on every rank, whatever its machine
+    return run.prior.metrics
 
 
 def tracked_every(config: Config) -> int:
     """The stride in a round's images at which they are encoded before the flow of codes begins.
 
-    Until then samples are for pictures only, unless f is trained on latents. A mixture learns from every round. The
-    stride divides the rows of a rank for any number of ranks, so that the same images are encoded on every world size.
+    Until then samples are for pictures only, unless f is trained on latents. The stride divides the rows of a rank for
+    any number of ranks, so that the same images are encoded on every world size.
     """
     steps = config.match.round // config.train.batch
-    every_one = config.objective.needs_latents or config.match.codes.components
-    wanted = 1 if every_one else config.match.round // TRACKED
+    wanted = 1 if config.objective.needs_latents else config.match.round // TRACKED
     return max(every for every in range(1, steps + 1) if steps % every == 0 and every <= max(1, wanted))
 
 
@@ -291,15 +289,15 @@ def checkpoint(run: Run, kept: PartialRound | None = None, *, best: bool = False
     """Begin to write checkpoints/step-XXXXXXXX in the background, unless it is there already. Collective."""
     if (name := f"step-{run.position.step:08d}") == run.checkpointed:
         return
-    if not run.position.step and not run.state and has_state(run.config.match.latents):
-        return  # in the first round, before that was measured or learned: a new start does the same
+    if not run.position.step and run.prior.learns and not run.position.learned:
+        return  # in the first round, before the prior has learned: a new start does the same
     ready = run.writer.join(share=0.5)  # the one before may still be on its way to the bucket
     late, spent = total([float(not ready), run.cpu_seconds], run.accelerator)
     if late:
         log.warning("%s is not written: the one before it is still being sent, and time is short", name)
         return
     run.position.cpu_seconds, run.cpu_seconds = run.position.cpu_seconds + spent, 0.0
-    copy, files = snapshot(run.config, run.stream, run.engine, run.position, run.state, kept, run.law)
+    copy, files = snapshot(run.config, run.stream, run.engine, run.position, run.prior, kept)
     with together(run.accelerator):
         run.writer.start(name, copy, files, run.quality.record(name) if best and run.quality else "")
     run.checkpointed = name

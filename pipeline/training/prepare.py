@@ -31,17 +31,16 @@ from pipeline.distributed import (
 from pipeline.errors import InputError, require
 from pipeline.match import SpaceConfig, check_space
 from pipeline.model.encoders import Encoder, load_encoder, names
-from pipeline.model.latents import check_law
 from pipeline.model.losses import Distance, ObjectiveConfig
 from pipeline.model.networks import build_network, require_code
 from pipeline.model.perceptual import perceptual
-from pipeline.model.running import LearnedLaw, build
+from pipeline.model.prior import Prior, build_prior
 from pipeline.observe import Monitor, Needs, Profiler, forward_flops, parse_rounds, preflight, set_up
 from pipeline.storage import open_store
 from pipeline.training.quality import Quality, check_quality
 from pipeline.training.round import Run
 from pipeline.training.run_folder import check_shared, claim, fetch_checkpoint
-from pipeline.training.state import PartialRound, restore, restore_law, restore_weights
+from pipeline.training.state import PartialRound, restore, restore_prior, restore_weights
 from pipeline.training.warm_start import warm_start
 
 log = logging.getLogger("naign.train")
@@ -61,10 +60,9 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, nn.Module]:
         stream = Stream(data, seed=config.seed, round_size=config.match.round, rank=rank, world=world)
         torch.manual_seed(config.seed)  # the same first weights on every rank
         network = build_network(config.model, stream.shape, recompute=config.train.recompute).to(device)
-        check_law(config.match.latents, stream.shape, network)
-        law = build_law(config, network, device)
+        prior = open_prior(config, stream.shape, network).to(device)
         if config.model.init:
-            warm_start(config, network, law)
+            warm_start(config, network, prior)
         if config.match.space.code:
             require_code(network, "match.space.code")
         find_law(config.objective.damage).check(stream.shape)
@@ -79,7 +77,7 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, nn.Module]:
             features=open_features(config.match.space, stream.shape, device),
             perceived=open_perceived(config.objective, stream.shape, device),
             flops=forward_flops(network, stream.shape),
-            law=law,
+            prior=prior,
         )
         if rank == 0:
             copies = 4 if config.train.ema else 3  # of the weights: they, two moments, their average
@@ -99,10 +97,8 @@ def resume(run: Run, network: nn.Module) -> PartialRound | None:
     # The weights go into the network before an engine takes it, all else after.
     with together(run.accelerator):
         if checkpoint:
-            state = restore_weights(checkpoint, network)
-            run.state = {name: value.to(run.accelerator.device) for name, value in state.items()}
-            if run.law:
-                restore_law(checkpoint, run.law)
+            restore_weights(checkpoint, network)
+            restore_prior(checkpoint, run.prior)
     with together(run.accelerator):
         run.engine = build_engine(config, network, run.accelerator, run.stream.shape)
         if checkpoint:
@@ -237,15 +233,14 @@ def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator, shap
     )
 
 
-def build_law(config: Config, network: nn.Module, device: torch.device) -> LearnedLaw | None:
-    """The law of latents, if it learns: then the network has a code."""
-    if config.match.latents != "codes":
-        return None
-    code, codes = require_code(network, "match.latents=codes").code, config.match.codes
-    rounds = count_rounds(flatten(config))
-    late = f"match.codes.begin={codes.begin:g} is after the last of {rounds} rounds: the law would not be learned"
-    require(((rounds - 1) / rounds >= codes.begin, f"{late}. Lower it, or raise train.images"))
-    return build(code, codes, config.match.round, config.seed, device)
+def open_prior(config: Config, shape: tuple[int, ...], network: nn.Module) -> Prior:
+    """The prior of latents of that shape; InputError where network, rounds and prior do not go together."""
+    prior, rounds = build_prior(config.prior, shape, network, seed=config.seed), count_rounds(flatten(config))
+    config.prior.check_round(config.match.round)
+    begin = config.prior.begin
+    late = f"prior.begin={begin:g} is after the last of {rounds} rounds: the prior would not be learned"
+    require(((rounds - 1) / rounds >= begin, f"{late}. Lower it, or raise train.images"))
+    return prior
 
 
 def open_features(

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def speed_values(run: Run, images: int) -> dict[str, float]:
 
 def draw(engine: Engine, random: RoundRandom, images: Tensor) -> dict[str, Image.Image]:
     """Pictures of the network that is exported, by the same latents all along. Collective where it is sharded."""
-    latents = random.as_sampled(philox.SAMPLES).latents(torch.arange(64))
+    latents = replace(random, round=philox.SAMPLES).latents(torch.arange(64))
     return draw_progress(partial(engine.exported, ""), latents, images)
 
 

@@ -1,9 +1,9 @@
 """What the phases of a round share: the run, and the state of the current round."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -17,9 +17,8 @@ from pipeline.config import Config, flatten
 from pipeline.data import Stream, damage
 from pipeline.distributed import Engine, StopPoll, StopRequest, Watchdog
 from pipeline.errors import InputError, one_line
-from pipeline.model import latents
 from pipeline.model.losses import Distance
-from pipeline.model.running import LearnedLaw
+from pipeline.model.prior import Prior
 from pipeline.observe import Monitor, Profiler, title
 from pipeline.training.quality import Quality
 from pipeline.training.state import PartialRound, Position
@@ -28,7 +27,7 @@ SMALLER = {
     "take": "halve match.round",
     "match": "halve match.block, the samples that are generated at once, then match.round",
     "fit": "double train.accumulate, which halves what a forward holds, or set train.recompute",
-    "learn": "halve match.codes.batch",
+    "learn": "halve prior.batch",
     "quality": "halve quality.samples",
 }
 """What halves the memory of a phase."""
@@ -42,20 +41,13 @@ class RoundRandom:
     round: int
     shape: tuple[int, ...]
     device: torch.device
-    state: Mapping[str, Tensor] = field(default_factory=dict)  # of the law of latents
-    decode: Callable[[Tensor], Tensor] | None = None  # of f, for a law of its codes
-    code: tuple[int, ...] | None = None  # shape of a code of f
+    prior: Prior
+    decode: Callable[[Tensor], Tensor] = lambda drawn: drawn  # by f, of codes, where the prior draws codes
 
     def latents(self, ids: Tensor) -> Tensor:
-        """Latents (len(ids), *shape) of the configured law."""
-        match, key = self.config.match, (self.config.seed, self.round, ids, self.shape, self.device)
-        decode, code = self.decode, self.code
-        return latents.draw(match.latents, *key, state=self.state, decode=decode, code=code, flat=match.flat)
-
-    def as_sampled(self, round: int) -> "RoundRandom":
-        """That of another round, with the latents of a trained model's samples: none of them is flat."""
-        config = replace(self.config, match=replace(self.config.match, flat=0.0))
-        return replace(self, round=round, config=config)
+        """Latents (len(ids), *shape) from the prior."""
+        drawn = self.prior.draw(self.config.seed, self.round, ids, self.device)
+        return self.decode(drawn) if self.prior.decodes else drawn
 
     def damaged(self, images: Tensor, numbers: Tensor) -> Tensor:
         """Images (n, *shape) with objective.damage applied; independent of the latents."""
@@ -79,10 +71,11 @@ class Run:
     rank: int = field(init=False)
     world: int = field(init=False)
     rounds: int = field(init=False)  # that spend the budget
-    fitted: int = field(init=False)  # rounds in which f is trained; in those after them its codes' law learns alone
+    fitted: int = field(init=False)  # rounds in which f is trained; in those after them the prior learns alone
     stop: StopRequest
     stream: Stream
     watchdog: Watchdog
+    prior: Prior
     features: Callable[[Tensor], Tensor] | None  # of the match's space
     perceived: Distance | None  # of the objective's encoder
     flops: int = 0  # of f of one image
@@ -100,8 +93,6 @@ class Run:
     position: Position = field(default_factory=Position)
     cpu_seconds: float = 0.0  # of this rank, since the newest checkpoint
     checkpointed: str = ""  # name of the newest checkpoint
-    state: dict[str, Tensor] = field(default_factory=dict)  # of the law of latents: measured, or learned by `law`
-    law: LearnedLaw | None = None  # of latents, where it learns
     quality: Quality | None = None  # where it is measured
 
     def poll(self, phase: str) -> StopPoll:
@@ -126,7 +117,7 @@ class Run:
     def __post_init__(self) -> None:
         self.rank, self.world = int(self.accelerator.process_index), int(self.accelerator.num_processes)
         self.rounds = count_rounds(flatten(self.config))
-        self.fitted = self.rounds - int(self.rounds * self.config.match.codes.alone) if self.law else self.rounds
+        self.fitted = self.rounds - int(self.rounds * self.config.prior.alone)
 
 
 @dataclass(kw_only=True, slots=True)

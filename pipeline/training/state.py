@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial as bind
 from importlib.metadata import version
@@ -19,11 +19,11 @@ from pipeline.data.loader import Stream
 from pipeline.distributed.engine import MOMENTS, Engine
 from pipeline.match.matcher import Match
 from pipeline.model.naign import save_model
-from pipeline.model.running import LearnedLaw
+from pipeline.model.prior import Prior
 from pipeline.storage.local import write_atomically
 from pipeline.training.run_folder import damage_named, open_tensors, read_model
 
-LAW = "state/law.safetensors"  # what a law of latents that learns goes on from
+PRIOR = "state/prior.safetensors"  # what a prior that learns goes on from
 VERSIONS = {name: version(name) for name in ("naign", "torch", "accelerate")}  # recorded in every checkpoint
 
 
@@ -37,6 +37,7 @@ class Position:
     step: int = 0  # optimizer steps
     seconds: float = 0.0  # wall time of the rounds
     cpu_seconds: float = 0.0  # processor time of the rounds, of all ranks and threads
+    learned: int = 0  # rounds that the prior has learned from
     skipped: int = 0  # optimizer steps not made, since the loss or its gradient was not finite
 
 
@@ -49,22 +50,27 @@ class PartialRound:
     sums: dict[str, Tensor] = field(default_factory=dict)  # of each loss over the steps made, on this rank
 
 
-def restore_weights(checkpoint: Path, network: nn.Module, name: str = "model.safetensors") -> dict[str, Tensor]:
-    """Load the weights into a network without an engine. Returns its latents' state; InputError as `restore`."""
+def restore_weights(checkpoint: Path, network: nn.Module, name: str = "model.safetensors") -> None:
+    """Load the weights into a network without an engine. Raises InputError as `restore` does."""
     model = read_model(checkpoint, name)
     found, wanted = model.network.state_dict(), network.state_dict()
     with damage_named(checkpoint):  # by ourselves: load_state_dict gives a failing device the same RuntimeError
         if {key: value.shape for key, value in found.items()} != {key: value.shape for key, value in wanted.items()}:
             raise ValueError(f"{name} holds the weights of another network")
     network.load_state_dict(found)
-    return model.state
 
 
-def restore_law(checkpoint: Path, law: LearnedLaw) -> None:
-    """Let the law of latents go on from a checkpoint. Raises InputError as `restore` does."""
+def restore_prior(checkpoint: Path, prior: Prior) -> None:
+    """Let a prior that learns go on from a checkpoint. Raises InputError as `restore` does."""
+    if not prior.learns:
+        return
     with damage_named(checkpoint):
-        file = open_tensors(checkpoint / LAW)
-        law.load({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no iterator)
+        file = open_tensors(checkpoint / PRIOR)
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+        shapes = {name: value.shape for name, value in prior.training_state().items()}
+        if {name: value.shape for name, value in state.items()} != shapes:
+            raise ValueError(f"{PRIOR} holds the state of another prior")
+    prior.load_training_state(state)
 
 
 def restore(
@@ -125,9 +131,8 @@ def snapshot(
     stream: Stream,
     engine: Engine,
     position: Position,
-    latents: Mapping[str, Tensor],  # the state of their law
+    prior: Prior,
     partial: PartialRound | None = None,  # within a round
-    law: LearnedLaw | None = None,
 ) -> tuple[Callable[[], None], dict[str, Write]]:
     """What copies all that may change, and what writes each of this rank's files of a checkpoint then. Collective.
 
@@ -160,13 +165,14 @@ def snapshot(
         return copy, files
     # Buffers are copied now: the next forward may change them.
     weights |= {name: _copied(value) for name, value in engine.bare.state_dict().items() if name not in engine.shapes}
-    metadata, latents = describe(config, stream, position), {name: _copied(value) for name, value in latents.items()}
-    if law:
-        files[LAW] = bind(save_file, law.dump())
-    files["model.safetensors"] = lambda file: save_model(file, weights, metadata, latents)
+    metadata = describe(config, stream, position)
+    drawn = {name: _copied(value) for name, value in prior.state_dict().items()}
+    if prior.learns:
+        files[PRIOR] = bind(save_file, {name: _copied(value) for name, value in prior.training_state().items()})
+    files["model.safetensors"] = lambda file: save_model(file, weights, metadata, drawn)
     if engine.ema is not None:
         averaged |= engine.ema.state_dict()
-        files["ema.safetensors"] = lambda file: save_model(file, averaged, metadata, latents)
+        files["ema.safetensors"] = lambda file: save_model(file, averaged, metadata, drawn)
     if match := kept.match:
         files["state/round.safetensors"] = bind(save_file, {"ids": match.ids, "distances": match.distances})
     trainer = _progress(stream, engine, position, kept, world)
@@ -209,7 +215,7 @@ def describe(config: Config, stream: Stream, position: Position) -> dict[str, An
     return {
         "model": asdict(config.model) | {"init": ""},
         "shape": list(stream.shape),
-        "latents": config.match.latents,
+        "prior": asdict(config.prior),
         "dataset": stream.manifest.name,
         "data": config.data.path,
         "seed": config.seed,

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.checkpoint import newest_checkpoint, newest_first
@@ -11,16 +12,16 @@ from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import recorded_network
-from pipeline.model.running import LearnedLaw
+from pipeline.model.prior import Prior
 
 log = logging.getLogger("naign.train")
 
 
-def warm_start(config: Config, network: nn.Module, law: LearnedLaw | None) -> None:
+def warm_start(config: Config, network: nn.Module, prior: Prior) -> None:
     """Load what fits of the model at model.init, unless there is a checkpoint to go on from.
 
-    Its flow of codes is taken whole or not at all. Raises InputError for a model of another kind, or without any weight
-    that fits.
+    The state of its prior is loaded whole or not at all. Raises InputError for a model of another kind, or without any
+    weight that fits.
     """
     folder, remote = Path(config.run.path) / "checkpoints", config.run.remote
     if newest_checkpoint(folder) or (remote and next(iter(newest_first(remote)), None)):
@@ -36,8 +37,9 @@ def warm_start(config: Config, network: nn.Module, law: LearnedLaw | None) -> No
         raise InputError(f"model.init={place} fits nothing of this network: no weight has its name and its shape")
     fresh = ", ".join(sorted(wanted.keys() - taken))
     log.info("%d of %d weights are from %s%s", len(taken), len(wanted), place, f", not {fresh}" if fresh else "")
-    if law:
-        law.adopt(model.state)
+    state = model.prior.state_dict()
+    if type(model.prior) is type(prior) and _shapes(state) == _shapes(prior.state_dict()):
+        prior.load_state_dict(state)
 
 
 def _load_fitting(network: nn.Module, found: Mapping[str, Tensor]) -> set[str]:
@@ -46,3 +48,7 @@ def _load_fitting(network: nn.Module, found: Mapping[str, Tensor]) -> set[str]:
     fits = {name: value for name, value in found.items() if name in wanted and value.shape == wanted[name].shape}
     network.load_state_dict(wanted | fits)
     return set(fits)
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}

@@ -20,7 +20,7 @@ def model(tmp_path):
     metadata = {
         "model": {"name": "conv", "width": 4, "depth": 0, "code": 8},
         "shape": [1, 8, 8],
-        "latents": "gaussian",
+        "prior": {"name": "gaussian"},
     }
     torch.manual_seed(0)
     NAIGN(build_network(recorded_network(metadata["model"]), (1, 8, 8)), metadata).save_pretrained(tmp_path / "model")
@@ -125,7 +125,7 @@ def test_more_samples_than_there_are_numbers_are_refused(model, monkeypatch, cap
 
 
 def test_an_energy_beyond_float32_is_named(tmp_path):
-    metadata = {"shape": [2], "latents": "gaussian", "model": {"name": "mlp", "width": 8}}
+    metadata = {"shape": [2], "prior": {"name": "gaussian"}, "model": {"name": "mlp", "width": 8}}
     NAIGN(build_network(recorded_network(metadata["model"]), (2,)), metadata).save_pretrained(tmp_path / "points")
     (tmp_path / "big.csv").write_text("0,0\n1e25,1e25\n")
     with pytest.raises(InputError, match=r"big.csv:2: its energy is beyond float32"):
@@ -149,7 +149,7 @@ def test_repairs_are_not_written_to_a_file(model, pictures):
      ("1,2\n\n3,4\n", ":2: ''"), ("1,1e39\n", ":1: '1,1e39'")],
 )  # fmt: skip
 def test_what_are_no_points_of_the_model_is_named(tmp_path, text, said):
-    metadata = {"model": {"name": "mlp", "width": 4}, "shape": [2], "latents": "gaussian"}
+    metadata = {"model": {"name": "mlp", "width": 4}, "shape": [2], "prior": {"name": "gaussian"}}
     network = build_network(recorded_network(metadata["model"]), (2,))
     NAIGN(network, metadata).save_pretrained(tmp_path / "model")
     (tmp_path / "points.csv").write_text(text)

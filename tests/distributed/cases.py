@@ -14,8 +14,9 @@ from pipeline.errors import InputError
 from pipeline.match import assign
 from pipeline.match.matcher import Match, MatchConfig, match_round
 from pipeline.match.space import SpaceConfig
-from pipeline.model import latents
 from pipeline.model.networks import ConvConfig, build_network
+from pipeline.model.prior import build_prior
+from pipeline.model.prior.halves import HalvesConfig
 from pipeline.training.prepare import open_features
 from tests.match.problems import draw
 
@@ -46,10 +47,11 @@ def matched(setting: dict[str, Any], rank: int, world: int) -> Match:
     """A round's match by a real network: samples and so ids must not depend on who generates them."""
     torch.manual_seed(0)
     network = build_network(ConvConfig(width=8, code=16), (1, 8, 8)).eval()
+    prior = build_prior(HalvesConfig(), (1, 8, 8), network)
 
     @torch.inference_mode()
     def sample(ids: Tensor) -> Tensor:
-        return network(latents.draw("mixture", 1, 2, ids, (1, 8, 8)))
+        return network(prior.draw(1, 2, ids, "cpu"))
 
     assign.NEIGHBOURS = 2  # so few that images ask again
     images, _ = share(draw(7, 360, 1, 8, 8).tanh(), rank, world)

@@ -13,8 +13,8 @@ from pipeline.checkpoint.writer import newest_checkpoint
 from pipeline.model.naign import NAIGN
 from tests.conftest import SMALL, forked
 
-VAE = [*SMALL, "--model.name=vae", "--objective.name=vae", "--match.latents=code-normal"]
-FLOW = [option for option in SMALL if "code" not in option] + ["--model.depth=1", "--match.latents=gaussian"]
+VAE = [*SMALL, "--model.name=vae", "--objective.name=vae", "--prior.name=code-normal"]
+FLOW = [option for option in SMALL if "code" not in option] + ["--model.depth=1", "--prior.name=gaussian"]
 FLOW += ["--model.name=rectified_flow", "--objective.name=rectified_flow", "--train.lr=5e-3"]
 FLOW += ["--model.evaluations=2"]
 BOTH = pytest.mark.parametrize("options", [VAE, FLOW], ids=["vae", "rectified_flow"])
@@ -77,7 +77,7 @@ def test_two_ranks_learn_what_one_learns(train, digits, tmp_path, options):
 @pytest.mark.slow
 def test_decoded_latents_are_measured_as_samples_and_a_mixture_may_take_their_place(train, naign, digits, tmp_path):
     assert train(f"--data.path={digits}", *VAE, "--run.path=run", LONG).returncode == 0
-    done = naign("export", "run", "--latents", "mixture", "--components", "3", "--to", "mixture")
+    done = naign("export", "run", "--prior", "gmm", "--components", "3", "--to", "mixture")
     assert done.returncode == 0, done.stderr
     for name in ("run", "mixture"):
         done = naign("evaluate", name, "--samples", "300")

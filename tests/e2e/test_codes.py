@@ -16,14 +16,14 @@ from pipeline.model.naign import NAIGN
 from pipeline.model.scale import scaled
 from tests.conftest import SMALL, forked
 
-CODES = ["--match.latents=codes", "--match.codes.width=32", "--match.codes.batch=64", "--match.codes.passes=2"]
+CODES = ["--prior.name=flow", "--prior.width=32", "--prior.batch=64", "--prior.passes=2"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("network", ["conv", "spatial"])
 def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, network):
     size = "--model.code=2" if network == "spatial" else "--model.code=16"
-    options = [f"--data.path={digits}", *SMALL, *CODES, f"--model.name={network}", size, "--match.codes.depth=1"]
+    options = [f"--data.path={digits}", *SMALL, *CODES, f"--model.name={network}", size, "--prior.depth=1"]
     done = train(*options, "--run.path=run", "--train.images=4096", "--checkpoint.rounds=4", "--checkpoint.keep=0")
     assert done.returncode == 0, done.stderr
 
@@ -37,32 +37,32 @@ def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, 
     )
     for name, value in half.items():
         changed = not torch.equal(value, last[name])
-        assert changed == name.startswith("latents.") or name in ("latents.shape", "latents.steps"), name
+        assert changed == name.startswith("prior."), name
     assert all(not torch.equal(value, half[name]) for name, value in early.items() if name.startswith("encoder."))
 
     made = NAIGN.from_pretrained(tmp_path / "run").sample(6)
     again = NAIGN.from_pretrained(tmp_path / "run").sample(4)
     torch.testing.assert_close(made[:4], again)
-    assert naign("sample", "run", "--latents", "mixture", "--components", "3", "--to", "drawn.png").returncode == 0
-    done = naign("export", "run", "--latents", "mixture", "--components", "3", "--to", "mixed")
+    assert naign("sample", "run", "--prior", "gmm", "--components", "3", "--to", "drawn.png").returncode == 0
+    done = naign("export", "run", "--prior", "gmm", "--components", "3", "--to", "mixed")
     assert done.returncode == 0, done.stderr
     mixed = NAIGN.from_pretrained(tmp_path / "mixed")
     trained = NAIGN.from_pretrained(tmp_path / "run").metadata["cpu_seconds"]
-    assert mixed.metadata["mixture"]["components"] == 3 and mixed.metadata["cpu_seconds"] > trained
+    assert mixed.metadata["prior"]["components"] == 3 and mixed.metadata["cpu_seconds"] > trained
     place = tmp_path / "run/checkpoints/step-00000128"
     for to, said in ((place, "is a checkpoint"), (tmp_path / "run", "is a run")):
-        done = naign("export", "run", "--latents", "mixture", "--components", "3", "--to", str(to))
+        done = naign("export", "run", "--prior", "gmm", "--components", "3", "--to", str(to))
         assert done.returncode == 2 and said in done.stderr
     torch.testing.assert_close(NAIGN.from_pretrained(tmp_path / "run").sample(4), again)
-    done = naign("export", "run", "--latents", "mixture", "--format", "torch", "--to", "program")
+    done = naign("export", "run", "--prior", "gmm", "--format", "torch", "--to", "program")
     assert done.returncode == 2 and "f alone" in done.stderr and not (tmp_path / "program").exists()
     done = naign("evaluate", "mixed", "--samples", "300")
     assert done.returncode == 0, done.stderr
-    done = naign("sample", "run", "--latents", "mixture", "--components", "500")
+    done = naign("sample", "run", "--prior", "gmm", "--components", "500")
     assert done.returncode == 2 and "needs 10000 images" in done.stderr
     assert naign("export", "run", "--steps", "3", "--to", "finer").returncode == 0
-    assert int(NAIGN.from_pretrained(tmp_path / "finer").state["steps"]) == 3
-    for more, said in ((["0"], "must be 1 to"), (["3", "--latents", "mixture"], "flow of codes")):
+    assert NAIGN.from_pretrained(tmp_path / "finer").prior.config.steps == 3
+    for more, said in ((["0"], "prior.steps is 0"), (["3", "--prior", "gmm"], "flow of codes")):
         done = naign("sample", "run", "--steps", *more)
         assert done.returncode == 2 and said in done.stderr
     for option, value in (("--components", "3"), ("--data", "elsewhere")):
@@ -72,8 +72,8 @@ def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, 
 
 @pytest.mark.slow
 def test_a_mixture_that_follows_the_codes_on_ranks_and_after_a_stop(train, naign, digits, tmp_path):
-    options = [f"--data.path={digits}", *SMALL, "--match.latents=codes", "--match.codes.components=3"]
-    options += ["--match.codes.begin=0.5", "--match.codes.alone=0.5", "--train.images=2048"]
+    options = [f"--data.path={digits}", *SMALL, "--prior.name=gmm", "--prior.components=3"]
+    options += ["--prior.begin=0.5", "--prior.alone=0.5", "--train.images=2048"]
     options += ["--checkpoint.rounds=1", "--checkpoint.keep=0"]
     for run, ranks in (("run", 1), ("ranks", 2), ("stopped", 1)):
         if run == "stopped":  # as if after four of eight rounds
@@ -83,18 +83,18 @@ def test_a_mixture_that_follows_the_codes_on_ranks_and_after_a_stop(train, naign
         done = train(*options, f"--run.path={run}", ranks=ranks)
         assert done.returncode == 0, done.stderr
     found = {run: NAIGN.from_pretrained(tmp_path / run) for run in ("run", "ranks", "stopped")}
-    assert found["run"].state["weights"].shape == (3,) and float(found["run"].state["weights"].min()) > 0
-    for name, value in found["run"].state.items():
-        assert torch.equal(value, found["stopped"].state[name]), name
+    assert found["run"].prior.weights.shape == (3,) and float(found["run"].prior.weights.min()) > 0
+    for name, value in found["run"].prior.state_dict().items():
+        assert torch.equal(value, found["stopped"].prior.get_buffer(name)), name
     images = scaled(read_split(str(digits), "train")[0])
     for run, model in found.items():  # f stayed as it was in the second half: these are the codes that were followed
-        codes, state = model.network.encode(images).detach(), model.state
-        apart = state["weights"] @ state["means"] - codes.mean(0)
+        codes, prior = model.network.encode(images).detach(), model.prior
+        apart = prior.weights @ prior.means - codes.mean(0)
         assert float((apart / codes.std(0).mean()).abs().max()) < 0.15, run
     assert naign("evaluate", "run", "--samples", "300").returncode == 0
     done = naign("sample", "run", "--steps", "3")
     assert done.returncode == 2 and "flow of codes" in done.stderr
-    done = train(*options, "--match.codes.components=5000", "--run.path=large")
+    done = train(*options, "--prior.components=5000", "--run.path=large")
     assert done.returncode == 2 and "ask for fewer" in done.stderr.lower() and not (tmp_path / "large").exists()
 
 
@@ -111,9 +111,9 @@ pipeline.train.main()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("law", [["codes", "--match.codes.components=3"], ["fourier"], ["smooth4"]])
-def test_a_stop_before_the_law_of_latents_is_known(train, digits, tmp_path, law):
-    options = [f"--data.path={digits}", *SMALL, f"--match.latents={law[0]}", *law[1:], "--train.images=512"]
+@pytest.mark.parametrize("prior", [["gmm", "--prior.components=3"], ["fourier"], ["smooth"]])
+def test_a_stop_before_the_prior_has_learned(train, digits, tmp_path, prior):
+    options = [f"--data.path={digits}", *SMALL, f"--prior.name={prior[0]}", *prior[1:], "--train.images=512"]
     command = [sys.executable, "-c", STOP, *options, "--run.path=run"]
     stopped = subprocess.run(command, cwd=tmp_path, env=forked(), capture_output=True, text=True, check=False)
     assert stopped.returncode == INTERRUPTED and "the same command goes on from here" in stopped.stdout
@@ -129,12 +129,12 @@ def test_a_stop_before_the_law_of_latents_is_known(train, digits, tmp_path, law)
 def test_networks_without_a_code_are_refused(train, naign, digits, tmp_path):
     points = [option for option in SMALL if not option.startswith("--model.code")]
     points += [f"--data.path={digits}", "--model.name=mlp", "--train.images=256", "--run.path=run"]
-    done = train(*points, "--match.latents=codes")
+    done = train(*points, "--prior.name=flow")
     assert done.returncode == 2 and "this network has no code" in done.stderr
     assert not (tmp_path / "run").exists()
     short = [f"--data.path={digits}", *SMALL, *CODES, "--run.path=short", "--train.images=256"]
     done = train(*short)
     assert done.returncode == 2 and "is after the last of 1 rounds" in done.stderr and not (tmp_path / "short").exists()
-    assert train(*points, "--match.latents=gaussian").returncode == 0
-    done = naign("sample", "run", "--latents", "mixture")
+    assert train(*points, "--prior.name=gaussian").returncode == 0
+    done = naign("sample", "run", "--prior", "gmm")
     assert done.returncode == 2 and "has no code" in done.stderr

@@ -110,8 +110,8 @@ def test_deepspeed_trains_as_ddp_does_resumes_bit_for_bit_and_exports(name, plai
     assert torch.isfinite(model.sample(4)).all()
 
 
-CODES = ["--match.latents=codes", "--match.codes.width=32", "--match.codes.passes=4", "--match.codes.batch=64"]
-CODES += ["--match.codes.begin=0"]
+CODES = ["--prior.name=flow", "--prior.width=32", "--prior.passes=4", "--prior.batch=64"]
+CODES += ["--prior.begin=0"]
 
 
 @pytest.mark.slow

@@ -33,10 +33,11 @@ BY_CODES = ["--match.space.code=0.5", "--match.assignment=one_to_one"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("latents", ["smooth4", "codes", "matched by codes"])
-def test_an_ended_run_goes_on_bit_for_bit(train, digits, tmp_path, latents):
+@pytest.mark.parametrize("varied", ["smooth", "flow", "matched by codes"])
+def test_an_ended_run_goes_on_bit_for_bit(train, digits, tmp_path, varied):
     options = [f"--data.path={digits}", *SMALL, "--train.images=5120", "--train.ema=0.95", "--checkpoint.rounds=4"]
-    options += BY_CODES if latents == "matched by codes" else [f"--match.latents={latents}", "--match.codes.width=32"]
+    options += BY_CODES if varied == "matched by codes" else [f"--prior.name={varied}"]
+    options += ["--prior.width=32"] if varied == "flow" else []
     whole = train("--run.path=whole", *options)
     assert whole.returncode == 0, whole.stderr
 

@@ -47,8 +47,8 @@ monitor.PATIENCE = 90 if "PATIENT" in os.environ else monitor.PATIENCE
 POINTS = "[naign.trackers]\nlines = my_package.lines:LINES\nhanging = my_package.hanging:HANGING\n"
 EVERYTHING = [
     *("--quality.rounds=1", "--quality.samples=100", "--match.reject_share=0.01", "--objective.denoising=1"),
-    *("--match.latents=codes", "--match.codes.begin=0"),
-    *("--match.codes.alone=0", "--match.codes.width=16", "--match.codes.passes=1", "--objective.third=matched"),
+    *("--prior.name=flow", "--prior.begin=0"),
+    *("--prior.alone=0", "--prior.width=16", "--prior.passes=1", "--objective.third=matched"),
 ]
 """Settings with which a run reports all that it can without a GPU."""
 

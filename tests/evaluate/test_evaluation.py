@@ -136,7 +136,7 @@ def test_same_seed_same_numbers(evaluated: tuple[Path, dict[str, Any]]) -> None:
 
 
 def test_the_identity_changes_nothing(digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    metadata = {"shape": [1, 8, 8], "latents": "gaussian"}
+    metadata = {"shape": [1, 8, 8], "prior": {"name": "gaussian"}}
     monkeypatch.setattr(NAIGN, "from_pretrained", lambda folder, device: NAIGN(Still(), metadata))
     metrics = evaluate(str(tmp_path), data=digits, samples=100, progress=False)
     assert metrics["reconstruction"] == 0 and metrics["idempotence"] == {"damaged": 0, "samples": 0}

@@ -12,9 +12,9 @@ from pipeline.data.degrade import KINDS, degrade
 from pipeline.errors import InputError
 from pipeline.evaluate import play
 from pipeline.evaluate.pictures import STEPS, _between
-from pipeline.model.mixture import draw_mixture, fit_mixture
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import ConvConfig, build_network
+from pipeline.model.prior.fitted import fit_mixture
 from pipeline.model.scale import scaled
 
 SHAPE = (3, 8, 12)
@@ -23,7 +23,7 @@ SHAPE = (3, 8, 12)
 @pytest.fixture(scope="module")
 def model() -> NAIGN:
     torch.manual_seed(0)
-    metadata = {"shape": list(SHAPE), "latents": "gaussian"}
+    metadata = {"shape": list(SHAPE), "prior": {"name": "gaussian"}}
     return NAIGN(build_network(ConvConfig(width=4, depth=0, code=6), SHAPE), metadata)
 
 
@@ -68,7 +68,7 @@ def test_nearest_images_are_the_nearest() -> None:
 
 def test_the_way_between_gaussian_latents_keeps_their_law() -> None:
     shape = (1, 64, 64)
-    large = NAIGN(torch.nn.Conv2d(1, 1, 1), {"shape": list(shape), "latents": "gaussian"})
+    large = NAIGN(torch.nn.Conv2d(1, 1, 1), {"shape": list(shape), "prior": {"name": "gaussian"}})
     way, ids = large.between(3, 4, steps=9), torch.zeros(1, dtype=torch.int64)
     for end, seed in ((way[:1], 3), (way[-1:], 4)):
         torch.testing.assert_close(end, large.latent(ids, seed=seed))
@@ -79,17 +79,17 @@ def test_the_way_between_gaussian_latents_keeps_their_law() -> None:
 def test_the_way_between_codes_is_decoded(model: NAIGN) -> None:
     codes = torch.randn(300, 6, generator=torch.Generator().manual_seed(3))
     state = fit_mixture(codes, 3, seed=0)
-    mixed = NAIGN(model.network, model.metadata | {"latents": "codes"}, state)
+    mixed = NAIGN(model.network, model.metadata | {"prior": {"name": "gmm", "components": 3}}, state)
     way, ids = mixed.between(1, 2, steps=3), torch.zeros(1, dtype=torch.int64)
     for end, seed in ((way[:1], 1), (way[-1:], 2)):
         torch.testing.assert_close(end, mixed.latent(ids, seed=seed))
-    ends = torch.cat([draw_mixture(state, seed, 2**32 - 1, ids) for seed in (1, 2)])
+    ends = torch.cat([mixed.prior.draw(seed, 2**32 - 1, ids, "cpu") for seed in (1, 2)])
     torch.testing.assert_close(way[1:2], model.network.decode(ends.mean(0, keepdim=True)))  # type: ignore[operator]
 
 
 def test_the_report_interpolates_between_samples(model: NAIGN) -> None:
     state = fit_mixture(torch.randn(300, 6, generator=torch.Generator().manual_seed(3)), 3, seed=0)
-    mixed = NAIGN(model.network, model.metadata | {"latents": "codes"}, state)
+    mixed = NAIGN(model.network, model.metadata | {"prior": {"name": "gmm", "components": 3}}, state)
     drawn = _between(SimpleNamespace(model=mixed, seed=4))  # type: ignore[arg-type]
     first = [mixed.sample(1, seed=seed) for seed in range(4, 11)]
     assert drawn.shape == (6 * STEPS, *SHAPE)

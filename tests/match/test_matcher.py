@@ -13,8 +13,9 @@ from pipeline.config import Config, differences, flatten, from_dict
 from pipeline.errors import InputError
 from pipeline.match import assign, matcher, nearest
 from pipeline.match.matcher import MatchConfig, block_range, match_round
-from pipeline.model import latents
 from pipeline.model.networks import ConvConfig, build_network
+from pipeline.model.prior import build_prior
+from pipeline.model.prior.halves import HalvesConfig
 from tests.conftest import SMALL
 
 
@@ -89,18 +90,18 @@ def test_the_pool_is_held_in_parts_of_whole_blocks(monkeypatch):
 def test_matched_latents_drawn_anew_are_those_of_the_pool():
     torch.manual_seed(0)
     network = build_network(ConvConfig(width=8, code=16), (1, 12, 12)).eval()
-    made = {}
+    prior, made = build_prior(HalvesConfig(), (1, 12, 12), network), {}
 
     @torch.inference_mode()
     def sample(ids):
-        drawn = latents.draw("mixture", 1, 2, ids, (1, 12, 12))
+        drawn = prior.draw(1, 2, ids, "cpu")
         samples = network(drawn)
         made.update(zip(ids.tolist(), zip(drawn, samples, strict=True), strict=True))
         return samples
 
     images = draw(7, 100, 1, 12, 12).tanh()
     match = match_round(images, sample, configured(100, 300, block=64))
-    again = latents.draw("mixture", 1, 2, match.ids, (1, 12, 12))
+    again = prior.draw(1, 2, match.ids, "cpu")
     assert torch.equal(again, torch.stack([made[id][0] for id in match.ids.tolist()]))
     samples = torch.stack([made[id][1] for id in match.ids.tolist()])
     distances = (samples.double() - images.double()).square().flatten(1).sum(1)
@@ -196,7 +197,6 @@ def test_the_streams_are_as_they_were_and_independent():
         ({"ratio": 0}, "match.ratio"),
         ({"round": 0}, "match.round"),
         ({"block": 0}, "match.block"),
-        ({"latents": "cauchy"}, "match.latents"),
         ({"assignment": "fair"}, "match.assignment is 'fair': choose one of free, one_to_one"),
         (
             {"assignment": "one_to_one", "ratio": 0.5},

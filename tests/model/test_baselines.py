@@ -1,19 +1,21 @@
 """The VAE and the rectified flow of the baselines package: what they compute, and what they refuse."""
 
 import math
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from naign_baselines.rectified_flow import FlowConfig, FlowNetworkConfig, RectifiedFlow
-from naign_baselines.vae import VaeConfig, VaeNetworkConfig
+from naign_baselines.vae import CodeNormalConfig, VaeConfig, VaeNetworkConfig
 from torch import Tensor
 
 from pipeline import config
 from pipeline.errors import InputError
-from pipeline.model import latents, networks
+from pipeline.model import networks
 from pipeline.model.losses import Batch, choose_distance, compute_losses
+from pipeline.model.naign import NAIGN
+from pipeline.model.prior import build_prior
+from pipeline.philox import normal
 
 SHAPE = (1, 8, 8)
 
@@ -58,12 +60,12 @@ def test_the_loss_is_the_bound_on_the_likelihood(body, code, likelihood):
 
 def test_latents_of_a_vae_are_decoded_normals():
     f = build(VaeNetworkConfig(width=8, code=6)).requires_grad_(False)
-    draw = partial(latents.draw, "code-normal", 3, 1, decode=f.decode, code=f.code, shape=SHAPE)
-    drawn = draw(ids=torch.tensor([5, 2]))
-    torch.testing.assert_close(drawn, f.decode(latents.normal(3, 1, torch.tensor([5, 2]), (6,))))
-    torch.testing.assert_close(draw(ids=torch.arange(6))[[5, 2]], drawn)
-    with pytest.raises(InputError, match="match.latents=code-normal: this network has no code"):
-        latents.check_law("code-normal", SHAPE, build(networks.PointConfig()))
+    model = NAIGN(f, {"shape": list(SHAPE), "prior": {"name": "code-normal"}})
+    drawn = model.latent(torch.tensor([5, 2]), seed=3)
+    torch.testing.assert_close(drawn, f.decode(normal(3, 2**32 - 1, torch.tensor([5, 2]), (6,))))
+    torch.testing.assert_close(model.latent(torch.arange(6), seed=3)[[5, 2]], drawn)
+    with pytest.raises(InputError, match="prior.name=code-normal: this network has no code"):
+        build_prior(CodeNormalConfig(), SHAPE, build(networks.PointConfig()))
 
 
 class Straight(torch.nn.Module):
@@ -101,7 +103,7 @@ def test_the_solvers_have_their_order(solver, order):
 
 def test_the_flow_learns_the_way_from_its_latents_to_the_data():
     f = build(FlowNetworkConfig(width=8, depth=1))
-    torch.nn.init.normal_(f.velocity.outer[-1].weight)  # else it is still everywhere
+    torch.nn.init.normal_(f.velocity.outer.weight)  # else it is still everywhere
     x, z = normals(1).tanh(), normals(2)
     terms = losses(FlowConfig(), f, x, z)
     time = normals(0)[:, 0, 0, 0].sigmoid()

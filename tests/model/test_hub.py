@@ -17,7 +17,7 @@ from pipeline.model.networks import build_network, recorded_network
 def model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    metadata = {"model": {"name": "conv", "width": 4, "code": 8}, "shape": [1, 8, 8], "latents": "gaussian"}
+    metadata = {"model": {"name": "conv", "width": 4, "code": 8}, "shape": [1, 8, 8], "prior": {"name": "gaussian"}}
     metadata |= {"data": "/home/someone/digits", "config": {"run": {"remote": "s3://bucket/run"}}}
     return NAIGN(build_network(recorded_network(metadata["model"]), (1, 8, 8)), metadata)
 

@@ -12,7 +12,7 @@ from pipeline.model.networks import build_network, recorded_network
 DESCRIPTION = {
     "model": {"name": "conv", "width": 4, "depth": 1, "code": 8},
     "shape": [1, 8, 8],
-    "latents": "gaussian",
+    "prior": {"name": "gaussian"},
 }
 
 
@@ -31,8 +31,9 @@ def test_saving_and_loading_changes_nothing(tmp_path):
 
 
 def test_a_spectrum_travels_with_the_model(tmp_path):
-    model = make(latents="fourier")
-    model.state = {"spectrum": torch.rand(2, 2, 1, 8, 8)}
+    made = make()
+    metadata = made.metadata | {"prior": {"name": "fourier"}}
+    model = NAIGN(made.network, metadata, {"spectrum": torch.rand(2, 2, 1, 8, 8)})
     model.save_pretrained(tmp_path)
     assert torch.equal(NAIGN.from_pretrained(tmp_path).sample(3), model.sample(3))
 
@@ -77,8 +78,12 @@ def test_what_is_no_model_is_refused(tmp_path):
     [
         {"shape": [1, 12, 12]},
         {"shape": "x"},
-        {"latents": "cauchy"},
-        {"latents": "fourier"},
+        {"prior": {"name": "cauchy"}},
+        {"prior": {"name": "fourier"}},
+        {"prior": {"name": "flow"}},
+        {"prior": {"name": "gaussian", "grid": 4}},
+        {"prior": "gaussian"},
+        {"prior": {}},
         {"model": {"width": 10**8}},
         {"model": {"name": "conv", "width": 8, "depth": 1, "code": 8}},
     ],

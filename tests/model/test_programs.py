@@ -28,7 +28,7 @@ def save(folder, name):
     network = build_network(find_network(name)[0](**settings), shape)
     for value in network.parameters():  # some begin as zero
         nn.init.normal_(value, std=0.3)
-    metadata = {"model": {"name": name, **settings}, "shape": list(shape), "latents": "gaussian"}
+    metadata = {"model": {"name": name, **settings}, "shape": list(shape), "prior": {"name": "gaussian"}}
     NAIGN(network, metadata).save_pretrained(folder)
     return str(folder)
 

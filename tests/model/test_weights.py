@@ -15,7 +15,7 @@ from pipeline.model.networks import build_network, recorded_network
 from pipeline.storage.store import open_store
 from tests.checkpoint.written import write_checkpoint
 
-METADATA = {"model": {"name": "conv", "width": 4, "code": 8}, "shape": [1, 8, 8], "latents": "gaussian"}
+METADATA = {"model": {"name": "conv", "width": 4, "code": 8}, "shape": [1, 8, 8], "prior": {"name": "gaussian"}}
 
 
 def write_run(folder: Path, *, patience: int = 2, best: object = "step-00000010", average: bool = False) -> Path:

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.config import Config, parse
 from pipeline.model.losses import Batch, choose_distance, compute_losses
-from pipeline.model.mixture import fit_mixture
 from pipeline.model.networks import build_network
+from pipeline.model.prior import build_prior
 from pipeline.training.round import RoundRandom
 from tests import pretend
 from tests.conftest import ROOT
@@ -49,15 +49,13 @@ class Watch(TorchDispatchMode):
         return found
 
 
-def step(config: Config, shape: tuple[int, ...], state: dict[str, torch.Tensor], device: torch.device) -> Watch:
+def step(config: Config, shape: tuple[int, ...], device: torch.device) -> Watch:
     """Random numbers, forward, backward and clipping of one micro-batch, as `fit` does them."""
     with device:
         network: Any = build_network(config.model, shape)
-    code = getattr(network, "code", None)
-    decode = None if code is None else lambda codes: network.decode(codes).detach()
-    random = RoundRandom(
-        config, 0, shape, device, {name: value.to(device) for name, value in state.items()}, decode, code
-    )
+        prior = build_prior(config.prior, shape, network)
+    prior.moves = True  # a flow that has learned
+    random = RoundRandom(config, 0, shape, device, prior, lambda codes: network.decode(codes).detach())
     images, rows = torch.empty(256, *shape, device=device), torch.arange(64, device=device)
     objective = config.objective
     with Watch() as watch:
@@ -82,28 +80,24 @@ def settings(name: str, *options: str) -> Config:
 
 
 def cases() -> Any:
-    """Name, settings, shape of an image and state of the law."""
+    """Name, settings and shape of an image."""
     for name, shape in (("mnist", (1, 28, 28)), ("cifar10", (3, 32, 32)), ("folder64", (3, 64, 64))):
-        yield name, settings(name, "--match.latents=gaussian"), shape, {}
-    mixture = fit_mixture(torch.randn(200, 64), 3)
-    yield "mnist, codes", settings("mnist"), (1, 28, 28), mixture
-    for law in ("smooth4", "mixture", "fourier"):
-        state = {"spectrum": torch.ones(2, 2, 1, 28, 28)} if law == "fourier" else {}
-        config = parse(
-            ["--config", str(ROOT / "configs/mnist_imle.yaml"), f"--match.latents={law}", "--match.flat=0.25"]
-        )
-        yield law, config, (1, 28, 28), state
-    options = ["--objective.imle=1", "--objective.third=idempotence", "--match.latents=gaussian"]
-    yield "idempotence", settings("mnist", *options), (1, 28, 28), {}
+        yield name, settings(name), shape
+    options = ["--objective.imle=0.3", "--prior.width=16"]  # latents that a flow draws, of either kind of code
+    yield "spatial flow", settings("cifar10", *options), (3, 32, 32)
+    yield "dense flow", settings("mnist", *options, "--prior.name=flow"), (1, 28, 28)
+    for prior in ("gaussian", "smooth", "halves", "fourier"):
+        yield prior, settings("mnist_imle", f"--prior.name={prior}"), (1, 28, 28)
+    options = ["--objective.imle=1", "--objective.third=idempotence", "--prior.name=gaussian"]
+    yield "idempotence", settings("mnist", *options), (1, 28, 28)
 
 
 def main() -> None:
     device = pretend.device()
-    for name, config, shape, state in cases():
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            there = {key: mode.from_tensor(value) for key, value in state.items()}
+    for name, config, shape in cases():
+        with FakeTensorMode(allow_non_fake_inputs=True):
             try:
-                watch = step(config, shape, there, device)
+                watch = step(config, shape, device)
                 said = watch.problems or ["sound"]
             except Exception as error:  # as a fake tensor's value is asked for
                 watch, said = Watch(), [f"{type(error).__name__}: {error}".splitlines()[0]]

@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from pipeline.config import parse
 from pipeline.model.losses import Batch, choose_distance, compute_losses
 from pipeline.model.networks import build_network
+from pipeline.model.prior import build_prior
 from pipeline.training.prepare import build_engine
 from pipeline.training.round import RoundRandom
 from tests.conftest import ROOT, environment
@@ -22,19 +23,20 @@ def test_a_fit_step_mixes_no_devices_and_waits_for_none():
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 8 and all(line.endswith("launches: sound") for line in lines), done.stdout
+    assert len(lines) == 10 and all(line.endswith("launches: sound") for line in lines), done.stdout
 
 
 @pytest.mark.parametrize(("name", "shape", "most"), [("mnist", (1, 28, 28), 250), ("cifar10", (3, 32, 32), 900)])
 def test_launches_of_a_fit_step(name, shape, most):
     AcceleratorState._reset_state(True)
-    options = ["--match.latents=gaussian", "--objective.imle=0.3", "--train.batch=2", "--train.precision=bf16"]
+    options = ["--prior.name=gaussian", "--objective.imle=0.3", "--train.batch=2", "--train.precision=bf16"]
     config = parse(["--config", str(ROOT / f"configs/{name}.yaml"), *options])
     engine = build_engine(config, build_network(config.model, shape), Accelerator(mixed_precision="bf16", cpu=True))
     engine.ahead, engine.optimizer.defaults["fused"] = True, True
     for group in engine.optimizer.param_groups:
         group["fused"] = True
-    random, rows = RoundRandom(config, 0, shape, torch.device("cpu")), torch.arange(2)
+    prior = build_prior(config.prior, shape, torch.nn.Identity())
+    random, rows = RoundRandom(config, 0, shape, torch.device("cpu"), prior), torch.arange(2)
     images = torch.rand(8, *shape)
     with Watch() as watch:
         latents, damaged = random.latents(rows), random.damaged(images[rows], rows)

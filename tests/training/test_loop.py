@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
 from threading import Barrier, Thread
 from types import SimpleNamespace
 
@@ -12,6 +11,7 @@ import torch
 
 from pipeline.config import parse
 from pipeline.errors import InputError, Stopped
+from pipeline.model.prior import build_prior
 from pipeline.training import loop
 from pipeline.training.round import RoundRandom, Run
 from tests.conftest import SMALL, forked
@@ -124,7 +124,8 @@ def test_a_block_that_does_not_fit_is_generated_in_halves_from_then_on(caplog):
         poll=lambda phase: lambda: False,
         watchdog=SimpleNamespace(beat=lambda: None),
     )
-    random = RoundRandom(config, 0, (1, 4, 4), torch.device("cpu"))
+    prior = build_prior(config.prior, (1, 4, 4), torch.nn.Identity())
+    random = RoundRandom(config, 0, (1, 4, 4), torch.device("cpu"), prior)
     images = random.latents(torch.arange(3, 32, 4)).tanh()  # samples of the pool
     state = SimpleNamespace(images=images, random=random, number=0)
     assert loop.find_match(run, state).ids.tolist() == list(range(3, 32, 4))
@@ -144,11 +145,10 @@ def test_a_block_that_does_not_fit_is_generated_in_halves_from_then_on(caplog):
         (1408, 64, [], 1408),  # of fewer images than twice those needed all are encoded
         (6 * 640, 640, [], 1280),  # three divides the steps of a round, so that it divides every rank's rows
         (8192, 128, ["--objective.imle=0.3"], 8192),  # f is trained on what is drawn
-        (8192, 128, ["--match.codes.components=3"], 8192),  # a mixture learns from the codes of every round
     ],
 )
 def test_before_the_flow_begins_the_same_part_of_a_round_is_encoded_on_every_world_size(size, batch, options, encoded):
-    given = ["--data.path=x", "--match.latents=codes", "--objective.imle=0", "--objective.denoising=1", *options]
+    given = ["--data.path=x", "--prior.name=flow", "--objective.imle=0", "--objective.denoising=1", *options]
     every = loop.tracked_every(parse([*given, f"--match.round={size}", f"--train.batch={batch}"]))
     rows = [range(0, size, every)]
     for world in (world for world in (2, 4, 5, 8, 32) if batch % world == 0):
@@ -167,13 +167,3 @@ def test_garbage_is_collected_once_training_begins(digits, tmp_path):
     command = [sys.executable, "-c", program, *options]
     result = subprocess.run(command, env=forked(), capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
-
-
-def test_samples_that_are_looked_at_have_the_law_of_the_trained_model():
-    """A share of flat latents is for the match alone."""
-    given, ids = ["--data.path=x", "--match.flat=0.5"], torch.arange(50)
-    random, plain = (RoundRandom(parse(options), 3, (1, 8, 8), torch.device("cpu")) for options in (given, given[:1]))
-    assert not torch.equal(random.latents(ids), plain.latents(ids))
-    shown = random.as_sampled(7)
-    assert shown.round == 7 and random.round == 3
-    assert torch.equal(shown.latents(ids), replace(plain, round=7).latents(ids))

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
-from pipeline.model.flow import SpatialVelocity
 from pipeline.model.losses import Batch, Network, ObjectiveConfig
 from pipeline.model.networks import NetworkConfig
+from pipeline.model.prior.velocity import SpatialVelocity
 from pipeline.settings.constraints import between, one_of
 
 SIDE = 8  # the U-Net halves to at most this side, where it attends

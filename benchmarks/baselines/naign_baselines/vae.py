@@ -1,9 +1,9 @@
-"""A variational autoencoder (arXiv 1312.6114) on the networks of NAIGN: network, objective and law of latents.
+"""A variational autoencoder (arXiv 1312.6114) on the networks of NAIGN: network, objective and prior.
 
     accelerate launch pipeline/train.py --config configs/mnist_vae.yaml
 
-f(x) decodes the mean of x's code. The law `code-normal` decodes codes from N(0, I): its z are the VAE's samples, and
-f(z) is the reconstruction of such a sample.
+f(x) decodes the mean of x's code. Latents of the prior `code-normal` are decoded from codes N(0, I): they are the VAE's
+samples, and f(z) is the reconstruction of such a sample.
 """
 
 import math
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import InputError
-from pipeline.model.latents import Decode
 from pipeline.model.losses import Batch, Network, ObjectiveConfig
 from pipeline.model.networks import ConvConfig, ImageNetwork, build_network, find_network
+from pipeline.model.prior.base import Device, Prior, PriorConfig
 from pipeline.philox import normal
 from pipeline.settings.constraints import AT_LEAST_0, one_of
 
@@ -120,16 +120,18 @@ def vae(config: VaeConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
 VAE = (VaeConfig, vae)
 
 
-def code_normal(
-    seed: int,
-    round: int,
-    ids: Tensor,
-    shape: tuple[int, ...],
-    device: torch.device | str,
-    *,
-    decode: Decode | None,
-    code: tuple[int, ...] | None,
-) -> Tensor:
-    """Latents (n, *shape) decoded from codes N(0, I); row i depends on (seed, round, ids[i]) alone."""
-    assert decode is not None and code is not None, "the law code-normal needs a network with a code"
-    return decode(normal(seed, round, ids, code, device))
+@dataclass(kw_only=True, slots=True)
+class CodeNormalConfig(PriorConfig):
+    name: str = "code-normal"
+
+
+class CodeNormal(Prior):
+    """Codes N(0, I)."""
+
+    decodes = arc = True
+
+    def draw(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor:
+        return normal(seed, round, ids, self.shape, device)
+
+
+PRIOR = (CodeNormalConfig, CodeNormal)

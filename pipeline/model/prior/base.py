@@ -1,0 +1,119 @@
+"""What every prior is: a distribution that latents are drawn from by (seed, round, id), and that may learn in a run.
+
+A prior is a module whose parameters and buffers are its state, which travels with the model. Another package's prior is
+a subclass of `Prior` with its settings, registered as an entry point of the group `naign.priors`.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.settings.constraints import check_fields
+
+ENCODED = 512  # images encoded at once
+
+Shape = tuple[int, ...]
+Device = torch.device | str
+
+
+@dataclass(kw_only=True, slots=True)
+class PriorConfig:
+    """Base of every prior's settings."""
+
+    name: str = ""
+    """What latents are drawn from: `gaussian` (N(0, I)), `smooth` (few normals, enlarged), `halves` (N(0, I) and flat
+    images), `fourier` (IGN's), `flow` or `gmm` (decoded from codes that a flow or a Gaussian mixture draws, which
+    learns in the same run), or one that another package registers."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "prior")
+
+    @property
+    def begin(self) -> float:
+        """Share of train.images before which the prior is a simpler one."""
+        return 0.0
+
+    @property
+    def alone(self) -> float:
+        """Share of train.images, at the end, over which f is frozen and only the prior learns."""
+        return 0.0
+
+    def check_round(self, images: int) -> None:
+        """Raise InputError if rounds of so many images are too small to learn from."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Examples:
+    """A round's images as a prior learns from them, and how ranks learn as one."""
+
+    images: Tensor  # (n, *shape) float32: this rank's; every rank has as many
+    encode: Callable[[Tensor], Tensor] = lambda images: images  # by f, to codes
+    round: int = 0
+    progress: float = 0.0  # share of the run before this round
+    covers: float = 0.0  # share of the run that this round is
+    settled: int = 0  # rounds since which f has not changed
+    stride: int = 1  # every so-many-th image is enough for a mean and a covariance that nothing is trained on yet
+    rank: int = 0
+    world: int = 1
+    gather: Callable[[Tensor], Tensor] = lambda rows: rows  # the rows of all ranks, in rank order
+    add: Callable[[Tensor], Tensor] = lambda value: value  # its sum over ranks
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def codes(self, stride: int = 1) -> Tensor:
+        """Codes of every stride-th image of all ranks. Collective."""
+        return self.gather(torch.cat([self.encode(part) for part in self.images[::stride].split(ENCODED)]))
+
+
+class Prior(nn.Module):
+    """A distribution of latents, or of codes that f decodes into latents. Its buffers are its state."""
+
+    decodes = False
+    """Whether it draws codes, of the shape of f's, rather than latents. Then a latent is a sample already."""
+    learns = False
+    """Whether `learn` changes it."""
+    arc = False
+    """Whether draws are normals, or linear in them: all along an arc between two draws the distribution is the same."""
+
+    def __init__(self, config: Any, shape: Shape, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config, self.shape, self.seed = config, shape, seed  # shape of one draw; seed of what it learns with
+        self.metrics: dict[str, float] = {}  # of the newest round that it learned from; the run ends if not finite
+
+    def draw(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor:
+        """(n, *shape) float32 on `device`; row i depends on (seed, round, ids[i]) and the state alone."""
+        raise NotImplementedError
+
+    def learn(self, examples: Examples) -> Iterator[None]:
+        """Learn from a round, and yield between steps, where the run may stop. Collective; the same on all ranks."""
+        yield from ()
+
+    def training_state(self) -> dict[str, Tensor]:
+        """What learning resumes from: names and shapes are always the same."""
+        return self.state_dict()
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Resume from what `training_state` returned."""
+        self.load_state_dict(state)
+
+    def between(self, seeds: tuple[int, int], round: int, device: Device, *, steps: int) -> Tensor:
+        """(steps, *shape) from the draw of (seeds[0], round, id 0) to that of (seeds[1], round, id 0)."""
+        ids = torch.zeros(1, dtype=torch.int64)
+        first, last = (self.draw(seed, round, ids, device) for seed in seeds)
+        return interpolate(first, last, steps=steps, arc=self.arc)
+
+
+def interpolate(first: Tensor, last: Tensor, *, steps: int, arc: bool) -> Tensor:
+    """(1, ...), (1, ...) -> (steps, ...) from one to the other, in equal steps of an arc's angle or of a line."""
+    share = torch.linspace(0, 1, steps, device=first.device).view(-1, *(1,) * (first.ndim - 1))
+    cosine = F.cosine_similarity(first.flatten(), last.flatten(), dim=0)
+    angle = cosine.clamp(-1, 1).acos()
+    if not arc or angle < 1e-3 or angle > math.pi - 1e-3:  # in one line no arc is the shortest
+        return torch.lerp(first, last, share)
+    points: Tensor = (((1 - share) * angle).sin() * first + (share * angle).sin() * last) / angle.sin()
+    return points

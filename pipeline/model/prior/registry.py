@@ -1,0 +1,43 @@
+"""Priors by name."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from pipeline.model.networks import require_code
+from pipeline.model.prior.base import Prior, PriorConfig, Shape
+from pipeline.model.prior.flow import Flow, FlowConfig
+from pipeline.model.prior.fourier import Fourier, FourierConfig
+from pipeline.model.prior.gaussian import Gaussian, GaussianConfig
+from pipeline.model.prior.gmm import Gmm, GmmConfig
+from pipeline.model.prior.halves import Halves, HalvesConfig
+from pipeline.model.prior.smooth import Smooth, SmoothConfig
+from pipeline.settings.registry import lookup
+
+PRIORS: dict[str, tuple[type[PriorConfig], type[Prior]]] = {
+    "gaussian": (GaussianConfig, Gaussian),
+    "smooth": (SmoothConfig, Smooth),
+    "halves": (HalvesConfig, Halves),
+    "fourier": (FourierConfig, Fourier),
+    "flow": (FlowConfig, Flow),
+    "gmm": (GmmConfig, Gmm),
+}
+"""Settings and prior by name; other packages add theirs as entry points of the group `naign.priors`."""
+
+
+def find_prior(name: str) -> tuple[type[PriorConfig], type[Prior]]:
+    """The settings and the class of the prior of that name; InputError for an unknown one."""
+    return lookup("prior.name", name, PRIORS, "naign.priors")
+
+
+def build_prior(config: PriorConfig, shape: Shape, network: nn.Module, *, seed: int = 0) -> Prior:
+    """The prior of latents (n, *shape) for that network, before it has learned; InputError where they do not fit."""
+    kind = find_prior(config.name)[1]
+    drawn = require_code(network, f"prior.name={config.name}").code if kind.decodes else shape
+    return kind(config, drawn, seed=seed).requires_grad_(False)
+
+
+def recorded_prior(record: Mapping[str, Any]) -> PriorConfig:
+    """The settings that a model file recorded. Raises InputError, KeyError or TypeError for what no run wrote."""
+    return find_prior(record["name"])[0](**record)

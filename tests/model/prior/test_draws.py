@@ -1,0 +1,144 @@
+"""Priors that draw from noise alone, or from the spectrum of a round; what all priors share; and how one is chosen."""
+
+from functools import partial
+
+import pytest
+import torch
+from scipy import stats
+
+from pipeline.errors import InputError
+from pipeline.model.networks import ConvConfig, build_network
+from pipeline.model.prior import Examples, Prior, PriorConfig, build_prior, find_prior
+from pipeline.model.prior.flow import FlowConfig
+from pipeline.model.prior.fourier import FourierConfig
+from pipeline.model.prior.gaussian import GaussianConfig
+from pipeline.model.prior.gmm import GmmConfig
+from pipeline.model.prior.halves import HalvesConfig
+from pipeline.model.prior.smooth import SmoothConfig
+
+EVERY = [
+    *(GaussianConfig(), HalvesConfig(), SmoothConfig(), FourierConfig()),
+    *(FlowConfig(width=8, depth=1, passes=1, begin=0.0, steps=3), GmmConfig(components=3, begin=0.0)),
+]
+NETWORK = build_network(ConvConfig(width=4, code=6), (1, 8, 8)).requires_grad_(False)
+
+
+def build(config: PriorConfig, shape: tuple[int, ...] = (1, 8, 8)) -> Prior:
+    return build_prior(config, shape, NETWORK)
+
+
+def learn(prior: Prior, images: torch.Tensor, **settings: object) -> None:
+    for _ in prior.learn(Examples(images=images, encode=NETWORK.encode, **settings)):  # type: ignore[arg-type]
+        pass
+
+
+@pytest.fixture(scope="module", params=EVERY, ids=lambda config: config.name)
+def prior(request: pytest.FixtureRequest) -> Prior:
+    """Each of them, once it has learned from a round."""
+    built = build(request.param)
+    learn(built, torch.rand(256, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    return built
+
+
+def test_a_row_depends_on_its_id_alone(prior):
+    ids = torch.tensor([5, 2**40 + 3, 0, 71, 2**62 - 1])
+    together = prior.draw(7, 3, ids, "cpu")
+    assert together.shape == (5, *prior.shape) and together.dtype == torch.float32
+    same = torch.equal if not prior.decodes else partial(torch.allclose, atol=1e-5)  # sums of products round by batch
+    for row, number in enumerate(ids):
+        assert same(prior.draw(7, 3, number[None], "cpu")[0], together[row])
+    for other in (prior.draw(8, 3, ids, "cpu"), prior.draw(7, 4, ids, "cpu"), prior.draw(7, 3, ids ^ 1, "cpu")):
+        assert not torch.isclose(other, together).flatten(1).all(1).any()
+
+
+def test_its_state_is_all_that_it_draws_from(prior):
+    with torch.device("meta"):  # as the model of a file is built
+        again = build(prior.config)
+    again.load_state_dict(prior.state_dict(), assign=True)
+    ids = torch.arange(5)
+    assert torch.equal(again.draw(1, 0, ids, "cpu"), prior.draw(1, 0, ids, "cpu"))
+    assert prior.learns == bool(prior.state_dict())
+
+
+def test_learning_resumes_bit_for_bit(prior):
+    again, images = build(prior.config), torch.rand(256, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    saved = {name: value.clone() for name, value in prior.training_state().items()}
+    assert {name: value.shape for name, value in again.training_state().items()} == {
+        name: value.shape for name, value in saved.items()
+    }
+    again.load_training_state(saved)
+    assert again.metrics == prior.metrics
+    other = build(prior.config)
+    other.load_training_state(saved)
+    for one in (again, other):
+        learn(one, images, round=1, progress=0.5)
+    for name, value in again.training_state().items():
+        assert torch.equal(value, other.training_state()[name]), name
+        assert name in ("spectrum", "shape") or name in prior.state_dict() or not torch.equal(value, saved[name]), name
+    assert again.metrics == other.metrics
+
+
+def test_the_ends_of_a_way_are_draws(prior):
+    way, ids = prior.between((3, 4), 9, "cpu", steps=5), torch.zeros(1, dtype=torch.int64)
+    assert way.shape == (5, *prior.shape)
+    torch.testing.assert_close(way[:1], prior.draw(3, 9, ids, "cpu"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(way[-1:], prior.draw(4, 9, ids, "cpu"), rtol=1e-4, atol=1e-5)
+    assert float(prior.between((3, 3), 9, "cpu", steps=4).diff(dim=0).abs().max()) < 1e-5
+
+
+def test_half_of_the_halves_are_flat_images_with_noise():
+    drawn = build(HalvesConfig(), (1, 28, 28)).draw(0, 0, torch.arange(4000), "cpu").flatten(1)
+    flat, noise = drawn[::2], drawn[1::2]
+    assert float(noise.std(1).mean()) == pytest.approx(1, abs=0.01)
+    assert stats.kstest(flat.std(1).numpy(), stats.uniform(0, 0.5).cdf).pvalue > 1e-3
+    assert stats.kstest(flat.mean(1).numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-3
+
+
+def test_smooth_noise_has_few_dimensions():
+    drawn = build(SmoothConfig(grid=3), (1, 24, 24)).draw(0, 0, torch.arange(500), "cpu").flatten(1)
+    assert int(torch.linalg.matrix_rank(drawn)) == 9
+    assert float(drawn.mean()) == pytest.approx(0, abs=0.05)
+
+
+def test_fourier_noise_has_the_spectrum_of_the_first_round():
+    grid = torch.arange(16) / 16 * 2 * torch.pi
+    phase = torch.rand(4000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    images = torch.cos(3 * grid + 6 * phase) * torch.cos(2 * grid)[:, None] + 0.2
+    prior = build(FourierConfig(), (1, 16, 16))
+    learn(prior, images)
+    learn(prior, torch.zeros_like(images), round=1)
+    drawn = prior.draw(0, 0, torch.arange(4000), "cpu")
+    assert float(drawn.mean()) == pytest.approx(float(images.mean()), abs=0.02)
+    power = torch.fft.fft2(drawn).abs().square().mean(0)[0]
+    top = power.flatten().topk(9).indices.tolist()
+    assert {16 * 2 + 3, 16 * 2 + 13, 16 * 14 + 3, 16 * 14 + 13, 0} <= set(top)
+
+
+def test_the_spectrum_of_all_ranks_is_that_of_the_whole_round():
+    images = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    halves: list[torch.Tensor] = []
+    whole, first, second = (build(FourierConfig(), (3, 8, 8)) for _ in range(3))
+    learn(whole, images)
+    learn(first, images[:32], world=2, add=lambda moments: halves.append(moments) or moments)
+    learn(second, images[32:], world=2, add=lambda moments: moments + halves[0])
+    torch.testing.assert_close(second.spectrum, whole.spectrum)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(InputError, match="prior.name is 'cauchy': choose one of gaussian, smooth, halves, fourier"):
+        find_prior("cauchy")
+    with pytest.raises(InputError, match="smooth is for images"):
+        build(SmoothConfig(), (2,))
+    with pytest.raises(InputError, match="prior.grid is 65"):
+        SmoothConfig(grid=65)
+    for config in EVERY[-2:]:
+        with pytest.raises(InputError, match=f"prior.name={config.name}: this network has no code"):
+            build_prior(config, (2,), torch.nn.Linear(2, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_gpu_draws_the_same(prior):
+    ids, drawn = torch.arange(1000), prior.draw(3, 2, torch.arange(1000), "cpu")
+    torch.testing.assert_close(prior.to("cuda").draw(3, 2, ids, "cuda").cpu(), drawn, rtol=1e-4, atol=1e-4)
+    prior.to("cpu")
