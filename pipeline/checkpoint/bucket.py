@@ -1,4 +1,4 @@
-"""The copy of a run in a bucket: checkpoints, each with its manifest written last, and what the run reports."""
+"""The copy of a run in a bucket: checkpoints, each with its manifest written last, and the files of its reports."""
 
 import contextlib
 import json
@@ -26,11 +26,11 @@ CHANGING = ("config.yaml", BEST)
 
 log = logging.getLogger("naign.bucket")
 
-OWNER = "owner.json"  # names the process that may write to the bucket, the one that started last; any other stops
+OWNER = "owner.json"  # names the only process that may write to the bucket: the one that started last
 
 
 def upload(folder: Path, remote: str, names: list[str]) -> None:
-    """Copy files of a checkpoint (.../checkpoints/step-00001234). Raises InputError or Unavailable as stores do."""
+    """Copy `names` of a checkpoint's folder (.../checkpoints/step-00001234). Raises InputError or Unavailable."""
     for name in names:
         _copy(folder / name, f"{remote}/checkpoints/{folder.name}/{name}")
 
@@ -43,8 +43,8 @@ def newest_first(remote: str) -> Iterator[str]:
 
 
 def round_of(remote: str, name: str) -> int:
-    """The round in which a checkpoint was written; -1 if trainer.json does not say, or if a file of the manifest is not
-    there with its size. Other contents are not read.
+    """The round in which a checkpoint was written; -1 if trainer.json does not say, or if a file of the manifest is
+    missing or has another size. Other files are not read.
     """
     where = f"{remote}/checkpoints/{name}"
     try:
@@ -58,9 +58,9 @@ def round_of(remote: str, name: str) -> int:
 
 
 def download(remote: str, name: str, checkpoints: Path) -> Path:
-    """Download a checkpoint, its manifest last; files that are here already are kept. Returns its folder.
+    """Download a checkpoint, its manifest last; intact local files are kept. Returns its folder.
 
-    Raises Damaged if a file does not match the manifest, or if that names a file outside the folder.
+    Raises Damaged if a file does not match the manifest, or the manifest names a file outside the folder.
     """
     where, folder = f"{remote}/checkpoints/{name}", checkpoints / name
     text = open_store(where).read(MANIFEST)
@@ -101,10 +101,10 @@ def _download_file(where: str, file: str, entry: dict[str, Any], folder: Path) -
 
 
 def fetch_shown(remote: str, run: Path, *, renew: bool = False, also: Sequence[str] = ()) -> int:
-    """Download records, TensorBoard's files and pictures that are not here, or with `renew` differ from those here;
-    `also` are more names.
+    """Download records, TensorBoard's files, pictures and the files named in `also` that are missing locally or, with
+    `renew`, differ.
 
-    Returns the number of files.
+    Returns the number of files that were downloaded.
     """
     fetched, remote = 0, remote.rstrip("/")
     for pattern in (*also, "metrics.jsonl", BEST, *PICTURES):
@@ -124,13 +124,13 @@ def fetch_shown(remote: str, run: Path, *, renew: bool = False, also: Sequence[s
 
 
 def mirror(run: Path, remote: str, patterns: Sequence[str]) -> None:
-    """Upload the files that match the patterns and have changed."""
+    """Upload the files that match the patterns and differ from those in the bucket."""
     for pattern in patterns:
         folder = os.path.dirname(pattern)
         store = open_store(f"{remote}/{folder}".rstrip("/"))
-        there = set(store.list())
+        uploaded = set(store.list())
         for file in sorted(run.glob(pattern)):
-            if file.name not in there or not _is_same(file, store, file.name):
+            if file.name not in uploaded or not _is_same(file, store, file.name):
                 _copy(file, store.url(file.name))
 
 
@@ -144,7 +144,7 @@ def send_best(run: Path, remote: str) -> str:
 
 
 def _is_same(file: Path, store: Store, name: str) -> bool:
-    """Whether the object is the file: by its content where that changes, by its size where it only grows."""
+    """Whether an object equals the file: by content where that is replaced, by size where the file only grows."""
     with contextlib.suppress(InputError):
         if name in CHANGING or file.parent.name == "trackers":
             return store.read(name) == file.read_bytes()
@@ -153,14 +153,16 @@ def _is_same(file: Path, store: Store, name: str) -> bool:
 
 
 def take_over(remote: str) -> str:
-    """Make this process the only one that may write to the bucket; the log tells whose it was. Returns the claim that
-    `check_claim` takes.
+    """Make this process the only one that may write to the bucket, and log who was it before. Returns the claim for
+    `check_claim`.
     """
     if before := _owner(remote):
-        whose = f"the run that started on {before['host']} at {before['since']}"
         newest = next(newest_first(remote), "")
-        sent = f"what it sent last is {newest}" if newest else "it sent no checkpoint"
-        log.info("%s is taken over from %s: %s, and it can send no more", remote, whose, sent)
+        sent = f"its last upload is {newest}" if newest else "it uploaded no checkpoint"
+        log.info(
+            "%s is taken over from the run that started on %s at %s: %s, and it can upload no more",
+            *(remote, before["host"], before["since"], sent),
+        )
     claim = uuid.uuid4().hex
     owner = {"claim": claim, "host": socket.gethostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
     open_store(remote).put(OWNER, json.dumps(owner).encode())
@@ -171,12 +173,12 @@ def check_claim(remote: str, claim: str) -> None:
     """Raise Conflict if another process has called `take_over` since."""
     owner = _owner(remote)
     if owner.get("claim", "") not in ("", claim):
-        taken = f"{remote} was taken over by a run that started later (on {owner['host']}, {owner['since']})"
-        raise Conflict(f"{taken}: this one exits and writes no more to it; give each run its own --run.remote")
+        later = f"{remote} was taken over by a run that started later (on {owner['host']}, {owner['since']})"
+        raise Conflict(f"{later}: this one exits and writes no more to it; give each run its own --run.remote")
 
 
 def _owner(remote: str) -> dict[str, str]:
-    """Who has taken over the bucket last: claim, host and since; {} if nobody, or nobody known to this program."""
+    """The claim, host and start of the process that may write to the bucket; {} if it is missing or unreadable."""
     store = open_store(remote)
     if not store.exists(OWNER):
         return {}

@@ -1,6 +1,6 @@
 """What a local folder and a bucket share: names of checkpoints, manifests, and which checkpoints are kept.
 
-A manifest lists a checkpoint's files with size and SHA-256. Its content is untrusted: anybody may have written it.
+A manifest lists a checkpoint's files with size and SHA-256. Its content is untrusted.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ Entries = dict[str, dict[str, Any]]  # the files of a manifest: {"bytes": int, "
 
 
 def by_step(names: Iterable[str]) -> list[str]:
-    """Those of `names` that are checkpoints (step-00001234), newest first. Others, such as a copy, are left alone."""
+    """The names of checkpoints (step-00001234) among `names`, newest first. Others, such as a copy, are ignored."""
     steps = {name: name.removeprefix("step-") for name in names if name.startswith("step-")}
     return sorted((name for name, step in steps.items() if step.isdecimal()), key=step_of, reverse=True)
 

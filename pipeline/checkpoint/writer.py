@@ -4,10 +4,10 @@ step-00001234/
   model.safetensors       float32 weights, independent of the engine and the world size
   ema.safetensors         their moving average, if one is kept
   trainer.json            images seen, round, step, world size
-  state/rank-00000-of-00002.safetensors  one rank's part of what is needed to resume bit for bit
+  state/rank-00000-of-00002.safetensors  one rank's part of the state for resuming bit for bit
   manifest.json           size and SHA-256 of each file above
 
-Each rank writes its own files from copies in memory, in a background thread, and uploads them if there is a bucket.
+Each rank writes its part from copies in memory, in a background thread, and uploads it if there is a bucket.
 """
 
 import itertools
@@ -55,7 +55,7 @@ def newest_checkpoint(checkpoints: Path) -> Path | None:
 
 
 def passed_over(checkpoints: Path, newest: Path | None) -> list[Path]:
-    """Damaged checkpoints newer than `newest`, the newest complete one. Those without a manifest are being written."""
+    """Damaged checkpoints newer than `newest`, the newest complete one. One without manifest is being written."""
     newer = itertools.takewhile(lambda folder: folder != newest, _newest_first(checkpoints))
     return [folder for folder in newer if (folder / MANIFEST).is_file()]
 
@@ -104,19 +104,19 @@ class Writer:
         remote: str,  # s3://bucket/prefix, or ''
         claim: str = "",  # rank 0's claim on it, from bucket.take_over
         beat: Callable[[], None] = lambda: None,  # called about once a second while waiting
-        left: Callable[[], float] = lambda: math.inf,  # seconds until the run must end; infinite if no stop was asked
+        left: Callable[[], float] = lambda: math.inf,  # seconds until the run must end; infinite without a stop request
         patience: float = 3600,  # seconds that one rank may take longer than another
         flush: Callable[[], None] = lambda: None,  # flushes metrics and pictures before they are uploaded
     ) -> None:
         self._run, self._rank, self._world = run, rank, world
         self._keep, self._remote, self._claim = keep, remote, claim
         self._names = list[str]()  # this rank's files of the newest checkpoint
-        # A group of its own: the background threads communicate while the main threads train.
+        # A separate group: the background threads communicate while the main threads train.
         self._group = SideGroup(world, timeout=patience)
         self._beat, self._flush, self._left = beat, flush, left
-        self._done: Future[str] | None = None  # of what is under way: why the run must end, or ""
-        self.seconds = 0.0  # that the last checkpoint took in the background, uploading included
-        self.uploaded = 0.0  # seconds of them spent on uploading
+        self._done: Future[str] | None = None  # of the pending checkpoint: why the run must end, or ""
+        self.seconds = 0.0  # background seconds of the last checkpoint, uploading included
+        self.uploaded = 0.0  # seconds of uploading
         self.unsent = ""  # name of the newest checkpoint if it could not be uploaded; the same on all ranks
 
     def start(self, name: str, copy: Callable[[], None], files: Mapping[str, Write], best: str = "") -> None:
@@ -231,14 +231,14 @@ class Writer:
 
         Returns why the run must end, the same on all ranks: another process has taken the bucket over.
         """
-        failed, taken = self._on_first(lambda: bucket.check_claim(self._remote, self._claim))
+        failed, conflict = self._on_first(lambda: bucket.check_claim(self._remote, self._claim))
         if not failed:
             errors = self._gather(_error_of(lambda: bucket.upload(folder, self._remote, names)))
             failed = next((error for error, _ in errors if error), "")
         if not failed:
-            failed, taken = self._on_first(lambda: self._finish_remote(folder))
-        if taken:
-            return f"{failed}; what this one has is in {folder}"
+            failed, conflict = self._on_first(lambda: self._finish_remote(folder))
+        if conflict:
+            return f"{failed}; its newest checkpoint is {folder}"
         self.unsent = folder.name if failed else ""
         if failed and self._rank == 0:
             log.warning("%s stays local: %s: %s", folder, self._remote, failed)
@@ -267,7 +267,7 @@ class Writer:
 
 @contextmanager
 def _may_fail(consequence: str) -> Iterator[None]:
-    """Log a failure that does no harm to the new checkpoint."""
+    """Log a failure that does not harm the new checkpoint."""
     try:
         yield
     except (OSError, InputError, Unavailable) as error:
@@ -275,7 +275,7 @@ def _may_fail(consequence: str) -> Iterator[None]:
 
 
 def _error_of(act: Callable[[], None]) -> tuple[str, bool]:
-    """The message of what `act` raises, "" if nothing, and whether it is that another process has the bucket."""
+    """The message of the exception that `act` raises, or "", and whether it is a Conflict about the bucket."""
     try:
         act()
         return "", False

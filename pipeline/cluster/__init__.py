@@ -1,1 +1,1 @@
-"""From an orchestrator to Accelerate: where this host stands (place), when all are there (meeting), launch, render."""
+"""From an orchestrator to Accelerate: this host's place in its job, the meeting of all hosts, launch, and render."""

@@ -1,4 +1,4 @@
-"""Who comes to host 0 while the hosts of a job meet: what each says of itself, and who of them is taken in."""
+"""Connections to host 0 while the hosts of a job meet: their greetings, and which of them are admitted."""
 
 import contextlib
 import json
@@ -12,19 +12,19 @@ from typing import Any, NamedTuple, Self, cast
 from pipeline.cluster.place import MOST, Place
 from pipeline.errors import InputError, PeerLost, printable
 
-SILENCE = 10.0  # seconds that a connection has for its greeting
+SILENCE = 10.0  # seconds within which a connection must send its greeting
 
 
 class Met(NamedTuple):
-    """Which meeting it was."""
+    """The number of a meeting, and the number from which on the hosts were the same."""
 
     generation: int
     since: int  # see Place
 
     @classmethod
-    def read(cls, said: dict[str, Any], most: int = MOST) -> Self:
-        """Raises ValueError or KeyError for what cannot be."""
-        generation, since = _number(said, "generation", most), _number(said, "since", most)
+    def read(cls, message: dict[str, Any], most: int = MOST) -> Self:
+        """Raises ValueError or KeyError for impossible numbers."""
+        generation, since = _number(message, "generation", most), _number(message, "since", most)
         if since > generation:
             raise ValueError("a generation before its first")
         return cls(generation, since)
@@ -32,32 +32,32 @@ class Met(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """What a host says of itself to host 0."""
+    """The greeting that a host sends to host 0."""
 
     start: str
     index: int
     hosts: int
-    generation: int  # the last that it took part in; 0: it is new
+    generation: int  # the last meeting that it took part in; 0: none
     since: int
-    member: str  # random: two hosts of one index differ in it
+    member: str  # random: it tells two hosts of one index apart
 
     def line(self) -> bytes:
         return json.dumps({name: getattr(self, name) for name in self.__slots__}).encode() + b"\n"
 
     @classmethod
     def read(cls, line: bytes) -> Self | None:
-        """None if that is no greeting."""
+        """The greeting; None if that is none."""
         try:
-            said = json.loads(line)
-            index, hosts = _number(said, "index"), _number(said, "hosts")
-            met = Met.read(said, MOST - 1)  # this meeting is one more
-            return cls(str(said["start"]), index, hosts, *met, str(said["member"]))
+            message = json.loads(line)
+            index, hosts = _number(message, "index"), _number(message, "hosts")
+            met = Met.read(message, MOST - 1)  # this meeting is one more
+            return cls(str(message["start"]), index, hosts, *met, str(message["member"]))
         except (ValueError, KeyError, TypeError, RecursionError):
             return None
 
 
 class Disagreement(InputError):
-    """Of hosts on how many they are. `informed`: those that know of it."""
+    """Hosts disagree on how many they are. `informed`: the hosts that know."""
 
     def __init__(self, text: str, informed: set[int]) -> None:
         super().__init__(text)
@@ -65,30 +65,32 @@ class Disagreement(InputError):
 
 
 class Guests:
-    """Whoever connects to host 0: hosts of this start, and strangers that are sent away.
+    """Connections to host 0: of hosts of this start, which are admitted, and of strangers, which are rejected.
 
-    Where `ending` says why all hosts end, every host learns it, and none is taken in.
+    With `ending`, the reason why all hosts end, every host is told that reason and none is admitted.
     """
 
     def __init__(self, place: Place, listener: socket.socket, say: Callable[[str], None], ending: str = "") -> None:
         self.hosts: dict[int, tuple[socket.socket, Hello]] = {}
-        self.newest = place.generation  # of all that were taken in, those that had to leave again among them
-        self.informed: set[int] = set()  # hosts that know why all end
+        self.newest = place.generation  # of all hosts ever admitted, including those that had to leave again
+        self.informed: set[int] = set()  # hosts that were told why all end
         self._place, self._listener, self._say, self._ending = place, listener, say, ending
         listener.setblocking(False)
-        self._greetings: dict[socket.socket, tuple[bytes, float]] = {}  # incomplete, and when its sender connected
+        self._greetings: dict[
+            socket.socket, tuple[bytes, float]
+        ] = {}  # incomplete ones, and when each sender connected
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
 
     def close(self) -> None:
-        """Forget those whose greeting is not complete; the hosts stay connected."""
+        """Close connections whose greeting is incomplete; the hosts stay connected."""
         self._selector.close()
         for peer in self._greetings:
             peer.close()
 
     def serve(self, seconds: float) -> None:
-        """Handle what arrives within so many seconds. Raises InputError where all hosts have to end, PeerLost where
-        this one has to."""
+        """Handle what arrives within so many seconds. Raises InputError if all hosts have to end, PeerLost if this one
+        has to."""
         now = time.monotonic()
         for peer in [peer for peer, (_, since) in self._greetings.items() if since + SILENCE < now]:
             self._drop(peer)
@@ -133,10 +135,10 @@ class Guests:
                 raise Disagreement(refusal, self.informed)
         elif hello:
             del self._greetings[peer]
-            self._take_in(peer, hello)
+            self._admit(peer, hello)
 
-    def _take_in(self, peer: socket.socket, hello: Hello) -> None:
-        """Add a host, choosing between it and another one with its index. PeerLost if this host missed a meeting."""
+    def _admit(self, peer: socket.socket, hello: Hello) -> None:
+        """Add a host, or choose between it and another one of its index. PeerLost if this host missed a meeting."""
         if 0 < self._place.generation < hello.generation:
             missed = f"host {hello.index} comes from generation {hello.generation}, this host 0 from an older one"
             raise PeerLost(f"{missed} ({self._place.generation}): another host 0 has its place")
@@ -145,7 +147,7 @@ class Guests:
         if before and known and known.member != hello.member:
             if 0 < hello.generation < self.newest:
                 was = f"of generation {hello.generation}, which came after generation {self.newest}"
-                self._refuse(f"a host {index} {was}, was turned away: another has its place", peer, leave=True)
+                self._refuse(f"a host {index} {was}, was rejected: another has its place", peer, leave=True)
                 return
             self._refuse(f"host {index} came again, as another pod: the one before it has to leave", before, leave=True)
         elif before:
@@ -162,28 +164,28 @@ class Guests:
     def _drop(self, peer: socket.socket) -> None:
         self._selector.unregister(peer)
         self._greetings.pop(peer, None)
-        for index in [index for index, (found, _) in self.hosts.items() if found is peer]:
+        for index in [index for index, (other, _) in self.hosts.items() if other is peer]:
             del self.hosts[index]
         peer.close()
 
 
-def _number(said: dict[str, Any], name: str, most: int = MOST) -> int:
+def _number(message: dict[str, Any], name: str, most: int = MOST) -> int:
     """Raises ValueError where that is no integer from 0 to `most`."""
-    if type(value := said[name]) is not int or not 0 <= value <= most:
+    if type(value := message[name]) is not int or not 0 <= value <= most:
         raise ValueError(f"{name} is out of bounds")
     return value
 
 
 def judge(place: Place, hello: Hello | None) -> tuple[int, str, bool]:
-    """Of a greeting: the host's index, why it is rejected or '', and whether all hosts must end for that reason."""
+    """The index of the host that sent a greeting, why it is rejected or '', and whether all hosts end for that."""
     if hello is None:
-        return 0, "somebody who is no host of this job was turned away", False
+        return 0, "a connection that is no host of this job was rejected", False
     index, hosts = hello.index, hello.hosts
     if hello.start != place.start:
         shown = printable(hello.start, 80) or "unnamed"
-        return index, f"a host {index} of another start of this job ({shown}) was turned away", False
+        return index, f"a host {index} of another start of this job ({shown}) was rejected", False
     if not 0 < index < max(hosts, place.hosts):
-        return index, f"somebody who calls itself host {index} was turned away", False
+        return index, f"a connection that calls itself host {index} was rejected", False
     if hosts != place.hosts:
         return index, f"host {index} counts {hosts} hosts, host 0 counts {place.hosts}: make NAIGN_HOSTS the same", True
     return index, "", False

@@ -1,15 +1,15 @@
 """All hosts of a job wait for each other before any of them starts its ranks.
 
-A launcher's own rendezvous admits whoever connects, and a pod of an earlier start of the same job that still terminates
-has the name and the index of one that is awaited. Here every host says which start it belongs to and host 0 rejects the
-others. Hosts then use the address at which host 0 answered, since its name may resolve to another pod a moment later.
+A launcher's rendezvous admits whoever connects, and a pod of an earlier start of the same job that still terminates has
+the name and index of one that is awaited. So every host names its start, and host 0 rejects those of other starts.
+Hosts then use the address at which host 0 answered, since its name may resolve to another pod a moment later.
 
-Hosts of a start meet again when one was lost (again.py). Each meeting is a generation with a number, one more than the
-largest that a host brings along. Of two hosts with one index the later goes on, unless it comes from an older
-generation; the other one is told to leave, so that they do not take turns.
+Hosts of a start meet again when one was lost (again.py). Meetings are numbered by generation: one more than the largest
+that any host has seen. Of two hosts with one index the later one stays, unless its generation is older; the other one
+must leave, so that they do not take turns.
 
-The connections stay open while the ranks run. A host that dies closes its own, so that the others learn at once what a
-collective may not report for minutes.
+The connections stay open while the ranks run. A host that dies closes its connections, so the others learn at once what
+a collective may not report for minutes.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from pipeline.cluster.place import MOST, Place
 from pipeline.errors import InputError, PeerLost, printable
 
 EVERY = 10.0  # seconds between two messages about the missing hosts
-TELLING = 30.0  # seconds that host 0 stays to report why it ends, to hosts that start later
+TELLING = 30.0  # seconds for which host 0 stays to tell hosts that start later why it ends
 
 
 def meet(
@@ -41,10 +41,10 @@ def meet(
     say: Callable[[str], None] = print,
     listener: socket.socket | None = None,
 ) -> "Links":
-    """Wait until every host of this start is here; on host 0 `listener` is what `listen` opened, if it was called.
+    """Wait until every host of this start is connected; `listener` is what `listen` opened on host 0, if called.
 
-    Raises PeerLost when time is up or another host has this index, InputError where the hosts disagree on how many they
-    are or the port is taken.
+    Raises PeerLost when time is up or another host has this index, InputError if the hosts disagree on how many they
+    are or the port is in use.
     """
     if place.hosts == 1:
         return Links("127.0.0.1", {}, Met(1, 1))
@@ -60,7 +60,7 @@ def meet(
 
 
 def listen(place: Place, port: int) -> socket.socket | None:
-    """The listening socket on host 0, None on others. Opened before the checks that only host 0 makes."""
+    """The listening socket on host 0, None on others. It is open before the checks that only host 0 makes."""
     if place.hosts == 1 or place.index:
         return None
     both = socket.has_dualstack_ipv6()
@@ -72,8 +72,8 @@ def listen(place: Place, port: int) -> socket.socket | None:
         raise InputError(f"{problem}: choose another --meeting-port") from None
 
 
-def turn_away(listener: socket.socket, place: Place, error: InputError, within: float = TELLING) -> None:
-    """Report to the other hosts why all end, as they connect: for `within` seconds, or until all have been informed."""
+def reject_all(listener: socket.socket, place: Place, error: InputError, within: float = TELLING) -> None:
+    """Tell the other hosts why all end as they connect, for `within` seconds or until all of them know."""
     reason, informed = (str(error), error.informed) if isinstance(error, Disagreement) else (f"host 0: {error}", set())
     until = time.monotonic() + within
     with contextlib.closing(Guests(place, listener, lambda _: None, ending=reason[:400])) as guests:
@@ -82,15 +82,15 @@ def turn_away(listener: socket.socket, place: Place, error: InputError, within: 
 
 
 class Links:
-    """Connections to the other hosts by their index: of host 0 to all others, of another host to host 0."""
+    """Open connections by host index: of host 0 to all others, of any other host to host 0."""
 
     def __init__(self, address: str, peers: dict[int, socket.socket], met: Met, received: bytes = b"") -> None:
         self.address = address  # of host 0
         self.generation, self.since = met
-        self._peers, self._received = peers, received  # host 0 may have sent its code already
+        self._peers, self._received = peers, received  # received: what host 0 has sent already
 
     def watch(self, ended: Callable[[int, int | None, bool], None]) -> None:
-        """Call `ended(host, code, lost)` from a thread when a host ends: as sent by its `leave`, or None and False."""
+        """Call `ended(host, code, lost)` from a thread when a host ends: what its `leave` sent, or None and False."""
         for peer in self._peers.values():
             peer.setblocking(True)
 
@@ -99,8 +99,8 @@ class Links:
             with contextlib.suppress(OSError):
                 while part := peer.recv(64):
                     received += part
-            found = re.fullmatch(rb"(\d{1,9})( lost)?\n", received)
-            ended(host, int(found[1]) if found else None, bool(found and found[2]))
+            match = re.fullmatch(rb"(\d{1,9})( lost)?\n", received)
+            ended(host, int(match[1]) if match else None, bool(match and match[2]))
 
         for host, peer in self._peers.items():
             threading.Thread(target=listen, args=(host, peer), name=f"host {host}", daemon=True).start()
@@ -114,7 +114,7 @@ class Links:
 
 
 class _Waiting:
-    """The time limit of a wait, and the messages meanwhile."""
+    """The time limit of a wait, and its messages."""
 
     def __init__(self, within: float, say: Callable[[str], None]) -> None:
         self._begun = time.monotonic()
@@ -122,7 +122,7 @@ class _Waiting:
         self._next = self._begun + EVERY
 
     def check(self, for_whom: str) -> None:
-        """Raise PeerLost when time is up, and report now and then; to be called about every second."""
+        """Raise PeerLost when time is up, and log every EVERY seconds; to be called about once a second."""
         now = time.monotonic()
         if now > self._begun + self._within:
             remedy = "start all again and they go on from the newest checkpoint"
@@ -149,7 +149,7 @@ def _wait_for_others(place: Place, listener: socket.socket, waiting: _Waiting) -
         same = last == guests.newest and all(number for number, _ in past)
         met = Met(generation, since if same else generation)
         for peer in peers.values():
-            with contextlib.suppress(OSError):  # who is gone now will be missed, and all meet again
+            with contextlib.suppress(OSError):  # a host that is gone is missed later, and all meet again
                 peer.setblocking(True)
                 peer.sendall(json.dumps({"go": True, **met._asdict()}).encode() + b"\n")
         return Links(address, peers, met)
@@ -157,7 +157,7 @@ def _wait_for_others(place: Place, listener: socket.socket, waiting: _Waiting) -
 
 def _go_to_first(place: Place, port: int, waiting: _Waiting) -> Links:
     hello = Hello(place.start, place.index, place.hosts, place.generation, place.since, uuid.uuid4().hex)
-    awaited, reason = f"an answer of {place.head}, port {port}, where somebody listens", ""
+    awaited, reason = f"an answer of {place.head}, port {port}, where a program listens", ""
     while True:
         waiting.check(f"host 0 ({place.head}, port {port}){reason}")
         with contextlib.ExitStack() as stack:
@@ -178,7 +178,7 @@ def _go_to_first(place: Place, port: int, waiting: _Waiting) -> Links:
                 answer = {"no": "another program answers there"}
             refusal = printable(str(answer.get("no", "")))
             if answer.get("end"):
-                raise InputError(refusal or "host 0 turned this one away")
+                raise InputError(refusal or "host 0 rejected this one")
             if answer.get("leave"):
                 raise PeerLost(refusal or "host 0 has another host in this one's place")
             reason = f": {refusal}" if refusal else ""
@@ -186,8 +186,8 @@ def _go_to_first(place: Place, port: int, waiting: _Waiting) -> Links:
 
 
 def _connect(name: str, port: int) -> socket.socket:
-    """Connect to one of a name's addresses, in random order: a pod of an earlier start may still be among them."""
-    addresses = [str(found[4][0]) for found in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)]
+    """Connect to one of a name's addresses, in random order, since one may be that of a pod of an earlier start."""
+    addresses = [str(entry[4][0]) for entry in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)]
     random.shuffle(addresses)
     problem = OSError(f"no address of {name}")
     for address in addresses:
@@ -225,7 +225,7 @@ def interface_of(address: str) -> str:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((address, 1))
             mine = probe.getsockname()[0].removeprefix("::ffff:")
-        for name, found in psutil.net_if_addrs().items():
-            if mine in [one.address.partition("%")[0] for one in found]:
+        for name, addresses in psutil.net_if_addrs().items():
+            if mine in [entry.address.partition("%")[0] for entry in addresses]:
                 return name
     return ""

@@ -1,4 +1,4 @@
-"""Where this host stands in its job, by the variables that Kubernetes, Kubeflow or Slurm set."""
+"""This host's place in its job, from the variables that Kubernetes, Kubeflow or Slurm set."""
 
 import re
 import subprocess
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.errors import InputError, one_line, require
 
-MOST = 99_999  # of indices, hosts and generations: what `_number` reads back
+MOST = 99_999  # largest index, number of hosts and generation: `_number` reads five digits
 RANKS = 1024  # on a host
 PORTS = (29400, 29500)  # default ports of host 0: where hosts wait for each other, and the rendezvous of the ranks
 
@@ -20,27 +20,27 @@ class Place:
     index: int = 0
     hosts: int = 1
     head: str = "localhost"  # name or address of host 0, as the others reach it
-    start: str = ""  # unique to this start of the job: hosts of an earlier one may still be running
+    start: str = ""  # id of this start of the job: hosts of an earlier one may still be running
     processes: int = 0  # ranks on this host; 0: one a GPU, or one
-    generation: int = 0  # how often the hosts of this start have met, as far as this one was there
-    since: int = 0  # the generation from which on the hosts were the same, or that was the last to train for long
+    generation: int = 0  # of the last meeting of this start that this host took part in
+    since: int = 0  # the generation since which the hosts are the same and none trained for long
 
     @property
     def is_replaced(self) -> bool:
-        """Whether the orchestrator starts another in the place of a host that is lost, while the others go on."""
+        """Whether the orchestrator replaces a host that is lost while the others stay."""
         return self.orchestrator in ("Kubernetes", "Kubeflow")
 
 
 def find_place(environ: Mapping[str, str]) -> Place:
-    """This host's place, from the first of these that the variables name.
+    """This host's place, from the first orchestrator whose variables are set.
 
     - Kubernetes: an Indexed Job's JOB_COMPLETION_INDEX, beside NAIGN_HOSTS, NAIGN_HEAD (the name of the first pod) and
       NAIGN_START (the Job's uid), which k8s/job.yaml sets.
     - Kubeflow Trainer v2, or whoever sets torchrun's options: PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR.
     - Slurm: one task of `srun` a node. A batch script that calls no srun is alone, on its one node.
 
-    Without any of them the host is alone. A host that meets the others again (again.py) has set NAIGN_GENERATION and
-    NAIGN_SINCE itself. Raises InputError where some are missing or make no sense.
+    Without any of them the host is alone. A host that meets the others again (again.py) sets NAIGN_GENERATION and
+    NAIGN_SINCE itself. Raises InputError where variables are missing or contradictory.
     """
     generation, since = (_number(environ, name, default=0) for name in ("NAIGN_GENERATION", "NAIGN_SINCE"))
     place = replace(_find_place(environ), generation=generation, since=since)
@@ -102,8 +102,8 @@ def find_ports(environ: Mapping[str, str]) -> tuple[int, int]:
 def _first_node(nodes: str) -> str:
     """The first host of a Slurm node list such as 'node[03-17,20]'."""
     try:
-        asked = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-        return asked.stdout.split()[0]
+        done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        return done.stdout.split()[0]
     except (FileNotFoundError, subprocess.CalledProcessError, IndexError) as error:
         reason = one_line(getattr(error, "stderr", "") or error)
         raise InputError(f"scontrol cannot name the nodes of '{nodes}' ({reason}): set NAIGN_HEAD") from None

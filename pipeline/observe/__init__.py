@@ -1,4 +1,4 @@
-"""What a person sees of a run: its reports, log lines, speed and pictures, and what is wrong with the machine."""
+"""What a run shows: reports, log lines, speed and pictures; and checks of the machine."""
 
 from pipeline.observe.background import trackers_hang
 from pipeline.observe.doctor import Needs, preflight

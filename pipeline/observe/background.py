@@ -1,4 +1,4 @@
-"""A tracker in a thread of its own, behind a bounded queue: training never waits for it, whatever it does."""
+"""A tracker in a separate thread, behind a bounded queue, so that training never waits for it."""
 
 import logging
 import queue
@@ -11,13 +11,13 @@ from pipeline.observe.trackers import Tracker
 
 log = logging.getLogger("naign.monitor")
 
-WAITING = 256  # reports that wait for a tracker at most; a round makes up to five
-PATIENCE = 5.0  # seconds that the end of a run waits for all trackers together
+WAITING = 256  # most reports that wait for a tracker; a round makes up to five
+PATIENCE = 5.0  # seconds that a run waits at its end for all trackers together
 _PREFIX = "tracker-"  # of the threads' names
 
 
 class Background:
-    """A tracker that is told everything in order by its own thread. Reports that find the queue full are dropped."""
+    """A tracker whose thread passes it all reports in order. Reports are dropped while the queue is full."""
 
     def __init__(self, name: str, build: Callable[[], Tracker]) -> None:
         self.name, self.dropped, self.failed = name, 0, False
@@ -27,7 +27,7 @@ class Background:
         self._thread.start()
 
     def put(self, act: Callable[[Tracker], None]) -> None:
-        """Have the tracker do something, or drop it. Returns at once; any thread may call it."""
+        """Queue a call of the tracker, or drop it. Returns at once; any thread may call it."""
         if self.failed:
             return
         if self._queue.qsize() < WAITING:
@@ -35,14 +35,14 @@ class Background:
             return
         self.dropped += 1
         if self.dropped == 1:
-            log.warning("tracker %s does not keep up: reports that find %d waiting are dropped", self.name, WAITING)
+            log.warning("tracker %s does not keep up: reports are dropped while %d wait", self.name, WAITING)
 
     def end(self) -> None:
-        """Have the tracker close after everything that was put. Returns at once."""
+        """Close the tracker after everything in the queue. Returns at once."""
         self._queue.put(None)
 
     def wait(self, until: float) -> None:
-        """Return once the tracker has closed, or at a time of time.monotonic(), whichever is first."""
+        """Wait for the tracker to close, at most until a time of time.monotonic()."""
         self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
             log.warning("tracker %s has not finished after %.0f s: the run ends without it", self.name, PATIENCE)
@@ -56,13 +56,13 @@ class Background:
             for act in iter(self._queue.get, None):
                 act(tracker)
             tracker.close()
-        except BaseException as error:  # whatever another library may raise, as Rust's panics, which are no Exception
+        except BaseException as error:  # any, such as the panics of Rust, which are no Exception
             self.failed = True
             why = f"{type(error).__name__}: {one_line(error)}"
-            log.warning("tracker %s failed, and is left out from here on: %s", self.name, why)
-            self._queue = queue.SimpleQueue()  # free what is waiting
+            log.warning("tracker %s failed and is left out from now on: %s", self.name, why)
+            self._queue = queue.SimpleQueue()  # frees what is waiting
 
 
 def trackers_hang() -> bool:
-    """Whether a tracker's thread is still at work: its library may also hold up the interpreter's shutdown."""
+    """Whether a tracker's thread still runs: its library may also block the interpreter's shutdown."""
     return any(thread.name.startswith(_PREFIX) for thread in threading.enumerate())

@@ -9,8 +9,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, distributions, version
@@ -52,14 +50,6 @@ class Finding(NamedTuple):
     remedy: str  # "" where nothing is wrong
 
 
-LOAD_DEEPSPEED = """
-import deepspeed
-from accelerate.utils import DeepSpeedPlugin
-from pipeline.distributed.versions import check_versions
-DeepSpeedPlugin()
-check_versions("deepspeed")
-"""
-
 Check = Callable[[Needs], Iterator[tuple[str, str]]]
 
 
@@ -78,21 +68,6 @@ def libraries(needs: Needs) -> Iterator[tuple[str, str]]:
             check_versions(name)
         except InputError as error:
             yield f"{name} cannot be used", str(error)
-
-
-def deepspeed(needs: Needs) -> Iterator[tuple[str, str]]:
-    """Whether DeepSpeed and Accelerate load together. No problem of the machine: only some runs ask for DeepSpeed."""
-    try:
-        names = f"deepspeed {version('deepspeed')} and accelerate {version('accelerate')}"
-    except PackageNotFoundError:
-        return
-    env = {**({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}), **os.environ}
-    done = subprocess.run([sys.executable, "-c", LOAD_DEEPSPEED], env=env, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        yield f"{names} load together", ""
-    else:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        yield f"{names} do not load together ({last}): before a run needs them, pip install -U -e '.[deepspeed]'", ""
 
 
 def faiss_builds() -> list[str]:
@@ -203,7 +178,7 @@ def trackers(needs: Needs) -> Iterator[tuple[str, str]]:
 
 
 OF_A_RUN: tuple[Check, ...] = (faiss, trackers, disk, remote)
-CHECKS: tuple[Check, ...] = (libraries, deepspeed, processor, gpus, shared_memory, *OF_A_RUN, endpoint)
+CHECKS: tuple[Check, ...] = (libraries, processor, gpus, shared_memory, *OF_A_RUN, endpoint)
 
 
 def findings(needs: Needs, checks: Sequence[Check]) -> Iterator[Finding]:

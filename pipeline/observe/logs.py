@@ -1,4 +1,4 @@
-"""Logging of a training program: a line a record on stderr, above the progress bar, with its rank and round."""
+"""Logging of a training: a line per record on stderr, above the progress bar, with its rank and round."""
 
 import ctypes
 import logging
@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-_round: int | None = None  # a plain variable: threads log too
+_round: int | None = None  # global, since threads log too
 
 
 def set_up(rank: int, world: int) -> None:
@@ -26,7 +26,7 @@ def set_up(rank: int, world: int) -> None:
 
 
 def at_round(number: int | None) -> None:
-    """Set the round that log lines name from now on; None: no round."""
+    """Set the round of log lines from now on; None: no round."""
     global _round
     _round = number
 
@@ -39,9 +39,9 @@ class _Lines(logging.Handler):
         self._rank, self._world, self._process = rank, world, os.getpid()
 
     def format(self, record: logging.LogRecord) -> str:
-        own = os.getpid() == self._process  # a loader's worker reads ahead and is not told the round
+        is_rank = os.getpid() == self._process  # a worker of the loader reads ahead and does not know the round
         place = [f"rank {self._rank}"] if self._world > 1 else []
-        place += [f"round {_round}"] if own and _round is not None else []
+        place += [f"round {_round}"] if is_rank and _round is not None else []
         name = "" if record.name.split(".")[0] == "naign" else f"{record.name}: "
         line = f"{record.levelname.lower()}: {name}{super().format(record)}"
         return f"[{', '.join(place)}] {line}" if place else line
@@ -52,8 +52,8 @@ class _Lines(logging.Handler):
             if self._rank == 0 and os.getpid() == self._process:
                 tqdm.write(line, file=sys.stderr)
                 return
-            # The bar belongs to another process. Do not take its lock: a worker killed while holding it would block
-            # that process. Overwrite the bar's line; the bar is redrawn below.
+            # The bar belongs to another process. Do not acquire its lock: a worker killed with it would block that
+            # process. Overwrite the bar's line; the bar is redrawn below.
             before, after = ("\r", "\x1b[K") if sys.stderr.isatty() else ("", "")
             sys.stderr.write(f"{before}{line}{after}\n")
             sys.stderr.flush()
@@ -61,9 +61,9 @@ class _Lines(logging.Handler):
             self.handleError(record)
 
     def divert(self, record: logging.LogRecord) -> bool:
-        """A filter that passes a logger's warnings to this handler, and nothing to the logger's own handlers.
+        """A logger's filter: warnings go to this handler, and nothing to the logger's handlers.
 
-        DeepSpeed sets its logger's handler and level when it is imported. A filter is not affected by that.
+        DeepSpeed sets handler and level of its logger when it is imported, which does not affect filters.
         """
         if record.levelno >= logging.WARNING:
             self.handle(record)

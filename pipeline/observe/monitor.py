@@ -1,4 +1,4 @@
-"""What a run reports while it trains: metrics and pictures, to trackers, and a progress bar. Only rank 0 reports."""
+"""Reports of a run while it trains: metrics and pictures to trackers, and a progress bar. Only rank 0 reports."""
 
 import contextlib
 import os
@@ -25,34 +25,34 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         self,
         folder: Path,  # the run
         *,
-        active: bool,  # rank 0; elsewhere every call does nothing
+        active: bool,  # on rank 0; elsewhere every call does nothing
         images: int,  # budget
-        images_seen: int,  # where a resumed run continues: later reports are dropped
+        images_seen: int,  # at which a resumed run continues: later reports are dropped
         config: str,  # the resolved configuration, as YAML
         settings: Mapping[str, Any],  # the same by name: train.lr
         trackers: str = "tensorboard",  # report.trackers
     ) -> None:
         self.active, self.folder = active, folder
-        self.described = ""  # the last message about how a match was searched
-        self._own: list[Tracker] = []
+        self.described = ""  # the last message about the method of a match
+        self._files: list[Tracker] = []  # in the run's folder
         self._others: list[Background] = []
         for name, (kind, build) in find_trackers(trackers).items() if active else ():
-            opened = partial(build, kind() if kind else None, folder, images_seen)
+            open_tracker = partial(build, kind() if kind else None, folder, images_seen)
             if name in TRACKERS:
                 with self._writing():
-                    self._own.append(opened())
+                    self._files.append(open_tracker())
             else:
-                self._others.append(Background(name, opened))
+                self._others.append(Background(name, open_tracker))
         plain = {key: value if isinstance(value, SCALAR) else str(value) for key, value in settings.items()}
         self._report(lambda tracker: tracker.configuration(plain, config))
         bar: dict[str, Any] = {"dynamic_ncols": True}
-        if not sys.stderr.isatty():  # a log: a line now and then
+        if not sys.stderr.isatty():  # a log: a line every LOG_EVERY seconds
             bar = {"file": _Lines(), "mininterval": LOG_EVERY, "maxinterval": LOG_EVERY, "ncols": 100, "ascii": True}
         bar |= {"unit": "img", "unit_scale": True, "smoothing": 0.05, "disable": not active}
         self._bar = tqdm(total=images, initial=images_seen, **bar)
 
     def _report(self, act: Callable[[Tracker], None]) -> None:
-        for tracker in self._own:
+        for tracker in self._files:
             with self._writing():
                 act(tracker)
         for other in self._others:
@@ -65,8 +65,8 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
             yield
         except OSError as error:
             raise InputError(
-                f"{self.folder}: what is reported cannot be written ({error.strerror or error}): make room; the "
-                "newest checkpoint is untouched, and the same command goes on from it"
+                f"{self.folder}: reports cannot be written ({error.strerror or error}): make room; the newest "
+                "checkpoint is untouched, and the same command goes on from it"
             ) from None
 
     def advance(self, images: int) -> None:
@@ -95,28 +95,28 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         self._report(lambda tracker: tracker.flush())
 
     def close(self) -> None:
-        """Close all trackers; of those that may fail, wait for what is reported, but PATIENCE seconds at most."""
+        """Close all trackers. Waits at most PATIENCE seconds for those with a thread."""
         self._bar.close()
         until = time.monotonic() + PATIENCE
         for other in self._others:
             other.end()
-        for tracker in self._own:
+        for tracker in self._files:
             with self._writing():
                 tracker.close()
         for other in self._others:
             other.wait(until)
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        with contextlib.suppress(*[InputError] if kind else []):  # the first error is the one to report
+        with contextlib.suppress(*[InputError] if kind else []):  # the first error matters
             self.close()
 
 
-SCALAR = (bool, int, float, str)  # what trackers take as the value of a setting
-LOG_EVERY = float(os.environ.get("TQDM_MININTERVAL", "10"))  # seconds between lines where stderr is no terminal
+SCALAR = (bool, int, float, str)  # types that trackers accept as the value of a setting
+LOG_EVERY = float(os.environ.get("TQDM_MININTERVAL", "10"))  # seconds between lines if stderr is no terminal
 
 
 class _Lines:
-    """stderr for tqdm, with a line of its own for each update."""
+    """stderr for tqdm, with a line for each update."""
 
     def write(self, text: str) -> None:
         if text := text.strip("\r\n "):

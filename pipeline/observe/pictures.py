@@ -8,14 +8,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-CELL, GAP = 48, 3  # pixels: least side of an image in a grid, smaller ones are enlarged by a whole factor; between them
-PANEL = 320  # pixels: side of a drawing of points
-TEXT = (128, 128, 128, 255)  # reads on white and on black
+CELL, GAP = 48, 3  # pixels: smallest side of an image in a grid, to which smaller ones are enlarged; and between images
+PANEL = 320  # pixels: side of a panel of points
+TEXT = (128, 128, 128, 255)  # legible on white and on black
 BLUE, ORANGE = (45, 108, 223), (224, 122, 31)
 
 
 def to_image(image: Tensor, *, least: int = 1) -> Image.Image:
-    """(C, H, W) in [-1, 1], C 1 or 3 (else the first alone) -> RGB image with sides of `least` pixels or more."""
+    """(C, H, W) in [-1, 1] -> RGB image with sides of at least `least` pixels. Of C other than 3 the first is shown."""
     channels, height, width = image.shape
     pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     pixels = pixels if channels == 3 else pixels[:1].expand(3, height, width)
@@ -37,7 +37,7 @@ def grid(images: Tensor, *, columns: int) -> Image.Image:
 
 
 def rows(labelled: Sequence[tuple[str, Tensor]]) -> Image.Image:
-    """Rows of (label, images (n, C, H, W)) -> one image with the labels, if any is not empty, at the left."""
+    """Rows of (label, images (n, C, H, W)) -> one image with the labels, if any, at the left."""
     font = ImageFont.load_default(14)
     margin = max((int(font.getlength(label)) + 12 for label, _ in labelled if label), default=0)
     cells = [[to_image(image, least=CELL) for image in images] for _, images in labelled]
@@ -55,15 +55,15 @@ def rows(labelled: Sequence[tuple[str, Tensor]]) -> Image.Image:
 
 
 def window(points: Tensor) -> tuple[Tensor, float]:
-    """(n, 2) -> centre (2,) and half side of the square that holds them with a margin of a quarter."""
+    """(n, 2) -> centre (2,) and half the side of their bounding square, with a margin of a quarter."""
     low, high = points.min(0).values, points.max(0).values
     return (low + high) / 2, max(float((high - low).max()) / 2, 1e-6) * 1.25
 
 
 def scatter(panels: Sequence[tuple[str, Tensor]], *, behind: Tensor) -> Image.Image:
-    """Panels of (title, points (n, d)) side by side, orange, over `behind` (m, d) in blue, which sets the scale.
+    """Panels of (title, points (n, d)) side by side, in orange over `behind` (m, d) in blue, which sets the scale.
 
-    Of more than two coordinates the first two are drawn.
+    The first two coordinates are drawn.
     """
     centre, half = window(behind[:, :2])
     canvas = Image.new("RGBA", (len(panels) * (PANEL + GAP) - GAP, PANEL + 22), (0, 0, 0, 0))

@@ -1,4 +1,4 @@
-"""Whether a GPU computes what the CPU does, and the same bits each time: some seconds, for `naign doctor`."""
+"""Whether a GPU computes what the CPU does, and the same bits each time. Takes some seconds; for `naign doctor`."""
 
 import tempfile
 import time
@@ -17,30 +17,29 @@ from pipeline import philox
 from pipeline.distributed.connect import repeat_bits
 
 REMEDY = "its numbers cannot be trusted: update the driver, install torch for it, or take another card"
-WIDTHS = {"cpu": 256, "cuda": 8192}
-"""Of the products that are timed."""
+WIDTHS = {"cpu": 256, "cuda": 8192}  # of the matrices whose product is timed
 
-RING_VALUES, RING_SECONDS = 1 << 24, 60  # float32 values that are summed over the devices, and how long they may take
+RING_VALUES, RING_SECONDS = 1 << 24, 60  # float32 values that are summed over the devices, and the time limit
 RING_REMEDY = "ranks cannot communicate: set NCCL_DEBUG=INFO and see what it says; NCCL_P2P_DISABLE=1 may help"
 
 
 def self_test(device: torch.device) -> Iterator[tuple[str, str]]:
-    """What was found, and what to do about it or ""."""
+    """Observations, each with its remedy or ""."""
     ids = torch.tensor([0, 1, 5, 2**40 + 3, 2**61 + 7])
-    here, there = (philox.uniform(3, 2, ids, (3, 32, 32), where).cpu() for where in ("cpu", device))
-    wrong = int((here != there).sum())
-    yield f"random numbers other than the CPU's: {wrong} of {here.numel()}", REMEDY if wrong else ""
+    expected, drawn = (philox.uniform(3, 2, ids, (3, 32, 32), where).cpu() for where in ("cpu", device))
+    wrong = int((expected != drawn).sum())
+    yield f"random numbers other than the CPU's: {wrong} of {drawn.numel()}", REMEDY if wrong else ""
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         images, weights = torch.randn(8, 16, 28, 28), torch.randn(32, 16, 3, 3)
-    expected, found = (convolve(images.to(where), weights.to(where)) for where in (torch.device("cpu"), device))
-    far = max(float((a - b.cpu()).norm() / a.norm()) for a, b in zip(expected, found, strict=True))
-    yield f"a convolution and its gradients differ from the CPU's by {far:.1e}", REMEDY if far > 1e-2 else ""
+    on_cpu = convolve(images.clone(), weights.clone())
+    first, second = (convolve(images.to(device), weights.to(device)) for _ in range(2))
+    error = max(float((a - b.cpu()).norm() / a.norm()) for a, b in zip(on_cpu, first, strict=True))
+    yield f"a convolution and its gradients differ from the CPU's by {error:.1e}", REMEDY if error > 1e-2 else ""
 
-    again = convolve(images.to(device), weights.to(device))
-    other = sum(not torch.equal(a, b) for a, b in zip(found, again, strict=True))
-    remedy = "runs that resume would not repeat their bits here: report the card and the version of torch"
+    other = sum(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    remedy = "resumed runs would not repeat their bits on it: report the card and the version of torch"
     yield f"of three results {other} have other bits the second time", remedy if other else ""
 
     for dtype in (torch.float32, torch.bfloat16):
@@ -48,7 +47,7 @@ def self_test(device: torch.device) -> Iterator[tuple[str, str]]:
 
 
 def convolve(images: Tensor, weights: Tensor) -> list[Tensor]:
-    """A convolution and its gradients by both, as training has a GPU compute them."""
+    """A convolution and its two gradients, by the algorithms that training uses on a GPU."""
     before: Any = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
     if images.is_cuda:
         repeat_bits()
@@ -61,7 +60,7 @@ def convolve(images: Tensor, weights: Tensor) -> list[Tensor]:
 
 
 def rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a product of square matrices."""
+    """Floating-point operations per second of a product of square matrices."""
     width = WIDTHS.get(device.type, 1024)
     a, best = torch.ones(width, width, dtype=dtype, device=device), 0.0
     for _ in range(4):
@@ -72,7 +71,7 @@ def rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def ring(backend: str, count: int, values: int = RING_VALUES) -> Iterator[tuple[str, str]]:
-    """Sum `values` numbers over `count` devices, as the ranks of one machine do: what was found, and what to do."""
+    """Sum `values` numbers over `count` devices, as the ranks of a machine do. Yields an observation and its remedy."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             spawn(_sum_over_ranks, (backend, count, values, folder), nprocs=count)
@@ -95,9 +94,9 @@ def _sum_over_ranks(rank: int, backend: str, count: int, values: int, folder: st
     for _ in range(3):
         begin, sums = time.perf_counter(), mine.clone()
         dist.all_reduce(sums)
-        found = float(sums.double().mean())  # waits for the device
+        mean = float(sums.double().mean())  # waits for the device
         seconds.append(time.perf_counter() - begin)
-        if found != count * (count + 1) / 2:
-            raise ValueError(f"rank {rank}: the mean is {found}, not {count * (count + 1) / 2}")
+        if mean != count * (count + 1) / 2:
+            raise ValueError(f"rank {rank}: the mean is {mean}, not {count * (count + 1) / 2}")
     Path(folder, f"seconds-{rank}").write_text(str(min(seconds)))
     dist.destroy_process_group()

@@ -38,8 +38,8 @@ def _without_data(value: Tensor) -> Tensor:
 
 
 def fit_flops(forward: int, forwards: float) -> float:
-    """Floating-point operations of training on one image: so many `forwards` of `forward` operations, and a backward
-    through each, which costs two forwards (arXiv 2001.08361, 2.1).
+    """Floating-point operations of training on one image: `forwards` evaluations of `forward` operations each, and a
+    backward through each, which costs two forwards (arXiv 2001.08361, 2.1).
 
     Recomputation by activation checkpointing does not count (MFU of arXiv 2204.02311, B).
     """
@@ -47,7 +47,7 @@ def fit_flops(forward: int, forwards: float) -> float:
 
 
 PEAKS = {
-    # Name without maker:  bfloat16, float16, TF32, float32; TFLOPS, dense, tensor cores adding up in float32.
+    # Name without maker:  bfloat16, float16, TF32, float32; dense TFLOPS of tensor cores with float32 accumulation.
     r"B200": (2250, 2250, 1100, 75),
     r"H200": (989, 989, 494, 67),
     r"H200 NVL": (836, 836, 418, 60),
@@ -67,9 +67,9 @@ PEAKS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Peak floating-point operations a second of a GPU; None if unknown, and for a CPU.
+    """Peak floating-point operations per second of a GPU; None for an unknown GPU and for a CPU.
 
-    For float32 the peak of TF32 where torch uses that, by default for convolutions.
+    For float32 it is the peak of TF32 if torch uses that, as it does by default for convolutions.
     """
     if device.type != "cuda":
         return None
@@ -83,7 +83,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Peak memory so far in GB: of torch's tensors on a GPU, of the process on a CPU."""
+    """Peak memory up to now in GB: of torch's tensors on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
@@ -94,14 +94,14 @@ def parse_rounds(text: str) -> range:
     """The rounds of '3' or '3-4' (inclusive); '' gives none. Raises InputError for anything else."""
     if not text:
         return range(0)
-    found = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", text)
-    if found and (rounds := range(int(found[1]), int(found[2] or found[1]) + 1)):
+    match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", text)
+    if match and (rounds := range(int(match[1]), int(match[2] or match[1]) + 1)):
         return rounds
     raise InputError(f"profile.rounds is '{text}': give one round, as 3, or the first and the last, as 3-4")
 
 
 class Profiler(AbstractContextManager["Profiler"]):
-    """Writes one trace of the chosen rounds to profile/ in the run's folder, for https://ui.perfetto.dev.
+    """Writes a trace of the chosen rounds to profile/ in the run's folder, for https://ui.perfetto.dev.
 
     A trace that was started is written however the run ends.
     """

@@ -1,7 +1,7 @@
-"""Where a run reports to: its own folder, Accelerate's trackers, and those of other packages.
+"""Trackers, to which a run reports: files in its folder, Accelerate's trackers, and those of other packages.
 
 Another package adds a tracker by an entry point of the group `naign.trackers`, a pair (settings dataclass or None,
-build) as those in TRACKERS; of a subclass of Accelerate's GeneralTracker `accelerated` makes the build:
+build) like those in TRACKERS; for a subclass of Accelerate's GeneralTracker `accelerated` returns the build:
 
     [project.entry-points."naign.trackers"]
     mine = "my_package.tracking:MINE"
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 
 class Tracker(Protocol):
-    """Where a run reports to. Every series is over images seen, so that runs of any batch size share an axis."""
+    """Receives the reports of a run. Every series is over images seen, so that runs of any batch size share an axis."""
 
     def configuration(self, settings: dict[str, bool | int | float | str], text: str) -> None:
-        """The run's settings by name (train.lr), and as YAML. Called once, before anything is reported."""
+        """The run's settings by name (train.lr), and as YAML. Called once, before any report."""
 
     def scalars(self, values: dict[str, float], images_seen: int, counts: dict[str, int]) -> None:
         """One point of each series; `counts` are the round and the step."""
@@ -105,13 +105,13 @@ COMPARED = ("loss/total", "match/distance", "quality/fd")
 
 
 class TensorBoard:
-    """Event files in tensorboard/: not Accelerate's class, which cannot drop what a resumed run will report again."""
+    """Event files in tensorboard/. Accelerate's class cannot drop what a resumed run reports again."""
 
     def __init__(self, settings: None, folder: Path, images_seen: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.images_seen = images_seen
-        purge_step = images_seen + 1 if images_seen else None  # drops what was reported after the checkpoint
+        purge_step = images_seen + 1 if images_seen else None  # drops reports after the checkpoint
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
         self.histogram, self.flush, self.close = self.board.add_histogram, self.board.flush, self.board.close
 
@@ -119,7 +119,7 @@ class TensorBoard:
         from torch.utils.tensorboard.summary import hparams
 
         self.board.add_text("config", f"```yaml\n{text}\n```", self.images_seen)
-        file: Any = self.board.file_writer  # add_hparams would begin another run
+        file: Any = self.board.file_writer  # add_hparams would start another run
         experiment, session, _succeeded = hparams(settings, dict.fromkeys(COMPARED, 0.0))
         file.add_summary(experiment)
         file.add_summary(session)
@@ -135,7 +135,7 @@ class TensorBoard:
 
 
 class Accelerated(Tracker):
-    """A tracker of Accelerate's kind. A run that resumes goes on in the same one where its library has that."""
+    """A tracker of Accelerate. A resumed run continues the same one if its library supports that."""
 
     def __init__(self, kind: "type[GeneralTracker]", folder: Path, images_seen: int) -> None:
         self.name, self.folder, file = kind.name, folder, folder / "trackers" / kind.name
@@ -149,7 +149,7 @@ class Accelerated(Tracker):
             write_atomically(file, now)
 
     def configuration(self, settings: dict[str, bool | int | float | str], text: str) -> None:
-        if "run_id" not in self.options:  # a run that MLflow has refuses to change a parameter
+        if "run_id" not in self.options:  # a run in MLflow refuses changed parameters
             self.tracker.store_init_configuration(settings)
 
     def scalars(self, values: dict[str, float], images_seen: int, counts: dict[str, int]) -> None:
@@ -163,17 +163,17 @@ class Accelerated(Tracker):
             self.tracker.log_images({name: picture if one else [picture]}, step=images_seen)
 
     def histogram(self, name: str, values: Tensor, images_seen: int) -> None:
-        """These take none."""
+        """Accelerate has no histograms."""
 
     def flush(self) -> None:
-        """These send by themselves."""
+        """These libraries send by themselves."""
 
     def close(self) -> None:
         self.tracker.finish()
 
 
 def begin_wandb(folder: Path, known: str) -> dict[str, Any]:
-    """Options of wandb.init: offline without a login, and with what is printed left to the run."""
+    """Options of wandb.init: offline without a login, and without capturing the output."""
     options: dict[str, Any] = {"dir": str(folder), "name": folder.name, "settings": {"console": "off"}}
     options |= {"id": known} if known else {}
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -204,15 +204,15 @@ def begin_mlflow(folder: Path, known: str) -> dict[str, Any]:
 
 PROJECT = "naign"
 BEGIN = {"wandb": begin_wandb, "mlflow": begin_mlflow}
-"""Options with which a run begins in a tracker, or goes on in the one whose id is known."""
+"""Options with which a run starts in a tracker, or continues the one whose id is known."""
 IDENTIFY = {"wandb": attrgetter("id"), "mlflow": attrgetter("info.run_id")}
-"""The id of a run that has begun, which trackers/NAME in the run's folder keeps."""
+"""The id of a run in a tracker, which trackers/NAME in the run's folder records."""
 
 Build = Callable[[Any, Path, int], Tracker]
-"""Makes a tracker from its settings (the defaults), the run's folder and the images seen at which the run resumes."""
+"""Returns a tracker, from its settings (the defaults), the run's folder and the images seen when the run resumes."""
 
 TRACKERS: dict[str, tuple[type | None, Build]] = {"jsonl": (None, JsonLines), "tensorboard": (None, TensorBoard)}
-"""Those that write to the run's folder, which the run cannot do without; all others may fail."""
+"""Trackers that write to the run's folder and without which a run fails; all others may fail."""
 
 MODULES = {"mlflow": ("mlflow", "sqlalchemy", "alembic")}  # of its SQLite file
 PACKAGES = {"mlflow": "mlflow-skinny sqlalchemy alembic"}
@@ -220,7 +220,7 @@ PACKAGES = {"mlflow": "mlflow-skinny sqlalchemy alembic"}
 
 
 def accelerated(kind: "type[GeneralTracker]") -> Build:
-    """Builds a tracker of Accelerate's kind; the class takes the project's name, and a folder if it asks for one."""
+    """A build for a class of Accelerate's trackers, which takes the project's name, and a folder if it asks for one."""
     return lambda settings, folder, images_seen: Accelerated(kind, folder, images_seen)
 
 
@@ -230,13 +230,13 @@ def find_trackers(names: str) -> dict[str, tuple[type | None, Build]]:
 
     theirs = {name: (None, accelerated(kind)) for name, kind in LOGGER_TYPE_TO_CLASS.items() if name not in TRACKERS}
     wanted = ["jsonl", *(name.strip(" '\"") for name in names.strip(" []").split(","))]
-    found = {}
+    trackers = {}
     for name in filter(None, wanted):
-        found[name] = lookup("report.trackers", name, TRACKERS | theirs, "naign.trackers")
+        trackers[name] = lookup("report.trackers", name, TRACKERS | theirs, "naign.trackers")
         if name in theirs and not all(map(find_spec, MODULES.get(name, (name,)))):
             package = PACKAGES.get(name, name)
             raise InputError(f"report.trackers is '{name}', which is not installed: pip install {package}")
-    return found
+    return trackers
 
 
 def picture_file(folder: Path, name: str, images_seen: int) -> Path:
@@ -244,7 +244,7 @@ def picture_file(folder: Path, name: str, images_seen: int) -> Path:
 
 
 def _seen(line: str) -> float:
-    """images_seen of a line of metrics.jsonl; infinite for one that a kill cut short, so that it is dropped."""
+    """images_seen of a line of metrics.jsonl; infinite for one cut short by a kill, so that it is dropped."""
     try:
         return float(json.loads(line)["images_seen"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):

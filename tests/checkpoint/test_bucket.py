@@ -75,9 +75,9 @@ def test_the_process_that_started_last_has_the_bucket(bucket, caplog):
     put(f"{bucket}/run", 7)
     put(f"{bucket}/run", 8, done=False)
     second = take_over(f"{bucket}/run")
-    (said,) = caplog.messages
-    whose = rf"{bucket}/run is taken over from the run that started on \S+ at \S+: what it sent last is step-00000007"
-    assert re.match(whose, said)
+    (message,) = caplog.messages
+    former = rf"{bucket}/run is taken over from the run that started on \S+ at \S+: its last upload is step-00000007"
+    assert re.match(former, message)
     check_claim(f"{bucket}/run", second)
     with pytest.raises(Conflict, match=r"/run was taken over by a run that started later \(on .*--run.remote"):
         check_claim(f"{bucket}/run", first)

@@ -87,7 +87,7 @@ def test_of_two_pods_with_one_index_the_later_goes_on_unless_it_is_of_an_older_g
         assert b'"leave": true' in earlier.recv(1000)
         with greet(port, dataclasses.replace(hello, member="old", generation=3)) as old:
             told = old.recv(1000)
-            assert b"a host 1 of generation 3, which came after generation 5, was turned away" in told
+            assert b"a host 1 of generation 3, which came after generation 5, was rejected" in told
             assert b'"leave": true' in told
         with greet(port, Hello("a", 2, 3, 5, 0, "survivor")) as survivor:
             assert b'"go": true, "generation": 6' in later.recv(1000)
@@ -96,7 +96,7 @@ def test_of_two_pods_with_one_index_the_later_goes_on_unless_it_is_of_an_older_g
     assert found[0].generation == 6
     assert [text.partition(":")[0] for text in said] == [
         "host 1 came again, as another pod",
-        "a host 1 of generation 3, which came after generation 5, was turned away",
+        "a host 1 of generation 3, which came after generation 5, was rejected",
     ]
 
 

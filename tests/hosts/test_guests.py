@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.cluster.guests import Guests, Hello, Met
-from pipeline.cluster.meeting import meet, turn_away
+from pipeline.cluster.meeting import meet, reject_all
 from pipeline.cluster.place import MOST, Place, find_place
 from pipeline.errors import InputError, PeerLost
 
@@ -94,7 +94,7 @@ def test_silent_strangers_and_slow_greetings_do_not_keep_hosts_from_the_reason()
     line, begun = HELLO.line(), time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as server:
         guests = [socket.create_connection(server.getsockname()[:2], timeout=10) for _ in range(42)]
-        ending = threading.Thread(target=turn_away, args=(server, place(0, 3), InputError("no GPUs"), 10))
+        ending = threading.Thread(target=reject_all, args=(server, place(0, 3), InputError("no GPUs"), 10))
         guests[40].sendall(line[:9])
         ending.start()
         guests[41].sendall(dataclasses.replace(HELLO, index=2).line())
@@ -104,7 +104,7 @@ def test_silent_strangers_and_slow_greetings_do_not_keep_hosts_from_the_reason()
         ending.join(10)
         assert time.monotonic() - begun < 5
         begun = time.monotonic()
-        turn_away(server, place(0, 3), InputError("no GPUs"), 0.2)
+        reject_all(server, place(0, 3), InputError("no GPUs"), 0.2)
         assert time.monotonic() - begun < 2
         for guest in guests:
             guest.close()

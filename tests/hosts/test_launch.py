@@ -18,7 +18,7 @@ import pytest
 from torch.distributed import DistNetworkError
 
 from pipeline.checkpoint import newest_checkpoint
-from pipeline.cluster import exit_codes, launch
+from pipeline.cluster import launch, local_ranks
 from pipeline.cluster.exit_codes import Ending
 from pipeline.cluster.meeting import meet
 from pipeline.cluster.place import Place
@@ -66,7 +66,7 @@ def test_a_signal_ends_what_is_waited_for_after_the_ranks(number, handlers):
     ending.listen()
     threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
     begun = time.monotonic()
-    assert ending.judge(FAILED) == FAILED and ending.heard(0, 60) is None and ending.asked
+    assert ending.judge(FAILED) == FAILED and ending.code_of(0, 60) is None and ending.asked
     assert time.monotonic() - begun < 5
 
 
@@ -81,12 +81,12 @@ def test_agents_that_do_not_reach_each_other_are_told_as_a_lost_host(handlers, c
         time.sleep(1)
         raise DistNetworkError("The client socket has timed out")
 
-    monkeypatch.setattr(launch, "_program", lambda: (lambda _: None, start))
-    monkeypatch.setattr(exit_codes, "QUIET", 0.2)
+    monkeypatch.setattr(local_ranks, "load_launcher", lambda: (lambda _: None, start))
+    monkeypatch.setattr("pipeline.cluster.exit_codes.QUIET", 0.2)
     childless = SimpleNamespace(children=list)  # this process may have servers of other tests
-    monkeypatch.setattr(launch, "psutil", SimpleNamespace(Process=lambda: childless))
+    monkeypatch.setattr(local_ranks, "psutil", SimpleNamespace(Process=lambda: childless))
     place = Place(orchestrator="Kubernetes", index=1, hosts=2, head="a")
-    code = launch.run_ranks(tmp_path / "engine.yaml", place, 1, "10.0.0.1", 29500, [], Ending(patience=60))
+    code = local_ranks.run_ranks(tmp_path / "engine.yaml", place, 1, "10.0.0.1", 29500, [], Ending(patience=60))
     quiet, last = capsys.readouterr().err.splitlines()
     assert code == PEER_LOST and "host 0 (10.0.0.1, port 29500) is not reached" in last and "timed out" in last
     assert "no ranks after" in quiet and "do all hosts reach port 29500" in quiet
@@ -322,4 +322,4 @@ def test_a_mistake_on_the_first_host_ends_all(start):
         ]
         words = [host.communicate(timeout=60)[1] for host in hosts]
     assert [host.returncode for host in hosts] == [BAD_INPUT] * 2
-    assert all(f"port {port} is taken on host 0" in said.splitlines()[-1] for said in words)
+    assert all(f"port {port} is in use on host 0" in said.splitlines()[-1] for said in words)

@@ -18,7 +18,7 @@ import yaml
 from pipeline.cluster.engine_file import find_engine, without_engine
 from pipeline.cluster.exit_codes import Ending, explain
 from pipeline.cluster.guests import Disagreement
-from pipeline.cluster.meeting import Links, interface_of, listen, meet, turn_away
+from pipeline.cluster.meeting import Links, interface_of, listen, meet, reject_all
 from pipeline.cluster.place import PORTS, Place, find_place, find_ports
 from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost
 from tests.servers import free_port
@@ -215,7 +215,7 @@ def test_nothing_that_a_stranger_says_ends_a_meeting(words):
         (b"HTTP/1.1 400 Bad Request\r\n", "another program answers there"),
         (b"[" * 100_000 + b"\n", "another program answers there"),
         (b"\xff\n", "another program answers there"),
-        (b'{"end": true}\n', "turned this one away"),
+        (b'{"end": true}\n', "rejected this one"),
         (b"x", "waited 2 s for"),
     ],
     ids=["http", "nested", "bytes", "no reason", "drips"],
@@ -271,22 +271,22 @@ def test_who_comes_to_a_first_host_that_ends_learns_why():
         late = threading.Timer(1, come, args=(2,))
         late.start()
         begun = time.monotonic()
-        turn_away(listener, place(0, 3), InputError("no GPUs"), within=20)
+        reject_all(listener, place(0, 3), InputError("no GPUs"), within=20)
         assert time.monotonic() - begun < 10
         assert b'"end": false' in stranger.recv(1000)
     early.join(10)
     late.join(10)
     assert found == ["host 0: no GPUs"] * 2
     with listen(place(0, 3), port) as listener:  # type: ignore[union-attr]
-        turn_away(listener, place(0, 3), InputError("no GPUs"), within=0.2)
+        reject_all(listener, place(0, 3), InputError("no GPUs"), within=0.2)
         begun = time.monotonic()
-        turn_away(listener, place(0, 3), Disagreement("host 2 counts 4 hosts", {1, 2}), within=20)  # who knows already
+        reject_all(listener, place(0, 3), Disagreement("host 2 counts 4 hosts", {1, 2}), within=20)  # who knows already
         assert time.monotonic() - begun < 1
 
 
 def test_a_stranger_who_is_silent_is_not_taken_for_the_first_host():
     said: list[str] = []
-    with socket.create_server(("127.0.0.1", 0)) as stranger, pytest.raises(PeerLost, match="where somebody listens"):
+    with socket.create_server(("127.0.0.1", 0)) as stranger, pytest.raises(PeerLost, match="where a program listens"):
         meet(place(1, 2), port=stranger.getsockname()[1], within=1, say=said.append)
 
 
@@ -371,7 +371,7 @@ def test_what_is_wrong_with_the_input_is_the_last_line(code, told, capsys):
     ending.report(code, "train.images is -1")
     thread = threading.Thread(target=ending.note, args=(0, BAD_INPUT, False))
     thread.start()
-    assert ending.heard(0, 5) == BAD_INPUT
+    assert ending.code_of(0, 5) == BAD_INPUT
     assert ending.judge(code) == code
     thread.join(5)
     lines = capsys.readouterr().err.splitlines()

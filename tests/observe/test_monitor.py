@@ -150,7 +150,7 @@ def test_a_tracker_that_raises_no_exception_is_left_out(caplog):
 
     tracker = Background("rusty", build)
     tracker.wait(time.monotonic() + 10)
-    assert tracker.failed and "tracker rusty failed, and is left out from here on: Panic: in Rust" in caplog.text
+    assert tracker.failed and "tracker rusty failed and is left out from now on: Panic: in Rust" in caplog.text
 
 
 @pytest.mark.parametrize("method", ["build", "scalars", "close"])
@@ -199,7 +199,7 @@ def test_tensorboard_shows_settings_and_what_matters_first(tmp_path):
 
 def test_a_disk_that_fails_is_the_user_s_to_mend(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(InputError, match="what is reported cannot be written .*make room"):
+    with pytest.raises(InputError, match="reports cannot be written .*make room"):
         report(tmp_path, "")
 
 
