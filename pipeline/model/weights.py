@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from pipeline.checkpoint.bucket import fetch_file, newest_first
+from pipeline.checkpoint.done import is_exhausted
 from pipeline.checkpoint.manifest import BEST, MANIFEST, best_named, read_manifest
 from pipeline.checkpoint.writer import is_complete, newest_checkpoint, passed_over
 from pipeline.errors import Damaged, InputError, one_line
@@ -90,13 +91,13 @@ def _find(folder: Path) -> Weights:
 
 
 def _ended_by_patience(run: str, newest: str) -> bool:
-    """Whether the best checkpoint of a run, in a folder or a bucket, is quality.patience measurements old."""
+    """Whether quality.patience ended a run, in a folder or a bucket, whose newest checkpoint is that one."""
     try:
-        quality = yaml.safe_load(_read(run, "config.yaml"))["quality"]
+        sections = yaml.safe_load(_read(run, "config.yaml"))
+        settings = {f"{name}.{key}": sections[name][key] for name in ("quality", "data") for key in sections[name]}
         rounds = json.loads(_read(f"{run}/checkpoints/{newest}", "trainer.json"))["round"]
-        best = json.loads(_read(run, BEST))["round"]
-        return bool(0 < quality["patience"] * quality["rounds"] <= rounds - best)
-    except (ValueError, LookupError, TypeError, RecursionError, yaml.YAMLError):
+        return is_exhausted(settings, rounds, json.loads(_read(run, BEST)))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
         return False  # a file is missing, or was written by another program
 
 

@@ -9,6 +9,7 @@ import yaml
 
 from pipeline.checkpoint import bucket as in_bucket
 from pipeline.checkpoint.bucket import upload
+from pipeline.checkpoint.done import measured_by
 from pipeline.errors import InputError
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import build_network, recorded_network
@@ -18,7 +19,9 @@ from tests.checkpoint.written import write_checkpoint
 METADATA = {"model": {"name": "conv", "width": 4, "code": 8}, "shape": [1, 8, 8], "prior": {"name": "gaussian"}}
 
 
-def write_run(folder: Path, *, patience: int = 2, best: object = "step-00000010", average: bool = False) -> Path:
+def write_run(
+    folder: Path, *, patience: object = 2, best: object = "step-00000010", samples: int = 50, average: bool = False
+) -> Path:
     """A run of checkpoints after 1 and 5 rounds, whose quality was measured every 2 rounds and best after the first."""
     for number, rounds in enumerate((1, 5)):
         torch.manual_seed(number)
@@ -32,8 +35,10 @@ def write_run(folder: Path, *, patience: int = 2, best: object = "step-00000010"
             (place / "trainer.json").write_text(json.dumps({"round": rounds}))
 
         write_checkpoint(folder / f"checkpoints/step-000000{rounds}0", fill)
-    (folder / "config.yaml").write_text(yaml.safe_dump({"quality": {"rounds": 2, "patience": patience}}))
-    (folder / "best.json").write_text(json.dumps({"checkpoint": best, "round": 1}))
+    settings = {"quality": {"rounds": 2, "patience": patience, "samples": 50}, "data": {"path": "data/digits"}}
+    measured = measured_by({"quality.samples": samples, "data.path": "data/digits"})
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "best.json").write_text(json.dumps({"checkpoint": best, "round": 1, "measured": measured}))
     return folder
 
 
@@ -44,6 +49,7 @@ def write_run(folder: Path, *, patience: int = 2, best: object = "step-00000010"
         ({"patience": 3}, "last"),
         ({"patience": 0}, "last"),
         ({"patience": "two"}, "last"),
+        ({"samples": 60}, "last"),  # measured otherwise than the run now measures
         ({"best": "step-00000077"}, "last"),
         ({"best": "../elsewhere"}, "last"),
         ({"best": None}, "last"),
