@@ -41,7 +41,7 @@ from pipeline.training.quality import Quality, check_quality
 from pipeline.training.round import Run
 from pipeline.training.run_folder import check_shared, claim, fetch_checkpoint
 from pipeline.training.state import PartialRound, restore, restore_prior, restore_weights
-from pipeline.training.warm_start import warm_start
+from pipeline.training.warm_start import read_start, warm_start
 
 log = logging.getLogger("naign.train")
 
@@ -56,13 +56,16 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, nn.Module]:
     stop = StopRequest(within=config.stop.within, world=world, timeout=config.train.timeout + 60)
     with together(accelerator):
         check_engine(config, accelerator)
+        start = read_start(config) if rank == 0 else None
+    start = broadcast_object(start)
+    with together(accelerator):
         data = replace(config.data, workers=config.data.workers or (2 if device.type == "cuda" else 1))
         stream = Stream(data, seed=config.seed, round_size=config.match.round, rank=rank, world=world)
         torch.manual_seed(config.seed)  # the same first weights on every rank
         network = build_network(config.model, stream.shape, recompute=config.train.recompute).to(device)
         prior = open_prior(config, stream.shape, network).to(device)
-        if config.model.init:
-            warm_start(config, network, prior)
+        if start:
+            warm_start(config, start, network, prior)
         if config.match.space.code:
             require_code(network, "match.space.code")
         find_law(config.objective.damage).check(stream.shape)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,41 +14,46 @@ from pipeline.errors import InputError
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import recorded_network
 from pipeline.model.prior import Prior
+from pipeline.model.prior.registry import recorded_prior
 
 log = logging.getLogger("naign.train")
 
 
-def warm_start(config: Config, network: nn.Module, prior: Prior) -> None:
-    """Load what fits of the model at model.init, unless there is a checkpoint to go on from.
+class Start(NamedTuple):
+    """What a run takes of the model at model.init, on the CPU."""
 
-    The state of its prior is loaded whole or not at all. Raises InputError for a model of another kind, or without any
-    weight that fits.
-    """
+    metadata: dict[str, Any]
+    weights: dict[str, Tensor]
+    prior: dict[str, Tensor]
+
+
+def read_start(config: Config) -> Start | None:
+    """The model at model.init; None if there is none, or a checkpoint to resume from. For rank 0, which shares it."""
     folder, remote = Path(config.run.path) / "checkpoints", config.run.remote
-    if newest_checkpoint(folder) or (remote and next(iter(newest_first(remote)), None)):
-        return
-    place = config.model.init
-    model = NAIGN.from_pretrained(place)
-    name = recorded_network(model.metadata["model"]).name
+    if not config.model.init or newest_checkpoint(folder) or (remote and next(iter(newest_first(remote)), None)):
+        return None
+    model = NAIGN.from_pretrained(config.model.init)
+    return Start(model.metadata, model.network.state_dict(), model.prior.state_dict())
+
+
+def warm_start(config: Config, start: Start, network: nn.Module, prior: Prior) -> None:
+    """Load the weights whose name and shape agree. The state of the prior is loaded whole or not at all.
+
+    Raises InputError for a model of another kind, or without any weight that fits.
+    """
+    place, name = config.model.init, recorded_network(start.metadata["model"]).name
     if name != config.model.name:
         raise InputError(f"model.init={place} is a model of model.name={name}, this run's is {config.model.name}")
-    taken = _load_fitting(network, model.network.state_dict())
-    wanted = network.state_dict()
-    if not taken:
+    state = network.state_dict()
+    fits = {key: value for key, value in start.weights.items() if key in state and value.shape == state[key].shape}
+    if not fits:
         raise InputError(f"model.init={place} fits nothing of this network: no weight has its name and its shape")
-    fresh = ", ".join(sorted(wanted.keys() - taken))
-    log.info("%d of %d weights are from %s%s", len(taken), len(wanted), place, f", not {fresh}" if fresh else "")
-    state = model.prior.state_dict()
-    if type(model.prior) is type(prior) and _shapes(state) == _shapes(prior.state_dict()):
-        prior.load_state_dict(state)
-
-
-def _load_fitting(network: nn.Module, found: Mapping[str, Tensor]) -> set[str]:
-    """Names of the weights that the network takes over."""
-    wanted = network.state_dict()
-    fits = {name: value for name, value in found.items() if name in wanted and value.shape == wanted[name].shape}
-    network.load_state_dict(wanted | fits)
-    return set(fits)
+    network.load_state_dict(state | fits)
+    others = ", ".join(sorted(state.keys() - fits.keys()))
+    log.info("%d of %d weights are from %s%s", len(fits), len(state), place, f", not {others}" if others else "")
+    same_prior = recorded_prior(start.metadata["prior"]).name == config.prior.name
+    if same_prior and _shapes(start.prior) == _shapes(prior.state_dict()):
+        prior.load_state_dict(start.prior)
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:

@@ -7,9 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.checkpoint.bucket import upload
 from pipeline.checkpoint.writer import newest_checkpoint
 from pipeline.model.naign import NAIGN
+from pipeline.model.networks import ConvConfig, build_network
+from tests.checkpoint.written import write_checkpoint
 from tests.conftest import SMALL
+from tests.proxy import FaultProxy
 
 CODES = ["--prior.name=flow", "--prior.width=32", "--prior.passes=8", "--prior.batch=64"]
 CODES += ["--prior.begin=0"]
@@ -64,3 +68,22 @@ def test_what_it_cannot_begin_from_is_refused_before_anything_is_written(train, 
     assert done.returncode == 2
     said = {"mlp": "model.name=mlp", "nothing": "nothing", "a pickle": "no readable safetensors file"}[given]
     assert said in done.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_one_rank_fetches_one_file_of_a_run_in_a_bucket(train, digits, bucket: str, proxy: FaultProxy, tmp_path):
+    metadata = {"model": {"name": "conv", "width": 8, "code": 16}, "shape": [1, 8, 8], "prior": {"name": "gaussian"}}
+    model = NAIGN(build_network(ConvConfig(width=8, code=16), (1, 8, 8)), metadata)
+    checkpoint = tmp_path / "other/checkpoints/step-00000010"
+    write_checkpoint(checkpoint, model.save_pretrained)
+    upload(checkpoint, bucket, [file.name for file in checkpoint.iterdir()])
+    proxy.requests.clear()
+    options = [f"--data.path={digits}", *SMALL, "--train.images=256", "--train.lr=1e-9", "--train.lr_end=1e-9"]
+    done = train(*options, f"--model.init={bucket}", "--run.path=run", ranks=2)
+    assert done.returncode == 0 and "weights are from s3://" in done.stderr, done.stderr
+    files = [path.rpartition("/")[2] for method, path in proxy.requests if method == "GET" and "/step-" in path]
+    assert files == ["manifest.json", "manifest.json", "model.safetensors"], proxy.requests
+    newest = newest_checkpoint(tmp_path / "run/checkpoints")
+    assert newest
+    for name, value in load_file(newest / "model.safetensors").items():
+        torch.testing.assert_close(value, model.network.state_dict()[name], atol=1e-5, rtol=0)

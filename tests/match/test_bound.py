@@ -78,3 +78,13 @@ def test_the_basis_is_orthonormal_and_finds_the_plane():
     assert basis.shape[1] >= 5 and bound.departure(basis) < 1e-4
     assert float((rows @ basis).square().sum() / rows.square().sum()) == pytest.approx(1, abs=1e-5)
     assert bound.find_basis(torch.zeros(10, 7), 3).shape == (7, 0)
+
+
+def test_the_last_coordinate_is_at_least_what_the_basis_leaves_out():
+    basis = torch.linalg.qr(draw(0, 100, 8)).Q
+    rows = draw(1, 50, 8) @ basis.T + 0.01 * draw(2, 50, 100)
+    longer = 1.01 * basis  # its projections are longer than the rows themselves
+    frame = bound.build_frame(torch.zeros(100), longer, 4.0, torch.float32, bound.departure(longer))
+    seen = bound.encode(rows, frame)
+    rest = (rows - rows @ basis @ basis.T).double().norm(dim=1) * frame.scale
+    assert (seen.values[:, -1] + seen.error >= rest).all()
