@@ -44,6 +44,8 @@ class Settings:
     """Traces of one round, a rank each (runs/x/profile/*.json.gz); default: train, and take those."""
     data: Path = ROOT / "data/mnist"
     """Packed data to train on."""
+    options: tuple[str, ...] = ()
+    """More settings of the training, such as train.images=4096."""
     to: Path | None = None
     """Where to write, without an ending; default: print only."""
     width: int = 1600
@@ -65,6 +67,7 @@ def traced(settings: Settings, folder: Path) -> list[Path]:
         *(str(ROOT / "pipeline/train.py"), "--config", str(ROOT / "configs/mnist_imle.yaml")),
         *(f"--data.path={settings.data}", f"--run.path={folder}", "--train.images=12288", "--report.pictures=0"),
         "--profile.rounds=4",
+        *(f"--{option}" for option in settings.options),
     ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return sorted((folder / "profile").glob("*.json.gz"))

@@ -114,8 +114,9 @@ def test_step_measures_the_fit_checkpoints_and_resumption(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_round_draws_what_two_ranks_did(digits: str, tmp_path: Path) -> None:
+    options = ["--options", "match.round=512", "train.images=3072", "model.width=8", "model.code=16", "match.block=64"]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks/round.py"), "--data", digits, "--to", "results/round"],
+        [*(sys.executable, str(ROOT / "benchmarks/round.py"), "--data", digits, "--to", "results/round"), *options],
         cwd=tmp_path,
         env=forked(),
         capture_output=True,

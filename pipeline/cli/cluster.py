@@ -11,18 +11,15 @@ from tyro.conf import Positional
 from pipeline.errors import InputError, Unavailable, exit_on_input_error, require
 from pipeline.terminal import busy
 
-ABOUT_TRAIN = """Train a network. Beside the settings below, it takes
---config FILE: a YAML file, or the name of one in configs/, such as digits; settings beside it override it.
---engine FILE: a configuration of Accelerate, or the name of one in launch/, such as zero2; default: DDP.
---processes N: ranks on this machine; default: one a GPU, or one.
-`naign launch --help` lists the options for several machines, which it takes, too."""
+ABOUT_TRAIN = """Train a network. Options besides the settings below:
+--config FILE: a YAML file, or the name of one in configs/, such as digits. Settings on the command line override it.
+--engine FILE: a configuration of Accelerate, or the name of one in launch/, such as zero2. Default: DDP.
+--processes N: ranks on this machine. Default: one for each GPU, or one.
+All options of `naign launch` (naign launch --help), for several machines."""
 
 
 def train() -> None:
-    """Train a network: --config is a file or a name, such as digits, and --help lists all settings.
-
-    The options of `naign launch`, such as --engine and --processes, are taken, too.
-    """
+    """Train a network; naign train --help lists all settings. Takes the options of naign launch, too."""
     if not {"-h", "--help"}.isdisjoint(sys.argv[2:]):
         from pipeline.config import parse
 
@@ -32,7 +29,7 @@ def train() -> None:
 
 
 def launch() -> None:
-    """Start this host's ranks of a training, under Kubernetes, Kubeflow, Slurm or alone (naign launch --help)."""
+    """Start the ranks of this host, under Kubernetes, Kubeflow, Slurm or alone; naign launch --help lists options."""
     gc.disable()  # while modules are imported; see pipeline/train.py
     from pipeline.cluster.launch import main
 
@@ -57,7 +54,7 @@ def render(
     endpoint: str = "",
     region: str = "us-east-1",
 ) -> None:
-    """Print the manifests, or the Slurm script, of a training of a given size, and its cost on stderr.
+    """Print the manifests or the Slurm script of a training; its memory and traffic go to stderr.
 
     Args:
         what: k8s for kubectl apply -f -, slurm for sbatch.
@@ -90,17 +87,18 @@ def fetch(remote: Positional[str], /, *, to: Path, every: float = 0) -> None:
     Args:
         remote: s3://bucket/prefix of the run.
         to: Folder to copy into.
-        every: Seconds after which to look for more, again and again; 0: once.
+        every: Seconds between copies; 0 copies once.
     """
     import time
 
     from pipeline.checkpoint.bucket import fetch_shown
     from pipeline.storage.store import open_store
 
-    sound = (every == 0 or 1 <= every <= 86400) and str(to) not in ("", ".")
-    require((sound, "--every must be 0 or 1 to 86400 seconds, --to a folder of its own"))
-    there = every or open_store(remote).exists("config.yaml")
-    require((there, f"{remote} holds no run: its config.yaml is not there"))
+    require(
+        (every == 0 or 1 <= every <= 86400, f"--every is {every:g}: it must be 0, or 1 to 86400 seconds"),
+        (str(to) not in ("", "."), "--to is the current folder: name another one"),
+        (every or open_store(remote).exists("config.yaml"), f"{remote} holds no run: its config.yaml is not there"),
+    )
     while True:
         try:
             with busy(f"fetching {remote}"):

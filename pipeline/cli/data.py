@@ -37,13 +37,13 @@ def pack(
         root: Files to use instead of fetching them; for folder, the tree of images (sub-folders are labels).
         size: For folder: pixels a side (64) or height x width (48x64); pictures are cropped to that shape, resized.
         channels: For folder: 3 colour, 1 grey.
-        broken: For folder: whether a file that is no picture ends it, or is passed over with a warning.
+        broken: For folder: fail at a file that is no picture, or skip it with a warning.
         shards: Shards a split; default 16, more for large data.
         encoding: How images are stored: png and webp keep every bit, jpg is smaller, npy is read fastest.
         train: Keep only so many training examples, drawn by the seed; the test split stays whole.
         without: Labels to leave out of the training split.
-        seed: Of the order in which samples are dealt to shards, and of what is drawn.
-        force: Replace a data set that is there.
+        seed: Seed of the order of samples in shards, and of the choice of --train.
+        force: Replace an existing data set.
     """
     from pipeline.data.format import writer
     from pipeline.data.sources.catalog import load
@@ -74,22 +74,22 @@ def index(
     keep_broken: bool = False,
     force: bool = False,
 ) -> None:
-    """Make the index.json and page tables of WebDataset tars that others wrote; reads every byte, changes no tar.
+    """Index existing WebDataset tars: write index.json and page tables, without changing a tar.
 
-    Interrupted, it goes on with the tars that it has not read yet.
+    Every byte is read. After an interruption the same command continues with the tars that are left.
 
     Args:
-        path: Folder, s3://bucket/prefix or a pattern such as 's3://bucket/prefix/{00000..01023}.tar' of the tars. Their
-            samples are pictures of any size, or points of one.
+        path: Folder, s3://bucket/prefix or a pattern such as 's3://bucket/prefix/{00000..01023}.tar' of the tars.
+            Samples are pictures of any size, or points of one length.
         to: Folder or s3://bucket/prefix to write to, for --data.index; default: beside the tars.
-        train: Which of them are for training, as a pattern like 'imagenet-train-*.tar'; default: those not for testing.
-        test: Which are for testing; default: those with test or val in their names.
+        train: Pattern of the tars for training, such as 'imagenet-train-*.tar'; default: those not for testing.
+        test: Pattern of the tars for testing; default: those with test or val in their names.
         label: Where labels are: json:FIELD of the .json, or name:REGEX of the key; default: the number in .cls.
-        labels: File with a label name a line; default: the numbers or texts that are found.
-        name: Of the data set; default: the last part of the path.
-        sample_check: So many pictures of each tar are decoded, of others the header is read; default: all are decoded.
-        keep_broken: Of samples that cannot be decoded only warn; train with --data.broken=skip.
-        force: Replace an index.json that is there.
+        labels: File with one label name a line; default: the numbers or texts in the samples.
+        name: Name of the data set; default: the last part of the path.
+        sample_check: Pictures of each tar to decode; of the others only the header is read. Default: all.
+        keep_broken: Only warn of samples that cannot be decoded; train with --data.broken=skip.
+        force: Replace an existing index.json.
     """
     from pipeline.data.format.indexing import index as read_all
 
@@ -127,7 +127,7 @@ def _contents(path: str, manifest: "Manifest") -> str:
 def verify(path: Positional[str], /, *, index: str = "", json: Json = False) -> None:
     """Check a data set against its index.json: sizes, hashes, page tables, tar structure, pixels, labels, keys.
 
-    Samples that cannot be decoded and were indexed so (naign index --keep-broken) are named, and are no problem.
+    Samples that naign index --keep-broken recorded as broken are listed, and count as no problem.
 
     Args:
         path: Folder or s3://bucket/prefix of shards.

@@ -1,4 +1,4 @@
-"""Files of the commands: images and points that are read, samples that are written."""
+"""Files of commands: reading images and points, writing samples."""
 
 import math
 from collections.abc import Sequence
@@ -20,17 +20,20 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def find_files(files: Sequence[Path], shape: tuple[int, ...]) -> list[tuple[Path, Path]]:
-    """(path, name) of each file for samples of `shape`. Folders are searched for images, or for .csv files of points.
+    """(path, name) of each input file. Folders are searched for images or, where `shape` is that of points, .csv files.
 
-    The name of a file found in a folder is its path relative to that folder. Raises InputError if there is no file.
+    The name of a file inside a folder is its path relative to that folder. Raises InputError if there is no file.
     """
     suffixes, what = (IMAGES, "images") if len(shape) == 3 else ((".csv",), ".csv files of points")
-    found = []
+    named = []
     for file in files:
-        inside = sorted(path for path in file.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
-        found += [(path, path.relative_to(file)) for path in inside] if file.is_dir() else [(file, Path(file.name))]
-    require((found, f"no {what} given: name files, or folders that hold some"))
-    return found
+        if file.is_dir():
+            inside = sorted(path for path in file.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+            named += [(path, path.relative_to(file)) for path in inside]
+        else:
+            named.append((file, Path(file.name)))
+    require((named, f"no {what} given: name files, or folders that hold some"))
+    return named
 
 
 def refuse_overwriting(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
@@ -38,19 +41,18 @@ def refuse_overwriting(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
     source_of: dict[Path, Path] = {}
     sources = {path.resolve() for path in inputs}
     for source, output in zip(inputs, outputs, strict=True):
-        other = source_of.get(output)
-        require(
-            (output.resolve() not in sources, f"--to would overwrite the input {output}: choose another folder"),
-            (not output.is_dir(), f"{output} would be written for {source}, but is a folder: choose another --to"),
-            (not other, f"{other} and {source} would both be written to {output}: rename one of them"),
-        )
-        source_of[output] = source
+        other = source_of.setdefault(output, source)
+        if output.resolve() in sources:
+            raise InputError(f"--to would overwrite the input {output}: choose another folder")
+        if output.is_dir():
+            raise InputError(f"{output} would be written for {source}, but is a folder: choose another --to")
+        if other != source:
+            raise InputError(f"{other} and {source} would both be written to {output}: rename one of them")
 
 
 def read_samples(paths: Sequence[Path], model: NAIGN) -> list[Tensor]:
-    """The content of each file, float32: an image (1, C, H, W) in [-1, 1], or points (n, D), one a line of a .csv file.
-
-    Pictures are brought to the model's size as evaluation does it. Raises InputError for a file that holds none.
+    """The content of each file, float32: an image (1, C, H, W) in [-1, 1] at the model's size, or points (n, D) of the
+    lines of a .csv file. Raises InputError for a file that holds neither.
     """
     if len(model.shape) != 3:
         return [_read_points(path, model.shape) for path in counted("reading", paths, unit="file")]
@@ -87,23 +89,23 @@ def _read_points(path: Path, shape: tuple[int, ...]) -> Tensor:
 
 
 def _cause(error: Exception, otherwise: str) -> str:
-    """The operating system's message, if it is the system that refused; else `otherwise`."""
+    """The operating system's message where there is one, else `otherwise`."""
     return error.strerror if isinstance(error, OSError) and error.strerror else otherwise
 
 
-def write_samples(made: Tensor, to: Path) -> str:
+def write_samples(samples: Tensor, to: Path) -> str:
     """Write samples to a .png grid, a .csv file, or as one PNG each into a folder. Returns the place, for a message."""
-    points, suffix = made.ndim != 4, to.suffix.lower()
+    points, suffix = samples.ndim != 4, to.suffix.lower()
     if points != (suffix == ".csv") or suffix not in (".png", ".csv", ""):
         wanted = ".csv" if points else ".png, or a folder's name"
-        raise InputError(f"--to {to}: samples of shape {tuple(made.shape[1:])} go to a file that ends in {wanted}")
+        raise InputError(f"--to {to}: samples of shape {tuple(samples.shape[1:])} go to a file that ends in {wanted}")
     if suffix == ".png":
         to.parent.mkdir(parents=True, exist_ok=True)
-        save(grid(made, columns=math.ceil(math.sqrt(len(made)))), to)
+        save(grid(samples, columns=math.ceil(math.sqrt(len(samples)))), to)
     elif points:
-        write_one(made, to)
+        write_one(samples, to)
     else:
-        for number, image in enumerate(counted("writing", made, unit="image")):
+        for number, image in enumerate(counted("writing", samples, unit="image")):
             write_one(image[None], to / f"{number:06d}.png")
     return str(to) if suffix else f"{to}/"
 

@@ -8,7 +8,7 @@ from pipeline.terminal import busy
 
 
 def doctor(*, json: Json = False) -> None:
-    """Say what this machine offers and what stands in the way: versions, devices, threads, memory, one FAISS build."""
+    """Check this machine: versions, devices, threads, memory, FAISS."""
     from pipeline.observe.doctor import CHECKS, Finding, Needs, findings, problems
 
     examined = list[Finding]()

@@ -1,6 +1,6 @@
-"""The `naign` program: its commands, each a function whose signature gives its options, and how they end.
+"""The `naign` program. Each command is a function whose signature gives its options.
 
-Commands import what is heavy when they are called, so that `naign --help` is quick.
+Commands import heavy modules when they are called, so that `naign --help` is quick.
 """
 
 import errno
@@ -30,17 +30,17 @@ COMMANDS: dict[str, Callable[..., None]] = {
         *(evaluate, sample, restore, score, export, push, demo, doctor),
     )
 }
-FULL = ("can't allocate memory", "out of memory")  # of a machine, of a GPU
+FULL = ("can't allocate memory", "out of memory")  # errors of torch on a CPU, on a GPU
 
 
 def _end_quietly() -> NoReturn:
-    """End where the reader has closed the pipe, as `head` does."""
+    """End after the reader closed the pipe, as `head` does."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
     sys.exit(128 + signal.SIGPIPE)
 
 
 def main() -> None:
-    """Run the command of sys.argv. Exits with 2 on a user's mistake; see pipeline/errors.py."""
+    """Run the command in sys.argv. Exit codes are those of pipeline/errors.py."""
     if sys.argv[1:2] in (["train"], ["launch"]):  # these pass unknown options on to the training program
         try:
             (train if sys.argv[1] == "train" else launch)()
@@ -63,6 +63,6 @@ def main() -> None:
             kind = Unavailable if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE) else InputError
             raise kind(f"{error.filename}: {error.strerror}") from None
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, MemoryError) or any(said in str(error) for said in FULL):
+            if isinstance(error, MemoryError) or any(text in str(error) for text in FULL):
                 raise InputError("there is too little memory for that: ask for fewer or smaller ones") from None
             raise

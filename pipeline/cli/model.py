@@ -4,7 +4,6 @@ import csv
 import math
 import sys
 import tempfile
-from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,7 +11,7 @@ import tyro
 from tyro.conf import Positional
 
 from pipeline.cli.output import Json, lines_to_stderr, print_json
-from pipeline.errors import require
+from pipeline.errors import InputError, require
 from pipeline.terminal import busy, counted
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ def evaluate(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Measure a trained model; writes evaluation/metrics.json, pictures and report.html into its folder.
+    """Measure a trained model: evaluation/ in its folder gets metrics.json, report.html and pictures.
 
     Args:
         data: Packed data set; default: the one it was trained on.
@@ -98,7 +97,7 @@ def sample(
     seed: int = 0,
     device: Device = "auto",
 ) -> None:
-    """Draw samples: one picture of all, or with a folder as --to one PNG each (points: a .csv file).
+    """Draw samples into one picture, or into a PNG each where --to is a folder (points: a .csv file).
 
     Args:
         n: How many.
@@ -111,9 +110,9 @@ def sample(
     _check(n=n, times=times, seed=seed)
     model = _model(run, prior, components, steps, data, device=find_device(device))
     with counted("sampling", total=n, unit="sample") as bar:
-        made = model.sample(n, seed=seed, times=times, advance=bar.update).cpu()
-    place = to or Path("samples.png" if made.ndim == 4 else "samples.csv")
-    print(f"{n} samples: {write_samples(made, place)}")
+        samples = model.sample(n, seed=seed, times=times, advance=bar.update).cpu()
+    place = to or Path("samples.png" if samples.ndim == 4 else "samples.csv")
+    print(f"{n} samples: {write_samples(samples, place)}")
 
 
 def restore(
@@ -126,7 +125,7 @@ def restore(
     damage: Kind | None = None,
     device: Device = "auto",
 ) -> None:
-    """Repair images: writes one PNG a file into a folder, at the model's size (points: from .csv to .csv files).
+    """Repair images: one PNG for each file, at the model's size (points: .csv files).
 
     Args:
         to: Folder to write; images found in folders keep their sub-folders and names.
@@ -150,11 +149,11 @@ def restore(
     folders = [to, to / damage] if damage else [to]
     outputs = [folder / name for folder in folders for name in names]
     refuse_overwriting(paths * len(folders), outputs)
-    given = read_samples(paths, model)
-    damaged = degrade(torch.cat(given), damage) if damage else torch.cat(given)
+    originals = read_samples(paths, model)
+    damaged = degrade(torch.cat(originals), damage) if damage else torch.cat(originals)
     with counted("restoring", total=len(damaged), unit="sample") as bar:
         repaired = model.project(damaged, times=times, advance=bar.update).cpu()
-    sizes = [len(batch) for batch in given]
+    sizes = [len(batch) for batch in originals]
     batches = [*repaired.split(sizes), *(damaged.split(sizes) if damage else ())]
     for place, samples in counted("writing", list(zip(outputs, batches, strict=True)), unit="file"):
         write_one(samples, place)
@@ -163,7 +162,7 @@ def restore(
 
 
 def score(run: Model, files: Files, /, *, times: Times = 1, device: Device = "auto", json: Json = False) -> None:
-    """Print energies as CSV: file (points: file:line), mean squared residual of f(x) - x; low near training data."""
+    """Print the energy of each file as CSV: the mean of (f(x) - x)^2, low near training data (points: of each line)."""
     import torch
 
     from pipeline.cli.files import find_files, read_samples
@@ -172,16 +171,18 @@ def score(run: Model, files: Files, /, *, times: Times = 1, device: Device = "au
     with lines_to_stderr(json):
         model = open_model(run, find_device(device))
     paths = [path for path, _ in find_files(files, model.shape)]
-    given = read_samples(paths, model)
-    lines = [(path, line) for path, batch in zip(paths, given, strict=True) for line in range(1, 1 + len(batch))]
+    originals = read_samples(paths, model)
+    lines = [(path, line) for path, batch in zip(paths, originals, strict=True) for line in range(1, 1 + len(batch))]
     with counted("scoring", total=len(lines), unit="sample") as bar:
-        energies = model.energy(torch.cat(given), times=times, advance=bar.update).tolist()
+        energies = model.energy(torch.cat(originals), times=times, advance=bar.update).tolist()
     for (path, line), energy in zip(lines, energies, strict=True):
         require((math.isfinite(energy), f"{path}:{line}: its energy is beyond float32: leave it out"))
     if json:
-        rows = [(path, line if len(model.shape) == 1 else None) for path, line in lines]
-        found = [{"file": path, "line": line, "energy": e} for (path, line), e in zip(rows, energies, strict=True)]
-        print_json({"run": run, "times": times, "energies": found})
+        rows = [
+            {"file": path, "line": line if len(model.shape) == 1 else None, "energy": energy}
+            for (path, line), energy in zip(lines, energies, strict=True)
+        ]
+        print_json({"run": run, "times": times, "energies": rows})
         return
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(("file", "energy"))
@@ -200,7 +201,7 @@ def export(
     steps: Steps = None,
     data: str | None = None,
 ) -> None:
-    """Write a model alone, for use elsewhere: safetensors for NAIGN.from_pretrained, or f as a program.
+    """Export a model: as safetensors for NAIGN.from_pretrained, or f alone as a program.
 
     Args:
         to: Folder to write.
@@ -211,9 +212,9 @@ def export(
     from pipeline.model import programs
 
     _refuse_runs(to)
-    trained = format == "safetensors" or prior == "trained"
-    require((trained, f"--format {format} is f alone, without a prior"))
-    model, checked = _model(run, prior, components, steps, data), ""
+    require((format == "safetensors" or prior == "trained", f"--format {format} is f alone, without a prior"))
+    model = _model(run, prior, components, steps, data)
+    checked = ""
     with busy("exporting"):
         if format == "safetensors":
             model.save_pretrained(to)
@@ -224,9 +225,12 @@ def export(
         else:
             file = to / "model.onnx"
             difference = programs.write_onnx(model.network, model.shape, file)
-            checked = f"differs from f by at most {difference:.1g} in onnxruntime" if difference is not None else ""
-            checked = checked or "not checked: onnxruntime is not installed (in a checkout: pip install -e '.[onnx]')"
-    print(f"exported: {file}", *[checked] if checked else [], sep="\n")
+            checked = "not checked: onnxruntime is not installed (in a checkout: pip install -e '.[onnx]')"
+            if difference is not None:
+                checked = f"differs from f by at most {difference:.1g} in onnxruntime"
+    print(f"exported: {file}")
+    if checked:
+        print(checked)
 
 
 def push(
@@ -245,17 +249,15 @@ def push(
         license: Licence of the weights, as the hub abbreviates it, such as apache-2.0; default: the card states none.
         dry_run: Write what would be uploaded into this folder, and upload nothing.
     """
-    from pipeline.evaluate.card import FILES, write_repository
+    from pipeline.evaluate.card import write_repository
     from pipeline.model import hub
 
     if dry_run is None:
         hub.check_login(name)
     else:
         hub.check_name(name)
-        _refuse_runs(dry_run, "--dry-run")
-        own = f"--dry-run {dry_run} has an evaluation, and so a model of its own: give another folder"
-        require((not (dry_run / "evaluation").exists(), own))
-        _refuse_others(dry_run, FILES)
+        empty = not dry_run.exists() or (dry_run.is_dir() and not any(dry_run.iterdir()))
+        require((empty, f"--dry-run {dry_run} holds something already: give a new or empty folder"))
     model = open_model(run, "cpu")
     with tempfile.TemporaryDirectory() as place:
         files = write_repository(dry_run or Path(place), model, run, name=name, license=license)
@@ -265,28 +267,14 @@ def push(
             print(f"wrote {files} files to {dry_run}/, uploaded nothing")
 
 
-def _refuse_others(folder: Path, names: Collection[str]) -> None:
-    """InputError for a folder with files that no earlier --dry-run wrote: such have these names, a model among them."""
-    require((folder.is_dir() or not folder.exists(), f"--dry-run {folder} is a file: give a folder"))
-    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    own = not found or (found <= set(names) and "model.safetensors" in found)
-    require((own, f"--dry-run {folder} has files of others, which could be overwritten: give a new or empty folder"))
-
-
-def _refuse_runs(folder: Path, option: str = "--to") -> None:
-    """InputError for a folder in which a model would be taken for a part of a run, or be hidden by it."""
-    checkpoint = f"{option} {folder} is a checkpoint, which a run goes on from: give another folder"
-    require(
-        (not (folder / "manifest.json").exists(), checkpoint),
-        (
-            not (folder / "checkpoints").exists(),
-            f"{option} {folder} is a run, whose checkpoints come first: give another folder",
-        ),
-    )
+def _refuse_runs(folder: Path) -> None:
+    """Raise InputError for a folder in which an exported model would become part of a run, or be hidden by it."""
+    for name, what in (("manifest.json", "checkpoint"), ("checkpoints", "run")):
+        require((not (folder / name).exists(), f"--to {folder} is a {what}: give another folder"))
 
 
 def open_model(run: str, device: str) -> "NAIGN":
-    """The model; of a run, which of its checkpoints it is goes to stderr."""
+    """Read a model. Of a run, print on stderr which checkpoint it is."""
     from pipeline.model.naign import NAIGN
 
     with busy(f"reading {run}"):
@@ -300,8 +288,8 @@ def _model(
     run: str, prior: Prior, components: int | None, steps: int | None, data: str | None, *, device: str = "cpu"
 ) -> "NAIGN":
     if prior == "trained":
-        given = next((name for name, value in (("components", components), ("data", data)) if value is not None), "")
-        require((not given, f"--{given} is of a mixture: add --prior gmm, or leave it out"))
+        for name, value in (("components", components), ("data", data)):
+            require((value is None, f"--{name} is of a mixture: add --prior gmm, or leave it out"))
     components = 50 if components is None else components
     _check(components=components)
     model = open_model(run, device)
@@ -322,16 +310,14 @@ def _model(
 def find_device(name: Device) -> str:
     import torch
 
-    there = torch.cuda.is_available()
-    absent = "--device cuda: this machine has no CUDA device that torch can use; try --device cpu"
-    require((there or name != "cuda", absent))
-    return ("cuda" if there else "cpu") if name == "auto" else name
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise InputError("--device cuda: this machine has no CUDA device that torch can use; try --device cpu")
+    return ("cuda" if available else "cpu") if name == "auto" else name
 
 
 def _check(*, seed: int = 0, **counts: int) -> None:
-    """InputError for a seed that no generator takes, and for counts below 1."""
-    least = [
-        (1 <= value < 2**53, f"--{name} is {value}: it must be at least 1, and no more than memory holds")
-        for name, value in counts.items()
-    ]
-    require(*least, (0 <= seed < 2**63, f"--seed is {seed}: it must be 0 to {2**63 - 1}"))
+    """Raise InputError for a seed that no generator takes, and for counts below 1."""
+    require((0 <= seed < 2**63, f"--seed is {seed}: it must be 0 to {2**63 - 1}"))
+    for name, value in counts.items():
+        require((1 <= value < 2**53, f"--{name} is {value}: it must be at least 1, and no more than memory holds"))

@@ -27,8 +27,8 @@ def runs(
 ) -> None:
     """List the runs in a folder: state, images seen, quality, size on disk, time since the last report.
 
-    Quality is that of `naign evaluate`: the Frechet distance of f(z), also over its floor, and recall; without one, the
-    last that was measured while training (quality.rounds), which has no floor.
+    Quality is the Frechet distance of f(z), also over its floor, and recall: of `naign evaluate`, or else of the last
+    measurement while training (quality.rounds), which has no floor.
 
     Args:
         folder: Local folder that holds runs, also in sub-folders, or a run.
@@ -38,9 +38,9 @@ def runs(
 
     _check_local(folder)
     with busy(f"reading {folder}"):
-        found, others = find_runs(folder)
+        listed, others = find_runs(folder)
     infinite = float("inf")
-    found.sort(
+    listed.sort(
         key={
             "name": lambda run: run.name,
             "quality": lambda run: (run.fd_over_floor or infinite, infinite if run.fd is None else run.fd),
@@ -51,9 +51,9 @@ def runs(
     )
     if json:
         named = [{"path": path, "problem": problem} for path, problem in others.items()]
-        print_json({"folder": folder, "runs": [asdict(run) for run in found], "others": named})
+        print_json({"folder": folder, "runs": [asdict(run) for run in listed], "others": named})
         return
-    print_table(HEADER, [_row(run) for run in found])
+    print_table(HEADER, [_row(run) for run in listed])
     for path, problem in others.items():
         print(f"{printable(path, LONGEST)}: {problem}")
 

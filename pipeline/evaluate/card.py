@@ -11,13 +11,13 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
+from jinja2 import UndefinedError
 
 from pipeline.errors import InputError, require
 from pipeline.evaluate.recorded import fingerprint
-from pipeline.evaluate.report import DAMAGE, compared, number
+from pipeline.evaluate.report import DAMAGE, templates
 from pipeline.evaluate.runs import folder_of
-from pipeline.model.hub import WEIGHTS, without_places
+from pipeline.model.hub import without_places
 from pipeline.model.naign import NAIGN
 from pipeline.storage.base import Store
 from pipeline.storage.local import write_atomically
@@ -30,6 +30,8 @@ DATASETS = {
 }
 """Names on the hub of data sets that `naign pack` knows."""
 
+GENERATION, REPAIR = "unconditional-image-generation", "image-to-image"  # tasks of the hub
+
 PICTURES = {
     "samples": "Samples f(z), the first of those drawn, not chosen",
     **{f"restoration_{kind}": f"Repair of test images: {name.lower()}" for kind, name in DAMAGE.items()},
@@ -39,9 +41,6 @@ PICTURES = {
     "distance": "How far f moves a point",
 }
 """The pictures of an evaluation that a card shows, in this order."""
-
-FILES = ("README.md", WEIGHTS, "config.json", *(f"{key}.png" for key in PICTURES))
-"""All that `write_repository` may write."""
 
 
 def write_repository(
@@ -108,7 +107,7 @@ def _read_evaluation(model: NAIGN, run: str) -> tuple[Store, dict[str, Any]]:
         raise InputError(f"{store.url('metrics.json')} is no evaluation: {again}") from None
     seen = model.metadata.get("images_seen")
     state = f"the evaluation of {run} is of its state after {measured} images, the model has seen {seen}: {again}"
-    other = f"the evaluation of {run} is of other weights, or of other latents: {again}"
+    other = f"the evaluation of {run} is of other weights, or of another prior: {again}"
     require((measured == seen, state), (metrics.get("weights") in (None, fingerprint(model)), other))
     return store, metrics
 
@@ -124,15 +123,14 @@ def _render(
         license=license,
         datasets=[dataset] if dataset else None,
         tags=["naign", "idempotent-generative-network", "pytorch_model_hub_mixin", "model_hub_mixin"],
-        pipeline_tag="unconditional-image-generation" if len(model.shape) == 3 else None,
+        pipeline_tag=GENERATION if len(model.shape) == 3 else None,
         metrics=sorted({result.metric_type for result in results}),
         model_name=name,
         eval_results=results or None,
     )
-    pages = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True)
-    pages.filters |= {"number": number, "count": "{:,}".format, "compared": compared}
     settings = yaml.safe_dump(model.metadata.get("config", {}), sort_keys=True)
-    text = pages.get_template("card.md.jinja").render(
+    card = templates(autoescape=False).get_template("card.md.jinja")
+    text = card.render(
         front=data.to_yaml(),
         name=name,
         model=model,
@@ -149,32 +147,27 @@ def _render(
 
 def _results(metrics: dict[str, Any]) -> list[EvalResult]:
     """The numbers of the card in the form that the hub indexes, to four digits."""
-    found: list[EvalResult] = []
-
-    def add(task: str, kind: str, label: str, value: float | None) -> None:
-        if value is not None:
-            found.append(
-                EvalResult(
-                    task_type=task,
-                    dataset_type=DATASETS.get(metrics["dataset"], metrics["dataset"]),
-                    dataset_name=metrics["dataset"],
-                    dataset_split="test",
-                    metric_type=kind,
-                    metric_name=label,
-                    metric_value=float(f"{value:.4g}"),
-                )
-            )
-
+    rows: list[tuple[str, str, str, float | None]] = []  # task, metric, its name on the card, value
     for fd in ({"encoder": metrics["encoder"], **metrics["fd"]}, metrics["second"]):
-        for key, label in (("once", "f(z)"), ("twice", "f(f(z))")):
-            if fd:
-                text = f"Fréchet distance on {fd['encoder']}: {label}"
-                add("unconditional-image-generation", "frechet-distance", text, fd[key])
+        for key, label in (("once", "f(z)"), ("twice", "f(f(z))")) if fd else ():
+            rows.append((GENERATION, "frechet-distance", f"Fréchet distance on {fd['encoder']}: {label}", fd[key]))
     for key in ("precision", "recall", "density", "coverage"):
-        add("unconditional-image-generation", key, key.capitalize(), metrics["coverage"][key])
+        rows.append((GENERATION, key, key.capitalize(), metrics["coverage"][key]))
     for kind, errors in (metrics["restoration"] or {}).items():
         label = f"f(x), damage: {DAMAGE[kind].lower()}"
-        add("image-to-image", "mae", f"Mean absolute error in [-1, 1] of {label}", errors["once"])
-        add("image-to-image", "psnr", f"PSNR in dB of {label}", errors["psnr"]["once"])
-        add("image-to-image", "ssim", f"SSIM of {label}", errors["ssim"]["once"])
-    return found
+        rows.append((REPAIR, "mae", f"Mean absolute error in [-1, 1] of {label}", errors["once"]))
+        rows.append((REPAIR, "psnr", f"PSNR in dB of {label}", errors["psnr"]["once"]))
+        rows.append((REPAIR, "ssim", f"SSIM of {label}", errors["ssim"]["once"]))
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=DATASETS.get(metrics["dataset"], metrics["dataset"]),
+            dataset_name=metrics["dataset"],
+            dataset_split="test",
+            metric_type=metric,
+            metric_name=name,
+            metric_value=float(f"{value:.4g}"),
+        )
+        for task, metric, name, value in rows
+        if value is not None
+    ]

@@ -117,7 +117,7 @@ def _recorded(file: Path) -> dict[str, Any]:
     try:
         with safe_open(file, framework="numpy") as opened:
             config = parse_line((opened.metadata() or {}).get("naign", "")).get("config")
-        return flat(config.items()) if isinstance(config, dict) else {}
+        return flat(config) if isinstance(config, dict) else {}
     except (SafetensorError, OSError, RecursionError):
         return {}
 

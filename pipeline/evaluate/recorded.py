@@ -1,9 +1,8 @@
-"""What a model file says of its training: the data, and the encoders."""
+"""What the header of a model file records of its training: the data, and the encoders."""
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,26 +27,19 @@ from pipeline.storage.store import use_endpoint
 
 
 def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, Manifest, list[str]]:
-    """From the model's header: the data set to measure on, its manifest, whose shape is that of images brought to the
-    model's size, and the encoders of the training.
+    """The data set to measure on, its manifest, whose shape is that of the model's images, and the training's encoders.
 
-    Of a run the S3 server is asked that it was trained from. A model from elsewhere cannot choose a server, to which
-    requests signed for the user would go.
-    Raises InputError for a header that no training wrote, and if the data set is not there or does not fit the model.
+    A run's S3 server is that of its training. A model from elsewhere cannot choose a server, since requests signed for
+    the user would go there.
+    Raises InputError for a header that no training wrote, and if the data set is missing or does not fit the model.
     """
-    try:
-        header = model.metadata.get("config", {})
-        section, space = header.get("data", {}), header.get("match", {}).get("space", {})
-        used = [str(part["encoder"]) for part in (header.get("objective", {}), space) if part.get("encoder")]
-        config = _config(section)
-        endpoint = str(section.get("endpoint", ""))
-        if own := _is_own(folder):
-            use_endpoint(endpoint)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"the model in {folder} has a header that no training wrote: {error}") from None
+    config, endpoint, encoders = _header(model)
+    of_user = _is_own(folder)
+    if of_user:
+        use_endpoint(endpoint)
     if data is not None:
         config = replace(config, path=data, index="")
-    elif "s3:" in config.path + config.index and not own:
+    elif "s3:" in config.path + config.index and not of_user:
         known = ("", os.environ.get("AWS_ENDPOINT_URL_S3"), os.environ.get("AWS_ENDPOINT_URL"))
         asked = f"the model in {folder} names the server {printable(endpoint)} for its data"
         require(
@@ -69,7 +61,7 @@ def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, M
             f"{config.path} ({manifest.name}) holds examples of shape {tuple(manifest.shape)}, the model in {folder} "
             f"is for {tuple(model.shape)}: give the data set it was trained on as --data PATH"
         )
-    return config, manifest, used
+    return config, manifest, encoders
 
 
 def fingerprint(model: NAIGN) -> str:
@@ -90,10 +82,7 @@ def _is_own(folder: str) -> bool:
 
 def recorded_resize(model: NAIGN) -> Resize:
     """How pictures were brought to the model's size. Raises InputError for a header that no training wrote."""
-    try:
-        return parse_resize(_config(model.metadata.get("config", {}).get("data", {}))).central()
-    except (AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"the model has a header that no training wrote: {error}") from None
+    return parse_resize(_header(model)[0]).central()
 
 
 def read_image(data: bytes, model: NAIGN) -> Tensor:
@@ -114,12 +103,21 @@ def read_image(data: bytes, model: NAIGN) -> Tensor:
     return scaled(torch.from_numpy(np.array(pixels))[None])  # a copy: what Pillow gives is not writable
 
 
-def _config(section: Mapping[str, Any]) -> DataConfig:
-    """The section `data` of a header, as far as it says where images are and how they are read."""
+def _header(model: NAIGN) -> tuple[DataConfig, str, list[str]]:
+    """Where the images of the training are and how they are read, their S3 server, and the encoders of the training.
+
+    Raises InputError for a header that no training wrote.
+    """
     texts = ("path", "index", "split", "size", "fit", "scale", "ratio", "interpolation", "broken")
-    given: dict[str, Any] = {"path": ""} | {name: str(section[name]) for name in texts if section.get(name)}
-    share = float(section.get("broken_share", DataConfig().broken_share))
-    config = DataConfig(crop=int(section.get("crop", 0)), broken_share=share, **given)
-    check_fields(replace(config, path="any"), "data")
-    parse_resize(config)
-    return config
+    try:
+        header = model.metadata.get("config", {})
+        section, space = header.get("data", {}), header.get("match", {}).get("space", {})
+        encoders = [str(part["encoder"]) for part in (header.get("objective", {}), space) if part.get("encoder")]
+        values: dict[str, Any] = {"path": ""} | {name: str(section[name]) for name in texts if section.get(name)}
+        share = float(section.get("broken_share", DataConfig().broken_share))
+        config = DataConfig(crop=int(section.get("crop", 0)), broken_share=share, **values)
+        check_fields(replace(config, path="any"), "data")
+        parse_resize(config)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"the model has a header that no training wrote: {error}") from None
+    return config, str(section.get("endpoint", "")), encoders

@@ -38,10 +38,10 @@ def number(value: float | None) -> str:
 
 
 def render(metrics: dict[str, Any], pictures: Sequence[Picture], *, config: dict[str, Any], title: str) -> str:
-    """The whole page as HTML. `metrics` is what metrics.json holds; `config` the run's own configuration."""
+    """The page as HTML. `metrics` is the content of metrics.json, `config` the configuration of the run."""
     settings = json.dumps(config, indent=1, default=str)
-    given = {"pictures": pictures, "config": config, "settings": settings, "title": title, "damages": DAMAGE}
-    return pages().get_template("report.html.jinja").render(metrics | given) + "\n"
+    page = templates(autoescape=True).get_template("report.html.jinja")
+    return page.render(metrics, pictures=pictures, config=config, settings=settings, title=title, damages=DAMAGE) + "\n"
 
 
 def compared(fd: dict[str, Any], key: str) -> float:
@@ -50,15 +50,16 @@ def compared(fd: dict[str, Any], key: str) -> float:
     return float(fd[key] if ratio is None else ratio * fd["floor"])
 
 
-def pages() -> Environment:
+def templates(*, autoescape: bool) -> Environment:
     """The templates of this folder, with the filters that they use."""
-    found = Environment(
+    environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         extensions=["jinja2.ext.do"],
-        autoescape=True,
+        autoescape=autoescape,
         undefined=StrictUndefined,
+        trim_blocks=not autoescape,  # Markdown, where empty lines count
     )
-    found.filters |= {"number": number, "percent": lambda share: f"{100 * share:.1f} %", "count": "{:,}".format}
-    found.filters["compared"] = compared
-    found.filters["base64"] = lambda image: base64.b64encode(image if isinstance(image, bytes) else png(image)).decode()
-    return found
+    environment.filters |= {"number": number, "count": "{:,}".format, "compared": compared}
+    environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
+    environment.filters["base64"] = lambda image: base64.b64encode(png(image)).decode()
+    return environment

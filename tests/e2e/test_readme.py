@@ -65,7 +65,7 @@ def test_the_steps_of_the_readme(naign: Program, train: Program, tmp_path: Path)
 def test_points_train_and_evaluate(naign: Program, train: Program, tmp_path: Path) -> None:
     assert naign("pack", "toy2d:gaussians", "--to", "data/toy2d").returncode == 0
     done = train(
-        "--config", str(ROOT / "configs/toy2d.yaml"), "--train.images=60000", "--match.round=1024", "--train.threads=1"
+        "--config", str(ROOT / "configs/toy2d.yaml"), "--train.images=30000", "--match.round=1024", "--train.threads=1"
     )
     assert done.returncode == 0, done.stderr
     assert naign("evaluate", "runs/toy2d", "--samples", "1000").returncode == 0

@@ -157,12 +157,12 @@ class Huge(Still):
 def test_numbers_that_are_not_finite_are_left_out_and_named(
     digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    metadata = {"shape": [1, 8, 8], "latents": "gaussian"}
+    metadata = {"shape": [1, 8, 8], "prior": {"name": "gaussian"}}
     monkeypatch.setattr(NAIGN, "from_pretrained", lambda folder, device: NAIGN(Huge(), metadata))
     metrics = evaluate(str(tmp_path), data=digits, samples=100, progress=False)
     assert json.loads((tmp_path / "evaluation/metrics.json").read_text()) == metrics
     assert metrics["nearest"]["samples"] is None and metrics["reconstruction"] > 1e20
-    assert any("left out: " in note and "nearest.samples" in note for note in metrics["notes"])
+    assert any("not finite: " in note and "nearest.samples" in note for note in metrics["notes"])
 
 
 def test_data_without_an_encoder_are_compared_on_pixels(

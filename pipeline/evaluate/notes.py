@@ -1,0 +1,81 @@
+"""What a reader must know beside the numbers of an evaluation: where they do not compare, and why."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.errors import InputError
+from pipeline.evaluate.measures import Subject
+from pipeline.model.encoders import load_encoder
+
+FEW = 1000  # with fewer examples a Frechet distance on 64 features is mostly bias
+
+
+def write_warnings(subject: Subject, trained_with: list[str], split: str) -> Iterator[str]:
+    """Where the network may have been trained on what measures it; `trained_with` are encoders of the training."""
+    if split == "test":
+        yield "The network was trained on the test split, which it is measured on: no number is of new data."
+    identities = {name: _identity(name) for name in trained_with}
+    missing = [name for name, identity in identities.items() if identity is None]
+    measuring = [encoder for encoder in (subject.encoder, subject.second) if encoder is not None]
+    if missing and any(encoder.network for encoder in measuring):
+        yield (
+            f"The network was trained with the encoder {', '.join(missing)}, which is not there any more: if that is "
+            f"one it is measured on, {' or '.join(encoder.name for encoder in measuring)}, its distances do not "
+            "compare with those of other networks."
+        )
+    for encoder in measuring:
+        if encoder.identity in identities.values():
+            yield (
+                f"The network was trained with the encoder {encoder.name}, which it is measured on: its Fréchet "
+                "distances and coverage on it do not compare with those of networks that were not."
+            )
+
+
+def _identity(encoder: str) -> str | None:
+    """The name by which a copy of an encoder is recognised; None if it cannot be opened any more."""
+    try:
+        return load_encoder(encoder).identity
+    except InputError:
+        return None
+
+
+def write_notes(subject: Subject, metrics: dict[str, Any], beyond: list[str]) -> Iterator[str]:
+    """How the numbers compare with others; `beyond` are paths of numbers that are not finite."""
+    encoder, manifest, counts = subject.encoder, subject.manifest, subject.counts
+    learned, second = subject.model.metadata.get("dataset"), metrics["second"]
+    if learned and learned != manifest.name:
+        yield (
+            f"The network learned {learned} and is measured on {manifest.name}, with the encoder for those: no number "
+            "here says how well it does what it was trained for."
+        )
+    if (samples := counts["samples"]) < subject.samples:
+        yield f"Samples were limited to {samples:,} of {subject.samples:,}: examples of this size fill the memory."
+    if encoder.network is None and subject.is_image:
+        yield (
+            f"No encoder ships for {manifest.name} {manifest.shape} of {len(manifest.labels)} classes: distances "
+            "are on pixels pooled to at most 8×8, which see layout and colour, not detail, and no class is counted."
+        )
+    if metrics["fd"]["once_ratio"] is None:
+        yield "Training and test split are alike, so that no distance is a multiple of theirs."
+    if counts["floor"] < samples:
+        yield (
+            f"There are {counts['floor']:,} training examples: distances beside the floor, and its multiples, are of "
+            "as many samples, and the coverage of training data is that of as many."
+        )
+    least = min(samples, counts["test"], counts["floor"])
+    if least < FEW:
+        yield (
+            f"Fréchet distances, the floor's too, rest on as few as {least:,} examples, and much of their value is "
+            "bias: compare them with others of the same counts only."
+        )
+    elif second and least < 4 * second["features"]:
+        yield (
+            f"{second['encoder']} has {second['features']:,} features: distances on it, the floor's too, rest on as "
+            f"few as {least:,} examples, and much of their value is bias."
+        )
+    if not subject.is_image:
+        yield "Points: repair, classes and energy against image outliers do not apply."
+    elif not subject.repairs:
+        yield "This f carries latents to images and repairs none: repair and energy do not apply."
+    if beyond:
+        yield f"Left out, since they are not finite: {', '.join(beyond)}. The network has diverged."
