@@ -51,7 +51,7 @@ class Rounds:
         self.run.position.done = 0
         state = RoundState(number=0, world_size_at_start=1, random=self.random, images=self.images, first=0)
         state.match = self.match if self.config.objective.needs_match else None
-        fit(self.run, state, self.config.train.images)
+        fit(self.run, state)
 
     def bare(self, network: nn.Module, adam: torch.optim.Optimizer) -> None:
         """The same mathematics, with the same random numbers, clipping and fused AdamW, and nothing else."""

@@ -24,8 +24,9 @@ from data_peers import status
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.checkpoint.done import count_rounds
 from pipeline.checkpoint.writer import MANIFEST, Writer
-from pipeline.config import Config, TrainConfig
+from pipeline.config import Config, TrainConfig, flatten
 from pipeline.data.format.writer import pack
 from pipeline.data.loader import Stream
 from pipeline.data.order import rank_rows
@@ -42,7 +43,9 @@ from pipeline.observe.speed import Profiler
 from pipeline.training.fit import fit, learning_rate, steps_of
 from pipeline.training.loop import checkpoint
 from pipeline.training.prepare import build_engine
-from pipeline.training.round import RoundRandom, RoundState, Run
+from pipeline.training.round import RoundRandom, RoundState
+from pipeline.training.run import Phases, Run
+from pipeline.training.state import Position
 
 Record = dict[str, Any]
 Contender = Literal["ours", "bare"]
@@ -76,31 +79,45 @@ def on_rank(rank: int, world: int, folder: str, measure: Callable[..., Any], arg
 
 
 @contextmanager
-def opened(config: Config, precision: str = "") -> Iterator[Callable[[nn.Module], Run]]:
-    """All that a run has but the network; with that it becomes a Run, all as in `pipeline.training.loop.train`."""
+def opened(config: Config, precision: str = "", *, rounds: int = 0) -> Iterator[Callable[[nn.Module], Run]]:
+    """All that a run has but the network; with that it becomes a Run, all as in `pipeline.training.prepare`.
+
+    `rounds`: that are trained; 0: those of the budget.
+    """
     accelerator = build_accelerator(precision=precision)
     rank, world, folder = accelerator.process_index, accelerator.num_processes, Path(config.run.path)
     stop = StopRequest(within=config.stop.within, world=world)
-    monitor = Monitor(folder, active=rank == 0, images=config.train.images, images_seen=0, config="", settings={})
+    rounds = rounds or count_rounds(flatten(config))
+    monitor = Monitor(folder, active=rank == 0, images=config.train.images, seen=0, config="", settings={})
     watchdog = Watchdog(rank=rank, world=world, timeout=config.train.timeout)
     share = {"seed": config.seed, "round_size": config.match.round, "rank": rank, "world": world}
     with Stream(config.data, **share) as stream, monitor, watchdog:
 
         def run(bare: nn.Module) -> Run:
-            run = Run(
+            position, profiler = Position(), Profiler(folder, config.profile.rounds, rank)
+            return Run(
                 config=config,
                 accelerator=accelerator,
+                rank=rank,
+                world=world,
+                rounds=rounds,
+                network_rounds=rounds,
+                lock=None,
                 stop=stop,
                 stream=stream,
                 watchdog=watchdog,
-                prior=build_prior(config.prior, stream.shape, bare),
+                phases=Phases(position, watchdog, profiler, stop),
                 features=None,
                 perceived=None,
+                flops=0,
+                prior=build_prior(config.prior, stream.shape, bare),
+                engine=build_engine(config, bare, accelerator),
+                quality=None,
+                monitor=monitor,
+                profiler=profiler,
+                writer=Writer(folder, rank=rank, world=world, keep=1, remote=""),
+                position=position,
             )
-            run.engine, run.monitor = build_engine(config, bare, accelerator), monitor
-            run.profiler = Profiler(folder, config.profile.rounds, rank)
-            run.writer = Writer(folder, rank=rank, world=world, keep=1, remote="")
-            return run
 
         yield run
 
@@ -157,8 +174,8 @@ def fit_ours(run: Run, given: Given) -> None:
         number=position.round, world_size_at_start=given.world, random=random, images=given.images, first=first
     )
     state.match = Match(ids=given.ids, distances=torch.zeros(len(given.ids)))
-    with run.phase("fit"):
-        fit(run, state, given.budget)
+    with run.phases.enter("fit"):
+        fit(run, state)
     position.round, position.done = position.round + 1, 0
 
 
@@ -200,7 +217,7 @@ def alternate(config: Config, pairs: int) -> Record:
     """Seconds and CPU seconds a step of both, by turn; whether their weights are equal at the end, to the bit."""
     given = Given.of(config, 1 + pairs)
     shape = tuple(given.images.shape[1:])
-    with opened(config) as start:
+    with opened(config, rounds=1 + pairs) as start:
         run = start(first_network(config, shape))
         bare = Bare(config.train, first_network(config, shape), given.world)
         seconds: dict[str, list[float]] = {who: [] for who in WHO}
@@ -229,7 +246,7 @@ def peak(config: Config, who: Contender) -> int:
     given = Given.of(config, rounds := 2)
     shape = tuple(given.images.shape[1:])
     plans = [plan(config, number, given) for number in range(rounds)]
-    with opened(config) as start:
+    with opened(config, rounds=rounds) as start:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: proc(5)
@@ -250,7 +267,7 @@ def write(config: Config, checkpoints: int) -> Record:
     given = Given.of(config, 2 * (1 + checkpoints))
     folder = Path(config.run.path) / "checkpoints"
     still, behind, alone, beside = list[float](), list[float](), list[float](), list[float]()
-    with opened(config) as start:
+    with opened(config, rounds=2 * (1 + checkpoints)) as start:
         run = start(first_network(config, tuple(given.images.shape[1:])))
         gate, waited = run.engine.copied.wait, list[float]()
         run.engine.copied.wait = lambda timeout=None: bool(waited.append(seconds(gate)))  # type: ignore[method-assign]

@@ -13,6 +13,12 @@ def count_rounds(settings: Mapping[str, Any]) -> int:
     return -(-images // (size * passes))
 
 
+def count_network_rounds(settings: Mapping[str, Any]) -> int:
+    """The first of these rounds, in which f is trained; in the others, of prior.alone, the prior learns alone."""
+    rounds = count_rounds(settings)
+    return rounds - int(rounds * settings.get("prior.alone", 0.0))
+
+
 def is_done(settings: Mapping[str, Any], rounds: int, best: Mapping[str, Any]) -> bool:
     """Whether a run of so many rounds is done; `best` is the content of its best.json, or {}."""
     return rounds >= count_rounds(settings) or is_exhausted(settings, rounds, best)

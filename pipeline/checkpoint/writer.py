@@ -103,6 +103,7 @@ class Writer:
         keep: int,  # as `prune` takes it
         remote: str,  # s3://bucket/prefix, or ''
         claim: str = "",  # rank 0's claim on it, from bucket.take_over
+        newest: str = "",  # name of the checkpoint that the run resumes from
         beat: Callable[[], None] = lambda: None,  # called about once a second while waiting
         left: Callable[[], float] = lambda: math.inf,  # seconds until the run must end; infinite without a stop request
         patience: float = 3600,  # seconds that one rank may take longer than another
@@ -110,6 +111,7 @@ class Writer:
     ) -> None:
         self._run, self._rank, self._world = run, rank, world
         self._keep, self._remote, self._claim = keep, remote, claim
+        self.newest = newest  # name of the newest checkpoint, complete or being written
         self._names = list[str]()  # this rank's files of the newest checkpoint
         # A separate group: the background threads communicate while the main threads train.
         self._group = SideGroup(world, timeout=patience)
@@ -132,6 +134,7 @@ class Writer:
         if self._rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
         self._gather(None)  # no rank writes before the folder is empty
+        self.newest = name
         self._done = in_background(partial(self._work, folder, copy, files, best), f"write {name}")
 
     def resend(self, name: str) -> None:

@@ -16,13 +16,13 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # document
 
 from pipeline.distributed.gpus import check_bf16, check_gpus
 from pipeline.distributed.versions import check_versions
-from pipeline.errors import InputError, PeerLost, require
+from pipeline.errors import InputError, PeerLost
 
 
 def build_accelerator(
     timeout: float = 600,  # seconds a rank waits for the others in a collective before it fails
     *,
-    precision: str = "",  # fp32, bf16, fp16 or auto (`choose_precision`); '': what the launcher's configuration says
+    precision: str = "",  # fp32, bf16, fp16 or auto (`choose_precision`); '': as the launcher is configured
     accumulate: int = 1,  # micro-batches a step
 ) -> Accelerator:
     """The Accelerator that the launcher's configuration asks for, over gloo where there is no GPU. Collective.
@@ -30,17 +30,18 @@ def build_accelerator(
     Raises InputError where that configuration contradicts the arguments or the machine.
     """
     environ = os.environ
-    several = int(environ.get("WORLD_SIZE", "1")) > 1
+    many = int(environ.get("WORLD_SIZE", "1")) > 1
     ranks = int(environ.get("LOCAL_WORLD_SIZE", "1"))  # of this host
     use_cpu = environ.get("ACCELERATE_USE_CPU", "").lower()
     on_cpu = use_cpu == "true" or not torch.cuda.is_available()
     deepspeed = environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
     if "WORLD_SIZE" not in environ and "MASTER_ADDR" in environ:
-        alone = "the launcher was asked for several ranks but started this process alone, as Accelerate does for"
-        raise InputError(f"{alone} distributed_type MULTI_CPU: use a configuration like launch/cpu.yaml")
-    if several and not deepspeed and on_cpu and use_cpu == "false":
-        said = "the launcher's configuration says use_cpu: false (launch/cpu.yaml is for CPUs)"
-        check_gpus(said, ranks)
+        raise InputError(
+            "the launcher was asked for several ranks but started this process alone, as Accelerate does for "
+            "distributed_type MULTI_CPU: use a configuration like launch/cpu.yaml"
+        )
+    if many and not deepspeed and on_cpu and use_cpu == "false":
+        check_gpus("the launcher's configuration says use_cpu: false (launch/cpu.yaml is for CPUs)", ranks)
     if not on_cpu:
         check_gpus(f"{ranks} ranks were started here", ranks)
         if precision == "bf16":
@@ -52,20 +53,22 @@ def build_accelerator(
     backend, connecting = "gloo" if on_cpu else "nccl", timedelta(seconds=timeout + 60)
     # Before training, one rank may download data or a checkpoint for long. In training the watchdog ends ranks sooner.
     collective = max(connecting, timedelta(hours=2))
-    if several and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if many and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         _connect_ranks(backend, connecting, collective)
     accelerator = Accelerator(
         # Without cpu=True Accelerate takes ranks without a GPU for unconnected ones; with it, it skips DeepSpeed.
         cpu=on_cpu and not deepspeed,
         mixed_precision=mixed,
         gradient_accumulation_steps=accumulate,
-        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=collective)] if several or deepspeed else [],
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=collective)] if many or deepspeed else [],
     )
     if not on_cpu:
         repeat_bits()
-    if several and accelerator.distributed_type == DistributedType.NO:  # each rank would train alone, silently
-        said = f"the launcher started {environ['WORLD_SIZE']} ranks but Accelerate connects none of them"
-        raise InputError(f"{said}: compare its configuration with those in launch/")
+    if many and accelerator.distributed_type == DistributedType.NO:  # each rank would train alone, silently
+        raise InputError(
+            f"the launcher started {environ['WORLD_SIZE']} ranks but Accelerate connects none of them: compare its "
+            "configuration with those in launch/"
+        )
     return accelerator
 
 
@@ -85,13 +88,15 @@ def _mixed_precision(precision: str, *, on_cpu: bool, deepspeed: bool) -> str:
     configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").replace("fp32", "no")
     if precision == "auto":
         precision = "" if configured != "no" or deepspeed else choose_precision(on_cpu)
-    wanted = {"": configured, "fp32": "no"}.get(precision, precision)
-    said = f"the launcher's configuration says mixed_precision: {configured}, but train.precision is {precision}"
-    require(
-        (configured in ("no", wanted), f"{said}: remove one"),
-        (wanted != "fp16" or not on_cpu, "fp16 needs a GPU: use --train.precision=bf16 or fp32 here"),
-    )
-    return wanted
+    mixed = {"": configured, "fp32": "no"}.get(precision, precision)
+    if configured not in ("no", mixed):
+        raise InputError(
+            f"the launcher's configuration says mixed_precision: {configured}, but train.precision is {precision}: "
+            "remove one"
+        )
+    if mixed == "fp16" and on_cpu:
+        raise InputError("fp16 needs a GPU: use --train.precision=bf16 or fp32 here")
+    return mixed
 
 
 def choose_precision(on_cpu: bool) -> str:
@@ -130,15 +135,17 @@ def _connect_ranks(backend: str, connecting: timedelta, collective: timedelta) -
 def _check_deepspeed(on_cpu: bool) -> None:
     """Raise InputError where the launcher asks for DeepSpeed and it cannot work."""
     if missing := [name for name in ("deepspeed", "transformers") if importlib.util.find_spec(name) is None]:
-        said = f"the launcher's configuration asks for DeepSpeed, but {' and '.join(missing)} is not installed"
-        raise InputError(f"{said}: in a checkout, pip install -e '.[deepspeed]'")
+        raise InputError(
+            f"the launcher's configuration asks for DeepSpeed, but {' and '.join(missing)} is not installed: in a "
+            "checkout, pip install -e '.[deepspeed]'"
+        )
     if not on_cpu:
         check_versions("deepspeed")
         return
-    compiler, use_cpu = shutil.which(os.environ.get("CXX", "c++")), os.environ.get("ACCELERATE_USE_CPU", "").lower()
-    compiled = "on CPUs DeepSpeed compiles its communication: install a C++ compiler (g++), or use DDP"
-    switched = "use_cpu: true silently switches DeepSpeed off: set use_cpu: false, which works on CPUs too"
-    require((compiler, compiled), (use_cpu != "true", switched))
+    if not shutil.which(os.environ.get("CXX", "c++")):
+        raise InputError("on CPUs DeepSpeed compiles its communication: install a C++ compiler (g++), or use DDP")
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        raise InputError("use_cpu: true silently switches DeepSpeed off: set use_cpu: false, which works on CPUs too")
     from pipeline.distributed.zero import compile_communication
 
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

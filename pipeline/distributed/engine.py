@@ -57,13 +57,14 @@ class Engine:
         self.ema = deepcopy(bare).requires_grad_(False) if ema else None  # whole, float32, on every rank
         self._decay, self._clip = ema, clip
         self._graphs = compile and accelerator.device.type == "cuda"
+        self.halved = False  # whether a block of samples is generated in two parts, since a whole one did not fit
         self.copied = threading.Event()  # not set while weights and moments are read in the background: a step waits
         self.copied.set()
         self._names = dict(bare.named_parameters())
         self.shapes = {name: tuple(value.shape) for name, value in self._names.items()}  # of the whole parameters
         ahead = accelerator.device.type == "cuda" if ahead is None else ahead
         self.ahead = ahead and accelerator.scaler is None
-        """Whether `step` decides on the device whether to step, and does not wait for it."""
+        """Whether a step with a non-finite gradient is skipped on the device, without synchronizing the host."""
         fused = {"fused": True} if self.ahead else {}
         adam = torch.optim.AdamW(bare.parameters(), lr=lr, betas=betas, weight_decay=weight_decay, **fused)
         if compile:
@@ -160,13 +161,16 @@ class Engine:
         return norm
 
     def _step(self) -> float | Tensor:
-        found: Tensor = self.accelerator.clip_grad_norm_(self.bare.parameters(), self._clip or math.inf).detach()
+        on_device: Tensor = self.accelerator.clip_grad_norm_(self.bare.parameters(), self._clip or math.inf).detach()
         if self.ahead:
-            self._adam.grad_scale, self._adam.found_inf = None, (~found.isfinite()).float()  # then it does not step
+            self._adam.grad_scale, self._adam.found_inf = (
+                None,
+                (~on_device.isfinite()).float(),
+            )  # 1 skips
             self._adam.step()
             self._adam.zero_grad(set_to_none=True)
-            return found
-        norm = float(found)
+            return on_device
+        norm = float(on_device)
         # Accelerate's wrapper searches the disk for a package at every step; only a scaler needs the wrapper.
         scaled = self.accelerator.scaler is not None
         if math.isfinite(norm) or scaled:  # a scaler skips the step itself, and adapts

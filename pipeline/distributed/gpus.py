@@ -17,16 +17,16 @@ def count_gpus() -> int:
     return int(torch.cuda.device_count()) if torch.cuda.is_available() else 0
 
 
-def check_gpus(asked: str, wanted: int) -> None:
-    """Raise InputError, or Unavailable for a driver out of order, where torch can use fewer than `wanted` GPUs.
+def check_gpus(asked: str, needed: int) -> None:
+    """Raise InputError, or Unavailable for a driver out of order, where torch can use fewer than `needed` GPUs.
 
     `asked` begins the message: what asks for them.
     """
-    if wanted <= (count := count_gpus()):
+    if needed <= (count := count_gpus()):
         return
     reason = f"ask for fewer, or give the host more: {MORE}" if count else why_none()
     kind = Unavailable if any(sign in reason for sign in BROKEN) else InputError
-    raise kind(f"{asked}: {wanted} GPUs are needed on this host, torch can use {count}: {reason}")
+    raise kind(f"{asked}: {needed} GPUs are needed on this host, torch can use {count}: {reason}")
 
 
 def why_none() -> str:
@@ -37,19 +37,19 @@ def why_none() -> str:
     try:
         torch.cuda.init()
     except RuntimeError as error:
-        said, short = str(error), one_line(error)
+        message, short = str(error), one_line(error)
     else:
         return "CUDA_VISIBLE_DEVICES may hide them"
-    if NO_DRIVER in said:
+    if NO_DRIVER in message:
         return (
             "there is no NVIDIA driver: install it, or in a container let NVIDIA's runtime bring it "
             "(nvidia.com/gpu in the pod's limits, docker run --gpus all)"
         )
-    if old := re.search(OLD_DRIVER, said):
+    if old := re.search(OLD_DRIVER, message):
         version = f"{int(old[1]) // 1000}.{int(old[1]) % 1000 // 10}"
-        needed = f"{build} needs one for CUDA {torch.version.cuda}"
         return (
-            f"the NVIDIA driver is for CUDA {version} at most, {needed}: update the driver, or install an older build"
+            f"the NVIDIA driver is for CUDA {version} at most, {build} needs one for CUDA {torch.version.cuda}: update "
+            "the driver, or install an older build"
         )
     return f"{short}: see nvidia.com/gpu in the pod's limits, CUDA_VISIBLE_DEVICES, and nvidia-smi"
 

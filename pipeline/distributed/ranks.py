@@ -103,20 +103,20 @@ LOST = (
     *("Connection closed by", "closed by remote peer", "reset by peer", "Broken pipe", "Socket closed"),
     *("remote process exited", "connectFullMesh failed", "Timed out waiting"),
 )
-"""Parts of the messages of gloo and NCCL about a rank that is gone."""
+"""Parts of messages of gloo and NCCL about a rank that is gone."""
 
 NCCL_LOST = (*LOST, "ncclRemoteError", "ncclSystemError", "collective operation timeout", "was aborted")
-OWN = (
+OF_THIS_RANK = (
     *("ncclInvalidUsage", "ncclInvalidArgument", "ncclUnhandledCudaError", "unhandled cuda error"),
     *("out of memory", "shared memory", "No space left", "failed to listen"),
 )
-"""Parts of the messages about a fault of this rank or its machine, which starting all again would not mend."""
+"""Parts of messages about a fault of this rank or its host, which a restart would not fix."""
 
 
 def is_peer_lost(error: BaseException) -> bool:
     """Whether a collective or the store failed because another rank is gone, or silent for too long."""
     text = str(error)
-    if not isinstance(error, RuntimeError) or any(sign in text for sign in OWN):
+    if not isinstance(error, RuntimeError) or any(sign in text for sign in OF_THIS_RANK):
         return False
     if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)):  # of the store, which is rank 0's
         return True
@@ -148,7 +148,7 @@ def part(seconds: float = 10.0) -> None:
         return
     rank, store = dist.get_rank(), c10d.PrefixStore("part", c10d._get_default_store())
     with suppress(RuntimeError):  # another rank has left already
-        for sign in ("here", "leaving"):
+        for sign in ("arrived", "leaving"):
             store.set(f"{sign}/{rank}", "")
-            if sign == "here" or rank == 0:
+            if sign == "arrived" or rank == 0:
                 store.wait([f"{sign}/{other}" for other in range(world)], timedelta(seconds=seconds))

@@ -43,5 +43,5 @@ def check_versions(*libraries: str) -> None:
 
 def refuse(library: str, missing: str) -> NoReturn:
     """Raise the InputError about what the installed version of a library does not have."""
-    wanted = f"pip install '{library}{TESTED[library]}'"
-    raise InputError(f"{library} {version(library)} has no {missing}; tested versions have: {wanted}")
+    remedy = f"pip install '{library}{TESTED[library]}'"
+    raise InputError(f"{library} {version(library)} has no {missing}; tested versions have: {remedy}")

@@ -145,18 +145,18 @@ class Watchdog:
         """Post, and read the posts of all if `read`. Raises nothing and takes PATIENCE seconds at most."""
         if self._world == 1:
             return
-        own, text = str(self._rank), json.dumps(self._post(state))
+        key, text = str(self._rank), json.dumps(self._post(state))
         others = [str(rank) for rank in range(self._world) if rank != self._rank] if read else []
         store, self._store = self._store, None  # one that failed, or still hangs, is not used again
         try:
             # In a thread: the store's own timeout does not cover a host that vanished.
-            swapped = in_background(lambda: swap(store or connect(), own, text, others), "watchdog's store")
-            self._store, found = swapped.result(PATIENCE)
+            swapped = in_background(lambda: swap(store or connect(), key, text, others), "watchdog's store")
+            self._store, posts = swapped.result(PATIENCE)
         except Exception as error:
             self._lost = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             return
         self._lost, now = "", time.monotonic()
-        for rank, value in found.items():
+        for rank, value in posts.items():
             post, (known, first, _) = Post(*json.loads(value)), self._seen.get(rank, (None, 0.0, 0.0))
             self._seen[rank] = post, first if known == post else now, now
 
@@ -180,9 +180,9 @@ def connect() -> Store:
     return PrefixStore("watchdog", store)
 
 
-def swap(store: Store, own: str, text: str, others: list[str]) -> tuple[Store, dict[int, bytes]]:
-    """Set the post of rank `own`. Returns the store, and the posts of those other ranks that have one."""
-    store.set(own, text)
+def swap(store: Store, key: str, text: str, others: list[str]) -> tuple[Store, dict[int, bytes]]:
+    """Set this rank's post. Returns the store, and the posts of those other ranks that have one."""
+    store.set(key, text)
     if others and not store.check(others):  # reading a missing key would block
         others = [key for key in others if store.check([key])]
     return store, dict(zip(map(int, others), store.multi_get(others) if others else [], strict=True))

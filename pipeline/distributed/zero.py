@@ -76,8 +76,8 @@ class ZeroEngine(Engine):
         self.network.step()
         if getattr(self.network.optimizer, "overflow", False):
             return math.inf
-        found = self.network.get_global_grad_norm()
-        return float("nan") if found is None else float(found)
+        norm = self.network.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
 
     def gathered(self) -> ExitStack:
         stack, parameters = ExitStack(), self.bare.parameters()
@@ -96,10 +96,10 @@ class ZeroEngine(Engine):
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         for name, parameter in self._names.items():
-            found = {"weight": safe_get_full_fp32_param(parameter)}
+            state = {"weight": safe_get_full_fp32_param(parameter)}
             if self.steps:
-                found |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-            yield name, found
+                state |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            yield name, state
 
     def restore(self, name: str, state: AdamState, steps: int) -> None:
         if not self._partitioned:
@@ -174,17 +174,19 @@ def _configure(accelerator: Accelerator, *, micro: int, accumulate: int, clip: f
     from torch.utils.cpp_extension import CUDA_HOME  # loads setuptools
 
     config = accelerator.state.deepspeed_plugin.deepspeed_config
-    wanted = {
+    needed = {
         "train_micro_batch_size_per_gpu": (micro, "train.batch"),
         "gradient_accumulation_steps": (accumulate, "train.accumulate"),
         "gradient_clipping": (clip, "train.clip"),
         "train_batch_size": (micro * accumulate * accelerator.num_processes, "train.batch"),
     }
-    for key, (value, setting) in wanted.items():
+    for key, (value, setting) in needed.items():
         configured = config.get(key, "auto")
         if configured not in ("auto", None, value) and (key, configured) != ("gradient_accumulation_steps", 1):
-            said = f"the launcher's DeepSpeed configuration says {key}: {configured}, but {setting} makes it {value}"
-            raise InputError(f"{said}: remove it there, or change the run's setting")
+            raise InputError(
+                f"the launcher's DeepSpeed configuration says {key}: {configured}, but {setting} makes it {value}: "
+                "remove it there, or change the run's setting"
+            )
         config[key] = value
     accelerator.gradient_accumulation_steps, config["steps_per_print"] = accumulate, math.inf
     # DeepSpeed's AdamW for offloaded weights is compiled first, with CUDA's headers; torch's does the same, slower.

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.checkpoint.done import count_rounds, is_done
+from pipeline.checkpoint.done import count_network_rounds, is_done
 from pipeline.checkpoint.manifest import BEST, MANIFEST, by_step
 from pipeline.errors import InputError, printable, require
 
@@ -36,7 +36,7 @@ class Run:
     path: str
     state: str  # training, done, stopped; unknown: a copy of the metrics alone
     images_seen: int
-    images: int  # budget, in whole rounds
+    images: int  # that f is trained on in all, in whole rounds
     fd: float | None  # Frechet distance of f(z)
     fd_over_floor: float | None  # None while training, when no floor is measured
     recall: float | None
@@ -95,7 +95,9 @@ def read_run(folder: Path, name: str) -> Run:
         raise InputError("no run, but an exported model" if model else "no run in it")
     settings = read_settings(folder)
     try:
-        images = count_rounds(settings) * int(settings["match.round"]) * int(settings["train.passes"])
+        counts = {key: int(settings[key]) for key in ("train.images", "match.round", "train.passes")}
+        alone = min(1.0, max(0.0, number(settings.get("prior.alone")) or 0.0))
+        images = count_network_rounds({**counts, "prior.alone": alone}) * counts["match.round"] * counts["train.passes"]
         require((0 <= images < LARGEST, "no such run can be"))
     except (*MALFORMED, ZeroDivisionError, OverflowError):
         raise InputError("config.yaml does not say how many images the run is for") from None

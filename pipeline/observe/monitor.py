@@ -26,8 +26,8 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         folder: Path,  # the run
         *,
         active: bool,  # on rank 0; elsewhere every call does nothing
-        images: int,  # budget
-        images_seen: int,  # at which a resumed run continues: later reports are dropped
+        images: int,  # that will be learned from
+        seen: int,  # of them, where a resumed run continues: later reports are dropped
         config: str,  # the resolved configuration, as YAML
         settings: Mapping[str, Any],  # the same by name: train.lr
         trackers: str = "tensorboard",  # report.trackers
@@ -37,7 +37,7 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         self._files: list[Tracker] = []  # in the run's folder
         self._others: list[Background] = []
         for name, (kind, build) in find_trackers(trackers).items() if active else ():
-            open_tracker = partial(build, kind() if kind else None, folder, images_seen)
+            open_tracker = partial(build, kind() if kind else None, folder, seen)
             if name in TRACKERS:
                 with self._writing():
                     self._files.append(open_tracker())
@@ -49,7 +49,7 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         if not sys.stderr.isatty():  # a log: a line every LOG_EVERY seconds
             bar = {"file": _Lines(), "mininterval": LOG_EVERY, "maxinterval": LOG_EVERY, "ncols": 100, "ascii": True}
         bar |= {"unit": "img", "unit_scale": True, "smoothing": 0.05, "disable": not active}
-        self._bar = tqdm(total=images, initial=images_seen, **bar)
+        self._bar = tqdm(total=images, initial=seen, **bar)
 
     def _report(self, act: Callable[[Tracker], None]) -> None:
         for tracker in self._files:
@@ -73,17 +73,17 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         """Move the progress bar."""
         self._bar.update(images)
 
-    def scalars(self, values: dict[str, float], images_seen: int, **counts: int) -> None:
-        """One point of each series. `counts` are the round and the step."""
-        self._report(lambda tracker: tracker.scalars(values, images_seen, counts))
+    def scalars(self, values: dict[str, float], seen: int, **counts: int) -> None:
+        """One point of each series. `counts` are what was learned from, the round and the step."""
+        self._report(lambda tracker: tracker.scalars(values, seen, counts))
         shown = {name.split("/")[-1]: values[name] for name in ("loss/total", "match/distance") if name in values}
         self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
 
-    def histogram(self, name: str, values: Tensor, images_seen: int) -> None:
-        self._report(lambda tracker: tracker.histogram(name, values, images_seen))
+    def histogram(self, name: str, values: Tensor, seen: int) -> None:
+        self._report(lambda tracker: tracker.histogram(name, values, seen))
 
-    def picture(self, name: str, picture: Image.Image, images_seen: int) -> None:
-        self._report(lambda tracker: tracker.picture(name, picture, images_seen))
+    def picture(self, name: str, picture: Image.Image, seen: int) -> None:
+        self._report(lambda tracker: tracker.picture(name, picture, seen))
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""

@@ -244,8 +244,9 @@ def picture_file(folder: Path, name: str, images_seen: int) -> Path:
 
 
 def _seen(line: str) -> float:
-    """images_seen of a line of metrics.jsonl; infinite for one cut short by a kill, so that it is dropped."""
+    """Images learned from at a line of metrics.jsonl; infinite for one cut short by a kill, so that it is dropped."""
     try:
-        return float(json.loads(line)["images_seen"])
+        entry = json.loads(line)
+        return float(entry["images_seen"]) + float(entry.get("codes_seen", 0))
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")

@@ -13,7 +13,8 @@ from pipeline.config import TrainConfig
 from pipeline.distributed import total
 from pipeline.errors import Diverged, Stopped
 from pipeline.model.losses import Batch, choose_distance, compute_losses
-from pipeline.training.round import RoundState, Run
+from pipeline.training.round import RoundState
+from pipeline.training.run import Run
 
 log = logging.getLogger("naign.fit")
 BAD_STEPS = 10  # skipped in a row, after which the run has diverged
@@ -22,7 +23,7 @@ Step = tuple[int, Tensor | float, dict[str, Tensor]]
 REMEDY = "lower train.lr, set train.clip or raise the precision, in a new --run.path"  # for a run that diverged
 
 
-def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:
+def fit(run: Run, state: RoundState) -> dict[str, float]:
     """Train on (image, its latent) for train.passes passes. Collective.
 
     Returns each loss's mean over steps and ranks, and the last learning rate. Raises Stopped, or Diverged as `skip`.
@@ -35,13 +36,13 @@ def fit(run: Run, state: RoundState, budget: int) -> dict[str, float]:
     steps = steps_of(config.seed, state.number, **sizes, **ranks).to(state.images.device)
     ids = match.ids.to(state.images.device) if match else None
     distance = choose_distance(objective, run.perceived)
-    stop_requested, lr, unread = run.poll("fit"), 0.0, list[Step]()
+    stop_requested, lr, unread = run.phases.poll("fit"), 0.0, list[Step]()
     while position.done < len(steps):
         run.watchdog.beat()
         if stop_requested():
             settle(run, state, unread)
             raise Stopped
-        lr = learning_rate(config.train, position.images_seen, budget)
+        lr = learning_rate(config.train, position.images_seen, run.network_rounds * size * config.train.passes)
         engine.set_lr(lr)
         passes_done = position.done // (size // step_size)
         sums: dict[str, Tensor] = {}
@@ -87,7 +88,7 @@ def settle(run: Run, state: RoundState, unread: list[Step], left: int = 0) -> No
         if not math.isfinite(norm):
             skip(run, state, number)
             continue
-        run.bad_steps = 0
+        run.position.bad_steps = 0
         for name, value in (sums | {"gradient": torch.as_tensor(norm), "steps": torch.tensor(1.0)}).items():
             state.sums[name] = state.sums.get(name, torch.zeros_like(value)) + value
 
@@ -102,15 +103,15 @@ def means(run: Run, state: RoundState) -> dict[str, float]:
 
 def skip(run: Run, state: RoundState, step: int) -> None:
     """Count a skipped step. Raises Diverged after BAD_STEPS of them in a row."""
-    run.bad_steps += 1
+    run.position.bad_steps += 1
     run.position.skipped += 1
     if run.rank == 0:
         log.warning("step %d: the loss or its gradient is not finite: skipped", step)
-    if run.bad_steps >= BAD_STEPS:
+    if run.position.bad_steps >= BAD_STEPS:
         run.writer.join()
         newest = newest_checkpoint(Path(run.config.run.path) / "checkpoints") or "not there yet"
         raise Diverged(
-            f"{run.bad_steps} steps in a row had a loss or gradient that is not finite, the last in round "
+            f"{run.position.bad_steps} steps in a row had a loss or gradient that is not finite, the last in round "
             f"{state.number}; the newest checkpoint is {newest}: {REMEDY}"
         )
 

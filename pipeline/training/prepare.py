@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from filelock import FileLock
 from torch import Tensor, nn
 
 from pipeline.checkpoint import Writer, newest_first, take_over
-from pipeline.checkpoint.done import count_rounds
+from pipeline.checkpoint.done import count_network_rounds, count_rounds
 from pipeline.config import Config, flatten, to_dict
 from pipeline.data import DataConfig, Stream, lists_data_sets, load, pack
 from pipeline.data.damage import find_law
@@ -38,128 +39,170 @@ from pipeline.model.prior import Prior, build_prior
 from pipeline.observe import Monitor, Needs, Profiler, forward_flops, parse_rounds, preflight, set_up
 from pipeline.storage import open_store
 from pipeline.training.quality import Quality, check_quality
-from pipeline.training.round import Run
+from pipeline.training.run import Phases, Run
 from pipeline.training.run_folder import check_shared, claim, fetch_checkpoint
-from pipeline.training.state import PartialRound, restore, restore_prior, restore_weights
-from pipeline.training.warm_start import read_start, warm_start
+from pipeline.training.state import PartialRound, Position, restore, restore_prior, restore_weights
+from pipeline.training.warm_start import Start, read_start, warm_start
 
 log = logging.getLogger("naign.train")
 
 
-def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, nn.Module]:
-    """Refuse what cannot be trained, on every rank and before anything is written. Collective.
+def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, PartialRound | None]:
+    """Refuse what cannot be trained, before anything is written, and restore the newest checkpoint. Collective.
 
-    Returns the run, and its network with its first weights. Raises InputError, or Unavailable for a store.
+    Returns the run, and what its checkpoint kept of a round. Raises InputError, or Unavailable for a store.
     """
-    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    rank, world = accelerator.process_index, accelerator.num_processes
     set_up(rank, world)
     stop = StopRequest(within=config.stop.within, world=world, timeout=config.train.timeout + 60)
+    watchdog = Watchdog(rank=rank, world=world, timeout=config.train.timeout)
     with together(accelerator):
         check_engine(config, accelerator)
         start = read_start(config) if rank == 0 else None
     start = broadcast_object(start)
     with together(accelerator):
-        data = replace(config.data, workers=config.data.workers or (2 if device.type == "cuda" else 1))
-        stream = Stream(data, seed=config.seed, round_size=config.match.round, rank=rank, world=world)
-        torch.manual_seed(config.seed)  # the same first weights on every rank
-        network = build_network(config.model, stream.shape, recompute=config.train.recompute).to(device)
-        prior = open_prior(config, stream.shape, network).to(device)
-        if start:
-            warm_start(config, start, network, prior)
-        if config.match.space.code:
-            require_code(network, "match.space.code")
-        find_law(config.objective.damage).check(stream.shape)
-        if rank == 0:
-            check_quality(config)
-        run = Run(
-            config=config,
-            accelerator=accelerator,
-            stop=stop,
-            stream=stream,
-            watchdog=Watchdog(rank=rank, world=world, timeout=config.train.timeout),
-            features=open_features(config.match.space, stream.shape, device),
-            perceived=open_perceived(config.objective, stream.shape, device),
-            flops=forward_flops(network, stream.shape),
-            prior=prior,
-        )
-        if rank == 0:
-            copies = 4 if config.train.ema else 3  # of the weights: they, two moments, their average
-            size = 4 * copies * sum(value.numel() for value in network.parameters())
-            for warning in preflight(Needs(config.run.path, config.run.remote, size, config.report.trackers)):
-                log.warning("%s", warning)
-            if device.type == "cpu":
-                warn_of_others()
-    return run, network
-
-
-def resume(run: Run, network: nn.Module) -> PartialRound | None:
-    """Claim the run folder and restore its newest checkpoint, if any. Returns what it kept of a round. Collective."""
-    config, rank, folder, remote = run.config, run.rank, Path(run.config.run.path), run.config.run.remote
-    checkpoint, partial = claim_together(run), None
-
-    # The weights go into the network before an engine takes it, all else after.
-    with together(run.accelerator):
+        model = build_model(config, accelerator, start)
+    checkpoint, lock = claim_together(config, accelerator)
+    position, partial = Position(), None
+    with together(accelerator):
+        if checkpoint:  # the weights go into the network before an engine takes it, all else after
+            restore_weights(checkpoint, model.network)
+            restore_prior(checkpoint, model.prior)
+    with together(accelerator):
+        engine = build_engine(config, model.network, accelerator, model.stream.shape)
         if checkpoint:
-            restore_weights(checkpoint, network)
-            restore_prior(checkpoint, run.prior)
-    with together(run.accelerator):
-        run.engine = build_engine(config, network, run.accelerator, run.stream.shape)
-        if checkpoint:
-            run.checkpointed = checkpoint.name
-            run.position, partial = restore(checkpoint, run.engine, rank=rank, world=run.world, size=config.match.round)
+            position, partial = restore(checkpoint, engine, rank=rank, world=world, size=config.match.round)
+    quality = Quality(config, model.stream, accelerator) if config.quality.rounds else None
+    settings = flatten(config)
+    rounds = count_rounds(settings)
+    ahead = range(position.round, rounds) if not (quality and quality.exhausted(position.round)) else range(0)
+    monitor, writer = open_outputs(config, accelerator, position, checkpoint, stop, watchdog, write=bool(ahead))
+    profiler = Profiler(Path(config.run.path), config.profile.rounds, rank)
+    if rank == 0 and ahead and any(number not in ahead for number in parse_rounds(config.profile.rounds)):
+        log.warning("profile.rounds=%s: rounds %d to %d are ahead", config.profile.rounds, ahead.start, ahead.stop - 1)
+    run = Run(
+        config=config,
+        accelerator=accelerator,
+        rank=rank,
+        world=world,
+        rounds=rounds,
+        network_rounds=count_network_rounds(settings),
+        lock=lock,
+        stop=stop,
+        stream=model.stream,
+        watchdog=watchdog,
+        phases=Phases(position, watchdog, profiler, stop),
+        features=model.features,
+        perceived=model.perceived,
+        flops=model.flops,
+        prior=model.prior,
+        engine=engine,
+        quality=quality,
+        monitor=monitor,
+        profiler=profiler,
+        writer=writer,
+        position=position,
+    )
+    return run, partial
 
-    # Open what is written to. The bucket is taken over only if anything will be.
-    ahead, owner, unsent = range(run.position.round, run.rounds), "", False
-    with together(run.accelerator):
-        run.monitor = Monitor(
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """What is trained, before an engine takes it, and what it is trained with."""
+
+    stream: Stream
+    network: nn.Module  # with its first weights
+    prior: Prior
+    features: Callable[[Tensor], Tensor] | None
+    perceived: Distance | None
+    flops: int
+
+
+def build_model(config: Config, accelerator: Accelerator, start: Start | None) -> Model:
+    """The stream, the network and the prior; InputError where they do not go together. On every rank alike."""
+    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    data = replace(config.data, workers=config.data.workers or (2 if device.type == "cuda" else 1))
+    stream = Stream(data, seed=config.seed, round_size=config.match.round, rank=rank, world=world)
+    torch.manual_seed(config.seed)  # the same first weights on every rank
+    network = build_network(config.model, stream.shape, recompute=config.train.recompute).to(device)
+    prior = open_prior(config, stream.shape, network).to(device)
+    if start:
+        warm_start(config, start, network, prior)
+    if config.match.space.code:
+        require_code(network, "match.space.code")
+    find_law(config.objective.damage).check(stream.shape)
+    features = open_features(config.match.space, stream.shape, device)
+    perceived = open_perceived(config.objective, stream.shape, device)
+    if rank == 0:
+        check_quality(config)
+        copies = 4 if config.train.ema else 3  # of the weights: they, two moments, their average
+        size = 4 * copies * sum(value.numel() for value in network.parameters())
+        for warning in preflight(Needs(config.run.path, config.run.remote, size, config.report.trackers)):
+            log.warning("%s", warning)
+        if device.type == "cpu":
+            warn_of_others()
+    flops = forward_flops(network, stream.shape)
+    return Model(stream=stream, network=network, prior=prior, features=features, perceived=perceived, flops=flops)
+
+
+def open_outputs(
+    config: Config,
+    accelerator: Accelerator,
+    position: Position,
+    checkpoint: Path | None,  # that the run resumes from
+    stop: StopRequest,
+    watchdog: Watchdog,
+    *,
+    write: bool,  # whether a round is ahead
+) -> tuple[Monitor, Writer]:
+    """What reports and what writes checkpoints. The bucket is taken over only if anything will be sent. Collective."""
+    settings, folder, remote = flatten(config), Path(config.run.path), config.run.remote
+    rank, world, owner, unsent = accelerator.process_index, accelerator.num_processes, "", False
+    network_rounds = count_network_rounds(settings)
+    with together(accelerator):
+        monitor = Monitor(
             folder,
             active=rank == 0,
-            images=run.rounds * config.match.round * config.train.passes,
-            images_seen=run.position.images_seen,
+            images=(network_rounds * (config.train.passes - 1) + count_rounds(settings)) * config.match.round,
+            seen=position.seen,
             config=yaml.safe_dump(to_dict(config), sort_keys=False),
-            settings=flatten(config),
+            settings=settings,
             trackers=config.report.trackers,
         )
         if rank == 0 and remote:
             unsent = checkpoint is not None and checkpoint.name not in newest_first(remote)
-            owner = take_over(remote) if unsent or ahead else ""
-    run.writer = Writer(
+            owner = take_over(remote) if unsent or write else ""
+    writer = Writer(
         folder,
         rank=rank,
-        world=run.world,
+        world=world,
         keep=config.checkpoint.keep,
         remote=remote,
         claim=owner,
-        beat=run.watchdog.beat,
-        left=lambda: run.stop.left if run.stop.seen() else math.inf,
+        newest=checkpoint.name if checkpoint else "",
+        beat=watchdog.beat,
+        left=lambda: stop.left if stop.seen() else math.inf,
         patience=max(3600.0, config.train.timeout),
-        flush=run.monitor.flush,
+        flush=monitor.flush,
     )
-    if total([float(unsent)], run.accelerator)[0]:
-        run.writer.resend(run.checkpointed)
-    if config.quality.rounds:
-        run.quality = Quality(config, run.stream, run.accelerator)
-        if run.quality.exhausted(run.position.round):
-            run.rounds = run.position.round
-    run.profiler = Profiler(folder, config.profile.rounds, rank)
-    if rank == 0 and any(number not in ahead for number in parse_rounds(config.profile.rounds)):
-        log.warning("profile.rounds=%s: rounds %d to %d are ahead", config.profile.rounds, ahead.start, ahead.stop - 1)
-    return partial
+    if total([float(unsent)], accelerator)[0]:
+        writer.resend(writer.newest)
+    return monitor, writer
 
 
-def claim_together(run: Run) -> Path | None:
-    """The checkpoint to resume from, on this rank's disk; the run holds rank 0's lock on the folder. Collective."""
-    checkpoint, token = None, ""
-    with together(run.accelerator):
-        if run.rank == 0:
-            checkpoint, token, run.lock = claim(run.config)
+def claim_together(config: Config, accelerator: Accelerator) -> tuple[Path | None, FileLock | None]:
+    """The checkpoint to resume from, on this rank's disk, and rank 0's lock on the folder. Collective."""
+    checkpoint, token, lock = None, "", None
+    with together(accelerator):
+        if accelerator.is_main_process:
+            checkpoint, token, lock = claim(config)
     name, token = broadcast_object((checkpoint.name if checkpoint else "", token))
-    with together(run.accelerator):
-        shared = check_shared(run.config, token)
-    with together(run.accelerator):
-        if name and run.rank:
-            checkpoint = fetch_checkpoint(run.config, name, shared=shared)
-    return checkpoint
+    with together(accelerator):
+        shared = check_shared(config, token)
+    with together(accelerator):
+        if name and not accelerator.is_main_process:
+            checkpoint = fetch_checkpoint(config, name, shared=shared)
+    return checkpoint, lock
 
 
 def pack_missing(data: DataConfig, arguments: list[str]) -> None:

@@ -17,7 +17,8 @@ from pipeline.data import Rows
 from pipeline.data.degrade import KINDS, degrade
 from pipeline.distributed import Engine, total
 from pipeline.observe import fit_flops, grid, peak_flops, peak_memory, rows, scatter
-from pipeline.training.round import RoundRandom, RoundState, Run
+from pipeline.training.round import RoundRandom, RoundState
+from pipeline.training.run import Run
 
 log = logging.getLogger("naign.report")
 
@@ -25,18 +26,19 @@ log = logging.getLogger("naign.report")
 def headline(run: Run) -> str:
     """What a run says of itself before the first round."""
     config, stream, engine, train = run.config, run.stream, run.engine, run.config.train
-    if run.position.round >= run.rounds:
+    if run.finished:
         return f"nothing left to do: {config.run.path} has seen its {run.position.images_seen} images"
     parameters = sum(math.prod(shape) for shape in engine.shapes.values())
-    newest = Path(config.run.path) / "checkpoints" / run.checkpointed
-    start = f"resuming from {newest}" if run.checkpointed else "starting anew"
+    newest = Path(config.run.path) / "checkpoints" / run.writer.newest
+    start = f"resuming from {newest}" if run.writer.newest else "starting anew"
+    alone = f" (f in the first {run.network_rounds}, then the prior alone)" if run.network_rounds < run.rounds else ""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return (
         f"{stream.manifest.name} {'x'.join(map(str, stream.shape))}, {stream.order.describe()}\n"
         f"{config.objective.name} with {parameters / 1e6:.2f} M parameters on {run.world} x "
         f"{run.accelerator.device.type} ({engine.described}; {local} here, {torch.get_num_threads()} threads each)\n"
         f"batch {train.batch} = {engine.micro} images x {train.accumulate} micro-batches x {run.world} ranks; "
-        f"{run.rounds} rounds of {config.match.round} images x {train.passes} passes for {train.images}, "
+        f"{run.rounds} rounds of {config.match.round} images x {train.passes} passes for {train.images}{alone}, "
         f"pool {config.match.pool}; {start} in {config.run.path}"
     )
 
@@ -47,7 +49,7 @@ def report(run: Run, state: RoundState, taken: Rows, values: dict[str, float], *
     `images` were trained on: fewer than the round's where a run resumed within it.
     """
     config, position, monitor = run.config, run.position, run.monitor
-    last = position.round == run.rounds
+    last = run.finished
     if state.match:
         values |= state.match.values
         warn_of_collapse(run, state.match.values)
@@ -57,17 +59,20 @@ def report(run: Run, state: RoundState, taken: Rows, values: dict[str, float], *
     sums = zip(names, total(costs, run.accelerator), strict=True)  # of all ranks
     values |= {f"data/{name}": value for name, value in sums}
     values |= {"seconds/training": position.seconds, "train/skipped": position.skipped}
+    if run.network_rounds < run.rounds:
+        values["train/prior_only"] = float(state.number >= run.network_rounds)
     values |= {"checkpoint/seconds": run.writer.seconds, "checkpoint/upload_seconds": run.writer.uploaded}
     pictures, drawn = config.report.pictures, {}
     wanted = pictures and (last or position.round == 1 or position.round % pictures == 0)
     if wanted and (run.rank == 0 or run.engine.sharded):
         drawn = draw(run.engine, state.random, state.images)
     # From here on rank 0 alone works, and may fail.
-    monitor.scalars(values, position.images_seen, round=state.number, step=position.step)
+    counts = {"images_seen": position.images_seen, "codes_seen": position.codes_seen}
+    monitor.scalars(values, position.seen, **counts, round=state.number, step=position.step)
     if state.match:
-        monitor.histogram("match/distances", state.match.distances, position.images_seen)
+        monitor.histogram("match/distances", state.match.distances, position.seen)
     for name, picture in drawn.items():
-        monitor.picture(name, picture, position.images_seen)
+        monitor.picture(name, picture, position.seen)
 
 
 # Of a match: distinct samples an image, and the share of images that have one sample, from which on to warn.
@@ -87,7 +92,8 @@ def warn_of_collapse(run: Run, values: dict[str, float]) -> None:
 
 def speed_values(run: Run, images: int) -> dict[str, float]:
     """Images/s of a round, the share of each phase, and arithmetic done."""
-    seconds = {phase: run.seconds[phase] for phase in ("take", "learn", "match", "fit") if phase in run.seconds}
+    phases = run.phases.seconds
+    seconds = {phase: phases[phase] for phase in ("take", "learn", "match", "fit") if phase in phases}
     spent, device = sum(seconds.values()), run.accelerator.device
     values = {
         "speed/images_per_second": images / spent,

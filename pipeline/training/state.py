@@ -33,12 +33,19 @@ class Position:
 
     round: int = 0  # the next round, or the current one
     done: int = 0  # steps made of the current round
-    images_seen: int = 0  # trained on, over all ranks and passes
-    step: int = 0  # optimizer steps
+    images_seen: int = 0  # that f was trained on, over all ranks and passes
+    codes_seen: int = 0  # images whose codes the prior learned from while f was frozen
+    step: int = 0  # optimizer steps of f, and of the prior while f is frozen
     seconds: float = 0.0  # wall time of the rounds
     cpu_seconds: float = 0.0  # processor time of the rounds, of all ranks and threads
     learned: int = 0  # rounds that the prior has learned from
     skipped: int = 0  # optimizer steps not made, since the loss or its gradient was not finite
+    bad_steps: int = 0  # the same, in a row up to now
+
+    @property
+    def seen(self) -> int:
+        """Images learned from, by f or by the prior alone: the axis of what is reported."""
+        return self.images_seen + self.codes_seen
 
 
 @dataclass(kw_only=True, slots=True)

@@ -30,10 +30,14 @@ def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, 
     # In the first half f is trained, in the second the flow.
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert ["loss/total" in line for line in lines] == [True] * 8 + [False] * 8
-    assert ["loss/codes" in line for line in lines] == [False] * 8 + [True] * 8 and lines[-1]["images_seen"] == 4096
+    assert ["loss/codes" in line for line in lines] == [False] * 8 + [True] * 8
+    seen = [(line["images_seen"], line["codes_seen"], line["train/prior_only"]) for line in lines]
+    assert seen == [(min(256 * n, 2048), max(0, 256 * (n - 8)), float(n > 8)) for n in range(1, 17)]
+    steps = [line["step"] for line in lines]
+    assert steps[7] == 64 and steps[8:] == sorted(set(steps[8:])), "steps of f, then the prior's own"
     assert lines[-1]["share/learn"] > 0.1
     early, half, last = (
-        load_file(tmp_path / f"run/checkpoints/step-{step:08d}/model.safetensors") for step in (32, 64, 128)
+        load_file(tmp_path / f"run/checkpoints/step-{step:08d}/model.safetensors") for step in (32, 64, steps[-1])
     )
     for name, value in half.items():
         changed = not torch.equal(value, last[name])
@@ -49,7 +53,7 @@ def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, 
     mixed = NAIGN.from_pretrained(tmp_path / "mixed")
     trained = NAIGN.from_pretrained(tmp_path / "run").metadata["cpu_seconds"]
     assert mixed.metadata["prior"]["components"] == 3 and mixed.metadata["cpu_seconds"] > trained
-    place = tmp_path / "run/checkpoints/step-00000128"
+    place = tmp_path / f"run/checkpoints/step-{steps[-1]:08d}"
     for to, said in ((place, "is a checkpoint"), (tmp_path / "run", "is a run")):
         done = naign("export", "run", "--prior", "gmm", "--components", "3", "--to", str(to))
         assert done.returncode == 2 and said in done.stderr

@@ -67,7 +67,7 @@ def recorder(monkeypatch):
 def opened(folder, trackers, images_seen=0, active=True):
     settings = {"seed": 0, "train.lr": 2e-3, "data.split": "train"}
     given = {"images": 100, "config": "seed: 0", "settings": settings, "trackers": trackers}
-    return Monitor(folder, active=active, images_seen=images_seen, **given)
+    return Monitor(folder, active=active, seen=images_seen, **given)
 
 
 def report(folder, trackers, images_seen=0, active=True):
@@ -122,11 +122,11 @@ def test_a_rank_that_is_not_the_first_reports_nothing(tmp_path):
 
 
 def test_a_resumed_run_drops_what_was_reported_later(tmp_path):
-    lines = [json.dumps({"images_seen": seen}) for seen in (10, 20, 30)]
+    lines = [json.dumps({"images_seen": min(15, seen), "codes_seen": max(0, seen - 15)}) for seen in (10, 20, 30)]
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"images_seen": 4']))
     report(tmp_path, "", images_seen=20)
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(entry["images_seen"], "loss/total" in entry) for entry in entries] == [
+    assert [(entry["images_seen"] + entry.get("codes_seen", 0), "loss/total" in entry) for entry in entries] == [
         (10, False),
         (20, False),
         (30, True),

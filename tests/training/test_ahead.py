@@ -84,7 +84,7 @@ def test_a_restored_engine_goes_on_bit_for_bit():
 def test_sums_are_those_of_the_steps_that_were_made(left, monkeypatch):
     skipped = []
     monkeypatch.setattr(fit, "skip", lambda run, state, number: skipped.append(number))
-    run, kept, unread = SimpleNamespace(bad_steps=0), SimpleNamespace(sums={}), []
+    run, kept, unread = SimpleNamespace(position=SimpleNamespace(bad_steps=0)), SimpleNamespace(sums={}), []
     for number, norm in enumerate((1.0, 2.0, math.nan, 4.0, math.inf)):
         unread.append((number, torch.tensor(norm) if left else norm, {"loss": torch.tensor(10.0 * number)}))
         settle(run, kept, unread, left)
@@ -96,7 +96,7 @@ def test_sums_are_those_of_the_steps_that_were_made(left, monkeypatch):
 
 def test_steps_that_fail_in_a_row_end_the_run_though_they_are_read_late():
     settings = SimpleNamespace(run=SimpleNamespace(path="run"))
-    run = SimpleNamespace(config=settings, bad_steps=0, position=SimpleNamespace(skipped=0), rank=0)
+    run = SimpleNamespace(config=settings, position=SimpleNamespace(skipped=0, bad_steps=0), rank=0)
     run.writer = SimpleNamespace(join=lambda: None)
     unread = [(number, torch.tensor(math.nan), {}) for number in range(11)]
     with pytest.raises(Diverged, match="10 steps in a row"):

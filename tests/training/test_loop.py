@@ -12,8 +12,11 @@ import torch
 from pipeline.config import parse
 from pipeline.errors import InputError, Stopped
 from pipeline.model.prior import build_prior
-from pipeline.training import loop
-from pipeline.training.round import RoundRandom, Run
+from pipeline.training import take
+from pipeline.training.learn import tracked_every
+from pipeline.training.matching import find_match
+from pipeline.training.round import RoundRandom
+from pipeline.training.run import Phases
 from tests.conftest import SMALL, forked
 
 LOOKS = 6
@@ -46,7 +49,7 @@ def read_on_ranks(monkeypatch, *streams, stop=False):
         barrier.wait()
         return sums
 
-    monkeypatch.setattr(loop, "total", lambda values, accelerator: total(values, accelerator.rank))
+    monkeypatch.setattr(take, "total", lambda values, accelerator: total(values, accelerator.rank))
     beats, results = [0] * len(streams), [None] * len(streams)
 
     def read(rank):
@@ -59,7 +62,7 @@ def read_on_ranks(monkeypatch, *streams, stop=False):
             stop=SimpleNamespace(seen=lambda: stop),
         )
         try:
-            results[rank] = loop.read_round(run, streams[rank], 3)
+            results[rank] = take.read_round(run, streams[rank], 3)
         except (InputError, Stopped) as error:
             results[rank] = type(error)
 
@@ -95,14 +98,14 @@ def test_all_ranks_leave_together_where_one_fails_or_is_stopped(monkeypatch):
     ("phase", "remedy"), [("fit", "train.accumulate"), ("match", "match.block"), ("report", "smaller network")]
 )
 def test_a_full_gpu_names_the_phase_and_what_takes_less(phase, remedy):
-    run = SimpleNamespace(
-        watchdog=SimpleNamespace(enter=lambda *_: None),
-        profiler=SimpleNamespace(phase=lambda _: nullcontext()),
-        position=SimpleNamespace(round=3),
-        seconds={},
+    phases = Phases(
+        SimpleNamespace(round=3),
+        SimpleNamespace(enter=lambda *_: None),
+        SimpleNamespace(phase=lambda _: nullcontext()),
+        SimpleNamespace(),
     )
     full = rf"full in round 3, phase {phase}: .*{remedy}.* 2 GiB"
-    with pytest.raises(InputError, match=full), Run.phase(run, phase):
+    with pytest.raises(InputError, match=full), phases.enter(phase):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
 
 
@@ -117,23 +120,25 @@ def test_a_block_that_does_not_fit_is_generated_in_halves_from_then_on(caplog):
 
     run = SimpleNamespace(
         config=config,
-        engine=SimpleNamespace(sample=sample, encode=None, sharded=False),
+        engine=SimpleNamespace(sample=sample, encode=None, sharded=False, halved=False),
         features=None,
-        halved=False,
         monitor=SimpleNamespace(described="", say=lambda text: None),
-        poll=lambda phase: lambda: False,
+        phases=SimpleNamespace(poll=lambda phase: lambda: False),
         watchdog=SimpleNamespace(beat=lambda: None),
     )
     prior = build_prior(config.prior, (1, 4, 4), torch.nn.Identity())
     random = RoundRandom(config, 0, (1, 4, 4), torch.device("cpu"), prior)
     images = random.latents(torch.arange(3, 32, 4)).tanh()  # samples of the pool
     state = SimpleNamespace(images=images, random=random, number=0)
-    assert loop.find_match(run, state).ids.tolist() == list(range(3, 32, 4))
+    assert find_match(run, state).ids.tolist() == list(range(3, 32, 4))
     assert asked == [8, *[4] * 8] and "match.block=8 samples do not fit" in caplog.text
 
-    run.halved, run.engine.sharded = False, True  # where a forward is collective, a rank may not have more of them
+    run.engine.halved, run.engine.sharded = (
+        False,
+        True,
+    )  # where a forward is collective, a rank may not have more of them
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        loop.find_match(run, state)
+        find_match(run, state)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +154,7 @@ def test_a_block_that_does_not_fit_is_generated_in_halves_from_then_on(caplog):
 )
 def test_before_the_flow_begins_the_same_part_of_a_round_is_encoded_on_every_world_size(size, batch, options, encoded):
     given = ["--data.path=x", "--prior.name=flow", "--objective.imle=0", "--objective.denoising=1", *options]
-    every = loop.tracked_every(parse([*given, f"--match.round={size}", f"--train.batch={batch}"]))
+    every = tracked_every(parse([*given, f"--match.round={size}", f"--train.batch={batch}"]))
     rows = [range(0, size, every)]
     for world in (world for world in (2, 4, 5, 8, 32) if batch % world == 0):
         share = size // world

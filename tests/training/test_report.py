@@ -7,18 +7,23 @@ import torch
 
 from pipeline import philox
 from pipeline.config import parse
+from pipeline.model.prior import build_prior
 from pipeline.observe import grid
 from pipeline.training.report import draw
 from pipeline.training.round import RoundRandom
 
+SHAPE = (1, 8, 8)
+
+
+def random(number: int) -> RoundRandom:
+    config = parse(["--data.path=x"])
+    prior = build_prior(config.prior, SHAPE, torch.nn.Identity())
+    return RoundRandom(config, number, SHAPE, torch.device("cpu"), prior)
+
 
 def test_pictures_are_of_the_exported_network_and_of_the_same_latents_in_every_round():
-    config, shape = parse(["--data.path=x"]), (1, 8, 8)
     engine = SimpleNamespace(exported=lambda part, x: x.tanh())  # without `sample`, which has the raw weights
-    first, later = (
-        draw(engine, RoundRandom(config, number, shape, torch.device("cpu")), torch.zeros(20, *shape))["samples"]
-        for number in (3, 9)
-    )
+    first, later = (draw(engine, random(number), torch.zeros(20, *SHAPE))["samples"] for number in (3, 9))
     assert np.array_equal(first, later)
-    latents = RoundRandom(config, philox.SAMPLES, shape, torch.device("cpu")).latents(torch.arange(64))
+    latents = random(philox.SAMPLES).latents(torch.arange(64))
     assert np.array_equal(first, grid(latents.tanh(), columns=8))
