@@ -40,9 +40,9 @@ from pipeline.model.prior import Prior, build_prior
 from pipeline.model.scale import scaled
 from pipeline.observe.monitor import Monitor
 from pipeline.observe.speed import Profiler
+from pipeline.training.engines import build_engine
 from pipeline.training.fit import fit, learning_rate, steps_of
 from pipeline.training.loop import checkpoint
-from pipeline.training.prepare import build_engine
 from pipeline.training.round import RoundRandom, RoundState
 from pipeline.training.run import Phases, Run
 from pipeline.training.state import Position

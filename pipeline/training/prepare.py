@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from filelock import FileLock
 from torch import Tensor, nn
 
@@ -19,16 +18,7 @@ from pipeline.checkpoint.done import count_network_rounds, count_rounds
 from pipeline.config import Config, flatten, to_dict
 from pipeline.data import DataConfig, Stream, lists_data_sets, load, pack
 from pipeline.data.damage import find_law
-from pipeline.distributed import (
-    Engine,
-    StopRequest,
-    Watchdog,
-    ZeroEngine,
-    broadcast_object,
-    together,
-    total,
-    warn_of_others,
-)
+from pipeline.distributed import StopRequest, Watchdog, broadcast_object, together, total, warn_of_others
 from pipeline.errors import InputError, require
 from pipeline.match import SpaceConfig, check_space
 from pipeline.model.encoders import Encoder, load_encoder, names
@@ -38,6 +28,7 @@ from pipeline.model.perceptual import perceptual
 from pipeline.model.prior import Prior, build_prior
 from pipeline.observe import Monitor, Needs, Profiler, forward_flops, parse_rounds, preflight, set_up
 from pipeline.storage import open_store
+from pipeline.training.engines import build_engine, check_engine
 from pipeline.training.quality import Quality, check_quality
 from pipeline.training.run import Phases, Run
 from pipeline.training.run_folder import check_shared, claim, fetch_checkpoint
@@ -216,67 +207,6 @@ def pack_missing(data: DataConfig, arguments: list[str]) -> None:
             raise InputError(f"{data.path}: no data set here, check --data.path; or pack one there, as with {command}")
         print(f"no data at {data.path} yet: packing it, as `{command}` does", flush=True)
         pack(load(source), data.path)
-
-
-def check_engine(config: Config, accelerator: Accelerator) -> None:
-    """InputError where the launcher's engine cannot do what the configuration asks for."""
-    batch, world, accumulate = config.train.batch, accelerator.num_processes, config.train.accumulate
-    if batch % (world * accumulate):
-        near = -(-batch // (world * accumulate)) * world * accumulate
-        ranks = [str(number) for number in range(1, batch // accumulate + 1) if batch % (number * accumulate) == 0]
-        raise InputError(
-            f"train.batch={batch} images cannot be shared evenly by {world} ranks x {accumulate} micro-batches "
-            f"(train.accumulate): use {', '.join(ranks)} ranks; a new run can have --train.batch={near} "
-            f"--match.round={max(1, round(config.match.round / near)) * near}"
-        )
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        return
-    plugin, precision, objective = accelerator.state.deepspeed_plugin, accelerator.mixed_precision, config.objective
-    stage, given, launcher = int(plugin.zero_stage), plugin.deepspeed_config, "the launcher's DeepSpeed configuration"
-    for name in sorted({"optimizer", "scheduler"} & given.keys()):
-        raise InputError(f"{launcher} has a section '{name}', which is the run's: remove it")
-    for name in ("bf16", "fp16"):
-        enabled, own = given.get(name, {}).get("enabled", "auto"), precision.replace("no", "fp32")
-        if enabled not in ("auto", precision == name):
-            said = f"{launcher} says {name}.enabled: {enabled}, but the run's precision is {own}"
-            raise InputError(f"{said}: remove it there, or change train.precision")
-    if objective.needs_frozen and (stage == 3 or precision != "no"):
-        said = f"objective.name={objective.name} evaluates a frozen copy of the network"
-        raise InputError(f"{said}: use DDP, or ZeRO 0 to 2 in float32, which allow that")
-    if config.match.space.code and stage == 3:
-        reason = "match.space.code evaluates the network rank by rank, and under ZeRO-3 no rank has it whole"
-        raise InputError(f"{reason}: use DDP, or ZeRO 0 to 2")
-    if stage == 0 and precision != "no":
-        said = f"DeepSpeed ZeRO-0 in {precision} keeps its float32 weights where no checkpoint can reach them"
-        raise InputError(f"{said}: use ZeRO 1 to 3, or DDP")
-    for name in ("compile", "channels_last"):
-        if getattr(config.train, name):
-            said = f"train.{name} does not go with DeepSpeed, which lays weights out anew"
-            raise InputError(f"{said}: leave it out, or use DDP")
-
-
-def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator, shape: tuple[int, ...] = ()) -> Engine:
-    """The engine that trains `bare` on samples of `shape`.
-
-    Collective. Raises InputError where the launcher's DeepSpeed configuration contradicts the settings.
-    """
-    train = config.train
-    if train.channels_last:
-        bare.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    kind = ZeroEngine if accelerator.distributed_type == DistributedType.DEEPSPEED else Engine
-    return kind(
-        accelerator,
-        bare,
-        lr=train.lr,
-        betas=(train.beta1, train.beta2),
-        weight_decay=train.weight_decay,
-        clip=train.clip,
-        batch=train.batch,
-        accumulate=train.accumulate,
-        ema=train.ema,
-        compile=train.compile,
-        shape=shape,
-    )
 
 
 def open_prior(config: Config, shape: tuple[int, ...], network: nn.Module) -> Prior:

@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from pipeline.model.population import Population, drift_loss, moments_loss
 from torch import Tensor
 
 from pipeline import errors

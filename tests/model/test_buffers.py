@@ -17,7 +17,7 @@ from pipeline.config import Config
 from pipeline.data.loader import Stream
 from pipeline.model import networks
 from pipeline.model.naign import NAIGN
-from pipeline.training.prepare import build_engine
+from pipeline.training.engines import build_engine
 from pipeline.training.state import Position, snapshot
 from tests.conftest import ROOT, SMALL, environment
 

@@ -24,7 +24,7 @@ from pipeline.errors import InputError
 from pipeline.match.matcher import Match
 from pipeline.model.networks import build_network
 from pipeline.training import run_folder
-from pipeline.training.prepare import build_engine
+from pipeline.training.engines import build_engine
 from pipeline.training.run_folder import claim
 from pipeline.training.state import PartialRound, Position, restore, restore_weights, share_out, snapshot
 from tests.checkpoint.written import write_checkpoint

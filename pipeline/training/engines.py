@@ -1,0 +1,92 @@
+"""The engine that the launcher's configuration asks for, and what it cannot do."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from pipeline.config import Config
+from pipeline.distributed import Engine, ZeroEngine
+from pipeline.errors import InputError
+
+LAUNCHER = "the launcher's DeepSpeed configuration"
+
+
+def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator, shape: tuple[int, ...] = ()) -> Engine:
+    """The engine that trains `bare` on samples of `shape`.
+
+    Collective. Raises InputError where the launcher's DeepSpeed configuration contradicts the settings.
+    """
+    train = config.train
+    if train.channels_last:
+        bare.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    kind = ZeroEngine if accelerator.distributed_type == DistributedType.DEEPSPEED else Engine
+    return kind(
+        accelerator,
+        bare,
+        lr=train.lr,
+        betas=(train.beta1, train.beta2),
+        weight_decay=train.weight_decay,
+        clip=train.clip,
+        batch=train.batch,
+        accumulate=train.accumulate,
+        ema=train.ema,
+        compile=train.compile,
+        shape=shape,
+    )
+
+
+def check_engine(config: Config, accelerator: Accelerator) -> None:
+    """Raise InputError where the launcher's engine cannot do what the configuration asks for."""
+    batch, world, accumulate = config.train.batch, accelerator.num_processes, config.train.accumulate
+    if batch % (world * accumulate):
+        near = -(-batch // (world * accumulate)) * world * accumulate
+        ranks = [str(number) for number in range(1, batch // accumulate + 1) if batch % (number * accumulate) == 0]
+        raise InputError(
+            f"train.batch={batch} images cannot be shared evenly by {world} ranks x {accumulate} micro-batches "
+            f"(train.accumulate): use {', '.join(ranks)} ranks; a new run can have --train.batch={near} "
+            f"--match.round={max(1, round(config.match.round / near)) * near}"
+        )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        plugin = accelerator.state.deepspeed_plugin
+        _check_launcher(plugin.deepspeed_config, accelerator.mixed_precision)
+        _check_stage(config, int(plugin.zero_stage), accelerator.mixed_precision)
+
+
+def _check_launcher(configured: dict[str, Any], precision: str) -> None:
+    """Raise InputError where DeepSpeed's configuration holds what is the run's to say."""
+    for name in sorted({"optimizer", "scheduler"} & configured.keys()):
+        raise InputError(f"{LAUNCHER} has a section '{name}', which is the run's: remove it")
+    for name in ("bf16", "fp16"):
+        enabled = configured.get(name, {}).get("enabled", "auto")
+        if enabled not in ("auto", precision == name):
+            raise InputError(
+                f"{LAUNCHER} says {name}.enabled: {enabled}, but the run's precision is "
+                f"{precision.replace('no', 'fp32')}: remove it there, or change train.precision"
+            )
+
+
+def _check_stage(config: Config, stage: int, precision: str) -> None:
+    """Raise InputError for settings that do not go with this ZeRO stage in this precision."""
+    if config.objective.needs_frozen and (stage == 3 or precision != "no"):
+        raise InputError(
+            f"objective.name={config.objective.name} evaluates a frozen copy of the network: use DDP, or ZeRO 0 to 2 "
+            "in float32, which allow that"
+        )
+    if config.match.space.code and stage == 3:
+        raise InputError(
+            "match.space.code evaluates the network rank by rank, and under ZeRO-3 no rank has it whole: use DDP, or "
+            "ZeRO 0 to 2"
+        )
+    if stage == 0 and precision != "no":
+        raise InputError(
+            f"DeepSpeed ZeRO-0 in {precision} keeps its float32 weights where no checkpoint can reach them: use ZeRO 1 "
+            "to 3, or DDP"
+        )
+    for name in ("compile", "channels_last"):
+        if getattr(config.train, name):
+            raise InputError(
+                f"train.{name} does not go with DeepSpeed, which lays weights out anew: leave it out, or use DDP"
+            )

@@ -1,0 +1,110 @@
+"""What a run is, which never changes while it trains, and the phases of its rounds."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from filelock import FileLock
+from torch import Tensor
+
+from pipeline.checkpoint import Writer
+from pipeline.config import Config
+from pipeline.data import Stream
+from pipeline.distributed import Engine, StopPoll, StopRequest, Watchdog
+from pipeline.errors import InputError, one_line
+from pipeline.model.losses import Distance
+from pipeline.model.prior import Prior
+from pipeline.observe import Monitor, Profiler, title
+from pipeline.training.quality import Quality
+from pipeline.training.state import Position
+
+SMALLER = {
+    "take": "halve match.round",
+    "match": "halve match.block, the samples that are generated at once, then match.round",
+    "fit": "double train.accumulate, which halves what a forward holds, or set train.recompute",
+    "learn": "halve prior.batch",
+    "quality": "halve quality.samples",
+}
+"""What halves the memory of a phase."""
+
+
+class Phases:
+    """The phases of the rounds on this rank: what they tell the watchdog and the profiler, and the time they take."""
+
+    def __init__(self, position: Position, watchdog: Watchdog, profiler: Profiler, stop: StopRequest) -> None:
+        self._position, self._watchdog, self._profiler, self._stop = position, watchdog, profiler, stop
+        self._polls = dict[str, StopPoll]()  # of the phases in which ranks go in step
+        self.seconds = dict[str, float]()  # that each phase of the current round took
+        self.cpu_seconds = 0.0  # processor time of this rank since the newest checkpoint
+
+    @contextmanager
+    def round(self) -> Iterator[None]:
+        """A round: add its wall and processor time to the run's, also where it is stopped."""
+        self.seconds.clear()
+        wall, cpu = time.perf_counter(), time.process_time()
+        try:
+            with self._profiler.round(self._position.round):
+                yield
+        finally:
+            self._position.seconds += time.perf_counter() - wall
+            self.cpu_seconds += time.process_time() - cpu
+
+    @contextmanager
+    def enter(self, name: str) -> Iterator[None]:
+        """A phase of the round. Raises InputError, with a remedy, where the GPU's memory is full."""
+        self._watchdog.enter(name, self._position.round)
+        title(name)
+        start = time.perf_counter()
+        try:
+            with self._profiler.phase(name):
+                yield
+        except torch.cuda.OutOfMemoryError as error:
+            remedy = SMALLER.get(name, "take a smaller network, or a larger GPU")
+            full = f"the GPU's memory is full in round {self._position.round}, phase {name}"
+            raise InputError(f"{full}: {remedy}. {one_line(error)}") from None
+        self.seconds[name] = time.perf_counter() - start
+
+    def poll(self, name: str) -> StopPoll:
+        """A poll for stop requests in a phase, which begins. Collective."""
+        return self._polls.setdefault(name, StopPoll(self._stop)).begin()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What `prepare` made once, for all rounds. What changes is `position`, and the state of the objects."""
+
+    config: Config
+    accelerator: Accelerator
+    rank: int
+    world: int
+    rounds: int  # that spend the budget
+    network_rounds: int  # the first of them, in which f is trained; in the others the prior learns alone
+    lock: FileLock | None  # on the run folder, held by rank 0
+    stop: StopRequest
+    stream: Stream
+    watchdog: Watchdog
+    phases: Phases
+    features: Callable[[Tensor], Tensor] | None  # of the match's space
+    perceived: Distance | None  # of the objective's encoder
+    flops: int  # of f of one image
+    prior: Prior
+    engine: Engine
+    quality: Quality | None  # where it is measured
+    monitor: Monitor
+    profiler: Profiler
+    writer: Writer
+    position: Position
+
+    @property
+    def finished(self) -> bool:
+        """Whether the budget is spent, or quality.patience ended the run."""
+        rounds = self.position.round
+        return rounds >= self.rounds or (self.quality is not None and self.quality.exhausted(rounds))
+
+    @property
+    def prior_only(self) -> bool:
+        """Whether f is frozen in the current round, and the prior alone learns."""
+        return self.position.round >= self.network_rounds

@@ -1,0 +1,64 @@
+"""What the launcher's engine cannot do is refused before anything is written."""
+
+from types import SimpleNamespace
+
+import pytest
+from accelerate.utils import DistributedType
+
+from pipeline.config import parse
+from pipeline.distributed import connect, zero
+from pipeline.errors import InputError
+from pipeline.training.engines import check_engine
+from tests.conftest import SMALL
+
+
+def accelerator(stage=None, *, ranks=1, precision="no", **configured):
+    """An Accelerator, with DeepSpeed's configuration if it has a stage."""
+    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config=configured)
+    kind = DistributedType.NO if stage is None else DistributedType.DEEPSPEED
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    return SimpleNamespace(num_processes=ranks, distributed_type=kind, mixed_precision=precision, state=state)
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        ({"stage": 3}, ["--objective.name=ign"], "objective.name=ign evaluates a frozen copy"),
+        ({"stage": 3}, ["--objective.name=nae"], "objective.name=nae evaluates a frozen copy"),
+        ({"stage": 2, "precision": "bf16"}, ["--objective.name=ign"], "ZeRO 0 to 2 in float32"),
+        ({"stage": 3}, ["--match.space.code=1"], "match.space.code evaluates the network rank by rank"),
+        ({"stage": 0, "precision": "bf16"}, [], "use ZeRO 1 to 3, or DDP"),
+        ({"stage": 2}, ["--train.compile"], "train.compile does not go with DeepSpeed"),
+        ({"stage": 2}, ["--train.channels_last"], "train.channels_last does not go with DeepSpeed"),
+        ({"stage": 2, "bf16": {"enabled": True}}, [], "bf16.enabled: True, but the run's precision is fp32"),
+        ({"stage": 2, "optimizer": {}}, [], "has a section 'optimizer'"),
+        ({"ranks": 2}, ["--train.accumulate=3"], "2 ranks x 3 micro-batches"),
+    ],
+)
+def test_what_an_engine_cannot_do(given, options, message):
+    config = parse(["--data.path=x", *SMALL, *options])
+    with pytest.raises(InputError, match=message):
+        check_engine(config, accelerator(**given))
+
+
+@pytest.mark.parametrize("given", [{}, {"ranks": 4}, {"stage": 3}, {"stage": 2, "precision": "bf16"}])
+def test_what_an_engine_can_do(given):
+    check_engine(parse(["--data.path=x", *SMALL]), accelerator(**given))
+
+
+@pytest.mark.parametrize(
+    ("configured", "message"),
+    [
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps: 4, but train.accumulate makes it 2"),
+        ({"gradient_clipping": 5.0}, "gradient_clipping: 5.0, but train.clip makes it 1.0"),
+        ({"train_batch_size": 7}, "train_batch_size: 7, but train.batch makes it 16"),
+    ],
+)
+def test_a_deepspeed_configuration_that_contradicts_the_run(configured, message):
+    with pytest.raises(InputError, match=message):
+        zero._configure(accelerator(2, ranks=2, **configured), micro=4, accumulate=2, clip=1.0)
+
+
+def test_fp16_needs_a_gpu():
+    with pytest.raises(InputError, match="fp16 needs a GPU"):
+        connect._mixed_precision("fp16", on_cpu=True, deepspeed=False)
