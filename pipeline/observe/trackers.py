@@ -79,7 +79,12 @@ LAYOUT = {
         "recall and precision": ["quality/recall$", "quality/precision$"],
         "idempotence and repairs": ["quality/idempotence$", "quality/repair_"],
     },
-    "Training": {"learning rate": ["train/lr$"], "skipped steps": ["train/skipped$"], "epochs": ["data/epoch$"]},
+    "Training": {
+        "learning rate": ["train/lr$"],
+        "skipped steps": ["train/skipped$"],
+        "f is frozen": ["train/prior_only$"],
+        "epochs": ["data/epoch$"],
+    },
     "Speed": {
         "images a second": ["speed/images_per_second"],
         "TFLOPS of the fit": ["speed/fit_tflops$"],

@@ -23,12 +23,15 @@ from pipeline.data.loader import Stream
 from pipeline.errors import InputError
 from pipeline.match.matcher import Match
 from pipeline.model.networks import build_network
+from pipeline.model.prior import build_prior
+from pipeline.model.prior.gaussian import GaussianConfig
 from pipeline.training import run_folder
 from pipeline.training.engines import build_engine
 from pipeline.training.run_folder import claim
 from pipeline.training.state import PartialRound, Position, restore, restore_weights, share_out, snapshot
 from tests.checkpoint.written import write_checkpoint
 
+PRIOR = build_prior(GaussianConfig(), (1, 8, 8), torch.nn.Identity())
 POSITION = Position(round=3, images_seen=300, step=30, seconds=1.5, skipped=2)
 
 
@@ -48,7 +51,7 @@ def make(folder, digits, seed=0):
 
 def write(config, stream, engine, position=POSITION, partial=None):
     writer = Writer(Path(config.run.path), rank=0, world=1, keep=2, remote="")
-    files = snapshot(config, stream, engine, position, {}, partial)
+    files = snapshot(config, stream, engine, position, PRIOR, partial)
     writer.start(f"step-{position.step:08d}", *files)
     assert writer.join()
 
@@ -67,7 +70,7 @@ def test_a_step_waits_until_what_it_changes_is_copied(run):
     config, stream, engine = run
     before = {name: value.detach().clone() for name, value in engine.bare.named_parameters()}
     averaged = {name: value.clone() for name, value in engine.ema.named_parameters()}
-    copy, files = snapshot(config, stream, engine, replace(POSITION, step=31), {})
+    copy, files = snapshot(config, stream, engine, replace(POSITION, step=31), PRIOR)
     with engine.micro_batch():
         engine.backward(engine.forward(torch.randn(4, *stream.shape)).square().sum())
     step = Thread(target=engine.step)
@@ -88,7 +91,7 @@ def test_a_step_waits_until_what_it_changes_is_copied(run):
 def test_a_step_goes_on_where_copying_fails(run):
     config, stream, engine = run
     engine.ema = SimpleNamespace(state_dict=lambda: {"weight": None})
-    copy, files = snapshot(config, stream, engine, replace(POSITION, step=31), {})
+    copy, files = snapshot(config, stream, engine, replace(POSITION, step=31), PRIOR)
     writer = Writer(Path(config.run.path), rank=0, world=1, keep=2, remote="")
     writer.start("step-00000031", copy, files)
     assert engine.copied.wait(30)
