@@ -42,7 +42,7 @@ class LocalStore(Store):
         return self._names(os.DirEntry.is_dir)
 
     def list(self) -> list[str]:
-        """Their names, with those of links that lead nowhere: whoever reads one is told of it."""
+        """Names of the files, and of links that lead nowhere, which raise an error when they are read."""
         return [name for name in self._names(_is_file_or_lost) if not name.startswith(PARTIAL)]
 
     def _names(self, kind: Callable[["os.DirEntry[str]"], bool]) -> builtins.list[str]:
@@ -57,23 +57,23 @@ class LocalStore(Store):
 
     def size(self, name: str) -> int:
         with self._explained(name):
-            found = (self._folder / name).stat()
-            if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
+            status = (self._folder / name).stat()
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for its writer
                 raise IsADirectoryError(errno.EISDIR, "no regular file")
-            return found.st_size
+            return status.st_size
 
     def version(self, name: str) -> str:
         with self._explained(name):
-            found = (self._folder / name).stat()
-            return f"{found.st_mtime_ns}-{found.st_size}"
+            status = (self._folder / name).stat()
+            return f"{status.st_mtime_ns}-{status.st_size}"
 
     def read(self, name: str, first: int = 0, last: int | None = None, *, fresh: bool = False) -> bytes:
         with self._explained(name), (self._folder / name).open("rb", buffering=0) as stream:
             stream.seek(first)
             data = stream.readall() if last is None else stream.read(last - first)
         if last is not None and len(data) < last - first:
-            found = f"{first + len(data)} bytes where {last} were expected"
-            raise InputError(f"{self.url(name)}: {found}: truncated: copy it again")
+            size = first + len(data)
+            raise InputError(f"{self.url(name)}: {size} bytes where {last} were expected: truncated: copy it again")
         self.tally.add(bytes=len(data))
         return data
 
@@ -128,7 +128,7 @@ def _is_file_or_lost(entry: "os.DirEntry[str]") -> bool:
 
 
 UMASK = os.umask(0)
-os.umask(UMASK)  # there is no other way to ask
+os.umask(UMASK)  # it can be read only by setting it
 
 
 def write_atomically(file: Path, content: str | bytes, *, sync: bool = True) -> None:

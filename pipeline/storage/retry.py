@@ -22,7 +22,7 @@ _chance = random.Random()  # not the global one, which belongs to the program
 
 @dataclass(slots=True)
 class Tally:
-    """What reading has cost."""
+    """Counts of what reading took."""
 
     bytes: int = 0  # received, from a store or a cache
     retries: int = 0  # requests that had to be made again
@@ -35,11 +35,11 @@ class Tally:
                 setattr(self, name, getattr(self, name) + value)
 
     def take(self) -> "Tally":
-        """What was counted, counting anew from 0."""
+        """The counts so far, which begin again at 0."""
         with _LOCK[0]:
-            taken = replace(self)
+            counts = replace(self)
             self.__init__()  # type: ignore[misc]
-        return taken
+        return counts
 
     def merge(self, other: "Tally") -> None:
         self.add(**asdict(other))

@@ -1,7 +1,7 @@
 """Objects under a prefix of an S3 bucket, or of any server that speaks S3.
 
 botocore retries requests but not bodies: a connection that breaks or stalls in the middle of an answer ends the read.
-So botocore's retries are off. Every request and body is retried here, a body from the byte where it broke.
+So botocore's retries are off: NetworkStore retries requests, and bodies from the byte where they broke.
 """
 
 import base64
@@ -53,8 +53,8 @@ class S3Store(NetworkStore):
         self.checksums = True  # until the server refuses them
 
     def folders(self) -> list[str]:
-        found = [entry["Prefix"] for page in self._pages() for entry in page.get("CommonPrefixes", [])]
-        return sorted(prefix.removeprefix(self._prefix).rstrip("/") for prefix in found)
+        prefixes = [entry["Prefix"] for page in self._pages() for entry in page.get("CommonPrefixes", [])]
+        return sorted(prefix.removeprefix(self._prefix).rstrip("/") for prefix in prefixes)
 
     def list(self) -> list[str]:
         keys = [entry["Key"] for page in self._pages() for entry in page.get("Contents", [])]
@@ -174,7 +174,7 @@ class S3Store(NetworkStore):
             raise InputError(f"{where}: {one_line(error)}: check AWS_ENDPOINT_URL and the AWS configuration") from None
 
     def _bucket_is_missing(self) -> bool:
-        """Whether that is why an object is not found: the answer to a HEAD has no body that could say it."""
+        """Whether an object is missing because its bucket is: the answer to a HEAD does not say."""
         try:
             self._ask("head_bucket")
             return False
@@ -235,22 +235,24 @@ class Upload:
         return {"PartNumber": number} | {key: answer[key] for key in ("ETag", "ChecksumCRC32") if key in answer}
 
     def _sent(self, operation: str, data: bytes, **arguments: Any) -> Any:
-        """Upload bytes until the server's answer does not say that it has stored others; that answer.
+        """Upload bytes, again while the server's answer shows that it stored others; returns the answer.
 
         CRC-32 lets the server refuse damaged bytes. What it has stored is checked by the CRC-32 in its answer, or else
         by an ETag that is an MD5, which it is not for objects encrypted by SSE-KMS or SSE-C.
         """
         md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
         crc = base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
-        patience = Patience(f"write {self._store.url(self._name)}", self._store.tally)
-        while True:
+
+        def send() -> Any:
             answer = self._ask(operation, {"ChecksumCRC32": crc}, Body=data, **arguments)
             etag, stored = answer["ETag"].strip('"'), answer.get("ChecksumCRC32")
             encrypted = answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer
             opaque = encrypted or not re.fullmatch("[0-9a-f]{32}", etag)
             if stored == crc or stored is None and (opaque or etag == md5):
                 return answer
-            patience.wait(ConnectionError(f"the server stored other bytes: ETag {etag}, CRC-32 {stored}"))
+            raise ConnectionError(f"the server stored other bytes: ETag {etag}, CRC-32 {stored}")
+
+        return self._store._retried(f"write {self._store.url(self._name)}", send)
 
     def _ask(self, operation: str, checksum: dict[str, str], **arguments: Any) -> Any:
         """One request with a checksum; from then on without, where the server does not know these (Backblaze B2)."""

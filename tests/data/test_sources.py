@@ -109,11 +109,11 @@ def test_names_and_options_that_do_not_fit(tmp_path: Path) -> None:
         ("digits", {"root": tmp_path}, "leave out --root"),
         ("folder", {}, "add --root"),
         ("folder", {"root": tmp_path / "nowhere", "size": 8}, "no such folder"),
-        ("folder", {"root": tmp_path, "size": 8}, "0 pictures found"),
+        ("folder", {"root": tmp_path, "size": 8}, "0 pictures, and at least 2"),
         ("folder", {"root": tmp_path, "size": 8, "channels": 2}, "--channels 1 or 3"),
         ("folder", {"root": tmp_path, "size": 10_000_000}, "--size is '10000000'.* to 8192"),
         ("mnist", {"root": tmp_path}, "no train-images-idx3-ubyte or train-images-idx3-ubyte.gz"),
-        ("cifar10", {"root": tmp_path}, "0 pictures found"),
+        ("cifar10", {"root": tmp_path}, "0 pictures, and at least 2"),
     ):
         with pytest.raises(InputError, match=message):
             load(name, **options)

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -22,7 +21,7 @@ PROBLEMS = 20  # how many problems a message lists
 
 
 class Report(NamedTuple):
-    """What `verify` read and found sound, but for the samples that index.json says are broken."""
+    """The sound data that `verify` read; samples that index.json records as broken are listed."""
 
     samples: int
     shards: int
@@ -31,7 +30,7 @@ class Report(NamedTuple):
 
 
 class Problems(InputError):
-    """What is wrong with a data set; the message lists the first of the `problems`."""
+    """The problems of a data set; the message lists the first of them."""
 
     def __init__(self, path: str, problems: list[str], note: str = "") -> None:
         shown = [f"  {problem}" for problem in problems[:PROBLEMS]]
@@ -47,7 +46,7 @@ def _scans(
     problems: list[str],  # added to
     bar: "tqdm[Any]",
 ) -> Iterator[tuple[str, Pager]]:
-    """Reads shards: name and measures of each that could be read to its end. No key may stand twice in a split."""
+    """Read shards; yields name and measures of each that is readable to its end. A key may occur once in a split."""
     for shards in names.values():
         keys: dict[str, str] = {}  # shard by key
         for name in shards:
@@ -68,7 +67,9 @@ def _scans(
                 yield name, pager
 
 
-bar_of_bytes = partial(tqdm, unit="B", unit_scale=True)
+def bar_of_bytes(what: str, total: int, *, shown: bool) -> "tqdm[Any]":
+    """A progress bar of so many bytes."""
+    return tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=not shown)
 
 
 def verify(path: str, *, index: str = "", progress: bool = True) -> Report:
@@ -100,7 +101,7 @@ def verify(path: str, *, index: str = "", progress: bool = True) -> Report:
         for shard in shards.values():
             with suppress(InputError):  # one that is missing is named below
                 problems += filter(None, [size_problem(store, shard)])
-    with bar_of_bytes(desc=f"verify {manifest.name}", total=total, disable=not progress) as bar:
+    with bar_of_bytes(f"verify {manifest.name}", total, shown=progress) as bar:
         for name, pager in _scans(store, names, check, problems, bar):
             pages = table_name(name)
             problems += _differences(store, tables, pages, shards[name], pager.shard(name)[0])
@@ -110,20 +111,20 @@ def verify(path: str, *, index: str = "", progress: bool = True) -> Report:
     return Report(samples=samples, shards=len(shards), bytes=total, broken=tuple(broken))
 
 
-def _differences(store: Store, tables: Store, pages: str, shard: Shard, found: Shard) -> Iterator[str]:
-    """Between a shard and its page table, of the name `pages`, as read and as the manifest says, but for the size."""
+def _differences(store: Store, tables: Store, pages: str, shard: Shard, actual: Shard) -> Iterator[str]:
+    """Differences of a shard and its page table, whose name is `pages`, from the manifest, but for the size."""
     where = store.url(shard.name)
     wrong = f"its SHA-256 is not the one in {INDEX}: copy it again, or repack the data set"
-    if found.samples != shard.samples:
-        yield f"{where}: {found.samples} samples, but {INDEX} says {shard.samples}: repack the data set"
-    if shard.sha256 and found.bytes == shard.bytes and found.sha256 != shard.sha256:
+    if actual.samples != shard.samples:
+        yield f"{where}: {actual.samples} samples, but {INDEX} says {shard.samples}: repack the data set"
+    if shard.sha256 and actual.bytes == shard.bytes and actual.sha256 != shard.sha256:
         yield f"{where}: {wrong}"
     try:
         if hashlib.sha256(tables.read(pages)).hexdigest() != shard.pages:
             yield f"{tables.url(pages)}: {wrong}"
-        elif found.bytes == shard.bytes and found.pages != shard.pages and not shard.sha256:
+        elif actual.bytes == shard.bytes and actual.pages != shard.pages and not shard.sha256:
             yield f"{where}: other bytes than when it was indexed: copy it again, or run `naign index --force`"
-        elif found.sha256 == shard.sha256 and found.pages != shard.pages:
+        elif actual.sha256 == shard.sha256 and actual.pages != shard.pages:
             yield f"{tables.url(pages)}: not the page table of that shard: run `naign index --force`"
     except InputError as error:
         yield str(error)

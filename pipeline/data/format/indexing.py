@@ -34,12 +34,12 @@ from pipeline.terminal import busy
 
 log = logging.getLogger("naign.data")
 
-THREADS = 8  # shards that are read at once: a stream of one hardly fills a fast network
+THREADS = 8  # tars read at once: the stream of one hardly fills a fast network
 SPLITS = {"test": ("*test*.tar", "*val*.tar"), "train": ("*.tar",)}
 """Patterns of the names of each split's shards; a shard is of the first split that fits."""
 
-PROCESSES, MUCH = 32, 256 << 20
-"""From so many bytes on each core reads shards by a process of its own, which takes a second to start."""
+PROCESSES = 32  # at most, one a core; each takes a second to start
+MUCH = 256 << 20  # bytes of tars from which on processes read them, not threads
 
 T = TypeVar("T")
 
@@ -51,16 +51,16 @@ def index(
     train: str | None = None,  # pattern of the names of the training shards; None: those that are not for testing
     test: str | None = None,  # pattern of the names of the test shards; None: names with test or val in them
     label: str = "",  # "" .cls, json:FIELD of the .json, name:REGEX of the key
-    labels: tuple[str, ...] = (),  # names of the labels; (): the numbers or texts that are found
+    labels: tuple[str, ...] = (),  # names of the labels; (): the numbers or texts in the samples
     name: str | None = None,  # of the data set; None: the last part of the path
-    sample_check: int | None = None,  # pictures a shard that are decoded; of others the header is read. None: all
-    keep_broken: bool = False,  # of samples that cannot be decoded only warn: training can skip them
+    sample_check: int | None = None,  # pictures to decode of each tar; of the others only the header is read. None: all
+    keep_broken: bool = False,  # record samples that cannot be decoded, with a warning: training can skip them
     force: bool = False,  # replace an index.json that is there
     progress: bool = True,  # bar on stderr
 ) -> Manifest:
     """Read every byte of WebDataset tars and write the index.json and page tables that training needs.
 
-    Samples are pictures of any size, or points (D,) float32 as .npy; their other members are passed over. After an
+    Samples are pictures of any size, or points (D,) float32 as .npy; their other members are ignored. After an
     interruption or an error the next call reads only shards that were not read, had problems or were replaced since.
     An index that is there stays until all is read. Raises Problems, each with its shard and key.
     """
@@ -70,7 +70,7 @@ def index(
     folder, chosen = split_pattern(path)
     store, target = open_store(folder), open_store(to or folder)
     settings = Survey(label=label, check=sample_check, keep_broken=keep_broken)
-    old = _there(target, force)
+    old = _replaced(target, force)
     groups = _grouped_names(_names(store, chosen, path), path, train, test)
     try:
         target.put(f"index{KEPT}", b"")  # rather than be refused once much was read
@@ -135,8 +135,8 @@ def split_pattern(path: str) -> tuple[str, str]:
     return (folder or ".", last) if last.endswith(".tar") or set("{*?[") & set(last) else (path, "")
 
 
-def _there(target: Store, force: bool) -> Manifest | None:
-    """The manifest that will be replaced. Raises InputError where one is not to be."""
+def _replaced(target: Store, force: bool) -> Manifest | None:
+    """The manifest to replace, if any is readable. Raises InputError where an index.json exists, unless `force`."""
     if not target.exists(INDEX):
         return None
     if not force:
@@ -150,16 +150,16 @@ def _there(target: Store, force: bool) -> Manifest | None:
 
 
 def _names(store: Store, pattern: str, path: str) -> list[str]:
-    """The tars that are meant. A pattern of braces alone needs no list, which a web server cannot give."""
+    """The tars that match. A pattern of braces alone needs no listing, which a web server cannot give."""
     if pattern and not set("*?[") & set(pattern):
         try:
             return list(dict.fromkeys(braceexpand(pattern)))
         except ValueError as error:  # brackets that do not match
             raise InputError(f"{path}: {error}: write it as {{00000..01023}}.tar") from None
-    found = [file for file in store.list() if file.endswith(".tar") and fnmatch(file, pattern or "*")]
-    if not found:
+    names = [file for file in store.list() if file.endswith(".tar") and fnmatch(file, pattern or "*")]
+    if not names:
         raise InputError(f"{path}: no .tar there: check the path, and unpack tars that are compressed")
-    return found
+    return names
 
 
 def _grouped_names(files: list[str], path: str, train: str | None, test: str | None) -> dict[str, list[str]]:
@@ -190,7 +190,7 @@ def _summaries(store: Store, target: Store, names: list[str], settings: Survey, 
     many = min(cpu_count(), len(names), PROCESSES)
     apart = many > 1 and sum(sizes) >= MUCH
     results = _by_processes(tasks, many) if apart else in_order(tasks, THREADS)
-    with bar_of_bytes(desc=f"index {store.path}", total=sum(sizes), disable=not progress) as bar, closing(results):
+    with bar_of_bytes(f"index {store.path}", sum(sizes), shown=progress) as bar, closing(results):
         summaries = dict[str, Summary]()
         for name, size, summary in zip(names, sizes, results, strict=True):
             summaries[name] = summary

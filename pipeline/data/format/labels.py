@@ -1,4 +1,4 @@
-"""Where the label of a sample stands, which tars by others say in different ways."""
+"""Labels of samples, which tars by others keep in different places."""
 
 import json
 import re
@@ -11,7 +11,7 @@ def label_text(sample: dict[str, Any], rule: str, where: str) -> str | None:
     """A sample's label as it is written, None without one.
 
     The rule is "" for the number in .cls, `json:FIELD` for a field of .json, or `name:REGEX` for what the first group
-    of the expression finds in the key. Raises InputError for .json that is none.
+    of the expression matches in the key. Raises InputError for .json that cannot be read.
     """
     kind, _, argument = rule.partition(":")
     if kind == "json":
@@ -23,13 +23,13 @@ def label_text(sample: dict[str, Any], rule: str, where: str) -> str | None:
             raise InputError(f"{where}: the .json cannot be read ({error}): repack the data set") from None
         return None if value is None or isinstance(value, (dict, list)) else str(value)
     if kind == "name":
-        found = re.search(argument, sample["__key__"])
-        return found and found.group(1)
+        match = re.search(argument, sample["__key__"])
+        return match and match.group(1)
     return sample["cls"].decode("ascii", errors="replace").strip() if "cls" in sample else None
 
 
 def check_label_rule(rule: str) -> None:
-    """Raise InputError for a rule that label_text does not know."""
+    """Raise InputError for a rule that `label_text` cannot follow."""
     kind, _, argument = rule.partition(":")
     if rule and (kind not in ("json", "name") or not argument):
         raise InputError(f"--label {rule!r}: give json:FIELD, or name:REGEX with one group, as in 'name:^([a-z]+)_'")

@@ -1,4 +1,4 @@
-"""index.json: what a packed data set holds. It is written last, so a data set without it does not exist."""
+"""index.json, which describes a packed data set. It is written last, so a data set without it does not exist."""
 
 import json
 import math
@@ -48,11 +48,11 @@ class Manifest:
     labels: tuple[str, ...]  # name of each label; empty where there are none
     splits: dict[str, Split]
     dealt: bool = True
-    """Whether each shard is a random subset of its split, as `naign pack` makes them; of tars by others: no."""
+    """Whether each shard is a random subset of its split, as `naign pack` makes them and others do not."""
     label: str = ""
-    """Where a sample's label stands: "" in .cls as a number, or see labels.label_text."""
+    """Where samples have their labels: "" as a number in .cls, or see labels.label_text."""
     broken: dict[str, list[str]] = field(default_factory=dict)
-    """By shard the keys of samples that could not be decoded when the tars were indexed with --keep-broken."""
+    """By shard, keys of the samples that could not be decoded, recorded by `naign index --keep-broken`."""
 
     @classmethod
     def of(
@@ -123,11 +123,11 @@ class Manifest:
     def split(self, name: str) -> Split:
         """The split of that name. Raises InputError, naming those there are, where there is none."""
         if name not in self.splits:
-            found = f"data set {self.name} has no split {name!r}, only {', '.join(self.splits)}"
-            remedy = (
-                "take another data set, or index tars for testing: those with test or val in their names, or --test"
-            )
-            raise InputError(f"{found}: {remedy if name == 'test' else 'choose one of these'}")
+            remedy = "choose one of these"
+            if name == "test":
+                remedy = "index tars for testing, with test or val in their names or chosen by --test"
+            splits = ", ".join(self.splits)
+            raise InputError(f"data set {self.name} has no split {name!r}, only {splits}: {remedy}")
         return self.splits[name]
 
     def dump(self) -> bytes:
@@ -146,13 +146,14 @@ class Manifest:
 
 def size_problem(store: Store, shard: Shard) -> str:
     """How a shard's size in the store differs from that in index.json, or ''. Raises InputError where it is missing."""
-    size, remedy = store.size(shard.name), "truncated or replaced: copy it again, or repack the data set"
-    problem = f"{store.url(shard.name)}: {size} bytes, but {INDEX} says {shard.bytes}: {remedy}"
-    return problem if size != shard.bytes else ""
+    if (size := store.size(shard.name)) == shard.bytes:
+        return ""
+    remedy = "truncated or replaced: copy it again, or repack the data set"
+    return f"{store.url(shard.name)}: {size} bytes, but {INDEX} says {shard.bytes}: {remedy}"
 
 
 def _problems(manifest: Manifest) -> Iterator[str]:
-    """The problems: wrong types, values out of range, contradictions. Checks after a first problem may raise."""
+    """Wrong types, values out of range, contradictions. Checks after a first problem may raise."""
     shape, labels = manifest.shape, manifest.labels
     if FORMS.get(manifest.kind) != (manifest.dtype, len(shape)):
         yield f"kind {manifest.kind}, shape {shape} and dtype {manifest.dtype} do not go together"

@@ -55,7 +55,7 @@ def scan(
 
 
 def _measured(pager: Pager, more: Callable[[], bool], where: str) -> Iterator[tuple[str, str, bytes]]:
-    """Key, suffix and bytes of each member of a sample; tells `pager`, which `more` gives bytes, where samples lie."""
+    """Key, suffix and bytes of each member of a sample. `more` writes bytes to `pager`, which measures the samples."""
 
     def read(first: int, last: int) -> bytes:
         while pager.size < last and more():

@@ -127,7 +127,7 @@ class Survey:
         """The given names of labels, or those in the samples, in order. Raises InputError for names that do not fit."""
         problem = ""
         if len(set(labels)) < len(labels):
-            problem = "a label name stands twice: give each label its own"
+            problem = "a label name occurs twice: give each label its own"
         elif labels and not self.labelled:
             problem = f"{len(labels)} label names, but no sample has a label: leave them out, or --label"
         elif labels and len(labels) < self.classes:

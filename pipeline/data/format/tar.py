@@ -69,7 +69,7 @@ def _member(read: Read, name: str, begin: int, start: int, size: int) -> Member:
 
 
 def _with_extended_headers(read: Read, begin: int) -> Member | None:
-    """The member whose first header is at byte `begin`, where others may precede its own; None at the end."""
+    """The member at byte `begin`, whose name or size extended headers may give; None at the end."""
     at, name, size = begin, None, None
     while True:
         header = read(at, at + BLOCK)

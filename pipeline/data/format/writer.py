@@ -21,10 +21,8 @@ from pipeline.errors import Conflict, InputError
 from pipeline.storage.base import Store, Writer
 from pipeline.storage.store import open_store
 
-SHARDS = 16  # the usual least number of shards a split: enough readers for a machine or two
-SHARD_BYTES = 64 << 20  # the usual most bytes of decoded samples a shard: long enough reads, short enough retries
-
-
+SHARDS = 16  # shards a split at least, unless given: enough readers for a machine or two
+SHARD_BYTES = 64 << 20  # decoded bytes a shard at most, unless given: long enough reads, short enough retries
 ENCODINGS = ("png", "jpg", "webp", "npy")  # of images: jpg trades exactness for space, npy space for speed
 
 
@@ -41,8 +39,9 @@ def pack(
     """Write the source's splits as shards `<split>-00000.tar` and, last, their index.json.
 
     The same source and settings give the same bytes. After an interruption there is no index.json, and the next call
-    continues; an InputError takes back what was written. Returns the manifest, and False if this data set was there.
-    Raises InputError if the target holds another data set, unless `force`, or the source cannot be packed so.
+    continues; after a kill a file `.partial-*` may stay, which can be deleted. An InputError deletes what was written.
+    Returns the manifest, and False if the target held this data set already. Raises InputError if it holds another,
+    unless `force`, or the source cannot be packed so.
     """
     check_seed(seed)
     if encoding not in ENCODINGS:
@@ -51,12 +50,12 @@ def pack(
     target = open_store(to)
     if force:
         _clear(target, source)
-    old = _there(target, source, counts)
+    old = _existing(target, source, counts)
     present, made = target.list(), {split: list[Shard]() for split in counts}
     suffix = encoding if source.kind == "image" else "npy"
     total = sum(len(examples) for examples in source.splits.values())
     bar = tqdm(total=total, unit="sample", desc=f"pack {source.name}", disable=not progress)
-    with _taken_back(target) as new, bar:
+    with _undone_on_error(target) as new, bar:
         for split, count in counts.items():
             samples = shuffled(len(source.splits[split]), seed)  # cut evenly, so that every shard is a random subset
             for number, (first, last) in enumerate(parts(0, len(samples), count)):
@@ -97,8 +96,8 @@ Make = Callable[[Writer | None, "tqdm[Any] | None"], tuple[Shard, Table]]
 
 
 @contextmanager
-def _taken_back(target: Store) -> Iterator[list[str]]:
-    """A list for names of what was written; it is deleted on an InputError, as mended input makes other shards."""
+def _undone_on_error(target: Store) -> Iterator[list[str]]:
+    """A list of files written, which are deleted on an InputError: once the input is mended, shards differ."""
     names: list[str] = []
     try:
         yield names
@@ -121,8 +120,8 @@ def _count(source: Source, split: str, shards: int | None) -> int:
     return shards
 
 
-def _there(target: Store, source: Source, counts: dict[str, int]) -> Manifest | None:
-    """The manifest that is there, which may be of this source and these counts of shards alone; None without one."""
+def _existing(target: Store, source: Source, counts: dict[str, int]) -> Manifest | None:
+    """The target's manifest, None without one. Raises InputError unless it is of this source and counts of shards."""
     if not target.exists(INDEX):
         return None
     old = Manifest.parse(target.read(INDEX), where=target.url(INDEX))
@@ -160,14 +159,14 @@ def _write(
 def _complete(
     target: Store, shard: Shard, table: Table, present: list[str], make: Make, *, old: Manifest | None
 ) -> None:
-    """Write again what the target lacks of a shard. Raises InputError where it holds another of that name.
+    """Write what the target lacks of a shard. Raises InputError where it holds another of that name.
 
-    `old` is the target's own index.json, which names this shard: one of another size is damaged then, not foreign.
+    Where the target's manifest `old` names the shard, one of another size is damaged, not foreign.
     """
-    there = shard.name in present
-    if there and not old and hashlib.sha256(target.read(shard.name)).hexdigest() != shard.sha256:
+    exists = shard.name in present
+    if exists and not old and hashlib.sha256(target.read(shard.name)).hexdigest() != shard.sha256:
         raise InputError(_refusal(target.path, None))
-    if not there or target.size(shard.name) != shard.bytes:
+    if not exists or target.size(shard.name) != shard.bytes:
         with target.write(shard.name) as stream:
             make(stream, None)
     name, data = table_name(shard.name), dump_table(table)

@@ -21,7 +21,7 @@ from pipeline.errors import InputError
 log = logging.getLogger(__name__)
 
 NAMED = 20  # skipped files that are named; of more only the number is logged
-TEST_SHARE = 0.1  # of the pictures, where the tree has no train/ and test/ of its own
+TEST_SHARE = 0.1  # of the pictures, where the tree has no train/ and test/
 
 
 class Picture(NamedTuple):
@@ -60,7 +60,7 @@ def from_tree(
     if skip:
         pictures = _decodable(pictures, root, (width, height), channels)
     if len(pictures) < 2:
-        raise InputError(f"{root}: {len(pictures)} pictures found, at least 2 are needed: check the path")
+        raise InputError(f"{root}: {len(pictures)} pictures, and at least 2 are needed: check the path")
     holding = {picture.path.parts[0] for picture in pictures}
     for top in ("train", "test"):
         if {"train", "test"} <= folders and top not in holding:
