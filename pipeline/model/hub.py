@@ -1,7 +1,5 @@
 """The Hugging Face hub: models are fetched from it by name, and folders uploaded. Only safetensors are read."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +22,6 @@ PREFIX = "hf://"  # of the names of models on the hub
 # FORM: where the hub answers in another form than expected.
 FORM = (LookupError, TypeError, AttributeError)
 ERRORS: Any = (*HfHubHTTPError.__bases__, OSError, RuntimeError, ValueError, *FORM)
-
-CARD = """---
-{{ card_data }}
----
-
-# NAIGN
-
-One network f that generates, f(noise), and repairs, f(damaged): a non-adversarial idempotent generative network. It
-comes without measurements: `naign push` uploads a model with a card that has them.
-
-```python
-from pipeline.model import NAIGN
-
-model = NAIGN.from_pretrained("hf://user/model")  # this repository, or a folder with its files
-samples = model.sample(16, seed=0)  # values in [-1, 1]
-repaired = model.project(samples)
-```
-"""
-"""Template of the card that NAIGN.save_pretrained and NAIGN.push_to_hub write."""
 
 
 def is_hub_name(place: str | Path) -> bool:
@@ -87,10 +66,10 @@ def check_name(name: str) -> None:
     require(("/" in name, f"'{name}' is no name on the hub: write user/{name}"))
 
 
-def check_login(name: str, token: str | bool | None = None) -> None:
-    """InputError unless `name` can name a repository and there is a token: `token`, HF_TOKEN or that of a login."""
+def check_login(name: str) -> None:
+    """InputError unless `name` can name a repository and there is a token: HF_TOKEN or that of a login."""
     check_name(name)
-    there = _check_secrets(token)
+    there = _check_secrets(None)
     require((there, f"uploading {name} needs a login to the hub: run `hf auth login`, or set HF_TOKEN"))
 
 
@@ -116,15 +95,20 @@ def without_places(value: Any) -> Any:
     return value
 
 
-@contextmanager
-def uploading(name: str, token: str | bool | None = None) -> Iterator[None]:
-    """Turn what the hub answers to an upload into InputError, or Unavailable where a retry may help.
+def upload(folder: Path, name: str, *, private: bool = False) -> str:
+    """Upload all files of a folder, README.md among them, to a repository of the hub; returns its address.
 
-    Raises what `check_login` does at once. No message holds the token.
+    The repository is made if there is none. No file is sent where the card is refused, or where a repository that
+    should be private is public. Raises InputError without a login or where the hub refuses, Unavailable where a retry
+    may help. No message holds the token.
     """
-    check_login(name, token)
+    check_login(name)
     try:
-        yield
+        api = HfApi()
+        address = api.create_repo(name, private=private or None, exist_ok=True)
+        hidden = not private or api.model_info(name).private
+        require((hidden, f"{name} is there and is public: make it private on the hub first, or leave out --private"))
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a NAIGN model")
     except InputError:
         raise
     except ERRORS as error:
@@ -135,18 +119,4 @@ def uploading(name: str, token: str | bool | None = None) -> Iterator[None]:
         if 400 <= status < 500 or isinstance(error, ValueError):
             raise InputError(text) from None
         raise Unavailable(text) from None
-
-
-def upload(folder: Path, name: str, *, private: bool = False) -> str:
-    """Upload all files of a folder, README.md among them, to a repository of the hub; returns its address.
-
-    The repository is made if there is none. Raises what `uploading` does; no file is sent where the card is refused, or
-    where a repository that should be private is not.
-    """
-    with uploading(name):
-        api = HfApi()
-        address = api.create_repo(name, private=private or None, exist_ok=True)
-        hidden = not private or api.model_info(name).private
-        require((hidden, f"{name} is there and is public: make it private on the hub first, or leave out --private"))
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a NAIGN model")
     return str(address)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,18 +22,16 @@ _STATE = "prior."  # begins the names of the tensors of the prior
 
 
 Advance = Callable[[int], object]
-"""Is told how many more rows are done."""
+"""Called with the number of rows that were just computed."""
 
 
 def _ignore(_: int) -> None: ...
 
 
-class NAIGN(PyTorchModelHubMixin, library_name="naign", tags=["naign"], model_card_template=hub.CARD):
+class NAIGN:
     """An idempotent generative network f and the prior of its latents.
 
     Images are float32 in [-1, 1], NCHW; points are (n, D) float32. `metadata` says where the model comes from.
-    `save_pretrained(folder)` writes model.safetensors (float32), config.json (`metadata`, for readers) and, where there
-    is none, README.md; `push_to_hub("user/model")` uploads the same. Both are huggingface_hub's.
     """
 
     def __init__(self, network: nn.Module, metadata: dict[str, Any], state: Mapping[str, Tensor] | None = None) -> None:
@@ -47,32 +44,16 @@ class NAIGN(PyTorchModelHubMixin, library_name="naign", tags=["naign"], model_ca
         self.prior.load_state_dict(state or {}, assign=True)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # takes no further keywords
-        cls,
-        place: str | Path,
-        device: torch.device | str = "cpu",
-        *,
-        revision: str | None = None,  # branch, tag or commit; None: the newest
-        token: str | bool | None = None,  # None: HF_TOKEN or that of a login
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-    ) -> "NAIGN":
-        """The model of an exported folder or its file, a checkpoint, a run (a folder or s3://bucket/prefix) or
-        hf://user/model on the Hugging Face hub, for which alone the keywords are.
+    def from_pretrained(cls, place: str | Path, device: torch.device | str = "cpu", **download: Any) -> "NAIGN":
+        """The model of an exported folder or its file, a checkpoint, a run (a folder or s3://bucket/prefix), or
+        hf://user/model on the Hugging Face hub.
 
         Of a run it is the best checkpoint where quality.patience ended the run, else the newest complete one: see
         `checkpoint` and `choice`. The moving average of the weights is preferred where there is one.
+        `download`, for the hub alone, are keywords of huggingface_hub.hf_hub_download: revision, token, cache_dir, ...
         Raises InputError where there is no model, or the file was not written by this program.
         """
-        with locate(
-            place,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            force_download=force_download,
-        ) as weights:
+        with locate(place, **download) as weights:
             model = cls._read(weights.file, device)
         model.checkpoint, model.choice = weights.checkpoint, weights.choice
         return model
@@ -100,24 +81,19 @@ class NAIGN(PyTorchModelHubMixin, library_name="naign", tags=["naign"], model_ca
         model.prior.to(device)
         return model
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        file = save_directory / hub.WEIGHTS
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model.safetensors (float32) and, for readers, config.json with `metadata`; make the folder.
+
+        Raises InputError where they cannot be written.
+        """
+        file = Path(folder) / hub.WEIGHTS
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
             save_model(file, self.network.state_dict(), self.metadata, self.prior.state_dict())
         except SafetensorError as error:
             raise InputError(f"{file} cannot be written: {error}") from None
         file.chmod(0o644)  # safetensors writes for the owner only
-        (save_directory / "config.json").write_text(json.dumps(self.metadata, indent=1, sort_keys=True) + "\n")
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload what `save_pretrained` writes, without paths in `metadata`, to user/model on the hub.
-
-        Returns the commit's address. `options` (private, token, branch, commit_message, ...) are huggingface_hub's.
-        Raises InputError without a login or where the hub refuses, Unavailable where it does not answer.
-        """
-        with hub.uploading(repo_id, options.get("token")):
-            shared = NAIGN(self.network, hub.without_places(self.metadata), self.prior.state_dict())
-            return super(NAIGN, shared).push_to_hub(repo_id, **options)
+        file.with_name("config.json").write_text(json.dumps(self.metadata, indent=1, sort_keys=True) + "\n")
 
     @property
     def device(self) -> torch.device:
