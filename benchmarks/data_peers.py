@@ -11,50 +11,19 @@ import os
 import resource
 import subprocess
 import sys
-import tarfile
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-
-Record = dict[str, Any]
-Item = tuple[int, int, npt.NDArray[np.uint8] | None]
-"""Images and bytes, the bytes where the contender itself counts them, and the decoded pixels of those images."""
-Read = Callable[[], Iterator[Item]]
+from data_job import Item, Job, Read, Record, tar_samples
+from data_libraries import READERS, WRITERS
 
 CHUNK = 1 << 20
 """Bytes read at once where only bytes are read."""
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Job:
-    """What to read."""
-
-    path: str
-    """Folder or s3://bucket of the tars; of MDS shards for mosaic."""
-    local: str
-    """The same tars in a folder."""
-    shards: tuple[str, ...]
-    bytes: int
-    """Of what `path` holds."""
-    images: int
-    round: int
-    """Images at once, for ours; it divides the images."""
-    suffix: str
-    """png or jpg."""
-    grey: bool
-    workers: int = 0
-    """Decoding threads of ours, or processes of `decode, parts`."""
-    summed: bool = False
-    """Also give the sum of all pixels, which takes time."""
-    aws: str = "aws"
-    """The program, for pipes."""
 
 
 def main(name: str, job: Job) -> Record:
@@ -136,28 +105,6 @@ def _webdataset(job: Job, urls: list[str]) -> Read:
     return read
 
 
-def mosaic(job: Job) -> Read:
-    """Its png and jpeg columns decode by the same call of Pillow, but could not be written with the same bytes.
-
-    It may fetch the whole set ahead: the less it may, the longer it waits between polls, and by its default it gives a
-    tenth to a third as many small images a second.
-    """
-    from PIL import Image
-    from streaming import StreamingDataset  # type: ignore[import-not-found]
-    from streaming.base.util import clean_stale_shared_memory  # type: ignore[import-not-found]
-
-    clean_stale_shared_memory()
-
-    def read() -> Iterator[Item]:
-        with tempfile.TemporaryDirectory() as cache:
-            where = {"remote": job.path, "local": cache} if job.path.startswith("s3://") else {"local": job.path}
-            dataset = StreamingDataset(**where, shuffle=False, batch_size=256, predownload=job.images)
-            for sample in dataset:
-                yield 1, 0, np.asarray(Image.open(io.BytesIO(sample["image"])))
-
-    return read
-
-
 def decode(job: Job) -> Read:
     """No fetching: Pillow alone, from memory; of all images here, or of equal parts in as many processes."""
     from PIL import Image
@@ -217,35 +164,6 @@ def decode_parts(job: Job) -> Read:
 
 def _encoded(job: Job) -> list[bytes]:
     return [data for data, _ in tar_samples(job)]
-
-
-def tar_samples(job: Job) -> Iterator[tuple[bytes, int]]:
-    """Encoded image and label of every sample, in the order of the shards."""
-    for shard in job.shards:
-        with tarfile.open(Path(job.local) / shard) as tar:
-            label = -1
-            for member in tar:
-                stream = tar.extractfile(member)
-                assert stream is not None
-                if member.name.endswith(".cls"):  # the members of a sample come in alphabetical order
-                    label = int(stream.read())
-                else:
-                    yield stream.read(), label
-
-
-def write_mds(job: Job) -> Read:
-    """No contender: writes the tars' samples, byte for byte, as about as many MDS shards in `path`."""
-    from streaming import MDSWriter
-
-    def read() -> Iterator[Item]:
-        size = sum(len(data) + 24 for data, _ in tar_samples(job))
-        limit = max(1 << 16, -(-size // len(job.shards)))
-        with MDSWriter(out=job.path, columns={"image": "bytes", "label": "int"}, size_limit=limit) as writer:
-            for data, label in tar_samples(job):
-                writer.write({"image": data, "label": label})
-                yield 1, len(data), None
-
-    return read
 
 
 # Bytes.
@@ -308,11 +226,11 @@ CONTENDERS: dict[str, Callable[[Job], Read]] = {
     "ours": ours,
     "ours, unchecked": ours_unchecked,
     "webdataset": webdataset,
-    "mosaic": mosaic,
+    **READERS,
     "decode": decode,
     "decode, parts": decode_parts,
     "simplejpeg": simplejpeg,
-    "write mds": write_mds,
+    **{f"write {name}": write for name, write in WRITERS.items()},
     "ours, bytes": ours_bytes,
     "ours, bytes and sha256": ours_hashed,
     "boto3": boto3_bytes,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from data_peers import Job, Record
+from data_job import Job, Record
 from PIL import Image, ImageEnhance
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor

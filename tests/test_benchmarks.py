@@ -65,7 +65,7 @@ def test_recipes_fit_the_memory_that_they_ask_for(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_data_measures_readers_of_a_folder_and_of_a_server(tmp_path: Path) -> None:
-    options = ["--quick", "--sets", "grey28", "--only", "ours", "mosaic", "decode", "--no-large", "--mosaic", "absent"]
+    options = ["--quick", "--sets", "grey28", "--only", "ours", "mosaic", "decode", "--no-large", "--peers", "absent"]
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks/data.py"), *options, "--scratch", "scratch", "--to", "results/data"],
         cwd=tmp_path,
