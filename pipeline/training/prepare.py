@@ -64,8 +64,7 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, PartialRound
         if checkpoint:
             position, partial = restore(checkpoint, engine, rank=rank, world=world, size=config.match.round)
     quality = Quality(config, model.stream, accelerator) if config.quality.rounds else None
-    settings = flatten(config)
-    rounds = count_rounds(settings)
+    rounds, network_rounds = count_all_rounds(config)
     ahead = range(position.round, rounds) if not (quality and quality.exhausted(position.round)) else range(0)
     monitor, writer = open_outputs(config, accelerator, position, checkpoint, stop, watchdog, write=bool(ahead))
     profiler = Profiler(Path(config.run.path), config.profile.rounds, rank)
@@ -77,7 +76,7 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, PartialRound
         rank=rank,
         world=world,
         rounds=rounds,
-        network_rounds=count_network_rounds(settings),
+        network_rounds=network_rounds,
         lock=lock,
         stop=stop,
         stream=model.stream,
@@ -149,12 +148,12 @@ def open_outputs(
     """What reports and what writes checkpoints. The bucket is taken over only if anything will be sent. Collective."""
     settings, folder, remote = flatten(config), Path(config.run.path), config.run.remote
     rank, world, owner, unsent = accelerator.process_index, accelerator.num_processes, "", False
-    network_rounds = count_network_rounds(settings)
+    rounds, network_rounds = count_all_rounds(config)
     with together(accelerator):
         monitor = Monitor(
             folder,
             active=rank == 0,
-            images=(network_rounds * (config.train.passes - 1) + count_rounds(settings)) * config.match.round,
+            images=(network_rounds * (config.train.passes - 1) + rounds) * config.match.round,
             seen=position.seen,
             config=yaml.safe_dump(to_dict(config), sort_keys=False),
             settings=settings,
@@ -209,13 +208,22 @@ def pack_missing(data: DataConfig, arguments: list[str]) -> None:
         pack(load(source), data.path)
 
 
+def count_all_rounds(config: Config) -> tuple[int, int]:
+    """Rounds that spend the budget, and the first of them, in which f is trained."""
+    settings = flatten(config) | {"prior.alone": config.prior.alone}  # another package's prior may compute it
+    return count_rounds(settings), count_network_rounds(settings)
+
+
 def open_prior(config: Config, shape: tuple[int, ...], network: nn.Module) -> Prior:
     """The prior of latents of that shape; InputError where network, rounds and prior do not go together."""
-    prior, rounds = build_prior(config.prior, shape, network, seed=config.seed), count_rounds(flatten(config))
+    prior = build_prior(config.prior, shape, network, seed=config.seed)
     config.prior.check_round(config.match.round)
-    begin = config.prior.begin
-    late = f"prior.begin={begin:g} is after the last of {rounds} rounds: the prior would not be learned"
-    require(((rounds - 1) / rounds >= begin, f"{late}. Lower it, or raise train.images"))
+    (rounds, _), begin = count_all_rounds(config), config.prior.begin
+    if (rounds - 1) / rounds < begin:
+        raise InputError(
+            f"prior.begin={begin:g} is after the last of {rounds} rounds: the prior would not be learned. Lower it, or "
+            "raise train.images"
+        )
     return prior
 
 

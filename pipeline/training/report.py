@@ -36,14 +36,14 @@ def headline(run: Run) -> str:
     return (
         f"{stream.manifest.name} {'x'.join(map(str, stream.shape))}, {stream.order.describe()}\n"
         f"{config.objective.name} with {parameters / 1e6:.2f} M parameters on {run.world} x "
-        f"{run.accelerator.device.type} ({engine.described}; {local} here, {torch.get_num_threads()} threads each)\n"
+        f"{run.accelerator.device.type} ({engine.described}; {local} a host, {torch.get_num_threads()} threads each)\n"
         f"batch {train.batch} = {engine.micro} images x {train.accumulate} micro-batches x {run.world} ranks; "
         f"{run.rounds} rounds of {config.match.round} images x {train.passes} passes for {train.images}{alone}, "
         f"pool {config.match.pool}; {start} in {config.run.path}"
     )
 
 
-def report(run: Run, state: RoundState, taken: Rows, values: dict[str, float], *, images: int) -> None:
+def report(run: Run, state: RoundState, rows_read: Rows, values: dict[str, float], *, images: int) -> None:
     """Report a finished round: metrics (`values` are those of the fit), pictures and warnings. Collective.
 
     `images` were trained on: fewer than the round's where a run resumed within it.
@@ -54,8 +54,8 @@ def report(run: Run, state: RoundState, taken: Rows, values: dict[str, float], *
         values |= state.match.values
         warn_of_collapse(run, state.match.values)
     values |= speed_values(run, images) | {"data/epoch": run.stream.order.epochs(position.round)}
-    tally, names = taken.tally, ("megabytes", "cached_megabytes", "reread_megabytes", "retries", "skipped")
-    costs = [tally.bytes / 1e6, tally.cached / 1e6, tally.reread / 1e6, tally.retries, len(taken.broken)]
+    tally, names = rows_read.tally, ("megabytes", "cached_megabytes", "reread_megabytes", "retries", "skipped")
+    costs = [tally.bytes / 1e6, tally.cached / 1e6, tally.reread / 1e6, tally.retries, len(rows_read.broken)]
     sums = zip(names, total(costs, run.accelerator), strict=True)  # of all ranks
     values |= {f"data/{name}": value for name, value in sums}
     values |= {"seconds/training": position.seconds, "train/skipped": position.skipped}
@@ -63,8 +63,8 @@ def report(run: Run, state: RoundState, taken: Rows, values: dict[str, float], *
         values["train/prior_only"] = float(state.number >= run.network_rounds)
     values |= {"checkpoint/seconds": run.writer.seconds, "checkpoint/upload_seconds": run.writer.uploaded}
     pictures, drawn = config.report.pictures, {}
-    wanted = pictures and (last or position.round == 1 or position.round % pictures == 0)
-    if wanted and (run.rank == 0 or run.engine.sharded):
+    due = pictures and (last or position.round == 1 or position.round % pictures == 0)
+    if due and (run.rank == 0 or run.engine.sharded):
         drawn = draw(run.engine, state.random, state.images)
     # From here on rank 0 alone works, and may fail.
     counts = {"images_seen": position.images_seen, "codes_seen": position.codes_seen}

@@ -124,9 +124,9 @@ def open_tensors(file: Path) -> Any:
 
 
 def find_newest(config: Config) -> Path | None:
-    """The newest complete checkpoint, here or, brought here with what the run reported, in the bucket.
+    """The newest complete checkpoint of the folder or the bucket; the latter is downloaded with the run's reports.
 
-    Raises InputError, changing nothing, if what is here, or there, is another configuration's.
+    Raises InputError, changing nothing, if the folder or the bucket holds another configuration's run.
     """
     run, remote = Path(config.run.path), config.run.remote
     folder = run / "checkpoints"
@@ -146,8 +146,8 @@ def find_newest(config: Config) -> Path | None:
         with contextlib.suppress(Damaged):
             # First what the run reported: once its checkpoint is here, all of it counts as being here.
             bucket.fetch_shown(remote, run, renew=True)
-            _compare_checkpoint(found := bucket.download(remote, name, folder), config)
-            return found
+            _compare_checkpoint(downloaded := bucket.download(remote, name, folder), config)
+            return downloaded
         shutil.rmtree(folder / name, ignore_errors=True)
         damaged = f"{remote}/checkpoints/{name}"
         log.warning("%s is damaged: passed over", damaged)
@@ -199,8 +199,10 @@ def check_shared(config: Config, token: str) -> bool:
     if (claimed := folder / ".claim").exists() and claimed.read_text() == token:
         return True
     if not config.run.remote:
-        said = f"run.path '{config.run.path}' is not the same folder on every machine"
-        raise InputError(f"{said}: put it on a file system that they share, or set --run.remote=s3://bucket/prefix")
+        raise InputError(
+            f"run.path '{config.run.path}' is not the same folder on every machine: put it on a file system that they "
+            "share, or set --run.remote=s3://bucket/prefix"
+        )
     if list(folder.glob("checkpoints/step-*")) and (recorded := recorded_at(str(folder.absolute()))):
         compare(recorded, config, f"'{folder}' on {socket.gethostname()}", "--run.path")
     return False

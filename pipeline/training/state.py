@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial as bind
 from importlib.metadata import version
@@ -59,12 +59,11 @@ class PartialRound:
 
 def restore_weights(checkpoint: Path, network: nn.Module, name: str = "model.safetensors") -> None:
     """Load the weights into a network without an engine. Raises InputError as `restore` does."""
-    model = read_model(checkpoint, name)
-    found, wanted = model.network.state_dict(), network.state_dict()
-    with damage_named(checkpoint):  # by ourselves: load_state_dict gives a failing device the same RuntimeError
-        if {key: value.shape for key, value in found.items()} != {key: value.shape for key, value in wanted.items()}:
+    weights = read_model(checkpoint, name).network.state_dict()
+    with damage_named(checkpoint):  # not by load_state_dict, which raises the same RuntimeError for a failing device
+        if _shapes(weights) != _shapes(network.state_dict()):
             raise ValueError(f"{name} holds the weights of another network")
-    network.load_state_dict(found)
+    network.load_state_dict(weights)
 
 
 def restore_prior(checkpoint: Path, prior: Prior) -> None:
@@ -74,21 +73,24 @@ def restore_prior(checkpoint: Path, prior: Prior) -> None:
     with damage_named(checkpoint):
         file = open_tensors(checkpoint / PRIOR)
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-        shapes = {name: value.shape for name, value in prior.training_state().items()}
-        if {name: value.shape for name, value in state.items()} != shapes:
+        if _shapes(state) != _shapes(prior.training_state()):
             raise ValueError(f"{PRIOR} holds the state of another prior")
     prior.load_training_state(state)
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}
 
 
 def restore(
     checkpoint: Path, engine: Engine, *, rank: int, world: int, size: int
 ) -> tuple[Position, PartialRound | None]:
-    """Load all but the weights, whatever engine and world size wrote it; `size` is match.round. Collective.
+    """Load all but the weights, of any engine and world size; `size` is match.round. Collective.
 
     Raises InputError for files that are damaged or not of this run. Other failures, as of a device, pass unchanged.
     """
     with damage_named(checkpoint):
-        trainer = {"cpu_seconds": 0.0} | json.loads((checkpoint / "trainer.json").read_text())  # older ones lack it
+        trainer = json.loads((checkpoint / "trainer.json").read_text())
         position = Position(**{name: type(default)(trainer[name]) for name, default in asdict(Position()).items()})
         sound = all(0 <= value < 2**53 for value in (*asdict(position).values(), trainer["adam_steps"]))
         if not sound or not 1 <= trainer["began"] <= 2**20 or not isinstance(trainer["match"], dict):
@@ -122,8 +124,8 @@ def _restore_round(
     terms, sums = trainer["terms"], [file.get_tensor("sums") for file in files]
     if any(value.shape != (len(terms),) or not value.is_floating_point() for value in sums):
         raise ValueError(f"the sums of the round are not those of {terms}")
-    own = sums[rank] if len(sums) == world else torch.stack(sums).mean(0)
-    partial = PartialRound(world_size_at_start=int(trainer["began"]), sums=dict(zip(terms, own, strict=True)))
+    values = sums[rank] if len(sums) == world else torch.stack(sums).mean(0)
+    partial = PartialRound(world_size_at_start=int(trainer["began"]), sums=dict(zip(terms, values, strict=True)))
     if (file := checkpoint / "state/round.safetensors").exists():
         ids, distances = (open_tensors(file).get_tensor(name) for name in ("ids", "distances"))
         typed = ids.dtype == torch.int64 and distances.dtype == torch.float32

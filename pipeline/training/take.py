@@ -16,8 +16,8 @@ from pipeline.training.state import PartialRound
 def take(run: Run, kept: PartialRound | None) -> tuple[RoundState, Rows]:
     """Read this rank's share of the next round, and go on from what is kept of it. Collective."""
     config, number, device = run.config, run.position.round, run.accelerator.device
-    taken = read_round(run, run.stream, number)
-    images = scaled(taken.images.to(device))
+    rows = read_round(run, run.stream, number)
+    images = scaled(rows.images.to(device))
     random = RoundRandom(config, number, run.stream.shape, device, run.prior, partial(run.engine.exported, "decode"))
     first, last = rank_rows(config.match.round, run.rank, run.world)
     state = RoundState(number=number, world_size_at_start=run.world, random=random, images=images, first=first)
@@ -33,7 +33,7 @@ def take(run: Run, kept: PartialRound | None) -> tuple[RoundState, Rows]:
         state.sums = {name: value.to(device) for name, value in kept.sums.items()}
         if match := kept.match:
             state.match = replace(match, ids=match.ids[first:last], distances=match.distances[first:last])
-    return state, taken
+    return state, rows
 
 
 def read_round(run: Run, stream: Stream, number: int) -> Rows:
@@ -41,19 +41,19 @@ def read_round(run: Run, stream: Stream, number: int) -> Rows:
 
     Only rows that arrive, on any rank, count as progress: a store that stalls ends the run after train.timeout.
     """
-    rows = math.inf  # read by all ranks at the last look
+    arrived = math.inf  # rows read by all ranks at the last look
 
     def all_done(done: bool) -> bool:
-        nonlocal rows
-        before, (rows, missing) = rows, total([stream.rows_read, float(not done)], run.accelerator)
-        if rows > before:
+        nonlocal arrived
+        before, (arrived, missing) = arrived, total([stream.rows_read, float(not done)], run.accelerator)
+        if arrived > before:
             run.watchdog.beat()
         return not missing
 
     problem: Exception | None = None
     with together(run.accelerator):
         try:
-            taken = stream.take(number, lambda: all_done(False) or run.stop.seen())
+            rows = stream.take(number, lambda: all_done(False) or run.stop.seen())
         except (InputError, Unavailable, Stopped) as error:
             problem = error
         run.watchdog.beat()
@@ -61,4 +61,4 @@ def read_round(run: Run, stream: Stream, number: int) -> Rows:
             pass  # it takes as long as the slowest rank is between two looks
         if problem:
             raise problem
-    return taken
+    return rows
