@@ -74,6 +74,7 @@ ROWS = (
     Row(where="S3", title="ours", contender="ours"),
     Row(where="S3", title="ours, check=false", contender="ours, unchecked"),
     Row(where="S3", title="WebDataset, `pipe:aws s3 cp`", contender="webdataset"),
+    Row(where="S3", title="WebDataset, our `s3://`", contender="webdataset, our s3://"),
     Row(where="S3", title="mosaicml-streaming", contender="mosaic"),
     Row(where="S3", title="LitData", contender="litdata"),
     Row(where="S3", title="Megatron Energon", contender="energon"),

@@ -93,6 +93,17 @@ def webdataset(job: Job) -> Read:
     return _webdataset(job, [f"{job.path}/{shard}" for shard in job.shards])
 
 
+def webdataset_ours(job: Job) -> Read:
+    """Plain WebDataset that opens s3:// by pipeline.storage.stream."""
+    import boto3  # noqa: F401  # see `ours`
+    from webdataset import gopen_schemes
+
+    from pipeline.storage.stream import gopen
+
+    gopen_schemes["s3"] = gopen
+    return _webdataset(job, [f"{job.path}/{shard}" for shard in job.shards])
+
+
 def _webdataset(job: Job, urls: list[str]) -> Read:
     import PIL.Image  # noqa: F401  # its decoder imports it at the first image
     from webdataset import WebDataset
@@ -226,6 +237,7 @@ CONTENDERS: dict[str, Callable[[Job], Read]] = {
     "ours": ours,
     "ours, unchecked": ours_unchecked,
     "webdataset": webdataset,
+    "webdataset, our s3://": webdataset_ours,
     **READERS,
     "decode": decode,
     "decode, parts": decode_parts,

@@ -14,13 +14,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+import webdataset
 from botocore.exceptions import ClientError
 
+from pipeline.data.format.writer import pack
 from pipeline.errors import InputError, Unavailable
 from pipeline.storage.base import Store
 from pipeline.storage.s3 import S3Store
 from pipeline.storage.s3_client import client, forget_clients
 from pipeline.storage.store import open_store
+from pipeline.storage.stream import gopen
+from tests.data.numbered import numbered
 from tests.proxy import FaultProxy, Faults
 from tests.servers import S3Server
 
@@ -261,6 +265,22 @@ def test_a_server_that_stored_other_bytes_is_given_them_again(
     answers(once)
     store.put("a", DATA)
     assert caplog.text.count("stored other bytes") == 1 and store.read("a") == DATA
+
+
+def test_webdataset_reads_streams(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.storage.network.PART", 1000)
+    pack(numbered(), store.path, shards=2, progress=False)
+    monkeypatch.setitem(webdataset.gopen_schemes, "s3", gopen)
+    urls = [store.url(f"train-{number:05d}.tar") for number in range(2)]
+    images = list(webdataset.WebDataset(urls, shardshuffle=False).decode("l8").to_tuple("png"))
+    assert sorted(int(image[0, 0]) for (image,) in images) == list(range(23))
+    with gopen(urls[0]) as stream:
+        data = store.read("train-00000.tar")
+        assert stream.read(5) + stream.read(0) + stream.read() == data and stream.read(1) == b""
+    with pytest.raises(InputError, match="where/none: no such object"):
+        gopen(store.url("none"))
+    with pytest.raises(InputError, match="streams are only read"):
+        gopen(urls[0], "wb")
 
 
 def test_pickling(store: Store) -> None:
