@@ -107,6 +107,7 @@ def litdata(job: Job) -> Read:
 
     def read() -> Iterator[Item]:
         with tempfile.TemporaryDirectory() as cache:
+            os.environ["AWS_ALLOW_HTTP"] = "true"  # else it refuses a server on loopback
             server = {"endpoint_url": os.environ["S3_ENDPOINT_URL"]} if job.path.startswith("s3://") else {}
             for sample in StreamingDataset(job.path, cache_dir=cache, shuffle=False, storage_options=server):
                 yield 1, 0, np.asarray(Image.open(io.BytesIO(sample["image"])))

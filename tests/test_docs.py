@@ -23,8 +23,8 @@ def build(project: Path) -> subprocess.CompletedProcess[str]:
     """Build the site of a copy of docs/, in a folder of its own."""
     shutil.copytree(ROOT / "docs", project / "docs", dirs_exist_ok=True, ignore=shutil.ignore_patterns("data", "runs"))
     shutil.copy(ROOT / "mkdocs.yml", project)
-    for folder in ("benchmarks", "configs", "k8s", "launch", "pipeline"):
-        (project / folder).symlink_to(ROOT / folder)
+    for name in ("benchmarks", "configs", "k8s", "launch", "pipeline", "CONTRIBUTING.md"):
+        (project / name).symlink_to(ROOT / name)
     command = [sys.executable, str(project / "docs/build_site.py")]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
