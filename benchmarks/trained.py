@@ -28,24 +28,6 @@ ROOT = Path(__file__).parents[1]
 Record = dict[str, Any]
 PARTS = ("fd", "modes", "coverage", "restoration", "idempotence", "reconstruction", "nearest", "images_seen")
 """Of what `naign evaluate` says, that tables use."""
-FORMER: Record = {
-    **{"model.code": 128, "model.max_width": 512, "model.octaves": 0, "objective.distance": "l1"},
-    **{"objective.perceptual": 0.0, "objective.encoder": "", "objective.reconstruction": 1.0, "objective.imle": 1.0},
-    **{"objective.third": "none", "objective.third_weight": 1.0, "objective.denoising": 0.0},
-    **{"objective.damage": "noise", "objective.noise": 0.5, "objective.idempotence": 20.0, "objective.tightness": 2.5},
-    **{"objective.clamp": 1.5, "objective.langevin_steps": 10, "objective.langevin_rate": 0.2},
-    **{"objective.langevin_noise": 0.02, "objective.bound": 1.0, "match.reject": 0.0, "match.jitter": 0.0},
-    **{"match.space.reduced": 0.0, "match.space.side": 8},
-}
-"""Settings that every run had, of whatever objective and network, when the committed tables were measured. They count
-in a run's name, so that those runs are found."""
-LATER: Record = {
-    **{"model.init": "", "match.space.code": 0.0, "data.size": "", "data.fit": "crop"},
-    **{"data.scale": "0.08,1", "data.ratio": "0.75,1.3333", "data.interpolation": "bicubic", "data.shuffle": 0},
-    **{"data.index": ""},
-    **{"data.shuffle_block": 16},
-}
-"""Settings that came since then. With these values a run computes what it did before, and they do not count."""
 FOUND, FAILED = "evaluation/metrics.json", "failed.json"
 """Where a run's folder has what `naign evaluate` found, or that it diverged."""
 
@@ -77,9 +59,7 @@ class Task:
         except SystemExit:  # what is wrong, or the help that was asked for, stands above
             raise InputError(f"{shlex.join([config, *words])} is no configuration") from None
         free = changeable(parsed, FREE) - {"train.precision"}  # a run may change it, and rounds otherwise then
-        settings = FORMER | {key: value for key, value in flatten(parsed).items() if key not in free}
-        settings["model.kind"] = settings.pop("model.name")
-        settings = {key: value for key, value in settings.items() if LATER.get(key, ...) != value}
+        settings = {key: value for key, value in flatten(parsed).items() if key not in free}
         name = f"{Path(config).stem}-seed-{seed}-{fingerprint(settings)}"
         steps = tuple(then)
         folder = runs / (f"{name}-{fingerprint({'then': steps})}" if steps else name)

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from pipeline.config import parse
+from pipeline.errors import InputError
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import ConvConfig, build_network
 from tests.conftest import ROOT, environment, forked
@@ -151,7 +152,13 @@ def test_the_first_minutes_on_a_gpu_can_be_tried_without_one(tmp_path: Path) -> 
     lines = json.loads((tmp_path / "gpu.json").read_text())["lines"]
     assert {line["part"] for line in lines} == {"random", "search", "determinism", "resume", "step", "match"}
     assert done.returncode == 0 and all(line["holds"] for line in lines), done.stdout + done.stderr
-    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--to=other"]
-    if not torch.cuda.is_available():
-        done = subprocess.run(command, cwd=tmp_path, env=forked(), capture_output=True, text=True, check=False)
-        assert done.returncode == 2 and "no CUDA device" in done.stderr and not (tmp_path / "other.md").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_first_minutes_on_a_gpu_need_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    with pytest.raises(InputError, match="no CUDA device"):
+        gpu.main(gpu.Settings(to=tmp_path / "other"))
+    assert not (tmp_path / "other.md").exists()
