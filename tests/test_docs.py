@@ -13,6 +13,7 @@ import pytest
 from pipeline.config import Config, flatten
 from pipeline.model.losses import OBJECTIVES
 from pipeline.model.networks import NETWORKS
+from pipeline.model.prior.registry import PRIORS
 from tests.conftest import ROOT
 
 TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
@@ -72,7 +73,7 @@ def test_links_at_the_top_lead_somewhere(name: str) -> None:
 def test_settings_and_files_of_a_page_exist(page: Path) -> None:
     text = page.read_text()
     known = set(flatten(Config()))
-    for section, choices in (("model", NETWORKS), ("objective", OBJECTIVES)):
+    for section, choices in (("model", NETWORKS), ("objective", OBJECTIVES), ("prior", PRIORS)):
         known |= {f"{section}.{key}" for kind, _ in choices.values() for key in flatten(kind())}
     sections = "|".join({key.partition(".")[0] for key in known if "." in key})
     named = re.findall(rf"--((?:{sections})(?:\.[a-z_-]+)+)", text)
