@@ -53,7 +53,7 @@ def ours(path: str, count: int, *, workers: int = 1) -> Iterator[int]:
     from pipeline.distributed.host import keep_memory
 
     keep_memory()
-    config = DataConfig(path=path, size=str(SIZE), fit="random", interpolation="bilinear", workers=workers)
+    config = DataConfig(path=path, size=str(SIZE), fit="random", workers=workers)
     yield 0
     with Stream(config, seed=0, round_size=ROUND) as stream:
         for round in range(count // ROUND):
@@ -63,12 +63,12 @@ def ours(path: str, count: int, *, workers: int = 1) -> Iterator[int]:
 def webdataset(path: str, count: int) -> Iterator[int]:
     """WebDataset, Pillow and torchvision; from S3 by the pipe of its documentation."""
     import PIL.Image  # noqa: F401
-    from torchvision.transforms import RandomResizedCrop
+    from torchvision.transforms import InterpolationMode, RandomResizedCrop
     from webdataset import WebDataset
 
     names = [f"{path}/{number:05d}.tar" for number in range(SHARDS)]
     urls = [f"pipe:{os.environ['AWS']} s3 cp {name} -" for name in names] if path.startswith("s3:") else names
-    crop = RandomResizedCrop(SIZE)
+    crop = RandomResizedCrop(SIZE, interpolation=InterpolationMode.BICUBIC)
     yield 0
     for (picture,) in WebDataset(urls, shardshuffle=False).decode("pilrgb").to_tuple("jpg"):
         crop(picture)
@@ -80,10 +80,10 @@ def mosaic(path: str, count: int) -> Iterator[int]:
     from PIL import Image
     from streaming import StreamingDataset  # type: ignore[import-not-found]
     from streaming.base.util import clean_stale_shared_memory  # type: ignore[import-not-found]
-    from torchvision.transforms import RandomResizedCrop
+    from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
     clean_stale_shared_memory()
-    crop = RandomResizedCrop(SIZE)
+    crop = RandomResizedCrop(SIZE, interpolation=InterpolationMode.BICUBIC)
     yield 0
     with tempfile.TemporaryDirectory() as cache:
         where = {"remote": path, "local": cache} if path.startswith("s3:") else {"local": path}
@@ -108,7 +108,7 @@ def floor(path: str, count: int) -> Iterator[int]:
     from pipeline.data.resize import Resize, resized
     from pipeline.data.sample import OTHERS, draws
 
-    data, resize = list(pictures(path)), Resize(height=SIZE, width=SIZE, fit="random", interpolation="bilinear")
+    data, resize = list(pictures(path)), Resize(height=SIZE, width=SIZE, fit="random")
     windows = draws(0, 0, 0, len(data), windows=True)[:, OTHERS:]
     yield 0
     for picture, window in zip(data, windows, strict=True):

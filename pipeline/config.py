@@ -184,6 +184,13 @@ RENAMED: dict[str, str] = {
     "match.latents": "prior.name, where codes is flow or gmm, smooth4 is smooth and mixture is halves",
     "match.codes": "prior",
     "match.flat": "",
+    "data.tail": "",
+    "data.resampled": "",
+    "data.shuffle_block": "",
+    "data.scale": "",
+    "data.ratio": "",
+    "data.interpolation": "",
+    "data.broken_share": "",
 }
 """Settings and sections of earlier versions and their present names; "" for those that were removed."""
 

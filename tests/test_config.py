@@ -214,9 +214,8 @@ def test_what_a_resumed_run_may_change():
     fixed = flatten(Config()).keys() - changeable(Config(), FREE) - changeable(Config(), MAY_CHANGE)
     assert {key.partition(".")[0] for key in fixed} == {"data", "model", "objective", "prior", "match", "train", "seed"}
     assert {key for key in fixed if key.startswith(("data.", "train."))} == {
-        *("data.split", "data.tail", "data.resampled", "data.flip", "data.crop", "data.size", "data.fit"),
-        *("data.scale", "data.ratio", "data.interpolation", "data.shuffle", "data.shuffle_block"),
-        *("train.batch", "train.passes"),
+        *("data.split", "data.flip", "data.crop", "data.size", "data.fit"),
+        *("data.shuffle", "train.batch", "train.passes"),
         *("train.beta1", "train.beta2", "train.ema"),
     }
 

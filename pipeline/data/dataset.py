@@ -1,14 +1,13 @@
 """A packed data set as training sees it: its settings, its reader, its shape."""
 
-import math
 from dataclasses import dataclass, field
 from typing import cast
 
 from pipeline.data.cache import CachedStore
 from pipeline.data.format.manifest import Manifest
-from pipeline.data.order import BLOCK, SHUFFLE
+from pipeline.data.order import LANES
 from pipeline.data.reader import Reader
-from pipeline.data.resize import FITS, INTERPOLATIONS, Resize, parse_size
+from pipeline.data.resize import FITS, Resize, parse_size
 from pipeline.errors import InputError
 from pipeline.settings.constraints import (
     AT_LEAST_0,
@@ -16,7 +15,6 @@ from pipeline.settings.constraints import (
     MAY_CHANGE,
     NOT_EMPTY,
     POSITIVE,
-    between,
     check_fields,
     one_of,
 )
@@ -42,17 +40,9 @@ class DataConfig:
     workers: int = field(default=0, metadata=FREE | AT_LEAST_0)
     """Threads per rank that read and decode. 0: one, or two on a GPU. Decoding releases the interpreter's lock, so more
     threads help, most with large images."""
-    tail: str = "wrap"
-    """If an epoch is not a whole number of rounds: wrap continues into the next epoch, drop leaves the last images out,
-    pad fills the last round with the epoch's first images."""
-    resampled: bool = False
-    """Draw shards with replacement instead of each once per epoch."""
     shuffle: int = field(default=0, metadata=AT_LEAST_0)
-    """From how many places of the data set a round draws in turn; 1: shards one after the other. 0: 1 for data of
+    """Number of places in the data set that rounds draw from in turn; 1: shards one after the other. 0: 1 for data of
     `naign pack`, whose shards are random subsets, and 128 for tars by others."""
-    shuffle_block: int = field(default=BLOCK, metadata=POSITIVE)
-    """With shuffle: how many consecutive samples of a shard are taken at once. Pages end at multiples of 16, so other
-    numbers read more bytes."""
     flip: bool = False
     """Mirror each image with probability 1/2."""
     crop: int = field(default=0, metadata=AT_LEAST_0)
@@ -62,16 +52,9 @@ class DataConfig:
     fit: str = field(default="crop", metadata=one_of(FITS))
     """How a picture is brought to `size`: crop takes the largest central window of that shape, random a window of
     random area and shape (in evaluation crop), pad puts the whole picture on black, stretch changes its shape."""
-    scale: str = "0.08,1"
-    """With fit=random: least and largest share of the picture's area."""
-    ratio: str = "0.75,1.3333"
-    """With fit=random: least and largest width of the window divided by its height."""
-    interpolation: str = field(default="bicubic", metadata=one_of(INTERPOLATIONS))
-    """How pictures are resized: Pillow's filters, which average over what they shrink."""
     broken: str = field(default="error", metadata=FREE | one_of(("error", "skip")))
-    """A sample that cannot be decoded: error stops the run; skip logs it and takes the shard's next one instead."""
-    broken_share: float = field(default=0.001, metadata=FREE | between(0, 1))
-    """With broken=skip: the largest share of skipped samples before the run stops after all."""
+    """A sample that cannot be decoded: error stops the run; skip logs it and takes the shard's next one instead, up to
+    1 % of the samples."""
     check: bool = field(default=True, metadata=FREE)
     """Check the SHA-256 of everything read, and read again what is wrong."""
     cache: str = field(default="", metadata=FREE)
@@ -97,28 +80,7 @@ def parse_resize(config: DataConfig) -> Resize:
         raise InputError("data.crop takes windows of images as they are stored, data.size resizes them: choose one")
     if not height and config.fit != "crop":
         raise InputError(f"data.fit={config.fit} says how pictures are brought to data.size: give that as well")
-    scale, ratio = (_parse_range(getattr(config, name), f"data.{name}") for name in ("scale", "ratio"))
-    if scale[1] > 1:
-        raise InputError(f"data.scale is '{config.scale}': a window is at most 1, the whole picture")
-    return Resize(
-        height=height,
-        width=width,
-        fit=config.fit,
-        scale=scale,
-        ratio=ratio,
-        interpolation=config.interpolation,
-        crop=config.crop,
-    )
-
-
-def _parse_range(text: str, setting: str) -> tuple[float, float]:
-    try:
-        least, most = (float(part) for part in text.split(","))
-    except ValueError:
-        least = most = 0.0
-    if not 0 < least <= most < math.inf:
-        raise InputError(f"{setting} is '{text}': give the least and the largest, positive, with a comma between")
-    return least, most
+    return Resize(height=height, width=width, fit=config.fit, crop=config.crop)
 
 
 def lists_data_sets(config: DataConfig) -> bool:
@@ -133,7 +95,7 @@ def one_manifest(config: DataConfig) -> Manifest:
 
 def lanes(config: DataConfig, manifest: Manifest) -> int:
     """The number of lanes that rounds draw from (order.py)."""
-    return config.shuffle or (1 if manifest.dealt else SHUFFLE)
+    return config.shuffle or (1 if manifest.dealt else LANES)
 
 
 def open_reader(config: DataConfig, manifest: Manifest, split: str | None = None) -> Reader:

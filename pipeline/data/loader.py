@@ -25,7 +25,7 @@ from pipeline.data.dataset import DataConfig, check_config
 from pipeline.data.decode import Array
 from pipeline.data.format.manifest import size_problem
 from pipeline.data.mixing import DataSets, Stored, shares
-from pipeline.data.order import SHUFFLE, Order, Piece, parts, pieces, rank_rows
+from pipeline.data.order import LANES, Order, Piece, parts, pieces, rank_rows
 from pipeline.data.reader import Reader
 from pipeline.data.rows import Rows, fill, new_images, new_rows
 from pipeline.data.sample import draws
@@ -37,6 +37,7 @@ log = logging.getLogger("naign.data")
 PATIENCE = 5.0  # seconds to wait for the reading of a round that is no longer wanted
 BLOCK = 256  # the most rows that a thread reads between two looks at whether to stop
 BLOCK_BYTES = 4 << 20  # the most bytes of them, unless one row is more
+BROKEN = 0.01  # largest share of samples that data.broken=skip passes over
 
 
 class _Part(NamedTuple):
@@ -145,7 +146,7 @@ class Stream(AbstractContextManager["Stream"]):
         self._broken += len(taken.broken)
         self._rows += len(taken.keys)
         epoch = self.order.total // self._world
-        check_share(self._broken, self._rows, self._config.broken_share, epoch, *taken.broken[-1:])
+        check_share(self._broken, self._rows, epoch, *taken.broken[-1:])
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -217,14 +218,15 @@ class Stream(AbstractContextManager["Stream"]):
         return lent
 
 
-def check_share(broken: int, rows: int, share: float, of: int, last: str = "") -> None:
-    """InputError if more of `rows` samples are broken than that share of an epoch `of`, or of all, allows; one an epoch
-    is always allowed. `last` is what is wrong with one.
+def check_share(broken: int, rows: int, epoch: int, last: str = "") -> None:
+    """Raise InputError if more of `rows` samples are broken than BROKEN of them, or of an epoch, whichever is more.
+
+    One an epoch is always allowed. `last` is the problem of the last one.
     """
-    most = max(int(share * max(rows, of)), -(-rows // max(of, 1)) if share else 0)
+    most = max(int(BROKEN * max(rows, epoch)), -(-rows // max(epoch, 1)))
     if broken > most:
-        allowed = f"data.broken_share={share} allows ({most}); the last: {last}"
-        raise InputError(f"{broken} broken samples of {rows} are more than {allowed}")
+        allowed = f"data.broken=skip allows, {BROKEN:.0%} ({most}): repack the data set"
+        raise InputError(f"{broken} broken samples of {rows} are more than {allowed}; the last: {last}")
 
 
 def read_split(
@@ -257,7 +259,7 @@ def read_split(
         broken = list(fill(taken, 0, bar).values())
     for problem in broken:
         log.warning("skipped: %s", problem)
-    check_share(len(broken), count, config.broken_share, total, *broken[-1:])
+    check_share(len(broken), count, total, *broken[-1:])
     return taken.images.contiguous(), taken.labels
 
 
@@ -270,7 +272,7 @@ def _some(sets: DataSets, split: str, count: int) -> list[list[Piece]]:
     for manifest, wanted in zip(sets.manifests, shares(there, count), strict=True):
         sizes = manifest.splits[split].sizes if wanted else ()
         if wanted and not manifest.dealt and wanted < sum(sizes):
-            found.append(pieces(Order(sizes=sizes, seed=0, round_size=wanted, shuffle=SHUFFLE), 0, 0, wanted))
+            found.append(pieces(Order(sizes=sizes, seed=0, round_size=wanted, lanes=LANES), 0, 0, wanted))
             continue
         starts = accumulate(sizes, initial=0)
         found.append(

@@ -128,10 +128,7 @@ class DataSets:
                 sizes=manifest.split(config.split).sizes,
                 seed=seed,
                 round_size=share,
-                tail=config.tail,
-                resampled=config.resampled,
-                shuffle=lanes(config, manifest),
-                block=config.shuffle_block,
+                lanes=lanes(config, manifest),
             )
             for config, manifest, share in zip(
                 self.configs, self.manifests, shares(self.weights, round_size), strict=True
@@ -153,13 +150,7 @@ class Plan:
 
     def check(self, world: int) -> None:
         """Raise InputError, with the arithmetic, where so many ranks cannot share a round equally."""
-        first, *others = self.orders
-        if not others:
-            check(first, world)
-            return
-        for order in self.orders:
-            check(order, 1)
-        check(replace(first, round_size=self.round_size, tail="wrap"), world)
+        check(self.round_size, world)
 
     @property
     def total(self) -> int:

@@ -1,11 +1,11 @@
 """Who reads what: pure functions from (manifest, seed, round, rank) to pieces of shards.
 
 Epoch e visits every shard once, in an order that depends on (seed, e) alone, and the images of a shard in their order.
-Where shards are no random subsets that sequence is cut into lanes of equal length, as many as `shuffle` says, and a
-block of each lane is taken in turn, so that a round draws from many shards at once. Round r takes the next N images,
-and rank k of W the k-th equal part of the round. So the images of a round, and the row of each, are the same for every
-world size and number of workers; each image comes exactly once an epoch; and resuming at a round is arithmetic. Pieces
-need not be whole shards: shards are read by ranges of bytes.
+Where shards are no random subsets, that sequence is cut into lanes, and a block of each lane is taken in turn, in an
+order of which every round draws evenly from all parts of the data set. Round r takes the next N images, and rank k of W
+the k-th equal part of the round. So the images of a round, and the row of each, are the same for every world size and
+number of workers; each image comes exactly once an epoch; and resuming at a round is arithmetic. Pieces need not be
+whole shards: shards are read by ranges of bytes. A round goes on into the next epoch where one ends.
 """
 
 from dataclasses import dataclass, replace
@@ -19,9 +19,8 @@ import numpy.typing as npt
 from pipeline.errors import InputError
 
 Longs = npt.NDArray[np.int64]
-TAILS = ("wrap", "drop", "pad")
-SHUFFLE = 128  # lanes where shards are no random subsets: with 64 one round in ten has a fifth of one class of ten
-BLOCK = 16  # images that are taken together then; pages end at multiples of it (format/pages.py)
+LANES = 128  # where shards are no random subsets
+BLOCK = 16  # consecutive images of a shard that are taken together then; pages end at multiples of it (format/pages.py)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -50,15 +49,8 @@ class Order:
     sizes: tuple[int, ...]  # samples of each shard
     seed: int
     round_size: int  # images a round, over all ranks
-    tail: str = "wrap"
-    """Of an epoch that is no whole number of rounds. wrap: its last round goes on into the next epoch, so that epochs
-    laid end to end are cut into rounds; drop: its last images are left out; pad: its first ones fill up the round."""
-    resampled: bool = False
-    """Draw the shards of an epoch with replacement, as WebDataset's resampled=True: images come once on average."""
-    shuffle: int = 1
+    lanes: int = 1
     """Lanes that blocks are taken from in turn; 1: shards one after the other."""
-    block: int = BLOCK
-    """Consecutive images of a shard that are taken together; its last block may be shorter."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", _Sizes(self.sizes))
@@ -68,29 +60,17 @@ class Order:
         """Images of an epoch."""
         return _total(self.sizes)
 
-    @property
-    def rounds(self) -> int:
-        """Of an epoch, where it begins with a round: with drop and pad."""
-        return self.total // self.round_size if self.tail == "drop" else -(-self.total // self.round_size)
-
     def epochs(self, rounds: int) -> float:
         """The number of epochs in that many rounds."""
-        return rounds * self.round_size / self.total if self.tail == "wrap" else rounds / self.rounds
+        return rounds * self.round_size / self.total
 
     def describe(self) -> str:
         """Which images a round takes and what happens at the end of an epoch, for a log."""
-        left = self.total % self.round_size
-        if self.shuffle > 1:
-            return f"{replace(self, shuffle=1).describe()}; {self.block} in turn from each of {self.shuffle} places"
-        if self.resampled:
-            return f"{len(self.sizes)} shards drawn with replacement: an epoch of {self.total} images misses some"
-        if not left:
-            return f"each of {self.total} images once an epoch of {self.total // self.round_size} rounds"
-        return {
-            "wrap": f"each of {self.total} images once an epoch; a round goes on into the next epoch",
-            "drop": f"{self.total - left} of {self.total} images once an epoch: drops its last {left}",
-            "pad": f"each of {self.total} images an epoch, its first {self.round_size - left} once more",
-        }[self.tail]
+        if self.lanes > 1:
+            return f"{replace(self, lanes=1).describe()}; {BLOCK} in turn from each of {self.lanes} places"
+        rounds, left = divmod(self.total, self.round_size)
+        end = "; a round goes on into the next epoch" if left else f" of {rounds} rounds"
+        return f"each of {self.total} images once an epoch{end}"
 
 
 @lru_cache(maxsize=4)
@@ -109,143 +89,140 @@ def shuffled(count: int, seed: int, stream: int = 0) -> list[int]:
 
     It sorts Philox's raw numbers, which NumPy promises never to change, unlike those of its `permutation` (NEP 19).
     """
-    order: list[int] = np.argsort(_draws(count, seed, stream), kind="stable").tolist()
+    key = np.array([seed % 2**64, stream], np.uint64)  # a list would pass through float64
+    draws: Any = np.random.Philox(key=key).random_raw(count)
+    order: list[int] = np.argsort(draws, kind="stable").tolist()
     return order
 
 
-def _draws(count: int, seed: int, stream: int) -> Any:
-    return _philox(seed, stream).random_raw(count)
-
-
-def _philox(seed: int, stream: int) -> np.random.Philox:
-    return np.random.Philox(key=np.array([seed % 2**64, stream], np.uint64))  # a list would pass through float64
-
-
 @lru_cache(maxsize=4)
-def _epoch(sizes: tuple[int, ...], seed: int, epoch: int, resampled: bool) -> tuple[Longs, Longs]:
+def _epoch(sizes: tuple[int, ...], seed: int, epoch: int, groups: int) -> tuple[Longs, Longs]:
     """The shards of an epoch in order (n,), and the positions (n + 1,) at which they start and end.
 
-    With `resampled` shards are drawn until the epoch has as many images as all of them have; the last one is cut off.
+    The order is random. With fewer `groups` than shards, these are cut into so many groups of consecutive ones, which
+    are often of one class: the order of the groups is random, and that of the shards in each.
     """
-    lengths = np.array(sizes, np.int64)
-    total = int(lengths.sum())
-    if resampled:
-        drawn, reached, source = list[Longs](), 0, _philox(seed, epoch)
-        while reached < total:
-            drawn.append((source.random_raw(2 * len(sizes)) % np.uint64(len(sizes))).astype(np.int64))
-            reached += int(lengths[drawn[-1]].sum())
-        order = np.concatenate(drawn)
-    else:
-        order = np.array(shuffled(len(sizes), seed, epoch), np.int64)
-    ends = np.minimum(np.cumsum(lengths[order]), total)
-    count = int(np.searchsorted(ends, total)) + 1
-    return order[:count], np.concatenate([[0], ends[:count]])
+    order = np.array(shuffled(len(sizes), seed, epoch), np.int64)
+    if groups < len(sizes):
+        group = order * groups // len(sizes)
+        _, begins, group = np.unique(group, return_index=True, return_inverse=True)
+        order = order[np.argsort(begins[group], kind="stable")]  # groups by where their first shard stands
+    return order, np.concatenate([[0], np.cumsum(np.array(sizes, np.int64)[order])])
+
+
+def _spread(count: int, width: int, *, backwards: bool = False) -> Longs:
+    """0 to count - 1 (count,) in an order in which any `width` consecutive numbers lie evenly over the range.
+
+    Each sweep takes numbers that are equally far apart, in the order of a van der Corput sequence; the next sweep takes
+    the numbers above those or, if `backwards`, below them.
+    """
+    sweeps = max(1, count // width)
+    bits = (-(-count // sweeps)).bit_length()
+    corput = np.array([int(f"{number:0{bits}b}"[::-1], 2) for number in range(1 << bits)])
+    step, sweep = np.divmod(np.arange(count), sweeps)
+    order: Longs = np.lexsort((corput[step], -sweep if backwards else sweep))
+    return order
 
 
 class _Lanes:
-    """An epoch's blocks, taken in turn from as many lanes as there are; its images are numbered in that order.
+    """An epoch of blocks that are taken in turn from lanes; its images are numbered in that order.
 
-    Lane j holds the blocks from `_first(j)` on of those of all shards laid end to end, and lanes differ by one block at
-    most. The u-th block that is taken is number u // lanes of lane u % lanes. All blocks are of one length but the last
-    one of each shard, so that where a block begins is arithmetic on the places of those.
+    The whole blocks of all shards, laid end to end, are cut into lanes whose lengths differ by one at most. A turn
+    takes the next block of each lane. The rest of each shard, less than a block, follows at the end of the epoch.
     """
 
-    def __init__(self, lengths: Longs, lanes: int, block: int) -> None:
-        self.lengths, self.block = lengths, block
-        self._ends = np.cumsum(-(-lengths // block))  # blocks up to the end of each shard
-        self._starts = self._ends - -(-lengths // block)
-        count = int(self._ends[-1])
-        self._lanes = min(lanes, count)
-        self._each, self._longer = divmod(count, self._lanes)  # blocks of a lane; how many lanes have one more
-        short = lengths % block != 0
-        places = self._place(self._ends[short] - 1)
-        order = np.argsort(places)
-        self._short = places[order]  # of the shorter blocks, in the order in which they are taken
-        missing = np.cumsum((block - lengths[short] % block)[order])
-        self._after = block * (self._short + 1) - missing  # images up to the end of each of them
-
-    def _first(self, lane: Longs) -> Longs:
-        first: Longs = lane * self._each + np.minimum(lane, self._longer)
-        return first
-
-    def _place(self, number: Longs) -> Longs:
-        """When a block is taken, by its number among all of them laid end to end."""
-        longer = self._longer * (self._each + 1)
-        late = np.maximum(number - longer, 0)
-        lane = np.where(number < longer, number // (self._each + 1), self._longer + late // max(self._each, 1))
-        place: Longs = (number - self._first(lane)) * self._lanes + lane
-        return place
-
-    def _at(self, image: int) -> tuple[int, int]:
-        """When the block of an image is taken, and the number of its first image."""
-        known = int(np.searchsorted(self._after, image, "right"))  # shorter blocks that lie before
-        place, start = (int(self._short[known - 1]) + 1, int(self._after[known - 1])) if known else (0, 0)
-        full = (image - start) // self.block
-        return place + full, start + full * self.block
+    def __init__(self, lengths: Longs, lanes: int, width: int) -> None:
+        """`lengths` (n,) are those of the shards in their order; a round takes `width` blocks."""
+        self._ends = np.cumsum(lengths // BLOCK)  # blocks up to the end of each shard
+        self._blocks = int(self._ends[-1])
+        self._lanes = max(1, min(lanes, self._blocks))
+        self._turns = self._blocks // self._lanes  # that take a block of each lane; one more takes those of longer ones
+        edges = np.arange(self._lanes + 1) * self._blocks // self._lanes
+        self._firsts, longer = edges[:-1], np.flatnonzero(np.diff(edges) > self._turns)
+        # Every second turn goes backwards: its first blocks lie apart from the last ones of the turn before.
+        self._orders = np.stack([_spread(self._lanes, width), _spread(self._lanes, width, backwards=True)])
+        self._last = longer[_spread(len(longer), width)]
+        shards = np.flatnonzero(lengths % BLOCK)
+        self._rests = shards[_spread(len(shards), width)]
+        self._lengths = lengths
+        sizes = np.cumsum(lengths[self._rests] % BLOCK)
+        self._edges = self._blocks * BLOCK + np.concatenate([[0], sizes])  # images before each rest, and at the end
 
     def runs(self, begin: int, end: int) -> list[tuple[int, int, int]]:
         """Images [begin, end) of the epoch as runs: (place of the shard in the epoch's order, first, last) in it."""
-        (place, at), (last_place, _) = self._at(begin), self._at(end - 1)
-        places = np.arange(place, last_place + 1)
-        numbers = self._first(places % self._lanes) + places // self._lanes
-        shards = np.searchsorted(self._ends, numbers, "right")
-        firsts = (numbers - self._starts[shards]) * self.block
-        lasts = np.minimum(firsts + self.block, self.lengths[shards])
-        found: list[tuple[int, int, int]] = []
-        for shard, first, last in zip(shards.tolist(), firsts.tolist(), lasts.tolist(), strict=True):
-            low, high = max(begin - at, 0), min(last - first, end - at)
-            if found and found[-1][0] == shard and found[-1][2] == first + low:
-                found[-1] = (shard, found[-1][1], first + high)
+        parts = zip(self._of_blocks(begin, end), self._of_rests(begin, end), strict=True)
+        shards, firsts, starts, sizes = map(np.concatenate, parts)
+        lows, highs = firsts + np.maximum(begin - starts, 0), firsts + np.minimum(end - starts, sizes)
+        runs: list[tuple[int, int, int]] = []
+        for shard, first, last in zip(shards.tolist(), lows.tolist(), highs.tolist(), strict=True):
+            if runs and runs[-1][0] == shard and runs[-1][2] == first:
+                runs[-1] = (shard, runs[-1][1], last)
             else:
-                found.append((shard, first + low, first + high))
-            at += last - first
-        return found
+                runs.append((shard, first, last))
+        return runs
+
+    def _of_blocks(self, begin: int, end: int) -> tuple[Longs, Longs, Longs, Longs]:
+        """The blocks with images in [begin, end): shards, first samples, first images, and sizes."""
+        places = np.arange(begin // BLOCK, min(-(-end // BLOCK), self._blocks))
+        turns, indexes = np.divmod(places, self._lanes)
+        lanes = self._orders[turns % 2, indexes]
+        final = turns == self._turns
+        lanes[final] = self._last[indexes[final]]
+        numbers = self._firsts[lanes] + turns
+        shards = np.searchsorted(self._ends, numbers, "right")
+        firsts = (numbers - self._ends[shards] + self._lengths[shards] // BLOCK) * BLOCK
+        return shards, firsts, places * BLOCK, np.full(len(places), BLOCK)
+
+    def _of_rests(self, begin: int, end: int) -> tuple[Longs, Longs, Longs, Longs]:
+        """The same of the rests of shards."""
+        low = max(0, int(np.searchsorted(self._edges, begin, "right")) - 1)
+        high = min(int(np.searchsorted(self._edges, end)), len(self._rests))
+        shards = self._rests[low:high]
+        sizes = self._lengths[shards] % BLOCK
+        return shards, self._lengths[shards] - sizes, self._edges[low:high], sizes
 
 
 @lru_cache(maxsize=4)
 def _lanes(order: Order, epoch: int) -> tuple[Longs, _Lanes]:
-    shards, edges = _epoch(order.sizes, order.seed, epoch, order.resampled)
-    return shards, _Lanes(np.diff(edges), order.shuffle, order.block)
+    width = max(1, round(order.round_size / BLOCK))
+    shards, edges = _epoch(order.sizes, order.seed, epoch, width)
+    return shards, _Lanes(np.diff(edges), order.lanes, width)
 
 
 def spans(order: Order, round: int) -> list[tuple[int, int, int]]:
     """The (epoch, first, last) positions within epochs that make up a round, in order."""
     total, size = order.total, order.round_size
     assert total > 0 and size > 0 and round >= 0
-    if order.tail == "wrap":
-        epoch, first = divmod(round * size, total)
-    else:
-        epoch, number = divmod(round, order.rounds)
-        first = number * size
-    found = []
+    epoch, first = divmod(round * size, total)
+    cut = []
     while size:
         last = min(first + size, total)
-        found.append((epoch, first, last))
+        cut.append((epoch, first, last))
         size -= last - first
-        epoch, first = epoch + (order.tail == "wrap"), 0
-    return found
+        epoch, first = epoch + 1, 0
+    return cut
 
 
 def pieces(order: Order, round: int, start: int, stop: int) -> list[Piece]:
     """What rows [start, stop) of a round are, in order."""
     assert 0 <= start <= stop <= order.round_size
-    found = []
+    cut = []
     row = 0  # of the first position of the span
     for epoch, first, last in spans(order, round):
         begin, end = max(first, first + start - row), min(last, first + stop - row)
         row += last - first
         if begin >= end:
             continue
-        if order.shuffle > 1:
+        if order.lanes > 1:
             shards, lanes = _lanes(order, epoch)
             for place, a, b in lanes.runs(begin, end):
-                found.append(Piece(epoch=epoch, shard=int(shards[place]), first=a, last=b))
+                cut.append(Piece(epoch=epoch, shard=int(shards[place]), first=a, last=b))
             continue
-        shards, edges = _epoch(order.sizes, order.seed, epoch, order.resampled)
+        shards, edges = _epoch(order.sizes, order.seed, epoch, len(order.sizes))
         low, high = int(np.searchsorted(edges, begin, "right")) - 1, int(np.searchsorted(edges, end))
         for shard, (a, b) in zip(shards[low:high].tolist(), pairwise(edges[low : high + 1].tolist()), strict=True):
-            found.append(Piece(epoch=epoch, shard=shard, first=max(begin - a, 0), last=min(end, b) - a))
-    return found
+            cut.append(Piece(epoch=epoch, shard=shard, first=max(begin - a, 0), last=min(end, b) - a))
+    return cut
 
 
 def rank_rows(round_size: int, rank: int, world: int) -> tuple[int, int]:
@@ -261,15 +238,10 @@ def parts(start: int, stop: int, count: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def check(order: Order, world: int) -> None:
-    """Raise InputError, with the arithmetic, where these numbers cannot share out the work equally."""
-    number = order.round_size
-    if order.tail not in TAILS:
-        raise InputError(f"data.tail is '{order.tail}': choose one of {', '.join(TAILS)}")
-    if order.tail == "drop" and order.total < number:
-        left = f"data.tail=drop leaves nothing of {order.total} images in rounds of {number}"
-        raise InputError(f"{left}: use smaller rounds, or wrap")
-    if number < world or number % world:
-        near, arithmetic = max(1, round(number / world)) * world, f"{number // world} x {world} + {number % world}"
-        shared = f"a round of {number} images cannot be shared equally by {world} ranks ({number} = {arithmetic})"
+def check(round_size: int, world: int) -> None:
+    """Raise InputError, with the arithmetic, where so many ranks cannot share a round equally."""
+    if round_size < world or round_size % world:
+        near = max(1, round(round_size / world)) * world
+        arithmetic = f"{round_size} = {round_size // world} x {world} + {round_size % world}"
+        shared = f"a round of {round_size} images cannot be shared equally by {world} ranks ({arithmetic})"
         raise InputError(f"{shared}: use {near}, for example")

@@ -19,15 +19,8 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of
 Numbers = npt.NDArray[np.float64]
 
 FITS = ("crop", "pad", "stretch", "random")
-INTERPOLATIONS = {
-    "nearest": Image.Resampling.NEAREST,
-    "box": Image.Resampling.BOX,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-TORCH = ("bilinear", "bicubic")  # filters that torch has, too, five times as fast, where a window has whole pixels
 LARGEST = 8192  # pixels a side: a colour image is then 805 MB as float32
+SCALE, RATIO = (0.08, 1.0), (0.75, 1.3333)  # of random windows: share of the area, width by height; as torchvision's
 TRIES = 10  # windows of random area and shape that are tried before the central one is taken, as torchvision does
 WINDOW = 2 * TRIES + 2  # uniform numbers that one random window takes
 SPARE = 2.5  # a JPEG is decoded at the least scale at which its window is still so many times the size
@@ -42,12 +35,6 @@ class Resize:
     width: int = 0
     fit: str = "crop"
     """One of FITS."""
-    scale: tuple[float, float] = (0.08, 1.0)
-    """With fit=random: least and largest share of the picture's area."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """With fit=random: least and largest width of the window divided by its height."""
-    interpolation: str = "bicubic"
-    """One of INTERPOLATIONS."""
     crop: int = 0
     """Without a height: windows of so many pixels a side, not resized; 0: whole images."""
 
@@ -84,7 +71,7 @@ class Resize:
         return left, top, left + kept[0], top + kept[1]
 
     def _random(self, width: int, height: int, drawn: Numbers) -> Box:
-        (least, most), (narrow, wide) = self.scale, (math.log(value) for value in self.ratio)
+        (least, most), (narrow, wide) = SCALE, (math.log(value) for value in RATIO)
         for area, shape in drawn[: 2 * TRIES].reshape(TRIES, 2).tolist():
             area, shape = width * height * (least + (most - least) * area), math.exp(narrow + (wide - narrow) * shape)
             w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
@@ -93,7 +80,7 @@ class Resize:
                 unit = self.factor((0, 0, w, h))  # whole pixels also of a JPEG that is decoded small
                 edges = (edge // unit * unit for edge in (left, top, left + w, top + h))
                 return tuple(map(float, edges))  # type: ignore[return-value]
-        shape = min(max(width / height, self.ratio[0]), self.ratio[1])
+        shape = min(max(width / height, RATIO[0]), RATIO[1])
         w, h = min(width, max(1, round(height * shape))), min(height, max(1, round(width / shape)))
         left, top = (width - w) // 2, (height - h) // 2
         return float(left), float(top), float(left + w), float(top + h)
@@ -171,7 +158,7 @@ def _cut(array: Array, resize: Resize, box: Box, factor: int) -> Array:
     else:
         left, top, right, bottom = (edge / factor for edge in box)
         inside = left, top, min(right, width), min(bottom, height)
-        small = _resampled(array, inside, target, resize.interpolation)
+        small = _resampled(array, inside, target)
     if target == (resize.width, resize.height):
         return small
     image = np.zeros((resize.height, resize.width, channels), np.uint8).transpose(2, 0, 1)
@@ -180,29 +167,26 @@ def _cut(array: Array, resize: Resize, box: Box, factor: int) -> Array:
     return image
 
 
-def _resampled(array: Array, box: Box, target: tuple[int, int], interpolation: str) -> Array:
-    """A window of pixels (C, H, W) as an image (C, height, width), target being (width, height)."""
+def _resampled(array: Array, box: Box, target: tuple[int, int]) -> Array:
+    """A window of pixels (C, H, W) as an image (C, height, width), target being (width, height), by a bicubic filter.
+
+    torch has the same filter as Pillow, but takes windows of whole pixels alone; it is five times as fast.
+    """
     left, top, right, bottom = box
     inside = array[:, int(top) : int(bottom), int(left) : int(right)]
-    if (
-        interpolation in TORCH
-        and min(target) > 1
-        and box == tuple(map(int, box))
-        and inside.shape[1:] != array.shape[1:]
-    ):
+    if min(target) > 1 and box == tuple(map(int, box)) and inside.shape[1:] != array.shape[1:]:
         import torch  # what reads headers alone starts without it
 
         plain = inside if inside.flags.writeable and min(inside.strides) > 0 else inside.copy()
         batch = torch.from_numpy(plain)[None]
         with decoding():
-            made: Array = torch.nn.functional.interpolate(batch, target[::-1], mode=interpolation, antialias=True)[
-                0
-            ].numpy()
-        return made
+            small = torch.nn.functional.interpolate(batch, target[::-1], mode="bicubic", antialias=True)[0]
+        pixels: Array = small.numpy()
+        return pixels
     channels = len(array)
     whole = np.ascontiguousarray(array[0] if channels == 1 else array.transpose(1, 2, 0))
     with decoding():
-        picture = Image.fromarray(whole).resize(target, INTERPOLATIONS[interpolation], box)
+        picture = Image.fromarray(whole).resize(target, Image.Resampling.BICUBIC, box)
     pixels = np.asarray(picture)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 

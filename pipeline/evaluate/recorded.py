@@ -108,14 +108,13 @@ def _header(model: NAIGN) -> tuple[DataConfig, str, list[str]]:
 
     Raises InputError for a header that no training wrote.
     """
-    texts = ("path", "index", "split", "size", "fit", "scale", "ratio", "interpolation", "broken")
+    texts = ("path", "index", "split", "size", "fit", "broken")
     try:
         header = model.metadata.get("config", {})
         section, space = header.get("data", {}), header.get("match", {}).get("space", {})
         encoders = [str(part["encoder"]) for part in (header.get("objective", {}), space) if part.get("encoder")]
         values: dict[str, Any] = {"path": ""} | {name: str(section[name]) for name in texts if section.get(name)}
-        share = float(section.get("broken_share", DataConfig().broken_share))
-        config = DataConfig(crop=int(section.get("crop", 0)), broken_share=share, **values)
+        config = DataConfig(crop=int(section.get("crop", 0)), **values)
         check_fields(replace(config, path="any"), "data")
         parse_resize(config)
     except (AttributeError, TypeError, ValueError) as error:

@@ -100,13 +100,13 @@ def broken(path: str, shard: str, *numbers: int) -> None:
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (3, 0)])
 def test_skipping_takes_the_next_sound_sample_of_the_shard(
-    packed: str, world: int, workers: int, caplog: pytest.LogCaptureFixture
+    packed: str, world: int, workers: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pipeline.data.loader.BROKEN", 0.5)
     _, sound = take(packed, 4)
     broken(packed, "train-00002.tar", 1, 2, 5)
-    settings = {"broken": "skip", "broken_share": 0.5}
     with caplog.at_level(logging.WARNING, logger="naign.data"):
-        images, keys = take(packed, 4, world=world, workers=workers, **settings)
+        images, keys = take(packed, 4, world=world, workers=workers, broken="skip")
     assert [f"train-{index:03d}" for index in images[:, 0, 0, 0].tolist()] == keys
     replaced = {old: new for old, new in zip(sound, keys, strict=True) if old != new}
     assert len(replaced) == 3 and not set(replaced) & set(replaced.values()) - set(sound)
@@ -131,20 +131,22 @@ def test_one_broken_sample_is_allowed_whatever_the_ranks(packed: str, caplog: py
     take(packed, 4, broken="skip")  # and once more in the next epoch
     assert len(read_split(config, "train")[0]) == 23 and "skipped: " in caplog.text
     broken(packed, "train-00002.tar", 3)
-    with pytest.raises(InputError, match=r"2 broken samples of 23 are more than data.broken_share=0.001 allows \(1\)"):
+    with pytest.raises(InputError, match=r"2 broken samples of 23 are more than data.broken=skip allows, 1% \(1\)"):
         read_split(config, "train")
 
 
-def test_more_broken_samples_than_allowed_stop_the_run(packed: str) -> None:
+def test_more_broken_samples_than_allowed_stop_the_run(packed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     broken(packed, "train-00002.tar", 1, 2)
-    take(packed, 2, broken="skip", broken_share=2 / 23)
-    with pytest.raises(InputError, match=r"2 broken samples of \d+ are more than data.broken_share=0.05 allows \(1\)"):
-        take(packed, 2, broken="skip", broken_share=0.05)
+    with pytest.raises(InputError, match=r"2 broken samples of \d+ are more than data.broken=skip allows, 1% \(1\)"):
+        take(packed, 2, broken="skip")
+    monkeypatch.setattr("pipeline.data.loader.BROKEN", 2 / 23)
+    take(packed, 2, broken="skip")
     with pytest.raises(InputError, match=r"00002.tar, key train-\d+: the .png cannot be decoded"):
         take(packed, 2)
+    monkeypatch.setattr("pipeline.data.loader.BROKEN", 1.0)
     broken(packed, "train-00001.tar", *range(6))
     with pytest.raises(InputError, match=r"00001.tar: none of its 6 samples can be decoded"):
-        take(packed, 2, broken="skip", broken_share=1.0)
+        take(packed, 2, broken="skip")
 
 
 def test_a_grey_picture_in_a_colour_data_set_is_read_as_colour(larger: str) -> None:

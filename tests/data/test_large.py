@@ -32,7 +32,7 @@ def test_a_billion_images_are_read_from_one_index(tmp_path: Path) -> None:
     assert time.process_time() - begin < 5  # 0.8 seconds on an idle core
     assert found == large
     with Stream(DataConfig(path=str(tmp_path), size="64"), seed=0, round_size=1 << 16, rank=5, world=1024) as stream:
-        assert stream.order.total == 10**9 and stream.order.orders[0].shuffle == 128
+        assert stream.order.total == 10**9 and stream.order.orders[0].lanes == 128
 
 
 @pytest.mark.parametrize(
@@ -57,9 +57,9 @@ LAST = 7629
 """The round that goes on into the next epoch."""
 
 
-@pytest.mark.parametrize(("shuffle", "rounds"), [(1, [LAST]), (128, [5000, LAST])])
-def test_the_plan_of_a_thousand_ranks_holds_each_image_once(shuffle: int, rounds: list[int]) -> None:
-    order = Order(sizes=(EACH,) * SHARDS, seed=3, round_size=1 << 17, shuffle=shuffle)
+@pytest.mark.parametrize(("lanes", "rounds"), [(1, [LAST]), (128, [5000, LAST])])
+def test_the_plan_of_a_thousand_ranks_holds_each_image_once(lanes: int, rounds: list[int]) -> None:
+    order = Order(sizes=(EACH,) * SHARDS, seed=3, round_size=1 << 17, lanes=lanes)
     for round in rounds:
         seen = list[np.ndarray[tuple[int], np.dtype[np.int64]]]()
         for rank in range(1024):

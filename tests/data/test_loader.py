@@ -173,11 +173,9 @@ def test_without_labels(tmp_path: Path, packed: str) -> None:
     [
         ({"split": "valid"}, "no split 'valid'"),
         ({"broken": "maybe"}, "data.broken is 'maybe': choose one of error, skip"),
-        ({"broken_share": 2}, "must lie between"),
         ({"crop": -1}, "data.crop is -1"),
         ({"crop": 5}, "data.crop=5 is more than there is of numbered"),
         ({"cache_gb": 0}, "must be positive"),
-        ({"tail": "cut"}, "choose one of wrap, drop, pad"),
     ],
 )
 def test_settings_that_no_stream_can_have(packed: str, changed: dict[str, Any], message: str) -> None:

@@ -1,18 +1,18 @@
 """The plan, with ranks and workers simulated."""
 
-import tracemalloc
 from collections import Counter
-from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from pipeline.data.order import SHUFFLE, Order, _draws, _epoch, check, parts, pieces, rank_rows, shuffled, spans
+from pipeline.data.order import BLOCK, LANES, Order, _epoch, _spread, check, parts, pieces, rank_rows, shuffled, spans
 from pipeline.errors import InputError
 
-SIZES = some.lists(some.integers(1, 9), min_size=1, max_size=7).map(tuple)
+LARGER = some.lists(some.integers(1, 70), min_size=1, max_size=9).map(tuple)
 SEEDS = some.integers(-(2**63), 2**64 - 1)
 UNEVEN = (5, 1, 9, 2, 30, 7, 3)
 Sample = tuple[int, int, int]
@@ -53,110 +53,99 @@ def test_two_epochs_hold_each_image_exactly_twice(world: int, workers: int) -> N
     assert Counter(found) == Counter(sample for epoch in range(120) for sample in every(UNEVEN, epoch))
 
 
-@given(SIZES, SEEDS, some.integers(1, 12), some.integers(1, 4), some.integers(1, 9), some.integers(1, 5))
+@given(LARGER, SEEDS, some.integers(1, 200), some.integers(1, 3), some.integers(1, 40))
 def test_every_image_comes_exactly_once_an_epoch(
-    sizes: tuple[int, ...], seed: int, size: int, epochs: int, shuffle: int, block: int
+    sizes: tuple[int, ...], seed: int, size: int, epochs: int, lanes: int
 ) -> None:
-    order = Order(sizes=sizes, seed=seed, round_size=size, shuffle=shuffle, block=block)
+    order = Order(sizes=sizes, seed=seed, round_size=size, lanes=lanes)
     rounds = -(-epochs * order.total // size)
-    found = Counter(sample for round in range(rounds) for sample in listed(order, round, 0, size))
-    assert sum(found.values()) == rounds * size
-    assert {sample: n for sample, n in found.items() if sample[0] < epochs} == Counter(
+    images = Counter(sample for round in range(rounds) for sample in listed(order, round, 0, size))
+    assert sum(images.values()) == rounds * size
+    assert {sample: n for sample, n in images.items() if sample[0] < epochs} == Counter(
         sample for epoch in range(epochs) for sample in every(sizes, epoch)
     )
 
 
-@given(SIZES, SEEDS, some.sampled_from(["wrap", "drop", "pad"]), some.booleans(), some.data())
-def test_a_round_does_not_depend_on_ranks_and_workers(
-    sizes: tuple[int, ...], seed: int, tail: str, resampled: bool, data: some.DataObject
-) -> None:
-    world, workers, share, round = (data.draw(some.integers(*ends)) for ends in ((1, 6), (0, 3), (1, 4), (0, 20)))
-    mixed = {"shuffle": data.draw(some.integers(1, 9)), "block": data.draw(some.integers(1, 5))}
-    order = Order(sizes=sizes, seed=seed, round_size=share * world, tail=tail, resampled=resampled, **mixed)
-    if tail == "drop" and order.total < order.round_size:
-        return
+@given(LARGER, SEEDS, some.data())
+def test_a_round_does_not_depend_on_ranks_and_workers(sizes: tuple[int, ...], seed: int, data: some.DataObject) -> None:
+    ends = ((1, 6), (0, 3), (1, 40), (0, 20), (1, 40))
+    world, workers, share, round, lanes = (data.draw(some.integers(*one)) for one in ends)
+    order = Order(sizes=sizes, seed=seed, round_size=share * world, lanes=lanes)
     whole = listed(order, round, 0, order.round_size)
     assert len(whole) == order.round_size
     assert read(order, round, world, workers) == whole
 
 
-@given(
-    some.lists(some.integers(1, 40), min_size=1, max_size=9).map(tuple),
-    SEEDS,
-    some.integers(2, 12),
-    some.integers(1, 9),
+@given(LARGER, SEEDS, some.integers(2, 40), some.integers(1, 300))
+def test_a_turn_takes_the_next_block_of_every_lane(sizes: tuple[int, ...], seed: int, lanes: int, size: int) -> None:
+    order = Order(sizes=sizes, seed=seed, round_size=size, lanes=lanes)
+    rounds = -(-order.total // size)
+    images = [sample for round in range(rounds) for sample in listed(order, round, 0, size)][: order.total]
+    shards, _ = _epoch(order.sizes, seed, 0, max(1, round(size / BLOCK)))
+    blocks = [(shard, first) for shard in shards for first in range(0, sizes[shard] - BLOCK + 1, BLOCK)]
+    count = min(lanes, len(blocks))
+    edges = [number * len(blocks) // max(count, 1) for number in range(count + 1)]
+    taken = [images[at : at + BLOCK] for at in range(0, len(blocks) * BLOCK, BLOCK)]
+    for turn in range(0, len(blocks), max(count, 1)):
+        heads = {blocks[low + turn // count] for low, high in pairwise(edges) if low + turn // count < high}
+        assert {block[0][1:] for block in taken[turn : turn + count]} == heads
+    assert all(block == [(0, block[0][1], block[0][2] + step) for step in range(BLOCK)] for block in taken)
+    assert all(number >= sizes[shard] // BLOCK * BLOCK for _, shard, number in images[len(blocks) * BLOCK :])
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 16, 24, 64, 200])
+@pytest.mark.parametrize("count", [0, 1, 5, 80, 90, 128])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_any_so_many_numbers_lie_evenly_over_the_range(count: int, width: int, backwards: bool) -> None:
+    order = _spread(count, width, backwards=backwards)
+    assert sorted(order) == list(range(count))
+    for begin in range(count - width + 1):
+        tenths = np.bincount(order[begin : begin + width] * 10 // count, minlength=10)
+        assert tenths.max() <= -(-width // 10) + 2 and (width < 40 or tenths.min() >= 1)
+
+
+SORTED = {
+    "ten tars": ((130,) * 10, lambda shard: shard),
+    "uneven": ((100, 150, 130, 128, 140, 120, 131, 129, 135, 137), lambda shard: shard),
+    "10,000": ((1000,) * 10, lambda shard: shard),
+    "10,000 in 20": ((500,) * 20, lambda shard: shard // 2),
+    "60,000": ((6000,) * 10, lambda shard: shard),
+    "many tars": ((300,) * 1000, lambda shard: shard // 100),
+    "in turn": ((300,) * 1000, lambda shard: shard % 10),
+}
+
+
+@pytest.mark.parametrize(
+    ("tars", "size", "mean", "most"),
+    [
+        ("ten tars", 256, 0.14, 0.25),
+        ("uneven", 256, 0.15, 0.25),
+        ("10,000", 256, 0.13, 0.2),
+        ("10,000", 512, 0.13, 0.15),
+        ("10,000", 1024, 0.12, 0.15),
+        ("10,000 in 20", 1024, 0.12, 0.15),
+        ("60,000", 1024, 0.12, 0.15),
+        ("60,000", 2048, 0.11, 0.13),
+        ("many tars", 2048, 0.12, 0.16),
+        ("in turn", 2048, 0.16, 0.2),
+    ],
 )
-def test_blocks_are_taken_in_turn_from_lanes_of_equal_length(
-    sizes: tuple[int, ...], seed: int, shuffle: int, block: int
-) -> None:
-    order = Order(sizes=sizes, seed=seed, round_size=sum(sizes), shuffle=shuffle, block=block)
-    blocks = [
-        [(0, shard, sample) for sample in range(first, min(first + block, sizes[shard]))]
-        for shard in shuffled(len(sizes), seed)
-        for first in range(0, sizes[shard], block)
-    ]
-    lanes = [[blocks[i] for i in lane] for lane in np.array_split(np.arange(len(blocks)), min(shuffle, len(blocks)))]
-    taken = [lane[turn] for turn in range(len(lanes[0])) for lane in lanes if turn < len(lane)]
-    assert listed(order, 0, 0, order.round_size) == [sample for block in taken for sample in block]
-
-
-@pytest.mark.parametrize("classes_of", [lambda shard: shard % 10, lambda shard: shard // 100])
-def test_rounds_of_shards_sorted_by_class_are_mixed(classes_of: Callable[[int], int]) -> None:
-    order = Order(sizes=(300,) * 1000, seed=0, round_size=2048, shuffle=SHUFFLE, block=16)
-    most = 0.0
-    for round in range(150):
+def test_rounds_of_shards_sorted_by_class_are_mixed(tars: str, size: int, mean: float, most: float) -> None:
+    sizes, class_of = SORTED[tars]
+    order = Order(sizes=sizes, seed=0, round_size=size, lanes=LANES)
+    shares = []
+    for round in range(min(150, 5 * order.total // size)):
         counts = Counter[int]()
-        for piece in pieces(order, round, 0, 2048):
-            counts[classes_of(piece.shard)] += piece.last - piece.first
-        most = max(most, max(counts.values()) / 2048)
-    assert most < 0.2
+        for piece in pieces(order, round, 0, size):
+            counts[class_of(piece.shard)] += piece.last - piece.first
+        shares.append(max(counts.values()) / size)
+    assert np.mean(shares) < mean and max(shares) < most
 
 
-@pytest.mark.parametrize("size", [7, 10, 57, 60, 130])
-def test_pad_repeats_the_first_images_of_an_epoch(size: int) -> None:
-    order = Order(sizes=UNEVEN, seed=3, round_size=size, tail="pad")
-    for epoch in range(2):
-        found = [s for r in range(order.rounds) for s in listed(order, epoch * order.rounds + r, 0, size)]
-        assert Counter(found[: order.total]) == Counter(every(UNEVEN, epoch))
-        assert found[order.total :] == (found[: order.total] * 3)[: len(found) - order.total]
-    assert order.epochs(2 * order.rounds) == 2
-
-
-@pytest.mark.parametrize("size", [7, 10, 50, 57])
-def test_drop_leaves_out_the_last_images_of_an_epoch(size: int) -> None:
-    order = Order(sizes=UNEVEN, seed=3, round_size=size, tail="drop")
-    wrapped = Order(sizes=UNEVEN, seed=3, round_size=57)
-    for epoch in range(2):
-        found = [s for r in range(order.rounds) for s in listed(order, epoch * order.rounds + r, 0, size)]
-        assert found == listed(wrapped, epoch, 0, 57)[: 57 // size * size]
-
-
-def test_resampling_draws_whole_shards_with_replacement() -> None:
-    order = Order(sizes=UNEVEN, seed=0, round_size=57, resampled=True)
-    epochs = [listed(order, epoch, 0, 57) for epoch in range(400)]
-    counts = Counter(shard for epoch in epochs for _, shard, sample in epoch if sample == 0)
-    assert all(abs(counts[shard] - counts.total() / 7) < 6 * (counts.total() / 7) ** 0.5 for shard in range(7))
-    assert any(len(set(epoch)) < 57 for epoch in epochs)
-
-
-def test_resampling_draws_no_more_shards_than_it_needs() -> None:
-    """A last shard of one image does not make it draw as many shards as there are images."""
-    tracemalloc.start()
-    order, ends = _epoch((10_000,) * 1000 + (1,), 0, 0, True)
-    most = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert len(order) < 1200 and ends[-1] == 10_000_001 and most < 2**20
-    assert order[:5].tolist() == (_draws(5, 0, 0) % np.uint64(1001)).tolist()
-
-
-def test_what_becomes_of_the_tail_is_said() -> None:
-    def said(**more: object) -> str:
-        return Order(sizes=UNEVEN, seed=0, round_size=20, **more).describe()  # type: ignore[arg-type]
-
-    assert said() == "each of 57 images once an epoch; a round goes on into the next epoch"
-    assert said(tail="drop") == "40 of 57 images once an epoch: drops its last 17"
-    assert said(tail="pad") == "each of 57 images an epoch, its first 3 once more"
-    assert "replacement" in said(resampled=True)
+def test_the_log_says_what_an_epoch_is() -> None:
+    order = Order(sizes=UNEVEN, seed=0, round_size=20)
+    assert order.describe() == "each of 57 images once an epoch; a round goes on into the next epoch"
+    assert replace(order, lanes=8).describe() == order.describe() + "; 16 in turn from each of 8 places"
     assert Order(sizes=(20, 20), seed=0, round_size=10).describe() == "each of 40 images once an epoch of 4 rounds"
 
 
@@ -177,10 +166,6 @@ def test_parts_differ_by_one_at_most() -> None:
 
 
 def test_check_prints_the_arithmetic() -> None:
-    check(Order(sizes=(4,), seed=0, round_size=12), world=3)  # fewer shards than ranks: they share them
+    check(12, world=3)
     with pytest.raises(InputError, match=r"round of 100 .* 3 ranks \(100 = 33 x 3 \+ 1\): use 99"):
-        check(Order(sizes=(4,), seed=0, round_size=100), world=3)
-    with pytest.raises(InputError, match=r"data.tail=drop leaves nothing of 4 images in rounds of 12"):
-        check(Order(sizes=(4,), seed=0, round_size=12, tail="drop"), world=3)
-    with pytest.raises(InputError, match=r"data.tail is 'cut': choose one of wrap, drop, pad"):
-        check(Order(sizes=(4,), seed=0, round_size=12, tail="cut"), world=3)
+        check(100, world=3)

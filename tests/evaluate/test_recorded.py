@@ -73,9 +73,9 @@ def test_a_run_keeps_its_server(model, asked, tmp_path, monkeypatch, place):
 def test_a_run_that_skipped_what_is_broken_is_measured_likewise(model, monkeypatch):
     manifest = Manifest(name="here", kind="point", shape=(2,), dtype="float32", labels=(), splits={})
     monkeypatch.setattr("pipeline.evaluate.recorded.open_manifest", lambda config: (manifest, (2,)))
-    model.metadata["config"]["data"] = {"path": "here", "broken": "skip", "broken_share": 0.2}
+    model.metadata["config"]["data"] = {"path": "here", "broken": "skip"}
     config, _, _ = recorded(model, "exported", None)
-    assert config.broken == "skip" and config.broken_share == 0.2
+    assert config.broken == "skip"
 
 
 def test_a_picture_is_cropped_as_evaluation_crops_it(digits):
