@@ -20,8 +20,12 @@ BLOCK = re.compile(r"^```(?:python|toml)\n# (\S+)\n(.*?)^```$", re.MULTILINE | r
 LOAD = """
 from pipeline.model.naign import NAIGN
 model = NAIGN.from_pretrained("runs/inverted")
-print(model.metadata["model"], tuple(model.sample(5).shape))
+print(model.metadata["model"], model.metadata["prior"])
+print(tuple(model.sample(5).shape), "learned" if model.prior.factor.any(1).all() else "as it began")
 """
+
+
+EXPECTED = "{'hidden': 128, 'init': '', 'name': 'dense'} {'directions': 6, 'name': 'principal'}\n(5, 1, 8, 8) learned"
 
 
 @pytest.fixture
@@ -59,14 +63,15 @@ def test_the_package_of_contributing_is_packed_trained_with_and_evaluated(packag
     options += [option for option in SMALL if not option.startswith("--model")]
     run(*direct_command(*options, "--train.images=512"))
     # A resumed run reads what the first one recorded of the package's settings.
-    assert "objective.delta: 0.2 there, 0.3 now" in run(*direct_command(*options, "--objective.delta=0.3"), code=2)
+    refused = run(*direct_command(*options, "--objective.delta=0.3", "--prior.directions=7"), code=2)
+    assert "objective.delta: 0.2 there, 0.3 now" in refused and "prior.directions: 6 there, 7 now" in refused
     text = run(*direct_command(*options, "--train.images=768", "--resume=changed"))
     assert "resuming from" in text
     rounds = [json.loads(line) for line in (tmp_path / "runs/inverted/metrics.jsonl").read_text().splitlines()]
     assert len(rounds) == 3 and {"loss/total", "loss/reconstruction", "loss/imle"} <= rounds[-1].keys()
     newest = newest_checkpoint(tmp_path / "runs/inverted/checkpoints")
     assert newest is not None
-    assert run(sys.executable, "-c", LOAD).strip() == "{'hidden': 128, 'init': '', 'name': 'dense'} (5, 1, 8, 8)"
+    assert run(sys.executable, "-c", LOAD).strip() == EXPECTED
     run(*naign, "evaluate", "runs/inverted", "--samples", "100")
     metrics = json.loads((tmp_path / "runs/inverted/evaluation/metrics.json").read_text())
     assert metrics["encoder"] == "pixels" and metrics["images_seen"] == 768
@@ -77,4 +82,5 @@ def test_the_package_of_contributing_is_packed_trained_with_and_evaluated(packag
     )
     assert gone.returncode == 2 and "model.name is 'dense': choose one of conv, spatial, mlp" in gone.stderr
     assert "--model.hidden" in run(*direct_command(*options, "--model.hiden=3"), code=2)
+    assert "prior.directions is 65" in run(*direct_command(*options, "--prior.directions=65"), code=2)
     assert "model.hidden is 0" in run(*direct_command(*options, "--model.hidden=0"), code=2)

@@ -12,9 +12,9 @@ from pipeline.data.degrade import KINDS, degrade
 from pipeline.errors import InputError
 from pipeline.evaluate import play
 from pipeline.evaluate.pictures import STEPS, _between
+from pipeline.evaluate.refit import fit_mixture
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import ConvConfig, build_network
-from pipeline.model.prior.fitted import fit_mixture
 from pipeline.model.scale import scaled
 
 SHAPE = (3, 8, 12)

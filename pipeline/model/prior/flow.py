@@ -22,6 +22,7 @@ from pipeline.model.prior.velocity import DenseVelocity, SpatialVelocity
 from pipeline.philox import LEARN, normal, uniform
 from pipeline.settings.constraints import POSITIVE, between
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 DECAY = 0.999  # a step, of the average of the velocity's weights, which is what draws
 WARMUP = 200  # steps over which the learning rate rises
 DIRECTIONS = 128  # principal directions of the codes' channels that are modelled, at most
@@ -171,13 +172,19 @@ class Flow(Prior):
         return loss
 
     def training_state(self) -> dict[str, Tensor]:
-        loss = self.metrics.get("loss/codes", math.nan)
-        return self.state_dict() | self.learner.state(loss)
+        learner = self.learner
+        progress = [learner.made, learner.done, float(learner.sum), self.metrics.get("loss/codes", math.nan)]
+        return self.state_dict() | learner.tensors() | {"progress": torch.tensor(progress, dtype=torch.float64)}
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         super().load_training_state({name: state[name] for name in self.state_dict()})
-        loss = self.learner.load(state)
+        made, done, self.learner.sum, loss = state["progress"].tolist()
         self.metrics = {} if math.isnan(loss) else {"loss/codes": loss}
+        self.learner.made, self.learner.done = int(made), int(done)
+        for name, value in self.learner.tensors().items():
+            value.copy_(state[name])
+        for moments in self.learner.adam.state.values():
+            moments["step"].fill_(made)
 
 
 class Learner:
@@ -191,6 +198,9 @@ class Learner:
         parameters = list(self.velocity.parameters())
         self.ahead = parameters[0].device.type != "cpu"  # whether norm and loss of a step stay on the device
         self.adam = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
+        for value in parameters:  # as AdamW itself begins, but before the first step
+            moments = {name: torch.zeros_like(value) for name in MOMENTS}
+            self.adam.state[value] = {"step": torch.tensor(0.0), **moments}
 
     def step(self, loss: Tensor, rate: float, average: nn.Module, add: Callable[[Tensor], Tensor]) -> None:
         """A step on the mean loss over all ranks, which then move `average` too. Collective."""
@@ -210,26 +220,13 @@ class Learner:
         self.sum += whole[-1].double() if self.ahead else float(whole[-1])
         self.done += 1
 
-    def state(self, loss: float) -> dict[str, Tensor]:
-        """The tensors that `load` takes, with the loss of the newest whole round."""
-        kept: dict[str, Tensor] = {}
-        for name, parameter in self.velocity.named_parameters():
-            moments = self.adam.state.get(parameter, {})
-            kept[f"trained.{name}"] = parameter.detach()
-            for moment in ("exp_avg", "exp_avg_sq"):
-                kept[f"{moment}.{name}"] = moments.get(moment, torch.zeros_like(parameter))
-        kept["progress"] = torch.tensor([self.made, self.done, float(self.sum), loss], dtype=torch.float64)
-        return kept
-
-    def load(self, state: Mapping[str, Tensor]) -> float:
-        """Go on from what `state` returned. Returns the loss of the newest whole round."""
-        made, done, self.sum, loss = state["progress"].tolist()
-        self.made, self.done = int(made), int(done)
-        for name, parameter in self.velocity.named_parameters():
-            parameter.data.copy_(state[f"trained.{name}"])
-            moments = {key: state[f"{key}.{name}"].to(parameter.device, copy=True) for key in ("exp_avg", "exp_avg_sq")}
-            self.adam.state[parameter] = moments | {"step": torch.tensor(float(made))}
-        return float(loss)
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights and their moments, by name."""
+        named: dict[str, Tensor] = {}
+        for name, value in self.velocity.named_parameters():
+            moments = {f"{moment}.{name}": self.adam.state[value][moment] for moment in MOMENTS}
+            named |= {f"trained.{name}": value.detach(), **moments}
+        return named
 
 
 def _rows(mean: Tensor, codes: Tensor) -> Tensor:

@@ -31,12 +31,9 @@ def build(shape: tuple[int, ...] = (2,), config: FlowConfig = SETTINGS) -> Flow:
 
 
 def learned(rounds: int) -> Flow:
-    prior, losses = build(), list[float]()
+    prior = build()
     for round in range(rounds):
         learn(prior, codes(round), round=round)
-        losses.append(prior.metrics["loss/codes"])
-    # At first the velocity is 0: 1 a value of the noise, and as much as whitening leaves of the codes.
-    assert not losses or losses == sorted(losses, reverse=True) or losses[-1] < 0.8 * losses[0] < 1.6, losses
     return prior
 
 
@@ -46,7 +43,11 @@ def learn(prior: Flow, codes: torch.Tensor, steps: int = 10**9, **settings: obje
 
 
 def test_the_flow_learns_clusters_and_their_shares():
-    drawn = learned(20).draw(0, 0, torch.arange(4000), "cpu")
+    # At first the velocity is 0, and the loss what whitening leaves of the codes and 1 of the noise.
+    assert 1.2 < learned(1).metrics["loss/codes"] < 1.45
+    prior = learned(20)
+    assert prior.metrics["loss/codes"] < 0.65
+    drawn = prior.draw(0, 0, torch.arange(4000), "cpu")
     share = float((drawn[:, 0] > 1.5).float().mean())
     assert 0.68 < share < 0.82
     between = ((drawn[:, 0] > 0.7) & (drawn[:, 0] < 2.3)).float().mean()

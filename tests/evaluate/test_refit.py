@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from pipeline.errors import InputError
+from pipeline.evaluate.refit import fit_mixture
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import SpatialConfig, build_network
-from pipeline.model.prior.fitted import fit_mixture
 from pipeline.model.prior.gmm import Gmm, GmmConfig
 
 
