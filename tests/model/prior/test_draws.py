@@ -86,6 +86,15 @@ def test_the_ends_of_a_way_are_draws(prior):
     assert float(prior.between((3, 3), 9, "cpu", steps=4).diff(dim=0).abs().max()) < 1e-5
 
 
+def test_a_draw_waits_for_no_device(prior):
+    """Tensors of the meta device have no values to read."""
+    with torch.device("meta"):
+        there, ids = build(prior.config), torch.arange(5)
+    if prior.config.name == "flow":
+        there.moves = True
+    assert there.draw(1, 0, ids, "meta").shape == (5, *prior.shape)
+
+
 def test_half_of_the_halves_are_flat_images_with_noise():
     drawn = build(HalvesConfig(), (1, 28, 28)).draw(0, 0, torch.arange(4000), "cpu").flatten(1)
     flat, noise = drawn[::2], drawn[1::2]
