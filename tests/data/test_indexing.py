@@ -1,5 +1,6 @@
 """Indexing tars in buckets that may only be read, and going on after a kill."""
 
+import hashlib
 import io
 import json
 import signal
@@ -129,6 +130,8 @@ def test_what_was_kept_and_then_changed_is_not_used(tmp_path: Path) -> None:
         assert before in kept and parse(kept.replace(before, after)) is None, before
     for damaged in (b"[" * 100_000, b"5", b'{"sha256": "", "record": 5}', b'{"sha256": ""}'):
         assert parse(damaged) is None
+    body = json.dumps({**json.loads(json.loads(kept)["record"]), "survey": {"of": "another version"}})
+    assert parse(json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "record": body}).encode()) is None
 
 
 @pytest.mark.slow

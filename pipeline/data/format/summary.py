@@ -50,13 +50,13 @@ class Summary:
             if kept["sha256"] != hashlib.sha256(kept["record"].encode()).hexdigest():
                 return None
             record = json.loads(kept["record"])
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            shard, survey = Shard(**record["shard"]), Survey.parse(record["survey"])
+            if (shard.name, record["version"]) != (name, version) or not survey.agrees_with(settings):
+                return None
+            table = parse_table(base64.b64decode(record["table"]), samples=shard.samples, size=shard.bytes)
+            keys = np.frombuffer(base64.b64decode(record["keys"]), "<u8")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # cut, or of another version of naign
             return None
-        shard, survey = Shard(**record["shard"]), Survey.parse(record["survey"])
-        if (shard.name, record["version"]) != (name, version) or not survey.agrees_with(settings):
-            return None
-        table = parse_table(base64.b64decode(record["table"]), samples=shard.samples, size=shard.bytes)
-        keys = np.frombuffer(base64.b64decode(record["keys"]), "<u8")
         return cls(shard=shard, table=table, survey=survey, keys=keys, problems=[])
 
 
