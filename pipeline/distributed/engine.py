@@ -83,9 +83,10 @@ class Engine:
         return "DDP" if self.accelerator.num_processes > 1 else "one process"
 
     def _settle_buckets(self, shape: tuple[int, ...]) -> None:
-        """Let DDP arrange its buckets before the first step, instead of after it.
+        """Let DDP arrange its buckets before the first step rather than after it.
 
-        From three ranks on, the bits of a sum depend on places in buckets: a resumed run would not repeat them.
+        With three or more ranks the bits of a sum depend on its position in a bucket: a resumed run would not repeat
+        them.
         """
         self.network.eval()  # running statistics stay as they are
         self.network(torch.zeros(1, *shape, device=self.accelerator.device)).float().sum().backward()

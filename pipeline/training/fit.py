@@ -19,7 +19,7 @@ from pipeline.training.run import Run
 log = logging.getLogger("naign.fit")
 BAD_STEPS = 10  # skipped in a row, after which the run has diverged
 Step = tuple[int, Tensor | float, dict[str, Tensor]]
-"""Of a step that was made: its number, the norm of its gradient, and its losses."""
+"""A step that was made: its number, the norm of its gradient, and the sum of each loss over its micro-batches."""
 REMEDY = "lower train.lr, set train.clip or raise the precision, in a new --run.path"  # for a run that diverged
 
 
@@ -30,10 +30,16 @@ def fit(run: Run, state: RoundState) -> dict[str, float]:
     """
     config, engine, position, random, match = run.config, run.engine, run.position, state.random, state.match
     size, step_size, objective = config.match.round, config.train.batch, config.objective
-    sizes = {"size": size, "batch": step_size, "passes": config.train.passes}
-    ranks = {"rank": run.rank, "world": run.world, "world_size_at_start": state.world_size_at_start}
-    # Once a round: each upload of its own would have the launches wait for the device.
-    steps = steps_of(config.seed, state.number, **sizes, **ranks).to(state.images.device)
+    steps = steps_of(
+        config.seed,
+        state.number,
+        size=size,
+        batch=step_size,
+        passes=config.train.passes,
+        rank=run.rank,
+        world=run.world,
+        world_size_at_start=state.world_size_at_start,
+    ).to(state.images.device)  # uploaded once a round: an upload a step would make the launches wait for the device
     ids = match.ids.to(state.images.device) if match else None
     distance = choose_distance(objective, run.perceived)
     stop_requested, lr, unread = run.phases.poll("fit"), 0.0, list[Step]()
@@ -47,7 +53,7 @@ def fit(run: Run, state: RoundState) -> dict[str, float]:
         passes_done = position.done // (size // step_size)
         sums: dict[str, Tensor] = {}
         for rows in steps[position.done].split(engine.micro):
-            # Fresh latents and noise are drawn by numbers that no other image of the round has, in any pass.
+            # Fresh latents and noise are drawn by numbers that are unique within the round, passes included.
             numbers, local = rows + size * passes_done, rows - state.first
             images = state.images[local]
             with engine.micro_batch():
@@ -78,9 +84,9 @@ def fit(run: Run, state: RoundState) -> dict[str, float]:
 
 
 def settle(run: Run, state: RoundState, unread: list[Step], left: int = 0) -> None:
-    """Add the sums of all but the last `left` steps to the round's, without those of skipped steps.
+    """Add the losses of all unread steps but the last `left` to the round's sums, and count skipped steps.
 
-    Where steps are launched ahead, the last is left until the next has been launched: reading its norm waits for it.
+    With steps launched ahead, the last one is read after the next launch, since reading its norm waits for the device.
     Raises Diverged as `skip` does.
     """
     while len(unread) > left:
@@ -143,8 +149,8 @@ def steps_of(
 ) -> Tensor:
     """Rows of the round (steps, batch / world) int64 that `rank` trains on in each step.
 
-    Every pass has each image of the round once, over all ranks. A rank trains on its own contiguous share in an order
-    of its own. In a round that another world size started, every step keeps its images and deals them out anew.
+    Every pass visits each image of the round once, over all ranks. Each rank shuffles its contiguous share. In a round
+    that another world size started, the images of each step stay the same and are divided among the present ranks.
     """
     resized = world_size_at_start != world
     share = size // world_size_at_start

@@ -75,7 +75,7 @@ def run_rounds(run: Run, partial: PartialRound | None) -> None:
             with run.phases.enter("report"), together(run.accelerator):
                 report(run, state, rows, values, images=position.seen - before)
             if state.number == first and run.world == 1 and run.accelerator.device.type == "cpu":
-                warn_of_others()  # again: two runs that start together see one another only now
+                warn_of_others()  # again: two runs that start at the same time are idle during the first check
             state = partial = None
 
             with run.phases.enter("checkpoint"):

@@ -51,8 +51,9 @@ def claim(config: Config) -> tuple[Path | None, str, FileLock]:
         write_atomically(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
         return newest, token, lock
     except Timeout:
-        busy = f"'{folder}' is in use by another process"
-        raise InputError(f"{busy}: wait for it, or choose another --run.path") from None
+        raise InputError(
+            f"'{folder}' is in use by another process: wait for it, or choose another --run.path"
+        ) from None
     except BaseException as error:
         lock.release()
         if isinstance(error, OSError) and error.errno not in TRANSIENT:
@@ -86,7 +87,7 @@ def recorded_at(place: str) -> Config | None:
 
 
 def _compare_checkpoint(checkpoint: Path, config: Config) -> None:
-    """Compare with the checkpoint's own record, not with config.yaml, which anyone may edit."""
+    """Compare with the configuration in the checkpoint, rather than with config.yaml, which anyone may edit."""
     content = read_model(checkpoint, "model.safetensors").metadata.get("config")
     recorded = from_dict(content, where=str(checkpoint))
     for line in compare(recorded, config, f"'{config.run.path}'", "--run.path"):

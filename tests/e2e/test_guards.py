@@ -72,11 +72,11 @@ def test_a_loss_that_is_not_finite_costs_its_step_and_no_more(world, digits, tmp
 @pytest.mark.slow
 def test_too_many_of_them_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(digits, tmp_path):
     options = [f"--data.path={digits}", "--train.images=4096", "--checkpoint.rounds=1"]
-    done = run([*poisoned(tmp_path, range(18, 100), 0, *options)], tmp_path)
+    alone = [sys.executable, *poisoned(tmp_path, range(18, 100), 0, *options)[4:]]  # a launcher has its own exit code
+    done = run(alone, tmp_path)
+    assert done.returncode == BAD_INPUT
     assert "10 steps in a row" in done.stderr and "step-00000016" in done.stderr and "train.lr" in done.stderr
     assert newest_checkpoint(tmp_path / "run/checkpoints").name == "step-00000016"
-    alone = [sys.executable, *poisoned(tmp_path, range(1, 100), 0, *options)[4:]]
-    assert run(alone, tmp_path).returncode == BAD_INPUT
 
 
 @pytest.mark.slow
