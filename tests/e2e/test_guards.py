@@ -26,15 +26,15 @@ sys.path.insert(0, {root!r})
 import torch
 from pipeline.training import fit
 from pipeline.model import losses
-made, count = losses.losses, [0]
-def losses(*args, **kwargs):
+made, count = losses.compute_losses, [0]
+def poisoned(*args, **kwargs):
     count[0] += 1
     terms = made(*args, **kwargs)
     # Only this rank, and only in these steps.
     if {rank} == int(__import__("os").environ.get("RANK", 0)) and count[0] in {steps}:
         terms["total"] = terms["total"] * float("nan")
     return terms
-fit.losses = losses
+fit.compute_losses = poisoned
 sys.argv = ["train.py", *sys.argv[1:]]
 from pipeline import train
 train.main()
