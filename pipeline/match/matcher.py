@@ -149,16 +149,14 @@ class Pool:
         kept: dict[int, Tensor] = {}
 
         def make(low: int, high: int) -> Tensor:
-            start = (
-                -(-low // size) * size
-            )  # of the part on the rank with most samples; where this has fewer, low < start
-            if start in kept:
+            # `low` is the same on every rank: they differ by one block at most, the last one of the last part.
+            if low in kept:
                 self.poll()
-                return kept[start]
-            blocks = -(-(min(most, start + size) - start) // config.block)
+                return kept[low]
+            blocks = -(-(min(most, low + size) - low) // config.block)
             made = self.embedded(self._generate(torch.arange(first + low, first + high), blocks), first + low)
             if keep:
-                kept[start] = made
+                kept[low] = made
             return made
 
         return Blocks(rows=last - first, make=make, size=size, lockstep=True), first

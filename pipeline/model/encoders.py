@@ -107,7 +107,7 @@ class Encoder:
         return torch.cat([self.network(part) for part in self._parts(data, batch)])
 
     def unfit(self, shape: tuple[int, ...]) -> str:
-        """Why it cannot read samples of that shape, '' if it can. A network of others is tried."""
+        """Why it cannot read samples of that shape, '' if it can. A pretrained network is tried."""
         if isinstance(self.network, Pretrained):
             return self.network.unfit(shape)
         return "" if self.shape in (None, shape) else f"reads {self.shape}, these images are {shape}"
@@ -123,7 +123,7 @@ class Encoder:
 
 
 def shipped() -> dict[str, Callable[[], Encoder]]:
-    """How each encoder of this package is opened, by name. Others are entry points of the group `naign.encoders`."""
+    """The function that opens each encoder of this package, by name. Others are entry points of `naign.encoders`."""
     files = {path.stem: partial(read_encoder, path, path.stem) for path in sorted(FOLDER.glob("*.safetensors"))}
     lites = {f"efficientnet-lite{number}": partial(_open_lite, number) for number in range(3)}
     inception = {"fid-inception": lambda: Encoder(name="fid-inception", network=open_inception())}

@@ -18,7 +18,7 @@ from pipeline.settings.constraints import AT_LEAST_0, check_fields, one_of
 from pipeline.settings.registry import lookup
 
 Distance = Callable[[Tensor, Tensor], Tensor]
-"""Of two batches of one shape, a scalar."""
+"""Takes two batches of one shape and returns a scalar."""
 DISTANCES: dict[str, Distance] = {
     "l1": lambda a, b: (a - b).abs().mean(),
     "l2": lambda a, b: (a - b).square().mean(),
@@ -30,8 +30,7 @@ Network = Callable[[Tensor], Tensor]
 
 @dataclass(kw_only=True, slots=True)
 class ObjectiveConfig:
-    """Base of every objective's settings. Its properties tell training what the loss needs; a subclass overrides
-    them."""
+    """Base of every objective's settings. Properties say what the loss needs; subclasses override them."""
 
     name: str = ""
     """`naign` (reconstruction + IMLE), or one that another package registers, such as the baselines `ign` and `nae`."""
@@ -46,17 +45,17 @@ class ObjectiveConfig:
 
     @property
     def needs_latents(self) -> bool:
-        """Whether the loss takes latents at all."""
+        """Whether the loss takes latents."""
         return True
 
     @property
     def needs_match(self) -> bool:
-        """Whether latents are chosen by the match rather than drawn anew."""
+        """Whether the latents are matched with the images, rather than drawn for each step."""
         return self.needs_latents
 
     @property
     def needs_damaged(self) -> bool:
-        """Whether the loss takes damaged images; `damage` and `noise` say how they are damaged."""
+        """Whether the loss takes damaged images; `damage` and `noise` choose the damage."""
         return False
 
     @property
@@ -66,7 +65,7 @@ class ObjectiveConfig:
 
     @property
     def forwards(self) -> int:
-        """Forwards of f an image and pass, a backward through each: for estimates of the time a step takes."""
+        """Forwards of f per image and pass, each with a backward; for estimates of the time of a step."""
         return 1 + self.needs_latents
 
     @property
@@ -127,7 +126,7 @@ class NaignConfig(DistanceConfig):
 
     def __post_init__(self) -> None:
         if self.third == "denoising":
-            raise InputError("objective.third is 'denoising': that term has a weight of its own, objective.denoising")
+            raise InputError("objective.third is 'denoising': set its weight, objective.denoising, instead")
         DistanceConfig.__post_init__(self)
         damage.find_law(self.damage)
         third = self.third_weight if self.third != "none" else 0.0
@@ -160,9 +159,9 @@ class Batch:
 
 
 Loss = Callable[[Any, Network, Batch], dict[str, Tensor]]
-"""Of an objective's settings, the network as the engine runs it, whose gradients are averaged over ranks, and a batch:
-the weighted sum as `total` and each unweighted term under its own name, all scalars. Forwards that do not depend on one
-another cost less as one of all their inputs together."""
+"""Takes an objective's settings, the network as the engine runs it (gradients are averaged over ranks) and a batch.
+Returns scalars: the weighted sum as `total`, and each unweighted term by its name. Independent forwards cost less as
+one forward of all their inputs."""
 
 
 def choose_distance(config: ObjectiveConfig, perceptual: Distance | None) -> Distance:

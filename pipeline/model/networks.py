@@ -74,8 +74,8 @@ class PointConfig(NetworkConfig):
 
 
 Build = Callable[..., nn.Module]
-"""Of (settings, shape, *, recompute): the untrained network for samples of `shape`, with activation checkpointing (less
-memory for a third more arithmetic) if recompute. It is also called under torch.device("meta")."""
+"""Takes (settings, shape, *, recompute) and returns the untrained network for samples of `shape`; with `recompute` it
+checkpoints activations, which takes less memory and a third more arithmetic. Also called under torch.device("meta")."""
 
 
 def build_network(config: NetworkConfig, shape: tuple[int, ...], *, recompute: bool = False) -> nn.Module:

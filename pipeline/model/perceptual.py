@@ -1,4 +1,4 @@
-"""A distance between images that sees strokes and textures rather than values: in the layers of a frozen network."""
+"""A distance between images in the layers of a frozen network: it compares strokes and textures rather than values."""
 
 from collections.abc import Callable
 

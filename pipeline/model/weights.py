@@ -63,7 +63,7 @@ def _fetch(remote: str, folder: Path) -> Weights:
             file = fetch_file(remote, name, FILES[0] if FILES[0] in there else FILES[1], folder)
             return Weights(file=file, checkpoint=name, choice="best" if name == best else "last")
         except (Damaged, ValueError) as error:
-            log.warning("%s/checkpoints/%s is damaged and passed over: %s", remote, name, one_line(error))
+            log.warning("%s/checkpoints/%s is damaged and skipped: %s", remote, name, one_line(error))
     raise InputError(f"{remote} holds no complete checkpoint: has the training written one yet?")
 
 
@@ -77,7 +77,7 @@ def _find(folder: Path) -> Weights:
     run, checkpoints = str(folder.absolute()), folder / "checkpoints"
     checkpoint, choice = newest_checkpoint(checkpoints), "last"
     for damaged in passed_over(checkpoints, checkpoint):
-        log.warning("%s is damaged or not all here: passed over", damaged)
+        log.warning("%s is damaged or incomplete: skipped", damaged)
     if checkpoint and _ended_by_patience(run, checkpoint.name):
         best = checkpoints / best_named(run)
         if is_complete(best):

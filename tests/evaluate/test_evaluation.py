@@ -303,7 +303,7 @@ def test_a_damaged_checkpoint_is_not_passed_over_in_silence(
     (tmp_path / "checkpoints/step-00000002/model.safetensors").write_bytes(b"cut")
     (tmp_path / "checkpoints/step-00000003").mkdir()  # is being written
     NAIGN.from_pretrained(tmp_path)
-    assert "step-00000002 is damaged or not all here" in caplog.text and "step-00000003" not in caplog.text
+    assert "step-00000002 is damaged or incomplete" in caplog.text and "step-00000003" not in caplog.text
 
 
 @pytest.mark.parametrize("config", [None, [], {"data": None}, {"objective": 5}, {"data": {"crop": "wide"}}])

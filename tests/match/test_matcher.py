@@ -12,7 +12,8 @@ from pipeline import philox
 from pipeline.config import Config, differences, flatten, from_dict
 from pipeline.errors import InputError
 from pipeline.match import assign, matcher, nearest
-from pipeline.match.matcher import MatchConfig, block_range, match_round
+from pipeline.match.exchange import Ranks
+from pipeline.match.matcher import MatchConfig, Pool, block_range, match_round
 from pipeline.model.networks import ConvConfig, build_network
 from pipeline.model.prior import build_prior
 from pipeline.model.prior.halves import HalvesConfig
@@ -58,6 +59,29 @@ def test_ranks_share_the_pool_in_whole_blocks(world, pool, block):
     assert all(before[1] == after[0] for before, after in zip(ranges, ranges[1:], strict=False))
     assert all(first % block == 0 for first, last in ranges if first < last)
     assert max(last - first for first, last in ranges) <= -(-pool // block // world) * block + block
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("pool", [200, 155, 111, 95, 71, 40])
+def test_every_rank_samples_equally_often_in_each_part_of_the_pool(world, pool, monkeypatch):
+    """Sampling may be collective: else a rank would wait for the others for ever."""
+    monkeypatch.setattr(matcher, "HELD_ROWS", 20)
+    most = max(last - first for first, last in (block_range(pool, 10, rank, world) for rank in range(world)))
+    sampled, samples = list[list[int]](), list[int]()
+
+    def sample(ids):
+        samples.append(len(ids))
+        return torch.zeros(len(ids), 1)
+
+    for rank in range(world):
+        ranks, config = Ranks(rank=rank, world=world), configured(1, pool, block=10)
+        blocks, _ = Pool(config, sample, lambda rows, number: rows, 1, ranks, lambda: None).share(pool)
+        sampled.append([])
+        for low in range(0, most, blocks.size):
+            samples.clear()
+            blocks.make(min(low, blocks.rows), min(low + blocks.size, blocks.rows))
+            sampled[-1].append(len(samples))
+    assert all(counts == sampled[0] for counts in sampled) and sum(sampled[0]) == -(-most // 10)
 
 
 def test_each_image_gets_its_nearest_sample():

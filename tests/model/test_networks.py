@@ -5,7 +5,15 @@ import torch
 from torch import nn
 
 from pipeline.errors import InputError
-from pipeline.model.networks import Attention, Autoencoder, ConvConfig, PointConfig, SpatialConfig, build_network
+from pipeline.model.networks import (
+    Attention,
+    Autoencoder,
+    ConvConfig,
+    PointConfig,
+    ResidualBlock,
+    SpatialConfig,
+    build_network,
+)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +67,11 @@ def test_attention_starts_as_the_identity_and_takes_positions_alike():
     assert not torch.allclose(out, x)
     moved = x.flatten(2)[:, :, order].view_as(x)
     torch.testing.assert_close(layer(moved), out.flatten(2)[:, :, order].view_as(x))
+
+
+def test_a_residual_block_starts_as_the_identity_and_a_constant():
+    added = ResidualBlock(8)(x := torch.randn(3, 8, 4, 4)) - x
+    torch.testing.assert_close(added, added[:1, :, :1, :1].expand_as(added))
 
 
 @pytest.mark.parametrize("kind", [ConvConfig, SpatialConfig])
