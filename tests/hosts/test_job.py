@@ -85,18 +85,18 @@ def complete(cluster: Cluster) -> bool:
         forget_clients()
 
 
-def lose_pods(cluster: Cluster, hosts: int, losses: dict[int, str], rates: dict[int, str] | None = None) -> None:
-    """Run the Job to its end while it loses pods (index -> how), each of which is replaced, and no other one."""
+def lose_pods(cluster: Cluster, hosts: int, losses: list[tuple[int, str]], rates: dict[int, str] | None = None) -> None:
+    """Run the Job to its end while it loses pods (index, how), each of which is replaced, and no other one."""
     cluster.objects = prepared(hosts, rounds=ROUNDS)
     cluster.secrets = {"naign-s3": {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": SECRET}}
     job = Job(cluster, "naign", rates=rates)
     for index in reversed(range(hosts)):  # host 0 last
         job.create(index)
-    for number, (index, kind) in enumerate(losses.items(), 1):
-        job.until(lambda: rounds(job) >= 6 * number, 120)  # noqa: B023
+    for number, (index, kind) in enumerate(losses, 1):
+        job.until(lambda: rounds(job) >= 5 * number, 120)  # noqa: B023
         recover(job, index, kind, within=120)
     job.until(lambda: len(job.done) == hosts, 180)
-    assert not job.failed and job.failures == len({"rank", "launcher"} & {*losses.values()})
+    assert not job.failed and job.failures == sum(kind in ("rank", "launcher") for _, kind in losses)
     assert len(cluster.pods) == 1 + hosts + len(losses)  # the store, the pods, and one for each that was lost
     first = [pod for pod in cluster.pods if pod.name.startswith("naign-0-")][-1]
     assert [line["round"] for line in reported(first)] == [*range(ROUNDS)]
@@ -105,7 +105,7 @@ def lose_pods(cluster: Cluster, hosts: int, losses: dict[int, str], rates: dict[
 
 @pytest.mark.timeout(900)
 def test_a_job_loses_pods_and_ends_as_if_nothing_had_happened(cluster, naign):
-    lose_pods(cluster, 2, {1: "rank", 0: "launcher"}, rates={1: "100mbit"})
+    lose_pods(cluster, 2, [(1, "rank"), (0, "launcher"), (1, "delete")], rates={1: "100mbit"})
     (cluster.folder / "run.yaml").write_text(cluster.find("ConfigMap", "naign")["data"]["run.yaml"])
     place = cluster.folder / "undisturbed"
     options = (f"--data.path={place}-data", "--data.source=digits", f"--run.path={place}", "--run.remote=")
@@ -117,12 +117,12 @@ def test_a_job_loses_pods_and_ends_as_if_nothing_had_happened(cluster, naign):
 
 
 @pytest.mark.timeout(900)
-def test_a_job_of_four_pods_loses_its_first_and_one_that_is_deleted(cluster):
-    lose_pods(cluster, 4, {0: "node", 3: "delete"})
+def test_a_job_of_four_pods_loses_the_node_of_its_first(cluster):
+    lose_pods(cluster, 4, [(0, "node")])
 
 
 def test_a_rank_that_always_dies_fails_the_job_within_its_limit(cluster):
-    cluster.find("Job", "naign")["spec"]["backoffLimitPerIndex"] = 2
+    cluster.find("Job", "naign")["spec"]["backoffLimitPerIndex"] = 1
     job = started(cluster)
     stays = job.pods[0]
 
@@ -133,7 +133,7 @@ def test_a_rank_that_always_dies_fails_the_job_within_its_limit(cluster):
 
     job.until(failed, 200)
     assert "SIGKILL: out of memory?" in job.failed.strip().splitlines()[-1]
-    assert job.failures == 3 and len(cluster.pods) == 1 + 2 + 2  # the store, the pods, and pod 1 twice more
+    assert job.failures == 2 and len(cluster.pods) == 1 + 2 + 1  # the store, the pods, and pod 1 once more
     deadline = time.monotonic() + 30
     while stays.code is None and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -141,16 +141,17 @@ def test_a_rank_that_always_dies_fails_the_job_within_its_limit(cluster):
 
 
 def test_a_pod_of_a_deleted_job_is_turned_away(cluster):
+    cluster.objects = prepared(2, rounds=2)
     old = Job(cluster, "naign", uid="deleted")
     old.create(1)
-    time.sleep(8)
+    old.until(lambda: "host 1 of 2" in old.pods[1].said(), 60)
     job = Job(cluster, "naign", uid="applied-again")
     job.create(0)
     job.until(lambda: "another start of this job" in job.pods[0].said(), 60)
     assert rounds(job) == 0
     job.create(1)
     job.until(lambda: len(job.done) == 2, 180)
-    assert complete(cluster) and old.pods[1].code is None
+    assert old.pods[1].code is None
 
 
 @pytest.mark.parametrize(

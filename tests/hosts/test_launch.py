@@ -76,6 +76,10 @@ def test_what_nohup_ignores_stays_ignored(handlers):
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and callable(signal.getsignal(signal.SIGTERM))
 
 
+CHILDLESS = SimpleNamespace(Process=lambda: SimpleNamespace(children=list))
+"""psutil, where this process has no children: it may have servers of other tests."""
+
+
 def test_agents_that_do_not_reach_each_other_are_told_as_a_lost_host(handlers, capsys, monkeypatch, tmp_path):
     def start(_):
         time.sleep(1)
@@ -83,8 +87,7 @@ def test_agents_that_do_not_reach_each_other_are_told_as_a_lost_host(handlers, c
 
     monkeypatch.setattr(local_ranks, "load_launcher", lambda: (lambda _: None, start))
     monkeypatch.setattr("pipeline.cluster.exit_codes.QUIET", 0.2)
-    childless = SimpleNamespace(children=list)  # this process may have servers of other tests
-    monkeypatch.setattr(local_ranks, "psutil", SimpleNamespace(Process=lambda: childless))
+    monkeypatch.setattr(local_ranks, "psutil", CHILDLESS)
     place = Place(orchestrator="Kubernetes", index=1, hosts=2, head="a")
     code = local_ranks.run_ranks(tmp_path / "engine.yaml", place, 1, "10.0.0.1", 29500, [], Ending(patience=60))
     quiet, last = capsys.readouterr().err.splitlines()
@@ -163,13 +166,10 @@ def test_further_signals_change_nothing(ranks, start, digits, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("ranks", "number"),
-    [(["--processes=1", "--engine=single"], signal.SIGINT), (["--processes=2"], signal.SIGHUP)],
-)
-def test_what_a_terminal_sends_to_all_processes_leaves_a_checkpoint(ranks, number, start, digits, tmp_path):
-    job = training(start, tmp_path, *ranks, f"--data.path={digits}")
-    os.killpg(job.pid, number)
+def test_what_a_terminal_sends_to_all_processes_leaves_a_checkpoint(start, digits, tmp_path):
+    """With one rank by Ctrl-C; with two see SIGHUP below."""
+    job = training(start, tmp_path, "--processes=1", "--engine=single", f"--data.path={digits}")
+    os.killpg(job.pid, signal.SIGINT)
     said = job.communicate(timeout=60)[1]
     assert job.returncode == INTERRUPTED and "Traceback" not in said
     assert list((tmp_path / "run/checkpoints").glob("step-*"))
@@ -178,7 +178,7 @@ def test_what_a_terminal_sends_to_all_processes_leaves_a_checkpoint(ranks, numbe
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [("pipeline/train.py",), ("-m", "pipeline.cli", "launch", "--processes=2")])
 def test_a_terminal_that_is_closed_leaves_a_checkpoint(command, digits, tmp_path):
-    """What is written to it fails from then on."""
+    """All processes get SIGHUP, and what they write to it fails from then on."""
     metrics = tmp_path / "run/metrics.jsonl"
     options = [f"--data.path={digits}", *SMALL, "--train.images=307200", f"--run.path={tmp_path}/run"]
     process, terminal = pty.fork()
@@ -204,22 +204,24 @@ def test_a_terminal_that_is_closed_leaves_a_checkpoint(command, digits, tmp_path
 ENGINE = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nmixed_precision: 'no'\nuse_cpu: true\n"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("engine", "said"),
-    [
-        ("single", "started this process alone"),
-        (ENGINE + "gpu_ids: '0'\n", "Less than two GPU ids"),
-        (ENGINE + "dynamo_config: {dynamo_backend: FOO}\n", "Unknown dynamo backend"),
-    ],
+    ("more", "reason"),
+    [("gpu_ids: '0'\n", "Less than two GPU ids"), ("dynamo_config: {dynamo_backend: FOO}\n", "Unknown dynamo backend")],
 )
-def test_an_engine_that_cannot_start_these_ranks_is_refused(engine, said, start, digits, tmp_path):
-    if engine != "single":
-        (tmp_path / "mine.yaml").write_text(engine)
-        engine = "mine.yaml"
-    job = start("--processes=2", f"--engine={engine}", f"--data.path={digits}", *SMALL, "--run.path=run")
-    told = job.communicate(timeout=60)[1]
-    assert job.returncode == BAD_INPUT and said in told and "Traceback" not in told
+def test_an_engine_that_accelerate_refuses_is_refused(more, reason, handlers, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(local_ranks, "psutil", CHILDLESS)
+    (tmp_path / "mine.yaml").write_text(ENGINE + more)
+    assert launch.main(["--processes=2", f"--engine={tmp_path}/mine.yaml", f"--run.path={tmp_path}/run"]) == BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the configuration of Accelerate (--engine)" in line and reason in line
+
+
+@pytest.mark.slow
+def test_an_engine_that_starts_one_rank_is_refused_for_two(start, digits, tmp_path):
+    job = start("--processes=2", "--engine=single", f"--data.path={digits}", *SMALL, "--run.path=run")
+    lines = job.communicate(timeout=60)[1]
+    assert job.returncode == BAD_INPUT and "started this process alone" in lines and "Traceback" not in lines
 
 
 @pytest.mark.slow

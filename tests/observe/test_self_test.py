@@ -35,10 +35,17 @@ def test_wrong_numbers_are_named(monkeypatch):
 
 @pytest.mark.slow
 def test_ranks_sum_over_their_devices():
-    [(said, remedy)] = ring("gloo", 2, values=1000)
-    assert said.startswith("gloo on 2 devices sums 0 MB right, at ") and not remedy
-    [(said, remedy)] = ring("none", 1, values=1000)
-    assert said.startswith("none on 1 devices fails: ") and "NCCL_DEBUG=INFO" in remedy
+    [(text, remedy)] = ring("gloo", 2, values=1000)
+    assert text.startswith("gloo on 2 devices sums 0 MB right, at ") and not remedy
+
+
+def test_ranks_that_cannot_sum_are_named(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("Traceback ...\nncclSystemError: no socket")
+
+    monkeypatch.setattr(module, "spawn", fail)
+    [(text, remedy)] = ring("nccl", 2)
+    assert text == "nccl on 2 devices fails: ncclSystemError: no socket" and "NCCL_DEBUG=INFO" in remedy
 
 
 @pytest.mark.gpu
