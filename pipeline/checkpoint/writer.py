@@ -40,7 +40,6 @@ from pipeline.checkpoint.manifest import (
 )
 from pipeline.distributed.ranks import SideGroup
 from pipeline.errors import Conflict, InputError, Unavailable
-from pipeline.observe.logs import title
 from pipeline.storage.local import TRANSIENT, UMASK, sync_file, write_atomically
 from pipeline.storage.prefetch import in_background
 
@@ -167,7 +166,6 @@ class Writer:
         return True
 
     def _work(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write], best: str) -> str:
-        title("write")
         start = time.perf_counter()
         try:
             if problem := self._write(folder, copy, files, best):
@@ -179,7 +177,6 @@ class Writer:
             self.seconds = time.perf_counter() - start
 
     def _upload(self, folder: Path, names: list[str]) -> str:
-        title("upload")
         start = time.perf_counter()
         try:
             return self._send(folder, names)

@@ -17,8 +17,6 @@ from pipeline import philox
 from pipeline.distributed.connect import repeat_bits
 
 REMEDY = "its numbers cannot be trusted: update the driver, install torch for it, or take another card"
-WIDTHS = {"cpu": 256, "cuda": 8192}  # of the matrices whose product is timed
-
 RING_VALUES, RING_SECONDS = 1 << 24, 60  # float32 values that are summed over the devices, and the time limit
 RING_REMEDY = "ranks cannot communicate: set NCCL_DEBUG=INFO and see what it says; NCCL_P2P_DISABLE=1 may help"
 
@@ -42,9 +40,6 @@ def self_test(device: torch.device) -> Iterator[tuple[str, str]]:
     remedy = "resumed runs would not repeat their bits on it: report the card and the version of torch"
     yield f"of three results {other} have other bits the second time", remedy if other else ""
 
-    for dtype in (torch.float32, torch.bfloat16):
-        yield f"a product in {str(dtype).removeprefix('torch.')}: {rate(device, dtype) / 1e12:.2f} TFLOP/s", ""
-
 
 def convolve(images: Tensor, weights: Tensor) -> list[Tensor]:
     """A convolution and its two gradients, by the algorithms that training uses on a GPU."""
@@ -57,17 +52,6 @@ def convolve(images: Tensor, weights: Tensor) -> list[Tensor]:
         return [out.detach(), *torch.autograd.grad(out.square().mean(), (images, weights))]
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-def rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a product of square matrices."""
-    width = WIDTHS.get(device.type, 1024)
-    a, best = torch.ones(width, width, dtype=dtype, device=device), 0.0
-    for _ in range(4):
-        begin = time.perf_counter()
-        float((a @ a)[0, 0])  # waits for the device
-        best = max(best, 2 * width**3 / (time.perf_counter() - begin))
-    return best
 
 
 def ring(backend: str, count: int, values: int = RING_VALUES) -> Iterator[tuple[str, str]]:
