@@ -19,6 +19,7 @@ from pipeline.data.format.samples import samples
 from pipeline.data.loader import Stream
 from pipeline.errors import InputError
 from pipeline.storage.store import open_store
+from pipeline.storage.stream import gopen
 from tests.data.numbered import add
 
 SIZES = [1, 7, 23, 50, 64, 5]
@@ -124,7 +125,8 @@ def test_ranks_that_cannot_share_a_round(uneven: str) -> None:
         Stream(DataConfig(path=uneven), seed=11, round_size=ROUND, world=7)
 
 
-def test_webdataset_reads_the_same_samples(uneven: str) -> None:
+def test_webdataset_reads_the_same_samples(uneven: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(webdataset.gopen_schemes, "s3", gopen)
     urls = [open_store(uneven).url(shard.name) for shard in Manifest.load(uneven).split("train").shards]
     found = [
         {name: value for name, value in sample.items() if name == "__key__" or not name.startswith("__")}
