@@ -102,10 +102,9 @@ def header_shape(data: bytes) -> tuple[int, int, int]:
     """
     if data[:2] == b"\xff\xd8":
         with suppress(ValueError, KeyError):
-            height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-            if space in ("Gray", "YCbCr"):
-                sides = (height, width) if jpeg_orientation(data) < 5 else (width, height)
-                return 1 if space == "Gray" else 3, *sides
+            if header := jpeg_header(data):
+                channels, height, width, orientation = header
+                return (channels, height, width) if orientation < 5 else (channels, width, height)
     with decoding(), open_picture(data) as picture:
         if picture.mode == "F":
             raise InputError("mode F, floating-point pixels of no known range: save it with 8 or 16 bits")
@@ -146,11 +145,10 @@ def _decode_plain_jpeg(data: bytes, into: Array | None) -> Array | None:
     Python and copies nothing: for small images it takes a fifth of the time.
     """
     try:
-        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-        if space not in ("Gray", "YCbCr") or height * width > JPEG_PIXELS:
+        if not (header := jpeg_header(data)):
             return None
-        kind, channels = ("GRAY", 1) if space == "Gray" else ("RGB", 3)
-        lies = jpeg_orientation(data)
+        channels, height, width, lies = header
+        kind = "GRAY" if channels == 1 else "RGB"
         usable = into is not None and into.shape == (channels, height, width) and lies == 1
         memory = into.transpose(1, 2, 0) if into is not None and usable else None
         if memory is not None and memory.flags.c_contiguous:
@@ -162,7 +160,18 @@ def _decode_plain_jpeg(data: bytes, into: Array | None) -> Array | None:
     return turned(pixels.transpose(2, 0, 1), lies)
 
 
-def jpeg_orientation(data: bytes) -> int:
+def jpeg_header(data: bytes) -> tuple[int, int, int, int] | None:
+    """Channels, height, width and orientation (EXIF's number) of a JPEG in grey or YCbCr; None for any other.
+
+    Raises ValueError for bytes that are no JPEG, KeyError for a subsampling that simplejpeg does not know.
+    """
+    height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    if space not in ("Gray", "YCbCr") or height * width > JPEG_PIXELS:
+        return None
+    return 1 if space == "Gray" else 3, height, width, _jpeg_orientation(data)
+
+
+def _jpeg_orientation(data: bytes) -> int:
     """EXIF's number for how a JPEG lies, from 1, upright, to 8."""
     at = 2
     while (at := data.find(b"\xff", at)) >= 0:  # segment by segment, to where the pixels begin

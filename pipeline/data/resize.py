@@ -12,7 +12,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
-from pipeline.data.decode import JPEG_PIXELS, Array, decode_image, decoding, jpeg_orientation, turned
+from pipeline.data.decode import Array, decode_image, decoding, jpeg_header, turned
 from pipeline.errors import InputError
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the upright picture
@@ -130,16 +130,15 @@ def resized_array(array: Array, resize: Resize, drawn: Numbers | None = None) ->
 def _scaled_jpeg(data: bytes, resize: Resize, drawn: Numbers | None) -> Array | None:
     """Of a JPEG in grey or YCbCr; None for any other, which is left to Pillow."""
     try:
-        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-        if space not in ("Gray", "YCbCr") or height * width > JPEG_PIXELS:
+        if not (header := jpeg_header(data)):
             return None
-        lies = jpeg_orientation(data)
+        count, height, width, lies = header
         upright = (height, width) if lies >= 5 else (width, height)
         box = resize.box(*upright, drawn)
         factor = resize.factor(box)
         while lies != 1 and (height % factor or width % factor):  # else what libjpeg adds at an edge may be turned
             factor //= 2
-        kind = "GRAY" if space == "Gray" else "RGB"
+        kind = "GRAY" if count == 1 else "RGB"
         least = {"min_height": -(-height // factor), "min_width": -(-width // factor), "min_factor": factor}
         pixels: Array = simplejpeg.decode_jpeg(data, kind, strict=True, **least if factor > 1 else {})
     except (ValueError, KeyError):  # KeyError for a subsampling that simplejpeg does not know
