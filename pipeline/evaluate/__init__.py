@@ -1,4 +1,4 @@
-"""What a trained network can do: Frechet distance, coverage, restoration, density, a report page; runs side by side.
+"""Evaluation of a trained network: Frechet distance, coverage, restoration, density, a report; runs side by side.
 
 Names are imported when they are first used: `naign runs` does without torch.
 """

@@ -13,7 +13,6 @@ from pipeline.errors import InputError, one_line, printable, require
 from pipeline.evaluate.report import DAMAGE
 from pipeline.evaluate.runs import flat, number, parse_line, pick, read_json, read_run, read_settings, whole
 
-MOST = 16  # runs side by side
 IGNORED = ("run.path", "run.remote", "resume")
 """Settings that always differ, or say nothing of what was learned."""
 
@@ -75,11 +74,11 @@ class Comparison(NamedTuple):
 
 
 def compare_runs(folders: Sequence[Path]) -> Comparison:
-    """Compare 2 to MOST runs or evaluated models. Raises InputError for what is neither, or given twice."""
+    """Compare two or more runs or evaluated models. Raises InputError for what is neither, or given twice."""
     resolved = [folder.resolve() for folder in folders]
     twice = [str(folder) for folder, count in Counter(resolved).items() if count > 1]
     require(
-        (2 <= len(folders) <= MOST, f"{len(folders)} runs given: compare 2 to {MOST}"),
+        (len(folders) >= 2, f"{len(folders)} runs given: compare 2 or more"),
         (not twice, f"{printable(''.join(twice[:1]))} is given twice: leave it out once"),
     )
     names = Counter(folder.name for folder in resolved)

@@ -29,8 +29,8 @@ def radii(features: Tensor, k: int) -> Tensor:
     parts = []
     for start in range(0, len(features), BLOCK):
         block = pairwise(features[start : start + BLOCK], features)
-        own = torch.arange(len(block))
-        block[own, own + start] = 0.0  # exactly, whatever the rounding: the point itself is the first of k + 1
+        rows = torch.arange(len(block))
+        block[rows, rows + start] = 0.0  # exactly, whatever the rounding: the point itself is the first of k + 1
         parts.append(block.topk(k + 1, dim=1, largest=False).values[:, k])  # kthvalue is nine times slower
     return torch.cat(parts)
 

@@ -17,13 +17,13 @@ from torch import Tensor
 def outliers(images: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
     """(n, C, H, W) in [-1, 1] -> sets of what is not data, by name: (n, C, H, W), or (1, C, H, W) for a constant."""
     generator = torch.Generator().manual_seed(seed)
-    one = images[:1]
+    first = images[:1]
     return {
         "uniform noise": torch.rand(images.shape, generator=generator) * 2 - 1,
         "gaussian noise": torch.randn(images.shape, generator=generator).clamp(-1, 1),
-        "black": torch.full_like(one, -1.0),
-        "grey": torch.zeros_like(one),
-        "white": torch.ones_like(one),
+        "black": torch.full_like(first, -1.0),
+        "grey": torch.zeros_like(first),
+        "white": torch.ones_like(first),
         "inverted": -images,
         "upside down": images.flip(2),
     }

@@ -52,7 +52,7 @@ class Subject:
     seed: int
     latents: Tensor | None = None  # z, where f decodes it: then it is a sample itself
     second: Encoder | None = None  # another that Frechet distances are computed on
-    tell: Callable[[float], object] = field(init=False)  # takes the share of the current measurement that is done
+    progress: Callable[[float], object] = field(init=False)  # takes the finished share of the current measurement
     once: Tensor = field(init=False)  # f(z): (samples, *shape), as many as fit
     twice: Tensor = field(init=False)  # f(f(z))
     neighbours: Tensor = field(init=False)  # the training examples that are nearest to the first samples
@@ -70,7 +70,10 @@ class Subject:
 
 
 def read(data: DataConfig, shape: tuple[int, ...], *, seed: int) -> tuple[Tensor, Tensor]:
-    """What a Subject takes of both splits, in an order drawn by the seed. Raises InputError if one is too small."""
+    """Examples of both splits, shuffled by the seed: training in storage type, test in the model's scale.
+
+    Raises InputError if a split is too small.
+    """
     generator, splits = torch.Generator().manual_seed(seed), list[Tensor]()
     for split, wanted in ((data.split, 100_000), ("test", 10_000)):
         images, _ = read_split(data, split, limit=within(wanted, shape))
@@ -84,7 +87,7 @@ def read(data: DataConfig, shape: tuple[int, ...], *, seed: int) -> tuple[Tensor
 
 
 def draw(subject: Subject) -> dict[str, Any]:
-    """Draw the samples f(z), and f(f(z)). What they cost is in processor seconds; `latents` is the cost of z alone."""
+    """Draw f(z) and f(f(z)). Returns the cost of f(z) in processor seconds, and that of z alone where it is decoded."""
     number = within(subject.samples, subject.manifest.shape)
     subject.counts = {"train": len(subject.train), "test": len(subject.test), "samples": number}
     model, begin, done = subject.model, time.process_time(), 0
@@ -94,7 +97,7 @@ def draw(subject: Subject) -> dict[str, Any]:
     def advance(more: int) -> None:
         nonlocal done
         done += more
-        subject.tell(done / number / sets)
+        subject.progress(done / number / sets)
 
     if model.prior.decodes:
         parts = list[Tensor]()
@@ -127,23 +130,23 @@ def distances(encoder: Encoder, subject: Subject, draws: int) -> tuple[dict[str,
     made = list[Tensor]()
     for part in (*sets.values(), *floors):
         made.append(encoder.features(scaled(part)))  # samples are in the model's scale already
-        subject.tell(len(made) / (len(sets) + len(floors)))
+        subject.progress(len(made) / (len(sets) + len(floors)))
     features, drawn = dict(zip(sets, made, strict=False)), made[len(sets) :]
-    found: dict[str, Any] = {"latents": None} | {name: frechet_distance(one, test) for name, one in features.items()}
-    features["floor"], found["floor"] = drawn[0], fmean(frechet_distance(one, test) for one in drawn)
-    apart = found["floor"] > ROUNDING * float(test.double().var(0).sum())
+    fd: dict[str, Any] = {"latents": None} | {name: frechet_distance(part, test) for name, part in features.items()}
+    features["floor"], fd["floor"] = drawn[0], fmean(frechet_distance(part, test) for part in drawn)
+    apart = fd["floor"] > ROUNDING * float(test.double().var(0).sum())
     for name in ("latents", "once", "twice"):
-        value = found[name]
+        value = fd[name]
         if name in features and number < counts["samples"]:
             value = frechet_distance(features[name][:number], test)
-        found[f"{name}_ratio"] = value / found["floor"] if apart and value is not None else None
-    return found, features | {"test": test}
+        fd[f"{name}_ratio"] = value / fd["floor"] if apart and value is not None else None
+    return fd, features | {"test": test}
 
 
 def overlap(subject: Subject) -> dict[str, Any]:
     """Frechet distances, coverage and modes, all from the features of one pass of the encoder over each set."""
     encoder, counts = subject.encoder, subject.counts
-    found, features = distances(encoder, subject, FLOORS)
+    fd, features = distances(encoder, subject, FLOORS)
     counts["floors"] = min(FLOORS, len(subject.train) // counts["floor"])
     test, once = features["test"], features["once"]
     counts["coverage"] = number = min(10_000, len(test), len(once))
@@ -154,7 +157,7 @@ def overlap(subject: Subject) -> dict[str, Any]:
     cover["train"] = asdict(coverage.coverage(test[:number], features["floor"][:number]))
     shares = coverage.mode_shares(encoder.logits(subject.once)) if encoder.labels else None
     return {
-        "fd": found,
+        "fd": fd,
         "coverage": cover,
         "modes": shares,
         "modes_min": min(shares) if shares else None,
@@ -166,8 +169,8 @@ def second_opinion(subject: Subject) -> dict[str, Any]:
     """Frechet distances on the second encoder; None without one."""
     if subject.second is None:
         return {"second": None}
-    found, features = distances(subject.second, subject, 1)
-    return {"second": {"encoder": subject.second.name, "features": features["test"].shape[1], **found}}
+    fd, features = distances(subject.second, subject, 1)
+    return {"second": {"encoder": subject.second.name, "features": features["test"].shape[1], **fd}}
 
 
 def copying(subject: Subject) -> dict[str, Any]:
@@ -194,7 +197,7 @@ def repairs(subject: Subject) -> dict[str, Any]:
     tables, moves = dict[str, Any](), []
     project, seed = subject.model.project, subject.seed
     for number, kind in enumerate(KINDS):
-        subject.tell(number / len(KINDS))
+        subject.progress(number / len(KINDS))
         answers = restoration.repair(clean, kind, project, typical=typical, reference=reference, seed=seed)
         tables[kind] = restoration.scores(answers, clean)
         moves.append(restoration.mae(answers["twice"], answers["once"]))
@@ -215,13 +218,13 @@ def fixed_points(subject: Subject) -> dict[str, Any]:
     clean = subject.test[:REPAIRED]
     answer = subject.model.project(clean)
     subject.counts["reconstruction"] = len(clean)
-    found: dict[str, Any] = {"reconstruction": restoration.mae(answer, clean), "density": None}
+    errors: dict[str, Any] = {"reconstruction": restoration.mae(answer, clean), "density": None}
     if subject.repairs:
         images, typical = clean[:OUTLIERS], float(subject.train[:MEDIAN].double().mean()) / 127.5 - 1
         subject.counts["density"] = len(images)
         project, seed = subject.model.project, subject.seed
-        found["density"] = density.separation(images, project, typical_brightness=typical, seed=seed)
-    return found
+        errors["density"] = density.separation(images, project, typical_brightness=typical, seed=seed)
+    return errors
 
 
 STAGES = {
@@ -232,4 +235,4 @@ STAGES = {
     "reconstruction and energy": fixed_points,
     "repair": repairs,
 }
-"""The measurements in order, by what the progress bar says meanwhile."""
+"""The measurements in order, by the text of the progress bar."""

@@ -22,7 +22,7 @@ def _of_images(subject: Subject) -> list[Picture]:
     times = [("z", noise), ("f once", subject.once[:10]), ("f twice", subject.twice[:10])]
     for count in (3, 4, 5):
         times.append((f"{count} times", subject.model.project(times[-1][1])))
-    chosen = "f(z): the network applied once to z. The first of those drawn, not chosen."
+    chosen = "f(z): the network applied once to z. The first that were drawn, not selected."
     alike = "A column is one z. For a perfect projection all rows below the first are alike."
     way = "f(z) on the way from one z, left, to another, right: along an arc where z is, or is made of, Gaussian noise."
     drawn = [
@@ -30,13 +30,13 @@ def _of_images(subject: Subject) -> list[Picture]:
         Picture("applications", "The same z, f applied one to five times", alike, rows(times)),
         Picture("interpolation", "Between two samples", way, grid(_between(subject), columns=STEPS)),
     ]
-    untold = "Test images. f is not told what was done to them. Last row: the nearest training image, an answer that "
-    untold += "needs no network."
+    blind = "Test images. f does not know how they were damaged. Last row: the nearest training image, an answer that "
+    blind += "needs no network."
     shown = {"damaged": "input", "f once": "once", "f twice": "twice", "nearest": "nearest"}
     for kind, answers in subject.repaired.items():
         lines = [("clean", subject.test[: len(answers["input"])])]
         lines += [(label, answers[name]) for label, name in shown.items()]
-        drawn.append(Picture(f"restoration_{kind}", f"Repair: {DAMAGE[kind].lower()}", untold, rows(lines)))
+        drawn.append(Picture(f"restoration_{kind}", f"Repair: {DAMAGE[kind].lower()}", blind, rows(lines)))
     copied = "Alike in kind is good; the same image would be a copy."
     both = rows([("f(z)", subject.once[: len(subject.neighbours)]), ("training", subject.neighbours)])
     return [*drawn, Picture("neighbours", "Samples over their nearest training image", copied, both)]

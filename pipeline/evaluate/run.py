@@ -63,7 +63,7 @@ def evaluate(
         for title, measure in STAGES.items():
             bar.update()
             bar.set_description(title)
-            subject.tell = partial(_show_share, bar, title)
+            subject.progress = partial(_show_share, bar, title)
             metrics |= measure(subject)
         bar.update()
         bar.set_description("pictures and report")
