@@ -58,12 +58,12 @@ class CachedStore:
         last = size if last is None else last
         if last > size:
             raise InputError(f"{self.url(name)}: {size} bytes where {last} were expected: truncated: copy it again")
-        found = []
+        parts = []
         for number in range(first // BLOCK, -(-last // BLOCK)):
             start = number * BLOCK
             block = self._block(name, digest, number, min(start + BLOCK, size), fresh)
-            found.append(block[max(0, first - start) : last - start])
-        return found[0] if len(found) == 1 else b"".join(found)
+            parts.append(block[max(0, first - start) : last - start])
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _block(self, name: str, digest: str, number: int, end: int, fresh: bool) -> bytes:
         file = self._folder / f"{digest}-{number:06d}"

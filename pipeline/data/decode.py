@@ -190,10 +190,10 @@ def _jpeg_orientation(data: bytes) -> int:
 def _orientation(picture: Image.Image) -> int:
     """The same of any picture: 1 where it says nothing, or nothing that can be read, as viewers have it."""
     try:
-        found = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # for damaged EXIF Pillow raises nearly anything
         return 1
-    return int(found) if found in range(1, 9) else 1
+    return int(orientation) if orientation in range(1, 9) else 1
 
 
 def turned(pixels: Array, orientation: int) -> Array:
@@ -216,22 +216,22 @@ def decode_array(data: bytes, shape: tuple[int, ...], dtype: str) -> Array:
 
     Raises InputError for anything else, before memory is taken.
     """
-    header, by_columns, found = npy_header(shape, dtype), False, shape
+    header, by_columns, stored = npy_header(shape, dtype), False, shape
     with decoding():
         if not data.startswith(header):
             with _PARSING:
                 stream = io.BytesIO(data)
                 version = np.lib.format.read_magic(stream)
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                found, by_columns, kind = read(stream)
-            grey = len(shape) == 3 and shape[0] == 3 and fits(found, (1, *shape[1:]))
-            if not (grey or fits(found, shape)) or kind != np.dtype(dtype):
-                raise InputError(f"{kind} of shape {found}, but index.json says {dtype} of {shape}")
+                stored, by_columns, kind = read(stream)
+            grey = len(shape) == 3 and shape[0] == 3 and fits(stored, (1, *shape[1:]))
+            if not (grey or fits(stored, shape)) or kind != np.dtype(dtype):
+                raise InputError(f"{kind} of shape {stored}, but index.json says {dtype} of {shape}")
             header = data[: stream.tell()]
-        if 0 in found:
-            raise InputError(f"no values, its shape is {found}")
-        flat: Array = np.frombuffer(data, dtype, math.prod(found), len(header))
-        array = flat.reshape(found, order="F" if by_columns else "C").copy()
+        if 0 in stored:
+            raise InputError(f"no values, its shape is {stored}")
+        flat: Array = np.frombuffer(data, dtype, math.prod(stored), len(header))
+        array = flat.reshape(stored, order="F" if by_columns else "C").copy()
         if not np.isfinite(array).all():
             raise InputError("a value is not finite")
         return array
@@ -239,7 +239,9 @@ def decode_array(data: bytes, shape: tuple[int, ...], dtype: str) -> Array:
 
 def fits(shape: tuple[int, ...], stored: tuple[int, ...]) -> bool:
     """Whether a sample's shape is that of a data set, where 0 stands for a length that varies."""
-    return len(shape) == len(stored) and all(length in (0, found) for length, found in zip(stored, shape, strict=True))
+    return len(shape) == len(stored) and all(
+        length in (0, actual) for length, actual in zip(stored, shape, strict=True)
+    )
 
 
 _PARSING = threading.Lock()

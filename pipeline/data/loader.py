@@ -54,12 +54,12 @@ class _Reading(NamedTuple):
 
     round: int
     stop: threading.Event
-    taken: "Future[Rows | None]"  # None if stopped on the way
+    rows: "Future[Rows | None]"  # None if stopped on the way
 
     def abandon(self) -> None:
         """Stop soon, and wait for that: in vain while a store does not answer."""
         self.stop.set()
-        wait([self.taken], PATIENCE)
+        wait([self.rows], PATIENCE)
 
 
 def _open_trace(folder: str, rank: int) -> Path:
@@ -99,7 +99,7 @@ class Stream(AbstractContextManager["Stream"]):
         row = math.prod(self.shape) * np.dtype(self.manifest.dtype).itemsize
         self._block = max(1, min(BLOCK, BLOCK_BYTES // row))
         self._trace = _open_trace(config.trace, rank) if config.trace else None
-        self._broken = self._rows = 0  # taken so far
+        self._broken = self._rows = 0  # so far
         self.rows_read = 0
         """Rows read so far, over all rounds. It grows while `take` waits for a round that is arriving."""
         self._unused: list[Array] = []  # memory of rounds
@@ -115,7 +115,7 @@ class Stream(AbstractContextManager["Stream"]):
     ) -> Rows:
         """This rank's part of a round: a function of the arguments of the Stream and `round` alone.
 
-        Rounds may be taken in any order; they are read ahead only when taken one after the other.
+        Rounds may be asked for in any order; they are read ahead only when asked for one after the other.
         Raises InputError, naming shard and key, for data that is damaged or not as its manifest says; Unavailable for a
         store that stays out of reach; Stopped if `cancelled` turns true.
         """
@@ -124,29 +124,29 @@ class Stream(AbstractContextManager["Stream"]):
             ahead.abandon()
             ahead = None
         ahead = ahead or self._begin(round)
-        while not wait([ahead.taken], 0.2).done:
+        while not wait([ahead.rows], 0.2).done:
             if cancelled():
                 ahead.abandon()
                 raise Stopped
-        taken = ahead.taken.result()
-        assert taken is not None
+        rows = ahead.rows.result()
+        assert rows is not None
         if self._prefetch:
             self._ahead = self._begin(round + 1)
-        self._allow(taken)
+        self._allow(rows)
         if self._trace:
             with self._trace.open("a", errors="surrogateescape") as lines:
-                rows = zip(taken.epochs.tolist(), taken.keys, strict=True)
-                lines.writelines(f"{epoch} {round} {key}\n" for epoch, key in rows)
-        return taken
+                listed = zip(rows.epochs.tolist(), rows.keys, strict=True)
+                lines.writelines(f"{epoch} {round} {key}\n" for epoch, key in listed)
+        return rows
 
-    def _allow(self, taken: Rows) -> None:
+    def _allow(self, rows: Rows) -> None:
         """Log what is broken; InputError if it is more than the share of this rank's images, at least an epoch's."""
-        for problem in taken.broken:
+        for problem in rows.broken:
             log.warning("skipped: %s", problem)
-        self._broken += len(taken.broken)
-        self._rows += len(taken.keys)
+        self._broken += len(rows.broken)
+        self._rows += len(rows.keys)
         epoch = self.order.total // self._world
-        check_share(self._broken, self._rows, epoch, *taken.broken[-1:])
+        check_share(self._broken, self._rows, epoch, *rows.broken[-1:])
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -174,23 +174,23 @@ class Stream(AbstractContextManager["Stream"]):
         if not self._parts:
             self._parts = [self._open(round, *rows) for rows in parts(0, self._count, max(1, self._config.workers))]
         reads, self._parts = self._parts, []  # given back below, unless this round breaks off
-        taken, broken = new_rows(self._memory()), dict[int, str]()
+        rows, broken = new_rows(self._memory()), dict[int, str]()
         try:
-            calls = [partial(self._read_part, part, round, taken, broken, stop) for part in reads]
+            calls = [partial(self._read_part, part, round, rows, broken, stop) for part in reads]
             whole = all(list(in_order(calls, len(calls))))
         except BaseException:
             stop.set()  # the other parts
             raise
         if not whole:
             return None
-        taken.broken.extend(broken[row] for row in sorted(broken))
+        rows.broken.extend(broken[row] for row in sorted(broken))
         self._parts, self._next = reads, round + 1
-        return taken
+        return rows
 
     def _open(self, start: int, first: int, last: int) -> _Part:
         return _Part(first, last, *self.order.open(self.sets, start, self._first + first, self._first + last))
 
-    def _read_part(self, part: _Part, round: int, taken: Rows, broken: dict[int, str], stop: threading.Event) -> bool:
+    def _read_part(self, part: _Part, round: int, rows: Rows, broken: dict[int, str], stop: threading.Event) -> bool:
         """Fill a part's rows of the next round. False if stopped on the way; the part is then of no more use."""
         with ExitStack() as unless_whole:
             unless_whole.callback(part.stored.close)
@@ -198,11 +198,14 @@ class Stream(AbstractContextManager["Stream"]):
                 if stop.is_set():
                     return False
                 end = min(begin + self._block, part.last)
-                rows, random = (self._first + begin, self._first + end), self._config.fit == "random"
-                drawn, stored = draws(self.order.seed, round, *rows, windows=random), islice(part.stored, end - begin)
-                broken |= fill(taken, begin, stored, drawn, flip=self._config.flip)
+                numbers, random = (self._first + begin, self._first + end), self._config.fit == "random"
+                drawn, stored = (
+                    draws(self.order.seed, round, *numbers, windows=random),
+                    islice(part.stored, end - begin),
+                )
+                broken |= fill(rows, begin, stored, drawn, flip=self._config.flip)
                 for reader in part.readers:
-                    taken.tally.merge(reader.store.tally.take())
+                    rows.tally.merge(reader.store.tally.take())
                 self.rows_read += end - begin
             unless_whole.pop_all()
         return True
@@ -246,21 +249,21 @@ def read_split(
     count = total if limit is None else min(limit, total)
     wanted = _some(sets, split, count)
     with ExitStack() as stack:
-        readers = [sets.reader(place, split) for place, found in enumerate(wanted) if found]
-        wanted = [found for found in wanted if found]
-        for reader, found in zip(readers, wanted, strict=True):
-            needed = [reader.shards[number] for number in sorted({piece.shard for piece in found})]
+        readers = [sets.reader(place, split) for place, cut in enumerate(wanted) if cut]
+        wanted = [cut for cut in wanted if cut]
+        for reader, cut in zip(readers, wanted, strict=True):
+            needed = [reader.shards[number] for number in sorted({piece.shard for piece in cut})]
             if problem := next(filter(None, (size_problem(reader.store, shard) for shard in needed)), ""):
-                raise InputError(problem)  # before memory is taken for samples that are not there
-        stored = [stack.enter_context(closing(r.raw(found))) for r, found in zip(readers, wanted, strict=True)]
-        rows = ((reader, raw) for reader, raws in zip(readers, stored, strict=True) for raw in raws)
-        bar = tqdm(rows, total=count, desc=f"read {split}", unit="sample", disable=not progress)
-        taken = new_rows(new_images(sets.shape, sets.manifest.dtype, count))
-        broken = list(fill(taken, 0, bar).values())
+                raise InputError(problem)  # before memory is allocated for samples that are not there
+        stored = [stack.enter_context(closing(r.raw(cut))) for r, cut in zip(readers, wanted, strict=True)]
+        samples = ((reader, raw) for reader, raws in zip(readers, stored, strict=True) for raw in raws)
+        bar = tqdm(samples, total=count, desc=f"read {split}", unit="sample", disable=not progress)
+        rows = new_rows(new_images(sets.shape, sets.manifest.dtype, count))
+        broken = list(fill(rows, 0, bar).values())
     for problem in broken:
         log.warning("skipped: %s", problem)
     check_share(len(broken), count, total, *broken[-1:])
-    return taken.images.contiguous(), taken.labels
+    return rows.images.contiguous(), rows.labels
 
 
 def _some(sets: DataSets, split: str, count: int) -> list[list[Piece]]:
@@ -268,18 +271,18 @@ def _some(sets: DataSets, split: str, count: int) -> list[list[Piece]]:
     random, else blocks of all shards.
     """
     there = [manifest.splits[split].samples if split in manifest.splits else 0 for manifest in sets.manifests]
-    found = list[list[Piece]]()
+    chosen = list[list[Piece]]()
     for manifest, wanted in zip(sets.manifests, shares(there, count), strict=True):
         sizes = manifest.splits[split].sizes if wanted else ()
         if wanted and not manifest.dealt and wanted < sum(sizes):
-            found.append(pieces(Order(sizes=sizes, seed=0, round_size=wanted, lanes=LANES), 0, 0, wanted))
+            chosen.append(pieces(Order(sizes=sizes, seed=0, round_size=wanted, lanes=LANES), 0, 0, wanted))
             continue
         starts = accumulate(sizes, initial=0)
-        found.append(
+        chosen.append(
             [
                 Piece(epoch=0, shard=number, first=0, last=min(size, wanted - start))
                 for number, (size, start) in enumerate(zip(sizes, starts, strict=False))
                 if start < wanted
             ]
         )
-    return found
+    return chosen

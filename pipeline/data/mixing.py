@@ -1,4 +1,4 @@
-"""One or several data sets that rounds are made of, each with a share of every round and epochs of its own."""
+"""Data sets that share every round: each has a fixed part of it and epochs of its own."""
 
 import math
 from collections.abc import Generator, Iterator, Sequence
@@ -25,7 +25,9 @@ def members(config: DataConfig) -> list[tuple[DataConfig, float]]:
     if not lists_data_sets(config):
         return [(config, 1.0)]
     if config.index:
-        raise InputError("data.index is of one data set: with several, write {path: ..., index: ...} in data.path")
+        raise InputError(
+            "data.index is of one data set: for a list of them, write {path: ..., index: ...} in data.path"
+        )
     try:
         listed = yaml.safe_load(config.path)
     except yaml.YAMLError as error:
@@ -57,11 +59,11 @@ def shares(weights: Sequence[float], size: int) -> list[int]:
     """`size` cut into whole numbers in proportion to the weights; what is left over goes to the largest remainders."""
     relative = np.array(weights) / max(weights)
     exact = relative / relative.sum() * size
-    found = np.floor(exact).astype(int)
-    for place in np.argsort(found - exact, kind="stable")[: size - int(found.sum())].tolist():
-        found[place] += 1
-    assert found.sum() == size
-    return [int(share) for share in found]
+    counts = np.floor(exact).astype(int)
+    for place in np.argsort(counts - exact, kind="stable")[: size - int(counts.sum())].tolist():
+        counts[place] += 1
+    assert counts.sum() == size
+    return [int(share) for share in counts]
 
 
 class DataSets:
@@ -102,9 +104,9 @@ class DataSets:
             label="",
             splits={
                 name: Split(
-                    samples=sum(split.samples for split in found), shards=tuple(s for f in found for s in f.shards)
+                    samples=sum(split.samples for split in parts), shards=tuple(s for f in parts for s in f.shards)
                 )
-                for name, found in splits.items()
+                for name, parts in splits.items()
             },
         )
 
@@ -173,35 +175,35 @@ class Plan:
         sizes = [order.round_size for order in self.orders]
         places = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
         owners = np.repeat(np.arange(len(sizes)), sizes)
-        found: list[int] = owners[np.argsort(places, kind="stable")].tolist()
-        return found
+        mixed: list[int] = owners[np.argsort(places, kind="stable")].tolist()
+        return mixed
 
     def open(self, sets: DataSets, start: int, begin: int, end: int) -> tuple[list[Reader], Stored]:
         """The readers of rows [begin, end) of a round, and these rows of round `start` and all that follow."""
-        mine, found = self.owners[begin:end], dict[int, tuple[Reader, Generator[Raw]]]()
+        mine, streams = self.owners[begin:end], dict[int, tuple[Reader, Generator[Raw]]]()
         for place in sorted(set(mine)):
             before = self.owners[:begin].count(place)
             wanted = self._wanted(self.orders[place], start, before, before + mine.count(place))
             reader = sets.reader(place)
-            found[place] = reader, reader.raw(wanted)
-        return [reader for reader, _ in found.values()], _in_turn(found, mine)
+            streams[place] = reader, reader.raw(wanted)
+        return [reader for reader, _ in streams.values()], _in_turn(streams, mine)
 
     @staticmethod
     def _wanted(order: Order, start: int, begin: int, end: int) -> Iterator[Piece]:
         return (piece for round in count(start) for piece in pieces(order, round, begin, end))
 
 
-def _in_turn(found: dict[int, tuple[Reader, Generator[Raw]]], owners: list[int]) -> Stored:
+def _in_turn(streams: dict[int, tuple[Reader, Generator[Raw]]], owners: list[int]) -> Stored:
     """Samples of the readers by number, over and over in the order of `owners`."""
     with ExitStack() as stack:
-        for _, raws in found.values():
+        for _, raws in streams.values():
             stack.enter_context(closing(raws))
-        if len(found) == 1:
-            ((reader, raws),) = found.values()
+        if len(streams) == 1:
+            ((reader, raws),) = streams.values()
             yield from ((reader, raw) for raw in raws)
             return
         for place in cycle(owners):
-            reader, raws = found[place]
+            reader, raws = streams[place]
             yield reader, next(raws)
 
 

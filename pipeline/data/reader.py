@@ -29,7 +29,7 @@ TABLES_AHEAD = 2  # page tables asked for before the pages of the shard before a
 BLOCKS_AHEAD = 16  # the same, and requests, where pieces are short: each then waits for an answer of the store
 JOINED = 4 << 20  # bytes of pieces that lie together and are asked for at once, though others are used in between
 HELD, ROUNDS_OF_LANES = 128 << 20, 4
-"""They are found among so many bytes of pieces to come, which wait in memory at most, and so many pieces of a lane."""
+"""Look-ahead for merging adjacent pieces into one request: at most HELD bytes and ROUNDS_OF_LANES pieces a lane."""
 
 
 class Raw(NamedTuple):
@@ -96,7 +96,7 @@ class Reader:
     ) -> None:
         self.store, self.manifest, self.shards, self.resize = store, manifest, shards, resize
         self._tables = tables or store
-        self.prefix = ""  # of keys, where several data sets have readers
+        self.prefix = ""  # of keys, where each of a list of data sets has a reader
         self.numbers: list[int] | None = None  # of labels among those of all data sets
         self._check, self._skip = check, skip
         self._known = lru_cache(max(TABLES, (2 + ROUNDS_OF_LANES) * lanes))(self._read_table)
@@ -111,8 +111,8 @@ class Reader:
         """
         turn = deque[tuple[Pages, _Request]]()  # pages whose request has begun, in order
         with (
-            closing(in_order((partial(self._cut, piece) for piece in wanted), self._ahead[0])) as found,
-            closing(in_order(self._requests(chain.from_iterable(found), turn), self._ahead[1])) as fetched,
+            closing(in_order((partial(self._cut, piece) for piece in wanted), self._ahead[0])) as cuts,
+            closing(in_order(self._requests(chain.from_iterable(cuts), turn), self._ahead[1])) as fetched,
         ):
             for _ in fetched:
                 while turn and ((data := turn[0][1].data) is not None or turn[0][1].apart):
@@ -141,16 +141,16 @@ class Reader:
         return Row(array, label, self.prefix + raw.sample["__key__"], raw.piece.epoch)
 
     def _cut(self, piece: Piece) -> list[Pages]:
-        shard, found = self.shards[piece.shard], []
+        shard, pages = self.shards[piece.shard], []
         table = self._table(shard)
         starts, edges = table["sample"], table["byte"]
         low = int(starts.searchsorted(piece.first, "right")) - 1
         end = int(starts.searchsorted(piece.last))
         while low < end:
             high = max(low + 1, min(end, int(edges.searchsorted(edges[low] + PART, "right")) - 1))
-            found.append(Pages(piece, shard, table, low, high))
+            pages.append(Pages(piece, shard, table, low, high))
             low = high
-        return found
+        return pages
 
     def _requests(self, pages: Iterable[Pages], turn: deque[tuple[Pages, _Request]]) -> Iterator[Callable[[], None]]:
         """Calls that read pages, and the pages themselves in `turn`, in order.
@@ -209,8 +209,8 @@ class Reader:
         if problem := size_problem(self.store, shard):
             raise InputError(problem)
         name, wanted = table_name(shard.name), bytes.fromhex(shard.pages)
-        said = "its SHA-256 is not the one in index.json"
-        data = self._sound(self._tables, self._tables.read(name), wanted, name, said)
+        problem = "its SHA-256 is not the one in index.json"
+        data = self._sound(self._tables, self._tables.read(name), wanted, name, problem)
         try:
             return parse_table(data, samples=shard.samples, size=shard.bytes)
         except ValueError as error:
@@ -223,8 +223,10 @@ class Reader:
         data = self.store.read(name, start, rows[-1][1])
         for (sample, first, digest), (next_sample, last, _) in pairwise(rows if self._check else ()):
             there = memoryview(data)[first - start : last - start]
-            said = f"the SHA-256 of bytes {first} to {last} (samples {sample} to {next_sample - 1}) is not the one in "
-            sound = self._sound(self.store, there, digest, name, said + table, first, last)
+            problem = (
+                f"the SHA-256 of bytes {first} to {last} (samples {sample} to {next_sample - 1}) is not the one in "
+            )
+            sound = self._sound(self.store, there, digest, name, problem + table, first, last)
             if sound is not there:
                 data = data[: first - start] + sound + data[last - start :]
         return data
@@ -235,7 +237,7 @@ class Reader:
         data: bytes | memoryview,
         digest: bytes,
         name: str,
-        said: str,
+        problem: str,
         first: int = 0,
         last: int | None = None,
     ) -> bytes | memoryview:
@@ -247,19 +249,19 @@ class Reader:
             data = store.read(name, first, last, fresh=True)
         if hashlib.sha256(data).digest() == digest:
             return data
-        raise InputError(f"{store.url(name)}: {said}, also after {REREADS} more reads: {_REMEDY}")
+        raise InputError(f"{store.url(name)}: {problem}, also after {REREADS} more reads: {_REMEDY}")
 
     def _samples(self, pages: Pages, data: bytes) -> Iterator[dict[str, Any]]:
         where, table = self.store.url(pages.shard.name), table_name(pages.shard.name)
-        expected, found = int(pages.table["sample"][pages.high] - pages.table["sample"][pages.low]), 0
+        expected, count = int(pages.table["sample"][pages.high] - pages.table["sample"][pages.low]), 0
         try:
             for sample in samples(data):
-                found += 1
+                count += 1
                 yield sample
         except (tarfile.TarError, ValueError) as error:
             raise InputError(f"{where}: no tar of samples ({error}): {_REMEDY}") from None
-        if found != expected:
-            raise InputError(f"{where}: {found} samples where {table} has {expected}: {_REMEDY}")
+        if count != expected:
+            raise InputError(f"{where}: {count} samples where {table} has {expected}: {_REMEDY}")
 
     def _instead(self, piece: Piece, number: int, drawn: Numbers | None, problem: str) -> Row:
         """The next readable sample of the shard; after the last comes the first."""

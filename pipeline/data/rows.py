@@ -59,12 +59,12 @@ def fill(
     row, broken = begin - 1, {}
     for row, (reader, raw) in enumerate(stored, begin):
         place = images[row]
-        found = reader.row(raw, place, None if draws is None else draws[row - begin])
-        if found.array is not place:
-            place[...] = found.array
-        labels[row], epochs[row], rows.keys[row] = found.label, found.epoch, found.key
-        if found.broken:
-            broken[row] = found.broken
+        sample = reader.row(raw, place, None if draws is None else draws[row - begin])
+        if sample.array is not place:
+            place[...] = sample.array
+        labels[row], epochs[row], rows.keys[row] = sample.label, sample.epoch, sample.key
+        if sample.broken:
+            broken[row] = sample.broken
     assert row + 1 == (len(images) if draws is None else begin + len(draws))
     if flip and draws is not None and images.ndim == 4:
         mirror(images[begin : row + 1], draws)

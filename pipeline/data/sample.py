@@ -83,8 +83,8 @@ def label(sample: dict[str, Any], manifest: Manifest, where: str) -> int:
 
 def draws(seed: int, round: int, first: int, last: int, *, windows: bool = False) -> Draws:
     """The random numbers of rows [first, last) of a round: Philox counted by row, so that any part is drawn alone."""
-    found = _uniform(seed, round + 2**63, first, last, OTHERS)
-    return np.hstack([found, _uniform(seed, round + 3 * 2**62, first, last, WINDOW)]) if windows else found
+    uniform = _uniform(seed, round + 2**63, first, last, OTHERS)
+    return np.hstack([uniform, _uniform(seed, round + 3 * 2**62, first, last, WINDOW)]) if windows else uniform
 
 
 def _uniform(seed: int, stream: int, first: int, last: int, count: int) -> Draws:
