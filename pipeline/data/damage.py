@@ -10,8 +10,8 @@
            reconstruction suffices: with `objective.reconstruction=0` a step evaluates f once and takes half the time.
 
 The last two are kin to the damage that repair is measured on (pipeline.data.degrade), but of other kernels and of
-random strengths; a table of repairs must say which law a network was trained with. Other packages add laws as entry
-points of group naign.damage, each a `Law`.
+random strengths; a table of repairs must say which of them a network was trained with. Other packages add more as entry
+points of group naign.damage, each a `Damage`.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,8 @@ from pipeline.settings.registry import lookup
 SCALARS = 16  # uniform numbers that `mixed` and `mild` take for an image besides those of its pixels
 
 
-class Law(NamedTuple):
-    """A law of damage."""
+class Damage(NamedTuple):
+    """How images are damaged."""
 
     damage: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     """Damaged images (n, *shape), a function of the arguments alone, row by row: images (n, *shape) float32 in [-1, 1],
@@ -39,9 +39,9 @@ class Law(NamedTuple):
     check: Callable[[tuple[int, ...]], None]  # raises InputError for a shape that cannot be damaged so
 
 
-def find_law(law: str) -> Law:
-    """The law of that name, also of another package; InputError where there is none."""
-    return lookup("objective.damage", law, LAWS, GROUP)
+def find_damage(name: str) -> Damage:
+    """The damage of that name, also of another package; InputError where there is none."""
+    return lookup("objective.damage", name, DAMAGES, GROUP)
 
 
 def _noise(images: Tensor, normals: Tensor, uniform: Tensor, strength: float) -> Tensor:
@@ -99,10 +99,10 @@ def _coarse(images: Tensor, octaves: Tensor, weight: Tensor) -> Tensor:
     return mixed
 
 
-LAWS: dict[str, Law] = {
-    "noise": Law(_noise, lambda shape: 1, lambda shape: None),
-    "mixed": Law(_mixed, _count_mixed, _check_mixed),
-    "mild": Law(partial(_mixed, each=1 / 3), _count_mixed, _check_mixed),
+DAMAGES: dict[str, Damage] = {
+    "noise": Damage(_noise, lambda shape: 1, lambda shape: None),
+    "mixed": Damage(_mixed, _count_mixed, _check_mixed),
+    "mild": Damage(partial(_mixed, each=1 / 3), _count_mixed, _check_mixed),
 }
 
 GROUP = "naign.damage"

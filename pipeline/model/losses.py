@@ -128,7 +128,7 @@ class NaignConfig(DistanceConfig):
         if self.third == "denoising":
             raise InputError("objective.third is 'denoising': set its weight, objective.denoising, instead")
         DistanceConfig.__post_init__(self)
-        damage.find_law(self.damage)
+        damage.find_damage(self.damage)
         third = self.third_weight if self.third != "none" else 0.0
         if not (self.reconstruction or self.imle or third or self.denoising):
             raise InputError("objective.reconstruction and all other terms weigh 0: nothing would be trained")

@@ -17,7 +17,7 @@ from pipeline.checkpoint import Writer, newest_first, take_over
 from pipeline.checkpoint.done import count_network_rounds, count_rounds
 from pipeline.config import Config, flatten, to_dict
 from pipeline.data import DataConfig, Stream, lists_data_sets, load, pack
-from pipeline.data.damage import find_law
+from pipeline.data.damage import find_damage
 from pipeline.distributed import StopRequest, Watchdog, broadcast_object, together, total, warn_of_others
 from pipeline.errors import InputError, require
 from pipeline.match import SpaceConfig, check_space
@@ -120,7 +120,7 @@ def build_model(config: Config, accelerator: Accelerator, start: Start | None) -
         warm_start(config, start, network, prior)
     if config.match.space.code:
         require_code(network, "match.space.code")
-    find_law(config.objective.damage).check(stream.shape)
+    find_damage(config.objective.damage).check(stream.shape)
     features = open_features(config.match.space, stream.shape, device)
     perceived = open_perceived(config.objective, stream.shape, device)
     if rank == 0:

@@ -31,10 +31,10 @@ class RoundRandom:
 
     def damaged(self, images: Tensor, numbers: Tensor) -> Tensor:
         """Images (n, *shape) with objective.damage applied; independent of the latents."""
-        law = damage.find_law(self.config.objective.damage)
-        key = self.config.seed, self.round, numbers, (law.uniforms(self.shape),), self.device
+        kind = damage.find_damage(self.config.objective.damage)
+        key = self.config.seed, self.round, numbers, (kind.uniforms(self.shape),), self.device
         uniform = philox.uniform(*key, stream=philox.DAMAGE)
-        return law.damage(images, self.normals(numbers), uniform, self.config.objective.noise)
+        return kind.damage(images, self.normals(numbers), uniform, self.config.objective.noise)
 
     def normals(self, numbers: Tensor, step: int = 0) -> Tensor:
         """Standard normals (len(numbers), *shape), other ones for each `step`; independent of the latents."""

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from pipeline import philox
-from pipeline.data.damage import GROUP, LAWS, Law, find_law
+from pipeline.data.damage import DAMAGES, GROUP, Damage, find_damage
 from pipeline.errors import InputError
 from pipeline.settings.registry import known
 
 SHAPE = (1, 28, 28)
 
 
-def drawn(law, numbers, shape=SHAPE):
+def drawn(name, numbers, shape=SHAPE):
     normals = philox.normal(0, 3, numbers, shape, stream=philox.NOISE)
-    return normals, philox.uniform(0, 3, numbers, (find_law(law).uniforms(shape),), stream=philox.DAMAGE)
+    return normals, philox.uniform(0, 3, numbers, (find_damage(name).uniforms(shape),), stream=philox.DAMAGE)
 
 
 def bars(count, shape=SHAPE):
@@ -26,29 +26,29 @@ def bars(count, shape=SHAPE):
     return images
 
 
-@pytest.mark.parametrize("law", LAWS)
-def test_a_row_depends_on_its_own_numbers_alone(law):
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_row_depends_on_its_own_numbers_alone(name):
     numbers, images = torch.arange(64), bars(64)
-    whole = find_law(law).damage(images, *drawn(law, numbers), 0.5)
+    whole = find_damage(name).damage(images, *drawn(name, numbers), 0.5)
     chosen = torch.tensor([40, 3, 17])
-    assert torch.equal(find_law(law).damage(images[chosen], *drawn(law, numbers[chosen]), 0.5), whole[chosen])
+    assert torch.equal(find_damage(name).damage(images[chosen], *drawn(name, numbers[chosen]), 0.5), whole[chosen])
 
 
 def test_noise_has_every_strength_up_to_the_largest():
     images = torch.zeros(4000, *SHAPE)
-    found = find_law("noise").damage(images, *drawn("noise", torch.arange(4000)), 0.5).flatten(1).std(1)
-    assert 0 < float(found.min()) < 0.02 and 0.48 < float(found.max()) < 0.56
-    assert float(found.mean()) == pytest.approx(0.25, abs=0.01)
+    damaged = find_damage("noise").damage(images, *drawn("noise", torch.arange(4000)), 0.5).flatten(1).std(1)
+    assert 0 < float(damaged.min()) < 0.02 and 0.48 < float(damaged.max()) < 0.56
+    assert float(damaged.mean()) == pytest.approx(0.25, abs=0.01)
 
 
 @pytest.mark.parametrize("shape", [SHAPE, (3, 32, 32), (1, 8, 8)])
-@pytest.mark.parametrize(("law", "whole"), [("mixed", (1 / 2) ** 4), ("mild", (2 / 3) ** 4)])
-def test_some_images_stay_whole_and_all_in_range(law, whole, shape):
+@pytest.mark.parametrize(("name", "whole"), [("mixed", (1 / 2) ** 4), ("mild", (2 / 3) ** 4)])
+def test_some_images_stay_whole_and_all_in_range(name, whole, shape):
     numbers = torch.arange(2000)
     images = bars(2000, shape) if shape == SHAPE else torch.rand(2000, *shape) * 2 - 1
-    found = find_law(law).damage(images, *drawn(law, numbers, shape), 0.5)
-    assert found.shape == images.shape and float(found.min()) >= -1 and float(found.max()) <= 1
-    found_whole = float((found == images).flatten(1).all(1).float().mean())
+    damaged = find_damage(name).damage(images, *drawn(name, numbers, shape), 0.5)
+    assert damaged.shape == images.shape and float(damaged.min()) >= -1 and float(damaged.max()) <= 1
+    found_whole = float((damaged == images).flatten(1).all(1).float().mean())
     assert found_whole == pytest.approx(15 / 16 * whole, abs=0.03)  # one in sixteen is erased
 
 
@@ -58,7 +58,7 @@ def test_mixed_has_each_kind():
     flat = torch.full((2000, *SHAPE), 0.25)
     normals, uniform = drawn("mixed", numbers)
     uniform[:, 14] = 1.0  # nothing erased
-    changed = find_law("mixed").damage(flat, normals, uniform, 0.0) != 0.25
+    changed = find_damage("mixed").damage(flat, normals, uniform, 0.0) != 0.25
     rows, columns = changed.all(3).any((1, 2)), changed.all(2).any((1, 2))
     assert 0.3 < float(changed.flatten(1).any(1).float().mean()) < 0.8
     assert 0.2 < float((rows & ~columns).float().mean()) < 0.6 and 0.02 < float((columns & ~rows).float().mean()) < 0.3
@@ -67,7 +67,7 @@ def test_mixed_has_each_kind():
     # Lost detail: a bar is paler and wider, and as bright in all.
     images = bars(2000)
     uniform[:, 9:12] = 1.0  # neither noise nor specks nor stripes
-    blurred = find_law("mixed").damage(images, normals, uniform, 0.5)
+    blurred = find_damage("mixed").damage(images, normals, uniform, 0.5)
     touched = (blurred != images).flatten(1).any(1)
     assert 0.4 < float(touched.float().mean()) < 0.6
     assert torch.allclose(blurred.mean((1, 2, 3)), images.mean((1, 2, 3)), atol=0.02)
@@ -78,28 +78,30 @@ def test_mixed_erases_one_image_in_sixteen():
     numbers, images = torch.arange(4000), bars(4000)
     normals, uniform = drawn("mixed", numbers)
     uniform[:, 8:12] = 1.0  # nothing else
-    found = find_law("mixed").damage(images, normals, uniform, 0.5).flatten(1)
-    flat = (found == found[:, :1]).all(1)
+    damaged = find_damage("mixed").damage(images, normals, uniform, 0.5).flatten(1)
+    flat = (damaged == damaged[:, :1]).all(1)
     assert float(flat.float().mean()) == pytest.approx(1 / 16, abs=0.015)
-    shades = found[flat, 0]
+    shades = damaged[flat, 0]
     assert 0.35 < float((shades == -1).float().mean()) < 0.65 and float(shades.max()) > 0.8
 
 
 def test_points_take_noise_only():
-    find_law("noise").check((2,))
-    for law in ("mixed", "mild"):
+    find_damage("noise").check((2,))
+    for name in ("mixed", "mild"):
         with pytest.raises(InputError, match="at least 8x8"):
-            find_law(law).check((2,))
+            find_damage(name).check((2,))
 
 
-INVERTED = Law(lambda images, normals, uniform, strength: -images, lambda shape: 2, lambda shape: None)
+INVERTED = Damage(lambda images, normals, uniform, strength: -images, lambda shape: 2, lambda shape: None)
 
 
 def test_a_law_of_another_package(monkeypatch):
     points = {"naign.damage": {"inverted": EntryPoint("inverted", "tests.data.test_damage:INVERTED", "")}}
     monkeypatch.setattr("pipeline.settings.registry._entry_points", lambda group: points.get(group, {}))
-    assert known(LAWS, GROUP) == ["noise", "mixed", "mild", "inverted"] and find_law("inverted").uniforms(SHAPE) == 2
-    find_law("inverted").check(SHAPE)
-    assert torch.equal(find_law("inverted").damage(bars(3), *drawn("inverted", torch.arange(3)), 0.5), -bars(3))
+    assert (
+        known(DAMAGES, GROUP) == ["noise", "mixed", "mild", "inverted"] and find_damage("inverted").uniforms(SHAPE) == 2
+    )
+    find_damage("inverted").check(SHAPE)
+    assert torch.equal(find_damage("inverted").damage(bars(3), *drawn("inverted", torch.arange(3)), 0.5), -bars(3))
     with pytest.raises(InputError, match="objective.damage is 'noice': choose one of noise, mixed, mild, .*noise"):
-        find_law("noice").check(SHAPE)
+        find_damage("noice").check(SHAPE)
