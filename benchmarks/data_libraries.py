@@ -103,11 +103,13 @@ def write_litdata(job: Job) -> Read:
 
 def litdata(job: Job) -> Read:
     from litdata import StreamingDataset
+    from litdata.streaming import downloader  # type: ignore[import-not-found]
     from PIL import Image
+
+    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # it has no option for a server without TLS
 
     def read() -> Iterator[Item]:
         with tempfile.TemporaryDirectory() as cache:
-            os.environ["AWS_ALLOW_HTTP"] = "true"  # else it refuses a server on loopback
             server = {"endpoint_url": os.environ["S3_ENDPOINT_URL"]} if job.path.startswith("s3://") else {}
             for sample in StreamingDataset(job.path, cache_dir=cache, shuffle=False, storage_options=server):
                 yield 1, 0, np.asarray(Image.open(io.BytesIO(sample["image"])))
