@@ -17,8 +17,8 @@ from pipeline.errors import InputError, require, shown
 from pipeline.match.matcher import MatchConfig
 from pipeline.model import losses, networks
 from pipeline.model.prior.base import PriorConfig
+from pipeline.model.prior.gmm import GmmConfig
 from pipeline.model.prior.registry import find_prior
-from pipeline.model.prior.smooth import SmoothConfig
 from pipeline.observe.speed import parse_rounds
 from pipeline.observe.trackers import find_trackers
 from pipeline.settings.constraints import (
@@ -40,7 +40,7 @@ to_dict = dataclasses.asdict
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    images: int = field(default=300_000, metadata=MAY_CHANGE | POSITIVE)
+    images: int = field(default=700_000, metadata=MAY_CHANGE | POSITIVE)
     """Budget: images trained on, over all ranks and passes; rounded up to whole rounds."""
     batch: int = field(default=128, metadata=POSITIVE)
     """Images per step, over all ranks."""
@@ -64,9 +64,9 @@ class TrainConfig:
     """Decay per step of an exponential moving average of the weights, which evaluation uses; 0: none."""
     accumulate: int = field(default=1, metadata=FREE | POSITIVE)
     """Micro-batches per step: batch = micro-batch x accumulate x ranks."""
-    precision: str = field(default="", metadata=FREE | one_of(("", "auto", "fp32", "bf16", "fp16")))
-    """fp32, bf16 or fp16 for forward and backward; weights are float32. Empty: as configured in the launcher. auto: the
-    same, but without a configuration bf16 if the hardware multiplies it, else fp32."""
+    precision: str = field(default="auto", metadata=FREE | one_of(("auto", "fp32", "bf16", "fp16")))
+    """fp32, bf16 or fp16 for forward and backward; weights are float32. auto: as configured in the launcher; without a
+    configuration bf16 if the hardware multiplies it, else fp32."""
     compile: bool = field(default=False, metadata=FREE)
     """Compile the network with torch.compile and, on a GPU, replay its kernels as CUDA graphs, which keep their memory,
     separately for each batch size."""
@@ -143,7 +143,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: networks.NetworkConfig = field(default_factory=networks.ConvConfig)
     objective: losses.ObjectiveConfig = field(default_factory=losses.NaignConfig)
-    prior: PriorConfig = field(default_factory=SmoothConfig)
+    prior: PriorConfig = field(default_factory=GmmConfig)
     match: MatchConfig = field(default_factory=MatchConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     report: ReportConfig = field(default_factory=ReportConfig, metadata=FREE)
@@ -162,7 +162,7 @@ class Config:
 NAMED: Named = {
     "model": ("conv", networks.find_network),
     "objective": ("naign", losses.find_objective),
-    "prior": ("smooth", find_prior),
+    "prior": ("gmm", find_prior),
 }
 
 RENAMED: dict[str, str] = {

@@ -14,16 +14,17 @@ from tests.conftest import SMALL, environment, train_command
 
 FILE = Path(__file__).parent / "golden.json"
 TRACES = {
-    "naign": ["--prior.name=halves", "--objective.third=none"],
+    "naign": ["--prior.name=halves", "--objective.third=none", "--objective.imle=1", "--objective.denoising=0"],
     "naign denoising": [
         "--objective.third=none",
-        "--objective.denoising=1",
+        *("--objective.imle=1", "--objective.denoising=1", "--objective.damage=noise"),
         "--train.passes=2",
         "--prior.name=gaussian",
         "--seed=5",
     ],
     "naign idempotence": [
         *("--objective.third=idempotence", "--objective.distance=l1+l2", "--prior.name=smooth", "--train.ema=0.9"),
+        *("--objective.imle=1", "--objective.denoising=0"),
     ],
     "ign": ["--objective.name=ign", "--objective.reconstruction=20", "--prior.name=fourier"],
     "flow of codes": [
@@ -34,7 +35,7 @@ TRACES = {
     ],
     "mixture of codes": [
         *("--objective.third=none", "--objective.imle=0.3", "--prior.name=gmm", "--prior.components=3"),
-        *("--prior.begin=0.34", "--prior.alone=0"),
+        *("--prior.begin=0.34", "--prior.alone=0", "--objective.denoising=0"),
     ],
 }
 RECIPE = [

@@ -138,7 +138,7 @@ def test_what_is_no_configuration_is_not_shown(tmp_path, text):
         ("--match.latents=codes", "match.latents is now prior.name, where codes is flow or gmm"),
         ("--match.codes.begin=0.5", "match.codes is now prior"),
         ("--match.flat=0.1", "match.flat is no longer a setting"),
-        ("--prior.components=3", "prior.components"),
+        ("--prior.grid=3", "prior.grid"),
     ],
 )
 def test_a_wrong_option_ends_with_code_2(option, message, capsys):
@@ -220,11 +220,7 @@ def test_what_a_resumed_run_may_change():
     }
 
 
-def test_the_mnist_recipe_names_what_is_not_the_default():
-    recipe = flatten(load(str(CONFIGS[0].parent / "mnist.yaml")))
-    changed = {key for key, value in flatten(Config()).items() if recipe.get(key, ...) != value}
-    assert changed == {
-        *("objective.imle", "objective.denoising", "objective.damage", "train.precision", "train.images"),
-        *("match.ratio", "prior.name", "prior.grid"),
-        "model.code",
-    }
+def test_what_is_trained_when_nothing_is_said_is_the_recommended_recipe():
+    recipe = load(str(CONFIGS[0].parent / "mnist.yaml"))
+    assert parse([]) == Config() == recipe
+    assert (recipe.data.path, recipe.data.source) == ("data/mnist", "")  # which stands for mnist

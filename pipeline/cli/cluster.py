@@ -63,7 +63,7 @@ def render(
         nodes: Machines.
         gpus: GPUs of each; 0 trains on CPUs.
         image: Of launch/Dockerfile (k8s).
-        config: Settings of the run; default: those of configs/mnist.yaml.
+        config: Settings of the run; default: the recommended recipe, configs/mnist.yaml.
         name: Of the Job, its Service and its ConfigMaps; default: the last part of --run, made to fit.
         service_account: Of the pods, where a role instead of a Secret gives access to the bucket (k8s).
         endpoint: Address of the S3 server, where it is not AWS's (k8s).

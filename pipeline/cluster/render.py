@@ -17,8 +17,6 @@ from pipeline.data.mixing import open_manifest
 from pipeline.errors import InputError, Unavailable, printable, require
 from pipeline.storage import at_most, use_endpoint
 
-DEFAULT = "mnist"  # in configs/
-
 _HOST, _PART = r"[a-zA-Z0-9]([a-zA-Z0-9-]*[a-zA-Z0-9])?", r"[a-z0-9]+((\.|__?|-+)[a-z0-9]+)*"
 # github.com/distribution/reference: [host[:port]/]name[:tag][@digest], in ASCII.
 IMAGE = rf"({_HOST}(\.{_HOST})*(:\d{{1,5}})?/)?{_PART}(/{_PART})*(:\w[\w.-]{{0,127}})?(@sha256:[0-9a-f]{{64}})?"
@@ -73,7 +71,7 @@ def configure(size: Size, data: str, run: str, config: Path | None, name: str) -
         ("--data", data, place, ": write s3://bucket/prefix, a bucket's name as S3 wants it"),
         ("--run", run, place, ": write s3://bucket/prefix, a bucket's name as S3 wants it"),
     )
-    settings = load(str(config or DEFAULT))
+    settings = load(str(config)) if config else Config()
     settings.data.path, settings.run.path, settings.run.remote = data, run, ""
     if run.startswith("s3://"):
         settings.run.path, settings.run.remote = f"/run/naign/{name}", run.rstrip("/")
@@ -163,7 +161,7 @@ def render_slurm(size: Size, *, image: str, data: str, run: str, config: Path | 
     remote, precision = settings.run.remote, settings.train.precision
     copied = f"/tmp/{re.sub(r'[^A-Za-z0-9.-]+', '-', remote.removeprefix('s3://'))}"
     options = [
-        f"--config={config.resolve() if config and config.is_file() else config or DEFAULT}",
+        *([f"--config={config.resolve() if config.is_file() else config}"] if config else []),
         f"--data.path={data}",
         f"--run.path={copied if remote else settings.run.path}",
         f"--run.remote={remote}",  # also if that is empty: the configuration may have one
@@ -183,7 +181,7 @@ def predict(size: Size, *, data: str, config: Path | None) -> str:
     from pipeline.model.networks import build_network
     from pipeline.observe.speed import fit_flops, forward_flops
 
-    settings, unknown, stored = load(str(config or DEFAULT)), "", 0
+    settings, unknown, stored = load(str(config)) if config else Config(), "", 0
     shape: tuple[int, ...] = (1, 28, 28)
     use_endpoint(size.endpoint)
     try:

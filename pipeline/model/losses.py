@@ -110,15 +110,15 @@ class NaignConfig(DistanceConfig):
     name: str = "naign"
     reconstruction: float = field(default=1.0, metadata=AT_LEAST_0)
     """Weight of d(f(x), x)."""
-    imle: float = field(default=1.0, metadata=AT_LEAST_0)
+    imle: float = field(default=0.3, metadata=AT_LEAST_0)
     """Weight of d(f(z*), x), z* the latent whose sample is nearest to x."""
     third: str = field(default="none", metadata=one_of(("none", "idempotence", "matched")))
     """none, idempotence d(f(f(z*)), f(z*)) or matched d(f(f(z*)), x)."""
     third_weight: float = field(default=1.0, metadata=AT_LEAST_0)
     """Weight of the third term."""
-    denoising: float = field(default=0.0, metadata=AT_LEAST_0)
+    denoising: float = field(default=1.0, metadata=AT_LEAST_0)
     """Weight of d(f(damaged x), x)."""
-    damage: str = "noise"
+    damage: str = "mixed"
     """denoising: noise; mixed (lost detail, noise, specks and stripes: pipeline/data/damage.py); or mild, as mixed, but
     less often, so that one image in five stays whole and `reconstruction` can be 0."""
     noise: float = field(default=0.5, metadata=AT_LEAST_0)

@@ -86,7 +86,7 @@ def test_damaged_data_names_the_shard(damage, digits, tmp_path):
         (["--data.path=empty"], ["empty", "naign pack"]),
         (["--data.path=noindex"], ["noindex", "index.json", "naign pack"]),
         (["--data.path={digits}", "--data.split=validation"], ["validation", "train", "test"]),
-        (["--data.path={digits}", "--model.kind=conv", "--run.path=file/run"], ["file/run"]),
+        (["--data.path={digits}", "--model.name=conv", "--run.path=file/run"], ["file/run"]),
         (["--data.path={points}"], ["model.name=mlp"]),
         (["--config={root}/configs/digits.yaml", "--report.trackers=[jsonl, wandbb]"], ["did you mean wandb?"]),
         (["--data.path={digits}", "--report.trackers=aim"], ["'aim', which is not installed: pip install aim"]),

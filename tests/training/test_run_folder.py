@@ -37,7 +37,7 @@ POSITION = Position(round=3, images_seen=300, step=30, seconds=1.5, skipped=2)
 
 def make(folder, digits, seed=0):
     """A configuration, its stream and its engine after one step."""
-    config = Config()
+    config = Config(prior=GaussianConfig())
     config.run.path, config.data.path = str(folder), digits
     config.model.width, config.model.code, config.train.ema = 8, 8, 0.5
     with Stream(config.data, seed=0, round_size=config.match.round) as stream:

@@ -34,6 +34,11 @@ class GmmConfig(CodesConfig):
     name: str = "gmm"
     components: int = field(default=50, metadata=between(1, 10**4))
     """Gaussians of the mixture."""
+    begin: float = field(default=0.225, metadata=between(0, 0.99))
+    """As for flow: share of train.images before which codes are drawn from one Gaussian. Use 0 if matched latents are
+    to move f."""
+    alone: float = field(default=0.04, metadata=between(0, 0.99))
+    """As for flow: share of train.images, at the end, over which f is frozen and only the prior learns."""
 
     def check_round(self, images: int) -> None:
         if self.components * FEW > images:
