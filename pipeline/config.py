@@ -169,6 +169,7 @@ RENAMED: dict[str, str] = {
     "train.graphs": "train.compile",
     "train.bad_steps": "",
     "report.rounds": "",
+    "checkpoint.keep_every": "",
     "objective.drift": "",
     "objective.temperatures": "",
     "objective.repulsion": "",
