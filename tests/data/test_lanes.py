@@ -1,4 +1,4 @@
-"""Rounds of shards that are sorted by class, as others wrote them, from a real S3 server."""
+"""Rounds of shards that are sorted by class, as others wrote them."""
 
 import tarfile
 from collections import Counter
@@ -19,7 +19,6 @@ from pipeline.data.order import BLOCK, pieces
 from pipeline.data.reader import BLOCKS_AHEAD
 from pipeline.errors import InputError
 from pipeline.storage.local import LocalStore
-from pipeline.storage.s3 import S3Store
 from pipeline.storage.store import open_store
 from tests.data.numbered import add
 from tests.proxy import FaultProxy
@@ -27,20 +26,28 @@ from tests.proxy import FaultProxy
 CLASSES, EACH, SHARDS = 10, 600, 40
 
 
-@pytest.fixture
-def sorted_by_class(bucket: str) -> str:
+@pytest.fixture(scope="module")
+def sorted_by_class(tmp_path_factory: pytest.TempPathFactory) -> str:
     """6,000 images in 40 shards, every class in shards of its own."""
-    path, rng = f"{bucket}/sorted", np.random.default_rng(0)
-    store, number = open_store(path), 0
+    path, rng, number = tmp_path_factory.mktemp("sorted"), np.random.default_rng(0), 0
     for shard in range(SHARDS):
-        with store.write(f"{shard:05d}.tar") as target, tarfile.open(fileobj=target, mode="w|") as tar:  # type: ignore[call-overload]
+        with tarfile.open(path / f"{shard:05d}.tar", "w") as tar:
             for _ in range(CLASSES * EACH // SHARDS):
                 image = rng.integers(0, 256, (1, 8, 8), dtype=np.uint8)
                 add(tar, f"{number:06d}.png", encode(image, "png"))
                 add(tar, f"{number:06d}.cls", b"%d" % (number // EACH))
                 number += 1
-    assert not index(path, progress=False).dealt
-    return path
+    assert not index(str(path), progress=False).dealt
+    return str(path)
+
+
+@pytest.fixture
+def remote(sorted_by_class: str, bucket: str) -> str:
+    """The same in S3."""
+    store = open_store(f"{bucket}/sorted")
+    for file in Path(sorted_by_class).iterdir():
+        store.put(file.name, file.read_bytes())
+    return store.path
 
 
 def rounds(path: str, count: int, size: int, world: int = 1, **settings: Any) -> tuple[list[list[int]], list[str], int]:
@@ -74,13 +81,13 @@ def test_mixing_reads_hardly_more_bytes(sorted_by_class: str) -> None:
 
 
 def test_what_lies_together_is_one_request(sorted_by_class: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, read = list[str](), S3Store.read
+    asked, read = list[str](), LocalStore.read
 
-    def counted(self: S3Store, name: str, *rest: Any, **more: Any) -> bytes:
+    def counted(self: LocalStore, name: str, *rest: Any, **more: Any) -> bytes:
         asked.append(name)
         return read(self, name, *rest, **more)
 
-    monkeypatch.setattr(S3Store, "read", counted)
+    monkeypatch.setattr(LocalStore, "read", counted)
     found = {}
     for held in (reader.HELD, 0):
         monkeypatch.setattr(reader, "HELD", held)
@@ -91,9 +98,9 @@ def test_what_lies_together_is_one_request(sorted_by_class: str, monkeypatch: py
     assert keys == same and many > 375 and few < 0.6 * many  # and some of the next epoch
 
 
-def test_requests_of_a_rank_are_those_of_its_blocks_and_tables(sorted_by_class: str, proxy: FaultProxy) -> None:
+def test_requests_of_a_rank_are_those_of_its_blocks_and_tables(remote: str, proxy: FaultProxy) -> None:
     size, rounds_read, world = 1600, 12, 4
-    config = DataConfig(path=sorted_by_class)
+    config = DataConfig(path=remote)
     with Stream(config, seed=1, round_size=size, rank=1, world=world, prefetch=False) as stream:
         (order,) = stream.order.orders
         found = [
