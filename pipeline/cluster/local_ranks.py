@@ -64,8 +64,10 @@ def run_ranks(
         forwarded = signal.SIGTERM if number in (signal.SIGHUP, signal.SIGQUIT) else signal.Signals(number)
         raise SignalException(f"signal {number}", forwarded)  # on which torch's agent ends the ranks
 
-    os.environ["NAIGN_ENDINGS"] = str(engine.parent)
-    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGSYS"  # torchrun's handlers would replace these; it needs one signal
+    os.environ |= {
+        "NAIGN_ENDINGS": str(engine.parent),
+        "PET_SIGNALS_TO_HANDLE": "SIGSYS",
+    }  # else torchrun's replace these
     on_signals(forward)
 
     def wait() -> None:
