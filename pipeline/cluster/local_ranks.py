@@ -64,10 +64,7 @@ def run_ranks(
         forwarded = signal.SIGTERM if number in (signal.SIGHUP, signal.SIGQUIT) else signal.Signals(number)
         raise SignalException(f"signal {number}", forwarded)  # on which torch's agent ends the ranks
 
-    os.environ |= {
-        "NAIGN_ENDINGS": str(engine.parent),
-        "PET_SIGNALS_TO_HANDLE": "SIGSYS",
-    }  # else torchrun's replace these
+    os.environ.update(NAIGN_ENDINGS=str(engine.parent), PET_SIGNALS_TO_HANDLE="SIGSYS")  # else torchrun replaces these
     on_signals(forward)
 
     def wait() -> None:
