@@ -40,6 +40,7 @@ from pipeline.checkpoint.manifest import (
 )
 from pipeline.distributed.ranks import SideGroup
 from pipeline.errors import Conflict, InputError, Unavailable
+from pipeline.observe.logs import title
 from pipeline.storage.local import TRANSIENT, UMASK, sync_file, write_atomically
 from pipeline.storage.prefetch import in_background
 
@@ -166,6 +167,7 @@ class Writer:
         return True
 
     def _work(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write], best: str) -> str:
+        title("write")
         start = time.perf_counter()
         try:
             if problem := self._write(folder, copy, files, best):
@@ -177,6 +179,7 @@ class Writer:
             self.seconds = time.perf_counter() - start
 
     def _upload(self, folder: Path, names: list[str]) -> str:
+        title("upload")
         start = time.perf_counter()
         try:
             return self._send(folder, names)

@@ -1,8 +1,10 @@
 """Logging of a training: a line per record on stderr, above the progress bar, with its rank and round."""
 
+import ctypes
 import logging
 import os
 import sys
+from typing import Any
 
 from tqdm import tqdm
 
@@ -66,3 +68,14 @@ class _Lines(logging.Handler):
         if record.levelno >= logging.WARNING:
             self.handle(record)
         return False
+
+
+_PR_SET_NAME = 15  # linux/prctl.h; at most 15 bytes
+
+_libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def title(text: str) -> None:
+    """Name the calling thread `naign <text>`, for ps and top. Linux only."""
+    if _libc is not None:
+        _libc.prctl(_PR_SET_NAME, f"naign {text}".encode()[:15], 0, 0, 0)
