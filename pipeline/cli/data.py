@@ -48,7 +48,7 @@ def pack(
     from pipeline.data.format import writer
     from pipeline.data.sources.catalog import load
     from pipeline.data.sources.source import subset
-    from pipeline.evaluate import NEIGHBOURS
+    from pipeline.evaluate.coverage import NEIGHBOURS
 
     with busy(f"reading {source}", shown=broken == "error"):  # else it has a bar of its own
         loaded = load(source, root=root, size=size, channels=channels, seed=seed, skip=broken == "skip")
