@@ -18,7 +18,7 @@ from pipeline.evaluate.notes import write_notes, write_warnings
 from pipeline.evaluate.pictures import draw_pictures
 from pipeline.evaluate.recorded import fingerprint, recorded
 from pipeline.evaluate.report import Picture, render
-from pipeline.evaluate.runs import folder_of
+from pipeline.evaluate.runs import folder_of, number
 from pipeline.model.encoders import Encoder, choose_encoder, load_encoder
 from pipeline.model.hub import is_hub_name
 from pipeline.model.naign import NAIGN
@@ -71,9 +71,9 @@ def evaluate(
         beyond = list[str]()
         metrics = {key: finite(value, key, beyond) for key, value in metrics.items()}
         metrics |= {
-            "seed": _number(header.get("seed", seed)),
+            "seed": number(header.get("seed", seed)),
             "evaluation_seed": seed,
-            **{key: _number(header.get(key)) for key in ("images_seen", "training_seconds", "cpu_seconds")},
+            **{key: number(header.get(key)) for key in ("images_seen", "training_seconds", "cpu_seconds")},
             "counts": subject.counts,
             "warnings": list(write_warnings(subject, trained_with, config.split)),
             "weights": fingerprint(model),
@@ -116,11 +116,6 @@ def finite(value: Any, path: str, beyond: list[str]) -> Any:
         beyond.append(path)
         return None
     return value
-
-
-def _number(value: Any) -> float | None:
-    """A value of the header if it is a finite number, else None."""
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _device_name(device: str) -> str:

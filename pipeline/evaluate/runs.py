@@ -161,7 +161,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def number(value: Any) -> float | None:
     """A value if it is a finite number, else None."""
     real = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if real and abs(value) < 1e300 and math.isfinite(value) else None
+    return value if real and abs(value) < 1e300 and math.isfinite(value) else None
 
 
 def whole(value: Any) -> int:
