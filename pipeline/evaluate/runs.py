@@ -1,7 +1,7 @@
 """Run folders on a disk: state, images seen, quality, size, age. Files may be damaged or foreign. Without torch."""
 
+import fcntl
 import json
-import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -94,13 +94,10 @@ def read_run(folder: Path, name: str) -> Run:
         model = os.path.exists(folder / "model.safetensors")
         raise InputError("no run, but an exported model" if model else "no run in it")
     settings = read_settings(folder)
-    try:
-        counts = {key: int(settings[key]) for key in ("train.images", "match.round", "train.passes")}
-        alone = min(1.0, max(0.0, number(settings.get("prior.alone")) or 0.0))
-        images = count_network_rounds({**counts, "prior.alone": alone}) * counts["match.round"] * counts["train.passes"]
-        require((0 <= images < LARGEST, "no such run can be"))
-    except (*MALFORMED, ZeroDivisionError, OverflowError):
-        raise InputError("config.yaml does not say how many images the run is for") from None
+    settings |= {key: whole(settings.get(key)) for key in COUNTS}
+    known = all(settings[key] for key in ("train.images", "match.round", "train.passes"))
+    require((known, "config.yaml does not say how many images the run is for"))
+    settings["prior.alone"] = min(1.0, max(0.0, number(settings.get("prior.alone")) or 0.0))
     last, measured = _last_lines(folder / "metrics.jsonl")
     checkpoint = _newest_trainer(folder)
     seen = max(whole(last.get("images_seen")), whole((checkpoint or {}).get("images_seen")))
@@ -112,7 +109,7 @@ def read_run(folder: Path, name: str) -> Run:
         path=str(folder),
         state=_state(folder, settings, checkpoint, rounds),
         images_seen=seen,
-        images=images,
+        images=count_network_rounds(settings) * settings["match.round"] * settings["train.passes"],
         **quality,
         bytes=_size(folder),
         age_seconds=round(max(0.0, time.time() - reported), 1),
@@ -161,7 +158,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def number(value: Any) -> float | None:
     """A value if it is a finite number, else None."""
     real = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if real and abs(value) < 1e300 and math.isfinite(value) else None
+    return value if real and abs(value) < 1e300 else None
 
 
 def whole(value: Any) -> int:
@@ -199,16 +196,13 @@ def _newest_trainer(folder: Path) -> dict[str, Any] | None:
 def _state(folder: Path, settings: Mapping[str, Any], checkpoint: dict[str, Any] | None, rounds: int) -> str:
     if _in_use(folder / ".lock"):
         return "training"
-    counts = {key: whole(settings.get(key)) for key in COUNTS}
-    if is_done({**settings, **counts}, rounds, read_json(folder / BEST)):
+    if is_done(settings, rounds, read_json(folder / BEST)):
         return "done"
     return "unknown" if checkpoint is None and not os.path.exists(folder / ".lock") else "stopped"
 
 
 def _in_use(lock: Path) -> bool:
     """Whether a training holds the lock of its folder. Takes a shared lock and releases it at once."""
-    import fcntl
-
     try:
         with lock.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
