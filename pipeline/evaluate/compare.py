@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-
 from pipeline.errors import InputError, one_line, printable, require
 from pipeline.evaluate.report import DAMAGE
-from pipeline.evaluate.runs import flat, number, parse_line, pick, read_json, read_run, read_settings, whole
+from pipeline.evaluate.runs import flat, number, pick, read_json, read_run, read_settings, whole
 
 IGNORED = ("run.path", "run.remote", "resume")
 """Settings that always differ, or say nothing of what was learned."""
@@ -105,20 +103,12 @@ def _read(folder: Path, label: str) -> Side:
             model = os.path.exists(folder / "model.safetensors")
             remedy = f": run `naign evaluate {named}` first" if model else ""
             raise InputError(f"'{named}' cannot be compared: {error}{remedy}") from None
-        state, seen, settings = "model", whole(metrics.get("images_seen")), _recorded(folder / "model.safetensors")
+        config = read_json(folder / "config.json").get("config")  # beside an exported model
+        settings = flat(config) if isinstance(config, dict) else {}
+        state, seen = "model", whole(metrics.get("images_seen"))
     except OSError as error:
         raise InputError(f"'{named}' cannot be compared: {error.strerror}") from None
     return Side(label=label, path=str(folder), state=state, images_seen=seen, settings=settings, metrics=metrics)
-
-
-def _recorded(file: Path) -> dict[str, Any]:
-    """The settings in the header of an exported model; {} where it has none."""
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            config = parse_line((opened.metadata() or {}).get("naign", "")).get("config")
-        return flat(config) if isinstance(config, dict) else {}
-    except (SafetensorError, OSError, RecursionError):
-        return {}
 
 
 def settings_that_differ(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:

@@ -184,6 +184,10 @@ def test_what_was_not_evaluated_or_alike_is_said(tmp_path: Path, capsys: pytest.
     (tmp_path / "model/model.safetensors").touch()
     with pytest.raises(InputError, match=r"exported model: run `naign evaluate .*/model` first"):
         compare_runs([one, tmp_path / "model"])
+    shutil.copytree(one / "evaluation", tmp_path / "model/evaluation")
+    (tmp_path / "model/config.json").write_text(json.dumps({"config": {"train": {"lr": 0.5}}}))
+    compared = compare_runs([one, tmp_path / "model"])
+    assert compared.sides[1].state == "model" and dict(compared.settings)["train.lr"] == ["0.002", "0.5"]
 
 
 def test_runs_are_compared_as_a_table_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
