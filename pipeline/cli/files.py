@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.data.decode import UNDECODABLE
 from pipeline.errors import InputError, printable, require
 from pipeline.evaluate.recorded import read_image
 from pipeline.model.naign import NAIGN
@@ -52,7 +51,7 @@ def refuse_overwriting(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
 
 def read_samples(paths: Sequence[Path], model: NAIGN) -> list[Tensor]:
     """The content of each file, float32: an image (1, C, H, W) in [-1, 1] at the model's size, or points (n, D) of the
-    lines of a .csv file. Raises InputError for a file that holds neither.
+    lines of a .csv file. Raises InputError for a file that holds neither, OSError for one that cannot be read.
     """
     if len(model.shape) != 3:
         return [_read_points(path, model.shape) for path in counted("reading", paths, unit="file")]
@@ -60,12 +59,11 @@ def read_samples(paths: Sequence[Path], model: NAIGN) -> list[Tensor]:
 
 
 def _read_image(path: Path, model: NAIGN) -> Tensor:
+    content = path.read_bytes()
     try:
-        return read_image(path.read_bytes(), model)
+        return read_image(content, model)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    except UNDECODABLE as error:
-        raise InputError(f"{path}: {_cause(error, 'no picture that can be read')}") from None
 
 
 def _read_points(path: Path, shape: tuple[int, ...]) -> Tensor:
@@ -73,8 +71,8 @@ def _read_points(path: Path, shape: tuple[int, ...]) -> Tensor:
     takes = f"this model takes points, {wanted} finite numbers a line with commas between them and no header"
     try:
         lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
-    except (OSError, UnicodeError) as error:
-        raise InputError(f"{path}: {_cause(error, 'no text')}; {takes}") from None
+    except UnicodeError:
+        raise InputError(f"{path}: no text; {takes}") from None
     rows = []
     for number, line in enumerate(lines, 1):
         try:
@@ -86,11 +84,6 @@ def _read_points(path: Path, shape: tuple[int, ...]) -> Tensor:
         rows.append(row)
     require((rows, f"{path}: empty; {takes}"))
     return torch.stack(rows)
-
-
-def _cause(error: Exception, otherwise: str) -> str:
-    """The operating system's message where there is one, else `otherwise`."""
-    return error.strerror if isinstance(error, OSError) and error.strerror else otherwise
 
 
 def write_samples(samples: Tensor, to: Path) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from pipeline.data.degrade import KINDS
 from pipeline.errors import InputError, one_line, require
 from pipeline.evaluate import play
+from pipeline.evaluate.recorded import read_image
 from pipeline.model.naign import NAIGN
 from pipeline.model.scale import scaled
 from pipeline.observe.pictures import grid, shades, to_image
@@ -73,10 +74,11 @@ class Player:
     def clear(self) -> dict[str, Any]:
         return self._drawn(-torch.ones(1, *self.model.shape))
 
-    def upload(self, file: str | None) -> dict[str, Any]:
-        if file is None:
-            raise InputError("nothing was uploaded: choose a picture")
-        return self._drawn(play.read_upload(Path(file).read_bytes(), self.model))
+    def upload(self, file: str) -> dict[str, Any]:
+        try:
+            return self._drawn(read_image(Path(file).read_bytes(), self.model))
+        except InputError as error:
+            raise InputError(f"the file cannot be read as a picture: {error}") from None
 
     def example(self, seed: int) -> dict[str, Any]:
         _filled(seed)

@@ -6,11 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from pipeline.data.decode import UNDECODABLE
 from pipeline.data.degrade import KINDS, Kind, degrade
 from pipeline.data.loader import read_split
-from pipeline.errors import InputError
-from pipeline.evaluate.recorded import read_image, recorded
+from pipeline.evaluate.recorded import recorded
 from pipeline.match import Blocks, search
 from pipeline.model.naign import NAIGN
 from pipeline.model.scale import scaled
@@ -18,14 +16,6 @@ from pipeline.model.scale import scaled
 NEAREST = 6  # training images that are shown
 TRAINING = 10_000  # training images that are searched at most
 TRAINING_BYTES = 2**28  # of them in memory at most
-
-
-def read_upload(data: bytes, model: NAIGN) -> Tensor:
-    """The picture in a file as (1, C, H, W) float32 in [-1, 1], at the model's size. Raises InputError."""
-    try:
-        return read_image(data, model)
-    except UNDECODABLE as error:
-        raise InputError(f"the file cannot be read as a picture: {error}") from None
 
 
 def damage(images: Tensor, strengths: Mapping[Kind, float], *, seed: int = 0) -> Tensor:

@@ -34,7 +34,8 @@ def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, M
     Raises InputError for a header that no training wrote, and if the data set is missing or does not fit the model.
     """
     config, endpoint, encoders = _header(model)
-    of_user = _is_own(folder)
+    place = Path(folder_of(folder))
+    of_user = folder.startswith("s3:") or is_run(place) or (place / MANIFEST).exists()  # not exported, nor of the hub
     if of_user:
         use_endpoint(endpoint)
     if data is not None:
@@ -74,23 +75,12 @@ def fingerprint(model: NAIGN) -> str:
     return digest.hexdigest()
 
 
-def _is_own(folder: str) -> bool:
-    """Whether the model is that of a run or of a checkpoint, not an exported one or one of the hub."""
-    place = Path(folder_of(folder))
-    return folder.startswith("s3:") or is_run(place) or (place / MANIFEST).exists()
-
-
-def recorded_resize(model: NAIGN) -> Resize:
-    """How pictures were brought to the model's size. Raises InputError for a header that no training wrote."""
-    return parse_resize(_header(model)[0]).central()
-
-
 def read_image(data: bytes, model: NAIGN) -> Tensor:
     """An image file as (1, C, H, W) float32 in [-1, 1], brought to the model's size as evaluation does it.
 
     Raises InputError for bytes that are no picture, or for one that is smaller than the model's windows (data.crop).
     """
-    resize, shape = recorded_resize(model), model.shape
+    resize, shape = parse_resize(_header(model)[0]).central(), model.shape
     if resize.crop and not resize.height:
         pixels = decode_image(data)
         if min(pixels.shape[1:]) < resize.crop:

@@ -23,6 +23,7 @@ from pipeline.cli.demo import demo
 from pipeline.data.degrade import KINDS
 from pipeline.errors import InputError
 from pipeline.evaluate import play
+from pipeline.evaluate.recorded import read_image
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import ConvConfig, PointConfig
 from pipeline.model.scale import scaled
@@ -121,7 +122,7 @@ def test_an_upload_or_a_training_image_is_shown_on_the_canvas(page, client, digi
     from gradio_client import handle_file
 
     shown = client.predict(handle_file(digit[1]), api_name="/upload")["background"]
-    expected = to_image(play.read_upload(digit[1].read_bytes(), page.model)[0], least=8 * FACTOR)
+    expected = to_image(read_image(digit[1].read_bytes(), page.model)[0], least=8 * FACTOR)
     assert np.array_equal(pixels(shown), pixels(expected))
     training = play.training_images(page.model, page.run)
     shown = client.predict(12, api_name="/example")["background"]

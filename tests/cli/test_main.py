@@ -74,7 +74,7 @@ def test_what_is_no_picture_is_named(model, tmp_path):
     (tmp_path / "x.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match="x.png: no picture"):
         cli.score(model, (tmp_path / "x.png",))
-    with pytest.raises(InputError, match="nowhere.png: No such file"):
+    with pytest.raises(OSError, match="No such file .*nowhere.png"):  # which main() puts into words
         cli.score(model, (tmp_path / "nowhere.png",))
 
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.data.dataset import parse_resize
 from pipeline.data.format.indexing import index
 from pipeline.errors import InputError
-from pipeline.evaluate.recorded import recorded_resize
+from pipeline.evaluate.recorded import recorded
 from pipeline.model.naign import NAIGN
 from pipeline.storage.s3_client import forget_clients
 from pipeline.storage.store import open_store
@@ -35,7 +36,8 @@ def test_pictures_of_many_sizes_are_trained_on_and_measured(train, naign, tmp_pa
     assert done.returncode == 0, done.stderr
 
     model = NAIGN.from_pretrained(tmp_path / "run")
-    resize = recorded_resize(model)
+    config, _, _ = recorded(model, str(tmp_path / "run"), str(tmp_path / "theirs"))
+    resize = parse_resize(config).central()
     assert model.shape == (3, 16, 24) and (resize.height, resize.width, resize.fit) == (16, 24, "crop")
     done = naign("evaluate", "run", "--samples=50")
     assert done.returncode == 0, done.stderr
