@@ -172,22 +172,20 @@ def score(run: Model, files: Files, /, *, times: Times = 1, device: Device = "au
         model = open_model(run, find_device(device))
     paths = [path for path, _ in find_files(files, model.shape)]
     originals = read_samples(paths, model)
-    lines = [(path, line) for path, batch in zip(paths, originals, strict=True) for line in range(1, 1 + len(batch))]
-    with counted("scoring", total=len(lines), unit="sample") as bar:
+    places = [(path, line) for path, batch in zip(paths, originals, strict=True) for line in range(1, 1 + len(batch))]
+    with counted("scoring", total=len(places), unit="sample") as bar:
         energies = model.energy(torch.cat(originals), times=times, advance=bar.update).tolist()
-    for (path, line), energy in zip(lines, energies, strict=True):
+    rows = [(path, line, energy) for (path, line), energy in zip(places, energies, strict=True)]
+    for path, line, energy in rows:
         require((math.isfinite(energy), f"{path}:{line}: its energy is beyond float32: leave it out"))
+    points = len(model.shape) == 1
     if json:
-        rows = [
-            {"file": path, "line": line if len(model.shape) == 1 else None, "energy": energy}
-            for (path, line), energy in zip(lines, energies, strict=True)
-        ]
-        print_json({"run": run, "times": times, "energies": rows})
+        named = [{"file": path, "line": line if points else None, "energy": energy} for path, line, energy in rows]
+        print_json({"run": run, "times": times, "energies": named})
         return
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(("file", "energy"))
-    for (path, line), energy in zip(lines, energies, strict=True):
-        table.writerow((path if len(model.shape) == 3 else f"{path}:{line}", f"{energy:.6g}"))
+    table.writerows((f"{path}:{line}" if points else path, f"{energy:.6g}") for path, line, energy in rows)
 
 
 def export(
@@ -287,19 +285,20 @@ def open_model(run: str, device: str) -> "NAIGN":
 def _model(
     run: str, prior: Prior, components: int | None, steps: int | None, data: str | None, *, device: str = "cpu"
 ) -> "NAIGN":
-    if prior == "trained":
-        for name, value in (("components", components), ("data", data)):
-            require((value is None, f"--{name} is of a mixture: add --prior gmm, or leave it out"))
+    """The model with its own prior, of another number of steps if that is given, or with a mixture."""
+    trained = prior == "trained"
+    for name, value in (("components", components), ("data", data)):
+        require((value is None or not trained, f"--{name} is of a mixture: add --prior gmm, or leave it out"))
     components = 50 if components is None else components
     _check(components=components)
     model = open_model(run, device)
     if steps is not None:
-        recorded = model.metadata["prior"]
-        flow = prior == "trained" and recorded["name"] == "flow"
+        settings = model.metadata["prior"]
+        flow = trained and settings["name"] == "flow"
         require((flow, f"--steps applies to a flow of codes, and this prior is none ({run}): leave it out"))
-        metadata = model.metadata | {"prior": recorded | {"steps": steps}}
+        metadata = model.metadata | {"prior": settings | {"steps": steps}}
         model = type(model)(model.network, metadata, model.prior.state_dict())
-    if prior == "trained":
+    if trained:
         return model
     from pipeline.evaluate.refit import with_mixture
 
