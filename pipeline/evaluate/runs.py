@@ -215,18 +215,18 @@ def _in_use(lock: Path) -> bool:
 
 def _quality(evaluation: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
     """Quality by metrics.json of the evaluation, or else by the last report with quality/*."""
-    if (fd := number(pick(evaluation, "fd.once"))) is not None:
-        source, line, recall = "evaluation", evaluation, number(pick(evaluation, "coverage.recall"))
-    else:
-        source, line = "training", report
-        fd, recall = number(report.get("quality/fd")), number(report.get("quality/recall"))
-    return {
-        "fd": fd,
-        "fd_over_floor": number(pick(line, "fd.once_ratio")),
-        "recall": recall,
-        "measured": source if fd is not None else None,
-        "measured_at": (whole(line.get("images_seen")) or None) if fd is not None else None,
-    }
+    evaluated = pick(evaluation, "fd.once"), pick(evaluation, "coverage.recall")
+    trained = report.get("quality/fd"), report.get("quality/recall")
+    for source, line, (fd, recall) in (("evaluation", evaluation, evaluated), ("training", report, trained)):
+        if number(fd) is not None:
+            return {
+                "fd": number(fd),
+                "fd_over_floor": number(pick(line, "fd.once_ratio")),
+                "recall": number(recall),
+                "measured": source,
+                "measured_at": whole(line.get("images_seen")) or None,
+            }
+    return dict.fromkeys(("fd", "fd_over_floor", "recall", "measured", "measured_at"))
 
 
 def _size(folder: Path) -> int:
