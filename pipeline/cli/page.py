@@ -120,7 +120,7 @@ class Player:
 
 def build(player: Player, *, about: str) -> gradio.Blocks:
     """The page; `about` is Markdown at its top."""
-    with gradio.Blocks(title="naign demo", analytics_enabled=False, delete_cache=(600, 600)) as page:
+    with gradio.Blocks(title="naign demo", delete_cache=(600, 600)) as page:
         gradio.Markdown(about)
         with gradio.Tab("Repair"):
             _build_repair(player)
@@ -213,7 +213,6 @@ def _gallery(label: str, columns: int) -> gradio.Gallery:
         columns=columns,
         fit_columns=False,
         height=220,
-        object_fit="contain",
         buttons=[],
         elem_classes="pixels",
     )
