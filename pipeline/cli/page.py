@@ -36,6 +36,7 @@ def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*inputs: Any) -> Any:
         try:
+            require((None not in inputs, "something is missing: draw or upload a picture, and fill in every field"))
             return function(*inputs)
         except InputError as error:
             message = str(error)
@@ -46,11 +47,6 @@ def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
         raise gradio.Error(message, print_exception=False)
 
     return call
-
-
-def _filled(*numbers: float | None) -> None:
-    """Raise InputError for an empty field; Gradio checks the ranges itself."""
-    require((None not in numbers, "a number is missing: fill in every field"))
 
 
 class Player:
@@ -81,18 +77,16 @@ class Player:
             raise InputError(f"the file cannot be read as a picture: {error}") from None
 
     def example(self, seed: int) -> dict[str, Any]:
-        _filled(seed)
         assert self.training is not None
         return self._drawn(scaled(self.training[seed % len(self.training)][None]))
 
     def _drawn(self, image: Tensor) -> dict[str, Any]:
         return {"background": self.to_canvas(image[0]), "layers": [], "composite": None}
 
-    def repair(self, canvas: dict[str, Any] | None, times: int, seed: int, *strengths: float) -> tuple[Any, ...]:
-        picture = canvas and (canvas["composite"] or canvas["background"])
+    def repair(self, canvas: dict[str, Any], times: int, seed: int, *strengths: float) -> tuple[Any, ...]:
+        picture = canvas["composite"] or canvas["background"]
         if not picture:
             raise InputError("there is no picture: draw one, or upload one")
-        _filled(times, seed, *strengths)
         given = play.damage(self.from_canvas(picture), dict(zip(KINDS, strengths, strict=True)), seed=seed)
         done = play.repair(self.model, given, times=times)
         answer = done.answers[-1]
@@ -109,11 +103,9 @@ class Player:
         return to_image(given[0]), shades(done.moved), to_image(answer[0]), text, applied, near
 
     def sample(self, n: int, seed: int, times: int) -> Image.Image:
-        _filled(n, seed, times)
         return grid(self.model.sample(n, seed=seed, times=times).cpu(), columns=min(n, 8))
 
     def between(self, first: int, last: int, steps: int, times: int) -> Image.Image:
-        _filled(first, last, steps, times)
         latents = self.model.between(first, last, steps=steps)
         return grid(self.model.project(latents, times=times).cpu(), columns=min(steps, 8))
 
