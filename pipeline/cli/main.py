@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
 
 import tyro
 
@@ -33,19 +32,18 @@ COMMANDS: dict[str, Callable[..., None]] = {
 FULL = ("can't allocate memory", "out of memory")  # errors of torch on a CPU, on a GPU
 
 
-def _end_quietly() -> NoReturn:
-    """End after the reader closed the pipe, as `head` does."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
-    sys.exit(128 + signal.SIGPIPE)
-
-
 def main() -> None:
     """Run the command in sys.argv. Exit codes are those of pipeline/errors.py."""
+    try:
+        _run()
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _run() -> None:
     if sys.argv[1:2] in (["train"], ["launch"]):  # these pass unknown options on to the training program
-        try:
-            (train if sys.argv[1] == "train" else launch)()
-        except BrokenPipeError:  # as of `naign train --help | head`
-            _end_quietly()
+        (train if sys.argv[1] == "train" else launch)()
     if sys.argv[1:] == ["--version"]:
         print(f"naign {__version__}")
         return
@@ -55,8 +53,6 @@ def main() -> None:
         try:
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="naign", description=ABOUT)
             sys.stdout.flush()
-        except BrokenPipeError:
-            _end_quietly()
         except OSError as error:
             if error.filename is None:
                 raise
