@@ -15,14 +15,7 @@ if TYPE_CHECKING:
     from pipeline.model.naign import NAIGN
 
 
-def demo(
-    run: Run,
-    /,
-    *,
-    port: int = 7860,
-    data: str | None = None,
-    device: Device = "auto",
-) -> None:
+def demo(run: Run, /, *, port: int = 7860, data: str | None = None, device: Device = "auto") -> None:
     """Serve a page to play with a model of images: draw or upload, damage, repair; sample, interpolate.
 
     Args:
