@@ -88,19 +88,19 @@ class Player:
         if not picture:
             raise InputError("there is no picture: draw one, or upload one")
         given = play.damage(self.from_canvas(picture), dict(zip(KINDS, strengths, strict=True)), seed=seed)
-        done = play.repair(self.model, given, times=times)
-        answer = done.answers[-1]
+        answers, energies = play.repair(self.model, given, times=times)
+        answer, moved = answers[-1], (answers[0] - given).abs().mean(1)[0]
         applied = [
             (to_image(image[0]), f"{count}: {energy:.2g}")
-            for count, (image, energy) in enumerate(zip(done.answers, done.energies[1:], strict=True), 1)
+            for count, (image, energy) in enumerate(zip(answers, energies[1:], strict=True), 1)
         ]
         near = []
         if self.training is not None:
             images, distances = play.nearest(self.training, answer)
             near = [(to_image(image), f"{one:.3g}") for image, one in zip(images, distances, strict=True)]
-        text = f"Energy, the mean of (f(x) − x)²: **{done.energies[0]:.4g}** of what f was given, "
-        text += f"**{done.energies[-1]:.4g}** of its answer. Darkest in the map: |f(x) − x| = {done.moved.max():.3g}."
-        return to_image(given[0]), shades(done.moved), to_image(answer[0]), text, applied, near
+        text = f"Energy, the mean of (f(x) − x)²: **{energies[0]:.4g}** of what f was given, "
+        text += f"**{energies[-1]:.4g}** of its answer. Darkest in the map: |f(x) − x| = {moved.max():.3g}."
+        return to_image(given[0]), shades(moved), to_image(answer[0]), text, applied, near
 
     def sample(self, n: int, seed: int, times: int) -> Image.Image:
         return grid(self.model.sample(n, seed=seed, times=times).cpu(), columns=min(n, 8))

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -25,19 +24,13 @@ def damage(images: Tensor, strengths: Mapping[Kind, float], *, seed: int = 0) ->
     return images
 
 
-class Repair(NamedTuple):
-    answers: list[Tensor]  # f(x), f(f(x)), ..., each (1, C, H, W)
-    energies: list[float]  # of x, f(x), f(f(x)), ...: the mean squared residual of one more application
-    moved: Tensor  # (H, W): |f(x) - x|, averaged over channels
-
-
-def repair(model: NAIGN, image: Tensor, *, times: int = 1) -> Repair:
-    """Apply f to one image (1, C, H, W), up to `times` times."""
+def repair(model: NAIGN, image: Tensor, *, times: int = 1) -> tuple[list[Tensor], list[float]]:
+    """f(x), f(f(x)), ... of one image x (1, C, H, W), `times` of them, and the energies of x and of each."""
     chain = [image]
     for _ in range(times + 1):
         chain.append(model.project(chain[-1]))
     energies = [float((after - before).square().mean()) for before, after in zip(chain, chain[1:], strict=False)]
-    return Repair(chain[1:-1], energies, (chain[1] - image).abs().mean(1)[0])
+    return chain[1:-1], energies
 
 
 def training_images(model: NAIGN, run: str, data: str | None = None) -> Tensor:
