@@ -73,13 +73,9 @@ class NetworkStore(Store):
         last = size if last is None else last
         if last > size:
             raise InputError(f"{self.url(name)}: {size} bytes where {last} were expected: truncated: copy it again")
-        ranges = [(start, min(start + PART, last)) for start in range(first, last, PART)]
-        if len(ranges) < 2:
-            for start, stop in ranges:
-                yield from self._get(name, version, start, stop)
-            return
-        gets = (partial(self._get, name, version, *ends) for ends in ranges)
-        with closing(in_order(gets, PARALLEL)) as parts:
+        starts = range(first, last, PART)
+        gets = (partial(self._get, name, version, start, min(start + PART, last)) for start in starts)
+        with closing(in_order(gets, PARALLEL) if len(starts) > 1 else (get() for get in gets)) as parts:
             for part in parts:
                 yield from part
 

@@ -53,12 +53,6 @@ def client() -> Any:
         return _make_client()
 
 
-def forget_clients() -> None:
-    """Have the next client made from the environment as it is then."""
-    with _MAKING:
-        _make_client.cache_clear()
-
-
 @cache
 def _make_client() -> Any:
     import boto3
@@ -96,7 +90,8 @@ def _make_client() -> Any:
 
 
 os.register_at_fork(before=_MAKING.acquire, after_in_parent=_MAKING.release, after_in_child=_MAKING.release)
-os.register_at_fork(after_in_child=_make_client.cache_clear)
+forget_clients = _make_client.cache_clear  # so that the next client is made from the environment as it is then
+os.register_at_fork(after_in_child=forget_clients)
 
 
 def _pay(payer: str, params: dict[str, Any], **_: Any) -> dict[str, Any]:
