@@ -5,7 +5,7 @@ import math
 import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -86,7 +86,8 @@ def decode_image(data: bytes, into: Array | None = None) -> Array:
     If `into` has the image's shape, the pixels may be written there: then `into` itself is returned. In memory the
     channels of a pixel lie together, as decoders give them. Raises InputError for bytes that are no picture.
     """
-    plain = _decode_plain_jpeg(data, into) if data[:2] == b"\xff\xd8" else _decode_plain_png(data)
+    header = jpeg_header(data)
+    plain = decode_jpeg(data, header, into=into) if header else _decode_plain_png(data)
     if plain is not None:
         return plain
     with decoding(), open_picture(data) as picture:
@@ -100,11 +101,6 @@ def header_shape(data: bytes) -> tuple[int, int, int]:
 
     Raises InputError for bytes that are no picture.
     """
-    if data[:2] == b"\xff\xd8":
-        with suppress(ValueError, KeyError):
-            if header := jpeg_header(data):
-                channels, height, width, orientation = header
-                return (channels, height, width) if orientation < 5 else (channels, width, height)
     with decoding(), open_picture(data) as picture:
         if picture.mode == "F":
             raise InputError("mode F, floating-point pixels of no known range: save it with 8 or 16 bits")
@@ -138,57 +134,54 @@ def _decode_plain_png(data: bytes) -> Array | None:
     return pixels.reshape(height, width, 3).transpose(2, 0, 1)
 
 
-def _decode_plain_jpeg(data: bytes, into: Array | None) -> Array | None:
-    """The pixels of a sound JPEG in grey or YCbCr; None for any other, which is left to Pillow.
-
-    simplejpeg and Pillow use the same library, libjpeg-turbo, and give the same pixels. simplejpeg parses no markers in
-    Python and copies nothing: for small images it takes a fifth of the time.
-    """
-    try:
-        if not (header := jpeg_header(data)):
-            return None
-        channels, height, width, lies = header
-        kind = "GRAY" if channels == 1 else "RGB"
-        usable = into is not None and into.shape == (channels, height, width) and lies == 1
-        memory = into.transpose(1, 2, 0) if into is not None and usable else None
-        if memory is not None and memory.flags.c_contiguous:
-            simplejpeg.decode_jpeg(data, kind, strict=True, buffer=memory)
-            return into
-        pixels: Array = simplejpeg.decode_jpeg(data, kind, strict=True)
-    except (ValueError, KeyError):  # KeyError for a subsampling that it does not know
-        return None
-    return turned(pixels.transpose(2, 0, 1), lies)
-
-
 def jpeg_header(data: bytes) -> tuple[int, int, int, int] | None:
-    """Channels, height, width and orientation (EXIF's number) of a JPEG in grey or YCbCr; None for any other.
+    """Channels, height, width and orientation (EXIF's number, from 1, upright, to 8) of a JPEG in grey or YCbCr.
 
-    Raises ValueError for bytes that are no JPEG, KeyError for a subsampling that simplejpeg does not know.
+    None for any other, which is left to Pillow. Raises InputError for bytes that Pillow cannot read either.
     """
-    height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    if data[:2] != b"\xff\xd8":
+        return None
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    except (ValueError, KeyError):  # KeyError for a subsampling that simplejpeg does not know
+        return None
     if space not in ("Gray", "YCbCr") or height * width > JPEG_PIXELS:
         return None
-    return 1 if space == "Gray" else 3, height, width, _jpeg_orientation(data)
+    orientation = 1
+    if b"\xff\xe1" in data:  # EXIF, or XMP that may say it; among pixels these bytes do not occur
+        with decoding(), open_picture(data) as picture:
+            orientation = _orientation(picture)
+    return 1 if space == "Gray" else 3, height, width, orientation
 
 
-def _jpeg_orientation(data: bytes) -> int:
-    """EXIF's number for how a JPEG lies, from 1, upright, to 8."""
-    at = 2
-    while (at := data.find(b"\xff", at)) >= 0:  # segment by segment, to where the pixels begin
-        marker = data[at + 1] if at + 1 < len(data) else 0xDA
-        if marker == 0xE1:  # EXIF, or XMP that may say it
-            break
-        if marker == 0xDA:
-            return 1
-        at += 1 if marker in (0x00, 0xFF) else 2 + int.from_bytes(data[at + 2 : at + 4])
-    else:
-        return 1
-    with decoding(), open_picture(data) as picture:
-        return _orientation(picture)
+def decode_jpeg(
+    data: bytes, header: tuple[int, int, int, int], factor: int = 1, *, into: Array | None = None
+) -> Array | None:
+    """The upright pixels (C, H, W) of a sound JPEG with that header, at 1/factor of its size; None: left to Pillow.
+
+    Of an upright picture they are written to `into`, and it is returned, if it has their shape and their order in
+    memory. simplejpeg and Pillow use the same library, libjpeg-turbo, and give the same pixels. simplejpeg parses no
+    markers in Python and copies nothing: for small images it takes a fifth of the time.
+    """
+    channels, height, width, orientation = header
+    height, width = -(-height // factor), -(-width // factor)
+    least = {"min_height": height, "min_width": width, "min_factor": factor} if factor > 1 else {}
+    memory = None
+    if into is not None and into.shape == (channels, height, width) and orientation == 1:
+        memory = into.transpose(1, 2, 0)
+        memory = memory if memory.flags.c_contiguous else None
+    kind = "GRAY" if channels == 1 else "RGB"
+    try:
+        pixels: Array = simplejpeg.decode_jpeg(data, kind, strict=True, buffer=memory, **least)
+    except (ValueError, KeyError):
+        return None
+    if memory is not None:
+        return into
+    return turned(pixels.transpose(2, 0, 1), orientation) if pixels.shape[:2] == (height, width) else None
 
 
 def _orientation(picture: Image.Image) -> int:
-    """The same of any picture: 1 where it says nothing, or nothing that can be read, as viewers have it."""
+    """EXIF's number for how a picture lies: 1 where it says nothing, or nothing that can be read, as viewers have it."""
     try:
         orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # for damaged EXIF Pillow raises nearly anything

@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-import simplejpeg
 from PIL import Image
 
-from pipeline.data.decode import Array, decode_image, decoding, jpeg_header, turned
+from pipeline.data.decode import Array, decode_image, decode_jpeg, decoding, jpeg_header
 from pipeline.errors import InputError
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the upright picture
@@ -115,9 +114,15 @@ def resized(data: bytes, resize: Resize, drawn: Numbers | None = None) -> Array:
     A JPEG is decoded at a half, a quarter or an eighth of its size where that is still SPARE times what is wanted.
     Raises InputError for bytes that are no picture.
     """
-    jpeg = _scaled_jpeg(data, resize, drawn) if data[:2] == b"\xff\xd8" else None
-    if jpeg is not None:
-        return jpeg
+    if header := jpeg_header(data):
+        _, height, width, orientation = header
+        box = resize.box(*((height, width) if orientation >= 5 else (width, height)), drawn)
+        factor = resize.factor(box)
+        while orientation != 1 and (height % factor or width % factor):  # else what libjpeg adds may be turned
+            factor //= 2
+        pixels = decode_jpeg(data, header, factor)
+        if pixels is not None:
+            return _cut(pixels, resize, box, factor)
     return resized_array(decode_image(data), resize, drawn)
 
 
@@ -125,27 +130,6 @@ def resized_array(array: Array, resize: Resize, drawn: Numbers | None = None) ->
     """The image (C, height, width) of pixels (C, H, W) uint8."""
     height, width = array.shape[1:]
     return _cut(array, resize, resize.box(width, height, drawn), 1)
-
-
-def _scaled_jpeg(data: bytes, resize: Resize, drawn: Numbers | None) -> Array | None:
-    """Of a JPEG in grey or YCbCr; None for any other, which is left to Pillow."""
-    try:
-        if not (header := jpeg_header(data)):
-            return None
-        count, height, width, lies = header
-        upright = (height, width) if lies >= 5 else (width, height)
-        box = resize.box(*upright, drawn)
-        factor = resize.factor(box)
-        while lies != 1 and (height % factor or width % factor):  # else what libjpeg adds at an edge may be turned
-            factor //= 2
-        kind = "GRAY" if count == 1 else "RGB"
-        least = {"min_height": -(-height // factor), "min_width": -(-width // factor), "min_factor": factor}
-        pixels: Array = simplejpeg.decode_jpeg(data, kind, strict=True, **least if factor > 1 else {})
-    except (ValueError, KeyError):  # KeyError for a subsampling that simplejpeg does not know
-        return None
-    if pixels.shape[:2] != (-(-height // factor), -(-width // factor)):
-        return None
-    return _cut(turned(pixels.transpose(2, 0, 1), lies), resize, box, factor)
 
 
 def _cut(array: Array, resize: Resize, box: Box, factor: int) -> Array:
