@@ -181,7 +181,7 @@ def decode_jpeg(
 
 
 def _orientation(picture: Image.Image) -> int:
-    """EXIF's number for how a picture lies: 1 where it says nothing, or nothing that can be read, as viewers have it."""
+    """EXIF's number for how a picture lies: 1 where it says nothing that can be read, as viewers have it."""
     try:
         orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # for damaged EXIF Pillow raises nearly anything
@@ -212,15 +212,11 @@ def decode_array(data: bytes, shape: tuple[int, ...], dtype: str) -> Array:
     header, by_columns, stored = npy_header(shape, dtype), False, shape
     with decoding():
         if not data.startswith(header):
-            with _PARSING:
-                stream = io.BytesIO(data)
-                version = np.lib.format.read_magic(stream)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                stored, by_columns, kind = read(stream)
+            stored, by_columns, kind, length = parse_npy(data)
             grey = len(shape) == 3 and shape[0] == 3 and fits(stored, (1, *shape[1:]))
             if not (grey or fits(stored, shape)) or kind != np.dtype(dtype):
                 raise InputError(f"{kind} of shape {stored}, but index.json says {dtype} of {shape}")
-            header = data[: stream.tell()]
+            header = data[:length]
         if 0 in stored:
             raise InputError(f"no values, its shape is {stored}")
         flat: Array = np.frombuffer(data, dtype, math.prod(stored), len(header))
@@ -228,6 +224,19 @@ def decode_array(data: bytes, shape: tuple[int, ...], dtype: str) -> Array:
         if not np.isfinite(array).all():
             raise InputError("a value is not finite")
         return array
+
+
+def parse_npy(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """What the header of an .npy file says: shape, whether by columns, type; and its length in bytes.
+
+    Raises what NumPy raises.
+    """
+    with _PARSING:
+        stream = io.BytesIO(data)
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, by_columns, kind = read(stream)
+    return shape, by_columns, kind, stream.tell()
 
 
 def fits(shape: tuple[int, ...], stored: tuple[int, ...]) -> bool:

@@ -1,14 +1,11 @@
 """A survey of samples in tars by others: their kind, shape and labels, which no manifest states yet."""
 
-import io
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
-from pipeline.data.decode import decode_image, decoding, header_shape
+from pipeline.data.decode import decode_array, decode_image, decoding, header_shape, parse_npy
 from pipeline.data.format.labels import label_text
 from pipeline.data.format.manifest import CHANNELS, FORMS, Manifest
 from pipeline.data.format.shards import Shard
@@ -162,17 +159,15 @@ def _form(sample: dict[str, Any], where: str, *, whole: bool) -> tuple[str, tupl
         if suffix != "npy":
             return "image", decode_image(sample[suffix]).shape if whole else header_shape(sample[suffix])
         with decoding():
-            array = np.load(io.BytesIO(sample[suffix]), allow_pickle=False)
-            if not array.size:
-                raise InputError(f"no values, its shape is {array.shape}")
-            if not np.isfinite(array).all():
-                raise InputError("a value is not finite")
+            shape, _, dtype, _ = parse_npy(sample[suffix])
+        kind = next((kind for kind, form in FORMS.items() if form == (str(dtype), len(shape))), "")
+        if kind:
+            decode_array(sample[suffix], shape, str(dtype))
     except InputError as error:
         raise InputError(f"{where}: the .{suffix} cannot be decoded ({error}): {_BROKEN}") from None
-    kind = next((kind for kind, form in FORMS.items() if form == (str(array.dtype), array.ndim)), None)
-    if kind is None:
+    if not kind:
         wanted = "images are uint8 (C, H, W), points float32 (D,)"
-        raise InputError(f"{where}: the .npy is {array.dtype} of {array.shape}: {wanted}")
-    if kind == "image" and array.shape[0] not in CHANNELS:
-        raise InputError(f"{where}: the .npy has {array.shape[0]} channels, not 1 or 3: repack the data set")
-    return kind, array.shape
+        raise InputError(f"{where}: the .npy is {dtype} of {shape}: {wanted}")
+    if kind == "image" and shape[0] not in CHANNELS:
+        raise InputError(f"{where}: the .npy has {shape[0]} channels, not 1 or 3: repack the data set")
+    return kind, shape
