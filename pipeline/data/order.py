@@ -9,7 +9,7 @@ whole shards: shards are read by ranges of bytes. A round goes on into the next 
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -33,16 +33,7 @@ class Piece:
     last: int
 
 
-class _Sizes(tuple[int, ...]):
-    """Numbers whose hash is computed once: plans are looked up by them, and there may be a hundred thousand."""
-
-    def __hash__(self) -> int:
-        if not hasattr(self, "_hash"):
-            self._hash = super().__hash__()
-        return self._hash
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
+@dataclass(kw_only=True, frozen=True, eq=False)  # compared by identity: plans are cached by it
 class Order:
     """All that says in which order the images of a split come, and in which rounds."""
 
@@ -52,13 +43,10 @@ class Order:
     lanes: int = 1
     """Lanes that blocks are taken from in turn; 1: shards one after the other."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sizes", _Sizes(self.sizes))
-
-    @property
+    @cached_property
     def total(self) -> int:
         """Images of an epoch."""
-        return _total(self.sizes)
+        return sum(self.sizes)
 
     def epochs(self, rounds: int) -> float:
         """The number of epochs in that many rounds."""
@@ -71,11 +59,6 @@ class Order:
         rounds, left = divmod(self.total, self.round_size)
         end = "; a round goes on into the next epoch" if left else f" of {rounds} rounds"
         return f"each of {self.total} images once an epoch{end}"
-
-
-@lru_cache(maxsize=4)
-def _total(sizes: tuple[int, ...]) -> int:
-    return sum(sizes)
 
 
 def check_seed(seed: int) -> None:
@@ -96,18 +79,19 @@ def shuffled(count: int, seed: int, stream: int = 0) -> list[int]:
 
 
 @lru_cache(maxsize=4)
-def _epoch(sizes: tuple[int, ...], seed: int, epoch: int, groups: int) -> tuple[Longs, Longs]:
+def _epoch(order: Order, epoch: int, groups: int) -> tuple[Longs, Longs]:
     """The shards of an epoch in order (n,), and the positions (n + 1,) at which they start and end.
 
     The order is random. With fewer `groups` than shards, these are cut into so many groups of consecutive ones, which
     are often of one class: the order of the groups is random, and that of the shards in each.
     """
-    order = np.array(shuffled(len(sizes), seed, epoch), np.int64)
-    if groups < len(sizes):
-        group = order * groups // len(sizes)
+    count = len(order.sizes)
+    shards = np.array(shuffled(count, order.seed, epoch), np.int64)
+    if groups < count:
+        group = shards * groups // count
         _, begins, group = np.unique(group, return_index=True, return_inverse=True)
-        order = order[np.argsort(begins[group], kind="stable")]  # groups by where their first shard stands
-    return order, np.concatenate([[0], np.cumsum(np.array(sizes, np.int64)[order])])
+        shards = shards[np.argsort(begins[group], kind="stable")]  # groups by where their first shard stands
+    return shards, np.concatenate([[0], np.cumsum(np.array(order.sizes, np.int64)[shards])])
 
 
 def _spread(count: int, width: int, *, backwards: bool = False) -> Longs:
@@ -185,7 +169,7 @@ class _Lanes:
 @lru_cache(maxsize=4)
 def _lanes(order: Order, epoch: int) -> tuple[Longs, _Lanes]:
     width = max(1, round(order.round_size / BLOCK))
-    shards, edges = _epoch(order.sizes, order.seed, epoch, width)
+    shards, edges = _epoch(order, epoch, width)
     return shards, _Lanes(np.diff(edges), order.lanes, width)
 
 
@@ -218,7 +202,7 @@ def pieces(order: Order, round: int, start: int, stop: int) -> list[Piece]:
             for place, a, b in lanes.runs(begin, end):
                 cut.append(Piece(epoch=epoch, shard=int(shards[place]), first=a, last=b))
             continue
-        shards, edges = _epoch(order.sizes, order.seed, epoch, len(order.sizes))
+        shards, edges = _epoch(order, epoch, len(order.sizes))
         low, high = int(np.searchsorted(edges, begin, "right")) - 1, int(np.searchsorted(edges, end))
         for shard, (a, b) in zip(shards[low:high].tolist(), pairwise(edges[low : high + 1].tolist()), strict=True):
             cut.append(Piece(epoch=epoch, shard=shard, first=max(begin - a, 0), last=min(end, b) - a))

@@ -81,7 +81,7 @@ def test_a_turn_takes_the_next_block_of_every_lane(sizes: tuple[int, ...], seed:
     order = Order(sizes=sizes, seed=seed, round_size=size, lanes=lanes)
     rounds = -(-order.total // size)
     images = [sample for round in range(rounds) for sample in listed(order, round, 0, size)][: order.total]
-    shards, _ = _epoch(order.sizes, seed, 0, max(1, round(size / BLOCK)))
+    shards, _ = _epoch(order, 0, max(1, round(size / BLOCK)))
     blocks = [(shard, first) for shard in shards for first in range(0, sizes[shard] - BLOCK + 1, BLOCK)]
     count = min(lanes, len(blocks))
     edges = [number * len(blocks) // max(count, 1) for number in range(count + 1)]
