@@ -88,11 +88,6 @@ def lists_data_sets(config: DataConfig) -> bool:
     return config.path.lstrip().startswith("[")
 
 
-def one_manifest(config: DataConfig) -> Manifest:
-    """What a data set holds, if data.path names one. Raises InputError as Manifest.load does."""
-    return Manifest.load(config.index or config.path)
-
-
 def lanes(config: DataConfig, manifest: Manifest) -> int:
     """The number of lanes that rounds draw from (order.py)."""
     return config.shuffle or (1 if manifest.dealt else LANES)

@@ -25,7 +25,7 @@ from pipeline.data.dataset import DataConfig, check_config
 from pipeline.data.decode import Array
 from pipeline.data.format.manifest import size_problem
 from pipeline.data.mixing import DataSets, Stored, shares
-from pipeline.data.order import LANES, Order, Piece, parts, pieces, rank_rows
+from pipeline.data.order import LANES, Order, Piece, check, parts, pieces, rank_rows
 from pipeline.data.reader import Reader
 from pipeline.data.rows import Rows, fill, new_images, new_rows
 from pipeline.data.sample import draws
@@ -92,7 +92,7 @@ class Stream(AbstractContextManager["Stream"]):
         self.manifest, self.shape = self.sets.manifest, self.sets.shape
         """Of one row."""
         self.order = self.sets.plan(seed, round_size)
-        self.order.check(world)
+        check(round_size, world)
         self._config, self._prefetch = config, prefetch
         self._first, last = rank_rows(round_size, rank, world)
         self._count, self._world = last - self._first, world  # rows of this rank, a round
@@ -172,7 +172,10 @@ class Stream(AbstractContextManager["Stream"]):
         if self._next != round:
             self._close_parts()
         if not self._parts:
-            self._parts = [self._open(round, *rows) for rows in parts(0, self._count, max(1, self._config.workers))]
+            self._parts = [
+                _Part(first, last, *self.order.open(self.sets, round, self._first + first, self._first + last))
+                for first, last in parts(0, self._count, max(1, self._config.workers))
+            ]
         reads, self._parts = self._parts, []  # given back below, unless this round breaks off
         rows, broken = new_rows(self._memory()), dict[int, str]()
         try:
@@ -187,9 +190,6 @@ class Stream(AbstractContextManager["Stream"]):
         self._parts, self._next = reads, round + 1
         return rows
 
-    def _open(self, start: int, first: int, last: int) -> _Part:
-        return _Part(first, last, *self.order.open(self.sets, start, self._first + first, self._first + last))
-
     def _read_part(self, part: _Part, round: int, rows: Rows, broken: dict[int, str], stop: threading.Event) -> bool:
         """Fill a part's rows of the next round. False if stopped on the way; the part is then of no more use."""
         with ExitStack() as unless_whole:
@@ -198,12 +198,9 @@ class Stream(AbstractContextManager["Stream"]):
                 if stop.is_set():
                     return False
                 end = min(begin + self._block, part.last)
-                numbers, random = (self._first + begin, self._first + end), self._config.fit == "random"
-                drawn, stored = (
-                    draws(self.order.seed, round, *numbers, windows=random),
-                    islice(part.stored, end - begin),
-                )
-                broken |= fill(rows, begin, stored, drawn, flip=self._config.flip)
+                first, last, windows = self._first + begin, self._first + end, self._config.fit == "random"
+                drawn = draws(self.order.seed, round, first, last, windows=windows)
+                broken |= fill(rows, begin, islice(part.stored, end - begin), drawn, flip=self._config.flip)
                 for reader in part.readers:
                     rows.tally.merge(reader.store.tally.take())
                 self.rows_read += end - begin

@@ -1,6 +1,6 @@
 """Data sets that share every round: each has a fixed part of it and epochs of its own."""
 
-import math
+import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pipeline.data.dataset import DataConfig, lanes, lists_data_sets, one_manifest, open_reader, parse_resize
+from pipeline.data.dataset import DataConfig, lanes, lists_data_sets, open_reader, parse_resize
 from pipeline.data.format.manifest import Manifest, Split
-from pipeline.data.order import Order, Piece, check, pieces
+from pipeline.data.order import Order, Piece, pieces
 from pipeline.data.reader import Raw, Reader
 from pipeline.errors import InputError
 
@@ -44,15 +44,9 @@ def _member(config: DataConfig, entry: Any) -> tuple[DataConfig, float]:
     if not isinstance(entry, dict) or entry.keys() - {"path", "weight", "index"} or not entry.get("path"):
         raise InputError(f"data.path has the entry {entry!r}: {_HOW}")
     weight, index = entry.get("weight", 1), entry.get("index", "")
-    try:
-        weight = float(weight) if type(weight) in (int, float) else math.nan
-    except OverflowError:
-        weight = math.inf
-    if not 0 < weight < math.inf:
-        raise InputError(
-            f"data.path gives {entry['path']} the weight {entry['weight']!r}: a weight is a positive number"
-        )
-    return replace(config, path=str(entry["path"]), index=str(index or "")), weight
+    if type(weight) not in (int, float) or not 0 < weight <= sys.float_info.max:
+        raise InputError(f"data.path gives {entry['path']} the weight {weight!r}: a weight is a positive number")
+    return replace(config, path=str(entry["path"]), index=str(index or "")), float(weight)
 
 
 def shares(weights: Sequence[float], size: int) -> list[int]:
@@ -74,7 +68,7 @@ class DataSets:
         named = members(config)
         self.configs, self.weights = [config for config, _ in named], [weight for _, weight in named]
         self.resize = parse_resize(config)
-        self.manifests = [one_manifest(config) for config in self.configs]
+        self.manifests = [Manifest.load(config.index or config.path) for config in self.configs]
         shapes = [self.resize.shape(manifest.shape, manifest.name) for manifest in self.manifests]
         channels = max(shape[0] for shape in shapes)
         for manifest, shape in zip(self.manifests, shapes, strict=True):
@@ -150,10 +144,6 @@ class Plan:
     seed: int
     round_size: int
 
-    def check(self, world: int) -> None:
-        """Raise InputError, with the arithmetic, where so many ranks cannot share a round equally."""
-        check(self.round_size, world)
-
     @property
     def total(self) -> int:
         """Images of all data sets."""
@@ -198,10 +188,6 @@ def _in_turn(streams: dict[int, tuple[Reader, Generator[Raw]]], owners: list[int
     with ExitStack() as stack:
         for _, raws in streams.values():
             stack.enter_context(closing(raws))
-        if len(streams) == 1:
-            ((reader, raws),) = streams.values()
-            yield from ((reader, raw) for raw in raws)
-            return
         for place in cycle(owners):
             reader, raws = streams[place]
             yield reader, next(raws)
