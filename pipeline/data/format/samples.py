@@ -1,10 +1,7 @@
 """The samples of a shard as WebDataset groups them: of whole pages in memory, and of a whole tar in a store."""
 
-import gzip
-import lzma
 import re
 import tarfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from typing import Any
@@ -14,13 +11,10 @@ from pipeline.data.format.tar import members
 from pipeline.errors import InputError
 from pipeline.storage.base import Store
 
-BROKEN_TAR = (
-    *(tarfile.TarError, EOFError, RecursionError, MemoryError, ValueError),  # headers that nest or lie
-    *(zlib.error, lzma.LZMAError, gzip.BadGzipFile),  # a tar may be compressed
-)
+BROKEN_TAR = (tarfile.TarError, ValueError, RecursionError, MemoryError)  # the last two of headers that nest or lie
 """What reading a damaged tar raises. A disk or network that fails raises others, worth a retry."""
 
-_SPLIT = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # WebDataset's, whose import would wait for torch
+_SPLIT = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # as WebDataset's, whose import would wait for torch
 
 
 def samples(page: bytes) -> Iterator[dict[str, Any]]:
@@ -114,9 +108,5 @@ def key_and_suffix(name: str) -> tuple[str, str] | None:
     first = name.partition("/")[0]
     if len(first) >= 4 and first.startswith("__") and first.endswith("__"):
         return None
-    slash = name.rfind("/") + 1
-    dot = name.find(".", slash)
-    if dot > slash:
-        return name[:dot], name[dot + 1 :].lower()
-    match = _SPLIT.match(name)
+    match = _SPLIT.fullmatch(name)
     return match and (match[1], match[2].lower())
