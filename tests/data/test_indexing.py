@@ -17,7 +17,7 @@ import pytest
 
 from pipeline.data.dataset import DataConfig
 from pipeline.data.decode import encode
-from pipeline.data.format import indexing, summary
+from pipeline.data.format import indexing, samples
 from pipeline.data.format.audit import verify
 from pipeline.data.format.indexing import index
 from pipeline.data.format.manifest import Manifest
@@ -82,7 +82,7 @@ def test_braces_and_patterns_choose_tars(tmp_path: Path) -> None:
 def test_only_shards_that_were_not_read_yet_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(str(tmp_path), TARS)
     expected = index(str(tmp_path), to=str(tmp_path / "whole"), progress=False)
-    read, scanned = [], summary.scan
+    read, scanned = [], samples.scan
 
     def counted(store: Any, file: str, *rest: Any) -> Any:
         read.append(file)
@@ -90,7 +90,7 @@ def test_only_shards_that_were_not_read_yet_are_read(tmp_path: Path, monkeypatch
             raise KeyboardInterrupt
         return scanned(store, file, *rest)
 
-    monkeypatch.setattr(summary, "scan", counted)
+    monkeypatch.setattr(samples, "scan", counted)
     monkeypatch.setattr(indexing, "THREADS", 1)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
@@ -299,13 +299,13 @@ def test_a_bucket_of_others_may_be_public_or_cost_the_reader(bucket: str, monkey
 
 
 def test_a_broken_tar_costs_no_second_reading_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, scanned = [], summary.scan
+    read, scanned = [], samples.scan
 
     def counted(store: Any, file: str, *rest: Any) -> Any:
         read.append(file)
         return scanned(store, file, *rest)
 
-    monkeypatch.setattr(summary, "scan", counted)
+    monkeypatch.setattr(samples, "scan", counted)
     write(str(tmp_path), TARS)
     sound = (tmp_path / TARS[2]).read_bytes()
     (tmp_path / TARS[2]).write_bytes(sound[:2000])

@@ -1,15 +1,16 @@
 """Verification of a data set against its manifest."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from pipeline.data.format.manifest import INDEX, Manifest, size_problem
 from pipeline.data.format.pages import Pager, table_name
-from pipeline.data.format.samples import scan
+from pipeline.data.format.samples import examine
 from pipeline.data.format.shards import Shard
 from pipeline.data.sample import decode
 from pipeline.errors import InputError
@@ -39,34 +40,6 @@ class Problems(InputError):
         self.problems = problems
 
 
-def _scans(
-    store: Store,
-    names: Mapping[str, Sequence[str]],  # of the shards of each split
-    check: Callable[[dict[str, Any], str], None],  # of a sample and the name of its shard: raises InputError
-    problems: list[str],  # added to
-    bar: "tqdm[Any]",
-) -> Iterator[tuple[str, Pager]]:
-    """Read shards; yields name and measures of each that is readable to its end. A key may occur once in a split."""
-    for shards in names.values():
-        keys: dict[str, str] = {}  # shard by key
-        for name in shards:
-            where, pager = store.url(name), Pager()
-            try:
-                for sample in scan(store, name, pager, bar.update):
-                    key = sample["__key__"]
-                    if key in keys:
-                        problems.append(f"{where}, key {key}: also in {keys[key]}: repack the data set")
-                    keys[key] = name
-                    try:
-                        check(sample, name)
-                    except InputError as error:
-                        problems.append(str(error))
-            except InputError as error:  # missing, or no tar from some byte on
-                problems.append(str(error))
-            else:
-                yield name, pager
-
-
 def bar_of_bytes(what: str, total: int, *, shown: bool) -> "tqdm[Any]":
     """A progress bar of so many bytes."""
     return tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=not shown)
@@ -79,13 +52,12 @@ def verify(path: str, *, index: str = "", progress: bool = True) -> Report:
     """
     manifest, store, problems = Manifest.load(index or path), open_store(path), list[str]()
     tables = open_store(index) if index else store
-    shards = {shard.name: shard for split in manifest.splits.values() for shard in split.shards}
-    names = {name: [shard.name for shard in split.shards] for name, split in manifest.splits.items()}
-    total = sum(shard.bytes for shard in shards.values())
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    total = sum(shard.bytes for shard in shards)
     known = {name: set(keys) for name, keys in manifest.broken.items()}
     broken = list[tuple[str, str]]()
 
-    def check(sample: dict[str, Any], name: str) -> None:
+    def check(name: str, sample: dict[str, Any]) -> None:
         where, key = store.url(name), sample["__key__"]
         try:
             _, label = decode(sample, manifest, where)
@@ -98,22 +70,26 @@ def verify(path: str, *, index: str = "", progress: bool = True) -> Report:
             raise InputError(f"{where}, key {key}: no .cls, but {INDEX} has labels: repack it")
 
     with busy(f"asking for the sizes of {len(shards)} tars", shown=progress):
-        for shard in shards.values():
+        for shard in shards:
             with suppress(InputError):  # one that is missing is named below
                 problems += filter(None, [size_problem(store, shard)])
     with bar_of_bytes(f"verify {manifest.name}", total, shown=progress) as bar:
-        for name, pager in _scans(store, names, check, problems, bar):
-            pages = table_name(name)
-            problems += _differences(store, tables, pages, shards[name], pager.shard(name)[0])
+        for split in manifest.splits.values():
+            seen = dict[str, str]()
+            for shard in split.shards:
+                pager = Pager()
+                some, whole = examine(store, shard.name, pager, partial(check, shard.name), seen, bar.update)
+                problems += some
+                problems += _differences(store, tables, shard, pager.shard(shard.name)[0]) if whole else ()
     if problems:
         raise Problems(path, problems)
-    samples = sum(shard.samples for shard in shards.values())
+    samples = sum(shard.samples for shard in shards)
     return Report(samples=samples, shards=len(shards), bytes=total, broken=tuple(broken))
 
 
-def _differences(store: Store, tables: Store, pages: str, shard: Shard, actual: Shard) -> Iterator[str]:
-    """Differences of a shard and its page table, whose name is `pages`, from the manifest, but for the size."""
-    where = store.url(shard.name)
+def _differences(store: Store, tables: Store, shard: Shard, actual: Shard) -> Iterator[str]:
+    """Differences of a shard and its page table from the manifest, but for the size."""
+    where, pages = store.url(shard.name), table_name(shard.name)
     wrong = f"its SHA-256 is not the one in {INDEX}: copy it again, or repack the data set"
     if actual.samples != shard.samples:
         yield f"{where}: {actual.samples} samples, but {INDEX} says {shard.samples}: repack the data set"

@@ -48,6 +48,31 @@ def scan(
             raise InputError(f"{where}: truncated or no tar ({error}): copy it again, or repack the data set") from None
 
 
+def examine(
+    store: Store,
+    name: str,
+    pager: Pager,
+    check: Callable[[dict[str, Any]], None],  # of a sample: raises InputError
+    seen: dict[str, str],  # shards by key, of those among which a key may occur once; added to
+    advance: Callable[[int], object] = lambda _: None,
+) -> tuple[list[str], bool]:
+    """The problems of a shard's samples, and whether it is readable to its end."""
+    where, problems = store.url(name), list[str]()
+    try:
+        for sample in scan(store, name, pager, advance):
+            key = sample["__key__"]
+            if key in seen:
+                problems.append(f"{where}, key {key}: also in {seen[key]}: repack the data set")
+            seen[key] = name
+            try:
+                check(sample)
+            except InputError as error:
+                problems.append(str(error))
+    except InputError as error:  # missing, or no tar from some byte on
+        return [*problems, str(error)], False
+    return problems, True
+
+
 def _measured(pager: Pager, more: Callable[[], bool], where: str) -> Iterator[tuple[str, str, bytes]]:
     """Key, suffix and bytes of each member of a sample. `more` writes bytes to `pager`, which measures the samples."""
 

@@ -7,15 +7,15 @@ import base64
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.format.pages import Pager, Table, dump_table, parse_table
-from pipeline.data.format.samples import ending, scan
+from pipeline.data.format.pages import ROW, Pager, Table, dump_table, parse_table
+from pipeline.data.format.samples import ending, examine
 from pipeline.data.format.shards import Shard
 from pipeline.data.format.survey import Survey
-from pipeline.errors import InputError
 from pipeline.storage.base import Store
 
 KEPT = ".indexing.json"
@@ -62,26 +62,18 @@ class Summary:
 
 def summarize(store: Store, name: str, settings: Survey, *, whole: bool = False) -> Summary:
     """Read every byte of a tar, and with `whole` hash it also as a whole."""
-    where, pager, problems = store.url(name), Pager(whole=whole), list[str]()
-    survey, hashes, seen = settings.anew(), list[int](), set[str]()
-    try:
-        for sample in scan(store, name, pager):
-            key = sample["__key__"]
-            if key in seen:
-                problems.append(f"{where}, key {key}: also in {name}: repack the data set")
-            seen.add(key)
-            hashes.append(key_hash(key))
-            try:
-                survey.see(sample, f"{where}, key {key}")
-            except InputError as error:
-                problems.append(str(error))
-    except InputError as error:  # missing, or no tar from some byte on
-        problems.append(str(error))
-        shard, table = Shard(name=name, samples=0, bytes=0, pages=""), np.empty(0, [("sample", "<i8")])
+    where, pager, survey, seen = store.url(name), Pager(whole=whole), settings.anew(), dict[str, str]()
+
+    def see(sample: dict[str, Any]) -> None:
+        survey.see(sample, f"{where}, key {sample['__key__']}")
+
+    problems, readable = examine(store, name, pager, see, seen)
+    if not readable:
+        shard, table = Shard(name=name, samples=0, bytes=0, pages=""), np.empty(0, ROW)
         return Summary(shard=shard, table=table, survey=survey, keys=np.empty(0, np.uint64), problems=problems)
     problems += ending(where, pager)
     shard, table = pager.shard(name)
-    keys = np.sort(np.array(hashes, np.uint64))
+    keys = np.sort(np.array([key_hash(key) for key in seen], np.uint64))
     return Summary(shard=shard, table=table, survey=survey, keys=keys, problems=problems)
 
 
