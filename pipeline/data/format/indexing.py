@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import operator
 import os
 import signal
 import threading
@@ -9,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -186,7 +187,7 @@ def _summaries(store: Store, target: Store, names: list[str], settings: Survey, 
     with busy(f"asking for the sizes of {len(names)} tars", shown=progress):
         kept = set(target.list())
         sizes = _all([partial(store.size, name) for name in names])
-    tasks = [_Task(store, target, settings, name, _kept_name(name) in kept) for name in names]
+    tasks = [partial(_summary, store, target, settings, name, _kept_name(name) in kept) for name in names]
     many = min(cpu_count(), len(names), PROCESSES)
     apart = many > 1 and sum(sizes) >= MUCH
     results = _by_processes(tasks, many) if apart else in_order(tasks, THREADS)
@@ -202,34 +203,25 @@ def _kept_name(name: str) -> str:
     return f"{name.removesuffix('.tar')}{KEPT}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """Reading of one tar, or of what an interrupted call kept of it; keeps the summary. Picklable."""
-
-    store: Store
-    target: Store
-    settings: Survey
-    name: str
-    kept: bool  # whether the target may have a summary
-
-    def __call__(self) -> Summary:
-        version, file = self.store.version(self.name), _kept_name(self.name)
-        whole = self.store.path == self.target.path  # an index beside the tars has the hash of each
-        before = Summary.parse(self.target.read(file), self.name, version, self.settings) if self.kept else None
-        if before and bool(before.shard.sha256) == whole:
-            return before
-        summary = summarize(self.store, self.name, self.settings, whole=whole)
-        if not summary.problems:
-            self.target.put(file, summary.dump(version))
-        return summary
+def _summary(store: Store, target: Store, settings: Survey, name: str, kept: bool) -> Summary:
+    """The summary of a tar, read, or else what an interrupted call `kept`. It is kept for the next call."""
+    version, file = store.version(name), _kept_name(name)
+    whole = store.path == target.path  # an index beside the tars has the hash of each
+    before = Summary.parse(target.read(file), name, version, settings) if kept else None
+    if before and bool(before.shard.sha256) == whole:
+        return before
+    summary = summarize(store, name, settings, whole=whole)
+    if not summary.problems:
+        target.put(file, summary.dump(version))
+    return summary
 
 
-def _by_processes(tasks: list[_Task], many: int) -> Generator[Summary]:
+def _by_processes(tasks: Sequence[Callable[[], Summary]], many: int) -> Generator[Summary]:
     """The results of the tasks, by a process for each of `many` cores: threads of one share the interpreter's lock."""
     others = multiprocessing.active_children()
     with ProcessPoolExecutor(many, multiprocessing.get_context("spawn"), initializer=_begin) as pool:
         try:
-            yield from pool.map(_Task.__call__, tasks)
+            yield from pool.map(operator.call, tasks)
         except BrokenProcessPool:
             again = "run it again: it continues with the tars that were not read yet"
             guard = "a script that calls `index` needs `if __name__ == '__main__':`, as any that starts processes"
