@@ -57,7 +57,7 @@ def test_a_table_is_the_same_however_it_is_told(
             size = chunks[place % len(chunks)]
             pager.write(memoryview(data)[told : told + size])
             told, place = told + size, place + 1
-    assert pager.rest(end) == bytes(2 * BLOCK)
+    assert pager.get(end, pager.size) == bytes(2 * BLOCK)
     table = pager.finish(end)
     assert [row.tolist() for row in table] == expected(data, starts, end)
     assert ((np.diff(table["byte"])[:-1] >= PAGE) | (table["sample"][1:-1] % 16 == 0)).all()

@@ -62,17 +62,11 @@ class Manifest:
         shape: tuple[int, ...],
         labels: tuple[str, ...],
         shards: dict[str, list[Shard]],
-        *,
-        dealt: bool = True,
-        label: str = "",
     ) -> "Manifest":
         """The manifest of shards by split."""
         totals = {split: sum(shard.samples for shard in made) for split, made in shards.items()}
         splits = {split: Split(samples=totals[split], shards=tuple(made)) for split, made in shards.items()}
-        form = FORMS[kind][0]
-        return cls(
-            name=name, kind=kind, shape=shape, dtype=form, labels=labels, splits=splits, dealt=dealt, label=label
-        )
+        return cls(name=name, kind=kind, shape=shape, dtype=FORMS[kind][0], labels=labels, splits=splits)
 
     @classmethod
     def load(cls, path: str) -> "Manifest":

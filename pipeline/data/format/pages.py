@@ -79,10 +79,6 @@ class Pager:
         with memoryview(self._bytes) as known:  # one copy, not two
             return known[first - self._start : last - self._start].tobytes()
 
-    def rest(self, end: int) -> bytes:
-        """The bytes from `end` on, which must not lie before the end of the last sample."""
-        return bytes(self._bytes[max(0, end - self._start) :])
-
     def finish(self, end: int) -> Table:
         """The page table of a tar that is written whole and whose last sample ends at byte `end`."""
         self._pages.append((self.samples, end))

@@ -101,7 +101,7 @@ def _measured(pager: Pager, more: Callable[[], bool], where: str) -> Iterator[tu
 
 def ending(where: str, pager: Pager) -> Iterator[str]:
     """What is wrong behind the last sample: a tar that was cut between two samples reads as if whole."""
-    rest = pager.rest(pager.after)
+    rest = pager.get(pager.after, pager.size)
     if not pager.samples:
         yield f"{where}: holds no samples: remove it"
     if len(rest) < 2 * tarfile.BLOCKSIZE:

@@ -110,15 +110,9 @@ class Survey:
         shapes = {(shard.name, shard.bytes, shard.samples) for split in shards.values() for shard in split}
         splits = old.splits.values() if old else ()
         before = {(shard.name, shard.bytes, shard.samples) for split in splits for shard in split.shards}
-        return Manifest.of(
-            name,
-            self.kind,
-            self.shape,
-            self._label_names(name, labels),
-            shards,
-            dealt=bool(old and old.dealt and before == shapes),  # tars of `naign pack` stay what they are
-            label=self.label,
-        )
+        manifest = Manifest.of(name, self.kind, self.shape, self._label_names(name, labels), shards)
+        dealt = bool(old and old.dealt and before == shapes)  # tars of `naign pack` stay what they are
+        return replace(manifest, dealt=dealt, label=self.label)
 
     def _label_names(self, name: str, labels: tuple[str, ...]) -> tuple[str, ...]:
         """The given names of labels, or those in the samples, in order. Raises InputError for names that do not fit."""
