@@ -129,13 +129,16 @@ class Reader:
 
         `drawn` are the numbers of its row (see sample.draws), None: the central window.
         """
-        where = self.store.url(self.shards[raw.piece.shard].name)
         try:
-            array, label = decode(raw.sample, self.manifest, where, into, self.resize, drawn)
+            return self._decoded(raw, into, drawn)
         except InputError as error:
             if not self._skip:
                 raise
             return self._instead(raw.piece, raw.number, drawn, str(error))
+
+    def _decoded(self, raw: Raw, into: Array | None, drawn: Numbers | None) -> Row:
+        where = self.store.url(self.shards[raw.piece.shard].name)
+        array, label = decode(raw.sample, self.manifest, where, into, self.resize, drawn)
         if self.numbers is not None and label >= 0:
             label = self.numbers[label] if label < len(self.numbers) else -1  # a number without a name
         return Row(array, label, self.prefix + raw.sample["__key__"], raw.piece.epoch)
@@ -266,15 +269,11 @@ class Reader:
     def _instead(self, piece: Piece, number: int, drawn: Numbers | None, problem: str) -> Row:
         """The next readable sample of the shard; after the last comes the first."""
         shard = self.shards[piece.shard]
-        sound = Reader(
-            self.store, self.manifest, self.shards, tables=self._tables, check=self._check, resize=self.resize
-        )
-        sound.prefix, sound.numbers = self.prefix, self.numbers
         for step in range(1, shard.samples):
             other = (number + step) % shard.samples
             try:
-                (raw,) = sound.raw([Piece(epoch=piece.epoch, shard=piece.shard, first=other, last=other + 1)])
-                return sound.row(raw, None, drawn)._replace(broken=problem)
+                (raw,) = self.raw([Piece(epoch=piece.epoch, shard=piece.shard, first=other, last=other + 1)])
+                return self._decoded(raw, None, drawn)._replace(broken=problem)
             except InputError:
                 continue
         raise InputError(f"{self.store.url(shard.name)}: none of its {shard.samples} samples can be decoded: {_REMEDY}")

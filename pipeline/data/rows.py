@@ -65,7 +65,6 @@ def fill(
         labels[row], epochs[row], rows.keys[row] = sample.label, sample.epoch, sample.key
         if sample.broken:
             broken[row] = sample.broken
-    assert row + 1 == (len(images) if draws is None else begin + len(draws))
     if flip and draws is not None and images.ndim == 4:
         mirror(images[begin : row + 1], draws)
     return broken
