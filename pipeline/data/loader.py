@@ -271,7 +271,7 @@ def _some(sets: DataSets, split: str, count: int) -> list[list[Piece]]:
     chosen = list[list[Piece]]()
     for manifest, wanted in zip(sets.manifests, shares(there, count), strict=True):
         sizes = manifest.splits[split].sizes if wanted else ()
-        if wanted and not manifest.dealt and wanted < sum(sizes):
+        if not manifest.dealt and wanted < sum(sizes):
             chosen.append(pieces(Order(sizes=sizes, seed=0, round_size=wanted, lanes=LANES), 0, 0, wanted))
             continue
         starts = accumulate(sizes, initial=0)

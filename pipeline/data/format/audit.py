@@ -16,7 +16,6 @@ from pipeline.data.sample import decode
 from pipeline.errors import InputError
 from pipeline.storage.base import Store
 from pipeline.storage.store import open_store
-from pipeline.terminal import busy
 
 PROBLEMS = 20  # how many problems a message lists
 
@@ -69,14 +68,12 @@ def verify(path: str, *, index: str = "", progress: bool = True) -> Report:
         if manifest.labels and label < 0:
             raise InputError(f"{where}, key {key}: no .cls, but {INDEX} has labels: repack it")
 
-    with busy(f"asking for the sizes of {len(shards)} tars", shown=progress):
-        for shard in shards:
-            with suppress(InputError):  # one that is missing is named below
-                problems += filter(None, [size_problem(store, shard)])
     with bar_of_bytes(f"verify {manifest.name}", total, shown=progress) as bar:
         for split in manifest.splits.values():
             seen = dict[str, str]()
             for shard in split.shards:
+                with suppress(InputError):  # one that is missing is named below
+                    problems += filter(None, [size_problem(store, shard)])
                 pager = Pager()
                 some, whole = examine(store, shard.name, pager, partial(check, shard.name), seen, bar.update)
                 problems += some
