@@ -132,21 +132,14 @@ class Stream(AbstractContextManager["Stream"]):
         assert rows is not None
         if self._prefetch:
             self._ahead = self._begin(round + 1)
-        self._allow(rows)
+        self._broken += len(rows.broken)
+        self._rows += len(rows.keys)
+        _allow(rows.broken, self._broken, self._rows, self.order.total // self._world)
         if self._trace:
             with self._trace.open("a", errors="surrogateescape") as lines:
                 listed = zip(rows.epochs.tolist(), rows.keys, strict=True)
                 lines.writelines(f"{epoch} {round} {key}\n" for epoch, key in listed)
         return rows
-
-    def _allow(self, rows: Rows) -> None:
-        """Log what is broken; InputError if it is more than the share of this rank's images, at least an epoch's."""
-        for problem in rows.broken:
-            log.warning("skipped: %s", problem)
-        self._broken += len(rows.broken)
-        self._rows += len(rows.keys)
-        epoch = self.order.total // self._world
-        check_share(self._broken, self._rows, epoch, *rows.broken[-1:])
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -218,15 +211,18 @@ class Stream(AbstractContextManager["Stream"]):
         return lent
 
 
-def check_share(broken: int, rows: int, epoch: int, last: str = "") -> None:
-    """Raise InputError if more of `rows` samples are broken than BROKEN of them, or of an epoch, whichever is more.
+def _allow(problems: list[str], broken: int, rows: int, epoch: int) -> None:
+    """Log the problems of samples, with which `broken` ones of `rows` were met.
 
-    One an epoch is always allowed. `last` is the problem of the last one.
+    InputError if that is more than BROKEN of the rows, or of an epoch, whichever is more. One an epoch is always
+    allowed.
     """
+    for problem in problems:
+        log.warning("skipped: %s", problem)
     most = max(int(BROKEN * max(rows, epoch)), -(-rows // max(epoch, 1)))
-    if broken > most:
+    if problems and broken > most:
         allowed = f"data.broken=skip allows, {BROKEN:.0%} ({most}): repack the data set"
-        raise InputError(f"{broken} broken samples of {rows} are more than {allowed}; the last: {last}")
+        raise InputError(f"{broken} broken samples of {rows} are more than {allowed}; the last: {problems[-1]}")
 
 
 def read_split(
@@ -257,9 +253,7 @@ def read_split(
         bar = tqdm(samples, total=count, desc=f"read {split}", unit="sample", disable=not progress)
         rows = new_rows(new_images(sets.shape, sets.manifest.dtype, count))
         broken = list(fill(rows, 0, bar).values())
-    for problem in broken:
-        log.warning("skipped: %s", problem)
-    check_share(len(broken), count, total, *broken[-1:])
+    _allow(broken, len(broken), count, total)
     return rows.images.contiguous(), rows.labels
 
 
