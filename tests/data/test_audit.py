@@ -133,7 +133,10 @@ def test_what_is_indexed_is_read(tmp_path: Path, check: int | None) -> None:
             "no values, its shape is .3, 0, 5",
         ),
         ([("a.png", PNG), ("a.cls", b"cat")], "label 'cat' is none"),
-        ([("a.png", PNG), ("a.cls", b"200000000")], "key a: label 200000000 is beyond 1000000"),
+        (
+            [("a.png", PNG), ("a.cls", b"200000000")],
+            "key a: label '200000000' is none that .cls can hold, a number below 1000000",
+        ),
         ([("a.png", PNG), ("a.cls", b"0"), ("b.png", PNG)], "key b: no .cls, unlike others"),
         ([("a.npy", encode(np.zeros((4, 4), np.float32), "npy"))], "float32 of .*images are uint8"),
         (

@@ -136,11 +136,9 @@ class Survey:
 
 def _number(text: str, where: str) -> int:
     """The label in a .cls. Raises InputError where it is none."""
-    if not text.isdecimal() or len(text) >= 19:
-        what = f"label {text[:20]!r} is none that .cls can hold, a number"
+    if not text.isdecimal() or len(text) >= 19 or int(text) >= MOST_LABELS:
+        what = f"label {text[:20]!r} is none that .cls can hold, a number below {MOST_LABELS}"
         raise InputError(f"{where}: {what}: say where labels are with --label, or repack the data set")
-    if int(text) >= MOST_LABELS:
-        raise InputError(f"{where}: label {int(text)} is beyond {MOST_LABELS}: repack the data set")
     return int(text)
 
 
