@@ -179,6 +179,22 @@ def test_unusual_names(tmp_path: Path, name: str) -> None:
     assert by_pages(file, at_once=1) == by_webdataset(file)
 
 
+def test_headers_of_other_kinds(tmp_path: Path) -> None:
+    """Pipes and labels are passed over; files laid out to be contiguous, and those of tars before ustar, are read."""
+    headers = list[bytes]()
+    for name, kind in (("a.npy", b"0"), ("pipe", b"6"), ("b.npy", b"7"), ("label", b"V"), ("c.npy", b"0")):
+        info = tarfile.TarInfo(name)
+        info.type = kind
+        headers.append(info.tobuf(tarfile.USTAR_FORMAT))
+    old = bytearray(headers.pop())
+    old[257:265] = bytes(8)
+    old[148:156] = b"%06o\0 " % (sum(old[:148]) + 8 * 32 + sum(old[156:]))
+    file = tmp_path / "a.tar"
+    file.write_bytes(b"".join([*headers, old, bytes(2 * BLOCK)]))
+    found = by_pages(file, at_once=1)
+    assert found == by_webdataset(file) and [sample["__key__"] for sample in found] == ["a", "b", "c"]
+
+
 def test_names_that_are_no_utf8(tmp_path: Path) -> None:
     file = tmp_path / "a.tar"
     with tarfile.open(file, "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as tar:

@@ -11,9 +11,6 @@ from pipeline.data.format.tar import members
 from pipeline.errors import InputError
 from pipeline.storage.base import Store
 
-BROKEN_TAR = (tarfile.TarError, ValueError, RecursionError, MemoryError)  # the last two of headers that nest or lie
-"""What reading a damaged tar raises. A disk or network that fails raises others, worth a retry."""
-
 _SPLIT = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # as WebDataset's, whose import would wait for torch
 
 
@@ -44,7 +41,7 @@ def scan(
                 pass
         except InputError:
             raise
-        except BROKEN_TAR as error:
+        except (tarfile.TarError, ValueError) as error:
             raise InputError(f"{where}: truncated or no tar ({error}): copy it again, or repack the data set") from None
 
 
