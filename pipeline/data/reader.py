@@ -17,7 +17,7 @@ from pipeline.data.format.samples import samples
 from pipeline.data.format.shards import Shard
 from pipeline.data.order import Piece
 from pipeline.data.resize import Numbers, Resize
-from pipeline.data.sample import AS_STORED, decode
+from pipeline.data.sample import decode
 from pipeline.errors import InputError
 from pipeline.storage.base import Store
 from pipeline.storage.prefetch import PARALLEL, in_order
@@ -88,14 +88,13 @@ class Reader:
         manifest: Manifest,
         shards: Sequence[Shard],
         *,
-        tables: Store | None = None,  # where page tables are; None: in `store`
-        check: bool = True,  # hash what was read
-        skip: bool = False,  # put the next sound sample in the place of one that cannot be decoded
-        resize: Resize = AS_STORED,
-        lanes: int = 1,  # from how many shards pieces come in turn
+        tables: Store,  # where page tables are
+        check: bool,  # hash what was read
+        skip: bool,  # put the next sound sample in the place of one that cannot be decoded
+        resize: Resize,
+        lanes: int,  # from how many shards pieces come in turn
     ) -> None:
-        self.store, self.manifest, self.shards, self.resize = store, manifest, shards, resize
-        self._tables = tables or store
+        self.store, self.manifest, self.shards, self.resize, self._tables = store, manifest, shards, resize, tables
         self.prefix = ""  # of keys, where each of a list of data sets has a reader
         self.numbers: list[int] | None = None  # of labels among those of all data sets
         self._check, self._skip = check, skip
