@@ -5,6 +5,7 @@ import multiprocessing
 import operator
 import os
 import signal
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,7 +29,7 @@ from pipeline.data.format.summary import KEPT, Summary, key_hash, summarize
 from pipeline.data.format.survey import Survey
 from pipeline.errors import InputError, Unavailable
 from pipeline.storage.base import Store
-from pipeline.storage.prefetch import in_background, in_order
+from pipeline.storage.prefetch import in_order
 from pipeline.storage.store import open_store
 from pipeline.terminal import busy
 
@@ -237,9 +238,14 @@ def _by_processes(tasks: Sequence[Callable[[], Summary]], many: int) -> Generato
 def _begin() -> None:
     """Leave Ctrl-C to the first process, and end once that has gone: else a worker would wait for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_first, name="leave", daemon=True).start()
+
+
+def _leave_with_first() -> None:
     first = multiprocessing.parent_process()
     assert first is not None
-    in_background(first.join, "leave").add_done_callback(lambda _: os._exit(1))
+    first.join()
+    os._exit(1)
 
 
 def _duplicates(store: Store, summaries: Sequence[Summary], most: int) -> Iterator[str]:
