@@ -1,1 +1,1 @@
-"""The baselines that NAIGN is compared with: IGN, a normalised autoencoder, a VAE and a rectified flow."""
+"""The baselines that NAIGN is compared with: IGN, its prior, a normalised autoencoder, a VAE and a rectified flow."""

@@ -8,7 +8,6 @@ from torch import nn
 from pipeline.model.networks import require_code
 from pipeline.model.prior.base import Prior, PriorConfig, Shape
 from pipeline.model.prior.flow import Flow, FlowConfig
-from pipeline.model.prior.fourier import Fourier, FourierConfig
 from pipeline.model.prior.gaussian import Gaussian, GaussianConfig
 from pipeline.model.prior.gmm import Gmm, GmmConfig
 from pipeline.model.prior.halves import Halves, HalvesConfig
@@ -19,7 +18,6 @@ PRIORS: dict[str, tuple[type[PriorConfig], type[Prior]]] = {
     "gaussian": (GaussianConfig, Gaussian),
     "smooth": (SmoothConfig, Smooth),
     "halves": (HalvesConfig, Halves),
-    "fourier": (FourierConfig, Fourier),
     "flow": (FlowConfig, Flow),
     "gmm": (GmmConfig, Gmm),
 }
@@ -28,7 +26,8 @@ PRIORS: dict[str, tuple[type[PriorConfig], type[Prior]]] = {
 
 def find_prior(name: str) -> tuple[type[PriorConfig], type[Prior]]:
     """The settings and the class of the prior of that name; InputError for an unknown one."""
-    return lookup("prior.name", name, PRIORS, "naign.priors")
+    remedies = {"fourier": "fourier is IGN's, install it: pip install -e benchmarks/baselines"}
+    return lookup("prior.name", name, PRIORS, "naign.priors", remedies=remedies)
 
 
 def build_prior(config: PriorConfig, shape: Shape, network: nn.Module, *, seed: int = 0) -> Prior:

@@ -29,7 +29,7 @@ class Smooth(Prior):
     def __init__(self, config: SmoothConfig, shape: Shape, *, seed: int = 0) -> None:
         super().__init__(config, shape, seed=seed)
         if len(shape) != 3:
-            raise InputError("prior.name=smooth is for images, these are points: choose gaussian, halves or fourier")
+            raise InputError("prior.name=smooth is for images, these are points: choose gaussian or halves")
 
     def draw(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor:
         coarse = normal(seed, round, ids, (self.shape[0], self.config.grid, self.config.grid), device)

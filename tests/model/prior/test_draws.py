@@ -4,13 +4,13 @@ from functools import partial
 
 import pytest
 import torch
+from naign_baselines.fourier import FourierConfig
 from scipy import stats
 
 from pipeline.errors import InputError
 from pipeline.model.networks import ConvConfig, build_network
 from pipeline.model.prior import Examples, Prior, PriorConfig, build_prior, find_prior
 from pipeline.model.prior.flow import FlowConfig
-from pipeline.model.prior.fourier import FourierConfig
 from pipeline.model.prior.gaussian import GaussianConfig
 from pipeline.model.prior.gmm import GmmConfig
 from pipeline.model.prior.halves import HalvesConfig
@@ -134,7 +134,7 @@ def test_the_spectrum_of_all_ranks_is_that_of_the_whole_round():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(InputError, match="prior.name is 'cauchy': choose one of gaussian, smooth, halves, fourier"):
+    with pytest.raises(InputError, match="prior.name is 'cauchy': choose one of gaussian, smooth, halves, flow, gmm"):
         find_prior("cauchy")
     with pytest.raises(InputError, match="smooth is for images"):
         build(SmoothConfig(), (2,))

@@ -43,3 +43,6 @@ class Fourier(Prior):
         mean, square = examples.add(moments) / examples.world
         self.spectrum.copy_(torch.stack([mean, (square - mean.square()).clamp(min=0).sqrt()]))
         yield from ()
+
+
+PRIOR = (FourierConfig, Fourier)
