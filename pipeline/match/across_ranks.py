@@ -35,20 +35,17 @@ class Blocks:
     """Candidates of this rank."""
     make: Callable[[int, int], Tensor]
     """make(low, high) -> this rank's candidates low to high, (high - low, d) float32. It is called once for each block
-    of `size` rows, in order, and again by another search. If it raises on any rank, all ranks leave the search before
-    the next block: that rank with its own exception, the others with RuntimeError."""
+    of `size` rows, in order, on every rank as often as on the rank with most rows, with low == high where a rank has
+    none left; and again by another search. If it raises on any rank, all ranks leave the search before the next block:
+    that rank with its own exception, the others with RuntimeError."""
     size: int = 4096
     """Candidates made and searched at once; the same on every rank."""
-    lockstep: bool = False
-    """Whether making is collective: `make` is then called on every rank as often as on the rank with most rows, with
-    low == high where a rank has none left."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Answer:
     distances: Tensor  # (q, k) float64: squared L2, ascending; infinite where fewer than k candidates are left
     ids: Tensor  # (q, k) int64, ascending among equal distances; -1 where there is none
-    rejected: int  # candidates of all ranks that were nearer than `reject` to a query of any rank
     proved: float  # share of this rank's (query, candidate) pairs that needed no sieve beyond the method's own
     measured: float  # candidates of this rank, per query, that no bound excluded
     method: str  # this rank's, with its parameters
@@ -91,20 +88,19 @@ def search(
     group: dist.ProcessGroup | None = None,
     method: str = "auto",
     neighbours: int = 1,  # k: how many of the nearest
-    reject: float | None = None,  # squared L2: candidates nearer than this to any query of any rank are left out
     skip: Tensor | None = None,  # (s,) int64: ids that are left out, the same on every rank
 ) -> Answer:
     """Collective: the k nearest candidates of each query over all ranks. Raises as `nearest` does.
 
     Either all queries travel to every rank, which answers for its own candidates, or all candidates do, block by block:
-    whichever are fewer rows. With `reject` the queries travel: a rank must know all of them to reject a candidate.
+    whichever are fewer rows.
     """
     ranks, timer = ranks_of(group), Timer("make", "project", "search", "rescore", "exchange")
     with timer("exchange"):
-        shards = agree(queries, candidates, first_id, (neighbours, reject, method), ranks)
+        shards = agree(queries, candidates, first_id, (neighbours, method), ranks)
         blocks, queries = as_blocks(candidates), queries.detach()
         counts, pool = [shard.queries for shard in shards], [shard.rows for shard in shards]
-        by_queries = reject is not None or sum(counts) <= sum(pool)
+        by_queries = sum(counts) <= sum(pool)
         # One of the two is this process alone, for which every exchange is a no-op.
         query_ranks, pool_ranks = (ranks, Ranks()) if by_queries else (Ranks(), ranks)
         makers = [shards[ranks.rank]] if by_queries else shards
@@ -119,11 +115,11 @@ def search(
             block, ids = gather_block(block, [shard.ids(low) for shard in makers], pool_ranks)
         if searcher is None:
             plan, encoded = agree_on_plan(asked, block, method, pool, counts, query_ranks, timer)
-            searcher = Searcher(asked, plan, timer, neighbours=neighbours, reject=reject, encoded=encoded)
+            searcher = Searcher(asked, plan, timer, neighbours=neighbours, encoded=encoded)
         if skip is not None and len(skip):
             left = ~torch.isin(ids, skip.to(ids.device))
             block, ids = block[left.to(block.device)], ids[left]
-        if low == 0 and reject is None:
+        if low == 0:
             searcher.seed(block, SEEDS // query_ranks.world)
             share_limit(searcher, query_ranks, timer)
         searcher.add(block, ids)
@@ -135,7 +131,6 @@ def search(
     return Answer(
         distances=distances.to(queries.device),
         ids=ids.to(queries.device),
-        rejected=sum(query_ranks.collect(searcher.rejected)),
         proved=searcher.proved,
         measured=searcher.measured / max(1, len(asked)),
         method=plan.described,
@@ -145,7 +140,7 @@ def search(
     )
 
 
-Settings = tuple[int, float | None, str]  # neighbours, reject and method of `search`
+Settings = tuple[int, str]  # neighbours and method of `search`
 
 
 class Shard(NamedTuple):
@@ -176,7 +171,7 @@ def agree(queries: Tensor, candidates: Tensor | Blocks, first_id: int, settings:
         if shard.dims != (dims := shards[0].dims):
             raise ValueError(f"nearest: the rows of rank {rank} have {shard.dims} values, those of rank 0 have {dims}")
         if (shard.size, shard.settings) != (shards[0].size, shards[0].settings):
-            raise ValueError(f"nearest: block size, neighbours, reject or method of rank {rank} differ from rank 0's")
+            raise ValueError(f"nearest: block size, neighbours or method of rank {rank} differ from rank 0's")
     spans = sorted((s.first_id, s.first_id + s.rows, rank) for rank, s in enumerate(shards) if s.rows)
     if not spans:
         raise ValueError("nearest: no rank has a candidate")
@@ -199,7 +194,7 @@ def describe(queries: Tensor, candidates: Tensor | Blocks, first_id: int, settin
     dims = queries.shape[1]
     if isinstance(candidates, Tensor) and candidates.shape[1:] != queries.shape[1:]:
         raise ValueError(f"nearest: the candidates of rank {rank} are not rows of {dims} values as the queries are")
-    blocks, (neighbours, reject, method) = as_blocks(candidates), settings
+    blocks, (neighbours, method) = as_blocks(candidates), settings
     if not (isinstance(blocks.rows, int) and isinstance(blocks.size, int) and blocks.rows >= 0 and blocks.size >= 1):
         raise ValueError(f"nearest: the Blocks of rank {rank} need rows >= 0 and size >= 1, whole numbers")
     if not isinstance(first_id, int) or not 0 <= first_id <= MAX_ID - blocks.rows:
@@ -208,8 +203,6 @@ def describe(queries: Tensor, candidates: Tensor | Blocks, first_id: int, settin
         raise ValueError(f"nearest: the method of rank {rank} is none of {', '.join(METHODS)}")
     if not isinstance(neighbours, int) or not 1 <= neighbours <= MOST_NEIGHBOURS:
         raise ValueError(f"nearest: neighbours of rank {rank} must be a whole number from 1 to {MOST_NEIGHBOURS}")
-    if reject is not None and not 0 <= reject < torch.inf:
-        raise ValueError(f"nearest: reject of rank {rank} must be a finite squared distance from 0 on, or None")
     if (bad := first_not_finite(queries)) >= 0:
         raise NotFinite(f"nearest: NaN or infinity in the queries of rank {rank}, row {bad}")
     return Shard(len(queries), dims, blocks.rows, first_id, blocks.size, settings)
@@ -236,18 +229,15 @@ def make_block(blocks: Blocks, low: int, queries: Tensor, ranks: Ranks, timer: T
     All ranks raise here together if `make` fails on one, or returns anything but such a block.
     """
     low, high = (min(row, blocks.rows) for row in (low, low + blocks.size))
-    block = queries.new_empty(high - low, queries.shape[1])
-    shape = block.shape
     try:
-        if low < high or blocks.lockstep:
-            with timer("make"):
-                block = torch.as_tensor(blocks.make(low, high)).detach().to(queries.device)
+        with timer("make"):
+            block = torch.as_tensor(blocks.make(low, high)).detach().to(queries.device)
     except Exception:
         with contextlib.suppress(Exception):  # this rank's exception says more
             ranks.collect(RuntimeError(f"nearest: rank {ranks.rank} failed to make its candidates from row {low} on"))
         raise
     what, fault = f"the candidates of rank {ranks.rank}, row", None
-    if block.shape != shape or block.dtype != queries.dtype:
+    if block.shape != (high - low, queries.shape[1]) or block.dtype != queries.dtype:
         fault = ValueError(f"nearest: shape or type differs from the queries' for {what} {low}")
     elif (bad := first_not_finite(block)) >= 0:
         fault = NotFinite(f"nearest: NaN or infinity in {what} {low + bad}")

@@ -16,7 +16,7 @@ all images."""
 
 
 def assign_once(
-    find: Callable[[Tensor, int, Tensor | None], tuple[Tensor, Tensor]],  # of match_round
+    find: Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]],  # of match_round
     ranks: Ranks,
     counts: list[int],  # images of each rank
 ) -> tuple[Tensor, Tensor]:
@@ -34,7 +34,7 @@ def assign_once(
     while len(open_images):
         parts = np.split(open_images, np.searchsorted(open_images, edges[1:-1]))
         rows = torch.from_numpy(parts[ranks.rank] - edges[ranks.rank])
-        distances, ids = find(rows, neighbours, torch.from_numpy(np.sort(assigned)) if len(assigned) else None)
+        distances, ids = find(rows, neighbours, torch.from_numpy(assigned))
         pairs = ranks.gather(torch.stack([distances.view(torch.int64), ids], dim=2), [len(part) for part in parts])
         nearest = pairs.numpy()
         settled, columns = settle(nearest[:, :, 0].view(np.float64), nearest[:, :, 1])

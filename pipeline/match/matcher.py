@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,11 +18,11 @@ from pipeline.match.one_rank import Timer
 from pipeline.match.space import SpaceConfig, embed
 from pipeline.settings.constraints import FREE, POSITIVE, SHARE, between, check_fields, one_of
 
-PROBE = 1024  # samples of the pool on which `reject_share` is measured, rounded up to whole blocks
+PROBE = 1024  # first samples of the pool, in whole blocks, of which `reject_share` is the share to reject
 
 HELD_ROWS, HELD_VALUES = 4096, 2**26
-"""Samples, and float32 values, of the pool in memory at once: at most these, but at least one block. one_to_one keeps a
-rank's part of the pool for the next searches if it has no more values; a larger part is generated again."""
+"""Samples, and float32 values, of the pool in memory at once: at most these, but at least one block. For further
+searches a rank keeps its part of the pool if that has no more values; a larger part is generated again."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -94,33 +93,31 @@ def match_round(
 
     with timer("generate"):
         queries = embedded(images, number)
-    pool = Pool(config, sample, embedded, queries.shape[1], ranks, poll)
-    reject = None
+    blocks, first = Pool(config, sample, embedded, queries.shape[1], ranks, poll).share()
+    rejected, values = torch.empty(0, dtype=torch.int64), dict[str, float]()
     if config.reject_share:
-        reject, probe = measure_rejection(pool, queries, number, timer)
-        searches.append(probe)
-    blocks, first = pool.share(config.pool)
+        near = measure_pool(blocks, queries, number, config, ranks, timer, searches)
+        probe = near[: -(-PROBE // config.block) * config.block].sort().values
+        reject = float(probe[int(config.reject_share * len(probe))])
+        rejected, values["match/reject"] = (near < reject).nonzero().flatten(), math.sqrt(reject)
+        check_left(config, len(rejected), sum(counts))
 
-    def find(rows: Tensor, neighbours: int, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def find(rows: Tensor, neighbours: int, assigned: Tensor) -> tuple[Tensor, Tensor]:
         """Squared distances and ids, (len(rows), neighbours) each, of the nearest samples of some images."""
-        everyone = reject is not None or len(rows) == len(queries)  # each image rejects, whether it is in `rows` or not
-        asking = queries if everyone else queries[rows]
-        answer = search(asking, blocks, first, method=config.method, neighbours=neighbours, reject=reject, skip=skip)
+        skip = torch.cat([rejected, assigned])
+        answer = search(queries[rows], blocks, first, method=config.method, neighbours=neighbours, skip=skip)
         searches.append(answer)
-        check_left(config, answer.rejected, sum(counts))
-        distances, ids = answer.distances.cpu(), answer.ids.cpu()
-        return (distances[rows], ids[rows]) if everyone else (distances, ids)
+        return answer.distances.cpu(), answer.ids.cpu()
 
     main = len(searches)
     with timer("assign"):
         if config.once:
             distances, ids = assign_once(find, ranks, counts)
         else:
-            distances, ids = (nearest[:, 0] for nearest in find(torch.arange(len(queries)), 1))
+            distances, ids = (nearest[:, 0] for nearest in find(torch.arange(len(queries)), 1, rejected[:0]))
     timer.seconds["assign"] -= sum(sum(answer.seconds.values()) for answer in searches[main:])
 
-    values = summarize(distances, ids, counts, ranks) | {"match/rejected": searches[main].rejected / config.pool}
-    values |= {} if reject is None else {"match/reject": math.sqrt(reject)}
+    values |= summarize(distances, ids, counts, ranks) | {"match/rejected": len(rejected) / config.pool}
     values |= costs(searches, main, timer, ranks)
     sent = f", every rank is sent the {searches[main].travelled}" if ranks.world > 1 else ""
     described = f"match: {searches[main].method}{sent}"
@@ -138,13 +135,13 @@ class Pool:
     ranks: Ranks
     poll: Callable[[], None]  # as in match_round
 
-    def share(self, pool: int) -> tuple[Blocks, int]:
-        """This rank's part of the samples with ids [0, pool), of whole blocks or all, and the id of its first."""
+    def share(self) -> tuple[Blocks, int]:
+        """This rank's part of the pool, of whole blocks or all, and the id of its first sample."""
         config, ranks, dims = self.config, self.ranks, self.dims
-        shares = [block_range(pool, config.block, rank, ranks.world) for rank in range(ranks.world)]
+        shares = [block_range(config.pool, config.block, rank, ranks.world) for rank in range(ranks.world)]
         first, last = shares[ranks.rank]
         most = max(last - first for first, last in shares)
-        keep = config.once and most * dims <= HELD_VALUES
+        keep = (config.once or config.reject_share > 0) and most * dims <= HELD_VALUES
         size = max(1, min(HELD_ROWS, HELD_VALUES // dims) // config.block) * config.block
         kept: dict[int, Tensor] = {}
 
@@ -159,7 +156,7 @@ class Pool:
                 kept[low] = made
             return made
 
-        return Blocks(rows=last - first, make=make, size=size, lockstep=True), first
+        return Blocks(rows=last - first, make=make, size=size), first
 
     def _generate(self, ids: Tensor, blocks: int) -> Tensor:
         """The samples of `ids` (n,), in as many `blocks` as the rank that generates most.
@@ -187,22 +184,23 @@ def block_range(pool: int, block: int, rank: int, world: int) -> tuple[int, int]
     return min(pool, blocks * rank // world * block), min(pool, blocks * (rank + 1) // world * block)
 
 
-def measure_rejection(
-    pool: Pool,
+def measure_pool(
+    blocks: Blocks,  # this rank's part of the pool
     queries: Tensor,  # (n, d): this rank's embedded images
     number: int,  # of the first of them
+    config: MatchConfig,
+    ranks: Ranks,
     timer: Timer,
-) -> tuple[float, Answer]:
-    """Collective: the squared distance below which reject_share of a probe of the pool lies, and the probe's search."""
-    config, ranks = pool.config, pool.ranks
-    probe, _ = pool.share(min(config.pool, -(-PROBE // config.block) * config.block))
-    counts = ranks.collect(probe.rows)
-    with timer("generate"):
-        edges = [min(edge, probe.rows) for edge in range(0, max(counts) + probe.size, probe.size)]
-        samples = torch.cat([probe.make(low, high) for low, high in pairwise(edges)])
-    answer = search(samples, queries, number, method=config.method)
-    near = ranks.gather(answer.distances, counts).flatten().sort().values
-    return float(near[int(config.reject_share * len(near))]), answer
+    searches: list[Answer],  # to which those made here are added
+) -> Tensor:
+    """Collective: the squared distance of each sample to the image nearest to it, (config.pool,) float64 by id."""
+    rows, parts = ranks.collect(blocks.rows), list[Tensor]()
+    for low in range(0, max(rows), blocks.size):
+        with timer("generate"):
+            samples = blocks.make(min(low, blocks.rows), min(low + blocks.size, blocks.rows))
+        searches.append(search(samples, queries, number, method=config.method))
+        parts.append(searches[-1].distances[:, 0])
+    return ranks.gather(torch.cat(parts), rows).cpu()
 
 
 def check_left(config: MatchConfig, rejected: int, images: int) -> None:

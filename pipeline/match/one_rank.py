@@ -71,16 +71,15 @@ class Searcher:
         timer: Timer,  # of project, search and rescore
         *,
         neighbours: int = 1,  # k
-        reject: float | None = None,  # squared L2: candidates nearer than this to any query are left out
         encoded: Quantized | None = None,  # the queries in the frame of the plan's method, where known
     ) -> None:
-        self.queries, self.neighbours, self.reject = queries.contiguous(), neighbours, reject
+        self.queries, self.neighbours = queries.contiguous(), neighbours
         shape, device = (len(queries), neighbours), queries.device
         self.distances = torch.full(shape, torch.inf, dtype=torch.float64, device=device)
         self.ids = torch.full(shape, NO_ID, device=device)
         self.limit = self.distances.new_full((len(queries),), torch.inf)
         """(q,) squared L2 beyond which no candidate is among the k nearest. Callers may lower it."""
-        self.rejected = self.measured = 0  # candidates; pairs that no bound excluded, so that they were measured
+        self.measured = 0  # pairs that no bound excluded
         self._plan, self._timer = plan, timer
         self._ladder = ("projected", "rounded") if plan.method == "projected" else ("rounded",)
         self._sieves: dict[str, Sieve] = {}
@@ -99,7 +98,7 @@ class Searcher:
     def seed(self, candidates: Tensor, most: int = SEEDS) -> None:
         """Lower the limits to the distances of the candidates that score best in the first sieve.
 
-        The caller adds them later, and rejects none.
+        The caller adds them later.
         """
         candidates, k = candidates[:most].to(self.queries.device).contiguous(), self.neighbours
         if self._plan.method == "flat" or len(candidates) < k or not len(self.queries):
@@ -125,12 +124,7 @@ class Searcher:
         most = _WORKING_SET.get(self.queries.device.type, _WORKING_SET["cpu"])
         rows = max(_LEAST_ROWS, most // self.queries.shape[1] // _LEAST_ROWS * _LEAST_ROWS)
         for part, numbers in zip(candidates.split(rows), ids.split(rows), strict=True):
-            if self.reject is not None:
-                near = self._nearer(part, self.reject)
-                self.rejected += int(near.sum())
-                part, numbers = part[~near], numbers[~near]
-            if len(part):
-                self._add(part, numbers)
+            self._add(part, numbers)
 
     def _add(self, candidates: Tensor, ids: Tensor) -> None:
         self._searched += len(self.queries) * len(candidates)
@@ -142,20 +136,20 @@ class Searcher:
                 self.seed(candidates)
             rows = torch.arange(len(self.queries), device=ids.device)
             for sieve in self._ladder:
-                surviving, columns, rows = self._sift(sieve, candidates, rows, self.limit)
+                surviving, columns, rows = self._sift(sieve, candidates, rows)
                 self._measure(candidates, ids, surviving, columns)
                 if sieve == self._plan.method:
                     self._widened += len(rows) * len(candidates)
         self._add_wide(candidates, ids, rows)
 
-    def _sift(self, name: str, candidates: Tensor, rows: Tensor, limit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pairs of queries `rows` and candidates that may lie within `limit` (q,), and the rows given up."""
+    def _sift(self, name: str, candidates: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pairs of queries `rows` and candidates that may lie within the limits, and the rows given up."""
         if not len(rows) or (screened := self._screen(name, candidates)) is None:
             return rows[:0], rows[:0], rows
         sieve, encoded = screened
         with self._timer("search"):
             a = sieve.a if len(rows) == len(sieve.a) else sieve.a[rows]
-            a[:, -3:] = bound.limit_columns(sieve.square[rows], sieve.frame, self._reach(limit[rows]))
+            a[:, -3:] = bound.limit_columns(sieve.square[rows], sieve.frame, self._reach(self.limit[rows]))
             surviving, columns, given_up = bound.survivors(a, bound.candidate_factor(encoded, sieve.frame))
         return rows[surviving], columns, rows[given_up]
 
@@ -227,34 +221,6 @@ class Searcher:
             with self._timer("rescore"):
                 for row, column in _portions(part[near], first[columns]):
                     self._keep(candidates, ids, row, column)
-
-    def _nearer(self, candidates: Tensor, limit: float) -> Tensor:
-        """(n,) bool: candidates with a query at a squared distance below `limit`."""
-        near = torch.zeros(len(candidates), dtype=torch.bool, device=candidates.device)
-
-        def mark(rows: Tensor, columns: Tensor) -> None:
-            near[columns[exact_distances(self.queries, candidates, rows, columns) < limit]] = True
-
-        limits = self.limit.new_full((len(self.queries),), limit)
-        rows = torch.arange(len(self.queries), device=candidates.device)
-        for sieve in self._ladder:
-            surviving, columns, rows = self._sift(sieve, candidates, rows, limits)
-            with self._timer("rescore"):
-                for row, column in _portions(surviving, columns):
-                    least, most = self._interval(candidates, row, column)
-                    near[column[most < limit]] = True
-                    may = (least < limit) & ~near[column]
-                    mark(row[may], column[may])
-        if len(rows):
-            with self._timer("rescore"):
-                wide = self._centred(candidates)
-                for part in rows.split(_WIDE_ROWS):
-                    least, most = self._wide_interval(part, wide)
-                    near |= (most < limit).any(0)
-                    unclear, columns = ((least < limit) & ~near).nonzero(as_tuple=True)
-                    for row, column in _portions(part[unclear], columns):
-                        mark(row, column)
-        return near
 
     def _screen(self, name: str, candidates: Tensor) -> tuple[Sieve, Quantized] | None:
         """The sieve of that name and the candidates encoded for it; None where they or the queries are too long."""

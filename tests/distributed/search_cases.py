@@ -93,7 +93,7 @@ def refused(rank: int, world: int) -> dict[str, str]:
         "neighbours": lambda: search(queries, candidates, 8 * rank, neighbours=1 + last),
         "shared ids": lambda: nearest(queries, candidates, 4 * rank),
         "failing": lambda: nearest(queries, Blocks(rows=8, make=failing, size=4), 8 * rank),
-        "failing in lock-step": lambda: nearest(queries, Blocks(rows=8, make=counted, size=1, lockstep=True), 8 * rank),
+        "failing in lock-step": lambda: nearest(queries, Blocks(rows=8, make=counted, size=1), 8 * rank),
     }
     told = {}
     for name, attempt in tries.items():
