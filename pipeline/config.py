@@ -181,6 +181,7 @@ RENAMED: dict[str, str] = {
     "match.reject": "match.reject_share, a share of the pool",
     "match.space.reduced": "",
     "match.space.side": "",
+    "match.space.code": "",
     "model.max_width": "",
     "match.latents": "prior.name, where codes is flow or gmm, smooth4 is smooth and mixture is halves",
     "match.codes": "prior",

@@ -116,14 +116,6 @@ class Engine:
         """An output in float32 that later evaluations do not overwrite, as they do the memory of a CUDA graph."""
         return out.float().clone() if self._graphs else out.float()
 
-    def encode(self, x: Tensor) -> Tensor:
-        """The codes of x by the present network, without gradient, in float32. Not where the network is sharded."""
-        network: Any = self.bare.eval()
-        with torch.no_grad():
-            out: Tensor = network.encode(x.to(self._dtype))
-        self.bare.train()
-        return out.float()
-
     def exported(self, part: str, x: Tensor) -> Tensor:
         """f(x), or its `encode` or `decode`, by the network that is exported: the average, if one is kept.
 

@@ -76,7 +76,6 @@ def match_round(
     config: MatchConfig,
     features: Callable[[Tensor], Tensor] | None = None,  # of the space's encoder, where it has a weight
     poll: Callable[[], None] = lambda: None,  # called before each block, equally often on every rank; may raise on all
-    code: Callable[[Tensor], Tensor] | None = None,  # of f, where the space gives it a weight
 ) -> Match:
     """Collective: the sample of the pool that each image is matched to.
 
@@ -89,7 +88,7 @@ def match_round(
     number = sum(counts[: ranks.rank])  # of this rank's first image
 
     def embedded(rows: Tensor, number: int) -> Tensor:
-        return embed(rows, config.space, features, code, number=number)
+        return embed(rows, config.space, features, number=number)
 
     with timer("generate"):
         queries = embedded(images, number)

@@ -1,4 +1,4 @@
-"""The space of the match: pixels, features of a frozen encoder, f's code of an image, or a weighted sum of these.
+"""The space of the match: pixels, features of a frozen encoder, or a weighted sum of both.
 
 For images of D values the squared distance is
 
@@ -31,13 +31,11 @@ class SpaceConfig:
     """Weight of the encoder's features; 0.006 makes those of mnist-cnn64 count as much as MNIST's pixels."""
     encoder: str = ""
     """Frozen encoder: mnist-cnn64, efficientnet-lite0, timm:NAME, or the path of a .safetensors file."""
-    code: float = field(default=0.0, metadata=WEIGHT)
-    """Weight of the image's code under the present f."""
 
     def __post_init__(self) -> None:
         check_fields(self, "match.space")
-        if not (self.pixels or self.features or self.code):
-            raise InputError("match.space.pixels, .features and .code are all 0: no distance is left")
+        if not (self.pixels or self.features):
+            raise InputError("match.space.pixels and .features are both 0: no distance is left")
         if self.features and not self.encoder:
             raise InputError(f"match.space.features is {self.features}: name its match.space.encoder")
         if self.encoder and not self.features:
@@ -54,7 +52,6 @@ def embed(
     images: Tensor,  # (n, *shape)
     config: SpaceConfig,
     features: Callable[[Tensor], Tensor] | None = None,  # images (b, *shape) -> (b, e), where they have a weight
-    code: Callable[[Tensor], Tensor] | None = None,  # images (b, *shape) -> (b, *code), where it has a weight
     *,
     number: int = 0,  # of the first image
 ) -> Tensor:
@@ -63,32 +60,24 @@ def embed(
     A row does not depend on the rows beside it. A matrix product may round a row by its place and the product's size,
     so image i is always computed at row i % ROWS of a batch of ROWS, padded with zeros.
     """
-    if not config.features and not config.code:
+    if not config.features:
         return _embed_batch(images, config)
     rows = []
     for start in range(-(number % ROWS), max(1, len(images)), ROWS):
         before, part = max(0, -start), images[max(0, start) : start + ROWS]
         batch = images.new_zeros(ROWS, *images.shape[1:])
         batch[before : before + len(part)] = part
-        rows.append(_embed_batch(batch, config, features, code)[before : before + len(part)])
+        rows.append(_embed_batch(batch, config, features)[before : before + len(part)])
     return torch.cat(rows)
 
 
-def _embed_batch(
-    images: Tensor,
-    config: SpaceConfig,
-    features: Callable[[Tensor], Tensor] | None = None,
-    code: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
+def _embed_batch(images: Tensor, config: SpaceConfig, features: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """As `embed`, but all rows at once: the batch may change their rounding."""
     images = images.float()
     parts = [(config.pixels, images.flatten(1))] if config.pixels else []
     if config.features:
         assert features is not None, "a weight for features needs an encoder"
         parts.append((config.features, features(images).float()))
-    if config.code:
-        assert code is not None, "a weight for the code needs a network with one"
-        parts.append((config.code, code(images).float().flatten(1)))
     factors = [math.sqrt(weight * images.shape[1:].numel() / part.shape[1]) for weight, part in parts]
     scaled = [part if factor == 1 else part * factor for factor, (_, part) in zip(factors, parts, strict=True)]
     return scaled[0] if len(scaled) == 1 else torch.cat(scaled, dim=1)

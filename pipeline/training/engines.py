@@ -75,11 +75,6 @@ def _check_stage(config: Config, stage: int, precision: str) -> None:
             f"objective.name={config.objective.name} evaluates a frozen copy of the network: use DDP, or ZeRO 0 to 2 "
             "in float32, which allow that"
         )
-    if config.match.space.code and stage == 3:
-        raise InputError(
-            "match.space.code evaluates the network rank by rank, and under ZeRO-3 no rank has it whole: use DDP, or "
-            "ZeRO 0 to 2"
-        )
     if stage == 0 and precision != "no":
         raise InputError(
             f"DeepSpeed ZeRO-0 in {precision} keeps its float32 weights where no checkpoint can reach them: use ZeRO 1 "

@@ -36,7 +36,7 @@ def find_match(run: Run, state: RoundState) -> Match:
         return sample(ids)
 
     try:
-        match = match_round(state.images, sample, run.config.match, run.features, poll, engine.encode)
+        match = match_round(state.images, sample, run.config.match, run.features, poll)
     except NotFinite as error:  # on all ranks
         diverged = f"the network's samples are not finite in round {state.number} ({error}): the run has diverged"
         raise Diverged(f"{diverged}; {REMEDY}") from None

@@ -23,7 +23,7 @@ from pipeline.errors import InputError, require
 from pipeline.match import SpaceConfig, check_space
 from pipeline.model.encoders import Encoder, load_encoder, names
 from pipeline.model.losses import Distance, ObjectiveConfig
-from pipeline.model.networks import build_network, require_code
+from pipeline.model.networks import build_network
 from pipeline.model.perceptual import perceptual
 from pipeline.model.prior import Prior, build_prior
 from pipeline.observe import Monitor, Needs, Profiler, forward_flops, parse_rounds, preflight, set_up
@@ -118,8 +118,6 @@ def build_model(config: Config, accelerator: Accelerator, start: Start | None) -
     prior = open_prior(config, stream.shape, network).to(device)
     if start:
         warm_start(config, start, network, prior)
-    if config.match.space.code:
-        require_code(network, "match.space.code")
     find_damage(config.objective.damage).check(stream.shape)
     features = open_features(config.match.space, stream.shape, device)
     perceived = open_perceived(config.objective, stream.shape, device)

@@ -57,7 +57,7 @@ def matched(setting: dict[str, Any], rank: int, world: int) -> Match:
     images, _ = share(draw(7, 360, 1, 8, 8).tanh(), rank, world)
     config = MatchConfig(round=360, ratio=1000 / 360, block=64, **setting)
     features = open_features(config.space, (1, 8, 8), torch.device("cpu"))
-    return match_round(images, sample, config, features, code=torch.no_grad()(network.encode))
+    return match_round(images, sample, config, features)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -69,8 +69,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "space": SpaceConfig(pixels=0.5, features=0.1, encoder="digits-cnn64"),
         "assignment": "one_to_one",
     },
-    "code": {"space": SpaceConfig(pixels=0, code=1.0)},
-    "code and pixels": {"space": SpaceConfig(pixels=0.5, code=2.0)},
 }
 
 

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from pipeline.errors import InputError
 from pipeline.match.space import ROWS, SpaceConfig, check_space, embed
 from pipeline.model.encoders import FOLDER
-from pipeline.model.networks import PointConfig, build_network, require_code
 from pipeline.training.prepare import open_features
 
 SHAPE = (1, 8, 8)
@@ -30,25 +29,22 @@ def test_the_default_is_the_pixels_themselves():
 
 @settings(max_examples=30, deadline=None)
 @given(
-    weights=st.tuples(*[st.sampled_from([0.0, 0.1, 1.0, 30.0])] * 3).filter(any),
+    weights=st.tuples(*[st.sampled_from([0.0, 0.1, 1.0, 30.0])] * 2).filter(any),
     count=st.integers(0, 5),
 )
 def test_the_squared_distance_is_the_weighted_sum_of_mean_squares(weights, count):
     def features(images):
         return images.flatten(1)[:, :7].sin()
 
-    def code(images):
-        return images[:, :, :2, :3].cos()
-
-    pixels, learned, coded = weights
-    config = SpaceConfig(pixels=pixels, features=learned, encoder="any" if learned else "", code=coded)
+    pixels, learned = weights
+    config = SpaceConfig(pixels=pixels, features=learned, encoder="any" if learned else "")
     images, others = draw(1, count, 2, 6, 6), draw(2, count, 2, 6, 6)
-    found = (embed(images, config, features, code) - embed(others, config, features, code)).square().sum(1)
+    found = (embed(images, config, features) - embed(others, config, features)).square().sum(1)
 
     def mean(part):
         return (part(images) - part(others)).square().flatten(1).mean(1)
 
-    expected = pixels * mean(lambda x: x) + learned * mean(features) + coded * mean(code)
+    expected = pixels * mean(lambda x: x) + learned * mean(features)
     torch.testing.assert_close(found, 72 * expected, rtol=1e-4, atol=1e-4)
 
 
@@ -91,9 +87,9 @@ def test_the_encoder_may_be_a_file(tmp_path):
     ("setting", "key"),
     [
         ({"pixels": -1.0}, "match.space.pixels"),
-        ({"code": float("nan")}, "match.space.code"),
+        ({"features": float("nan")}, "match.space.features"),
         ({"features": float("inf"), "encoder": "pixels"}, "match.space.features"),
-        ({"pixels": 0.0}, "match.space.pixels, .features and .code are all 0"),
+        ({"pixels": 0.0}, "match.space.pixels and .features are both 0"),
         ({"features": 1.0}, "match.space.encoder"),
         ({"encoder": "pixels"}, "match.space.features"),
     ],
@@ -101,11 +97,6 @@ def test_the_encoder_may_be_a_file(tmp_path):
 def test_nonsense_is_refused(setting, key):
     with pytest.raises(InputError, match=key):
         SpaceConfig(**setting)
-
-
-def test_the_code_of_a_network_without_one_is_refused():
-    with pytest.raises(InputError, match="match.space.code: this network has no code"):
-        require_code(build_network(PointConfig(), (2,)), "match.space.code")
 
 
 def test_a_space_that_does_not_fit_the_data_is_refused():

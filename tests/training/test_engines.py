@@ -26,7 +26,6 @@ def accelerator(stage=None, *, ranks=1, precision="no", **configured):
         ({"stage": 3}, ["--objective.name=ign"], "objective.name=ign evaluates a frozen copy"),
         ({"stage": 3}, ["--objective.name=nae"], "objective.name=nae evaluates a frozen copy"),
         ({"stage": 2, "precision": "bf16"}, ["--objective.name=ign"], "ZeRO 0 to 2 in float32"),
-        ({"stage": 3}, ["--match.space.code=1"], "match.space.code evaluates the network rank by rank"),
         ({"stage": 0, "precision": "bf16"}, [], "use ZeRO 1 to 3, or DDP"),
         ({"stage": 2}, ["--train.compile"], "train.compile does not go with DeepSpeed"),
         ({"stage": 2}, ["--train.channels_last"], "train.channels_last does not go with DeepSpeed"),

@@ -120,7 +120,7 @@ def test_a_block_that_does_not_fit_is_generated_in_halves_from_then_on(caplog):
 
     run = SimpleNamespace(
         config=config,
-        engine=SimpleNamespace(sample=sample, encode=None, sharded=False, halved=False),
+        engine=SimpleNamespace(sample=sample, sharded=False, halved=False),
         features=None,
         monitor=SimpleNamespace(described="", say=lambda text: None),
         phases=SimpleNamespace(poll=lambda phase: lambda: False),
