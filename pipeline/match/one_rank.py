@@ -208,18 +208,21 @@ class Searcher:
             return
         with self._timer("search"):
             first = first_copies(candidates, self.neighbours)  # of equal candidates only the first k can be kept
-            wide = self._centred(candidates[first])
+            far, far_square = self._centred(candidates[first])
         for part in rows.split(_WIDE_ROWS):
             with self._timer("search"):
-                least, most = self._wide_interval(part, wide)
+                near, near_square = self._centred(self.queries[part])
+                squares = near_square[:, None] + far_square
+                distances = squares - 2 * (near @ far.T)
+                error = 8 * (near.shape[1] + 8) * 2.0**-53 * squares  # that of the products is at most an eighth of it
                 reach = self._reach(self.limit[part])[:, None]
                 if len(first) >= self.neighbours:
-                    nearest = most.topk(self.neighbours, dim=1, largest=False).values[:, -1:]
+                    nearest = (distances + error).topk(self.neighbours, dim=1, largest=False).values[:, -1:]
                     reach = torch.minimum(reach, nearest)
-                near, columns = (least <= reach).nonzero(as_tuple=True)
-            self.measured += len(near)
+                places, columns = (distances - error <= reach).nonzero(as_tuple=True)
+            self.measured += len(places)
             with self._timer("rescore"):
-                for row, column in _portions(part[near], first[columns]):
+                for row, column in _portions(part[places], first[columns]):
                     self._keep(candidates, ids, row, column)
 
     def _screen(self, name: str, candidates: Tensor) -> tuple[Sieve, Quantized] | None:
@@ -243,16 +246,6 @@ class Searcher:
         """Rows in float64 around the centre, and their squared norms."""
         centred = rows.double() - self._plan.centre.double()
         return centred, centred.square().sum(1)
-
-    def _wide_interval(self, rows: Tensor, wide: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """The least and the most, (r, n) float64 each, that squared distances of queries `rows` can be, by float64.
-
-        The products err by at most (d + 8) 2^-53 times the squared norms.
-        """
-        (a, a_square), (b, b_square) = self._centred(self.queries[rows]), wide
-        squares = a_square[:, None] + b_square
-        distances, error = squares - 2 * (a @ b.T), 8 * (a.shape[1] + 8) * 2.0**-53 * squares
-        return distances - error, distances + error
 
     def _reach(self, limit: Tensor) -> Tensor:
         """`limit` plus the rounding of a float64 sum of d squares, since such sums are compared."""
