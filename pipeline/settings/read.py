@@ -21,17 +21,13 @@ Named = Mapping[str, tuple[str, Callable[[str], tuple[Any, Any]]]]
 """Sections whose settings class depends on a name: the default name, and the lookup of a name's class."""
 
 
-def find_config(name: str) -> Path:
-    """The YAML file that `name` means: a file's path, or the name of one in configs/, such as digits."""
-    file = Path(name)
-    known = Path() if file.is_file() or file.name != name else shipped(f"configs/{name}.yaml")
-    return known if known.is_file() else file
-
-
 def read_yaml(path: str) -> Any:
     """The content of a YAML file, or of a name in configs/. Raises InputError, which never shows the content."""
+    file, named = Path(path), shipped(f"configs/{path}.yaml")
     try:
-        return yaml.safe_load(find_config(path).read_text()) or {}
+        if file.name == path and not file.is_file() and named.is_file():
+            file = named
+        return yaml.safe_load(file.read_text()) or {}
     except FileNotFoundError:
         names = ", ".join(sorted(file.stem for file in shipped("configs").glob("*.yaml")))
         raise InputError(f"no configuration file '{path}': give a file, or one of these names: {names}") from None
