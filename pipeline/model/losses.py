@@ -30,7 +30,7 @@ Network = Callable[[Tensor], Tensor]
 
 @dataclass(kw_only=True, slots=True)
 class ObjectiveConfig:
-    """Base of every objective's settings. Properties say what the loss needs; subclasses override them."""
+    """Base of every objective's settings. Its properties say what the loss needs; subclasses override them."""
 
     name: str = ""
     """`naign` (reconstruction + IMLE), or one that another package registers, such as the baselines `ign` and `nae`."""
@@ -68,21 +68,9 @@ class ObjectiveConfig:
         """Forwards of f per image and pass, each with a backward; for estimates of the time of a step."""
         return 1 + self.needs_latents
 
-    @property
-    def damage(self) -> str:
-        return "noise"
-
-    @property
-    def noise(self) -> float:
-        return 0.0
-
-    @property
-    def perceptual(self) -> float:
-        return 0.0
-
-    @property
-    def encoder(self) -> str:
-        return ""
+    # Where these are no settings of the objective.
+    damage, noise = "noise", 0.0
+    perceptual, encoder = 0.0, ""
 
 
 @dataclass(kw_only=True, slots=True)

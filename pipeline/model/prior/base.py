@@ -34,15 +34,9 @@ class PriorConfig:
     def __post_init__(self) -> None:
         check_fields(self, "prior")
 
-    @property
-    def begin(self) -> float:
-        """Share of train.images before which the prior is a simpler one."""
-        return 0.0
-
-    @property
-    def alone(self) -> float:
-        """Share of train.images, at the end, over which f is frozen and only the prior learns."""
-        return 0.0
+    # Shares of train.images, where they are no settings: before `begin` the prior is a simpler one, and over `alone`,
+    # at the end, f is frozen and only the prior learns.
+    begin, alone = 0.0, 0.0
 
     def check_round(self, images: int) -> None:
         """Raise InputError if rounds of so many images are too small to learn from."""
