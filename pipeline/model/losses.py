@@ -30,18 +30,20 @@ Network = Callable[[Tensor], Tensor]
 
 @dataclass(kw_only=True, slots=True)
 class ObjectiveConfig:
-    """Base of every objective's settings. Its properties say what the loss needs; subclasses override them."""
+    """Base of every objective's settings. Constants and properties say what the loss needs; subclasses set others."""
 
     name: str = ""
     """`naign` (reconstruction + IMLE), or one that another package registers, such as the baselines `ign` and `nae`."""
 
+    only_with = ""
+    """The one model.name that it trains; empty: any."""
+    needs_frozen = False
+    """Whether the loss evaluates the bare module, which not every engine allows."""
+    damage, noise, perceptual, encoder = "noise", 0.0, 0.0, ""
+    """Of objectives that do not have these settings."""
+
     def __post_init__(self) -> None:
         check_fields(self, "objective")
-
-    @property
-    def only_with(self) -> str:
-        """The one model.name that it trains; empty: any."""
-        return ""
 
     @property
     def needs_latents(self) -> bool:
@@ -59,18 +61,9 @@ class ObjectiveConfig:
         return False
 
     @property
-    def needs_frozen(self) -> bool:
-        """Whether the loss evaluates the bare module, which not every engine allows."""
-        return False
-
-    @property
     def forwards(self) -> int:
         """Forwards of f per image and pass, each with a backward; for estimates of the time of a step."""
         return 1 + self.needs_latents
-
-    # Where these are no settings of the objective.
-    damage, noise = "noise", 0.0
-    perceptual, encoder = 0.0, ""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -31,13 +31,11 @@ class NetworkConfig:
     """Start from the weights of this model: a run (a folder or s3://), a checkpoint, an exported folder or its file, or
     hf://user/model. Weights whose name and shape agree are used. Empty: random weights."""
 
+    only_with = ""
+    """The one objective.name that trains it; empty: any that does not name another network."""
+
     def __post_init__(self) -> None:
         check_fields(self, "model")
-
-    @property
-    def only_with(self) -> str:
-        """The one objective.name that trains it; empty: any that does not name another network."""
-        return ""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -30,9 +30,7 @@ class NaeConfig(ObjectiveConfig):
     def needs_match(self) -> bool:
         return False
 
-    @property
-    def needs_frozen(self) -> bool:
-        return True
+    needs_frozen = True
 
     @property
     def forwards(self) -> int:

@@ -36,9 +36,7 @@ class FlowNetworkConfig(NetworkConfig):
     solver: str = field(default="heun", metadata=one_of(("heun", "euler")))
     """heun: two evaluations a step, an odd last one is Euler's; euler: one evaluation a step."""
 
-    @property
-    def only_with(self) -> str:
-        return "rectified_flow"
+    only_with = "rectified_flow"
 
 
 class RectifiedFlow(nn.Module):
@@ -93,9 +91,7 @@ NETWORK = (FlowNetworkConfig, _build)
 class FlowConfig(ObjectiveConfig):
     name: str = "rectified_flow"
 
-    @property
-    def only_with(self) -> str:
-        return "rectified_flow"
+    only_with = "rectified_flow"
 
     @property
     def needs_match(self) -> bool:

@@ -29,9 +29,7 @@ class VaeNetworkConfig(ConvConfig):
     body: str = field(default="conv", metadata=one_of(("conv", "spatial")))
     """The network of that name, but for the last layer of its encoder, which gives mean and log-variance."""
 
-    @property
-    def only_with(self) -> str:
-        return "vae"
+    only_with = "vae"
 
 
 class VariationalNetwork(nn.Module):
@@ -93,9 +91,7 @@ class VaeConfig(ObjectiveConfig):
     kl: float = field(default=1.0, metadata=AT_LEAST_0)
     """Weight of the divergence of codes from N(0, I); at 1 the loss is the bound on the likelihood."""
 
-    @property
-    def only_with(self) -> str:
-        return "vae"
+    only_with = "vae"
 
     @property
     def needs_latents(self) -> bool:
