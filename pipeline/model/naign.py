@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.errors import InputError, one_line
 from pipeline.model import hub
 from pipeline.model.networks import NetworkConfig, build_network, recorded_network
-from pipeline.model.prior.registry import build_prior, recorded_prior
+from pipeline.model.prior.registry import build_prior, find_prior
 from pipeline.model.weights import locate
 from pipeline.philox import SAMPLES
 
@@ -39,7 +39,7 @@ class NAIGN:
         self.metadata = metadata
         self.shape: tuple[int, ...] = tuple(metadata["shape"])
         self.checkpoint, self.choice = "", ""  # of a run: the checkpoint's name, and best or last
-        settings = recorded_prior(metadata["prior"])
+        settings = find_prior(metadata["prior"]["name"])[0](**metadata["prior"])
         with torch.device("meta"):  # what the settings claim is checked against `state` before it is allocated
             self.prior = build_prior(settings, self.shape, network)
         self.prior.load_state_dict(state or {}, assign=True)

@@ -12,9 +12,7 @@ from pipeline.checkpoint import newest_checkpoint, newest_first
 from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.model.naign import NAIGN
-from pipeline.model.networks import recorded_network
 from pipeline.model.prior import Prior
-from pipeline.model.prior.registry import recorded_prior
 
 log = logging.getLogger("naign.train")
 
@@ -41,7 +39,7 @@ def warm_start(config: Config, start: Start, network: nn.Module, prior: Prior) -
 
     Raises InputError for a model of another kind, or without any weight that fits.
     """
-    place, name = config.model.init, recorded_network(start.metadata["model"]).name
+    place, name = config.model.init, start.metadata["model"]["name"]
     if name != config.model.name:
         raise InputError(f"model.init={place} is a model of model.name={name}, this run's is {config.model.name}")
     state = network.state_dict()
@@ -51,7 +49,7 @@ def warm_start(config: Config, start: Start, network: nn.Module, prior: Prior) -
     network.load_state_dict(state | fits)
     others = ", ".join(sorted(state.keys() - fits.keys()))
     log.info("%d of %d weights are from %s%s", len(fits), len(state), place, f", not {others}" if others else "")
-    same_prior = recorded_prior(start.metadata["prior"]).name == config.prior.name
+    same_prior = start.metadata["prior"]["name"] == config.prior.name
     if same_prior and _shapes(start.prior) == _shapes(prior.state_dict()):
         prior.load_state_dict(start.prior)
 

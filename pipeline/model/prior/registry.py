@@ -1,8 +1,5 @@
 """Priors by name."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import nn
 
 from pipeline.model.networks import require_code
@@ -35,8 +32,3 @@ def build_prior(config: PriorConfig, shape: Shape, network: nn.Module, *, seed: 
     kind = find_prior(config.name)[1]
     drawn = require_code(network, f"prior.name={config.name}").code if kind.decodes else shape
     return kind(config, drawn, seed=seed).requires_grad_(False)
-
-
-def recorded_prior(record: Mapping[str, Any]) -> PriorConfig:
-    """The settings that a model file recorded. Raises InputError, KeyError or TypeError for what no run wrote."""
-    return find_prior(record["name"])[0](**record)
