@@ -32,29 +32,24 @@ from pipeline.training.prepare import pack_missing
 
 def main() -> None:
     outlive_terminal()
-    with leave_on_failure():
-        run(sys.argv[1:])
-
-
-def run(arguments: list[str]) -> None:
-    with exit_on_input_error("train"), peers_missed():
-        config = parse(arguments)
+    with leave_on_failure(), exit_on_input_error("train"), peers_missed():
+        config = parse(sys.argv[1:])
+        settings = config.train
         use_endpoint(config.data.endpoint)
         keep_memory()
-        set_threads(config.train.threads)
-        settings = config.train
+        set_threads(settings.threads)
         accelerator = build_accelerator(settings.timeout, precision=settings.precision, accumulate=settings.accumulate)
         with together(accelerator):
             if accelerator.is_main_process:
-                pack_missing(config.data, arguments)
+                pack_missing(config.data, sys.argv[1:])
         finished = train(config, accelerator)
         part()
         accelerator.end_training()
-    if not finished:
-        leave(INTERRUPTED)
-    if trackers_hang():
-        leave(0)
-    record_exit(0)
+        if not finished:
+            leave(INTERRUPTED)
+        if trackers_hang():
+            leave(0)
+        record_exit(0)
 
 
 if __name__ == "__main__":
