@@ -24,10 +24,9 @@ from pipeline.training.matching import find_match
 from pipeline.training.prepare import prepare
 from pipeline.training.quality import Quality
 from pipeline.training.report import headline, report
-from pipeline.training.round import RoundState
+from pipeline.training.round import RoundState, take
 from pipeline.training.run import Run
 from pipeline.training.state import PartialRound, snapshot
-from pipeline.training.take import take
 
 log = logging.getLogger("naign.train")
 

@@ -1,15 +1,21 @@
-"""The current round: its images, its random numbers and its match."""
+"""The current round: how a rank reads its share of it, its random numbers and its match."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pipeline import philox
 from pipeline.config import Config
-from pipeline.data import damage
+from pipeline.data import Rows, Stream, damage, rank_rows
+from pipeline.distributed import together, total
+from pipeline.errors import InputError, Stopped, Unavailable
+from pipeline.model import scaled
 from pipeline.model.prior import Prior
+from pipeline.training.run import Run
 from pipeline.training.state import PartialRound
 
 
@@ -50,3 +56,54 @@ class RoundState(PartialRound):
     random: RoundRandom
     images: Tensor  # (n, *shape): this rank's share, or the whole round if it was started with another world size
     first: int = 0  # row of the round that images[0] is
+
+
+def take(run: Run, kept: PartialRound | None) -> tuple[RoundState, Rows]:
+    """Read this rank's share of the next round, and go on from what is kept of it. Collective."""
+    config, number, device = run.config, run.position.round, run.accelerator.device
+    rows = read_round(run, run.stream, number)
+    images = scaled(rows.images.to(device))
+    random = RoundRandom(config, number, run.stream.shape, device, run.prior, partial(run.engine.exported, "decode"))
+    first, last = rank_rows(config.match.round, run.rank, run.world)
+    state = RoundState(number=number, world_size_at_start=run.world, random=random, images=images, first=first)
+    if kept:
+        state.world_size_at_start = kept.world_size_at_start
+        if kept.world_size_at_start != run.world:  # each step's images are dealt anew, from the whole round
+            first, last, state.first = 0, config.match.round, 0
+            with together(run.accelerator):
+                data = replace(config.data, trace="", workers=0)
+                whole = Stream(data, seed=config.seed, round_size=config.match.round, prefetch=False)
+            with whole:
+                state.images = scaled(read_round(run, whole, number).images.to(device))
+        state.sums = {name: value.to(device) for name, value in kept.sums.items()}
+        if match := kept.match:
+            state.match = replace(match, ids=match.ids[first:last], distances=match.distances[first:last])
+    return state, rows
+
+
+def read_round(run: Run, stream: Stream, number: int) -> Rows:
+    """A round from `stream`, once every rank has read its own. Collective.
+
+    Only rows that arrive, on any rank, count as progress: a store that stalls ends the run after train.timeout.
+    """
+    arrived = math.inf  # rows read by all ranks at the last look
+
+    def all_done(done: bool) -> bool:
+        nonlocal arrived
+        before, (arrived, missing) = arrived, total([stream.rows_read, float(not done)], run.accelerator)
+        if arrived > before:
+            run.watchdog.beat()
+        return not missing
+
+    problem: Exception | None = None
+    with together(run.accelerator):
+        try:
+            rows = stream.take(number, lambda: all_done(False) or run.stop.seen())
+        except (InputError, Unavailable, Stopped) as error:
+            problem = error
+        run.watchdog.beat()
+        while not all_done(True):
+            pass  # it takes as long as the slowest rank is between two looks
+        if problem:
+            raise problem
+    return rows

@@ -12,7 +12,7 @@ import torch
 from pipeline.config import parse
 from pipeline.errors import InputError, Stopped
 from pipeline.model.prior import build_prior
-from pipeline.training import take
+from pipeline.training import round as current
 from pipeline.training.learn import tracked_every
 from pipeline.training.matching import find_match
 from pipeline.training.round import RoundRandom
@@ -49,7 +49,7 @@ def read_on_ranks(monkeypatch, *streams, stop=False):
         barrier.wait()
         return sums
 
-    monkeypatch.setattr(take, "total", lambda values, accelerator: total(values, accelerator.rank))
+    monkeypatch.setattr(current, "total", lambda values, accelerator: total(values, accelerator.rank))
     beats, results = [0] * len(streams), [None] * len(streams)
 
     def read(rank):
@@ -62,7 +62,7 @@ def read_on_ranks(monkeypatch, *streams, stop=False):
             stop=SimpleNamespace(seen=lambda: stop),
         )
         try:
-            results[rank] = take.read_round(run, streams[rank], 3)
+            results[rank] = current.read_round(run, streams[rank], 3)
         except (InputError, Stopped) as error:
             results[rank] = type(error)
 
