@@ -19,7 +19,7 @@ import os, signal, sys, time
 from types import SimpleNamespace
 from pipeline.train import build_accelerator, exit_on_input_error, peers_missed
 from pipeline.distributed import StopRequest, Watchdog
-from pipeline.training.loop import read_round
+from pipeline.training.round import read_round
 
 rank, lost, wait = int(os.environ["RANK"]), int(sys.argv[1]), sys.argv[2]
 
