@@ -3,9 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -112,23 +110,20 @@ def speed_values(run: Run, images: int) -> dict[str, float]:
 
 
 def draw(engine: Engine, random: RoundRandom, images: Tensor) -> dict[str, Image.Image]:
-    """Pictures of the network that is exported, by the same latents all along. Collective where it is sharded."""
-    latents = replace(random, round=philox.SAMPLES).latents(torch.arange(64))
-    return draw_progress(partial(engine.exported, ""), latents, images)
+    """Pictures by name: samples f(z), resamples f(f(z)), restorations of images (m, *shape); for points a scatter.
 
-
-def draw_progress(f: Callable[[Tensor], Tensor], latents: Tensor, examples: Tensor) -> dict[str, Image.Image]:
-    """Pictures by name: samples f(z), resamples f(f(z)), restorations of examples (m, *shape); for points a scatter.
-
-    The latents (n, *shape) are the same over the run, so that pictures can be compared.
+    f is the network that is exported. The latents are the same over the run, so that pictures can be compared.
+    Collective where the network is sharded.
     """
-    twice = f(once := f(latents))
-    once, twice, examples = once.cpu(), twice.cpu(), examples.cpu()
+    latents = replace(random, round=philox.SAMPLES).latents(torch.arange(64))
+    once = engine.exported("", latents)
+    once, twice, examples = once.cpu(), engine.exported("", once).cpu(), images.cpu()
     if once.ndim != 4:
         return {"samples": scatter([("f(z)", once), ("f(f(z))", twice)], behind=examples[:2000])}
     lines = [("clean", examples[:12])]
     for kind in KINDS:
         damaged = degrade(examples[:12], kind)
-        lines += [(kind.replace("_", " "), damaged), ("repaired", f(damaged.to(latents.device)).cpu())]
+        repaired = engine.exported("", damaged.to(images.device)).cpu()
+        lines += [(kind.replace("_", " "), damaged), ("repaired", repaired)]
     grids = {"samples": grid(once, columns=8), "samples-twice": grid(twice, columns=8)}
     return grids | {"restorations": rows(lines)}
