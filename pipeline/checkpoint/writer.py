@@ -113,7 +113,7 @@ class Writer:
         self._keep, self._remote, self._claim = keep, remote, claim
         self.newest = newest  # name of the newest checkpoint, complete or being written
         self._names = list[str]()  # this rank's files of the newest checkpoint
-        # A separate group: the background threads communicate while the main threads train.
+        # A separate group: the background threads communicate by it while the main threads train.
         self._group = SideGroup(world, timeout=patience)
         self._beat, self._flush, self._left = beat, flush, left
         self._done: Future[str] | None = None  # of the pending checkpoint: why the run must end, or ""
@@ -133,7 +133,7 @@ class Writer:
         folder = self._run / "checkpoints" / name
         if self._rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
-        self._gather(None)  # no rank writes before the folder is empty
+        self._group.gather(None)  # no rank writes before the folder is empty
         self.newest = name
         self._done = in_background(partial(self._work, folder, copy, files, best), f"write {name}")
 
@@ -169,22 +169,13 @@ class Writer:
     def _work(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write], best: str) -> str:
         title("write")
         start = time.perf_counter()
-        try:
-            if problem := self._write(folder, copy, files, best):
-                remedy = "make room or choose another --run.path; the checkpoint before it is untouched"
-                return f"{folder} could not be written ({problem}): {remedy}"
-            self._names = list(files)
-            return self._upload(folder, self._names) if self._remote else ""
-        finally:
-            self.seconds = time.perf_counter() - start
-
-    def _upload(self, folder: Path, names: list[str]) -> str:
-        title("upload")
-        start = time.perf_counter()
-        try:
-            return self._send(folder, names)
-        finally:
-            self.uploaded = time.perf_counter() - start
+        if problem := self._write(folder, copy, files, best):
+            remedy = "make room or choose another --run.path; the checkpoint before it is untouched"
+            return f"{folder} could not be written ({problem}): {remedy}"
+        self._names = list(files)
+        conflict = self._upload(folder, self._names) if self._remote else ""
+        self.seconds = time.perf_counter() - start
+        return conflict
 
     def _write(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write], best: str) -> str:
         """Write the local checkpoint, its manifest last. Returns what failed on any rank, the same on all ranks.
@@ -201,7 +192,7 @@ class Writer:
         except Exception as error:
             failed = f"rank {self._rank}: {type(error).__name__}: {error}"
             fault = not isinstance(error, OSError | SafetensorError)
-        gathered = self._gather((entries, failed, fault))
+        gathered = self._group.gather((entries, failed, fault))
         problem = next((failed for _, failed, _ in gathered if failed), "")
         names = set[str]()
         if self._rank == 0:
@@ -222,24 +213,27 @@ class Writer:
             names = {path.name for path in _newest_first(folder.parent)}
         if any(fault for *_, fault in gathered):
             raise RuntimeError(f"{folder} could not be written ({problem}); the checkpoint before it is untouched")
-        problem, names = self._gather((problem, names))[0]
+        problem, names = self._group.gather((problem, names))[0]
         if not problem and os.environ.get("LOCAL_RANK") == "0":  # a machine may have a folder of its own
             for path in _newest_first(folder.parent):
                 if path.name not in names:
                     shutil.rmtree(path, ignore_errors=True)
-        return str(problem)
+        return problem
 
-    def _send(self, folder: Path, names: list[str]) -> str:
+    def _upload(self, folder: Path, names: list[str]) -> str:
         """Upload a checkpoint: each rank its own files, then rank 0 the manifest. If that fails, it stays local.
 
         Returns why the run must end, the same on all ranks: another process has taken the bucket over.
         """
+        title("upload")
+        start = time.perf_counter()
         failed, conflict = self._on_first(lambda: bucket.check_claim(self._remote, self._claim))
         if not failed:
-            errors = self._gather(_error_of(lambda: bucket.upload(folder, self._remote, names)))
+            errors = self._group.gather(_error_of(lambda: bucket.upload(folder, self._remote, names)))
             failed = next((error for error, _ in errors if error), "")
         if not failed:
             failed, conflict = self._on_first(lambda: self._finish_remote(folder))
+        self.uploaded = time.perf_counter() - start
         if conflict:
             return f"{failed}; its newest checkpoint is {folder}"
         self.unsent = folder.name if failed else ""
@@ -260,12 +254,7 @@ class Writer:
 
     def _on_first(self, act: Callable[[], None]) -> tuple[str, bool]:
         """Collective: call `act` on rank 0. Returns the same as `_error_of` on all ranks."""
-        first: tuple[str, bool] = self._gather(_error_of(act) if self._rank == 0 else ("", False))[0]
-        return first
-
-    def _gather(self, value: Any) -> list[Any]:
-        """Collective, among the background threads: the value of each rank."""
-        return self._group.gather(value)
+        return self._group.gather(_error_of(act) if self._rank == 0 else ("", False))[0]
 
 
 @contextmanager
