@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +52,21 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, PartialRound
         start = read_start(config) if rank == 0 else None
     start = broadcast_object(start)
     with together(accelerator):
-        model = build_model(config, accelerator, start)
+        stream, network, prior = build_model(config, accelerator, start)
+        features = open_features(config.match.space, stream.shape, accelerator.device)
+        perceived = open_perceived(config.objective, stream.shape, accelerator.device)
+        flops = forward_flops(network, stream.shape)
     checkpoint, lock = claim_together(config, accelerator)
     position, partial = Position(), None
     with together(accelerator):
         if checkpoint:  # the weights go into the network before an engine takes it, all else after
-            restore_weights(checkpoint, model.network)
-            restore_prior(checkpoint, model.prior)
+            restore_weights(checkpoint, network)
+            restore_prior(checkpoint, prior)
     with together(accelerator):
-        engine = build_engine(config, model.network, accelerator, model.stream.shape)
+        engine = build_engine(config, network, accelerator, stream.shape)
         if checkpoint:
             position, partial = restore(checkpoint, engine, rank=rank, world=world, size=config.match.round)
-    quality = Quality(config, model.stream, accelerator) if config.quality.rounds else None
+    quality = Quality(config, stream, accelerator) if config.quality.rounds else None
     rounds, network_rounds = count_all_rounds(config)
     ahead = range(position.round, rounds) if not (quality and quality.exhausted(position.round)) else range(0)
     monitor, writer = open_outputs(config, accelerator, position, checkpoint, stop, watchdog, write=bool(ahead))
@@ -79,13 +82,13 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, PartialRound
         network_rounds=network_rounds,
         lock=lock,
         stop=stop,
-        stream=model.stream,
+        stream=stream,
         watchdog=watchdog,
         phases=Phases(position, watchdog, profiler, stop),
-        features=model.features,
-        perceived=model.perceived,
-        flops=model.flops,
-        prior=model.prior,
+        features=features,
+        perceived=perceived,
+        flops=flops,
+        prior=prior,
         engine=engine,
         quality=quality,
         monitor=monitor,
@@ -96,20 +99,8 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, PartialRound
     return run, partial
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Model:
-    """What is trained, before an engine takes it, and what it is trained with."""
-
-    stream: Stream
-    network: nn.Module  # with its first weights
-    prior: Prior
-    features: Callable[[Tensor], Tensor] | None
-    perceived: Distance | None
-    flops: int
-
-
-def build_model(config: Config, accelerator: Accelerator, start: Start | None) -> Model:
-    """The stream, the network and the prior; InputError where they do not go together. On every rank alike."""
+def build_model(config: Config, accelerator: Accelerator, start: Start | None) -> tuple[Stream, nn.Module, Prior]:
+    """The stream, the network with its first weights, and the prior; InputError where they do not go together."""
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     data = replace(config.data, workers=config.data.workers or (2 if device.type == "cuda" else 1))
     stream = Stream(data, seed=config.seed, round_size=config.match.round, rank=rank, world=world)
@@ -119,8 +110,6 @@ def build_model(config: Config, accelerator: Accelerator, start: Start | None) -
     if start:
         warm_start(config, start, network, prior)
     find_damage(config.objective.damage).check(stream.shape)
-    features = open_features(config.match.space, stream.shape, device)
-    perceived = open_perceived(config.objective, stream.shape, device)
     if rank == 0:
         check_quality(config)
         copies = 4 if config.train.ema else 3  # of the weights: they, two moments, their average
@@ -129,8 +118,7 @@ def build_model(config: Config, accelerator: Accelerator, start: Start | None) -
             log.warning("%s", warning)
         if device.type == "cpu":
             warn_of_others()
-    flops = forward_flops(network, stream.shape)
-    return Model(stream=stream, network=network, prior=prior, features=features, perceived=perceived, flops=flops)
+    return stream, network, prior
 
 
 def open_outputs(
