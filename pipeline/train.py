@@ -32,24 +32,27 @@ from pipeline.training.prepare import pack_missing
 
 def main() -> None:
     outlive_terminal()
-    with leave_on_failure(), exit_on_input_error("train"), peers_missed():
-        config = parse(sys.argv[1:])
-        settings = config.train
+    with leave_on_failure():
+        run(sys.argv[1:])
+
+
+def run(arguments: list[str]) -> None:
+    with exit_on_input_error("train"), peers_missed():
+        config = parse(arguments)
         use_endpoint(config.data.endpoint)
         keep_memory()
-        set_threads(settings.threads)
+        set_threads(config.train.threads)
+        settings = config.train
         accelerator = build_accelerator(settings.timeout, precision=settings.precision, accumulate=settings.accumulate)
         with together(accelerator):
             if accelerator.is_main_process:
-                pack_missing(config.data, sys.argv[1:])
+                pack_missing(config.data, arguments)
         finished = train(config, accelerator)
         part()
         accelerator.end_training()
-        if not finished:
-            leave(INTERRUPTED)
-        if trackers_hang():
-            leave(0)
-        record_exit(0)
+    if not finished or trackers_hang():
+        leave(0 if finished else INTERRUPTED)
+    record_exit(0)
 
 
 if __name__ == "__main__":
