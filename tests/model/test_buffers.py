@@ -17,6 +17,8 @@ from pipeline.config import Config
 from pipeline.data.loader import Stream
 from pipeline.model import networks
 from pipeline.model.naign import NAIGN
+from pipeline.model.prior import build_prior
+from pipeline.model.prior.gaussian import GaussianConfig
 from pipeline.training.engines import build_engine
 from pipeline.training.state import Position, snapshot
 from tests.conftest import ROOT, SMALL, environment
@@ -105,7 +107,7 @@ def test_a_checkpoint_has_the_buffers_of_its_step(engine, tmp_path):
     config, stream, engine = engine
     engine.forward(torch.randn(4, 1, 8, 8))
     before = {name: value.clone() for name, value in engine.bare.named_buffers()}
-    copy, files = snapshot(config, stream, engine, Position(), {})
+    copy, files = snapshot(config, stream, engine, Position(), build_prior(GaussianConfig(), stream.shape, engine.bare))
     engine.forward(torch.randn(4, 1, 8, 8))  # training goes on while the files are written
     copy()
     files["model.safetensors"](Path(tmp_path / "model.safetensors"))

@@ -117,7 +117,7 @@ def test_terms_without_weight_are_not_computed():
         seen.append(len(inputs))
         return f(inputs)
 
-    plain = NaignConfig(imle=0.0)
+    plain = NaignConfig(imle=0.0, denoising=0.0)
     assert not plain.needs_latents and not plain.needs_match and plain.forwards == 1
     terms = losses(plain, network, x, None)
     torch.testing.assert_close(terms["total"], l1(f(x), x))
@@ -125,14 +125,14 @@ def test_terms_without_weight_are_not_computed():
     terms = losses(denoising, network, x, None, damaged=x + 1)
     torch.testing.assert_close(terms["total"], 2 * l1(f(x + 1), x))
     assert set(terms) == {"total", "denoising"} and denoising.forwards == 1 and not denoising.needs_match
-    only = NaignConfig(reconstruction=0.0)
+    only = NaignConfig(reconstruction=0.0, imle=1.0, denoising=0.0)
     torch.testing.assert_close(losses(only, network, x, z)["total"], l1(f(z), x))
     assert seen == [5, 5, 5] and only.needs_match
 
 
 NONSENSE = [
     *({"imle": -1}, {"third": "both"}, {"third": "denoising"}, {"damage": "fire"}),
-    *({"reconstruction": 0, "imle": 0}, {"perceptual": 1.0}, {"encoder": "mnist-cnn64"}),
+    *({"reconstruction": 0, "imle": 0, "denoising": 0}, {"perceptual": 1.0}, {"encoder": "mnist-cnn64"}),
 ]
 
 
@@ -151,7 +151,7 @@ def test_nonsense_of_a_baseline_is_refused():
 
 def test_a_perceptual_distance_is_added_in_every_term():
     f, x, z, _ = setting()
-    config = NaignConfig(third="matched", perceptual=0.5, encoder="some")
+    config = NaignConfig(imle=1.0, denoising=0.0, third="matched", perceptual=0.5, encoder="some")
     terms = losses(config, f, x, z, perceived=nn.functional.mse_loss)
 
     def d(a, b):

@@ -109,8 +109,11 @@ def test_a_full_gpu_names_the_phase_and_what_takes_less(phase, remedy):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
 
 
+WHOLE = ["--match.round=8", "--match.block=8", "--match.ratio=4", "--train.batch=8"]
+
+
 def test_a_block_that_does_not_fit_is_generated_in_halves_from_then_on(caplog):
-    config, asked = parse(["--match.round=8", "--match.block=8", "--match.ratio=4", "--train.batch=8"]), list[int]()
+    config, asked = parse([*WHOLE, "--prior.name=smooth"]), list[int]()
 
     def sample(latents):
         asked.append(len(latents))

@@ -16,7 +16,7 @@ SHAPE = (1, 8, 8)
 
 
 def random(number: int) -> RoundRandom:
-    config = parse(["--data.path=x"])
+    config = parse(["--data.path=x", "--prior.name=gaussian"])
     prior = build_prior(config.prior, SHAPE, torch.nn.Identity())
     return RoundRandom(config, number, SHAPE, torch.device("cpu"), prior)
 
