@@ -34,7 +34,7 @@ def demo(run: Run, /, *, port: int = 7860, data: str | None = None, device: Devi
             "GRADIO_TEMP_DIR": place,
         }
         try:
-            from pipeline.cli.page import Player, serving
+            from pipeline.cli.demo_page import Player, serving
         except ModuleNotFoundError as error:
             raise InputError(f"naign demo needs Gradio ({error}): in a checkout, pip install -e '.[demo]'") from None
         with serving(Player(model, training), about=about, port=port) as page:
@@ -44,7 +44,7 @@ def demo(run: Run, /, *, port: int = 7860, data: str | None = None, device: Devi
 
 def _introduce(model: "NAIGN", run: str, data: str | None) -> "tuple[Tensor | None, str]":
     """The training images to search, None where they cannot be read, and the text at the top of the page."""
-    from pipeline.evaluate.play import training_images
+    from pipeline.evaluate.demo import training_images
 
     about = f"**{run}**: f takes images of {' × '.join(map(str, model.shape))}."
     if getattr(model.network, "generates_only", False):

@@ -27,12 +27,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster.again import check_progress, meet_again
 from pipeline.cluster.engine_file import find_engine, require_gpus, without_engine
 from pipeline.cluster.exit_codes import Ending, leave_at_once, program, say
 from pipeline.cluster.local_ranks import TRAIN, load_launcher, run_ranks
 from pipeline.cluster.meeting import TELLING, Links, interface_of, listen, meet, reject_all
 from pipeline.cluster.place import RANKS, Place, find_place, find_ports
+from pipeline.cluster.rejoin import check_progress, meet_again
 from pipeline.errors import (
     BAD_INPUT,
     FAILED,

@@ -4,9 +4,9 @@ A launcher's rendezvous admits whoever connects, and a pod of an earlier start o
 the name and index of one that is awaited. So every host names its start, and host 0 rejects those of other starts.
 Hosts then use the address at which host 0 answered, since its name may resolve to another pod a moment later.
 
-Hosts of a start meet again when one was lost (again.py). Meetings are numbered by generation: one more than the largest
-that any host has seen. Of two hosts with one index the later one stays, unless its generation is older; the other one
-must leave, so that they do not take turns.
+Hosts of a start meet again when one was lost (rejoin.py); admission.py decides who is admitted. Meetings are numbered
+by generation: one more than the largest that any host has seen. Of two hosts with one index the later one stays, unless
+its generation is older; the other one must leave, so that they do not take turns.
 
 The connections stay open while the ranks run. A host that dies closes its connections, so the others learn at once what
 a collective may not report for minutes.
@@ -25,7 +25,7 @@ from typing import Any, cast
 
 import psutil
 
-from pipeline.cluster.guests import Disagreement, Guests, Hello, Met, notice_death
+from pipeline.cluster.admission import Disagreement, Guests, Hello, Met, notice_death
 from pipeline.cluster.place import MOST, Place
 from pipeline.errors import InputError, PeerLost, printable
 

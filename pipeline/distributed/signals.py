@@ -1,4 +1,8 @@
-"""SIGTERM, SIGUSR1, SIGHUP and Ctrl-C ask for a checkpoint and exit code 75, once all ranks agree."""
+"""SIGTERM, SIGUSR1, SIGHUP and Ctrl-C ask for a checkpoint and exit code 75, once all ranks agree.
+
+The handler and the agreement are here; training/loop.py writes the checkpoint. Before the first round a signal ends the
+program at once (`leave_when_asked` of errors.py).
+"""
 
 import math
 import signal

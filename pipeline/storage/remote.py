@@ -10,7 +10,7 @@ import fsspec
 
 from pipeline.errors import InputError, Unavailable, printable
 from pipeline.storage.base import Writer
-from pipeline.storage.network import NO_RANGES, NetworkStore, Stat
+from pipeline.storage.resumed import NO_RANGES, NetworkStore, Stat
 
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "gs": "gcsfs", "az": "adlfs", "hf": "huggingface_hub"}
 """What fsspec needs for a scheme, by name on PyPI."""

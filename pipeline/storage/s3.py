@@ -24,8 +24,8 @@ from botocore.exceptions import (
 )
 
 from pipeline.errors import Conflict, InputError, one_line
-from pipeline.storage.network import NO_RANGES, NetworkStore, Stat
 from pipeline.storage.prefetch import PARALLEL, in_background
+from pipeline.storage.resumed import NO_RANGES, NetworkStore, Stat
 from pipeline.storage.retry import Patience
 from pipeline.storage.s3_client import BadSettings, client, is_anonymous, is_transient
 

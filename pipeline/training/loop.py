@@ -19,7 +19,7 @@ from pipeline.distributed import gather, together, total, warn_of_others
 from pipeline.errors import InputError, Stopped, Unavailable
 from pipeline.observe import at_round
 from pipeline.training.fit import fit
-from pipeline.training.learn import learn_prior
+from pipeline.training.learn_prior import learn_prior
 from pipeline.training.matching import find_match
 from pipeline.training.prepare import prepare
 from pipeline.training.quality import Quality

@@ -22,7 +22,7 @@ from torch import Tensor
 from pipeline.cli.demo import demo
 from pipeline.data.degrade import KINDS
 from pipeline.errors import InputError
-from pipeline.evaluate import play
+from pipeline.evaluate import demo as computed
 from pipeline.evaluate.recorded import read_image
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import ConvConfig, PointConfig
@@ -99,14 +99,14 @@ def test_a_repair_is_the_models(page, client, digit, digits) -> None:
     given, moved, repaired, text, applied, near = client.predict(
         drawn(file), 2, 3, *strengths.values(), api_name="/repair"
     )
-    damaged = play.damage(image, strengths, seed=3)
-    answers, _ = play.repair(page.model, damaged, times=2)
+    damaged = computed.damage(image, strengths, seed=3)
+    answers, _ = computed.repair(page.model, damaged, times=2)
     assert np.array_equal(pixels(given), pixels(to_image(damaged[0])))
     assert np.array_equal(pixels(repaired), pixels(to_image(page.model.project(damaged, times=2)[0])))
     assert np.array_equal(pixels(moved), pixels(shades((page.model.project(damaged) - damaged).abs().mean(1)[0])))
     assert f"**{float(page.model.energy(damaged)):.4g}** of what f was given" in text and len(applied) == 2
-    training = play.training_images(page.model, page.run)
-    for shown, image in zip(near, play.nearest(training, answers[-1])[0], strict=True):
+    training = computed.training_images(page.model, page.run)
+    for shown, image in zip(near, computed.nearest(training, answers[-1])[0], strict=True):
         assert np.array_equal(pixels(shown["image"]), pixels(to_image(image)))
 
 
@@ -124,13 +124,13 @@ def test_an_upload_or_a_training_image_is_shown_on_the_canvas(page, client, digi
     shown = client.predict(handle_file(digit[1]), api_name="/upload")["background"]
     expected = to_image(read_image(digit[1].read_bytes(), page.model)[0], least=8 * FACTOR)
     assert np.array_equal(pixels(shown), pixels(expected))
-    training = play.training_images(page.model, page.run)
+    training = computed.training_images(page.model, page.run)
     shown = client.predict(12, api_name="/example")["background"]
     assert np.array_equal(pixels(shown), pixels(to_image(scaled(training[12]), least=8 * FACTOR)))
 
 
 def test_the_canvas_is_exact_for_colour_and_any_shape(client, save_untrained, tmp_path) -> None:
-    from pipeline.cli.page import Player
+    from pipeline.cli.demo_page import Player
 
     for shape in ((3, 8, 24), (1, 40, 16), (3, 400, 8)):
         folder = save_untrained(tmp_path / str(shape), data=None, shape=shape, config=TINY)
@@ -180,7 +180,7 @@ def test_what_cannot_be_served_is_refused(page, save_untrained, tmp_path, monkey
     points = save_untrained(tmp_path / "points", data=None, shape=(2,), config=PointConfig(width=8))
     with pytest.raises(InputError, match="the page is for images"):
         demo(points, port=0)
-    for name in ("gradio", "pipeline.cli.page"):
+    for name in ("gradio", "pipeline.cli.demo_page"):
         monkeypatch.setitem(sys.modules, name, None)  # as where it is not installed
     with pytest.raises(InputError, match=r"needs Gradio .*: in a checkout, pip install -e '.\[demo\]'"):
         demo(page.run, port=0)

@@ -15,9 +15,9 @@ import psutil
 import pytest
 import yaml
 
+from pipeline.cluster.admission import Disagreement
 from pipeline.cluster.engine_file import find_engine, without_engine
 from pipeline.cluster.exit_codes import Ending, explain
-from pipeline.cluster.guests import Disagreement
 from pipeline.cluster.meeting import Links, interface_of, listen, meet, reject_all
 from pipeline.cluster.place import PORTS, Place, find_place, find_ports
 from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost

@@ -20,10 +20,10 @@ from botocore.exceptions import ClientError
 from pipeline.data.format.writer import pack
 from pipeline.errors import InputError, Unavailable
 from pipeline.storage.base import Store
+from pipeline.storage.gopen import gopen
 from pipeline.storage.s3 import S3Store
 from pipeline.storage.s3_client import client, forget_clients
 from pipeline.storage.store import open_store
-from pipeline.storage.stream import gopen
 from tests.data.numbered import numbered
 from tests.proxy import FaultProxy, Faults
 from tests.servers import S3Server
@@ -75,7 +75,7 @@ def test_there_and_back(store: Store, bucket: str) -> None:
 
 @pytest.mark.parametrize("part", [1000, 999_983, 8 * MIB])
 def test_ranges_and_streams(store: Store, monkeypatch: pytest.MonkeyPatch, part: int) -> None:
-    monkeypatch.setattr("pipeline.storage.network.PART", part)
+    monkeypatch.setattr("pipeline.storage.resumed.PART", part)
     data = DATA if part > 1000 else DATA[:54_321]
     store.put("a", data)
     size = len(data)
@@ -91,7 +91,7 @@ def test_ranges_and_streams(store: Store, monkeypatch: pytest.MonkeyPatch, part:
 
 
 def test_a_stream_that_is_closed_early_ends_its_threads(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.storage.network.PART", 10_000)
+    monkeypatch.setattr("pipeline.storage.resumed.PART", 10_000)
     store.put("a", DATA)
     asking: set[threading.Thread] = set()
     client().meta.events.register("before-call.s3", lambda **_: asking.add(threading.current_thread()))
@@ -268,7 +268,7 @@ def test_a_server_that_stored_other_bytes_is_given_them_again(
 
 
 def test_webdataset_reads_streams(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.storage.network.PART", 1000)
+    monkeypatch.setattr("pipeline.storage.resumed.PART", 1000)
     pack(numbered(), store.path, shards=2, progress=False)
     monkeypatch.setitem(webdataset.gopen_schemes, "s3", gopen)
     urls = [store.url(f"train-{number:05d}.tar") for number in range(2)]
@@ -426,7 +426,7 @@ def test_a_public_bucket_needs_no_account(s3: S3Server, bucket: str, monkeypatch
 def test_an_object_that_changes_while_it_is_read(
     store: Store, monkeypatch: pytest.MonkeyPatch, again: bytes | None
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.network.PART", 100_000)
+    monkeypatch.setattr("pipeline.storage.resumed.PART", 100_000)
     store.put("a", DATA)
     known = open_store(store.path)
     assert known.size("a") == len(DATA)
@@ -467,7 +467,7 @@ def test_a_server_that_is_down(store: Store, proxy: FaultProxy) -> None:
 def test_a_server_that_goes_down_in_the_middle(
     store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.network.PART", 100_000)
+    monkeypatch.setattr("pipeline.storage.resumed.PART", 100_000)
     store.put("a", DATA)
     pieces = store.pieces("a")
     assert next(pieces) == DATA[:100_000]
@@ -503,7 +503,7 @@ def test_a_short_absence_is_waited_out(store: Store, proxy: FaultProxy, monkeypa
 def test_reading_through_faults(
     store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, faults: Faults, kinds: list[str], part: int
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.network.PART", part)
+    monkeypatch.setattr("pipeline.storage.resumed.PART", part)
     monkeypatch.setattr("pipeline.storage.s3_client.SILENCE", 0.5)
     monkeypatch.setattr("pipeline.storage.retry.ATTEMPTS", 20)
     store.put("a", DATA)
@@ -594,7 +594,7 @@ def digest(store: Store) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_processes_that_a_program_starts(store: Store, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    monkeypatch.setattr("pipeline.storage.network.PART", 100_000)
+    monkeypatch.setattr("pipeline.storage.resumed.PART", 100_000)
     store.put("a", DATA)
     pieces = store.pieces("a")  # its threads read on while the processes start
     start = next(pieces)

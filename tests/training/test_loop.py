@@ -13,7 +13,7 @@ from pipeline.config import parse
 from pipeline.errors import InputError, Stopped
 from pipeline.model.prior import build_prior
 from pipeline.training import round as current
-from pipeline.training.learn import tracked_every
+from pipeline.training.learn_prior import tracked_every
 from pipeline.training.matching import find_match
 from pipeline.training.round import RoundRandom
 from pipeline.training.run import Phases

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pipeline.model.prior.base import Device, Examples, Prior, Shape, interpolate
-from pipeline.model.prior.codes import WINDOW, CodesConfig
+from pipeline.model.prior.code_settings import WINDOW, CodesConfig
 from pipeline.model.prior.velocity import DenseVelocity, SpatialVelocity
 from pipeline.philox import LEARN, normal, uniform
 from pipeline.settings.constraints import POSITIVE, between

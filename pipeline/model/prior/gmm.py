@@ -17,7 +17,7 @@ from torch.nn.functional import one_hot
 
 from pipeline.errors import require
 from pipeline.model.prior.base import Device, Examples, Prior, Shape
-from pipeline.model.prior.codes import WINDOW, CodesConfig
+from pipeline.model.prior.code_settings import WINDOW, CodesConfig
 from pipeline.philox import SCALE, normal, uniform
 from pipeline.settings.constraints import between
 

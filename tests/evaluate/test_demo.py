@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipeline.data.degrade import KINDS, degrade
 from pipeline.errors import InputError
-from pipeline.evaluate import play
+from pipeline.evaluate import demo
 from pipeline.evaluate.pictures import STEPS, _between
 from pipeline.evaluate.recorded import read_image
 from pipeline.evaluate.refit import fit_mixture
@@ -41,7 +41,7 @@ def test_an_upload_is_brought_to_the_models_size(model: NAIGN) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_damage_grows_with_its_strength(kind) -> None:
     images = torch.rand(4, 1, 28, 28, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    done = [play.damage(images, {kind: strength}, seed=5) for strength in (0.0, 0.5, 1.0, 2.0)]
+    done = [demo.damage(images, {kind: strength}, seed=5) for strength in (0.0, 0.5, 1.0, 2.0)]
     changes = [float((damaged - images).abs().mean()) for damaged in done]
     assert changes[0] == 0 < changes[1] < changes[2] < changes[3]
     assert torch.equal(done[2], degrade(images, kind, seed=5)) and float(done[3].abs().max()) <= 1
@@ -49,7 +49,7 @@ def test_damage_grows_with_its_strength(kind) -> None:
 
 def test_a_repair_has_every_application_and_its_energy(model: NAIGN) -> None:
     given = torch.rand(1, *SHAPE) * 2 - 1
-    answers, energies = play.repair(model, given, times=3)
+    answers, energies = demo.repair(model, given, times=3)
     for count, answer in enumerate(answers, 1):
         assert torch.equal(answer, model.project(given, times=count))
     assert len(answers) == 3
@@ -60,11 +60,11 @@ def test_nearest_images_are_the_nearest() -> None:
     training = torch.randint(0, 256, (40, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
     training[7] = training[3]
     image = scaled(training[3:4])
-    images, distances = play.nearest(training, image)
+    images, distances = demo.nearest(training, image)
     every = (scaled(training) - image).double().flatten(1).norm(dim=1)
-    assert distances == pytest.approx(every.sort().values[: play.NEAREST].tolist()) and distances[1] == 0
-    assert torch.equal(images, scaled(training[every.argsort(stable=True)[: play.NEAREST]]))
-    assert len(play.nearest(training[:2], image)[0]) == 2  # of a data set that has no more
+    assert distances == pytest.approx(every.sort().values[: demo.NEAREST].tolist()) and distances[1] == 0
+    assert torch.equal(images, scaled(training[every.argsort(stable=True)[: demo.NEAREST]]))
+    assert len(demo.nearest(training[:2], image)[0]) == 2  # of a data set that has no more
 
 
 def test_the_way_between_gaussian_latents_keeps_their_law() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.cluster.guests import Guests, Hello, Met
+from pipeline.cluster.admission import Guests, Hello, Met
 from pipeline.cluster.meeting import meet, reject_all
 from pipeline.cluster.place import MOST, Place, find_place
 from pipeline.errors import InputError, PeerLost

@@ -13,12 +13,12 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.cluster import again
-from pipeline.cluster.again import LIMIT, check_progress, meet_again
+from pipeline.cluster import rejoin
+from pipeline.cluster.admission import Hello, Met
 from pipeline.cluster.exit_codes import Ending
-from pipeline.cluster.guests import Hello, Met
 from pipeline.cluster.meeting import Links, meet
 from pipeline.cluster.place import Place
+from pipeline.cluster.rejoin import LIMIT, check_progress, meet_again
 from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, PeerLost, Unavailable
 from tests.conftest import SMALL, environment
 from tests.servers import free_port
@@ -150,9 +150,9 @@ def test_a_host_that_is_asked_to_end_while_its_ranks_are_killed_does_not_meet_ag
         ending.asked = True
         return [], []
 
-    monkeypatch.setattr(again, "kill_children", list)  # this process has servers of other tests
-    monkeypatch.setattr(again.psutil, "wait_procs", asked)
-    monkeypatch.setattr(again.os, "execve", lambda *_: pytest.fail("it goes on"))
+    monkeypatch.setattr(rejoin, "kill_children", list)  # this process has servers of other tests
+    monkeypatch.setattr(rejoin.psutil, "wait_procs", asked)
+    monkeypatch.setattr(rejoin.os, "execve", lambda *_: pytest.fail("it goes on"))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert meet_again({}, PEER_LOST, ending, Links("", {}, Met(1, 1)), 0.0) == PEER_LOST
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before

@@ -1,4 +1,4 @@
-"""The page of `naign demo`, in Gradio. Its computations are in pipeline/evaluate/play.py."""
+"""The page of `naign demo`, in Gradio. Its computations are in pipeline/evaluate/demo.py."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.data.degrade import KINDS
 from pipeline.errors import InputError, one_line, require
-from pipeline.evaluate import play
+from pipeline.evaluate import demo
 from pipeline.evaluate.recorded import read_image
 from pipeline.model.naign import NAIGN
 from pipeline.model.scale import scaled
@@ -87,8 +87,8 @@ class Player:
         picture = canvas["composite"] or canvas["background"]
         if not picture:
             raise InputError("there is no picture: draw one, or upload one")
-        given = play.damage(self.from_canvas(picture), dict(zip(KINDS, strengths, strict=True)), seed=seed)
-        answers, energies = play.repair(self.model, given, times=times)
+        given = demo.damage(self.from_canvas(picture), dict(zip(KINDS, strengths, strict=True)), seed=seed)
+        answers, energies = demo.repair(self.model, given, times=times)
         answer, moved = answers[-1], (answers[0] - given).abs().mean(1)[0]
         applied = [
             (to_image(image[0]), f"{count}: {energy:.2g}")
@@ -96,7 +96,7 @@ class Player:
         ]
         near = []
         if self.training is not None:
-            images, distances = play.nearest(self.training, answer)
+            images, distances = demo.nearest(self.training, answer)
             near = [(to_image(image), f"{one:.3g}") for image, one in zip(images, distances, strict=True)]
         text = f"Energy, the mean of (f(x) − x)²: **{energies[0]:.4g}** of what f was given, "
         text += f"**{energies[-1]:.4g}** of its answer. Darkest in the map: |f(x) − x| = {moved.max():.3g}."
@@ -168,7 +168,7 @@ def _build_repair(player: Player) -> None:
         pictures = [_shown("What f is given", "given"), _shown("|f(x) − x|", "map"), _shown("Repaired", "repaired")]
     text = gradio.Markdown(elem_id="energies")
     rows = [_gallery("f applied 1, 2, ... times: energy", TIMES)]
-    rows.append(_gallery("Training images nearest to the repaired one: L2 distance", play.NEAREST))
+    rows.append(_gallery("Training images nearest to the repaired one: L2 distance", demo.NEAREST))
     rows[1].visible = player.training is not None
     inputs, outputs = [canvas, times, seed, *strengths], [*pictures, text, *rows]
     # The progress of a refused upload would cover the canvas, so it is hidden.
