@@ -155,7 +155,7 @@ def test_a_split_that_is_not_there_is_refused(train, digits):
 
 @pytest.mark.slow
 def test_it_goes_with_a_crop_and_a_damaged_record(train, digits, tmp_path):
-    options = [f"--data.path={digits}", *SMALL, *EVERY, "--data.crop=4", "--run.path=run"]
+    options = [f"--data.path={digits}", *SMALL, *EVERY, "--data.crop=4", "--objective.damage=noise", "--run.path=run"]
     assert train(*options, "--train.images=512").returncode == 0
     assert list(measured(tmp_path / "run")) == [1]
     (tmp_path / "run/best.json").write_text("{x")
