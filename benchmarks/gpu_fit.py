@@ -115,7 +115,7 @@ def resume(report: Report) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         images = 2048 if report.settings.small else 8192
         options = ["--data.path=digits", "--match.round=512", "--match.block=64", "--train.batch=32", "--match.ratio=2"]
-        options += [f"--train.images={images}", "--model.width=8", "--model.code=16", "--train.precision=auto"]
+        options += [f"--train.images={images}", "--model.width=8", "--model.code=16", "--prior.name=smooth"]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         env |= {"ACCELERATE_USE_CPU": "true"} if report.device.type == "cpu" else {}
         call = partial(subprocess.run, cwd=scratch, env=env, capture_output=True, text=True, check=True)

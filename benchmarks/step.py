@@ -48,7 +48,9 @@ from trained import table
 
 from pipeline.config import Config
 from pipeline.errors import InputError, exit_on_input_error
+from pipeline.model.losses import NaignConfig
 from pipeline.model.networks import ConvConfig
+from pipeline.model.prior.smooth import SmoothConfig
 
 Part = Literal["fit", "checkpoint", "resume"]
 
@@ -123,7 +125,7 @@ class Bench:
     def __init__(self, settings: Settings, scratch: Path) -> None:
         self.settings, self.scratch = settings, scratch
         self.method = "forkserver" if settings.quick else "spawn"
-        self.config = Config()
+        self.config = Config(objective=NaignConfig(imle=1.0, denoising=0.0), prior=SmoothConfig())
         if settings.quick:
             self.config.model = ConvConfig(width=8, code=16)
             self.config.match.round = 512

@@ -78,7 +78,7 @@ class Ending:
         self._patience, self._alone = patience, alone  # patience: seconds for ranks to end after another host did
         self._ended, self._over = threading.Event(), threading.Event()  # the ranks ended; the exit code is decided
         self._codes: dict[int, int | None] = {}  # of other hosts by index; None: the host vanished
-        self._speaking, self._is_wrong = threading.Lock(), False  # is_wrong: this host has bad input
+        self._speaking, self._is_cause = threading.Lock(), False  # is_cause: the others end because this host did
         self.stay: Callable[[], object] = lambda: None  # executes this process anew, to meet the others again
         self.lost = False  # another host vanished
         self.killed = False  # a rank on this host was killed by an external signal
@@ -96,9 +96,9 @@ class Ending:
             time.sleep(0.05)
 
     def report(self, code: int, reason: str) -> None:
-        """Log why this host's ranks ended with `code`. After bad input the ends of other hosts are not logged."""
+        """Log why this host's ranks ended with `code`: the last line, where the others end because of it."""
         with self._speaking:
-            self._is_wrong = code == BAD_INPUT
+            self._is_cause = code == BAD_INPUT or self.killed
             say(reason)
 
     def note(self, host: int, code: int | None, lost: bool) -> None:
@@ -110,7 +110,7 @@ class Ending:
         if over:
             return
         with self._speaking:
-            if not self._is_wrong:
+            if not self._is_cause:
                 say(f"host {host} ended {'without a code: lost' if code is None else f'with code {code}'}")
         # While no host is lost, ranks may be writing a checkpoint.
         if not self._ended.wait(SOON if lost or code is None else self._patience):
