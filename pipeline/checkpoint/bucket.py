@@ -8,7 +8,7 @@ import re
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -77,11 +77,16 @@ def download(remote: str, name: str, checkpoints: Path) -> Path:
     return folder
 
 
-def fetch_file(remote: str, name: str, file: str, folder: Path) -> Path:
-    """Download one file of a checkpoint into a folder. Raises Damaged if it does not match the manifest."""
+def fetch_file(remote: str, name: str, files: Iterable[str], folder: Path) -> Path:
+    """Download the first of `files` that a checkpoint has into a folder. Raises Damaged if it does not match the
+    manifest, or if the checkpoint has none of them."""
     where = f"{remote}/checkpoints/{name}"
     try:
-        _download_file(where, file, read_manifest(open_store(where).read(MANIFEST))[file], folder)
+        entries = read_manifest(open_store(where).read(MANIFEST))
+        file = next((file for file in files if file in entries), None)
+        if file is None:
+            raise ValueError("its manifest names no weights")
+        _download_file(where, file, entries[file], folder)
     except (ValueError, KeyError) as error:
         raise Damaged(f"{where} is damaged ({error}): remove it") from None
     return folder / file

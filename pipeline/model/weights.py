@@ -18,7 +18,7 @@ import yaml
 
 from pipeline.checkpoint.bucket import fetch_file, newest_first
 from pipeline.checkpoint.done import is_exhausted
-from pipeline.checkpoint.manifest import BEST, MANIFEST, best_named, read_manifest
+from pipeline.checkpoint.manifest import BEST, best_named
 from pipeline.checkpoint.writer import is_complete, newest_checkpoint, passed_over
 from pipeline.errors import Damaged, InputError, one_line
 from pipeline.model import hub
@@ -59,10 +59,9 @@ def _fetch(remote: str, folder: Path) -> Weights:
     best = best_named(remote) if names and _ended_by_patience(remote, names[0]) else ""
     for name in [*([best] if best in names else []), *names]:
         try:
-            there = read_manifest(open_store(f"{remote}/checkpoints/{name}").read(MANIFEST))
-            file = fetch_file(remote, name, FILES[0] if FILES[0] in there else FILES[1], folder)
+            file = fetch_file(remote, name, FILES, folder)
             return Weights(file=file, checkpoint=name, choice="best" if name == best else "last")
-        except (Damaged, ValueError) as error:
+        except Damaged as error:
             log.warning("%s/checkpoints/%s is damaged and skipped: %s", remote, name, one_line(error))
     raise InputError(f"{remote} holds no complete checkpoint: has the training written one yet?")
 
