@@ -57,7 +57,7 @@ def report(run: Run, state: RoundState, rows_read: Rows, values: dict[str, float
     sums = zip(names, total(costs, run.accelerator), strict=True)  # of all ranks
     values |= {f"data/{name}": value for name, value in sums}
     values |= {"seconds/training": position.seconds, "train/skipped": position.skipped}
-    if run.network_rounds < run.rounds:
+    if run.prior.learns:
         values["train/prior_only"] = float(state.number >= run.network_rounds)
     values |= {"checkpoint/seconds": run.writer.seconds, "checkpoint/upload_seconds": run.writer.uploaded}
     pictures, drawn = config.report.pictures, {}

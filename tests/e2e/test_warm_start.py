@@ -82,7 +82,7 @@ def test_one_rank_fetches_one_file_of_a_run_in_a_bucket(train, digits, bucket: s
     done = train(*options, f"--model.init={bucket}", "--run.path=run", ranks=2)
     assert done.returncode == 0 and "weights are from s3://" in done.stderr, done.stderr
     files = [path.rpartition("/")[2] for method, path in proxy.requests if method == "GET" and "/step-" in path]
-    assert files == ["manifest.json", "manifest.json", "model.safetensors"], proxy.requests
+    assert files == ["manifest.json", "model.safetensors"], proxy.requests
     newest = newest_checkpoint(tmp_path / "run/checkpoints")
     assert newest
     for name, value in load_file(newest / "model.safetensors").items():
