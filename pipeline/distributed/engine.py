@@ -156,10 +156,7 @@ class Engine:
     def _step(self) -> float | Tensor:
         on_device: Tensor = self.accelerator.clip_grad_norm_(self.bare.parameters(), self._clip or math.inf).detach()
         if self.ahead:
-            self._adam.grad_scale, self._adam.found_inf = (
-                None,
-                (~on_device.isfinite()).float(),
-            )  # 1 skips
+            self._adam.grad_scale, self._adam.found_inf = None, (~on_device.isfinite()).float()  # 1 skips
             self._adam.step()
             self._adam.zero_grad(set_to_none=True)
             return on_device
