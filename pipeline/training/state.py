@@ -61,7 +61,7 @@ def restore_weights(checkpoint: Path, network: nn.Module, name: str = "model.saf
     """Load the weights into a network without an engine. Raises InputError as `restore` does."""
     weights = read_model(checkpoint, name).network.state_dict()
     with damage_named(checkpoint):  # not by load_state_dict, which raises the same RuntimeError for a failing device
-        if _shapes(weights) != _shapes(network.state_dict()):
+        if shapes_of(weights) != shapes_of(network.state_dict()):
             raise ValueError(f"{name} holds the weights of another network")
     network.load_state_dict(weights)
 
@@ -73,12 +73,13 @@ def restore_prior(checkpoint: Path, prior: Prior) -> None:
     with damage_named(checkpoint):
         file = open_tensors(checkpoint / PRIOR)
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-        if _shapes(state) != _shapes(prior.training_state()):
+        if shapes_of(state) != shapes_of(prior.training_state()):
             raise ValueError(f"{PRIOR} holds the state of another prior")
     prior.load_training_state(state)
 
 
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """The shape of each tensor of a state."""
     return {name: value.shape for name, value in state.items()}
 
 

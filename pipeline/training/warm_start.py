@@ -1,11 +1,9 @@
 """Begin a run from the weights of a model that was trained before."""
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from pipeline.checkpoint import newest_checkpoint, newest_first
@@ -13,6 +11,7 @@ from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.model.naign import NAIGN
 from pipeline.model.prior import Prior
+from pipeline.training.state import shapes_of
 
 log = logging.getLogger("naign.train")
 
@@ -50,9 +49,5 @@ def warm_start(config: Config, start: Start, network: nn.Module, prior: Prior) -
     others = ", ".join(sorted(state.keys() - fits.keys()))
     log.info("%d of %d weights are from %s%s", len(fits), len(state), place, f", not {others}" if others else "")
     same_prior = start.metadata["prior"]["name"] == config.prior.name
-    if same_prior and _shapes(start.prior) == _shapes(prior.state_dict()):
+    if same_prior and shapes_of(start.prior) == shapes_of(prior.state_dict()):
         prior.load_state_dict(start.prior)
-
-
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in state.items()}
