@@ -105,9 +105,8 @@ def _download_file(where: str, file: str, entry: dict[str, Any], folder: Path) -
         raise ValueError(f"{file} has another hash")
 
 
-def fetch_shown(remote: str, run: Path, *, renew: bool = False, also: Sequence[str] = ()) -> int:
-    """Download records, TensorBoard's files, pictures and the files named in `also` that are missing locally or, with
-    `renew`, differ.
+def fetch_shown(remote: str, run: Path, *, also: Sequence[str] = ()) -> int:
+    """Download records, TensorBoard's files, pictures and the files named in `also` that are missing here or differ.
 
     Returns the number of files that were downloaded.
     """
@@ -121,7 +120,7 @@ def fetch_shown(remote: str, run: Path, *, renew: bool = False, also: Sequence[s
             if name in (".", "..") or Path(name).name != name or not name.isprintable():  # untrusted
                 raise InputError(f"{store.url(name)!r} is no name of a file in a run: remove that object")
             file = run / folder / name
-            if not file.exists() or (renew and not _is_same(file, store, name)):
+            if not file.exists() or not _is_same(file, store, name):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(file, store.read(name), sync=False)
                 fetched += 1

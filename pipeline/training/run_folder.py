@@ -146,7 +146,7 @@ def find_newest(config: Config) -> Path | None:
             return newest
         with contextlib.suppress(Damaged):
             # First what the run reported: once its checkpoint is here, all of it counts as being here.
-            bucket.fetch_shown(remote, run, renew=True)
+            bucket.fetch_shown(remote, run)
             _compare_checkpoint(downloaded := bucket.download(remote, name, folder), config)
             return downloaded
         shutil.rmtree(folder / name, ignore_errors=True)

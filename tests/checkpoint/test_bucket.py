@@ -91,14 +91,14 @@ def test_a_record_that_changes_is_sent_and_fetched_whatever_its_size(bucket, tmp
     for step in (256, 288):
         (run / "best.json").write_text(json.dumps({"checkpoint": f"step-{step:08d}"}))
         mirror(run, bucket, [BEST])
-        assert fetch_shown(bucket, copy, renew=True) == 1
+        assert fetch_shown(bucket, copy) == 1
         assert (copy / "best.json").read_text() == (run / "best.json").read_text()
-    assert fetch_shown(bucket, copy, renew=True) == 0
+    assert fetch_shown(bucket, copy) == 0
     (run / "trackers").mkdir()
     for name in ("aaaa", "bbbb"):  # the file was deleted to begin a new run there
         (run / "trackers/mlflow.txt").write_text(name)
         mirror(run, bucket, PICTURES)
-        assert fetch_shown(bucket, copy, renew=True) == 1 and (copy / "trackers/mlflow.txt").read_text() == name
+        assert fetch_shown(bucket, copy) == 1 and (copy / "trackers/mlflow.txt").read_text() == name
     assert fetch_shown(bucket, tmp_path / "anew") == 2
 
 
