@@ -1,10 +1,9 @@
 """The ranks of a training: the engine that runs the network on them, and how they agree, stop and end together."""
 
 from pipeline.distributed.connect import build_accelerator
-from pipeline.distributed.engine import MOMENTS, AdamState, Engine
+from pipeline.distributed.engine import Engine
 from pipeline.distributed.host import keep_memory, set_threads, warn_of_others
 from pipeline.distributed.ranks import (
-    SideGroup,
     broadcast,
     broadcast_object,
     gather,
@@ -16,6 +15,5 @@ from pipeline.distributed.ranks import (
     total,
 )
 from pipeline.distributed.signals import StopPoll, StopRequest
-from pipeline.distributed.versions import check_versions
 from pipeline.distributed.watchdog import Watchdog
 from pipeline.distributed.zero import ZeroEngine

@@ -13,8 +13,9 @@ from accelerate import Accelerator
 from filelock import FileLock
 from torch import Tensor, nn
 
-from pipeline.checkpoint import Writer, newest_first, take_over
+from pipeline.checkpoint.bucket import newest_first, take_over
 from pipeline.checkpoint.done import count_network_rounds, count_rounds
+from pipeline.checkpoint.writer import Writer
 from pipeline.config import Config, flatten, to_dict
 from pipeline.data import DataConfig, Stream, lists_data_sets, load, pack
 from pipeline.data.damage import find_damage

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from filelock import FileLock
 from torch import Tensor
 
-from pipeline.checkpoint import Writer
+from pipeline.checkpoint.writer import Writer
 from pipeline.config import Config
 from pipeline.data import Stream
 from pipeline.distributed import Engine, StopPoll, StopRequest, Watchdog

@@ -14,8 +14,9 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from pipeline.checkpoint import bucket, done, is_complete, newest_checkpoint, set_aside
+from pipeline.checkpoint import bucket, done
 from pipeline.checkpoint.manifest import read_best, step_of
+from pipeline.checkpoint.writer import is_complete, newest_checkpoint, set_aside
 from pipeline.config import Config, changeable, differences, flatten, from_dict, to_dict
 from pipeline.errors import Damaged, InputError
 from pipeline.model.naign import NAIGN

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from pipeline.checkpoint import newest_checkpoint, newest_first
+from pipeline.checkpoint.bucket import newest_first
+from pipeline.checkpoint.writer import newest_checkpoint
 from pipeline.config import Config
 from pipeline.errors import InputError
 from pipeline.model.naign import NAIGN

@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from pipeline.checkpoint import Writer
 from pipeline.checkpoint import bucket as module
 from pipeline.checkpoint.bucket import OWNER, PICTURES, check_claim, fetch_shown, mirror, take_over
 from pipeline.checkpoint.manifest import BEST, MANIFEST, best_named, prune
+from pipeline.checkpoint.writer import Writer
 from pipeline.errors import Conflict, InputError, Unavailable
 from pipeline.storage.store import open_store
 

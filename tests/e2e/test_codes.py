@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.checkpoint import newest_checkpoint
+from pipeline.checkpoint.writer import newest_checkpoint
 from pipeline.data.loader import read_split
 from pipeline.errors import INTERRUPTED
 from pipeline.model.naign import NAIGN

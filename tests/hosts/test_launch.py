@@ -17,7 +17,7 @@ import psutil
 import pytest
 from torch.distributed import DistNetworkError
 
-from pipeline.checkpoint import newest_checkpoint
+from pipeline.checkpoint.writer import newest_checkpoint
 from pipeline.cluster import launch, local_ranks
 from pipeline.cluster.exit_codes import Ending
 from pipeline.cluster.meeting import meet
