@@ -13,14 +13,13 @@ from pipeline.config import TrainConfig
 from pipeline.distributed import total
 from pipeline.errors import Diverged, Stopped
 from pipeline.model.losses import Batch, choose_distance, compute_losses
-from pipeline.training.round import RoundState
+from pipeline.training.round import REMEDY, RoundState
 from pipeline.training.run import Run
 
 log = logging.getLogger("naign.fit")
 BAD_STEPS = 10  # skipped in a row, after which the run has diverged
 Step = tuple[int, Tensor | float, dict[str, Tensor]]
 """A step that was made: its number, the norm of its gradient, and the sum of each loss over its micro-batches."""
-REMEDY = "lower train.lr, set train.clip or raise the precision, in a new --run.path"  # for a run that diverged
 
 
 def fit(run: Run, state: RoundState) -> dict[str, float]:

@@ -20,11 +20,10 @@ from pipeline.errors import InputError, Stopped, Unavailable
 from pipeline.observe import at_round
 from pipeline.training.fit import fit
 from pipeline.training.learn_prior import learn_prior
-from pipeline.training.matching import find_match
 from pipeline.training.prepare import prepare
 from pipeline.training.quality import Quality
 from pipeline.training.report import headline, report
-from pipeline.training.round import RoundState, take
+from pipeline.training.round import RoundState, find_match, take
 from pipeline.training.run import Run
 from pipeline.training.state import PartialRound, snapshot
 

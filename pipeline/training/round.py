@@ -1,5 +1,6 @@
-"""The current round: how a rank reads its share of it, its random numbers and its match."""
+"""The current round: its images, its random numbers and its match, and how a rank comes by them."""
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,11 +13,15 @@ from pipeline import philox
 from pipeline.config import Config
 from pipeline.data import Rows, Stream, damage, rank_rows
 from pipeline.distributed import together, total
-from pipeline.errors import InputError, Stopped, Unavailable
+from pipeline.errors import Diverged, InputError, Stopped, Unavailable
+from pipeline.match import Match, NotFinite, match_round
 from pipeline.model import scaled
 from pipeline.model.prior import Prior
 from pipeline.training.run import Run
 from pipeline.training.state import PartialRound
+
+log = logging.getLogger("naign.train")
+REMEDY = "lower train.lr, set train.clip or raise the precision, in a new --run.path"  # for a run that diverged
 
 
 @dataclass(slots=True)
@@ -107,3 +112,35 @@ def read_round(run: Run, stream: Stream, number: int) -> Rows:
         if problem:
             raise problem
     return rows
+
+
+def find_match(run: Run, state: RoundState) -> Match:
+    """For each image of this rank the latent whose sample is nearest, out of the pool of all ranks. Collective."""
+    stop_requested, engine = run.phases.poll("match"), run.engine
+
+    def poll() -> None:
+        run.watchdog.beat()
+        if stop_requested():
+            raise Stopped
+
+    def sample(ids: Tensor) -> Tensor:
+        try:
+            parts = ids.chunk(1 + engine.halved)
+            return torch.cat([engine.sample(state.random.latents(part)) for part in parts])
+        except torch.cuda.OutOfMemoryError:
+            if engine.halved or engine.sharded:  # a sharded forward is collective: ranks would no longer be in step
+                raise
+            engine.halved = True
+        torch.cuda.empty_cache()
+        log.warning("match.block=%d samples do not fit this GPU: they are generated in halves", run.config.match.block)
+        return sample(ids)
+
+    try:
+        match = match_round(state.images, sample, run.config.match, run.features, poll)
+    except NotFinite as error:  # on all ranks
+        diverged = f"the network's samples are not finite in round {state.number} ({error}): the run has diverged"
+        raise Diverged(f"{diverged}; {REMEDY}") from None
+    if match.described != run.monitor.described:
+        run.monitor.described = match.described
+        run.monitor.say(match.described)
+    return match

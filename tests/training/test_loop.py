@@ -14,8 +14,7 @@ from pipeline.errors import InputError, Stopped
 from pipeline.model.prior import build_prior
 from pipeline.training import round as current
 from pipeline.training.learn_prior import tracked_every
-from pipeline.training.matching import find_match
-from pipeline.training.round import RoundRandom
+from pipeline.training.round import RoundRandom, find_match
 from pipeline.training.run import Phases
 from tests.conftest import SMALL, forked
 
