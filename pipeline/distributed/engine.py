@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -50,8 +49,6 @@ class Engine:
     ) -> None:
         """Collective."""
         world = accelerator.num_processes
-        assert self.deepspeed == (accelerator.distributed_type == DistributedType.DEEPSPEED)
-        assert batch % (world * accumulate) == 0
         self.accelerator, self.bare, self.accumulate = accelerator, bare, accumulate
         self.micro = batch // (world * accumulate)  # images per rank and micro-batch
         self.ema = deepcopy(bare).requires_grad_(False) if ema else None  # whole, float32, on every rank

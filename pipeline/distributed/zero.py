@@ -41,7 +41,6 @@ class ZeroEngine(Engine):
 
         Raises InputError where the launcher's configuration contradicts these settings.
         """
-        assert not settings.get("compile")
         micro = batch // (accelerator.num_processes * accumulate)
         _configure(accelerator, micro=micro, accumulate=accumulate, clip=clip)
         self.stage = int(accelerator.state.deepspeed_plugin.zero_stage)
