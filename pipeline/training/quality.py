@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pipeline.checkpoint.done import is_exhausted, measured_alike, measured_by
-from pipeline.checkpoint.manifest import BEST
+from pipeline.checkpoint.manifest import BEST, read_best
 from pipeline.config import Config, flatten
 from pipeline.data import Stream, read_split
 from pipeline.data.degrade import KINDS, degrade
@@ -53,22 +53,19 @@ class Quality:
             if accelerator.is_main_process:
                 real, _ = read_split(config.data, self.config.split, limit=self.config.samples)
                 self.real = self.encoder.features(scaled(real))
-                self.best = self._read_best(Path(config.run.path) / BEST)
+                self.best = self._read_best(Path(config.run.path).absolute())
                 self._warn(config)
         self.best = broadcast_object(self.best)
 
-    def _read_best(self, file: Path) -> dict[str, Any]:
+    def _read_best(self, run: Path) -> dict[str, Any]:
         """What best.json says of the best checkpoint so far; {} where nothing, or nothing to compare with."""
-        try:
-            content = json.loads(file.read_text())
-            best: dict[str, Any] = {key: content.get(key) for key in ("encoder", "measured")}
-            best |= {"fd": float(content["fd"]), "round": int(content["round"])}
-        except FileNotFoundError:
+        best, file = read_best(str(run)), run / BEST
+        if not file.exists():
             return {}
-        except (ValueError, TypeError, LookupError, RecursionError) as error:
-            log.warning("%s says nothing of the best checkpoint (%s): the next measurement is", file, error)
+        if not isinstance(best.get("fd"), float) or not isinstance(best.get("round"), int):
+            log.warning("%s says nothing of the best checkpoint: the next measurement is", file)
             return {}
-        if measured_alike(self.settings, best) and best["encoder"] == self.encoder.name:
+        if measured_alike(self.settings, best) and best.get("encoder") == self.encoder.name:
             return best
         log.warning("%s was measured otherwise than this run measures: the next measurement counts as the best", file)
         return {}
