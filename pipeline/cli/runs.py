@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
@@ -18,13 +19,7 @@ LONGEST = 4096  # characters of a path
 HEADER = ("run", "state", "images", "of", "x floor", "recall", "FD", "measured", "size", "age")
 
 
-def runs(
-    folder: Positional[Path],
-    /,
-    *,
-    sort: Literal["name", "quality", "images", "size", "age"] = "name",
-    json: Json = False,
-) -> None:
+def runs(folder: Positional[Path], /, *, json: Json = False) -> None:
     """List the runs in a folder: state, images seen, quality, size on disk, time since the last report.
 
     Quality is the Frechet distance of f(z), also over its floor, and recall: of `naign evaluate`, or else of the last
@@ -32,23 +27,12 @@ def runs(
 
     Args:
         folder: Local folder that holds runs, also in sub-folders, or a run.
-        sort: name; quality: best first; images, size: most first; age: newest first.
     """
     from pipeline.evaluate.runs import find_runs
 
     _check_local(folder)
     with busy(f"reading {folder}"):
         listed, others = find_runs(folder)
-    infinite = float("inf")
-    listed.sort(
-        key={
-            "name": lambda run: run.name,
-            "quality": lambda run: (run.fd_over_floor or infinite, infinite if run.fd is None else run.fd),
-            "images": lambda run: -run.images_seen,
-            "size": lambda run: -run.bytes,
-            "age": lambda run: run.age_seconds,
-        }[sort]
-    )
     if json:
         named = [{"path": path, "problem": problem} for path, problem in others.items()]
         print_json({"folder": folder, "runs": [asdict(run) for run in listed], "others": named})
@@ -64,31 +48,27 @@ def compare(folders: Positional[tuple[Path, ...]], /, *, json: Json = False) -> 
     Args:
         folders: Two local runs or more; also exported models that were evaluated.
     """
-    from pipeline.evaluate.compare import compare_runs
+    from pipeline.evaluate.compare import NUMBERS, compare_runs
 
     for folder in folders:
         _check_local(folder)
     with busy("reading runs"):
         compared = compare_runs(folders)
     if json:
-        sides = [asdict(side) for side in compared.sides]
-        print_json(
-            {
-                "runs": [{key: side[key] for key in ("label", "path", "state", "images_seen")} for side in sides],
-                "evaluation": {row.path: values for row, values in compared.numbers},
-                "settings": dict(compared.settings),
-                "unlike": compared.unlike,
-            }
-        )
+        keys = ("label", "path", "state", "images_seen")
+        sides = [{key: getattr(side, key) for key in keys} for side in compared.sides]
+        rest = {"settings": compared.settings, "unlike": compared.unlike}
+        print_json({"runs": sides, "evaluation": compared.numbers, **rest})
         return
     labels = [printable(side.label, LONGEST) for side in compared.sides]
-    state = ("state", [side.state for side in compared.sides])
-    seen = ("images seen", [f"{side.images_seen:,}" for side in compared.sides])
-    measured = [(row.title, _marked(values, row.better)) for row, values in compared.numbers]
-    for title, rows in (("run", [state, seen, *measured]), ("setting", compared.settings)):
-        if rows:
-            print_table((title, *labels), [(name, *values) for name, values in rows])
-            print()
+    state = ("state", *(side.state for side in compared.sides))
+    seen = ("images seen", *(f"{side.images_seen:,}" for side in compared.sides))
+    measured = [(NUMBERS[path][0], *_marked(values, NUMBERS[path][1])) for path, values in compared.numbers.items()]
+    print_table(("run", *labels), [state, seen, *measured])
+    print()
+    if compared.settings:
+        print_table(("setting", *labels), [(name, *values) for name, values in compared.settings.items()])
+        print()
     for label, side in zip(labels, compared.sides, strict=True):
         if not side.metrics:
             print(f"{label} was not evaluated: run `naign evaluate {printable(side.path, LONGEST)}`")
@@ -118,14 +98,5 @@ def _row(run: "Run") -> tuple[str, ...]:
     measured = f"{run.measured or '–'}{f' at {run.measured_at:,}' if stale else ''}"
     return (
         *(printable(run.name, LONGEST), run.state, f"{run.images_seen:,}", f"{run.images:,}", *digits, measured),
-        *(bytes_in_words(run.bytes), _age(run.age_seconds)),
+        *(bytes_in_words(run.bytes), str(timedelta(seconds=int(run.age_seconds)))),
     )
-
-
-def _age(seconds: float) -> str:
-    if not seconds < 1e10:  # three centuries: no time that a run reported
-        return "–"
-    for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"

@@ -1,45 +1,35 @@
 """Runs side by side: evaluations, and the settings that differ."""
 
-import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import InputError, one_line, printable, require
 from pipeline.evaluate.report import DAMAGE
-from pipeline.evaluate.runs import flat, number, pick, read_json, read_run, read_settings, whole
+from pipeline.evaluate.runs import MALFORMED, flat, is_run, number, read_json, read_run, read_settings
 
 IGNORED = ("run.path", "run.remote", "resume")
 """Settings that always differ, or say nothing of what was learned."""
 
+NUMBERS = {
+    "fd.once_ratio": ("FD of f(z), × floor", "min"),
+    "fd.once": ("FD of f(z)", "min"),
+    "fd.twice": ("FD of f(f(z))", "min"),
+    "fd.floor": ("floor", ""),
+    "second.once_ratio": ("second encoder, × floor", "min"),
+    "coverage.recall": ("recall", "max"),
+    "coverage.precision": ("precision", "max"),
+    "coverage.density": ("density", ""),
+    "coverage.coverage": ("coverage", "max"),
+    **{f"restoration.{kind}.once": (f"repair, {name.lower()}", "min") for kind, name in DAMAGE.items()},
+    "idempotence.samples": ("idempotence, samples", "min"),
+    "reconstruction": ("reconstruction", "min"),
+    "nearest.ratio": ("nearest training example, × test's", ""),
+    "cpu_seconds": ("training, processor seconds", ""),
+}
+"""By path in metrics.json, the title of a row, and which is better: min, max or ""."""
 
-class Number(NamedTuple):
-    """A row of the table of evaluations."""
-
-    title: str
-    path: str  # in metrics.json
-    better: str = ""  # min or max
-
-
-REPAIRS = [Number(f"repair, {name.lower()}", f"restoration.{kind}.once", "min") for kind, name in DAMAGE.items()]
-NUMBERS = (
-    Number("FD of f(z), × floor", "fd.once_ratio", "min"),
-    Number("FD of f(z)", "fd.once", "min"),
-    Number("FD of f(f(z))", "fd.twice", "min"),
-    Number("floor", "fd.floor"),
-    Number("second encoder, × floor", "second.once_ratio", "min"),
-    Number("recall", "coverage.recall", "max"),
-    Number("precision", "coverage.precision", "max"),
-    Number("density", "coverage.density"),
-    Number("coverage", "coverage.coverage", "max"),
-    *REPAIRS,
-    Number("idempotence, samples", "idempotence.samples", "min"),
-    Number("reconstruction", "reconstruction", "min"),
-    Number("nearest training example, × test's", "nearest.ratio"),
-    Number("training, processor seconds", "cpu_seconds"),
-)
 SAME = {
     "dataset": "data set",
     "encoder": "encoder",
@@ -50,8 +40,7 @@ SAME = {
 """By path in metrics.json, what two evaluations must share for their distances to compare."""
 
 
-@dataclass(kw_only=True)
-class Side:
+class Side(NamedTuple):
     """One of the runs."""
 
     label: str
@@ -59,15 +48,15 @@ class Side:
     state: str
     images_seen: int
     settings: dict[str, Any]
-    metrics: dict[str, Any]  # of its evaluation; {}: none
+    metrics: dict[str, Any]  # of its evaluation, by path; {}: none
 
 
 class Comparison(NamedTuple):
     """Each list of values has one entry a run, in the order of `sides`."""
 
     sides: list[Side]
-    numbers: list[tuple[Number, list[float | None]]]  # those that a run has
-    settings: list[tuple[str, list[str]]]  # those that differ; "–" where a run has none
+    numbers: dict[str, list[float | None]]  # of NUMBERS, those that a run has
+    settings: dict[str, list[str]]  # those that differ; "–" where a run has none
     unlike: list[str]  # of SAME, what differs
 
 
@@ -80,44 +69,38 @@ def compare_runs(folders: Sequence[Path]) -> Comparison:
         (not twice, f"{printable(''.join(twice[:1]))} is given twice: leave it out once"),
     )
     names = Counter(folder.name for folder in resolved)
-    labels = [
-        str(given) if names[folder.name] > 1 else folder.name for given, folder in zip(folders, resolved, strict=True)
+    sides = [
+        _read(folder, str(folder) if names[place.name] > 1 else place.name)
+        for folder, place in zip(folders, resolved, strict=True)
     ]
-    sides = [_read(folder, label) for folder, label in zip(folders, labels, strict=True)]
-    rows = [(row, [number(pick(side.metrics, row.path)) for side in sides]) for row in NUMBERS]
+    evaluated = [side.metrics for side in sides if side.metrics]
+    rows = {path: [number(side.metrics.get(path)) for side in sides] for path in NUMBERS}
     return Comparison(
         sides,
-        [(row, values) for row, values in rows if any(value is not None for value in values)],
+        {path: values for path, values in rows.items() if any(value is not None for value in values)},
         settings_that_differ(sides),
-        [name for path, name in SAME.items() if _unlike(sides, path)],
+        [name for path, name in SAME.items() if len({metrics.get(path) for metrics in evaluated}) > 1],
     )
 
 
 def _read(folder: Path, label: str) -> Side:
-    metrics, named = read_json(folder / "evaluation/metrics.json"), printable(str(folder))
+    path = str(folder)
     try:
-        run = read_run(folder, label)
-        state, seen, settings = run.state, run.images_seen, read_settings(folder)
-    except InputError as error:
-        if not metrics:
-            model = os.path.exists(folder / "model.safetensors")
-            remedy = f": run `naign evaluate {named}` first" if model else ""
-            raise InputError(f"'{named}' cannot be compared: {error}{remedy}") from None
-        config = read_json(folder / "config.json").get("config")  # beside an exported model
-        settings = flat(config) if isinstance(config, dict) else {}
-        state, seen = "model", whole(metrics.get("images_seen"))
-    except OSError as error:
-        raise InputError(f"'{named}' cannot be compared: {error.strerror}") from None
-    return Side(label=label, path=str(folder), state=state, images_seen=seen, settings=settings, metrics=metrics)
+        metrics = flat(read_json(folder / "evaluation/metrics.json"))
+        if is_run(folder) or not metrics:
+            run = read_run(folder, label)
+            return Side(label, path, run.state, run.images_seen, read_settings(folder), metrics)
+        settings = flat(read_json(folder / "config.json").get("config", {}))  # beside an exported model
+        return Side(label, path, "model", int(metrics["images_seen"] or 0), settings, metrics)
+    except (OSError, *MALFORMED) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        remedy = f"give runs, or models after `naign evaluate {printable(path)}`"
+        raise InputError(f"'{printable(path)}' cannot be compared: {why}: {remedy}") from None
 
 
-def settings_that_differ(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
-    """Key and value of each run, "–" where it has none. Runs without any settings are not counted."""
+def settings_that_differ(sides: Sequence[Side]) -> dict[str, list[str]]:
+    """The value of each run by setting, "–" where it has none. Runs without any settings are not counted."""
     keys = dict.fromkeys(key for side in sides for key in side.settings if key not in IGNORED)
-    rows = [(key, [one_line(side.settings.get(key, "–")) if side.settings else "–" for side in sides]) for key in keys]
+    rows = {key: [one_line(side.settings.get(key, "–")) if side.settings else "–" for side in sides] for key in keys}
     known = [turn for turn, side in enumerate(sides) if side.settings]
-    return [(key, values) for key, values in rows if len({values[turn] for turn in known}) > 1]
-
-
-def _unlike(sides: Sequence[Side], path: str) -> bool:
-    return len({str(pick(side.metrics, path)) for side in sides if side.metrics}) > 1
+    return {key: values for key, values in rows.items() if len({values[turn] for turn in known}) > 1}

@@ -19,13 +19,16 @@ from pipeline.errors import InputError, printable, require
 MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
 """A folder with one of them is a run."""
 
-COUNTS = ("train.images", "train.passes", "match.round", "quality.patience", "quality.rounds")
-"""Settings that decide when a run is done."""
+QUALITY = {
+    "evaluation": ("fd.once", "fd.once_ratio", "coverage.recall"),  # of metrics.json
+    "training": ("quality/fd", "", "quality/recall"),  # of a line of metrics.jsonl
+}
+"""Names of the Frechet distance of f(z), of that over its floor, and of recall."""
 
-LARGEST = 2**62  # count of images
+MOST = 2**62  # images of a run
 DEPTH = 3  # levels of folders that are searched for runs, and of sections in a configuration
-MALFORMED = (ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError)
-"""What parsing a foreign file raises."""
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, yaml.YAMLError)
+"""What reading a damaged or foreign file raises."""
 
 
 @dataclass(kw_only=True)
@@ -52,14 +55,13 @@ def folder_of(run: str) -> str:
 
 
 def find_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
-    """The runs in a folder, or the folder itself, by name; and why other folders are none, by their path.
+    """The runs in a folder, or the folder itself, by name; and what is wrong with the damaged ones, by their path.
 
     Raises InputError where there is no such folder.
     """
-    if not folder.is_dir():
-        raise InputError(f"no folder '{folder}': give one that holds runs, such as runs/")
+    require((folder.is_dir(), f"no folder '{folder}': give one that holds runs, such as runs/"))
     runs, others = list[Run](), dict[str, str]()
-    for place in _places(folder, DEPTH):
+    for place in _runs_in(folder):
         try:
             runs.append(read_run(place, str(place.relative_to(folder)) if place != folder else folder.resolve().name))
         except (InputError, OSError) as error:
@@ -67,16 +69,14 @@ def find_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
     return runs, others
 
 
-def _places(folder: Path, depth: int) -> Iterator[Path]:
-    """Runs at or below a folder, in order, and folders in which there is none."""
-    inside: list[Path] = []
-    if depth and not is_run(folder) and not os.path.exists(folder / "model.safetensors"):
-        with suppress(OSError):  # a folder that may not be listed
-            inside = sorted(path for path in folder.iterdir() if os.path.isdir(path) and not path.name.startswith("."))
-    if not inside:
-        yield folder
-    for path in inside:
-        yield from [path] if os.path.islink(path) else _places(path, depth - 1)
+def _runs_in(folder: Path) -> Iterator[Path]:
+    """Folders with MARKS at or below a folder, in order; not those below another one."""
+    for place, folders, _ in os.walk(folder, followlinks=True):
+        path = Path(place)
+        if is_run(path):
+            yield path
+        deep = is_run(path) or len(path.relative_to(folder).parts) == DEPTH
+        folders[:] = [] if deep else sorted(name for name in folders if not name.startswith("."))
 
 
 def is_run(folder: Path) -> bool:
@@ -85,31 +85,30 @@ def is_run(folder: Path) -> bool:
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """The run in a folder. Raises InputError, saying what the folder is instead, where it is no run."""
+    """The run in a folder. Raises InputError where it is no run, or a damaged one, and OSError as files do."""
     if not is_run(folder):
-        require(
-            (os.path.isdir(folder), "no such folder"),
-            (os.access(folder, os.R_OK | os.X_OK), "it cannot be read: check its owner and mode"),
-        )
-        model = os.path.exists(folder / "model.safetensors")
+        model = "model.safetensors" in os.listdir(folder)
         raise InputError("no run, but an exported model" if model else "no run in it")
     settings = read_settings(folder)
-    settings |= {key: whole(settings.get(key)) for key in COUNTS}
-    known = all(settings[key] for key in ("train.images", "match.round", "train.passes"))
-    require((known, "config.yaml does not say how many images the run is for"))
-    settings["prior.alone"] = min(1.0, max(0.0, number(settings.get("prior.alone")) or 0.0))
-    last, measured = _last_lines(folder / "metrics.jsonl")
-    checkpoint = _newest_trainer(folder)
-    seen = max(whole(last.get("images_seen")), whole((checkpoint or {}).get("images_seen")))
-    rounds = whole(checkpoint.get("round")) if checkpoint else whole(last["round"]) + 1 if "round" in last else 0
-    quality = _quality(read_json(folder / "evaluation/metrics.json"), measured)
-    reported = number(last.get("time")) or (folder / "config.yaml").stat().st_mtime
+    kept = any(os.path.exists(folder / name) for name in ("checkpoints", ".lock"))  # else a copy of the reports
+    try:
+        last, measured = _last_lines(folder / "metrics.jsonl")
+        trainer = _newest_trainer(folder)
+        rounds = int(trainer.get("round", 0) if kept else last.get("round", -1) + 1)
+        seen = max(int(line.get("images_seen", 0)) for line in (last, trainer))
+        images = count_network_rounds(settings) * int(settings["match.round"]) * int(settings["train.passes"])
+        ended = "done" if is_done(settings, rounds, read_json(folder / BEST)) else "stopped" if kept else "unknown"
+        quality = _quality({"evaluation": flat(read_json(folder / "evaluation/metrics.json")), "training": measured})
+    except MALFORMED as error:
+        raise InputError(f"its files are not those of a run ({type(error).__name__}: {error})") from None
+    require((0 < images < MOST, "config.yaml does not say how many images the run is for"))
+    reported = max(0.0, number(last.get("time")) or (folder / "config.yaml").stat().st_mtime)
     return Run(
         name=name,
         path=str(folder),
-        state=_state(folder, settings, checkpoint, rounds),
+        state="training" if _in_use(folder / ".lock") else ended,
         images_seen=seen,
-        images=count_network_rounds(settings) * settings["match.round"] * settings["train.passes"],
+        images=images,
         **quality,
         bytes=_size(folder),
         age_seconds=round(max(0.0, time.time() - reported), 1),
@@ -138,21 +137,9 @@ def flat(section: Mapping[str, Any], prefix: str = "", depth: int = DEPTH) -> di
     return settings
 
 
-def parse_line(line: bytes | str) -> dict[str, Any]:
-    """A line of metrics.jsonl; {} for one that a kill cut short."""
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """An object of a JSON file; {} where it is missing or none."""
-    try:
-        return parse_line(file.read_bytes())
-    except OSError:
-        return {}
+def read_json(file: Path) -> Any:
+    """The content of a JSON file; {} where there is none."""
+    return json.loads(file.read_bytes()) if file.exists() else {}
 
 
 def number(value: Any) -> float | None:
@@ -161,44 +148,20 @@ def number(value: Any) -> float | None:
     return value if real and abs(value) < 1e300 else None
 
 
-def whole(value: Any) -> int:
-    """A count; 0 for what is none."""
-    return value if type(value) is int and 0 <= value < LARGEST else 0
-
-
-def pick(content: Mapping[str, Any], path: str) -> Any:
-    """The value at a path such as fd.once; None where there is none."""
-    value: Any = content
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
 def _last_lines(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The last report, and the last with quality/*."""
-    try:
-        lines = file.read_bytes().splitlines()
-    except OSError:
-        return {}, {}
-    last = next(filter(None, map(parse_line, reversed(lines[-2:]))), {})  # a kill may have cut the last one short
-    return last, parse_line(next((line for line in reversed(lines) if b'"quality/fd"' in line), b""))
+    """The last report, and the last with quality/*; {} for none."""
+    lines = file.read_bytes().splitlines() if file.exists() else []
+    if lines and not lines[-1].endswith(b"}"):
+        lines.pop()  # a kill has cut it short
+    measured = next((line for line in reversed(lines) if b'"quality/fd"' in line), b"{}")
+    return json.loads(lines[-1] if lines else b"{}"), json.loads(measured)
 
 
-def _newest_trainer(folder: Path) -> dict[str, Any] | None:
-    """trainer.json of the newest complete checkpoint; None without checkpoints/."""
-    place = folder / "checkpoints"
-    if not os.path.isdir(place):
-        return None
-    names = by_step(path.name for path in place.iterdir() if (path / MANIFEST).is_file())
-    return read_json(place / names[0] / "trainer.json") if names else {}
-
-
-def _state(folder: Path, settings: Mapping[str, Any], checkpoint: dict[str, Any] | None, rounds: int) -> str:
-    if _in_use(folder / ".lock"):
-        return "training"
-    if is_done(settings, rounds, read_json(folder / BEST)):
-        return "done"
-    return "unknown" if checkpoint is None and not os.path.exists(folder / ".lock") else "stopped"
+def _newest_trainer(folder: Path) -> dict[str, Any]:
+    """trainer.json of the newest complete checkpoint; {} without one."""
+    names = by_step(file.parent.name for file in folder.glob(f"checkpoints/*/{MANIFEST}"))
+    trainer: dict[str, Any] = read_json(folder / "checkpoints" / names[0] / "trainer.json") if names else {}
+    return trainer
 
 
 def _in_use(lock: Path) -> bool:
@@ -206,27 +169,19 @@ def _in_use(lock: Path) -> bool:
     try:
         with lock.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
     return False
 
 
-def _quality(evaluation: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
-    """Quality by metrics.json of the evaluation, or else by the last report with quality/*."""
-    evaluated = pick(evaluation, "fd.once"), pick(evaluation, "coverage.recall")
-    trained = report.get("quality/fd"), report.get("quality/recall")
-    for source, line, (fd, recall) in (("evaluation", evaluation, evaluated), ("training", report, trained)):
-        if number(fd) is not None:
-            return {
-                "fd": number(fd),
-                "fd_over_floor": number(pick(line, "fd.once_ratio")),
-                "recall": number(recall),
-                "measured": source,
-                "measured_at": whole(line.get("images_seen")) or None,
-            }
-    return dict.fromkeys(("fd", "fd_over_floor", "recall", "measured", "measured_at"))
+def _quality(lines: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Quality by the evaluation, or else by the last report with quality/*."""
+    names = ("fd", "fd_over_floor", "recall", "measured", "measured_at")
+    for source, keys in QUALITY.items():
+        values = [number(lines[source].get(key)) for key in keys]
+        if values[0] is not None:
+            return dict(zip(names, (*values, source, number(lines[source].get("images_seen"))), strict=True))
+    return dict.fromkeys(names)
 
 
 def _size(folder: Path) -> int:

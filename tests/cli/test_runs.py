@@ -1,5 +1,6 @@
 """`naign runs` and `naign compare` on folders as training, evaluation, kills and strangers leave them."""
 
+import itertools
 import json
 import re
 import shutil
@@ -64,7 +65,7 @@ def test_a_folder_of_runs_as_a_table_and_as_json(tmp_path: Path, capsys: pytest.
     a_run(tmp_path / "copied", 512)
     busy = a_run(tmp_path / "busy", 256, checkpoint=0)
     with FileLock(busy / ".lock"):
-        runs(tmp_path, sort="quality", json=True)
+        runs(tmp_path, json=True)
     found = json.loads(capsys.readouterr().out)
     assert found.keys() == {"folder", "runs", "others"} and not found["others"]
     by_name = {run.pop("name"): run for run in found["runs"]}
@@ -72,7 +73,7 @@ def test_a_folder_of_runs_as_a_table_and_as_json(tmp_path: Path, capsys: pytest.
     assert states == {
         **{"best": "done", "patient": "done", "busy": "training", "group/killed": "stopped", "copied": "unknown"}
     }
-    assert list(by_name)[0] == "best" and by_name["best"].pop("bytes") > 1000
+    assert list(by_name) == sorted(by_name) and by_name["best"].pop("bytes") > 1000
     assert by_name["best"].pop("age_seconds") == pytest.approx(7200, abs=600)
     assert by_name["best"] == {
         **{"path": str(tmp_path / "best"), "state": "done", "images_seen": 1024, "images": 1024, "fd": 6.0},
@@ -80,15 +81,15 @@ def test_a_folder_of_runs_as_a_table_and_as_json(tmp_path: Path, capsys: pytest.
     }
     killed = by_name["group/killed"]
     assert (killed["fd"], killed["measured"], killed["measured_at"]) == (48.0, "training", 512)
-    runs(tmp_path, sort="age")
+    runs(tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["run", "state", "images", "of", "x", "floor", "recall", "FD", "measured", "size", "age"]
-    assert re.match(r"best +done +1,024 +1,024 +1\.5 +0\.9 +6 +evaluation +0\.0 MB +2 h$", lines[-1])
+    assert re.match(r"best +done +1,024 +1,024 +1\.5 +0\.9 +6 +evaluation +0\.0 MB +[12]:\d\d:\d\d$", lines[1])
     assert "training at 512" in next(line for line in lines if line.startswith("group/killed"))
     assert [run.state for run in find_runs(busy)[0]] == ["stopped"]
 
 
-def test_folders_that_are_no_runs_take_a_line_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_runs_take_a_line_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a_run(tmp_path / "sound", 256, checkpoint=256)
     broken = {
         "empty": b"",
@@ -116,13 +117,13 @@ def test_folders_that_are_no_runs_take_a_line_each(tmp_path: Path, capsys: pytes
     (tmp_path / "photos/deep").mkdir(parents=True)
     (tmp_path / "model").mkdir()
     (tmp_path / "model/model.safetensors").touch()
-    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "photos/linked").symlink_to(tmp_path / "sound")
     runs(tmp_path)
     out = capsys.readouterr().out.splitlines()
-    assert out[1].startswith("sound") and len(out) == 2 + len(broken) + 3
-    said = dict(line.removeprefix(f"{tmp_path}/").split(": ", 1) for line in out[2:])
+    assert out[1].startswith("photos/linked") and out[2].startswith("sound") and len(out) == 3 + len(broken)
+    said = dict(line.removeprefix(f"{tmp_path}/").split(": ", 1) for line in out[3:])
     broken["escape?[2J"] = broken.pop("escape\033[2J")
-    assert said.keys() == {*broken, "photos/deep", "model", "loop"} and "exported model" in said["model"]
+    assert said.keys() == {*broken}
     with pytest.raises(InputError, match="no folder"):
         runs(tmp_path / "nowhere")
     with pytest.raises(InputError, match="naign fetch"):
@@ -130,7 +131,7 @@ def test_folders_that_are_no_runs_take_a_line_each(tmp_path: Path, capsys: pytes
 
 
 def test_files_of_a_run_may_hold_anything(tmp_path: Path) -> None:
-    folder = a_run(tmp_path / "run", 512, checkpoint=512, evaluated=2.0)
+    folder, other = a_run(tmp_path / "run", 512, checkpoint=512, evaluated=2.0), a_run(tmp_path / "other", 256)
     hostile = (
         "[]",
         "{}",
@@ -140,28 +141,27 @@ def test_files_of_a_run_may_hold_anything(tmp_path: Path) -> None:
         '{"fd": {"once": "x"}, "images_seen": -1}',
         "[" * 9999,
     )
-    for text in hostile:
-        for name in ("evaluation/metrics.json", "best.json", "checkpoints/step-00000016/trainer.json"):
-            (folder / name).write_text(text)
-        (folder / "metrics.jsonl").write_text(f"{text}\n" * 3)
-        ((run,), others) = find_runs(folder)
-        assert run.measured is None and run.fd is None and not others
-        compare_runs([folder, a_run(tmp_path / f"other{hostile.index(text)}", 256)])
-
-
-def test_a_closed_folder_takes_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a_run(tmp_path / "a", 512, evaluated=2.0)
-    (tmp_path / "closed").mkdir(mode=0)
-    runs(tmp_path)
-    out = capsys.readouterr().out.splitlines()
-    assert len(out) == 3 and "closed: " in out[2]
+    names = ("evaluation/metrics.json", "best.json", "checkpoints/step-00000016/trainer.json", "metrics.jsonl")
+    for text, name in itertools.product(hostile, names):
+        before = (folder / name).read_bytes() if (folder / name).exists() else b"{}"
+        (folder / name).write_text(f"{text}\n" * (3 if name == "metrics.jsonl" else 1))
+        found, others = find_runs(folder)
+        if others:  # that file alone takes a line
+            assert not found and others[str(folder)].startswith("its files are not those of a run")
+            with pytest.raises(InputError, match="run' cannot be compared: "):
+                compare_runs([folder, other])
+        else:
+            assert found[0].fd in (8.0, 48.0)  # of the evaluation, or of the last measurement while training
+            compare_runs([folder, other])
+        (folder / name).write_bytes(before)
+    assert find_runs(folder)[0][0].fd == 8.0
 
 
 def test_ages_and_counts_that_no_run_has_are_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a_run(tmp_path / "run", 256)
     (tmp_path / "run/metrics.jsonl").write_text('{"images_seen": true, "time": -1e200}\n')
     runs(tmp_path)
-    assert re.match(r"run +unknown +0 +1,024 .* –$", capsys.readouterr().out.splitlines()[1])
+    assert re.match(r"run +unknown +1 +1,024 .* days, \d+:\d\d:\d\d$", capsys.readouterr().out.splitlines()[1])
 
 
 def test_strange_names_and_values_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,12 +182,12 @@ def test_what_was_not_evaluated_or_alike_is_said(tmp_path: Path, capsys: pytest.
     assert f"third was not evaluated: run `naign evaluate {tmp_path}/third`" in text
     (tmp_path / "model").mkdir()
     (tmp_path / "model/model.safetensors").touch()
-    with pytest.raises(InputError, match=r"exported model: run `naign evaluate .*/model` first"):
+    with pytest.raises(InputError, match=r"exported model: give runs, or models after `naign evaluate .*/model`"):
         compare_runs([one, tmp_path / "model"])
     shutil.copytree(one / "evaluation", tmp_path / "model/evaluation")
     (tmp_path / "model/config.json").write_text(json.dumps({"config": {"train": {"lr": 0.5}}}))
     compared = compare_runs([one, tmp_path / "model"])
-    assert compared.sides[1].state == "model" and dict(compared.settings)["train.lr"] == ["0.002", "0.5"]
+    assert compared.sides[1].state == "model" and compared.settings["train.lr"] == ["0.002", "0.5"]
 
 
 def test_runs_are_compared_as_a_table_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,7 +222,7 @@ def test_what_cannot_be_compared_is_named(tmp_path: Path, monkeypatch: Any, caps
         "given twice": [one, two, tmp_path / "two/../one"],
         "photos' cannot be compared: no run in it": [one, tmp_path / "photos"],
         "naign fetch": [one, "s3://bucket/run"],
-        "nowhere' cannot be compared: no such folder": [one, tmp_path / "nowhere"],
+        "nowhere' cannot be compared: No such file or directory": [one, tmp_path / "nowhere"],
     }
     for message, folders in cases.items():
         monkeypatch.setattr(sys, "argv", ["naign", "compare", *map(str, folders)])
