@@ -114,7 +114,6 @@ def opened(config: Config, precision: str = "", *, rounds: int = 0) -> Iterator[
                 engine=build_engine(config, bare, accelerator),
                 quality=None,
                 monitor=monitor,
-                profiler=profiler,
                 writer=Writer(folder, rank=rank, world=world, keep=1, remote=""),
                 position=position,
             )

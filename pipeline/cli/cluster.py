@@ -1,4 +1,4 @@
-"""Commands that train, on this machine or on many: train, launch, render, fetch."""
+"""Commands that train, on this machine or on many, and check a machine: train, launch, render, fetch, doctor."""
 
 import gc
 import os
@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from tqdm import tqdm
 from tyro.conf import Positional
 
+from pipeline.cli.output import Json, lines_to_stderr, print_json
 from pipeline.errors import InputError, Unavailable, exit_on_input_error, require
 from pipeline.terminal import busy
 
@@ -111,3 +113,22 @@ def fetch(remote: Positional[str], /, *, to: Path, every: float = 0) -> None:
         if not every:
             return
         time.sleep(every)
+
+
+def doctor(*, json: Json = False) -> None:
+    """Check this machine: versions, devices, FAISS, disk."""
+    from pipeline.observe.doctor import examine
+
+    examined = list[dict[str, str]]()
+    with busy("examining this machine"), lines_to_stderr(json):
+        for finding in examine():
+            examined.append(finding)
+            if not json:
+                tqdm.write(finding["text"])  # a line above the progress
+    wrong = [f"{finding['text']}: {finding['remedy']}" for finding in examined if finding["remedy"]]
+    if json:
+        print_json({"ready": not wrong, "findings": examined})
+    if wrong:
+        raise InputError("\n  ".join(["this machine is not ready:", *wrong]))
+    if not json:
+        print("ready")

@@ -1,8 +1,11 @@
 """Reports of a run while it trains: metrics and pictures to trackers, and a progress bar. Only rank 0 reports."""
 
 import contextlib
+import logging
 import os
+import queue
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -13,9 +16,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.errors import InputError
-from pipeline.observe.background import PATIENCE, Background
+from pipeline.errors import InputError, one_line
 from pipeline.observe.trackers import TRACKERS, Tracker, find_trackers
+
+log = logging.getLogger("naign.monitor")
+
+WAITING = 256  # most reports that wait for a tracker; a round makes up to five
+PATIENCE = 5.0  # seconds that a run waits at its end for all trackers together
+_PREFIX = "tracker-"  # of the threads' names
+SCALAR = (bool, int, float, str)  # types that trackers accept as the value of a setting
+LOG_EVERY = float(os.environ.get("TQDM_MININTERVAL", "10"))  # seconds between lines if stderr is no terminal
 
 
 class Monitor(contextlib.AbstractContextManager["Monitor"]):
@@ -111,10 +121,6 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
             self.close()
 
 
-SCALAR = (bool, int, float, str)  # types that trackers accept as the value of a setting
-LOG_EVERY = float(os.environ.get("TQDM_MININTERVAL", "10"))  # seconds between lines if stderr is no terminal
-
-
 class _Lines:
     """stderr for tqdm, with a line for each update."""
 
@@ -123,3 +129,55 @@ class _Lines:
             print(text, file=sys.stderr, flush=True)
 
     def flush(self) -> None: ...
+
+
+class Background:
+    """A tracker whose thread passes it all reports in order. Reports are dropped while the queue is full."""
+
+    def __init__(self, name: str, build: Callable[[], Tracker]) -> None:
+        self.name, self.dropped, self.failed = name, 0, False
+        self._build = build
+        self._queue: queue.SimpleQueue[Callable[[Tracker], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=f"{_PREFIX}{name}", daemon=True)
+        self._thread.start()
+
+    def put(self, act: Callable[[Tracker], None]) -> None:
+        """Queue a call of the tracker, or drop it. Returns at once; any thread may call it."""
+        if self.failed:
+            return
+        if self._queue.qsize() < WAITING:
+            self._queue.put(act)
+            return
+        self.dropped += 1
+        if self.dropped == 1:
+            log.warning("tracker %s does not keep up: reports are dropped while %d wait", self.name, WAITING)
+
+    def end(self) -> None:
+        """Close the tracker after everything in the queue. Returns at once."""
+        self._queue.put(None)
+
+    def wait(self, until: float) -> None:
+        """Wait for the tracker to close, at most until a time of time.monotonic()."""
+        self._thread.join(max(0.0, until - time.monotonic()))
+        if self._thread.is_alive():
+            log.warning("tracker %s has not finished after %.0f s: the run ends without it", self.name, PATIENCE)
+            self.dropped += self._queue.qsize()
+        if self.dropped:
+            log.warning("tracker %s has missed %d reports: metrics.jsonl has all of them", self.name, self.dropped)
+
+    def _work(self) -> None:
+        try:
+            tracker = self._build()
+            for act in iter(self._queue.get, None):
+                act(tracker)
+            tracker.close()
+        except BaseException as error:  # any, such as the panics of Rust, which are no Exception
+            self.failed = True
+            why = f"{type(error).__name__}: {one_line(error)}"
+            log.warning("tracker %s failed and is left out from now on: %s", self.name, why)
+            self._queue = queue.SimpleQueue()  # frees what is waiting
+
+
+def trackers_hang() -> bool:
+    """Whether a tracker's thread still runs: its library may also block the interpreter's shutdown."""
+    return any(thread.name.startswith(_PREFIX) for thread in threading.enumerate())

@@ -100,51 +100,41 @@ def parse_rounds(text: str) -> range:
     raise InputError(f"profile.rounds is '{text}': give one round, as 3, or the first and the last, as 3-4")
 
 
-class Profiler(AbstractContextManager["Profiler"]):
-    """Writes a trace of the chosen rounds to profile/ in the run's folder, for https://ui.perfetto.dev.
-
-    A trace that was started is written however the run ends.
-    """
+class Profiler:
+    """Writes a trace of each chosen round to profile/ in the run's folder, for https://ui.perfetto.dev."""
 
     def __init__(self, folder: Path, rounds: str, rank: int) -> None:  # of the run; as parse_rounds takes it
         self._folder, self._rank, self._rounds = folder / "profile", rank, parse_rounds(rounds)
-        self._trace: torch.profiler.profile | None = None
-        self._first = 0
+        self._tracing = False
 
     @contextmanager
     def round(self, number: int) -> Iterator[None]:
-        """Around each round of the run."""
-        if number in self._rounds and self._trace is None:
-            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-            self._trace = torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True)
-            self._trace.start()
-            self._first = number
+        """Around each round of the run. Its trace is written however the round ends."""
+        if number not in self._rounds:
+            yield
+            return
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+        trace = torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True)
+        trace.start()
+        self._tracing = True
         try:
             with self.phase(f"round {number}"):
                 yield
-        except BaseException:
-            self.close()
-            raise
-        if number + 1 not in self._rounds:
-            self.close()
+        finally:
+            self._tracing = False
+            self._write(trace, f"rank-{self._rank:05d}-round-{number}.json.gz")
 
     def phase(self, name: str) -> AbstractContextManager[Any]:
         """Around a part of a round, which the trace shows under this name."""
-        return torch.profiler.record_function(name) if self._trace is not None else nullcontext()
+        return torch.profiler.record_function(name) if self._tracing else nullcontext()
 
-    def close(self) -> None:
-        """Write a trace that was started. A failure is logged and does not end the run."""
-        trace, self._trace = self._trace, None
-        if trace is None:
-            return
+    def _write(self, trace: torch.profiler.profile, name: str) -> None:
+        """Write a trace. A failure is logged and does not end the run."""
         try:
             trace.stop()
             self._folder.mkdir(parents=True, exist_ok=True)
-            trace.export_chrome_trace(str(self._folder / f"rank-{self._rank:05d}-round-{self._first}.json.gz"))
+            trace.export_chrome_trace(str(self._folder / name))
             if self._rank == 0:
-                log.info("traces are in %s: open them at https://ui.perfetto.dev", self._folder)
+                log.info("the trace is %s: open it at https://ui.perfetto.dev", self._folder / name)
         except (OSError, RuntimeError) as error:
             log.warning("no trace of rank %d in %s: %s", self._rank, self._folder, error)
-
-    def __exit__(self, *error: object) -> None:
-        self.close()

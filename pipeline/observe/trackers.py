@@ -14,7 +14,6 @@ import os
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
@@ -71,44 +70,6 @@ class JsonLines(Tracker):
         picture.save(file)
 
 
-LAYOUT = {
-    "Losses": {"total": ["loss/total$"], "terms": ["loss/(?!total$)"]},
-    "Match": {"squared distance": ["match/distance"], "use of samples": ["match/used$", "match/top_share$"]},
-    "Quality": {
-        "Frechet distance": ["quality/fd$"],
-        "recall and precision": ["quality/recall$", "quality/precision$"],
-        "idempotence and repairs": ["quality/idempotence$", "quality/repair_"],
-    },
-    "Training": {
-        "learning rate": ["train/lr$"],
-        "skipped steps": ["train/skipped$"],
-        "f is frozen": ["train/prior_only$"],
-        "epochs": ["data/epoch$"],
-    },
-    "Speed": {
-        "images a second": ["speed/images_per_second"],
-        "TFLOPS of the fit": ["speed/fit_tflops$"],
-        "share of the peak": ["speed/mfu$"],
-        "shares of a round": ["share/"],
-    },
-    "Machinery": {
-        "seconds of a match and of a measurement": ["seconds/(?!training$)", "quality/seconds$"],
-        "seconds in all": ["seconds/training$"],
-        "samples left out, pairs proved": ["match/rejected$", "match/proved$"],
-        "distance of rejection": ["match/reject$"],
-        "samples measured an image": ["match/measured$"],
-        "bytes received": ["match/received$"],
-        "data": ["data/(?!epoch$)"],
-        "checkpoints": ["checkpoint/"],
-        "memory": ["memory/"],
-    },
-}
-"""TensorBoard's custom scalars, in this order: charts by category, and of each the patterns of its series' names."""
-
-COMPARED = ("loss/total", "match/distance", "quality/fd")
-"""The series whose newest value TensorBoard's HParams tab shows beside the settings."""
-
-
 class TensorBoard:
     """Event files in tensorboard/. Accelerate's class cannot drop what a resumed run reports again."""
 
@@ -121,15 +82,7 @@ class TensorBoard:
         self.histogram, self.flush, self.close = self.board.add_histogram, self.board.flush, self.board.close
 
     def configuration(self, settings: dict[str, bool | int | float | str], text: str) -> None:
-        from torch.utils.tensorboard.summary import hparams
-
         self.board.add_text("config", f"```yaml\n{text}\n```", self.images_seen)
-        file: Any = self.board.file_writer  # add_hparams would start another run
-        experiment, session, _succeeded = hparams(settings, dict.fromkeys(COMPARED, 0.0))
-        file.add_summary(experiment)
-        file.add_summary(session)
-        charts = {title: {name: ["Multiline", tags] for name, tags in them.items()} for title, them in LAYOUT.items()}
-        self.board.add_custom_scalars(charts)
 
     def scalars(self, values: dict[str, float], images_seen: int, counts: dict[str, int]) -> None:
         for name, value in values.items():
@@ -140,18 +93,19 @@ class TensorBoard:
 
 
 class Accelerated(Tracker):
-    """A tracker of Accelerate. A resumed run continues the same one if its library supports that."""
+    """A tracker of Accelerate. A resumed run continues the same one where trackers/NAME in its folder has the id."""
 
-    def __init__(self, kind: "type[GeneralTracker]", folder: Path, images_seen: int) -> None:
+    def __init__(self, kind: "type[GeneralTracker]", folder: Path) -> None:
         self.name, self.folder, file = kind.name, folder, folder / "trackers" / kind.name
         known = file.read_text().strip() if file.exists() else ""
         self.options = BEGIN[self.name](folder, known) if self.name in BEGIN else {}
         place = [str(folder)] if kind.requires_logging_directory else []
         self.tracker = kind(PROJECT, *place, **self.options)
         self.tracker.start()
-        if self.name in BEGIN and (now := str(IDENTIFY[self.name](self.tracker.tracker))) != known:
+        if self.name in BEGIN:
             file.parent.mkdir(exist_ok=True)
-            write_atomically(file, now)
+            run = self.tracker.tracker
+            write_atomically(file, str(run.id if self.name == "wandb" else run.info.run_id))
 
     def configuration(self, settings: dict[str, bool | int | float | str], text: str) -> None:
         if "run_id" not in self.options:  # a run in MLflow refuses changed parameters
@@ -210,8 +164,6 @@ def begin_mlflow(folder: Path, known: str) -> dict[str, Any]:
 PROJECT = "naign"
 BEGIN = {"wandb": begin_wandb, "mlflow": begin_mlflow}
 """Options with which a run starts in a tracker, or continues the one whose id is known."""
-IDENTIFY = {"wandb": attrgetter("id"), "mlflow": attrgetter("info.run_id")}
-"""The id of a run in a tracker, which trackers/NAME in the run's folder records."""
 
 Build = Callable[[Any, Path, int], Tracker]
 """Returns a tracker, from its settings (the defaults), the run's folder and the images seen when the run resumes."""
@@ -226,7 +178,7 @@ PACKAGES = {"mlflow": "mlflow-skinny sqlalchemy alembic"}
 
 def accelerated(kind: "type[GeneralTracker]") -> Build:
     """A build for a class of Accelerate's trackers, which takes the project's name, and a folder if it asks for one."""
-    return lambda settings, folder, images_seen: Accelerated(kind, folder, images_seen)
+    return lambda settings, folder, images_seen: Accelerated(kind, folder)
 
 
 def find_trackers(names: str) -> dict[str, tuple[type | None, Build]]:

@@ -35,7 +35,7 @@ MEASURED = 2**40  # first id of the latents that quality measures: no evaluation
 def train(config: Config, accelerator: Accelerator) -> bool:
     """Train until the budget is spent. Returns False if a signal ended it earlier, after a checkpoint. Collective."""
     run, partial = prepare(config, accelerator)
-    with run.stream, run.monitor, run.watchdog, run.profiler:
+    with run.stream, run.monitor, run.watchdog:
         run.monitor.say(headline(run))
         if not gc.isenabled():  # since the program's start
             gc.freeze()  # objects that stay until the end are not searched again

@@ -27,7 +27,7 @@ from pipeline.model.losses import Distance, ObjectiveConfig
 from pipeline.model.networks import build_network
 from pipeline.model.perceptual import perceptual
 from pipeline.model.prior import Prior, build_prior
-from pipeline.observe import Monitor, Needs, Profiler, forward_flops, parse_rounds, preflight, set_up
+from pipeline.observe import Monitor, Profiler, forward_flops, parse_rounds, preflight, set_up
 from pipeline.storage import open_store
 from pipeline.training.engines import build_engine, check_engine
 from pipeline.training.quality import Quality, check_quality
@@ -93,7 +93,6 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, PartialRound
         engine=engine,
         quality=quality,
         monitor=monitor,
-        profiler=profiler,
         writer=writer,
         position=position,
     )
@@ -115,7 +114,7 @@ def build_model(config: Config, accelerator: Accelerator, start: Start | None) -
         check_quality(config)
         copies = 4 if config.train.ema else 3  # of the weights: they, two moments, their average
         size = 4 * copies * sum(value.numel() for value in network.parameters())
-        for warning in preflight(Needs(config.run.path, config.run.remote, size, config.report.trackers)):
+        for warning in preflight(config.run.path, config.run.remote, size):
             log.warning("%s", warning)
         if device.type == "cpu":
             warn_of_others()

@@ -94,7 +94,6 @@ class Run:
     engine: Engine
     quality: Quality | None  # where it is measured
     monitor: Monitor
-    profiler: Profiler
     writer: Writer
     position: Position
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import InputError, Unavailable
-from pipeline.observe.doctor import OF_A_RUN, Needs, findings, preflight, problems
+from pipeline.observe.doctor import preflight
 from pipeline.storage.store import open_store
 
 Usage = namedtuple("Usage", "total used free")
@@ -15,30 +15,22 @@ GB = 10**9
 
 
 def check(run, *, remote="", checkpoint_bytes=GB // 1000):
-    return preflight(Needs(str(run), remote, checkpoint_bytes))
+    return preflight(str(run), remote, checkpoint_bytes)
 
 
 @pytest.fixture
 def free(monkeypatch):
-    """Free bytes of the disk and of shared memory, to be changed."""
-    bytes = {"disk": 100 * GB, "shared": 100 * GB}
-
-    def usage(place):
-        return Usage(0, 0, bytes["shared" if str(place) == "/dev/shm" else "disk"])
-
-    monkeypatch.setattr("pipeline.observe.doctor.shutil.disk_usage", usage)
-    monkeypatch.setattr("pipeline.observe.doctor.os.path.isdir", lambda place: True)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    """Free bytes of the disk, to be changed."""
+    bytes = {"disk": 100 * GB}
+    monkeypatch.setattr("pipeline.observe.doctor.shutil.disk_usage", lambda place: Usage(0, 0, bytes["disk"]))
     return bytes
 
 
 def test_a_machine_with_room_has_no_warnings_and_keeps_no_trace(tmp_path, free):
     remote = tmp_path / "remote"
     remote.mkdir()
-    examined = [*findings(Needs(str(tmp_path / "runs" / "new"), str(remote), GB // 1000), OF_A_RUN)]
-    assert problems(examined) == [] and [path.name for path in tmp_path.rglob("*")] == ["remote"]
-    text = "\n".join(finding.text for finding in examined)
-    assert "100.0 GB free, a checkpoint takes 1.0 MB" in text and f"run.remote {remote} can be written" in text
+    assert check(tmp_path / "runs" / "new", remote=str(remote)) == []
+    assert [path.name for path in tmp_path.rglob("*")] == ["remote"]
 
 
 @pytest.mark.parametrize("there", [True, False])
