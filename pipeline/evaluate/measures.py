@@ -91,25 +91,18 @@ def draw(subject: Subject) -> dict[str, Any]:
     number = within(subject.samples, subject.manifest.shape)
     subject.counts = {"train": len(subject.train), "test": len(subject.test), "samples": number}
     model, begin, done = subject.model, time.process_time(), 0
-    sets = 3 if model.prior.decodes else 2  # z, where f decodes it; f(z); f(f(z))
-    decoded: float | None = None
 
     def advance(more: int) -> None:
         nonlocal done
         done += more
-        subject.progress(done / number / sets)
+        subject.progress(done / number / 2)
 
-    if model.prior.decodes:
-        parts = list[Tensor]()
-        for ids in torch.arange(number).split(500):
-            parts.append(model.latent(ids, seed=subject.seed).cpu())
-            advance(len(ids))
-        subject.latents, decoded = torch.cat(parts), time.process_time() - begin
-        subject.once = model.project(subject.latents, advance=advance)
-    else:
-        subject.once = model.sample(number, seed=subject.seed, advance=advance).cpu()  # else on the model's device
+    latents = torch.cat([model.latent(ids, seed=subject.seed).cpu() for ids in torch.arange(number).split(500)])
+    drawn = time.process_time() - begin
+    subject.once = model.project(latents, advance=advance)
     spent = time.process_time() - begin
     subject.twice = model.project(subject.once, advance=advance)
+    subject.latents, decoded = (latents, drawn) if model.prior.decodes else (None, None)
     return {"sampling": {"samples": number, "cpu_seconds": spent, "latents_cpu_seconds": decoded}}
 
 
@@ -193,7 +186,7 @@ def repairs(subject: Subject) -> dict[str, Any]:
         return {"restoration": None, "idempotence": {"samples": moved, "damaged": None}}
     clean = subject.test[:REPAIRED]
     reference = scaled(subject.train[: within(20_000, subject.manifest.shape)])
-    typical = restoration.median(subject.train[:MEDIAN])
+    typical = scaled(subject.train[:MEDIAN].median(0).values)  # the lower one of an even number
     tables, moves = dict[str, Any](), []
     project, seed = subject.model.project, subject.seed
     for number, kind in enumerate(KINDS):

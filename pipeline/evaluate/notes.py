@@ -14,29 +14,21 @@ def write_warnings(subject: Subject, trained_with: list[str], split: str) -> Ite
     """Where the network may have been trained on what measures it; `trained_with` are encoders of the training."""
     if split == "test":
         yield "The network was trained on the test split, which it is measured on: no number is of new data."
-    identities = {name: _identity(name) for name in trained_with}
-    missing = [name for name, identity in identities.items() if identity is None]
-    measuring = [encoder for encoder in (subject.encoder, subject.second) if encoder is not None]
-    if missing and any(encoder.network for encoder in measuring):
-        yield (
-            f"The network was trained with the encoder {', '.join(missing)}, which is not there any more: if that is "
-            f"one it is measured on, {' or '.join(encoder.name for encoder in measuring)}, its distances do not "
-            "compare with those of other networks."
-        )
-    for encoder in measuring:
-        if encoder.identity in identities.values():
+    measuring = {encoder.identity: encoder.name for encoder in (subject.encoder, subject.second) if encoder}
+    for name in dict.fromkeys(trained_with):
+        try:
+            identity = load_encoder(name).identity
+        except InputError:
             yield (
-                f"The network was trained with the encoder {encoder.name}, which it is measured on: its Fréchet "
+                f"The network was trained with the encoder {name}, which is not there any more: if it is measured on "
+                "that one, its distances do not compare with those of other networks."
+            )
+            continue
+        if identity in measuring:
+            yield (
+                f"The network was trained with the encoder {measuring[identity]}, which it is measured on: its Fréchet "
                 "distances and coverage on it do not compare with those of networks that were not."
             )
-
-
-def _identity(encoder: str) -> str | None:
-    """The name by which a copy of an encoder is recognised; None if it cannot be opened any more."""
-    try:
-        return load_encoder(encoder).identity
-    except InputError:
-        return None
 
 
 def write_notes(subject: Subject, metrics: dict[str, Any], beyond: list[str]) -> Iterator[str]:

@@ -26,8 +26,6 @@ def with_mixture(
     *,
     components: int = 50,
     data: str | None = None,  # packed data set; None: the one it was trained on
-    seed: int = 0,
-    batch: int = 500,
 ) -> NAIGN:
     """The same f with latents z = decode(code), the code drawn from a mixture fitted to those of training images.
 
@@ -41,9 +39,9 @@ def with_mixture(
     config, _, _ = recorded(model, folder, data)
     images, _ = read_split(config, config.split, limit=IMAGES)
     with torch.inference_mode():
-        parts = [model.network.encode(scaled(part).to(model.device)) for part in images.split(batch)]
+        parts = [model.network.encode(scaled(part).to(model.device)) for part in images.split(500)]
     codes = torch.cat(parts).float().cpu()
-    state = {name: value.to(model.device) for name, value in fit_mixture(codes, components, seed=seed).items()}
+    state = {name: value.to(model.device) for name, value in fit_mixture(codes, components).items()}
     spent = time.process_time() - begin
     metadata = model.metadata | {"prior": asdict(GmmConfig(components=components))}
     metadata["fit"] = {"images": len(codes), "cpu_seconds": spent}
@@ -52,7 +50,7 @@ def with_mixture(
     return NAIGN(model.network, metadata, state)
 
 
-def fit_mixture(codes: Tensor, components: int, *, seed: int = 0) -> dict[str, Tensor]:
+def fit_mixture(codes: Tensor, components: int) -> dict[str, Tensor]:
     """The state of a `Gmm`: `components` Gaussians on the leading directions of codes (n, *shape).
 
     Raises InputError for fewer than FEW codes a component.
@@ -70,7 +68,7 @@ def fit_mixture(codes: Tensor, components: int, *, seed: int = 0) -> dict[str, T
     if not kept:
         raise InputError("the codes of all images are the same: there is nothing to fit a mixture to")
     deviations, directions = spread[:kept, None] / math.sqrt(len(flat)), directions[:kept]
-    mixture = GaussianMixture(components, reg_covar=1e-4, random_state=seed % 2**32)
+    mixture = GaussianMixture(components, reg_covar=1e-4, random_state=0)
     with warnings.catch_warnings():  # it has then done its 100 iterations
         warnings.simplefilter("ignore", ConvergenceWarning)
         mixture.fit(((flat - mean) @ (directions / deviations).T).numpy())

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from pipeline.data.degrade import Kind, degrade
 from pipeline.evaluate.coverage import nearest
-from pipeline.model.scale import scaled
 
 RANGE = 2.0  # images lie in [-1, 1]
 
@@ -42,11 +41,6 @@ def ssim(estimates: Tensor, clean: Tensor) -> float:
 
     sigma = 1.5 if min(clean.shape[2:]) >= 16 else 0.5
     return float(structural_similarity_index_measure(estimates, clean, sigma=sigma, data_range=RANGE))  # type: ignore[arg-type]
-
-
-def median(images: Tensor) -> Tensor:
-    """(n, C, H, W) uint8 -> (C, H, W) float32 in [-1, 1]: the median of each pixel (the lower one of an even n)."""
-    return scaled(images.median(0).values)
 
 
 def repair(

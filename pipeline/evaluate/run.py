@@ -3,21 +3,19 @@
 import json
 import math
 import time
-from functools import partial
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from pipeline.data.format.manifest import Manifest
-from pipeline.errors import InputError
+from pipeline.errors import InputError, require
 from pipeline.evaluate import measures
 from pipeline.evaluate.coverage import NEIGHBOURS
 from pipeline.evaluate.measures import STAGES, Subject
 from pipeline.evaluate.notes import write_notes, write_warnings
-from pipeline.evaluate.pictures import draw_pictures
 from pipeline.evaluate.recorded import fingerprint, recorded
-from pipeline.evaluate.report import Picture, render
+from pipeline.evaluate.report import Picture, draw_pictures, render
 from pipeline.evaluate.runs import folder_of, number
 from pipeline.model.encoders import Encoder, choose_encoder, load_encoder
 from pipeline.model.hub import is_hub_name
@@ -45,12 +43,10 @@ def evaluate(
     Returns what metrics.json holds. MNIST, two cores, 10,000 samples: about 90 s.
     Raises InputError where there is no model, no data, no such encoder, or one of them is for another shape.
     """
-    if is_hub_name(folder):
-        copy = f"of a model on the hub, evaluate a copy: naign export {folder} --to FOLDER"
-        raise InputError(f"the results are written beside the model, which {folder} does not allow; {copy}")
-    start = time.monotonic()
-    if samples <= NEIGHBOURS:
-        raise InputError(f"{samples} samples are too few to measure: --samples must be more than {NEIGHBOURS}")
+    beside = f"the results are written beside the model: evaluate a copy, naign export {folder} --to FOLDER"
+    few = f"{samples} samples are too few to measure: --samples must be more than {NEIGHBOURS}"
+    require((not is_hub_name(folder), beside), (samples > NEIGHBOURS, few))
+    start, threads = time.monotonic(), torch.get_num_threads()
     with busy(f"reading {folder}", shown=progress):
         model = NAIGN.from_pretrained(folder, device=device)
     config, manifest, trained_with = recorded(model, folder, data)
@@ -63,7 +59,7 @@ def evaluate(
         for title, measure in STAGES.items():
             bar.update()
             bar.set_description(title)
-            subject.progress = partial(_show_share, bar, title)
+            subject.progress = lambda share, title=title: bar.set_description(f"{title}, {share:.0%}")
             metrics |= measure(subject)
         bar.update()
         bar.set_description("pictures and report")
@@ -79,16 +75,12 @@ def evaluate(
             "weights": fingerprint(model),
             "checkpoint": {"name": model.checkpoint, "choice": model.choice} if model.checkpoint else None,
             "notes": [*write_notes(subject, metrics, beyond), *missing],
-            "device": _device_name(device),
+            "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else f"a CPU, {threads} threads",
             "seconds": round(time.monotonic() - start, 1),
         }
         _write(open_store(f"{folder_of(folder)}/evaluation"), metrics, drawn, config=header.get("config", header))
         bar.update()
     return metrics
-
-
-def _show_share(bar: "tqdm[Any]", title: str, share: float) -> None:
-    bar.set_description(f"{title}, {share:.0%}")
 
 
 def _open_second(name: str | None, manifest: Manifest, device: str) -> tuple[Encoder | None, list[str]]:
@@ -116,12 +108,6 @@ def finite(value: Any, path: str, beyond: list[str]) -> Any:
         beyond.append(path)
         return None
     return value
-
-
-def _device_name(device: str) -> str:
-    threads = torch.get_num_threads()
-    cuda = device.startswith("cuda")
-    return torch.cuda.get_device_name(device) if cuda else f"{threads} CPU thread{'s' if threads > 1 else ''}"
 
 
 def _write(store: Store, metrics: dict[str, Any], drawn: list[Picture], *, config: dict[str, Any]) -> None:

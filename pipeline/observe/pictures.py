@@ -1,7 +1,7 @@
 """Grids of images and drawings of 2-D point sets, as PIL images. No plotting library."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -54,18 +54,13 @@ def rows(labelled: Sequence[tuple[str, Tensor]]) -> Image.Image:
     return canvas
 
 
-def window(points: Tensor) -> tuple[Tensor, float]:
-    """(n, 2) -> centre (2,) and half the side of their bounding square, with a margin of a quarter."""
-    low, high = points.min(0).values, points.max(0).values
-    return (low + high) / 2, max(float((high - low).max()) / 2, 1e-6) * 1.25
-
-
 def scatter(panels: Sequence[tuple[str, Tensor]], *, behind: Tensor) -> Image.Image:
     """Panels of (title, points (n, d)) side by side, in orange over `behind` (m, d) in blue, which sets the scale.
 
     The first two coordinates are drawn.
     """
-    centre, half = window(behind[:, :2])
+    low, high = behind[:, :2].min(0).values, behind[:, :2].max(0).values
+    centre, half = (low + high) / 2, max(float((high - low).max()) / 2, 1e-6) * 1.25  # of a square, with a margin
     canvas = Image.new("RGBA", (len(panels) * (PANEL + GAP) - GAP, PANEL + 22), (0, 0, 0, 0))
     draw = ImageDraw.Draw(canvas)
     for number, (title, points) in enumerate(panels):
@@ -79,15 +74,6 @@ def scatter(panels: Sequence[tuple[str, Tensor]], *, behind: Tensor) -> Image.Im
         canvas.paste(panel, (left, 22))
         draw.text((left, 3), title, fill=TEXT, font=ImageFont.load_default(14))
     return canvas
-
-
-def heat(values: Callable[[Tensor], Tensor], *, behind: Tensor, side: int = 80) -> Image.Image:
-    """`values` ((n, 2) -> (n,), not negative) over the window of `behind` (m, 2): white is 0, dark blue the largest."""
-    centre, half = window(behind)
-    ticks = torch.linspace(-half, half, side)
-    y, x = torch.meshgrid(ticks.flip(0), ticks, indexing="ij")
-    level = values(torch.stack([x, y], dim=-1).view(-1, 2) + centre).view(side, side)
-    return shades(level).resize((PANEL, PANEL), Image.Resampling.BILINEAR).convert("RGBA")
 
 
 def shades(values: Tensor) -> Image.Image:

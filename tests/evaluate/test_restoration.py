@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.data.degrade import KINDS, Kind, blackened_rows, degrade, gaussian_kernel
 from pipeline.evaluate import density
-from pipeline.evaluate.restoration import mae, median, psnr, repair, scores, ssim
+from pipeline.evaluate.restoration import mae, psnr, repair, scores, ssim
 
 
 def _images(count: int = 64, side: int = 28, channels: int = 1) -> Tensor:
@@ -91,12 +91,6 @@ def test_ssim_is_a_number_at_every_size(side: int) -> None:
     images = _images(4, side)
     assert ssim(images, images) == pytest.approx(1)
     assert ssim(degrade(images, "noise"), images) < 0.95
-
-
-def test_median_of_each_pixel() -> None:
-    images = torch.tensor([0, 0, 255, 255, 255], dtype=torch.uint8).view(5, 1, 1, 1).repeat(1, 1, 2, 2)
-    images[2, 0, 0, 0] = 0
-    assert median(images).flatten().tolist() == [-1, 1, 1, 1]
 
 
 def test_every_answer_is_given_and_scored() -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from pipeline.observe.pictures import CELL, GAP, PANEL, grid, heat, rows, scatter, to_image
+from pipeline.observe.pictures import CELL, GAP, PANEL, grid, rows, scatter, shades, to_image
 
 
 def test_an_image_keeps_its_size_and_values() -> None:
@@ -41,12 +41,9 @@ def test_points_are_drawn_where_they_are() -> None:
     assert orange[0, 1] > PANEL // 2 and orange[-1, 1] < PANEL // 2  # (1, 1) is at the upper right
 
 
-def test_heat_is_white_where_the_value_is_nothing() -> None:
-    behind = torch.tensor([[-1.0, -1.0], [1.0, 1.0]])
-    picture = heat(lambda points: points.norm(dim=1), behind=behind)
-    centre, corner = picture.getpixel((PANEL // 2, PANEL // 2)), picture.getpixel((0, 0))
-    assert isinstance(centre, tuple) and isinstance(corner, tuple)
-    assert min(centre[:3]) > 200 and max(corner[:3]) < 100
+def test_shades_are_white_where_the_value_is_nothing() -> None:
+    picture = shades(torch.tensor([[0.0, 1.0], [2.0, 4.0]]))
+    assert picture.getpixel((0, 0)) == (255, 255, 255) and picture.getpixel((1, 1)) == (12, 30, 90)
 
 
 def test_points_of_more_than_two_coordinates_are_drawn_by_the_first_two() -> None:
