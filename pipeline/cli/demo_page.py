@@ -1,7 +1,7 @@
-"""The page of `naign demo`, in Gradio. Its computations are in pipeline/evaluate/demo.py."""
+"""The page of `naign demo`, in Gradio."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.data.degrade import KINDS
+from pipeline.data.degrade import KINDS, Kind, degrade
 from pipeline.errors import InputError, one_line, require
-from pipeline.evaluate import demo
 from pipeline.evaluate.recorded import read_image
 from pipeline.model.naign import NAIGN
 from pipeline.model.scale import scaled
@@ -49,11 +48,18 @@ def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def damage(images: Tensor, strengths: Mapping[Kind, float], *, seed: int = 0) -> Tensor:
+    """Images (n, C, H, W), each kind of damage applied at its strength, in the order of KINDS."""
+    for kind in KINDS:
+        images = degrade(images, kind, seed=seed, strength=strengths.get(kind, 0.0))
+    return images
+
+
 class Player:
     """What the page's buttons do: pictures in, pictures and text out."""
 
-    def __init__(self, model: NAIGN, training: Tensor | None) -> None:
-        self.model, self.training = model, training
+    def __init__(self, model: NAIGN) -> None:
+        self.model = model
         _, self.height, self.width = model.shape
         self.factor = max(1, SIDE // max(self.height, self.width))
 
@@ -77,8 +83,7 @@ class Player:
             raise InputError(f"the file cannot be read as a picture: {error}") from None
 
     def example(self, seed: int) -> dict[str, Any]:
-        assert self.training is not None
-        return self._drawn(scaled(self.training[seed % len(self.training)][None]))
+        return self._drawn(self.model.sample(1, seed=seed).cpu())
 
     def _drawn(self, image: Tensor) -> dict[str, Any]:
         return {"background": self.to_canvas(image[0]), "layers": [], "composite": None}
@@ -87,20 +92,17 @@ class Player:
         picture = canvas["composite"] or canvas["background"]
         if not picture:
             raise InputError("there is no picture: draw one, or upload one")
-        given = demo.damage(self.from_canvas(picture), dict(zip(KINDS, strengths, strict=True)), seed=seed)
-        answers, energies = demo.repair(self.model, given, times=times)
-        answer, moved = answers[-1], (answers[0] - given).abs().mean(1)[0]
-        applied = [
-            (to_image(image[0]), f"{count}: {energy:.2g}")
-            for count, (image, energy) in enumerate(zip(answers, energies[1:], strict=True), 1)
-        ]
-        near = []
-        if self.training is not None:
-            images, distances = demo.nearest(self.training, answer)
-            near = [(to_image(image), f"{one:.3g}") for image, one in zip(images, distances, strict=True)]
+        chain = [damage(self.from_canvas(picture), dict(zip(KINDS, strengths, strict=True)), seed=seed)]
+        for _ in range(times + 1):
+            chain.append(self.model.project(chain[-1]))
+        given, *answers, _ = chain  # x, f(x), ..., and one more for the last one's energy
+        energies = [float((after - before).square().mean()) for before, after in zip(chain, chain[1:], strict=False)]
+        moved = (answers[0] - given).abs().mean(1)[0]
+        captions = [f"{count}: {energy:.2g}" for count, energy in enumerate(energies[1:], 1)]
+        applied = [(to_image(answer[0]), caption) for answer, caption in zip(answers, captions, strict=True)]
         text = f"Energy, the mean of (f(x) − x)²: **{energies[0]:.4g}** of what f was given, "
         text += f"**{energies[-1]:.4g}** of its answer. Darkest in the map: |f(x) − x| = {moved.max():.3g}."
-        return to_image(given[0]), shades(moved), to_image(answer[0]), text, applied, near
+        return to_image(given[0]), shades(moved), to_image(answers[-1][0]), text, applied
 
     def sample(self, n: int, seed: int, times: int) -> Image.Image:
         return grid(self.model.sample(n, seed=seed, times=times).cpu(), columns=min(n, 8))
@@ -159,24 +161,29 @@ def _build_repair(player: Player) -> None:
             with gradio.Row():
                 clear = gradio.Button("Clear", size="md")
                 upload = gradio.UploadButton("Upload a picture", elem_id="upload", size="md")
-                example = gradio.Button("A training image", size="md", visible=player.training is not None)
+                example = gradio.Button("A sample", size="md")
         with gradio.Column():
             strengths = [_slider(kind.replace("_", " and "), 0, STRENGTH, least=0, step=0.1) for kind in KINDS]
-            seed, times = _seed("Seed of the damage, number of the training image"), _times()
+            seed, times = _seed("Seed of the damage, and of the sample"), _times()
             button = gradio.Button("Repair", variant="primary")
     with gradio.Row():
         pictures = [_shown("What f is given", "given"), _shown("|f(x) − x|", "map"), _shown("Repaired", "repaired")]
     text = gradio.Markdown(elem_id="energies")
-    rows = [_gallery("f applied 1, 2, ... times: energy", TIMES)]
-    rows.append(_gallery("Training images nearest to the repaired one: L2 distance", demo.NEAREST))
-    rows[1].visible = player.training is not None
-    inputs, outputs = [canvas, times, seed, *strengths], [*pictures, text, *rows]
+    applied = gradio.Gallery(
+        format="png",
+        label="f applied 1, 2, ... times: energy",
+        columns=TIMES,
+        fit_columns=False,
+        height=220,
+        buttons=[],
+        elem_classes="pixels",
+    )
+    inputs, outputs = [canvas, times, seed, *strengths], [*pictures, text, applied]
     # The progress of a refused upload would cover the canvas, so it is hidden.
     clear.click(_refusing(player.clear), None, canvas, api_name="clear", show_progress="hidden")
     upload.upload(_refusing(player.upload), upload, canvas, api_name="upload", show_progress="hidden")
     button.click(_refusing(player.repair), inputs, outputs, api_name="repair")
-    if player.training is not None:
-        example.click(_refusing(player.example), seed, canvas, api_name="example", show_progress="hidden")
+    example.click(_refusing(player.example), seed, canvas, api_name="example", show_progress="hidden")
 
 
 def _slider(label: str, value: float, most: float, *, least: float = 1, step: float = 1) -> gradio.Slider:
@@ -195,18 +202,6 @@ def _seed(label: str, value: int = 0) -> gradio.Number:
 def _shown(label: str, name: str | None = None) -> gradio.Image:
     return gradio.Image(
         type="pil", format="png", label=label, buttons=["download"], elem_id=name, elem_classes="pixels", height=260
-    )
-
-
-def _gallery(label: str, columns: int) -> gradio.Gallery:
-    return gradio.Gallery(
-        format="png",
-        label=label,
-        columns=columns,
-        fit_columns=False,
-        height=220,
-        buttons=[],
-        elem_classes="pixels",
     )
 
 

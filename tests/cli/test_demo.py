@@ -20,9 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.cli.demo import demo
-from pipeline.data.degrade import KINDS
+from pipeline.data.degrade import KINDS, degrade
 from pipeline.errors import InputError
-from pipeline.evaluate import demo as computed
 from pipeline.evaluate.recorded import read_image
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import ConvConfig, PointConfig
@@ -43,7 +42,7 @@ class Page(NamedTuple):
 
 @pytest.fixture(scope="module")
 def page(digits, save_untrained, tmp_path_factory) -> Iterator[Page]:
-    """The program on a free port, with the digits as training images. It ends on SIGTERM, and leaves nothing."""
+    """The program on a free port. It ends on SIGTERM, and leaves nothing."""
     pytest.importorskip("gradio")
     folder = tmp_path_factory.mktemp("demo")
     run = save_untrained(folder / "run", data=digits, shape=(1, 8, 8), config=TINY)
@@ -93,21 +92,22 @@ def digit(tmp_path) -> tuple[Tensor, Path]:
     return scaled(values), tmp_path / "digit.png"
 
 
-def test_a_repair_is_the_models(page, client, digit, digits) -> None:
+def test_a_repair_is_the_models(page, client, digit) -> None:
     image, file = digit
     strengths = dict(zip(KINDS, (0.5, 0.0, 1.0, 2.0), strict=True))
-    given, moved, repaired, text, applied, near = client.predict(
-        drawn(file), 2, 3, *strengths.values(), api_name="/repair"
-    )
-    damaged = computed.damage(image, strengths, seed=3)
-    answers, _ = computed.repair(page.model, damaged, times=2)
+    given, moved, repaired, text, applied = client.predict(drawn(file), 2, 3, *strengths.values(), api_name="/repair")
+    damaged = image
+    for kind, strength in strengths.items():
+        damaged = degrade(damaged, kind, seed=3, strength=strength)
     assert np.array_equal(pixels(given), pixels(to_image(damaged[0])))
     assert np.array_equal(pixels(repaired), pixels(to_image(page.model.project(damaged, times=2)[0])))
     assert np.array_equal(pixels(moved), pixels(shades((page.model.project(damaged) - damaged).abs().mean(1)[0])))
-    assert f"**{float(page.model.energy(damaged)):.4g}** of what f was given" in text and len(applied) == 2
-    training = computed.training_images(page.model, page.run)
-    for shown, image in zip(near, computed.nearest(training, answers[-1])[0], strict=True):
-        assert np.array_equal(pixels(shown["image"]), pixels(to_image(image)))
+    assert f"**{float(page.model.energy(damaged)):.4g}** of what f was given" in text
+    for times, shown in enumerate(applied, 1):
+        answer = page.model.project(damaged, times=times)
+        assert np.array_equal(pixels(shown["image"]), pixels(to_image(answer[0])))
+        assert shown["caption"] == f"{times}: {float(page.model.energy(answer)):.2g}"
+    assert len(applied) == 2
 
 
 def test_samples_are_the_models(page, client) -> None:
@@ -118,15 +118,14 @@ def test_samples_are_the_models(page, client) -> None:
         assert np.array_equal(pixels(shown), pixels(grid(made, columns=5).convert("RGB")))
 
 
-def test_an_upload_or_a_training_image_is_shown_on_the_canvas(page, client, digit) -> None:
+def test_an_upload_or_a_sample_is_shown_on_the_canvas(page, client, digit) -> None:
     from gradio_client import handle_file
 
     shown = client.predict(handle_file(digit[1]), api_name="/upload")["background"]
     expected = to_image(read_image(digit[1].read_bytes(), page.model)[0], least=8 * FACTOR)
     assert np.array_equal(pixels(shown), pixels(expected))
-    training = computed.training_images(page.model, page.run)
     shown = client.predict(12, api_name="/example")["background"]
-    assert np.array_equal(pixels(shown), pixels(to_image(scaled(training[12]), least=8 * FACTOR)))
+    assert np.array_equal(pixels(shown), pixels(to_image(page.model.sample(1, seed=12)[0], least=8 * FACTOR)))
 
 
 def test_the_canvas_is_exact_for_colour_and_any_shape(client, save_untrained, tmp_path) -> None:
@@ -134,11 +133,11 @@ def test_the_canvas_is_exact_for_colour_and_any_shape(client, save_untrained, tm
 
     for shape in ((3, 8, 24), (1, 40, 16), (3, 400, 8)):
         folder = save_untrained(tmp_path / str(shape), data=None, shape=shape, config=TINY)
-        player = Player(NAIGN.from_pretrained(folder), None)
+        player = Player(NAIGN.from_pretrained(folder))
         image = scaled(torch.randint(0, 256, (1, *shape), dtype=torch.uint8))
         assert torch.equal(player.from_canvas(player.to_canvas(image[0])), image)
-        given, _, repaired, _, _, near = player.repair({"composite": player.to_canvas(image[0])}, 1, 0, 0, 0, 0, 0)
-        assert given.size == repaired.size == (shape[2], shape[1]) and near == []
+        given, _, repaired, _, _ = player.repair({"composite": player.to_canvas(image[0])}, 1, 0, 0, 0, 0, 0)
+        assert given.size == repaired.size == (shape[2], shape[1])
 
 
 def test_bad_input_is_answered_with_a_message(page, client, digit, tmp_path) -> None:
@@ -173,7 +172,6 @@ def test_what_cannot_be_served_is_refused(page, save_untrained, tmp_path, monkey
     for options, said in (
         ({"port": port}, taken),
         ({"port": 2**16}, "--port is 65536: it must be 0 to 65535"),
-        ({"data": str(tmp_path / "none"), "port": 0}, "no data set here"),
     ):
         with pytest.raises(InputError, match=said):
             demo(page.run, **options)
