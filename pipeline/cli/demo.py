@@ -3,7 +3,6 @@
 import os
 import signal
 import tempfile
-import threading
 
 from pipeline.cli.model import Device, Run, find_device, open_model
 from pipeline.errors import InputError, require
@@ -29,9 +28,7 @@ def demo(run: Run, /, *, port: int = 7860, device: Device = "auto") -> None:
             "GRADIO_TEMP_DIR": place,
         }
         try:
-            from pipeline.cli.demo_page import Player, serving
+            from pipeline.cli.demo_page import Player, serve
         except ModuleNotFoundError as error:
             raise InputError(f"naign demo needs Gradio ({error}): in a checkout, pip install -e '.[demo]'") from None
-        with serving(Player(model), about=about, port=port) as page:
-            print(f"page: {page.local_url} (Ctrl-C ends it)", flush=True)
-            threading.Event().wait()
+        serve(Player(model), about=about, port=port)

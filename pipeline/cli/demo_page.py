@@ -1,8 +1,8 @@
 """The page of `naign demo`, in Gradio."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -205,9 +205,8 @@ def _shown(label: str, name: str | None = None) -> gradio.Image:
     )
 
 
-@contextmanager
-def serving(player: Player, *, about: str, port: int) -> Iterator[gradio.Blocks]:
-    """Serve the page until the context ends; port 0 is any free one. Raises InputError where it cannot listen."""
+def serve(player: Player, *, about: str, port: int) -> None:
+    """Serve the page until Ctrl-C; port 0 is any free one. Raises InputError where it cannot listen."""
     page = build(player, about=about)
     try:
         page.launch(
@@ -223,7 +222,8 @@ def serving(player: Player, *, about: str, port: int) -> Iterator[gradio.Blocks]
             prevent_thread_lock=True,
             quiet=True,
         )
-        yield page
+        print(f"page: {page.local_url} (Ctrl-C ends it)", flush=True)
+        threading.Event().wait()
     except (OSError, gradio.exceptions.ServerFailedToStartError) as error:
         remedy = "choose another, or --port 0 for any free one"
         raise InputError(f"cannot listen on --port {port} ({one_line(error)}): {remedy}") from None

@@ -11,7 +11,7 @@ import tyro
 from tyro.conf import Positional
 
 from pipeline.cli.output import Json, lines_to_stderr, print_json
-from pipeline.errors import InputError, require
+from pipeline.errors import require
 from pipeline.terminal import busy, counted
 
 if TYPE_CHECKING:
@@ -288,8 +288,8 @@ def find_device(name: Device) -> str:
     import torch
 
     available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise InputError("--device cuda: this machine has no CUDA device that torch can use; try --device cpu")
+    missing = "--device cuda: this machine has no CUDA device that torch can use; try --device cpu"
+    require((available or name != "cuda", missing))
     return ("cuda" if available else "cpu") if name == "auto" else name
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tyro.conf import Positional
 
 from pipeline.cli.output import Json, print_json, print_table
-from pipeline.errors import InputError, bytes_in_words, printable
+from pipeline.errors import bytes_in_words, printable
 from pipeline.terminal import busy
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ def runs(folder: Positional[Path], /, *, json: Json = False) -> None:
     """
     from pipeline.evaluate.runs import find_runs
 
-    _check_local(folder)
     with busy(f"reading {folder}"):
         listed, others = find_runs(folder)
     if json:
@@ -48,32 +47,30 @@ def compare(folders: Positional[tuple[Path, ...]], /, *, json: Json = False) -> 
     Args:
         folders: Two local runs or more; also exported models that were evaluated.
     """
-    from pipeline.evaluate.compare import NUMBERS, compare_runs
+    from pipeline.evaluate.compare import NUMBERS, numbers, read_sides, settings_that_differ, unlike
 
-    for folder in folders:
-        _check_local(folder)
     with busy("reading runs"):
-        compared = compare_runs(folders)
+        sides = read_sides(folders)
+    evaluation, settings, differs = numbers(sides), settings_that_differ(sides), unlike(sides)
     if json:
         keys = ("label", "path", "state", "images_seen")
-        sides = [{key: getattr(side, key) for key in keys} for side in compared.sides]
-        rest = {"settings": compared.settings, "unlike": compared.unlike}
-        print_json({"runs": sides, "evaluation": compared.numbers, **rest})
+        named = [{key: getattr(side, key) for key in keys} for side in sides]
+        print_json({"runs": named, "evaluation": evaluation, "settings": settings, "unlike": differs})
         return
-    labels = [printable(side.label, LONGEST) for side in compared.sides]
-    state = ("state", *(side.state for side in compared.sides))
-    seen = ("images seen", *(f"{side.images_seen:,}" for side in compared.sides))
-    measured = [(NUMBERS[path][0], *_marked(values, NUMBERS[path][1])) for path, values in compared.numbers.items()]
+    labels = [printable(side.label, LONGEST) for side in sides]
+    state = ("state", *(side.state for side in sides))
+    seen = ("images seen", *(f"{side.images_seen:,}" for side in sides))
+    measured = [(NUMBERS[path][0], *_marked(values, NUMBERS[path][1])) for path, values in evaluation.items()]
     print_table(("run", *labels), [state, seen, *measured])
     print()
-    if compared.settings:
-        print_table(("setting", *labels), [(name, *values) for name, values in compared.settings.items()])
+    if settings:
+        print_table(("setting", *labels), [(name, *values) for name, values in settings.items()])
         print()
-    for label, side in zip(labels, compared.sides, strict=True):
+    for label, side in zip(labels, sides, strict=True):
         if not side.metrics:
             print(f"{label} was not evaluated: run `naign evaluate {printable(side.path, LONGEST)}`")
-    if compared.unlike:
-        print(f"not the same for all: {', '.join(compared.unlike)}; distances do not compare")
+    if differs:
+        print(f"not the same for all: {', '.join(differs)}; distances do not compare")
 
 
 def _marked(values: Sequence[float | None], better: str) -> list[str]:
@@ -83,13 +80,6 @@ def _marked(values: Sequence[float | None], better: str) -> list[str]:
     known = [value for value in values if value is not None]
     best = None if not better or len(known) < 2 else (min if better == "min" else max)(known)
     return [f"{number(value)}{'*' if value is not None and value == best else ''}" for value in values]
-
-
-def _check_local(folder: Path) -> None:
-    if ":/" in str(folder):  # a Path has lost the second slash
-        raise InputError(
-            f"{printable(str(folder))} is in a bucket: copy what it reports with `naign fetch`, and give that folder"
-        )
 
 
 def _row(run: "Run") -> tuple[str, ...]:

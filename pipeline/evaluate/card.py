@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import UndefinedError
 
 from pipeline.errors import InputError, require
@@ -61,14 +60,24 @@ def write_repository(
     try:
         metrics = _shareable(store.read("metrics.json").decode(), model)
         measured, seen = metrics["images_seen"], model.metadata.get("images_seen")
+        evaluation = f"the evaluation of {run} is of"
         require(
-            (measured == seen, f"the evaluation of {run} is of its state after {measured} images, not {seen}: {again}"),
-            (
-                metrics["weights"] == fingerprint(model),
-                f"the evaluation of {run} is of other weights or prior: {again}",
-            ),
+            (measured == seen, f"{evaluation} its state after {measured} images, not {seen}: {again}"),
+            (metrics["weights"] == fingerprint(model), f"{evaluation} other weights or prior: {again}"),
         )
-        card = _render(shared, metrics, pictures, name=name, license=license)
+        learned = shared.metadata.get("dataset") or metrics["dataset"]
+        card = templates(autoescape=False).get_template("card.md.jinja")
+        text = card.render(
+            name=name,
+            model=shared,
+            measured=metrics,
+            pictures=pictures,
+            settings=yaml.safe_dump(shared.metadata.get("config", {}), sort_keys=True),
+            learned=learned,
+            dataset=DATASETS.get(learned),
+            damages=DAMAGE,
+            license=license,
+        )
     except InputError:
         raise
     except (UndefinedError, LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
@@ -76,7 +85,7 @@ def write_repository(
     folder.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
         write_atomically(folder / picture, store.read(picture))
-    write_atomically(folder / "README.md", str(card))
+    write_atomically(folder / "README.md", text)
     shared.save_pretrained(folder)
     return len(pictures) + 3
 
@@ -94,32 +103,3 @@ def _shareable(text: str, model: NAIGN) -> dict[str, Any]:
         text = text.replace(quoted, quoted.rstrip("/").rpartition("/")[2])
     shared: dict[str, Any] = json.loads(re.sub(PLACE, "", text), parse_constant=lambda constant: None)
     return shared
-
-
-def _render(
-    model: NAIGN, metrics: dict[str, Any], pictures: dict[str, str], *, name: str, license: str | None
-) -> ModelCard:
-    learned = model.metadata.get("dataset") or metrics["dataset"]
-    dataset = DATASETS.get(learned)
-    data = ModelCardData(
-        library_name="naign",
-        license=license,
-        datasets=[dataset] if dataset else None,
-        tags=["naign", "idempotent-generative-network", "pytorch_model_hub_mixin", "model_hub_mixin"],
-        pipeline_tag="unconditional-image-generation" if len(model.shape) == 3 else None,
-    )
-    settings = yaml.safe_dump(model.metadata.get("config", {}), sort_keys=True)
-    card = templates(autoescape=False).get_template("card.md.jinja")
-    text = card.render(
-        front=data.to_yaml(),
-        name=name,
-        model=model,
-        measured=metrics,
-        pictures=pictures,
-        settings=settings,
-        learned=learned,
-        damages=DAMAGE,
-        license=license,
-        dataset=dataset,
-    )
-    return ModelCard(text)

@@ -51,17 +51,8 @@ class Side(NamedTuple):
     metrics: dict[str, Any]  # of its evaluation, by path; {}: none
 
 
-class Comparison(NamedTuple):
-    """Each list of values has one entry a run, in the order of `sides`."""
-
-    sides: list[Side]
-    numbers: dict[str, list[float | None]]  # of NUMBERS, those that a run has
-    settings: dict[str, list[str]]  # those that differ; "–" where a run has none
-    unlike: list[str]  # of SAME, what differs
-
-
-def compare_runs(folders: Sequence[Path]) -> Comparison:
-    """Compare two or more runs or evaluated models. Raises InputError for what is neither, or given twice."""
+def read_sides(folders: Sequence[Path]) -> list[Side]:
+    """Two or more runs or evaluated models. Raises InputError for what is neither, or given twice."""
     resolved = [folder.resolve() for folder in folders]
     twice = [str(folder) for folder, count in Counter(resolved).items() if count > 1]
     require(
@@ -69,18 +60,10 @@ def compare_runs(folders: Sequence[Path]) -> Comparison:
         (not twice, f"{printable(''.join(twice[:1]))} is given twice: leave it out once"),
     )
     names = Counter(folder.name for folder in resolved)
-    sides = [
+    return [
         _read(folder, str(folder) if names[place.name] > 1 else place.name)
         for folder, place in zip(folders, resolved, strict=True)
     ]
-    evaluated = [side.metrics for side in sides if side.metrics]
-    rows = {path: [number(side.metrics.get(path)) for side in sides] for path in NUMBERS}
-    return Comparison(
-        sides,
-        {path: values for path, values in rows.items() if any(value is not None for value in values)},
-        settings_that_differ(sides),
-        [name for path, name in SAME.items() if len({metrics.get(path) for metrics in evaluated}) > 1],
-    )
 
 
 def _read(folder: Path, label: str) -> Side:
@@ -94,7 +77,7 @@ def _read(folder: Path, label: str) -> Side:
         return Side(label, path, "model", int(metrics["images_seen"] or 0), settings, metrics)
     except (OSError, *MALFORMED) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        remedy = f"give runs, or models after `naign evaluate {printable(path)}`"
+        remedy = f"give local runs (`naign fetch` copies one), or models after `naign evaluate {printable(path)}`"
         raise InputError(f"'{printable(path)}' cannot be compared: {why}: {remedy}") from None
 
 
@@ -104,3 +87,15 @@ def settings_that_differ(sides: Sequence[Side]) -> dict[str, list[str]]:
     rows = {key: [one_line(side.settings.get(key, "–")) if side.settings else "–" for side in sides] for key in keys}
     known = [turn for turn, side in enumerate(sides) if side.settings]
     return {key: values for key, values in rows.items() if len({values[turn] for turn in known}) > 1}
+
+
+def numbers(sides: Sequence[Side]) -> dict[str, list[float | None]]:
+    """The values of all sides by path, of those of NUMBERS that one of them has."""
+    rows = {path: [number(side.metrics.get(path)) for side in sides] for path in NUMBERS}
+    return {path: values for path, values in rows.items() if any(value is not None for value in values)}
+
+
+def unlike(sides: Sequence[Side]) -> list[str]:
+    """What differs of SAME."""
+    evaluated = [side.metrics for side in sides if side.metrics]
+    return [name for path, name in SAME.items() if len({metrics.get(path) for metrics in evaluated}) > 1]

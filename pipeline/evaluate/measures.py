@@ -17,7 +17,7 @@ from pipeline.data.dataset import DataConfig
 from pipeline.data.degrade import KINDS
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.loader import read_split
-from pipeline.errors import InputError
+from pipeline.errors import require
 from pipeline.evaluate import coverage, density, restoration
 from pipeline.evaluate.coverage import NEIGHBOURS
 from pipeline.evaluate.frechet import frechet_distance
@@ -77,11 +77,8 @@ def read(data: DataConfig, shape: tuple[int, ...], *, seed: int) -> tuple[Tensor
     generator, splits = torch.Generator().manual_seed(seed), list[Tensor]()
     for split, wanted in ((data.split, 100_000), ("test", 10_000)):
         images, _ = read_split(data, split, limit=within(wanted, shape))
-        if len(images) <= NEIGHBOURS:
-            raise InputError(
-                f"{data.path} has {len(images)} examples in its {split} split, too few to measure with: give a data "
-                f"set with more than {NEIGHBOURS} in each split, with --data"
-            )
+        few = f"{data.path} has {len(images)} examples in its {split} split, too few to measure with"
+        require((len(images) > NEIGHBOURS, f"{few}: give a data set with more than {NEIGHBOURS} in each, with --data"))
         splits.append(images[torch.randperm(len(images), generator=generator)])
     return splits[0], scaled(splits[1])
 

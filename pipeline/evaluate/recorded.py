@@ -46,8 +46,7 @@ def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, M
         require(
             (endpoint in known, f"{asked}: set AWS_ENDPOINT_URL to it if you trust it, or give the data as --data PATH")
         )
-    if not config.path:
-        raise InputError(f"{folder} does not say what it was trained on: give the packed data set as --data PATH")
+    require((config.path, f"{folder} does not say what it was trained on: give the packed data set as --data PATH"))
     try:
         manifest, shape = open_manifest(config)
         manifest = replace(manifest, shape=shape)

@@ -33,8 +33,7 @@ def with_mixture(
     and as `evaluate` does for the data.
     """
     if not isinstance(model.network, Autoencoder):
-        name = model.metadata.get("model", {}).get("name", "mlp")
-        raise InputError(f"the model in {folder} has no code for a mixture: model.name={name}, not conv or spatial")
+        raise InputError(f"the model in {folder} has no code for a mixture: its network is not conv or spatial")
     begin = time.process_time()
     config, _, _ = recorded(model, folder, data)
     images, _ = read_split(config, config.split, limit=IMAGES)
@@ -65,8 +64,7 @@ def fit_mixture(codes: Tensor, components: int) -> dict[str, Tensor]:
     mean = flat.mean(0)
     _, spread, directions = torch.linalg.svd(flat - mean, full_matrices=False)
     kept = int((spread[:DIRECTIONS] > 1e-6 * spread[0]).sum())
-    if not kept:
-        raise InputError("the codes of all images are the same: there is nothing to fit a mixture to")
+    require((kept, "the codes of all images are the same: there is nothing to fit a mixture to"))
     deviations, directions = spread[:kept, None] / math.sqrt(len(flat)), directions[:kept]
     mixture = GaussianMixture(components, reg_covar=1e-4, random_state=0)
     with warnings.catch_warnings():  # it has then done its 100 iterations

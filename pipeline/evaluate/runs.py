@@ -59,7 +59,8 @@ def find_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
 
     Raises InputError where there is no such folder.
     """
-    require((folder.is_dir(), f"no folder '{folder}': give one that holds runs, such as runs/"))
+    fetch = "`naign fetch` copies what a run in a bucket reports"
+    require((folder.is_dir(), f"no folder '{printable(str(folder))}': give a local one that holds runs; {fetch}"))
     runs, others = list[Run](), dict[str, str]()
     for place in _runs_in(folder):
         try:
@@ -73,10 +74,11 @@ def _runs_in(folder: Path) -> Iterator[Path]:
     """Folders with MARKS at or below a folder, in order; not those below another one."""
     for place, folders, _ in os.walk(folder, followlinks=True):
         path = Path(place)
-        if is_run(path):
+        found = is_run(path)
+        if found:
             yield path
-        deep = is_run(path) or len(path.relative_to(folder).parts) == DEPTH
-        folders[:] = [] if deep else sorted(name for name in folders if not name.startswith("."))
+        ended = found or len(path.relative_to(folder).parts) == DEPTH
+        folders[:] = [] if ended else sorted(name for name in folders if not name.startswith("."))
 
 
 def is_run(folder: Path) -> bool:

@@ -38,8 +38,7 @@ def libraries() -> Iterator[tuple[str, str]]:
         try:
             yield f"{name} {version(name)}", ""
         except PackageNotFoundError:
-            remedy = "" if name in OPTIONAL else "install again: in a checkout, pip install -e ."
-            yield f"{name} is not installed{'' if remedy else ' (optional)'}", remedy
+            yield f"{name} is not installed", "" if name in OPTIONAL else "install again: pip install -e ."
     for name in ("torch", "accelerate"):
         try:
             check_versions(name)
@@ -143,19 +142,14 @@ def preflight(run: str, remote: str, checkpoint_bytes: int) -> list[str]:
     text = f"run.path '{run}' has {bytes_in_words(free)} free, a checkpoint takes {bytes_in_words(checkpoint_bytes)}"
     require((free >= checkpoint_bytes, f"{text}: free some, or choose another --run.path"))
     if remote:
-        check_writable(remote)
+        store, refused = open_store(remote), None
+        try:
+            store.put(PROBE, b"naign")
+        except InputError as error:  # the file may be written, and only not be readable
+            refused = error
+        with contextlib.suppress(InputError, Unavailable):  # permission to delete is not required
+            store.delete(PROBE)
+        if refused:
+            raise refused
     room = f"the {CHECKPOINTS - 1} that are kept and the one being written need {bytes_in_words(needed)}"
     return [f"{text}: {room}: free some, or set --checkpoint.keep=1"] if free < needed else []
-
-
-def check_writable(remote: str) -> None:
-    """Put and delete a small file. Raises the store's error; permission to delete is not required."""
-    store, refused = open_store(remote), None
-    try:
-        store.put(PROBE, b"naign")
-    except InputError as error:  # the file may be written, and only not be readable
-        refused = error
-    with contextlib.suppress(InputError, Unavailable):
-        store.delete(PROBE)
-    if refused:
-        raise refused

@@ -19,7 +19,7 @@ from pipeline.cli.main import main
 from pipeline.cli.runs import compare, runs
 from pipeline.config import Config, to_dict
 from pipeline.errors import InputError
-from pipeline.evaluate.compare import compare_runs
+from pipeline.evaluate.compare import read_sides, settings_that_differ
 from pipeline.evaluate.runs import find_runs, read_settings
 from tests.conftest import SMALL, Program
 
@@ -149,10 +149,10 @@ def test_files_of_a_run_may_hold_anything(tmp_path: Path) -> None:
         if others:  # that file alone takes a line
             assert not found and others[str(folder)].startswith("its files are not those of a run")
             with pytest.raises(InputError, match="run' cannot be compared: "):
-                compare_runs([folder, other])
+                read_sides([folder, other])
         else:
             assert found[0].fd in (8.0, 48.0)  # of the evaluation, or of the last measurement while training
-            compare_runs([folder, other])
+            read_sides([folder, other])
         (folder / name).write_bytes(before)
     assert find_runs(folder)[0][0].fd == 8.0
 
@@ -182,12 +182,12 @@ def test_what_was_not_evaluated_or_alike_is_said(tmp_path: Path, capsys: pytest.
     assert f"third was not evaluated: run `naign evaluate {tmp_path}/third`" in text
     (tmp_path / "model").mkdir()
     (tmp_path / "model/model.safetensors").touch()
-    with pytest.raises(InputError, match=r"exported model: give runs, or models after `naign evaluate .*/model`"):
-        compare_runs([one, tmp_path / "model"])
+    with pytest.raises(InputError, match=r"exported model: .* after `naign evaluate .*/model`"):
+        read_sides([one, tmp_path / "model"])
     shutil.copytree(one / "evaluation", tmp_path / "model/evaluation")
     (tmp_path / "model/config.json").write_text(json.dumps({"config": {"train": {"lr": 0.5}}}))
-    compared = compare_runs([one, tmp_path / "model"])
-    assert compared.sides[1].state == "model" and compared.settings["train.lr"] == ["0.002", "0.5"]
+    sides = read_sides([one, tmp_path / "model"])
+    assert sides[1].state == "model" and settings_that_differ(sides)["train.lr"] == ["0.002", "0.5"]
 
 
 def test_runs_are_compared_as_a_table_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,7 +221,7 @@ def test_what_cannot_be_compared_is_named(tmp_path: Path, monkeypatch: Any, caps
         "1 runs given": [one],
         "given twice": [one, two, tmp_path / "two/../one"],
         "photos' cannot be compared: no run in it": [one, tmp_path / "photos"],
-        "naign fetch": [one, "s3://bucket/run"],
+        "`naign fetch` copies one": [one, "s3://bucket/run"],
         "nowhere' cannot be compared: No such file or directory": [one, tmp_path / "nowhere"],
     }
     for message, folders in cases.items():
