@@ -140,5 +140,5 @@ def test_networks_without_a_code_are_refused(train, naign, digits, tmp_path):
     done = train(*short)
     assert done.returncode == 2 and "is after the last of 1 rounds" in done.stderr and not (tmp_path / "short").exists()
     assert train(*points, "--prior.name=gaussian").returncode == 0
-    done = naign("sample", "run", "--prior", "gmm")
+    done = naign("export", "run", "--prior", "gmm", "--to", "none")
     assert done.returncode == 2 and "has no code" in done.stderr
