@@ -65,14 +65,14 @@ def _read_engine(file: Path) -> str:
 
 def without_engine(precision: str) -> tuple[str, str]:
     """use_cpu and mixed_precision as in launch/gpus.yaml and launch/cpu.yaml, except that train.precision decides."""
-    from pipeline.distributed.gpus import count_gpus
+    from pipeline.distributed.host import count_gpus
 
     return ("false", "no" if precision else "bf16") if count_gpus() else ("true", "no")
 
 
 def require_gpus(wanted: int, processes: int, engine: str) -> None:
     """Raise InputError or Unavailable where this host has fewer GPUs than --gpus=`wanted`, or than its ranks need."""
-    from pipeline.distributed.gpus import check_gpus, count_gpus
+    from pipeline.distributed.host import check_gpus, count_gpus
 
     check_gpus(f"--gpus {wanted}", wanted)
     config = yaml.safe_load(engine)

@@ -104,7 +104,7 @@ def _between(least: float, most: float, kind: type[float] = float) -> Callable[[
 
 def _launch(options: argparse.Namespace, training: Sequence[str], environ: Mapping[str, str]) -> int:
     from pipeline.config import parse
-    from pipeline.distributed.gpus import count_gpus
+    from pipeline.distributed.host import count_gpus
     from pipeline.storage.store import use_endpoint
 
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, without an export
 
-from pipeline.distributed.gpus import check_bf16, check_gpus
+from pipeline.distributed.host import check_bf16, check_gpus
 from pipeline.distributed.versions import check_versions
 from pipeline.errors import InputError, PeerLost
 

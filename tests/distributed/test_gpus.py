@@ -5,7 +5,7 @@ import torch
 
 from pipeline.cluster import launch
 from pipeline.distributed import build_accelerator
-from pipeline.distributed.gpus import check_bf16, check_gpus
+from pipeline.distributed.host import check_bf16, check_gpus
 from pipeline.errors import BAD_INPUT, FAILED, InputError, Unavailable
 
 NO_DRIVER = "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver"

@@ -395,7 +395,7 @@ def test_ranks_that_do_not_end_when_a_host_was_lost_are_killed(monkeypatch):
 )
 def test_the_precision_of_ddp_is_that_of_the_training(gpus, precision, mixed, monkeypatch):
     """What a configuration says contradicts another train.precision, and no user wrote this one."""
-    monkeypatch.setattr("pipeline.distributed.gpus.count_gpus", lambda: gpus)
+    monkeypatch.setattr("pipeline.distributed.host.count_gpus", lambda: gpus)
     assert yaml.safe_load(find_engine("", 2, precision))["mixed_precision"] == mixed
     assert without_engine(precision) == ("false" if gpus else "true", mixed)
 
