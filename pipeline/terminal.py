@@ -24,24 +24,19 @@ def counted(
 def busy(what: str, *, shown: bool = True) -> Iterator[None]:
     """Say what a call without steps to count is doing, and for how long, until it returns."""
     ended = threading.Event()
+    disable = None if shown else True  # None: where stderr is no terminal
+    with tqdm(desc=what, bar_format="{desc} {elapsed}", delay=DELAY, leave=False, disable=disable) as line:
 
-    def show() -> None:
-        if ended.wait(DELAY):
-            return
-        with tqdm(desc=what, bar_format="{desc} {elapsed}", leave=False) as line:
-            line.start_t -= DELAY
-            line.refresh()
+        def refresh() -> None:
             while not ended.wait(1.0):
-                line.refresh()
+                line.update(0)
 
-    thread = threading.Thread(target=show, name="progress", daemon=True)
-    if shown and sys.stderr.isatty():
+        thread = threading.Thread(target=refresh, name="progress", daemon=True)
         thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        if thread.ident:
+        try:
+            yield
+        finally:
+            ended.set()
             thread.join()
 
 
