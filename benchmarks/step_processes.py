@@ -31,7 +31,8 @@ from pipeline.data.format.writer import pack
 from pipeline.data.loader import Stream
 from pipeline.data.order import rank_rows
 from pipeline.data.sources.source import Example, Made, Source
-from pipeline.distributed import build_accelerator, keep_memory, set_threads
+from pipeline.distributed.connect import build_accelerator
+from pipeline.distributed.host import keep_memory, set_threads
 from pipeline.distributed.signals import StopRequest
 from pipeline.distributed.watchdog import Watchdog
 from pipeline.match.matcher import Match

@@ -22,7 +22,9 @@ if __name__ == "__main__":
 gc.disable()  # Imports make no garbage, and collecting it would take a quarter of their time; train() enables it.
 
 from pipeline.config import parse
-from pipeline.distributed import build_accelerator, keep_memory, part, peers_missed, set_threads, together
+from pipeline.distributed.connect import build_accelerator
+from pipeline.distributed.host import keep_memory, set_threads
+from pipeline.distributed.ranks import part, peers_missed, together
 from pipeline.observe import trackers_hang
 from pipeline.storage.store import use_endpoint
 from pipeline.terminal import outlive_terminal

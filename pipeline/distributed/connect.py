@@ -14,8 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, without an export
 
-from pipeline.distributed.host import check_bf16, check_gpus
-from pipeline.distributed.versions import check_versions
+from pipeline.distributed.host import check_bf16, check_gpus, check_versions
 from pipeline.errors import InputError, PeerLost
 
 
@@ -139,15 +138,14 @@ def _check_deepspeed(on_cpu: bool) -> None:
             f"the launcher's configuration asks for DeepSpeed, but {' and '.join(missing)} is not installed: in a "
             "checkout, pip install -e '.[deepspeed]'"
         )
-    if not on_cpu:
-        check_versions("deepspeed")
-        return
-    if not shutil.which(os.environ.get("CXX", "c++")):
+    if on_cpu and not shutil.which(os.environ.get("CXX", "c++")):
         raise InputError("on CPUs DeepSpeed compiles its communication: install a C++ compiler (g++), or use DDP")
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+    if on_cpu and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
         raise InputError("use_cpu: true silently switches DeepSpeed off: set use_cpu: false, which works on CPUs too")
-    from pipeline.distributed.zero import compile_communication
-
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     check_versions("deepspeed")
-    compile_communication()
+    if on_cpu:
+        from pipeline.distributed.zero import compile_communication
+
+        compile_communication()

@@ -1,11 +1,13 @@
-"""What a rank takes of its host: CPU threads, memory, and GPUs, if torch can use those that are asked for."""
+"""What a rank takes of its host: CPU threads, memory, GPUs that torch can use, and libraries of supported versions."""
 
 import ctypes
 import logging
 import os
-import re
+import pkgutil
 import sys
 import time
+from importlib.metadata import version
+from typing import NoReturn
 
 import psutil
 import torch
@@ -14,10 +16,29 @@ from pipeline.errors import InputError, Unavailable, one_line
 
 log = logging.getLogger("naign.distributed")
 
-NO_DRIVER, OLD_DRIVER = "Found no NVIDIA driver", r"driver on your system is too old \(found version (\d+)\)"
-MORE = "nvidia.com/gpu in the pod's limits, --gpus-per-node under Slurm, CUDA_VISIBLE_DEVICES elsewhere"
 BROKEN = ("CUDA driver initialization failed", "CUDA unknown error")
-"""Parts of what torch says where it cannot use a GPU; BROKEN: where another host, or a reboot, may help."""
+"""Parts of what torch says of a driver out of order: another host, or a reboot, may help."""
+
+TESTED = {"torch": ">=2.13,<2.14", "accelerate": ">=1.10,<1.16", "deepspeed": ">=0.17,<0.20"}
+"""The versions that pass the tests. pyproject.toml admits newer ones, as long as they have the INTERNALS."""
+
+INTERNALS = {
+    "torch": ("torch.distributed.distributed_c10d._get_default_store",),
+    "accelerate": (
+        "accelerate.commands.config.config_args.load_config_from_file",
+        "accelerate.commands.launch.launch_command",
+        "accelerate.commands.launch.launch_command_parser",
+    ),
+    "deepspeed": (
+        "deepspeed.ops.__compatible_ops__",
+        "deepspeed.runtime.engine.DeepSpeedEngine.get_global_grad_norm",
+        "deepspeed.runtime.engine.DeepSpeedEngine.set_gradient_accumulation_boundary",
+        "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state",
+        "deepspeed.utils.safe_set_local_fp32_param",
+        "deepspeed.utils.safe_set_local_optimizer_state",
+    ),
+}
+"""Names that may change with any release, by library. zero.py checks those of DeepSpeed's objects itself."""
 
 
 def set_threads(threads: int) -> None:
@@ -74,7 +95,8 @@ def check_gpus(asked: str, needed: int) -> None:
     """
     if needed <= (count := count_gpus()):
         return
-    reason = f"ask for fewer, or give the host more: {MORE}" if count else why_none()
+    more = "nvidia.com/gpu in the pod's limits, --gpus-per-node under Slurm, CUDA_VISIBLE_DEVICES elsewhere"
+    reason = f"ask for fewer, or give the host more: {more}" if count else why_none()
     kind = Unavailable if any(sign in reason for sign in BROKEN) else InputError
     raise kind(f"{asked}: {needed} GPUs are needed on this host, torch can use {count}: {reason}")
 
@@ -86,22 +108,10 @@ def why_none() -> str:
         return f"{build} was built without CUDA: install a CUDA build of it, or take the image of --target cuda"
     try:
         torch.cuda.init()
-    except RuntimeError as error:
-        message, short = str(error), one_line(error)
-    else:
         return "CUDA_VISIBLE_DEVICES may hide them"
-    if NO_DRIVER in message:
-        return (
-            "there is no NVIDIA driver: install it, or in a container let NVIDIA's runtime bring it "
-            "(nvidia.com/gpu in the pod's limits, docker run --gpus all)"
-        )
-    if old := re.search(OLD_DRIVER, message):
-        version = f"{int(old[1]) // 1000}.{int(old[1]) % 1000 // 10}"
-        return (
-            f"the NVIDIA driver is for CUDA {version} at most, {build} needs one for CUDA {torch.version.cuda}: update "
-            "the driver, or install an older build"
-        )
-    return f"{short}: see nvidia.com/gpu in the pod's limits, CUDA_VISIBLE_DEVICES, and nvidia-smi"
+    except RuntimeError as error:
+        hint = "see nvidia-smi, CUDA_VISIBLE_DEVICES, and in a container nvidia.com/gpu or docker run --gpus all"
+        return f"{one_line(error, 400)} ({build} is for CUDA {torch.version.cuda}): {hint}"
 
 
 def check_bf16() -> None:
@@ -111,3 +121,22 @@ def check_bf16() -> None:
         raise InputError(
             f"train.precision is bf16, which {card} only emulates: use --train.precision=fp16, fp32 or auto"
         )
+
+
+def check_versions(*libraries: str) -> None:
+    """Raise InputError where an installed library lacks one of its INTERNALS. Imports the libraries."""
+    for library in libraries:
+        missing = []
+        for name in INTERNALS[library]:
+            try:
+                pkgutil.resolve_name(name)
+            except (ImportError, AttributeError):
+                missing.append(name)
+        if missing:
+            refuse_version(library, ", ".join(missing))
+
+
+def refuse_version(library: str, missing: str) -> NoReturn:
+    """Raise the InputError about what the installed version of a library does not have."""
+    remedy = f"pip install '{library}{TESTED[library]}'"
+    raise InputError(f"{library} {version(library)} has no {missing}; tested versions have: {remedy}")

@@ -30,9 +30,7 @@ class StopRequest:
         self.requested = False
         self._within, self._deadline = within, math.inf
         self._group = SideGroup(world, timeout=timeout)
-        self._store: Any = None
-        if world > 1:
-            self._store = c10d.PrefixStore("stop", c10d._get_default_store())
+        self._store: Any = c10d.PrefixStore("stop", c10d._get_default_store()) if world > 1 else None
         on_signals(self._handle)
         # The launcher's death counts as a SIGTERM: Accelerate's launcher of a single process does not forward that.
         die_with_launcher(signal.SIGTERM)

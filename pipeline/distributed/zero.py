@@ -17,7 +17,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from pipeline.distributed.engine import MOMENTS, AdamState, Engine
-from pipeline.distributed.versions import refuse
+from pipeline.distributed.host import refuse_version
 from pipeline.errors import InputError
 
 
@@ -52,7 +52,7 @@ class ZeroEngine(Engine):
         # Whether DeepSpeed holds float32 weights and moments in partitions of its own.
         self._partitioned = any(hasattr(next(bare.parameters()), name) for name in ("ds_id", "_hp_mapping"))
         if self.stage and not self._partitioned:  # checkpoints would hold wrong moments
-            refuse("deepspeed", "_hp_mapping or ds_id of a parameter")
+            refuse_version("deepspeed", "_hp_mapping or ds_id of a parameter")
 
     @property
     def _kind(self) -> str:
@@ -125,7 +125,7 @@ class ZeroEngine(Engine):
             return
         partitions = next((getattr(outer, name) for name in _FLAT if hasattr(outer, name)), None)
         if partitions is None:
-            refuse("deepspeed", f"{' or '.join(_FLAT)} of {type(outer).__name__}")
+            refuse_version("deepspeed", f"{' or '.join(_FLAT)} of {type(outer).__name__}")
         for flat in partitions:
             zeros = {key: torch.zeros_like(flat) for key in MOMENTS}
             adam.state[flat] = {"step": torch.tensor(float(steps)), **zeros}

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from pipeline import philox
 from pipeline.distributed.connect import repeat_bits
-from pipeline.distributed.host import count_gpus, why_none
-from pipeline.distributed.versions import check_versions
+from pipeline.distributed.host import check_versions, count_gpus, why_none
 from pipeline.errors import InputError, Unavailable, bytes_in_words, require
 from pipeline.storage.store import open_store
 

@@ -8,7 +8,8 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from pipeline.config import Config
-from pipeline.distributed import Engine, ZeroEngine
+from pipeline.distributed.engine import Engine
+from pipeline.distributed.zero import ZeroEngine
 from pipeline.errors import InputError
 
 LAUNCHER = "the launcher's DeepSpeed configuration"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.checkpoint.writer import newest_checkpoint
 from pipeline.config import TrainConfig
-from pipeline.distributed import total
+from pipeline.distributed.ranks import total
 from pipeline.errors import Diverged, Stopped
 from pipeline.model.losses import Batch, choose_distance, compute_losses
 from pipeline.training.round import REMEDY, RoundState

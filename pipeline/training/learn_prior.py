@@ -4,7 +4,7 @@ import math
 from functools import partial
 
 from pipeline.config import Config
-from pipeline.distributed import broadcast, gather, reduce
+from pipeline.distributed.ranks import broadcast, gather, reduce
 from pipeline.errors import Diverged, Stopped
 from pipeline.model.prior import Examples
 from pipeline.training.round import RoundState

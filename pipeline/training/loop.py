@@ -15,7 +15,8 @@ from accelerate import Accelerator
 
 from pipeline import philox
 from pipeline.config import Config
-from pipeline.distributed import gather, together, total, warn_of_others
+from pipeline.distributed.host import warn_of_others
+from pipeline.distributed.ranks import gather, together, total
 from pipeline.errors import InputError, Stopped, Unavailable
 from pipeline.observe import at_round
 from pipeline.training.fit import fit

@@ -19,7 +19,10 @@ from pipeline.checkpoint.writer import Writer
 from pipeline.config import Config, flatten, to_dict
 from pipeline.data import DataConfig, Stream, lists_data_sets, load, pack
 from pipeline.data.damage import find_damage
-from pipeline.distributed import StopRequest, Watchdog, broadcast_object, together, total, warn_of_others
+from pipeline.distributed.host import warn_of_others
+from pipeline.distributed.ranks import broadcast_object, together, total
+from pipeline.distributed.signals import StopRequest
+from pipeline.distributed.watchdog import Watchdog
 from pipeline.errors import InputError, require
 from pipeline.match import SpaceConfig, check_space
 from pipeline.model.encoders import Encoder, load_encoder, names

@@ -18,7 +18,8 @@ from pipeline.checkpoint.manifest import BEST, read_best
 from pipeline.config import Config, flatten
 from pipeline.data import Stream, read_split
 from pipeline.data.degrade import KINDS, degrade
-from pipeline.distributed import Engine, broadcast_object, gather, together, total
+from pipeline.distributed.engine import Engine
+from pipeline.distributed.ranks import broadcast_object, gather, together, total
 from pipeline.errors import InputError
 from pipeline.evaluate.coverage import NEIGHBOURS, coverage
 from pipeline.evaluate.frechet import frechet_distance

@@ -13,7 +13,8 @@ from torch import Tensor
 from pipeline import philox
 from pipeline.data import Rows
 from pipeline.data.degrade import KINDS, degrade
-from pipeline.distributed import Engine, total
+from pipeline.distributed.engine import Engine
+from pipeline.distributed.ranks import total
 from pipeline.observe import fit_flops, grid, peak_flops, peak_memory, rows, scatter
 from pipeline.training.round import RoundRandom, RoundState
 from pipeline.training.run import Run

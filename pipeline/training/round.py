@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline import philox
 from pipeline.config import Config
 from pipeline.data import Rows, Stream, damage, rank_rows
-from pipeline.distributed import together, total
+from pipeline.distributed.ranks import together, total
 from pipeline.errors import Diverged, InputError, Stopped, Unavailable
 from pipeline.match import Match, NotFinite, match_round
 from pipeline.model import scaled

@@ -13,7 +13,9 @@ from torch import Tensor
 from pipeline.checkpoint.writer import Writer
 from pipeline.config import Config
 from pipeline.data import Stream
-from pipeline.distributed import Engine, StopPoll, StopRequest, Watchdog
+from pipeline.distributed.engine import Engine
+from pipeline.distributed.signals import StopPoll, StopRequest
+from pipeline.distributed.watchdog import Watchdog
 from pipeline.errors import InputError, one_line
 from pipeline.model.losses import Distance
 from pipeline.model.prior import Prior

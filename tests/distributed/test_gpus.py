@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.cluster import launch
-from pipeline.distributed import build_accelerator
+from pipeline.distributed.connect import build_accelerator
 from pipeline.distributed.host import check_bf16, check_gpus
 from pipeline.errors import BAD_INPUT, FAILED, InputError, Unavailable
 
@@ -39,9 +39,13 @@ def machine(monkeypatch):
     ("torch_says", "kind", "said"),
     [
         ({"built": False}, InputError, "was built without CUDA: install a CUDA build"),
-        ({"said": NO_DRIVER}, InputError, "there is no NVIDIA driver: install it"),
-        ({"said": OLD_DRIVER}, InputError, "is for CUDA 11.4 at most, torch .* needs one for CUDA 13.0: update the"),
-        ({"said": HIDDEN}, InputError, "No CUDA GPUs are available: see nvidia.com/gpu"),
+        ({"said": NO_DRIVER}, InputError, "Found no NVIDIA driver .* installed a driver .*: see nvidia-smi"),
+        (
+            {"said": OLD_DRIVER},
+            InputError,
+            r"too old \(found .* \(torch \S+ is for CUDA 13.0\): see nvidia-smi",
+        ),
+        ({"said": HIDDEN}, InputError, "No CUDA GPUs are available .* nvidia.com/gpu"),
         ({"said": UNKNOWN}, Unavailable, "CUDA unknown error"),
         ({"count": 4}, InputError, "8 GPUs are needed on this host, torch can use 4: ask for fewer, or give the host"),
     ],
@@ -82,7 +86,7 @@ def test_more_ranks_than_gpus_are_refused(machine, monkeypatch, capsys):
         build_accelerator()
     machine(said=OLD_DRIVER)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
-    with pytest.raises(InputError, match="use_cpu: false .* the NVIDIA driver is for CUDA 11.4 at most"):
+    with pytest.raises(InputError, match="use_cpu: false .* NVIDIA driver on your system is too old"):
         build_accelerator()
 
 

@@ -6,23 +6,23 @@ import tomllib
 import pytest
 import torch.distributed.distributed_c10d as c10d
 
-from pipeline.distributed import versions
+from pipeline.distributed import host
 from pipeline.distributed.connect import build_accelerator
 from pipeline.errors import InputError
 from tests.conftest import ROOT
 
 
-@pytest.mark.parametrize("library", versions.INTERNALS)
+@pytest.mark.parametrize("library", host.INTERNALS)
 def test_the_installed_versions_have_what_is_used(library, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    versions.check_versions(library)
+    host.check_versions(library)
 
 
 def test_a_version_without_an_internal_is_refused_at_the_start(monkeypatch):
     monkeypatch.delattr(c10d, "_get_default_store")
     with pytest.raises(InputError, match=r"^torch \d\S* has no \S*_get_default_store;.*pip install 'torch>=") as caught:
         build_accelerator()
-    assert versions.TESTED["torch"] in str(caught.value)
+    assert host.TESTED["torch"] in str(caught.value)
 
 
 def test_the_lowest_tested_versions_are_those_of_the_project_and_of_make_test_lowest():
@@ -30,7 +30,7 @@ def test_the_lowest_tested_versions_are_those_of_the_project_and_of_make_test_lo
     wanted = [*project["dependencies"], *project["optional-dependencies"]["deepspeed"]]
     lowest = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "launch/constraints-lowest.txt").read_text(), re.M))
     for library in ("accelerate", "deepspeed"):
-        tested = versions.TESTED[library]
+        tested = host.TESTED[library]
         (bound,) = [item for item in wanted if re.match(rf"{library}[>=<]", item)]
         least = tested.partition(",")[0].removeprefix(">=")
         assert f">={least}," in bound and lowest[library] == f"{least}.0"

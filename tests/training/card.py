@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.config import Config, parse
-from pipeline.distributed import Engine
+from pipeline.distributed.engine import Engine
 from pipeline.match import Match
 from pipeline.model.networks import build_network
 from pipeline.model.prior import build_prior

@@ -8,8 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from pipeline.distributed import Engine
-from pipeline.distributed.engine import MOMENTS
+from pipeline.distributed.engine import MOMENTS, Engine
 from pipeline.errors import Diverged
 from pipeline.training import fit
 from pipeline.training.fit import settle
