@@ -6,8 +6,8 @@ import selectors
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Self, cast
+from dataclasses import asdict, dataclass, fields
+from typing import Self, cast
 
 from pipeline.cluster.place import MOST, Place
 from pipeline.errors import InputError, PeerLost, printable
@@ -15,53 +15,48 @@ from pipeline.errors import InputError, PeerLost, printable
 SILENCE = 10.0  # seconds within which a connection must send its greeting
 
 
-class Met(NamedTuple):
-    """The number of a meeting, and the number from which on the hosts were the same."""
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What hosts send each other, each as a line of JSON."""
 
-    generation: int
-    since: int  # see Place
+    def line(self) -> bytes:
+        return json.dumps(asdict(self)).encode() + b"\n"
 
     @classmethod
-    def read(cls, message: dict[str, Any], most: int = MOST) -> Self:
-        """Raises ValueError or KeyError for impossible numbers."""
-        generation, since = _number(message, "generation", most), _number(message, "since", most)
-        if since > generation:
-            raise ValueError("a generation before its first")
-        return cls(generation, since)
+    def read(cls, line: bytes) -> Self:
+        """Raises ValueError for a line that no host sends: other fields, other types, impossible numbers."""
+        try:
+            message = cls(**json.loads(line))
+        except (TypeError, RecursionError):
+            raise ValueError("other fields") from None
+        for field in fields(message):
+            value = getattr(message, field.name)
+            if type(value) is not field.type or (field.type is int and not 0 <= value <= MOST):
+                raise ValueError(f"{field.name} is out of bounds")
+        return message
 
 
 @dataclass(frozen=True, slots=True)
-class Hello:
+class Hello(Message):
     """The greeting that a host sends to host 0."""
 
     start: str
     index: int
     hosts: int
     generation: int  # the last meeting that it took part in; 0: none
-    since: int
     member: str  # random: it tells two hosts of one index apart
 
-    def line(self) -> bytes:
-        return json.dumps({name: getattr(self, name) for name in self.__slots__}).encode() + b"\n"
 
-    @classmethod
-    def read(cls, line: bytes) -> Self | None:
-        """The greeting; None if that is none."""
-        try:
-            message = json.loads(line)
-            index, hosts = _number(message, "index"), _number(message, "hosts")
-            met = Met.read(message, MOST - 1)  # this meeting is one more
-            return cls(str(message["start"]), index, hosts, *met, str(message["member"]))
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return None
+@dataclass(frozen=True, slots=True)
+class Answer(Message):
+    """What host 0 answers: `go` once all hosts are here, or why `no`."""
 
-
-class Disagreement(InputError):
-    """Hosts disagree on how many they are. `informed`: the hosts that know."""
-
-    def __init__(self, text: str, informed: set[int]) -> None:
-        super().__init__(text)
-        self.informed = informed
+    go: bool = False
+    generation: int = 0  # the number of this meeting
+    since: int = 0  # the generation since which the hosts are the same; see Place
+    no: str = ""
+    end: bool = False  # all hosts end, for that reason
+    leave: bool = False  # another host has the place of the one that greets
 
 
 class Guests:
@@ -76,9 +71,7 @@ class Guests:
         self.informed: set[int] = set()  # hosts that were told why all end
         self._place, self._listener, self._say, self._ending = place, listener, say, ending
         listener.setblocking(False)
-        self._greetings: dict[
-            socket.socket, tuple[bytes, float]
-        ] = {}  # incomplete ones, and when each sender connected
+        self._greetings: dict[socket.socket, tuple[bytes, float]] = {}  # incomplete ones, and when they began
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
 
@@ -123,17 +116,33 @@ class Guests:
         line, complete, _ = (before + data).partition(b"\n")
         if not complete:
             return
-        hello = Hello.read(line)
-        index, refusal, end = judge(self._place, hello)
-        if self._ending and not refusal:
-            refusal, end = self._ending, True
-        if refusal:
-            others = [other for other, _ in self.hosts.values()] if end else []
-            self.informed |= {index, *self.hosts} if end else set()
-            self._refuse(refusal, peer, *others, end=end)
-            if end and not self._ending:
-                raise Disagreement(refusal, self.informed)
-        elif hello:
+        try:
+            hello = Hello.read(line)
+        except ValueError:
+            self._refuse(peer, "a connection that is no host of this job was rejected")
+        else:
+            self._greet(peer, hello)
+
+    def _greet(self, peer: socket.socket, hello: Hello) -> None:
+        """Reject who is no host of this start, end all if two count the hosts differently, or admit a host."""
+        index, hosts, expected, reason = hello.index, hello.hosts, self._place.hosts, self._ending
+        if hello.start != self._place.start:
+            shown = printable(hello.start, 80) or "unnamed"
+            self._refuse(peer, f"a host {index} of another start of this job ({shown}) was rejected")
+            return
+        if not 0 < index < max(hosts, expected) or hello.generation >= MOST:
+            self._refuse(peer, f"a connection that calls itself host {index} was rejected")
+            return
+        if hosts != expected:
+            reason = f"host {index} counts {hosts} hosts, host 0 counts {expected}: make NAIGN_HOSTS the same"
+            if not self._ending:
+                for other in (peer, *(other for other, _ in self.hosts.values())):
+                    self._drop(other)  # they connect anew, and `reject_all` tells them
+                raise InputError(reason)
+        if reason:
+            self.informed.add(index)
+            self._refuse(peer, reason, end=True)
+        else:
             del self._greetings[peer]
             self._admit(peer, hello)
 
@@ -147,19 +156,18 @@ class Guests:
         if before and known and known.member != hello.member:
             if 0 < hello.generation < self.newest:
                 was = f"of generation {hello.generation}, which came after generation {self.newest}"
-                self._refuse(f"a host {index} {was}, was rejected: another has its place", peer, leave=True)
+                self._refuse(peer, f"a host {index} {was}, was rejected: another has its place", leave=True)
                 return
-            self._refuse(f"host {index} came again, as another pod: the one before it has to leave", before, leave=True)
+            self._refuse(before, f"host {index} came again, as another pod: the one before it has to leave", leave=True)
         elif before:
             self._drop(before)  # it has connected anew
         self.hosts[index], self.newest = (peer, hello), max(self.newest, hello.generation)
 
-    def _refuse(self, reason: str, *peers: socket.socket, **what: bool) -> None:
+    def _refuse(self, peer: socket.socket, reason: str, *, end: bool = False, leave: bool = False) -> None:
         self._say(reason)
-        for peer in peers:
-            with contextlib.suppress(OSError):
-                peer.send(json.dumps({"no": reason, **what}).encode() + b"\n")
-        self._drop(peers[0])
+        with contextlib.suppress(OSError):
+            peer.send(Answer(no=reason, end=end, leave=leave).line())
+        self._drop(peer)
 
     def _drop(self, peer: socket.socket) -> None:
         self._selector.unregister(peer)
@@ -167,28 +175,6 @@ class Guests:
         for index in [index for index, (other, _) in self.hosts.items() if other is peer]:
             del self.hosts[index]
         peer.close()
-
-
-def _number(message: dict[str, Any], name: str, most: int = MOST) -> int:
-    """Raises ValueError where that is no integer from 0 to `most`."""
-    if type(value := message[name]) is not int or not 0 <= value <= most:
-        raise ValueError(f"{name} is out of bounds")
-    return value
-
-
-def judge(place: Place, hello: Hello | None) -> tuple[int, str, bool]:
-    """The index of the host that sent a greeting, why it is rejected or '', and whether all hosts end for that."""
-    if hello is None:
-        return 0, "a connection that is no host of this job was rejected", False
-    index, hosts = hello.index, hello.hosts
-    if hello.start != place.start:
-        shown = printable(hello.start, 80) or "unnamed"
-        return index, f"a host {index} of another start of this job ({shown}) was rejected", False
-    if not 0 < index < max(hosts, place.hosts):
-        return index, f"a connection that calls itself host {index} was rejected", False
-    if hosts != place.hosts:
-        return index, f"host {index} counts {hosts} hosts, host 0 counts {place.hosts}: make NAIGN_HOSTS the same", True
-    return index, "", False
 
 
 def notice_death(connection: socket.socket) -> None:

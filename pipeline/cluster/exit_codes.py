@@ -4,11 +4,10 @@ import contextlib
 import math
 import os
 import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import psutil
@@ -16,7 +15,6 @@ import psutil
 from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, on_signals
 
 GRACE = 10.0  # seconds to wait for another host's code, or for killed processes
-QUIET = 30.0  # seconds without ranks after which the log mentions it
 SOON = 3.0  # seconds that ranks have to notice by themselves that another host is gone
 MEANINGS = {
     BAD_INPUT: "bad configuration or input, which is not tried again",
@@ -41,44 +39,14 @@ def leave_at_once(*_: object) -> None:
     os._exit(INTERRUPTED)
 
 
-@contextlib.contextmanager
-def heeded(idle: Callable[[], bool], leave: Callable[[], object], wait: Callable[[], object]) -> Iterator[None]:
-    """Heed signals while the main thread may wait in C++, where no handler runs: call `leave` SOON seconds after a
-    signal if `idle()` holds, and `wait` once QUIET seconds have passed.
-    """
-    reader, writer = socket.socketpair()
-    reader.settimeout(QUIET)
-    writer.setblocking(False)
-    before, over = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False), threading.Event()
-
-    def heed() -> None:
-        while not over.is_set():
-            try:
-                number = reader.recv(1)
-            except TimeoutError:
-                wait()
-                reader.settimeout(None)
-                continue
-            if number and not over.wait(SOON) and idle():
-                leave()
-
-    threading.Thread(target=heed, name="signals", daemon=True).start()
-    try:
-        yield
-    finally:
-        over.set()
-        signal.set_wakeup_fd(before)
-        writer.close()
-
-
 class Ending:
     """Decides this host's exit code, and kills its ranks if they do not end after another host did."""
 
     def __init__(self, patience: float, *, alone: bool = False) -> None:
         self._patience, self._alone = patience, alone  # patience: seconds for ranks to end after another host did
         self._ended, self._over = threading.Event(), threading.Event()  # the ranks ended; the exit code is decided
-        self._codes: dict[int, int | None] = {}  # of other hosts by index; None: the host vanished
-        self._speaking, self._is_cause = threading.Lock(), False  # is_cause: the others end because this host did
+        self.codes: dict[int, int | None] = {}  # of other hosts by index; None: the host vanished
+        self._is_cause = False  # the others end because this host did
         self.stay: Callable[[], object] = lambda: None  # executes this process anew, to meet the others again
         self.lost = False  # another host vanished
         self.killed = False  # a rank on this host was killed by an external signal
@@ -97,21 +65,19 @@ class Ending:
 
     def report(self, code: int, reason: str) -> None:
         """Log why this host's ranks ended with `code`: the last line, where the others end because of it."""
-        with self._speaking:
-            self._is_cause = code == BAD_INPUT or self.killed
-            say(reason)
+        self._is_cause = code == BAD_INPUT or self.killed
+        say(reason)
 
     def note(self, host: int, code: int | None, lost: bool) -> None:
         """Record that `host` ended with `code` (None: it vanished) and whether it knew of a `lost` host; then wait for
         this host's ranks to end, or kill them."""
         over = self._over.is_set()
         self.lost = self.lost or (not over and (code is None or lost))
-        self._codes[host] = code
+        self.codes[host] = code
         if over:
             return
-        with self._speaking:
-            if not self._is_cause:
-                say(f"host {host} ended {'without a code: lost' if code is None else f'with code {code}'}")
+        if not self._is_cause:
+            say(f"host {host} ended {'without a code: lost' if code is None else f'with code {code}'}")
         # While no host is lost, ranks may be writing a checkpoint.
         if not self._ended.wait(SOON if lost or code is None else self._patience):
             say("this host's ranks do not end: killed")
@@ -126,11 +92,11 @@ class Ending:
         self._ended.set()
         crashed = code not in (0, BAD_INPUT, INTERRUPTED)
         if crashed and not self.killed and not self._alone:
-            self.wait_for(lambda: bool(self._codes), GRACE)
-            if code != PEER_LOST and {*self._codes.values()} == {PEER_LOST}:
+            self.wait_for(lambda: bool(self.codes), GRACE)
+            if code != PEER_LOST and {*self.codes.values()} == {PEER_LOST}:
                 self.wait_for(lambda: self.lost, SOON)  # the host that they lost may still report its end
         self._over.set()
-        if code == PEER_LOST and BAD_INPUT in self._codes.values():  # Slurm takes the highest of all hosts' codes
+        if code == PEER_LOST and BAD_INPUT in self.codes.values():  # Slurm takes the highest of all hosts' codes
             return BAD_INPUT
         return PEER_LOST if self.lost and crashed else code
 
@@ -138,11 +104,6 @@ class Ending:
         """Whether this host, which would end with `code`, can meet the others again, as nothing is wrong with it."""
         ended = code == PEER_LOST or (code == INTERRUPTED and not self.stopping)  # as another host was asked to
         return ended and not self.asked and not self._alone
-
-    def code_of(self, host: int, within: float) -> int | None:
-        """The exit code of another host; None if it vanished or has not reported one within so many seconds."""
-        self.wait_for(lambda: host in self._codes, within)
-        return self._codes.get(host)
 
 
 def kill_children() -> list[psutil.Process]:

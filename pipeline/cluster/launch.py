@@ -16,21 +16,18 @@ import argparse
 import contextlib
 import math
 import os
-import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster.engine_file import find_engine, require_gpus, without_engine
 from pipeline.cluster.exit_codes import Ending, leave_at_once, program, say
-from pipeline.cluster.local_ranks import TRAIN, load_launcher, run_ranks
-from pipeline.cluster.meeting import TELLING, Links, interface_of, listen, meet, reject_all
+from pipeline.cluster.local_ranks import TRAIN, find_engine, load_launcher, require_gpus, run_ranks, without_engine
+from pipeline.cluster.meeting import TELLING, Links, listen, meet, reject_all
 from pipeline.cluster.place import RANKS, Place, find_place, find_ports
 from pipeline.cluster.rejoin import check_progress, meet_again
 from pipeline.errors import (
@@ -61,12 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--port", type=port, default=ranks, help="port of host 0 for the ranks (%(default)s)")
     add("--meeting-port", type=port, default=meeting, help="port of host 0 for the meeting of hosts (%(default)s)")
     add("--wait", type=_between(1, 10**6), default=900, help="seconds to wait for the other hosts (%(default)s)")
-    add(
-        "--reach",
-        type=_between(0, 10**6),
-        default=300,
-        help="seconds to wait for the bucket of run.remote (%(default)s)",
-    )
+    add("--reach", type=_between(0, 10**6), default=300, help="seconds to wait for run.remote's bucket (%(default)s)")
     return parser
 
 
@@ -74,9 +66,6 @@ def main(arguments: Sequence[str]) -> int:
     """Start the ranks and wait for them. Returns the exit code; InputError, PeerLost and Unavailable are logged."""
     outlive_terminal()
     parser, environ = build_parser(), dict(os.environ)
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # before torch is imported: its sockets log stacks of 20 lines
     on_signals(leave_at_once)  # a container's first process ignores signals without handlers
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # that came while it executed itself anew
     options, training = parser.parse_known_args(arguments)
@@ -127,12 +116,7 @@ def _launch(options: argparse.Namespace, training: Sequence[str], environ: Mappi
     ending, begun = Ending(patience=config.stop.within + 30, alone=place.hosts == 1), time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         if place.is_replaced:
-
-            def stay() -> None:
-                shutil.rmtree(scratch, ignore_errors=True)
-                meet_again(environ, PEER_LOST, ending, links, seconds=0)
-
-            ending.stay = stay
+            ending.stay = partial(meet_again, environ, PEER_LOST, ending, links, seconds=0)
         links.watch(ending.note)
         file = Path(scratch) / "engine.yaml"
         file.write_text(engine)
@@ -142,16 +126,17 @@ def _launch(options: argparse.Namespace, training: Sequence[str], environ: Mappi
         links.leave(code, lost=ending.lost)  # before waiting for the code of a host that may wait for this one's
     code = ending.judge(code)
     if code == 0 and config.run.remote and place.index == 0:
-        done = ThreadPoolExecutor(1).submit(
-            _is_done, config, options.reach
-        )  # in a thread, since a signal does not end a request
-        ending.wait_for(done.done)
-        if not done.done() or not done.result():
-            code = FAILED if done.done() else INTERRUPTED
+        on_signals(leave_at_once)
+        if ending.asked:
+            leave_at_once()
+        if not _is_done(config, options.reach):
+            code = FAILED
             say(f"the run is done, but {config.run.remote} does not hold its end: start again to send it once more")
     links.leave(code, lost=ending.lost or ending.killed)
-    if code == 0 and config.run.remote and place.index and ending.code_of(0, options.reach + 60) != 0:
-        code = INTERRUPTED if ending.asked else PEER_LOST
+    if code == 0 and config.run.remote and place.index:
+        ending.wait_for(lambda: 0 in ending.codes, options.reach + 60)
+        if ending.codes.get(0) != 0:
+            code = INTERRUPTED if ending.asked else PEER_LOST
     if place.is_replaced and ending.may_go_on(code):
         return meet_again(environ, code, ending, links, seconds)
     return code
@@ -159,18 +144,20 @@ def _launch(options: argparse.Namespace, training: Sequence[str], environ: Mappi
 
 def _meet_others(options: argparse.Namespace, config: Any, place: Place, processes: int) -> tuple[Links | None, str]:
     """Connections to the other hosts once all are there, and the engine's configuration; None if the run is done."""
-    listener = listen(place, options.meeting_port)
+    listener = listen(options.meeting_port) if place.hosts > 1 and place.index == 0 else None
     with listener or contextlib.nullcontext():
         try:
-            engine = find_engine(options.engine, place.hosts * processes, config.train.precision)
+            engine = find_engine(options.engine, config.train.precision)
             require_gpus(options.gpus, processes, engine)
             if _is_done(config, options.reach):
                 say(f"nothing left to do: the run in {config.run.remote} is done")
                 return None, ""
-            _check_host(options, place, processes)
-            if place.hosts > 1:  # import it, which takes a second, while waiting for the others
-                load_launcher()
-            links = meet(place, port=options.meeting_port, within=options.wait, say=say, listener=listener)
+            if place.hosts > 1:
+                say(f"host {place.index} of {place.hosts}, {processes} ranks each, under {place.orchestrator}")
+                if listener:
+                    listen(options.port, "--port").close()
+                load_launcher()  # imported, which takes a second, while the others are awaited
+            links = meet(place, listener, port=options.meeting_port, within=options.wait, say=say)
         except InputError as error:
             if listener:  # host 0: the others end for the same reason
                 on_signals(lambda *_: os._exit(BAD_INPUT))
@@ -178,23 +165,11 @@ def _meet_others(options: argparse.Namespace, config: Any, place: Place, process
                 reject_all(listener, place, error)
             raise
     if place.hosts > 1:
-        if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_of(links.address)):
+        if "GLOO_SOCKET_IFNAME" not in os.environ and (name := links.interface()):
             os.environ["GLOO_SOCKET_IFNAME"] = name  # else gloo uses the address of the host's name, often 127.0.1.1
         say(f"all hosts are here; host 0 is {links.address}")
         check_progress(links)
     return links, engine
-
-
-def _check_host(options: argparse.Namespace, place: Place, processes: int) -> None:
-    """Raise InputError where this host lacks what its ranks need."""
-    if place.hosts > 1:
-        say(f"host {place.index} of {place.hosts}, {processes} ranks each, under {place.orchestrator}")
-        if place.index == 0:
-            try:
-                socket.create_server(("", options.port)).close()
-            except OSError as error:
-                problem = f"port {options.port} is in use on host 0 ({error.strerror})"
-                raise InputError(f"{problem}: choose another --port") from None
 
 
 def _is_done(config: Any, within: float) -> bool:

@@ -1,39 +1,94 @@
-"""The ranks of this host: started through Accelerate in this process, so that signals reach it, and ended with it."""
+"""The ranks of this host: which configuration of Accelerate starts them, in this process so that signals reach it."""
 
 import argparse
 import contextlib
 import gc
+import json
 import os
 import signal
+import socket
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import yaml
 
-from pipeline.cluster.exit_codes import (
-    CRASHED,
-    MEANINGS,
-    QUIET,
-    SOON,
-    Ending,
-    explain,
-    heeded,
-    leave_at_once,
-    say,
-    weight,
-)
+from pipeline import shipped
+from pipeline.cluster.exit_codes import CRASHED, MEANINGS, SOON, Ending, explain, leave_at_once, say, weight
 from pipeline.cluster.place import Place
 from pipeline.errors import FAILED, INTERRUPTED, PEER_LOST, InputError, on_signals, one_line
 
-FIXED = (
-    "--rdzv_backend=static",
-    "--deepspeed_multinode_launcher=standard",
-    "--num_cpu_threads_per_process=1",
-    "--quiet",
-)
+QUIET = 30.0  # seconds without ranks after which the log mentions it
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+POSSIBLE = {
+    "compute_environment": ("LOCAL_MACHINE",),
+    "distributed_type": ("NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED", "False"),
+    "mixed_precision": ("no", "fp16", "bf16", "None", "False"),
+}
+"""Values of a configuration of Accelerate with which training can start; `no` without quotes is False in YAML."""
+
+
+def find_engine(name: str, precision: str = "") -> str:
+    """The text of an Accelerate configuration: of the file `name`, of the file of that name in launch/, or, for '', of
+    DDP with train.precision=`precision`.
+
+    Raises InputError where there is no such file, or training cannot start with it.
+    """
+    if not name:
+        use_cpu, mixed = without_engine(precision)
+        kind = "compute_environment: LOCAL_MACHINE, distributed_type: MULTI_GPU, same_network: true"
+        return f'{{{kind}, use_cpu: {use_cpu}, mixed_precision: "{mixed}"}}\n'
+    for file in (Path(name), shipped(f"launch/{name}.yaml"), shipped(f"launch/{name}")):
+        if os.path.isfile(file):
+            try:
+                return _read_engine(file)
+            except Exception as error:  # of many kinds
+                reason = one_line(error, 200)
+                raise InputError(f"--engine {file} is no configuration of Accelerate: {reason}") from None
+    known = ", ".join(sorted(file.stem for file in shipped("launch").glob("*.yaml")))
+    raise InputError(f"--engine {name} is no file and no name in launch/{': ' + known if known else ''}")
+
+
+def _read_engine(file: Path) -> str:
+    """The configuration in a file, as YAML. Raises what Accelerate raises, or ValueError for what it would only refuse
+    in the ranks."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config: Any = load_config_from_file(str(file))
+    for key, values in POSSIBLE.items():
+        value = getattr(config, key)
+        if str(getattr(value, "value", value)) not in values:
+            raise ValueError(f"{key} is {value}: it must be one of {', '.join(values[:4])}")
+    text = file.read_text()
+    content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    deepspeed = content.get("deepspeed_config") or {}
+    if str(stage := deepspeed.get("zero_stage", 0)) not in ("0", "1", "2", "3"):
+        raise ValueError(f"deepspeed_config.zero_stage is {stage}: it must be 0, 1, 2 or 3")
+    settings = deepspeed.get("deepspeed_config_file")
+    if settings and settings != "none" and not os.path.isfile(str(settings)):
+        raise ValueError(f"deepspeed_config_file {settings}: no such file")
+    return yaml.safe_dump(content) if file.suffix == ".json" else text
+
+
+def without_engine(precision: str) -> tuple[str, str]:
+    """use_cpu and mixed_precision as in launch/gpus.yaml and launch/cpu.yaml, except that train.precision decides."""
+    from pipeline.distributed.host import count_gpus
+
+    return ("false", "no" if precision else "bf16") if count_gpus() else ("true", "no")
+
+
+def require_gpus(wanted: int, processes: int, engine: str) -> None:
+    """Raise InputError or Unavailable where this host has fewer GPUs than --gpus=`wanted`, or than its ranks need."""
+    from pipeline.distributed.host import check_gpus, count_gpus
+
+    check_gpus(f"--gpus {wanted}", wanted)
+    config = yaml.safe_load(engine)
+    on_gpus = count_gpus() or config.get("distributed_type") == "MULTI_GPU"  # DeepSpeed also runs on CPUs
+    if on_gpus and not config.get("use_cpu"):
+        check_gpus(f"{processes} ranks on GPUs are to start here (on CPUs: --engine cpu)", processes)
 
 
 def run_ranks(
@@ -58,7 +113,8 @@ def run_ranks(
         nonlocal silent
         if idle():
             leave_at_once()
-        silent = INTERRUPTED if _is_young() else FAILED  # ranks may not have handlers yet
+        if any(child.create_time() > time.time() - SOON for child in psutil.Process().children()):
+            silent = INTERRUPTED  # it may not have handlers yet
         ending.listen()  # a second signal would end the wait for the ranks' checkpoint
         ending.stopping = True
         forwarded = signal.SIGTERM if number in (signal.SIGHUP, signal.SIGQUIT) else signal.Signals(number)
@@ -66,13 +122,9 @@ def run_ranks(
 
     os.environ.update(NAIGN_ENDINGS=str(engine.parent), PET_SIGNALS_TO_HANDLE="SIGSYS")  # else torchrun replaces these
     on_signals(forward)
-
-    def wait() -> None:
-        if idle():
-            say(f"no ranks after {QUIET:.0f} s: do all hosts reach port {port} of host 0 ({address})?")
-
+    unreached = f"no ranks after {QUIET:.0f} s: do all hosts reach port {port} of host 0 ({address})?"
     try:
-        with heeded(lambda: idle() and not ending.stopping, leave_at_once, wait):
+        with _heeded(idle, ending, unreached):
             try:
                 start(parse([*_options(engine, place, processes, address, port), *training]))
                 return 0
@@ -98,9 +150,31 @@ def run_ranks(
     return code
 
 
-def _is_young() -> bool:
-    """Whether this process started others within the last SOON seconds."""
-    return any(child.create_time() > time.time() - SOON for child in psutil.Process().children())
+@contextlib.contextmanager
+def _heeded(idle: Callable[[], bool], ending: Ending, unreached: str) -> Iterator[None]:
+    """While the main thread may wait in C++, where no handler runs: leave SOON seconds after a signal if no rank is
+    there, and log `unreached` if there is none after QUIET seconds."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    before, over = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False), threading.Event()
+
+    def heed() -> None:
+        while reader.recv(1):
+            if not over.wait(SOON) and idle() and not ending.stopping:
+                leave_at_once()
+
+    def mention() -> None:
+        if not over.wait(QUIET) and idle():
+            say(unreached)
+
+    for act in (heed, mention):
+        threading.Thread(target=act, name="signals", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+        signal.set_wakeup_fd(before)
+        writer.close()
 
 
 def _options(engine: Path, place: Place, processes: int, address: str, port: int) -> list[str]:
@@ -108,7 +182,8 @@ def _options(engine: Path, place: Place, processes: int, address: str, port: int
     return [
         *("--config_file", str(engine), "--num_machines", str(place.hosts), "--machine_rank", str(place.index)),
         *("--num_processes", str(place.hosts * processes), "--main_process_ip", address),
-        *("--main_process_port", str(port if place.hosts > 1 else 0), *FIXED, str(TRAIN)),
+        *("--main_process_port", str(port if place.hosts > 1 else 0), "--rdzv_backend=static", "--quiet"),
+        *("--deepspeed_multinode_launcher=standard", "--num_cpu_threads_per_process=1", str(TRAIN)),
     ]
 
 

@@ -13,7 +13,6 @@ a collective may not report for minutes.
 """
 
 import contextlib
-import json
 import random
 import re
 import socket
@@ -21,12 +20,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import psutil
 
-from pipeline.cluster.admission import Disagreement, Guests, Hello, Met, notice_death
-from pipeline.cluster.place import MOST, Place
+from pipeline.cluster.admission import Answer, Guests, Hello, notice_death
+from pipeline.cluster.place import Place
 from pipeline.errors import InputError, PeerLost, printable
 
 EVERY = 10.0  # seconds between two messages about the missing hosts
@@ -35,67 +34,64 @@ TELLING = 30.0  # seconds for which host 0 stays to tell hosts that start later 
 
 def meet(
     place: Place,
+    listener: socket.socket | None,  # what `listen` opened on host 0
     *,
     port: int,
     within: float = 900,  # seconds
     say: Callable[[str], None] = print,
-    listener: socket.socket | None = None,
 ) -> "Links":
-    """Wait until every host of this start is connected; `listener` is what `listen` opened on host 0, if called.
+    """Wait until every host of this start is connected.
 
     Raises PeerLost when time is up or another host has this index, InputError if the hosts disagree on how many they
-    are or the port is in use.
+    are.
     """
     if place.hosts == 1:
-        return Links("127.0.0.1", {}, Met(1, 1))
-    if place.generation >= MOST:
-        raise PeerLost(f"generation {place.generation} is the last that hosts can count to: start all again")
-    waiting = _Waiting(within, say)
-    if place.index:
-        return _go_to_first(place, port, waiting)
-    if listener:
-        return _wait_for_others(place, listener, waiting)
-    with cast(socket.socket, listen(place, port)) as opened:
-        return _wait_for_others(place, opened, waiting)
+        return Links("127.0.0.1", {}, 1, 1)
+    check = _time_limit(within, say)
+    return _wait_for_others(place, listener, check, say) if listener else _go_to_first(place, port, check)
 
 
-def listen(place: Place, port: int) -> socket.socket | None:
-    """The listening socket on host 0, None on others. It is open before the checks that only host 0 makes."""
-    if place.hosts == 1 or place.index:
-        return None
+def listen(port: int, option: str = "--meeting-port") -> socket.socket:
+    """A listening socket of host 0, on the port that `option` names; InputError if it is in use."""
     both = socket.has_dualstack_ipv6()
     try:
         family = socket.AF_INET6 if both else socket.AF_INET
         return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=1024)
     except OSError as error:
         problem = f"port {port} cannot be opened on host 0 ({error.strerror})"
-        raise InputError(f"{problem}: choose another --meeting-port") from None
+        raise InputError(f"{problem}: choose another {option}") from None
 
 
 def reject_all(listener: socket.socket, place: Place, error: InputError, within: float = TELLING) -> None:
     """Tell the other hosts why all end as they connect, for `within` seconds or until all of them know."""
-    reason, informed = (str(error), error.informed) if isinstance(error, Disagreement) else (f"host 0: {error}", set())
     until = time.monotonic() + within
-    with contextlib.closing(Guests(place, listener, lambda _: None, ending=reason[:400])) as guests:
-        while len(guests.informed | informed) < place.hosts - 1 and (left := until - time.monotonic()) > 0:
+    with contextlib.closing(Guests(place, listener, lambda _: None, ending=f"host 0: {error}"[:400])) as guests:
+        while len(guests.informed) < place.hosts - 1 and (left := until - time.monotonic()) > 0:
             guests.serve(min(left, 1))
 
 
 class Links:
     """Open connections by host index: of host 0 to all others, of any other host to host 0."""
 
-    def __init__(self, address: str, peers: dict[int, socket.socket], met: Met, received: bytes = b"") -> None:
+    def __init__(self, address: str, peers: dict[int, socket.socket], generation: int, since: int) -> None:
         self.address = address  # of host 0
-        self.generation, self.since = met
-        self._peers, self._received = peers, received  # received: what host 0 has sent already
+        self.generation, self.since = generation, since  # see Place
+        self._peers = peers
+
+    def interface(self) -> str:
+        """The network interface by which this host reaches the others; '' if unknown."""
+        mine = _plain(next(iter(self._peers.values())).getsockname())
+        for name, addresses in psutil.net_if_addrs().items():
+            if mine in [entry.address.partition("%")[0] for entry in addresses]:
+                return name
+        return ""
 
     def watch(self, ended: Callable[[int, int | None, bool], None]) -> None:
         """Call `ended(host, code, lost)` from a thread when a host ends: what its `leave` sent, or None and False."""
-        for peer in self._peers.values():
-            peer.setblocking(True)
 
         def listen(host: int, peer: socket.socket) -> None:
-            received = self._received
+            received = b""
+            peer.setblocking(True)
             with contextlib.suppress(OSError):
                 while part := peer.recv(64):
                     received += part
@@ -113,119 +109,103 @@ class Links:
                 peer.shutdown(socket.SHUT_WR)
 
 
-class _Waiting:
-    """The time limit of a wait, and its messages."""
+def _time_limit(within: float, say: Callable[[str], None]) -> Callable[[str], None]:
+    """What to call about once a second with who is awaited: it logs that every EVERY seconds, and raises PeerLost after
+    `within` seconds."""
+    begun = said = time.monotonic()
 
-    def __init__(self, within: float, say: Callable[[str], None]) -> None:
-        self._begun = time.monotonic()
-        self._within, self.say = within, say
-        self._next = self._begun + EVERY
-
-    def check(self, for_whom: str) -> None:
-        """Raise PeerLost when time is up, and log every EVERY seconds; to be called about once a second."""
+    def check(for_whom: str) -> None:
+        nonlocal said
         now = time.monotonic()
-        if now > self._begun + self._within:
+        if now > begun + within:
             remedy = "start all again and they go on from the newest checkpoint"
-            raise PeerLost(f"waited {self._within:.0f} s for {for_whom}, which is not there: {remedy}")
-        if now >= self._next:
-            self.say(f"waiting for {for_whom} ({now - self._begun:.0f} s)")
-            self._next = now + EVERY
+            raise PeerLost(f"waited {within:.0f} s for {for_whom}, which is not there: {remedy}")
+        if now >= said + EVERY:
+            said = now
+            say(f"waiting for {for_whom} ({now - begun:.0f} s)")
+
+    return check
 
 
-def _wait_for_others(place: Place, listener: socket.socket, waiting: _Waiting) -> Links:
-    with contextlib.closing(Guests(place, listener, waiting.say)) as guests:
+def _wait_for_others(
+    place: Place, listener: socket.socket, check: Callable[[str], None], say: Callable[[str], None]
+) -> Links:
+    with contextlib.closing(Guests(place, listener, say)) as guests:
         while len(guests.hosts) < place.hosts - 1:
             missing = [index for index in range(1, place.hosts) if index not in guests.hosts]
             shown = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
-            waiting.check(f"host {shown} of {place.hosts}")
+            check(f"host {shown} of {place.hosts}")
             guests.serve(seconds=1)
         peers = {index: peer for index, (peer, _) in guests.hosts.items()}
-        address = str(next(iter(peers.values())).getsockname()[0]).removeprefix("::ffff:")
-        past = [
-            (place.generation, place.since),
-            *((hello.generation, hello.since) for _, hello in guests.hosts.values()),
-        ]
-        generation, (last, since) = 1 + guests.newest, max(past)
-        same = last == guests.newest and all(number for number, _ in past)
-        met = Met(generation, since if same else generation)
+        generation = guests.newest + 1
+        same = place.generation == guests.newest and all(hello.generation for _, hello in guests.hosts.values())
+        answer = Answer(go=True, generation=generation, since=place.since if same else generation)
         for peer in peers.values():
             with contextlib.suppress(OSError):  # a host that is gone is missed later, and all meet again
                 peer.setblocking(True)
-                peer.sendall(json.dumps({"go": True, **met._asdict()}).encode() + b"\n")
-        return Links(address, peers, met)
+                peer.sendall(answer.line())
+        return Links(_plain(next(iter(peers.values())).getsockname()), peers, generation, answer.since)
 
 
-def _go_to_first(place: Place, port: int, waiting: _Waiting) -> Links:
-    hello = Hello(place.start, place.index, place.hosts, place.generation, place.since, uuid.uuid4().hex)
-    awaited, reason = f"an answer of {place.head}, port {port}, where a program listens", ""
+def _go_to_first(place: Place, port: int, check: Callable[[str], None]) -> Links:
+    hello = Hello(place.start, place.index, place.hosts, place.generation, uuid.uuid4().hex)
+    reason = ""
     while True:
-        waiting.check(f"host 0 ({place.head}, port {port}){reason}")
+        check(f"host 0 ({place.head}, port {port}){reason}")
         with contextlib.ExitStack() as stack:
             try:
                 connection = stack.enter_context(_connect(place.head, port))
                 notice_death(connection)
                 connection.sendall(hello.line())
-                answer, rest = _answer(connection, lambda: waiting.check(awaited))
-                if answer.get("go"):
-                    met = Met.read(answer)
+                answer = _answer(
+                    connection, lambda: check(f"an answer of {place.head}, port {port}, where a program listens")
+                )
+                if answer.go:
                     stack.pop_all()
-                    return Links(str(connection.getpeername()[0]).removeprefix("::ffff:"), {0: connection}, met, rest)
+                    return Links(_plain(connection.getpeername()), {0: connection}, answer.generation, answer.since)
             except socket.gaierror as error:
-                answer = {"no": f"no address of that name ({error.strerror})"}
+                answer = Answer(no=f"no address of that name ({error.strerror})")
             except OSError:
-                answer = {}
-            except (ValueError, TypeError, KeyError, RecursionError):
-                answer = {"no": "another program answers there"}
-            refusal = printable(str(answer.get("no", "")))
-            if answer.get("end"):
+                answer = Answer()
+            except ValueError:
+                answer = Answer(no="another program answers there")
+            refusal = printable(answer.no)
+            if answer.end:
                 raise InputError(refusal or "host 0 rejected this one")
-            if answer.get("leave"):
+            if answer.leave:
                 raise PeerLost(refusal or "host 0 has another host in this one's place")
             reason = f": {refusal}" if refusal else ""
         time.sleep(0.5)
 
 
+def _plain(address: Any) -> str:
+    """The address of a socket, an IPv4 one not written as IPv6."""
+    return str(address[0]).removeprefix("::ffff:")
+
+
 def _connect(name: str, port: int) -> socket.socket:
     """Connect to one of a name's addresses, in random order, since one may be that of a pod of an earlier start."""
     addresses = [str(entry[4][0]) for entry in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)]
-    random.shuffle(addresses)
-    problem = OSError(f"no address of {name}")
-    for address in addresses:
-        try:
+    for address in random.sample(addresses, len(addresses)):
+        with contextlib.suppress(OSError):
             return socket.create_connection((address, port), timeout=5)
-        except OSError as error:
-            problem = error
-    raise problem
+    raise OSError(f"no address of {name} answers")
 
 
-def _answer(connection: socket.socket, check: Callable[[], None]) -> tuple[dict[str, Any], bytes]:
-    """Host 0's answer, {} if it closes the connection, and the bytes that followed it."""
+def _answer(connection: socket.socket, check: Callable[[], None]) -> Answer:
+    """Host 0's answer. It is read byte by byte: what follows is for `Links.watch`. OSError if the connection closes."""
     connection.settimeout(1)
-    data = b""
-    while b"\n" not in data:
+    line = b""
+    while not line.endswith(b"\n"):
         check()
-        try:
-            part = connection.recv(4096)
-        except TimeoutError:
-            continue
-        data += part
-        if not part:
-            return {}, b""
-        if len(data) > 4096:
+        with contextlib.suppress(TimeoutError):
+            byte = connection.recv(1)
+            if not byte:
+                raise ConnectionAbortedError
+            line += byte
+        if len(line) > 4096:
             raise ValueError("too long for an answer")
-    line, _, rest = data.partition(b"\n")
-    answer = json.loads(line)
-    return (answer if isinstance(answer, dict) else {}), rest
-
-
-def interface_of(address: str) -> str:
-    """The network interface by which this host reaches an address; '' if unknown."""
-    with contextlib.suppress(OSError):
-        family = socket.getaddrinfo(address, 1, type=socket.SOCK_DGRAM)[0][0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((address, 1))
-            mine = probe.getsockname()[0].removeprefix("::ffff:")
-        for name, addresses in psutil.net_if_addrs().items():
-            if mine in [entry.address.partition("%")[0] for entry in addresses]:
-                return name
-    return ""
+    answer = Answer.read(line)
+    if answer.go and not 0 < answer.since <= answer.generation:
+        raise ValueError("a generation before its first")
+    return answer

@@ -52,7 +52,7 @@ def find_place(environ: Mapping[str, str]) -> Place:
 
 
 def _find_place(environ: Mapping[str, str]) -> Place:
-    processes, start = _number(environ, "NAIGN_PROCESSES", default=0), environ.get("NAIGN_START", "")
+    processes, start = 0, environ.get("NAIGN_START", "")
     if "NAIGN_HOSTS" in environ:
         name, index, hosts = "Kubernetes", _number(environ, "JOB_COMPLETION_INDEX"), _number(environ, "NAIGN_HOSTS")
         head = _text(environ, "NAIGN_HEAD")
@@ -60,11 +60,11 @@ def _find_place(environ: Mapping[str, str]) -> Place:
         name, hosts, per_node = "Kubeflow", _number(environ, "PET_NNODES"), environ.get("PET_NPROC_PER_NODE", "auto")
         index = _number(environ, "PET_NODE_RANK", default=0 if hosts == 1 else None)
         head = environ.get("PET_MASTER_ADDR", "localhost")
-        processes = processes or (_number(environ, "PET_NPROC_PER_NODE") if per_node.isdecimal() else 0)
+        processes = _number(environ, "PET_NPROC_PER_NODE") if per_node.isdecimal() else 0
     elif "SLURM_PROCID" in environ and "SLURM_STEP_ID" not in environ:  # the batch script itself
         hosts = _number(environ, "SLURM_NNODES", default=1)
         require((hosts == 1, f"this job has {hosts} nodes: start training with srun, as launch/slurm.sbatch does"))
-        return Place(orchestrator="none", processes=processes)
+        return Place(orchestrator="none")
     elif "SLURM_PROCID" in environ:
         tasks, nodes = environ.get("SLURM_NTASKS"), environ.get("SLURM_NNODES")
         if tasks != nodes:
@@ -82,7 +82,7 @@ def _find_place(environ: Mapping[str, str]) -> Place:
             "k8s/job.yaml does; 1 if each trains for itself, which needs a --run.path of its own"
         )
     else:
-        return Place(orchestrator="none", processes=processes)
+        return Place(orchestrator="none")
     if not all(re.fullmatch(r"[\w:-]{1,63}", label, re.ASCII) for label in head.rstrip(".").split(".")):
         raise InputError(f"'{head[:300]}' is no name of a host: see NAIGN_HEAD in k8s/job.yaml")
     if not 0 <= index < hosts:

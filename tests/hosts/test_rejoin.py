@@ -1,5 +1,6 @@
 """Hosts that meet again after one was lost: which generation it is, who is taken in, who stays, and who leaves."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -14,9 +15,9 @@ import psutil
 import pytest
 
 from pipeline.cluster import rejoin
-from pipeline.cluster.admission import Hello, Met
+from pipeline.cluster.admission import Hello
 from pipeline.cluster.exit_codes import Ending
-from pipeline.cluster.meeting import Links, meet
+from pipeline.cluster.meeting import Links, listen, meet
 from pipeline.cluster.place import Place
 from pipeline.cluster.rejoin import LIMIT, check_progress, meet_again
 from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, PeerLost, Unavailable
@@ -34,10 +35,11 @@ def together(*places: Place, port: int, within: float = 20) -> list[Any]:
     found: list[Any] = [None] * len(places)
 
     def come(number: int) -> None:
-        try:
-            found[number] = meet(places[number], port=port, within=within, say=lambda _: None)
-        except PeerLost as error:
-            found[number] = error
+        with contextlib.nullcontext() if number else listen(port) as listener:
+            try:
+                found[number] = meet(places[number], listener, port=port, within=within, say=lambda _: None)
+            except PeerLost as error:
+                found[number] = error
 
     threads = [threading.Thread(target=come, args=(number,)) for number in range(len(places))]
     for thread in threads:
@@ -50,10 +52,10 @@ def together(*places: Place, port: int, within: float = 20) -> list[Any]:
 @pytest.mark.parametrize(
     ("past", "met"),
     [
-        (((0, 0), (0, 0), (0, 0)), Met(1, 1)),  # at first
-        (((4, 2), (4, 2), (4, 2)), Met(5, 2)),  # none was replaced
-        (((4, 2), (0, 0), (4, 2)), Met(5, 5)),
-        (((0, 0), (4, 2), (3, 2)), Met(5, 5)),  # host 0 was lost before it had told all that they had met
+        (((0, 0), (0, 0), (0, 0)), (1, 1)),  # at first
+        (((4, 2), (4, 2), (4, 2)), (5, 2)),  # none was replaced
+        (((4, 2), (0, 0), (4, 2)), (5, 5)),
+        (((0, 0), (4, 2), (3, 2)), (5, 5)),  # host 0 was lost before it had told all that they had met
     ],
 )
 def test_each_meeting_is_one_more_than_any_host_has_seen(past, met):
@@ -78,8 +80,9 @@ def greet(port: int, hello: Hello) -> socket.socket:
 
 def test_of_two_pods_with_one_index_the_later_goes_on_unless_it_is_of_an_older_generation():
     port, first = free_port(), host(0, 5)
-    hello = Hello("a", 1, 3, 0, 0, "earlier")
-    meeting = threading.Thread(target=lambda: found.append(meet(first, port=port, within=20, say=said.append)))
+    listener = listen(port)
+    hello = Hello("a", 1, 3, 0, "earlier")
+    meeting = threading.Thread(target=lambda: found.append(meet(first, listener, port=0, within=20, say=said.append)))
     found: list[Links] = []
     said: list[str] = []
     meeting.start()
@@ -89,10 +92,11 @@ def test_of_two_pods_with_one_index_the_later_goes_on_unless_it_is_of_an_older_g
             told = old.recv(1000)
             assert b"a host 1 of generation 3, which came after generation 5, was rejected" in told
             assert b'"leave": true' in told
-        with greet(port, Hello("a", 2, 3, 5, 0, "survivor")) as survivor:
+        with greet(port, Hello("a", 2, 3, 5, "survivor")) as survivor:
             assert b'"go": true, "generation": 6' in later.recv(1000)
             assert b'"go": true, "generation": 6' in survivor.recv(1000)
     meeting.join(10)
+    listener.close()
     assert found[0].generation == 6
     assert [text.partition(":")[0] for text in said] == [
         "host 1 came again, as another pod",
@@ -105,16 +109,16 @@ def test_a_host_whose_place_is_taken_leaves_and_so_does_an_old_host_0():
         thread = threading.Thread(target=lambda: server.accept()[0].sendall(b'{"no": "taken", "leave": true}\n'))
         thread.start()
         with pytest.raises(PeerLost, match="^taken$"):
-            meet(host(1, 3), port=server.getsockname()[1], within=10)
+            meet(host(1, 3), None, port=server.getsockname()[1], within=10)
         thread.join(10)
     old, _ = together(host(0, 3, hosts=2), host(1, 5, hosts=2), port=free_port(), within=2)
     assert "host 1 comes from generation 5, this host 0 from an older one (3)" in str(old)
 
 
 def test_starts_that_end_early_with_the_same_hosts_are_not_tried_for_ever():
-    check_progress(Links("", {}, Met(7, 8 - LIMIT)))
+    check_progress(Links("", {}, 7, 8 - LIMIT))
     with pytest.raises(Unavailable, match="no host was lost"):
-        check_progress(Links("", {}, Met(7, 7 - LIMIT)))
+        check_progress(Links("", {}, 7, 7 - LIMIT))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +158,7 @@ def test_a_host_that_is_asked_to_end_while_its_ranks_are_killed_does_not_meet_ag
     monkeypatch.setattr(rejoin.psutil, "wait_procs", asked)
     monkeypatch.setattr(rejoin.os, "execve", lambda *_: pytest.fail("it goes on"))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    assert meet_again({}, PEER_LOST, ending, Links("", {}, Met(1, 1)), 0.0) == PEER_LOST
+    assert meet_again({}, PEER_LOST, ending, Links("", {}, 1, 1), 0.0) == PEER_LOST
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
