@@ -111,12 +111,12 @@ def run_ranks(
 
     def forward(number: int, _: object) -> None:
         nonlocal silent
+        ending.listen()  # a second signal would interrupt this, or end the wait for the ranks' checkpoint
+        ending.stopping = True
         if idle():
             leave_at_once()
         if any(child.create_time() > time.time() - SOON for child in psutil.Process().children()):
             silent = INTERRUPTED  # it may not have handlers yet
-        ending.listen()  # a second signal would end the wait for the ranks' checkpoint
-        ending.stopping = True
         forwarded = signal.SIGTERM if number in (signal.SIGHUP, signal.SIGQUIT) else signal.Signals(number)
         raise SignalException(f"signal {number}", forwarded)  # on which torch's agent ends the ranks
 
