@@ -1,53 +1,43 @@
 """Files in any store that fsspec can read, such as https://, gs://, az:// and hf://; nothing is written there."""
 
 import builtins
-import contextlib
 from collections.abc import Iterator
-from functools import cache
+from contextlib import AbstractContextManager
 from typing import Any
 
 import fsspec
 
 from pipeline.errors import InputError, Unavailable, printable
 from pipeline.storage.base import Writer
-from pipeline.storage.resumed import NO_RANGES, NetworkStore, Stat
+from pipeline.storage.resumed import NO_RANGES, Missing, NetworkStore, Stat
 
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "gs": "gcsfs", "az": "adlfs", "hf": "huggingface_hub"}
 """What fsspec needs for a scheme, by name on PyPI."""
 _VERSION = ("ETag", "etag", "md5Hash", "Content-MD5", "sha", "mtime", "last_modified", "Last-Modified", "created")
 
 
-@cache
-def _filesystem(scheme: str) -> Any:
-    return fsspec.filesystem(scheme, use_listings_cache=False)
-
-
-def check_scheme(path: str) -> str:
-    """The scheme of a path. Raises InputError where fsspec does not know it, or its package is missing."""
-    scheme, _, rest = path.partition("://")
-    if "@" in rest.partition("/")[0]:
-        raise InputError(f"{scheme}://: the address holds a user or a password, which messages would show")
-    try:
-        fsspec.get_filesystem_class(scheme)
-    except ImportError as error:
-        remedy = f"pip install {PACKAGES.get(scheme, 'what it names')}"
-        raise InputError(f"{path}: cannot read {scheme}:// paths ({printable(str(error))}): {remedy}") from None
-    except ValueError:
-        known = "give a local folder, s3://bucket/prefix, or https://, gs://, az://, hf:// to read from"
-        raise InputError(f"{path}: cannot read {scheme}:// paths: {known}") from None
-    return scheme
-
-
 class RemoteStore(NetworkStore):
     """The files directly in one folder of a store that is only read."""
 
     def __init__(self, path: str) -> None:
+        """Raises InputError for a scheme that fsspec does not know, or whose package is missing."""
         super().__init__(path.rstrip("/"))
-        self._scheme = check_scheme(path)
+        self._scheme, _, rest = path.partition("://")
+        if "@" in rest.partition("/")[0]:
+            raise InputError(f"{self._scheme}://: the address holds a user or a password, which messages would show")
+        what = f"{path}: cannot read {self._scheme}:// paths"
+        try:
+            fsspec.get_filesystem_class(self._scheme)
+        except ImportError as error:
+            remedy = f"pip install {PACKAGES.get(self._scheme, 'what it names')}"
+            raise InputError(f"{what} ({printable(str(error))}): {remedy}") from None
+        except ValueError:
+            known = "give a local folder, s3://bucket/prefix, or https://, gs://, az://, hf:// to read from"
+            raise InputError(f"{what}: {known}") from None
 
     @property
     def _files(self) -> Any:
-        return _filesystem(self._scheme)
+        return fsspec.filesystem(self._scheme, use_listings_cache=False)  # one a process: fsspec keeps it
 
     def folders(self) -> list[str]:
         return self._listed("directory")
@@ -56,23 +46,17 @@ class RemoteStore(NetworkStore):
         return self._listed("file")
 
     def _listed(self, kind: str) -> builtins.list[str]:
-        with contextlib.suppress(FileNotFoundError), self._explained(""):
-            entries = self._retried(f"list {self.path}", lambda: self._files.ls(self.path, detail=True))
-            names = {entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == kind}
-            return sorted(names - {""})
-        return []
-
-    def exists(self, name: str) -> bool:
-        with contextlib.suppress(FileNotFoundError), self._explained(name):
-            return bool(self._info(name).get("type", "file") == "file")
-        return False
-
-    def _info(self, name: str) -> dict[str, Any]:
-        info: dict[str, Any] = self._retried(f"ask about {self.url(name)}", lambda: self._files.info(self.url(name)))
-        return info
+        try:
+            entries = self._retried("list", "", lambda: self._files.ls(self.path, detail=True))
+        except Missing:
+            return []
+        names = {entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == kind}
+        return sorted(names - {""})
 
     def _stat(self, name: str) -> Stat:
-        info = self._info(name)
+        info = self._retried("ask about", name, lambda: self._files.info(self.url(name)))
+        if info.get("type", "file") != "file":
+            raise Missing(f"{self.url(name)}: no file: check the path")
         if info.get("size") is None:
             raise InputError(f"{self.url(name)}: the server does not say how long it is: copy the data elsewhere")
         if info.get("partial") is False:
@@ -86,7 +70,7 @@ class RemoteStore(NetworkStore):
             raise InputError(f"{self.url(name)}: {NO_RANGES}")
         yield data
 
-    def write(self, name: str) -> contextlib.AbstractContextManager[Writer]:
+    def write(self, name: str) -> AbstractContextManager[Writer]:
         raise InputError(f"{self.url(name)}: {self._scheme}:// is only read: write to a local folder or s3://")
 
     def delete(self, name: str) -> None:
@@ -95,22 +79,16 @@ class RemoteStore(NetworkStore):
     def url(self, name: str) -> str:
         return f"{self.path}/{name}" if name else self.path
 
-    @contextlib.contextmanager
-    def _explained(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except (InputError, Unavailable):
-            raise
-        except Exception as error:
-            if self._is_transient(error):
-                raise
-            if isinstance(error, FileNotFoundError):
-                raise _Missing(f"{self.url(name)}: no such file: check the path") from None
-            status = getattr(error, "status", None)
-            is_denied = isinstance(error, PermissionError) or status in (401, 403)
-            remedy = "check what the account of this machine may read" if is_denied else "check the path"
-            reason = f"{f'{status}: ' if status else ''}{printable(str(error))[:200]}"
-            raise InputError(f"{self.url(name)}: {reason}: {remedy}") from None
+    def _explain(self, error: Exception, name: str) -> None:
+        if isinstance(error, InputError | Unavailable):
+            return
+        if isinstance(error, FileNotFoundError):
+            raise Missing(f"{self.url(name)}: no such file: check the path") from error
+        status = getattr(error, "status", None)
+        is_denied = isinstance(error, PermissionError) or status in (401, 403)
+        remedy = "check what the account of this machine may read" if is_denied else "check the path"
+        reason = f"{f'{status}: ' if status else ''}{printable(str(error))[:200]}"
+        raise InputError(f"{self.url(name)}: {reason}: {remedy}") from error
 
     @staticmethod
     def _is_transient(error: Exception) -> bool:
@@ -123,7 +101,3 @@ class RemoteStore(NetworkStore):
         if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError | InputError):
             return False
         return isinstance(error, OSError | TimeoutError) or type(error).__module__.startswith("aiohttp")
-
-
-class _Missing(InputError, FileNotFoundError):
-    """There is no such file."""

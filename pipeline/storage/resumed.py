@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -24,6 +24,10 @@ class Stat(NamedTuple):
     version: str  # changes whenever the file does
 
 
+class Missing(InputError):
+    """There is no such file."""
+
+
 class NetworkStore(Store):
     """A store whose requests can fail and are retried."""
 
@@ -39,18 +43,24 @@ class NetworkStore(Store):
     def _range(self, name: str, version: str, first: int, last: int, piece: int) -> Iterator[bytes]:
         """Request bytes [first, last) of that version once; yields at most `piece` bytes at a time, as they arrive."""
 
-    @abstractmethod
-    def _explained(self, name: str) -> AbstractContextManager[None]:
-        """Turn errors that the user can fix into InputError."""
-
     @staticmethod
     @abstractmethod
     def _is_transient(error: Exception) -> bool:
         """Whether the same request may succeed a moment later."""
 
+    @abstractmethod
+    def _explain(self, error: Exception, name: str) -> None:
+        """Raise InputError for what the user can fix, Missing where there is no such file."""
+
+    def exists(self, name: str) -> bool:
+        try:
+            self.size(name)
+        except Missing:
+            return False
+        return True
+
     def size(self, name: str) -> int:
-        with self._explained(name):
-            self._stats[name] = self._stat(name)
+        self._stats[name] = self._stat(name)
         return self._stats[name].size
 
     def version(self, name: str) -> str:
@@ -84,30 +94,31 @@ class NetworkStore(Store):
         chunks: list[bytes] = []
         at, piece = first, PIECE
         patience = Patience(f"read {self.url(name)}", self.tally)
-        with self._explained(name):
-            while at < last:
-                before = at
-                try:
-                    for chunk in self._range(name, version, at, last, piece):
-                        chunks.append(chunk)
-                        at += len(chunk)
-                    if at < last:
-                        raise ConnectionError(f"the body ended {last - at} bytes early")
-                except Exception as error:
-                    if not self._is_transient(error):
-                        raise
-                    patience.wait(error, at=f", byte {at}", progress=at > before)
-                    piece = SMALL_PIECE
+        while at < last:
+            before = at
+            try:
+                for chunk in self._range(name, version, at, last, piece):
+                    chunks.append(chunk)
+                    at += len(chunk)
+                if at < last:
+                    raise ConnectionError(f"the body ended {last - at} bytes early")
+            except Exception as error:
+                if not self._is_transient(error):
+                    self._explain(error, name)
+                    raise
+                patience.wait(error, at=f", byte {at}", progress=at > before)
+                piece = SMALL_PIECE
         self.tally.add(bytes=last - first)
         return chunks
 
-    def _retried(self, what: str, call: Callable[[], T]) -> T:
+    def _retried(self, what: str, name: str, call: Callable[[], T]) -> T:
         """The answer to one request; transient failures are retried."""
-        patience = Patience(what, self.tally)
+        patience = Patience(f"{what} {self.url(name)}", self.tally)
         while True:
             try:
                 return call()
             except Exception as error:
                 if not self._is_transient(error):
+                    self._explain(error, name)
                     raise
                 patience.wait(error)

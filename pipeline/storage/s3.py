@@ -18,14 +18,13 @@ from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     NoCredentialsError,
-    ParamValidationError,
     PartialCredentialsError,
     ProfileNotFound,
 )
 
 from pipeline.errors import Conflict, InputError, one_line
 from pipeline.storage.prefetch import PARALLEL, in_background
-from pipeline.storage.resumed import NO_RANGES, NetworkStore, Stat
+from pipeline.storage.resumed import NO_RANGES, Missing, NetworkStore, Stat
 from pipeline.storage.retry import Patience
 from pipeline.storage.s3_client import BadSettings, client, is_anonymous, is_transient
 
@@ -34,8 +33,11 @@ CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a
 _DENIED = ("AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
 
 
-def _code(error: ClientError) -> str:
-    return str(error.response["Error"].get("Code"))
+_MISSING = ("NoSuchKey", "404", "NotFound")
+
+
+def _code(error: BaseException | None) -> str:
+    return str(error.response["Error"].get("Code")) if isinstance(error, ClientError) else ""
 
 
 class S3Store(NetworkStore):
@@ -64,22 +66,11 @@ class S3Store(NetworkStore):
         """Pages of the listing of what lies directly under the prefix."""
         after: dict[str, str] = {}
         while True:
-            with self._explained(""):
-                page = self._ask("list_objects_v2", Prefix=self._prefix, Delimiter="/", **after)
+            page = self._ask("list_objects_v2", Prefix=self._prefix, Delimiter="/", **after)
             yield page
             if not page.get("IsTruncated"):
                 return
             after = {"ContinuationToken": page["NextContinuationToken"]}
-
-    def exists(self, name: str) -> bool:
-        with self._explained(name):
-            try:
-                self._stats[name] = self._stat(name)
-            except ClientError as error:
-                if _code(error) not in ("404", "NoSuchKey", "NotFound") or self._bucket_is_missing():
-                    raise
-                return False
-        return True
 
     _is_transient = staticmethod(is_transient)
 
@@ -105,19 +96,17 @@ class S3Store(NetworkStore):
 
     @contextlib.contextmanager
     def write(self, name: str) -> Iterator["Upload"]:
-        with self._explained(name):
-            upload = Upload(self, name)
-            try:
-                yield upload
-                upload.finish()
-            except BaseException:
-                upload.abort()
-                raise
+        upload = Upload(self, name)
+        try:
+            yield upload
+            upload.finish()
+        except BaseException:
+            upload.abort()
+            raise
         self._stats.pop(name, None)
 
     def delete(self, name: str) -> None:
-        with self._explained(name):
-            self._ask("delete_object", name)
+        self._ask("delete_object", name)
         self._stats.pop(name, None)
 
     def url(self, name: str) -> str:
@@ -138,48 +127,48 @@ class S3Store(NetworkStore):
         """The answer to one request; transient failures are retried."""
         if name is not None:
             arguments["Key"] = self._prefix + name
-        what = f"{operation.replace('_', ' ')} {self.url(name or '')}"
-        return self._retried(what, lambda: getattr(client(), operation)(Bucket=self._bucket, **arguments))
+        what = operation.replace("_", " ")
+        return self._retried(what, name or "", lambda: getattr(client(), operation)(Bucket=self._bucket, **arguments))
 
-    @contextlib.contextmanager
-    def _explained(self, name: str) -> Iterator[None]:
-        where = self.url(name)
-        try:
-            yield
-        except (NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
-            raise InputError(f"{where}: {error}: {CREDENTIALS}") from None
-        except ParamValidationError as error:
-            raise InputError(f"{where}: {one_line(error)}: write s3://bucket/prefix") from None
-        except ClientError as error:
-            match code := _code(error):
-                case "NoSuchKey" | "404" | "NotFound" if not self._bucket_is_missing():
-                    remedy = "no such object: check the path, or pack the data set again"
-                case "NoSuchBucket" | "InvalidBucketName" | "NoSuchKey" | "404" | "NotFound":
-                    remedy = f"there is no bucket {self._bucket}: make it first, or check the name and AWS_ENDPOINT_URL"
-                case "PreconditionFailed" | "412":
-                    remedy = "replaced while it was being read: verify the data set, and start again"
-                case "InvalidRange" | "416":
-                    remedy = "shorter than expected: copy it again, or repack the data set"
-                case _ if code in _DENIED:
-                    unsigned = f"; no credentials were found, so it was asked for without: {CREDENTIALS}"
-                    remedy = f"access denied ({code}): check the credentials and what they may do in this bucket"
-                    remedy += unsigned if is_anonymous() else ""
-                case _:
-                    message = error.response["Error"].get("Message") or "no reason given"
-                    remedy = f"the server refuses ({code}: {message}): check the path, AWS_ENDPOINT_URL and the region"
-            raise InputError(f"{where}: {remedy}") from None
-        except (BotoCoreError, BadSettings) as error:
-            if is_transient(error):
-                raise
-            raise InputError(f"{where}: {one_line(error)}: check AWS_ENDPOINT_URL and the AWS configuration") from None
+    def _explain(self, error: Exception, name: str) -> None:
+        match error:
+            case ClientError():
+                in_bucket = _code(error) in _MISSING and error.operation_name != "HeadBucket"
+                if in_bucket and not self._bucket_is_missing():
+                    missing = "no such object: check the path, or pack the data set again"
+                    raise Missing(f"{self.url(name)}: {missing}") from error
+                problem = self._refusal(error)
+            case NoCredentialsError() | PartialCredentialsError() | ProfileNotFound():
+                problem = f"{error}: {CREDENTIALS}"
+            case BotoCoreError() | BadSettings():
+                problem = f"{one_line(error)}: check AWS_ENDPOINT_URL, the AWS configuration and the path"
+            case _:
+                return
+        raise InputError(f"{self.url(name)}: {problem}") from error
+
+    def _refusal(self, error: ClientError) -> str:
+        """What a refusal by the server means, and what to do."""
+        code = _code(error)
+        if code in (*_MISSING, "NoSuchBucket", "InvalidBucketName"):
+            return f"there is no bucket {self._bucket}: make it first, or check the name and AWS_ENDPOINT_URL"
+        if code in ("PreconditionFailed", "412"):
+            return "replaced while it was being read: verify the data set, and start again"
+        if code in ("InvalidRange", "416"):
+            return "shorter than expected: copy it again, or repack the data set"
+        if code in _DENIED:
+            unsigned = f"; no credentials were found, so it was asked for without: {CREDENTIALS}"
+            remedy = f"access denied ({code}): check the credentials and what they may do in this bucket"
+            return remedy + (unsigned if is_anonymous() else "")
+        message = error.response["Error"].get("Message") or "no reason given"
+        return f"the server refuses ({code}: {message}): check the path, AWS_ENDPOINT_URL and the region"
 
     def _bucket_is_missing(self) -> bool:
         """Whether an object is missing because its bucket is: the answer to a HEAD does not say."""
         try:
             self._ask("head_bucket")
             return False
-        except ClientError as error:
-            return _code(error) in ("404", "NoSuchBucket")
+        except InputError as error:
+            return _code(error.__cause__) in ("404", "NoSuchBucket")
 
 
 class Upload:
@@ -252,15 +241,15 @@ class Upload:
                 return answer
             raise ConnectionError(f"the server stored other bytes: ETag {etag}, CRC-32 {stored}")
 
-        return self._store._retried(f"write {self._store.url(self._name)}", send)
+        return self._store._retried("write", self._name, send)
 
     def _ask(self, operation: str, checksum: dict[str, str], **arguments: Any) -> Any:
         """One request with a checksum; from then on without, where the server does not know these (Backblaze B2)."""
         given = checksum if self._store.checksums else {}
         try:
             return self._store._ask(operation, self._name, **given, **arguments)
-        except ClientError as error:
-            if not given or "x-amz-checksum" not in str(error.response["Error"].get("Message")).lower():
+        except InputError as error:
+            if not given or "x-amz-checksum" not in str(error).lower():
                 raise
         self._store.checksums = False
         return self._store._ask(operation, self._name, **arguments)
@@ -274,8 +263,8 @@ class Upload:
         try:
             whole = {"UploadId": self._upload, "MultipartUpload": {"Parts": parts}}
             return str(store._ask("complete_multipart_upload", name, **whole)["ETag"])
-        except ClientError as error:
-            if _code(error) != "NoSuchUpload" or not store.exists(name) or store.size(name) != self._size:
+        except InputError as error:
+            if _code(error.__cause__) != "NoSuchUpload" or not store.exists(name) or store.size(name) != self._size:
                 raise
             if reduce(lambda crc, piece: zlib.crc32(piece, crc), store.pieces(name), 0) != self._crc:
                 raise

@@ -20,10 +20,9 @@ from botocore.exceptions import ClientError
 from pipeline.data.format.writer import pack
 from pipeline.errors import InputError, Unavailable
 from pipeline.storage.base import Store
-from pipeline.storage.gopen import gopen
 from pipeline.storage.s3 import S3Store
 from pipeline.storage.s3_client import client, forget_clients
-from pipeline.storage.store import open_store
+from pipeline.storage.store import gopen, open_store
 from tests.data.numbered import numbered
 from tests.proxy import FaultProxy, Faults
 from tests.servers import S3Server
