@@ -53,8 +53,7 @@ class CachedStore:
         if name not in self._hashes:
             return self._source.read(name, first, last, fresh=fresh)
         digest, size = self._hashes[name]
-        if size is None or last is None or last > size:
-            size = self._source.size(name)
+        size = self._source.size(name) if size is None else size
         last = size if last is None else last
         if last > size:
             raise InputError(f"{self.url(name)}: {size} bytes where {last} were expected: truncated: copy it again")

@@ -1,25 +1,10 @@
-"""A packed data set as training sees it: its settings, its reader, its shape."""
+"""The settings of what is trained on."""
 
 from dataclasses import dataclass, field
-from typing import cast
 
-from pipeline.data.cache import CachedStore
-from pipeline.data.format.manifest import Manifest
-from pipeline.data.order import LANES
-from pipeline.data.reader import Reader
 from pipeline.data.resize import FITS, Resize, parse_size
 from pipeline.errors import InputError
-from pipeline.settings.constraints import (
-    AT_LEAST_0,
-    FREE,
-    MAY_CHANGE,
-    NOT_EMPTY,
-    POSITIVE,
-    check_fields,
-    one_of,
-)
-from pipeline.storage.base import Store
-from pipeline.storage.store import open_store
+from pipeline.settings.constraints import AT_LEAST_0, FREE, MAY_CHANGE, NOT_EMPTY, POSITIVE, check_fields, one_of
 
 
 @dataclass(kw_only=True, slots=True)
@@ -51,7 +36,7 @@ class DataConfig:
     """Resize pictures to so many pixels a side (64), or height x width (48x64). Empty: as stored, in one size."""
     fit: str = field(default="crop", metadata=one_of(FITS))
     """How a picture is brought to `size`: crop takes the largest central window of that shape, random a window of
-    random area and shape (in evaluation crop), pad puts the whole picture on black, stretch changes its shape."""
+    random area and shape (in evaluation crop)."""
     broken: str = field(default="error", metadata=FREE | one_of(("error", "skip")))
     """A sample that cannot be decoded: error stops the run; skip logs it and takes the shard's next one instead, up to
     1 % of the samples."""
@@ -86,30 +71,3 @@ def parse_resize(config: DataConfig) -> Resize:
 def lists_data_sets(config: DataConfig) -> bool:
     """Whether data.path is a list of data sets."""
     return config.path.lstrip().startswith("[")
-
-
-def lanes(config: DataConfig, manifest: Manifest) -> int:
-    """The number of lanes that rounds draw from (order.py)."""
-    return config.shuffle or (1 if manifest.dealt else LANES)
-
-
-def open_reader(config: DataConfig, manifest: Manifest, split: str | None = None) -> Reader:
-    """A reader of data.split or another one, through the cache if one is set and the data lie elsewhere."""
-
-    def opened(path: str) -> Store:
-        store = open_store(path)
-        if not config.cache or "://" not in path:
-            return store
-        return cast(Store, CachedStore(store, manifest, config.cache, int(config.cache_gb * 1e9)))
-
-    store = opened(config.path)
-    return Reader(
-        store,
-        manifest,
-        manifest.split(split or config.split).shards,
-        tables=opened(config.index) if config.index else store,
-        check=config.check,
-        skip=config.broken == "skip",
-        resize=parse_resize(config),
-        lanes=lanes(config, manifest),
-    )

@@ -6,18 +6,19 @@ are wanted, and nothing is forked in a process that already runs gloo, CUDA or b
 
 import atexit
 import logging
-import math
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,18 +27,28 @@ from pipeline.data.decode import Array
 from pipeline.data.format.manifest import size_problem
 from pipeline.data.mixing import DataSets, Stored, shares
 from pipeline.data.order import LANES, Order, Piece, check, parts, pieces, rank_rows
-from pipeline.data.reader import Reader
-from pipeline.data.rows import Rows, fill, new_images, new_rows
-from pipeline.data.sample import draws
+from pipeline.data.reader import Raw, Reader
+from pipeline.data.sample import Draws, draws
 from pipeline.errors import InputError, Stopped
 from pipeline.storage.prefetch import in_background, in_order
+from pipeline.storage.retry import Tally
 
 log = logging.getLogger("naign.data")
 
 PATIENCE = 5.0  # seconds to wait for the reading of a round that is no longer wanted
-BLOCK = 256  # the most rows that a thread reads between two looks at whether to stop
-BLOCK_BYTES = 4 << 20  # the most bytes of them, unless one row is more
 BROKEN = 0.01  # largest share of samples that data.broken=skip passes over
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Rows:
+    """One rank's part of a round; row i is position i of that part, whatever the number of workers."""
+
+    images: Tensor  # (n, C, H, W) uint8 of images, in memory as (n, H, W, C); (n, D) float32 of points
+    labels: Tensor  # (n,) int64, -1 where there is none
+    keys: list[str]  # n of them
+    epochs: Tensor  # (n,) int64: in which epoch each row was taken
+    tally: Tally = field(default_factory=Tally)  # what reading them has cost
+    broken: list[str] = field(default_factory=list)  # the problem of each sample that another one stands in for
 
 
 class _Part(NamedTuple):
@@ -54,7 +65,7 @@ class _Reading(NamedTuple):
 
     round: int
     stop: threading.Event
-    rows: "Future[Rows | None]"  # None if stopped on the way
+    rows: Future[Rows]
 
     def abandon(self) -> None:
         """Stop soon, and wait for that: in vain while a store does not answer."""
@@ -96,8 +107,6 @@ class Stream(AbstractContextManager["Stream"]):
         self._config, self._prefetch = config, prefetch
         self._first, last = rank_rows(round_size, rank, world)
         self._count, self._world = last - self._first, world  # rows of this rank, a round
-        row = math.prod(self.shape) * np.dtype(self.manifest.dtype).itemsize
-        self._block = max(1, min(BLOCK, BLOCK_BYTES // row))
         self._trace = _open_trace(config.trace, rank) if config.trace else None
         self._broken = self._rows = 0  # so far
         self.rows_read = 0
@@ -129,7 +138,6 @@ class Stream(AbstractContextManager["Stream"]):
                 ahead.abandon()
                 raise Stopped
         rows = ahead.rows.result()
-        assert rows is not None
         if self._prefetch:
             self._ahead = self._begin(round + 1)
         self._broken += len(rows.broken)
@@ -160,8 +168,7 @@ class Stream(AbstractContextManager["Stream"]):
         stop = threading.Event()
         return _Reading(round, stop, in_background(partial(self._read, round, stop), f"read round {round}"))
 
-    def _read(self, round: int, stop: threading.Event) -> Rows | None:
-        """The round, or None if stopped on the way."""
+    def _read(self, round: int, stop: threading.Event) -> Rows:
         if self._next != round:
             self._close_parts()
         if not self._parts:
@@ -170,45 +177,85 @@ class Stream(AbstractContextManager["Stream"]):
                 for first, last in parts(0, self._count, max(1, self._config.workers))
             ]
         reads, self._parts = self._parts, []  # given back below, unless this round breaks off
-        rows, broken = new_rows(self._memory()), dict[int, str]()
+        rows = _new_rows(self._memory())
+        calls = [partial(self._read_part, part, round, rows, stop) for part in reads]
         try:
-            calls = [partial(self._read_part, part, round, rows, broken, stop) for part in reads]
-            whole = all(list(in_order(calls, len(calls))))
+            rows.broken.extend(chain.from_iterable(in_order(calls, len(calls))))
         except BaseException:
             stop.set()  # the other parts
             raise
-        if not whole:
-            return None
-        rows.broken.extend(broken[row] for row in sorted(broken))
         self._parts, self._next = reads, round + 1
         return rows
 
-    def _read_part(self, part: _Part, round: int, rows: Rows, broken: dict[int, str], stop: threading.Event) -> bool:
-        """Fill a part's rows of the next round. False if stopped on the way; the part is then of no more use."""
-        with ExitStack() as unless_whole:
-            unless_whole.callback(part.stored.close)
-            for begin in range(part.first, part.last, self._block):
-                if stop.is_set():
-                    return False
-                end = min(begin + self._block, part.last)
-                first, last, windows = self._first + begin, self._first + end, self._config.fit == "random"
-                drawn = draws(self.order.seed, round, first, last, windows=windows)
-                broken |= fill(rows, begin, islice(part.stored, end - begin), drawn, flip=self._config.flip)
-                for reader in part.readers:
-                    rows.tally.merge(reader.store.tally.take())
-                self.rows_read += end - begin
-            unless_whole.pop_all()
-        return True
+    def _read_part(self, part: _Part, round: int, rows: Rows, stop: threading.Event) -> list[str]:
+        """Fill a part's rows of the next round; the problems of broken samples. A part that fails is of no more use."""
+        first, last = self._first + part.first, self._first + part.last
+        drawn = draws(self.order.seed, round, first, last, windows=self._config.fit == "random")
+        try:
+            stored = self._counted(islice(part.stored, last - first), stop)
+            broken = _fill(rows, part.first, stored, drawn, flip=self._config.flip)
+        except BaseException:
+            part.stored.close()
+            raise
+        for reader in part.readers:
+            rows.tally.merge(reader.store.tally.take())
+        return broken
+
+    def _counted(self, stored: Iterable[tuple[Reader, Raw]], stop: threading.Event) -> Iterator[tuple[Reader, Raw]]:
+        for one in stored:
+            if stop.is_set():
+                raise Stopped
+            yield one
+            self.rows_read += 1
 
     def _memory(self) -> Array:
         """Memory for a round's images: that of an earlier round if nothing refers to it any more, else new.
 
         The first touch of new memory costs page faults and zeroing, for images of 256 x 256 a fifth of the decoding.
         """
-        memory = self._unused.pop() if self._unused else new_images(self.shape, self.manifest.dtype, self._count)
+        memory = self._unused.pop() if self._unused else _new_images(self.shape, self.manifest.dtype, self._count)
         lent = memory.view()  # which the round's tensor holds, and all that are made of it
         weakref.finalize(lent, self._unused.append, memory).atexit = False
         return lent
+
+
+def _new_images(shape: tuple[int, ...], dtype: str, rows: int) -> Array:
+    """Memory for images (rows, C, H, W), in which the channels of a pixel lie together; for points (rows, D).
+
+    NumPy's, not torch's: it asks for huge pages, without which touching new memory takes a tenth of the decoding.
+    """
+    if len(shape) != 3:
+        return np.empty((rows, *shape), dtype)
+    channels, height, width = shape
+    return np.empty((rows, height, width, channels), dtype).transpose(0, 3, 1, 2)
+
+
+def _new_rows(images: Array) -> Rows:
+    """Rows to be filled."""
+    labels, epochs = (torch.empty(len(images), dtype=torch.int64) for _ in range(2))
+    return Rows(images=torch.from_numpy(images), labels=labels, epochs=epochs, keys=[""] * len(images))
+
+
+def _fill(
+    rows: Rows, begin: int, stored: Iterable[tuple[Reader, Raw]], draws: Draws | None = None, *, flip: bool = False
+) -> list[str]:
+    """Decode samples into rows from `begin` on, one a row of `draws`; the problems of broken ones.
+
+    The draws say which windows are taken, and with `flip` which images are mirrored; None: the central windows.
+    """
+    images, labels, epochs = rows.images.numpy(), rows.labels.numpy(), rows.epochs.numpy()
+    broken = []
+    for row, (reader, raw) in enumerate(stored, begin):
+        place, drawn = images[row], None if draws is None else draws[row - begin]
+        sample = reader.row(raw, place, drawn)
+        if sample.array is not place:
+            place[...] = sample.array
+        if flip and drawn is not None and place.ndim == 3 and drawn[2] < 0.5:
+            place[...] = place[..., ::-1]
+        labels[row], epochs[row], rows.keys[row] = sample.label, sample.epoch, sample.key
+        if sample.broken:
+            broken.append(sample.broken)
+    return broken
 
 
 def _allow(problems: list[str], broken: int, rows: int, epoch: int) -> None:
@@ -240,19 +287,15 @@ def read_split(
     sets = DataSets(config)
     total = sets.manifest.split(split).samples
     count = total if limit is None else min(limit, total)
-    wanted = _some(sets, split, count)
-    with ExitStack() as stack:
-        readers = [sets.reader(place, split) for place, cut in enumerate(wanted) if cut]
-        wanted = [cut for cut in wanted if cut]
-        for reader, cut in zip(readers, wanted, strict=True):
-            needed = [reader.shards[number] for number in sorted({piece.shard for piece in cut})]
-            if problem := next(filter(None, (size_problem(reader.store, shard) for shard in needed)), ""):
-                raise InputError(problem)  # before memory is allocated for samples that are not there
-        stored = [stack.enter_context(closing(r.raw(cut))) for r, cut in zip(readers, wanted, strict=True)]
-        samples = ((reader, raw) for reader, raws in zip(readers, stored, strict=True) for raw in raws)
+    chosen = [(sets.reader(place, split), cut) for place, cut in enumerate(_some(sets, split, count)) if cut]
+    for reader, cut in chosen:
+        needed = [reader.shards[number] for number in sorted({piece.shard for piece in cut})]
+        if problem := next(filter(None, (size_problem(reader.store, shard) for shard in needed)), ""):
+            raise InputError(problem)  # before memory is allocated for samples that are not there
+    with closing((reader, raw) for reader, cut in chosen for raw in reader.raw(cut)) as samples:
         bar = tqdm(samples, total=count, desc=f"read {split}", unit="sample", disable=not progress)
-        rows = new_rows(new_images(sets.shape, sets.manifest.dtype, count))
-        broken = list(fill(rows, 0, bar).values())
+        rows = _new_rows(_new_images(sets.shape, sets.manifest.dtype, count))
+        broken = _fill(rows, 0, bar)
     _allow(broken, len(broken), count, total)
     return rows.images.contiguous(), rows.labels
 
@@ -265,15 +308,11 @@ def _some(sets: DataSets, split: str, count: int) -> list[list[Piece]]:
     chosen = list[list[Piece]]()
     for manifest, wanted in zip(sets.manifests, shares(there, count), strict=True):
         sizes = manifest.splits[split].sizes if wanted else ()
-        if not manifest.dealt and wanted < sum(sizes):
-            chosen.append(pieces(Order(sizes=sizes, seed=0, round_size=wanted, lanes=LANES), 0, 0, wanted))
-            continue
-        starts = accumulate(sizes, initial=0)
-        chosen.append(
-            [
-                Piece(epoch=0, shard=number, first=0, last=min(size, wanted - start))
-                for number, (size, start) in enumerate(zip(sizes, starts, strict=False))
-                if start < wanted
-            ]
-        )
+        if manifest.dealt or wanted == sum(sizes):
+            starts = accumulate(sizes, initial=0)
+            lasts = [min(size, wanted - start) for size, start in zip(sizes, starts, strict=False)]
+            cut = [Piece(epoch=0, shard=number, first=0, last=last) for number, last in enumerate(lasts) if last > 0]
+        else:
+            cut = pieces(Order(sizes=sizes, seed=0, round_size=wanted, lanes=LANES), 0, 0, wanted)
+        chosen.append(cut)
     return chosen

@@ -2,20 +2,22 @@
 
 import sys
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import count, cycle
-from typing import Any
+from itertools import chain, count, cycle
+from typing import Any, cast
 
 import numpy as np
 import yaml
 
-from pipeline.data.dataset import DataConfig, lanes, lists_data_sets, open_reader, parse_resize
+from pipeline.data.cache import CachedStore
+from pipeline.data.dataset import DataConfig, lists_data_sets, parse_resize
 from pipeline.data.format.manifest import Manifest, Split
-from pipeline.data.order import Order, Piece, pieces
+from pipeline.data.order import LANES, Order, Piece, pieces
 from pipeline.data.reader import Raw, Reader
 from pipeline.errors import InputError
+from pipeline.storage.base import Store
+from pipeline.storage.store import open_store
 
 Stored = Generator[tuple[Reader, Raw]]
 
@@ -87,22 +89,13 @@ class DataSets:
         if not others:
             return first
         names = {name for manifest in self.manifests for name in manifest.splits}
-        splits = {
-            name: [manifest.splits[name] for manifest in self.manifests if name in manifest.splits]
-            for name in sorted(names, key=["train", "test", *sorted(names)].index)
-        }
-        return replace(
-            first,
-            name=" + ".join(manifest.name for manifest in self.manifests),
-            labels=tuple(self._numbers),
-            label="",
-            splits={
-                name: Split(
-                    samples=sum(split.samples for split in parts), shards=tuple(s for f in parts for s in f.shards)
-                )
-                for name, parts in splits.items()
-            },
-        )
+        splits = {}
+        for name in sorted(names, key=["train", "test", *sorted(names)].index):
+            parts = [manifest.splits[name] for manifest in self.manifests if name in manifest.splits]
+            shards = tuple(chain.from_iterable(part.shards for part in parts))
+            splits[name] = Split(samples=sum(part.samples for part in parts), shards=shards)
+        together = " + ".join(manifest.name for manifest in self.manifests)
+        return replace(first, name=together, labels=tuple(self._numbers), label="", splits=splits)
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
@@ -110,29 +103,41 @@ class DataSets:
         return {label: number for number, label in enumerate(labels)}
 
     def reader(self, place: int, split: str | None = None) -> Reader:
-        """A reader of one of them, of data.split or another one."""
+        """A reader of one of them, of data.split or another one; through data.cache if the data lie elsewhere."""
         config, manifest = self.configs[place], self.manifests[place]
-        reader = open_reader(config, manifest, split)
-        if len(self.configs) > 1:
-            reader.prefix, reader.numbers = f"{place}:", [self._numbers[label] for label in manifest.labels]
-        return reader
+
+        def opened(path: str) -> Store:
+            store = open_store(path)
+            if not config.cache or "://" not in path:
+                return store
+            return cast(Store, CachedStore(store, manifest, config.cache, int(config.cache_gb * 1e9)))
+
+        several, store = len(self.configs) > 1, opened(config.path)
+        return Reader(
+            store,
+            manifest,
+            manifest.split(split or config.split).shards,
+            tables=opened(config.index) if config.index else store,
+            check=config.check,
+            skip=config.broken == "skip",
+            resize=self.resize,
+            lanes=self._lanes(place),
+            prefix=f"{place}:" if several else "",
+            numbers=[self._numbers[label] for label in manifest.labels] if several else None,
+        )
+
+    def _lanes(self, place: int) -> int:
+        return self.configs[place].shuffle or (1 if self.manifests[place].dealt else LANES)
 
     def plan(self, seed: int, round_size: int) -> "Plan":
         """What rounds of so many images are made of. Raises InputError where one has no share."""
-        orders = [
-            Order(
-                sizes=manifest.split(config.split).sizes,
-                seed=seed,
-                round_size=share,
-                lanes=lanes(config, manifest),
-            )
-            for config, manifest, share in zip(
-                self.configs, self.manifests, shares(self.weights, round_size), strict=True
-            )
-        ]
-        for order, config in zip(orders, self.configs, strict=True):
-            if not order.round_size:
+        orders = []
+        for place, share in enumerate(shares(self.weights, round_size)):
+            config, manifest = self.configs[place], self.manifests[place]
+            if not share:
                 raise InputError(f"data.path: {config.path} has no image in a round of {round_size}: raise its weight")
+            sizes = manifest.split(config.split).sizes
+            orders.append(Order(sizes=sizes, seed=seed, round_size=share, lanes=self._lanes(place)))
         return Plan(tuple(orders), seed, round_size)
 
 
@@ -172,28 +177,11 @@ class Plan:
         """The readers of rows [begin, end) of a round, and these rows of round `start` and all that follow."""
         mine, streams = self.owners[begin:end], dict[int, tuple[Reader, Generator[Raw]]]()
         for place in sorted(set(mine)):
-            before = self.owners[:begin].count(place)
-            wanted = self._wanted(self.orders[place], start, before, before + mine.count(place))
-            reader = sets.reader(place)
-            streams[place] = reader, reader.raw(wanted)
-        return [reader for reader, _ in streams.values()], _in_turn(streams, mine)
-
-    @staticmethod
-    def _wanted(order: Order, start: int, begin: int, end: int) -> Iterator[Piece]:
-        return (piece for round in count(start) for piece in pieces(order, round, begin, end))
+            before, reader = self.owners[:begin].count(place), sets.reader(place)
+            streams[place] = reader, reader.raw(_endless(self.orders[place], start, before, before + mine.count(place)))
+        stored = ((streams[place][0], next(streams[place][1])) for place in cycle(mine))
+        return [reader for reader, _ in streams.values()], stored
 
 
-def _in_turn(streams: dict[int, tuple[Reader, Generator[Raw]]], owners: list[int]) -> Stored:
-    """Samples of the readers by number, over and over in the order of `owners`."""
-    with ExitStack() as stack:
-        for _, raws in streams.values():
-            stack.enter_context(closing(raws))
-        for place in cycle(owners):
-            reader, raws = streams[place]
-            yield reader, next(raws)
-
-
-def open_manifest(config: DataConfig) -> tuple[Manifest, tuple[int, ...]]:
-    """What data.path holds, and the shape of an image that is brought to data.size. Raises InputError."""
-    sets = DataSets(config)
-    return sets.manifest, sets.shape
+def _endless(order: Order, start: int, begin: int, end: int) -> Iterator[Piece]:
+    return (piece for round in count(start) for piece in pieces(order, round, begin, end))

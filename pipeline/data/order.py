@@ -8,7 +8,7 @@ number of workers; each image comes exactly once an epoch; and resuming at a rou
 whole shards: shards are read by ranges of bytes. A round goes on into the next epoch where one ends.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
@@ -54,11 +54,10 @@ class Order:
 
     def describe(self) -> str:
         """Which images a round takes and what happens at the end of an epoch, for a log."""
-        if self.lanes > 1:
-            return f"{replace(self, lanes=1).describe()}; {BLOCK} in turn from each of {self.lanes} places"
         rounds, left = divmod(self.total, self.round_size)
         end = "; a round goes on into the next epoch" if left else f" of {rounds} rounds"
-        return f"each of {self.total} images once an epoch{end}"
+        lanes = f"; {BLOCK} in turn from each of {self.lanes} places" if self.lanes > 1 else ""
+        return f"each of {self.total} images once an epoch{end}{lanes}"
 
 
 def check_seed(seed: int) -> None:

@@ -3,11 +3,11 @@
 import hashlib
 import tarfile
 import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import chain, pairwise
+from itertools import chain, pairwise, tee
 from typing import Any, NamedTuple
 
 from pipeline.data.decode import Array
@@ -60,23 +60,21 @@ class Pages(NamedTuple):
     high: int  # one past the last
 
     @property
-    def edges(self) -> tuple[int, int]:
-        """First byte, and one past the last."""
-        return int(self.table["byte"][self.low]), int(self.table["byte"][self.high])
+    def first(self) -> int:
+        """Its first byte."""
+        return int(self.table["byte"][self.low])
 
-    def within(self, whole: "Pages", data: bytes) -> bytes:
-        """The bytes of these pages in those of more."""
-        (first, last), (start, _) = self.edges, whole.edges
-        return data[first - start : last - start]
+    @property
+    def size(self) -> int:
+        return int(self.table["byte"][self.high]) - self.first
 
 
 class _Request:
-    """Pages that are read at once."""
+    """Pages that lie together and are read at once."""
 
     def __init__(self, pages: Pages) -> None:
-        self.pages, self.data = pages, None  # type: Pages, bytes | None
-        self.begun = self.joined = False
-        self.apart = False  # one of its pages is damaged: they are read piece by piece, each in its turn
+        self.pages = pages
+        self.data: bytes | None = None  # none where one of the pages is damaged: each piece is read in its turn then
 
 
 class Reader:
@@ -93,11 +91,11 @@ class Reader:
         skip: bool,  # put the next sound sample in the place of one that cannot be decoded
         resize: Resize,
         lanes: int,  # from how many shards pieces come in turn
+        prefix: str = "",  # of keys, where each of a list of data sets has a reader
+        numbers: Sequence[int] | None = None,  # of labels among those of all data sets
     ) -> None:
-        self.store, self.manifest, self.shards, self.resize, self._tables = store, manifest, shards, resize, tables
-        self.prefix = ""  # of keys, where each of a list of data sets has a reader
-        self.numbers: list[int] | None = None  # of labels among those of all data sets
-        self._check, self._skip = check, skip
+        self.store, self.shards, self._manifest, self._resize, self._tables = store, shards, manifest, resize, tables
+        self._check, self._skip, self._prefix, self._numbers = check, skip, prefix, numbers
         self._known = lru_cache(max(TABLES, (2 + ROUNDS_OF_LANES) * lanes))(self._read_table)
         self._one = [threading.Lock() for _ in range(4 * BLOCKS_AHEAD)]
         self._ahead = (TABLES_AHEAD, PARALLEL) if lanes == 1 else (BLOCKS_AHEAD, BLOCKS_AHEAD)
@@ -108,20 +106,16 @@ class Reader:
 
         Raises InputError for a shard that is damaged or not as the manifest says, when its turn comes.
         """
-        turn = deque[tuple[Pages, _Request]]()  # pages whose request has begun, in order
-        with (
-            closing(in_order((partial(self._cut, piece) for piece in wanted), self._ahead[0])) as cuts,
-            closing(in_order(self._requests(chain.from_iterable(cuts), turn), self._ahead[1])) as fetched,
-        ):
-            for _ in fetched:
-                while turn and ((data := turn[0][1].data) is not None or turn[0][1].apart):
-                    pages, request = turn.popleft()
-                    piece, first = pages.piece, int(pages.table["sample"][pages.low])
-                    there = self._fetch(pages) if data is None else pages.within(request.pages, data)
-                    for number, sample in enumerate(self._samples(pages, there), first):
-                        if piece.first <= number < piece.last:
-                            yield Raw(piece, number, sample)
-                    del request, data, there  # the last piece of a request frees its bytes
+        with closing(in_order((partial(self._cut, piece) for piece in wanted), self._ahead[0])) as cuts:
+            turns, ahead = tee(self._joined(chain.from_iterable(cuts)))
+            loads = (partial(self._load, request) for pages, request in ahead if pages.low == request.pages.low)
+            with closing(in_order(loads, self._ahead[1])) as loaded:
+                for pages, request in turns:
+                    if pages.low == request.pages.low:
+                        next(loaded)
+                    yield from self._samples(pages, request)
+                    del request  # the last piece of a request frees its bytes
+                next(loaded, None)  # raises what ended the turns
 
     def row(self, raw: Raw, into: Array | None = None, drawn: Numbers | None = None) -> Row:
         """The sample decoded, into `into` (*shape) where that saves a copy. InputError names shard and key.
@@ -133,14 +127,21 @@ class Reader:
         except InputError as error:
             if not self._skip:
                 raise
-            return self._instead(raw.piece, raw.number, drawn, str(error))
+            problem = str(error)
+        shard = self.shards[raw.piece.shard]
+        for step in range(1, shard.samples):  # the next readable sample; after the shard's last comes its first
+            other = (raw.number + step) % shard.samples
+            with suppress(InputError):
+                (next_one,) = self.raw([replace(raw.piece, first=other, last=other + 1)])
+                return self._decoded(next_one, None, drawn)._replace(broken=problem)
+        raise InputError(f"{self.store.url(shard.name)}: none of its {shard.samples} samples can be decoded: {_REMEDY}")
 
     def _decoded(self, raw: Raw, into: Array | None, drawn: Numbers | None) -> Row:
         where = self.store.url(self.shards[raw.piece.shard].name)
-        array, label = decode(raw.sample, self.manifest, where, into, self.resize, drawn)
-        if self.numbers is not None and label >= 0:
-            label = self.numbers[label] if label < len(self.numbers) else -1  # a number without a name
-        return Row(array, label, self.prefix + raw.sample["__key__"], raw.piece.epoch)
+        array, label = decode(raw.sample, self._manifest, where, into, self._resize, drawn)
+        if self._numbers is not None and label >= 0:
+            label = self._numbers[label] if label < len(self._numbers) else -1  # a number without a name
+        return Row(array, label, self._prefix + raw.sample["__key__"], raw.piece.epoch)
 
     def _cut(self, piece: Piece) -> list[Pages]:
         shard, pages = self.shards[piece.shard], []
@@ -154,53 +155,37 @@ class Reader:
             low = high
         return pages
 
-    def _requests(self, pages: Iterable[Pages], turn: deque[tuple[Pages, _Request]]) -> Iterator[Callable[[], None]]:
-        """Calls that read pages, and the pages themselves in `turn`, in order.
+    def _joined(self, pages: Iterable[Pages]) -> Iterator[tuple[Pages, _Request]]:
+        """Pages in order, each with the request that reads it.
 
         Pages of lanes come in turn with those of other shards. What follows them in their shard and is needed soon is
         read together with them: a store takes longer for a request than for the bytes of a block.
         """
-        window, held = deque[tuple[Pages, _Request]](), 0
-        ends = dict[tuple[int, int], _Request]()  # by shard and the page behind it: what has not begun
-
-        def next_turn() -> Iterator[Callable[[], None]]:
-            nonlocal held
-            first, request = window.popleft()
-            held -= _size(first)
-            turn.append((first, request))
-            if not request.begun:
-                request.begun = True
-                ends.pop((first.piece.shard, request.pages.high), None)
-                yield partial(self._load, request)
-
+        soon, held = list[tuple[Pages, _Request]](), 0
+        ends = dict[tuple[int, int], _Request]()  # by shard and the page behind it
         failure = None
         try:
             for some in pages:
-                shard, low = some.piece.shard, some.low
-                request = ends.pop((shard, low), None)
-                if request and _size(request.pages) + _size(some) <= JOINED:
-                    request.pages, request.joined = request.pages._replace(high=some.high), True
+                request = ends.pop((some.piece.shard, some.low), None)
+                if request and request.pages.size + some.size <= JOINED:
+                    request.pages = request.pages._replace(high=some.high)
                 else:
                     request = _Request(some)
-                ends[shard, request.pages.high] = request
-                window.append((some, request))
-                held += _size(some)
-                while window and (held > self._held or len(window) > self._most):
-                    yield from next_turn()
+                ends[some.piece.shard, some.high] = request
+                soon.append((some, request))
+                held += some.size
+                if held >= self._held or len(soon) >= self._most:
+                    yield from soon
+                    soon, held, ends = [], 0, {}
         except Exception as error:  # of a piece to come: those before it are sound
             failure = error
-        while window:
-            yield from next_turn()
+        yield from soon
         if failure:
             raise failure
 
     def _load(self, request: _Request) -> None:
-        try:
+        with suppress(InputError):
             request.data = self._fetch(request.pages)
-        except InputError:
-            if not request.joined:
-                raise
-            request.apart = True
 
     def _table(self, shard: Shard) -> Table:
         """The page table, asked for once though several threads want it."""
@@ -252,34 +237,21 @@ class Reader:
                 return data
         raise InputError(f"{store.url(name)}: {problem}, also after {REREADS} more reads: {_REMEDY}")
 
-    def _samples(self, pages: Pages, data: bytes) -> Iterator[dict[str, Any]]:
-        where, table = self.store.url(pages.shard.name), table_name(pages.shard.name)
-        expected, count = int(pages.table["sample"][pages.high] - pages.table["sample"][pages.low]), 0
+    def _samples(self, pages: Pages, request: _Request) -> Iterator[Raw]:
+        """The samples of a piece's pages that a request has read."""
+        start = pages.first - request.pages.first
+        data = self._fetch(pages) if request.data is None else request.data[start : start + pages.size]
+        where, table, piece = self.store.url(pages.shard.name), table_name(pages.shard.name), pages.piece
+        first, last = (int(pages.table["sample"][page]) for page in (pages.low, pages.high))
+        number = first - 1
         try:
-            for sample in samples(data):
-                count += 1
-                yield sample
+            for number, sample in enumerate(samples(data), first):
+                if piece.first <= number < piece.last:
+                    yield Raw(piece, number, sample)
         except (tarfile.TarError, ValueError) as error:
             raise InputError(f"{where}: no tar of samples ({error}): {_REMEDY}") from None
-        if count != expected:
-            raise InputError(f"{where}: {count} samples where {table} has {expected}: {_REMEDY}")
-
-    def _instead(self, piece: Piece, number: int, drawn: Numbers | None, problem: str) -> Row:
-        """The next readable sample of the shard; after the last comes the first."""
-        shard = self.shards[piece.shard]
-        for step in range(1, shard.samples):
-            other = (number + step) % shard.samples
-            try:
-                (raw,) = self.raw([Piece(epoch=piece.epoch, shard=piece.shard, first=other, last=other + 1)])
-                return self._decoded(raw, None, drawn)._replace(broken=problem)
-            except InputError:
-                continue
-        raise InputError(f"{self.store.url(shard.name)}: none of its {shard.samples} samples can be decoded: {_REMEDY}")
-
-
-def _size(pages: Pages) -> int:
-    first, last = pages.edges
-    return last - first
+        if number + 1 != last:
+            raise InputError(f"{where}: {number + 1 - first} samples where {table} has {last - first}: {_REMEDY}")
 
 
 _REMEDY = "copy it again, or repack the data set"

@@ -5,7 +5,7 @@ random, by draws that are a function of the seed, the round and the row alone.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from pipeline.errors import InputError
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the upright picture
 Numbers = npt.NDArray[np.float64]
 
-FITS = ("crop", "pad", "stretch", "random")
+FITS = ("crop", "random")
 LARGEST = 8192  # pixels a side: a colour image is then 805 MB as float32
 SCALE, RATIO = (0.08, 1.0), (0.75, 1.3333)  # of random windows: share of the area, width by height; as torchvision's
 TRIES = 10  # windows of random area and shape that are tried before the central one is taken, as torchvision does
@@ -52,16 +52,10 @@ class Resize:
             raise InputError(f"the pictures of {name} have many sizes: say one, as with --data.size=64")
         return (stored[0], self.crop, self.crop) if self.crop else stored
 
-    def central(self) -> "Resize":
-        """The same without chance, for evaluation: the central window."""
-        return replace(self, fit="crop") if self.fit == "random" else self
-
     def box(self, width: int, height: int, drawn: Numbers | None = None) -> Box:
-        """The window of a picture; WINDOW numbers in [0, 1) decide where it is random."""
+        """The window of a picture; where it is random, WINDOW numbers in [0, 1) decide, and None: the central one."""
         if self.fit == "random" and drawn is not None:
             return self._random(width, height, drawn)
-        if self.fit in ("pad", "stretch"):
-            return 0.0, 0.0, float(width), float(height)
         wide = self.width / self.height  # as Pillow's ImageOps.fit with its defaults
         if width / height == wide:
             return 0.0, 0.0, float(width), float(height)
@@ -86,17 +80,8 @@ class Resize:
 
     def factor(self, box: Box) -> int:
         """By how much smaller a JPEG is decoded."""
-        wide, high = self.target(box)
-        room = min((box[2] - box[0]) / wide, (box[3] - box[1]) / high) / SPARE
+        room = min((box[2] - box[0]) / self.width, (box[3] - box[1]) / self.height) / SPARE
         return next((factor for factor in (8, 4, 2) if room >= factor), 1)
-
-    def target(self, box: Box) -> tuple[int, int]:
-        """Width and height that the window is resized to; with fit=pad less than the image's on one side."""
-        if self.fit != "pad":
-            return self.width, self.height
-        width, height = box[2] - box[0], box[3] - box[1]
-        factor = min(self.width / width, self.height / height)
-        return max(1, min(self.width, round(width * factor))), max(1, min(self.height, round(height * factor)))
 
 
 def parse_size(text: str, setting: str) -> tuple[int, int]:
@@ -134,20 +119,9 @@ def resized_array(array: Array, resize: Resize, drawn: Numbers | None = None) ->
 
 def _cut(array: Array, resize: Resize, box: Box, factor: int) -> Array:
     """The window of an upright picture, decoded at 1/factor of its size, as an image (C, height, width)."""
-    target = resize.target(box)
-    channels, height, width = array.shape
-    if (width, height) == target and factor == 1 and box == (0, 0, width, height):
-        small = array
-    else:
-        left, top, right, bottom = (edge / factor for edge in box)
-        inside = left, top, min(right, width), min(bottom, height)
-        small = _resampled(array, inside, target)
-    if target == (resize.width, resize.height):
-        return small
-    image = np.zeros((resize.height, resize.width, channels), np.uint8).transpose(2, 0, 1)
-    top, left = round((resize.height - target[1]) * 0.5), round((resize.width - target[0]) * 0.5)  # as ImageOps.pad
-    image[:, top : top + target[1], left : left + target[0]] = small
-    return image
+    _, height, width = array.shape
+    left, top, right, bottom = (edge / factor for edge in box)
+    return _resampled(array, (left, top, min(right, width), min(bottom, height)), (resize.width, resize.height))
 
 
 def _resampled(array: Array, box: Box, target: tuple[int, int]) -> Array:

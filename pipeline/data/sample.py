@@ -8,13 +8,12 @@ import numpy.typing as npt
 from pipeline.data.decode import Array, decode_array, decode_image, fits
 from pipeline.data.format.labels import label_text
 from pipeline.data.format.manifest import INDEX, Manifest
-from pipeline.data.resize import WINDOW, Numbers, Resize, resized, resized_array
+from pipeline.data.resize import WINDOW, Numbers, Resize, channels, resized, resized_array
 from pipeline.errors import InputError
 
 SUFFIXES = {"image": ("png", "jpg", "jpeg", "webp", "npy"), "point": ("npy",)}  # of an array's member, by kind
 AS_STORED = Resize()
 REPACK = "repack the data set"
-
 
 Draws = npt.NDArray[np.float64]  # (rows, OTHERS), and with random windows (rows, OTHERS + WINDOW): uniform in [0, 1)
 OTHERS = 4  # numbers of a row that crop and flip take
@@ -38,33 +37,30 @@ def decode(
     if suffix is None:
         raise InputError(f"{where}: no member ends in {' or '.join(SUFFIXES[manifest.kind])}: {REPACK}")
     window = drawn[OTHERS:] if drawn is not None and resize.fit == "random" else None
+    data = sample[suffix]
     try:
-        array = _array(sample[suffix], suffix, manifest, None if resize.crop else into, resize, window)
+        if suffix == "npy":
+            array = decode_array(data, manifest.shape, manifest.dtype)
+            array = resized_array(array, resize, window) if resize.height else array
+        elif resize.height:
+            array = resized(data, resize, window)
+        else:
+            array = decode_image(data, None if resize.crop else into)
     except InputError as error:
         raise InputError(f"{where}: the .{suffix} cannot be decoded ({error}): {REPACK}") from None
+    if len(array) == 1 and manifest.shape[0] == 3:
+        array = channels(array, 3)
+    elif len(array) == 3 and manifest.shape[0] == 1 and suffix == "webp" and (array == array[:1]).all():
+        array = array[:1]  # WebP has no grey
     if not fits(array.shape, resize.shape(manifest.shape, where) if resize.height else manifest.shape):
         stored = tuple(manifest.shape)
         raise InputError(f"{where}: an image of shape {array.shape}, but {INDEX} says {stored}: {REPACK}")
-    if resize.crop and not resize.height:
-        if resize.crop > min(array.shape[1:]):
-            raise InputError(f"{where}: {array.shape[2]}x{array.shape[1]} is less than data.crop={resize.crop}")
-        array = crop(array, resize.crop, (0.5, 0.5) if drawn is None else drawn)
+    if resize.crop:
+        try:
+            array = crop(array, resize.crop, drawn)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
     return array, label(sample, manifest, where)
-
-
-def _array(
-    data: bytes, suffix: str, manifest: Manifest, into: Array | None, resize: Resize, window: Numbers | None
-) -> Array:
-    if suffix == "npy":
-        array = decode_array(data, manifest.shape, manifest.dtype)
-        array = resized_array(array, resize, window) if resize.height else array
-    else:
-        array = resized(data, resize, window) if resize.height else decode_image(data, into)
-    if len(array) == 1 and manifest.shape[0] == 3:
-        return np.repeat(array, 3, axis=0)
-    if len(array) == 3 and manifest.shape[0] == 1 and suffix == "webp" and (array == array[:1]).all():
-        return array[:1]  # WebP has no grey
-    return array
 
 
 def label(sample: dict[str, Any], manifest: Manifest, where: str) -> int:
@@ -96,14 +92,11 @@ def _uniform(seed: int, stream: int, first: int, last: int, count: int) -> Draws
     return uniform
 
 
-def crop(image: Array, size: int, drawn: Numbers | tuple[float, float]) -> Array:
-    """A window (C, size, size) of an image (C, H, W)."""
+def crop(image: Array, size: int, drawn: Numbers | None = None) -> Array:
+    """A window (C, size, size) of an image (C, H, W), None: the central one. InputError where the image is smaller."""
     _, height, width = image.shape
-    top, left = int(drawn[0] * (height - size + 1)), int(drawn[1] * (width - size + 1))
+    if size > min(height, width):
+        raise InputError(f"{width}x{height} is less than data.crop={size}")
+    down, right = (0.5, 0.5) if drawn is None else drawn[:2].tolist()
+    top, left = int(down * (height - size + 1)), int(right * (width - size + 1))
     return image[:, top : top + size, left : left + size]
-
-
-def flip(images: Array, drawn: Draws) -> None:
-    """Mirror about half of the images (n, C, H, W), in place."""
-    chosen = drawn[:, 2] < 0.5
-    images[chosen] = images[chosen, ..., ::-1]

@@ -15,7 +15,7 @@ from pipeline.checkpoint.manifest import MANIFEST
 from pipeline.data.dataset import DataConfig, parse_resize
 from pipeline.data.decode import decode_image
 from pipeline.data.format.manifest import Manifest
-from pipeline.data.mixing import open_manifest
+from pipeline.data.mixing import DataSets
 from pipeline.data.resize import Resize, channels, resized
 from pipeline.data.sample import crop
 from pipeline.errors import InputError, printable, require
@@ -48,8 +48,8 @@ def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, M
         )
     require((config.path, f"{folder} does not say what it was trained on: give the packed data set as --data PATH"))
     try:
-        manifest, shape = open_manifest(config)
-        manifest = replace(manifest, shape=shape)
+        sets = DataSets(config)
+        manifest = replace(sets.manifest, shape=sets.shape)
     except InputError as error:
         if data is not None:
             raise
@@ -79,13 +79,9 @@ def read_image(data: bytes, model: NAIGN) -> Tensor:
 
     Raises InputError for bytes that are no picture, or for one that is smaller than the model's windows (data.crop).
     """
-    resize, shape = parse_resize(_header(model)[0]).central(), model.shape
-    if resize.crop and not resize.height:
-        pixels = decode_image(data)
-        if min(pixels.shape[1:]) < resize.crop:
-            high, wide = pixels.shape[1:]
-            raise InputError(f"{wide}x{high} pixels, the model is of windows of {resize.crop}x{resize.crop}")
-        pixels = crop(pixels, resize.crop, (0.5, 0.5))
+    resize, shape = parse_resize(_header(model)[0]), model.shape
+    if resize.crop:
+        pixels = crop(decode_image(data), resize.crop)
     else:
         pixels = resized(data, resize if resize.height else Resize(height=shape[1], width=shape[2]))
     pixels = channels(pixels, shape[0])

@@ -19,10 +19,9 @@ from pipeline.data.dataset import DataConfig
 from pipeline.data.decode import decode_array, encode
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.writer import pack
-from pipeline.data.loader import Stream, read_split
+from pipeline.data.loader import Rows, Stream, read_split
 from pipeline.data.order import Order, pieces
 from pipeline.data.reader import Reader, Row
-from pipeline.data.rows import Rows
 from pipeline.errors import InputError
 from pipeline.storage.s3_client import client
 from pipeline.storage.store import open_store
@@ -109,7 +108,6 @@ def test_rows_are_counted_while_their_round_is_read(packed: str, monkeypatch: py
             assert told.wait(20)
         return decode(*arguments)
 
-    monkeypatch.setattr("pipeline.data.loader.BLOCK", 2)
     monkeypatch.setattr(Reader, "row", slow)
     with Stream(DataConfig(path=packed, workers=workers), seed=5, round_size=ROUND, prefetch=False) as stream:
 
@@ -130,12 +128,6 @@ def test_a_manifest_is_found_without_a_listing(packed: str, bucket: str) -> None
         assert len(stream.take(0).keys) == ROUND
     pack_missing(DataConfig(path=bucket, source="digits"), [])
     assert "GetObject" in made and "ListObjectsV2" not in made
-
-
-def test_blocks_smaller_than_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: str) -> None:
-    expected = take(packed, [0, 1])
-    monkeypatch.setattr("pipeline.data.loader.BLOCK", 2)
-    assert take(packed, [0, 1]) == take(packed, [0, 1], workers=2) == expected
 
 
 def test_trace(packed: str, tmp_path: Path) -> None:

@@ -108,11 +108,12 @@ def test_kills_cost_time_and_nothing_else(digits: str, bucket: str, proxy: Fault
 
 def keys_of(data: str) -> list[str]:
     """Of all training images, in the order of their shards."""
-    from pipeline.data.dataset import DataConfig, open_reader
+    from pipeline.data.dataset import DataConfig
+    from pipeline.data.mixing import DataSets
     from pipeline.data.order import Piece
 
     manifest = Manifest.load(data)
-    reader = open_reader(DataConfig(path=data), manifest)
+    reader = DataSets(DataConfig(path=data)).reader(0)
     shards = manifest.split("train").shards
     whole = [Piece(epoch=0, shard=i, first=0, last=shard.samples) for i, shard in enumerate(shards)]
     return [reader.row(raw).key for raw in reader.raw(whole)]

@@ -27,11 +27,11 @@ def asked(monkeypatch):
         monkeypatch.setenv(name, "http://own:9000")
     found = []
 
-    def open_manifest(config):
+    def data_sets(config):
         found.append(os.environ["AWS_ENDPOINT_URL_S3"])
         raise InputError("nothing there")
 
-    monkeypatch.setattr("pipeline.evaluate.recorded.open_manifest", open_manifest)
+    monkeypatch.setattr("pipeline.evaluate.recorded.DataSets", data_sets)
     return found
 
 
@@ -72,7 +72,8 @@ def test_a_run_keeps_its_server(model, asked, tmp_path, monkeypatch, place):
 
 def test_a_run_that_skipped_what_is_broken_is_measured_likewise(model, monkeypatch):
     manifest = Manifest(name="here", kind="point", shape=(2,), dtype="float32", labels=(), splits={})
-    monkeypatch.setattr("pipeline.evaluate.recorded.open_manifest", lambda config: (manifest, (2,)))
+    sets = SimpleNamespace(manifest=manifest, shape=(2,))
+    monkeypatch.setattr("pipeline.evaluate.recorded.DataSets", lambda config: sets)
     model.metadata["config"]["data"] = {"path": "here", "broken": "skip"}
     config, _, _ = recorded(model, "exported", None)
     assert config.broken == "skip"
@@ -84,5 +85,5 @@ def test_a_picture_is_cropped_as_evaluation_crops_it(digits):
     cropped, _ = read_split(DataConfig(path=digits, crop=4), "test", limit=1)
     assert torch.equal(read_image(encode(whole[0].numpy(), "png"), model), scaled(cropped))
     assert torch.equal(read_image(encode(cropped[0].numpy(), "png"), model), scaled(cropped))
-    with pytest.raises(InputError, match="3x8 pixels, the model is of windows of 4x4"):
+    with pytest.raises(InputError, match="3x8 is less than data.crop=4"):
         read_image(encode(whole[0, :, :, :3].numpy(), "png"), model)
