@@ -21,8 +21,8 @@ import subprocess
 import sys
 
 try:
-    from pipeline.data import read_split
     from pipeline.data.degrade import KINDS, degrade
+    from pipeline.data.loader import read_split
     from pipeline.model import scaled
     from pipeline.model.naign import NAIGN
     from pipeline.observe.pictures import grid, rows

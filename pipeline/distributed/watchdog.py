@@ -22,7 +22,7 @@ from torch.distributed import distributed_c10d as c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from pipeline.errors import FAILED
-from pipeline.storage import in_background
+from pipeline.storage.prefetch import in_background
 
 PATIENCE = 5.0  # seconds that one exchange with the store may take
 NAMED = 8  # the most ranks that one message names

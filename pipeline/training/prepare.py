@@ -17,8 +17,11 @@ from pipeline.checkpoint.bucket import newest_first, take_over
 from pipeline.checkpoint.done import count_network_rounds, count_rounds
 from pipeline.checkpoint.writer import Writer
 from pipeline.config import Config, flatten, to_dict
-from pipeline.data import DataConfig, Stream, lists_data_sets, load, pack
 from pipeline.data.damage import find_damage
+from pipeline.data.dataset import DataConfig, lists_data_sets
+from pipeline.data.format.writer import pack
+from pipeline.data.loader import Stream
+from pipeline.data.sources.catalog import load
 from pipeline.distributed.host import warn_of_others
 from pipeline.distributed.ranks import broadcast_object, together, total
 from pipeline.distributed.signals import StopRequest
@@ -31,7 +34,7 @@ from pipeline.model.networks import build_network
 from pipeline.model.perceptual import perceptual
 from pipeline.model.prior import Prior, build_prior
 from pipeline.observe import Monitor, Profiler, forward_flops, parse_rounds, preflight, set_up
-from pipeline.storage import open_store
+from pipeline.storage.store import open_store
 from pipeline.training.engines import build_engine, check_engine
 from pipeline.training.quality import Quality, check_quality
 from pipeline.training.run import Phases, Run

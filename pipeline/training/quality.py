@@ -16,8 +16,8 @@ from torch import Tensor
 from pipeline.checkpoint.done import is_exhausted, measured_alike, measured_by
 from pipeline.checkpoint.manifest import BEST, read_best
 from pipeline.config import Config, flatten
-from pipeline.data import Stream, read_split
 from pipeline.data.degrade import KINDS, degrade
+from pipeline.data.loader import Stream, read_split
 from pipeline.distributed.engine import Engine
 from pipeline.distributed.ranks import broadcast_object, gather, together, total
 from pipeline.errors import InputError

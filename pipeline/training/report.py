@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline import philox
-from pipeline.data import Rows
 from pipeline.data.degrade import KINDS, degrade
+from pipeline.data.loader import Rows
 from pipeline.distributed.engine import Engine
 from pipeline.distributed.ranks import total
 from pipeline.observe import fit_flops, grid, peak_flops, peak_memory, rows, scatter

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from pipeline import philox
 from pipeline.config import Config
-from pipeline.data import Rows, Stream, damage, rank_rows
+from pipeline.data import damage
+from pipeline.data.loader import Rows, Stream
+from pipeline.data.order import rank_rows
 from pipeline.distributed.ranks import together, total
 from pipeline.errors import Diverged, InputError, Stopped, Unavailable
 from pipeline.match import Match, NotFinite, match_round

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.checkpoint.writer import Writer
 from pipeline.config import Config
-from pipeline.data import Stream
+from pipeline.data.loader import Stream
 from pipeline.distributed.engine import Engine
 from pipeline.distributed.signals import StopPoll, StopRequest
 from pipeline.distributed.watchdog import Watchdog

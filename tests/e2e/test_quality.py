@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from pipeline.checkpoint.done import measured_by
 from pipeline.checkpoint.writer import is_complete
 from pipeline.config import parse
-from pipeline.data import Stream
+from pipeline.data.loader import Stream
 from pipeline.errors import InputError
 from pipeline.training.quality import Quality
 from tests.conftest import SMALL
