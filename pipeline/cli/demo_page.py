@@ -2,7 +2,7 @@
 
 import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.data.degrade import KINDS, Kind, degrade
+from pipeline.data.degrade import KINDS, degrade
 from pipeline.errors import InputError, one_line, require
 from pipeline.evaluate.recorded import read_image
 from pipeline.model.naign import NAIGN
@@ -46,13 +46,6 @@ def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
         raise gradio.Error(message, print_exception=False)
 
     return call
-
-
-def damage(images: Tensor, strengths: Mapping[Kind, float], *, seed: int = 0) -> Tensor:
-    """Images (n, C, H, W), each kind of damage applied at its strength, in the order of KINDS."""
-    for kind in KINDS:
-        images = degrade(images, kind, seed=seed, strength=strengths.get(kind, 0.0))
-    return images
 
 
 class Player:
@@ -92,10 +85,13 @@ class Player:
         picture = canvas["composite"] or canvas["background"]
         if not picture:
             raise InputError("there is no picture: draw one, or upload one")
-        chain = [damage(self.from_canvas(picture), dict(zip(KINDS, strengths, strict=True)), seed=seed)]
+        given = self.from_canvas(picture)
+        for kind, strength in zip(KINDS, strengths, strict=True):
+            given = degrade(given, kind, seed=seed, strength=strength)
+        chain = [given]
         for _ in range(times + 1):
             chain.append(self.model.project(chain[-1]))
-        given, *answers, _ = chain  # x, f(x), ..., and one more for the last one's energy
+        answers = chain[1:-1]  # the last is for the energy of the one before
         energies = [float((after - before).square().mean()) for before, after in zip(chain, chain[1:], strict=False)]
         moved = (answers[0] - given).abs().mean(1)[0]
         captions = [f"{count}: {energy:.2g}" for count, energy in enumerate(energies[1:], 1)]

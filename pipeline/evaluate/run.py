@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def evaluate(
         for title, measure in STAGES.items():
             bar.update()
             bar.set_description(title)
-            subject.progress = lambda share, title=title: bar.set_description(f"{title}, {share:.0%}")
+            subject.progress = partial(_show_share, bar, title)
             metrics |= measure(subject)
         bar.update()
         bar.set_description("pictures and report")
@@ -81,6 +82,10 @@ def evaluate(
         _write(open_store(f"{folder_of(folder)}/evaluation"), metrics, drawn, config=header.get("config", header))
         bar.update()
     return metrics
+
+
+def _show_share(bar: "tqdm[Any]", title: str, share: float) -> None:
+    bar.set_description(f"{title}, {share:.0%}")
 
 
 def _open_second(name: str | None, manifest: Manifest, device: str) -> tuple[Encoder | None, list[str]]:

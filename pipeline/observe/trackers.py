@@ -31,10 +31,7 @@ if TYPE_CHECKING:
 
 
 class Tracker(Protocol):
-    """Receives the reports of a run; those that it does not define are dropped.
-
-    Every series is over images seen, so that runs of any batch size share an axis.
-    """
+    """Receives the reports of a run. Every series is over images seen, so that runs of any batch size share an axis."""
 
     def configuration(self, settings: dict[str, bool | int | float | str], text: str) -> None:
         """The run's settings by name (train.lr), and as YAML. Called once, before any report."""
@@ -96,7 +93,7 @@ class TensorBoard:
 
 
 class Accelerated(Tracker):
-    """A tracker of Accelerate, which has no histograms. A resumed run continues the one of the id in trackers/NAME."""
+    """A tracker of Accelerate. A resumed run continues the one of the id in trackers/NAME."""
 
     def __init__(self, kind: "type[GeneralTracker]", folder: Path) -> None:
         self.name, self.folder, file = kind.name, folder, folder / "trackers" / kind.name
@@ -123,6 +120,12 @@ class Accelerated(Tracker):
         elif hasattr(self.tracker, "log_images"):
             one = self.name in ("aim", "clearml")  # the others take lists
             self.tracker.log_images({name: picture if one else [picture]}, step=images_seen)
+
+    def histogram(self, name: str, values: Tensor, images_seen: int) -> None:
+        """Accelerate has no histograms."""
+
+    def flush(self) -> None:
+        """These libraries send by themselves."""
 
     def close(self) -> None:
         self.tracker.finish()
