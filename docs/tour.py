@@ -23,8 +23,8 @@ import sys
 try:
     from pipeline.data.degrade import KINDS, degrade
     from pipeline.data.loader import read_split
-    from pipeline.model import scaled
     from pipeline.model.naign import NAIGN
+    from pipeline.model.scale import scaled
     from pipeline.observe.pictures import grid, rows
 except ModuleNotFoundError as error:
     sys.exit(f"This kernel has no NAIGN ({error}): run `%pip install -e .` in a checkout, then restart.")

@@ -1,11 +1,8 @@
 """NAIGN: non-adversarial idempotent generative networks, trained at scale."""
 
 import os
-from collections.abc import Callable, Mapping
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 # Set before torch loads OpenMP: waiting threads sleep instead of spinning. On an idle machine this costs nothing.
 # Beside one other busy process, training on two cores ran 6 times as fast (450 against 67 images/s).
@@ -32,18 +29,3 @@ def shipped(path: str) -> Path:
     """
     inside = _PACKAGE / path
     return inside if (_PACKAGE / Path(path).parts[0]).is_dir() else _PACKAGE.parent / path
-
-
-def lazy_face(room: str, files: Mapping[str, str]) -> tuple[list[str], Callable[[str], Any]]:
-    """`__all__` and `__getattr__` of a folder, from the names (separated by spaces) that each of its files defines.
-
-    Each name is imported when it is first used.
-    """
-    home = {name: file for file, names in files.items() for name in names.split()}
-
-    def find(name: str) -> Any:
-        if name not in home:
-            raise AttributeError(f"module {room!r} has no attribute {name!r}")
-        return getattr(import_module(f"{room}.{home[name]}"), name)
-
-    return sorted(home), find

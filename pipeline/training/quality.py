@@ -24,8 +24,8 @@ from pipeline.errors import InputError
 from pipeline.evaluate.coverage import NEIGHBOURS, coverage
 from pipeline.evaluate.frechet import frechet_distance
 from pipeline.evaluate.restoration import mae
-from pipeline.model import scaled
 from pipeline.model.encoders import Encoder, choose_encoder, load_encoder
+from pipeline.model.scale import scaled
 
 log = logging.getLogger("naign.quality")
 

@@ -17,8 +17,8 @@ from pipeline.data.order import rank_rows
 from pipeline.distributed.ranks import together, total
 from pipeline.errors import Diverged, InputError, Stopped, Unavailable
 from pipeline.match import Match, NotFinite, match_round
-from pipeline.model import scaled
 from pipeline.model.prior import Prior
+from pipeline.model.scale import scaled
 from pipeline.training.run import Run
 from pipeline.training.state import PartialRound
 
