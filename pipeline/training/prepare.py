@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -28,7 +27,7 @@ from pipeline.distributed.signals import StopRequest
 from pipeline.distributed.watchdog import Watchdog
 from pipeline.errors import InputError, require
 from pipeline.match import SpaceConfig, check_space
-from pipeline.model.encoders import Encoder, load_encoder, names
+from pipeline.model.encoders import names
 from pipeline.model.losses import Distance, ObjectiveConfig
 from pipeline.model.networks import build_network
 from pipeline.model.perceptual import perceptual
@@ -36,7 +35,7 @@ from pipeline.model.prior import Prior, build_prior
 from pipeline.observe import Monitor, Profiler, forward_flops, parse_rounds, preflight, set_up
 from pipeline.storage.store import open_store
 from pipeline.training.engines import build_engine, check_engine
-from pipeline.training.quality import Quality, check_quality
+from pipeline.training.quality import Quality, check_quality, open_encoder
 from pipeline.training.run import Phases, Run
 from pipeline.training.run_folder import check_shared, claim, fetch_checkpoint
 from pipeline.training.state import PartialRound, Position, restore, restore_prior, restore_weights
@@ -75,7 +74,7 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, PartialRound
             position, partial = restore(checkpoint, engine, rank=rank, world=world, size=config.match.round)
     quality = Quality(config, stream, accelerator) if config.quality.rounds else None
     rounds, network_rounds = count_all_rounds(config)
-    ahead = range(position.round, rounds) if not (quality and quality.exhausted(position.round)) else range(0)
+    ahead = range(position.round, rounds)
     monitor, writer = open_outputs(config, accelerator, position, checkpoint, stop, watchdog, write=bool(ahead))
     profiler = Profiler(Path(config.run.path), config.profile.rounds, rank)
     if rank == 0 and ahead and any(number not in ahead for number in parse_rounds(config.profile.rounds)):
@@ -224,26 +223,17 @@ def open_features(
 ) -> Callable[[Tensor], Tensor] | None:
     """The encoder of the match's space, if it has one; InputError where space and data do not go together."""
     check_space(space, shape)
-    return _open_encoder("match.space", space, shape, device).features if space.features else None
+    return open_encoder("match.space.encoder", space.encoder, shape, device).features if space.features else None
 
 
 def open_perceived(objective: ObjectiveConfig, shape: tuple[int, ...], device: torch.device) -> Distance | None:
     """The perceptual part of the objective's distance, if it has one; InputError where it is not for such data."""
     if not objective.perceptual:
         return None
-    network = _open_encoder("objective", objective, shape, device).network
+    network = open_encoder("objective.encoder", objective.encoder, shape, device).network
     with torch.no_grad():
         seen = network.stages(torch.zeros(1, *shape, device=device)) if network else []
     if network is None or not seen:
         there = ", ".join([*names(), "efficientnet-lite0"])
         raise InputError(f"objective.encoder '{objective.encoder}' has no layers: choose one of {there}")
     return perceptual(network.stages)
-
-
-def _open_encoder(section: str, settings: Any, shape: tuple[int, ...], device: torch.device) -> Encoder:
-    encoder = load_encoder(settings.encoder)
-    if encoder.network:
-        encoder.network.to(device)
-    if unfit := encoder.unfit(shape):
-        raise InputError(f"{section}.encoder '{settings.encoder}' {unfit}")
-    return encoder

@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from pipeline.checkpoint.done import is_exhausted, measured_alike, measured_by
 from pipeline.checkpoint.manifest import BEST, read_best
 from pipeline.config import Config, flatten
 from pipeline.data.degrade import KINDS, degrade
@@ -30,6 +29,8 @@ from pipeline.model.scale import scaled
 log = logging.getLogger("naign.quality")
 
 BATCH = 500  # samples at once
+MEASURED = ("quality.samples", "quality.split", "quality.encoder", "data.path", "data.index")
+"""Settings that decide what quality/fd is measured on."""
 
 
 def check_quality(config: Config) -> None:
@@ -46,29 +47,32 @@ class Quality:
 
     def __init__(self, config: Config, stream: Stream, accelerator: Accelerator) -> None:
         """Collective. Raises InputError for an encoder that does not fit the data."""
-        self.config, self.accelerator, self.settings = config.quality, accelerator, flatten(config)
-        self.encoder = find_encoder(config, stream)
+        self.config, self.accelerator, settings = config.quality, accelerator, flatten(config)
+        name, manifest = config.quality.encoder, replace(stream.manifest, shape=stream.shape)
+        self.encoder = open_encoder("quality.encoder", name, stream.shape) if name else choose_encoder(manifest)
+        # What a distance is measured on: distances compare only where it is the same.
+        self.measured = {"encoder": self.encoder.name, "measured": {key: settings[key] for key in MEASURED}}
         self.real: Tensor | None = None  # features, on rank 0
         self.best: dict[str, Any] = {}  # as in best.json
         with together(accelerator):
             if accelerator.is_main_process:
                 real, _ = read_split(config.data, self.config.split, limit=self.config.samples)
                 self.real = self.encoder.features(scaled(real))
-                self.best = self._read_best(Path(config.run.path).absolute())
+                self.best = self._read_best(config.run.path)
                 self._warn(config)
         self.best = broadcast_object(self.best)
 
-    def _read_best(self, run: Path) -> dict[str, Any]:
+    def _read_best(self, run: str) -> dict[str, Any]:
         """What best.json says of the best checkpoint so far; {} where nothing, or nothing to compare with."""
-        best, file = read_best(str(run)), run / BEST
-        if not file.exists():
-            return {}
-        if not isinstance(best.get("fd"), float) or not isinstance(best.get("round"), int):
-            log.warning("%s says nothing of the best checkpoint: the next measurement is", file)
-            return {}
-        if measured_alike(self.settings, best) and best.get("encoder") == self.encoder.name:
+        best = read_best(run)
+        if isinstance(best.get("fd"), float) and best.items() >= self.measured.items():
             return best
-        log.warning("%s was measured otherwise than this run measures: the next measurement counts as the best", file)
+        if (Path(run) / BEST).exists():
+            log.warning(
+                "%s/%s says nothing of the best checkpoint, or was measured otherwise than this run measures: the next "
+                "measurement counts as the best",
+                *(run, BEST),
+            )
         return {}
 
     def _warn(self, config: Config) -> None:
@@ -79,13 +83,6 @@ class Quality:
                 "quality/fd is measured on pooled pixels, since no encoder is shipped for this data: it says little "
                 "of what is seen. Set quality.encoder, to efficientnet-lite0 for photographs, or to pixels"
             )
-
-    def due(self, rounds: int) -> bool:
-        return rounds % self.config.rounds == 0
-
-    def exhausted(self, rounds: int) -> bool:
-        """Whether quality.patience ends a run of so many rounds."""
-        return is_exhausted(self.settings, rounds, self.best)
 
     def measure(
         self,
@@ -108,15 +105,17 @@ class Quality:
         features = gather(torch.cat(parts), self.accelerator)[: self.config.samples].cpu()
         values = dict.fromkeys(("fd", "recall", "precision"), 0.0) | {"idempotence": moved}
         if images.ndim == 4:
-            values |= {f"repair_{kind}": mae_of_repair(engine, images[:BATCH], kind) / world for kind in KINDS}
+            clean = images[:BATCH]
+            for kind in KINDS:
+                damaged = degrade(clean.cpu(), kind).to(clean.device)
+                values[f"repair_{kind}"] = mae(engine.exported("", damaged), clean) / world
         with together(self.accelerator):
             if self.real is not None:
                 values |= compare(features, self.real)
         sums = dict(zip(values, total(list(values.values()), self.accelerator), strict=True))
         better = sums["fd"] <= self.best.get("fd", math.inf) and math.isfinite(sums["fd"])
         if better:
-            self.best = {"fd": sums["fd"], "encoder": self.encoder.name, "round": rounds}
-            self.best["measured"] = measured_by(self.settings)
+            self.best = {"fd": sums["fd"], "round": rounds} | self.measured
         finite = {f"quality/{name}": value for name, value in sums.items() if math.isfinite(value)}
         return finite | {"quality/seconds": time.perf_counter() - begin}, better
 
@@ -125,13 +124,13 @@ class Quality:
         return json.dumps(self.best | {"checkpoint": checkpoint}, indent=2) + "\n"
 
 
-def find_encoder(config: Config, stream: Stream) -> Encoder:
-    """The encoder that quality/fd is measured on; InputError where quality.encoder does not fit the data."""
-    if not (name := config.quality.encoder):
-        return choose_encoder(replace(stream.manifest, shape=stream.shape))
+def open_encoder(setting: str, name: str, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Encoder:
+    """The encoder that `setting` names; InputError where it does not fit samples of that shape."""
     encoder = load_encoder(name)
-    if unfit := encoder.unfit(stream.shape):
-        raise InputError(f"quality.encoder '{name}' {unfit}")
+    if encoder.network:
+        encoder.network.to(device)
+    if unfit := encoder.unfit(shape):
+        raise InputError(f"{setting} '{name}' {unfit}")
     return encoder
 
 
@@ -142,9 +141,3 @@ def compare(features: Tensor, real: Tensor) -> dict[str, float]:
     number = min(len(features), len(real))
     cover = coverage(real[:number], features[:number])
     return {"fd": frechet_distance(features, real), "recall": cover.recall, "precision": cover.precision}
-
-
-def mae_of_repair(engine: Engine, images: Tensor, kind: str) -> float:
-    """The mean error of f on damaged images of the round."""
-    damaged = degrade(images.cpu(), kind).to(images.device)  # type: ignore[arg-type]
-    return mae(engine.exported("", damaged), images)

@@ -14,8 +14,9 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from pipeline.checkpoint import bucket, done
-from pipeline.checkpoint.manifest import read_best, step_of
+from pipeline.checkpoint import bucket
+from pipeline.checkpoint.done import count_rounds
+from pipeline.checkpoint.manifest import step_of
 from pipeline.checkpoint.writer import is_complete, newest_checkpoint, set_aside
 from pipeline.config import Config, changeable, differences, flatten, from_dict, to_dict
 from pipeline.errors import Damaged, InputError
@@ -178,7 +179,7 @@ def is_done(config: Config) -> bool:
     if not recorded or not name or differences(recorded, config):
         return False
     _refuse_never(config, remote, "choose another --run.remote")
-    return done.is_done(flatten(config), bucket.round_of(remote, name), read_best(remote))
+    return bucket.round_of(remote, name) >= count_rounds(flatten(config))
 
 
 def fetch_checkpoint(config: Config, name: str, *, shared: bool) -> Path:
