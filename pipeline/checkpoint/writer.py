@@ -44,23 +44,14 @@ def newest_checkpoint(checkpoints: Path) -> Path | None:
     return next((folder for folder in _newest_first(checkpoints) if is_complete(folder)), None)
 
 
-def passed_over(checkpoints: Path, newest: Path | None) -> list[Path]:
-    """Damaged checkpoints newer than `newest`, the newest complete one. One without manifest is being written."""
-    newer = itertools.takewhile(lambda folder: folder != newest, _newest_first(checkpoints))
-    return [folder for folder in newer if (folder / MANIFEST).is_file()]
-
-
-def set_aside(checkpoints: Path, newest: Path | None, *, parts: bool = False) -> list[str]:
-    """Rename damaged checkpoints newer than `newest`, the newest complete one. Returns their old names.
+def passed_over(checkpoints: Path, newest: Path | None, *, parts: bool = False) -> list[Path]:
+    """Damaged checkpoints newer than `newest`, the newest complete one. One without manifest is being written.
 
     With `parts`, a folder may hold only the files of this machine's ranks: missing files are no damage.
     """
-    moved = []
-    for folder in passed_over(checkpoints, newest):
-        if not (parts and is_complete(folder, parts=True)):
-            folder.rename(folder.with_name(f"damaged-{folder.name}-{time.time_ns()}"))
-            moved.append(folder.name)
-    return moved
+    newer = itertools.takewhile(lambda folder: folder != newest, _newest_first(checkpoints))
+    written = [folder for folder in newer if (folder / MANIFEST).is_file()]
+    return [folder for folder in written if not (parts and is_complete(folder, parts=True))]
 
 
 def is_complete(folder: Path, *, parts: bool = False) -> bool:

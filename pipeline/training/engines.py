@@ -10,7 +10,7 @@ from torch import nn
 from pipeline.config import Config
 from pipeline.distributed.engine import Engine
 from pipeline.distributed.zero import ZeroEngine
-from pipeline.errors import InputError
+from pipeline.errors import InputError, require
 
 LAUNCHER = "the launcher's DeepSpeed configuration"
 
@@ -52,37 +52,27 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         plugin = accelerator.state.deepspeed_plugin
-        _check_launcher(plugin.deepspeed_config, accelerator.mixed_precision)
-        _check_stage(config, int(plugin.zero_stage), accelerator.mixed_precision)
+        _check_deepspeed(config, plugin.deepspeed_config, int(plugin.zero_stage), accelerator.mixed_precision)
 
 
-def _check_launcher(configured: dict[str, Any], precision: str) -> None:
-    """Raise InputError where DeepSpeed's configuration holds what is the run's to say."""
+def _check_deepspeed(config: Config, configured: dict[str, Any], stage: int, precision: str) -> None:
+    """Raise InputError for what DeepSpeed's configuration must leave to the run, or its ZeRO stage cannot do."""
     for name in sorted({"optimizer", "scheduler"} & configured.keys()):
         raise InputError(f"{LAUNCHER} has a section '{name}', which is the run's: remove it")
     for name in ("bf16", "fp16"):
-        enabled = configured.get(name, {}).get("enabled", "auto")
-        if enabled not in ("auto", precision == name):
-            raise InputError(
-                f"{LAUNCHER} says {name}.enabled: {enabled}, but the run's precision is "
-                f"{precision.replace('no', 'fp32')}: remove it there, or change train.precision"
-            )
-
-
-def _check_stage(config: Config, stage: int, precision: str) -> None:
-    """Raise InputError for settings that do not go with this ZeRO stage in this precision."""
-    if config.objective.needs_frozen and (stage == 3 or precision != "no"):
-        raise InputError(
-            f"objective.name={config.objective.name} evaluates a frozen copy of the network: use DDP, or ZeRO 0 to 2 "
-            "in float32, which allow that"
-        )
-    if stage == 0 and precision != "no":
-        raise InputError(
-            f"DeepSpeed ZeRO-0 in {precision} keeps its float32 weights where no checkpoint can reach them: use ZeRO 1 "
-            "to 3, or DDP"
-        )
-    for name in ("compile", "channels_last"):
-        if getattr(config.train, name):
-            raise InputError(
-                f"train.{name} does not go with DeepSpeed, which lays weights out anew: leave it out, or use DDP"
-            )
+        enabled, asked = configured.get(name, {}).get("enabled", "auto"), precision.replace("no", "fp32")
+        said = f"{LAUNCHER} says {name}.enabled: {enabled}, but the run's precision is {asked}"
+        require((enabled in ("auto", asked == name), f"{said}: remove it there, or change train.precision"))
+    train, objective = config.train, config.objective
+    frozen = f"objective.name={objective.name} evaluates a frozen copy of the network"
+    hidden = f"DeepSpeed ZeRO-0 in {precision} keeps its float32 weights where no checkpoint can reach them"
+    moved = "does not go with DeepSpeed, which lays weights out anew: leave it out, or use DDP"
+    require(
+        (
+            not objective.needs_frozen or (stage < 3 and precision == "no"),
+            f"{frozen}: use DDP, or ZeRO 0 to 2 in float32, which allow that",
+        ),
+        (stage > 0 or precision == "no", f"{hidden}: use ZeRO 1 to 3, or DDP"),
+        (not train.compile, f"train.compile {moved}"),
+        (not train.channels_last, f"train.channels_last {moved}"),
+    )

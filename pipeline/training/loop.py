@@ -15,7 +15,6 @@ from accelerate import Accelerator
 
 from pipeline import philox
 from pipeline.config import Config
-from pipeline.distributed.host import warn_of_others
 from pipeline.distributed.ranks import gather, together, total
 from pipeline.errors import InputError, Stopped, Unavailable
 from pipeline.observe import at_round
@@ -52,7 +51,7 @@ def train(config: Config, accelerator: Accelerator) -> bool:
 
 def run_rounds(run: Run, partial: PartialRound | None) -> None:
     """Train round by round, from `partial` on, until the run is finished or all ranks agree to stop. Collective."""
-    position, first = run.position, run.position.round
+    position = run.position
     state: RoundState | None = None
     try:
         while not run.finished:
@@ -72,8 +71,6 @@ def run_rounds(run: Run, partial: PartialRound | None) -> None:
             values |= measure(run, state)
             with run.phases.enter("report"), together(run.accelerator):
                 report(run, state, rows, values, images=position.seen - before)
-            if state.number == first and run.world == 1 and run.accelerator.device.type == "cpu":
-                warn_of_others()  # again: two runs that start at the same time are idle during the first check
             state = partial = None
 
             with run.phases.enter("checkpoint"):

@@ -32,10 +32,10 @@ from pipeline.model.losses import Distance, ObjectiveConfig
 from pipeline.model.networks import build_network
 from pipeline.model.perceptual import perceptual
 from pipeline.model.prior import Prior, build_prior
-from pipeline.observe import Monitor, Profiler, forward_flops, parse_rounds, preflight, set_up
+from pipeline.observe import Monitor, Profiler, forward_flops, preflight, set_up
 from pipeline.storage.store import open_store
 from pipeline.training.engines import build_engine, check_engine
-from pipeline.training.quality import Quality, check_quality, open_encoder
+from pipeline.training.quality import Quality, open_encoder
 from pipeline.training.run import Phases, Run
 from pipeline.training.run_folder import check_shared, claim, fetch_checkpoint
 from pipeline.training.state import PartialRound, Position, restore, restore_prior, restore_weights
@@ -62,6 +62,7 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, PartialRound
         features = open_features(config.match.space, stream.shape, accelerator.device)
         perceived = open_perceived(config.objective, stream.shape, accelerator.device)
         flops = forward_flops(network, stream.shape)
+    quality = Quality(config, stream, accelerator) if config.quality.rounds else None
     checkpoint, lock = claim_together(config, accelerator)
     position, partial = Position(), None
     with together(accelerator):
@@ -72,13 +73,9 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, PartialRound
         engine = build_engine(config, network, accelerator, stream.shape)
         if checkpoint:
             position, partial = restore(checkpoint, engine, rank=rank, world=world, size=config.match.round)
-    quality = Quality(config, stream, accelerator) if config.quality.rounds else None
     rounds, network_rounds = count_all_rounds(config)
-    ahead = range(position.round, rounds)
-    monitor, writer = open_outputs(config, accelerator, position, checkpoint, stop, watchdog, write=bool(ahead))
+    monitor, writer = open_outputs(config, accelerator, position, checkpoint, stop, watchdog)
     profiler = Profiler(Path(config.run.path), config.profile.rounds, rank)
-    if rank == 0 and ahead and any(number not in ahead for number in parse_rounds(config.profile.rounds)):
-        log.warning("profile.rounds=%s: rounds %d to %d are ahead", config.profile.rounds, ahead.start, ahead.stop - 1)
     run = Run(
         config=config,
         accelerator=accelerator,
@@ -111,12 +108,16 @@ def build_model(config: Config, accelerator: Accelerator, start: Start | None) -
     stream = Stream(data, seed=config.seed, round_size=config.match.round, rank=rank, world=world)
     torch.manual_seed(config.seed)  # the same first weights on every rank
     network = build_network(config.model, stream.shape, recompute=config.train.recompute).to(device)
-    prior = open_prior(config, stream.shape, network).to(device)
+    prior = build_prior(config.prior, stream.shape, network, seed=config.seed).to(device)
+    config.prior.check_round(config.match.round)
+    (rounds, _), begin = count_all_rounds(config), config.prior.begin
+    if (rounds - 1) / rounds < begin:
+        late = f"prior.begin={begin:g} is after the last of {rounds} rounds"
+        raise InputError(f"{late}: the prior would not be learned. Lower it, or raise train.images")
     if start:
         warm_start(config, start, network, prior)
     find_damage(config.objective.damage).check(stream.shape)
     if rank == 0:
-        check_quality(config)
         copies = 4 if config.train.ema else 3  # of the weights: they, two moments, their average
         size = 4 * copies * sum(value.numel() for value in network.parameters())
         for warning in preflight(config.run.path, config.run.remote, size):
@@ -133,8 +134,6 @@ def open_outputs(
     checkpoint: Path | None,  # that the run resumes from
     stop: StopRequest,
     watchdog: Watchdog,
-    *,
-    write: bool,  # whether a round is ahead
 ) -> tuple[Monitor, Writer]:
     """What reports and what writes checkpoints. The bucket is taken over only if anything will be sent. Collective."""
     settings, folder, remote = flatten(config), Path(config.run.path), config.run.remote
@@ -152,7 +151,7 @@ def open_outputs(
         )
         if rank == 0 and remote:
             unsent = checkpoint is not None and checkpoint.name not in newest_first(remote)
-            owner = take_over(remote) if unsent or write else ""
+            owner = take_over(remote) if unsent or position.round < rounds else ""
     writer = Writer(
         folder,
         rank=rank,
@@ -203,19 +202,6 @@ def count_all_rounds(config: Config) -> tuple[int, int]:
     """Rounds that spend the budget, and the first of them, in which f is trained."""
     settings = flatten(config) | {"prior.alone": config.prior.alone}  # another package's prior may compute it
     return count_rounds(settings), count_network_rounds(settings)
-
-
-def open_prior(config: Config, shape: tuple[int, ...], network: nn.Module) -> Prior:
-    """The prior of latents of that shape; InputError where network, rounds and prior do not go together."""
-    prior = build_prior(config.prior, shape, network, seed=config.seed)
-    config.prior.check_round(config.match.round)
-    (rounds, _), begin = count_all_rounds(config), config.prior.begin
-    if (rounds - 1) / rounds < begin:
-        raise InputError(
-            f"prior.begin={begin:g} is after the last of {rounds} rounds: the prior would not be learned. Lower it, or "
-            "raise train.images"
-        )
-    return prior
 
 
 def open_features(

@@ -27,27 +27,21 @@ log = logging.getLogger("naign.quality")
 BATCH = 500  # samples at once
 
 
-def check_quality(config: Config) -> None:
-    """InputError where quality.split is missing, or has too few examples."""
-    if config.quality.rounds:
-        split = config.quality.split
-        examples, _ = read_split(config.data, split, limit=NEIGHBOURS + 1)
-        if len(examples) <= NEIGHBOURS:
-            raise InputError(f"quality.split={split} has {len(examples)} examples, too few to measure with")
-
-
 class Quality:
     """What a run's samples are compared with."""
 
     def __init__(self, config: Config, stream: Stream, accelerator: Accelerator) -> None:
-        """Collective. Raises InputError for an encoder that does not fit the data."""
+        """Collective. Raises InputError where quality.split or quality.encoder does not do for this data."""
         self.config, self.accelerator = config.quality, accelerator
         name, manifest = config.quality.encoder, replace(stream.manifest, shape=stream.shape)
         self.encoder = open_encoder("quality.encoder", name, stream.shape) if name else choose_encoder(manifest)
         self.real: Tensor | None = None  # features, on rank 0
         with together(accelerator):
             if accelerator.is_main_process:
-                real, _ = read_split(config.data, self.config.split, limit=self.config.samples)
+                split = self.config.split
+                real, _ = read_split(config.data, split, limit=self.config.samples)
+                if len(real) <= NEIGHBOURS:
+                    raise InputError(f"quality.split={split} has {len(real)} examples, too few to measure with")
                 self.real = self.encoder.features(scaled(real))
                 self._warn(config)
 

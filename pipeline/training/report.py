@@ -1,6 +1,5 @@
-"""What a run reports: its headline, and each round's metrics, pictures and warnings."""
+"""What a run reports: its headline, and each round's metrics and pictures."""
 
-import logging
 import math
 import os
 from dataclasses import replace
@@ -18,8 +17,6 @@ from pipeline.distributed.ranks import total
 from pipeline.observe import fit_flops, grid, peak_flops, peak_memory, rows, scatter
 from pipeline.training.round import RoundRandom, RoundState
 from pipeline.training.run import Run
-
-log = logging.getLogger("naign.report")
 
 
 def headline(run: Run) -> str:
@@ -43,7 +40,7 @@ def headline(run: Run) -> str:
 
 
 def report(run: Run, state: RoundState, rows_read: Rows, values: dict[str, float], *, images: int) -> None:
-    """Report a finished round: metrics (`values` are those of the fit), pictures and warnings. Collective.
+    """Report a finished round: metrics (`values` are those of the fit), and pictures. Collective.
 
     `images` were trained on: fewer than the round's where a run resumed within it.
     """
@@ -51,7 +48,6 @@ def report(run: Run, state: RoundState, rows_read: Rows, values: dict[str, float
     last = run.finished
     if state.match:
         values |= state.match.values
-        warn_of_collapse(run, state.match.values)
     values |= speed_values(run, images) | {"data/epoch": run.stream.order.epochs(position.round)}
     tally, names = rows_read.tally, ("megabytes", "cached_megabytes", "reread_megabytes", "retries", "skipped")
     costs = [tally.bytes / 1e6, tally.cached / 1e6, tally.reread / 1e6, tally.retries, len(rows_read.broken)]
@@ -72,21 +68,6 @@ def report(run: Run, state: RoundState, rows_read: Rows, values: dict[str, float
         monitor.histogram("match/distances", state.match.distances, position.seen)
     for name, picture in drawn.items():
         monitor.picture(name, picture, position.seen)
-
-
-# Of a match: distinct samples an image, and the share of images that have one sample, from which on to warn.
-LEAST_USED, MOST_SHARED = 0.02, 0.25
-
-
-def warn_of_collapse(run: Run, values: dict[str, float]) -> None:
-    """Warn if all images pull at a few samples, or many of them at one."""
-    size = run.config.match.round
-    distinct = min(1.0, run.stream.order.total / size)  # share of a round's images that can differ
-    if run.rank == 0 and size * distinct >= 64:
-        if values.get("match/used", 1.0) < LEAST_USED * distinct:
-            log.warning("collapse? %.1f distinct samples for 100 images", 100 * values["match/used"])
-        if values.get("match/top_share", 0.0) > MOST_SHARED:
-            log.warning("collapse? one sample is the nearest to %.0f %% of the images", 100 * values["match/top_share"])
 
 
 def speed_values(run: Run, images: int) -> dict[str, float]:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from pipeline.checkpoint import bucket
 from pipeline.checkpoint.done import count_rounds
 from pipeline.checkpoint.manifest import step_of
-from pipeline.checkpoint.writer import is_complete, newest_checkpoint, set_aside
+from pipeline.checkpoint.writer import is_complete, newest_checkpoint, passed_over
 from pipeline.config import Config, changeable, differences, flatten, from_dict, to_dict
 from pipeline.errors import Damaged, InputError
 from pipeline.model.naign import NAIGN
@@ -136,13 +136,10 @@ def find_newest(config: Config) -> Path | None:
     names = check_remote_run(config) if remote else []
     if newest := newest_checkpoint(folder):
         _compare_checkpoint(newest, config)
-    aside = set_aside(folder, newest, parts=bool(remote))
-    for name in aside:
-        log.warning("%s/%s is damaged: set aside", folder, name)
-    if aside and newest is None and not names:
-        damaged = f"all checkpoints in {folder} are damaged, and were set aside under other names"
-        raise InputError(f"{damaged}: mend one, or give the same command again to start anew")
     damaged = ""
+    for checkpoint in passed_over(folder, newest, parts=bool(remote)):
+        damaged = str(checkpoint)
+        log.warning("%s is damaged: passed over", damaged)
     for name in names:
         if newest and step_of(name) <= step_of(newest.name):
             return newest
@@ -155,7 +152,7 @@ def find_newest(config: Config) -> Path | None:
         damaged = f"{remote}/checkpoints/{name}"
         log.warning("%s is damaged: passed over", damaged)
     if damaged and newest is None:
-        raise InputError(f"{damaged} and all before it are damaged: choose another --run.remote to start anew")
+        raise InputError(f"{damaged} and all before it are damaged: mend one, or remove them to start anew")
     return newest
 
 
