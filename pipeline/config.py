@@ -162,35 +162,19 @@ NAMED: Named = {
     "prior": ("gmm", find_prior),
 }
 
-RENAMED: dict[str, str] = {
+REMOVED = (
+    *("train.bad_steps", "report.rounds", "quality.patience", "checkpoint.keep_every", "model.max_width"),
+    *("objective.drift", "objective.temperatures", "objective.repulsion", "objective.moments", "objective.positives"),
+    *("match.jitter", "match.refine", "match.refine_rate", "match.flat"),
+    *("match.space.reduced", "match.space.side", "match.space.code"),
+    *("data.tail", "data.resampled", "data.shuffle_block", "data.scale", "data.ratio", "data.interpolation"),
+    "data.broken_share",
+)
+RENAMED: dict[str, str] = dict.fromkeys(REMOVED, "") | {
     "train.graphs": "train.compile",
-    "train.bad_steps": "",
-    "report.rounds": "",
-    "quality.patience": "",
-    "checkpoint.keep_every": "",
-    "objective.drift": "",
-    "objective.temperatures": "",
-    "objective.repulsion": "",
-    "objective.moments": "",
-    "objective.positives": "",
-    "match.jitter": "",
-    "match.refine": "",
-    "match.refine_rate": "",
     "match.reject": "match.reject_share, a share of the pool",
-    "match.space.reduced": "",
-    "match.space.side": "",
-    "match.space.code": "",
-    "model.max_width": "",
     "match.latents": "prior.name, where codes is flow or gmm, smooth4 is smooth and mixture is halves",
     "match.codes": "prior",
-    "match.flat": "",
-    "data.tail": "",
-    "data.resampled": "",
-    "data.shuffle_block": "",
-    "data.scale": "",
-    "data.ratio": "",
-    "data.interpolation": "",
-    "data.broken_share": "",
 }
 """Settings and sections of earlier versions and their present names; "" for those that were removed."""
 
