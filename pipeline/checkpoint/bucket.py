@@ -104,13 +104,10 @@ def _download_file(where: str, file: str, entry: dict[str, Any], folder: Path) -
         raise ValueError(f"{file} has another hash")
 
 
-def fetch_shown(remote: str, run: Path, *, also: Sequence[str] = ()) -> int:
-    """Download records, TensorBoard's files, pictures and the files named in `also` that are missing here or differ.
-
-    Returns the number of files that were downloaded.
-    """
+def fetch_shown(remote: str, run: Path) -> int:
+    """Download records, TensorBoard's files and pictures that are missing here or differ. Returns their number."""
     fetched, remote = 0, remote.rstrip("/")
-    for pattern in (*also, "metrics.jsonl", *PICTURES):
+    for pattern in (*RECORDS, *PICTURES):
         folder = os.path.dirname(pattern)
         store = open_store(f"{remote}/{folder}".rstrip("/"))
         for name in store.list():

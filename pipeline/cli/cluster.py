@@ -98,7 +98,7 @@ def fetch(remote: Positional[str], /, *, to: Path, every: float = 0) -> None:
     while True:
         try:
             with busy(f"fetching {remote}"):
-                count = fetch_shown(remote, to, also=["config.yaml"])
+                count = fetch_shown(remote, to)
             print(f"{count} files from {remote}", flush=True)
         except (InputError, Unavailable) as error:
             if not every:

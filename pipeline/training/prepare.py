@@ -37,7 +37,7 @@ from pipeline.storage.store import open_store
 from pipeline.training.engines import build_engine, check_engine
 from pipeline.training.quality import Quality, open_encoder
 from pipeline.training.run import Phases, Run
-from pipeline.training.run_folder import check_shared, claim, fetch_checkpoint
+from pipeline.training.run_folder import claim, find_claimed
 from pipeline.training.state import PartialRound, Position, restore, restore_prior, restore_weights
 from pipeline.training.warm_start import Start, read_start, warm_start
 
@@ -178,10 +178,8 @@ def claim_together(config: Config, accelerator: Accelerator) -> tuple[Path | Non
             checkpoint, token, lock = claim(config)
     name, token = broadcast_object((checkpoint.name if checkpoint else "", token))
     with together(accelerator):
-        shared = check_shared(config, token)
-    with together(accelerator):
-        if name and not accelerator.is_main_process:
-            checkpoint = fetch_checkpoint(config, name, shared=shared)
+        if not accelerator.is_main_process:
+            checkpoint = find_claimed(config, name, token)
     return checkpoint, lock
 
 

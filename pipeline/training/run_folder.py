@@ -36,7 +36,7 @@ DAMAGE = (
 
 
 def claim(config: Config) -> tuple[Path | None, str, FileLock]:
-    """Take the run's folder, on rank 0: the checkpoint to resume from, a token for `check_shared`, and a lock to hold.
+    """Take the run's folder, on rank 0: the checkpoint to resume from, a token for `find_claimed`, and a lock to hold.
 
     Raises InputError, changing nothing, if the folder is in use or another configuration's.
     """
@@ -179,30 +179,24 @@ def is_done(config: Config) -> bool:
     return bucket.round_of(remote, name) >= count_rounds(flatten(config))
 
 
-def fetch_checkpoint(config: Config, name: str, *, shared: bool) -> Path:
-    """The checkpoint of that name on this rank: from the bucket, unless this rank has `shared` the claimed folder."""
-    folder = Path(config.run.path) / "checkpoints" / name
-    if not shared:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / ".download"):  # the ranks of a machine come one by one, and the first one fetches
-            if not is_complete(folder):
-                bucket.download(config.run.remote, name, folder.parent)
-    return folder
+def find_claimed(config: Config, name: str, token: str) -> Path | None:
+    """The checkpoint of that name ("": none) on this rank: in the folder that rank 0 has claimed with `token`, or from
+    the bucket where this rank does not see that folder.
 
-
-def check_shared(config: Config, token: str) -> bool:
-    """Whether this rank sees the folder that rank 0 has claimed with `token`.
-
-    Raises InputError if it does not and there is no bucket, or if its own folder holds another configuration's run.
+    Raises InputError if there is no bucket then, or if its own folder holds another configuration's run.
     """
-    folder = Path(config.run.path)
-    if (claimed := folder / ".claim").exists() and claimed.read_text() == token:
-        return True
-    if not config.run.remote:
-        raise InputError(
-            f"run.path '{config.run.path}' is not the same folder on every machine: put it on a file system that they "
-            "share, or set --run.remote=s3://bucket/prefix"
-        )
-    if list(folder.glob("checkpoints/step-*")) and (recorded := recorded_at(str(folder.absolute()))):
-        compare(recorded, config, f"'{folder}' on {socket.gethostname()}", "--run.path")
-    return False
+    run, checkpoints = Path(config.run.path), Path(config.run.path) / "checkpoints"
+    if not ((claimed := run / ".claim").exists() and claimed.read_text() == token):
+        if not config.run.remote:
+            raise InputError(
+                f"run.path '{config.run.path}' is not the same folder on every machine: put it on a file system that "
+                "they share, or set --run.remote=s3://bucket/prefix"
+            )
+        if list(checkpoints.glob("step-*")) and (recorded := recorded_at(str(run.absolute()))):
+            compare(recorded, config, f"'{run}' on {socket.gethostname()}", "--run.path")
+        if name:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            with FileLock(checkpoints / ".download"):  # the ranks of a machine come one by one: the first one fetches
+                if not is_complete(checkpoints / name):
+                    bucket.download(config.run.remote, name, checkpoints)
+    return checkpoints / name if name else None
