@@ -24,7 +24,6 @@ from data_peers import status
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.checkpoint.done import count_rounds
 from pipeline.checkpoint.writer import MANIFEST, Writer
 from pipeline.config import Config, TrainConfig, flatten
 from pipeline.data.format.writer import pack
@@ -41,6 +40,7 @@ from pipeline.model.prior import Prior, build_prior
 from pipeline.model.scale import scaled
 from pipeline.observe.monitor import Monitor
 from pipeline.observe.speed import Profiler
+from pipeline.settings.budget import count_rounds
 from pipeline.training.engines import build_engine
 from pipeline.training.fit import fit, learning_rate, steps_of
 from pipeline.training.loop import checkpoint

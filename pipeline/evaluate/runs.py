@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from pipeline.checkpoint.done import count_network_rounds, count_rounds
 from pipeline.checkpoint.manifest import MANIFEST, by_step
 from pipeline.errors import InputError, printable, require
+from pipeline.settings.budget import count_network_rounds, count_rounds
 
 MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
 """A folder with one of them is a run."""

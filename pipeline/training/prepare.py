@@ -13,7 +13,6 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from pipeline.checkpoint.bucket import newest_first, take_over
-from pipeline.checkpoint.done import count_network_rounds, count_rounds
 from pipeline.checkpoint.writer import Writer
 from pipeline.config import Config, flatten, to_dict
 from pipeline.data.damage import find_damage
@@ -33,6 +32,7 @@ from pipeline.model.networks import build_network
 from pipeline.model.perceptual import perceptual
 from pipeline.model.prior import Prior, build_prior
 from pipeline.observe import Monitor, Profiler, forward_flops, preflight, set_up
+from pipeline.settings.budget import count_network_rounds, count_rounds
 from pipeline.storage.store import open_store
 from pipeline.training.engines import build_engine, check_engine
 from pipeline.training.quality import Quality, open_encoder

@@ -1,6 +1,6 @@
 """How many rounds a run has, as the training, the launcher and `naign runs` ask."""
 
-from pipeline.checkpoint.done import count_network_rounds, count_rounds
+from pipeline.settings.budget import count_network_rounds, count_rounds
 
 SETTINGS = {"train.images": 1000, "match.round": 64, "train.passes": 2}
 
