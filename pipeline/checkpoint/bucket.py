@@ -148,12 +148,8 @@ def take_over(remote: str) -> str:
     `check_claim`.
     """
     if before := _owner(remote):
-        newest = next(newest_first(remote), "")
-        sent = f"its last upload is {newest}" if newest else "it uploaded no checkpoint"
-        log.info(
-            "%s is taken over from the run that started on %s at %s: %s, and it can upload no more",
-            *(remote, before["host"], before["since"], sent),
-        )
+        former = f"the run that started on {before['host']} at {before['since']}"
+        log.info("%s is taken over from %s, which can upload no more", remote, former)
     claim = uuid.uuid4().hex
     owner = {"claim": claim, "host": socket.gethostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
     open_store(remote).put(OWNER, json.dumps(owner).encode())

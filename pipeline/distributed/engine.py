@@ -54,7 +54,6 @@ class Engine:
         self.ema = deepcopy(bare).requires_grad_(False) if ema else None  # whole, float32, on every rank
         self._decay, self._clip = ema, clip
         self._graphs = compile and accelerator.device.type == "cuda"
-        self.halved = False  # whether a block of samples is generated in two parts, since a whole one did not fit
         self.copied = threading.Event()  # not set while weights and moments are read in the background: a step waits
         self.copied.set()
         self._names = dict(bare.named_parameters())

@@ -1,6 +1,5 @@
 """The current round: its images, its random numbers and its match, and how a rank comes by them."""
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,7 +21,6 @@ from pipeline.model.scale import scaled
 from pipeline.training.run import Run
 from pipeline.training.state import PartialRound
 
-log = logging.getLogger("naign.train")
 REMEDY = "lower train.lr, set train.clip or raise the precision, in a new --run.path"  # for a run that diverged
 
 
@@ -118,7 +116,7 @@ def read_round(run: Run, stream: Stream, number: int) -> Rows:
 
 def find_match(run: Run, state: RoundState) -> Match:
     """For each image of this rank the latent whose sample is nearest, out of the pool of all ranks. Collective."""
-    stop_requested, engine = run.phases.poll("match"), run.engine
+    stop_requested = run.phases.poll("match")
 
     def poll() -> None:
         run.watchdog.beat()
@@ -126,16 +124,7 @@ def find_match(run: Run, state: RoundState) -> Match:
             raise Stopped
 
     def sample(ids: Tensor) -> Tensor:
-        try:
-            parts = ids.chunk(1 + engine.halved)
-            return torch.cat([engine.sample(state.random.latents(part)) for part in parts])
-        except torch.cuda.OutOfMemoryError:
-            if engine.halved or engine.sharded:  # a sharded forward is collective: ranks would no longer be in step
-                raise
-            engine.halved = True
-        torch.cuda.empty_cache()
-        log.warning("match.block=%d samples do not fit this GPU: they are generated in halves", run.config.match.block)
-        return sample(ids)
+        return run.engine.sample(state.random.latents(ids))
 
     try:
         match = match_round(state.images, sample, run.config.match, run.features, poll)

@@ -11,10 +11,8 @@ import torch
 
 from pipeline.config import parse
 from pipeline.errors import InputError, Stopped
-from pipeline.model.prior import build_prior
 from pipeline.training import round as current
 from pipeline.training.learn_prior import tracked_every
-from pipeline.training.round import RoundRandom, find_match
 from pipeline.training.run import Phases
 from tests.conftest import SMALL, forked
 
@@ -106,41 +104,6 @@ def test_a_full_gpu_names_the_phase_and_what_takes_less(phase, remedy):
     full = rf"full in round 3, phase {phase}: .*{remedy}.* 2 GiB"
     with pytest.raises(InputError, match=full), phases.enter(phase):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
-
-
-WHOLE = ["--match.round=8", "--match.block=8", "--match.ratio=4", "--train.batch=8"]
-
-
-def test_a_block_that_does_not_fit_is_generated_in_halves_from_then_on(caplog):
-    config, asked = parse([*WHOLE, "--prior.name=smooth"]), list[int]()
-
-    def sample(latents):
-        asked.append(len(latents))
-        if len(latents) > 4:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return latents.tanh()
-
-    run = SimpleNamespace(
-        config=config,
-        engine=SimpleNamespace(sample=sample, sharded=False, halved=False),
-        features=None,
-        monitor=SimpleNamespace(described="", say=lambda text: None),
-        phases=SimpleNamespace(poll=lambda phase: lambda: False),
-        watchdog=SimpleNamespace(beat=lambda: None),
-    )
-    prior = build_prior(config.prior, (1, 4, 4), torch.nn.Identity())
-    random = RoundRandom(config, 0, (1, 4, 4), torch.device("cpu"), prior)
-    images = random.latents(torch.arange(3, 32, 4)).tanh()  # samples of the pool
-    state = SimpleNamespace(images=images, random=random, number=0)
-    assert find_match(run, state).ids.tolist() == list(range(3, 32, 4))
-    assert asked == [8, *[4] * 8] and "match.block=8 samples do not fit" in caplog.text
-
-    run.engine.halved, run.engine.sharded = (
-        False,
-        True,
-    )  # where a forward is collective, a rank may not have more of them
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        find_match(run, state)
 
 
 @pytest.mark.parametrize(
