@@ -133,7 +133,11 @@ def find_newest(config: Config) -> Path | None:
     """
     run, remote = Path(config.run.path), config.run.remote
     folder = run / "checkpoints"
-    names = check_remote_run(config) if remote else []
+    names = list(bucket.newest_first(remote)) if remote else []
+    if names:
+        _refuse_never(config, remote, "choose another --run.remote")
+        if recorded := recorded_at(remote):
+            compare(recorded, config, remote, "--run.remote")
     if newest := newest_checkpoint(folder):
         _compare_checkpoint(newest, config)
     damaged = ""
@@ -154,16 +158,6 @@ def find_newest(config: Config) -> Path | None:
     if damaged and newest is None:
         raise InputError(f"{damaged} and all before it are damaged: mend one, or remove them to start anew")
     return newest
-
-
-def check_remote_run(config: Config) -> list[str]:
-    """Names of the bucket's checkpoints, newest first. InputError, changing nothing, if they are another run's."""
-    remote = config.run.remote
-    if names := list(bucket.newest_first(remote)):
-        _refuse_never(config, remote, "choose another --run.remote")
-        if recorded := recorded_at(remote):
-            compare(recorded, config, remote, "--run.remote")
-    return names
 
 
 def is_done(config: Config) -> bool:

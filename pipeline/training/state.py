@@ -150,12 +150,13 @@ def snapshot(
     """
     rank, world = engine.accelerator.process_index, engine.accelerator.num_processes
     kept = partial or PartialRound(world_size_at_start=world)
-    owners = share_out([math.prod(shape) for shape in engine.shapes.values()], world)
+    largest_first = sorted(engine.shapes, key=lambda name: -math.prod(engine.shapes[name]))
+    owners = {name: number % world for number, name in enumerate(largest_first)}  # the rank that writes its state
     # DeepSpeed gathers whole tensors, which would take room on the device until they are copied.
     take: Callable[[Tensor], Tensor] = _copied if engine.deepspeed else Tensor.detach
     state, weights, averaged = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
-    for owner, (name, values) in zip(owners, engine.states(), strict=True):
-        if owner == rank:
+    for name, values in engine.states():
+        if owners[name] == rank:
             state |= {f"{key}.{name}": take(values[key]) for key in MOMENTS if key in values}
         if rank == 0:
             weights[name] = take(values["weight"])
@@ -188,15 +189,6 @@ def snapshot(
     trainer = _progress(stream, engine, position, kept, world)
     files["trainer.json"] = lambda file: write_atomically(file, json.dumps(trainer, indent=2) + "\n", sync=False)
     return copy, files
-
-
-def share_out(sizes: Sequence[int], world: int) -> list[int]:
-    """The rank that writes each parameter: the largest parameter first, each to the rank with the least so far."""
-    owners, loads = [0] * len(sizes), [0] * world
-    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
-        owners[number] = min(range(world), key=lambda rank: loads[rank])
-        loads[owners[number]] += sizes[number]
-    return owners
 
 
 def _copied(value: Tensor) -> Tensor:

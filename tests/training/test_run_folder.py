@@ -28,7 +28,7 @@ from pipeline.model.prior.gaussian import GaussianConfig
 from pipeline.training import run_folder
 from pipeline.training.engines import build_engine
 from pipeline.training.run_folder import claim
-from pipeline.training.state import PartialRound, Position, restore, restore_weights, share_out, snapshot
+from pipeline.training.state import PartialRound, Position, restore, restore_weights, snapshot
 from tests.checkpoint.written import write_checkpoint
 
 PRIOR = build_prior(GaussianConfig(), (1, 8, 8), torch.nn.Identity())
@@ -264,14 +264,6 @@ def test_state_of_another_architecture_is_refused(run, tmp_path, digits):
     _, _, engine = make(tmp_path / "run", digits)
     with pytest.raises(InputError, match="another shape than its weights"):
         resume(checkpoint, engine)
-
-
-def test_parameters_are_shared_out_evenly_and_each_once():
-    sizes = [100, 1, 50, 50, 3, 7, 90]
-    owners = share_out(sizes, 3)
-    loads = [sum(size for size, owner in zip(sizes, owners, strict=True) if owner == rank) for rank in range(3)]
-    assert set(owners) == {0, 1, 2} and max(loads) <= 110 and share_out(sizes, 1) == [0] * 7
-    assert share_out([5], 3) == [0]
 
 
 def test_a_run_goes_on_with_more_images_only_if_told_so(run):
