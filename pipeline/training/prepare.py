@@ -1,10 +1,11 @@
-"""Before the first round: refuse what cannot be trained, and restore the newest checkpoint."""
+"""Before the first round: refuse what cannot be trained, restore the newest checkpoint, or start from another model."""
 
 import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -13,7 +14,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from pipeline.checkpoint.bucket import newest_first, take_over
-from pipeline.checkpoint.writer import Writer
+from pipeline.checkpoint.writer import Writer, newest_checkpoint
 from pipeline.config import Config, flatten, to_dict
 from pipeline.data.damage import find_damage
 from pipeline.data.dataset import DataConfig, lists_data_sets
@@ -28,6 +29,7 @@ from pipeline.errors import InputError, require
 from pipeline.match import SpaceConfig, check_space
 from pipeline.model.encoders import names
 from pipeline.model.losses import Distance, ObjectiveConfig
+from pipeline.model.naign import NAIGN
 from pipeline.model.networks import build_network
 from pipeline.model.perceptual import perceptual
 from pipeline.model.prior import Prior, build_prior
@@ -38,10 +40,17 @@ from pipeline.training.engines import build_engine, check_engine
 from pipeline.training.quality import Quality, open_encoder
 from pipeline.training.run import Phases, Run
 from pipeline.training.run_folder import claim, find_claimed
-from pipeline.training.state import PartialRound, Position, restore, restore_prior, restore_weights
-from pipeline.training.warm_start import Start, read_start, warm_start
+from pipeline.training.state import PartialRound, Position, restore, restore_prior, restore_weights, shapes_of
 
 log = logging.getLogger("naign.train")
+
+
+class Start(NamedTuple):
+    """What a run takes of the model at model.init, on the CPU."""
+
+    metadata: dict[str, Any]
+    weights: dict[str, Tensor]
+    prior: dict[str, Tensor]
 
 
 def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, PartialRound | None]:
@@ -200,6 +209,35 @@ def count_all_rounds(config: Config) -> tuple[int, int]:
     """Rounds that spend the budget, and the first of them, in which f is trained."""
     settings = flatten(config) | {"prior.alone": config.prior.alone}  # another package's prior may compute it
     return count_rounds(settings), count_network_rounds(settings)
+
+
+def read_start(config: Config) -> Start | None:
+    """The model at model.init; None if there is none, or a checkpoint to resume from. For rank 0, which shares it."""
+    folder, remote = Path(config.run.path) / "checkpoints", config.run.remote
+    if not config.model.init or newest_checkpoint(folder) or (remote and next(iter(newest_first(remote)), None)):
+        return None
+    model = NAIGN.from_pretrained(config.model.init)
+    return Start(model.metadata, model.network.state_dict(), model.prior.state_dict())
+
+
+def warm_start(config: Config, start: Start, network: nn.Module, prior: Prior) -> None:
+    """Load the weights whose name and shape agree. The state of the prior is loaded whole or not at all.
+
+    Raises InputError for a model of another kind, or without any weight that fits.
+    """
+    place, name = config.model.init, start.metadata["model"]["name"]
+    if name != config.model.name:
+        raise InputError(f"model.init={place} is a model of model.name={name}, this run's is {config.model.name}")
+    state = network.state_dict()
+    fits = {key: value for key, value in start.weights.items() if key in state and value.shape == state[key].shape}
+    if not fits:
+        raise InputError(f"model.init={place} fits nothing of this network: no weight has its name and its shape")
+    network.load_state_dict(state | fits)
+    others = ", ".join(sorted(state.keys() - fits.keys()))
+    log.info("%d of %d weights are from %s%s", len(fits), len(state), place, f", not {others}" if others else "")
+    same_prior = start.metadata["prior"]["name"] == config.prior.name
+    if same_prior and shapes_of(start.prior) == shapes_of(prior.state_dict()):
+        prior.load_state_dict(start.prior)
 
 
 def open_features(

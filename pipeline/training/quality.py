@@ -43,16 +43,13 @@ class Quality:
                 if len(real) <= NEIGHBOURS:
                     raise InputError(f"quality.split={split} has {len(real)} examples, too few to measure with")
                 self.real = self.encoder.features(scaled(real))
-                self._warn(config)
-
-    def _warn(self, config: Config) -> None:
-        if self.encoder.name in (config.objective.encoder, config.match.space.encoder):
-            log.warning("quality/fd is measured on %s, which the run is trained with too", self.encoder.name)
-        if self.encoder.name == "pixels" and not self.config.encoder:
-            log.warning(
-                "quality/fd is measured on pooled pixels, since no encoder is shipped for this data: it says little "
-                "of what is seen. Set quality.encoder, to efficientnet-lite0 for photographs, or to pixels"
-            )
+                if self.encoder.name in (config.objective.encoder, config.match.space.encoder):
+                    log.warning("quality/fd is measured on %s, which the run is trained with too", self.encoder.name)
+                if self.encoder.name == "pixels" and not name:
+                    log.warning(
+                        "quality/fd is measured on pooled pixels, since no encoder is shipped for this data: it says "
+                        "little of what is seen. Set quality.encoder: efficientnet-lite0 for photographs, or pixels"
+                    )
 
     def measure(
         self,
