@@ -44,24 +44,20 @@ def newest_checkpoint(checkpoints: Path) -> Path | None:
     return next((folder for folder in _newest_first(checkpoints) if is_complete(folder)), None)
 
 
-def passed_over(checkpoints: Path, newest: Path | None, *, parts: bool = False) -> list[Path]:
-    """Damaged checkpoints newer than `newest`, the newest complete one. One without manifest is being written.
-
-    With `parts`, a folder may hold only the files of this machine's ranks: missing files are no damage.
-    """
+def passed_over(checkpoints: Path, newest: Path | None) -> list[Path]:
+    """Damaged checkpoints newer than `newest`, the newest complete one. One without manifest is being written."""
     newer = itertools.takewhile(lambda folder: folder != newest, _newest_first(checkpoints))
-    written = [folder for folder in newer if (folder / MANIFEST).is_file()]
-    return [folder for folder in written if not (parts and is_complete(folder, parts=True))]
+    return [folder for folder in newer if (folder / MANIFEST).is_file()]
 
 
-def is_complete(folder: Path, *, parts: bool = False) -> bool:
-    """Whether a checkpoint has its manifest and all files match it. With `parts`, files may be missing.
+def is_complete(folder: Path) -> bool:
+    """Whether a checkpoint has its manifest and all files match it.
 
     Raises OSError where the disk fails for the moment, which says nothing about the checkpoint.
     """
     try:
-        files = read_manifest((folder / MANIFEST).read_bytes()).items()
-        return all(is_whole(folder / name, entry) or (parts and not (folder / name).exists()) for name, entry in files)
+        files = read_manifest((folder / MANIFEST).read_bytes())
+        return all(is_whole(folder / name, entry) for name, entry in files.items())
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in TRANSIENT:
             raise

@@ -43,12 +43,10 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
     """Raise InputError where the launcher's engine cannot do what the configuration asks for."""
     batch, world, accumulate = config.train.batch, accelerator.num_processes, config.train.accumulate
     if batch % (world * accumulate):
-        near = -(-batch // (world * accumulate)) * world * accumulate
         ranks = [str(number) for number in range(1, batch // accumulate + 1) if batch % (number * accumulate) == 0]
         raise InputError(
             f"train.batch={batch} images cannot be shared evenly by {world} ranks x {accumulate} micro-batches "
-            f"(train.accumulate): use {', '.join(ranks)} ranks; a new run can have --train.batch={near} "
-            f"--match.round={max(1, round(config.match.round / near)) * near}"
+            f"(train.accumulate): use {', '.join(ranks)} ranks, or another train.batch in a new run"
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         plugin = accelerator.state.deepspeed_plugin

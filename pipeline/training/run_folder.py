@@ -141,9 +141,9 @@ def find_newest(config: Config) -> Path | None:
     if newest := newest_checkpoint(folder):
         _compare_checkpoint(newest, config)
     damaged = ""
-    for checkpoint in passed_over(folder, newest, parts=bool(remote)):
-        damaged = str(checkpoint)
-        log.warning("%s is damaged: passed over", damaged)
+    for checkpoint in passed_over(folder, newest):
+        damaged = "" if remote else str(checkpoint)  # beside a bucket, it may hold this machine's part alone
+        log.warning("%s is damaged or incomplete: passed over", checkpoint)
     for name in names:
         if newest and step_of(name) <= step_of(newest.name):
             return newest
