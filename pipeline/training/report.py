@@ -45,7 +45,6 @@ def report(run: Run, state: RoundState, rows_read: Rows, values: dict[str, float
     `images` were trained on: fewer than the round's where a run resumed within it.
     """
     config, position, monitor = run.config, run.position, run.monitor
-    last = run.finished
     if state.match:
         values |= state.match.values
     values |= speed_values(run, images) | {"data/epoch": run.stream.order.epochs(position.round)}
@@ -58,7 +57,7 @@ def report(run: Run, state: RoundState, rows_read: Rows, values: dict[str, float
         values["train/prior_only"] = float(state.number >= run.network_rounds)
     values |= {"checkpoint/seconds": run.writer.seconds, "checkpoint/upload_seconds": run.writer.uploaded}
     pictures, drawn = config.report.pictures, {}
-    due = pictures and (last or position.round == 1 or position.round % pictures == 0)
+    due = pictures and (run.finished or position.round == 1 or position.round % pictures == 0)
     if due and (run.rank == 0 or run.engine.sharded):
         drawn = draw(run.engine, state.random, state.images)
     # From here on rank 0 alone works, and may fail.

@@ -90,8 +90,8 @@ def recorded_at(place: str) -> Config | None:
 
 def _compare_checkpoint(checkpoint: Path, config: Config) -> None:
     """Compare with the configuration in the checkpoint, rather than with config.yaml, which anyone may edit."""
-    content = read_model(checkpoint, "model.safetensors").metadata.get("config")
-    recorded = from_dict(content, where=str(checkpoint))
+    metadata = read_model(checkpoint, "model.safetensors").metadata
+    recorded = from_dict(metadata.get("config"), where=str(checkpoint))
     for line in compare(recorded, config, f"'{config.run.path}'", "--run.path"):
         log.warning("goes on with another %s", line)
 
