@@ -11,10 +11,9 @@ from itertools import chain, pairwise, tee
 from typing import Any, NamedTuple
 
 from pipeline.data.decode import Array
-from pipeline.data.format.manifest import Manifest, size_problem
+from pipeline.data.format.manifest import Manifest, Shard, size_problem
 from pipeline.data.format.pages import Table, parse_table, table_name
 from pipeline.data.format.samples import samples
-from pipeline.data.format.shards import Shard
 from pipeline.data.order import Piece
 from pipeline.data.resize import Numbers, Resize
 from pipeline.data.sample import decode

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.format.pages import Pager, dump_table, table_name
+from pipeline.data.format.pages import Pager, table_name
 from pipeline.data.format.samples import scan
 from pipeline.data.sources.catalog import Seeded
 from pipeline.data.sources.source import Example, Made, Source
@@ -65,7 +65,7 @@ def rehash(path: str, shard: str) -> None:
     pager = Pager()
     assert list(scan(LocalStore(path), shard, pager))
     found, table = pager.shard(shard)
-    (Path(path) / table_name(shard)).write_bytes(dump_table(table))
+    (Path(path) / table_name(shard)).write_bytes(table)
     index = Path(path) / "index.json"
     content = json.loads(index.read_text())
     for split in content["splits"].values():

@@ -17,7 +17,7 @@ from pipeline.data.decode import encode
 from pipeline.data.format.audit import verify
 from pipeline.data.format.indexing import index
 from pipeline.data.format.manifest import Manifest
-from pipeline.data.format.summary import KEPT
+from pipeline.data.format.survey import KEPT
 from pipeline.data.format.writer import pack
 from pipeline.data.loader import read_split
 from pipeline.errors import InputError

@@ -21,7 +21,7 @@ from pipeline.data.format import indexing, samples
 from pipeline.data.format.audit import verify
 from pipeline.data.format.indexing import index
 from pipeline.data.format.manifest import Manifest
-from pipeline.data.format.summary import KEPT, Summary, summarize
+from pipeline.data.format.survey import KEPT, Settings, Summary, summarize
 from pipeline.data.format.writer import pack
 from pipeline.data.loader import Stream, read_split
 from pipeline.errors import InputError
@@ -102,36 +102,52 @@ def test_only_shards_that_were_not_read_yet_are_read(tmp_path: Path, monkeypatch
     assert verify(str(tmp_path), index=str(tmp_path / "mine"), progress=False).samples == 21
 
 
-def test_what_was_kept_of_another_tar_or_with_other_settings_is_not_used(tmp_path: Path) -> None:
-    write(str(tmp_path), TARS[:1], each=1)
-    store = open_store(str(tmp_path))
-    settings = indexing.Survey()
-    found = summarize(store, TARS[0], settings)
-    kept = found.dump(store.version(TARS[0]))
-    again = Summary.parse(kept, TARS[0], store.version(TARS[0]), settings)
-    assert again is not None and again.shard == found.shard and (again.table == found.table).all()
-    assert again.survey == found.survey and (again.keys == found.keys).all()
-    write(str(tmp_path), TARS[:1], each=1)
-    assert Summary.parse(kept, TARS[0], store.version(TARS[0]), settings) is None
-    assert Summary.parse(kept, TARS[0], "", indexing.Survey(check=1)) is None
-    for damaged in (b"", b"[]", b"{}", kept[:-20], kept.replace(b"samples", b"simples")):
-        assert Summary.parse(damaged, TARS[0], "", settings) is None
+def test_what_was_kept_of_another_tar_or_with_other_settings_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(str(tmp_path), TARS[:1], cls=lambda n: b"%d" % n)
+    read, scanned, mine = [], samples.scan, str(tmp_path / "mine")
+
+    def counted(store: Any, file: str, *rest: Any) -> Any:
+        read.append(file)
+        return scanned(store, file, *rest)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def reads(**options: Any) -> bool:
+        read.clear()
+        with pytest.raises(KeyboardInterrupt):
+            index(str(tmp_path), progress=False, **{"to": mine, **options})
+        return bool(read)
+
+    monkeypatch.setattr(samples, "scan", counted)
+    monkeypatch.setattr(indexing, "_write", interrupted)
+    assert reads() and not reads() and not reads(keep_broken=True)
+    for options in ({"sample_check": 1}, {"label": "name:(.)$"}, {"to": ""}):
+        assert reads(**options) and not reads(**options)
+    (tmp_path / "mine" / f"{TARS[0][:-4]}{KEPT}").write_bytes(b"cut")
+    assert reads() and not reads()
+    write(str(tmp_path), TARS[:1], cls=lambda n: b"%d" % n)  # at another time
+    assert reads() and not reads()
 
 
 def test_what_was_kept_and_then_changed_is_not_used(tmp_path: Path) -> None:
     write(str(tmp_path), TARS[:1], cls=lambda n: b"%d" % n)
-    kept = summarize(open_store(str(tmp_path)), TARS[0], indexing.Survey(), whole=True).dump("1")
-
-    def parse(content: bytes, name: str = TARS[0]) -> Summary | None:
-        return Summary.parse(content, name, "1", indexing.Survey())
-
-    assert parse(kept) and parse(kept, TARS[1]) is None
+    found = summarize(open_store(str(tmp_path)), TARS[0], Settings(), whole=True)
+    kept = found.dump("1")
+    again = Summary.parse(kept, "1")
+    assert again is not None and again.shard == found.shard and again.table == found.table
+    assert again.survey == found.survey and (again.keys == found.keys).all()
+    assert Summary.parse(kept, "2") is None
     for before, after in {b"00000.tar": b"00001.tar", b": true": b": null", b": [1, 4, 4]": b": [3, 4, 4]"}.items():
-        assert before in kept and parse(kept.replace(before, after)) is None, before
-    for damaged in (b"[" * 100_000, b"5", b'{"sha256": "", "record": 5}', b'{"sha256": ""}'):
-        assert parse(damaged) is None
+        assert before in kept and Summary.parse(kept.replace(before, after), "1") is None, before
+    damages = [b"", b"[]", b"{}", kept[:-20], b"[" * 100_000, b"5"]
+    for damaged in (*damages, b'{"sha256": "", "record": 5}', b'{"sha256": ""}'):
+        assert Summary.parse(damaged, "1") is None
     body = json.dumps({**json.loads(json.loads(kept)["record"]), "survey": {"of": "another version"}})
-    assert parse(json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "record": body}).encode()) is None
+    changed = json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "record": body})
+    assert Summary.parse(changed.encode(), "1") is None
 
 
 @pytest.mark.slow
@@ -208,7 +224,7 @@ def test_labels_are_found_where_they_are(
         ("name:(", "no regular expression"),
         ("name:(a{4294967296})", "no regular expression"),
         ("name:.", "0 groups in brackets"),
-        ("json:kind", "no sample has a label where --label json:kind says"),
+        ("json:kind", "no sample has a label where --label says: json:kind"),
         ("name:(0)$", r"key 00001: no label \(name:\(0\)\$\), unlike others"),
     ],
 )

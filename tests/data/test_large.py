@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.dataset import DataConfig
-from pipeline.data.format.manifest import INDEX, Manifest
-from pipeline.data.format.shards import Shard, problems
+from pipeline.data.format.manifest import INDEX, Manifest, Shard, shard_problems
 from pipeline.data.loader import Stream
 from pipeline.data.order import Order, pieces, rank_rows
 
@@ -49,8 +48,8 @@ def test_a_billion_images_are_read_from_one_index(tmp_path: Path) -> None:
 )
 def test_a_shard_of_nonsense_is_named(field: str, value: object, message: str) -> None:
     shard = Shard(name="a.tar", samples=2, bytes=4096, pages="0" * 64)
-    assert not list(problems(shard))
-    assert message in next(problems(replace(shard, **{field: value})))
+    assert not list(shard_problems(shard))
+    assert message in next(shard_problems(replace(shard, **{field: value})))
 
 
 LAST = 7629

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.format.pages import Pager, dump_table, table_name
+from pipeline.data.format.pages import Pager, table_name
 from pipeline.data.format.samples import scan
 from pipeline.errors import BAD_INPUT
 from pipeline.storage.store import open_store
@@ -56,7 +56,7 @@ def broken(digits: str, folder: Path, damage: str) -> str:
     pager = Pager()
     assert len(list(scan(open_store(str(folder / "data")), shard.name, pager))) == entry["samples"]
     found, table = pager.shard(shard.name)
-    (folder / "data" / table_name(shard.name)).write_bytes(dump_table(table))
+    (folder / "data" / table_name(shard.name)).write_bytes(table)
     entry |= {"bytes": found.bytes, "sha256": found.sha256, "pages": found.pages}
     (folder / "data/index.json").write_text(json.dumps(index))
     return str(folder / "data")

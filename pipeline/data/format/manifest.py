@@ -2,15 +2,15 @@
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from dataclasses import fields as dataclass_fields
 from functools import cached_property
 from typing import Any
 
 from pipeline.data.format.labels import check_label_rule
-from pipeline.data.format.shards import MOST_SAMPLES, Shard, is_count, problems
 from pipeline.errors import InputError
 from pipeline.storage.base import Store
 from pipeline.storage.store import open_store
@@ -19,9 +19,29 @@ INDEX = "index.json"
 FORMAT = 2
 
 VALUES = 2**28  # the most values a sample may have: a colour image of 8192 pixels a side is below it
+SAMPLE_BYTES = 1024  # the least that a sample takes in a tar: a block of header and one of data
+MOST_SAMPLES = 2**40  # of a split
 
 CHANNELS = (1, 3)  # of an image: grey or colour
 FORMS = {"image": ("uint8", 3), "point": ("float32", 1)}  # type and axes of a sample, by kind
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Shard:
+    """One tar."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str = ""  # of the whole tar; "" where the index lies elsewhere: page tables have the hashes of what is read
+    pages: str  # SHA-256 of its page table (pages.py)
+
+    @classmethod
+    def parse(cls, fields: dict[str, Any]) -> "Shard":
+        """The shard of an entry. Raises TypeError, or ValueError for an empty hash: an unknown one has no field."""
+        if fields.get("sha256", "unknown") == "":
+            raise ValueError("'' is no SHA-256")
+        return cls(**fields)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -56,12 +76,7 @@ class Manifest:
 
     @classmethod
     def of(
-        cls,
-        name: str,
-        kind: str,
-        shape: tuple[int, ...],
-        labels: tuple[str, ...],
-        shards: dict[str, list[Shard]],
+        cls, name: str, kind: str, shape: tuple[int, ...], labels: tuple[str, ...], shards: dict[str, list[Shard]]
     ) -> "Manifest":
         """The manifest of shards by split."""
         totals = {split: sum(shard.samples for shard in made) for split, made in shards.items()}
@@ -109,6 +124,11 @@ class Manifest:
             raise InputError(f"{where}: malformed ({problem}): pack the data set again")
         return manifest
 
+    @property
+    def shards(self) -> list[Shard]:
+        """Those of all splits."""
+        return [shard for split in self.splits.values() for shard in split.shards]
+
     @cached_property
     def numbers(self) -> dict[str, int]:
         """The number of each label by its name."""
@@ -131,10 +151,10 @@ class Manifest:
         for name, usual in (("dealt", True), ("label", ""), ("broken", {})):
             if fields[name] == usual:
                 del fields[name]
-        fields["splits"] = {
-            name: {"samples": split.samples, "shards": [shard.fields() for shard in split.shards]}
-            for name, split in self.splits.items()
-        }
+        fields["splits"] = {name: asdict(split) for name, split in self.splits.items()}
+        for shard in (shard for split in fields["splits"].values() for shard in split["shards"]):
+            if not shard["sha256"]:  # not known
+                del shard["sha256"]
         return (json.dumps(fields, indent=1) + "\n").encode()
 
 
@@ -173,10 +193,30 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         if not split.shards:
             yield f"split {name} has no shards"
         for shard in split.shards:
-            yield from (f"split {name}, shard {shard.name!r}: {problem}" for problem in problems(shard))
+            yield from (f"split {name}, shard {shard.name!r}: {problem}" for problem in shard_problems(shard))
         total = sum(split.sizes)
         if not is_count(split.samples) or total != split.samples or total >= MOST_SAMPLES:
             yield f"the samples of the shards of split {name} do not add up to {split.samples!r}"
-    listed = [shard.name for split in manifest.splits.values() for shard in split.shards]
-    if twice := [name for name, count in Counter(listed).items() if count > 1]:
+    if twice := [name for name, count in Counter(shard.name for shard in manifest.shards).items() if count > 1]:
         yield f"shard {twice[0]} is listed twice"
+
+
+def is_count(value: object, least: int = 0) -> bool:
+    """Whether it is an integer from `least` up; JSON's true, 1.0 and "1" are none."""
+    return type(value) is int and value >= least
+
+
+def shard_problems(shard: Shard) -> Iterator[str]:
+    """The same of a shard."""
+    name = shard.name
+    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name.encode()) < 256:
+        yield "its name is not that of a file"
+    if name.startswith(".") or set(name) & {"/", "\\"}:
+        yield "its name is hidden, or leads out of the folder"
+    if not is_count(shard.samples, 1) or not is_count(shard.bytes):
+        yield f"{shard.samples!r} samples in {shard.bytes!r} bytes: a shard has at least one, and whole numbers of both"
+    if shard.bytes < SAMPLE_BYTES * shard.samples:
+        yield f"{shard.bytes} bytes cannot hold {shard.samples} samples"
+    for digest in (shard.pages, shard.sha256)[: 1 if shard.sha256 == "" else 2]:
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            yield f"{digest!r} is no SHA-256 of 64 hexadecimal digits"

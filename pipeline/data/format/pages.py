@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from pipeline.data import order
 from pipeline.data.decode import encode, npy_header
-from pipeline.data.format.shards import Shard
+from pipeline.data.format.manifest import Shard
 from pipeline.data.format.tar import BLOCK
 from pipeline.storage.base import Writer
 
@@ -79,19 +79,13 @@ class Pager:
         with memoryview(self._bytes) as known:  # one copy, not two
             return known[first - self._start : last - self._start].tobytes()
 
-    def finish(self, end: int) -> Table:
-        """The page table of a tar that is written whole and whose last sample ends at byte `end`."""
-        self._pages.append((self.samples, end))
+    def shard(self, name: str) -> tuple[Shard, bytes]:
+        """The entry of the tar, written whole, in the manifest, and the file of its page table; `end` must be set."""
+        self._pages.append((self.samples, self.end))
         self._settle()
         assert len(self._pages) == 1
-        table: Table = np.array([*self._rows, (self.samples, end, bytes(32))], ROW)
-        return table
-
-    def shard(self, name: str) -> tuple[Shard, Table]:
-        """The manifest's entry of the tar, and its page table, once it is written whole and `end` is set."""
-        table = self.finish(self.end)
-        pages = hashlib.sha256(dump_table(table)).hexdigest()
-        digest = self._hash.hexdigest() if self._hash else ""
+        table = encode(np.array([*self._rows, (self.samples, self.end, bytes(32))], ROW), "npy")
+        pages, digest = hashlib.sha256(table).hexdigest(), self._hash.hexdigest() if self._hash else ""
         return Shard(name=name, samples=self.samples, bytes=self.size, sha256=digest, pages=pages), table
 
     def _settle(self) -> None:
@@ -103,11 +97,6 @@ class Pager:
             self._rows.append((sample, first, digest))
             del self._pages[0], self._bytes[: last - self._start]
             self._start = last
-
-
-def dump_table(table: Table) -> bytes:
-    """The bytes of its file."""
-    return encode(table, "npy")
 
 
 def parse_table(data: bytes | memoryview, *, samples: int, size: int) -> Table:

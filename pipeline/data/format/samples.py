@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from typing import Any
 
+from pipeline.data.format.manifest import Shard
 from pipeline.data.format.pages import Pager
 from pipeline.data.format.tar import members
 from pipeline.errors import InputError
@@ -48,13 +49,14 @@ def scan(
 def examine(
     store: Store,
     name: str,
-    pager: Pager,
     check: Callable[[dict[str, Any]], None],  # of a sample: raises InputError
     seen: dict[str, str],  # shards by key, of those among which a key may occur once; added to
+    *,
+    whole: bool = True,  # also hash the shard as a whole
     advance: Callable[[int], object] = lambda _: None,
-) -> tuple[list[str], bool]:
-    """The problems of a shard's samples, and whether it is readable to its end."""
-    where, problems = store.url(name), list[str]()
+) -> tuple[list[str], Shard | None, bytes]:
+    """The problems of a shard, its entry in the manifest, and its page table; None and b"" if it cannot be read."""
+    where, problems, pager = store.url(name), list[str](), Pager(whole=whole)
     try:
         for sample in scan(store, name, pager, advance):
             key = sample["__key__"]
@@ -66,8 +68,15 @@ def examine(
             except InputError as error:
                 problems.append(str(error))
     except InputError as error:  # missing, or no tar from some byte on
-        return [*problems, str(error)], False
-    return problems, True
+        return [*problems, str(error)], None, b""
+    if not pager.samples:
+        problems.append(f"{where}: holds no samples: remove it")
+    rest = pager.get(pager.after, pager.size)
+    if len(rest) < 2 * tarfile.BLOCKSIZE:  # cut between two samples it reads as if whole
+        problems.append(f"{where}: ends in the middle: no end-of-archive mark: copy it again")
+    elif rest.strip(b"\0"):
+        problems.append(f"{where}: more data behind the end of the archive, as of tars laid end to end: repack them")
+    return problems, *pager.shard(name)
 
 
 def _measured(pager: Pager, more: Callable[[], bool], where: str) -> Iterator[tuple[str, str, bytes]]:
@@ -94,17 +103,6 @@ def _measured(pager: Pager, more: Callable[[], bool], where: str) -> Iterator[tu
         pager.end = member.end
     if not pager.after:
         raise tarfile.ReadError("it begins with zeros" if pager.size else "empty file")
-
-
-def ending(where: str, pager: Pager) -> Iterator[str]:
-    """What is wrong behind the last sample: a tar that was cut between two samples reads as if whole."""
-    rest = pager.get(pager.after, pager.size)
-    if not pager.samples:
-        yield f"{where}: holds no samples: remove it"
-    if len(rest) < 2 * tarfile.BLOCKSIZE:
-        yield f"{where}: ends in the middle: no end-of-archive mark: copy it again"
-    elif rest.strip(b"\0"):
-        yield f"{where}: more data behind the end of the archive, as of tars laid end to end: repack them"
 
 
 def grouped(

@@ -1,145 +1,179 @@
-"""A survey of samples in tars by others: their kind, shape and labels, which no manifest states yet."""
+"""What indexing learns of tars by others, of one and of all: shards, page tables, kind, shape and labels.
 
+What is known of a tar is also written to a file, so that an interrupted call can continue.
+"""
+
+import hashlib
+import json
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from pipeline.data.decode import decode_array, decode_image, decoding, header_shape, parse_npy
 from pipeline.data.format.labels import label_text
-from pipeline.data.format.manifest import CHANNELS, FORMS, Manifest
-from pipeline.data.format.shards import Shard
+from pipeline.data.format.manifest import CHANNELS, FORMS, Manifest, Shard
+from pipeline.data.format.samples import examine
 from pipeline.data.sample import SUFFIXES
-from pipeline.errors import InputError
+from pipeline.errors import InputError, require
+from pipeline.storage.base import Store
 
 log = logging.getLogger("naign.data")
+
+KEPT = ".indexing.json"
+"""Ends the names of summaries' files, which exist until index.json does."""
 
 MOST_LABELS = 1_000_000  # a larger number in .cls is no label, and more texts are no classes
 _BROKEN = "repack the data set, or index it with --keep-broken and train with --data.broken=skip"
 _ALIKE = "all samples must be alike; `naign pack folder` makes them so"
 
 
+class Settings(NamedTuple):
+    """How samples are read."""
+
+    label: str = ""  # where labels are, see labels.label_text
+    check: int | None = None  # samples of each tar to decode; of the others only the header is read. None: all
+    keep_broken: bool = False  # record samples that cannot be decoded, rather than refuse them
+
+
 @dataclass(kw_only=True)
 class Survey:
     """Kind, shape and labels of the samples seen so far; all must be of one kind, and all labelled or none."""
 
-    label: str = ""
-    """Where labels are, see labels.label_text."""
-    check: int | None = None
-    """Samples of each tar to decode; of the others only the header is read. None: all."""
-    keep_broken: bool = False
-    """Whether samples that cannot be decoded are recorded, not refused."""
+    label: str
     kind: str = ""
     shape: tuple[int, ...] = ()
     """(C, 0, 0) of pictures that differ in size."""
-    seen: int = 0
-    labelled: bool | None = None
+    labelled: bool = False
     classes: int = 0
     """One more than the largest number in .cls."""
     texts: set[str] = field(default_factory=set)
     """The labels, where they are not numbers in .cls."""
-    broken: list[str] = field(default_factory=list)
-    """Keys of samples that cannot be decoded."""
 
-    def anew(self) -> "Survey":
-        """A survey with these settings that has seen nothing."""
-        return Survey(label=self.label, check=self.check, keep_broken=self.keep_broken)
-
-    def agrees_with(self, settings: "Survey") -> bool:
-        """Whether a survey with these settings would have the same results."""
-        same = (self.label, self.check) == (settings.label, settings.check)
-        return same and (settings.keep_broken or not self.broken)
-
-    @classmethod
-    def parse(cls, record: Mapping[str, Any]) -> "Survey":
-        """The survey with these fields, as JSON has them."""
-        return replace(cls(**record), shape=tuple(record["shape"]), texts=set(record["texts"]))
-
-    def see(self, sample: dict[str, Any], where: str) -> None:
-        """Add a sample. Raises InputError where it is unlike the others or cannot be decoded."""
-        self.seen += 1
-        try:
-            kind, shape = _form(sample, where, whole=self.check is None or self.seen <= self.check)
-        except InputError as error:
-            if not self.keep_broken:
-                raise
-            log.warning("kept: %s", error)
-            self.broken.append(sample["__key__"])
+    def add(self, kind: str, shape: tuple[int, ...], text: str | None, where: str) -> None:
+        """Add a sample with this label. Raises InputError where it is unlike the others."""
+        self._agree(kind, shape, text is not None, where)
+        if text is None:
             return
-        self._agree(kind, shape, where)
-        text = label_text(sample, self.label, where)
-        if text is not None and self.label:
+        if self.label:
             self.texts.add(text)
             if len(self.texts) > MOST_LABELS:
                 raise InputError(f"{where}: the {MOST_LABELS + 1}th label: --label {self.label} gives no classes")
-        elif text is not None:
-            self.classes = max(self.classes, _number(text, where) + 1)
-        self._mark(text is not None, where)
+        elif text.isdecimal() and len(text) < 19 and int(text) < MOST_LABELS:
+            self.classes = max(self.classes, int(text) + 1)
+        else:
+            what = f"label {text[:20]!r} is none that .cls can hold, a number below {MOST_LABELS}"
+            raise InputError(f"{where}: {what}: say where labels are with --label, or repack the data set")
 
-    def _agree(self, kind: str, shape: tuple[int, ...], where: str) -> None:
-        self.kind, self.shape = self.kind or kind, self.shape or shape
+    def merge(self, other: "Survey", where: str) -> None:
+        """Add the samples of another survey. Raises InputError where they are unlike these."""
+        if other.kind:
+            self._agree(other.kind, other.shape, other.labelled, where)
+            self.classes = max(self.classes, other.classes)
+            self.texts |= other.texts
+
+    def _agree(self, kind: str, shape: tuple[int, ...], labelled: bool, where: str) -> None:
+        if not self.kind:
+            self.kind, self.shape, self.labelled = kind, shape, labelled
         if kind != self.kind or (kind == "point" and shape != self.shape):
             raise InputError(f"{where}: {kind} {shape}, others are {self.kind} {self.shape}: {_ALIKE}")
         if kind == "image":  # grey pictures are read as colour where others have it
             sides = shape[1:] if shape[1:] == self.shape[1:] else (0, 0)
             self.shape = (max(shape[0], self.shape[0]), *sides)
-
-    def _mark(self, labelled: bool, where: str) -> None:
-        self.labelled = labelled if self.labelled is None else self.labelled
-        if self.labelled != labelled:
+        if labelled != self.labelled:
             what = f"label ({self.label})" if self.label else ".cls"
             raise InputError(f"{where}: {'a' if labelled else 'no'} {what}, unlike others: {_ALIKE}")
-
-    def merge(self, other: "Survey", where: str) -> Iterator[str]:
-        """Merge another shard's survey into this one; yields conflicts."""
-        if not other.kind:
-            return
-        try:
-            self._agree(other.kind, other.shape, where)
-            if other.labelled is not None:
-                self._mark(other.labelled, where)
-            self.classes = max(self.classes, other.classes)
-            self.texts |= other.texts
-        except InputError as error:
-            yield str(error)
 
     def manifest(
         self, name: str, labels: tuple[str, ...], shards: dict[str, list[Shard]], old: Manifest | None
     ) -> Manifest:
         """The manifest of shards by split; `old` is the one that it replaces. Raises InputError for unfit `labels`."""
-        shapes = {(shard.name, shard.bytes, shard.samples) for split in shards.values() for shard in split}
-        splits = old.splits.values() if old else ()
-        before = {(shard.name, shard.bytes, shard.samples) for split in splits for shard in split.shards}
         manifest = Manifest.of(name, self.kind, self.shape, self._label_names(name, labels), shards)
+        shapes = {(shard.name, shard.bytes, shard.samples) for shard in manifest.shards}
+        before = {(shard.name, shard.bytes, shard.samples) for shard in (old.shards if old else ())}
         dealt = bool(old and old.dealt and before == shapes)  # tars of `naign pack` stay what they are
         return replace(manifest, dealt=dealt, label=self.label)
 
     def _label_names(self, name: str, labels: tuple[str, ...]) -> tuple[str, ...]:
         """The given names of labels, or those in the samples, in order. Raises InputError for names that do not fit."""
-        problem = ""
-        if len(set(labels)) < len(labels):
-            problem = "a label name occurs twice: give each label its own"
-        elif labels and not self.labelled:
-            problem = f"{len(labels)} label names, but no sample has a label: leave them out, or --label"
-        elif labels and len(labels) < self.classes:
-            problem = f"{len(labels)} label names, but labels up to {self.classes - 1}: name them all"
-        elif labels and (unknown := self.texts - set(labels)):
-            problem = f"label {min(unknown)!r} is none of the {len(labels)} names: name them all"
-        elif self.label and not self.labelled:
-            problem = f"no sample has a label where --label {self.label} says: check it, or leave it out"
-        if problem:
-            raise InputError(f"{name}: {problem}")
+        unknown = sorted(self.texts - set(labels)) if labels else []
+        but, most = f"{name}: {len(labels)} label names, but", self.classes - 1
+        require(
+            (len(set(labels)) == len(labels), f"{name}: a label name occurs twice: give each label its own"),
+            (self.labelled or not labels, f"{but} no sample has a label: leave them out, or --label"),
+            (len(labels) > most or not labels, f"{but} labels up to {most}: name them all"),
+            (not unknown, f"{but} none of the labels {unknown[:3]}: name them all"),
+            (
+                self.labelled or not self.label,
+                f"{name}: no sample has a label where --label says: {self.label}",
+            ),
+        )
         numeric = all(text.isdecimal() and len(text) < 19 for text in self.texts)
         texts = sorted(self.texts, key=lambda text: (int(text) if numeric else 0, text))
         return labels or tuple(texts) or tuple(str(number) for number in range(self.classes))
 
 
-def _number(text: str, where: str) -> int:
-    """The label in a .cls. Raises InputError where it is none."""
-    if not text.isdecimal() or len(text) >= 19 or int(text) >= MOST_LABELS:
-        what = f"label {text[:20]!r} is none that .cls can hold, a number below {MOST_LABELS}"
-        raise InputError(f"{where}: {what}: say where labels are with --label, or repack the data set")
-    return int(text)
+@dataclass(kw_only=True)
+class Summary:
+    """What was read of one tar."""
+
+    shard: Shard
+    table: bytes  # the file of its page table
+    survey: Survey
+    keys: npt.NDArray[np.uint64] = field(repr=False)  # hashes of its samples' keys, sorted
+    broken: list[str]  # keys of samples that cannot be decoded
+    problems: list[str]
+
+    def dump(self, version: str) -> bytes:
+        """The bytes of its file; `version` says what was read, and how."""
+        facts = {"shard": asdict(self.shard), "survey": asdict(self.survey), "broken": self.broken}
+        packed = {"table": self.table.hex(), "keys": self.keys.astype("<u8").tobytes().hex()}
+        body = json.dumps({"version": version, **facts, **packed}, default=sorted)  # sets, as lists
+        return json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "record": body}).encode()
+
+    @classmethod
+    def parse(cls, data: bytes, version: str) -> "Summary | None":
+        """The summary in a file, None unless it is whole and of that version."""
+        try:
+            kept = json.loads(data)
+            record = json.loads(kept["record"])
+            if kept["sha256"] != hashlib.sha256(kept["record"].encode()).hexdigest() or record["version"] != version:
+                return None
+            shard, facts = Shard(**record["shard"]), record["survey"]
+            survey = Survey(**{**facts, "shape": tuple(facts["shape"]), "texts": set(facts["texts"])})
+            table, keys = bytes.fromhex(record["table"]), np.frombuffer(bytes.fromhex(record["keys"]), "<u8")
+            return cls(shard=shard, table=table, survey=survey, keys=keys, broken=record["broken"], problems=[])
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # cut, or of another version of naign
+            return None
+
+
+def summarize(store: Store, name: str, settings: Settings, *, whole: bool = False) -> Summary:
+    """Read every byte of a tar, and with `whole` hash it also as a whole."""
+    survey, broken, seen = Survey(label=settings.label), list[str](), dict[str, str]()
+
+    def see(sample: dict[str, Any]) -> None:
+        place = f"{store.url(name)}, key {sample['__key__']}"
+        try:
+            kind, shape = _form(sample, place, whole=settings.check is None or len(seen) <= settings.check)
+        except InputError as error:
+            if not settings.keep_broken:
+                raise
+            log.warning("kept: %s", error)
+            broken.append(sample["__key__"])
+        else:
+            survey.add(kind, shape, label_text(sample, settings.label, place), place)
+
+    problems, shard, table = examine(store, name, see, seen, whole=whole)
+    keys = np.array(sorted(map(key_hash, seen)) if shard else (), np.uint64)
+    shard = shard or Shard(name=name, samples=0, bytes=0, pages="")
+    return Summary(shard=shard, table=table, survey=survey, keys=keys, broken=broken, problems=problems)
+
+
+def key_hash(key: str) -> int:
+    """64 bits of a key."""
+    return int.from_bytes(hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest(), "little")
 
 
 def _form(sample: dict[str, Any], where: str, *, whole: bool) -> tuple[str, tuple[int, ...]]:

@@ -1,10 +1,9 @@
 """Packing a source into WebDataset shards, which stream into their store as they are made."""
 
-import hashlib
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from hashlib import sha256
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -12,12 +11,11 @@ from tqdm import tqdm
 from webdataset import TarWriter
 
 from pipeline.data.decode import encode
-from pipeline.data.format.manifest import FORMS, INDEX, Manifest
-from pipeline.data.format.pages import Pager, Table, dump_table, table_name
-from pipeline.data.format.shards import Shard
+from pipeline.data.format.manifest import FORMS, INDEX, Manifest, Shard
+from pipeline.data.format.pages import Pager, table_name
 from pipeline.data.order import check_seed, parts, shuffled
 from pipeline.data.sources.source import Source
-from pipeline.errors import Conflict, InputError
+from pipeline.errors import Conflict, InputError, require
 from pipeline.storage.base import Store, Writer
 from pipeline.storage.store import open_store
 
@@ -50,36 +48,40 @@ def pack(
     target = open_store(to)
     if force:
         _clear(target, source)
-    old = _existing(target, source, counts)
-    present, made = target.list(), {split: list[Shard]() for split in counts}
+    old = Manifest.parse(target.read(INDEX), where=target.url(INDEX)) if target.exists(INDEX) else None
+    other = f"another data set ({old.name}, or {old.name} packed otherwise)" if old else "shards of another data set"
+    refusal = f"{to} already holds {other}: choose another folder, or replace it with --force"
+    present, known, made = target.list(), set(old.shards if old else ()), {split: list[Shard]() for split in counts}
     suffix = encoding if source.kind == "image" else "npy"
     total = sum(len(examples) for examples in source.splits.values())
     bar = tqdm(total=total, unit="sample", desc=f"pack {source.name}", disable=not progress)
     with _undone_on_error(target) as new, bar:
         for split, count in counts.items():
-            samples = shuffled(len(source.splits[split]), seed)  # cut evenly, so that every shard is a random subset
-            for number, (first, last) in enumerate(parts(0, len(samples), count)):
+            order = shuffled(len(source.splits[split]), seed)  # cut evenly, so that every shard is a random subset
+            for number, (first, last) in enumerate(parts(0, len(order), count)):
                 name = f"{split}-{number:05d}.tar"
-                make = partial(_write, source, split, samples[first:last], name, suffix)
-                if old is None and name not in present:
+                write, exists = partial(_write, source, split, order[first:last], name, suffix, bar), name in present
+                if exists or old:
+                    shard, table = write(None)  # only measured
+                    same = shard in known if old else sha256(target.read(name)).hexdigest() == shard.sha256
+                    require((same, refusal))
+                if not exists or target.size(name) != shard.bytes:  # of one that `old` lists: it was damaged
                     with target.write(name) as stream:
                         new.append(name)
-                        shard, table = make(stream, bar)
+                        shard, table = write(stream)
+                if table_name(name) not in present or target.read(table_name(name)) != table:
                     new.append(table_name(name))
-                    target.put(table_name(name), dump_table(table))
-                else:
-                    shard, table = make(None, bar)  # only measured
-                    if old is not None and shard not in old.splits[split].shards:
-                        raise InputError(_refusal(to, old))
-                    _complete(target, shard, table, present, make, old=old)
+                    target.put(table_name(name), table)
                 made[split].append(shard)
     manifest = Manifest.of(source.name, source.kind, source.shape, source.labels, made)
-    if old is None:
-        if target.exists(INDEX):
-            remedy = "`naign verify` says whether it is whole; choose another place, or replace it with --force"
-            raise Conflict(f"{to}: another program packed a data set there meanwhile: {remedy}")
-        target.put(INDEX, manifest.dump())
-    return manifest, old is None
+    if old:
+        require((manifest == old, refusal))
+        return manifest, False
+    if target.exists(INDEX):
+        remedy = "`naign verify` says whether it is whole; choose another place, or replace it with --force"
+        raise Conflict(f"{to}: another program packed a data set there meanwhile: {remedy}")
+    target.put(INDEX, manifest.dump())
+    return manifest, True
 
 
 def _clear(target: Store, source: Source) -> None:
@@ -87,12 +89,8 @@ def _clear(target: Store, source: Source) -> None:
     target.delete(INDEX)
     for name in target.list():
         stem, _, suffix = name.partition(".")
-        if re.fullmatch(r"tar|pages\.npy", suffix) and stem.rpartition("-")[0] in source.splits:
+        if suffix in ("tar", "pages.npy") and stem.rpartition("-")[0] in source.splits:
             target.delete(name)
-
-
-Make = Callable[[Writer | None, "tqdm[Any] | None"], tuple[Shard, Table]]
-"""Writes one shard, or with no file to write to only measures it."""
 
 
 @contextmanager
@@ -120,28 +118,10 @@ def _count(source: Source, split: str, shards: int | None) -> int:
     return shards
 
 
-def _existing(target: Store, source: Source, counts: dict[str, int]) -> Manifest | None:
-    """The target's manifest, None without one. Raises InputError unless it is of this source and counts of shards."""
-    if not target.exists(INDEX):
-        return None
-    old = Manifest.parse(target.read(INDEX), where=target.url(INDEX))
-    layout = {name: (split.samples, len(split.shards)) for name, split in old.splits.items()}
-    wanted = {name: (len(examples), counts[name]) for name, examples in source.splits.items()}
-    ours = (source.name, source.kind, source.shape, source.labels)
-    if layout != wanted or (old.name, old.kind, old.shape, old.labels) != ours:
-        raise InputError(_refusal(target.path, old))
-    return old
-
-
-def _refusal(to: str, old: Manifest | None) -> str:
-    what = f"another data set ({old.name}, or {old.name} packed otherwise)" if old else "shards of another data set"
-    return f"{to} already holds {what}: choose another folder, or replace it with --force"
-
-
 def _write(
-    source: Source, split: str, order: list[int], name: str, suffix: str, target: Writer | None, bar: "tqdm[Any] | None"
-) -> tuple[Shard, Table]:
-    """Write one shard; owner, mode and time are fixed so that its bytes depend on the samples alone."""
+    source: Source, split: str, order: list[int], name: str, suffix: str, bar: "tqdm[Any]", target: Writer | None
+) -> tuple[Shard, bytes]:
+    """Write one shard, or measure it without a target. Its bytes depend on the samples alone."""
     pager = Pager(target)
     with TarWriter(cast(BinaryIO, pager), user="", group="", mtime=0, encoder=False) as writer:
         for index in order:
@@ -150,25 +130,6 @@ def _write(
             sample: dict[str, Any] = {"__key__": key, suffix: encode(array, suffix)}
             pager.start(writer.tarstream.offset)
             writer.write(sample if label < 0 else {**sample, "cls": str(label).encode()})
-            if bar is not None:
-                bar.update()
+            bar.update()
         pager.end = writer.tarstream.offset
     return pager.shard(name)
-
-
-def _complete(
-    target: Store, shard: Shard, table: Table, present: list[str], make: Make, *, old: Manifest | None
-) -> None:
-    """Write what the target lacks of a shard. Raises InputError where it holds another of that name.
-
-    Where the target's manifest `old` names the shard, one of another size is damaged, not foreign.
-    """
-    exists = shard.name in present
-    if exists and not old and hashlib.sha256(target.read(shard.name)).hexdigest() != shard.sha256:
-        raise InputError(_refusal(target.path, None))
-    if not exists or target.size(shard.name) != shard.bytes:
-        with target.write(shard.name) as stream:
-            make(stream, None)
-    name, data = table_name(shard.name), dump_table(table)
-    if name not in present or target.read(name) != data:
-        target.put(name, data)
