@@ -24,7 +24,6 @@ def pack(
     broken: Literal["error", "skip"] = "error",
     shards: int | None = None,
     encoding: Literal["png", "jpg", "webp", "npy"] = "png",
-    train: int | None = None,
     without: tuple[str, ...] = (),
     seed: int = 0,
     force: bool = False,
@@ -40,9 +39,8 @@ def pack(
         broken: For folder: fail at a file that is no picture, or skip it with a warning.
         shards: Shards a split; default 16, more for large data.
         encoding: How images are stored: png and webp keep every bit, jpg is smaller, npy is read fastest.
-        train: Keep only so many training examples, drawn by the seed; the test split stays whole.
         without: Labels to leave out of the training split.
-        seed: Seed of the order of samples in shards, and of the choice of --train.
+        seed: Seed of the order of samples in shards, and of the choice of training images.
         force: Replace an existing data set.
     """
     from pipeline.data.format import writer
@@ -52,8 +50,8 @@ def pack(
 
     with busy(f"reading {source}", shown=broken == "error"):  # else it has a bar of its own
         loaded = load(source, root=root, size=size, channels=channels, seed=seed, skip=broken == "skip")
-    if train is not None or without:
-        loaded = subset(loaded, train=train, without=without, seed=seed)
+    if without:
+        loaded = subset(loaded, without=without, seed=seed)
     manifest, written = writer.pack(loaded, to, shards=shards, encoding=encoding, seed=seed, force=force)
     print(f"{_contents(to, manifest)}{'' if written else ' (already there)'}")
     if (tests := manifest.split("test").samples) <= NEIGHBOURS:
@@ -136,18 +134,17 @@ def verify(path: Positional[str], /, *, index: str = "", json: Json = False) -> 
     from pipeline.data.format.audit import PROBLEMS, Problems
     from pipeline.data.format.audit import verify as read_all
 
-    document: dict[str, Any] = {"path": path, "sound": True, "problems": []}
-    document |= dict.fromkeys(("samples", "shards", "bytes", "broken"))
+    facts: dict[str, Any] = dict.fromkeys(("samples", "shards", "bytes", "broken"))
     try:
         with lines_to_stderr(json):
             report = read_all(path, index=index)
     except Problems as error:
         if json:
-            print_json(document | {"sound": False, "problems": error.problems})
+            print_json({"path": path, "sound": False, "problems": error.problems, **facts})
         raise
     if json:
-        broken = [{"shard": shard, "key": key} for shard, key in report.broken]
-        print_json(document | report._asdict() | {"broken": broken})
+        facts = report._asdict() | {"broken": [{"shard": shard, "key": key} for shard, key in report.broken]}
+        print_json({"path": path, "sound": True, "problems": [], **facts})
         return
     print(f"{path}: sound, {report.samples} samples in {report.shards} shards, {report.bytes / 1e6:.1f} MB")
     if report.broken:

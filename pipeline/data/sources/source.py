@@ -56,7 +56,7 @@ def subset(
     if unknown := [label for label in without if label not in source.labels]:
         raise InputError(f"{source.name} has no label {unknown[0]!r}: --without takes {', '.join(source.labels)}")
     if train is not None and train < 1:
-        raise InputError(f"--train is {train}: it must be at least 1")
+        raise InputError(f"{source.name}:{train}: give at least 1, the number of training examples to keep")
     whole = source.splits["train"]
     left_out = {source.labels.index(label) for label in without}
     # Of a stream that neither packing nor toys have: the same numbers twice would be an order, not chance.

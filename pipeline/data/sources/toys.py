@@ -14,58 +14,49 @@ from pipeline.errors import InputError
 TRAIN, TEST = 50_000, 10_000  # points a split
 STREAM = 1  # second word of the key: packing deals with 0 there, and would sort what was drawn by the same numbers
 
-Points = npt.NDArray[np.float64]
-Labels = npt.NDArray[np.int64]
-Drawn = tuple[Points, Labels]
+Points = npt.NDArray[np.float64]  # (count, 2)
+Labels = npt.NDArray[np.int64]  # (count,)
 
 
-def moons(count: int, random: np.random.Generator) -> Drawn:
-    """Two interleaving half circles of radius 0.6, angle uniform, plus normal noise of deviation 0.03 in x and y."""
-    label = random.integers(2, size=count)
-    angle = random.uniform(0, np.pi, count)
+def moons(label: Labels, random: np.random.Generator) -> Points:
+    """Two interleaving half circles of radius 0.6, angle uniform."""
+    angle = random.uniform(0, np.pi, len(label))
     sign = 1 - 2 * label  # +1 upper arc, -1 lower
-    points = np.stack([sign * (0.6 * np.cos(angle) - 0.3), sign * (0.6 * np.sin(angle) - 0.15)], axis=1)
-    return points + random.normal(0, 0.03, points.shape), label
+    return np.stack([sign * (0.6 * np.cos(angle) - 0.3), sign * (0.6 * np.sin(angle) - 0.15)], axis=1)
 
 
-def spirals(count: int, random: np.random.Generator) -> Drawn:
-    """Two arms, r = 0.9 sqrt(u), angle 3 pi sqrt(u) (+ pi), u uniform, plus normal noise of deviation 0.02."""
-    label = random.integers(2, size=count)
-    root = np.sqrt(random.uniform(0, 1, count))
+def spirals(label: Labels, random: np.random.Generator) -> Points:
+    """Two arms, r = 0.9 sqrt(u), angle 3 pi sqrt(u) (+ pi), u uniform."""
+    root = np.sqrt(random.uniform(0, 1, len(label)))
     angle = 3 * np.pi * root + np.pi * label
-    points = 0.9 * root[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    return points + random.normal(0, 0.02, points.shape), label
+    return 0.9 * root[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
-def gaussians(count: int, random: np.random.Generator) -> Drawn:
-    """Eight normals of deviation 0.06, alike in weight, centred evenly on the circle of radius 0.8."""
-    label = random.integers(8, size=count)
+def gaussians(label: Labels, random: np.random.Generator) -> Points:
+    """Eight centres evenly on the circle of radius 0.8."""
     angle = 2 * np.pi * label / 8
-    points = 0.8 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    return points + random.normal(0, 0.06, points.shape), label
+    return 0.8 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
-def gaussians25(count: int, random: np.random.Generator) -> Drawn:
-    """25 normals of deviation 0.03, alike in weight, centred on a grid of 5 x 5 that reaches from -0.8 to 0.8."""
-    label = random.integers(25, size=count)
-    points = 0.4 * np.stack([label % 5, label // 5], axis=1) - 0.8
-    return points + random.normal(0, 0.03, points.shape), label
+def gaussians25(label: Labels, random: np.random.Generator) -> Points:
+    """25 centres on a grid of 5 x 5 that reaches from -0.8 to 0.8."""
+    return 0.4 * np.stack([label % 5, label // 5], axis=1) - 0.8
 
 
-def ring(count: int, random: np.random.Generator) -> Drawn:
+def ring(label: Labels, random: np.random.Generator) -> Points:
     """The circle of radius 0.7 itself, angle uniform: a manifold whose distance is known everywhere."""
-    angle = random.uniform(0, 2 * np.pi, count)
-    return 0.7 * np.stack([np.cos(angle), np.sin(angle)], axis=1), np.zeros(count, np.int64)
+    angle = random.uniform(0, 2 * np.pi, len(label))
+    return 0.7 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
-DISTRIBUTIONS: dict[str, tuple[int, Callable[[int, np.random.Generator], Drawn]]] = {
-    "moons": (2, moons),
-    "spirals": (2, spirals),
-    "gaussians": (8, gaussians),
-    "gaussians25": (25, gaussians25),
-    "ring": (1, ring),
+DISTRIBUTIONS: dict[str, tuple[int, float, Callable[[Labels, np.random.Generator], Points]]] = {
+    "moons": (2, 0.03, moons),
+    "spirals": (2, 0.02, spirals),
+    "gaussians": (8, 0.06, gaussians),
+    "gaussians25": (25, 0.03, gaussians25),
+    "ring": (1, 0.0, ring),
 }
-"""Number of labels (parts of the distribution) and how to draw."""
+"""Number of labels (parts, alike in weight), deviation of the normal noise that is added, and where points lie."""
 
 
 def draw(name: str, count: int, *, seed: int) -> tuple[npt.NDArray[np.float32], Labels]:
@@ -73,8 +64,10 @@ def draw(name: str, count: int, *, seed: int) -> tuple[npt.NDArray[np.float32], 
     if name not in DISTRIBUTIONS:
         names = ", ".join(f"toy2d:{known}" for known in DISTRIBUTIONS)
         raise InputError(f"no toy data set {name!r}: choose one of {names}")
-    key = np.array([seed % 2**64, STREAM], np.uint64)
-    points, labels = DISTRIBUTIONS[name][1](count, np.random.Generator(np.random.Philox(key=key)))
+    parts, deviation, place = DISTRIBUTIONS[name]
+    random = np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, STREAM], np.uint64)))
+    labels = random.integers(parts, size=count)
+    points = place(labels, random) + random.normal(0, deviation, (count, 2))
     return points.astype(np.float32), labels
 
 
