@@ -4,6 +4,7 @@ All lie about in [-1, 1]². `draw` is exact: points are independent, each of the
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from pipeline.errors import InputError
 TRAIN, TEST = 50_000, 10_000  # points a split
 STREAM = 1  # second word of the key: packing deals with 0 there, and would sort what was drawn by the same numbers
 
-Points = npt.NDArray[np.float64]  # (count, 2)
+Points = npt.NDArray[Any]  # (count, 2) float64
 Labels = npt.NDArray[np.int64]  # (count,)
 
 
@@ -29,7 +30,8 @@ def spirals(label: Labels, random: np.random.Generator) -> Points:
     """Two arms, r = 0.9 sqrt(u), angle 3 pi sqrt(u) (+ pi), u uniform."""
     root = np.sqrt(random.uniform(0, 1, len(label)))
     angle = 3 * np.pi * root + np.pi * label
-    return 0.9 * root[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    points: Points = 0.9 * root[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    return points
 
 
 def gaussians(label: Labels, random: np.random.Generator) -> Points:
