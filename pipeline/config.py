@@ -101,7 +101,8 @@ class CheckpointConfig:
 @dataclass(kw_only=True, slots=True)
 class QualityConfig:
     rounds: int = field(default=0, metadata=AT_LEAST_0)
-    """Rounds between measurements of samples and repairs (quality/* of metrics.jsonl and TensorBoard); 0: none."""
+    """Rounds between measurements of samples and repairs (quality/* of metrics.jsonl and TensorBoard), which also keep
+    the checkpoint with the smallest distance: best.json in the run's folder names it; 0: none."""
     samples: int = field(default=2000, metadata=between(10, 10**6))
     """Samples that are compared with as many real examples."""
     encoder: str = ""

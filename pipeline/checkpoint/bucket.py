@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.manifest import MANIFEST, by_step, is_whole, read_manifest
+from pipeline.checkpoint.manifest import BEST, MANIFEST, best_named, by_step, is_whole, read_manifest
 from pipeline.errors import Conflict, Damaged, InputError
 from pipeline.storage.base import Store
 from pipeline.storage.local import sync_file, write_atomically
@@ -21,7 +21,8 @@ from pipeline.storage.store import locate, open_store
 
 RECORDS = ("config.yaml", "metrics.jsonl")
 PICTURES = ("tensorboard/*", "samples/*", "trackers/*")
-"""Patterns of the files copied besides a checkpoint: RECORDS before its manifest, PICTURES after it."""
+"""Patterns of the files copied besides a checkpoint: RECORDS before its manifest; BEST and PICTURES after it."""
+CHANGING = ("config.yaml", BEST)
 
 log = logging.getLogger("naign.bucket")
 
@@ -107,7 +108,7 @@ def _download_file(where: str, file: str, entry: dict[str, Any], folder: Path) -
 def fetch_shown(remote: str, run: Path) -> int:
     """Download records, TensorBoard's files and pictures that are missing here or differ. Returns their number."""
     fetched, remote = 0, remote.rstrip("/")
-    for pattern in (*RECORDS, *PICTURES):
+    for pattern in (*RECORDS, BEST, *PICTURES):
         folder = os.path.dirname(pattern)
         store = open_store(f"{remote}/{folder}".rstrip("/"))
         for name in store.list():
@@ -134,10 +135,19 @@ def mirror(run: Path, remote: str, patterns: Sequence[str]) -> None:
                 _copy(file, store.url(file.name))
 
 
+def send_best(run: Path, remote: str) -> str:
+    """Upload best.json if the bucket holds the checkpoint that it names. Returns what the bucket's best.json names."""
+    name = best_named(str(run.absolute()))
+    if not name or not open_store(f"{remote}/checkpoints/{name}").exists(MANIFEST):
+        return best_named(remote)
+    mirror(run, remote, [BEST])
+    return name
+
+
 def _is_same(file: Path, store: Store, name: str) -> bool:
     """Whether an object equals the file: by content where that is replaced, by size where the file only grows."""
     with contextlib.suppress(InputError):
-        if name == "config.yaml" or file.parent.name == "trackers":
+        if name in CHANGING or file.parent.name == "trackers":
             return store.read(name) == file.read_bytes()
         return store.size(name) == file.stat().st_size
     return False

@@ -15,6 +15,7 @@ from pipeline.storage.local import LocalStore
 from pipeline.storage.store import open_store
 
 MANIFEST = "manifest.json"
+BEST = "best.json"  # in the run's folder: the best checkpoint by quality/fd, and how it was measured
 
 Entries = dict[str, dict[str, Any]]  # the files of a manifest: {"bytes": int, "sha256": str} by name
 
@@ -35,11 +36,12 @@ def prune(
     keep: int,  # how many complete ones to keep, the newest; 0 keeps all
     *,
     newest: str = "",  # the one just written: it is kept and counted, and those after it are left alone; "": none
+    spare: str = "",  # name of one that is kept whatever its age, and not counted; "": none
 ) -> None:
     """Remove checkpoints that are incomplete, or complete but not among the newest `keep`, each manifest first."""
     complete = int(bool(newest))
     for name in by_step(open_store(root).folders()):
-        if newest and step_of(name) >= step_of(newest):
+        if name == spare or (newest and step_of(name) >= step_of(newest)):
             continue
         store = open_store(f"{root}/{name}")
         if store.exists(MANIFEST):
@@ -53,6 +55,22 @@ def prune(
         for part in (store, *(open_store(f"{root}/{name}/{sub}") for sub in store.folders())):
             for file in part.list():
                 part.delete(file)
+
+
+def read_best(root: str) -> dict[str, Any]:
+    """The content of best.json in a run's folder or bucket; {} if it is missing or damaged."""
+    store = open_store(root)
+    try:
+        content = json.loads(store.read(BEST)) if store.exists(BEST) else {}
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def best_named(root: str) -> str:
+    """The checkpoint that best.json in a run's folder or bucket names; "" if it is missing, or names none."""
+    name = read_best(root).get("checkpoint")
+    return name if isinstance(name, str) and by_step([name]) else ""
 
 
 def is_whole(file: Path, entry: dict[str, Any]) -> bool:

@@ -27,7 +27,17 @@ from typing import Any
 from safetensors import SafetensorError
 
 from pipeline.checkpoint import bucket
-from pipeline.checkpoint.manifest import MANIFEST, Entries, by_step, is_whole, prune, read_manifest, sha256
+from pipeline.checkpoint.manifest import (
+    BEST,
+    MANIFEST,
+    Entries,
+    best_named,
+    by_step,
+    is_whole,
+    prune,
+    read_manifest,
+    sha256,
+)
 from pipeline.distributed.ranks import SideGroup
 from pipeline.errors import Conflict, InputError, Unavailable
 from pipeline.observe.logs import title
@@ -98,8 +108,11 @@ class Writer:
         self.uploaded = 0.0  # seconds of uploading
         self.unsent = ""  # name of the newest checkpoint if it could not be uploaded; the same on all ranks
 
-    def start(self, name: str, copy: Callable[[], None], files: Mapping[str, Write]) -> None:
+    def start(self, name: str, copy: Callable[[], None], files: Mapping[str, Write], best: str = "") -> None:
         """Start to write this rank's files of checkpoint `name`. `copy` is called first, in the background.
+
+        `best`, on rank 0, is the text of best.json where this is the best checkpoint: it is written once the checkpoint
+        is complete, and only then is the former best one removed, here and in the bucket.
 
         Waits for the previous checkpoint, and raises InputError if that could not be written.
         """
@@ -109,7 +122,7 @@ class Writer:
             shutil.rmtree(folder, ignore_errors=True)
         self._group.gather(None)  # no rank writes before the folder is empty
         self.newest = name
-        self._done = in_background(partial(self._work, folder, copy, files), f"write {name}")
+        self._done = in_background(partial(self._work, folder, copy, files, best), f"write {name}")
 
     def resend(self, name: str) -> None:
         """Start to upload a checkpoint again: this run's newest one, or one that an earlier start left."""
@@ -140,10 +153,10 @@ class Writer:
             raise InputError(failed)
         return True
 
-    def _work(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write]) -> str:
+    def _work(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write], best: str) -> str:
         title("write")
         start = time.perf_counter()
-        if problem := self._write(folder, copy, files):
+        if problem := self._write(folder, copy, files, best):
             remedy = "make room or choose another --run.path; the checkpoint before it is untouched"
             return f"{folder} could not be written ({problem}): {remedy}"
         self._names = list(files)
@@ -151,7 +164,7 @@ class Writer:
         self.seconds = time.perf_counter() - start
         return conflict
 
-    def _write(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write]) -> str:
+    def _write(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write], best: str) -> str:
         """Write the local checkpoint, its manifest last. Returns what failed on any rank, the same on all ranks.
 
         Raises RuntimeError on all ranks if something other than the disk failed, such as a device.
@@ -180,7 +193,10 @@ class Writer:
                 shutil.rmtree(folder, ignore_errors=True)
             else:
                 with _may_fail(f"old checkpoints stay in {folder.parent}"):
-                    prune(str(folder.parent.absolute()), self._keep, newest=folder.name)
+                    if best:
+                        write_atomically(self._run / BEST, best)
+                    root = self._run.absolute()
+                    prune(f"{root}/checkpoints", self._keep, newest=folder.name, spare=best_named(str(root)))
             names = {path.name for path in _newest_first(folder.parent)}
         if any(fault for *_, fault in gathered):
             raise RuntimeError(f"{folder} could not be written ({problem}); the checkpoint before it is untouched")
@@ -218,7 +234,8 @@ class Writer:
         bucket.check_claim(self._remote, self._claim)  # uploading may have taken long
         bucket.upload(folder, self._remote, [MANIFEST])
         with _may_fail(f"old checkpoints stay in {self._remote}"):
-            prune(f"{self._remote}/checkpoints", self._keep, newest=folder.name)
+            best = bucket.send_best(self._run, self._remote)
+            prune(f"{self._remote}/checkpoints", self._keep, newest=folder.name, spare=best)
         with _may_fail(f"pictures and TensorBoard's files in {self._remote} are old"):
             bucket.mirror(self._run, self._remote, bucket.PICTURES)
 

@@ -68,15 +68,15 @@ def run_rounds(run: Run, partial: PartialRound | None) -> None:
                     with run.phases.enter("fit"):
                         values |= fit(run, state)
             position.round, position.done = position.round + 1, 0
-            values |= measure(run, state)
+            better = measure(run, state, values)
             with run.phases.enter("report"), together(run.accelerator):
                 report(run, state, rows, values, images=position.seen - before)
             state = partial = None
 
             with run.phases.enter("checkpoint"):
                 stopping = run.stop.poll_stop()[0] and not run.finished
-                if run.finished or stopping or position.round % run.config.checkpoint.rounds == 0:
-                    checkpoint(run)
+                if run.finished or stopping or better or position.round % run.config.checkpoint.rounds == 0:
+                    checkpoint(run, best=better)
             if stopping:
                 raise Stopped
     except Stopped:
@@ -88,15 +88,22 @@ def run_rounds(run: Run, partial: PartialRound | None) -> None:
         raise
 
 
-def measure(run: Run, state: RoundState) -> dict[str, float]:
-    """quality/* of the samples, if a measurement is due. Collective."""
-    if not run.quality or run.position.round % run.config.quality.rounds:
-        return {}
+def measure(run: Run, state: RoundState, values: dict[str, float]) -> bool:
+    """Add quality/* to `values`, if a measurement is due. Returns whether it is the best so far. Collective."""
+    rounds, quality = run.position.round, run.quality
+    if not quality or rounds % quality.config.rounds:
+        return False
     with run.phases.enter("quality"):
         random = replace(state.random, round=philox.SAMPLES)
-        return run.quality.measure(
-            run.engine, lambda ids: random.latents(ids + MEASURED), state.images, run.watchdog.beat
+        measured, better = quality.measure(
+            run.engine,
+            lambda ids: random.latents(ids + MEASURED),
+            state.images,
+            rounds=rounds,
+            beat=run.watchdog.beat,
         )
+    values |= measured
+    return better
 
 
 def finish(run: Run) -> bool:
@@ -120,7 +127,7 @@ def gather_partial(run: Run, state: RoundState) -> PartialRound:
     return PartialRound(world_size_at_start=state.world_size_at_start, match=match, sums=state.sums)
 
 
-def checkpoint(run: Run, kept: PartialRound | None = None) -> None:
+def checkpoint(run: Run, kept: PartialRound | None = None, *, best: bool = False) -> None:
     """Begin to write checkpoints/step-XXXXXXXX in the background, unless it is there already. Collective."""
     position, writer = run.position, run.writer
     if (name := f"step-{position.step:08d}") == writer.newest:
@@ -135,4 +142,4 @@ def checkpoint(run: Run, kept: PartialRound | None = None) -> None:
     position.cpu_seconds, run.phases.cpu_seconds = position.cpu_seconds + spent, 0.0
     copy, files = snapshot(run.config, run.stream, run.engine, position, run.prior, kept)
     with together(run.accelerator):
-        writer.start(name, copy, files)
+        writer.start(name, copy, files, run.quality.record(name) if best and run.quality else "")

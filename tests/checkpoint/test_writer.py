@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from pipeline.checkpoint import writer
-from pipeline.checkpoint.manifest import MANIFEST, prune
+from pipeline.checkpoint.manifest import BEST, MANIFEST, best_named, prune
 from pipeline.checkpoint.writer import Writer, newest_checkpoint
 from pipeline.errors import InputError
 from tests.checkpoint.written import write_checkpoint
@@ -68,16 +68,51 @@ def test_pruning_keeps_the_newest_and_clears_what_is_incomplete(checkpoints):
     assert names(checkpoints) == ["step-00000003", "step-00000004", "step-mine"]
 
 
-def test_pruning_spares_the_one_just_written_and_those_after_it(checkpoints):
+def test_pruning_spares_the_one_just_written_those_after_it_and_the_best(checkpoints):
     for step in (1, 2, 3, 4, 5, 6):
         write_checkpoint(checkpoints / f"step-{step:08d}", fill)
-    prune(str(checkpoints), 1, newest="step-00000005")
-    assert names(checkpoints) == ["step-00000005", "step-00000006"]
+    prune(str(checkpoints), 1, newest="step-00000005", spare="step-00000002")
+    assert names(checkpoints) == ["step-00000002", "step-00000005", "step-00000006"]
 
 
-@pytest.mark.parametrize("moment", ["first file", "second file", "before manifest"])
+def test_the_best_is_named_once_it_is_complete_and_the_former_best_goes_after_that(tmp_path, checkpoints, monkeypatch):
+    write, written = writer.write_atomically, list[str]()
+
+    def record(file, content):
+        written.append(file.name)
+        if file.name == BEST and json.loads(content)["checkpoint"] == "step-00000002":
+            assert newest_checkpoint(checkpoints).name == "step-00000002"
+            assert (checkpoints / "step-00000001").exists()
+        write(file, content)
+
+    def best(step):
+        return json.dumps({"checkpoint": f"step-{step:08d}", "fd": 1.0, "round": step})
+
+    def look(file):
+        seen.append((best_named(str(tmp_path)), "manifest.json" in written))
+        file.write_bytes(b"m")
+
+    monkeypatch.setattr(writer, "write_atomically", record)
+    seen, one = list[tuple[str, bool]](), Writer(tmp_path, rank=0, world=1, keep=1, remote="")
+    for step, text in ((1, best(1)), (2, best(2)), (3, "")):
+        written.clear()
+        one.start(f"step-{step:08d}", lambda: None, {"model.bin": look}, text)
+        one.join()
+        assert written == [MANIFEST, *[BEST] * bool(text)]
+    assert seen == [("", False), ("step-00000001", False), ("step-00000002", False)]
+    assert names(checkpoints) == ["step-00000002", "step-00000003"] and best_named(str(tmp_path)) == "step-00000002"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"checkpoint": 7}', '{"checkpoint": "../../step-1"}', '{"fd": 1}'])
+def test_a_record_of_the_best_that_names_no_checkpoint_names_none(tmp_path, text):
+    (tmp_path / BEST).write_text(text)
+    assert best_named(str(tmp_path)) == ""
+
+
+@pytest.mark.parametrize("moment", ["first file", "second file", "before manifest", "before best.json"])
 def test_a_kill_in_the_middle_of_writing_leaves_the_one_before(tmp_path, checkpoints, moment):
     write_checkpoint(checkpoints / "step-00000001", fill)
+    (tmp_path / BEST).write_text('{"checkpoint": "step-00000001"}')
     write = writer.write_atomically
 
     def die_at(reached):
@@ -96,7 +131,7 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_one_before(tmp_path, checkpo
         die_at("second file")
 
     def finish(file, text):
-        die_at("before manifest")
+        die_at("before manifest" if file.name == MANIFEST else f"before {file.name}")
         write(file, text)
 
     child = os.fork()
@@ -104,13 +139,15 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_one_before(tmp_path, checkpo
         try:
             writer.write_atomically = finish
             one = Writer(tmp_path, rank=0, world=1, keep=1, remote="")
-            one.start("step-00000002", lambda: None, {"a.bin": write_a, "b.bin": write_b})
+            best = '{"checkpoint": "step-00000002"}'
+            one.start("step-00000002", lambda: None, {"a.bin": write_a, "b.bin": write_b}, best)
             one.join()
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert newest_checkpoint(checkpoints) == checkpoints / "step-00000001"
-    assert names(checkpoints) == ["step-00000001", "step-00000002"]
+    newest = "step-00000002" if moment == "before best.json" else "step-00000001"
+    assert newest_checkpoint(checkpoints) == checkpoints / newest
+    assert names(checkpoints) == ["step-00000001", "step-00000002"] and best_named(str(tmp_path)) == "step-00000001"
 
 
 def test_a_disk_that_fails_for_a_while_says_nothing_about_a_checkpoint(checkpoints, monkeypatch):

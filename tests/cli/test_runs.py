@@ -135,7 +135,7 @@ def test_files_of_a_run_may_hold_anything(tmp_path: Path) -> None:
         '{"fd": {"once": "x"}, "images_seen": -1}',
         "[" * 9999,
     )
-    names = ("evaluation/metrics.json", "checkpoints/step-00000016/trainer.json", "metrics.jsonl")
+    names = ("evaluation/metrics.json", "best.json", "checkpoints/step-00000016/trainer.json", "metrics.jsonl")
     for text, name in itertools.product(hostile, names):
         before = (folder / name).read_bytes() if (folder / name).exists() else b"{}"
         (folder / name).write_text(f"{text}\n" * (3 if name == "metrics.jsonl" else 1))

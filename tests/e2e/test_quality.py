@@ -1,4 +1,4 @@
-"""Quality that is measured while a run trains."""
+"""Quality that is measured while a run trains, and the checkpoint that it keeps."""
 
 import json
 import math
@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from pipeline.checkpoint.writer import is_complete
 from pipeline.config import parse
 from pipeline.data.loader import Stream
 from pipeline.errors import InputError
@@ -42,8 +43,8 @@ def measured(run: Path) -> dict[int, dict[str, float]]:
 
 
 @pytest.mark.slow
-def test_it_changes_nothing(train, digits, tmp_path):
-    options = [f"--data.path={digits}", *SMALL, *EVERY]
+def test_it_changes_nothing_and_the_best_checkpoint_is_kept(train, digits, tmp_path):
+    options = [f"--data.path={digits}", *SMALL, *EVERY, "--checkpoint.keep=1", "--checkpoint.rounds=100"]
     done = train(*options, "--run.path=whole", "--train.images=2048")
     assert done.returncode == 0, done.stderr
     whole = measured(tmp_path / "whole")
@@ -52,6 +53,10 @@ def test_it_changes_nothing(train, digits, tmp_path):
         "repair_salt_pepper",
         "repair_rows",
     }
+    best = json.loads((tmp_path / "whole/best.json").read_text())
+    assert best["fd"] == min(values["fd"] for values in whole.values()) and best["encoder"] == "digits-cnn64"
+    assert is_complete(tmp_path / "whole/checkpoints" / best["checkpoint"])
+    assert len(list((tmp_path / "whole/checkpoints").iterdir())) <= 2
 
     # What is measured changes nothing: the same losses as without.
     plain = [option for option in options if not option.startswith("--quality")]
@@ -73,6 +78,20 @@ def test_two_ranks_measure_what_one_does(train, digits, tmp_path):
         assert two[name] == pytest.approx(one[name], rel=1e-3)
 
 
+def test_a_distance_measured_otherwise_is_not_compared_with(digits, tmp_path, caplog):
+    """A run that goes on with fewer samples, another split or encoder begins anew."""
+    done = ["--quality.rounds=2", f"--data.path={digits}", f"--run.path={tmp_path}"]
+    with Stream(parse(done).data, seed=0, round_size=256, prefetch=False) as stream:
+        first = open_quality(stream, done)
+        first.best = {"fd": 0.1, "round": 4} | first.measured
+        (tmp_path / "best.json").write_text(first.record("step-00000032"))
+        assert open_quality(stream, done).best["fd"] == 0.1 and not caplog.text
+        for changed in ("--quality.samples=100", "--quality.split=test", "--quality.encoder=pixels"):
+            assert open_quality(stream, [*done, changed]).best == {}, changed
+            assert "was measured otherwise" in caplog.text
+            caplog.clear()
+
+
 def test_pooled_pixels_are_warned_of_unless_they_are_asked_for(points, tmp_path, caplog):
     given = ["--quality.rounds=2", f"--data.path={points}", f"--run.path={tmp_path}", "--model.name=mlp"]
     with Stream(parse(given).data, seed=0, round_size=256, prefetch=False) as stream:
@@ -89,8 +108,10 @@ def test_features_that_are_not_finite_are_no_measurement_and_the_rest_is_json(di
         quality = open_quality(stream, given)
         broken = SimpleNamespace(exported=lambda part, x: x * math.inf)
         images = torch.zeros(20, *stream.shape)
-        values = quality.measure(broken, lambda ids: torch.ones(len(ids), *stream.shape), images, lambda: None)
-        assert "quality/fd" not in values and values["quality/seconds"] > 0
+        values, better = quality.measure(
+            broken, lambda ids: torch.ones(len(ids), *stream.shape), images, rounds=2, beat=lambda: None
+        )
+        assert not better and quality.best == {} and "quality/fd" not in values and values["quality/seconds"] > 0
         json.dumps(values, allow_nan=False)
 
 
@@ -101,9 +122,13 @@ def test_a_split_that_is_not_there_is_refused(train, digits):
 
 
 @pytest.mark.slow
-def test_it_goes_with_a_crop(train, digits, tmp_path):
+def test_it_goes_with_a_crop_and_a_damaged_record(train, digits, tmp_path):
     options = [f"--data.path={digits}", *SMALL, *EVERY, "--data.crop=4", "--objective.damage=noise", "--run.path=run"]
     assert train(*options, "--train.images=512").returncode == 0
     assert list(measured(tmp_path / "run")) == [1]
+    (tmp_path / "run/best.json").write_text("{x")
+    done = train(*options, "--train.images=1024", "--resume=changed")
+    assert done.returncode == 0 and "says nothing of the best checkpoint" in done.stderr
+    assert json.loads((tmp_path / "run/best.json").read_text())["round"] > 2
     done = train(*options, "--run.path=other", "--quality.split=nope", "--train.images=512")
     assert done.returncode == 2 and "nope" in done.stderr and not (tmp_path / "other").exists()
