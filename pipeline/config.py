@@ -109,6 +109,8 @@ class QualityConfig:
     """Encoder whose features quality/fd compares; empty: the one shipped for the data set, else pooled pixels."""
     split: str = field(default="train", metadata=NOT_EMPTY)
     """Split of the real examples. Never choose a checkpoint by the split that you report on."""
+    patience: int = field(default=0, metadata=AT_LEAST_0)
+    """Stop the run after so many measurements in a row that are no better than the best; 0: never."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -164,7 +166,7 @@ NAMED: Named = {
 }
 
 REMOVED = (
-    *("train.bad_steps", "report.rounds", "quality.patience", "checkpoint.keep_every", "model.max_width"),
+    *("train.bad_steps", "report.rounds", "checkpoint.keep_every", "model.max_width"),
     *("objective.drift", "objective.temperatures", "objective.repulsion", "objective.moments", "objective.positives"),
     *("match.jitter", "match.refine", "match.refine_rate", "match.flat"),
     *("match.space.reduced", "match.space.side", "match.space.code"),
@@ -250,6 +252,9 @@ def check(config: Config) -> None:
         said = f"model.name={model.name} and objective.name={objective.name} do not go together"
         raise InputError(f"{said}: choose the same name for both, or another network and objective")
     parse_rounds(config.profile.rounds)
+    patience, rounds = config.quality.patience, config.quality.rounds
+    never = f"quality.patience is {patience}, but nothing is measured while quality.rounds is 0: set both"
+    require((rounds or not patience, never))
     require(("://" not in config.run.path, "run.path is a local folder: for the copy in a bucket there is run.remote"))
     config.run.remote = remote
     if remote:

@@ -134,7 +134,7 @@ def test_what_is_no_configuration_is_not_shown(tmp_path, text):
         ("--objective.clamp=2", "--objective.clamp"),
         ("--model.octaves=2", "--model.octaves"),
         ("--objective.thrid=none", "--objective.third"),
-        ("--quality.patience=2", "quality.patience is no longer a setting"),
+        ("--quality.patience=2", "quality.patience is 2, but nothing is measured"),
         ("--match.latents=codes", "match.latents is now prior.name, where codes is flow or gmm"),
         ("--match.codes.begin=0.5", "match.codes is now prior"),
         ("--match.flat=0.1", "match.flat is no longer a setting"),

@@ -57,7 +57,7 @@ def evaluate(
         metrics = measure(run, data=data, samples=samples, seed=seed, device=find_device(device), encoder=encoder)
     report = f"{folder_of(run)}/evaluation/report.html"
     if chosen := metrics["checkpoint"]:
-        print(f"{run}: {chosen['name']}", file=sys.stderr)
+        print(f"{run}: the {chosen['choice']} checkpoint, {chosen['name']}", file=sys.stderr)
     if json:
         print_json(metrics | {"report": report})
         return
@@ -280,7 +280,7 @@ def open_model(run: str, device: str) -> "NAIGN":
     with busy(f"reading {run}"):
         model = NAIGN.from_pretrained(run, device=device)
     if model.checkpoint:
-        print(f"{run}: {model.checkpoint}", file=sys.stderr)
+        print(f"{run}: the {model.choice} checkpoint, {model.checkpoint}", file=sys.stderr)
     return model
 
 

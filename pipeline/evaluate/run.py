@@ -74,7 +74,7 @@ def evaluate(
             "counts": subject.counts,
             "warnings": list(write_warnings(subject, trained_with, config.split)),
             "weights": fingerprint(model),
-            "checkpoint": {"name": model.checkpoint} if model.checkpoint else None,
+            "checkpoint": {"name": model.checkpoint, "choice": model.choice} if model.checkpoint else None,
             "notes": [*write_notes(subject, metrics, beyond), *missing],
             "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else f"a CPU, {threads} threads",
             "seconds": round(time.monotonic() - start, 1),

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from pipeline.checkpoint.manifest import MANIFEST, by_step
+from pipeline.checkpoint.manifest import MANIFEST, by_step, read_best
 from pipeline.errors import InputError, printable, require
-from pipeline.settings.budget import count_network_rounds, count_rounds
+from pipeline.settings.budget import count_network_rounds, is_done
 
 MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
 """A folder with one of them is a run."""
@@ -99,7 +99,8 @@ def read_run(folder: Path, name: str) -> Run:
         rounds = int(trainer.get("round", 0) if kept else last.get("round", -1) + 1)
         seen = max(int(line.get("images_seen", 0)) for line in (last, trainer))
         images = count_network_rounds(settings) * int(settings["match.round"]) * int(settings["train.passes"])
-        ended = "done" if rounds >= count_rounds(settings) else "stopped" if kept else "unknown"
+        done = is_done(settings, rounds, read_best(str(folder.absolute())))
+        ended = "done" if done else "stopped" if kept else "unknown"
         quality = _quality({"evaluation": flat(read_json(folder / "evaluation/metrics.json")), "training": measured})
     except MALFORMED as error:
         raise InputError(f"its files are not those of a run ({type(error).__name__}: {error})") from None

@@ -38,7 +38,7 @@ class NAIGN:
         self.network = network.eval().requires_grad_(False)
         self.metadata = metadata
         self.shape: tuple[int, ...] = tuple(metadata["shape"])
-        self.checkpoint = ""  # of a run: the name of the checkpoint
+        self.checkpoint, self.choice = "", ""  # of a run: the checkpoint's name, and best or last
         settings = find_prior(metadata["prior"]["name"])[0](**metadata["prior"])
         with torch.device("meta"):  # what the settings claim is checked against `state` before it is allocated
             self.prior = build_prior(settings, self.shape, network)
@@ -49,14 +49,14 @@ class NAIGN:
         """The model of an exported folder or its file, a checkpoint, a run (a folder or s3://bucket/prefix), or
         hf://user/model on the Hugging Face hub.
 
-        Of a run it is the newest complete checkpoint, which `checkpoint` names. The moving average of the weights is
-        preferred where there is one.
+        Of a run it is the best checkpoint where quality.patience ended the run, else the newest complete one: see
+        `checkpoint` and `choice`. The moving average of the weights is preferred where there is one.
         `download`, for the hub alone, are keywords of huggingface_hub.hf_hub_download: revision, token, cache_dir, ...
         Raises InputError where there is no model, or the file was not written by this program.
         """
         with locate(place, **download) as weights:
             model = cls._read(weights.file, device)
-        model.checkpoint = weights.checkpoint
+        model.checkpoint, model.choice = weights.checkpoint, weights.choice
         return model
 
     @classmethod

@@ -1,8 +1,10 @@
 """Where the weights of a model are: in a file, an exported folder, a checkpoint, a run, a run's bucket, or on the hub.
 
-Of a run it is the newest complete checkpoint; of a checkpoint the moving average, if it has one.
+Of a run it is the best checkpoint where quality.patience ended the run, else the newest complete one; of a checkpoint
+the moving average, if it has one.
 """
 
+import json
 import logging
 import os
 import tempfile
@@ -12,10 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pipeline.checkpoint.bucket import fetch_file, newest_first
-from pipeline.checkpoint.writer import newest_checkpoint, passed_over
+from pipeline.checkpoint.manifest import BEST, best_named
+from pipeline.checkpoint.writer import is_complete, newest_checkpoint, passed_over
 from pipeline.errors import Damaged, InputError, one_line
 from pipeline.model import hub
+from pipeline.settings.budget import is_exhausted
+from pipeline.storage.store import open_store
 
 log = logging.getLogger("naign.model")
 
@@ -27,6 +34,8 @@ class Weights:
     file: Path
     checkpoint: str = ""
     """Of a run: the name of the checkpoint."""
+    choice: str = ""
+    """Of a run: best, or last."""
 
 
 @contextmanager
@@ -45,10 +54,13 @@ def locate(place: str | Path, **download: Any) -> Iterator[Weights]:
 
 
 def _fetch(remote: str, folder: Path) -> Weights:
-    """The weights of a run in a bucket, of its newest undamaged checkpoint."""
-    for name in newest_first(remote):
+    """The weights of a run in a bucket, of its best or newest undamaged checkpoint."""
+    names = list(newest_first(remote))
+    best = best_named(remote) if names and _ended_by_patience(remote, names[0]) else ""
+    for name in [*([best] if best in names else []), *names]:
         try:
-            return Weights(file=fetch_file(remote, name, FILES, folder), checkpoint=name)
+            file = fetch_file(remote, name, FILES, folder)
+            return Weights(file=file, checkpoint=name, choice="best" if name == best else "last")
         except Damaged as error:
             log.warning("%s/checkpoints/%s is damaged and skipped: %s", remote, name, one_line(error))
     raise InputError(f"{remote} holds no complete checkpoint: has the training written one yet?")
@@ -61,13 +73,33 @@ def _find(folder: Path) -> Weights:
     if not os.path.isdir(folder):
         elsewhere = "a model of the Hugging Face hub is hf://user/model, a run in a bucket s3://bucket/prefix"
         raise InputError(f"no run or model at '{folder}': there is no {os.path.abspath(folder)}; {elsewhere}")
-    checkpoints = folder / "checkpoints"
-    checkpoint = newest_checkpoint(checkpoints)
+    run, checkpoints = str(folder.absolute()), folder / "checkpoints"
+    checkpoint, choice = newest_checkpoint(checkpoints), "last"
     for damaged in passed_over(checkpoints, checkpoint):
         log.warning("%s is damaged or incomplete: skipped", damaged)
+    if checkpoint and _ended_by_patience(run, checkpoint.name):
+        best = checkpoints / best_named(run)
+        if is_complete(best):
+            checkpoint, choice = best, "best"
     for name in FILES:
         if checkpoint and (checkpoint / name).is_file():
-            return Weights(file=checkpoint / name, checkpoint=checkpoint.name)
+            return Weights(file=checkpoint / name, checkpoint=checkpoint.name, choice=choice)
         if not checkpoint and (folder / name).is_file():
             return Weights(file=folder / name)
     raise InputError(f"'{folder}' has no complete checkpoint and no model.safetensors: has its training got that far?")
+
+
+def _ended_by_patience(run: str, newest: str) -> bool:
+    """Whether quality.patience ended a run, in a folder or a bucket, whose newest checkpoint is that one."""
+    try:
+        sections = yaml.safe_load(_read(run, "config.yaml"))
+        settings = {f"{name}.{key}": sections[name][key] for name in ("quality", "data") for key in sections[name]}
+        rounds = json.loads(_read(f"{run}/checkpoints/{newest}", "trainer.json"))["round"]
+        return is_exhausted(settings, rounds, json.loads(_read(run, BEST)))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
+        return False  # a file is missing, or was written by another program
+
+
+def _read(folder: str, name: str) -> bytes:
+    store = open_store(folder)
+    return store.read(name) if store.exists(name) else b""

@@ -1,7 +1,10 @@
-"""How many rounds spend the budget of a run. Imports neither torch nor a configuration."""
+"""When a run is done: its budget is spent, or quality.patience ended it. Imports neither torch nor a configuration."""
 
 from collections.abc import Mapping
 from typing import Any
+
+MEASURED = ("quality.samples", "quality.split", "quality.encoder", "data.path", "data.index")
+"""Settings that decide what quality/fd is measured on: distances compare only where they are the same."""
 
 
 def count_rounds(settings: Mapping[str, Any]) -> int:
@@ -14,3 +17,26 @@ def count_network_rounds(settings: Mapping[str, Any]) -> int:
     """The first of these rounds, in which f is trained; in the others, of prior.alone, the prior learns alone."""
     rounds = count_rounds(settings)
     return rounds - int(rounds * settings.get("prior.alone", 0.0))
+
+
+def is_done(settings: Mapping[str, Any], rounds: int, best: Mapping[str, Any]) -> bool:
+    """Whether a run of so many rounds is done; `best` is the content of its best.json, or {}."""
+    return rounds >= count_rounds(settings) or is_exhausted(settings, rounds, best)
+
+
+def is_exhausted(settings: Mapping[str, Any], rounds: int, best: Mapping[str, Any]) -> bool:
+    """Whether quality.patience measurements in a row were no better than the best one."""
+    waited, since = settings["quality.patience"] * settings["quality.rounds"], best.get("round")
+    if not isinstance(since, int) or not measured_alike(settings, best):
+        return False
+    return since > 0 and 0 < waited <= rounds - since
+
+
+def measured_alike(settings: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
+    """Whether the best distance was measured as `settings` say."""
+    return best.get("measured") == measured_by(settings)
+
+
+def measured_by(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What best.json records of how it was measured."""
+    return {key: settings.get(key) for key in MEASURED}

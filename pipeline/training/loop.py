@@ -21,6 +21,7 @@ from pipeline.observe import at_round
 from pipeline.training.fit import fit
 from pipeline.training.learn_prior import learn_prior
 from pipeline.training.prepare import prepare
+from pipeline.training.quality import Quality
 from pipeline.training.report import headline, report
 from pipeline.training.round import RoundState, find_match, take
 from pipeline.training.run import Run
@@ -68,7 +69,7 @@ def run_rounds(run: Run, partial: PartialRound | None) -> None:
                     with run.phases.enter("fit"):
                         values |= fit(run, state)
             position.round, position.done = position.round + 1, 0
-            better = measure(run, state, values)
+            better = measure(run, run.quality, state, values) if run.quality else False
             with run.phases.enter("report"), together(run.accelerator):
                 report(run, state, rows, values, images=position.seen - before)
             state = partial = None
@@ -88,10 +89,10 @@ def run_rounds(run: Run, partial: PartialRound | None) -> None:
         raise
 
 
-def measure(run: Run, state: RoundState, values: dict[str, float]) -> bool:
+def measure(run: Run, quality: Quality, state: RoundState, values: dict[str, float]) -> bool:
     """Add quality/* to `values`, if a measurement is due. Returns whether it is the best so far. Collective."""
-    rounds, quality = run.position.round, run.quality
-    if not quality or rounds % quality.config.rounds:
+    rounds = run.position.round
+    if not quality.due(rounds):
         return False
     with run.phases.enter("quality"):
         random = replace(state.random, round=philox.SAMPLES)
@@ -103,6 +104,8 @@ def measure(run: Run, state: RoundState, values: dict[str, float]) -> bool:
             beat=run.watchdog.beat,
         )
     values |= measured
+    if quality.exhausted(rounds) and rounds < run.rounds:
+        run.monitor.say(f"stopped in round {rounds} of {run.rounds}: no better than in round {quality.best['round']}")
     return better
 
 

@@ -73,6 +73,8 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, PartialRound
         flops = forward_flops(network, stream.shape)
     quality = Quality(config, stream, accelerator) if config.quality.rounds else None
     checkpoint, lock = claim_together(config, accelerator)
+    if quality:
+        quality.read_best(config.run.path)  # after a bucket's was fetched
     position, partial = Position(), None
     with together(accelerator):
         if checkpoint:  # the weights go into the network before an engine takes it, all else after
@@ -83,7 +85,8 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, PartialRound
         if checkpoint:
             position, partial = restore(checkpoint, engine, rank=rank, world=world, size=config.match.round)
     rounds, network_rounds = count_all_rounds(config)
-    monitor, writer = open_outputs(config, accelerator, position, checkpoint, stop, watchdog)
+    write = position.round < rounds and not (quality and quality.exhausted(position.round))
+    monitor, writer = open_outputs(config, accelerator, position, checkpoint, stop, watchdog, write=write)
     profiler = Profiler(Path(config.run.path), config.profile.rounds, rank)
     run = Run(
         config=config,
@@ -143,6 +146,8 @@ def open_outputs(
     checkpoint: Path | None,  # that the run resumes from
     stop: StopRequest,
     watchdog: Watchdog,
+    *,
+    write: bool,  # whether a round is ahead
 ) -> tuple[Monitor, Writer]:
     """What reports and what writes checkpoints. The bucket is taken over only if anything will be sent. Collective."""
     settings, folder, remote = flatten(config), Path(config.run.path), config.run.remote
@@ -160,7 +165,7 @@ def open_outputs(
         )
         if rank == 0 and remote:
             unsent = checkpoint is not None and checkpoint.name not in newest_first(remote)
-            owner = take_over(remote) if unsent or position.round < rounds else ""
+            owner = take_over(remote) if unsent or write else ""
     writer = Writer(
         folder,
         rank=rank,

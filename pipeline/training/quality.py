@@ -25,12 +25,11 @@ from pipeline.evaluate.frechet import frechet_distance
 from pipeline.evaluate.restoration import mae
 from pipeline.model.encoders import Encoder, choose_encoder, load_encoder
 from pipeline.model.scale import scaled
+from pipeline.settings.budget import is_exhausted, measured_alike, measured_by
 
 log = logging.getLogger("naign.quality")
 
 BATCH = 500  # samples at once
-MEASURED = ("quality.samples", "quality.split", "quality.encoder", "data.path", "data.index")
-"""Settings that decide what quality/fd is measured on."""
 
 
 class Quality:
@@ -38,11 +37,9 @@ class Quality:
 
     def __init__(self, config: Config, stream: Stream, accelerator: Accelerator) -> None:
         """Collective. Raises InputError where quality.split or quality.encoder does not do for this data."""
-        self.config, self.accelerator, settings = config.quality, accelerator, flatten(config)
+        self.config, self.accelerator, self.settings = config.quality, accelerator, flatten(config)
         name, manifest = config.quality.encoder, replace(stream.manifest, shape=stream.shape)
         self.encoder = open_encoder("quality.encoder", name, stream.shape) if name else choose_encoder(manifest)
-        # What a distance is measured on: distances compare only where it is the same.
-        self.measured = {"encoder": self.encoder.name, "measured": {key: settings[key] for key in MEASURED}}
         self.real: Tensor | None = None  # features, on rank 0
         self.best: dict[str, Any] = {}  # as in best.json
         with together(accelerator):
@@ -52,31 +49,33 @@ class Quality:
                 if len(real) <= NEIGHBOURS:
                     raise InputError(f"quality.split={split} has {len(real)} examples, too few to measure with")
                 self.real = self.encoder.features(scaled(real))
-                self.best = self._read_best(config.run.path)
-                self._warn(config)
+                if self.encoder.name in (config.objective.encoder, config.match.space.encoder):
+                    log.warning("quality/fd is measured on %s, which the run is trained with too", self.encoder.name)
+                if self.encoder.name == "pixels" and not name:
+                    log.warning(
+                        "quality/fd is measured on pooled pixels, since no encoder is shipped for this data: it says "
+                        "little of what is seen. Set quality.encoder: efficientnet-lite0 for photographs, or pixels"
+                    )
+
+    def read_best(self, run: str) -> None:
+        """Take over the best distance of the run so far, unless it was measured otherwise than now. Collective."""
+        best = read_best(str(Path(run).absolute())) if self.real is not None else {}
+        try:
+            alike = measured_alike(self.settings, best) and best["encoder"] == self.encoder.name
+            self.best = {**best, "fd": float(best["fd"]), "round": int(best["round"])} if alike else {}
+        except (ValueError, TypeError, LookupError):  # damaged
+            self.best = {}
+        if self.real is not None and not self.best and Path(run, BEST).exists():
+            other = "says nothing of the best checkpoint, or was measured otherwise than this run measures"
+            log.warning("%s/%s %s: the next measurement counts as the best", run, BEST, other)
         self.best = broadcast_object(self.best)
 
-    def _read_best(self, run: str) -> dict[str, Any]:
-        """What best.json says of the best checkpoint so far; {} where nothing, or nothing to compare with."""
-        best = read_best(run)
-        if isinstance(best.get("fd"), float) and best.items() >= self.measured.items():
-            return best
-        if (Path(run) / BEST).exists():
-            log.warning(
-                "%s/%s says nothing of the best checkpoint, or was measured otherwise than this run measures: the next "
-                "measurement counts as the best",
-                *(run, BEST),
-            )
-        return {}
+    def due(self, rounds: int) -> bool:
+        return rounds % self.config.rounds == 0
 
-    def _warn(self, config: Config) -> None:
-        if self.encoder.name in (config.objective.encoder, config.match.space.encoder):
-            log.warning("quality/fd is measured on %s, which the run is trained with too", self.encoder.name)
-        if self.encoder.name == "pixels" and not self.config.encoder:
-            log.warning(
-                "quality/fd is measured on pooled pixels, since no encoder is shipped for this data: it says little "
-                "of what is seen. Set quality.encoder: efficientnet-lite0 for photographs, or pixels"
-            )
+    def exhausted(self, rounds: int) -> bool:
+        """Whether quality.patience ends a run of so many rounds."""
+        return is_exhausted(self.settings, rounds, self.best)
 
     def measure(
         self,
@@ -109,7 +108,8 @@ class Quality:
         sums = dict(zip(values, total(list(values.values()), self.accelerator), strict=True))
         better = sums["fd"] <= self.best.get("fd", math.inf) and math.isfinite(sums["fd"])
         if better:
-            self.best = {"fd": sums["fd"], "round": rounds} | self.measured
+            measured = {"encoder": self.encoder.name, "measured": measured_by(self.settings)}
+            self.best = {"fd": sums["fd"], "round": rounds, **measured}
         finite = {f"quality/{name}": value for name, value in sums.items() if math.isfinite(value)}
         return finite | {"quality/seconds": time.perf_counter() - begin}, better
 

@@ -101,8 +101,9 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the budget is spent."""
-        return self.position.round >= self.rounds
+        """Whether the budget is spent, or quality.patience ended the run."""
+        rounds = self.position.round
+        return rounds >= self.rounds or (self.quality is not None and self.quality.exhausted(rounds))
 
     @property
     def prior_only(self) -> bool:

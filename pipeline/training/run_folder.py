@@ -15,12 +15,12 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from pipeline.checkpoint import bucket
-from pipeline.checkpoint.manifest import step_of
+from pipeline.checkpoint.manifest import read_best, step_of
 from pipeline.checkpoint.writer import is_complete, newest_checkpoint, passed_over
 from pipeline.config import Config, changeable, differences, flatten, from_dict, to_dict
 from pipeline.errors import Damaged, InputError
 from pipeline.model.naign import NAIGN
-from pipeline.settings.budget import count_rounds
+from pipeline.settings import budget
 from pipeline.settings.constraints import MAY_CHANGE
 from pipeline.storage.local import TRANSIENT, write_atomically
 from pipeline.storage.store import open_store
@@ -170,7 +170,7 @@ def is_done(config: Config) -> bool:
     if not recorded or not name or differences(recorded, config):
         return False
     _refuse_never(config, remote, "choose another --run.remote")
-    return bucket.round_of(remote, name) >= count_rounds(flatten(config))
+    return budget.is_done(flatten(config), bucket.round_of(remote, name), read_best(remote))
 
 
 def find_claimed(config: Config, name: str, token: str) -> Path | None:

@@ -162,8 +162,11 @@ def test_what_are_no_points_of_the_model_is_named(tmp_path, text, said):
         cli.restore(str(tmp_path / "model"), (tmp_path / "points.csv",), damage="noise")
 
 
-def test_commands_say_which_checkpoint_of_a_run_they_read(tmp_path, capsys, digits):
-    run = str(write_run(tmp_path / "run"))
+@pytest.mark.parametrize(
+    ("patience", "chosen"), [(2, "the best checkpoint, step-00000010"), (0, "the last checkpoint")]
+)
+def test_commands_say_which_checkpoint_of_a_run_they_read(tmp_path, capsys, digits, patience, chosen):
+    run = str(write_run(tmp_path / "run", patience=patience))
     for command in (
         lambda: cli.sample(run, n=2, to=tmp_path / "samples.png"),
         lambda: cli.score(run, (tmp_path / "samples.png",)),
@@ -171,9 +174,8 @@ def test_commands_say_which_checkpoint_of_a_run_they_read(tmp_path, capsys, digi
         lambda: cli.evaluate(run, data=digits, samples=20, device="cpu"),
     ):
         command()
-        assert f"{run}: step-00000050" in capsys.readouterr().err
+        assert f"{run}: {chosen}" in capsys.readouterr().err
     cli.sample(str(tmp_path / "model"), n=2, to=tmp_path / "samples.png")
-    assert "step-" not in capsys.readouterr().err
+    assert "checkpoint" not in capsys.readouterr().err
     record = json.loads((tmp_path / "run/evaluation/metrics.json").read_text())["checkpoint"]
-    assert record == {"name": "step-00000050"}
-    assert "step-00000050" in (tmp_path / "run/evaluation/report.html").read_text()
+    assert record["choice"] in chosen and record["choice"] in (tmp_path / "run/evaluation/report.html").read_text()

@@ -13,13 +13,14 @@ import pytest
 import yaml
 from filelock import FileLock
 from PIL import Image
+from pipeline.checkpoint.done import measured_by
 
 from pipeline.cli.main import main
 from pipeline.cli.runs import compare, runs
 from pipeline.config import Config, to_dict
 from pipeline.errors import InputError
 from pipeline.evaluate.compare import read_sides, settings_that_differ
-from pipeline.evaluate.runs import find_runs
+from pipeline.evaluate.runs import find_runs, read_settings
 from tests.conftest import SMALL, Program
 
 
@@ -58,6 +59,9 @@ def a_run(
 def test_a_folder_of_runs_as_a_table_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a_run(tmp_path / "best", 1024, checkpoint=1024, evaluated=1.5, age=7200)
     a_run(tmp_path / "group/killed", 768, checkpoint=512)
+    a_run(tmp_path / "patient", 768, checkpoint=768, quality__rounds=1, quality__patience=2)
+    best = {"round": 1, "measured": measured_by(read_settings(tmp_path / "patient"))}
+    (tmp_path / "patient/best.json").write_text(json.dumps(best))
     a_run(tmp_path / "copied", 512)
     busy = a_run(tmp_path / "busy", 256, checkpoint=0)
     with FileLock(busy / ".lock"):
@@ -66,7 +70,9 @@ def test_a_folder_of_runs_as_a_table_and_as_json(tmp_path: Path, capsys: pytest.
     assert found.keys() == {"folder", "runs", "others"} and not found["others"]
     by_name = {run.pop("name"): run for run in found["runs"]}
     states = {name: run["state"] for name, run in by_name.items()}
-    assert states == {"best": "done", "busy": "training", "group/killed": "stopped", "copied": "unknown"}
+    assert states == {
+        **{"best": "done", "patient": "done", "busy": "training", "group/killed": "stopped", "copied": "unknown"}
+    }
     assert list(by_name) == sorted(by_name) and by_name["best"].pop("bytes") > 1000
     assert by_name["best"].pop("age_seconds") == pytest.approx(7200, abs=600)
     assert by_name["best"] == {

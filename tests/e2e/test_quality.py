@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from pipeline.checkpoint.done import measured_by
 
 from pipeline.checkpoint.writer import is_complete
 from pipeline.config import parse
@@ -78,16 +80,46 @@ def test_two_ranks_measure_what_one_does(train, digits, tmp_path):
         assert two[name] == pytest.approx(one[name], rel=1e-3)
 
 
+@pytest.mark.slow
+def test_patience_ends_a_run_for_good(train, digits, tmp_path):
+    options = [
+        f"--data.path={digits}",
+        *SMALL,
+        *EVERY,
+        "--quality.patience=1",
+        "--train.lr=1e-9",
+        "--train.lr_end=1e-9",
+    ]
+    options += ["--train.images=25600", "--train.ema=0.0", "--run.path=run", f"--run.remote={tmp_path}/remote"]
+    options += ["--checkpoint.keep=1"]
+    done = train(*options)
+    assert done.returncode == 0, done.stderr
+    rounds = len(lines(tmp_path / "run"))
+    assert rounds < 100 and "no better than in round" in done.stdout + done.stderr
+    again = train(*options)
+    assert again.returncode == 0 and len(lines(tmp_path / "run")) == rounds
+    assert "nothing left to do" in again.stdout + again.stderr
+
+    # A fresh machine knows as much, and keeps the best checkpoint in the bucket.
+    shutil.rmtree(tmp_path / "run")
+    fresh = train(*options)
+    assert fresh.returncode == 0 and "nothing left to do" in fresh.stdout + fresh.stderr
+    best = json.loads((tmp_path / "run/best.json").read_text())
+    assert is_complete(tmp_path / "remote/checkpoints" / best["checkpoint"])
+
+
 def test_a_distance_measured_otherwise_is_not_compared_with(digits, tmp_path, caplog):
-    """A run that goes on with fewer samples, another split or encoder begins anew."""
-    done = ["--quality.rounds=2", f"--data.path={digits}", f"--run.path={tmp_path}"]
+    """A run that goes on with fewer samples, another split or encoder begins anew, and so does its patience."""
+    done = ["--quality.rounds=2", "--quality.patience=3", f"--data.path={digits}", f"--run.path={tmp_path}"]
     with Stream(parse(done).data, seed=0, round_size=256, prefetch=False) as stream:
         first = open_quality(stream, done)
-        first.best = {"fd": 0.1, "round": 4} | first.measured
+        first.best = {"fd": 0.1, "encoder": first.encoder.name, "round": 4, "measured": measured_by(first.settings)}
+        assert [first.exhausted(rounds) for rounds in (4, 8, 10)] == [False, False, True]
         (tmp_path / "best.json").write_text(first.record("step-00000032"))
-        assert open_quality(stream, done).best["fd"] == 0.1 and not caplog.text
+        assert open_quality(stream, done).exhausted(10) and not caplog.text
         for changed in ("--quality.samples=100", "--quality.split=test", "--quality.encoder=pixels"):
-            assert open_quality(stream, [*done, changed]).best == {}, changed
+            other = open_quality(stream, [*done, changed])
+            assert other.best == {} and not other.exhausted(100), changed
             assert "was measured otherwise" in caplog.text
             caplog.clear()
 

@@ -1,10 +1,12 @@
-"""Which weights a place stands for: of a run those of its newest complete checkpoint."""
+"""Which weights a place stands for: of a run the best checkpoint where patience ended it, else the newest."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from pipeline.checkpoint.done import measured_by
 
 from pipeline.checkpoint import bucket as in_bucket
 from pipeline.checkpoint.bucket import upload
@@ -17,8 +19,10 @@ from tests.checkpoint.written import write_checkpoint
 METADATA = {"model": {"name": "conv", "width": 4, "code": 8}, "shape": [1, 8, 8], "prior": {"name": "gaussian"}}
 
 
-def write_run(folder: Path, *, average: bool = False) -> Path:
-    """A run of checkpoints after 1 and 5 rounds."""
+def write_run(
+    folder: Path, *, patience: object = 2, best: object = "step-00000010", samples: int = 50, average: bool = False
+) -> Path:
+    """A run of checkpoints after 1 and 5 rounds, whose quality was measured every 2 rounds and best after the first."""
     for number, rounds in enumerate((1, 5)):
         torch.manual_seed(number)
         model = NAIGN(build_network(recorded_network(METADATA["model"]), (1, 8, 8)), METADATA)
@@ -31,22 +35,43 @@ def write_run(folder: Path, *, average: bool = False) -> Path:
             (place / "trainer.json").write_text(json.dumps({"round": rounds}))
 
         write_checkpoint(folder / f"checkpoints/step-000000{rounds}0", fill)
+    settings = {"quality": {"rounds": 2, "patience": patience, "samples": 50}, "data": {"path": "data/digits"}}
+    measured = measured_by({"quality.samples": samples, "data.path": "data/digits"})
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "best.json").write_text(json.dumps({"checkpoint": best, "round": 1, "measured": measured}))
     return folder
 
 
-def test_the_newest_complete_checkpoint_is_taken(tmp_path):
-    run = write_run(tmp_path / "run")
-    assert NAIGN.from_pretrained(run).checkpoint == "step-00000050"
-    (run / "checkpoints/step-00000050/manifest.json").unlink()
-    model = NAIGN.from_pretrained(run)
-    assert model.checkpoint == "step-00000010"
-    assert torch.equal(model.sample(2), NAIGN.from_pretrained(run / "checkpoints" / model.checkpoint).sample(2))
+@pytest.mark.parametrize(
+    ("settings", "choice"),
+    [
+        ({}, "best"),
+        ({"patience": 3}, "last"),
+        ({"patience": 0}, "last"),
+        ({"patience": "two"}, "last"),
+        ({"samples": 60}, "last"),  # measured otherwise than the run now measures
+        ({"best": "step-00000077"}, "last"),
+        ({"best": "../elsewhere"}, "last"),
+        ({"best": None}, "last"),
+    ],
+)
+def test_the_best_checkpoint_is_taken_where_patience_ended_the_run(tmp_path, settings, choice):
+    model = NAIGN.from_pretrained(write_run(tmp_path, **settings))
+    assert (model.choice, model.checkpoint) == (choice, {"best": "step-00000010", "last": "step-00000050"}[choice])
+    assert torch.equal(model.sample(2), NAIGN.from_pretrained(tmp_path / "checkpoints" / model.checkpoint).sample(2))
 
 
-def test_a_checkpoint_and_its_file_are_no_run(tmp_path):
+@pytest.mark.parametrize("missing", ["config.yaml", "best.json", "checkpoints/step-00000010/manifest.json"])
+def test_the_newest_is_taken_where_files_are_missing(tmp_path, missing):
+    (write_run(tmp_path) / missing).unlink()
+    assert NAIGN.from_pretrained(tmp_path).choice == "last"
+
+
+def test_a_checkpoint_and_an_exported_folder_are_no_choice(tmp_path):
     newest = write_run(tmp_path / "run") / "checkpoints/step-00000050"
     for place in (newest, newest / "model.safetensors"):
-        assert NAIGN.from_pretrained(place).checkpoint == ""
+        model = NAIGN.from_pretrained(place)
+        assert (model.choice, model.checkpoint) == ("", "")
 
 
 @pytest.mark.parametrize("average", [False, True])
@@ -54,17 +79,20 @@ def test_one_file_of_a_bucket_is_fetched(tmp_path, bucket, monkeypatch, average)
     run = write_run(tmp_path / "run", average=average)
     for checkpoint in (run / "checkpoints").iterdir():
         upload(checkpoint, bucket, [file.name for file in checkpoint.iterdir()])
+    for name in ("config.yaml", "best.json"):
+        open_store(bucket).put(name, (run / name).read_bytes())
     fetched: list[str] = []
     locate = in_bucket.locate
     monkeypatch.setattr(in_bucket, "locate", lambda url: fetched.append(url) or locate(url))
     model = NAIGN.from_pretrained(f"{bucket}/")
-    assert model.checkpoint == "step-00000050"
+    assert (model.choice, model.checkpoint) == ("best", "step-00000010")
     assert torch.equal(model.sample(2), NAIGN.from_pretrained(run).sample(2))
     file = "ema.safetensors" if average else "model.safetensors"
-    assert fetched == [f"{bucket}/checkpoints/step-00000050/{file}"]
+    assert fetched == [f"{bucket}/checkpoints/step-00000010/{file}"]
 
-    open_store(f"{bucket}/checkpoints/step-00000050").put(file, b"damaged")
-    assert NAIGN.from_pretrained(bucket).checkpoint == "step-00000010"
+    open_store(f"{bucket}/checkpoints/step-00000010").put(file, b"damaged")
+    model = NAIGN.from_pretrained(bucket)
+    assert (model.choice, model.checkpoint) == ("last", "step-00000050")
 
 
 def test_a_bucket_without_checkpoints_is_refused(bucket):
