@@ -13,7 +13,6 @@ import pytest
 import yaml
 from filelock import FileLock
 from PIL import Image
-from pipeline.checkpoint.done import measured_by
 
 from pipeline.cli.main import main
 from pipeline.cli.runs import compare, runs
@@ -21,6 +20,7 @@ from pipeline.config import Config, to_dict
 from pipeline.errors import InputError
 from pipeline.evaluate.compare import read_sides, settings_that_differ
 from pipeline.evaluate.runs import find_runs, read_settings
+from pipeline.settings.budget import measured_by
 from tests.conftest import SMALL, Program
 
 

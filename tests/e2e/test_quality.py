@@ -11,12 +11,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from pipeline.checkpoint.done import measured_by
 
 from pipeline.checkpoint.writer import is_complete
 from pipeline.config import parse
 from pipeline.data.loader import Stream
 from pipeline.errors import InputError
+from pipeline.settings.budget import measured_by
 from pipeline.training.quality import Quality
 from tests.conftest import SMALL
 
@@ -26,7 +26,10 @@ STILL = ["--train.lr=1e-9", "--train.lr_end=1e-9"]
 
 def open_quality(stream: Stream, options: list[str]) -> Quality:
     AcceleratorState._reset_state(True)
-    return Quality(parse(options), stream, Accelerator(cpu=True))
+    config = parse(options)
+    quality = Quality(config, stream, Accelerator(cpu=True))
+    quality.read_best(config.run.path)
+    return quality
 
 
 def lines(run: Path) -> list[dict[str, Any]]:

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from pipeline.checkpoint.done import measured_by
 
 from pipeline.checkpoint import bucket as in_bucket
 from pipeline.checkpoint.bucket import upload
 from pipeline.errors import InputError
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import build_network, recorded_network
+from pipeline.settings.budget import measured_by
 from pipeline.storage.store import open_store
 from tests.checkpoint.written import write_checkpoint
 
