@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 
 Device = Annotated[Literal["auto", "cpu", "cuda"], tyro.conf.arg(help="Where to compute.")]
 Times = Annotated[int, tyro.conf.arg(help="How often f is applied.")]
+Prior = Annotated[
+    Literal["trained", "gmm"],
+    tyro.conf.arg(help="What z is drawn from: the run's prior, or a Gaussian mixture of codes of its training images."),
+]
+Components = Annotated[int | None, tyro.conf.arg(help="Gaussians of --prior gmm; default: 50.")]
+Steps = Annotated[
+    int | None,
+    tyro.conf.arg(help="Steps from noise to a code (prior.steps), more for better samples; default: as trained."),
+]
 Kind = Literal["blur", "noise", "salt_pepper", "rows"]
 _RUN = "The folder of a run (or s3://), a checkpoint or an exported model"
 Run = Annotated[Positional[str], tyro.conf.arg(metavar="RUN", help=f"{_RUN}.")]
@@ -67,9 +76,10 @@ def evaluate(
             print(f"Frechet distance on {fd['encoder']}: {values}; floor (training against test) {fd['floor']:.4g}")
     for kind, errors in (metrics["restoration"] or {}).items():
         print(f"restoration of {kind}: mean absolute error {errors['input']:.3f} before, {errors['once']:.3f} after")
-    for kind in ("warning", "note"):
-        for text in metrics[f"{kind}s"]:
-            print(f"{kind}: {text}")
+    for warning in metrics["warnings"]:
+        print(f"warning: {warning}")
+    for note in metrics["notes"]:
+        print(f"note: {note}")
     print(f"report: {report}")
 
 
@@ -80,6 +90,10 @@ def sample(
     n: int = 64,
     to: Path | None = None,
     times: Times = 1,
+    prior: Prior = "trained",
+    components: Components = None,
+    steps: Steps = None,
+    data: str | None = None,
     seed: int = 0,
     device: Device = "auto",
 ) -> None:
@@ -88,12 +102,13 @@ def sample(
     Args:
         n: How many.
         to: A .png file for a grid, a .csv file for points, or a folder for one PNG a sample.
+        data: Packed data set whose codes the mixture is fitted to; default: the one it was trained on.
         seed: The same seed draws the same latents, and so the same samples.
     """
     from pipeline.cli.files import write_samples
 
     _check(n=n, times=times, seed=seed)
-    model = open_model(run, find_device(device))
+    model = _model(run, prior, components, steps, data, device=find_device(device))
     with counted("sampling", total=n, unit="sample") as bar:
         samples = model.sample(n, seed=seed, times=times, advance=bar.update).cpu()
     place = to or Path("samples.png" if samples.ndim == 4 else "samples.csv")
@@ -179,19 +194,16 @@ def export(
     *,
     to: Path,
     format: Literal["safetensors", "torch", "onnx"] = "safetensors",
-    prior: Literal["trained", "gmm"] = "trained",
-    components: int | None = None,
-    steps: int | None = None,
+    prior: Prior = "trained",
+    components: Components = None,
+    steps: Steps = None,
     data: str | None = None,
 ) -> None:
     """Export a model: as safetensors for NAIGN.from_pretrained, or f alone as a program.
 
     Args:
         to: Folder to write.
-        prior: What z is drawn from: the run's prior, or a Gaussian mixture of codes of its training images.
-        components: Gaussians of --prior gmm; default: 50.
         data: Packed data set whose codes the mixture is fitted to; default: the one it was trained on.
-        steps: Steps from noise to a code (prior.steps), more for better samples; default: as trained.
         format: safetensors, or f of a batch of any size as a program that needs no code of this project: torch for
             torch.export.load, onnx (in a checkout: `pip install -e '.[onnx]'`), compared with f in onnxruntime.
     """
@@ -199,21 +211,7 @@ def export(
 
     _refuse_runs(to)
     require((format == "safetensors" or prior == "trained", f"--format {format} is f alone, without a prior"))
-    for name, value in (("components", components), ("data", data)):
-        require((value is None or prior == "gmm", f"--{name} is of a mixture: add --prior gmm, or leave it out"))
-    components = 50 if components is None else components
-    model = open_model(run, "cpu")
-    if steps is not None:
-        settings = model.metadata["prior"]
-        flow = prior == "trained" and settings["name"] == "flow"
-        require((flow, f"--steps applies to a flow of codes, and this prior is none ({run}): leave it out"))
-        metadata = model.metadata | {"prior": settings | {"steps": steps}}
-        model = type(model)(model.network, metadata, model.prior.state_dict())
-    if prior == "gmm":
-        from pipeline.evaluate.refit import with_mixture
-
-        with busy("fitting a mixture to codes of training images"):
-            model = with_mixture(model, run, components=components, data=data)
+    model = _model(run, prior, components, steps, data)
     checked = ""
     with busy("exporting"):
         if format == "safetensors":
@@ -282,6 +280,30 @@ def open_model(run: str, device: str) -> "NAIGN":
     if model.checkpoint:
         print(f"{run}: the {model.choice} checkpoint, {model.checkpoint}", file=sys.stderr)
     return model
+
+
+def _model(
+    run: str, prior: Prior, components: int | None, steps: int | None, data: str | None, *, device: str = "cpu"
+) -> "NAIGN":
+    """The model with its own prior, of another number of steps if that is given, or with a mixture."""
+    trained = prior == "trained"
+    for name, value in (("components", components), ("data", data)):
+        require((value is None or not trained, f"--{name} is of a mixture: add --prior gmm, or leave it out"))
+    components = 50 if components is None else components
+    _check(components=components)
+    model = open_model(run, device)
+    if steps is not None:
+        settings = model.metadata["prior"]
+        flow = trained and settings["name"] == "flow"
+        require((flow, f"--steps applies to a flow of codes, and this prior is none ({run}): leave it out"))
+        metadata = model.metadata | {"prior": settings | {"steps": steps}}
+        model = type(model)(model.network, metadata, model.prior.state_dict())
+    if trained:
+        return model
+    from pipeline.evaluate.refit import with_mixture
+
+    with busy("fitting a mixture to codes of training images"):
+        return with_mixture(model, run, components=components, data=data)
 
 
 def find_device(name: Device) -> str:

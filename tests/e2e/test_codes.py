@@ -47,6 +47,7 @@ def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, 
     made = NAIGN.from_pretrained(tmp_path / "run").sample(6)
     again = NAIGN.from_pretrained(tmp_path / "run").sample(4)
     torch.testing.assert_close(made[:4], again)
+    assert naign("sample", "run", "--prior", "gmm", "--components", "3", "--to", "drawn.png").returncode == 0
     done = naign("export", "run", "--prior", "gmm", "--components", "3", "--to", "mixed")
     assert done.returncode == 0, done.stderr
     mixed = NAIGN.from_pretrained(tmp_path / "mixed")
@@ -59,18 +60,17 @@ def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, 
     torch.testing.assert_close(NAIGN.from_pretrained(tmp_path / "run").sample(4), again)
     done = naign("export", "run", "--prior", "gmm", "--format", "torch", "--to", "program")
     assert done.returncode == 2 and "f alone" in done.stderr and not (tmp_path / "program").exists()
-    assert naign("sample", "mixed", "--to", "drawn.png").returncode == 0
     done = naign("evaluate", "mixed", "--samples", "300")
     assert done.returncode == 0, done.stderr
-    done = naign("export", "run", "--prior", "gmm", "--components", "500", "--to", "none")
+    done = naign("sample", "run", "--prior", "gmm", "--components", "500")
     assert done.returncode == 2 and "needs 10000 images" in done.stderr
     assert naign("export", "run", "--steps", "3", "--to", "finer").returncode == 0
     assert NAIGN.from_pretrained(tmp_path / "finer").prior.config.steps == 3
     for more, said in ((["0"], "prior.steps is 0"), (["3", "--prior", "gmm"], "flow of codes")):
-        done = naign("export", "run", "--to", "none", "--steps", *more)
+        done = naign("sample", "run", "--steps", *more)
         assert done.returncode == 2 and said in done.stderr
     for option, value in (("--components", "3"), ("--data", "elsewhere")):
-        done = naign("export", "run", "--to", "none", option, value)
+        done = naign("sample", "run", option, value)
         assert done.returncode == 2 and f"{option} is of a mixture" in done.stderr
 
 
@@ -96,7 +96,7 @@ def test_a_mixture_that_follows_the_codes_on_ranks_and_after_a_stop(train, naign
         apart = prior.weights @ prior.means - codes.mean(0)
         assert float((apart / codes.std(0).mean()).abs().max()) < 0.15, run
     assert naign("evaluate", "run", "--samples", "300").returncode == 0
-    done = naign("export", "run", "--to", "none", "--steps", "3")
+    done = naign("sample", "run", "--steps", "3")
     assert done.returncode == 2 and "flow of codes" in done.stderr
     done = train(*options, "--prior.components=5000", "--run.path=large")
     assert done.returncode == 2 and "ask for fewer" in done.stderr.lower() and not (tmp_path / "large").exists()
