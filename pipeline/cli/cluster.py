@@ -42,7 +42,7 @@ def launch() -> None:
 
 
 def render(
-    what: Positional[Literal["k8s"]],
+    what: Positional[Literal["k8s", "slurm"]],
     /,
     *,
     data: str,
@@ -56,25 +56,31 @@ def render(
     endpoint: str = "",
     region: str = "us-east-1",
 ) -> None:
-    """Print the manifests of a training on Kubernetes, for kubectl apply -f -.
+    """Print the manifests or the Slurm script of a training; its memory and traffic go to stderr.
 
     Args:
-        what: For what: k8s.
-        data: Packed data: s3://bucket/prefix.
-        run: Where the run is kept: s3://bucket/prefix.
+        what: k8s for kubectl apply -f -, slurm for sbatch.
+        data: Packed data: s3://bucket/prefix, or for Slurm a shared folder.
+        run: Where the run is kept: s3://bucket/prefix, or for Slurm a shared folder.
         nodes: Machines.
         gpus: GPUs of each; 0 trains on CPUs.
-        image: Of launch/Dockerfile.
+        image: Of launch/Dockerfile (k8s).
         config: Settings of the run; default: the recommended recipe, configs/mnist.yaml.
         name: Of the Job, its Service and its ConfigMaps; default: the last part of --run, made to fit.
-        service_account: Of the pods, where a role instead of a Secret gives access to the bucket.
-        endpoint: Address of the S3 server, where it is not AWS's.
-        region: Of the bucket.
+        service_account: Of the pods, where a role instead of a Secret gives access to the bucket (k8s).
+        endpoint: Address of the S3 server, where it is not AWS's (k8s).
+        region: Of the bucket (k8s).
     """
-    from pipeline.cluster.render import Size, name_after, render_k8s
+    from pipeline.cluster.render import Size, name_after, predict, render_k8s, render_slurm
 
     size = Size(nodes=nodes, gpus=gpus, account=service_account, endpoint=endpoint, region=region)
-    print(render_k8s(size, image=image, data=data, run=run, config=config, name=name or name_after(run)))
+    make = render_k8s if what == "k8s" else render_slurm
+    text = make(size, image=image, data=data, run=run, config=config, name=name or name_after(run))
+    if data.startswith("s3://"):
+        print(f"reading {data}", file=sys.stderr, flush=True)
+    cost = predict(size, data=data, config=config)
+    print(text)
+    print(cost, file=sys.stderr)
 
 
 def fetch(remote: Positional[str], /, *, to: Path, every: float = 0) -> None:

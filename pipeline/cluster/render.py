@@ -1,9 +1,11 @@
-"""The manifest of a job of any size, from k8s/base/job.yaml."""
+"""Manifests and scripts for a job of any size, from those in k8s/ and launch/, and what the job computes and stores."""
 
 import hashlib
 import json
+import math
 import re
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import yaml
 
 from pipeline import shipped
 from pipeline.config import Config, check, load, to_dict
-from pipeline.errors import InputError, printable, require
+from pipeline.data.mixing import open_manifest
+from pipeline.errors import InputError, Unavailable, printable, require
+from pipeline.storage import at_most, use_endpoint
 
 _HOST, _PART = r"[a-zA-Z0-9]([a-zA-Z0-9-]*[a-zA-Z0-9])?", r"[a-z0-9]+((\.|__?|-+)[a-z0-9]+)*"
 # github.com/distribution/reference: [host[:port]/]name[:tag][@digest], in ASCII.
@@ -47,41 +51,54 @@ def name_after(run: str) -> str:
     return f"{name[:33].rstrip('-') or 'naign'}-{digest[:8]}"
 
 
+def _check_options(*rules: tuple[str, str, str, str]) -> None:
+    """InputError for the first (option, value, pattern, what it must be) whose value does not match."""
+    for option, value, pattern, must in rules:
+        if not (value.isprintable() and re.fullmatch(pattern, value, re.ASCII)):
+            shown = re.sub(".*@", "...@", value, flags=re.DOTALL)  # without user and password
+            raise InputError(f"{option} {printable(shown)}{must}")
+
+
 def configure(size: Size, data: str, run: str, config: Path | None, name: str) -> Config:
     """The run's configuration. Raises InputError where it does not fit this size."""
-    hosts = f"{size.nodes} nodes of {size.gpus} GPUs"
+    hosts, place = f"{size.nodes} nodes of {size.gpus} GPUs", rf"(?!.*://).*|{BUCKET}"
     require(
         (size.nodes >= 1 and size.gpus >= 0, f"{hosts}: at least one node, and no fewer than 0 GPUs"),
         (size.ranks <= 2**16, f"{hosts} are too many"),
     )
+    _check_options(
+        ("--name", name, NAME, ": small letters, digits and '-', at most 42, as Kubernetes wants names"),
+        ("--data", data, place, ": write s3://bucket/prefix, a bucket's name as S3 wants it"),
+        ("--run", run, place, ": write s3://bucket/prefix, a bucket's name as S3 wants it"),
+    )
     settings = load(str(config)) if config else Config()
-    settings.data.path, settings.run.path, settings.run.remote = data, f"/run/naign/{name}", run.rstrip("/")
-    settings.stop.within = 60
+    settings.data.path, settings.run.path, settings.run.remote = data, run, ""
+    if run.startswith("s3://"):
+        settings.run.path, settings.run.remote = f"/run/naign/{name}", run.rstrip("/")
     if size.gpus and not settings.train.precision:
         settings.train.precision = "bf16"
     check(settings)
-    batch, least = settings.train.batch, size.ranks * settings.train.accumulate
-    shared = f"train.batch={batch} cannot be shared by {size.ranks} ranks: in a --config set a multiple of {least}"
-    require((batch % least == 0, f"{shared}, and match.round to a multiple of that"))
+    least = size.ranks * settings.train.accumulate
+    shared = (
+        f"train.batch={settings.train.batch} cannot be shared by {size.ranks} ranks: in a --config set a multiple of"
+    )
+    require((settings.train.batch % least == 0, f"{shared} {least}, and match.round to a multiple of that"))
     return settings
 
 
 def render_k8s(size: Size, *, image: str, data: str, run: str, config: Path | None, name: str) -> str:
     """job.yaml for this size, for `kubectl apply -f -`, with a bucket instead of its S3 server."""
-    account, bucket = size.account, ": pods share a bucket only: write s3://bucket/prefix, named as S3 wants it"
-    address = ": it must be http://host:port or https://host, without user and password"
-    for option, value, pattern, must in (
-        ("--name", name, NAME, ": small letters, digits and '-', at most 42, as Kubernetes wants names"),
-        ("--data", data, BUCKET, bucket),
-        ("--run", run, BUCKET, bucket),
+    settings, bucket = configure(size, data, run, config, name), ": pods share a bucket only: give s3://bucket/prefix"
+    account, address = size.account, ": it must be http://host:port or https://host, without user and password"
+    _check_options(
+        ("--data", data, "s3://.*", bucket),
+        ("--run", run, "s3://.*", bucket),
         ("--image", image, IMAGE, " is no name of an image: [registry/]name[:tag][@digest]"),
         ("--service-account", account, r"([a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?)?", " is no name of a service account"),
         ("--region", size.region, r"[a-z0-9-]+", " is no name of a region, as eu-west-1"),
         ("--endpoint", size.endpoint, r"(https?://[^\s@]+)?", address),
-    ):
-        if not (value.isprintable() and re.fullmatch(pattern, value, re.ASCII)):
-            shown = re.sub(".*@", "...@", value, flags=re.DOTALL)  # without user and password
-            raise InputError(f"{option} {printable(shown)}{must}")
+    )
+    settings.stop.within = 60
     access = f"the role of the service account {account}" if account else "the Secret naign-s3, if there is one"
     head = (
         f"# {name}: {size.nodes} pods {f'of {size.gpus} GPUs' if size.gpus else 'without GPUs'}\n"
@@ -90,7 +107,6 @@ def render_k8s(size: Size, *, image: str, data: str, run: str, config: Path | No
         f"#   logs      kubectl logs -f -l app.kubernetes.io/name={name} --prefix --max-log-requests={size.nodes}\n"
         f"#   access    {access}\n"
     )
-    settings = configure(size, data, run, config, name)
     objects = _fit(shipped("k8s/base/job.yaml").read_text(), size, image, settings, name)
     return head + yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, width=120)
 
@@ -137,3 +153,62 @@ def _fit(text: str, size: Size, image: str, config: Config, name: str) -> list[d
         }
         pod["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     return objects
+
+
+def render_slurm(size: Size, *, image: str, data: str, run: str, config: Path | None, name: str) -> str:
+    """launch/slurm.sbatch for this size, for `sbatch`, with the options filled in. `image` is not used."""
+    settings = configure(size, data, run, config, name)
+    remote, precision = settings.run.remote, settings.train.precision
+    copied = f"/tmp/{re.sub(r'[^A-Za-z0-9.-]+', '-', remote.removeprefix('s3://'))}"
+    options = [
+        *([f"--config={config.resolve() if config.is_file() else config}"] if config else []),
+        f"--data.path={data}",
+        f"--run.path={copied if remote else settings.run.path}",
+        f"--run.remote={remote}",  # also if that is empty: the configuration may have one
+        *([f"--train.precision={precision}"] if precision else []),
+    ]
+    gpus = f"#SBATCH --gpus-per-node={size.gpus}\n#SBATCH --cpus-per-task={4 * size.gpus}\n" if size.gpus else ""
+    text = shipped("launch/slurm.sbatch").read_text()
+    text = re.sub(r"#SBATCH --nodes=\d+\n", f"#SBATCH --nodes={size.nodes}\n{gpus}", text)
+    text = text.replace("#SBATCH --job-name=naign", f"#SBATCH --job-name={name}")
+    return text.replace('naign launch "$@"', f'naign launch {shlex.join(options)} "$@"').rstrip()
+
+
+def predict(size: Size, *, data: str, config: Path | None) -> str:
+    """A table of what the run computes, stores and sends: counted from its configuration, without any speed."""
+    import torch
+
+    from pipeline.model.networks import build_network
+    from pipeline.observe.speed import fit_flops, forward_flops
+
+    settings, unknown, stored = load(str(config)) if config else Config(), "", 0
+    shape: tuple[int, ...] = (1, 28, 28)
+    use_endpoint(size.endpoint)
+    try:
+        with at_most(1):  # a cluster's bucket is often out of reach from here
+            manifest, shape = open_manifest(replace(settings.data, path=data))
+        stored = sum(shard.bytes for split in manifest.splits.values() for shard in split.shards)
+    except (InputError, Unavailable):
+        unknown = f"\n{data} cannot be read from here: counted with images of 1x28x28"
+    with torch.device("meta"):
+        network = build_network(settings.model, shape)
+    parameters, width = sum(value.numel() for value in network.parameters()), math.prod(shape)
+    forward, match, train = forward_flops(network, shape), settings.match, settings.train
+    images = match.round * train.passes
+    generate, search = match.pool * forward, 2 * width * match.round * match.pool
+    fit = images * fit_flops(forward, settings.objective.forwards)
+    sent = match.round * (width * 4 + 16 * size.ranks) + images // train.batch * 2 * 4 * parameters
+    rounds, copies = -(-train.images // images), 4 + bool(train.ema)  # weights, gradients, two moments; average
+    parts = f"generate {generate / 1e12:.2g}, search at most {search / 1e12:.2g}, fit {fit / 1e12:.2g}"
+    between = f"; {sent / 1e9:.2g} GB between nodes" if size.nodes > 1 else ""
+    rows = (
+        ("GPUs" if size.gpus else "CPU hosts", str(size.nodes * (size.gpus or 1))),
+        ("network", f"{parameters / 1e6:.1f} M parameters, {forward / 1e9:.2f} GFLOP a forward"),
+        ("data", f"{stored / 1e9:.2f} GB" if stored else "unknown"),
+        ("a rank", f"{train.batch // size.ranks} images a step; {copies * 4 * parameters / 1e9:.2g} GB of memory"
+         " for weights, gradients and optimizer, without activations"),
+        ("a checkpoint", f"{(copies - 1) * 4 * parameters / 1e9:.3f} GB, {settings.checkpoint.keep} kept"),
+        ("a round", f"{(generate + search + fit) / 1e12:.2g} TFLOP: {parts}{between}"),
+        ("the run", f"{rounds} rounds, {rounds * (generate + search + fit) / 1e15:.2g} PFLOP"),
+    )  # fmt: skip
+    return "\n".join(f"{name:12}  {text}" for name, text in rows) + unknown

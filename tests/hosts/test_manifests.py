@@ -11,7 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from pipeline.cluster.render import IMAGE, Size, name_after, render_k8s
+from pipeline.cluster.render import IMAGE, Size, name_after, predict, render_k8s
 from pipeline.errors import InputError
 from tests.conftest import ROOT
 from tests.hosts.manifest_checks import problems, templates
@@ -109,7 +109,7 @@ def test_what_is_rendered_is_valid(nodes, gpus):
     ("options", "said"),
     [
         (("k8s", "--data", "data/mnist", "--run", "s3://bucket/run"), "pods share a bucket only"),
-        (("k8s", "--data", "s3://bucket/d", "--run", "https://me:SECRET@host/r"), "--run ...@host/r: pods share"),
+        (("slurm", "--data", "d", "--run", "https://me:SECRET@host/r"), "--run ...@host/r: write s3://bucket/prefix"),
     ],
 )
 def test_what_cannot_be_rendered_is_refused(options, said, naign):
@@ -120,11 +120,11 @@ def test_what_cannot_be_rendered_is_refused(options, said, naign):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"data": "s3://x/d"}, "--data s3://x/d: pods share a bucket only: write s3://bucket/prefix"),
-        ({"run": "s3://buc..ket/r"}, "--run s3://buc..ket/r: pods share"),
-        ({"run": "s3://Bucket/r"}, "--run s3://Bucket/r: pods share"),
-        ({"run": "s3://bucket/r\n#"}, "--run s3://bucket/r?#: pods share"),
-        ({"run": "s3://me:SEC RET@bucket/r"}, "--run ...@bucket/r: pods share"),
+        ({"data": "s3://x/d"}, "--data s3://x/d: write s3://bucket/prefix"),
+        ({"run": "s3://buc..ket/r"}, "--run s3://buc..ket/r: write"),
+        ({"run": "s3://Bucket/r"}, "--run s3://Bucket/r: write"),
+        ({"run": "s3://bucket/r\n#"}, "--run s3://bucket/r?#: write"),
+        ({"run": "s3://me:SEC RET@bucket/r"}, "--run ...@bucket/r: write"),
         ({"data": "me:SECRET@host"}, "--data ...@host: pods share"),
         ({"image": "me:SECRET@host/a"}, "--image ...@host/a is no name"),
         ({"region": "a\x1bb"}, "--region a?b is no name"),
@@ -183,6 +183,29 @@ def test_a_second_run_under_one_name_is_refused():
 
 def test_a_role_has_no_keys_beside_it():
     assert "secretRef" in str(rendered()["Jobr"]) and "secretRef" not in str(rendered(account="naign")["Jobr"])
+
+
+def test_the_computation_of_a_run_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.observe.speed.forward_flops", lambda network, shape: 10**9)
+    (tmp_path / "run.yaml").write_text(
+        "{objective: {third: none, denoising: 0}, train: {images: 4096, batch: 64}, match: {round: 1024, ratio: 2}}"
+    )
+    table = predict(Size(nodes=2, gpus=4), data="nowhere", config=tmp_path / "run.yaml")
+    assert re.search(r"^GPUs +8$", table, re.M) and "8 images a step" in table
+    assert "a round       8.2 TFLOP: generate 2, search at most 0.0033, fit 6.1; 0." in table
+    assert "the run       4 rounds, 0.033 PFLOP" in table and "nowhere cannot be read from here" in table
+
+
+def test_a_slurm_script_is_rendered(naign):
+    done = naign("render", "slurm", "--nodes", "4", "--gpus", "2", "--data", "/shared/mnist", "--run", "/shared/runs/a")
+    assert done.returncode == 0, done.stderr
+    for line in (
+        "#SBATCH --nodes=4",
+        "#SBATCH --gpus-per-node=2",
+        "--data.path=/shared/mnist --run.path=/shared/runs/a",
+    ):
+        assert line in done.stdout
+    assert subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=False).returncode == 0
 
 
 def test_the_manifest_that_is_applied_by_its_address_is_the_overlays_base():
