@@ -48,9 +48,8 @@ class Engine:
         ahead: bool | None = None,  # whether a step leaves its norm on the device; None: on a GPU
     ) -> None:
         """Collective."""
-        world = accelerator.num_processes
         self.accelerator, self.bare, self.accumulate = accelerator, bare, accumulate
-        self.micro = batch // (world * accumulate)  # images per rank and micro-batch
+        self.micro = batch // (accelerator.num_processes * accumulate)  # images per rank and micro-batch
         self.ema = deepcopy(bare).requires_grad_(False) if ema else None  # whole, float32, on every rank
         self._decay, self._clip = ema, clip
         self._graphs = compile and accelerator.device.type == "cuda"
@@ -59,20 +58,23 @@ class Engine:
         self._names = dict(bare.named_parameters())
         self.shapes = {name: tuple(value.shape) for name, value in self._names.items()}  # of the whole parameters
         ahead = accelerator.device.type == "cuda" if ahead is None else ahead
-        self.ahead = ahead and accelerator.scaler is None
+        self.ahead = ahead and accelerator.scaler is None and not self.deepspeed
         """Whether a step with a non-finite gradient is skipped on the device, without synchronizing the host."""
         fused = {"fused": True} if self.ahead else {}
         adam = torch.optim.AdamW(bare.parameters(), lr=lr, betas=betas, weight_decay=weight_decay, **fused)
         if compile:
             bare.compile(mode="reduce-overhead" if self._graphs else None)
-        self.network, self.optimizer = accelerator.prepare(bare, adam)
-        self._adam: Any = self.optimizer
-        while hasattr(self._adam, "optimizer"):  # the innermost one
-            self._adam = self._adam.optimizer
+        self._prepare(adam)
         self._dtype = next(bare.parameters()).dtype  # of what the network takes
         self.described = f"{self._kind}, {accelerator.mixed_precision.replace('no', 'float32')}"
         if shape and self._kind == "DDP":
             self._settle_buckets(shape)
+
+    def _prepare(self, adam: torch.optim.AdamW) -> None:
+        self.network, self.optimizer = self.accelerator.prepare(self.bare, adam)
+        self._adam: Any = self.optimizer
+        while hasattr(self._adam, "optimizer"):  # the innermost one
+            self._adam = self._adam.optimizer
 
     @property
     def _kind(self) -> str:

@@ -27,30 +27,17 @@ class ZeroEngine(Engine):
     deepspeed = True
     _ungraded = torch.no_grad  # under inference_mode ZeRO-3 would gather weights that autograd refuses afterwards
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        bare: nn.Module,
-        *,
-        clip: float,
-        batch: int,
-        accumulate: int = 1,
-        **settings: Any,
-    ) -> None:
-        """As Engine, but `compile` must be false.
-
-        Raises InputError where the launcher's configuration contradicts these settings.
-        """
-        micro = batch // (accelerator.num_processes * accumulate)
-        _configure(accelerator, micro=micro, accumulate=accumulate, clip=clip)
-        self.stage = int(accelerator.state.deepspeed_plugin.zero_stage)
-        self._waiting = 0  # micro-batches of the present step that were added up
-        super().__init__(accelerator, bare, clip=clip, batch=batch, accumulate=accumulate, **settings, ahead=False)
+    def _prepare(self, adam: torch.optim.AdamW) -> None:
+        """Raises InputError where the launcher's configuration contradicts the run's settings."""
+        _configure(self.accelerator, micro=self.micro, accumulate=self.accumulate, clip=self._clip)
+        self.stage = int(self.accelerator.state.deepspeed_plugin.zero_stage)
         self.sharded = self.stage == 3
+        self._waiting = 0  # micro-batches of the present step that were added up
+        super()._prepare(adam)
         if hasattr(self.network.optimizer, "check_grad_overflow"):
             self.network.optimizer.check_grad_overflow = True  # else ZeRO 1 and 2 do not check float32 gradients
         # Whether DeepSpeed holds float32 weights and moments in partitions of its own.
-        self._partitioned = any(hasattr(next(bare.parameters()), name) for name in ("ds_id", "_hp_mapping"))
+        self._partitioned = any(hasattr(next(self.bare.parameters()), name) for name in ("ds_id", "_hp_mapping"))
         if self.stage and not self._partitioned:  # checkpoints would hold wrong moments
             refuse_version("deepspeed", "_hp_mapping or ds_id of a parameter")
 
