@@ -13,9 +13,10 @@ import yaml
 
 from pipeline import shipped
 from pipeline.config import Config, check, load, to_dict
-from pipeline.data.mixing import open_manifest
+from pipeline.data.mixing import DataSets
 from pipeline.errors import InputError, Unavailable, printable, require
-from pipeline.storage import at_most, use_endpoint
+from pipeline.storage.retry import at_most
+from pipeline.storage.store import use_endpoint
 
 _HOST, _PART = r"[a-zA-Z0-9]([a-zA-Z0-9-]*[a-zA-Z0-9])?", r"[a-z0-9]+((\.|__?|-+)[a-z0-9]+)*"
 # github.com/distribution/reference: [host[:port]/]name[:tag][@digest], in ASCII.
@@ -186,8 +187,9 @@ def predict(size: Size, *, data: str, config: Path | None) -> str:
     use_endpoint(size.endpoint)
     try:
         with at_most(1):  # a cluster's bucket is often out of reach from here
-            manifest, shape = open_manifest(replace(settings.data, path=data))
-        stored = sum(shard.bytes for split in manifest.splits.values() for shard in split.shards)
+            sets = DataSets(replace(settings.data, path=data))
+        shape = sets.shape
+        stored = sum(shard.bytes for split in sets.manifest.splits.values() for shard in split.shards)
     except (InputError, Unavailable):
         unknown = f"\n{data} cannot be read from here: counted with images of 1x28x28"
     with torch.device("meta"):
