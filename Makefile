@@ -7,6 +7,9 @@ RUN ?= runs/$(or $(basename $(notdir $(CONFIG))),mnist)
 OPTIONS ?=
 WORKERS ?= 2
 
+# pip compiles nothing below: each module is compiled when it is first imported, and that is kept.
+export PYTHONDONTWRITEBYTECODE :=
+
 BIN := $(VENV)/bin
 PIP_INSTALL ?= $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c launch/constraints.txt
 

@@ -37,7 +37,7 @@ SERVER = "NAIGN_FORK_SERVER"
 
 MODULES = (
     *("torch._dynamo", "torch.utils.tensorboard", "torchmetrics", "sklearn.datasets", "sklearn.metrics"),
-    *("accelerate.commands.launch", "torch.distributed.run", "boto3", "faiss", "webdataset"),
+    *("accelerate.commands.launch", "torch.distributed.run", "boto3", "faiss", "webdataset", "deepspeed"),
 )
 """What the server imports beside pipeline/, and with it nearly everything that a program needs."""
 
@@ -110,7 +110,7 @@ def server() -> str:
     more = {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "tests.forks", str(path)]
     process = subprocess.Popen(command, env=os.environ | more, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert process.stdout and process.stdout.readline(), "the server of tests/forks.py has not started"
+    assert process.stdout and b"ready\n" in process.stdout, "the server of tests/forks.py has not started"
     atexit.register(process.communicate)  # the server ends with its stdin
     return str(path)
 
