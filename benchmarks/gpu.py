@@ -35,7 +35,7 @@ from pipeline import philox
 from pipeline.distributed.connect import repeat_bits
 from pipeline.errors import InputError, exit_on_input_error
 from pipeline.match import Blocks, bound, search
-from pipeline.match.exact import exact_distances
+from pipeline.match.distances import exact_distances
 from pipeline.match.method import METHODS
 
 sys.path.insert(0, str(ROOT))

@@ -20,7 +20,7 @@ end. Seconds, memory and bytes are those of the rank that had the most.
 
 More ranks than were measured: Q queries of all ranks, q of one; m candidates of one of W ranks; d values.
 
-    seconds  = a Q m + b (Q + m) + c          make, project, search, rescore on one thread, without exchange
+    seconds  = a Q m + b (Q + m) + c          on one thread, without exchange
     memory   = u Q + v min(m, block) + w      the queries of all ranks, and a block of candidates
     received = (4 d + 2 p + 26) (Q - q) + 16 (s + 1) Q (W - 1) / W + 16 q (W - 1)
                                               bytes: the others' queries and what they are projected to (p bfloat16
@@ -70,7 +70,7 @@ def say(text: str) -> None:
 
 
 def answer(method: Method, queries: Tensor, candidates: Tensor) -> tuple[Record, Tensor | None]:
-    """Seconds in all and by part; the ids (q,) found, but of `sgemm`, which finds nothing."""
+    """Seconds, and what else is known of the run; the ids (q,) found, but of `sgemm`, which finds nothing."""
     near, far = queries.numpy(), candidates.numpy()
     record: Record = {}
     ids = None
@@ -98,7 +98,7 @@ def answer(method: Method, queries: Tensor, candidates: Tensor) -> tuple[Record,
         case _:
             found = search(queries, candidates, 0, method=method)
             ids = found.ids[:, 0]
-            record |= {"parts": found.seconds, "proved": found.proved, "method": found.method}
+            record |= {"exchange": found.exchange, "measured": found.measured, "method": found.method}
     return {"seconds": time.perf_counter() - start} | record, ids
 
 

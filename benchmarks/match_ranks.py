@@ -81,18 +81,17 @@ def run_job(job: Job, case: Case, rank: int, world: int) -> Record:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: proc(5)
     before = status("VmRSS")
     dist.barrier()
-    clock = [time.perf_counter()]
+    start = time.perf_counter()
     if job.method == "peers":
         pool = mine = read_rows(case.candidates, first, first + share)
-        clock.append(time.perf_counter())
+        exchange = time.perf_counter()
         if world > 1:
             pool = torch.empty(world * share, case.dims)
             dist.all_gather_into_tensor(pool, mine)
-        clock.append(time.perf_counter())
+        exchange = time.perf_counter() - exchange
         index = faiss.IndexFlatL2(case.dims)
         index.add(pool.numpy())
         ids = index.search(queries.numpy(), 1)[1][:, 0]
-        parts = {"make": clock[1] - clock[0], "search": time.perf_counter() - clock[2], "exchange": clock[2] - clock[1]}
         received, coordinates = mine.nbytes * (world - 1), 0
     else:
 
@@ -100,10 +99,10 @@ def run_job(job: Job, case: Case, rank: int, world: int) -> Record:
             return read_rows(case.candidates, first + low, first + high)
 
         found = search(queries, Blocks(rows=share, make=make, size=CHUNK), first, method=job.method)
-        ids, received, parts = found.ids[:, 0].numpy(), found.received, found.seconds
+        ids, received, exchange = found.ids[:, 0].numpy(), found.received, found.exchange
         coordinates = int(found.method.split()[2]) if found.method[0] in "pr" else 0  # projected on 119 coordinates
-    memory, exchange = status("VmHWM") - before, parts.pop("exchange")
-    times = {"seconds": sum(parts.values()), "exchange": exchange, "parts": parts}
+    seconds, memory = time.perf_counter() - start - exchange, status("VmHWM") - before
+    times = {"seconds": seconds, "exchange": exchange}
     return {**times, "received": received, "coordinates": coordinates, "memory": memory, "ids": ids}
 
 

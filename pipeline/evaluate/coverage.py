@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.match.index import flat, pairwise
+from pipeline.match.distances import flat, pairwise
 
 NEIGHBOURS = 5  # k of precision, recall, density and coverage
 BLOCK = 1000  # rows of a distance matrix held at a time: 1,000 x 10,000 float32 are 40 MB

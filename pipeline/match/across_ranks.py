@@ -10,17 +10,18 @@ every world size, block size, thread count and backend.
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.match.bound import Quantized, encode
+from pipeline.match.bound import Frame, Quantized, encode
+from pipeline.match.distances import NO_ID, sort_lexically
 from pipeline.match.exchange import Ranks, ranks_of
-from pipeline.match.method import METHODS, SearchPlan, plan_search
-from pipeline.match.one_rank import SEEDS, Searcher, Timer
-from pipeline.match.order import NO_ID, keep_least
+from pipeline.match.method import METHODS, plan_search
+from pipeline.match.one_rank import SEEDS, Searcher
 from pipeline.philox import MAX_ID
 
 MOST_NEIGHBOURS = 2**20
@@ -46,12 +47,11 @@ class Blocks:
 class Answer:
     distances: Tensor  # (q, k) float64: squared L2, ascending; infinite where fewer than k candidates are left
     ids: Tensor  # (q, k) int64, ascending among equal distances; -1 where there is none
-    proved: float  # share of this rank's (query, candidate) pairs that needed no sieve beyond the method's own
     measured: float  # candidates of this rank, per query, that no bound excluded
     method: str  # this rank's, with its parameters
     travelled: str  # what was sent to every rank: queries or pool
     received: int  # bytes that other ranks sent to this one
-    seconds: dict[str, float]  # of this rank: make, project, search, rescore, exchange
+    exchange: float  # seconds of this rank in exchanges, waiting for others included
 
 
 class NotFinite(ValueError):
@@ -95,63 +95,58 @@ def search(
     Either all queries travel to every rank, which answers for its own candidates, or all candidates do, block by block:
     whichever are fewer rows.
     """
-    ranks, timer = ranks_of(group), Timer("make", "project", "search", "rescore", "exchange")
-    with timer("exchange"):
-        shards = agree(queries, candidates, first_id, (neighbours, method), ranks)
-        blocks, queries = as_blocks(candidates), queries.detach()
-        counts, pool = [shard.queries for shard in shards], [shard.rows for shard in shards]
-        by_queries = sum(counts) <= sum(pool)
-        # One of the two is this process alone, for which every exchange is a no-op.
-        query_ranks, pool_ranks = (ranks, Ranks()) if by_queries else (Ranks(), ranks)
-        makers = [shards[ranks.rank]] if by_queries else shards
-        if not by_queries:
-            counts, pool = [len(queries)], [sum(pool)]
-        asked = query_ranks.gather(queries, counts)
+    ranks = ranks_of(group)
+    shards = agree(queries, candidates, first_id, neighbours, method, ranks)
+    blocks, queries = as_blocks(candidates), queries.detach()
+    counts, pool = [shard.queries for shard in shards], [shard.rows for shard in shards]
+    by_queries = sum(counts) <= sum(pool)
+    # One of the two is this process alone, for which every exchange is a no-op.
+    query_ranks, pool_ranks = (ranks, Ranks()) if by_queries else (Ranks(), ranks)
+    makers = [shards[ranks.rank]] if by_queries else shards
+    if not by_queries:
+        counts, pool = [len(queries)], [sum(pool)]
+    asked = query_ranks.gather(queries, counts)
 
     searcher = None
     for low in range(0, max(shard.rows for shard in shards), blocks.size):
-        block = make_block(blocks, low, queries, ranks, timer)
-        with timer("exchange"):
-            block, ids = gather_block(block, [shard.ids(low) for shard in makers], pool_ranks)
+        block = make_block(blocks, low, queries, ranks)
+        block, ids = gather_block(block, [shard.ids(low) for shard in makers], pool_ranks)
         if searcher is None:
-            plan, encoded = agree_on_plan(asked, block, method, pool, counts, query_ranks, timer)
-            searcher = Searcher(asked, plan, timer, neighbours=neighbours, encoded=encoded)
+            method, frame = agree_on_plan(asked, block, method, pool, query_ranks)
+            encoded = None if method == "flat" else encode_parts(asked, frame, counts, query_ranks)
+            searcher = Searcher(asked, frame, encoded, neighbours=neighbours)
         if skip is not None and len(skip):
             left = ~torch.isin(ids, skip.to(ids.device))
             block, ids = block[left.to(block.device)], ids[left]
         if low == 0:
             searcher.seed(block, SEEDS // query_ranks.world)
-            share_limit(searcher, query_ranks, timer)
+            searcher.limit = query_ranks.least(searcher.limit)
         searcher.add(block, ids)
-        share_limit(searcher, query_ranks, timer)
+        searcher.limit = query_ranks.least(searcher.limit)  # a candidate beyond any rank's is not among the nearest
     assert searcher is not None, "a pool that is not empty has a block"
 
-    with timer("exchange"):
-        distances, ids = deliver_answers(searcher, counts, query_ranks)
+    distances, ids = deliver_answers(searcher, counts, query_ranks)
     return Answer(
         distances=distances.to(queries.device),
         ids=ids.to(queries.device),
-        proved=searcher.proved,
         measured=searcher.measured / max(1, len(asked)),
-        method=plan.described,
+        method=f"{method} on {frame}",
         travelled="queries" if by_queries else "pool",
-        received=query_ranks.received + pool_ranks.received,
-        seconds=timer.seconds,
+        received=ranks.received,
+        exchange=ranks.seconds,
     )
-
-
-Settings = tuple[int, str]  # neighbours and method of `search`
 
 
 class Shard(NamedTuple):
     """One rank's arguments, as far as every rank must know them before data is exchanged."""
 
     queries: int  # rows
-    dims: int
     rows: int  # candidates
     first_id: int
+    dims: int
     size: int  # of a block
-    settings: Settings
+    neighbours: int
+    method: str
 
     def ids(self, low: int) -> Tensor:
         """Of the candidates in this rank's block that begins at row `low`."""
@@ -159,45 +154,49 @@ class Shard(NamedTuple):
         return torch.arange(self.first_id + low, self.first_id + high)
 
 
-def agree(queries: Tensor, candidates: Tensor | Blocks, first_id: int, settings: Settings, ranks: Ranks) -> list[Shard]:
+def agree(
+    queries: Tensor, candidates: Tensor | Blocks, first_id: int, neighbours: int, method: str, ranks: Ranks
+) -> list[Shard]:
     """Collective: every rank's shard; ValueError, the same on every rank, if one is invalid or two contradict."""
     mine: Shard | ValueError
     try:
-        mine = describe(queries, candidates, first_id, settings, ranks.rank)
+        mine = describe(queries, candidates, first_id, neighbours, method, ranks.rank)
     except ValueError as error:
         mine = error
     shards = ranks.collect(mine)
     for rank, shard in enumerate(shards):
         if shard.dims != (dims := shards[0].dims):
             raise ValueError(f"nearest: the rows of rank {rank} have {shard.dims} values, those of rank 0 have {dims}")
-        if (shard.size, shard.settings) != (shards[0].size, shards[0].settings):
+        if shard[3:] != shards[0][3:]:
             raise ValueError(f"nearest: block size, neighbours or method of rank {rank} differ from rank 0's")
     spans = sorted((s.first_id, s.first_id + s.rows, rank) for rank, s in enumerate(shards) if s.rows)
     if not spans:
         raise ValueError("nearest: no rank has a candidate")
-    for (_, last, rank), (first, _, other) in zip(spans, spans[1:], strict=False):
+    for (_, last, rank), (first, _, other) in pairwise(spans):
         if first < last:
             raise ValueError(f"nearest: ranks {rank} and {other} both have a candidate with the id {first}")
     return shards
 
 
-def describe(queries: Tensor, candidates: Tensor | Blocks, first_id: int, settings: Settings, rank: int) -> Shard:
+def describe(
+    queries: Tensor, candidates: Tensor | Blocks, first_id: int, neighbours: int, method: str, rank: int
+) -> Shard:
     """This rank's shard; ValueError if one of its arguments is invalid."""
     if not isinstance(queries, Tensor) or not isinstance(candidates, Tensor | Blocks):
         raise ValueError(f"nearest: queries and candidates of rank {rank} must be torch tensors, or Blocks of such")
     if queries.ndim != 2 or not queries.shape[1]:
         raise ValueError(f"nearest: the queries of rank {rank} must be a matrix (q, d) with d >= 1")
-    types = {rows.dtype for rows in (queries, candidates) if isinstance(rows, Tensor)}
-    if types != {torch.float32}:
-        name = "of two types" if len(types) > 1 else str(types.pop()).removeprefix("torch.")
-        raise ValueError(f"nearest: queries and candidates of rank {rank} are {name}, they must be float32")
+    types = {str(rows.dtype).removeprefix("torch.") for rows in (queries, candidates) if isinstance(rows, Tensor)}
+    if types != {"float32"}:
+        found = " and ".join(sorted(types))
+        raise ValueError(f"nearest: queries and candidates of rank {rank} are {found}, they must be float32")
     dims = queries.shape[1]
     if isinstance(candidates, Tensor) and candidates.shape[1:] != queries.shape[1:]:
         raise ValueError(f"nearest: the candidates of rank {rank} are not rows of {dims} values as the queries are")
-    blocks, (neighbours, method) = as_blocks(candidates), settings
-    if not (isinstance(blocks.rows, int) and isinstance(blocks.size, int) and blocks.rows >= 0 and blocks.size >= 1):
+    rows, size = (candidates := as_blocks(candidates)).rows, candidates.size
+    if not (isinstance(rows, int) and isinstance(size, int) and rows >= 0 and size >= 1):
         raise ValueError(f"nearest: the Blocks of rank {rank} need rows >= 0 and size >= 1, whole numbers")
-    if not isinstance(first_id, int) or not 0 <= first_id <= MAX_ID - blocks.rows:
+    if not isinstance(first_id, int) or not 0 <= first_id <= MAX_ID - rows:
         raise ValueError(f"nearest: the ids of rank {rank} leave [0, 2**62): it starts at {first_id}")
     if method not in METHODS:
         raise ValueError(f"nearest: the method of rank {rank} is none of {', '.join(METHODS)}")
@@ -205,7 +204,7 @@ def describe(queries: Tensor, candidates: Tensor | Blocks, first_id: int, settin
         raise ValueError(f"nearest: neighbours of rank {rank} must be a whole number from 1 to {MOST_NEIGHBOURS}")
     if (bad := first_not_finite(queries)) >= 0:
         raise NotFinite(f"nearest: NaN or infinity in the queries of rank {rank}, row {bad}")
-    return Shard(len(queries), dims, blocks.rows, first_id, blocks.size, settings)
+    return Shard(len(queries), rows, first_id, dims, size, neighbours, method)
 
 
 def as_blocks(candidates: Tensor | Blocks) -> Blocks:
@@ -223,15 +222,14 @@ def first_not_finite(rows: Tensor) -> int:
     return int(bad.int().argmax()) if bad.any() else -1
 
 
-def make_block(blocks: Blocks, low: int, queries: Tensor, ranks: Ranks, timer: Timer) -> Tensor:
+def make_block(blocks: Blocks, low: int, queries: Tensor, ranks: Ranks) -> Tensor:
     """Collective: this rank's candidates of the block that begins at row `low`, on the device of the queries.
 
     All ranks raise here together if `make` fails on one, or returns anything but such a block.
     """
     low, high = (min(row, blocks.rows) for row in (low, low + blocks.size))
     try:
-        with timer("make"):
-            block = torch.as_tensor(blocks.make(low, high)).detach().to(queries.device)
+        block = torch.as_tensor(blocks.make(low, high)).detach().to(queries.device)
     except Exception:
         with contextlib.suppress(Exception):  # this rank's exception says more
             ranks.collect(RuntimeError(f"nearest: rank {ranks.rank} failed to make its candidates from row {low} on"))
@@ -241,8 +239,7 @@ def make_block(blocks: Blocks, low: int, queries: Tensor, ranks: Ranks, timer: T
         fault = ValueError(f"nearest: shape or type differs from the queries' for {what} {low}")
     elif (bad := first_not_finite(block)) >= 0:
         fault = NotFinite(f"nearest: NaN or infinity in {what} {low + bad}")
-    with timer("exchange"):
-        ranks.collect(fault)
+    ranks.collect(fault)
     return block
 
 
@@ -255,47 +252,37 @@ def gather_block(block: Tensor, spans: list[Tensor], ranks: Ranks) -> tuple[Tens
     return block, ids
 
 
-def share_limit(searcher: Searcher, ranks: Ranks, timer: Timer) -> None:
-    """Collective: lower the limits to the least of all ranks: a candidate beyond it is not among the nearest."""
-    with timer("exchange"):
-        searcher.limit = ranks.least(searcher.limit)
-
-
-def deliver_answers(searcher: Searcher, counts: list[int], ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Collective: distances and ids (q, k) of this rank's queries, the least of all ranks' answers."""
-    packed = torch.stack([searcher.distances.view(torch.int64), searcher.ids], dim=2)
-    parts = ranks.deliver(packed, counts)
-    distances = parts[..., 0].contiguous().view(torch.float64)
-    distances, ids = keep_least(distances, parts[..., 1], searcher.neighbours)
-    return distances, torch.where(ids == NO_ID, -1, ids)
-
-
 def agree_on_plan(
     queries: Tensor,  # those of all `ranks`
     block: Tensor,  # this rank's first candidates
     method: str,
     pool: list[int],  # candidates of each rank
-    counts: list[int],  # queries of each rank
     ranks: Ranks,
-    timer: Timer,
-) -> tuple[SearchPlan, Quantized | None]:
-    """Collective: the plan of the first rank with candidates, and all queries, which each rank encodes for its part."""
+) -> tuple[str, Frame]:
+    """Collective: the plan of the first rank with candidates."""
     leader = next(rank for rank, rows in enumerate(pool) if rows)
     plan = None
     if ranks.rank == leader:
-        with timer("project"):
-            plan = plan_search(queries, block, method=method, expected=max(pool))
-    with timer("exchange"):
-        plan = ranks.broadcast(plan and plan.to("cpu"), leader).to(queries.device)
-        ranks.received += (plan.centre.nbytes + plan.basis.nbytes) * (ranks.rank != leader)
-    if plan.method == "flat":
-        return plan, None
+        method, frame = plan_search(queries, block, method=method, expected=max(pool))
+        plan = method, frame.to("cpu")
+    method, frame = ranks.broadcast(plan, leader)
+    if ranks.rank != leader:
+        ranks.received += frame.centre.nbytes + (0 if frame.basis is None else frame.basis.nbytes)
+    return method, frame.to(queries.device)
+
+
+def encode_parts(queries: Tensor, frame: Frame, counts: list[int], ranks: Ranks) -> Quantized:
+    """Collective: the queries of all ranks in the frame's coordinates; each rank encodes its part of them."""
     first = sum(counts[: ranks.rank])
-    with timer("project"):
-        mine = encode(queries[first : first + counts[ranks.rank]], plan.frame(plan.method))
-    with timer("exchange"):
-        values = ranks.gather(mine.values.clone(memory_format=torch.contiguous_format).view(torch.uint8), counts).view(
-            plan.dtype
-        )
-        numbers = ranks.gather(torch.stack([mine.error, mine.length, mine.square], 1), counts)
-    return plan, Quantized(values=values, error=numbers[:, 0], length=numbers[:, 1], square=numbers[:, 2])
+    mine = encode(queries[first : first + counts[ranks.rank]], frame)
+    return Quantized(*(ranks.gather(part, counts) for part in mine))
+
+
+def deliver_answers(searcher: Searcher, counts: list[int], ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Collective: distances and ids (q, k) of this rank's queries, the least of all ranks' answers."""
+    packed = torch.stack([searcher.distances.view(torch.int64), searcher.ids], dim=2)
+    parts = ranks.deliver(packed, counts).transpose(0, 1).flatten(1, 2)  # (q, world * k, 2)
+    distances, ids = parts[..., 0].contiguous().view(torch.float64), parts[..., 1]
+    order = sort_lexically(distances, ids)[:, : searcher.neighbours]
+    ids = ids.gather(1, order)
+    return distances.gather(1, order), torch.where(ids == NO_ID, -1, ids)

@@ -1,6 +1,5 @@
 """match.assignment=one_to_one: nearest pairs first, each sample at most once."""
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -56,30 +55,14 @@ def settle(
     A pair beyond them comes after all known pairs of its image. So all pairs are settled that come before the last
     known pair of the first image that has no sample left.
     """
-    names, numbers = np.unique(ids, return_inverse=True)
-    numbers = numbers.reshape(ids.shape)
-    gone = names < 0
-    column = np.zeros(len(ids), np.int64)  # of the nearest sample that each image can still have
-    least, choice = distances[:, 0].copy(), numbers[:, 0].copy()
-    bound, settled = (math.inf, 0), list[int]()
-    while True:
-        row = int(least.argmin())
-        if (least[row], row) >= bound:
-            rows = np.array(settled, np.int64)
-            return rows, column[rows]
-        settled.append(row)
-        least[row] = math.inf
-        gone[choice[row]] = True
-        losers = np.flatnonzero(choice == choice[row])
-        choice[row] = -1
-        losers = losers[losers != row]
-        while len(losers):
-            column[losers] += 1
-            starved = losers[column[losers] == ids.shape[1]]
-            if len(starved):
-                last = distances[starved, -1]
-                bound = min(bound, min(zip(last.tolist(), starved.tolist(), strict=True)))
-                least[starved], choice[starved] = math.inf, -1
-                losers = losers[column[losers] < ids.shape[1]]
-            least[losers], choice[losers] = distances[losers, column[losers]], numbers[losers, column[losers]]
-            losers = losers[gone[choice[losers]]]
+    settled, taken = dict[int, int](), {-1}
+    for pair in np.argsort(distances, axis=None, kind="stable").tolist():  # by distance, then image, then id
+        row, column = divmod(pair, ids.shape[1])
+        if row in settled:
+            continue
+        if (sample := int(ids[row, column])) not in taken:
+            settled[row] = column
+            taken.add(sample)
+        elif column == ids.shape[1] - 1:
+            break
+    return np.array(list(settled), np.int64), np.array(list(settled.values()), np.int64)

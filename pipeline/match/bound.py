@@ -6,7 +6,7 @@ For a query q, a candidate x and a common centre c0 let a = q - c0 and b = x - c
 
 so |q - x|^2 <= t requires 2 a.b + (t - |a|^2) - |b|^2 >= 0. The steps below bound a.b from above by a dot product of
 few, coarse coordinates. The sign of ONE matrix product A B' then decides every pair: a negative entry proves that x is
-farther than sqrt(t). All other pairs survive, and their distances are computed exactly (`exact.py`).
+farther than sqrt(t). All other pairs survive, and their distances are computed exactly (`distances.py`).
 
 1. Projection. W has orthonormal columns. Split a into W W'a and the rest, and apply Cauchy-Schwarz to the rests:
 
@@ -40,8 +40,8 @@ numbers (24 bits).
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -62,18 +62,39 @@ _FEW_ROWS = 16  # one row in so many may always be listed
 
 @dataclass(kw_only=True, slots=True)
 class Frame:
-    """The coordinates in which distances are bounded."""
+    """The coordinates in which distances are bounded. Any basis is valid: a worse one only widens the bound."""
 
     centre: Tensor  # (d,) float32
     basis: Tensor | None  # (d, p) float32 with nearly orthonormal columns; None: all coordinates as they are
-    scale: float  # a power of two that brings the data near one, so that nothing overflows
+    magnitude: float  # largest absolute value of a centred coordinate, roughly
     dtype: torch.dtype  # of the product: bfloat16 or float32
-    eta: float = 0.0  # relative error of the projection (step 2)
+    departure: float = 0.0  # of the basis, or of a basis that begins with it
+
+    def __str__(self) -> str:
+        coordinates = len(self.centre) if self.basis is None else self.basis.shape[1]
+        return f"{coordinates} coordinates in {str(self.dtype).removeprefix('torch.')}"
+
+    def to(self, device: torch.device | str) -> Self:
+        basis = None if self.basis is None else self.basis.to(device)
+        return replace(self, centre=self.centre.to(device), basis=basis)
 
     @property
     def width(self) -> int:
         """Coordinates of A and B."""
         return EXTRA + (len(self.centre) if self.basis is None else self.basis.shape[1] + 1)
+
+    @property
+    def scale(self) -> float:
+        """A power of two that brings the data near one, well inside float32's range."""
+        return 2.0 ** -min(max(math.frexp(self.magnitude)[1], -60), 60)
+
+    @property
+    def eta(self) -> float:
+        """Relative error of the projection (step 2)."""
+        if self.basis is None:
+            return 2 * _U
+        terms = min(len(self.basis), CHUNK) - (-len(self.basis) // CHUNK)
+        return 2 * _U + self.departure + (1 + self.departure) * self.basis.shape[1] ** 0.5 * gamma(terms)
 
     @property
     def slack(self) -> float:  # g of step 4
@@ -107,22 +128,6 @@ def full_precision() -> Iterator[None]:
         cuda.allow_bf16_reduced_precision_reduction = reduced
 
 
-def build_frame(
-    centre: Tensor,  # (d,) float32
-    basis: Tensor | None,  # (d, p) float32 with nearly orthonormal columns
-    magnitude: float,  # largest absolute value of a centred coordinate, roughly
-    dtype: torch.dtype,
-    departure: float = 0.0,  # of the basis, or of a basis that begins with it
-) -> Frame:
-    """The frame with its error bound. Any basis is valid: a worse one only widens the bound."""
-    scale = 2.0 ** -min(max(math.frexp(magnitude)[1], -60), 60)  # well inside float32's range
-    eta = 2 * _U
-    if basis is not None:
-        terms = min(len(basis), CHUNK) - (-len(basis) // CHUNK)
-        eta += departure + (1 + departure) * basis.shape[1] ** 0.5 * gamma(terms)
-    return Frame(centre=centre, basis=basis, scale=scale, dtype=dtype, eta=eta)
-
-
 def find_basis(rows: Tensor, width: int) -> Tensor:
     """The leading principal directions of centred rows (n, d), (d, at most min(width, d, n)), most variance first.
 
@@ -149,36 +154,31 @@ def departure(basis: Tensor) -> float:
 def encode(rows: Tensor, frame: Frame) -> Quantized:
     """Rows (n, d) float32, projected and quantized."""
     most = max(1, _WORKING_SET.get(rows.device.type, _WORKING_SET["cpu"]) // rows.shape[1])
-    parts = [quantize(*project(part, frame), frame) for part in rows.split(most)]
+    parts = [_encode_part(part, frame) for part in rows.split(most)]
     return parts[0] if len(parts) == 1 else Quantized(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def project(rows: Tensor, frame: Frame) -> tuple[Tensor, Tensor]:
-    """Rows (n, d) float32 in the frame's coordinates and unit (steps 1 and 2), and their squares (n,) float64."""
-    centred = rows - frame.centre
+def _encode_part(rows: Tensor, frame: Frame) -> Quantized:
+    """As `encode`, but all rows at once."""
+    dims, centred = rows.shape[1], rows - frame.centre
     # Each chunk's square errs by gamma_(k + 6) relatively; the sum over the chunks is exact enough in float64.
     squares = [torch.linalg.vector_norm(part, dim=1).double().square() for part in centred.split(CHUNK, 1)]
-    values = centred
-    if frame.basis is not None:
-        values = centred.new_zeros(frame.basis.shape[1], len(rows)).T
-        for part, basis in zip(centred.split(CHUNK, 1), frame.basis.split(CHUNK), strict=True):
-            values.T.add_(basis.T @ part.T)  # in this layout the speed does not depend on p being round
-    return values * frame.scale, torch.stack(squares).sum(0) * frame.scale**2
-
-
-def quantize(values: Tensor, square: Tensor, frame: Frame) -> Quantized:
-    """What `project` gives, or its first coordinates for a narrower frame, in the frame's dtype (step 3)."""
-    dims = len(frame.centre)
+    square = torch.stack(squares).sum(0) * frame.scale**2
     relative_error, underflow = gamma(min(dims, CHUNK) + 8), dims * 2.0**-126 * frame.scale
     lost_square = underflow * frame.scale
     above = square * (1 + relative_error) + lost_square
     length = above.sqrt() * (1 + 4 * frame.eta)
-    if frame.basis is not None:
-        values = values[:, : frame.basis.shape[1]]
+    if frame.basis is None:
+        values = centred * frame.scale
+    else:  # steps 1 and 2
+        projected = centred.new_zeros(frame.basis.shape[1], len(rows))
+        for part, basis in zip(centred.split(CHUNK, 1), frame.basis.split(CHUNK), strict=True):
+            projected.add_(basis.T @ part.T)  # in this layout the speed does not depend on p being round
+        values = projected.T * frame.scale
         least = (values.double().norm(dim=1) - frame.eta * length - underflow * values.shape[1] ** 0.5).clamp(min=0)
         rest = (above - least.square()).clamp(min=0).sqrt() * (1 + 4 * _U)
         values = torch.cat([values, rest.float()[:, None]], 1)
-    encoded = values.to(frame.dtype)
+    encoded = values.to(frame.dtype)  # step 3
     error = torch.linalg.vector_norm(values - encoded.float(), dim=1).double() * (1 + gamma(values.shape[1] + 2))
     error += underflow * values.shape[1] ** 0.5
     square = (square * (1 - relative_error) - lost_square).clamp(min=0)

@@ -1,5 +1,6 @@
 """Communication of a search: agreement, rows of uneven shards, and answers to the rank that asked."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,12 +24,13 @@ class Ranks:
     group: dist.ProcessGroup | None = None
     link: torch.device = torch.device("cpu")  # where tensors must lie to be sent: on the GPU for NCCL, else on the CPU
     received: int = 0  # bytes of tensors that other ranks have sent to this one
+    seconds: float = 0.0  # spent in exchanges, waiting included
 
     def collect(self, value: T | Exception) -> list[T]:
         """Every rank's value. If any is an exception, the first of them is raised on every rank."""
         values = [value] * self.world
         if self.world > 1:
-            with self._explained("agreeing"):
+            with self._exchange("agreeing"):
                 dist.all_gather_object(values, value, group=self.group)
         for each in values:
             if isinstance(each, Exception):
@@ -39,7 +41,7 @@ class Ranks:
         """The value of rank `source`; its tensors must lie on the CPU."""
         values = [value]
         if self.world > 1:
-            with self._explained("sharing a plan"):
+            with self._exchange("sharing a plan"):
                 dist.broadcast_object_list(values, group=self.group, group_src=source)
         return cast(T, values[0])
 
@@ -52,7 +54,7 @@ class Ranks:
         if len(rows) < longest:
             padded = torch.cat([padded, padded.new_zeros(longest - len(rows), *rows.shape[1:])])
         out = torch.empty(self.world * longest, *rows.shape[1:], dtype=rows.dtype, device=self.link)
-        with self._explained("sharing rows"):
+        with self._exchange("sharing rows"):
             _all_gather(out, padded.contiguous(), group=self.group)
         self.received += padded.nbytes * (self.world - 1)
         if any(size < longest for size in sizes):
@@ -65,7 +67,7 @@ class Ranks:
             return rows[None]
         mine = sizes[self.rank]
         out = torch.empty(self.world * mine, *rows.shape[1:], dtype=rows.dtype, device=self.link)
-        with self._explained("exchanging answers"):
+        with self._exchange("exchanging answers"):
             dist.all_to_all_single(out, rows.to(self.link).contiguous(), [mine] * self.world, sizes, group=self.group)
         self.received += out.nbytes * (self.world - 1) // self.world
         return out.view(self.world, mine, *rows.shape[1:]).to(rows.device)
@@ -75,13 +77,15 @@ class Ranks:
         if self.world == 1:
             return values
         out = values.to(self.link).clone()
-        with self._explained("sharing limits"):
+        with self._exchange("sharing limits"):
             dist.all_reduce(out, dist.ReduceOp.MIN, group=self.group)
         self.received += 2 * out.nbytes * (self.world - 1) // self.world
         return out.to(values.device)
 
     @contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
+    def _exchange(self, what: str) -> Iterator[None]:
+        """Counts the seconds, and says what another rank's death interrupted."""
+        start = time.perf_counter()
         try:
             yield
         except RuntimeError as error:  # every backend raises it, for a lost connection and for a timeout
@@ -89,6 +93,8 @@ class Ranks:
                 f"nearest: rank {self.rank} of {self.world} failed while {what}: another rank died or did not answer "
                 f"within the process group's timeout ({error})"
             ) from error
+        finally:
+            self.seconds += time.perf_counter() - start
 
 
 def ranks_of(group: dist.ProcessGroup | None) -> Ranks:

@@ -1,7 +1,7 @@
 """A round's match: generate a pool of samples, and assign to every image the sample that training moves towards it."""
 
 import math
-from collections import Counter
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,7 +14,6 @@ from pipeline.match.across_ranks import Answer, Blocks, search
 from pipeline.match.assign import assign_once
 from pipeline.match.exchange import Ranks, ranks_of
 from pipeline.match.method import METHODS
-from pipeline.match.one_rank import Timer
 from pipeline.match.space import SpaceConfig, embed
 from pipeline.settings.constraints import FREE, POSITIVE, SHARE, between, check_fields, one_of
 
@@ -83,23 +82,21 @@ def match_round(
     every world size that has the same images in the same order. An exception of `poll` ends the match at once.
     Raises InputError on every rank if rejection leaves too few samples.
     """
-    ranks, timer, searches = ranks_of(None), Timer("generate", "assign"), list[Answer]()
+    start, ranks, searches = time.perf_counter(), ranks_of(None), list[Answer]()
     counts = ranks.collect(len(images))
     number = sum(counts[: ranks.rank])  # of this rank's first image
-
-    def embedded(rows: Tensor, number: int) -> Tensor:
-        return embed(rows, config.space, features, number=number)
-
-    with timer("generate"):
-        queries = embedded(images, number)
-    blocks, first = Pool(config, sample, embedded, queries.shape[1], ranks, poll).share()
+    queries = embed(images, config.space, features, number=number)
+    pool = Pool(config, sample, features, queries.shape[1], ranks, poll)
+    blocks, first = pool.share()
     rejected, values = torch.empty(0, dtype=torch.int64), dict[str, float]()
     if config.reject_share:
-        near = measure_pool(blocks, queries, number, config, ranks, timer, searches)
-        probe = near[: -(-PROBE // config.block) * config.block].sort().values
-        reject = float(probe[int(config.reject_share * len(probe))])
-        rejected, values["match/reject"] = (near < reject).nonzero().flatten(), math.sqrt(reject)
-        check_left(config, len(rejected), sum(counts))
+        rejected, reject = reject_nearest(blocks, queries, number, config, ranks, searches)
+        values["match/reject"], left = math.sqrt(reject), config.pool - len(rejected)
+        if config.once and left < sum(counts):
+            raise InputError(
+                f"{left} of the pool's {config.pool} samples are left for {sum(counts)} images with match.assignment="
+                f"{config.assignment}, {len(rejected)} were rejected: lower match.reject_share, or raise match.ratio"
+            )
 
     def find(rows: Tensor, neighbours: int, assigned: Tensor) -> tuple[Tensor, Tensor]:
         """Squared distances and ids, (len(rows), neighbours) each, of the nearest samples of some images."""
@@ -109,15 +106,13 @@ def match_round(
         return answer.distances.cpu(), answer.ids.cpu()
 
     main = len(searches)
-    with timer("assign"):
-        if config.once:
-            distances, ids = assign_once(find, ranks, counts)
-        else:
-            distances, ids = (nearest[:, 0] for nearest in find(torch.arange(len(queries)), 1, rejected[:0]))
-    timer.seconds["assign"] -= sum(sum(answer.seconds.values()) for answer in searches[main:])
+    if config.once:
+        distances, ids = assign_once(find, ranks, counts)
+    else:
+        distances, ids = (nearest[:, 0] for nearest in find(torch.arange(len(queries)), 1, rejected[:0]))
 
     values |= summarize(distances, ids, counts, ranks) | {"match/rejected": len(rejected) / config.pool}
-    values |= costs(searches, main, timer, ranks)
+    values |= costs(searches, searches[main], pool.seconds, time.perf_counter() - start, ranks)
     sent = f", every rank is sent the {searches[main].travelled}" if ranks.world > 1 else ""
     described = f"match: {searches[main].method}{sent}"
     return Match(ids=ids, distances=distances.float(), values=values, described=described)
@@ -129,10 +124,11 @@ class Pool:
 
     config: MatchConfig
     sample: Callable[[Tensor], Tensor]  # as in match_round
-    embedded: Callable[[Tensor, int], Tensor]  # samples, and the number of the first -> (n, dims)
+    features: Callable[[Tensor], Tensor] | None  # as in match_round
     dims: int  # values of an embedding
     ranks: Ranks
     poll: Callable[[], None]  # as in match_round
+    seconds: float = 0.0  # spent on generating
 
     def share(self) -> tuple[Blocks, int]:
         """This rank's part of the pool, of whole blocks or all, and the id of its first sample."""
@@ -149,10 +145,13 @@ class Pool:
             if low in kept:
                 self.poll()
                 return kept[low]
+            start = time.perf_counter()
             blocks = -(-(min(most, low + size) - low) // config.block)
-            made = self.embedded(self._generate(torch.arange(first + low, first + high), blocks), first + low)
+            samples = self._generate(torch.arange(first + low, first + high), blocks)
+            made = embed(samples, config.space, self.features, number=first + low)
             if keep:
                 kept[low] = made
+            self.seconds += time.perf_counter() - start
             return made
 
         return Blocks(rows=last - first, make=make, size=size), first
@@ -183,33 +182,24 @@ def block_range(pool: int, block: int, rank: int, world: int) -> tuple[int, int]
     return min(pool, blocks * rank // world * block), min(pool, blocks * (rank + 1) // world * block)
 
 
-def measure_pool(
+def reject_nearest(
     blocks: Blocks,  # this rank's part of the pool
     queries: Tensor,  # (n, d): this rank's embedded images
     number: int,  # of the first of them
     config: MatchConfig,
     ranks: Ranks,
-    timer: Timer,
     searches: list[Answer],  # to which those made here are added
-) -> Tensor:
-    """Collective: the squared distance of each sample to the image nearest to it, (config.pool,) float64 by id."""
+) -> tuple[Tensor, float]:
+    """Collective: ids, on every rank, of the samples that are too near to an image, and the least squared distance."""
     rows, parts = ranks.collect(blocks.rows), list[Tensor]()
     for low in range(0, max(rows), blocks.size):
-        with timer("generate"):
-            samples = blocks.make(min(low, blocks.rows), min(low + blocks.size, blocks.rows))
+        samples = blocks.make(min(low, blocks.rows), min(low + blocks.size, blocks.rows))
         searches.append(search(samples, queries, number, method=config.method))
         parts.append(searches[-1].distances[:, 0])
-    return ranks.gather(torch.cat(parts), rows).cpu()
-
-
-def check_left(config: MatchConfig, rejected: int, images: int) -> None:
-    """InputError unless rejection leaves a sample for each of `images` where each sample is matched once."""
-    left = config.pool - rejected
-    if config.once and left < images:
-        raise InputError(
-            f"{left} of the pool's {config.pool} samples are left for {images} images with match.assignment="
-            f"{config.assignment}, {rejected} were rejected: lower match.reject_share, or raise match.ratio"
-        )
+    near = ranks.gather(torch.cat(parts), rows).cpu()
+    probe = near[: -(-PROBE // config.block) * config.block].sort().values
+    reject = float(probe[int(config.reject_share * len(probe))])
+    return (near < reject).nonzero().flatten(), reject
 
 
 def summarize(distances: Tensor, ids: Tensor, counts: list[int], ranks: Ranks) -> dict[str, float]:
@@ -222,14 +212,15 @@ def summarize(distances: Tensor, ids: Tensor, counts: list[int], ranks: Ranks) -
     return {"match/distance": float(everyone.mean()), **quantiles, **shares}
 
 
-def costs(searches: list[Answer], main: int, timer: Timer, ranks: Ranks) -> dict[str, float]:
-    """Collective: the cost of a match's searches; seconds and bytes are those of the rank with most of each."""
-    spent = Counter[str]()
-    for seconds in (timer.seconds, *(answer.seconds for answer in searches)):
-        spent.update(seconds)
-    spent["generate"] += spent.pop("make")
-    received = float(ranks.received + sum(answer.received for answer in searches))
-    mine = {"match/received": received, **{f"seconds/{name}": value for name, value in spent.items()}}
-    proved, measured, most = zip(*ranks.collect((searches[main].proved, searches[main].measured, mine)), strict=True)
-    largest = {name: max(each[name] for each in most) for name in mine}
-    return {"match/proved": sum(proved) / ranks.world, "match/measured": sum(measured), **largest}
+def costs(searches: list[Answer], main: Answer, generate: float, total: float, ranks: Ranks) -> dict[str, float]:
+    """Collective: the cost of a match; seconds and bytes are those of the rank with most of each."""
+    exchange = ranks.seconds + sum(answer.exchange for answer in searches)
+    mine = {
+        "match/received": float(ranks.received + sum(answer.received for answer in searches)),
+        "seconds/generate": generate,
+        "seconds/exchange": exchange,
+        "seconds/search": total - generate - exchange,
+    }
+    measured, every = zip(*ranks.collect((main.measured, mine)), strict=True)
+    most = {name: max(each[name] for each in every) for name in mine}
+    return {"match/measured": sum(measured) / ranks.world, **most}

@@ -5,16 +5,15 @@ Every method gives the same answer, so a wrong prediction costs only time.
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from typing import Self
 
 import torch
 from torch import Tensor
 
 from pipeline.match import bound
 from pipeline.match.bound import Frame
-from pipeline.match.index import pairwise
+from pipeline.match.distances import pairwise
 
 METHODS = ("auto", "flat", "projected", "rounded")
 WIDTHS = (55, 119, 183, 247)  # projected coordinates to choose from: with the bound's nine, multiples of 64
@@ -29,31 +28,6 @@ _WHOLE = 4096  # values of a row up to which a GPU bounds by all of them
 _SETTLED = 0.3  # survivors of a whole search for each survivor of the probe, whose limits are wider
 
 
-@dataclass(kw_only=True, slots=True)
-class SearchPlan:
-    method: str  # flat, projected or rounded
-    centre: Tensor  # (d,) float32: distances are computed around it
-    basis: Tensor  # (d, p) float32 with nearly orthonormal columns, for `projected`; p = 0 for the others
-    magnitude: float  # largest absolute value around the centre, roughly
-    departure: float  # of the basis from an orthonormal one (`bound.departure`)
-    dtype: torch.dtype  # of the products: bfloat16 or float32
-
-    @property
-    def described(self) -> str:
-        """The method with its parameters, for a log."""
-        coordinates = self.basis.shape[1] if self.method == "projected" else len(self.centre)
-        kind = torch.float32 if self.method == "flat" else self.dtype
-        return f"{self.method} on {coordinates} coordinates in {str(kind).removeprefix('torch.')}"
-
-    def frame(self, sieve: str) -> Frame:
-        """The coordinates in which the sieve of that name bounds distances."""
-        basis = self.basis if sieve == "projected" else None
-        return bound.build_frame(self.centre, basis, self.magnitude, self.dtype, self.departure)
-
-    def to(self, device: torch.device | str) -> Self:
-        return replace(self, centre=self.centre.to(device), basis=self.basis.to(device))
-
-
 @bound.full_precision()
 def plan_search(
     queries: Tensor,  # (q, d) float32: all that will be searched for
@@ -61,8 +35,8 @@ def plan_search(
     *,
     method: str,  # of METHODS
     expected: int,  # candidates that will be searched
-) -> SearchPlan:
-    """The plan of a search, at a cost that is small beside it."""
+) -> tuple[str, Frame]:
+    """The method, flat, projected or rounded, and the coordinates it begins with, at a cost that is small beside it."""
     count, dims = queries.shape
     work = count * expected * dims
     rows = _SAMPLE[0] if work < _MEDIUM else min(max(_SAMPLE_VALUES // dims, _SAMPLE[0]), _SAMPLE[1])
@@ -73,22 +47,17 @@ def plan_search(
     else:
         centre = torch.zeros_like(centre)
     single, half = measure_rates(queries.device, torch.get_num_threads())
-    plan = SearchPlan(
-        method=without_probe(method, work=work, dims=dims, gpu=queries.device.type == "cuda", halves=half < single),
-        centre=centre,
-        basis=centre.new_zeros(dims, 0),
-        magnitude=float(centred.abs().max()),
-        departure=0.0,
-        dtype=torch.bfloat16 if half < single else torch.float32,  # bfloat16 where the hardware multiplies it
-    )
-    if plan.method in ("auto", "projected"):
-        plan.basis = bound.find_basis(centred, WIDTHS[-1] if method == "auto" and work >= _MEDIUM else _USUAL)
-        plan.departure = bound.departure(plan.basis)
-    if plan.method == "auto":
-        queries, candidates = centred[: len(queries)], centred[len(queries) :]
-        plan.method, width = cheapest(plan, queries, candidates, count=count, expected=expected)
-        plan.basis = plan.basis[:, :width].contiguous()
-    return plan
+    method = without_probe(method, work=work, dims=dims, gpu=queries.device.type == "cuda", halves=half < single)
+    halves = half < single and method != "flat"  # bfloat16 where the hardware multiplies it
+    dtype = torch.bfloat16 if halves else torch.float32
+    frame = Frame(centre=centre, basis=None, magnitude=float(centred.abs().max()), dtype=dtype)
+    if method in ("flat", "rounded"):
+        return method, frame
+    basis = bound.find_basis(centred, WIDTHS[-1] if method == "auto" and work >= _MEDIUM else _USUAL)
+    frame = replace(frame, basis=basis, departure=bound.departure(basis))
+    if method == "projected":
+        return method, frame
+    return cheapest(frame, centred[: len(queries)], centred[len(queries) :], count=count, expected=expected)
 
 
 def without_probe(method: str, *, work: float, dims: int, gpu: bool, halves: bool) -> str:
@@ -103,39 +72,39 @@ def without_probe(method: str, *, work: float, dims: int, gpu: bool, halves: boo
 
 
 def cheapest(
-    plan: SearchPlan,  # with the widest basis
+    frame: Frame,  # with the widest basis
     queries: Tensor,  # (n, d) float32: a sample, centred
     candidates: Tensor,  # (n, d) float32: a sample, centred
     *,
     count: int,  # queries in all
     expected: int,  # candidates in all
-) -> tuple[str, int]:
-    """`flat`, `rounded` or `projected`, and the coordinates to project to (0: none)."""
+) -> tuple[str, Frame]:
+    """`flat`, `rounded` or `projected`, and the frame with as many coordinates as are best."""
+    assert frame.basis is not None
     queries, threads = queries[:: max(1, len(queries) // _PROBE)], torch.get_num_threads()
     dims, pairs = queries.shape[1], count * expected
     single, half = measure_rates(queries.device, threads)
     sign, pair, value = (cost * (1e-9 / threads if queries.device.type == "cpu" else 1e-12) for cost in _COSTS)
     limit = pairwise(queries, candidates).amin(1).double() * (1 + bound.gamma(dims + 4))
-    costs = {("flat", 0): pairs * dims * single}
-    centred = replace(plan, centre=torch.zeros_like(plan.centre))
-    for name, widths in (("rounded", [0]), ("projected", [width for width in WIDTHS if width <= plan.basis.shape[1]])):
-        frame = centred.frame(name)
-        projected = [bound.project(rows, frame) for rows in (queries, candidates)]
-        for width in widths:
-            narrow = replace(frame, basis=plan.basis[:, :width]) if width else frame
-            near, far = (bound.quantize(*rows, narrow) for rows in projected)
-            a = bound.query_factor(near, narrow)
-            a[:, -3:] = bound.limit_columns(near.square, narrow, limit)
-            rows, _, given_up = bound.survivors(a, bound.candidate_factor(far, narrow))
-            share = torch.bincount(rows, minlength=len(queries)) / len(candidates)
-            given_up |= share > _MOST
-            costs[name, width] = (
-                (count + expected) * dims * (width * single + value)
-                + pairs * (narrow.width * min(half, single) + sign)
-                + pairs * float(share[~given_up].sum()) / len(queries) * _SETTLED * (pair + dims * value)
-                + float(given_up.float().mean()) * (costs["rounded", 0] if width else 4 * costs["flat", 0])
-            )
-    return min(costs, key=lambda choice: costs[choice])
+    flat = pairs * dims * single
+    choices = [(flat, "flat", replace(frame, basis=None, dtype=torch.float32))]
+    for width in (0, *(width for width in WIDTHS if width <= frame.basis.shape[1])):
+        narrow = replace(frame, basis=frame.basis[:, :width].contiguous() if width else None)
+        probe = replace(narrow, centre=torch.zeros_like(frame.centre))
+        near = bound.encode(queries, probe)
+        a = bound.query_factor(near, probe)
+        a[:, -3:] = bound.limit_columns(near.square, probe, limit)
+        rows, _, given_up = bound.survivors(a, bound.candidate_factor(bound.encode(candidates, probe), probe))
+        share = torch.bincount(rows, minlength=len(queries)) / len(candidates)
+        given_up |= share > _MOST
+        cost = (
+            (count + expected) * dims * (width * single + value)
+            + pairs * (narrow.width * min(half, single) + sign)
+            + pairs * float(share[~given_up].sum()) / len(queries) * _SETTLED * (pair + dims * value)
+            + float(given_up.float().mean()) * (choices[1][0] if width else 4 * flat)
+        )
+        choices.append((cost, "projected" if width else "rounded", narrow))
+    return min(choices, key=lambda choice: choice[0])[1:]
 
 
 @lru_cache

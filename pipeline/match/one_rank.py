@@ -13,9 +13,8 @@ Survivors are measured in float32 by differences. Those that may still win are m
 (distance, id) are kept. No sieve drops a candidate that could be among them, so methods differ only in speed.
 """
 
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -23,10 +22,7 @@ from torch import Tensor
 
 from pipeline.match import bound
 from pipeline.match.bound import Frame, Quantized
-from pipeline.match.exact import exact_distances
-from pipeline.match.index import flat, pair_distances
-from pipeline.match.method import SearchPlan
-from pipeline.match.order import NO_ID, first_copies, sort_lexically
+from pipeline.match.distances import NO_ID, exact_distances, first_copies, flat, pair_distances, sort_lexically
 
 SEEDS = 2048  # candidates that the first limits come from
 _FETCH = 8  # candidates that `flat` asks for beyond the k wanted
@@ -36,19 +32,6 @@ _WORKING_SET = {"cpu": 6 << 20, "cuda": 128 << 20}
 """float32 values searched at once, but _LEAST_ROWS candidates at least: on a CPU to stay in the last-level cache."""
 _PAIRS = {"cpu": 1 << 20, "cuda": 1 << 24}
 """Pairs measured at once."""
-
-
-class Timer:
-    """Seconds by name: `with timer(name):` adds to them."""
-
-    def __init__(self, *names: str) -> None:
-        self.seconds = dict.fromkeys(names, 0.0)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - start
 
 
 class Sieve(NamedTuple):
@@ -67,11 +50,10 @@ class Searcher:
     def __init__(
         self,
         queries: Tensor,  # (q, d) float32, finite
-        plan: SearchPlan,
-        timer: Timer,  # of project, search and rescore
+        frame: Frame,  # with a basis, the first sieve is `projected`, else `rounded`
+        encoded: Quantized | None,  # the queries in that frame; None: the method is `flat`
         *,
-        neighbours: int = 1,  # k
-        encoded: Quantized | None = None,  # the queries in the frame of the plan's method, where known
+        neighbours: int,  # k
     ) -> None:
         self.queries, self.neighbours = queries.contiguous(), neighbours
         shape, device = (len(queries), neighbours), queries.device
@@ -80,19 +62,11 @@ class Searcher:
         self.limit = self.distances.new_full((len(queries),), torch.inf)
         """(q,) squared L2 beyond which no candidate is among the k nearest. Callers may lower it."""
         self.measured = 0  # pairs that no bound excluded
-        self._plan, self._timer = plan, timer
-        self._ladder = ("projected", "rounded") if plan.method == "projected" else ("rounded",)
-        self._sieves: dict[str, Sieve] = {}
-        self._encoded = {plan.method: encoded} if encoded else {}
-        self._searched = self._widened = 0
+        self._frame = frame
+        self._sieves = [_build_sieve(frame, encoded)] if encoded else []
         # Errors of a float32 sum of d squared differences: relative, and absolute where squares underflow.
         dims = queries.shape[1]
         self._relative, self._absolute = bound.gamma(dims + 4), dims * 2.0**-126
-
-    @property
-    def proved(self) -> float:
-        """Share of (query, candidate) pairs that needed no wider sieve than the first."""
-        return 1 - self._widened / max(1, self._searched)
 
     @bound.full_precision()
     def seed(self, candidates: Tensor, most: int = SEEDS) -> None:
@@ -101,19 +75,16 @@ class Searcher:
         The caller adds them later.
         """
         candidates, k = candidates[:most].to(self.queries.device).contiguous(), self.neighbours
-        if self._plan.method == "flat" or len(candidates) < k or not len(self.queries):
+        if not self._sieves or len(candidates) < k or not len(self.queries):
             return
-        if (screened := self._screen(self._plan.method, candidates)) is None:
+        sieve = self._sieves[0]
+        if (b := _screen(sieve, candidates)) is None:
             return
-        sieve, encoded = screened
-        with self._timer("search"):
-            b = bound.candidate_factor(encoded, sieve.frame)[: len(candidates)].T
-            sieve.a[:, -3:] = 0
-            best = torch.cat([(part @ b).topk(k, dim=1).indices for part in sieve.a.split(_WIDE_ROWS)])
-        with self._timer("rescore"):
-            rows = torch.arange(len(best), device=best.device).repeat_interleave(k)
-            _, most_distant = self._interval(candidates, rows, best.flatten())
-            self.limit = torch.minimum(self.limit, most_distant.view(-1, k).amax(1))
+        sieve.a[:, -3:] = 0
+        best = torch.cat([(part @ b[: len(candidates)].T).topk(k, dim=1).indices for part in sieve.a.split(_WIDE_ROWS)])
+        rows = torch.arange(len(best), device=best.device).repeat_interleave(k)
+        _, most_distant = self._interval(candidates, rows, best.flatten())
+        self.limit = torch.minimum(self.limit, most_distant.view(-1, k).amax(1))
 
     @bound.full_precision()
     def add(self, candidates: Tensor, ids: Tensor) -> None:
@@ -122,46 +93,44 @@ class Searcher:
             return
         candidates, ids = candidates.to(self.queries.device).contiguous(), ids.to(self.queries.device)
         most = _WORKING_SET.get(self.queries.device.type, _WORKING_SET["cpu"])
-        rows = max(_LEAST_ROWS, most // self.queries.shape[1] // _LEAST_ROWS * _LEAST_ROWS)
-        for part, numbers in zip(candidates.split(rows), ids.split(rows), strict=True):
-            self._add(part, numbers)
+        step = max(_LEAST_ROWS, most // self.queries.shape[1] // _LEAST_ROWS * _LEAST_ROWS)
+        for part, numbers in zip(candidates.split(step), ids.split(step), strict=True):
+            rows = self._sift(part, numbers) if self._sieves else self._add_flat(part, numbers)
+            self._add_wide(part, numbers, rows)
 
-    def _add(self, candidates: Tensor, ids: Tensor) -> None:
-        self._searched += len(self.queries) * len(candidates)
-        if self._plan.method == "flat":
-            rows = self._add_flat(candidates, ids)
-            self._widened += len(rows) * len(candidates)
-        else:
-            if self.limit.isinf().any():
-                self.seed(candidates)
-            rows = torch.arange(len(self.queries), device=ids.device)
-            for sieve in self._ladder:
-                surviving, columns, rows = self._sift(sieve, candidates, rows)
-                self._measure(candidates, ids, surviving, columns)
-                if sieve == self._plan.method:
-                    self._widened += len(rows) * len(candidates)
-        self._add_wide(candidates, ids, rows)
+    def _sift(self, candidates: Tensor, ids: Tensor) -> Tensor:
+        """Search a block by the sieves, and return the queries that all of them give up."""
+        if self.limit.isinf().any():
+            self.seed(candidates)
+        rows = torch.arange(len(self.queries), device=ids.device)
+        for sieve in self._ladder():
+            if (b := _screen(sieve, candidates)) is not None:
+                a = sieve.a if len(rows) == len(sieve.a) else sieve.a[rows]
+                a[:, -3:] = bound.limit_columns(sieve.square[rows], sieve.frame, self._reach(self.limit[rows]))
+                surviving, columns, given_up = bound.survivors(a, b)
+                self._measure(candidates, ids, rows[surviving], columns)
+                rows = rows[given_up]
+            if not len(rows):
+                break
+        return rows
 
-    def _sift(self, name: str, candidates: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pairs of queries `rows` and candidates that may lie within the limits, and the rows given up."""
-        if not len(rows) or (screened := self._screen(name, candidates)) is None:
-            return rows[:0], rows[:0], rows
-        sieve, encoded = screened
-        with self._timer("search"):
-            a = sieve.a if len(rows) == len(sieve.a) else sieve.a[rows]
-            a[:, -3:] = bound.limit_columns(sieve.square[rows], sieve.frame, self._reach(self.limit[rows]))
-            surviving, columns, given_up = bound.survivors(a, bound.candidate_factor(encoded, sieve.frame))
-        return rows[surviving], columns, rows[given_up]
+    def _ladder(self) -> Iterator[Sieve]:
+        """The sieves by rising cost; `rounded` after `projected` is made when it is first needed."""
+        yield self._sieves[0]
+        if self._frame.basis is not None:
+            if len(self._sieves) == 1:
+                whole = replace(self._frame, basis=None)
+                self._sieves.append(_build_sieve(whole, bound.encode(self.queries, whole)))
+            yield self._sieves[1]
 
     def _measure(self, candidates: Tensor, ids: Tensor, rows: Tensor, columns: Tensor) -> None:
         """Measure the pairs (rows, columns) in float32, and in float64 those that may still win."""
         self.measured += len(rows)
-        with self._timer("rescore"):
-            for row, column in _portions(rows, columns):
-                least, most = self._interval(candidates, row, column)
-                limit = self.limit.scatter_reduce(0, row, most, "amin") if self.neighbours == 1 else self.limit
-                may = least <= self._reach(limit)[row]
-                self._keep(candidates, ids, row[may], column[may])
+        for row, column in _portions(rows, columns):
+            least, most = self._interval(candidates, row, column)
+            limit = self.limit.scatter_reduce(0, row, most, "amin") if self.neighbours == 1 else self.limit
+            may = least <= self._reach(limit)[row]
+            self._keep(candidates, ids, row[may], column[may])
 
     def _keep(self, candidates: Tensor, ids: Tensor, rows: Tensor, columns: Tensor) -> None:
         """Measure pairs in float64 and merge them into the kept ones."""
@@ -190,13 +159,12 @@ class Searcher:
         (Higham, section 3.1).
         """
         fetch = min(self.neighbours + _FETCH, len(candidates))
-        with self._timer("search"):
-            near, far = self.queries - self._plan.centre, candidates - self._plan.centre
-            approximate, columns = flat(near, far, fetch)
-            norms = near.double().square().sum(1) + far.double().square().sum(1).max()
-            least = approximate.double() - 4 * bound.gamma(near.shape[1] + 4) * norms[:, None] - 4 * self._absolute
-            unproved = (~torch.isfinite(approximate) | (columns < 0)).any(1)
-            rows, places = ((least <= self._reach(self.limit)[:, None]) & (columns >= 0)).nonzero(as_tuple=True)
+        near, far = self.queries - self._frame.centre, candidates - self._frame.centre
+        approximate, columns = flat(near, far, fetch)
+        norms = near.double().square().sum(1) + far.double().square().sum(1).max()
+        least = approximate.double() - 4 * self._relative * norms[:, None] - 4 * self._absolute
+        unproved = (~torch.isfinite(approximate) | (columns < 0)).any(1)
+        rows, places = ((least <= self._reach(self.limit)[:, None]) & (columns >= 0)).nonzero(as_tuple=True)
         self._measure(candidates, ids, rows, columns[rows, places])
         if fetch < len(candidates):
             unproved |= ~(least[:, -1] > self._reach(self.limit))
@@ -206,35 +174,21 @@ class Searcher:
         """Search a block for some of the queries by float64 products."""
         if not len(rows):
             return
-        with self._timer("search"):
-            first = first_copies(candidates, self.neighbours)  # of equal candidates only the first k can be kept
-            far, far_square = self._centred(candidates[first])
+        first = first_copies(candidates, self.neighbours)  # of equal candidates only the first k can be kept
+        far, far_square = self._centred(candidates[first])
         for part in rows.split(_WIDE_ROWS):
-            with self._timer("search"):
-                near, near_square = self._centred(self.queries[part])
-                squares = near_square[:, None] + far_square
-                distances = squares - 2 * (near @ far.T)
-                error = 8 * (near.shape[1] + 8) * 2.0**-53 * squares  # that of the products is at most an eighth of it
-                reach = self._reach(self.limit[part])[:, None]
-                if len(first) >= self.neighbours:
-                    nearest = (distances + error).topk(self.neighbours, dim=1, largest=False).values[:, -1:]
-                    reach = torch.minimum(reach, nearest)
-                places, columns = (distances - error <= reach).nonzero(as_tuple=True)
+            near, near_square = self._centred(self.queries[part])
+            squares = near_square[:, None] + far_square
+            distances = squares - 2 * (near @ far.T)
+            error = 8 * (near.shape[1] + 8) * 2.0**-53 * squares  # that of the products is at most an eighth of it
+            reach = self._reach(self.limit[part])[:, None]
+            if len(first) >= self.neighbours:
+                nearest = (distances + error).topk(self.neighbours, dim=1, largest=False).values[:, -1:]
+                reach = torch.minimum(reach, nearest)
+            places, columns = (distances - error <= reach).nonzero(as_tuple=True)
             self.measured += len(places)
-            with self._timer("rescore"):
-                for row, column in _portions(part[places], first[columns]):
-                    self._keep(candidates, ids, row, column)
-
-    def _screen(self, name: str, candidates: Tensor) -> tuple[Sieve, Quantized] | None:
-        """The sieve of that name and the candidates encoded for it; None where they or the queries are too long."""
-        with self._timer("project"):
-            if name not in self._sieves:
-                frame = self._plan.frame(name)
-                queries = self._encoded.pop(name, None) or bound.encode(self.queries, frame)
-                self._sieves[name] = Sieve(frame, bound.query_factor(queries, frame), queries.square, queries.usable)
-            sieve = self._sieves[name]
-            encoded = bound.encode(candidates, sieve.frame)
-        return (sieve, encoded) if sieve.usable and encoded.usable else None
+            for row, column in _portions(part[places], first[columns]):
+                self._keep(candidates, ids, row, column)
 
     def _interval(self, candidates: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """The least and the most, (s,) float64 each, that the squared distances of pairs can be, by float32."""
@@ -244,12 +198,22 @@ class Searcher:
 
     def _centred(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rows in float64 around the centre, and their squared norms."""
-        centred = rows.double() - self._plan.centre.double()
+        centred = rows.double() - self._frame.centre.double()
         return centred, centred.square().sum(1)
 
     def _reach(self, limit: Tensor) -> Tensor:
         """`limit` plus the rounding of a float64 sum of d squares, since such sums are compared."""
         return limit * (1 + 4 * (self.queries.shape[1] + 4) * 2.0**-53)
+
+
+def _build_sieve(frame: Frame, queries: Quantized) -> Sieve:
+    return Sieve(frame, bound.query_factor(queries, frame), queries.square, queries.usable)
+
+
+def _screen(sieve: Sieve, candidates: Tensor) -> Tensor | None:
+    """The candidates' factor of a sieve's product; None where they or the queries are too long for it."""
+    encoded = bound.encode(candidates, sieve.frame)
+    return bound.candidate_factor(encoded, sieve.frame) if sieve.usable and encoded.usable else None
 
 
 def _portions(rows: Tensor, columns: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -36,10 +36,9 @@ class SpaceConfig:
         check_fields(self, "match.space")
         if not (self.pixels or self.features):
             raise InputError("match.space.pixels and .features are both 0: no distance is left")
-        if self.features and not self.encoder:
-            raise InputError(f"match.space.features is {self.features}: name its match.space.encoder")
-        if self.encoder and not self.features:
-            raise InputError(f"match.space.encoder is '{self.encoder}': give match.space.features a weight above 0")
+        if bool(self.features) != bool(self.encoder):
+            given = f"match.space.features is {self.features} and match.space.encoder '{self.encoder}'"
+            raise InputError(f"{given}: give a weight above 0 and the name of an encoder, or neither")
 
 
 def check_space(config: SpaceConfig, shape: tuple[int, ...]) -> None:
@@ -62,13 +61,10 @@ def embed(
     """
     if not config.features:
         return _embed_batch(images, config)
-    rows = []
-    for start in range(-(number % ROWS), max(1, len(images)), ROWS):
-        before, part = max(0, -start), images[max(0, start) : start + ROWS]
-        batch = images.new_zeros(ROWS, *images.shape[1:])
-        batch[before : before + len(part)] = part
-        rows.append(_embed_batch(batch, config, features)[before : before + len(part)])
-    return torch.cat(rows)
+    first, last = number % ROWS, number % ROWS + len(images)
+    padded = images.new_zeros(max(1, -(-last // ROWS)) * ROWS, *images.shape[1:])
+    padded[first:last] = images
+    return torch.cat([_embed_batch(batch, config, features) for batch in padded.split(ROWS)])[first:last]
 
 
 def _embed_batch(images: Tensor, config: SpaceConfig, features: Callable[[Tensor], Tensor] | None = None) -> Tensor:

@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.match import bound
+from pipeline.match.bound import Frame
 from tests.match.problems import FAMILIES, draw, oracle
+
+
+def framed(basis, dtype):
+    """The frame of a basis around zero."""
+    departure = bound.departure(basis)
+    return Frame(centre=torch.zeros(len(basis)), basis=basis, magnitude=4.0, dtype=dtype, departure=departure)
 
 
 def sifted(queries, candidates, limit, *, width, dtype, centre=None):
@@ -17,7 +24,7 @@ def sifted(queries, candidates, limit, *, width, dtype, centre=None):
         return None
     basis = bound.find_basis(around, width) if width else None
     departure = bound.departure(basis) if width else 0.0
-    frame = bound.build_frame(centre, basis, float(around.abs().max()), dtype, departure)
+    frame = Frame(centre=centre, basis=basis, magnitude=float(around.abs().max()), dtype=dtype, departure=departure)
     seen, shown = bound.encode(queries, frame), bound.encode(candidates, frame)
     if not (seen.usable and shown.usable):
         return None
@@ -63,7 +70,7 @@ def test_a_bad_basis_widens_the_bound_but_drops_nothing_it_may_not():
     queries, candidates = draw(0, 60, 300), draw(1, 900, 300)
     basis = bound.find_basis(candidates, 30) + 0.01 * draw(2, 300, 30)
     exact, order = oracle(queries, candidates)
-    frame = bound.build_frame(torch.zeros(300), basis, 4.0, torch.bfloat16, bound.departure(basis))
+    frame = framed(basis, torch.bfloat16)
     seen = bound.encode(queries, frame)
     a = bound.query_factor(seen, frame)
     a[:, -3:] = bound.limit_columns(seen.square, frame, torch.from_numpy(exact[:, 0].copy()))
@@ -84,7 +91,7 @@ def test_the_last_coordinate_is_at_least_what_the_basis_leaves_out():
     basis = torch.linalg.qr(draw(0, 100, 8)).Q
     rows = draw(1, 50, 8) @ basis.T + 0.01 * draw(2, 50, 100)
     longer = 1.01 * basis  # its projections are longer than the rows themselves
-    frame = bound.build_frame(torch.zeros(100), longer, 4.0, torch.float32, bound.departure(longer))
+    frame = framed(longer, torch.float32)
     seen = bound.encode(rows, frame)
     rest = (rows - rows @ basis @ basis.T).double().norm(dim=1) * frame.scale
     assert (seen.values[:, -1] + seen.error >= rest).all()

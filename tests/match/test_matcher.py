@@ -75,7 +75,7 @@ def test_every_rank_samples_equally_often_in_each_part_of_the_pool(world, pool, 
 
     for rank in range(world):
         ranks, config = Ranks(rank=rank, world=world), configured(1, pool, block=10)
-        blocks, _ = Pool(config, sample, lambda rows, number: rows, 1, ranks, lambda: None).share()
+        blocks, _ = Pool(config, sample, None, 1, ranks, lambda: None).share()
         sampled.append([])
         for low in range(0, most, blocks.size):
             samples.clear()
@@ -194,9 +194,9 @@ def test_what_is_reported_of_a_match():
     for name, value in (("", distances.mean()), ("_p10", np.quantile(distances, 0.1)), ("_p50", np.median(distances))):
         assert match.values[f"match/distance{name}"] == pytest.approx(value)
     assert match.values["match/used"] == len(match.ids.unique()) / 90
-    assert match.values["match/rejected"] == 0 and match.values["match/proved"] == 1
+    assert match.values["match/rejected"] == 0 and match.values["match/measured"] >= 1
     seconds = {key for key in match.values if key.startswith("seconds/")}
-    assert seconds == {f"seconds/{part}" for part in ("generate", "project", "search", "rescore", "exchange", "assign")}
+    assert seconds == {f"seconds/{part}" for part in ("generate", "search", "exchange")}
     assert match.described.startswith("match: ")
 
 

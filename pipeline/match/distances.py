@@ -1,0 +1,104 @@
+"""Squared L2 distances, fast or exact, and the total order (distance, id), which makes an answer unique.
+
+Fast: float32, by FAISS on the CPU and torch on CUDA; no other file imports FAISS. Exact: float64; these, then ids on a
+tie, decide which candidate is nearest.
+"""
+
+import faiss
+import numpy as np
+import torch
+from torch import Tensor
+
+NO_ID = torch.iinfo(torch.int64).max  # of a missing candidate; sorts behind all others
+_ROWS = 4096
+_SINGLE_SET = 1 << 23  # float32 values treated at once on CUDA
+_DOUBLE_SET = {"cpu": 1 << 17, "cuda": 1 << 24}
+"""float64 values treated at once: on a CPU to stay in the second-level cache, on a GPU in few launches."""
+
+
+def flat(queries: Tensor, candidates: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` nearest candidates in float32: squared L2 (q, count) float32 and rows (q, count) int64."""
+    if queries.is_cuda:
+        parts = [pairwise(part, candidates).topk(count, dim=1, largest=False) for part in queries.split(_ROWS)]
+        return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    distances, rows = faiss.knn(queries.numpy(), candidates.numpy(), count)
+    return torch.from_numpy(distances), torch.from_numpy(rows)
+
+
+def pairwise(queries: Tensor, candidates: Tensor) -> Tensor:
+    """Squared L2 (q, n) float32 by a matrix product: fast, and inexact where it cancels."""
+    squares = queries.square().sum(1)[:, None] + candidates.square().sum(1)
+    return (squares - 2 * (queries @ candidates.T)).clamp(min=0)
+
+
+def pair_distances(queries: Tensor, candidates: Tensor, query_rows: Tensor, candidate_rows: Tensor) -> Tensor:
+    """Squared L2 (s,) float32 between queries[query_rows] and candidates[candidate_rows], by differences.
+
+    All terms are nonnegative, so in any order of summation the relative error is at most gamma_(d + 3), and the error
+    where squares underflow less than d 2^-126.
+    """
+    out = torch.empty(len(query_rows), dtype=torch.float32, device=queries.device)
+    if queries.is_cuda:
+        step = max(1, _SINGLE_SET // max(1, queries.shape[1]))
+        for start in range(0, len(out), step):
+            part = slice(start, start + step)
+            out[part] = (queries[query_rows[part]] - candidates[candidate_rows[part]]).square().sum(1)
+        return out
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    query_rows, candidate_rows = query_rows.contiguous(), candidate_rows.contiguous()
+    faiss.pairwise_indexed_L2sqr(  # type: ignore[attr-defined]
+        queries.shape[1],
+        len(out),
+        *(faiss.swig_ptr(rows.numpy()) for rows in (queries, query_rows, candidates, candidate_rows, out)),
+    )
+    return out
+
+
+def exact_distances(queries: Tensor, candidates: Tensor, query_rows: Tensor, candidate_rows: Tensor) -> Tensor:
+    """Squared L2 (s,) float64 between queries[query_rows] and candidates[candidate_rows].
+
+    A pair's result does not depend on the pairs beside it: else a copy of a candidate could be nearer than the one of
+    the smaller id.
+    """
+    out = torch.empty(len(query_rows), dtype=torch.float64, device=queries.device)
+    step = max(2, _DOUBLE_SET.get(queries.device.type, _DOUBLE_SET["cpu"]) // max(1, queries.shape[1]))
+    for start in range(0, len(out), step):
+        part = slice(start, start + step)
+        left, right = queries[query_rows[part]].double(), candidates[candidate_rows[part]].double()
+        if len(left) == 1:  # torch would split the sum of a single row among threads, and so round it differently
+            left, right = left.expand(2, -1), right.expand(2, -1)
+        squares = (left - right).square_()
+        sums = squares.sum(1) if squares.device.type == "cpu" else halved_sum(squares)
+        out[part] = sums[: len(out[part])]
+    return out
+
+
+def halved_sum(values: Tensor) -> Tensor:
+    """The sum of each row of (n, d >= 1), in an order that d alone decides; uses up `values`.
+
+    The second half of the columns is added to the first, until one is left. A GPU's `sum` takes another order for
+    other numbers of rows.
+    """
+    while (width := values.shape[1]) > 1:
+        half = (width + 1) // 2
+        values[:, : width - half] += values[:, half:]
+        values = values[:, :half]
+    return values[:, 0]
+
+
+def sort_lexically(*keys: Tensor) -> Tensor:
+    """The permutation (..., n) that sorts along the last dimension by the first key, then the second, and so on."""
+    order = torch.arange(keys[0].shape[-1], device=keys[0].device).expand(keys[0].shape)
+    for key in reversed(keys):
+        order = order.gather(-1, torch.sort(key.gather(-1, order), dim=-1, stable=True).indices)
+    return order
+
+
+def first_copies(rows: Tensor, count: int) -> Tensor:
+    """Indices, ascending, of the rows (n, d) that have fewer than `count` bitwise equal rows before them."""
+    raw = rows.cpu().numpy()
+    kind = np.unique(raw.view(np.dtype((np.void, raw.dtype.itemsize * raw.shape[1]))).ravel(), return_inverse=True)[1]
+    order = np.argsort(kind, kind="stable")
+    place = np.arange(len(kind)) - np.searchsorted(kind[order], kind[order])
+    return torch.from_numpy(np.sort(order[place < count])).to(rows.device)
