@@ -94,7 +94,7 @@ class Frame:
         if self.basis is None:
             return 2 * _U
         terms = min(len(self.basis), CHUNK) - (-len(self.basis) // CHUNK)
-        return 2 * _U + self.departure + (1 + self.departure) * self.basis.shape[1] ** 0.5 * gamma(terms)
+        return 2 * _U + self.departure + (1 + self.departure) * math.sqrt(self.basis.shape[1]) * gamma(terms)
 
     @property
     def slack(self) -> float:  # g of step 4
