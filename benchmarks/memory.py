@@ -26,7 +26,7 @@ from pipeline.errors import InputError, exit_on_input_error
 from pipeline.model.losses import Batch, Network, choose_distance, compute_losses
 from pipeline.model.networks import build_network
 from pipeline.model.prior import build_prior
-from pipeline.model.prior.gaussian import GaussianConfig
+from pipeline.model.prior.noise import GaussianConfig
 from pipeline.training.round import RoundRandom
 
 sys.path.insert(0, str(ROOT))

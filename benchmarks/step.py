@@ -50,7 +50,7 @@ from pipeline.config import Config
 from pipeline.errors import InputError, exit_on_input_error
 from pipeline.model.losses import NaignConfig
 from pipeline.model.networks import ConvConfig
-from pipeline.model.prior.smooth import SmoothConfig
+from pipeline.model.prior.noise import SmoothConfig
 
 Part = Literal["fit", "checkpoint", "resume"]
 

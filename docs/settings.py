@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.model.losses import OBJECTIVES
 from pipeline.model.networks import NETWORKS
-from pipeline.model.prior.registry import PRIORS
+from pipeline.model.prior import PRIORS
 
 PAGE = Path(__file__).with_name("settings.md")
 HEAD = """\

@@ -16,9 +16,7 @@ from pipeline.data.dataset import DataConfig, check_config
 from pipeline.errors import InputError, require, shown
 from pipeline.match.matcher import MatchConfig
 from pipeline.model import losses, networks
-from pipeline.model.prior.base import PriorConfig
-from pipeline.model.prior.gmm import GmmConfig
-from pipeline.model.prior.registry import find_prior
+from pipeline.model.prior import GmmConfig, PriorConfig, find_prior
 from pipeline.observe.speed import parse_rounds
 from pipeline.observe.trackers import find_trackers
 from pipeline.settings.constraints import (
@@ -176,7 +174,7 @@ REMOVED = (
 RENAMED: dict[str, str] = dict.fromkeys(REMOVED, "") | {
     "train.graphs": "train.compile",
     "match.reject": "match.reject_share, a share of the pool",
-    "match.latents": "prior.name, where codes is flow or gmm, smooth4 is smooth and mixture is halves",
+    "match.latents": "prior.name, where codes is flow or gmm, and smooth4 is smooth",
     "match.codes": "prior",
 }
 """Settings and sections of earlier versions and their present names; "" for those that were removed."""

@@ -13,7 +13,7 @@ import pytest
 from pipeline.config import Config, flatten
 from pipeline.model.losses import OBJECTIVES
 from pipeline.model.networks import NETWORKS
-from pipeline.model.prior.registry import PRIORS
+from pipeline.model.prior import PRIORS
 from tests.conftest import ROOT
 
 TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")

@@ -4,6 +4,7 @@ import math
 import time
 import warnings
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from pipeline.data.loader import read_split
 from pipeline.errors import InputError, require
 from pipeline.evaluate.recorded import recorded
 from pipeline.model.naign import NAIGN
-from pipeline.model.networks import Autoencoder
+from pipeline.model.networks import code_shape
 from pipeline.model.prior.gmm import FEW, GmmConfig
 from pipeline.model.scale import scaled
 
@@ -32,13 +33,13 @@ def with_mixture(
     The processor time of the fit is added to the training's. Raises InputError for an f without a code, too few images,
     and as `evaluate` does for the data.
     """
-    if not isinstance(model.network, Autoencoder):
-        raise InputError(f"the model in {folder} has no code for a mixture: its network is not conv or spatial")
+    code_shape(model.network, f"a mixture for the model in {folder}")
     begin = time.process_time()
     config, _, _ = recorded(model, folder, data)
     images, _ = read_split(config, config.split, limit=IMAGES)
+    encode: Any = model.network.encode
     with torch.inference_mode():
-        parts = [model.network.encode(scaled(part).to(model.device)) for part in images.split(500)]
+        parts = [encode(scaled(part).to(model.device)) for part in images.split(500)]
     codes = torch.cat(parts).float().cpu()
     state = {name: value.to(model.device) for name, value in fit_mixture(codes, components).items()}
     spent = time.process_time() - begin

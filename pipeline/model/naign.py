@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.errors import InputError, one_line
 from pipeline.model import hub
 from pipeline.model.networks import NetworkConfig, build_network, recorded_network
-from pipeline.model.prior.registry import build_prior, find_prior
+from pipeline.model.prior import build_prior, find_prior
 from pipeline.model.weights import locate
 from pipeline.philox import SAMPLES
 

@@ -7,7 +7,7 @@ settings and the function that builds it.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,22 +81,15 @@ def build_network(config: NetworkConfig, shape: tuple[int, ...], *, recompute: b
     return find_network(config.name)[1](config, shape, recompute=recompute)
 
 
-@runtime_checkable
-class Autoencoder(Protocol):
-    """A network with a code: f(x) = decode(encode(x)), as priors of codes need it."""
+def code_shape(network: nn.Module, setting: str) -> tuple[int, ...]:
+    """Shape of the code of an image, (c,) dense or (c, h, w) spatial: f(x) = decode(encode(x)).
 
-    code: tuple[int, ...]
-    """Shape of the code of an image: (c,) dense, or (c, h, w) spatial."""
-
-    def encode(self, x: Tensor) -> Tensor: ...
-    def decode(self, code: Tensor) -> Tensor: ...
-
-
-def require_code(network: nn.Module, setting: str) -> Autoencoder:
-    """The network; InputError where it has no code, which `setting` needs."""
-    if not isinstance(network, Autoencoder):
+    InputError where the network has no code, which `setting` needs.
+    """
+    if not all(hasattr(network, name) for name in ("code", "encode", "decode")):
         raise InputError(f"{setting}: this network has no code, choose model.name conv or spatial")
-    return network
+    shape: tuple[int, ...] = network.code  # type: ignore[assignment]
+    return shape
 
 
 def find_network(name: str) -> tuple[type[NetworkConfig], Build]:

@@ -9,19 +9,7 @@ _SIZE = 512  # counters a program
 
 
 @triton.jit(do_not_specialize=["round", "low", "high", "block_bits", "id_bits"])
-def _draw(
-    ids,
-    out,
-    blocks,
-    count,
-    round,
-    low,
-    high,
-    block_bits,
-    id_bits,
-    NORMALS: tl.constexpr,
-    SIZE: tl.constexpr,
-):
+def _draw(ids, out, blocks, count, round, low, high, block_bits, id_bits, NORMALS: tl.constexpr, SIZE: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = at < count
     id = tl.load(ids + at // blocks, mask=inside, other=0)

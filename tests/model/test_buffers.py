@@ -18,7 +18,7 @@ from pipeline.data.loader import Stream
 from pipeline.model import networks
 from pipeline.model.naign import NAIGN
 from pipeline.model.prior import build_prior
-from pipeline.model.prior.gaussian import GaussianConfig
+from pipeline.model.prior.noise import GaussianConfig
 from pipeline.training.engines import build_engine
 from pipeline.training.state import Position, snapshot
 from tests.conftest import ROOT, SMALL, environment

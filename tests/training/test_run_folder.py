@@ -24,7 +24,7 @@ from pipeline.errors import InputError
 from pipeline.match.matcher import Match
 from pipeline.model.networks import build_network
 from pipeline.model.prior import build_prior
-from pipeline.model.prior.gaussian import GaussianConfig
+from pipeline.model.prior.noise import GaussianConfig
 from pipeline.training import run_folder
 from pipeline.training.engines import build_engine
 from pipeline.training.run_folder import claim

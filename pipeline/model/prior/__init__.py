@@ -1,4 +1,31 @@
-"""The priors: what latents are drawn from. One file a prior; `registry` finds them by name."""
+"""The priors: what latents are drawn from. One file a kind of prior; they are chosen by name."""
 
-from pipeline.model.prior.base import Examples, Prior, PriorConfig
-from pipeline.model.prior.registry import build_prior, find_prior
+from torch import nn
+
+from pipeline.model.networks import code_shape
+from pipeline.model.prior.base import Examples, Prior, PriorConfig, Shape
+from pipeline.model.prior.flow import Flow, FlowConfig
+from pipeline.model.prior.gmm import Gmm, GmmConfig
+from pipeline.model.prior.noise import Gaussian, GaussianConfig, Smooth, SmoothConfig
+from pipeline.settings.registry import lookup
+
+PRIORS: dict[str, tuple[type[PriorConfig], type[Prior]]] = {
+    "gaussian": (GaussianConfig, Gaussian),
+    "smooth": (SmoothConfig, Smooth),
+    "flow": (FlowConfig, Flow),
+    "gmm": (GmmConfig, Gmm),
+}
+"""Settings and prior by name; other packages add theirs as entry points of the group `naign.priors`."""
+
+
+def find_prior(name: str) -> tuple[type[PriorConfig], type[Prior]]:
+    """The settings and the class of the prior of that name; InputError for an unknown one."""
+    remedies = {"fourier": "fourier is IGN's, install it: pip install -e benchmarks/baselines"}
+    return lookup("prior.name", name, PRIORS, "naign.priors", remedies=remedies)
+
+
+def build_prior(config: PriorConfig, shape: Shape, network: nn.Module, *, seed: int = 0) -> Prior:
+    """The prior of latents (n, *shape) for that network, before it has learned; InputError where they do not fit."""
+    kind = find_prior(config.name)[1]
+    drawn = code_shape(network, f"prior.name={config.name}") if kind.decodes else shape
+    return kind(config, drawn, seed=seed).requires_grad_(False)

@@ -7,16 +7,18 @@ a subclass of `Prior` with its settings, registered as an entry point of the gro
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.settings.constraints import check_fields
+from pipeline.errors import InputError
+from pipeline.settings.constraints import between, check_fields
 
 ENCODED = 512  # images encoded at once
+WINDOW = 5  # rounds over which the mean and the covariance of codes are averaged, while f moves them
 
 Shape = tuple[int, ...]
 Device = torch.device | str
@@ -27,9 +29,9 @@ class PriorConfig:
     """Base of every prior's settings."""
 
     name: str = ""
-    """What latents are drawn from: `gaussian` (N(0, I)), `smooth` (few normals, enlarged), `halves` (N(0, I) and flat
-    images), `flow` or `gmm` (decoded from codes that a flow or a Gaussian mixture draws, which learns in the same run),
-    or one that another package registers, such as IGN's `fourier`."""
+    """What latents are drawn from: `gaussian` (N(0, I)), `smooth` (few normals, enlarged), `flow` or `gmm` (decoded
+    from codes that a flow or a Gaussian mixture draws, which learns in the same run), or one that another package
+    registers, such as IGN's `fourier`."""
 
     def __post_init__(self) -> None:
         check_fields(self, "prior")
@@ -40,6 +42,30 @@ class PriorConfig:
 
     def check_round(self, images: int) -> None:
         """Raise InputError if rounds of so many images are too small to learn from."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CodesConfig(PriorConfig):
+    """Base of the settings of priors of codes.
+
+    f is an autoencoder: image -> code -> f(image). The prior learns the distribution of the codes of the data while f
+    trains, and then alone, with f as it is. A latent is z = decode(code) of a drawn code: it is near the data already,
+    f(z) is one evaluation of f, and the match has only to repair what is left.
+    """
+
+    begin: float = field(default=0.5, metadata=between(0, 0.99))
+    """Share of train.images before which codes are drawn from one Gaussian, of the mean and the covariance of the
+    codes. Use 0 if matched latents are to move f."""
+    alone: float = field(default=0.5, metadata=between(0, 0.99))
+    """Share of train.images, at the end, over which f is frozen and only the prior learns."""
+
+    def __post_init__(self) -> None:
+        PriorConfig.__post_init__(self)
+        if self.begin + self.alone > 1 + 1e-9:
+            raise InputError(
+                f"prior.begin is {self.begin:g} and prior.alone {self.alone:g}: between f's last step and the prior's "
+                f"first nothing would learn; at most 1 together"
+            )
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -93,7 +119,7 @@ class Prior(nn.Module):
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         """Resume from what `training_state` returned."""
-        self.load_state_dict(state)
+        self.load_state_dict({name: state[name] for name in self.state_dict()})
 
     def between(self, seeds: tuple[int, int], round: int, device: Device, *, steps: int) -> Tensor:
         """(steps, *shape) from the draw of (seeds[0], round, id 0) to that of (seeds[1], round, id 0)."""

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from pipeline.model.prior.base import Device, Examples, Prior, Shape, interpolate
-from pipeline.model.prior.code_settings import WINDOW, CodesConfig
+from pipeline.model.prior.base import WINDOW, CodesConfig, Device, Examples, Prior, Shape, interpolate
 from pipeline.model.prior.velocity import DenseVelocity, SpatialVelocity
 from pipeline.philox import LEARN, normal, uniform
 from pipeline.settings.constraints import POSITIVE, between
@@ -177,7 +176,7 @@ class Flow(Prior):
         return self.state_dict() | learner.tensors() | {"progress": torch.tensor(progress, dtype=torch.float64)}
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
-        super().load_training_state({name: state[name] for name in self.state_dict()})
+        super().load_training_state(state)
         made, done, self.learner.sum, loss = state["progress"].tolist()
         self.metrics = {} if math.isnan(loss) else {"loss/codes": loss}
         self.learner.made, self.learner.done = int(made), int(done)

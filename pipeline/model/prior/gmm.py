@@ -5,7 +5,6 @@ outer products of the components towards those of its codes.
 """
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from pipeline.errors import require
-from pipeline.model.prior.base import Device, Examples, Prior, Shape
-from pipeline.model.prior.code_settings import WINDOW, CodesConfig
+from pipeline.errors import InputError
+from pipeline.model.prior.base import WINDOW, CodesConfig, Device, Examples, Prior, Shape
 from pipeline.philox import SCALE, normal, uniform
 from pipeline.settings.constraints import between
 
@@ -42,8 +40,10 @@ class GmmConfig(CodesConfig):
 
     def check_round(self, images: int) -> None:
         if self.components * FEW > images:
-            what = f"prior.components={self.components} with match.round={images}: fewer than {FEW} codes a component"
-            require((False, f"{what} to start from. Ask for fewer components, or raise match.round"))
+            raise InputError(
+                f"prior.components={self.components} with match.round={images}: fewer than {FEW} codes a component to "
+                "start from. Ask for fewer components, or raise match.round"
+            )
 
 
 class Gmm(Prior):
@@ -60,10 +60,9 @@ class Gmm(Prior):
     def __init__(self, config: GmmConfig, shape: Shape, *, seed: int = 0) -> None:
         super().__init__(config, shape, seed=seed)
         number, values = config.components, math.prod(shape)
-        size = number * values**2
-        if size > LARGEST:
+        if (size := number * values**2) > LARGEST:
             what = f"prior.components={number} with codes of {values} values: {size} values in covariances"
-            require((False, f"{what}, at most {LARGEST}. Ask for fewer components"))
+            raise InputError(f"{what}, at most {LARGEST}. Ask for fewer components")
         self.followed, self.seen = 0, 0.0  # rounds since it started anew, and how many codes the statistics stand for
         self.parted = False  # whether it has more than one component
         self.register_buffer("weights", torch.zeros(number))
@@ -118,12 +117,9 @@ class Gmm(Prior):
             which = torch.cdist(codes, self.means).argmin(1)
         elif number > 1:
             from sklearn.cluster import KMeans  # slow to import
-            from sklearn.exceptions import ConvergenceWarning
 
             means = KMeans(min(number, len(codes)), n_init=1, max_iter=20, random_state=self.seed % 2**32)
-            with warnings.catch_warnings():  # of fewer different codes than components
-                warnings.simplefilter("ignore", ConvergenceWarning)
-                which = torch.from_numpy(means.fit(codes.cpu().numpy()).labels_).long()
+            which = torch.from_numpy(means.fit(codes.cpu().numpy()).labels_).long()
         return one_hot(which, self.config.components).to(codes)
 
     def _shares(self, codes: Tensor) -> Tensor:
@@ -159,7 +155,7 @@ class Gmm(Prior):
         return self.state_dict() | self.statistics | {"progress": progress}
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
-        super().load_training_state({name: state[name] for name in self.state_dict()})
+        super().load_training_state(state)
         for name, statistic in self.statistics.items():
             statistic.copy_(state[name])
         followed, parted, self.seen = state["progress"].tolist()

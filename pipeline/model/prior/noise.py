@@ -1,4 +1,4 @@
-"""Smooth noise: few normals, enlarged to an image."""
+"""Priors of noise: standard normals, and few normals that are enlarged to an image."""
 
 from dataclasses import dataclass, field
 
@@ -9,6 +9,20 @@ from pipeline.errors import InputError
 from pipeline.model.prior.base import Device, Prior, PriorConfig, Shape
 from pipeline.philox import normal
 from pipeline.settings.constraints import between
+
+
+@dataclass(kw_only=True, slots=True)
+class GaussianConfig(PriorConfig):
+    name: str = "gaussian"
+
+
+class Gaussian(Prior):
+    """N(0, I)."""
+
+    arc = True
+
+    def draw(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor:
+        return normal(seed, round, ids, self.shape, device)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,7 +43,7 @@ class Smooth(Prior):
     def __init__(self, config: SmoothConfig, shape: Shape, *, seed: int = 0) -> None:
         super().__init__(config, shape, seed=seed)
         if len(shape) != 3:
-            raise InputError("prior.name=smooth is for images, these are points: choose gaussian or halves")
+            raise InputError("prior.name=smooth is for images, these are points: choose gaussian")
 
     def draw(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor:
         coarse = normal(seed, round, ids, (self.shape[0], self.config.grid, self.config.grid), device)
