@@ -193,7 +193,7 @@ def export(
     /,
     *,
     to: Path,
-    format: Literal["safetensors", "torch", "onnx"] = "safetensors",
+    format: Literal["safetensors", "onnx"] = "safetensors",
     prior: Prior = "trained",
     components: Components = None,
     steps: Steps = None,
@@ -204,22 +204,19 @@ def export(
     Args:
         to: Folder to write.
         data: Packed data set whose codes the mixture is fitted to; default: the one it was trained on.
-        format: safetensors, or f of a batch of any size as a program that needs no code of this project: torch for
-            torch.export.load, onnx (in a checkout: `pip install -e '.[onnx]'`), compared with f in onnxruntime.
+        format: safetensors, or onnx: f of a batch of any size as a program that needs no code of this project, compared
+            with f in onnxruntime (in a checkout: `pip install -e '.[onnx]'`).
     """
     from pipeline.model import programs
 
     _refuse_runs(to)
-    require((format == "safetensors" or prior == "trained", f"--format {format} is f alone, without a prior"))
+    require((format == "safetensors" or prior == "trained", "--format onnx is f alone, without a prior"))
     model = _model(run, prior, components, steps, data)
     checked = ""
     with busy("exporting"):
         if format == "safetensors":
             model.save_pretrained(to)
             file = to / "model.safetensors"
-        elif format == "torch":
-            file = to / "model.pt2"
-            programs.write_torch(model.network, model.shape, file)
         else:
             file = to / "model.onnx"
             difference = programs.write_onnx(model.network, model.shape, file)

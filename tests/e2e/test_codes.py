@@ -58,7 +58,7 @@ def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, 
         done = naign("export", "run", "--prior", "gmm", "--components", "3", "--to", str(to))
         assert done.returncode == 2 and said in done.stderr
     torch.testing.assert_close(NAIGN.from_pretrained(tmp_path / "run").sample(4), again)
-    done = naign("export", "run", "--prior", "gmm", "--format", "torch", "--to", "program")
+    done = naign("export", "run", "--prior", "gmm", "--format", "onnx", "--to", "program")
     assert done.returncode == 2 and "f alone" in done.stderr and not (tmp_path / "program").exists()
     done = naign("evaluate", "mixed", "--samples", "300")
     assert done.returncode == 0, done.stderr
