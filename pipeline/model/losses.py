@@ -26,6 +26,7 @@ DISTANCES: dict[str, Distance] = {
     "l1+l2": lambda a, b: (a - b).abs().mean() + (a - b).square().mean(),
 }
 Network = Callable[[Tensor], Tensor]
+FAINT = 1e-2  # square of the length below which a position's features count for less than their direction
 
 
 @dataclass(kw_only=True, slots=True)
@@ -106,8 +107,6 @@ class NaignConfig(DistanceConfig):
     """denoising: the noise's standard deviation is uniform in [0, this] for each image."""
 
     def __post_init__(self) -> None:
-        if self.third == "denoising":
-            raise InputError("objective.third is 'denoising': set its weight, objective.denoising, instead")
         DistanceConfig.__post_init__(self)
         damage.find_damage(self.damage)
         third = self.third_weight if self.third != "none" else 0.0
@@ -146,13 +145,30 @@ one forward of all their inputs."""
 
 
 def choose_distance(config: ObjectiveConfig, perceptual: Distance | None) -> Distance:
-    """The distance d of the settings, with its perceptual part (`perceptual.py`) where that has a weight; l1 for
+    """The distance d of the settings, with its perceptual part where that has a weight; l1 for
     settings without a distance."""
     plain, weight = DISTANCES[getattr(config, "distance", "l1")], config.perceptual
     if not weight:
         return plain
     assert perceptual is not None, "objective.perceptual needs an encoder"
     return lambda a, b: plain(a, b) + weight * perceptual(a, b)
+
+
+def perceptual(stages: Callable[[Tensor], list[Tensor]]) -> Distance:
+    """A distance of images in the layers of a frozen network: it compares strokes and textures rather than values.
+
+    The mean over stages and positions of the squared difference of features of unit length; LPIPS (arXiv 1801.03924)
+    without its learned weights. Takes (n, C, H, W) in [-1, 1] twice; 0 for equal images, of the order of 1 for others.
+    """
+
+    def unit(maps: Tensor) -> Tensor:
+        return maps * torch.rsqrt(maps.float().square().sum(1, keepdim=True) + FAINT)
+
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        pairs = zip(map(unit, stages(a)), map(unit, stages(b)), strict=True)  # apart: no backward through real images
+        return torch.stack([(mine - other).square().sum(1).mean() for mine, other in pairs]).mean()
+
+    return distance
 
 
 def compute_losses(config: ObjectiveConfig, network: Network, batch: Batch) -> dict[str, Tensor]:

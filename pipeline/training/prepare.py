@@ -28,10 +28,9 @@ from pipeline.distributed.watchdog import Watchdog
 from pipeline.errors import InputError, require
 from pipeline.match import SpaceConfig, check_space
 from pipeline.model.encoders import names
-from pipeline.model.losses import Distance, ObjectiveConfig
+from pipeline.model.losses import Distance, ObjectiveConfig, perceptual
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import build_network
-from pipeline.model.perceptual import perceptual
 from pipeline.model.prior import Prior, build_prior
 from pipeline.observe import Monitor, Profiler, forward_flops, preflight, set_up
 from pipeline.settings.budget import count_network_rounds, count_rounds
@@ -257,10 +256,10 @@ def open_perceived(objective: ObjectiveConfig, shape: tuple[int, ...], device: t
     """The perceptual part of the objective's distance, if it has one; InputError where it is not for such data."""
     if not objective.perceptual:
         return None
-    network = open_encoder("objective.encoder", objective.encoder, shape, device).network
+    stages: Any = getattr(open_encoder("objective.encoder", objective.encoder, shape, device).network, "stages", None)
     with torch.no_grad():
-        seen = network.stages(torch.zeros(1, *shape, device=device)) if network else []
-    if network is None or not seen:
+        seen = stages and stages(torch.zeros(1, *shape, device=device))
+    if not seen:
         there = ", ".join([*names(), "efficientnet-lite0"])
         raise InputError(f"objective.encoder '{objective.encoder}' has no layers: choose one of {there}")
-    return perceptual(network.stages)
+    return perceptual(stages)

@@ -11,8 +11,7 @@ from torch import nn
 from pipeline.config import from_dict
 from pipeline.errors import InputError
 from pipeline.model.encoders import load_encoder
-from pipeline.model.losses import Batch, NaignConfig, choose_distance, compute_losses
-from pipeline.model.perceptual import perceptual
+from pipeline.model.losses import Batch, NaignConfig, choose_distance, compute_losses, perceptual
 
 
 def setting():
