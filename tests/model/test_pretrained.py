@@ -121,9 +121,9 @@ def test_a_row_of_the_space_does_not_depend_on_the_rows_beside_it() -> None:
 @pytest.mark.parametrize(
     ("shape", "said"),
     [
-        ((4, 32, 32), "reads images of 3 channels, or of 1, which is repeated; these have 4"),
-        ((3, 8, 32), "at least 16x16 pixels, these are 8x32: too small"),
-        ((2,), r"reads images, these are points"),
+        ((4, 32, 32), "cannot read images of shape .* to have 3 channels, but got 4"),
+        ((3, 8, 32), r"at least 16x16 pixels, these have the shape \(3, 8, 32\)"),
+        ((2,), r"takes images .* these have the shape \(2,\)"),
     ],
 )
 def test_images_that_an_encoder_cannot_read_are_refused(shape: tuple[int, ...], said: str) -> None:
@@ -166,29 +166,24 @@ def test_inception_is_that_of_torch_fidelity(monkeypatch: pytest.MonkeyPatch, tm
     assert not encoder.unfit((3, 32, 32)) and expected.shape == (2, 2048)
 
 
-def test_timm_opens_a_file_of_weights(tmp_path: Path) -> None:
+def test_timm_opens_a_folder(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm", reason="pip install timm", exc_type=ImportError)
-    from safetensors.torch import save_file
 
-    file = tmp_path / "weights.safetensors"
     network = timm.create_model("resnet18")
-    save_file(network.state_dict(), file)
-    encoder = load_encoder(f"timm:resnet18@{file}")
+    timm.models.save_for_hf(network, tmp_path, safe_serialization=True)
+    encoder = load_encoder(f"timm:local-dir:{tmp_path}")
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     assert not encoder.unfit((3, 32, 32)) and encoder.features(images).shape == (2, 512)
-    assert encoder.identity.startswith("timm:resnet18 (") and encoder.network is not None
+    assert encoder.network is not None
     assert [maps.shape[1] for maps in encoder.network.stages(images)] == [64, 64, 128, 256, 512]
     mean, std = (torch.tensor(network.pretrained_cfg[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
     scaled = (F.interpolate(images, (64, 64), mode="bilinear") / 2 + 0.5 - mean) / std
     with torch.no_grad():
         expected = network.eval().forward_head(network.forward_features(scaled), pre_logits=True)
     torch.testing.assert_close(encoder.features(images), expected)
-    with pytest.raises(InputError, match="'timm:nonesuch@.* cannot be opened"):
-        load_encoder(f"timm:nonesuch@{file}")
-    with pytest.raises(InputError, match="cannot be opened .*fc.weight"):
-        load_encoder(f"timm:convnext_atto@{file}")
-    with pytest.raises(InputError, match="absent.safetensors is no safetensors file"):
-        load_encoder("timm:resnet18@absent.safetensors")
+    for name, said in (("nonesuch", ".*Unknown model"), (f"local-dir:{tmp_path}/absent", "")):
+        with pytest.raises(InputError, match=f"'timm:{name}' cannot be opened {said}"):
+            load_encoder(f"timm:{name}")
 
 
 def test_a_network_of_maps_and_features() -> None:
@@ -238,7 +233,7 @@ def test_features_without_maps_are_no_perceptual_distance(monkeypatch: pytest.Mo
 def test_files_that_can_run_code_are_refused_and_not_opened(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch opened'\ntR.")
     with pytest.raises(
-        InputError, match="is not opened, since such files can run code: register .* or give timm:"
+        InputError, match="choose one of .* or give timm:NAME, or the path of a .safetensors file"
     ) as caught:
         load_encoder(str(tmp_path / name))
     assert "\n" not in str(caught.value)
