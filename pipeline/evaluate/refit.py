@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.loader import read_split
-from pipeline.errors import InputError, require
+from pipeline.errors import require
 from pipeline.evaluate.recorded import recorded
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import code_shape

@@ -19,7 +19,7 @@ from pipeline.evaluate.recorded import fingerprint, recorded
 from pipeline.evaluate.report import Picture, draw_pictures, render
 from pipeline.evaluate.runs import folder_of, number
 from pipeline.model.encoders import Encoder, choose_encoder, load_encoder
-from pipeline.model.hub import is_hub_name
+from pipeline.model.hub import PREFIX
 from pipeline.model.naign import NAIGN
 from pipeline.observe.pictures import png
 from pipeline.storage.base import Store
@@ -46,7 +46,7 @@ def evaluate(
     """
     beside = f"the results are written beside the model: evaluate a copy, naign export {folder} --to FOLDER"
     few = f"{samples} samples are too few to measure: --samples must be more than {NEIGHBOURS}"
-    require((not is_hub_name(folder), beside), (samples > NEIGHBOURS, few))
+    require((not folder.startswith(PREFIX), beside), (samples > NEIGHBOURS, few))
     start, threads = time.monotonic(), torch.get_num_threads()
     with busy(f"reading {folder}", shown=progress):
         model = NAIGN.from_pretrained(folder, device=device)

@@ -4,29 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from pipeline.errors import InputError, Unavailable, one_line, require
 
 WEIGHTS = "model.safetensors"
 PREFIX = "hf://"  # of the names of models on the hub
-
-# The errors of the HTTP library that this version of huggingface_hub is built on, and what else its calls raise;
-# FORM: where the hub answers in another form than expected.
-FORM = (LookupError, TypeError, AttributeError)
-ERRORS: Any = (*HfHubHTTPError.__bases__, OSError, RuntimeError, ValueError, *FORM)
-
-
-def is_hub_name(place: str | Path) -> bool:
-    """Whether `place` is hf://user/model."""
-    return str(place).startswith(PREFIX)
+LOGIN = "(`hf auth login`, or HF_TOKEN)"
 
 
 def download(name: str, **options: Any) -> Path:
@@ -35,33 +20,25 @@ def download(name: str, **options: Any) -> Path:
     Raises InputError where the hub has no such model, or none that is stored as safetensors, or cannot be reached.
     """
     check_name(name)
-    _check_secrets(options.get("token"))
-    nothing = f"no model at {PREFIX}{name}:"
+    _has_token(options.get("token"))
     try:
         return Path(hf_hub_download(name, WEIGHTS, **options))
     except RepositoryNotFoundError:
-        text = f"{nothing} the hub has none of this name, or shows it only after a login (`hf auth login`, or HF_TOKEN)"
+        reason = f"there is none of this name, or it is shown only after a login {LOGIN}"
     except LocalEntryNotFoundError as error:
-        cause = one_line(error.__cause__ or error)
-        text = f"{nothing} the hub ({constants.ENDPOINT}) does not answer, nor is a copy in the cache: {cause}"
+        reason = f"the hub does not answer, nor is a copy in the cache: {one_line(error.__cause__ or error)}"
     except EntryNotFoundError:
-        text = f"the hub's {name} has no {WEIGHTS}, which is all that is read: pickles (.bin, .pt) never are"
-    except ERRORS as error:
-        text = f"{name} cannot be fetched from the hub ({constants.ENDPOINT}): {_cause(error)}"
-    raise InputError(text)
-
-
-def _cause(error: BaseException) -> str:
-    """The HTTP library's message, on one line."""
-    text = one_line(error)
-    return f"it answers in an unknown form ({type(error).__name__}: {text})" if isinstance(error, FORM) else text
+        reason = f"it has no {WEIGHTS}, which is all that is read: pickles (.bin, .pt) never are"
+    except Exception as error:  # the HTTP library's, the file system's, or an answer in another form than expected
+        reason = f"{type(error).__name__}: {one_line(error)}"
+    raise InputError(f"no model at {PREFIX}{name} ({constants.ENDPOINT}): {reason}")
 
 
 def check_name(name: str) -> None:
     """InputError unless `name` can name a repository of a user on the hub."""
     try:
         validate_repo_id(name)
-    except HFValidationError as error:
+    except ValueError as error:
         raise InputError(f"'{name}' is no name on the hub: {one_line(error)}") from None
     require(("/" in name, f"'{name}' is no name on the hub: write user/{name}"))
 
@@ -69,16 +46,15 @@ def check_name(name: str) -> None:
 def check_login(name: str) -> None:
     """InputError unless `name` can name a repository and there is a token: HF_TOKEN or that of a login."""
     check_name(name)
-    there = _check_secrets(None)
-    require((there, f"uploading {name} needs a login to the hub: run `hf auth login`, or set HF_TOKEN"))
+    require((_has_token(None), f"uploading {name} needs a login to the hub {LOGIN}"))
 
 
-def _check_secrets(token: str | bool | None) -> bool:
+def _has_token(token: str | bool | None) -> bool:
     """Whether there is a token. InputError where a message of the HTTP library could show it, or a password."""
     secret = token if isinstance(token, str) else get_token() or ""
     plain = secret.isascii() and secret.isprintable()
     require(
-        (plain, "the token for the hub has characters that no token has: run `hf auth login` again, or set HF_TOKEN"),
+        (plain, f"the token for the hub has characters that no token has: renew the login {LOGIN}"),
         ("@" not in constants.ENDPOINT, "HF_ENDPOINT holds a user or a password: give a token as HF_TOKEN instead"),
     )
     return bool(secret)
@@ -111,11 +87,11 @@ def upload(folder: Path, name: str, *, private: bool = False) -> str:
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a NAIGN model")
     except InputError:
         raise
-    except ERRORS as error:
+    except Exception as error:  # as of a download
         status = getattr(getattr(error, "response", None), "status_code", 0)
-        text = f"{name} was not uploaded to the hub ({constants.ENDPOINT}): {_cause(error)}"
+        text = f"{name} was not uploaded to the hub ({constants.ENDPOINT}): {type(error).__name__}: {one_line(error)}"
         if status in (401, 403):
-            raise InputError(f"{text}; is the login (`hf auth login`, or HF_TOKEN) one that may write there?") from None
+            raise InputError(f"{text}; may the login {LOGIN} write there?") from None
         if 400 <= status < 500 or isinstance(error, ValueError):
             raise InputError(text) from None
         raise Unavailable(text) from None

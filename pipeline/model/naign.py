@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import InputError, one_line
 from pipeline.model import hub
-from pipeline.model.networks import NetworkConfig, build_network, recorded_network
+from pipeline.model.networks import build_network, recorded_network
 from pipeline.model.prior import build_prior, find_prior
 from pipeline.model.weights import locate
 from pipeline.philox import SAMPLES
@@ -20,12 +21,8 @@ from pipeline.philox import SAMPLES
 _KEY = "naign"  # in the safetensors header: a JSON object that describes the model
 _STATE = "prior."  # begins the names of the tensors of the prior
 
-
-Advance = Callable[[int], object]
+Advance = Callable[[int], object] | None
 """Called with the number of rows that were just computed."""
-
-
-def _ignore(_: int) -> None: ...
 
 
 class NAIGN:
@@ -72,7 +69,14 @@ class NAIGN:
         state = {name.removeprefix(_STATE): tensors.pop(name) for name in list(tensors) if name.startswith(_STATE)}
         try:
             metadata = json.loads(header)
-            network = _rebuild(recorded_network(metadata["model"]), tuple(metadata["shape"]), tensors)
+            build = partial(build_network, recorded_network(metadata["model"]), tuple(metadata["shape"]))
+            with torch.device("meta"):  # what the header claims is checked against the file before it is allocated
+                network = build()
+            network.load_state_dict(tensors, assign=True)
+            if any(value.is_meta for value in network.buffers()):  # computed when a network is built, not saved
+                with torch.random.fork_rng(devices=[]):
+                    network = build()
+                network.load_state_dict(tensors)
             model = cls(network, metadata, state)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError) as error:
             raise InputError(f"{file} does not hold the model that its header describes: {one_line(error)}") from None
@@ -118,14 +122,14 @@ class NAIGN:
         """
         return self._decoded(self.prior.between((first, last), SAMPLES, self.device, steps=steps))
 
-    def sample(self, n: int, *, seed: int = 0, times: int = 1, batch: int = 500, advance: Advance = _ignore) -> Tensor:
+    def sample(self, n: int, *, seed: int = 0, times: int = 1, batch: int = 500, advance: Advance = None) -> Tensor:
         """n samples (n, *shape) float32: f applied `times` times to latents 0 to n - 1 of `seed`."""
         ids = torch.arange(n).split(batch)
         parts = [self.project(self.latent(part, seed=seed), times=times, advance=advance) for part in ids]
         return torch.cat(parts) if parts else torch.empty(0, *self.shape)
 
     @torch.inference_mode()
-    def project(self, x: Tensor, *, times: int = 1, batch: int = 500, advance: Advance = _ignore) -> Tensor:
+    def project(self, x: Tensor, *, times: int = 1, batch: int = 500, advance: Advance = None) -> Tensor:
         """f applied `times` times to x (n, *shape): its repair. On the device of x.
 
         Raises InputError where that is not finite: x is not, or the training broke down.
@@ -138,34 +142,20 @@ class NAIGN:
             for _ in range(times):
                 value = self.network(value)
             done.append(value.to(x.device))
-            advance(len(part))
+            if advance:
+                advance(len(part))
         made = torch.cat(done) if done else x.clone()
         if not torch.isfinite(made).all():
             raise InputError("f gives values that are not finite: its training broke down, or what it was given is not")
         return made
 
-    def energy(self, x: Tensor, *, times: int = 1, batch: int = 500, advance: Advance = _ignore) -> Tensor:
+    def energy(self, x: Tensor, *, times: int = 1, batch: int = 500, advance: Advance = None) -> Tensor:
         """Mean squared residual of f(x) - x over the values of each row: (n,). Low near the data.
 
         With `times` above 1 it is the residual after that many applications of f, each of which moves points that are
         far from the data further: the energy then separates them better, at a cost that is proportional to `times`.
         """
         return (self.project(x, times=times, batch=batch, advance=advance) - x).square().flatten(1).mean(1)
-
-
-def _rebuild(config: NetworkConfig, shape: tuple[int, ...], state: dict[str, Tensor]) -> nn.Module:
-    """The network of these settings with that state; RuntimeError where they do not fit.
-
-    It is first built on no device: what the settings claim is checked against the file before any of it is allocated.
-    """
-    with torch.device("meta"):
-        network = build_network(config, shape)
-    network.load_state_dict(state, assign=True)
-    if any(value.is_meta for value in network.buffers()):  # those that are computed when a network is built, not saved
-        with torch.random.fork_rng(devices=[]):
-            network = build_network(config, shape)
-        network.load_state_dict(state)
-    return network
 
 
 def save_model(

@@ -10,14 +10,13 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from pipeline.checkpoint.bucket import fetch_file, newest_first
-from pipeline.checkpoint.manifest import BEST, best_named
+from pipeline.checkpoint.manifest import best_named, read_best
 from pipeline.checkpoint.writer import is_complete, newest_checkpoint, passed_over
 from pipeline.errors import Damaged, InputError, one_line
 from pipeline.model import hub
@@ -29,13 +28,10 @@ log = logging.getLogger("naign.model")
 FILES = ("ema.safetensors", "model.safetensors")  # the first that is there
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Weights:
+class Weights(NamedTuple):
     file: Path
-    checkpoint: str = ""
-    """Of a run: the name of the checkpoint."""
-    choice: str = ""
-    """Of a run: best, or last."""
+    checkpoint: str = ""  # of a run: its name
+    choice: str = ""  # of a run: best, or last
 
 
 @contextmanager
@@ -44,8 +40,8 @@ def locate(place: str | Path, **download: Any) -> Iterator[Weights]:
 
     Of a bucket that one file is fetched. Raises InputError, which names what was looked for where, if there is none.
     """
-    if hub.is_hub_name(place):
-        yield Weights(file=hub.download(str(place).removeprefix(hub.PREFIX), **download))
+    if str(place).startswith(hub.PREFIX):
+        yield Weights(hub.download(str(place).removeprefix(hub.PREFIX), **download))
     elif str(place).startswith("s3:"):
         with tempfile.TemporaryDirectory() as folder:
             yield _fetch(str(place).rstrip("/"), Path(folder))
@@ -59,8 +55,7 @@ def _fetch(remote: str, folder: Path) -> Weights:
     best = best_named(remote) if names and _ended_by_patience(remote, names[0]) else ""
     for name in [*([best] if best in names else []), *names]:
         try:
-            file = fetch_file(remote, name, FILES, folder)
-            return Weights(file=file, checkpoint=name, choice="best" if name == best else "last")
+            return Weights(fetch_file(remote, name, FILES, folder), name, "best" if name == best else "last")
         except Damaged as error:
             log.warning("%s/checkpoints/%s is damaged and skipped: %s", remote, name, one_line(error))
     raise InputError(f"{remote} holds no complete checkpoint: has the training written one yet?")
@@ -69,7 +64,7 @@ def _fetch(remote: str, folder: Path) -> Weights:
 def _find(folder: Path) -> Weights:
     """The weights of a run, a checkpoint or an exported folder on this machine."""
     if os.path.isfile(folder):  # False also for what no file could be called
-        return Weights(file=folder)
+        return Weights(folder)
     if not os.path.isdir(folder):
         elsewhere = "a model of the Hugging Face hub is hf://user/model, a run in a bucket s3://bucket/prefix"
         raise InputError(f"no run or model at '{folder}': there is no {os.path.abspath(folder)}; {elsewhere}")
@@ -81,25 +76,18 @@ def _find(folder: Path) -> Weights:
         best = checkpoints / best_named(run)
         if is_complete(best):
             checkpoint, choice = best, "best"
-    for name in FILES:
-        if checkpoint and (checkpoint / name).is_file():
-            return Weights(file=checkpoint / name, checkpoint=checkpoint.name, choice=choice)
-        if not checkpoint and (folder / name).is_file():
-            return Weights(file=folder / name)
+    for file in ((checkpoint or folder) / name for name in FILES):
+        if file.is_file():
+            return Weights(file, checkpoint.name, choice) if checkpoint else Weights(file)
     raise InputError(f"'{folder}' has no complete checkpoint and no model.safetensors: has its training got that far?")
 
 
 def _ended_by_patience(run: str, newest: str) -> bool:
     """Whether quality.patience ended a run, in a folder or a bucket, whose newest checkpoint is that one."""
     try:
-        sections = yaml.safe_load(_read(run, "config.yaml"))
+        sections = yaml.safe_load(open_store(run).read("config.yaml"))
         settings = {f"{name}.{key}": sections[name][key] for name in ("quality", "data") for key in sections[name]}
-        rounds = json.loads(_read(f"{run}/checkpoints/{newest}", "trainer.json"))["round"]
-        return is_exhausted(settings, rounds, json.loads(_read(run, BEST)))
+        rounds = json.loads(open_store(f"{run}/checkpoints/{newest}").read("trainer.json"))["round"]
+        return is_exhausted(settings, rounds, read_best(run))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
         return False  # a file is missing, or was written by another program
-
-
-def _read(folder: str, name: str) -> bytes:
-    store = open_store(folder)
-    return store.read(name) if store.exists(name) else b""

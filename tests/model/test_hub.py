@@ -39,7 +39,7 @@ def test_a_model_comes_back_from_the_hub_also_offline(hub, model, monkeypatch):
     asked = len(hub.requests)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert torch.equal(NAIGN.from_pretrained("hf://me/model").sample(3), model.sample(3))
-    with pytest.raises(InputError, match="no model at hf://me/other: .* does not answer, nor is a copy"):
+    with pytest.raises(InputError, match="no model at hf://me/other .* does not answer, nor is a copy"):
         NAIGN.from_pretrained("hf://me/other")
     assert len(hub.requests) == asked
 
@@ -66,7 +66,7 @@ class Opened:
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
 def test_a_pickle_is_never_read(hub, model, tmp_path, name):
     hub.models["me/pickle"] = {name: pickle.dumps(Opened()), "config.json": b"[]"}
-    with pytest.raises(InputError, match="the hub's me/pickle has no model.safetensors, .* pickles .* never are"):
+    with pytest.raises(InputError, match="hf://me/pickle .* it has no model.safetensors, .* pickles .* never are"):
         NAIGN.from_pretrained("hf://me/pickle")
     assert not any(name in request for request in hub.requests)
     (tmp_path / "folder").mkdir()
@@ -78,11 +78,11 @@ def test_a_pickle_is_never_read(hub, model, tmp_path, name):
 
 
 def test_what_the_hub_does_not_have_or_show_is_no_model(hub, model, monkeypatch):
-    with pytest.raises(InputError, match="the hub has none of this name, or shows it only after a login"):
+    with pytest.raises(InputError, match="hf://me/.* there is none of this name, or it is shown only after a login"):
         NAIGN.from_pretrained("hf://me/none")
     push(model, "me/hidden", private=True)
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(InputError, match="the hub has none of this name, or shows it only after a login"):
+    with pytest.raises(InputError, match="hf://me/.* there is none of this name, or it is shown only after a login"):
         NAIGN.from_pretrained("hf://me/hidden")
     hub.models["me/cut"] = {WEIGHTS: hub.models["me/hidden"][WEIGHTS][:-9]}
     with pytest.raises(InputError, match="no readable safetensors file"):
@@ -92,8 +92,8 @@ def test_what_the_hub_does_not_have_or_show_is_no_model(hub, model, monkeypatch)
 @pytest.mark.parametrize(
     ("token", "name", "said"),
     [
-        ("", "me/model", "needs a login to the hub: run `hf auth login`, or set HF_TOKEN"),
-        ("hf_wrong", "me/model", "was not uploaded .* is the login .* one that may write there"),
+        ("", "me/model", "needs a login to the hub .`hf auth login`, or HF_TOKEN"),
+        ("hf_wrong", "me/model", "was not uploaded .* may the login .* write there"),
         ("hf_\x07secret", "me/model", "has characters that no token has"),
         ("hf_right", "model", "write user/model"),
         ("hf_right", "me/mo del", "'me/mo del' is no name on the hub"),
@@ -127,12 +127,12 @@ def test_a_hub_that_is_down_is_worth_a_retry(hub, model):
 
 def test_a_hub_that_answers_in_another_form_is_told_in_one_sentence(hub, model, monkeypatch):
     monkeypatch.setattr(hub, "_create", lambda wanted: (200, {}, b"[]"))
-    with pytest.raises(Unavailable, match="me/model was not uploaded .* in an unknown form"):
+    with pytest.raises(Unavailable, match="me/model was not uploaded .* TypeError"):
         push(model, "me/model")
 
     def download(*_, **__):
         return {}["etag"]
 
     monkeypatch.setattr("pipeline.model.hub.hf_hub_download", download)
-    with pytest.raises(InputError, match="me/model cannot be fetched .* in an unknown form .KeyError: 'etag'"):
+    with pytest.raises(InputError, match="no model at hf://me/model .* KeyError: 'etag'"):
         NAIGN.from_pretrained("hf://me/model")
