@@ -98,6 +98,7 @@ class Encoder:
 
     def logits(self, data: Tensor, *, batch: int = 1000) -> Tensor:
         """(n, C, H, W) in [-1, 1] -> (n, classes) float32, of an encoder with labels."""
+        assert self.network is not None
         return torch.cat([self.network(part) for part in self._parts(data, batch)])
 
     def unfit(self, shape: tuple[int, ...]) -> str:
