@@ -174,7 +174,7 @@ REMOVED = (
 RENAMED: dict[str, str] = dict.fromkeys(REMOVED, "") | {
     "train.graphs": "train.compile",
     "match.reject": "match.reject_share, a share of the pool",
-    "match.latents": "prior.name, where codes is flow or gmm, and smooth4 is smooth",
+    "match.latents": "prior.name, where codes is flow or gmm, smooth4 is smooth and mixture is halves",
     "match.codes": "prior",
 }
 """Settings and sections of earlier versions and their present names; "" for those that were removed."""

@@ -14,7 +14,7 @@ from tests.conftest import SMALL, environment, train_command
 
 FILE = Path(__file__).parent / "golden.json"
 TRACES = {
-    "naign": ["--prior.name=gaussian", "--objective.third=none", "--objective.imle=1", "--objective.denoising=0"],
+    "naign": ["--prior.name=halves", "--objective.third=none", "--objective.imle=1", "--objective.denoising=0"],
     "naign denoising": [
         "--objective.third=none",
         *("--objective.imle=1", "--objective.denoising=1", "--objective.damage=noise"),

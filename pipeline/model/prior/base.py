@@ -29,9 +29,9 @@ class PriorConfig:
     """Base of every prior's settings."""
 
     name: str = ""
-    """What latents are drawn from: `gaussian` (N(0, I)), `smooth` (few normals, enlarged), `flow` or `gmm` (decoded
-    from codes that a flow or a Gaussian mixture draws, which learns in the same run), or one that another package
-    registers, such as IGN's `fourier`."""
+    """What latents are drawn from: `gaussian` (N(0, I)), `smooth` (few normals, enlarged), `halves` (N(0, I) and flat
+    images), `flow` or `gmm` (decoded from codes that a flow or a Gaussian mixture draws, which learns in the same run),
+    or one that another package registers, such as IGN's `fourier`."""
 
     def __post_init__(self) -> None:
         check_fields(self, "prior")

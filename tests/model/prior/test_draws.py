@@ -5,16 +5,17 @@ from functools import partial
 import pytest
 import torch
 from naign_baselines.fourier import FourierConfig
+from scipy import stats
 
 from pipeline.errors import InputError
 from pipeline.model.networks import ConvConfig, build_network
 from pipeline.model.prior import Examples, Prior, PriorConfig, build_prior, find_prior
 from pipeline.model.prior.flow import FlowConfig
 from pipeline.model.prior.gmm import GmmConfig
-from pipeline.model.prior.noise import GaussianConfig, SmoothConfig
+from pipeline.model.prior.noise import GaussianConfig, HalvesConfig, SmoothConfig
 
 EVERY = [
-    *(GaussianConfig(), SmoothConfig(), FourierConfig()),
+    *(GaussianConfig(), HalvesConfig(), SmoothConfig(), FourierConfig()),
     *(FlowConfig(width=8, depth=1, passes=1, begin=0.0, steps=3), GmmConfig(components=3, begin=0.0)),
 ]
 NETWORK = build_network(ConvConfig(width=4, code=6), (1, 8, 8)).requires_grad_(False)
@@ -92,6 +93,14 @@ def test_a_draw_waits_for_no_device(prior):
     assert there.draw(1, 0, ids, "meta").shape == (5, *prior.shape)
 
 
+def test_half_of_the_halves_are_flat_images_with_noise():
+    drawn = build(HalvesConfig(), (1, 28, 28)).draw(0, 0, torch.arange(4000), "cpu").flatten(1)
+    flat, noise = drawn[::2], drawn[1::2]
+    assert float(noise.std(1).mean()) == pytest.approx(1, abs=0.01)
+    assert stats.kstest(flat.std(1).numpy(), stats.uniform(0, 0.5).cdf).pvalue > 1e-3
+    assert stats.kstest(flat.mean(1).numpy(), stats.uniform(-1, 2).cdf).pvalue > 1e-3
+
+
 def test_smooth_noise_has_few_dimensions():
     drawn = build(SmoothConfig(grid=3), (1, 24, 24)).draw(0, 0, torch.arange(500), "cpu").flatten(1)
     assert int(torch.linalg.matrix_rank(drawn)) == 9
@@ -123,7 +132,7 @@ def test_the_spectrum_of_all_ranks_is_that_of_the_whole_round():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(InputError, match="prior.name is 'cauchy': choose one of gaussian, smooth, flow, gmm"):
+    with pytest.raises(InputError, match="prior.name is 'cauchy': choose one of gaussian, smooth, halves, flow, gmm"):
         find_prior("cauchy")
     with pytest.raises(InputError, match="smooth is for images"):
         build(SmoothConfig(), (2,))
