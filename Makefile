@@ -5,7 +5,8 @@ VENV ?= .venv
 CONFIG ?=
 RUN ?= runs/$(or $(basename $(notdir $(CONFIG))),mnist)
 OPTIONS ?=
-WORKERS ?= 2
+# Of tests, on two cores: one more than these, since some tests wait.
+WORKERS ?= 3
 
 # pip compiles nothing below: each module is compiled when it is first imported, and that is kept.
 export PYTHONDONTWRITEBYTECODE :=

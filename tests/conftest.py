@@ -27,8 +27,9 @@ ROOT = Path(__file__).parent.parent
 subprocess.Popen = forks.Popen  # type: ignore[misc]  # the same, but for programs with the environment of forked()
 
 
-LONG = ("hosts/test_job.py", "e2e/test_engines.py", "e2e/test_guards.py", "e2e/test_stops.py", "e2e/test_kills.py")
-LONG += ("hosts/test_slurm.py", "test_benchmarks.py", "e2e/", "hosts/", "data/test_faults.py", "distributed/")
+LONG = ("hosts/test_job.py", "e2e/test_engines.py", "test_benchmarks.py", "e2e/test_restarts.py", "e2e/test_stops.py")
+LONG += ("e2e/test_guards.py", "hosts/test_slurm.py", "e2e/test_kills.py", "release/", "e2e/", "hosts/")
+LONG += ("test_tables.py", "test_contributing.py", "data/test_faults.py", "distributed/")
 """Files that take longest, the longest first."""
 
 
