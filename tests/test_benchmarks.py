@@ -41,7 +41,7 @@ def test_match_measures_every_method_and_two_ranks(digits: str, tmp_path: Path) 
         assert problem["methods"][method]["wrong"] == 0
     assert {"sgemm", "faiss.knn", "IndexFlatL2", "cdist", "HNSW"} <= set(problem["methods"])
     for ranks in ("1", "2"):
-        assert problem["ranks"][ranks]["auto"]["wrong"] == 0 and problem["ranks"][ranks]["peers"]["memory"] >= 0
+        assert problem["ranks"][ranks]["auto"]["wrong"] == 0
     assert problem["ranks"]["2"]["auto"]["received"] < problem["ranks"]["2"]["peers"]["received"]
     assert problem["model"]["weak 1024"]["memory"] > 0
     assert done.stdout.strip() == (tmp_path / "results/match.md").read_text().strip()

@@ -87,6 +87,7 @@ def _read_points(path: Path, shape: tuple[int, ...]) -> Tensor:
 
 def write_samples(samples: Tensor, to: Path) -> str:
     """Write samples to a .png grid, a .csv file, or as one PNG each into a folder. Returns the place, for a message."""
+    require((to != Path(), "--to is the current folder, which a file for each sample would fill: name another one"))
     points, suffix = samples.ndim != 4, to.suffix.lower()
     if points != (suffix == ".csv") or suffix not in (".png", ".csv", ""):
         wanted = ".csv" if points else ".png, or a folder's name"

@@ -70,8 +70,11 @@ def _find(folder: Path) -> Weights:
         raise InputError(f"no run or model at '{folder}': there is no {os.path.abspath(folder)}; {elsewhere}")
     run, checkpoints = str(folder.absolute()), folder / "checkpoints"
     checkpoint, choice = newest_checkpoint(checkpoints), "last"
-    for damaged in passed_over(checkpoints, checkpoint):
-        log.warning("%s is damaged or incomplete: skipped", damaged)
+    damaged = passed_over(checkpoints, checkpoint)
+    for each in damaged:
+        log.warning("%s is damaged or incomplete: skipped", each)
+    if damaged and not checkpoint:
+        raise InputError(f"all checkpoints of '{folder}' are damaged or incomplete: copy one again, or train anew")
     if checkpoint and _ended_by_patience(run, checkpoint.name):
         best = checkpoints / best_named(run)
         if is_complete(best):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipeline.cli.main import main
 from pipeline.model.naign import NAIGN
+from pipeline.model.scale import scaled
 from tests.conftest import ROOT, Program
 
 
@@ -51,7 +52,9 @@ def test_the_steps_of_the_readme(naign: Program, train: Program, tmp_path: Path)
     assert Image.open(tmp_path / "repaired" / images[0].name).size == (8, 8)
     rows = list(csv.DictReader(run("score", "runs/digits", "each").splitlines()))
     assert [Path(row["file"]).name for row in rows] == [image.name for image in images]
-    assert all(float(row["energy"]) >= 0 for row in rows)
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(image).convert("L")))[None] for image in images])
+    expected = NAIGN.from_pretrained(tmp_path / "runs/digits").energy(scaled(pixels))
+    assert [float(row["energy"]) for row in rows] == pytest.approx(expected.tolist(), rel=1e-4)
 
     run("export", "runs/digits", "--to", "model")
     model = NAIGN.from_pretrained(tmp_path / "model")

@@ -325,7 +325,7 @@ def test_points_skip_what_is_for_images(save_untrained: Save, tmp_path: Path) ->
     metrics = evaluate(folder, samples=500, progress=False)
     assert metrics["restoration"] is None and metrics["modes"] is None and metrics["density"] is None
     assert metrics["fd"]["once"] > metrics["fd"]["floor"] and metrics["idempotence"]["damaged"] is None
-    assert 0 <= metrics["coverage"]["coverage"] <= 1 and metrics["nearest"]["samples"] > 0
+    assert metrics["coverage"]["coverage"] < 0.9 and metrics["nearest"]["samples"] > 0
     text = (tmp_path / "run" / "evaluation" / "report.html").read_text()
     assert "do not apply" in text and text.count("<img") == 1
     assert not re.search(r"\bnan\b|\binf\b|None", text)

@@ -9,6 +9,7 @@ import yaml
 
 from pipeline.checkpoint import bucket as in_bucket
 from pipeline.checkpoint.bucket import upload
+from pipeline.cli.files import write_samples
 from pipeline.errors import InputError
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import build_network, recorded_network
@@ -98,3 +99,17 @@ def test_one_file_of_a_bucket_is_fetched(tmp_path, bucket, monkeypatch, average)
 def test_a_bucket_without_checkpoints_is_refused(bucket):
     with pytest.raises(InputError, match=f"{bucket}/run holds no complete checkpoint"):
         NAIGN.from_pretrained(f"{bucket}/run")
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_says_so(tmp_path):
+    write_run(tmp_path / "run")
+    for file in (tmp_path / "run/checkpoints").glob("*/model.safetensors"):
+        file.write_bytes(b"x")
+    with pytest.raises(InputError, match="all checkpoints of '.*run' are damaged or incomplete: copy one again"):
+        NAIGN.from_pretrained(tmp_path / "run")
+
+
+@pytest.mark.parametrize("place", ["", "."])
+def test_samples_do_not_fill_the_current_folder(place):
+    with pytest.raises(InputError, match="--to is the current folder"):
+        write_samples(torch.zeros(2, 1, 8, 8), Path(place))

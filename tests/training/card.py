@@ -124,7 +124,7 @@ def cases() -> Any:
     options = ["--objective.imle=0.3", "--prior.width=16"]  # latents that a flow draws, of either kind of code
     yield "spatial flow", settings("cifar10", *options), (3, 32, 32)
     yield "dense flow", settings("mnist", *options, "--prior.name=flow"), (1, 28, 28)
-    for prior in ("gaussian", "smooth", "fourier"):
+    for prior in ("gaussian", "smooth", "halves", "fourier"):
         yield prior, settings("mnist_imle", f"--prior.name={prior}"), (1, 28, 28)
     options = ["--objective.imle=1", "--objective.third=idempotence", "--prior.name=gaussian"]
     yield "idempotence", settings("mnist", *options), (1, 28, 28)
