@@ -92,6 +92,7 @@ def digit(tmp_path) -> tuple[Tensor, Path]:
     return scaled(values), tmp_path / "digit.png"
 
 
+@pytest.mark.slow
 def test_a_repair_is_the_models(page, client, digit) -> None:
     image, file = digit
     strengths = dict(zip(KINDS, (0.5, 0.0, 1.0, 2.0), strict=True))

@@ -68,6 +68,7 @@ def rounds(path: str, count: int, size: int, world: int = 1, **settings: Any) ->
     return labels, keys, read
 
 
+@pytest.mark.slow
 def test_no_class_is_a_fifth_of_a_round_by_default(sorted_by_class: str) -> None:
     labels, keys, _ = rounds(sorted_by_class, 3, 2000)
     assert Counter(keys).most_common(1)[0][1] == 1 and len(keys) == 6000

@@ -16,6 +16,7 @@ from pipeline.data.order import Order, pieces, rank_rows
 SHARDS, EACH = 100_000, 10_000
 
 
+@pytest.mark.slow
 def test_a_billion_images_are_read_from_one_index(tmp_path: Path) -> None:
     names = [f"{number:08d}.tar" for number in range(SHARDS)]
     digests = (hashlib.sha256(name.encode()).hexdigest() for name in names)

@@ -204,6 +204,7 @@ def take(path: str, rounds: int, world: int, **settings: Any) -> tuple[torch.Ten
     return torch.cat(images), keys
 
 
+@pytest.mark.slow
 def test_every_picture_once_and_the_same_bits_on_any_ranks_and_workers(theirs: str) -> None:
     settings = {"size": "24x32", "fit": "random", "flip": True}
     plain, keys = take(theirs, 6, 1, **settings)
@@ -265,6 +266,7 @@ def test_bombs_and_pictures_without_pixels_are_refused(form: str, change: Any, m
         resized(change(stored(photo(0, (200, 100)), form)), Resize(height=8, width=8))
 
 
+@pytest.mark.slow
 def test_points_have_no_size(points: str) -> None:
     check_config(DataConfig(path=points, size="8"))
     with pytest.raises(InputError, match=r"data.size and data.crop are of pictures"):

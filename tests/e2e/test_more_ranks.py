@@ -32,6 +32,7 @@ def test_three_ranks_resume_bit_for_bit(name: str, digits: str, tmp_path: Path) 
         assert torch.equal(value, expected[key]), key
 
 
+@pytest.mark.slow
 def test_processor_time_is_that_of_all_ranks_over_all_resumptions(digits: str, tmp_path: Path) -> None:
     options = [*SMALL, f"--data.path={digits}", "--run.path=run", "--resume=changed", "--checkpoint.rounds=2"]
     for ranks, rounds, spent in ((2, 3, 3 * (1 + 2)), (1, 5, 3 * (1 + 2) + 2 * 1)):

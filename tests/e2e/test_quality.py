@@ -127,6 +127,7 @@ def test_a_distance_measured_otherwise_is_not_compared_with(digits, tmp_path, ca
             caplog.clear()
 
 
+@pytest.mark.slow
 def test_pooled_pixels_are_warned_of_unless_they_are_asked_for(points, tmp_path, caplog):
     given = ["--quality.rounds=2", f"--data.path={points}", f"--run.path={tmp_path}", "--model.name=mlp"]
     with Stream(parse(given).data, seed=0, round_size=256, prefetch=False) as stream:

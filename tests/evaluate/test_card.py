@@ -35,6 +35,7 @@ def run(digits: str, save_untrained: Save, tmp_path_factory: pytest.TempPathFact
     return str(folder)
 
 
+@pytest.mark.slow
 def test_the_card_says_what_was_measured_and_its_example_runs(hub: Hub, run: str, digits: str) -> None:
     push(run, "me/digits", license="mit", private=True)
     files, metrics = hub.models["me/digits"], json.loads(Path(run, "evaluation/metrics.json").read_text())

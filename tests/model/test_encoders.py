@@ -121,6 +121,7 @@ def test_a_file_that_is_cut_is_refused(tmp_path: Path) -> None:
         load_encoder(300 * "a")
 
 
+@pytest.mark.slow
 def test_training_does_not_depend_on_the_order_of_shards(digits: str) -> None:
     images, labels = read_split(digits, "train", limit=300)
     shuffled = torch.randperm(300, generator=torch.Generator().manual_seed(5))

@@ -17,6 +17,7 @@ from tests.conftest import ROOT, environment
 from tests.training.card import Watch, round_of
 
 
+@pytest.mark.slow
 def test_a_fit_step_mixes_no_devices_and_waits_for_none():
     command = [sys.executable, "-m", "tests.training.card"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)

@@ -127,6 +127,7 @@ def test_before_the_flow_begins_the_same_part_of_a_round_is_encoded_on_every_wor
     assert len(rows) > 2 and all(list(one) == list(rows[0]) for one in rows) and len(rows[0]) == encoded
 
 
+@pytest.mark.slow
 def test_garbage_is_collected_once_training_begins(digits, tmp_path):
     """Modules are imported without it."""
     program = (

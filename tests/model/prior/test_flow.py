@@ -42,6 +42,7 @@ def learn(prior: Flow, codes: torch.Tensor, steps: int = 10**9, **settings: obje
         pass
 
 
+@pytest.mark.slow
 def test_the_flow_learns_clusters_and_their_shares():
     # At first the velocity is 0, and the loss what whitening leaves of the codes and 1 of the noise.
     assert 1.2 < learned(1).metrics["loss/codes"] < 1.45
