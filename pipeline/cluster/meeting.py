@@ -112,16 +112,16 @@ class Links:
 def _time_limit(within: float, say: Callable[[str], None]) -> Callable[[str], None]:
     """What to call about once a second with who is awaited: it logs that every EVERY seconds, and raises PeerLost after
     `within` seconds."""
-    begun = said = time.monotonic()
+    begun = logged = time.monotonic()
 
     def check(for_whom: str) -> None:
-        nonlocal said
+        nonlocal logged
         now = time.monotonic()
         if now > begun + within:
             remedy = "start all again and they go on from the newest checkpoint"
             raise PeerLost(f"waited {within:.0f} s for {for_whom}, which is not there: {remedy}")
-        if now >= said + EVERY:
-            said = now
+        if now >= logged + EVERY:
+            logged = now
             say(f"waiting for {for_whom} ({now - begun:.0f} s)")
 
     return check

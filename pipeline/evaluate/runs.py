@@ -74,10 +74,9 @@ def _runs_in(folder: Path) -> Iterator[Path]:
     """Folders with MARKS at or below a folder, in order; not those below another one."""
     for place, folders, _ in os.walk(folder, followlinks=True):
         path = Path(place)
-        found = is_run(path)
-        if found:
+        if run := is_run(path):
             yield path
-        ended = found or len(path.relative_to(folder).parts) == DEPTH
+        ended = run or len(path.relative_to(folder).parts) == DEPTH
         folders[:] = [] if ended else sorted(name for name in folders if not name.startswith("."))
 
 

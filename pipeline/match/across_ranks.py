@@ -188,8 +188,8 @@ def describe(
         raise ValueError(f"nearest: the queries of rank {rank} must be a matrix (q, d) with d >= 1")
     types = {str(rows.dtype).removeprefix("torch.") for rows in (queries, candidates) if isinstance(rows, Tensor)}
     if types != {"float32"}:
-        found = " and ".join(sorted(types))
-        raise ValueError(f"nearest: queries and candidates of rank {rank} are {found}, they must be float32")
+        given = " and ".join(sorted(types))
+        raise ValueError(f"nearest: queries and candidates of rank {rank} are {given}, they must be float32")
     dims = queries.shape[1]
     if isinstance(candidates, Tensor) and candidates.shape[1:] != queries.shape[1:]:
         raise ValueError(f"nearest: the candidates of rank {rank} are not rows of {dims} values as the queries are")

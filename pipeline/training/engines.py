@@ -59,8 +59,8 @@ def _check_deepspeed(config: Config, configured: dict[str, Any], stage: int, pre
         raise InputError(f"{LAUNCHER} has a section '{name}', which is the run's: remove it")
     for name in ("bf16", "fp16"):
         enabled, asked = configured.get(name, {}).get("enabled", "auto"), precision.replace("no", "fp32")
-        said = f"{LAUNCHER} says {name}.enabled: {enabled}, but the run's precision is {asked}"
-        require((enabled in ("auto", asked == name), f"{said}: remove it there, or change train.precision"))
+        conflict = f"{LAUNCHER} says {name}.enabled: {enabled}, but the run's precision is {asked}"
+        require((enabled in ("auto", asked == name), f"{conflict}: remove it there, or change train.precision"))
     train, objective = config.train, config.objective
     frozen = f"objective.name={objective.name} evaluates a frozen copy of the network"
     hidden = f"DeepSpeed ZeRO-0 in {precision} keeps its float32 weights where no checkpoint can reach them"

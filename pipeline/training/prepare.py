@@ -73,7 +73,7 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, PartialRound
     quality = Quality(config, stream, accelerator) if config.quality.rounds else None
     checkpoint, lock = claim_together(config, accelerator)
     if quality:
-        quality.read_best(config.run.path)  # after a bucket's was fetched
+        quality.restore_best(config.run.path)  # after a bucket's was fetched
     position, partial = Position(), None
     with together(accelerator):
         if checkpoint:  # the weights go into the network before an engine takes it, all else after

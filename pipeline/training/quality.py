@@ -57,7 +57,7 @@ class Quality:
                         "little of what is seen. Set quality.encoder: efficientnet-lite0 for photographs, or pixels"
                     )
 
-    def read_best(self, run: str) -> None:
+    def restore_best(self, run: str) -> None:
         """Take over the best distance of the run so far, unless it was measured otherwise than now. Collective."""
         best = read_best(str(Path(run).absolute())) if self.real is not None else {}
         try:

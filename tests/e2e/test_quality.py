@@ -28,7 +28,7 @@ def open_quality(stream: Stream, options: list[str]) -> Quality:
     AcceleratorState._reset_state(True)
     config = parse(options)
     quality = Quality(config, stream, Accelerator(cpu=True))
-    quality.read_best(config.run.path)
+    quality.restore_best(config.run.path)
     return quality
 
 
