@@ -1,9 +1,9 @@
 """The copy of a run in a bucket: checkpoints, each with its manifest written last, and the files of its reports."""
 
 import contextlib
+import fnmatch
 import json
 import logging
-import os
 import re
 import shutil
 import socket
@@ -58,10 +58,8 @@ def round_of(remote: str, name: str) -> int:
 
 
 def download(remote: str, name: str, checkpoints: Path) -> Path:
-    """Download a checkpoint, its manifest last; intact local files are kept. Returns its folder.
-
-    Raises Damaged if a file does not match the manifest, or the manifest names a file outside the folder.
-    """
+    """Download a checkpoint, its manifest last; intact local files are kept. Returns its folder. Raises Damaged if a
+    file does not match the manifest, or the manifest names a file outside the folder."""
     where, folder = f"{remote}/checkpoints/{name}", checkpoints / name
     text = open_store(where).read(MANIFEST)
     try:
@@ -83,13 +81,12 @@ def fetch_file(remote: str, name: str, files: Iterable[str], folder: Path) -> Pa
     where = f"{remote}/checkpoints/{name}"
     try:
         entries = read_manifest(open_store(where).read(MANIFEST))
-        file = next((file for file in files if file in entries), None)
-        if file is None:
+        if not (there := [file for file in files if file in entries]):
             raise ValueError("its manifest names no weights")
-        _download_file(where, file, entries[file], folder)
+        _download_file(where, there[0], entries[there[0]], folder)
     except (ValueError, KeyError) as error:
         raise Damaged(f"{where} is damaged ({error}): remove it") from None
-    return folder / file
+    return folder / there[0]
 
 
 def _download_file(where: str, file: str, entry: dict[str, Any], folder: Path) -> None:
@@ -109,14 +106,11 @@ def fetch_shown(remote: str, run: Path) -> int:
     """Download records, TensorBoard's files and pictures that are missing here or differ. Returns their number."""
     fetched, remote = 0, remote.rstrip("/")
     for pattern in (*RECORDS, BEST, *PICTURES):
-        folder = os.path.dirname(pattern)
-        store = open_store(f"{remote}/{folder}".rstrip("/"))
-        for name in store.list():
-            if not (folder or name == pattern):
-                continue
+        store, wanted = locate(f"{remote}/{pattern}")
+        for name in fnmatch.filter(store.list(), wanted):
             if name in (".", "..") or Path(name).name != name or not name.isprintable():  # untrusted
                 raise InputError(f"{store.url(name)!r} is no name of a file in a run: remove that object")
-            file = run / folder / name
+            file = (run / pattern).with_name(name)
             if not file.exists() or not _is_same(file, store, name):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(file, store.read(name), sync=False)
@@ -127,8 +121,7 @@ def fetch_shown(remote: str, run: Path) -> int:
 def mirror(run: Path, remote: str, patterns: Sequence[str]) -> None:
     """Upload the files that match the patterns and differ from those in the bucket."""
     for pattern in patterns:
-        folder = os.path.dirname(pattern)
-        store = open_store(f"{remote}/{folder}".rstrip("/"))
+        store, _ = locate(f"{remote}/{pattern}")
         uploaded = set(store.list())
         for file in sorted(run.glob(pattern)):
             if file.name not in uploaded or not _is_same(file, store, file.name):
@@ -154,9 +147,7 @@ def _is_same(file: Path, store: Store, name: str) -> bool:
 
 
 def take_over(remote: str) -> str:
-    """Make this process the only one that may write to the bucket, and log who was it before. Returns the claim for
-    `check_claim`.
-    """
+    """Become the only process that may write to the bucket, and log who was. Returns the claim for `check_claim`."""
     if before := _owner(remote):
         former = f"the run that started on {before['host']} at {before['since']}"
         log.info("%s is taken over from %s, which can upload no more", remote, former)

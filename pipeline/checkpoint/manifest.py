@@ -5,8 +5,8 @@ A manifest lists a checkpoint's files with size and SHA-256. Its content is untr
 
 import hashlib
 import json
+import re
 import shutil
-import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,7 @@ Entries = dict[str, dict[str, Any]]  # the files of a manifest: {"bytes": int, "
 
 def by_step(names: Iterable[str]) -> list[str]:
     """The names of checkpoints (step-00001234) among `names`, newest first. Others, such as a copy, are ignored."""
-    steps = {name: name.removeprefix("step-") for name in names if name.startswith("step-")}
-    return sorted((name for name, step in steps.items() if step.isdecimal()), key=step_of, reverse=True)
+    return sorted((name for name in names if re.fullmatch(r"step-\d+", name)), key=step_of, reverse=True)
 
 
 def step_of(name: str) -> int:
@@ -31,14 +30,12 @@ def step_of(name: str) -> int:
     return int(name.removeprefix("step-"))
 
 
-def prune(
-    root: str,  # folder of checkpoints, here or in a bucket
-    keep: int,  # how many complete ones to keep, the newest; 0 keeps all
-    *,
-    newest: str = "",  # the one just written: it is kept and counted, and those after it are left alone; "": none
-    spare: str = "",  # name of one that is kept whatever its age, and not counted; "": none
-) -> None:
-    """Remove checkpoints that are incomplete, or complete but not among the newest `keep`, each manifest first."""
+def prune(root: str, keep: int, *, newest: str = "", spare: str = "") -> None:
+    """Remove checkpoints that are incomplete, or complete but not among the newest `keep` (0: all), manifests first.
+
+    `root` is their folder, here or in a bucket. `newest`, the one just written, is kept and counted, and those after it
+    are left alone. `spare` is kept whatever its age, and not counted.
+    """
     complete = int(bool(newest))
     for name in by_step(open_store(root).folders()):
         if name == spare or (newest and step_of(name) >= step_of(newest)):
@@ -75,9 +72,8 @@ def best_named(root: str) -> str:
 
 def is_whole(file: Path, entry: dict[str, Any]) -> bool:
     """Whether a file is a regular one with the size and hash of its manifest entry."""
-    if not file.exists() or not stat.S_ISREG((status := file.lstat()).st_mode):
-        return False
-    return bool(status.st_size == entry["bytes"] and sha256(file) == entry["sha256"])
+    regular = file.is_file() and not file.is_symlink()
+    return bool(regular and file.stat().st_size == entry["bytes"] and sha256(file) == entry["sha256"])
 
 
 def read_manifest(text: bytes) -> Entries:

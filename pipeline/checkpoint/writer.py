@@ -27,17 +27,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from pipeline.checkpoint import bucket
-from pipeline.checkpoint.manifest import (
-    BEST,
-    MANIFEST,
-    Entries,
-    best_named,
-    by_step,
-    is_whole,
-    prune,
-    read_manifest,
-    sha256,
-)
+from pipeline.checkpoint.manifest import BEST, MANIFEST, best_named, by_step, is_whole, prune, read_manifest, sha256
 from pipeline.distributed.ranks import SideGroup
 from pipeline.errors import Conflict, InputError, Unavailable
 from pipeline.observe.logs import title
@@ -169,7 +159,7 @@ class Writer:
 
         Raises RuntimeError on all ranks if something other than the disk failed, such as a device.
         """
-        entries, failed, fault = Entries(), "", False
+        entries, failed, fault = dict[str, Any](), "", False
         try:
             copy()  # first: the next step waits for it
             for name, write in files.items():
@@ -214,12 +204,11 @@ class Writer:
         """
         title("upload")
         start = time.perf_counter()
-        failed, conflict = self._on_first(lambda: bucket.check_claim(self._remote, self._claim))
+        failed, conflict = self._agreed(lambda: bucket.check_claim(self._remote, self._claim))
         if not failed:
-            errors = self._group.gather(_error_of(lambda: bucket.upload(folder, self._remote, names)))
-            failed = next((error for error, _ in errors if error), "")
+            failed, conflict = self._agreed(lambda: bucket.upload(folder, self._remote, names), everyone=True)
         if not failed:
-            failed, conflict = self._on_first(lambda: self._finish_remote(folder))
+            failed, conflict = self._agreed(lambda: self._finish_remote(folder))
         self.uploaded = time.perf_counter() - start
         if conflict:
             return f"{failed}; its newest checkpoint is {folder}"
@@ -239,9 +228,15 @@ class Writer:
         with _may_fail(f"pictures and TensorBoard's files in {self._remote} are old"):
             bucket.mirror(self._run, self._remote, bucket.PICTURES)
 
-    def _on_first(self, act: Callable[[], None]) -> tuple[str, bool]:
-        """Collective: call `act` on rank 0. Returns the same as `_error_of` on all ranks."""
-        return self._group.gather(_error_of(act) if self._rank == 0 else ("", False))[0]
+    def _agreed(self, act: Callable[[], None], *, everyone: bool = False) -> tuple[str, bool]:
+        """Collective: call `act` on rank 0 or on all. Returns the first error, or "", and whether it is a Conflict."""
+        mine = "", False
+        try:
+            if everyone or self._rank == 0:
+                act()
+        except Exception as error:
+            mine = str(error) or type(error).__name__, isinstance(error, Conflict)
+        return next((one for one in self._group.gather(mine) if one[0]), ("", False))
 
 
 @contextmanager
@@ -251,15 +246,6 @@ def _may_fail(consequence: str) -> Iterator[None]:
         yield
     except (OSError, InputError, Unavailable) as error:
         log.warning("%s: %s", consequence, error)
-
-
-def _error_of(act: Callable[[], None]) -> tuple[str, bool]:
-    """The message of the exception that `act` raises, or "", and whether it is a Conflict about the bucket."""
-    try:
-        act()
-        return "", False
-    except Exception as error:
-        return str(error) or type(error).__name__, isinstance(error, Conflict)
 
 
 def _settle(file: Path) -> dict[str, Any]:

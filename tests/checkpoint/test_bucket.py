@@ -117,7 +117,7 @@ class Stranger:
 
 @pytest.mark.parametrize("name", ["../../out", "/tmp/out", "..", ".", "a/b", "a\x1b[2J"])
 def test_names_that_lead_out_of_the_folder_are_refused(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(module, "open_store", lambda path: Stranger(name))
+    monkeypatch.setattr(module, "locate", lambda url: (Stranger(name), url.rpartition("/")[2]))
     with pytest.raises(InputError, match="is no name of a file in a run"):
         fetch_shown("s3://there", tmp_path / "run")
     assert not list(tmp_path.rglob("*"))
