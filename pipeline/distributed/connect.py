@@ -18,27 +18,21 @@ from pipeline.distributed.host import check_bf16, check_gpus, check_versions
 from pipeline.errors import InputError, PeerLost
 
 
-def build_accelerator(
-    timeout: float = 600,  # seconds a rank waits for the others in a collective before it fails
-    *,
-    precision: str = "",  # fp32, bf16, fp16 or auto (`choose_precision`); '': as the launcher is configured
-    accumulate: int = 1,  # micro-batches a step
-) -> Accelerator:
+def build_accelerator(timeout: float = 600, *, precision: str = "", accumulate: int = 1) -> Accelerator:
     """The Accelerator that the launcher's configuration asks for, over gloo where there is no GPU. Collective.
 
-    Raises InputError where that configuration contradicts the arguments or the machine.
+    A rank waits `timeout` seconds for the others before it fails. `precision` is fp32, bf16, fp16, auto
+    (`choose_precision`), or '' for that of the launcher. A step has `accumulate` micro-batches. Raises InputError where
+    the launcher's configuration contradicts the arguments or the machine.
     """
-    environ = os.environ
-    many = int(environ.get("WORLD_SIZE", "1")) > 1
-    ranks = int(environ.get("LOCAL_WORLD_SIZE", "1"))  # of this host
-    use_cpu = environ.get("ACCELERATE_USE_CPU", "").lower()
+    many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this host
+    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower()
     on_cpu = use_cpu == "true" or not torch.cuda.is_available()
-    deepspeed = environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-    if "WORLD_SIZE" not in environ and "MASTER_ADDR" in environ:
-        raise InputError(
-            "the launcher was asked for several ranks but started this process alone, as Accelerate does for "
-            "distributed_type MULTI_CPU: use a configuration like launch/cpu.yaml"
-        )
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    if "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ:
+        alone = "the launcher started this process alone, as Accelerate does for distributed_type MULTI_CPU"
+        raise InputError(f"{alone}: use a configuration like launch/cpu.yaml")
     if many and not deepspeed and on_cpu and use_cpu == "false":
         check_gpus("the launcher's configuration says use_cpu: false (launch/cpu.yaml is for CPUs)", ranks)
     if not on_cpu:
@@ -52,7 +46,7 @@ def build_accelerator(
     backend, connecting = "gloo" if on_cpu else "nccl", timedelta(seconds=timeout + 60)
     # Before training, one rank may download data or a checkpoint for long. In training the watchdog ends ranks sooner.
     collective = max(connecting, timedelta(hours=2))
-    if many and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if many and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         _connect_ranks(backend, connecting, collective)
     accelerator = Accelerator(
         # Without cpu=True Accelerate takes ranks without a GPU for unconnected ones; with it, it skips DeepSpeed.
@@ -64,10 +58,8 @@ def build_accelerator(
     if not on_cpu:
         repeat_bits()
     if many and accelerator.distributed_type == DistributedType.NO:  # each rank would train alone, silently
-        raise InputError(
-            f"the launcher started {environ['WORLD_SIZE']} ranks but Accelerate connects none of them: compare its "
-            "configuration with those in launch/"
-        )
+        unconnected = f"Accelerate connects none of the {os.environ['WORLD_SIZE']} ranks"
+        raise InputError(f"{unconnected}: compare its configuration with those in launch/")
     return accelerator
 
 
@@ -89,10 +81,8 @@ def _mixed_precision(precision: str, *, on_cpu: bool, deepspeed: bool) -> str:
         precision = "" if configured != "no" or deepspeed else choose_precision(on_cpu)
     mixed = {"": configured, "fp32": "no"}.get(precision, precision)
     if configured not in ("no", mixed):
-        raise InputError(
-            f"the launcher's configuration says mixed_precision: {configured}, but train.precision is {precision}: "
-            "remove one"
-        )
+        conflict = f"the launcher's configuration says mixed_precision: {configured}"
+        raise InputError(f"{conflict}, but train.precision is {precision}: remove one")
     if mixed == "fp16" and on_cpu:
         raise InputError("fp16 needs a GPU: use --train.precision=bf16 or fp32 here")
     return mixed
@@ -134,10 +124,8 @@ def _connect_ranks(backend: str, connecting: timedelta, collective: timedelta) -
 def _check_deepspeed(on_cpu: bool) -> None:
     """Raise InputError where the launcher asks for DeepSpeed and it cannot work."""
     if missing := [name for name in ("deepspeed", "transformers") if importlib.util.find_spec(name) is None]:
-        raise InputError(
-            f"the launcher's configuration asks for DeepSpeed, but {' and '.join(missing)} is not installed: in a "
-            "checkout, pip install -e '.[deepspeed]'"
-        )
+        lacking = f"the launcher's configuration asks for DeepSpeed, which needs {' and '.join(missing)}"
+        raise InputError(f"{lacking}: in a checkout, pip install -e '.[deepspeed]'")
     if on_cpu and not shutil.which(os.environ.get("CXX", "c++")):
         raise InputError("on CPUs DeepSpeed compiles its communication: install a C++ compiler (g++), or use DDP")
     if on_cpu and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":

@@ -22,7 +22,7 @@ BROKEN = ("CUDA driver initialization failed", "CUDA unknown error")
 TESTED = {"torch": ">=2.13,<2.14", "accelerate": ">=1.10,<1.16", "deepspeed": ">=0.17,<0.20"}
 """The versions that pass the tests. pyproject.toml admits newer ones, as long as they have the INTERNALS."""
 
-INTERNALS = {
+INTERNALS = {  # names that may change with any release, by library; zero.py checks those of DeepSpeed's objects itself
     "torch": ("torch.distributed.distributed_c10d._get_default_store",),
     "accelerate": (
         "accelerate.commands.config.config_args.load_config_from_file",
@@ -38,7 +38,6 @@ INTERNALS = {
         "deepspeed.utils.safe_set_local_optimizer_state",
     ),
 }
-"""Names that may change with any release, by library. zero.py checks those of DeepSpeed's objects itself."""
 
 
 def set_threads(threads: int) -> None:
@@ -117,23 +116,18 @@ def why_none() -> str:
 def check_bf16() -> None:
     """Raise InputError where the GPU has no bfloat16 arithmetic of its own."""
     if not torch.cuda.is_bf16_supported(including_emulation=False):
-        card = torch.cuda.get_device_name()
-        raise InputError(
-            f"train.precision is bf16, which {card} only emulates: use --train.precision=fp16, fp32 or auto"
-        )
+        emulated = f"train.precision is bf16, which {torch.cuda.get_device_name()} only emulates"
+        raise InputError(f"{emulated}: use --train.precision=fp16, fp32 or auto")
 
 
 def check_versions(*libraries: str) -> None:
     """Raise InputError where an installed library lacks one of its INTERNALS. Imports the libraries."""
     for library in libraries:
-        missing = []
         for name in INTERNALS[library]:
             try:
                 pkgutil.resolve_name(name)
             except (ImportError, AttributeError):
-                missing.append(name)
-        if missing:
-            refuse_version(library, ", ".join(missing))
+                refuse_version(library, name)
 
 
 def refuse_version(library: str, missing: str) -> NoReturn:

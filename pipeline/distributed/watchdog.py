@@ -47,18 +47,12 @@ class Post(NamedTuple):
 class Watchdog:
     """Ends the process with exit code 1 when neither `enter` nor `beat` was called for `timeout` seconds.
 
+    The process group's timeout must be longer, or it would fail first. The seconds `every` lie between two posts.
     All ranks must enter the same phases of a round in the same order, since that tells who is behind. A process can run
     one at a time: a thread that never releases the interpreter is ended by faulthandler, which has one timer.
     """
 
-    def __init__(
-        self,
-        *,
-        rank: int,
-        world: int,
-        timeout: float,  # seconds without progress; below the process group's, which would fail first
-        every: float = 5.0,  # seconds from post to post; at most a tenth of timeout
-    ) -> None:
+    def __init__(self, *, rank: int, world: int, timeout: float, every: float = 5.0) -> None:
         self.phase, self.round = "setup", 0
         self._order, self._beats, self._since = 0, 0, time.monotonic()
         self._rank, self._world = rank, world

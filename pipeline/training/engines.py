@@ -1,7 +1,5 @@
 """The engine that the launcher's configuration asks for, and what it cannot do."""
 
-from typing import Any
-
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -44,17 +42,12 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
     batch, world, accumulate = config.train.batch, accelerator.num_processes, config.train.accumulate
     if batch % (world * accumulate):
         ranks = [str(number) for number in range(1, batch // accumulate + 1) if batch % (number * accumulate) == 0]
-        raise InputError(
-            f"train.batch={batch} images cannot be shared evenly by {world} ranks x {accumulate} micro-batches "
-            f"(train.accumulate): use {', '.join(ranks)} ranks, or another train.batch in a new run"
-        )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        plugin = accelerator.state.deepspeed_plugin
-        _check_deepspeed(config, plugin.deepspeed_config, int(plugin.zero_stage), accelerator.mixed_precision)
-
-
-def _check_deepspeed(config: Config, configured: dict[str, Any], stage: int, precision: str) -> None:
-    """Raise InputError for what DeepSpeed's configuration must leave to the run, or its ZeRO stage cannot do."""
+        uneven = f"train.batch={batch} images cannot be shared evenly by {world} ranks x {accumulate} micro-batches"
+        raise InputError(f"{uneven}: use {', '.join(ranks)} ranks, or another train.batch in a new run")
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return
+    plugin, precision = accelerator.state.deepspeed_plugin, accelerator.mixed_precision
+    configured, stage = plugin.deepspeed_config, int(plugin.zero_stage)
     for name in sorted({"optimizer", "scheduler"} & configured.keys()):
         raise InputError(f"{LAUNCHER} has a section '{name}', which is the run's: remove it")
     for name in ("bf16", "fp16"):

@@ -50,8 +50,7 @@ def report(run: Run, state: RoundState, rows_read: Rows, values: dict[str, float
     values |= speed_values(run, images) | {"data/epoch": run.stream.order.epochs(position.round)}
     tally, names = rows_read.tally, ("megabytes", "cached_megabytes", "reread_megabytes", "retries", "skipped")
     costs = [tally.bytes / 1e6, tally.cached / 1e6, tally.reread / 1e6, tally.retries, len(rows_read.broken)]
-    sums = zip(names, total(costs, run.accelerator), strict=True)  # of all ranks
-    values |= {f"data/{name}": value for name, value in sums}
+    values |= {f"data/{name}": value for name, value in zip(names, total(costs, run.accelerator), strict=True)}
     values |= {"seconds/training": position.seconds, "train/skipped": position.skipped}
     if run.prior.learns:
         values["train/prior_only"] = float(state.number >= run.network_rounds)
@@ -80,13 +79,12 @@ def speed_values(run: Run, images: int) -> dict[str, float]:
         "memory/peak_gb": peak_memory(device),
         **{f"share/{phase}": value / spent for phase, value in seconds.items()},
     }
-    if "fit" not in seconds:
-        return values
-    flops = fit_flops(run.flops, run.config.objective.forwards) * images / seconds["fit"]
-    values["speed/fit_tflops"] = flops / 1e12
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.accelerator.mixed_precision, torch.float32)
-    if peak := peak_flops(device, dtype):  # of the GPUs, the share of which fitting used is MFU: arXiv 2204.02311, B
-        values["speed/mfu"] = flops / (run.world * peak)
+    if "fit" in seconds:
+        flops = fit_flops(run.flops, run.config.objective.forwards) * images / seconds["fit"]
+        values["speed/fit_tflops"] = flops / 1e12
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(run.accelerator.mixed_precision, torch.float32)
+        if peak := peak_flops(device, dtype):  # of the GPUs; fitting used the share MFU of it: arXiv 2204.02311, B
+            values["speed/mfu"] = flops / (run.world * peak)
     return values
 
 

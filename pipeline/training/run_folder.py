@@ -28,11 +28,10 @@ from pipeline.storage.store import open_store
 log = logging.getLogger("naign.run")
 LOCK_SECONDS = 120.0
 
-DAMAGE = (
+DAMAGE = (  # what reading a checkpoint raises if a file is missing, or is not what this program writes
     *(FileNotFoundError, NotADirectoryError, IsADirectoryError, SafetensorError, ValueError, TypeError, LookupError),
     *(AttributeError, EOFError, OverflowError, RecursionError),
 )
-"""What reading a checkpoint raises if a file is missing, or is not what this program writes."""
 
 
 def claim(config: Config) -> tuple[Path | None, str, FileLock]:
@@ -53,9 +52,7 @@ def claim(config: Config) -> tuple[Path | None, str, FileLock]:
         write_atomically(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
         return newest, token, lock
     except Timeout:
-        raise InputError(
-            f"'{folder}' is in use by another process: wait for it, or choose another --run.path"
-        ) from None
+        raise InputError(f"'{folder}' is in use by another process: wait, or choose another --run.path") from None
     except BaseException as error:
         lock.release()
         if isinstance(error, OSError) and error.errno not in TRANSIENT:
@@ -78,20 +75,19 @@ def compare(recorded: Config, config: Config, place: str, option: str) -> list[s
 def recorded_at(place: str) -> Config | None:
     """The configuration that the run in a folder or bucket has recorded in config.yaml, if that is there."""
     store = open_store(place)
+    where = store.url("config.yaml")
     if not store.exists("config.yaml"):
         return None
     try:
         content = yaml.safe_load(store.read("config.yaml"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        where = f"{store.url('config.yaml')} is no configuration ({type(error).__name__})"
-        raise InputError(f"{where}: remove it") from None
-    return from_dict(content, where=store.url("config.yaml"))
+        raise InputError(f"{where} is no configuration ({type(error).__name__}): remove it") from None
+    return from_dict(content, where=where)
 
 
 def _compare_checkpoint(checkpoint: Path, config: Config) -> None:
     """Compare with the configuration in the checkpoint, rather than with config.yaml, which anyone may edit."""
-    metadata = read_model(checkpoint, "model.safetensors").metadata
-    recorded = from_dict(metadata.get("config"), where=str(checkpoint))
+    recorded = from_dict(read_model(checkpoint, "model.safetensors").metadata.get("config"), where=str(checkpoint))
     for line in compare(recorded, config, f"'{config.run.path}'", "--run.path"):
         log.warning("goes on with another %s", line)
 
@@ -182,10 +178,8 @@ def find_claimed(config: Config, name: str, token: str) -> Path | None:
     run, checkpoints = Path(config.run.path), Path(config.run.path) / "checkpoints"
     if not ((claimed := run / ".claim").exists() and claimed.read_text() == token):
         if not config.run.remote:
-            raise InputError(
-                f"run.path '{config.run.path}' is not the same folder on every machine: put it on a file system that "
-                "they share, or set --run.remote=s3://bucket/prefix"
-            )
+            other = f"run.path '{run}' is not the same folder on every machine"
+            raise InputError(f"{other}: put it on a shared file system, or set --run.remote=s3://bucket/prefix")
         if list(checkpoints.glob("step-*")) and (recorded := recorded_at(str(run.absolute()))):
             compare(recorded, config, f"'{run}' on {socket.gethostname()}", "--run.path")
         if name:
