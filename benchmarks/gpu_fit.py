@@ -42,10 +42,9 @@ class Rounds:
         self.images = scaled(run.stream.take(0).images).to(device)
         self.random = RoundRandom(config, 0, shape, device, run.prior)
         self.match = Match(ids=torch.arange(len(self.images)), distances=torch.zeros(len(self.images)))
-        sizes = {"size": config.match.round, "batch": config.train.batch, "passes": 1}
-        self.rows = steps_of(0, 0, **sizes, rank=0, world=1, world_size_at_start=1).to(device)
-        self.ids = self.match.ids.to(device)
         self.seen = range(0, config.match.round, config.train.batch)
+        self.rows = steps_of(config, 0, rank=0, world=1, world_size_at_start=1)[: len(self.seen)].to(device)
+        self.ids = self.match.ids.to(device)
 
     def ours(self) -> None:
         self.run.position.done = 0

@@ -107,7 +107,7 @@ def opened(config: Config, precision: str = "", *, rounds: int = 0) -> Iterator[
                 stop=stop,
                 stream=stream,
                 watchdog=watchdog,
-                phases=Phases(position, watchdog, profiler, stop),
+                phases=Phases(position, watchdog, profiler),
                 features=None,
                 perceived=None,
                 flops=0,
@@ -206,8 +206,7 @@ def fit_bare(bare: Bare, config: Config, number: int, given: Given, rows: Tensor
 def plan(config: Config, number: int, given: Given) -> tuple[Tensor, list[float]]:
     """What `fit_bare` is given."""
     train, size = config.train, config.match.round
-    sizes = {"size": size, "batch": train.batch, "passes": train.passes}
-    rows = steps_of(config.seed, number, **sizes, rank=given.rank, world=given.world, world_size_at_start=given.world)
+    rows = steps_of(config, number, rank=given.rank, world=given.world, world_size_at_start=given.world)
     seen = range(number * size, (number + 1) * size, train.batch)
     first, _ = rank_rows(size, given.rank, given.world)
     return rows - first, [learning_rate(train, images, given.budget) for images in seen]

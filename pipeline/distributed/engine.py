@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-
-from pipeline.distributed.ranks import broadcast
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, of the parameter's shape
 AdamState = dict[str, Tensor]  # `weight` and, from the first step on, MOMENTS of a parameter, each whole and float32
@@ -27,8 +26,7 @@ class Engine:
     """A training step is `forward` and `backward` for each micro-batch, then `step`."""
 
     deepspeed = False
-    sharded = False
-    """Whether no rank has the whole network (ZeRO-3), so that every forward is collective."""
+    sharded = False  # whether no rank has the whole network (ZeRO-3), so that every forward is collective
     _ungraded: Callable[[], AbstractContextManager[Any]] = torch.inference_mode
 
     def __init__(
@@ -68,7 +66,12 @@ class Engine:
         self._dtype = next(bare.parameters()).dtype  # of what the network takes
         self.described = f"{self._kind}, {accelerator.mixed_precision.replace('no', 'float32')}"
         if shape and self._kind == "DDP":
-            self._settle_buckets(shape)
+            # Else DDP arranges its buckets after the first step. With three or more ranks the bits of a sum depend on
+            # its position in a bucket: a resumed run would not repeat them.
+            self.network.eval()  # running statistics stay as they are
+            self.network(torch.zeros(1, *shape, device=accelerator.device)).float().sum().backward()
+            self.network.train()
+            self.optimizer.zero_grad(set_to_none=True)
 
     def _prepare(self, adam: torch.optim.AdamW) -> None:
         self.network, self.optimizer = self.accelerator.prepare(self.bare, adam)
@@ -80,17 +83,6 @@ class Engine:
     def _kind(self) -> str:
         return "DDP" if self.accelerator.num_processes > 1 else "one process"
 
-    def _settle_buckets(self, shape: tuple[int, ...]) -> None:
-        """Let DDP arrange its buckets before the first step rather than after it.
-
-        With three or more ranks the bits of a sum depend on its position in a bucket: a resumed run would not repeat
-        them.
-        """
-        self.network.eval()  # running statistics stay as they are
-        self.network(torch.zeros(1, *shape, device=self.accelerator.device)).float().sum().backward()
-        self.network.train()
-        self.optimizer.zero_grad(set_to_none=True)
-
     def forward(self, x: Tensor) -> Tensor:
         """f(x) in float32, with gradient."""
         out: Tensor = self.network(x.to(self._dtype))
@@ -98,35 +90,30 @@ class Engine:
 
     def sample(self, x: Tensor) -> Tensor:
         """f(x) in float32, without gradient, in evaluation mode. Collective where the network is sharded."""
-        self.bare.eval()
-        self._replay()
         with self._ungraded():
-            out: Tensor = self.bare(x.to(self._dtype))
+            return self._evaluate(self.bare, "", x)
+
+    def _evaluate(self, network: nn.Module, part: str, x: Tensor) -> Tensor:
+        network.eval()
+        self._replay()
+        out: Tensor = (getattr(network, part) if part else network)(x.to(next(network.parameters()).dtype))
         self.bare.train()
-        return self._kept(out)
+        # Later evaluations overwrite the memory of a CUDA graph.
+        return out.float().clone() if self._graphs else out.float()
 
     def _replay(self) -> None:
         """Let CUDA graphs overwrite what the network has returned up to now."""
         if self._graphs:
             torch.compiler.cudagraph_mark_step_begin()
 
-    def _kept(self, out: Tensor) -> Tensor:
-        """An output in float32 that later evaluations do not overwrite, as they do the memory of a CUDA graph."""
-        return out.float().clone() if self._graphs else out.float()
-
     def exported(self, part: str, x: Tensor) -> Tensor:
         """f(x), or its `encode` or `decode`, by the network that is exported: the average, if one is kept.
 
         In float32, without gradient; codes are also computed in float32. Collective where the network is sharded.
         """
-        network: Any = self.bare if self.ema is None else self.ema
         exact = self.deepspeed or part == "encode"
-        network.eval()
-        self._replay()
         with torch.no_grad(), nullcontext() if exact else self.accelerator.autocast():
-            out: Tensor = (getattr(network, part) if part else network)(x.to(next(network.parameters()).dtype))
-        self.bare.train()
-        return self._kept(out)
+            return self._evaluate(self.bare if self.ema is None else self.ema, part, x)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch; with a step's last they are averaged over ranks and micro-batches."""
@@ -146,7 +133,7 @@ class Engine:
         """
         self.copied.wait()
         norm = self._step()
-        broadcast(self.bare.buffers())  # running statistics are rank 0's, so that all ranks sample alike
+        broadcast(list(self.bare.buffers()))  # running statistics are rank 0's, so that all ranks sample alike
         if self.ema is not None and (self.ahead or math.isfinite(norm)):
             self._average(norm)
         return norm

@@ -4,7 +4,7 @@ The match has its own exchange, in match/exchange.py, and DDP and DeepSpeed thei
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -43,15 +43,7 @@ def together(accelerator: Accelerator) -> Iterator[None]:
 def total(values: list[float], accelerator: Accelerator) -> list[float]:
     """Collective: each value summed over the ranks, in float64."""
     tensor = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
-    if accelerator.num_processes > 1:
-        dist.all_reduce(tensor)
-    return [float(value) for value in tensor.cpu()]
-
-
-def reduce(tensor: Tensor, accelerator: Accelerator, operation: str = "sum") -> Tensor:
-    """Collective: the sum or the mean of a tensor on the device over the ranks."""
-    reduced: Tensor = accelerator.reduce(tensor, operation)
-    return reduced
+    return list(accelerator.reduce(tensor).tolist())
 
 
 def gather(rows: Tensor, accelerator: Accelerator) -> Tensor:
@@ -60,29 +52,12 @@ def gather(rows: Tensor, accelerator: Accelerator) -> Tensor:
     return gathered
 
 
-def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Collective: overwrite tensors on the device with those of rank 0."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor, src=0)
-
-
-def broadcast_object(value: T) -> T:
-    """Collective: rank 0's object."""
-    values = [value]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
 class SideGroup:
     """A gloo group of all ranks beside the default one, for another thread or another timeout. Collective."""
 
     def __init__(self, world: int, *, timeout: float) -> None:  # seconds that ranks wait for each other
         self._world = world
-        self._group: Any = None
-        if world > 1:
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if world > 1 else None
 
     def gather(self, value: T) -> list[T]:
         """Collective: the object of each rank."""
@@ -91,26 +66,16 @@ class SideGroup:
             dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def largest(self, values: list[float]) -> list[float]:
-        """Collective: the largest of each value over the ranks."""
-        tensor = torch.tensor(values, dtype=torch.float64)
-        if self._group is not None:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
-        return [float(value) for value in tensor]
 
-
-LOST = (
+LOST = (  # parts of messages of gloo and NCCL about a rank that is gone
     *("Connection closed by", "closed by remote peer", "reset by peer", "Broken pipe", "Socket closed"),
     *("remote process exited", "connectFullMesh failed", "Timed out waiting"),
 )
-"""Parts of messages of gloo and NCCL about a rank that is gone."""
-
 NCCL_LOST = (*LOST, "ncclRemoteError", "ncclSystemError", "collective operation timeout", "was aborted")
-OF_THIS_RANK = (
+OF_THIS_RANK = (  # parts of messages about a fault of this rank or its host, which a restart would not fix
     *("ncclInvalidUsage", "ncclInvalidArgument", "ncclUnhandledCudaError", "unhandled cuda error"),
     *("out of memory", "shared memory", "No space left", "failed to listen"),
 )
-"""Parts of messages about a fault of this rank or its host, which a restart would not fix."""
 
 
 def is_peer_lost(error: BaseException) -> bool:
@@ -138,11 +103,10 @@ def peers_missed() -> Iterator[None]:
 
 
 def part(seconds: float = 10.0) -> None:
-    """Wait until every rank calls this, so that none closes its connections while another still receives the result of
-    the last collective.
+    """Wait, for `seconds` at most, until every rank calls this: then none closes its connections while another still
+    receives the result of the last collective.
 
-    Uses the store, since a barrier would be such a collective itself. Rank 0, which has the store, returns last. After
-    `seconds` a rank waits no longer for others.
+    Uses the store, since a barrier would be such a collective itself. Rank 0, which has the store, returns last.
     """
     if not dist.is_initialized() or (world := dist.get_world_size()) == 1:
         return

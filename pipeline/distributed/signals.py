@@ -7,7 +7,7 @@ program at once (`leave_when_asked` of errors.py).
 import math
 import signal
 import time
-from typing import Any, Self
+from typing import Any
 
 from torch.distributed import distributed_c10d as c10d
 
@@ -18,15 +18,12 @@ POLL_SECONDS = 0.5  # approximate seconds between two collective polls
 
 
 class StopRequest:
-    """Set by the first signal to any rank; a second Ctrl-C ends the program at once. Collective."""
+    """Set by the first signal to any rank; a second Ctrl-C ends the program at once. Collective.
 
-    def __init__(
-        self,
-        *,
-        within: float = math.inf,  # seconds after a signal in which everything has to be done
-        world: int = 1,
-        timeout: float = 660,  # seconds that ranks wait for each other
-    ) -> None:
+    Everything has to be done `within` seconds after a signal. Ranks wait for each other for `timeout` seconds.
+    """
+
+    def __init__(self, *, within: float = math.inf, world: int = 1, timeout: float = 660) -> None:
         self.requested = False
         self._within, self._deadline = within, math.inf
         self._group = SideGroup(world, timeout=timeout)
@@ -58,10 +55,10 @@ class StopRequest:
 
     def poll_stop(self, elapsed: float = 0.0) -> tuple[bool, float]:
         """Collective: whether any rank was asked, and the largest `elapsed` of all ranks."""
-        requested, elapsed = self._group.largest([float(self.requested), elapsed])
+        requested, elapsed = map(max, zip(*self._group.gather((self.requested, elapsed)), strict=True))
         if requested and not self.requested:
             self._handle(signal.SIGTERM)
-        return bool(requested), elapsed
+        return requested, elapsed
 
 
 class StopPoll:
@@ -81,8 +78,3 @@ class StopPoll:
         self._stride = max(1, min(2 * self._stride, int(self._calls * POLL_SECONDS / max(elapsed, 1e-6))))
         self._calls, self._last = 0, now
         return stopping
-
-    def begin(self) -> Self:
-        """Collective: begin another phase of the same kind, keeping the stride."""
-        self._calls, self._last = 0, time.monotonic()
-        return self

@@ -169,9 +169,9 @@ def _configure(accelerator: Accelerator, *, micro: int, accumulate: int, clip: f
     for key, (value, setting) in needed.items():
         configured = config.get(key, "auto")
         if configured not in ("auto", None, value) and (key, configured) != ("gradient_accumulation_steps", 1):
+            conflict = f"the launcher's DeepSpeed configuration says {key}: {configured}"
             raise InputError(
-                f"the launcher's DeepSpeed configuration says {key}: {configured}, but {setting} makes it {value}: "
-                "remove it there, or change the run's setting"
+                f"{conflict}, but {setting} makes it {value}: remove it there, or change the run's setting"
             )
         config[key] = value
     accelerator.gradient_accumulation_steps, config["steps_per_print"] = accumulate, math.inf

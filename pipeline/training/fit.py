@@ -2,6 +2,7 @@
 
 import logging
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint.writer import newest_checkpoint
-from pipeline.config import TrainConfig
+from pipeline.config import Config, TrainConfig
 from pipeline.distributed.ranks import total
+from pipeline.distributed.signals import StopPoll
 from pipeline.errors import Diverged, Stopped
 from pipeline.model.losses import Batch, choose_distance, compute_losses
 from pipeline.training.round import REMEDY, RoundState
@@ -25,23 +27,16 @@ Step = tuple[int, Tensor | float, dict[str, Tensor]]
 def fit(run: Run, state: RoundState) -> dict[str, float]:
     """Train on (image, its latent) for train.passes passes. Collective.
 
-    Returns each loss's mean over steps and ranks, and the last learning rate. Raises Stopped, or Diverged as `skip`.
+    Returns each loss's mean over steps and ranks, and the last learning rate. Raises Stopped, or Diverged as `settle`.
     """
     config, engine, position, random, match = run.config, run.engine, run.position, state.random, state.match
-    size, step_size, objective = config.match.round, config.train.batch, config.objective
-    steps = steps_of(
-        config.seed,
-        state.number,
-        size=size,
-        batch=step_size,
-        passes=config.train.passes,
-        rank=run.rank,
-        world=run.world,
-        world_size_at_start=state.world_size_at_start,
-    ).to(state.images.device)  # uploaded once a round: an upload a step would make the launches wait for the device
-    ids = match.ids.to(state.images.device) if match else None
+    size, step_size, objective, device = config.match.round, config.train.batch, config.objective, state.images.device
+    began = state.world_size_at_start
+    steps = steps_of(config, state.number, rank=run.rank, world=run.world, world_size_at_start=began)
+    # Uploaded once a round: an upload a step would make the launches wait for the device.
+    steps, ids = steps.to(device), match.ids.to(device) if match else None
     distance = choose_distance(objective, run.perceived)
-    stop_requested, lr, unread = run.phases.poll("fit"), 0.0, list[Step]()
+    stop_requested, lr, unread = StopPoll(run.stop), 0.0, list[Step]()
     while position.done < len(steps):
         run.watchdog.beat()
         if stop_requested():
@@ -56,16 +51,14 @@ def fit(run: Run, state: RoundState) -> dict[str, float]:
             numbers, local = rows + size * passes_done, rows - state.first
             images = state.images[local]
             with engine.micro_batch():
-                latents = None
-                if objective.needs_latents:  # the matched ones, or fresh ones without a match
-                    latents = random.latents(numbers if ids is None else ids[local])
+                drawn = numbers if ids is None else ids[local]  # fresh ones without a match
                 batch = Batch(
                     images=images,
-                    latents=latents,
+                    latents=random.latents(drawn) if objective.needs_latents else None,
                     damaged=random.damaged(images, numbers) if objective.needs_damaged else None,
                     distance=distance,
                     frozen=engine.bare,
-                    normals=lambda step, numbers=numbers: random.normals(numbers, step),  # type: ignore[misc]
+                    normals=partial(random.normals, numbers),
                 )
                 terms = compute_losses(objective, engine.forward, batch)
                 engine.backward(terms["total"])
@@ -86,16 +79,25 @@ def settle(run: Run, state: RoundState, unread: list[Step], left: int = 0) -> No
     """Add the losses of all unread steps but the last `left` to the round's sums, and count skipped steps.
 
     With steps launched ahead, the last one is read after the next launch, since reading its norm waits for the device.
-    Raises Diverged as `skip` does.
+    Raises Diverged after BAD_STEPS skipped steps in a row.
     """
+    position = run.position
     while len(unread) > left:
         number, norm, sums = unread.pop(0)
-        if not math.isfinite(norm):
-            skip(run, state, number)
+        if math.isfinite(norm):
+            position.bad_steps = 0
+            for name, value in (sums | {"gradient": torch.as_tensor(norm), "steps": torch.tensor(1.0)}).items():
+                state.sums[name] = state.sums.get(name, torch.zeros_like(value)) + value
             continue
-        run.position.bad_steps = 0
-        for name, value in (sums | {"gradient": torch.as_tensor(norm), "steps": torch.tensor(1.0)}).items():
-            state.sums[name] = state.sums.get(name, torch.zeros_like(value)) + value
+        position.bad_steps += 1
+        position.skipped += 1
+        if run.rank == 0:
+            log.warning("step %d: the loss or its gradient is not finite: skipped", number)
+        if position.bad_steps >= BAD_STEPS:
+            run.writer.join()
+            newest = newest_checkpoint(Path(run.config.run.path) / "checkpoints") or "not there yet"
+            bad = f"{position.bad_steps} steps in a row were not finite, the last in round {state.number}"
+            raise Diverged(f"{bad}; the newest checkpoint is {newest}: {REMEDY}")
 
 
 def means(run: Run, state: RoundState) -> dict[str, float]:
@@ -104,21 +106,6 @@ def means(run: Run, state: RoundState) -> dict[str, float]:
     count = float(state.sums["steps"]) if names else 0.0
     values = total([float(state.sums[name]) / count / run.world for name in names], run.accelerator)
     return {f"loss/{name}": value for name, value in zip(names, values, strict=True)}
-
-
-def skip(run: Run, state: RoundState, step: int) -> None:
-    """Count a skipped step. Raises Diverged after BAD_STEPS of them in a row."""
-    run.position.bad_steps += 1
-    run.position.skipped += 1
-    if run.rank == 0:
-        log.warning("step %d: the loss or its gradient is not finite: skipped", step)
-    if run.position.bad_steps >= BAD_STEPS:
-        run.writer.join()
-        newest = newest_checkpoint(Path(run.config.run.path) / "checkpoints") or "not there yet"
-        raise Diverged(
-            f"{run.position.bad_steps} steps in a row had a loss or gradient that is not finite, the last in round "
-            f"{state.number}; the newest checkpoint is {newest}: {REMEDY}"
-        )
 
 
 def learning_rate(config: TrainConfig, seen: int, budget: int) -> float:
@@ -135,29 +122,19 @@ def pass_order(count: int, *key: int) -> Tensor:
     return torch.from_numpy(np.argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(count), kind="stable"))
 
 
-def steps_of(
-    seed: int,
-    round: int,
-    *,
-    size: int,  # images of the round
-    batch: int,  # images a step, over all ranks
-    passes: int,
-    rank: int,
-    world: int,
-    world_size_at_start: int,  # of the ranks that started the round: usually `world`
-) -> Tensor:
-    """Rows of the round (steps, batch / world) int64 that `rank` trains on in each step.
+def steps_of(config: Config, number: int, *, rank: int, world: int, world_size_at_start: int) -> Tensor:
+    """Rows of round `number` (steps, batch / world) int64 that `rank` trains on in each step.
 
     Every pass visits each image of the round once, over all ranks. Each rank shuffles its contiguous share. In a round
     that another world size started, the images of each step stay the same and are divided among the present ranks.
     """
     resized = world_size_at_start != world
-    share = size // world_size_at_start
+    share = config.match.round // world_size_at_start
     ranks = range(world_size_at_start) if resized else [rank]
 
     def rows_of(turn: int) -> Tensor:
-        rows = torch.stack([other * share + pass_order(share, seed, round, turn, other) for other in ranks])
-        return rows.view(len(ranks), -1, batch // world_size_at_start).transpose(0, 1).flatten(1)
+        rows = torch.stack([other * share + pass_order(share, config.seed, number, turn, other) for other in ranks])
+        return rows.view(len(ranks), -1, config.train.batch // world_size_at_start).transpose(0, 1).flatten(1)
 
-    steps = torch.cat([rows_of(turn) for turn in range(passes)])
+    steps = torch.cat([rows_of(turn) for turn in range(config.train.passes)])
     return steps.view(len(steps), world, -1)[:, rank] if resized else steps

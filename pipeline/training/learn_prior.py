@@ -3,8 +3,11 @@
 import math
 from functools import partial
 
+from accelerate.utils import broadcast
+
 from pipeline.config import Config
-from pipeline.distributed.ranks import broadcast, gather, reduce
+from pipeline.distributed.ranks import gather
+from pipeline.distributed.signals import StopPoll
 from pipeline.errors import Diverged, Stopped
 from pipeline.model.prior import Examples
 from pipeline.training.round import RoundState
@@ -19,7 +22,7 @@ def learn_prior(run: Run, state: RoundState) -> dict[str, float]:
     if not prior.learns or position.learned > state.number:
         return prior.metrics
     with run.phases.enter("learn"):
-        stop_requested, steps = run.phases.poll("learn"), 0
+        stop_requested, steps = StopPoll(run.stop), 0
         examples = Examples(
             images=state.images,
             encode=partial(run.engine.exported, "encode"),
@@ -31,7 +34,7 @@ def learn_prior(run: Run, state: RoundState) -> dict[str, float]:
             rank=run.rank,
             world=run.world,
             gather=partial(gather, accelerator=accelerator),
-            add=partial(reduce, accelerator=accelerator),
+            add=accelerator.reduce,
             autocast=accelerator.autocast,
         )
         for _ in prior.learn(examples):
@@ -46,7 +49,7 @@ def learn_prior(run: Run, state: RoundState) -> dict[str, float]:
             run.monitor.advance(run.config.match.round)
         if bad := [name for name, value in prior.metrics.items() if not math.isfinite(value)]:
             raise Diverged(f"{bad[0]} of the prior is not finite in round {state.number}: lower prior.lr")
-        broadcast(prior.state_dict().values())  # the same bits on every rank, whatever its machine
+        broadcast(list(prior.state_dict().values()))  # the same bits on every rank, whatever its machine
     return prior.metrics
 
 

@@ -92,16 +92,12 @@ def run_rounds(run: Run, partial: PartialRound | None) -> None:
 def measure(run: Run, quality: Quality, state: RoundState, values: dict[str, float]) -> bool:
     """Add quality/* to `values`, if a measurement is due. Returns whether it is the best so far. Collective."""
     rounds = run.position.round
-    if not quality.due(rounds):
+    if rounds % run.config.quality.rounds:
         return False
     with run.phases.enter("quality"):
         random = replace(state.random, round=philox.SAMPLES)
         measured, better = quality.measure(
-            run.engine,
-            lambda ids: random.latents(ids + MEASURED),
-            state.images,
-            rounds=rounds,
-            beat=run.watchdog.beat,
+            run.engine, lambda ids: random.latents(ids + MEASURED), state.images, rounds=rounds, beat=run.watchdog.beat
         )
     values |= measured
     if quality.exhausted(rounds) and rounds < run.rounds:

@@ -5,11 +5,12 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from pipeline.data.format.writer import pack
 from pipeline.data.loader import Stream
 from pipeline.data.sources.catalog import load
 from pipeline.distributed.host import warn_of_others
-from pipeline.distributed.ranks import broadcast_object, together, total
+from pipeline.distributed.ranks import together, total
 from pipeline.distributed.signals import StopRequest
 from pipeline.distributed.watchdog import Watchdog
 from pipeline.errors import InputError, require
@@ -42,14 +43,7 @@ from pipeline.training.run_folder import claim, find_claimed
 from pipeline.training.state import PartialRound, Position, restore, restore_prior, restore_weights, shapes_of
 
 log = logging.getLogger("naign.train")
-
-
-class Start(NamedTuple):
-    """What a run takes of the model at model.init, on the CPU."""
-
-    metadata: dict[str, Any]
-    weights: dict[str, Tensor]
-    prior: dict[str, Tensor]
+Start = tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]  # metadata, weights and the prior's state
 
 
 def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, PartialRound | None]:
@@ -64,7 +58,7 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, PartialRound
     with together(accelerator):
         check_engine(config, accelerator)
         start = read_start(config) if rank == 0 else None
-    start = broadcast_object(start)
+    (start,) = broadcast_object_list([start])
     with together(accelerator):
         stream, network, prior = build_model(config, accelerator, start)
         features = open_features(config.match.space, stream.shape, accelerator.device)
@@ -82,11 +76,10 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, PartialRound
     with together(accelerator):
         engine = build_engine(config, network, accelerator, stream.shape)
         if checkpoint:
-            position, partial = restore(checkpoint, engine, rank=rank, world=world, size=config.match.round)
+            position, partial = restore(checkpoint, engine, size=config.match.round)
     rounds, network_rounds = count_all_rounds(config)
     write = position.round < rounds and not (quality and quality.exhausted(position.round))
     monitor, writer = open_outputs(config, accelerator, position, checkpoint, stop, watchdog, write=write)
-    profiler = Profiler(Path(config.run.path), config.profile.rounds, rank)
     run = Run(
         config=config,
         accelerator=accelerator,
@@ -98,7 +91,7 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, PartialRound
         stop=stop,
         stream=stream,
         watchdog=watchdog,
-        phases=Phases(position, watchdog, profiler, stop),
+        phases=Phases(position, watchdog, Profiler(Path(config.run.path), config.profile.rounds, rank)),
         features=features,
         perceived=perceived,
         flops=flops,
@@ -189,7 +182,7 @@ def claim_together(config: Config, accelerator: Accelerator) -> tuple[Path | Non
     with together(accelerator):
         if accelerator.is_main_process:
             checkpoint, token, lock = claim(config)
-    name, token = broadcast_object((checkpoint.name if checkpoint else "", token))
+    name, token = broadcast_object_list([checkpoint.name if checkpoint else "", token])
     with together(accelerator):
         if not accelerator.is_main_process:
             checkpoint = find_claimed(config, name, token)
@@ -221,7 +214,7 @@ def read_start(config: Config) -> Start | None:
     if not config.model.init or newest_checkpoint(folder) or (remote and next(iter(newest_first(remote)), None)):
         return None
     model = NAIGN.from_pretrained(config.model.init)
-    return Start(model.metadata, model.network.state_dict(), model.prior.state_dict())
+    return model.metadata, model.network.state_dict(), model.prior.state_dict()
 
 
 def warm_start(config: Config, start: Start, network: nn.Module, prior: Prior) -> None:
@@ -229,19 +222,20 @@ def warm_start(config: Config, start: Start, network: nn.Module, prior: Prior) -
 
     Raises InputError for a model of another kind, or without any weight that fits.
     """
-    place, name = config.model.init, start.metadata["model"]["name"]
+    metadata, weights, prior_state = start
+    place, name = config.model.init, metadata["model"]["name"]
     if name != config.model.name:
         raise InputError(f"model.init={place} is a model of model.name={name}, this run's is {config.model.name}")
     state = network.state_dict()
-    fits = {key: value for key, value in start.weights.items() if key in state and value.shape == state[key].shape}
+    fits = {key: value for key, value in weights.items() if key in state and value.shape == state[key].shape}
     if not fits:
         raise InputError(f"model.init={place} fits nothing of this network: no weight has its name and its shape")
     network.load_state_dict(state | fits)
     others = ", ".join(sorted(state.keys() - fits.keys()))
     log.info("%d of %d weights are from %s%s", len(fits), len(state), place, f", not {others}" if others else "")
-    same_prior = start.metadata["prior"]["name"] == config.prior.name
-    if same_prior and shapes_of(start.prior) == shapes_of(prior.state_dict()):
-        prior.load_state_dict(start.prior)
+    same_prior = metadata["prior"]["name"] == config.prior.name
+    if same_prior and shapes_of(prior_state) == shapes_of(prior.state_dict()):
+        prior.load_state_dict(prior_state)
 
 
 def open_features(

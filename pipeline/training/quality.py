@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from pipeline.checkpoint.manifest import BEST, read_best
@@ -18,7 +19,7 @@ from pipeline.config import Config, flatten
 from pipeline.data.degrade import KINDS, degrade
 from pipeline.data.loader import Stream, read_split
 from pipeline.distributed.engine import Engine
-from pipeline.distributed.ranks import broadcast_object, gather, together, total
+from pipeline.distributed.ranks import gather, together, total
 from pipeline.errors import InputError
 from pipeline.evaluate.coverage import NEIGHBOURS, coverage
 from pipeline.evaluate.frechet import frechet_distance
@@ -68,10 +69,7 @@ class Quality:
         if self.real is not None and not self.best and Path(run, BEST).exists():
             other = "says nothing of the best checkpoint, or was measured otherwise than this run measures"
             log.warning("%s/%s %s: the next measurement counts as the best", run, BEST, other)
-        self.best = broadcast_object(self.best)
-
-    def due(self, rounds: int) -> bool:
-        return rounds % self.config.rounds == 0
+        (self.best,) = broadcast_object_list([self.best])
 
     def exhausted(self, rounds: int) -> bool:
         """Whether quality.patience ends a run of so many rounds."""

@@ -14,6 +14,7 @@ from pipeline.data import damage
 from pipeline.data.loader import Rows, Stream
 from pipeline.data.order import rank_rows
 from pipeline.distributed.ranks import together, total
+from pipeline.distributed.signals import StopPoll
 from pipeline.errors import Diverged, InputError, Stopped, Unavailable
 from pipeline.match import Match, NotFinite, match_round
 from pipeline.model.prior import Prior
@@ -116,7 +117,7 @@ def read_round(run: Run, stream: Stream, number: int) -> Rows:
 
 def find_match(run: Run, state: RoundState) -> Match:
     """For each image of this rank the latent whose sample is nearest, out of the pool of all ranks. Collective."""
-    stop_requested = run.phases.poll("match")
+    stop_requested = StopPoll(run.stop)
 
     def poll() -> None:
         run.watchdog.beat()

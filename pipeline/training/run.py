@@ -14,7 +14,7 @@ from pipeline.checkpoint.writer import Writer
 from pipeline.config import Config
 from pipeline.data.loader import Stream
 from pipeline.distributed.engine import Engine
-from pipeline.distributed.signals import StopPoll, StopRequest
+from pipeline.distributed.signals import StopRequest
 from pipeline.distributed.watchdog import Watchdog
 from pipeline.errors import InputError, one_line
 from pipeline.model.losses import Distance
@@ -23,22 +23,20 @@ from pipeline.observe import Monitor, Profiler, title
 from pipeline.training.quality import Quality
 from pipeline.training.state import Position
 
-SMALLER = {
+SMALLER = {  # what halves the memory of a phase
     "take": "halve match.round",
     "match": "halve match.block, the samples that are generated at once, then match.round",
     "fit": "double train.accumulate, which halves what a forward holds, or set train.recompute",
     "learn": "halve prior.batch",
     "quality": "halve quality.samples",
 }
-"""What halves the memory of a phase."""
 
 
 class Phases:
     """The phases of the rounds on this rank: what they tell the watchdog and the profiler, and the time they take."""
 
-    def __init__(self, position: Position, watchdog: Watchdog, profiler: Profiler, stop: StopRequest) -> None:
-        self._position, self._watchdog, self._profiler, self._stop = position, watchdog, profiler, stop
-        self._polls = dict[str, StopPoll]()  # of the phases in which ranks go in step
+    def __init__(self, position: Position, watchdog: Watchdog, profiler: Profiler) -> None:
+        self._position, self._watchdog, self._profiler = position, watchdog, profiler
         self.seconds = dict[str, float]()  # that each phase of the current round took
         self.cpu_seconds = 0.0  # processor time of this rank since the newest checkpoint
 
@@ -68,10 +66,6 @@ class Phases:
             full = f"the GPU's memory is full in round {self._position.round}, phase {name}"
             raise InputError(f"{full}: {remedy}. {one_line(error)}") from None
         self.seconds[name] = time.perf_counter() - start
-
-    def poll(self, name: str) -> StopPoll:
-        """A poll for stop requests in a phase, which begins. Collective."""
-        return self._polls.setdefault(name, StopPoll(self._stop)).begin()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -83,9 +83,7 @@ def shapes_of(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in state.items()}
 
 
-def restore(
-    checkpoint: Path, engine: Engine, *, rank: int, world: int, size: int
-) -> tuple[Position, PartialRound | None]:
+def restore(checkpoint: Path, engine: Engine, *, size: int) -> tuple[Position, PartialRound | None]:
     """Load all but the weights, of any engine and world size; `size` is match.round. Collective.
 
     Raises InputError for files that are damaged or not of this run. Other failures, as of a device, pass unchanged.
@@ -101,6 +99,7 @@ def restore(
             raise ValueError(f"state of {len(paths)} ranks instead of {trainer['world_size']}")
         files = [open_tensors(path) for path in paths]
         file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (no iterator)
+        rank, world = engine.accelerator.process_index, engine.accelerator.num_processes
         partial = _restore_round(checkpoint, trainer, files, rank, world, size) if position.done else None
     if trainer["adam_steps"]:
         weights = read_model(checkpoint, "model.safetensors").network.state_dict()
@@ -137,19 +136,15 @@ def _restore_round(
 
 
 def snapshot(
-    config: Config,
-    stream: Stream,
-    engine: Engine,
-    position: Position,
-    prior: Prior,
-    partial: PartialRound | None = None,  # within a round
+    config: Config, stream: Stream, engine: Engine, position: Position, prior: Prior, kept: PartialRound | None = None
 ) -> tuple[Callable[[], None], dict[str, Write]]:
     """What copies all that may change, and what writes each of this rank's files of a checkpoint then. Collective.
 
     Both are for a background thread: training goes on with the next forward, and the next step waits for the copy.
+    Within a round, `kept` is what it can go on from.
     """
     rank, world = engine.accelerator.process_index, engine.accelerator.num_processes
-    kept = partial or PartialRound(world_size_at_start=world)
+    kept = kept or PartialRound(world_size_at_start=world)
     largest_first = sorted(engine.shapes, key=lambda name: -math.prod(engine.shapes[name]))
     owners = {name: number % world for number, name in enumerate(largest_first)}  # the rank that writes its state
     # DeepSpeed gathers whole tensors, which would take room on the device until they are copied.
@@ -186,7 +181,10 @@ def snapshot(
         files["ema.safetensors"] = lambda file: save_model(file, averaged, metadata, drawn)
     if match := kept.match:
         files["state/round.safetensors"] = bind(save_file, {"ids": match.ids, "distances": match.distances})
-    trainer = _progress(stream, engine, position, kept, world)
+    trainer = asdict(position) | {"epoch": stream.order.epochs(position.round), "world_size": world}
+    trainer |= {"began": kept.world_size_at_start, "engine": engine.described, "adam_steps": engine.steps}
+    trainer |= {"scale": engine.scale, "match": match.values if match else {}, "terms": list(kept.sums)}
+    trainer["versions"] = VERSIONS
     files["trainer.json"] = lambda file: write_atomically(file, json.dumps(trainer, indent=2) + "\n", sync=False)
     return copy, files
 
@@ -194,22 +192,6 @@ def snapshot(
 def _copied(value: Tensor) -> Tensor:
     """A contiguous copy in this process's memory."""
     return value.detach().to("cpu", copy=True).contiguous()
-
-
-def _progress(stream: Stream, engine: Engine, position: Position, kept: PartialRound, world: int) -> dict[str, Any]:
-    """What trainer.json holds."""
-    return {
-        **asdict(position),
-        "epoch": stream.order.epochs(position.round),
-        "world_size": world,
-        "began": kept.world_size_at_start,
-        "engine": engine.described,
-        "adam_steps": engine.steps,
-        "scale": engine.scale,
-        "match": kept.match.values if kept.match else {},
-        "terms": list(kept.sums),
-        "versions": VERSIONS,
-    }
 
 
 def describe(config: Config, stream: Stream, position: Position) -> dict[str, Any]:

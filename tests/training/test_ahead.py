@@ -10,7 +10,6 @@ from accelerate.state import AcceleratorState
 
 from pipeline.distributed.engine import MOMENTS, Engine
 from pipeline.errors import Diverged
-from pipeline.training import fit
 from pipeline.training.fit import settle
 
 STEPS, BAD = 7, (2, 3)
@@ -80,16 +79,16 @@ def test_a_restored_engine_goes_on_bit_for_bit():
 
 
 @pytest.mark.parametrize("left", [0, 1])
-def test_sums_are_those_of_the_steps_that_were_made(left, monkeypatch):
-    skipped = []
-    monkeypatch.setattr(fit, "skip", lambda run, state, number: skipped.append(number))
-    run, kept, unread = SimpleNamespace(position=SimpleNamespace(bad_steps=0)), SimpleNamespace(sums={}), []
+def test_sums_are_those_of_the_steps_that_were_made(left, caplog):
+    run = SimpleNamespace(position=SimpleNamespace(skipped=0, bad_steps=0), rank=0)
+    kept, unread = SimpleNamespace(sums={}), []
     for number, norm in enumerate((1.0, 2.0, math.nan, 4.0, math.inf)):
         unread.append((number, torch.tensor(norm) if left else norm, {"loss": torch.tensor(10.0 * number)}))
         settle(run, kept, unread, left)
         assert len(unread) == left
     settle(run, kept, unread)
-    assert skipped == [2, 4] and not unread
+    assert [record.args for record in caplog.records] == [(2,), (4,)] and not unread
+    assert (run.position.skipped, run.position.bad_steps) == (2, 1)
     assert {name: float(value) for name, value in kept.sums.items()} == {"loss": 40, "gradient": 7, "steps": 3}
 
 

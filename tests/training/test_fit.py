@@ -3,15 +3,17 @@
 import pytest
 import torch
 
+from pipeline.config import Config
 from pipeline.training.fit import pass_order, steps_of
 
-ROUND = {"size": 48, "batch": 6, "passes": 2}
+CONFIG = Config(seed=3)
+CONFIG.match.round, CONFIG.train.batch, CONFIG.train.passes = 48, 6, 2
 
 
 def whole(world, start):
     """The rows of every step, over all ranks: (steps, batch)."""
     return torch.cat(
-        [steps_of(3, 7, **ROUND, rank=rank, world=world, world_size_at_start=start) for rank in range(world)], dim=1
+        [steps_of(CONFIG, 7, rank=rank, world=world, world_size_at_start=start) for rank in range(world)], dim=1
     )
 
 
@@ -26,7 +28,7 @@ def test_each_image_once_a_pass_and_the_same_ones_in_each_step(world, start):
 
 def test_a_rank_that_started_the_round_reads_its_own_share():
     for rank in range(3):
-        steps = steps_of(3, 7, **ROUND, rank=rank, world=3, world_size_at_start=3)
+        steps = steps_of(CONFIG, 7, rank=rank, world=3, world_size_at_start=3)
         assert steps.min() == 16 * rank and steps.max() == 16 * rank + 15
         assert torch.equal(steps[0], 16 * rank + pass_order(16, 3, 7, 0, rank)[:2])
 
@@ -34,4 +36,4 @@ def test_a_rank_that_started_the_round_reads_its_own_share():
 def test_passes_and_rounds_differ():
     steps = whole(1, 1)
     assert not torch.equal(steps[:8], steps[8:])
-    assert not torch.equal(steps, steps_of(3, 8, **ROUND, rank=0, world=1, world_size_at_start=1))
+    assert not torch.equal(steps, steps_of(CONFIG, 8, rank=0, world=1, world_size_at_start=1))

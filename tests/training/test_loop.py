@@ -99,7 +99,6 @@ def test_a_full_gpu_names_the_phase_and_what_takes_less(phase, remedy):
         SimpleNamespace(round=3),
         SimpleNamespace(enter=lambda *_: None),
         SimpleNamespace(phase=lambda _: nullcontext()),
-        SimpleNamespace(),
     )
     full = rf"full in round 3, phase {phase}: .*{remedy}.* 2 GiB"
     with pytest.raises(InputError, match=full), phases.enter(phase):

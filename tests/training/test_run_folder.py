@@ -100,9 +100,9 @@ def test_a_step_goes_on_where_copying_fails(run):
     assert newest_checkpoint(Path(config.run.path) / "checkpoints").name == f"step-{POSITION.step:08d}"
 
 
-def resume(checkpoint, engine, rank=0, world=1, size=2048):
+def resume(checkpoint, engine):
     restore_weights(checkpoint, engine.bare)
-    return restore(checkpoint, engine, rank=rank, world=world, size=size)
+    return restore(checkpoint, engine, size=2048)
 
 
 def rewrite(checkpoint, name, content):
