@@ -1,6 +1,7 @@
 """The page of `naign demo`, in Gradio."""
 
 import functools
+import itertools
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -89,16 +90,14 @@ class Player:
         for kind, strength in zip(KINDS, strengths, strict=True):
             given = degrade(given, kind, seed=seed, strength=strength)
         chain = [given]
-        for _ in range(times + 1):
+        for _ in range(times + 1):  # the last is for the energy of the one before
             chain.append(self.model.project(chain[-1]))
-        answers = chain[1:-1]  # the last is for the energy of the one before
-        energies = [float((after - before).square().mean()) for before, after in zip(chain, chain[1:], strict=False)]
-        moved = (answers[0] - given).abs().mean(1)[0]
-        captions = [f"{count}: {energy:.2g}" for count, energy in enumerate(energies[1:], 1)]
-        applied = [(to_image(answer[0]), caption) for answer, caption in zip(answers, captions, strict=True)]
+        energies = [float((after - before).square().mean()) for before, after in itertools.pairwise(chain)]
+        moved = (chain[1] - given).abs().mean(1)[0]
+        applied = [(to_image(chain[count][0]), f"{count}: {energies[count]:.2g}") for count in range(1, times + 1)]
         text = f"Energy, the mean of (f(x) − x)²: **{energies[0]:.4g}** of what f was given, "
         text += f"**{energies[-1]:.4g}** of its answer. Darkest in the map: |f(x) − x| = {moved.max():.3g}."
-        return to_image(given[0]), shades(moved), to_image(answers[-1][0]), text, applied
+        return to_image(given[0]), shades(moved), applied[-1][0], text, applied
 
     def sample(self, n: int, seed: int, times: int) -> Image.Image:
         return grid(self.model.sample(n, seed=seed, times=times).cpu(), columns=min(n, 8))

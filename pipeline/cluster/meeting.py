@@ -149,17 +149,15 @@ def _wait_for_others(
 
 def _go_to_first(place: Place, port: int, check: Callable[[str], None]) -> Links:
     hello = Hello(place.start, place.index, place.hosts, place.generation, uuid.uuid4().hex)
-    reason = ""
+    head, reason = f"{place.head}, port {port}", ""
     while True:
-        check(f"host 0 ({place.head}, port {port}){reason}")
+        check(f"host 0 ({head}){reason}")
         with contextlib.ExitStack() as stack:
             try:
                 connection = stack.enter_context(_connect(place.head, port))
                 notice_death(connection)
                 connection.sendall(hello.line())
-                answer = _answer(
-                    connection, lambda: check(f"an answer of {place.head}, port {port}, where a program listens")
-                )
+                answer = _answer(connection, lambda: check(f"an answer of {head}, where a program listens"))
                 if answer.go:
                     stack.pop_all()
                     return Links(_plain(connection.getpeername()), {0: connection}, answer.generation, answer.since)
