@@ -27,6 +27,7 @@ TIMES = 5  # applications of f at most
 SAMPLES = 64  # at once at most
 STEPS = 16  # images of an interpolation at most
 SEEDS = 2**31
+EXACT: dict[str, Any] = {"format": "png", "elem_classes": "pixels"}  # of components that show pixels as they are
 STYLE = ".pixels img {object-fit: contain !important; image-rendering: pixelated} .pixels .image-frame {width: 100%}"
 
 
@@ -164,15 +165,8 @@ def _build_repair(player: Player) -> None:
     with gradio.Row():
         pictures = [_shown("What f is given", "given"), _shown("|f(x) − x|", "map"), _shown("Repaired", "repaired")]
     text = gradio.Markdown(elem_id="energies")
-    applied = gradio.Gallery(
-        format="png",
-        label="f applied 1, 2, ... times: energy",
-        columns=TIMES,
-        fit_columns=False,
-        height=220,
-        buttons=[],
-        elem_classes="pixels",
-    )
+    label = "f applied 1, 2, ... times: energy"
+    applied = gradio.Gallery(**EXACT, label=label, columns=TIMES, fit_columns=False, height=220, buttons=[])
     inputs, outputs = [canvas, times, seed, *strengths], [*pictures, text, applied]
     # The progress of a refused upload would cover the canvas, so it is hidden.
     clear.click(_refusing(player.clear), None, canvas, api_name="clear", show_progress="hidden")
@@ -182,8 +176,7 @@ def _build_repair(player: Player) -> None:
 
 
 def _slider(label: str, value: float, most: float, *, least: float = 1, step: float = 1) -> gradio.Slider:
-    precision = {"precision": 0} if step == 1 else {}
-    return gradio.Slider(least, most, value=value, step=step, label=label, **precision)
+    return gradio.Slider(least, most, value=value, step=step, label=label, precision=0 if step == 1 else None)
 
 
 def _times() -> gradio.Slider:
@@ -195,9 +188,7 @@ def _seed(label: str, value: int = 0) -> gradio.Number:
 
 
 def _shown(label: str, name: str | None = None) -> gradio.Image:
-    return gradio.Image(
-        type="pil", format="png", label=label, buttons=["download"], elem_id=name, elem_classes="pixels", height=260
-    )
+    return gradio.Image(**EXACT, type="pil", label=label, buttons=["download"], elem_id=name, height=260)
 
 
 def serve(player: Player, *, about: str, port: int) -> None:

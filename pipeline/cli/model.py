@@ -42,6 +42,7 @@ class Latents:
 
 
 TRAINED = Latents()
+Drawn = Annotated[Latents, tyro.conf.arg(name="")]
 
 
 def evaluate(
@@ -97,7 +98,7 @@ def sample(
     n: int = 64,
     to: Path | None = None,
     times: Times = 1,
-    latents: Annotated[Latents, tyro.conf.arg(name="")] = TRAINED,
+    latents: Drawn = TRAINED,
     seed: int = 0,
     device: Device = "auto",
 ) -> None:
@@ -189,12 +190,7 @@ def score(run: Model, files: Files, /, *, times: Times = 1, device: Device = "au
 
 
 def export(
-    run: Model,
-    /,
-    *,
-    to: Path,
-    format: Literal["safetensors", "onnx"] = "safetensors",
-    latents: Annotated[Latents, tyro.conf.arg(name="")] = TRAINED,
+    run: Model, /, *, to: Path, format: Literal["safetensors", "onnx"] = "safetensors", latents: Drawn = TRAINED
 ) -> None:
     """Export a model: as safetensors for NAIGN.from_pretrained, or f alone as a program.
 
@@ -205,7 +201,8 @@ def export(
     """
     from pipeline.model import programs
 
-    _refuse_runs(to)
+    for name, what in (("manifest.json", "checkpoint"), ("checkpoints", "run")):  # whose part the model would become
+        require((not (to / name).exists(), f"--to {to} is a {what}: give another folder"))
     require((format == "safetensors" or latents.prior == "trained", "--format onnx is f alone, without a prior"))
     model = _open_with(latents, run, "cpu")
     file = to / f"model.{format}"
@@ -254,12 +251,6 @@ def push(
             print(f"uploaded: {hub.upload(Path(place), name, private=private)}")
         else:
             print(f"wrote {files} files to {dry_run}/, uploaded nothing")
-
-
-def _refuse_runs(folder: Path) -> None:
-    """Raise InputError for a folder in which an exported model would become part of a run, or be hidden by it."""
-    for name, what in (("manifest.json", "checkpoint"), ("checkpoints", "run")):
-        require((not (folder / name).exists(), f"--to {folder} is a {what}: give another folder"))
 
 
 def open_model(run: str, device: str) -> "NAIGN":

@@ -26,9 +26,8 @@ from typing import Any
 
 from pipeline.cluster.exit_codes import Ending, leave_at_once, program, say
 from pipeline.cluster.local_ranks import become_rank, find_engine, load_launcher, require_gpus, run_ranks
-from pipeline.cluster.meeting import TELLING, Links, listen, meet, reject_all
+from pipeline.cluster.meeting import TELLING, Links, check_progress, listen, meet, meet_again, reject_all
 from pipeline.cluster.place import RANKS, Place, find_place, find_ports
-from pipeline.cluster.rejoin import check_progress, meet_again
 from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost, Unavailable, on_signals
 from pipeline.terminal import outlive_terminal
 
@@ -143,7 +142,7 @@ def _meet_others(options: argparse.Namespace, config: Any, place: Place, process
                 if listener:
                     listen(options.port, "--port").close()
                 load_launcher()  # imported, which takes a second, while the others are awaited
-            links = meet(place, listener, port=options.meeting_port, within=options.wait, say=say)
+            links = meet(place, listener, port=options.meeting_port, within=options.wait)
         except InputError as error:
             if listener:  # host 0: the others end for the same reason
                 on_signals(lambda *_: os._exit(BAD_INPUT))

@@ -54,8 +54,7 @@ def find_engine(name: str, precision: str = "") -> str:
 
 
 def _read_engine(file: Path) -> str:
-    """The configuration in a file, as YAML. Raises what Accelerate raises, or ValueError for what it would only refuse
-    in the ranks."""
+    """The configuration in a file, as YAML. Raises what Accelerate raises, ValueError for what it refuses too late."""
     from accelerate.commands.config.config_args import load_config_from_file
 
     config: Any = load_config_from_file(str(file))
@@ -201,10 +200,8 @@ def _codes(ranks: Sequence[Path]) -> list[str]:
 
 
 def _end_children(number: int) -> None:
-    """Send `number` to the children that still run: Accelerate leaves a single rank to its caller.
-
-    SIGINT becomes SIGTERM: a second one, after the terminal's, would end a rank without a checkpoint.
-    """
+    """Send `number` to the children that still run: Accelerate leaves a single rank to its caller."""
+    # A second SIGINT, after the terminal's, would end a rank without a checkpoint.
     number = signal.SIGTERM if number == signal.SIGINT else number
     children = psutil.Process().children()
     for child in children:

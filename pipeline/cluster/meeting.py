@@ -4,51 +4,50 @@ A launcher's rendezvous admits whoever connects, and a pod of an earlier start o
 the name and index of one that is awaited. So every host names its start, and host 0 rejects those of other starts.
 Hosts then use the address at which host 0 answered, since its name may resolve to another pod a moment later.
 
-Hosts of a start meet again when one was lost (rejoin.py); admission.py decides who is admitted. Meetings are numbered
-by generation: one more than the largest that any host has seen. Of two hosts with one index the later one stays, unless
-its generation is older; the other one must leave, so that they do not take turns.
+Hosts of a start meet again when one was lost and its orchestrator replaces it; admission.py decides who is admitted.
+Meetings are numbered by generation: one more than the largest that any host has seen. Of two hosts with one index the
+later one stays, unless its generation is older; the other one must leave, so that they do not take turns.
 
 The connections stay open while the ranks run. A host that dies closes its connections, so the others learn at once what
 a collective may not report for minutes.
 """
 
 import contextlib
+import os
 import random
 import re
+import signal
 import socket
+import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import psutil
 
 from pipeline.cluster.admission import Answer, Guests, Hello, notice_death
+from pipeline.cluster.exit_codes import GRACE, Ending, kill_children, say
 from pipeline.cluster.place import Place
-from pipeline.errors import InputError, PeerLost, printable
+from pipeline.errors import SIGNALS, InputError, PeerLost, Unavailable, printable
 
 EVERY = 10.0  # seconds between two messages about the missing hosts
+LIMIT = 5  # starts in a row of the same hosts that may end early
+LONG = 600.0  # seconds of training after which a start has not ended early
 TELLING = 30.0  # seconds for which host 0 stays to tell hosts that start later why it ends
 
 
-def meet(
-    place: Place,
-    listener: socket.socket | None,  # what `listen` opened on host 0
-    *,
-    port: int,
-    within: float = 900,  # seconds
-    say: Callable[[str], None] = print,
-) -> "Links":
-    """Wait until every host of this start is connected.
+def meet(place: Place, listener: socket.socket | None, *, port: int, within: float) -> "Links":
+    """Wait `within` seconds until every host of this start is connected; `listener` is what `listen` opened on host 0.
 
-    Raises PeerLost when time is up or another host has this index, InputError if the hosts disagree on how many they
-    are.
+    Raises PeerLost when time is up or another host has this index, InputError if hosts count each other differently.
     """
     if place.hosts == 1:
         return Links("127.0.0.1", {}, 1, 1)
-    check = _time_limit(within, say)
-    return _wait_for_others(place, listener, check, say) if listener else _go_to_first(place, port, check)
+    check = _time_limit(within)
+    return _wait_for_others(place, listener, check) if listener else _go_to_first(place, port, check)
 
 
 def listen(port: int, option: str = "--meeting-port") -> socket.socket:
@@ -65,7 +64,7 @@ def listen(port: int, option: str = "--meeting-port") -> socket.socket:
 def reject_all(listener: socket.socket, place: Place, error: InputError, within: float = TELLING) -> None:
     """Tell the other hosts why all end as they connect, for `within` seconds or until all of them know."""
     until = time.monotonic() + within
-    with contextlib.closing(Guests(place, listener, lambda _: None, ending=f"host 0: {error}"[:400])) as guests:
+    with contextlib.closing(Guests(place, listener, ending=f"host 0: {error}"[:400])) as guests:
         while len(guests.informed) < place.hosts - 1 and (left := until - time.monotonic()) > 0:
             guests.serve(min(left, 1))
 
@@ -109,9 +108,37 @@ class Links:
                 peer.shutdown(socket.SHUT_WR)
 
 
-def _time_limit(within: float, say: Callable[[str], None]) -> Callable[[str], None]:
-    """What to call about once a second with who is awaited: it logs that every EVERY seconds, and raises PeerLost after
-    `within` seconds."""
+def check_progress(links: Links) -> None:
+    """Raise Unavailable after LIMIT starts of the same hosts none of which lasted LONG seconds."""
+    if links.generation - links.since >= LIMIT:
+        problem = f"{LIMIT} starts in a row ended within {LONG / 60:.0f} minutes, and no host was lost"
+        raise Unavailable(f"{problem}: see the ranks' messages above, and whether hosts reach each other on all ports")
+
+
+def meet_again(environ: Mapping[str, str], code: int, ending: Ending, links: Links, seconds: float) -> int:
+    """Execute this process anew in its original environment `environ`, after `seconds` of training, from any thread.
+
+    The host keeps its pod and process id, so that the others do not wait out the back-off of a restart. All that stays
+    of this start is two numbers in the environment: threads, connections and the state of torch's agent end with it.
+    Returns `code`, the exit code of this host, only if it was asked to end meanwhile or its ranks cannot be killed.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # across the exec, until the new program sets handlers
+    if not ending.asked and not psutil.wait_procs(kill_children(), timeout=GRACE)[1]:
+        since = links.generation if seconds >= LONG else links.since
+        say(f"this host stays, and waits for the others to meet again (they have met {links.generation} times)")
+        for file in Path("/proc/self/fd").glob("*"):  # C++ libraries leave some open, as the port of the ranks' store
+            with contextlib.suppress(OSError):  # glob's descriptor is closed already
+                os.set_inheritable(int(file.name), int(file.name) < 3)
+        past = {"NAIGN_GENERATION": str(links.generation), "NAIGN_SINCE": str(since)}
+        sys.stdout.flush()
+        if not ending.asked:  # meanwhile: other threads still receive signals
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**environ, **past})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    return code
+
+
+def _time_limit(within: float) -> Callable[[str], None]:
+    """What to call often with who is awaited: it logs that every EVERY seconds, and PeerLost ends it after `within`."""
     begun = logged = time.monotonic()
 
     def check(for_whom: str) -> None:
@@ -127,10 +154,8 @@ def _time_limit(within: float, say: Callable[[str], None]) -> Callable[[str], No
     return check
 
 
-def _wait_for_others(
-    place: Place, listener: socket.socket, check: Callable[[str], None], say: Callable[[str], None]
-) -> Links:
-    with contextlib.closing(Guests(place, listener, say)) as guests:
+def _wait_for_others(place: Place, listener: socket.socket, check: Callable[[str], None]) -> Links:
+    with contextlib.closing(Guests(place, listener)) as guests:
         while len(guests.hosts) < place.hosts - 1:
             missing = [index for index in range(1, place.hosts) if index not in guests.hosts]
             shown = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")

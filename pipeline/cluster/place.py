@@ -39,7 +39,7 @@ def find_place(environ: Mapping[str, str]) -> Place:
     - Kubeflow Trainer v2, or whoever sets torchrun's options: PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR.
     - Slurm: one task of `srun` a node. A batch script that calls no srun is alone, on its one node.
 
-    Without any of them the host is alone. A host that meets the others again (rejoin.py) sets NAIGN_GENERATION and
+    Without any of them the host is alone. A host that meets the others again (meeting.py) sets NAIGN_GENERATION and
     NAIGN_SINCE itself. Raises InputError where variables are missing or contradictory.
     """
     generation, since = (_number(environ, name, default=0) for name in ("NAIGN_GENERATION", "NAIGN_SINCE"))
