@@ -1,7 +1,9 @@
-"""Commands that use a trained model: evaluate, sample, restore, score, export, push."""
+"""Commands that use a trained model: evaluate, sample, restore, score, export, push, demo."""
 
 import csv
 import math
+import os
+import signal
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ import tyro
 from tyro.conf import Positional
 
 from pipeline.cli.output import Json, lines_to_stderr, print_json
-from pipeline.errors import require
+from pipeline.errors import InputError, require
 from pipeline.terminal import busy, counted
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ def evaluate(
 
     _check(seed=seed)
     with lines_to_stderr(json):
-        metrics = measure(run, data=data, samples=samples, seed=seed, device=find_device(device), encoder=encoder)
+        metrics = measure(run, data=data, samples=samples, seed=seed, device=_find_device(device), encoder=encoder)
     report = f"{folder_of(run)}/evaluation/report.html"
     if chosen := metrics["checkpoint"]:
         print(f"{run}: the {chosen['choice']} checkpoint, {chosen['name']}", file=sys.stderr)
@@ -84,10 +86,9 @@ def evaluate(
             print(f"Frechet distance on {fd['encoder']}: {values}; floor (training against test) {fd['floor']:.4g}")
     for kind, errors in (metrics["restoration"] or {}).items():
         print(f"restoration of {kind}: mean absolute error {errors['input']:.3f} before, {errors['once']:.3f} after")
-    for warning in metrics["warnings"]:
-        print(f"warning: {warning}")
-    for note in metrics["notes"]:
-        print(f"note: {note}")
+    for kind in ("warning", "note"):
+        for text in metrics[f"{kind}s"]:
+            print(f"{kind}: {text}")
     print(f"report: {report}")
 
 
@@ -112,7 +113,7 @@ def sample(
     from pipeline.cli.files import write_samples
 
     _check(n=n, times=times, seed=seed)
-    model = _open_with(latents, run, find_device(device))
+    model = _open_with(latents, run, _find_device(device))
     with counted("sampling", total=n, unit="sample") as bar:
         samples = model.sample(n, seed=seed, times=times, advance=bar.update).cpu()
     place = to or Path("samples.png" if samples.ndim == 4 else "samples.csv")
@@ -141,7 +142,7 @@ def restore(
     from pipeline.data.degrade import degrade
 
     _check(times=times)
-    model = open_model(run, find_device(device))
+    model = _open(run, _find_device(device))
     points = len(model.shape) == 1
     require(
         (not to.is_file(), f"--to {to} is a file: give a folder, for one picture an image"),
@@ -171,7 +172,7 @@ def score(run: Model, files: Files, /, *, times: Times = 1, device: Device = "au
 
     _check(times=times)
     with lines_to_stderr(json):
-        model = open_model(run, find_device(device))
+        model = _open(run, _find_device(device))
     paths = [path for path, _ in find_files(files, model.shape)]
     originals = read_samples(paths, model)
     places = [(path, line) for path, batch in zip(paths, originals, strict=True) for line in range(1, 1 + len(batch))]
@@ -244,7 +245,7 @@ def push(
         hub.check_name(name)
         empty = not dry_run.exists() or (dry_run.is_dir() and not any(dry_run.iterdir()))
         require((empty, f"--dry-run {dry_run} holds something already: give a new or empty folder"))
-    model = open_model(run, "cpu")
+    model = _open(run, "cpu")
     with tempfile.TemporaryDirectory() as place:
         files = write_repository(dry_run or Path(place), model, run, name=name, license=license)
         if dry_run is None:
@@ -253,7 +254,33 @@ def push(
             print(f"wrote {files} files to {dry_run}/, uploaded nothing")
 
 
-def open_model(run: str, device: str) -> "NAIGN":
+def demo(run: Run, /, *, port: int = 7860, device: Device = "auto") -> None:
+    """Serve a page to play with a model of images: draw or upload, damage, repair; sample, interpolate.
+
+    Args:
+        port: Port of 127.0.0.1 to listen on; 0 for any free one. Other machines cannot reach it.
+    """
+    require((0 <= port < 2**16, f"--port is {port}: it must be 0 to {2**16 - 1}"))
+    model = _open(run, _find_device(device))
+    require((len(model.shape) == 3, f"the page is for images, the model in {run} takes points of {model.shape}"))
+    about = f"**{run}**: f takes images of {' × '.join(map(str, model.shape))}."
+    if getattr(model.network, "generates_only", False):
+        about += " It carries latents to images: it was not trained to repair."
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    with tempfile.TemporaryDirectory(prefix="naign-demo-") as place:
+        os.environ |= {  # read when Gradio is imported: nothing is sent, and its files are gone in the end
+            "GRADIO_ANALYTICS_ENABLED": "False",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "GRADIO_TEMP_DIR": place,
+        }
+        try:
+            from pipeline.cli.demo_page import Player, serve
+        except ModuleNotFoundError as error:
+            raise InputError(f"naign demo needs Gradio ({error}): in a checkout, pip install -e '.[demo]'") from None
+        serve(Player(model), about=about, port=port)
+
+
+def _open(run: str, device: str) -> "NAIGN":
     """Read a model. Of a run, print on stderr which checkpoint it is."""
     from pipeline.model.naign import NAIGN
 
@@ -271,7 +298,7 @@ def _open_with(latents: Latents, run: str, device: str) -> "NAIGN":
         require((value is None or not trained, f"--{name} is of a mixture: add --prior gmm, or leave it out"))
     components = 50 if components is None else components
     _check(components=components)
-    model = open_model(run, device)
+    model = _open(run, device)
     if latents.steps is not None:
         settings = model.metadata["prior"]
         flow = trained and settings["name"] == "flow"
@@ -286,7 +313,7 @@ def _open_with(latents: Latents, run: str, device: str) -> "NAIGN":
         return with_mixture(model, run, components=components, data=latents.data)
 
 
-def find_device(name: Device) -> str:
+def _find_device(name: Device) -> str:
     import torch
 
     available = torch.cuda.is_available()
