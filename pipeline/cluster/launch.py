@@ -26,8 +26,9 @@ from typing import Any
 
 from pipeline.cluster.exit_codes import Ending, leave_at_once, program, say
 from pipeline.cluster.local_ranks import become_rank, find_engine, load_launcher, require_gpus, run_ranks
-from pipeline.cluster.meeting import TELLING, Links, check_progress, listen, meet, meet_again, reject_all
+from pipeline.cluster.meeting import TELLING, Links, listen, meet, reject_all
 from pipeline.cluster.place import RANKS, Place, find_place, find_ports
+from pipeline.cluster.rejoin import check_progress, meet_again
 from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost, Unavailable, on_signals
 from pipeline.terminal import outlive_terminal
 

@@ -13,29 +13,23 @@ a collective may not report for minutes.
 """
 
 import contextlib
-import os
 import random
 import re
-import signal
 import socket
-import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import psutil
 
 from pipeline.cluster.admission import Answer, Guests, Hello, notice_death
-from pipeline.cluster.exit_codes import GRACE, Ending, kill_children, say
+from pipeline.cluster.exit_codes import say
 from pipeline.cluster.place import Place
-from pipeline.errors import SIGNALS, InputError, PeerLost, Unavailable, printable
+from pipeline.errors import InputError, PeerLost, printable
 
 EVERY = 10.0  # seconds between two messages about the missing hosts
-LIMIT = 5  # starts in a row of the same hosts that may end early
-LONG = 600.0  # seconds of training after which a start has not ended early
 TELLING = 30.0  # seconds for which host 0 stays to tell hosts that start later why it ends
 
 
@@ -106,35 +100,6 @@ class Links:
             with contextlib.suppress(OSError):
                 peer.sendall(f"{code}{' lost' * lost}\n".encode())
                 peer.shutdown(socket.SHUT_WR)
-
-
-def check_progress(links: Links) -> None:
-    """Raise Unavailable after LIMIT starts of the same hosts none of which lasted LONG seconds."""
-    if links.generation - links.since >= LIMIT:
-        problem = f"{LIMIT} starts in a row ended within {LONG / 60:.0f} minutes, and no host was lost"
-        raise Unavailable(f"{problem}: see the ranks' messages above, and whether hosts reach each other on all ports")
-
-
-def meet_again(environ: Mapping[str, str], code: int, ending: Ending, links: Links, seconds: float) -> int:
-    """Execute this process anew in its original environment `environ`, after `seconds` of training, from any thread.
-
-    The host keeps its pod and process id, so that the others do not wait out the back-off of a restart. All that stays
-    of this start is two numbers in the environment: threads, connections and the state of torch's agent end with it.
-    Returns `code`, the exit code of this host, only if it was asked to end meanwhile or its ranks cannot be killed.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # across the exec, until the new program sets handlers
-    if not ending.asked and not psutil.wait_procs(kill_children(), timeout=GRACE)[1]:
-        since = links.generation if seconds >= LONG else links.since
-        say(f"this host stays, and waits for the others to meet again (they have met {links.generation} times)")
-        for file in Path("/proc/self/fd").glob("*"):  # C++ libraries leave some open, as the port of the ranks' store
-            with contextlib.suppress(OSError):  # glob's descriptor is closed already
-                os.set_inheritable(int(file.name), int(file.name) < 3)
-        past = {"NAIGN_GENERATION": str(links.generation), "NAIGN_SINCE": str(since)}
-        sys.stdout.flush()
-        if not ending.asked:  # meanwhile: other threads still receive signals
-            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**environ, **past})
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    return code
 
 
 def _time_limit(within: float) -> Callable[[str], None]:

@@ -17,8 +17,9 @@ import pytest
 from pipeline.cluster import meeting
 from pipeline.cluster.admission import Hello
 from pipeline.cluster.exit_codes import Ending
-from pipeline.cluster.meeting import LIMIT, Links, check_progress, listen, meet, meet_again
+from pipeline.cluster.meeting import Links, listen, meet
 from pipeline.cluster.place import Place
+from pipeline.cluster.rejoin import LIMIT, check_progress, meet_again
 from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, PeerLost, Unavailable
 from tests.conftest import SMALL, environment
 from tests.servers import free_port
