@@ -4,12 +4,14 @@ import gc
 import os
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
 from tqdm import tqdm
 from tyro.conf import Positional
 
 from pipeline.cli.output import Json, lines_to_stderr, print_json
+from pipeline.cluster.job import Job
 from pipeline.errors import InputError, Unavailable, exit_on_input_error, require
 from pipeline.terminal import busy
 
@@ -41,44 +43,18 @@ def launch() -> None:
     os._exit(code)  # a normal exit would restore the default signal handlers and join threads
 
 
-def render(
-    what: Positional[Literal["k8s", "slurm"]],
-    /,
-    *,
-    data: str,
-    run: str,
-    nodes: int = 1,
-    gpus: int = 1,
-    image: str = "naign:cuda",
-    config: Path | None = None,
-    name: str = "",
-    service_account: str = "",
-    endpoint: str = "",
-    region: str = "us-east-1",
-) -> None:
+def render(what: Positional[Literal["k8s", "slurm"]], /, *, job: Annotated[Job, tyro.conf.arg(name="")]) -> None:
     """Print the manifests or the Slurm script of a training; its memory and traffic go to stderr.
 
     Args:
         what: k8s for kubectl apply -f -, slurm for sbatch.
-        data: Packed data: s3://bucket/prefix, or for Slurm a shared folder.
-        run: Where the run is kept: s3://bucket/prefix, or for Slurm a shared folder.
-        nodes: Machines.
-        gpus: GPUs of each; 0 trains on CPUs.
-        image: Of launch/Dockerfile (k8s).
-        config: Settings of the run; default: the recommended recipe, configs/mnist.yaml.
-        name: Of the Job, its Service and its ConfigMaps; default: the last part of --run, made to fit.
-        service_account: Of the pods, where a role instead of a Secret gives access to the bucket (k8s).
-        endpoint: Address of the S3 server, where it is not AWS's (k8s).
-        region: Of the bucket (k8s).
     """
-    from pipeline.cluster.render import Size, name_after, predict, render_k8s, render_slurm
+    from pipeline.cluster.render import predict, render_k8s, render_slurm
 
-    size = Size(nodes=nodes, gpus=gpus, account=service_account, endpoint=endpoint, region=region)
-    make = render_k8s if what == "k8s" else render_slurm
-    text = make(size, image=image, data=data, run=run, config=config, name=name or name_after(run))
-    if data.startswith("s3://"):
-        print(f"reading {data}", file=sys.stderr, flush=True)
-    cost = predict(size, data=data, config=config)
+    text = render_k8s(job) if what == "k8s" else render_slurm(job)
+    if job.data.startswith("s3://"):
+        print(f"reading {job.data}", file=sys.stderr, flush=True)
+    cost = predict(job)
     print(text)
     print(cost, file=sys.stderr)
 

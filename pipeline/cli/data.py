@@ -1,8 +1,10 @@
 """Commands that make and check data sets: pack, index, verify."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+import tyro
 from tyro.conf import Positional
 
 from pipeline.cli.output import Json, lines_to_stderr, print_json
@@ -58,19 +60,23 @@ def pack(
         print(f"note: too few test examples to evaluate a network on: {tests}, and more than {NEIGHBOURS} are needed")
 
 
+@dataclass(frozen=True)
+class Indexing:
+    """Options of `naign index` that `pipeline.data.format.indexing.index` takes; the comments are their help."""
+
+    to: str = ""  # Folder or s3://bucket/prefix to write to, for --data.index; default: beside the tars.
+    # Pattern of the tars for training, such as 'imagenet-train-*.tar'; default: those not for testing.
+    train: str | None = None
+    test: str | None = None  # Pattern of the tars for testing; default: those with test or val in their names.
+    label: str = ""  # Where labels are: json:FIELD of the .json, or name:REGEX of the key; default: the number in .cls.
+    name: str | None = None  # Name of the data set; default: the last part of the path.
+    sample_check: int | None = None  # Pictures of each tar to decode, of the others only the header; default: all.
+    keep_broken: bool = False  # Only warn of samples that cannot be decoded; train with --data.broken=skip.
+    force: bool = False  # Replace an existing index.json.
+
+
 def index(
-    path: Positional[str],
-    /,
-    *,
-    to: str = "",
-    train: str | None = None,
-    test: str | None = None,
-    label: str = "",
-    labels: Path | None = None,
-    name: str | None = None,
-    sample_check: int | None = None,
-    keep_broken: bool = False,
-    force: bool = False,
+    path: Positional[str], /, *, labels: Path | None = None, options: Annotated[Indexing, tyro.conf.arg(name="")]
 ) -> None:
     """Index existing WebDataset tars: write index.json and page tables, without changing a tar.
 
@@ -79,15 +85,7 @@ def index(
     Args:
         path: Folder, s3://bucket/prefix or a pattern such as 's3://bucket/prefix/{00000..01023}.tar' of the tars.
             Samples are pictures of any size, or points of one length.
-        to: Folder or s3://bucket/prefix to write to, for --data.index; default: beside the tars.
-        train: Pattern of the tars for training, such as 'imagenet-train-*.tar'; default: those not for testing.
-        test: Pattern of the tars for testing; default: those with test or val in their names.
-        label: Where labels are: json:FIELD of the .json, or name:REGEX of the key; default: the number in .cls.
         labels: File with one label name a line; default: the numbers or texts in the samples.
-        name: Name of the data set; default: the last part of the path.
-        sample_check: Pictures of each tar to decode; of the others only the header is read. Default: all.
-        keep_broken: Only warn of samples that cannot be decoded; train with --data.broken=skip.
-        force: Replace an existing index.json.
     """
     from pipeline.data.format.indexing import index as read_all
 
@@ -95,25 +93,12 @@ def index(
         names = tuple(labels.read_text().splitlines()) if labels else ()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--labels {labels}: {error}") from None
-    manifest = read_all(
-        path,
-        to=to,
-        train=train,
-        test=test,
-        label=label,
-        labels=names,
-        name=name,
-        sample_check=sample_check,
-        keep_broken=keep_broken,
-        force=force,
-    )
-    print(_contents(to or path, manifest))
+    manifest = read_all(path, labels=names, **vars(options))
+    print(_contents(options.to or path, manifest))
     if broken := sum(map(len, manifest.broken.values())):
         print(f"note: {broken} samples cannot be decoded, which index.json records: train with --data.broken=skip")
     if "test" not in manifest.splits:
-        print(
-            "note: no tar is for testing, so none to measure a network on: test or val in a name, or --test, says which"
-        )
+        print("note: no tar is for testing, so none to measure a network on: name some with test or val, or by --test")
 
 
 def _contents(path: str, manifest: "Manifest") -> str:
@@ -134,17 +119,17 @@ def verify(path: Positional[str], /, *, index: str = "", json: Json = False) -> 
     from pipeline.data.format.audit import PROBLEMS, Problems
     from pipeline.data.format.audit import verify as read_all
 
-    facts: dict[str, Any] = dict.fromkeys(("samples", "shards", "bytes", "broken"))
     try:
         with lines_to_stderr(json):
             report = read_all(path, index=index)
     except Problems as error:
         if json:
-            print_json({"path": path, "sound": False, "problems": error.problems, **facts})
+            unknown = dict.fromkeys(("samples", "shards", "bytes", "broken"))
+            print_json({"path": path, "sound": False, "problems": error.problems, **unknown})
         raise
     if json:
-        facts = report._asdict() | {"broken": [{"shard": shard, "key": key} for shard, key in report.broken]}
-        print_json({"path": path, "sound": True, "problems": [], **facts})
+        broken = [{"shard": shard, "key": key} for shard, key in report.broken]
+        print_json({"path": path, "sound": True, "problems": [], **report._asdict(), "broken": broken})
         return
     print(f"{path}: sound, {report.samples} samples in {report.shards} shards, {report.bytes / 1e6:.1f} MB")
     if report.broken:

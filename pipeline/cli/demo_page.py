@@ -1,6 +1,7 @@
 """The page of `naign demo`, in Gradio."""
 
 import functools
+import itertools
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ TIMES = 5  # applications of f at most
 SAMPLES = 64  # at once at most
 STEPS = 16  # images of an interpolation at most
 SEEDS = 2**31
+EXACT: dict[str, Any] = {"format": "png", "elem_classes": "pixels"}  # of components that show pixels as they are
 STYLE = ".pixels img {object-fit: contain !important; image-rendering: pixelated} .pixels .image-frame {width: 100%}"
 
 
@@ -89,16 +91,14 @@ class Player:
         for kind, strength in zip(KINDS, strengths, strict=True):
             given = degrade(given, kind, seed=seed, strength=strength)
         chain = [given]
-        for _ in range(times + 1):
+        for _ in range(times + 1):  # the last is for the energy of the one before
             chain.append(self.model.project(chain[-1]))
-        answers = chain[1:-1]  # the last is for the energy of the one before
-        energies = [float((after - before).square().mean()) for before, after in zip(chain, chain[1:], strict=False)]
-        moved = (answers[0] - given).abs().mean(1)[0]
-        captions = [f"{count}: {energy:.2g}" for count, energy in enumerate(energies[1:], 1)]
-        applied = [(to_image(answer[0]), caption) for answer, caption in zip(answers, captions, strict=True)]
+        energies = [float((after - before).square().mean()) for before, after in itertools.pairwise(chain)]
+        moved = (chain[1] - given).abs().mean(1)[0]
+        applied = [(to_image(chain[count][0]), f"{count}: {energies[count]:.2g}") for count in range(1, times + 1)]
         text = f"Energy, the mean of (f(x) − x)²: **{energies[0]:.4g}** of what f was given, "
         text += f"**{energies[-1]:.4g}** of its answer. Darkest in the map: |f(x) − x| = {moved.max():.3g}."
-        return to_image(given[0]), shades(moved), to_image(answers[-1][0]), text, applied
+        return to_image(given[0]), shades(moved), applied[-1][0], text, applied
 
     def sample(self, n: int, seed: int, times: int) -> Image.Image:
         return grid(self.model.sample(n, seed=seed, times=times).cpu(), columns=min(n, 8))
@@ -165,15 +165,8 @@ def _build_repair(player: Player) -> None:
     with gradio.Row():
         pictures = [_shown("What f is given", "given"), _shown("|f(x) − x|", "map"), _shown("Repaired", "repaired")]
     text = gradio.Markdown(elem_id="energies")
-    applied = gradio.Gallery(
-        format="png",
-        label="f applied 1, 2, ... times: energy",
-        columns=TIMES,
-        fit_columns=False,
-        height=220,
-        buttons=[],
-        elem_classes="pixels",
-    )
+    label = "f applied 1, 2, ... times: energy"
+    applied = gradio.Gallery(**EXACT, label=label, columns=TIMES, fit_columns=False, height=220, buttons=[])
     inputs, outputs = [canvas, times, seed, *strengths], [*pictures, text, applied]
     # The progress of a refused upload would cover the canvas, so it is hidden.
     clear.click(_refusing(player.clear), None, canvas, api_name="clear", show_progress="hidden")
@@ -183,8 +176,7 @@ def _build_repair(player: Player) -> None:
 
 
 def _slider(label: str, value: float, most: float, *, least: float = 1, step: float = 1) -> gradio.Slider:
-    precision = {"precision": 0} if step == 1 else {}
-    return gradio.Slider(least, most, value=value, step=step, label=label, **precision)
+    return gradio.Slider(least, most, value=value, step=step, label=label, precision=0 if step == 1 else None)
 
 
 def _times() -> gradio.Slider:
@@ -196,9 +188,7 @@ def _seed(label: str, value: int = 0) -> gradio.Number:
 
 
 def _shown(label: str, name: str | None = None) -> gradio.Image:
-    return gradio.Image(
-        type="pil", format="png", label=label, buttons=["download"], elem_id=name, elem_classes="pixels", height=260
-    )
+    return gradio.Image(**EXACT, type="pil", label=label, buttons=["download"], elem_id=name, height=260)
 
 
 def serve(player: Player, *, about: str, port: int) -> None:

@@ -41,12 +41,11 @@ def refuse_overwriting(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
     sources = {path.resolve() for path in inputs}
     for source, output in zip(inputs, outputs, strict=True):
         other = source_of.setdefault(output, source)
-        if output.resolve() in sources:
-            raise InputError(f"--to would overwrite the input {output}: choose another folder")
-        if output.is_dir():
-            raise InputError(f"{output} would be written for {source}, but is a folder: choose another --to")
-        if other != source:
-            raise InputError(f"{other} and {source} would both be written to {output}: rename one of them")
+        require(
+            (output.resolve() not in sources, f"--to would overwrite the input {output}: choose another folder"),
+            (not output.is_dir(), f"{output} would be written for {source}, but is a folder: choose another --to"),
+            (other == source, f"{other} and {source} would both be written to {output}: rename one of them"),
+        )
 
 
 def read_samples(paths: Sequence[Path], model: NAIGN) -> list[Tensor]:
@@ -57,9 +56,8 @@ def read_samples(paths: Sequence[Path], model: NAIGN) -> list[Tensor]:
         return [_read_points(path, model.shape) for path in counted("reading", paths, unit="file")]
     images = []
     for path in counted("reading", paths, unit="image"):
-        content = path.read_bytes()
         try:
-            images.append(read_image(content, model))
+            images.append(read_image(path.read_bytes(), model))
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
     return images

@@ -15,8 +15,7 @@ import tyro
 from pipeline import __version__
 from pipeline.cli.cluster import doctor, fetch, launch, render, train
 from pipeline.cli.data import index, pack, verify
-from pipeline.cli.demo import demo
-from pipeline.cli.model import evaluate, export, push, restore, sample, score
+from pipeline.cli.model import demo, evaluate, export, push, restore, sample, score
 from pipeline.cli.runs import compare, runs
 from pipeline.errors import InputError, Unavailable, exit_on_input_error
 

@@ -1,9 +1,12 @@
-"""Commands that use a trained model: evaluate, sample, restore, score, export, push."""
+"""Commands that use a trained model: evaluate, sample, restore, score, export, push, demo."""
 
 import csv
 import math
+import os
+import signal
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,7 +14,7 @@ import tyro
 from tyro.conf import Positional
 
 from pipeline.cli.output import Json, lines_to_stderr, print_json
-from pipeline.errors import require
+from pipeline.errors import InputError, require
 from pipeline.terminal import busy, counted
 
 if TYPE_CHECKING:
@@ -19,15 +22,6 @@ if TYPE_CHECKING:
 
 Device = Annotated[Literal["auto", "cpu", "cuda"], tyro.conf.arg(help="Where to compute.")]
 Times = Annotated[int, tyro.conf.arg(help="How often f is applied.")]
-Prior = Annotated[
-    Literal["trained", "gmm"],
-    tyro.conf.arg(help="What z is drawn from: the run's prior, or a Gaussian mixture of codes of its training images."),
-]
-Components = Annotated[int | None, tyro.conf.arg(help="Gaussians of --prior gmm; default: 50.")]
-Steps = Annotated[
-    int | None,
-    tyro.conf.arg(help="Steps from noise to a code (prior.steps), more for better samples; default: as trained."),
-]
 Kind = Literal["blur", "noise", "salt_pepper", "rows"]
 _RUN = "The folder of a run (or s3://), a checkpoint or an exported model"
 Run = Annotated[Positional[str], tyro.conf.arg(metavar="RUN", help=f"{_RUN}.")]
@@ -35,6 +29,22 @@ Model = Annotated[
     Positional[str], tyro.conf.arg(metavar="RUN", help=f"{_RUN}; or hf://user/model on the Hugging Face hub.")
 ]
 Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images (points: .csv files), or folders of them.")]
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Options that say where z comes from; their comments are their help."""
+
+    # What z is drawn from: the run's prior, or a Gaussian mixture of codes of its training images.
+    prior: Literal["trained", "gmm"] = "trained"
+    components: int | None = None  # Gaussians of --prior gmm; default: 50.
+    steps: int | None = None  # Steps from noise to a code (prior.steps), more for better samples; default: as trained.
+    # Packed data set whose codes the mixture is fitted to; default: the one it was trained on.
+    data: str | None = None
+
+
+TRAINED = Latents()
+Drawn = Annotated[Latents, tyro.conf.arg(name="")]
 
 
 def evaluate(
@@ -63,7 +73,7 @@ def evaluate(
 
     _check(seed=seed)
     with lines_to_stderr(json):
-        metrics = measure(run, data=data, samples=samples, seed=seed, device=find_device(device), encoder=encoder)
+        metrics = measure(run, data=data, samples=samples, seed=seed, device=_find_device(device), encoder=encoder)
     report = f"{folder_of(run)}/evaluation/report.html"
     if chosen := metrics["checkpoint"]:
         print(f"{run}: the {chosen['choice']} checkpoint, {chosen['name']}", file=sys.stderr)
@@ -76,10 +86,9 @@ def evaluate(
             print(f"Frechet distance on {fd['encoder']}: {values}; floor (training against test) {fd['floor']:.4g}")
     for kind, errors in (metrics["restoration"] or {}).items():
         print(f"restoration of {kind}: mean absolute error {errors['input']:.3f} before, {errors['once']:.3f} after")
-    for warning in metrics["warnings"]:
-        print(f"warning: {warning}")
-    for note in metrics["notes"]:
-        print(f"note: {note}")
+    for kind in ("warning", "note"):
+        for text in metrics[f"{kind}s"]:
+            print(f"{kind}: {text}")
     print(f"report: {report}")
 
 
@@ -90,10 +99,7 @@ def sample(
     n: int = 64,
     to: Path | None = None,
     times: Times = 1,
-    prior: Prior = "trained",
-    components: Components = None,
-    steps: Steps = None,
-    data: str | None = None,
+    latents: Drawn = TRAINED,
     seed: int = 0,
     device: Device = "auto",
 ) -> None:
@@ -102,13 +108,12 @@ def sample(
     Args:
         n: How many.
         to: A .png file for a grid, a .csv file for points, or a folder for one PNG a sample.
-        data: Packed data set whose codes the mixture is fitted to; default: the one it was trained on.
         seed: The same seed draws the same latents, and so the same samples.
     """
     from pipeline.cli.files import write_samples
 
     _check(n=n, times=times, seed=seed)
-    model = _model(run, prior, components, steps, data, device=find_device(device))
+    model = _open_with(latents, run, _find_device(device))
     with counted("sampling", total=n, unit="sample") as bar:
         samples = model.sample(n, seed=seed, times=times, advance=bar.update).cpu()
     place = to or Path("samples.png" if samples.ndim == 4 else "samples.csv")
@@ -137,17 +142,15 @@ def restore(
     from pipeline.data.degrade import degrade
 
     _check(times=times)
-    model = open_model(run, find_device(device))
+    model = _open(run, _find_device(device))
     points = len(model.shape) == 1
     require(
         (not to.is_file(), f"--to {to} is a file: give a folder, for one picture an image"),
         (not (points and damage), f"--damage {damage} is for images, this model takes points"),
     )
-    inputs = find_files(files, model.shape)
-    paths = [path for path, _ in inputs]
-    names = [name.with_suffix(".csv" if points else ".png") for _, name in inputs]
+    paths, names = zip(*find_files(files, model.shape), strict=True)
     folders = [to, to / damage] if damage else [to]
-    outputs = [folder / name for folder in folders for name in names]
+    outputs = [folder / name.with_suffix(".csv" if points else ".png") for folder in folders for name in names]
     refuse_overwriting(paths * len(folders), outputs)
     originals = read_samples(paths, model)
     damaged = degrade(torch.cat(originals), damage) if damage else torch.cat(originals)
@@ -169,68 +172,56 @@ def score(run: Model, files: Files, /, *, times: Times = 1, device: Device = "au
 
     _check(times=times)
     with lines_to_stderr(json):
-        model = open_model(run, find_device(device))
+        model = _open(run, _find_device(device))
     paths = [path for path, _ in find_files(files, model.shape)]
     originals = read_samples(paths, model)
     places = [(path, line) for path, batch in zip(paths, originals, strict=True) for line in range(1, 1 + len(batch))]
     with counted("scoring", total=len(places), unit="sample") as bar:
         energies = model.energy(torch.cat(originals), times=times, advance=bar.update).tolist()
-    rows = [(path, line, energy) for (path, line), energy in zip(places, energies, strict=True)]
-    for path, line, energy in rows:
+    for (path, line), energy in zip(places, energies, strict=True):
         require((math.isfinite(energy), f"{path}:{line}: its energy is beyond float32: leave it out"))
-    points = len(model.shape) == 1
+    points, rows = len(model.shape) == 1, zip(places, energies, strict=True)
     if json:
-        named = [{"file": path, "line": line if points else None, "energy": energy} for path, line, energy in rows]
+        named = [{"file": path, "line": line if points else None, "energy": energy} for (path, line), energy in rows]
         print_json({"run": run, "times": times, "energies": named})
         return
     table = csv.writer(sys.stdout, lineterminator="\n")
     table.writerow(("file", "energy"))
-    table.writerows((f"{path}:{line}" if points else path, f"{energy:.6g}") for path, line, energy in rows)
+    table.writerows((f"{path}:{line}" if points else path, f"{energy:.6g}") for (path, line), energy in rows)
 
 
 def export(
-    run: Model,
-    /,
-    *,
-    to: Path,
-    format: Literal["safetensors", "onnx"] = "safetensors",
-    prior: Prior = "trained",
-    components: Components = None,
-    steps: Steps = None,
-    data: str | None = None,
+    run: Model, /, *, to: Path, format: Literal["safetensors", "onnx"] = "safetensors", latents: Drawn = TRAINED
 ) -> None:
     """Export a model: as safetensors for NAIGN.from_pretrained, or f alone as a program.
 
     Args:
         to: Folder to write.
-        data: Packed data set whose codes the mixture is fitted to; default: the one it was trained on.
         format: safetensors, or onnx: f of a batch of any size as a program that needs no code of this project, compared
             with f in onnxruntime (in a checkout: `pip install -e '.[onnx]'`).
     """
     from pipeline.model import programs
 
-    _refuse_runs(to)
-    require((format == "safetensors" or prior == "trained", "--format onnx is f alone, without a prior"))
-    model = _model(run, prior, components, steps, data)
-    checked = ""
+    for name, what in (("manifest.json", "checkpoint"), ("checkpoints", "run")):  # whose part the model would become
+        require((not (to / name).exists(), f"--to {to} is a {what}: give another folder"))
+    require((format == "safetensors" or latents.prior == "trained", "--format onnx is f alone, without a prior"))
+    model = _open_with(latents, run, "cpu")
+    file = to / f"model.{format}"
     with busy("exporting"):
         if format == "safetensors":
             model.save_pretrained(to)
-            file = to / "model.safetensors"
         else:
-            file = to / "model.onnx"
             difference = programs.write_onnx(model.network, model.shape, file)
-            checked = "not checked: onnxruntime is not installed (in a checkout: pip install -e '.[onnx]')"
-            if difference is not None:
-                checked = f"differs from f by at most {difference:.1g} in onnxruntime"
     print(f"exported: {file}")
-    if checked:
-        print(checked)
+    if format == "onnx" and difference is None:
+        print("not checked: onnxruntime is not installed (in a checkout: pip install -e '.[onnx]')")
+    elif format == "onnx":
+        print(f"differs from f by at most {difference:.1g} in onnxruntime")
 
 
 def push(
     run: Run,
-    name: Annotated[Positional[str], tyro.conf.arg(help="Repository on the Hugging Face hub: user/model.")],
+    name: Positional[str],
     /,
     *,
     private: bool = False,
@@ -240,6 +231,7 @@ def push(
     """Upload a model to the Hugging Face hub, with a card written from its evaluation (`naign evaluate` first).
 
     Args:
+        name: Repository on the Hugging Face hub: user/model.
         private: A new repository is private; without it, as the account has it by default.
         license: Licence of the weights, as the hub abbreviates it, such as apache-2.0; default: the card states none.
         dry_run: Write what would be uploaded into this folder, and upload nothing.
@@ -253,7 +245,7 @@ def push(
         hub.check_name(name)
         empty = not dry_run.exists() or (dry_run.is_dir() and not any(dry_run.iterdir()))
         require((empty, f"--dry-run {dry_run} holds something already: give a new or empty folder"))
-    model = open_model(run, "cpu")
+    model = _open(run, "cpu")
     with tempfile.TemporaryDirectory() as place:
         files = write_repository(dry_run or Path(place), model, run, name=name, license=license)
         if dry_run is None:
@@ -262,13 +254,33 @@ def push(
             print(f"wrote {files} files to {dry_run}/, uploaded nothing")
 
 
-def _refuse_runs(folder: Path) -> None:
-    """Raise InputError for a folder in which an exported model would become part of a run, or be hidden by it."""
-    for name, what in (("manifest.json", "checkpoint"), ("checkpoints", "run")):
-        require((not (folder / name).exists(), f"--to {folder} is a {what}: give another folder"))
+def demo(run: Run, /, *, port: int = 7860, device: Device = "auto") -> None:
+    """Serve a page to play with a model of images: draw or upload, damage, repair; sample, interpolate.
+
+    Args:
+        port: Port of 127.0.0.1 to listen on; 0 for any free one. Other machines cannot reach it.
+    """
+    require((0 <= port < 2**16, f"--port is {port}: it must be 0 to {2**16 - 1}"))
+    model = _open(run, _find_device(device))
+    require((len(model.shape) == 3, f"the page is for images, the model in {run} takes points of {model.shape}"))
+    about = f"**{run}**: f takes images of {' × '.join(map(str, model.shape))}."
+    if getattr(model.network, "generates_only", False):
+        about += " It carries latents to images: it was not trained to repair."
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    with tempfile.TemporaryDirectory(prefix="naign-demo-") as place:
+        os.environ |= {  # read when Gradio is imported: nothing is sent, and its files are gone in the end
+            "GRADIO_ANALYTICS_ENABLED": "False",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "GRADIO_TEMP_DIR": place,
+        }
+        try:
+            from pipeline.cli.demo_page import Player, serve
+        except ModuleNotFoundError as error:
+            raise InputError(f"naign demo needs Gradio ({error}): in a checkout, pip install -e '.[demo]'") from None
+        serve(Player(model), about=about, port=port)
 
 
-def open_model(run: str, device: str) -> "NAIGN":
+def _open(run: str, device: str) -> "NAIGN":
     """Read a model. Of a run, print on stderr which checkpoint it is."""
     from pipeline.model.naign import NAIGN
 
@@ -279,31 +291,29 @@ def open_model(run: str, device: str) -> "NAIGN":
     return model
 
 
-def _model(
-    run: str, prior: Prior, components: int | None, steps: int | None, data: str | None, *, device: str = "cpu"
-) -> "NAIGN":
+def _open_with(latents: Latents, run: str, device: str) -> "NAIGN":
     """The model with its own prior, of another number of steps if that is given, or with a mixture."""
-    trained = prior == "trained"
-    for name, value in (("components", components), ("data", data)):
+    trained, components = latents.prior == "trained", latents.components
+    for name, value in (("components", components), ("data", latents.data)):
         require((value is None or not trained, f"--{name} is of a mixture: add --prior gmm, or leave it out"))
     components = 50 if components is None else components
     _check(components=components)
-    model = open_model(run, device)
-    if steps is not None:
+    model = _open(run, device)
+    if latents.steps is not None:
         settings = model.metadata["prior"]
         flow = trained and settings["name"] == "flow"
         require((flow, f"--steps applies to a flow of codes, and this prior is none ({run}): leave it out"))
-        metadata = model.metadata | {"prior": settings | {"steps": steps}}
+        metadata = model.metadata | {"prior": settings | {"steps": latents.steps}}
         model = type(model)(model.network, metadata, model.prior.state_dict())
     if trained:
         return model
     from pipeline.evaluate.refit import with_mixture
 
     with busy("fitting a mixture to codes of training images"):
-        return with_mixture(model, run, components=components, data=data)
+        return with_mixture(model, run, components=components, data=latents.data)
 
 
-def find_device(name: Device) -> str:
+def _find_device(name: Device) -> str:
     import torch
 
     available = torch.cuda.is_available()

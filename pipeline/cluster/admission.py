@@ -5,10 +5,10 @@ import json
 import selectors
 import socket
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Self, cast
 
+from pipeline.cluster.exit_codes import say
 from pipeline.cluster.place import MOST, Place
 from pipeline.errors import InputError, PeerLost, printable
 
@@ -62,14 +62,14 @@ class Answer(Message):
 class Guests:
     """Connections to host 0: of hosts of this start, which are admitted, and of strangers, which are rejected.
 
-    With `ending`, the reason why all hosts end, every host is told that reason and none is admitted.
+    With `ending`, the reason why all hosts end, every host is told that reason, none is admitted, and nothing logged.
     """
 
-    def __init__(self, place: Place, listener: socket.socket, say: Callable[[str], None], ending: str = "") -> None:
+    def __init__(self, place: Place, listener: socket.socket, ending: str = "") -> None:
         self.hosts: dict[int, tuple[socket.socket, Hello]] = {}
         self.newest = place.generation  # of all hosts ever admitted, including those that had to leave again
         self.informed: set[int] = set()  # hosts that were told why all end
-        self._place, self._listener, self._say, self._ending = place, listener, say, ending
+        self._place, self._listener, self._ending = place, listener, ending
         listener.setblocking(False)
         self._greetings: dict[socket.socket, tuple[bytes, float]] = {}  # incomplete ones, and when they began
         self._selector = selectors.DefaultSelector()
@@ -82,10 +82,9 @@ class Guests:
             peer.close()
 
     def serve(self, seconds: float) -> None:
-        """Handle what arrives within so many seconds. Raises InputError if all hosts have to end, PeerLost if this one
-        has to."""
-        now = time.monotonic()
-        for peer in [peer for peer, (_, since) in self._greetings.items() if since + SILENCE < now]:
+        """Handle what arrives within so many seconds. InputError if all hosts have to end, PeerLost if this one has."""
+        late = time.monotonic() - SILENCE
+        for peer in [peer for peer, (_, since) in self._greetings.items() if since < late]:
             self._drop(peer)
         for key, _ in self._selector.select(timeout=seconds):
             if key.fileobj is self._listener:
@@ -126,22 +125,20 @@ class Guests:
     def _greet(self, peer: socket.socket, hello: Hello) -> None:
         """Reject who is no host of this start, end all if two count the hosts differently, or admit a host."""
         index, hosts, expected, reason = hello.index, hello.hosts, self._place.hosts, self._ending
+        if hosts != expected:
+            reason = f"host {index} counts {hosts} hosts, host 0 counts {expected}: make NAIGN_HOSTS the same"
         if hello.start != self._place.start:
             shown = printable(hello.start, 80) or "unnamed"
             self._refuse(peer, f"a host {index} of another start of this job ({shown}) was rejected")
-            return
-        if not 0 < index < max(hosts, expected) or hello.generation >= MOST:
+        elif not 0 < index < max(hosts, expected) or hello.generation >= MOST:
             self._refuse(peer, f"a connection that calls itself host {index} was rejected")
-            return
-        if hosts != expected:
-            reason = f"host {index} counts {hosts} hosts, host 0 counts {expected}: make NAIGN_HOSTS the same"
-            if not self._ending:
-                for other in (peer, *(other for other, _ in self.hosts.values())):
-                    self._drop(other)  # they connect anew, and `reject_all` tells them
-                raise InputError(reason)
-        if reason:
+        elif self._ending:
             self.informed.add(index)
             self._refuse(peer, reason, end=True)
+        elif reason:
+            for other in (peer, *(other for other, _ in self.hosts.values())):
+                self._drop(other)  # they connect anew, and `reject_all` tells them
+            raise InputError(reason)
         else:
             del self._greetings[peer]
             self._admit(peer, hello)
@@ -164,7 +161,8 @@ class Guests:
         self.hosts[index], self.newest = (peer, hello), max(self.newest, hello.generation)
 
     def _refuse(self, peer: socket.socket, reason: str, *, end: bool = False, leave: bool = False) -> None:
-        self._say(reason)
+        if not self._ending:
+            say(reason)
         with contextlib.suppress(OSError):
             peer.send(Answer(no=reason, end=end, leave=leave).line())
         self._drop(peer)

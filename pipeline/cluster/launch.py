@@ -17,7 +17,6 @@ import contextlib
 import math
 import os
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,21 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.exit_codes import Ending, leave_at_once, program, say
-from pipeline.cluster.local_ranks import TRAIN, find_engine, load_launcher, require_gpus, run_ranks, without_engine
+from pipeline.cluster.local_ranks import become_rank, find_engine, load_launcher, require_gpus, run_ranks
 from pipeline.cluster.meeting import TELLING, Links, listen, meet, reject_all
 from pipeline.cluster.place import RANKS, Place, find_place, find_ports
 from pipeline.cluster.rejoin import check_progress, meet_again
-from pipeline.errors import (
-    BAD_INPUT,
-    FAILED,
-    INTERRUPTED,
-    PEER_LOST,
-    SIGNALS,
-    InputError,
-    PeerLost,
-    Unavailable,
-    on_signals,
-)
+from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost, Unavailable, on_signals
 from pipeline.terminal import outlive_terminal
 
 
@@ -67,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     outlive_terminal()
     parser, environ = build_parser(), dict(os.environ)
     on_signals(leave_at_once)  # a container's first process ignores signals without handlers
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # that came while it executed itself anew
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # take those that came while it executed itself anew
     options, training = parser.parse_known_args(arguments)
     try:
         code, reason = _launch(options, training, environ), ""
@@ -107,10 +96,7 @@ def _launch(options: argparse.Namespace, training: Sequence[str], environ: Mappi
         return 0
     os.environ["NAIGN_LAUNCHER"] = str(os.getpid())  # so that ranks end with this process
     if place.hosts * processes == 1 and not options.engine:
-        use_cpu, precision = without_engine(config.train.precision)
-        os.environ |= {"ACCELERATE_USE_CPU": use_cpu, "ACCELERATE_MIXED_PRECISION": precision}
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until training sets its handlers
-        os.execv(sys.executable, [sys.executable, str(TRAIN), *training])
+        become_rank(config.train.precision, training)
     os.environ["PET_SHUTDOWN_TIMEOUT"] = str(math.ceil(config.stop.within) + 5)  # seconds until torchrun kills ranks
     os.environ["PET_RDZV_ID"] = f"{place.start}.{links.generation}"  # agents of different generations never meet
     ending, begun = Ending(patience=config.stop.within + 30, alone=place.hosts == 1), time.monotonic()
@@ -157,7 +143,7 @@ def _meet_others(options: argparse.Namespace, config: Any, place: Place, process
                 if listener:
                     listen(options.port, "--port").close()
                 load_launcher()  # imported, which takes a second, while the others are awaited
-            links = meet(place, listener, port=options.meeting_port, within=options.wait, say=say)
+            links = meet(place, listener, port=options.meeting_port, within=options.wait)
         except InputError as error:
             if listener:  # host 0: the others end for the same reason
                 on_signals(lambda *_: os._exit(BAD_INPUT))

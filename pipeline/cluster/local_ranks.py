@@ -7,11 +7,12 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import yaml
@@ -19,7 +20,7 @@ import yaml
 from pipeline import shipped
 from pipeline.cluster.exit_codes import CRASHED, MEANINGS, SOON, Ending, explain, leave_at_once, say, weight
 from pipeline.cluster.place import Place
-from pipeline.errors import FAILED, INTERRUPTED, PEER_LOST, InputError, on_signals, one_line
+from pipeline.errors import FAILED, INTERRUPTED, PEER_LOST, SIGNALS, InputError, on_signals, one_line
 
 QUIET = 30.0  # seconds without ranks after which the log mentions it
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
@@ -53,8 +54,7 @@ def find_engine(name: str, precision: str = "") -> str:
 
 
 def _read_engine(file: Path) -> str:
-    """The configuration in a file, as YAML. Raises what Accelerate raises, or ValueError for what it would only refuse
-    in the ranks."""
+    """The configuration in a file, as YAML. Raises what Accelerate raises, ValueError for what it refuses too late."""
     from accelerate.commands.config.config_args import load_config_from_file
 
     config: Any = load_config_from_file(str(file))
@@ -62,15 +62,14 @@ def _read_engine(file: Path) -> str:
         value = getattr(config, key)
         if str(getattr(value, "value", value)) not in values:
             raise ValueError(f"{key} is {value}: it must be one of {', '.join(values[:4])}")
-    text = file.read_text()
-    content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    deepspeed = content.get("deepspeed_config") or {}
+    deepspeed = config.deepspeed_config or {}
     if str(stage := deepspeed.get("zero_stage", 0)) not in ("0", "1", "2", "3"):
         raise ValueError(f"deepspeed_config.zero_stage is {stage}: it must be 0, 1, 2 or 3")
     settings = deepspeed.get("deepspeed_config_file")
     if settings and settings != "none" and not os.path.isfile(str(settings)):
         raise ValueError(f"deepspeed_config_file {settings}: no such file")
-    return yaml.safe_dump(content) if file.suffix == ".json" else text
+    text = file.read_text()
+    return yaml.safe_dump(json.loads(text)) if file.suffix == ".json" else text
 
 
 def without_engine(precision: str) -> tuple[str, str]:
@@ -78,6 +77,14 @@ def without_engine(precision: str) -> tuple[str, str]:
     from pipeline.distributed.host import count_gpus
 
     return ("false", "no" if precision else "bf16") if count_gpus() else ("true", "no")
+
+
+def become_rank(precision: str, training: Sequence[str]) -> NoReturn:
+    """Continue this process as the only rank of the training, without Accelerate's launcher."""
+    use_cpu, mixed = without_engine(precision)
+    os.environ |= {"ACCELERATE_USE_CPU": use_cpu, "ACCELERATE_MIXED_PRECISION": mixed}
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until training sets its handlers
+    os.execv(sys.executable, [sys.executable, str(TRAIN), *training])
 
 
 def require_gpus(wanted: int, processes: int, engine: str) -> None:
@@ -193,10 +200,8 @@ def _codes(ranks: Sequence[Path]) -> list[str]:
 
 
 def _end_children(number: int) -> None:
-    """Send `number` to the children that still run: Accelerate leaves a single rank to its caller.
-
-    SIGINT becomes SIGTERM: a second one, after the terminal's, would end a rank without a checkpoint.
-    """
+    """Send `number` to the children that still run: Accelerate leaves a single rank to its caller."""
+    # A second SIGINT, after the terminal's, would end a rank without a checkpoint.
     number = signal.SIGTERM if number == signal.SIGINT else number
     children = psutil.Process().children()
     for child in children:

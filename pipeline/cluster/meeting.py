@@ -4,9 +4,9 @@ A launcher's rendezvous admits whoever connects, and a pod of an earlier start o
 the name and index of one that is awaited. So every host names its start, and host 0 rejects those of other starts.
 Hosts then use the address at which host 0 answered, since its name may resolve to another pod a moment later.
 
-Hosts of a start meet again when one was lost (rejoin.py); admission.py decides who is admitted. Meetings are numbered
-by generation: one more than the largest that any host has seen. Of two hosts with one index the later one stays, unless
-its generation is older; the other one must leave, so that they do not take turns.
+Hosts of a start meet again when one was lost and its orchestrator replaces it; admission.py decides who is admitted.
+Meetings are numbered by generation: one more than the largest that any host has seen. Of two hosts with one index the
+later one stays, unless its generation is older; the other one must leave, so that they do not take turns.
 
 The connections stay open while the ranks run. A host that dies closes its connections, so the others learn at once what
 a collective may not report for minutes.
@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 
 from pipeline.cluster.admission import Answer, Guests, Hello, notice_death
+from pipeline.cluster.exit_codes import say
 from pipeline.cluster.place import Place
 from pipeline.errors import InputError, PeerLost, printable
 
@@ -32,23 +33,15 @@ EVERY = 10.0  # seconds between two messages about the missing hosts
 TELLING = 30.0  # seconds for which host 0 stays to tell hosts that start later why it ends
 
 
-def meet(
-    place: Place,
-    listener: socket.socket | None,  # what `listen` opened on host 0
-    *,
-    port: int,
-    within: float = 900,  # seconds
-    say: Callable[[str], None] = print,
-) -> "Links":
-    """Wait until every host of this start is connected.
+def meet(place: Place, listener: socket.socket | None, *, port: int, within: float) -> "Links":
+    """Wait `within` seconds until every host of this start is connected; `listener` is what `listen` opened on host 0.
 
-    Raises PeerLost when time is up or another host has this index, InputError if the hosts disagree on how many they
-    are.
+    Raises PeerLost when time is up or another host has this index, InputError if hosts count each other differently.
     """
     if place.hosts == 1:
         return Links("127.0.0.1", {}, 1, 1)
-    check = _time_limit(within, say)
-    return _wait_for_others(place, listener, check, say) if listener else _go_to_first(place, port, check)
+    check = _time_limit(within)
+    return _wait_for_others(place, listener, check) if listener else _go_to_first(place, port, check)
 
 
 def listen(port: int, option: str = "--meeting-port") -> socket.socket:
@@ -65,7 +58,7 @@ def listen(port: int, option: str = "--meeting-port") -> socket.socket:
 def reject_all(listener: socket.socket, place: Place, error: InputError, within: float = TELLING) -> None:
     """Tell the other hosts why all end as they connect, for `within` seconds or until all of them know."""
     until = time.monotonic() + within
-    with contextlib.closing(Guests(place, listener, lambda _: None, ending=f"host 0: {error}"[:400])) as guests:
+    with contextlib.closing(Guests(place, listener, ending=f"host 0: {error}"[:400])) as guests:
         while len(guests.informed) < place.hosts - 1 and (left := until - time.monotonic()) > 0:
             guests.serve(min(left, 1))
 
@@ -109,9 +102,8 @@ class Links:
                 peer.shutdown(socket.SHUT_WR)
 
 
-def _time_limit(within: float, say: Callable[[str], None]) -> Callable[[str], None]:
-    """What to call about once a second with who is awaited: it logs that every EVERY seconds, and raises PeerLost after
-    `within` seconds."""
+def _time_limit(within: float) -> Callable[[str], None]:
+    """What to call often with who is awaited: it logs that every EVERY seconds, and PeerLost ends it after `within`."""
     begun = logged = time.monotonic()
 
     def check(for_whom: str) -> None:
@@ -127,10 +119,8 @@ def _time_limit(within: float, say: Callable[[str], None]) -> Callable[[str], No
     return check
 
 
-def _wait_for_others(
-    place: Place, listener: socket.socket, check: Callable[[str], None], say: Callable[[str], None]
-) -> Links:
-    with contextlib.closing(Guests(place, listener, say)) as guests:
+def _wait_for_others(place: Place, listener: socket.socket, check: Callable[[str], None]) -> Links:
+    with contextlib.closing(Guests(place, listener)) as guests:
         while len(guests.hosts) < place.hosts - 1:
             missing = [index for index in range(1, place.hosts) if index not in guests.hosts]
             shown = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
@@ -149,17 +139,15 @@ def _wait_for_others(
 
 def _go_to_first(place: Place, port: int, check: Callable[[str], None]) -> Links:
     hello = Hello(place.start, place.index, place.hosts, place.generation, uuid.uuid4().hex)
-    reason = ""
+    head, reason = f"{place.head}, port {port}", ""
     while True:
-        check(f"host 0 ({place.head}, port {port}){reason}")
+        check(f"host 0 ({head}){reason}")
         with contextlib.ExitStack() as stack:
             try:
                 connection = stack.enter_context(_connect(place.head, port))
                 notice_death(connection)
                 connection.sendall(hello.line())
-                answer = _answer(
-                    connection, lambda: check(f"an answer of {place.head}, port {port}, where a program listens")
-                )
+                answer = _answer(connection, lambda: check(f"an answer of {head}, where a program listens"))
                 if answer.go:
                     stack.pop_all()
                     return Links(_plain(connection.getpeername()), {0: connection}, answer.generation, answer.since)

@@ -39,7 +39,7 @@ def find_place(environ: Mapping[str, str]) -> Place:
     - Kubeflow Trainer v2, or whoever sets torchrun's options: PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR.
     - Slurm: one task of `srun` a node. A batch script that calls no srun is alone, on its one node.
 
-    Without any of them the host is alone. A host that meets the others again (rejoin.py) sets NAIGN_GENERATION and
+    Without any of them the host is alone. A host that meets the others again (meeting.py) sets NAIGN_GENERATION and
     NAIGN_SINCE itself. Raises InputError where variables are missing or contradictory.
     """
     generation, since = (_number(environ, name, default=0) for name in ("NAIGN_GENERATION", "NAIGN_SINCE"))
@@ -67,29 +67,23 @@ def _find_place(environ: Mapping[str, str]) -> Place:
         return Place(orchestrator="none")
     elif "SLURM_PROCID" in environ:
         tasks, nodes = environ.get("SLURM_NTASKS"), environ.get("SLURM_NNODES")
-        if tasks != nodes:
-            raise InputError(
-                f"srun started {tasks} tasks on {nodes} nodes: one a node is wanted (--ntasks-per-node=1), which "
-                "starts that node's ranks"
-            )
+        wanted = "one a node is wanted (--ntasks-per-node=1), which starts that node's ranks"
+        require((tasks == nodes, f"srun started {tasks} tasks on {nodes} nodes: {wanted}"))
         name, index, hosts = "Slurm", _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_NNODES")
         head = environ.get("NAIGN_HEAD") or _first_node(_text(environ, "SLURM_JOB_NODELIST"))
         parts = {"SLURM_JOB_ID": "", "SLURM_RESTART_COUNT": "0", "SLURM_STEP_ID": "0"}
         start = ".".join(environ.get(variable, default) for variable, default in parts.items())
     elif "JOB_COMPLETION_INDEX" in environ:
-        raise InputError(
-            "this is a pod of an Indexed Job, but NAIGN_HOSTS is not set: say how many pods train together, as "
-            "k8s/job.yaml does; 1 if each trains for itself, which needs a --run.path of its own"
-        )
+        remedy = "say how many pods train together, or 1 if each trains alone in a --run.path of its own"
+        raise InputError(f"this is a pod of an Indexed Job, but NAIGN_HOSTS is not set: {remedy}")
     else:
         return Place(orchestrator="none")
-    if not all(re.fullmatch(r"[\w:-]{1,63}", label, re.ASCII) for label in head.rstrip(".").split(".")):
-        raise InputError(f"'{head[:300]}' is no name of a host: see NAIGN_HEAD in k8s/job.yaml")
-    if not 0 <= index < hosts:
-        raise InputError(
-            f"{name} says that this is host {index} of {hosts}, counted from 0: make the number of hosts (NAIGN_HOSTS, "
-            "or completions and parallelism of the Job) the same everywhere"
-        )
+    named = all(re.fullmatch(r"[\w:-]{1,63}", label, re.ASCII) for label in head.rstrip(".").split("."))
+    remedy = "make NAIGN_HOSTS, or completions and parallelism of the Job, the number of hosts everywhere"
+    require(
+        (named, f"'{head[:300]}' is no name of a host: see NAIGN_HEAD in k8s/job.yaml"),
+        (0 <= index < hosts, f"{name} says that this is host {index} of {hosts}, counted from 0: {remedy}"),
+    )
     return Place(orchestrator=name, index=index, hosts=hosts, head=head, start=start, processes=processes)
 
 

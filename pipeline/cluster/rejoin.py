@@ -30,23 +30,20 @@ def check_progress(links: Links) -> None:
 
 
 def meet_again(environ: Mapping[str, str], code: int, ending: Ending, links: Links, seconds: float) -> int:
-    """Execute this process anew in its original environment `environ`, after `seconds` of training. Any thread may call
-    it.
+    """Execute this process anew in its original environment `environ`, after `seconds` of training, from any thread.
 
     Returns `code`, the exit code of this host, only if it was asked to end meanwhile or its ranks cannot be killed.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # across the exec, until the new program sets handlers
-    if ending.asked or psutil.wait_procs(kill_children(), timeout=GRACE)[1]:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        return code
-    since = links.generation if seconds >= LONG else links.since
-    say(f"this host stays, and waits for the others to meet again (they have met {links.generation} times)")
-    for file in Path("/proc/self/fd").glob("*"):  # C++ libraries leave some open, such as the port of the ranks' store
-        with contextlib.suppress(OSError):  # glob's descriptor is closed already
-            os.set_inheritable(int(file.name), int(file.name) < 3)
-    past = {"NAIGN_GENERATION": str(links.generation), "NAIGN_SINCE": str(since)}
-    sys.stdout.flush()
-    if ending.asked:  # meanwhile: other threads still receive signals
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        return code
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**environ, **past})
+    if not ending.asked and not psutil.wait_procs(kill_children(), timeout=GRACE)[1]:
+        since = links.generation if seconds >= LONG else links.since
+        say(f"this host stays, and waits for the others to meet again (they have met {links.generation} times)")
+        for file in Path("/proc/self/fd").glob("*"):  # C++ libraries leave some open, as the port of the ranks' store
+            with contextlib.suppress(OSError):  # glob's descriptor is closed already
+                os.set_inheritable(int(file.name), int(file.name) < 3)
+        past = {"NAIGN_GENERATION": str(links.generation), "NAIGN_SINCE": str(since)}
+        sys.stdout.flush()
+        if not ending.asked:  # meanwhile: other threads still receive signals
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**environ, **past})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    return code

@@ -5,13 +5,13 @@ import json
 import math
 import re
 import shlex
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import yaml
 
 from pipeline import shipped
+from pipeline.cluster.job import Job
 from pipeline.config import Config, check, load, to_dict
 from pipeline.data.mixing import DataSets
 from pipeline.errors import InputError, Unavailable, printable, require
@@ -26,32 +26,6 @@ BUCKET = r"s3://(?![^/]*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/.*)?"
 NAME = r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Size:
-    """The size and surroundings of a job."""
-
-    nodes: int
-    gpus: int  # of each node; 0: CPUs
-    account: str = ""  # service account of the pods
-    endpoint: str = ""  # address of the S3 server; '': that of AWS
-    region: str = "us-east-1"
-
-    @property
-    def ranks(self) -> int:
-        return self.nodes * max(1, self.gpus)
-
-
-def name_after(run: str) -> str:
-    """A name that Kubernetes accepts: the last part of the run's path, or one made from it and a hash of the path."""
-    run = run.rstrip("/")
-    last = run.rpartition("/")[2]
-    name = re.sub(r"[^a-z0-9]+", "-", last.lower()).lstrip("-0123456789").rstrip("-")
-    if name == last and len(name) <= 42:
-        return name
-    digest = hashlib.sha256(run.encode(errors="surrogateescape")).hexdigest()
-    return f"{name[:33].rstrip('-') or 'naign'}-{digest[:8]}"
-
-
 def _check_options(*rules: tuple[str, str, str, str]) -> None:
     """InputError for the first (option, value, pattern, what it must be) whose value does not match."""
     for option, value, pattern, must in rules:
@@ -60,56 +34,55 @@ def _check_options(*rules: tuple[str, str, str, str]) -> None:
             raise InputError(f"{option} {printable(shown)}{must}")
 
 
-def configure(size: Size, data: str, run: str, config: Path | None, name: str) -> Config:
-    """The run's configuration. Raises InputError where it does not fit this size."""
-    hosts, place = f"{size.nodes} nodes of {size.gpus} GPUs", rf"(?!.*://).*|{BUCKET}"
+def configure(job: Job) -> Config:
+    """The run's configuration. Raises InputError where it does not fit the size of the job."""
+    hosts, place = f"{job.nodes} nodes of {job.gpus} GPUs", rf"(?!.*://).*|{BUCKET}"
+    bucket = ": write s3://bucket/prefix, a bucket's name as S3 wants it"
     require(
-        (size.nodes >= 1 and size.gpus >= 0, f"{hosts}: at least one node, and no fewer than 0 GPUs"),
-        (size.ranks <= 2**16, f"{hosts} are too many"),
+        (job.nodes >= 1 and job.gpus >= 0, f"{hosts}: at least one node, and no fewer than 0 GPUs"),
+        (job.ranks <= 2**16, f"{hosts} are too many"),
     )
     _check_options(
-        ("--name", name, NAME, ": small letters, digits and '-', at most 42, as Kubernetes wants names"),
-        ("--data", data, place, ": write s3://bucket/prefix, a bucket's name as S3 wants it"),
-        ("--run", run, place, ": write s3://bucket/prefix, a bucket's name as S3 wants it"),
+        ("--name", job.name, NAME, ": small letters, digits and '-', at most 42, as Kubernetes wants names"),
+        ("--data", job.data, place, bucket),
+        ("--run", job.run, place, bucket),
     )
-    settings = load(str(config)) if config else Config()
-    settings.data.path, settings.run.path, settings.run.remote = data, run, ""
-    if run.startswith("s3://"):
-        settings.run.path, settings.run.remote = f"/run/naign/{name}", run.rstrip("/")
-    if size.gpus and not settings.train.precision:
+    settings = load(str(job.config)) if job.config else Config()
+    settings.data.path, settings.run.path, settings.run.remote = job.data, job.run, ""
+    if job.run.startswith("s3://"):
+        settings.run.path, settings.run.remote = f"/run/naign/{job.name}", job.run.rstrip("/")
+    if job.gpus and not settings.train.precision:
         settings.train.precision = "bf16"
     check(settings)
-    least = size.ranks * settings.train.accumulate
-    shared = (
-        f"train.batch={settings.train.batch} cannot be shared by {size.ranks} ranks: in a --config set a multiple of"
-    )
-    require((settings.train.batch % least == 0, f"{shared} {least}, and match.round to a multiple of that"))
+    batch, least = settings.train.batch, job.ranks * settings.train.accumulate
+    remedy = f"in a --config set a multiple of {least}, and match.round to a multiple of that"
+    require((batch % least == 0, f"train.batch={batch} cannot be shared by {job.ranks} ranks: {remedy}"))
     return settings
 
 
-def render_k8s(size: Size, *, image: str, data: str, run: str, config: Path | None, name: str) -> str:
-    """job.yaml for this size, for `kubectl apply -f -`, with a bucket instead of its S3 server."""
-    settings, bucket = configure(size, data, run, config, name), ": pods share a bucket only: give s3://bucket/prefix"
-    account, address = size.account, ": it must be http://host:port or https://host, without user and password"
+def render_k8s(job: Job) -> str:
+    """job.yaml for this job, for `kubectl apply -f -`, with a bucket instead of its S3 server."""
+    settings, name, account = configure(job), job.name, job.service_account
+    bucket = ": pods share a bucket only: give s3://bucket/prefix"
+    address = ": it must be http://host:port or https://host, without user and password"
     _check_options(
-        ("--data", data, "s3://.*", bucket),
-        ("--run", run, "s3://.*", bucket),
-        ("--image", image, IMAGE, " is no name of an image: [registry/]name[:tag][@digest]"),
+        ("--data", job.data, "s3://.*", bucket),
+        ("--run", job.run, "s3://.*", bucket),
+        ("--image", job.image, IMAGE, " is no name of an image: [registry/]name[:tag][@digest]"),
         ("--service-account", account, r"([a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?)?", " is no name of a service account"),
-        ("--region", size.region, r"[a-z0-9-]+", " is no name of a region, as eu-west-1"),
-        ("--endpoint", size.endpoint, r"(https?://[^\s@]+)?", address),
+        ("--region", job.region, r"[a-z0-9-]+", " is no name of a region, as eu-west-1"),
+        ("--endpoint", job.endpoint, r"(https?://[^\s@]+)?", address),
     )
     settings.stop.within = 60
     access = f"the role of the service account {account}" if account else "the Secret naign-s3, if there is one"
     head = (
-        f"# {name}: {size.nodes} pods {f'of {size.gpus} GPUs' if size.gpus else 'without GPUs'}\n"
+        f"# {name}: {job.nodes} pods {f'of {job.gpus} GPUs' if job.gpus else 'without GPUs'}\n"
         "#   apply     kubectl apply -f FILE      clean up  kubectl delete -f FILE, also before it is applied again\n"
         f"#   wait      kubectl wait --for=condition=Ready pod -l app.kubernetes.io/name={name} --timeout=30m\n"
-        f"#   logs      kubectl logs -f -l app.kubernetes.io/name={name} --prefix --max-log-requests={size.nodes}\n"
+        f"#   logs      kubectl logs -f -l app.kubernetes.io/name={name} --prefix --max-log-requests={job.nodes}\n"
         f"#   access    {access}\n"
     )
-    objects = _fit(shipped("k8s/base/job.yaml").read_text(), size, image, settings, name)
-    return head + yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, width=120)
+    return head + yaml.dump_all(_fit(job, settings), Dumper=_Dumper, sort_keys=False, width=120)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -122,31 +95,34 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(str, _Dumper.represent_str)
 
 
-def _fit(text: str, size: Size, image: str, config: Config, name: str) -> list[dict[str, Any]]:
-    """The objects of job.yaml but those of its S3 server, with this name, size and configuration."""
+def _fit(job: Job, settings: Config) -> list[dict[str, Any]]:
+    """The objects of job.yaml but those of its S3 server, with the job's name, size and configuration."""
+    name, gpus = job.name, job.gpus
+    text = shipped("k8s/base/job.yaml").read_text()
     # No run's name has a dot, so that none can be that of another run's ConfigMap for its store.
     text = re.sub(r"\bname: naign-store(?![\w-])", f'name: "{name}.store"', text)
     text = re.sub(r"\b(name|subdomain): naign(?![\w-])", rf'\1: "{name}"', text)
     text = text.replace("naign-0.naign", f"{name}-0.{name}")
     every = yaml.safe_load_all(text)
     objects = [item for item in every if item["metadata"]["labels"]["app.kubernetes.io/name"] == name]
-    store, run, _, job = objects
-    store["data"] = {"AWS_REGION": size.region} | ({"AWS_ENDPOINT_URL": size.endpoint} if size.endpoint else {})
-    run["data"]["run.yaml"] = yaml.safe_dump(to_dict(config), sort_keys=False)
+    store, run, _, training = objects
+    store["data"] = {"AWS_REGION": job.region} | ({"AWS_ENDPOINT_URL": job.endpoint} if job.endpoint else {})
+    run["data"]["run.yaml"] = yaml.safe_dump(to_dict(settings), sort_keys=False)
     store["immutable"] = run["immutable"] = True
+    spec = training["spec"]
+    spec["completions"] = spec["parallelism"] = job.nodes
     # The API server then refuses a second `apply` under one name: replaced pods would read the other run's settings.
     digest = hashlib.sha256(json.dumps([store["data"], run["data"]]).encode()).hexdigest()
-    job["spec"]["template"]["metadata"]["annotations"] = {"naign/config-sha256": digest}
-    job["spec"]["completions"] = job["spec"]["parallelism"] = size.nodes
-    pod = job["spec"]["template"]["spec"]
-    (container,), volumes = pod["containers"], {volume["name"]: volume for volume in pod["volumes"]}
-    container["image"] = image
-    next(each for each in container["env"] if each["name"] == "NAIGN_HOSTS")["value"] = str(size.nodes)
-    if size.account:
-        pod["serviceAccountName"] = size.account
+    spec["template"]["metadata"]["annotations"] = {"naign/config-sha256": digest}
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    container["image"] = job.image
+    next(each for each in container["env"] if each["name"] == "NAIGN_HOSTS")["value"] = str(job.nodes)
+    if job.service_account:
+        pod["serviceAccountName"] = job.service_account
         del container["envFrom"][1]  # keys of a Secret would go before the role
-    if gpus := size.gpus:
-        volumes["shm"]["emptyDir"]["sizeLimit"] = f"{4 * gpus}Gi"
+    if gpus:
+        next(each for each in pod["volumes"] if each["name"] == "shm")["emptyDir"]["sizeLimit"] = f"{4 * gpus}Gi"
         container["command"][2:2] = ["--gpus", str(gpus)]
         container["resources"] = {
             "requests": {"cpu": str(3 * gpus), "memory": f"{12 * gpus}Gi"},
@@ -156,42 +132,42 @@ def _fit(text: str, size: Size, image: str, config: Config, name: str) -> list[d
     return objects
 
 
-def render_slurm(size: Size, *, image: str, data: str, run: str, config: Path | None, name: str) -> str:
-    """launch/slurm.sbatch for this size, for `sbatch`, with the options filled in. `image` is not used."""
-    settings = configure(size, data, run, config, name)
+def render_slurm(job: Job) -> str:
+    """launch/slurm.sbatch for this job, for `sbatch`, with the options filled in. Its image is not used."""
+    settings, config = configure(job), job.config
     remote, precision = settings.run.remote, settings.train.precision
     copied = f"/tmp/{re.sub(r'[^A-Za-z0-9.-]+', '-', remote.removeprefix('s3://'))}"
     options = [
         *([f"--config={config.resolve() if config.is_file() else config}"] if config else []),
-        f"--data.path={data}",
+        f"--data.path={job.data}",
         f"--run.path={copied if remote else settings.run.path}",
         f"--run.remote={remote}",  # also if that is empty: the configuration may have one
         *([f"--train.precision={precision}"] if precision else []),
     ]
-    gpus = f"#SBATCH --gpus-per-node={size.gpus}\n#SBATCH --cpus-per-task={4 * size.gpus}\n" if size.gpus else ""
+    gpus = f"#SBATCH --gpus-per-node={job.gpus}\n#SBATCH --cpus-per-task={4 * job.gpus}\n" if job.gpus else ""
     text = shipped("launch/slurm.sbatch").read_text()
-    text = re.sub(r"#SBATCH --nodes=\d+\n", f"#SBATCH --nodes={size.nodes}\n{gpus}", text)
-    text = text.replace("#SBATCH --job-name=naign", f"#SBATCH --job-name={name}")
+    text = re.sub(r"#SBATCH --nodes=\d+\n", f"#SBATCH --nodes={job.nodes}\n{gpus}", text)
+    text = text.replace("#SBATCH --job-name=naign", f"#SBATCH --job-name={job.name}")
     return text.replace('naign launch "$@"', f'naign launch {shlex.join(options)} "$@"').rstrip()
 
 
-def predict(size: Size, *, data: str, config: Path | None) -> str:
+def predict(job: Job) -> str:
     """A table of what the run computes, stores and sends: counted from its configuration, without any speed."""
     import torch
 
     from pipeline.model.networks import build_network
     from pipeline.observe.speed import fit_flops, forward_flops
 
-    settings, unknown, stored = load(str(config)) if config else Config(), "", 0
+    settings, unknown, stored = load(str(job.config)) if job.config else Config(), "", 0
     shape: tuple[int, ...] = (1, 28, 28)
-    use_endpoint(size.endpoint)
+    use_endpoint(job.endpoint)
     try:
         with at_most(1):  # a cluster's bucket is often out of reach from here
-            sets = DataSets(replace(settings.data, path=data))
+            sets = DataSets(replace(settings.data, path=job.data))
         shape = sets.shape
         stored = sum(shard.bytes for split in sets.manifest.splits.values() for shard in split.shards)
     except (InputError, Unavailable):
-        unknown = f"\n{data} cannot be read from here: counted with images of 1x28x28"
+        unknown = f"\n{job.data} cannot be read from here: counted with images of 1x28x28"
     with torch.device("meta"):
         network = build_network(settings.model, shape)
     parameters, width = sum(value.numel() for value in network.parameters()), math.prod(shape)
@@ -199,15 +175,15 @@ def predict(size: Size, *, data: str, config: Path | None) -> str:
     images = match.round * train.passes
     generate, search = match.pool * forward, 2 * width * match.round * match.pool
     fit = images * fit_flops(forward, settings.objective.forwards)
-    sent = match.round * (width * 4 + 16 * size.ranks) + images // train.batch * 2 * 4 * parameters
+    sent = match.round * (width * 4 + 16 * job.ranks) + images // train.batch * 2 * 4 * parameters
     rounds, copies = -(-train.images // images), 4 + bool(train.ema)  # weights, gradients, two moments; average
     parts = f"generate {generate / 1e12:.2g}, search at most {search / 1e12:.2g}, fit {fit / 1e12:.2g}"
-    between = f"; {sent / 1e9:.2g} GB between nodes" if size.nodes > 1 else ""
+    between = f"; {sent / 1e9:.2g} GB between nodes" if job.nodes > 1 else ""
     rows = (
-        ("GPUs" if size.gpus else "CPU hosts", str(size.nodes * (size.gpus or 1))),
+        ("GPUs" if job.gpus else "CPU hosts", str(job.ranks)),
         ("network", f"{parameters / 1e6:.1f} M parameters, {forward / 1e9:.2f} GFLOP a forward"),
         ("data", f"{stored / 1e9:.2f} GB" if stored else "unknown"),
-        ("a rank", f"{train.batch // size.ranks} images a step; {copies * 4 * parameters / 1e9:.2g} GB of memory"
+        ("a rank", f"{train.batch // job.ranks} images a step; {copies * 4 * parameters / 1e9:.2g} GB of memory"
          " for weights, gradients and optimizer, without activations"),
         ("a checkpoint", f"{(copies - 1) * 4 * parameters / 1e9:.3f} GB, {settings.checkpoint.keep} kept"),
         ("a round", f"{(generate + search + fit) / 1e12:.2g} TFLOP: {parts}{between}"),

@@ -63,7 +63,7 @@ def test_a_greeting_with_a_number_that_cannot_be_is_a_strangers(name, value):
 
 def test_there_is_no_meeting_after_the_last_generation():
     with socket.create_server(("127.0.0.1", 0)) as server:
-        guests = Guests(place(0, 3), server, lambda _: None)
+        guests = Guests(place(0, 3), server)
         with socket.create_connection(server.getsockname()[:2], timeout=10) as guest:
             guest.sendall(dataclasses.replace(HELLO, generation=MOST).line())
             for _ in range(2):  # it connects, it speaks
@@ -76,9 +76,7 @@ def test_the_newest_generation_is_remembered_when_its_host_had_to_leave():
     met: list[Any] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        meeting = threading.Thread(
-            target=lambda: met.append(meet(place(0, 3), server, port=0, within=20, say=lambda _: None))
-        )
+        meeting = threading.Thread(target=lambda: met.append(meet(place(0, 3), server, port=0, within=20)))
         meeting.start()
 
         def greet(**what: Any) -> socket.socket:
@@ -118,7 +116,7 @@ def test_silent_strangers_and_slow_greetings_do_not_keep_hosts_from_the_reason()
 
 def test_who_ends_takes_nobody_in():
     with socket.create_server(("127.0.0.1", 0)) as server:
-        guests = Guests(place(0, 3), server, lambda _: None, ending="no GPUs")
+        guests = Guests(place(0, 3), server, ending="no GPUs")
         with socket.create_connection(server.getsockname()[:2], timeout=10) as guest:
             guest.sendall(dataclasses.replace(HELLO, hosts=4).line())  # which ends a meeting
             while not guests.informed:

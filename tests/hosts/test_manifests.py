@@ -11,7 +11,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from pipeline.cluster.render import IMAGE, Size, name_after, predict, render_k8s
+from pipeline.cluster.job import Job, name_after
+from pipeline.cluster.render import IMAGE, predict, render_k8s
 from pipeline.errors import InputError
 from tests.conftest import ROOT
 from tests.hosts.manifest_checks import problems, templates
@@ -86,14 +87,8 @@ def test_the_queue_component_suspends_the_job(tmp_path):
 
 
 def rendered(**changed: Any) -> dict[str, dict[str, Any]]:
-    options = {"image": "naign:cuda", "data": "s3://bucket/d", "run": "s3://bucket/r", "config": None, "name": "r"}
-    size = Size(
-        nodes=changed.pop("nodes", 1),
-        gpus=changed.pop("gpus", 1),
-        account=changed.pop("account", ""),
-        region=changed.pop("region", "us-east-1"),
-    )
-    return {item["kind"] + item["metadata"]["name"]: item for item in load(render_k8s(size, **{**options, **changed}))}
+    job = Job(**{"data": "s3://bucket/d", "run": "s3://bucket/r", **changed})
+    return {item["kind"] + item["metadata"]["name"]: item for item in load(render_k8s(job))}
 
 
 @pytest.mark.parametrize(("nodes", "gpus"), [(1, 1), (1, 8), (8, 8), (3, 0)])
@@ -128,7 +123,7 @@ def test_what_cannot_be_rendered_is_refused(options, said, naign):
         ({"data": "me:SECRET@host"}, "--data ...@host: pods share"),
         ({"image": "me:SECRET@host/a"}, "--image ...@host/a is no name"),
         ({"region": "a\x1bb"}, "--region a?b is no name"),
-        ({"account": "a\nb"}, "--service-account a?b is no name"),
+        ({"service_account": "a\nb"}, "--service-account a?b is no name"),
         ({"image": "No Image"}, "is no name of an image"),
         ({"nodes": 3, "gpus": 8}, "cannot be shared by 24 ranks"),
         ({"nodes": 0}, "0 nodes"),
@@ -182,7 +177,7 @@ def test_a_second_run_under_one_name_is_refused():
 
 
 def test_a_role_has_no_keys_beside_it():
-    assert "secretRef" in str(rendered()["Jobr"]) and "secretRef" not in str(rendered(account="naign")["Jobr"])
+    assert "secretRef" in str(rendered()["Jobr"]) and "secretRef" not in str(rendered(service_account="naign")["Jobr"])
 
 
 def test_the_computation_of_a_run_is_counted(tmp_path, monkeypatch):
@@ -190,7 +185,7 @@ def test_the_computation_of_a_run_is_counted(tmp_path, monkeypatch):
     (tmp_path / "run.yaml").write_text(
         "{objective: {third: none, denoising: 0}, train: {images: 4096, batch: 64}, match: {round: 1024, ratio: 2}}"
     )
-    table = predict(Size(nodes=2, gpus=4), data="nowhere", config=tmp_path / "run.yaml")
+    table = predict(Job(nodes=2, gpus=4, data="nowhere", run="r", config=tmp_path / "run.yaml"))
     assert re.search(r"^GPUs +8$", table, re.M) and "8 images a step" in table
     assert "a round       8.2 TFLOP: generate 2, search at most 0.0033, fit 6.1; 0." in table
     assert "the run       4 rounds, 0.033 PFLOP" in table and "nowhere cannot be read from here" in table

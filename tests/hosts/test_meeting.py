@@ -101,7 +101,6 @@ class Meeting:
     def __init__(self, hosts: int) -> None:
         self.hosts, self.port = hosts, free_port()
         self.found: dict[int, Any] = {}
-        self.said: list[str] = []
         self.threads: list[threading.Thread] = []
 
     def come(self, index: int, *, start: str = "a", hosts: int | None = None, within: float = 20) -> None:
@@ -109,7 +108,7 @@ class Meeting:
             mine = place(index, hosts or self.hosts, start)
             with contextlib.nullcontext() if index else listen(self.port) as listener:
                 try:
-                    self.found[index] = meet(mine, listener, port=self.port, within=within, say=self.said.append)
+                    self.found[index] = meet(mine, listener, port=self.port, within=within)
                 except (InputError, PeerLost) as error:
                     self.found[index] = error
                     if listener and isinstance(error, InputError):  # as `naign launch` does
@@ -157,7 +156,7 @@ def test_a_host_that_comes_again_replaces_itself():
 
 
 @pytest.mark.slow
-def test_strangers_and_other_starts_are_turned_away():
+def test_strangers_and_other_starts_are_turned_away(capsys):
     meeting = Meeting(2)
     meeting.come(0)
     meeting.come(1, start="an earlier one", within=1)
@@ -170,7 +169,7 @@ def test_strangers_and_other_starts_are_turned_away():
     meeting.come(1)
     meeting.end()
     assert isinstance(meeting.found[1], Links)
-    assert any("another start of this job (an earlier one)" in text for text in meeting.said)
+    assert "another start of this job (an earlier one)" in capsys.readouterr().err
 
 
 def hello(**said: Any) -> bytes:
@@ -193,7 +192,7 @@ def hello(**said: Any) -> bytes:
     ],
     ids=["nested", "bytes", "negative", "zero", "infinite", "far", "ahead", "escapes", "long"],
 )
-def test_nothing_that_a_stranger_says_ends_a_meeting(words):
+def test_nothing_that_a_stranger_says_ends_a_meeting(words, capsys):
     meeting = Meeting(2)
     meeting.come(0)
     time.sleep(0.3)
@@ -206,7 +205,7 @@ def test_nothing_that_a_stranger_says_ends_a_meeting(words):
     meeting.come(1)
     meeting.end()
     assert all(isinstance(found, Links) for found in meeting.found.values())
-    assert all(text.isprintable() for text in meeting.said)
+    assert all(line.isprintable() for line in capsys.readouterr().err.split("\n"))
 
 
 @pytest.mark.slow
@@ -282,9 +281,8 @@ def test_who_comes_to_a_first_host_that_ends_learns_why():
 
 
 def test_a_stranger_who_is_silent_is_not_taken_for_the_first_host():
-    said: list[str] = []
     with socket.create_server(("127.0.0.1", 0)) as stranger, pytest.raises(PeerLost, match="where a program listens"):
-        meet(place(1, 2), None, port=stranger.getsockname()[1], within=1, say=said.append)
+        meet(place(1, 2), None, port=stranger.getsockname()[1], within=1)
 
 
 def test_a_taken_port_is_told():

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.cluster import rejoin
+from pipeline.cluster import meeting
 from pipeline.cluster.admission import Hello
 from pipeline.cluster.exit_codes import Ending
 from pipeline.cluster.meeting import Links, listen, meet
@@ -37,7 +37,7 @@ def together(*places: Place, port: int, within: float = 20) -> list[Any]:
     def come(number: int) -> None:
         with contextlib.nullcontext() if number else listen(port) as listener:
             try:
-                found[number] = meet(places[number], listener, port=port, within=within, say=lambda _: None)
+                found[number] = meet(places[number], listener, port=port, within=within)
             except PeerLost as error:
                 found[number] = error
 
@@ -78,13 +78,12 @@ def greet(port: int, hello: Hello) -> socket.socket:
     return guest
 
 
-def test_of_two_pods_with_one_index_the_later_goes_on_unless_it_is_of_an_older_generation():
+def test_of_two_pods_with_one_index_the_later_goes_on_unless_it_is_of_an_older_generation(capsys):
     port, first = free_port(), host(0, 5)
     listener = listen(port)
     hello = Hello("a", 1, 3, 0, "earlier")
-    meeting = threading.Thread(target=lambda: found.append(meet(first, listener, port=0, within=20, say=said.append)))
+    meeting = threading.Thread(target=lambda: found.append(meet(first, listener, port=0, within=20)))
     found: list[Links] = []
-    said: list[str] = []
     meeting.start()
     with greet(port, hello) as earlier, greet(port, dataclasses.replace(hello, member="later")) as later:
         assert b'"leave": true' in earlier.recv(1000)
@@ -98,7 +97,7 @@ def test_of_two_pods_with_one_index_the_later_goes_on_unless_it_is_of_an_older_g
     meeting.join(10)
     listener.close()
     assert found[0].generation == 6
-    assert [text.partition(":")[0] for text in said] == [
+    assert [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()] == [
         "host 1 came again, as another pod",
         "a host 1 of generation 3, which came after generation 5, was rejected",
     ]
@@ -154,9 +153,9 @@ def test_a_host_that_is_asked_to_end_while_its_ranks_are_killed_does_not_meet_ag
         ending.asked = True
         return [], []
 
-    monkeypatch.setattr(rejoin, "kill_children", list)  # this process has servers of other tests
-    monkeypatch.setattr(rejoin.psutil, "wait_procs", asked)
-    monkeypatch.setattr(rejoin.os, "execve", lambda *_: pytest.fail("it goes on"))
+    monkeypatch.setattr(meeting, "kill_children", list)  # this process has servers of other tests
+    monkeypatch.setattr(meeting.psutil, "wait_procs", asked)
+    monkeypatch.setattr(meeting.os, "execve", lambda *_: pytest.fail("it goes on"))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert meet_again({}, PEER_LOST, ending, Links("", {}, 1, 1), 0.0) == PEER_LOST
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
