@@ -25,8 +25,7 @@ from pipeline.config import Config, load
 from pipeline.errors import InputError, exit_on_input_error
 from pipeline.model.losses import Batch, Network, choose_distance, compute_losses
 from pipeline.model.networks import build_network
-from pipeline.model.prior import build_prior
-from pipeline.model.prior.noise import GaussianConfig
+from pipeline.model.prior import PriorConfig, build_prior
 from pipeline.training.round import RoundRandom
 
 sys.path.insert(0, str(ROOT))
@@ -65,7 +64,7 @@ def main(settings: Settings) -> None:
 
 def estimate(config: Config, shape: tuple[int, ...], device: torch.device) -> list[float]:
     """GB of the step in parts as TITLES has them."""
-    config = replace(config, prior=GaussianConfig())  # codes are decoded, which costs as little
+    config = replace(config, prior=PriorConfig(name="gaussian"))  # codes are decoded, which costs as little
     micro = config.train.batch // config.train.accumulate
     with FakeTensorMode():
         with device:

@@ -164,10 +164,9 @@ NAMED: Named = {
 }
 
 REMOVED = (
-    *("train.bad_steps", "report.rounds", "checkpoint.keep_every", "model.max_width"),
+    *("train.bad_steps", "report.rounds", "checkpoint.keep_every", "model.max_width", "match.space.reduced"),
+    *("match.space.side", "match.space.code", "match.jitter", "match.refine", "match.refine_rate", "match.flat"),
     *("objective.drift", "objective.temperatures", "objective.repulsion", "objective.moments", "objective.positives"),
-    *("match.jitter", "match.refine", "match.refine_rate", "match.flat"),
-    *("match.space.reduced", "match.space.side", "match.space.code"),
     *("data.tail", "data.resampled", "data.shuffle_block", "data.scale", "data.ratio", "data.interpolation"),
     "data.broken_share",
 )
@@ -181,10 +180,7 @@ RENAMED: dict[str, str] = dict.fromkeys(REMOVED, "") | {
 
 
 def parse(arguments: Sequence[str], about: str | None = None) -> Config:
-    """The configuration of a command line; InputError or exit code 2 on anything unknown or impossible.
-
-    `about` stands at the top of --help.
-    """
+    """The configuration of a command line, with `about` above its --help; InputError or exit code 2 if it is none."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", nargs="?", const="")
     for section in NAMED:
@@ -242,18 +238,16 @@ def check(config: Config) -> None:
         if isinstance(value, (int, float)) and not abs(value) < MOST:
             raise InputError(f"{key} is {shown(value)}: it must be a finite number below {MOST:.1e}")
     check_fields(config, "")
-    for one in dataclasses.fields(config):
-        if dataclasses.is_dataclass(section := getattr(config, one.name)):
-            check_fields(section, one.name)
-    model, objective = config.model, config.objective
-    if model.only_with not in ("", objective.name) or objective.only_with not in ("", model.name):
-        said = f"model.name={model.name} and objective.name={objective.name} do not go together"
-        raise InputError(f"{said}: choose the same name for both, or another network and objective")
+    model, objective, quality = config.model, config.objective, config.quality
+    together = model.only_with in ("", objective.name) and objective.only_with in ("", model.name)
+    both = f"model.name={model.name} and objective.name={objective.name} do not go together"
+    never = f"quality.patience is {quality.patience}, but nothing is measured while quality.rounds is 0: set both"
     parse_rounds(config.profile.rounds)
-    patience, rounds = config.quality.patience, config.quality.rounds
-    never = f"quality.patience is {patience}, but nothing is measured while quality.rounds is 0: set both"
-    require((rounds or not patience, never))
-    require(("://" not in config.run.path, "run.path is a local folder: for the copy in a bucket there is run.remote"))
+    require(
+        (together, f"{both}: choose the same name for both, or another network and objective"),
+        (quality.rounds or not quality.patience, never),
+        ("://" not in config.run.path, "run.path is a local folder: for the copy in a bucket there is run.remote"),
+    )
     config.run.remote = remote
     if remote:
         open_store(remote)
@@ -261,11 +255,9 @@ def check(config: Config) -> None:
             same = remote == flat[key].rstrip("/")
             require((not same, f"run.remote and {key} are both {remote}: choose another place for the copy"))
     size, batch = config.match.round, config.train.batch
-    if size % batch:
-        raise InputError(
-            f"match.round={size} is no multiple of train.batch={batch}: every step takes a whole batch of the round's "
-            f"images; the nearest that fits is --match.round={max(1, round(size / batch)) * batch}"
-        )
+    unfit = f"match.round={size} is no multiple of train.batch={batch}, the images of a step"
+    fitting = max(1, round(size / batch)) * batch
+    require((size % batch == 0, f"{unfit}: the nearest that fits is --match.round={fitting}"))
 
 
 def choose(section: str, content: dict[str, Any], name: str) -> dict[str, Any]:

@@ -34,17 +34,13 @@ from pipeline.training.prepare import pack_missing
 
 def main() -> None:
     outlive_terminal()
-    with leave_on_failure():
-        run(sys.argv[1:])
-
-
-def run(arguments: list[str]) -> None:
-    with exit_on_input_error("train"), peers_missed():
+    arguments = sys.argv[1:]
+    with leave_on_failure(), exit_on_input_error("train"), peers_missed():
         config = parse(arguments)
         use_endpoint(config.data.endpoint)
         keep_memory()
-        set_threads(config.train.threads)
         settings = config.train
+        set_threads(settings.threads)
         accelerator = build_accelerator(settings.timeout, precision=settings.precision, accumulate=settings.accumulate)
         with together(accelerator):
             if accelerator.is_main_process:
@@ -52,9 +48,9 @@ def run(arguments: list[str]) -> None:
         finished = train(config, accelerator)
         part()
         accelerator.end_training()
-    if not finished or trackers_hang():
-        leave(0 if finished else INTERRUPTED)
-    record_exit(0)
+        if not finished or trackers_hang():
+            leave(0 if finished else INTERRUPTED)
+        record_exit(0)
 
 
 if __name__ == "__main__":

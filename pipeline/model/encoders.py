@@ -11,7 +11,7 @@ class, so that train and test images, which the floor compares, have the same fe
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -53,8 +53,7 @@ class Classifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """(n, channels, size, size) in [-1, 1] -> (n, 64)."""
-        features: Tensor = self.body(images)
-        return features
+        return self.body(images)
 
     def stages(self, images: Tensor) -> list[Tensor]:
         """(n, channels, size, size) in [-1, 1] -> what comes out of each ReLU, (n, c, h, w)."""
@@ -67,8 +66,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, channels, size, size) in [-1, 1] -> (n, classes) logits."""
-        logits: Tensor = self.head(self.dropout(F.relu(self.features(images))))
-        return logits
+        return self.head(self.dropout(F.relu(self.features(images))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +88,7 @@ class Encoder:
     def features(self, data: Tensor, *, batch: int = 1000) -> Tensor:
         """(n, C, H, W) in [-1, 1], or (n, D) points -> (n, d) float32, d 64 for ours; 'pixels': at most C*8*8, or D."""
         if self.network is not None:
-            return torch.cat([self.network.features(part) for part in self._parts(data, batch)]).to(data.device)
+            return self._apply(self.network.features, data, batch).to(data.device)
         if data.ndim == 2:
             return data.float()
         height, width = data.shape[2:]
@@ -99,7 +97,7 @@ class Encoder:
     def logits(self, data: Tensor, *, batch: int = 1000) -> Tensor:
         """(n, C, H, W) in [-1, 1] -> (n, classes) float32, of an encoder with labels."""
         assert self.network is not None
-        return torch.cat([self.network(part) for part in self._parts(data, batch)])
+        return self._apply(self.network, data, batch)
 
     def unfit(self, shape: tuple[int, ...]) -> str:
         """Why it cannot read samples of that shape, '' if it can. A pretrained network is tried."""
@@ -107,18 +105,18 @@ class Encoder:
             return self.network.unfit(shape)
         return "" if self.shape in (None, shape) else f"reads {self.shape}, these images are {shape}"
 
-    def _parts(self, data: Tensor, batch: int) -> Iterator[Tensor]:
+    def _apply(self, function: Callable[[Tensor], Tensor], data: Tensor, batch: int) -> Tensor:
         assert self.network is not None
         assert self.shape in (None, tuple(data.shape[1:])), self.unfit(tuple(data.shape[1:]))
         device = next(chain(self.network.parameters(), self.network.buffers()), data).device
         with torch.inference_mode(not data.requires_grad):
-            for start in range(0, len(data), batch):
-                yield data[start : start + batch].to(device).float()
+            parts = [function(part.to(device).float()) for part in data.split(batch)]
+        return torch.cat(parts)
 
 
 def shipped() -> dict[str, Callable[[], Encoder]]:
     """The function that opens each encoder of this package, by name. Others are entry points of `naign.encoders`."""
-    files = {path.stem: partial(read_encoder, path, path.stem) for path in sorted(FOLDER.glob("*.safetensors"))}
+    files = {name: partial(read_encoder, FOLDER / f"{name}.safetensors", name) for name in names()}
     lites = {f"efficientnet-lite{number}": partial(_open_lite, number) for number in range(3)}
     inception = {"fid-inception": lambda: Encoder(name="fid-inception", network=open_inception())}
     return {**files, **lites, **inception, "pixels": lambda: Encoder(name="pixels")}
@@ -134,10 +132,7 @@ def names() -> list[str]:
 
 
 def load_encoder(name: str) -> Encoder:
-    """The encoder of that name, `timm:NAME`, or the one in a .safetensors file of ours.
-
-    Raises InputError that names the encoders there are, the missing package, or the fault of the file.
-    """
+    """The encoder of that name, `timm:NAME`, or the one in a .safetensors file of ours; InputError for any other."""
     if name.startswith("timm:"):
         return Encoder(name=name, network=open_timm(name))
     if name.endswith(".safetensors"):
@@ -151,12 +146,11 @@ def read_encoder(path: Path, name: str) -> Encoder:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+            weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118  (not a dict)
         channels, size, _ = shape = tuple(json.loads(metadata["shape"]))
         labels = tuple(json.loads(metadata["labels"]))
         with torch.device("meta"):  # nothing is allocated for what the header claims, only for what the file holds
             network = Classifier(channels=channels, size=size, classes=len(labels), width=int(metadata["width"]))
-        weights = {key: weight.float() if weight.is_floating_point() else weight for key, weight in weights.items()}
         network.load_state_dict(weights, assign=True)
         if not all(bool(torch.isfinite(weight).all()) for weight in weights.values()):
             raise ValueError("it has weights that are not finite")

@@ -15,9 +15,9 @@ LOGIN = "(`hf auth login`, or HF_TOKEN)"
 
 
 def download(name: str, **options: Any) -> Path:
-    """The weights of the model user/model on the hub, or in its cache. `options` are those of hf_hub_download.
+    """The safetensors file of user/model on the hub, or in its cache; InputError, which says why, where there is none.
 
-    Raises InputError where the hub has no such model, or none that is stored as safetensors, or cannot be reached.
+    `options` are those of hf_hub_download.
     """
     check_name(name)
     _has_token(options.get("token"))
@@ -74,9 +74,8 @@ def without_places(value: Any) -> Any:
 def upload(folder: Path, name: str, *, private: bool = False) -> str:
     """Upload all files of a folder, README.md among them, to a repository of the hub; returns its address.
 
-    The repository is made if there is none. No file is sent where the card is refused, or where a repository that
-    should be private is public. Raises InputError without a login or where the hub refuses, Unavailable where a retry
-    may help. No message holds the token.
+    The repository is made if there is none. No file is sent to a public one that should be private. Raises InputError
+    without a login or where the hub refuses, Unavailable where a retry may help. No message holds the token.
     """
     check_login(name)
     try:
@@ -90,9 +89,7 @@ def upload(folder: Path, name: str, *, private: bool = False) -> str:
     except Exception as error:  # as of a download
         status = getattr(getattr(error, "response", None), "status_code", 0)
         text = f"{name} was not uploaded to the hub ({constants.ENDPOINT}): {type(error).__name__}: {one_line(error)}"
-        if status in (401, 403):
-            raise InputError(f"{text}; may the login {LOGIN} write there?") from None
-        if 400 <= status < 500 or isinstance(error, ValueError):
-            raise InputError(text) from None
-        raise Unavailable(text) from None
+        remedy = f"; may the login {LOGIN} write there?" if status in (401, 403) else ""
+        refused = 400 <= status < 500 or isinstance(error, ValueError)
+        raise (InputError if refused else Unavailable)(text + remedy) from None
     return str(address)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data import damage
-from pipeline.errors import InputError
+from pipeline.errors import require
 from pipeline.settings.constraints import AT_LEAST_0, check_fields, one_of
 from pipeline.settings.registry import lookup
 
@@ -81,10 +81,8 @@ class DistanceConfig(ObjectiveConfig):
 
     def __post_init__(self) -> None:
         check_fields(self, "objective")
-        if bool(self.perceptual) != bool(self.encoder):
-            raise InputError(
-                f"objective.perceptual is {self.perceptual} and objective.encoder '{self.encoder}': give both or none"
-            )
+        said = f"objective.perceptual is {self.perceptual} and objective.encoder '{self.encoder}'"
+        require((bool(self.perceptual) == bool(self.encoder), f"{said}: give both or none"))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -109,9 +107,9 @@ class NaignConfig(DistanceConfig):
     def __post_init__(self) -> None:
         DistanceConfig.__post_init__(self)
         damage.find_damage(self.damage)
-        third = self.third_weight if self.third != "none" else 0.0
-        if not (self.reconstruction or self.imle or third or self.denoising):
-            raise InputError("objective.reconstruction and all other terms weigh 0: nothing would be trained")
+        third = self.third != "none" and self.third_weight
+        weighed = self.reconstruction or self.imle or third or self.denoising
+        require((weighed, "objective.reconstruction and all other terms weigh 0: nothing would be trained"))
 
     @property
     def needs_latents(self) -> bool:
@@ -145,8 +143,7 @@ one forward of all their inputs."""
 
 
 def choose_distance(config: ObjectiveConfig, perceptual: Distance | None) -> Distance:
-    """The distance d of the settings, with its perceptual part where that has a weight; l1 for
-    settings without a distance."""
+    """The distance d of the settings, with its perceptual part if that has a weight; l1 where they have none."""
     plain, weight = DISTANCES[getattr(config, "distance", "l1")], config.perceptual
     if not weight:
         return plain

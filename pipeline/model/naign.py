@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.errors import InputError, one_line
+from pipeline.errors import InputError, one_line, require
 from pipeline.model import hub
 from pipeline.model.networks import build_network, recorded_network
 from pipeline.model.prior import build_prior, find_prior
@@ -46,9 +46,9 @@ class NAIGN:
         """The model of an exported folder or its file, a checkpoint, a run (a folder or s3://bucket/prefix), or
         hf://user/model on the Hugging Face hub.
 
-        Of a run it is the best checkpoint where quality.patience ended the run, else the newest complete one: see
-        `checkpoint` and `choice`. The moving average of the weights is preferred where there is one.
-        `download`, for the hub alone, are keywords of huggingface_hub.hf_hub_download: revision, token, cache_dir, ...
+        Of a run it is the best checkpoint if quality.patience ended it, else the newest complete one (`checkpoint`,
+        `choice`); of a checkpoint the moving average of the weights, if it has one. `download`, for the hub alone, are
+        keywords of huggingface_hub.hf_hub_download: revision, token, cache_dir, ...
         Raises InputError where there is no model, or the file was not written by this program.
         """
         with locate(place, **download) as weights:
@@ -60,12 +60,11 @@ class NAIGN:
     def _read(cls, file: Path, device: torch.device | str) -> "NAIGN":
         try:
             with safe_open(file, framework="pt", device="cpu") as opened:
-                header = (opened.metadata() or {}).get(_KEY)
+                header = (opened.metadata() or {}).get(_KEY, "")
                 tensors = {name: _float32(opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file} is no readable safetensors file ({error}); is it truncated?") from None
-        if header is None:
-            raise InputError(f"{file} has no '{_KEY}' entry in its header: it was not written by this program")
+        require((header, f"{file} has no '{_KEY}' entry in its header: it was not written by this program"))
         state = {name.removeprefix(_STATE): tensors.pop(name) for name in list(tensors) if name.startswith(_STATE)}
         try:
             metadata = json.loads(header)
@@ -87,10 +86,7 @@ class NAIGN:
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write model.safetensors (float32) and, for readers, config.json with `metadata`; make the folder.
-
-        Raises InputError where they cannot be written.
-        """
+        """Write model.safetensors (float32) and, for readers, config.json with `metadata`; InputError if that fails."""
         file = Path(folder) / hub.WEIGHTS
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -110,23 +106,21 @@ class NAIGN:
             return self._decoded(self.prior.draw(seed, SAMPLES, ids, self.device))
 
     def _decoded(self, drawn: Tensor) -> Tensor:
-        made: Tensor = self.network.decode(drawn) if self.prior.decodes else drawn  # type: ignore[operator]
-        return made
+        return self.network.decode(drawn) if self.prior.decodes else drawn  # type: ignore[operator]
 
     @torch.inference_mode()
     def between(self, first: int, last: int, *, steps: int) -> Tensor:
         """Latents (steps, *shape) on the way from latent 0 of the seed `first` to latent 0 of the seed `last`.
 
-        The way is an arc where latents, or codes, are made from Gaussian noise: all along it they keep their
-        distribution. Elsewhere it is a straight line between two latents, or between two codes.
+        An arc where latents, or codes, are made from Gaussian noise, whose distribution they keep along it; elsewhere
+        a straight line between two latents, or two codes.
         """
         return self._decoded(self.prior.between((first, last), SAMPLES, self.device, steps=steps))
 
     def sample(self, n: int, *, seed: int = 0, times: int = 1, batch: int = 500, advance: Advance = None) -> Tensor:
         """n samples (n, *shape) float32: f applied `times` times to latents 0 to n - 1 of `seed`."""
         ids = torch.arange(n).split(batch)
-        parts = [self.project(self.latent(part, seed=seed), times=times, advance=advance) for part in ids]
-        return torch.cat(parts) if parts else torch.empty(0, *self.shape)
+        return torch.cat([self.project(self.latent(part, seed=seed), times=times, advance=advance) for part in ids])
 
     @torch.inference_mode()
     def project(self, x: Tensor, *, times: int = 1, batch: int = 500, advance: Advance = None) -> Tensor:
@@ -134,9 +128,8 @@ class NAIGN:
 
         Raises InputError where that is not finite: x is not, or the training broke down.
         """
-        if x.shape[1:] != self.shape:
-            raise InputError(f"the model takes {self.shape}, not {tuple(x.shape[1:])}")
-        done: list[Tensor] = []
+        require((x.shape[1:] == self.shape, f"the model takes {self.shape}, not {tuple(x.shape[1:])}"))
+        done = []
         for part in x.split(batch):
             value = part.to(self.device)
             for _ in range(times):
@@ -144,7 +137,7 @@ class NAIGN:
             done.append(value.to(x.device))
             if advance:
                 advance(len(part))
-        made = torch.cat(done) if done else x.clone()
+        made = torch.cat(done)
         if not torch.isfinite(made).all():
             raise InputError("f gives values that are not finite: its training broke down, or what it was given is not")
         return made
@@ -152,19 +145,16 @@ class NAIGN:
     def energy(self, x: Tensor, *, times: int = 1, batch: int = 500, advance: Advance = None) -> Tensor:
         """Mean squared residual of f(x) - x over the values of each row: (n,). Low near the data.
 
-        With `times` above 1 it is the residual after that many applications of f, each of which moves points that are
-        far from the data further: the energy then separates them better, at a cost that is proportional to `times`.
+        With `times` above 1 it is the residual after that many applications of f, each of which moves points far from
+        the data further and so separates them better, at a cost proportional to `times`.
         """
         return (self.project(x, times=times, batch=batch, advance=advance) - x).square().flatten(1).mean(1)
 
 
 def save_model(
-    file: Path,
-    weights: dict[str, Tensor],  # the bare network's state
-    metadata: dict[str, Any],  # JSON-able; at least model, shape and prior
-    state: Mapping[str, Tensor],  # of the prior
+    file: Path, weights: Mapping[str, Tensor], metadata: dict[str, Any], state: Mapping[str, Tensor]
 ) -> None:
-    """One self-describing safetensors file on no device in particular; float32, but for counters and masks."""
+    """One safetensors file of the bare network's and the prior's state; `metadata` names model, shape and prior."""
     tensors = {name: _float32(value.detach()).cpu().contiguous() for name, value in weights.items()}
     tensors |= {_STATE + name: value.cpu().contiguous() for name, value in state.items()}
     save_file(tensors, file, metadata={_KEY: json.dumps(metadata, sort_keys=True)})

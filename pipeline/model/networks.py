@@ -7,6 +7,7 @@ settings and the function that builds it.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.errors import InputError
+from pipeline.errors import require
 from pipeline.settings.constraints import between, check_fields
 from pipeline.settings.registry import lookup
 
@@ -82,14 +83,10 @@ def build_network(config: NetworkConfig, shape: tuple[int, ...], *, recompute: b
 
 
 def code_shape(network: nn.Module, setting: str) -> tuple[int, ...]:
-    """Shape of the code of an image, (c,) dense or (c, h, w) spatial: f(x) = decode(encode(x)).
-
-    InputError where the network has no code, which `setting` needs.
-    """
-    if not all(hasattr(network, name) for name in ("code", "encode", "decode")):
-        raise InputError(f"{setting}: this network has no code, choose model.name conv or spatial")
-    shape: tuple[int, ...] = network.code  # type: ignore[assignment]
-    return shape
+    """Shape of an image's code, (c,) dense or (c, h, w) spatial; InputError where there is none, as `setting` needs."""
+    coded = all(hasattr(network, name) for name in ("code", "encode", "decode"))
+    require((coded, f"{setting}: this network has no code, choose model.name conv or spatial"))
+    return network.code  # type: ignore[return-value]
 
 
 def find_network(name: str) -> tuple[type[NetworkConfig], Build]:
@@ -109,11 +106,12 @@ class PointNetwork(nn.Module):
     network is slow to learn structure that is much finer than the data's extent.
     """
 
-    def __init__(self, dims: int, width: int, depth: int, *, octaves: int = 0) -> None:
+    def __init__(self, config: PointConfig, shape: tuple[int, ...], *, recompute: bool = False) -> None:
         super().__init__()
-        self.octaves = octaves
-        layers: list[nn.Module] = [nn.Linear((1 + 2 * octaves) * dims, width), nn.SiLU()]
-        for _ in range(depth):
+        self.octaves = config.octaves
+        dims, width = math.prod(shape), config.width
+        layers: list[nn.Module] = [nn.Linear((1 + 2 * config.octaves) * dims, width), nn.SiLU()]
+        for _ in range(config.depth):
             layers += [nn.Linear(width, width), nn.SiLU()]
         self.layers = nn.Sequential(*layers, nn.Linear(width, dims))
 
@@ -121,28 +119,19 @@ class PointNetwork(nn.Module):
         flat = x.flatten(1)
         finer = [2**octave * flat for octave in range(self.octaves)]
         waves = [wave(part) for part in finer for wave in (torch.sin, torch.cos)]
-        moved: Tensor = self.layers(torch.cat([flat, *waves], dim=1))
-        return moved.view_as(x)
+        return self.layers(torch.cat([flat, *waves], dim=1)).view_as(x)
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(act(norm(conv(act(norm(x)))))), pre-activation (arXiv 1603.05027) with GroupNorm (1803.08494)."""
+    """x + conv(act(Norm(conv(act(Norm(x)))))), pre-activation (arXiv 1603.05027) with GroupNorm (1803.08494)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            norm(channels),
-            nn.SiLU(),
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            norm(channels),
-            nn.SiLU(),
-            nn.Conv2d(channels, channels, 3, padding=1),
-        )
+        self.body = nn.Sequential(*norm_act_conv(channels, channels, bias=False), *norm_act_conv(channels, channels))
         nn.init.zeros_(self.body[-1].weight)  # type: ignore[arg-type]  # each block starts as the identity
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.body(x)
-        return out
+        return x + self.body(x)
 
 
 class Attention(nn.Module):
@@ -151,17 +140,15 @@ class Attention(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.heads = math.gcd(channels, max(1, channels // 32))
-        self.norm = norm(channels)
-        self.inner, self.outer = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
-        for value in self.outer.parameters():
-            nn.init.zeros_(value)  # it starts as the identity
+        self.norm = Norm(channels)
+        self.inner = nn.Conv2d(channels, 3 * channels, 1)
+        self.outer = zeroed(nn.Conv2d(channels, channels, 1))  # it starts as the identity
 
     def forward(self, x: Tensor) -> Tensor:
         n, channels, height, width = x.shape
         parts = self.inner(self.norm(x)).view(n, 3, self.heads, channels // self.heads, height * width)
         mixed = F.scaled_dot_product_attention(*parts.transpose(-1, -2).unbind(1))
-        out: Tensor = x + self.outer(mixed.transpose(-1, -2).reshape(n, channels, height, width))
-        return out
+        return x + self.outer(mixed.transpose(-1, -2).reshape(n, channels, height, width))
 
 
 class ImageNetwork(nn.Module):
@@ -181,12 +168,10 @@ class ImageNetwork(nn.Module):
         return self.decode(self.encode(x))
 
     def encode(self, x: Tensor) -> Tensor:
-        code: Tensor = self.encoder(x)
-        return code
+        return self.encoder(x)
 
     def decode(self, code: Tensor) -> Tensor:
-        out: Tensor = self.decoder(code)
-        return out
+        return self.decoder(code)
 
 
 def _build_dense(config: ConvConfig, shape: tuple[int, ...], *, recompute: bool) -> ImageNetwork:
@@ -195,16 +180,14 @@ def _build_dense(config: ConvConfig, shape: tuple[int, ...], *, recompute: bool)
     The dense code makes f a projector rather than a filter: every output pixel depends on every input pixel.
     """
     (height, width), widths = _levels(config, shape)
-    inner, channels = (widths[-1], height, width), shape[0]
-    down: list[nn.Module] = []
-    for before, after in zip([channels, *widths], widths, strict=False):
-        down.append(nn.Conv2d(before, after, 4, stride=2, padding=1))
-        down += [ResidualBlock(after) for _ in range(config.depth)]
-    up: list[nn.Module] = []
-    for before, after in zip(reversed(widths), [*reversed(widths[:-1]), channels], strict=True):
-        up += [ResidualBlock(before) for _ in range(config.depth)]
-        up += [norm(before), nn.SiLU(), nn.ConvTranspose2d(before, after, 4, stride=2, padding=1)]
-    to_code = norm(widths[-1]), nn.SiLU(), nn.Flatten(), nn.Linear(math.prod(inner), config.code)
+    inner, halvings = (widths[-1], height, width), list(pairwise([shape[0], *widths]))
+    down, up = list[nn.Module](), list[nn.Module]()
+    for before, after in halvings:
+        down += [nn.Conv2d(before, after, 4, stride=2, padding=1), *_blocks(after, config.depth)]
+    for after, before in reversed(halvings):
+        up += [*_blocks(before, config.depth), Norm(before), nn.SiLU()]
+        up.append(nn.ConvTranspose2d(before, after, 4, stride=2, padding=1))
+    to_code = Norm(widths[-1]), nn.SiLU(), nn.Flatten(), nn.Linear(math.prod(inner), config.code)
     from_code = nn.SiLU(), nn.Linear(config.code, math.prod(inner)), nn.Unflatten(1, inner)
     encoder, decoder = nn.Sequential(*down, *to_code), nn.Sequential(*from_code, *up, nn.Tanh())
     return ImageNetwork(encoder, decoder, (config.code,), recompute=recompute)
@@ -217,22 +200,19 @@ def _build_spatial(config: SpatialConfig, shape: tuple[int, ...], *, recompute: 
     checkerboards. Self-attention on both sides of the code lets each output pixel depend on the whole image.
     """
     (height, width), widths = _levels(config, shape)
-    channels = shape[0]
-    down: list[nn.Module] = []
-    for before, after in zip([channels, *widths], widths, strict=False):
-        down += [nn.PixelUnshuffle(2), nn.Conv2d(4 * before, after, 3, padding=1)]
-        down += [ResidualBlock(after) for _ in range(config.depth)]
+    halvings, down = list(pairwise([shape[0], *widths])), list[nn.Module]()
+    for before, after in halvings:
+        down += [nn.PixelUnshuffle(2), nn.Conv2d(4 * before, after, 3, padding=1), *_blocks(after, config.depth)]
     up: list[nn.Module] = [nn.Conv2d(config.code, widths[-1], 3, padding=1), Attention(widths[-1])]
-    for before, after in zip(reversed(widths), [*reversed(widths[:-1]), channels], strict=True):
-        up += [ResidualBlock(before) for _ in range(config.depth)]
-        up += [norm(before), nn.SiLU(), nn.Conv2d(before, 4 * after, 3, padding=1), nn.PixelShuffle(2)]
-    to_code = Attention(widths[-1]), norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], config.code, 1)
+    for after, before in reversed(halvings):
+        up += [*_blocks(before, config.depth), *norm_act_conv(before, 4 * after), nn.PixelShuffle(2)]
+    to_code = Attention(widths[-1]), Norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], config.code, 1)
     encoder, decoder = nn.Sequential(*down, *to_code), nn.Sequential(*up, nn.Tanh())
     return ImageNetwork(encoder, decoder, (config.code, height, width), recompute=recompute)
 
 
-def _build_points(config: PointConfig, shape: tuple[int, ...], *, recompute: bool) -> PointNetwork:
-    return PointNetwork(math.prod(shape), config.width, config.depth, octaves=config.octaves)
+def _blocks(channels: int, depth: int) -> list[ResidualBlock]:
+    return [ResidualBlock(channels) for _ in range(depth)]
 
 
 def _levels(config: ConvConfig | SpatialConfig, shape: tuple[int, ...]) -> tuple[tuple[int, int], list[int]]:
@@ -240,11 +220,9 @@ def _levels(config: ConvConfig | SpatialConfig, shape: tuple[int, ...]) -> tuple
 
     The longer side is halved until it is at most 8, or either is odd. InputError for a shape that cannot be halved.
     """
-    if len(shape) != 3 or shape[1] % 4 or shape[2] % 4:
-        raise InputError(
-            f"model.name={config.name} takes images (C, H, W) whose sides are multiples of 4, the data has "
-            f"{tuple(shape)}: give another --data.size, or set model.name=mlp and prior.name=gaussian for points"
-        )
+    fits = len(shape) == 3 and shape[1] % 4 == 0 and shape[2] % 4 == 0
+    said = f"model.name={config.name} takes images (C, H, W) whose sides are multiples of 4, not {tuple(shape)}"
+    require((fits, f"{said}: give another --data.size, or for points model.name=mlp and prior.name=gaussian"))
     height, width, levels = shape[1] // 2, shape[2] // 2, 1
     while max(height, width) > 8 and height % 2 == 0 and width % 2 == 0:
         height, width, levels = height // 2, width // 2, levels + 1
@@ -258,6 +236,9 @@ class Norm(nn.GroupNorm):
     CUDA's autocast would compute it, and the activation after it, in float32: twice the memory and its traffic.
     """
 
+    def __init__(self, channels: int) -> None:
+        super().__init__(math.gcd(channels, 8), channels)
+
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != torch.bfloat16 or x.device.type == "cpu":
             return super().forward(x)
@@ -266,12 +247,19 @@ class Norm(nn.GroupNorm):
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
-def norm(channels: int) -> Norm:
-    return Norm(math.gcd(channels, 8), channels)
+def norm_act_conv(before: int, after: int, *, bias: bool = True) -> list[nn.Module]:
+    return [Norm(before), nn.SiLU(), nn.Conv2d(before, after, 3, padding=1, bias=bias)]
+
+
+def zeroed(layer: nn.Module) -> nn.Module:
+    """The layer, whose parameters are now zero."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
 
 
 NETWORKS: dict[str, tuple[type[NetworkConfig], Build]] = {
     "conv": (ConvConfig, _build_dense),
     "spatial": (SpatialConfig, _build_spatial),
-    "mlp": (PointConfig, _build_points),
+    "mlp": (PointConfig, PointNetwork),
 }

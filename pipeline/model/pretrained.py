@@ -69,7 +69,7 @@ class Pretrained(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """(n, C, H, W) in [-1, 1] -> (n, d) float32."""
-        last: Tensor = self(images)[-1].float()
+        last = self(images)[-1].float()
         return last.mean((2, 3)) if last.ndim == 4 else last
 
     def unfit(self, shape: tuple[int, ...]) -> str:
@@ -129,22 +129,14 @@ def open_timm(name: str) -> Pretrained:
     settings = network.pretrained_cfg
     channels, height, _ = settings["input_size"]
     exact = bool(settings.get("fixed_input_size"))
-    return Pretrained(
-        network.eval(),
-        _run_timm,
-        channels=channels,
-        smallest=16,
-        side=height if exact else min(64, height),
-        exact=exact,
-        mean=[2 * value - 1 for value in settings["mean"]],
-        std=[2 * value for value in settings["std"]],
-    )
+    side = height if exact else min(64, height)
+    scale = {"mean": [2 * value - 1 for value in settings["mean"]], "std": [2 * value for value in settings["std"]]}
+    return Pretrained(network.eval(), _run_timm, channels=channels, smallest=16, side=side, exact=exact, **scale)
 
 
 def _run_inception(network: Any, images: Tensor) -> Tensor:
     """Pixels 0 ... 255 -> the 2,048 features of the FID."""
-    features: Tensor = network(images.round().clamp(0, 255).to(torch.uint8))[0]
-    return features
+    return network(images.round().clamp(0, 255).to(torch.uint8))[0]
 
 
 def open_inception() -> Pretrained:

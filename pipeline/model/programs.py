@@ -26,14 +26,9 @@ def write_onnx(network: nn.Module, shape: tuple[int, ...], file: Path) -> float 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what torch itself does
+            x, batch = torch.zeros(2, *shape), {0: torch.export.Dim("batch", min=1)}
             program = torch.onnx.export(
-                network,
-                (torch.zeros(2, *shape),),
-                dynamo=True,
-                verbose=False,
-                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-                input_names=["x"],
-                output_names=["projected"],
+                network, (x,), dynamic_shapes=(batch,), input_names=["x"], output_names=["projected"], verbose=False
             )
         assert program is not None
         ClearMetadataAndDocStringPass()(program.model)  # stack traces with paths of this machine

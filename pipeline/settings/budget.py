@@ -27,14 +27,8 @@ def is_done(settings: Mapping[str, Any], rounds: int, best: Mapping[str, Any]) -
 def is_exhausted(settings: Mapping[str, Any], rounds: int, best: Mapping[str, Any]) -> bool:
     """Whether quality.patience measurements in a row were no better than the best one."""
     waited, since = settings["quality.patience"] * settings["quality.rounds"], best.get("round")
-    if not isinstance(since, int) or not measured_alike(settings, best):
-        return False
-    return since > 0 and 0 < waited <= rounds - since
-
-
-def measured_alike(settings: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
-    """Whether the best distance was measured as `settings` say."""
-    return best.get("measured") == measured_by(settings)
+    alike = best.get("measured") == measured_by(settings)
+    return alike and isinstance(since, int) and since > 0 and 0 < waited <= rounds - since
 
 
 def measured_by(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,10 +39,11 @@ def one_of(names: Collection[str]) -> Metadata:
 
 
 def check_fields(settings: Any, section: str) -> None:
-    """Raise InputError if a field's value violates its metadata. Nested dataclasses are not checked."""
+    """Raise InputError if the value of a field, also of a nested dataclass, violates its metadata."""
     for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if "holds" in field.metadata and not field.metadata["holds"](value):
+        value, key = getattr(settings, field.name), f"{section}.{field.name}".lstrip(".")
+        if dataclasses.is_dataclass(value):
+            check_fields(value, key)
+        elif "holds" in field.metadata and not field.metadata["holds"](value):
             shown = (f"'{value}'" if value else "empty") if isinstance(value, str) else value
-            key = f"{section}.{field.name}" if section else field.name
             raise InputError(f"{key} is {shown}: {field.metadata['must']}")

@@ -92,7 +92,7 @@ def _refuse_unknown(kind: Any, name: str, where: str, choice: str | None) -> typ
 
 def convert(target: Any, value: Any, where: str) -> Any:
     """Convert a value of YAML, which reads 1e-3 as text and 1 as an integer. All other types must match."""
-    try:
+    with suppress(TypeError, ValueError, OverflowError):
         if target is float and not isinstance(value, bool):
             return float(value)
         if target is int and isinstance(value, (float, str)) and float(value) == int(float(value)):
@@ -101,8 +101,6 @@ def convert(target: Any, value: Any, where: str) -> Any:
             return value
         if target is str and type(value) is int:
             return str(value)
-    except (TypeError, ValueError, OverflowError):
-        pass
     raise InputError(f"{where} is {shown(value)}: it must be {target.__name__}")
 
 

@@ -26,7 +26,7 @@ from pipeline.evaluate.frechet import frechet_distance
 from pipeline.evaluate.restoration import mae
 from pipeline.model.encoders import Encoder, choose_encoder, load_encoder
 from pipeline.model.scale import scaled
-from pipeline.settings.budget import is_exhausted, measured_alike, measured_by
+from pipeline.settings.budget import is_exhausted, measured_by
 
 log = logging.getLogger("naign.quality")
 
@@ -62,7 +62,7 @@ class Quality:
         """Take over the best distance of the run so far, unless it was measured otherwise than now. Collective."""
         best = read_best(str(Path(run).absolute())) if self.real is not None else {}
         try:
-            alike = measured_alike(self.settings, best) and best["encoder"] == self.encoder.name
+            alike = best.get("measured") == measured_by(self.settings) and best["encoder"] == self.encoder.name
             self.best = {**best, "fd": float(best["fd"]), "round": int(best["round"])} if alike else {}
         except (ValueError, TypeError, LookupError):  # damaged
             self.best = {}

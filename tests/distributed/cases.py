@@ -15,8 +15,7 @@ from pipeline.match import assign
 from pipeline.match.matcher import Match, MatchConfig, match_round
 from pipeline.match.space import SpaceConfig
 from pipeline.model.networks import ConvConfig, build_network
-from pipeline.model.prior import build_prior
-from pipeline.model.prior.noise import HalvesConfig
+from pipeline.model.prior import PriorConfig, build_prior
 from pipeline.training.prepare import open_features
 from tests.match.problems import draw
 
@@ -47,7 +46,7 @@ def matched(setting: dict[str, Any], rank: int, world: int) -> Match:
     """A round's match by a real network: samples and so ids must not depend on who generates them."""
     torch.manual_seed(0)
     network = build_network(ConvConfig(width=8, code=16), (1, 8, 8)).eval()
-    prior = build_prior(HalvesConfig(), (1, 8, 8), network)
+    prior = build_prior(PriorConfig(name="halves"), (1, 8, 8), network)
 
     @torch.inference_mode()
     def sample(ids: Tensor) -> Tensor:

@@ -15,8 +15,7 @@ from pipeline.match import assign, matcher, nearest
 from pipeline.match.exchange import Ranks
 from pipeline.match.matcher import MatchConfig, Pool, block_range, match_round
 from pipeline.model.networks import ConvConfig, build_network
-from pipeline.model.prior import build_prior
-from pipeline.model.prior.noise import GaussianConfig
+from pipeline.model.prior import PriorConfig, build_prior
 from tests.conftest import SMALL
 
 
@@ -114,7 +113,7 @@ def test_the_pool_is_held_in_parts_of_whole_blocks(monkeypatch):
 def test_matched_latents_drawn_anew_are_those_of_the_pool():
     torch.manual_seed(0)
     network = build_network(ConvConfig(width=8, code=16), (1, 12, 12)).eval()
-    prior, made = build_prior(GaussianConfig(), (1, 12, 12), network), {}
+    prior, made = build_prior(PriorConfig(name="gaussian"), (1, 12, 12), network), {}
 
     @torch.inference_mode()
     def sample(ids):

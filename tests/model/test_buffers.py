@@ -17,8 +17,7 @@ from pipeline.config import Config
 from pipeline.data.loader import Stream
 from pipeline.model import networks
 from pipeline.model.naign import NAIGN
-from pipeline.model.prior import build_prior
-from pipeline.model.prior.noise import GaussianConfig
+from pipeline.model.prior import PriorConfig, build_prior
 from pipeline.training.engines import build_engine
 from pipeline.training.state import Position, snapshot
 from tests.conftest import ROOT, SMALL, environment
@@ -107,7 +106,8 @@ def test_a_checkpoint_has_the_buffers_of_its_step(engine, tmp_path):
     config, stream, engine = engine
     engine.forward(torch.randn(4, 1, 8, 8))
     before = {name: value.clone() for name, value in engine.bare.named_buffers()}
-    copy, files = snapshot(config, stream, engine, Position(), build_prior(GaussianConfig(), stream.shape, engine.bare))
+    prior = build_prior(PriorConfig(name="gaussian"), stream.shape, engine.bare)
+    copy, files = snapshot(config, stream, engine, Position(), prior)
     engine.forward(torch.randn(4, 1, 8, 8))  # training goes on while the files are written
     copy()
     files["model.safetensors"](Path(tmp_path / "model.safetensors"))

@@ -23,21 +23,20 @@ from pipeline.data.loader import Stream
 from pipeline.errors import InputError
 from pipeline.match.matcher import Match
 from pipeline.model.networks import build_network
-from pipeline.model.prior import build_prior
-from pipeline.model.prior.noise import GaussianConfig
+from pipeline.model.prior import PriorConfig, build_prior
 from pipeline.training import run_folder
 from pipeline.training.engines import build_engine
 from pipeline.training.run_folder import claim
 from pipeline.training.state import PartialRound, Position, restore, restore_weights, snapshot
 from tests.checkpoint.written import write_checkpoint
 
-PRIOR = build_prior(GaussianConfig(), (1, 8, 8), torch.nn.Identity())
+PRIOR = build_prior(PriorConfig(name="gaussian"), (1, 8, 8), torch.nn.Identity())
 POSITION = Position(round=3, images_seen=300, step=30, seconds=1.5, skipped=2)
 
 
 def make(folder, digits, seed=0):
     """A configuration, its stream and its engine after one step."""
-    config = Config(prior=GaussianConfig())
+    config = Config(prior=PriorConfig(name="gaussian"))
     config.run.path, config.data.path = str(folder), digits
     config.model.width, config.model.code, config.train.ema = 8, 8, 0.5
     with Stream(config.data, seed=0, round_size=config.match.round) as stream:

@@ -6,13 +6,13 @@ from pipeline.model.networks import code_shape
 from pipeline.model.prior.base import Examples, Prior, PriorConfig, Shape
 from pipeline.model.prior.flow import Flow, FlowConfig
 from pipeline.model.prior.gmm import Gmm, GmmConfig
-from pipeline.model.prior.noise import Gaussian, GaussianConfig, Halves, HalvesConfig, Smooth, SmoothConfig
+from pipeline.model.prior.noise import Gaussian, Halves, Smooth, SmoothConfig
 from pipeline.settings.registry import lookup
 
 PRIORS: dict[str, tuple[type[PriorConfig], type[Prior]]] = {
-    "gaussian": (GaussianConfig, Gaussian),
+    "gaussian": (PriorConfig, Gaussian),
     "smooth": (SmoothConfig, Smooth),
-    "halves": (HalvesConfig, Halves),
+    "halves": (PriorConfig, Halves),
     "flow": (FlowConfig, Flow),
     "gmm": (GmmConfig, Gmm),
 }

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.errors import InputError
+from pipeline.errors import require
 from pipeline.settings.constraints import between, check_fields
 
 ENCODED = 512  # images encoded at once
@@ -61,11 +61,9 @@ class CodesConfig(PriorConfig):
 
     def __post_init__(self) -> None:
         PriorConfig.__post_init__(self)
-        if self.begin + self.alone > 1 + 1e-9:
-            raise InputError(
-                f"prior.begin is {self.begin:g} and prior.alone {self.alone:g}: between f's last step and the prior's "
-                f"first nothing would learn; at most 1 together"
-            )
+        said = f"prior.begin is {self.begin:g} and prior.alone {self.alone:g}"
+        gap = "between f's last step and the prior's first nothing would learn; at most 1 together"
+        require((self.begin + self.alone <= 1 + 1e-9, f"{said}: {gap}"))
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -122,18 +120,11 @@ class Prior(nn.Module):
         self.load_state_dict({name: state[name] for name in self.state_dict()})
 
     def between(self, seeds: tuple[int, int], round: int, device: Device, *, steps: int) -> Tensor:
-        """(steps, *shape) from the draw of (seeds[0], round, id 0) to that of (seeds[1], round, id 0)."""
+        """(steps, *shape) between id 0's draws of two seeds, in equal steps of an arc's angle or of a line."""
         ids = torch.zeros(1, dtype=torch.int64)
         first, last = (self.draw(seed, round, ids, device) for seed in seeds)
-        return interpolate(first, last, steps=steps, arc=self.arc)
-
-
-def interpolate(first: Tensor, last: Tensor, *, steps: int, arc: bool) -> Tensor:
-    """(1, ...), (1, ...) -> (steps, ...) from one to the other, in equal steps of an arc's angle or of a line."""
-    share = torch.linspace(0, 1, steps, device=first.device).view(-1, *(1,) * (first.ndim - 1))
-    cosine = F.cosine_similarity(first.flatten(), last.flatten(), dim=0)
-    angle = cosine.clamp(-1, 1).acos()
-    if not arc or angle < 1e-3 or angle > math.pi - 1e-3:  # in one line no arc is the shortest
-        return torch.lerp(first, last, share)
-    points: Tensor = (((1 - share) * angle).sin() * first + (share * angle).sin() * last) / angle.sin()
-    return points
+        share = torch.linspace(0, 1, steps, device=first.device).view(-1, *(1,) * (first.ndim - 1))
+        angle = F.cosine_similarity(first.flatten(), last.flatten(), dim=0).clamp(-1, 1).acos()
+        if not self.arc or angle < 1e-3 or angle > math.pi - 1e-3:  # in one line no arc is the shortest
+            return torch.lerp(first, last, share)
+        return (((1 - share) * angle).sin() * first + (share * angle).sin() * last) / angle.sin()

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from pipeline.model.prior.base import WINDOW, CodesConfig, Device, Examples, Prior, Shape, interpolate
+from pipeline.model.prior.base import WINDOW, CodesConfig, Device, Examples, Prior, Shape
+from pipeline.model.prior.noise import Gaussian
 from pipeline.model.prior.velocity import DenseVelocity, SpatialVelocity
 from pipeline.philox import LEARN, normal, uniform
 from pipeline.settings.constraints import POSITIVE, between
@@ -87,16 +88,11 @@ class Flow(Prior):
 
     def between(self, seeds: tuple[int, int], round: int, device: Device, *, steps: int) -> Tensor:
         """Codes on paths that begin on an arc between the noise of two draws."""
-        ids = torch.zeros(1, dtype=torch.int64)
-        first, last = (normal(seed, round, ids, self.noise_shape, device) for seed in seeds)
-        return self.solve(interpolate(first, last, steps=steps, arc=True))
+        return self.solve(Gaussian(self.config, self.noise_shape).between(seeds, round, device, steps=steps))
 
     def solve(self, noise: Tensor) -> Tensor:
-        """The codes (n, c, ...) at the ends of the paths that begin at standard normals (n, d, ...).
-
-        Before the flow has learned, paths stand still, and cost nothing.
-        """
-        codes, steps = noise, self.config.steps if self.moves else 0
+        """The codes (n, c, ...) at the ends of the paths that begin at standard normals (n, d, ...)."""
+        codes, steps = noise, self.config.steps if self.moves else 0  # until the flow has learned, paths stand still
         for step in range(steps):  # Heun's method; the last step is Euler's
             velocity = self.velocity(codes, noise.new_full((len(noise),), step / steps))
             if step + 1 < steps:
@@ -151,8 +147,7 @@ class Flow(Prior):
             rows = batches[learner.done]
             first, last = (len(rows) * part // examples.world for part in (examples.rank, examples.rank + 1))
             mine = rows[first:last]
-            numbers = mine + (learner.done + 1) * len(codes)
-            loss = self._loss(wanted[mine.to(codes.device)], numbers, examples)
+            loss = self._loss(wanted[mine.to(codes.device)], mine + (learner.done + 1) * len(codes), examples)
             learner.step(loss / (len(rows) * wanted[0].numel()), rate, self.velocity, examples.add)
             self.moves = True
             yield
@@ -167,8 +162,7 @@ class Flow(Prior):
         along = time.view(-1, *(1,) * (wanted.ndim - 1))
         with examples.autocast():
             velocity = self.learner.velocity(along * wanted + (1 - along) * noise, time)
-        loss: Tensor = (velocity.float() - (wanted - noise)).square().sum()
-        return loss
+        return (velocity.float() - (wanted - noise)).square().sum()
 
     def training_state(self) -> dict[str, Tensor]:
         learner = self.learner
@@ -210,8 +204,7 @@ class Learner:
         gradient = whole[:-1] * ((1 / (norm + 1e-6)).clamp(max=1) if self.ahead else min(1.0, 1 / (float(norm) + 1e-6)))
         for value, part in zip(parameters, gradient.split([value.numel() for value in parameters]), strict=True):
             value.grad = part.view_as(value)
-        for group in self.adam.param_groups:
-            group["lr"] = rate * min(1.0, (self.made + 1) / WARMUP)
+        self.adam.param_groups[0]["lr"] = rate * min(1.0, (self.made + 1) / WARMUP)
         self.adam.step()
         self.made += 1
         move = get_ema_multi_avg_fn(min(DECAY, (1 + self.made) / (10 + self.made)))
@@ -221,11 +214,9 @@ class Learner:
 
     def tensors(self) -> dict[str, Tensor]:
         """The weights and their moments, by name."""
-        named: dict[str, Tensor] = {}
-        for name, value in self.velocity.named_parameters():
-            moments = {f"{moment}.{name}": self.adam.state[value][moment] for moment in MOMENTS}
-            named |= {f"trained.{name}": value.detach(), **moments}
-        return named
+        named, states = dict(self.velocity.named_parameters()), self.adam.state
+        moments = {f"{one}.{name}": states[value][one] for one in MOMENTS for name, value in named.items()}
+        return {f"trained.{name}": value.detach() for name, value in named.items()} | moments
 
 
 def _rows(mean: Tensor, codes: Tensor) -> Tensor:

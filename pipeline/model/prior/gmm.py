@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from pipeline.errors import InputError
+from pipeline.errors import require
 from pipeline.model.prior.base import WINDOW, CodesConfig, Device, Examples, Prior, Shape
 from pipeline.philox import SCALE, normal, uniform
 from pipeline.settings.constraints import between
@@ -39,11 +39,8 @@ class GmmConfig(CodesConfig):
     """As for flow: share of train.images, at the end, over which f is frozen and only the prior learns."""
 
     def check_round(self, images: int) -> None:
-        if self.components * FEW > images:
-            raise InputError(
-                f"prior.components={self.components} with match.round={images}: fewer than {FEW} codes a component to "
-                "start from. Ask for fewer components, or raise match.round"
-            )
+        said = f"prior.components={self.components} with match.round={images}: fewer than {FEW} codes a component"
+        require((self.components * FEW <= images, f"{said}: ask for fewer components, or raise match.round"))
 
 
 class Gmm(Prior):
@@ -60,9 +57,8 @@ class Gmm(Prior):
     def __init__(self, config: GmmConfig, shape: Shape, *, seed: int = 0) -> None:
         super().__init__(config, shape, seed=seed)
         number, values = config.components, math.prod(shape)
-        if (size := number * values**2) > LARGEST:
-            what = f"prior.components={number} with codes of {values} values: {size} values in covariances"
-            raise InputError(f"{what}, at most {LARGEST}. Ask for fewer components")
+        said, size = f"prior.components={number} with codes of {values} values", number * values**2
+        require((size <= LARGEST, f"{said}: over {LARGEST} values in covariances: ask for fewer components"))
         self.followed, self.seen = 0, 0.0  # rounds since it started anew, and how many codes the statistics stand for
         self.parted = False  # whether it has more than one component
         self.register_buffer("weights", torch.zeros(number))
@@ -112,14 +108,15 @@ class Gmm(Prior):
         By k-means at first, then by the nearest mean until there are enough codes: the covariance of few codes is
         narrow, and such a component keeps the codes it has.
         """
-        which = torch.zeros(len(codes), dtype=torch.long, device=codes.device)
-        if number > 1 and self.followed:
+        if number == 1:
+            which = torch.zeros(len(codes), dtype=torch.long, device=codes.device)
+        elif self.followed:
             which = torch.cdist(codes, self.means).argmin(1)
-        elif number > 1:
+        else:
             from sklearn.cluster import KMeans  # slow to import
 
             means = KMeans(min(number, len(codes)), n_init=1, max_iter=20, random_state=self.seed % 2**32)
-            which = torch.from_numpy(means.fit(codes.cpu().numpy()).labels_).long()
+            which = torch.from_numpy(means.fit_predict(codes.cpu().numpy())).long()
         return one_hot(which, self.config.components).to(codes)
 
     def _shares(self, codes: Tensor) -> Tensor:

@@ -6,15 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.errors import InputError
+from pipeline.errors import require
 from pipeline.model.prior.base import Device, Prior, PriorConfig, Shape
 from pipeline.philox import SCALE, normal, uniform
 from pipeline.settings.constraints import between
-
-
-@dataclass(kw_only=True, slots=True)
-class GaussianConfig(PriorConfig):
-    name: str = "gaussian"
 
 
 class Gaussian(Prior):
@@ -24,11 +19,6 @@ class Gaussian(Prior):
 
     def draw(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor:
         return normal(seed, round, ids, self.shape, device)
-
-
-@dataclass(kw_only=True, slots=True)
-class HalvesConfig(PriorConfig):
-    name: str = "halves"
 
 
 class Halves(Prior):
@@ -63,8 +53,7 @@ class Smooth(Prior):
 
     def __init__(self, config: SmoothConfig, shape: Shape, *, seed: int = 0) -> None:
         super().__init__(config, shape, seed=seed)
-        if len(shape) != 3:
-            raise InputError("prior.name=smooth is for images, these are points: choose gaussian")
+        require((len(shape) == 3, "prior.name=smooth is for images, these are points: choose gaussian"))
 
     def draw(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor:
         coarse = normal(seed, round, ids, (self.shape[0], self.config.grid, self.config.grid), device)

@@ -12,10 +12,10 @@ from pipeline.model.networks import ConvConfig, build_network
 from pipeline.model.prior import Examples, Prior, PriorConfig, build_prior, find_prior
 from pipeline.model.prior.flow import FlowConfig
 from pipeline.model.prior.gmm import GmmConfig
-from pipeline.model.prior.noise import GaussianConfig, HalvesConfig, SmoothConfig
+from pipeline.model.prior.noise import SmoothConfig
 
 EVERY = [
-    *(GaussianConfig(), HalvesConfig(), SmoothConfig(), FourierConfig()),
+    *(PriorConfig(name="gaussian"), PriorConfig(name="halves"), SmoothConfig(), FourierConfig()),
     *(FlowConfig(width=8, depth=1, passes=1, begin=0.0, steps=3), GmmConfig(components=3, begin=0.0)),
 ]
 NETWORK = build_network(ConvConfig(width=4, code=6), (1, 8, 8)).requires_grad_(False)
@@ -94,7 +94,7 @@ def test_a_draw_waits_for_no_device(prior):
 
 
 def test_half_of_the_halves_are_flat_images_with_noise():
-    drawn = build(HalvesConfig(), (1, 28, 28)).draw(0, 0, torch.arange(4000), "cpu").flatten(1)
+    drawn = build(PriorConfig(name="halves"), (1, 28, 28)).draw(0, 0, torch.arange(4000), "cpu").flatten(1)
     flat, noise = drawn[::2], drawn[1::2]
     assert float(noise.std(1).mean()) == pytest.approx(1, abs=0.01)
     assert stats.kstest(flat.std(1).numpy(), stats.uniform(0, 0.5).cdf).pvalue > 1e-3
