@@ -52,7 +52,7 @@ class Rows:
 
 
 class _Part(NamedTuple):
-    """Rows [first, last) of a rank's part of every round, read in one pass by one thread."""
+    """Rows [first, last) of every round, read in one pass by one thread."""
 
     first: int
     last: int
@@ -100,17 +100,15 @@ class Stream(AbstractContextManager["Stream"]):
         """Raises InputError where the data set is missing, or a round cannot be shared equally by the ranks."""
         check_config(config)
         self.sets = DataSets(config)
-        self.manifest, self.shape = self.sets.manifest, self.sets.shape
-        """Of one row."""
+        self.manifest, self.shape = self.sets.manifest, self.sets.shape  # shape: of one row
         self.order = self.sets.plan(seed, round_size)
         check(round_size, world)
-        self._config, self._prefetch = config, prefetch
+        self._config, self._seed, self._prefetch = config, seed, prefetch
         self._first, last = rank_rows(round_size, rank, world)
         self._count, self._world = last - self._first, world  # rows of this rank, a round
         self._trace = _open_trace(config.trace, rank) if config.trace else None
         self._broken = self._rows = 0  # so far
-        self.rows_read = 0
-        """Rows read so far, over all rounds. It grows while `take` waits for a round that is arriving."""
+        self.rows_read = 0  # so far, over all rounds; it grows while `take` waits for a round that is arriving
         self._unused: list[Array] = []  # memory of rounds
         self._ahead: _Reading | None = None
         self._parts: list[_Part] = []  # one a worker; they stand before round _next
@@ -122,12 +120,11 @@ class Stream(AbstractContextManager["Stream"]):
         round: int,
         cancelled: Callable[[], bool] = lambda: False,  # asked a few times a second
     ) -> Rows:
-        """This rank's part of a round: a function of the arguments of the Stream and `round` alone.
+        """This rank's part of a round: a function of the arguments of the Stream and `round` alone. Rounds may be asked
+        for in any order; they are read ahead only when asked for one after the other.
 
-        Rounds may be asked for in any order; they are read ahead only when asked for one after the other.
         Raises InputError, naming shard and key, for data that is damaged or not as its manifest says; Unavailable for a
-        store that stays out of reach; Stopped if `cancelled` turns true.
-        """
+        store that stays out of reach; Stopped if `cancelled` turns true."""
         ahead, self._ahead = self._ahead, None
         if ahead and ahead.round != round:
             ahead.abandon()
@@ -173,8 +170,8 @@ class Stream(AbstractContextManager["Stream"]):
             self._close_parts()
         if not self._parts:
             self._parts = [
-                _Part(first, last, *self.order.open(self.sets, round, self._first + first, self._first + last))
-                for first, last in parts(0, self._count, max(1, self._config.workers))
+                _Part(first, last, *self.order.open(self.sets, round, first, last))
+                for first, last in parts(self._first, self._first + self._count, max(1, self._config.workers))
             ]
         reads, self._parts = self._parts, []  # given back below, unless this round breaks off
         rows = _new_rows(self._memory())
@@ -189,11 +186,10 @@ class Stream(AbstractContextManager["Stream"]):
 
     def _read_part(self, part: _Part, round: int, rows: Rows, stop: threading.Event) -> list[str]:
         """Fill a part's rows of the next round; the problems of broken samples. A part that fails is of no more use."""
-        first, last = self._first + part.first, self._first + part.last
-        drawn = draws(self.order.seed, round, first, last, windows=self._config.fit == "random")
+        drawn = draws(self._seed, round, part.first, part.last, windows=self._config.fit == "random")
         try:
-            stored = self._counted(islice(part.stored, last - first), stop)
-            broken = _fill(rows, part.first, stored, drawn, flip=self._config.flip)
+            stored = self._counted(islice(part.stored, part.last - part.first), stop)
+            broken = _fill(rows, part.first - self._first, stored, drawn, flip=self._config.flip)
         except BaseException:
             part.stored.close()
             raise
@@ -209,10 +205,8 @@ class Stream(AbstractContextManager["Stream"]):
             self.rows_read += 1
 
     def _memory(self) -> Array:
-        """Memory for a round's images: that of an earlier round if nothing refers to it any more, else new.
-
-        The first touch of new memory costs page faults and zeroing, for images of 256 x 256 a fifth of the decoding.
-        """
+        """Memory for a round's images: that of an earlier round if nothing refers to it any more, else new, whose first
+        touch costs page faults and zeroing, for images of 256 x 256 a fifth of the decoding."""
         memory = self._unused.pop() if self._unused else _new_images(self.shape, self.manifest.dtype, self._count)
         lent = memory.view()  # which the round's tensor holds, and all that are made of it
         weakref.finalize(lent, self._unused.append, memory).atexit = False
@@ -220,10 +214,8 @@ class Stream(AbstractContextManager["Stream"]):
 
 
 def _new_images(shape: tuple[int, ...], dtype: str, rows: int) -> Array:
-    """Memory for images (rows, C, H, W), in which the channels of a pixel lie together; for points (rows, D).
-
-    NumPy's, not torch's: it asks for huge pages, without which touching new memory takes a tenth of the decoding.
-    """
+    """Memory for images (rows, C, H, W), in which the channels of a pixel lie together, or points (rows, D). NumPy's,
+    not torch's: it asks for huge pages, without which touching new memory takes a tenth of the decoding."""
     if len(shape) != 3:
         return np.empty((rows, *shape), dtype)
     channels, height, width = shape
@@ -239,10 +231,8 @@ def _new_rows(images: Array) -> Rows:
 def _fill(
     rows: Rows, begin: int, stored: Iterable[tuple[Reader, Raw]], draws: Draws | None = None, *, flip: bool = False
 ) -> list[str]:
-    """Decode samples into rows from `begin` on, one a row of `draws`; the problems of broken ones.
-
-    The draws say which windows are taken, and with `flip` which images are mirrored; None: the central windows.
-    """
+    """Decode samples into rows from `begin` on; the problems of broken ones. Row by row, `draws` say which windows are
+    taken, and with `flip` which images are mirrored; None: the central windows."""
     images, labels, epochs = rows.images.numpy(), rows.labels.numpy(), rows.epochs.numpy()
     broken = []
     for row, (reader, raw) in enumerate(stored, begin):
@@ -259,11 +249,8 @@ def _fill(
 
 
 def _allow(problems: list[str], broken: int, rows: int, epoch: int) -> None:
-    """Log the problems of samples, with which `broken` ones of `rows` were met.
-
-    InputError if that is more than BROKEN of the rows, or of an epoch, whichever is more. One an epoch is always
-    allowed.
-    """
+    """Log the problems of samples. InputError if `broken`, all so far, are more than BROKEN of `rows` so far or of
+    an epoch, whichever is more. One an epoch is always allowed."""
     for problem in problems:
         log.warning("skipped: %s", problem)
     most = max(int(BROKEN * max(rows, epoch)), -(-rows // max(epoch, 1)))
@@ -280,18 +267,16 @@ def read_split(
     progress: bool = False,  # bar on stderr
 ) -> tuple[Tensor, Tensor]:
     """A whole split in the order of its shards: images (n, C, H, W) uint8 or points (n, D) float32, labels (n,) int64.
-
-    Images are brought to `data.size` without chance. Raises InputError as Stream does.
-    """
+    Images are brought to `data.size` without chance. Raises InputError as Stream does."""
     config = DataConfig(path=data) if isinstance(data, str) else data
     sets = DataSets(config)
     total = sets.manifest.split(split).samples
     count = total if limit is None else min(limit, total)
     chosen = [(sets.reader(place, split), cut) for place, cut in enumerate(_some(sets, split, count)) if cut]
     for reader, cut in chosen:
-        needed = [reader.shards[number] for number in sorted({piece.shard for piece in cut})]
-        if problem := next(filter(None, (size_problem(reader.store, shard) for shard in needed)), ""):
-            raise InputError(problem)  # before memory is allocated for samples that are not there
+        for number in sorted({piece.shard for piece in cut}):
+            if problem := size_problem(reader.store, reader.shards[number]):
+                raise InputError(problem)  # before memory is allocated for samples that are not there
     with closing((reader, raw) for reader, cut in chosen for raw in reader.raw(cut)) as samples:
         bar = tqdm(samples, total=count, desc=f"read {split}", unit="sample", disable=not progress)
         rows = _new_rows(_new_images(sets.shape, sets.manifest.dtype, count))
@@ -302,8 +287,7 @@ def read_split(
 
 def _some(sets: DataSets, split: str, count: int) -> list[list[Piece]]:
     """So many samples of each data set, in proportion to what it has: the first ones where `naign pack` dealt them at
-    random, else blocks of all shards.
-    """
+    random, else blocks of all shards."""
     there = [manifest.splits[split].samples if split in manifest.splits else 0 for manifest in sets.manifests]
     chosen = list[list[Piece]]()
     for manifest, wanted in zip(sets.manifests, shares(there, count), strict=True):

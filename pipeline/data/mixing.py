@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, count, cycle
 from typing import Any, cast
 
@@ -27,9 +27,7 @@ def members(config: DataConfig) -> list[tuple[DataConfig, float]]:
     if not lists_data_sets(config):
         return [(config, 1.0)]
     if config.index:
-        raise InputError(
-            "data.index is of one data set: for a list of them, write {path: ..., index: ...} in data.path"
-        )
+        raise InputError("data.index is of one data set: for a list, write {path: ..., index: ...} in data.path")
     try:
         listed = yaml.safe_load(config.path)
     except yaml.YAMLError as error:
@@ -79,8 +77,7 @@ class DataSets:
                 raise InputError(f"{manifest.name} {shape} and {first} do not go together: bring them to one data.size")
         if self.manifests[0].kind == "image":  # grey ones are read as colour among others
             self.manifests = [replace(m, shape=(channels, *m.shape[1:])) for m in self.manifests]
-        self.shape = (channels, *shapes[0][1:])
-        """Of one row."""
+        self.shape = (channels, *shapes[0][1:])  # of one row
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -112,19 +109,12 @@ class DataSets:
                 return store
             return cast(Store, CachedStore(store, manifest, config.cache, int(config.cache_gb * 1e9)))
 
-        several, store = len(self.configs) > 1, opened(config.path)
-        return Reader(
-            store,
-            manifest,
-            manifest.split(split or config.split).shards,
-            tables=opened(config.index) if config.index else store,
-            check=config.check,
-            skip=config.broken == "skip",
-            resize=self.resize,
-            lanes=self._lanes(place),
-            prefix=f"{place}:" if several else "",
-            numbers=[self._numbers[label] for label in manifest.labels] if several else None,
-        )
+        store, shards = opened(config.path), manifest.split(split or config.split).shards
+        make = partial(Reader, store, opened(config.index) if config.index else store, manifest, shards, config)
+        if len(self.configs) == 1:
+            return make(lanes=self._lanes(place))
+        numbers = [self._numbers[label] for label in manifest.labels]
+        return make(lanes=self._lanes(place), prefix=f"{place}:", numbers=numbers)
 
     def _lanes(self, place: int) -> int:
         return self.configs[place].shuffle or (1 if self.manifests[place].dealt else LANES)
@@ -138,7 +128,7 @@ class DataSets:
                 raise InputError(f"data.path: {config.path} has no image in a round of {round_size}: raise its weight")
             sizes = manifest.split(config.split).sizes
             orders.append(Order(sizes=sizes, seed=seed, round_size=share, lanes=self._lanes(place)))
-        return Plan(tuple(orders), seed, round_size)
+        return Plan(tuple(orders))
 
 
 @dataclass(frozen=True)
@@ -146,8 +136,6 @@ class Plan:
     """The order of each data set, and which rows of a round are whose: evenly mixed, the same in every round."""
 
     orders: tuple[Order, ...]
-    seed: int
-    round_size: int
 
     @property
     def total(self) -> int:
@@ -156,7 +144,7 @@ class Plan:
 
     def epochs(self, rounds: int) -> float:
         """The number of epochs in that many rounds, of the data set with the fewest."""
-        return min(order.epochs(rounds) for order in self.orders)
+        return min(rounds * order.round_size / order.total for order in self.orders)
 
     def describe(self) -> str:
         """Which images a round takes and what happens at the end of an epoch, for a log."""
@@ -170,8 +158,7 @@ class Plan:
         sizes = [order.round_size for order in self.orders]
         places = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
         owners = np.repeat(np.arange(len(sizes)), sizes)
-        mixed: list[int] = owners[np.argsort(places, kind="stable")].tolist()
-        return mixed
+        return [int(owner) for owner in owners[np.argsort(places, kind="stable")]]
 
     def open(self, sets: DataSets, start: int, begin: int, end: int) -> tuple[list[Reader], Stored]:
         """The readers of rows [begin, end) of a round, and these rows of round `start` and all that follow."""

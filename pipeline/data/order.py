@@ -40,17 +40,12 @@ class Order:
     sizes: tuple[int, ...]  # samples of each shard
     seed: int
     round_size: int  # images a round, over all ranks
-    lanes: int = 1
-    """Lanes that blocks are taken from in turn; 1: shards one after the other."""
+    lanes: int = 1  # that blocks are taken from in turn; 1: shards one after the other
 
     @cached_property
     def total(self) -> int:
         """Images of an epoch."""
         return sum(self.sizes)
-
-    def epochs(self, rounds: int) -> float:
-        """The number of epochs in that many rounds."""
-        return rounds * self.round_size / self.total
 
     def describe(self) -> str:
         """Which images a round takes and what happens at the end of an epoch, for a log."""
@@ -67,10 +62,8 @@ def check_seed(seed: int) -> None:
 
 
 def shuffled(count: int, seed: int, stream: int = 0) -> list[int]:
-    """0 to count - 1 in an order that depends on the arguments alone: of the shards of an epoch, say, the `stream`.
-
-    It sorts Philox's raw numbers, which NumPy promises never to change, unlike those of its `permutation` (NEP 19).
-    """
+    """0 to count - 1 in an order that depends on the arguments alone: of the shards of an epoch, say, the `stream`. It
+    sorts Philox's raw numbers, which NumPy promises never to change, unlike those of its `permutation` (NEP 19)."""
     key = np.array([seed % 2**64, stream], np.uint64)  # a list would pass through float64
     draws: Any = np.random.Philox(key=key).random_raw(count)
     order: list[int] = np.argsort(draws, kind="stable").tolist()
@@ -79,11 +72,8 @@ def shuffled(count: int, seed: int, stream: int = 0) -> list[int]:
 
 @lru_cache(maxsize=4)
 def _epoch(order: Order, epoch: int, groups: int) -> tuple[Longs, Longs]:
-    """The shards of an epoch in order (n,), and the positions (n + 1,) at which they start and end.
-
-    The order is random. With fewer `groups` than shards, these are cut into so many groups of consecutive ones, which
-    are often of one class: the order of the groups is random, and that of the shards in each.
-    """
+    """The shards of an epoch in random order (n,), and the positions (n + 1,) at which they start and end. With fewer
+    `groups` than shards, so many runs of consecutive ones, often of one class, each stay together, in random order."""
     count = len(order.sizes)
     shards = np.array(shuffled(count, order.seed, epoch), np.int64)
     if groups < count:
@@ -94,11 +84,8 @@ def _epoch(order: Order, epoch: int, groups: int) -> tuple[Longs, Longs]:
 
 
 def _spread(count: int, width: int, *, backwards: bool = False) -> Longs:
-    """0 to count - 1 (count,) in an order in which any `width` consecutive numbers lie evenly over the range.
-
-    Each sweep takes numbers that are equally far apart, in the order of a van der Corput sequence; the next sweep takes
-    the numbers above those or, if `backwards`, below them.
-    """
+    """0 to count - 1 (count,) in an order in which any `width` consecutive numbers lie evenly over the range. A sweep
+    takes numbers equally far apart, in van der Corput's order; the next one those above or, if `backwards`, below."""
     sweeps = max(1, count // width)
     bits = (-(-count // sweeps)).bit_length()
     corput = np.array([int(f"{number:0{bits}b}"[::-1], 2) for number in range(1 << bits)])
@@ -108,11 +95,9 @@ def _spread(count: int, width: int, *, backwards: bool = False) -> Longs:
 
 
 class _Lanes:
-    """An epoch of blocks that are taken in turn from lanes; its images are numbered in that order.
-
-    The whole blocks of all shards, laid end to end, are cut into lanes whose lengths differ by one at most. A turn
-    takes the next block of each lane. The rest of each shard, less than a block, follows at the end of the epoch.
-    """
+    """An epoch of blocks that are taken in turn from lanes; its images are numbered in that order. The whole blocks of
+    all shards, laid end to end, are cut into lanes whose lengths differ by one at most. A turn takes the next block of
+    each lane. The rest of each shard, less than a block, follows at the end of the epoch."""
 
     def __init__(self, lengths: Longs, lanes: int, width: int) -> None:
         """`lengths` (n,) are those of the shards in their order; a round takes `width` blocks."""
@@ -174,15 +159,13 @@ def _lanes(order: Order, epoch: int) -> tuple[Longs, _Lanes]:
 
 def spans(order: Order, round: int) -> list[tuple[int, int, int]]:
     """The (epoch, first, last) positions within epochs that make up a round, in order."""
-    total, size = order.total, order.round_size
-    assert total > 0 and size > 0 and round >= 0
-    epoch, first = divmod(round * size, total)
-    cut = []
-    while size:
-        last = min(first + size, total)
+    assert order.total > 0 and order.round_size > 0 and round >= 0
+    cut, at, end = [], round * order.round_size, (round + 1) * order.round_size
+    while at < end:
+        epoch, first = divmod(at, order.total)
+        last = min(first + end - at, order.total)
         cut.append((epoch, first, last))
-        size -= last - first
-        epoch, first = epoch + 1, 0
+        at += last - first
     return cut
 
 
@@ -194,17 +177,15 @@ def pieces(order: Order, round: int, start: int, stop: int) -> list[Piece]:
     for epoch, first, last in spans(order, round):
         begin, end = max(first, first + start - row), min(last, first + stop - row)
         row += last - first
-        if begin >= end:
-            continue
-        if order.lanes > 1:
+        if begin < end and order.lanes > 1:
             shards, lanes = _lanes(order, epoch)
             for place, a, b in lanes.runs(begin, end):
                 cut.append(Piece(epoch=epoch, shard=int(shards[place]), first=a, last=b))
-            continue
-        shards, edges = _epoch(order, epoch, len(order.sizes))
-        low, high = int(np.searchsorted(edges, begin, "right")) - 1, int(np.searchsorted(edges, end))
-        for shard, (a, b) in zip(shards[low:high].tolist(), pairwise(edges[low : high + 1].tolist()), strict=True):
-            cut.append(Piece(epoch=epoch, shard=shard, first=max(begin - a, 0), last=min(end, b) - a))
+        elif begin < end:
+            shards, edges = _epoch(order, epoch, len(order.sizes))
+            low, high = int(np.searchsorted(edges, begin, "right")) - 1, int(np.searchsorted(edges, end))
+            for shard, (a, b) in zip(shards[low:high].tolist(), pairwise(edges[low : high + 1].tolist()), strict=True):
+                cut.append(Piece(epoch=epoch, shard=shard, first=max(begin - a, 0), last=min(end, b) - a))
     return cut
 
 
@@ -217,8 +198,7 @@ def rank_rows(round_size: int, rank: int, world: int) -> tuple[int, int]:
 
 def parts(start: int, stop: int, count: int) -> list[tuple[int, int]]:
     """[start, stop) cut into `count` consecutive ranges whose lengths differ by one at most."""
-    edges = [start + (stop - start) * i // count for i in range(count + 1)]
-    return list(pairwise(edges))
+    return list(pairwise(start + (stop - start) * i // count for i in range(count + 1)))
 
 
 def check(round_size: int, world: int) -> None:

@@ -5,17 +5,18 @@ import tarfile
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain, pairwise, tee
 from typing import Any, NamedTuple
 
+from pipeline.data.dataset import DataConfig, parse_resize
 from pipeline.data.decode import Array
 from pipeline.data.format.manifest import Manifest, Shard, size_problem
 from pipeline.data.format.pages import Table, parse_table, table_name
 from pipeline.data.format.samples import samples
 from pipeline.data.order import Piece
-from pipeline.data.resize import Numbers, Resize
+from pipeline.data.resize import Numbers
 from pipeline.data.sample import decode
 from pipeline.errors import InputError
 from pipeline.storage.base import Store
@@ -68,12 +69,12 @@ class Pages(NamedTuple):
         return int(self.table["byte"][self.high]) - self.first
 
 
+@dataclass(slots=True)
 class _Request:
     """Pages that lie together and are read at once."""
 
-    def __init__(self, pages: Pages) -> None:
-        self.pages = pages
-        self.data: bytes | None = None  # none where one of the pages is damaged: each piece is read in its turn then
+    pages: Pages
+    data: bytes | None = None  # none where one of the pages is damaged: each piece is read in its turn then
 
 
 class Reader:
@@ -82,29 +83,25 @@ class Reader:
     def __init__(
         self,
         store: Store,
+        tables: Store,  # where page tables are
         manifest: Manifest,
         shards: Sequence[Shard],
+        config: DataConfig,  # check, broken, and how to resize
         *,
-        tables: Store,  # where page tables are
-        check: bool,  # hash what was read
-        skip: bool,  # put the next sound sample in the place of one that cannot be decoded
-        resize: Resize,
         lanes: int,  # from how many shards pieces come in turn
         prefix: str = "",  # of keys, where each of a list of data sets has a reader
         numbers: Sequence[int] | None = None,  # of labels among those of all data sets
     ) -> None:
-        self.store, self.shards, self._manifest, self._resize, self._tables = store, shards, manifest, resize, tables
-        self._check, self._skip, self._prefix, self._numbers = check, skip, prefix, numbers
+        self.store, self.shards, self._manifest, self._tables = store, shards, manifest, tables
+        self._config, self._resize, self._prefix, self._numbers = config, parse_resize(config), prefix, numbers
         self._known = lru_cache(max(TABLES, (2 + ROUNDS_OF_LANES) * lanes))(self._read_table)
         self._one = [threading.Lock() for _ in range(4 * BLOCKS_AHEAD)]
         self._ahead = (TABLES_AHEAD, PARALLEL) if lanes == 1 else (BLOCKS_AHEAD, BLOCKS_AHEAD)
         self._held, self._most = (0, 0) if lanes == 1 else (HELD, ROUNDS_OF_LANES * lanes)
 
     def raw(self, wanted: Iterable[Piece]) -> Generator[Raw]:
-        """The stored samples of the pieces in order, fetched ahead in bounded memory. The pieces may be without end.
-
-        Raises InputError for a shard that is damaged or not as the manifest says, when its turn comes.
-        """
+        """The stored samples of the pieces, which may be without end, in order, fetched ahead in bounded memory. Raises
+        InputError for a shard that is damaged or not as the manifest says, when its turn comes."""
         with closing(in_order((partial(self._cut, piece) for piece in wanted), self._ahead[0])) as cuts:
             turns, ahead = tee(self._joined(chain.from_iterable(cuts)))
             loads = (partial(self._load, request) for pages, request in ahead if pages.low == request.pages.low)
@@ -117,14 +114,12 @@ class Reader:
                 next(loaded, None)  # raises what ended the turns
 
     def row(self, raw: Raw, into: Array | None = None, drawn: Numbers | None = None) -> Row:
-        """The sample decoded, into `into` (*shape) where that saves a copy. InputError names shard and key.
-
-        `drawn` are the numbers of its row (see sample.draws), None: the central window.
-        """
+        """The sample decoded, into `into` (*shape) where that saves a copy. InputError names shard and key. `drawn` are
+        the numbers of its row (see sample.draws), None: the central window."""
         try:
             return self._decoded(raw, into, drawn)
         except InputError as error:
-            if not self._skip:
+            if self._config.broken != "skip":
                 raise
             problem = str(error)
         shard = self.shards[raw.piece.shard]
@@ -155,11 +150,8 @@ class Reader:
         return pages
 
     def _joined(self, pages: Iterable[Pages]) -> Iterator[tuple[Pages, _Request]]:
-        """Pages in order, each with the request that reads it.
-
-        Pages of lanes come in turn with those of other shards. What follows them in their shard and is needed soon is
-        read together with them: a store takes longer for a request than for the bytes of a block.
-        """
+        """Pages in order, each with the request that reads it. What follows them in their shard and comes soon, after
+        some of other lanes, is read with them: a store takes longer for a request than for the bytes of a block."""
         soon, held = list[tuple[Pages, _Request]](), 0
         ends = dict[tuple[int, int], _Request]()  # by shard and the page behind it
         failure = None
@@ -194,9 +186,8 @@ class Reader:
     def _read_table(self, shard: Shard) -> Table:
         if problem := size_problem(self.store, shard):
             raise InputError(problem)
-        name, wanted = table_name(shard.name), bytes.fromhex(shard.pages)
-        problem = "its SHA-256 is not the one in index.json"
-        data = self._sound(self._tables, self._tables.read(name), wanted, name, problem)
+        name, problem = table_name(shard.name), "its SHA-256 is not the one in index.json"
+        data = self._sound(self._tables, name, self._tables.read(name), bytes.fromhex(shard.pages), problem)
         try:
             return parse_table(data, samples=shard.samples, size=shard.bytes)
         except ValueError as error:
@@ -207,31 +198,24 @@ class Reader:
         name, rows = pages.shard.name, pages.table[pages.low : pages.high + 1].tolist()
         start, table = rows[0][1], table_name(name)
         data = self.store.read(name, start, rows[-1][1])
-        for (sample, first, digest), (next_sample, last, _) in pairwise(rows if self._check else ()):
+        for (sample, first, digest), (end, last, _) in pairwise(rows if self._config.check else ()):
             there = memoryview(data)[first - start : last - start]
             problem = (
-                f"the SHA-256 of bytes {first} to {last} (samples {sample} to {next_sample - 1}) is not the one in "
+                f"the SHA-256 of bytes {first} to {last} (samples {sample} to {end - 1}) is not the one in {table}"
             )
-            sound = self._sound(self.store, there, digest, name, problem + table, first, last)
+            sound = self._sound(self.store, name, there, digest, problem, first, last)
             if sound is not there:
                 data = data[: first - start] + sound + data[last - start :]
         return data
 
     def _sound(
-        self,
-        store: Store,
-        data: bytes | memoryview,
-        digest: bytes,
-        name: str,
-        problem: str,
-        first: int = 0,
-        last: int | None = None,
+        self, store: Store, name: str, data: bytes | memoryview, digest: bytes, problem: str, *span: int
     ) -> bytes | memoryview:
-        """Bytes [first, last) of a file, read again where `data` does not have that hash; InputError in the end."""
+        """Bytes [first, last) of a file, the `span`, read again where `data` do not have that hash; none: all of it."""
         for attempt in range(1 + REREADS):
             if attempt:
                 self.store.tally.add(reread=len(data))
-                data = store.read(name, first, last, fresh=True)
+                data = store.read(name, *span, fresh=True)
             if hashlib.sha256(data).digest() == digest:
                 return data
         raise InputError(f"{store.url(name)}: {problem}, also after {REREADS} more reads: {_REMEDY}")

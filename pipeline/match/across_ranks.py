@@ -90,11 +90,9 @@ def search(
     neighbours: int = 1,  # k: how many of the nearest
     skip: Tensor | None = None,  # (s,) int64: ids that are left out, the same on every rank
 ) -> Answer:
-    """Collective: the k nearest candidates of each query over all ranks. Raises as `nearest` does.
-
-    Either all queries travel to every rank, which answers for its own candidates, or all candidates do, block by block:
-    whichever are fewer rows.
-    """
+    """Collective: the k nearest candidates of each query over all ranks. Raises as `nearest` does. Either all queries
+    travel to every rank, which answers for its own candidates, or all candidates do, block by block: whichever are
+    fewer rows."""
     ranks = ranks_of(group)
     shards = agree(queries, candidates, first_id, neighbours, method, ranks)
     blocks, queries = as_blocks(candidates), queries.detach()
@@ -158,12 +156,7 @@ def agree(
     queries: Tensor, candidates: Tensor | Blocks, first_id: int, neighbours: int, method: str, ranks: Ranks
 ) -> list[Shard]:
     """Collective: every rank's shard; ValueError, the same on every rank, if one is invalid or two contradict."""
-    mine: Shard | ValueError
-    try:
-        mine = describe(queries, candidates, first_id, neighbours, method, ranks.rank)
-    except ValueError as error:
-        mine = error
-    shards = ranks.collect(mine)
+    shards = ranks.collect(describe(queries, candidates, first_id, neighbours, method, ranks.rank))
     for rank, shard in enumerate(shards):
         if shard.dims != (dims := shards[0].dims):
             raise ValueError(f"nearest: the rows of rank {rank} have {shard.dims} values, those of rank 0 have {dims}")
@@ -180,30 +173,30 @@ def agree(
 
 def describe(
     queries: Tensor, candidates: Tensor | Blocks, first_id: int, neighbours: int, method: str, rank: int
-) -> Shard:
-    """This rank's shard; ValueError if one of its arguments is invalid."""
+) -> Shard | ValueError:
+    """This rank's shard, or what is wrong with its arguments."""
     if not isinstance(queries, Tensor) or not isinstance(candidates, Tensor | Blocks):
-        raise ValueError(f"nearest: queries and candidates of rank {rank} must be torch tensors, or Blocks of such")
+        return ValueError(f"nearest: queries and candidates of rank {rank} must be torch tensors, or Blocks of such")
     if queries.ndim != 2 or not queries.shape[1]:
-        raise ValueError(f"nearest: the queries of rank {rank} must be a matrix (q, d) with d >= 1")
+        return ValueError(f"nearest: the queries of rank {rank} must be a matrix (q, d) with d >= 1")
     types = {str(rows.dtype).removeprefix("torch.") for rows in (queries, candidates) if isinstance(rows, Tensor)}
     if types != {"float32"}:
         given = " and ".join(sorted(types))
-        raise ValueError(f"nearest: queries and candidates of rank {rank} are {given}, they must be float32")
+        return ValueError(f"nearest: queries and candidates of rank {rank} are {given}, they must be float32")
     dims = queries.shape[1]
     if isinstance(candidates, Tensor) and candidates.shape[1:] != queries.shape[1:]:
-        raise ValueError(f"nearest: the candidates of rank {rank} are not rows of {dims} values as the queries are")
+        return ValueError(f"nearest: the candidates of rank {rank} are not rows of {dims} values as the queries are")
     rows, size = (candidates := as_blocks(candidates)).rows, candidates.size
     if not (isinstance(rows, int) and isinstance(size, int) and rows >= 0 and size >= 1):
-        raise ValueError(f"nearest: the Blocks of rank {rank} need rows >= 0 and size >= 1, whole numbers")
+        return ValueError(f"nearest: the Blocks of rank {rank} need rows >= 0 and size >= 1, whole numbers")
     if not isinstance(first_id, int) or not 0 <= first_id <= MAX_ID - rows:
-        raise ValueError(f"nearest: the ids of rank {rank} leave [0, 2**62): it starts at {first_id}")
+        return ValueError(f"nearest: the ids of rank {rank} leave [0, 2**62): it starts at {first_id}")
     if method not in METHODS:
-        raise ValueError(f"nearest: the method of rank {rank} is none of {', '.join(METHODS)}")
+        return ValueError(f"nearest: the method of rank {rank} is none of {', '.join(METHODS)}")
     if not isinstance(neighbours, int) or not 1 <= neighbours <= MOST_NEIGHBOURS:
-        raise ValueError(f"nearest: neighbours of rank {rank} must be a whole number from 1 to {MOST_NEIGHBOURS}")
+        return ValueError(f"nearest: neighbours of rank {rank} must be a whole number from 1 to {MOST_NEIGHBOURS}")
     if (bad := first_not_finite(queries)) >= 0:
-        raise NotFinite(f"nearest: NaN or infinity in the queries of rank {rank}, row {bad}")
+        return NotFinite(f"nearest: NaN or infinity in the queries of rank {rank}, row {bad}")
     return Shard(len(queries), rows, first_id, dims, size, neighbours, method)
 
 
@@ -223,10 +216,8 @@ def first_not_finite(rows: Tensor) -> int:
 
 
 def make_block(blocks: Blocks, low: int, queries: Tensor, ranks: Ranks) -> Tensor:
-    """Collective: this rank's candidates of the block that begins at row `low`, on the device of the queries.
-
-    All ranks raise here together if `make` fails on one, or returns anything but such a block.
-    """
+    """Collective: this rank's candidates of the block that begins at row `low`, on the device of the queries. All ranks
+    raise here together if `make` fails on one, or returns anything but such a block."""
     low, high = (min(row, blocks.rows) for row in (low, low + blocks.size))
     try:
         block = torch.as_tensor(blocks.make(low, high)).detach().to(queries.device)
@@ -252,14 +243,8 @@ def gather_block(block: Tensor, spans: list[Tensor], ranks: Ranks) -> tuple[Tens
     return block, ids
 
 
-def agree_on_plan(
-    queries: Tensor,  # those of all `ranks`
-    block: Tensor,  # this rank's first candidates
-    method: str,
-    pool: list[int],  # candidates of each rank
-    ranks: Ranks,
-) -> tuple[str, Frame]:
-    """Collective: the plan of the first rank with candidates."""
+def agree_on_plan(queries: Tensor, block: Tensor, method: str, pool: list[int], ranks: Ranks) -> tuple[str, Frame]:
+    """Collective: the plan of the first rank with candidates, from the queries of all `ranks` and its first `block`."""
     leader = next(rank for rank, rows in enumerate(pool) if rows)
     plan = None
     if ranks.rank == leader:

@@ -89,10 +89,8 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:  # every backend raises it, for a lost connection and for a timeout
-            raise RuntimeError(
-                f"nearest: rank {self.rank} of {self.world} failed while {what}: another rank died or did not answer "
-                f"within the process group's timeout ({error})"
-            ) from error
+            cause = f"another rank died or did not answer within the process group's timeout ({error})"
+            raise RuntimeError(f"nearest: rank {self.rank} of {self.world} failed while {what}: {cause}") from error
         finally:
             self.seconds += time.perf_counter() - start
 

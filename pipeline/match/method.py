@@ -3,8 +3,7 @@
 Every method gives the same answer, so a wrong prediction costs only time.
 """
 
-import math
-import time
+import timeit
 from dataclasses import replace
 from functools import lru_cache
 
@@ -61,25 +60,16 @@ def plan_search(
 
 
 def without_probe(method: str, *, work: float, dims: int, gpu: bool, halves: bool) -> str:
-    """The method where no probe is needed to choose it, else `auto`.
-
-    On a GPU that multiplies bfloat16 faster (`halves`) the bound by all values of a row takes less time than a probe,
-    a basis and a projection would.
-    """
+    """The method where no probe is needed to choose it, else `auto`. On a GPU that multiplies bfloat16 faster
+    (`halves`) the bound by all values of a row takes less time than a probe, a basis and a projection would."""
     if method == "auto" and work < _SMALL:
         return "flat"
     return "rounded" if method == "auto" and gpu and halves and dims <= _WHOLE else method
 
 
-def cheapest(
-    frame: Frame,  # with the widest basis
-    queries: Tensor,  # (n, d) float32: a sample, centred
-    candidates: Tensor,  # (n, d) float32: a sample, centred
-    *,
-    count: int,  # queries in all
-    expected: int,  # candidates in all
-) -> tuple[str, Frame]:
-    """`flat`, `rounded` or `projected`, and the frame with as many coordinates as are best."""
+def cheapest(frame: Frame, queries: Tensor, candidates: Tensor, *, count: int, expected: int) -> tuple[str, Frame]:
+    """`flat`, `rounded` or `projected`, and the frame, given with the widest basis, with the best of its widths.
+    `queries` and `candidates` (n, d) float32 are centred samples of `count` and `expected` in all."""
     assert frame.basis is not None
     queries, threads = queries[:: max(1, len(queries) // _PROBE)], torch.get_num_threads()
     dims, pairs = queries.shape[1], count * expected
@@ -114,11 +104,7 @@ def measure_rates(device: torch.device, threads: int) -> tuple[float, float]:
 
     def seconds(dtype: torch.dtype) -> float:
         a, b = (torch.ones(shape, dtype=dtype, device=device) for shape in ((rows, inner), (inner, rows)))
-        best = math.inf
-        for _ in range(4):
-            start = time.perf_counter()
-            float((a @ b)[0, 0])  # waits for the device
-            best = min(best, time.perf_counter() - start)
+        best = min(timeit.repeat(lambda: float((a @ b)[0, 0]), number=1, repeat=4))  # `float` waits for the device
         return best / (rows * rows * inner)
 
     return seconds(torch.float32), seconds(torch.bfloat16)

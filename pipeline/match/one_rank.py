@@ -43,9 +43,7 @@ class Sieve(NamedTuple):
 
 class Searcher:
     """The k nearest of all candidates added so far, for each query: `distances` (q, k) float64 and `ids` (q, k) int64.
-
-    Both ascend by (distance, id), and are infinite and NO_ID where there are fewer than k yet.
-    """
+    Both ascend by (distance, id), and are infinite and NO_ID where there are fewer than k yet."""
 
     def __init__(
         self,
@@ -70,10 +68,7 @@ class Searcher:
 
     @bound.full_precision()
     def seed(self, candidates: Tensor, most: int = SEEDS) -> None:
-        """Lower the limits to the distances of the candidates that score best in the first sieve.
-
-        The caller adds them later.
-        """
+        """Lower the limits to the distances of the candidates that score best in the first sieve; `add` adds them."""
         candidates, k = candidates[:most].to(self.queries.device).contiguous(), self.neighbours
         if not self._sieves or len(candidates) < k or not len(self.queries):
             return
@@ -103,7 +98,11 @@ class Searcher:
         if self.limit.isinf().any():
             self.seed(candidates)
         rows = torch.arange(len(self.queries), device=ids.device)
-        for sieve in self._ladder():
+        for number in range(1 if self._frame.basis is None else 2):
+            if number == len(self._sieves):  # `rounded` after `projected`, made when it is first needed
+                whole = replace(self._frame, basis=None)
+                self._sieves.append(_build_sieve(whole, bound.encode(self.queries, whole)))
+            sieve = self._sieves[number]
             if (b := _screen(sieve, candidates)) is not None:
                 a = sieve.a if len(rows) == len(sieve.a) else sieve.a[rows]
                 a[:, -3:] = bound.limit_columns(sieve.square[rows], sieve.frame, self._reach(self.limit[rows]))
@@ -113,15 +112,6 @@ class Searcher:
             if not len(rows):
                 break
         return rows
-
-    def _ladder(self) -> Iterator[Sieve]:
-        """The sieves by rising cost; `rounded` after `projected` is made when it is first needed."""
-        yield self._sieves[0]
-        if self._frame.basis is not None:
-            if len(self._sieves) == 1:
-                whole = replace(self._frame, basis=None)
-                self._sieves.append(_build_sieve(whole, bound.encode(self.queries, whole)))
-            yield self._sieves[1]
 
     def _measure(self, candidates: Tensor, ids: Tensor, rows: Tensor, columns: Tensor) -> None:
         """Measure the pairs (rows, columns) in float32, and in float64 those that may still win."""
@@ -152,12 +142,9 @@ class Searcher:
         self.limit[queries] = torch.minimum(self.limit[queries], self.distances[queries, -1])
 
     def _add_flat(self, candidates: Tensor, ids: Tensor) -> Tensor:
-        """Search a block by FAISS, and return the queries whose answer that does not prove.
-
-        A candidate that FAISS did not return is no nearer than the last one returned, up to rounding: a sum of d + 2
-        float32 terms errs by at most gamma_(d + 4) times the sum of their magnitudes, at most twice the squared norms
-        (Higham, section 3.1).
-        """
+        """Search a block by FAISS, and return the queries whose answer that does not prove. A candidate that it did not
+        return is no nearer than the last one returned, up to rounding: a sum of d + 2 float32 terms errs by at most
+        gamma_(d + 4) times the sum of their magnitudes, at most twice the squared norms (Higham, section 3.1)."""
         fetch = min(self.neighbours + _FETCH, len(candidates))
         near, far = self.queries - self._frame.centre, candidates - self._frame.centre
         approximate, columns = flat(near, far, fetch)
@@ -219,4 +206,4 @@ def _screen(sieve: Sieve, candidates: Tensor) -> Tensor | None:
 def _portions(rows: Tensor, columns: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs in portions of at most _PAIRS."""
     most = _PAIRS.get(rows.device.type, _PAIRS["cpu"])
-    yield from zip(rows.split(most), columns.split(most), strict=True)
+    return zip(rows.split(most), columns.split(most), strict=True)

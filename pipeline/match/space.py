@@ -54,11 +54,9 @@ def embed(
     *,
     number: int = 0,  # of the first image
 ) -> Tensor:
-    """Embeddings (n, d) float32, whose squared L2 distances are those of the space.
-
-    A row does not depend on the rows beside it. A matrix product may round a row by its place and the product's size,
-    so image i is always computed at row i % ROWS of a batch of ROWS, padded with zeros.
-    """
+    """Embeddings (n, d) float32, whose squared L2 distances are those of the space. A row does not depend on the rows
+    beside it: a matrix product may round a row by its place and the product's size, so image i is always computed at
+    row i % ROWS of a batch of ROWS, padded with zeros."""
     if not config.features:
         return _embed_batch(images, config)
     first, last = number % ROWS, number % ROWS + len(images)

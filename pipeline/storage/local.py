@@ -14,14 +14,11 @@ from pipeline.storage.base import PARTIAL, Store, Writer
 from pipeline.storage.retry import Tally
 
 _REMEDIES = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "check the owner and mode of the folder"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "give a folder"),
+    **dict.fromkeys((errno.EROFS, errno.ELOOP), "choose another folder"),
     errno.ENOENT: "check the path, or pack the data set again",
-    errno.EACCES: "check the owner and mode of the folder",
-    errno.EPERM: "check the owner and mode of the folder",
     errno.EISDIR: "remove it, and copy the shard or pack the data set again",
-    errno.ENOTDIR: "give a folder",
-    errno.EEXIST: "give a folder",
-    errno.EROFS: "choose another folder",
-    errno.ELOOP: "choose another folder",
     errno.ENAMETOOLONG: "choose a shorter path",
 }
 """What to do about a user's mistake, by error number. A disk that is full or fails is a crash, to be retried."""
@@ -43,7 +40,8 @@ class LocalStore(Store):
 
     def list(self) -> list[str]:
         """Names of the files, and of links that lead nowhere, which raise an error when they are read."""
-        return [name for name in self._names(_is_file_or_lost) if not name.startswith(PARTIAL)]
+        names = self._names(lambda entry: entry.is_file() or (entry.is_symlink() and not os.path.exists(entry)))
+        return [name for name in names if not name.startswith(PARTIAL)]
 
     def _names(self, kind: Callable[["os.DirEntry[str]"], bool]) -> builtins.list[str]:
         with self._explained(""):
@@ -94,8 +92,7 @@ class LocalStore(Store):
                 with self._explained(name, writing=True):
                     target.flush()
                     os.fsync(target.fileno())  # the name must not outlive the bytes if the machine goes down
-            with self._explained(name, writing=True):
-                os.replace(partial, self._folder / name)
+                    os.replace(partial, self._folder / name)
         except BaseException as error:
             partial.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
@@ -123,18 +120,13 @@ class LocalStore(Store):
             raise InputError(f"{self.url(name)}: {what}: {remedy}") from None
 
 
-def _is_file_or_lost(entry: "os.DirEntry[str]") -> bool:
-    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry))
-
-
 UMASK = os.umask(0)
 os.umask(UMASK)  # it can be read only by setting it
 
 
 def write_atomically(file: Path, content: str | bytes, *, sync: bool = True) -> None:
     """Replace a file by `content` atomically: readers see the old or the new file, also after a kill. With `sync` this
-    holds for a loss of power, too, and takes some milliseconds. OSError names the file; no temporary file stays.
-    """
+    holds for a loss of power, too, and takes some milliseconds. OSError names the file; no temporary file stays."""
     partial = file.with_name(f"{PARTIAL}{file.name[:50]}.{uuid.uuid4().hex}")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -32,11 +32,8 @@ def in_background(call: Callable[[], T], name: str) -> Future[T]:
 
 
 def in_order(calls: Iterable[Callable[[], T]], width: int = PARALLEL) -> Generator[T]:
-    """The results of the calls in their order, each made by one of `width` threads ahead of need, in bounded memory.
-
-    An exception of a call, or of the iterator that gives the calls, is raised in its turn. Once the generator is
-    closed, no further call begins.
-    """
+    """The results of the calls in their order, each made by one of `width` threads ahead of need, in bounded memory. An
+    exception of a call, or of their iterator, is raised in its turn. Once this is closed, no further call begins."""
     todo: SimpleQueue[tuple[Future[T], Callable[[], T]] | None] = SimpleQueue()
     ahead, made, threads = deque[Future[T]](), iter(calls), 0
     try:
@@ -64,11 +61,10 @@ def in_order(calls: Iterable[Callable[[], T]], width: int = PARALLEL) -> Generat
 
 
 def _work(todo: "SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]") -> None:
-    while item := todo.get():
-        future, call = item
+    for future, call in iter(todo.get, None):
         if future.set_running_or_notify_cancel():
             try:
                 future.set_result(call())
             except BaseException as error:  # re-raised where the result is asked for
                 future.set_exception(error)
-        del item, future, call  # else the thread would keep the last result's bytes while it waits
+        del future, call  # else the thread would keep the last result's bytes while it waits

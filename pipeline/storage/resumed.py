@@ -72,12 +72,9 @@ class NetworkStore(Store):
         return self._stats[name]
 
     def read(self, name: str, first: int = 0, last: int | None = None, *, fresh: bool = False) -> bytes:
-        return b"".join(self._parts(name, first, last))
+        return b"".join(self.pieces(name, first, last))
 
-    def pieces(self, name: str) -> Generator[bytes]:
-        return self._parts(name, 0, None)
-
-    def _parts(self, name: str, first: int, last: int | None) -> Generator[bytes]:
+    def pieces(self, name: str, first: int = 0, last: int | None = None) -> Generator[bytes]:
         """Bytes [first, last) of one version of a file, in pieces; parts of PART bytes are fetched in parallel."""
         size, version = self._known(name)
         last = size if last is None else last

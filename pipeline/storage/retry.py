@@ -62,10 +62,8 @@ def at_most(attempts: int) -> Iterator[None]:
 
 
 class Patience:
-    """Pauses between the attempts at one operation, and gives up after too many.
-
-    Exponential back-off with full jitter, so that ranks that failed together do not retry together.
-    """
+    """Pauses between the attempts at one operation, and gives up after too many. Exponential back-off with full jitter,
+    so that ranks that failed together do not retry together."""
 
     def __init__(self, what: str, tally: Tally) -> None:
         self._what, self._tally, self._failures, self._most = what, tally, 0, _attempts.get(ATTEMPTS)
@@ -73,8 +71,7 @@ class Patience:
     def wait(self, error: BaseException, *, at: str = "", progress: bool = False) -> None:
         """Pause after a failure. Raises Unavailable after ATTEMPTS of them in a row, or as many as `at_most` allows."""
         self._failures = 1 if progress else self._failures + 1
-        where = f"{self._what}{at}"
-        cause = f"{type(error).__name__}: {error}"
+        where, cause = f"{self._what}{at}", f"{type(error).__name__}: {error}"
         if self._failures >= self._most:
             remedy = "Check the network, the server and AWS_ENDPOINT_URL, then run the same command again: it continues"
             failed = f"given up after {self._failures} attempts; the last failed with {cause}"

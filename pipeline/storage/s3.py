@@ -14,13 +14,7 @@ from concurrent.futures import Future, wait
 from functools import partial, reduce
 from typing import Any
 
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    ProfileNotFound,
-)
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
 
 from pipeline.errors import Conflict, InputError, one_line
 from pipeline.storage.prefetch import PARALLEL, in_background
@@ -31,8 +25,6 @@ from pipeline.storage.s3_client import BadSettings, client, is_anonymous, is_tra
 WRITE_PART = 16 << 20  # bytes per part of a multipart upload; S3 allows 10,000 parts
 CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role"
 _DENIED = ("AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
-
-
 _MISSING = ("NoSuchKey", "404", "NotFound")
 
 
@@ -224,11 +216,8 @@ class Upload:
         return {"PartNumber": number} | {key: answer[key] for key in ("ETag", "ChecksumCRC32") if key in answer}
 
     def _sent(self, operation: str, data: bytes, **arguments: Any) -> Any:
-        """Upload bytes, again while the server's answer shows that it stored others; returns the answer.
-
-        CRC-32 lets the server refuse damaged bytes. What it has stored is checked by the CRC-32 in its answer, or else
-        by an ETag that is an MD5, which it is not for objects encrypted by SSE-KMS or SSE-C.
-        """
+        """The answer to an upload of bytes, repeated while it shows that the server stored others: by a CRC-32, or else
+        by an ETag that is an MD5, which it is not for objects encrypted by SSE-KMS or SSE-C."""
         md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
         crc = base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
 
@@ -255,17 +244,14 @@ class Upload:
         return self._store._ask(operation, self._name, **arguments)
 
     def _completed(self, parts: list[dict[str, Any]]) -> str:
-        """Complete the upload; returns the object's ETag.
-
-        If the answer is lost, the second request finds no such upload: then the object itself must be what was written.
-        """
+        """Complete the upload; the object's ETag. If the answer is lost, the second request finds no such upload: then
+        the object itself must be what was written."""
         store, name = self._store, self._name
         try:
             whole = {"UploadId": self._upload, "MultipartUpload": {"Parts": parts}}
             return str(store._ask("complete_multipart_upload", name, **whole)["ETag"])
         except InputError as error:
-            if _code(error.__cause__) != "NoSuchUpload" or not store.exists(name) or store.size(name) != self._size:
-                raise
-            if reduce(lambda crc, piece: zlib.crc32(piece, crc), store.pieces(name), 0) != self._crc:
+            there = _code(error.__cause__) == "NoSuchUpload" and store.exists(name) and store.size(name) == self._size
+            if not there or reduce(lambda crc, piece: zlib.crc32(piece, crc), store.pieces(name), 0) != self._crc:
                 raise
         return store.version(name)

@@ -3,19 +3,10 @@
 import os
 import re
 import threading
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
-from botocore import UNSIGNED
-from botocore.exceptions import (
-    ClientError,
-    CredentialRetrievalError,
-    HTTPClientError,
-    IncompleteReadError,
-    MetadataRetrievalError,
-    SSLError,
-)
-from botocore.exceptions import ConnectionError as NotConnected
+from botocore import UNSIGNED, exceptions
 from urllib3.exceptions import HTTPError
 
 from pipeline.errors import printable
@@ -29,15 +20,16 @@ _TRANSIENT = ("BadDigest", "XAmzContentChecksumMismatch", "RequestTimeout", "Slo
 
 def is_transient(error: Exception) -> bool:
     """Whether the failure is transient: the same request may succeed a moment later."""
-    if isinstance(error, ClientError):
+    if isinstance(error, exceptions.ClientError):
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         code = str(error.response["Error"].get("Code"))
         # 501 is a header or operation that the server will never know.
         return (status >= 500 and status != 501) or status in (408, 429) or code in _TRANSIENT
-    if isinstance(error, SSLError) and re.search("WRONG_VERSION_NUMBER|CERTIFICATE_VERIFY", str(error)):
+    if isinstance(error, exceptions.SSLError) and re.search("WRONG_VERSION_NUMBER|CERTIFICATE_VERIFY", str(error)):
         return False
-    of_botocore = (NotConnected, HTTPClientError, IncompleteReadError, CredentialRetrievalError, MetadataRetrievalError)
-    return isinstance(error, (*of_botocore, HTTPError, ConnectionError, TimeoutError))
+    network = (exceptions.ConnectionError, exceptions.HTTPClientError, exceptions.IncompleteReadError)
+    credentials = (exceptions.CredentialRetrievalError, exceptions.MetadataRetrievalError)
+    return isinstance(error, (*network, *credentials, HTTPError, ConnectionError, TimeoutError))
 
 
 _MAKING = threading.Lock()  # held across a fork, too, after which the child has none of the parent's connections
@@ -45,10 +37,8 @@ _MAKING = threading.Lock()  # held across a fork, too, after which the child has
 
 def client() -> Any:
     """This process's client, signed by what boto3's chain finds (environment, profile, web identity, instance role).
-
     Where it finds nothing, or AWS_NO_SIGN_REQUEST=YES, requests are not signed: a public bucket needs no account. With
-    AWS_REQUEST_PAYER=requester this account pays for them, which some buckets demand. Both variables are those of GDAL.
-    """
+    AWS_REQUEST_PAYER=requester this account pays for them, which some buckets demand. Both variables are GDAL's."""
     with _MAKING:
         return _make_client()
 
@@ -85,17 +75,15 @@ def _make_client() -> Any:
     made.meta.events.register_first("needs-retry.s3", _refuse_redirect)
     if payer := os.environ.get("AWS_REQUEST_PAYER"):
         for operation in ("GetObject", "HeadObject", "ListObjectsV2"):
-            made.meta.events.register(f"provide-client-params.s3.{operation}", partial(_pay, payer))
+            made.meta.events.register(
+                f"provide-client-params.s3.{operation}", lambda params, **_: {**params, "RequestPayer": payer}
+            )
     return made
 
 
 os.register_at_fork(before=_MAKING.acquire, after_in_parent=_MAKING.release, after_in_child=_MAKING.release)
 forget_clients = _make_client.cache_clear  # so that the next client is made from the environment as it is then
 os.register_at_fork(after_in_child=forget_clients)
-
-
-def _pay(payer: str, params: dict[str, Any], **_: Any) -> dict[str, Any]:
-    return {**params, "RequestPayer": payer}
 
 
 def _refuse_redirect(response: Any, **_: Any) -> None:
