@@ -20,11 +20,7 @@ from pipeline.model.naign import NAIGN
 from pipeline.storage.local import write_atomically
 from pipeline.storage.store import open_store
 
-DATASETS = {
-    "mnist": "ylecun/mnist",
-    "fashion_mnist": "zalando-datasets/fashion_mnist",
-    "cifar10": "uoft-cs/cifar10",
-}
+DATASETS = {"mnist": "ylecun/mnist", "fashion_mnist": "zalando-datasets/fashion_mnist", "cifar10": "uoft-cs/cifar10"}
 """Names on the hub of data sets that `naign pack` knows."""
 
 PLACE = r"[^\s,;()'\"`*]*/(?=[^\s/])"  # of a path or an address, all but its last part

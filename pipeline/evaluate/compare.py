@@ -53,21 +53,20 @@ class Side(NamedTuple):
 
 def read_sides(folders: Sequence[Path]) -> list[Side]:
     """Two or more runs or evaluated models. Raises InputError for what is neither, or given twice."""
-    resolved = [folder.resolve() for folder in folders]
-    twice = [str(folder) for folder, count in Counter(resolved).items() if count > 1]
+    given = Counter(folder.resolve() for folder in folders)
+    twice = [str(place) for place, count in given.items() if count > 1]
     require(
         (len(folders) >= 2, f"{len(folders)} runs given: compare 2 or more"),
         (not twice, f"{printable(''.join(twice[:1]))} is given twice: leave it out once"),
     )
-    names = Counter(folder.name for folder in resolved)
-    return [
-        _read(folder, str(folder) if names[place.name] > 1 else place.name)
-        for folder, place in zip(folders, resolved, strict=True)
-    ]
+    names = Counter(place.name for place in given)
+    return [_read(folder, names) for folder in folders]
 
 
-def _read(folder: Path, label: str) -> Side:
-    path = str(folder)
+def _read(folder: Path, names: Counter[str]) -> Side:
+    """The side of a folder, called by its name, or by its path where several of `names` are the same."""
+    path, name = str(folder), folder.resolve().name
+    label = path if names[name] > 1 else name
     try:
         metrics = flat(read_json(folder / "evaluation/metrics.json"))
         if is_run(folder) or not metrics:

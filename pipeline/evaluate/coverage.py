@@ -13,8 +13,6 @@ Search is over all pairs, in blocks. Squared distances are expanded, |a|^2 + |b|
 all points share a large offset, so sets are centred first.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -29,24 +27,18 @@ def radii(features: Tensor, k: int) -> Tensor:
     parts = []
     for start in range(0, len(features), BLOCK):
         block = pairwise(features[start : start + BLOCK], features)
-        rows = torch.arange(len(block))
-        block[rows, rows + start] = 0.0  # exactly, whatever the rounding: the point itself is the first of k + 1
+        block.diagonal(start).zero_()  # exactly, whatever the rounding: the point itself is the first of k + 1
         parts.append(block.topk(k + 1, dim=1, largest=False).values[:, k])  # kthvalue is nine times slower
     return torch.cat(parts)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Coverage:
-    """How two sets overlap. All are shares in [0, 1] but density, whose expectation for equal sets is 1."""
+def coverage(real: Tensor, samples: Tensor, *, k: int = NEIGHBOURS) -> dict[str, float]:
+    """How features (n, d) of real data and (m, d) of samples overlap; both need more than k rows.
 
-    precision: float  # share of samples inside the k-nearest-neighbour balls of the real data
-    recall: float  # share of real data inside the k-nearest-neighbour balls of the samples
-    density: float  # mean number of real balls that hold a sample, over k: precision that outliers do not inflate
-    coverage: float  # share of real balls that hold at least one sample: recall that stray samples do not inflate
-
-
-def coverage(real: Tensor, samples: Tensor, *, k: int = NEIGHBOURS) -> Coverage:
-    """Compare features (n, d) of real data with features (m, d) of samples; both need more than k rows."""
+    precision and recall: share of samples in the k-nearest-neighbour balls of real data, and of real data in those of
+    samples. density: mean number of real balls that hold a sample, over k, precision that outliers do not inflate; 1
+    for equal sets. coverage: share of real balls that hold a sample, recall that stray samples do not inflate.
+    """
     if min(len(real), len(samples)) <= k:
         raise ValueError(f"{len(real)} real and {len(samples)} sampled rows: both must be more than k = {k}")
     centre = real.double().mean(0)
@@ -60,12 +52,12 @@ def coverage(real: Tensor, samples: Tensor, *, k: int = NEIGHBOURS) -> Coverage:
         inside += holds.sum(0)
         covered += int(holds.any(1).sum())
         recalled += int((block <= sample_radii).any(1).sum())
-    return Coverage(
-        precision=float((inside > 0).double().mean()),
-        recall=recalled / len(real),
-        density=float(inside.double().mean()) / k,
-        coverage=covered / len(real),
-    )
+    return {
+        "precision": float((inside > 0).double().mean()),
+        "recall": recalled / len(real),
+        "density": float(inside.double().mean()) / k,
+        "coverage": covered / len(real),
+    }
 
 
 def mode_shares(logits: Tensor) -> list[float]:

@@ -18,9 +18,7 @@ def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
     if len(features) < 2:
         raise ValueError(f"a covariance needs at least 2 rows of features, got {len(features)}")
     features = features.double()
-    mean = features.mean(0)
-    centred = features - mean
-    return mean, centred.T @ centred / (len(features) - 1)
+    return features.mean(0), torch.atleast_2d(features.T.cov())  # `cov` of one feature is a scalar
 
 
 def gaussian_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:

@@ -6,7 +6,7 @@ examples each number is based on.
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -140,19 +140,14 @@ def overlap(subject: Subject) -> dict[str, Any]:
     counts["floors"] = min(FLOORS, len(subject.train) // counts["floor"])
     test, once = features["test"], features["once"]
     counts["coverage"] = number = min(10_000, len(test), len(once))
-    cover = asdict(coverage.coverage(test[:number], once[:number]))
+    cover: dict[str, Any] = coverage.coverage(test[:number], once[:number])
     if "latents" in features:
-        cover["latents"] = asdict(coverage.coverage(test[:number], features["latents"][:number]))
+        cover["latents"] = coverage.coverage(test[:number], features["latents"][:number])
     counts["coverage_train"] = number = min(number, len(features["floor"]))
-    cover["train"] = asdict(coverage.coverage(test[:number], features["floor"][:number]))
+    cover["train"] = coverage.coverage(test[:number], features["floor"][:number])
     shares = coverage.mode_shares(encoder.logits(subject.once)) if encoder.labels else None
-    return {
-        "fd": fd,
-        "coverage": cover,
-        "modes": shares,
-        "modes_min": min(shares) if shares else None,
-        "classes": list(encoder.labels) or None,
-    }
+    modes = {"modes": shares, "modes_min": min(shares) if shares else None, "classes": list(encoder.labels) or None}
+    return {"fd": fd, "coverage": cover} | modes
 
 
 def second_opinion(subject: Subject) -> dict[str, Any]:
@@ -192,12 +187,8 @@ def repairs(subject: Subject) -> dict[str, Any]:
         tables[kind] = restoration.scores(answers, clean)
         moves.append(restoration.mae(answers["twice"], answers["once"]))
         subject.repaired[kind] = {name: answer[:SHOWN].clone() for name, answer in answers.items()}
-    subject.counts |= {
-        "restoration": len(clean),
-        "similarity": min(1000, len(clean)),
-        "restoration_reference": len(reference),
-        "median": min(MEDIAN, len(subject.train)),
-    }
+    counts = {"restoration": len(clean), "similarity": min(1000, len(clean)), "restoration_reference": len(reference)}
+    subject.counts |= counts | {"median": min(MEDIAN, len(subject.train))}
     return {"restoration": tables, "idempotence": {"samples": moved, "damaged": sum(moves) / len(moves)}}
 
 

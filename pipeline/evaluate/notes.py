@@ -15,20 +15,17 @@ def write_warnings(subject: Subject, trained_with: list[str], split: str) -> Ite
     if split == "test":
         yield "The network was trained on the test split, which it is measured on: no number is of new data."
     measuring = {encoder.identity: encoder.name for encoder in (subject.encoder, subject.second) if encoder}
+    trained, apart = "The network was trained with the encoder", "do not compare with those of"
     for name in dict.fromkeys(trained_with):
         try:
-            identity = load_encoder(name).identity
+            known = measuring.get(load_encoder(name).identity)
         except InputError:
-            yield (
-                f"The network was trained with the encoder {name}, which is not there any more: if it is measured on "
-                "that one, its distances do not compare with those of other networks."
-            )
+            lost = f"{name}, which is not there any more: if it is measured on that one, its distances"
+            yield f"{trained} {lost} {apart} other networks."
             continue
-        if identity in measuring:
-            yield (
-                f"The network was trained with the encoder {measuring[identity]}, which it is measured on: its Fréchet "
-                "distances and coverage on it do not compare with those of networks that were not."
-            )
+        if known:
+            on_it = f"{known}, which it is measured on: its Fréchet distances and coverage on it"
+            yield f"{trained} {on_it} {apart} networks that were not."
 
 
 def write_notes(subject: Subject, metrics: dict[str, Any], beyond: list[str]) -> Iterator[str]:
@@ -36,35 +33,25 @@ def write_notes(subject: Subject, metrics: dict[str, Any], beyond: list[str]) ->
     encoder, manifest, counts = subject.encoder, subject.manifest, subject.counts
     learned, second = subject.model.metadata.get("dataset"), metrics["second"]
     if learned and learned != manifest.name:
-        yield (
-            f"The network learned {learned} and is measured on {manifest.name}, with the encoder for those: no number "
-            "here says how well it does what it was trained for."
-        )
+        here = f"The network learned {learned} and is measured on {manifest.name}, with the encoder for those"
+        yield f"{here}: no number here says how well it does what it was trained for."
     if (samples := counts["samples"]) < subject.samples:
         yield f"Samples were limited to {samples:,} of {subject.samples:,}: examples of this size fill the memory."
     if encoder.network is None and subject.is_image:
-        yield (
-            f"No encoder ships for {manifest.name} {manifest.shape} of {len(manifest.labels)} classes: distances "
-            "are on pixels pooled to at most 8×8, which see layout and colour, not detail, and no class is counted."
-        )
+        pooled = "pixels pooled to at most 8×8, which see layout and colour, not detail, and no class is counted"
+        data = f"{manifest.name} {manifest.shape} of {len(manifest.labels)} classes"
+        yield f"No encoder ships for {data}: distances are on {pooled}."
     if metrics["fd"]["once_ratio"] is None:
         yield "Training and test split are alike, so that no distance is a multiple of theirs."
     if counts["floor"] < samples:
-        yield (
-            f"There are {counts['floor']:,} training examples: distances beside the floor, and its multiples, are of "
-            "as many samples, and the coverage of training data is that of as many."
-        )
+        beside = f"There are {counts['floor']:,} training examples: distances beside the floor, and its multiples"
+        yield f"{beside}, are of as many samples, and the coverage of training data is that of as many."
     least = min(samples, counts["test"], counts["floor"])
+    biased = f"the floor's too, rest on as few as {least:,} examples, and much of their value is bias"
     if least < FEW:
-        yield (
-            f"Fréchet distances, the floor's too, rest on as few as {least:,} examples, and much of their value is "
-            "bias: compare them with others of the same counts only."
-        )
+        yield f"Fréchet distances, {biased}: compare them with others of the same counts only."
     elif second and least < 4 * second["features"]:
-        yield (
-            f"{second['encoder']} has {second['features']:,} features: distances on it, the floor's too, rest on as "
-            f"few as {least:,} examples, and much of their value is bias."
-        )
+        yield f"{second['encoder']} has {second['features']:,} features: distances on it, {biased}."
     if not subject.is_image:
         yield "Points: repair, classes and energy against image outliers do not apply."
     elif not subject.repairs:

@@ -43,9 +43,8 @@ def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, M
     elif "s3:" in config.path + config.index and not of_user:
         known = ("", os.environ.get("AWS_ENDPOINT_URL_S3"), os.environ.get("AWS_ENDPOINT_URL"))
         asked = f"the model in {folder} names the server {printable(endpoint)} for its data"
-        require(
-            (endpoint in known, f"{asked}: set AWS_ENDPOINT_URL to it if you trust it, or give the data as --data PATH")
-        )
+        remedy = "set AWS_ENDPOINT_URL to it if you trust it, or give the data as --data PATH"
+        require((endpoint in known, f"{asked}: {remedy}"))
     require((config.path, f"{folder} does not say what it was trained on: give the packed data set as --data PATH"))
     try:
         sets = DataSets(config)
@@ -53,14 +52,11 @@ def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, M
     except InputError as error:
         if data is not None:
             raise
-        raise InputError(
-            f"{error}; {folder} was trained on {config.path}: if that moved, give it as --data PATH"
-        ) from error
-    if tuple(manifest.shape) != tuple(model.shape):
-        raise InputError(
-            f"{config.path} ({manifest.name}) holds examples of shape {tuple(manifest.shape)}, the model in {folder} "
-            f"is for {tuple(model.shape)}: give the data set it was trained on as --data PATH"
-        )
+        remedy = f"{folder} was trained on {config.path}: if that moved, give it as --data PATH"
+        raise InputError(f"{error}; {remedy}") from error
+    shape, wanted = tuple(manifest.shape), tuple(model.shape)
+    other = f"{config.path} ({manifest.name}) holds examples of shape {shape}, the model in {folder} is for {wanted}"
+    require((shape == wanted, f"{other}: give the data set it was trained on as --data PATH"))
     return config, manifest, encoders
 
 
@@ -80,12 +76,10 @@ def read_image(data: bytes, model: NAIGN) -> Tensor:
     Raises InputError for bytes that are no picture, or for one that is smaller than the model's windows (data.crop).
     """
     resize, shape = parse_resize(_header(model)[0]), model.shape
-    if resize.crop:
-        pixels = crop(decode_image(data), resize.crop)
-    else:
-        pixels = resized(data, resize if resize.height else Resize(height=shape[1], width=shape[2]))
-    pixels = channels(pixels, shape[0])
-    return scaled(torch.from_numpy(np.array(pixels))[None])  # a copy: what Pillow gives is not writable
+    fitted = resize if resize.height else Resize(height=shape[1], width=shape[2])
+    pixels = crop(decode_image(data), resize.crop) if resize.crop else resized(data, fitted)
+    copy = np.array(channels(pixels, shape[0]))  # what Pillow gives is not writable
+    return scaled(torch.from_numpy(copy)[None])
 
 
 def _header(model: NAIGN) -> tuple[DataConfig, str, list[str]]:

@@ -68,8 +68,7 @@ def fit_mixture(codes: Tensor, components: int) -> dict[str, Tensor]:
     require((kept, "the codes of all images are the same: there is nothing to fit a mixture to"))
     deviations, directions = spread[:kept, None] / math.sqrt(len(flat)), directions[:kept]
     mixture = GaussianMixture(components, reg_covar=1e-4, random_state=0)
-    with warnings.catch_warnings():  # it has then done its 100 iterations
-        warnings.simplefilter("ignore", ConvergenceWarning)
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # it has then done its 100 iterations
         mixture.fit(((flat - mean) @ (directions / deviations).T).numpy())
     basis = directions * deviations  # (kept, values): from whitened codes back
     factors = torch.linalg.cholesky(torch.from_numpy(mixture.covariances_))

@@ -73,7 +73,11 @@ def draw_pictures(subject: Subject) -> list[Picture]:
     """Pictures of images: samples, repairs, and samples over their nearest training images; of 2-D points."""
     if subject.is_image:
         return _of_images(subject)
-    return _of_points(subject) if subject.test.shape[1] == 2 else []
+    if subject.test.shape[1] != 2:
+        return []
+    real = subject.test[:2000]
+    panels = [("test data", real[:0]), ("f(z)", subject.once[:2000]), ("f(f(z))", subject.twice[:2000])]
+    return [Picture("samples", "Samples", "Orange over the test data in blue.", scatter(panels, behind=real))]
 
 
 def _of_images(subject: Subject) -> list[Picture]:
@@ -106,9 +110,3 @@ def _between(subject: Subject) -> Tensor:
     seeds = range(subject.seed, subject.seed + 6)
     ways = [subject.model.between(seed, seed + 1, steps=STEPS) for seed in seeds]
     return subject.model.project(torch.cat(ways)).cpu()
-
-
-def _of_points(subject: Subject) -> list[Picture]:
-    real = subject.test[:2000]
-    panels = [("test data", real[:0]), ("f(z)", subject.once[:2000]), ("f(f(z))", subject.twice[:2000])]
-    return [Picture("samples", "Samples", "Orange over the test data in blue.", scatter(panels, behind=real))]

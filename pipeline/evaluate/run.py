@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from pipeline.evaluate.measures import STAGES, Subject
 from pipeline.evaluate.notes import write_notes, write_warnings
 from pipeline.evaluate.recorded import fingerprint, recorded
 from pipeline.evaluate.report import Picture, draw_pictures, render
-from pipeline.evaluate.runs import folder_of, number
+from pipeline.evaluate.runs import flat, folder_of, number
 from pipeline.model.encoders import Encoder, choose_encoder, load_encoder
 from pipeline.model.hub import PREFIX
 from pipeline.model.naign import NAIGN
@@ -57,16 +56,16 @@ def evaluate(
     with tqdm(total=len(STAGES) + 2, disable=not progress, bar_format=layout, desc="reading data") as bar:
         train, test = measures.read(config, manifest.shape, seed=seed)
         subject = Subject(model, manifest, first, train, test, samples=samples, seed=seed, second=second)
+        subject.progress = lambda share: bar.set_description(f"{title}, {share:.0%}")
         for title, measure in STAGES.items():
             bar.update()
             bar.set_description(title)
-            subject.progress = partial(_show_share, bar, title)
             metrics |= measure(subject)
         bar.update()
         bar.set_description("pictures and report")
         drawn, header = draw_pictures(subject), model.metadata
-        beyond = list[str]()
-        metrics = {key: finite(value, key, beyond) for key, value in metrics.items()}
+        beyond = [key for key, value in flat(metrics).items() if isinstance(value, float) and not math.isfinite(value)]
+        metrics = json.loads(json.dumps(metrics), parse_constant=lambda name: None)  # JSON has no such numbers
         metrics |= {
             "seed": number(header.get("seed", seed)),
             "evaluation_seed": seed,
@@ -84,10 +83,6 @@ def evaluate(
     return metrics
 
 
-def _show_share(bar: "tqdm[Any]", title: str, share: float) -> None:
-    bar.set_description(f"{title}, {share:.0%}")
-
-
 def _open_second(name: str | None, manifest: Manifest, device: str) -> tuple[Encoder | None, list[str]]:
     """The second encoder, on the device, and a note where natural images have none. InputError for a chosen one."""
     if name is None and (manifest.kind != "image" or manifest.shape[0] != 3):
@@ -103,16 +98,6 @@ def _open_second(name: str | None, manifest: Manifest, device: str) -> tuple[Enc
     if encoder.network is not None:
         encoder.network.to(device)
     return encoder, []
-
-
-def finite(value: Any, path: str, beyond: list[str]) -> Any:
-    """`value` with None for numbers that are not finite, which JSON lacks; their paths are added to `beyond`."""
-    if isinstance(value, dict):
-        return {key: finite(part, f"{path}.{key}", beyond) for key, part in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        beyond.append(path)
-        return None
-    return value
 
 
 def _write(store: Store, metrics: dict[str, Any], drawn: list[Picture], *, config: dict[str, Any]) -> None:

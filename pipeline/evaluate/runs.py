@@ -20,10 +20,10 @@ MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
 """A folder with one of them is a run."""
 
 QUALITY = {
-    "evaluation": ("fd.once", "fd.once_ratio", "coverage.recall"),  # of metrics.json
-    "training": ("quality/fd", "", "quality/recall"),  # of a line of metrics.jsonl
+    "evaluation": {"fd": "fd.once", "fd_over_floor": "fd.once_ratio", "recall": "coverage.recall"},  # of metrics.json
+    "training": {"fd": "quality/fd", "recall": "quality/recall"},  # of a line of metrics.jsonl
 }
-"""Names of the Frechet distance of f(z), of that over its floor, and of recall."""
+"""Keys of the Frechet distance of f(z), of that over its floor, and of recall, by the field of a Run."""
 
 MOST = 2**62  # images of a run
 DEPTH = 3  # levels of folders that are searched for runs, and of sections in a configuration
@@ -40,11 +40,11 @@ class Run:
     state: str  # training, done, stopped; unknown: a copy of the metrics alone
     images_seen: int
     images: int  # that f is trained on in all, in whole rounds
-    fd: float | None  # Frechet distance of f(z)
-    fd_over_floor: float | None  # None while training, when no floor is measured
-    recall: float | None
-    measured: str | None  # evaluation or training; None: never
-    measured_at: int | None  # images seen then
+    fd: float | None = None  # Frechet distance of f(z)
+    fd_over_floor: float | None = None  # None while training, when no floor is measured
+    recall: float | None = None
+    measured: str | None = None  # evaluation or training; None: never
+    measured_at: int | None = None  # images seen then
     bytes: int  # of all files
     age_seconds: float  # since the last report
 
@@ -94,7 +94,8 @@ def read_run(folder: Path, name: str) -> Run:
     kept = any(os.path.exists(folder / name) for name in ("checkpoints", ".lock"))  # else a copy of the reports
     try:
         last, measured = _last_lines(folder / "metrics.jsonl")
-        trainer = _newest_trainer(folder)
+        names = by_step(file.parent.name for file in folder.glob(f"checkpoints/*/{MANIFEST}"))
+        trainer = read_json(folder / "checkpoints" / names[0] / "trainer.json") if names else {}
         rounds = int(trainer.get("round", 0) if kept else last.get("round", -1) + 1)
         seen = max(int(line.get("images_seen", 0)) for line in (last, trainer))
         images = count_network_rounds(settings) * int(settings["match.round"]) * int(settings["train.passes"])
@@ -159,13 +160,6 @@ def _last_lines(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return json.loads(lines[-1] if lines else b"{}"), json.loads(measured)
 
 
-def _newest_trainer(folder: Path) -> dict[str, Any]:
-    """trainer.json of the newest complete checkpoint; {} without one."""
-    names = by_step(file.parent.name for file in folder.glob(f"checkpoints/*/{MANIFEST}"))
-    trainer: dict[str, Any] = read_json(folder / "checkpoints" / names[0] / "trainer.json") if names else {}
-    return trainer
-
-
 def _in_use(lock: Path) -> bool:
     """Whether a training holds the lock of its folder. Takes a shared lock and releases it at once."""
     try:
@@ -178,12 +172,11 @@ def _in_use(lock: Path) -> bool:
 
 def _quality(lines: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Quality by the evaluation, or else by the last report with quality/*."""
-    names = ("fd", "fd_over_floor", "recall", "measured", "measured_at")
     for source, keys in QUALITY.items():
-        values = [number(lines[source].get(key)) for key in keys]
-        if values[0] is not None:
-            return dict(zip(names, (*values, source, number(lines[source].get("images_seen"))), strict=True))
-    return dict.fromkeys(names)
+        values = {name: number(lines[source].get(key)) for name, key in keys.items()}
+        if values["fd"] is not None:
+            return values | {"measured": source, "measured_at": number(lines[source].get("images_seen"))}
+    return {}
 
 
 def _size(folder: Path) -> int:

@@ -21,6 +21,7 @@ from pipeline import philox
 from pipeline.distributed.connect import repeat_bits
 from pipeline.distributed.host import check_versions, count_gpus, why_none
 from pipeline.errors import InputError, Unavailable, bytes_in_words, require
+from pipeline.storage.retry import at_most
 from pipeline.storage.store import open_store
 
 LIBRARIES = ("torch", "accelerate", "webdataset", "boto3", "safetensors", "tensorboard", "deepspeed", "transformers")
@@ -128,9 +129,8 @@ def preflight(run: str, remote: str, checkpoint_bytes: int) -> list[str]:
     """
     ((text, remedy),) = faiss()
     require((len(faiss_builds()) < 2, f"{text}: {remedy}"))
-    place = Path(run).absolute()
-    while not os.path.lexists(place) and place != place.parent:
-        place = place.parent
+    folder = Path(run).absolute()
+    place = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     try:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(b"naign")
@@ -141,14 +141,11 @@ def preflight(run: str, remote: str, checkpoint_bytes: int) -> list[str]:
     text = f"run.path '{run}' has {bytes_in_words(free)} free, a checkpoint takes {bytes_in_words(checkpoint_bytes)}"
     require((free >= checkpoint_bytes, f"{text}: free some, or choose another --run.path"))
     if remote:
-        store, refused = open_store(remote), None
+        store = open_store(remote)
         try:
             store.put(PROBE, b"naign")
-        except InputError as error:  # the file may be written, and only not be readable
-            refused = error
-        with contextlib.suppress(InputError, Unavailable):  # permission to delete is not required
-            store.delete(PROBE)
-        if refused:
-            raise refused
+        finally:  # it may be written, and only not be readable
+            with contextlib.suppress(InputError, Unavailable), at_most(3):  # permission to delete is not required
+                store.delete(PROBE)
     room = f"the {CHECKPOINTS - 1} that are kept and the one being written need {bytes_in_words(needed)}"
     return [f"{text}: {room}: free some, or set --checkpoint.keep=1"] if free < needed else []

@@ -4,11 +4,8 @@ import ctypes
 import logging
 import os
 import sys
-from typing import Any
 
 from tqdm import tqdm
-
-_round: int | None = None  # global, since threads log too
 
 
 def set_up(rank: int, world: int) -> None:
@@ -27,12 +24,13 @@ def set_up(rank: int, world: int) -> None:
 
 def at_round(number: int | None) -> None:
     """Set the round of log lines from now on; None: no round."""
-    global _round
-    _round = number
+    _Lines.round = number
 
 
 class _Lines(logging.Handler):
     """Writes `[rank 3, round 12] warning: ...`; no rank if there is only one, no round if none is set."""
+
+    round: int | None = None  # of the process, since threads log too
 
     def __init__(self, rank: int, world: int) -> None:
         super().__init__()
@@ -41,7 +39,7 @@ class _Lines(logging.Handler):
     def format(self, record: logging.LogRecord) -> str:
         is_rank = os.getpid() == self._process  # a worker of the loader reads ahead and does not know the round
         place = [f"rank {self._rank}"] if self._world > 1 else []
-        place += [f"round {_round}"] if is_rank and _round is not None else []
+        place += [f"round {self.round}"] if is_rank and self.round is not None else []
         name = "" if record.name.split(".")[0] == "naign" else f"{record.name}: "
         line = f"{record.levelname.lower()}: {name}{super().format(record)}"
         return f"[{', '.join(place)}] {line}" if place else line
@@ -70,12 +68,7 @@ class _Lines(logging.Handler):
         return False
 
 
-_PR_SET_NAME = 15  # linux/prctl.h; at most 15 bytes
-
-_libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
 def title(text: str) -> None:
     """Name the calling thread `naign <text>`, for ps and top. Linux only."""
-    if _libc is not None:
-        _libc.prctl(_PR_SET_NAME, f"naign {text}".encode()[:15], 0, 0, 0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(15, f"naign {text}".encode()[:15], 0, 0, 0)  # PR_SET_NAME, of at most 15 bytes

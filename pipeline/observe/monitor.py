@@ -23,8 +23,6 @@ log = logging.getLogger("naign.monitor")
 
 WAITING = 256  # most reports that wait for a tracker; a round makes up to five
 PATIENCE = 5.0  # seconds that a run waits at its end for all trackers together
-_PREFIX = "tracker-"  # of the threads' names
-SCALAR = (bool, int, float, str)  # types that trackers accept as the value of a setting
 LOG_EVERY = float(os.environ.get("TQDM_MININTERVAL", "10"))  # seconds between lines if stderr is no terminal
 
 
@@ -53,7 +51,9 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
                     self._files.append(open_tracker())
             else:
                 self._others.append(Background(name, open_tracker))
-        plain = {key: value if isinstance(value, SCALAR) else str(value) for key, value in settings.items()}
+        plain = {
+            key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in settings.items()
+        }
         self._report(lambda tracker: tracker.configuration(plain, config))
         bar: dict[str, Any] = {"dynamic_ncols": True}
         if not sys.stderr.isatty():  # a log: a line every LOG_EVERY seconds
@@ -74,10 +74,9 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
         try:
             yield
         except OSError as error:
-            raise InputError(
-                f"{self.folder}: reports cannot be written ({error.strerror or error}): make room; the newest "
-                "checkpoint is untouched, and the same command goes on from it"
-            ) from None
+            why = f"{self.folder}: reports cannot be written ({error.strerror or error})"
+            remedy = "make room; the newest checkpoint is untouched, and the same command goes on from it"
+            raise InputError(f"{why}: {remedy}") from None
 
     def advance(self, images: int) -> None:
         """Move the progress bar."""
@@ -131,15 +130,14 @@ class _Lines:
     def flush(self) -> None: ...
 
 
-class Background:
-    """A tracker whose thread passes it all reports in order. Reports are dropped while the queue is full."""
+class Background(threading.Thread):
+    """A tracker's thread, which passes it all reports in order. Reports are dropped while the queue is full."""
 
     def __init__(self, name: str, build: Callable[[], Tracker]) -> None:
-        self.name, self.dropped, self.failed = name, 0, False
-        self._build = build
+        super().__init__(name=f"tracker {name}", daemon=True)
+        self.dropped, self.failed, self._build = 0, False, build
         self._queue: queue.SimpleQueue[Callable[[Tracker], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name=f"{_PREFIX}{name}", daemon=True)
-        self._thread.start()
+        self.start()
 
     def put(self, act: Callable[[Tracker], None]) -> None:
         """Queue a call of the tracker, or drop it. Returns at once; any thread may call it."""
@@ -150,7 +148,7 @@ class Background:
             return
         self.dropped += 1
         if self.dropped == 1:
-            log.warning("tracker %s does not keep up: reports are dropped while %d wait", self.name, WAITING)
+            log.warning("%s does not keep up: reports are dropped while %d wait", self.name, WAITING)
 
     def end(self) -> None:
         """Close the tracker after everything in the queue. Returns at once."""
@@ -158,14 +156,14 @@ class Background:
 
     def wait(self, until: float) -> None:
         """Wait for the tracker to close, at most until a time of time.monotonic()."""
-        self._thread.join(max(0.0, until - time.monotonic()))
-        if self._thread.is_alive():
-            log.warning("tracker %s has not finished after %.0f s: the run ends without it", self.name, PATIENCE)
+        self.join(max(0.0, until - time.monotonic()))
+        if self.is_alive():
+            log.warning("%s has not finished after %.0f s: the run ends without it", self.name, PATIENCE)
             self.dropped += self._queue.qsize()
         if self.dropped:
-            log.warning("tracker %s has missed %d reports: metrics.jsonl has all of them", self.name, self.dropped)
+            log.warning("%s has missed %d reports: metrics.jsonl has all of them", self.name, self.dropped)
 
-    def _work(self) -> None:
+    def run(self) -> None:
         try:
             tracker = self._build()
             for act in iter(self._queue.get, None):
@@ -174,10 +172,10 @@ class Background:
         except BaseException as error:  # any, such as the panics of Rust, which are no Exception
             self.failed = True
             why = f"{type(error).__name__}: {one_line(error)}"
-            log.warning("tracker %s failed and is left out from now on: %s", self.name, why)
+            log.warning("%s failed and is left out from now on: %s", self.name, why)
             self._queue = queue.SimpleQueue()  # frees what is waiting
 
 
 def trackers_hang() -> bool:
     """Whether a tracker's thread still runs: its library may also block the interpreter's shutdown."""
-    return any(thread.name.startswith(_PREFIX) for thread in threading.enumerate())
+    return any(isinstance(thread, Background) for thread in threading.enumerate())

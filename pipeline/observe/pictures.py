@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 CELL, GAP = 48, 3  # pixels: smallest side of an image in a grid, to which smaller ones are enlarged; and between images
@@ -79,6 +79,4 @@ def scatter(panels: Sequence[tuple[str, Tensor]], *, behind: Tensor) -> Image.Im
 def shades(values: Tensor) -> Image.Image:
     """(H, W), not negative -> RGB image of that size: white is 0, dark blue the largest."""
     level = (values / values.max().clamp(min=1e-12)).sqrt()
-    dark, light = torch.tensor([12.0, 30.0, 90.0]), torch.tensor([255.0, 255.0, 255.0])
-    pixels = (light + level[..., None] * (dark - light)).round().to(torch.uint8)
-    return Image.fromarray(np.ascontiguousarray(pixels.numpy()))
+    return ImageOps.colorize(to_image(2 * level[None] - 1).convert("L"), black="white", white=(12, 30, 90))

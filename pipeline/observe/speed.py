@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,16 +25,11 @@ def forward_flops(network: nn.Module, shape: tuple[int, ...], batch: int = 1) ->
 
     Counts matrix products and convolutions, on a copy of the network on the meta device: no memory, no kernels.
     """
-    values: list[Tensor] = [*network.parameters(), *network.buffers()]
-    empty: dict[int, Any] = {id(value): _without_data(value) for value in values}
+    values = [*network.parameters(), *network.buffers()]
+    empty: dict[int, Any] = {id(value): torch.empty_like(value, device="meta") for value in values}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         deepcopy(network, empty).eval()(torch.empty(batch, *shape, device="meta"))
     return int(counter.get_total_flops())
-
-
-def _without_data(value: Tensor) -> Tensor:
-    bare = torch.empty_like(value, device="meta", requires_grad=False)
-    return nn.Parameter(bare, requires_grad=False) if isinstance(value, nn.Parameter) else bare
 
 
 def fit_flops(forward: int, forwards: float) -> float:
@@ -49,9 +44,8 @@ def fit_flops(forward: int, forwards: float) -> float:
 PEAKS = {
     # Name without maker:  bfloat16, float16, TF32, float32; dense TFLOPS of tensor cores with float32 accumulation.
     r"B200": (2250, 2250, 1100, 75),
-    r"H200": (989, 989, 494, 67),
+    r"H200|H100 \d+GB HBM\w+": (989, 989, 494, 67),  # SXM
     r"H200 NVL": (836, 836, 418, 60),
-    r"H100 \d+GB HBM\w+": (989, 989, 494, 67),  # SXM
     r"H100 NVL": (836, 836, 418, 60),
     r"H100 PCIe": (756, 756, 378, 51),
     r"A100-(SXM4|PCIE)-\d+GB|A100 80GB PCIe": (312, 312, 156, 19.5),

@@ -1,22 +1,18 @@
 """Trackers, to which a run reports: files in its folder, Accelerate's trackers, and those of other packages.
 
 Another package adds a tracker by an entry point of the group `naign.trackers`, a pair (settings dataclass or None,
-build) like those in TRACKERS; for a subclass of Accelerate's GeneralTracker `accelerated` returns the build:
-
-    [project.entry-points."naign.trackers"]
-    mine = "my_package.tracking:MINE"
+build) like those in TRACKERS (docs/tracking.md); for a subclass of Accelerate's GeneralTracker `accelerated` returns
+the build.
 """
 
 import json
 import math
-import netrc
 import os
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -25,9 +21,6 @@ from torch import Tensor
 from pipeline.errors import InputError
 from pipeline.settings.registry import lookup
 from pipeline.storage.local import write_atomically
-
-if TYPE_CHECKING:
-    from accelerate.tracking import GeneralTracker
 
 
 class Tracker(Protocol):
@@ -93,9 +86,9 @@ class TensorBoard:
 
 
 class Accelerated(Tracker):
-    """A tracker of Accelerate. A resumed run continues the one of the id in trackers/NAME."""
+    """A tracker of Accelerate, without histograms. A resumed run continues the one of the id in trackers/NAME."""
 
-    def __init__(self, kind: "type[GeneralTracker]", folder: Path) -> None:
+    def __init__(self, kind: type[Any], folder: Path) -> None:
         self.name, self.folder, file = kind.name, folder, folder / "trackers" / kind.name
         known = file.read_text().strip() if file.exists() else ""
         self.options = BEGIN[self.name](folder, known) if self.name in BEGIN else {}
@@ -121,28 +114,19 @@ class Accelerated(Tracker):
             one = self.name in ("aim", "clearml")  # the others take lists
             self.tracker.log_images({name: picture if one else [picture]}, step=images_seen)
 
-    def histogram(self, name: str, values: Tensor, images_seen: int) -> None:
-        """Accelerate has no histograms."""
-
-    def flush(self) -> None:
-        """These libraries send by themselves."""
-
     def close(self) -> None:
         self.tracker.finish()
 
 
 def begin_wandb(folder: Path, known: str) -> dict[str, Any]:
     """Options of wandb.init: offline without a login, and without capturing the output."""
-    options: dict[str, Any] = {"dir": str(folder), "name": folder.name, "settings": {"console": "off"}}
-    options |= {"id": known} if known else {}
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        login = os.environ.get("WANDB_API_KEY") or netrc.netrc(os.environ.get("NETRC")).authenticators(host)
-    except (OSError, netrc.NetrcParseError):
-        login = None
-    if "WANDB_MODE" not in os.environ and not login:
-        return options | {"mode": "offline"}
-    return options | ({"resume": "allow"} if os.environ.get("WANDB_MODE", "online") == "online" else {})
+    from requests.utils import get_netrc_auth  # wandb needs it, and looks a login up by it
+
+    options = {"dir": str(folder), "name": folder.name, "id": known or None, "settings": {"console": "off"}}
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    login = os.environ.get("WANDB_API_KEY") or get_netrc_auth(server)
+    mode = os.environ.get("WANDB_MODE") or ("online" if login else "offline")
+    return options | ({"resume": "allow"} if mode == "online" else {"mode": mode})
 
 
 def begin_mlflow(folder: Path, known: str) -> dict[str, Any]:
@@ -176,9 +160,9 @@ PACKAGES = {"mlflow": "mlflow-skinny sqlalchemy alembic"}
 """What has to be installed for a tracker, where that is not its name alone."""
 
 
-def accelerated(kind: "type[GeneralTracker]") -> Build:
-    """A build for a class of Accelerate's trackers, which takes the project's name, and a folder if it asks for one."""
-    return lambda settings, folder, images_seen: Accelerated(kind, folder)
+def accelerated(kind: type[Any]) -> Build:
+    """A build for a subclass of Accelerate's GeneralTracker; it takes the project's name, and a folder if it asks."""
+    return lambda settings, folder, images_seen: Accelerated(kind, folder)  # type: ignore[abstract]
 
 
 def find_trackers(names: str) -> dict[str, tuple[type | None, Build]]:

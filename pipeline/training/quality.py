@@ -132,4 +132,4 @@ def compare(features: Tensor, real: Tensor) -> dict[str, float]:
         return dict.fromkeys(("fd", "recall", "precision"), math.nan)
     number = min(len(features), len(real))
     cover = coverage(real[:number], features[:number])
-    return {"fd": frechet_distance(features, real), "recall": cover.recall, "precision": cover.precision}
+    return {"fd": frechet_distance(features, real), "recall": cover["recall"], "precision": cover["precision"]}

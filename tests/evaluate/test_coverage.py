@@ -38,34 +38,34 @@ def test_agrees_with_the_definitions(shift: float, scale: float, monkeypatch: py
     found = coverage(real, samples, k=5)
     expected = _naive(real.double().numpy(), samples.double().numpy(), 5)
     for name, value in expected.items():
-        assert getattr(found, name) == pytest.approx(value, abs=1e-12), name
+        assert found[name] == pytest.approx(value, abs=1e-12), name
 
 
 def test_equal_sets_are_complete() -> None:
     real = _normal(300, 4, seed=0)
     found = coverage(real, real, k=5)
-    assert (found.precision, found.recall, found.coverage) == (1, 1, 1)
-    assert found.density == pytest.approx(6 / 5)  # every ball holds its k neighbours and its own centre
+    assert (found["precision"], found["recall"], found["coverage"]) == (1, 1, 1)
+    assert found["density"] == pytest.approx(6 / 5)  # every ball holds its k neighbours and its own centre
 
 
 def test_far_away_sets_share_nothing() -> None:
     real = _normal(100, 4, seed=0)
     found = coverage(real, _normal(100, 4, seed=1) + 1000, k=5)
-    assert (found.precision, found.recall, found.density, found.coverage) == (0, 0, 0, 0)
+    assert (found["precision"], found["recall"], found["density"], found["coverage"]) == (0, 0, 0, 0)
 
 
 def test_a_dropped_mode_lowers_recall_and_coverage_alone() -> None:
     near, far = _normal(200, 3, seed=0), _normal(200, 3, seed=1) + 500
     found = coverage(torch.cat([near, far]), near.repeat(2, 1) + 1e-3, k=5)
-    assert found.precision == 1
-    assert found.recall == pytest.approx(0.5, abs=0.05) and found.coverage == 0.5
+    assert found["precision"] == 1
+    assert found["recall"] == pytest.approx(0.5, abs=0.05) and found["coverage"] == 0.5
 
 
 def test_a_shared_offset_changes_nothing() -> None:
     real, samples = _normal(200, 8, seed=0), _normal(200, 8, seed=1)
     moved, plain = coverage(real + 1000, samples + 1000), coverage(real, samples)
-    assert moved.precision == pytest.approx(plain.precision, abs=0.011)  # the input itself lost digits
-    assert moved.coverage == pytest.approx(plain.coverage, abs=0.011)
+    assert moved["precision"] == pytest.approx(plain["precision"], abs=0.011)  # the input itself lost digits
+    assert moved["coverage"] == pytest.approx(plain["coverage"], abs=0.011)
 
 
 def test_radii_of_a_line_of_points() -> None:
