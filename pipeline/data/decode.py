@@ -18,14 +18,9 @@ from pipeline.errors import InputError
 
 Array = npt.NDArray[Any]
 
-UNDECODABLE = (OSError, InputError)
-"""What reading a picture file raises (OSError), and decoding it (InputError, see `decoding`)."""
-
 
 def encode(array: Array, suffix: str) -> bytes:
-    """The bytes of an image (C, H, W) uint8, C being 1 or 3, as `png`, `webp` (both exact), `jpg` or `npy`; or of a
-    point (D,) float32 as `npy`.
-    """
+    """The bytes of an image (C, H, W) uint8 as png, webp (both exact), jpg or npy; of a point (D,) float32 as npy."""
     stream = io.BytesIO()
     if suffix == "npy":
         np.save(stream, array)
@@ -97,10 +92,7 @@ def decode_image(data: bytes, into: Array | None = None) -> Array:
 
 
 def header_shape(data: bytes) -> tuple[int, int, int]:
-    """Channels, height and width of what decode_image would give, from the file's header alone.
-
-    Raises InputError for bytes that are no picture.
-    """
+    """Channels, height and width of what decode_image gives, from the header alone; InputError for no picture."""
     with decoding(), open_picture(data) as picture:
         if picture.mode == "F":
             raise InputError("mode F, floating-point pixels of no known range: save it with 8 or 16 bits")
@@ -129,9 +121,7 @@ def _decode_plain_png(data: bytes) -> Array | None:
     except (ValueError, OSError):
         return None
     pixels = np.frombuffer(picture.tobytes(), np.uint8)
-    if mode == "L":
-        return pixels.reshape(1, height, width)
-    return pixels.reshape(height, width, 3).transpose(2, 0, 1)
+    return pixels.reshape(height, width, -1).transpose(2, 0, 1)
 
 
 def jpeg_header(data: bytes) -> tuple[int, int, int, int] | None:
@@ -227,23 +217,17 @@ def decode_array(data: bytes, shape: tuple[int, ...], dtype: str) -> Array:
 
 
 def parse_npy(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    """What the header of an .npy file says: shape, whether by columns, type; and its length in bytes.
-
-    Raises what NumPy raises.
-    """
+    """Shape, whether by columns, type and length in bytes from the header of an .npy file. Raises what NumPy raises."""
     with _PARSING:
         stream = io.BytesIO(data)
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, by_columns, kind = read(stream)
-    return shape, by_columns, kind, stream.tell()
+        return *read(stream), stream.tell()
 
 
 def fits(shape: tuple[int, ...], stored: tuple[int, ...]) -> bool:
     """Whether a sample's shape is that of a data set, where 0 stands for a length that varies."""
-    return len(shape) == len(stored) and all(
-        length in (0, actual) for length, actual in zip(stored, shape, strict=True)
-    )
+    return len(shape) == len(stored) and all(b in (0, a) for a, b in zip(shape, stored, strict=True))
 
 
 _PARSING = threading.Lock()
