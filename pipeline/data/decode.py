@@ -103,8 +103,7 @@ def header_shape(data: bytes) -> tuple[int, int, int]:
 def _decode_plain_png(data: bytes) -> Array | None:
     """The pixels of a PNG of 8-bit grey or colour whose data is one chunk; None for any other, which is left to Pillow.
 
-    Pillow decompresses here too, but does not parse the chunks, which takes longer than a small image: with Pillow
-    alone reading MNIST takes a third more processor time.
+    Pillow decompresses here too, but not parsing the chunks saves a quarter of the time that reading MNIST takes.
     """
     if data[:16] != b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" or data[37:41] != b"IDAT" or data[-8:-4] != b"IEND":
         return None
@@ -150,8 +149,7 @@ def decode_jpeg(
     """The upright pixels (C, H, W) of a sound JPEG with that header, at 1/factor of its size; None: left to Pillow.
 
     Of an upright picture they are written to `into`, and it is returned, if it has their shape and their order in
-    memory. simplejpeg and Pillow use the same library, libjpeg-turbo, and give the same pixels. simplejpeg parses no
-    markers in Python and copies nothing: for small images it takes a fifth of the time.
+    memory. The pixels are Pillow's, by the same library, libjpeg-turbo, for small images in a fifth of the time.
     """
     channels, height, width, orientation = header
     height, width = -(-height // factor), -(-width // factor)
@@ -194,8 +192,7 @@ _MODES = {b"\x08\0\0\0\0": "L", b"\x08\2\0\0\0": "RGB"}  # by bit depth, colour 
 
 
 def decode_array(data: bytes, shape: tuple[int, ...], dtype: str) -> Array:
-    """The finite values of an .npy file, whose header must say `shape` (0: any length), or (1, H, W) where that is
-    (3, H, W), and `dtype`.
+    """The finite values of an .npy file with that `dtype` and `shape`, where 0 is any length and 3 channels may be one.
 
     Raises InputError for anything else, before memory is taken.
     """

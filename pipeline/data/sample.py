@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.data.decode import Array, decode_array, decode_image, fits
-from pipeline.data.format.labels import label_text, number
+from pipeline.data.format.labels import label_text, parse_number
 from pipeline.data.format.manifest import INDEX, Manifest
 from pipeline.data.resize import WINDOW, Numbers, Resize, channels, resized, resized_array
 from pipeline.errors import InputError
@@ -64,10 +64,10 @@ def label(sample: dict[str, Any], manifest: Manifest, where: str) -> int:
     text, classes = label_text(sample, manifest.label, where), len(manifest.labels)
     if text is None:
         return -1
-    found = manifest.numbers.get(text, -1) if manifest.label else number(text)
-    if found < 0 or (classes and found >= classes):
+    number = manifest.numbers.get(text, -1) if manifest.label else parse_number(text)
+    if number < 0 or (classes and number >= classes):
         raise InputError(f"{where}: label {text[:20]!r} is none of the {classes} in {INDEX}: {REPACK}")
-    return found
+    return number
 
 
 def draws(seed: int, round: int, first: int, last: int, *, windows: bool = False) -> Draws:

@@ -154,10 +154,8 @@ def _summaries(store: Store, target: Store, names: list[str], settings: Settings
         kept = set(target.list())
         sizes = Parallel(THREADS, backend="threading")(delayed(store.size)(name) for name in names)
     many = min(cpu_count(), len(names), PROCESSES)
-    if many > 1 and sum(sizes) >= MUCH:
-        parallel = Parallel(many, backend="loky", return_as="generator", idle_worker_timeout=IDLE)
-    else:
-        parallel = Parallel(THREADS, backend="threading", return_as="generator")
+    backend, count = ("loky", many) if many > 1 and sum(sizes) >= MUCH else ("threading", THREADS)
+    parallel = Parallel(count, backend=backend, return_as="generator", idle_worker_timeout=IDLE)
     results = parallel(delayed(_summary)(store, target, settings, name, _kept_name(name) in kept) for name in names)
     summaries = dict[str, Summary]()
     bar = tqdm(desc=f"index {store.path}", total=sum(sizes), unit="B", unit_scale=True, disable=not progress)

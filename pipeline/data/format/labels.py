@@ -28,7 +28,7 @@ def label_text(sample: dict[str, Any], rule: str, where: str) -> str | None:
     return sample["cls"].decode("ascii", errors="replace").strip() if "cls" in sample else None
 
 
-def number(text: str) -> int:
+def parse_number(text: str) -> int:
     """The number that a label is; -1 for another text, and for 19 digits, which may be more than an int64."""
     return int(text) if text.isdecimal() and len(text) < 19 else -1
 

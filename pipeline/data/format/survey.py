@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.data.decode import decode_array, decode_image, decoding, header_shape, parse_npy
-from pipeline.data.format.labels import label_text, number
+from pipeline.data.format.labels import label_text, parse_number
 from pipeline.data.format.manifest import CHANNELS, FORMS, Manifest, Shard
 from pipeline.data.format.samples import examine
 from pipeline.data.sample import SUFFIXES
@@ -73,7 +73,7 @@ class Survey:
 
     def _label_names(self, name: str, labels: tuple[str, ...]) -> tuple[str, ...]:
         """The given names of labels, or those in the samples, in order. Raises InputError for names that do not fit."""
-        numbers = {text: number(text) for text in self.labels}
+        numbers = {text: parse_number(text) for text in self.labels}
         classes = range(0 if self.label else max(numbers.values(), default=-1) + 1)
         unknown = sorted(self.labels - set(labels)) if self.label and labels else []
         but = f"{name}: {len(labels)} label names, but"
@@ -138,7 +138,7 @@ def summarize(store: Store, name: str, settings: Settings) -> Summary:
             broken.append(sample["__key__"])
             return
         text = label_text(sample, settings.label, place)
-        if text is not None and not settings.label and not 0 <= number(text) < MOST_LABELS:
+        if text is not None and not settings.label and not 0 <= parse_number(text) < MOST_LABELS:
             what = f"label {text[:20]!r} is none that .cls can hold, a number below {MOST_LABELS}"
             raise InputError(f"{place}: {what}: say where labels are with --label, or repack the data set")
         survey.add(kind, shape, set() if text is None else {text}, place)

@@ -170,9 +170,7 @@ def read_idx(data: bytes) -> Array:
 
 
 def cifar10(root: Path | None) -> Source:
-    """32x32 colour, 50,000 and 10,000: the binary version from its site, or, with `root`, that archive,
-    or a folder of pictures in train/ and test/ with a folder a class.
-    """
+    """32x32 colour, 50,000 and 10,000: the archive at `root` or of its site, or pictures in root/{train,test}/CLASS."""
     (file,) = CIFAR_SUMS
     if root is None or (root.name == file and root.is_file()):
         advice = f"Fetch {file} elsewhere and give it, or a folder of pictures, with --root"
