@@ -54,9 +54,7 @@ def _count_mixed(shape: tuple[int, ...]) -> int:
 
 def _check_mixed(shape: tuple[int, ...]) -> None:
     if len(shape) != 3 or min(shape[1:]) < 8:
-        raise InputError(
-            f"objective.damage=mixed or mild is for images of at least 8x8 pixels, not {shape}: choose noise"
-        )
+        raise InputError(f"objective.damage mixed and mild need images of at least 8x8, not {shape}: choose noise")
 
 
 def _mixed(images: Tensor, normals: Tensor, uniform: Tensor, strength: float, *, each: float = 1 / 2) -> Tensor:

@@ -40,10 +40,7 @@ def blackened_rows(height: int, strength: float = 1.0) -> int:
 
 
 def degrade(images: Tensor, kind: Kind, *, seed: int = 0, strength: float = 1.0) -> Tensor:
-    """(n, C, H, W) float32 in [-1, 1] -> damaged images of the same shape and range; a function of the arguments.
-
-    Of strength 0 they are the images themselves.
-    """
+    """(n, C, H, W) float32 in [-1, 1] -> damaged images of the same shape and range; a function of the arguments."""
     if strength == 0:
         return images
     count, channels, height, width = images.shape

@@ -29,19 +29,13 @@ SPARE = 2.5  # a JPEG is decoded at the least scale at which its window is still
 class Resize:
     """How a picture of any size becomes an image."""
 
-    height: int = 0
-    """Of the images, in pixels; 0: as stored, which must be one size, or `crop`."""
+    height: int = 0  # of the images, in pixels; 0: as stored, which must be one size, or `crop`
     width: int = 0
-    fit: str = "crop"
-    """One of FITS."""
-    crop: int = 0
-    """Without a height: windows of so many pixels a side, not resized; 0: whole images."""
+    fit: str = "crop"  # one of FITS
+    crop: int = 0  # without a height: windows of so many pixels a side, not resized; 0: whole images
 
     def shape(self, stored: tuple[int, ...], name: str) -> tuple[int, ...]:
-        """Of an image that becomes of samples of shape `stored`, where 0 stands for a length that varies.
-
-        Raises InputError where that is not possible, naming the data set.
-        """
+        """The images' shape; in the `stored` one 0 is a length that varies. InputError, with `name`, where none is."""
         if len(stored) != 3 and (self.height or self.crop):
             raise InputError(f"data.size and data.crop are of pictures, {name} holds points of {stored}")
         if self.height:
@@ -94,11 +88,7 @@ def parse_size(text: str, setting: str) -> tuple[int, int]:
 
 
 def resized(data: bytes, resize: Resize, drawn: Numbers | None = None) -> Array:
-    """The image (C, height, width) uint8 of a picture file, C being 1 for grey, else 3.
-
-    A JPEG is decoded at a half, a quarter or an eighth of its size where that is still SPARE times what is wanted.
-    Raises InputError for bytes that are no picture.
-    """
+    """The image (C, height, width) uint8 of a picture file, C being 1 for grey, else 3. InputError for no picture."""
     if header := jpeg_header(data):
         _, height, width, orientation = header
         box = resize.box(*((height, width) if orientation >= 5 else (width, height)), drawn)
@@ -118,18 +108,14 @@ def resized_array(array: Array, resize: Resize, drawn: Numbers | None = None) ->
 
 
 def _cut(array: Array, resize: Resize, box: Box, factor: int) -> Array:
-    """The window of an upright picture, decoded at 1/factor of its size, as an image (C, height, width)."""
-    _, height, width = array.shape
-    left, top, right, bottom = (edge / factor for edge in box)
-    return _resampled(array, (left, top, min(right, width), min(bottom, height)), (resize.width, resize.height))
-
-
-def _resampled(array: Array, box: Box, target: tuple[int, int]) -> Array:
-    """A window of pixels (C, H, W) as an image (C, height, width), target being (width, height), by a bicubic filter.
+    """The window of an upright picture, decoded at 1/factor of its size, as an image (C, height, width): bicubic.
 
     torch has the same filter as Pillow, but takes windows of whole pixels alone; it is five times as fast.
     """
-    left, top, right, bottom = box
+    channels, height, width = array.shape
+    left, top, right, bottom = (edge / factor for edge in box)
+    box = left, top, min(right, width), min(bottom, height)
+    target = resize.width, resize.height
     inside = array[:, int(top) : int(bottom), int(left) : int(right)]
     if min(target) > 1 and box == tuple(map(int, box)) and inside.shape[1:] != array.shape[1:]:
         import torch  # what reads headers alone starts without it
@@ -140,7 +126,6 @@ def _resampled(array: Array, box: Box, target: tuple[int, int]) -> Array:
             small = torch.nn.functional.interpolate(batch, target[::-1], mode="bicubic", antialias=True)[0]
         pixels: Array = small.numpy()
         return pixels
-    channels = len(array)
     whole = np.ascontiguousarray(array[0] if channels == 1 else array.transpose(1, 2, 0))
     with decoding():
         picture = Image.fromarray(whole).resize(target, Image.Resampling.BICUBIC, box)

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.data.decode import Array, decode_array, decode_image, fits
-from pipeline.data.format.labels import label_text
+from pipeline.data.format.labels import label_text, parse_number
 from pipeline.data.format.manifest import INDEX, Manifest
 from pipeline.data.resize import WINDOW, Numbers, Resize, channels, resized, resized_array
 from pipeline.errors import InputError
@@ -53,13 +53,9 @@ def decode(
     elif len(array) == 3 and manifest.shape[0] == 1 and suffix == "webp" and (array == array[:1]).all():
         array = array[:1]  # WebP has no grey
     if not fits(array.shape, resize.shape(manifest.shape, where) if resize.height else manifest.shape):
-        stored = tuple(manifest.shape)
-        raise InputError(f"{where}: an image of shape {array.shape}, but {INDEX} says {stored}: {REPACK}")
+        raise InputError(f"{where}: an image of shape {array.shape}, but {INDEX} says {manifest.shape}: {REPACK}")
     if resize.crop:
-        try:
-            array = crop(array, resize.crop, drawn)
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from None
+        array = crop(array, resize.crop, drawn, f"{where}: ")
     return array, label(sample, manifest, where)
 
 
@@ -68,10 +64,7 @@ def label(sample: dict[str, Any], manifest: Manifest, where: str) -> int:
     text, classes = label_text(sample, manifest.label, where), len(manifest.labels)
     if text is None:
         return -1
-    if manifest.label:
-        number = manifest.numbers.get(text, -1)
-    else:
-        number = int(text) if text.isdecimal() and len(text) < 19 else -1  # 19 digits may be more than an int64
+    number = manifest.numbers.get(text, -1) if manifest.label else parse_number(text)
     if number < 0 or (classes and number >= classes):
         raise InputError(f"{where}: label {text[:20]!r} is none of the {classes} in {INDEX}: {REPACK}")
     return number
@@ -92,11 +85,11 @@ def _uniform(seed: int, stream: int, first: int, last: int, count: int) -> Draws
     return uniform
 
 
-def crop(image: Array, size: int, drawn: Numbers | None = None) -> Array:
+def crop(image: Array, size: int, drawn: Numbers | None = None, where: str = "") -> Array:
     """A window (C, size, size) of an image (C, H, W), None: the central one. InputError where the image is smaller."""
     _, height, width = image.shape
     if size > min(height, width):
-        raise InputError(f"{width}x{height} is less than data.crop={size}")
+        raise InputError(f"{where}{width}x{height} is less than data.crop={size}")
     down, right = (0.5, 0.5) if drawn is None else drawn[:2].tolist()
     top, left = int(down * (height - size + 1)), int(right * (width - size + 1))
     return image[:, top : top + size, left : left + size]

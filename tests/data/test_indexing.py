@@ -134,13 +134,13 @@ def test_what_was_kept_of_another_tar_or_with_other_settings_is_not_used(
 
 def test_what_was_kept_and_then_changed_is_not_used(tmp_path: Path) -> None:
     write(str(tmp_path), TARS[:1], cls=lambda n: b"%d" % n)
-    found = summarize(open_store(str(tmp_path)), TARS[0], Settings(), whole=True)
+    found = summarize(open_store(str(tmp_path)), TARS[0], Settings(whole=True))
     kept = found.dump("1")
     again = Summary.parse(kept, "1")
     assert again is not None and again.shard == found.shard and again.table == found.table
     assert again.survey == found.survey and (again.keys == found.keys).all()
     assert Summary.parse(kept, "2") is None
-    for before, after in {b"00000.tar": b"00001.tar", b": true": b": null", b": [1, 4, 4]": b": [3, 4, 4]"}.items():
+    for before, after in {b"00000.tar": b"00001.tar", b"image": b"point", b": [1, 4, 4]": b": [3, 4, 4]"}.items():
         assert before in kept and Summary.parse(kept.replace(before, after), "1") is None, before
     damages = [b"", b"[]", b"{}", kept[:-20], b"[" * 100_000, b"5"]
     for damaged in (*damages, b'{"sha256": "", "record": 5}', b'{"sha256": ""}'):

@@ -158,7 +158,7 @@ def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monke
         return scan(path)
 
     monkeypatch.setattr("os.scandir", scandir)  # root may read every folder
-    with pytest.raises(InputError, match="dog: cannot be read .permission denied.: check the owner and mode"):
+    with pytest.raises(InputError, match="dog: cannot be read .Permission denied.: check the owner and mode"):
         load("folder", root=tmp_path, size=4)
 
 

@@ -32,9 +32,10 @@ class Problems(InputError):
     """The problems of a data set; the message lists the first of them."""
 
     def __init__(self, path: str, problems: list[str], note: str = "") -> None:
-        shown = [f"  {problem}" for problem in problems[:PROBLEMS]]
-        more = [f"  and {len(problems) - PROBLEMS} more"] if len(problems) > PROBLEMS else []
-        super().__init__("\n".join([f"{path}: {len(problems)} problems", *shown, *more, *([note] if note else [])]))
+        lines = [f"{path}: {len(problems)} problems", *(f"  {problem}" for problem in problems[:PROBLEMS])]
+        if len(problems) > PROBLEMS:
+            lines.append(f"  and {len(problems) - PROBLEMS} more")
+        super().__init__("\n".join(filter(None, [*lines, note])))
         self.problems = problems
 
 
@@ -71,8 +72,7 @@ def verify(path: str, *, index: str = "", progress: bool = True) -> Report:
                 problems += _differences(store, tables, shard, actual) if actual else ()
     if problems:
         raise Problems(path, problems)
-    samples = sum(shard.samples for shard in manifest.shards)
-    return Report(samples=samples, shards=len(manifest.shards), bytes=total, broken=tuple(broken))
+    return Report(sum(shard.samples for shard in manifest.shards), len(manifest.shards), total, tuple(broken))
 
 
 def _differences(store: Store, tables: Store, shard: Shard, actual: Shard) -> Iterator[str]:

@@ -56,8 +56,7 @@ def index(
     folder, files = _tars(path)
     store, target = open_store(folder), open_store(to or folder)
     if target.exists(INDEX) and not force:
-        remedy = "check it with `naign verify`, or replace it by --force"
-        raise InputError(f"{target.url(INDEX)} is there already: {remedy}")
+        raise InputError(f"{target.url(INDEX)} is there already: check it by `naign verify`, or replace it by --force")
     old = None
     with suppress(InputError):  # none is there, or none that can be read
         old = Manifest.load(target.path)
@@ -69,7 +68,8 @@ def index(
         elsewhere = "" if to else "; where you may only read, have the index written elsewhere: --to=FOLDER"
         raise InputError(f"{error}{elsewhere}") from None
     names = [name for files in groups.values() for name in files]
-    settings = Settings(label=label, check=sample_check, keep_broken=keep_broken)
+    whole = store.path == target.path  # an index beside the tars has the hash of each
+    settings = Settings(label=label, check=sample_check, whole=whole, keep_broken=keep_broken)
     summaries = _summaries(store, target, names, settings, progress)
     with busy("comparing tars", shown=progress):
         survey = _merged(path, store, label, groups, summaries)
@@ -102,11 +102,12 @@ def _merged(path: str, store: Store, label: str, groups: dict[str, list[str]], s
     survey, problems = Survey(label=label), [problem for one in summaries.values() for problem in one.problems]
     for name, one in summaries.items():
         try:
-            survey.merge(one.survey, store.url(name))
+            if one.survey.kind:
+                survey.add(one.survey.kind, one.survey.shape, one.survey.labels, store.url(name))
         except InputError as error:
             problems.append(str(error))
     for names in groups.values():
-        problems += _duplicates(store, [summaries[name] for name in names], PROBLEMS)
+        problems += _duplicates(store, [summaries[name] for name in names])
     if not problems and not survey.kind:
         problems.append(f"{path}: none of its samples can be decoded: repack the data set")
     if problems:
@@ -137,12 +138,9 @@ def _tars(path: str) -> tuple[str, list[str]]:
 def _grouped_names(files: list[str], path: str, train: str | None, test: str | None) -> dict[str, list[str]]:
     """The names of each split. Raises InputError where none is for training, or for a pattern that was given."""
     testing = (test,) if test else () if train else TEST
-    groups: dict[str, list[str]] = {"train": [], "test": []}
-    for file in files:
-        if any(fnmatch(file, pattern) for pattern in testing):
-            groups["test"].append(file)
-        elif fnmatch(file, train or "*.tar"):
-            groups["train"].append(file)
+    tests = [file for file in files if any(fnmatch(file, pattern) for pattern in testing)]
+    others = set(files).difference(tests)
+    groups = {"train": [file for file in files if file in others and fnmatch(file, train or "*.tar")], "test": tests}
     for split, pattern in (("train", train or "*.tar"), ("test", test)):
         if pattern and not groups[split]:
             none = f"none of its {len(files)} tars ({files[0]}, ...)"
@@ -156,10 +154,8 @@ def _summaries(store: Store, target: Store, names: list[str], settings: Settings
         kept = set(target.list())
         sizes = Parallel(THREADS, backend="threading")(delayed(store.size)(name) for name in names)
     many = min(cpu_count(), len(names), PROCESSES)
-    if many > 1 and sum(sizes) >= MUCH:
-        parallel = Parallel(many, backend="loky", return_as="generator", idle_worker_timeout=IDLE)
-    else:
-        parallel = Parallel(THREADS, backend="threading", return_as="generator")
+    backend, count = ("loky", many) if many > 1 and sum(sizes) >= MUCH else ("threading", THREADS)
+    parallel = Parallel(count, backend=backend, return_as="generator", idle_worker_timeout=IDLE)
     results = parallel(delayed(_summary)(store, target, settings, name, _kept_name(name) in kept) for name in names)
     summaries = dict[str, Summary]()
     bar = tqdm(desc=f"index {store.path}", total=sum(sizes), unit="B", unit_scale=True, disable=not progress)
@@ -169,8 +165,8 @@ def _summaries(store: Store, target: Store, names: list[str], settings: Settings
                 summaries[name] = summary
                 bar.update(size)
         except BrokenProcessPool:
-            killed = "index: a process that reads tars was killed, for its memory perhaps, or could not start"
-            raise Unavailable(f"{killed}: run it again: it continues with the tars that were not read yet") from None
+            killed = "a process that reads tars was killed, for its memory perhaps, or could not start"
+            raise Unavailable(f"{killed}: index again, which continues with the tars not read yet") from None
     return summaries
 
 
@@ -180,31 +176,25 @@ def _kept_name(name: str) -> str:
 
 def _summary(store: Store, target: Store, settings: Settings, name: str, kept: bool) -> Summary:
     """The summary of a tar, read, or else what an interrupted call `kept`. It is kept for the next call."""
-    file, whole = _kept_name(name), store.path == target.path  # an index beside the tars has the hash of each
-    version = f"{name}, {store.version(name)}, label {settings.label}, check {settings.check}, whole {whole}"
+    file, version = _kept_name(name), f"{name}, {store.version(name)}, {settings._replace(keep_broken=False)}"
     before = Summary.parse(target.read(file), version) if kept else None
     if before and (settings.keep_broken or not before.broken):
         return before
-    summary = summarize(store, name, settings, whole=whole)
+    summary = summarize(store, name, settings)
     if not summary.problems:
         target.put(file, summary.dump(version))
     return summary
 
 
-def _duplicates(store: Store, summaries: Sequence[Summary], most: int) -> Iterator[str]:
-    """Keys that stand in two tars. Tars that share a hash of a key are read once more for the keys themselves."""
+def _duplicates(store: Store, summaries: Sequence[Summary]) -> Iterator[str]:
+    """The first keys that stand in two tars. Tars that share a hash of a key are read once more for the keys."""
     hashes = np.concatenate([one.keys for one in summaries])
     owners = np.repeat(np.arange(len(summaries)), [len(one.keys) for one in summaries])
     order = np.argsort(hashes, kind="stable")
     hashes, owners = hashes[order], owners[order]
     again = np.flatnonzero((hashes[1:] == hashes[:-1]) & (owners[1:] != owners[:-1]))
-    for place in again[:most].tolist():
+    for place in again[:PROBLEMS].tolist():
         first, second = (summaries[int(owners[at])].shard.name for at in (place, place + 1))
-        for key in sorted(_keys(store, first, int(hashes[place])) & _keys(store, second, int(hashes[place]))):
+        ours, theirs = ({one["__key__"] for one in scan(store, tar, Pager(whole=False))} for tar in (first, second))
+        for key in sorted(key for key in ours & theirs if key_hash(key) == int(hashes[place])):
             yield f"{store.url(second)}, key {key}: also in {first}: repack the data set"
-
-
-def _keys(store: Store, name: str, wanted: int) -> set[str]:
-    """The keys in a tar that have that hash."""
-    keys = (sample["__key__"] for sample in scan(store, name, Pager(whole=False)))
-    return {key for key in keys if key_hash(key) == wanted}

@@ -28,6 +28,11 @@ def label_text(sample: dict[str, Any], rule: str, where: str) -> str | None:
     return sample["cls"].decode("ascii", errors="replace").strip() if "cls" in sample else None
 
 
+def parse_number(text: str) -> int:
+    """The number that a label is; -1 for another text, and for 19 digits, which may be more than an int64."""
+    return int(text) if text.isdecimal() and len(text) < 19 else -1
+
+
 def check_label_rule(rule: str) -> None:
     """Raise InputError for a rule that `label_text` cannot follow."""
     kind, _, argument = rule.partition(":")

@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from dataclasses import fields as dataclass_fields
 from functools import cached_property
 from typing import Any
 
@@ -67,20 +66,16 @@ class Manifest:
     dtype: str  # `uint8` of an image, `float32` of a point
     labels: tuple[str, ...]  # name of each label; empty where there are none
     splits: dict[str, Split]
-    dealt: bool = True
-    """Whether each shard is a random subset of its split, as `naign pack` makes them and others do not."""
-    label: str = ""
-    """Where samples have their labels: "" as a number in .cls, or see labels.label_text."""
-    broken: dict[str, list[str]] = field(default_factory=dict)
-    """By shard, keys of the samples that could not be decoded, recorded by `naign index --keep-broken`."""
+    dealt: bool = True  # each shard is a random subset of its split, as `naign pack` makes them and others do not
+    label: str = ""  # where samples have their labels: "" as a number in .cls, or see labels.label_text
+    broken: dict[str, list[str]] = field(default_factory=dict)  # by shard, keys that `naign index --keep-broken` found
 
     @classmethod
     def of(
         cls, name: str, kind: str, shape: tuple[int, ...], labels: tuple[str, ...], shards: dict[str, list[Shard]]
     ) -> "Manifest":
         """The manifest of shards by split."""
-        totals = {split: sum(shard.samples for shard in made) for split, made in shards.items()}
-        splits = {split: Split(samples=totals[split], shards=tuple(made)) for split, made in shards.items()}
+        splits = {key: Split(samples=sum(s.samples for s in made), shards=tuple(made)) for key, made in shards.items()}
         return cls(name=name, kind=kind, shape=shape, dtype=FORMS[kind][0], labels=labels, splits=splits)
 
     @classmethod
@@ -137,21 +132,16 @@ class Manifest:
     def split(self, name: str) -> Split:
         """The split of that name. Raises InputError, naming those there are, where there is none."""
         if name not in self.splits:
-            remedy = "choose one of these"
-            if name == "test":
-                remedy = "index tars for testing, with test or val in their names or chosen by --test"
-            splits = ", ".join(self.splits)
-            raise InputError(f"data set {self.name} has no split {name!r}, only {splits}: {remedy}")
+            remedy = "choose one of these, or index tars for it, with test or val in their names or chosen by --test"
+            raise InputError(f"data set {self.name} has no split {name!r}, only {', '.join(self.splits)}: {remedy}")
         return self.splits[name]
 
     def dump(self) -> bytes:
         """The bytes of index.json."""
-        fields: dict[str, Any] = {"format": FORMAT}
-        fields |= {field.name: getattr(self, field.name) for field in dataclass_fields(self)}
+        fields = {"format": FORMAT, **asdict(self)}
         for name, usual in (("dealt", True), ("label", ""), ("broken", {})):
             if fields[name] == usual:
                 del fields[name]
-        fields["splits"] = {name: asdict(split) for name, split in self.splits.items()}
         for shard in (shard for split in fields["splits"].values() for shard in split["shards"]):
             if not shard["sha256"]:  # not known
                 del shard["sha256"]

@@ -36,12 +36,8 @@ def table_name(shard: str) -> str:
 class Pager:
     """Measures a tar from its bytes and the offsets at which its samples start; either may come first."""
 
-    def __init__(
-        self,
-        target: Writer | None = None,  # where the bytes are passed on to
-        *,
-        whole: bool = True,  # also hash the tar as a whole
-    ) -> None:
+    def __init__(self, target: Writer | None = None, *, whole: bool = True) -> None:
+        """Bytes are passed on to the target; with `whole` the tar is also hashed as a whole."""
         self._target, self._hash = target, hashlib.sha256() if whole else None
         self._bytes = bytearray()  # of the tar, from _start on: not hashed yet
         self._start = 0

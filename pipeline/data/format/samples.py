@@ -4,6 +4,8 @@ import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from pipeline.data.format.manifest import Shard
@@ -105,21 +107,14 @@ def _measured(pager: Pager, more: Callable[[], bool], where: str) -> Iterator[tu
         raise tarfile.ReadError("it begins with zeros" if pager.size else "empty file")
 
 
-def grouped(
-    members: Iterable[tuple[str, str, bytes]],  # key, suffix and bytes of each, in order
-    where: str = "",  # for messages
-) -> Iterator[dict[str, Any]]:
-    """The samples as WebDataset gives them: `__key__`, and the members' bytes by suffix."""
-    sample: dict[str, Any] = {}
-    for key, suffix, data in members:
-        if key != sample.get("__key__"):
-            if sample:
-                yield sample
-            sample = {"__key__": key}
-        if suffix in sample:
-            raise InputError(f"{where}key {key}: two members end in .{suffix}: repack the data set")
-        sample[suffix] = data
-    if sample:
+def grouped(members: Iterable[tuple[str, str, bytes]], where: str = "") -> Iterator[dict[str, Any]]:
+    """The samples of members (key, suffix, bytes) as WebDataset gives them: `__key__`, and the bytes by suffix."""
+    for key, files in groupby(members, key=itemgetter(0)):
+        sample: dict[str, Any] = {"__key__": key}
+        for _, suffix, data in files:
+            if suffix in sample:
+                raise InputError(f"{where}key {key}: two members end in .{suffix}: repack the data set")
+            sample[suffix] = data
         yield sample
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.data.decode import decode_array, decode_image, decoding, header_shape, parse_npy
-from pipeline.data.format.labels import label_text
+from pipeline.data.format.labels import label_text, parse_number
 from pipeline.data.format.manifest import CHANNELS, FORMS, Manifest, Shard
 from pipeline.data.format.samples import examine
 from pipeline.data.sample import SUFFIXES
@@ -22,8 +22,7 @@ from pipeline.storage.base import Store
 
 log = logging.getLogger("naign.data")
 
-KEPT = ".indexing.json"
-"""Ends the names of summaries' files, which exist until index.json does."""
+KEPT = ".indexing.json"  # ends the names of summaries' files, which exist until index.json does
 
 MOST_LABELS = 1_000_000  # a larger number in .cls is no label, and more texts are no classes
 _BROKEN = "repack the data set, or index it with --keep-broken and train with --data.broken=skip"
@@ -35,6 +34,7 @@ class Settings(NamedTuple):
 
     label: str = ""  # where labels are, see labels.label_text
     check: int | None = None  # samples of each tar to decode; of the others only the header is read. None: all
+    whole: bool = False  # also hash each tar as a whole
     keep_broken: bool = False  # record samples that cannot be decoded, rather than refuse them
 
 
@@ -44,47 +44,22 @@ class Survey:
 
     label: str
     kind: str = ""
-    shape: tuple[int, ...] = ()
-    """(C, 0, 0) of pictures that differ in size."""
-    labelled: bool = False
-    classes: int = 0
-    """One more than the largest number in .cls."""
-    texts: set[str] = field(default_factory=set)
-    """The labels, where they are not numbers in .cls."""
+    shape: tuple[int, ...] = ()  # (C, 0, 0) of pictures that differ in size
+    labels: set[str] = field(default_factory=set)  # as they are written; empty where no sample has one
 
-    def add(self, kind: str, shape: tuple[int, ...], text: str | None, where: str) -> None:
-        """Add a sample with this label. Raises InputError where it is unlike the others."""
-        self._agree(kind, shape, text is not None, where)
-        if text is None:
-            return
-        if self.label:
-            self.texts.add(text)
-            if len(self.texts) > MOST_LABELS:
-                raise InputError(f"{where}: the {MOST_LABELS + 1}th label: --label {self.label} gives no classes")
-        elif text.isdecimal() and len(text) < 19 and int(text) < MOST_LABELS:
-            self.classes = max(self.classes, int(text) + 1)
-        else:
-            what = f"label {text[:20]!r} is none that .cls can hold, a number below {MOST_LABELS}"
-            raise InputError(f"{where}: {what}: say where labels are with --label, or repack the data set")
-
-    def merge(self, other: "Survey", where: str) -> None:
-        """Add the samples of another survey. Raises InputError where they are unlike these."""
-        if other.kind:
-            self._agree(other.kind, other.shape, other.labelled, where)
-            self.classes = max(self.classes, other.classes)
-            self.texts |= other.texts
-
-    def _agree(self, kind: str, shape: tuple[int, ...], labelled: bool, where: str) -> None:
+    def add(self, kind: str, shape: tuple[int, ...], labels: set[str], where: str) -> None:
+        """Add a sample and its label, or samples that are alike. Raises InputError where they are unlike the others."""
         if not self.kind:
-            self.kind, self.shape, self.labelled = kind, shape, labelled
+            self.kind, self.shape, self.labels = kind, shape, set(labels)
         if kind != self.kind or (kind == "point" and shape != self.shape):
             raise InputError(f"{where}: {kind} {shape}, others are {self.kind} {self.shape}: {_ALIKE}")
         if kind == "image":  # grey pictures are read as colour where others have it
             sides = shape[1:] if shape[1:] == self.shape[1:] else (0, 0)
             self.shape = (max(shape[0], self.shape[0]), *sides)
-        if labelled != self.labelled:
+        if bool(labels) != bool(self.labels):
             what = f"label ({self.label})" if self.label else ".cls"
-            raise InputError(f"{where}: {'a' if labelled else 'no'} {what}, unlike others: {_ALIKE}")
+            raise InputError(f"{where}: {'a' if labels else 'no'} {what}, unlike others: {_ALIKE}")
+        self.labels |= labels
 
     def manifest(
         self, name: str, labels: tuple[str, ...], shards: dict[str, list[Shard]], old: Manifest | None
@@ -98,21 +73,20 @@ class Survey:
 
     def _label_names(self, name: str, labels: tuple[str, ...]) -> tuple[str, ...]:
         """The given names of labels, or those in the samples, in order. Raises InputError for names that do not fit."""
-        unknown = sorted(self.texts - set(labels)) if labels else []
-        but, most = f"{name}: {len(labels)} label names, but", self.classes - 1
+        numbers = {text: parse_number(text) for text in self.labels}
+        classes = range(0 if self.label else max(numbers.values(), default=-1) + 1)
+        unknown = sorted(self.labels - set(labels)) if self.label and labels else []
+        but = f"{name}: {len(labels)} label names, but"
         require(
             (len(set(labels)) == len(labels), f"{name}: a label name occurs twice: give each label its own"),
-            (self.labelled or not labels, f"{but} no sample has a label: leave them out, or --label"),
-            (len(labels) > most or not labels, f"{but} labels up to {most}: name them all"),
+            (self.labels or not labels, f"{but} no sample has a label: leave them out, or --label"),
+            (len(labels) >= len(classes) or not labels, f"{but} labels up to {len(classes) - 1}: name them all"),
             (not unknown, f"{but} none of the labels {unknown[:3]}: name them all"),
-            (
-                self.labelled or not self.label,
-                f"{name}: no sample has a label where --label says: {self.label}",
-            ),
+            (self.labels or not self.label, f"{name}: no sample has a label where --label says: {self.label}"),
         )
-        numeric = all(text.isdecimal() and len(text) < 19 for text in self.texts)
-        texts = sorted(self.texts, key=lambda text: (int(text) if numeric else 0, text))
-        return labels or tuple(texts) or tuple(str(number) for number in range(self.classes))
+        numeric = min(numbers.values(), default=0) >= 0
+        texts = sorted(self.labels, key=lambda text: (numbers[text] if numeric else 0, text))
+        return labels or tuple(map(str, classes or texts))
 
 
 @dataclass(kw_only=True)
@@ -142,15 +116,15 @@ class Summary:
             if kept["sha256"] != hashlib.sha256(kept["record"].encode()).hexdigest() or record["version"] != version:
                 return None
             shard, facts = Shard(**record["shard"]), record["survey"]
-            survey = Survey(**{**facts, "shape": tuple(facts["shape"]), "texts": set(facts["texts"])})
+            survey = Survey(**{**facts, "shape": tuple(facts["shape"]), "labels": set(facts["labels"])})
             table, keys = bytes.fromhex(record["table"]), np.frombuffer(bytes.fromhex(record["keys"]), "<u8")
             return cls(shard=shard, table=table, survey=survey, keys=keys, broken=record["broken"], problems=[])
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):  # cut, or of another version of naign
             return None
 
 
-def summarize(store: Store, name: str, settings: Settings, *, whole: bool = False) -> Summary:
-    """Read every byte of a tar, and with `whole` hash it also as a whole."""
+def summarize(store: Store, name: str, settings: Settings) -> Summary:
+    """Read every byte of a tar."""
     survey, broken, seen = Survey(label=settings.label), list[str](), dict[str, str]()
 
     def see(sample: dict[str, Any]) -> None:
@@ -162,10 +136,16 @@ def summarize(store: Store, name: str, settings: Settings, *, whole: bool = Fals
                 raise
             log.warning("kept: %s", error)
             broken.append(sample["__key__"])
-        else:
-            survey.add(kind, shape, label_text(sample, settings.label, place), place)
+            return
+        text = label_text(sample, settings.label, place)
+        if text is not None and not settings.label and not 0 <= parse_number(text) < MOST_LABELS:
+            what = f"label {text[:20]!r} is none that .cls can hold, a number below {MOST_LABELS}"
+            raise InputError(f"{place}: {what}: say where labels are with --label, or repack the data set")
+        survey.add(kind, shape, set() if text is None else {text}, place)
+        if len(survey.labels) > MOST_LABELS:
+            raise InputError(f"{place}: the {MOST_LABELS + 1}th label: --label {settings.label} gives no classes")
 
-    problems, shard, table = examine(store, name, see, seen, whole=whole)
+    problems, shard, table = examine(store, name, see, seen, whole=settings.whole)
     keys = np.array(sorted(map(key_hash, seen)) if shard else (), np.uint64)
     shard = shard or Shard(name=name, samples=0, bytes=0, pages="")
     return Summary(shard=shard, table=table, survey=survey, keys=keys, broken=broken, problems=problems)
@@ -192,8 +172,7 @@ def _form(sample: dict[str, Any], where: str, *, whole: bool) -> tuple[str, tupl
     except InputError as error:
         raise InputError(f"{where}: the .{suffix} cannot be decoded ({error}): {_BROKEN}") from None
     if not kind:
-        wanted = "images are uint8 (C, H, W), points float32 (D,)"
-        raise InputError(f"{where}: the .npy is {dtype} of {shape}: {wanted}")
+        raise InputError(f"{where}: the .npy is {dtype} of {shape}: images are uint8 (C, H, W), points float32 (D,)")
     if kind == "image" and shape[0] not in CHANNELS:
         raise InputError(f"{where}: the .npy has {shape[0]} channels, not 1 or 3: repack the data set")
     return kind, shape

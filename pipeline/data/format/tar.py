@@ -9,8 +9,7 @@ from pipeline.errors import InputError
 
 BLOCK = 512  # bytes; headers and data are padded to multiples of it
 
-Read = Callable[[int, int], bytes]
-"""Reads bytes [first, last) of a tar; fewer at its end."""
+Read = Callable[[int, int], bytes]  # bytes [first, last) of a tar, fewer at its end
 
 
 class Member(NamedTuple):
@@ -22,14 +21,10 @@ class Member(NamedTuple):
     data: bytes | None  # None for all but files
 
 
-def members(
-    read: Read,
-    where: str = "the tar",  # for messages
-    *,
-    hashed: bool = False,  # the bytes have a hash that was checked, so checksums of plain headers are not
-) -> Iterator[Member]:
+def members(read: Read, where: str = "the tar", *, hashed: bool = False) -> Iterator[Member]:
     """The members up to the end-of-archive mark, or to where the bytes end.
 
+    Checksums of plain headers are not compared where the bytes are `hashed`: they have a hash that was checked.
     Raises tarfile.TarError or ValueError for anything that is no tar or is cut within a member, and InputError, whose
     message begins with `where`, for links and sparse files.
     """
@@ -67,18 +62,17 @@ def _with_extended_headers(read: Read, begin: int, where: str) -> Member | None:
         if len(header) < BLOCK:
             raise tarfile.ReadError("unexpected end of data")
         kind, length, start = header[156:157], _checked_size(header), at + BLOCK
-        if kind in (b"L", b"K"):  # GNU's long name, of a file or of what it links to
-            extended = _member(read, "", at, start, length)
-            at = extended.end
-            if kind == b"L":
-                name = (extended.data or b"").rstrip(b"\0").decode(errors="surrogateescape")
-        elif kind in (b"x", b"X", b"g"):
-            extended = _member(read, "", at, start, length)
-            keywords, at = _keywords(extended.data or b""), extended.end
-            if kind == b"g" and keywords.keys() & {"path", "size"}:
-                raise tarfile.ReadError("a global header names a file")
-            name, size = keywords.get("path", name), keywords.get("size", size)
-            sparse = sparse or any(keyword.startswith("GNU.sparse") for keyword in keywords)
+        if kind in (b"L", b"K", b"x", b"X", b"g"):
+            _, _, at, data = _member(read, "", at, start, length)
+            assert data is not None
+            if kind == b"L":  # GNU's long name of a file; K is of what it links to
+                name = data.rstrip(b"\0").decode(errors="surrogateescape")
+            elif kind != b"K":
+                keywords = _keywords(data)
+                if kind == b"g" and keywords.keys() & {"path", "size"}:
+                    raise tarfile.ReadError("a global header names a file")
+                name, size = keywords.get("path", name), keywords.get("size", size)
+                sparse = sparse or any(keyword.startswith("GNU.sparse") for keyword in keywords)
         else:
             name = _name(header) if name is None else name
             if kind in (b"1", b"2", b"S") or sparse:

@@ -78,8 +78,7 @@ def pack(
         require((manifest == old, refusal))
         return manifest, False
     if target.exists(INDEX):
-        remedy = "`naign verify` says whether it is whole; choose another place, or replace it with --force"
-        raise Conflict(f"{to}: another program packed a data set there meanwhile: {remedy}")
+        raise Conflict(f"{to}: another program packed a data set there: take another folder, or replace it by --force")
     target.put(INDEX, manifest.dump())
     return manifest, True
 

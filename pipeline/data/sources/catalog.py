@@ -66,15 +66,14 @@ def load(
 
 
 def digits() -> Source:
-    """scikit-learn's 1,797 handwritten digits of 8x8, values 0 to 16 spread over 0 to 255; a fixed fifth is the test.
-
-    Needs no network.
-    """
+    """scikit-learn's 1,797 digits of 8x8, values 0 to 16 spread over 0 to 255; a fixed fifth is the test split."""
     from sklearn.datasets import load_digits  # slow to import, and needed here only
 
     values, labels = load_digits(return_X_y=True)
     images = np.rint(values * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
     order, count = shuffled(len(images), seed=0), len(images) // 5
-    rows = {"train": order[count:], "test": order[:count]}
-    splits = {split: labelled("digit-{:04d}", images, labels, chosen) for split, chosen in rows.items()}
+    splits = {
+        split: labelled([f"digit-{row:04d}" for row in rows], images[rows], labels[rows])
+        for split, rows in {"train": order[count:], "test": order[:count]}.items()
+    }
     return Source(name="digits", kind="image", shape=(1, 8, 8), labels=tuple("0123456789"), splits=splits)

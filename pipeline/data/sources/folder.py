@@ -2,16 +2,15 @@
 
 import logging
 import os
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
-from pipeline.data.decode import UNDECODABLE, decoding, eight_bits, open_picture
+from pipeline.data.decode import decoding, eight_bits, open_picture
 from pipeline.data.order import shuffled
 from pipeline.data.resize import parse_size
 from pipeline.data.sources.source import Example, Made, Source
@@ -77,8 +76,6 @@ def fitted(data: bytes, size: tuple[int, int], channels: int) -> Image.Image:
     """
     with decoding(), open_picture(data) as opened:
         upright = eight_bits(ImageOps.exif_transpose(opened), "L" if channels == 1 else "RGB")
-        if upright.size == size:
-            return upright
         return ImageOps.fit(upright, size, method=Image.Resampling.LANCZOS)
 
 
@@ -88,8 +85,7 @@ def _pictures(root: Path) -> list[Picture]:
         raise InputError(f"{root}: no such folder: give a folder of pictures with --root; unpack an archive first")
 
     def refuse(error: OSError) -> None:
-        what = str(error.strerror).lower()
-        raise InputError(f"{error.filename}: cannot be read ({what}): check the owner and mode of the folder")
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror}): check the owner and mode of the folder")
 
     pictures, paths = list[Picture](), list[Path]()
     for folder, inner, files in os.walk(root, onerror=refuse):
@@ -97,8 +93,7 @@ def _pictures(root: Path) -> list[Picture]:
         paths += [Path(folder, name) for name in (*inner, *files) if not name.startswith(".")]
     for path in sorted(paths):
         if path.is_file():
-            inside = PurePosixPath(path.relative_to(root).as_posix())
-            pictures.append(Picture(path, inside, _printable(str(path))))
+            pictures.append(Picture(path, PurePosixPath(path.relative_to(root)), _printable(str(path))))
         elif path.is_symlink() or not path.is_dir():
             what = "neither file nor folder, or a link that leads to no file"
             raise InputError(f"{path}: {what}: remove it, or put the file itself there")
@@ -124,9 +119,9 @@ def _decodable(pictures: list[Picture], root: Path, size: tuple[int, int], chann
             raise InputError(f"{picture.where}: not enough memory to decode it: free some, or remove it") from None
         return ""
 
-    with ThreadPoolExecutor(cpu_count()) as threads:  # decoding releases the interpreter's lock
-        checks = tqdm(threads.map(problem, pictures), total=len(pictures), desc="decode folder", unit="picture")
-        checked = list(zip(pictures, checks, strict=True))
+    # Threads, as decoding releases the interpreter's lock.
+    reasons = thread_map(problem, pictures, max_workers=cpu_count(), desc="decode folder", unit="picture")
+    checked = list(zip(pictures, reasons, strict=True))
     broken = [f"{picture.where}: {reason}" for picture, reason in checked if reason]
     for what in broken[:NAMED]:
         log.warning("%s: passed over", what)
@@ -155,7 +150,7 @@ def _examples(pictures: list[Picture], labels: tuple[str, ...], size: tuple[int,
         picture = pictures[index]
         try:
             pixels = np.asarray(fitted(picture.file.read_bytes(), size, channels))
-        except UNDECODABLE as error:
+        except (OSError, InputError) as error:
             remedy = "remove it, repair it, or pass over all such files with --broken skip"
             raise InputError(f"{picture.where}: {error}: {remedy}") from None
         array = pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))

@@ -20,7 +20,7 @@ import numpy as np
 
 from pipeline.data.decode import Array
 from pipeline.data.sources.folder import from_tree
-from pipeline.data.sources.source import Source, labelled
+from pipeline.data.sources.source import Source, train_and_test
 from pipeline.errors import InputError, Unavailable
 from pipeline.storage.store import open_store
 
@@ -28,8 +28,7 @@ NPM_NETWORK = ("EAI_AGAIN", "ENOTFOUND", "ECONNREFUSED", "ECONNRESET", "ETIMEDOU
 TIMEOUT = 10  # seconds without an answer before the next way is tried
 FAILURES = (OSError, EOFError, LookupError, ValueError, HTTPException, subprocess.SubprocessError, tarfile.TarError)
 
-Way = tuple[str, Callable[[str], bytes]]
-"""What a way is called in messages, and a function from a file's name to its bytes (gzipped or not)."""
+Way = tuple[str, Callable[[str], bytes]]  # its name in messages, and a file's bytes (gzipped or not) by its name
 
 
 def obtain(
@@ -47,14 +46,13 @@ def obtain(
     in the network, so that another try may succeed.
     """
     kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "naign" / name
-    failures, transient = list[str](), False
+    failures = list[tuple[str, Exception]]()
     cached: Way = (f"cache {kept}", partial(in_folder, kept))
     for title, get in [(str(root), partial(in_folder, root))] if root else [cached, *ways]:
         try:
             files = {file: checked(file, get(file), digest) for file, digest in sums.items()}
         except FAILURES as error:
-            failures.append(f"  {title}: {error}")
-            transient = transient or is_transient(error)
+            failures.append((title, error))
             continue
         with suppress(OSError, InputError):  # a cache that cannot be written is no reason to stop
             store = open_store(str(kept))
@@ -62,8 +60,9 @@ def obtain(
                 if not store.exists(file):
                     store.put(file, data)
         return files
-    kind = Unavailable if transient else InputError
-    raise kind(f"{name}: no way to get its files. Tried\n" + "\n".join(failures) + f"\n{advice}")
+    kind = Unavailable if any(is_transient(error) for _, error in failures) else InputError
+    tried = "".join(f"  {title}: {error}\n" for title, error in failures)
+    raise kind(f"{name}: no way to get its files. Tried\n{tried}{advice}")
 
 
 def is_transient(error: Exception) -> bool:
@@ -144,11 +143,10 @@ FASHION_WAYS: list[Way] = [
 FASHION_LABELS = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
 )  # fmt: skip
-IDX = {
+IDX = {  # SHA-256 of the files, where they are published, and labels
     "mnist": (MNIST_SUMS, MNIST_WAYS, tuple("0123456789")),
     "fashion_mnist": (FASHION_SUMS, FASHION_WAYS, FASHION_LABELS),
 }
-"""SHA-256 of the files, where they are published, and labels."""
 CIFAR_SUMS = {"cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"}
 CIFAR_WAYS: list[Way] = [("its authors' site", partial(on_web, "https://www.cs.toronto.edu/~kriz/", suffix=""))]
 CIFAR_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -159,11 +157,8 @@ def idx(name: str, root: Path | None) -> Source:
     sums, ways, labels = IDX[name]
     advice = f"Give the folder that holds {', '.join(IDX_FILES)}, gzipped or not, with --root"
     files = obtain(name, dict(zip(IDX_FILES, sums, strict=True)), ways, root, advice=advice)
-    arrays = [read_idx(files[file]) for file in IDX_FILES]
-    splits = {
-        "train": labelled("train-{:05d}", arrays[0][:, None], arrays[1]),
-        "test": labelled("test-{:05d}", arrays[2][:, None], arrays[3]),
-    }
+    train, train_labels, test, test_labels = (read_idx(files[file]) for file in IDX_FILES)
+    splits = train_and_test((train[:, None], train_labels), (test[:, None], test_labels))
     return Source(name=name, kind="image", shape=(1, 28, 28), labels=labels, splits=splits)
 
 
@@ -175,9 +170,7 @@ def read_idx(data: bytes) -> Array:
 
 
 def cifar10(root: Path | None) -> Source:
-    """32x32 colour, 50,000 and 10,000: the binary version from its site, or, with `root`, that archive,
-    or a folder of pictures in train/ and test/ with a folder a class.
-    """
+    """32x32 colour, 50,000 and 10,000: the archive at `root` or of its site, or pictures in root/{train,test}/CLASS."""
     (file,) = CIFAR_SUMS
     if root is None or (root.name == file and root.is_file()):
         advice = f"Fetch {file} elsewhere and give it, or a folder of pictures, with --root"
@@ -197,8 +190,6 @@ def _cifar_binary(archive: bytes) -> Source:
             if member.name.endswith(".bin") and (stream := tar.extractfile(member))
         }
     train = np.concatenate([records[f"data_batch_{number}.bin"] for number in range(1, 6)])
-    splits = {
-        split: labelled(f"{split}-{{:05d}}", rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0])
-        for split, rows in (("train", train), ("test", records["test_batch.bin"]))
-    }
+    parts = ((rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0]) for rows in (train, records["test_batch.bin"]))
+    splits = train_and_test(*parts)
     return Source(name="cifar10", kind="image", shape=(3, 32, 32), labels=CIFAR_LABELS, splits=splits)

@@ -26,12 +26,15 @@ class Made:
         return self.make(index)
 
 
-def labelled(key: str, images: Array, labels: Array, rows: Sequence[int] | None = None) -> Made:
-    """The examples in those rows of arrays, by default all; `key` is a format of the row."""
-    chosen = range(len(images)) if rows is None else rows
-    return Made(
-        length=len(chosen), make=lambda at: (key.format(chosen[at]), images[chosen[at]], int(labels[chosen[at]]))
-    )
+def labelled(keys: Sequence[str], arrays: Array, labels: Array) -> Made:
+    """The examples of an array, with their keys and labels."""
+    return Made(length=len(keys), make=lambda row: (keys[row], arrays[row], int(labels[row])))
+
+
+def train_and_test(train: tuple[Array, Array], test: tuple[Array, Array]) -> dict[str, Made]:
+    """The splits of arrays of examples and of labels; the keys are numbered."""
+    splits = {"train": train, "test": test}
+    return {name: labelled([f"{name}-{row:05d}" for row in range(len(of[0]))], *of) for name, of in splits.items()}
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.sources.source import Source, labelled
+from pipeline.data.sources.source import Source, train_and_test
 from pipeline.errors import InputError
 
 TRAIN, TEST = 50_000, 10_000  # points a split
@@ -77,8 +77,5 @@ def toy2d(name: str, *, seed: int = 0) -> Source:
     """A distribution as a source, 50,000 points to train and 10,000 to test, drawn together. Raises InputError."""
     points, labels = draw(name, TRAIN + TEST, seed=seed)
     names = tuple(f"part {number}" for number in range(DISTRIBUTIONS[name][0]))
-    splits = {
-        "train": labelled("train-{:05d}", points[:TRAIN], labels[:TRAIN]),
-        "test": labelled("test-{:05d}", points[TRAIN:], labels[TRAIN:]),
-    }
+    splits = train_and_test((points[:TRAIN], labels[:TRAIN]), (points[TRAIN:], labels[TRAIN:]))
     return Source(name=f"toy2d:{name}", kind="point", shape=(2,), labels=names, splits=splits)
