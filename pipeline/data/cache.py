@@ -1,9 +1,8 @@
 """A local folder that keeps what was read from a store in a network, for all ranks and pods of a machine or volume.
 
-What is kept are blocks of BLOCK bytes, each a file named by its number and the hash of its shard: a shard that changes
-is another shard, so nothing stale is read. A block is written to a temporary file and renamed. There are no locks:
-processes that need the same block at once both fetch it, a block that another process removed is fetched again, and a
-damaged block is recognised by its hash and bypassed.
+What is kept are blocks of BLOCK bytes, each a file named by its number and the hash of its shard, so nothing stale is
+read. There are no locks: processes that need the same block at once both fetch it, a block that another one removed is
+fetched again, and a damaged one is recognised by its hash and bypassed.
 """
 
 import contextlib

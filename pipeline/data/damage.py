@@ -1,17 +1,14 @@
 """Damage to learn from: each image its own kinds and strengths, drawn anew every time it is seen.
 
     noise  Gaussian noise of a standard deviation that is uniform in [0, strength].
-    mixed  (images only) each of four with probability 1/2, one after another: detail lost (the image averaged down to
-           between 1/2 and 1/8 of its height, enlarged again, and mixed with the original), noise as above, specks (up
-           to 40 % of the pixels take one shade each), and stripes (up to 40 % of the rows, or columns, take one shade).
-           One image in sixteen is erased before: all of it takes one shade, every second time black. Where nothing is
-           left the answer is a typical image, so that no flat image stays what it is.
-    mild   as mixed, but each of the four with probability 1/3, so that nearly one image in five stays whole. That much
-           reconstruction suffices: with `objective.reconstruction=0` a step evaluates f once and takes half the time.
+    mixed  (images only) each of four with probability 1/2, one after another: detail lost (averaged down to between 1/2
+           and 1/8 of the height, enlarged, mixed with the original), noise as above, specks (up to 40 % of the pixels
+           take one shade each), and stripes (up to 40 % of the rows, or columns, take one shade). One image in sixteen
+           is erased before, to one shade, every second time black, so that no flat image stays what it is.
+    mild   as mixed, but each of the four with probability 1/3, so that nearly one image in five stays whole, which
+           suffices to learn reconstruction.
 
-The last two are kin to the damage that repair is measured on (pipeline.data.degrade), but of other kernels and of
-random strengths; a table of repairs must say which of them a network was trained with. Other packages add more as entry
-points of group naign.damage, each a `Damage`.
+Other packages add more as entry points of group naign.damage, each a `Damage`.
 """
 
 from collections.abc import Callable
@@ -29,8 +26,6 @@ SCALARS = 16  # uniform numbers that `mixed` and `mild` take for an image beside
 
 
 class Damage(NamedTuple):
-    """How images are damaged."""
-
     damage: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     """Damaged images (n, *shape), a function of the arguments alone, row by row: images (n, *shape) float32 in [-1, 1],
     standard normals (n, *shape), uniform numbers (n, uniforms(shape)) in (0, 1], and the noise's largest standard

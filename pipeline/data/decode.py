@@ -17,6 +17,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from pipeline.errors import InputError
 
 Array = npt.NDArray[Any]
+JpegHeader = tuple[int, int, int, int]  # channels, height, width, orientation: EXIF's number, from 1, upright, to 8
 
 
 def encode(array: Array, suffix: str) -> bytes:
@@ -33,15 +34,12 @@ def encode(array: Array, suffix: str) -> bytes:
 
 @contextmanager
 def decoding() -> Iterator[None]:
-    """Turn any error of a decoder for bytes in memory into an InputError that says why, not where.
-
-    For damaged bytes Pillow and NumPy raise nearly anything: SyntaxError, struct.error, MemoryError, OverflowError, ...
-    """
+    """Turn any error of a decoder for bytes in memory into an InputError that says why, not where."""
     try:
         yield
     except UnidentifiedImageError:  # its text is the address of a stream
         raise InputError("no picture that Pillow can read") from None
-    except Exception as error:
+    except Exception as error:  # for damaged bytes Pillow and NumPy raise nearly anything
         raise InputError(str(error) or type(error).__name__) from None
 
 
@@ -59,9 +57,7 @@ def open_picture(data: bytes) -> Image.Image:
 
 def eight_bits(picture: Image.Image, mode: str) -> Image.Image:
     """A picture in mode `L` or `RGB`: 16-bit grey is scaled by 1/257 (Pillow would clip it), transparency is on white.
-
-    Raises InputError for values of no known range, and what Pillow raises.
-    """
+    Raises InputError for values of no known range, and what Pillow raises."""
     if picture.mode == "F":
         raise InputError("mode F, floating-point pixels of no known range: save it with 8 or 16 bits")
     if picture.mode.startswith("I"):  # I;16, I;16B, I;16L or, of 32 bits, I
@@ -78,8 +74,7 @@ def eight_bits(picture: Image.Image, mode: str) -> Image.Image:
 def decode_image(data: bytes, into: Array | None = None) -> Array:
     """The pixels (C, H, W) uint8 of an image file, upright, C being 1 for grey, else 3. Of several frames the first.
 
-    If `into` has the image's shape, the pixels may be written there: then `into` itself is returned. In memory the
-    channels of a pixel lie together, as decoders give them. Raises InputError for bytes that are no picture.
+    Of the shape of `into` they may be written there, and `into` is returned. InputError for bytes that are no picture.
     """
     header = jpeg_header(data)
     plain = decode_jpeg(data, header, into=into) if header else _decode_plain_png(data)
@@ -102,9 +97,7 @@ def header_shape(data: bytes) -> tuple[int, int, int]:
 
 def _decode_plain_png(data: bytes) -> Array | None:
     """The pixels of a PNG of 8-bit grey or colour whose data is one chunk; None for any other, which is left to Pillow.
-
-    Pillow decompresses here too, but not parsing the chunks saves a quarter of the time that reading MNIST takes.
-    """
+    Not parsing the chunks saves a quarter of the time that reading MNIST takes."""
     if data[:16] != b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" or data[37:41] != b"IDAT" or data[-8:-4] != b"IEND":
         return None
     mode = _MODES.get(data[24:29])
@@ -119,15 +112,11 @@ def _decode_plain_png(data: bytes) -> Array | None:
         picture = Image.frombytes(mode, (width, height), data[41:end], "zip", mode, 0)
     except (ValueError, OSError):
         return None
-    pixels = np.frombuffer(picture.tobytes(), np.uint8)
-    return pixels.reshape(height, width, -1).transpose(2, 0, 1)
+    return np.frombuffer(picture.tobytes(), np.uint8).reshape(height, width, -1).transpose(2, 0, 1)
 
 
-def jpeg_header(data: bytes) -> tuple[int, int, int, int] | None:
-    """Channels, height, width and orientation (EXIF's number, from 1, upright, to 8) of a JPEG in grey or YCbCr.
-
-    None for any other, which is left to Pillow. Raises InputError for bytes that Pillow cannot read either.
-    """
+def jpeg_header(data: bytes) -> JpegHeader | None:
+    """The header of a JPEG in grey or YCbCr; None for any other, which is left to Pillow. Raises InputError."""
     if data[:2] != b"\xff\xd8":
         return None
     try:
@@ -143,13 +132,11 @@ def jpeg_header(data: bytes) -> tuple[int, int, int, int] | None:
     return 1 if space == "Gray" else 3, height, width, orientation
 
 
-def decode_jpeg(
-    data: bytes, header: tuple[int, int, int, int], factor: int = 1, *, into: Array | None = None
-) -> Array | None:
+def decode_jpeg(data: bytes, header: JpegHeader, factor: int = 1, *, into: Array | None = None) -> Array | None:
     """The upright pixels (C, H, W) of a sound JPEG with that header, at 1/factor of its size; None: left to Pillow.
 
-    Of an upright picture they are written to `into`, and it is returned, if it has their shape and their order in
-    memory. The pixels are Pillow's, by the same library, libjpeg-turbo, for small images in a fifth of the time.
+    Of an upright picture they are written to `into`, and it is returned, if it has their shape and order in memory.
+    Pillow has the same pixels by the same library, libjpeg-turbo, but takes five times as long for small images.
     """
     channels, height, width, orientation = header
     height, width = -(-height // factor), -(-width // factor)
@@ -193,9 +180,7 @@ _MODES = {b"\x08\0\0\0\0": "L", b"\x08\2\0\0\0": "RGB"}  # by bit depth, colour 
 
 def decode_array(data: bytes, shape: tuple[int, ...], dtype: str) -> Array:
     """The finite values of an .npy file with that `dtype` and `shape`, where 0 is any length and 3 channels may be one.
-
-    Raises InputError for anything else, before memory is taken.
-    """
+    Raises InputError for anything else, before memory is taken."""
     header, by_columns, stored = npy_header(shape, dtype), False, shape
     with decoding():
         if not data.startswith(header):

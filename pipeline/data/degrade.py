@@ -5,10 +5,8 @@ Of images in [-1, 1] (black is -1):
     noise         Gaussian noise, sigma 0.5, clamped to [-1, 1]
     salt_pepper   20 % of the pixels replaced, half by white, half by black; all channels of a pixel together
     rows          five random rows set black
-Images less than 28 pixels high are damaged in proportion, otherwise nothing would be left of an 8x8 digit: blur has
-sigma 2 * H / 28, and round(5 * H / 28) rows, at least one, are blackened.
-
-These are of strength 1. Sigma of blur and noise, the share of pixels and the number of rows grow with the strength.
+Images less than 28 pixels high are damaged in proportion: blur has sigma 2 * H / 28, and round(5 * H / 28) rows, at
+least one, are blackened. Sigmas, the share of pixels and the number of rows are multiplied by the strength.
 """
 
 from typing import Literal, get_args

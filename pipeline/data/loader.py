@@ -88,16 +88,11 @@ class Stream(AbstractContextManager["Stream"]):
     """One rank's part of every round of a split. Use as a context manager, or close it."""
 
     def __init__(
-        self,
-        config: DataConfig,
-        *,
-        seed: int,  # of the order of the shards, and of windows and mirroring
-        round_size: int,  # images a round, over all ranks
-        rank: int = 0,
-        world: int = 1,
-        prefetch: bool = True,  # read the next round while this one is used
+        self, config: DataConfig, *, seed: int, round_size: int, rank: int = 0, world: int = 1, prefetch: bool = True
     ) -> None:
-        """Raises InputError where the data set is missing, or a round cannot be shared equally by the ranks."""
+        """`seed` is of the order of shards, and of windows and mirroring; a round has `round_size` images over all
+        ranks; with `prefetch` the next one is read while one is used. InputError where the data set is missing, or a
+        round cannot be shared equally by the ranks."""
         check_config(config)
         self.sets = DataSets(config)
         self.manifest, self.shape = self.sets.manifest, self.sets.shape  # shape: of one row
@@ -115,16 +110,12 @@ class Stream(AbstractContextManager["Stream"]):
         self._next = 0
         atexit.register(self.close)  # a thread inside torch while the interpreter goes down would abort it
 
-    def take(
-        self,
-        round: int,
-        cancelled: Callable[[], bool] = lambda: False,  # asked a few times a second
-    ) -> Rows:
+    def take(self, round: int, cancelled: Callable[[], bool] = lambda: False) -> Rows:
         """This rank's part of a round: a function of the arguments of the Stream and `round` alone. Rounds may be asked
-        for in any order; they are read ahead only when asked for one after the other.
+        for in any order, but are read ahead one after the other.
 
         Raises InputError, naming shard and key, for data that is damaged or not as its manifest says; Unavailable for a
-        store that stays out of reach; Stopped if `cancelled` turns true."""
+        store that stays out of reach; Stopped if `cancelled`, asked a few times a second, turns true."""
         ahead, self._ahead = self._ahead, None
         if ahead and ahead.round != round:
             ahead.abandon()
@@ -260,14 +251,11 @@ def _allow(problems: list[str], broken: int, rows: int, epoch: int) -> None:
 
 
 def read_split(
-    data: DataConfig | str,  # or the path alone
-    split: str,
-    *,
-    limit: int | None = None,  # samples, a random subset of them; None: all
-    progress: bool = False,  # bar on stderr
+    data: DataConfig | str, split: str, *, limit: int | None = None, progress: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """A whole split in the order of its shards: images (n, C, H, W) uint8 or points (n, D) float32, labels (n,) int64.
-    Images are brought to `data.size` without chance. Raises InputError as Stream does."""
+    """A split, or a random subset of `limit` samples, in the order of its shards: images (n, C, H, W) uint8 or points
+    (n, D) float32, labels (n,) int64. `data` may be the path alone. Images are brought to `data.size` without chance.
+    Raises InputError as Stream does."""
     config = DataConfig(path=data) if isinstance(data, str) else data
     sets = DataSets(config)
     total = sets.manifest.split(split).samples

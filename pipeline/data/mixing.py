@@ -61,10 +61,9 @@ def shares(weights: Sequence[float], size: int) -> list[int]:
 
 
 class DataSets:
-    """What data.path names."""
+    """What data.path names. InputError where one is missing, or they do not go together."""
 
     def __init__(self, config: DataConfig) -> None:
-        """Raises InputError where one is missing, or they do not go together."""
         named = members(config)
         self.configs, self.weights = [config for config, _ in named], [weight for _, weight in named]
         self.resize = parse_resize(config)
@@ -92,12 +91,8 @@ class DataSets:
             shards = tuple(chain.from_iterable(part.shards for part in parts))
             splits[name] = Split(samples=sum(part.samples for part in parts), shards=shards)
         together = " + ".join(manifest.name for manifest in self.manifests)
-        return replace(first, name=together, labels=tuple(self._numbers), label="", splits=splits)
-
-    @cached_property
-    def _numbers(self) -> dict[str, int]:
         labels = dict.fromkeys(label for manifest in self.manifests for label in manifest.labels)
-        return {label: number for number, label in enumerate(labels)}
+        return replace(first, name=together, labels=tuple(labels), label="", splits=splits)
 
     def reader(self, place: int, split: str | None = None) -> Reader:
         """A reader of one of them, of data.split or another one; through data.cache if the data lie elsewhere."""
@@ -113,7 +108,7 @@ class DataSets:
         make = partial(Reader, store, opened(config.index) if config.index else store, manifest, shards, config)
         if len(self.configs) == 1:
             return make(lanes=self._lanes(place))
-        numbers = [self._numbers[label] for label in manifest.labels]
+        numbers = [self.manifest.numbers[label] for label in manifest.labels]
         return make(lanes=self._lanes(place), prefix=f"{place}:", numbers=numbers)
 
     def _lanes(self, place: int) -> int:

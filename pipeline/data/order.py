@@ -1,11 +1,9 @@
 """Who reads what: pure functions from (manifest, seed, round, rank) to pieces of shards.
 
 Epoch e visits every shard once, in an order that depends on (seed, e) alone, and the images of a shard in their order.
-Where shards are no random subsets, that sequence is cut into lanes, and a block of each lane is taken in turn, in an
-order of which every round draws evenly from all parts of the data set. Round r takes the next N images, and rank k of W
-the k-th equal part of the round. So the images of a round, and the row of each, are the same for every world size and
-number of workers; each image comes exactly once an epoch; and resuming at a round is arithmetic. Pieces need not be
-whole shards: shards are read by ranges of bytes. A round goes on into the next epoch where one ends.
+Where shards are no random subsets, that sequence is cut into lanes, and a block of each lane is taken in turn. Round r
+takes the next N images, also beyond the end of an epoch, and rank k of W the k-th equal part of the round. So the
+images of a round, and the row of each, are the same for every world size and number of workers.
 """
 
 from dataclasses import dataclass

@@ -200,9 +200,8 @@ class Reader:
         data = self.store.read(name, start, rows[-1][1])
         for (sample, first, digest), (end, last, _) in pairwise(rows if self._config.check else ()):
             there = memoryview(data)[first - start : last - start]
-            problem = (
-                f"the SHA-256 of bytes {first} to {last} (samples {sample} to {end - 1}) is not the one in {table}"
-            )
+            span = f"bytes {first} to {last} (samples {sample} to {end - 1})"
+            problem = f"the SHA-256 of {span} is not the one in {table}"
             sound = self._sound(self.store, name, there, digest, problem, first, last)
             if sound is not there:
                 data = data[: first - start] + sound + data[last - start :]

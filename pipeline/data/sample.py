@@ -28,10 +28,7 @@ def decode(
     drawn: Numbers | None = None,  # a row of Draws; None: the central window
 ) -> tuple[Array, int]:
     """A sample's array (uint8 of an image, float32 of a point; in `into` if that saves a copy), and label, -1 if none.
-
-    Raises InputError that names the shard and the key where the array is missing, cannot be decoded, has another shape
-    than the manifest says or values that are not finite, or the label is not one of the data set's.
-    """
+    InputError, which names shard and key, where one is not as the manifest says, or cannot be decoded."""
     where = f"{shard}, key {sample['__key__']}"
     suffix = next((suffix for suffix in SUFFIXES[manifest.kind] if suffix in sample), None)
     if suffix is None:

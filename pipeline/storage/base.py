@@ -16,10 +16,8 @@ class Writer(Protocol):
 
 
 class Store(Protocol):
-    """A flat folder of files. Every method raises InputError for missing or forbidden files.
-
-    A store in a network retries transient failures, and raises Unavailable if that does not help.
-    """
+    """A flat folder of files. Every method raises InputError for missing or forbidden files, and in a network, where
+    transient failures are retried, Unavailable if that does not help."""
 
     path: str
     tally: Tally
@@ -40,10 +38,7 @@ class Store(Protocol):
         """A text that changes whenever the file does, such as its ETag, or its time and size."""
 
     def read(self, name: str, first: int = 0, last: int | None = None, *, fresh: bool = False) -> bytes:
-        """Bytes [first, last), all of them; to the end if last is None. InputError if it is shorter.
-
-        `fresh` bypasses any cache and renews its content.
-        """
+        """Bytes [first, last); None: to the end. InputError if it is shorter. `fresh` bypasses and renews any cache."""
 
     def pieces(self, name: str) -> Generator[bytes]:
         """The bytes of a file in pieces of at most a megabyte, read ahead in bounded memory; never silently cut."""

@@ -1,8 +1,5 @@
-"""Objects under a prefix of an S3 bucket, or of any server that speaks S3.
-
-botocore retries requests but not bodies: a connection that breaks or stalls in the middle of an answer ends the read.
-So botocore's retries are off: NetworkStore retries requests, and bodies from the byte where they broke.
-"""
+"""Objects under a prefix of an S3 bucket, or of any server that speaks S3. botocore's retries, of requests without
+their bodies, are off: NetworkStore retries requests, and bodies from the byte where they broke."""
 
 import base64
 import contextlib

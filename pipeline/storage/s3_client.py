@@ -75,9 +75,8 @@ def _make_client() -> Any:
     made.meta.events.register_first("needs-retry.s3", _refuse_redirect)
     if payer := os.environ.get("AWS_REQUEST_PAYER"):
         for operation in ("GetObject", "HeadObject", "ListObjectsV2"):
-            made.meta.events.register(
-                f"provide-client-params.s3.{operation}", lambda params, **_: {**params, "RequestPayer": payer}
-            )
+            event = f"provide-client-params.s3.{operation}"
+            made.meta.events.register(event, lambda params, **_: {**params, "RequestPayer": payer})
     return made
 
 

@@ -84,10 +84,7 @@ def index(
 
 
 def _write(target: Store, manifest: Manifest, old: Manifest | None, summaries: dict[str, Summary]) -> None:
-    """Write page tables and index.json in place of the `old` ones; then delete summaries and tables without a tar.
-
-    Between the two index.json files there is none, for the seconds that this takes.
-    """
+    """Write page tables and index.json in place of the `old` ones; then delete summaries and tables without a tar."""
     target.delete(INDEX)
     threads = Parallel(THREADS, backend="threading")
     threads(delayed(target.put)(table_name(name), one.table) for name, one in summaries.items())

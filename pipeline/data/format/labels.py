@@ -8,10 +8,9 @@ from pipeline.errors import InputError
 
 
 def label_text(sample: dict[str, Any], rule: str, where: str) -> str | None:
-    """A sample's label as it is written, None without one.
+    """A sample's label as it is written, None without one. InputError for .json that cannot be read.
 
-    The rule is "" for the number in .cls, `json:FIELD` for a field of .json, or `name:REGEX` for what the first group
-    of the expression matches in the key. Raises InputError for .json that cannot be read.
+    The rule is "" for .cls, `json:FIELD`, or `name:REGEX` for what the expression's first group matches in the key.
     """
     kind, _, argument = rule.partition(":")
     if kind == "json":

@@ -80,10 +80,7 @@ class Manifest:
 
     @classmethod
     def load(cls, path: str) -> "Manifest":
-        """Read it from a local folder or `s3://bucket/prefix`.
-
-        Raises InputError where the folder, or index.json in it, is missing, empty, malformed or of another format.
-        """
+        """That of a folder or `s3://bucket/prefix`. InputError where it is missing, malformed or of another format."""
         store = open_store(path)
         if store.exists(INDEX):
             return cls.parse(store.read(INDEX), where=store.url(INDEX))

@@ -19,8 +19,7 @@ from pipeline.storage.base import Writer
 
 PAGE = 256 << 10
 """Bytes after which a page ends, at the end of a sample. It also ends at each multiple of order.BLOCK samples, so that
-blocks are whole pages. Of samples of 2 KB tables are .15 % of the data, of large ones less than .02 %.
-"""
+blocks are whole pages. Of samples of 2 KB tables are .15 % of the data, of large ones less than .02 %."""
 
 ROW = np.dtype([("sample", "<i8"), ("byte", "<i8"), ("sha256", "V32")])
 """A page's first sample, first byte, and hash. One more row says where the last page ends; its hash is zero."""

@@ -1,7 +1,4 @@
-"""What indexing learns of tars by others, of one and of all: shards, page tables, kind, shape and labels.
-
-What is known of a tar is also written to a file, so that an interrupted call can continue.
-"""
+"""What indexing learns of tars by others, of one and of all: shards, page tables, kind, shape and labels."""
 
 import hashlib
 import json
@@ -91,7 +88,7 @@ class Survey:
 
 @dataclass(kw_only=True)
 class Summary:
-    """What was read of one tar."""
+    """What was read of one tar; also written to a file, so that an interrupted call can continue."""
 
     shard: Shard
     table: bytes  # the file of its page table

@@ -24,9 +24,8 @@ class Member(NamedTuple):
 def members(read: Read, where: str = "the tar", *, hashed: bool = False) -> Iterator[Member]:
     """The members up to the end-of-archive mark, or to where the bytes end.
 
-    Checksums of plain headers are not compared where the bytes are `hashed`: they have a hash that was checked.
-    Raises tarfile.TarError or ValueError for anything that is no tar or is cut within a member, and InputError, whose
-    message begins with `where`, for links and sparse files.
+    Checksums of plain headers are not compared where the bytes are `hashed`: they have a hash that was checked. Raises
+    tarfile.TarError or ValueError where they are no tar or cut within a member, InputError for links and sparse files.
     """
     at = 0
     while True:

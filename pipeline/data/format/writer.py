@@ -36,10 +36,9 @@ def pack(
 ) -> tuple[Manifest, bool]:
     """Write the source's splits as shards `<split>-00000.tar` and, last, their index.json.
 
-    The same source and settings give the same bytes. After an interruption there is no index.json, and the next call
-    continues; after a kill a file `.partial-*` may stay, which can be deleted. An InputError deletes what was written.
-    Returns the manifest, and False if the target held this data set already. Raises InputError if it holds another,
-    unless `force`, or the source cannot be packed so.
+    The same source and settings give the same bytes. After an interruption the next call continues; an InputError
+    deletes what was written. Returns the manifest, and False if the target held this data set already. Raises
+    InputError if it holds another, unless `force`, or the source cannot be packed so.
     """
     check_seed(seed)
     if encoding not in ENCODINGS:

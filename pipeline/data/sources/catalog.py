@@ -34,19 +34,16 @@ GROUP = "naign.sources"
 
 
 def load(
-    name: str,  # one of SOURCES
+    name: str,
     *,
     root: Path | None = None,  # files to use instead of fetching them; for `folder`, the tree of pictures
-    size: str | int | None = None,  # pixels a side or height x width, for `folder`
-    channels: int = 3,  # 3 colour or 1 grey, for `folder`
+    size: str | int | None = None,  # this, channels and skip: for `folder`, as `from_tree` takes them
+    channels: int = 3,
     seed: int = 0,  # of what is drawn: the points of toy2d, the test split of `folder`
-    skip: bool = False,  # pass over files that are no picture, for `folder`
+    skip: bool = False,
 ) -> Source:
-    """The named source; of one such as mnist:100, that many of its training examples, drawn by the seed.
-
-    Raises InputError for an unknown name, missing files, or an option that it does not take; Unavailable where files
-    cannot be fetched for now.
-    """
+    """The named source; of one such as mnist:100, that many of its training examples, drawn by the seed. InputError for
+    an unknown name, missing files, or an option that it does not take; Unavailable where files cannot be fetched."""
     check_seed(seed)
     base, _, argument = name.partition(":")
     choices, key = known(SOURCES, GROUP), f"{base}:<name>"

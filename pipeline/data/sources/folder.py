@@ -36,20 +36,14 @@ class Picture(NamedTuple):
 
 
 def from_tree(
-    name: str,
-    root: Path,
-    *,
-    size: str | int,  # pixels a side, or height x width as 48x64
-    channels: int = 3,  # 3 colour, 1 grey
-    seed: int = 0,  # of the test split, where the tree does not say
-    skip: bool = False,  # pass over files that are no picture, with a warning; decodes every picture once more
+    name: str, root: Path, *, size: str | int, channels: int = 3, seed: int = 0, skip: bool = False
 ) -> Source:
-    """The pictures under `root`, the name of a picture's first folder being its label (none if any lies outside).
+    """The pictures under `root`, the name of a picture's first folder being its label (none if any lies outside), with
+    `size` pixels a side, or height x width as 48x64, and 3 channels (colour) or 1 (grey).
 
-    The splits are the top folders train/ and test/ where both are there, else a random tenth is the test split.
-    Transparent pictures are laid on white, as viewers show them; 16-bit grey is scaled to 8 bits. Names that start with
-    a dot are passed over. Raises InputError, naming the file, for links that lead to none, for anything else that is no
-    picture unless `skip`, and where there are no pictures.
+    The splits are the top folders train/ and test/ where both are there, else a tenth, drawn by the seed, is the test
+    split. Names that start with a dot are passed over, and with `skip`, which decodes every picture once more, files
+    that are no picture. Raises InputError, naming the file, for other such files and for links that lead to none.
     """
     if channels not in (1, 3):
         raise InputError(f"no {channels} channels: use --channels 1 or 3")
@@ -71,9 +65,7 @@ def from_tree(
 
 def fitted(data: bytes, size: tuple[int, int], channels: int) -> Image.Image:
     """A picture upright (EXIF orientation), its largest central window of that shape resized to (width, height).
-
-    Transparency is laid on white. Raises InputError, saying why but not where, for bytes that are no such picture.
-    """
+    Raises InputError, saying why but not where, for bytes that are no picture."""
     with decoding(), open_picture(data) as opened:
         upright = eight_bits(ImageOps.exif_transpose(opened), "L" if channels == 1 else "RGB")
         return ImageOps.fit(upright, size, method=Image.Resampling.LANCZOS)

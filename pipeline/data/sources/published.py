@@ -32,15 +32,10 @@ Way = tuple[str, Callable[[str], bytes]]  # its name in messages, and a file's b
 
 
 def obtain(
-    name: str,  # of the data set and its folder in the cache
-    sums: Mapping[str, str],  # SHA-256 by file name
-    ways: list[Way],  # in the order to try
-    root: Path | None = None,  # folder that has them, which is then the only way
-    *,
-    advice: str,  # ends the message where all fail
+    name: str, sums: Mapping[str, str], ways: list[Way], root: Path | None = None, *, advice: str
 ) -> dict[str, bytes]:
-    """The named files, unzipped: from the cache, else by the first way that gives all of them, and then cached in
-    `$XDG_CACHE_HOME/naign` or ~/.cache/naign.
+    """The files that `sums` names, each with its SHA-256, unzipped: from the folder `root` if one is given, else from
+    the cache, in `$XDG_CACHE_HOME/naign` or ~/.cache/naign, or by the first way that gives all of them.
 
     Raises InputError that lists every way tried and why it failed, followed by `advice`; Unavailable where a way failed
     in the network, so that another try may succeed.

@@ -48,14 +48,9 @@ class Source:
     splits: dict[str, Made]
 
 
-def subset(
-    source: Source,
-    *,
-    train: int | None = None,  # training examples to keep; None: all
-    without: tuple[str, ...] = (),  # labels to leave out of the training split
-    seed: int = 0,  # which are kept: the first of an order drawn by it
-) -> Source:
-    """The source with fewer training examples, its test split whole. Raises InputError where too few are left."""
+def subset(source: Source, *, train: int | None = None, without: tuple[str, ...] = (), seed: int = 0) -> Source:
+    """The source with `train` training examples (None: all), drawn by the seed, and none of the labels `without`; its
+    test split is whole. Raises InputError where too few are left."""
     if unknown := [label for label in without if label not in source.labels]:
         raise InputError(f"{source.name} has no label {unknown[0]!r}: --without takes {', '.join(source.labels)}")
     if train is not None and train < 1:

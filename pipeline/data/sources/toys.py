@@ -1,7 +1,4 @@
-"""Toy distributions of points in the plane, whose densities are known, to see what a model learns.
-
-All lie about in [-1, 1]². `draw` is exact: points are independent, each of the distribution in the docstring.
-"""
+"""Toy distributions of independent points in the plane, about in [-1, 1]², whose densities are known."""
 
 from collections.abc import Callable
 from typing import Any
