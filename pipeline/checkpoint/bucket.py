@@ -44,8 +44,7 @@ def newest_first(remote: str) -> Iterator[str]:
 
 def round_of(remote: str, name: str) -> int:
     """The round in which a checkpoint was written; -1 if trainer.json does not say, or if a file of the manifest is
-    missing or has another size. Other files are not read.
-    """
+    missing or has another size. Other files are not read."""
     where = f"{remote}/checkpoints/{name}"
     try:
         for file, entry in read_manifest(open_store(where).read(MANIFEST)).items():

@@ -1,7 +1,4 @@
-"""What a local folder and a bucket share: names of checkpoints, manifests, and which checkpoints are kept.
-
-A manifest lists a checkpoint's files with size and SHA-256. Its content is untrusted.
-"""
+"""What a local folder and a bucket share: names of checkpoints, manifests, and which checkpoints are kept."""
 
 import hashlib
 import json
@@ -17,7 +14,7 @@ from pipeline.storage.store import open_store
 MANIFEST = "manifest.json"
 BEST = "best.json"  # in the run's folder: the best checkpoint by quality/fd, and how it was measured
 
-Entries = dict[str, dict[str, Any]]  # the files of a manifest: {"bytes": int, "sha256": str} by name
+Entries = dict[str, dict[str, Any]]  # the files of a manifest: {"bytes": int, "sha256": str} by name; untrusted
 
 
 def by_step(names: Iterable[str]) -> list[str]:
@@ -31,11 +28,9 @@ def step_of(name: str) -> int:
 
 
 def prune(root: str, keep: int, *, newest: str = "", spare: str = "") -> None:
-    """Remove checkpoints that are incomplete, or complete but not among the newest `keep` (0: all), manifests first.
-
-    `root` is their folder, here or in a bucket. `newest`, the one just written, is kept and counted, and those after it
-    are left alone. `spare` is kept whatever its age, and not counted.
-    """
+    """Remove checkpoints in a folder or bucket that are incomplete, or not among the newest `keep` (0: all), manifests
+    first. `newest`, the one just written, is kept and counted, and those after it are left alone. `spare` is kept
+    whatever its age, and not counted."""
     complete = int(bool(newest))
     for name in by_step(open_store(root).folders()):
         if name == spare or (newest and step_of(name) >= step_of(newest)):

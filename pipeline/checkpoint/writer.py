@@ -51,10 +51,7 @@ def passed_over(checkpoints: Path, newest: Path | None) -> list[Path]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a checkpoint has its manifest and all files match it.
-
-    Raises OSError where the disk fails for the moment, which says nothing about the checkpoint.
-    """
+    """Whether a checkpoint has its manifest and all files match it. OSError where the disk fails for the moment."""
     try:
         files = read_manifest((folder / MANIFEST).read_bytes())
         return all(is_whole(folder / name, entry) for name, entry in files.items())
@@ -101,10 +98,8 @@ class Writer:
     def start(self, name: str, copy: Callable[[], None], files: Mapping[str, Write], best: str = "") -> None:
         """Start to write this rank's files of checkpoint `name`. `copy` is called first, in the background.
 
-        `best`, on rank 0, is the text of best.json where this is the best checkpoint: it is written once the checkpoint
-        is complete, and only then is the former best one removed, here and in the bucket.
-
-        Waits for the previous checkpoint, and raises InputError if that could not be written.
+        `best`, on rank 0, is the text of best.json where this is the best checkpoint: once this is complete, it is
+        written and the former best one removed. Waits for the previous checkpoint, and raises as `join` does.
         """
         self.join()
         folder = self._run / "checkpoints" / name
@@ -124,11 +119,8 @@ class Writer:
 
     def join(self, *, within: float = math.inf, share: float = 1.0) -> bool:
         """Wait for the checkpoint that is being written. Returns False if that takes longer than `within` seconds or,
-        once a stop was requested, longer than `share` of the time left.
-
-        Raises InputError on every rank if any rank could not write its files; earlier checkpoints are untouched. Raises
-        what a collective raises when another rank is gone.
-        """
+        once a stop was requested, longer than `share` of the time left. Raises InputError on every rank if any rank
+        could not write its files, and what a collective raises when another rank is gone."""
         if self._done is None:
             return True
         end, stopping = time.monotonic() + within, False
@@ -155,10 +147,8 @@ class Writer:
         return conflict
 
     def _write(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write], best: str) -> str:
-        """Write the local checkpoint, its manifest last. Returns what failed on any rank, the same on all ranks.
-
-        Raises RuntimeError on all ranks if something other than the disk failed, such as a device.
-        """
+        """Write the local checkpoint, its manifest last. Returns what failed on any rank, the same on all ranks, which
+        raise RuntimeError if it was something other than the disk, such as a device."""
         entries, failed, fault = dict[str, Any](), "", False
         try:
             copy()  # first: the next step waits for it
@@ -199,9 +189,7 @@ class Writer:
 
     def _upload(self, folder: Path, names: list[str]) -> str:
         """Upload a checkpoint: each rank its own files, then rank 0 the manifest. If that fails, it stays local.
-
-        Returns why the run must end, the same on all ranks: another process has taken the bucket over.
-        """
+        Returns why the run must end, the same on all ranks: another process has taken the bucket over."""
         title("upload")
         start = time.perf_counter()
         failed, conflict = self._agreed(lambda: bucket.check_claim(self._remote, self._claim))

@@ -41,19 +41,15 @@ INTERNALS = {  # names that may change with any release, by library; zero.py che
 
 
 def set_threads(threads: int) -> None:
-    """CPU threads of this rank. 0: OMP_NUM_THREADS, or under a launcher, which exports 1, the rank's share of the
-    cores."""
+    """CPU threads of this rank. 0: OMP_NUM_THREADS, or its share of the cores under a launcher, which exports 1."""
     launched = "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
     if threads or launched or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads or max(1, len(_cores()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def warn_of_others(seconds: float = 0.2) -> None:
-    """Measure for `seconds` how busy the cores are, and warn where other programs take those that the ranks count on.
-
-    Threads of a bfloat16 convolution spin while they wait (oneDNN's barrier, whatever OMP_WAIT_POLICY says): with two
-    beside a busy process MNIST trained at 14 images/s instead of 200 to 300.
-    """
+    """Measure for `seconds` how busy the cores are, and warn where other programs take those that the ranks count on:
+    threads of a bfloat16 convolution spin while they wait (oneDNN's barrier, whatever OMP_WAIT_POLICY says)."""
     threads, ranks, cores = torch.get_num_threads(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")), _cores()
     if threads == 1:
         return
@@ -63,10 +59,8 @@ def warn_of_others(seconds: float = 0.2) -> None:
     busy = max(0.0, sum(shares[core] for core in cores if core < len(shares)) / 100 - ours)
     if threads * ranks > len(cores) - busy + 0.5:
         fewer = max(1, round(len(cores) - busy) // ranks)
-        log.warning(
-            f"other programs keep {busy:.1f} of {len(cores)} cores busy: threads that wait for one another may train "
-            f"many times slower than fewer would, try --train.threads={fewer}"
-        )
+        slower = "threads that wait for one another may train many times slower than fewer would"
+        log.warning(f"other programs keep {busy:.1f} of {len(cores)} cores busy: {slower}, try --train.threads={fewer}")
 
 
 def _cores() -> set[int]:
@@ -88,10 +82,8 @@ def count_gpus() -> int:
 
 
 def check_gpus(asked: str, needed: int) -> None:
-    """Raise InputError, or Unavailable for a driver out of order, where torch can use fewer than `needed` GPUs.
-
-    `asked` begins the message: what asks for them.
-    """
+    """Raise InputError, or Unavailable for a driver out of order, where torch can use fewer than `needed` GPUs. The
+    message begins with `asked`: what asks for them."""
     if needed <= (count := count_gpus()):
         return
     more = "nvidia.com/gpu in the pod's limits, --gpus-per-node under Slurm, CUDA_VISIBLE_DEVICES elsewhere"

@@ -18,10 +18,8 @@ POLL_SECONDS = 0.5  # approximate seconds between two collective polls
 
 
 class StopRequest:
-    """Set by the first signal to any rank; a second Ctrl-C ends the program at once. Collective.
-
-    Everything has to be done `within` seconds after a signal. Ranks wait for each other for `timeout` seconds.
-    """
+    """Set by the first signal to any rank; a second Ctrl-C ends the program at once. Everything has to be done `within`
+    seconds after a signal. Collective; ranks wait for each other for `timeout` seconds."""
 
     def __init__(self, *, within: float = math.inf, world: int = 1, timeout: float = 660) -> None:
         self.requested = False
@@ -45,8 +43,7 @@ class StopRequest:
         return max(0.0, self._deadline - time.monotonic())
 
     def seen(self) -> bool:
-        """Whether any rank was asked to stop, as far as this one knows. Not collective: for code that ranks run
-        unequally often."""
+        """Whether any rank was asked to stop, as far as this one knows. Not collective."""
         if self._store is not None and self.requested:
             self._store.set("asked", "1")
         elif self._store is not None and self._store.check(["asked"]):

@@ -1,7 +1,4 @@
-"""The engine under DeepSpeed, ZeRO 0 to 3. The only file that imports DeepSpeed.
-
-Its tensor_fragment API assembles a parameter's state from the ranks' partitions.
-"""
+"""The engine under DeepSpeed, ZeRO 0 to 3. The only file that imports DeepSpeed."""
 
 import math
 import os
@@ -136,10 +133,8 @@ _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def compile_communication() -> None:
-    """Compile DeepSpeed's communication for CPUs, one process of the machine at a time.
-
-    torch's own lock is a file that a killed process leaves behind, where it blocks all later starts.
-    """
+    """Compile DeepSpeed's communication for CPUs, one process of the machine at a time. torch's own lock is a file that
+    a killed process leaves behind, where it blocks all later starts."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from torch.utils.cpp_extension import get_default_build_root
@@ -169,10 +164,10 @@ def _configure(accelerator: Accelerator, *, micro: int, accumulate: int, clip: f
     for key, (value, setting) in needed.items():
         configured = config.get(key, "auto")
         if configured not in ("auto", None, value) and (key, configured) != ("gradient_accumulation_steps", 1):
-            conflict = f"the launcher's DeepSpeed configuration says {key}: {configured}"
-            raise InputError(
-                f"{conflict}, but {setting} makes it {value}: remove it there, or change the run's setting"
+            conflict = (
+                f"the launcher's DeepSpeed configuration says {key}: {configured}, but {setting} makes it {value}"
             )
+            raise InputError(f"{conflict}: remove it there, or change the run's setting")
         config[key] = value
     accelerator.gradient_accumulation_steps, config["steps_per_print"] = accumulate, math.inf
     # DeepSpeed's AdamW for offloaded weights is compiled first, with CUDA's headers; torch's does the same, slower.

@@ -1,7 +1,6 @@
 """The exact nearest candidate over all ranks: checks of the arguments, communication, and the loop over blocks.
 
-The search of one rank is in `one_rank.py`. 'Nearest' is a total order, (distance, id), so the answer is the same for
-every world size, block size, thread count and backend.
+'Nearest' is a total order, (distance, id), so the answer is the same for every world size, block size and backend.
 
     distances, ids = nearest(images, samples, first_id)  # (q, d) and (c, d): each rank passes its own rows
     answer = search(images, Blocks(rows=10**6, make=generate), first_id=rank * 10**6, neighbours=5)

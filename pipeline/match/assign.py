@@ -15,11 +15,10 @@ all images."""
 
 
 def assign_once(
-    find: Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]],  # of match_round
-    ranks: Ranks,
-    counts: list[int],  # images of each rank
+    find: Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]], ranks: Ranks, counts: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """Collective: squared distance float64 and id, each (n,), of the sample of each image of this rank.
+    """Collective: squared distance float64 and id, each (n,), of the sample of each image of this rank. `find` is that
+    of `match_round`, `counts` are the images of each rank.
 
     The least of all pairs by (distance, number of the image, id) is assigned, then the least of the pairs of the
     remaining images and samples, and so on. Every rank computes this on the k nearest samples of all images. An image
@@ -45,12 +44,10 @@ def assign_once(
     return mine[:, 0].contiguous().view(torch.float64), mine[:, 1].contiguous()
 
 
-def settle(
-    distances: NDArray[np.float64],  # (n, k): ascending along each row; inf where there is no sample
-    ids: NDArray[np.int64],  # (n, k): ascending among equal distances; -1 where there is no sample
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def settle(distances: NDArray[np.float64], ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The pairs (rows, columns) that are assigned whatever samples each image has beyond its k nearest: all that come
-    before the last known pair of the first image that has no sample left, since a pair beyond comes after it."""
+    before the last known pair of the first image that has no sample left. Both arguments, (n, k), are sorted along each
+    row by (distance, id), with inf and -1 where there is no sample."""
     settled, taken = dict[int, int](), {-1}
     for pair in np.argsort(distances, axis=None, kind="stable").tolist():  # by distance, then image, then id
         row, column = divmod(pair, ids.shape[1])

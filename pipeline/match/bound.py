@@ -212,8 +212,7 @@ def survivors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs that may be near: (s,) rows of A, ascending, and (s,) rows of B; and (q,) bool: rows of A given up.
 
     A row is given up, and has no pairs listed, if nearly every group has a survivor, or more than one candidate in
-    sixteen survives; a few such rows among many are listed nevertheless. The largest integer of a group tells whether
-    any candidate in it survives, since a float has its sign bit in the place of an integer's."""
+    sixteen survives; a few such rows among many are listed nevertheless."""
     integer = torch.int16 if a.dtype == torch.bfloat16 else torch.int32
     groups = len(b) // GROUP
     most = max(_FEW_GROUPS, groups * 7 // 8)
@@ -223,6 +222,7 @@ def survivors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     tile = a.new_empty(min(height, len(a)), len(b))  # reused: fresh memory would cost as much as the product
     for start in range(0, len(a), height):
         part = a[start : start + height]
+        # A float has its sign bit in the place of an integer's.
         signs = torch.mm(part, b.T, out=tile[: len(part)]).view(integer).view(-1, groups, GROUP)
         alive = signs.amax(2) >= 0
         heavy = alive.sum(1) > most

@@ -45,10 +45,8 @@ class MatchConfig:
     def __post_init__(self) -> None:
         check_fields(self, "match")
         if self.once and self.pool < self.round:
-            raise InputError(
-                f"match.assignment={self.assignment} gives no two images one sample, and match.ratio="
-                f"{self.ratio} makes {self.pool} for {self.round} images: use --match.ratio=1 or more"
-            )
+            few = f"match.ratio={self.ratio} makes {self.pool} for {self.round} images: use --match.ratio=1 or more"
+            raise InputError(f"match.assignment={self.assignment} gives no two images one sample, and {few}")
 
     @property
     def once(self) -> bool:
@@ -92,10 +90,8 @@ def match_round(
         rejected, reject = reject_nearest(blocks, queries, number, config, ranks, searches)
         values["match/reject"], left = math.sqrt(reject), config.pool - len(rejected)
         if config.once and left < sum(counts):
-            raise InputError(
-                f"{left} of the pool's {config.pool} samples are left for {sum(counts)} images with match.assignment="
-                f"{config.assignment}, {len(rejected)} were rejected: lower match.reject_share, or raise match.ratio"
-            )
+            few = f"{left} of {config.pool} samples are left for {sum(counts)} images with match.assignment=one_to_one"
+            raise InputError(f"{few}, {len(rejected)} were rejected: lower match.reject_share, or raise match.ratio")
 
     def find(rows: Tensor, neighbours: int, assigned: Tensor) -> tuple[Tensor, Tensor]:
         """Squared distances and ids, (len(rows), neighbours) each, of the nearest samples of some images."""

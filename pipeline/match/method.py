@@ -28,14 +28,9 @@ _SETTLED = 0.3  # survivors of a whole search for each survivor of the probe, wh
 
 
 @bound.full_precision()
-def plan_search(
-    queries: Tensor,  # (q, d) float32: all that will be searched for
-    candidates: Tensor,  # (n, d) float32: some of the pool, n >= 1
-    *,
-    method: str,  # of METHODS
-    expected: int,  # candidates that will be searched
-) -> tuple[str, Frame]:
-    """The method, flat, projected or rounded, and the coordinates it begins with, at a cost that is small beside it."""
+def plan_search(queries: Tensor, candidates: Tensor, *, method: str, expected: int) -> tuple[str, Frame]:
+    """The method, flat, projected or rounded, and the coordinates it begins with, at a cost that is small beside it:
+    for all `queries` (q, d) and `expected` candidates, of which `candidates` (n >= 1, d) are some; both float32."""
     count, dims = queries.shape
     work = count * expected * dims
     rows = _SAMPLE[0] if work < _MEDIUM else min(max(_SAMPLE_VALUES // dims, _SAMPLE[0]), _SAMPLE[1])

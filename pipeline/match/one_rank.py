@@ -45,14 +45,9 @@ class Searcher:
     """The k nearest of all candidates added so far, for each query: `distances` (q, k) float64 and `ids` (q, k) int64.
     Both ascend by (distance, id), and are infinite and NO_ID where there are fewer than k yet."""
 
-    def __init__(
-        self,
-        queries: Tensor,  # (q, d) float32, finite
-        frame: Frame,  # with a basis, the first sieve is `projected`, else `rounded`
-        encoded: Quantized | None,  # the queries in that frame; None: the method is `flat`
-        *,
-        neighbours: int,  # k
-    ) -> None:
+    def __init__(self, queries: Tensor, frame: Frame, encoded: Quantized | None, *, neighbours: int) -> None:
+        """Queries (q, d) float32, finite, and `encoded` in a frame; None: the method is `flat`. With a basis the first
+        sieve is `projected`, else `rounded`."""
         self.queries, self.neighbours = queries.contiguous(), neighbours
         shape, device = (len(queries), neighbours), queries.device
         self.distances = torch.full(shape, torch.inf, dtype=torch.float64, device=device)

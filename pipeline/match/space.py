@@ -48,15 +48,11 @@ def check_space(config: SpaceConfig, shape: tuple[int, ...]) -> None:
 
 
 def embed(
-    images: Tensor,  # (n, *shape)
-    config: SpaceConfig,
-    features: Callable[[Tensor], Tensor] | None = None,  # images (b, *shape) -> (b, e), where they have a weight
-    *,
-    number: int = 0,  # of the first image
+    images: Tensor, config: SpaceConfig, features: Callable[[Tensor], Tensor] | None = None, *, number: int = 0
 ) -> Tensor:
-    """Embeddings (n, d) float32, whose squared L2 distances are those of the space. A row does not depend on the rows
-    beside it: a matrix product may round a row by its place and the product's size, so image i is always computed at
-    row i % ROWS of a batch of ROWS, padded with zeros."""
+    """Embeddings (n, d) float32 of images (n, *shape), whose squared L2 distances are those of the space; `features` of
+    images (b, *shape) are (b, e). A row does not depend on the rows beside it: a matrix product may round a row by its
+    place and the product's size, so image i, the first being `number`, is computed at row i % ROWS of ROWS."""
     if not config.features:
         return _embed_batch(images, config)
     first, last = number % ROWS, number % ROWS + len(images)

@@ -116,8 +116,7 @@ def normal(
     """Standard normals (n, *shape) float32; row i depends on (seed, round, ids[i], stream) alone.
 
     Uniform numbers have the same bits on every device; normals may differ in the last ones, as logarithm and cosine do.
-    Raises ValueError for an id outside [0, 2**62), where the ids are in the host's memory: to look at others would wait
-    for the device."""
+    Raises ValueError for an id outside [0, 2**62), where the ids are in the host's memory."""
     size = math.prod(shape)
     blocks = -(-size // 4)
     assert blocks <= 2**30 and 0 <= round < 2**32 and 0 <= stream < 16
