@@ -139,6 +139,7 @@ def test_missing_packages_are_named_with_the_command(monkeypatch: pytest.MonkeyP
     with pytest.raises(InputError, match="'timm:resnet18' needs timm .*pip install timm"):
         load_encoder("timm:resnet18")
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)  # may be imported by now
     with pytest.raises(InputError, match="'fid-inception' needs torch-fidelity .*pip install torch-fidelity"):
         load_encoder("fid-inception")
 
