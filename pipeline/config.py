@@ -19,17 +19,8 @@ from pipeline.model import losses, networks
 from pipeline.model.prior import GmmConfig, PriorConfig, find_prior
 from pipeline.observe.speed import parse_rounds
 from pipeline.observe.trackers import find_trackers
-from pipeline.settings.constraints import (
-    AT_LEAST_0,
-    FREE,
-    MAY_CHANGE,
-    NOT_EMPTY,
-    POSITIVE,
-    SHARE,
-    between,
-    check_fields,
-    one_of,
-)
+from pipeline.settings import constraints
+from pipeline.settings.constraints import AT_LEAST_0, FREE, MAY_CHANGE, NOT_EMPTY, POSITIVE, SHARE, between, one_of
 from pipeline.settings.read import MOST, Named, build, leaves, read_yaml, refuse_renamed
 from pipeline.storage.store import open_store
 
@@ -237,7 +228,7 @@ def check(config: Config) -> None:
     for key, value in flat.items():
         if isinstance(value, (int, float)) and not abs(value) < MOST:
             raise InputError(f"{key} is {shown(value)}: it must be a finite number below {MOST:.1e}")
-    check_fields(config, "")
+    constraints.check_fields(config, "")
     model, objective, quality = config.model, config.objective, config.quality
     together = model.only_with in ("", objective.name) and objective.only_with in ("", model.name)
     both = f"model.name={model.name} and objective.name={objective.name} do not go together"

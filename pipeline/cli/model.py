@@ -268,11 +268,8 @@ def demo(run: Run, /, *, port: int = 7860, device: Device = "auto") -> None:
         about += " It carries latents to images: it was not trained to repair."
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with tempfile.TemporaryDirectory(prefix="naign-demo-") as place:
-        os.environ |= {  # read when Gradio is imported: nothing is sent, and its files are gone in the end
-            "GRADIO_ANALYTICS_ENABLED": "False",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "GRADIO_TEMP_DIR": place,
-        }
+        # Read when Gradio is imported: nothing is sent, and its files are gone in the end.
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_TEMP_DIR": place}
         try:
             from pipeline.cli.demo_page import Player, serve
         except ModuleNotFoundError as error:

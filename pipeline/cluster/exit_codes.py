@@ -116,10 +116,8 @@ def kill_children() -> list[psutil.Process]:
 
 
 def explain(failures: Mapping[int, Any]) -> tuple[int, str, bool]:
-    """The exit code of this host's ranks, a sentence for the last line of the log, and `Ending.killed`.
-
-    `failures` are torchelastic's ProcessFailure by local rank; those that it killed long after the first are ignored.
-    """
+    """The exit code of this host's ranks, a sentence for the last line of the log, and `Ending.killed`. `failures` are
+    torchelastic's ProcessFailure by local rank; those that it killed long after the first are ignored."""
     first = min(failure.timestamp for failure in failures.values())
     causes = [failure for failure in failures.values() if failure.exitcode >= 0 or failure.timestamp < first + GRACE]
     failure = max(causes, key=lambda failure: weight(failure.exitcode))

@@ -34,10 +34,7 @@ POSSIBLE = {
 
 def find_engine(name: str, precision: str = "") -> str:
     """The text of an Accelerate configuration: of the file `name`, of the file of that name in launch/, or, for '', of
-    DDP with train.precision=`precision`.
-
-    Raises InputError where there is no such file, or training cannot start with it.
-    """
+    DDP with train.precision=`precision`. InputError for no such file, or one that training cannot start with."""
     if not name:
         use_cpu, mixed = without_engine(precision)
         kind = "compute_environment: LOCAL_MACHINE, distributed_type: MULTI_GPU, same_network: true"

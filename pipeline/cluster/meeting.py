@@ -1,15 +1,13 @@
 """All hosts of a job wait for each other before any of them starts its ranks.
 
-A launcher's rendezvous admits whoever connects, and a pod of an earlier start of the same job that still terminates has
-the name and index of one that is awaited. So every host names its start, and host 0 rejects those of other starts.
-Hosts then use the address at which host 0 answered, since its name may resolve to another pod a moment later.
+A pod of an earlier start that still terminates has the name and index of one that is awaited, so every host names its
+start, and host 0 rejects others (admission.py). Hosts then use the address at which host 0 answered, since its name may
+resolve to another pod a moment later.
 
-Hosts of a start meet again when one was lost and its orchestrator replaces it; admission.py decides who is admitted.
-Meetings are numbered by generation: one more than the largest that any host has seen. Of two hosts with one index the
-later one stays, unless its generation is older; the other one must leave, so that they do not take turns.
-
-The connections stay open while the ranks run. A host that dies closes its connections, so the others learn at once what
-a collective may not report for minutes.
+Hosts of a start meet again when one was lost and replaced. Meetings are numbered by generation: one more than the
+largest that any host has seen. Of two hosts with one index the later one stays, unless its generation is older; the
+other one must leave, so that they do not take turns. Connections stay open while the ranks run: those of a host that
+dies are closed, so the others learn at once what a collective may not report for minutes.
 """
 
 import contextlib

@@ -35,16 +35,11 @@ PICTURES = {
 """The pictures of an evaluation that a card shows, in this order."""
 
 
-def write_repository(
-    folder: Path,  # to write
-    model: NAIGN,
-    run: str,  # where the model is from: a run (or s3://), a checkpoint, an exported folder or its file
-    *,
-    name: str,  # of the repository: user/model
-    license: str | None = None,  # of the weights, as the hub abbreviates it; None: the card says that none is stated
-) -> int:
+def write_repository(folder: Path, model: NAIGN, run: str, *, name: str, license: str | None = None) -> int:
     """Write model.safetensors, config.json, README.md and pictures: all that is uploaded. Returns the number of files.
 
+    The model is from `run`: a run (or s3://), a checkpoint, an exported folder or its file. `name` is user/model;
+    `license`, of the weights, as the hub abbreviates it, which the card states.
     Raises InputError, before anything is written, where the run was not evaluated, or not in this state.
     """
     store = open_store(f"{folder_of(run)}/evaluation")
@@ -62,18 +57,10 @@ def write_repository(
             (metrics.get("weights") in (None, fingerprint(model)), f"{evaluation} other weights or prior: {again}"),
         )
         learned = shared.metadata.get("dataset") or metrics["dataset"]
-        card = templates(autoescape=False).get_template("card.md.jinja")
-        text = card.render(
-            name=name,
-            model=shared,
-            measured=metrics,
-            pictures=pictures,
-            settings=yaml.safe_dump(shared.metadata.get("config", {}), sort_keys=True),
-            learned=learned,
-            dataset=DATASETS.get(learned),
-            damages=DAMAGE,
-            license=license,
-        )
+        settings = yaml.safe_dump(shared.metadata.get("config", {}), sort_keys=True)
+        values = {"name": name, "model": shared, "measured": metrics, "pictures": pictures, "license": license}
+        values |= {"settings": settings, "learned": learned, "dataset": DATASETS.get(learned), "damages": DAMAGE}
+        text = templates(autoescape=False).get_template("card.md.jinja").render(values)
     except InputError:
         raise
     except (UndefinedError, LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
@@ -87,13 +74,11 @@ def write_repository(
 
 
 def _shareable(text: str, model: NAIGN) -> dict[str, Any]:
-    """The content of metrics.json without folders and buckets, of which texts keep the last part.
-
-    NaN, which other programs write, is None. Encoders are known by their whole name, which may have spaces.
-    """
+    """The content of metrics.json without folders and buckets, of which texts keep the last part; NaN is None."""
     metrics: dict[str, Any] = json.loads(text)
     header = model.metadata.get("config", {})
     used = [header.get("objective", {}), header.get("match", {}).get("space", {}), metrics, metrics.get("second") or {}]
+    # An encoder's whole name is replaced, since it may have spaces.
     for name in sorted((str(part["encoder"]) for part in used if part.get("encoder")), key=len, reverse=True):
         quoted = json.dumps(name)[1:-1]
         text = text.replace(quoted, quoted.rstrip("/").rpartition("/")[2])

@@ -1,16 +1,12 @@
-"""Do samples look like the data, do they cover all of it, and are they copies of training data?
+"""Do samples look like the data, do they cover all of it, and are they copies of training data? Read them together.
 
 precision, recall      improved precision and recall, Kynkaanniemi et al. 2019 (arXiv 1904.06991)
 density, coverage      Naeem et al. 2020 (arXiv 2002.09797)
 modes                  share of each class among the samples, as the encoder's classifier sees them
 nearest                distance to the nearest training image: samples nearer than unseen test images are copies
 
-Read them together. Kynkaanniemi's balls are wide where real features are sparse, and a classifier maps all of pure
-noise close to one point: on mnist-cnn64 the output of an untrained network has precision 0.99,
-recall 0 and coverage 0.001.
-
-Search is over all pairs, in blocks. Squared distances are expanded, |a|^2 + |b|^2 - 2ab, in float32; that cancels where
-all points share a large offset, so sets are centred first.
+A classifier maps all of pure noise close to one point: an untrained network can have precision 0.99 at recall 0.
+Sets are centred first: squared distances, expanded in float32, |a|^2 + |b|^2 - 2ab, cancel under a large offset.
 """
 
 import torch

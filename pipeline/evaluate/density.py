@@ -1,10 +1,7 @@
 """Does the energy E(x) = mean (f(x) - x)^2 tell data from what is not data?
 
-Outliers are made from the test images themselves, so that no other data set is needed: noise, constants, and digits
-inverted or upside down. AUROC: the chance that a random outlier has more energy than a random test image; 1 is
-perfect, 0.5 a coin, and 0 says that the network takes the outlier for better than any real image, which is what
-autoencoders do with all-black. Upside-down is hard on purpose: half the digits are still strokes on black.
-
+AUROC: the chance that a random outlier, made from test images, has more energy than a random test image; 1 is perfect,
+0.5 a coin, and 0 says that the network takes the outlier for better than any real image, as autoencoders take black.
 Baseline: how far the mean brightness is from that of the training set. Where it does as well, the energy shows little.
 """
 
@@ -40,15 +37,12 @@ def auroc(inlier: Tensor, outlier: Tensor) -> float:
 
 
 def separation(
-    images: Tensor,  # (n, C, H, W) in [-1, 1]: test images, from which the outliers are made
-    project: Callable[[Tensor], Tensor],  # f
-    *,
-    typical_brightness: float,  # mean of the training images in [-1, 1]
-    seed: int = 0,
+    images: Tensor, project: Callable[[Tensor], Tensor], *, typical_brightness: float, seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """AUROC by outlier: {"energy": {outlier: a}, "twice": {outlier: a}, "brightness": {outlier: a}}.
+    """AUROC by outlier made from images (n, C, H, W): {"energy": {outlier: a}, "twice": {...}, "brightness": {...}}.
 
-    `twice` is of the energy after two applications of f, mean (f(f(x)) - x)^2.
+    `twice` is of the energy after two applications of f, `project`, mean (f(f(x)) - x)^2; `typical_brightness` is the
+    mean of the training images in [-1, 1].
     """
 
     def scores(batch: Tensor) -> dict[str, Tensor]:

@@ -1,22 +1,21 @@
-"""Frechet distance between two sets, on the features of a named encoder.
+"""Frechet distance between two sets, on the features of a named encoder: FD-<encoder>, not FID, that of one Inception.
 
     d^2 = |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2))      (Dowson & Landau 1982; as in FID, arXiv 1706.08500)
 
-The usual `scipy.linalg.sqrtm(C1 @ C2)` takes the root of a matrix that is not symmetric, and for singular covariances
-returns complex or inaccurate values that are then patched. Here tr((C1 C2)^(1/2)) = tr((R C2 R)^(1/2)) with
-R = C1^(1/2): two symmetric eigen-decompositions in float64, exact for singular covariances as well.
-
-Never called FID: that name belongs to one Inception network. It is FD-<encoder>.
+tr((C1 C2)^(1/2)) = tr((R C2 R)^(1/2)) with R = C1^(1/2): two symmetric eigen-decompositions in float64, also exact for
+singular covariances, where `scipy.linalg.sqrtm(C1 @ C2)` is complex or inaccurate.
 """
 
 import torch
 from torch import Tensor
 
+from pipeline.errors import require
+
 
 def gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (d,) and unbiased covariance (d, d), both float64, of features (n, d), n >= 2."""
-    if len(features) < 2:
-        raise ValueError(f"a covariance needs at least 2 rows of features, got {len(features)}")
+    """Mean (d,) and unbiased covariance (d, d), both float64, of features (n, d); InputError for n < 2."""
+    few = f"a covariance needs at least 2 rows of features, not {len(features)}"
+    require((len(features) >= 2, f"{few}: measure more examples, or smaller ones"))
     features = features.double()
     return features.mean(0), torch.atleast_2d(features.T.cov())  # `cov` of one feature is a scalar
 

@@ -70,10 +70,11 @@ class Subject:
 
 
 def read(data: DataConfig, shape: tuple[int, ...], *, seed: int) -> tuple[Tensor, Tensor]:
-    """Examples of both splits, shuffled by the seed: training in storage type, test in the model's scale.
-
-    Raises InputError if a split is too small.
-    """
+    """Examples of both splits, shuffled by the seed: training in storage type, test in the model's scale; InputError if
+    a split is too small, or they are too large."""
+    most = within(NEIGHBOURS + 1, shape)
+    large = f"of examples of shape {shape} only {most} fit in memory, too few to measure with"
+    require((most > NEIGHBOURS, f"{large}: train on smaller ones, with data.size or data.crop"))
     generator, splits = torch.Generator().manual_seed(seed), list[Tensor]()
     for split, wanted in ((data.split, 100_000), ("test", 10_000)):
         images, _ = read_split(data, split, limit=within(wanted, shape))
@@ -107,9 +108,8 @@ def distances(encoder: Encoder, subject: Subject, draws: int) -> tuple[dict[str,
     """Frechet distances to the test data of: as many training data as samples (floor), z where it is a sample itself
     (latents, else None), f(z) (once), f(f(z)) (twice). And the features of all these, and of test.
 
-    The floor is the mean over `draws` disjoint draws of training data, or as many as there are: single draws of 10,000
-    MNIST images lie between 3.4 and 4.7. Where there are fewer training data than samples, multiples of the floor are
-    those of as many samples: a distance of few examples is larger, that of real ones, too.
+    The floor is the mean over `draws` disjoint draws of training data, or as many as there are. Where there are fewer
+    training data than samples, multiples of the floor are those of as many samples, since distances of few are larger.
     """
     counts = subject.counts
     counts["floor"] = number = min(counts["samples"], len(subject.train))
@@ -193,9 +193,7 @@ def repairs(subject: Subject) -> dict[str, Any]:
 
 
 def fixed_points(subject: Subject) -> dict[str, Any]:
-    """Reconstruction error of test data; AUROC of the energy against outliers made from test images, None
-    where f repairs nothing.
-    """
+    """Reconstruction error of test data; AUROC of the energy against outliers, None where f repairs nothing."""
     clean = subject.test[:REPAIRED]
     answer = subject.model.project(clean)
     subject.counts["reconstruction"] = len(clean)

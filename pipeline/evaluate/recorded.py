@@ -29,9 +29,8 @@ from pipeline.storage.store import use_endpoint
 def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, Manifest, list[str]]:
     """The data set to measure on, its manifest, whose shape is that of the model's images, and the training's encoders.
 
-    A run's S3 server is that of its training. A model from elsewhere cannot choose a server, since requests signed for
-    the user would go there.
-    Raises InputError for a header that no training wrote, and if the data set is missing or does not fit the model.
+    A run's S3 server is that of its training; a model from elsewhere cannot choose one, to which requests signed for
+    the user would go. InputError for a header that no training wrote, and a data set that is missing or does not fit.
     """
     config, endpoint, encoders = _header(model)
     place = Path(folder_of(folder))
@@ -71,10 +70,8 @@ def fingerprint(model: NAIGN) -> str:
 
 
 def read_image(data: bytes, model: NAIGN) -> Tensor:
-    """An image file as (1, C, H, W) float32 in [-1, 1], brought to the model's size as evaluation does it.
-
-    Raises InputError for bytes that are no picture, or for one that is smaller than the model's windows (data.crop).
-    """
+    """An image file as (1, C, H, W) float32 in [-1, 1], brought to the model's size as evaluation does it; InputError
+    for bytes that are no picture, or for one that is smaller than the model's windows (data.crop)."""
     resize, shape = parse_resize(_header(model)[0]), model.shape
     fitted = resize if resize.height else Resize(height=shape[1], width=shape[2])
     pixels = crop(decode_image(data), resize.crop) if resize.crop else resized(data, fitted)
@@ -83,10 +80,7 @@ def read_image(data: bytes, model: NAIGN) -> Tensor:
 
 
 def _header(model: NAIGN) -> tuple[DataConfig, str, list[str]]:
-    """Where the images of the training are and how they are read, their S3 server, and the encoders of the training.
-
-    Raises InputError for a header that no training wrote.
-    """
+    """The training's images and how they are read, their S3 server, and its encoders. InputError as `recorded`."""
     texts = ("path", "index", "split", "size", "fit", "broken")
     try:
         header = model.metadata.get("config", {})

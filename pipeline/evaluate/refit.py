@@ -21,17 +21,12 @@ IMAGES = 60_000  # whose codes are fitted, at most
 DIRECTIONS = 64  # principal directions of the codes that the mixture models; the others stay at the mean
 
 
-def with_mixture(
-    model: NAIGN,
-    folder: str,  # that it was read from
-    *,
-    components: int = 50,
-    data: str | None = None,  # packed data set; None: the one it was trained on
-) -> NAIGN:
+def with_mixture(model: NAIGN, folder: str, *, components: int = 50, data: str | None = None) -> NAIGN:
     """The same f with latents z = decode(code), the code drawn from a mixture fitted to those of training images.
 
-    The processor time of the fit is added to the training's. Raises InputError for an f without a code, too few images,
-    and as `evaluate` does for the data.
+    `folder` is where the model was read from, `data` a packed data set (None: the one of its training). The processor
+    time of the fit is added to the training's. Raises InputError for an f without a code, too few images, and as
+    `evaluate` does for the data.
     """
     code_shape(model.network, f"a mixture for the model in {folder}")
     begin = time.process_time()
@@ -51,10 +46,8 @@ def with_mixture(
 
 
 def fit_mixture(codes: Tensor, components: int) -> dict[str, Tensor]:
-    """The state of a `Gmm`: `components` Gaussians on the leading directions of codes (n, *shape).
-
-    Raises InputError for fewer than FEW codes a component.
-    """
+    """The state of a `Gmm`: `components` Gaussians on the leading directions of codes (n, *shape); InputError for fewer
+    than FEW codes a component."""
     from sklearn.exceptions import ConvergenceWarning  # slow to import
     from sklearn.mixture import GaussianMixture
 

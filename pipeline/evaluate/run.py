@@ -17,7 +17,7 @@ from pipeline.evaluate.notes import write_notes, write_warnings
 from pipeline.evaluate.recorded import fingerprint, recorded
 from pipeline.evaluate.report import Picture, draw_pictures, render
 from pipeline.evaluate.runs import flat, folder_of, number
-from pipeline.model.encoders import Encoder, choose_encoder, load_encoder
+from pipeline.model.encoders import Encoder, choose_encoder, open_encoder
 from pipeline.model.hub import PREFIX
 from pipeline.model.naign import NAIGN
 from pipeline.observe.pictures import png
@@ -88,16 +88,11 @@ def _open_second(name: str | None, manifest: Manifest, device: str) -> tuple[Enc
     if name is None and (manifest.kind != "image" or manifest.shape[0] != 3):
         return None, []
     try:
-        encoder = load_encoder(name or STRANGER)
-        if unfit := encoder.unfit(tuple(manifest.shape)):
-            raise InputError(f"encoder '{encoder.name}' {unfit}")
+        return open_encoder("encoder", name or STRANGER, tuple(manifest.shape), device), []
     except InputError as error:
         if name is not None:
             raise
         return None, [f"Fréchet distances are on one encoder, no second one of ImageNet confirms them: {error}."]
-    if encoder.network is not None:
-        encoder.network.to(device)
-    return encoder, []
 
 
 def _write(store: Store, metrics: dict[str, Any], drawn: list[Picture], *, config: dict[str, Any]) -> None:

@@ -55,10 +55,7 @@ def folder_of(run: str) -> str:
 
 
 def find_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
-    """The runs in a folder, or the folder itself, by name; and what is wrong with the damaged ones, by their path.
-
-    Raises InputError where there is no such folder.
-    """
+    """The runs at or below a folder, and what is wrong with the damaged ones, by path; InputError for no folder."""
     fetch = "`naign fetch` copies what a run in a bucket reports"
     require((folder.is_dir(), f"no folder '{printable(str(folder))}': give a local one that holds runs; {fetch}"))
     runs, others = list[Run](), dict[str, str]()

@@ -1,12 +1,9 @@
 """Encoders: frozen networks in whose features images are compared. Ours are small classifiers with a 64-d layer;
 `efficientnet-lite2` (ImageNet), `fid-inception` and `timm:NAME` are in pretrained.py.
 
-Frechet distances can only be compared on the same features. So our encoders are fixed, named, and shipped with the
-package (`encoder_weights/<name>.safetensors`, 0.2 to 2 MB each): 'FD-mnist-cnn64' means the same number everywhere.
-
-The features are the *linear* 64-d layer, before its ReLU: a Frechet distance fits a Gaussian, which fits features with
-mass at zero badly. Dropout behind the layer, weight decay and light augmentation keep single features from carrying a
-class, so that train and test images, which the floor compares, have the same features.
+Frechet distances compare on the same features only, so ours are named, fixed and shipped (encoder_weights/). They are
+the *linear* layer before its ReLU, since a Gaussian fits mass at zero badly; dropout behind it, weight decay and light
+augmentation keep single features from carrying a class, so that train and test images have the same features.
 """
 
 import json
@@ -141,6 +138,16 @@ def load_encoder(name: str) -> Encoder:
     return lookup("encoder", name, shipped(), "naign.encoders", remedies=remedies)()
 
 
+def open_encoder(setting: str, name: str, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Encoder:
+    """The encoder that `setting` names, on the device; InputError where it does not fit samples of that shape."""
+    encoder = load_encoder(name)
+    if encoder.network:
+        encoder.network.to(device)
+    if unfit := encoder.unfit(shape):
+        raise InputError(f"{setting} '{name}' {unfit}")
+    return encoder
+
+
 def read_encoder(path: Path, name: str) -> Encoder:
     """The encoder in a safetensors file, as benchmarks/train_encoder.py writes it; InputError for anything else."""
     try:
@@ -163,10 +170,8 @@ def read_encoder(path: Path, name: str) -> Encoder:
 
 
 def choose_encoder(manifest: Manifest) -> Encoder:
-    """The shipped encoder trained on the data set of that name, shape and number of labels, otherwise 'pixels'.
-
-    An encoder is not used for other data of the same shape, which is outside the domain of its features.
-    """
+    """The shipped encoder trained on the data set of that name, shape and number of labels, otherwise 'pixels': other
+    data of the same shape are outside the domain of its features."""
     name = f"{manifest.name}-cnn{FEATURES}"
     if manifest.kind == "image" and name in names():
         encoder = load_encoder(name)

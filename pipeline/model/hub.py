@@ -16,9 +16,7 @@ LOGIN = "(`hf auth login`, or HF_TOKEN)"
 
 def download(name: str, **options: Any) -> Path:
     """The safetensors file of user/model on the hub, or in its cache; InputError, which says why, where there is none.
-
-    `options` are those of hf_hub_download.
-    """
+    `options` are those of hf_hub_download."""
     check_name(name)
     _has_token(options.get("token"))
     try:
@@ -72,10 +70,10 @@ def without_places(value: Any) -> Any:
 
 
 def upload(folder: Path, name: str, *, private: bool = False) -> str:
-    """Upload all files of a folder, README.md among them, to a repository of the hub; returns its address.
+    """Upload all files of a folder to a repository of the hub, which is made if there is none; returns its address.
 
-    The repository is made if there is none. No file is sent to a public one that should be private. Raises InputError
-    without a login or where the hub refuses, Unavailable where a retry may help. No message holds the token.
+    No file is sent to a public one that should be private. Raises InputError without a login or where the hub refuses,
+    Unavailable where a retry may help. No message holds the token.
     """
     check_login(name)
     try:

@@ -124,10 +124,7 @@ class NAIGN:
 
     @torch.inference_mode()
     def project(self, x: Tensor, *, times: int = 1, batch: int = 500, advance: Advance = None) -> Tensor:
-        """f applied `times` times to x (n, *shape): its repair. On the device of x.
-
-        Raises InputError where that is not finite: x is not, or the training broke down.
-        """
+        """f applied `times` times to x (n, *shape): its repair, on x's device. InputError where that is not finite."""
         require((x.shape[1:] == self.shape, f"the model takes {self.shape}, not {tuple(x.shape[1:])}"))
         done = []
         for part in x.split(batch):
@@ -145,8 +142,8 @@ class NAIGN:
     def energy(self, x: Tensor, *, times: int = 1, batch: int = 500, advance: Advance = None) -> Tensor:
         """Mean squared residual of f(x) - x over the values of each row: (n,). Low near the data.
 
-        With `times` above 1 it is the residual after that many applications of f, each of which moves points far from
-        the data further and so separates them better, at a cost proportional to `times`.
+        With `times` above 1 the residual after that many applications of f, which separates points far from the data
+        better, at a cost proportional to `times`.
         """
         return (self.project(x, times=times, batch=batch, advance=advance) - x).square().flatten(1).mean(1)
 

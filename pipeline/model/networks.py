@@ -175,10 +175,8 @@ class ImageNetwork(nn.Module):
 
 
 def _build_dense(config: ConvConfig, shape: tuple[int, ...], *, recompute: bool) -> ImageNetwork:
-    """Halve the image until at most 8 x 8 (or odd), one dense code, and back.
-
-    The dense code makes f a projector rather than a filter: every output pixel depends on every input pixel.
-    """
+    """Halve the image until at most 8 x 8 (or odd), one dense code, by which every output pixel depends on every input
+    pixel, and back."""
     (height, width), widths = _levels(config, shape)
     inner, halvings = (widths[-1], height, width), list(pairwise([shape[0], *widths]))
     down, up = list[nn.Module](), list[nn.Module]()
@@ -196,8 +194,8 @@ def _build_dense(config: ConvConfig, shape: tuple[int, ...], *, recompute: bool)
 def _build_spatial(config: SpatialConfig, shape: tuple[int, ...], *, recompute: bool) -> ImageNetwork:
     """An autoencoder whose code keeps positions, for images with more detail than a dense code can hold.
 
-    Pixels are moved into channels rather than pooled, and back rather than by transposed convolutions, which leave
-    checkerboards. Self-attention on both sides of the code lets each output pixel depend on the whole image.
+    Transposed convolutions would leave checkerboards, so pixels are moved into channels and back. Self-attention on
+    both sides of the code lets each output pixel depend on the whole image.
     """
     (height, width), widths = _levels(config, shape)
     halvings, down = list(pairwise([shape[0], *widths])), list[nn.Module]()
@@ -216,10 +214,8 @@ def _blocks(channels: int, depth: int) -> list[ResidualBlock]:
 
 
 def _levels(config: ConvConfig | SpatialConfig, shape: tuple[int, ...]) -> tuple[tuple[int, int], list[int]]:
-    """Height and width of the smallest resolution, and the channels of each from half the image's down to it.
-
-    The longer side is halved until it is at most 8, or either is odd. InputError for a shape that cannot be halved.
-    """
+    """Height and width of the smallest resolution, where the longer side is at most 8 or either is odd, and the number
+    of channels of each from half the image's down to it. InputError for a shape that cannot be halved."""
     fits = len(shape) == 3 and shape[1] % 4 == 0 and shape[2] % 4 == 0
     said = f"model.name={config.name} takes images (C, H, W) whose sides are multiples of 4, not {tuple(shape)}"
     require((fits, f"{said}: give another --data.size, or for points model.name=mlp and prior.name=gaussian"))
@@ -231,10 +227,8 @@ def _levels(config: ConvConfig | SpatialConfig, shape: tuple[int, ...]) -> tuple
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm that leaves bfloat16 as it is under autocast, as on CPUs; sums are in float32 inside.
-
-    CUDA's autocast would compute it, and the activation after it, in float32: twice the memory and its traffic.
-    """
+    """GroupNorm that leaves bfloat16 as it is, with sums in float32 inside: CUDA's autocast would compute it, and the
+    activation after it, in float32, with twice the memory and its traffic."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(math.gcd(channels, 8), channels)

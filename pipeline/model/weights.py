@@ -1,8 +1,4 @@
-"""Where the weights of a model are: in a file, an exported folder, a checkpoint, a run, a run's bucket, or on the hub.
-
-Of a run it is the best checkpoint where quality.patience ended the run, else the newest complete one; of a checkpoint
-the moving average, if it has one.
-"""
+"""Where a model's weights are: in a file, an exported folder, a checkpoint, a run, a run's bucket, or on the hub."""
 
 import json
 import logging
@@ -36,10 +32,8 @@ class Weights(NamedTuple):
 
 @contextmanager
 def locate(place: str | Path, **download: Any) -> Iterator[Weights]:
-    """The file with the weights of `place`, which may be temporary; `download` is for hf:// alone (`hub.download`).
-
-    Of a bucket that one file is fetched. Raises InputError, which names what was looked for where, if there is none.
-    """
+    """The file with the weights of `place`, as NAIGN.from_pretrained chooses it; of a bucket that one file is fetched,
+    and is temporary. `download` is for hf:// alone (`hub.download`). InputError if there is none."""
     if str(place).startswith(hub.PREFIX):
         yield Weights(hub.download(str(place).removeprefix(hub.PREFIX), **download))
     elif str(place).startswith("s3:"):

@@ -51,9 +51,7 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
                     self._files.append(open_tracker())
             else:
                 self._others.append(Background(name, open_tracker))
-        plain = {
-            key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in settings.items()
-        }
+        plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
         self._report(lambda tracker: tracker.configuration(plain, config))
         bar: dict[str, Any] = {"dynamic_ncols": True}
         if not sys.stderr.isatty():  # a log: a line every LOG_EVERY seconds

@@ -21,10 +21,8 @@ log = logging.getLogger("naign.profile")
 
 
 def forward_flops(network: nn.Module, shape: tuple[int, ...], batch: int = 1) -> int:
-    """Floating-point operations of one forward of (batch, *shape) by a bare network; a multiply-add counts as two.
-
-    Counts matrix products and convolutions, on a copy of the network on the meta device: no memory, no kernels.
-    """
+    """Floating-point operations of one forward of (batch, *shape) by a bare network, in products of matrices and in
+    convolutions, a multiply-add as two. A copy on the meta device is counted: no memory, no kernels."""
     values = [*network.parameters(), *network.buffers()]
     empty: dict[int, Any] = {id(value): torch.empty_like(value, device="meta") for value in values}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -34,10 +32,7 @@ def forward_flops(network: nn.Module, shape: tuple[int, ...], batch: int = 1) ->
 
 def fit_flops(forward: int, forwards: float) -> float:
     """Floating-point operations of training on one image: `forwards` evaluations of `forward` operations each, and a
-    backward through each, which costs two forwards (arXiv 2001.08361, 2.1).
-
-    Recomputation by activation checkpointing does not count (MFU of arXiv 2204.02311, B).
-    """
+    backward through each, which costs two (arXiv 2001.08361, 2.1), without recomputation (MFU of 2204.02311, B)."""
     return 3.0 * forward * forwards
 
 
@@ -45,8 +40,7 @@ PEAKS = {
     # Name without maker:  bfloat16, float16, TF32, float32; dense TFLOPS of tensor cores with float32 accumulation.
     r"B200": (2250, 2250, 1100, 75),
     r"H200|H100 \d+GB HBM\w+": (989, 989, 494, 67),  # SXM
-    r"H200 NVL": (836, 836, 418, 60),
-    r"H100 NVL": (836, 836, 418, 60),
+    r"H[12]00 NVL": (836, 836, 418, 60),
     r"H100 PCIe": (756, 756, 378, 51),
     r"A100-(SXM4|PCIE)-\d+GB|A100 80GB PCIe": (312, 312, 156, 19.5),
     r"L40S": (362, 362, 183, 91.6),
@@ -61,10 +55,8 @@ PEAKS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Peak floating-point operations per second of a GPU; None for an unknown GPU and for a CPU.
-
-    For float32 it is the peak of TF32 if torch uses that, as it does by default for convolutions.
-    """
+    """Peak floating-point operations per second of a GPU, for float32 of TF32 if torch's convolutions use it; None for
+    an unknown GPU and for a CPU."""
     if device.type != "cuda":
         return None
     name = re.sub(r"^(NVIDIA|Tesla) ", "", torch.cuda.get_device_name(device))

@@ -20,15 +20,11 @@ Entry = TypeVar("Entry")
 
 
 def lookup(
-    setting: str,  # what the user chose it by, for messages: objective.name
-    name: str,
-    builtin: Mapping[str, Entry],
-    group: str,  # of the entry points: naign.objectives
-    *,
-    remedies: Mapping[str, str] | None = None,  # what to do about a name whose package may not be installed
+    setting: str, name: str, builtin: Mapping[str, Entry], group: str, *, remedies: Mapping[str, str] | None = None
 ) -> Entry:
-    """The entry of that name. Entry points are looked up only for a name that is not built in.
+    """The entry of that name. Entry points of the group are looked up only for a name that is not built in.
 
+    Messages name the `setting`, as objective.name; `remedies` say what to do about a name that may not be installed.
     Raises InputError for an unknown name, and for a package that fails to import or registers something else.
     """
     if name in builtin:

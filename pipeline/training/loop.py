@@ -1,10 +1,8 @@
 """The loop: each round takes images, matches them with samples, fits the network, reports and checkpoints.
 
-Progress is counted in what is learned from. Everything random is a function of (seed, round, number), so a run that
-resumes goes on exactly as if it had never stopped, whether it stopped between two rounds or within the fit of one.
-
-A run has two stages. In the first f is trained, and the prior may learn beside it; in the second, of prior.alone, f is
-frozen and the prior alone learns.
+Everything random is a function of (seed, round, number), so a run that resumes goes on exactly as if it had never
+stopped, also within the fit of a round. In its first stage f is trained, and the prior may learn beside it; in the
+second, of prior.alone, f is frozen and the prior alone learns.
 """
 
 import gc
@@ -12,6 +10,7 @@ import logging
 from dataclasses import replace
 
 from accelerate import Accelerator
+from torch import Tensor
 
 from pipeline import philox
 from pipeline.config import Config
@@ -96,9 +95,12 @@ def measure(run: Run, quality: Quality, state: RoundState, values: dict[str, flo
         return False
     with run.phases.enter("quality"):
         random = replace(state.random, round=philox.SAMPLES)
-        measured, better = quality.measure(
-            run.engine, lambda ids: random.latents(ids + MEASURED), state.images, rounds=rounds, beat=run.watchdog.beat
-        )
+
+        def latents(ids: Tensor) -> Tensor:
+            run.watchdog.beat()
+            return random.latents(ids + MEASURED)
+
+        measured, better = quality.measure(run.engine, latents, state.images, rounds=rounds)
     values |= measured
     if quality.exhausted(rounds) and rounds < run.rounds:
         run.monitor.say(f"stopped in round {rounds} of {run.rounds}: no better than in round {quality.best['round']}")

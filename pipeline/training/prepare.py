@@ -28,7 +28,7 @@ from pipeline.distributed.signals import StopRequest
 from pipeline.distributed.watchdog import Watchdog
 from pipeline.errors import InputError, require
 from pipeline.match import SpaceConfig, check_space
-from pipeline.model.encoders import names
+from pipeline.model.encoders import names, open_encoder
 from pipeline.model.losses import Distance, ObjectiveConfig, perceptual
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import build_network
@@ -37,7 +37,7 @@ from pipeline.observe import Monitor, Profiler, forward_flops, preflight, set_up
 from pipeline.settings.budget import count_network_rounds, count_rounds
 from pipeline.storage.store import open_store
 from pipeline.training.engines import build_engine, check_engine
-from pipeline.training.quality import Quality, open_encoder
+from pipeline.training.quality import Quality
 from pipeline.training.run import Phases, Run
 from pipeline.training.run_folder import claim, find_claimed
 from pipeline.training.state import PartialRound, Position, restore, restore_prior, restore_weights, shapes_of
@@ -218,10 +218,8 @@ def read_start(config: Config) -> Start | None:
 
 
 def warm_start(config: Config, start: Start, network: nn.Module, prior: Prior) -> None:
-    """Load the weights whose name and shape agree. The state of the prior is loaded whole or not at all.
-
-    Raises InputError for a model of another kind, or without any weight that fits.
-    """
+    """Load the weights whose name and shape agree, and the state of the prior if all of it does; InputError for a model
+    of another kind, or without any weight that fits."""
     metadata, weights, prior_state = start
     place, name = config.model.init, metadata["model"]["name"]
     if name != config.model.name:

@@ -24,7 +24,7 @@ from pipeline.errors import InputError
 from pipeline.evaluate.coverage import NEIGHBOURS, coverage
 from pipeline.evaluate.frechet import frechet_distance
 from pipeline.evaluate.restoration import mae
-from pipeline.model.encoders import Encoder, choose_encoder, load_encoder
+from pipeline.model.encoders import choose_encoder, open_encoder
 from pipeline.model.scale import scaled
 from pipeline.settings.budget import is_exhausted, measured_by
 
@@ -76,20 +76,16 @@ class Quality:
         return is_exhausted(self.settings, rounds, self.best)
 
     def measure(
-        self,
-        engine: Engine,
-        latents: Callable[[Tensor], Tensor],  # of ids, the same at each measurement
-        images: Tensor,  # of the round, on this rank
-        *,
-        rounds: int,  # trained so far
-        beat: Callable[[], None],
+        self, engine: Engine, latents: Callable[[Tensor], Tensor], images: Tensor, *, rounds: int
     ) -> tuple[dict[str, float], bool]:
-        """The finite values of `quality/*`, and whether they are the best so far. Collective."""
+        """The finite values of `quality/*`, and whether they are the best so far. Collective.
+
+        `latents` of ids are the same at each measurement, `images` those of the round on this rank, after `rounds`.
+        """
         begin, rank, world = time.perf_counter(), self.accelerator.process_index, self.accelerator.num_processes
         share = -(-self.config.samples // world)
         parts, moved = [], 0.0
         for ids in torch.arange(rank * share, (rank + 1) * share).split(BATCH):
-            beat()
             once = engine.exported("", latents(ids))
             moved += mae(engine.exported("", once), once) * len(ids) / share / world
             parts.append(self.encoder.features(once.cpu()))
@@ -114,16 +110,6 @@ class Quality:
     def record(self, checkpoint: str) -> str:
         """The text of best.json where `checkpoint` is the best."""
         return json.dumps(self.best | {"checkpoint": checkpoint}, indent=2) + "\n"
-
-
-def open_encoder(setting: str, name: str, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Encoder:
-    """The encoder that `setting` names; InputError where it does not fit samples of that shape."""
-    encoder = load_encoder(name)
-    if encoder.network:
-        encoder.network.to(device)
-    if unfit := encoder.unfit(shape):
-        raise InputError(f"{setting} '{name}' {unfit}")
-    return encoder
 
 
 def compare(features: Tensor, real: Tensor) -> dict[str, float]:

@@ -157,10 +157,7 @@ def find_newest(config: Config) -> Path | None:
 
 
 def is_done(config: Config) -> bool:
-    """Whether the bucket has the last checkpoint of this configuration's run in full.
-
-    Raises InputError if it has and resume=never.
-    """
+    """Whether the bucket has the last checkpoint of this run in full; InputError if it has and resume=never."""
     remote, recorded = config.run.remote, recorded_at(config.run.remote)
     name = next(bucket.newest_first(remote), "") if recorded else ""
     if not recorded or not name or differences(recorded, config):

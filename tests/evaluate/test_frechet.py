@@ -5,6 +5,7 @@ import pytest
 import scipy.linalg
 import torch
 
+from pipeline.errors import InputError
 from pipeline.evaluate.frechet import frechet_distance, gaussian, gaussian_distance
 
 
@@ -70,5 +71,5 @@ def test_gaussian_is_numpys_mean_and_covariance() -> None:
 
 
 def test_one_row_has_no_covariance() -> None:
-    with pytest.raises(ValueError, match="at least 2 rows"):
+    with pytest.raises(InputError, match="at least 2 rows.*smaller"):
         gaussian(torch.zeros(1, 3))

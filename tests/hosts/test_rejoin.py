@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.cluster import meeting
+from pipeline.cluster import rejoin
 from pipeline.cluster.admission import Hello
 from pipeline.cluster.exit_codes import Ending
 from pipeline.cluster.meeting import Links, listen, meet
@@ -153,9 +153,9 @@ def test_a_host_that_is_asked_to_end_while_its_ranks_are_killed_does_not_meet_ag
         ending.asked = True
         return [], []
 
-    monkeypatch.setattr(meeting, "kill_children", list)  # this process has servers of other tests
-    monkeypatch.setattr(meeting.psutil, "wait_procs", asked)
-    monkeypatch.setattr(meeting.os, "execve", lambda *_: pytest.fail("it goes on"))
+    monkeypatch.setattr(rejoin, "kill_children", list)  # this process has servers of other tests
+    monkeypatch.setattr(rejoin.psutil, "wait_procs", asked)
+    monkeypatch.setattr(rejoin.os, "execve", lambda *_: pytest.fail("it goes on"))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert meet_again({}, PEER_LOST, ending, Links("", {}, 1, 1), 0.0) == PEER_LOST
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before

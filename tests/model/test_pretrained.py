@@ -19,7 +19,6 @@ from pipeline.model import encoders
 from pipeline.model.encoders import load_encoder
 from pipeline.model.losses import NaignConfig
 from pipeline.model.pretrained import Pretrained
-from pipeline.training import quality
 from pipeline.training.prepare import open_features, open_perceived
 
 CPU = torch.device("cpu")
@@ -140,6 +139,7 @@ def test_missing_packages_are_named_with_the_command(monkeypatch: pytest.MonkeyP
     with pytest.raises(InputError, match="'timm:resnet18' needs timm .*pip install timm"):
         load_encoder("timm:resnet18")
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)  # may be imported by now
     with pytest.raises(InputError, match="'fid-inception' needs torch-fidelity .*pip install torch-fidelity"):
         load_encoder("fid-inception")
 
@@ -217,14 +217,14 @@ def test_a_network_that_does_not_fit_is_refused(
 
     encoder = encoders.Encoder(name="given", network=Pretrained(Given()))
     assert re.search(reason, encoder.unfit((3, 32, 32)))
-    monkeypatch.setattr(quality, "load_encoder", lambda name: encoder)
+    monkeypatch.setattr(encoders, "load_encoder", lambda name: encoder)
     with pytest.raises(InputError, match=f"match.space.encoder 'given' .*{reason}"):
         open_features(SpaceConfig(features=1.0, encoder="given"), (3, 32, 32), CPU)
 
 
 def test_features_without_maps_are_no_perceptual_distance(monkeypatch: pytest.MonkeyPatch) -> None:
     network = Pretrained(nn.Flatten())
-    monkeypatch.setattr(quality, "load_encoder", lambda name: encoders.Encoder(name="flat", network=network))
+    monkeypatch.setattr(encoders, "load_encoder", lambda name: encoders.Encoder(name="flat", network=network))
     with pytest.raises(InputError, match="has no layers: choose one of .*efficientnet-lite0"):
         open_perceived(NaignConfig(perceptual=1.0, encoder="flat"), (3, 32, 32), CPU)
 
