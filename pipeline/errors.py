@@ -74,7 +74,10 @@ def one_line(error: object, most: int = 300) -> str:
     """The text of another library's or program's error on one line, at most its last `most` characters, for a message;
     of a URL with a user or a password what stands before the host is left out."""
     text = re.sub(r"://\S*@", "://...@", " ".join(str(error).split()))
-    return printable(text[-most:], most)
+    if len(text) > most:
+        end = text[4 - most :]
+        text = "... " + (end.partition(" ")[2] or end)
+    return printable(text, most)
 
 
 def shown(value: object) -> str:

@@ -16,3 +16,8 @@ from pipeline.errors import one_line
 def test_a_url_in_an_error_shows_no_credentials(text, said):
     shown = one_line(RuntimeError(text))
     assert shown.endswith(said) and "secret" not in shown and "cr@et" not in shown
+
+
+def test_a_long_error_keeps_its_last_whole_words():
+    shown = one_line(RuntimeError("first " + "word " * 100 + "last"), 40)
+    assert shown == "... " + "word " * 6 + "last" and len(shown) <= 40
