@@ -131,7 +131,7 @@ def test_garbage_is_collected_once_training_begins(digits, tmp_path):
     """Modules are imported without it."""
     program = (
         "import gc, sys; import pipeline.train as program; assert not gc.isenabled(); "
-        "program.run(sys.argv[1:]); assert gc.isenabled() and gc.get_freeze_count()"
+        "program.main(); assert gc.isenabled() and gc.get_freeze_count()"
     )
     options = [f"--data.path={digits}", f"--run.path={tmp_path}/run", *SMALL, "--train.images=256"]
     command = [sys.executable, "-c", program, *options]
