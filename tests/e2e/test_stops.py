@@ -134,6 +134,6 @@ def test_a_stop_while_a_checkpoint_is_written_or_sent(
         job.wait_for(lambda: phase in job.phases(asked))
         sent = time.monotonic()
         job.processes[asked].send_signal(signal.SIGTERM)
-        assert job.ended(WITHIN + 1) == [INTERRUPTED] * 2, job.said()
-        assert time.monotonic() - sent < WITHIN + 1
+        assert job.ended(WITHIN + 5) == [INTERRUPTED] * 2, job.said()
+        assert time.monotonic() - sent < WITHIN + 5
     assert newest_checkpoint(tmp_path / "run/checkpoints")
