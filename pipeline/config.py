@@ -127,7 +127,8 @@ class ProfileConfig:
 @dataclass(kw_only=True, slots=True)
 class Config:
     """Train an idempotent generative network. `--config` reads a YAML first, a file or a name such as digits; options
-    given here override it."""
+    given here override it.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     model: networks.NetworkConfig = field(default_factory=networks.ConvConfig)

@@ -213,7 +213,7 @@ if __name__ == "__main__":
     import pipeline
 
     ours = [found.name for found in pkgutil.walk_packages(pipeline.__path__, "pipeline.")]
-    left = ("__main__", "philox.kernel")  # which needs Triton
+    left = ("__main__", "philox.triton_kernel")  # which needs Triton
     for name in (*MODULES, *(name for name in ours if not name.endswith(left))):
         importlib.import_module(name)
 

@@ -71,7 +71,7 @@ def test_bad_ids_are_refused():
 WORDS = """
 import torch
 from pipeline import philox
-from pipeline.philox import kernel
+from pipeline.philox import triton_kernel
 ids = torch.tensor([0, 1, 5, 2**40 + 3, 2**61 + 7])
 for seed in (0, 1, -1, 2**62 + 3):
     for round, stream, blocks in ((0, 0, 1), (1, 3, 5), (2**32 - 1, 7, 196)):

@@ -44,7 +44,8 @@ def newest_first(remote: str) -> Iterator[str]:
 
 def round_of(remote: str, name: str) -> int:
     """The round in which a checkpoint was written; -1 if trainer.json does not say, or if a file of the manifest is
-    missing or has another size. Other files are not read."""
+    missing or has another size. Other files are not read.
+    """
     where = f"{remote}/checkpoints/{name}"
     try:
         for file, entry in read_manifest(open_store(where).read(MANIFEST)).items():
@@ -58,7 +59,8 @@ def round_of(remote: str, name: str) -> int:
 
 def download(remote: str, name: str, checkpoints: Path) -> Path:
     """Download a checkpoint, its manifest last; intact local files are kept. Returns its folder. Raises Damaged if a
-    file does not match the manifest, or the manifest names a file outside the folder."""
+    file does not match the manifest, or the manifest names a file outside the folder.
+    """
     where, folder = f"{remote}/checkpoints/{name}", checkpoints / name
     text = open_store(where).read(MANIFEST)
     try:
@@ -76,7 +78,8 @@ def download(remote: str, name: str, checkpoints: Path) -> Path:
 
 def fetch_file(remote: str, name: str, files: Iterable[str], folder: Path) -> Path:
     """Download the first of `files` that a checkpoint has into a folder. Raises Damaged if it does not match the
-    manifest, or if the checkpoint has none of them."""
+    manifest, or if the checkpoint has none of them.
+    """
     where = f"{remote}/checkpoints/{name}"
     try:
         entries = read_manifest(open_store(where).read(MANIFEST))

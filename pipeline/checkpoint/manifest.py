@@ -30,7 +30,8 @@ def step_of(name: str) -> int:
 def prune(root: str, keep: int, *, newest: str = "", spare: str = "") -> None:
     """Remove checkpoints in a folder or bucket that are incomplete, or not among the newest `keep` (0: all), manifests
     first. `newest`, the one just written, is kept and counted, and those after it are left alone. `spare` is kept
-    whatever its age, and not counted."""
+    whatever its age, and not counted.
+    """
     complete = int(bool(newest))
     for name in by_step(open_store(root).folders()):
         if name == spare or (newest and step_of(name) >= step_of(newest)):

@@ -120,7 +120,8 @@ class Writer:
     def join(self, *, within: float = math.inf, share: float = 1.0) -> bool:
         """Wait for the checkpoint that is being written. Returns False if that takes longer than `within` seconds or,
         once a stop was requested, longer than `share` of the time left. Raises InputError on every rank if any rank
-        could not write its files, and what a collective raises when another rank is gone."""
+        could not write its files, and what a collective raises when another rank is gone.
+        """
         if self._done is None:
             return True
         end, stopping = time.monotonic() + within, False
@@ -148,7 +149,8 @@ class Writer:
 
     def _write(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write], best: str) -> str:
         """Write the local checkpoint, its manifest last. Returns what failed on any rank, the same on all ranks, which
-        raise RuntimeError if it was something other than the disk, such as a device."""
+        raise RuntimeError if it was something other than the disk, such as a device.
+        """
         entries, failed, fault = dict[str, Any](), "", False
         try:
             copy()  # first: the next step waits for it
@@ -189,7 +191,8 @@ class Writer:
 
     def _upload(self, folder: Path, names: list[str]) -> str:
         """Upload a checkpoint: each rank its own files, then rank 0 the manifest. If that fails, it stays local.
-        Returns why the run must end, the same on all ranks: another process has taken the bucket over."""
+        Returns why the run must end, the same on all ranks: another process has taken the bucket over.
+        """
         title("upload")
         start = time.perf_counter()
         failed, conflict = self._agreed(lambda: bucket.check_claim(self._remote, self._claim))

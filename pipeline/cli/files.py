@@ -20,7 +20,8 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 def find_files(files: Sequence[Path], shape: tuple[int, ...]) -> list[tuple[Path, Path]]:
     """(path, name) of each input file; of those in folders, which are searched for images or, where `shape` is that of
-    points, .csv files, the name is the path below the folder. InputError if there is none."""
+    points, .csv files, the name is the path below the folder. InputError if there is none.
+    """
     suffixes, what = (IMAGES, "images") if len(shape) == 3 else ((".csv",), ".csv files of points")
     named = []
     for file in files:
@@ -48,7 +49,8 @@ def refuse_overwriting(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
 
 def read_samples(paths: Sequence[Path], model: NAIGN) -> list[Tensor]:
     """The content of each file, float32: an image (1, C, H, W) in [-1, 1] at the model's size, or points (n, D) of the
-    lines of a .csv file. Raises InputError for a file that holds neither, OSError for one that cannot be read."""
+    lines of a .csv file. Raises InputError for a file that holds neither, OSError for one that cannot be read.
+    """
     if len(model.shape) != 3:
         return [_read_points(path, model.shape) for path in counted("reading", paths, unit="file")]
     images = []

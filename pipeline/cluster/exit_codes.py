@@ -70,7 +70,8 @@ class Ending:
 
     def note(self, host: int, code: int | None, lost: bool) -> None:
         """Record that `host` ended with `code` (None: it vanished) and whether it knew of a `lost` host; then wait for
-        this host's ranks to end, or kill them."""
+        this host's ranks to end, or kill them.
+        """
         over = self._over.is_set()
         self.lost = self.lost or (not over and (code is None or lost))
         self.codes[host] = code
@@ -117,7 +118,8 @@ def kill_children() -> list[psutil.Process]:
 
 def explain(failures: Mapping[int, Any]) -> tuple[int, str, bool]:
     """The exit code of this host's ranks, a sentence for the last line of the log, and `Ending.killed`. `failures` are
-    torchelastic's ProcessFailure by local rank; those that it killed long after the first are ignored."""
+    torchelastic's ProcessFailure by local rank; those that it killed long after the first are ignored.
+    """
     first = min(failure.timestamp for failure in failures.values())
     causes = [failure for failure in failures.values() if failure.exitcode >= 0 or failure.timestamp < first + GRACE]
     failure = max(causes, key=lambda failure: weight(failure.exitcode))

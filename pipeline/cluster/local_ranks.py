@@ -34,7 +34,8 @@ POSSIBLE = {
 
 def find_engine(name: str, precision: str = "") -> str:
     """The text of an Accelerate configuration: of the file `name`, of the file of that name in launch/, or, for '', of
-    DDP with train.precision=`precision`. InputError for no such file, or one that training cannot start with."""
+    DDP with train.precision=`precision`. InputError for no such file, or one that training cannot start with.
+    """
     if not name:
         use_cpu, mixed = without_engine(precision)
         kind = "compute_environment: LOCAL_MACHINE, distributed_type: MULTI_GPU, same_network: true"
@@ -157,7 +158,8 @@ def run_ranks(
 @contextlib.contextmanager
 def _heeded(idle: Callable[[], bool], ending: Ending, unreached: str) -> Iterator[None]:
     """While the main thread may wait in C++, where no handler runs: leave SOON seconds after a signal if no rank is
-    there, and log `unreached` if there is none after QUIET seconds."""
+    there, and log `unreached` if there is none after QUIET seconds.
+    """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     before, over = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False), threading.Event()

@@ -57,7 +57,8 @@ def open_picture(data: bytes) -> Image.Image:
 
 def eight_bits(picture: Image.Image, mode: str) -> Image.Image:
     """A picture in mode `L` or `RGB`: 16-bit grey is scaled by 1/257 (Pillow would clip it), transparency is on white.
-    Raises InputError for values of no known range, and what Pillow raises."""
+    Raises InputError for values of no known range, and what Pillow raises.
+    """
     if picture.mode == "F":
         raise InputError("mode F, floating-point pixels of no known range: save it with 8 or 16 bits")
     if picture.mode.startswith("I"):  # I;16, I;16B, I;16L or, of 32 bits, I
@@ -97,7 +98,8 @@ def header_shape(data: bytes) -> tuple[int, int, int]:
 
 def _decode_plain_png(data: bytes) -> Array | None:
     """The pixels of a PNG of 8-bit grey or colour whose data is one chunk; None for any other, which is left to Pillow.
-    Not parsing the chunks saves a quarter of the time that reading MNIST takes."""
+    Not parsing the chunks saves a quarter of the time that reading MNIST takes.
+    """
     if data[:16] != b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" or data[37:41] != b"IDAT" or data[-8:-4] != b"IEND":
         return None
     mode = _MODES.get(data[24:29])
@@ -180,7 +182,8 @@ _MODES = {b"\x08\0\0\0\0": "L", b"\x08\2\0\0\0": "RGB"}  # by bit depth, colour 
 
 def decode_array(data: bytes, shape: tuple[int, ...], dtype: str) -> Array:
     """The finite values of an .npy file with that `dtype` and `shape`, where 0 is any length and 3 channels may be one.
-    Raises InputError for anything else, before memory is taken."""
+    Raises InputError for anything else, before memory is taken.
+    """
     header, by_columns, stored = npy_header(shape, dtype), False, shape
     with decoding():
         if not data.startswith(header):

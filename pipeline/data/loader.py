@@ -92,7 +92,8 @@ class Stream(AbstractContextManager["Stream"]):
     ) -> None:
         """`seed` is of the order of shards, and of windows and mirroring; a round has `round_size` images over all
         ranks; with `prefetch` the next one is read while one is used. InputError where the data set is missing, or a
-        round cannot be shared equally by the ranks."""
+        round cannot be shared equally by the ranks.
+        """
         check_config(config)
         self.sets = DataSets(config)
         self.manifest, self.shape = self.sets.manifest, self.sets.shape  # shape: of one row
@@ -115,7 +116,8 @@ class Stream(AbstractContextManager["Stream"]):
         for in any order, but are read ahead one after the other.
 
         Raises InputError, naming shard and key, for data that is damaged or not as its manifest says; Unavailable for a
-        store that stays out of reach; Stopped if `cancelled`, asked a few times a second, turns true."""
+        store that stays out of reach; Stopped if `cancelled`, asked a few times a second, turns true.
+        """
         ahead, self._ahead = self._ahead, None
         if ahead and ahead.round != round:
             ahead.abandon()
@@ -197,7 +199,8 @@ class Stream(AbstractContextManager["Stream"]):
 
     def _memory(self) -> Array:
         """Memory for a round's images: that of an earlier round if nothing refers to it any more, else new, whose first
-        touch costs page faults and zeroing, for images of 256 x 256 a fifth of the decoding."""
+        touch costs page faults and zeroing, for images of 256 x 256 a fifth of the decoding.
+        """
         memory = self._unused.pop() if self._unused else _new_images(self.shape, self.manifest.dtype, self._count)
         lent = memory.view()  # which the round's tensor holds, and all that are made of it
         weakref.finalize(lent, self._unused.append, memory).atexit = False
@@ -206,7 +209,8 @@ class Stream(AbstractContextManager["Stream"]):
 
 def _new_images(shape: tuple[int, ...], dtype: str, rows: int) -> Array:
     """Memory for images (rows, C, H, W), in which the channels of a pixel lie together, or points (rows, D). NumPy's,
-    not torch's: it asks for huge pages, without which touching new memory takes a tenth of the decoding."""
+    not torch's: it asks for huge pages, without which touching new memory takes a tenth of the decoding.
+    """
     if len(shape) != 3:
         return np.empty((rows, *shape), dtype)
     channels, height, width = shape
@@ -223,7 +227,8 @@ def _fill(
     rows: Rows, begin: int, stored: Iterable[tuple[Reader, Raw]], draws: Draws | None = None, *, flip: bool = False
 ) -> list[str]:
     """Decode samples into rows from `begin` on; the problems of broken ones. Row by row, `draws` say which windows are
-    taken, and with `flip` which images are mirrored; None: the central windows."""
+    taken, and with `flip` which images are mirrored; None: the central windows.
+    """
     images, labels, epochs = rows.images.numpy(), rows.labels.numpy(), rows.epochs.numpy()
     broken = []
     for row, (reader, raw) in enumerate(stored, begin):
@@ -241,7 +246,8 @@ def _fill(
 
 def _allow(problems: list[str], broken: int, rows: int, epoch: int) -> None:
     """Log the problems of samples. InputError if `broken`, all so far, are more than BROKEN of `rows` so far or of
-    an epoch, whichever is more. One an epoch is always allowed."""
+    an epoch, whichever is more. One an epoch is always allowed.
+    """
     for problem in problems:
         log.warning("skipped: %s", problem)
     most = max(int(BROKEN * max(rows, epoch)), -(-rows // max(epoch, 1)))
@@ -255,7 +261,8 @@ def read_split(
 ) -> tuple[Tensor, Tensor]:
     """A split, or a random subset of `limit` samples, in the order of its shards: images (n, C, H, W) uint8 or points
     (n, D) float32, labels (n,) int64. `data` may be the path alone. Images are brought to `data.size` without chance.
-    Raises InputError as Stream does."""
+    Raises InputError as Stream does.
+    """
     config = DataConfig(path=data) if isinstance(data, str) else data
     sets = DataSets(config)
     total = sets.manifest.split(split).samples
@@ -275,7 +282,8 @@ def read_split(
 
 def _some(sets: DataSets, split: str, count: int) -> list[list[Piece]]:
     """So many samples of each data set, in proportion to what it has: the first ones where `naign pack` dealt them at
-    random, else blocks of all shards."""
+    random, else blocks of all shards.
+    """
     there = [manifest.splits[split].samples if split in manifest.splits else 0 for manifest in sets.manifests]
     chosen = list[list[Piece]]()
     for manifest, wanted in zip(sets.manifests, shares(there, count), strict=True):

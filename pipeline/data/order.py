@@ -61,7 +61,8 @@ def check_seed(seed: int) -> None:
 
 def shuffled(count: int, seed: int, stream: int = 0) -> list[int]:
     """0 to count - 1 in an order that depends on the arguments alone: of the shards of an epoch, say, the `stream`. It
-    sorts Philox's raw numbers, which NumPy promises never to change, unlike those of its `permutation` (NEP 19)."""
+    sorts Philox's raw numbers, which NumPy promises never to change, unlike those of its `permutation` (NEP 19).
+    """
     key = np.array([seed % 2**64, stream], np.uint64)  # a list would pass through float64
     draws: Any = np.random.Philox(key=key).random_raw(count)
     order: list[int] = np.argsort(draws, kind="stable").tolist()
@@ -71,7 +72,8 @@ def shuffled(count: int, seed: int, stream: int = 0) -> list[int]:
 @lru_cache(maxsize=4)
 def _epoch(order: Order, epoch: int, groups: int) -> tuple[Longs, Longs]:
     """The shards of an epoch in random order (n,), and the positions (n + 1,) at which they start and end. With fewer
-    `groups` than shards, so many runs of consecutive ones, often of one class, each stay together, in random order."""
+    `groups` than shards, so many runs of consecutive ones, often of one class, each stay together, in random order.
+    """
     count = len(order.sizes)
     shards = np.array(shuffled(count, order.seed, epoch), np.int64)
     if groups < count:
@@ -83,7 +85,8 @@ def _epoch(order: Order, epoch: int, groups: int) -> tuple[Longs, Longs]:
 
 def _spread(count: int, width: int, *, backwards: bool = False) -> Longs:
     """0 to count - 1 (count,) in an order in which any `width` consecutive numbers lie evenly over the range. A sweep
-    takes numbers equally far apart, in van der Corput's order; the next one those above or, if `backwards`, below."""
+    takes numbers equally far apart, in van der Corput's order; the next one those above or, if `backwards`, below.
+    """
     sweeps = max(1, count // width)
     bits = (-(-count // sweeps)).bit_length()
     corput = np.array([int(f"{number:0{bits}b}"[::-1], 2) for number in range(1 << bits)])
@@ -95,7 +98,8 @@ def _spread(count: int, width: int, *, backwards: bool = False) -> Longs:
 class _Lanes:
     """An epoch of blocks that are taken in turn from lanes; its images are numbered in that order. The whole blocks of
     all shards, laid end to end, are cut into lanes whose lengths differ by one at most. A turn takes the next block of
-    each lane. The rest of each shard, less than a block, follows at the end of the epoch."""
+    each lane. The rest of each shard, less than a block, follows at the end of the epoch.
+    """
 
     def __init__(self, lengths: Longs, lanes: int, width: int) -> None:
         """`lengths` (n,) are those of the shards in their order; a round takes `width` blocks."""

@@ -101,7 +101,8 @@ class Reader:
 
     def raw(self, wanted: Iterable[Piece]) -> Generator[Raw]:
         """The stored samples of the pieces, which may be without end, in order, fetched ahead in bounded memory. Raises
-        InputError for a shard that is damaged or not as the manifest says, when its turn comes."""
+        InputError for a shard that is damaged or not as the manifest says, when its turn comes.
+        """
         with closing(in_order((partial(self._cut, piece) for piece in wanted), self._ahead[0])) as cuts:
             turns, ahead = tee(self._joined(chain.from_iterable(cuts)))
             loads = (partial(self._load, request) for pages, request in ahead if pages.low == request.pages.low)
@@ -115,7 +116,8 @@ class Reader:
 
     def row(self, raw: Raw, into: Array | None = None, drawn: Numbers | None = None) -> Row:
         """The sample decoded, into `into` (*shape) where that saves a copy. InputError names shard and key. `drawn` are
-        the numbers of its row (see sample.draws), None: the central window."""
+        the numbers of its row (see sample.draws), None: the central window.
+        """
         try:
             return self._decoded(raw, into, drawn)
         except InputError as error:
@@ -151,7 +153,8 @@ class Reader:
 
     def _joined(self, pages: Iterable[Pages]) -> Iterator[tuple[Pages, _Request]]:
         """Pages in order, each with the request that reads it. What follows them in their shard and comes soon, after
-        some of other lanes, is read with them: a store takes longer for a request than for the bytes of a block."""
+        some of other lanes, is read with them: a store takes longer for a request than for the bytes of a block.
+        """
         soon, held = list[tuple[Pages, _Request]](), 0
         ends = dict[tuple[int, int], _Request]()  # by shard and the page behind it
         failure = None

@@ -105,7 +105,8 @@ def resized_array(array: Array, resize: Resize, drawn: Numbers | None = None) ->
 
 def _cut(array: Array, resize: Resize, box: Box, factor: int) -> Array:
     """The window of an upright picture, decoded at 1/factor of its size, as an image (C, height, width): bicubic, by
-    torch, in a fifth of Pillow's time, or by Pillow where the window is not of whole pixels."""
+    torch, in a fifth of Pillow's time, or by Pillow where the window is not of whole pixels.
+    """
     channels, height, width = array.shape
     left, top, right, bottom = (edge / factor for edge in box)
     box = left, top, min(right, width), min(bottom, height)

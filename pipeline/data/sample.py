@@ -28,7 +28,8 @@ def decode(
     drawn: Numbers | None = None,  # a row of Draws; None: the central window
 ) -> tuple[Array, int]:
     """A sample's array (uint8 of an image, float32 of a point; in `into` if that saves a copy), and label, -1 if none.
-    InputError, which names shard and key, where one is not as the manifest says, or cannot be decoded."""
+    InputError, which names shard and key, where one is not as the manifest says, or cannot be decoded.
+    """
     where = f"{shard}, key {sample['__key__']}"
     suffix = next((suffix for suffix in SUFFIXES[manifest.kind] if suffix in sample), None)
     if suffix is None:

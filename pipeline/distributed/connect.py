@@ -65,7 +65,8 @@ def build_accelerator(timeout: float = 600, *, precision: str = "", accumulate: 
 
 def repeat_bits() -> None:
     """Make a GPU compute the same bits each time, so that a resumed run equals one that never stopped. Operations
-    without a deterministic algorithm warn. cuBLAS needs a fixed workspace, which pipeline/__init__.py sets."""
+    without a deterministic algorithm warn. cuBLAS needs a fixed workspace, which pipeline/__init__.py sets.
+    """
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # not each new tensor
@@ -95,7 +96,8 @@ def choose_precision(on_cpu: bool) -> str:
 
 def _connect_ranks(backend: str, connecting: timedelta, collective: timedelta) -> None:
     """Initialize the process group under torchrun or Accelerate, over a store that rank 0 opens for this attempt. The
-    launcher's, which survives restarts and keeps addresses of dead ranks, only publishes the port of that store."""
+    launcher's, which survives restarts and keeps addresses of dead ranks, only publishes the port of that store.
+    """
     host = os.environ["MASTER_ADDR"]
     main_port, rank, world = (int(os.environ[name]) for name in ("MASTER_PORT", "RANK", "WORLD_SIZE"))
     launcher = TCPStore(host, main_port, world, is_master=False, timeout=connecting)

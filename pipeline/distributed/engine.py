@@ -108,7 +108,8 @@ class Engine:
 
     def exported(self, part: str, x: Tensor) -> Tensor:
         """f(x), or its `encode` or `decode`, by the network that is exported: the average, if one is kept. In float32,
-        without gradient; codes are also computed in float32. Collective where the network is sharded."""
+        without gradient; codes are also computed in float32. Collective where the network is sharded.
+        """
         exact = self.deepspeed or part == "encode"
         with torch.no_grad(), nullcontext() if exact else self.accelerator.autocast():
             return self._evaluate(self.bare if self.ema is None else self.ema, part, x)
@@ -125,7 +126,8 @@ class Engine:
 
     def step(self) -> float | Tensor:
         """Collective: clip, step, zero the gradients. Returns the gradient's norm before clipping, equal on all ranks;
-        with `ahead` as a scalar on the device. If it is not finite, weights and moments stay as they are."""
+        with `ahead` as a scalar on the device. If it is not finite, weights and moments stay as they are.
+        """
         self.copied.wait()
         norm = self._step()
         broadcast(list(self.bare.buffers()))  # running statistics are rank 0's, so that all ranks sample alike

@@ -49,7 +49,8 @@ def set_threads(threads: int) -> None:
 
 def warn_of_others(seconds: float = 0.2) -> None:
     """Measure for `seconds` how busy the cores are, and warn where other programs take those that the ranks count on:
-    threads of a bfloat16 convolution spin while they wait (oneDNN's barrier, whatever OMP_WAIT_POLICY says)."""
+    threads of a bfloat16 convolution spin while they wait (oneDNN's barrier, whatever OMP_WAIT_POLICY says).
+    """
     threads, ranks, cores = torch.get_num_threads(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")), _cores()
     if threads == 1:
         return
@@ -83,7 +84,8 @@ def count_gpus() -> int:
 
 def check_gpus(asked: str, needed: int) -> None:
     """Raise InputError, or Unavailable for a driver out of order, where torch can use fewer than `needed` GPUs. The
-    message begins with `asked`: what asks for them."""
+    message begins with `asked`: what asks for them.
+    """
     if needed <= (count := count_gpus()):
         return
     more = "nvidia.com/gpu in the pod's limits, --gpus-per-node under Slurm, CUDA_VISIBLE_DEVICES elsewhere"

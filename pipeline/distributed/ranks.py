@@ -24,7 +24,8 @@ T = TypeVar("T")
 def together(accelerator: Accelerator) -> Iterator[None]:
     """Context, collective: an error of `errors.SHARED` that one rank raises inside is raised on every rank, so that no
     rank waits in vain. A subclass arrives as the nearest of them. Of several, the one with the most specific exit code
-    wins (`errors.BY_WEIGHT`), then that of the lowest rank."""
+    wins (`errors.BY_WEIGHT`), then that of the lowest rank.
+    """
     mine: tuple[int, str] | None = None
     try:
         yield
@@ -103,7 +104,8 @@ def peers_missed() -> Iterator[None]:
 def part(seconds: float = 10.0) -> None:
     """Wait, for `seconds` at most, until every rank calls this: then none closes its connections while another still
     receives the result of the last collective. By the store, as a barrier would be a collective; rank 0, which has it,
-    returns last."""
+    returns last.
+    """
     if not dist.is_initialized() or (world := dist.get_world_size()) == 1:
         return
     rank, store = dist.get_rank(), c10d.PrefixStore("part", c10d._get_default_store())

@@ -19,7 +19,8 @@ POLL_SECONDS = 0.5  # approximate seconds between two collective polls
 
 class StopRequest:
     """Set by the first signal to any rank; a second Ctrl-C ends the program at once. Everything has to be done `within`
-    seconds after a signal. Collective; ranks wait for each other for `timeout` seconds."""
+    seconds after a signal. Collective; ranks wait for each other for `timeout` seconds.
+    """
 
     def __init__(self, *, within: float = math.inf, world: int = 1, timeout: float = 660) -> None:
         self.requested = False

@@ -180,7 +180,8 @@ def swap(store: Store, key: str, text: str, others: list[str]) -> tuple[Store, d
 
 def describe(rank: int, world: int, mine: Post, seen: Mapping[int, Seen], *, silence: float, lost: str = "") -> str:
     """Where this rank is stuck, and a line each of the others: those that are not there, then the hindmost first.
-    A rank is silent if its post did not change for `silence` seconds; `lost` is why the store cannot be reached."""
+    A rank is silent if its post did not change for `silence` seconds; `lost` is why the store cannot be reached.
+    """
     rows, now = [], time.monotonic()  # rows: with what they are sorted by
     for other, (post, first, last) in seen.items():
         absent, mark = False, ": BEHIND" if post[:3] < mine[:3] else ""

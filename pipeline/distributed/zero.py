@@ -134,7 +134,8 @@ _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 def compile_communication() -> None:
     """Compile DeepSpeed's communication for CPUs, one process of the machine at a time. torch's own lock is a file that
-    a killed process leaves behind, where it blocks all later starts."""
+    a killed process leaves behind, where it blocks all later starts.
+    """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from torch.utils.cpp_extension import get_default_build_root

@@ -71,7 +71,8 @@ class Subject:
 
 def read(data: DataConfig, shape: tuple[int, ...], *, seed: int) -> tuple[Tensor, Tensor]:
     """Examples of both splits, shuffled by the seed: training in storage type, test in the model's scale; InputError if
-    a split is too small, or they are too large."""
+    a split is too small, or they are too large.
+    """
     most = within(NEIGHBOURS + 1, shape)
     large = f"of examples of shape {shape} only {most} fit in memory, too few to measure with"
     require((most > NEIGHBOURS, f"{large}: train on smaller ones, with data.size or data.crop"))

@@ -71,7 +71,8 @@ def fingerprint(model: NAIGN) -> str:
 
 def read_image(data: bytes, model: NAIGN) -> Tensor:
     """An image file as (1, C, H, W) float32 in [-1, 1], brought to the model's size as evaluation does it; InputError
-    for bytes that are no picture, or for one that is smaller than the model's windows (data.crop)."""
+    for bytes that are no picture, or for one that is smaller than the model's windows (data.crop).
+    """
     resize, shape = parse_resize(_header(model)[0]), model.shape
     fitted = resize if resize.height else Resize(height=shape[1], width=shape[2])
     pixels = crop(decode_image(data), resize.crop) if resize.crop else resized(data, fitted)

@@ -47,7 +47,8 @@ def with_mixture(model: NAIGN, folder: str, *, components: int = 50, data: str |
 
 def fit_mixture(codes: Tensor, components: int) -> dict[str, Tensor]:
     """The state of a `Gmm`: `components` Gaussians on the leading directions of codes (n, *shape); InputError for fewer
-    than FEW codes a component."""
+    than FEW codes a component.
+    """
     from sklearn.exceptions import ConvergenceWarning  # slow to import
     from sklearn.mixture import GaussianMixture
 

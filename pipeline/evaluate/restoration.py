@@ -23,7 +23,8 @@ def mae(estimates: Tensor, clean: Tensor) -> float:
 
 def psnr(estimates: Tensor, clean: Tensor) -> float | None:
     """Peak signal-to-noise ratio in dB of the mean squared error over all images, None where that is zero; not the mean
-    of each image's, which one that a damage left untouched would make infinite."""
+    of each image's, which one that a damage left untouched would make infinite.
+    """
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     ratio = float(peak_signal_noise_ratio(estimates, clean, data_range=RANGE))
@@ -32,7 +33,8 @@ def psnr(estimates: Tensor, clean: Tensor) -> float | None:
 
 def ssim(estimates: Tensor, clean: Tensor) -> float:
     """Mean structural similarity (Wang et al. 2004) of (n, C, H, W) images: 11x11 window, sigma 1.5; for those
-    under 16 pixels, which have no room for it, 5x5, sigma 0.5."""
+    under 16 pixels, which have no room for it, 5x5, sigma 0.5.
+    """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     sigma = 1.5 if min(clean.shape[2:]) >= 16 else 0.5
@@ -44,7 +46,8 @@ def repair(
 ) -> dict[str, Tensor]:
     """Every answer to one damage of test images, by name: input, once, twice, black, median, nearest, as `clean`
     (n, C, H, W) in [-1, 1]. `typical` (C, H, W) is the per-pixel median of the training set, the nearest one is of the
-    training images `reference` (m, C, H, W)."""
+    training images `reference` (m, C, H, W).
+    """
     damaged = degrade(clean, kind, seed=seed)
     once = project(damaged)
     return {

@@ -1,6 +1,7 @@
 """The exact nearest candidate over all ranks: checks of the arguments, communication, and the loop over blocks.
 
-'Nearest' is a total order, (distance, id), so the answer is the same for every world size, block size and backend.
+'Nearest' is a total order, (distance, id), so the answer is the same for every world size, block size and backend. That
+no nearer candidate is passed over is proved in bound.py; one_rank.py searches the candidates of this rank.
 
     distances, ids = nearest(images, samples, first_id)  # (q, d) and (c, d): each rank passes its own rows
     answer = search(images, Blocks(rows=10**6, make=generate), first_id=rank * 10**6, neighbours=5)
@@ -29,7 +30,8 @@ MOST_NEIGHBOURS = 2**20
 @dataclass(kw_only=True, slots=True)
 class Blocks:
     """Candidates that are generated block by block during the search and then dropped: memory is O(size), not
-    O(rows)."""
+    O(rows).
+    """
 
     rows: int
     """Candidates of this rank."""
@@ -91,7 +93,8 @@ def search(
 ) -> Answer:
     """Collective: the k nearest candidates of each query over all ranks. Raises as `nearest` does. Either all queries
     travel to every rank, which answers for its own candidates, or all candidates do, block by block: whichever are
-    fewer rows."""
+    fewer rows.
+    """
     ranks = ranks_of(group)
     shards = agree(queries, candidates, first_id, neighbours, method, ranks)
     blocks, queries = as_blocks(candidates), queries.detach()
@@ -216,7 +219,8 @@ def first_not_finite(rows: Tensor) -> int:
 
 def make_block(blocks: Blocks, low: int, queries: Tensor, ranks: Ranks) -> Tensor:
     """Collective: this rank's candidates of the block that begins at row `low`, on the device of the queries. All ranks
-    raise here together if `make` fails on one, or returns anything but such a block."""
+    raise here together if `make` fails on one, or returns anything but such a block.
+    """
     low, high = (min(row, blocks.rows) for row in (low, low + blocks.size))
     try:
         block = torch.as_tensor(blocks.make(low, high)).detach().to(queries.device)

@@ -23,7 +23,8 @@ def assign_once(
     The least of all pairs by (distance, number of the image, id) is assigned, then the least of the pairs of the
     remaining images and samples, and so on. Every rank computes this on the k nearest samples of all images. An image
     whose k samples are all assigned to others needs more, and no pair beyond its last one is settled until then. All
-    unsettled images search again, among the samples that are left."""
+    unsettled images search again, among the samples that are left.
+    """
     edges = np.cumsum([0, *counts])
     answers = np.zeros((edges[-1], 2), np.int64)  # of each image: the bits of the distance, and the id
     assigned = np.zeros(0, np.int64)  # ids
@@ -47,7 +48,8 @@ def assign_once(
 def settle(distances: NDArray[np.float64], ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The pairs (rows, columns) that are assigned whatever samples each image has beyond its k nearest: all that come
     before the last known pair of the first image that has no sample left. Both arguments, (n, k), are sorted along each
-    row by (distance, id), with inf and -1 where there is no sample."""
+    row by (distance, id), with inf and -1 where there is no sample.
+    """
     settled, taken = dict[int, int](), {-1}
     for pair in np.argsort(distances, axis=None, kind="stable").tolist():  # by distance, then image, then id
         row, column = divmod(pair, ids.shape[1])

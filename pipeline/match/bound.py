@@ -130,7 +130,8 @@ def full_precision() -> Iterator[None]:
 
 def find_basis(rows: Tensor, width: int) -> Tensor:
     """The leading principal directions of centred rows (n, d), (d, at most min(width, d, n)), most variance first: one
-    step of subspace iteration (Halko, Martinsson, Tropp 2011, section 4.5), made orthonormal in float64."""
+    step of subspace iteration (Halko, Martinsson, Tropp 2011, section 4.5), made orthonormal in float64.
+    """
     rows = rows / rows.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(len(rows), min(width, *rows.shape), generator=generator, dtype=rows.dtype).to(rows.device)
@@ -212,7 +213,8 @@ def survivors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs that may be near: (s,) rows of A, ascending, and (s,) rows of B; and (q,) bool: rows of A given up.
 
     A row is given up, and has no pairs listed, if nearly every group has a survivor, or more than one candidate in
-    sixteen survives; a few such rows among many are listed nevertheless."""
+    sixteen survives; a few such rows among many are listed nevertheless.
+    """
     integer = torch.int16 if a.dtype == torch.bfloat16 else torch.int32
     groups = len(b) // GROUP
     most = max(_FEW_GROUPS, groups * 7 // 8)

@@ -35,7 +35,8 @@ def pairwise(queries: Tensor, candidates: Tensor) -> Tensor:
 def pair_distances(queries: Tensor, candidates: Tensor, query_rows: Tensor, candidate_rows: Tensor) -> Tensor:
     """Squared L2 (s,) float32 between queries[query_rows] and candidates[candidate_rows], by differences. All terms are
     nonnegative, so in any order of summation the relative error is at most gamma_(d + 3), and the error where squares
-    underflow less than d 2^-126."""
+    underflow less than d 2^-126.
+    """
     out = torch.empty(len(query_rows), dtype=torch.float32, device=queries.device)
     if queries.is_cuda:
         step = max(1, _SINGLE_SET // max(1, queries.shape[1]))
@@ -55,7 +56,8 @@ def pair_distances(queries: Tensor, candidates: Tensor, query_rows: Tensor, cand
 
 def exact_distances(queries: Tensor, candidates: Tensor, query_rows: Tensor, candidate_rows: Tensor) -> Tensor:
     """Squared L2 (s,) float64 between queries[query_rows] and candidates[candidate_rows]. A pair's result does not
-    depend on the pairs beside it: else a copy of a candidate could be nearer than the one of the smaller id."""
+    depend on the pairs beside it: else a copy of a candidate could be nearer than the one of the smaller id.
+    """
     out = torch.empty(len(query_rows), dtype=torch.float64, device=queries.device)
     step = max(2, _DOUBLE_SET.get(queries.device.type, _DOUBLE_SET["cpu"]) // max(1, queries.shape[1]))
     for start in range(0, len(out), step):
@@ -71,7 +73,8 @@ def exact_distances(queries: Tensor, candidates: Tensor, query_rows: Tensor, can
 
 def halved_sum(values: Tensor) -> Tensor:
     """The sum of each row of (n, d >= 1), in an order that d alone decides, unlike that of a GPU's `sum`: the second
-    half of the columns is added to the first, until one is left. Uses up `values`."""
+    half of the columns is added to the first, until one is left. Uses up `values`.
+    """
     while (width := values.shape[1]) > 1:
         half = (width + 1) // 2
         values[:, : width - half] += values[:, half:]

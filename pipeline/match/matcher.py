@@ -78,7 +78,8 @@ def match_round(
 
     The pool is generated in fixed blocks of ids, of which each rank has a contiguous range. So the match is the same on
     every world size that has the same images in the same order. An exception of `poll` ends the match at once.
-    Raises InputError on every rank if rejection leaves too few samples."""
+    Raises InputError on every rank if rejection leaves too few samples.
+    """
     start, ranks, searches = time.perf_counter(), ranks_of(None), list[Answer]()
     counts = ranks.collect(len(images))
     number = sum(counts[: ranks.rank])  # of this rank's first image
@@ -153,7 +154,8 @@ class Pool:
 
     def _generate(self, ids: Tensor, blocks: int) -> Tensor:
         """The samples of `ids` (n,). Every rank polls and samples as often as the one with most `blocks`: both may be
-        collective, sampling where a rank holds a part of the weights. A rank whose sampling fails goes on polling."""
+        collective, sampling where a rank holds a part of the weights. A rank whose sampling fails goes on polling.
+        """
         parts = ids.split(self.config.block) if len(ids) else ()
         samples, failure = list[Tensor](), None
         for number in range(blocks):
@@ -178,7 +180,8 @@ def reject_nearest(
     blocks: Blocks, queries: Tensor, number: int, config: MatchConfig, ranks: Ranks, searches: list[Answer]
 ) -> tuple[Tensor, float]:
     """Collective: ids, on every rank, of the samples that are too near to an image, and the least squared distance.
-    Image i of this rank, queries[i], is number + i of the round; the searches made are added to `searches`."""
+    Image i of this rank, queries[i], is number + i of the round; the searches made are added to `searches`.
+    """
     rows, parts = ranks.collect(blocks.rows), list[Tensor]()
     for low in range(0, max(rows), blocks.size):
         samples = blocks.make(min(low, blocks.rows), min(low + blocks.size, blocks.rows))

@@ -30,7 +30,8 @@ _SETTLED = 0.3  # survivors of a whole search for each survivor of the probe, wh
 @bound.full_precision()
 def plan_search(queries: Tensor, candidates: Tensor, *, method: str, expected: int) -> tuple[str, Frame]:
     """The method, flat, projected or rounded, and the coordinates it begins with, at a cost that is small beside it:
-    for all `queries` (q, d) and `expected` candidates, of which `candidates` (n >= 1, d) are some; both float32."""
+    for all `queries` (q, d) and `expected` candidates, of which `candidates` (n >= 1, d) are some; both float32.
+    """
     count, dims = queries.shape
     work = count * expected * dims
     rows = _SAMPLE[0] if work < _MEDIUM else min(max(_SAMPLE_VALUES // dims, _SAMPLE[0]), _SAMPLE[1])
@@ -56,7 +57,8 @@ def plan_search(queries: Tensor, candidates: Tensor, *, method: str, expected: i
 
 def without_probe(method: str, *, work: float, dims: int, gpu: bool, halves: bool) -> str:
     """The method where no probe is needed to choose it, else `auto`. On a GPU that multiplies bfloat16 faster
-    (`halves`) the bound by all values of a row takes less time than a probe, a basis and a projection would."""
+    (`halves`) the bound by all values of a row takes less time than a probe, a basis and a projection would.
+    """
     if method == "auto" and work < _SMALL:
         return "flat"
     return "rounded" if method == "auto" and gpu and halves and dims <= _WHOLE else method
@@ -64,7 +66,8 @@ def without_probe(method: str, *, work: float, dims: int, gpu: bool, halves: boo
 
 def cheapest(frame: Frame, queries: Tensor, candidates: Tensor, *, count: int, expected: int) -> tuple[str, Frame]:
     """`flat`, `rounded` or `projected`, and the frame, given with the widest basis, with the best of its widths.
-    `queries` and `candidates` (n, d) float32 are centred samples of `count` and `expected` in all."""
+    `queries` and `candidates` (n, d) float32 are centred samples of `count` and `expected` in all.
+    """
     assert frame.basis is not None
     queries, threads = queries[:: max(1, len(queries) // _PROBE)], torch.get_num_threads()
     dims, pairs = queries.shape[1], count * expected

@@ -43,11 +43,13 @@ class Sieve(NamedTuple):
 
 class Searcher:
     """The k nearest of all candidates added so far, for each query: `distances` (q, k) float64 and `ids` (q, k) int64.
-    Both ascend by (distance, id), and are infinite and NO_ID where there are fewer than k yet."""
+    Both ascend by (distance, id), and are infinite and NO_ID where there are fewer than k yet.
+    """
 
     def __init__(self, queries: Tensor, frame: Frame, encoded: Quantized | None, *, neighbours: int) -> None:
         """Queries (q, d) float32, finite, and `encoded` in a frame; None: the method is `flat`. With a basis the first
-        sieve is `projected`, else `rounded`."""
+        sieve is `projected`, else `rounded`.
+        """
         self.queries, self.neighbours = queries.contiguous(), neighbours
         shape, device = (len(queries), neighbours), queries.device
         self.distances = torch.full(shape, torch.inf, dtype=torch.float64, device=device)
@@ -139,7 +141,8 @@ class Searcher:
     def _add_flat(self, candidates: Tensor, ids: Tensor) -> Tensor:
         """Search a block by FAISS, and return the queries whose answer that does not prove. A candidate that it did not
         return is no nearer than the last one returned, up to rounding: a sum of d + 2 float32 terms errs by at most
-        gamma_(d + 4) times the sum of their magnitudes, at most twice the squared norms (Higham, section 3.1)."""
+        gamma_(d + 4) times the sum of their magnitudes, at most twice the squared norms (Higham, section 3.1).
+        """
         fetch = min(self.neighbours + _FETCH, len(candidates))
         near, far = self.queries - self._frame.centre, candidates - self._frame.centre
         approximate, columns = flat(near, far, fetch)

@@ -52,7 +52,8 @@ def embed(
 ) -> Tensor:
     """Embeddings (n, d) float32 of images (n, *shape), whose squared L2 distances are those of the space; `features` of
     images (b, *shape) are (b, e). A row does not depend on the rows beside it: a matrix product may round a row by its
-    place and the product's size, so image i, the first being `number`, is computed at row i % ROWS of ROWS."""
+    place and the product's size, so image i, the first being `number`, is computed at row i % ROWS of ROWS.
+    """
     if not config.features:
         return _embed_batch(images, config)
     first, last = number % ROWS, number % ROWS + len(images)

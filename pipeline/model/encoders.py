@@ -171,7 +171,8 @@ def read_encoder(path: Path, name: str) -> Encoder:
 
 def choose_encoder(manifest: Manifest) -> Encoder:
     """The shipped encoder trained on the data set of that name, shape and number of labels, otherwise 'pixels': other
-    data of the same shape are outside the domain of its features."""
+    data of the same shape are outside the domain of its features.
+    """
     name = f"{manifest.name}-cnn{FEATURES}"
     if manifest.kind == "image" and name in names():
         encoder = load_encoder(name)

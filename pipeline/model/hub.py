@@ -16,7 +16,8 @@ LOGIN = "(`hf auth login`, or HF_TOKEN)"
 
 def download(name: str, **options: Any) -> Path:
     """The safetensors file of user/model on the hub, or in its cache; InputError, which says why, where there is none.
-    `options` are those of hf_hub_download."""
+    `options` are those of hf_hub_download.
+    """
     check_name(name)
     _has_token(options.get("token"))
     try:

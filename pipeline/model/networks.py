@@ -176,7 +176,8 @@ class ImageNetwork(nn.Module):
 
 def _build_dense(config: ConvConfig, shape: tuple[int, ...], *, recompute: bool) -> ImageNetwork:
     """Halve the image until at most 8 x 8 (or odd), one dense code, by which every output pixel depends on every input
-    pixel, and back."""
+    pixel, and back.
+    """
     (height, width), widths = _levels(config, shape)
     inner, halvings = (widths[-1], height, width), list(pairwise([shape[0], *widths]))
     down, up = list[nn.Module](), list[nn.Module]()
@@ -215,7 +216,8 @@ def _blocks(channels: int, depth: int) -> list[ResidualBlock]:
 
 def _levels(config: ConvConfig | SpatialConfig, shape: tuple[int, ...]) -> tuple[tuple[int, int], list[int]]:
     """Height and width of the smallest resolution, where the longer side is at most 8 or either is odd, and the number
-    of channels of each from half the image's down to it. InputError for a shape that cannot be halved."""
+    of channels of each from half the image's down to it. InputError for a shape that cannot be halved.
+    """
     fits = len(shape) == 3 and shape[1] % 4 == 0 and shape[2] % 4 == 0
     said = f"model.name={config.name} takes images (C, H, W) whose sides are multiples of 4, not {tuple(shape)}"
     require((fits, f"{said}: give another --data.size, or for points model.name=mlp and prior.name=gaussian"))
@@ -228,7 +230,8 @@ def _levels(config: ConvConfig | SpatialConfig, shape: tuple[int, ...]) -> tuple
 
 class Norm(nn.GroupNorm):
     """GroupNorm that leaves bfloat16 as it is, with sums in float32 inside: CUDA's autocast would compute it, and the
-    activation after it, in float32, with twice the memory and its traffic."""
+    activation after it, in float32, with twice the memory and its traffic.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__(math.gcd(channels, 8), channels)

@@ -33,7 +33,8 @@ class Weights(NamedTuple):
 @contextmanager
 def locate(place: str | Path, **download: Any) -> Iterator[Weights]:
     """The file with the weights of `place`, as NAIGN.from_pretrained chooses it; of a bucket that one file is fetched,
-    and is temporary. `download` is for hf:// alone (`hub.download`). InputError if there is none."""
+    and is temporary. `download` is for hf:// alone (`hub.download`). InputError if there is none.
+    """
     if str(place).startswith(hub.PREFIX):
         yield Weights(hub.download(str(place).removeprefix(hub.PREFIX), **download))
     elif str(place).startswith("s3:"):

@@ -22,7 +22,8 @@ log = logging.getLogger("naign.profile")
 
 def forward_flops(network: nn.Module, shape: tuple[int, ...], batch: int = 1) -> int:
     """Floating-point operations of one forward of (batch, *shape) by a bare network, in products of matrices and in
-    convolutions, a multiply-add as two. A copy on the meta device is counted: no memory, no kernels."""
+    convolutions, a multiply-add as two. A copy on the meta device is counted: no memory, no kernels.
+    """
     values = [*network.parameters(), *network.buffers()]
     empty: dict[int, Any] = {id(value): torch.empty_like(value, device="meta") for value in values}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -32,7 +33,8 @@ def forward_flops(network: nn.Module, shape: tuple[int, ...], batch: int = 1) ->
 
 def fit_flops(forward: int, forwards: float) -> float:
     """Floating-point operations of training on one image: `forwards` evaluations of `forward` operations each, and a
-    backward through each, which costs two (arXiv 2001.08361, 2.1), without recomputation (MFU of 2204.02311, B)."""
+    backward through each, which costs two (arXiv 2001.08361, 2.1), without recomputation (MFU of 2204.02311, B).
+    """
     return 3.0 * forward * forwards
 
 
@@ -56,7 +58,8 @@ PEAKS = {
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Peak floating-point operations per second of a GPU, for float32 of TF32 if torch's convolutions use it; None for
-    an unknown GPU and for a CPU."""
+    an unknown GPU and for a CPU.
+    """
     if device.type != "cuda":
         return None
     name = re.sub(r"^(NVIDIA|Tesla) ", "", torch.cuda.get_device_name(device))

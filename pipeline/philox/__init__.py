@@ -89,9 +89,9 @@ def _by_one_kernel(*arguments: Any) -> Tensor | None:
     global _one_kernel
     if _one_kernel:
         try:
-            from pipeline.philox import kernel
+            from pipeline.philox import triton_kernel
 
-            return kernel.drawn(*arguments)
+            return triton_kernel.drawn(*arguments)
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # no Triton, or none of what it needs, such as a C compiler
@@ -116,7 +116,8 @@ def normal(
     """Standard normals (n, *shape) float32; row i depends on (seed, round, ids[i], stream) alone.
 
     Uniform numbers have the same bits on every device; normals may differ in the last ones, as logarithm and cosine do.
-    Raises ValueError for an id outside [0, 2**62), where the ids are in the host's memory."""
+    Raises ValueError for an id outside [0, 2**62), where the ids are in the host's memory.
+    """
     size = math.prod(shape)
     blocks = -(-size // 4)
     assert blocks <= 2**30 and 0 <= round < 2**32 and 0 <= stream < 16

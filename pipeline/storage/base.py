@@ -17,7 +17,8 @@ class Writer(Protocol):
 
 class Store(Protocol):
     """A flat folder of files. Every method raises InputError for missing or forbidden files, and in a network, where
-    transient failures are retried, Unavailable if that does not help."""
+    transient failures are retried, Unavailable if that does not help.
+    """
 
     path: str
     tally: Tally

@@ -126,7 +126,8 @@ os.umask(UMASK)  # it can be read only by setting it
 
 def write_atomically(file: Path, content: str | bytes, *, sync: bool = True) -> None:
     """Replace a file by `content` atomically: readers see the old or the new file, also after a kill. With `sync` this
-    holds for a loss of power, too, and takes some milliseconds. OSError names the file; no temporary file stays."""
+    holds for a loss of power, too, and takes some milliseconds. OSError names the file; no temporary file stays.
+    """
     partial = file.with_name(f"{PARTIAL}{file.name[:50]}.{uuid.uuid4().hex}")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)

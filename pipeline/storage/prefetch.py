@@ -33,7 +33,8 @@ def in_background(call: Callable[[], T], name: str) -> Future[T]:
 
 def in_order(calls: Iterable[Callable[[], T]], width: int = PARALLEL) -> Generator[T]:
     """The results of the calls in their order, each made by one of `width` threads ahead of need, in bounded memory. An
-    exception of a call, or of their iterator, is raised in its turn. Once this is closed, no further call begins."""
+    exception of a call, or of their iterator, is raised in its turn. Once this is closed, no further call begins.
+    """
     todo: SimpleQueue[tuple[Future[T], Callable[[], T]] | None] = SimpleQueue()
     ahead, made, threads = deque[Future[T]](), iter(calls), 0
     try:

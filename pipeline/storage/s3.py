@@ -1,5 +1,6 @@
 """Objects under a prefix of an S3 bucket, or of any server that speaks S3. botocore's retries, of requests without
-their bodies, are off: NetworkStore retries requests, and bodies from the byte where they broke."""
+their bodies, are off: NetworkStore retries requests, and bodies from the byte where they broke.
+"""
 
 import base64
 import contextlib
@@ -214,7 +215,8 @@ class Upload:
 
     def _sent(self, operation: str, data: bytes, **arguments: Any) -> Any:
         """The answer to an upload of bytes, repeated while it shows that the server stored others: by a CRC-32, or else
-        by an ETag that is an MD5, which it is not for objects encrypted by SSE-KMS or SSE-C."""
+        by an ETag that is an MD5, which it is not for objects encrypted by SSE-KMS or SSE-C.
+        """
         md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
         crc = base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
 
@@ -242,7 +244,8 @@ class Upload:
 
     def _completed(self, parts: list[dict[str, Any]]) -> str:
         """Complete the upload; the object's ETag. If the answer is lost, the second request finds no such upload: then
-        the object itself must be what was written."""
+        the object itself must be what was written.
+        """
         store, name = self._store, self._name
         try:
             whole = {"UploadId": self._upload, "MultipartUpload": {"Parts": parts}}

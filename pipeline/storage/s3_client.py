@@ -38,7 +38,8 @@ _MAKING = threading.Lock()  # held across a fork, too, after which the child has
 def client() -> Any:
     """This process's client, signed by what boto3's chain finds (environment, profile, web identity, instance role).
     Where it finds nothing, or AWS_NO_SIGN_REQUEST=YES, requests are not signed: a public bucket needs no account. With
-    AWS_REQUEST_PAYER=requester this account pays for them, which some buckets demand. Both variables are GDAL's."""
+    AWS_REQUEST_PAYER=requester this account pays for them, which some buckets demand. Both variables are GDAL's.
+    """
     with _MAKING:
         return _make_client()
 

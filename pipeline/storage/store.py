@@ -12,7 +12,8 @@ from pipeline.storage.local import LocalStore
 
 def open_store(path: str) -> Store:
     """The store at a local folder (`~` is expanded), `s3://bucket/prefix`, or an address that is only read. Touches
-    neither disk nor network."""
+    neither disk nor network.
+    """
     if not path.strip() or "\0" in path:
         raise InputError(f"{path!r} is no path: give a local folder or s3://bucket/prefix")
     scheme, separator, _ = path.partition("://")
@@ -43,7 +44,8 @@ def locate(url: str) -> tuple[Store, str]:
 
 def gopen(url: str, mode: str = "rb", bufsize: int = 8192) -> BinaryIO:
     """The file at an address as a stream for other programs, as in `webdataset.gopen_schemes["s3"] = gopen`. It is read
-    ahead in bounded memory and never silently cut. Raises InputError."""
+    ahead in bounded memory and never silently cut. Raises InputError.
+    """
     if "r" not in mode:
         raise InputError(f"{url}: mode {mode!r}: streams are only read; write data sets with `naign pack`")
     store, name = locate(url)

@@ -1,4 +1,4 @@
-"""Learn: the prior learns from a round, where it is one that learns."""
+"""Learn: the prior learns from a round, where it is one that learns; how is in its file of `model/prior/`."""
 
 import math
 from functools import partial
@@ -56,7 +56,8 @@ def learn_prior(run: Run, state: RoundState) -> dict[str, float]:
 def tracked_every(config: Config) -> int:
     """The stride in a round's images at which they are encoded before the flow of codes begins: until then samples are
     for pictures only, unless f is trained on latents. It divides the rows of a rank for any number of ranks, so that
-    the same images are encoded on every world size."""
+    the same images are encoded on every world size.
+    """
     steps = config.match.round // config.train.batch
     wanted = 1 if config.objective.needs_latents else config.match.round // TRACKED
     return max(every for every in range(1, steps + 1) if steps % every == 0 and every <= max(1, wanted))

@@ -219,7 +219,8 @@ def read_start(config: Config) -> Start | None:
 
 def warm_start(config: Config, start: Start, network: nn.Module, prior: Prior) -> None:
     """Load the weights whose name and shape agree, and the state of the prior if all of it does; InputError for a model
-    of another kind, or without any weight that fits."""
+    of another kind, or without any weight that fits.
+    """
     metadata, weights, prior_state = start
     place, name = config.model.init, metadata["model"]["name"]
     if name != config.model.name:

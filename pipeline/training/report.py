@@ -41,7 +41,8 @@ def headline(run: Run) -> str:
 
 def report(run: Run, state: RoundState, rows_read: Rows, values: dict[str, float], *, images: int) -> None:
     """Report a finished round: metrics (`values` are those of the fit), and pictures. Collective. `images` were trained
-    on: fewer than the round's where a run resumed within it."""
+    on: fewer than the round's where a run resumed within it.
+    """
     config, position, monitor = run.config, run.position, run.monitor
     if state.match:
         values |= state.match.values
@@ -88,7 +89,8 @@ def speed_values(run: Run, images: int) -> dict[str, float]:
 
 def draw(engine: Engine, random: RoundRandom, images: Tensor) -> dict[str, Image.Image]:
     """Pictures by name: samples f(z), resamples f(f(z)), restorations of images (m, *shape); for points a scatter. The
-    latents are the same over the run, so that pictures compare. Collective where the network is sharded."""
+    latents are the same over the run, so that pictures compare. Collective where the network is sharded.
+    """
     latents = replace(random, round=philox.SAMPLES).latents(torch.arange(64))
     once = engine.exported("", latents)
     once, twice, examples = once.cpu(), engine.exported("", once).cpu(), images.cpu()

@@ -108,7 +108,8 @@ def read_model(checkpoint: Path, name: str) -> NAIGN:
 @contextlib.contextmanager
 def damage_named(checkpoint: Path) -> Iterator[None]:
     """Turn what a damaged or foreign file raises into an InputError that names the checkpoint; failures of the device,
-    memory, disk or another rank pass unchanged, since a retry may work."""
+    memory, disk or another rank pass unchanged, since a retry may work.
+    """
     try:
         yield
     except DAMAGE as error:

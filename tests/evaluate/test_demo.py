@@ -1,5 +1,6 @@
 """Pictures are refused before they are decoded, damage grows with its strength, and the way between two latents begins
-and ends at them."""
+and ends at them.
+"""
 
 import io
 from types import SimpleNamespace

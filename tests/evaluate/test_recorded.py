@@ -1,5 +1,6 @@
 """What a model's header may ask for: a run keeps the S3 server that it was trained from, a model from elsewhere chooses
-none; data are read as in training."""
+none; data are read as in training.
+"""
 
 import os
 from types import SimpleNamespace

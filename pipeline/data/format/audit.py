@@ -41,7 +41,8 @@ class Problems(InputError):
 
 def verify(path: str, *, index: str = "", progress: bool = True) -> Report:
     """Read every byte of a data set: sizes, SHA-256, page tables, tar structure, pixels, shapes, labels, keys, counts.
-    Samples that index.json says are broken may be. Raises Problems, each with its shard and key."""
+    Samples that index.json says are broken may be. Raises Problems, each with its shard and key.
+    """
     manifest, store, tables = Manifest.load(index or path), open_store(path), open_store(index or path)
     problems, broken = list[str](), list[tuple[str, str]]()
     total = sum(shard.bytes for shard in manifest.shards)

@@ -27,7 +27,8 @@ def scan(
     store: Store, name: str, pager: Pager, advance: Callable[[int], object] = lambda _: None
 ) -> Iterator[dict[str, Any]]:
     """The samples of a shard; `pager` measures all its bytes, and `advance` gets the number of each piece of them.
-    Raises InputError where they are no uncompressed tar or end early, or a sample has two members of a suffix."""
+    Raises InputError where they are no uncompressed tar or end early, or a sample has two members of a suffix.
+    """
     where = store.url(name)
     with closing(store.pieces(name)) as pieces:
 

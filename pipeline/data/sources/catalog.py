@@ -43,7 +43,8 @@ def load(
     skip: bool = False,
 ) -> Source:
     """The named source; of one such as mnist:100, that many of its training examples, drawn by the seed. InputError for
-    an unknown name, missing files, or an option that it does not take; Unavailable where files cannot be fetched."""
+    an unknown name, missing files, or an option that it does not take; Unavailable where files cannot be fetched.
+    """
     check_seed(seed)
     base, _, argument = name.partition(":")
     choices, key = known(SOURCES, GROUP), f"{base}:<name>"

@@ -65,7 +65,8 @@ def from_tree(
 
 def fitted(data: bytes, size: tuple[int, int], channels: int) -> Image.Image:
     """A picture upright (EXIF orientation), its largest central window of that shape resized to (width, height).
-    Raises InputError, saying why but not where, for bytes that are no picture."""
+    Raises InputError, saying why but not where, for bytes that are no picture.
+    """
     with decoding(), open_picture(data) as opened:
         upright = eight_bits(ImageOps.exif_transpose(opened), "L" if channels == 1 else "RGB")
         return ImageOps.fit(upright, size, method=Image.Resampling.LANCZOS)

@@ -50,7 +50,8 @@ class Source:
 
 def subset(source: Source, *, train: int | None = None, without: tuple[str, ...] = (), seed: int = 0) -> Source:
     """The source with `train` training examples (None: all), drawn by the seed, and none of the labels `without`; its
-    test split is whole. Raises InputError where too few are left."""
+    test split is whole. Raises InputError where too few are left.
+    """
     if unknown := [label for label in without if label not in source.labels]:
         raise InputError(f"{source.name} has no label {unknown[0]!r}: --without takes {', '.join(source.labels)}")
     if train is not None and train < 1:

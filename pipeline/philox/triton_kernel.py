@@ -1,4 +1,4 @@
-"""The draws of this room as one kernel for GPUs, in Triton, which torch brings along there."""
+"""The draws of `philox` as one kernel for GPUs, in Triton, which torch brings along there."""
 
 import torch
 import triton
