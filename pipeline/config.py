@@ -1,5 +1,6 @@
 """The configuration of a run: defaults of dataclasses, then a YAML file, then `--section.key=value`; the last one wins.
 
+Without any of these a run trains the recipe of configs/mnist.yaml on MNIST, which it packs if it is not there yet.
 The settings class of a section in NAMED depends on the name that is chosen.
 """
 
