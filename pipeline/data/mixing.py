@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, count, cycle
@@ -44,6 +45,8 @@ def _member(config: DataConfig, entry: Any) -> tuple[DataConfig, float]:
     if not isinstance(entry, dict) or entry.keys() - {"path", "weight", "index"} or not entry.get("path"):
         raise InputError(f"data.path has the entry {entry!r}: {_HOW}")
     weight, index = entry.get("weight", 1), entry.get("index", "")
+    with suppress(ValueError):
+        weight = float(weight) if isinstance(weight, str) else weight  # YAML reads 1e-9 as text
     if type(weight) not in (int, float) or not 0 < weight <= sys.float_info.max:
         raise InputError(f"data.path gives {entry['path']} the weight {weight!r}: a weight is a positive number")
     return replace(config, path=str(entry["path"]), index=str(index or "")), float(weight)

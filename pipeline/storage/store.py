@@ -5,7 +5,7 @@ import os
 from collections.abc import Generator
 from typing import Any, BinaryIO
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, require
 from pipeline.storage.base import Store
 from pipeline.storage.local import LocalStore
 
@@ -17,8 +17,7 @@ def open_store(path: str) -> Store:
     if not path.strip() or "\0" in path:
         raise InputError(f"{path!r} is no path: give a local folder or s3://bucket/prefix")
     scheme, separator, _ = path.partition("://")
-    if path.startswith("s3:") and not separator:
-        raise InputError(f"{path}: write s3://bucket/prefix")
+    require((separator or not path.startswith("s3:"), f"{path}: write s3://bucket/prefix"))
     if not separator:
         return LocalStore(path)
     if scheme == "s3":
