@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pipeline.errors import InputError, printable, require
@@ -90,7 +91,7 @@ def write_samples(samples: Tensor, to: Path) -> str:
         raise InputError(f"--to {to}: samples of shape {tuple(samples.shape[1:])} go to a file that ends in {wanted}")
     if suffix == ".png":
         to.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(to, png(grid(samples, columns=math.ceil(math.sqrt(len(samples))))), sync=False)
+        save(grid(samples, columns=math.ceil(math.sqrt(len(samples)))), to)
     elif points:
         write_one(samples, to)
     else:
@@ -103,6 +104,11 @@ def write_one(samples: Tensor, to: Path) -> None:
     """Write one image (1, C, H, W) as a PNG file, or points (n, D) as a .csv file."""
     to.parent.mkdir(parents=True, exist_ok=True)
     if samples.ndim == 4:
-        write_atomically(to, png(to_image(samples[0])), sync=False)  # there may be thousands
+        save(to_image(samples[0]), to)
     else:
         write_atomically(to, "".join(f"{','.join(map(repr, row))}\r\n" for row in samples.tolist()))
+
+
+def save(picture: Image.Image, to: Path) -> None:
+    """Write a PNG file atomically. It is not synced to disk: there may be thousands."""
+    write_atomically(to, png(picture), sync=False)

@@ -16,7 +16,7 @@ from pipeline.data.dataset import DataConfig, lists_data_sets, parse_resize
 from pipeline.data.format.manifest import Manifest, Split
 from pipeline.data.order import LANES, Order, Piece, pieces
 from pipeline.data.reader import Raw, Reader
-from pipeline.errors import InputError
+from pipeline.errors import InputError, require
 from pipeline.storage.base import Store
 from pipeline.storage.store import open_store
 
@@ -27,8 +27,7 @@ def members(config: DataConfig) -> list[tuple[DataConfig, float]]:
     """The settings and the weight of each data set of data.path. Raises InputError for a list that is none."""
     if not lists_data_sets(config):
         return [(config, 1.0)]
-    if config.index:
-        raise InputError("data.index is of one data set: for a list, write {path: ..., index: ...} in data.path")
+    require((not config.index, "data.index is of one data set: for a list, write {path: ..., index: ...} in data.path"))
     try:
         listed = yaml.safe_load(config.path)
     except yaml.YAMLError as error:
