@@ -1,6 +1,7 @@
 """Errors that the user or the environment causes, their exit codes, and how a rank leaves with one."""
 
 import ctypes
+import errno
 import json
 import os
 import re
@@ -99,6 +100,12 @@ def require(*rules: tuple[object, str]) -> None:
     for holds, message in rules:
         if not holds:
             raise InputError(message)
+
+
+def unwritten(message: str) -> InputError | Unavailable:
+    """The error of what could not be written: Unavailable where a disk or quota is full, so that a restart may help."""
+    full = any(os.strerror(number) in message for number in (errno.ENOSPC, errno.EDQUOT))
+    return (Unavailable if full else InputError)(message)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from pipeline.checkpoint import bucket
 from pipeline.checkpoint.manifest import BEST, MANIFEST, best_named, by_step, is_whole, prune, read_manifest, sha256
 from pipeline.distributed.ranks import SideGroup
-from pipeline.errors import Conflict, InputError, Unavailable
+from pipeline.errors import Conflict, InputError, Unavailable, unwritten
 from pipeline.observe.logs import title
 from pipeline.storage.local import TRANSIENT, UMASK, sync_file, write_atomically
 from pipeline.storage.prefetch import in_background
@@ -119,7 +119,7 @@ class Writer:
 
     def join(self, *, within: float = math.inf, share: float = 1.0) -> bool:
         """Wait for the checkpoint that is being written. Returns False if that takes longer than `within` seconds or,
-        once a stop was requested, longer than `share` of the time left. Raises InputError on every rank if any rank
+        once a stop was requested, longer than `share` of the time left. Raises `unwritten` on every rank if any rank
         could not write its files, and what a collective raises when another rank is gone.
         """
         if self._done is None:
@@ -133,7 +133,7 @@ class Writer:
             return False
         done, self._done = self._done, None
         if failed := done.result():
-            raise InputError(failed)
+            raise unwritten(failed)
         return True
 
     def _work(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write], best: str) -> str:

@@ -1,5 +1,6 @@
 """Commands that make and check data sets: pack, index, verify."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -8,7 +9,7 @@ import tyro
 from tyro.conf import Positional
 
 from pipeline.cli.output import Json, lines_to_stderr, print_json
-from pipeline.errors import InputError
+from pipeline.errors import InputError, require
 from pipeline.terminal import busy
 
 if TYPE_CHECKING:
@@ -93,6 +94,9 @@ def index(
         names = tuple(labels.read_text().splitlines()) if labels else ()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--labels {labels}: {error}") from None
+    require((names or not labels, f"--labels {labels} is empty: write one name a line"))
+    for name, count in Counter(names).items():
+        require((count == 1, f"--labels {labels} has {name!r} {count} times: write each name once"))
     manifest = read_all(path, labels=names, **vars(options))
     print(_contents(options.to or path, manifest))
     if broken := sum(map(len, manifest.broken.values())):

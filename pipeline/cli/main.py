@@ -5,6 +5,7 @@ Commands import heavy modules when they are called, so that `naign --help` is qu
 
 import errno
 import io
+import itertools
 import os
 import signal
 import sys
@@ -20,13 +21,11 @@ from pipeline.cli.runs import compare, runs
 from pipeline.errors import InputError, Unavailable, exit_on_input_error
 
 ABOUT = "Non-adversarial idempotent generative networks: one network that generates and repairs. --version: print it."
-COMMANDS: dict[str, Callable[..., None]] = {
-    command.__name__: command
-    for command in (
-        *(pack, index, verify, train, launch, render, fetch, runs, compare),
-        *(evaluate, sample, restore, score, export, push, demo, doctor),
-    )
-}
+_OF_RUNS: tuple[Callable[..., None], ...] = (pack, index, verify, train, launch, render, fetch, runs, compare)
+_OF_MODELS: tuple[Callable[..., None], ...] = (evaluate, sample, restore, score, export, push, demo, doctor)
+COMMANDS = {command.__name__: command for command in (*_OF_RUNS, *_OF_MODELS)}
+PATHS = ("--to", "--root", "--config", "--labels", "--dry-run", "--data", "--run")  # options whose value is a path
+FLAGS = ("--json", "--force", "--private", "--keep-broken")  # options without a value, which a path may follow
 FULL = ("can't allocate memory", "out of memory")  # errors of torch on a CPU, on a GPU
 
 
@@ -40,6 +39,11 @@ def main() -> None:
 
 
 def _run() -> None:
+    with exit_on_input_error("naign"):
+        for before, word in itertools.pairwise(sys.argv):
+            empty = not word and (not before.startswith("--") or before.replace("_", "-") in PATHS + FLAGS)
+            if empty or word.endswith("=") and word[:-1] in PATHS:
+                raise InputError(f"'' is no path (after {word or before}): give a file, a folder or an address")
     if sys.argv[1:2] in (["train"], ["launch"]):  # these pass unknown options on to the training program
         (train if sys.argv[1] == "train" else launch)()
     if sys.argv[1:] == ["--version"]:
@@ -55,7 +59,9 @@ def _run() -> None:
             if error.filename is None:
                 raise
             kind = Unavailable if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE) else InputError
-            raise kind(f"{error.filename}: {error.strerror}") from None
+            taken = isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError)
+            remedy = ": choose another path" if taken else ""
+            raise kind(f"{error.filename}: {error.strerror}{remedy}") from None
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError) or any(text in str(error) for text in FULL):
                 raise InputError("there is too little memory for that: ask for fewer or smaller ones") from None

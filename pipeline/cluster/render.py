@@ -36,8 +36,8 @@ def _check_options(*rules: tuple[str, str, str, str]) -> None:
 
 def configure(job: Job) -> Config:
     """The run's configuration. Raises InputError where it does not fit the size of the job."""
-    hosts, place = f"{job.nodes} nodes of {job.gpus} GPUs", rf"(?!.*://).*|{BUCKET}"
-    bucket = ": write s3://bucket/prefix, a bucket's name as S3 wants it"
+    hosts, place = f"{job.nodes} nodes of {job.gpus} GPUs", rf"(?!.*://).*\S.*|{BUCKET}"
+    bucket = ": write s3://bucket/prefix, a bucket's name as S3 wants it, or for Slurm a shared folder"
     require(
         (job.nodes >= 1 and job.gpus >= 0, f"{hosts}: at least one node, and no fewer than 0 GPUs"),
         (job.ranks <= 2**16, f"{hosts} are too many"),

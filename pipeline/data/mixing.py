@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, count, cycle
@@ -15,7 +16,7 @@ from pipeline.data.dataset import DataConfig, lists_data_sets, parse_resize
 from pipeline.data.format.manifest import Manifest, Split
 from pipeline.data.order import LANES, Order, Piece, pieces
 from pipeline.data.reader import Raw, Reader
-from pipeline.errors import InputError
+from pipeline.errors import InputError, require
 from pipeline.storage.base import Store
 from pipeline.storage.store import open_store
 
@@ -26,8 +27,7 @@ def members(config: DataConfig) -> list[tuple[DataConfig, float]]:
     """The settings and the weight of each data set of data.path. Raises InputError for a list that is none."""
     if not lists_data_sets(config):
         return [(config, 1.0)]
-    if config.index:
-        raise InputError("data.index is of one data set: for a list, write {path: ..., index: ...} in data.path")
+    require((not config.index, "data.index is of one data set: for a list, write {path: ..., index: ...} in data.path"))
     try:
         listed = yaml.safe_load(config.path)
     except yaml.YAMLError as error:
@@ -44,6 +44,8 @@ def _member(config: DataConfig, entry: Any) -> tuple[DataConfig, float]:
     if not isinstance(entry, dict) or entry.keys() - {"path", "weight", "index"} or not entry.get("path"):
         raise InputError(f"data.path has the entry {entry!r}: {_HOW}")
     weight, index = entry.get("weight", 1), entry.get("index", "")
+    with suppress(ValueError):
+        weight = float(weight) if isinstance(weight, str) else weight  # YAML reads 1e-9 as text
     if type(weight) not in (int, float) or not 0 < weight <= sys.float_info.max:
         raise InputError(f"data.path gives {entry['path']} the weight {weight!r}: a weight is a positive number")
     return replace(config, path=str(entry["path"]), index=str(index or "")), float(weight)

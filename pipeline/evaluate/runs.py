@@ -137,9 +137,13 @@ def flat(section: Mapping[str, Any], prefix: str = "", depth: int = DEPTH) -> di
     return settings
 
 
-def read_json(file: Path) -> Any:
-    """The content of a JSON file; {} where there is none."""
-    return json.loads(file.read_bytes()) if file.exists() else {}
+def read_json(file: Path, line: bytes | None = None) -> dict[str, Any]:
+    """The JSON object in a file, or in one line of it; {} where there is none. Raises InputError for anything else."""
+    try:
+        text = line or (file.read_bytes() if line is None and file.exists() else b"{}")
+        return dict(json.loads(text).items())
+    except MALFORMED as error:
+        raise InputError(f"{file} holds no JSON object ({type(error).__name__}): remove it, or copy it again") from None
 
 
 def number(value: Any) -> float | None:
@@ -153,8 +157,8 @@ def _last_lines(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     lines = file.read_bytes().splitlines() if file.exists() else []
     if lines and not lines[-1].endswith(b"}"):
         lines.pop()  # a kill has cut it short
-    measured = next((line for line in reversed(lines) if b'"quality/fd"' in line), b"{}")
-    return json.loads(lines[-1] if lines else b"{}"), json.loads(measured)
+    measured = next((line for line in reversed(lines) if b'"quality/fd"' in line), b"")
+    return read_json(file, lines[-1] if lines else b""), read_json(file, measured)
 
 
 def _in_use(lock: Path) -> bool:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.errors import InputError, one_line, require
+from pipeline.errors import InputError, one_line, require, unwritten
 from pipeline.model import hub
 from pipeline.model.networks import build_network, recorded_network
 from pipeline.model.prior import build_prior, find_prior
@@ -86,13 +86,13 @@ class NAIGN:
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write model.safetensors (float32) and, for readers, config.json with `metadata`; InputError if that fails."""
+        """Write model.safetensors (float32) and, for readers, config.json with `metadata`. Raises `unwritten`."""
         file = Path(folder) / hub.WEIGHTS
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_model(file, self.network.state_dict(), self.metadata, self.prior.state_dict())
         except SafetensorError as error:
-            raise InputError(f"{file} cannot be written: {error}") from None
+            raise unwritten(f"{file} cannot be written: {error}") from None
         file.chmod(0o644)  # safetensors writes for the owner only
         file.with_name("config.json").write_text(json.dumps(self.metadata, indent=1, sort_keys=True) + "\n")
 

@@ -134,11 +134,6 @@ def open_timm(name: str) -> Pretrained:
     return Pretrained(network.eval(), _run_timm, channels=channels, smallest=16, side=side, exact=exact, **scale)
 
 
-def _run_inception(network: Any, images: Tensor) -> Tensor:
-    """Pixels 0 ... 255 -> the 2,048 features of the FID."""
-    return network(images.round().clamp(0, 255).to(torch.uint8))[0]
-
-
 def open_inception() -> Pretrained:
     """The network of the FID, from torch-fidelity; InputError where the package or its weights are missing."""
     source = _import("torch_fidelity.feature_extractor_inceptionv3", "fid-inception")
@@ -150,4 +145,8 @@ def open_inception() -> Pretrained:
         cache, what = f"{torch.hub.get_dir()}/checkpoints", f"{type(error).__name__}: {one_line(error)}"
         remedy = f"without network access put the file of {url} into {cache}"
         raise InputError(f"the weights of encoder 'fid-inception' cannot be had ({what}): {remedy}") from None
-    return Pretrained(network, _run_inception, channels=3, mean=[-1.0], std=[1 / 127.5])
+
+    def run(network: Any, images: Tensor) -> Tensor:  # pixels 0 ... 255 -> the 2,048 features of the FID
+        return network(images.round().clamp(0, 255).to(torch.uint8))[0]
+
+    return Pretrained(network, run, channels=3, mean=[-1.0], std=[1 / 127.5])

@@ -38,6 +38,7 @@ def locate(place: str | Path, **download: Any) -> Iterator[Weights]:
     if str(place).startswith(hub.PREFIX):
         yield Weights(hub.download(str(place).removeprefix(hub.PREFIX), **download))
     elif str(place).startswith("s3:"):
+        open_store(str(place))  # refuses what is no address
         with tempfile.TemporaryDirectory() as folder:
             yield _fetch(str(place).rstrip("/"), Path(folder))
     else:

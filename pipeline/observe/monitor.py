@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.errors import InputError, one_line
+from pipeline.errors import InputError, Unavailable, one_line, unwritten
 from pipeline.observe.trackers import TRACKERS, Tracker, find_trackers
 
 log = logging.getLogger("naign.monitor")
@@ -68,13 +68,13 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Raise InputError if the disk is full or fails."""
+        """Raise `unwritten` if the disk is full or fails."""
         try:
             yield
         except OSError as error:
             why = f"{self.folder}: reports cannot be written ({error.strerror or error})"
             remedy = "make room; the newest checkpoint is untouched, and the same command goes on from it"
-            raise InputError(f"{why}: {remedy}") from None
+            raise unwritten(f"{why}: {remedy}") from None
 
     def advance(self, images: int) -> None:
         """Move the progress bar."""
@@ -114,7 +114,7 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
             other.wait(until)
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        with contextlib.suppress(*[InputError] if kind else []):  # the first error matters
+        with contextlib.suppress(*(InputError, Unavailable) if kind else ()):  # the first error matters
             self.close()
 
 

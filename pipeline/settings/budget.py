@@ -1,5 +1,6 @@
 """When a run is done: its budget is spent, or quality.patience ended it. Imports neither torch nor a configuration."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,9 +27,15 @@ def is_done(settings: Mapping[str, Any], rounds: int, best: Mapping[str, Any]) -
 
 def is_exhausted(settings: Mapping[str, Any], rounds: int, best: Mapping[str, Any]) -> bool:
     """Whether quality.patience measurements in a row were no better than the best one."""
-    waited, since = settings["quality.patience"] * settings["quality.rounds"], best.get("round")
-    alike = best.get("measured") == measured_by(settings)
-    return alike and isinstance(since, int) and since > 0 and 0 < waited <= rounds - since
+    waited = settings["quality.patience"] * settings["quality.rounds"]
+    return is_comparable(settings, rounds, best) and 0 < waited <= rounds - int(best["round"])
+
+
+def is_comparable(settings: Mapping[str, Any], rounds: int, best: Mapping[str, Any]) -> bool:
+    """Whether `best` has a finite distance of one of so many rounds, measured as the settings say."""
+    fd, since = best.get("fd"), best.get("round")
+    sound = isinstance(fd, int | float) and abs(fd) < math.inf and isinstance(since, int) and 0 < since <= rounds
+    return sound and best.get("measured") == measured_by(settings)
 
 
 def measured_by(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
 
-from pipeline.errors import Conflict, InputError, one_line
+from pipeline.errors import Conflict, InputError, one_line, require
 from pipeline.storage.prefetch import PARALLEL, in_background
 from pipeline.storage.resumed import NO_RANGES, Missing, NetworkStore, Stat
 from pipeline.storage.retry import Patience
@@ -36,8 +36,7 @@ class S3Store(NetworkStore):
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self._bucket, _, prefix = path.removeprefix("s3://").partition("/")
-        if not self._bucket:
-            raise InputError(f"{path}: no bucket: write s3://bucket/prefix")
+        require((self._bucket, f"{path}: no bucket: write s3://bucket/prefix"))
         prefix = prefix.strip("/")
         if prefix and set(prefix.split("/")) & {"", ".", ".."}:
             raise InputError(f"{path}: an empty, '.' or '..' part, which servers read differently: write it plainly")

@@ -5,7 +5,7 @@ import os
 from collections.abc import Generator
 from typing import Any, BinaryIO
 
-from pipeline.errors import InputError
+from pipeline.errors import require
 from pipeline.storage.base import Store
 from pipeline.storage.local import LocalStore
 
@@ -14,11 +14,9 @@ def open_store(path: str) -> Store:
     """The store at a local folder (`~` is expanded), `s3://bucket/prefix`, or an address that is only read. Touches
     neither disk nor network.
     """
-    if not path.strip() or "\0" in path:
-        raise InputError(f"{path!r} is no path: give a local folder or s3://bucket/prefix")
+    require((path.strip() and "\0" not in path, f"{path!r} is no path: give a local folder or s3://bucket/prefix"))
     scheme, separator, _ = path.partition("://")
-    if path.startswith("s3:") and not separator:
-        raise InputError(f"{path}: write s3://bucket/prefix")
+    require((separator or not path.startswith("s3:"), f"{path}: write s3://bucket/prefix"))
     if not separator:
         return LocalStore(path)
     if scheme == "s3":
@@ -46,8 +44,7 @@ def gopen(url: str, mode: str = "rb", bufsize: int = 8192) -> BinaryIO:
     """The file at an address as a stream for other programs, as in `webdataset.gopen_schemes["s3"] = gopen`. It is read
     ahead in bounded memory and never silently cut. Raises InputError.
     """
-    if "r" not in mode:
-        raise InputError(f"{url}: mode {mode!r}: streams are only read; write data sets with `naign pack`")
+    require(("r" in mode, f"{url}: mode {mode!r}: streams are only read; write data sets with `naign pack`"))
     store, name = locate(url)
     store.size(name)  # a missing file must raise here, not at the first read
     return io.BufferedReader(_Stream(store.pieces(name)), max(bufsize, 1 << 20))

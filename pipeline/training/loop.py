@@ -45,7 +45,8 @@ def train(config: Config, accelerator: Accelerator) -> bool:
         run.lock.release()
     if finished and run.rank == 0:
         place = config.run.remote or config.run.path
-        print(f"done: the run lies in {place}; measure it with: naign evaluate {place}")
+        ended = "" if run.position.round >= run.rounds else " (ended by quality.patience)"
+        print(f"done{ended}: the run lies in {place}; measure it with: naign evaluate {place}")
     return finished
 
 
@@ -103,7 +104,8 @@ def measure(run: Run, quality: Quality, state: RoundState, values: dict[str, flo
         measured, better = quality.measure(run.engine, latents, state.images, rounds=rounds)
     values |= measured
     if quality.exhausted(rounds) and rounds < run.rounds:
-        run.monitor.say(f"stopped in round {rounds} of {run.rounds}: no better than in round {quality.best['round']}")
+        since = f"no better than in round {quality.best['round']}"
+        run.monitor.say(f"stopped by quality.patience in round {rounds} of {run.rounds}: {since}")
     return better
 
 

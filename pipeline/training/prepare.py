@@ -66,8 +66,6 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, PartialRound
         flops = forward_flops(network, stream.shape)
     quality = Quality(config, stream, accelerator) if config.quality.rounds else None
     checkpoint, lock = claim_together(config, accelerator)
-    if quality:
-        quality.restore_best(config.run.path)  # after a bucket's was fetched
     position, partial = Position(), None
     with together(accelerator):
         if checkpoint:  # the weights go into the network before an engine takes it, all else after
@@ -77,6 +75,8 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, PartialRound
         engine = build_engine(config, network, accelerator, stream.shape)
         if checkpoint:
             position, partial = restore(checkpoint, engine, size=config.match.round)
+    if quality:
+        quality.restore_best(config.run.path, position.round)
     rounds, network_rounds = count_all_rounds(config)
     write = position.round < rounds and not (quality and quality.exhausted(position.round))
     monitor, writer = open_outputs(config, accelerator, position, checkpoint, stop, watchdog, write=write)

@@ -26,7 +26,7 @@ from pipeline.evaluate.frechet import frechet_distance
 from pipeline.evaluate.restoration import mae
 from pipeline.model.encoders import choose_encoder, open_encoder
 from pipeline.model.scale import scaled
-from pipeline.settings.budget import is_exhausted, measured_by
+from pipeline.settings.budget import is_comparable, is_exhausted, measured_by
 
 log = logging.getLogger("naign.quality")
 
@@ -58,14 +58,11 @@ class Quality:
                         "little of what is seen. Set quality.encoder: efficientnet-lite0 for photographs, or pixels"
                     )
 
-    def restore_best(self, run: str) -> None:
-        """Take over the best distance of the run so far, unless it was measured otherwise than now. Collective."""
+    def restore_best(self, run: str, rounds: int) -> None:
+        """Take over the best distance of the run's rounds, unless it was measured otherwise than now. Collective."""
         best = read_best(str(Path(run).absolute())) if self.real is not None else {}
-        try:
-            alike = best.get("measured") == measured_by(self.settings) and best["encoder"] == self.encoder.name
-            self.best = {**best, "fd": float(best["fd"]), "round": int(best["round"])} if alike else {}
-        except (ValueError, TypeError, LookupError):  # damaged
-            self.best = {}
+        alike = is_comparable(self.settings, rounds, best) and best.get("encoder") == self.encoder.name
+        self.best = best if alike else {}
         if self.real is not None and not self.best and Path(run, BEST).exists():
             other = "says nothing of the best checkpoint, or was measured otherwise than this run measures"
             log.warning("%s/%s %s: the next measurement counts as the best", run, BEST, other)

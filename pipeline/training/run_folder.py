@@ -137,9 +137,9 @@ def find_newest(config: Config) -> Path | None:
             compare(recorded, config, remote, "--run.remote")
     if newest := newest_checkpoint(folder):
         _compare_checkpoint(newest, config)
-    damaged = ""
-    for checkpoint in passed_over(folder, newest):
-        damaged = "" if remote else str(checkpoint)  # beside a bucket, it may hold this machine's part alone
+    passed = passed_over(folder, newest)
+    damaged = str(passed[0]) if passed and not remote else ""  # beside a bucket, it may be this machine's part alone
+    for checkpoint in passed:
         log.warning("%s is damaged or incomplete: passed over", checkpoint)
     for name in names:
         if newest and step_of(name) <= step_of(newest.name):
@@ -150,8 +150,8 @@ def find_newest(config: Config) -> Path | None:
             _compare_checkpoint(downloaded := bucket.download(remote, name, folder), config)
             return downloaded
         shutil.rmtree(folder / name, ignore_errors=True)
-        damaged = f"{remote}/checkpoints/{name}"
-        log.warning("%s is damaged: passed over", damaged)
+        damaged = damaged or f"{remote}/checkpoints/{name}"
+        log.warning("%s/checkpoints/%s is damaged: passed over", remote, name)
     if damaged and newest is None:
         raise InputError(f"{damaged} and all before it are damaged: mend one, or remove them to start anew")
     return newest

@@ -10,7 +10,7 @@ import pytest
 from pipeline.checkpoint import writer
 from pipeline.checkpoint.manifest import BEST, MANIFEST, best_named, prune
 from pipeline.checkpoint.writer import Writer, newest_checkpoint
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Unavailable
 from tests.checkpoint.written import write_checkpoint
 
 
@@ -165,7 +165,11 @@ def test_a_disk_that_fails_for_a_while_says_nothing_about_a_checkpoint(checkpoin
 
 @pytest.mark.parametrize(
     ("error", "kind"),
-    [(OSError(errno.ENOSPC, "No space left on device"), InputError), (RuntimeError("CUDA error: ..."), RuntimeError)],
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), Unavailable),
+        (OSError(errno.EACCES, "no"), InputError),
+        (RuntimeError("CUDA error: ..."), RuntimeError),
+    ],
 )
 def test_what_failed_while_copying_decides_whether_a_retry_helps(tmp_path, checkpoints, error, kind):
     write_checkpoint(checkpoints / "step-00000001", fill)
@@ -175,6 +179,6 @@ def test_what_failed_while_copying_decides_whether_a_retry_helps(tmp_path, check
         raise error
 
     writer.start("step-00000002", copy, {})
-    with pytest.raises((InputError, RuntimeError), match="step-00000002 could not be written") as raised:
+    with pytest.raises((InputError, Unavailable, RuntimeError), match="step-00000002 could not be written") as raised:
         writer.join()
     assert type(raised.value) is kind and names(checkpoints) == ["step-00000001"]

@@ -1,11 +1,14 @@
 """Commands write what they say, and never over what is there to be read."""
 
 import json
+import shlex
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from pipeline.cli import model as cli
 from pipeline.cli.main import main
@@ -35,6 +38,14 @@ def pictures(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((20, 12), 90, np.uint8)).save(path)
     return tmp_path
+
+
+def ended(monkeypatch, capsys, *words):
+    """The exit code of the program, and what it says on stderr."""
+    monkeypatch.setattr("sys.argv", ["naign", *map(str, words)])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    return exit.value.code, capsys.readouterr().err
 
 
 def test_repairs_keep_the_folders_they_were_found_in(model, pictures):
@@ -179,3 +190,54 @@ def test_commands_say_which_checkpoint_of_a_run_they_read(tmp_path, capsys, digi
     assert "checkpoint" not in capsys.readouterr().err
     record = json.loads((tmp_path / "run/evaluation/metrics.json").read_text())["checkpoint"]
     assert record["choice"] in chosen and record["choice"] in (tmp_path / "run/evaluation/report.html").read_text()
+
+
+EMPTY = ["sample ''", "export RUN --to ''", "restore RUN ''", "score RUN --json ''", "runs ''", "sample RUN --to="]
+EMPTY += ["push RUN user/x --dry_run ''", "evaluate '' --samples 20", "index DATA --labels ''", "train --config ''"]
+EMPTY += ["render k8s --data s3://abc/d --run ''", "render slurm --data d --run=", "pack folder --root '' --to x"]
+
+
+@pytest.mark.parametrize("words", EMPTY)
+def test_an_empty_text_is_no_path(words, monkeypatch, capsys):
+    code, said = ended(monkeypatch, capsys, *shlex.split(words))
+    assert code == 2 and "naign: error: '' is no path (after " in said
+
+
+def test_a_text_that_may_be_empty_is_taken(monkeypatch, capsys):
+    code, said = ended(monkeypatch, capsys, "index", "nowhere", "--label", "")
+    assert code == 2 and "no .tar there" in said
+
+
+@pytest.mark.parametrize("run", ["gs://bucket/x", " "])
+def test_a_run_that_no_job_can_have_is_named_by_its_option(run, monkeypatch, capsys):
+    code, said = ended(monkeypatch, capsys, "render", "slurm", "--data", "/data", "--run", run)
+    assert code == 2 and f"--run {run}: write s3://" in said and "for Slurm a shared folder" in said
+
+
+def test_a_full_disk_is_worth_another_try(model, tmp_path, monkeypatch, capsys):
+    full = SafetensorError("I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr("pipeline.model.naign.save_file", Mock(side_effect=full))
+    code, said = ended(monkeypatch, capsys, "export", model, "--to", tmp_path / "out")
+    assert code == 1 and "naign: failed: " in said and "No space left" in said
+
+
+def test_names_of_labels_are_read_whole_or_refused(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "names.txt"
+    for text, problem in (("", "is empty: write"), ("a\nb\na\n", "has 'a' 2 times: write")):
+        file.write_text(text)
+        code, said = ended(monkeypatch, capsys, "index", tmp_path, "--labels", file)
+        assert code == 2 and f"--labels {file} {problem}" in said
+
+
+def test_an_address_without_a_bucket_is_shown_as_given(monkeypatch, capsys):
+    assert ended(monkeypatch, capsys, "sample", "s3://") == (
+        *(2, "naign: error: s3://: no bucket: write s3://bucket/prefix\n"),
+    )
+
+
+def test_what_stands_in_the_way_asks_for_another_path(model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "there.png").mkdir()
+    (tmp_path / "file").touch()
+    for to in ("there.png", "file/x.png"):
+        code, said = ended(monkeypatch, capsys, "sample", model, "--n", "2", "--to", tmp_path / to)
+        assert code == 2 and said.endswith(": choose another path\n")

@@ -60,7 +60,7 @@ def test_a_folder_of_runs_as_a_table_and_as_json(tmp_path: Path, capsys: pytest.
     a_run(tmp_path / "best", 1024, checkpoint=1024, evaluated=1.5, age=7200)
     a_run(tmp_path / "group/killed", 768, checkpoint=512)
     a_run(tmp_path / "patient", 768, checkpoint=768, quality__rounds=1, quality__patience=2)
-    best = {"round": 1, "measured": measured_by(read_settings(tmp_path / "patient"))}
+    best = {"fd": 49.0, "round": 1, "measured": measured_by(read_settings(tmp_path / "patient"))}
     (tmp_path / "patient/best.json").write_text(json.dumps(best))
     a_run(tmp_path / "copied", 512)
     busy = a_run(tmp_path / "busy", 256, checkpoint=0)
@@ -148,6 +148,8 @@ def test_files_of_a_run_may_hold_anything(tmp_path: Path) -> None:
         found, others = find_runs(folder)
         if others:  # that file alone takes a line
             assert not found and others[str(folder)].startswith("its files are not those of a run")
+            if text in ("[]", "\0"):
+                assert f"{folder / name} holds no JSON object" in others[str(folder)]
             with pytest.raises(InputError, match="run' cannot be compared: "):
                 read_sides([folder, other])
         else:

@@ -56,7 +56,7 @@ def test_a_manifest_of_nonsense(packed: str, keys: tuple[Any, ...], values: list
     index = json.loads((Path(packed) / "index.json").read_text())
     Manifest.parse(json.dumps(index).encode(), where="here")
     for value in values:
-        with pytest.raises(InputError, match="here: malformed .*pack the data set again"):
+        with pytest.raises(InputError, match="here: malformed .*pack or index the data set again with --force"):
             Manifest.parse(edited(index, keys, value), where="here")
 
 

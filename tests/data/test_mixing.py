@@ -14,7 +14,7 @@ from pipeline.config import load
 from pipeline.data.dataset import DataConfig
 from pipeline.data.format.writer import pack
 from pipeline.data.loader import Stream, read_split
-from pipeline.data.mixing import DataSets, shares
+from pipeline.data.mixing import DataSets, members, shares
 from pipeline.errors import InputError
 from tests.data.numbered import numbered
 from tests.data.test_augment import broken
@@ -115,6 +115,7 @@ def test_a_configuration_lists_them(three: str, tmp_path: Path) -> None:
     config = load(str(tmp_path / "c.yaml"))
     assert [found.path for found in DataSets(config.data).configs] == [f"{tmp_path}/a", f"{tmp_path}/b"]
     assert DataSets(config.data).weights == [1.0, 2.0]
+    assert members(DataConfig(path="[a, {path: b, weight: 1e-9}]"))[1][1] == 1e-9  # which YAML reads as text
 
 
 def test_shares_add_up() -> None:

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import EntryPoint
 from itertools import product
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -286,6 +287,10 @@ def test_no_sound_picture_is_passed_over(tmp_path: Path, monkeypatch: pytest.Mon
         with monkeypatch.context() as patch, pytest.raises(InputError, match=rf"tree/a/\d\.png: {said}"):
             patch.setattr(target, lambda *_, problem=problem: (_ for _ in ()).throw(problem))
             load("folder", root=tmp_path / "tree", size=4, skip=True)
+    with pytest.raises(InputError, match="cannot be read .Permission denied.: check its owner and mode$"):
+        source = load("folder", root=tmp_path / "tree", size=4)
+        monkeypatch.setattr("pathlib.Path.read_bytes", Mock(side_effect=problems["cannot be read"]))
+        pack(source, str(tmp_path / "packed"), progress=False)
 
 
 def test_names_are_printed_without_control_characters(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from pipeline.checkpoint.bucket import newest_first
 from pipeline.checkpoint.writer import newest_checkpoint
-from pipeline.errors import BAD_INPUT
+from pipeline.errors import BAD_INPUT, FAILED
 from pipeline.storage.store import open_store
 from tests.conftest import ROOT, SMALL, Program, forked, start
 from tests.e2e.ranks import Job
@@ -94,7 +94,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(digits, tmp_path):
             time.sleep(0.01)
         (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - 4096))
         _, errors = job.communicate(timeout=60)
-        assert job.returncode == BAD_INPUT and "train: error: " in errors and "No space left" in errors, errors
+        assert job.returncode == FAILED and "train: failed: " in errors and "No space left" in errors, errors
         assert newest_checkpoint(checkpoints) and "untouched" in errors
         (disk / "filler").unlink()
     finally:

@@ -28,7 +28,7 @@ def open_quality(stream: Stream, options: list[str]) -> Quality:
     AcceleratorState._reset_state(True)
     config = parse(options)
     quality = Quality(config, stream, Accelerator(cpu=True))
-    quality.restore_best(config.run.path)
+    quality.restore_best(config.run.path, 10)
     return quality
 
 
@@ -99,6 +99,7 @@ def test_patience_ends_a_run_for_good(train, digits, tmp_path):
     assert done.returncode == 0, done.stderr
     rounds = len(lines(tmp_path / "run"))
     assert rounds < 100 and "no better than in round" in done.stdout + done.stderr
+    assert "done (ended by quality.patience): the run lies in" in done.stdout
     again = train(*options)
     assert again.returncode == 0 and len(lines(tmp_path / "run")) == rounds
     assert "nothing left to do" in again.stdout + again.stderr
@@ -124,6 +125,10 @@ def test_a_distance_measured_otherwise_is_not_compared_with(digits, tmp_path, ca
             other = open_quality(stream, [*done, changed])
             assert other.best == {} and not other.exhausted(100), changed
             assert "was measured otherwise" in caplog.text
+            caplog.clear()
+        for damage in ({"fd": math.nan}, {"fd": "0.1"}, {"round": 11}):
+            (tmp_path / "best.json").write_text(json.dumps(first.best | damage))
+            assert open_quality(stream, done).best == {} and "the next measurement counts as the best" in caplog.text
             caplog.clear()
 
 

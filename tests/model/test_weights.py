@@ -39,7 +39,7 @@ def write_run(
     settings = {"quality": {"rounds": 2, "patience": patience, "samples": 50}, "data": {"path": "data/digits"}}
     measured = measured_by({"quality.samples": samples, "data.path": "data/digits"})
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    (folder / "best.json").write_text(json.dumps({"checkpoint": best, "round": 1, "measured": measured}))
+    (folder / "best.json").write_text(json.dumps({"checkpoint": best, "fd": 2.5, "round": 1, "measured": measured}))
     return folder
 
 

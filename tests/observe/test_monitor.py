@@ -1,20 +1,22 @@
 """What is reported goes to every tracker, and one of another package harms nobody."""
 
+import errno
 import json
 import math
 import time
 from importlib.metadata import EntryPoint
 from threading import Event
+from unittest.mock import Mock
 
 import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Unavailable
 from pipeline.observe import monitor
 from pipeline.observe.monitor import WAITING, Background, Monitor, trackers_hang
-from pipeline.observe.trackers import find_trackers
+from pipeline.observe.trackers import JsonLines, find_trackers
 from pipeline.settings import registry
 
 calls = []
@@ -185,6 +187,12 @@ def test_tensorboard_drops_what_a_resumed_run_reports_again(tmp_path):
 def test_a_disk_that_fails_is_the_user_s_to_mend(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(InputError, match="reports cannot be written .*make room"):
+        report(tmp_path, "")
+
+
+def test_a_full_disk_is_worth_a_restart(tmp_path, monkeypatch):
+    monkeypatch.setattr(JsonLines, "scalars", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(Unavailable, match="No space left on device.*make room"):
         report(tmp_path, "")
 
 

@@ -182,6 +182,15 @@ def test_a_copy_beside_the_checkpoints_is_not_one_of_them(run, tmp_path):
     assert newest_checkpoint(checkpoints) is None
 
 
+def test_where_all_are_damaged_the_newest_is_named(run, tmp_path):
+    config, stream, engine = run
+    write(config, stream, engine, replace(POSITION, step=40))
+    for file in (tmp_path / "run/checkpoints").glob("*/model.safetensors"):
+        file.write_bytes(b"x")
+    with pytest.raises(InputError, match="step-00000040 and all before it are damaged"):
+        claim(config)
+
+
 STATE = "state/rank-00000-of-00001.safetensors"
 
 

@@ -18,7 +18,7 @@ from pipeline.data.format.manifest import INDEX, Manifest
 from pipeline.data.format.pages import Pager, table_name
 from pipeline.data.format.samples import scan
 from pipeline.data.format.survey import KEPT, Settings, Summary, Survey, key_hash, summarize
-from pipeline.errors import InputError, Unavailable
+from pipeline.errors import InputError, Unavailable, require
 from pipeline.storage.base import Store
 from pipeline.storage.store import open_store
 from pipeline.terminal import busy
@@ -127,8 +127,7 @@ def _tars(path: str) -> tuple[str, list[str]]:
             except ValueError as error:  # brackets that do not match
                 raise InputError(f"{path}: {error}: write it as {{00000..01023}}.tar") from None
     names = [file for file in open_store(folder).list() if file.endswith(".tar") and fnmatch(file, pattern)]
-    if not names:
-        raise InputError(f"{path}: no .tar there: check the path, and unpack tars that are compressed")
+    require((names, f"{path}: no .tar there: check the path, and unpack tars that are compressed"))
     return folder, names
 
 

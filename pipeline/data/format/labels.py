@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, require
 
 
 def label_text(sample: dict[str, Any], rule: str, where: str) -> str | None:
@@ -42,5 +42,4 @@ def check_label_rule(rule: str) -> None:
             groups = re.compile(argument).groups
         except (re.error, OverflowError, RecursionError) as error:
             raise InputError(f"--label {rule!r}: no regular expression ({error})") from None
-        if groups != 1:
-            raise InputError(f"--label {rule!r}: {groups} groups in brackets, and one must be the label")
+        require((groups == 1, f"--label {rule!r}: {groups} groups in brackets, and one must be the label"))

@@ -97,7 +97,7 @@ class Manifest:
             fields: dict[str, Any] = json.loads(text)
             version = fields.pop("format")
             if version != FORMAT:
-                remedy = "write it anew with `naign index --force`, or pack the data set again"
+                remedy = "write it anew with `naign index --force`, or pack the data set again with --force"
                 raise InputError(f"{where}: format {version!r}, but this program reads format {FORMAT}: {remedy}")
             splits = {
                 name: Split(samples=split["samples"], shards=tuple(map(Shard.parse, split["shards"])))
@@ -113,7 +113,7 @@ class Manifest:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             problem = f"{type(error).__name__}: {error}"
         if problem:
-            raise InputError(f"{where}: malformed ({problem}): pack the data set again")
+            raise InputError(f"{where}: malformed ({problem}): pack or index the data set again with --force")
         return manifest
 
     @property

@@ -1,6 +1,6 @@
 """Packing a source into WebDataset shards, which stream into their store as they are made."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from hashlib import sha256
@@ -31,7 +31,7 @@ def pack(
     shards: int | None = None,  # a split; None: 16, or as many as keep a shard under 64 MiB decoded
     encoding: str = "png",  # of images: one of ENCODINGS
     seed: int = 0,  # of the order in which samples are dealt to shards
-    force: bool = False,  # replace what is there
+    force: bool = False,  # replace what is there, once the whole source was decoded
     progress: bool = True,  # bar on stderr
 ) -> tuple[Manifest, bool]:
     """Write the source's splits as shards `<split>-00000.tar` and, last, their index.json.
@@ -41,37 +41,41 @@ def pack(
     InputError if it holds another, unless `force`, or the source cannot be packed so.
     """
     check_seed(seed)
-    if encoding not in ENCODINGS:
-        raise InputError(f"cannot store images as {encoding!r}: use one of {', '.join(ENCODINGS)}")
+    require((encoding in ENCODINGS, f"cannot store images as {encoding!r}: use one of {', '.join(ENCODINGS)}"))
     counts = {split: _count(source, split, shards) for split in source.splits}
-    target = open_store(to)
-    if force:
-        _clear(target, source)
-    old = Manifest.parse(target.read(INDEX), where=target.url(INDEX)) if target.exists(INDEX) else None
-    other = f"another data set ({old.name}, or {old.name} packed otherwise)" if old else "shards of another data set"
-    refusal = f"{to} already holds {other}: choose another folder, or replace it with --force"
-    present, known, made = target.list(), set(old.shards if old else ()), {split: list[Shard]() for split in counts}
-    suffix = encoding if source.kind == "image" else "npy"
+    target, suffix = open_store(to), encoding if source.kind == "image" else "npy"
     total = sum(len(examples) for examples in source.splits.values())
     bar = tqdm(total=total, unit="sample", desc=f"pack {source.name}", disable=not progress)
+    plan = list[tuple[str, str, Callable[[Writer | None], tuple[Shard, bytes]]]]()
+    for split, count in counts.items():
+        order = shuffled(len(source.splits[split]), seed)  # cut evenly, so that every shard is a random subset
+        for number, (first, last) in enumerate(parts(0, len(order), count)):
+            name = f"{split}-{number:05d}.tar"
+            plan.append((split, name, partial(_write, source, split, order[first:last], name, suffix, bar)))
     with _undone_on_error(target) as new, bar:
-        for split, count in counts.items():
-            order = shuffled(len(source.splits[split]), seed)  # cut evenly, so that every shard is a random subset
-            for number, (first, last) in enumerate(parts(0, len(order), count)):
-                name = f"{split}-{number:05d}.tar"
-                write, exists = partial(_write, source, split, order[first:last], name, suffix, bar), name in present
-                if exists or old:
-                    shard, table = write(None)  # only measured
-                    same = shard in known if old else sha256(target.read(name)).hexdigest() == shard.sha256
-                    require((same, refusal))
-                if not exists or target.size(name) != shard.bytes:  # of one that `old` lists: it was damaged
-                    with target.write(name) as stream:
-                        new.append(name)
-                        shard, table = write(stream)
-                if table_name(name) not in present or target.read(table_name(name)) != table:
-                    new.append(table_name(name))
-                    target.put(table_name(name), table)
-                made[split].append(shard)
+        if force and target.list():
+            for _, _, write in plan:
+                write(None)
+            bar.reset()
+            _clear(target, source)
+        old = Manifest.parse(target.read(INDEX), where=target.url(INDEX)) if target.exists(INDEX) else None
+        other = f"another data set ({old.name}, or {old.name} packed otherwise)" if old else "shards of another set"
+        refusal = f"{to} already holds {other}: choose another folder, or replace it with --force"
+        present, known, made = target.list(), set(old.shards if old else ()), {split: list[Shard]() for split in counts}
+        for split, name, write in plan:
+            exists = name in present
+            if exists or old:
+                shard, table = write(None)  # only measured
+                same = shard in known if old else sha256(target.read(name)).hexdigest() == shard.sha256
+                require((same, refusal))
+            if not exists or target.size(name) != shard.bytes:  # of one that `old` lists: it was damaged
+                with target.write(name) as stream:
+                    new.append(name)
+                    shard, table = write(stream)
+            if table_name(name) not in present or target.read(table_name(name)) != table:
+                new.append(table_name(name))
+                target.put(table_name(name), table)
+            made[split].append(shard)
     manifest = Manifest.of(source.name, source.kind, source.shape, source.labels, made)
     if old:
         require((manifest == old, refusal))
@@ -106,8 +110,7 @@ def _undone_on_error(target: Store) -> Iterator[list[str]]:
 
 def _count(source: Source, split: str, shards: int | None) -> int:
     samples = len(source.splits[split])
-    if not samples:
-        raise InputError(f"{source.name}: the {split} split is empty: give more images")
+    require((samples, f"{source.name}: the {split} split is empty: give more images"))
     if shards is None:
         size = samples * int(np.prod(source.shape)) * np.dtype(FORMS[source.kind][0]).itemsize
         return min(samples, max(SHARDS, -(-size // SHARD_BYTES)))

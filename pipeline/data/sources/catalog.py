@@ -10,7 +10,7 @@ from pipeline.data.order import check_seed, shuffled
 from pipeline.data.sources import published, toys
 from pipeline.data.sources.folder import from_tree
 from pipeline.data.sources.source import Source, labelled, subset
-from pipeline.errors import InputError
+from pipeline.errors import InputError, require
 from pipeline.settings.registry import known, lookup
 
 
@@ -58,8 +58,7 @@ def load(
         raise InputError(f"{name} has its own size and channels: --size and --channels are for folder only")
     if "skip" not in takes and skip:
         raise InputError(f"{name} is packed whole or not at all: --broken is for folder only")
-    if "root" not in takes and root is not None:
-        raise InputError(f"{name} needs no files: leave out --root")
+    require(("root" in takes or root is None, f"{name} needs no files: leave out --root"))
     return build(argument, **{key: value for key, value in given.items() if key in takes})
 
 

@@ -14,7 +14,7 @@ from pipeline.data.decode import decoding, eight_bits, open_picture
 from pipeline.data.order import shuffled
 from pipeline.data.resize import parse_size
 from pipeline.data.sources.source import Example, Made, Source
-from pipeline.errors import InputError
+from pipeline.errors import InputError, require
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +45,12 @@ def from_tree(
     split. Names that start with a dot are passed over, and with `skip`, which decodes every picture once more, files
     that are no picture. Raises InputError, naming the file, for other such files and for links that lead to none.
     """
-    if channels not in (1, 3):
-        raise InputError(f"no {channels} channels: use --channels 1 or 3")
+    require((channels in (1, 3), f"no {channels} channels: use --channels 1 or 3"))
     height, width = parse_size(str(size), "--size")
     pictures = _pictures(root)
     if skip:
         pictures = _decodable(pictures, root, (width, height), channels)
-    if len(pictures) < 2:
-        raise InputError(f"{root}: {len(pictures)} pictures, and at least 2 are needed: check the path")
+    require((len(pictures) > 1, f"{root}: {len(pictures)} pictures, and at least 2 are needed: check the path"))
     empty = {"train", "test"} - {picture.path.parts[0] for picture in pictures}
     if empty and (root / "train").is_dir() and (root / "test").is_dir():
         raise InputError(f"{root}: {min(empty)}/ holds no pictures: put some there, or remove it")
@@ -143,7 +141,9 @@ def _examples(pictures: list[Picture], labels: tuple[str, ...], size: tuple[int,
         picture = pictures[index]
         try:
             pixels = np.asarray(fitted(picture.file.read_bytes(), size, channels))
-        except (OSError, InputError) as error:
+        except OSError as error:
+            raise InputError(f"{picture.where}: cannot be read ({error.strerror}): check its owner and mode") from None
+        except InputError as error:
             remedy = "remove it, repair it, or pass over all such files with --broken skip"
             raise InputError(f"{picture.where}: {error}: {remedy}") from None
         array = pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
