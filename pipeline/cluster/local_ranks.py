@@ -133,7 +133,7 @@ def run_ranks(
             try:
                 start(parse([*_options(engine, place, processes, address, port), *training]))
                 return 0
-            except (ValueError, yaml.YAMLError) as error:
+            except (ValueError, ImportError, yaml.YAMLError) as error:
                 if not idle():  # not from Accelerate, which refuses before it starts anything
                     raise
                 raise InputError(f"the configuration of Accelerate (--engine): {one_line(error)}") from None

@@ -27,7 +27,7 @@ REMEDY = "lower train.lr, set train.clip or raise the precision, in a new --run.
 
 @dataclass(slots=True)
 class RoundRandom:
-    """Random numbers of one round: each row is a function of (seed, round, its number) by `philox`, on any world size."""
+    """Random numbers of a round, by `philox`: a row is a function of (seed, round, its number), on any world size."""
 
     config: Config
     round: int

@@ -82,6 +82,22 @@ def test_the_process_that_started_last_has_the_bucket(bucket, caplog):
     check_claim(f"{bucket}/run", first)
 
 
+def test_a_checkpoint_sent_while_another_process_takes_the_bucket_over_does_not_count(bucket, tmp_path, monkeypatch):
+    remote, copy = f"{bucket}/run", module._copy
+    writer = Writer(tmp_path, rank=0, world=1, keep=0, remote=remote, claim=take_over(remote))
+
+    def send(file, url):
+        copy(file, url)
+        if file.name == "model.bin":
+            take_over(remote)
+
+    monkeypatch.setattr(module, "_copy", send)
+    writer.start("step-00000001", lambda: None, {"model.bin": lambda file: file.write_bytes(b"m")})
+    with pytest.raises(InputError, match="taken over by a run that started later"):
+        writer.join()
+    assert open_store(f"{remote}/checkpoints/step-00000001").list() == ["model.bin"]
+
+
 def test_a_record_that_changes_is_sent_and_fetched_whatever_its_size(bucket, tmp_path):
     run, copy = tmp_path / "run", tmp_path / "copy"
     run.mkdir()

@@ -68,6 +68,15 @@ def test_pruning_keeps_the_newest_and_clears_what_is_incomplete(checkpoints):
     assert names(checkpoints) == ["step-00000003", "step-00000004", "step-mine"]
 
 
+def test_pruning_removes_the_manifest_first(checkpoints, monkeypatch):
+    for step in (1, 2):
+        write_checkpoint(checkpoints / f"step-{step:08d}", fill)
+    monkeypatch.setattr("pipeline.checkpoint.manifest.shutil.rmtree", lambda *_, **__: None)  # it is killed before
+    prune(str(checkpoints), 1)
+    kept = [(checkpoints / f"step-{step:08d}" / MANIFEST).exists() for step in (1, 2)]
+    assert kept == [False, True]
+
+
 def test_pruning_spares_the_one_just_written_those_after_it_and_the_best(checkpoints):
     for step in (1, 2, 3, 4, 5, 6):
         write_checkpoint(checkpoints / f"step-{step:08d}", fill)
@@ -182,3 +191,16 @@ def test_what_failed_while_copying_decides_whether_a_retry_helps(tmp_path, check
     with pytest.raises((InputError, Unavailable, RuntimeError), match="step-00000002 could not be written") as raised:
         writer.join()
     assert type(raised.value) is kind and names(checkpoints) == ["step-00000001"]
+
+
+def test_what_a_failed_write_left_is_removed(tmp_path, checkpoints):
+    write_checkpoint(checkpoints / "step-00000001", fill)
+    writer = Writer(tmp_path, rank=0, world=1, keep=0, remote="")
+
+    def fail(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer.start("step-00000002", lambda: None, {"first": lambda file: file.write_text("whole"), "second": fail})
+    with pytest.raises(Unavailable, match="step-00000002 could not be written"):
+        writer.join()
+    assert names(checkpoints) == ["step-00000001"]

@@ -217,6 +217,16 @@ def test_an_engine_that_accelerate_refuses_is_refused(more, reason, handlers, ca
     assert "the configuration of Accelerate (--engine)" in line and reason in line
 
 
+def test_a_missing_deepspeed_is_one_line(handlers, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(local_ranks, "psutil", CHILDLESS)
+    monkeypatch.setattr("accelerate.commands.launch.is_deepspeed_available", lambda: False)
+    engine, run = str(ROOT / "launch/zero2.yaml"), str(tmp_path / "run")
+    assert launch.main(["--processes=2", f"--engine={engine}", f"--run.path={run}"]) == BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the configuration of Accelerate (--engine): DeepSpeed is not installed" in line
+
+
 @pytest.mark.slow
 def test_an_engine_that_starts_one_rank_is_refused_for_two(start, digits, tmp_path):
     job = start("--processes=2", "--engine=single", f"--data.path={digits}", *SMALL, "--run.path=run")

@@ -1,10 +1,12 @@
 """Every image of a round is fitted once a pass, whichever ranks start it and whichever end it."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from pipeline.config import Config
-from pipeline.training.fit import pass_order, steps_of
+from pipeline.training.fit import learning_rate, pass_order, steps_of
 
 CONFIG = Config(seed=3)
 CONFIG.match.round, CONFIG.train.batch, CONFIG.train.passes = 48, 6, 2
@@ -37,3 +39,10 @@ def test_passes_and_rounds_differ():
     steps = whole(1, 1)
     assert not torch.equal(steps[:8], steps[8:])
     assert not torch.equal(steps, steps_of(CONFIG, 8, rank=0, world=1, world_size_at_start=1))
+
+
+def test_the_learning_rate_rises_over_at_most_half_of_a_budget_and_falls_to_its_end():
+    train = dataclasses.replace(CONFIG.train, lr=1.0, lr_end=0.1, warmup=10**6, batch=10)
+    rates = [learning_rate(train, seen, 1000) for seen in range(0, 1001, 10)]
+    assert rates[0] == 10 / 510 and rates.index(max(rates)) == 50 and max(rates) == 1.0
+    assert rates[75] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
