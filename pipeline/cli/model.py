@@ -67,7 +67,7 @@ def evaluate(
             default: efficientnet-lite2 for images of 3 channels.
         seed: The same seed draws the same latents and damages.
     """
-    from pipeline.evaluate.report import compared
+    from pipeline.evaluate.report import compared, number
     from pipeline.evaluate.run import evaluate as measure
     from pipeline.evaluate.runs import folder_of
 
@@ -83,7 +83,8 @@ def evaluate(
     for fd in ({"encoder": metrics["encoder"], **metrics["fd"]}, metrics["second"]):
         if fd:
             values = f"{compared(fd, 'once'):.4g} for f(z), {compared(fd, 'twice'):.4g} for f(f(z))"
-            print(f"Frechet distance on {fd['encoder']}: {values}; floor (training against test) {fd['floor']:.4g}")
+            floor = f"{fd['floor']:.4g} (training against test); f(z) is {number(fd['once_ratio'])} times that"
+            print(f"Frechet distance on {fd['encoder']}: {values}; floor {floor}")
     for kind, errors in (metrics["restoration"] or {}).items():
         print(f"restoration of {kind}: mean absolute error {errors['input']:.3f} before, {errors['once']:.3f} after")
     for kind in ("warning", "note"):

@@ -241,6 +241,7 @@ def test_a_second_encoder_measures_beside_the_first(
     assert second["encoder"] == file and second["features"] == 64 and metrics["fd"] == plain["fd"]
     assert second["once_ratio"] == second["once"] / second["floor"] > 1 and second["floor"] != metrics["fd"]["floor"]
     said = capsys.readouterr().out
+    assert f"f(z) is {number(second['once_ratio'])} times that" in said
     assert f"Frechet distance on {file}: {second['once']:.4g}" in said and f"warning: {metrics['warnings'][0]}" in said
     assert f"trained with the encoder {file}, which it is measured on" in metrics["warnings"][0]  # by its content
     assert f"<th>{file}</th>" in text and "On a second encoder" in text and "<p class='warning'>" in text
