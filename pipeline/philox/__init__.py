@@ -1,4 +1,4 @@
-"""Random numbers as a pure function of (seed, round, id, stream), which need not be stored, gathered or sent.
+"""Random numbers as a pure function of (seed, round, id, stream), the same on every world size: none is stored or sent.
 
 The generator is Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): a keyed bijection
 of a 128-bit counter. Any row can be drawn at any time, on any device, without the rows before it. Every normal takes
