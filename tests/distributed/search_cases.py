@@ -148,7 +148,7 @@ def stopped(rank: int, world: int) -> dict[str, Any]:
     matcher.HELD_ROWS = 8  # so that a search makes many parts of the pool, each of four blocks
 
     def match(images: int, ratio: float, fail: bool) -> tuple[str, int]:
-        stop = StopRequest(world=world, timeout=60)
+        stop = StopRequest(within=600, world=world, timeout=60)
         poll, made = StopPoll(stop), list[int]()
 
         def look() -> None:
@@ -169,6 +169,7 @@ def stopped(rank: int, world: int) -> dict[str, Any]:
         try:
             match_round(draw(rank, rows, 1, 2, 2), sample, config, None, look)
         except (Stopped, OSError, RuntimeError) as error:
+            assert not isinstance(error, Stopped) or stop.left <= 600  # the time limit is every rank's
             return type(error).__name__, len(made)
         return "nothing", len(made)
 
