@@ -20,6 +20,7 @@ from botocore.exceptions import ClientError
 from pipeline.data.format.writer import pack
 from pipeline.errors import InputError, Unavailable
 from pipeline.storage.base import Store
+from pipeline.storage.retry import at_most
 from pipeline.storage.s3 import S3Store
 from pipeline.storage.s3_client import client, forget_clients
 from pipeline.storage.store import gopen, open_store
@@ -603,3 +604,13 @@ def test_processes_that_a_program_starts(store: Store, monkeypatch: pytest.Monke
         assert digest(store) == expected
         assert running.get(60) == [expected] * 6
     assert start + b"".join(pieces) == DATA and digest(store) == expected
+
+
+def test_bodies_that_end_early_are_no_busy_loop(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a byte of progress each counts as a failure, after which there is a pause."""
+    store.put("a", bytes(1000))
+    requests = []
+    monkeypatch.setattr(type(store), "_range", lambda *given: requests.append(given) or iter(()))
+    with at_most(3), pytest.raises(Unavailable, match="given up after 3 attempts; .*the body ended 1000 bytes early"):
+        store.read("a")
+    assert len(requests) == 3
