@@ -61,7 +61,7 @@ class Answer(Message):
 
 class Guests:
     """Connections to host 0: of hosts of this start, which are admitted, and of strangers, which are rejected. With
-    `ending`, the reason why all hosts end, every host is told that, none is admitted, and nothing logged.
+    `ending`, the reason why all hosts end, every host is sent that reason, none is admitted, and nothing is logged.
     """
 
     def __init__(self, place: Place, listener: socket.socket, ending: str = "") -> None:

@@ -155,7 +155,7 @@ class Plan:
         sizes = [order.round_size for order in self.orders]
         places = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
         owners = np.repeat(np.arange(len(sizes)), sizes)
-        return [int(owner) for owner in owners[np.argsort(places, kind="stable")]]
+        return list(owners[np.argsort(places, kind="stable")].tolist())
 
     def open(self, sets: DataSets, start: int, begin: int, end: int) -> tuple[list[Reader], Stored]:
         """The readers of rows [begin, end) of a round, and these rows of round `start` and all that follow."""

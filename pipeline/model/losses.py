@@ -81,8 +81,8 @@ class DistanceConfig(ObjectiveConfig):
 
     def __post_init__(self) -> None:
         check_fields(self, "objective")
-        said = f"objective.perceptual is {self.perceptual} and objective.encoder '{self.encoder}'"
-        require((bool(self.perceptual) == bool(self.encoder), f"{said}: give both or none"))
+        given = f"objective.perceptual is {self.perceptual} and objective.encoder '{self.encoder}'"
+        require((bool(self.perceptual) == bool(self.encoder), f"{given}: give both or none"))
 
 
 @dataclass(kw_only=True, slots=True)

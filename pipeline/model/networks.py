@@ -219,8 +219,8 @@ def _levels(config: ConvConfig | SpatialConfig, shape: tuple[int, ...]) -> tuple
     of channels of each from half the image's down to it. InputError for a shape that cannot be halved.
     """
     fits = len(shape) == 3 and shape[1] % 4 == 0 and shape[2] % 4 == 0
-    said = f"model.name={config.name} takes images (C, H, W) whose sides are multiples of 4, not {tuple(shape)}"
-    require((fits, f"{said}: give another --data.size, or for points model.name=mlp and prior.name=gaussian"))
+    unfit = f"model.name={config.name} takes images (C, H, W) whose sides are multiples of 4, not {tuple(shape)}"
+    require((fits, f"{unfit}: give another --data.size, or for points model.name=mlp and prior.name=gaussian"))
     height, width, levels = shape[1] // 2, shape[2] // 2, 1
     while max(height, width) > 8 and height % 2 == 0 and width % 2 == 0:
         height, width, levels = height // 2, width // 2, levels + 1

@@ -63,9 +63,9 @@ def _box_muller(words: list[Tensor]) -> list[Tensor]:
 @torch.library.custom_op("naign::philox", mutates_args=())
 def _drawn(ids: Tensor, blocks: int, seed: int, round: int, stream: int, normals: bool) -> Tensor:
     """Normals, or uniform numbers in (0, 1], (n, blocks, 4) float32 of ids (n,) int64. One operation for torch."""
-    if ids.is_cuda and (found := _by_one_kernel(ids, blocks, seed, round, stream, normals)) is not None:
-        return found
-    law, device = _box_muller if normals else partial(map, _unit), ids.device
+    if ids.is_cuda and (drawn := _by_one_kernel(ids, blocks, seed, round, stream, normals)) is not None:
+        return drawn
+    transform, device = _box_muller if normals else partial(map, _unit), ids.device
     out = torch.empty(len(ids), blocks, 4, dtype=torch.float32, device=device)
     key = (seed & _WORD, (seed >> 32) & _WORD)
     block = torch.arange(blocks, device=device) | (stream >> 2) << 30
@@ -74,7 +74,7 @@ def _drawn(ids: Tensor, blocks: int, seed: int, round: int, stream: int, normals
         part = ids[start : start + rows, None]
         high = (part >> 32) | (stream & 3) << 30
         counter = (block, torch.full_like(part, round), part & _WORD, high)
-        for lane, values in enumerate(law(philox(counter, key))):
+        for lane, values in enumerate(transform(philox(counter, key))):
             out[start : start + rows, :, lane] = values
     return out
 

@@ -29,23 +29,23 @@ def lookup(
     """
     if name in builtin:
         return builtin[name]
-    found = _entry_points(group).get(name)
-    if found is None:
+    point = _entry_points(group).get(name)
+    if point is None:
         there = known(builtin, group)
         near = difflib.get_close_matches(name, there, n=1)
         remedy = (remedies or {}).get(name) or (f"did you mean {near[0]}?" if near else "")
-        said = f"{setting} is '{printable(name)}': choose one of {', '.join(there)}"
-        raise InputError(said + (f"; {remedy}" if remedy else ""))
-    package = found.dist.name if found.dist else found.module
-    said = f"{setting} is '{name}', which the package {package} brings as {found.value}, but"
+        unknown = f"{setting} is '{printable(name)}': choose one of {', '.join(there)}"
+        raise InputError(unknown + (f"; {remedy}" if remedy else ""))
+    package = point.dist.name if point.dist else point.module
+    named = f"{setting} is '{name}', which the package {package} brings as {point.value}, but"
     try:
-        entry: Entry = found.load()
+        entry: Entry = point.load()
     except (Exception, SystemExit) as error:  # whatever another package's import may raise
-        raise InputError(f"{said} importing that failed: {type(error).__name__}: {error}") from error
+        raise InputError(f"{named} importing that failed: {type(error).__name__}: {error}") from error
     example = next(iter(builtin.values()))
     if not _alike(entry, example):
         wanted = "a settings class and a function" if isinstance(example, tuple) else "a function"
-        raise InputError(f"{said} that is a {type(entry).__name__}, not {wanted}, as {group} needs: fix the package")
+        raise InputError(f"{named} that is a {type(entry).__name__}, not {wanted}, as {group} needs: fix the package")
     return entry
 
 

@@ -61,9 +61,9 @@ class CodesConfig(PriorConfig):
 
     def __post_init__(self) -> None:
         PriorConfig.__post_init__(self)
-        said = f"prior.begin is {self.begin:g} and prior.alone {self.alone:g}"
+        shares = f"prior.begin is {self.begin:g} and prior.alone {self.alone:g}"
         gap = "between f's last step and the prior's first nothing would learn; at most 1 together"
-        require((self.begin + self.alone <= 1 + 1e-9, f"{said}: {gap}"))
+        require((self.begin + self.alone <= 1 + 1e-9, f"{shares}: {gap}"))
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -39,8 +39,8 @@ class GmmConfig(CodesConfig):
     """As for flow: share of train.images, at the end, over which f is frozen and only the prior learns."""
 
     def check_round(self, images: int) -> None:
-        said = f"prior.components={self.components} with match.round={images}: fewer than {FEW} codes a component"
-        require((self.components * FEW <= images, f"{said}: ask for fewer components, or raise match.round"))
+        few = f"prior.components={self.components} with match.round={images}: fewer than {FEW} codes a component"
+        require((self.components * FEW <= images, f"{few}: ask for fewer components, or raise match.round"))
 
 
 class Gmm(Prior):
@@ -57,8 +57,8 @@ class Gmm(Prior):
     def __init__(self, config: GmmConfig, shape: Shape, *, seed: int = 0) -> None:
         super().__init__(config, shape, seed=seed)
         number, values = config.components, math.prod(shape)
-        said, size = f"prior.components={number} with codes of {values} values", number * values**2
-        require((size <= LARGEST, f"{said}: over {LARGEST} values in covariances: ask for fewer components"))
+        large, size = f"prior.components={number} with codes of {values} values", number * values**2
+        require((size <= LARGEST, f"{large}: over {LARGEST} values in covariances: ask for fewer components"))
         self.followed, self.seen = 0, 0.0  # rounds since it started anew, and how many codes the statistics stand for
         self.parted = False  # whether it has more than one component
         self.register_buffer("weights", torch.zeros(number))
