@@ -13,6 +13,12 @@ from pathlib import Path
 from tests.conftest import SMALL, environment, train_command
 
 FILE = Path(__file__).parent / "golden.json"
+FLOW = [
+    *("--model.name=spatial", "--model.code=2", "--objective.third=none", "--objective.imle=0"),
+    *("--objective.reconstruction=0", "--objective.denoising=1", "--objective.damage=mild"),
+    *("--prior.name=flow", "--prior.begin=0.5", "--prior.alone=0.34", "--prior.width=16"),
+    *("--prior.depth=1", "--prior.batch=64", "--prior.passes=2"),
+]
 TRACES = {
     "naign": ["--prior.name=halves", "--objective.third=none", "--objective.imle=1", "--objective.denoising=0"],
     "naign denoising": [
@@ -27,12 +33,8 @@ TRACES = {
         *("--objective.imle=1", "--objective.denoising=0"),
     ],
     "ign": ["--objective.name=ign", "--objective.reconstruction=20", "--prior.name=fourier"],
-    "flow of codes": [
-        *("--model.name=spatial", "--model.code=2", "--objective.third=none", "--objective.imle=0"),
-        *("--objective.reconstruction=0", "--objective.denoising=1", "--objective.damage=mild"),
-        *("--prior.name=flow", "--prior.begin=0.5", "--prior.alone=0.34", "--prior.width=16"),
-        *("--prior.depth=1", "--prior.batch=64", "--prior.passes=2"),
-    ],
+    "flow of codes": FLOW,
+    "student of a flow": [*FLOW, "--prior.student=0.17"],
     "mixture of codes": [
         *("--objective.third=none", "--objective.imle=0.3", "--prior.name=gmm", "--prior.components=3"),
         *("--prior.begin=0.34", "--prior.alone=0", "--objective.denoising=0"),

@@ -38,7 +38,8 @@ class Latents:
     # What z is drawn from: the run's prior, or a Gaussian mixture of codes of its training images.
     prior: Literal["trained", "gmm"] = "trained"
     components: int | None = None  # Gaussians of --prior gmm; default: 50.
-    steps: int | None = None  # Steps from noise to a code (prior.steps), more for better samples; default: as trained.
+    # Steps of a flow from noise to a code (prior.steps), without its student; default: as trained.
+    steps: int | None = None
     # Packed data set whose codes the mixture is fitted to; default: the one it was trained on.
     data: str | None = None
 
@@ -301,8 +302,9 @@ def _open_with(latents: Latents, run: str, device: str) -> "NAIGN":
         settings = model.metadata["prior"]
         flow = trained and settings["name"] == "flow"
         require((flow, f"--steps applies to a flow of codes, and this prior is none ({run}): leave it out"))
-        metadata = model.metadata | {"prior": settings | {"steps": latents.steps}}
-        model = type(model)(model.network, metadata, model.prior.state_dict())
+        metadata = model.metadata | {"prior": settings | {"steps": latents.steps, "student": 0.0}}
+        state = {name: value for name, value in model.prior.state_dict().items() if not name.startswith("student.")}
+        model = type(model)(model.network, metadata, state)
     if trained:
         return model
     from pipeline.evaluate.refit import with_mixture

@@ -113,11 +113,7 @@ def build_model(config: Config, accelerator: Accelerator, start: Start | None) -
     torch.manual_seed(config.seed)  # the same first weights on every rank
     network = build_network(config.model, stream.shape, recompute=config.train.recompute).to(device)
     prior = build_prior(config.prior, stream.shape, network, seed=config.seed).to(device)
-    config.prior.check_round(config.match.round)
-    (rounds, _), begin = count_all_rounds(config), config.prior.begin
-    if (rounds - 1) / rounds < begin:
-        late = f"prior.begin={begin:g} is after the last of {rounds} rounds"
-        raise InputError(f"{late}: the prior would not be learned. Lower it, or raise train.images")
+    config.prior.check_rounds(count_all_rounds(config)[0], config.match.round)
     if start:
         warm_start(config, start, network, prior)
     find_damage(config.objective.damage).check(stream.shape)

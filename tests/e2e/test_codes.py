@@ -24,13 +24,15 @@ CODES = ["--prior.name=flow", "--prior.width=32", "--prior.batch=64", "--prior.p
 def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, network):
     size = "--model.code=2" if network == "spatial" else "--model.code=16"
     options = [f"--data.path={digits}", *SMALL, *CODES, f"--model.name={network}", size, "--prior.depth=1"]
+    options.append("--prior.student=0.25")
     done = train(*options, "--run.path=run", "--train.images=4096", "--checkpoint.rounds=4", "--checkpoint.keep=0")
     assert done.returncode == 0, done.stderr
 
-    # In the first half f is trained, in the second the flow.
+    # In the first half f is trained, then the flow, then its student.
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert ["loss/total" in line for line in lines] == [True] * 8 + [False] * 8
-    assert ["loss/codes" in line for line in lines] == [False] * 8 + [True] * 8
+    assert ["loss/codes" in line for line in lines] == [False] * 8 + [True] * 4 + [False] * 4
+    assert ["loss/student" in line for line in lines] == [False] * 12 + [True] * 4
     seen = [(line["images_seen"], line["codes_seen"], line["train/prior_only"]) for line in lines]
     assert seen == [(min(256 * n, 2048), max(0, 256 * (n - 8)), float(n > 8)) for n in range(1, 17)]
     steps = [line["step"] for line in lines]
@@ -65,7 +67,10 @@ def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, 
     done = naign("sample", "run", "--prior", "gmm", "--components", "500")
     assert done.returncode == 2 and "needs 10000 images" in done.stderr
     assert naign("export", "run", "--steps", "3", "--to", "finer").returncode == 0
-    assert NAIGN.from_pretrained(tmp_path / "finer").prior.config.steps == 3
+    finer, taught = (NAIGN.from_pretrained(tmp_path / name).prior for name in ("finer", "run"))
+    assert finer.config.steps == 3 and not finer.config.student
+    ids = torch.arange(64)
+    assert not torch.equal(finer.draw(0, 0, ids, "cpu"), taught.draw(0, 0, ids, "cpu"))
     for more, said in ((["0"], "prior.steps is 0"), (["3", "--prior", "gmm"], "flow of codes")):
         done = naign("sample", "run", "--steps", *more)
         assert done.returncode == 2 and said in done.stderr

@@ -40,8 +40,11 @@ class PriorConfig:
     # at the end, f is frozen and only the prior learns.
     begin, alone = 0.0, 0.0
 
-    def check_round(self, images: int) -> None:
-        """Raise InputError if rounds of so many images are too small to learn from."""
+    def check_rounds(self, rounds: int, images: int) -> None:
+        """Raise InputError if so many rounds, of so many images each, are too few or too small to learn from."""
+        late = f"prior.begin={self.begin:g} is after the last of {rounds} rounds"
+        learns = (rounds - 1) / rounds >= self.begin
+        require((learns, f"{late}: the prior would not be learned. Lower it, or raise train.images"))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -82,6 +85,10 @@ class Examples:
     gather: Callable[[Tensor], Tensor] = lambda rows: rows  # the rows of all ranks, in rank order
     add: Callable[[Tensor], Tensor] = lambda value: value  # its sum over ranks
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def part(self, count: int) -> slice:
+        """This rank's part of so many rows."""
+        return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
 
     def codes(self, stride: int = 1) -> Tensor:
         """Codes of every stride-th image of all ranks. Collective."""

@@ -6,25 +6,21 @@ of many channels only the DIRECTIONS of most spread are modelled: the others sta
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from copy import deepcopy
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import Tensor
 
 from pipeline.model.prior.base import WINDOW, CodesConfig, Device, Examples, Prior, Shape
+from pipeline.model.prior.learner import Learner
 from pipeline.model.prior.noise import Gaussian
 from pipeline.model.prior.velocity import DenseVelocity, SpatialVelocity
 from pipeline.philox import LEARN, normal, uniform
 from pipeline.settings.constraints import POSITIVE, between
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
-DECAY = 0.999  # a step, of the average of the velocity's weights, which is what draws
-WARMUP = 200  # steps over which the learning rate rises
 DIRECTIONS = 128  # principal directions of the codes' channels that are modelled, at most
 RIDGE = 0.3  # of the mean variance, added to each: to whiten directions of little spread fully costs the others
 
@@ -42,9 +38,14 @@ class FlowConfig(CodesConfig):
     batch: int = field(default=512, metadata=POSITIVE)
     """Codes per step, over all ranks."""
     lr: float = field(default=2e-3, metadata=POSITIVE)
-    """Peak learning rate of the flow's AdamW: a short warm-up, then a cosine to zero at the end of the run."""
-    steps: int = field(default=8, metadata=between(1, 10**4))
-    """Steps of Heun's method from noise to a code: 2 x steps - 1 evaluations of the flow."""
+    """Peak learning rate of the flow's AdamW: a short warm-up, then a cosine to zero at its end."""
+    steps: int = field(default=10, metadata=between(1, 10**4))
+    """Steps from noise to a code, and as many evaluations of the flow: the method of Adams and Bashforth of order 2."""
+
+    @property
+    def end(self) -> float:
+        """Share of train.images after which the flow learns no more."""
+        return 1.0
 
 
 class Flow(Prior):
@@ -91,15 +92,19 @@ class Flow(Prior):
         return self.solve(Gaussian(self.config, self.noise_shape).between(seeds, round, device, steps=steps))
 
     def solve(self, noise: Tensor) -> Tensor:
-        """The codes (n, c, ...) at the ends of the paths that begin at standard normals (n, d, ...)."""
-        codes, steps = noise, self.config.steps if self.moves else 0  # until the flow has learned, paths stand still
-        for step in range(steps):  # Heun's method; the last step is Euler's
-            velocity = self.velocity(codes, noise.new_full((len(noise),), step / steps))
-            if step + 1 < steps:
-                ahead = self.velocity(codes + velocity / steps, noise.new_full((len(noise),), (step + 1) / steps))
-                velocity = (velocity + ahead) / 2
-            codes = codes + velocity / steps
+        """The codes (n, c, ...) of standard normals (n, d, ...)."""
+        codes = self.ends(noise)
         return torch.einsum("ij,nj...->ni...", self.outward, codes) + _rows(self.mean, codes)
+
+    def ends(self, noise: Tensor) -> Tensor:
+        """The whitened codes (n, d, ...) at the ends of the paths that begin at `noise`, (n, d, ...)."""
+        codes, steps = noise, self.config.steps if self.moves else 0  # until the flow has learned, paths stand still
+        before: Tensor | None = None
+        for step in range(steps):  # the first step is Euler's
+            velocity = self.velocity(codes, noise.new_full((len(noise),), step / steps))
+            codes = codes + (velocity if before is None else 1.5 * velocity - 0.5 * before) / steps
+            before = velocity
+        return codes
 
     def whiten(self, codes: Tensor) -> Tensor:
         """(n, c, ...) -> (n, d, ...)"""
@@ -137,16 +142,12 @@ class Flow(Prior):
             learner.done, learner.sum = 0, 0.0
             return
         wanted = self.whiten(codes)
-        ids = torch.arange(len(codes))
-        order = uniform(self.seed, examples.round, ids, (self.config.passes,), stream=LEARN).argsort(dim=0).T.flatten()
-        batches = order.split(self.config.batch)
+        batches = self.batches(examples.round, len(codes))
         while learner.done < len(batches):
             now = examples.progress + examples.covers * learner.done / len(batches)
-            learned = (now - self.config.begin) / (1 - self.config.begin)  # share of what the flow learns from
-            rate = self.config.lr * (1 + math.cos(math.pi * learned)) / 2
+            rate = self.config.lr * cosine((now - self.config.begin) / (self.config.end - self.config.begin))
             rows = batches[learner.done]
-            first, last = (len(rows) * part // examples.world for part in (examples.rank, examples.rank + 1))
-            mine = rows[first:last]
+            mine = rows[examples.part(len(rows))]
             loss = self._loss(wanted[mine.to(codes.device)], mine + (learner.done + 1) * len(codes), examples)
             learner.step(loss / (len(rows) * wanted[0].numel()), rate, self.velocity, examples.add)
             self.moves = True
@@ -154,14 +155,18 @@ class Flow(Prior):
         self.metrics = {"loss/codes": float(learner.sum) / len(batches)}
         learner.done, learner.sum = 0, 0.0
 
+    def batches(self, round: int, count: int) -> tuple[Tensor, ...]:
+        """Rows of `count`, each `passes` times, in the batches of a round's steps."""
+        drawn = uniform(self.seed, round, torch.arange(count), (self.config.passes,), stream=LEARN)
+        return drawn.argsort(dim=0).T.flatten().split(self.config.batch)
+
     def _loss(self, wanted: Tensor, numbers: Tensor, examples: Examples) -> Tensor:
         """Sum of the squared errors of the velocity at random times of straight paths that end at `wanted`."""
         size = math.prod(wanted.shape[1:]) + 1
         drawn = normal(self.seed, examples.round, numbers, (size,), wanted.device, stream=LEARN)
         noise, time = drawn[:, :-1].view_as(wanted), drawn[:, -1].sigmoid()
-        along = time.view(-1, *(1,) * (wanted.ndim - 1))
         with examples.autocast():
-            velocity = self.learner.velocity(along * wanted + (1 - along) * noise, time)
+            velocity = self.learner.network(between_ends(noise, wanted, time), time)
         return (velocity.float() - (wanted - noise)).square().sum()
 
     def training_state(self) -> dict[str, Tensor]:
@@ -173,50 +178,21 @@ class Flow(Prior):
         super().load_training_state(state)
         made, done, self.learner.sum, loss = state["progress"].tolist()
         self.metrics = {} if math.isnan(loss) else {"loss/codes": loss}
-        self.learner.made, self.learner.done = int(made), int(done)
+        self.learner.done = int(done)
+        self.learner.resume_at(int(made))
         for name, value in self.learner.tensors().items():
             value.copy_(state[name])
-        for moments in self.learner.adam.state.values():
-            moments["step"].fill_(made)
 
 
-class Learner:
-    """The weights in training, AdamW's moments, and the progress within a round."""
+def between_ends(noise: Tensor, codes: Tensor, time: Tensor) -> Tensor:
+    """Points (n, d, ...) at times (n,) on straight paths from noise to codes."""
+    time = time.view(-1, *(1,) * (codes.ndim - 1))
+    return time * codes + (1 - time) * noise
 
-    def __init__(self, velocity: nn.Module) -> None:
-        self.velocity = deepcopy(velocity).requires_grad_(True)
-        self.done = 0  # steps of the round
-        self.sum: float | Tensor = 0.0  # of their losses
-        self.made = 0  # steps of all rounds
-        parameters = list(self.velocity.parameters())
-        self.ahead = parameters[0].device.type != "cpu"  # whether norm and loss of a step stay on the device
-        self.adam = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
-        for value in parameters:  # as AdamW itself begins, but before the first step
-            moments = {name: torch.zeros_like(value) for name in MOMENTS}
-            self.adam.state[value] = {"step": torch.tensor(0.0), **moments}
 
-    def step(self, loss: Tensor, rate: float, average: nn.Module, add: Callable[[Tensor], Tensor]) -> None:
-        """A step on the mean loss over all ranks, which then move `average` too. Collective."""
-        parameters = list(self.velocity.parameters())
-        parts = torch.autograd.grad(loss, parameters)
-        whole = add(torch.cat([*(part.flatten() for part in parts), loss.detach().view(1)]))
-        norm = whole[:-1].norm()
-        gradient = whole[:-1] * ((1 / (norm + 1e-6)).clamp(max=1) if self.ahead else min(1.0, 1 / (float(norm) + 1e-6)))
-        for value, part in zip(parameters, gradient.split([value.numel() for value in parameters]), strict=True):
-            value.grad = part.view_as(value)
-        self.adam.param_groups[0]["lr"] = rate * min(1.0, (self.made + 1) / WARMUP)
-        self.adam.step()
-        self.made += 1
-        move = get_ema_multi_avg_fn(min(DECAY, (1 + self.made) / (10 + self.made)))
-        move(list(average.parameters()), [value.detach() for value in parameters], None)
-        self.sum += whole[-1].double() if self.ahead else float(whole[-1])
-        self.done += 1
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The weights and their moments, by name."""
-        named, states = dict(self.velocity.named_parameters()), self.adam.state
-        moments = {f"{one}.{name}": states[value][one] for one in MOMENTS for name, value in named.items()}
-        return {f"trained.{name}": value.detach() for name, value in named.items()} | moments
+def cosine(share: float) -> float:
+    """The factor of a learning rate that falls from 1 to 0."""
+    return (1 + math.cos(math.pi * share)) / 2
 
 
 def _rows(mean: Tensor, codes: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ class GmmConfig(CodesConfig):
     alone: float = field(default=0.04, metadata=between(0, 0.99))
     """As for flow: share of train.images, at the end, over which f is frozen and only the prior learns."""
 
-    def check_round(self, images: int) -> None:
+    def check_rounds(self, rounds: int, images: int) -> None:
+        CodesConfig.check_rounds(self, rounds, images)
         few = f"prior.components={self.components} with match.round={images}: fewer than {FEW} codes a component"
         require((self.components * FEW <= images, f"{few}: ask for fewer components, or raise match.round"))
 

@@ -13,7 +13,8 @@ from pipeline.model.naign import NAIGN
 from pipeline.model.networks import ConvConfig, build_network
 from pipeline.model.prior import Examples
 from pipeline.model.prior import flow as flows
-from pipeline.model.prior.flow import RIDGE, WARMUP, Flow, FlowConfig
+from pipeline.model.prior.flow import RIDGE, Flow, FlowConfig
+from pipeline.model.prior.learner import WARMUP
 from pipeline.philox import normal
 
 SETTINGS = FlowConfig(width=64, depth=2, passes=8, batch=128, steps=6, begin=0.0)

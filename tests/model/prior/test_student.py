@@ -1,0 +1,158 @@
+"""The student of a flow: one evaluation from noise to a code."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from pipeline.errors import InputError
+from pipeline.model.prior import Examples
+from pipeline.model.prior import student as students
+from pipeline.model.prior.student import FLOW, MATCHING, REGRESSION, TaughtFlow, TaughtFlowConfig, jump
+
+ROUNDS = 10  # of which the student has the last four
+SETTINGS = TaughtFlowConfig(
+    width=64, depth=2, passes=8, batch=128, steps=6, begin=0.0, alone=0.5, student=0.4
+)  # fmt: skip
+
+
+def codes(round: int, count: int = 1024) -> torch.Tensor:
+    """Two clusters, of one and three quarters of the codes."""
+    generator = torch.Generator().manual_seed(round)
+    first = torch.randn(count, generator=generator) * 0.1 + 3 * (torch.arange(count) % 4 > 0)
+    return torch.stack([first, torch.randn(count, generator=generator)], dim=1)
+
+
+def build(config: TaughtFlowConfig = SETTINGS) -> TaughtFlow:
+    return TaughtFlow(config, (2,), seed=3).requires_grad_(False)
+
+
+def learn(prior: TaughtFlow, round: int, *, steps: int = 10**9, rounds: int = ROUNDS, **settings: object) -> None:
+    examples = Examples(
+        images=codes(round), round=round, progress=round / rounds, covers=1 / rounds, **settings  # type: ignore[arg-type]
+    )  # fmt: skip
+    for _ in zip(range(steps), prior.learn(examples), strict=False):
+        pass
+
+
+def learned(rounds: int) -> TaughtFlow:
+    prior = build()
+    for round in range(rounds):
+        learn(prior, round)
+    return prior
+
+
+def test_the_student_learns_after_the_flow_and_draws_by_one_evaluation(monkeypatch):
+    monkeypatch.setattr(students, "MATCHED", 0.25)
+    prior, phases = build(), list[int]()
+    ids = torch.arange(4000)
+    for round in range(ROUNDS):
+        if round == 6:
+            velocity = {name: value.clone() for name, value in prior.velocity.state_dict().items()}
+            paths = prior.draw(0, 0, ids, "cpu")
+        learn(prior, round)
+        phases.append(prior.phase)
+        assert set(prior.metrics) == {"loss/student" if round >= 6 else "loss/codes"}
+    assert phases == [FLOW] * 6 + [REGRESSION] * 3 + [MATCHING]
+    assert all(torch.equal(value, velocity[name]) for name, value in prior.velocity.state_dict().items())
+    evaluations: list[float] = []
+    prior.student.register_forward_pre_hook(lambda _, given: evaluations.extend(given[1].unique().tolist()))
+    drawn = prior.draw(0, 0, ids, "cpu")
+    assert evaluations == [0.0]
+    assert float((drawn - paths).abs().mean()) < 0.35  # of codes whose standard deviations are 1.3 and 1
+    assert float((jump(prior.velocity, torch.zeros(1, 2)) - jump(prior.student, torch.zeros(1, 2))).abs().max()) > 0.05
+    again = build()
+    again.load_state_dict(prior.state_dict())
+    assert again.taught and torch.equal(again.draw(0, 0, ids, "cpu"), drawn)
+
+
+def test_matching_follows_the_codes_of_the_data_where_the_flow_does_not(monkeypatch):
+    """Codes whose second value has moved since the flow learned: regression alone keeps the flow's."""
+    means = []
+    for matched in (0.0, 0.75):
+        monkeypatch.setattr(students, "MATCHED", matched)
+        monkeypatch.setattr(students, "MOVED", 1 / 4)
+        prior = learned(6)
+        whiten = prior.whiten
+        prior.whiten = lambda codes, whiten=whiten: whiten(codes) + torch.tensor([0.0, 0.5])  # type: ignore[method-assign]
+        for round in range(6, ROUNDS):
+            learn(prior, round)
+        means.append(float(prior.ends(torch.randn(4000, 2, generator=torch.Generator().manual_seed(0)))[:, 1].mean()))
+    assert abs(means[0]) < 0.1 and 0.15 < means[1] < 0.6, means
+
+
+@pytest.mark.parametrize("round", [6, 7, 9])
+def test_learning_goes_on_bit_for_bit(round):
+    prior, other = learned(round), build()
+    for step in (1, 30):  # from the middle of a round, too, and over the beginning of matching
+        learn(prior, round, steps=step)
+        other.load_training_state({name: value.clone() for name, value in prior.training_state().items()})
+        assert (other.phase, other.learner.done, other.metrics) == (prior.phase, prior.learner.done, prior.metrics)
+    for one in (prior, other):
+        learn(one, round)
+    assert other.metrics == prior.metrics
+    for name, value in prior.training_state().items():
+        torch.testing.assert_close(other.training_state()[name], value, atol=0, rtol=0, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_learn_what_one_would(world, monkeypatch):
+    """Ranks in turn, each with all rows of the others and the sum of all gradients, as collectives give them."""
+    monkeypatch.setattr(students, "MATCHED", 0.75)
+    alone, start = build(), learned(6)
+    images = codes(6, 1020)
+    settings = {"round": 6, "progress": 0.6, "covers": 0.2}
+
+    def run(prior: TaughtFlow, **given: object) -> None:
+        prior.load_training_state({name: value.clone() for name, value in start.training_state().items()})
+        for _ in prior.learn(Examples(**settings, **given)):  # type: ignore[arg-type]
+            pass
+
+    priors = [build() for _ in range(world)]
+    with ThreadPoolExecutor(world) as pool:
+        barrier, parts = threading.Barrier(world), dict[int, torch.Tensor]()
+
+        def exchange(rank: int, value: torch.Tensor) -> list[torch.Tensor]:
+            parts[rank] = value
+            barrier.wait()
+            everyone = [parts[other] for other in range(world)]
+            barrier.wait()
+            return everyone
+
+        def work(rank: int) -> None:
+            run(
+                priors[rank],
+                images=images.tensor_split(world)[rank],
+                rank=rank,
+                world=world,
+                gather=lambda rows: torch.cat(exchange(rank, rows)),
+                add=lambda value: torch.stack(exchange(rank, value)).sum(0),
+            )
+
+        list(pool.map(work, range(world)))
+    run(alone, images=images)
+    assert alone.phase == MATCHING
+    for prior in priors:
+        assert prior.metrics == pytest.approx(alone.metrics, rel=1e-4)
+        for name, value in alone.state_dict().items():
+            torch.testing.assert_close(prior.state_dict()[name], value, atol=2e-3, rtol=2e-3)
+
+
+def test_without_a_student_nothing_is_kept_for_one():
+    prior = build(TaughtFlowConfig(width=16, depth=1))
+    assert not [name for name in prior.training_state() if name.startswith(("student", "made", "real", "phase"))]
+
+
+@pytest.mark.parametrize(
+    ("settings", "rounds", "problem"),
+    [
+        ({"student": 0.6}, 10, "prior.student is 0.6, prior.alone 0.5"),
+        ({"student": 0.2, "begin": 0.8, "alone": 0.2}, 10, "Lower prior.student"),
+        ({"student": 0.05}, 10, "prior.student=0.05 is less than one of 10 rounds"),
+        ({"student": -0.1}, 10, "prior.student"),
+    ],
+)
+def test_a_student_that_cannot_learn_is_refused(settings, rounds, problem):
+    with pytest.raises(InputError, match=problem):
+        TaughtFlowConfig(**settings).check_rounds(rounds, 1024)
