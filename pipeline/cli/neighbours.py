@@ -1,9 +1,9 @@
 """Commands that compare whole data sets, on any number of ranks: copies, duplicates."""
 
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -15,10 +15,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _KINDS = "efficientnet-lite0 to -lite2, cifar10-cnn64, timm:NAME or a .safetensors file"
-Encoder = Annotated[str, tyro.conf.arg(help=f"What to compare: pixels, or features of {_KINDS}.")]
-Force = Annotated[
-    bool, tyro.conf.arg(help="Replace an index; give up an interrupted audit that differs from this one.")
-]
+Encoder = Annotated[str, tyro.conf.arg(help=f"What is compared: pixels, or features of {_KINDS}.")]
+Force = Annotated[bool, tyro.conf.arg(help="Give up an audit that was interrupted there and had other options.")]
 
 
 def copies(
@@ -43,29 +41,19 @@ def copies(
         seed: The same seed draws the same samples.
         to: Folder or s3://bucket/prefix for copies.json, copies.csv and copies.png; default: the run's evaluation/.
     """
-    from pipeline.neighbours import copies as audit
 
-    def find(ranks: "Accelerator") -> dict[str, Any]:
-        return audit.copies(
-            run,
-            accelerator=ranks,
-            data=data,
-            samples=samples,
-            encoder=encoder,
-            threshold=threshold,
-            seed=seed,
-            to=to,
-            force=force,
+    from pipeline.neighbours.copies import copies as find
+
+    with _ranks() as ranks:
+        found = find(
+            run, ranks, data, samples=samples, encoder=encoder, threshold=threshold, seed=seed, to=to, force=force
         )
-
-    def describe(found: dict[str, Any]) -> str:
-        shares = f"{found['share']:.2%} of {samples} samples, {found['test_share']:.2%} of test images"
-        medians = f"{found['median']:.4g}, of test images {found['test_median']:.4g}"
-        return (
-            f"within {found['threshold']:.4g} of a training image: {shares}\nmedian distance to the nearest: {medians}"
-        )
-
-    _on_ranks(find, describe, json)
+        if ranks.is_main_process and json:
+            print_json(found)
+        elif ranks.is_main_process:
+            shares = f"{found['share']:.2%} of samples, {found['test_share']:.2%} of test images"
+            print(f"within {found['threshold']:.4g} of a training image: {shares}")
+            print(f"median distance to the nearest: {found['median']:.4g}, of test images {found['test_median']:.4g}")
 
 
 def duplicates(
@@ -84,36 +72,25 @@ def duplicates(
     Args:
         data: Folder or s3://bucket/prefix of shards.
         index: Folder or s3://bucket/prefix of its index.json and page tables; default: beside the shards.
-        threshold: Distance up to which images are near-duplicates; default: 8 of pixels (levels of 255), 0.3 of features.
+        threshold: Distance up to which images are near-duplicates; default: 8 for pixels (levels of 255).
         to: Folder or s3://bucket/prefix for duplicates.json, groups.csv and groups.png.
         drop: Folder or s3://bucket/prefix for an index without redundant training images, for --data.index.
     """
-    from pipeline.neighbours import duplicates as audit
+    from pipeline.neighbours.duplicates import duplicates as find
 
-    def find(ranks: "Accelerator") -> dict[str, Any]:
-        return audit.duplicates(
-            data,
-            accelerator=ranks,
-            index=index,
-            encoder=encoder,
-            threshold=threshold,
-            to=to,
-            drop=drop,
-            force=force,
-        )
-
-    def describe(found: dict[str, Any]) -> str:
-        near = f"{found['test_images_near_training']} test images have a near-duplicate in the training set"
-        grouped = f"{found['images_in_groups']} of {found['images']} images in {found['groups']} groups"
-        return f"within {found['threshold']:g}: {grouped}; {near}\nredundant training images: {found['redundant']}"
-
-    _on_ranks(find, describe, json)
+    with _ranks() as ranks:
+        found = find(data, ranks, index, encoder=encoder, threshold=threshold, to=to, drop=drop, force=force)
+        if ranks.is_main_process and json:
+            print_json(found)
+        elif ranks.is_main_process:
+            print(f"{found['images_in_groups']} of {found['images']} images are in {found['groups']} groups")
+            print(f"test images near a training image: {found['test_images_near_training']}")
+            print(f"redundant training images: {found['redundant']}{f', left out by {drop}' if drop else ''}")
 
 
-def _on_ranks(find: Callable[["Accelerator"], dict[str, Any]], describe: Callable[[Any], str], json: bool) -> None:
-    """Run an audit on the ranks that a launcher started, or in this process alone, and print on rank 0 what it found.
-    Under a launcher the process ends as a rank of a training does.
-    """
+@contextmanager
+def _ranks() -> Iterator["Accelerator"]:
+    """The ranks that a launcher started, which then end as those of a training do, or this process alone."""
     with ExitStack() as stack:
         if "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
             leave_when_asked()
@@ -125,10 +102,8 @@ def _on_ranks(find: Callable[["Accelerator"], dict[str, Any]], describe: Callabl
 
         stack.enter_context(peers_missed())
         set_threads(0)
-        ranks = build_accelerator()
-        found = find(ranks)
-        if ranks.is_main_process:
-            print_json(found) if json else print(describe(found))
+        accelerator = build_accelerator()
+        yield accelerator
         part()
-        ranks.end_training()
+        accelerator.end_training()
         record_exit(0)

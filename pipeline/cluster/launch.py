@@ -88,9 +88,8 @@ def _launch(options: argparse.Namespace, training: Sequence[str], environ: Mappi
 
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)  # of a launcher around this one
-    config = parse(
-        [] if training[:1] and training[0] in AUDITS else list(training)
-    )  # so that one process reports a mistake at once
+    settings = [] if training[:1] and training[0] in AUDITS else list(training)
+    config = parse(settings)  # so that one process reports a mistake at once
     use_endpoint(config.data.endpoint)
     place = find_place(os.environ)
     processes = options.processes or place.processes or count_gpus() or 1

@@ -32,25 +32,23 @@ class Images:
 
     def __init__(self, config: DataConfig, *splits: str) -> None:
         """Raises InputError where a data set or a split is missing."""
-        self.sets = sets = DataSets(config)
-        every = [
-            (split, place) for split in splits for place in range(len(sets.manifests)) if sets.manifest.split(split)
-        ]
-        listed = [(split, place) for split, place in every if split in sets.manifests[place].splits]
-        self.shards = [  # (split, data set, number among the shards of both, shard)
+        self.sets = DataSets(config)
+        self._shards = [  # split, data set, number among the shards of both, shard
             (split, place, number, shard)
-            for split, place in listed
-            for number, shard in enumerate(sets.manifests[place].splits[split].shards)
+            for split in splits
+            if self.sets.manifest.split(split)
+            for place, manifest in enumerate(self.sets.manifests)
+            for number, shard in enumerate(manifest.splits[split].shards if split in manifest.splits else ())
         ]
-        self._edges = list(accumulate((shard.samples for *_, shard in self.shards), initial=0))
-        self._reader = lru_cache(None)(sets.reader)
+        self._edges = list(accumulate((shard.samples for *_, shard in self._shards), initial=0))
+        self._reader = lru_cache(None)(self.sets.reader)
 
     def __len__(self) -> int:
         return self._edges[-1]
 
     def read(self, first: int, last: int) -> Tensor:
         """Images [first, last) as they are stored: (n, C, H, W) uint8, or points (n, D) float32. Raises InputError for
-        damaged ones; with data.broken=skip another image of the shard is in the place of one that is.
+        damaged ones, but with data.broken=skip another image of the shard stands in for one that cannot be decoded.
         """
         kind = torch.uint8 if self.sets.manifest.kind == "image" else torch.float32
         images = torch.empty(last - first, *self.sets.shape, dtype=kind)
@@ -67,36 +65,31 @@ class Images:
         wanted, places = set(numbers), dict[int, Place]()
         for number, _, raw in self._stored(spans):
             if number in wanted:
-                (split, place, _, shard), _ = self.locate(number)
-                key = raw.sample["__key__"]
-                broken = key in self.sets.manifests[place].broken.get(shard.name, ())
-                places[number] = Place(split, shard.name, key, broken)
+                split, place, _, shard = self._shards[bisect_right(self._edges, number) - 1]
+                key, broken = raw.sample["__key__"], self.sets.manifests[place].broken
+                places[number] = Place(split, shard.name, key, key in broken.get(shard.name, ()))
         return places
 
-    def locate(self, number: int) -> tuple[tuple[str, int, int, Shard], int]:
-        """The entry of `shards` with an image, and the image's number in that shard."""
+    def locate(self, number: int) -> tuple[Shard, int]:
+        """The shard of an image, and the image's number there."""
         at = bisect_right(self._edges, number) - 1
-        return self.shards[at], number - self._edges[at]
+        return self._shards[at][3], number - self._edges[at]
 
     def _stored(self, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Reader, Raw]]:
-        """The stored samples of spans [first, last), which ascend."""
+        """Number, reader and stored sample of the images in spans [first, last), which ascend."""
         for (split, place), cut in groupby(self._pieces(spans), lambda one: one[:2]):
-            pieces = list(cut)
+            *_, starts, pieces = zip(*cut, strict=True)
+            first = dict(zip((piece.shard for piece in pieces), starts, strict=True))
             reader = self._reader(place, split)
-            starts = {piece.shard: start for _, _, start, piece in pieces}
-            for raw in reader.raw(piece for *_, piece in pieces):
-                yield starts[raw.piece.shard] + raw.number, reader, raw
+            for raw in reader.raw(pieces):
+                yield first[raw.piece.shard] + raw.number, reader, raw
 
     def _pieces(self, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[str, int, int, Piece]]:
-        """Split, data set, number of the shard's first image, and the piece of that shard."""
+        """Split, data set, number of the shard's first image, and piece of the shard."""
         for first, last in spans:
             at = bisect_right(self._edges, first) - 1
             while first < last:
-                (split, place, number, _), start, end = self.shards[at], self._edges[at], self._edges[at + 1]
-                yield (
-                    split,
-                    place,
-                    start,
-                    Piece(epoch=0, shard=number, first=first - start, last=min(last, end) - start),
-                )
+                (split, place, number, _), start, end = self._shards[at], self._edges[at], self._edges[at + 1]
+                piece = Piece(epoch=0, shard=number, first=first - start, last=min(last, end) - start)
+                yield split, place, start, piece
                 first, at = end, at + 1

@@ -1,85 +1,83 @@
-"""What an interrupted audit has computed: files in its output folder, named by all that their content depends on."""
+"""What an interrupted audit has finished: files in its output folder, named by all that they depend on."""
 
+import csv
 import hashlib
+import io
 import json
+from collections.abc import Sequence
 from typing import Any
 
-import torch
+from accelerate import Accelerator
 from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.data.mixing import DataSets
+from pipeline.distributed.ranks import together
 from pipeline.errors import InputError
-from pipeline.match.exchange import Ranks
+from pipeline.match.exchange import ranks_of
 from pipeline.model.encoders import Encoder
-from pipeline.storage.base import Store
+from pipeline.storage.store import open_store
 from pipeline.terminal import DELAY
 
-FORMAT = 1  # of the files: raised whenever what is in them changes
 FACTS = "work.json"
 READ = ("split", "size", "fit", "crop", "broken")  # settings of data that change which images are read, or how
 
 
 class Work:
-    """Parts of an audit, each a few tensors in a file that appears whole or not at all. Parts are the same for every
-    number of ranks. `begin` comes first, `end` last.
+    """Tensors in files that appear whole or not at all, the same ones for every number of ranks. A rank finds those
+    that it wrote, or others if they share the folder.
     """
 
-    def __init__(self, store: Store, ranks: Ranks, facts: dict[str, Any]) -> None:
-        """`facts` are the data, model and options that the parts depend on."""
-        self.store, self.ranks = store, ranks
-        self._facts = json.dumps({"format": FORMAT, **facts}, indent=1).encode()
-        self._digest = hashlib.sha256(self._facts).hexdigest()[:16]
-
-    def begin(self, *, force: bool) -> None:
-        """On rank 0, before any part is written. InputError where an audit of something else was interrupted, unless
-        `force`, which deletes its parts; and where the folder cannot be written.
+    def __init__(
+        self, to: str, accelerator: Accelerator, sets: DataSets, encoder: Encoder | None, *, force: bool, **options: Any
+    ) -> None:
+        """Collective. Raises InputError where the folder cannot be written; and where an audit of other data, another
+        encoder or other options was interrupted there, whose files are deleted with `force`.
         """
-        if self.store.exists(FACTS) and self.store.read(FACTS) != self._facts:
-            other = f"{self.store.url(FACTS)}: an audit with other data, another model or other options stopped here"
-            if not force:
-                raise InputError(f"{other}: delete the folder {self.store.path}, or start anew with --force")
-            self.end()
-        self.store.put(FACTS, self._facts)
+        self.store, self.ranks, network = open_store(to), ranks_of(None), encoder and encoder.network
+        state = network.state_dict() if network else {}
+        weights = {name: value.cpu().contiguous().clone() for name, value in state.items()}
+        facts = options | {
+            "encoder": (encoder and encoder.name, hashlib.sha256(save(weights)).hexdigest()),
+            "data": hashlib.sha256(b"".join(manifest.dump() for manifest in sets.manifests)).hexdigest(),
+            "read": [getattr(sets.configs[0], name) for name in READ],
+        }
+        text = json.dumps(facts, indent=1).encode()
+        self._prefix = f"work-{hashlib.sha256(text).hexdigest()[:16]}-"
+        with together(accelerator):
+            if accelerator.is_main_process:
+                if self.store.exists(FACTS) and self.store.read(FACTS) != text:
+                    other = f"{self.store.url(FACTS)}: an audit with other data, model or options was interrupted there"
+                    if not force:
+                        raise InputError(f"{other}: delete the folder, name another with --to, or use --force")
+                    self.end()
+                self.store.put(FACTS, text)
 
     def has(self, part: str) -> bool:
-        """Whether this rank's folder has the part."""
         return self.store.exists(self._name(part))
 
-    def load(self, part: str) -> dict[str, Tensor]:
-        return load(self.store.read(self._name(part)))
+    def load(self, part: str) -> Tensor:
+        return load(self.store.read(self._name(part)))[""]
 
-    def keep(self, part: str, **tensors: Tensor) -> None:
-        self.store.put(self._name(part), save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    def keep(self, part: str, tensor: Tensor) -> None:
+        self.store.put(self._name(part), save({"": tensor.contiguous()}))
+
+    def end(self) -> None:
+        """Delete all parts."""
+        for name in (name for name in self.store.list() if name.startswith("work-") or name == FACTS):
+            self.store.delete(name)
 
     def bar(self, what: str, total: int) -> "tqdm[Any]":
         """Progress in blocks, on rank 0."""
         return tqdm(desc=what, total=total, unit="block", delay=DELAY, leave=False, disable=self.ranks.rank > 0 or None)
 
-    def end(self) -> None:
-        """Delete all parts, and last what they are parts of."""
-        for name in [name for name in self.store.list() if name.startswith("work-")]:
-            self.store.delete(name)
-        self.store.delete(FACTS)
-
     def _name(self, part: str) -> str:
-        return f"work-{self._digest}-{part}.safetensors"
+        return f"{self._prefix}{part}.safetensors"
 
 
-def data_facts(sets: DataSets) -> dict[str, Any]:
-    """What the images depend on: all index.json, which hold the hashes of what is read, and how they are resized."""
-    first = sets.configs[0]
-    digest = hashlib.sha256(b"".join(manifest.dump() for manifest in sets.manifests)).hexdigest()
-    return {"index": digest, **{name: getattr(first, name) for name in READ}}
-
-
-def encoder_digest(encoder: Encoder | None) -> str:
-    """SHA-256 of an encoder's name and weights; '' without one."""
-    if encoder is None or encoder.network is None:
-        return ""
-    digest = hashlib.sha256(encoder.name.encode())
-    for name, value in sorted(encoder.network.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)} ".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def as_csv(header: Sequence[str], lines: Sequence[Sequence[object]]) -> bytes:
+    """The file of a table."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *lines])
+    return text.getvalue().encode()
