@@ -10,44 +10,18 @@ import tyro
 from pipeline.cli.model import Run
 from pipeline.cli.output import Json, print_json
 from pipeline.errors import exit_on_input_error, leave_on_failure, leave_when_asked, record_exit
+from pipeline.neighbours import CopiesOptions, DuplicatesOptions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_KINDS = "efficientnet-lite0 to -lite2, cifar10-cnn64, timm:NAME or a .safetensors file"
-Encoder = Annotated[str, tyro.conf.arg(help=f"What is compared: pixels, or features of {_KINDS}.")]
-Force = Annotated[bool, tyro.conf.arg(help="Give up an audit that was interrupted there and had other options.")]
 
-
-def copies(
-    run: Run,
-    /,
-    *,
-    data: str | None = None,
-    samples: int = 10_000,
-    encoder: Encoder = "pixels",
-    threshold: float | None = None,
-    seed: int = 0,
-    to: str = "",
-    force: Force = False,
-    json: Json = False,
-) -> None:
-    """Find samples that copy training images: the nearest of all of these, also mirrored, to each sample.
-
-    Args:
-        data: Packed data set; default: the one it was trained on.
-        samples: How many samples to draw.
-        threshold: Distance up to which a sample counts as a copy; default: that of the nearest 1 % of test images.
-        seed: The same seed draws the same samples.
-        to: Folder or s3://bucket/prefix for copies.json, copies.csv and copies.png; default: the run's evaluation/.
-    """
-
+def copies(run: Run, /, *, options: Annotated[CopiesOptions, tyro.conf.arg(name="")], json: Json = False) -> None:
+    """Find samples that copy training images: the nearest of all of these, also mirrored, to each sample."""
     from pipeline.neighbours.copies import copies as find
 
     with _ranks() as ranks:
-        found = find(
-            run, ranks, data, samples=samples, encoder=encoder, threshold=threshold, seed=seed, to=to, force=force
-        )
+        found = find(run, options, ranks)
         if ranks.is_main_process and json:
             print_json(found)
         elif ranks.is_main_process:
@@ -56,36 +30,18 @@ def copies(
             print(f"median distance to the nearest: {found['median']:.4g}, of test images {found['test_median']:.4g}")
 
 
-def duplicates(
-    *,
-    data: str,
-    index: str = "",
-    encoder: Encoder = "pixels",
-    threshold: float | None = None,
-    to: str = "duplicates",
-    drop: str = "",
-    force: Force = False,
-    json: Json = False,
-) -> None:
-    """Find near-duplicates in a data set, within and across its splits, also mirrored.
-
-    Args:
-        data: Folder or s3://bucket/prefix of shards.
-        index: Folder or s3://bucket/prefix of its index.json and page tables; default: beside the shards.
-        threshold: Distance up to which images are near-duplicates; default: 8 for pixels (levels of 255).
-        to: Folder or s3://bucket/prefix for duplicates.json, groups.csv and groups.png.
-        drop: Folder or s3://bucket/prefix for an index without redundant training images, for --data.index.
-    """
+def duplicates(*, options: Annotated[DuplicatesOptions, tyro.conf.arg(name="")], json: Json = False) -> None:
+    """Find near-duplicates in a data set, within and across its splits, also mirrored."""
     from pipeline.neighbours.duplicates import duplicates as find
 
     with _ranks() as ranks:
-        found = find(data, ranks, index, encoder=encoder, threshold=threshold, to=to, drop=drop, force=force)
+        found = find(options, ranks)
         if ranks.is_main_process and json:
             print_json(found)
         elif ranks.is_main_process:
             print(f"{found['images_in_groups']} of {found['images']} images are in {found['groups']} groups")
             print(f"test images near a training image: {found['test_images_near_training']}")
-            print(f"redundant training images: {found['redundant']}{f', left out by {drop}' if drop else ''}")
+            print(f"redundant training images: {found['redundant']}")
 
 
 @contextmanager

@@ -21,8 +21,9 @@ from pipeline.evaluate.runs import folder_of
 from pipeline.model.hub import PREFIX
 from pipeline.model.naign import NAIGN
 from pipeline.model.scale import scaled
+from pipeline.neighbours import CopiesOptions
 from pipeline.neighbours.images import Images
-from pipeline.neighbours.rows import Rows, compare, firsts, open_space
+from pipeline.neighbours.rows import Rows, Space, compare, firsts, open_space
 from pipeline.neighbours.work import Work, as_csv
 from pipeline.observe.pictures import png, rows
 
@@ -30,37 +31,27 @@ QUANTILE = 0.01
 SHOWN = 24  # pairs in the picture
 
 
-def copies(
-    run: str,  # as for `evaluate`
-    accelerator: Accelerator,
-    data: str | None = None,  # packed data set; None: the one the run was trained on
-    *,
-    samples: int = 10_000,  # how many f(z) to draw
-    encoder: str = "pixels",  # or one whose features are compared
-    threshold: float | None = None,  # distance up to which a sample counts as a copy; None: see above
-    seed: int = 0,  # of latents
-    to: str = "",  # folder or prefix for the results; '': the model's evaluation/
-    force: bool = False,  # give up an audit of something else that was interrupted in that folder
-) -> dict[str, Any]:
+def copies(run: str, options: CopiesOptions, accelerator: Accelerator) -> dict[str, Any]:
     """Collective: write copies.csv, of images copies.png, and copies.json, and add them to the model's report.html.
-    Returns what copies.json holds, on rank 0.
+    Returns what copies.json holds, on rank 0. `run` is a run, a checkpoint or an exported model.
 
     Samples are compared as they would be stored, in 256 levels. Each rank reads and searches its part of the training
     images; the files do not depend on the number of ranks. Raises InputError where there is no model, data or encoder,
     or these do not go together, and as `Work`.
     """
+    samples, threshold, seed = options.samples, options.threshold, options.seed
     with together(accelerator):
         require(
-            (to or not run.startswith(PREFIX), f"{run} is on a hub: give a folder for the results with --to"),
+            (options.to or not run.startswith(PREFIX), f"{run} is on a hub: give a folder for the results with --to"),
             (1 <= samples < 2**40, f"--samples is {samples}: it must be at least 1"),
             (threshold is None or threshold > 0, f"--threshold is {threshold}: it must be above 0"),
         )
         model = NAIGN.from_pretrained(run, device=accelerator.device)
-        config, manifest, _ = recorded(model, run, data)
+        config, manifest, _ = recorded(model, run, options.data)
         train, test = Images(config, config.split), Images(config, "test")
-        space, weights = open_space(encoder, tuple(manifest.shape), accelerator.device), fingerprint(model)
-    to, drawn = to or f"{folder_of(run)}/evaluation", {"samples": samples, "seed": seed, "weights": weights}
-    work = Work(to, accelerator, train.sets, space.encoder, force=force, command="copies", **drawn)
+        space, weights = open_space(options.encoder, tuple(manifest.shape), accelerator.device), fingerprint(model)
+    to = options.to or f"{folder_of(run)}/evaluation"
+    work = Work(to, train.sets, space.encoder, options, accelerator, run=weights)
 
     def draw(first: int, last: int) -> Tensor:
         made = model.project(model.latent(torch.arange(first, last), seed=seed)).cpu()
@@ -70,28 +61,42 @@ def copies(
         candidates = Rows("training images", len(train), train.read, space, work)
         queries = [Rows("samples", samples, draw, space, work), Rows("test images", len(test), test.read, space, work)]
     near = [compare(asked, candidates, work, accelerator.device) for asked in queries]
-    found = {"dataset": manifest.name, "training_images": len(train), "test_images": len(test), "encoder": encoder}
+    found = {"dataset": manifest.name, "training_images": len(train), "test_images": len(test), "weights": weights}
+    found |= {"samples": samples, "seed": seed, "encoder": options.encoder}
     with together(accelerator):
         if accelerator.is_main_process:
-            tables = [firsts(table[:, [0, 2, 1, 3]], 1) for table in near]  # query, bits, candidate, view
-            distances = [space.distances(table[:, 1]) for table in tables]
-            found |= drawn | judge(*distances, threshold)
-            places = train.places(torch.cat(tables)[:, 2].unique().tolist())
-            lines = [
-                (query, number, distance, *places[nearest][1:3], view)
-                for query, table, near in zip(("sample", "test"), tables, distances, strict=True)
-                for (number, _, nearest, view), distance in zip(table.tolist(), near.tolist(), strict=True)
-            ]
-            work.store.put("copies.csv", as_csv(("query", "number", "distance", "shard", "key", "mirrored"), lines))
-            if space.views > 1:
-                work.store.put("copies.png", png(draw_pairs(tables[0], distances[0], draw, train)))
-            work.store.put("copies.json", (json.dumps(found, indent=1) + "\n").encode())
-            if work.store.exists("report.html"):
-                page = with_copies(work.store.read("report.html").decode(), work.store, weights)
-                work.store.put("report.html", page.encode())
+            found |= write(near, found, threshold, train, draw, space, work)
     with together(accelerator):
         work.end()
     return found
+
+
+def write(
+    near: list[Tensor],  # what `compare` returned, of samples and of test images
+    found: dict[str, Any],  # for copies.json
+    threshold: float | None,
+    train: Images,
+    draw: Callable[[int, int], Tensor],  # samples [first, last) as they would be stored
+    space: Space,
+    work: Work,
+) -> dict[str, Any]:
+    """Write all results, and return what `judge` does."""
+    tables = [firsts(table[:, [0, 2, 1, 3]], 1) for table in near]  # query, bits, candidate, view
+    distances = [space.distances(table[:, 1]) for table in tables]
+    places = train.places(torch.cat(tables)[:, 2].unique().tolist())
+    store, judged = work.store, judge(*distances, threshold)
+    lines = [
+        (query, number, distance, *places[nearest][1:3], view)
+        for query, table, values in zip(("sample", "test"), tables, distances, strict=True)
+        for (number, _, nearest, view), distance in zip(table.tolist(), values.tolist(), strict=True)
+    ]
+    store.put("copies.csv", as_csv(("query", "number", "distance", "shard", "key", "mirrored"), lines))
+    if space.views > 1:
+        store.put("copies.png", png(draw_pairs(tables[0], distances[0], draw, train)))
+    store.put("copies.json", (json.dumps(found | judged, indent=1) + "\n").encode())
+    if store.exists("report.html"):
+        store.put("report.html", with_copies(store.read("report.html").decode(), store, found["weights"]).encode())
+    return judged
 
 
 def judge(samples: Tensor, tests: Tensor, threshold: float | None) -> dict[str, Any]:

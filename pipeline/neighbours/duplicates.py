@@ -22,16 +22,17 @@ from pipeline.data.dataset import DataConfig
 from pipeline.data.format.manifest import INDEX, Manifest, Split
 from pipeline.data.format.pages import table_name
 from pipeline.distributed.ranks import together
-from pipeline.errors import InputError, require
+from pipeline.errors import require
 from pipeline.model.scale import scaled
+from pipeline.neighbours import DuplicatesOptions
 from pipeline.neighbours.images import Images
-from pipeline.neighbours.rows import Rows, compare, firsts, open_space
+from pipeline.neighbours.rows import Rows, Space, compare, firsts, open_space
 from pipeline.neighbours.work import Work, as_csv
 from pipeline.observe.pictures import png, rows
 from pipeline.storage.store import open_store
 
 TRAIN = "train"
-THRESHOLDS = {"pixels": 8.0, "efficientnet-lite0": 0.4, "cifar10-cnn64": 0.15}
+THRESHOLDS = {"pixels": 8.0, "efficientnet-lite0": 0.44, "cifar10-cnn64": 0.15}
 """Default distances by encoder. Of the pairs of CIFAR-10 within them nearly all show the same photograph."""
 SHOWN, WIDEST = 24, 12  # groups in the picture, and images of each
 
@@ -39,42 +40,30 @@ Group = dict[int, float]
 """Distance of each image of a group to the nearest other one, by number, ascending."""
 
 
-def duplicates(
-    path: str,  # packed or indexed data set
-    accelerator: Accelerator,
-    index: str = "",  # where its index.json is, if not beside the shards
-    *,
-    encoder: str = "pixels",  # or one whose features are compared
-    threshold: float | None = None,  # most distance of near-duplicates; None: that of THRESHOLDS
-    to: str = "duplicates",  # folder or prefix for the results
-    drop: str = "",  # folder or prefix for an index without the redundant images
-    force: bool = False,  # replace an index in `drop`; give up an audit of something else that was interrupted in `to`
-) -> dict[str, Any]:
+def duplicates(options: DuplicatesOptions, accelerator: Accelerator) -> dict[str, Any]:
     """Collective: write groups.csv, of images groups.png, duplicates.json, and with `drop` an index for data.index.
     Returns what duplicates.json holds, on rank 0.
 
     Each rank reads and searches its part; the files do not depend on the number of ranks. Memory is that of some blocks
     and of all pairs. Raises InputError where there is no data set or encoder, and as `Work`.
     """
-    source = index or path
+    path, source, encoder = options.data, options.index or options.data, options.encoder
     with together(accelerator):
-        limit = THRESHOLDS.get(encoder) if threshold is None else threshold
+        limit = THRESHOLDS.get(encoder, -1.0) if options.threshold is None else options.threshold
         manifest = Manifest.load(source)
-        config = DataConfig(path=path, index=index, broken="skip" if manifest.broken else "error")
-        train = manifest.splits.get(TRAIN)
+        config = DataConfig(path=path, index=options.index, broken="skip" if manifest.broken else "error")
         images = Images(config, *sorted(manifest.splits, key=lambda split: split != TRAIN))
         space = open_space(encoder, images.sets.shape, accelerator.device)
-        if limit is None:
-            raise InputError(f"--encoder {encoder} has no default threshold: give --threshold, and compare groups.png")
         require(
+            (limit != -1, f"--encoder {encoder} has no default threshold: give --threshold, and look at groups.png"),
             (limit > 0, f"--threshold is {limit}: it must be above 0"),
             (len(images) > 1, f"{path} holds one image, which can have no duplicate"),
         )
-        if drop and (target := open_store(drop)).exists(INDEX):
+        if options.drop and (target := open_store(options.drop)).exists(INDEX):
             itself = target.read(INDEX) == open_store(source).read(INDEX)
-            there = f"--drop {drop} holds {'the' if itself else 'an'} index already: give another folder"
-            require((force and not itself, there if itself else f"{there}, or replace it by --force"))
-    work = Work(to, accelerator, images.sets, space.encoder, force=force, command="duplicates", threshold=limit)
+            there = f"--drop {options.drop} holds {'the' if itself else 'an'} index already: give another folder"
+            require((options.force and not itself, there if itself else f"{there}, or replace it by --force"))
+    work = Work(options.to, images.sets, space.encoder, options, accelerator)
     with together(accelerator):
         every = Rows("images", len(images), images.read, space, work)
     near = compare(every, every, work, accelerator.device, within=limit)
@@ -83,28 +72,34 @@ def duplicates(
         if accelerator.is_main_process:
             low, high = near[:, :2].amin(1), near[:, :2].amax(1)
             pairs = firsts(torch.stack([low, high, near[:, 2]], dim=1)[low < high], 2)
-            places = images.places(pairs[:, :2].unique().tolist())
-            broken = torch.tensor([number for number, place in places.items() if place.broken], dtype=torch.int64)
-            pairs = pairs[~torch.isin(pairs[:, :2], broken).any(1)]  # another image stands in for these
-            groups, trained = connect(pairs, space.distances(pairs[:, 2])), train.samples if train else 0
-            redundant = {number for group in groups for number in redundant_in(group, trained)}
-            beside = pairs[(pairs[:, 0] < trained) & (pairs[:, 1] >= trained), 1].unique()
-            found |= {"pairs": len(pairs), "groups": len(groups), "images_in_groups": sum(map(len, groups))}
-            found |= {"test_images_near_training": len(beside), "redundant": len(redundant)}
-            lines = [
-                (name, *places[number][:3], distance, int(number in redundant))
-                for name, group in enumerate(groups)
-                for number, distance in group.items()
-            ]
-            work.store.put("groups.csv", as_csv(("group", "split", "shard", "key", "distance", "redundant"), lines))
-            if groups and space.views > 1:
-                work.store.put("groups.png", png(draw_groups(groups, images)))
-            if drop:
-                write_index(images, redundant, source, drop)
+            redundant = write(pairs, found, images, space, work)
+            if options.drop:
+                write_index(images, redundant, source, options.drop)
             work.store.put("duplicates.json", (json.dumps(found, indent=1) + "\n").encode())
     with together(accelerator):
         work.end()
     return found
+
+
+def write(pairs: Tensor, found: dict[str, Any], images: Images, space: Space, work: Work) -> set[int]:
+    """Write the groups, count in `found`, and return the redundant images. `pairs` (p, 3) are numbers, and bits."""
+    places, training = images.places(pairs[:, :2].unique().tolist()), images.sets.manifest.splits.get(TRAIN)
+    broken = torch.tensor([number for number, place in places.items() if place.broken], dtype=torch.int64)
+    pairs = pairs[~torch.isin(pairs[:, :2], broken).any(1)]  # in whose place another image was read
+    groups, trained = connect(pairs, space.distances(pairs[:, 2])), training.samples if training else 0
+    redundant = {number for group in groups for number in redundant_in(group, trained)}
+    beside = pairs[(pairs[:, 0] < trained) & (pairs[:, 1] >= trained), 1].unique()
+    found |= {"pairs": len(pairs), "groups": len(groups), "images_in_groups": sum(map(len, groups))}
+    found |= {"test_images_near_training": len(beside), "redundant": len(redundant)}
+    lines = [
+        (name, *places[number][:3], distance, int(number in redundant))
+        for name, group in enumerate(groups)
+        for number, distance in group.items()
+    ]
+    work.store.put("groups.csv", as_csv(("group", "split", "shard", "key", "distance", "redundant"), lines))
+    if groups and space.views > 1:
+        work.store.put("groups.png", png(draw_groups(groups, images)))
+    return redundant
 
 
 def connect(pairs: Tensor, distances: Tensor) -> list[Group]:

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from accelerate import Accelerator
@@ -17,6 +18,7 @@ from pipeline.distributed.ranks import together
 from pipeline.errors import InputError
 from pipeline.match.exchange import ranks_of
 from pipeline.model.encoders import Encoder
+from pipeline.neighbours import Options
 from pipeline.storage.store import open_store
 from pipeline.terminal import DELAY
 
@@ -30,26 +32,30 @@ class Work:
     """
 
     def __init__(
-        self, to: str, accelerator: Accelerator, sets: DataSets, encoder: Encoder | None, *, force: bool, **options: Any
+        self, to: str, sets: DataSets, encoder: Encoder | None, options: Options, accelerator: Accelerator, **more: str
     ) -> None:
         """Collective. Raises InputError where the folder cannot be written; and where an audit of other data, another
-        encoder or other options was interrupted there, whose files are deleted with `force`.
+        encoder or with other options was interrupted there, whose files are deleted with `force`.
         """
         self.store, self.ranks, network = open_store(to), ranks_of(None), encoder and encoder.network
         state = network.state_dict() if network else {}
         weights = {name: value.cpu().contiguous().clone() for name, value in state.items()}
-        facts = options | {
-            "encoder": (encoder and encoder.name, hashlib.sha256(save(weights)).hexdigest()),
-            "data": hashlib.sha256(b"".join(manifest.dump() for manifest in sets.manifests)).hexdigest(),
-            "read": [getattr(sets.configs[0], name) for name in READ],
-        }
+        facts = (
+            asdict(options)
+            | more
+            | {
+                **{"to": "", "force": False, "encoder_weights": hashlib.sha256(save(weights)).hexdigest()},
+                "data": hashlib.sha256(b"".join(manifest.dump() for manifest in sets.manifests)).hexdigest(),
+                "read": [getattr(sets.configs[0], name) for name in READ],
+            }
+        )
         text = json.dumps(facts, indent=1).encode()
         self._prefix = f"work-{hashlib.sha256(text).hexdigest()[:16]}-"
         with together(accelerator):
             if accelerator.is_main_process:
                 if self.store.exists(FACTS) and self.store.read(FACTS) != text:
                     other = f"{self.store.url(FACTS)}: an audit with other data, model or options was interrupted there"
-                    if not force:
+                    if not options.force:
                         raise InputError(f"{other}: delete the folder, name another with --to, or use --force")
                     self.end()
                 self.store.put(FACTS, text)

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from pipeline.data.decode import Array
 from pipeline.data.format.writer import pack
 from pipeline.data.sources.source import Example, Made, Source
-from pipeline.neighbours import rows
+from pipeline.neighbours import DuplicatesOptions, rows
 from pipeline.neighbours.duplicates import duplicates
 
 TRAIN, TEST, SHAPE = 700, 90, (3, 8, 8)
@@ -61,4 +61,4 @@ def small_blocks(patch: pytest.MonkeyPatch) -> None:
 
 
 def audit(path: str, to: Path | str, **options: object) -> dict[str, object]:
-    return duplicates(path, Accelerator(cpu=True), to=str(to), **options)  # type: ignore[arg-type]
+    return duplicates(DuplicatesOptions(data=path, to=str(to), **options), Accelerator(cpu=True))  # type: ignore[arg-type]

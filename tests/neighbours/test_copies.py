@@ -17,6 +17,7 @@ from pipeline.evaluate.report import COPIES, with_copies
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import ConvConfig
 from pipeline.model.scale import scaled
+from pipeline.neighbours import CopiesOptions
 from pipeline.neighbours.copies import copies, judge
 from pipeline.storage.store import open_store
 from tests.neighbours.planted import SHAPE, image, plant, small_blocks
@@ -56,7 +57,7 @@ def copier(planted: str, monkeypatch: pytest.MonkeyPatch) -> NAIGN:
 
 
 def audit(**options: Any) -> dict[str, Any]:
-    return copies("run", Accelerator(cpu=True), **options)
+    return copies("run", CopiesOptions(**options), Accelerator(cpu=True))
 
 
 def test_every_planted_copy_is_found_and_nothing_else(copier: NAIGN, planted: str, tmp_path: Path) -> None:
@@ -87,7 +88,7 @@ def test_distances_are_those_of_brute_force(copier: NAIGN, planted: str, tmp_pat
 
 def test_features_of_an_encoder(digits: str, save_untrained: Any, tmp_path: Path) -> None:
     model = save_untrained(tmp_path / "model", data=digits, shape=(1, 8, 8), config=ConvConfig(width=4, code=8))
-    found = copies(model, Accelerator(cpu=True), encoder="digits-cnn64", samples=10)
+    found = copies(model, CopiesOptions(encoder="digits-cnn64", samples=10), Accelerator(cpu=True))
     assert found["encoder"] == "digits-cnn64" and 0 < found["test_median"] < 2
     assert (tmp_path / "model/evaluation/copies.png").exists()
 
@@ -152,4 +153,4 @@ def test_bad_options_are_one_sentence(
 
 def test_a_hub_needs_a_folder() -> None:
     with pytest.raises(InputError, match="give a folder for the results with --to"):
-        copies("hf://user/model", Accelerator(cpu=True))
+        copies("hf://user/model", CopiesOptions(), Accelerator(cpu=True))
