@@ -10,7 +10,7 @@ class Options:
     # What is compared: pixels, or features of cifar10-cnn64, efficientnet-lite0, timm:NAME, or a .safetensors file.
     encoder: str = "pixels"
     # Distance up to which images are alike; default: for copies that of the nearest 1 % of test images, for duplicates
-    # 8 levels of 255 for pixels.
+    # 10 levels of 255 for pixels.
     threshold: float | None = None
     force: bool = False  # Give up an interrupted audit with other options in that folder; replace an index.
 
