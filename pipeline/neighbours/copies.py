@@ -44,7 +44,10 @@ def copies(run: str, options: CopiesOptions, accelerator: Accelerator) -> dict[s
         require(
             (options.to or not run.startswith(PREFIX), f"{run} is on a hub: give a folder for the results with --to"),
             (1 <= samples < 2**40, f"--samples is {samples}: it must be at least 1"),
-            (threshold is None or threshold > 0, f"--threshold is {threshold}: it must be above 0"),
+            (
+                threshold is None or 0 < threshold < 1e6,
+                f"--threshold is {threshold}: it must be above 0, and below 1e6",
+            ),
         )
         model = NAIGN.from_pretrained(run, device=accelerator.device)
         config, manifest, _ = recorded(model, run, options.data)
@@ -58,8 +61,8 @@ def copies(run: str, options: CopiesOptions, accelerator: Accelerator) -> dict[s
         return ((made.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8) if made.ndim == 4 else made
 
     with together(accelerator):
-        candidates = Rows("training images", len(train), train.read, space, work)
-        queries = [Rows("samples", samples, draw, space, work), Rows("test images", len(test), test.read, space, work)]
+        candidates = Rows("training-images", len(train), train.read, space, work)
+        queries = [Rows("samples", samples, draw, space, work), Rows("test-images", len(test), test.read, space, work)]
     near = [compare(asked, candidates, work, accelerator.device) for asked in queries]
     found = {"dataset": manifest.name, "training_images": len(train), "test_images": len(test), "weights": weights}
     found |= {"samples": samples, "seed": seed, "encoder": options.encoder}
@@ -84,7 +87,7 @@ def write(
     tables = [firsts(table[:, [0, 2, 1, 3]], 1) for table in near]  # query, bits, candidate, view
     distances = [space.distances(table[:, 1]) for table in tables]
     places = train.places(torch.cat(tables)[:, 2].unique().tolist())
-    store, judged = work.store, judge(*distances, threshold)
+    store, judged = work.store, judge(distances[0], distances[1], threshold)
     lines = [
         (query, number, distance, *places[nearest][1:3], view)
         for query, table, values in zip(("sample", "test"), tables, distances, strict=True)

@@ -49,14 +49,15 @@ def duplicates(options: DuplicatesOptions, accelerator: Accelerator) -> dict[str
     """
     path, source, encoder = options.data, options.index or options.data, options.encoder
     with together(accelerator):
-        limit = THRESHOLDS.get(encoder, -1.0) if options.threshold is None else options.threshold
+        limit = THRESHOLDS.get(encoder, 1.0) if options.threshold is None else options.threshold
+        known = options.threshold is not None or encoder in THRESHOLDS
         manifest = Manifest.load(source)
         config = DataConfig(path=path, index=options.index, broken="skip" if manifest.broken else "error")
         images = Images(config, *sorted(manifest.splits, key=lambda split: split != TRAIN))
         space = open_space(encoder, images.sets.shape, accelerator.device)
         require(
-            (limit != -1, f"--encoder {encoder} has no default threshold: give --threshold, and look at groups.png"),
-            (limit > 0, f"--threshold is {limit}: it must be above 0"),
+            (known, f"--encoder {encoder} has no default threshold: give --threshold, and look at groups.png"),
+            (0 < limit < 1e6, f"--threshold is {limit}: it must be above 0, and below 1e6"),
             (len(images) > 1, f"{path} holds one image, which can have no duplicate"),
         )
         if options.drop and (target := open_store(options.drop)).exists(INDEX):

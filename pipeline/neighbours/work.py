@@ -40,15 +40,10 @@ class Work:
         self.store, self.ranks, network = open_store(to), ranks_of(None), encoder and encoder.network
         state = network.state_dict() if network else {}
         weights = {name: value.cpu().contiguous().clone() for name, value in state.items()}
-        facts = (
-            asdict(options)
-            | more
-            | {
-                **{"to": "", "force": False, "encoder_weights": hashlib.sha256(save(weights)).hexdigest()},
-                "data": hashlib.sha256(b"".join(manifest.dump() for manifest in sets.manifests)).hexdigest(),
-                "read": [getattr(sets.configs[0], name) for name in READ],
-            }
-        )
+        facts = asdict(options) | more | {"to": "", "force": False}
+        facts["encoder_weights"] = hashlib.sha256(save(weights)).hexdigest()
+        facts["manifests"] = hashlib.sha256(b"".join(manifest.dump() for manifest in sets.manifests)).hexdigest()
+        facts["read"] = [getattr(sets.configs[0], name) for name in READ]
         text = json.dumps(facts, indent=1).encode()
         self._prefix = f"work-{hashlib.sha256(text).hexdigest()[:16]}-"
         with together(accelerator):
