@@ -23,7 +23,7 @@ from pipeline.model.naign import NAIGN
 from pipeline.model.scale import scaled
 from pipeline.neighbours import CopiesOptions
 from pipeline.neighbours.images import Images
-from pipeline.neighbours.rows import Rows, Space, compare, firsts, open_space
+from pipeline.neighbours.rows import Rows, Space, compare, firsts
 from pipeline.neighbours.work import Work, as_csv
 from pipeline.observe.pictures import png, rows
 
@@ -52,7 +52,7 @@ def copies(run: str, options: CopiesOptions, accelerator: Accelerator) -> dict[s
         model = NAIGN.from_pretrained(run, device=accelerator.device)
         config, manifest, _ = recorded(model, run, options.data)
         train, test = Images(config, config.split), Images(config, "test")
-        space, weights = open_space(options.encoder, tuple(manifest.shape), accelerator.device), fingerprint(model)
+        space, weights = Space(options.encoder, tuple(manifest.shape), accelerator.device), fingerprint(model)
     to = options.to or f"{folder_of(run)}/evaluation"
     work = Work(to, train.sets, space.encoder, options, accelerator, run=weights)
 

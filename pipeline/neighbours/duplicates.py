@@ -25,8 +25,8 @@ from pipeline.distributed.ranks import together
 from pipeline.errors import require
 from pipeline.model.scale import scaled
 from pipeline.neighbours import DuplicatesOptions
-from pipeline.neighbours.images import Images
-from pipeline.neighbours.rows import Rows, Space, compare, firsts, open_space
+from pipeline.neighbours.images import Images, Place
+from pipeline.neighbours.rows import Rows, Space, compare, firsts
 from pipeline.neighbours.work import Work, as_csv
 from pipeline.observe.pictures import png, rows
 from pipeline.storage.store import open_store
@@ -54,7 +54,7 @@ def duplicates(options: DuplicatesOptions, accelerator: Accelerator) -> dict[str
         manifest = Manifest.load(source)
         config = DataConfig(path=path, index=options.index, broken="skip" if manifest.broken else "error")
         images = Images(config, *sorted(manifest.splits, key=lambda split: split != TRAIN))
-        space = open_space(encoder, images.sets.shape, accelerator.device)
+        space = Space(encoder, images.sets.shape, accelerator.device)
         require(
             (known, f"--encoder {encoder} has no default threshold: give --threshold, and look at groups.png"),
             (0 < limit < 1e6, f"--threshold is {limit}: it must be above 0, and below 1e6"),
@@ -75,15 +75,15 @@ def duplicates(options: DuplicatesOptions, accelerator: Accelerator) -> dict[str
             pairs = firsts(torch.stack([low, high, near[:, 2]], dim=1)[low < high], 2)
             redundant = write(pairs, found, images, space, work)
             if options.drop:
-                write_index(images, redundant, source, options.drop)
+                write_index(manifest, redundant, source, options.drop)
             work.store.put("duplicates.json", (json.dumps(found, indent=1) + "\n").encode())
     with together(accelerator):
         work.end()
     return found
 
 
-def write(pairs: Tensor, found: dict[str, Any], images: Images, space: Space, work: Work) -> set[int]:
-    """Write the groups, count in `found`, and return the redundant images. `pairs` (p, 3) are numbers, and bits."""
+def write(pairs: Tensor, found: dict[str, Any], images: Images, space: Space, work: Work) -> list[Place]:
+    """Write the groups of pairs (p, 3), count in `found`, and return where the redundant images are."""
     places, training = images.places(pairs[:, :2].unique().tolist()), images.sets.manifest.splits.get(TRAIN)
     broken = torch.tensor([number for number, place in places.items() if place.broken], dtype=torch.int64)
     pairs = pairs[~torch.isin(pairs[:, :2], broken).any(1)]  # in whose place another image was read
@@ -100,7 +100,7 @@ def write(pairs: Tensor, found: dict[str, Any], images: Images, space: Space, wo
     work.store.put("groups.csv", as_csv(("group", "split", "shard", "key", "distance", "redundant"), lines))
     if groups and space.views > 1:
         work.store.put("groups.png", png(draw_groups(groups, images)))
-    return redundant
+    return [places[number] for number in sorted(redundant)]
 
 
 def connect(pairs: Tensor, distances: Tensor) -> list[Group]:
@@ -131,13 +131,11 @@ def draw_groups(groups: list[Group], images: Images) -> Image.Image:
     return rows(lines)
 
 
-def write_index(images: Images, redundant: set[int], source: str, drop: str) -> None:
+def write_index(manifest: Manifest, redundant: list[Place], source: str, drop: str) -> None:
     """Write index.json, without the redundant images, and the page tables of `source`, which stay as they are."""
-    manifest = images.sets.manifests[0]
     more = dict[str, list[int]]()
-    for number in redundant:
-        shard, at = images.locate(number)
-        more.setdefault(shard.name, []).append(manifest.place(shard.name, at))
+    for place in redundant:
+        more.setdefault(place.shard, []).append(manifest.place(place.shard, place.number))
     splits = dict[str, Split]()
     for name, split in manifest.splits.items():
         counts = [shard.samples - len(more.get(shard.name, ())) for shard in split.shards]

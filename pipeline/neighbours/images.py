@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pipeline.data.dataset import DataConfig
-from pipeline.data.format.manifest import Shard
 from pipeline.data.mixing import DataSets
 from pipeline.data.order import Piece
 from pipeline.data.reader import Raw, Reader
@@ -24,6 +23,7 @@ class Place(NamedTuple):
     split: str
     shard: str
     key: str
+    number: int  # among the samples of the shard
     broken: bool  # index.json records that it cannot be decoded
 
 
@@ -67,13 +67,8 @@ class Images:
             if number in wanted:
                 split, place, _, shard = self._shards[bisect_right(self._edges, number) - 1]
                 key, broken = raw.sample["__key__"], self.sets.manifests[place].broken
-                places[number] = Place(split, shard.name, key, key in broken.get(shard.name, ()))
+                places[number] = Place(split, shard.name, key, raw.number, key in broken.get(shard.name, ()))
         return places
-
-    def locate(self, number: int) -> tuple[Shard, int]:
-        """The shard of an image, and the image's number there."""
-        at = bisect_right(self._edges, number) - 1
-        return self._shards[at][3], number - self._edges[at]
 
     def _stored(self, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Reader, Raw]]:
         """Number, reader and stored sample of the images in spans [first, last), which ascend."""

@@ -5,7 +5,6 @@ Each rank makes the blocks of its part once, and keeps them as files: all querie
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from pipeline.match import Blocks, SpaceConfig, search
 from pipeline.match.distances import sort_lexically
 from pipeline.match.matcher import block_range
 from pipeline.match.space import ROWS, embed
-from pipeline.model.encoders import Encoder, open_encoder
+from pipeline.model.encoders import open_encoder
 from pipeline.model.scale import scaled
 from pipeline.neighbours.work import Work
 
@@ -28,19 +27,18 @@ NEIGHBOURS, ANSWERS = 8, 2**24
 """k of the first search within a distance, which grows by this factor, and neighbours of a rank's queries at once."""
 
 
-@dataclass(kw_only=True)
 class Space:
     """What images are compared by. Distances are the root mean square difference of pixels, in levels of 0 to 255, or
     of a point's coordinates; of features the length of the difference of unit vectors, from 0 to 2.
     """
 
-    shape: tuple[int, ...]  # of an image or a point
-    encoder: Encoder | None  # None: the values themselves
-
-    def __post_init__(self) -> None:
-        self.views = 2 if len(self.shape) == 3 else 1  # an image as it is, and mirrored
-        values = torch.Size(self.shape).numel()
-        self.dims = self._features(torch.zeros(1, *self.shape)).shape[1] if self.encoder else values
+    def __init__(self, encoder: str, shape: tuple[int, ...], device: torch.device) -> None:
+        """Pixels, or the features of the encoder of that name. InputError where it does not fit data of that shape."""
+        require((encoder == PIXELS or len(shape) == 3, f"--encoder {encoder} is for images, and these are points"))
+        self.encoder = None if encoder == PIXELS else open_encoder("--encoder", encoder, shape, device)
+        self.views = 2 if len(shape) == 3 else 1  # an image as it is, and mirrored
+        values = torch.Size(shape).numel()
+        self.dims = self._features(torch.zeros(1, *shape)).shape[1] if self.encoder else values
         self.scale = values / self.dims if self.encoder else values  # squared distance of rows at distance 1
         self.size = max(ROWS, min(MOST, VALUES // max(values, self.dims)) // ROWS * ROWS)  # rows of a block
 
@@ -66,12 +64,6 @@ class Space:
     def _features(self, images: Tensor) -> Tensor:
         assert self.encoder is not None
         return F.normalize(self.encoder.features(images).float())
-
-
-def open_space(encoder: str, shape: tuple[int, ...], device: torch.device) -> Space:
-    """Pixels, or the features of the encoder of that name. InputError where it does not fit data of that shape."""
-    require((encoder == PIXELS or len(shape) == 3, f"--encoder {encoder} is for images, and these are points"))
-    return Space(shape=shape, encoder=None if encoder == PIXELS else open_encoder("--encoder", encoder, shape, device))
 
 
 class Rows:

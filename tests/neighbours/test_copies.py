@@ -15,7 +15,7 @@ from pipeline.data.loader import read_split
 from pipeline.errors import InputError
 from pipeline.evaluate.report import COPIES, with_copies
 from pipeline.model.naign import NAIGN
-from pipeline.model.networks import ConvConfig
+from pipeline.model.networks import ConvConfig, PointConfig
 from pipeline.model.scale import scaled
 from pipeline.neighbours import CopiesOptions
 from pipeline.neighbours.copies import copies, judge
@@ -154,3 +154,22 @@ def test_bad_options_are_one_sentence(
 def test_a_hub_needs_a_folder() -> None:
     with pytest.raises(InputError, match="give a folder for the results with --to"):
         copies("hf://user/model", CopiesOptions(), Accelerator(cpu=True))
+
+
+def test_points_have_no_picture(points: str, save_untrained: Any, tmp_path: Path) -> None:
+    model = save_untrained(tmp_path / "model", data=points, shape=(2,), config=PointConfig(width=8))
+    found = copies(model, CopiesOptions(samples=50), Accelerator(cpu=True))
+    assert found["test_share"] == pytest.approx(0.01, rel=0.1)
+    assert {path.name for path in (tmp_path / "model/evaluation").iterdir()} == {"copies.csv", "copies.json"}
+
+
+def test_an_interrupted_audit_of_another_model_is_refused(copier: NAIGN, tmp_path: Path, monkeypatch: Any) -> None:
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("pipeline.neighbours.copies.compare", lambda *_: 1 / 0)
+        audit(samples=SAMPLES, to=str(tmp_path))
+    before = {file.name for file in tmp_path.glob("work-*")}
+    copier.network.latents += 1
+    with pytest.raises(InputError, match="other data, model or options"):
+        audit(samples=SAMPLES, to=str(tmp_path))
+    assert {file.name for file in tmp_path.glob("work-*")} == before
+    assert audit(samples=SAMPLES, to=str(tmp_path), force=True)["share"] == 0 and not list(tmp_path.glob("work*"))

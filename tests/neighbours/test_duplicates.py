@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations
@@ -229,3 +230,13 @@ def test_points_have_no_picture(points: str, tmp_path: Path, monkeypatch: pytest
     assert int(str(found["images"])) > 1000 and not (tmp_path / "groups.png").exists()
     with pytest.raises(InputError, match="--encoder mnist-cnn64 is for images, and these are points"):
         audit(points, tmp_path, encoder="mnist-cnn64", threshold=1.0)
+
+
+@pytest.mark.parametrize("places", [[3, 1], [2, 2], [-1], [True], [10**6], [], "1"])
+def test_an_index_that_leaves_out_what_is_not_there_is_malformed(places: object, planted: str, tmp_path: Path) -> None:
+    shutil.copytree(planted, tmp_path / "data")
+    shard = Manifest.load(planted).split("train").shards[0].name
+    for without in ({shard: places}, {"none.tar": [1]}, [places]):
+        edit_index(str(tmp_path / "data"), without=without)
+        with pytest.raises(InputError, match="malformed"):
+            Manifest.load(str(tmp_path / "data"))

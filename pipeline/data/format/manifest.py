@@ -182,9 +182,6 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         yield str(error).replace("--label", "label")
     if not all(type(keys) is list and {*map(type, keys)} <= {str} for keys in manifest.broken.values()):
         yield "broken does not list keys by shard"
-    for name, places in manifest.without.items():
-        if type(places) is not list or not all(map(is_count, places)) or sorted({*places}) != places:
-            yield f"without does not list places of samples of shard {name!r} that ascend"
     if not manifest.splits:
         yield "no splits"
     for name, split in manifest.splits.items():
@@ -197,6 +194,11 @@ def _problems(manifest: Manifest) -> Iterator[str]:
             yield f"the samples of the shards of split {name} do not add up to {split.samples!r}"
     if twice := [name for name, count in Counter(shard.name for shard in manifest.shards).items() if count > 1]:
         yield f"shard {twice[0]} is listed twice"
+    sizes = {shard.name: shard.samples for shard in manifest.shards}
+    for name, places in manifest.without.items():
+        ascend = type(places) is list and all(map(is_count, places)) and sorted({*places}) == places
+        if not (ascend and places and places[-1] < sizes.get(name, -len(places)) + len(places)):
+            yield f"without does not list places of shard {name!r}, ascending"
 
 
 def is_count(value: object, least: int = 0) -> bool:
