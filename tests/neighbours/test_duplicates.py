@@ -113,12 +113,13 @@ def test_an_interrupted_audit_goes_on(after: int, planted: str, tmp_path: Path, 
     assert not list((tmp_path / "cut").glob("work*"))
 
 
-def test_force_gives_up_an_interrupted_audit(planted: str, tmp_path: Path, monkeypatch) -> None:
+def test_force_gives_up_an_interrupted_audit(planted: str, digits: str, tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr("pipeline.neighbours.duplicates.compare", lambda *_, **options: 1 / 0)
         audit(planted, tmp_path)
-    with pytest.raises(InputError, match="other data, model or options"):
-        audit(planted, tmp_path, threshold=9.0)
+    for path, threshold in ((planted, 9.0), (digits, None)):
+        with pytest.raises(InputError, match="other data, model or options"):
+            audit(path, tmp_path, threshold=threshold)
     audit(planted, tmp_path, threshold=9.0, force=True)
     assert not list(tmp_path.glob("work*"))
 

@@ -44,7 +44,7 @@ def test_launchers_start_audits(tmp_path: Path, naign: Program) -> None:
     audit(path, tmp_path / "alone")
     launched = naign("launch", "--processes=2", "duplicates", "--data", path, "--to", "two", real=True)
     assert launched.returncode == 0 and "13 of 790 images are in 6 groups" in launched.stdout, launched.stderr
-    assert naign("launch", "duplicates", "--data", path, "--to", "one", "--json", real=True).stdout
+    assert naign("launch", "duplicates", "--data", path, "--to", "one", real=True).stdout
     accelerate = [option for option in train_command(ranks=2) if not option.endswith("train.py")]
     command = [*accelerate, "-m", "pipeline.cli", "duplicates", "--data", path, "--to", "by-accelerate"]
     subprocess.run(command, cwd=tmp_path, env=environment(), check=True, capture_output=True)
