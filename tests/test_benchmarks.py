@@ -48,6 +48,24 @@ def test_match_measures_every_method_and_two_ranks(digits: str, tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_neighbours_compares_with_faiss(digits: str, tmp_path: Path) -> None:
+    options = ["--quick", "--data", digits, "--window", "4", "8", "--to", "neighbours", "--threads", "1"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks/neighbours.py"), *options],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    methods = json.loads((tmp_path / "neighbours.json").read_text())["methods"]
+    assert methods["ours"]["recall"] == 1 and methods["hnsw"]["effort"] >= 16
+    assert done.stdout.strip() == (tmp_path / "neighbours.md").read_text().strip()
+
+
+@pytest.mark.slow
 def test_recipes_fit_the_memory_that_they_ask_for(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks/memory.py"), "--configs", "folder64", "folder256"]
     done = subprocess.run(

@@ -17,14 +17,16 @@ from pipeline import __version__
 from pipeline.cli.cluster import doctor, fetch, launch, render, train
 from pipeline.cli.data import index, pack, verify
 from pipeline.cli.model import demo, evaluate, export, push, restore, sample, score
+from pipeline.cli.neighbours import copies, duplicates
 from pipeline.cli.runs import compare, runs
 from pipeline.errors import InputError, Unavailable, exit_on_input_error
 
 ABOUT = "Non-adversarial idempotent generative networks: one network that generates and repairs. --version: print it."
-_OF_RUNS: tuple[Callable[..., None], ...] = (pack, index, verify, train, launch, render, fetch, runs, compare)
-_OF_MODELS: tuple[Callable[..., None], ...] = (evaluate, sample, restore, score, export, push, demo, doctor)
-COMMANDS = {command.__name__: command for command in (*_OF_RUNS, *_OF_MODELS)}
-PATHS = ("--to", "--root", "--config", "--labels", "--dry-run", "--data", "--run")  # options whose value is a path
+_OF_DATA: tuple[Callable[..., None], ...] = (pack, index, verify, duplicates)
+_OF_RUNS: tuple[Callable[..., None], ...] = (train, launch, render, fetch, runs, compare)
+_OF_MODELS: tuple[Callable[..., None], ...] = (evaluate, copies, sample, restore, score, export, push, demo, doctor)
+COMMANDS = {command.__name__: command for command in (*_OF_DATA, *_OF_RUNS, *_OF_MODELS)}
+PATHS = ("--to", "--root", "--config", "--labels", "--dry-run", "--data", "--run", "--drop")  # options of a path
 FLAGS = ("--json", "--force", "--private", "--keep-broken")  # options without a value, which a path may follow
 FULL = ("can't allocate memory", "out of memory")  # errors of torch on a CPU, on a GPU
 

@@ -1,4 +1,5 @@
-"""`naign launch [options] [--config FILE] [--section.key=value ...]`: start this host's ranks of a training.
+"""`naign launch [options] [--config FILE] [--section.key=value ...]`: start this host's ranks of a training; or those
+of an audit: `naign launch [options] copies RUN ...` and `naign launch [options] duplicates --data PATH ...`.
 
 The same command runs on every host of a Kubernetes Job, a JobSet, a Kubeflow TrainJob or a Slurm step (place.py lists
 the variables that are read), and on a single machine. It waits for all hosts of this start, then runs Accelerate's
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.exit_codes import Ending, leave_at_once, program, say
-from pipeline.cluster.local_ranks import become_rank, find_engine, load_launcher, require_gpus, run_ranks
+from pipeline.cluster.local_ranks import AUDITS, become_rank, find_engine, load_launcher, require_gpus, run_ranks
 from pipeline.cluster.meeting import TELLING, Links, listen, meet, reject_all
 from pipeline.cluster.place import RANKS, Place, find_place, find_ports
 from pipeline.cluster.rejoin import check_progress, meet_again
@@ -87,7 +88,8 @@ def _launch(options: argparse.Namespace, training: Sequence[str], environ: Mappi
 
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)  # of a launcher around this one
-    config = parse(list(training))  # so that one process reports a mistake at once
+    settings = [] if training[:1] and training[0] in AUDITS else list(training)
+    config = parse(settings)  # so that one process reports a mistake at once
     use_endpoint(config.data.endpoint)
     place = find_place(os.environ)
     processes = options.processes or place.processes or count_gpus() or 1

@@ -24,6 +24,7 @@ from pipeline.errors import FAILED, INTERRUPTED, PEER_LOST, SIGNALS, InputError,
 
 QUIET = 30.0  # seconds without ranks after which the log mentions it
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+AUDITS = ("copies", "duplicates")  # commands of `naign` that ranks run instead of a training
 POSSIBLE = {
     "compute_environment": ("LOCAL_MACHINE",),
     "distributed_type": ("NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED", "False"),
@@ -77,12 +78,17 @@ def without_engine(precision: str) -> tuple[str, str]:
     return ("false", "no" if precision else "bf16") if count_gpus() else ("true", "no")
 
 
+def program_of(arguments: Sequence[str]) -> list[str]:
+    """What Python, and Accelerate's launcher, run as the ranks' program."""
+    return ["-m", "pipeline.cli"] if arguments and arguments[0] in AUDITS else [str(TRAIN)]
+
+
 def become_rank(precision: str, training: Sequence[str]) -> NoReturn:
     """Continue this process as the only rank of the training, without Accelerate's launcher."""
     use_cpu, mixed = without_engine(precision)
     os.environ |= {"ACCELERATE_USE_CPU": use_cpu, "ACCELERATE_MIXED_PRECISION": mixed}
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until training sets its handlers
-    os.execv(sys.executable, [sys.executable, str(TRAIN), *training])
+    os.execv(sys.executable, [sys.executable, *program_of(training), *training])
 
 
 def require_gpus(wanted: int, processes: int, engine: str) -> None:
@@ -131,7 +137,8 @@ def run_ranks(
     try:
         with _heeded(idle, ending, unreached):
             try:
-                start(parse([*_options(engine, place, processes, address, port), *training]))
+                options = _options(engine, place, processes, address, port)
+                start(parse([*options, *program_of(training), *training]))
                 return 0
             except (ValueError, ImportError, yaml.YAMLError) as error:
                 if not idle():  # not from Accelerate, which refuses before it starts anything
@@ -189,7 +196,7 @@ def _options(engine: Path, place: Place, processes: int, address: str, port: int
         *("--config_file", str(engine), "--num_machines", str(place.hosts), "--machine_rank", str(place.index)),
         *("--num_processes", str(place.hosts * processes), "--main_process_ip", address),
         *("--main_process_port", str(port if place.hosts > 1 else 0), "--rdzv_backend=static", "--quiet"),
-        *("--deepspeed_multinode_launcher=standard", "--num_cpu_threads_per_process=1", str(TRAIN)),
+        *("--deepspeed_multinode_launcher=standard", "--num_cpu_threads_per_process=1"),
     ]
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import tarfile
 import threading
+from bisect import bisect_left
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -143,8 +144,9 @@ class Reader:
         shard, pages = self.shards[piece.shard], []
         table = self._table(shard)
         starts, edges = table["sample"], table["byte"]
-        low = int(starts.searchsorted(piece.first, "right")) - 1
-        end = int(starts.searchsorted(piece.last))
+        first, last = (self._manifest.place(shard.name, number) for number in (piece.first, piece.last - 1))
+        low = int(starts.searchsorted(first, "right")) - 1
+        end = int(starts.searchsorted(last + 1))
         while low < end:
             high = max(low + 1, min(end, int(edges.searchsorted(edges[low] + PART, "right")) - 1))
             pages.append(Pages(piece, shard, table, low, high))
@@ -192,7 +194,8 @@ class Reader:
         name, problem = table_name(shard.name), "its SHA-256 is not the one in index.json"
         data = self._sound(self._tables, name, self._tables.read(name), bytes.fromhex(shard.pages), problem)
         try:
-            return parse_table(data, samples=shard.samples, size=shard.bytes)
+            left_out = self._manifest.without.get(shard.name, ())
+            return parse_table(data, samples=shard.samples + len(left_out), size=shard.bytes)
         except ValueError as error:
             raise InputError(f"{self._tables.url(name)}: {error}: {_REMEDY}") from None
 
@@ -228,15 +231,16 @@ class Reader:
         data = self._fetch(pages) if request.data is None else request.data[start : start + pages.size]
         where, table, piece = self.store.url(pages.shard.name), table_name(pages.shard.name), pages.piece
         first, last = (int(pages.table["sample"][page]) for page in (pages.low, pages.high))
-        number = first - 1
+        left_out, at = self._manifest.without.get(pages.shard.name, ()), first - 1
         try:
-            for number, sample in enumerate(samples(data), first):
-                if piece.first <= number < piece.last:
-                    yield Raw(piece, number, sample)
+            for at, sample in enumerate(samples(data), first):
+                before = bisect_left(left_out, at)
+                if piece.first <= at - before < piece.last and left_out[before : before + 1] != [at]:
+                    yield Raw(piece, at - before, sample)
         except (tarfile.TarError, ValueError) as error:
             raise InputError(f"{where}: no tar of samples ({error}): {_REMEDY}") from None
-        if number + 1 != last:
-            raise InputError(f"{where}: {number + 1 - first} samples where {table} has {last - first}: {_REMEDY}")
+        if at + 1 != last:
+            raise InputError(f"{where}: {at + 1 - first} samples where {table} has {last - first}: {_REMEDY}")
 
 
 _REMEDY = "copy it again, or repack the data set"

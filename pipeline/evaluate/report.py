@@ -16,8 +16,10 @@ from torch import Tensor
 
 from pipeline.evaluate.measures import Subject
 from pipeline.observe.pictures import grid, png, rows, scatter
+from pipeline.storage.base import Store
 
 DAMAGE = {"blur": "Blur", "noise": "Gaussian noise", "salt_pepper": "Salt and pepper", "rows": "Black rows"}
+COPIES = "<!-- copies -->"  # before and behind the part of the page that `naign copies` fills in
 STEPS = 12  # images of an interpolation
 
 
@@ -46,6 +48,17 @@ def render(metrics: dict[str, Any], pictures: Sequence[Picture], *, config: dict
     settings = json.dumps(config, indent=1, default=str)
     page = templates(autoescape=True).get_template("report.html.jinja")
     return page.render(metrics, pictures=pictures, config=config, settings=settings, title=title, damages=DAMAGE) + "\n"
+
+
+def with_copies(page: str, store: Store, weights: str) -> str:
+    """The page with what `naign copies` wrote into the same folder, where that is of the same weights."""
+    copies = json.loads(store.read("copies.json")) if store.exists("copies.json") else {}
+    if copies.get("weights") != weights:
+        return page
+    picture = base64.b64encode(store.read("copies.png")).decode() if store.exists("copies.png") else ""
+    section = templates(autoescape=True).get_template("copies.html.jinja").render(copies, picture=picture)
+    before, _, rest = page.partition(COPIES)
+    return f"{before}{COPIES}{section}{COPIES}{rest.rpartition(COPIES)[2]}"
 
 
 def compared(fd: dict[str, Any], key: str) -> float:

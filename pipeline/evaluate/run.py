@@ -15,7 +15,7 @@ from pipeline.evaluate.coverage import NEIGHBOURS
 from pipeline.evaluate.measures import STAGES, Subject
 from pipeline.evaluate.notes import write_notes, write_warnings
 from pipeline.evaluate.recorded import fingerprint, recorded
-from pipeline.evaluate.report import Picture, draw_pictures, render
+from pipeline.evaluate.report import Picture, draw_pictures, render, with_copies
 from pipeline.evaluate.runs import flat, folder_of, number
 from pipeline.model.encoders import Encoder, choose_encoder, open_encoder
 from pipeline.model.hub import PREFIX
@@ -100,5 +100,6 @@ def _write(store: Store, metrics: dict[str, Any], drawn: list[Picture], *, confi
     for picture in drawn:
         store.put(f"{picture.name}.png", png(picture.image))
     page = render(metrics, drawn, config=config, title=f"NAIGN on {metrics['dataset']}")
+    page = with_copies(page, store, metrics["weights"])
     store.put("report.html", page.encode(errors="backslashreplace"))  # a name may be no UTF-8
     store.put("metrics.json", (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())

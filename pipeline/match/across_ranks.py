@@ -8,6 +8,7 @@ no nearer candidate is passed over is proved in bound.py; one_rank.py searches t
 """
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -90,6 +91,7 @@ def search(
     method: str = "auto",
     neighbours: int = 1,  # k: how many of the nearest
     skip: Tensor | None = None,  # (s,) int64: ids that are left out, the same on every rank
+    within: float = math.inf,  # squared L2 beyond which candidates may be missing; the same on every rank
 ) -> Answer:
     """Collective: the k nearest candidates of each query over all ranks. Raises as `nearest` does. Either all queries
     travel to every rank, which answers for its own candidates, or all candidates do, block by block: whichever are
@@ -115,6 +117,7 @@ def search(
             method, frame = agree_on_plan(asked, block, method, pool, query_ranks)
             encoded = None if method == "flat" else encode_parts(asked, frame, counts, query_ranks)
             searcher = Searcher(asked, frame, encoded, neighbours=neighbours)
+            searcher.limit.clamp_(max=within)
         if skip is not None and len(skip):
             left = ~torch.isin(ids, skip.to(ids.device))
             block, ids = block[left.to(block.device)], ids[left]

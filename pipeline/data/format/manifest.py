@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -69,6 +70,8 @@ class Manifest:
     dealt: bool = True  # each shard is a random subset of its split, as `naign pack` makes them and others do not
     label: str = ""  # where samples have their labels: "" as a number in .cls, or see labels.label_text
     broken: dict[str, list[str]] = field(default_factory=dict)  # by shard, keys that `naign index --keep-broken` found
+    without: dict[str, list[int]] = field(default_factory=dict)
+    """By shard, places of samples in its tar that are left out, ascending: `samples` of the shard counts the others."""
 
     @classmethod
     def of(
@@ -133,10 +136,15 @@ class Manifest:
             raise InputError(f"data set {self.name} has no split {name!r}, only {', '.join(self.splits)}: {remedy}")
         return self.splits[name]
 
+    def place(self, shard: str, number: int) -> int:
+        """The place in its tar of a sample of a shard by its number, which does not count those that are left out."""
+        left_out = self.without.get(shard, ())
+        return number + bisect_right(range(len(left_out)), number, key=lambda at: left_out[at] - at)
+
     def dump(self) -> bytes:
         """The bytes of index.json."""
         fields = {"format": FORMAT, **asdict(self)}
-        for name, usual in (("dealt", True), ("label", ""), ("broken", {})):
+        for name, usual in (("dealt", True), ("label", ""), ("broken", {}), ("without", {})):
             if fields[name] == usual:
                 del fields[name]
         for shard in (shard for split in fields["splits"].values() for shard in split["shards"]):
@@ -186,6 +194,11 @@ def _problems(manifest: Manifest) -> Iterator[str]:
             yield f"the samples of the shards of split {name} do not add up to {split.samples!r}"
     if twice := [name for name, count in Counter(shard.name for shard in manifest.shards).items() if count > 1]:
         yield f"shard {twice[0]} is listed twice"
+    sizes = {shard.name: shard.samples for shard in manifest.shards}
+    for name, places in manifest.without.items():
+        ascend = type(places) is list and all(map(is_count, places)) and sorted({*places}) == places
+        if not (ascend and places and places[-1] < sizes.get(name, -len(places)) + len(places)):
+            yield f"without does not list places of shard {name!r}, ascending"
 
 
 def is_count(value: object, least: int = 0) -> bool:

@@ -1,0 +1,60 @@
+"""Commands that compare whole data sets, on any number of ranks: copies, duplicates."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from pipeline.cli.model import Run
+from pipeline.errors import exit_on_input_error, leave_on_failure, leave_when_asked, record_exit
+from pipeline.neighbours import CopiesOptions, DuplicatesOptions
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def copies(run: Run, /, *, options: Annotated[CopiesOptions, tyro.conf.arg(name="")]) -> None:
+    """Find samples that copy training images: the nearest of all of these, also mirrored, to each sample."""
+    from pipeline.neighbours.copies import copies as find
+
+    with _ranks() as ranks:
+        found = find(run, options, ranks)
+        if ranks.is_main_process:
+            shares = f"{found['share']:.2%} of samples, {found['test_share']:.2%} of test images"
+            print(f"within {found['threshold']:.4g} of a training image: {shares}")
+            print(f"median distance to the nearest: {found['median']:.4g}, of test images {found['test_median']:.4g}")
+
+
+def duplicates(*, options: Annotated[DuplicatesOptions, tyro.conf.arg(name="")]) -> None:
+    """Find near-duplicates in a data set, within and across its splits, also mirrored."""
+    from pipeline.neighbours.duplicates import duplicates as find
+
+    with _ranks() as ranks:
+        found = find(options, ranks)
+        if ranks.is_main_process:
+            print(f"{found['images_in_groups']} of {found['images']} images are in {found['groups']} groups")
+            print(f"test images near a training image: {found['test_images_near_training']}")
+            print(f"redundant training images: {found['redundant']}")
+
+
+@contextmanager
+def _ranks() -> Iterator["Accelerator"]:
+    """The ranks that a launcher started, which then end as those of a training do, or this process alone."""
+    with ExitStack() as stack:
+        if "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
+            leave_when_asked()
+            stack.enter_context(leave_on_failure())
+            stack.enter_context(exit_on_input_error("naign"))
+        from pipeline.distributed.connect import build_accelerator
+        from pipeline.distributed.host import set_threads
+        from pipeline.distributed.ranks import part, peers_missed
+
+        stack.enter_context(peers_missed())
+        set_threads(0)
+        accelerator = build_accelerator()
+        yield accelerator
+        part()
+        accelerator.end_training()
+        record_exit(0)

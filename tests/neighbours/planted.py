@@ -1,0 +1,64 @@
+"""A data set of unlike images in which copies are planted, and audits with blocks so small that there are many."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+
+from pipeline.data.decode import Array
+from pipeline.data.format.writer import pack
+from pipeline.data.sources.source import Example, Made, Source
+from pipeline.neighbours import DuplicatesOptions, rows
+from pipeline.neighbours.duplicates import duplicates
+
+TRAIN, TEST, SHAPE = 700, 90, (3, 8, 8)
+COPIES = {  # what each planted image is: the original, mirrored or not, and its noise in levels
+    ("train", 5): ("train", 640, False, 0),
+    ("train", 6): ("train", 640, False, 0),  # three alike
+    ("train", 9): ("train", 300, True, 0),
+    ("train", 11): ("train", 310, False, 3),
+    ("test", 3): ("train", 20, False, 0),
+    ("test", 4): ("train", 21, True, 3),
+    ("test", 7): ("test", 60, True, 0),
+}
+GROUPS = {
+    frozenset(f"{split}-{index:03d}" for split, index in group)
+    for group in (
+        (("train", 5), ("train", 6), ("train", 640)),
+        *(((split, index), COPIES[split, index][:2]) for split, index in list(COPIES)[2:]),
+    )
+}
+
+
+def image(split: str, index: int) -> Array:
+    draw = np.random.default_rng((split == "test", index))
+    if (split, index) not in COPIES:
+        return draw.integers(0, 256, SHAPE, dtype=np.uint8)
+    other, number, mirrored, noise = COPIES[split, index]
+    original = image(other, number).astype(int)
+    noisy = np.clip(original + draw.integers(-noise, noise + 1, SHAPE), 0, 255).astype(np.uint8)
+    return noisy[..., ::-1] if mirrored else noisy
+
+
+def plant(path: str, shards: int = 5) -> str:
+    def split(name: str, length: int) -> Made:
+        def make(index: int) -> Example:
+            return f"{name}-{index:03d}", image(name, index), index % 2
+
+        return Made(length=length, make=make)
+
+    splits = {"train": split("train", TRAIN), "test": split("test", TEST)}
+    source = Source(name="planted", kind="image", shape=SHAPE, labels=("even", "odd"), splits=splits)
+    pack(source, path, shards=shards, progress=False)
+    return path
+
+
+def small_blocks(patch: pytest.MonkeyPatch) -> None:
+    """Blocks of 256 images, and two of them in a group of queries."""
+    patch.setattr(rows, "MOST", 256)
+    patch.setattr(rows, "ASKED", 2 * 2 * 192 * 256)
+
+
+def audit(path: str, to: Path | str, **options: object) -> dict[str, object]:
+    return duplicates(DuplicatesOptions(data=path, to=str(to), **options), Accelerator(cpu=True))  # type: ignore[arg-type]
