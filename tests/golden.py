@@ -51,7 +51,8 @@ ROUNDS = 6
 def trace(name: str, data: str, folder: Path, env: dict[str, str] | None = None) -> list[dict[str, float]]:
     """The losses of each round of one short run, by name."""
     passes = 2 if "--train.passes=2" in TRACES[name] else 1
-    options = [f"--data.path={data}", f"--run.path={folder}", f"--train.images={256 * ROUNDS * passes}", *SMALL]
+    small = [option for option in SMALL if name != "ign" or "imle" not in option]
+    options = [f"--data.path={data}", f"--run.path={folder}", f"--train.images={256 * ROUNDS * passes}", *small]
     own = {option.partition("=")[0] for option in TRACES[name]}
     recipe = [option for option in RECIPE if option.partition("=")[0] not in own]
     command = train_command(*options, *recipe, *TRACES[name])

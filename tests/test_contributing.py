@@ -60,7 +60,7 @@ def test_the_package_of_contributing_is_packed_trained_with_and_evaluated(packag
     shown = shlex.split(TEXT.partition("pipeline/train.py")[2].partition("naign evaluate")[0])
     options = [option for option in shown if option != "\n"]
     run(*naign, "pack", "inverted", "--to", "data/inverted")
-    options += [option for option in SMALL if not option.startswith(("--model", "--prior"))]
+    options += [option for option in SMALL if not option.startswith(("--model", "--prior", "--objective"))]
     run(*direct_command(*options, "--train.images=512"))
     # A resumed run reads what the first one recorded of the package's settings.
     refused = run(*direct_command(*options, "--objective.delta=0.3", "--prior.directions=7"), code=2)

@@ -30,7 +30,7 @@ SAMPLES = 2**32 - 1  # round of latents that training never draws: of samples, p
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}
+_CHUNK = {"cpu": 1 << 14, "cuda": 1 << 24}
 """Counters drawn at once, on a CPU to stay in the second-level cache, on a GPU in few launches."""
 
 

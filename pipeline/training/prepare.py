@@ -122,6 +122,11 @@ def build_model(config: Config, accelerator: Accelerator, start: Start | None) -
         size = 4 * copies * sum(value.numel() for value in network.parameters())
         for warning in preflight(config.run.path, config.run.remote, size):
             log.warning("%s", warning)
+        if config.objective.name == "naign" and not (config.objective.needs_latents or prior.decodes):
+            untrained = "objective.imle is 0 and objective.third none: f is not trained on latents"
+            log.warning(
+                "%s of prior.name=%s, so f(z) is no sample; set one, or prior.name=gmm", untrained, config.prior.name
+            )
         if device.type == "cpu":
             warn_of_others()
     return stream, network, prior

@@ -77,7 +77,14 @@ def test_the_image_has_what_a_run_needs_and_a_change_of_code_is_its_last_layer(t
     assert found["sbom"]["bomFormat"] == "CycloneDX"
     assert {"torch", "numpy", "accelerate", "naign"} <= {part["name"] for part in found["sbom"]["components"]}
     small = ("--data.source=digits", "--data.path=/tmp/digits", "--run.path=/tmp/run", "--train.images=512")
-    sizes = ("--match.round=256", "--match.ratio=2", "--model.width=8", "--model.code=16", "--report.pictures=0")
+    sizes = (
+        "--match.round=256",
+        "--match.ratio=2",
+        "--model.width=8",
+        "--model.code=16",
+        "--report.pictures=0",
+        "--prior.name=smooth",
+    )
     steps = f"/app/launch/entrypoint {shlex.join([*small, *sizes])} && naign evaluate /tmp/run && weed version"
     assert "done: the run lies in /tmp/run" in run("sh", "-c", steps)
 

@@ -183,7 +183,7 @@ def test_a_role_has_no_keys_beside_it():
 def test_the_computation_of_a_run_is_counted(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.observe.speed.forward_flops", lambda network, shape: 10**9)
     (tmp_path / "run.yaml").write_text(
-        "{objective: {third: none, denoising: 0}, train: {images: 4096, batch: 64}, match: {round: 1024, ratio: 2}}"
+        "{objective: {imle: 0.3, denoising: 0}, train: {images: 4096, batch: 64}, match: {round: 1024, ratio: 2}}"
     )
     table = predict(Job(nodes=2, gpus=4, data="nowhere", run="r", config=tmp_path / "run.yaml"))
     assert re.search(r"^GPUs +8$", table, re.M) and "8 images a step" in table

@@ -11,6 +11,8 @@ from pipeline.errors import InputError
 from pipeline.training.engines import check_engine
 from tests.conftest import SMALL
 
+OPTIONS = ["--data.path=x", *(option for option in SMALL if "imle" not in option)]
+
 
 def accelerator(stage=None, *, ranks=1, precision="no", **configured):
     """An Accelerator, with DeepSpeed's configuration if it has a stage."""
@@ -35,14 +37,14 @@ def accelerator(stage=None, *, ranks=1, precision="no", **configured):
     ],
 )
 def test_what_an_engine_cannot_do(given, options, message):
-    config = parse(["--data.path=x", *SMALL, *options])
+    config = parse([*OPTIONS, *options])
     with pytest.raises(InputError, match=message):
         check_engine(config, accelerator(**given))
 
 
 @pytest.mark.parametrize("given", [{}, {"ranks": 4}, {"stage": 3}, {"stage": 2, "precision": "bf16"}])
 def test_what_an_engine_can_do(given):
-    check_engine(parse(["--data.path=x", *SMALL]), accelerator(**given))
+    check_engine(parse(OPTIONS), accelerator(**given))
 
 
 @pytest.mark.parametrize(

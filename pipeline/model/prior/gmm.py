@@ -30,12 +30,12 @@ LEAST = 1e-4  # of a code in a component: less does not count
 @dataclass(kw_only=True, slots=True)
 class GmmConfig(CodesConfig):
     name: str = "gmm"
-    components: int = field(default=50, metadata=between(1, 10**4))
+    components: int = field(default=100, metadata=between(1, 10**4))
     """Gaussians of the mixture."""
-    begin: float = field(default=0.225, metadata=between(0, 0.99))
+    begin: float = field(default=0.85, metadata=between(0, 0.99))
     """As for flow: share of train.images before which codes are drawn from one Gaussian. Use 0 if matched latents are
     to move f."""
-    alone: float = field(default=0.04, metadata=between(0, 0.99))
+    alone: float = field(default=0.08, metadata=between(0, 0.99))
     """As for flow: share of train.images, at the end, over which f is frozen and only the prior learns."""
 
     def check_rounds(self, rounds: int, images: int) -> None:
@@ -82,9 +82,9 @@ class Gmm(Prior):
 
     def learn(self, examples: Examples) -> Iterator[None]:
         """Learn from the codes of a round at once: there are no steps to yield between."""
-        codes = examples.codes().flatten(1).float()
         if not self.parted and examples.progress >= self.config.begin:
             self.parted, self.followed = True, 0
+        codes = examples.codes(1 if self.parted else examples.stride).flatten(1).float()
         number = self.config.components if self.parted else 1
         window = max(WINDOW, FOLLOWED * number * codes.shape[1] / len(codes))
         keep = max(1 / (self.followed + 1), 1 / (window + examples.settled))

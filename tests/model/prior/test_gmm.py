@@ -57,6 +57,18 @@ def test_before_it_begins_it_is_one_gaussian():
     assert prior.parted and prior.followed == 1 and float(prior.weights.min()) > 0.1
 
 
+def test_before_it_begins_a_part_of_the_images_is_enough():
+    prior, encoded = Gmm(SETTINGS, (2,)), list[int]()
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        encoded.append(len(images))
+        return images
+
+    for progress in (0.4, 0.5):
+        list(prior.learn(Examples(images=codes(0), encode=encode, progress=progress, stride=4)))
+    assert encoded == [150, 512, 88]
+
+
 def test_it_follows_clusters_that_move():
     prior = learned(20, moved=0.2)
     order = torch.cdist(CENTRES + 3.8, prior.means).argmin(1)
