@@ -28,8 +28,8 @@ ROOT = Path(__file__).parents[1]
 Record = dict[str, Any]
 PARTS = ("fd", "modes", "coverage", "restoration", "idempotence", "reconstruction", "nearest", "images_seen")
 """Of what `naign evaluate` says, that tables use."""
-FOUND, FAILED = "evaluation/metrics.json", "failed.json"
-"""Where a run's folder has what `naign evaluate` found, or that it diverged."""
+FOUND, FAILED, TRAINED = "evaluation/metrics.json", "failed.json", "trained"
+"""Where a run's folder has what `naign evaluate` found, that it diverged, or that it is trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,31 +70,52 @@ class Task:
         """Whether its numbers are there, or that it diverged."""
         return (self.folder / FOUND).exists() or (self.trained / FAILED).exists()
 
+    @property
+    def ended(self) -> bool:
+        """Whether it is trained, or diverged."""
+        return (self.trained / TRAINED).exists() or (self.trained / FAILED).exists()
+
+    def train(self) -> None:
+        """Train it, if it is not yet, as `measure` does."""
+        with self._locked():
+            self._train()
+
     def measure(self) -> Record:
         """What `naign evaluate` says of it, trained first if it is not yet; {"failed": reason} if it diverged.
 
         One process of one thread: quality does not depend on the machine, seconds do. Cut off, it goes on from its
         newest checkpoint. Raises InputError if a command fails, or its folder cannot be used.
         """
-        try:
-            return self._measure()
-        except OSError as error:
-            raise InputError(f"{error.filename or self.folder}: {error.strerror}") from None
-
-    def _measure(self) -> Record:
         folder, trained = self.folder.absolute(), self.trained.absolute()
-        trained.mkdir(parents=True, exist_ok=True)
-        train = [sys.executable, str(ROOT / "pipeline/train.py"), "--config", str(ROOT / self.config), *self.options]
-        train += [f"--run.path={trained}", "--train.threads=1", "--report.pictures=0"]
         evaluate = [sys.executable, "-m", "pipeline.cli", "evaluate", str(folder)]
         make = [sys.executable, "-m", *self.then, str(trained), f"--to={folder}"] if self.then else []
-        with FileLock(trained / ".table"):  # models that are made of one run wait for it here
-            for command in [] if (folder / FOUND).exists() else filter(None, (train, make, evaluate)):
-                if not (trained / FAILED).exists():
-                    self._do(command, folder if command is evaluate else trained)
+        with self._locked():
+            if not (folder / FOUND).exists():
+                self._train()
+                for command in filter(None, (make, evaluate)):
+                    if not (trained / FAILED).exists():
+                        self._do(command, folder if command is evaluate else trained)
         if (trained / FAILED).exists():
             return self._read(trained / FAILED, "failed")
         return self._read(folder / FOUND, *PARTS) | {"late": late(trained / "metrics.jsonl")}
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Alone with its folder: models that are made of one run wait for it here."""
+        try:
+            self.trained.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.trained / ".table"):
+                yield
+        except OSError as error:
+            raise InputError(f"{error.filename or self.folder}: {error.strerror}") from None
+
+    def _train(self) -> None:
+        trained = self.trained.absolute()
+        command = [sys.executable, str(ROOT / "pipeline/train.py"), "--config", str(ROOT / self.config), *self.options]
+        if not self.ended:
+            self._do([*command, f"--run.path={trained}", "--train.threads=1", "--report.pictures=0"], trained)
+        if not (trained / FAILED).exists():
+            (trained / TRAINED).touch()
 
     def _do(self, command: list[str], folder: Path) -> None:
         """Run it, its log in `folder`. Raises InputError where it fails, unless the training diverged: see FAILED."""

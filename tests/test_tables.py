@@ -151,6 +151,16 @@ def test_a_run_whose_numbers_are_damaged_is_named(table, tmp_path, text):
         task.measure()
 
 
+def test_a_run_that_is_trained_is_not_trained_again(table, tmp_path, monkeypatch):
+    commands = list[list[str]]()
+    monkeypatch.setattr(table.Task, "_do", lambda task, command, folder: commands.append(command))
+    task = table.Task.of(tmp_path, "configs/digits.yaml", [], 0)
+    assert not task.ended
+    task.train()
+    task.train()
+    assert task.ended and len(commands) == 1
+
+
 def test_numbers_outlive_the_run_they_came_from(table, tmp_path, capsys):
     file, runs = tmp_path / "table.yaml", tmp_path / "runs"
     file.write_text(json.dumps(SOUND))
