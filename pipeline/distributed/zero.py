@@ -163,7 +163,7 @@ def _configure(accelerator: Accelerator, *, micro: int, accumulate: int, clip: f
     for key, (value, setting) in needed.items():
         configured = config.get(key, "auto")
         if configured not in ("auto", None, value) and (key, configured) != ("gradient_accumulation_steps", 1):
-            conflict = f"the launcher's DeepSpeed configuration says {key}: {configured}, {setting} makes it {value}"
+            conflict = f"the launcher's DeepSpeed settings say {key}: {configured}, but {setting} makes it {value}"
             raise InputError(f"{conflict}: remove it there, or change the run's setting")
         config[key] = value
     accelerator.gradient_accumulation_steps, config["steps_per_print"] = accumulate, math.inf
