@@ -23,8 +23,6 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def shipped(path: str) -> Path:
-    """The place of a file of configs/, launch/ or k8s/, whether it exists or not: folders beside this package in a
-    checkout, and inside it where a wheel was installed.
-    """
+    """Where a file of configs/, launch/ or k8s/ would lie: beside this package in a checkout, inside it in a wheel."""
     inside = _PACKAGE / path
     return inside if (_PACKAGE / Path(path).parts[0]).is_dir() else _PACKAGE.parent / path

@@ -72,9 +72,7 @@ def printable(text: str, most: int = 200) -> str:
 
 
 def one_line(error: object, most: int = 300) -> str:
-    """The text of another library's or program's error on one line, at most its last `most` characters, for a message;
-    of a URL with a user or a password what stands before the host is left out.
-    """
+    """Another library's error on one line, at most its last `most` characters, without user and password of URLs."""
     text = re.sub(r"://\S*@", "://...@", " ".join(str(error).split()))
     if len(text) > most:
         end = text[4 - most :]
@@ -158,18 +156,14 @@ def leave_on_failure() -> Iterator[None]:
 
 
 def leave_when_asked() -> None:
-    """Leave with 75 at any of SIGNALS, and at once when the launcher of this rank dies (Linux), until training's
-    `distributed.StopRequest` handles both.
-    """
+    """Leave with 75 at any of SIGNALS, and when the launcher dies (Linux), until `distributed.StopRequest` does."""
     die_with_launcher(signal.SIGKILL)
     on_signals(lambda *_: leave(INTERRUPTED))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked while `naign launch` became this process
 
 
 def die_with_launcher(number: signal.Signals) -> None:
-    """Have Linux send this process the signal when its launcher dies. Not where there is none, or `naign launch` became
-    this process: the parent may well end first.
-    """
+    """Have Linux send this process the signal when its launcher dies, unless `naign launch` became this process."""
     launcher = int(os.environ.get("NAIGN_LAUNCHER", os.getppid()))
     if sys.platform != "linux" or "ACCELERATE_MIXED_PRECISION" not in os.environ or launcher == os.getpid():
         return

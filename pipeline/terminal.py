@@ -13,11 +13,9 @@ from tqdm import tqdm
 DELAY = 2.0  # seconds before which nothing is shown
 
 
-def counted(
-    what: str, iterable: Iterable[Any] | None = None, *, total: int | None = None, unit: str = "it"
-) -> "tqdm[Any]":
-    """A bar over an iterable, or for `update`."""
-    return tqdm(iterable, desc=what, total=total, unit=unit, delay=DELAY, leave=False, disable=None)
+def counted(what: str, todo: Iterable[Any] | None = None, *, total: int | None = None, unit: str = "it") -> "tqdm[Any]":
+    """A bar over what is to do, or for `update`."""
+    return tqdm(todo, desc=what, total=total, unit=unit, delay=DELAY, leave=False, disable=None)
 
 
 @contextmanager

@@ -43,9 +43,7 @@ def newest_first(remote: str) -> Iterator[str]:
 
 
 def round_of(remote: str, name: str) -> int:
-    """The round in which a checkpoint was written; -1 if trainer.json does not say, or if a file of the manifest is
-    missing or has another size. Other files are not read.
-    """
+    """The round of a checkpoint; -1 if trainer.json does not say, or a file is missing or of another size."""
     where = f"{remote}/checkpoints/{name}"
     try:
         for file, entry in read_manifest(open_store(where).read(MANIFEST)).items():
@@ -77,9 +75,7 @@ def download(remote: str, name: str, checkpoints: Path) -> Path:
 
 
 def fetch_file(remote: str, name: str, files: Iterable[str], folder: Path) -> Path:
-    """Download the first of `files` that a checkpoint has into a folder. Raises Damaged if it does not match the
-    manifest, or if the checkpoint has none of them.
-    """
+    """Download the first of `files` that a checkpoint has. Raises Damaged if it has none, or other bytes."""
     where = f"{remote}/checkpoints/{name}"
     try:
         entries = read_manifest(open_store(where).read(MANIFEST))

@@ -28,9 +28,8 @@ def step_of(name: str) -> int:
 
 
 def prune(root: str, keep: int, *, newest: str = "", spare: str = "") -> None:
-    """Remove checkpoints in a folder or bucket that are incomplete, or not among the newest `keep` (0: all), manifests
-    first. `newest`, the one just written, is kept and counted, and those after it are left alone. `spare` is kept
-    whatever its age, and not counted.
+    """Remove checkpoints in a folder or bucket, manifests first, that are incomplete or not among the newest `keep`
+    (0: all). `newest`, just written, is kept and counted, later ones are left alone; `spare` is kept and not counted.
     """
     complete = int(bool(newest))
     for name in by_step(open_store(root).folders()):

@@ -85,8 +85,7 @@ class Player:
 
     def repair(self, canvas: dict[str, Any], times: int, seed: int, *strengths: float) -> tuple[Any, ...]:
         picture = canvas["composite"] or canvas["background"]
-        if not picture:
-            raise InputError("there is no picture: draw one, or upload one")
+        require((picture, "there is no picture: draw one, or upload one"))
         given = self.from_canvas(picture)
         for kind, strength in zip(KINDS, strengths, strict=True):
             given = degrade(given, kind, seed=seed, strength=strength)

@@ -25,9 +25,7 @@ Times = Annotated[int, tyro.conf.arg(help="How often f is applied.")]
 Kind = Literal["blur", "noise", "salt_pepper", "rows"]
 _RUN = "The folder of a run (or s3://), a checkpoint or an exported model"
 Run = Annotated[Positional[str], tyro.conf.arg(metavar="RUN", help=f"{_RUN}.")]
-Model = Annotated[
-    Positional[str], tyro.conf.arg(metavar="RUN", help=f"{_RUN}; or hf://user/model on the Hugging Face hub.")
-]
+Model = Annotated[Positional[str], tyro.conf.arg(metavar="RUN", help=f"{_RUN}; or hf://user/model on Hugging Face.")]
 Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images (points: .csv files), or folders of them.")]
 
 

@@ -69,9 +69,7 @@ class Ending:
         say(reason)
 
     def note(self, host: int, code: int | None, lost: bool) -> None:
-        """Record that `host` ended with `code` (None: it vanished) and whether it knew of a `lost` host; then wait for
-        this host's ranks to end, or kill them.
-        """
+        """Record how `host` ended (code None: vanished; lost: it knew of a lost one); await or kill the local ranks."""
         over = self._over.is_set()
         self.lost = self.lost or (not over and (code is None or lost))
         self.codes[host] = code

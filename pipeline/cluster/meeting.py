@@ -1,8 +1,7 @@
 """All hosts of a job wait for each other before any of them starts its ranks.
 
-A pod of an earlier start that still terminates has the name and index of one that is awaited, so every host names its
-start, and host 0 rejects others (admission.py). Hosts then use the address at which host 0 answered, since its name may
-resolve to another pod a moment later.
+A terminating pod of an earlier start has the name and index of one that is awaited, so every host names its start, and
+host 0 rejects others (admission.py). Hosts then use the address of host 0: its name may soon resolve to another pod.
 
 Hosts of a start meet again when one was lost and replaced. Meetings are numbered by generation: one more than the
 largest that any host has seen. Of two hosts with one index the later one stays, unless its generation is older; the

@@ -1,8 +1,7 @@
 """A host that lost another one keeps its pod and process id: it executes itself anew and meets the others again.
 
 The orchestrator replaces only the pod that was lost (`meeting.meet`, `admission.Guests`), and the others need not wait
-out the back-off of a restart. Of the previous start two numbers stay, in the environment; its threads, connections and
-torch's agent end with it.
+out the back-off of a restart. Of the previous start only two numbers stay, in the environment.
 """
 
 import contextlib

@@ -35,10 +35,9 @@ class CachedStore:
         self._source, self._limit = source, limit
         self._folder = Path(os.path.expanduser(folder))
         self._hashes: dict[str, tuple[str, int | None]] = {}
-        for split in manifest.splits.values():
-            for shard in split.shards:
-                self._hashes[shard.name] = shard.sha256 or f"{shard.pages}-tar", shard.bytes
-                self._hashes[table_name(shard.name)] = shard.pages, None
+        for shard in manifest.shards:
+            self._hashes[shard.name] = shard.sha256 or f"{shard.pages}-tar", shard.bytes
+            self._hashes[table_name(shard.name)] = shard.pages, None
         self._unseen = limit  # bytes that may have been added since the folder was last measured: measure first
         try:
             self._folder.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,7 @@
            and 1/8 of the height, enlarged, mixed with the original), noise as above, specks (up to 40 % of the pixels
            take one shade each), and stripes (up to 40 % of the rows, or columns, take one shade). One image in sixteen
            is erased before, to one shade, every second time black, so that no flat image stays what it is.
-    mild   as mixed, but each of the four with probability 1/3, so that nearly one image in five stays whole, which
-           suffices to learn reconstruction.
+    mild   as mixed, but each of the four with probability 1/3: one image in five stays whole, to learn reconstruction.
 
 Other packages add more as entry points of group naign.damage, each a `Damage`.
 """

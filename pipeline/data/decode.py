@@ -14,7 +14,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, require
 
 Array = npt.NDArray[Any]
 JpegHeader = tuple[int, int, int, int]  # channels, height, width, orientation: EXIF's number, from 1, upright, to 8
@@ -51,16 +51,16 @@ def _formats() -> list[str]:
 
 
 def open_picture(data: bytes) -> Image.Image:
-    """A picture in any of these formats, not decoded yet. Raises what Pillow raises."""
-    return Image.open(io.BytesIO(data), formats=_formats())
+    """A picture in any of these formats, not decoded yet. Raises what Pillow raises; InputError for mode F."""
+    picture = Image.open(io.BytesIO(data), formats=_formats())
+    require((picture.mode != "F", "mode F, floating-point pixels of no known range: save it with 8 or 16 bits"))
+    return picture
 
 
 def eight_bits(picture: Image.Image, mode: str) -> Image.Image:
     """A picture in mode `L` or `RGB`: 16-bit grey is scaled by 1/257 (Pillow would clip it), transparency is on white.
-    Raises InputError for values of no known range, and what Pillow raises.
+    Raises InputError for values beyond 16 bits, and what Pillow raises.
     """
-    if picture.mode == "F":
-        raise InputError("mode F, floating-point pixels of no known range: save it with 8 or 16 bits")
     if picture.mode.startswith("I"):  # I;16, I;16B, I;16L or, of 32 bits, I
         values = np.asarray(picture)
         if values.min() < 0 or values.max() > 65535:
@@ -90,8 +90,6 @@ def decode_image(data: bytes, into: Array | None = None) -> Array:
 def header_shape(data: bytes) -> tuple[int, int, int]:
     """Channels, height and width of what decode_image gives, from the header alone; InputError for no picture."""
     with decoding(), open_picture(data) as picture:
-        if picture.mode == "F":
-            raise InputError("mode F, floating-point pixels of no known range: save it with 8 or 16 bits")
         sides = picture.size if _orientation(picture) >= 5 else picture.size[::-1]
         return 1 if picture.mode == "L" else 3, *sides
 
@@ -181,9 +179,7 @@ _MODES = {b"\x08\0\0\0\0": "L", b"\x08\2\0\0\0": "RGB"}  # by bit depth, colour 
 
 
 def decode_array(data: bytes, shape: tuple[int, ...], dtype: str) -> Array:
-    """The finite values of an .npy file with that `dtype` and `shape`, where 0 is any length and 3 channels may be one.
-    Raises InputError for anything else, before memory is taken.
-    """
+    """Finite values of an .npy file with `dtype` and `shape` (0: any length; 1 channel does for 3), else InputError."""
     header, by_columns, stored = npy_header(shape, dtype), False, shape
     with decoding():
         if not data.startswith(header):

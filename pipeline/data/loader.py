@@ -259,9 +259,8 @@ def _allow(problems: list[str], broken: int, rows: int, epoch: int) -> None:
 def read_split(
     data: DataConfig | str, split: str, *, limit: int | None = None, progress: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """A split, or a random subset of `limit` samples, in the order of its shards: images (n, C, H, W) uint8 or points
-    (n, D) float32, labels (n,) int64. `data` may be the path alone. Images are brought to `data.size` without chance.
-    Raises InputError as Stream does.
+    """A split, or a random subset of `limit` samples, in the order of its shards: images (n, C, H, W) uint8, resized
+    without chance, or points (n, D) float32; labels (n,) int64. `data` may be a path. Raises InputError as Stream does.
     """
     config = DataConfig(path=data) if isinstance(data, str) else data
     sets = DataSets(config)
@@ -281,9 +280,7 @@ def read_split(
 
 
 def _some(sets: DataSets, split: str, count: int) -> list[list[Piece]]:
-    """So many samples of each data set, in proportion to what it has: the first ones where `naign pack` dealt them at
-    random, else blocks of all shards.
-    """
+    """Samples of each data set in proportion to its size: the first ones where `naign pack` dealt them, else blocks."""
     there = [manifest.splits[split].samples if split in manifest.splits else 0 for manifest in sets.manifests]
     chosen = list[list[Piece]]()
     for manifest, wanted in zip(sets.manifests, shares(there, count), strict=True):

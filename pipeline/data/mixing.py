@@ -32,8 +32,7 @@ def members(config: DataConfig) -> list[tuple[DataConfig, float]]:
         listed = yaml.safe_load(config.path)
     except yaml.YAMLError as error:
         raise InputError(f"data.path is {config.path!r}: no list ({type(error).__name__}): {_HOW}") from None
-    if not isinstance(listed, list) or not listed:
-        raise InputError(f"data.path is {config.path!r}: {_HOW}")
+    require((isinstance(listed, list) and listed, f"data.path is {config.path!r}: {_HOW}"))
     return [_member(config, {"path": entry} if isinstance(entry, str) else entry) for entry in listed]
 
 
@@ -121,8 +120,7 @@ class DataSets:
         orders = []
         for place, share in enumerate(shares(self.weights, round_size)):
             config, manifest = self.configs[place], self.manifests[place]
-            if not share:
-                raise InputError(f"data.path: {config.path} has no image in a round of {round_size}: raise its weight")
+            require((share, f"data.path: {config.path} has no image in a round of {round_size}: raise its weight"))
             sizes = manifest.split(config.split).sizes
             orders.append(Order(sizes=sizes, seed=seed, round_size=share, lanes=self._lanes(place)))
         return Plan(tuple(orders))

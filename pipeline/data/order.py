@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, require
 
 Longs = npt.NDArray[np.int64]
 LANES = 128  # where shards are no random subsets
@@ -55,8 +55,7 @@ class Order:
 
 def check_seed(seed: int) -> None:
     """Raise InputError for a seed that does not fit Philox's 64 bits: another one would stand for the same numbers."""
-    if not 0 <= seed < 2**64:
-        raise InputError(f"--seed {seed}: use a whole number from 0 to 2**64 - 1")
+    require((0 <= seed < 2**64, f"--seed {seed}: use a whole number from 0 to 2**64 - 1"))
 
 
 def shuffled(count: int, seed: int, stream: int = 0) -> list[int]:

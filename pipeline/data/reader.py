@@ -116,9 +116,7 @@ class Reader:
                 next(loaded, None)  # raises what ended the turns
 
     def row(self, raw: Raw, into: Array | None = None, drawn: Numbers | None = None) -> Row:
-        """The sample decoded, into `into` (*shape) where that saves a copy. InputError names shard and key. `drawn` are
-        the numbers of its row (see sample.draws), None: the central window.
-        """
+        """The sample decoded, in `into` (*shape) if that saves a copy; `drawn`: see sample.draws. Raises InputError."""
         try:
             return self._decoded(raw, into, drawn)
         except InputError as error:

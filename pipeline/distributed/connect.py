@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, without an export
 
 from pipeline.distributed.host import check_bf16, check_gpus, check_versions
-from pipeline.errors import InputError, PeerLost
+from pipeline.errors import InputError, PeerLost, require
 
 
 def build_accelerator(timeout: float = 600, *, precision: str = "", accumulate: int = 1) -> Accelerator:
@@ -81,8 +81,7 @@ def _mixed_precision(precision: str, *, on_cpu: bool, deepspeed: bool) -> str:
     if configured not in ("no", mixed):
         conflict = f"the launcher's configuration says mixed_precision: {configured}"
         raise InputError(f"{conflict}, but train.precision is {precision}: remove one")
-    if mixed == "fp16" and on_cpu:
-        raise InputError("fp16 needs a GPU: use --train.precision=bf16 or fp32 here")
+    require((mixed != "fp16" or not on_cpu, "fp16 needs a GPU: use --train.precision=bf16 or fp32 here"))
     return mixed
 
 

@@ -1,8 +1,7 @@
 """One network and its AdamW as the launcher's configuration runs them: alone, or on each rank under DDP.
 
 `pipeline.distributed.zero` has the engine for DeepSpeed. Whatever the engine, its state goes in and out by parameter:
-float32 weights and AdamW's two moments of the whole parameter. So a checkpoint does not depend on world size and
-engine, and is never converted.
+float32 weights and AdamW's two moments. So a checkpoint fits every world size and engine, and is never converted.
 """
 
 import math

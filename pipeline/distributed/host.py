@@ -83,9 +83,7 @@ def count_gpus() -> int:
 
 
 def check_gpus(asked: str, needed: int) -> None:
-    """Raise InputError, or Unavailable for a driver out of order, where torch can use fewer than `needed` GPUs. The
-    message begins with `asked`: what asks for them.
-    """
+    """InputError, beginning with `asked`, if torch can use fewer than `needed` GPUs; Unavailable if a driver fails."""
     if needed <= (count := count_gpus()):
         return
     more = "nvidia.com/gpu in the pod's limits, --gpus-per-node under Slurm, CUDA_VISIBLE_DEVICES elsewhere"

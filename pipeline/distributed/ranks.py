@@ -104,8 +104,7 @@ def peers_missed() -> Iterator[None]:
 
 def part(seconds: float = 10.0) -> None:
     """Wait, for `seconds` at most, until every rank calls this: then none closes its connections while another still
-    receives the result of the last collective. By the store, as a barrier would be a collective; rank 0, which has it,
-    returns last.
+    receives the last collective's result. By the store, since a barrier is a collective; rank 0 has it, so ends last.
     """
     if not dist.is_initialized() or (world := dist.get_world_size()) == 1:
         return

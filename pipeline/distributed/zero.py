@@ -133,9 +133,7 @@ _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def compile_communication() -> None:
-    """Compile DeepSpeed's communication for CPUs, one process of the machine at a time. torch's own lock is a file that
-    a killed process leaves behind, where it blocks all later starts.
-    """
+    """Compile DeepSpeed's communication for CPUs, one process at a time: torch's lock file outlives a kill."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from torch.utils.cpp_extension import get_default_build_root
@@ -165,9 +163,7 @@ def _configure(accelerator: Accelerator, *, micro: int, accumulate: int, clip: f
     for key, (value, setting) in needed.items():
         configured = config.get(key, "auto")
         if configured not in ("auto", None, value) and (key, configured) != ("gradient_accumulation_steps", 1):
-            conflict = (
-                f"the launcher's DeepSpeed configuration says {key}: {configured}, but {setting} makes it {value}"
-            )
+            conflict = f"the launcher's DeepSpeed settings say {key}: {configured}, but {setting} makes it {value}"
             raise InputError(f"{conflict}: remove it there, or change the run's setting")
         config[key] = value
     accelerator.gradient_accumulation_steps, config["steps_per_print"] = accumulate, math.inf

@@ -41,8 +41,7 @@ def separation(
 ) -> dict[str, dict[str, float]]:
     """AUROC by outlier made from images (n, C, H, W): {"energy": {outlier: a}, "twice": {...}, "brightness": {...}}.
 
-    `twice` is of the energy after two applications of f, `project`, mean (f(f(x)) - x)^2; `typical_brightness` is the
-    mean of the training images in [-1, 1].
+    `project` is f; `twice` is of the energy mean (f(f(x)) - x)^2; `typical_brightness` is the training images' mean.
     """
 
     def scores(batch: Tensor) -> dict[str, Tensor]:

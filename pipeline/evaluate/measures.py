@@ -1,7 +1,6 @@
 """The measurements of an evaluation: each takes the subject and returns its part of metrics.json.
 
-Applying f is nearly all the cost, so each application serves several measurements. `Subject.counts` records how many
-examples each number is based on.
+Applying f is nearly all the cost, so measurements share it. `Subject.counts` has the examples behind each number.
 """
 
 import time
@@ -70,9 +69,7 @@ class Subject:
 
 
 def read(data: DataConfig, shape: tuple[int, ...], *, seed: int) -> tuple[Tensor, Tensor]:
-    """Examples of both splits, shuffled by the seed: training in storage type, test in the model's scale; InputError if
-    a split is too small, or they are too large.
-    """
+    """Both splits, shuffled: training in storage type, test in the model's scale; InputError if too small or large."""
     most = within(NEIGHBOURS + 1, shape)
     large = f"of examples of shape {shape} only {most} fit in memory, too few to measure with"
     require((most > NEIGHBOURS, f"{large}: train on smaller ones, with data.size or data.crop"))

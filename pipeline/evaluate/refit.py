@@ -24,9 +24,8 @@ DIRECTIONS = 64  # principal directions of the codes that the mixture models; th
 def with_mixture(model: NAIGN, folder: str, *, components: int = 50, data: str | None = None) -> NAIGN:
     """The same f with latents z = decode(code), the code drawn from a mixture fitted to those of training images.
 
-    `folder` is where the model was read from, `data` a packed data set (None: the one of its training). The processor
-    time of the fit is added to the training's. Raises InputError for an f without a code, too few images, and as
-    `evaluate` does for the data.
+    `folder` is where the model was read from, `data` a packed data set (None: the one of its training). The fit's
+    processor time is added to the training's. Raises InputError for an f without a code, too few images, or unfit data.
     """
     code_shape(model.network, f"a mixture for the model in {folder}")
     begin = time.process_time()
@@ -46,9 +45,7 @@ def with_mixture(model: NAIGN, folder: str, *, components: int = 50, data: str |
 
 
 def fit_mixture(codes: Tensor, components: int) -> dict[str, Tensor]:
-    """The state of a `Gmm`: `components` Gaussians on the leading directions of codes (n, *shape); InputError for fewer
-    than FEW codes a component.
-    """
+    """The state of a `Gmm` of codes (n, *shape), on leading directions; InputError for under FEW codes a component."""
     from sklearn.exceptions import ConvergenceWarning  # slow to import
     from sklearn.mixture import GaussianMixture
 

@@ -32,9 +32,7 @@ def psnr(estimates: Tensor, clean: Tensor) -> float | None:
 
 
 def ssim(estimates: Tensor, clean: Tensor) -> float:
-    """Mean structural similarity (Wang et al. 2004) of (n, C, H, W) images: 11x11 window, sigma 1.5; for those
-    under 16 pixels, which have no room for it, 5x5, sigma 0.5.
-    """
+    """Mean SSIM (Wang et al. 2004) of (n, C, H, W) images: 11x11 window, sigma 1.5; under 16 pixels 5x5, sigma 0.5."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     sigma = 1.5 if min(clean.shape[2:]) >= 16 else 0.5

@@ -30,9 +30,7 @@ MOST_NEIGHBOURS = 2**20
 
 @dataclass(kw_only=True, slots=True)
 class Blocks:
-    """Candidates that are generated block by block during the search and then dropped: memory is O(size), not
-    O(rows).
-    """
+    """Candidates that are generated block by block during the search: memory is O(size), not O(rows)."""
 
     rows: int
     """Candidates of this rank."""
@@ -93,9 +91,8 @@ def search(
     skip: Tensor | None = None,  # (s,) int64: ids that are left out, the same on every rank
     within: float = math.inf,  # squared L2 beyond which candidates may be missing; the same on every rank
 ) -> Answer:
-    """Collective: the k nearest candidates of each query over all ranks. Raises as `nearest` does. Either all queries
-    travel to every rank, which answers for its own candidates, or all candidates do, block by block: whichever are
-    fewer rows.
+    """Collective: the k nearest candidates of each query over all ranks. Raises as `nearest` does. Whichever are fewer
+    rows travel to every rank: all queries, each rank answering for its candidates, or all candidates, block by block.
     """
     ranks = ranks_of(group)
     shards = agree(queries, candidates, first_id, neighbours, method, ranks)

@@ -1,7 +1,6 @@
 """Squared L2 distances, fast or exact, and the total order (distance, id), which makes an answer unique.
 
-Fast: float32, by FAISS on the CPU and torch on CUDA; no other file imports FAISS. Exact: float64; these, then ids on a
-tie, decide which candidate is nearest.
+Fast: float32, by FAISS on the CPU and torch on CUDA; no other file imports FAISS. Exact: float64, which decides.
 """
 
 import faiss

@@ -36,14 +36,10 @@ class Classifier(nn.Module):
         first = 2 if size >= 24 else 1  # 8x8 digits are too small to be reduced in the first layer
         side = math.ceil(math.ceil(size / first) / 2)
         self.body = nn.Sequential(
-            nn.Conv2d(channels, width, 5, stride=first, padding=2),
-            nn.ReLU(),
-            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(2 * width, 2 * width, 3, padding=1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(2 * width * side * side, FEATURES),
+            *(nn.Conv2d(channels, width, 5, stride=first, padding=2), nn.ReLU()),
+            *(nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.ReLU()),
+            *(nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(2 * width * side * side, FEATURES)),
         )
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(FEATURES, classes)
@@ -170,9 +166,7 @@ def read_encoder(path: Path, name: str) -> Encoder:
 
 
 def choose_encoder(manifest: Manifest) -> Encoder:
-    """The shipped encoder trained on the data set of that name, shape and number of labels, otherwise 'pixels': other
-    data of the same shape are outside the domain of its features.
-    """
+    """The shipped encoder for data of that name, shape and number of labels; 'pixels' for any other data."""
     name = f"{manifest.name}-cnn{FEATURES}"
     if manifest.kind == "image" and name in names():
         encoder = load_encoder(name)

@@ -15,9 +15,7 @@ LOGIN = "(`hf auth login`, or HF_TOKEN)"
 
 
 def download(name: str, **options: Any) -> Path:
-    """The safetensors file of user/model on the hub, or in its cache; InputError, which says why, where there is none.
-    `options` are those of hf_hub_download.
-    """
+    """The weights of user/model on the hub or in its cache; `options` are hf_hub_download's. Raises InputError."""
     check_name(name)
     _has_token(options.get("token"))
     try:

@@ -43,8 +43,7 @@ class NAIGN:
 
     @classmethod
     def from_pretrained(cls, place: str | Path, device: torch.device | str = "cpu", **download: Any) -> "NAIGN":
-        """The model of an exported folder or its file, a checkpoint, a run (a folder or s3://bucket/prefix), or
-        hf://user/model on the Hugging Face hub.
+        """The model of an exported folder or its file, a checkpoint, a run (also s3://), or hf://user/model on the hub.
 
         Of a run it is the best checkpoint if quality.patience ended it, else the newest complete one (`checkpoint`,
         `choice`); of a checkpoint the moving average of the weights, if it has one. `download`, for the hub alone, are
@@ -148,9 +147,7 @@ class NAIGN:
         return (self.project(x, times=times, batch=batch, advance=advance) - x).square().flatten(1).mean(1)
 
 
-def save_model(
-    file: Path, weights: Mapping[str, Tensor], metadata: dict[str, Any], state: Mapping[str, Tensor]
-) -> None:
+def save_model(file: Path, weights: dict[str, Tensor], metadata: dict[str, Any], state: dict[str, Tensor]) -> None:
     """One safetensors file of the bare network's and the prior's state; `metadata` names model, shape and prior."""
     tensors = {name: _float32(value.detach()).cpu().contiguous() for name, value in weights.items()}
     tensors |= {_STATE + name: value.cpu().contiguous() for name, value in state.items()}

@@ -175,9 +175,7 @@ class ImageNetwork(nn.Module):
 
 
 def _build_dense(config: ConvConfig, shape: tuple[int, ...], *, recompute: bool) -> ImageNetwork:
-    """Halve the image until at most 8 x 8 (or odd), one dense code, by which every output pixel depends on every input
-    pixel, and back.
-    """
+    """Halve the image to at most 8 x 8 (or odd), one dense code, and back: each output pixel depends on all inputs."""
     (height, width), widths = _levels(config, shape)
     inner, halvings = (widths[-1], height, width), list(pairwise([shape[0], *widths]))
     down, up = list[nn.Module](), list[nn.Module]()
@@ -229,9 +227,7 @@ def _levels(config: ConvConfig | SpatialConfig, shape: tuple[int, ...]) -> tuple
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm that leaves bfloat16 as it is, with sums in float32 inside: CUDA's autocast would compute it, and the
-    activation after it, in float32, with twice the memory and its traffic.
-    """
+    """GroupNorm in bfloat16 with float32 sums: CUDA's autocast would keep it in float32, with twice the memory."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(math.gcd(channels, 8), channels)

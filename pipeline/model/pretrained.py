@@ -23,8 +23,7 @@ PIXELS = {"cpu": 2**17, "cuda": 2**22}  # seen at once; in a CPU's cache: lite2 
 class Pretrained(nn.Module):
     """A frozen network for images in [-1, 1].
 
-    `run(network, images)` returns a tensor or a list of tensors: maps (n, c, h, w) of its stages, of which the last may
-    be features (n, d).
+    `run(network, images)` returns one tensor or a list: maps (n, c, h, w) of its stages; the last may be (n, d).
     """
 
     mean: Tensor

@@ -57,7 +57,7 @@ def duplicates(options: DuplicatesOptions, accelerator: Accelerator) -> dict[str
         space = Space(encoder, images.sets.shape, accelerator.device)
         require(
             (known, f"--encoder {encoder} has no default threshold: give --threshold, and look at groups.png"),
-            (0 < limit < 1e6, f"--threshold is {limit}: it must be above 0, and below 1e6"),
+            (0 < limit < 1e6, f"--threshold is {limit}: it must be above 0 and below 1e6"),
             (len(images) > 1, f"{path} holds one image, which can have no duplicate"),
         )
         if options.drop and (target := open_store(options.drop)).exists(INDEX):
@@ -142,10 +142,9 @@ def write_index(manifest: Manifest, redundant: list[Place], source: str, drop: s
         shards = tuple(replace(s, samples=left) for s, left in zip(split.shards, counts, strict=True) if left)
         require((shards, f"no image of the split {name} would be left: lower --threshold"))
         splits[name] = Split(samples=sum(counts), shards=shards)
-    thinned = replace(manifest, splits=splits)
-    names = [shard.name for shard in thinned.shards]
+    names = [shard.name for split in splits.values() for shard in split.shards]
     without = {name: sorted([*manifest.without.get(name, ()), *more.get(name, ())]) for name in names}
-    thinned = replace(thinned, without={name: places for name, places in without.items() if places})
+    thinned = replace(manifest, splits=splits, without={name: some for name, some in without.items() if some})
     tables, target = open_store(source), open_store(drop)
     target.delete(INDEX)
     for name in names:

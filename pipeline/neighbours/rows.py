@@ -43,9 +43,7 @@ class Space:
         self.size = max(ROWS, min(MOST, VALUES // max(values, self.dims)) // ROWS * ROWS)  # rows of a block
 
     def values(self, images: Tensor, number: int) -> Tensor:
-        """What is kept of stored images (n, *shape), the first of them being `number`: the images, or the features of
-        their views (2, n, d) float32.
-        """
+        """What is kept of stored images (n, *shape) from `number` on: these, or features (2, n, d) of their views."""
         if not self.encoder:
             return images
         config, views = SpaceConfig(pixels=0.0, features=1.0, encoder=self.encoder.name), (images, images.flip(-1))
@@ -70,9 +68,7 @@ class Rows:
     """The rows of `count` images. This rank has those of [first, last), which are whole blocks."""
 
     def __init__(self, name: str, count: int, read: Callable[[int, int], Tensor], space: Space, work: Work) -> None:
-        """Make this rank's blocks, but for those that an interrupted audit has made. `read(first, last)` returns stored
-        images (n, *shape); raises what it raises.
-        """
+        """Make what is missing of this rank's blocks; `read(first, last)` returns stored images (n, *shape)."""
         self.name, self.count, self.space, self._work = name, count, space, work
         self.first, self.last = block_range(count, space.size, work.ranks.rank, work.ranks.world)
         self._group = max(1, ASKED // (space.views * space.dims * space.size)) * space.size  # images

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from pipeline.data.mixing import DataSets
 from pipeline.distributed.ranks import together
-from pipeline.errors import InputError
+from pipeline.errors import require
 from pipeline.match.exchange import ranks_of
 from pipeline.model.encoders import Encoder
 from pipeline.neighbours import Options
@@ -27,9 +27,7 @@ READ = ("split", "size", "fit", "crop", "broken")  # settings of data that chang
 
 
 class Work:
-    """Tensors in files that appear whole or not at all, the same ones for every number of ranks. A rank finds those
-    that it wrote, or others if they share the folder.
-    """
+    """Tensors in files that appear whole, the same for any number of ranks, which may share the folder."""
 
     def __init__(
         self, to: str, sets: DataSets, encoder: Encoder | None, options: Options, accelerator: Accelerator, **more: str
@@ -50,8 +48,7 @@ class Work:
             if accelerator.is_main_process:
                 if self.store.exists(FACTS) and self.store.read(FACTS) != text:
                     other = f"{self.store.url(FACTS)}: an audit with other data, model or options was interrupted there"
-                    if not options.force:
-                        raise InputError(f"{other}: delete the folder, name another with --to, or use --force")
+                    require((options.force, f"{other}: delete the folder, name another with --to, or use --force"))
                     self.end()
                 self.store.put(FACTS, text)
 

@@ -9,9 +9,7 @@ from tqdm import tqdm
 
 
 def set_up(rank: int, world: int) -> None:
-    """Log this project's INFO and above on rank 0, WARNING and above on other ranks and for libraries, whose own levels
-    (TORCH_LOGS, ACCELERATE_LOG_LEVEL) are left alone.
-    """
+    """Log from INFO on rank 0, from WARNING elsewhere and for libraries, whose own levels (TORCH_LOGS, ...) stay."""
     handler = _Lines(rank, world)
     root, deepspeed = logging.getLogger(), logging.getLogger("DeepSpeed")
     root.handlers = [*(other for other in root.handlers if not isinstance(other, _Lines)), handler]
@@ -58,9 +56,7 @@ class _Lines(logging.Handler):
             self.handleError(record)
 
     def divert(self, record: logging.LogRecord) -> bool:
-        """A logger's filter: warnings go to this handler, and nothing to the logger's own, which DeepSpeed sets when it
-        is imported.
-        """
+        """A logger's filter: warnings go to this handler, and nothing to its own, which DeepSpeed sets at import."""
         if record.levelno >= logging.WARNING:
             self.handle(record)
         return False

@@ -55,9 +55,7 @@ def rows(labelled: Sequence[tuple[str, Tensor]]) -> Image.Image:
 
 
 def scatter(panels: Sequence[tuple[str, Tensor]], *, behind: Tensor) -> Image.Image:
-    """Panels of (title, points (n, d)) side by side, in orange over `behind` (m, d) in blue, which sets the scale, by
-    their first two coordinates.
-    """
+    """Panels (title, points (n, d)), the first two coordinates in orange, over `behind` (m, d) in blue, the scale."""
     low, high = behind[:, :2].min(0).values, behind[:, :2].max(0).values
     centre, half = (low + high) / 2, max(float((high - low).max()) / 2, 1e-6) * 1.25  # of a square, with a margin
     canvas = Image.new("RGBA", (len(panels) * (PANEL + GAP) - GAP, PANEL + 22), (0, 0, 0, 0))

@@ -57,9 +57,7 @@ PEAKS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Peak floating-point operations per second of a GPU, for float32 of TF32 if torch's convolutions use it; None for
-    an unknown GPU and for a CPU.
-    """
+    """Peak FLOP/s of a GPU, for float32 of TF32 if convolutions use it; None for an unknown GPU and for a CPU."""
     if device.type != "cuda":
         return None
     name = re.sub(r"^(NVIDIA|Tesla) ", "", torch.cuda.get_device_name(device))

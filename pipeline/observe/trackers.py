@@ -1,8 +1,7 @@
 """Trackers, to which a run reports: files in its folder, Accelerate's trackers, and those of other packages.
 
 Another package adds a tracker by an entry point of the group `naign.trackers`, a pair (settings dataclass or None,
-build) like those in TRACKERS (docs/tracking.md); for a subclass of Accelerate's GeneralTracker `accelerated` returns
-the build.
+build) like those in TRACKERS (docs/tracking.md); `accelerated` makes one of a subclass of Accelerate's GeneralTracker.
 """
 
 import json

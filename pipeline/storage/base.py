@@ -16,9 +16,7 @@ class Writer(Protocol):
 
 
 class Store(Protocol):
-    """A flat folder of files. Every method raises InputError for missing or forbidden files, and in a network, where
-    transient failures are retried, Unavailable if that does not help.
-    """
+    """A flat folder of files. Methods raise InputError for missing or forbidden ones, Unavailable if retries fail."""
 
     path: str
     tally: Tally

@@ -7,7 +7,7 @@ from typing import Any
 
 import fsspec
 
-from pipeline.errors import InputError, Unavailable, printable
+from pipeline.errors import InputError, Unavailable, printable, require
 from pipeline.storage.base import Writer
 from pipeline.storage.resumed import NO_RANGES, Missing, NetworkStore, Stat
 
@@ -59,8 +59,7 @@ class RemoteStore(NetworkStore):
             raise Missing(f"{self.url(name)}: no file: check the path")
         if info.get("size") is None:
             raise InputError(f"{self.url(name)}: the server does not say how long it is: copy the data elsewhere")
-        if info.get("partial") is False:
-            raise InputError(f"{self.url(name)}: {NO_RANGES}")
+        require((info.get("partial") is not False, f"{self.url(name)}: {NO_RANGES}"))
         version = "-".join(str(info[field]) for field in (*_VERSION, "size") if info.get(field))
         return Stat(int(info["size"]), version)
 

@@ -62,9 +62,7 @@ def at_most(attempts: int) -> Iterator[None]:
 
 
 class Patience:
-    """Pauses between the attempts at one operation, and gives up after too many. Exponential back-off with full jitter,
-    so that ranks that failed together do not retry together.
-    """
+    """Pauses between attempts: exponential back-off with full jitter, so that ranks do not retry together."""
 
     def __init__(self, what: str, tally: Tally) -> None:
         self._what, self._tally, self._failures, self._most = what, tally, 0, _attempts.get(ATTEMPTS)

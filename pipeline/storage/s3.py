@@ -242,9 +242,7 @@ class Upload:
         return self._store._ask(operation, self._name, **arguments)
 
     def _completed(self, parts: list[dict[str, Any]]) -> str:
-        """Complete the upload; the object's ETag. If the answer is lost, the second request finds no such upload: then
-        the object itself must be what was written.
-        """
+        """Complete the upload; its ETag. If an answer is lost, the next request finds no upload: check the object."""
         store, name = self._store, self._name
         try:
             whole = {"UploadId": self._upload, "MultipartUpload": {"Parts": parts}}

@@ -11,9 +11,7 @@ from pipeline.storage.local import LocalStore
 
 
 def open_store(path: str) -> Store:
-    """The store at a local folder (`~` is expanded), `s3://bucket/prefix`, or an address that is only read. Touches
-    neither disk nor network.
-    """
+    """The store at a local folder (`~` is expanded), s3://bucket/prefix or a read-only address. Opens nothing yet."""
     require((path.strip() and "\0" not in path, f"{path!r} is no path: give a local folder or s3://bucket/prefix"))
     scheme, separator, _ = path.partition("://")
     require((separator or not path.startswith("s3:"), f"{path}: write s3://bucket/prefix"))
@@ -41,9 +39,7 @@ def locate(url: str) -> tuple[Store, str]:
 
 
 def gopen(url: str, mode: str = "rb", bufsize: int = 8192) -> BinaryIO:
-    """The file at an address as a stream for other programs, as in `webdataset.gopen_schemes["s3"] = gopen`. It is read
-    ahead in bounded memory and never silently cut. Raises InputError.
-    """
+    """A file as a stream, as for `webdataset.gopen_schemes["s3"] = gopen`; read ahead, never cut. Raises InputError."""
     require(("r" in mode, f"{url}: mode {mode!r}: streams are only read; write data sets with `naign pack`"))
     store, name = locate(url)
     store.size(name)  # a missing file must raise here, not at the first read

@@ -14,9 +14,7 @@ LAUNCHER = "the launcher's DeepSpeed configuration"
 
 
 def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator, shape: tuple[int, ...] = ()) -> Engine:
-    """The engine that trains `bare` on samples of `shape`; InputError where the launcher's DeepSpeed configuration
-    contradicts the settings. Collective.
-    """
+    """The engine that trains `bare` on samples of `shape`; InputError if DeepSpeed is set up otherwise. Collective."""
     train = config.train
     if train.channels_last:
         bare.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

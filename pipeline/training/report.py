@@ -40,9 +40,7 @@ def headline(run: Run) -> str:
 
 
 def report(run: Run, state: RoundState, rows_read: Rows, values: dict[str, float], *, images: int) -> None:
-    """Report a finished round: metrics (`values` are those of the fit), and pictures. Collective. `images` were trained
-    on: fewer than the round's where a run resumed within it.
-    """
+    """Report a round: metrics, with the fit's `values`, and pictures. This start trained on `images`. Collective."""
     config, position, monitor = run.config, run.position, run.monitor
     if state.match:
         values |= state.match.values

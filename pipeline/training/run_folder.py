@@ -107,9 +107,7 @@ def read_model(checkpoint: Path, name: str) -> NAIGN:
 
 @contextlib.contextmanager
 def damage_named(checkpoint: Path) -> Iterator[None]:
-    """Turn what a damaged or foreign file raises into an InputError that names the checkpoint; failures of the device,
-    memory, disk or another rank pass unchanged, since a retry may work.
-    """
+    """InputError, naming the checkpoint, for damaged or foreign files; what a retry may help passes unchanged."""
     try:
         yield
     except DAMAGE as error:

@@ -186,7 +186,7 @@ def test_known_broken_images_are_no_duplicates(planted: str, tmp_path: Path) -> 
     [
         ({"threshold": 0.0}, "--threshold is 0.0: it must be above 0"),
         ({"threshold": -1.0}, "--threshold is -1.0: it must be above 0"),
-        ({"threshold": float("inf")}, "--threshold is inf: it must be above 0, and below 1e6"),
+        ({"threshold": float("inf")}, "--threshold is inf: it must be above 0 and below 1e6"),
         ({"threshold": None, "encoder": "digits-cnn64"}, "--encoder 'digits-cnn64' reads"),
         ({"encoder": "nothing"}, "encoder is 'nothing': choose one of"),
         ({"encoder": "mnist-cnn64"}, "--encoder 'mnist-cnn64' reads"),

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from pipeline.data.format.labels import check_label_rule
-from pipeline.errors import InputError
+from pipeline.errors import InputError, require
 from pipeline.storage.base import Store
 from pipeline.storage.store import open_store
 
@@ -115,8 +115,7 @@ class Manifest:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             problem = f"{type(error).__name__}: {error}"
-        if problem:
-            raise InputError(f"{where}: malformed ({problem}): pack or index the data set again with --force")
+        require((not problem, f"{where}: malformed ({problem}): pack or index the data set again with --force"))
         return manifest
 
     @property

@@ -62,9 +62,7 @@ def from_tree(
 
 
 def fitted(data: bytes, size: tuple[int, int], channels: int) -> Image.Image:
-    """A picture upright (EXIF orientation), its largest central window of that shape resized to (width, height).
-    Raises InputError, saying why but not where, for bytes that are no picture.
-    """
+    """The largest central window of an upright picture at (width, height). InputError says why there is none."""
     with decoding(), open_picture(data) as opened:
         upright = eight_bits(ImageOps.exif_transpose(opened), "L" if channels == 1 else "RGB")
         return ImageOps.fit(upright, size, method=Image.Resampling.LANCZOS)
@@ -72,8 +70,7 @@ def fitted(data: bytes, size: tuple[int, int], channels: int) -> Image.Image:
 
 def _pictures(root: Path) -> list[Picture]:
     """The files of the tree, in order."""
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder: give a folder of pictures with --root; unpack an archive first")
+    require((root.is_dir(), f"{root}: no such folder: give a folder of pictures with --root; unpack an archive first"))
 
     def refuse(error: OSError) -> None:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror}): check the owner and mode of the folder")

@@ -4,16 +4,17 @@ from torch import nn
 
 from pipeline.model.networks import code_shape
 from pipeline.model.prior.base import Examples, Prior, PriorConfig, Shape
+from pipeline.model.prior.flow import FlowConfig
 from pipeline.model.prior.gmm import Gmm, GmmConfig
 from pipeline.model.prior.noise import Gaussian, Halves, Smooth, SmoothConfig
-from pipeline.model.prior.student import TaughtFlow, TaughtFlowConfig
+from pipeline.model.prior.student import TaughtFlow
 from pipeline.settings.registry import lookup
 
 PRIORS: dict[str, tuple[type[PriorConfig], type[Prior]]] = {
     "gaussian": (PriorConfig, Gaussian),
     "smooth": (SmoothConfig, Smooth),
     "halves": (PriorConfig, Halves),
-    "flow": (TaughtFlowConfig, TaughtFlow),
+    "flow": (FlowConfig, TaughtFlow),
     "gmm": (GmmConfig, Gmm),
 }
 """Settings and prior by name; other packages add theirs as entry points of the group `naign.priors`."""

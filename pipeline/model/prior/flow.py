@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.errors import require
 from pipeline.model.prior.base import WINDOW, CodesConfig, Device, Examples, Prior, Shape
 from pipeline.model.prior.learner import Learner
 from pipeline.model.prior.noise import Gaussian
@@ -41,21 +42,36 @@ class FlowConfig(CodesConfig):
     """Peak learning rate of the flow's AdamW: a short warm-up, then a cosine to zero at its end."""
     steps: int = field(default=10, metadata=between(1, 10**4))
     """Steps from noise to a code, and as many evaluations of the flow: the method of Adams and Bashforth of order 2."""
+    student: float = field(default=0.0, metadata=between(0, 0.99))
+    """Share of train.images, the last of `alone`, over which a student of the flow learns to reach a code in one
+    evaluation; 0: no student. A tenth to a quarter of what the flow has is enough."""
+
+    def __post_init__(self) -> None:
+        CodesConfig.__post_init__(self)
+        shares = f"prior.student is {self.student:g}, prior.alone {self.alone:g} and prior.begin {self.begin:g}"
+        fits = not self.student or (self.student <= self.alone and self.student < 1 - self.begin)
+        require((fits, f"{shares}: the student learns when f is frozen and the flow has learned. Lower prior.student"))
+
+    def check_rounds(self, rounds: int, images: int) -> None:
+        CodesConfig.check_rounds(self, rounds, images)
+        short = f"prior.student={self.student:g} is less than one of {rounds} rounds"
+        fits = not self.student or self.student * rounds >= 1 - 1e-9
+        require((fits, f"{short}: the student would not learn. Raise it, or train.images"))
 
     @property
     def end(self) -> float:
         """Share of train.images after which the flow learns no more."""
-        return 1.0
+        return 1 - self.student
 
 
 class Flow(Prior):
     """The velocity of whitened codes on straight paths from noise (t = 0) to the data (t = 1).
 
-    Whitened codes, and noise, are (n, d, ...), of at most DIRECTIONS channels. Its state is the average of the weights
-    in training, which `learner` holds.
+    Whitened codes, and noise, are (n, d, ...), of at most DIRECTIONS channels. Its state averages `learner`'s weights.
     """
 
     decodes = learns = True
+    config: FlowConfig
     mean: Tensor  # (c,) of the channels, over positions
     covariance: Tensor  # (c, c)
     inward: Tensor  # (d, c): from codes, less their mean, to whitened ones
@@ -111,10 +127,8 @@ class Flow(Prior):
         return torch.einsum("ij,nj...->ni...", self.inward, codes - _rows(self.mean, codes))
 
     def follow(self, mean: Tensor, covariance: Tensor, keep: float) -> None:
-        """Move the mean and the covariance towards these by the share `keep`, and whiten by them.
-
-        Of all whitening matrices it takes the one that changes whitened codes least, since the velocity goes on
-        learning.
+        """Move the mean and the covariance towards these by the share `keep`, and whiten by them. Of all whitening
+        matrices it takes the one that changes whitened codes least, since the velocity goes on learning.
         """
         self.mean.lerp_(mean, keep)
         self.covariance.lerp_(covariance, keep)
@@ -142,23 +156,25 @@ class Flow(Prior):
             learner.done, learner.sum = 0, 0.0
             return
         wanted = self.whiten(codes)
-        batches = self.batches(examples.round, len(codes))
-        while learner.done < len(batches):
-            now = examples.progress + examples.covers * learner.done / len(batches)
+        for mine, batch, now in self.batches(examples, len(codes), "loss/codes"):
             rate = self.config.lr * cosine((now - self.config.begin) / (self.config.end - self.config.begin))
-            rows = batches[learner.done]
-            mine = rows[examples.part(len(rows))]
             loss = self._loss(wanted[mine.to(codes.device)], mine + (learner.done + 1) * len(codes), examples)
-            learner.step(loss / (len(rows) * wanted[0].numel()), rate, self.velocity, examples.add)
+            learner.step(loss / (batch * wanted[0].numel()), rate, self.velocity, examples.add)
             self.moves = True
             yield
-        self.metrics = {"loss/codes": float(learner.sum) / len(batches)}
-        learner.done, learner.sum = 0, 0.0
 
-    def batches(self, round: int, count: int) -> tuple[Tensor, ...]:
-        """Rows of `count`, each `passes` times, in the batches of a round's steps."""
-        drawn = uniform(self.seed, round, torch.arange(count), (self.config.passes,), stream=LEARN)
-        return drawn.argsort(dim=0).T.flatten().split(self.config.batch)
+    def batches(self, examples: Examples, count: int, metric: str) -> Iterator[tuple[Tensor, int, float]]:
+        """For each step left of a round, in which each of `count` rows occurs `passes` times: this rank's rows of the
+        batch, how many all ranks have, and the run's progress. In the end `metric` is the mean loss.
+        """
+        drawn = uniform(self.seed, examples.round, torch.arange(count), (self.config.passes,), stream=LEARN)
+        batches, learner = drawn.argsort(dim=0).T.flatten().split(self.config.batch), self.learner
+        while learner.done < len(batches):
+            rows = batches[learner.done]
+            now = examples.progress + examples.covers * learner.done / len(batches)
+            yield rows[examples.part(len(rows))], len(rows), now
+        self.metrics = {metric: float(learner.sum) / len(batches)}
+        learner.done, learner.sum = 0, 0.0
 
     def _loss(self, wanted: Tensor, numbers: Tensor, examples: Examples) -> Tensor:
         """Sum of the squared errors of the velocity at random times of straight paths that end at `wanted`."""

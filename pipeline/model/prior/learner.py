@@ -16,14 +16,14 @@ WARMUP = 200  # steps over which the learning rate rises
 class Learner:
     """Trains a copy of `network`. Gradients are summed over ranks, so every rank has the same weights."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, betas: tuple[float, float] = BETAS) -> None:
         self.network = deepcopy(network).requires_grad_(True)
         self.done = 0  # steps of the round
         self.sum: float | Tensor = 0.0  # of their losses
         self.made = 0  # steps of all rounds
         parameters = list(self.network.parameters())
         self.ahead = parameters[0].device.type != "cpu"  # whether norm and loss of a step stay on the device
-        self.adam = torch.optim.AdamW(parameters, betas=BETAS, weight_decay=0.0)
+        self.adam = torch.optim.AdamW(parameters, betas=betas, weight_decay=0.0)
         for value in parameters:  # as AdamW itself begins, but before the first step
             moments = {name: torch.zeros_like(value) for name in MOMENTS}
             self.adam.state[value] = {"step": torch.tensor(0.0), **moments}

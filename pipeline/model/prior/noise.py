@@ -24,8 +24,7 @@ class Gaussian(Prior):
 class Halves(Prior):
     """N(0, I) for odd ids; for even ids an offset U(-1, 1) a row plus a scale U(0, 1/2) times N(0, I).
 
-    With flat latents in the pool f also learns to carry flat images to the data; a residual autoencoder leaves black
-    where it is.
+    Flat latents teach f to carry flat images to the data, too: a residual autoencoder leaves black where it is.
     """
 
     def draw(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor:

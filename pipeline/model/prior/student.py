@@ -12,19 +12,16 @@ The student begins as the flow's velocity at t = 0 and learns in the same run, o
 import math
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import require
 from pipeline.model.prior.base import Examples, Shape
 from pipeline.model.prior.flow import Flow, FlowConfig, between_ends, cosine
 from pipeline.model.prior.learner import BETAS, Learner
 from pipeline.philox import LEARN, normal
-from pipeline.settings.constraints import between
 
 FLOW, REGRESSION, MATCHING = range(3)  # what learns: the flow, or its student by regression, or by both
 MATCHED = 0.15  # share of the student's steps, the last ones, by distribution matching too
@@ -36,36 +33,10 @@ STUDENT_DECAY, CRITIC_DECAY = 0.995, 0.98  # a step there, of the averages of we
 SOLVED = 512  # draws of noise that the flow follows at once
 
 
-@dataclass(kw_only=True, slots=True)
-class TaughtFlowConfig(FlowConfig):
-    student: float = field(default=0.0, metadata=between(0, 0.99))
-    """Share of train.images, the last of `alone`, over which a student of the flow learns to reach a code in one
-    evaluation; 0: no student. A tenth to a quarter of what the flow has is enough."""
-
-    def __post_init__(self) -> None:
-        FlowConfig.__post_init__(self)
-        shares = f"prior.student is {self.student:g}, prior.alone {self.alone:g} and prior.begin {self.begin:g}"
-        fits = not self.student or (self.student <= self.alone and self.student < 1 - self.begin)
-        require((fits, f"{shares}: the student learns when f is frozen and the flow has learned. Lower prior.student"))
-
-    def check_rounds(self, rounds: int, images: int) -> None:
-        FlowConfig.check_rounds(self, rounds, images)
-        short = f"prior.student={self.student:g} is less than one of {rounds} rounds"
-        fits = not self.student or self.student * rounds >= 1 - 1e-9
-        require((fits, f"{short}: the student would not learn. Raise it, or train.images"))
-
-    @property
-    def end(self) -> float:
-        """Share of train.images after which the flow learns no more."""
-        return 1 - self.student
-
-
 class TaughtFlow(Flow):
     """A flow, and its student where `student` is not 0. `learner` trains the flow, then the student."""
 
-    config: TaughtFlowConfig
-
-    def __init__(self, config: TaughtFlowConfig, shape: Shape, *, seed: int = 0) -> None:
+    def __init__(self, config: FlowConfig, shape: Shape, *, seed: int = 0) -> None:
         super().__init__(config, shape, seed=seed)
         self.phase = FLOW
         self.taught = False  # whether the student has begun to learn
@@ -91,23 +62,18 @@ class TaughtFlow(Flow):
         if not self.config.student or examples.progress < (first := self._first(examples.covers)):
             yield from super().learn(examples)
             return
-        learner, count = self.learner, len(examples.images) * examples.world
+        count = len(examples.images) * examples.world
         ids = torch.arange(count) + count  # those below are of the order of rows
         noise = normal(self.seed, examples.round, ids, self.noise_shape, examples.images.device, stream=LEARN)
         parts = noise[examples.part(count)].split(SOLVED)
         ends = examples.gather(torch.cat([super(TaughtFlow, self).ends(part) for part in parts]))
-        batches, real = self.batches(examples.round, count), self.whiten(examples.codes())
-        while learner.done < len(batches):
-            now = examples.progress + examples.covers * learner.done / len(batches)
+        real = self.whiten(examples.codes())
+        for mine, batch, now in self.batches(examples, count, "loss/student"):
             share = (now - first) / (1 - first)  # of the student's steps
             self._enter(REGRESSION if share < 1 - MATCHED else MATCHING)
-            rows = batches[learner.done]
-            mine = rows[examples.part(len(rows))]
-            ids = mine + (learner.done + 2) * count
-            self._step(noise[mine], ends[mine], real[mine], ids, len(rows), share, examples)
+            ids = mine + (self.learner.done + 2) * count
+            self._step(noise[mine], ends[mine], real[mine], ids, batch, share, examples)
             yield
-        self.metrics = {"loss/student": float(learner.sum) / len(batches)}
-        learner.done, learner.sum = 0, 0.0
 
     def _first(self, covers: float) -> float:
         """The share of the run at which the first round of the student begins, of rounds that are `covers` each."""
@@ -193,9 +159,8 @@ class Critic(Learner):
     """The velocity of a flow that follows some codes, and the average of its weights."""
 
     def __init__(self, velocity: nn.Module) -> None:
-        super().__init__(velocity)
+        super().__init__(velocity, STEADY)
         self.average = deepcopy(velocity)
-        self.adam.param_groups[0]["betas"] = STEADY
 
     def restart(self, network: nn.Module, betas: tuple[float, float] = STEADY) -> None:
         super().restart(network, betas)

@@ -10,13 +10,13 @@ from scipy import stats
 from pipeline.errors import InputError
 from pipeline.model.networks import ConvConfig, build_network
 from pipeline.model.prior import Examples, Prior, PriorConfig, build_prior, find_prior
+from pipeline.model.prior.flow import FlowConfig
 from pipeline.model.prior.gmm import GmmConfig
 from pipeline.model.prior.noise import SmoothConfig
-from pipeline.model.prior.student import TaughtFlowConfig
 
 EVERY = [
     *(PriorConfig(name="gaussian"), PriorConfig(name="halves"), SmoothConfig(), FourierConfig()),
-    *(TaughtFlowConfig(width=8, depth=1, passes=1, begin=0.0, steps=3), GmmConfig(components=3, begin=0.0)),
+    *(FlowConfig(width=8, depth=1, passes=1, begin=0.0, steps=3), GmmConfig(components=3, begin=0.0)),
 ]
 NETWORK = build_network(ConvConfig(width=4, code=6), (1, 8, 8)).requires_grad_(False)
 

@@ -9,10 +9,11 @@ import torch
 from pipeline.errors import InputError
 from pipeline.model.prior import Examples
 from pipeline.model.prior import student as students
-from pipeline.model.prior.student import FLOW, MATCHING, REGRESSION, TaughtFlow, TaughtFlowConfig, jump
+from pipeline.model.prior.flow import FlowConfig
+from pipeline.model.prior.student import FLOW, MATCHING, REGRESSION, TaughtFlow, jump
 
 ROUNDS = 10  # of which the student has the last four
-SETTINGS = TaughtFlowConfig(
+SETTINGS = FlowConfig(
     width=64, depth=2, passes=8, batch=128, steps=6, begin=0.0, alone=0.5, student=0.4
 )  # fmt: skip
 
@@ -24,7 +25,7 @@ def codes(round: int, count: int = 1024) -> torch.Tensor:
     return torch.stack([first, torch.randn(count, generator=generator)], dim=1)
 
 
-def build(config: TaughtFlowConfig = SETTINGS) -> TaughtFlow:
+def build(config: FlowConfig = SETTINGS) -> TaughtFlow:
     return TaughtFlow(config, (2,), seed=3).requires_grad_(False)
 
 
@@ -140,7 +141,7 @@ def test_ranks_learn_what_one_would(world, monkeypatch):
 
 
 def test_without_a_student_nothing_is_kept_for_one():
-    prior = build(TaughtFlowConfig(width=16, depth=1))
+    prior = build(FlowConfig(width=16, depth=1))
     assert not [name for name in prior.training_state() if name.startswith(("student", "made", "real", "phase"))]
 
 
@@ -155,4 +156,4 @@ def test_without_a_student_nothing_is_kept_for_one():
 )
 def test_a_student_that_cannot_learn_is_refused(settings, rounds, problem):
     with pytest.raises(InputError, match=problem):
-        TaughtFlowConfig(**settings).check_rounds(rounds, 1024)
+        FlowConfig(**settings).check_rounds(rounds, 1024)
