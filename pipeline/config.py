@@ -30,7 +30,7 @@ to_dict = dataclasses.asdict
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    images: int = field(default=575_000, metadata=MAY_CHANGE | POSITIVE)
+    images: int = field(default=630_000, metadata=MAY_CHANGE | POSITIVE)
     """Budget: images trained on, over all ranks and passes; rounded up to whole rounds."""
     batch: int = field(default=128, metadata=POSITIVE)
     """Images per step, over all ranks."""

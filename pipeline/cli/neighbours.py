@@ -20,11 +20,11 @@ def copies(run: Run, /, *, options: Annotated[CopiesOptions, tyro.conf.arg(name=
     from pipeline.neighbours.copies import copies as find
 
     with _ranks() as ranks:
-        found = find(run, options, ranks)
+        result = find(run, options, ranks)
         if ranks.is_main_process:
-            shares = f"{found['share']:.2%} of samples, {found['test_share']:.2%} of test images"
-            print(f"within {found['threshold']:.4g} of a training image: {shares}")
-            print(f"median distance to the nearest: {found['median']:.4g}, of test images {found['test_median']:.4g}")
+            shares = f"{result['share']:.2%} of samples, {result['test_share']:.2%} of test images"
+            print(f"within {result['threshold']:.4g} of a training image: {shares}")
+            print(f"median distance to the nearest: {result['median']:.4g}, of test images {result['test_median']:.4g}")
 
 
 def duplicates(*, options: Annotated[DuplicatesOptions, tyro.conf.arg(name="")]) -> None:
@@ -32,11 +32,11 @@ def duplicates(*, options: Annotated[DuplicatesOptions, tyro.conf.arg(name="")])
     from pipeline.neighbours.duplicates import duplicates as find
 
     with _ranks() as ranks:
-        found = find(options, ranks)
+        result = find(options, ranks)
         if ranks.is_main_process:
-            print(f"{found['images_in_groups']} of {found['images']} images are in {found['groups']} groups")
-            print(f"test images near a training image: {found['test_images_near_training']}")
-            print(f"redundant training images: {found['redundant']}")
+            print(f"{result['images_in_groups']} of {result['images']} images are in {result['groups']} groups")
+            print(f"test images near a training image: {result['test_images_near_training']}")
+            print(f"redundant training images: {result['redundant']}")
 
 
 @contextmanager

@@ -61,19 +61,19 @@ def copies(run: str, options: CopiesOptions, accelerator: Accelerator) -> dict[s
         candidates = Rows("training-images", len(train), train.read, space, work)
         queries = [Rows("samples", samples, draw, space, work), Rows("test-images", len(test), test.read, space, work)]
     near = [compare(asked, candidates, work, accelerator.device) for asked in queries]
-    found = {"dataset": manifest.name, "training_images": len(train), "test_images": len(test), "weights": weights}
-    found |= {"samples": samples, "seed": seed, "encoder": options.encoder}
+    result = {"dataset": manifest.name, "training_images": len(train), "test_images": len(test), "weights": weights}
+    result |= {"samples": samples, "seed": seed, "encoder": options.encoder}
     with together(accelerator):
         if accelerator.is_main_process:
-            found |= write(near, found, threshold, train, draw, space, work)
+            result |= write(near, result, threshold, train, draw, space, work)
     with together(accelerator):
         work.end()
-    return found
+    return result
 
 
 def write(
     near: list[Tensor],  # what `compare` returned, of samples and of test images
-    found: dict[str, Any],  # for copies.json
+    result: dict[str, Any],  # for copies.json
     threshold: float | None,
     train: Images,
     draw: Callable[[int, int], Tensor],  # samples [first, last) as they would be stored
@@ -93,9 +93,9 @@ def write(
     store.put("copies.csv", as_csv(("query", "number", "distance", "shard", "key", "mirrored"), lines))
     if space.views > 1:
         store.put("copies.png", png(draw_pairs(tables[0], distances[0], draw, train)))
-    store.put("copies.json", (json.dumps(found | judged, indent=1) + "\n").encode())
+    store.put("copies.json", (json.dumps(result | judged, indent=1) + "\n").encode())
     if store.exists("report.html"):
-        store.put("report.html", with_copies(store.read("report.html").decode(), store, found["weights"]).encode())
+        store.put("report.html", with_copies(store.read("report.html").decode(), store, result["weights"]).encode())
     return judged
 
 

@@ -68,30 +68,30 @@ def duplicates(options: DuplicatesOptions, accelerator: Accelerator) -> dict[str
     with together(accelerator):
         every = Rows("images", len(images), images.read, space, work)
     near = compare(every, every, work, accelerator.device, within=limit)
-    found: dict[str, Any] = {"dataset": manifest.name, "images": len(images), "encoder": encoder, "threshold": limit}
+    counts: dict[str, Any] = {"dataset": manifest.name, "images": len(images), "encoder": encoder, "threshold": limit}
     with together(accelerator):
         if accelerator.is_main_process:
             low, high = near[:, :2].amin(1), near[:, :2].amax(1)
             pairs = firsts(torch.stack([low, high, near[:, 2]], dim=1)[low < high], 2)
-            redundant = write(pairs, found, images, space, work)
+            redundant = write(pairs, counts, images, space, work)
             if options.drop:
                 write_index(manifest, redundant, source, options.drop)
-            work.store.put("duplicates.json", (json.dumps(found, indent=1) + "\n").encode())
+            work.store.put("duplicates.json", (json.dumps(counts, indent=1) + "\n").encode())
     with together(accelerator):
         work.end()
-    return found
+    return counts
 
 
-def write(pairs: Tensor, found: dict[str, Any], images: Images, space: Space, work: Work) -> list[Place]:
-    """Write the groups of pairs (p, 3), count in `found`, and return where the redundant images are."""
+def write(pairs: Tensor, counts: dict[str, Any], images: Images, space: Space, work: Work) -> list[Place]:
+    """Write the groups of pairs (p, 3), count in `counts`, and return where the redundant images are."""
     places, training = images.places(pairs[:, :2].unique().tolist()), images.sets.manifest.splits.get(TRAIN)
     broken = torch.tensor([number for number, place in places.items() if place.broken], dtype=torch.int64)
     pairs = pairs[~torch.isin(pairs[:, :2], broken).any(1)]  # in whose place another image was read
     groups, trained = connect(pairs, space.distances(pairs[:, 2])), training.samples if training else 0
     redundant = {number for group in groups for number in redundant_in(group, trained)}
     beside = pairs[(pairs[:, 0] < trained) & (pairs[:, 1] >= trained), 1].unique()
-    found |= {"pairs": len(pairs), "groups": len(groups), "images_in_groups": sum(map(len, groups))}
-    found |= {"test_images_near_training": len(beside), "redundant": len(redundant)}
+    counts |= {"pairs": len(pairs), "groups": len(groups), "images_in_groups": sum(map(len, groups))}
+    counts |= {"test_images_near_training": len(beside), "redundant": len(redundant)}
     lines = [
         (name, *places[number][:3], distance, int(number in redundant))
         for name, group in enumerate(groups)

@@ -120,7 +120,7 @@ pipeline.train.main()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prior", [["gmm", "--prior.components=3"], ["fourier"], ["smooth"]])
+@pytest.mark.parametrize("prior", [["gmm", "--prior.components=3", "--prior.begin=0.225"], ["fourier"], ["smooth"]])
 def test_a_stop_before_the_prior_has_learned(train, digits, tmp_path, prior):
     options = [f"--data.path={digits}", *SMALL, f"--prior.name={prior[0]}", *prior[1:], "--train.images=512"]
     command = [sys.executable, "-c", STOP, *options, "--run.path=run"]
