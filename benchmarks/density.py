@@ -30,7 +30,8 @@ from pipeline.errors import InputError, exit_on_input_error
 from pipeline.evaluate.coverage import nearest
 from pipeline.evaluate.density import auroc
 from pipeline.model.naign import NAIGN
-from pipeline.model.prior import Flow, Gmm, Prior
+from pipeline.model.prior import Gmm, Prior
+from pipeline.model.prior.flow import Flow
 from pipeline.model.scale import scaled
 from pipeline.storage.local import write_atomically
 

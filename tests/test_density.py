@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.model.prior import Flow, FlowConfig
+from pipeline.model.prior.flow import Flow, FlowConfig
 from tests.conftest import ROOT
 
 
