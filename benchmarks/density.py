@@ -66,9 +66,9 @@ DENSE, ALONE = "configs/mnist.yaml", ("--objective.imle=0", "--prior.name=gaussi
 NETWORKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "NAIGN": (DENSE, ("--train.images=83968",)),
     "denoising autoencoder": (DENSE, (*ALONE, "--train.images=172032")),
-    "autoencoder": (DENSE, (*ALONE, "--objective.denoising=0", "--train.images=325632")),
-    "normalised autoencoder": ("configs/mnist_nae.yaml", ("--model.code=64", "--train.images=38912")),
     "VAE": ("configs/mnist_vae.yaml", ("--train.images=294912",)),
+    "normalised autoencoder": ("configs/mnist_nae.yaml", ("--model.code=64", "--train.images=38912")),
+    "autoencoder": (DENSE, (*ALONE, "--objective.denoising=0", "--train.images=325632")),
 }
 """Configurations and options; all have a dense code of 64 values."""
 
@@ -240,16 +240,16 @@ def of_network(task: Task, train: Tensor, real: Tensor, others: dict[str, Tensor
     if not file.exists():
         model = NAIGN.from_pretrained(task.folder)
         cost = {COST: model.metadata["cpu_seconds"]}
-        rows = {name: cost | measured(score, real, others) for name, score in scores_of(model, train).items()}
-        write_atomically(file, json.dumps(rows, indent=1) + "\n")
-    found: dict[str, Row] = json.loads(file.read_text())
-    return found
+        made = {name: cost | measured(score, real, others) for name, score in scores_of(model, train).items()}
+        write_atomically(file, json.dumps(made, indent=1) + "\n")
+    rows: dict[str, Row] = json.loads(file.read_text())
+    return rows
 
 
 def rows_of(name: str, data: Data, settings: Settings) -> dict[str, list[Row]]:
     """Of a table, by title, each with what was measured of every seed."""
     real, others = examples(name, data, settings.count)
-    train, found = scaled(read_split(place(name, data.left_out), "train")[0]), dict[str, list[Row]]()
+    train, rows = scaled(read_split(place(name, data.left_out), "train")[0]), dict[str, list[Row]]()
     asked = [(WHOLE, data.recipe, [f"--data.path={place(name)}"], 0)]
     for title, (config, options) in NETWORKS.items():
         options = [*options, f"--data.path={place(name, data.left_out)}"]
@@ -262,19 +262,19 @@ def rows_of(name: str, data: Data, settings: Settings) -> dict[str, list[Row]]:
         for score, row in of_network(task, train, real, others).items() if task.ended else ():
             if title == WHOLE:
                 row.pop(data.held_out, None)  # it has learned from that class
-            found.setdefault(f"{title}: {score}", []).append(row)
+            rows.setdefault(f"{title}: {score}", []).append(row)
     for title, measure in {"nearest training image": image_distance(train), "brightness": brightness(train)}.items():
-        found[title] = [measured(measure, real, others)]
-    return found
+        rows[title] = [measured(measure, real, others)]
+    return rows
 
 
 def main(settings: Settings) -> None:
-    if settings.count < 2 or settings.seeds < 1:
-        raise InputError("--count must be at least 2, and --seeds at least 1")
+    if not 2 <= settings.count <= 4000 or settings.seeds < 1:
+        raise InputError("--count must be 2 to 4000, for which there are test images, and --seeds at least 1")
     check_place(settings.to)
-    text, found = "", dict[str, dict[str, list[Row]]]()
+    text, tables = "", dict[str, dict[str, list[Row]]]()
     for name, data in SETS.items():
-        rows = found[data.title] = rows_of(name, data, settings)
+        rows = tables[data.title] = rows_of(name, data, settings)
         titles = [*rows["brightness"][0], COST]
         lines = [
             [
@@ -285,7 +285,7 @@ def main(settings: Settings) -> None:
         ]
         heading = f"AUROC, {data.title}"
         text += page(heading, ["", *titles], lines) if not text else f"\n{heading}\n\n{table(['', *titles], lines)}\n"
-    write(settings.to, text, found)
+    write(settings.to, text, tables)
     print(text)
 
 
