@@ -63,8 +63,9 @@ SETS = {
 }
 WHOLE = "NAIGN, whole recipe, all classes"
 DENSE, ALONE = "configs/mnist.yaml", ("--objective.imle=0", "--prior.name=gaussian")
+IMLE = ("--objective.imle=0.3", "--prior.components=50", "--prior.begin=0.225", "--prior.alone=0.04")
 NETWORKS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "NAIGN": (DENSE, ("--train.images=83968",)),
+    "NAIGN, with IMLE": (DENSE, (*IMLE, "--train.images=83968")),
     "denoising autoencoder": (DENSE, (*ALONE, "--train.images=172032")),
     "VAE": ("configs/mnist_vae.yaml", ("--train.images=294912",)),
     "normalised autoencoder": ("configs/mnist_nae.yaml", ("--model.code=64", "--train.images=38912")),
@@ -253,7 +254,7 @@ def rows_of(name: str, data: Data, settings: Settings) -> dict[str, list[Row]]:
     asked = [(WHOLE, data.recipe, [f"--data.path={place(name)}"], 0)]
     for title, (config, options) in NETWORKS.items():
         options = [*options, f"--data.path={place(name, data.left_out)}"]
-        asked += [(title, config, options, seed) for seed in range(settings.seeds if title == "NAIGN" else 1)]
+        asked += [(title, config, options, seed) for seed in range(settings.seeds if title.startswith("NAIGN") else 1)]
     for title, config, options, seed in asked:
         images = [f"--train.images={settings.images}"] * bool(settings.images)
         task = Task.of(settings.runs, config, [*options, *images], seed)
