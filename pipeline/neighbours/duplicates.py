@@ -22,7 +22,7 @@ from pipeline.data.dataset import DataConfig
 from pipeline.data.format.manifest import INDEX, Manifest, Split
 from pipeline.data.format.pages import table_name
 from pipeline.distributed.ranks import together
-from pipeline.errors import require
+from pipeline.errors import InputError, require
 from pipeline.model.scale import scaled
 from pipeline.neighbours import DuplicatesOptions
 from pipeline.neighbours.images import Images, Place
@@ -50,19 +50,19 @@ def duplicates(options: DuplicatesOptions, accelerator: Accelerator) -> dict[str
     path, source, encoder = options.data, options.index or options.data, options.encoder
     with together(accelerator):
         limit = THRESHOLDS.get(encoder, 1.0) if options.threshold is None else options.threshold
-        known = options.threshold is not None or encoder in THRESHOLDS
         manifest = Manifest.load(source)
+        known = options.threshold is not None or (encoder in THRESHOLDS and manifest.kind == "image")
         config = DataConfig(path=path, index=options.index, broken="skip" if manifest.broken else "error")
         images = Images(config, *sorted(manifest.splits, key=lambda split: split != TRAIN))
         space = Space(encoder, images.sets.shape, accelerator.device)
         require(
-            (known, f"--encoder {encoder} has no default threshold: give --threshold, and look at groups.png"),
+            (known, f"{manifest.kind}s by {encoder} have no default threshold: give --threshold, and look at groups"),
             (0 < limit < 1e6, f"--threshold is {limit}: it must be above 0 and below 1e6"),
             (len(images) > 1, f"{path} holds one image, which can have no duplicate"),
         )
         if options.drop and (target := open_store(options.drop)).exists(INDEX):
-            itself = target.read(INDEX) == open_store(source).read(INDEX)
-            there = f"--drop {options.drop} holds {'the' if itself else 'an'} index already: give another folder"
+            itself = target.url(INDEX) == open_store(source).url(INDEX)
+            there = f"--drop {options.drop} holds {'this' if itself else 'an'} index already: give another folder"
             require((options.force and not itself, there if itself else f"{there}, or replace it by --force"))
     work = Work(options.to, images.sets, space.encoder, options, accelerator)
     with together(accelerator):
@@ -73,17 +73,23 @@ def duplicates(options: DuplicatesOptions, accelerator: Accelerator) -> dict[str
         if accelerator.is_main_process:
             low, high = near[:, :2].amin(1), near[:, :2].amax(1)
             pairs = firsts(torch.stack([low, high, near[:, 2]], dim=1)[low < high], 2)
-            redundant = write(pairs, counts, images, space, work)
-            if options.drop:
-                write_index(manifest, redundant, source, options.drop)
+            try:
+                thinned = write(pairs, counts, images, space, work, manifest if options.drop else None)
+            except InputError:
+                work.end()  # so that another threshold may be tried
+                raise
+            if thinned:
+                write_index(thinned, source, options.drop)
             work.store.put("duplicates.json", (json.dumps(counts, indent=1) + "\n").encode())
     with together(accelerator):
         work.end()
     return counts
 
 
-def write(pairs: Tensor, counts: dict[str, Any], images: Images, space: Space, work: Work) -> list[Place]:
-    """Write the groups of pairs (p, 3), count in `counts`, and return where the redundant images are."""
+def write(
+    pairs: Tensor, counts: dict[str, Any], images: Images, space: Space, work: Work, manifest: Manifest | None
+) -> Manifest | None:
+    """Write the groups of pairs (p, 3), count in `counts`, and return `manifest` without the redundant images."""
     places, training = images.places(pairs[:, :2].unique().tolist()), images.sets.manifest.splits.get(TRAIN)
     broken = torch.tensor([number for number, place in places.items() if place.broken], dtype=torch.int64)
     pairs = pairs[~torch.isin(pairs[:, :2], broken).any(1)]  # in whose place another image was read
@@ -92,15 +98,17 @@ def write(pairs: Tensor, counts: dict[str, Any], images: Images, space: Space, w
     beside = pairs[(pairs[:, 0] < trained) & (pairs[:, 1] >= trained), 1].unique()
     counts |= {"pairs": len(pairs), "groups": len(groups), "images_in_groups": sum(map(len, groups))}
     counts |= {"test_images_near_training": len(beside), "redundant": len(redundant)}
+    thinned = thin(manifest, [places[number] for number in sorted(redundant)]) if manifest else None
     lines = [
         (name, *places[number][:3], distance, int(number in redundant))
         for name, group in enumerate(groups)
         for number, distance in group.items()
     ]
     work.store.put("groups.csv", as_csv(("group", "split", "shard", "key", "distance", "redundant"), lines))
+    work.store.delete("groups.png")
     if groups and space.views > 1:
         work.store.put("groups.png", png(draw_groups(groups, images)))
-    return [places[number] for number in sorted(redundant)]
+    return thinned
 
 
 def connect(pairs: Tensor, distances: Tensor) -> list[Group]:
@@ -131,8 +139,8 @@ def draw_groups(groups: list[Group], images: Images) -> Image.Image:
     return rows(lines)
 
 
-def write_index(manifest: Manifest, redundant: list[Place], source: str, drop: str) -> None:
-    """Write index.json, without the redundant images, and the page tables of `source`, which stay as they are."""
+def thin(manifest: Manifest, redundant: list[Place]) -> Manifest:
+    """The manifest without the redundant images; InputError where none of a split would be left."""
     more = dict[str, list[int]]()
     for place in redundant:
         more.setdefault(place.shard, []).append(manifest.place(place.shard, place.number))
@@ -144,9 +152,13 @@ def write_index(manifest: Manifest, redundant: list[Place], source: str, drop: s
         splits[name] = Split(samples=sum(counts), shards=shards)
     names = [shard.name for split in splits.values() for shard in split.shards]
     without = {name: sorted([*manifest.without.get(name, ()), *more.get(name, ())]) for name in names}
-    thinned = replace(manifest, splits=splits, without={name: some for name, some in without.items() if some})
+    return replace(manifest, splits=splits, without={name: some for name, some in without.items() if some})
+
+
+def write_index(manifest: Manifest, source: str, drop: str) -> None:
+    """Write index.json, and the page tables of `source`, which stay as they are."""
     tables, target = open_store(source), open_store(drop)
     target.delete(INDEX)
-    for name in names:
-        target.put(table_name(name), tables.read(table_name(name)))
-    target.put(INDEX, thinned.dump())
+    for name in (table_name(shard.name) for shard in manifest.shards):
+        target.put(name, tables.read(name))
+    target.put(INDEX, manifest.dump())

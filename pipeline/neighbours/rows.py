@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.errors import require
+from pipeline.errors import InputError, require
 from pipeline.match import Blocks, SpaceConfig, search
 from pipeline.match.distances import sort_lexically
 from pipeline.match.matcher import block_range
@@ -25,6 +25,8 @@ MOST, VALUES = 4096, 2**24  # rows of a block, and its float32 values: at most t
 ASKED = 2**25  # float32 values of the queries of a search, unless those of one block are more
 NEIGHBOURS, ANSWERS = 8, 2**24
 """k of the first search within a distance, which grows by this factor, and neighbours of a rank's queries at once."""
+MOST_PAIRS = 2**25  # of a rank's queries: 1 GB
+MANY = f"more than {MOST_PAIRS} pairs are within the threshold: lower --threshold"
 
 
 class Space:
@@ -136,6 +138,8 @@ def _search(numbers: Tensor, rows: Tensor, candidates: Rows, bar: "tqdm[None]", 
             row, column = near.nonzero(as_tuple=True)
             view, number = asked[row] // max(1, len(numbers)), numbers[asked[row] % max(1, len(numbers))]
             parts.append(torch.stack([number, ids[row, column], squares[row, column].view(torch.int64), view], dim=1))
+            pairs = sum(map(len, parts))
+            work.ranks.collect(InputError(MANY) if pairs > MOST_PAIRS else None)
             again += [asked[near[:, -1]]] if limit < math.inf and k < candidates.count else []
         left, k = torch.cat(again), min(NEIGHBOURS * k, candidates.count)
     return torch.cat(parts)

@@ -4,18 +4,20 @@ import csv
 import hashlib
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.data.mixing import DataSets
 from pipeline.distributed.ranks import together
-from pipeline.errors import require
+from pipeline.errors import InputError, require
 from pipeline.match.exchange import ranks_of
 from pipeline.model.encoders import Encoder
 from pipeline.neighbours import Options
@@ -23,6 +25,7 @@ from pipeline.storage.store import open_store
 from pipeline.terminal import DELAY
 
 FACTS = "work.json"
+PARTS = re.compile(r"work\.json|work-[0-9a-f]{16}-.+\.safetensors")  # all that an audit leaves when it is interrupted
 READ = ("split", "size", "fit", "crop", "broken")  # settings of data that change which images are read, or how
 
 
@@ -46,9 +49,15 @@ class Work:
         self._prefix = f"work-{hashlib.sha256(text).hexdigest()[:16]}-"
         with together(accelerator):
             if accelerator.is_main_process:
-                if self.store.exists(FACTS) and self.store.read(FACTS) != text:
+                if self.store.exists(FACTS) and (before := self.store.read(FACTS)) != text:
                     other = f"{self.store.url(FACTS)}: an audit with other data, model or options was interrupted there"
-                    require((options.force, f"{other}: delete the folder, name another with --to, or use --force"))
+                    require(
+                        (
+                            b'"manifests"' in before,
+                            f"{self.store.url(FACTS)} is of no audit: name another folder by --to",
+                        ),
+                        (options.force, f"{other}: delete the folder, name another with --to, or use --force"),
+                    )
                     self.end()
                 self.store.put(FACTS, text)
 
@@ -56,14 +65,18 @@ class Work:
         return self.store.exists(self._name(part))
 
     def load(self, part: str) -> Tensor:
-        return load(self.store.read(self._name(part)))[""]
+        name = self._name(part)
+        try:
+            return load(self.store.read(name))[""]
+        except (SafetensorError, KeyError):
+            raise InputError(f"{self.store.url(name)} is damaged: delete it, and run the same command again") from None
 
     def keep(self, part: str, tensor: Tensor) -> None:
         self.store.put(self._name(part), save({"": tensor.contiguous()}))
 
     def end(self) -> None:
         """Delete all parts."""
-        for name in (name for name in self.store.list() if name.startswith("work-") or name == FACTS):
+        for name in filter(PARTS.fullmatch, self.store.list()):
             self.store.delete(name)
 
     def bar(self, what: str, total: int) -> "tqdm[Any]":

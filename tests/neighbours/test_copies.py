@@ -135,6 +135,7 @@ def test_the_command_and_the_report(
     ("options", "message"),
     [
         ({"samples": 0}, "--samples is 0: it must be at least 1"),
+        ({"seed": -1}, "--seed is -1: it must be 0 to"),
         ({"threshold": 0.0}, "--threshold is 0.0: it must be above 0"),
         ({"threshold": float("nan")}, "--threshold is nan: it must be above 0"),
         ({"encoder": "mnist-cnn64"}, "--encoder 'mnist-cnn64' reads"),

@@ -212,9 +212,53 @@ def test_bad_data_is_one_sentence(planted: str, points: str, tmp_path: Path) -> 
     assert len(single.shards) == 1
     with pytest.raises(InputError, match="holds one image"):
         audit(str(tmp_path / "single"), tmp_path / "to2")
-    for drop, message in ((planted, "the index already: give another folder$"), (points, "or replace it by --force")):
+    for drop, message in ((planted, "this index already: give another folder$"), (points, "or replace it by --force")):
         with pytest.raises(InputError, match=message):
             audit(planted, tmp_path / "to", drop=drop)
+    with pytest.raises(InputError, match="points by pixels have no default threshold"):
+        audit(points, tmp_path / "to", threshold=None)
+
+
+def test_only_an_audits_own_files_are_deleted(planted: str, tmp_path: Path) -> None:
+    others = ["work-00000.tar", "work-notes.txt", "work-0123.safetensors"]
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    audit(planted, tmp_path)
+    assert [(tmp_path / name).read_text() for name in others] == ["mine"] * 3
+    (tmp_path / "work.json").write_text('{"my": 1}')
+    with pytest.raises(InputError, match="work.json is of no audit: name another folder by --to"):
+        audit(planted, tmp_path, force=True)
+    assert (tmp_path / "work.json").exists()
+
+
+def test_a_damaged_part_is_named(planted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("pipeline.neighbours.duplicates.compare", lambda *_, **options: 1 / 0)
+        audit(planted, tmp_path)
+    part = next(tmp_path.glob("work-*.safetensors"))
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(InputError, match=f"{part.name} is damaged: delete it, and run the same command again"):
+        audit(planted, tmp_path)
+    part.unlink()
+    audit(planted, tmp_path)
+    assert not list(tmp_path.glob("work*"))
+
+
+def test_a_refused_index_leaves_earlier_results(planted: str, tmp_path: Path) -> None:
+    audit(planted, tmp_path / "to")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "to").iterdir()}
+    with pytest.raises(InputError, match="no image of the split train would be left"):
+        audit(planted, tmp_path / "to", threshold=500.0, drop=str(tmp_path / "drop"))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "to").iterdir()} == before
+    assert not (tmp_path / "drop").exists()
+    audit(planted, tmp_path / "to", threshold=1e-3)
+    assert len((tmp_path / "to/groups.csv").read_text().splitlines()) < len(before["groups.csv"].splitlines())
+
+
+def test_too_many_pairs_are_refused(planted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "MOST_PAIRS", 50)
+    with pytest.raises(InputError, match="are within the threshold: lower --threshold"):
+        audit(planted, tmp_path, threshold=500.0)
 
 
 def pack_one(folder: Path) -> str:
