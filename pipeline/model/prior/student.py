@@ -69,12 +69,14 @@ class TaughtFlow(Flow):
         noise = normal(self.seed, examples.round, ids, self.noise_shape, examples.images.device, stream=LEARN)
         parts = noise[examples.part(count)].split(SOLVED)
         ends = examples.gather(torch.cat([super(TaughtFlow, self).ends(part) for part in parts]))
-        real = self.whiten(examples.codes())
+        real: Tensor | None = None
         for mine, batch, now in self.batches(examples, count, "loss/student"):
             share = (now - first) / (1 - first)  # of the student's steps
             self._enter(REGRESSION if share < 1 - MATCHED else MATCHING)
+            if self.phase == MATCHING and real is None:
+                real = self.whiten(examples.codes())
             ids = mine + (self.learner.done + 2) * count
-            self._step(noise[mine], ends[mine], real[mine], ids, batch, share, examples)
+            self._step(noise[mine], ends[mine], None if real is None else real[mine], ids, batch, share, examples)
             yield
 
     def _first(self, covers: float) -> float:
@@ -99,7 +101,7 @@ class TaughtFlow(Flow):
         self,
         noise: Tensor,  # (m, d, ...): this rank's rows of a batch
         ends: Tensor,  # (m, d, ...): the flow's whitened codes of that noise
-        real: Tensor,  # (m, d, ...): as many whitened codes of images
+        real: Tensor | None,  # (m, d, ...): as many whitened codes of images; None in regression
         ids: Tensor,  # (m,): of further random numbers
         batch: int,  # rows of all ranks
         share: float,  # of the student's steps before this one
@@ -113,6 +115,7 @@ class TaughtFlow(Flow):
             rate *= REGRESSED * cosine(share / (1 - MATCHED))
             self.learner.step(loss, rate, self.student, examples.add)
             return
+        assert real is not None, "matching compares with codes of the data"
         lower, fixed = cosine(1 - (1 - share) / MATCHED), codes.detach()
         drawn = normal(self.seed, examples.round, ids, (2, size + 1), noise.device, stream=LEARN)
         (first, time), (second, other) = ((part[:, 1:].view_as(noise), part[:, 0]) for part in drawn.unbind(1))

@@ -83,6 +83,14 @@ def test_matching_follows_the_codes_of_the_data_where_the_flow_does_not(monkeypa
     assert abs(means[0]) < 0.1 and 0.15 < means[1] < 0.6, means
 
 
+def test_codes_of_the_data_are_encoded_for_matching_alone(monkeypatch):
+    monkeypatch.setattr(students, "MATCHED", 0.25)
+    prior, encoded = learned(6), list[int]()
+    for round in range(6, ROUNDS):
+        learn(prior, round, encode=lambda images, round=round: encoded.append(round) or images)
+    assert set(encoded) == {9}
+
+
 @pytest.mark.parametrize("round", [6, 7, 9])
 def test_learning_goes_on_bit_for_bit(round):
     prior, other = learned(round), build()
