@@ -17,6 +17,14 @@ from pipeline.model.networks import ConvConfig, build_network
 from tests.conftest import ROOT, environment, forked
 
 
+def run(name: str, *options: str, cwd: Path, env: dict[str, str], timeout: int) -> subprocess.CompletedProcess[str]:
+    """A benchmark that must succeed, within so many seconds."""
+    command = [sys.executable, str(ROOT / f"benchmarks/{name}.py"), *options]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 @pytest.mark.slow
 def test_match_measures_every_method_and_two_ranks(digits: str, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
@@ -25,16 +33,9 @@ def test_match_measures_every_method_and_two_ranks(digits: str, tmp_path: Path) 
     model = {"model": asdict(config), "shape": [1, 8, 8], "prior": {"name": "smooth", "grid": 4}}
     NAIGN(build_network(config, (1, 8, 8)), model).save_pretrained(tmp_path / "runs/digits")
     options = ["--quick", "--dims", "64", "--kinds", "untrained", "--ranks", "1", "2"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks/match.py"), *options, "--scratch", "scratch", "--to", "results/match"],
-        cwd=tmp_path,
-        env=forked(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+    done = run(
+        "match", *options, "--scratch", "scratch", "--to", "results/match", cwd=tmp_path, env=forked(), timeout=120
     )
-    assert done.returncode == 0, done.stderr
     (problem,) = json.loads((tmp_path / "results/match.json").read_text())["problems"].values()
     assert (problem["queries"], problem["candidates"]) == (240, 480)
     for method in ("flat", "projected", "rounded", "auto"):
@@ -50,16 +51,7 @@ def test_match_measures_every_method_and_two_ranks(digits: str, tmp_path: Path) 
 @pytest.mark.slow
 def test_neighbours_compares_with_faiss(digits: str, tmp_path: Path) -> None:
     options = ["--quick", "--data", digits, "--window", "4", "8", "--to", "neighbours", "--threads", "1"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks/neighbours.py"), *options],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run("neighbours", *options, cwd=tmp_path, env=environment(), timeout=300)
     methods = json.loads((tmp_path / "neighbours.json").read_text())["methods"]
     assert methods["ours"]["recall"] == 1 and methods["hnsw"]["effort"] >= 16
     assert done.stdout.strip() == (tmp_path / "neighbours.md").read_text().strip()
@@ -85,16 +77,9 @@ def test_recipes_fit_the_memory_that_they_ask_for(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_data_measures_readers_of_a_folder_and_of_a_server(tmp_path: Path) -> None:
     options = ["--quick", "--sets", "grey28", "--only", "ours", "mosaic", "decode", "--no-large", "--peers", "absent"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks/data.py"), *options, "--scratch", "scratch", "--to", "results/data"],
-        cwd=tmp_path,
-        env=forked(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+    done = run(
+        "data", *options, "--scratch", "scratch", "--to", "results/data", cwd=tmp_path, env=forked(), timeout=120
     )
-    assert done.returncode == 0, done.stderr
     measured = json.loads((tmp_path / "results/data.json").read_text())["sets"]["grey28"]
     rows = {(row["where"], row["title"]): row for row in measured["rows"]}
     for where in ("folder", "S3"):
@@ -108,16 +93,7 @@ def test_data_measures_readers_of_a_folder_and_of_a_server(tmp_path: Path) -> No
 @pytest.mark.timeout(450)  # seven real starts
 def test_step_measures_the_fit_checkpoints_and_resumption(tmp_path: Path) -> None:
     options = ["--quick", "--scratch", "scratch", "--to", "results/step"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks/step.py"), *options],
-        cwd=tmp_path,
-        env=forked(),
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run("step", *options, cwd=tmp_path, env=forked(), timeout=400)
     results = json.loads((tmp_path / "results/step.json").read_text())
     for row in results["fit"].values():
         assert row["ratio"][1] > 0 and row["cpu"][1] > 0
@@ -134,16 +110,7 @@ def test_step_measures_the_fit_checkpoints_and_resumption(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_round_draws_what_two_ranks_did(digits: str, tmp_path: Path) -> None:
     options = ["--options", "match.round=512", "train.images=3072", "model.width=8", "model.code=16", "match.block=64"]
-    done = subprocess.run(
-        [*(sys.executable, str(ROOT / "benchmarks/round.py"), "--data", digits, "--to", "results/round"), *options],
-        cwd=tmp_path,
-        env=forked(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run("round", "--data", digits, "--to", "results/round", *options, cwd=tmp_path, env=forked(), timeout=200)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
     spent = {row[0]: dict(zip(rows[0][1:], map(float, row[1:]), strict=True)) for row in rows[2:]}
     assert list(spent) == ["take", "match", "fit"]
