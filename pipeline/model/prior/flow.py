@@ -7,6 +7,7 @@ of many channels only the DIRECTIONS of most spread are modelled: the others sta
 
 import math
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,11 +19,12 @@ from pipeline.errors import require
 from pipeline.model.prior.base import WINDOW, CodesConfig, Device, Examples, Prior, Shape
 from pipeline.model.prior.learner import Learner
 from pipeline.model.prior.noise import Gaussian
-from pipeline.model.prior.velocity import DenseVelocity, SpatialVelocity
+from pipeline.model.prior.velocity import DenseVelocity, SpatialVelocity, Velocity
 from pipeline.philox import LEARN, normal, uniform
 from pipeline.settings.constraints import POSITIVE, between
 
 DIRECTIONS = 128  # principal directions of the codes' channels that are modelled, at most
+EARLY = 0.25  # share of the flow's training after which autoguidance keeps its weights
 RIDGE = 0.3  # of the mean variance, added to each: to whiten directions of little spread fully costs the others
 
 
@@ -42,6 +44,10 @@ class FlowConfig(CodesConfig):
     """Peak learning rate of the flow's AdamW: a short warm-up, then a cosine to zero at its end."""
     steps: int = field(default=10, metadata=between(1, 10**4))
     """Steps from noise to a code, and as many evaluations of the flow: the method of Adams and Bashforth of order 2."""
+    autoguidance: float = field(default=0.0, metadata=between(0, 10))
+    """Strength of autoguidance (arXiv 2406.02507): a code follows v + strength * (v - early), where v is the flow's
+    velocity and early what it was after a quarter of its training. Makes up for a short training, at twice the
+    evaluations; 0: none."""
     student: float = field(default=0.0, metadata=between(0, 0.99))
     """Share of train.images, the last of `alone`, over which a student of the flow learns to reach a code in one
     evaluation; 0: no student. A tenth to a quarter of what the flow has is enough."""
@@ -81,11 +87,13 @@ class Flow(Prior):
         super().__init__(config, shape, seed=seed)
         channels, number = shape[0], min(DIRECTIONS, shape[0])
         self.noise_shape = (number, *shape[1:])
-        self.moves = False  # whether the velocity is not zero
+        self.moves = self.guides = False  # whether the velocity is not zero, and neither is `early`
         kind = DenseVelocity if len(shape) == 1 else SpatialVelocity
         with torch.random.fork_rng(devices=[]):  # its first weights change none that are drawn besides
             torch.manual_seed(seed)
             self.velocity = kind(self.noise_shape, config.width, config.depth)
+        if config.autoguidance:
+            self.early = deepcopy(self.velocity)
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("covariance", torch.eye(channels))
         self.register_buffer("inward", torch.eye(number, channels))
@@ -97,7 +105,8 @@ class Flow(Prior):
 
     def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         loaded = super().load_state_dict(state, strict, assign)
-        self.moves = any(bool(value.any()) for value in self.velocity.outer.parameters())
+        self.moves = moving(self.velocity)
+        self.guides = bool(self.config.autoguidance) and moving(self.early)
         return loaded
 
     def draw(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor:
@@ -117,7 +126,10 @@ class Flow(Prior):
         codes, steps = noise, self.config.steps if self.moves else 0  # until the flow has learned, paths stand still
         before: Tensor | None = None
         for step in range(steps):  # the first step is Euler's
-            velocity = self.velocity(codes, noise.new_full((len(noise),), step / steps))
+            time = noise.new_full((len(noise),), step / steps)
+            velocity = self.velocity(codes, time)
+            if self.guides:
+                velocity = velocity + self.config.autoguidance * (velocity - self.early(codes, time))
             codes = codes + (velocity if before is None else 1.5 * velocity - 0.5 * before) / steps
             before = velocity
         return codes
@@ -157,7 +169,11 @@ class Flow(Prior):
             return
         wanted = self.whiten(codes)
         for mine, batch, now in self.batches(examples, len(codes), "loss/codes"):
-            rate = self.config.lr * cosine((now - self.config.begin) / (self.config.end - self.config.begin))
+            share = (now - self.config.begin) / (self.config.end - self.config.begin)
+            if self.config.autoguidance and not self.guides and share >= EARLY:
+                self.early.load_state_dict(self.velocity.state_dict())
+                self.guides = True
+            rate = self.config.lr * cosine(share)
             loss = self._loss(wanted[mine.to(codes.device)], mine + (learner.done + 1) * len(codes), examples)
             learner.step(loss / (batch * wanted[0].numel()), rate, self.velocity, examples.add)
             self.moves = True
@@ -204,6 +220,11 @@ def between_ends(noise: Tensor, codes: Tensor, time: Tensor) -> Tensor:
     """Points (n, d, ...) at times (n,) on straight paths from noise to codes."""
     time = time.view(-1, *(1,) * (codes.ndim - 1))
     return time * codes + (1 - time) * noise
+
+
+def moving(velocity: Velocity) -> bool:
+    """Whether a velocity is not zero, as it is at first."""
+    return any(bool(value.any()) for value in velocity.outer.parameters())
 
 
 def cosine(share: float) -> float:

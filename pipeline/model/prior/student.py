@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.model.prior.base import Examples, Shape
-from pipeline.model.prior.flow import Flow, FlowConfig, between_ends, cosine
+from pipeline.model.prior.flow import Flow, FlowConfig, between_ends, cosine, moving
 from pipeline.model.prior.learner import BETAS, Learner
 from pipeline.philox import LEARN, normal
 
@@ -53,7 +53,7 @@ class TaughtFlow(Flow):
     def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         loaded = super().load_state_dict(state, strict, assign)
         if self.config.student:
-            self.taught = any(bool(value.any()) for value in self.student.outer.parameters())
+            self.taught = moving(self.student)
         return loaded
 
     def ends(self, noise: Tensor) -> Tensor:

@@ -88,6 +88,9 @@ class SpatialVelocity(nn.Module):
         return self.outer(F.silu(self.norm(hidden)))[:, :, :height, :width]
 
 
+Velocity = DenseVelocity | SpatialVelocity
+
+
 def waves(time: Tensor) -> Tensor:
     """(n,) -> (n, 2 * _WAVES): sines and cosines of multiples of a quarter turn."""
     angles = time[:, None] * torch.arange(1, _WAVES + 1, device=time.device) * (torch.pi / 2)
