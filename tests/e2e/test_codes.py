@@ -24,7 +24,7 @@ CODES = ["--prior.name=flow", "--prior.width=32", "--prior.batch=64", "--prior.p
 def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, network):
     size = "--model.code=2" if network == "spatial" else "--model.code=16"
     options = [f"--data.path={digits}", *SMALL, *CODES, f"--model.name={network}", size, "--prior.depth=1"]
-    options.append("--prior.student=0.25")
+    options += ["--prior.student=0.25", "--prior.autoguidance=1"]
     done = train(*options, "--run.path=run", "--train.images=4096", "--checkpoint.rounds=4", "--checkpoint.keep=0")
     assert done.returncode == 0, done.stderr
 

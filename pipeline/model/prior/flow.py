@@ -203,7 +203,7 @@ class Flow(Prior):
 
     def training_state(self) -> dict[str, Tensor]:
         learner = self.learner
-        progress = [learner.made, learner.done, float(learner.sum), self.metrics.get("loss/codes", math.nan)]
+        progress = [learner.made, learner.done, float(learner.sum), next(iter(self.metrics.values()), math.nan)]
         return self.state_dict() | learner.tensors() | {"progress": torch.tensor(progress, dtype=torch.float64)}
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:

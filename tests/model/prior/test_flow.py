@@ -3,6 +3,7 @@
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,6 +89,27 @@ def test_steps_that_read_nothing_learn_alike():
     assert isinstance(other.learner.sum, torch.Tensor) and isinstance(other.metrics["loss/codes"], float)
     for name, value in prior.training_state().items():
         torch.testing.assert_close(value, other.training_state()[name], rtol=1e-3, atol=1e-5)
+
+
+def test_autoguidance_moves_away_from_what_the_flow_was_after_a_quarter_of_its_training():
+    config, weights = replace(SETTINGS, begin=0.2, steps=1, autoguidance=1.5), dict[float, dict[str, torch.Tensor]]()
+    prior, resumed = build(config=config), build(config=config)
+    noise = torch.randn(5, 2)
+    for round, progress in enumerate((0.2, 0.4, 0.6, 0.8)):  # a quarter of its 256 steps is at 0.4
+        weights[progress] = {name: value.clone() for name, value in prior.velocity.state_dict().items()}
+        learn(resumed, codes(round), steps=round, round=round, progress=progress, covers=0.2)
+        resumed.load_training_state({name: value.clone() for name, value in resumed.training_state().items()})
+        assert prior.guides == (round > 1)
+        for one in (prior, resumed):
+            learn(one, codes(round), round=round, progress=progress, covers=0.2)
+    assert all(torch.equal(value, weights[0.4][name]) for name, value in prior.early.state_dict().items())
+    assert all(torch.equal(value, resumed.training_state()[name]) for name, value in prior.training_state().items())
+    now, early = (network(noise, torch.zeros(5)) for network in (prior.velocity, prior.early))
+    torch.testing.assert_close(prior.ends(noise), noise + 2.5 * now - 1.5 * early)
+    again = build(config=config)
+    again.load_state_dict(prior.state_dict())
+    assert torch.equal(again.ends(noise), prior.ends(noise))
+    assert not [name for name in learned(1).training_state() if name.startswith("early")]
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 5, 5), (2, 8, 8), (1, 16, 16)])

@@ -2,15 +2,15 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pipeline.errors import InputError
 from pipeline.model.prior import Examples
-from pipeline.model.prior import student as students
-from pipeline.model.prior.flow import FlowConfig
-from pipeline.model.prior.student import FLOW, MATCHING, REGRESSION, TaughtFlow, jump
+from pipeline.model.prior.flow import Flow, FlowConfig
+from pipeline.model.prior.student import TaughtFlow, jump
 
 ROUNDS = 10  # of which the student has the last four
 SETTINGS = FlowConfig(
@@ -44,18 +44,17 @@ def learned(rounds: int) -> TaughtFlow:
     return prior
 
 
-def test_the_student_learns_after_the_flow_and_draws_by_one_evaluation(monkeypatch):
-    monkeypatch.setattr(students, "MATCHED", 0.25)
-    prior, phases = build(), list[int]()
+def test_the_student_learns_after_the_flow_and_draws_by_one_evaluation():
+    prior, taught = build(), list[bool]()
     ids = torch.arange(4000)
     for round in range(ROUNDS):
         if round == 6:
             velocity = {name: value.clone() for name, value in prior.velocity.state_dict().items()}
             paths = prior.draw(0, 0, ids, "cpu")
         learn(prior, round)
-        phases.append(prior.phase)
+        taught.append(prior.taught)
         assert set(prior.metrics) == {"loss/student" if round >= 6 else "loss/codes"}
-    assert phases == [FLOW] * 6 + [REGRESSION] * 3 + [MATCHING]
+    assert taught == [False] * 6 + [True] * 4
     assert all(torch.equal(value, velocity[name]) for name, value in prior.velocity.state_dict().items())
     evaluations: list[float] = []
     prior.student.register_forward_pre_hook(lambda _, given: evaluations.extend(given[1].unique().tolist()))
@@ -68,36 +67,25 @@ def test_the_student_learns_after_the_flow_and_draws_by_one_evaluation(monkeypat
     assert again.taught and torch.equal(again.draw(0, 0, ids, "cpu"), drawn)
 
 
-def test_matching_follows_the_codes_of_the_data_where_the_flow_does_not(monkeypatch):
-    """Codes whose second value has moved since the flow learned: regression alone keeps the flow's."""
-    means = []
-    for matched in (0.0, 0.75):
-        monkeypatch.setattr(students, "MATCHED", matched)
-        monkeypatch.setattr(students, "MOVED", 1 / 4)
-        prior = learned(6)
-        whiten = prior.whiten
-        prior.whiten = lambda codes, whiten=whiten: whiten(codes) + torch.tensor([0.0, 0.5])  # type: ignore[method-assign]
-        for round in range(6, ROUNDS):
-            learn(prior, round)
-        means.append(float(prior.ends(torch.randn(4000, 2, generator=torch.Generator().manual_seed(0)))[:, 1].mean()))
-    assert abs(means[0]) < 0.1 and 0.15 < means[1] < 0.6, means
-
-
-def test_codes_of_the_data_are_encoded_for_matching_alone(monkeypatch):
-    monkeypatch.setattr(students, "MATCHED", 0.25)
-    prior, encoded = learned(6), list[int]()
-    for round in range(6, ROUNDS):
+def test_the_student_follows_a_guided_flow():
+    """And needs no codes of the data."""
+    prior, encoded = build(replace(SETTINGS, autoguidance=1.0)), list[int]()
+    for round in range(ROUNDS):
         learn(prior, round, encode=lambda images, round=round: encoded.append(round) or images)
-    assert set(encoded) == {9}
+    assert set(encoded) == set(range(6))
+    noise = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
+    drawn, guided = prior.ends(noise), Flow.ends(prior, noise)
+    prior.guides = False
+    assert float((drawn - guided).abs().mean()) < 0.8 * float((drawn - Flow.ends(prior, noise)).abs().mean())
 
 
 @pytest.mark.parametrize("round", [6, 7, 9])
 def test_learning_goes_on_bit_for_bit(round):
     prior, other = learned(round), build()
-    for step in (1, 30):  # from the middle of a round, too, and over the beginning of matching
+    for step in (1, 30):  # from the middle of a round, too, and of the first one
         learn(prior, round, steps=step)
         other.load_training_state({name: value.clone() for name, value in prior.training_state().items()})
-        assert (other.phase, other.learner.done, other.metrics) == (prior.phase, prior.learner.done, prior.metrics)
+        assert (other.taught, other.learner.done, other.metrics) == (prior.taught, prior.learner.done, prior.metrics)
     for one in (prior, other):
         learn(one, round)
     assert other.metrics == prior.metrics
@@ -106,9 +94,8 @@ def test_learning_goes_on_bit_for_bit(round):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_learn_what_one_would(world, monkeypatch):
+def test_ranks_learn_what_one_would(world):
     """Ranks in turn, each with all rows of the others and the sum of all gradients, as collectives give them."""
-    monkeypatch.setattr(students, "MATCHED", 0.75)
     alone, start = build(), learned(6)
     images = codes(6, 1020)
     settings = {"round": 6, "progress": 0.6, "covers": 0.2}
@@ -141,7 +128,7 @@ def test_ranks_learn_what_one_would(world, monkeypatch):
 
         list(pool.map(work, range(world)))
     run(alone, images=images)
-    assert alone.phase == MATCHING
+    assert alone.taught
     for prior in priors:
         assert prior.metrics == pytest.approx(alone.metrics, rel=1e-4)
         for name, value in alone.state_dict().items():
@@ -150,7 +137,7 @@ def test_ranks_learn_what_one_would(world, monkeypatch):
 
 def test_without_a_student_nothing_is_kept_for_one():
     prior = build(FlowConfig(width=16, depth=1))
-    assert not [name for name in prior.training_state() if name.startswith(("student", "made", "real", "phase"))]
+    assert not [name for name in prior.training_state() if name.startswith("student")]
 
 
 @pytest.mark.parametrize(
