@@ -49,8 +49,8 @@ class FlowConfig(CodesConfig):
     velocity and early what it was after a quarter of its training. Makes up for a short training, at twice the
     evaluations; 0: none."""
     student: float = field(default=0.0, metadata=between(0, 0.99))
-    """Share of train.images, the last of `alone`, over which a student of the flow learns to reach a code in one
-    evaluation; 0: no student. A tenth to a quarter of what the flow has is enough."""
+    """Share of train.images, the last of `alone`, over which a student of the flow learns to reach a code in two
+    evaluations; 0: no student. A quarter of what the flow has is enough."""
 
     def __post_init__(self) -> None:
         CodesConfig.__post_init__(self)

@@ -1,7 +1,8 @@
-"""A flow with a student: one evaluation from noise to a code, where the flow takes many.
+"""A flow with a student: two evaluations from noise to a code, where the flow takes many.
 
-The student begins as the flow's velocity at t = 0 and learns in the same run, once the flow has learned: by regression
-on the flow's own end points, which are a smooth function of the noise (arXiv 2209.03003, section 2.2).
+The student begins as the flow's velocity and learns in the same run, once the flow has learned: by regression on the
+flow's own end points, which are a smooth function of the noise (arXiv 2209.03003, section 2.2). Its first evaluation is
+at the noise, the second at a point between the noise and what the first has led to.
 """
 
 import math
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.model.prior.base import Examples, Shape
-from pipeline.model.prior.flow import Flow, FlowConfig, cosine, moving
+from pipeline.model.prior.flow import Flow, FlowConfig, between_ends, cosine, moving
 from pipeline.philox import LEARN, normal
 
 RATE = 0.5  # of the student's learning rate, over prior.lr
+MIDDLE = 0.4  # time of the second evaluation
 SOLVED = 512  # draws of noise that the flow follows at once
 
 
@@ -35,7 +37,7 @@ class TaughtFlow(Flow):
         return loaded
 
     def ends(self, noise: Tensor) -> Tensor:
-        return jump(self.student, noise) if self.taught else super().ends(noise)
+        return leap(self.student, noise) if self.taught else super().ends(noise)
 
     def learn(self, examples: Examples) -> Iterator[None]:
         """As a flow learns; from `end` on, the student from as many draws of noise as a round has images. The metric
@@ -54,8 +56,12 @@ class TaughtFlow(Flow):
         parts = noise[examples.part(count)].split(SOLVED)
         ends = examples.gather(torch.cat([super(TaughtFlow, self).ends(part) for part in parts]))
         for mine, batch, now in self.batches(examples, count, "loss/student"):
+            second = (mine + self.learner.done) % 2 == 1  # rows that learn the second evaluation in this step
+            points, time = noise[mine], second.to(noise.device) * MIDDLE
             with examples.autocast():
-                codes = jump(self.learner.network, noise[mine])
+                with torch.no_grad():
+                    points[second] = middle(self.learner.network, points[second])
+                codes = jump(self.learner.network, points, time)
             loss = (codes.float() - ends[mine]).abs().sum() / (batch * noise[0].numel())
             rate = self.config.lr * RATE * cosine((now - first) / (1 - first))
             self.learner.step(loss, rate, self.student, examples.add)
@@ -72,6 +78,17 @@ class TaughtFlow(Flow):
             self.metrics = {"loss/student": self.metrics["loss/codes"]}
 
 
-def jump(network: nn.Module, noise: Tensor) -> Tensor:
-    """Whitened codes (n, d, ...) of noise (n, d, ...) in one evaluation."""
-    return noise + network(noise, noise.new_zeros(len(noise)))
+def leap(student: nn.Module, noise: Tensor) -> Tensor:
+    """Whitened codes (n, d, ...) of noise (n, d, ...) in two evaluations."""
+    return jump(student, middle(student, noise), noise.new_full((len(noise),), MIDDLE))
+
+
+def middle(student: nn.Module, noise: Tensor) -> Tensor:
+    """Where the second evaluation is made, (n, d, ...)."""
+    first = jump(student, noise, noise.new_zeros(len(noise)))
+    return between_ends(noise, first, noise.new_full((len(noise),), MIDDLE))
+
+
+def jump(student: nn.Module, points: Tensor, time: Tensor) -> Tensor:
+    """From points (n, d, ...) at times (n,) straight to codes."""
+    return points + (1 - time).view(-1, *(1,) * (points.ndim - 1)) * student(points, time)
