@@ -34,7 +34,7 @@ TRACES = {
     ],
     "ign": ["--objective.name=ign", "--objective.reconstruction=20", "--prior.name=fourier"],
     "flow of codes": FLOW,
-    "student of a flow": [*FLOW, "--prior.student=0.17"],
+    "student of a flow": [*FLOW, "--prior.student=0.17", "--prior.autoguidance=1"],
     "mixture of codes": [
         *("--objective.third=none", "--objective.imle=0.3", "--prior.name=gmm", "--prior.components=3"),
         *("--prior.begin=0.34", "--prior.alone=0", "--objective.denoising=0"),
