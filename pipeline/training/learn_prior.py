@@ -41,6 +41,7 @@ def learn_prior(run: Run, state: RoundState) -> dict[str, float]:
             steps += 1
             run.watchdog.beat()
             if stop_requested():
+                position.step += steps if run.prior_only else 0  # a checkpoint's name: none is written twice
                 raise Stopped
         position.learned = state.number + 1
         if run.prior_only:

@@ -55,6 +55,10 @@ def test_an_ended_run_goes_on_bit_for_bit(train, digits, tmp_path, varied):
     assert again.returncode == 0, again.stderr
     assert "resuming from" in again.stderr + again.stdout
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    assert (
+        newest_checkpoint(tmp_path / "broken/checkpoints").name
+        == newest_checkpoint(tmp_path / "whole/checkpoints").name
+    )
     for name, value in weights(tmp_path / "whole").items():
         assert torch.equal(value, weights(tmp_path / "broken")[name]), name
 

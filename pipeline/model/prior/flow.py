@@ -43,11 +43,11 @@ class FlowConfig(CodesConfig):
     lr: float = field(default=2e-3, metadata=POSITIVE)
     """Peak learning rate of the flow's AdamW: a short warm-up, then a cosine to zero at its end."""
     steps: int = field(default=10, metadata=between(1, 10**4))
-    """Steps from noise to a code, and as many evaluations of the flow: the method of Adams and Bashforth of order 2."""
+    """Steps from noise to a code, with an evaluation of the flow each: the method of Adams and Bashforth of order 2."""
     autoguidance: float = field(default=0.0, metadata=between(0, 10))
     """Strength of autoguidance (arXiv 2406.02507): a code follows v + strength * (v - early), where v is the flow's
-    velocity and early what it was after a quarter of its training. Makes up for a short training, at twice the
-    evaluations; 0: none."""
+    velocity and early what it was after a quarter of its training. Up to 2 makes up for a short training, at two
+    evaluations a step; 0: none."""
     student: float = field(default=0.0, metadata=between(0, 0.99))
     """Share of train.images, the last of `alone`, over which a student of the flow learns to reach a code in two
     evaluations; 0: no student. A quarter of what the flow has is enough."""
@@ -159,6 +159,9 @@ class Flow(Prior):
         whatever the number of ranks, but for the order in which gradients are added.
         """
         learner, begun = self.learner, examples.progress >= self.config.begin
+        if self.guides and examples.round == 0 and not learner.made:  # they are another run's: `model.init`
+            still(self.early)
+            self.guides = False
         codes = examples.codes(1 if begun else examples.stride)
         if not learner.done:
             keep = max(1 / (examples.round + 1), 1 / (WINDOW + examples.settled))
@@ -170,7 +173,7 @@ class Flow(Prior):
         wanted = self.whiten(codes)
         for mine, batch, now in self.batches(examples, len(codes), "loss/codes"):
             share = (now - self.config.begin) / (self.config.end - self.config.begin)
-            if self.config.autoguidance and not self.guides and share >= EARLY:
+            if self.config.autoguidance and self.moves and not self.guides and share >= EARLY:
                 self.early.load_state_dict(self.velocity.state_dict())
                 self.guides = True
             rate = self.config.lr * cosine(share)
@@ -225,6 +228,12 @@ def between_ends(noise: Tensor, codes: Tensor, time: Tensor) -> Tensor:
 def moving(velocity: Velocity) -> bool:
     """Whether a velocity is not zero, as it is at first."""
     return any(bool(value.any()) for value in velocity.outer.parameters())
+
+
+def still(velocity: Velocity) -> None:
+    """Make a velocity zero, as it is at first."""
+    for value in velocity.outer.parameters():
+        torch.nn.init.zeros_(value)
 
 
 def cosine(share: float) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.model.prior.base import Examples, Shape
-from pipeline.model.prior.flow import Flow, FlowConfig, between_ends, cosine, moving
+from pipeline.model.prior.flow import Flow, FlowConfig, between_ends, cosine, moving, still
 from pipeline.philox import LEARN, normal
 
 RATE = 0.5  # of the student's learning rate, over prior.lr
@@ -44,6 +44,10 @@ class TaughtFlow(Flow):
         loss/student is the absolute error per value.
         """
         if not self.config.student or examples.progress < (first := self._first(examples.covers)):
+            if self.taught:  # by another run (`model.init`), or one that is longer now: it is taught anew
+                still(self.student)
+                self.learner.restart(self.velocity)
+                self.taught = False
             yield from super().learn(examples)
             return
         if not self.taught:

@@ -112,6 +112,17 @@ def test_autoguidance_moves_away_from_what_the_flow_was_after_a_quarter_of_its_t
     assert not [name for name in learned(1).training_state() if name.startswith("early")]
 
 
+def test_the_first_step_is_none_to_move_away_from():
+    """In a run so short that it begins after a quarter of the flow's training."""
+    prior, other = (build(config=replace(SETTINGS, begin=0.3, autoguidance=1.0)) for _ in range(2))
+    learn(prior, codes(0), progress=0.5, covers=0.5)
+    learn(other, codes(0), steps=2, progress=0.5, covers=0.5)
+    other.load_training_state({name: value.clone() for name, value in other.training_state().items()})
+    learn(other, codes(0), progress=0.5, covers=0.5)
+    assert prior.guides and prior.early.outer.weight.any()
+    assert all(torch.equal(value, other.training_state()[name]) for name, value in prior.training_state().items())
+
+
 @pytest.mark.parametrize("shape", [(3,), (3, 5, 5), (2, 8, 8), (1, 16, 16)])
 def test_a_flow_fits_any_code(shape):
     flow = Flow(FlowConfig(width=8, depth=2, steps=3), shape)

@@ -79,6 +79,31 @@ def test_the_student_follows_a_guided_flow():
     assert float((drawn - guided).abs().mean()) < 0.8 * float((drawn - Flow.ends(prior, noise)).abs().mean())
 
 
+def test_a_run_that_begins_from_another_models_prior_teaches_its_own_student():
+    """And keeps its own early weights for guidance."""
+    guided = replace(SETTINGS, autoguidance=1.0)
+    ended = build(guided)
+    for round in range(ROUNDS):
+        learn(ended, round)
+    begun, noise = build(guided), torch.randn(50, 2)
+    begun.load_state_dict(ended.state_dict())
+    assert begun.taught and begun.guides
+    learn(begun, 0)
+    assert not begun.taught and not begun.guides and begun.learner.made == 64
+    assert torch.equal(begun.ends(noise), Flow.ends(begun, noise))
+    for round in range(1, ROUNDS):
+        learn(begun, round)
+    assert begun.taught and begun.guides and begun.learner.made == 4 * 64
+    assert not torch.equal(begun.early.inner.weight, ended.early.inner.weight)
+
+
+def test_a_run_that_is_longer_now_goes_on_with_its_flow():
+    prior = learned(ROUNDS)
+    learn(prior, ROUNDS, rounds=2 * ROUNDS)
+    assert not prior.taught and set(prior.metrics) == {"loss/codes"}
+    assert prior.metrics["loss/codes"] < 1.05 * learned(6).metrics["loss/codes"]
+
+
 @pytest.mark.parametrize("round", [6, 7, 9])
 def test_learning_goes_on_bit_for_bit(round):
     prior, other = learned(round), build()
