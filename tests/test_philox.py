@@ -75,9 +75,9 @@ from pipeline.philox import triton_kernel
 ids = torch.tensor([0, 1, 5, 2**40 + 3, 2**61 + 7])
 for seed in (0, 1, -1, 2**62 + 3):
     for round, stream, blocks in ((0, 0, 1), (1, 3, 5), (2**32 - 1, 7, 196)):
-        drawn = [draw(ids, blocks, seed, round, stream, False) for draw in (philox._drawn, kernel.drawn)]
+        drawn = [draw(ids, blocks, seed, round, stream, False) for draw in (philox._drawn, triton_kernel.drawn)]
         assert torch.equal(*drawn), (seed, round, stream)
-        normals = [draw(ids, blocks, seed, round, stream, True) for draw in (philox._drawn, kernel.drawn)]
+        normals = [draw(ids, blocks, seed, round, stream, True) for draw in (philox._drawn, triton_kernel.drawn)]
         torch.testing.assert_close(*normals)
 """
 

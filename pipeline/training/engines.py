@@ -17,7 +17,7 @@ def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator, shap
     """The engine that trains `bare` on samples of `shape`; InputError if DeepSpeed is set up otherwise. Collective."""
     train = config.train
     if train.channels_last:
-        bare.to(memory_format=torch.channels_last)  # type: ignore[call-overload,unused-ignore]  # as torch has it
+        bare.to(memory_format=torch.channels_last)  # type: ignore[call-overload,unused-ignore]  # torch 2.15 declares it
     kind = ZeroEngine if accelerator.distributed_type == DistributedType.DEEPSPEED else Engine
     return kind(
         accelerator,
