@@ -99,6 +99,11 @@ class Flow(Prior):
         self.register_buffer("inward", torch.eye(number, channels))
         self.register_buffer("outward", torch.eye(channels, number))
 
+    @property
+    def metric(self) -> str:
+        """The name of its loss."""
+        return "loss/codes"
+
     @cached_property
     def learner(self) -> "Learner":
         return Learner(self.velocity)
@@ -171,7 +176,7 @@ class Flow(Prior):
             learner.done, learner.sum = 0, 0.0
             return
         wanted = self.whiten(codes)
-        for mine, batch, now in self.batches(examples, len(codes), "loss/codes"):
+        for mine, batch, now in self.batches(examples, len(codes)):
             share = (now - self.config.begin) / (self.config.end - self.config.begin)
             if self.config.autoguidance and self.moves and not self.guides and share >= EARLY:
                 self.early.load_state_dict(self.velocity.state_dict())
@@ -182,9 +187,9 @@ class Flow(Prior):
             self.moves = True
             yield
 
-    def batches(self, examples: Examples, count: int, metric: str) -> Iterator[tuple[Tensor, int, float]]:
+    def batches(self, examples: Examples, count: int) -> Iterator[tuple[Tensor, int, float]]:
         """For each step left of a round, in which each of `count` rows occurs `passes` times: this rank's rows of the
-        batch, how many all ranks have, and the run's progress. In the end `metric` is the mean loss.
+        batch, how many all ranks have, and the run's progress. In the end `metrics` has the mean loss.
         """
         drawn = uniform(self.seed, examples.round, torch.arange(count), (self.config.passes,), stream=LEARN)
         batches, learner = drawn.argsort(dim=0).T.flatten().split(self.config.batch), self.learner
@@ -192,7 +197,7 @@ class Flow(Prior):
             rows = batches[learner.done]
             now = examples.progress + examples.covers * learner.done / len(batches)
             yield rows[examples.part(len(rows))], len(rows), now
-        self.metrics = {metric: float(learner.sum) / len(batches)}
+        self.metrics = {self.metric: float(learner.sum) / len(batches)}
         learner.done, learner.sum = 0, 0.0
 
     def _loss(self, wanted: Tensor, numbers: Tensor, examples: Examples) -> Tensor:
@@ -206,13 +211,13 @@ class Flow(Prior):
 
     def training_state(self) -> dict[str, Tensor]:
         learner = self.learner
-        progress = [learner.made, learner.done, float(learner.sum), next(iter(self.metrics.values()), math.nan)]
+        progress = [learner.made, learner.done, float(learner.sum), self.metrics.get(self.metric, math.nan)]
         return self.state_dict() | learner.tensors() | {"progress": torch.tensor(progress, dtype=torch.float64)}
 
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         super().load_training_state(state)
         made, done, self.learner.sum, loss = state["progress"].tolist()
-        self.metrics = {} if math.isnan(loss) else {"loss/codes": loss}
+        self.metrics = {} if math.isnan(loss) else {self.metric: loss}
         self.learner.done = int(done)
         self.learner.resume_at(int(made))
         for name, value in self.learner.tensors().items():

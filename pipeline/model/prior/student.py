@@ -31,6 +31,10 @@ class TaughtFlow(Flow):
         if config.student:
             self.student = deepcopy(self.velocity)
 
+    @property
+    def metric(self) -> str:
+        return "loss/student" if self.taught else super().metric
+
     def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         loaded = super().load_state_dict(state, strict, assign)
         self.taught = bool(self.config.student) and moving(self.student)
@@ -59,7 +63,7 @@ class TaughtFlow(Flow):
         noise = normal(self.seed, examples.round, ids, self.noise_shape, examples.images.device, stream=LEARN)
         parts = noise[examples.part(count)].split(SOLVED)
         ends = examples.gather(torch.cat([super(TaughtFlow, self).ends(part) for part in parts]))
-        for mine, batch, now in self.batches(examples, count, "loss/student"):
+        for mine, batch, now in self.batches(examples, count):
             second = (mine + self.learner.done) % 2 == 1  # rows that learn the second evaluation in this step
             points, time = noise[mine], second.to(noise.device) * MIDDLE
             with examples.autocast():
@@ -75,11 +79,6 @@ class TaughtFlow(Flow):
         """The share of the run at which the first round of the student begins, of rounds that are `covers` each."""
         rounds = round(1 / covers)
         return math.ceil(self.config.end * rounds - 1e-9) / rounds
-
-    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
-        super().load_training_state(state)
-        if self.taught and self.metrics:
-            self.metrics = {"loss/student": self.metrics["loss/codes"]}
 
 
 def leap(student: nn.Module, noise: Tensor) -> Tensor:
