@@ -6,6 +6,7 @@ of many channels only the DIRECTIONS of most spread are modelled: the others sta
 """
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -128,16 +129,21 @@ class Flow(Prior):
 
     def ends(self, noise: Tensor) -> Tensor:
         """The whitened codes (n, d, ...) at the ends of the paths that begin at `noise`, (n, d, ...)."""
-        codes, steps = noise, self.config.steps if self.moves else 0  # until the flow has learned, paths stand still
-        before: Tensor | None = None
-        for step in range(steps):  # the first step is Euler's
-            time = noise.new_full((len(noise),), step / steps)
-            velocity = self.velocity(codes, time)
-            if self.guides:
-                velocity = velocity + self.config.autoguidance * (velocity - self.early(codes, time))
-            codes = codes + (velocity if before is None else 1.5 * velocity - 0.5 * before) / steps
-            before = velocity
-        return codes
+        return deque(self.path(noise), maxlen=1).pop()
+
+    def path(self, noise: Tensor) -> Iterator[Tensor]:
+        """`noise`, and the points (n, d, ...) that the paths reach at times 1 / steps, 2 / steps, ..., 1."""
+        codes, before, steps = noise, noise[:0], self.config.steps
+        yield codes
+        for step in range(steps):
+            if self.moves:  # until the flow has learned, paths stand still
+                time = noise.new_full((len(noise),), step / steps)
+                velocity = self.velocity(codes, time)
+                if self.guides:
+                    velocity = velocity + self.config.autoguidance * (velocity - self.early(codes, time))
+                codes = codes + (1.5 * velocity - 0.5 * before if step else velocity) / steps  # Euler's step first
+                before = velocity
+            yield codes
 
     def whiten(self, codes: Tensor) -> Tensor:
         """(n, c, ...) -> (n, d, ...)"""

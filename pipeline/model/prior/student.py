@@ -1,8 +1,8 @@
 """A flow with a student: two evaluations from noise to a code, where the flow takes many.
 
-The student begins as the flow's velocity and learns in the same run, once the flow has learned: by regression on the
-flow's own end points, which are a smooth function of the noise (arXiv 2209.03003, section 2.2). Its first evaluation is
-at the noise, the second at a point between the noise and what the first has led to.
+The student begins as the flow's velocity and learns in the same run, once the flow has learned, to follow the flow's
+paths in two steps, by regression: from noise to where the path is at a time of about MIDDLE, and from there to its end.
+Both are smooth functions of where they begin (arXiv 2209.03003, section 2.2).
 """
 
 import math
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.model.prior.base import Examples, Shape
-from pipeline.model.prior.flow import Flow, FlowConfig, between_ends, cosine, moving, still
+from pipeline.model.prior.flow import Flow, FlowConfig, cosine, moving, still
 from pipeline.philox import LEARN, normal
 
 RATE = 0.5  # of the student's learning rate, over prior.lr
-MIDDLE = 0.4  # time of the second evaluation
+MIDDLE = 0.4  # time at which the second step begins, rounded to a step of the flow
 SOLVED = 512  # draws of noise that the flow follows at once
 
 
@@ -41,7 +41,10 @@ class TaughtFlow(Flow):
         return loaded
 
     def ends(self, noise: Tensor) -> Tensor:
-        return leap(self.student, noise) if self.taught else super().ends(noise)
+        if not self.taught:
+            return super().ends(noise)
+        late = torch.zeros(len(noise), dtype=torch.bool, device=noise.device)
+        return self._step(self.student, self._step(self.student, noise, late), ~late)
 
     def learn(self, examples: Examples) -> Iterator[None]:
         """As a flow learns; from `end` on, the student from as many draws of noise as a round has images. The metric
@@ -61,37 +64,36 @@ class TaughtFlow(Flow):
         count = len(examples.images) * examples.world
         ids = torch.arange(count) + count  # those below are of the order of rows
         noise = normal(self.seed, examples.round, ids, self.noise_shape, examples.images.device, stream=LEARN)
-        parts = noise[examples.part(count)].split(SOLVED)
-        ends = examples.gather(torch.cat([super(TaughtFlow, self).ends(part) for part in parts]))
+        paths = [self._two_steps(part) for part in noise[examples.part(count)].split(SOLVED)]
+        halves, ends = (examples.gather(torch.cat(part)) for part in zip(*paths, strict=True))
         for mine, batch, now in self.batches(examples, count):
-            second = (mine + self.learner.done) % 2 == 1  # rows that learn the second evaluation in this step
-            points, time = noise[mine], second.to(noise.device) * MIDDLE
+            late = ((mine + self.learner.done) % 2 == 1).to(noise.device)  # rows that learn the second step
+            chosen = late.view(-1, *(1,) * (noise.ndim - 1))
+            points = torch.where(chosen, halves[mine], noise[mine])
             with examples.autocast():
-                with torch.no_grad():
-                    points[second] = middle(self.learner.network, points[second])
-                codes = jump(self.learner.network, points, time)
-            loss = (codes.float() - ends[mine]).abs().sum() / (batch * noise[0].numel())
+                reached = self._step(self.learner.network, points, late)
+            loss = (reached.float() - torch.where(chosen, ends[mine], halves[mine])).abs().sum()
             rate = self.config.lr * RATE * cosine((now - first) / (1 - first))
-            self.learner.step(loss, rate, self.student, examples.add)
+            self.learner.step(loss / (batch * noise[0].numel()), rate, self.student, examples.add)
             yield
+
+    @property
+    def _half(self) -> int:
+        """The flow's steps that the student's first one takes."""
+        return max(1, round(MIDDLE * self.config.steps))
+
+    def _two_steps(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The points (n, d, ...) that the flow's paths from `noise` reach where the student's two steps end."""
+        path = [*self.path(noise)]
+        return path[self._half], path[-1]
+
+    def _step(self, student: nn.Module, points: Tensor, late: Tensor) -> Tensor:
+        """The first step of the student from points (n, d, ...), or the second of rows that are `late`, (n,) bool."""
+        middle = self._half / self.config.steps
+        taken = torch.where(late, 1 - middle, middle).view(-1, *(1,) * (points.ndim - 1))
+        return points + taken * student(points, late * middle)
 
     def _first(self, covers: float) -> float:
         """The share of the run at which the first round of the student begins, of rounds that are `covers` each."""
         rounds = round(1 / covers)
         return math.ceil(self.config.end * rounds - 1e-9) / rounds
-
-
-def leap(student: nn.Module, noise: Tensor) -> Tensor:
-    """Whitened codes (n, d, ...) of noise (n, d, ...) in two evaluations."""
-    return jump(student, middle(student, noise), noise.new_full((len(noise),), MIDDLE))
-
-
-def middle(student: nn.Module, noise: Tensor) -> Tensor:
-    """Where the second evaluation is made, (n, d, ...)."""
-    first = jump(student, noise, noise.new_zeros(len(noise)))
-    return between_ends(noise, first, noise.new_full((len(noise),), MIDDLE))
-
-
-def jump(student: nn.Module, points: Tensor, time: Tensor) -> Tensor:
-    """From points (n, d, ...) at times (n,) straight to codes."""
-    return points + (1 - time).view(-1, *(1,) * (points.ndim - 1)) * student(points, time)
