@@ -1,13 +1,15 @@
-"""What goes into a wheel: pipeline/, and as data in it configs/, launch/ and k8s/ (pipeline/__init__.py: shipped)."""
+"""What goes into a wheel: naign/ and pipeline/, with configs/, launch/ and k8s/ as data (see pipeline/__init__.py)."""
 
 from setuptools import find_packages, setup
 
 SHIPPED = {f"pipeline.{folder}": folder for folder in ("configs", "launch", "k8s")}
 
 setup(
-    packages=[*find_packages(include=["pipeline", "pipeline.*"]), *SHIPPED],
+    packages=[*find_packages(include=["naign", "pipeline", "pipeline.*"]), *SHIPPED],
     package_dir=SHIPPED,
     package_data={
+        "naign": ["py.typed"],
+        "pipeline": ["py.typed"],
         "pipeline.evaluate": ["*.jinja"],
         "pipeline.model": ["encoder_weights/*.safetensors"],
         **{package: ["**/*"] for package in SHIPPED},

@@ -132,7 +132,7 @@ class Stream(AbstractContextManager["Stream"]):
             self._ahead = self._begin(round + 1)
         self._broken += len(rows.broken)
         self._rows += len(rows.keys)
-        _allow(rows.broken, self._broken, self._rows, self.order.total // self._world)
+        allow(rows.broken, self._broken, self._rows, self.order.total // self._world)
         if self._trace:
             with self._trace.open("a", errors="surrogateescape") as lines:
                 listed = zip(rows.epochs.tolist(), rows.keys, strict=True)
@@ -167,7 +167,7 @@ class Stream(AbstractContextManager["Stream"]):
                 for first, last in parts(self._first, self._first + self._count, max(1, self._config.workers))
             ]
         reads, self._parts = self._parts, []  # given back below, unless this round breaks off
-        rows = _new_rows(self._memory())
+        rows = _rows_of(self._memory())
         calls = [partial(self._read_part, part, round, rows, stop) for part in reads]
         try:
             rows.broken.extend(chain.from_iterable(in_order(calls, len(calls))))
@@ -182,7 +182,7 @@ class Stream(AbstractContextManager["Stream"]):
         drawn = draws(self._seed, round, part.first, part.last, windows=self._config.fit == "random")
         try:
             stored = self._counted(islice(part.stored, part.last - part.first), stop)
-            broken = _fill(rows, part.first - self._first, stored, drawn, flip=self._config.flip)
+            broken = fill(rows, part.first - self._first, stored, drawn, flip=self._config.flip)
         except BaseException:
             part.stored.close()
             raise
@@ -217,13 +217,17 @@ def _new_images(shape: tuple[int, ...], dtype: str, rows: int) -> Array:
     return np.empty((rows, height, width, channels), dtype).transpose(0, 3, 1, 2)
 
 
-def _new_rows(images: Array) -> Rows:
-    """Rows to be filled."""
+def new_rows(shape: tuple[int, ...], dtype: str, rows: int) -> Rows:
+    """Rows to be filled, in new memory."""
+    return _rows_of(_new_images(shape, dtype, rows))
+
+
+def _rows_of(images: Array) -> Rows:
     labels, epochs = (torch.empty(len(images), dtype=torch.int64) for _ in range(2))
     return Rows(images=torch.from_numpy(images), labels=labels, epochs=epochs, keys=[""] * len(images))
 
 
-def _fill(
+def fill(
     rows: Rows, begin: int, stored: Iterable[tuple[Reader, Raw]], draws: Draws | None = None, *, flip: bool = False
 ) -> list[str]:
     """Decode samples into rows from `begin` on; the problems of broken ones. Row by row, `draws` say which windows are
@@ -244,7 +248,7 @@ def _fill(
     return broken
 
 
-def _allow(problems: list[str], broken: int, rows: int, epoch: int) -> None:
+def allow(problems: list[str], broken: int, rows: int, epoch: int) -> None:
     """Log the problems of samples. InputError if `broken`, all so far, are more than BROKEN of `rows` so far or of
     an epoch, whichever is more. One an epoch is always allowed.
     """
@@ -273,9 +277,9 @@ def read_split(
                 raise InputError(problem)  # before memory is allocated for samples that are not there
     with closing((reader, raw) for reader, cut in chosen for raw in reader.raw(cut)) as samples:
         bar = tqdm(samples, total=count, desc=f"read {split}", unit="sample", disable=not progress)
-        rows = _new_rows(_new_images(sets.shape, sets.manifest.dtype, count))
-        broken = _fill(rows, 0, bar)
-    _allow(broken, len(broken), count, total)
+        rows = new_rows(sets.shape, sets.manifest.dtype, count)
+        broken = fill(rows, 0, bar)
+    allow(broken, len(broken), count, total)
     return rows.images.contiguous(), rows.labels
 
 

@@ -13,9 +13,18 @@ import pytest
 from tests.conftest import ROOT, SMALL, environment
 
 WHERE = """
+import naign
 import pipeline
 from pipeline import shipped
-print(pipeline.__file__, pipeline.__version__, shipped("launch/zero2.yaml"))
+print(naign.__file__, pipeline.__file__, pipeline.__version__, shipped("launch/zero2.yaml"))
+"""
+
+READ = """
+from naign import NAIGN, nearest, open_dataset
+images, labels, keys = next(iter(open_dataset("data/digits", batch=100)))
+repaired = NAIGN.from_pretrained("runs/digits").project(images).flatten(1)
+distances, ids = nearest(repaired, repaired, first_id=5)
+print(ids.tolist() == list(range(5, 105)), len(set(keys)), labels.dtype)
 """
 
 
@@ -64,13 +73,16 @@ def test_the_wheel_trains_and_measures_in_an_empty_folder(tagged: Path, tmp_path
         return run(empty, sys.executable, *options, PYTHONPATH=str(site))
 
     where = python("-c", WHERE).split()
-    assert where == [str(site / "pipeline/__init__.py"), "7.8.9", str(site / "pipeline/launch/zero2.yaml")]
+    packages = [str(site / "naign/__init__.py"), str(site / "pipeline/__init__.py")]
+    assert where == [*packages, "7.8.9", str(site / "pipeline/launch/zero2.yaml")]
+    assert (site / "naign/py.typed").exists() and (site / "pipeline/py.typed").exists()
     small = [option for option in SMALL if not option.startswith("--report")]
     said = python(str(site / "bin/naign"), "train", "--config", "digits", *small, "--train.images=512")
     assert "packing it" in said and "done: the run lies in runs/digits" in said
     python(str(site / "bin/naign"), "evaluate", "runs/digits", "--samples", "100")
     metrics = json.loads((empty / "runs/digits/evaluation/metrics.json").read_text())
     assert metrics["encoder"] == "digits-cnn64" and metrics["images_seen"] == 512
+    assert python("-c", READ).split() == ["True", "100", "torch.int64"]
 
 
 def test_an_archive_without_gits_history_has_a_version(tagged: Path, tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""Programs of others that read by `naign.open_dataset`: stopped within an epoch, resumed on another number of ranks."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from naign import open_dataset
+from tests.conftest import ROOT, environment
+
+IMAGES, STOP = 1438, 5
+
+
+def run(program: str, ranks: int, *arguments: str | Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += [str(ROOT / "tests/e2e" / program), *map(str, arguments)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def lines(folder: Path) -> list[str]:
+    return [line for file in sorted(folder.iterdir()) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    for name in ("before", "1", "2"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_plain_loop_is_resumed_by_one_and_by_two_ranks(digits: str, folders: Path) -> None:
+    run("plain_loop.py", 2, digits, folders / "state.pt", folders / "before", STOP)
+    state = torch.load(folders / "state.pt")
+    assert (state["epoch"], state["position"]) == (0, 90 * STOP)
+    before, whole = lines(folders / "before"), list(open_dataset(digits, batch=90, seed=3, flip=True))
+    assert len(before) == 90 * STOP
+    for ranks in (1, 2):
+        shutil.copy(folders / "state.pt", folders / f"state-{ranks}.pt")
+        run("plain_loop.py", ranks, digits, folders / f"state-{ranks}.pt", folders / str(ranks))
+        assert torch.load(folders / f"state-{ranks}.pt") == {**state, "epoch": 1, "position": 0}
+        after = lines(folders / str(ranks))
+        keys = [line.split()[0] for line in before + after]
+        assert len(keys) == IMAGES and sorted(keys) == sorted(key for batch in whole for key in batch.keys)
+    # The images are those of one rank, mirrored alike.
+    assert {line.split()[0] for line in before} == {key for batch in whole[:STOP] for key in batch.keys}
+    assert sorted(lines(folders / "1")) == sorted(lines(folders / "2"))
+
+
+@pytest.mark.slow
+def test_accelerates_own_loader_is_resumed_by_one_and_by_two_ranks(digits: str, folders: Path) -> None:
+    pytest.importorskip("torchdata")
+    run("accelerate_loop.py", 2, digits, folders / "state", folders / "before", STOP)
+    before = lines(folders / "before")
+    assert len(before) == 90 * STOP
+    for ranks in (1, 2):
+        run("accelerate_loop.py", ranks, digits, folders / "state", folders / str(ranks))
+        keys = before + lines(folders / str(ranks))
+        assert len(keys) == len(set(keys)) == IMAGES

@@ -1,0 +1,213 @@
+"""`naign.open_dataset`: every image once an epoch for any number of ranks and any batch, from any state."""
+
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
+
+from naign import NAIGN, nearest, open_dataset
+from pipeline.data.format.indexing import index
+from pipeline.data.format.writer import pack
+from pipeline.data.loader import Rows, fill, read_split
+from pipeline.errors import InputError
+from pipeline.model.scale import scaled
+from pipeline.training.batches import Batch
+from tests.data.numbered import numbered, rewrite
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """23 images in three shards."""
+    folder = str(tmp_path_factory.mktemp("small"))
+    pack(numbered(), folder, shards=3, progress=False)
+    return folder
+
+
+def keys(batches: Iterable[Batch]) -> list[str]:
+    return [key for batch in batches for key in batch.keys]
+
+
+def test_a_batch_has_images_in_the_scale_of_the_model_labels_and_keys(small: str) -> None:
+    (batch,) = open_dataset(Path(small), "test", batch=5)
+    images, labels, names = batch
+    stored, numbers = read_split(small, "test")
+    places = [int(name.removeprefix("test-")) for name in names]
+    order = stored[:, 0, 0, 0].tolist()
+    found = [order.index(place) for place in places]
+    assert torch.equal(images, scaled(stored[found])) and torch.equal(labels, numbers[found])
+    assert images.dtype == torch.float32 and labels.dtype == torch.int64 and -1 <= images.min() < images.max() <= 1
+
+
+@pytest.mark.parametrize(("batch", "world"), [(1, 1), (4, 1), (4, 2), (7, 3), (8, 8), (11, 2), (30, 4), (23, 23)])
+def test_every_image_comes_once_an_epoch_and_ranks_have_equally_many_batches(
+    small: str, batch: int, world: int
+) -> None:
+    whole = keys(open_dataset(small, batch=1))
+    ranks = [open_dataset(small, batch=batch, rank=rank, world=world) for rank in range(world)]
+    for epoch in range(2):
+        parts = [list(rank) for rank in ranks]
+        assert len({len(part) for part in parts}) == 1
+        joined = [key for step in zip(*parts, strict=True) for key in keys(step)]
+        assert len(joined) == 23 and set(joined) == set(whole)
+        assert epoch or joined == whole  # the same order
+        assert all(rank.state_dict() == ranks[0].state_dict() for rank in ranks)
+        assert ranks[0].state_dict()["epoch"] == ranks[0].epoch == epoch + 1
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("stop", [1, 2, 5, 6])
+def test_a_state_is_resumed_with_other_ranks_and_another_batch(small: str, stop: int, workers: int) -> None:
+    states, before = [], list[str]()
+    for rank in (0, 1):
+        dataset = open_dataset(small, batch=4, rank=rank, world=2, workers=workers)
+        for count, batch in enumerate(dataset, 1):
+            before += batch.keys
+            if count == stop:
+                break
+        states.append(json.loads(json.dumps(dataset.state_dict())))
+    assert states[0] == states[1]
+    for world, size in ((1, 4), (2, 4), (3, 5), (8, 10)):
+        after = list[str]()
+        for rank in range(world):
+            dataset = open_dataset(small, batch=size, rank=rank, world=world)
+            dataset.load_state_dict(states[0])
+            after += keys(dataset)
+            assert dataset.epoch == 1
+        assert len(before + after) == 23 == len(set(before + after))
+
+
+def test_an_iteration_that_was_left_is_continued(small: str) -> None:
+    dataset = open_dataset(small, batch=4)
+    first = next(iter(dataset))
+    assert set(first.keys) | set(keys(dataset)) == set(keys(open_dataset(small)))
+    assert keys(dataset) != keys(open_dataset(small))  # the next epoch has another order
+    assert dataset.epoch == 2
+
+
+def test_mirroring_and_windows_depend_on_the_seed_alone(digits: str) -> None:
+    options: dict[str, Any] = {"flip": True, "size": "6", "fit": "random"}
+    whole = torch.cat([batch.images for batch in open_dataset(digits, batch=500, **options)])
+    dataset = open_dataset(digits, batch=100, workers=2, **options)
+    dataset.load_state_dict({**dataset.state_dict(), "position": 1000})
+    rest = torch.cat([batch.images for batch in dataset])
+    assert whole.shape[1:] == (1, 6, 6) and torch.equal(rest, whole[1000:])
+    other = torch.cat([batch.images for batch in open_dataset(digits, batch=500, seed=1, **options)])
+    assert not torch.equal(other, whole)
+
+
+def test_points_and_tars_by_others_are_read_from_s3(points: str, small: str, bucket: str) -> None:
+    (first, *_) = open_dataset(points, batch=64)
+    assert first.images.shape == (64, 2) and first.images.dtype == torch.float32 and set(first.labels.tolist()) != {-1}
+    pack(numbered(), f"{bucket}/shards", shards=3, progress=False)
+    index(f"{bucket}/shards", to=f"{bucket}/index", progress=False)
+    there = open_dataset(f"{bucket}/shards", batch=5, index=f"{bucket}/index")
+    assert sorted(keys(there)) == sorted(keys(open_dataset(small)))
+
+
+def test_loaders_of_torch_and_torchdata(small: str) -> None:
+    whole = keys(open_dataset(small, batch=4))
+    assert keys(DataLoader(open_dataset(small, batch=4), batch_size=None)) == whole
+    with pytest.raises(InputError, match="num_workers=0"):
+        next(iter(DataLoader(open_dataset(small, batch=4), batch_size=None, num_workers=1)))
+    stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+    loader = stateful(open_dataset(small, batch=4), batch_size=None)
+    for count, _ in enumerate(loader, 1):
+        if count == 2:
+            state = loader.state_dict()
+            break
+    resumed = stateful(open_dataset(small, batch=4), batch_size=None)
+    resumed.load_state_dict(state)
+    assert keys(resumed) == whole[8:]
+    assert sorted(keys(resumed)) == sorted(whole)  # the next epoch
+
+
+@pytest.mark.parametrize("dispatch", [True, False])
+def test_a_second_division_by_accelerate_is_refused(small: str, dispatch: bool) -> None:
+    loader: Any = DataLoader(open_dataset(small, batch=8, rank=0, world=2), batch_size=None if dispatch else 4)
+    loader = prepare_data_loader(
+        loader, torch.device("cpu"), 2, 0, put_on_device=True, dispatch_batches=dispatch, even_batches=False
+    )
+    with pytest.raises(InputError, match="once more"):
+        next(iter(loader))
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"path": "nowhere"}, "nowhere: no data set"),
+        ({"path": "[a, b]"}, "one data set"),
+        ({"path": ""}, "data.path is empty"),
+        ({"split": "val"}, "no split 'val', only train, test"),
+        ({"batch": 0}, "batch is 0"),
+        ({"seed": -1}, "seed -1"),
+        ({"rank": 0}, "both rank and world"),
+        ({"rank": 2, "world": 2}, "rank is 2"),
+        ({"trace": "x"}, "no setting trace"),
+        ({"fit": "none"}, "data.fit"),
+        ({"crop": 5}, "data.crop=5 is more"),
+        ({"batch": 2, "rank": 0, "world": 3}, "none for some of 3 ranks"),
+    ],
+)
+def test_wrong_arguments_are_refused(small: str, options: dict[str, Any], part: str) -> None:
+    with pytest.raises(InputError, match=part):
+        next(iter(open_dataset(**{"path": small, **options})))
+
+
+@pytest.mark.parametrize(
+    ("state", "part"),
+    [
+        ({}, "not made by"),
+        ({"position": True}, "not made by"),
+        ({"epoch": -1}, "not made by"),
+        ({"position": 24}, "image 24 of the 23"),
+        ({"seed": 1}, "seed 1, not 0"),
+        ({"order": "0"}, "another data set, split or shuffle"),
+    ],
+)
+def test_the_state_of_another_data_set_or_seed_is_refused(small: str, state: dict[str, Any], part: str) -> None:
+    dataset = open_dataset(small, batch=4)
+    next(iter(dataset))
+    before = dataset.state_dict()
+    with pytest.raises(InputError, match=part):
+        dataset.load_state_dict({**before, **state} if state else {})
+    other = open_dataset(small, "test")
+    with pytest.raises(InputError, match="split or shuffle than split train"):
+        dataset.load_state_dict(other.state_dict())
+    assert dataset.state_dict() == before
+
+
+def test_damage_is_named_when_its_batch_comes(tmp_path: Path) -> None:
+    pack(numbered(), str(tmp_path), shards=3, progress=False)
+    shard = next(file.name for file in tmp_path.glob("train-*.tar"))
+    rewrite(str(tmp_path), shard, lambda members: [(name, data[:-1] + b"?") for name, data in members], damage=True)
+    with pytest.raises(InputError, match=shard):
+        list(open_dataset(tmp_path, batch=4))
+    assert len(keys(open_dataset(tmp_path, "test", batch=4))) == 5
+
+
+def test_a_batch_in_work_is_waited_for(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that is inside torch when the interpreter ends would abort it."""
+    ended = list[int]()
+
+    def slow(rows: Rows, *arguments: Any, **options: Any) -> list[str]:
+        problems = fill(rows, *arguments, **options)
+        time.sleep(0.2)
+        ended.append(len(rows.keys))
+        return problems
+
+    monkeypatch.setattr("pipeline.training.batches.fill", slow)
+    for _ in open_dataset(small, batch=4):
+        break
+    assert ended == [4, 4]
+
+
+def test_the_other_names() -> None:
+    distances, ids = nearest(torch.zeros(2, 3), torch.eye(3), 7)
+    assert distances.tolist() == [1, 1] and ids.tolist() == [7, 7]
+    assert NAIGN.from_pretrained.__doc__
