@@ -21,9 +21,9 @@ import subprocess
 import sys
 
 try:
+    from naign import NAIGN
     from pipeline.data.degrade import KINDS, degrade
     from pipeline.data.loader import read_split
-    from pipeline.model.naign import NAIGN
     from pipeline.model.scale import scaled
     from pipeline.observe.pictures import grid, rows
 except ModuleNotFoundError as error:

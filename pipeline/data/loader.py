@@ -167,7 +167,7 @@ class Stream(AbstractContextManager["Stream"]):
                 for first, last in parts(self._first, self._first + self._count, max(1, self._config.workers))
             ]
         reads, self._parts = self._parts, []  # given back below, unless this round breaks off
-        rows = _rows_of(self._memory())
+        rows = new_rows(self._memory())
         calls = [partial(self._read_part, part, round, rows, stop) for part in reads]
         try:
             rows.broken.extend(chain.from_iterable(in_order(calls, len(calls))))
@@ -201,13 +201,13 @@ class Stream(AbstractContextManager["Stream"]):
         """Memory for a round's images: that of an earlier round if nothing refers to it any more, else new, whose first
         touch costs page faults and zeroing, for images of 256 x 256 a fifth of the decoding.
         """
-        memory = self._unused.pop() if self._unused else _new_images(self.shape, self.manifest.dtype, self._count)
+        memory = self._unused.pop() if self._unused else new_images(self.shape, self.manifest.dtype, self._count)
         lent = memory.view()  # which the round's tensor holds, and all that are made of it
         weakref.finalize(lent, self._unused.append, memory).atexit = False
         return lent
 
 
-def _new_images(shape: tuple[int, ...], dtype: str, rows: int) -> Array:
+def new_images(shape: tuple[int, ...], dtype: str, rows: int) -> Array:
     """Memory for images (rows, C, H, W), in which the channels of a pixel lie together, or points (rows, D). NumPy's,
     not torch's: it asks for huge pages, without which touching new memory takes a tenth of the decoding.
     """
@@ -217,12 +217,8 @@ def _new_images(shape: tuple[int, ...], dtype: str, rows: int) -> Array:
     return np.empty((rows, height, width, channels), dtype).transpose(0, 3, 1, 2)
 
 
-def new_rows(shape: tuple[int, ...], dtype: str, rows: int) -> Rows:
-    """Rows to be filled, in new memory."""
-    return _rows_of(_new_images(shape, dtype, rows))
-
-
-def _rows_of(images: Array) -> Rows:
+def new_rows(images: Array) -> Rows:
+    """Rows to be filled."""
     labels, epochs = (torch.empty(len(images), dtype=torch.int64) for _ in range(2))
     return Rows(images=torch.from_numpy(images), labels=labels, epochs=epochs, keys=[""] * len(images))
 
@@ -277,7 +273,7 @@ def read_split(
                 raise InputError(problem)  # before memory is allocated for samples that are not there
     with closing((reader, raw) for reader, cut in chosen for raw in reader.raw(cut)) as samples:
         bar = tqdm(samples, total=count, desc=f"read {split}", unit="sample", disable=not progress)
-        rows = new_rows(sets.shape, sets.manifest.dtype, count)
+        rows = new_rows(new_images(sets.shape, sets.manifest.dtype, count))
         broken = fill(rows, 0, bar)
     allow(broken, len(broken), count, total)
     return rows.images.contiguous(), rows.labels

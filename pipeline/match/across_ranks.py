@@ -71,6 +71,8 @@ def nearest(
     'Nearest' is by the float64 sum of squared differences of the given float32 values, smallest id on a tie. The
     distance is that sum rounded, infinite above 3.4e38. Queries may lie on any device; results lie on the same one.
 
+        distances, ids = nearest(images, samples, first_id=rank * len(samples))  # on every rank, with its own rows
+
     Raises:
         ValueError: on every rank, if a value is NaN or infinite, if shapes or types differ, if ids leave [0, 2**62) or
             are shared by ranks, or if no rank has a candidate.

@@ -28,6 +28,9 @@ Advance = Callable[[int], object] | None
 class NAIGN:
     """An idempotent generative network f and the prior of its latents.
 
+        model = NAIGN.from_pretrained("runs/mnist")
+        samples, repaired, energy = model.sample(16), model.project(images), model.energy(images)
+
     Images are float32 in [-1, 1], NCHW; points are (n, D) float32. `metadata` says where the model comes from.
     """
 

@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.data.dataset import DataConfig, check_config, lists_data_sets
 from pipeline.data.format.manifest import is_count
-from pipeline.data.loader import PATIENCE, Rows, allow, fill, new_rows
+from pipeline.data.loader import PATIENCE, Rows, allow, fill, new_images, new_rows
 from pipeline.data.mixing import DataSets
 from pipeline.data.order import check_seed, parts, pieces
 from pipeline.data.sample import draws
@@ -138,7 +138,7 @@ class Batches(IterableDataset[Batch]):
             wanted = (piece for first, last, _ in mine for piece in pieces(self._order, epoch, first, last))
             streams.append(zip(repeat(reader), reader.raw(wanted), strict=False))
         for (first, last, end), stored in zip(steps(), cycle(streams), strict=False):
-            rows = new_rows(self.shape, self.manifest.dtype, last - first)
+            rows = new_rows(new_images(self.shape, self.manifest.dtype, last - first))
             drawn = draws(self._seed, epoch, first, last, windows=self._config.fit == "random")
             read = partial(fill, rows, 0, islice(stored, last - first), drawn, flip=self._config.flip)
             yield rows, end, in_background(read, f"read batch {first}")
