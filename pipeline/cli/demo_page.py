@@ -99,8 +99,8 @@ class Player:
         text += f"**{energies[-1]:.4g}** of its answer. Darkest in the map: |f(x) − x| = {moved.max():.3g}."
         return to_image(given[0]), shades(moved), applied[-1][0], text, applied
 
-    def sample(self, n: int, seed: int, times: int) -> Image.Image:
-        return grid(self.model.sample(n, seed=seed, times=times).cpu(), columns=min(n, 8))
+    def sample(self, n: int, seed: int, times: int, label: str = "") -> Image.Image:
+        return grid(self.model.sample(n, seed=seed, label=label or None, times=times).cpu(), columns=min(n, 8))
 
     def between(self, first: int, last: int, steps: int, times: int) -> Image.Image:
         latents = self.model.between(first, last, steps=steps)
@@ -115,9 +115,13 @@ def build(player: Player, *, about: str) -> gradio.Blocks:
             _build_repair(player)
         with gradio.Tab("Sample"):
             with gradio.Row():
-                n, seed, times = _slider("Samples", 16, SAMPLES), _seed("Seed"), _times()
+                inputs: list[Any] = [_slider("Samples", 16, SAMPLES), _seed("Seed"), _times()]
+                if names := player.model.labels:
+                    inputs.append(
+                        gradio.Dropdown([("any", ""), *((name, name) for name in names)], value="", label="Class")
+                    )
                 button = gradio.Button("Sample", variant="primary")
-            button.click(_refusing(player.sample), [n, seed, times], _shown("Samples f(z)"), api_name="sample")
+            button.click(_refusing(player.sample), inputs, _shown("Samples f(z)"), api_name="sample")
         with gradio.Tab("Between two samples"):
             with gradio.Row():
                 ends = [_seed("Seed of the first latent"), _seed("Seed of the second latent", 1)]

@@ -38,6 +38,8 @@ class Latents:
     components: int | None = None  # Gaussians of --prior gmm; default: 50.
     # Steps of a flow from noise to a code (prior.steps), without its student; default: as trained.
     steps: int | None = None
+    # Strength of guidance by classes (prior.guidance), without a student; default: as trained.
+    guidance: float | None = None
     # Packed data set whose codes the mixture is fitted to; default: the one it was trained on.
     data: str | None = None
 
@@ -84,6 +86,8 @@ def evaluate(
             values = f"{compared(fd, 'once'):.4g} for f(z), {compared(fd, 'twice'):.4g} for f(f(z))"
             floor = f"{fd['floor']:.4g} (training against test); f(z) is {number(fd['once_ratio'])} times that"
             print(f"Frechet distance on {fd['encoder']}: {values}; floor {floor}")
+    if asked := metrics["asked"]:
+        print(f"classes: {asked['share']:.1%} of samples are of the class that they were drawn from, by the classifier")
     for kind, errors in (metrics["restoration"] or {}).items():
         print(f"restoration of {kind}: mean absolute error {errors['input']:.3f} before, {errors['once']:.3f} after")
     for kind in ("warning", "note"):
@@ -98,6 +102,7 @@ def sample(
     *,
     n: int = 64,
     to: Path | None = None,
+    label: str | None = None,
     times: Times = 1,
     latents: Drawn = TRAINED,
     seed: int = 0,
@@ -108,6 +113,7 @@ def sample(
     Args:
         n: How many.
         to: A .png file for a grid, a .csv file for points, or a folder for one PNG a sample.
+        label: Name or number of a class, of a model with prior.classes; default: classes as frequent as in training.
         seed: The same seed draws the same latents, and so the same samples.
     """
     from pipeline.cli.files import write_samples
@@ -115,7 +121,7 @@ def sample(
     _check(n=n, times=times, seed=seed)
     model = _open_with(latents, run, _find_device(device))
     with counted("sampling", total=n, unit="sample") as bar:
-        samples = model.sample(n, seed=seed, times=times, advance=bar.update).cpu()
+        samples = model.sample(n, seed=seed, label=label, times=times, advance=bar.update).cpu()
     place = to or Path("samples.png" if samples.ndim == 4 else "samples.csv")
     print(f"{n} samples: {write_samples(samples, place)}")
 
@@ -296,13 +302,12 @@ def _open_with(latents: Latents, run: str, device: str) -> "NAIGN":
     components = 50 if components is None else components
     _check(components=components)
     model = _open(run, device)
-    if latents.steps is not None:
-        settings = model.metadata["prior"]
-        flow = trained and settings["name"] == "flow"
-        require((flow, f"--steps applies to a flow of codes, and this prior is none ({run}): leave it out"))
-        metadata = model.metadata | {"prior": settings | {"steps": latents.steps, "student": 0.0}}
-        state = {name: value for name, value in model.prior.state_dict().items() if not name.startswith("student.")}
-        model = type(model)(model.network, metadata, state)
+    chosen = {"steps": latents.steps, "guidance": latents.guidance}
+    if chosen := {name: value for name, value in chosen.items() if value is not None}:
+        flow = trained and model.metadata["prior"]["name"] == "flow"
+        refused = f"--{next(iter(chosen))} applies to a flow of codes, and this prior is none"
+        require((flow, f"{refused} ({run}): leave it out"))
+        model = model.with_flow(**chosen)
     if trained:
         return model
     from pipeline.evaluate.refit import with_mixture

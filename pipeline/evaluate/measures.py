@@ -143,9 +143,24 @@ def overlap(subject: Subject) -> dict[str, Any]:
         cover["latents"] = coverage.coverage(test[:number], features["latents"][:number])
     counts["coverage_train"] = number = min(number, len(features["floor"]))
     cover["train"] = coverage.coverage(test[:number], features["floor"][:number])
-    shares = coverage.mode_shares(encoder.logits(subject.once)) if encoder.labels else None
+    logits = encoder.logits(subject.once) if encoder.labels else None
+    shares = None if logits is None else coverage.mode_shares(logits)
     modes = {"modes": shares, "modes_min": min(shares) if shares else None, "classes": list(encoder.labels) or None}
-    return {"fd": fd, "coverage": cover} | modes
+    return {"fd": fd, "coverage": cover, "asked": None if logits is None else as_asked(subject, logits)} | modes
+
+
+def as_asked(subject: Subject, logits: Tensor) -> dict[str, Any] | None:
+    """Share of samples that the encoder's classifier sees in the class that they were drawn from, in all and by class.
+
+    `logits` (n, classes) are of the samples. None for a model without classes, or where the encoder has others.
+    """
+    labels = subject.model.choose(torch.arange(len(logits)), seed=subject.seed)
+    if labels is None or subject.encoder.labels != subject.model.labels:
+        return None
+    labels = labels.cpu()
+    right = (logits.cpu().argmax(1) == labels).double()
+    of_class = [right[labels == number] for number in range(logits.shape[1])]
+    return {"share": float(right.mean()), "by_class": [float(part.mean()) if len(part) else None for part in of_class]}
 
 
 def second_opinion(subject: Subject) -> dict[str, Any]:

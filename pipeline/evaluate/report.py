@@ -20,7 +20,8 @@ from pipeline.storage.base import Store
 
 DAMAGE = {"blur": "Blur", "noise": "Gaussian noise", "salt_pepper": "Salt and pepper", "rows": "Black rows"}
 COPIES = "<!-- copies -->"  # before and behind the part of the page that `naign copies` fills in
-STEPS = 12  # images of an interpolation
+STEPS = 12  # images of an interpolation, or of a class
+CLASSES = 20  # of which samples are shown, at most
 
 
 class Picture(NamedTuple):
@@ -93,6 +94,12 @@ def draw_pictures(subject: Subject) -> list[Picture]:
     return [Picture("samples", "Samples", "Orange over the test data in blue.", scatter(panels, behind=real))]
 
 
+def _shown(subject: Subject) -> list[str]:
+    """Classes that the model learned, if it knows any."""
+    counts = subject.model.prior.state_dict().get("class_counts", torch.zeros(0)).tolist()
+    return [name for name, count in zip(subject.model.labels, counts, strict=False) if count][:CLASSES]
+
+
 def _of_images(subject: Subject) -> list[Picture]:
     noise = subject.model.latent(torch.arange(10), seed=subject.seed).cpu()
     times = [("z", noise), ("f once", subject.once[:10]), ("f twice", subject.twice[:10])]
@@ -106,6 +113,9 @@ def _of_images(subject: Subject) -> list[Picture]:
         Picture("applications", "The same z, f applied one to five times", alike, rows(times)),
         Picture("interpolation", "Between two samples", way, grid(_between(subject), columns=STEPS)),
     ]
+    if asked := [(name, subject.model.sample(STEPS, seed=subject.seed, label=name).cpu()) for name in _shown(subject)]:
+        caption = "A row is a class, a column the same noise."
+        drawn.insert(1, Picture("classes", "Samples by class", caption, rows(asked)))
     blind = "Test images. f does not know how they were damaged. Last row: the nearest training image, an answer that "
     blind += "needs no network."
     shown = {"damaged": "input", "f once": "once", "f twice": "twice", "nearest": "nearest"}

@@ -58,9 +58,11 @@ def _has_token(token: str | bool | None) -> bool:
 
 
 def without_places(value: Any) -> Any:
-    """A model's header without folders, buckets and addresses: of a path its last part is left, of a URL nothing."""
+    """A model's header without folders, buckets and addresses: of a path its last part is left, of a URL nothing.
+    Names of classes stay.
+    """
     if isinstance(value, dict):
-        return {key: without_places(part) for key, part in value.items()}
+        return {key: part if key == "labels" else without_places(part) for key, part in value.items()}
     if isinstance(value, list):
         return [without_places(part) for part in value]
     if isinstance(value, str) and "/" in value:

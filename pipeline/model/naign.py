@@ -4,17 +4,18 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.errors import InputError, one_line, require, unwritten
+from pipeline.data.format.labels import parse_number
+from pipeline.errors import InputError, one_line, printable, require, unwritten
 from pipeline.model import hub
 from pipeline.model.networks import build_network, recorded_network
-from pipeline.model.prior import build_prior, find_prior
+from pipeline.model.prior import CodesPrior, build_prior, find_prior
 from pipeline.model.weights import locate
 from pipeline.philox import SAMPLES
 
@@ -41,7 +42,7 @@ class NAIGN:
         self.checkpoint, self.choice = "", ""  # of a run: the checkpoint's name, and best or last
         settings = find_prior(metadata["prior"]["name"])[0](**metadata["prior"])
         with torch.device("meta"):  # what the settings claim is checked against `state` before it is allocated
-            self.prior = build_prior(settings, self.shape, network)
+            self.prior = build_prior(settings, self.shape, network, labels=metadata.get("labels", ()))
         self.prior.load_state_dict(state or {}, assign=True)
 
     @classmethod
@@ -102,10 +103,49 @@ class NAIGN:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def latent(self, ids: Tensor, *, seed: int = 0) -> Tensor:
-        """Latents (len(ids), *shape) float32 on the model's device; row i depends on (seed, ids[i]) alone."""
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the classes that samples can be asked for, in the order of their numbers; empty without any."""
+        return self.prior.labels
+
+    def find_label(self, label: int | str) -> int:
+        """The number of a class by its name or number. Raises InputError where samples of it cannot be asked for."""
+        names, prior = self.labels, self.prior
+        blind = f"a label ({label}) is asked of a model that knows none: train one with prior.classes=true"
+        require((isinstance(prior, CodesPrior) and names, blind))
+        number = names.index(str(label)) if isinstance(label, str) and label in names else parse_number(str(label))
+        known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+        unknown = f"label '{printable(str(label), 40)}' is none of the model's {len(names)} classes"
+        require((0 <= number < len(names), f"{unknown}: give a name ({known}) or a number from 0 to {len(names) - 1}"))
+        none = f"label '{names[number]}' was not among the images of the training: ask for another"
+        require((int(cast(CodesPrior, prior).class_counts[number]), none))
+        return number
+
+    def choose(self, ids: Tensor, *, seed: int = 0) -> Tensor | None:
+        """Classes (len(ids),) int64 that `latent` draws, in proportion to the training images; None without classes."""
+        return self.prior.choose(seed, SAMPLES, ids, self.device) if isinstance(self.prior, CodesPrior) else None
+
+    def latent(self, ids: Tensor, *, seed: int = 0, label: int | str | None = None) -> Tensor:
+        """Latents (len(ids), *shape) float32 on the model's device, of the class `label` (name or number) if one is
+        given; row i depends on (seed, ids[i]) and the class alone. InputError for a label that is none of the model's.
+        """
+        prior: Any = self.prior
+        asked = () if label is None else (torch.full((len(ids),), self.find_label(label), device=self.device),)
         with torch.inference_mode():
-            return self._decoded(self.prior.draw(seed, SAMPLES, ids, self.device))
+            return self._decoded(prior.draw(seed, SAMPLES, ids, self.device, *asked))
+
+    def with_flow(self, **settings: float) -> "NAIGN":
+        """This model with other settings of its flow of codes, `steps` or `guidance`, and without a student, which has
+        learned the end points of the former ones. Raises InputError for a prior that is no flow, or unfit settings.
+        """
+        known = self.metadata["prior"]
+        other = f"{' and '.join(settings)} can be chosen for a flow of codes, and this prior is '{known['name']}'"
+        require((known["name"] == "flow", f"{other}: leave it out"))
+        if settings == {"guidance": known.get("guidance", 0.0)}:
+            return self
+        metadata = self.metadata | {"prior": known | {"student": 0.0} | settings}
+        state = {name: value for name, value in self.prior.state_dict().items() if not name.startswith("student.")}
+        return NAIGN(self.network, metadata, state)
 
     def _decoded(self, drawn: Tensor) -> Tensor:
         return self.network.decode(drawn) if self.prior.decodes else drawn  # type: ignore[operator]
@@ -119,10 +159,23 @@ class NAIGN:
         """
         return self._decoded(self.prior.between((first, last), SAMPLES, self.device, steps=steps))
 
-    def sample(self, n: int, *, seed: int = 0, times: int = 1, batch: int = 500, advance: Advance = None) -> Tensor:
-        """n samples (n, *shape) float32: f applied `times` times to latents 0 to n - 1 of `seed`."""
-        ids = torch.arange(n).split(batch)
-        return torch.cat([self.project(self.latent(part, seed=seed), times=times, advance=advance) for part in ids])
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        label: int | str | None = None,  # name or number of a class; None: in proportion to the training images
+        guidance: float | None = None,  # strength of guidance by classes, as prior.guidance; None: as trained
+        times: int = 1,
+        batch: int = 500,
+        advance: Advance = None,
+    ) -> Tensor:
+        """n samples (n, *shape) float32: f applied `times` times to latents 0 to n - 1 of `seed`. InputError for a
+        label or a guidance that the model does not know.
+        """
+        model = self if guidance is None else self.with_flow(guidance=guidance)
+        latents = (model.latent(ids, seed=seed, label=label) for ids in torch.arange(n).split(batch))
+        return torch.cat([self.project(part, times=times, advance=advance) for part in latents])
 
     @torch.inference_mode()
     def project(self, x: Tensor, *, times: int = 1, batch: int = 500, advance: Advance = None) -> Tensor:

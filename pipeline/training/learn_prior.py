@@ -25,6 +25,7 @@ def learn_prior(run: Run, state: RoundState) -> dict[str, float]:
         stop_requested, steps = StopPoll(run.stop), 0
         examples = Examples(
             images=state.images,
+            labels=state.labels,
             encode=partial(run.engine.exported, "encode"),
             round=state.number,
             progress=state.number / run.rounds,

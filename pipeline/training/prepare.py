@@ -110,9 +110,11 @@ def build_model(config: Config, accelerator: Accelerator, start: Start | None) -
     rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     data = replace(config.data, workers=config.data.workers or (2 if device.type == "cuda" else 1))
     stream = Stream(data, seed=config.seed, round_size=config.match.round, rank=rank, world=world)
+    bare = [manifest.name for manifest in stream.sets.manifests if not manifest.labels]
+    labels = () if bare else stream.manifest.labels  # of a list, all must have them
     torch.manual_seed(config.seed)  # the same first weights on every rank
     network = build_network(config.model, stream.shape, recompute=config.train.recompute).to(device)
-    prior = build_prior(config.prior, stream.shape, network, seed=config.seed).to(device)
+    prior = build_prior(config.prior, stream.shape, network, seed=config.seed, labels=labels).to(device)
     config.prior.check_rounds(count_all_rounds(config)[0], config.match.round)
     if start:
         warm_start(config, start, network, prior)
@@ -233,7 +235,7 @@ def warm_start(config: Config, start: Start, network: nn.Module, prior: Prior) -
     network.load_state_dict(state | fits)
     others = ", ".join(sorted(state.keys() - fits.keys()))
     log.info("%d of %d weights are from %s%s", len(fits), len(state), place, f", not {others}" if others else "")
-    same_prior = metadata["prior"]["name"] == config.prior.name
+    same_prior = metadata["prior"]["name"] == config.prior.name and (*metadata.get("labels", ()),) == prior.labels
     if same_prior and shapes_of(prior_state) == shapes_of(prior.state_dict()):
         prior.load_state_dict(prior_state)
 

@@ -18,6 +18,8 @@ from pipeline.observe import fit_flops, grid, peak_flops, peak_memory, rows, sca
 from pipeline.training.round import RoundRandom, RoundState
 from pipeline.training.run import Run
 
+CLASSES = 20  # whose samples are drawn, at most
+
 
 def headline(run: Run) -> str:
     """What a run says of itself before the first round."""
@@ -86,7 +88,8 @@ def speed_values(run: Run, images: int) -> dict[str, float]:
 
 
 def draw(engine: Engine, random: RoundRandom, images: Tensor) -> dict[str, Image.Image]:
-    """Pictures by name: samples f(z), resamples f(f(z)), restorations of images (m, *shape); for points a scatter. The
+    """Pictures by name: samples f(z), resamples f(f(z)), restorations of images (m, *shape); for points a scatter; of a
+    prior with classes a row of samples for each, of which a column has the same noise. The
     latents are the same over the run, so that pictures compare. Collective where the network is sharded.
     """
     latents = replace(random, round=philox.SAMPLES).latents(torch.arange(64))
@@ -100,4 +103,9 @@ def draw(engine: Engine, random: RoundRandom, images: Tensor) -> dict[str, Image
         repaired = engine.exported("", damaged.to(images.device)).cpu()
         lines += [(kind.replace("_", " "), damaged), ("repaired", repaired)]
     grids = {"samples": grid(once, columns=8), "samples-twice": grid(twice, columns=8)}
+    if names := random.prior.labels[:CLASSES]:
+        labels = torch.arange(len(names), device=images.device).repeat_interleave(8)
+        latents = replace(random, round=philox.SAMPLES).latents(torch.arange(8).repeat(len(names)), labels)
+        made = engine.exported("", latents).cpu().split(8)
+        grids["classes"] = rows(list(zip(names, made, strict=True)))
     return grids | {"restorations": rows(lines)}

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,9 +37,11 @@ class RoundRandom:
     prior: Prior
     decode: Callable[[Tensor], Tensor] = lambda drawn: drawn  # by f, of codes, where the prior draws codes
 
-    def latents(self, ids: Tensor) -> Tensor:
-        """Latents (len(ids), *shape) from the prior."""
-        drawn = self.prior.draw(self.config.seed, self.round, ids, self.device)
+    def latents(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Latents (len(ids), *shape) from the prior, of the classes `labels` (n,) int64 where they are given."""
+        prior: Any = self.prior
+        asked = () if labels is None else (labels,)
+        drawn = prior.draw(self.config.seed, self.round, ids, self.device, *asked)
         return self.decode(drawn) if self.prior.decodes else drawn
 
     def damaged(self, images: Tensor, numbers: Tensor) -> Tensor:
@@ -61,6 +64,7 @@ class RoundState(PartialRound):
     number: int
     random: RoundRandom
     images: Tensor  # (n, *shape): this rank's share, or the whole round if it was started with another world size
+    labels: Tensor | None = None  # (n,) int64, of a run with prior.classes
     first: int = 0  # row of the round that images[0] is
 
 
@@ -69,9 +73,13 @@ def take(run: Run, kept: PartialRound | None) -> tuple[RoundState, Rows]:
     config, number, device = run.config, run.position.round, run.accelerator.device
     rows = read_round(run, run.stream, number)
     images = scaled(rows.images.to(device))
+    if config.prior.classes:
+        with together(run.accelerator):
+            refuse_unlabelled(rows)
     random = RoundRandom(config, number, run.stream.shape, device, run.prior, partial(run.engine.exported, "decode"))
     first, last = rank_rows(config.match.round, run.rank, run.world)
     state = RoundState(number=number, world_size_at_start=run.world, random=random, images=images, first=first)
+    state.labels = rows.labels.to(device) if config.prior.classes else None
     if kept:
         state.world_size_at_start = kept.world_size_at_start
         if kept.world_size_at_start != run.world:  # each step's images are dealt anew, from the whole round
@@ -85,6 +93,13 @@ def take(run: Run, kept: PartialRound | None) -> tuple[RoundState, Rows]:
         if match := kept.match:
             state.match = replace(match, ids=match.ids[first:last], distances=match.distances[first:last])
     return state, rows
+
+
+def refuse_unlabelled(rows: Rows) -> None:
+    """Raise InputError, naming the key of the first, for rows without a label."""
+    if missing := (rows.labels < 0).nonzero().flatten().tolist():
+        keys = f"{rows.keys[missing[0]]} and {len(missing) - 1} more samples of a round have"
+        raise InputError(f"prior.classes=true, but {keys} no label: repack the data set, or leave that out")
 
 
 def read_round(run: Run, stream: Stream, number: int) -> Rows:

@@ -17,6 +17,7 @@ from pipeline.checkpoint.writer import Write
 from pipeline.config import Config, to_dict
 from pipeline.data.loader import Stream
 from pipeline.distributed.engine import MOMENTS, Engine
+from pipeline.errors import InputError
 from pipeline.match.matcher import Match
 from pipeline.model.naign import save_model
 from pipeline.model.prior import Prior
@@ -70,6 +71,9 @@ def restore_prior(checkpoint: Path, prior: Prior) -> None:
     """Let a prior that learns go on from a checkpoint. Raises InputError as `restore` does."""
     if not prior.learns:
         return
+    if prior.labels and read_model(checkpoint, "model.safetensors").labels != prior.labels:
+        other = f"the classes of the data set are not those of {checkpoint}"
+        raise InputError(f"{other}: train on data with the same ones, in the same order, or start another run")
     with damage_named(checkpoint):
         file = open_tensors(checkpoint / PRIOR)
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
@@ -200,6 +204,7 @@ def describe(config: Config, stream: Stream, position: Position) -> dict[str, An
         "model": asdict(config.model) | {"init": ""},
         "shape": list(stream.shape),
         "prior": asdict(config.prior),
+        **({"labels": list(stream.manifest.labels)} if config.prior.classes else {}),
         "dataset": stream.manifest.name,
         "data": config.data.path,
         "seed": config.seed,

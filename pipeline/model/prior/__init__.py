@@ -1,9 +1,13 @@
 """The priors: what latents are drawn from. One file a kind of prior; they are chosen by name."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import nn
 
+from pipeline.errors import require
 from pipeline.model.networks import code_shape
-from pipeline.model.prior.base import Examples, Prior, PriorConfig, Shape
+from pipeline.model.prior.base import CodesPrior, Examples, Prior, PriorConfig, Shape
 from pipeline.model.prior.flow import FlowConfig
 from pipeline.model.prior.gmm import Gmm, GmmConfig
 from pipeline.model.prior.noise import Gaussian, Halves, Smooth, SmoothConfig
@@ -26,8 +30,20 @@ def find_prior(name: str) -> tuple[type[PriorConfig], type[Prior]]:
     return lookup("prior.name", name, PRIORS, "naign.priors", remedies=remedies)
 
 
-def build_prior(config: PriorConfig, shape: Shape, network: nn.Module, *, seed: int = 0) -> Prior:
-    """The prior of latents (n, *shape) for that network, before it has learned; InputError where they do not fit."""
+def build_prior(
+    config: PriorConfig, shape: Shape, network: nn.Module, *, seed: int = 0, labels: Sequence[str] = ()
+) -> Prior:
+    """The prior of latents (n, *shape) for that network, before it has learned; InputError where they do not fit.
+
+    `labels` name the classes of the data, on which it is conditioned with prior.classes.
+    """
     kind = find_prior(config.name)[1]
     drawn = code_shape(network, f"prior.name={config.name}") if kind.decodes else shape
-    return kind(config, drawn, seed=seed).requires_grad_(False)
+    if not config.classes:
+        return kind(config, drawn, seed=seed).requires_grad_(False)
+    blind = f"prior.classes=true does not go with prior.name={config.name}: choose flow or gmm"
+    missing = "prior.classes=true, but the data set has no labels: pack or index it with some, or leave that out"
+    require((issubclass(kind, CodesPrior), blind), (labels, missing))
+    conditioned: type[Any] = kind
+    prior: Prior = conditioned(config, drawn, seed=seed, labels=labels).requires_grad_(False)
+    return prior

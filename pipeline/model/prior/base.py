@@ -5,7 +5,7 @@ a subclass of `Prior` with its settings, registered as an entry point of the gro
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import require
+from pipeline.philox import CLASS, uniform
 from pipeline.settings.constraints import between, check_fields
 
 ENCODED = 512  # images encoded at once
@@ -32,6 +33,8 @@ class PriorConfig:
     """What latents are drawn from: `gaussian` (N(0, I)), `smooth` (few normals, enlarged), `halves` (N(0, I) and flat
     images), `flow` or `gmm` (decoded from codes that a flow or a Gaussian mixture draws, which learns in the same run),
     or one that another package registers, such as IGN's `fourier`."""
+    classes: bool = False
+    """Condition flow or gmm on the labels of the images, so that samples of a class can be asked for (--label)."""
 
     def __post_init__(self) -> None:
         check_fields(self, "prior")
@@ -74,6 +77,7 @@ class Examples:
     """A round's images as a prior learns from them, and how ranks learn as one."""
 
     images: Tensor  # (n, *shape) float32: this rank's; every rank has as many
+    labels: Tensor | None = None  # (n,) int64, where the prior has classes
     encode: Callable[[Tensor], Tensor] = lambda images: images  # by f, to codes
     round: int = 0
     progress: float = 0.0  # share of the run before this round
@@ -102,6 +106,8 @@ class Prior(nn.Module):
     """Whether it draws codes, of the shape of f's, rather than latents. Then a latent is a sample already."""
     learns = False
     """Whether `learn` changes it."""
+    labels: tuple[str, ...] = ()
+    """The names of the classes that it is conditioned on, in the order of their numbers."""
     arc = False
     """Whether draws are normals, or linear in them: all along an arc between two draws the distribution is the same."""
 
@@ -135,3 +141,39 @@ class Prior(nn.Module):
         if not self.arc or angle < 1e-3 or angle > math.pi - 1e-3:  # in one line no arc is the shortest
             return torch.lerp(first, last, share)
         return (((1 - share) * angle).sin() * first + (share * angle).sin() * last) / angle.sin()
+
+
+class CodesPrior(Prior):
+    """Base of priors of codes, which may be conditioned on the classes that `labels` name."""
+
+    decodes = learns = True
+    class_counts: Tensor  # (classes,) int64, where there are any: images of each that it learned from
+
+    def __init__(self, config: Any, shape: Shape, *, seed: int = 0, labels: Sequence[str] = ()) -> None:
+        super().__init__(config, shape, seed=seed)
+        self.labels = tuple(labels)
+        if self.labels:
+            self.register_buffer("class_counts", torch.zeros(len(self.labels), dtype=torch.int64))
+
+    def draw(self, seed: int, round: int, ids: Tensor, device: Device, labels: Tensor | None = None) -> Tensor:
+        """As of every prior; of the classes `labels` (n,) int64, or of those that `choose` draws."""
+        raise NotImplementedError
+
+    def choose(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor | None:
+        """Classes (n,) int64 in proportion to `class_counts`, by (seed, round, id); None without classes."""
+        if not self.labels:
+            return None
+        drawn = uniform(seed, round, ids, (1,), device, stream=CLASS).flatten()
+        shares = self.class_counts.cumsum(0).float() / self.class_counts.sum().clamp(min=1).float()
+        return torch.searchsorted(shares, drawn.contiguous()).clamp(max=len(self.labels) - 1)
+
+    def read_labels(self, examples: Examples, *, count: bool) -> Tensor | None:
+        """The classes (n,) of a round's images of all ranks, which are counted where asked; None without classes."""
+        if not self.labels:
+            return None
+        assert examples.labels is not None
+        labels = examples.gather(examples.labels)
+        if count:
+            before = self.class_counts if examples.round else torch.zeros_like(self.class_counts)
+            self.class_counts.copy_(before + torch.bincount(labels, minlength=len(self.labels)))
+        return labels

@@ -7,7 +7,7 @@ of many channels only the DIRECTIONS of most spread are modelled: the others sta
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import require
-from pipeline.model.prior.base import WINDOW, CodesConfig, Device, Examples, Prior, Shape
+from pipeline.model.prior.base import WINDOW, CodesConfig, CodesPrior, Device, Examples, Shape
 from pipeline.model.prior.learner import Learner
 from pipeline.model.prior.noise import Gaussian
 from pipeline.model.prior.velocity import DenseVelocity, SpatialVelocity, Velocity
@@ -25,6 +25,7 @@ from pipeline.philox import LEARN, normal, uniform
 from pipeline.settings.constraints import POSITIVE, between
 
 DIRECTIONS = 128  # principal directions of the codes' channels that are modelled, at most
+DROPPED = 0.1  # share of labels that the flow learns without, for guidance (arXiv 2207.12598)
 EARLY = 0.25  # share of the flow's training after which autoguidance keeps its weights
 RIDGE = 0.3  # of the mean variance, added to each: to whiten directions of little spread fully costs the others
 
@@ -49,12 +50,17 @@ class FlowConfig(CodesConfig):
     """Strength of autoguidance (arXiv 2406.02507): a code follows v + strength * (v - early), where v is the flow's
     velocity and early what it was after a quarter of its training. Up to 2 makes up for a short training, at two
     evaluations a step; 0: none."""
+    guidance: float = field(default=0.0, metadata=between(0, 10))
+    """Strength of guidance by classes (arXiv 2207.12598): strength * (v - v of no class) is added to the velocity, at
+    one more evaluation a step; 0: none. Samples are surer of their class, and vary less."""
     student: float = field(default=0.0, metadata=between(0, 0.99))
     """Share of train.images, the last of `alone`, over which a student of the flow learns to reach a code in two
     evaluations; 0: no student. A quarter of what the flow has is enough."""
 
     def __post_init__(self) -> None:
         CodesConfig.__post_init__(self)
+        blind = f"prior.guidance is {self.guidance:g}, but there are no classes to guide by: set prior.classes=true"
+        require((self.classes or not self.guidance, blind))
         shares = f"prior.student is {self.student:g}, prior.alone {self.alone:g} and prior.begin {self.begin:g}"
         fits = not self.student or (self.student <= self.alone and self.student < 1 - self.begin)
         require((fits, f"{shares}: the student learns when f is frozen and the flow has learned. Lower prior.student"))
@@ -71,28 +77,27 @@ class FlowConfig(CodesConfig):
         return 1 - self.student
 
 
-class Flow(Prior):
+class Flow(CodesPrior):
     """The velocity of whitened codes on straight paths from noise (t = 0) to the data (t = 1).
 
     Whitened codes, and noise, are (n, d, ...), of at most DIRECTIONS channels. Its state averages `learner`'s weights.
     """
 
-    decodes = learns = True
     config: FlowConfig
     mean: Tensor  # (c,) of the channels, over positions
     covariance: Tensor  # (c, c)
     inward: Tensor  # (d, c): from codes, less their mean, to whitened ones
     outward: Tensor  # (c, d), and back
 
-    def __init__(self, config: FlowConfig, shape: Shape, *, seed: int = 0) -> None:
-        super().__init__(config, shape, seed=seed)
+    def __init__(self, config: FlowConfig, shape: Shape, *, seed: int = 0, labels: Sequence[str] = ()) -> None:
+        super().__init__(config, shape, seed=seed, labels=labels)
         channels, number = shape[0], min(DIRECTIONS, shape[0])
         self.noise_shape = (number, *shape[1:])
         self.moves = self.guides = False  # whether the velocity is not zero, and neither is `early`
         kind = DenseVelocity if len(shape) == 1 else SpatialVelocity
         with torch.random.fork_rng(devices=[]):  # its first weights change none that are drawn besides
             torch.manual_seed(seed)
-            self.velocity = kind(self.noise_shape, config.width, config.depth)
+            self.velocity = kind(self.noise_shape, config.width, config.depth, classes=len(self.labels))
         if config.autoguidance:
             self.early = deepcopy(self.velocity)
         self.register_buffer("mean", torch.zeros(channels))
@@ -115,32 +120,43 @@ class Flow(Prior):
         self.guides = bool(self.config.autoguidance) and moving(self.early)
         return loaded
 
-    def draw(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor:
-        return self.solve(normal(seed, round, ids, self.noise_shape, device))
+    def draw(self, seed: int, round: int, ids: Tensor, device: Device, labels: Tensor | None = None) -> Tensor:
+        labels = self.choose(seed, round, ids, device) if labels is None else labels
+        return self.solve(normal(seed, round, ids, self.noise_shape, device), labels)
 
     def between(self, seeds: tuple[int, int], round: int, device: Device, *, steps: int) -> Tensor:
-        """Codes on paths that begin on an arc between the noise of two draws."""
-        return self.solve(Gaussian(self.config, self.noise_shape).between(seeds, round, device, steps=steps))
+        """Codes on paths that begin on an arc between the noise of two draws; half of them have the class of each."""
+        noise, labels = Gaussian(self.config, self.noise_shape).between(seeds, round, device, steps=steps), None
+        if self.labels:
+            ends = [self.choose(seed, round, torch.zeros(1, dtype=torch.int64), device) for seed in seeds]
+            labels = torch.cat([end for end in ends if end is not None])[torch.arange(steps) * 2 // steps]
+        return self.solve(noise, labels)
 
-    def solve(self, noise: Tensor) -> Tensor:
-        """The codes (n, c, ...) of standard normals (n, d, ...)."""
-        codes = self.ends(noise)
+    def solve(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The codes (n, c, ...) of standard normals (n, d, ...), of the classes (n,) where there are any."""
+        codes = self.ends(noise, labels)
         return torch.einsum("ij,nj...->ni...", self.outward, codes) + _rows(self.mean, codes)
 
-    def ends(self, noise: Tensor) -> Tensor:
+    def ends(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         """The whitened codes (n, d, ...) at the ends of the paths that begin at `noise`, (n, d, ...)."""
-        return deque(self.path(noise), maxlen=1).pop()
+        return deque(self.path(noise, labels), maxlen=1).pop()
 
-    def path(self, noise: Tensor) -> Iterator[Tensor]:
-        """`noise`, and the points (n, d, ...) that the paths reach at times 1 / steps, 2 / steps, ..., 1."""
+    def path(self, noise: Tensor, labels: Tensor | None = None) -> Iterator[Tensor]:
+        """`noise`, and the points (n, d, ...) that the paths reach at times 1 / steps, 2 / steps, ..., 1.
+
+        The velocity is v + autoguidance * (v - early) + guidance * (v - that of no class), v and early of the classes.
+        """
         codes, before, steps = noise, noise[:0], self.config.steps
         yield codes
         for step in range(steps):
             if self.moves:  # until the flow has learned, paths stand still
                 time = noise.new_full((len(noise),), step / steps)
-                velocity = self.velocity(codes, time)
+                velocity = plain = self.velocity(codes, time, labels)
                 if self.guides:
-                    velocity = velocity + self.config.autoguidance * (velocity - self.early(codes, time))
+                    velocity = velocity + self.config.autoguidance * (plain - self.early(codes, time, labels))
+                if self.config.guidance and labels is not None:
+                    blind = self.velocity(codes, time, torch.full_like(labels, len(self.labels)))
+                    velocity = velocity + self.config.guidance * (plain - blind)
                 codes = codes + (1.5 * velocity - 0.5 * before if step else velocity) / steps  # Euler's step first
                 before = velocity
             yield codes
@@ -174,6 +190,7 @@ class Flow(Prior):
             still(self.early)
             self.guides = False
         codes = examples.codes(1 if begun else examples.stride)
+        labels = self.read_labels(examples, count=not learner.done)
         if not learner.done:
             keep = max(1 / (examples.round + 1), 1 / (WINDOW + examples.settled))
             values = codes.transpose(0, 1).flatten(1)
@@ -188,7 +205,9 @@ class Flow(Prior):
                 self.early.load_state_dict(self.velocity.state_dict())
                 self.guides = True
             rate = self.config.lr * cosine(share)
-            loss = self._loss(wanted[mine.to(codes.device)], mine + (learner.done + 1) * len(codes), examples)
+            classes = None if labels is None else labels[mine.to(codes.device)]
+            numbers = mine + (learner.done + 1) * len(codes)
+            loss = self._loss(wanted[mine.to(codes.device)], numbers, examples, classes)
             learner.step(loss / (batch * wanted[0].numel()), rate, self.velocity, examples.add)
             self.moves = True
             yield
@@ -206,13 +225,15 @@ class Flow(Prior):
         self.metrics = {self.metric: float(learner.sum) / len(batches)}
         learner.done, learner.sum = 0, 0.0
 
-    def _loss(self, wanted: Tensor, numbers: Tensor, examples: Examples) -> Tensor:
+    def _loss(self, wanted: Tensor, numbers: Tensor, examples: Examples, labels: Tensor | None) -> Tensor:
         """Sum of the squared errors of the velocity at random times of straight paths that end at `wanted`."""
-        size = math.prod(wanted.shape[1:]) + 1
-        drawn = normal(self.seed, examples.round, numbers, (size,), wanted.device, stream=LEARN)
-        noise, time = drawn[:, :-1].view_as(wanted), drawn[:, -1].sigmoid()
+        size = math.prod(wanted.shape[1:])
+        drawn = normal(self.seed, examples.round, numbers, (size + 1 + bool(self.labels),), wanted.device, stream=LEARN)
+        noise, time = drawn[:, :size].view_as(wanted), drawn[:, size].sigmoid()
+        if labels is not None:
+            labels = labels.masked_fill(torch.special.ndtr(drawn[:, -1]) < DROPPED, len(self.labels))
         with examples.autocast():
-            velocity = self.learner.network(between_ends(noise, wanted, time), time)
+            velocity = self.learner.network(between_ends(noise, wanted, time), time, labels)
         return (velocity.float() - (wanted - noise)).square().sum()
 
     def training_state(self) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ Both are smooth functions of where they begin (arXiv 2209.03003, section 2.2).
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -25,8 +25,8 @@ SOLVED = 512  # draws of noise that the flow follows at once
 class TaughtFlow(Flow):
     """A flow, and its student where `student` is not 0. `learner` trains the flow, then the student."""
 
-    def __init__(self, config: FlowConfig, shape: Shape, *, seed: int = 0) -> None:
-        super().__init__(config, shape, seed=seed)
+    def __init__(self, config: FlowConfig, shape: Shape, *, seed: int = 0, labels: Sequence[str] = ()) -> None:
+        super().__init__(config, shape, seed=seed, labels=labels)
         self.taught = False  # whether the student has begun to learn
         if config.student:
             self.student = deepcopy(self.velocity)
@@ -40,15 +40,15 @@ class TaughtFlow(Flow):
         self.taught = bool(self.config.student) and moving(self.student)
         return loaded
 
-    def ends(self, noise: Tensor) -> Tensor:
+    def ends(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:
         if not self.taught:
-            return super().ends(noise)
+            return super().ends(noise, labels)
         late = torch.zeros(len(noise), dtype=torch.bool, device=noise.device)
-        return self._step(self.student, self._step(self.student, noise, late), ~late)
+        return self._step(self.student, self._step(self.student, noise, late, labels), ~late, labels)
 
     def learn(self, examples: Examples) -> Iterator[None]:
-        """As a flow learns; from `end` on, the student from as many draws of noise as a round has images. The metric
-        loss/student is the absolute error per value.
+        """As a flow learns; from `end` on, the student from as many draws of noise as a round has images, each
+        with the class of one. The metric loss/student is the absolute error per value.
         """
         if not self.config.student or examples.progress < (first := self._first(examples.covers)):
             if self.taught:  # by another run (`model.init`), or one that is longer now: it is taught anew
@@ -64,14 +64,16 @@ class TaughtFlow(Flow):
         count = len(examples.images) * examples.world
         ids = torch.arange(count) + count  # those below are of the order of rows
         noise = normal(self.seed, examples.round, ids, self.noise_shape, examples.images.device, stream=LEARN)
-        paths = [self._two_steps(part) for part in noise[examples.part(count)].split(SOLVED)]
+        labels = self.read_labels(examples, count=False)
+        parts = torch.arange(count)[examples.part(count)].split(SOLVED)
+        paths = [self._two_steps(noise[part], _of(labels, part)) for part in parts]
         halves, ends = (examples.gather(torch.cat(part)) for part in zip(*paths, strict=True))
         for mine, batch, now in self.batches(examples, count):
             late = ((mine + self.learner.done) % 2 == 1).to(noise.device)  # rows that learn the second step
             chosen = late.view(-1, *(1,) * (noise.ndim - 1))
             points = torch.where(chosen, halves[mine], noise[mine])
             with examples.autocast():
-                reached = self._step(self.learner.network, points, late)
+                reached = self._step(self.learner.network, points, late, _of(labels, mine))
             loss = (reached.float() - torch.where(chosen, ends[mine], halves[mine])).abs().sum()
             rate = self.config.lr * RATE * cosine((now - first) / (1 - first))
             self.learner.step(loss / (batch * noise[0].numel()), rate, self.student, examples.add)
@@ -82,18 +84,23 @@ class TaughtFlow(Flow):
         """The flow's steps that the student's first one takes."""
         return max(1, round(MIDDLE * self.config.steps))
 
-    def _two_steps(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def _two_steps(self, noise: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """The points (n, d, ...) that the flow's paths from `noise` reach where the student's two steps end."""
-        path = [*self.path(noise)]
+        path = [*self.path(noise, labels)]
         return path[self._half], path[-1]
 
-    def _step(self, student: nn.Module, points: Tensor, late: Tensor) -> Tensor:
+    def _step(self, student: nn.Module, points: Tensor, late: Tensor, labels: Tensor | None) -> Tensor:
         """The first step of the student from points (n, d, ...), or the second of rows that are `late`, (n,) bool."""
         middle = self._half / self.config.steps
         taken = torch.where(late, 1 - middle, middle).view(-1, *(1,) * (points.ndim - 1))
-        return points + taken * student(points, late * middle)
+        return points + taken * student(points, late * middle, labels)
 
     def _first(self, covers: float) -> float:
         """The share of the run at which the first round of the student begins, of rounds that are `covers` each."""
         rounds = round(1 / covers)
         return math.ceil(self.config.end * rounds - 1e-9) / rounds
+
+
+def _of(labels: Tensor | None, rows: Tensor) -> Tensor | None:
+    """The labels of these rows, where there are any."""
+    return None if labels is None else labels[rows]

@@ -15,7 +15,7 @@ _WAVES = 32  # sines, and as many cosines, of the time
 class DenseVelocity(nn.Module):
     """A residual perceptron on (n, c)."""
 
-    def __init__(self, shape: tuple[int, ...], width: int, depth: int) -> None:
+    def __init__(self, shape: tuple[int, ...], width: int, depth: int, *, classes: int = 0) -> None:
         super().__init__()
         self.inner = nn.Linear(shape[0] + 2 * _WAVES, width)
         self.outer = zeroed(nn.Linear(width, shape[0]))  # no velocity at first: noise is a whitened code, of a Gaussian
@@ -24,9 +24,12 @@ class DenseVelocity(nn.Module):
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
+        self.label = _embedding(classes, width)
 
-    def forward(self, codes: Tensor, time: Tensor) -> Tensor:
+    def forward(self, codes: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
         hidden = self.inner(torch.cat([codes, waves(time)], dim=1))
+        if labels is not None:
+            hidden = hidden + self.label(labels)
         for layer in self.layers:
             hidden = hidden + layer(hidden)
         return self.outer(self.norm(hidden))
@@ -52,7 +55,7 @@ class TimedBlock(nn.Module):
 class SpatialVelocity(nn.Module):
     """A U-Net on (n, c, h, w) that halves h to at most `smallest`; `depth` blocks a resolution on each side."""
 
-    def __init__(self, shape: tuple[int, ...], width: int, depth: int, *, smallest: int = 2) -> None:
+    def __init__(self, shape: tuple[int, ...], width: int, depth: int, *, classes: int = 0, smallest: int = 2) -> None:
         super().__init__()
         halvings = max(1, math.ceil(math.log2(max(shape[1:]) / smallest)))
         self.multiple = 2**halvings  # of the sides it works on
@@ -70,10 +73,12 @@ class SpatialVelocity(nn.Module):
                 self.enlarge.append(nn.Conv2d(widths[level + 1], 4 * channels, 1))
                 self.up.append(nn.ModuleList(block(before) for before in [2 * channels, *[channels] * (depth - 1)]))
         self.norm, self.outer = Norm(width), zeroed(nn.Conv2d(width, shape[0], 3, padding=1))
+        self.label = _embedding(classes, timed)
 
-    def forward(self, codes: Tensor, time: Tensor) -> Tensor:
+    def forward(self, codes: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
         height, width = codes.shape[2:]
-        hidden, seen = F.pad(codes, (0, -width % self.multiple, 0, -height % self.multiple)), self.time(waves(time))
+        hidden, seen = F.pad(codes, (0, -width % self.multiple, 0, -height % self.multiple)), self.time[0](waves(time))
+        seen = self.time[1:](seen if labels is None else seen + self.label(labels))
         hidden, skips = self.inner(hidden), list[Tensor]()
         for level, blocks in enumerate(self.down):
             if level:
@@ -89,6 +94,14 @@ class SpatialVelocity(nn.Module):
 
 
 Velocity = DenseVelocity | SpatialVelocity
+"""Both give (n, d, ...) at points of that shape and times (n,). With `classes`, labels (n,) int64 may condition them;
+the number of classes is the label of no class.
+"""
+
+
+def _embedding(classes: int, width: int) -> nn.Module:
+    """Of labels, added to that of the time. Made last: without classes no other weight is drawn otherwise."""
+    return nn.Embedding(classes + 1, width) if classes else nn.Identity()
 
 
 def waves(time: Tensor) -> Tensor:

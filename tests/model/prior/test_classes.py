@@ -1,0 +1,206 @@
+"""Priors of codes that are conditioned on classes, so that samples of one can be asked for."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import InputError
+from pipeline.model.naign import NAIGN
+from pipeline.model.networks import ConvConfig, build_network
+from pipeline.model.prior import CodesPrior, Examples, PriorConfig, build_prior
+from pipeline.model.prior.flow import FlowConfig
+from pipeline.model.prior.gmm import GmmConfig
+from pipeline.model.prior.student import TaughtFlow
+
+LABELS = ("cat", "dog", "3")
+SHARES = torch.tensor([0.25, 0.5, 0.25])
+NETWORK = build_network(ConvConfig(width=4, code=4), (1, 8, 8)).requires_grad_(False)
+FLOW = FlowConfig(classes=True, width=64, depth=2, passes=8, batch=128, steps=8, begin=0.0, alone=0.5)
+GMM = GmmConfig(classes=True, components=8, begin=0.0)
+
+
+def round_of(number: int, count: int = 1024) -> tuple[Tensor, Tensor]:
+    """Codes (n, 4) and labels: each class has a mean of its own, and all the same spread."""
+    generator = torch.Generator().manual_seed(number)
+    labels = torch.tensor([0, 1, 2, 1]).repeat(count // 4)
+    means = torch.tensor([[-3.0, 0, 0, 0], [3, 0, 0, 0], [0, 3, 0, 0]])
+    return means[labels] + 0.5 * torch.randn(count, 4, generator=generator), labels
+
+
+def class_of(codes: Tensor) -> Tensor:
+    return torch.where(codes[:, 1] > 1.5, 2, (codes[:, 0] > 0).long())
+
+
+def build(config: PriorConfig) -> CodesPrior:
+    prior = build_prior(config, (1, 8, 8), NETWORK, seed=3, labels=LABELS)
+    assert isinstance(prior, CodesPrior)
+    return prior
+
+
+def learn(prior: CodesPrior, rounds: int, *, first: int = 0, last: int | None = None, steps: int = 10**9) -> CodesPrior:
+    for number in range(first, last or rounds):
+        codes, labels = round_of(number)
+        now = Examples(images=codes, labels=labels, round=number, progress=number / rounds, covers=1 / rounds)
+        for _ in zip(range(steps), prior.learn(now), strict=False):
+            pass
+    return prior
+
+
+@pytest.fixture(
+    scope="module", params=[FLOW, replace(FLOW, student=0.3, guidance=0.5), GMM], ids=["flow", "student", "gmm"]
+)
+def prior(request: pytest.FixtureRequest) -> CodesPrior:
+    """Each of them, once it has learned."""
+    return learn(build(request.param), 12 if request.param.name == "flow" else 10)
+
+
+def test_draws_are_of_the_class_that_is_asked_for(prior):
+    ids = torch.arange(600)
+    for number in range(len(LABELS)):
+        drawn = prior.draw(0, 0, ids, "cpu", torch.full((600,), number))
+        assert float((class_of(drawn) == number).float().mean()) > 0.97, LABELS[number]
+        assert float(drawn.std(0).mean()) > 0.3
+
+
+def test_without_a_label_classes_are_as_frequent_as_in_the_data(prior):
+    ids = torch.arange(4000)
+    chosen = prior.choose(5, 1, ids, "cpu")
+    torch.testing.assert_close(chosen.bincount() / 4000, SHARES, atol=0.03, rtol=0)
+    torch.testing.assert_close(prior.class_counts / prior.class_counts.sum(), SHARES)
+    drawn = prior.draw(5, 1, ids, "cpu")
+    torch.testing.assert_close(drawn, prior.draw(5, 1, ids, "cpu", chosen))
+    assert float((class_of(drawn) == chosen).float().mean()) > 0.97
+    torch.testing.assert_close(prior.draw(5, 1, ids[[70, 3]], "cpu"), drawn[[70, 3]], atol=1e-5, rtol=1e-4)
+
+
+def test_its_state_is_all_that_it_draws_from_and_goes_on_bit_for_bit(prior):
+    with torch.device("meta"):
+        again = build(prior.config)
+    again.load_state_dict(prior.state_dict(), assign=True)
+    ids = torch.arange(50)
+    assert torch.equal(again.draw(1, 0, ids, "cpu"), prior.draw(1, 0, ids, "cpu"))
+    one, other = build(prior.config), build(prior.config)
+    learn(one, 3)
+    learn(other, 3, last=1)
+    for number in (1, 2):
+        if prior.config.name == "flow":  # from the middle of a round
+            learn(other, 3, first=number, last=number + 1, steps=5)
+        state = {name: value.clone() for name, value in other.training_state().items()}
+        other = build(prior.config)
+        other.load_training_state(state)
+        learn(other, 3, first=number, last=number + 1)
+    for name, value in one.training_state().items():
+        assert torch.equal(value, other.training_state()[name]), name
+
+
+def test_the_ends_of_a_way_have_the_class_of_each(prior):
+    seeds, none = (3, 4), torch.zeros(1, dtype=torch.int64)
+    way = prior.between(seeds, 9, "cpu", steps=5)
+    for end, seed in ((way[:1], 3), (way[-1:], 4)):
+        torch.testing.assert_close(end, prior.draw(seed, 9, none, "cpu"), rtol=1e-4, atol=1e-5)
+
+
+def test_every_component_of_a_mixture_is_of_one_class():
+    prior = learn(build(replace(GMM, begin=0.5)), 10, last=5)
+    assert prior.owners.tolist() == [-1] * 8, "before it begins, one Gaussian of all"
+    before = prior.draw(0, 0, torch.arange(20), "cpu", torch.zeros(20, dtype=torch.int64))
+    assert torch.equal(before, prior.draw(0, 0, torch.arange(20), "cpu", torch.ones(20, dtype=torch.int64)))
+    learn(prior, 10, first=5)
+    assert prior.owners.tolist() == [0, 0, 1, 1, 1, 1, 2, 2]  # one each, the others in proportion
+    mass = torch.zeros(3).index_add(0, prior.owners, prior.weights)
+    torch.testing.assert_close(mass, SHARES, atol=0.01, rtol=0)
+
+
+def test_guidance_is_added_to_autoguidance():
+    config = replace(FLOW, steps=1, autoguidance=1.5)
+    prior = learn(build(config), 4)
+    noise, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    start, nobody = torch.zeros(6), torch.full((6,), 3)
+    now, early, blind = (
+        network(noise, start, which)
+        for network, which in ((prior.velocity, labels), (prior.early, labels), (prior.velocity, nobody))
+    )
+    torch.testing.assert_close(prior.ends(noise, labels), noise + 2.5 * now - 1.5 * early)
+    prior.config = replace(config, guidance=2.0)
+    torch.testing.assert_close(prior.ends(noise, labels), noise + 4.5 * now - 1.5 * early - 2 * blind)
+    assert float((now - blind).abs().mean()) > 0.1
+
+
+def test_a_flow_learns_without_a_label_too():
+    prior = learn(build(FLOW), 12)
+    blind = prior.solve(torch.randn(2000, 4), torch.full((2000,), 3))
+    torch.testing.assert_close(class_of(blind).bincount() / 2000, SHARES, atol=0.1, rtol=0)
+
+
+def test_spatial_codes_have_classes_too():
+    prior = TaughtFlow(FlowConfig(classes=True, width=8, depth=1, steps=2), (2, 5, 5), labels=LABELS)
+    for value in prior.velocity.parameters():
+        nn.init.normal_(value, std=0.2)
+    prior.moves, noise = True, torch.randn(3, 2, 5, 5)
+    ends = [prior.ends(noise, torch.full((3,), number)) for number in range(4)]
+    assert ends[0].shape == noise.shape and not torch.allclose(ends[0], ends[1])
+
+
+def test_without_classes_nothing_is_added():
+    for config in (FLOW, GMM):
+        plain = build_prior(replace(config, classes=False), (1, 8, 8), NETWORK, labels=LABELS)
+        added = build(config).state_dict().keys() - plain.state_dict().keys()
+        assert added == {"class_counts", "velocity.label.weight" if config is FLOW else "owners"}
+        assert plain.labels == () and plain.choose(0, 0, torch.arange(3), "cpu") is None
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(InputError, match="classes=true does not go with prior.name=gaussian: choose flow or gmm"):
+        build(PriorConfig(name="gaussian", classes=True))
+    with pytest.raises(InputError, match="the data set has no labels"):
+        build_prior(FLOW, (1, 8, 8), NETWORK)
+    with pytest.raises(InputError, match="prior.components=2 for 3 classes"):
+        build(replace(GMM, components=2))
+    with pytest.raises(InputError, match="no classes to guide by: set prior.classes=true"):
+        FlowConfig(guidance=1.0)
+
+
+def model(config: PriorConfig, **more: object) -> NAIGN:
+    prior = learn(build(config), 3)
+    settings = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    metadata = {"shape": [1, 8, 8], "prior": settings, "model": {"name": "conv", "width": 4, "code": 4}, **more}
+    return NAIGN(build_network(ConvConfig(width=4, code=4), (1, 8, 8)), metadata, prior.state_dict())
+
+
+def test_samples_of_a_class_of_a_model(tmp_path):
+    model(replace(FLOW, student=0.3), labels=list(LABELS)).save_pretrained(tmp_path)
+    read = NAIGN.from_pretrained(tmp_path)
+    assert read.labels == LABELS and [read.find_label(one) for one in ("dog", 1, "1", "3", 2)] == [1, 1, 1, 2, 2]
+    dogs = read.sample(6, seed=2, label="dog")
+    assert torch.equal(dogs, read.sample(6, seed=2, label=1)) and not torch.equal(dogs, read.sample(6, seed=2, label=2))
+    torch.testing.assert_close(
+        read.latent(torch.tensor([4]), seed=2, label=1), read.latent(torch.arange(6), seed=2, label=1)[4:5]
+    )
+    assert torch.equal(read.sample(6, label=1, guidance=0), read.sample(6, label=1)), "as trained: by the student"
+    guided, other = read.sample(6, label=1, guidance=2.0), read.with_flow(guidance=2.0)
+    assert not torch.equal(guided, read.sample(6, label=1)) and torch.equal(other.sample(6, label=1), guided)
+    assert not other.prior.config.student and other.prior.config.guidance == 2
+    chosen = read.choose(torch.arange(6), seed=2).tolist()
+    one = read.sample(6, seed=2)[3:4]
+    torch.testing.assert_close(read.sample(6, seed=2, label=chosen[3])[3:4], one)
+
+
+def test_labels_and_guidance_that_a_model_does_not_know():
+    known, mixture = model(FLOW, labels=list(LABELS)), model(GMM, labels=list(LABELS))
+    for wrong in ("horse", 3, -1, "7"):
+        with pytest.raises(InputError, match=r"none of the model's 3 classes: give a name \(cat, dog, 3\) or a number"):
+            known.sample(2, label=wrong)
+    known.prior.class_counts[0] = 0
+    with pytest.raises(InputError, match="'cat' was not among the images of the training"):
+        known.sample(2, label="cat")
+    with pytest.raises(InputError, match="guidance is 11"):
+        known.sample(2, guidance=11)
+    with pytest.raises(InputError, match="guidance can be chosen for a flow of codes, and this prior is 'gmm'"):
+        mixture.sample(2, guidance=1)
+    plain = NAIGN(nn.Linear(2, 2), {"shape": [2], "prior": {"name": "gaussian"}})
+    with pytest.raises(InputError, match="asked of a model that knows none: train one with prior.classes=true"):
+        plain.sample(2, label=0)
+    with pytest.raises(InputError, match="this prior is 'gaussian'"):
+        plain.sample(2, guidance=1)
