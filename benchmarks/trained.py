@@ -28,6 +28,8 @@ ROOT = Path(__file__).parents[1]
 Record = dict[str, Any]
 PARTS = ("fd", "modes", "coverage", "restoration", "idempotence", "reconstruction", "nearest", "images_seen")
 """Of what `naign evaluate` says, that tables use."""
+ADDED = {"prior.classes": False, "prior.guidance": 0.0}
+"""Settings newer than committed numbers, with the values that change nothing: folders are not named after these."""
 FOUND, FAILED, TRAINED = "evaluation/metrics.json", "failed.json", "trained"
 """Where a run's folder has what `naign evaluate` found, that it diverged, or that it is trained."""
 
@@ -60,7 +62,8 @@ class Task:
             raise InputError(f"{shlex.join([config, *words])} is no configuration") from None
         free = changeable(parsed, FREE) - {"train.precision"}  # a run may change it, and rounds otherwise then
         settings = {key: value for key, value in flatten(parsed).items() if key not in free}
-        name = f"{Path(config).stem}-seed-{seed}-{fingerprint(settings)}"
+        named = {key: value for key, value in settings.items() if (key, value) not in ADDED.items()}
+        name = f"{Path(config).stem}-seed-{seed}-{fingerprint(named)}"
         steps = tuple(then)
         folder = runs / (f"{name}-{fingerprint({'then': steps})}" if steps else name)
         return cls(folder, runs / name, config, words, settings, steps)

@@ -234,7 +234,7 @@ def check(config: Config) -> None:
     model, objective, quality = config.model, config.objective, config.quality
     together = model.only_with in ("", objective.name) and objective.only_with in ("", model.name)
     both = f"model.name={model.name} and objective.name={objective.name} do not go together"
-    conditional = f"prior.classes=true with objective.name={objective.name}: the match does not tell classes apart yet"
+    conditional = f"prior.classes with objective.name={objective.name}: the match does not tell classes apart yet"
     never = f"quality.patience is {quality.patience}, but nothing is measured while quality.rounds is 0: set both"
     parse_rounds(config.profile.rounds)
     require(

@@ -111,7 +111,7 @@ class NAIGN:
     def find_label(self, label: int | str) -> int:
         """The number of a class by its name or number. Raises InputError where samples of it cannot be asked for."""
         names, prior = self.labels, self.prior
-        blind = f"a label ({label}) is asked of a model that knows none: train one with prior.classes=true"
+        blind = f"a label ({label}) is asked of a model that knows none: train one with prior.classes"
         require((isinstance(prior, CodesPrior) and names, blind))
         number = names.index(str(label)) if isinstance(label, str) and label in names else parse_number(str(label))
         known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")

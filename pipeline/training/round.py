@@ -99,7 +99,7 @@ def refuse_unlabelled(rows: Rows) -> None:
     """Raise InputError, naming the key of the first, for rows without a label."""
     if missing := (rows.labels < 0).nonzero().flatten().tolist():
         keys = f"{rows.keys[missing[0]]} and {len(missing) - 1} more samples of a round have"
-        raise InputError(f"prior.classes=true, but {keys} no label: repack the data set, or leave that out")
+        raise InputError(f"prior.classes is set, but {keys} no label: repack the data set, or leave it out")
 
 
 def read_round(run: Run, stream: Stream, number: int) -> Rows:

@@ -41,8 +41,8 @@ def build_prior(
     drawn = code_shape(network, f"prior.name={config.name}") if kind.decodes else shape
     if not config.classes:
         return kind(config, drawn, seed=seed).requires_grad_(False)
-    blind = f"prior.classes=true does not go with prior.name={config.name}: choose flow or gmm"
-    missing = "prior.classes=true, but the data set has no labels: pack or index it with some, or leave that out"
+    blind = f"prior.classes does not go with prior.name={config.name}: choose flow or gmm"
+    missing = "prior.classes is set, but the data set has no labels: pack or index it with some, or leave it out"
     require((issubclass(kind, CodesPrior), blind), (labels, missing))
     conditioned: type[Any] = kind
     prior: Prior = conditioned(config, drawn, seed=seed, labels=labels).requires_grad_(False)

@@ -59,7 +59,7 @@ class FlowConfig(CodesConfig):
 
     def __post_init__(self) -> None:
         CodesConfig.__post_init__(self)
-        blind = f"prior.guidance is {self.guidance:g}, but there are no classes to guide by: set prior.classes=true"
+        blind = f"prior.guidance is {self.guidance:g}, but there are no classes to guide by: set prior.classes"
         require((self.classes or not self.guidance, blind))
         shares = f"prior.student is {self.student:g}, prior.alone {self.alone:g} and prior.begin {self.begin:g}"
         fits = not self.student or (self.student <= self.alone and self.student < 1 - self.begin)

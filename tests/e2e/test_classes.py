@@ -1,0 +1,96 @@
+"""Runs whose prior is conditioned on the labels of the data, from training to samples of a class."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.checkpoint.writer import newest_checkpoint
+from pipeline.data.format.writer import pack
+from pipeline.data.sources.catalog import load
+from pipeline.data.sources.source import Made
+from pipeline.model.naign import NAIGN
+from tests.conftest import SMALL
+
+BASE = [*SMALL, "--objective.imle=0", "--objective.denoising=1", "--prior.begin=0.25", "--prior.alone=0.75"]
+FLOW = [*BASE, "--prior.name=flow", "--prior.width=32", "--prior.depth=1", "--prior.batch=64", "--prior.passes=2"]
+PRIORS = {
+    "flow": [*FLOW, "--prior.classes", "--prior.student=0.25", "--prior.autoguidance=1", "--prior.guidance=0.5"],
+    "gmm": [*BASE, "--prior.name=gmm", "--prior.classes", "--prior.components=12"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(PRIORS))
+def test_from_labels_to_samples_on_ranks_and_after_a_stop(train, naign, digits, tmp_path, name):
+    options = [f"--data.path={digits}", *PRIORS[name], "--train.images=2048", "--report.pictures=8"]
+    options += ["--checkpoint.rounds=1", "--checkpoint.keep=0"]
+    for run, ranks in (("run", 1), ("ranks", 2), ("stopped", 1)):
+        if run == "stopped":  # as if after four of eight rounds
+            shutil.copytree(tmp_path / "run", tmp_path / run)
+            for later in sorted((tmp_path / run / "checkpoints").iterdir())[4:]:
+                shutil.rmtree(later)
+        done = train(*options, f"--run.path={run}", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    files = {run: newest_checkpoint(tmp_path / run / "checkpoints") for run in ("run", "ranks", "stopped")}
+    whole, ranks, stopped = (load_file(folder / "model.safetensors") for folder in files.values())
+    assert all(torch.equal(value, stopped[key]) for key, value in whole.items())
+    for key in ("prior.class_counts", *(["prior.owners"] if name == "gmm" else [])):
+        assert torch.equal(whole[key], ranks[key]), key
+    model = NAIGN.from_pretrained(tmp_path / "run")
+    assert model.labels == tuple("0123456789")
+    assert int(model.prior.class_counts.sum()) == (2048 if name == "gmm" else 1536)  # a student counts none
+
+    assert naign("sample", "run", "--label", "3", "--n", "4", "--to", "three.png").returncode == 0
+    assert naign("evaluate", "run", "--samples", "300").returncode == 0
+    metrics = json.loads((tmp_path / "run/evaluation/metrics.json").read_text())
+    asked = metrics["asked"]
+    assert 0 <= asked["share"] <= 1 and len(asked["by_class"]) == 10
+    assert (tmp_path / "run/evaluation/classes.png").exists()
+    assert "of the class that they were drawn from" in (tmp_path / "run/evaluation/report.html").read_text()
+    assert naign("push", "run", "user/digits", "--dry-run", "card").returncode == 0
+    card = (tmp_path / "card/README.md").read_text()
+    assert 'label="0"' in card and "asked for by class: 0, 1, 2" in card
+    assert NAIGN.from_pretrained(tmp_path / "card").labels == model.labels
+    guided = naign("export", "run", "--guidance", "2", "--to", "guided")
+    assert guided.returncode == (0 if name == "flow" else 2), guided.stderr
+    assert name == "flow" or "--guidance applies to a flow of codes" in guided.stderr
+    if name == "flow":
+        assert NAIGN.from_pretrained(tmp_path / "guided").prior.config.guidance == 2
+        assert naign("sample", "guided", "--label", "7", "--n", "4").returncode == 0
+    done = naign("sample", "run", "--label", "ten")
+    assert done.returncode == 2 and "'ten' is none of the model's 10 classes" in done.stderr
+    done = naign("sample", "run", "--prior", "gmm", "--components", "3", "--label", "3")
+    assert done.returncode == 2 and "a model that knows none" in done.stderr
+
+
+@pytest.mark.slow
+def test_data_without_all_labels_are_refused(train, digits, tmp_path):
+    source = load("digits")
+
+    def packed(folder: str, labels: tuple[str, ...], every: int) -> str:
+        """The digits with no label but for every so-many-th."""
+        made = {
+            split: Made(length=512, make=lambda row, of=of: (*of.make(row)[:2], of.make(row)[2] if row % every else -1))
+            for split, of in source.splits.items()
+            if split == "train"
+        }
+        pack(replace(source, labels=labels, splits=made), str(tmp_path / folder), shards=4, progress=False)
+        return str(tmp_path / folder)
+
+    bare = packed("bare", (), 1)
+    classes = [*FLOW, "--prior.classes", "--train.images=512"]
+    for path in (bare, f"[{digits}, {bare}]"):
+        done = train(f"--data.path={path}", *classes, "--run.path=run")
+        assert done.returncode == 2 and "the data set has no labels" in done.stderr, done.stderr
+        assert not (tmp_path / "run").exists()
+    done = train(f"--data.path={packed('some', source.labels, 64)}", *classes, "--run.path=some-run", ranks=2)
+    assert done.returncode and "more samples of a round have no label" in done.stderr, done.stderr
+    done = train(f"--data.path={digits}", *classes, "--objective.imle=0.3", "--run.path=run")
+    assert done.returncode == 2 and "does not tell classes apart yet" in done.stderr
+    done = train(f"--data.path={digits}", *classes, "--prior.name=smooth", "--run.path=run")
+    assert done.returncode == 2 and "choose flow or gmm" in done.stderr
+    assert not (tmp_path / "run").exists()
