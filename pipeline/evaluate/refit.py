@@ -38,6 +38,7 @@ def with_mixture(model: NAIGN, folder: str, *, components: int = 50, data: str |
     state = {name: value.to(model.device) for name, value in fit_mixture(codes, components).items()}
     spent = time.process_time() - begin
     metadata = model.metadata | {"prior": asdict(GmmConfig(components=components))}
+    metadata.pop("labels", None)  # of classes, which the mixture does not tell apart
     metadata["fit"] = {"images": len(codes), "cpu_seconds": spent}
     if isinstance(trained := metadata.get("cpu_seconds"), int | float):
         metadata["cpu_seconds"] = trained + spent

@@ -110,15 +110,15 @@ class NAIGN:
 
     def find_label(self, label: int | str) -> int:
         """The number of a class by its name or number. Raises InputError where samples of it cannot be asked for."""
-        names, prior = self.labels, self.prior
+        names, prior = self.labels, cast(CodesPrior, self.prior)
         blind = f"a label ({label}) is asked of a model that knows none: train one with prior.classes"
-        require((isinstance(prior, CodesPrior) and names, blind))
-        number = names.index(str(label)) if isinstance(label, str) and label in names else parse_number(str(label))
+        require((names, blind))
+        number = names.index(label) if isinstance(label, str) and label in names else parse_number(str(label))
         known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
         unknown = f"label '{printable(str(label), 40)}' is none of the model's {len(names)} classes"
         require((0 <= number < len(names), f"{unknown}: give a name ({known}) or a number from 0 to {len(names) - 1}"))
         none = f"label '{names[number]}' was not among the images of the training: ask for another"
-        require((int(cast(CodesPrior, prior).class_counts[number]), none))
+        require((int(prior.class_counts[number]), none))
         return number
 
     def choose(self, ids: Tensor, *, seed: int = 0) -> Tensor | None:
@@ -136,7 +136,9 @@ class NAIGN:
 
     def with_flow(self, **settings: float) -> "NAIGN":
         """This model with other settings of its flow of codes, `steps` or `guidance`, and without a student, which has
-        learned the end points of the former ones. Raises InputError for a prior that is no flow, or unfit settings.
+        learned the end points of the former ones; itself where only `guidance` is given, and is as trained.
+
+        Raises InputError for a prior that is no flow, and for unfit settings.
         """
         known = self.metadata["prior"]
         other = f"{' and '.join(settings)} can be chosen for a flow of codes, and this prior is '{known['name']}'"

@@ -88,9 +88,9 @@ def speed_values(run: Run, images: int) -> dict[str, float]:
 
 
 def draw(engine: Engine, random: RoundRandom, images: Tensor) -> dict[str, Image.Image]:
-    """Pictures by name: samples f(z), resamples f(f(z)), restorations of images (m, *shape); for points a scatter; of a
-    prior with classes a row of samples for each, of which a column has the same noise. The
-    latents are the same over the run, so that pictures compare. Collective where the network is sharded.
+    """Pictures by name: samples f(z), resamples f(f(z)), restorations of images (m, *shape), and with classes a row of
+    samples for each, in which a column has the same noise; for points a scatter. The latents are the same over the run,
+    so that pictures compare. Collective where the network is sharded.
     """
     latents = replace(random, round=philox.SAMPLES).latents(torch.arange(64))
     once = engine.exported("", latents)

@@ -23,8 +23,9 @@ from pipeline.cli.model import demo
 from pipeline.data.degrade import KINDS, degrade
 from pipeline.errors import InputError
 from pipeline.evaluate.recorded import read_image
+from pipeline.evaluate.refit import fit_mixture
 from pipeline.model.naign import NAIGN
-from pipeline.model.networks import ConvConfig, PointConfig
+from pipeline.model.networks import ConvConfig, PointConfig, build_network
 from pipeline.model.scale import scaled
 from pipeline.observe.pictures import grid, shades, to_image
 from tests.conftest import environment
@@ -228,3 +229,18 @@ def test_draw_repair_and_a_bad_upload_in_a_browser(page, tmp_path) -> None:
 def shown_in(tab: Any, name: str) -> np.ndarray:
     with urllib.request.urlopen(tab.locator(f"#{name} img").get_attribute("src")) as picture:
         return pixels(picture)
+
+
+def test_samples_of_a_chosen_class() -> None:
+    pytest.importorskip("gradio")
+    from pipeline.cli.demo_page import Player, build
+
+    network, header = build_network(TINY, (1, 8, 8)), {"shape": [1, 8, 8], "labels": ["cat", "dog"]}
+    prior = {"name": "gmm", "components": 2, "classes": True}
+    state = fit_mixture(torch.randn(300, 16, generator=torch.Generator().manual_seed(3)), 2)
+    state |= {"owners": torch.tensor([0, 1]), "class_counts": torch.tensor([1, 1])}
+    player = Player(NAIGN(network, header | {"prior": prior}, state))
+    cats, dogs, any_class = (player.sample(8, 0, 1, label).tobytes() for label in ("cat", "dog", ""))
+    assert len({cats, dogs, any_class}) == 3
+    page = str(build(player, about="").get_config_file())
+    assert "'Class'" in page and "('dog', 'dog')" in page

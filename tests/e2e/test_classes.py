@@ -40,6 +40,7 @@ def test_from_labels_to_samples_on_ranks_and_after_a_stop(train, naign, digits, 
     assert all(torch.equal(value, stopped[key]) for key, value in whole.items())
     for key in ("prior.class_counts", *(["prior.owners"] if name == "gmm" else [])):
         assert torch.equal(whole[key], ranks[key]), key
+    assert list((tmp_path / "run/samples").glob("classes-*.png"))
     model = NAIGN.from_pretrained(tmp_path / "run")
     assert model.labels == tuple("0123456789")
     assert int(model.prior.class_counts.sum()) == (2048 if name == "gmm" else 1536)  # a student counts none
@@ -61,6 +62,12 @@ def test_from_labels_to_samples_on_ranks_and_after_a_stop(train, naign, digits, 
     if name == "flow":
         assert NAIGN.from_pretrained(tmp_path / "guided").prior.config.guidance == 2
         assert naign("sample", "guided", "--label", "7", "--n", "4").returncode == 0
+    renamed = replace(load("digits"), labels=tuple("abcdefghij"))
+    pack(renamed, str(tmp_path / "renamed"), shards=4, progress=False)
+    for more, said in ((["--resume=changed"], "are not those of"), (["--run.path=new", "--model.init=run"], "")):
+        done = train(*options, "--run.path=run", "--train.images=2304", f"--data.path={tmp_path / 'renamed'}", *more)
+        assert (done.returncode == 2 and said in done.stderr) if said else done.returncode == 0, done.stderr
+    assert int(NAIGN.from_pretrained(tmp_path / "new").prior.class_counts.sum()) <= 2304, "counted anew"
     done = naign("sample", "run", "--label", "ten")
     assert done.returncode == 2 and "'ten' is none of the model's 10 classes" in done.stderr
     done = naign("sample", "run", "--prior", "gmm", "--components", "3", "--label", "3")
