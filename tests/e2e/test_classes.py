@@ -98,6 +98,6 @@ def test_data_without_all_labels_are_refused(train, digits, tmp_path):
     assert done.returncode and "more samples of a round have no label" in done.stderr, done.stderr
     done = train(f"--data.path={digits}", *classes, "--objective.imle=0.3", "--run.path=run")
     assert done.returncode == 2 and "does not tell classes apart yet" in done.stderr
-    done = train(f"--data.path={digits}", *classes, "--prior.name=smooth", "--run.path=run")
+    done = train(f"--data.path={digits}", *SMALL, "--objective.imle=0", "--prior.classes", "--run.path=run")
     assert done.returncode == 2 and "choose flow or gmm" in done.stderr
     assert not (tmp_path / "run").exists()
