@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import constants
 
 from pipeline.errors import InputError, Unavailable
-from pipeline.model.hub import WEIGHTS, upload
+from pipeline.model.hub import WEIGHTS, upload, without_places
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import build_network, recorded_network
 
@@ -136,3 +136,8 @@ def test_a_hub_that_answers_in_another_form_is_told_in_one_sentence(hub, model, 
     monkeypatch.setattr("pipeline.model.hub.hf_hub_download", download)
     with pytest.raises(InputError, match="no model at hf://me/model .* KeyError: 'etag'"):
         NAIGN.from_pretrained("hf://me/model")
+
+
+def test_names_of_classes_are_no_places() -> None:
+    header = {"labels": ["T-shirt/top", "Bag"], "data": "/home/someone/fashion"}
+    assert without_places(header) == header | {"data": "fashion"}
