@@ -16,17 +16,20 @@ from pipeline.storage.local import write_atomically
 from pipeline.terminal import counted
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}  # of repaired pictures, by the suffix of --to
+MAP = ".map.png"  # ends the names of the maps that `naign score --map` writes
 
 
 def find_files(files: Sequence[Path], shape: tuple[int, ...]) -> list[tuple[Path, Path]]:
     """(path, name) of each input file; of those in folders, which are searched for images or, where `shape` is that of
-    points, .csv files, the name is the path below the folder. InputError if there is none.
+    points, .csv files, the name is the path below the folder; maps are passed over. InputError if there is none.
     """
     suffixes, what = (IMAGES, "images") if len(shape) == 3 else ((".csv",), ".csv files of points")
     named = []
     for file in files:
         if file.is_dir():
             inside = sorted(path for path in file.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+            inside = [path for path in inside if not path.name.endswith(MAP)]
             named += [(path, path.relative_to(file)) for path in inside]
         else:
             named.append((file, Path(file.name)))

@@ -3,6 +3,7 @@
 import io
 import math
 import threading
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from pipeline.errors import InputError, require
 
@@ -39,6 +40,8 @@ def decoding() -> Iterator[None]:
         yield
     except UnidentifiedImageError:  # its text is the address of a stream
         raise InputError("no picture that Pillow can read") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"too large a picture, cut or reduce it first: {error}") from None
     except Exception as error:  # for damaged bytes Pillow and NumPy raise nearly anything
         raise InputError(str(error) or type(error).__name__) from None
 
@@ -85,6 +88,18 @@ def decode_image(data: bytes, into: Array | None = None) -> Array:
         pixels = np.asarray(eight_bits(picture, "L" if picture.mode == "L" else "RGB"))
         lies = _orientation(picture)
     return turned(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), lies)
+
+
+def decode_picture(data: bytes) -> Image.Image:
+    """The picture of an image file as Pillow has it, with its mode and profile, decoded and upright. Of several frames
+    the first. InputError for bytes that are no picture, or for one of more pixels than Pillow decodes.
+    """
+    with decoding(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        picture = open_picture(data)
+        picture.load()
+        # exif_transpose raises for damaged EXIF
+        return ImageOps.exif_transpose(picture) if _orientation(picture) != 1 else picture
 
 
 def header_shape(data: bytes) -> tuple[int, int, int]:

@@ -1,7 +1,8 @@
 """A trained model as its users hold it: sample, project, energy, from one safetensors file."""
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,7 @@ from pipeline.errors import InputError, one_line, printable, require, unwritten
 from pipeline.model import hub
 from pipeline.model.networks import build_network, recorded_network
 from pipeline.model.prior import CodesPrior, build_prior, find_prior
+from pipeline.model.tiles import PIXELS, Read, blended
 from pipeline.model.weights import locate
 from pipeline.philox import SAMPLES
 
@@ -179,10 +181,34 @@ class NAIGN:
         latents = (model.latent(ids, seed=seed, label=label) for ids in torch.arange(n).split(batch))
         return torch.cat([self.project(part, times=times, advance=advance) for part in latents])
 
-    @torch.inference_mode()
     def project(self, x: Tensor, *, times: int = 1, batch: int = 500, advance: Advance = None) -> Tensor:
-        """f applied `times` times to x (n, *shape): its repair, on x's device. InputError where that is not finite."""
-        require((x.shape[1:] == self.shape, f"the model takes {self.shape}, not {tuple(x.shape[1:])}"))
+        """f applied `times` times to x (n, *shape): its repair, on x's device. InputError where that is not finite.
+
+        Images (n, C, H, W) may have any height and width: those of another size than the model's are computed in
+        overlapping tiles (pipeline/model/tiles.py), and `advance` counts these.
+        """
+        images = len(self.shape) == 3 and x.ndim == 4 and x.shape[1] == self.shape[0] and min(x.shape[2:]) > 0
+        takes = (
+            f"{self.shape}, or images of {self.shape[0]} channels and any size" if len(self.shape) == 3 else self.shape
+        )
+        require((images or x.shape[1:] == self.shape, f"the model takes {takes}, not {tuple(x.shape[1:])}"))
+        if x.shape[1:] == self.shape:
+            return self._apply(x, times, batch, advance)
+        size = (x.shape[2], x.shape[3])
+        return torch.cat([*self.bands(lambda first, last: x[:, :, first:last], size, times=times, advance=advance)], 2)
+
+    def bands(self, read: Read, size: tuple[int, int], *, times: int = 1, advance: Advance = None) -> Iterator[Tensor]:
+        """f of images of `size` (height, width) that need not be in memory, as bands of rows from top to bottom.
+
+        `read(first, last)` returns these rows as (n, C, last - first, W). Raises InputError as `project` does.
+        """
+        tile = (self.shape[1], self.shape[2])
+        batch = max(1, PIXELS // math.prod(tile))
+        return blended(lambda tiles: self._apply(tiles, times, batch, advance), read, size, tile)
+
+    @torch.inference_mode()
+    def _apply(self, x: Tensor, times: int, batch: int, advance: Advance) -> Tensor:
+        """f applied to x (n, *shape), `batch` rows at a time. InputError where that is not finite."""
         done = []
         for part in x.split(batch):
             value = part.to(self.device)
@@ -196,13 +222,17 @@ class NAIGN:
             raise InputError("f gives values that are not finite: its training broke down, or what it was given is not")
         return made
 
-    def energy(self, x: Tensor, *, times: int = 1, batch: int = 500, advance: Advance = None) -> Tensor:
+    def energy(
+        self, x: Tensor, *, times: int = 1, map: bool = False, batch: int = 500, advance: Advance = None
+    ) -> Tensor:
         """Mean squared residual of f(x) - x over the values of each row: (n,). Low near the data.
 
         With `times` above 1 the residual after that many applications of f, which separates points far from the data
-        better, at a cost proportional to `times`.
+        better, at a cost proportional to `times`. With `map` the mean over channels alone, (n, H, W), of images
+        (n, C, H, W) of any size.
         """
-        return (self.project(x, times=times, batch=batch, advance=advance) - x).square().flatten(1).mean(1)
+        squares = (self.project(x, times=times, batch=batch, advance=advance) - x).square()
+        return squares.mean(1) if map else squares.flatten(1).mean(1)
 
 
 def save_model(file: Path, weights: dict[str, Tensor], metadata: dict[str, Any], state: dict[str, Tensor]) -> None:

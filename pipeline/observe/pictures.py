@@ -17,11 +17,16 @@ BLUE, ORANGE = (45, 108, 223), (224, 122, 31)
 def to_image(image: Tensor, *, least: int = 1) -> Image.Image:
     """(C, H, W) in [-1, 1] -> RGB image with sides of at least `least` pixels. Of C other than 3 the first is shown."""
     channels, height, width = image.shape
-    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    pixels = eight_bits(image)
     pixels = pixels if channels == 3 else pixels[:1].expand(3, height, width)
     factor = max(1, -(-least // min(height, width)))
     picture = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
     return picture.resize((width * factor, height * factor), Image.Resampling.NEAREST)
+
+
+def eight_bits(image: Tensor) -> Tensor:
+    """Values in [-1, 1], to which they are clipped, as uint8."""
+    return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def png(picture: Image.Image) -> bytes:

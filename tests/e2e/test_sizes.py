@@ -41,7 +41,7 @@ def test_pictures_of_many_sizes_are_trained_on_and_measured(train, naign, tmp_pa
     assert model.shape == (3, 16, 24) and (resize.height, resize.width, resize.fit) == (16, 24, "random")
     done = naign("evaluate", "run", "--samples=50")
     assert done.returncode == 0, done.stderr
-    done = naign("restore", "run", *map(str, PHOTOS), "--to=out", "--damage=noise")
+    done = naign("restore", "run", *map(str, PHOTOS), "--to=out", "--damage=noise", "--size=model")
     assert done.returncode == 0, done.stderr
     for photo in PHOTOS:
         assert np.asarray(Image.open(tmp_path / f"out/{photo.stem}.png")).shape == (16, 24, 3)

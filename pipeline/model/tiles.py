@@ -1,0 +1,73 @@
+"""Images of any size through a network of one size: overlapping tiles, blended so that no border is seen.
+
+Tiles begin every third of their side. Each is weighted by a raised cosine along both sides, divided by the sum of all
+weights at a pixel. At this step the sum of squared weights is constant too. At half a side what tiles disagree on would
+be averaged more between the middles of tiles than in them, and sharpness would vary with the grid. The step is odd, so
+that patterns of a network, whose strides are even, do not add up. An image that is smaller than a tile is reflected.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+STEP = 1 / 3  # of a tile's side, between the starts of tiles
+PIXELS = 1 << 19  # of the tiles that are computed at once
+
+Read = Callable[[int, int], Tensor]
+"""Takes (first, last); returns these rows of an image as (n, C, last - first, W)."""
+
+
+def blended(
+    f: Callable[[Tensor], Tensor], read: Read, size: tuple[int, int], tile: tuple[int, int]
+) -> Iterator[Tensor]:
+    """f of images of `size` (height, width), as bands of rows (n, C, r, W) from top to bottom.
+
+    f takes and returns tiles (m, C, *tile). Of the images one row of tiles is in memory at a time.
+    """
+    (height, width), (high, wide) = size, tile
+    tops, down = _windows(height, high)
+    lefts, across = _windows(width, wide)
+    before: Tensor | None = None
+    for number, top in enumerate(tops):
+        band = _reflected(_reflected(read(top, min(top + high, height)), high, 2), wide, 3)
+        tiles = torch.stack([band[..., left : left + wide] for left in lefts], dim=1)
+        answers = f(tiles.flatten(0, 1)).view(tiles.shape)
+        rows = torch.zeros_like(band)
+        for left, window, answer in zip(lefts, across.to(band), answers.unbind(1), strict=True):
+            rows[..., left : left + wide] += window * answer
+        rows *= down[number].to(band)[:, None]
+        if before is not None:
+            rows[:, :, : before.shape[2]] += before
+        end = tops[number + 1] - top if number + 1 < len(tops) else high
+        rows, before = rows[:, :, :end], rows[:, :, end:]
+        yield _middle(_middle(rows, height, 2), width, 3)
+
+
+def count(size: tuple[int, int], tile: tuple[int, int]) -> int:
+    """How many tiles an image of `size` (height, width) takes."""
+    return math.prod(len(_windows(length, side)[0]) for length, side in zip(size, tile, strict=True))
+
+
+def _windows(length: int, side: int) -> tuple[list[int], Tensor]:
+    """Where tiles of `side` pixels start along `length`, and their windows (tiles, side), which sum to 1."""
+    room, step = max(0, length - side), min(side, round(STEP * side) | 1)
+    starts = np.array([*range(0, room, step), room])
+    window = np.sin(np.pi * (np.arange(side) + 0.5) / side) ** 2
+    places = starts[:, None] + np.arange(side)
+    total = np.bincount(places.ravel(), np.tile(window, len(starts)))
+    return starts.tolist(), torch.from_numpy(window / total[places])
+
+
+def _reflected(band: Tensor, side: int, dim: int) -> Tensor:
+    """The band, continued at both ends of a dimension to `side` pixels if it is shorter."""
+    missing = max(0, side - band.shape[dim])
+    index = np.pad(np.arange(band.shape[dim]), (missing // 2, missing - missing // 2), "reflect")
+    return band.index_select(dim, torch.from_numpy(index).to(band.device)) if missing else band
+
+
+def _middle(rows: Tensor, length: int, dim: int) -> Tensor:
+    """Rows without what _reflected added to the image."""
+    return rows.narrow(dim, max(0, rows.shape[dim] - length) // 2, min(length, rows.shape[dim]))

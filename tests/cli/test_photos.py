@@ -1,0 +1,211 @@
+"""Pictures of any size, mode and state: repaired and mapped at their own size, or refused before any is written."""
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+
+from pipeline.cli import model as cli
+from pipeline.cli.main import main
+from pipeline.errors import InputError
+from pipeline.evaluate.recorded import read_image
+from pipeline.model.naign import NAIGN
+from pipeline.model.networks import ConvConfig
+from pipeline.observe.pictures import eight_bits
+from tests.data.test_resize import PHOTOS
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+SIDE = 16
+
+
+@pytest.fixture(scope="module")
+def colour(tmp_path_factory: pytest.TempPathFactory, save_untrained: Callable[..., str]) -> str:
+    folder = tmp_path_factory.mktemp("models") / "colour"
+    return save_untrained(folder, data=None, shape=(3, SIDE, SIDE), config=ConvConfig(width=4, code=8))
+
+
+@pytest.fixture(scope="module")
+def grey(tmp_path_factory: pytest.TempPathFactory, save_untrained: Callable[..., str]) -> str:
+    folder = tmp_path_factory.mktemp("models") / "grey"
+    return save_untrained(folder, data=None, shape=(1, SIDE, SIDE), config=ConvConfig(width=4, code=8))
+
+
+def picture(width: int = 40, height: int = 25, mode: str = "RGB") -> Image.Image:
+    return Image.open(PHOTOS[0]).resize((width, height)).convert(mode)
+
+
+def restored(model: str, file: Path, **options: Any) -> Image.Image:
+    cli.restore(model, (file,), to=file.parent / "out", **options)
+    return Image.open(file.parent / "out" / f"{file.stem}.png")
+
+
+def ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """What the program prints as it ends with code 2: one line."""
+    monkeypatch.setattr("sys.argv", ["naign", *map(str, words)])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    said = capsys.readouterr().err
+    assert exit.value.code == 2 and said.startswith("naign: error: ") and said.count("\n") == 1
+    return said
+
+
+@pytest.mark.parametrize("size", [(1, 1), (SIDE, SIDE), (5, 90), (SIDE + 1, SIDE), (40, 25)])
+def test_the_repair_is_that_of_the_model_at_the_picture_s_size(colour: str, tmp_path: Path, size: Any) -> None:
+    picture(*size).save(tmp_path / "x.png")
+    model = NAIGN.from_pretrained(colour)
+    x = torch.from_numpy(np.array(picture(*size)).transpose(2, 0, 1))[None] / 127.5 - 1
+    expected = eight_bits(model.project(x)[0]).permute(1, 2, 0).numpy()
+    made = np.asarray(restored(colour, tmp_path / "x.png"))
+    assert made.shape == expected.shape and np.abs(made.astype(int) - expected).max() <= 1
+
+
+def test_the_model_s_size_as_before(colour: str, grey: str, tmp_path: Path) -> None:
+    picture().save(tmp_path / "x.png")
+    for folder in (colour, grey):
+        model = NAIGN.from_pretrained(folder)
+        expected = model.project(read_image((tmp_path / "x.png").read_bytes(), model))
+        made = restored(folder, tmp_path / "x.png", size="model")
+        assert made.mode == "RGB" and made.size == (SIDE, SIDE)
+        assert np.array_equal(np.asarray(made).transpose(2, 0, 1), eight_bits(expected[0]).expand(3, SIDE, SIDE))
+
+
+def test_profile_and_alpha_are_kept_and_on_white_it_is_the_repair_of_the_picture_on_white(
+    colour: str, grey: str, tmp_path: Path
+) -> None:
+    layer = picture(mode="RGBA")
+    layer.putalpha(Image.linear_gradient("L").resize(layer.size))
+    white = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    layer.save(tmp_path / "layer.png", icc_profile=SRGB)
+    white.save(tmp_path / "white.png")
+    made, expected = (restored(colour, tmp_path / f"{name}.png") for name in ("layer", "white"))
+    assert made.mode == "RGBA" and made.info["icc_profile"] == SRGB and "icc_profile" not in expected.info
+    assert np.array_equal(np.asarray(made)[..., 3], np.asarray(layer)[..., 3])
+    shown = Image.alpha_composite(Image.new("RGBA", made.size, "white"), made).convert("RGB")
+    # A colour that is not possible at this alpha is clipped; else they differ by rounding.
+    close = np.abs(np.asarray(shown).astype(int) - np.asarray(expected)).max(2) <= 2
+    assert close[np.asarray(layer)[..., 3] > 200].mean() > 0.95
+    made = restored(grey, tmp_path / "layer.png")
+    assert made.mode == "LA" and "icc_profile" not in made.info  # the profile is of colours
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(colour: str, tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture().save(tmp_path / "turned.png", exif=exif)
+    made = restored(colour, tmp_path / "turned.png")
+    assert made.size == ((40, 25) if orientation < 5 else (25, 40)) and 0x0112 not in made.getexif()
+    if orientation == 3:
+        picture().transpose(Image.Transpose.ROTATE_180).save(tmp_path / "upright.png")
+        assert np.array_equal(np.asarray(made), np.asarray(restored(colour, tmp_path / "upright.png")))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK", "I;16"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_other_modes_are_converted(colour: str, grey: str, tmp_path: Path, mode: str, channels: int) -> None:
+    source = (
+        Image.fromarray(np.arange(1000, dtype=np.uint16).reshape(25, 40) * 64) if mode == "I;16" else picture(mode=mode)
+    )
+    suffix = ".tif" if mode == "CMYK" else ".png"
+    source.save(tmp_path / f"x{suffix}")
+    made = restored(grey if channels == 1 else colour, tmp_path / f"x{suffix}")
+    assert made.size == (40, 25) and made.mode == ("L" if channels == 1 else "RGB") + ("A" if mode == "LA" else "")
+
+
+def test_of_an_animation_the_first_frame_is_repaired(colour: str, tmp_path: Path) -> None:
+    picture().save(tmp_path / "still.png")
+    picture().save(tmp_path / "x.png", save_all=True, append_images=[Image.new("RGB", (40, 25))])
+    assert np.array_equal(*(np.asarray(restored(colour, tmp_path / name)) for name in ("x.png", "still.png")))
+
+
+def test_one_picture_goes_to_the_file_and_format_that_is_named(colour: str, tmp_path: Path) -> None:
+    picture(mode="RGBA").save(tmp_path / "x.png", icc_profile=SRGB)
+    cli.restore(colour, (tmp_path / "x.png",), to=tmp_path / "deep/y.jpg")
+    made = Image.open(tmp_path / "deep/y.jpg")
+    assert (made.format, made.mode, made.size, made.info["icc_profile"]) == ("JPEG", "RGB", (40, 25), SRGB)
+    with pytest.raises(InputError, match="would overwrite the input"):
+        cli.restore(colour, (tmp_path / "x.png",), to=tmp_path / "x.png")
+
+
+def test_damage_is_that_of_the_picture_s_size(colour: str, tmp_path: Path) -> None:
+    picture().save(tmp_path / "x.png")
+    repaired = np.asarray(restored(colour, tmp_path / "x.png", damage="rows"))
+    damaged = Image.open(tmp_path / "out/rows/x.png")
+    assert damaged.size == (40, 25) and (np.asarray(damaged) == 0).all((1, 2)).sum() == 4
+    damaged.save(tmp_path / "again.png")
+    assert np.array_equal(np.asarray(restored(colour, tmp_path / "again.png")), repaired)
+
+
+def header_only(path: Path, width: int, height: int) -> None:
+    """A PNG that claims so many pixels and holds none."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+def write_bad(path: Path, kind: str) -> None:
+    content = io.BytesIO()
+    picture().save(content, "JPEG")
+    match kind:
+        case "huge":
+            header_only(path, 50_000, 20_000)
+        case "truncated":
+            path.write_bytes(content.getvalue()[:-100])
+        case "float":
+            Image.fromarray(np.zeros((25, 40), np.float32)).save(path, "TIFF")
+        case "beyond":
+            Image.fromarray(np.full((25, 40), 70_000, np.int32)).save(path, "TIFF")
+        case "text":
+            path.write_text("no picture")
+
+
+BAD = {
+    "huge": "too large a picture",
+    "truncated": "truncated",
+    "float": "mode F",
+    "beyond": "beyond 16",
+    "text": "no pic",
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("command", ["restore", "score --map"])
+def test_a_bad_picture_is_refused_before_any_is_written(
+    colour: str, tmp_path: Path, monkeypatch: Any, capsys: Any, kind: str, command: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    picture().save(tmp_path / "in/a.png")
+    write_bad(tmp_path / "in/b.png", kind)
+    monkeypatch.chdir(tmp_path)
+    said = ended(monkeypatch, capsys, *command.split(), colour, "in")
+    assert "in/b.png: " in said and BAD[kind] in said
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["a.png", "b.png"]
+
+
+def test_maps_lie_beside_their_pictures_and_are_no_pictures_the_next_time(
+    colour: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.png", "deep/a.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture().save(tmp_path / name)
+    for _ in range(2):
+        cli.score(colour, (tmp_path,), map=True)
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 3
+    model = NAIGN.from_pretrained(colour)
+    x = torch.from_numpy(np.array(picture()).transpose(2, 0, 1))[None] / 127.5 - 1
+    assert float(lines[1].rpartition(",")[2]) == pytest.approx(float(model.energy(x)), rel=1e-4)
+    drawn = Image.open(tmp_path / "a.png.map.png")
+    expected = (model.project(x) - x).abs().mean(1)[0].clamp(max=1) * 255
+    assert drawn.mode == "L" and np.abs(np.asarray(drawn) - expected.numpy()).max() < 1
+    assert Image.open(tmp_path / "deep/a.jpg.map.png").size == (40, 25)
