@@ -132,8 +132,9 @@ def restore(
     /,
     *,
     to: Path = Path("restored"),
-    times: Times = 1,
+    times: Annotated[int | None, tyro.conf.arg(help="How often f is applied; default: 1, with --mask 8.")] = None,
     damage: Kind | None = None,
+    mask: Path | None = None,
     size: Literal["picture", "model"] = "picture",
     device: Device = "auto",
 ) -> None:
@@ -143,40 +144,15 @@ def restore(
         to: Folder to write; images found in folders keep their sub-folders and names. For one image also a file that
             ends in .png or .jpg.
         damage: Damage the images first (the damaged ones go to a sub-folder of that name), to see what a repair does.
+        mask: Fill holes: a picture of the image's size that is white where a hole is, for all images, or a folder with
+            one for each under its name. All other pixels stay as they are.
         size: Of the images to write: the picture's own, or the model's, to which each picture is resized first.
     """
-    import torch
+    from pipeline.cli.repair import restore_files
 
-    from pipeline.cli.files import FORMATS, find_files, read_samples, refuse_overwriting, write_one
-    from pipeline.cli.photos import restore_photos
-    from pipeline.data.degrade import degrade
-
-    _check(times=times)
+    _check(times=1 if times is None else times)
     model = _open(run, _find_device(device))
-    points = len(model.shape) == 1
-    paths, names = zip(*find_files(files, model.shape), strict=True)
-    one = len(paths) == 1 and not damage and not points and size == "picture" and to.suffix.lower() in FORMATS
-    require(
-        (one or not to.is_file(), f"--to {to} is a file: give a folder, for one picture an image"),
-        (not (points and damage), f"--damage {damage} is for images, this model takes points"),
-    )
-    folders = [to, to / damage] if damage else [to]
-    outputs = [folder / name.with_suffix(".csv" if points else ".png") for folder in folders for name in names]
-    outputs = [to] if one and not to.is_dir() else outputs
-    refuse_overwriting(paths * len(folders), outputs)
-    if size == "picture" and not points:
-        restore_photos(paths, outputs, model, times=times, damage=damage)
-    else:
-        originals = read_samples(paths, model)
-        damaged = degrade(torch.cat(originals), damage) if damage else torch.cat(originals)
-        with counted("restoring", total=len(damaged), unit="sample") as bar:
-            repaired = model.project(damaged, times=times, advance=bar.update).cpu()
-        sizes = [len(batch) for batch in originals]
-        batches = [*repaired.split(sizes), *(damaged.split(sizes) if damage else ())]
-        for place, samples in counted("writing", list(zip(outputs, batches, strict=True)), unit="file"):
-            write_one(samples, place)
-    also = f"; as they were damaged: {to / damage}/" if damage else ""
-    print(f"{len(names)} restored {'files of points' if points else 'images'}: {outputs[0] if one else f'{to}/'}{also}")
+    restore_files(model, files, to, times=times, damage=damage, mask=mask, whole=size == "model")
 
 
 def score(
@@ -188,26 +164,12 @@ def score(
         map: Also write the map of |f(x) - x| beside each picture, as grey NAME.map.png of the picture's size: black is
             0, white 1 or more. It and the energy are then computed at that size, in tiles of the model's.
     """
-    import torch
-
-    from pipeline.cli.files import MAP, find_files, read_samples, refuse_overwriting
-    from pipeline.cli.photos import map_photos
+    from pipeline.cli.repair import score_files
 
     _check(times=times)
     with lines_to_stderr(json):
         model = _open(run, _find_device(device))
-    points = len(model.shape) == 1
-    require((not (points and map), "--map is for images, this model takes points"))
-    paths = [path for path, _ in find_files(files, model.shape)]
-    if map:
-        maps = [path.with_name(path.name + MAP) for path in paths]
-        refuse_overwriting(paths, maps)
-        places, energies = [(path, 1) for path in paths], map_photos(paths, maps, model, times=times)
-    else:
-        originals = read_samples(paths, model)
-        places = [(path, line) for path, x in zip(paths, originals, strict=True) for line in range(1, 1 + len(x))]
-        with counted("scoring", total=len(places), unit="sample") as bar:
-            energies = model.energy(torch.cat(originals), times=times, advance=bar.update).tolist()
+    places, energies, points = *score_files(model, files, times=times, map=map), len(model.shape) == 1
     for (path, line), energy in zip(places, energies, strict=True):
         require((math.isfinite(energy), f"{path}:{line}: its energy is beyond float32: leave it out"))
     rows = zip(places, energies, strict=True)

@@ -2,7 +2,8 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from pipeline.data.decode import decode_picture, eight_bits
 from pipeline.data.degrade import Kind, degrade
 from pipeline.errors import InputError, require
 from pipeline.model import tiles
-from pipeline.model.naign import NAIGN, Advance
+from pipeline.model.naign import FILLING, NAIGN, Advance
 from pipeline.model.scale import scaled
 from pipeline.observe import pictures
 from pipeline.storage.local import write_atomically
@@ -25,36 +26,43 @@ MOST = 65500  # pixels of a JPEG's side
 
 
 class Photo:
-    """A picture file, decoded and upright, for a model of images. InputError, with its path, for what is none.
+    """A picture file, decoded and upright, for a model of images, and where it has holes if there is a mask.
 
     Rows are float32 in [-1, 1], (1, C, r, W) with the model's C. Transparent pixels are seen on white, as in training.
+    Raises InputError, with the path, for what is no picture, and for a mask that does not fit.
     """
 
-    def __init__(self, path: Path, model: NAIGN) -> None:
-        try:
-            picture = decode_picture(path.read_bytes())
+    def __init__(self, path: Path, model: NAIGN, mask: Path | None = None) -> None:
+        picture = _decode(path)
+        with _naming(path):
             self.picture = eight_bits(picture, "L") if picture.mode.startswith("I") else picture
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
         self.mode = "L" if model.shape[0] == 1 else "RGB"
+        self.alpha = self.picture.has_transparency_data
         self.size = (self.picture.height, self.picture.width)
-        self.tiles = tiles.count(self.size, (model.shape[1], model.shape[2]))
+        self.box = (0, 0, *self.picture.size)  # left, top, right, bottom of what is computed
+        self.hole = _read_hole(mask, path, self.picture.size) if mask else None
+        if self.hole:  # with what a tile sees around it
+            left, top, right, bottom = self.hole.getbbox() or self.box
+            (_, high, wide), (height, width) = model.shape, self.size
+            self.box = max(0, left - wide), max(0, top - high), min(width, right + wide), min(height, bottom + high)
+        left, top, right, bottom = self.box
+        self.tiles = tiles.count((bottom - top, right - left), (model.shape[1], model.shape[2]))
         profile = self.picture.info.get("icc_profile") or b""
         self.profile = profile if profile[16:20] == {"L": b"GRAY", "RGB": b"RGB "}[self.mode] else None
 
-    def _strip(self, first: int, last: int) -> Image.Image:
-        return self.picture.crop((0, first, self.picture.width, last))
-
     def rows(self, first: int, last: int) -> Tensor:
-        strip = self._strip(first, last)
-        picture = eight_bits(strip, "L" if strip.mode == "L" else "RGB").convert(self.mode)
-        pixels = np.asarray(picture).reshape(last - first, picture.width, -1).transpose(2, 0, 1)
+        """Rows `first` to `last` of what is in the box."""
+        left, top, right, _ = self.box
+        picture = self._flat(self.picture.crop((left, top + first, right, top + last)))
+        pixels = np.asarray(picture).reshape(last - first, right - left, -1).transpose(2, 0, 1)
         return scaled(torch.from_numpy(pixels.copy())[None])
 
     def shown(self, rows: Tensor, first: int) -> Image.Image:
-        """Rows as a picture with this one's alpha: on white it shows them."""
-        strip, alpha = self._strip(first, first + rows.shape[2]), None
-        if strip.has_transparency_data:
+        """Rows of the box as a picture with this one's alpha: on white it shows them."""
+        left, top, right, _ = self.box
+        alpha = None
+        if self.alpha:
+            strip = self.picture.crop((left, top + first, right, top + first + rows.shape[2]))
             alpha = strip.convert("RGBA").getchannel("A")
             rows = 1 - (1 - rows) / torch.from_numpy(np.asarray(alpha) / np.float32(255)).clamp(min=1 / 255)
         pixels = pictures.eight_bits(rows[0]).permute(1, 2, 0).numpy()
@@ -63,26 +71,76 @@ class Photo:
             picture.putalpha(alpha)
         return picture
 
-    def repaired(self, model: NAIGN, times: int, advance: Advance) -> Image.Image:
-        mode = {"L": "LA", "RGB": "RGBA"}[self.mode] if self.picture.has_transparency_data else self.mode
-        whole, top = Image.new(mode, self.picture.size), 0
-        for rows in model.bands(self.rows, self.size, times=times, advance=advance):
+    def repaired(self, model: NAIGN, times: int | None, advance: Advance) -> Image.Image:
+        """The whole picture by f; with holes only these, all other pixels are the picture's."""
+        left, top, right, bottom = self.box
+        if self.hole:
+            whole = self.picture.convert("RGBA").convert(f"{self.mode}A") if self.alpha else self._flat(self.picture)
+            hole = self.hole.crop(self.box)
+            mask = torch.from_numpy(np.array(hole) > 0)
+            made = model.project(self.rows(0, bottom - top), times=times, mask=mask, advance=advance)
+            whole.paste(self.shown(made, 0), (left, top), hole)
+            return whole
+        whole = Image.new(f"{self.mode}A" if self.alpha else self.mode, self.picture.size)
+        for rows in model.bands(self.rows, self.size, times=times or 1, advance=advance):
             whole.paste(self.shown(rows, top), (0, top))
             top += rows.shape[2]
         return whole
 
+    def _flat(self, picture: Image.Image) -> Image.Image:
+        return eight_bits(picture, "L" if picture.mode == "L" else "RGB").convert(self.mode)
+
+
+def _read_hole(mask: Path, path: Path, size: tuple[int, int]) -> Image.Image:
+    """Where a mask is white, in mode L of 0 and 255."""
+    picture = _decode(mask)
+    other = (
+        f"--mask {mask} has {picture.width} x {picture.height} pixels, {path} {size[0]} x {size[1]}: make them equal"
+    )
+    require((picture.size == size, other))
+    with _naming(mask):
+        hole = eight_bits(picture, "L").point([0] * 128 + [255] * 128)
+    least, most = hole.getextrema()
+    require(
+        (most, f"--mask {mask} has no hole: paint what is to be filled white"),
+        (not least, f"--mask {mask} is a hole altogether: paint what is to be kept black"),
+    )
+    return hole
+
+
+def _decode(path: Path) -> Image.Image:
+    data = path.read_bytes()
+    with _naming(path):
+        return decode_picture(data)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
 
 def restore_photos(
-    paths: Sequence[Path], outputs: Sequence[Path], model: NAIGN, *, times: int, damage: Kind | None
+    paths: Sequence[Path],
+    outputs: Sequence[Path],
+    model: NAIGN,
+    *,
+    times: int | None,
+    damage: Kind | None,
+    masks: Sequence[Path] | None,
 ) -> None:
     """Repair pictures at their own size. All are decoded before the first is written, and each is written atomically.
 
-    With `damage` they are damaged first; the second half of `outputs` is for the damaged ones.
+    With `damage` they are damaged first; the second half of `outputs` is for the damaged ones. With `masks`, one each,
+    holes are filled, and nothing else changes.
     """
-    total = _count_tiles(paths, model)
+    holes: Sequence[Path | None] = masks or [None] * len(paths)
+    total = _count_tiles(paths, model, holes) * ((times or FILLING) if masks else 1)
     with counted("restoring", total=total, unit="tile") as bar:
-        for number, path in enumerate(paths):
-            photo, place = Photo(path, model), outputs[number]
+        for number, (path, hole) in enumerate(zip(paths, holes, strict=True)):
+            photo, place = Photo(path, model, hole), outputs[number]
             profile = photo.profile
             large = f"{path}: a JPEG has at most {MOST} pixels a side: give a --to that ends in .png"
             require((max(photo.size) <= MOST or FORMATS[place.suffix.lower()] != "JPEG", large))
@@ -99,7 +157,7 @@ def map_photos(paths: Sequence[Path], maps: Sequence[Path], model: NAIGN, *, tim
     as grey PNGs of the pictures' sizes: black is 0, white is 1 or more.
     """
     energies = []
-    with counted("scoring", total=_count_tiles(paths, model), unit="tile") as bar:
+    with counted("scoring", total=_count_tiles(paths, model, [None] * len(paths)), unit="tile") as bar:
         for path, place in zip(paths, maps, strict=True):
             photo = Photo(path, model)
             picture, top, total = Image.new("L", photo.picture.size), 0, 0.0
@@ -114,9 +172,10 @@ def map_photos(paths: Sequence[Path], maps: Sequence[Path], model: NAIGN, *, tim
     return energies
 
 
-def _count_tiles(paths: Sequence[Path], model: NAIGN) -> int:
+def _count_tiles(paths: Sequence[Path], model: NAIGN, masks: Sequence[Path | None]) -> int:
     """Of all pictures, each of which is decoded, so that none is refused when some are done."""
-    return sum(Photo(path, model).tiles for path in counted("reading", paths, unit="image"))
+    pairs = counted("reading", list(zip(paths, masks, strict=True)), unit="image")
+    return sum(Photo(path, model, mask).tiles for path, mask in pairs)
 
 
 def save(picture: Image.Image, to: Path, profile: bytes | None) -> None:

@@ -6,6 +6,8 @@
            take one shade each), and stripes (up to 40 % of the rows, or columns, take one shade). One image in sixteen
            is erased before, to one shade, every second time black, so that no flat image stays what it is.
     mild   as mixed, but each of the four with probability 1/3: one image in five stays whole, to learn reconstruction.
+    holes  as mild, and then every second image loses up to two boxes, a stroke of three lines, or both, filled with the
+           mean of what is left, as `NAIGN.project` begins with a mask.
 
 Other packages add more as entry points of group naign.damage, each a `Damage`.
 """
@@ -22,13 +24,14 @@ from pipeline.errors import InputError
 from pipeline.settings.registry import lookup
 
 SCALARS = 16  # uniform numbers that `mixed` and `mild` take for an image besides those of its pixels
+HOLES = 18  # that `holes` takes besides
 
 
 class Damage(NamedTuple):
     damage: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     """Damaged images (n, *shape), a function of the arguments alone, row by row: images (n, *shape) float32 in [-1, 1],
     standard normals (n, *shape), uniform numbers (n, uniforms(shape)) in (0, 1], and the noise's largest standard
-    deviation. `mixed` and `mild` stay in [-1, 1]."""
+    deviation. All but `noise` stay in [-1, 1]."""
     uniforms: Callable[[tuple[int, ...]], int]  # how many uniform numbers an image of that shape takes
     check: Callable[[tuple[int, ...]], None]  # raises InputError for a shape that cannot be damaged so
 
@@ -48,7 +51,9 @@ def _count_mixed(shape: tuple[int, ...]) -> int:
 
 def _check_mixed(shape: tuple[int, ...]) -> None:
     if len(shape) != 3 or min(shape[1:]) < 8:
-        raise InputError(f"objective.damage mixed and mild need images of at least 8x8, not {shape}: choose noise")
+        raise InputError(
+            f"objective.damage mixed, mild and holes need images of at least 8x8, not {shape}: choose noise"
+        )
 
 
 def _mixed(images: Tensor, normals: Tensor, uniform: Tensor, strength: float, *, each: float = 1 / 2) -> Tensor:
@@ -91,10 +96,52 @@ def _coarse(images: Tensor, octaves: Tensor, weight: Tensor) -> Tensor:
     return mixed
 
 
+def _with_holes(images: Tensor, normals: Tensor, uniform: Tensor, strength: float) -> Tensor:
+    damaged = _mixed(images, normals, uniform[:, :-HOLES], strength, each=1 / 3)
+    chosen = uniform[:, -HOLES:]
+    kind = chosen[:, 0].view(-1, 1, 1, 1)
+    boxes = _boxes(chosen[:, 1:9].view(-1, 2, 4), images.shape[2:])
+    stroke = _stroke(chosen[:, 9:18], images.shape[2:])
+    hole = (boxes & (kind < 1 / 3)) | (stroke & (kind > 1 / 6) & (kind < 1 / 2))
+    return torch.where(hole, known_mean(damaged, ~hole), damaged)
+
+
+def _boxes(numbers: Tensor, size: torch.Size) -> Tensor:
+    """Where two boxes are (n, 1, H, W); numbers (n, 2, 4) give centres and sides, of at most 3/4 of the image's."""
+    centre, half = numbers[..., :2], 3 / 8 * numbers[..., 2:]
+    inside = [
+        (_centres(length, numbers) - centre[..., axis, None]).abs() < half[..., axis, None]
+        for axis, length in enumerate(size)
+    ]
+    return (inside[0][..., None] & inside[1][..., None, :]).any(1, keepdim=True)
+
+
+def _stroke(numbers: Tensor, size: torch.Size) -> Tensor:
+    """Where a stroke is (n, 1, H, W); numbers (n, 9) give four points and a radius, of at most 1/10 of the image."""
+    points, radius = numbers[:, :8].view(-1, 4, 2), 0.02 + 0.08 * numbers[:, 8].view(-1, 1, 1, 1)
+    y, x = _centres(size[0], numbers)[:, None], _centres(size[1], numbers)[None]
+    grid = torch.stack(torch.broadcast_tensors(y, x), dim=-1)  # (H, W, 2)
+    first, along = points[:, :-1, None, None], points.diff(dim=1)[:, :, None, None]
+    share = ((grid - first) * along).sum(-1, keepdim=True) / along.square().sum(-1, keepdim=True).clamp(min=1e-12)
+    distance = (grid - first - share.clamp(0, 1) * along).square().sum(-1).sqrt()
+    return (distance < radius).any(1, keepdim=True)
+
+
+def _centres(length: int, like: Tensor) -> Tensor:
+    """Positions of pixels along a side, in [0, 1]."""
+    return (torch.arange(length, device=like.device) + 0.5) / length
+
+
+def known_mean(images: Tensor, known: Tensor) -> Tensor:
+    """Mean of each channel of images (n, C, H, W) where `known` (bool, broadcast to them) is true: (n, C, 1, 1)."""
+    return (images * known).sum((2, 3), keepdim=True) / known.expand_as(images).sum((2, 3), keepdim=True).clamp(min=1)
+
+
 DAMAGES: dict[str, Damage] = {
     "noise": Damage(_noise, lambda shape: 1, lambda shape: None),
     "mixed": Damage(_mixed, _count_mixed, _check_mixed),
     "mild": Damage(partial(_mixed, each=1 / 3), _count_mixed, _check_mixed),
+    "holes": Damage(_with_holes, lambda shape: _count_mixed(shape) + HOLES, _check_mixed),
 }
 
 GROUP = "naign.damage"

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipeline.data.damage import known_mean
 from pipeline.data.format.labels import parse_number
 from pipeline.errors import InputError, one_line, printable, require, unwritten
 from pipeline.model import hub
@@ -23,6 +25,8 @@ from pipeline.philox import SAMPLES
 
 _KEY = "naign"  # in the safetensors header: a JSON object that describes the model
 _STATE = "prior."  # begins the names of the tensors of the prior
+
+FILLING = 8  # applications of f that fill a hole
 
 Advance = Callable[[int], object] | None
 """Called with the number of rows that were just computed."""
@@ -181,17 +185,35 @@ class NAIGN:
         latents = (model.latent(ids, seed=seed, label=label) for ids in torch.arange(n).split(batch))
         return torch.cat([self.project(part, times=times, advance=advance) for part in latents])
 
-    def project(self, x: Tensor, *, times: int = 1, batch: int = 500, advance: Advance = None) -> Tensor:
+    def project(
+        self,
+        x: Tensor,
+        *,
+        times: int | None = None,
+        mask: Tensor | None = None,
+        batch: int = 500,
+        advance: Advance = None,
+    ) -> Tensor:
         """f applied `times` times to x (n, *shape): its repair, on x's device. InputError where that is not finite.
 
         Images (n, C, H, W) may have any height and width: those of another size than the model's are computed in
         overlapping tiles (pipeline/model/tiles.py), and `advance` counts these.
+
+        `mask`, bool and of a shape that broadcasts to x, such as (H, W), is true in holes to fill. They begin as the
+        mean of what is known of their image; what is known is put back after each of `times` (default: FILLING)
+        applications, so that it stays bit for bit.
         """
         images = len(self.shape) == 3 and x.ndim == 4 and x.shape[1] == self.shape[0] and min(x.shape[2:]) > 0
-        takes = (
-            f"{self.shape}, or images of {self.shape[0]} channels and any size" if len(self.shape) == 3 else self.shape
-        )
-        require((images or x.shape[1:] == self.shape, f"the model takes {takes}, not {tuple(x.shape[1:])}"))
+        any_size = f", or images of {self.shape[0]} channels and any size" if len(self.shape) == 3 else ""
+        refused = f"the model takes {self.shape}{any_size}, not {tuple(x.shape[1:])}"
+        require((images or x.shape[1:] == self.shape, refused))
+        if mask is not None:
+            mask = _expanded(mask, x)
+            filled = torch.where(mask, known_mean(x, ~mask), x)
+            for _ in range(FILLING if times is None else times):
+                filled = torch.where(mask, self.project(filled, batch=batch, advance=advance), x)
+            return filled
+        times = 1 if times is None else times
         if x.shape[1:] == self.shape:
             return self._apply(x, times, batch, advance)
         size = (x.shape[2], x.shape[3])
@@ -233,6 +255,15 @@ class NAIGN:
         """
         squares = (self.project(x, times=times, batch=batch, advance=advance) - x).square()
         return squares.mean(1) if map else squares.flatten(1).mean(1)
+
+
+def _expanded(mask: Tensor, x: Tensor) -> Tensor:
+    if x.ndim == 4 and mask.dtype == torch.bool:
+        with suppress(RuntimeError):
+            return mask.expand_as(x)
+    raise InputError(
+        f"a mask is bool and broadcasts to images, not {mask.dtype} {tuple(mask.shape)} to {tuple(x.shape)}"
+    )
 
 
 def save_model(file: Path, weights: dict[str, Tensor], metadata: dict[str, Any], state: dict[str, Tensor]) -> None:

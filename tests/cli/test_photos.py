@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageDraw
 
 from pipeline.cli import model as cli
 from pipeline.cli.main import main
@@ -209,3 +209,92 @@ def test_maps_lie_beside_their_pictures_and_are_no_pictures_the_next_time(
     expected = (model.project(x) - x).abs().mean(1)[0].clamp(max=1) * 255
     assert drawn.mode == "L" and np.abs(np.asarray(drawn) - expected.numpy()).max() < 1
     assert Image.open(tmp_path / "deep/a.jpg.map.png").size == (40, 25)
+
+
+@pytest.fixture
+def hole() -> Image.Image:
+    """A mask of the picture: a box and a line."""
+    mask = Image.new("L", (40, 25), 30)
+    ImageDraw.Draw(mask).rectangle((20, 5, 30, 12), fill=255)
+    ImageDraw.Draw(mask).line((2, 20, 12, 22), fill=200)
+    return mask
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK"])
+def test_what_is_known_stays_bit_for_bit(colour: str, tmp_path: Path, hole: Image.Image, mode: str) -> None:
+    given = picture(mode="RGB").convert(mode)
+    if mode == "RGBA":
+        given.putalpha(Image.linear_gradient("L").resize(given.size))
+    given.save(tmp_path / "x.tif")
+    hole.save(tmp_path / "mask.png")
+    made = restored(colour, tmp_path / "x.tif", mask=tmp_path / "mask.png")
+    before = np.asarray(given if mode in ("RGB", "RGBA") else given.convert("RGB"))
+    changed = (np.asarray(made) != before).any(2)
+    inside = np.asarray(hole) > 127
+    assert not changed[~inside].any() and changed[inside].mean() > 0.9
+
+
+def test_a_hole_is_filled_as_by_the_model_whose_tiles_see_its_surroundings(colour: str, tmp_path: Path) -> None:
+    x, mask = Image.open(PHOTOS[0]), Image.new("1", (640, 427))
+    mask.paste(1, (300, 200, 320, 210))
+    x.save(tmp_path / "x.png")
+    mask.save(tmp_path / "mask.png")
+    made = np.asarray(restored(colour, tmp_path / "x.png", mask=tmp_path / "mask.png", times=2))
+    near = np.asarray(x)[200 - SIDE : 210 + SIDE, 300 - SIDE : 320 + SIDE]
+    hole = torch.from_numpy(np.array(mask)[200 - SIDE : 210 + SIDE, 300 - SIDE : 320 + SIDE])
+    expected = NAIGN.from_pretrained(colour).project(
+        torch.from_numpy(near.transpose(2, 0, 1).copy())[None] / 127.5 - 1, mask=hole, times=2
+    )
+    found = made[200:210, 300:320].transpose(2, 0, 1).astype(int)
+    assert np.abs(found - eight_bits(expected[0])[:, SIDE:-SIDE, SIDE:-SIDE].numpy()).max() <= 1
+    assert (made != np.asarray(x)).any(2).sum() <= 200
+
+
+def test_each_picture_has_its_mask_by_name(
+    colour: str, tmp_path: Path, hole: Image.Image, monkeypatch: Any, capsys: Any
+) -> None:
+    for name in ("in/a.jpg", "in/deep/a.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        picture().save(tmp_path / name)
+    (tmp_path / "masks/deep").mkdir(parents=True)
+    hole.save(tmp_path / "masks/a.png")
+    monkeypatch.chdir(tmp_path)
+    said = ended(monkeypatch, capsys, "restore", colour, "in", "--mask", "masks")
+    assert "--mask masks holds no mask for in/deep/a.jpg: add deep/a.png" in said and not Path("restored").exists()
+    Image.eval(hole, lambda value: 255 - value).save(tmp_path / "masks/deep/a.gif")
+    cli.restore(colour, (Path("in"),), to=Path("out"), mask=Path("masks"))
+    before, *after = (np.asarray(Image.open(name)) for name in ("in/a.jpg", "out/a.png", "out/deep/a.png"))
+    inside = np.asarray(hole) > 127
+    assert [bool((made != before).any(2)[inside].all()) for made in after] == [True, False]
+    assert np.array_equal(after[1][inside], before[inside])
+
+
+BAD_MASKS = {
+    "size": ("mask.png has 25 x 40 pixels, x.png 40 x 25: make them equal", []),
+    "none": ("mask.png has no hole: paint what is to be filled white", []),
+    "all": ("mask.png is a hole altogether: paint what is to be kept black", []),
+    "text": ("mask.png: no picture that Pillow can read", []),
+    "missing": ("mask.png: No such file", []),
+    "model": ("--mask is for pictures at their own size: leave out --size model", ["--size", "model"]),
+    "noise": ("--mask keeps what is outside holes, --damage changes it: leave out one", ["--damage", "noise"]),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_MASKS)
+def test_a_mask_that_cannot_be_used_is_refused(
+    colour: str, tmp_path: Path, monkeypatch: Any, capsys: Any, hole: Image.Image, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    picture().save("x.png")
+    match kind:
+        case "size":
+            hole.transpose(Image.Transpose.ROTATE_90).save("mask.png")
+        case "none" | "all":
+            Image.new("L", (40, 25), 0 if kind == "none" else 255).save("mask.png")
+        case "text":
+            Path("mask.png").write_text("no picture")
+        case "model" | "noise":
+            hole.save("mask.png")
+    text, options = BAD_MASKS[kind]
+    assert text in ended(monkeypatch, capsys, "restore", colour, "x.png", "--mask", "mask.png", *options)
+    assert not Path("restored").exists()

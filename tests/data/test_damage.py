@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline import philox
-from pipeline.data.damage import DAMAGES, GROUP, Damage, find_damage
+from pipeline.data.damage import DAMAGES, GROUP, HOLES, Damage, find_damage, known_mean
 from pipeline.errors import InputError
 from pipeline.settings.registry import known
 
@@ -42,7 +42,9 @@ def test_noise_has_every_strength_up_to_the_largest():
 
 
 @pytest.mark.parametrize("shape", [SHAPE, (3, 32, 32), (1, 8, 8)])
-@pytest.mark.parametrize(("name", "whole"), [("mixed", (1 / 2) ** 4), ("mild", (2 / 3) ** 4)])
+@pytest.mark.parametrize(
+    ("name", "whole"), [("mixed", (1 / 2) ** 4), ("mild", (2 / 3) ** 4), ("holes", (2 / 3) ** 4 / 2)]
+)
 def test_some_images_stay_whole_and_all_in_range(name, whole, shape):
     numbers = torch.arange(2000)
     images = bars(2000, shape) if shape == SHAPE else torch.rand(2000, *shape) * 2 - 1
@@ -85,9 +87,28 @@ def test_mixed_erases_one_image_in_sixteen():
     assert 0.35 < float((shades == -1).float().mean()) < 0.65 and float(shades.max()) > 0.8
 
 
+def test_holes_are_boxes_and_strokes_and_otherwise_mild():
+    numbers, images = torch.arange(2000), bars(2000)
+    normals, uniform = drawn("holes", numbers)
+    holed = find_damage("holes").damage(images, normals, uniform, 0.5)
+    mild = find_damage("mild").damage(images, normals, uniform[:, :-HOLES], 0.5)
+    changed = (holed != mild).flatten(1)
+    assert float(changed.any(1).float().mean()) == pytest.approx(1 / 2, abs=0.04)
+    shares = changed[changed.any(1)].float().mean(1)
+    assert float(shares.quantile(0.1)) < 0.1 and float(shares.mean()) == pytest.approx(0.2, abs=0.07)
+    assert float(shares.max()) < 0.8
+
+
+def test_the_mean_of_what_is_known():
+    images, known = torch.rand(2, 3, 4, 5), torch.rand(2, 1, 4, 5) < 0.5
+    found = known_mean(images, known)
+    assert found.shape == (2, 3, 1, 1)
+    torch.testing.assert_close(found[1, 2, 0, 0], images[1, 2][known[1, 0]].mean())
+
+
 def test_points_take_noise_only():
     find_damage("noise").check((2,))
-    for name in ("mixed", "mild"):
+    for name in ("mixed", "mild", "holes"):
         with pytest.raises(InputError, match="at least 8x8"):
             find_damage(name).check((2,))
 
@@ -99,7 +120,8 @@ def test_a_law_of_another_package(monkeypatch):
     points = {"naign.damage": {"inverted": EntryPoint("inverted", "tests.data.test_damage:INVERTED", "")}}
     monkeypatch.setattr("pipeline.settings.registry._entry_points", lambda group: points.get(group, {}))
     assert (
-        known(DAMAGES, GROUP) == ["noise", "mixed", "mild", "inverted"] and find_damage("inverted").uniforms(SHAPE) == 2
+        known(DAMAGES, GROUP) == ["noise", "mixed", "mild", "holes", "inverted"]
+        and find_damage("inverted").uniforms(SHAPE) == 2
     )
     find_damage("inverted").check(SHAPE)
     assert torch.equal(find_damage("inverted").damage(bars(3), *drawn("inverted", torch.arange(3)), 0.5), -bars(3))

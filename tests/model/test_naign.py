@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import InputError
-from pipeline.model.naign import NAIGN
+from pipeline.model.naign import FILLING, NAIGN
 from pipeline.model.networks import build_network, recorded_network
 
 DESCRIPTION = {
@@ -50,6 +50,25 @@ def test_energy_is_the_mean_squared_residual():
     torch.testing.assert_close(model.energy(x), (model.network(x) - x).square().mean((1, 2, 3)))
     moved = model.network(model.network(x)) - x
     torch.testing.assert_close(model.energy(x, times=2), moved.square().mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (20, 13)])
+def test_holes_are_filled_and_what_is_known_stays(size):
+    model, x = make(), torch.rand(3, 1, *size) * 2 - 1
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[2:5, 1:7] = True
+    made = model.project(x, mask=mask)
+    assert torch.equal(made[..., ~mask], x[..., ~mask]) and not (made == x)[..., mask].any()
+    step = x.where(~mask, x[..., ~mask].mean(-1)[..., None, None])
+    for _ in range(FILLING):
+        step = torch.where(mask, model.project(step), x)
+    torch.testing.assert_close(made, step)
+    each = mask.repeat(3, 1, 1, 1) & (torch.arange(3) == 1).view(3, 1, 1, 1)
+    assert torch.equal(model.project(x, mask=each)[::2], x[::2])
+    assert model.project(x, mask=torch.ones(size, dtype=torch.bool)).isfinite().all()
+    for wrong in (mask.float(), mask[1:], torch.ones(2, 1, *size, dtype=torch.bool)):
+        with pytest.raises(InputError, match="a mask is bool and broadcasts to images"):
+            model.project(x, mask=wrong)
 
 
 def test_nothing_in_nothing_out():
