@@ -29,8 +29,7 @@ def find_files(files: Sequence[Path], shape: tuple[int, ...]) -> list[tuple[Path
     for file in files:
         if file.is_dir():
             inside = sorted(path for path in file.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
-            inside = [path for path in inside if not path.name.endswith(MAP)]
-            named += [(path, path.relative_to(file)) for path in inside]
+            named += [(path, path.relative_to(file)) for path in inside if not path.name.endswith(MAP)]
         else:
             named.append((file, Path(file.name)))
     require((named, f"no {what} given: name files, or folders that hold some"))

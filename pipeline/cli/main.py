@@ -26,17 +26,8 @@ _OF_DATA: tuple[Callable[..., None], ...] = (pack, index, verify, duplicates)
 _OF_RUNS: tuple[Callable[..., None], ...] = (train, launch, render, fetch, runs, compare)
 _OF_MODELS: tuple[Callable[..., None], ...] = (evaluate, copies, sample, restore, score, export, push, demo, doctor)
 COMMANDS = {command.__name__: command for command in (*_OF_DATA, *_OF_RUNS, *_OF_MODELS)}
-PATHS = (
-    "--to",
-    "--root",
-    "--config",
-    "--labels",
-    "--dry-run",
-    "--data",
-    "--run",
-    "--drop",
-    "--mask",
-)  # options of a path
+# Options of a path.
+PATHS = ("--to", "--root", "--config", "--labels", "--dry-run", "--data", "--run", "--drop", "--mask")
 FLAGS = ("--json", "--map", "--force", "--private", "--keep-broken")  # options without a value, which a path may follow
 FULL = ("can't allocate memory", "out of memory")  # errors of torch on a CPU, on a GPU
 

@@ -127,7 +127,7 @@ def sample(
 
 
 def restore(
-    run: Run,
+    run: Model,
     files: Files,
     /,
     *,
@@ -156,7 +156,7 @@ def restore(
 
 
 def score(
-    run: Run, files: Files, /, *, times: Times = 1, map: bool = False, device: Device = "auto", json: Json = False
+    run: Model, files: Files, /, *, times: Times = 1, map: bool = False, device: Device = "auto", json: Json = False
 ) -> None:
     """Print the energy of each file as CSV: the mean of (f(x) - x)^2, low near training data (points: of each line).
 

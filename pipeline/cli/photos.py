@@ -2,8 +2,7 @@
 
 import io
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +32,7 @@ class Photo:
     """
 
     def __init__(self, path: Path, model: NAIGN, mask: Path | None = None) -> None:
-        picture = _decode(path)
-        with _naming(path):
-            self.picture = eight_bits(picture, "L") if picture.mode.startswith("I") else picture
+        self.picture = _decode(path)
         self.mode = "L" if model.shape[0] == 1 else "RGB"
         self.alpha = self.picture.has_transparency_data
         self.size = (self.picture.height, self.picture.width)
@@ -93,15 +90,11 @@ class Photo:
 
 def _read_hole(mask: Path, path: Path, size: tuple[int, int]) -> Image.Image:
     """Where a mask is white, in mode L of 0 and 255."""
-    picture = _decode(mask)
-    other = (
-        f"--mask {mask} has {picture.width} x {picture.height} pixels, {path} {size[0]} x {size[1]}: make them equal"
-    )
-    require((picture.size == size, other))
-    with _naming(mask):
-        hole = eight_bits(picture, "L").point([0] * 128 + [255] * 128)
+    hole = eight_bits(_decode(mask), "L").point([0] * 128 + [255] * 128)
     least, most = hole.getextrema()
+    other = f"--mask {mask} has {hole.width} x {hole.height} pixels, {path} {size[0]} x {size[1]}: make them equal"
     require(
+        (hole.size == size, other),
         (most, f"--mask {mask} has no hole: paint what is to be filled white"),
         (not least, f"--mask {mask} is a hole altogether: paint what is to be kept black"),
     )
@@ -110,14 +103,9 @@ def _read_hole(mask: Path, path: Path, size: tuple[int, int]) -> Image.Image:
 
 def _decode(path: Path) -> Image.Image:
     data = path.read_bytes()
-    with _naming(path):
-        return decode_picture(data)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
     try:
-        yield
+        picture = decode_picture(data)
+        return eight_bits(picture, "L") if picture.mode.startswith("I") else picture
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
@@ -129,18 +117,17 @@ def restore_photos(
     *,
     times: int | None,
     damage: Kind | None,
-    masks: Sequence[Path] | None,
+    masks: Sequence[Path | None],
 ) -> None:
     """Repair pictures at their own size. All are decoded before the first is written, and each is written atomically.
 
-    With `damage` they are damaged first; the second half of `outputs` is for the damaged ones. With `masks`, one each,
+    With `damage` they are damaged first; the second half of `outputs` is for the damaged ones. Of a picture with a mask
     holes are filled, and nothing else changes.
     """
-    holes: Sequence[Path | None] = masks or [None] * len(paths)
-    total = _count_tiles(paths, model, holes) * ((times or FILLING) if masks else 1)
+    total = _count_tiles(paths, model, masks) * ((times or FILLING) if any(masks) else 1)
     with counted("restoring", total=total, unit="tile") as bar:
-        for number, (path, hole) in enumerate(zip(paths, holes, strict=True)):
-            photo, place = Photo(path, model, hole), outputs[number]
+        for number, (path, mask) in enumerate(zip(paths, masks, strict=True)):
+            photo, place = Photo(path, model, mask), outputs[number]
             profile = photo.profile
             large = f"{path}: a JPEG has at most {MOST} pixels a side: give a --to that ends in .png"
             require((max(photo.size) <= MOST or FORMATS[place.suffix.lower()] != "JPEG", large))

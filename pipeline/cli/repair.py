@@ -41,7 +41,7 @@ def restore_files(
     if points or whole:
         _restore_batch(model, paths, outputs, times=times or 1, damage=damage)
     else:
-        masks = find_masks(mask, paths, names) if mask else None
+        masks = _find_masks(mask, paths, names)
         restore_photos(paths, outputs, model, times=times, damage=damage, masks=masks)
     also = f"; as they were damaged: {to / damage}/" if damage else ""
     print(f"{len(names)} restored {'files of points' if points else 'images'}: {outputs[0] if one else f'{to}/'}{also}")
@@ -61,9 +61,9 @@ def _restore_batch(
         write_one(samples, place)
 
 
-def find_masks(mask: Path, paths: Sequence[Path], names: Sequence[Path]) -> list[Path]:
+def _find_masks(mask: Path | None, paths: Sequence[Path], names: Sequence[Path]) -> Sequence[Path | None]:
     """The mask of each picture: the file `mask`, or in the folder `mask` the one of the picture's name."""
-    if not mask.is_dir():
+    if mask is None or not mask.is_dir():
         return [mask] * len(paths)
     found = {name.with_suffix(""): path for path, name in find_files([mask], (1, 1, 1))}
     for path, name in zip(paths, names, strict=True):

@@ -51,9 +51,7 @@ def _count_mixed(shape: tuple[int, ...]) -> int:
 
 def _check_mixed(shape: tuple[int, ...]) -> None:
     if len(shape) != 3 or min(shape[1:]) < 8:
-        raise InputError(
-            f"objective.damage mixed, mild and holes need images of at least 8x8, not {shape}: choose noise"
-        )
+        raise InputError(f"this objective.damage needs images of at least 8x8, not {shape}: choose noise")
 
 
 def _mixed(images: Tensor, normals: Tensor, uniform: Tensor, strength: float, *, each: float = 1 / 2) -> Tensor:

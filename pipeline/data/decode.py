@@ -98,8 +98,7 @@ def decode_picture(data: bytes) -> Image.Image:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         picture = open_picture(data)
         picture.load()
-        # exif_transpose raises for damaged EXIF
-        return ImageOps.exif_transpose(picture) if _orientation(picture) != 1 else picture
+        return ImageOps.exif_transpose(picture) if _orientation(picture) != 1 else picture  # raises for damaged EXIF
 
 
 def header_shape(data: bytes) -> tuple[int, int, int]:

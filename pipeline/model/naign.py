@@ -261,9 +261,7 @@ def _expanded(mask: Tensor, x: Tensor) -> Tensor:
     if x.ndim == 4 and mask.dtype == torch.bool:
         with suppress(RuntimeError):
             return mask.expand_as(x)
-    raise InputError(
-        f"a mask is bool and broadcasts to images, not {mask.dtype} {tuple(mask.shape)} to {tuple(x.shape)}"
-    )
+    raise InputError(f"the mask is {mask.dtype} {tuple(mask.shape)}: give bool that broadcasts to {tuple(x.shape)}")
 
 
 def save_model(file: Path, weights: dict[str, Tensor], metadata: dict[str, Any], state: dict[str, Tensor]) -> None:

@@ -67,7 +67,7 @@ def test_holes_are_filled_and_what_is_known_stays(size):
     assert torch.equal(model.project(x, mask=each)[::2], x[::2])
     assert model.project(x, mask=torch.ones(size, dtype=torch.bool)).isfinite().all()
     for wrong in (mask.float(), mask[1:], torch.ones(2, 1, *size, dtype=torch.bool)):
-        with pytest.raises(InputError, match="a mask is bool and broadcasts to images"):
+        with pytest.raises(InputError, match="give bool that broadcasts to"):
             model.project(x, mask=wrong)
 
 
