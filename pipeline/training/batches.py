@@ -8,6 +8,7 @@ from concurrent.futures import Future, wait
 from dataclasses import fields
 from functools import partial
 from itertools import cycle, islice, repeat
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,8 @@ from pipeline.errors import require
 from pipeline.model.scale import scaled
 from pipeline.storage.prefetch import in_background
 
-SETTINGS = {field.name for field in fields(DataConfig)} - {"path", "split", "source", "endpoint", "trace"}
+NONE = {"path", "split", "source", "endpoint", "trace"}  # of DataConfig, which are no settings here
+SETTINGS = {field.name: type(field.default) for field in fields(DataConfig) if field.name not in NONE}
 
 Step = tuple[int, int, int]  # this rank's positions [first, last) of a batch in the epoch, and where the batch ends
 Reading = tuple[Rows, int, Future[list[str]]]  # of a batch: its end, and the problems of broken samples once it is read
@@ -44,6 +46,8 @@ class Batches(IterableDataset[Batch]):
 
     def __init__(self, config: DataConfig, *, batch: int, seed: int, rank: int | None, world: int | None) -> None:
         check_config(config)
+        whole = isinstance(batch, Integral) and isinstance(seed, Integral)
+        require((whole, f"batch is {batch!r} and seed {seed!r}: both must be whole numbers"))
         check_seed(seed)
         require(
             (batch > 0, f"batch is {batch}: it must be positive"),
@@ -52,7 +56,7 @@ class Batches(IterableDataset[Batch]):
             (rank is None or world is None or 0 <= rank < world, f"rank is {rank}: it must lie in [0, world={world})"),
         )
         self._place = None if rank is None or world is None else (rank, world)
-        self._sets, self._config, self._batch, self._seed = DataSets(config), config, batch, seed
+        self._sets, self._config, self._batch, self._seed = DataSets(config), config, int(batch), int(seed)
         self.manifest, self.shape = self._sets.manifest, self._sets.shape  # names of labels; shape of one image
         shards = self.manifest.split(config.split).shards
         # A round as long as the epoch: the order depends neither on the batch nor on the number of ranks.
@@ -84,8 +88,8 @@ class Batches(IterableDataset[Batch]):
         there = dist.is_available() and dist.is_initialized()
         rank, world = self._place or ((dist.get_rank(), dist.get_world_size()) if there else (0, 1))
         self._check(world)
-        epoch, ahead = self.epoch, deque[Reading]()
-        begun = self._begin(partial(self._steps, self._position, rank, world), epoch)
+        epoch, position, ahead = self.epoch, self._position, deque[Reading]()
+        begun = self._begin(partial(self._steps, position, rank, world), epoch)
 
         def finish() -> None:
             wait([reading for *_, reading in ahead], PATIENCE)
@@ -100,12 +104,21 @@ class Batches(IterableDataset[Batch]):
                 ahead.extend(islice(begun, 1))
                 self._broken, self._rows = self._broken + len(problems), self._rows + len(rows.keys)
                 allow(problems, self._broken, self._rows, self._order.total // world)
-                self.epoch, self._position = epoch, end
+                self._move((epoch, position), (epoch, end))
+                position = end
                 yield Batch(scaled(rows.images), rows.labels, rows.keys)
-            self.epoch, self._position = epoch + 1, 0
+            self._move((epoch, position), (epoch + 1, 0))
         finally:
             finish()
             atexit.unregister(finish)
+
+    def _move(self, since: tuple[int, int], to: tuple[int, int]) -> None:
+        """Move from one (epoch, position) to another. InputError if an iteration is not at the first one any more."""
+        other = (
+            "another iteration over the data set, or load_state_dict, has moved it since: use one iteration at a time"
+        )
+        require((since == (self.epoch, self._position), other))
+        self.epoch, self._position = to
 
     def _check(self, world: int) -> None:
         """Raise InputError where images would be lost or repeated."""
@@ -113,6 +126,7 @@ class Batches(IterableDataset[Batch]):
         remedy = "iterate over the data set itself, and move batches to accelerator.device"
         require(
             (not get_worker_info(), "open_dataset reads ahead by its own threads: give the DataLoader num_workers=0"),
+            (self._order.total >= world, f"{self._order.total} images are too few for {world} ranks: use fewer"),
             (self._batch >= world, f"a batch of {self._batch} images has none for some of {world} ranks: raise batch"),
             (not divided, f"accelerator.prepare divides this rank's batches among the ranks once more: {remedy}"),
         )
@@ -177,7 +191,12 @@ def open_dataset(
     InputError, a ValueError, for wrong arguments, some when an iteration begins, and for data that is missing or
     damaged; Unavailable for a store that stays out of reach.
     """
-    unknown, known = ", ".join(sorted(settings.keys() - SETTINGS)), ", ".join(sorted(SETTINGS))
+    unknown, known = ", ".join(sorted(settings.keys() - SETTINGS.keys())), ", ".join(sorted(SETTINGS))
     require((not unknown, f"open_dataset has no setting {unknown}: use {known}"))
+    for name, kind in SETTINGS.items():
+        if kind is str and name in settings:
+            settings[name] = str(settings[name])  # size=64, cache=Path(...)
+        fits = isinstance(settings.get(name, kind()), (kind, int) if kind is float else kind)
+        require((fits, f"{name} is {settings.get(name)!r}: it must be of type {kind.__name__}"))
     config = DataConfig(path=str(path), split=split, **settings)
     return Batches(config, batch=batch, seed=seed, rank=rank, world=world)

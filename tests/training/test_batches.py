@@ -90,6 +90,26 @@ def test_an_iteration_that_was_left_is_continued(small: str) -> None:
     assert dataset.epoch == 2
 
 
+def test_two_iterations_at_once_are_refused(small: str) -> None:
+    dataset = open_dataset(small, batch=4)
+    with pytest.raises(InputError, match="use one iteration at a time"):
+        list(zip(dataset, dataset, strict=True))
+    dataset = open_dataset(small, batch=4)
+    started, state = iter(dataset), dataset.state_dict()
+    next(started)
+    dataset.load_state_dict(state)
+    with pytest.raises(InputError, match="or load_state_dict, has moved it"):
+        next(started)
+    assert len(keys(dataset)) == 23
+
+
+def test_the_types_of_settings(small: str) -> None:
+    dataset = open_dataset(small, size=12, cache=Path("none"), cache_gb=1, batch=torch.tensor(7).numpy()[()])
+    assert dataset.shape == (1, 12, 12)
+    next(iter(dataset))
+    dataset.load_state_dict(dataset.state_dict())
+
+
 def test_mirroring_and_windows_depend_on_the_seed_alone(digits: str) -> None:
     options: dict[str, Any] = {"flip": True, "size": "6", "fit": "random"}
     whole = torch.cat([batch.images for batch in open_dataset(digits, batch=500, **options)])
@@ -152,6 +172,11 @@ def test_a_second_division_by_accelerate_is_refused(small: str, dispatch: bool) 
         ({"fit": "none"}, "data.fit"),
         ({"crop": 5}, "data.crop=5 is more"),
         ({"batch": 2, "rank": 0, "world": 3}, "none for some of 3 ranks"),
+        ({"batch": 99, "rank": 0, "world": 24}, "23 images are too few for 24 ranks"),
+        ({"batch": 2.5}, "batch is 2.5"),
+        ({"seed": None}, "seed None"),
+        ({"size": (8, 8)}, "data.size"),
+        ({"workers": "2"}, "workers is '2': it must be of type int"),
     ],
 )
 def test_wrong_arguments_are_refused(small: str, options: dict[str, Any], part: str) -> None:
