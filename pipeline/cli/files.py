@@ -32,19 +32,20 @@ def find_files(files: Sequence[Path], shape: tuple[int, ...]) -> list[tuple[Path
             named += [(path, path.relative_to(file)) for path in inside if not path.name.endswith(MAP)]
         else:
             named.append((file, Path(file.name)))
-    require((named, f"no {what} given: name files, or folders that hold some"))
+    where = f" in {', '.join(map(str, files))}" if files else ""
+    require((named, f"no {what} given{where}: name files, or folders that hold some"))
     return named
 
 
-def refuse_overwriting(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
-    """Raise InputError if two outputs are the same file, or if an output is an input or a folder."""
+def refuse_overwriting(inputs: Sequence[Path], outputs: Sequence[Path], also: Sequence[Path] = ()) -> None:
+    """Raise InputError if two outputs are the same file, or if an output is an input, one of `also`, or a folder."""
     source_of: dict[Path, Path] = {}
-    sources = {path.resolve() for path in inputs}
+    sources = {path.resolve() for path in (*inputs, *also)}
     for source, output in zip(inputs, outputs, strict=True):
         other = source_of.setdefault(output, source)
         require(
-            (output.resolve() not in sources, f"--to would overwrite the input {output}: choose another folder"),
-            (not output.is_dir(), f"{output} would be written for {source}, but is a folder: choose another --to"),
+            (output.resolve() not in sources, f"the output would overwrite the input {output}: choose another place"),
+            (not output.is_dir(), f"{output} would be written for {source}, but is a folder: choose another place"),
             (other == source, f"{other} and {source} would both be written to {output}: rename one of them"),
         )
 

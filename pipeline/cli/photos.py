@@ -54,13 +54,17 @@ class Photo:
         pixels = np.asarray(picture).reshape(last - first, right - left, -1).transpose(2, 0, 1)
         return scaled(torch.from_numpy(pixels.copy())[None])
 
-    def shown(self, rows: Tensor, first: int) -> Image.Image:
-        """Rows of the box as a picture with this one's alpha: on white it shows them."""
+    def shown(self, rows: Tensor, first: int, *, filled: bool = False) -> Image.Image:
+        """Rows of the box as a picture with this one's alpha: on white it shows them. `filled`: where alpha is 0 it
+        becomes 255.
+        """
         left, top, right, _ = self.box
         alpha = None
         if self.alpha:
             strip = self.picture.crop((left, top + first, right, top + first + rows.shape[2]))
             alpha = strip.convert("RGBA").getchannel("A")
+            if filled:
+                alpha = alpha.point([255, *range(1, 256)])
             rows = 1 - (1 - rows) / torch.from_numpy(np.asarray(alpha) / np.float32(255)).clamp(min=1 / 255)
         pixels = pictures.eight_bits(rows[0]).permute(1, 2, 0).numpy()
         picture = Image.fromarray(np.ascontiguousarray(pixels.squeeze(2) if self.mode == "L" else pixels))
@@ -76,7 +80,7 @@ class Photo:
             hole = self.hole.crop(self.box)
             mask = torch.from_numpy(np.array(hole) > 0)
             made = model.project(self.rows(0, bottom - top), times=times, mask=mask, advance=advance)
-            whole.paste(self.shown(made, 0), (left, top), hole)
+            whole.paste(self.shown(made, 0, filled=True), (left, top), hole)
             return whole
         whole = Image.new(f"{self.mode}A" if self.alpha else self.mode, self.picture.size)
         for rows in model.bands(self.rows, self.size, times=times or 1, advance=advance):

@@ -1,11 +1,12 @@
 """What `naign restore` and `naign score` do with files of images or points."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from pipeline.cli.files import FORMATS, MAP, find_files, read_samples, refuse_overwriting, write_one
+from pipeline.cli.files import FORMATS, IMAGES, MAP, find_files, read_samples, refuse_overwriting, write_one
 from pipeline.cli.photos import map_photos, restore_photos
 from pipeline.data.degrade import Kind, degrade
 from pipeline.errors import require
@@ -27,8 +28,10 @@ def restore_files(
     points = len(model.shape) == 1
     paths, names = zip(*find_files(files, model.shape), strict=True)
     one = len(paths) == 1 and not (damage or points or whole) and to.suffix.lower() in FORMATS
+    single = "only one picture, restored at its own size, goes to a file, which ends in .png or .jpg"
     require(
         (one or not to.is_file(), f"--to {to} is a file: give a folder, for one picture an image"),
+        (one or to.is_dir() or to.suffix.lower() not in (*IMAGES, ".csv"), f"--to {to} is no folder's name: {single}"),
         (not (points and damage), f"--damage {damage} is for images, this model takes points"),
         (not (points and mask), f"--mask {mask} is for images, this model takes points"),
         (not (whole and mask), "--mask is for pictures at their own size: leave out --size model"),
@@ -37,11 +40,11 @@ def restore_files(
     folders = [to, to / damage] if damage else [to]
     outputs = [folder / name.with_suffix(".csv" if points else ".png") for folder in folders for name in names]
     outputs = [to] if one and not to.is_dir() else outputs
-    refuse_overwriting(paths * len(folders), outputs)
+    masks = _find_masks(mask, paths, names)
+    refuse_overwriting(paths * len(folders), outputs, [path for path in masks if path])
     if points or whole:
         _restore_batch(model, paths, outputs, times=times or 1, damage=damage)
     else:
-        masks = _find_masks(mask, paths, names)
         restore_photos(paths, outputs, model, times=times, damage=damage, masks=masks)
     also = f"; as they were damaged: {to / damage}/" if damage else ""
     print(f"{len(names)} restored {'files of points' if points else 'images'}: {outputs[0] if one else f'{to}/'}{also}")
@@ -62,14 +65,23 @@ def _restore_batch(
 
 
 def _find_masks(mask: Path | None, paths: Sequence[Path], names: Sequence[Path]) -> Sequence[Path | None]:
-    """The mask of each picture: the file `mask`, or in the folder `mask` the one of the picture's name."""
+    """The mask of each picture: the file `mask`, or in the folder `mask` the one of the picture's name, which may lie
+    beside the picture with another suffix.
+    """
     if mask is None or not mask.is_dir():
         return [mask] * len(paths)
-    found = {name.with_suffix(""): path for path, name in find_files([mask], (1, 1, 1))}
+    pictures, found = {path.resolve() for path in paths}, defaultdict(list)
+    for path, name in find_files([mask], (1, 1, 1)):
+        if path.resolve() not in pictures:
+            found[name.with_suffix("")].append(path)
     for path, name in zip(paths, names, strict=True):
+        fitting = found[name.with_suffix("")]
         missing = f"--mask {mask} holds no mask for {path}: add {name.with_suffix('.png')}, or leave that picture out"
-        require((name.with_suffix("") in found, missing))
-    return [found[name.with_suffix("")] for name in names]
+        require((fitting, missing))
+        require(
+            (len(fitting) == 1, f"--mask {mask} holds several for {path}: keep one of {', '.join(map(str, fitting))}")
+        )
+    return [found[name.with_suffix("")][0] for name in names]
 
 
 def score_files(

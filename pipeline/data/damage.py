@@ -132,7 +132,8 @@ def _centres(length: int, like: Tensor) -> Tensor:
 
 def known_mean(images: Tensor, known: Tensor) -> Tensor:
     """Mean of each channel of images (n, C, H, W) where `known` (bool, broadcast to them) is true: (n, C, 1, 1)."""
-    return (images * known).sum((2, 3), keepdim=True) / known.expand_as(images).sum((2, 3), keepdim=True).clamp(min=1)
+    count = known.expand_as(images).sum((2, 3), keepdim=True).clamp(min=1)
+    return images.where(known, 0).sum((2, 3), keepdim=True) / count  # elsewhere they may be NaN
 
 
 DAMAGES: dict[str, Damage] = {

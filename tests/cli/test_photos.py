@@ -132,6 +132,12 @@ def test_one_picture_goes_to_the_file_and_format_that_is_named(colour: str, tmp_
     assert (made.format, made.mode, made.size, made.info["icc_profile"]) == ("JPEG", "RGB", (40, 25), SRGB)
     with pytest.raises(InputError, match="would overwrite the input"):
         cli.restore(colour, (tmp_path / "x.png",), to=tmp_path / "x.png")
+    for options in ({"damage": "blur"}, {"size": "model"}, {"to": tmp_path / "y.webp"}):
+        with pytest.raises(InputError, match="only one picture, restored at its own size, goes to a file"):
+            cli.restore(colour, (tmp_path / "x.png",), **{"to": tmp_path / "y.png", **options})
+    with pytest.raises(InputError, match="only one picture"):
+        cli.restore(colour, (tmp_path / "x.png", tmp_path / "deep/y.jpg"), to=tmp_path / "z.jpg")
+    assert {path.name for path in tmp_path.iterdir()} == {"x.png", "deep"}
 
 
 def test_damage_is_that_of_the_picture_s_size(colour: str, tmp_path: Path) -> None:
@@ -267,6 +273,37 @@ def test_each_picture_has_its_mask_by_name(
     inside = np.asarray(hole) > 127
     assert [bool((made != before).any(2)[inside].all()) for made in after] == [True, False]
     assert np.array_equal(after[1][inside], before[inside])
+
+
+def test_masks_may_lie_beside_their_pictures_and_are_not_overwritten(
+    colour: str, tmp_path: Path, hole: Image.Image
+) -> None:
+    x, mask = tmp_path / "in/x.jpg", tmp_path / "in/x.png"
+    mask.parent.mkdir()
+    picture().save(x)
+    hole.save(mask)
+    cli.restore(colour, (x,), to=tmp_path / "out", mask=mask)
+    cli.restore(colour, (x,), to=tmp_path / "beside", mask=tmp_path / "in")
+    assert (tmp_path / "out/x.png").read_bytes() == (tmp_path / "beside/x.png").read_bytes()
+    for place in (mask, tmp_path / "in"):
+        with pytest.raises(InputError, match=r"would overwrite the input .*in/x.png"):
+            cli.restore(colour, (x,), to=tmp_path / "in", mask=place)
+    with pytest.raises(InputError, match=r"holds no mask for .*x.jpg"):
+        cli.restore(colour, (x.parent,), to=tmp_path / "all", mask=tmp_path / "in")
+    hole.save(mask.with_suffix(".gif"))
+    with pytest.raises(InputError, match=r"holds several for .*x.jpg: keep one of .*x.gif, .*x.png"):
+        cli.restore(colour, (x,), to=tmp_path / "all", mask=tmp_path / "in")
+    assert not (tmp_path / "all").exists() and np.array_equal(np.asarray(Image.open(mask)), np.asarray(hole))
+
+
+def test_a_transparent_hole_is_seen_when_it_is_filled(colour: str, tmp_path: Path, hole: Image.Image) -> None:
+    given, inside = picture(mode="RGBA"), np.asarray(hole) > 127
+    given.putalpha(Image.fromarray(np.where(inside, 0, 100).astype(np.uint8)))
+    given.save(tmp_path / "x.png")
+    hole.save(tmp_path / "mask.png")
+    made = np.asarray(restored(colour, tmp_path / "x.png", mask=tmp_path / "mask.png"))
+    assert (made[..., 3] == np.where(inside, 255, 100)).all()
+    assert np.array_equal(made[~inside], np.asarray(given)[~inside])
 
 
 BAD_MASKS = {

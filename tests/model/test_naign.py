@@ -63,6 +63,7 @@ def test_holes_are_filled_and_what_is_known_stays(size):
     for _ in range(FILLING):
         step = torch.where(mask, model.project(step), x)
     torch.testing.assert_close(made, step)
+    assert torch.equal(model.project(x.masked_fill(mask, torch.nan), mask=mask), made)
     each = mask.repeat(3, 1, 1, 1) & (torch.arange(3) == 1).view(3, 1, 1, 1)
     assert torch.equal(model.project(x, mask=each)[::2], x[::2])
     assert model.project(x, mask=torch.ones(size, dtype=torch.bool)).isfinite().all()
