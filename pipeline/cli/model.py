@@ -196,7 +196,9 @@ def export(
 
     for name, what in (("manifest.json", "checkpoint"), ("checkpoints", "run")):  # whose part the model would become
         require((not (to / name).exists(), f"--to {to} is a {what}: give another folder"))
-    require((format == "safetensors" or latents.prior == "trained", "--format onnx is f alone, without a prior"))
+    require(
+        (format == "safetensors" or latents == TRAINED, "--format onnx is f alone: leave out what chooses its prior")
+    )
     model = _open_with(latents, run, "cpu")
     file = to / f"model.{format}"
     with busy("exporting"):

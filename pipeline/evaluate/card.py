@@ -13,7 +13,7 @@ from jinja2 import UndefinedError
 
 from pipeline.errors import InputError, require
 from pipeline.evaluate.recorded import fingerprint
-from pipeline.evaluate.report import DAMAGE, templates
+from pipeline.evaluate.report import DAMAGE, learned_classes, templates
 from pipeline.evaluate.runs import folder_of
 from pipeline.model.hub import without_places
 from pipeline.model.naign import NAIGN
@@ -61,6 +61,8 @@ def write_repository(folder: Path, model: NAIGN, run: str, *, name: str, license
         settings = yaml.safe_dump(shared.metadata.get("config", {}), sort_keys=True)
         values = {"name": name, "model": shared, "measured": metrics, "pictures": pictures, "license": license}
         values |= {"settings": settings, "learned": learned, "dataset": DATASETS.get(learned), "damages": DAMAGE}
+        classes = learned_classes(shared)
+        values |= {"classes": classes, "asked": json.dumps(classes[0], ensure_ascii=False) if classes else ""}
         text = templates(autoescape=False).get_template("card.md.jinja").render(values)
     except InputError:
         raise

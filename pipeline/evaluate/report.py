@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.evaluate.measures import Subject
+from pipeline.model.naign import NAIGN
 from pipeline.observe.pictures import grid, png, rows, scatter
 from pipeline.storage.base import Store
 
@@ -94,10 +95,10 @@ def draw_pictures(subject: Subject) -> list[Picture]:
     return [Picture("samples", "Samples", "Orange over the test data in blue.", scatter(panels, behind=real))]
 
 
-def _shown(subject: Subject) -> list[str]:
-    """Classes that the model learned, if it knows any."""
-    counts = subject.model.prior.state_dict().get("class_counts", torch.zeros(0)).tolist()
-    return [name for name, count in zip(subject.model.labels, counts, strict=False) if count][:CLASSES]
+def learned_classes(model: NAIGN) -> list[str]:
+    """The names of the classes that samples can be asked for: those of the training images, if the model knows any."""
+    counts = model.prior.state_dict().get("class_counts", torch.zeros(0)).tolist()
+    return [name for name, count in zip(model.labels, counts, strict=False) if count]
 
 
 def _of_images(subject: Subject) -> list[Picture]:
@@ -113,7 +114,8 @@ def _of_images(subject: Subject) -> list[Picture]:
         Picture("applications", "The same z, f applied one to five times", alike, rows(times)),
         Picture("interpolation", "Between two samples", way, grid(_between(subject), columns=STEPS)),
     ]
-    if asked := [(name, subject.model.sample(STEPS, seed=subject.seed, label=name).cpu()) for name in _shown(subject)]:
+    shown = learned_classes(subject.model)[:CLASSES]
+    if asked := [(name, subject.model.sample(STEPS, seed=subject.seed, label=name).cpu()) for name in shown]:
         caption = "A row is a class, a column the same noise."
         drawn.insert(1, Picture("classes", "Samples by class", caption, rows(asked)))
     blind = "Test images. f does not know how they were damaged. Last row: the nearest training image, an answer that "

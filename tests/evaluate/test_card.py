@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from pipeline.evaluate.report import number
 from pipeline.evaluate.run import evaluate
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import ConvConfig, PointConfig
+from pipeline.model.prior import build_prior
+from pipeline.model.prior.gmm import GmmConfig
 from tests.conftest import environment
 from tests.hub import Hub
 
@@ -138,6 +141,21 @@ def test_the_evaluation_of_another_model_is_not_published(hub: Hub, run: str, tm
     with pytest.raises(InputError, match="is of other weights or prior: run `naign evaluate"):
         push(str(tmp_path / "other"), "me/digits", dry_run=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_card_asks_for_classes_that_were_among_the_training_images(run: str, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    model, labels = NAIGN.from_pretrained(run), ("fox", "\N{DOG FACE}")
+    config = GmmConfig(classes=True, components=2)
+    state = build_prior(config, model.shape, model.network, labels=labels).state_dict()
+    state["class_counts"][1] = 5
+    metadata = model.metadata | {"prior": asdict(config), "labels": labels}
+    NAIGN(model.network, metadata, state).save_pretrained(tmp_path / "run")
+    place = tmp_path / "run/evaluation/metrics.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"weights": None}))
+    push(str(tmp_path / "run"), "me/pets", dry_run=tmp_path / "out")
+    text = (tmp_path / "out/README.md").read_text()
+    assert 'label="\N{DOG FACE}")' in text and "asked for by class: \N{DOG FACE}." in text and "fox" not in text
 
 
 def test_a_card_says_what_the_model_learned_not_what_it_was_measured_on(
