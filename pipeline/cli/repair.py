@@ -28,10 +28,10 @@ def restore_files(
     points = len(model.shape) == 1
     paths, names = zip(*find_files(files, model.shape), strict=True)
     one = len(paths) == 1 and not (damage or points or whole) and to.suffix.lower() in FORMATS
-    single = "only one picture, restored at its own size, goes to a file, which ends in .png or .jpg"
+    single = "give a folder; only one picture, restored at its own size, may go to a file, .png or .jpg"
     require(
         (one or not to.is_file(), f"--to {to} is a file: give a folder, for one picture an image"),
-        (one or to.is_dir() or to.suffix.lower() not in (*IMAGES, ".csv"), f"--to {to} is no folder's name: {single}"),
+        (one or to.is_dir() or to.suffix.lower() not in (*IMAGES, ".csv"), f"--to {to} ends like a file: {single}"),
         (not (points and damage), f"--damage {damage} is for images, this model takes points"),
         (not (points and mask), f"--mask {mask} is for images, this model takes points"),
         (not (whole and mask), "--mask is for pictures at their own size: leave out --size model"),

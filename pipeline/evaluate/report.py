@@ -114,8 +114,8 @@ def _of_images(subject: Subject) -> list[Picture]:
         Picture("applications", "The same z, f applied one to five times", alike, rows(times)),
         Picture("interpolation", "Between two samples", way, grid(_between(subject), columns=STEPS)),
     ]
-    shown = learned_classes(subject.model)[:CLASSES]
-    if asked := [(name, subject.model.sample(STEPS, seed=subject.seed, label=name).cpu()) for name in shown]:
+    known = learned_classes(subject.model)[:CLASSES]
+    if asked := [(name, subject.model.sample(STEPS, seed=subject.seed, label=name).cpu()) for name in known]:
         caption = "A row is a class, a column the same noise."
         drawn.insert(1, Picture("classes", "Samples by class", caption, rows(asked)))
     blind = "Test images. f does not know how they were damaged. Last row: the nearest training image, an answer that "

@@ -27,7 +27,9 @@ from pipeline.model.scale import scaled
 from pipeline.storage.prefetch import in_background
 
 NONE = {"path", "split", "source", "endpoint", "trace"}  # of DataConfig, which are no settings here
-SETTINGS = {field.name: type(field.default) for field in fields(DataConfig) if field.name not in NONE}
+SETTINGS: dict[str, type[Any]] = {
+    field.name: type(field.default) for field in fields(DataConfig) if field.name not in NONE
+}
 
 Step = tuple[int, int, int]  # this rank's positions [first, last) of a batch in the epoch, and where the batch ends
 Reading = tuple[Rows, int, Future[list[str]]]  # of a batch: its end, and the problems of broken samples once it is read

@@ -133,7 +133,7 @@ def test_one_picture_goes_to_the_file_and_format_that_is_named(colour: str, tmp_
     with pytest.raises(InputError, match="would overwrite the input"):
         cli.restore(colour, (tmp_path / "x.png",), to=tmp_path / "x.png")
     for options in ({"damage": "blur"}, {"size": "model"}, {"to": tmp_path / "y.webp"}):
-        with pytest.raises(InputError, match="only one picture, restored at its own size, goes to a file"):
+        with pytest.raises(InputError, match="only one picture, restored at its own size, may go to a file"):
             cli.restore(colour, (tmp_path / "x.png",), **{"to": tmp_path / "y.png", **options})
     with pytest.raises(InputError, match="only one picture"):
         cli.restore(colour, (tmp_path / "x.png", tmp_path / "deep/y.jpg"), to=tmp_path / "z.jpg")
