@@ -46,6 +46,12 @@ def test_onnx_is_f(tmp_path, capsys, name):
     assert b".py" not in file.read_bytes()
 
 
+@pytest.mark.parametrize("chosen", [{"prior": "gmm"}, {"guidance": 1.0}, {"steps": 4}])
+def test_what_chooses_a_prior_is_refused(tmp_path, chosen):
+    with pytest.raises(InputError, match="onnx is f alone: leave out what chooses its prior"):
+        cli.export("run", to=tmp_path / "to", format="onnx", latents=cli.Latents(**chosen))
+
+
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
 def test_a_missing_package_is_named_and_nothing_is_written(tmp_path, monkeypatch, missing):
     find = importlib.util.find_spec
