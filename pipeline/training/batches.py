@@ -116,19 +116,19 @@ class Batches(IterableDataset[Batch]):
 
     def _move(self, since: tuple[int, int], to: tuple[int, int]) -> None:
         """Move from one (epoch, position) to another. InputError if an iteration is not at the first one any more."""
-        other = (
-            "another iteration over the data set, or load_state_dict, has moved it since: use one iteration at a time"
-        )
+        other = "another iteration of the data set, or load_state_dict, has moved it since: use one iteration at a time"
         require((since == (self.epoch, self._position), other))
         self.epoch, self._position = to
 
     def _check(self, world: int) -> None:
-        """Raise InputError where images would be lost or repeated."""
+        """Raise InputError where images would be lost or repeated, or ranks have unequally many batches."""
+        left, after = self._order.total - self._position, {"epoch": self.epoch + 1, "position": 0}
+        begin = f"use fewer ranks, or begin the next epoch, by load_state_dict(state | {after})"
         divided = world > 1 and _divided_by_accelerate(self)
         remedy = "iterate over the data set itself, and move batches to accelerator.device"
         require(
             (not get_worker_info(), "open_dataset reads ahead by its own threads: give the DataLoader num_workers=0"),
-            (self._order.total >= world, f"{self._order.total} images are too few for {world} ranks: use fewer"),
+            (not 0 < left < world, f"{left} images left of the epoch are too few for {world} ranks: {begin}"),
             (self._batch >= world, f"a batch of {self._batch} images has none for some of {world} ranks: raise batch"),
             (not divided, f"accelerator.prepare divides this rank's batches among the ranks once more: {remedy}"),
         )
@@ -142,9 +142,7 @@ class Batches(IterableDataset[Batch]):
             end = begin + self._batch
             if self._order.total - end < world:
                 end = self._order.total
-            first, last = parts(begin, end, world)[rank]
-            if first < last:  # else a resumed epoch had fewer images left than there are ranks
-                yield first, last, end
+            yield *parts(begin, end, world)[rank], end
 
     def _begin(self, steps: Callable[[], Iterator[Step]], epoch: int) -> Iterator[Reading]:
         """Begin to read one batch after the other, in turn from a stream of samples for each worker."""

@@ -77,9 +77,13 @@ def test_a_state_is_resumed_with_other_ranks_and_another_batch(small: str, stop:
         for rank in range(world):
             dataset = open_dataset(small, batch=size, rank=rank, world=world)
             dataset.load_state_dict(states[0])
+            if stop == 5 and world == 8:
+                with pytest.raises(InputError, match=r"3 images left of the epoch .* \{'epoch': 1, 'position': 0\}"):
+                    next(iter(dataset))
+                continue
             after += keys(dataset)
             assert dataset.epoch == 1
-        assert len(before + after) == 23 == len(set(before + after))
+        assert (stop == 5 and world == 8) or len(before + after) == 23 == len(set(before + after))
 
 
 def test_an_iteration_that_was_left_is_continued(small: str) -> None:
@@ -172,7 +176,7 @@ def test_a_second_division_by_accelerate_is_refused(small: str, dispatch: bool) 
         ({"fit": "none"}, "data.fit"),
         ({"crop": 5}, "data.crop=5 is more"),
         ({"batch": 2, "rank": 0, "world": 3}, "none for some of 3 ranks"),
-        ({"batch": 99, "rank": 0, "world": 24}, "23 images are too few for 24 ranks"),
+        ({"batch": 99, "rank": 0, "world": 24}, "23 images left of the epoch are too few for 24 ranks"),
         ({"batch": 2.5}, "batch is 2.5"),
         ({"seed": None}, "seed None"),
         ({"size": (8, 8)}, "data.size"),
