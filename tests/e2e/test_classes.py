@@ -99,5 +99,5 @@ def test_data_without_all_labels_are_refused(train, digits, tmp_path):
     done = train(f"--data.path={digits}", *classes, "--objective.imle=0.3", "--run.path=run")
     assert done.returncode == 2 and "does not tell classes apart yet" in done.stderr
     done = train(f"--data.path={digits}", *SMALL, "--objective.imle=0", "--prior.classes", "--run.path=run")
-    assert done.returncode == 2 and "choose flow or gmm" in done.stderr
+    assert done.returncode == 2 and "--prior.classes" in done.stderr
     assert not (tmp_path / "run").exists()

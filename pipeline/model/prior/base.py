@@ -33,15 +33,13 @@ class PriorConfig:
     """What latents are drawn from: `gaussian` (N(0, I)), `smooth` (few normals, enlarged), `halves` (N(0, I) and flat
     images), `flow` or `gmm` (decoded from codes that a flow or a Gaussian mixture draws, which learns in the same run),
     or one that another package registers, such as IGN's `fourier`."""
-    classes: bool = False
-    """Condition flow or gmm on the labels of the images, so that samples of a class can be asked for (--label)."""
 
     def __post_init__(self) -> None:
         check_fields(self, "prior")
 
     # Shares of train.images, where they are no settings: before `begin` the prior is a simpler one, and over `alone`,
-    # at the end, f is frozen and only the prior learns.
-    begin, alone = 0.0, 0.0
+    # at the end, f is frozen and only the prior learns. `classes`: whether labels condition it.
+    begin, alone, classes = 0.0, 0.0, False
 
     def check_rounds(self, rounds: int, images: int) -> None:
         """Raise InputError if so many rounds, of so many images each, are too few or too small to learn from."""
@@ -64,6 +62,8 @@ class CodesConfig(PriorConfig):
     codes. Use 0 if matched latents are to move f."""
     alone: float = field(default=0.5, metadata=between(0, 0.99))
     """Share of train.images, at the end, over which f is frozen and only the prior learns."""
+    classes: bool = False
+    """Condition the prior on the labels of the images, so that samples of a class can be asked for (--label)."""
 
     def __post_init__(self) -> None:
         PriorConfig.__post_init__(self)

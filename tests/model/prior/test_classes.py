@@ -10,6 +10,7 @@ from pipeline.errors import InputError
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import ConvConfig, build_network
 from pipeline.model.prior import CodesPrior, Examples, PriorConfig, build_prior
+from pipeline.model.prior.base import CodesConfig
 from pipeline.model.prior.flow import FlowConfig
 from pipeline.model.prior.gmm import GmmConfig
 from pipeline.model.prior.student import TaughtFlow
@@ -153,7 +154,7 @@ def test_without_classes_nothing_is_added():
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(InputError, match="classes does not go with prior.name=gaussian: choose flow or gmm"):
-        build(PriorConfig(name="gaussian", classes=True))
+        build(CodesConfig(name="gaussian", classes=True))
     with pytest.raises(InputError, match="the data set has no labels"):
         build_prior(FLOW, (1, 8, 8), NETWORK)
     with pytest.raises(InputError, match="prior.components=2 for 3 classes"):
