@@ -42,9 +42,9 @@ def main(paths: tyro.conf.Positional[list[Path]], most: int = 2, count: int = 10
         encoder = choose_encoder(manifest)
         samples = shifted(train, count, most, flip="mnist" not in path.name or "fashion" in path.name)
         features = encoder.features(samples), encoder.features(test)
-        found, far = coverage(features[1], features[0]), nearest(test[:1000], train)[0].double().mean()
+        overlap, far = coverage(features[1], features[0]), nearest(test[:1000], train)[0].double().mean()
         ratio = float(nearest(samples[:1000], train)[0].double().mean() / far)
-        numbers = f"precision {found['precision']:.2f}, recall {found['recall']:.2f}, copying {ratio:.2f}"
+        numbers = f"precision {overlap['precision']:.2f}, recall {overlap['recall']:.2f}, copying {ratio:.2f}"
         print(f"{path}: FD {frechet_distance(*features):.0f}, {numbers}")
 
 

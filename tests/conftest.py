@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -182,6 +183,23 @@ def train(tmp_path: Path) -> Program:
         return subprocess.run(
             command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=timeout, check=False
         )
+
+    return run
+
+
+@pytest.fixture
+def train_thrice(train: Program, tmp_path: Path) -> Callable[..., None]:
+    """Train eight rounds with some options: in `run`, in `ranks` on two ranks, and in `stopped` from the fourth on."""
+
+    def run(*options: str) -> None:
+        options = (*options, "--checkpoint.rounds=1", "--checkpoint.keep=0")
+        for name, ranks in (("run", 1), ("ranks", 2), ("stopped", 1)):
+            if name == "stopped":
+                shutil.copytree(tmp_path / "run", tmp_path / name)
+                for later in sorted((tmp_path / name / "checkpoints").iterdir())[4:]:
+                    shutil.rmtree(later)
+            done = train(*options, f"--run.path={name}", ranks=ranks)
+            assert done.returncode == 0, done.stderr
 
     return run
 

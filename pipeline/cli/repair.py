@@ -70,18 +70,18 @@ def _find_masks(mask: Path | None, paths: Sequence[Path], names: Sequence[Path])
     """
     if mask is None or not mask.is_dir():
         return [mask] * len(paths)
-    pictures, found = {path.resolve() for path in paths}, defaultdict(list)
+    pictures, by_name = {path.resolve() for path in paths}, defaultdict(list)
     for path, name in find_files([mask], (1, 1, 1)):
         if path.resolve() not in pictures:
-            found[name.with_suffix("")].append(path)
+            by_name[name.with_suffix("")].append(path)
     for path, name in zip(paths, names, strict=True):
-        fitting = found[name.with_suffix("")]
+        fitting = by_name[name.with_suffix("")]
         missing = f"--mask {mask} holds no mask for {path}: add {name.with_suffix('.png')}, or leave that picture out"
         require((fitting, missing))
         require(
             (len(fitting) == 1, f"--mask {mask} holds several for {path}: keep one of {', '.join(map(str, fitting))}")
         )
-    return [found[name.with_suffix("")][0] for name in names]
+    return [by_name[name.with_suffix("")][0] for name in names]
 
 
 def score_files(

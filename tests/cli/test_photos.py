@@ -51,9 +51,9 @@ def ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *
     monkeypatch.setattr("sys.argv", ["naign", *map(str, words)])
     with pytest.raises(SystemExit) as exit:
         main()
-    said = capsys.readouterr().err
-    assert exit.value.code == 2 and said.startswith("naign: error: ") and said.count("\n") == 1
-    return said
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and message.startswith("naign: error: ") and message.count("\n") == 1
+    return message
 
 
 @pytest.mark.parametrize("size", [(1, 1), (SIDE, SIDE), (5, 90), (SIDE + 1, SIDE), (40, 25)])
@@ -193,8 +193,8 @@ def test_a_bad_picture_is_refused_before_any_is_written(
     picture().save(tmp_path / "in/a.png")
     write_bad(tmp_path / "in/b.png", kind)
     monkeypatch.chdir(tmp_path)
-    said = ended(monkeypatch, capsys, *command.split(), colour, "in")
-    assert "in/b.png: " in said and BAD[kind] in said
+    message = ended(monkeypatch, capsys, *command.split(), colour, "in")
+    assert "in/b.png: " in message and BAD[kind] in message
     assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["a.png", "b.png"]
 
 
@@ -251,8 +251,8 @@ def test_a_hole_is_filled_as_by_the_model_whose_tiles_see_its_surroundings(colou
     expected = NAIGN.from_pretrained(colour).project(
         torch.from_numpy(near.transpose(2, 0, 1).copy())[None] / 127.5 - 1, mask=hole, times=2
     )
-    found = made[200:210, 300:320].transpose(2, 0, 1).astype(int)
-    assert np.abs(found - eight_bits(expected[0])[:, SIDE:-SIDE, SIDE:-SIDE].numpy()).max() <= 1
+    filled = made[200:210, 300:320].transpose(2, 0, 1).astype(int)
+    assert np.abs(filled - eight_bits(expected[0])[:, SIDE:-SIDE, SIDE:-SIDE].numpy()).max() <= 1
     assert (made != np.asarray(x)).any(2).sum() <= 200
 
 
@@ -265,8 +265,8 @@ def test_each_picture_has_its_mask_by_name(
     (tmp_path / "masks/deep").mkdir(parents=True)
     hole.save(tmp_path / "masks/a.png")
     monkeypatch.chdir(tmp_path)
-    said = ended(monkeypatch, capsys, "restore", colour, "in", "--mask", "masks")
-    assert "--mask masks holds no mask for in/deep/a.jpg: add deep/a.png" in said and not Path("restored").exists()
+    message = ended(monkeypatch, capsys, "restore", colour, "in", "--mask", "masks")
+    assert "--mask masks holds no mask for in/deep/a.jpg: add deep/a.png" in message and not Path("restored").exists()
     Image.eval(hole, lambda value: 255 - value).save(tmp_path / "masks/deep/a.gif")
     cli.restore(colour, (Path("in"),), to=Path("out"), mask=Path("masks"))
     before, *after = (np.asarray(Image.open(name)) for name in ("in/a.jpg", "out/a.png", "out/deep/a.png"))

@@ -101,9 +101,9 @@ def test_holes_are_boxes_and_strokes_and_otherwise_mild():
 
 def test_the_mean_of_what_is_known():
     images, known = torch.rand(2, 3, 4, 5), torch.rand(2, 1, 4, 5) < 0.5
-    found = known_mean(images, known)
-    assert found.shape == (2, 3, 1, 1)
-    torch.testing.assert_close(found[1, 2, 0, 0], images[1, 2][known[1, 0]].mean())
+    means = known_mean(images, known)
+    assert means.shape == (2, 3, 1, 1)
+    torch.testing.assert_close(means[1, 2, 0, 0], images[1, 2][known[1, 0]].mean())
 
 
 def test_points_take_noise_only():

@@ -1,7 +1,6 @@
 """Runs whose prior is conditioned on the labels of the data, from training to samples of a class."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -25,16 +24,9 @@ PRIORS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(PRIORS))
-def test_from_labels_to_samples_on_ranks_and_after_a_stop(train, naign, digits, tmp_path, name):
+def test_from_labels_to_samples_on_ranks_and_after_a_stop(train, train_thrice, naign, digits, tmp_path, name):
     options = [f"--data.path={digits}", *PRIORS[name], "--train.images=2048", "--report.pictures=8"]
-    options += ["--checkpoint.rounds=1", "--checkpoint.keep=0"]
-    for run, ranks in (("run", 1), ("ranks", 2), ("stopped", 1)):
-        if run == "stopped":  # as if after four of eight rounds
-            shutil.copytree(tmp_path / "run", tmp_path / run)
-            for later in sorted((tmp_path / run / "checkpoints").iterdir())[4:]:
-                shutil.rmtree(later)
-        done = train(*options, f"--run.path={run}", ranks=ranks)
-        assert done.returncode == 0, done.stderr
+    train_thrice(*options)
     files = {run: newest_checkpoint(tmp_path / run / "checkpoints") for run in ("run", "ranks", "stopped")}
     whole, ranks, stopped = (load_file(folder / "model.safetensors") for folder in files.values())
     assert all(torch.equal(value, stopped[key]) for key, value in whole.items())
@@ -64,9 +56,9 @@ def test_from_labels_to_samples_on_ranks_and_after_a_stop(train, naign, digits, 
         assert naign("sample", "guided", "--label", "7", "--n", "4").returncode == 0
     renamed = replace(load("digits"), labels=tuple("abcdefghij"))
     pack(renamed, str(tmp_path / "renamed"), shards=4, progress=False)
-    for more, said in ((["--resume=changed"], "are not those of"), (["--run.path=new", "--model.init=run"], "")):
+    for more, problem in ((["--resume=changed"], "are not those of"), (["--run.path=new", "--model.init=run"], "")):
         done = train(*options, "--run.path=run", "--train.images=2304", f"--data.path={tmp_path / 'renamed'}", *more)
-        assert (done.returncode == 2 and said in done.stderr) if said else done.returncode == 0, done.stderr
+        assert (done.returncode == 2 and problem in done.stderr) if problem else done.returncode == 0, done.stderr
     assert int(NAIGN.from_pretrained(tmp_path / "new").prior.class_counts.sum()) <= 2304, "counted anew"
     done = naign("sample", "run", "--label", "ten")
     assert done.returncode == 2 and "'ten' is none of the model's 10 classes" in done.stderr

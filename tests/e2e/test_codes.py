@@ -1,7 +1,6 @@
 """A run whose latents are decoded from codes that a flow or a mixture draws, from training to samples."""
 
 import json
-import shutil
 import subprocess
 import sys
 
@@ -80,17 +79,10 @@ def test_from_training_to_samples_of_either_law(train, naign, digits, tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_mixture_that_follows_the_codes_on_ranks_and_after_a_stop(train, naign, digits, tmp_path):
+def test_a_mixture_that_follows_the_codes_on_ranks_and_after_a_stop(train, train_thrice, naign, digits, tmp_path):
     options = [f"--data.path={digits}", *SMALL, "--prior.name=gmm", "--prior.components=3"]
     options += ["--prior.begin=0.5", "--prior.alone=0.5", "--train.images=2048"]
-    options += ["--checkpoint.rounds=1", "--checkpoint.keep=0"]
-    for run, ranks in (("run", 1), ("ranks", 2), ("stopped", 1)):
-        if run == "stopped":  # as if after four of eight rounds
-            shutil.copytree(tmp_path / "run", tmp_path / run)
-            for later in sorted((tmp_path / run / "checkpoints").iterdir())[4:]:
-                shutil.rmtree(later)
-        done = train(*options, f"--run.path={run}", ranks=ranks)
-        assert done.returncode == 0, done.stderr
+    train_thrice(*options)
     found = {run: NAIGN.from_pretrained(tmp_path / run) for run in ("run", "ranks", "stopped")}
     assert found["run"].prior.weights.shape == (3,) and float(found["run"].prior.weights.min()) > 0
     for name, value in found["run"].prior.state_dict().items():

@@ -39,8 +39,8 @@ def test_a_batch_has_images_in_the_scale_of_the_model_labels_and_keys(small: str
     stored, numbers = read_split(small, "test")
     places = [int(name.removeprefix("test-")) for name in names]
     order = stored[:, 0, 0, 0].tolist()
-    found = [order.index(place) for place in places]
-    assert torch.equal(images, scaled(stored[found])) and torch.equal(labels, numbers[found])
+    rows = [order.index(place) for place in places]
+    assert torch.equal(images, scaled(stored[rows])) and torch.equal(labels, numbers[rows])
     assert images.dtype == torch.float32 and labels.dtype == torch.int64 and -1 <= images.min() < images.max() <= 1
 
 

@@ -92,8 +92,8 @@ class TaughtFlow(Flow):
     def _step(self, student: nn.Module, points: Tensor, late: Tensor, labels: Tensor | None) -> Tensor:
         """The first step of the student from points (n, d, ...), or the second of rows that are `late`, (n,) bool."""
         middle = self._half / self.config.steps
-        taken = torch.where(late, 1 - middle, middle).view(-1, *(1,) * (points.ndim - 1))
-        return points + taken * student(points, late * middle, labels)
+        length = torch.where(late, 1 - middle, middle).view(-1, *(1,) * (points.ndim - 1))
+        return points + length * student(points, late * middle, labels)
 
     def _first(self, covers: float) -> float:
         """The share of the run at which the first round of the student begins, of rounds that are `covers` each."""
