@@ -49,6 +49,7 @@ class Subject:
     test: Tensor  # (m, *shape) in the model's scale
     samples: int  # wanted
     seed: int
+    labels: tuple[Tensor, Tensor]  # (n,) and (m,) int64: those of train and test
     latents: Tensor | None = None  # z, where f decodes it: then it is a sample itself
     second: Encoder | None = None  # another that Frechet distances are computed on
     progress: Callable[[float], object] = field(init=False)  # takes the finished share of the current measurement
@@ -68,18 +69,23 @@ class Subject:
         return self.is_image and not getattr(self.model.network, "generates_only", False)
 
 
-def read(data: DataConfig, shape: tuple[int, ...], *, seed: int) -> tuple[Tensor, Tensor]:
-    """Both splits, shuffled: training in storage type, test in the model's scale; InputError if too small or large."""
+def read(data: DataConfig, shape: tuple[int, ...], *, seed: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Both splits, shuffled: training in storage type, test in the model's scale; and the labels of each.
+
+    Raises InputError if one is too small, or its examples too large.
+    """
     most = within(NEIGHBOURS + 1, shape)
     large = f"of examples of shape {shape} only {most} fit in memory, too few to measure with"
     require((most > NEIGHBOURS, f"{large}: train on smaller ones, with data.size or data.crop"))
-    generator, splits = torch.Generator().manual_seed(seed), list[Tensor]()
+    generator, splits, named = torch.Generator().manual_seed(seed), list[Tensor](), list[Tensor]()
     for split, wanted in ((data.split, 100_000), ("test", 10_000)):
-        images, _ = read_split(data, split, limit=within(wanted, shape))
+        images, labels = read_split(data, split, limit=within(wanted, shape))
         few = f"{data.path} has {len(images)} examples in its {split} split, too few to measure with"
         require((len(images) > NEIGHBOURS, f"{few}: give a data set with more than {NEIGHBOURS} in each, with --data"))
-        splits.append(images[torch.randperm(len(images), generator=generator)])
-    return splits[0], scaled(splits[1])
+        order = torch.randperm(len(images), generator=generator)
+        splits.append(images[order])
+        named.append(labels[order])
+    return splits[0], scaled(splits[1]), (named[0], named[1])
 
 
 def draw(subject: Subject) -> dict[str, Any]:
@@ -146,11 +152,13 @@ def overlap(subject: Subject) -> dict[str, Any]:
     logits = encoder.logits(subject.once) if encoder.labels else None
     shares = None if logits is None else coverage.mode_shares(logits)
     modes = {"modes": shares, "modes_min": min(shares) if shares else None, "classes": list(encoder.labels) or None}
-    return {"fd": fd, "coverage": cover, "asked": None if logits is None else as_asked(subject, logits)} | modes
+    asked = None if logits is None else as_asked(subject, logits, features)
+    return {"fd": fd, "coverage": cover, "asked": asked} | modes
 
 
-def as_asked(subject: Subject, logits: Tensor) -> dict[str, Any] | None:
-    """Share of samples that the encoder's classifier sees in the class that they were drawn from, in all and by class.
+def as_asked(subject: Subject, logits: Tensor, features: dict[str, Tensor]) -> dict[str, Any] | None:
+    """Share of samples that the encoder's classifier sees in the class that they were drawn from, in all and by class,
+    and the Frechet distance of each class's samples to its test data, in multiples of what its training data have.
 
     `logits` (n, classes) are of the samples. None for a model without classes, or where the encoder has others.
     """
@@ -160,7 +168,18 @@ def as_asked(subject: Subject, logits: Tensor) -> dict[str, Any] | None:
     labels = labels.cpu()
     right = (logits.cpu().argmax(1) == labels).double()
     of_class = [right[labels == number] for number in range(logits.shape[1])]
-    return {"share": float(right.mean()), "by_class": [float(part.mean()) if len(part) else None for part in of_class]}
+    shares = [float(part.mean()) if len(part) else None for part in of_class]
+    train, test = subject.labels
+    drawn = (features["once"], labels), (features["floor"], train[: len(features["floor"])]), (features["test"], test)
+    ratios = [_class_ratio([rows[of == number] for rows, of in drawn]) for number in range(logits.shape[1])]
+    return {"share": float(right.mean()), "by_class": shares, "fd_ratio_by_class": ratios}
+
+
+def _class_ratio(sets: list[Tensor]) -> float | None:
+    """How far the first rows of features are from the last, over what the second are; None for too few rows."""
+    once, floor, test = (rows[: min(map(len, sets))] for rows in sets)
+    least = frechet_distance(floor, test) if len(test) > NEIGHBOURS else 0.0
+    return frechet_distance(once, test) / least if least > ROUNDING * float(test.double().var(0).sum()) else None
 
 
 def second_opinion(subject: Subject) -> dict[str, Any]:

@@ -54,8 +54,8 @@ def evaluate(
     metrics: dict[str, Any] = {"encoder": first.name, "encoder_accuracy": first.accuracy, "dataset": manifest.name}
     layout = "{desc:<35}{bar}{n_fmt}/{total_fmt} {elapsed}"
     with tqdm(total=len(STAGES) + 2, disable=not progress, bar_format=layout, desc="reading data") as bar:
-        train, test = measures.read(config, manifest.shape, seed=seed)
-        subject = Subject(model, manifest, first, train, test, samples=samples, seed=seed, second=second)
+        train, test, labels = measures.read(config, manifest.shape, seed=seed)
+        subject = Subject(model, manifest, first, train, test, samples, seed, labels, second=second)
         subject.progress = lambda share: bar.set_description(f"{title}, {share:.0%}")
         for title, measure in STAGES.items():
             bar.update()
