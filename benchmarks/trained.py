@@ -30,6 +30,8 @@ PARTS = ("fd", "modes", "coverage", "restoration", "idempotence", "reconstructio
 """Of what `naign evaluate` says, that tables use."""
 ADDED = {"prior.classes": False, "prior.guidance": 0.0}
 """Settings newer than committed numbers, with the values that change nothing: folders are not named after these."""
+GONE = {"match.space.pixels": 1.0, "match.space.features": 0.0, "match.space.encoder": ""}
+"""Settings that are no more, with the values that committed numbers have: folders are named after these as well."""
 FOUND, FAILED, TRAINED = "evaluation/metrics.json", "failed.json", "trained"
 """Where a run's folder has what `naign evaluate` found, that it diverged, or that it is trained."""
 
@@ -62,7 +64,7 @@ class Task:
             raise InputError(f"{shlex.join([config, *words])} is no configuration") from None
         free = changeable(parsed, FREE) - {"train.precision"}  # a run may change it, and rounds otherwise then
         settings = {key: value for key, value in flatten(parsed).items() if key not in free}
-        named = {key: value for key, value in settings.items() if (key, value) not in ADDED.items()}
+        named = GONE | {key: value for key, value in settings.items() if (key, value) not in ADDED.items()}
         name = f"{Path(config).stem}-seed-{seed}-{fingerprint(named)}"
         steps = tuple(then)
         folder = runs / (f"{name}-{fingerprint({'then': steps})}" if steps else name)

@@ -157,8 +157,8 @@ NAMED: Named = {
 }
 
 REMOVED = (
-    *("train.bad_steps", "report.rounds", "checkpoint.keep_every", "model.max_width", "match.space.reduced"),
-    *("match.space.side", "match.space.code", "match.jitter", "match.refine", "match.refine_rate", "match.flat"),
+    *("train.bad_steps", "report.rounds", "checkpoint.keep_every", "model.max_width", "match.space"),
+    *("match.jitter", "match.refine", "match.refine_rate", "match.flat"),
     *("objective.drift", "objective.temperatures", "objective.repulsion", "objective.moments", "objective.positives"),
     *("data.tail", "data.resampled", "data.shuffle_block", "data.scale", "data.ratio", "data.interpolation"),
     "data.broken_share",

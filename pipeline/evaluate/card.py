@@ -80,7 +80,7 @@ def _shareable(text: str, model: NAIGN) -> dict[str, Any]:
     """The content of metrics.json without folders and buckets, of which texts keep the last part; NaN is None."""
     metrics: dict[str, Any] = json.loads(text)
     header = model.metadata.get("config", {})
-    used = [header.get("objective", {}), header.get("match", {}).get("space", {}), metrics, metrics.get("second") or {}]
+    used = [header.get("objective", {}), metrics, metrics.get("second") or {}]
     # An encoder's whole name is replaced, since it may have spaces.
     for name in sorted((str(part["encoder"]) for part in used if part.get("encoder")), key=len, reverse=True):
         quoted = json.dumps(name)[1:-1]

@@ -85,8 +85,8 @@ def _header(model: NAIGN) -> tuple[DataConfig, str, list[str]]:
     texts = ("path", "index", "split", "size", "fit", "broken")
     try:
         header = model.metadata.get("config", {})
-        section, space = header.get("data", {}), header.get("match", {}).get("space", {})
-        encoders = [str(part["encoder"]) for part in (header.get("objective", {}), space) if part.get("encoder")]
+        section, encoder = header.get("data", {}), header.get("objective", {}).get("encoder")
+        encoders = [str(encoder)] if encoder else []
         values: dict[str, Any] = {"path": ""} | {name: str(section[name]) for name in texts if section.get(name)}
         config = DataConfig(crop=int(section.get("crop", 0)), **values)
         check_fields(replace(config, path="any"), "data")

@@ -2,4 +2,3 @@
 
 from pipeline.match.across_ranks import Answer, Blocks, NotFinite, nearest, search
 from pipeline.match.matcher import Match, MatchConfig, match_round
-from pipeline.match.space import SpaceConfig, check_space

@@ -14,7 +14,6 @@ from pipeline.match.across_ranks import Answer, Blocks, search
 from pipeline.match.assign import assign_once
 from pipeline.match.exchange import Ranks, ranks_of
 from pipeline.match.method import METHODS
-from pipeline.match.space import SpaceConfig, embed
 from pipeline.settings.constraints import FREE, POSITIVE, SHARE, between, check_fields, one_of
 
 PROBE = 1024  # first samples of the pool, in whole blocks, of which `reject_share` is the share to reject
@@ -36,7 +35,6 @@ class MatchConfig:
     reject_share: float = field(default=0.0, metadata=SHARE)
     """Share of the pool to reject: its samples nearest to any image are not matched. RS-IMLE (arXiv 2409.17439), whose
     distance epsilon is set anew each round."""
-    space: SpaceConfig = field(default_factory=SpaceConfig)
     block: int = field(default=512, metadata=POSITIVE)
     """Samples generated at once. The pool is cut into the same blocks on every world size, so samples are the same."""
     method: str = field(default="auto", metadata=FREE | one_of(METHODS))
@@ -62,7 +60,7 @@ class MatchConfig:
 @dataclass(kw_only=True, slots=True)
 class Match:
     ids: Tensor  # (n,) int64: latent id of the sample of each image of this rank
-    distances: Tensor  # (n,) float32: squared L2 distance to it, in the space of the match
+    distances: Tensor  # (n,) float32: squared L2 distance to it, of pixels
     described: str = ""  # how it was searched, for a log
     values: dict[str, float] = field(default_factory=dict)  # metrics over all ranks, the same on each
 
@@ -71,7 +69,6 @@ def match_round(
     images: Tensor,  # (n, *shape) float32: this rank's images of the round
     sample: Callable[[Tensor], Tensor],  # ids (b,) -> samples (b, *shape): f(z) without gradient; called on all ranks
     config: MatchConfig,
-    features: Callable[[Tensor], Tensor] | None = None,  # of the space's encoder, where it has a weight
     poll: Callable[[], None] = lambda: None,  # called before each block, equally often on every rank; may raise on all
 ) -> Match:
     """Collective: the sample of the pool that each image is matched to.
@@ -83,8 +80,8 @@ def match_round(
     start, ranks, searches = time.perf_counter(), ranks_of(None), list[Answer]()
     counts = ranks.collect(len(images))
     number = sum(counts[: ranks.rank])  # of this rank's first image
-    queries = embed(images, config.space, features, number=number)
-    pool = Pool(config, sample, features, queries.shape[1], ranks, poll)
+    queries = images.float().flatten(1)
+    pool = Pool(config, sample, queries.shape[1], ranks, poll)
     blocks, first = pool.share()
     rejected, values = torch.empty(0, dtype=torch.int64), dict[str, float]()
     if config.reject_share:
@@ -116,12 +113,11 @@ def match_round(
 
 @dataclass(slots=True)
 class Pool:
-    """The samples of a round, generated in blocks of ids and embedded when they are searched."""
+    """The samples of a round, generated in blocks of ids when they are searched."""
 
     config: MatchConfig
     sample: Callable[[Tensor], Tensor]  # as in match_round
-    features: Callable[[Tensor], Tensor] | None  # as in match_round
-    dims: int  # values of an embedding
+    dims: int  # values of a sample
     ranks: Ranks
     poll: Callable[[], None]  # as in match_round
     seconds: float = 0.0  # spent on generating
@@ -144,7 +140,7 @@ class Pool:
             start = time.perf_counter()
             blocks = -(-(min(most, low + size) - low) // config.block)
             samples = self._generate(torch.arange(first + low, first + high), blocks)
-            made = embed(samples, config.space, self.features, number=first + low)
+            made = samples.float().flatten(1)
             if keep:
                 kept[low] = made
             self.seconds += time.perf_counter() - start

@@ -12,15 +12,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.errors import InputError, require
-from pipeline.match import Blocks, SpaceConfig, search
+from pipeline.match import Blocks, search
 from pipeline.match.distances import sort_lexically
 from pipeline.match.matcher import block_range
-from pipeline.match.space import ROWS, embed
 from pipeline.model.encoders import open_encoder
 from pipeline.model.scale import scaled
 from pipeline.neighbours.work import Work
 
 PIXELS = "pixels"  # names no encoder: values are compared as they are
+ROWS = 256  # images embedded at once, always as many
 MOST, VALUES = 4096, 2**24  # rows of a block, and its float32 values: at most these, but at least ROWS rows
 ASKED = 2**25  # float32 values of the queries of a search, unless those of one block are more
 NEIGHBOURS, ANSWERS = 8, 2**24
@@ -41,15 +41,15 @@ class Space:
         self.views = 2 if len(shape) == 3 else 1  # an image as it is, and mirrored
         values = torch.Size(shape).numel()
         self.dims = self._features(torch.zeros(1, *shape)).shape[1] if self.encoder else values
-        self.scale = values / self.dims if self.encoder else values  # squared distance of rows at distance 1
+        self.scale = 1 if self.encoder else values  # squared distance of rows at distance 1
         self.size = max(ROWS, min(MOST, VALUES // max(values, self.dims)) // ROWS * ROWS)  # rows of a block
 
     def values(self, images: Tensor, number: int) -> Tensor:
         """What is kept of stored images (n, *shape) from `number` on: these, or features (2, n, d) of their views."""
         if not self.encoder:
             return images
-        config, views = SpaceConfig(pixels=0.0, features=1.0, encoder=self.encoder.name), (images, images.flip(-1))
-        return torch.stack([embed(scaled(view), config, self._features, number=number) for view in views])
+        views = scaled(images), scaled(images.flip(-1))
+        return torch.stack([independent(self._features, view, number) for view in views])
 
     def rows(self, values: Tensor) -> Tensor:
         """Rows (views, n, d) float32 of what `values` returned. Pixels stay whole numbers, so distances are exact."""
@@ -64,6 +64,16 @@ class Space:
     def _features(self, images: Tensor) -> Tensor:
         assert self.encoder is not None
         return F.normalize(self.encoder.features(images).float())
+
+
+def independent(features: Callable[[Tensor], Tensor], images: Tensor, number: int) -> Tensor:
+    """Features (n, d) of images (n, *shape), of which no row depends on the rows beside it: a matrix product may round
+    a row by its place and the product's size, so image i, the first being `number`, is row i % ROWS of ROWS.
+    """
+    first, last = number % ROWS, number % ROWS + len(images)
+    padded = images.new_zeros(max(1, -(-last // ROWS)) * ROWS, *images.shape[1:])
+    padded[first:last] = images
+    return torch.cat([features(batch) for batch in padded.split(ROWS)])[first:last]
 
 
 class Rows:

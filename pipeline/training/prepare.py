@@ -2,7 +2,6 @@
 
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from pipeline.distributed.ranks import together, total
 from pipeline.distributed.signals import StopRequest
 from pipeline.distributed.watchdog import Watchdog
 from pipeline.errors import InputError, require
-from pipeline.match import SpaceConfig, check_space
 from pipeline.model.encoders import names, open_encoder
 from pipeline.model.losses import Distance, ObjectiveConfig, perceptual
 from pipeline.model.naign import NAIGN
@@ -61,7 +59,6 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, PartialRound
     (start,) = broadcast_object_list([start])
     with together(accelerator):
         stream, network, prior = build_model(config, accelerator, start)
-        features = open_features(config.match.space, stream.shape, accelerator.device)
         perceived = open_perceived(config.objective, stream.shape, accelerator.device)
         flops = forward_flops(network, stream.shape)
     quality = Quality(config, stream, accelerator) if config.quality.rounds else None
@@ -92,7 +89,6 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, PartialRound
         stream=stream,
         watchdog=watchdog,
         phases=Phases(position, watchdog, Profiler(Path(config.run.path), config.profile.rounds, rank)),
-        features=features,
         perceived=perceived,
         flops=flops,
         prior=prior,
@@ -238,14 +234,6 @@ def warm_start(config: Config, start: Start, network: nn.Module, prior: Prior) -
     same_prior = metadata["prior"]["name"] == config.prior.name and (*metadata.get("labels", ()),) == prior.labels
     if same_prior and shapes_of(prior_state) == shapes_of(prior.state_dict()):
         prior.load_state_dict(prior_state)
-
-
-def open_features(
-    space: SpaceConfig, shape: tuple[int, ...], device: torch.device
-) -> Callable[[Tensor], Tensor] | None:
-    """The encoder of the match's space, if it has one; InputError where space and data do not go together."""
-    check_space(space, shape)
-    return open_encoder("match.space.encoder", space.encoder, shape, device).features if space.features else None
 
 
 def open_perceived(objective: ObjectiveConfig, shape: tuple[int, ...], device: torch.device) -> Distance | None:

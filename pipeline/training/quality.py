@@ -50,7 +50,7 @@ class Quality:
                 if len(real) <= NEIGHBOURS:
                     raise InputError(f"quality.split={split} has {len(real)} examples, too few to measure with")
                 self.real = self.encoder.features(scaled(real))
-                if self.encoder.name in (config.objective.encoder, config.match.space.encoder):
+                if self.encoder.name == config.objective.encoder:
                     log.warning("quality/fd is measured on %s, which the run is trained with too", self.encoder.name)
                 if self.encoder.name == "pixels" and not name:
                     log.warning(

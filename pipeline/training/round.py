@@ -143,7 +143,7 @@ def find_match(run: Run, state: RoundState) -> Match:
         return run.engine.sample(state.random.latents(ids))
 
     try:
-        match = match_round(state.images, sample, run.config.match, run.features, poll)
+        match = match_round(state.images, sample, run.config.match, poll)
     except NotFinite as error:  # on all ranks
         diverged = f"the network's samples are not finite in round {state.number} ({error}): the run has diverged"
         raise Diverged(f"{diverged}; {REMEDY}") from None

@@ -1,14 +1,13 @@
 """What a run is, which never changes while it trains, and the phases of its rounds."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from filelock import FileLock
-from torch import Tensor
 
 from pipeline.checkpoint.writer import Writer
 from pipeline.config import Config
@@ -83,7 +82,6 @@ class Run:
     stream: Stream
     watchdog: Watchdog
     phases: Phases
-    features: Callable[[Tensor], Tensor] | None  # of the match's space
     perceived: Distance | None  # of the objective's encoder
     flops: int  # of f of one image
     prior: Prior

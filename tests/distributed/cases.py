@@ -13,10 +13,8 @@ from pipeline.distributed.ranks import part, together
 from pipeline.errors import InputError
 from pipeline.match import assign
 from pipeline.match.matcher import Match, MatchConfig, match_round
-from pipeline.match.space import SpaceConfig
 from pipeline.model.networks import ConvConfig, build_network
 from pipeline.model.prior import PriorConfig, build_prior
-from pipeline.training.prepare import open_features
 from tests.match.problems import draw
 
 
@@ -55,8 +53,7 @@ def matched(setting: dict[str, Any], rank: int, world: int) -> Match:
     assign.NEIGHBOURS = 2  # so few that images ask again
     images, _ = share(draw(7, 360, 1, 8, 8).tanh(), rank, world)
     config = MatchConfig(round=360, ratio=1000 / 360, block=64, **setting)
-    features = open_features(config.space, (1, 8, 8), torch.device("cpu"))
-    return match_round(images, sample, config, features)
+    return match_round(images, sample, config)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -64,10 +61,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reject_share": {"reject_share": 0.3},
     "one_to_one": {"assignment": "one_to_one"},
     "one_to_one of the rest": {"assignment": "one_to_one", "reject_share": 0.3},
-    "space": {
-        "space": SpaceConfig(pixels=0.5, features=0.1, encoder="digits-cnn64"),
-        "assignment": "one_to_one",
-    },
 }
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import philox
-from pipeline.config import Config, differences, flatten, from_dict
+from pipeline.config import Config, differences, from_dict
 from pipeline.errors import InputError
 from pipeline.match import assign, matcher, nearest
 from pipeline.match.exchange import Ranks
@@ -234,18 +234,17 @@ def test_nonsense_is_refused(setting, key):
         MatchConfig(**setting)
 
 
-def test_the_method_may_change_within_a_run_and_the_space_may_not():
+def test_the_method_may_change_within_a_run_and_the_assignment_may_not():
     other = Config()
     other.match.method, other.train.timeout = "flat", 60
     assert differences(Config(), other) == []
-    other.match.space.pixels = 0.5
-    assert differences(Config(), other) == ["match.space.pixels: 1.0 there, 0.5 now"]
-    assert "match.space.encoder" in flatten(other)
+    other.match.assignment = "one_to_one"
+    assert differences(Config(), other) == ["match.assignment: free there, one_to_one now"]
     for text, message in (
-        ({"match": {"space": {"pixel": 1}}}, "did you mean 'match.space.pixels'"),
+        ({"match": {"assignmen": 1}}, "did you mean 'match.assignment'"),
+        ({"match": {"space": {"pixels": 1.0}}}, "match.space is no longer a setting: leave it out"),
         ({"train": {"timeout": 0}}, "train.timeout is 0: it must lie between 1 and"),
         ({"train": {"timeout": 10**9}}, "train.timeout is 1000000000: it must lie between 1 and"),
-        ({"match": {"space": {"pixels": 1e300}}}, "match.space.pixels is 1e\\+300: a weight is 0, or between"),
     ):
         with pytest.raises(InputError, match=message):
             from_dict(text, where="here")
@@ -255,8 +254,7 @@ def test_the_method_may_change_within_a_run_and_the_space_may_not():
 def test_a_run_with_everything_set_reports_it(train, digits, tmp_path):
     options = [
         *(f"--data.path={digits}", "--run.path=run", *SMALL, "--match.assignment=one_to_one"),
-        *("--match.reject_share=0.2", "--match.space.features=0.1", "--match.space.encoder=digits-cnn64"),
-        "--train.images=1024",
+        *("--match.reject_share=0.2", "--train.images=1024"),
     ]
     done = train(*options)
     assert done.returncode == 0, done.stderr[-3000:]

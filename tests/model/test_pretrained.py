@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from pipeline.errors import InputError
 from pipeline.evaluate.frechet import frechet_distance
-from pipeline.match.space import SpaceConfig, embed
 from pipeline.model import encoders
 from pipeline.model.encoders import load_encoder
 from pipeline.model.losses import NaignConfig
 from pipeline.model.pretrained import Pretrained
-from pipeline.training.prepare import open_features, open_perceived
+from pipeline.neighbours.rows import independent
+from pipeline.training.prepare import open_perceived
 
 CPU = torch.device("cpu")
 wheel = pytest.mark.skipif(
@@ -94,7 +94,7 @@ def test_distances_on_lite_order_what_is_done_to_photographs() -> None:
 
 
 @wheel
-def test_lite_measures_what_training_sees_and_where_it_matches() -> None:
+def test_lite_measures_what_training_sees() -> None:
     encoder, shape = "efficientnet-lite0", (3, 32, 32)
     distance = open_perceived(NaignConfig(perceptual=1.0, encoder=encoder), shape, CPU)
     a, b = torch.rand(2, 2, *shape) * 2 - 1
@@ -102,18 +102,15 @@ def test_lite_measures_what_training_sees_and_where_it_matches() -> None:
     leaf = a.clone().requires_grad_()
     distance(leaf, b).backward()
     assert leaf.grad is not None and bool(leaf.grad.isfinite().all()) and float(leaf.grad.abs().sum()) > 0
-    features = open_features(SpaceConfig(features=1.0, encoder=encoder), shape, CPU)
-    assert features is not None and features(a).shape == (2, 1280)
 
 
 @wheel
 @pytest.mark.slow
-def test_a_row_of_the_space_does_not_depend_on_the_rows_beside_it() -> None:
-    config = SpaceConfig(features=1.0, encoder="efficientnet-lite0")
-    features = open_features(config, (3, 32, 32), CPU)
+def test_features_of_an_image_do_not_depend_on_those_beside_it() -> None:
+    features = encoders.open_encoder("--encoder", "efficientnet-lite0", (3, 32, 32), CPU).features
     images = torch.rand(40, 3, 32, 32) * 2 - 1
-    parts = [embed(images[start:end], config, features, number=start) for start, end in ((0, 7), (7, 40))]
-    assert torch.equal(torch.cat(parts), embed(images, config, features))
+    parts = [independent(features, images[start:end], start) for start, end in ((0, 7), (7, 40))]
+    assert torch.equal(torch.cat(parts), independent(features, images, 0))
 
 
 @wheel
@@ -218,8 +215,8 @@ def test_a_network_that_does_not_fit_is_refused(
     encoder = encoders.Encoder(name="given", network=Pretrained(Given()))
     assert re.search(reason, encoder.unfit((3, 32, 32)))
     monkeypatch.setattr(encoders, "load_encoder", lambda name: encoder)
-    with pytest.raises(InputError, match=f"match.space.encoder 'given' .*{reason}"):
-        open_features(SpaceConfig(features=1.0, encoder="given"), (3, 32, 32), CPU)
+    with pytest.raises(InputError, match=f"objective.encoder 'given' .*{reason}"):
+        encoders.open_encoder("objective.encoder", "given", (3, 32, 32), CPU)
 
 
 def test_features_without_maps_are_no_perceptual_distance(monkeypatch: pytest.MonkeyPatch) -> None:
