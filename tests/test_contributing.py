@@ -72,9 +72,10 @@ def test_the_package_of_contributing_is_packed_trained_with_and_evaluated(packag
     newest = newest_checkpoint(tmp_path / "runs/inverted/checkpoints")
     assert newest is not None
     assert run(sys.executable, "-c", LOAD).strip() == EXPECTED
-    run(*naign, "evaluate", "runs/inverted", "--samples", "100")
+    run(*naign, "evaluate", "runs/inverted", "--encoder", "pooled", "--samples", "100")
     metrics = json.loads((tmp_path / "runs/inverted/evaluation/metrics.json").read_text())
-    assert metrics["encoder"] == "pixels" and metrics["images_seen"] == 768
+    assert metrics["encoder"] == "pixels" and metrics["second"]["encoder"] == "pooled"
+    assert metrics["images_seen"] == 768
 
     # Without the package its names are unknown, and with it wrong settings of theirs are.
     gone = subprocess.run(

@@ -74,7 +74,7 @@ def test_every_rank_samples_equally_often_in_each_part_of_the_pool(world, pool, 
 
     for rank in range(world):
         ranks, config = Ranks(rank=rank, world=world), configured(1, pool, block=10)
-        blocks, _ = Pool(config, sample, None, 1, ranks, lambda: None).share()
+        blocks, _ = Pool(config, sample, 1, ranks, lambda: None).share()
         sampled.append([])
         for low in range(0, most, blocks.size):
             samples.clear()
