@@ -6,8 +6,8 @@
 finds the nearest of 10^6 rows for each of 10^5, both of 512 values: grey windows of 16x32 pixels, also mirrored, of
 training images, and of test images for the queries. Candidates lie in a file. The search of this project reads them in
 blocks; FAISS's indexes hold all of them, and reading them is not timed. Each method runs in a process of its own, whose
-peak memory beyond the queries is measured. Recall@1 is the share of queries for which a candidate is found that is as
-near as the nearest, by float64 differences.
+processor time over all threads and peak memory beyond the queries are measured. Recall@1 is the share of queries for
+which a candidate is found that is as near as the nearest, by float64 differences.
 
 HNSW (M = 32) is searched with efSearch doubled from 16 until recall@1 is 0.99 or more.
 """
@@ -74,9 +74,10 @@ def windows(images: Tensor, count: int, window: tuple[int, int], seed: int) -> I
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
+    """Processor seconds over all threads of this process, and what it returned."""
+    start = time.process_time()
     answer = call()
-    return time.perf_counter() - start, answer
+    return time.process_time() - start, answer
 
 
 def resident(kind: str) -> int:
@@ -92,8 +93,8 @@ def distances(queries: Tensor, pool: Path, ids: Tensor) -> Tensor:
 
 
 def measure(method: str, asked: Path, pool: Path, least: Tensor | None, threads: int) -> tuple[dict[str, Any], Tensor]:
-    """In a process of its own: seconds to build and to search, peak memory beyond the queries, recall; and the squared
-    distances of what was found, of which `least` are the right ones.
+    """In a process of its own: processor seconds to build and search, peak memory beyond the queries, recall; and the
+    squared distances of what was found, of which `least` are the right ones.
     """
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
@@ -151,14 +152,15 @@ def main(settings: Settings) -> None:
         for method, record in records.items()
     ]
     title = f"{settings.queries:,} x {settings.candidates:,} rows of {values} values, {threads} threads. "
-    title += f"The last column is computed, not measured: {PLANNED[0]:,} x {PLANNED[1]:,}, build and search."
+    title += f"Times are processor time, over all threads. The last column is computed, not measured: {PLANNED[0]:,} x "
+    title += f"{PLANNED[1]:,}, build and search."
     text = page(title, ["search", "build", "search", "recall@1", "memory", "planned"], rows)
     write(settings.to, text, {"threads": threads, "values": values, "methods": records})
     print(text)
 
 
 def planned(method: str, record: dict[str, Any], settings: Settings, more: float) -> float:
-    """Seconds for PLANNED. Exact searches grow with the pairs; a graph is built by row, and searched by query."""
+    """Processor seconds for PLANNED. Exact searches grow with the pairs; a graph is built by row and asked by query."""
     if method != "hnsw":
         return float(record["build"] + record["search"] * more)
     builds, asked = PLANNED[1] / settings.candidates, PLANNED[0] / settings.queries
