@@ -31,7 +31,7 @@ KEPT = (
     *("fd", "modes", "coverage", "restoration", "density", "idempotence", "reconstruction", "nearest", "encoder"),
     *("images_seen", "training_seconds", "cpu_seconds", "counts", "late"),
 )
-ALSO_KEPT = ("sampling", "second")
+ALSO_KEPT = ("sampling", "second", "asked")
 """Where it is there: records of earlier tables lack it."""
 
 

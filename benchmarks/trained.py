@@ -305,6 +305,12 @@ def _upside_down(title: str, score: str) -> Column:
     return Column(title, get, 3)
 
 
+def _asked(record: Record, name: str, of: Callable[[Any], float]) -> float | None:
+    """A number of a model with classes."""
+    asked = record.get("asked")
+    return of(asked[name]) if asked else None
+
+
 KINDS = ("blur", "noise", "salt_pepper", "rows")
 COLUMNS = {
     "once": Column("FD f(z), × floor", lambda record: record["fd"]["once_ratio"], 1),
@@ -325,6 +331,10 @@ COLUMNS = {
     "upside_down": _upside_down("upside down, AUROC", "energy"),
     "upside_down_twice": _upside_down("of f twice", "twice"),
     "copying": Column("distance to training, × test's", lambda record: record["nearest"]["ratio"], 2),
+    "asked": Column("of the class asked for, %", lambda record: _asked(record, "share", lambda share: 100 * share), 1),
+    "farthest": Column(
+        "FD of the farthest class, × its floor", lambda record: _asked(record, "fd_ratio_by_class", max), 1
+    ),
     "late": Column("late loss, spread", lambda record: record["late"], 3),
     "images": Column("images seen, 10³", lambda record: record["images_seen"] / 1000, 0),
     "training": Column("training, processor s", lambda record: record.get("cpu_seconds"), 0),
