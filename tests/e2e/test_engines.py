@@ -111,7 +111,7 @@ def test_deepspeed_trains_as_ddp_does_resumes_bit_for_bit_and_exports(name, plai
 
 
 CODES = ["--prior.name=flow", "--prior.width=32", "--prior.passes=4", "--prior.batch=64"]
-CODES += ["--prior.begin=0", "--prior.student=0.25", "--prior.classes"]
+CODES += ["--prior.begin=0", "--prior.student=0.25", "--prior.classes", "--objective.imle=0", "--objective.denoising=1"]
 
 
 def prior_losses(run: Path) -> list[float]:
