@@ -26,6 +26,7 @@ from pipeline.settings.constraints import POSITIVE, between
 
 DIRECTIONS = 128  # principal directions of the codes' channels that are modelled, at most
 DROPPED = 0.1  # share of labels that the flow learns without, for guidance (arXiv 2207.12598)
+GUIDED = 0.5  # time from which guidance by classes acts; before, it costs variety and adds little (arXiv 2404.07724)
 EARLY = 0.25  # share of the flow's training after which autoguidance keeps its weights
 RIDGE = 0.3  # of the mean variance, added to each: to whiten directions of little spread fully costs the others
 
@@ -51,8 +52,8 @@ class FlowConfig(CodesConfig):
     velocity and early what it was after a quarter of its training. Up to 2 makes up for a short training, at two
     evaluations a step; 0: none."""
     guidance: float = field(default=0.0, metadata=between(0, 10))
-    """Strength of guidance by classes (arXiv 2207.12598): strength * (v - v of no class) is added to the velocity, at
-    one more evaluation a step; 0: none. Samples are surer of their class, and vary less."""
+    """Strength of guidance by classes (arXiv 2207.12598): strength * (v - v of no class) is added to the velocity in the
+    second half of the path, at one more evaluation a step; 0: none. Samples are surer of their class."""
     student: float = field(default=0.0, metadata=between(0, 0.99))
     """Share of train.images, the last of `alone`, over which a student of the flow learns to reach a code in two
     evaluations; 0: no student. A quarter of what the flow has is enough."""
@@ -144,7 +145,8 @@ class Flow(CodesPrior):
     def path(self, noise: Tensor, labels: Tensor | None = None) -> Iterator[Tensor]:
         """`noise`, and the points (n, d, ...) that the paths reach at times 1 / steps, 2 / steps, ..., 1.
 
-        The velocity is v + autoguidance * (v - early) + guidance * (v - that of no class), v and early of the classes.
+        The velocity is v + autoguidance * (v - early) + guidance * (v - that of no class), v and early of the classes;
+        the last of these from GUIDED on.
         """
         codes, before, steps = noise, noise[:0], self.config.steps
         yield codes
@@ -154,7 +156,7 @@ class Flow(CodesPrior):
                 velocity = plain = self.velocity(codes, time, labels)
                 if self.guides:
                     velocity = velocity + self.config.autoguidance * (plain - self.early(codes, time, labels))
-                if self.config.guidance and labels is not None:
+                if self.config.guidance and labels is not None and step >= GUIDED * steps:
                     blind = self.velocity(codes, time, torch.full_like(labels, len(self.labels)))
                     velocity = velocity + self.config.guidance * (plain - blind)
                 codes = codes + (1.5 * velocity - 0.5 * before if step else velocity) / steps  # Euler's step first

@@ -114,19 +114,28 @@ def test_every_component_of_a_mixture_is_of_one_class():
     torch.testing.assert_close(mass, SHARES, atol=0.01, rtol=0)
 
 
-def test_guidance_is_added_to_autoguidance():
-    config = replace(FLOW, steps=1, autoguidance=1.5)
+def test_guidance_is_added_to_autoguidance_in_the_second_half():
+    config = replace(FLOW, steps=2, autoguidance=1.5)
     prior = learn(build(config), 4)
-    noise, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
-    start, nobody = torch.zeros(6), torch.full((6,), 3)
-    now, early, blind = (
-        network(noise, start, which)
-        for network, which in ((prior.velocity, labels), (prior.early, labels), (prior.velocity, nobody))
-    )
-    torch.testing.assert_close(prior.ends(noise, labels), noise + 2.5 * now - 1.5 * early)
+    labels, nobody = torch.tensor([0, 1, 2, 0, 1, 2]), torch.full((6,), 3)
+    start, middle, end = prior.path(torch.randn(6, 4), labels)
+
+    def velocities(codes, time):
+        times, asked = (
+            torch.full((6,), time),
+            ((prior.velocity, labels), (prior.early, labels), (prior.velocity, nobody)),
+        )
+        return [network(codes, times, which) for network, which in asked]
+
+    (now, early, _), (later, late_early, blind) = velocities(start, 0.0), velocities(middle, 0.5)
+    before, after = 2.5 * now - 1.5 * early, 2.5 * later - 1.5 * late_early
+    torch.testing.assert_close(middle, start + before / 2)
+    torch.testing.assert_close(end, middle + (1.5 * after - 0.5 * before) / 2)
     prior.config = replace(config, guidance=2.0)
-    torch.testing.assert_close(prior.ends(noise, labels), noise + 4.5 * now - 1.5 * early - 2 * blind)
-    assert float((now - blind).abs().mean()) > 0.1
+    _, same, guided = prior.path(start, labels)
+    assert torch.equal(same, middle)
+    torch.testing.assert_close(guided, end + 1.5 * 2 * (later - blind) / 2)
+    assert float((later - blind).abs().mean()) > 0.1
 
 
 def test_a_flow_learns_without_a_label_too():
