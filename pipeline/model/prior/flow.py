@@ -52,8 +52,8 @@ class FlowConfig(CodesConfig):
     velocity and early what it was after a quarter of its training. Up to 2 makes up for a short training, at two
     evaluations a step; 0: none."""
     guidance: float = field(default=0.0, metadata=between(0, 10))
-    """Strength of guidance by classes (arXiv 2207.12598): strength * (v - v of no class) is added to the velocity in the
-    second half of the path, at one more evaluation a step; 0: none. Samples are surer of their class."""
+    """Strength of guidance by classes (arXiv 2207.12598): strength * (v - v of no class) is added to the velocity
+    over the second half of the path, at one more evaluation a step; 0: none. Samples are surer of their class."""
     student: float = field(default=0.0, metadata=between(0, 0.99))
     """Share of train.images, the last of `alone`, over which a student of the flow learns to reach a code in two
     evaluations; 0: no student. A quarter of what the flow has is enough."""
