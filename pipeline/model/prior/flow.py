@@ -26,7 +26,7 @@ from pipeline.settings.constraints import POSITIVE, between
 
 DIRECTIONS = 128  # principal directions of the codes' channels that are modelled, at most
 DROPPED = 0.1  # share of labels that the flow learns without, for guidance (arXiv 2207.12598)
-GUIDED = 0.5  # time from which guidance by classes acts; before, it costs variety and adds little (arXiv 2404.07724)
+GUIDED = 0.6  # time from which guidance by classes acts; before, it costs variety and adds little (arXiv 2404.07724)
 EARLY = 0.25  # share of the flow's training after which autoguidance keeps its weights
 RIDGE = 0.3  # of the mean variance, added to each: to whiten directions of little spread fully costs the others
 
@@ -53,7 +53,7 @@ class FlowConfig(CodesConfig):
     evaluations a step; 0: none."""
     guidance: float = field(default=0.0, metadata=between(0, 10))
     """Strength of guidance by classes (arXiv 2207.12598): strength * (v - v of no class) is added to the velocity
-    over the second half of the path, at one more evaluation a step; 0: none. Samples are surer of their class."""
+    over the last two fifths of the path, at one more evaluation a step; 0: none. Samples are surer of their class."""
     student: float = field(default=0.0, metadata=between(0, 0.99))
     """Share of train.images, the last of `alone`, over which a student of the flow learns to reach a code in two
     evaluations; 0: no student. A quarter of what the flow has is enough."""

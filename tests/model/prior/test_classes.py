@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pipeline.errors import InputError
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import ConvConfig, build_network
-from pipeline.model.prior import CodesPrior, Examples, PriorConfig, build_prior
+from pipeline.model.prior import CodesPrior, Examples, PriorConfig, build_prior, flow
 from pipeline.model.prior.base import CodesConfig
 from pipeline.model.prior.flow import FlowConfig
 from pipeline.model.prior.gmm import GmmConfig
@@ -114,7 +114,8 @@ def test_every_component_of_a_mixture_is_of_one_class():
     torch.testing.assert_close(mass, SHARES, atol=0.01, rtol=0)
 
 
-def test_guidance_is_added_to_autoguidance_in_the_second_half():
+def test_guidance_is_added_to_autoguidance_late_on_the_path(monkeypatch):
+    monkeypatch.setattr(flow, "GUIDED", 0.5)
     config = replace(FLOW, steps=2, autoguidance=1.5)
     prior = learn(build(config), 4)
     labels, nobody = torch.tensor([0, 1, 2, 0, 1, 2]), torch.full((6,), 3)
