@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 Record = dict[str, Any]
 PARTS = ("fd", "modes", "coverage", "restoration", "idempotence", "reconstruction", "nearest", "images_seen")
 """Of what `naign evaluate` says, that tables use."""
-ADDED = {"prior.classes": False, "prior.guidance": 0.0}
+ADDED = {"prior.classes": False, "prior.guidance": 0.0, "model.grid": 8}
 """Settings newer than committed numbers, with the values that change nothing: folders are not named after these."""
 GONE = {"match.space.pixels": 1.0, "match.space.features": 0.0, "match.space.encoder": ""}
 """Settings that are no more, with the values that committed numbers have: folders are named after these as well."""

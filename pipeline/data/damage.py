@@ -6,6 +6,7 @@
            take one shade each), and stripes (up to 40 % of the rows, or columns, take one shade). One image in sixteen
            is erased before, to one shade, every second time black, so that no flat image stays what it is.
     mild   as mixed, but each of the four with probability 1/3: one image in five stays whole, to learn reconstruction.
+    photo  as mild, but no image is erased: flat parts of photographs are to stay what they are.
     holes  as mild, and then every second image loses up to two boxes, a stroke of three lines, or both, filled with the
            mean of what is left, as `NAIGN.project` begins with a mask.
 
@@ -54,7 +55,9 @@ def _check_mixed(shape: tuple[int, ...]) -> None:
         raise InputError(f"this objective.damage needs images of at least 8x8, not {shape}: choose noise")
 
 
-def _mixed(images: Tensor, normals: Tensor, uniform: Tensor, strength: float, *, each: float = 1 / 2) -> Tensor:
+def _mixed(
+    images: Tensor, normals: Tensor, uniform: Tensor, strength: float, *, each: float = 1 / 2, erase: float = 1 / 16
+) -> Tensor:
     rows = (len(images), 1, 1, 1)
     _, _, height, width = images.shape
     scalars, pixels, lines = uniform.split([SCALARS, 2 * height * width, 2 * max(height, width)], dim=1)
@@ -63,7 +66,7 @@ def _mixed(images: Tensor, normals: Tensor, uniform: Tensor, strength: float, *,
 
     erased, level = scalars[:, 14].view(rows), scalars[:, 15].view(rows)
     blank = torch.where(level < 0.5, -1.0, 4 * level - 3)
-    images = torch.where(erased < 1 / 16, blank, images)
+    images = torch.where(erased < erase, blank, images)
     out = torch.where(happens[0], _coarse(images, 1 + 2 * reach, chance.sqrt()), images)
     out = torch.where(happens[1], (out + strength * shade * normals).clamp(-1, 1), out)
 
@@ -140,6 +143,7 @@ DAMAGES: dict[str, Damage] = {
     "noise": Damage(_noise, lambda shape: 1, lambda shape: None),
     "mixed": Damage(_mixed, _count_mixed, _check_mixed),
     "mild": Damage(partial(_mixed, each=1 / 3), _count_mixed, _check_mixed),
+    "photo": Damage(partial(_mixed, each=1 / 3, erase=0.0), _count_mixed, _check_mixed),
     "holes": Damage(_with_holes, lambda shape: _count_mixed(shape) + HOLES, _check_mixed),
 }
 

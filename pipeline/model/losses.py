@@ -100,8 +100,9 @@ class NaignConfig(DistanceConfig):
     """Weight of d(f(damaged x), x)."""
     damage: str = "mixed"
     """denoising: noise; mixed (lost detail, noise, specks and stripes: pipeline/data/damage.py); mild, as mixed, but
-    less often, so that one image in five stays whole and `reconstruction` can be 0; or holes, as mild, and boxes and
-    strokes are missing from every second image, which is for `naign restore --mask`."""
+    less often, so that one image in five stays whole and `reconstruction` can be 0; photo, as mild, but flat images
+    stay what they are; or holes, as mild, and boxes and strokes are missing from every second image, which is for
+    `naign restore --mask`."""
     noise: float = field(default=0.5, metadata=AT_LEAST_0)
     """denoising: the noise's standard deviation is uniform in [0, this] for each image."""
 

@@ -20,6 +20,7 @@ from pipeline.settings.constraints import between, check_fields
 from pipeline.settings.registry import lookup
 
 MOST_CHANNELS = 512  # the channels stop doubling here
+ATTENDED = 16  # positions a side, at most, of a spatial code with self-attention
 
 
 @dataclass(kw_only=True, slots=True)
@@ -58,7 +59,14 @@ class SpatialConfig(NetworkConfig):
     depth: int = field(default=1, metadata=between(0, 256))
     """Residual blocks per resolution, in the encoder and in the decoder."""
     code: int = field(default=8, metadata=between(1, 2**14))
-    """Channels of the code at each of its at most 8 x 8 positions (or an odd number of them)."""
+    """Channels of the code at each of its positions."""
+    grid: int = field(default=8, metadata=between(1, 2**12))
+    """Positions a side of the code, at most: f halves images until they are that small, or odd. For repair of detail, a
+    half or a quarter of data.crop. Above 16 there is no self-attention, whose cost grows with the grid's fourth
+    power."""
+    blend: bool = False
+    """For repair: f(x) is x where it is not damaged, and elsewhere what the decoder makes, by a mask that it makes
+    besides. Such an f has no code to draw by a flow or a mixture."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -85,7 +93,7 @@ def build_network(config: NetworkConfig, shape: tuple[int, ...], *, recompute: b
 def code_shape(network: nn.Module, setting: str) -> tuple[int, ...]:
     """Shape of an image's code, (c,) dense or (c, h, w) spatial; InputError where there is none, as `setting` needs."""
     coded = all(hasattr(network, name) for name in ("code", "encode", "decode"))
-    require((coded, f"{setting}: this network has no code, choose model.name conv or spatial"))
+    require((coded, f"{setting}: this network has no code, choose model.name conv or spatial, without model.blend"))
     return network.code  # type: ignore[return-value]
 
 
@@ -174,6 +182,19 @@ class ImageNetwork(nn.Module):
         return self.decoder(code)
 
 
+class BlendedNetwork(nn.Module):
+    """x + m (y - x), where `network` makes an image y and a mask m of x: undamaged detail passes, unlike noise."""
+
+    def __init__(self, network: ImageNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        made, mask = self.network(x).split([x.shape[1], 1], dim=1)
+        x = x.clamp(-1, 1)
+        return x + mask.sigmoid() * (made.tanh() - x)
+
+
 def _build_dense(config: ConvConfig, shape: tuple[int, ...], *, recompute: bool) -> ImageNetwork:
     """Halve the image to at most 8 x 8 (or odd), one dense code, and back: each output pixel depends on all inputs."""
     (height, width), widths = _levels(config, shape)
@@ -190,37 +211,41 @@ def _build_dense(config: ConvConfig, shape: tuple[int, ...], *, recompute: bool)
     return ImageNetwork(encoder, decoder, (config.code,), recompute=recompute)
 
 
-def _build_spatial(config: SpatialConfig, shape: tuple[int, ...], *, recompute: bool) -> ImageNetwork:
+def _build_spatial(config: SpatialConfig, shape: tuple[int, ...], *, recompute: bool) -> nn.Module:
     """An autoencoder whose code keeps positions, for images with more detail than a dense code can hold.
 
     Transposed convolutions would leave checkerboards, so pixels are moved into channels and back. Self-attention on
     both sides of the code lets each output pixel depend on the whole image.
     """
-    (height, width), widths = _levels(config, shape)
-    halvings, down = list(pairwise([shape[0], *widths])), list[nn.Module]()
-    for before, after in halvings:
+    (height, width), widths = _levels(config, shape, config.grid)
+    attend = Attention if config.grid <= ATTENDED else nn.Identity
+    down = list[nn.Module]()
+    for before, after in pairwise([shape[0], *widths]):
         down += [nn.PixelUnshuffle(2), nn.Conv2d(4 * before, after, 3, padding=1), *_blocks(after, config.depth)]
-    up: list[nn.Module] = [nn.Conv2d(config.code, widths[-1], 3, padding=1), Attention(widths[-1])]
-    for after, before in reversed(halvings):
+    up: list[nn.Module] = [nn.Conv2d(config.code, widths[-1], 3, padding=1), attend(widths[-1])]
+    for after, before in reversed(list(pairwise([shape[0] + config.blend, *widths]))):
         up += [*_blocks(before, config.depth), *norm_act_conv(before, 4 * after), nn.PixelShuffle(2)]
-    to_code = Attention(widths[-1]), Norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], config.code, 1)
-    encoder, decoder = nn.Sequential(*down, *to_code), nn.Sequential(*up, nn.Tanh())
-    return ImageNetwork(encoder, decoder, (config.code, height, width), recompute=recompute)
+    to_code = attend(widths[-1]), Norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], config.code, 1)
+    encoder, decoder = nn.Sequential(*down, *to_code), nn.Sequential(*up, *(() if config.blend else (nn.Tanh(),)))
+    network = ImageNetwork(encoder, decoder, (config.code, height, width), recompute=recompute)
+    return BlendedNetwork(network) if config.blend else network
 
 
 def _blocks(channels: int, depth: int) -> list[ResidualBlock]:
     return [ResidualBlock(channels) for _ in range(depth)]
 
 
-def _levels(config: ConvConfig | SpatialConfig, shape: tuple[int, ...]) -> tuple[tuple[int, int], list[int]]:
-    """Height and width of the smallest resolution, where the longer side is at most 8 or either is odd, and the number
-    of channels of each from half the image's down to it. InputError for a shape that cannot be halved.
+def _levels(
+    config: ConvConfig | SpatialConfig, shape: tuple[int, ...], grid: int = 8
+) -> tuple[tuple[int, int], list[int]]:
+    """Height and width of the smallest resolution, where the longer side is at most `grid` or either is odd, and the
+    number of channels of each from half the image's down to it. InputError for a shape that cannot be halved.
     """
     fits = len(shape) == 3 and shape[1] % 4 == 0 and shape[2] % 4 == 0
     unfit = f"model.name={config.name} takes images (C, H, W) whose sides are multiples of 4, not {tuple(shape)}"
     require((fits, f"{unfit}: give another --data.size, or for points model.name=mlp and prior.name=gaussian"))
     height, width, levels = shape[1] // 2, shape[2] // 2, 1
-    while max(height, width) > 8 and height % 2 == 0 and width % 2 == 0:
+    while max(height, width) > grid and height % 2 == 0 and width % 2 == 0:
         height, width, levels = height // 2, width // 2, levels + 1
     widths = [min(config.width * 2**level, max(MOST_CHANNELS, config.width)) for level in range(levels)]
     return (height, width), widths

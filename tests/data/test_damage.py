@@ -87,6 +87,16 @@ def test_mixed_erases_one_image_in_sixteen():
     assert 0.35 < float((shades == -1).float().mean()) < 0.65 and float(shades.max()) > 0.8
 
 
+def test_photo_is_mild_but_erases_nothing():
+    images = bars(2000)
+    normals, uniform = drawn("photo", torch.arange(2000))
+    mild, photo = (find_damage(name).damage(images, normals, uniform, 0.5) for name in ("mild", "photo"))
+    erased = uniform[:, 14] < 1 / 16
+    assert torch.equal(photo[~erased], mild[~erased]) and not torch.equal(photo[erased], mild[erased])
+    uniform[:, 8:12] = 1.0
+    assert torch.equal(find_damage("photo").damage(images, normals, uniform, 0.5), images)
+
+
 def test_holes_are_boxes_and_strokes_and_otherwise_mild():
     numbers, images = torch.arange(2000), bars(2000)
     normals, uniform = drawn("holes", numbers)
@@ -108,7 +118,7 @@ def test_the_mean_of_what_is_known():
 
 def test_points_take_noise_only():
     find_damage("noise").check((2,))
-    for name in ("mixed", "mild", "holes"):
+    for name in ("mixed", "mild", "photo", "holes"):
         with pytest.raises(InputError, match="at least 8x8"):
             find_damage(name).check((2,))
 
@@ -120,7 +130,7 @@ def test_a_law_of_another_package(monkeypatch):
     points = {"naign.damage": {"inverted": EntryPoint("inverted", "tests.data.test_damage:INVERTED", "")}}
     monkeypatch.setattr("pipeline.settings.registry._entry_points", lambda group: points.get(group, {}))
     assert (
-        known(DAMAGES, GROUP) == ["noise", "mixed", "mild", "holes", "inverted"]
+        known(DAMAGES, GROUP) == ["noise", "mixed", "mild", "photo", "holes", "inverted"]
         and find_damage("inverted").uniforms(SHAPE) == 2
     )
     find_damage("inverted").check(SHAPE)

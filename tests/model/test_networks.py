@@ -103,6 +103,31 @@ def test_images_need_not_be_square(shape, kind):
         assert network.code[1] * shape[2] == network.code[2] * shape[1]
 
 
+@pytest.mark.parametrize(
+    ("grid", "positions"), [(2, (2, 1)), (8, (8, 4)), (16, (16, 8)), (32, (32, 16)), (99, (32, 16))]
+)
+def test_the_grid_says_how_far_the_code_reduces(grid, positions):
+    network = build_network(SpatialConfig(width=4, code=3, grid=grid), (3, 64, 32))
+    x = torch.randn(2, 3, 64, 32)
+    assert network.encode(x).shape == (2, *network.code) == (2, 3, *positions)
+    assert network(x).shape == x.shape
+    attends = any(isinstance(module, Attention) for module in network.modules())
+    assert attends == (grid <= 16)
+
+
+def test_a_blend_is_x_where_the_mask_is_0_and_the_decoder_s_image_where_it_is_1():
+    network = build_network(SpatialConfig(width=8, code=3, grid=16, blend=True), (3, 32, 32))
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert float(network(3 * torch.randn(2, 3, 32, 32)).abs().max()) <= 1
+    last = [module for module in network.modules() if isinstance(module, nn.Conv2d)][-1]
+    nn.init.zeros_(last.weight)
+    for mask, expected in ((-100.0, x), (100.0, torch.full_like(x, 0.5).tanh())):
+        last.bias.data = torch.tensor([0.5] * 12 + [mask] * 4)  # of four pixels each channel
+        torch.testing.assert_close(network(x), expected)
+    with pytest.raises(InputError, match="prior.name=flow: this network has no code, .* without model.blend"):
+        code_shape(network, "prior.name=flow")
+
+
 def test_octaves_put_waves_beside_the_coordinates():
     network = build_network(PointConfig(width=16, depth=1, octaves=3), (2,))
     first = next(module for module in network.modules() if isinstance(module, nn.Linear))

@@ -17,23 +17,24 @@ from pipeline.model.networks import NETWORKS, build_network, find_network
 SMALL = {
     "conv": ({"width": 4, "depth": 1, "code": 8}, (1, 8, 8)),
     "spatial": ({"width": 8, "depth": 1, "code": 4}, (3, 16, 8)),
+    "blended": ({"name": "spatial", "width": 8, "depth": 1, "code": 4, "grid": 32, "blend": True}, (3, 48, 32)),
     "mlp": ({"width": 8, "depth": 1, "octaves": 2}, (2,)),
 }
 
 
 def save(folder, name):
-    settings, shape = SMALL[name]
+    settings, shape = {"name": name} | SMALL[name][0], SMALL[name][1]
     torch.manual_seed(0)
-    network = build_network(find_network(name)[0](**settings), shape)
+    network = build_network(find_network(settings["name"])[0](**settings), shape)
     for value in network.parameters():  # some begin as zero
         nn.init.normal_(value, std=0.3)
-    metadata = {"model": {"name": name, **settings}, "shape": list(shape), "prior": {"name": "gaussian"}}
+    metadata = {"model": settings, "shape": list(shape), "prior": {"name": "gaussian"}}
     NAIGN(network, metadata).save_pretrained(folder)
     return str(folder)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", sorted({*NETWORKS, *SMALL}))
 def test_onnx_is_f(tmp_path, capsys, name):
     run, file = save(tmp_path / "run", name), tmp_path / "to/model.onnx"
     cli.export(run, to=tmp_path / "to", format="onnx")

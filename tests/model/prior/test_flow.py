@@ -123,7 +123,7 @@ def test_the_first_step_is_none_to_move_away_from():
     assert all(torch.equal(value, other.training_state()[name]) for name, value in prior.training_state().items())
 
 
-@pytest.mark.parametrize("shape", [(3,), (3, 5, 5), (2, 8, 8), (1, 16, 16)])
+@pytest.mark.parametrize("shape", [(3,), (3, 5, 5), (2, 8, 8), (1, 16, 16), (1, 32, 32)])
 def test_a_flow_fits_any_code(shape):
     flow = Flow(FlowConfig(width=8, depth=2, steps=3), shape)
     noise = torch.randn(4, *shape)
