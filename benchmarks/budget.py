@@ -31,7 +31,7 @@ SHAPES = {
     "fashion_mnist": (1, 28, 28),
     "cifar10_cpu": (3, 32, 32),
     "cifar10": (3, 32, 32),
-    "photos": (3, 64, 64),
+    "photos": (3, 48, 48),
     "folder64": (3, 64, 64),
     "folder256": (3, 256, 256),
 }
