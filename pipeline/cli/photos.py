@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.cli.files import FORMATS
-from pipeline.data.decode import decode_picture, eight_bits
+from pipeline.data.decode import decode_picture, in_mode
 from pipeline.data.degrade import Kind, degrade
 from pipeline.errors import InputError, require
 from pipeline.model import tiles
@@ -89,12 +89,12 @@ class Photo:
         return whole
 
     def _flat(self, picture: Image.Image) -> Image.Image:
-        return eight_bits(picture, "L" if picture.mode == "L" else "RGB").convert(self.mode)
+        return in_mode(picture, "L" if picture.mode == "L" else "RGB").convert(self.mode)
 
 
 def _read_hole(mask: Path, path: Path, size: tuple[int, int]) -> Image.Image:
     """Where a mask is white, in mode L of 0 and 255."""
-    hole = eight_bits(_decode(mask), "L").point([0] * 128 + [255] * 128)
+    hole = in_mode(_decode(mask), "L").point([0] * 128 + [255] * 128)
     least, most = hole.getextrema()
     other = f"--mask {mask} has {hole.width} x {hole.height} pixels, {path} {size[0]} x {size[1]}: make them equal"
     require(
@@ -109,7 +109,7 @@ def _decode(path: Path) -> Image.Image:
     data = path.read_bytes()
     try:
         picture = decode_picture(data)
-        return eight_bits(picture, "L") if picture.mode.startswith("I") else picture
+        return in_mode(picture, "L") if picture.mode.startswith("I") else picture
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
@@ -173,7 +173,7 @@ def save(picture: Image.Image, to: Path, profile: bytes | None) -> None:
     """Write a picture atomically in the format of its suffix; as JPEG without alpha, on white."""
     content, kind = io.BytesIO(), FORMATS[to.suffix.lower()]
     if kind == "JPEG":
-        picture = eight_bits(picture, "L" if picture.mode in ("L", "LA") else "RGB")
+        picture = in_mode(picture, "L" if picture.mode in ("L", "LA") else "RGB")
     picture.save(content, kind, quality=95, icc_profile=profile)
     to.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(to, content.getvalue(), sync=False)

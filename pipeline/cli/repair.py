@@ -77,7 +77,8 @@ def _find_masks(mask: Path | None, paths: Sequence[Path], names: Sequence[Path])
     for path, name in zip(paths, names, strict=True):
         fitting = by_name[name.with_suffix("")]
         missing = f"--mask {mask} holds no mask for {path}: add {name.with_suffix('.png')}, or leave that picture out"
-        require((fitting, missing))
+        inside = f"--mask {mask} holds {path} itself, and no mask for it: give the folder of the masks"
+        require((fitting or mask.resolve() not in path.resolve().parents, inside), (fitting, missing))
         require(
             (len(fitting) == 1, f"--mask {mask} holds several for {path}: keep one of {', '.join(map(str, fitting))}")
         )

@@ -60,7 +60,7 @@ def open_picture(data: bytes) -> Image.Image:
     return picture
 
 
-def eight_bits(picture: Image.Image, mode: str) -> Image.Image:
+def in_mode(picture: Image.Image, mode: str) -> Image.Image:
     """A picture in mode `L` or `RGB`: 16-bit grey is scaled by 1/257 (Pillow would clip it), transparency is on white.
     Raises InputError for values beyond 16 bits, and what Pillow raises.
     """
@@ -85,7 +85,7 @@ def decode_image(data: bytes, into: Array | None = None) -> Array:
     if plain is not None:
         return plain
     with decoding(), open_picture(data) as picture:
-        pixels = np.asarray(eight_bits(picture, "L" if picture.mode == "L" else "RGB"))
+        pixels = np.asarray(in_mode(picture, "L" if picture.mode == "L" else "RGB"))
         lies = _orientation(picture)
     return turned(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), lies)
 

@@ -194,7 +194,8 @@ class NAIGN:
         batch: int = 500,
         advance: Advance = None,
     ) -> Tensor:
-        """f applied `times` times to x (n, *shape): its repair, on x's device. InputError where that is not finite.
+        """f applied `times` times to x (n, *shape): its repair, float32, on x's device. InputError where that is not
+        finite, and for integers.
 
         Images (n, C, H, W) may have any height and width: those of another size than the model's are computed in
         overlapping tiles (pipeline/model/tiles.py), and `advance` counts these.
@@ -206,7 +207,9 @@ class NAIGN:
         images = len(self.shape) == 3 and x.ndim == 4 and x.shape[1] == self.shape[0] and min(x.shape[2:]) > 0
         any_size = f", or images of {self.shape[0]} channels and any size" if len(self.shape) == 3 else ""
         refused = f"the model takes {self.shape}{any_size}, not {tuple(x.shape[1:])}"
-        require((images or x.shape[1:] == self.shape, refused))
+        integers = f"the model takes floating-point values, images in [-1, 1], not {x.dtype}: convert and scale them"
+        require((images or x.shape[1:] == self.shape, refused), (x.is_floating_point(), integers))
+        x = x.float()
         if mask is not None:
             mask = _expanded(mask, x)
             filled = torch.where(mask, known_mean(x, ~mask), x)
@@ -234,7 +237,7 @@ class NAIGN:
         done = []
         for part in x.split(batch):
             value = part.to(self.device)
-            for _ in range(times):
+            for _ in range(times if len(part) else 0):  # layers refuse what is empty
                 value = self.network(value)
             done.append(value.to(x.device))
             if advance:
@@ -253,7 +256,7 @@ class NAIGN:
         better, at a cost proportional to `times`. With `map` the mean over channels alone, (n, H, W), of images
         (n, C, H, W) of any size.
         """
-        squares = (self.project(x, times=times, batch=batch, advance=advance) - x).square()
+        squares = (self.project(x, times=times, batch=batch, advance=advance) - x.float()).square()
         return squares.mean(1) if map else squares.flatten(1).mean(1)
 
 

@@ -1,7 +1,9 @@
 """Grids of images and drawings of 2-D point sets, as PIL images. No plotting library."""
 
 import io
+import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 CELL, GAP = 48, 3  # pixels: smallest side of an image in a grid, to which smaller ones are enlarged; and between images
 PANEL = 320  # pixels: side of a panel of points
+SIZE = 14  # pixels: of text
 TEXT = (128, 128, 128, 255)  # legible on white and on black
 BLUE, ORANGE = (45, 108, 223), (224, 122, 31)
 
@@ -43,17 +46,17 @@ def grid(images: Tensor, *, columns: int) -> Image.Image:
 
 def rows(labelled: Sequence[tuple[str, Tensor]]) -> Image.Image:
     """Rows of (label, images (n, C, H, W)) -> one image with the labels, if any, at the left."""
-    font = ImageFont.load_default(14)
-    margin = max((int(font.getlength(label)) + 12 for label, _ in labelled if label), default=0)
+    labels = [legible(label) for label, _ in labelled]
+    margin = max((int(font.getlength(text)) + 12 for text, font in labels if text), default=0)
     cells = [[to_image(image, least=CELL) for image in images] for _, images in labelled]
     width, height = cells[0][0].size
     size = (margin + max(map(len, cells)) * (width + GAP) - GAP, len(cells) * (height + GAP) - GAP)
     canvas = Image.new("RGBA", size, (0, 0, 0, 0))
     draw = ImageDraw.Draw(canvas)
-    for line, ((label, _), pictures) in enumerate(zip(labelled, cells, strict=True)):
+    for line, ((text, font), pictures) in enumerate(zip(labels, cells, strict=True)):
         top = line * (height + GAP)
-        if label:
-            draw.text((0, top + height // 2), label, fill=TEXT, font=font, anchor="lm")
+        if text:
+            draw.text((0, top + height // 2), text, fill=TEXT, font=font, anchor="lm")
         for column, picture in enumerate(pictures):
             canvas.paste(picture, (margin + column * (width + GAP), top))
     return canvas
@@ -74,8 +77,25 @@ def scatter(panels: Sequence[tuple[str, Tensor]], *, behind: Tensor) -> Image.Im
             for x, y in ((dots + 1) / 2 * (PANEL - 3)).round().int().tolist():
                 pen.rectangle((x, y, x + 1, y + 1), fill=(*colour, 255))
         canvas.paste(panel, (left, 22))
-        draw.text((left, 3), title, fill=TEXT, font=ImageFont.load_default(14))
+        text, font = legible(title)
+        draw.text((left, 3), text, fill=TEXT, font=font)
     return canvas
+
+
+def legible(text: str) -> tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont]:
+    """What can be drawn of a text, and the font for it: Pillow's own, which has little but ASCII, else DejaVu Sans if the
+    system has it. What the font lacks loses its accent, or becomes a question mark.
+    """
+    font = ImageFont.load_default(SIZE)
+    if text.isascii():
+        return text, font
+    with suppress(OSError):
+        font = ImageFont.truetype("DejaVuSans.ttf", SIZE)
+    missing = bytes(font.getmask("\uffff"))
+    text = unicodedata.normalize("NFC", text)
+    simple = (unicodedata.normalize("NFKD", letter)[0] for letter in text)
+    pairs = ((letter, plain if plain.isascii() else "?") for letter, plain in zip(text, simple, strict=True))
+    return "".join(plain if bytes(font.getmask(letter)) == missing else letter for letter, plain in pairs), font
 
 
 def shades(values: Tensor) -> Image.Image:

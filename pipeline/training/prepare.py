@@ -33,6 +33,7 @@ from pipeline.model.networks import build_network
 from pipeline.model.prior import Prior, build_prior
 from pipeline.observe import Monitor, Profiler, forward_flops, preflight, set_up
 from pipeline.settings.budget import count_network_rounds, count_rounds
+from pipeline.storage.local import write_atomically
 from pipeline.storage.store import open_store
 from pipeline.training.engines import build_engine, check_engine
 from pipeline.training.quality import Quality
@@ -140,17 +141,22 @@ def open_outputs(
     *,
     write: bool,  # whether a round is ahead
 ) -> tuple[Monitor, Writer]:
-    """What reports and what writes checkpoints. The bucket is taken over only if anything will be sent. Collective."""
+    """What reports and what writes checkpoints. The bucket is taken over only if anything will be sent, and config.yaml
+    written only if a round is ahead. Collective.
+    """
     settings, folder, remote = flatten(config), Path(config.run.path), config.run.remote
     rank, world, owner, unsent = accelerator.process_index, accelerator.num_processes, "", False
     rounds, network_rounds = count_all_rounds(config)
+    text = yaml.safe_dump(to_dict(config), sort_keys=False)
     with together(accelerator):
+        if rank == 0 and write:  # a run that has ended keeps its settings
+            write_atomically(folder / "config.yaml", text)
         monitor = Monitor(
             folder,
             active=rank == 0,
             images=(network_rounds * (config.train.passes - 1) + rounds) * config.match.round,
             seen=position.seen,
-            config=yaml.safe_dump(to_dict(config), sort_keys=False),
+            config=text,
             settings=settings,
             trackers=config.report.trackers,
         )

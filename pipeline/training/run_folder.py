@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from pipeline.checkpoint import bucket
 from pipeline.checkpoint.manifest import read_best, step_of
 from pipeline.checkpoint.writer import is_complete, newest_checkpoint, passed_over
-from pipeline.config import Config, changeable, differences, flatten, from_dict, to_dict
+from pipeline.config import Config, changeable, differences, flatten, from_dict
 from pipeline.errors import Damaged, InputError
 from pipeline.model.naign import NAIGN
 from pipeline.settings import budget
@@ -49,7 +49,6 @@ def claim(config: Config) -> tuple[Path | None, str, FileLock]:
             _refuse_never(config, f"'{folder}'", "choose another --run.path, or delete that folder")
         newest, token = find_newest(config), uuid.uuid4().hex
         write_atomically(folder / ".claim", token)
-        write_atomically(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
         return newest, token, lock
     except Timeout:
         raise InputError(f"'{folder}' is in use by another process: wait, or choose another --run.path") from None

@@ -288,7 +288,7 @@ def test_masks_may_lie_beside_their_pictures_and_are_not_overwritten(
     for place in (mask, tmp_path / "in"):
         with pytest.raises(InputError, match=r"would overwrite the input .*in/x.png"):
             cli.restore(colour, (x,), to=tmp_path / "in", mask=place)
-    with pytest.raises(InputError, match=r"holds no mask for .*x.jpg"):
+    with pytest.raises(InputError, match=r"--mask .*in holds .*x.jpg itself, and no mask for it: give the folder"):
         cli.restore(colour, (x.parent,), to=tmp_path / "all", mask=tmp_path / "in")
     hole.save(mask.with_suffix(".gif"))
     with pytest.raises(InputError, match=r"holds several for .*x.jpg: keep one of .*x.gif, .*x.png"):

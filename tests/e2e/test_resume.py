@@ -96,10 +96,13 @@ def test_a_kill_in_the_middle_of_a_checkpoint_costs_only_what_came_after_the_one
 
 
 @pytest.mark.slow
-def test_a_finished_run_and_never_resuming(train, digits):
+def test_a_finished_run_and_never_resuming(train, digits, tmp_path):
     options = [f"--data.path={digits}", *SMALL, "--train.images=512", "--run.path=run"]
     assert train(*options).returncode == 0
-    again = train(*options)
+    config = tmp_path / "run/config.yaml"
+    recorded, time = config.read_text(), config.stat().st_mtime_ns
+    again = train(*options, "--report.pictures=3")
     assert again.returncode == 0 and "nothing left to do" in again.stderr + again.stdout
+    assert config.read_text() == recorded and config.stat().st_mtime_ns == time
     never = train(*options, "--resume=never")
     assert never.returncode != 0 and "already holds a run" in never.stderr

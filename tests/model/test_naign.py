@@ -16,6 +16,9 @@ DESCRIPTION = {
 }
 
 
+SPATIAL = {"name": "spatial", "width": 4, "depth": 0, "code": 2}
+
+
 def make(**more):
     torch.manual_seed(0)
     metadata = {**DESCRIPTION, **more}
@@ -72,10 +75,21 @@ def test_holes_are_filled_and_what_is_known_stays(size):
             model.project(x, mask=wrong)
 
 
-def test_nothing_in_nothing_out():
-    model = make()
+@pytest.mark.parametrize("network", [DESCRIPTION["model"], SPATIAL])
+def test_nothing_in_nothing_out(network):
+    model = make(model=network)
     assert model.sample(0).shape == (0, 1, 8, 8)
     assert model.project(torch.empty(0, 1, 8, 8)).shape == (0, 1, 8, 8)
+
+
+def test_values_of_other_precisions_are_converted_and_integers_refused():
+    model, x = make(), torch.rand(3, 1, 8, 8, dtype=torch.float64)
+    mask = torch.ones(8, 8, dtype=torch.bool).triu()
+    assert torch.equal(model.project(x), model.project(x.float()))
+    assert torch.equal(model.project(x, mask=mask), model.project(x.float(), mask=mask))
+    assert torch.equal(model.energy(x), model.energy(x.float()))
+    with pytest.raises(InputError, match=r"floating-point values, images in \[-1, 1\], not torch.uint8: convert"):
+        model.project(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
 
 
 def test_what_is_no_model_is_refused(tmp_path):
@@ -113,6 +127,16 @@ def test_a_header_that_lies_is_refused(change, tmp_path):
     model.metadata = {**model.metadata, **change}
     model.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="model.safetensors"):
+        NAIGN.from_pretrained(tmp_path)
+
+
+def test_text_for_a_number_in_a_header_is_named(tmp_path):
+    model = make()
+    model.metadata["prior"] = {"name": "flow", "autoguidance": "a"}
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        InputError, match="model.safetensors .*: prior.autoguidance is 'a': it must lie between 0 and 10"
+    ):
         NAIGN.from_pretrained(tmp_path)
 
 

@@ -151,6 +151,10 @@ def test_an_index_without_them_is_trained_on_exactly(shuffle: int, planted: str,
     assert taken(config, 3, 174) == whole
     images, _ = read_split(config, "train")
     assert len(images) == 694 and verify(planted, index=str(tmp_path / "thin")).samples == 694 + TEST
+    with pytest.raises(
+        InputError, match=rf"no shard of index.json is there: .* naign verify SHARDS --index {tmp_path}/thin$"
+    ):
+        verify(str(tmp_path / "thin"))
     some = Images(config, "train", "test")
     numbers = [0, 1, 200, 460, 693, 694]
     keys = {number: place.key for number, place in some.places(numbers).items()}

@@ -1,9 +1,13 @@
 """Pictures have the size and the pixels they should."""
 
-import numpy as np
-import torch
+import unicodedata
 
-from pipeline.observe.pictures import CELL, GAP, PANEL, grid, rows, scatter, shades, to_image
+import numpy as np
+import pytest
+import torch
+from PIL import ImageFont
+
+from pipeline.observe.pictures import CELL, GAP, PANEL, grid, legible, rows, scatter, shades, to_image
 
 
 def test_an_image_keeps_its_size_and_values() -> None:
@@ -29,6 +33,22 @@ def test_a_grid_enlarges_by_a_whole_factor_and_fills_row_by_row() -> None:
 def test_labels_take_a_margin() -> None:
     images = torch.zeros(2, 1, 48, 48)
     assert rows([("clean", images), ("damaged", images)]).width > rows([("", images), ("", images)]).width
+
+
+def test_no_letter_of_a_label_is_drawn_as_a_box(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("T-shirt", "Kočka", unicodedata.normalize("NFD", "Kočka"), "Собака", "猫 2")
+    for name in names:
+        text, font = legible(name)
+        assert text.isascii() or all(bytes(font.getmask(letter)) != bytes(font.getmask("\uffff")) for letter in text)
+    truetype = ImageFont.truetype
+
+    def without_fonts(font: object, *arguments: float, **options: object) -> ImageFont.FreeTypeFont:
+        if isinstance(font, str):
+            raise OSError("cannot open resource")
+        return truetype(font, *arguments, **options)
+
+    monkeypatch.setattr(ImageFont, "truetype", without_fonts)
+    assert [legible(name)[0] for name in names] == ["T-shirt", "Kocka", "Kocka", "??????", "? 2"]
 
 
 def test_points_are_drawn_where_they_are() -> None:

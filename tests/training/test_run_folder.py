@@ -157,9 +157,8 @@ def test_a_folder_in_use_is_refused(run):
         claim(config)
 
 
-def test_another_configuration_is_refused_even_without_config_yaml(run, tmp_path):
+def test_another_configuration_is_refused_even_without_config_yaml(run):
     config, _, _ = run
-    (tmp_path / "run/config.yaml").unlink()
     config.train.lr = 0.5
     with pytest.raises(InputError, match="train.lr: 0.002 there, 0.5 now"):
         claim(config)

@@ -73,7 +73,9 @@ def verify(path: str, *, index: str = "", progress: bool = True) -> Report:
                 stored = replace(shard, samples=shard.samples + left_out)
                 problems += _differences(store, tables, stored, actual) if actual else ()
     if problems:
-        raise Problems(path, problems)
+        away = not index and not any(store.exists(shard.name) for shard in manifest.shards)
+        note = f"no shard of {INDEX} is there: for an index apart from its shards, naign verify SHARDS --index {path}"
+        raise Problems(path, problems, note if away else "")
     return Report(sum(shard.samples for shard in manifest.shards), len(manifest.shards), total, tuple(broken))
 
 

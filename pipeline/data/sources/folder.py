@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm.contrib.concurrent import thread_map
 
-from pipeline.data.decode import decoding, eight_bits, open_picture
+from pipeline.data.decode import decoding, in_mode, open_picture
 from pipeline.data.order import shuffled
 from pipeline.data.resize import parse_size
 from pipeline.data.sources.source import Example, Made, Source
@@ -64,7 +64,7 @@ def from_tree(
 def fitted(data: bytes, size: tuple[int, int], channels: int) -> Image.Image:
     """The largest central window of an upright picture at (width, height). InputError says why there is none."""
     with decoding(), open_picture(data) as opened:
-        upright = eight_bits(ImageOps.exif_transpose(opened), "L" if channels == 1 else "RGB")
+        upright = in_mode(ImageOps.exif_transpose(opened), "L" if channels == 1 else "RGB")
         return ImageOps.fit(upright, size, method=Image.Resampling.LANCZOS)
 
 
