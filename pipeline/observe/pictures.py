@@ -83,8 +83,8 @@ def scatter(panels: Sequence[tuple[str, Tensor]], *, behind: Tensor) -> Image.Im
 
 
 def legible(text: str) -> tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont]:
-    """What can be drawn of a text, and the font for it: Pillow's own, which has little but ASCII, else DejaVu Sans if the
-    system has it. What the font lacks loses its accent, or becomes a question mark.
+    """What can be drawn of a text, and the font for it: Pillow's own, which has little but ASCII, else DejaVu Sans, if
+    the system has it. What the font lacks loses its accent, or becomes a question mark.
     """
     font = ImageFont.load_default(SIZE)
     if text.isascii():
