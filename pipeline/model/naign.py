@@ -17,6 +17,7 @@ from pipeline.data.damage import known_mean
 from pipeline.data.format.labels import parse_number
 from pipeline.errors import InputError, one_line, printable, require, unwritten
 from pipeline.model import hub
+from pipeline.model.holes import continued
 from pipeline.model.networks import build_network, recorded_network
 from pipeline.model.prior import CodesPrior, build_prior, find_prior
 from pipeline.model.tiles import PIXELS, Read, blended
@@ -201,8 +202,9 @@ class NAIGN:
         overlapping tiles (pipeline/model/tiles.py), and `advance` counts these.
 
         `mask`, bool and of a shape that broadcasts to x, such as (H, W), is true in holes to fill. They begin as the
-        mean of what is known of their image; what is known is put back after each of `times` (default: FILLING)
-        applications, so that it stays bit for bit.
+        mean of what is known of their image. What is known is put back after each of `times` (default: FILLING)
+        applications, so that it stays bit for bit, and what f changed there is taken back smoothly in holes as well
+        (`continued`), so that no seam remains.
         """
         images = len(self.shape) == 3 and x.ndim == 4 and x.shape[1] == self.shape[0] and min(x.shape[2:]) > 0
         any_size = f", or images of {self.shape[0]} channels and any size" if len(self.shape) == 3 else ""
@@ -214,7 +216,8 @@ class NAIGN:
             mask = _expanded(mask, x)
             filled = torch.where(mask, known_mean(x, ~mask), x)
             for _ in range(FILLING if times is None else times):
-                filled = torch.where(mask, self.project(filled, batch=batch, advance=advance), x)
+                made = self.project(filled, batch=batch, advance=advance)
+                filled = torch.where(mask, (made + continued(x - made, mask)).clamp(-1, 1), x)
             return filled
         times = 1 if times is None else times
         if x.shape[1:] == self.shape:

@@ -6,6 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import InputError
+from pipeline.model.holes import continued
 from pipeline.model.naign import FILLING, NAIGN
 from pipeline.model.networks import build_network, recorded_network
 
@@ -64,7 +65,8 @@ def test_holes_are_filled_and_what_is_known_stays(size):
     assert torch.equal(made[..., ~mask], x[..., ~mask]) and not (made == x)[..., mask].any()
     step = x.where(~mask, x[..., ~mask].mean(-1)[..., None, None])
     for _ in range(FILLING):
-        step = torch.where(mask, model.project(step), x)
+        moved = model.project(step)
+        step = torch.where(mask, (moved + continued(x - moved, mask.expand_as(x))).clamp(-1, 1), x)
     torch.testing.assert_close(made, step)
     assert torch.equal(model.project(x.masked_fill(mask, torch.nan), mask=mask), made)
     each = mask.repeat(3, 1, 1, 1) & (torch.arange(3) == 1).view(3, 1, 1, 1)
@@ -73,6 +75,18 @@ def test_holes_are_filled_and_what_is_known_stays(size):
     for wrong in (mask.float(), mask[1:], torch.ones(2, 1, *size, dtype=torch.bool)):
         with pytest.raises(InputError, match="give bool that broadcasts to"):
             model.project(x, mask=wrong)
+
+
+@pytest.mark.parametrize("size", [(40, 40), (31, 47)])
+def test_what_is_known_is_continued_smoothly_into_a_hole(size):
+    rows, columns = torch.meshgrid(torch.linspace(-1, 1, size[0]), torch.linspace(-1, 1, size[1]), indexing="ij")
+    planes = torch.stack([torch.full(size, 0.3), rows + columns, rows * columns])[None]  # harmonic
+    hole = torch.zeros(size, dtype=torch.bool)
+    hole[8:20, 10:26] = True
+    made = continued(planes.masked_fill(hole, torch.nan), hole.expand_as(planes))
+    assert torch.equal(made[..., ~hole], planes[..., ~hole])
+    torch.testing.assert_close(made, planes, atol=0.06, rtol=0)
+    assert not continued(planes, torch.ones_like(planes, dtype=torch.bool)).any()
 
 
 @pytest.mark.parametrize("network", [DESCRIPTION["model"], SPATIAL])

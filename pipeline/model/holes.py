@@ -1,0 +1,23 @@
+"""What is known of an image, continued smoothly into its holes."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+STEPS = 10  # of smoothing at each scale
+
+
+def continued(values: Tensor, hole: Tensor) -> Tensor:
+    """Images (n, C, H, W) with what lies in holes (bool, the same shape) replaced: nearly the harmonic function of the
+    values around, which is their mean in each pixel. Values in holes are not read. 0 where all is a hole.
+
+    Coarse to fine: each scale begins with what was found at half of it, and is smoothed.
+    """
+    values = values.where(~hole, 0)
+    if max(values.shape[2:]) > 1 and hole.any():
+        total, known = (F.avg_pool2d(part, 2, ceil_mode=True) for part in (values, (~hole).to(values)))
+        coarse = continued(total / known.clamp(min=1e-6), known == 0)
+        values = torch.where(hole, F.interpolate(coarse, size=hole.shape[2:], mode="bilinear"), values)
+        for _ in range(STEPS):
+            values = torch.where(hole, F.avg_pool2d(F.pad(values, (1, 1, 1, 1), mode="replicate"), 3, 1), values)
+    return values
