@@ -1,7 +1,6 @@
 """The page of `naign demo`, in Gradio."""
 
 import functools
-import itertools
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,20 +9,23 @@ from typing import Any
 import gradio
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageColor
 from torch import Tensor
 
 from pipeline.data.degrade import KINDS, degrade
 from pipeline.errors import InputError, one_line, require
 from pipeline.evaluate.recorded import read_image
-from pipeline.model.naign import NAIGN
+from pipeline.model.naign import FILLING, NAIGN
 from pipeline.model.scale import scaled
 from pipeline.observe.pictures import grid, shades, to_image
 
 HOST = "127.0.0.1"
 SIDE = 320  # pixels of the canvas' longer side, about
 STRENGTH = 2.0  # of a damage at most
-TIMES = 5  # applications of f at most
+TIMES = FILLING  # applications of f at most
+HOLE = "#ff00ff"  # of strokes over what is to be filled; their edges are blurred
+NEAR = 64  # values of 255 from that colour
 SAMPLES = 64  # at once at most
 STEPS = 16  # images of an interpolation at most
 SEEDS = 2**31
@@ -68,6 +70,16 @@ class Player:
         pixels = np.asarray(small.convert("L" if self.model.shape[0] == 1 else "RGB"))
         return scaled(torch.from_numpy(pixels.reshape(self.height, self.width, -1).transpose(2, 0, 1).copy())[None])
 
+    def hole(self, layers: list[Image.Image]) -> Tensor | None:
+        """(H, W) bool, true in pixels of the model that a stroke in HOLE touches; None without such a stroke."""
+        colour = ImageColor.getrgb(HOLE)
+        touched = [np.abs(np.asarray(layer.convert("RGB"), dtype=int) - colour).max(2) < NEAR for layer in layers]
+        if not np.any(touched):
+            return None
+        return (
+            F.adaptive_max_pool2d(torch.from_numpy(np.any(touched, 0))[None].float(), (self.height, self.width))[0] > 0
+        )
+
     def clear(self) -> dict[str, Any]:
         return self._drawn(-torch.ones(1, *self.model.shape))
 
@@ -86,18 +98,20 @@ class Player:
     def repair(self, canvas: dict[str, Any], times: int, seed: int, *strengths: float) -> tuple[Any, ...]:
         picture = canvas["composite"] or canvas["background"]
         require((picture, "there is no picture: draw one, or upload one"))
-        given = self.from_canvas(picture)
+        hole = self.hole(canvas["layers"])
+        given = self.model.project(self.from_canvas(picture), mask=hole, times=0)  # blur would spread the hole's colour
         for kind, strength in zip(KINDS, strengths, strict=True):
             given = degrade(given, kind, seed=seed, strength=strength)
-        chain = [given]
-        for _ in range(times + 1):  # the last is for the energy of the one before
-            chain.append(self.model.project(chain[-1]))
-        energies = [float((after - before).square().mean()) for before, after in itertools.pairwise(chain)]
-        moved = (chain[1] - given).abs().mean(1)[0]
+        chain = [self.model.project(given, mask=hole, times=0)]
+        for count in range(1, times + 1):
+            whole = hole is None
+            chain.append(self.model.project(chain[-1] if whole else given, mask=hole, times=1 if whole else count))
+        energies = [float(self.model.energy(x)) for x in chain]
+        moved = (chain[1] - chain[0]).abs().mean(1)[0]
         applied = [(to_image(chain[count][0]), f"{count}: {energies[count]:.2g}") for count in range(1, times + 1)]
         text = f"Energy, the mean of (f(x) − x)²: **{energies[0]:.4g}** of what f was given, "
         text += f"**{energies[-1]:.4g}** of its answer. Darkest in the map: |f(x) − x| = {moved.max():.3g}."
-        return to_image(given[0]), shades(moved), applied[-1][0], text, applied
+        return to_image(chain[0][0]), shades(moved), applied[-1][0], text, applied
 
     def sample(self, n: int, seed: int, times: int, label: str = "") -> Image.Image:
         return grid(self.model.sample(n, seed=seed, label=label or None, times=times).cpu(), columns=min(n, 8))
@@ -137,7 +151,7 @@ def _build_repair(player: Player) -> None:
     size, colour = (player.width * player.factor, player.height * player.factor), player.model.shape[0] == 3
     brush = gradio.Brush(
         default_size=max(player.factor, SIDE // 40),  # a radius
-        colors=["#ffffff", "#808080", "#000000"],
+        colors=["#ffffff", "#808080", "#000000", HOLE],
         default_color="#ffffff",
         color_mode="defaults" if colour else "fixed",
     )
@@ -145,7 +159,7 @@ def _build_repair(player: Player) -> None:
         with gradio.Column():
             canvas = gradio.ImageEditor(
                 player.clear(),
-                label="Draw",
+                label="Draw (magenta: hole)",
                 type="pil",
                 image_mode="RGB",
                 format="png",

@@ -138,8 +138,29 @@ def test_the_canvas_is_exact_for_colour_and_any_shape(client, save_untrained, tm
         player = Player(NAIGN.from_pretrained(folder))
         image = scaled(torch.randint(0, 256, (1, *shape), dtype=torch.uint8))
         assert torch.equal(player.from_canvas(player.to_canvas(image[0])), image)
-        given, _, repaired, _, _ = player.repair({"composite": player.to_canvas(image[0])}, 1, 0, 0, 0, 0, 0)
+        canvas = {"composite": player.to_canvas(image[0]), "layers": []}
+        given, _, repaired, _, _ = player.repair(canvas, 1, 0, 0, 0, 0, 0)
         assert given.size == repaired.size == (shape[2], shape[1])
+
+
+def test_what_is_painted_over_is_filled(save_untrained, digit, tmp_path) -> None:
+    pytest.importorskip("gradio")
+    from pipeline.cli.demo_page import HOLE, Player
+
+    player = Player(NAIGN.from_pretrained(save_untrained(tmp_path / "run", data=None, shape=(1, 8, 8), config=TINY)))
+    canvas, layer = player.to_canvas(digit[0][0]).convert("RGB"), Image.new("RGB", (8 * FACTOR, 8 * FACTOR))
+    for picture in (canvas, layer):  # it touches rows 2 to 5 and columns 3 to 4
+        picture.paste(HOLE, (4 * FACTOR - 5, 3 * FACTOR - 5, 5 * FACTOR, 6 * FACTOR))
+    hole = torch.zeros(8, 8, dtype=torch.bool)
+    hole[2:6, 3:5] = True
+    given, moved, repaired, _, applied = player.repair({"composite": canvas, "layers": [layer]}, 3, 0, 0, 0, 0, 0)
+    expected = [player.model.project(digit[0], mask=hole, times=times) for times in range(4)]
+    assert [pixels(one[0]).tolist() for one in applied] == [pixels(to_image(one[0])).tolist() for one in expected[1:]]
+    assert np.array_equal(pixels(given), pixels(to_image(expected[0][0]))) and repaired == applied[-1][0]
+    assert np.array_equal(pixels(moved), pixels(shades((expected[1] - expected[0]).abs().mean(1)[0])))
+    given = player.repair({"composite": canvas, "layers": [layer]}, 1, 0, 2, 0, 0, 0)[0]
+    blurred = degrade(expected[0], "blur", strength=2.0)
+    assert np.array_equal(pixels(given), pixels(to_image(player.model.project(blurred, mask=hole, times=0)[0])))
 
 
 def test_bad_input_is_answered_with_a_message(page, client, digit, tmp_path) -> None:
@@ -150,7 +171,7 @@ def test_bad_input_is_answered_with_a_message(page, client, digit, tmp_path) -> 
         (tmp_path / name).write_bytes(content)
         with pytest.raises(AppError, match="cannot be read as a picture"):
             client.predict(handle_file(tmp_path / name), api_name="/upload")
-    for values in ((6, 0, 0), (0, 0, 0), (1, -1, 0), (1, 2**31, 0), (1, 0, 2.5), (1, 0, -0.1)):
+    for values in ((9, 0, 0), (0, 0, 0), (1, -1, 0), (1, 2**31, 0), (1, 0, 2.5), (1, 0, -0.1)):
         with pytest.raises(AppError, match="than m"):
             client.predict(drawn(digit[1]), *values, 0, 0, 0, api_name="/repair")
     for name, numbers in (("sample", (65, 0, 1)), ("between", (0, 1, 1, 1)), ("between", (0, 1, 17, 1))):
@@ -223,6 +244,15 @@ def test_draw_repair_and_a_bad_upload_in_a_browser(page, tmp_path) -> None:
                 tab.get_by_role("button", name="Upload a picture").click()
             chooser.value.set_files(tmp_path / "text.png")
             tab.get_by_text("the file cannot be read as a picture").first.wait_for()
+        tab.locator("#canvas button[aria-label=Color]").click()
+        tab.locator("#canvas button.color").last.click()  # magenta
+        tab.keyboard.press("Escape")
+        tab.mouse.click(x - 60, y - 60)
+        tab.get_by_role("button", name="Repair", exact=True).click()
+        tab.locator(f"#repaired img:not([src='{before}'])").wait_for()
+        given, filled = (shown_in(tab, name).astype(int) for name in ("given", "repaired"))
+        changed = np.abs(filled - given).max(2)
+        assert 0 < np.count_nonzero(changed) < 16 and not changed[:, 4:].any()
         assert {url.split("/")[2] for url in asked} == {page.url.split("/")[2]}
 
 
