@@ -101,13 +101,13 @@ def _with_holes(images: Tensor, normals: Tensor, uniform: Tensor, strength: floa
     damaged = _mixed(images, normals, uniform[:, :-HOLES], strength, each=1 / 3)
     chosen = uniform[:, -HOLES:]
     kind = chosen[:, 0].view(-1, 1, 1, 1)
-    boxes = _boxes(chosen[:, 1:9].view(-1, 2, 4), images.shape[2:])
-    stroke = _stroke(chosen[:, 9:18], images.shape[2:])
-    hole = (boxes & (kind < 1 / 3)) | (stroke & (kind > 1 / 6) & (kind < 1 / 2))
+    boxed = boxes(chosen[:, 1:9].view(-1, 2, 4), images.shape[2:])
+    struck = stroke(chosen[:, 9:18], images.shape[2:])
+    hole = (boxed & (kind < 1 / 3)) | (struck & (kind > 1 / 6) & (kind < 1 / 2))
     return torch.where(hole, known_mean(damaged, ~hole), damaged)
 
 
-def _boxes(numbers: Tensor, size: torch.Size) -> Tensor:
+def boxes(numbers: Tensor, size: torch.Size) -> Tensor:
     """Where two boxes are (n, 1, H, W); numbers (n, 2, 4) give centres and sides, of at most 3/4 of the image's."""
     centre, half = numbers[..., :2], 3 / 8 * numbers[..., 2:]
     inside = [
@@ -117,7 +117,7 @@ def _boxes(numbers: Tensor, size: torch.Size) -> Tensor:
     return (inside[0][..., None] & inside[1][..., None, :]).any(1, keepdim=True)
 
 
-def _stroke(numbers: Tensor, size: torch.Size) -> Tensor:
+def stroke(numbers: Tensor, size: torch.Size) -> Tensor:
     """Where a stroke is (n, 1, H, W); numbers (n, 9) give four points and a radius, of at most 1/10 of the image."""
     points, radius = numbers[:, :8].view(-1, 4, 2), 0.02 + 0.08 * numbers[:, 8].view(-1, 1, 1, 1)
     y, x = _centres(size[0], numbers)[:, None], _centres(size[1], numbers)[None]

@@ -1,0 +1,62 @@
+"""The holes and fillers of benchmarks/holes.py on cases with known answers."""
+
+import sys
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from pipeline.errors import InputError
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def holes() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import holes
+
+        yield holes
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
+def test_every_kind_of_hole_leaves_something_known(holes):
+    for kind in holes.KINDS:
+        mask = holes.draw_holes(kind, torch.Size((28, 28)))
+        shares = mask.float().mean((1, 2, 3))
+        assert torch.equal(mask, holes.draw_holes(kind, torch.Size((28, 28)))) and 0 < shares.min() <= shares.max() < 1
+    assert holes.draw_holes("centre", torch.Size((28, 28)))[0, 0, 7:21, 7:21].all() and shares.mean() < 0.25
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("biharmonic (scikit-image)", "skimage"), ("Telea (OpenCV)", "cv2"), ("mean of what is known", "torch")],
+)
+def test_a_filler_guesses_what_is_constant_from_what_is_known(holes, name, module):
+    pytest.importorskip(module)
+    shades = torch.tensor([-0.6, 0.2, 1.0])
+    images = shades.view(1, 3, 1, 1).expand(7, 3, 16, 16)
+    mask = holes.draw_holes("boxes", torch.Size((16, 16)))[:3]
+    hole = holes.in_turn(mask, 7)
+    filled = holes.FILLERS[name](images.masked_fill(hole, -1.0), mask)
+    torch.testing.assert_close(torch.where(hole, filled, images), images, atol=0.05, rtol=0)
+
+
+def test_what_is_measured_is_the_hole(holes):
+    """Every pixel of a hole is off by a quarter; what a filler says of the rest is not looked at."""
+    examples = object.__new__(holes.Examples)
+    examples.images, examples.floor = torch.rand(200, 1, 16, 16), 2.0
+    examples.encoder = SimpleNamespace(features=lambda images: images.mean((2, 3)))
+    examples.features = examples.images.mean((2, 3))
+    row = examples.measure(lambda images, mask: torch.where(holes.in_turn(mask, 200), examples.images + 0.25, 9.0))
+    assert [row[f"error {kind}"] for kind in holes.KINDS] == pytest.approx([0.25] * 3, abs=1e-6)
+    assert row["FD centre"] == pytest.approx((0.25 / 4) ** 2 / 2, rel=1e-3)
+    assert min(examples.measure(lambda images, mask: examples.images).values()) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("options", [{"count": 99}, {"count": 10_001}])
+def test_what_cannot_be_measured_is_refused(holes, options):
+    with pytest.raises(InputError, match="give 100 to 10,000"):
+        holes.main(holes.Settings(**options))
