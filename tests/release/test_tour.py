@@ -34,9 +34,11 @@ def test_the_tour_trains_repairs_and_maps_energy(tmp_path: Path) -> None:
     said = execute(notebook, tmp_path)
     assert "IMAGES = 6_000" in str(notebook.cells) and "naign with 0.17 M parameters" in said
     pictures = [out for cell in notebook.cells for out in cell.get("outputs", []) if "image/png" in out.get("data", {})]
-    assert len(pictures) == 4
+    assert len(pictures) == 5
     repairs = re.findall(r"^(blur|noise) +error (\S+) damaged, (\S+) repaired", said, re.M)
     assert len(repairs) == 2 and all(float(after) < float(before) for _, before, after in repairs)
+    ((before, after),) = re.findall(r"^hole +error (\S+) mean of what is known, (\S+) filled", said, re.M)
+    assert float(after) < float(before)
     clean, damaged, swapped = (float(value) for value in re.findall(r"energy (\d\S+)", said))
     assert clean < damaged < swapped
 
