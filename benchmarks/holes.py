@@ -12,10 +12,11 @@ Error: mean absolute difference from the image, in [-1, 1], over all values in h
 images to the same images with nothing missing, 0 where every pixel is guessed, on the encoder and in multiples of the
 floor of `naign evaluate`: the distance of 10,000 training images to all test images.
 
-f is trained by the recipe of its data set, shorter, with `objective.damage=holes` and without a prior of codes. The
-denoising autoencoder is the same network, trained for the same processor time by the term d(f(damaged x), x) alone, and
-applied once; that of CIFAR-10 is f, whose recipe has no other term. What is known is put back after every network in
-the same way (NAIGN.project). Runs are kept under runs/tables as table.py's are.
+f is trained by the recipe of its data set, shorter, without a prior of codes, with `objective.damage=holes` and
+`objective.reconstruction=0`: by d(f(damaged x), x) alone, of which the holes leave some x whole. It is a denoising
+autoencoder, then, and its row *once* is how one is used. The rows with d(f(x), x) are of the same network, trained for
+the same processor time with that term as well. On CIFAR-10 f begins with the weights of the whole recipe, and the
+seconds are those of what it learned of holes. Runs are kept under runs/tables as table.py's are.
 """
 
 import importlib.util
@@ -58,22 +59,25 @@ class Data:
 
     title: str
     config: str
-    network: tuple[str, ...]
-    """Options of f."""
-    autoencoder: tuple[str, ...] = ()
-    """Further options of the denoising autoencoder; none where f, applied once, is one."""
+    images: int
+    """That f is trained on."""
+    both: int = 0
+    """That f is trained on in the same time with d(f(x), x) as a further term; 0: it is not."""
+    further: tuple[str, ...] = ()
+    """Options of f where it begins with what the whole recipe has made."""
 
 
-ALONE = "--objective.reconstruction=0"
 SETS = {
-    "mnist": Data("MNIST", "configs/mnist.yaml", ("--train.images=376832",), (ALONE, "--train.images=655360")),
-    "fashion_mnist": Data(
-        "Fashion-MNIST", "configs/fashion_mnist.yaml", ("--train.images=65536",), (ALONE, "--train.images=118784")
+    "mnist": Data("MNIST", "configs/mnist.yaml", 655_360, 376_832),
+    "fashion_mnist": Data("Fashion-MNIST", "configs/fashion_mnist.yaml", 118_784),
+    "cifar10": Data(
+        "CIFAR-10",
+        "configs/cifar10_cpu.yaml",
+        5_120,
+        further=("--match.round=1024", "--train.lr=1e-3", "--train.warmup=640"),
     ),
-    "cifar10": Data("CIFAR-10", "configs/cifar10_cpu.yaml", ("--train.images=57344",)),
 }
-ALIKE = ("--objective.damage=holes", "--prior.name=gaussian")
-"""Options of every network."""
+OPTIONS = ("--objective.damage=holes", "--objective.reconstruction=0", "--prior.name=gaussian")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -84,7 +88,7 @@ class Settings:
     """Where to write, without an ending."""
     train: bool = True
     """Train what is missing; otherwise the table is of what is there."""
-    count: int = 5000
+    count: int = 2500
     """Test images to fill."""
     images: int = 0
     """Train every network on so many images; 0: as the table has it."""
@@ -196,18 +200,21 @@ def rows_of(name: str, data: Data, settings: Settings) -> dict[str, Row]:
     """Of a table, by title."""
     path = packed(f"data/{name}", name)
     examples, rows = Examples(path, settings.count), dict[str, Row]()
-    options = [*ALIKE, f"--data.path={path}", *data.network]
-    once = "f, applied once" + ("" if data.autoencoder else ": a denoising autoencoder")
-    asked = [(f"f, applied {FILLING} times", options, FILLING), (once, options, 1)]
-    if data.autoencoder:
-        asked.append(("denoising autoencoder", [*options, *data.autoencoder], 1))
-    for title, chosen, times in asked:
-        images = [f"--train.images={settings.images}"] * bool(settings.images)
-        task = Task.of(settings.runs, data.config, [*chosen, *images], 0)
+    asked = {"f": [f"--train.images={settings.images or data.images}", *data.further]}
+    if data.further:
+        recipe = Task.of(settings.runs, data.config, [f"--data.path={path}"], 0)
+        if settings.train:
+            recipe.train()
+        asked["f"].append(f"--model.init={recipe.trained.absolute()}")
+    if data.both:
+        asked["f with d(f(x), x)"] = [f"--train.images={settings.images or data.both}", "--objective.reconstruction=1"]
+    for title, options in asked.items():
+        task = Task.of(settings.runs, data.config, [*OPTIONS, f"--data.path={path}", *options], 0)
         if settings.train:
             task.train()
         if task.ended:
-            rows[title] = of_network(task, times, examples)
+            for times, way in ((FILLING, f"applied {FILLING} times"), (1, "once: a denoising autoencoder")):
+                rows[f"{title}, {way}"] = of_network(task, times, examples)
     return rows | {title: examples.measure(fill) for title, fill in FILLERS.items()}
 
 
