@@ -57,6 +57,8 @@ def pack(
         loaded = subset(loaded, without=without, seed=seed)
     manifest, written = writer.pack(loaded, to, shards=shards, encoding=encoding, seed=seed, force=force)
     print(f"{_contents(to, manifest)}{'' if written else ' (already there)'}")
+    if source == "folder":
+        print(f"train on it: naign train --config pictures --data.path={to}, or with a GPU --config folder64")
     if (tests := manifest.split("test").samples) <= NEIGHBOURS:
         print(f"note: too few test examples to evaluate a network on: {tests}, and more than {NEIGHBOURS} are needed")
 

@@ -106,6 +106,7 @@ def test_names_and_options_that_do_not_fit(tmp_path: Path) -> None:
     for name, options, message in (
         ("mnits", {}, "'mnits': choose one of mnist,"),
         ("toy2d:moon", {}, "toy2d:moons"),
+        (str(tmp_path), {}, "for a tree of pictures: folder --root"),
         ("digits", {"size": 16}, "--size and --channels are for folder only"),
         ("digits", {"root": tmp_path}, "leave out --root"),
         ("folder", {}, "add --root"),

@@ -51,7 +51,9 @@ def load(
     if key not in choices and argument.isdecimal() and len(argument) < 10:
         whole = load(base, root=root, size=size, channels=channels, seed=seed, skip=skip)
         return subset(whole, train=int(argument), seed=seed)
-    build = lookup("the data set to pack", key if argument and key in choices else name, SOURCES, GROUP)
+    tree = {name: f"for a tree of pictures: folder --root {name} --size 64"} if Path(name).is_dir() else {}
+    chosen = key if argument and key in choices else name
+    build = lookup("the data set to pack", chosen, SOURCES, GROUP, remedies=tree)
     takes = signature(build).parameters
     given = {"root": root, "size": size, "channels": channels, "seed": seed, "skip": skip}
     if "size" not in takes and (size is not None or channels != 3):
