@@ -28,10 +28,10 @@ ROOT = Path(__file__).parents[1]
 Record = dict[str, Any]
 PARTS = ("fd", "modes", "coverage", "restoration", "idempotence", "reconstruction", "nearest", "images_seen")
 """Of what `naign evaluate` says, that tables use."""
-ADDED = {"prior.classes": False, "prior.guidance": 0.0, "model.grid": 8}
-"""Settings newer than committed numbers, with the values that change nothing: folders are not named after these."""
+ADDED = {"prior.classes": False, "prior.guidance": 0.0, "model.grid": 8, "model.blend": False}
 GONE = {"match.space.pixels": 1.0, "match.space.features": 0.0, "match.space.encoder": ""}
-"""Settings that are no more, with the values that committed numbers have: folders are named after these as well."""
+"""Settings newer than committed numbers, with the values that change nothing: folders are not named after these; and
+settings that are no more, with the values that these numbers have: folders are."""
 FOUND, FAILED, TRAINED = "evaluation/metrics.json", "failed.json", "trained"
 """Where a run's folder has what `naign evaluate` found, that it diverged, or that it is trained."""
 
@@ -305,12 +305,6 @@ def _upside_down(title: str, score: str) -> Column:
     return Column(title, get, 3)
 
 
-def _asked(record: Record, name: str, of: Callable[[Any], float]) -> float | None:
-    """A number of a model with classes."""
-    asked = record.get("asked")
-    return of(asked[name]) if asked else None
-
-
 KINDS = ("blur", "noise", "salt_pepper", "rows")
 COLUMNS = {
     "once": Column("FD f(z), × floor", lambda record: record["fd"]["once_ratio"], 1),
@@ -331,10 +325,7 @@ COLUMNS = {
     "upside_down": _upside_down("upside down, AUROC", "energy"),
     "upside_down_twice": _upside_down("of f twice", "twice"),
     "copying": Column("distance to training, × test's", lambda record: record["nearest"]["ratio"], 2),
-    "asked": Column("of the class asked for, %", lambda record: _asked(record, "share", lambda share: 100 * share), 1),
-    "farthest": Column(
-        "FD of the farthest class, × its floor", lambda record: _asked(record, "fd_ratio_by_class", max), 1
-    ),
+    "asked": Column("as asked, %", lambda record: 100 * record["asked"]["share"] if record.get("asked") else None, 1),
     "late": Column("late loss, spread", lambda record: record["late"], 3),
     "images": Column("images seen, 10³", lambda record: record["images_seen"] / 1000, 0),
     "training": Column("training, processor s", lambda record: record.get("cpu_seconds"), 0),
