@@ -241,7 +241,7 @@ def check(config: Config) -> None:
         (together, f"{both}: choose the same name for both, or another network and objective"),
         (
             not (config.prior.classes and objective.needs_match),
-            f"{conditional}: set objective.imle=0, or leave classes out",
+            f"{conditional}: set objective.imle=0 and objective.third=none, or leave classes out",
         ),
         (quality.rounds or not quality.patience, never),
         ("://" not in config.run.path, "run.path is a local folder: for the copy in a bucket there is run.remote"),

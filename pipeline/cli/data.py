@@ -1,5 +1,6 @@
 """Commands that make and check data sets: pack, index, verify."""
 
+import shlex
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,8 @@ def pack(
     manifest, written = writer.pack(loaded, to, shards=shards, encoding=encoding, seed=seed, force=force)
     print(f"{_contents(to, manifest)}{'' if written else ' (already there)'}")
     if source == "folder":
-        print(f"train on it: naign train --config pictures --data.path={to}, or with a GPU --config folder64")
+        path = shlex.quote(f"--data.path={to}")
+        print(f"train on it: naign train --config pictures {path}, or with a GPU --config folder64")
     if (tests := manifest.split("test").samples) <= NEIGHBOURS:
         print(f"note: too few test examples to evaluate a network on: {tests}, and more than {NEIGHBOURS} are needed")
 

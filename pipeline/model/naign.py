@@ -206,6 +206,10 @@ class NAIGN:
         applications, so that it stays bit for bit, and what f changed there is taken back smoothly in holes as well
         (`continued`), so that no seam remains.
         """
+        require(
+            (isinstance(x, Tensor), f"the model takes tensors, not {type(x).__name__}: torch.from_numpy makes one"),
+            (times is None or times >= 0, f"times is {times}: f is applied 0 times or more"),
+        )
         images = len(self.shape) == 3 and x.ndim == 4 and x.shape[1] == self.shape[0] and min(x.shape[2:]) > 0
         any_size = f", or images of {self.shape[0]} channels and any size" if len(self.shape) == 3 else ""
         refused = f"the model takes {self.shape}{any_size}, not {tuple(x.shape[1:])}"
@@ -264,10 +268,11 @@ class NAIGN:
 
 
 def _expanded(mask: Tensor, x: Tensor) -> Tensor:
-    if x.ndim == 4 and mask.dtype == torch.bool:
+    if x.ndim == 4 and isinstance(mask, Tensor) and mask.dtype == torch.bool:
         with suppress(RuntimeError):
             return mask.expand_as(x)
-    raise InputError(f"the mask is {mask.dtype} {tuple(mask.shape)}: give bool that broadcasts to {tuple(x.shape)}")
+    given = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+    raise InputError(f"the mask is {given}: give a bool tensor that broadcasts to {tuple(x.shape)}")
 
 
 def save_model(file: Path, weights: dict[str, Tensor], metadata: dict[str, Any], state: dict[str, Tensor]) -> None:

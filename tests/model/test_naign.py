@@ -49,6 +49,15 @@ def test_samples_do_not_depend_on_the_batch_and_times_is_how_often_f_is_applied(
     torch.testing.assert_close(model.sample(7, times=3), model.project(model.sample(7), times=2))
 
 
+@pytest.mark.parametrize(
+    ("x", "times", "problem"),
+    [(torch.zeros(2, 1, 8, 8).numpy(), 1, "ndarray"), (torch.zeros(2, 1, 8, 8), -1, "times is -1")],
+)
+def test_what_f_cannot_be_applied_to_is_refused(x, times, problem):
+    with pytest.raises(InputError, match=problem):
+        make().project(x, times=times)
+
+
 def test_energy_is_the_mean_squared_residual():
     model, x = make(), torch.rand(6, 1, 8, 8)
     torch.testing.assert_close(model.energy(x), (model.network(x) - x).square().mean((1, 2, 3)))
@@ -72,8 +81,8 @@ def test_holes_are_filled_and_what_is_known_stays(size):
     each = mask.repeat(3, 1, 1, 1) & (torch.arange(3) == 1).view(3, 1, 1, 1)
     assert torch.equal(model.project(x, mask=each)[::2], x[::2])
     assert model.project(x, mask=torch.ones(size, dtype=torch.bool)).isfinite().all()
-    for wrong in (mask.float(), mask[1:], torch.ones(2, 1, *size, dtype=torch.bool)):
-        with pytest.raises(InputError, match="give bool that broadcasts to"):
+    for wrong in (mask.float(), mask.numpy(), mask[1:], torch.ones(2, 1, *size, dtype=torch.bool)):
+        with pytest.raises(InputError, match="give a bool tensor that broadcasts to"):
             model.project(x, mask=wrong)
 
 
