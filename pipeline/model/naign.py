@@ -118,11 +118,11 @@ class NAIGN:
     def find_label(self, label: int | str) -> int:
         """The number of a class by its name or number. Raises InputError where samples of it cannot be asked for."""
         names, prior = self.labels, cast(CodesPrior, self.prior)
-        blind = f"a label ({label}) is asked of a model that knows none: train one with prior.classes"
+        blind = f"the model was trained without classes, so label {label} cannot be drawn: train one with prior.classes"
         require((names, blind))
         number = names.index(label) if isinstance(label, str) and label in names else parse_number(str(label))
         known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-        unknown = f"label '{printable(str(label), 40)}' is none of the model's {len(names)} classes"
+        unknown = f"the model has no class '{printable(str(label), 40)}' among its {len(names)} classes"
         require((0 <= number < len(names), f"{unknown}: give a name ({known}) or a number from 0 to {len(names) - 1}"))
         none = f"label '{names[number]}' was not among the images of the training: ask for another"
         require((int(prior.class_counts[number]), none))

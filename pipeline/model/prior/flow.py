@@ -53,7 +53,7 @@ class FlowConfig(CodesConfig):
     evaluations a step; 0: none."""
     guidance: float = field(default=0.0, metadata=between(0, 10))
     """Strength of guidance by classes (arXiv 2207.12598): strength * (v - v of no class) is added to the velocity
-    over the last two fifths of the path, at one more evaluation a step; 0: none. Samples are surer of their class."""
+    over the last two fifths of the path, at one more evaluation a step; 0: none. Samples match their class more."""
     student: float = field(default=0.0, metadata=between(0, 0.99))
     """Share of train.images, the last of `alone`, over which a student of the flow learns to reach a code in two
     evaluations; 0: no student. A quarter of what the flow has is enough."""
