@@ -161,8 +161,8 @@ def score(
     """Print the energy of each file as CSV: the mean of (f(x) - x)^2, low near training data (points: of each line).
 
     Args:
-        map: Also write the map of |f(x) - x| beside each picture, as grey photo.png.map.png of the picture's size: black is
-            0, white 1 or more. It and the energy are then computed at that size, in tiles of the model's.
+        map: Also write the map of |f(x) - x| beside each picture, as grey photo.png.map.png of its size: black is 0,
+            white 1 or more. It and the energy are then computed at that size, in tiles of the model's.
     """
     from pipeline.cli.repair import score_files
 

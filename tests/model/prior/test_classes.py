@@ -201,7 +201,7 @@ def test_samples_of_a_class_of_a_model(tmp_path):
 def test_labels_and_guidance_that_a_model_does_not_know():
     known, mixture = model(FLOW, labels=list(LABELS)), model(GMM, labels=list(LABELS))
     for wrong in ("horse", 3, -1, "7"):
-        with pytest.raises(InputError, match=r"no class 'horse' among its 3 classes: give a name \(cat, dog, 3\) or a number"):
+        with pytest.raises(InputError, match=r"among its 3 classes: give a name \(cat, dog, 3\) or a number"):
             known.sample(2, label=wrong)
     known.prior.class_counts[0] = 0
     with pytest.raises(InputError, match="'cat' was not among the images of the training"):
@@ -211,7 +211,9 @@ def test_labels_and_guidance_that_a_model_does_not_know():
     with pytest.raises(InputError, match="guidance can be chosen for a flow of codes, and this prior is 'gmm'"):
         mixture.sample(2, guidance=1)
     plain = NAIGN(nn.Linear(2, 2), {"shape": [2], "prior": {"name": "gaussian"}})
-    with pytest.raises(InputError, match="trained without classes, so label .* cannot be drawn: train one with prior.classes"):
+    with pytest.raises(
+        InputError, match="trained without classes, so label .* cannot be drawn: train one with prior.classes"
+    ):
         plain.sample(2, label=0)
     with pytest.raises(InputError, match="this prior is 'gaussian'"):
         plain.sample(2, guidance=1)
