@@ -108,7 +108,6 @@ def opened(config: Config, precision: str = "", *, rounds: int = 0) -> Iterator[
                 stream=stream,
                 watchdog=watchdog,
                 phases=Phases(position, watchdog, profiler),
-                features=None,
                 perceived=None,
                 flops=0,
                 prior=build_prior(config.prior, stream.shape, bare),

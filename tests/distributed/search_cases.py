@@ -167,7 +167,7 @@ def stopped(rank: int, world: int) -> dict[str, Any]:
         rows = images * (rank + 1) // world - images * rank // world
         config = MatchConfig(round=images, ratio=ratio, block=2)
         try:
-            match_round(draw(rank, rows, 1, 2, 2), sample, config, None, look)
+            match_round(draw(rank, rows, 1, 2, 2), sample, config, look)
         except (Stopped, OSError, RuntimeError) as error:
             assert not isinstance(error, Stopped) or stop.left <= 600  # the time limit is every rank's
             return type(error).__name__, len(made)
