@@ -34,6 +34,16 @@ LONG += ("test_tables.py", "test_contributing.py", "data/test_faults.py", "distr
 """Files that take longest, the longest first."""
 
 
+@pytest.fixture(scope="module")
+def benchmarks() -> Iterator[None]:
+    """Their folder on the path, as it is where one is started."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take long come first: the last tests, which workers share out among themselves, are short."""
 

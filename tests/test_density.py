@@ -1,8 +1,6 @@
 """The scores of benchmarks/density.py on cases with known answers."""
 
 import math
-import sys
-from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -10,18 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.model.prior.flow import Flow, FlowConfig
-from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
-def density() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import density
+def density(benchmarks: None) -> ModuleType:
+    import density
 
-        yield density
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+    return density
 
 
 class Stretching(nn.Module):

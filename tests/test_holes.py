@@ -1,25 +1,18 @@
 """The holes and fillers of benchmarks/holes.py on cases with known answers."""
 
-import sys
-from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from pipeline.errors import InputError
-from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
-def holes() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import holes
+def holes(benchmarks: None) -> ModuleType:
+    import holes
 
-        yield holes
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+    return holes
 
 
 def test_every_kind_of_hole_leaves_something_known(holes):

@@ -1,25 +1,17 @@
 """The defects and scores of benchmarks/maps.py on cases with known answers."""
 
-import sys
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from tests.conftest import ROOT
-
 
 @pytest.fixture(scope="module")
-def maps() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import maps
+def maps(benchmarks: None) -> ModuleType:
+    import maps
 
-        yield maps
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+    return maps
 
 
 def test_what_does_not_change_is_no_defect(maps):

@@ -1,7 +1,6 @@
 """benchmarks/points.py says of networks that are perfect, or blind, what one knows of them."""
 
 import runpy
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +14,9 @@ from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
-def truths() -> dict[str, Callable[[], Any]]:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        found: dict[str, Callable[[], Any]] = runpy.run_path(str(ROOT / "benchmarks/points.py"))["TRUTHS"]
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-    return found
+def truths(benchmarks: None) -> dict[str, Callable[[], Any]]:
+    known: dict[str, Callable[[], Any]] = runpy.run_path(str(ROOT / "benchmarks/points.py"))["TRUTHS"]
+    return known
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -13,15 +11,7 @@ import yaml
 from pipeline.errors import InputError
 from tests.conftest import ROOT, forked
 
-
-@pytest.fixture(scope="module", autouse=True)
-def benchmarks() -> Iterator[None]:
-    """Their folder on the path, as it is where one is started."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+pytestmark = pytest.mark.usefixtures("benchmarks")
 
 
 @pytest.fixture
