@@ -60,6 +60,14 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps the first precision and device of a process: the next file of tests may ask for others."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(True)
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The packed 8x8 digits in four shards a split."""

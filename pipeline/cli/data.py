@@ -16,6 +16,8 @@ from pipeline.terminal import busy
 if TYPE_CHECKING:
     from pipeline.data.format.manifest import Manifest
 
+LARGE = 128  # pixels a side from which the recipes for 64x64 do not suit
+
 
 def pack(
     source: Positional[str],
@@ -45,7 +47,7 @@ def pack(
         encoding: How images are stored: png and webp keep every bit, jpg is smaller, npy is read fastest.
         without: Labels to leave out of the training split.
         seed: Seed of the order of samples in shards, and of the choice of training images.
-        force: Replace an existing data set.
+        force: Replace an existing data set, which is deleted before the new one is written.
     """
     from pipeline.data.format import writer
     from pipeline.data.sources.catalog import load
@@ -60,7 +62,10 @@ def pack(
     print(f"{_contents(to, manifest)}{'' if written else ' (already there)'}")
     if source == "folder":
         path = shlex.quote(f"--data.path={to}")
-        print(f"train on it: naign train --config pictures {path}, or with a GPU --config folder64")
+        recipe, other = "pictures", "or with a GPU --config folder64"
+        if max(manifest.shape[1:]) >= LARGE:
+            recipe, other = "photos", "which repairs only; with a GPU --config folder256, which draws samples as well"
+        print(f"train on it: naign train --config {recipe} {path}, {other}")
     if (tests := manifest.split("test").samples) <= NEIGHBOURS:
         print(f"note: too few test examples to evaluate a network on: {tests}, and more than {NEIGHBOURS} are needed")
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from pipeline.data.degrade import KINDS, degrade
 from pipeline.errors import InputError, one_line, require
 from pipeline.evaluate.recorded import read_image
+from pipeline.evaluate.report import learned_classes
+from pipeline.model.holes import put_back
 from pipeline.model.naign import FILLING, NAIGN
 from pipeline.model.scale import scaled
 from pipeline.observe.pictures import grid, shades, to_image
@@ -102,11 +104,11 @@ class Player:
         given = self.model.project(self.from_canvas(picture), mask=hole, times=0)  # blur would spread the hole's colour
         for kind, strength in zip(KINDS, strengths, strict=True):
             given = degrade(given, kind, seed=seed, strength=strength)
-        chain = [self.model.project(given, mask=hole, times=0)]
-        for count in range(1, times + 1):
-            whole = hole is None
-            chain.append(self.model.project(chain[-1] if whole else given, mask=hole, times=1 if whole else count))
-        energies = [float(self.model.energy(x)) for x in chain]
+        chain, energies = [self.model.project(given, mask=hole, times=0)], list[float]()
+        for _ in range(times + 1):
+            made = self.model.project(chain[-1])
+            energies.append(float((made - chain[-1]).square().mean()))
+            chain.append(made if hole is None else put_back(chain[0], made, hole.expand_as(made)))
         moved = (chain[1] - chain[0]).abs().mean(1)[0]
         applied = [(to_image(chain[count][0]), f"{count}: {energies[count]:.2g}") for count in range(1, times + 1)]
         text = f"Energy, the mean of (f(x) − x)²: **{energies[0]:.4g}** of what f was given, "
@@ -130,7 +132,7 @@ def build(player: Player, *, about: str) -> gradio.Blocks:
         with gradio.Tab("Sample"):
             with gradio.Row():
                 inputs: list[Any] = [_slider("Samples", 16, SAMPLES), _seed("Seed"), _times()]
-                if names := player.model.labels:
+                if names := learned_classes(player.model):
                     inputs.append(
                         gradio.Dropdown([("any", ""), *((name, name) for name in names)], value="", label="Class")
                     )

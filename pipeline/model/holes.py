@@ -1,10 +1,17 @@
-"""What is known of an image, continued smoothly into its holes."""
+"""Holes in images: what is known is put back after f, and continued smoothly into them."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 STEPS = 10  # of smoothing at each scale
+
+
+def put_back(known: Tensor, made: Tensor, hole: Tensor) -> Tensor:
+    """What f made of images (n, C, H, W), with their known values outside of holes (bool, the same shape) put back bit
+    for bit. What f changed there is taken back smoothly in holes as well, so that no seam remains.
+    """
+    return torch.where(hole, (made + continued(known - made, hole)).clamp(-1, 1), known)
 
 
 def continued(values: Tensor, hole: Tensor) -> Tensor:

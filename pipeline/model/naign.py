@@ -17,7 +17,7 @@ from pipeline.data.damage import known_mean
 from pipeline.data.format.labels import parse_number
 from pipeline.errors import InputError, one_line, printable, require, unwritten
 from pipeline.model import hub
-from pipeline.model.holes import continued
+from pipeline.model.holes import put_back
 from pipeline.model.networks import build_network, recorded_network
 from pipeline.model.prior import CodesPrior, build_prior, find_prior
 from pipeline.model.tiles import PIXELS, Read, blended
@@ -203,8 +203,7 @@ class NAIGN:
 
         `mask`, bool and of a shape that broadcasts to x, such as (H, W), is true in holes to fill. They begin as the
         mean of what is known of their image. What is known is put back after each of `times` (default: FILLING)
-        applications, so that it stays bit for bit, and what f changed there is taken back smoothly in holes as well
-        (`continued`), so that no seam remains.
+        applications (pipeline/model/holes.py), so that it stays bit for bit.
         """
         require(
             (isinstance(x, Tensor), f"the model takes tensors, not {type(x).__name__}: torch.from_numpy makes one"),
@@ -220,8 +219,7 @@ class NAIGN:
             mask = _expanded(mask, x)
             filled = torch.where(mask, known_mean(x, ~mask), x)
             for _ in range(FILLING if times is None else times):
-                made = self.project(filled, batch=batch, advance=advance)
-                filled = torch.where(mask, (made + continued(x - made, mask)).clamp(-1, 1), x)
+                filled = put_back(x, self.project(filled, batch=batch, advance=advance), mask)
             return filled
         times = 1 if times is None else times
         if x.shape[1:] == self.shape:

@@ -45,7 +45,7 @@ def copies(run: str, options: CopiesOptions, accelerator: Accelerator) -> dict[s
             (options.to or not run.startswith(PREFIX), f"{run} is on a hub: give a folder for the results with --to"),
             (1 <= samples < 2**40, f"--samples is {samples}: it must be at least 1"),
             (0 <= seed < 2**63, f"--seed is {seed}: it must be 0 to {2**63 - 1}"),
-            (threshold is None or 0 < threshold < 1e6, f"--threshold is {threshold}: it must be above 0 and below 1e6"),
+            (threshold is None or 0 <= threshold < 1e6, f"--threshold is {threshold}: it must be 0 or more, below 1e6"),
         )
         model = NAIGN.from_pretrained(run, device=accelerator.device)
         config, manifest, _ = recorded(model, run, options.data)

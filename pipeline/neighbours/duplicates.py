@@ -57,7 +57,7 @@ def duplicates(options: DuplicatesOptions, accelerator: Accelerator) -> dict[str
         space = Space(encoder, images.sets.shape, accelerator.device)
         require(
             (known, f"{manifest.kind}s by {encoder} have no default threshold: give --threshold, and look at groups"),
-            (0 < limit < 1e6, f"--threshold is {limit}: it must be above 0 and below 1e6"),
+            (0 <= limit < 1e6, f"--threshold is {limit}: it must be 0 or more, below 1e6"),
             (len(images) > 1, f"{path} holds one image, which can have no duplicate"),
         )
         if options.drop and (target := open_store(options.drop)).exists(INDEX):

@@ -22,7 +22,7 @@ def learn_prior(run: Run, state: RoundState) -> dict[str, float]:
     if not prior.learns or position.learned > state.number:
         return prior.metrics
     with run.phases.enter("learn"):
-        stop_requested, steps = StopPoll(run.stop), 0
+        stop_requested = StopPoll(run.stop)
         examples = Examples(
             images=state.images,
             labels=state.labels,
@@ -39,14 +39,13 @@ def learn_prior(run: Run, state: RoundState) -> dict[str, float]:
             autocast=accelerator.autocast,
         )
         for _ in prior.learn(examples):
-            steps += 1
+            position.step += 1  # also beside f: it names the checkpoint of a stop, and none is written twice
             run.watchdog.beat()
             if stop_requested():
-                position.step += steps if run.prior_only else 0  # a checkpoint's name: none is written twice
                 raise Stopped
         position.learned = state.number + 1
         if run.prior_only:
-            position.step += max(1, steps)
+            position.step += 1  # also of a prior that makes no steps
             position.codes_seen += run.config.match.round
             run.monitor.advance(run.config.match.round)
         if bad := [name for name, value in prior.metrics.items() if not math.isfinite(value)]:

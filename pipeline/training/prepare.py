@@ -223,15 +223,17 @@ def read_start(config: Config) -> Start | None:
 
 
 def warm_start(config: Config, start: Start, network: nn.Module, prior: Prior) -> None:
-    """Load the weights whose name and shape agree, and the state of the prior if all of it does; InputError for a model
-    of another kind, or without any weight that fits.
+    """Load the weights whose name and shape agree, with model.blend or without, and the state of the prior if all of it
+    does; InputError for a model of another kind, or without any weight that fits.
     """
     metadata, weights, prior_state = start
     place, name = config.model.init, metadata["model"]["name"]
     if name != config.model.name:
         raise InputError(f"model.init={place} is a model of model.name={name}, this run's is {config.model.name}")
-    state = network.state_dict()
-    fits = {key: value for key, value in weights.items() if key in state and value.shape == state[key].shape}
+    state, inner = network.state_dict(), "network."  # under this name a BlendedNetwork has the one without
+    named = {f"{inner}{key}": value for key, value in weights.items()}
+    named |= {key.removeprefix(inner): value for key, value in weights.items()} | weights
+    fits = {key: named[key] for key, value in state.items() if key in named and value.shape == named[key].shape}
     if not fits:
         raise InputError(f"model.init={place} fits nothing of this network: no weight has its name and its shape")
     network.load_state_dict(state | fits)
@@ -240,6 +242,8 @@ def warm_start(config: Config, start: Start, network: nn.Module, prior: Prior) -
     same_prior = metadata["prior"]["name"] == config.prior.name and (*metadata.get("labels", ()),) == prior.labels
     if same_prior and shapes_of(prior_state) == shapes_of(prior.state_dict()):
         prior.load_state_dict(prior_state)
+    elif prior_state and prior.state_dict():
+        log.info("the prior is not from %s: its name, its classes or its sizes differ", place)
 
 
 def open_perceived(objective: ObjectiveConfig, shape: tuple[int, ...], device: torch.device) -> Distance | None:

@@ -36,7 +36,7 @@ class Position:
     done: int = 0  # steps made of the current round
     images_seen: int = 0  # that f was trained on, over all ranks and passes
     codes_seen: int = 0  # images whose codes the prior learned from while f was frozen
-    step: int = 0  # optimizer steps of f, and of the prior while f is frozen
+    step: int = 0  # optimizer steps of f and of the prior, and one more a round while f is frozen: names checkpoints
     seconds: float = 0.0  # wall time of the rounds
     cpu_seconds: float = 0.0  # processor time of the rounds, of all ranks and threads
     learned: int = 0  # rounds that the prior has learned from

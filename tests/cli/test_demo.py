@@ -153,10 +153,17 @@ def test_what_is_painted_over_is_filled(save_untrained, digit, tmp_path) -> None
         picture.paste(HOLE, (4 * FACTOR - 5, 3 * FACTOR - 5, 5 * FACTOR, 6 * FACTOR))
     hole = torch.zeros(8, 8, dtype=torch.bool)
     hole[2:6, 3:5] = True
-    given, moved, repaired, _, applied = player.repair({"composite": canvas, "layers": [layer]}, 3, 0, 0, 0, 0, 0)
+    network, applications = player.model.network, list[object]()
+    counted = network.register_forward_hook(lambda *_: applications.append(None))
+    given, moved, repaired, text, applied = player.repair({"composite": canvas, "layers": [layer]}, 3, 0, 0, 0, 0, 0)
+    counted.remove()
+    assert len(applications) == 4, "three, and one for the energy of the last"
     expected = [player.model.project(digit[0], mask=hole, times=times) for times in range(4)]
     assert [pixels(one[0]).tolist() for one in applied] == [pixels(to_image(one[0])).tolist() for one in expected[1:]]
     assert np.array_equal(pixels(given), pixels(to_image(expected[0][0]))) and repaired == applied[-1][0]
+    energies = [float(player.model.energy(one)) for one in expected]
+    assert [label for _, label in applied] == [f"{n}: {energies[n]:.2g}" for n in (1, 2, 3)]
+    assert f"**{energies[0]:.4g}** of what f was given, **{energies[3]:.4g}** of its answer" in text
     assert np.array_equal(pixels(moved), pixels(shades((expected[1] - expected[0]).abs().mean(1)[0])))
     given = player.repair({"composite": canvas, "layers": [layer]}, 1, 0, 2, 0, 0, 0)[0]
     blurred = degrade(expected[0], "blur", strength=2.0)
@@ -274,3 +281,6 @@ def test_samples_of_a_chosen_class() -> None:
     assert len({cats, dogs, any_class}) == 3
     page = str(build(player, about="").get_config_file())
     assert "'Class'" in page and "('dog', 'dog')" in page
+    player.model.prior.class_counts[1] = 0
+    page = str(build(player, about="").get_config_file())
+    assert "('cat', 'cat')" in page and "('dog', 'dog')" not in page, "it was not in training"

@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import re
 import shutil
 import tarfile
 import threading
@@ -253,6 +254,18 @@ def test_a_failed_pack_takes_back_its_shards(tmp_path: Path) -> None:
     assert not list(target.glob("*"))
     bad.unlink()
     assert pack(load("folder", root=tree, size=4), str(target), progress=False)[1]
+
+
+@pytest.mark.parametrize(
+    ("size", "recipes"), [("100x64", ("pictures", "folder64")), ("8x128", ("photos", "folder256"))]
+)
+def test_the_recipes_named_suit_the_size(
+    tmp_path: Path, size: str, recipes: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(20):
+        picture(tmp_path / f"tree/{i}.png")
+    pack_command("folder", to=str(tmp_path / "packed"), root=tmp_path / "tree", size=size)
+    assert tuple(re.findall(r"--config (\w+)", capsys.readouterr().out)) == recipes
 
 
 def test_files_that_are_no_picture_are_passed_over_where_that_is_asked_for(

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from pipeline.checkpoint.writer import is_complete
 from pipeline.config import parse
@@ -25,7 +24,6 @@ STILL = ["--train.lr=1e-9", "--train.lr_end=1e-9"]
 
 
 def open_quality(stream: Stream, options: list[str]) -> Quality:
-    AcceleratorState._reset_state(True)
     config = parse(options)
     quality = Quality(config, stream, Accelerator(cpu=True))
     quality.restore_best(config.run.path, 10)

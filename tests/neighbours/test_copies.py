@@ -75,6 +75,11 @@ def test_every_planted_copy_is_found_and_nothing_else(copier: NAIGN, planted: st
     assert {path.name for path in tmp_path.iterdir()} == {"copies.csv", "copies.json", "copies.png"}
 
 
+def test_only_exact_copies_are_within_a_threshold_of_0(copier: NAIGN, tmp_path: Path) -> None:
+    found = audit(samples=SAMPLES, to=str(tmp_path), threshold=0.0)
+    assert (found["threshold"], found["share"], found["test_share"]) == (0, 0.01, pytest.approx(1 / 90))
+
+
 def test_distances_are_those_of_brute_force(copier: NAIGN, planted: str, tmp_path: Path) -> None:
     audit(samples=20, to=str(tmp_path))
     lines = list(csv.DictReader((tmp_path / "copies.csv").read_text().splitlines()))
@@ -136,8 +141,8 @@ def test_the_command_and_the_report(
     [
         ({"samples": 0}, "--samples is 0: it must be at least 1"),
         ({"seed": -1}, "--seed is -1: it must be 0 to"),
-        ({"threshold": 0.0}, "--threshold is 0.0: it must be above 0"),
-        ({"threshold": float("nan")}, "--threshold is nan: it must be above 0"),
+        ({"threshold": -1.0}, "--threshold is -1.0: it must be 0 or more"),
+        ({"threshold": float("nan")}, "--threshold is nan: it must be 0 or more"),
         ({"encoder": "mnist-cnn64"}, "--encoder 'mnist-cnn64' reads"),
         ({"data": "DIGITS"}, "holds examples of shape"),
         ({"data": "none"}, "no data set here"),

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from pipeline.distributed.engine import MOMENTS, Engine
 from pipeline.errors import Diverged
@@ -16,7 +15,6 @@ STEPS, BAD = 7, (2, 3)
 
 
 def engine(ahead, **settings):
-    AcceleratorState._reset_state(True)
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 6))
     options = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.01, "clip": 0.5, "batch": 4, "ema": 0.9}
@@ -114,7 +112,6 @@ class Overwriting(torch.nn.Module):
 
 
 def test_what_a_graph_returns_is_kept_apart_from_its_memory():
-    AcceleratorState._reset_state(True)
     one = Engine(Accelerator(cpu=True), Overwriting(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0, clip=0.0, batch=2)
     one._graphs = True
     for evaluate in (one.sample, lambda x: one.exported("", x)):

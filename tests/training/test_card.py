@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from pipeline.config import parse
 from pipeline.model.networks import build_network
@@ -28,7 +27,6 @@ def test_a_fit_step_mixes_no_devices_and_waits_for_none():
 
 @pytest.mark.parametrize(("name", "shape", "most"), [("mnist", (1, 28, 28), 250), ("cifar10", (3, 32, 32), 900)])
 def test_launches_of_a_fit_step(name, shape, most):
-    AcceleratorState._reset_state(True)
     options = ["--prior.name=gaussian", "--objective.imle=0.3", "--train.batch=2", "--train.precision=bf16"]
     config = parse(["--config", str(ROOT / f"configs/{name}.yaml"), *options])
     network = build_network(config.model, shape)

@@ -5,15 +5,18 @@ import sys
 from contextlib import nullcontext
 from threading import Barrier, Thread
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from pipeline.config import parse
 from pipeline.errors import InputError, Stopped
+from pipeline.model.prior import Prior, PriorConfig
 from pipeline.training import round as current
-from pipeline.training.learn_prior import tracked_every
+from pipeline.training.learn_prior import learn_prior, tracked_every
 from pipeline.training.run import Phases
+from pipeline.training.state import Position
 from tests.conftest import SMALL, forked
 
 LOOKS = 6
@@ -124,6 +127,36 @@ def test_before_the_flow_begins_the_same_part_of_a_round_is_encoded_on_every_wor
         share = size // world
         rows.append([rank * share + row for rank in range(world) for row in range(0, share, every)])
     assert len(rows) > 2 and all(list(one) == list(rows[0]) for one in rows) and len(rows[0]) == encoded
+
+
+class Steps(Prior):
+    """A prior that makes ten steps in a round, of which it keeps count."""
+
+    learns, done = True, 0
+
+    def learn(self, examples):
+        while self.done < 10:
+            self.done += 1
+            yield
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_every_stop_while_the_prior_learns_has_a_checkpoint_of_its_own(alone):
+    """In a round of f, too; and in the end the name is that of a run that was not stopped."""
+
+    def names(*stops):
+        position, steps = Position(step=64, round=1), []
+        prior = Steps(PriorConfig(), (2,))
+        for stop in stops:
+            run = MagicMock(prior=prior, position=position, prior_only=alone, config=parse(["--data.path=x"]))
+            run.rounds = run.network_rounds = 2
+            run.stop.poll_stop = lambda elapsed, stop=stop: (stop, elapsed)
+            with pytest.raises(Stopped) if stop else nullcontext():
+                learn_prior(run, SimpleNamespace(images=torch.zeros(4, 2), labels=None, number=1))
+            steps.append(position.step)
+        return steps
+
+    assert names(True, True, False) == [65, 66, 74 + alone] and names(False) == [74 + alone]
 
 
 @pytest.mark.slow

@@ -25,3 +25,28 @@ def test_latents_that_f_is_not_trained_on_are_warned_of(options, warned, digits,
     stream, *_ = build_model(parse([f"--data.path={digits}", *SMALL, *options]), ALONE, None)
     stream.close()
     assert ("so f(z) is no sample" in caplog.text) == warned
+
+
+def weights(options, start=None):
+    stream, network, _ = build_model(parse(options), ALONE, start)
+    stream.close()
+    return network.state_dict()
+
+
+@pytest.mark.parametrize(("before", "after"), [("blend", "no-blend"), ("no-blend", "blend")])
+def test_a_network_with_blend_begins_from_one_without_and_the_reverse(before, after, digits, caplog):
+    options = [f"--data.path={digits}", *SMALL, "--model.name=spatial"]
+    other = weights([*options, "--seed=1", f"--model.{before}"])
+    metadata = {"model": {"name": "spatial"}, "prior": {"name": "smooth"}}
+    with caplog.at_level("INFO"):
+        made = weights([*options, "--model.init=other", f"--model.{after}"], (metadata, other, {}))
+    new = [name for name, value in made.items() if not any(torch.equal(value, one) for one in other.values())]
+    assert f"36 of 38 weights are from other, not {', '.join(sorted(new))}" in caplog.text and len(new) == 2
+
+
+def test_a_prior_that_is_not_taken_over_is_named(digits, caplog):
+    options = [f"--data.path={digits}", *SMALL, "--prior.name=gmm", "--train.images=2560", "--prior.components=3"]
+    start = {"model": {"name": "conv"}, "prior": {"name": "gmm"}}, weights(options), {"weights": torch.ones(2)}
+    with caplog.at_level("INFO"):
+        weights([*options, "--model.init=other"], start)
+    assert "the prior is not from other: its name, its classes or its sizes differ" in caplog.text

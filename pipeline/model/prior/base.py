@@ -43,9 +43,9 @@ class PriorConfig:
 
     def check_rounds(self, rounds: int, images: int) -> None:
         """Raise InputError if so many rounds, of so many images each, are too few or too small to learn from."""
-        late = f"prior.begin={self.begin:g} is after the last of {rounds} rounds"
-        learns = (rounds - 1) / rounds >= self.begin
-        require((learns, f"{late}: the prior would not be learned. Lower it, or raise train.images"))
+        late = f"prior.begin={self.begin:g} is after the last of {rounds} rounds: the prior would not be learned"
+        learns, least = (rounds - 1) / rounds >= self.begin, math.ceil(1 / (1 - self.begin) - 1e-9)
+        require((learns, f"{late}. Lower it, or raise train.images to {least * images} x train.passes, {least} rounds"))
 
 
 @dataclass(kw_only=True, slots=True)

@@ -68,9 +68,10 @@ class FlowConfig(CodesConfig):
 
     def check_rounds(self, rounds: int, images: int) -> None:
         CodesConfig.check_rounds(self, rounds, images)
-        short = f"prior.student={self.student:g} is less than one of {rounds} rounds"
-        fits = not self.student or self.student * rounds >= 1 - 1e-9
-        require((fits, f"{short}: the student would not learn. Raise it, or train.images"))
+        short = f"prior.student={self.student:g} is less than one of {rounds} rounds: the student would not learn"
+        least = math.ceil(1 / self.student - 1e-9) if self.student else 0
+        remedy = f"Raise it, or train.images to {least * images} x train.passes, {least} rounds"
+        require((rounds >= least, f"{short}. {remedy}"))
 
     @property
     def end(self) -> float:

@@ -42,7 +42,8 @@ class GmmConfig(CodesConfig):
     def check_rounds(self, rounds: int, images: int) -> None:
         CodesConfig.check_rounds(self, rounds, images)
         few = f"prior.components={self.components} with match.round={images}: fewer than {FEW} codes a component"
-        require((self.components * FEW <= images, f"{few}: ask for fewer components, or raise match.round"))
+        least = self.components * FEW
+        require((least <= images, f"{few}: ask for fewer components, or raise match.round to {least}"))
 
 
 class Gmm(CodesPrior):

@@ -172,10 +172,29 @@ def test_without_a_student_nothing_is_kept_for_one():
     [
         ({"student": 0.6}, 10, "prior.student is 0.6, prior.alone 0.5"),
         ({"student": 0.2, "begin": 0.8, "alone": 0.2}, 10, "Lower prior.student"),
-        ({"student": 0.05}, 10, "prior.student=0.05 is less than one of 10 rounds"),
+        (
+            {"student": 0.05},
+            10,
+            "prior.student=0.05 is less than one of 10 rounds.*train.images to 20480 x train.passes, 20 rounds",
+        ),
         ({"student": -0.1}, 10, "prior.student"),
     ],
 )
 def test_a_student_that_cannot_learn_is_refused(settings, rounds, problem):
     with pytest.raises(InputError, match=problem):
         FlowConfig(**settings).check_rounds(rounds, 1024)
+
+
+@pytest.mark.parametrize(
+    ("settings", "least"),
+    [
+        ({"begin": 0.9, "alone": 0.1}, 10),
+        ({"begin": 0.7, "alone": 0.3}, 4),
+        ({"student": 0.3}, 4),
+        ({"begin": 0.99, "alone": 0.0}, 100),
+    ],
+)
+def test_the_least_number_of_rounds_is_named(settings, least):
+    with pytest.raises(InputError, match=f"train.images to {least * 1024} x train.passes, {least} rounds"):
+        FlowConfig(**settings).check_rounds(least - 1, 1024)
+    FlowConfig(**settings).check_rounds(least, 1024)
