@@ -91,6 +91,7 @@ class Writer:
         self._group = SideGroup(world, timeout=patience)
         self._beat, self._flush, self._left = beat, flush, left
         self._done: Future[str] | None = None  # of the pending checkpoint: why the run must end, or ""
+        self.completed = time.monotonic()  # when the newest checkpoint was there and sent, or when this start began
         self.seconds = 0.0  # background seconds of the last checkpoint, uploading included
         self.uploaded = 0.0  # seconds of uploading
         self.unsent = ""  # name of the newest checkpoint if it could not be uploaded; the same on all ranks
@@ -144,6 +145,8 @@ class Writer:
             return f"{folder} could not be written ({problem}): {remedy}"
         self._names = list(files)
         conflict = self._upload(folder, self._names) if self._remote else ""
+        if not self.unsent:
+            self.completed = time.monotonic()
         self.seconds = time.perf_counter() - start
         return conflict
 

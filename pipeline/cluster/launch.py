@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gpus", type=count, default=0, help="GPUs that this host must have; default: any number")
     add("--port", type=port, default=ranks, help="port of host 0 for the ranks (%(default)s)")
     add("--meeting-port", type=port, default=meeting, help="port of host 0 for the meeting of hosts (%(default)s)")
+    add("--metrics", type=port, default=0, help="port of this host for /metrics and /healthz; default: none")
     add("--wait", type=_between(1, 10**6), default=900, help="seconds to wait for the other hosts (%(default)s)")
     add("--reach", type=_between(0, 10**6), default=300, help="seconds to wait for run.remote's bucket (%(default)s)")
     return parser
@@ -97,7 +98,7 @@ def _launch(options: argparse.Namespace, training: Sequence[str], environ: Mappi
     if links is None:
         return 0
     os.environ["NAIGN_LAUNCHER"] = str(os.getpid())  # so that ranks end with this process
-    if place.hosts * processes == 1 and not options.engine:
+    if place.hosts * processes == 1 and not options.engine and not options.metrics:
         become_rank(config.train.precision, training)
     os.environ["PET_SHUTDOWN_TIMEOUT"] = str(math.ceil(config.stop.within) + 5)  # seconds until torchrun kills ranks
     os.environ["PET_RDZV_ID"] = f"{place.start}.{links.generation}"  # agents of different generations never meet
@@ -106,6 +107,8 @@ def _launch(options: argparse.Namespace, training: Sequence[str], environ: Mappi
         if place.is_replaced:
             ending.stay = partial(meet_again, environ, PEER_LOST, ending, links, seconds=0)
         links.watch(ending.note)
+        if options.metrics and settings == training:  # no audit
+            options.server.watch(Path(scratch) / "heartbeat", links.generation)
         file = Path(scratch) / "engine.yaml"
         file.write_text(engine)
         code = run_ranks(file, place, processes, links.address, options.port, training, ending)
@@ -125,6 +128,7 @@ def _launch(options: argparse.Namespace, training: Sequence[str], environ: Mappi
         ending.wait_for(lambda: 0 in ending.codes, options.reach + 60)
         if ending.codes.get(0) != 0:
             code = INTERRUPTED if ending.asked else PEER_LOST
+    _send_collectives(Path(config.run.path), config.run.remote)
     if place.is_replaced and ending.may_go_on(code):
         return meet_again(environ, code, ending, links, seconds)
     return code
@@ -135,8 +139,13 @@ def _meet_others(options: argparse.Namespace, config: Any, place: Place, process
     listener = listen(options.meeting_port) if place.hosts > 1 and place.index == 0 else None
     with listener or contextlib.nullcontext():
         try:
-            engine = find_engine(options.engine, config.train.precision)
-            require_gpus(options.gpus, processes, engine)
+            if options.metrics:
+                from pipeline.cluster.metrics import Metrics
+
+                options.server = Metrics(options.metrics, place.index)
+            engine = find_engine(options.engine, config.train.precision, place.hosts * processes)
+            if require_gpus(options.gpus, processes, engine) and place.hosts * processes > 1:
+                _record_collectives(Path(config.run.path))
             if _is_done(config, options.reach):
                 say(f"nothing left to do: the run in {config.run.remote} is done")
                 return None, ""
@@ -158,6 +167,26 @@ def _meet_others(options: argparse.Namespace, config: Any, place: Place, process
         say(f"all hosts are here; host 0 is {links.address}")
         check_progress(links)
     return links, engine
+
+
+def _record_collectives(run: Path) -> None:
+    """Have torch write each rank's newest collectives to nccl/rank_N in `run` if NCCL hangs, or as the user set it."""
+    known = os.environ.get  # also by older names: torch/csrc/distributed/c10d/FlightRecorder.hpp
+    files = known("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", f"{run.absolute()}/nccl/rank_")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", files)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", known("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"))
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+
+
+def _send_collectives(run: Path, remote: str) -> None:
+    """Copy what ranks left in nccl/ to the run's bucket, if there is one: a pod's disk is lost with it."""
+    from pipeline.storage.store import open_store
+
+    try:
+        for file in run.glob("nccl/*") if remote else ():
+            open_store(f"{remote}/nccl").put(file.name, file.read_bytes())
+    except (InputError, Unavailable, OSError) as error:
+        say(f"{run}/nccl is not copied to {remote}: {error}")
 
 
 def _is_done(config: Any, within: float) -> bool:

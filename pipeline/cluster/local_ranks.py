@@ -33,13 +33,14 @@ POSSIBLE = {
 """Values of a configuration of Accelerate with which training can start; `no` without quotes is False in YAML."""
 
 
-def find_engine(name: str, precision: str = "") -> str:
+def find_engine(name: str, precision: str = "", ranks: int = 2) -> str:
     """The text of an Accelerate configuration: of the file `name`, of the file of that name in launch/, or, for '', of
-    DDP with train.precision=`precision`. InputError for no such file, or one that training cannot start with.
+    DDP (`ranks`: 1 without) with train.precision=`precision`. InputError for no such file, or one that cannot start.
     """
     if not name:
         use_cpu, mixed = without_engine(precision)
-        kind = "compute_environment: LOCAL_MACHINE, distributed_type: MULTI_GPU, same_network: true"
+        ddp = "MULTI_GPU" if ranks > 1 else '"NO"'
+        kind = f"compute_environment: LOCAL_MACHINE, distributed_type: {ddp}, same_network: true"
         return f'{{{kind}, use_cpu: {use_cpu}, mixed_precision: "{mixed}"}}\n'
     for file in (Path(name), shipped(f"launch/{name}.yaml"), shipped(f"launch/{name}")):
         if os.path.isfile(file):
@@ -91,15 +92,16 @@ def become_rank(precision: str, training: Sequence[str]) -> NoReturn:
     os.execv(sys.executable, [sys.executable, *program_of(training), *training])
 
 
-def require_gpus(wanted: int, processes: int, engine: str) -> None:
-    """Raise InputError or Unavailable where this host has fewer GPUs than --gpus=`wanted`, or than its ranks need."""
+def require_gpus(wanted: int, processes: int, engine: str) -> bool:
+    """Whether ranks use GPUs. InputError or Unavailable where there are fewer than --gpus=`wanted`, or than ranks."""
     from pipeline.distributed.host import check_gpus, count_gpus
 
     check_gpus(f"--gpus {wanted}", wanted)
     config = yaml.safe_load(engine)
     on_gpus = count_gpus() or config.get("distributed_type") == "MULTI_GPU"  # DeepSpeed also runs on CPUs
-    if on_gpus and not config.get("use_cpu"):
+    if on_gpus := on_gpus and not config.get("use_cpu"):
         check_gpus(f"{processes} ranks on GPUs are to start here (on CPUs: --engine cpu)", processes)
+    return bool(on_gpus)
 
 
 def run_ranks(

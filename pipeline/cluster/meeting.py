@@ -41,14 +41,14 @@ def meet(place: Place, listener: socket.socket | None, *, port: int, within: flo
     return _wait_for_others(place, listener, check) if listener else _go_to_first(place, port, check)
 
 
-def listen(port: int, option: str = "--meeting-port") -> socket.socket:
-    """A listening socket of host 0, on the port that `option` names; InputError if it is in use."""
+def listen(port: int, option: str = "--meeting-port", host: int = 0) -> socket.socket:
+    """A listening socket of `host`, on the port that `option` names; InputError if it is in use."""
     both = socket.has_dualstack_ipv6()
     try:
         family = socket.AF_INET6 if both else socket.AF_INET
         return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=1024)
     except OSError as error:
-        problem = f"port {port} cannot be opened on host 0 ({error.strerror})"
+        problem = f"port {port} cannot be opened on host {host} ({error.strerror})"
         raise InputError(f"{problem}: choose another {option}") from None
 
 

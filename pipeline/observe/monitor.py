@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline.errors import InputError, Unavailable, one_line, unwritten
+from pipeline.observe.heartbeat import Heartbeat
 from pipeline.observe.trackers import TRACKERS, Tracker, find_trackers
 
 log = logging.getLogger("naign.monitor")
@@ -42,6 +43,8 @@ class Monitor(contextlib.AbstractContextManager["Monitor"]):
     ) -> None:
         self.active, self.folder = active, folder
         self.described = ""  # the last message about the method of a match
+        file, first = os.environ.get("NAIGN_HEARTBEAT"), os.environ.get("LOCAL_RANK", "0") == "0"
+        self.heartbeat = Heartbeat(Path(file), images=images, seen=seen) if file and first else None
         self._files: list[Tracker] = []  # in the run's folder
         self._others: list[Background] = []
         for name, (kind, build) in find_trackers(trackers).items() if active else ():

@@ -61,6 +61,8 @@ def report(run: Run, state: RoundState, rows_read: Rows, values: dict[str, float
     # From here on rank 0 alone works, and may fail.
     counts = {"images_seen": position.images_seen, "codes_seen": position.codes_seen}
     monitor.scalars(values, position.seen, **counts, round=state.number, step=position.step)
+    if monitor.heartbeat:
+        monitor.heartbeat.beat(values, seen=position.seen, phases=run.phases.total, checkpoint=run.writer.completed)
     if state.match:
         monitor.histogram("match/distances", state.match.distances, position.seen)
     for name, picture in drawn.items():

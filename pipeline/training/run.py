@@ -1,6 +1,7 @@
 """What a run is, which never changes while it trains, and the phases of its rounds."""
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Phases:
     def __init__(self, position: Position, watchdog: Watchdog, profiler: Profiler) -> None:
         self._position, self._watchdog, self._profiler = position, watchdog, profiler
         self.seconds = dict[str, float]()  # that each phase of the current round took
+        self.total = defaultdict[str, float](float)  # the same of all rounds of this start
         self.cpu_seconds = 0.0  # processor time of this rank since the newest checkpoint
 
     @contextmanager
@@ -65,6 +67,7 @@ class Phases:
             full = f"the GPU's memory is full in round {self._position.round}, phase {name}"
             raise InputError(f"{full}: {remedy}. {one_line(error)}") from None
         self.seconds[name] = time.perf_counter() - start
+        self.total[name] += self.seconds[name]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

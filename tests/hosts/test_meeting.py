@@ -397,6 +397,7 @@ def test_the_precision_of_ddp_is_that_of_the_training(gpus, precision, mixed, mo
 
 
 def test_engines_are_found_by_name_and_by_file(tmp_path):
+    assert yaml.safe_load(find_engine("", ranks=1))["distributed_type"] == "NO"
     assert "zero_stage: 2" in find_engine("zero2")
     text = find_engine("cpu")
     (tmp_path / "mine.yaml").write_text(text)

@@ -1,0 +1,332 @@
+"""`naign launch --metrics`: what Prometheus reads of two hosts, /healthz of a run that hangs; collectives of a hang."""
+# ruff: noqa: F811
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from pipeline.cluster import launch, metrics
+from pipeline.cluster.metrics import Metrics
+from pipeline.errors import BAD_INPUT, INTERRUPTED
+from pipeline.observe.heartbeat import Heartbeat
+from tests.conftest import ROOT, SMALL
+from tests.hosts.test_launch import handlers, start  # noqa: F401
+from tests.servers import free_port
+
+DASHBOARD = ROOT / "k8s/components/monitor/dashboard.json"
+ROUND = {"data/megabytes": 1.5, "data/retries": 2, "loss/total": 0.25, "loss/imle": math.nan, "match/distance": 3.0}
+
+
+def get(port: int, page: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://localhost:{port}{page}", timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+    except OSError:
+        return 0, ""
+
+
+def until(condition: Callable[[], Any], log: Callable[[], str], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, log()
+        time.sleep(0.2)
+
+
+@pytest.fixture
+def page() -> Iterator[Metrics]:
+    served = Metrics(free_port(), 0)
+    yield served
+    served.shutdown()
+    served.server_close()
+
+
+@pytest.fixture
+def beaten(page: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Metrics, Heartbeat]:
+    """A page, and what replaces its file; neither has done anything yet."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    page.watch(tmp_path / "heartbeat", generation=3)
+    return page, Heartbeat(Path(os.environ["NAIGN_HEARTBEAT"]), images=1000, seen=100)
+
+
+def test_rounds_are_summed_and_values_are_the_newest(beaten):
+    page, heartbeat = beaten
+    for seen in (200, 300):
+        heartbeat.beat(ROUND, seen=seen, phases={"fit": seen / 100}, checkpoint=time.monotonic() - 50)
+    status, text = get(page.server_address[1], "/metrics")
+    lines = set(text.splitlines())
+    assert status == 200 and lines >= {
+        "naign_rounds_total 2",
+        "naign_images_total 200",
+        "naign_images_seen 300",
+        "naign_images_goal 1000",
+        "naign_data_read_bytes_total 3000000.0",
+        "naign_data_retries_total 4.0",
+        'naign_phase_seconds_total{phase="fit"} 3.0',
+        'naign_loss{term="total"} 0.25',
+        'naign_loss{term="imle"} nan',
+        "naign_generation 3",
+        "naign_restarts_total 2",
+        "# TYPE naign_rounds_total counter",
+        "# TYPE naign_loss gauge",
+    }
+    age = float(re.search(r"^naign_checkpoint_age_seconds (.*)$", text, re.M)[1])  # type: ignore[index]
+    assert 50 <= age < 60
+    if promtool := shutil.which("promtool"):
+        checked = subprocess.run(
+            [promtool, "check", "metrics"], input=text, text=True, capture_output=True, check=False
+        )
+        assert not [line for line in checked.stderr.splitlines() if "no help text" not in line]
+
+
+def test_a_run_is_healthy_until_its_rounds_take_much_longer_than_before(beaten, monkeypatch):
+    page, heartbeat = beaten
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    assert page.health()[0] == 200
+    now += metrics.START + 1
+    assert page.health()[0] == 503  # no first round
+    heartbeat.beat(ROUND, seen=200, phases={}, checkpoint=now)
+    now += 1000
+    heartbeat.beat(ROUND, seen=300, phases={}, checkpoint=now)
+    longest = metrics.START + 1  # the first one
+    for later, code in ((metrics.FACTOR * longest - 1, 200), (2, 503)):
+        now += later
+        assert page.health()[0] == code
+    heartbeat.beat(ROUND, seen=1000, phases={}, checkpoint=now)  # the last one: a checkpoint is still to be sent
+    now += metrics.START - 1
+    assert page.health()[0] == 200
+
+
+def test_short_rounds_have_the_least_limit_and_a_host_that_waits_for_others_is_healthy(beaten, page):
+    assert "limit 3600" in page.health()[1]
+    beaten[1].beat(ROUND, seen=200, phases={}, checkpoint=0)
+    assert page.health() == (200, f"0 s since a round ended or the ranks started, limit {metrics.LEAST:.0f}\n")
+    other = Metrics(free_port(), 0)
+    assert other.health()[0] == 200 and "naign_generation 0" in other.page()
+    other.shutdown()
+    other.server_close()
+
+
+def test_gpus_are_read_by_nvml(monkeypatch):
+    class NVMLError(Exception):
+        pass
+
+    def utilization(index: int) -> SimpleNamespace:
+        if index:
+            raise NVMLError  # in parts
+        return SimpleNamespace(gpu=75)
+
+    fake = ModuleType("pynvml")
+    memory = SimpleNamespace(used=3, total=8)
+    functions = {"nvmlInit": lambda: None, "nvmlDeviceGetCount": lambda: 2, "nvmlDeviceGetHandleByIndex": int}
+    functions |= {"nvmlDeviceGetMemoryInfo": lambda index: memory, "nvmlDeviceGetUtilizationRates": utilization}
+    vars(fake).update(functions, NVMLError=NVMLError)
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    series = {f'gpu_memory_{name}bytes{{gpu="{gpu}"}}': size for gpu in "01" for name, size in (("used_", 3), ("", 8))}
+    assert metrics.read_gpus() == series | {'gpu_utilization_ratio{gpu="0"}': 0.75}
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert metrics.read_gpus() == {}
+
+
+def test_a_port_in_use_ends_before_training(handlers, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert launch.main([f"--metrics={port}", f"--run.path={tmp_path}/run"]) == BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"error: port {port} cannot be opened on host 0 (Address already in use" in line
+    assert line.endswith("): choose another --metrics")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "given", "files"),
+    [
+        (2, (), {}, "run/nccl/rank_"),
+        (2, (), {"TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/x/mine_"}, "/x/mine_"),
+        (2, (), {"TORCH_FR_DUMP_TEMP_FILE": "/y/mine_"}, "/y/mine_"),
+        (2, ("--engine=cpu",), {}, None),
+        (2, ("--processes=1",), {}, None),
+        (0, (), {}, None),
+    ],
+)
+def test_ranks_on_gpus_leave_their_collectives_in_the_runs_folder(
+    gpus,
+    options,
+    given,
+    files,
+    handlers,
+    monkeypatch,
+    tmp_path,
+):
+    seen = dict[str, str]()
+    names = [f"TORCH_{name}" for name in ("FR_DUMP_TEMP_FILE", "FR_BUFFER_SIZE", "NCCL_DUMP_ON_TIMEOUT")]
+    monkeypatch.setattr(os, "environ", {name: text for name, text in os.environ.items() if name not in names} | given)
+    monkeypatch.setattr("pipeline.distributed.host.count_gpus", lambda: gpus)
+    monkeypatch.setattr(launch, "run_ranks", lambda *_: seen.update(os.environ) or 0)
+    monkeypatch.setattr(launch, "become_rank", lambda *_: seen.update(os.environ))
+    options = ("--processes=2", *options, f"--run.path={tmp_path}/run")
+    assert launch.main(options) == 0
+    if files is None:
+        assert not seen.keys() & set(names)
+    else:
+        assert [seen.get(name) for name in names] == [str(tmp_path / files), "2000", "1"]
+
+
+def test_what_a_hang_left_is_sent_to_the_bucket(bucket, s3, tmp_path, capsys):
+    (tmp_path / "nccl").mkdir()
+    (tmp_path / "nccl/rank_3").write_bytes(b"collectives")
+    launch._send_collectives(tmp_path, "")
+    launch._send_collectives(tmp_path, f"{bucket}/run")
+    from pipeline.storage.store import open_store
+
+    assert open_store(f"{bucket}/run/nccl").read("rank_3") == b"collectives" and capsys.readouterr().err == ""
+    launch._send_collectives(tmp_path, "s3://absent-bucket/run")
+    assert f"{tmp_path}/nccl is not copied to s3://absent-bucket/run: " in capsys.readouterr().err
+
+
+def expressions() -> list[str]:
+    return [target["expr"] for panel in json.loads(DASHBOARD.read_text())["panels"] for target in panel["targets"]]
+
+
+def documented() -> set[str]:
+    """The series of the table in docs/tracking.md."""
+    page = (ROOT / "docs/tracking.md").read_text()
+    rows = re.findall(r"^\| (`naign_.*?) \|", page, re.M)
+    return {name for row in rows for name in re.findall(r"`(naign_\w+)", row)}
+
+
+def test_the_dashboard_and_the_page_name_series_that_exist(beaten, monkeypatch):
+    page, heartbeat = beaten
+    heartbeat.beat(ROUND, seen=200, phases={"fit": 1.0}, checkpoint=0)
+    gpu = [f'gpu_{name}{{gpu="0"}}' for name in ("memory_used_bytes", "memory_bytes", "utilization_ratio")]
+    monkeypatch.setattr(metrics, "read_gpus", lambda: dict.fromkeys(gpu, 1.0))
+    exist = set(re.findall(r"^(naign_\w+)", page.page(), re.M))
+    assert documented() == exist
+    assert {name for expression in expressions() for name in re.findall(r"naign_\w+", expression)} <= exist
+
+
+@pytest.fixture
+def prometheus(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Start it for some ports of this machine. Returns its address."""
+    program, started = shutil.which("prometheus"), list[subprocess.Popen[bytes]]()
+    if program is None:
+        pytest.skip("no prometheus here (Debian: prometheus)")
+
+    def serve(*ports: int) -> str:
+        targets, address = json.dumps([f"localhost:{port}" for port in ports]), f"127.0.0.1:{free_port()}"
+        jobs = f"[{{job_name: naign, static_configs: [{{targets: {targets}}}]}}]"
+        config = tmp_path / "prometheus.yml"
+        config.write_text(f"global: {{scrape_interval: 1s}}\nscrape_configs: {jobs}\n")
+        options = (f"--config.file={config}", f"--storage.tsdb.path={tmp_path}/tsdb", f"--web.listen-address={address}")
+        with (tmp_path / "prometheus.log").open("wb") as log:
+            started.append(subprocess.Popen([program, *options], stdout=log, stderr=log))
+        return f"http://{address}"
+
+    yield serve
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def query(address: str, expression: str) -> list[dict[str, Any]]:
+    """What Prometheus answers: series, each with its labels and newest value."""
+    url = f"{address}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            found: list[dict[str, Any]] = json.load(answer)["data"]["result"]
+            return found
+    except urllib.error.HTTPError as error:
+        raise AssertionError(f"{expression}: {error.read().decode()}") from None
+    except OSError:
+        return []
+
+
+@pytest.mark.slow
+def test_prometheus_reads_two_hosts_one_of_which_is_replaced(start, prometheus, digits, tmp_path):
+    ports, options = (free_port(), free_port()), (f"--port={free_port()}", f"--meeting-port={free_port()}")
+    named = {"NAIGN_HOSTS": "2", "NAIGN_HEAD": "localhost", "NAIGN_START": "s"}
+    training = (f"--data.path={digits}", *SMALL, "--train.images=307200", "--run.path=run")
+
+    def begin(index: int) -> subprocess.Popen[str]:
+        more = {"JOB_COMPLETION_INDEX": str(index), **named}
+        return start(*options, f"--metrics={ports[index]}", *training, **more)  # type: ignore[no-any-return]
+
+    hosts = [begin(0), begin(1)]
+    address = prometheus(*ports)
+
+    def log() -> str:
+        text = (tmp_path / "prometheus.log").read_text()
+        return "".join([text, *(host.communicate()[1] for host in hosts if host.poll() is not None)])
+
+    for series in ("naign_rounds_total", "naign_images_total"):
+        until(lambda: len(query(address, f"{series} > 4")) == 2, log)  # noqa: B023
+        instances = [entry["metric"]["instance"] for entry in query(address, series)]
+        assert sorted(instances) == sorted(f"localhost:{port}" for port in ports)
+    rounds, images = (query(address, f"min({series})")[0] for series in ("naign_rounds_total", "naign_images_total"))
+    assert float(rounds["value"][1]) > 4 and float(images["value"][1]) >= 256 * 4
+    for expression in expressions():
+        if "gpu" not in expression:
+            expression = expression.replace("$run", ".*").replace("$__rate_interval", "1m")
+            until(lambda: query(address, expression), lambda: expression)  # noqa: B023
+    assert [get(port, "/healthz")[0] for port in ports] == [200, 200]
+    hosts[1].kill()
+    hosts[1].wait()
+    hosts[1] = begin(1)
+    for series, value in (("generation", "2"), ("restarts_total", "1")):
+        until(lambda: [entry["value"][1] for entry in query(address, f"naign_{series}")] == [value] * 2, log)  # noqa: B023
+    until(lambda: len(query(address, "naign_rounds_total > 0")) == 2, log)
+    for host in hosts:
+        host.send_signal(signal.SIGTERM)
+    said = [host.communicate(timeout=60)[1] for host in hosts]
+    assert [host.returncode for host in hosts] == [INTERRUPTED] * 2, said
+    assert not [text for text in said if "Traceback" in text]
+
+
+IMPATIENT = """
+from pipeline.cli.main import main
+from pipeline.cluster import metrics
+metrics.LEAST, metrics.FACTOR = 3.0, 2.0
+main()
+"""
+
+
+@pytest.mark.slow
+def test_healthz_goes_bad_when_rounds_stop_and_recovers(start, digits, tmp_path):
+    port = free_port()
+    training = ("--processes=1", f"--data.path={digits}", *SMALL, "--train.images=307200", "--run.path=run")
+    job = start(f"--metrics={port}", *training, program=("-c", IMPATIENT))
+
+    def log() -> str:
+        return f"{get(port, '/healthz')}, {job.poll()}"
+
+    until(lambda: "naign_rounds_total" in get(port, "/metrics")[1], log)
+    assert get(port, "/healthz")[0] == 200
+    (trainer,) = (child for child in psutil.Process(job.pid).children() if "train.py" in " ".join(child.cmdline()))
+    trainer.suspend()
+    until(lambda: get(port, "/healthz")[0] == 503, log)
+    assert "naign_rounds_total" in get(port, "/metrics")[1]  # still served
+    trainer.resume()
+    until(lambda: get(port, "/healthz")[0] == 200, log)
+    job.send_signal(signal.SIGTERM)
+    said = job.communicate(timeout=60)[1]
+    assert job.returncode == INTERRUPTED and "Traceback" not in said, said
