@@ -15,8 +15,10 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple, Self
 
+from torch._C import _distributed_c10d as c10
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, without an export
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
@@ -60,6 +62,7 @@ class Watchdog:
         self._timeout, self._every = timeout, min(every, timeout / 10)
         self._store: Store | None = None
         self._seen: dict[int, Seen] = {}  # of the other ranks
+        self._collectives = os.environ.get("TORCH_FR_DUMP_TEMP_FILE", "")  # where torch writes them, before the rank
         self._lost = ""  # why the last exchange with the store failed
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -77,6 +80,8 @@ class Watchdog:
     def __enter__(self) -> Self:
         self._since = time.monotonic()
         self._devnull = os.open(os.devnull, os.O_WRONLY)
+        with suppress(OSError):  # where there is no such file
+            os.makedirs(os.path.dirname(self._collectives), exist_ok=True)
         self._thread.start()
         return self
 
@@ -128,6 +133,9 @@ class Watchdog:
                 with suppress(Exception):
                     stream.flush()
             faulthandler.dump_traceback(file=2)
+            if self._collectives:  # last, since it may hang as the device does
+                dump = "_dump_nccl_trace" if hasattr(c10, "_dump_nccl_trace") else "_dump_fr_trace"
+                Path(f"{self._collectives}{self._rank}").write_bytes(getattr(c10, dump)())
         finally:
             os._exit(FAILED)
 

@@ -1,5 +1,6 @@
 """A rank that makes no progress ends itself and says for whom it waited; one that makes some is left alone."""
 
+import pickle
 import re
 import subprocess
 import sys
@@ -38,13 +39,13 @@ def program(text: str) -> subprocess.CompletedProcess[str]:
 
 
 @contextmanager
-def two_ranks(case: str, folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
+def two_ranks(case: str, folder: Path, **more: str) -> Iterator[list[subprocess.Popen[str]]]:
     """Both ranks of a case of tests/distributed/watchdog_cases.py, which are killed in the end."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, f"watchdog_cases.{case}", str(folder), "60", "[]"],
-            env=forked(**address, RANK=str(rank)),
+            env=forked(**address, RANK=str(rank), **more),
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -75,6 +76,15 @@ def test_a_rank_that_is_late_is_named_by_the_one_that_waits(tmp_path):
         mine, other = verdict(waiting)
     assert mine == "rank 0 has made no progress for 2 s in match of round 12, beat 0"
     assert re.fullmatch(r"  rank 1 in take of round 12, beat 0, last progress \d s ago, host \S+: BEHIND", other)
+
+
+@pytest.mark.slow
+def test_a_rank_that_waits_leaves_its_newest_collectives(tmp_path):
+    with two_ranks("late", tmp_path, TORCH_FR_DUMP_TEMP_FILE=f"{tmp_path}/nccl/rank_") as (waiting, _):
+        verdict(waiting)
+    entries = pickle.loads((tmp_path / "nccl/rank_0").read_bytes())["entries"]  # as torchfrtrace reads them
+    assert entries[-1]["profiling_name"] == "gloo:all_reduce" and not entries[-1]["retired"]
+    assert "watchdog_cases.py" in str(entries[-1]["frames"])
 
 
 @pytest.mark.slow
