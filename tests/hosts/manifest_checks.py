@@ -43,6 +43,11 @@ def _of(item: Object, objects: list[Object]) -> Iterator[str]:
         selector = item["spec"]["podSelector"]["matchLabels"]
         ports = [entry for rule in item["spec"]["ingress"] for entry in rule["ports"]]
         yield from _reaches(f"NetworkPolicy {item['metadata']['name']}", selector, ports, objects)
+    if item["kind"] == "PodMonitor":
+        selector = item["spec"]["selector"]["matchLabels"]
+        yield from _reaches(
+            f"PodMonitor {item['metadata']['name']}", selector, item["spec"]["podMetricsEndpoints"], objects
+        )
     if item["kind"] == "Job":
         yield from _of_job(item, objects)
     if item["kind"] == "ConfigMap" and "run.yaml" in item["data"]:

@@ -1,6 +1,7 @@
 """Every manifest and overlay is what Kubernetes takes, and means what it should."""
 
 import copy
+import json
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from pipeline.cluster import launch
 from pipeline.cluster.job import Job, name_after
 from pipeline.cluster.render import IMAGE, predict, render_k8s
 from pipeline.errors import InputError
@@ -46,7 +48,7 @@ def native(item: dict[str, Any]) -> list[dict[str, Any]]:
         jobs = item["spec"]["replicatedJobs"]
         head = {"apiVersion": "batch/v1", "kind": "Job"}
         return [head | {"metadata": {"name": job["name"]}, "spec": job["template"]["spec"]} for job in jobs]
-    return [] if item["kind"] == "TrainJob" else [item]
+    return [] if item["kind"] in ("TrainJob", "PodMonitor") else [item]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -77,13 +79,40 @@ def test_an_overlay_is_valid_and_means_what_it_should(name):
     )
 
 
+def with_component(component: str, resource: str, folder: Path, rendered: str = "") -> list[dict[str, Any]]:
+    """The objects of a resource beside a component, built in a copy of k8s/."""
+    shutil.copytree(ROOT / "k8s", folder / "k8s")
+    (folder / "k8s/try").mkdir()
+    (folder / "k8s/try/first.yaml").write_text(rendered)
+    text = f"resources: [{resource}]\ncomponents: [../components/{component}]\n"
+    (folder / "k8s/try/kustomization.yaml").write_text(text)
+    return build(folder / "k8s/try")
+
+
 def test_the_queue_component_suspends_the_job(tmp_path):
-    for folder in ("base", "components"):
-        shutil.copytree(ROOT / "k8s" / folder, tmp_path / folder)
-    (tmp_path / "try").mkdir()
-    (tmp_path / "try/kustomization.yaml").write_text("resources: [../base]\ncomponents: [../components/queue]\n")
-    (job,) = (item for item in build(tmp_path / "try") if item["kind"] == "Job")
+    (job,) = (item for item in with_component("queue", "../base", tmp_path) if item["kind"] == "Job")
     assert job["spec"]["suspend"] and job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
+
+
+@pytest.mark.parametrize("resource", ["../base", "../overlays/multi-node", "first.yaml"])
+def test_the_monitor_component_opens_the_port_and_probes_it(resource, tmp_path):
+    text = render_k8s(Job(data="s3://bucket/d", run="s3://bucket/r", nodes=2))
+    objects = with_component("monitor", resource, tmp_path, text)
+    for version in VERSIONS:
+        for item in objects:
+            for inside in native(item):
+                kubernetes_validate.validate(inside, version, strict=True)
+    assert problems(objects) == []  # the PodMonitor's selector and port, too
+    (job,) = (item for item in objects if item["kind"] == "Job")
+    (train,) = job["spec"]["template"]["spec"]["containers"]
+    options, settings = launch.build_parser().parse_known_args(train["command"][2:])
+    assert {"name": "metrics", "containerPort": options.metrics} in train["ports"]
+    assert settings == ["--config", "/etc/naign/run.yaml"]
+    probe = train["livenessProbe"]
+    assert probe["httpGet"] == {"path": "/healthz", "port": "metrics"}
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= 900  # a checkpoint on its way to a slow bucket
+    (dashboard,) = (item for item in objects if item["metadata"]["name"] == "naign-dashboard")
+    assert json.loads(dashboard["data"]["naign.json"])["panels"]
 
 
 def rendered(**changed: Any) -> dict[str, dict[str, Any]]:
@@ -238,6 +267,8 @@ def test_what_is_wrong_is_found():
     assert "no container has the port 1" in wrong(
         "NetworkPolicy", "naign-store", lambda item: item["spec"]["ingress"][0]["ports"][0].update(port=1)
     )
+    monitor = load((ROOT / "k8s/components/monitor/pod-monitor.yaml").read_text())
+    assert "no container has the port metrics" in "\n".join(problems([*read("job"), *monitor]))
     assert "are not the same" in wrong("Job", "naign", lambda item: item["spec"].update(completions=3))
     assert "not the name of the first pod" in pod(lambda spec: spec.update(subdomain="other"))
     assert "no headless Service" in pod(lambda spec: spec.update(subdomain="other"))
