@@ -5,6 +5,8 @@ VENV ?= .venv
 CONFIG ?=
 RUN ?= runs/$(or $(basename $(notdir $(CONFIG))),mnist)
 OPTIONS ?=
+# GPU=1, of `make install`: FAISS's GPU build that fits torch in the place of faiss-cpu (launch/faiss-gpu/pyproject.toml).
+GPU ?=
 # Of tests, on two cores: one more than these, since some tests wait.
 WORKERS ?= 3
 
@@ -27,6 +29,7 @@ TORCH_INDEX ?=
 
 help:
 	@echo "make train   install, fetch and pack MNIST, train on this machine, evaluate   [CONFIG=configs/x.yaml RUN=runs/x OPTIONS=--seed=1]"
+	@echo "make install GPU=1  install; on a GPU, with FAISS's GPU build in the place of faiss-cpu"
 	@echo "make test    install with the test tools; ruff, mypy --strict, pytest"
 	@echo "make test-lowest    the tests of ranks and engines with the lowest supported Accelerate and DeepSpeed"
 	@echo "make quick   the inner loop: lint and the tests that are not slow"
@@ -48,7 +51,13 @@ $(VENV)/.tested: pyproject.toml benchmarks/baselines/pyproject.toml launch/const
 	$(PIP_INSTALL) -e '.[test]' -e benchmarks/baselines
 	@touch $@ $(VENV)/.installed
 
-install: $(VENV)/.installed
+$(VENV)/.gpu: launch/faiss-gpu/pyproject.toml launch/faiss-gpu/which.py | $(VENV)/.installed
+	faiss=$$($(BIN)/python launch/faiss-gpu/which.py) && \
+	    $(BIN)/python -m pip uninstall --quiet --yes faiss-cpu faiss-gpu faiss-gpu-cuvs && \
+	    $(PIP_INSTALL) ./launch/faiss-gpu "$$faiss" -e '.[gpu]'
+	@touch $@
+
+install: $(VENV)/.installed $(if $(GPU),$(VENV)/.gpu)
 
 train: $(VENV)/.installed
 	$(BIN)/accelerate launch --quiet pipeline/train.py $(addprefix --config ,$(CONFIG)) --run.path $(RUN) $(OPTIONS)

@@ -305,11 +305,13 @@ def _open_with(latents: Latents, run: str, device: str) -> "NAIGN":
 
 
 def _find_device(name: Device) -> str:
-    import torch
+    from pipeline.distributed.host import count_gpus, why_unfit
 
-    available = torch.cuda.is_available()
+    available = count_gpus() > 0
     missing = "--device cuda: this machine has no CUDA device that torch can use; try --device cpu"
     require((available or name != "cuda", missing))
+    if available and name != "cpu":
+        require((not (problem := why_unfit()), problem))
     return ("cuda" if available else "cpu") if name == "auto" else name
 
 

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, without an export
 
-from pipeline.distributed.host import check_bf16, check_gpus, check_versions
+from pipeline.distributed.host import check_bf16, check_gpus, check_versions, why_unfit
 from pipeline.errors import InputError, PeerLost, require
 
 
@@ -37,6 +37,7 @@ def build_accelerator(timeout: float = 600, *, precision: str = "", accumulate: 
         check_gpus("the launcher's configuration says use_cpu: false (launch/cpu.yaml is for CPUs)", ranks)
     if not on_cpu:
         check_gpus(f"{ranks} ranks were started here", ranks)
+        require(*((not (problem := why_unfit(index)), problem) for index in range(ranks)))
         if precision == "bf16":
             check_bf16()
     if deepspeed:

@@ -1,17 +1,21 @@
 """What a rank takes of its host: CPU threads, memory, GPUs that torch can use, and libraries of supported versions."""
 
 import ctypes
+import importlib.util
 import logging
 import os
 import pkgutil
+import runpy
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import Distribution, version
+from pathlib import Path
 from typing import NoReturn
 
 import psutil
 import torch
 
+from pipeline import shipped
 from pipeline.errors import InputError, Unavailable, one_line
 
 log = logging.getLogger("naign.distributed")
@@ -105,11 +109,54 @@ def why_none() -> str:
         return f"{one_line(error, 400)} ({build} is for CUDA {torch.version.cuda}): {hint}"
 
 
+def why_unfit(index: int = 0) -> str:
+    """Why the installed torch has no code for a GPU, and what to do about it; "" if it has."""
+    major, minor = torch.cuda.get_device_capability(index)
+    built = [(code[:2], int(code.partition("_")[2].rstrip("af"))) for code in torch.cuda.get_arch_list()]
+    # Machine code (sm_86) runs on later GPUs of its major version, PTX (compute_86) on all later ones.
+    fits = (code <= 10 * major + minor and (kind != "sm" or code // 10 == major) for kind, code in built)
+    if not torch.version.cuda or not built or any(fits):
+        return ""
+    card = f"GPU {index}, {torch.cuda.get_device_name(index)}, has compute capability {major}.{minor}"
+    remedy = f"built for {' '.join(torch.cuda.get_arch_list())}: use another GPU or the CPU, or another build of torch"
+    return f"{card}, torch {torch.__version__} is {remedy}"
+
+
 def check_bf16() -> None:
     """Raise InputError where the GPU has no bfloat16 arithmetic of its own."""
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         emulated = f"train.precision is bf16, which {torch.cuda.get_device_name()} only emulates"
         raise InputError(f"{emulated}: use --train.precision=fp16, fp32 or auto")
+
+
+def faiss_builds() -> list[str]:
+    """The builds of FAISS that share the package folder `faiss`, by name and version. Does not import FAISS."""
+    spec = importlib.util.find_spec("faiss")
+    folders = [Path(place).parent for place in spec.submodule_search_locations or ()] if spec else []
+    packages = [Distribution.at(info) for folder in folders for info in folder.glob("faiss*-info")]
+    return sorted(
+        f"{one.name} {one.version}" for one in packages if any(f.parts[0] == "faiss" for f in one.files or ())
+    )
+
+
+def describe_faiss() -> str:
+    """The installed build of FAISS, and the GPU build that fits torch's CUDA."""
+    builds, which = faiss_builds(), runpy.run_path(str(shipped("launch/faiss-gpu/which.py")))
+    fitting = str(which["build"](torch.version.cuda)).replace("==", " ")
+    missing = f"; {fitting} fits CUDA {torch.version.cuda} (docs/gpus.md)" * bool(fitting and fitting not in builds)
+    return f"FAISS: {', '.join(builds) or 'none'}{missing}"
+
+
+def why_no_faiss() -> str:
+    """Why FAISS cannot be used, and the remedy: it is missing, or two builds wrote over each other's files in one
+    folder. Then it is an accident which code runs, and uninstalling one removes files of the other. "" if it can.
+    """
+    builds, spec = faiss_builds(), importlib.util.find_spec("faiss")
+    if len(builds) < 2 and spec and spec.origin:
+        return ""
+    problem = f"two builds of FAISS in one folder, {' and '.join(builds)}" if len(builds) > 1 else "FAISS is missing"
+    names = " ".join(sorted({"faiss-cpu", *(build.split()[0] for build in builds)}))
+    return f"{problem}: pip uninstall -y {names}, then pip install faiss-cpu, or the GPU build as docs/gpus.md has it"
 
 
 def check_versions(*libraries: str) -> None:

@@ -9,7 +9,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, distributions, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline import philox
 from pipeline.distributed.connect import repeat_bits
-from pipeline.distributed.host import check_versions, count_gpus, why_none
+from pipeline.distributed.host import check_versions, count_gpus, describe_faiss, why_no_faiss, why_none, why_unfit
 from pipeline.errors import InputError, Unavailable, bytes_in_words, require
 from pipeline.storage.retry import at_most
 from pipeline.storage.store import open_store
@@ -46,20 +46,8 @@ def libraries() -> Iterator[tuple[str, str]]:
             yield f"{name} cannot be used", str(error)
 
 
-def faiss_builds() -> list[str]:
-    """The installed distributions that bring the `faiss` package, with versions."""
-    names = ((item.metadata["Name"] or "").lower() + f" {item.version}" for item in distributions())
-    return sorted({name for name in names if name.startswith("faiss")})
-
-
 def faiss() -> Iterator[tuple[str, str]]:
-    """Two builds overwrite each other's files in one folder, so that which code runs is an accident."""
-    builds = faiss_builds()
-    remedy = "" if builds else "FAISS is missing: pip install faiss-cpu"
-    if len(builds) > 1:
-        names = " ".join(build.split()[0] for build in builds)
-        remedy = f"builds of FAISS share one folder: pip uninstall -y {names}, then install just one of them"
-    yield f"FAISS: {', '.join(builds) or 'none'}", remedy
+    yield describe_faiss(), why_no_faiss()
 
 
 def gpus() -> Iterator[tuple[str, str]]:
@@ -70,8 +58,8 @@ def gpus() -> Iterator[tuple[str, str]]:
     yield text, remedy if count > 1 and not nccl else ""
     for index in range(count):
         device = torch.cuda.get_device_properties(index)
-        yield f"GPU {index}: {device.name}, {device.total_memory / 2**30:.0f} GiB", ""
-        for text, remedy in self_test(torch.device("cuda", index)):
+        yield f"GPU {index}: {device.name}, {device.total_memory / 2**30:.0f} GiB", (problem := why_unfit(index))
+        for text, remedy in () if problem else self_test(torch.device("cuda", index)):
             yield f"GPU {index}: {text}", remedy
     if not count:
         yield f"no CUDA device ({why_none()}): training runs on the processor, ranks communicate by gloo", ""
@@ -127,8 +115,7 @@ def preflight(run: str, remote: str, checkpoint_bytes: int) -> list[str]:
     Leaves nothing behind but the folder of a local `remote`. Raises InputError for what makes the run impossible, and
     Unavailable if the bucket stays out of reach.
     """
-    ((text, remedy),) = faiss()
-    require((len(faiss_builds()) < 2, f"{text}: {remedy}"))
+    require((not (problem := why_no_faiss()), problem))
     folder = Path(run).absolute()
     place = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     try:

@@ -24,6 +24,7 @@ from pipeline.data.format.indexing import index
 from pipeline.data.format.writer import pack
 from pipeline.data.sources.catalog import load
 from pipeline.data.sources.source import Made
+from pipeline.distributed import host
 from pipeline.model.networks import ConvConfig, PointConfig
 from pipeline.observe import doctor
 from tests.data.numbered import add
@@ -112,7 +113,7 @@ def test_doctor_prints_findings(command: Command, monkeypatch: pytest.MonkeyPatc
     assert code == 0 and found.keys() == {"ready", "findings"} and found["ready"] is True
     assert [one["check"] for one in found["findings"]] == ["faiss", "disk"]
     assert all(one.keys() == {"check", "text", "remedy"} for one in found["findings"])
-    monkeypatch.setattr(doctor, "faiss_builds", lambda: ["faiss-cpu 1.15.1", "faiss-gpu-cu12 1.12.0"])
+    monkeypatch.setattr(host, "faiss_builds", lambda: ["faiss-cpu 1.15.1", "faiss-gpu-cu12 1.12.0"])
     code, out, err = command("doctor", "--json")
     assert code == 2 and json.loads(out)["ready"] is False and "this machine is not ready" in err
 

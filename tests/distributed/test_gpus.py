@@ -5,7 +5,7 @@ import torch
 
 from pipeline.cluster import launch
 from pipeline.distributed.connect import build_accelerator
-from pipeline.distributed.host import check_bf16, check_gpus
+from pipeline.distributed.host import check_bf16, check_gpus, why_unfit
 from pipeline.errors import BAD_INPUT, FAILED, InputError, Unavailable
 
 NO_DRIVER = "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver"
@@ -30,7 +30,9 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count or 8)
         monkeypatch.setattr(torch.cuda, "init", init)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16 or including_emulation)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=0: "Tesla T4")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (7, 5))
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a", "compute_100"])
 
     return answer
 
@@ -98,3 +100,29 @@ def test_bf16_on_a_card_without_is_refused(machine):
         build_accelerator(precision="bf16")
     machine(count=1)
     check_bf16()
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "fits"),
+    [
+        ((7, 5), "sm_75 sm_80", True),
+        ((8, 9), "sm_75 sm_86", True),  # machine code of an earlier card of its kind
+        ((9, 0), "sm_80 sm_90a", True),
+        ((12, 0), "sm_90 compute_90", True),  # compiled by the driver
+        ((12, 0), "sm_75 sm_90", False),
+        ((6, 1), "sm_75 sm_80 compute_120", False),
+        ((8, 0), "sm_86", False),
+        ((9, 0), "", True),  # another accelerator's build
+    ],
+)
+def test_a_card_that_torch_has_no_code_for(capability, built, fits, machine, monkeypatch):
+    machine(count=1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", built.split)
+    assert bool(why_unfit(0)) is not fits
+    if not fits:
+        major, minor = capability
+        with pytest.raises(
+            InputError, match=f"^GPU 0, Tesla T4, has compute capability {major}.{minor}, .*: use another"
+        ):
+            build_accelerator()

@@ -1,14 +1,24 @@
 """The doctor finds what would go wrong later; what it tries on a GPU is tried on the CPU."""
 
+import importlib
+import runpy
+import sys
+import tomllib
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 
 from pipeline import philox
 from pipeline.errors import InputError
+from pipeline.match.distances import load_faiss
 from pipeline.observe import doctor
 from pipeline.observe.doctor import examine, faiss, preflight, self_test
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+FAISS_VERSION = runpy.run_path(str(ROOT / "launch/faiss-gpu/which.py"))["VERSION"]
 
 
 def test_this_machine_is_described_and_ready():
@@ -18,21 +28,75 @@ def test_this_machine_is_described_and_ready():
     assert "torch" in text and "FAISS: faiss-cpu" in text and "NCCL: " in text and "disk here" in text
 
 
+@pytest.fixture
+def site(monkeypatch, tmp_path):
+    """Installs distributions of FAISS, by name and version, into a folder that precedes all others on the path."""
+    monkeypatch.delitem(sys.modules, "faiss", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def install(*builds: str) -> Path:
+        for build in builds:
+            name, version = build.split()
+            info = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+            info.mkdir()
+            (info / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+            (info / "RECORD").write_text(f"{info.name}/METADATA,,\n" + "faiss/__init__.py,,\n" * ("+" not in version))
+            (tmp_path / "faiss").mkdir(exist_ok=True)
+            (tmp_path / "faiss/__init__.py").write_text("raise RuntimeError('libcublas.so.12 is missing')")
+        importlib.invalidate_caches()
+        return tmp_path
+
+    return install
+
+
 @pytest.mark.parametrize(
     ("builds", "wanted"),
     [
         (["faiss-cpu 1.15.1"], ""),
-        (["faiss-cpu 1.15.1", "faiss-gpu-cu12 1.12.0"], "pip uninstall -y faiss-cpu faiss-gpu-cu12"),
-        ([], "pip install faiss-cpu"),
+        (["faiss-cpu 1.15.1+gpu", "faiss-gpu 1.15.1"], ""),  # launch/faiss-gpu holds the name
+        (["faiss-cpu 1.15.1", "faiss-haystack 3.0.0+0"], ""),  # uses FAISS, and brings none
+        (
+            ["faiss-cpu 1.15.1", "faiss-gpu 1.15.1"],
+            "pip uninstall -y faiss-cpu faiss-gpu, then pip install faiss-cpu, or",
+        ),
     ],
 )
-def test_one_build_of_faiss_is_wanted(monkeypatch, builds, wanted, tmp_path):
-    monkeypatch.setattr(doctor, "faiss_builds", lambda: builds)
-    ((_, remedy),) = faiss()
+def test_one_build_of_faiss_is_wanted(builds, wanted, site, tmp_path):
+    site(*builds)
+    ((text, remedy),) = faiss()
+    assert text == f"FAISS: {', '.join(build for build in builds if '+' not in build)}"
     assert bool(remedy) == bool(wanted) and wanted in remedy
-    if len(builds) > 1:  # a run cannot tell which code it would search with
-        with pytest.raises(InputError, match=wanted):
-            preflight(str(tmp_path / "run"), "", 0)
+    if wanted:
+        for refuse in (partial(preflight, str(tmp_path / "run"), "", 0), load_faiss.__wrapped__):
+            with pytest.raises(InputError, match=wanted):
+                refuse()
+
+
+def test_a_build_of_faiss_that_lost_files(site, monkeypatch):
+    folder = site("faiss-cpu 1.15.1+gpu", "faiss-gpu 1.15.1")
+    with pytest.raises(InputError, match=r"FAISS cannot be loaded: libcublas.so.12 is missing: `naign doctor`"):
+        load_faiss.__wrapped__()
+    (folder / "faiss/__init__.py").unlink()  # as if the other of two builds had been uninstalled
+    monkeypatch.setattr(sys, "path", [str(folder)])
+    with pytest.raises(InputError, match="FAISS is missing: pip uninstall -y faiss-cpu faiss-gpu, then"):
+        load_faiss.__wrapped__()
+
+
+@pytest.mark.parametrize(
+    ("cuda", "fitting"),
+    [(None, ""), ("11.8", ""), ("12.6", "faiss-gpu"), ("13.0", "faiss-gpu"), ("13.2", "faiss-gpu-cuvs"), ("14.0", "")],
+)
+def test_the_build_that_fits_cuda_is_named(cuda, fitting, monkeypatch, site):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    site("faiss-cpu 1.15.1")
+    hint = f"; {fitting} {FAISS_VERSION} fits CUDA {cuda} (docs/gpus.md)" if fitting else ""
+    assert [*faiss()] == [(f"FAISS: faiss-cpu 1.15.1{hint}", "")]
+
+
+def test_the_name_that_is_held_has_the_pinned_version():
+    held = tomllib.loads((ROOT / "launch/faiss-gpu/pyproject.toml").read_text())["project"]
+    assert (held["name"], held["version"]) == ("faiss-cpu", f"{FAISS_VERSION}+gpu")
+    assert f"\nfaiss-cpu=={FAISS_VERSION} " in (ROOT / "launch/constraints.txt").read_text()
 
 
 def test_a_sound_device_has_nothing_to_be_done_about_it():
