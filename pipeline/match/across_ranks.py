@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.match.bound import Frame, Quantized, encode
-from pipeline.match.distances import NO_ID, sort_lexically
+from pipeline.match.distances import NO_ID, faiss_on, sort_lexically
 from pipeline.match.exchange import Ranks, ranks_of
 from pipeline.match.method import METHODS, plan_search
 from pipeline.match.one_rank import SEEDS, Searcher
@@ -64,7 +64,7 @@ def nearest(
     first_id: int,  # candidate i of this rank has id first_id + i
     *,
     group: dist.ProcessGroup | None = None,  # None: the default group, or this process alone where there is none
-    method: str = "auto",  # auto, flat, projected or rounded; the answer is the same
+    method: str = "auto",  # auto, flat, indexed, projected or rounded; the answer is the same
 ) -> tuple[Tensor, Tensor]:
     """Collective: squared L2 distance (q,) float32 and id (q,) int64 of the nearest candidate over all ranks.
 
@@ -115,7 +115,8 @@ def search(
         if searcher is None:
             method, frame = agree_on_plan(asked, block, method, pool, query_ranks)
             encoded = None if method == "flat" else encode_parts(asked, frame, counts, query_ranks)
-            searcher = Searcher(asked, frame, encoded, neighbours=neighbours)
+            indexed = method == "indexed" and bool(faiss_on(queries.device))
+            searcher = Searcher(asked, frame, encoded, neighbours=neighbours, indexed=indexed)
             searcher.limit.clamp_(max=within)
         if skip is not None and len(skip):
             left = ~torch.isin(ids, skip.to(ids.device))

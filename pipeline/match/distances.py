@@ -3,16 +3,39 @@
 Fast: float32, by FAISS on the CPU and torch on CUDA; no other file imports FAISS. Exact: float64, which decides.
 """
 
-import faiss
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from pipeline.distributed.host import why_no_faiss
+from pipeline.errors import InputError, one_line, require
+
+log = logging.getLogger("naign.match")
 
 NO_ID = torch.iinfo(torch.int64).max  # of a missing candidate; sorts behind all others
 _ROWS = 4096
 _SINGLE_SET = 1 << 23  # float32 values treated at once on CUDA
 _DOUBLE_SET = {"cpu": 1 << 17, "cuda": 1 << 24}
 """float64 values treated at once: on a CPU to stay in the second-level cache, on a GPU in few launches."""
+_INDEX_MEMORY = 1 << 29  # bytes of a GPU that FAISS keeps; by default it keeps 1.5 GiB
+_MOST_PRODUCTS = 2048  # of a row, which FAISS lists on a GPU (GPU_MAX_SELECTION_K): for more it would abort
+
+
+@cache
+def load_faiss() -> Any:
+    """FAISS, imported at the first search. Raises InputError where it is missing or broken, or two builds are mixed."""
+    require((not (problem := why_no_faiss()), problem))
+    try:
+        import faiss
+
+        return faiss
+    except (ImportError, RuntimeError) as error:
+        raise InputError(f"FAISS cannot be loaded: {one_line(error)}: `naign doctor` says which build fits") from None
 
 
 def flat(queries: Tensor, candidates: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -20,9 +43,60 @@ def flat(queries: Tensor, candidates: Tensor, count: int) -> tuple[Tensor, Tenso
     if queries.is_cuda:
         parts = [pairwise(part, candidates).topk(count, dim=1, largest=False) for part in queries.split(_ROWS)]
         return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+    faiss = load_faiss()
     faiss.omp_set_num_threads(torch.get_num_threads())
     distances, rows = faiss.knn(queries.numpy(), candidates.numpy(), count)
     return torch.from_numpy(distances), torch.from_numpy(rows)
+
+
+def topk(a: Tensor, b: Tensor, count: int, resources: Any = None) -> tuple[Tensor, Tensor]:
+    """The `count` largest values of each row of A B', or fewer if B is small, and their columns: (q, k) float32,
+    descending, and int64. A (q, w) and B (n, w) are both bfloat16 or both float32; FAISS's brute force sums in float32.
+    """
+    faiss, count = load_faiss(), min(count, len(b), _MOST_PRODUCTS)
+    if a.is_cuda:  # FAISS searches on the current GPU, on torch's stream of it
+        # Not by METRIC_L2, which rounds squares to the type of the rows (l2NormRowMajor in gpu/impl/L2Norm.cu), nor by
+        # cuVS, which takes float32 alone. No product uses TF32 (rawGemm in gpu/utils/MatrixMult-inl.cuh).
+        with torch.cuda.device(a.device):
+            resources, metric = resources or faiss_on(a.device), faiss.METRIC_INNER_PRODUCT
+            found: tuple[Tensor, Tensor] = faiss.knn_gpu(resources, a, b, count, metric=metric)
+            return found
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    values, columns = faiss.knn(a.float().numpy(), b.float().numpy(), count, metric=faiss.METRIC_INNER_PRODUCT)
+    return torch.from_numpy(values), torch.from_numpy(columns)
+
+
+@cache
+def faiss_on(device: torch.device) -> Any:
+    """FAISS's memory and handles of a GPU, made once, or True for the CPU. None where `topk` does not work: FAISS is no
+    GPU build, or, as the log tells, it fails or finds other products than on the CPU.
+    """
+    faiss = load_faiss()
+    if device.type != "cuda" or not hasattr(faiss, "StandardGpuResources"):
+        return True if device.type == "cpu" else None
+    problem = "it finds other products than on the CPU"
+    try:
+        if torch.cuda.get_device_capability(device) < (7, 0):  # for which its builds have no code: it would abort
+            raise RuntimeError("it needs compute capability 7.0")
+        from faiss.contrib import torch_utils  # noqa: F401  (lets FAISS take tensors)
+
+        resources = faiss.StandardGpuResources()
+        resources.setTempMemory(_INDEX_MEMORY)
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        if finds_products(lambda a, b: topk(a.to(device, dtype), b.to(device, dtype), 9, resources)):
+            return resources
+    except Exception as error:  # whatever a build of another version lacks
+        problem = one_line(error)
+    log.warning(f"FAISS is not used on {device}, torch searches there: {problem}")
+    return None
+
+
+def finds_products(search: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> bool:
+    """Whether `search` finds the 9 largest products of each row as `topk` does on the CPU. Their sums are exact."""
+    rows = torch.randint(-8, 9, (3064, 72), generator=torch.Generator().manual_seed(0)).float()
+    values, columns = (part.cpu() for part in search(rows[:64], rows[64:]))
+    expected = topk(rows[:64], rows[64:], 9)[0]
+    return torch.equal(values, expected) and torch.equal((rows[:64] @ rows[64:].T).gather(1, columns), expected)
 
 
 def pairwise(queries: Tensor, candidates: Tensor) -> Tensor:
@@ -43,9 +117,10 @@ def pair_distances(queries: Tensor, candidates: Tensor, query_rows: Tensor, cand
             part = slice(start, start + step)
             out[part] = (queries[query_rows[part]] - candidates[candidate_rows[part]]).square().sum(1)
         return out
+    faiss = load_faiss()
     faiss.omp_set_num_threads(torch.get_num_threads())
     query_rows, candidate_rows = query_rows.contiguous(), candidate_rows.contiguous()
-    faiss.pairwise_indexed_L2sqr(  # type: ignore[attr-defined]
+    faiss.pairwise_indexed_L2sqr(
         queries.shape[1],
         len(out),
         *(faiss.swig_ptr(rows.numpy()) for rows in (queries, query_rows, candidates, candidate_rows, out)),

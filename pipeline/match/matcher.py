@@ -38,7 +38,7 @@ class MatchConfig:
     block: int = field(default=512, metadata=POSITIVE)
     """Samples generated at once. The pool is cut into the same blocks on every world size, so samples are the same."""
     method: str = field(default="auto", metadata=FREE | one_of(METHODS))
-    """How to search: flat, projected, rounded, or auto, which tries them. The match is the same."""
+    """How to search: flat, indexed, projected, rounded, or auto, which tries them. The match is the same."""
 
     def __post_init__(self) -> None:
         check_fields(self, "match")

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pipeline.match import bound
 from pipeline.match.bound import Frame
-from pipeline.match.distances import pairwise
+from pipeline.match.distances import faiss_on, pairwise, topk
+from pipeline.match.one_rank import FETCH
 
-METHODS = ("auto", "flat", "projected", "rounded")
+METHODS = ("auto", "flat", "indexed", "projected", "rounded")
 WIDTHS = (55, 119, 183, 247)  # projected coordinates to choose from: with the bound's nine, multiples of 64
 _USUAL = 119  # coordinates of `projected` where nothing is probed
 _SAMPLE, _SAMPLE_VALUES = (256, 512), 4 << 20  # rows of either side, and float32 values, that the basis is found from
@@ -29,8 +30,8 @@ _SETTLED = 0.3  # survivors of a whole search for each survivor of the probe, wh
 
 @bound.full_precision()
 def plan_search(queries: Tensor, candidates: Tensor, *, method: str, expected: int) -> tuple[str, Frame]:
-    """The method, flat, projected or rounded, and the coordinates it begins with, at a cost that is small beside it:
-    for all `queries` (q, d) and `expected` candidates, of which `candidates` (n >= 1, d) are some; both float32.
+    """The method, one of METHODS but auto, and the coordinates it begins with, at a cost that is small beside it: for
+    all `queries` (q, d) and `expected` candidates, of which `candidates` (n >= 1, d) are some; both float32.
     """
     count, dims = queries.shape
     work = count * expected * dims
@@ -42,17 +43,19 @@ def plan_search(queries: Tensor, candidates: Tensor, *, method: str, expected: i
     else:
         centre = torch.zeros_like(centre)
     single, half = measure_rates(queries.device, torch.get_num_threads())
-    method = without_probe(method, work=work, dims=dims, gpu=queries.device.type == "cuda", halves=half < single)
-    halves = half < single and method != "flat"  # bfloat16 where the hardware multiplies it
+    chosen = without_probe(method, work=work, dims=dims, gpu=queries.device.type == "cuda", halves=half < single)
+    halves = half < single and chosen != "flat"  # bfloat16 where the hardware multiplies it
     dtype = torch.bfloat16 if halves else torch.float32
     frame = Frame(centre=centre, basis=None, magnitude=float(centred.abs().max()), dtype=dtype)
-    if method in ("flat", "rounded"):
-        return method, frame
-    basis = bound.find_basis(centred, WIDTHS[-1] if method == "auto" and work >= _MEDIUM else _USUAL)
-    frame = replace(frame, basis=basis, departure=bound.departure(basis))
-    if method == "projected":
-        return method, frame
-    return cheapest(frame, centred[: len(queries)], centred[len(queries) :], count=count, expected=expected)
+    if chosen in ("auto", "projected"):
+        basis = bound.find_basis(centred, WIDTHS[-1] if chosen == "auto" and work >= _MEDIUM else _USUAL)
+        frame = replace(frame, basis=basis, departure=bound.departure(basis))
+    if chosen == "auto":
+        samples = centred[: len(queries)], centred[len(queries) :]
+        chosen, frame = cheapest(frame, *samples, count=count, expected=expected)
+    if method == "auto" and chosen == "rounded" and index_is_faster(queries.device, frame.width, frame.dtype):
+        chosen = "indexed"
+    return chosen, frame
 
 
 def without_probe(method: str, *, work: float, dims: int, gpu: bool, halves: bool) -> str:
@@ -93,6 +96,17 @@ def cheapest(frame: Frame, queries: Tensor, candidates: Tensor, *, count: int, e
         )
         choices.append((cost, "projected" if width else "rounded", narrow))
     return min(choices, key=lambda choice: choice[0])[1:]
+
+
+@lru_cache
+def index_is_faster(device: torch.device, width: int, dtype: torch.dtype) -> bool:
+    """Whether FAISS lists the largest products on a GPU faster than torch those that are not negative. Milliseconds."""
+    if device.type != "cuda" or not faiss_on(device):
+        return False
+    a = torch.ones(4096, width, dtype=dtype, device=device)
+    b = -a  # usual: few products are not negative
+    by_faiss = timeit.repeat(lambda: float(topk(a, b, 1 + FETCH)[0][0, 0]), number=1, repeat=4)
+    return min(by_faiss) < min(timeit.repeat(lambda: len(bound.survivors(a, b)[0]), number=1, repeat=4))
 
 
 @lru_cache

@@ -6,8 +6,9 @@ Each query of a block passes through sieves of rising cost until one settles it:
     rounded     the same bound on all coordinates, for data that no projection separates
     wide        float64 by matrix product, for near-duplicates, which float32 cannot separate
 
-A search begins with the sieve that its method names. The method `flat` uses, instead of the first two, a FAISS index
-that returns a few more than k candidates, and a bound on all others.
+A search begins with the sieve that its method names. The method `indexed` is `rounded`, but a FAISS index first lists
+the few candidates that the bound excludes least. The method `flat` uses, instead of the first two, a FAISS index that
+returns a few more than k candidates, and a bound on all others.
 
 Survivors are measured in float32 by differences. Those that may still win are measured in float64, and the first by
 (distance, id) are kept. No sieve drops a candidate that could be among them, so methods differ only in speed.
@@ -22,10 +23,10 @@ from torch import Tensor
 
 from pipeline.match import bound
 from pipeline.match.bound import Frame, Quantized
-from pipeline.match.distances import NO_ID, exact_distances, first_copies, flat, pair_distances, sort_lexically
+from pipeline.match.distances import NO_ID, exact_distances, first_copies, flat, pair_distances, sort_lexically, topk
 
 SEEDS = 2048  # candidates that the first limits come from
-_FETCH = 8  # candidates that `flat` asks for beyond the k wanted
+FETCH = 8  # candidates that `flat` and `indexed` ask for beyond the k wanted
 _WIDE_ROWS = 512  # queries in a float64 product
 _LEAST_ROWS = 512
 _WORKING_SET = {"cpu": 6 << 20, "cuda": 128 << 20}
@@ -46,9 +47,11 @@ class Searcher:
     Both ascend by (distance, id), and are infinite and NO_ID where there are fewer than k yet.
     """
 
-    def __init__(self, queries: Tensor, frame: Frame, encoded: Quantized | None, *, neighbours: int) -> None:
+    def __init__(
+        self, queries: Tensor, frame: Frame, encoded: Quantized | None, *, neighbours: int, indexed: bool = False
+    ) -> None:
         """Queries (q, d) float32, finite, and `encoded` in a frame; None: the method is `flat`. With a basis the first
-        sieve is `projected`, else `rounded`.
+        sieve is `projected`, else `rounded`. With `indexed` FAISS goes through the first sieve before torch does.
         """
         self.queries, self.neighbours = queries.contiguous(), neighbours
         shape, device = (len(queries), neighbours), queries.device
@@ -58,7 +61,8 @@ class Searcher:
         """(q,) squared L2 beyond which no candidate is among the k nearest. Callers may lower it."""
         self.measured = 0  # pairs that no bound excluded
         self._frame = frame
-        self._sieves = [_build_sieve(frame, encoded)] if encoded else []
+        self._sieves = [_build_sieve(frame, encoded)] * (1 + indexed) if encoded else []
+        self._indexed = indexed
         # Errors of a float32 sum of d squared differences: relative, and absolute where squares underflow.
         dims = queries.shape[1]
         self._relative, self._absolute = bound.gamma(dims + 4), dims * 2.0**-126
@@ -95,7 +99,7 @@ class Searcher:
         if self.limit.isinf().any():
             self.seed(candidates)
         rows = torch.arange(len(self.queries), device=ids.device)
-        for number in range(1 if self._frame.basis is None else 2):
+        for number in range(2 if self._indexed or self._frame.basis is not None else 1):
             if number == len(self._sieves):  # `rounded` after `projected`, made when it is first needed
                 whole = replace(self._frame, basis=None)
                 self._sieves.append(_build_sieve(whole, bound.encode(self.queries, whole)))
@@ -103,12 +107,21 @@ class Searcher:
             if (b := _screen(sieve, candidates)) is not None:
                 a = sieve.a if len(rows) == len(sieve.a) else sieve.a[rows]
                 a[:, -3:] = bound.limit_columns(sieve.square[rows], sieve.frame, self._reach(self.limit[rows]))
-                surviving, columns, given_up = bound.survivors(a, b)
+                list_survivors = self._indexed_survivors if self._indexed and number == 0 else bound.survivors
+                surviving, columns, given_up = list_survivors(a, b)
                 self._measure(candidates, ids, rows[surviving], columns)
                 rows = rows[given_up]
             if not len(rows):
                 break
         return rows
+
+    def _indexed_survivors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `bound.survivors`, from the k + FETCH largest products of each row of A. A row is given up, with these
+        listed, if none of them is negative: there may be more.
+        """
+        products, columns = topk(a, b, self.neighbours + FETCH)
+        rows, places = (products >= 0).nonzero(as_tuple=True)
+        return rows, columns[rows, places], (products[:, -1] >= 0) & (products.shape[1] < len(b))
 
     def _measure(self, candidates: Tensor, ids: Tensor, rows: Tensor, columns: Tensor) -> None:
         """Measure the pairs (rows, columns) in float32, and in float64 those that may still win."""
@@ -143,7 +156,7 @@ class Searcher:
         return is no nearer than the last one returned, up to rounding: a sum of d + 2 float32 terms errs by at most
         gamma_(d + 4) times the sum of their magnitudes, at most twice the squared norms (Higham, section 3.1).
         """
-        fetch = min(self.neighbours + _FETCH, len(candidates))
+        fetch = min(self.neighbours + FETCH, len(candidates))
         near, far = self.queries - self._frame.centre, candidates - self._frame.centre
         approximate, columns = flat(near, far, fetch)
         norms = near.double().square().sum(1) + far.double().square().sum(1).max()
