@@ -154,7 +154,7 @@ def why_no_faiss() -> str:
     builds, spec = faiss_builds(), importlib.util.find_spec("faiss")
     if len(builds) < 2 and spec and spec.origin:
         return ""
-    problem = f"two builds of FAISS in one folder, {' and '.join(builds)}" if len(builds) > 1 else "FAISS is missing"
+    problem = f"FAISS is a mixture of {' and '.join(builds)}" if len(builds) > 1 else "FAISS is missing"
     names = " ".join(sorted({"faiss-cpu", *(build.split()[0] for build in builds)}))
     return f"{problem}: pip uninstall -y {names}, then pip install faiss-cpu, or the GPU build as docs/gpus.md has it"
 
