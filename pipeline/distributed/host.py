@@ -112,13 +112,13 @@ def why_none() -> str:
 def why_unfit(index: int = 0) -> str:
     """Why the installed torch has no code for a GPU, and what to do about it; "" if it has."""
     major, minor = torch.cuda.get_device_capability(index)
-    built = [(code[:2], int(code.partition("_")[2].rstrip("af"))) for code in torch.cuda.get_arch_list()]
     # Machine code (sm_86) runs on later GPUs of its major version, PTX (compute_86) on all later ones.
+    built = [(code[:2], int(code.partition("_")[2].rstrip("af"))) for code in torch.cuda.get_arch_list()]
     fits = (code <= 10 * major + minor and (kind != "sm" or code // 10 == major) for kind, code in built)
     if not torch.version.cuda or not built or any(fits):
         return ""
-    card = f"GPU {index}, {torch.cuda.get_device_name(index)}, has compute capability {major}.{minor}"
     remedy = f"built for {' '.join(torch.cuda.get_arch_list())}: use another GPU or the CPU, or another build of torch"
+    card = f"GPU {index}, {torch.cuda.get_device_name(index)}, has compute capability {major}.{minor}"
     return f"{card}, torch {torch.__version__} is {remedy}"
 
 

@@ -115,8 +115,8 @@ def search(
         if searcher is None:
             method, frame = agree_on_plan(asked, block, method, pool, query_ranks)
             encoded = None if method == "flat" else encode_parts(asked, frame, counts, query_ranks)
-            indexed = method == "indexed" and bool(faiss_on(queries.device))
-            searcher = Searcher(asked, frame, encoded, neighbours=neighbours, indexed=indexed)
+            index = method == "indexed" and bool(faiss_on(queries.device))
+            searcher = Searcher(asked, frame, encoded, neighbours=neighbours, index=index)
             searcher.limit.clamp_(max=within)
         if skip is not None and len(skip):
             left = ~torch.isin(ids, skip.to(ids.device))

@@ -58,9 +58,8 @@ def topk(a: Tensor, b: Tensor, count: int, resources: Any = None) -> tuple[Tenso
         # Not by METRIC_L2, which rounds squares to the type of the rows (l2NormRowMajor in gpu/impl/L2Norm.cu), nor by
         # cuVS, which takes float32 alone. No product uses TF32 (rawGemm in gpu/utils/MatrixMult-inl.cuh).
         with torch.cuda.device(a.device):
-            resources, metric = resources or faiss_on(a.device), faiss.METRIC_INNER_PRODUCT
-            found: tuple[Tensor, Tensor] = faiss.knn_gpu(resources, a, b, count, metric=metric)
-            return found
+            found = faiss.knn_gpu(resources or faiss_on(a.device), a, b, count, metric=faiss.METRIC_INNER_PRODUCT)
+            return found[0], found[1]
     faiss.omp_set_num_threads(torch.get_num_threads())
     values, columns = faiss.knn(a.float().numpy(), b.float().numpy(), count, metric=faiss.METRIC_INNER_PRODUCT)
     return torch.from_numpy(values), torch.from_numpy(columns)
@@ -74,7 +73,6 @@ def faiss_on(device: torch.device) -> Any:
     faiss = load_faiss()
     if device.type != "cuda" or not hasattr(faiss, "StandardGpuResources"):
         return True if device.type == "cpu" else None
-    problem = "it finds other products than on the CPU"
     try:
         if torch.cuda.get_device_capability(device) < (7, 0):  # for which its builds have no code: it would abort
             raise RuntimeError("it needs compute capability 7.0")
@@ -83,12 +81,12 @@ def faiss_on(device: torch.device) -> Any:
         resources = faiss.StandardGpuResources()
         resources.setTempMemory(_INDEX_MEMORY)
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-        if finds_products(lambda a, b: topk(a.to(device, dtype), b.to(device, dtype), 9, resources)):
-            return resources
+        if not finds_products(lambda a, b: topk(a.to(device, dtype), b.to(device, dtype), 9, resources)):
+            raise RuntimeError("it finds other products than on the CPU")
+        return resources
     except Exception as error:  # whatever a build of another version lacks
-        problem = one_line(error)
-    log.warning(f"FAISS is not used on {device}, torch searches there: {problem}")
-    return None
+        log.warning(f"FAISS is not used on {device}, torch searches there: {one_line(error)}")
+        return None
 
 
 def finds_products(search: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> bool:

@@ -48,10 +48,10 @@ class Searcher:
     """
 
     def __init__(
-        self, queries: Tensor, frame: Frame, encoded: Quantized | None, *, neighbours: int, indexed: bool = False
+        self, queries: Tensor, frame: Frame, encoded: Quantized | None, *, neighbours: int, index: bool
     ) -> None:
         """Queries (q, d) float32, finite, and `encoded` in a frame; None: the method is `flat`. With a basis the first
-        sieve is `projected`, else `rounded`. With `indexed` FAISS goes through the first sieve before torch does.
+        sieve is `projected`, else `rounded`. With `index` FAISS goes through the first sieve before torch does.
         """
         self.queries, self.neighbours = queries.contiguous(), neighbours
         shape, device = (len(queries), neighbours), queries.device
@@ -61,8 +61,8 @@ class Searcher:
         """(q,) squared L2 beyond which no candidate is among the k nearest. Callers may lower it."""
         self.measured = 0  # pairs that no bound excluded
         self._frame = frame
-        self._sieves = [_build_sieve(frame, encoded)] * (1 + indexed) if encoded else []
-        self._indexed = indexed
+        self._sieves = [_build_sieve(frame, encoded)] * (1 + index) if encoded else []
+        self._index = index
         # Errors of a float32 sum of d squared differences: relative, and absolute where squares underflow.
         dims = queries.shape[1]
         self._relative, self._absolute = bound.gamma(dims + 4), dims * 2.0**-126
@@ -99,7 +99,7 @@ class Searcher:
         if self.limit.isinf().any():
             self.seed(candidates)
         rows = torch.arange(len(self.queries), device=ids.device)
-        for number in range(2 if self._indexed or self._frame.basis is not None else 1):
+        for number in range(2 if self._index or self._frame.basis is not None else 1):
             if number == len(self._sieves):  # `rounded` after `projected`, made when it is first needed
                 whole = replace(self._frame, basis=None)
                 self._sieves.append(_build_sieve(whole, bound.encode(self.queries, whole)))
@@ -107,15 +107,15 @@ class Searcher:
             if (b := _screen(sieve, candidates)) is not None:
                 a = sieve.a if len(rows) == len(sieve.a) else sieve.a[rows]
                 a[:, -3:] = bound.limit_columns(sieve.square[rows], sieve.frame, self._reach(self.limit[rows]))
-                list_survivors = self._indexed_survivors if self._indexed and number == 0 else bound.survivors
-                surviving, columns, given_up = list_survivors(a, b)
+                find = self._from_index if self._index and number == 0 else bound.survivors
+                surviving, columns, given_up = find(a, b)
                 self._measure(candidates, ids, rows[surviving], columns)
                 rows = rows[given_up]
             if not len(rows):
                 break
         return rows
 
-    def _indexed_survivors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _from_index(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As `bound.survivors`, from the k + FETCH largest products of each row of A. A row is given up, with these
         listed, if none of them is negative: there may be more.
         """
