@@ -46,7 +46,7 @@ TREES += ("wallpapers/*/contents/images/2560x1600.jpg",)
 DRAWN = ("ocean-waves", "valley-midnight", "waves-midnight", "analogpattern", "umang", "Autumn")
 SIDE = 256
 SHOWN = "astronaut"
-SHIFTS = range(0, 24, 4)  # positions of a photograph on the grid of tiles
+SHIFTS = range(round(tiles.STEP * 48) | 1)  # all positions of a photograph on the grid of tiles
 
 
 @dataclass(kw_only=True)
