@@ -108,8 +108,8 @@ class RunConfig:
     path: str = field(default="runs/mnist", metadata=NOT_EMPTY)
     """Folder of the run: metrics, pictures, checkpoints, evaluation. All ranks must see it, unless `remote` is set."""
     remote: str = ""
-    """s3://bucket/prefix: the run is copied there while it trains, and resumes from there if `path` has nothing
-    newer."""
+    """s3://bucket/prefix, or gs:// or az://: the run is copied there while it trains, and resumes from there if `path`
+    has nothing newer."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -4,7 +4,7 @@ import shlex
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -28,6 +28,8 @@ def pack(
     size: str | None = None,
     channels: Literal[1, 3] = 3,
     broken: Literal["error", "skip"] = "error",
+    image: str = "",
+    label: str = "",
     shards: int | None = None,
     encoding: Literal["png", "jpg", "webp", "npy"] = "png",
     without: tuple[str, ...] = (),
@@ -37,12 +39,15 @@ def pack(
     """Pack a data set into WebDataset shards with an index.json.
 
     Args:
-        source: mnist, fashion_mnist, cifar10, digits, toy2d:<name> or folder; mnist:100 keeps 100 training images.
-        to: Folder or s3://bucket/prefix to write.
-        root: Files to use instead of fetching them; for folder, the tree of images (sub-folders are labels).
-        size: For folder: pixels a side (64) or height x width (48x64); pictures are cropped to that shape, resized.
-        channels: For folder: 3 colour, 1 grey.
-        broken: For folder: fail at a file that is no picture, or skip it with a warning.
+        source: mnist, fashion_mnist, cifar10, digits, toy2d:<name>, folder or parquet; mnist:100 keeps 100 of mnist.
+        to: Folder, or s3://bucket/prefix (gs://, az://) to write.
+        root: Files to use instead of fetching them; for folder, the tree of images (sub-folders are labels); for
+            parquet, a .parquet file, or a folder of them or of what Hugging Face's datasets saved.
+        size: For folder, parquet: pixels a side (64) or height x width (48x64); pictures are cropped to it, resized.
+        channels: For folder, parquet: 3 colour, 1 grey.
+        broken: For folder, parquet: fail at what is no picture, or skip it with a warning.
+        image: For parquet: the column of pictures; default: the only one.
+        label: For parquet: the column of labels, or none; default: the only ClassLabel, or label.
         shards: Shards a split; default 16, more for large data.
         encoding: How images are stored: png and webp keep every bit, jpg is smaller, npy is read fastest.
         without: Labels to leave out of the training split.
@@ -50,12 +55,17 @@ def pack(
         force: Replace an existing data set, which is deleted before the new one is written.
     """
     from pipeline.data.format import writer
+    from pipeline.data.format.manifest import INDEX
     from pipeline.data.sources.catalog import load
     from pipeline.data.sources.source import subset
     from pipeline.evaluate.coverage import NEIGHBOURS
+    from pipeline.storage.store import check_writable, is_in_bucket, open_store
 
+    if is_in_bucket(to) and (force or not open_store(to).exists(INDEX)):  # before reading, which may take hours
+        check_writable(open_store(to), "--to")
+    options: dict[str, Any] = {"size": size, "channels": channels, "image": image, "label": label}
     with busy(f"reading {source}", shown=broken == "error"):  # else it has a bar of its own
-        loaded = load(source, root=root, size=size, channels=channels, seed=seed, skip=broken == "skip")
+        loaded = load(source, root=root, seed=seed, skip=broken == "skip", **options)
     if without:
         loaded = subset(loaded, without=without, seed=seed)
     manifest, written = writer.pack(loaded, to, shards=shards, encoding=encoding, seed=seed, force=force)

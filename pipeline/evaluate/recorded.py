@@ -23,7 +23,7 @@ from pipeline.evaluate.runs import folder_of, is_run
 from pipeline.model.naign import NAIGN
 from pipeline.model.scale import scaled
 from pipeline.settings.constraints import check_fields
-from pipeline.storage.store import use_endpoint
+from pipeline.storage.store import is_in_bucket, use_endpoint
 
 
 def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, Manifest, list[str]]:
@@ -34,7 +34,7 @@ def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, M
     """
     config, endpoint, encoders = _header(model)
     place = Path(folder_of(folder))
-    of_user = folder.startswith("s3:") or is_run(place) or (place / MANIFEST).exists()  # not exported, nor of the hub
+    of_user = is_in_bucket(folder) or is_run(place) or (place / MANIFEST).exists()  # not exported, nor of the hub
     if of_user:
         use_endpoint(endpoint)
     if data is not None:

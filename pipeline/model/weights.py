@@ -17,7 +17,7 @@ from pipeline.checkpoint.writer import is_complete, newest_checkpoint, passed_ov
 from pipeline.errors import Damaged, InputError, one_line
 from pipeline.model import hub
 from pipeline.settings.budget import is_exhausted
-from pipeline.storage.store import open_store
+from pipeline.storage.store import is_in_bucket, open_store
 
 log = logging.getLogger("naign.model")
 
@@ -37,7 +37,7 @@ def locate(place: str | Path, **download: Any) -> Iterator[Weights]:
     """
     if str(place).startswith(hub.PREFIX):
         yield Weights(hub.download(str(place).removeprefix(hub.PREFIX), **download))
-    elif str(place).startswith("s3:"):
+    elif is_in_bucket(place):
         open_store(str(place))  # refuses what is no address
         with tempfile.TemporaryDirectory() as folder:
             yield _fetch(str(place).rstrip("/"), Path(folder))

@@ -3,7 +3,6 @@
 A check yields pairs (what it observes, remedy); the remedy is "" where nothing is wrong.
 """
 
-import contextlib
 import os
 import platform
 import shutil
@@ -20,15 +19,13 @@ from torch import Tensor
 from pipeline import philox
 from pipeline.distributed.connect import repeat_bits
 from pipeline.distributed.host import check_versions, count_gpus, describe_faiss, why_no_faiss, why_none, why_unfit
-from pipeline.errors import InputError, Unavailable, bytes_in_words, require
-from pipeline.storage.retry import at_most
-from pipeline.storage.store import open_store
+from pipeline.errors import InputError, bytes_in_words, require
+from pipeline.storage.store import check_writable, open_store
 
 LIBRARIES = ("torch", "accelerate", "webdataset", "boto3", "safetensors", "tensorboard", "deepspeed", "transformers")
 OPTIONAL = ("deepspeed", "transformers")
 LEAST_DISK = 2**30  # free bytes that `naign doctor`, which knows no run, asks for
 CHECKPOINTS = 3  # how many should fit on the disk: the two that are kept and the one being written
-PROBE = "preflight"  # the file that is written to test whether a bucket is writable
 UNTRUSTED = "its numbers cannot be trusted: update the driver, install torch for it, or take another card"
 
 
@@ -128,11 +125,6 @@ def preflight(run: str, remote: str, checkpoint_bytes: int) -> list[str]:
     text = f"run.path '{run}' has {bytes_in_words(free)} free, a checkpoint takes {bytes_in_words(checkpoint_bytes)}"
     require((free >= checkpoint_bytes, f"{text}: free some, or choose another --run.path"))
     if remote:
-        store = open_store(remote)
-        try:
-            store.put(PROBE, b"naign")
-        finally:  # it may be written, and only not be readable
-            with contextlib.suppress(InputError, Unavailable), at_most(3):  # permission to delete is not required
-                store.delete(PROBE)
+        check_writable(open_store(remote), "run.remote")
     room = f"the {CHECKPOINTS - 1} that are kept and the one being written need {bytes_in_words(needed)}"
     return [f"{text}: {room}: free some, or set --checkpoint.keep=1"] if free < needed else []

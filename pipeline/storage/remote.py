@@ -1,4 +1,4 @@
-"""Files in any store that fsspec can read, such as https://, gs://, az:// and hf://; nothing is written there."""
+"""Files in any store that fsspec can read, such as https:// and hf://; nothing is written there."""
 
 import builtins
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ from pipeline.errors import InputError, Unavailable, printable, require
 from pipeline.storage.base import Writer
 from pipeline.storage.resumed import NO_RANGES, Missing, NetworkStore, Stat
 
-PACKAGES = {"http": "aiohttp", "https": "aiohttp", "gs": "gcsfs", "az": "adlfs", "hf": "huggingface_hub"}
+PACKAGES = {"http": "aiohttp", "https": "aiohttp", "hf": "huggingface_hub"}
 """What fsspec needs for a scheme, by name on PyPI."""
-_VERSION = ("ETag", "etag", "md5Hash", "Content-MD5", "sha", "mtime", "last_modified", "Last-Modified", "created")
+_VERSION = ("ETag", "etag", "sha", "mtime", "last_modified", "Last-Modified", "created")
 
 
 class RemoteStore(NetworkStore):
@@ -32,7 +32,7 @@ class RemoteStore(NetworkStore):
             remedy = f"pip install {PACKAGES.get(self._scheme, 'what it names')}"
             raise InputError(f"{what} ({printable(str(error))}): {remedy}") from None
         except ValueError:
-            known = "give a local folder, s3://bucket/prefix, or https://, gs://, az://, hf:// to read from"
+            known = "give a local folder, a bucket (s3://, gs://, az://), or https:// or hf:// to read from"
             raise InputError(f"{what}: {known}") from None
 
     @property

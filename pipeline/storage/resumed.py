@@ -6,7 +6,7 @@ from contextlib import closing
 from functools import partial
 from typing import NamedTuple, TypeVar
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, require
 from pipeline.storage.base import Store
 from pipeline.storage.prefetch import PARALLEL, PART, in_order
 from pipeline.storage.retry import Patience, Tally
@@ -119,3 +119,20 @@ class NetworkStore(Store):
                     self._explain(error, name)
                     raise
                 patience.wait(error)
+
+
+class BucketStore(NetworkStore):
+    """The objects directly under one prefix of a bucket."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        scheme, _, rest = path.partition("://")
+        self._bucket, _, prefix = rest.partition("/")
+        require((self._bucket, f"{path}: no bucket: write {scheme}://bucket/prefix"))
+        prefix = prefix.strip("/")
+        if prefix and set(prefix.split("/")) & {"", ".", ".."}:
+            raise InputError(f"{path}: an empty, '.' or '..' part, which servers read differently: write it plainly")
+        self._root, self._prefix = f"{scheme}://{self._bucket}", prefix and f"{prefix}/"
+
+    def url(self, name: str) -> str:
+        return f"{self._root}/{self._prefix}{name}"

@@ -14,9 +14,9 @@ from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
 
-from pipeline.errors import Conflict, InputError, one_line, require
+from pipeline.errors import Conflict, InputError, one_line
 from pipeline.storage.prefetch import PARALLEL, in_background
-from pipeline.storage.resumed import NO_RANGES, Missing, NetworkStore, Stat
+from pipeline.storage.resumed import NO_RANGES, BucketStore, Missing, Stat
 from pipeline.storage.retry import Patience
 from pipeline.storage.s3_client import BadSettings, client, is_anonymous, is_transient
 
@@ -30,17 +30,11 @@ def _code(error: BaseException | None) -> str:
     return str(error.response["Error"].get("Code")) if isinstance(error, ClientError) else ""
 
 
-class S3Store(NetworkStore):
+class S3Store(BucketStore):
     """The objects directly under one prefix. Picklable: each process makes its client at the first request."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self._bucket, _, prefix = path.removeprefix("s3://").partition("/")
-        require((self._bucket, f"{path}: no bucket: write s3://bucket/prefix"))
-        prefix = prefix.strip("/")
-        if prefix and set(prefix.split("/")) & {"", ".", ".."}:
-            raise InputError(f"{path}: an empty, '.' or '..' part, which servers read differently: write it plainly")
-        self._prefix = prefix and f"{prefix}/"
         self.checksums = True  # until the server refuses them
 
     def folders(self) -> list[str]:
@@ -97,9 +91,6 @@ class S3Store(NetworkStore):
     def delete(self, name: str) -> None:
         self._ask("delete_object", name)
         self._stats.pop(name, None)
-
-    def url(self, name: str) -> str:
-        return f"s3://{self._bucket}/{self._prefix}{name}"
 
     def _range(self, name: str, version: str, first: int, last: int, piece: int) -> Iterator[bytes]:
         span = f"bytes={first}-{last - 1}"

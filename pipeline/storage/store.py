@@ -1,17 +1,22 @@
-"""Where files lie, behind one protocol over str paths: a local folder, `s3://bucket/prefix`, or what fsspec reads."""
+"""Where files lie, behind one protocol over str paths: a local folder, a bucket, or what fsspec reads."""
 
+import contextlib
 import io
 import os
 from collections.abc import Generator
 from typing import Any, BinaryIO
 
-from pipeline.errors import require
+from pipeline.errors import InputError, Unavailable, require
 from pipeline.storage.base import Store
 from pipeline.storage.local import LocalStore
+from pipeline.storage.retry import at_most
+
+CLOUDS = ("gs", "az", "abfs", "abfss")  # schemes of buckets besides s3, which obstore reads and writes
+PROBE = "preflight"  # the file that is written to test whether a store is writable
 
 
 def open_store(path: str) -> Store:
-    """The store at a local folder (`~` is expanded), s3://bucket/prefix or a read-only address. Opens nothing yet."""
+    """The store at a local folder (`~` is expanded), in a bucket or at a read-only address. Opens nothing yet."""
     require((path.strip() and "\0" not in path, f"{path!r} is no path: give a local folder or s3://bucket/prefix"))
     scheme, separator, _ = path.partition("://")
     require((separator or not path.startswith("s3:"), f"{path}: write s3://bucket/prefix"))
@@ -21,9 +26,31 @@ def open_store(path: str) -> Store:
         from pipeline.storage.s3 import S3Store
 
         return S3Store(path)
+    if scheme in CLOUDS:
+        try:
+            from pipeline.storage.clouds import CloudStore
+        except ImportError as error:
+            raise InputError(f"{path}: cannot open {scheme}:// paths ({error}): pip install obstore") from None
+        return CloudStore(path)
     from pipeline.storage.remote import RemoteStore
 
     return RemoteStore(path)
+
+
+def is_in_bucket(place: object) -> bool:
+    """Whether this is a path in a bucket, which can be written; a Path has lost one of its two slashes."""
+    return str(place).startswith(tuple(f"{scheme}:" for scheme in ("s3", *CLOUDS)))
+
+
+def check_writable(store: Store, what: str) -> None:
+    """Write and remove a small file. Raises InputError, which names `what` the store is for, where that is refused."""
+    try:
+        store.put(PROBE, b"naign")
+    except InputError as error:
+        raise InputError(f"{what} cannot be written: {error}") from error
+    finally:  # it may be written, and only not be readable
+        with contextlib.suppress(InputError, Unavailable), at_most(3):  # permission to delete is not required
+            store.delete(PROBE)
 
 
 def use_endpoint(address: str) -> None:

@@ -1,6 +1,8 @@
 """What would end a run hours later is found in its first second."""
 
+import contextlib
 import os
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -82,7 +84,8 @@ def test_a_bucket_that_can_be_written(tmp_path, bucket):
 
 
 def test_a_bucket_that_is_not_there(tmp_path, s3):
-    with pytest.raises(InputError, match="s3://no-such-bucket/run/preflight: there is no bucket"):
+    refusal = "run.remote cannot be written: s3://no-such-bucket/run/preflight: there is no bucket"
+    with pytest.raises(InputError, match=refusal):
         check(tmp_path, remote="s3://no-such-bucket/run")
 
 
@@ -93,6 +96,28 @@ def test_a_bucket_that_is_closed(tmp_path, bucket, monkeypatch):
     forget_clients()
     with pytest.raises(InputError, match="access denied"):
         check(tmp_path, remote=f"{bucket}/run")
+
+
+def test_a_bucket_that_may_only_be_read(tmp_path, s3, bucket, monkeypatch):
+    from pipeline.cli.data import pack
+    from pipeline.storage.s3_client import forget_clients
+
+    open_store(bucket).put("a", b"1")
+    for name, value in s3.reader(bucket.removeprefix("s3://")).items():
+        monkeypatch.setenv(name, value)
+    forget_clients()
+    deadline = time.monotonic() + 30
+    while True:  # the server hears of accounts a little later
+        with contextlib.suppress(InputError):
+            assert open_store(bucket).read("a") == b"1"
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    denied = f"cannot be written: {bucket}/run/preflight: access denied"
+    with pytest.raises(InputError, match=f"run.remote {denied}"):
+        check(tmp_path, remote=f"{bucket}/run")
+    with pytest.raises(InputError, match=f"--to {denied}"):  # before anything is read
+        pack("folder", to=f"{bucket}/run", root=tmp_path / "nowhere", size="8")
 
 
 def test_a_bucket_out_of_reach(tmp_path, s3, monkeypatch):
@@ -108,8 +133,12 @@ def test_a_bucket_out_of_reach(tmp_path, s3, monkeypatch):
 
 
 def test_what_is_no_remote(tmp_path):
-    with pytest.raises(InputError, match="cannot read gs:// paths"):
-        check(tmp_path, remote="gs://bucket/run")
+    with pytest.raises(InputError, match="cannot read ftpx:// paths"):
+        check(tmp_path, remote="ftpx://bucket/run")
+    with pytest.raises(
+        InputError, match=r"run.remote cannot be written: .*memory:// is only read: write to a local folder"
+    ):
+        check(tmp_path, remote="memory://bucket/run")
 
 
 @pytest.mark.parametrize("readable", [True, False])
