@@ -108,7 +108,7 @@ def test_names_and_options_that_do_not_fit(tmp_path: Path) -> None:
         ("mnits", {}, "'mnits': choose one of mnist,"),
         ("toy2d:moon", {}, "toy2d:moons"),
         (str(tmp_path), {}, "for a tree of pictures: folder --root"),
-        ("digits", {"size": 16}, "--size and --channels are for folder only"),
+        ("digits", {"size": 16}, "--size and --channels are for pictures"),
         ("digits", {"root": tmp_path}, "leave out --root"),
         ("folder", {}, "add --root"),
         ("folder", {"root": tmp_path / "nowhere", "size": 8}, "no such folder"),
@@ -286,7 +286,7 @@ def test_files_that_are_no_picture_are_passed_over_where_that_is_asked_for(
     (tree / "LICENSE").unlink()
     with pytest.raises(InputError, match="or pass over all such files with --broken skip"):
         pack_command("folder", to=f"{tmp_path}/other", root=tree, size="4")
-    with pytest.raises(InputError, match="mnist is packed whole or not at all: --broken is for folder only"):
+    with pytest.raises(InputError, match="mnist is packed whole or not at all: --broken is for folder and parquet"):
         load("mnist", skip=True)
 
 

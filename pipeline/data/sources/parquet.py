@@ -1,0 +1,141 @@
+"""Parquet files and folders of Hugging Face's datasets as a source. Batches of rows are decoded into a temporary file,
+from which shards take them in random order.
+"""
+
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from joblib import cpu_count
+from pyarrow import ipc, parquet, types
+
+from pipeline.data.format.labels import parse_number
+from pipeline.data.order import shuffled
+from pipeline.data.resize import parse_size
+from pipeline.data.sources.folder import TEST_SHARE, fitted
+from pipeline.data.sources.source import Example, Made, Source
+from pipeline.errors import InputError, one_line, printable, require, unwritten
+
+log = logging.getLogger(__name__)
+
+BINARY = (types.is_binary, types.is_large_binary)
+TEXTS = (types.is_integer, types.is_string, types.is_large_string, types.is_dictionary)  # types that labels may have
+BATCH = 256  # rows of a Parquet file that are decoded at once
+
+
+def from_tables(root: Path, *, size: str, channels: int, seed: int, skip: bool, image: str, label: str) -> Source:
+    """The rows of a .parquet file, or of the .parquet files and .arrow streams in a folder, with pictures from column
+    `image` ("": the only one of pictures) cropped and resized as by `folder.from_tree`, and labels from column `label`
+    ("": the only ClassLabel, or `label`; "none": without). The test split is files with test or val in their paths, or
+    else a tenth of the rows, drawn by the seed. `skip` leaves out rows that are no picture. Raises InputError that
+    names file and row, and Unavailable where the disk is full.
+    """
+    height, width = parse_size(size, "--size")
+    files = [root] if root.is_file() else sorted([*root.rglob("*.parquet"), *root.rglob("*.arrow")])
+    files = [file for file in files if not file.name.startswith("cache-")]  # which the map of datasets leaves
+    rows = {"train": list[int](), "test": list[int]()}
+    numbers, texts, names = list[int](), dict[str, int](), list[str]()
+    try:
+        with tempfile.TemporaryFile() as spool, ThreadPool(cpu_count()) as pool:
+            decode = partial(pool.map, partial(_decode, size=(width, height), channels=channels))
+            for file in files:
+                inner = str(file.relative_to(root))
+                split = rows["test" if "test" in inner or "val" in inner else "train"]
+                for pixels, text in _rows(file, image, label, names, decode, skip):
+                    spool.write(pixels)
+                    split.append(len(numbers))
+                    numbers.append(texts.setdefault(text, len(texts)))
+            count = len(numbers)
+            require((count > 1, f"{root}: {count} pictures in .parquet and .arrow files, 2 are needed: check the path"))
+            spool.flush()
+            pictures = np.memmap(spool, np.uint8, "r", shape=(count, channels, height, width))
+    except OSError as error:
+        raise unwritten(f"{tempfile.gettempdir()}: {error.strerror}: free some, or set TMPDIR") from None
+    if not all(rows.values()):
+        order, few = shuffled(count, seed), max(1, round(TEST_SHARE * count))
+        rows = {"train": sorted(order[few:]), "test": sorted(order[:few])}
+    labels = tuple(names) or tuple(sorted(texts.keys() - {""}, key=lambda text: (parse_number(text), text)))
+    partly = f"{root}: some files have labels and others have none, or other names: pack them apart, or --label none"
+    require((not labels or texts.keys() <= set(labels), partly))
+    classes = [labels.index(text) if labels else -1 for text in texts]
+
+    def make(split: str, index: int) -> Example:
+        row = rows[split][index]
+        return f"{split}-{index:07d}", pictures[row], classes[numbers[row]]
+
+    made = {split: Made(length=len(rows[split]), make=partial(make, split)) for split in rows}
+    return Source(name="parquet", kind="image", shape=(channels, height, width), labels=labels, splits=made)
+
+
+def _rows(
+    file: Path, image: str, label: str, names: list[str], decode: Callable[[Any], Any], skip: bool
+) -> Iterator[tuple[bytes, str]]:
+    """Pixels and label of each row, "" without; a ClassLabel's names are added to `names`, if that is empty."""
+    is_stream, row = file.suffix == ".arrow", -1
+    try:
+        opened = ipc.open_stream(file) if is_stream else parquet.ParquetFile(file)
+        image, label, classes = _columns(opened.schema if is_stream else opened.schema_arrow, str(file), image, label)
+        names += [] if names else classes
+        only = [image, label] if label else [image]
+        for batch in opened if is_stream else opened.iter_batches(BATCH, columns=only):
+            values = batch[label].to_pylist() if label else [""] * len(batch)
+            for value, (pixels, problem) in zip(values, decode(batch[image].to_pylist()), strict=True):
+                row += 1
+                if problem and skip:
+                    log.warning("%s, row %d: %s: passed over", file, row, problem)
+                    continue
+                repair = "repair it, or pass over such rows with --broken skip"
+                bare = value is None or not (0 <= value < len(classes) if classes else value != -1)
+                apart = f"{value} is no label of {label}: move the file away, or --label none"
+                require((not problem, f"{file}, row {row}: {problem}: {repair}"))
+                require((not bare, f"{file}, row {row}: {apart}"))
+                yield pixels, classes[value] if classes else str(value)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{file}: cannot be read ({one_line(error)}): write or download it again") from None
+
+
+def _columns(schema: Any, file: str, image: str, label: str) -> tuple[str, str, list[str]]:
+    """The columns of pictures and of labels ("": none), and the names of a ClassLabel."""
+    features = dict[str, Any]()
+    with suppress(LookupError, TypeError, ValueError):  # datasets' description of the columns, if it wrote the file
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+    kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
+    inner = {field.name: field.type for field in schema}
+    for name, kind in inner.items():
+        if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            inner[name] = kind.field("bytes").type
+    pictures = [name for name, kind in inner.items() if any(holds(kind) for holds in BINARY)]
+    pictures = [name for name in pictures if kinds.get(name) == "Image"] or pictures
+    texts = [name for name, kind in inner.items() if any(holds(kind) for holds in TEXTS)]
+    classes = [name for name in texts if kinds.get(name) == "ClassLabel"] or [name for name in texts if name == "label"]
+    fields = printable(", ".join(f"{field.name} ({field.type})" for field in schema), 1000)
+
+    def choose(what: str, option: str, given: str, columns: list[str]) -> str:
+        problem = f"no column {given} of {what}" if given else f"{len(columns) or 'no'} columns of {what}"
+        remedy = f"choose one of {', '.join(columns)} by {option}" if columns else f"its columns are {fields}"
+        require((given in columns if given else len(columns) == 1, f"{file}: {problem}: {remedy}"))
+        return given or columns[0]
+
+    image = choose("pictures, binary or with bytes", "--image", image, pictures)
+    unlabelled = label == "none" or not (label or classes)
+    label = "" if unlabelled else choose("labels", "--label, or none", label, texts if label else classes)
+    return image, label, features.get(label, {}).get("names", [])
+
+
+def _decode(cell: Any, size: tuple[int, int], channels: int) -> tuple[bytes, str]:
+    """The pixels (C, H, W) of a picture, and why there are none, or ""."""
+    data = cell["bytes"] if isinstance(cell, dict) else cell
+    try:
+        require((data, "no bytes; of a path alone nothing is read"))
+        pixels = np.asarray(fitted(data, size, channels))
+    except InputError as error:
+        return b"", str(error)
+    return (pixels if channels == 1 else pixels.transpose(2, 0, 1)).tobytes(), ""
