@@ -108,6 +108,7 @@ def server() -> str:
         return ""
     path = Path(tempfile.mkdtemp(prefix="naign-forks-")) / "socket"
     more = {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    more["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pandas imports pyarrow, which starts a thread
     command = [sys.executable, "-m", "tests.forks", str(path)]
     process = subprocess.Popen(command, env=os.environ | more, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout and b"ready\n" in process.stdout, "the server of tests/forks.py has not started"
@@ -213,7 +214,7 @@ if __name__ == "__main__":
     import pipeline
 
     ours = [found.name for found in pkgutil.walk_packages(pipeline.__path__, "pipeline.")]
-    left = ("__main__", "philox.triton_kernel")  # which needs Triton
+    left = ("__main__", "philox.triton_kernel", "sources.parquet", "storage.clouds")  # which need optional packages
     for name in (*MODULES, *(name for name in ours if not name.endswith(left))):
         importlib.import_module(name)
 

@@ -14,7 +14,7 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import from_url
 
-from pipeline.errors import Conflict, InputError, Unavailable, one_line, require
+from pipeline.errors import Conflict, InputError, Unavailable, one_line
 from pipeline.storage import retry
 from pipeline.storage.prefetch import PARALLEL
 from pipeline.storage.resumed import BucketStore, Missing, Stat
@@ -36,13 +36,9 @@ class CloudStore(BucketStore):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        secret = ":" in self._bucket if self._root.startswith("abfs") else "@" in self._bucket
-        require(
-            (
-                not secret,
-                f"{path.partition('://')[0]}://: the address holds a user or a password, which messages would show",
-            )
-        )
+        scheme, _, host = self._root.partition("://")
+        if (":" if scheme.startswith("abfs") else "@") in host:
+            raise InputError(f"{scheme}://: the address holds a user or a password, which messages would show")
 
     def folders(self) -> list[str]:
         return sorted(prefix.rpartition("/")[2] for prefix in self._listing()["common_prefixes"])
@@ -152,12 +148,12 @@ def _failures() -> Iterator[None]:
 @cache
 def _client(root: str, retries: int) -> Any:
     """obstore's client of a bucket, set up by the cloud's variables of the environment."""
-    times: Any = {"timeout": UPLOAD} if retries else {"read_timeout": SILENCE, "timeout": LONG}
-    pauses = {"init_backoff": retry.FIRST_PAUSE, "max_backoff": retry.LONGEST_PAUSE}
-    backoff: Any = {name: timedelta(seconds=pause) for name, pause in pauses.items()}
-    client: Any = {"allow_http": True, "connect_timeout": SILENCE, **times}
+    options: Any = {"timeout": UPLOAD} if retries else {"read_timeout": SILENCE, "timeout": LONG}
+    options |= {"allow_http": True, "connect_timeout": SILENCE}
+    first, longest = timedelta(seconds=retry.FIRST_PAUSE), timedelta(seconds=retry.LONGEST_PAUSE)
+    backoff: Any = {"init_backoff": first, "max_backoff": longest, "base": 2}
     patience: Any = {"max_retries": retries, "backoff": backoff, "retry_timeout": LONG}
-    return from_url(root, client_options=client, retry_config=patience)
+    return from_url(root, client_options=options, retry_config=patience)
 
 
 forget_clients = _client.cache_clear  # so that the next client is made from the environment as it is then

@@ -31,14 +31,14 @@ TEXTS = (types.is_integer, types.is_string, types.is_large_string, types.is_dict
 BATCH = 256  # rows of a Parquet file that are decoded at once
 
 
-def from_tables(root: Path, *, size: str, channels: int, seed: int, skip: bool, image: str, label: str) -> Source:
+def from_tables(root: Path, *, size: str | int, channels: int, seed: int, skip: bool, image: str, label: str) -> Source:
     """The rows of a .parquet file, or of the .parquet files and .arrow streams in a folder, with pictures from column
     `image` ("": the only one of pictures) cropped and resized as by `folder.from_tree`, and labels from column `label`
     ("": the only ClassLabel, or `label`; "none": without). The test split is files with test or val in their paths, or
     else a tenth of the rows, drawn by the seed. `skip` leaves out rows that are no picture. Raises InputError that
     names file and row, and Unavailable where the disk is full.
     """
-    height, width = parse_size(size, "--size")
+    height, width = parse_size(str(size), "--size")
     files = [root] if root.is_file() else sorted([*root.rglob("*.parquet"), *root.rglob("*.arrow")])
     files = [file for file in files if not file.name.startswith("cache-")]  # which the map of datasets leaves
     rows = {"train": list[int](), "test": list[int]()}
