@@ -72,7 +72,7 @@ class Patience:
         self._failures = 1 if progress else self._failures + 1
         where, cause = f"{self._what}{at}", f"{type(error).__name__}: {error}"
         if self._failures >= self._most:
-            remedy = "Check the network, the server and AWS_ENDPOINT_URL, then run the same command again: it continues"
+            remedy = "Check the network, the server and its address, then run the same command again: it continues"
             failed = f"given up after {self._failures} attempts; the last failed with {cause}"
             raise Unavailable(f"{where}: {failed}. {remedy}") from None
         pause = _chance.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (self._failures - 1)))
