@@ -1,8 +1,9 @@
-"""Fit steps on tensors that only claim to be on a device: what mixes devices, waits for the device, or uploads.
+"""Rounds on tensors that only claim to be on a device: what mixes devices, waits for the device, or uploads.
 
     python -m tests.training.card
 
-prints a line for each case. A process of its own: it registers a device with torch.
+prints a line for each case: `fit` and its engine, with the recipe's prior, and a prior's draws and learning. Of the
+program only Accelerate's placement is replaced. A process of its own: it registers a device with torch.
 """
 
 import sys
@@ -14,16 +15,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pipeline.config import Config, parse
 from pipeline.distributed.engine import Engine
 from pipeline.match import Match
 from pipeline.model.networks import build_network
-from pipeline.model.prior import build_prior
-from pipeline.training import fit as fitting
+from pipeline.model.prior import Examples, build_prior
 from pipeline.training.fit import fit
 from pipeline.training.round import RoundRandom, RoundState
 from pipeline.training.state import Position
@@ -31,48 +32,65 @@ from tests import pretend
 from tests.conftest import ROOT
 
 NO_LAUNCH = ("detach", "empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "alias", "device")
+STEPS = 3  # a pass: the norm of the first may be read once the third is on its way
+RECIPES: dict[str, tuple[int, ...]] = {
+    **{"digits": (1, 8, 8), "toy2d": (2,), "few_shot": (1, 28, 28), "fashion_mnist": (1, 28, 28)},
+    **dict.fromkeys(("mnist", "mnist_flow", "mnist_imle", "mnist_imle_long", "mnist_ign", "mnist_nae"), (1, 28, 28)),
+    **{"cifar10": (3, 32, 32), "cifar10_cpu": (3, 32, 32), "photos": (3, 48, 48), "pictures": (3, 64, 64)},
+    **{"folder64": (3, 64, 64), "folder256": (3, 256, 256), "mnist_vae": (1, 28, 28)},
+}
 HOST_READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
 
 
 class Watch(TorchDispatchMode):
-    """Counts operations, and notes what a real device would wait for."""
+    """Counts operations, and notes what a real device would wait for.
 
-    def __init__(self) -> None:
+    A value that was computed before the newest of two steps may be read: the device has it by then.
+    """
+
+    def __init__(self, free_after: int = sys.maxsize) -> None:
+        """After so many steps of AdamW, the last of a round, everything may be read."""
         super().__init__()
-        self.launches, self.problems = Counter[str](), list[str]()
+        self.launches, self.problems, self.free_after = Counter[str](), list[str](), free_after
+        self.uploads = Counter[tuple[int, ...]]()  # by shape
+        self._steps, self._born = 0, WeakIdKeyDictionary()  # steps of AdamW before each tensor was made
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.partition("::")[2]
         tensors = [value for value in tree_leaves((args, kwargs or {})) if isinstance(value, torch.Tensor)]
         if len({value.device for value in tensors if value.ndim}) > 1:
             self.problems.append(f"{name} of tensors on several devices")
-        if name in HOST_READS and any(value.device.type != "cpu" for value in tensors):
+        waits = name in HOST_READS and any(value.device.type != "cpu" for value in tensors)
+        if waits and self._steps < self.free_after and self._steps - self._born.get(tensors[0], 0) < 2:
             self.problems.append(f"{name} waits for the device")
-        found = func(*args, **(kwargs or {}))
+        try:
+            result = func(*args, **(kwargs or {}))
+        except DataDependentOutputException:  # a fake tensor has no value
+            return 1.0
         if not func.is_view and name not in NO_LAUNCH:
             self.launches[name] += 1
-        made = [value for value in tree_leaves(found) if isinstance(value, torch.Tensor)]
-        if name == "_to_copy" and tensors[0].device != made[0].device:
-            self.problems.append(f"a copy of {tuple(tensors[0].shape)} to {made[0].device.type}")
-        return found
+        self._steps += name == "_fused_adamw_"
+        made = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
+        for value in made:
+            self._born[value] = self._steps
+        if name == "_to_copy" and tensors[0].device != made[0].device and self._steps < self.free_after:
+            self.uploads[tuple(tensors[0].shape)] += 1
+            if made[0].device.type == "cpu":
+                self.problems.append(f"a copy of {tuple(tensors[0].shape)} to the host")
+        return result
 
 
 class Card(Engine):
-    """The engine of a GPU, with its autocast; its AdamW is left out, which is torch's own."""
+    """The engine of a GPU, with its autocast."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(pretend.NAME, dtype=torch.bfloat16):
             return super().forward(x)
 
-    def step(self) -> float:
-        self._adam.step = lambda: None
-        super().step()
-        return 1.0  # `settle` reads the norm of the step before, which the device has by then
-
 
 def round_of(config: Config, shape: tuple[int, ...], device: torch.device, engine: Engine, prior: Any) -> Any:
-    """A run and the state of its first round, of two steps, as `fit` takes them."""
-    images = 2 * config.train.batch
+    """A run and the state of its first round, of STEPS steps a pass, as `fit` takes them."""
+    images = STEPS * config.train.batch
     config.match.round = images
     random = RoundRandom(config, 0, shape, device, prior, partial(engine.exported, "decode"))
     state = RoundState(
@@ -90,25 +108,54 @@ def round_of(config: Config, shape: tuple[int, ...], device: torch.device, engin
     return run, state
 
 
-def steps(config: Config, shape: tuple[int, ...], device: torch.device) -> Watch:
-    """The steps of a round by `fit`, with the recipe's prior."""
-    AcceleratorState._reset_state(True)
+def build(config: Config, shape: tuple[int, ...], device: torch.device) -> tuple[Any, Any]:
+    """The recipe's network and its prior, as if it had learned."""
     with device:
         network: Any = build_network(config.model, shape)
-        prior: Any = build_prior(config.prior, shape, network, seed=0)
-    prior.moves = True  # a flow that has learned
+        prior: Any = build_prior(config.prior, shape, network, seed=0, labels=("a", "b", "c"))
+    prior.moves, prior.guides = True, bool(getattr(config.prior, "autoguidance", 0.0))
+    return network, prior
+
+
+def steps(config: Config, shape: tuple[int, ...], device: torch.device) -> Watch:
+    """The steps of a round by `fit`."""
+    AcceleratorState._reset_state(True)
+    network, prior = build(config, shape, device)
     adam: Any = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.01, "clip": 1.0}
     accelerator = Accelerator(cpu=True, device_placement=False)
     engine = Card(accelerator, network, **adam, batch=config.train.batch, ema=0.9, ahead=True)
     run, state = round_of(config, shape, device, engine, prior)
-    with Watch() as watch:
+    count = STEPS * config.train.passes
+    with Watch(count) as watch:
         fit(run, state)
-    assert run.position.step == 2
-    uploads = [f"a copy of (2, {config.train.batch}) to {device.type}"]
-    if state.match:
-        uploads.append(f"a copy of ({len(state.images)},) to {device.type}")
-    for once in uploads:  # a round
-        watch.problems.remove(once)
+    assert run.position.step == count == watch.launches["_fused_adamw_"]
+    once = [(count, config.train.batch)] + [(len(state.images),)] * bool(state.match)  # a round
+    watch.problems += [f"uploads {dict(watch.uploads)}, not {once}"] * (watch.uploads != Counter(once))
+    return watch
+
+
+def draws(config: Config, shape: tuple[int, ...], device: torch.device, *, taught: bool = False) -> Watch:
+    """A draw of the prior, of ids on the device."""
+    _, prior = build(config, shape, device)
+    prior.taught = taught
+    with Watch() as watch:
+        prior.draw(0, 0, torch.arange(64, device=device), device)
+    watch.problems += [f"uploads {dict(watch.uploads)}"] * bool(watch.uploads)
+    return watch
+
+
+def learns(config: Config, shape: tuple[int, ...], device: torch.device) -> Watch:
+    """Two steps in which the flow learns; what lies before the first is once a round."""
+    network, prior = build(config, shape, device)
+    images = torch.empty(4 * config.prior.batch, *shape, device=device)  # type: ignore[attr-defined]
+    examples = Examples(images=images, encode=network.encode, progress=0.9, covers=0.01)
+    learning = prior.learn(examples)
+    with Watch():
+        next(learning)
+    with Watch() as watch:
+        for _ in range(2):
+            next(learning)
+    watch.problems += [f"uploads {dict(watch.uploads)}"] * bool(watch.uploads)
     return watch
 
 
@@ -118,30 +165,38 @@ def settings(name: str, *options: str) -> Config:
 
 
 def cases() -> Any:
-    """Name, settings and shape of an image."""
-    for name, shape in (("mnist", (1, 28, 28)), ("cifar10", (3, 32, 32)), ("folder64", (3, 64, 64))):
-        yield name, settings(name), shape
-    options = ["--objective.imle=0.3", "--prior.width=16"]  # latents that a flow draws, of either kind of code
-    yield "spatial flow", settings("cifar10", *options), (3, 32, 32)
-    yield "dense flow", settings("mnist", *options, "--prior.name=flow"), (1, 28, 28)
-    for prior in ("gaussian", "smooth", "halves", "fourier"):
-        yield prior, settings("mnist_imle", f"--prior.name={prior}"), (1, 28, 28)
-    options = ["--objective.imle=1", "--objective.third=idempotence", "--prior.name=gaussian"]
-    yield "idempotence", settings("mnist", *options), (1, 28, 28)
-    yield "ign", settings("mnist_ign"), (1, 28, 28)
+    """Name, what is watched, settings and shape of an image."""
+    for name, shape in RECIPES.items():
+        yield name, steps, settings(name), shape
+    sampled = ["--objective.imle=0.3", "--prior.width=16"]  # latents that a flow draws, of either kind of code
+    yield "spatial flow", steps, settings("cifar10", *sampled), (3, 32, 32)
+    yield "dense flow", steps, settings("mnist", *sampled, "--prior.name=flow"), (1, 28, 28)
+    for prior in ("gaussian", "halves", "fourier"):
+        yield prior, steps, settings("mnist_imle", f"--prior.name={prior}"), (1, 28, 28)
+    third = ["--objective.imle=1", "--objective.third=idempotence", "--prior.name=gaussian"]
+    yield "idempotence", steps, settings("mnist", *third), (1, 28, 28)
+    guided = ["--prior.width=16", "--prior.classes", "--prior.guidance=1", "--prior.autoguidance=1"]
+    for name, shape, options in (("cifar10", (3, 32, 32), []), ("mnist", (1, 28, 28), ["--prior.name=flow"])):
+        yield f"{name}'s flow draws", draws, settings(name, *options), shape
+        yield f"{name}'s guided flow draws", draws, settings(name, *options, *guided), shape
+        student = settings(name, *options, "--prior.width=16", "--prior.student=0.1")
+        yield f"{name}'s student draws", partial(draws, taught=True), student, shape
+        yield f"{name}'s flow learns", learns, settings(name, *options, "--prior.width=16"), shape
+    yield "mixture draws", draws, settings("mnist", "--prior.classes"), (1, 28, 28)
 
 
 def main() -> None:
     device = pretend.device()
-    fitting.means = lambda run, state: {}  # read once a round
-    for name, config, shape in cases():
+    for name, watched, config, shape in cases():
         with FakeTensorMode(allow_non_fake_inputs=True):
             try:
-                watch = steps(config, shape, device)
-                said = watch.problems or ["sound"]
+                watch = watched(config, shape, device)
+                lines = watch.problems or ["sound"]
             except Exception as error:  # as a fake tensor's value is asked for
-                watch, said = Watch(), [f"{type(error).__name__}: {error}".splitlines()[0]]
-        print(f"{name}: {sum(watch.launches.values())} launches: {'; '.join(said)}")
+                if "-v" in sys.argv:
+                    raise
+                watch, lines = Watch(), [f"{type(error).__name__}: {error}".splitlines()[0]]
+        print(f"{name}: {sum(watch.launches.values())} launches: {'; '.join(lines)}")
         if "-v" in sys.argv:
             print(watch.launches.most_common(30))
 

@@ -1,5 +1,6 @@
-"""What a fit step asks of a GPU: how many launches, and nothing that waits for it."""
+"""What a fit step, a draw and learning ask of a GPU: how many launches, and nothing that waits for it."""
 
+import re
 import subprocess
 import sys
 
@@ -13,16 +14,24 @@ from pipeline.model.prior import build_prior
 from pipeline.training.engines import build_engine
 from pipeline.training.fit import fit
 from tests.conftest import ROOT, environment
-from tests.training.card import Watch, round_of
+from tests.training.card import STEPS, Watch, cases, round_of
+
+MOST = {  # of STEPS steps, a draw, and two steps of learning
+    **{"mnist": 900, "cifar10": 2800, "folder64": 3700, "folder256": 5600},
+    **{"cifar10's flow draws": 2000, "cifar10's student draws": 400, "cifar10's flow learns": 4200},
+}
 
 
 @pytest.mark.slow
-def test_a_fit_step_mixes_no_devices_and_waits_for_none():
+def test_steps_draws_and_learning_mix_no_devices_and_wait_for_none():
     command = [sys.executable, "-m", "tests.training.card"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert len(lines) == 11 and all(line.endswith("launches: sound") for line in lines), done.stdout
+    lines = [re.fullmatch(r"(.*): (\d+) launches: sound", line) for line in done.stdout.splitlines()]
+    assert len(lines) == len(list(cases())) and all(lines), done.stdout
+    launches = {line[1]: int(line[2]) for line in lines if line}
+    for name, most in MOST.items():
+        assert launches[name] <= most, (name, launches[name])
 
 
 @pytest.mark.parametrize(("name", "shape", "most"), [("mnist", (1, 28, 28), 250), ("cifar10", (3, 32, 32), 900)])
@@ -38,6 +47,6 @@ def test_launches_of_a_fit_step(name, shape, most):
     run, state = round_of(config, shape, device, engine, build_prior(config.prior, shape, network))
     with Watch() as watch:
         fit(run, state)
-    assert watch.launches["philox"] == 2 * 3
-    assert sum(watch.launches.values()) <= 2 * most, watch.launches.most_common(20)
+    assert watch.launches["philox"] == STEPS * 3
+    assert sum(watch.launches.values()) <= STEPS * most, watch.launches.most_common(20)
     assert not watch.problems

@@ -208,9 +208,9 @@ class Flow(CodesPrior):
                 self.early.load_state_dict(self.velocity.state_dict())
                 self.guides = True
             rate = self.config.lr * cosine(share)
-            classes = None if labels is None else labels[mine.to(codes.device)]
+            classes = None if labels is None else labels[mine]
             numbers = mine + (learner.done + 1) * len(codes)
-            loss = self._loss(wanted[mine.to(codes.device)], numbers, examples, classes)
+            loss = self._loss(wanted[mine], numbers, examples, classes)
             learner.step(loss / (batch * wanted[0].numel()), rate, self.velocity, examples.add)
             self.moves = True
             yield
@@ -220,7 +220,8 @@ class Flow(CodesPrior):
         batch, how many all ranks have, and the run's progress. In the end `metrics` has the mean loss.
         """
         drawn = uniform(self.seed, examples.round, torch.arange(count), (self.config.passes,), stream=LEARN)
-        batches, learner = drawn.argsort(dim=0).T.flatten().split(self.config.batch), self.learner
+        order = drawn.argsort(dim=0).T.flatten().to(examples.images.device)  # an upload a step would wait for a GPU
+        batches, learner = order.split(self.config.batch), self.learner
         while learner.done < len(batches):
             rows = batches[learner.done]
             now = examples.progress + examples.covers * learner.done / len(batches)

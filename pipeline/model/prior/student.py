@@ -69,7 +69,7 @@ class TaughtFlow(Flow):
         paths = [self._two_steps(noise[part], _of(labels, part)) for part in parts]
         halves, ends = (examples.gather(torch.cat(part)) for part in zip(*paths, strict=True))
         for mine, batch, now in self.batches(examples, count):
-            late = ((mine + self.learner.done) % 2 == 1).to(noise.device)  # rows that learn the second step
+            late = (mine + self.learner.done) % 2 == 1  # rows that learn the second step
             chosen = late.view(-1, *(1,) * (noise.ndim - 1))
             points = torch.where(chosen, halves[mine], noise[mine])
             with examples.autocast():
