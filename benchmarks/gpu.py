@@ -1,20 +1,28 @@
 """The first minutes on a GPU: is it right, does it repeat its bits, and how fast is it.
 
-    python benchmarks/gpu.py --to benchmarks/results/gpu
-    python benchmarks/gpu.py --device cpu --small --to gpu      # the same on a processor, in a minute or two
+    python benchmarks/gpu.py                                       # 25 minutes; the page is named after the card
+    python benchmarks/gpu.py --device cpu --small --to gpu         # the same on a processor, in some minutes
 
-Each line is printed as soon as it is known; the table (.md) and its numbers (.json) are written after every part.
-Exit code 1 where a line is wrong, or a part failed. Not run on a card yet.
+Each line is printed as soon as it is known; the page (.md) and its numbers (.json) are written after every part.
+Exit code 1 where a line is wrong, or a part failed. Not run on a card yet. docs/gpus.md says what each part checks.
 
+    doctor       the checks of `naign doctor`
     random       draws beside the CPU's, and what one takes
+    launches     what a fit step launches, copies and waits for; a step that is skipped
+    autocast     the type of GroupNorm's results; decoding threads
     search       every method beside a float64 oracle on the tests' problems, exact distances, the bound's own premise
     determinism  steps of two recipes, twice from the same weights
     resume       a run that is stopped in the middle of a round and goes on, beside one that was not
+    compiled     `train.compile` beside without: weights, samples, time
+    memory       peaks of fit steps beside benchmarks/results/memory.md
+    full         a run where the memory is full
     step         `pipeline.training.fit` beside a bare loop with the same tricks, and its share of the card's peak
     match        a round's search beside torch.cdist, FAISS and the matrix product alone
+    train        cifar10.yaml in the time that is left, and its measures
 """
 
 import os
+import re
 import sys
 import time
 import traceback
@@ -25,17 +33,20 @@ from unittest.mock import patch
 
 import torch
 import tyro
+from gpu_claims import autocast, compiled, doctor, full, launches, memory, train
 from gpu_fit import determinism, resume, step
 from gpu_report import Part, Report, Settings
 from torch import Tensor
 from trained import ROOT, check_place
 
 from pipeline import philox
+from pipeline.data.dataset import DataConfig
 from pipeline.distributed.connect import repeat_bits
-from pipeline.errors import InputError, exit_on_input_error
+from pipeline.errors import InputError, Unavailable, exit_on_input_error
 from pipeline.match import Blocks, bound, search
 from pipeline.match.distances import exact_distances, faiss_on, load_faiss
 from pipeline.match.method import METHODS
+from pipeline.training.prepare import pack_missing
 
 sys.path.insert(0, str(ROOT))
 
@@ -150,34 +161,45 @@ def peers(report: Report, queries: Tensor, candidates: Tensor) -> dict[str, floa
 
 
 PARTS: dict[Part, Callable[[Report], None]] = {
-    **{"random": random, "search": searches, "determinism": determinism},
-    **{"resume": resume, "step": step, "match": match},
+    **{"doctor": doctor, "random": random, "launches": launches, "autocast": autocast, "search": searches},
+    **{"determinism": determinism, "resume": resume, "compiled": compiled, "memory": memory, "full": full},
+    **{"step": step, "match": match, "train": train},
 }
 
 
 def main(settings: Settings) -> int:
-    check_place(settings.to)
+    if settings.to:
+        check_place(settings.to)
     if not settings.parts:
         raise InputError(f"--parts: give some of {', '.join(PARTS)}")
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise InputError("no CUDA device that torch can use (`naign doctor` says more): try --device cpu --small")
+    report = Report(settings)
     if settings.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
         torch.set_num_threads(1)  # others on the machine would have several wait for one another
     else:
         repeat_bits()
-    report = Report(settings)
     name = torch.cuda.get_device_name() if settings.device == "cuda" else f"a CPU, {torch.get_num_threads()} threads"
     card = f"{name}, torch {torch.__version__}"
+    to = settings.to or ROOT / f"benchmarks/results/gpu-{re.sub('[^a-z0-9]+', '-', name.lower())}"
+    if "train" in settings.parts and not settings.small:
+        try:  # before all else: it is read in the end
+            pack_missing(DataConfig(path=str(settings.data), source="cifar10"), [])
+        except (InputError, Unavailable) as error:
+            raise InputError(f"CIFAR-10 is for the part `train`: {error}; or name other --parts") from None
     for part in settings.parts:
         report.part, begin = part, time.monotonic()
         try:
-            PARTS[part](report)
+            if report.left() < 0:
+                report.say("not begun", f"{settings.minutes:g} minutes are over", "to end", False)
+            else:
+                PARTS[part](report)
         except (Exception, SystemExit) as error:  # the others may tell more
             traceback.print_exc()
             report.say("failed", f"{type(error).__name__}: {error}".splitlines()[0], "to end", False)
         print(f"{part:12} {time.monotonic() - begin:.1f} s", flush=True)
-        report.write(card)
+        report.write(to, card)
     return 0 if all(line["holds"] for line in report.lines) else 1
 
 

@@ -31,6 +31,7 @@ from pipeline.training.fit import fit, learning_rate, steps_of
 from pipeline.training.round import RoundRandom, RoundState
 
 RECIPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+SHAPES = RECIPES | {"folder64": (3, 64, 64), "folder256": (3, 256, 256)}
 RUNS = "whole", "stopped"
 
 
@@ -77,7 +78,7 @@ class Rounds:
 
 def on_rounds(report: Report, name: str, use: Callable[[Rounds, Callable[[], Any]], None], steps: int) -> None:
     """Use rounds of so many steps of a recipe, and a function that opens a run with its first weights."""
-    shape, batch = RECIPES[name], 8 if report.settings.small else 0
+    shape, batch = SHAPES[name], 8 if report.settings.small else 0
     options = ["--config", str(ROOT / f"configs/{name}.yaml"), "--prior.name=gaussian"]
     options += [f"--train.batch={batch}"] * bool(batch)
     config = parse(options)

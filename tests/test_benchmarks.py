@@ -1,10 +1,12 @@
 """The benchmark scripts run; what they show is in benchmarks/results."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -131,11 +133,24 @@ def test_every_row_and_trial_is_a_configuration(file: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_first_minutes_on_a_gpu_can_be_tried_without_one(tmp_path: Path) -> None:
+def test_scale_predicts_what_two_ranks_measure(tmp_path: Path) -> None:
+    done = run("scale", "--quick", "--to", "results/scale", cwd=tmp_path, env=forked(), timeout=300)
+    results = json.loads((tmp_path / "results/scale.json").read_text())
+    exact = {row["what"]: row for row in results["checked"] if row["ranks"] == 2 and row["unit"] == "MB"}
+    for what in ("fit: sent", "match: received", "checkpoint: written by rank 0"):
+        assert exact[what]["measured"] == pytest.approx(exact[what]["predicted"], rel=0.05), what
+    assert all(row["shards"] * 10_000 == row["images"] for row in results["plans"]) and len(results["costs"]) == 9
+    assert done.stdout.strip() == (tmp_path / "results/scale.md").read_text().strip()
+
+
+@pytest.mark.slow
+def test_the_first_minutes_on_a_gpu_can_be_tried_without_one(tmp_path: Path, benchmarks: None) -> None:
+    from gpu_report import Part
+
     command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--device=cpu", "--small", "--to=gpu"]
     done = subprocess.run(command, cwd=tmp_path, env=forked(), capture_output=True, text=True, check=False)
     lines = json.loads((tmp_path / "gpu.json").read_text())["lines"]
-    assert {line["part"] for line in lines} == {"random", "search", "determinism", "resume", "step", "match"}
+    assert {line["part"] for line in lines} == {*get_args(Part)}
     assert done.returncode == 0 and all(line["holds"] for line in lines), done.stdout + done.stderr
 
 
@@ -147,3 +162,12 @@ def test_the_first_minutes_on_a_gpu_need_one(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(InputError, match="no CUDA device"):
         gpu.main(gpu.Settings(to=tmp_path / "other"))
     assert not (tmp_path / "other.md").exists()
+
+
+def test_the_page_about_gpus_names_every_part_that_checks_it(benchmarks: None) -> None:
+    from gpu_report import Part
+
+    rows = [line for line in (ROOT / "docs/gpus.md").read_text().splitlines() if line.startswith("| ")][2:]
+    named = {word for row in rows for word in re.findall(r"`(\w+)`", row.rsplit("|", 2)[1])}
+    assert rows and all(re.match(r"`\w+`", row.rsplit("| ", 1)[1].strip(" |")) for row in rows)
+    assert {*get_args(Part)} <= named, {*get_args(Part)} - named
