@@ -6,7 +6,9 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,7 @@ def measure(config: Config, rounds: int) -> Record:
         spent.setdefault(name, []).append([time.process_time() - cpu, written() - sent])
         return result
 
-    with opened(config, precision="fp32") as start:
+    with redirect_stdout(StringIO()), opened(config, precision="fp32") as start:
         run = start(first_network(config, SHAPE))
         ready, record, reads = time.monotonic() - begun, dict[str, Any](), list[int]()
         for number in range(1 + rounds):
