@@ -108,7 +108,7 @@ class Measure:
         area = len(rows) * clean[:, 0].numel() / 1e6
         speed = {name: spent / area for name, spent in seconds.items()}
         rows.append(["processor s per 10⁶ pixels", "-", *(f"{value:.1f}" for value in speed.values())])
-        borders = {name: seams(model, list(photos.values()), noisy=name == "noise") for name in ("whole", "noise")}
+        borders = {name: seams(model, clean, noisy=name == "noise") for name in ("whole", "noise")}
         text = page("Repair of photographs, PSNR in dB / SSIM", ["", *found["blur"]], rows)
         text += f"\n{len(clean)} photographs: {', '.join(photos)}. "
         text += "Squared gradient across the lines where tiles begin, over that elsewhere, "
@@ -176,21 +176,20 @@ def methods(model: NAIGN, clean: Tensor) -> dict[str, Method]:
     }
 
 
-def seams(model: NAIGN, photos: list[Tensor], *, noisy: bool) -> float:
-    """Mean squared gradient of f(x), as a multiple of the photograph's, across the lines where tiles begin, over the
-    same elsewhere; 1 is no seam.
+def seams(model: NAIGN, clean: Tensor, *, noisy: bool) -> float:
+    """Mean squared gradient of f(x), as a multiple of the photographs', across the lines where tiles begin, over the
+    same elsewhere, at all positions of the tiles; 1 is no seam.
     """
-    sums = torch.zeros(2, 2, dtype=torch.float64)  # of f(x)'s gradient and the photograph's; where tiles begin or not
-    for photo in photos[:2]:
-        for shift in SHIFTS:
-            x = photo[:, :, shift:, shift:]
-            y = model.project(degrade(x, "noise", seed=shift) if noisy else x)
-            for dim in (2, 3):
-                starts = torch.tensor(tiles._windows(x.shape[dim], model.shape[dim - 1])[0])
-                begins = torch.isin(torch.arange(1, x.shape[dim]), starts).long()
-                for row, image in zip(sums, (y, x), strict=True):
-                    gradients = image.diff(dim=dim).square().transpose(dim, 3).mean((0, 1, 2))
-                    row.index_add_(0, begins, gradients.double())
+    sums = torch.zeros(2, 2, dtype=torch.float64)  # of f(x)'s gradient and the photographs'; where tiles begin or not
+    for shift in SHIFTS:
+        x = clean[:, :, shift:, shift:]
+        y = model.project(degrade(x, "noise", seed=shift) if noisy else x)
+        for dim in (2, 3):
+            starts = torch.tensor(tiles._windows(x.shape[dim], model.shape[dim - 1])[0])
+            begins = torch.isin(torch.arange(1, x.shape[dim]), starts).long()
+            for row, image in zip(sums, (y, x), strict=True):
+                gradients = image.diff(dim=dim).square().transpose(dim, 3).mean((0, 1, 2))
+                row.index_add_(0, begins, gradients.double())
     ratio = sums[0] / sums[1]
     return float(ratio[1] / ratio[0])
 
