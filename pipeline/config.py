@@ -36,8 +36,10 @@ class TrainConfig:
     """Images per step, over all ranks."""
     passes: int = field(default=1, metadata=POSITIVE)
     """Passes of SGD over a round's images before they are matched anew."""
+    optimizer: str = "adamw"
+    """adamw, muon or adafactor (docs/training.md says what each does), or one that another package registers."""
     lr: float = field(default=2e-3, metadata=MAY_CHANGE | POSITIVE)
-    """Peak learning rate of AdamW; a cosine over the budget takes it to lr_end."""
+    """Peak learning rate; a cosine over the budget takes it to lr_end."""
     lr_end: float = field(default=1e-5, metadata=MAY_CHANGE | AT_LEAST_0)
     """Learning rate at the end of the budget."""
     warmup: int = field(default=10_000, metadata=MAY_CHANGE | AT_LEAST_0)
@@ -47,7 +49,7 @@ class TrainConfig:
     beta2: float = field(default=0.99, metadata=SHARE)
     """AdamW's decay of the second moment."""
     weight_decay: float = field(default=0.01, metadata=MAY_CHANGE | AT_LEAST_0)
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay."""
     clip: float = field(default=1.0, metadata=MAY_CHANGE | AT_LEAST_0)
     """Largest norm of the gradient; 0 does not clip."""
     ema: float = field(default=0.0, metadata=SHARE)

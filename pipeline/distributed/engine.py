@@ -1,7 +1,7 @@
-"""One network and its AdamW as the launcher's configuration runs them: alone, or on each rank under DDP.
+"""One network and its optimizer as the launcher's configuration runs them: alone, or on each rank under DDP.
 
 `pipeline.distributed.zero` has the engine for DeepSpeed. Whatever the engine, its state goes in and out by parameter:
-float32 weights and AdamW's two moments. So a checkpoint fits every world size and engine, and is never converted.
+float32 weights and the optimizer's tensors. So a checkpoint fits every world size and engine, and is never converted.
 """
 
 import math
@@ -17,8 +17,10 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, of the parameter's shape
-AdamState = dict[str, Tensor]  # `weight` and, from the first step on, MOMENTS of a parameter, each whole and float32
+from pipeline.distributed.optimizers import find_optimizer
+from pipeline.errors import InputError
+
+State = dict[str, Tensor]  # `weight` of a parameter and, from the first step on, the optimizer's tensors, each whole
 
 
 class Engine:
@@ -38,6 +40,7 @@ class Engine:
         weight_decay: float,
         clip: float,  # largest norm of the gradient; 0: none
         batch: int,  # images a step over all ranks
+        optimizer: str = "adamw",
         accumulate: int = 1,  # micro-batches a step
         ema: float = 0.0,  # decay a step of the average of the weights; 0: none is kept
         compile: bool = False,  # and, on a GPU, replay as CUDA graphs
@@ -55,13 +58,14 @@ class Engine:
         self._names = dict(bare.named_parameters())
         self.shapes = {name: tuple(value.shape) for name, value in self._names.items()}  # of the whole parameters
         ahead = accelerator.device.type == "cuda" if ahead is None else ahead
-        self.ahead = ahead and accelerator.scaler is None and not self.deepspeed
+        fused = ahead and accelerator.scaler is None and not self.deepspeed
+        build = find_optimizer(optimizer)
+        made = build(list(bare.parameters()), lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
+        self.ahead = fused and bool(made.defaults.get("fused"))
         """Whether a step with a non-finite gradient is skipped on the device, without synchronizing the host."""
-        fused = {"fused": True} if self.ahead else {}
-        adam = torch.optim.AdamW(bare.parameters(), lr=lr, betas=betas, weight_decay=weight_decay, **fused)
         if compile:
             bare.compile(mode="reduce-overhead" if self._graphs else None)
-        self._prepare(adam)
+        self._prepare(made)
         self._dtype = next(bare.parameters()).dtype  # of what the network takes
         self.described = f"{self._kind}, {accelerator.mixed_precision.replace('no', 'float32')}"
         if shape and self._kind == "DDP":
@@ -72,8 +76,8 @@ class Engine:
             self.network.train()
             self.optimizer.zero_grad(set_to_none=True)
 
-    def _prepare(self, adam: torch.optim.AdamW) -> None:
-        self.network, self.optimizer = self.accelerator.prepare(self.bare, adam)
+    def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
+        self.network, self.optimizer = self.accelerator.prepare(self.bare, optimizer)
         self._adam: Any = self.optimizer
         while hasattr(self._adam, "optimizer"):  # the innermost one
             self._adam = self._adam.optimizer
@@ -172,25 +176,47 @@ class Engine:
         """Collective: within this context the bare network's parameters hold the whole weights, for reading."""
         return nullcontext()
 
-    def states(self) -> Iterator[tuple[str, AdamState]]:
+    def states(self) -> Iterator[tuple[str, State]]:
         """Collective: yield each parameter's whole state in turn, on every rank. Copy what is to be kept."""
         for name, parameter in self._names.items():
             state = self._adam.state.get(parameter, {})
-            yield name, {"weight": parameter.detach().float(), **{key: state[key] for key in MOMENTS if state}}
+            if odd := [key for key, value in state.items() if key != "step" and not isinstance(value, Tensor)]:
+                raise InputError(f"the optimizer keeps '{odd[0]}' of a weight, which is no tensor: choose another one")
+            yield name, {"weight": parameter.detach().float(), **{key: state[key] for key in state if key != "step"}}
 
     @property
     def steps(self) -> int:
-        """Number of steps that AdamW has made."""
-        return max((int(state["step"]) for state in self._adam.state.values() if "step" in state), default=0)
+        """Number of steps that the optimizer has made; 1 for any number where it does not count them."""
+        return max((int(state.get("step", 1)) for state in self._adam.state.values()), default=0)
 
-    def restore(self, name: str, state: AdamState, steps: int) -> None:
+    def _allocated(self, name: str) -> dict[str, Any]:
+        """The optimizer's state of a parameter, which a step that changes nothing allocates if none was made yet."""
+        if not self._adam.state:
+            lr = self.optimizer.param_groups[0]["lr"]
+            self.set_lr(0.0)
+            for value in self._names.values():
+                value.grad = torch.zeros_like(value)
+            self._adam.step()
+            self._adam.zero_grad(set_to_none=True)
+            self.set_lr(lr)
+        state: dict[str, Any] = self._adam.state[self._names[name]]
+        return state
+
+    def state_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor of a parameter's state that `restore` needs."""
+        tensors = {key: tuple(value.shape) for key, value in self._allocated(name).items() if key != "step"}
+        return {"weight": self.shapes[name], **tensors}
+
+    @torch.no_grad()
+    def restore(self, name: str, state: State, steps: int) -> None:
         """Load one parameter's state; `steps` must be the same for all parameters."""
-        parameter = self._names[name]
-        with torch.no_grad():
-            parameter.copy_(state["weight"])
-        moments = {key: state[key].to(parameter.device, copy=True) for key in MOMENTS}
-        where = parameter.device if self.ahead else "cpu"
-        self._adam.state[parameter] = {"step": torch.tensor(float(steps), device=where), **moments}
+        kept = self._allocated(name)
+        self._names[name].copy_(state["weight"])
+        for key, value in kept.items():
+            if key != "step":
+                value.copy_(state[key])
+            else:
+                kept[key] = torch.full_like(value, steps) if isinstance(value, Tensor) else steps
 
     @property
     def scale(self) -> dict[str, float]:

@@ -13,24 +13,26 @@ from accelerate import Accelerator
 from filelock import FileLock
 from torch import Tensor, nn
 
-from pipeline.distributed.engine import MOMENTS, AdamState, Engine
+from pipeline.distributed.engine import Engine, State
 from pipeline.distributed.host import refuse_version
 from pipeline.errors import InputError
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, of the parameter's shape
+
 
 class ZeroEngine(Engine):
-    """Engine that DeepSpeed runs."""
+    """Engine that DeepSpeed runs, with AdamW."""
 
     deepspeed = True
     _ungraded = torch.no_grad  # under inference_mode ZeRO-3 would gather weights that autograd refuses afterwards
 
-    def _prepare(self, adam: torch.optim.AdamW) -> None:
+    def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises InputError where the launcher's configuration contradicts the run's settings."""
         _configure(self.accelerator, micro=self.micro, accumulate=self.accumulate, clip=self._clip)
         self.stage = int(self.accelerator.state.deepspeed_plugin.zero_stage)
         self.sharded = self.stage == 3
         self._waiting = 0  # micro-batches of the present step that were added up
-        super()._prepare(adam)
+        super()._prepare(optimizer)
         if hasattr(self.network.optimizer, "check_grad_overflow"):
             self.network.optimizer.check_grad_overflow = True  # else ZeRO 1 and 2 do not check float32 gradients
         # Whether DeepSpeed holds float32 weights and moments in partitions of its own.
@@ -72,7 +74,7 @@ class ZeroEngine(Engine):
                 stack.enter_context(GatheredParameters(some))
         return stack
 
-    def states(self) -> Iterator[tuple[str, AdamState]]:
+    def states(self) -> Iterator[tuple[str, State]]:
         if not self._partitioned:
             yield from super().states()
             return
@@ -84,7 +86,12 @@ class ZeroEngine(Engine):
                 state |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
             yield name, state
 
-    def restore(self, name: str, state: AdamState, steps: int) -> None:
+    def state_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        if not self._partitioned:
+            return super().state_shapes(name)
+        return dict.fromkeys(("weight", *MOMENTS), self.shapes[name])
+
+    def restore(self, name: str, state: State, steps: int) -> None:
         if not self._partitioned:
             super().restore(name, state, steps)
             return

@@ -7,6 +7,7 @@ from torch import nn
 
 from pipeline.config import Config
 from pipeline.distributed.engine import Engine
+from pipeline.distributed.optimizers import find_optimizer
 from pipeline.distributed.zero import ZeroEngine
 from pipeline.errors import InputError, require
 
@@ -27,6 +28,7 @@ def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator, shap
         weight_decay=train.weight_decay,
         clip=train.clip,
         batch=train.batch,
+        optimizer=train.optimizer,
         accumulate=train.accumulate,
         ema=train.ema,
         compile=train.compile,
@@ -36,11 +38,14 @@ def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator, shap
 
 def check_engine(config: Config, accelerator: Accelerator) -> None:
     """Raise InputError where the launcher's engine cannot do what the configuration asks for."""
+    find_optimizer(config.train.optimizer)
     batch, world, accumulate = config.train.batch, accelerator.num_processes, config.train.accumulate
     if batch % (world * accumulate):
         ranks = [str(number) for number in range(1, batch // accumulate + 1) if batch % (number * accumulate) == 0]
         uneven = f"train.batch={batch} images cannot be shared evenly by {world} ranks x {accumulate} micro-batches"
         raise InputError(f"{uneven}: use {', '.join(ranks)} ranks, or another train.batch in a new run")
+    apart = "train.optimizer=muon takes contiguous kernels: leave out train.channels_last, or choose another optimizer"
+    require((config.train.optimizer != "muon" or not config.train.channels_last, apart))
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return
     plugin, precision = accelerator.state.deepspeed_plugin, accelerator.mixed_precision
@@ -54,6 +59,7 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
     train, objective = config.train, config.objective
     frozen = f"objective.name={objective.name} evaluates a frozen copy of the network"
     hidden = f"DeepSpeed ZeRO-0 in {precision} keeps its float32 weights where no checkpoint can reach them"
+    cut = "needs whole weights, which DeepSpeed's ZeRO cuts into flat parts: use DDP, or adamw"
     moved = "does not go with DeepSpeed, which lays weights out anew: leave it out, or use DDP"
     require(
         (
@@ -61,6 +67,7 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
             f"{frozen}: use DDP, or ZeRO 0 to 2 in float32, which allow that",
         ),
         (stage > 0 or precision == "no", f"{hidden}: use ZeRO 1 to 3, or DDP"),
+        (train.optimizer == "adamw", f"train.optimizer={train.optimizer} {cut}"),
         (not train.compile, f"train.compile {moved}"),
         (not train.channels_last, f"train.channels_last {moved}"),
     )

@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds: where the run stands, weights, Adam's moments, and the round that it is within."""
+"""What a checkpoint of a run holds: weights, the optimizer's state, and the round that it is within."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline.checkpoint.writer import Write
 from pipeline.config import Config, to_dict
 from pipeline.data.loader import Stream
-from pipeline.distributed.engine import MOMENTS, Engine
+from pipeline.distributed.engine import Engine
 from pipeline.errors import InputError
 from pipeline.match.matcher import Match
 from pipeline.model.naign import save_model
@@ -107,12 +107,13 @@ def restore(checkpoint: Path, engine: Engine, *, size: int) -> tuple[Position, P
         partial = _restore_round(checkpoint, trainer, files, rank, world, size) if position.done else None
     if trainer["adam_steps"]:
         weights = read_model(checkpoint, "model.safetensors").network.state_dict()
-        for name, shape in engine.shapes.items():
+        for name in engine.shapes:
+            shapes = engine.state_shapes(name)
             with damage_named(checkpoint):
-                state = {key: file_of[f"{key}.{name}"].get_tensor(f"{key}.{name}") for key in MOMENTS}
-                state["weight"] = weights[name]
-                if any(value.shape != shape or not value.is_floating_point() for value in state.values()):
-                    raise ValueError(f"state of {name} has another shape than its weights {shape}, or type")
+                keys = {key: f"{key}.{name}" for key in shapes if key != "weight"}
+                state = {key: file_of[full].get_tensor(full) for key, full in keys.items()} | {"weight": weights[name]}
+                if any(value.shape != shapes[key] or not value.is_floating_point() for key, value in state.items()):
+                    raise ValueError(f"state of {name} has another shape than {shapes}, or type")
             engine.restore(name, state, trainer["adam_steps"])
     with damage_named(checkpoint):
         engine.scale = trainer["scale"]
@@ -156,7 +157,7 @@ def snapshot(
     state, weights, averaged = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
     for name, values in engine.states():
         if owners[name] == rank:
-            state |= {f"{key}.{name}": take(values[key]) for key in MOMENTS if key in values}
+            state |= {f"{key}.{name}": take(values[key]) for key in values if key != "weight"}
         if rank == 0:
             weights[name] = take(values["weight"])
 

@@ -89,6 +89,7 @@ def test_damaged_data_names_the_shard(damage, digits, tmp_path):
         (["--data.path={digits}", "--model.name=conv", "--run.path=file/run"], ["file/run"]),
         (["--data.path={points}"], ["model.name=mlp"]),
         (["--config={root}/configs/digits.yaml", "--report.trackers=[jsonl, wandbb]"], ["did you mean wandb?"]),
+        (["--data.path={digits}", "--train.optimizer=lion"], ["'lion': choose one of adamw, muon, adafactor"]),
         (["--data.path={digits}", "--report.trackers=aim"], ["'aim', which is not installed: pip install aim"]),
     ],
 )

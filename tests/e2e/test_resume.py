@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -61,6 +62,21 @@ def test_an_ended_run_goes_on_bit_for_bit(train, digits, tmp_path, varied):
     )
     for name, value in weights(tmp_path / "whole").items():
         assert torch.equal(value, weights(tmp_path / "broken")[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
+def test_other_optimizers_go_on_bit_for_bit(train, digits, tmp_path, optimizer):
+    options = [f"--data.path={digits}", *SMALL, "--train.images=1024", f"--train.optimizer={optimizer}"]
+    options += ["--checkpoint.rounds=2", "--checkpoint.keep=0"]
+    done = train("--run.path=whole", *options)
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(tmp_path / "whole/checkpoints/step-00000016", tmp_path / "again/checkpoints/step-00000016")
+    done = train("--run.path=again", *options)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "again") == losses(tmp_path / "whole")[2:]
+    for name, value in weights(tmp_path / "whole").items():
+        assert torch.equal(value, weights(tmp_path / "again")[name]), name
 
 
 @pytest.mark.slow

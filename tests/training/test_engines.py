@@ -29,6 +29,8 @@ def accelerator(stage=None, *, ranks=1, precision="no", **configured):
         ({"stage": 3}, ["--objective.name=nae"], "objective.name=nae evaluates a frozen copy"),
         ({"stage": 2, "precision": "bf16"}, ["--objective.name=ign"], "ZeRO 0 to 2 in float32"),
         ({"stage": 0, "precision": "bf16"}, [], "use ZeRO 1 to 3, or DDP"),
+        ({"stage": 2}, ["--train.optimizer=muon"], "train.optimizer=muon needs whole weights"),
+        ({}, ["--train.optimizer=muon", "--train.channels_last"], "train.optimizer=muon takes contiguous kernels"),
         ({"stage": 2}, ["--train.compile"], "train.compile does not go with DeepSpeed"),
         ({"stage": 2}, ["--train.channels_last"], "train.channels_last does not go with DeepSpeed"),
         ({"stage": 2, "bf16": {"enabled": True}}, [], "bf16.enabled: True, but the run's precision is fp32"),

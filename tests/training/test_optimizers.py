@@ -1,0 +1,106 @@
+"""The optimizers by name: what they step, and that a restored one goes on bit for bit."""
+
+from importlib.metadata import EntryPoint
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from pipeline.distributed.engine import Engine
+from pipeline.distributed.optimizers import OPTIMIZERS, Muon, find_optimizer
+from pipeline.errors import InputError
+
+
+def momentum(parameters, *, lr, **_):
+    return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+
+
+class Counting(torch.optim.Optimizer):
+    def __init__(self, parameters, *, lr, **_):
+        super().__init__(parameters, {"lr": lr})
+
+    def step(self):
+        for value in self.param_groups[0]["params"]:
+            self.state[value] = {"calls": 1 + self.state[value].get("calls", 0)}
+
+
+@pytest.fixture(autouse=True)
+def theirs(monkeypatch):
+    points = {name: EntryPoint(name, f"{__name__}:{name}", "naign.optimizers") for name in ("momentum", "Counting")}
+    asked = {"naign.optimizers": points}
+    monkeypatch.setattr("pipeline.settings.registry._entry_points", lambda group: asked.get(group, {}))
+
+
+def make(optimizer, **settings):
+    AcceleratorState._reset_state(True)
+    torch.manual_seed(0)
+    inner = nn.Flatten(), nn.Linear(128, 9), nn.Linear(9, 128), nn.Unflatten(1, (8, 4, 4))
+    network = nn.Sequential(nn.Conv2d(1, 8, 4, 2, 1), *inner, nn.ConvTranspose2d(8, 1, 4, 2, 1))
+    options = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.01, "clip": 1.0, "batch": 4}
+    return Engine(Accelerator(cpu=True), network, **options, optimizer=optimizer, **settings)
+
+
+def train(engine, first, last):
+    found = []
+    for number in range(first, last):
+        images = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(number % 2))
+        with engine.micro_batch():
+            loss = (engine.forward(images) - images).square().mean()
+            engine.backward(loss)
+        engine.step()
+        found.append(float(loss.detach()))
+    return found
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "momentum"])
+def test_a_restored_optimizer_goes_on_bit_for_bit(name):
+    whole, first, second = make(name), make(name), make(name)
+    losses = train(whole, 0, 12)
+    assert losses[-1] < losses[1]
+    train(first, 0, 5)
+    for parameter, kept in first.states():
+        assert second.state_shapes(parameter) == {key: tuple(value.shape) for key, value in kept.items()}
+        second.restore(parameter, {key: value.clone() for key, value in kept.items()}, first.steps)
+    assert train(second, 5, 12) == losses[5:]
+    for (_, mine), (_, other) in zip(whole.states(), second.states(), strict=True):
+        assert len(mine) > 1 and all(torch.equal(mine[key], other[key]) for key in mine)
+
+
+def test_muon_takes_a_kernel_as_the_matrix_of_its_patches_and_adamw_a_vector():
+    torch.manual_seed(0)
+    kernel, bias = nn.Parameter(torch.randn(6, 3, 4, 4)), nn.Parameter(torch.randn(6))
+    matrix, vector = nn.Parameter(kernel.detach().flatten(1).clone()), nn.Parameter(bias.detach().clone())
+    ours = Muon([kernel, bias], lr=0.1, betas=(0.9, 0.99), weight_decay=0.02)
+    theirs = (
+        torch.optim.Muon([matrix], lr=0.05, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([vector], lr=0.05, betas=(0.9, 0.99), weight_decay=0.02),
+    )
+    ours.param_groups[0]["lr"] = 0.05
+    for _ in range(3):
+        kernel.grad, bias.grad = torch.randn_like(kernel), torch.randn_like(bias)
+        matrix.grad, vector.grad = kernel.grad.flatten(1).clone(), bias.grad.clone()
+        ours.step()
+        [one.step() for one in theirs]
+    assert torch.equal(kernel.flatten(1), matrix) and torch.equal(bias, vector)
+
+
+def test_only_fused_adamw_leaves_its_norm_on_the_device():
+    assert {name: make(name, ahead=True).ahead for name in OPTIMIZERS} == {
+        "adamw": True,
+        "muon": False,
+        "adafactor": False,
+    }
+
+
+def test_an_unknown_optimizer_names_the_known_ones():
+    with pytest.raises(InputError, match="train.optimizer is 'moun': .*adamw, muon, adafactor.*; did you mean muon"):
+        find_optimizer("moun")
+
+
+def test_a_state_that_no_checkpoint_holds_is_refused():
+    engine = make("Counting")
+    engine.step()
+    with pytest.raises(InputError, match="keeps 'calls' of a weight"):
+        list(engine.states())
