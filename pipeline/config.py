@@ -39,9 +39,12 @@ class TrainConfig:
     optimizer: str = "adamw"
     """adamw, muon or adafactor (docs/training.md says what each does), or one that another package registers."""
     lr: float = field(default=2e-3, metadata=MAY_CHANGE | POSITIVE)
-    """Peak learning rate; a cosine over the budget takes it to lr_end."""
+    """Peak learning rate; train.schedule takes it to lr_end."""
     lr_end: float = field(default=1e-5, metadata=MAY_CHANGE | AT_LEAST_0)
     """Learning rate at the end of the budget."""
+    schedule: str = field(default="cosine", metadata=MAY_CHANGE | one_of(("cosine", "constant", "wsd")))
+    """Learning rate after warm-up: a cosine; constant; or wsd, which is constant for four fifths and then falls as
+    1 - sqrt (arXiv 2405.18392)."""
     warmup: int = field(default=10_000, metadata=MAY_CHANGE | AT_LEAST_0)
     """Images over which the learning rate rises from 0; at most half the budget."""
     beta1: float = field(default=0.9, metadata=SHARE)
@@ -149,7 +152,8 @@ class Config:
     """All random numbers are a function of the seed, the round and the number of an image or latent."""
     resume: str = field(default="auto", metadata=FREE | one_of(("auto", "changed", "never")))
     """auto: continue from the newest complete checkpoint of run.path. changed: the same, and allow another data.path or
-    index, train.images, lr, lr_end, warmup, clip or weight_decay. never: start from scratch; refuse a folder in use."""
+    index, train.images, lr, lr_end, schedule, warmup, clip or weight_decay. never: start from scratch; refuse a folder
+    in use."""
 
 
 NAMED: Named = {

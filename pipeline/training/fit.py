@@ -19,6 +19,7 @@ from pipeline.training.round import REMEDY, RoundState
 from pipeline.training.run import Run
 
 log = logging.getLogger("naign.fit")
+FALL = 0.2  # share of the images after warm-up, at their end, over which wsd falls
 BAD_STEPS = 10  # skipped in a row, after which the run has diverged
 Step = tuple[int, Tensor | float, dict[str, Tensor]]
 """A step that was made: its number, the norm of its gradient, and the sum of each loss over its micro-batches."""
@@ -109,12 +110,15 @@ def means(run: Run, state: RoundState) -> dict[str, float]:
 
 
 def learning_rate(config: TrainConfig, seen: int, budget: int) -> float:
-    """Linear warm-up over at most half the budget, then a cosine from lr to lr_end; all counted in images."""
+    """Linear warm-up over at most half the budget, then train.schedule from lr to lr_end; all counted in images."""
     warmup = min(config.warmup, budget // 2)
     if seen < warmup:
         return config.lr * (seen + config.batch) / (warmup + config.batch)
-    share = (seen - warmup) / max(1, budget - warmup)
-    return config.lr_end + (config.lr - config.lr_end) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+    share = min(1.0, (seen - warmup) / max(1, budget - warmup))
+    if config.schedule == "constant":
+        return config.lr
+    cosine, fall = 0.5 * (1 + math.cos(math.pi * share)), 1 - max(0.0, 1 - (1 - share) / FALL) ** 0.5
+    return config.lr_end + (config.lr - config.lr_end) * (cosine if config.schedule == "cosine" else fall)
 
 
 def pass_order(count: int, *key: int) -> Tensor:

@@ -68,7 +68,7 @@ def test_an_ended_run_goes_on_bit_for_bit(train, digits, tmp_path, varied):
 @pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
 def test_other_optimizers_go_on_bit_for_bit(train, digits, tmp_path, optimizer):
     options = [f"--data.path={digits}", *SMALL, "--train.images=1024", f"--train.optimizer={optimizer}"]
-    options += ["--checkpoint.rounds=2", "--checkpoint.keep=0"]
+    options += ["--train.schedule=wsd", "--checkpoint.rounds=2", "--checkpoint.keep=0"]
     done = train("--run.path=whole", *options)
     assert done.returncode == 0, done.stderr
     shutil.copytree(tmp_path / "whole/checkpoints/step-00000016", tmp_path / "again/checkpoints/step-00000016")

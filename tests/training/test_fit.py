@@ -46,3 +46,11 @@ def test_the_learning_rate_rises_over_at_most_half_of_a_budget_and_falls_to_its_
     rates = [learning_rate(train, seen, 1000) for seen in range(0, 1001, 10)]
     assert rates[0] == 10 / 510 and rates.index(max(rates)) == 50 and max(rates) == 1.0
     assert rates[75] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("schedule", "left"), [("constant", [1, 1, 1, 1]), ("wsd", [1, 1, 0.55, 0.1])])
+def test_a_schedule_by_name(schedule, left):
+    train = dataclasses.replace(CONFIG.train, lr=1.0, lr_end=0.1, warmup=100, batch=10, schedule=schedule)
+    rates = [learning_rate(train, seen, 1100) for seen in (100, 900, 950, 1100)]
+    assert rates == pytest.approx(left)
+    assert learning_rate(train, 50, 1100) == learning_rate(dataclasses.replace(train, schedule="cosine"), 50, 1100)
