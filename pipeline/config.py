@@ -72,6 +72,8 @@ class TrainConfig:
     threads: int = field(default=0, metadata=FREE | between(0, 1024))
     """CPU threads per rank. 0: OMP_NUM_THREADS, or under a launcher, which sets that to 1, the rank's share of the
     cores."""
+    callbacks: str = field(default="", metadata=FREE)
+    """Names of callbacks of other packages, as [one, other], which are called after rounds and checkpoints."""
     timeout: int = field(default=600, metadata=FREE | between(1, 10**7))
     """Seconds a rank waits for the others before it fails."""
 

@@ -92,6 +92,7 @@ class Writer:
         self._beat, self._flush, self._left = beat, flush, left
         self._done: Future[str] | None = None  # of the pending checkpoint: why the run must end, or ""
         self.completed = time.monotonic()  # when the newest checkpoint was there and sent, or when this start began
+        self.done: Callable[[Path], object] = lambda folder: None  # called after a checkpoint, on rank 0
         self.seconds = 0.0  # background seconds of the last checkpoint, uploading included
         self.uploaded = 0.0  # seconds of uploading
         self.unsent = ""  # name of the newest checkpoint if it could not be uploaded; the same on all ranks
@@ -121,7 +122,7 @@ class Writer:
     def join(self, *, within: float = math.inf, share: float = 1.0) -> bool:
         """Wait for the checkpoint that is being written. Returns False if that takes longer than `within` seconds or,
         once a stop was requested, longer than `share` of the time left. Raises `unwritten` on every rank if any rank
-        could not write its files, and what a collective raises when another rank is gone.
+        could not write its files, what `done` raises, and what a collective raises when another rank is gone.
         """
         if self._done is None:
             return True
@@ -148,6 +149,8 @@ class Writer:
         if not self.unsent:
             self.completed = time.monotonic()
         self.seconds = time.perf_counter() - start
+        if self._rank == 0 and not conflict:
+            self.done(folder)
         return conflict
 
     def _write(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write], best: str) -> str:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.settings.registry import lookup
+from pipeline.settings.registry import listed, lookup
 from pipeline.storage.local import write_atomically
 
 
@@ -169,9 +169,8 @@ def find_trackers(names: str) -> dict[str, tuple[type | None, Build]]:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     theirs = {name: (None, accelerated(kind)) for name, kind in LOGGER_TYPE_TO_CLASS.items() if name not in TRACKERS}
-    wanted = ["jsonl", *(name.strip(" '\"") for name in names.strip(" []").split(","))]
     trackers = {}
-    for name in filter(None, wanted):
+    for name in ("jsonl", *listed(names)):
         trackers[name] = lookup("report.trackers", name, TRACKERS | theirs, "naign.trackers")
         if name in theirs and not all(map(find_spec, MODULES.get(name, (name,)))):
             package = PACKAGES.get(name, name)

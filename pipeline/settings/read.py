@@ -15,7 +15,7 @@ from pipeline import shipped
 from pipeline.errors import InputError, printable, require, shown
 
 MOST = 2**62  # no setting has a use for larger numbers, which overflow
-LISTS = ("data.path", "report.trackers")  # settings that a file may also give as a list
+LISTS = ("data.path", "report.trackers", "train.callbacks")  # settings that a file may also give as a list
 
 Named = Mapping[str, tuple[str, Callable[[str], tuple[Any, Any]]]]
 """Sections whose settings class depends on a name: the default name, and the lookup of a name's class."""

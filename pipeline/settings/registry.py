@@ -34,7 +34,8 @@ def lookup(
         there = known(builtin, group)
         near = difflib.get_close_matches(name, there, n=1)
         remedy = (remedies or {}).get(name) or (f"did you mean {near[0]}?" if near else "")
-        unknown = f"{setting} is '{printable(name)}': choose one of {', '.join(there)}"
+        choice = f"choose one of {', '.join(there)}" if there else f"no installed package has entry points of {group}"
+        unknown = f"{setting} is '{printable(name)}': {choice}"
         raise InputError(unknown + (f"; {remedy}" if remedy else ""))
     package = point.dist.name if point.dist else point.module
     named = f"{setting} is '{name}', which the package {package} brings as {point.value}, but"
@@ -42,7 +43,7 @@ def lookup(
         entry: Entry = point.load()
     except (Exception, SystemExit) as error:  # whatever another package's import may raise
         raise InputError(f"{named} importing that failed: {type(error).__name__}: {error}") from error
-    example = next(iter(builtin.values()))
+    example: object = next(iter(builtin.values()), lookup)  # a function, where nothing is built in
     if not _alike(entry, example):
         wanted = "a settings class and a function" if isinstance(example, tuple) else "a function"
         raise InputError(f"{named} that is a {type(entry).__name__}, not {wanted}, as {group} needs: fix the package")
@@ -54,6 +55,11 @@ def _alike(entry: object, example: object) -> bool:
     if isinstance(example, tuple):
         return isinstance(entry, tuple) and len(entry) == len(example) and all(map(_alike, entry, example))
     return entry is example is None or callable(entry) and (is_dataclass(entry) if is_dataclass(example) else True)
+
+
+def listed(names: str) -> list[str]:
+    """The names of a setting that holds more than one: with commas between them, also as a list in YAML."""
+    return [name for part in names.strip(" []").split(",") if (name := part.strip(" '\""))]
 
 
 def known(builtin: Mapping[str, object], group: str) -> list[str]:

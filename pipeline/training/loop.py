@@ -7,6 +7,7 @@ second, of prior.alone, f is frozen and the prior alone learns.
 
 import gc
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 from accelerate import Accelerator
@@ -17,6 +18,7 @@ from pipeline.config import Config
 from pipeline.distributed.ranks import gather, together, total
 from pipeline.errors import InputError, Stopped, Unavailable
 from pipeline.observe import at_round
+from pipeline.training.callbacks import Callback, call
 from pipeline.training.fit import fit
 from pipeline.training.learn_prior import learn_prior
 from pipeline.training.prepare import prepare
@@ -31,9 +33,9 @@ log = logging.getLogger("naign.train")
 MEASURED = 2**40  # first id of the latents that quality measures: no evaluation reports on the same ones
 
 
-def train(config: Config, accelerator: Accelerator) -> bool:
+def train(config: Config, accelerator: Accelerator, callbacks: Sequence[Callback] = ()) -> bool:
     """Train until the budget is spent. Returns False if a signal ended it earlier, after a checkpoint. Collective."""
-    run, partial = prepare(config, accelerator)
+    run, partial = prepare(config, accelerator, callbacks)
     with run.stream, run.monitor, run.watchdog:
         run.monitor.say(headline(run))
         if not gc.isenabled():  # since the program's start
@@ -70,6 +72,9 @@ def run_rounds(run: Run, partial: PartialRound | None) -> None:
                         values |= fit(run, state)
             position.round, position.done = position.round + 1, 0
             better = measure(run, run.quality, state, values) if run.quality else False
+            if run.callbacks:
+                with run.phases.enter("callbacks"), together(run.accelerator):
+                    call(run, "on_round", values)
             with run.phases.enter("report"), together(run.accelerator):
                 report(run, state, rows, values, images=position.seen - before)
             state = partial = None

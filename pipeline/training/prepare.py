@@ -2,7 +2,9 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial as bind
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from pipeline.observe import Monitor, Profiler, forward_flops, preflight, set_up
 from pipeline.settings.budget import count_network_rounds, count_rounds
 from pipeline.storage.local import write_atomically
 from pipeline.storage.store import open_store
+from pipeline.training.callbacks import Callback, call, find_callbacks
 from pipeline.training.engines import build_engine, check_engine
 from pipeline.training.quality import Quality
 from pipeline.training.run import Phases, Run
@@ -45,7 +48,9 @@ log = logging.getLogger("naign.train")
 Start = tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]  # metadata, weights and the prior's state
 
 
-def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, PartialRound | None]:
+def prepare(
+    config: Config, accelerator: Accelerator, callbacks: Sequence[Callback] = ()
+) -> tuple[Run, PartialRound | None]:
     """Refuse what cannot be trained, before anything is written, and restore the newest checkpoint. Collective.
 
     Returns the run, and what its checkpoint kept of a round. Raises InputError, or Unavailable for a store.
@@ -56,6 +61,7 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, PartialRound
     watchdog = Watchdog(rank=rank, world=world, timeout=config.train.timeout)
     with together(accelerator):
         check_engine(config, accelerator)
+        every = (*callbacks, *find_callbacks(config.train.callbacks))
         start = read_start(config) if rank == 0 else None
     (start,) = broadcast_object_list([start])
     with together(accelerator):
@@ -98,7 +104,9 @@ def prepare(config: Config, accelerator: Accelerator) -> tuple[Run, PartialRound
         monitor=monitor,
         writer=writer,
         position=position,
+        callbacks=every,
     )
+    writer.done = bind(call, run, "on_checkpoint")
     return run, partial
 
 

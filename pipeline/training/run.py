@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -93,6 +94,7 @@ class Run:
     monitor: Monitor
     writer: Writer
     position: Position
+    callbacks: tuple[Any, ...] = ()  # of pipeline.training.callbacks
 
     @property
     def finished(self) -> bool:

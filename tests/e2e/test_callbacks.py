@@ -1,0 +1,92 @@
+"""The callback of docs/training.md is called; one that fails is named, with its package."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline.errors import InputError
+from pipeline.training.callbacks import Callback, call, find_callbacks
+from tests.conftest import ROOT, SMALL, direct_command, forked
+
+BLOCK = re.compile(r"^```python\n# (my_package/copies.py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FAILING = """
+from my_package.copies import Copies
+class Failing(Copies):
+    def on_checkpoint(self, run, folder):
+        raise KeyError("lost")
+"""
+POINTS = "[naign.callbacks]\ncopies = my_package.copies:Copies\nfailing = my_package.failing:Failing\n"
+PROGRAM = """
+import sys
+from my_package.copies import Copies
+from pipeline.config import parse
+from pipeline.distributed.connect import build_accelerator
+from pipeline.training.loop import train
+train(parse(sys.argv[1:]), build_accelerator(), callbacks=[Copies()])
+"""
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """The package as an installer leaves it."""
+    files = dict(BLOCK.findall((ROOT / "docs/training.md").read_text())) | {"my_package/failing.py": FAILING}
+    files |= {"my_package/__init__.py": "", "my_package-1.dist-info/entry_points.txt": POINTS}
+    files |= {"my_package-1.dist-info/METADATA": "Metadata-Version: 2.1\nName: my_package\nVersion: 1\n"}
+    for name, text in files.items():
+        (tmp_path / "site" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "site" / name).write_text(text)
+    return tmp_path / "site"
+
+
+@pytest.mark.slow
+def test_callbacks_of_a_run(site, digits, tmp_path):
+    def run(name: str, command: list[str]) -> subprocess.CompletedProcess[str]:
+        env = forked(PYTHONPATH=os.pathsep.join([str(ROOT), str(site)]))
+        command += [f"--data.path={digits}", f"--run.path={name}", *SMALL, "--train.images=768"]
+        command += ["--checkpoint.rounds=2"]
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+    plain = run("plain", direct_command())
+    assert plain.returncode == 0, plain.stderr
+    for name, command in (
+        ("named", direct_command("--train.callbacks=[copies]")),
+        ("given", [sys.executable, "-c", PROGRAM]),
+    ):
+        done = run(name, command)
+        assert done.returncode == 0, done.stderr
+        lines, others = (
+            [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+            for run in (name, "plain")
+        )
+        assert (tmp_path / name / "copied.txt").read_text() == "step-00000016\nstep-00000024\n"
+        assert len(lines) == 3 and all(line["mine/weights"] > 0 for line in lines)
+        assert [line["loss/total"] for line in lines] == [line["loss/total"] for line in others]
+
+    done = run("failing", direct_command("--train.callbacks=[copies, failing]"))
+    assert done.returncode == 1 and "KeyError: 'lost'" in done.stderr
+    assert "on_checkpoint of the callback Failing, of the package my_package, failed" in done.stderr
+    assert (tmp_path / "failing/copied.txt").read_text() == "step-00000016\n"  # the checkpoint before it is there
+
+
+class Refusing(Callback):
+    def on_round(self, run, values):
+        raise InputError("no licence")
+
+
+def test_an_error_of_the_users_names_the_callback_as_well():
+    run = SimpleNamespace(callbacks=(Callback(), Refusing()))
+    call(run, "on_checkpoint", Path("x"))
+    with pytest.raises(InputError, match="on_round of the callback Refusing, of the package tests, failed: no licence"):
+        call(run, "on_round", {})
+
+
+def test_an_unknown_callback_is_refused():
+    assert find_callbacks("") == find_callbacks("[]") == []
+    with pytest.raises(InputError, match="train.callbacks is 'copies': no installed package has entry points of naign"):
+        find_callbacks("copies")
