@@ -27,7 +27,7 @@ TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 AUDITS = ("copies", "duplicates")  # commands of `naign` that ranks run instead of a training
 POSSIBLE = {
     "compute_environment": ("LOCAL_MACHINE",),
-    "distributed_type": ("NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED", "False"),
+    "distributed_type": ("NO", "MULTI_CPU", "MULTI_GPU", "DEEPSPEED", "FSDP", "False"),
     "mixed_precision": ("no", "fp16", "bf16", "None", "False"),
 }
 """Values of a configuration of Accelerate with which training can start; `no` without quotes is False in YAML."""
@@ -61,7 +61,7 @@ def _read_engine(file: Path) -> str:
     for key, values in POSSIBLE.items():
         value = getattr(config, key)
         if str(getattr(value, "value", value)) not in values:
-            raise ValueError(f"{key} is {value}: it must be one of {', '.join(values[:4])}")
+            raise ValueError(f"{key} is {value}: it must be one of {', '.join(values[:5])}")
     deepspeed = config.deepspeed_config or {}
     if str(stage := deepspeed.get("zero_stage", 0)) not in ("0", "1", "2", "3"):
         raise ValueError(f"deepspeed_config.zero_stage is {stage}: it must be 0, 1, 2 or 3")
@@ -98,7 +98,7 @@ def require_gpus(wanted: int, processes: int, engine: str) -> bool:
 
     check_gpus(f"--gpus {wanted}", wanted)
     config = yaml.safe_load(engine)
-    on_gpus = count_gpus() or config.get("distributed_type") == "MULTI_GPU"  # DeepSpeed also runs on CPUs
+    on_gpus = count_gpus() or config.get("distributed_type") in ("MULTI_GPU", "FSDP")  # DeepSpeed also runs on CPUs
     if on_gpus := on_gpus and not config.get("use_cpu"):
         check_gpus(f"{processes} ranks on GPUs are to start here (on CPUs: --engine cpu)", processes)
     return bool(on_gpus)

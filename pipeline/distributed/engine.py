@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pipeline.distributed.optimizers import find_optimizer
-from pipeline.errors import InputError
+from pipeline.errors import require
 
 State = dict[str, Tensor]  # `weight` of a parameter and, from the first step on, the optimizer's tensors, each whole
 
@@ -27,7 +27,8 @@ class Engine:
     """A training step is `forward` and `backward` for each micro-batch, then `step`."""
 
     deepspeed = False
-    sharded = False  # whether no rank has the whole network (ZeRO-3), so that every forward is collective
+    gathers = False  # whether `states` yields tensors that it gathered, and which would stay on the device
+    sharded = False  # whether no rank has the whole network (ZeRO-3, FSDP2), so that every forward is collective
     _ungraded: Callable[[], AbstractContextManager[Any]] = torch.inference_mode
 
     def __init__(
@@ -55,10 +56,11 @@ class Engine:
         self._graphs = compile and accelerator.device.type == "cuda"
         self.copied = threading.Event()  # not set while weights and moments are read in the background: a step waits
         self.copied.set()
+        self._shard()
         self._names = dict(bare.named_parameters())
         self.shapes = {name: tuple(value.shape) for name, value in self._names.items()}  # of the whole parameters
         ahead = accelerator.device.type == "cuda" if ahead is None else ahead
-        fused = ahead and accelerator.scaler is None and not self.deepspeed
+        fused = ahead and accelerator.scaler is None and not self.gathers
         build = find_optimizer(optimizer)
         made = build(list(bare.parameters()), lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
         self.ahead = fused and bool(made.defaults.get("fused"))
@@ -75,6 +77,9 @@ class Engine:
             self.network(torch.zeros(1, *shape, device=accelerator.device)).float().sum().backward()
             self.network.train()
             self.optimizer.zero_grad(set_to_none=True)
+
+    def _shard(self) -> None:
+        """Distribute the weights over the ranks before the optimizer sees them."""
 
     def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
         self.network, self.optimizer = self.accelerator.prepare(self.bare, optimizer)
@@ -139,7 +144,8 @@ class Engine:
         return norm
 
     def _step(self) -> float | Tensor:
-        on_device: Tensor = self.accelerator.clip_grad_norm_(self.bare.parameters(), self._clip or math.inf).detach()
+        norms = self.accelerator.clip_grad_norm_(self.bare.parameters(), self._clip or math.inf)
+        on_device = _whole(norms.detach())
         if self.ahead:
             self._adam.grad_scale, self._adam.found_inf = None, (~on_device.isfinite()).float()  # 1 skips
             self._adam.step()
@@ -161,7 +167,7 @@ class Engine:
     def _average(self, norm: float | Tensor) -> None:
         assert self.ema is not None
         with self.gathered():
-            now = [value.detach().to(torch.float32) for value in self.bare.parameters()]
+            now = [_whole(value.detach()).to(torch.float32) for value in self.bare.parameters()]
             averages: Any = list(self.ema.parameters())
             if isinstance(norm, Tensor):  # not at all after a step that was none
                 change = torch._foreach_sub(now, averages)
@@ -180,9 +186,10 @@ class Engine:
         """Collective: yield each parameter's whole state in turn, on every rank. Copy what is to be kept."""
         for name, parameter in self._names.items():
             state = self._adam.state.get(parameter, {})
-            if odd := [key for key, value in state.items() if key != "step" and not isinstance(value, Tensor)]:
-                raise InputError(f"the optimizer keeps '{odd[0]}' of a weight, which is no tensor: choose another one")
-            yield name, {"weight": parameter.detach().float(), **{key: state[key] for key in state if key != "step"}}
+            odd = [key for key, value in state.items() if key != "step" and not isinstance(value, Tensor)]
+            require((not odd, f"the optimizer keeps {odd} of a weight, which are no tensors: choose another one"))
+            tensors = {key: _whole(state[key]) for key in state if key != "step"}
+            yield name, {"weight": _whole(parameter.detach()).float(), **tensors}
 
     @property
     def steps(self) -> int:
@@ -211,10 +218,10 @@ class Engine:
     def restore(self, name: str, state: State, steps: int) -> None:
         """Load one parameter's state; `steps` must be the same for all parameters."""
         kept = self._allocated(name)
-        self._names[name].copy_(state["weight"])
+        self._names[name].copy_(_like(state["weight"], self._names[name]))
         for key, value in kept.items():
             if key != "step":
-                value.copy_(state[key])
+                value.copy_(_like(state[key], value))
             else:
                 kept[key] = torch.full_like(value, steps) if isinstance(value, Tensor) else steps
 
@@ -227,3 +234,18 @@ class Engine:
     def scale(self, state: dict[str, float]) -> None:
         if self.accelerator.scaler is not None and "scale" in state:
             self.accelerator.scaler.load_state_dict(state)
+
+
+def _whole(value: Tensor) -> Tensor:
+    """A tensor, whole also where its rows are on different ranks; then collective."""
+    whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return whole
+
+
+def _like(value: Tensor, other: Any) -> Tensor:
+    """A whole tensor distributed as `other` is; then collective."""
+    if not hasattr(other, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(other.device), other.device_mesh, other.placements)

@@ -4,7 +4,8 @@ The state of an optimizer is what it keeps by parameter, in tensors, besides the
 checkpoint holds no more. Another package adds one as an entry point of the group `naign.optimizers`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,25 +30,14 @@ class Muon(Optimizer):
     (arXiv 2502.16982). Weights must be contiguous.
     """
 
-    def __init__(
-        self,
-        parameters: Iterable[Tensor],
-        *,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.01,
-        **_: Any,
-    ) -> None:
+    def __init__(self, parameters: list[Tensor], *, lr: float, betas: Any, weight_decay: float, **_: Any) -> None:
         super().__init__(parameters, {"lr": lr})
-        every = self.param_groups[0]["params"]
-        self._views = {value: value.detach().flatten(1) if value.ndim > 1 else value for value in every}
+        self._views = {value: value.detach().flatten(1) if value.ndim > 1 else value for value in parameters}
         matrices = [view for view in self._views.values() if view.ndim > 1]
         vectors = [view for view in self._views.values() if view.ndim < 2]
-        self._parts = list[Optimizer]()
-        if matrices:
-            self._parts.append(torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
-        if vectors:
-            self._parts.append(AdamW(vectors, betas=betas, weight_decay=weight_decay))
+        muon: Any = partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
+        kinds = ((muon, matrices), (partial(AdamW, betas=betas), vectors))
+        self._parts: list[Optimizer] = [kind(some, weight_decay=weight_decay) for kind, some in kinds if some]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -60,7 +50,6 @@ class Muon(Optimizer):
 
 
 Build = Callable[..., Optimizer]
-
 OPTIMIZERS: dict[str, Build] = {"adamw": adamw, "muon": Muon, "adafactor": adafactor}
 
 

@@ -23,7 +23,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, of the para
 class ZeroEngine(Engine):
     """Engine that DeepSpeed runs, with AdamW."""
 
-    deepspeed = True
+    deepspeed = gathers = True
     _ungraded = torch.no_grad  # under inference_mode ZeRO-3 would gather weights that autograd refuses afterwards
 
     def _prepare(self, optimizer: torch.optim.Optimizer) -> None:

@@ -1,5 +1,7 @@
 """The engine that the launcher's configuration asks for, and what it cannot do."""
 
+import os
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -20,6 +22,8 @@ def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator, shap
     if train.channels_last:
         bare.to(memory_format=torch.channels_last)  # type: ignore[call-overload,unused-ignore]  # torch 2.15 declares it
     kind = ZeroEngine if accelerator.distributed_type == DistributedType.DEEPSPEED else Engine
+    if "FSDP_VERSION" in os.environ:
+        from pipeline.distributed.fsdp import FsdpEngine as kind  # which takes a second to import
     return kind(
         accelerator,
         bare,
@@ -46,6 +50,14 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
         raise InputError(f"{uneven}: use {', '.join(ranks)} ranks, or another train.batch in a new run")
     apart = "train.optimizer=muon takes contiguous kernels: leave out train.channels_last, or choose another optimizer"
     require((config.train.optimizer != "muon" or not config.train.channels_last, apart))
+    if "FSDP_VERSION" in os.environ:
+        apart = "does not go with FSDP: leave it out, or use DDP"
+        for name, value in (("optimizer", "adamw"), ("compile", False), ("channels_last", False)):
+            require((getattr(config.train, name) == value, f"train.{name}={getattr(config.train, name)} {apart}"))
+        require((not config.objective.needs_frozen, f"objective.name={config.objective.name} {apart}"))
+        offloaded = os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
+        require((accelerator.mixed_precision != "fp16", f"train.precision=fp16 {apart}"))
+        require((not offloaded, f"fsdp_offload_params {apart}"))
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return
     plugin, precision = accelerator.state.deepspeed_plugin, accelerator.mixed_precision

@@ -152,8 +152,8 @@ def snapshot(
     kept = kept or PartialRound(world_size_at_start=world)
     largest_first = sorted(engine.shapes, key=lambda name: -math.prod(engine.shapes[name]))
     owners = {name: number % world for number, name in enumerate(largest_first)}  # the rank that writes its state
-    # DeepSpeed gathers whole tensors, which would take room on the device until they are copied.
-    take: Callable[[Tensor], Tensor] = _copied if engine.deepspeed else Tensor.detach
+    # Gathered tensors would take room on the device until they are copied.
+    take: Callable[[Tensor], Tensor] = _copied if engine.gathers else Tensor.detach
     state, weights, averaged = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
     for name, values in engine.states():
         if owners[name] == rank:
@@ -163,7 +163,7 @@ def snapshot(
 
     def copy() -> None:
         try:
-            for part in (averaged,) if engine.deepspeed else (state, weights, averaged):
+            for part in (averaged,) if engine.gathers else (state, weights, averaged):
                 part |= {name: _copied(value) for name, value in part.items()}
         finally:
             engine.copied.set()

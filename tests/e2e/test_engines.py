@@ -37,6 +37,8 @@ def engine(name: str, folder: Path, **changes: Any) -> str:
         del config["mixed_precision"]
     if "deepspeed_config" in config:
         config["deepspeed_config"] |= changes
+    if name == "fsdp":
+        config |= {"use_cpu": True, "mixed_precision": "no"}
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(config))
     return str(file)
@@ -87,8 +89,8 @@ def plain(digits: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"])
-def test_deepspeed_trains_as_ddp_does_resumes_bit_for_bit_and_exports(name, plain, digits, tmp_path):
+@pytest.mark.parametrize("name", ["fsdp", "zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"])
+def test_engines_train_as_ddp_does_and_resume_bit_for_bit_and_export(name, plain, digits, tmp_path):
     file = engine(name, tmp_path)
     whole = launch(file, tmp_path, *options(digits, "whole"))
     assert whole.returncode == 0, whole.stderr
@@ -123,11 +125,11 @@ def prior_losses(run: Path) -> list[float]:
 @pytest.mark.slow
 def test_a_prior_of_codes_learns_the_same_with_every_engine(digits, tmp_path):
     runs = {}
-    for name in ("cpu", "zero2", "zero3"):
+    for name in ("cpu", "fsdp", "zero2", "zero3"):
         done = launch(engine(name, tmp_path), tmp_path, *options(digits, name), *CODES)
         assert done.returncode == 0, done.stderr
         runs[name] = prior_losses(tmp_path / name)
-    for name in ("zero2", "zero3"):
+    for name in ("fsdp", "zero2", "zero3"):
         assert runs[name] == pytest.approx(runs["cpu"], rel=1e-3)
 
     # Its own checkpoint, and one rank's: the same to the last bit, and nearly.
@@ -142,7 +144,7 @@ def test_a_prior_of_codes_learns_the_same_with_every_engine(digits, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "ranks"), [("zero2", 2), ("zero3", 2), ("zero1", 4), ("single", 1)])
+@pytest.mark.parametrize(("name", "ranks"), [("fsdp", 2), ("zero2", 2), ("zero3", 2), ("zero1", 4), ("single", 1)])
 def test_another_engine_goes_on_with_the_optimizers_state(name, ranks, plain, digits, tmp_path):
     from_round(plain, tmp_path / "run", 2)
     done = launch(engine(name, tmp_path), tmp_path, *options(digits, "run"), ranks=ranks)
@@ -154,7 +156,7 @@ def test_another_engine_goes_on_with_the_optimizers_state(name, ranks, plain, di
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cpu", "zero2"])
+@pytest.mark.parametrize("name", ["cpu", "fsdp", "zero2"])
 def test_micro_batches_and_bfloat16(name, plain, digits, tmp_path):
     file = engine(name, tmp_path)
     done = launch(file, tmp_path, *options(digits, "parts"), "--train.accumulate=2")

@@ -403,7 +403,11 @@ def test_engines_are_found_by_name_and_by_file(tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
     assert find_engine(str(tmp_path / "mine.yaml")) == text
     malformed = ("", "- a\n", "mine: true\n", text.replace("MULTI_GPU", "MANY"), "a: [")
-    of_others = (text.replace("MULTI_GPU", "FSDP"), text.replace("MULTI_GPU", "XLA"), f"{text}mixed_precision: 7\n")
+    of_others = (
+        text.replace("MULTI_GPU", "MEGATRON_LM"),
+        text.replace("MULTI_GPU", "XLA"),
+        f"{text}mixed_precision: 7\n",
+    )
     (tmp_path / "mine.yaml").write_text(
         "{compute_environment: LOCAL_MACHINE, distributed_type: NO, mixed_precision: no}"
     )
@@ -424,7 +428,7 @@ def test_engines_are_found_by_name_and_by_file(tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps(deepspeed | {"deepspeed_config": accepted}, indent="\t"))
     assert yaml.safe_load(find_engine(str(tmp_path / "mine.json")))["deepspeed_config"] == accepted
     assert "MULTI_GPU" in find_engine("") and "'NO'" not in find_engine("")
-    with pytest.raises(InputError, match="no name in launch/: cpu, gpus"):
+    with pytest.raises(InputError, match="no name in launch/: cpu, fsdp, gpus"):
         find_engine("zero9")
     with pytest.raises(InputError, match="is no file"):
         find_engine("x" * 5000)

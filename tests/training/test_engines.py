@@ -44,6 +44,29 @@ def test_what_an_engine_cannot_do(given, options, message):
         check_engine(config, accelerator(**given))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--objective.name=ign"], "objective.name=ign does not go with FSDP"),
+        (["--train.optimizer=muon"], "train.optimizer=muon does not go with FSDP"),
+        (["--train.compile"], "train.compile=True does not go with FSDP"),
+        (["--train.channels_last"], "train.channels_last=True does not go with FSDP"),
+    ],
+)
+def test_what_fsdp_cannot_do(options, message, monkeypatch):
+    check_engine(parse([*OPTIONS, *options]), accelerator())
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    check_engine(parse(OPTIONS), accelerator())
+    with pytest.raises(InputError, match=message):
+        check_engine(parse([*OPTIONS, *options]), accelerator())
+
+
+def test_fsdp_1_is_refused(monkeypatch):
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(InputError, match="set fsdp_version: 2"):
+        connect.build_accelerator()
+
+
 @pytest.mark.parametrize("given", [{}, {"ranks": 4}, {"stage": 3}, {"stage": 2, "precision": "bf16"}])
 def test_what_an_engine_can_do(given):
     check_engine(parse(OPTIONS), accelerator(**given))

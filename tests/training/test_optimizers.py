@@ -102,5 +102,5 @@ def test_an_unknown_optimizer_names_the_known_ones():
 def test_a_state_that_no_checkpoint_holds_is_refused():
     engine = make("Counting")
     engine.step()
-    with pytest.raises(InputError, match="keeps 'calls' of a weight"):
+    with pytest.raises(InputError, match="keeps .'calls'. of a weight"):
         list(engine.states())

@@ -1,0 +1,58 @@
+"""What ranks of tests/distributed/test_fsdp.py run."""
+
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from pipeline.distributed import fsdp
+from pipeline.distributed.engine import Engine
+from pipeline.model.networks import ConvConfig, build_network
+
+
+def make(kind: type[Engine]) -> Engine:
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    torch.manual_seed(0)
+    network = build_network(ConvConfig(width=7, code=5), (1, 8, 8))
+    options = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.01, "clip": 0.5, "batch": 24, "accumulate": 2}
+    return kind(accelerator, network, **options, ema=0.9)
+
+
+def train(engine: Engine, steps: range) -> None:
+    rank = engine.accelerator.process_index
+    for step in steps:
+        for turn in range(2):
+            generator = torch.Generator().manual_seed(1000 * step + 10 * turn + rank)
+            images = torch.randn(engine.micro, 1, 8, 8, generator=generator)
+            with engine.micro_batch():
+                engine.backward((engine.forward(images) - images).square().mean())
+        engine.step()
+
+
+def state(engine: Engine) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        code = engine._evaluate(engine.bare, "encode", torch.ones(2, 1, 8, 8))
+    return {
+        **{f"{key}.{name}": value.clone() for name, values in engine.states() for key, value in values.items()},
+        **{f"average.{name}": value.clone() for name, value in engine.ema.state_dict().items()},
+        **{"code": code, "sample": engine.sample(torch.ones(2, 1, 8, 8))},
+    }
+
+
+def trained(rank: int, world: int) -> dict[str, dict[str, torch.Tensor]]:
+    """The state after three steps of DDP, of FSDP2 with a unit for each module, and of FSDP2 restored after two."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    fsdp.UNIT = 1
+    ddp, whole, first, second = (make(kind) for kind in (Engine, *[fsdp.FsdpEngine] * 3))
+    for engine in (ddp, whole):
+        train(engine, range(3))
+    train(first, range(2))
+    assert len({type(value).__name__ for value in first.bare.parameters()}) == 1
+    for name, kept in first.states():
+        assert second.state_shapes(name) == {key: tuple(value.shape) for key, value in kept.items()}
+        second.restore(name, {key: value.clone() for key, value in kept.items()}, first.steps)
+    second.ema.load_state_dict(first.ema.state_dict())
+    train(second, range(2, 3))
+    return {"ddp": state(ddp), "whole": state(whole), "again": state(second)}
