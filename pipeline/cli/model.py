@@ -20,7 +20,7 @@ from pipeline.terminal import busy, counted
 if TYPE_CHECKING:
     from pipeline.model.naign import NAIGN
 
-Device = Annotated[Literal["auto", "cpu", "cuda"], tyro.conf.arg(help="Where to compute.")]
+Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], tyro.conf.arg(help="Where to compute.")]
 Times = Annotated[int, tyro.conf.arg(help="How often f is applied.")]
 Kind = Literal["blur", "noise", "salt_pepper", "rows"]
 _RUN = "The folder of a run (or s3://), a checkpoint or an exported model"
@@ -73,6 +73,7 @@ def evaluate(
     from pipeline.evaluate.runs import folder_of
 
     _check(seed=seed)
+    require((device != "mps", "--device mps: measurements sum in float64, which MPS does not have; try --device cpu"))
     with lines_to_stderr(json):
         metrics = measure(run, data=data, samples=samples, seed=seed, device=_find_device(device), encoder=encoder)
     report = f"{folder_of(run)}/evaluation/report.html"
@@ -305,14 +306,16 @@ def _open_with(latents: Latents, run: str, device: str) -> "NAIGN":
 
 
 def _find_device(name: Device) -> str:
+    import torch
+
     from pipeline.distributed.host import count_gpus, why_unfit
 
-    available = count_gpus() > 0
-    missing = "--device cuda: this machine has no CUDA device that torch can use; try --device cpu"
-    require((available or name != "cuda", missing))
-    if available and name != "cpu":
+    there = {"cuda": count_gpus() > 0, "mps": torch.backends.mps.is_available()}
+    missing = f"--device {name}: this machine has no {name.upper()} device that torch can use; try --device cpu"
+    require((there.get(name, True), missing))
+    if there["cuda"] and name in ("auto", "cuda"):
         require((not (problem := why_unfit()), problem))
-    return ("cuda" if available else "cpu") if name == "auto" else name
+    return ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
 
 
 def _check(*, seed: int = 0, **counts: int) -> None:

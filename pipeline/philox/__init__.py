@@ -125,7 +125,8 @@ def normal(
     if ids.device.type == "cpu" and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < MAX_ID:
         raise ValueError(f"latent ids must lie in [0, 2**62): got {int(ids.min())} to {int(ids.max())}")
     signed = (seed + 2**63) % 2**64 - 2**63  # as torch's operations take an integer
-    out: Tensor = _drawn(ids.to(device, torch.int64), blocks, signed, round, stream, normals)
+    where = "cpu" if torch.device(device).type == "mps" else device  # not tried there
+    out: Tensor = _drawn(ids.to(where, torch.int64), blocks, signed, round, stream, normals).to(device)
     return out.view(len(ids), blocks * 4)[:, :size].reshape(len(ids), *shape)
 
 
