@@ -1,7 +1,6 @@
 """NAIGN: non-adversarial idempotent generative networks, trained at scale."""
 
 import os
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 # Set before torch loads OpenMP: waiting threads sleep instead of spinning. On an idle machine this costs nothing.
@@ -13,11 +12,6 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Before torch loads: its store and sockets log a stack of 20 lines for each rank that they lose.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
-try:
-    __version__ = version("naign")
-except PackageNotFoundError:  # run from a checkout that was never installed
-    __version__ = "0+checkout"
 
 _PACKAGE = Path(__file__).resolve().parent
 

@@ -54,6 +54,10 @@ class PeerLost(Exception):
     code: ClassVar[int] = PEER_LOST
 
 
+class Gone(PeerLost):
+    """Stored data that this run has read is gone, so all have to start again: from it, or without it."""
+
+
 class Stopped(Exception):
     """All ranks agreed to stop here: not a failure."""
 
@@ -155,10 +159,18 @@ def leave_on_failure() -> Iterator[None]:
         leave(FAILED)
 
 
-def leave_when_asked() -> None:
-    """Leave with 75 at any of SIGNALS, and when the launcher dies (Linux), until `distributed.StopRequest` does."""
+def leave_when_asked(text: str = "") -> None:
+    """Leave with 75, and `text` on stderr, at any of SIGNALS, and when the launcher dies (Linux), until
+    `distributed.StopRequest` or `naign launch` handles signals.
+    """
+
+    def asked(*_: object) -> NoReturn:
+        if text:
+            print(text, file=sys.stderr)
+        leave(INTERRUPTED)
+
     die_with_launcher(signal.SIGKILL)
-    on_signals(lambda *_: leave(INTERRUPTED))
+    on_signals(asked)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked while `naign launch` became this process
 
 

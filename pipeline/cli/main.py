@@ -3,17 +3,25 @@
 Commands import heavy modules when they are called, so that `naign --help` is quick.
 """
 
+# ruff: noqa: E402
+
+import sys
+
+from pipeline.errors import leave_when_asked
+
+if sys.argv[1:2] in (["train"], ["launch"]):  # before all other imports: a container's first process ignores signals
+    leave_when_asked(f"naign {sys.argv[1]}: stopped on request, before it began")
+
 import errno
 import io
 import itertools
 import os
 import signal
-import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 
 import tyro
 
-from pipeline import __version__
 from pipeline.cli.cluster import doctor, fetch, launch, render, train
 from pipeline.cli.data import index, pack, verify
 from pipeline.cli.model import demo, evaluate, export, push, restore, sample, score
@@ -41,6 +49,13 @@ def main() -> None:
         sys.exit(128 + signal.SIGPIPE)
 
 
+def find_version() -> str:
+    try:
+        return version("naign")
+    except PackageNotFoundError:
+        return "0+checkout"  # that was never installed
+
+
 def _run() -> None:
     with exit_on_input_error("naign"):
         for before, word in itertools.pairwise(sys.argv):
@@ -50,7 +65,7 @@ def _run() -> None:
     if sys.argv[1:2] in (["train"], ["launch"]):  # these pass unknown options on to the training program
         (train if sys.argv[1] == "train" else launch)()
     if sys.argv[1:] == ["--version"]:
-        print(f"naign {__version__}")
+        print(f"naign {find_version()}")
         return
     with exit_on_input_error("naign"):
         if isinstance(sys.stdout, io.TextIOWrapper):

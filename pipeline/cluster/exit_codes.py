@@ -19,7 +19,7 @@ SOON = 3.0  # seconds that ranks have to notice by themselves that another host 
 MEANINGS = {
     BAD_INPUT: "bad configuration or input, which is not tried again",
     INTERRUPTED: "stopped on request; the same command goes on from the newest checkpoint",
-    PEER_LOST: "another rank or host is missing; once all are there, they go on from the newest checkpoint",
+    PEER_LOST: "a rank, a host or stored data is lost; once all are there, they go on from the newest checkpoint",
 }
 CRASHED = "crashed; see its last lines above"
 

@@ -198,9 +198,10 @@ def _is_done(config: Any, within: float) -> bool:
         try:
             return is_done(config)
         except Unavailable as error:
+            reason = str(error).partition(". Check ")[0]
             if time.monotonic() > end:
                 kind = Unavailable if "NAIGN_GENERATION" in os.environ else InputError  # it was reached before
-                problem = f"run.remote cannot be reached: {str(error).partition('. Check ')[0]}"
+                problem = f"run.remote cannot be reached: {reason}"
                 raise kind(f"{problem}; check its name and AWS_ENDPOINT_URL") from None
-            say(f"waiting for {config.run.remote}: {error}")
+            say(f"waiting for {config.run.remote}: {reason}")
     return False

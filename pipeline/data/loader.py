@@ -32,6 +32,7 @@ from pipeline.data.sample import Draws, draws
 from pipeline.errors import InputError, Stopped
 from pipeline.storage.prefetch import in_background, in_order
 from pipeline.storage.retry import Tally
+from pipeline.storage.store import was_there
 
 log = logging.getLogger("naign.data")
 
@@ -116,7 +117,8 @@ class Stream(AbstractContextManager["Stream"]):
         for in any order, but are read ahead one after the other.
 
         Raises InputError, naming shard and key, for data that is damaged or not as its manifest says; Unavailable for a
-        store that stays out of reach; Stopped if `cancelled`, asked a few times a second, turns true.
+        store that stays out of reach; Gone where data that existed before are missing; Stopped if `cancelled`, asked a
+        few times a second, turns true.
         """
         ahead, self._ahead = self._ahead, None
         if ahead and ahead.round != round:
@@ -127,7 +129,8 @@ class Stream(AbstractContextManager["Stream"]):
             if cancelled():
                 ahead.abandon()
                 raise Stopped
-        rows = ahead.rows.result()
+        with was_there(*self.sets.indexes):
+            rows = ahead.rows.result()
         if self._prefetch:
             self._ahead = self._begin(round + 1)
         self._broken += len(rows.broken)

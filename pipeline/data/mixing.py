@@ -68,6 +68,7 @@ class DataSets:
         named = members(config)
         self.configs, self.weights = [config for config, _ in named], [weight for _, weight in named]
         self.resize = parse_resize(config)
+        self.indexes = [f"{config.index or config.path}/index.json" for config in self.configs]
         self.manifests = [Manifest.load(config.index or config.path) for config in self.configs]
         shapes = [self.resize.shape(manifest.shape, manifest.name) for manifest in self.manifests]
         channels = max(shape[0] for shape in shapes)

@@ -27,6 +27,8 @@ class Stat(NamedTuple):
 class Missing(InputError):
     """There is no such file."""
 
+    seen = False  # whether this process has asked about the file before, and it existed
+
 
 class NetworkStore(Store):
     """A store whose requests can fail and are retried."""
@@ -101,7 +103,11 @@ class NetworkStore(Store):
                     raise ConnectionError(f"the body ended {last - at} bytes early")
             except Exception as error:
                 if not self._is_transient(error):
-                    self._explain(error, name)
+                    try:
+                        self._explain(error, name)
+                    except Missing as missing:
+                        missing.seen = True
+                        raise
                     raise
                 patience.wait(error, at=f", byte {at}", progress=at > before)
                 piece = SMALL_PIECE

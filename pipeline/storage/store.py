@@ -1,14 +1,15 @@
 """Where files lie, behind one protocol over str paths: a local folder, a bucket, or what fsspec reads."""
 
-import contextlib
 import io
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
-from pipeline.errors import InputError, Unavailable, require
+from pipeline.errors import Gone, InputError, Unavailable, require
 from pipeline.storage.base import Store
 from pipeline.storage.local import LocalStore
+from pipeline.storage.resumed import Missing
 from pipeline.storage.retry import at_most
 
 CLOUDS = ("gs", "az", "abfs", "abfss")  # schemes of buckets besides s3, which obstore reads and writes
@@ -49,7 +50,7 @@ def check_writable(store: Store, what: str) -> None:
     except InputError as error:
         raise InputError(f"{what} cannot be written: {error}") from error
     finally:  # it may be written, and only not be readable
-        with contextlib.suppress(InputError, Unavailable), at_most(3):  # permission to delete is not required
+        with suppress(InputError, Unavailable), at_most(3):  # permission to delete is not required
             store.delete(PROBE)
 
 
@@ -63,6 +64,26 @@ def locate(url: str) -> tuple[Store, str]:
     """The store of a file, and its name there."""
     folder, _, name = url.rpartition("/")
     return open_store(folder), name
+
+
+@contextmanager
+def was_there(*urls: str) -> Iterator[None]:
+    """Context: an InputError becomes Gone if a file that was read before is missing, or one of `urls`, which existed."""
+    try:
+        yield
+    except InputError as error:
+        if isinstance(error, Missing) and error.seen or not all(map(_exists, urls)):
+            lost = "stored data that this run has read before is gone, as when a store loses its disk"
+            raise Gone(f"{error}; {lost}: all ranks start again from what is left") from None
+        raise
+
+
+def _exists(url: str) -> bool:
+    store, name = locate(url)
+    try:
+        return store.exists(name)
+    except InputError:  # the bucket is missing, too
+        return False
 
 
 def gopen(url: str, mode: str = "rb", bufsize: int = 8192) -> BinaryIO:

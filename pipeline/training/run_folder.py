@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from pipeline.checkpoint import bucket
-from pipeline.checkpoint.manifest import read_best, step_of
+from pipeline.checkpoint.manifest import MANIFEST, read_best, step_of
 from pipeline.checkpoint.writer import is_complete, newest_checkpoint, passed_over
 from pipeline.config import Config, changeable, differences, flatten, from_dict
 from pipeline.errors import Damaged, InputError
@@ -23,7 +23,7 @@ from pipeline.model.naign import NAIGN
 from pipeline.settings import budget
 from pipeline.settings.constraints import MAY_CHANGE
 from pipeline.storage.local import TRANSIENT, write_atomically
-from pipeline.storage.store import open_store
+from pipeline.storage.store import open_store, was_there
 
 log = logging.getLogger("naign.run")
 LOCK_SECONDS = 120.0
@@ -181,5 +181,6 @@ def find_claimed(config: Config, name: str, token: str) -> Path | None:
             checkpoints.mkdir(parents=True, exist_ok=True)
             with FileLock(checkpoints / ".download"):  # the ranks of a machine come one by one: the first one fetches
                 if not is_complete(checkpoints / name):
-                    bucket.download(config.run.remote, name, checkpoints)
+                    with was_there(f"{config.run.remote}/checkpoints/{name}/{MANIFEST}"):  # when rank 0 asked
+                        bucket.download(config.run.remote, name, checkpoints)
     return checkpoints / name if name else None

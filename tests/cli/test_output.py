@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipeline import __version__, terminal
+from pipeline import terminal
 from pipeline.cli import model as cli
-from pipeline.cli.main import COMMANDS, main
+from pipeline.cli.main import COMMANDS, find_version, main
 from pipeline.data.format.indexing import index
 from pipeline.data.format.writer import pack
 from pipeline.data.sources.catalog import load
@@ -119,7 +119,7 @@ def test_doctor_prints_findings(command: Command, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_version_and_what_train_takes_beside_settings(command: Command) -> None:
-    assert command("--version") == (0, f"naign {__version__}\n", "")
+    assert command("--version") == (0, f"naign {find_version()}\n", "")
     code, out, _ = command("train", "--help")
     assert code == 0 and all(option in out for option in ("--config FILE", "--engine FILE", "--processes N", "--seed"))
 

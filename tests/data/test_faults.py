@@ -15,7 +15,7 @@ from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.writer import pack
 from pipeline.data.loader import Stream
 from pipeline.data.sources.source import Example, Made
-from pipeline.errors import InputError, Unavailable
+from pipeline.errors import Gone, InputError, Unavailable
 from pipeline.storage.retry import Tally, at_most
 from pipeline.storage.store import open_store
 from tests.data.numbered import numbered
@@ -235,3 +235,33 @@ def test_rank_and_round_change_nothing_through_faults(remote: str, proxy: FaultP
             pixels.append(stream.take(7).images)
     found = [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in torch.cat(pixels)]
     assert found == [digest for _, _, digest in expected[7 * ROUND : 8 * ROUND]]
+
+
+@pytest.mark.parametrize("lost", ["everything", "shards", "bucket"])
+def test_data_that_are_lost_while_a_run_reads_them_are_worth_another_start(
+    lost: str, remote: str, s3: S3Server, bucket: str
+) -> None:
+    with Stream(DataConfig(path=remote), seed=3, round_size=ROUND, prefetch=False) as stream:
+        stream.take(0)
+        store = open_store(remote)
+        for name in store.list():
+            if lost != "shards" or name != "index.json":
+                store.delete(name)
+        if lost == "bucket":
+            s3.client().delete_bucket(Bucket=bucket.removeprefix("s3://"))
+        with pytest.raises(Gone, match=f"{bucket}.*; stored data that this run has read before is gone"):
+            for number in range(1, 8):
+                stream.take(number)
+
+
+def test_a_shard_that_was_missing_from_the_start_is_bad_input(remote: str) -> None:
+    store = open_store(remote)
+    shards = [shard.name for shard in Manifest.load(remote).split("train").shards]
+    for name in shards[1:]:
+        store.delete(name)
+    with (
+        Stream(DataConfig(path=remote), seed=3, round_size=ROUND) as stream,
+        pytest.raises(InputError, match="no such object: check the path"),
+    ):
+        for number in range(8):
+            stream.take(number)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.format.manifest import Manifest
+from pipeline.errors import PEER_LOST
+from pipeline.storage.store import open_store
 from tests.conftest import SMALL, Program, ended_as_bad_input, start
 from tests.proxy import FaultProxy, Faults
 from tests.servers import S3Server
@@ -93,6 +95,21 @@ def test_a_shard_that_stays_wrong_stops_every_rank_with_its_name(
     done = train(f"--data.path={data}", *SMALL, "--train.images=2560", "--run.path=run", ranks=2)
     assert done.returncode != 0 and ended_as_bad_input(done.stderr)
     assert f"{data}/train-00002.tar: the SHA-256 of bytes" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_store_that_is_emptied_under_a_run_is_a_loss(naign: Program, bucket: str, tmp_path: Path) -> None:
+    data, metrics = f"{bucket}/digits", tmp_path / "run/metrics.jsonl"
+    assert naign("pack", "digits", "--to", data).returncode == 0
+    job = start(tmp_path, f"--data.path={data}", "--run.path=run", *SMALL, "--train.images=307200")
+    while job.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        time.sleep(0.01)
+    store = open_store(data)
+    for name in store.list():
+        store.delete(name)
+    errors = job.communicate(timeout=60)[1]
+    assert job.returncode == PEER_LOST and "Traceback" not in errors, errors
+    assert "no such object" in errors.splitlines()[-1] and "all ranks start again" in errors.splitlines()[-1]
 
 
 @pytest.mark.slow

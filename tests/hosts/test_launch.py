@@ -24,6 +24,7 @@ from pipeline.cluster.meeting import meet
 from pipeline.cluster.place import Place
 from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, SIGNALS, on_signals
 from tests.conftest import ROOT, SMALL, environment
+from tests.hosts.cluster import possible
 from tests.servers import free_port
 
 
@@ -320,6 +321,42 @@ def test_a_rank_whose_launcher_is_gone_already_ends_at_once():
     named = environment(NAIGN_LAUNCHER="1", ACCELERATE_MIXED_PRECISION="no")
     done = subprocess.run(program, env=named, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (INTERRUPTED, "")
+
+
+PROGRAMS = {
+    "training": (sys.executable, str(ROOT / "pipeline/train.py")),
+    "launcher": (sys.executable, "-m", "pipeline.cli", "launch", "--processes=2"),
+    "entrypoint": ("sh", str(ROOT / "launch/entrypoint"), "--processes=2"),
+}
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.05, 0.5, 2.0])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_signal_in_the_first_seconds_ends_the_program_at_once(name, seconds, digits, tmp_path):
+    """As the first process of a container where namespaces can be made: it ignores signals without handlers."""
+    command = (*PROGRAMS[name], *SMALL, f"--data.path={digits}", "--run.path=run", "--train.images=307200")
+    unshared = not possible()
+    if unshared:
+        command = ("unshare", "--fork", "--pid", "--kill-child", *command)
+    named = environment(PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    process = subprocess.Popen(command, cwd=tmp_path, env=named, stderr=subprocess.PIPE, text=True)
+    try:
+        first = outer = psutil.Process(process.pid)
+        if unshared:
+            wait_until(lambda: bool(outer.children()))
+            (first,) = outer.children()
+        status = Path(f"/proc/{first.pid}/status")
+        wait_until(lambda: int(status.read_text().split("SigCgt:")[1].split()[0], 16) & 1 << signal.SIGTERM - 1)
+        assert "libtorch" not in Path(f"/proc/{first.pid}/maps").read_text()
+        time.sleep(seconds)
+        first.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=20)[1]
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == INTERRUPTED and "Traceback" not in said, said
+    assert not list(tmp_path.rglob(".partial-*"))
+    assert name == "training" or "stopped on request" in said
 
 
 @pytest.mark.slow

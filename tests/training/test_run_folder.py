@@ -20,13 +20,13 @@ from torch.distributed import DistBackendError
 from pipeline.checkpoint.writer import MANIFEST, Writer, newest_checkpoint
 from pipeline.config import Config
 from pipeline.data.loader import Stream
-from pipeline.errors import InputError
+from pipeline.errors import Gone, InputError
 from pipeline.match.matcher import Match
 from pipeline.model.networks import build_network
 from pipeline.model.prior import PriorConfig, build_prior
 from pipeline.training import run_folder
 from pipeline.training.engines import build_engine
-from pipeline.training.run_folder import claim
+from pipeline.training.run_folder import claim, find_claimed
 from pipeline.training.state import PartialRound, Position, restore, restore_weights, snapshot
 from tests.checkpoint.written import write_checkpoint
 
@@ -288,3 +288,10 @@ def test_a_run_goes_on_with_more_images_only_if_told_so(run):
     more.model.width *= 2
     with pytest.raises(InputError, match=r"model.width(.|\n)*take these settings back to go on with that run$"):
         claim(more)
+
+
+def test_a_checkpoint_that_is_lost_after_rank_0_has_claimed_it_is_worth_another_start(bucket, tmp_path):
+    config = Config()
+    config.run.path, config.run.remote = str(tmp_path / "run"), f"{bucket}/run"
+    with pytest.raises(Gone, match="checkpoints/step-00000001/manifest.json: no such object"):
+        find_claimed(config, "step-00000001", token="of rank 0")
