@@ -5,21 +5,29 @@ build) like those in TRACKERS (docs/tracking.md); `accelerated` makes one of a s
 """
 
 import json
+import logging
 import math
 import os
+import ssl
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.request import Request, urlopen
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, one_line
+from pipeline.settings.budget import count_rounds
 from pipeline.settings.registry import listed, lookup
 from pipeline.storage.local import write_atomically
+
+STATUS_SERVER = "KUBEFLOW_TRAINER_SERVER"  # of the variables with which Kubeflow Trainer asks for a TrainJob's status
+
+log = logging.getLogger("naign.monitor")
 
 
 class Tracker(Protocol):
@@ -82,6 +90,49 @@ class TensorBoard:
 
     def picture(self, name: str, picture: Image.Image, images_seen: int) -> None:
         self.board.add_image(name, np.asarray(picture.convert("RGB")), images_seen, dataformats="HWC")
+
+
+class TrainJob(Tracker):
+    """Progress, remaining seconds and metrics in the status of a Kubeflow TrainJob, at most every EVERY seconds.
+
+    Trainer 2.2 sets the address, and the files of a token that changes and of a certificate, in the variables
+    KUBEFLOW_TRAINER_SERVER_*, where its feature TrainJobStatus is on (kubeflow/trainer, docs/proposals/2779).
+    """
+
+    EVERY = 10.0
+
+    def __init__(self, settings: None, folder: Path, images_seen: int) -> None:
+        names = (f"{STATUS_SERVER}_{name}" for name in ("URL", "TOKEN", "CA_CERT"))
+        self._url, self._token, certificate = (os.environ[name] for name in names)
+        self._trusted = ssl.create_default_context(cafile=certificate)
+        self._rounds, self._first, self._sent, self._failing = 0, (0, 0.0), -math.inf, False
+
+    def configuration(self, settings: dict[str, bool | int | float | str], text: str) -> None:
+        self._rounds = count_rounds(settings)
+
+    def scalars(self, values: dict[str, float], images_seen: int, counts: dict[str, int]) -> None:
+        done, now = counts["round"] + 1, time.monotonic()
+        left, (first, since) = self._rounds - done, self._first
+        if not first:
+            self._first = done, now
+        if left and now < self._sent + self.EVERY:
+            return
+        finite = [(name, value) for name, value in values.items() if math.isfinite(value)][:256]
+        status: dict[str, Any] = {"progressPercentage": min(100, 100 * done // self._rounds)}
+        if 0 < first < done:
+            status["estimatedRemainingSeconds"] = round(left * (now - since) / (done - first))
+        status["metrics"] = [{"name": name[:64], "value": f"{value:.6g}"} for name, value in finite]
+        status["lastUpdatedTime"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self._sent = now
+        try:
+            head = {"Authorization": f"Bearer {Path(self._token).read_text().strip()}"}
+            request = Request(self._url, json.dumps({"trainerStatus": status}).encode(), head)
+            urlopen(request, timeout=self.EVERY, context=self._trusted).close()
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                log.warning("the status of this TrainJob cannot be updated: %s", one_line(error))
+            self._failing = True
 
 
 class Accelerated(Tracker):
@@ -175,7 +226,7 @@ def find_trackers(names: str) -> dict[str, tuple[type | None, Build]]:
         if name in theirs and not all(map(find_spec, MODULES.get(name, (name,)))):
             package = PACKAGES.get(name, name)
             raise InputError(f"report.trackers is '{name}', which is not installed: pip install {package}")
-    return trackers
+    return trackers | ({"trainjob": (None, TrainJob)} if f"{STATUS_SERVER}_URL" in os.environ else {})
 
 
 def picture_file(folder: Path, name: str, images_seen: int) -> Path:

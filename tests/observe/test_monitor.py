@@ -3,9 +3,14 @@
 import errno
 import json
 import math
+import shutil
+import ssl
+import subprocess
 import time
+from datetime import datetime
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import EntryPoint
-from threading import Event
+from threading import Event, Thread
 from unittest.mock import Mock
 
 import pytest
@@ -16,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pipeline.errors import InputError, Unavailable
 from pipeline.observe import monitor
 from pipeline.observe.monitor import WAITING, Background, Monitor, trackers_hang
-from pipeline.observe.trackers import JsonLines, find_trackers
+from pipeline.observe.trackers import JsonLines, TrainJob, find_trackers
 from pipeline.settings import registry
 
 calls = []
@@ -207,3 +212,61 @@ def test_a_full_disk_is_worth_a_restart(tmp_path, monkeypatch):
 def test_a_tracker_that_is_not_there_is_refused(name, known):
     with pytest.raises(InputError, match=f"report.trackers is '{name}'.*{known}"):
         find_trackers(name)
+
+
+@pytest.fixture
+def status_server(tmp_path, monkeypatch):
+    """What Kubeflow Trainer's controller serves for one TrainJob: its requests, and the code of its next answers."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "ca.pem"
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    made += ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(made, check=True, capture_output=True)
+    posts, codes = [], [200]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            posts.append((self.path, self.headers["Authorization"], body["trainerStatus"]))
+            self.send_response(codes[-1])
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server, context = HTTPServer(("localhost", 0), Handler), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    Thread(target=server.serve_forever, daemon=True).start()
+    (tmp_path / "token").write_text("first\n")
+    values = {"URL": f"https://localhost:{server.server_port}/job", "TOKEN": tmp_path / "token", "CA_CERT": certificate}
+    for name, value in values.items():
+        monkeypatch.setenv(f"KUBEFLOW_TRAINER_SERVER_{name}", str(value))
+    yield posts, codes, tmp_path / "token"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl here")
+def test_the_status_of_a_train_job_has_progress_and_metrics(status_server, tmp_path, monkeypatch, caplog):
+    posts, codes, token = status_server
+    name, (_, build) = list(find_trackers("").items())[-1]
+    assert name == "trainjob" and not (tmp_path / "trackers").exists()
+    monkeypatch.setattr(TrainJob, "EVERY", 0.2)
+    tracker = build(None, tmp_path, 0)
+    tracker.configuration({"train.images": 1000, "match.round": 100, "train.passes": 1}, "")
+    tracker.scalars({"loss/total": 0.25, "loss/none": math.nan}, 100, {"round": 0})
+    tracker.scalars({"loss/total": 0.24}, 200, {"round": 1})  # too soon
+    time.sleep(0.25)
+    token.write_text("second\n")
+    tracker.scalars({"loss/total": 0.23}, 300, {"round": 2})
+    first, second = posts
+    assert first[:2] == ("/job", "Bearer first") and second[1] == "Bearer second"
+    assert first[2]["progressPercentage"] == 10 and "estimatedRemainingSeconds" not in first[2]
+    assert first[2]["metrics"] == [{"name": "loss/total", "value": "0.25"}]
+    assert second[2]["progressPercentage"] == 30 and second[2]["estimatedRemainingSeconds"] in (1, 2)
+    datetime.strptime(second[2]["lastUpdatedTime"], "%Y-%m-%dT%H:%M:%SZ")
+    codes.append(403)
+    for number in (9, 9):  # the last round is always sent
+        tracker.scalars({}, 1000, {"round": number})
+    assert posts[-1][2]["progressPercentage"] == 100 and len(posts) == 4
+    assert caplog.text.count("cannot be updated: HTTP Error 403") == 1
