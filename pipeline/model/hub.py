@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, get_token, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub import constants  # all else where it is used: it takes 0.1 s, and trainings rarely need it
 
 from pipeline.errors import InputError, Unavailable, one_line, require
 
@@ -16,6 +14,9 @@ LOGIN = "(`hf auth login`, or HF_TOKEN)"
 
 def download(name: str, **options: Any) -> Path:
     """The weights of user/model on the hub or in its cache; `options` are hf_hub_download's. Raises InputError."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+
     check_name(name)
     _has_token(options.get("token"))
     try:
@@ -33,6 +34,8 @@ def download(name: str, **options: Any) -> Path:
 
 def check_name(name: str) -> None:
     """InputError unless `name` can name a repository of a user on the hub."""
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
     try:
         validate_repo_id(name)
     except ValueError as error:
@@ -48,6 +51,8 @@ def check_login(name: str) -> None:
 
 def _has_token(token: str | bool | None) -> bool:
     """Whether there is a token. InputError where a message of the HTTP library could show it, or a password."""
+    from huggingface_hub import get_token
+
     secret = token if isinstance(token, str) else get_token() or ""
     plain = secret.isascii() and secret.isprintable()
     require(
@@ -76,6 +81,8 @@ def upload(folder: Path, name: str, *, private: bool = False) -> str:
     No file is sent to a public one that should be private. Raises InputError without a login or where the hub refuses,
     Unavailable where a retry may help. No message holds the token.
     """
+    from huggingface_hub import HfApi
+
     check_login(name)
     try:
         api = HfApi()

@@ -68,7 +68,7 @@ def locate(url: str) -> tuple[Store, str]:
 
 @contextmanager
 def was_there(*urls: str) -> Iterator[None]:
-    """Context: an InputError becomes Gone if a file that was read before is missing, or one of `urls`, which existed."""
+    """Context: an InputError becomes Gone if a file that was read before is missing, or one of `urls`, which were."""
     try:
         yield
     except InputError as error:

@@ -211,8 +211,8 @@ class Cluster:
         return pod
 
     def _environment(self, container: dict[str, Any], labels: dict[str, str]) -> dict[str, str]:
-        """As a container would get it, and a PATH like the image's."""
-        found = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+        """As a container would get it, with PATH and PYTHONPATH as the image has them."""
+        found = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
         for source in container.get("envFrom", []):
             if "configMapRef" in source:
                 found |= self.find("ConfigMap", source["configMapRef"]["name"])["data"]

@@ -23,7 +23,7 @@ def prepared(hosts: int, *, rounds: int = 24, **train: Any) -> list[dict[str, An
     for item in objects:
         if item["kind"] == "ConfigMap" and "run.yaml" in item["data"]:
             config = yaml.safe_load(item["data"]["run.yaml"])
-            config["train"] |= {"images": rounds * 1024, "threads": 1, **train}
+            config["train"] |= {"images": rounds * 1024, **train}
             config["checkpoint"] = {"rounds": 5}
             item["data"]["run.yaml"] = yaml.safe_dump(config)
         if item["kind"] == "Job":

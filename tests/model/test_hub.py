@@ -133,7 +133,7 @@ def test_a_hub_that_answers_in_another_form_is_told_in_one_sentence(hub, model, 
     def download(*_, **__):
         return {}["etag"]
 
-    monkeypatch.setattr("pipeline.model.hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     with pytest.raises(InputError, match="no model at hf://me/model .* KeyError: 'etag'"):
         NAIGN.from_pretrained("hf://me/model")
 
