@@ -46,7 +46,6 @@ TREES += ("wallpapers/*/contents/images/2560x1600.jpg",)
 DRAWN = ("ocean-waves", "valley-midnight", "waves-midnight", "analogpattern", "umang", "Autumn")
 SIDE = 256
 SHOWN = "astronaut"
-SHIFTS = range(round(tiles.STEP * 48) | 1)  # all positions of a photograph on the grid of tiles
 
 
 @dataclass(kw_only=True)
@@ -111,8 +110,8 @@ class Measure:
         borders = {name: seams(model, clean, noisy=name == "noise") for name in ("whole", "noise")}
         text = page("Repair of photographs, PSNR in dB / SSIM", ["", *found["blur"]], rows)
         text += f"\n{len(clean)} photographs: {', '.join(photos)}. "
-        text += "Squared gradient across the lines where tiles begin, over that elsewhere, "
-        text += f"at {len(SHIFTS)} positions: " + ", ".join(f"{value:.3f} ({name})" for name, value in borders.items())
+        text += "Squared gradient across the lines where tiles begin, over that between them, "
+        text += "at all positions: " + ", ".join(f"{value:.3f} ({name})" for name, value in borders.items())
         write(self.to, text + ".\n", {"damages": found, "seconds_per_megapixel": speed, "borders": borders})
         print(text)
 
@@ -177,21 +176,19 @@ def methods(model: NAIGN, clean: Tensor) -> dict[str, Method]:
 
 
 def seams(model: NAIGN, clean: Tensor, *, noisy: bool) -> float:
-    """Mean squared gradient of f(x), as a multiple of the photographs', across the lines where tiles begin, over the
-    same elsewhere, at all positions of the tiles; 1 is no seam.
+    """Mean squared gradient of f(x) across the lines where tiles begin, over that across the lines between them; 1 is
+    no seam. Tiles are moved over the photographs to all positions, so that each line is once where they begin.
     """
-    sums = torch.zeros(2, 2, dtype=torch.float64)  # of f(x)'s gradient and the photographs'; where tiles begin or not
-    for shift in SHIFTS:
-        x = clean[:, :, shift:, shift:]
+    side, step = model.shape[1], round(tiles.STEP * model.shape[1]) | 1
+    room = (clean.shape[2] - step - side) // step * step  # a multiple of the step, so that all tiles are on their grid
+    sums = torch.zeros(step, dtype=torch.float64)
+    for shift in range(step):
+        x = clean[:, :, shift : shift + room + side, shift : shift + room + side]
         y = model.project(degrade(x, "noise", seed=shift) if noisy else x)
         for dim in (2, 3):
-            starts = torch.tensor(tiles._windows(x.shape[dim], model.shape[dim - 1])[0])
-            begins = torch.isin(torch.arange(1, x.shape[dim]), starts).long()
-            for row, image in zip(sums, (y, x), strict=True):
-                gradients = image.diff(dim=dim).square().transpose(dim, 3).mean((0, 1, 2))
-                row.index_add_(0, begins, gradients.double())
-    ratio = sums[0] / sums[1]
-    return float(ratio[1] / ratio[0])
+            lines = y.diff(dim=dim).square().transpose(dim, 3).mean((0, 1, 2))[step - 1 : room + step - 1]
+            sums += lines.view(-1, step).sum(0).double()
+    return float(sums[0] / sums[1:].mean())
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ Record = dict[str, Any]
 PARTS = ("fd", "modes", "coverage", "restoration", "idempotence", "reconstruction", "nearest", "images_seen")
 """Of what `naign evaluate` says, that tables use."""
 ADDED = {"prior.classes": False, "prior.guidance": 0.0, "model.grid": 8, "model.blend": False}
+ADDED |= {"train.optimizer": "adamw", "train.schedule": "cosine"}
 GONE = {"match.space.pixels": 1.0, "match.space.features": 0.0, "match.space.encoder": ""}
 """Settings newer than committed numbers, with the values that change nothing: folders are not named after these; and
 settings that are no more, with the values that these numbers have: folders are."""
@@ -331,9 +332,7 @@ COLUMNS = {
     "training": Column("training, processor s", lambda record: record.get("cpu_seconds"), 0),
     "sampling": _cost("10,000 f(z), processor s", "cpu_seconds"),
     "latents_sampling": _cost("10,000 z, processor s", "latents_cpu_seconds"),
-    "minutes": Column(
-        "core minutes", lambda record: record["cpu_seconds"] / 60 if record.get("cpu_seconds") else None, 1
-    ),
+    "minutes": Column("core minutes", lambda of: of["cpu_seconds"] / 60 if of.get("cpu_seconds") else None, 1),
 }
 """By the names that tables ask for."""
 

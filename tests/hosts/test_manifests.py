@@ -93,19 +93,15 @@ def test_the_queue_component_suspends_the_job(tmp_path):
     (job,) = (item for item in with_component("queue", "../base", tmp_path) if item["kind"] == "Job")
     assert job["spec"]["suspend"] and job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
     assert "annotations" not in job["spec"]["template"]["metadata"]
-    component = tmp_path / "components/queue/kustomization.yaml"
+    component = tmp_path / "k8s/components/queue/kustomization.yaml"
     component.write_text(component.read_text().replace("      # - {", "      - {"))
-    (job,) = (item for item in build(tmp_path / "try") if item["kind"] == "Job")
+    (job,) = (item for item in build(tmp_path / "k8s/try") if item["kind"] == "Job")
     annotations = {"kueue.x-k8s.io/podset-preferred-topology": "kubernetes.io/hostname"}
     assert job["spec"]["suspend"] and job["spec"]["template"]["metadata"]["annotations"] == annotations
 
 
 def test_the_in_place_component_is_valid_where_containers_have_restart_rules(tmp_path):
-    for folder in ("base", "components"):
-        shutil.copytree(ROOT / "k8s" / folder, tmp_path / folder)
-    (tmp_path / "try").mkdir()
-    (tmp_path / "try/kustomization.yaml").write_text("resources: [../base]\ncomponents: [../components/in-place]\n")
-    (job,) = (item for item in build(tmp_path / "try") if item["kind"] == "Job")
+    (job,) = (item for item in with_component("in-place", "../base", tmp_path) if item["kind"] == "Job")
     for version in VERSIONS[VERSIONS.index("1.35") :]:
         kubernetes_validate.validate(job, version, strict=True)
     (rule,) = job["spec"]["template"]["spec"]["containers"][0]["restartPolicyRules"]
