@@ -66,7 +66,7 @@ class Stopped(Exception):
 
 # The errors that one rank raises on behalf of all (`together` raises them on every rank), and the exit codes, the most
 # specific first: where ranks raise different errors, the first of these wins.
-SHARED = (InputError, Damaged, Conflict, Diverged, Stopped, PeerLost, Unavailable)
+SHARED = (InputError, Damaged, Conflict, Diverged, Stopped, PeerLost, Gone, Unavailable)
 BY_WEIGHT = (BAD_INPUT, INTERRUPTED, PEER_LOST, FAILED)
 
 
