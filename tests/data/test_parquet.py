@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pipeline.cli.data import pack as pack_command
 from pipeline.data.format.audit import verify
@@ -106,6 +106,17 @@ def test_labels_without_names(tmp_path: Path, column: Any, labels: tuple[str, ..
     assert opened(tmp_path / "a.parquet", label="none").labels == ()
 
 
+@pytest.mark.parametrize(
+    "features",
+    [None, [1], {"label": "x"}, {"label": {"_type": "ClassLabel", "names": None}}, {"label": {"names": 3}}],
+)
+def test_a_description_of_columns_by_another_program(tmp_path: Path, features: Any) -> None:
+    made = table(range(4)).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    assert opened(write(tmp_path / "part.parquet/a.parquet", made).parent.parent).labels == ("0", "1")
+    texts = table(range(4), label=["cat", "bird", "cat", "cat"])  # a ClassLabel that is stored by name
+    assert opened(write(tmp_path / "b.parquet", texts)).labels == ("bird", "cat")
+
+
 def test_columns_that_are_not_there_or_too_many(tmp_path: Path) -> None:
     bare = write(tmp_path / "bare.parquet", table(range(4), None, image=None))
     with pytest.raises(InputError, match=r"bare.parquet: no columns of pictures.*: its columns are label \(int64\)"):
@@ -130,7 +141,9 @@ def test_columns_that_are_not_there_or_too_many(tmp_path: Path) -> None:
             load("parquet", **options)
 
 
-def test_rows_that_cannot_be_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_that_cannot_be_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cells = [{"bytes": png(v), "path": None} for v in range(300)]
     cells[270], cells[280] = {"bytes": b"no picture", "path": None}, {"bytes": None, "path": "a.png"}
     broken = write(tmp_path / "a.parquet", table(range(300), image=pa.array(cells, PICTURE)))
@@ -141,10 +154,19 @@ def test_rows_that_cannot_be_used(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     source = opened(broken, skip=True)
     assert sum(map(len, source.splits.values())) == 298
     assert "a.parquet, row 280: no bytes; of a path alone nothing is read: passed over" in caplog.text
-    for label in (2, -1, None):
-        made = table(range(4), label=pa.array([0, 1, 0, label], pa.int64()))
-        with pytest.raises(InputError, match=f"b.parquet, row 3: {label} is no label of label: .* or --label none"):
-            opened(write(tmp_path / "b.parquet", made))
+    columns = [pa.array([0, 1, 0, label], pa.int64()) for label in (2, -1, None)] + [pa.array(["a", "b", "a", ""])]
+    for column in columns:
+        label = column[3].as_py()
+        with pytest.raises(InputError, match=f"b.parquet, row 3: {label!r} is no label of label: .* or --label none"):
+            opened(write(tmp_path / "b.parquet", table(range(4), label=column)))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(ImageOps, "fit", full)
+    with pytest.raises(InputError, match="more memory to decode than there is"):
+        opened(broken, skip=True)
+    monkeypatch.undo()
     write(tmp_path / "mixed/a.parquet", table(range(4)))
     write(tmp_path / "mixed/b.parquet", table(range(4), label=None))
     with pytest.raises(InputError, match="mixed: some files have labels and others have none"):
@@ -160,6 +182,12 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for root in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(InputError, match="0 pictures in .parquet and .arrow files, 2 are needed: check the path"):
             opened(root)
+    bad = pa.Array.from_buffers(pa.string(), 2, pa.array([b"\xff", b"b"]).buffers())
+    twice = table(range(2)).append_column("label", pa.array([0, 1]))
+    for made, why in ((table(range(2), label=bad), "can't decode"), (twice, "label. exists 2 times")):
+        with pytest.raises(InputError, match=f"c.parquet: .*{why}"):
+            opened(write(tmp_path / "c.parquet", made))
+        (tmp_path / "c.parquet").unlink()
     write(tmp_path / "b.parquet", table(range(100)))
 
     monkeypatch.setattr("tempfile.TemporaryFile", partial(open, "/dev/full", "wb"))

@@ -40,7 +40,9 @@ def from_tables(root: Path, *, size: str | int, channels: int, seed: int, skip: 
     """
     height, width = parse_size(str(size), "--size")
     files = [root] if root.is_file() else sorted([*root.rglob("*.parquet"), *root.rglob("*.arrow")])
-    files = [file for file in files if not file.name.startswith("cache-")]  # which the map of datasets leaves
+    files = [
+        file for file in files if not (file.is_dir() or file.name.startswith("cache-"))
+    ]  # Spark's; datasets' map's
     rows = {"train": list[int](), "test": list[int]()}
     numbers, texts, names = list[int](), dict[str, int](), list[str]()
     try:
@@ -93,21 +95,22 @@ def _rows(
                     log.warning("%s, row %d: %s: passed over", file, row, problem)
                     continue
                 repair = "repair it, or pass over such rows with --broken skip"
-                bare = value is None or not (0 <= value < len(classes) if classes else value != -1)
-                apart = f"{value} is no label of {label}: move the file away, or --label none"
+                bare = value in (None, -1, "") or (classes and not 0 <= value < len(classes))
+                apart = f"{value!r} is no label of {label}: move the file away, or --label none"
                 require((not problem, f"{file}, row {row}: {problem}: {repair}"))
-                require((not bare, f"{file}, row {row}: {apart}"))
+                require((not (label and bare), f"{file}, row {row}: {apart}"))
                 yield pixels, classes[value] if classes else str(value)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, KeyError, UnicodeError, pa.ArrowException) as error:  # KeyError: two columns of one name
         raise InputError(f"{file}: cannot be read ({one_line(error)}): write or download it again") from None
 
 
 def _columns(schema: Any, file: str, image: str, label: str) -> tuple[str, str, list[str]]:
     """The columns of pictures and of labels ("": none), and the names of a ClassLabel."""
-    features = dict[str, Any]()
-    with suppress(LookupError, TypeError, ValueError):  # datasets' description of the columns, if it wrote the file
-        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-    kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
+    features = dict[str, Any]()  # datasets' description of the columns, if it wrote the file
+    with suppress(AttributeError, LookupError, TypeError, ValueError):
+        described = json.loads(schema.metadata[b"huggingface"])["info"]["features"].items()
+        features = {name: feature for name, feature in described if isinstance(feature, dict)}
+    kinds = {name: feature.get("_type") for name, feature in features.items()}
     inner = {field.name: field.type for field in schema}
     for name, kind in inner.items():
         if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
@@ -127,7 +130,8 @@ def _columns(schema: Any, file: str, image: str, label: str) -> tuple[str, str, 
     image = choose("pictures, binary or with bytes", "--image", image, pictures)
     unlabelled = label == "none" or not (label or classes)
     label = "" if unlabelled else choose("labels", "--label, or none", label, texts if label else classes)
-    return image, label, features.get(label, {}).get("names", [])
+    names = features.get(label, {}).get("names")
+    return image, label, [*map(str, names)] if isinstance(names, list) and types.is_integer(inner[label]) else []
 
 
 def _decode(cell: Any, size: tuple[int, int], channels: int) -> tuple[bytes, str]:
@@ -137,5 +141,7 @@ def _decode(cell: Any, size: tuple[int, int], channels: int) -> tuple[bytes, str
         require((data, "no bytes; of a path alone nothing is read"))
         pixels = np.asarray(fitted(data, size, channels))
     except InputError as error:
+        full = isinstance(error.__context__, MemoryError)  # no reason to pass over the row
+        require((not full, "a picture needs more memory to decode than there is: free some, or make it smaller"))
         return b"", str(error)
     return (pixels if channels == 1 else pixels.transpose(2, 0, 1)).tobytes(), ""
