@@ -81,7 +81,8 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 10.0  # seconds that a client may take
 
     def do_GET(self) -> None:
-        code, text = self.server.health() if self.path == "/healthz" else (200, self.server.page())
+        pages = {"/healthz": self.server.health, "/metrics": lambda: (200, self.server.page())}
+        code, text = pages.get(self.path.partition("?")[0], lambda: (404, "only /metrics and /healthz are served\n"))()
         self.send_response(code)
         self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
         self.end_headers()

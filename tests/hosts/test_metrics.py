@@ -119,7 +119,9 @@ def test_a_run_is_healthy_until_its_rounds_take_much_longer_than_before(beaten, 
 def test_short_rounds_have_the_least_limit_and_a_host_that_waits_for_others_is_healthy(beaten, page):
     assert "limit 3600" in page.health()[1]
     beaten[1].beat(ROUND, seen=200, phases={}, checkpoint=0)
-    assert page.health() == (200, f"0 s since a round ended or the ranks started, limit {metrics.LEAST:.0f}\n")
+    healthy = (200, f"0 s since a round ended or the ranks started, limit {metrics.LEAST:.0f}\n")
+    assert page.health() == get(page.server_address[1], "/healthz?probe=1") == healthy
+    assert {get(page.server_address[1], path)[0] for path in ("/", "/healthz/", "/healthy")} == {404}
     other = Metrics(free_port(), 0)
     assert other.health()[0] == 200 and "naign_generation 0" in other.page()
     other.shutdown()
