@@ -37,8 +37,10 @@ class CloudStore(BucketStore):
     def __init__(self, path: str) -> None:
         super().__init__(path)
         scheme, _, host = self._root.partition("://")
-        if (":" if scheme.startswith("abfs") else "@") in host:
-            raise InputError(f"{scheme}://: the address holds a user or a password, which messages would show")
+        account = r"(@[\w.-]+)?" if scheme.startswith("abfs") else ""
+        if "?" in path or not re.fullmatch(r"[\w.-]+" + account, host, re.ASCII):
+            secret = "a user, a password or a query, which messages would show, or what no bucket's name has"
+            raise InputError(f"{scheme}://: the address holds {secret}")
 
     def folders(self) -> list[str]:
         return sorted(prefix.rpartition("/")[2] for prefix in self._listing()["common_prefixes"])
@@ -123,7 +125,7 @@ class RequestFailed(Exception):
     def __init__(self, error: Exception) -> None:
         text = str(error).partition("\n\nDebug source")[0]
         answer, code = re.search(r"code: (\d{3})([^:)]*)", text), re.search("<Code>(.*?)</Code>", text)
-        status, for_token = int(answer[1]) if answer else 0, "token request" in text
+        status, for_token = int(answer[1]) if answer else 0, re.search("token request|Account must", text)
         for_good = re.search(r"\w*ertificate\w*|InvalidContentType|builder error", str(error))  # TLS, an address
         network = "HTTP error" in text and not for_good
         self.transient = network or status in (408, 429) or (status >= 500 and status != 501)

@@ -219,7 +219,7 @@ def test_credentials_that_do_not_do(container: str, monkeypatch: pytest.MonkeyPa
                 ask()
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME")
     forget_clients()
-    with pytest.raises(InputError, match="Account must be specified"):
+    with pytest.raises(InputError, match="Account must be specified.*: set AZURE_STORAGE_ACCOUNT_NAME and "):
         store.list()
 
 
@@ -251,13 +251,19 @@ def test_through_faults(azurite: Azurite, container: str, monkeypatch: pytest.Mo
     [
         ("gs://", "no bucket: write gs://bucket/prefix"),
         ("az://c/a/../b", "an empty, '.' or '..' part"),
-        ("gs://me:secret@example.org/data", "gs://: the address holds a user or a password"),
-        ("abfs://c:secret@acc.dfs.core.windows.net/data", "abfs://: the address holds a user or a password"),
+        ("gs://me:secret@example.org/data", "gs://: the address holds a user, a password"),
+        ("abfs://c:secret@acc.dfs.core.windows.net/data", "abfs://: the address holds a user, a password"),
+        ("az://c/data?sv=2023&sig=secret", "az://: the address holds a user, a password or a query"),
+        (
+            "gs://a bucket/data",
+            "gs://: the address holds a user, a password or a query, which messages would show, or ",
+        ),
     ],
 )
 def test_addresses_that_lead_nowhere(path: str, message: str) -> None:
-    with pytest.raises(InputError, match=re.escape(message)):
+    with pytest.raises(InputError, match=re.escape(message)) as refused:
         open_store(path)
+    assert "secret" not in str(refused.value)
 
 
 def test_credentials_of_a_machine_that_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
