@@ -57,7 +57,7 @@ $(VENV)/.gpu: launch/faiss-gpu/pyproject.toml launch/faiss-gpu/which.py | $(VENV
 	    $(PIP_INSTALL) ./launch/faiss-gpu "$$faiss" -e '.[gpu]'
 	@touch $@
 
-install: $(VENV)/.installed $(if $(GPU),$(VENV)/.gpu)
+install: $(VENV)/.installed $(if $(filter-out 0,$(GPU)),$(VENV)/.gpu)
 
 train: $(VENV)/.installed
 	$(BIN)/accelerate launch --quiet pipeline/train.py $(addprefix --config ,$(CONFIG)) --run.path $(RUN) $(OPTIONS)
