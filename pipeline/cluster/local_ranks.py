@@ -157,8 +157,7 @@ def run_ranks(
     except SystemExit:  # from Accelerate, which starts one rank without torch's agent and hides its code
         text = _codes(ranks)[0]
         code, ending.killed = int(text or FAILED), not text
-        meaning = f"ended with code {code}, {MEANINGS.get(code, CRASHED)}"
-        reason = f"the rank of this host {meaning if text else 'was ended by a signal: out of memory?'}"
+        reason = f"the rank of this host ended with code {code}, {MEANINGS.get(code, CRASHED) if text else 'killed'}"
     except DistError as error:  # from torch's agent, before there are ranks
         code, reason = PEER_LOST, f"host 0 ({address}, port {port}) is not reached: {one_line(error)}"
     ending.report(code, reason)

@@ -72,6 +72,9 @@ class Metrics(ThreadingHTTPServer):
         is_last = state["series"]["images_seen"] >= state["series"]["images_goal"]
         return now - state["ended"], START if is_last else max(LEAST, FACTOR * state["longest"])
 
+    def verify_request(self, *_: Any) -> bool:  # a client that hangs costs the launcher a thread and an open file
+        return threading.active_count() < 64
+
     def handle_error(self, *_: Any) -> None:  # as a rule a client that went away
         say(f"--metrics: {one_line(sys.exc_info()[1])}")
 
@@ -81,8 +84,8 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 10.0  # seconds that a client may take
 
     def do_GET(self) -> None:
-        pages = {"/healthz": self.server.health, "/metrics": lambda: (200, self.server.page())}
-        code, text = pages.get(self.path.partition("?")[0], lambda: (404, "only /metrics and /healthz are served\n"))()
+        code = 200 if (path := self.path.partition("?")[0]) == "/metrics" else 404
+        code, text = self.server.health() if path == "/healthz" else (code, self.server.page())
         self.send_response(code)
         self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
         self.end_headers()

@@ -134,9 +134,7 @@ def faiss_builds() -> list[str]:
     spec = importlib.util.find_spec("faiss")
     folders = [Path(place).parent for place in spec.submodule_search_locations or ()] if spec else []
     packages = [Distribution.at(info) for folder in folders for info in folder.glob("faiss*-info")]
-    return sorted(
-        f"{one.name} {one.version}" for one in packages if any(f.parts[0] == "faiss" for f in one.files or ())
-    )
+    return sorted(f"{p.name} {p.version}" for p in packages if any(f.parts[0] == "faiss" for f in p.files or ()))
 
 
 def describe_faiss() -> str:

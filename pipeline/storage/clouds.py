@@ -36,11 +36,9 @@ class CloudStore(BucketStore):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        scheme, _, host = self._root.partition("://")
-        account = r"(@[\w.-]+)?" if scheme.startswith("abfs") else ""
-        if "?" in path or not re.fullmatch(r"[\w.-]+" + account, host, re.ASCII):
-            secret = "a user, a password or a query, which messages would show, or what no bucket's name has"
-            raise InputError(f"{scheme}://: the address holds {secret}")
+        scheme = self._root.partition("://")[0]
+        if "?" in path or not re.fullmatch(r"(gs|az)://[\w.-]+|abfss?://[\w.-]+(@[\w.-]+)?", self._root, re.ASCII):
+            raise InputError(f"{scheme}://: the address has a user, password or query, which would show, or no name")
 
     def folders(self) -> list[str]:
         return sorted(prefix.rpartition("/")[2] for prefix in self._listing()["common_prefixes"])

@@ -20,8 +20,7 @@ def open_store(path: str) -> Store:
     """The store at a local folder (`~` is expanded), in a bucket or at a read-only address. Opens nothing yet."""
     require((path.strip() and "\0" not in path, f"{path!r} is no path: give a local folder or s3://bucket/prefix"))
     scheme, separator, _ = path.partition("://")
-    plain = separator or not is_in_bucket(path)
-    require((plain, f"{path}: write {path.partition(':')[0]}://bucket/prefix"))
+    require((separator or not is_in_bucket(path), f"{path}: write {path.partition(':')[0]}://bucket/prefix"))
     if not separator:
         return LocalStore(path)
     if scheme == "s3":

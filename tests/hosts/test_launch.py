@@ -100,7 +100,7 @@ def test_one_rank_that_a_signal_ended_is_not_called_a_crash(handlers, tmp_path, 
     monkeypatch.setattr(local_ranks, "load_launcher", lambda: (lambda _: None, lambda _: sys.exit(1)))
     ending, alone = Ending(patience=60, alone=True), Place(orchestrator="this machine")
     assert local_ranks.run_ranks(tmp_path / "engine.yaml", alone, 1, "127.0.0.1", 0, [], ending) == FAILED
-    assert ending.killed and "the rank of this host was ended by a signal" in capsys.readouterr().err
+    assert ending.killed and "the rank of this host ended with code 1, killed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -126,6 +127,17 @@ def test_short_rounds_have_the_least_limit_and_a_host_that_waits_for_others_is_h
     assert other.health()[0] == 200 and "naign_generation 0" in other.page()
     other.shutdown()
     other.server_close()
+
+
+def test_clients_that_hang_are_turned_away_beyond_a_number(page):
+    port, before = page.server_address[1], threading.active_count()
+    hanging = [socket.create_connection(("localhost", port)) for _ in range(74)]
+    until(lambda: threading.active_count() >= 64, str)
+    assert get(port, "/healthz") == (0, "") and threading.active_count() == 64
+    for client in hanging:
+        client.close()
+    until(lambda: threading.active_count() <= before, str)
+    assert get(port, "/healthz")[0] == 200
 
 
 def test_gpus_are_read_by_nvml(monkeypatch):

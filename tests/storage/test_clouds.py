@@ -251,12 +251,12 @@ def test_through_faults(azurite: Azurite, container: str, monkeypatch: pytest.Mo
     [
         ("gs://", "no bucket: write gs://bucket/prefix"),
         ("az://c/a/../b", "an empty, '.' or '..' part"),
-        ("gs://me:secret@example.org/data", "gs://: the address holds a user, a password"),
-        ("abfs://c:secret@acc.dfs.core.windows.net/data", "abfs://: the address holds a user, a password"),
-        ("az://c/data?sv=2023&sig=secret", "az://: the address holds a user, a password or a query"),
+        ("gs://me:secret@example.org/data", "gs://: the address has a user, password"),
+        ("abfs://c:secret@acc.dfs.core.windows.net/data", "abfs://: the address has a user, password"),
+        ("az://c/data?sv=2023&sig=secret", "az://: the address has a user, password or query"),
         (
             "gs://a bucket/data",
-            "gs://: the address holds a user, a password or a query, which messages would show, or ",
+            "gs://: the address has a user, password or query, which would show, or no name",
         ),
     ],
 )

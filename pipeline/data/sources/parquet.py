@@ -40,9 +40,7 @@ def from_tables(root: Path, *, size: str | int, channels: int, seed: int, skip: 
     """
     height, width = parse_size(str(size), "--size")
     files = [root] if root.is_file() else sorted([*root.rglob("*.parquet"), *root.rglob("*.arrow")])
-    files = [
-        file for file in files if not (file.is_dir() or file.name.startswith("cache-"))
-    ]  # Spark's; datasets' map's
+    files = [file for file in files if not (file.is_dir() or file.name.startswith("cache-"))]  # of Spark; of a map
     rows = {"train": list[int](), "test": list[int]()}
     numbers, texts, names = list[int](), dict[str, int](), list[str]()
     try:
@@ -86,17 +84,16 @@ def _rows(
         opened = ipc.open_stream(file) if is_stream else parquet.ParquetFile(file)
         image, label, classes = _columns(opened.schema if is_stream else opened.schema_arrow, str(file), image, label)
         names += [] if names else classes
-        only = [image, label] if label else [image]
-        for batch in opened if is_stream else opened.iter_batches(BATCH, columns=only):
+        for batch in opened if is_stream else opened.iter_batches(BATCH, columns=[image, label] if label else [image]):
             values = batch[label].to_pylist() if label else [""] * len(batch)
             for value, (pixels, problem) in zip(values, decode(batch[image].to_pylist()), strict=True):
                 row += 1
                 if problem and skip:
                     log.warning("%s, row %d: %s: passed over", file, row, problem)
                     continue
-                repair = "repair it, or pass over such rows with --broken skip"
                 bare = value in (None, -1, "") or (classes and not 0 <= value < len(classes))
                 apart = f"{value!r} is no label of {label}: move the file away, or --label none"
+                repair = "repair it, or pass over such rows with --broken skip"
                 require((not problem, f"{file}, row {row}: {problem}: {repair}"))
                 require((not (label and bare), f"{file}, row {row}: {apart}"))
                 yield pixels, classes[value] if classes else str(value)
@@ -141,7 +138,6 @@ def _decode(cell: Any, size: tuple[int, int], channels: int) -> tuple[bytes, str
         require((data, "no bytes; of a path alone nothing is read"))
         pixels = np.asarray(fitted(data, size, channels))
     except InputError as error:
-        full = isinstance(error.__context__, MemoryError)  # no reason to pass over the row
-        require((not full, "a picture needs more memory to decode than there is: free some, or make it smaller"))
+        require((not isinstance(error.__context__, MemoryError), "too little memory to decode a picture: free some"))
         return b"", str(error)
     return (pixels if channels == 1 else pixels.transpose(2, 0, 1)).tobytes(), ""
