@@ -250,6 +250,7 @@ def test_through_faults(azurite: Azurite, container: str, monkeypatch: pytest.Mo
     ("path", "message"),
     [
         ("gs://", "no bucket: write gs://bucket/prefix"),
+        ("az:c/data", "az:c/data: write az://bucket/prefix"),
         ("az://c/a/../b", "an empty, '.' or '..' part"),
         ("gs://me:secret@example.org/data", "gs://: the address has a user, password"),
         ("abfs://c:secret@acc.dfs.core.windows.net/data", "abfs://: the address has a user, password"),
