@@ -172,10 +172,10 @@ def snapshot(
     sums = [value.detach().float().cpu() for value in kept.sums.values()]
     state["sums"] = torch.stack(sums) if sums else torch.zeros(0)
     files: dict[str, Write] = {f"state/rank-{rank:05d}-of-{world:05d}.safetensors": bind(save_file, state)}
+    # Buffers are copied now: the next forward may change them. On all ranks, since FSDP2 drops gathered weights then.
+    weights |= {name: _copied(value) for name, value in engine.bare.state_dict().items() if name not in engine.shapes}
     if rank:
         return copy, files
-    # Buffers are copied now: the next forward may change them.
-    weights |= {name: _copied(value) for name, value in engine.bare.state_dict().items() if name not in engine.shapes}
     metadata = describe(config, stream, position)
     drawn = {name: _copied(value) for name, value in prior.state_dict().items()}
     if prior.learns:

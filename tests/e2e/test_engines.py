@@ -200,3 +200,12 @@ def test_a_compiled_network_trains_alike(plain, digits, tmp_path):
     for ours, theirs in zip(losses(tmp_path / "run"), losses(plain), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     assert weights(tmp_path / "run").keys() == weights(plain).keys()
+
+
+@pytest.mark.slow
+def test_ranks_of_fsdp_agree_after_pictures_and_a_checkpoint(digits, tmp_path):
+    """A network without encode and decode keeps its gathered weights after a forward, and rank 0 alone writes them."""
+    small = [*SMALL, f"--data.path={digits}", "--run.path=run", "--model.name=spatial", "--model.blend"]
+    checked = ["--train.images=768", "--report.pictures=1", "--checkpoint.rounds=1", "--train.timeout=20"]
+    done = launch(engine("fsdp", tmp_path), tmp_path, *small, *checked)
+    assert done.returncode == 0, done.stderr
