@@ -144,8 +144,7 @@ class Engine:
         return norm
 
     def _step(self) -> float | Tensor:
-        norms = self.accelerator.clip_grad_norm_(self.bare.parameters(), self._clip or math.inf)
-        on_device = _whole(norms.detach())
+        on_device = _whole(self.accelerator.clip_grad_norm_(self.bare.parameters(), self._clip or math.inf).detach())
         if self.ahead:
             self._adam.grad_scale, self._adam.found_inf = None, (~on_device.isfinite()).float()  # 1 skips
             self._adam.step()
@@ -186,8 +185,8 @@ class Engine:
         """Collective: yield each parameter's whole state in turn, on every rank. Copy what is to be kept."""
         for name, parameter in self._names.items():
             state = self._adam.state.get(parameter, {})
-            odd = [key for key, value in state.items() if key != "step" and not isinstance(value, Tensor)]
-            require((not odd, f"the optimizer keeps {odd} of a weight, which are no tensors: choose another one"))
+            odd = [key for key in state if key != "step" and not getattr(state[key], "is_floating_point", bool)()]
+            require((not odd, f"the optimizer keeps {odd} of a weight, no tensors of floats: choose another one"))
             tensors = {key: _whole(state[key]) for key in state if key != "step"}
             yield name, {"weight": _whole(parameter.detach()).float(), **tensors}
 
@@ -196,7 +195,7 @@ class Engine:
         """Number of steps that the optimizer has made; 1 for any number where it does not count them."""
         return max((int(state.get("step", 1)) for state in self._adam.state.values()), default=0)
 
-    def _allocated(self, name: str) -> dict[str, Any]:
+    def _allocated(self, name: str) -> Any:
         """The optimizer's state of a parameter, which a step that changes nothing allocates if none was made yet."""
         if not self._adam.state:
             lr = self.optimizer.param_groups[0]["lr"]
@@ -206,8 +205,7 @@ class Engine:
             self._adam.step()
             self._adam.zero_grad(set_to_none=True)
             self.set_lr(lr)
-        state: dict[str, Any] = self._adam.state[self._names[name]]
-        return state
+        return self._adam.state[self._names[name]]
 
     def state_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor of a parameter's state that `restore` needs."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.errors import SHARED
+from pipeline.errors import SHARED, require
 from pipeline.settings.registry import listed, lookup
 from pipeline.training.run import Run
 
@@ -30,16 +30,18 @@ def find_callbacks(names: str) -> list[Callback]:
     for name in listed(names):
         build: Callable[[], Callback] = lookup("train.callbacks", name, {}, "naign.callbacks")
         with _blamed(f"the callback '{name}'", build.__module__):
-            found.append(build())
+            found.append(built := build())
+            require((isinstance(built, Callback), f"it made a {type(built).__name__}, no Callback: fix the package"))
     return found
 
 
-def call(run: Run, hook: str, *values: object) -> None:
+def call(run: Run, hook: str, *values: dict[str, float] | Path) -> None:
     """Call that method of each callback. What it raises names the callback and its package."""
     for callback in run.callbacks:
-        kind = type(callback)
-        with _blamed(f"{hook} of the callback {kind.__qualname__}", kind.__module__):
+        with _blamed(f"{hook} of the callback {type(callback).__qualname__}", type(callback).__module__):
             getattr(callback, hook)(run, *values)
+            for reported in (value for value in values if isinstance(value, dict)):  # not text
+                reported |= {name: float(value) for name, value in reported.items()}
 
 
 @contextmanager

@@ -74,6 +74,23 @@ def test_callbacks_of_a_run(site, digits, tmp_path):
     assert (tmp_path / "failing/copied.txt").read_text() == "step-00000016\n"  # the checkpoint before it is there
 
 
+class Adding(Callback):
+    value: object = 2
+
+    def on_round(self, run, values):
+        values["mine"] = self.value
+
+
+def test_what_a_callback_adds_is_a_number_and_text_names_it():
+    run, values = SimpleNamespace(callbacks=(adding := Adding(),)), {"loss": 1.0}
+    call(run, "on_round", values)
+    assert values == {"loss": 1.0, "mine": 2.0}
+    adding.value = "two"
+    with pytest.raises(ValueError, match="two") as raised:
+        call(run, "on_round", values)
+    assert raised.value.__notes__ == ["on_round of the callback Adding, of the package tests, failed"]
+
+
 class Refusing(Callback):
     def on_round(self, run, values):
         raise InputError("no licence")
@@ -84,6 +101,12 @@ def test_an_error_of_the_users_names_the_callback_as_well():
     call(run, "on_checkpoint", Path("x"))
     with pytest.raises(InputError, match="on_round of the callback Refusing, of the package tests, failed: no licence"):
         call(run, "on_round", {})
+
+
+def test_an_entry_point_that_makes_no_callback_is_refused(monkeypatch):
+    monkeypatch.setattr("pipeline.training.callbacks.lookup", lambda *_: dict)
+    with pytest.raises(InputError, match="the callback 'one', .* failed: it made a dict, no Callback: fix the package"):
+        find_callbacks("one")
 
 
 def test_an_unknown_callback_is_refused():
