@@ -170,6 +170,8 @@ PARTS: dict[Part, Callable[[Report], None]] = {
 def main(settings: Settings) -> int:
     if settings.to:
         check_place(settings.to)
+    if settings.minutes <= 0:
+        raise InputError(f"--minutes={settings.minutes:g}: give more than 0")
     if not settings.parts:
         raise InputError(f"--parts: give some of {', '.join(PARTS)}")
     if settings.device == "cuda" and not torch.cuda.is_available():

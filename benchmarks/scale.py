@@ -61,12 +61,13 @@ class Settings:
 
     quick: bool = False
     """Two ranks and small rounds, to see that all works."""
-    to: Path = Path("benchmarks/results/scale")
-    """Where to write, without an ending."""
+    to: Path | None = None
+    """Where to write, without an ending; default: only print."""
 
 
 def main(settings: Settings) -> None:
-    check_place(settings.to)
+    if settings.to:
+        check_place(settings.to)
     os.environ["ACCELERATE_USE_CPU"] = "true"
     worlds, images, rounds, ranks = ((1, 2), 64, 1, 16) if settings.quick else ((1, 2, 4, 8), 512, 6, 4096)
     begin = sum(os.times()[:4])
@@ -100,8 +101,9 @@ def main(settings: Settings) -> None:
         **{"measured": fixed, "assumed": {name: value for name, (value, _) in ASSUMED.items()}, "costs": costs},
         "breaks": (broken := breaks(fixed)),
     }
-    write(settings.to, shown := page(results, broken), results)
-    print(shown)
+    print(shown := page(results, broken))
+    if settings.to:
+        write(settings.to, shown, results)
 
 
 def constants() -> dict[str, float]:
