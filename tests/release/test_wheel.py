@@ -16,7 +16,7 @@ WHERE = """
 import naign
 import pipeline
 from pipeline import shipped
-print(naign.__file__, pipeline.__file__, pipeline.__version__, shipped("launch/zero2.yaml"))
+print(naign.__file__, pipeline.__file__, naign.__version__, shipped("launch/zero2.yaml"))
 """
 
 READ = """
