@@ -3,15 +3,11 @@
 from naign import NAIGN, nearest, open_dataset
 """
 
-from importlib.metadata import PackageNotFoundError, version
-
+from pipeline import find_version
 from pipeline.match.across_ranks import nearest
 from pipeline.model.naign import NAIGN
 from pipeline.training.batches import open_dataset
 
 __all__ = ["NAIGN", "nearest", "open_dataset"]
 
-try:
-    __version__ = version("naign")
-except PackageNotFoundError:  # a checkout that was never installed
-    __version__ = "0+checkout"
+__version__ = find_version()

@@ -20,3 +20,13 @@ def shipped(path: str) -> Path:
     """Where a file of configs/, launch/ or k8s/ would lie: beside this package in a checkout, inside it in a wheel."""
     inside = _PACKAGE / path
     return inside if (_PACKAGE / Path(path).parts[0]).is_dir() else _PACKAGE.parent / path
+
+
+def find_version() -> str:
+    """The installed version of naign. Imports when it is called: a program sets its handlers before."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("naign")
+    except PackageNotFoundError:
+        return "0+checkout"  # that was never installed

@@ -18,10 +18,10 @@ import itertools
 import os
 import signal
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 
 import tyro
 
+from pipeline import find_version
 from pipeline.cli.cluster import doctor, fetch, launch, render, train
 from pipeline.cli.data import index, pack, verify
 from pipeline.cli.model import demo, evaluate, export, push, restore, sample, score
@@ -47,13 +47,6 @@ def main() -> None:
     except BrokenPipeError:  # the reader closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
         sys.exit(128 + signal.SIGPIPE)
-
-
-def find_version() -> str:
-    try:
-        return version("naign")
-    except PackageNotFoundError:
-        return "0+checkout"  # that was never installed
 
 
 def _run() -> None:

@@ -58,8 +58,9 @@ def topk(a: Tensor, b: Tensor, count: int, resources: Any = None) -> tuple[Tenso
         # Not by METRIC_L2, which rounds squares to the type of the rows (l2NormRowMajor in gpu/impl/L2Norm.cu), nor by
         # cuVS, which takes float32 alone. No product uses TF32 (rawGemm in gpu/utils/MatrixMult-inl.cuh).
         with torch.cuda.device(a.device):
-            found = faiss.knn_gpu(resources or faiss_on(a.device), a, b, count, metric=faiss.METRIC_INNER_PRODUCT)
-            return found[0], found[1]
+            resources = resources or faiss_on(a.device)
+            values, columns = faiss.knn_gpu(resources, a, b, count, metric=faiss.METRIC_INNER_PRODUCT)
+            return values, columns
     faiss.omp_set_num_threads(torch.get_num_threads())
     values, columns = faiss.knn(a.float().numpy(), b.float().numpy(), count, metric=faiss.METRIC_INNER_PRODUCT)
     return torch.from_numpy(values), torch.from_numpy(columns)

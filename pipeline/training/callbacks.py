@@ -26,13 +26,13 @@ class Callback:
 
 def find_callbacks(names: str) -> list[Callback]:
     """The callbacks of train.callbacks, names with commas between them. Raises InputError for an unknown one."""
-    found = list[Callback]()
+    callbacks = list[Callback]()
     for name in listed(names):
         build: Callable[[], Callback] = lookup("train.callbacks", name, {}, "naign.callbacks")
         with _blamed(f"the callback '{name}'", build.__module__):
-            found.append(built := build())
+            callbacks.append(built := build())
             require((isinstance(built, Callback), f"it made a {type(built).__name__}, no Callback: fix the package"))
-    return found
+    return callbacks
 
 
 def call(run: Run, hook: str, *values: dict[str, float] | Path) -> None:

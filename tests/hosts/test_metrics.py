@@ -163,8 +163,8 @@ def test_gpus_are_read_by_nvml(monkeypatch):
 
 def test_a_port_in_use_ends_before_training(handlers, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    with socket.create_server(("", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
         assert launch.main([f"--metrics={port}", f"--run.path={tmp_path}/run"]) == BAD_INPUT
     (line,) = capsys.readouterr().err.splitlines()
     assert f"error: port {port} cannot be opened on host 0 (Address already in use" in line
@@ -267,8 +267,8 @@ def query(address: str, expression: str) -> list[dict[str, Any]]:
     url = f"{address}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
     try:
         with urllib.request.urlopen(url, timeout=10) as answer:
-            found: list[dict[str, Any]] = json.load(answer)["data"]["result"]
-            return found
+            results: list[dict[str, Any]] = json.load(answer)["data"]["result"]
+            return results
     except urllib.error.HTTPError as error:
         raise AssertionError(f"{expression}: {error.read().decode()}") from None
     except OSError:
@@ -311,9 +311,9 @@ def test_prometheus_reads_two_hosts_one_of_which_is_replaced(start, prometheus, 
     until(lambda: len(query(address, "naign_rounds_total > 0")) == 2, log)
     for host in hosts:
         host.send_signal(signal.SIGTERM)
-    said = [host.communicate(timeout=60)[1] for host in hosts]
-    assert [host.returncode for host in hosts] == [INTERRUPTED] * 2, said
-    assert not [text for text in said if "Traceback" in text]
+    output = [host.communicate(timeout=60)[1] for host in hosts]
+    assert [host.returncode for host in hosts] == [INTERRUPTED] * 2, output
+    assert not [text for text in output if "Traceback" in text]
 
 
 IMPATIENT = """
@@ -342,5 +342,5 @@ def test_healthz_goes_bad_when_rounds_stop_and_recovers(start, digits, tmp_path)
     trainer.resume()
     until(lambda: get(port, "/healthz")[0] == 200, log)
     job.send_signal(signal.SIGTERM)
-    said = job.communicate(timeout=60)[1]
-    assert job.returncode == INTERRUPTED and "Traceback" not in said, said
+    output = job.communicate(timeout=60)[1]
+    assert job.returncode == INTERRUPTED and "Traceback" not in output, output

@@ -47,10 +47,10 @@ for kind in ("FloatTensor", "BFloat16Tensor", "IndicesTensor"):
 torch_utils.using_stream, torch.cuda.device = (lambda resources: nullcontext()), lambda device: nullcontext()
 faiss.knn_gpu = torch_utils.torch_replacement_knn_gpu
 a, b = (torch.randint(-8, 9, (rows, 24)).bfloat16() for rows in (20, 128))
-found = distances.topk(a.as_subclass(OnGpu), b.as_subclass(OnGpu), 9, "resources")
+listed = distances.topk(a.as_subclass(OnGpu), b.as_subclass(OnGpu), 9, "resources")
 expected = distances.topk(a, b, 9)
-assert torch.equal(found[0].as_subclass(torch.Tensor), expected[0])
-assert torch.equal((a.float() @ b.float().T).gather(1, found[1].as_subclass(torch.Tensor)), expected[0])
+assert torch.equal(listed[0].as_subclass(torch.Tensor), expected[0])
+assert torch.equal((a.float() @ b.float().T).gather(1, listed[1].as_subclass(torch.Tensor)), expected[0])
 """
 
 
@@ -130,6 +130,6 @@ def test_faiss_on_a_gpu():
     assert faiss_on(device) is not None and faiss_on(device) is faiss_on(device)
     assert method.index_is_faster(device, 792, torch.bfloat16) in (True, False)
     for name, (queries, candidates) in CASES.items():
-        found = search(queries.to(device), candidates.to(device), 0, method="indexed", neighbours=3).ids.cpu()
+        listed = search(queries.to(device), candidates.to(device), 0, method="indexed", neighbours=3).ids.cpu()
         rows = oracle(queries, candidates, 3)[1]
-        assert found[:, : rows.shape[1]].tolist() == rows.tolist(), name
+        assert listed[:, : rows.shape[1]].tolist() == rows.tolist(), name

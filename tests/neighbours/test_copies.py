@@ -76,8 +76,8 @@ def test_every_planted_copy_is_found_and_nothing_else(copier: NAIGN, planted: st
 
 
 def test_only_exact_copies_are_within_a_threshold_of_0(copier: NAIGN, tmp_path: Path) -> None:
-    found = audit(samples=SAMPLES, to=str(tmp_path), threshold=0.0)
-    assert (found["threshold"], found["share"], found["test_share"]) == (0, 0.01, pytest.approx(1 / 90))
+    report = audit(samples=SAMPLES, to=str(tmp_path), threshold=0.0)
+    assert (report["threshold"], report["share"], report["test_share"]) == (0, 0.01, pytest.approx(1 / 90))
 
 
 def test_distances_are_those_of_brute_force(copier: NAIGN, planted: str, tmp_path: Path) -> None:

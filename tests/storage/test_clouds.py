@@ -104,8 +104,8 @@ def google(bucket: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 @pytest.fixture(params=[pytest.param("container", marks=needs_azurite), "google"])
 def place(request: pytest.FixtureRequest) -> str:
-    found: str = request.getfixturevalue(request.param)
-    return found
+    address: str = request.getfixturevalue(request.param)
+    return address
 
 
 @pytest.fixture

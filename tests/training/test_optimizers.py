@@ -43,15 +43,15 @@ def make(optimizer, **settings):
 
 
 def train(engine, first, last):
-    found = []
+    losses = []
     for number in range(first, last):
         images = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(number % 2))
         with engine.micro_batch():
             loss = (engine.forward(images) - images).square().mean()
             engine.backward(loss)
         engine.step()
-        found.append(float(loss.detach()))
-    return found
+        losses.append(float(loss.detach()))
+    return losses
 
 
 @pytest.mark.parametrize("name", [*OPTIMIZERS, "momentum"])
