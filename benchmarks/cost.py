@@ -38,7 +38,7 @@ SHAPES = {  # around (0, 0)
     "flow in pixels": ("other open", "M-6 0H6M0-6V6"),
     "IGN": ("other open", "M-5-5L5 5M5-5L-5 5"),
 }
-WIDTH, LEFT, PANEL, GAP, TOP = 560, 58, 150, 34, 84
+WIDTH, LEFT, PANEL, GAP, TOP = 560, 58, 150, 34, 104
 """Pixels: of the picture; to the axis; a panel's height; between panels; above the first."""
 COST, DISTANCE = (80, 6000), (1, 4000)
 """Ends of the axes."""
@@ -122,11 +122,12 @@ def picture() -> str:
     for number, method in enumerate(SHAPES):
         x, y = 16 + 190 * (number % 3), 14 + 22 * (number // 3)
         parts += [mark(method, x, y), text(x + 14, y + 5, method)]
+    parts.append(text(8, TOP - 12, "distance of samples to test images, × floor"))
     for number, name in enumerate(SETS):
         parts += panel(name, TOP + number * (PANEL + GAP))
     bottom = TOP + len(SETS) * (PANEL + GAP) - GAP
     parts += [text(across(seconds), bottom + 18, f"{seconds:,}", "", "middle") for seconds in (100, 300, 1000, 3000)]
-    parts.append(text((LEFT + WIDTH) / 2, bottom + 40, "training, processor seconds (lower is cheaper)", "", "middle"))
+    parts.append(text((LEFT + WIDTH) / 2, bottom + 40, "training, processor seconds", "", "middle"))
     return "\n".join([*parts, "</svg>\n"])
 
 

@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 
 LINES, WORDS = 160, 1600
 """The most."""
-NAMES = ("CIFAR-10", "FSDP2", "S3", "Python 3.11", "Apache-2.0", "weight at 0", "[-1, 1]")
+NAMES = ("CIFAR-10", "FSDP2", "S3", "Python 3.11", "Apache-2.0", "weight at 0", "[-1, 1]", "real images = 1")
 """What holds digits and was not measured."""
 AE, VAE, FLOW = "denoising autoencoder, mixture of 50", "VAE, mixture of 50", "flow, 10 evaluations"
 LONGER = "Fashion-MNIST, the flow four times as long, guidance 2, 40 steps"
