@@ -1,7 +1,8 @@
 """Samples and repairs of runs, as one picture.
 
     python benchmarks/pictures.py RUN [RUN ...] --colours 64 --to docs/pictures.png
-    python benchmarks/pictures.py runs/mnist runs/fashion_mnist runs/cifar10_cpu --front --to docs/samples.png
+    python benchmarks/pictures.py runs/mnist runs/fashion_mnist runs/cifar10_cpu \\
+        --front --colours 256 --to docs/samples.png
 
 A run must have been evaluated: `naign evaluate RUN`, or any table that has it.
 """
@@ -28,8 +29,11 @@ GAP = 12
 CELL, MARGIN, ROW, FONT = 68, 150, 72, 28
 """Pixels, with --front: of an image; left of the columns, for names; from row to row; height of letters."""
 TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
-DRAWING = [[(20, 6), (9, 6), (8, 13)], [(10, 13), (16, 13), (20, 17), (18, 22), (13, 23)], [(11, 23), (7, 20)]]
-"""Strokes on 28 x 28 pixels, which are not joined."""
+DRAWINGS = (
+    [[(8, 9), (13, 5), (18, 9), (15, 14)], [(13, 17), (8, 22)], [(10, 23), (20, 22)]],
+    [[(17, 7), (12, 6), (10, 10), (14, 13), (17, 9)], [(18, 12), (17, 17)], [(16, 20), (14, 24)]],
+)
+"""Strokes on 28 x 28 pixels, which do not meet: of a 2 and of a 9."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,7 +45,7 @@ class Settings:
     to: Path
     """The PNG to write."""
     front: bool = False
-    """A column a run instead of a row, with the first 12 samples and four repairs; and a drawing that the first run's
+    """A column a run instead of a row, with the first 12 samples and four repairs; and drawings that the first run's
     model repairs."""
     colours: int = 0
     """Size of the palette, at most 256, for a smaller file. 0: all colours."""
@@ -84,14 +88,17 @@ def column_of(run: Path) -> list[list[Image.Image]]:
     return samples + answers
 
 
-def drawing(run: Path) -> list[Image.Image]:
-    """DRAWING, and what the run's model makes of it when f is applied once, twice and four times."""
-    model, canvas = NAIGN.from_pretrained(run), Image.new("L", (28 * 8, 28 * 8))
-    for stroke in DRAWING:
-        ImageDraw.Draw(canvas).line([(8 * x, 8 * y) for x, y in stroke], fill=255, width=14, joint="curve")
-    pixels = torch.frombuffer(bytearray(canvas.resize((28, 28), Image.Resampling.BOX).tobytes()), dtype=torch.uint8)
-    given = scaled(pixels.view(1, 1, 28, 28))
-    return [to_image(model.project(given, times=times)[0]) for times in (0, 1, 2, 4)]
+def drawings(run: Path) -> list[Image.Image]:
+    """Each of DRAWINGS, and behind it what the run's model makes of it."""
+    model, images = NAIGN.from_pretrained(run), []
+    for strokes in DRAWINGS:
+        canvas = Image.new("L", (28 * 8, 28 * 8))
+        for stroke in strokes:
+            ImageDraw.Draw(canvas).line([(8 * x, 8 * y) for x, y in stroke], fill=255, width=14, joint="curve")
+        pixels = bytearray(canvas.resize((28, 28), Image.Resampling.BOX).tobytes())
+        given = scaled(torch.frombuffer(pixels, dtype=torch.uint8).view(1, 1, 28, 28))
+        images += [to_image(given[0]), to_image(model.project(given)[0])]
+    return images
 
 
 def front(runs: list[Path]) -> Image.Image:
@@ -106,7 +113,7 @@ def front(runs: list[Path]) -> Image.Image:
         left = MARGIN + number * width
         title = next((title for part, title in TITLES.items() if run.name.startswith(part)), run.name)
         draw.text((left, 4), title, fill=TEXT, font=font)
-        for row, images in enumerate([*column_of(run), *([drawing(run)] if number == 0 else [])]):
+        for row, images in enumerate([*column_of(run), *([drawings(run)] if number == 0 else [])]):
             for column, image in enumerate(images):
                 shown = image.resize((CELL, CELL), Image.Resampling.BICUBIC)
                 canvas.paste(shown, (left + column * ROW, tops[row]))

@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 
 LINES, WORDS = 160, 1600
 """The most."""
-NAMES = ("CIFAR-10", "FSDP2", "S3", "Python 3.11", "Apache-2.0", "weight at 0", "[-1, 1]", "real images = 1")
+NAMES = ("CIFAR-10", "FSDP2", "S3", "Python 3.11", "Apache-2.0", "weight at 0", "[-1, 1]", "real images have 1")
 """What holds digits and was not measured."""
 AE, VAE, FLOW = "denoising autoencoder, mixture of 50", "VAE, mixture of 50", "flow, 10 evaluations"
 LONGER = "Fashion-MNIST, the flow four times as long, guidance 2, 40 steps"
@@ -79,8 +79,9 @@ def installed(torch: str) -> str:
 
 MNIST, CIFAR = "NAIGN, mnist.yaml", "NAIGN, cifar10_cpu.yaml"
 SOURCES: dict[str, list[str]] = {
-    "takes {} GB": [installed("cpu")],
-    "or {} GB with CUDA": [installed("cuda")],
+    "took {} minutes": [f"{results('install')['cuda']['seconds'] / 60:.0f}"],
+    "takes {} GB on Linux": [installed("cuda")],
+    "or {} GB with a CPU build": [installed("cpu")],
     "samples reach {} times the": [f"{mean('rivals', MNIST, 'fd.once_ratio'):.1f}"],
     "after {} processor seconds": [f"{mean('rivals', MNIST, 'cpu_seconds'):.0f}"],
     "noisy digits from {} to {}": [
@@ -96,11 +97,11 @@ SOURCES: dict[str, list[str]] = {
     ],
     "{} samples, s": [f"{results('rivals')[MNIST][0]['sampling']['samples']:,}"],
     "| MNIST | {} | {} | {} → {} | {} |": row("rivals", MNIST),
-    "| MNIST, denoising autoencoder and Gaussian mixture | {} | {} | {} → {} | {} |": row("rivals", AE),
+    "| MNIST: autoencoder, mixture | {} | {} | {} → {} | {} |": row("rivals", AE),
     "| Fashion-MNIST | {} | {} | {} → {} | {} |": row("rivals_fashion", "NAIGN, fashion_mnist.yaml"),
-    "| Fashion-MNIST, VAE and Gaussian mixture | {} | {} | {} → {} | {} |": row("rivals_fashion", VAE),
+    "| Fashion-MNIST: VAE, mixture | {} | {} | {} → {} | {} |": row("rivals_fashion", VAE),
     "| CIFAR-10 | {} | {} | {} → {} | {} |": row("rivals_cifar10", CIFAR),
-    "| CIFAR-10, rectified flow in pixels | {} | {} | – | {} |": row("rivals_cifar10", FLOW),
+    "| CIFAR-10: flow in pixels | {} | {} | – | {} |": row("rivals_cifar10", FLOW),
     "{} times the floor on Fashion-MNIST": [f"{mean('classes', LONGER, 'fd.once_ratio'):.1f}"],
     "and {} on CIFAR-10": [f"{mean('classes', 'CIFAR-10, with classes, guidance 2', 'fd.once_ratio'):.1f}"],
 }
