@@ -50,6 +50,7 @@ text { font: 14px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #59
 .ours { fill: #2d6cdf; stroke: #2d6cdf; stroke-width: 2; }
 .other { fill: #e07a1f; stroke: #e07a1f; stroke-width: 2; }
 .open { fill: none; }
+.back { fill: #ffffff; }
 @media (prefers-color-scheme: dark) {
   text { fill: #9198a1; }
   .name { fill: #f0f6fc; }
@@ -58,6 +59,7 @@ text { font: 14px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #59
   .ours { fill: #5b8def; stroke: #5b8def; }
   .other { fill: #e58b3a; stroke: #e58b3a; }
   .open { fill: none; }
+  .back { fill: #0d1117; }
 }"""
 
 
@@ -119,6 +121,7 @@ def picture() -> str:
     size = f'width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">']
     parts += ["<title>Quality of samples against the cost of training</title>", f"<style>\n{STYLE}\n</style>"]
+    parts.append('<rect width="100%" height="100%" rx="6" class="back"/>')
     for number, method in enumerate(SHAPES):
         x, y = 16 + 190 * (number % 3), 14 + 22 * (number // 3)
         parts += [mark(method, x, y), text(x + 14, y + 5, method)]

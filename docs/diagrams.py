@@ -17,6 +17,7 @@ text { font: 16px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f
 .core { fill: #fff1e5; stroke: #e07a1f; stroke-width: 1.5; }
 .line { fill: none; stroke: #59636e; stroke-width: 1.5; }
 .head { fill: #59636e; }
+.back { fill: #ffffff; }
 @media (prefers-color-scheme: dark) {
   text { fill: #f0f6fc; }
   .dim { fill: #9198a1; }
@@ -24,6 +25,7 @@ text { font: 16px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f
   .core { fill: #3a2413; stroke: #e58b3a; }
   .line { stroke: #9198a1; }
   .head { fill: #9198a1; }
+  .back { fill: #0d1117; }
 }"""
 STAGES = {
     "shards": "tars in a folder or a bucket, every byte checked",
@@ -77,7 +79,8 @@ def arrow(x: float, y: float, to_x: float, to_y: float) -> str:
 def picture(width: int, height: int, title: str, parts: Iterable[str]) -> str:
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
-    return "\n".join([head, f"<title>{title}</title>", f"<style>\n{STYLE}\n</style>", *parts, "</svg>\n"])
+    back = '<rect width="100%" height="100%" rx="6" class="back"/>'  # legible on a page that does not follow the system
+    return "\n".join([head, f"<title>{title}</title>", f"<style>\n{STYLE}\n</style>", back, *parts, "</svg>\n"])
 
 
 def draw_f() -> str:
