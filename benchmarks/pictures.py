@@ -1,6 +1,8 @@
-"""One row of pictures a run: samples, repairs of noise, repairs of blur.
+"""Samples and repairs of runs, as one picture.
 
-    python benchmarks/pictures.py RUN [RUN ...] --colours 64 --to docs/samples.png
+    python benchmarks/pictures.py RUN [RUN ...] --colours 64 --to docs/pictures.png
+    python benchmarks/pictures.py runs/mnist runs/fashion_mnist runs/cifar10_cpu \\
+        --front --colours 256 --to docs/samples.png
 
 A run must have been evaluated: `naign evaluate RUN`, or any table that has it.
 """
@@ -8,16 +10,30 @@ A run must have been evaluated: `naign evaluate RUN`, or any table that has it.
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import tyro
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.cli.files import save
+from pipeline.data.degrade import KINDS
 from pipeline.errors import InputError, exit_on_input_error
+from pipeline.model.naign import NAIGN
+from pipeline.model.scale import scaled
+from pipeline.observe.pictures import GAP as INNER
+from pipeline.observe.pictures import TEXT, to_image
 
 PICTURES = ("samples", "restoration_noise", "restoration_blur")
 """Of a row, from left to right."""
 GAP = 12
 """Pixels between pictures."""
+CELL, MARGIN, ROW, FONT = 68, 150, 72, 28
+"""Pixels, with --front: of an image; left of the columns, for names; from row to row; height of letters."""
+TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
+DRAWINGS = (
+    [[(8, 9), (13, 5), (18, 9), (15, 14)], [(13, 17), (8, 22)], [(10, 23), (20, 22)]],
+    [[(17, 7), (12, 6), (10, 10), (14, 13), (17, 9)], [(18, 12), (17, 17)], [(16, 20), (14, 24)]],
+)
+"""Strokes on 28 x 28 pixels, which do not meet: of a 2 and of a 9."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -28,24 +44,24 @@ class Settings:
     """Evaluated runs, from top to bottom."""
     to: Path
     """The PNG to write."""
+    front: bool = False
+    """A column a run instead of a row, with the first 12 samples and four repairs; and drawings that the first run's
+    model repairs."""
     colours: int = 0
-    """Size of the palette, at most 256, for a smaller file of grey pictures. 0: all colours."""
+    """Size of the palette, at most 256, for a smaller file. 0: all colours."""
 
 
-def strip(run: Path) -> list[Image.Image]:
-    """A run's pictures; InputError if it has not been evaluated."""
+def load(run: Path, name: str) -> Image.Image:
+    """A picture of a run's report; InputError if it has not been evaluated."""
     try:
-        return [Image.open(run / f"evaluation/{name}.png").convert("RGBA") for name in PICTURES]
+        return Image.open(run / f"evaluation/{name}.png").convert("RGBA")
     except OSError as error:
         raise InputError(f"{run} has no pictures: naign evaluate {run} ({error})") from None
 
 
-def main(settings: Settings) -> None:
-    if not settings.runs or settings.to.suffix != ".png" or settings.to.is_dir():
-        raise InputError(f"give runs, and --to {settings.to} as the name of a .png file")
-    if not 0 <= settings.colours <= 256:
-        raise InputError(f"--colours is {settings.colours}: it must lie between 0 and 256")
-    strips = [strip(run) for run in settings.runs]
+def side_by_side(runs: list[Path]) -> Image.Image:
+    """A row a run: the pictures of its report as they are."""
+    strips = [[load(run, name) for name in PICTURES] for run in runs]
     width = max(sum(image.width + GAP for image in images) for images in strips)
     heights = [max(image.height for image in images) + GAP for images in strips]
     canvas = Image.new("RGBA", (width, sum(heights)), (0, 0, 0, 0))
@@ -54,6 +70,62 @@ def main(settings: Settings) -> None:
         for image in images:
             canvas.paste(image, (left, sum(heights[:line])))
             left += image.width + GAP
+    return canvas
+
+
+def cut(picture: Image.Image, rows: int, row: int, from_right: int) -> Image.Image:
+    """One image of a grid, counted from its right end, since names may stand at the left."""
+    side = (picture.height + INNER) // rows
+    left, top = picture.width + INNER - from_right * side, row * side
+    return picture.crop((left, top, left + side - INNER, top + side - INNER))
+
+
+def column_of(run: Path) -> list[list[Image.Image]]:
+    """Rows of four: samples, the first that were drawn; test images damaged in four ways; and f of these."""
+    drawn, repairs = load(run, "samples"), [load(run, f"restoration_{kind}") for kind in KINDS]
+    samples = [[cut(drawn, 6, 0, 16 - 4 * row - column) for column in range(4)] for row in range(3)]
+    answers = [[cut(one, 5, row, 10 - column) for column, one in enumerate(repairs)] for row in (1, 2)]
+    return samples + answers
+
+
+def drawings(run: Path) -> list[Image.Image]:
+    """Each of DRAWINGS, and behind it what the run's model makes of it."""
+    model, images = NAIGN.from_pretrained(run), []
+    for strokes in DRAWINGS:
+        canvas = Image.new("L", (28 * 8, 28 * 8))
+        for stroke in strokes:
+            ImageDraw.Draw(canvas).line([(8 * x, 8 * y) for x, y in stroke], fill=255, width=14, joint="curve")
+        pixels = bytearray(canvas.resize((28, 28), Image.Resampling.BOX).tobytes())
+        given = scaled(torch.frombuffer(pixels, dtype=torch.uint8).view(1, 1, 28, 28))
+        images += [to_image(given[0]), to_image(model.project(given)[0])]
+    return images
+
+
+def front(runs: list[Path]) -> Image.Image:
+    """A column a run, with names that stay legible when the picture is 360 pixels wide."""
+    width, names = 4 * ROW + 20, {0: "samples", 3: "damaged", 4: "repaired", 5: "drawn"}
+    canvas = Image.new("RGBA", (MARGIN + len(runs) * width - 24, 40 + 6 * ROW + 44), (0, 0, 0, 0))
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(FONT)
+    tops = [44 + ROW * row + 12 * ((row > 2) + (row > 4)) for row in range(6)]
+    for row, name in names.items():
+        draw.text((0, tops[row] + CELL // 2), name, fill=TEXT, font=font, anchor="lm")
+    for number, run in enumerate(runs):
+        left = MARGIN + number * width
+        title = next((title for part, title in TITLES.items() if run.name.startswith(part)), run.name)
+        draw.text((left, 4), title, fill=TEXT, font=font)
+        for row, images in enumerate([*column_of(run), *([drawings(run)] if number == 0 else [])]):
+            for column, image in enumerate(images):
+                shown = image.resize((CELL, CELL), Image.Resampling.BICUBIC)
+                canvas.paste(shown, (left + column * ROW, tops[row]))
+    return canvas
+
+
+def main(settings: Settings) -> None:
+    if not settings.runs or settings.to.suffix != ".png" or settings.to.is_dir():
+        raise InputError(f"give runs, and --to {settings.to} as the name of a .png file")
+    if not 0 <= settings.colours <= 256:
+        raise InputError(f"--colours is {settings.colours}: it must lie between 0 and 256")
+    canvas = (front if settings.front else side_by_side)(settings.runs)
     try:
         settings.to.parent.mkdir(parents=True, exist_ok=True)
         save(canvas.quantize(settings.colours) if settings.colours else canvas, settings.to)

@@ -1,0 +1,134 @@
+"""Draws docs/f.svg, docs/round.svg and docs/rooms.svg: `python docs/diagrams.py`.
+
+Each picture holds its own colours for light and for dark, so it can be shown on any page.
+"""
+
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+ROOT = Path(__file__).parents[1]
+STYLE = """\
+text { font: 16px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f2328; }
+.dim { font-size: 14px; fill: #59636e; }
+.name { font-weight: 600; }
+.box { fill: #eef4ff; stroke: #2d6cdf; stroke-width: 1.5; }
+.core { fill: #fff1e5; stroke: #e07a1f; stroke-width: 1.5; }
+.line { fill: none; stroke: #59636e; stroke-width: 1.5; }
+.head { fill: #59636e; }
+.back { fill: #ffffff; }
+@media (prefers-color-scheme: dark) {
+  text { fill: #f0f6fc; }
+  .dim { fill: #9198a1; }
+  .box { fill: #16233b; stroke: #5b8def; }
+  .core { fill: #3a2413; stroke: #e58b3a; }
+  .line { stroke: #9198a1; }
+  .head { fill: #9198a1; }
+  .back { fill: #0d1117; }
+}"""
+STAGES = {
+    "shards": "tars in a folder or a bucket, every byte checked",
+    "ranks": "each takes its share of the round's images",
+    "match": "each image's nearest sample, where IMLE is on",
+    "fit": "f learns to repair, the prior to draw codes",
+    "checkpoint": "written in the background; a run resumes here",
+}
+ROOMS = {
+    "naign": "what other programs import",
+    "cli": "the naign program",
+    "train": "the main job: python pipeline/train.py",
+    "cluster": "naign launch and naign render",
+    "training": "the loop: read, match, fit, report, checkpoint",
+    "neighbours": "samples that copy images; near-duplicates",
+    "evaluate": "measurements and the report",
+    "config": "every setting",
+    "match": "the exact nearest sample of every image",
+    "model": "networks, losses, priors, a trained model",
+    "checkpoint": "checkpoints in a folder and in a bucket",
+    "observe": "trackers, logs, naign doctor",
+    "data": "packing and reading shards; who reads what",
+    "distributed": "engines, ranks, stopping together",
+    "storage": "a folder or a bucket, behind one protocol",
+    "philox": "random numbers by (seed, round, id)",
+    "settings": "bounds of settings, choices by name",
+    "terminal": "progress bars",
+    "errors": "errors and exit codes",
+}
+
+
+def text(x: float, y: float, words: str, style: str = "", anchor: str = "start") -> str:
+    return f'<text x="{x:g}" y="{y:g}" class="{style}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
+def box(x: float, y: float, width: float, height: float, words: str = "", style: str = "box") -> str:
+    """A rounded box with its name in the middle."""
+    name = text(x + width / 2, y + height / 2 + 5.5, words, "name", "middle") if words else ""
+    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="7" class="{style}"/>{name}'
+
+
+def arrow(x: float, y: float, to_x: float, to_y: float) -> str:
+    """A line with a head; horizontal or vertical."""
+    right, down = (to_x > x) - (to_x < x), (to_y > y) - (to_y < y)
+    tip = [(to_x, to_y), (to_x - 8 * right - 4 * down, to_y - 8 * down - 4 * right)]
+    tip.append((to_x - 8 * right + 4 * down, to_y - 8 * down + 4 * right))
+    points = " ".join(f"{a:g},{b:g}" for a, b in tip)
+    return f'<path d="M{x:g} {y:g}L{to_x:g} {to_y:g}" class="line"/><polygon points="{points}" class="head"/>'
+
+
+def picture(width: int, height: int, title: str, parts: Iterable[str]) -> str:
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
+    back = '<rect width="100%" height="100%" rx="6" class="back"/>'  # legible on a page that does not follow the system
+    return "\n".join([head, f"<title>{title}</title>", f"<style>\n{STYLE}\n</style>", back, *parts, "</svg>\n"])
+
+
+def draw_f() -> str:
+    """From noise, a damaged image and any image through f, narrow at its code, to a sample, a repair and an energy."""
+    rows = [
+        ("noise", "decoded from a drawn code", "a new sample", "f(z)"),
+        ("a damaged image", "noise, blur, gaps", "its repair", "f(image)"),
+        ("any image x", "", "its energy", "mean of (f(x) − x)²"),
+    ]
+    parts = []
+    for number, (given, more, made, how) in enumerate(rows):
+        y = 36 + 72 * number
+        parts += [text(4, y, given, "name"), text(4, y + 20, more, "dim"), text(384, y, made, "name")]
+        parts += [text(384, y + 20, how, "dim"), arrow(192, y - 5, 222, y - 5), arrow(344, y - 5, 374, y - 5)]
+    bow = "M228 10L270 88L296 88L338 10L338 200L296 122L270 122L228 200Z"
+    parts += [f'<path d="{bow}" class="core" stroke-linejoin="round"/>', text(283, 50, "f", "name", "middle")]
+    parts += [text(283, 110, "code", "dim", "middle")]
+    return picture(520, 210, "What f does", parts)
+
+
+def draw_round() -> str:
+    """The stages of a round, from top to bottom, and back."""
+    parts = []
+    for number, (name, what) in enumerate(STAGES.items()):
+        y = 6 + 56 * number
+        parts += [box(36, y, 112, 36, name, "core" if name == "fit" else "box"), text(162, y + 23, what, "dim")]
+        if number:
+            parts.append(arrow(92, y - 20, 92, y - 1))
+    back = f"M36 {24 + 56 * 4}L12 {24 + 56 * 4}L12 {24 + 56}L26 {24 + 56}"
+    return picture(500, 272, "A round of training", [*parts, f'<path d="{back}" class="line"/>', arrow(26, 80, 35, 80)])
+
+
+def draw_rooms() -> str:
+    """The rooms of the package in the order of pyproject.toml: each may import those below it."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    order = ["naign", *next(contract["layers"] for contract in contracts if contract.get("exhaustive"))]
+    parts = [
+        text(8, 20, "A room imports only from rooms below it.", "name"),
+        arrow(16, 36, 16, 36 + 30 * len(order) - 6),
+    ]
+    for number, name in enumerate(order):
+        y = 34 + 30 * number
+        parts += [box(36, y, 118, 24, name), text(168, y + 17, ROOMS[name], "dim")]
+    return picture(500, 40 + 30 * len(order), "The rooms of the package", parts)
+
+
+DRAWINGS = {"f": draw_f, "round": draw_round, "rooms": draw_rooms}
+
+if __name__ == "__main__":
+    for name, draw in DRAWINGS.items():
+        (ROOT / f"docs/{name}.svg").write_text(draw())

@@ -1,0 +1,176 @@
+"""README is short, each of its numbers comes from benchmarks/results, and its pictures are what their scripts draw."""
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from types import ModuleType
+from typing import Any
+
+from PIL import Image
+
+from pipeline.data.degrade import KINDS
+from pipeline.model.naign import NAIGN
+from pipeline.model.networks import ConvConfig, build_network
+from tests.conftest import ROOT
+
+LINES, WORDS = 160, 1600
+"""The most."""
+NAMES = ("CIFAR-10", "FSDP2", "S3", "Python 3.11", "Apache-2.0", "weight at 0", "[-1, 1]", "real images have 1")
+"""What holds digits and was not measured."""
+AE, VAE, FLOW = "denoising autoencoder, mixture of 50", "VAE, mixture of 50", "flow, 10 evaluations"
+LONGER = "Fashion-MNIST, the flow four times as long, guidance 2, 40 steps"
+
+
+def results(name: str) -> Any:
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+
+
+def mean(table: str, row: str, key: str) -> float:
+    """Of all runs of a row of a table; `key` is a path with dots."""
+    values = []
+    for run in results(table)[row]:
+        for part in key.split("."):
+            run = run[part]
+        values.append(run)
+    return fmean(values)
+
+
+def row(table: str, name: str) -> list[str]:
+    """The cells of README's table, from a row of a table of results."""
+    keys = {"cpu_seconds": ",.0f", "fd.once_ratio": ".1f"}
+    cells = [format(mean(table, name, key), digits) for key, digits in keys.items()]
+    noise = results(table)[name][0]["restoration"]  # None: it does not repair
+    cells += [f"{mean(table, name, f'restoration.noise.{key}'):.3f}" for key in ("input", "once")] if noise else []
+    return [*cells, f"{mean(table, name, 'sampling.cpu_seconds'):.1f}"]
+
+
+def speed_of_match(choose: Callable[..., float]) -> float:
+    """How many times as fast as faiss.knn, of the problem that `choose` picks."""
+    methods = [problem["methods"] for problem in results("match")["problems"].values()]
+    return choose(of["faiss.knn"]["seconds"] / of["auto"]["seconds"] for of in methods)
+
+
+def speed_of_reading(choose: Callable[..., float]) -> float:
+    """How many times as fast as WebDataset from a folder, of the data set that `choose` picks."""
+    sets = [
+        {each["title"]: each["seconds"] for each in one["rows"] if each["where"] == "folder"}
+        for one in results("data")["sets"].values()
+    ]
+    return choose(one["WebDataset"] / one["ours"] for one in sets)
+
+
+def checked() -> int:
+    """How many answers of `auto` were compared; none was wrong."""
+    problems = results("match")["problems"].values()
+    assert not any(problem["methods"]["auto"]["wrong"] for problem in problems)
+    return sum(problem["checked"] for problem in problems)
+
+
+def kills() -> int:
+    return len(re.findall(r"^ *\d+\. ", (ROOT / "benchmarks/results/kills.txt").read_text(), re.M))
+
+
+def installed(torch: str) -> str:
+    return f"{results('install')[torch]['bytes'] / 1e9:.1f}"
+
+
+MNIST, CIFAR = "NAIGN, mnist.yaml", "NAIGN, cifar10_cpu.yaml"
+SOURCES: dict[str, list[str]] = {
+    "took {} minutes": [f"{results('install')['cuda']['seconds'] / 60:.0f}"],
+    "takes {} GB on Linux": [installed("cuda")],
+    "or {} GB with a CPU build": [installed("cpu")],
+    "samples reach {} times the": [f"{mean('rivals', MNIST, 'fd.once_ratio'):.1f}"],
+    "after {} processor seconds": [f"{mean('rivals', MNIST, 'cpu_seconds'):.0f}"],
+    "noisy digits from {} to {}": [
+        f"{mean('rivals', MNIST, f'restoration.noise.{key}'):.3f}" for key in ("input", "once")
+    ],
+    "after {} kills": [str(kills())],
+    "{} to {} times as fast as with WebDataset": [f"{speed_of_reading(min):.1f}", f"{speed_of_reading(max):.1f}"],
+    "{} to {} times as fast as `faiss.knn`": [f"{speed_of_match(min):.1f}", f"{speed_of_match(max):.0f}"],
+    "among {} that were checked": [f"{checked():,}"],
+    "f is at {} times the floor": [f"{mean('rivals_cifar10', CIFAR, 'fd.once_ratio'):.0f}"],
+    "only from {} to {}": [
+        f"{mean('rivals_cifar10', CIFAR, f'restoration.blur.{key}'):.3f}" for key in ("input", "once")
+    ],
+    "{} samples, s": [f"{results('rivals')[MNIST][0]['sampling']['samples']:,}"],
+    "| MNIST | {} | {} | {} → {} | {} |": row("rivals", MNIST),
+    "| MNIST: autoencoder, mixture | {} | {} | {} → {} | {} |": row("rivals", AE),
+    "| Fashion-MNIST | {} | {} | {} → {} | {} |": row("rivals_fashion", "NAIGN, fashion_mnist.yaml"),
+    "| Fashion-MNIST: VAE, mixture | {} | {} | {} → {} | {} |": row("rivals_fashion", VAE),
+    "| CIFAR-10 | {} | {} | {} → {} | {} |": row("rivals_cifar10", CIFAR),
+    "| CIFAR-10: flow in pixels | {} | {} | – | {} |": row("rivals_cifar10", FLOW),
+    "{} times the floor on Fashion-MNIST": [f"{mean('classes', LONGER, 'fd.once_ratio'):.1f}"],
+    "and {} on CIFAR-10": [f"{mean('classes', 'CIFAR-10, with classes, guidance 2', 'fd.once_ratio'):.1f}"],
+}
+"""Words around numbers, and the numbers, as benchmarks/results has them."""
+
+
+def unsourced(page: str) -> tuple[list[str], list[str]]:
+    """(phrases of SOURCES that are not on the page once, numbers that no phrase accounts for), code aside."""
+    page = re.sub(r"^```.*?^```|<!--.*?-->", " ", page, flags=re.M | re.S)
+    page = re.sub(r"\]\([^)]*\)", "]", " ".join(page.split()))
+    absent = []
+    for phrase, numbers in SOURCES.items():
+        expected = phrase.format(*numbers)
+        if page.count(expected) != 1:
+            absent.append(expected)
+        page = page.replace(expected, " ")
+    for code in re.findall(r"`[^`]*`", page):
+        page = page.replace(code, " ")
+    for name in NAMES:
+        page = page.replace(name, " ")
+    return absent, re.findall(r"\S*\d\S*", page)
+
+
+def test_every_number_has_a_source() -> None:
+    assert unsourced((ROOT / "README.md").read_text()) == ([], [])
+
+
+def test_a_number_without_a_source_is_found() -> None:
+    page = (ROOT / "README.md").read_text()
+    assert unsourced(page + "\nIt is 3.7 times as fast.\n") == ([], ["3.7"])
+    absent, left = unsourced(page.replace("after 20 kills", "after 30 kills"))
+    assert absent == ["after 20 kills"] and left == ["30"]
+
+
+def test_it_is_short() -> None:
+    page = (ROOT / "README.md").read_text()
+    assert len(page.splitlines()) <= LINES and len(page.split()) <= WORDS
+
+
+def script(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_drawings_are_those_of_their_scripts() -> None:
+    diagrams = script("docs/diagrams.py")
+    drawn = {name: draw() for name, draw in diagrams.DRAWINGS.items()}
+    drawn["cost"] = script("benchmarks/cost.py").picture()
+    for name, picture in drawn.items():
+        assert (ROOT / f"docs/{name}.svg").read_text() == picture, (
+            f"run docs/diagrams.py and benchmarks/cost.py: {name}"
+        )
+    order = diagrams.ROOMS
+    assert list(order) == re.findall(r'class="name" text-anchor="middle">(\w+)<', drawn["rooms"])
+
+
+def test_the_picture_at_the_top_shows_three_runs_and_a_drawing(tmp_path: Path) -> None:
+    config = ConvConfig(width=8, code=16)
+    model = {"model": {"name": "conv", "width": 8, "code": 16}, "shape": [1, 28, 28], "prior": {"name": "smooth"}}
+    NAIGN(build_network(config, (1, 28, 28)), model).save_pretrained(tmp_path / "mnist")
+    for name, side in (("mnist", 56), ("cifar10_cpu", 64)):
+        (tmp_path / name / "evaluation").mkdir(parents=True)
+        for picture, rows, margin in (("samples", 6, 0), *((f"restoration_{kind}", 5, 74) for kind in KINDS)):
+            size = (margin + (16 if not margin else 10) * (side + 3) - 3, rows * (side + 3) - 3)
+            Image.new("RGBA", size, (0, 0, 255, 255)).save(tmp_path / name / f"evaluation/{picture}.png")
+    pictures = script("benchmarks/pictures.py")
+    made = pictures.front([tmp_path / "mnist", tmp_path / "cifar10_cpu"])
+    blue = made.getcolors(1 << 24)
+    assert dict((colour, count) for count, colour in blue)[0, 0, 255, 255] == 2 * 20 * pictures.CELL**2
