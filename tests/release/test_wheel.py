@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -105,5 +106,7 @@ def test_an_archive_without_gits_history_has_a_version(tagged: Path, tmp_path: P
         opened.extractall(tmp_path / "archive", filter="data")
     assert run(tmp_path / "archive", *version).split()[-1] == "7.8.9"
     (tmp_path / "archive/.git_archival.txt").unlink()
-    assert run(tmp_path / "archive", *version).split()[-1] == "0.1.0"
+    fallback = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools_scm"]["fallback_version"]
+    assert run(tmp_path / "archive", *version).split()[-1] == fallback
+    assert f"\n## [{fallback}]" in (ROOT / "CHANGELOG.md").read_text()
     assert os.access(tmp_path / "archive/.ci/run", os.X_OK)

@@ -28,17 +28,40 @@ def jobs(file: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def test_workflows_are_valid_and_a_wrong_one_is_found(tmp_path: Path) -> None:
-    def check(*files: Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows"]
-        return subprocess.run([*command, *map(str, files)], capture_output=True, text=True, check=False)
+def check(schema: str, *files: Path) -> subprocess.CompletedProcess[str]:
+    """Check files against one of the schemas that check-jsonschema ships."""
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", *map(str, files)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
+
+def test_workflows_are_valid_and_a_wrong_one_is_found(tmp_path: Path) -> None:
     assert {file.stem for file in FILES} == {"test", "lowest", "docs", "image", "release"}
-    done = check(*FILES)
+    done = check("github-workflows", *FILES)
     assert done.returncode == 0, done.stdout
     wrong = tmp_path / "wrong.yml"
     wrong.write_text(FILES[0].read_text().replace("runs-on", "run-on"))
-    assert check(wrong).returncode == 1
+    assert check("github-workflows", wrong).returncode == 1
+
+
+def test_forms_of_issues_and_the_citation_are_valid() -> None:
+    templates = ROOT / ".github/ISSUE_TEMPLATE"
+    forms = sorted(set(templates.glob("*.yml")) - {templates / "config.yml"})
+    assert [form.stem for form in forms] == ["bug", "question"]
+    for schema, files in (
+        ("github-issue-forms", forms),
+        ("github-issue-config", [templates / "config.yml"]),
+        ("citation-file-format", [ROOT / "CITATION.cff"]),
+    ):
+        done = check(schema, *files)
+        assert done.returncode == 0, done.stdout
+
+
+def test_the_build_of_the_image_is_sent_what_it_copies() -> None:
+    """.dockerignore leaves out everything that it does not name."""
+    copied = re.findall(r"^COPY (?!--from)(.*) \S+$", (ROOT / "launch/Dockerfile").read_text(), re.M)
+    names = {source.partition("/")[0] for sources in copied for source in sources.split()}
+    assert {"naign", "pipeline"} <= names
+    assert names <= set(re.findall(r"^!(.*)$", (ROOT / ".dockerignore").read_text(), re.M))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
