@@ -39,8 +39,8 @@ PICTURES = {
 def write_repository(folder: Path, model: NAIGN, run: str, *, name: str, license: str | None = None) -> int:
     """Write model.safetensors, config.json, README.md and pictures: all that is uploaded. Returns the number of files.
 
-    The model is from `run`: a run (or s3://), a checkpoint, an exported folder or its file. `name` is user/model;
-    `license`, of the weights, as the hub abbreviates it, which the card states.
+    The model is from `run`: a run (or s3://), a checkpoint, an exported folder or its file. `name` is user/model on the
+    hub, or that of a folder; `license`, of the weights, as the hub abbreviates it, which the card states.
     Raises InputError, before anything is written, where the run was not evaluated, or not in this state.
     """
     store = open_store(f"{folder_of(run)}/evaluation")
