@@ -139,6 +139,7 @@ build/models/%.tar: | $(VENV)/.installed
 	$(BIN)/accelerate launch --quiet pipeline/train.py --config configs/$*.yaml --run.path runs/$*
 	$(BIN)/naign export runs/$* --to build/measured/$* --dtype float16
 	$(BIN)/naign evaluate build/measured/$*
+	rm -rf build/models/$*
 	$(BIN)/naign export build/measured/$* --to build/models/$* --card --license apache-2.0
 	tar -C build/models -cf $@ $*
 

@@ -205,7 +205,7 @@ def export(
     Args:
         to: Folder to write.
         dtype: Of the weights in model.safetensors, which are float32 again when they are read; default: as they are.
-        card: Also write a card from the model's evaluation (`naign evaluate` first): README.md and pictures.
+        card: Also write README.md and pictures from the model's evaluation; --to is then a new or empty folder.
         license: Licence of the weights, which the card states, such as apache-2.0; default: it states none.
         format: safetensors, or onnx: f of a batch of any size as a program that needs no code of this project, compared
             with f in onnxruntime (in a checkout: `pip install -e '.[onnx]'`).
@@ -257,12 +257,7 @@ def push(
     from pipeline.evaluate.card import write_repository
     from pipeline.model import hub
 
-    if dry_run is None:
-        hub.check_login(name)
-    else:
-        hub.check_name(name)
-        empty = not dry_run.exists() or (dry_run.is_dir() and not any(dry_run.iterdir()))
-        require((empty, f"--dry-run {dry_run} holds something already: give a new or empty folder"))
+    (hub.check_login if dry_run is None else hub.check_name)(name)
     model = _open(run, "cpu")
     with tempfile.TemporaryDirectory() as place:
         files = write_repository(dry_run or Path(place), model, run, name=name, license=license)

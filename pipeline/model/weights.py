@@ -94,7 +94,7 @@ def _find(folder: Path) -> Weights:
     for file in ((checkpoint or folder) / name for name in FILES):
         if file.is_file():
             return Weights(file, checkpoint.name, choice) if checkpoint else Weights(file)
-    hides = "; it hides the model of that name that comes with naign" if str(folder) in _shipped_names() else ""
+    hides = "; it hides the model that comes with naign" if str(folder) in _shipped_names() else ""
     nothing = f"'{folder}' has no complete checkpoint and no model.safetensors"
     raise InputError(f"{nothing}: has its training got that far?{hides}")
 

@@ -116,8 +116,10 @@ def test_a_dry_run_needs_a_new_or_empty_folder(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/README.md").write_text("mine")
     for place in ("mine", "mine/README.md"):
-        with pytest.raises(InputError, match="--dry-run .* holds something already: give a new or empty folder"):
+        with pytest.raises(InputError, match=f"{place} holds something already: give a new or empty folder"):
             push(run, "me/digits", dry_run=tmp_path / place)
+        with pytest.raises(InputError, match=f"{place} holds something already: give a new or empty folder"):
+            export(run, to=tmp_path / place, card=True)
     assert (tmp_path / "mine/README.md").read_text() == "mine"
     (tmp_path / "out").mkdir()
     push(run, "me/digits", dry_run=tmp_path / "out")
