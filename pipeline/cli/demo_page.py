@@ -32,7 +32,7 @@ SAMPLES = 64  # at once at most
 STEPS = 16  # images of an interpolation at most
 SEEDS = 2**31
 EXACT: dict[str, Any] = {"format": "png", "elem_classes": "pixels"}  # of components that show pixels as they are
-HELP = "Draw, upload or take a sample; damage it; press **Repair**. Magenta strokes are holes: apply f 8 times to fill."
+HELP = "Draw, upload or take a sample; damage it; press **Repair**. Magenta marks holes: fill them with 8 applications."
 STYLE = ".pixels img {object-fit: contain !important; image-rendering: pixelated} .pixels .image-frame {width: 100%}"
 
 
