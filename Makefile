@@ -25,7 +25,7 @@ TARGET ?= cpu
 VERSION ?=
 TORCH_INDEX ?=
 
-.PHONY: help train test test-lowest smoke-lowest quick lint docs install golden constraints dist sbom image clean
+.PHONY: help train test test-lowest smoke-lowest quick lint docs install golden constraints dist sbom image models clean
 
 help:
 	@echo "make train   install, fetch and pack MNIST, train on this machine, evaluate   [CONFIG=configs/x.yaml RUN=runs/x OPTIONS=--seed=1]"
@@ -35,6 +35,7 @@ help:
 	@echo "make quick   the inner loop: lint and the tests that are not slow"
 	@echo "make docs    write docs/settings.md from the code; build the pages of docs/ as a site in build/site"
 	@echo "make dist    the wheel and the source archive, in dist/; make sbom: what the wheel depends on, in build/sbom/"
+	@echo "make models  train the recipes of a release, measure, and pack each with its card, in build/models/; hours   [MODELS=mnist]"
 	@echo "make image   the container image, by docker   [TARGET=cuda VERSION=0.1.0 TORCH_INDEX=...]"
 	@echo "make constraints    pin what pyproject.toml asks for and launch/constraints.txt lacks   [OPTIONS=--upgrade]"
 	@echo "make clean   remove the virtual environment and caches (data/ and runs/ stay)"
@@ -127,6 +128,20 @@ sbom: dist
 	mkdir -p build/sbom
 	$(BIN)/cyclonedx-py environment --output-reproducible --output-file build/sbom/naign.cdx.json $(VENV)-sbom
 	$(BIN)/pip-licenses --python $(VENV)-sbom/bin/python --format markdown --with-urls --output-file build/sbom/licenses.md
+
+# Of a release: NAME.tar for each recipe, a folder with float16 weights and their card, and SHA256SUMS. The card's numbers
+# are measured with these weights. A finished run in runs/NAME is not trained again; delete build/ to export and measure anew.
+MODELS ?= mnist fashion_mnist cifar10_cpu
+models: $(MODELS:%=build/models/%.tar)
+	cd build/models && sha256sum *.tar > SHA256SUMS
+
+build/models/%.tar: | $(VENV)/.installed
+	$(BIN)/accelerate launch --quiet pipeline/train.py --config configs/$*.yaml --run.path runs/$*
+	$(BIN)/naign export runs/$* --to build/measured/$* --dtype float16
+	$(BIN)/naign evaluate build/measured/$*
+	rm -rf build/models/$*
+	$(BIN)/naign export build/measured/$* --to build/models/$* --card --license apache-2.0
+	tar -C build/models -cf $@ $*
 
 image:
 	docker build -f launch/Dockerfile --target $(TARGET) --build-arg VERSION=$(VERSION) \

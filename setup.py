@@ -1,8 +1,8 @@
-"""What goes into a wheel: naign/ and pipeline/, with configs/, launch/ and k8s/ as data (see pipeline/__init__.py)."""
+"""What goes into a wheel: naign/ and pipeline/, with configs/, launch/, k8s/ and models/ (see pipeline/__init__.py)."""
 
 from setuptools import find_packages, setup
 
-SHIPPED = {f"pipeline.{folder}": folder for folder in ("configs", "launch", "k8s")}
+SHIPPED = {f"pipeline.{folder}": folder for folder in ("configs", "launch", "k8s", "models")}
 
 setup(
     packages=[*find_packages(include=["naign", "pipeline", "pipeline.*"]), *SHIPPED],

@@ -17,7 +17,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def shipped(path: str) -> Path:
-    """Where a file of configs/, launch/ or k8s/ would lie: beside this package in a checkout, inside it in a wheel."""
+    """Where a file of configs/, launch/, k8s/ or models/ would lie: beside this package, or inside it in a wheel."""
     inside = _PACKAGE / path
     return inside if (_PACKAGE / Path(path).parts[0]).is_dir() else _PACKAGE.parent / path
 

@@ -32,6 +32,7 @@ SAMPLES = 64  # at once at most
 STEPS = 16  # images of an interpolation at most
 SEEDS = 2**31
 EXACT: dict[str, Any] = {"format": "png", "elem_classes": "pixels"}  # of components that show pixels as they are
+HELP = "Draw, upload or take a sample; damage it; press **Repair**. Magenta marks holes: fill them with 8 applications."
 STYLE = ".pixels img {object-fit: contain !important; image-rendering: pixelated} .pixels .image-frame {width: 100%}"
 
 
@@ -138,7 +139,7 @@ def build(player: Player, *, about: str) -> gradio.Blocks:
                     )
                 button = gradio.Button("Sample", variant="primary")
             button.click(_refusing(player.sample), inputs, _shown("Samples f(z)"), api_name="sample")
-        with gradio.Tab("Between two samples"):
+        with gradio.Tab("Interpolate"):
             with gradio.Row():
                 ends = [_seed("Seed of the first latent"), _seed("Seed of the second latent", 1)]
                 inputs = [*ends, _slider("Images", 8, STEPS, least=2), _times()]
@@ -157,11 +158,12 @@ def _build_repair(player: Player) -> None:
         default_color="#ffffff",
         color_mode="defaults" if colour else "fixed",
     )
+    gradio.Markdown(HELP)
     with gradio.Row():
         with gradio.Column():
             canvas = gradio.ImageEditor(
                 player.clear(),
-                label="Draw (magenta: hole)",
+                label="Draw",
                 type="pil",
                 image_mode="RGB",
                 format="png",
@@ -174,18 +176,19 @@ def _build_repair(player: Player) -> None:
                 elem_id="canvas",
             )
             with gradio.Row():
-                clear = gradio.Button("Clear", size="md")
-                upload = gradio.UploadButton("Upload a picture", elem_id="upload", size="md")
-                example = gradio.Button("A sample", size="md")
+                clear = gradio.Button("Clear", size="md", min_width=80)
+                upload = gradio.UploadButton("Upload", elem_id="upload", size="md", min_width=80)
+                example = gradio.Button("A sample", size="md", min_width=80)
         with gradio.Column():
-            strengths = [_slider(kind.replace("_", " and "), 0, STRENGTH, least=0, step=0.1) for kind in KINDS]
+            titles = [f"Damage: {kind.replace('_', ' and ')}" for kind in KINDS]
+            strengths = [_slider(title, 0, STRENGTH, least=0, step=0.1) for title in titles]
             seed, times = _seed("Seed of the damage, and of the sample"), _times()
             button = gradio.Button("Repair", variant="primary")
     with gradio.Row():
         pictures = [_shown("What f is given", "given"), _shown("|f(x) − x|", "map"), _shown("Repaired", "repaired")]
     text = gradio.Markdown(elem_id="energies")
     label = "f applied 1, 2, ... times: energy"
-    applied = gradio.Gallery(**EXACT, label=label, columns=TIMES, fit_columns=False, height=220, buttons=[])
+    applied = gradio.Gallery(**EXACT, label=label, columns=TIMES, fit_columns=False, height=180, buttons=[])
     inputs, outputs = [canvas, times, seed, *strengths], [*pictures, text, applied]
     # The progress of a refused upload would cover the canvas, so it is hidden.
     clear.click(_refusing(player.clear), None, canvas, api_name="clear", show_progress="hidden")
@@ -199,7 +202,7 @@ def _slider(label: str, value: float, most: float, *, least: float = 1, step: fl
 
 
 def _times() -> gradio.Slider:
-    return _slider("Times that f is applied", 1, TIMES)
+    return _slider("Applications of f", 1, TIMES)
 
 
 def _seed(label: str, value: int = 0) -> gradio.Number:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
+from pipeline import shipped
 from pipeline.cli.output import Json, lines_to_stderr, print_json
 from pipeline.errors import InputError, require
 from pipeline.terminal import busy, counted
@@ -25,7 +26,12 @@ Times = Annotated[int, tyro.conf.arg(help="How often f is applied.")]
 Kind = Literal["blur", "noise", "salt_pepper", "rows"]
 _RUN = "The folder of a run (or s3://), a checkpoint or an exported model"
 Run = Annotated[Positional[str], tyro.conf.arg(metavar="RUN", help=f"{_RUN}.")]
-Model = Annotated[Positional[str], tyro.conf.arg(metavar="RUN", help=f"{_RUN}; or hf://user/model on Hugging Face.")]
+_MODEL = f"{_RUN}; hf://user/model on Hugging Face; or mnist, which comes with naign, where no path has that name"
+Model = Annotated[Positional[str], tyro.conf.arg(metavar="RUN", help=f"{_MODEL}.")]
+Played = Annotated[
+    Positional[str],
+    tyro.conf.arg(metavar="[RUN]", help=f"{_MODEL}.", help_behavior_hint="(default: mnist, as it comes with naign)"),
+]
 Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images (points: .csv files), or folders of them.")]
 
 
@@ -184,26 +190,43 @@ def score(
 
 
 def export(
-    run: Model, /, *, to: Path, format: Literal["safetensors", "onnx"] = "safetensors", latents: Drawn = TRAINED
+    run: Model,
+    /,
+    *,
+    to: Path,
+    format: Literal["safetensors", "onnx"] = "safetensors",
+    dtype: Literal["float32", "float16"] | None = None,
+    card: bool = False,
+    license: str | None = None,
+    latents: Drawn = TRAINED,
 ) -> None:
     """Export a model: as safetensors for NAIGN.from_pretrained, or f alone as a program.
 
     Args:
         to: Folder to write.
+        dtype: Of the weights in model.safetensors, which are float32 again when they are read; default: as they are.
+        card: Also write README.md and pictures from the model's evaluation; --to is then a new or empty folder.
+        license: Licence of the weights, which the card states, such as apache-2.0; default: it states none.
         format: safetensors, or onnx: f of a batch of any size as a program that needs no code of this project, compared
             with f in onnxruntime (in a checkout: `pip install -e '.[onnx]'`).
     """
+    from pipeline.evaluate.card import write_repository
     from pipeline.model import programs
 
     for name, what in (("manifest.json", "checkpoint"), ("checkpoints", "run")):  # whose part the model would become
         require((not (to / name).exists(), f"--to {to} is a {what}: give another folder"))
     require(
-        (format == "safetensors" or latents == TRAINED, "--format onnx is f alone: leave out what chooses its prior")
+        (format == "safetensors" or latents == TRAINED, "--format onnx is f alone: leave out what chooses its prior"),
+        (format == "safetensors" or not (dtype or card), "--dtype and --card are for --format safetensors"),
+        (card or not license, "--license is what the card states: add --card"),
     )
     model = _open_with(latents, run, "cpu")
+    model.metadata |= {"dtype": dtype} if dtype else {}
     file = to / f"model.{format}"
     with busy("exporting"):
-        if format == "safetensors":
+        if card:
+            write_repository(to, model, run, name=to.resolve().name, license=license)
+        elif format == "safetensors":
             model.save_pretrained(to)
         else:
             difference = programs.write_onnx(model.network, model.shape, file)
@@ -234,12 +257,7 @@ def push(
     from pipeline.evaluate.card import write_repository
     from pipeline.model import hub
 
-    if dry_run is None:
-        hub.check_login(name)
-    else:
-        hub.check_name(name)
-        empty = not dry_run.exists() or (dry_run.is_dir() and not any(dry_run.iterdir()))
-        require((empty, f"--dry-run {dry_run} holds something already: give a new or empty folder"))
+    (hub.check_login if dry_run is None else hub.check_name)(name)
     model = _open(run, "cpu")
     with tempfile.TemporaryDirectory() as place:
         files = write_repository(dry_run or Path(place), model, run, name=name, license=license)
@@ -249,14 +267,16 @@ def push(
             print(f"wrote {files} files to {dry_run}/, uploaded nothing")
 
 
-def demo(run: Run, /, *, port: int = 7860, device: Device = "auto") -> None:
-    """Serve a page to play with a model of images: draw or upload, damage, repair; sample, interpolate.
+def demo(run: Played = "", /, *, port: int = 7860, device: Device = "auto") -> None:
+    """Serve a page to play with a model of images: draw or upload, damage, repair; sample, interpolate. Without RUN
+    the model is the one that comes with naign, of MNIST's digits.
 
     Args:
         port: Port of 127.0.0.1 to listen on; 0 for any free one. Other machines cannot reach it.
     """
     require((0 <= port < 2**16, f"--port is {port}: it must be 0 to {2**16 - 1}"))
-    model = _open(run, _find_device(device))
+    place, run = run or str(shipped("models/mnist")), run or "mnist"
+    model = _open(place, _find_device(device))
     require((len(model.shape) == 3, f"the page is for images, the model in {run} takes points of {model.shape}"))
     about = f"**{run}**: f takes images of {' × '.join(map(str, model.shape))}."
     if getattr(model.network, "generates_only", False):

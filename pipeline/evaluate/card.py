@@ -39,13 +39,17 @@ PICTURES = {
 def write_repository(folder: Path, model: NAIGN, run: str, *, name: str, license: str | None = None) -> int:
     """Write model.safetensors, config.json, README.md and pictures: all that is uploaded. Returns the number of files.
 
-    The model is from `run`: a run (or s3://), a checkpoint, an exported folder or its file. `name` is user/model;
-    `license`, of the weights, as the hub abbreviates it, which the card states.
-    Raises InputError, before anything is written, where the run was not evaluated, or not in this state.
+    The model is from `run`: a run (or s3://), a checkpoint, an exported folder or its file. `name` is user/model on the
+    hub, or that of a folder; `license`, of the weights, as the hub abbreviates it, which the card states.
+    Raises InputError, before anything is written, where the folder is not empty, or this state was not evaluated.
     """
+    empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     store = open_store(f"{folder_of(run)}/evaluation")
     again = f"run `naign evaluate {run}` first"
-    require((store.exists("metrics.json"), f"{run} has no evaluation to write a model card from: {again}"))
+    require(
+        (empty, f"{folder} holds something already: give a new or empty folder"),
+        (store.exists("metrics.json"), f"{run} has no evaluation to write a model card from: {again}"),
+    )
     shared = NAIGN(model.network, without_places(model.metadata), model.prior.state_dict())
     present = set(store.list())
     pictures = {f"{key}.png": title for key, title in PICTURES.items() if f"{key}.png" in present}

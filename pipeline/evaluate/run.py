@@ -20,6 +20,7 @@ from pipeline.evaluate.runs import flat, folder_of, number
 from pipeline.model.encoders import Encoder, choose_encoder, open_encoder
 from pipeline.model.hub import PREFIX
 from pipeline.model.naign import NAIGN
+from pipeline.model.weights import shipped_model
 from pipeline.observe.pictures import png
 from pipeline.storage.base import Store
 from pipeline.storage.store import open_store
@@ -45,7 +46,8 @@ def evaluate(
     """
     beside = f"the results are written beside the model: evaluate a copy, naign export {folder} --to FOLDER"
     few = f"{samples} samples are too few to measure: --samples must be more than {NEIGHBOURS}"
-    require((not folder.startswith(PREFIX), beside), (samples > NEIGHBOURS, few))
+    elsewhere = folder.startswith(PREFIX) or shipped_model(folder)
+    require((not elsewhere, beside), (samples > NEIGHBOURS, few))
     start, threads = time.monotonic(), torch.get_num_threads()
     with busy(f"reading {folder}", shown=progress):
         model = NAIGN.from_pretrained(folder, device=device)

@@ -54,7 +54,8 @@ class NAIGN:
 
     @classmethod
     def from_pretrained(cls, place: str | Path, device: torch.device | str = "cpu", **download: Any) -> "NAIGN":
-        """The model of an exported folder or its file, a checkpoint, a run (also s3://), or hf://user/model on the hub.
+        """The model of an exported folder or its file, a checkpoint, a run (also s3://), hf://user/model on the hub, or
+        the name of one that comes with this package ("mnist"), which is looked up only where no path has it.
 
         Of a run it is the best checkpoint if quality.patience ended it, else the newest complete one (`checkpoint`,
         `choice`); of a checkpoint the moving average of the weights, if it has one. `download`, for the hub alone, are
@@ -96,7 +97,9 @@ class NAIGN:
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write model.safetensors (float32) and, for readers, config.json with `metadata`. Raises `unwritten`."""
+        """Write model.safetensors, in float16 if `metadata["dtype"]` says so and else in float32, and, for readers,
+        config.json with `metadata`. Raises `unwritten`, and InputError for weights that float16 does not hold.
+        """
         file = Path(folder) / hub.WEIGHTS
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -277,6 +280,10 @@ def save_model(file: Path, weights: dict[str, Tensor], metadata: dict[str, Any],
     """One safetensors file of the bare network's and the prior's state; `metadata` names model, shape and prior."""
     tensors = {name: _float32(value.detach()).cpu().contiguous() for name, value in weights.items()}
     tensors |= {_STATE + name: value.cpu().contiguous() for name, value in state.items()}
+    if metadata.get("dtype") == "float16":
+        tensors = {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}
+        fits = all(bool(torch.isfinite(value).all()) for value in tensors.values())
+        require((fits, "the model has weights beyond 65504, which float16 does not hold: store it as float32"))
     save_file(tensors, file, metadata={_KEY: json.dumps(metadata, sort_keys=True)})
 
 

@@ -1,4 +1,6 @@
-"""Where a model's weights are: in a file, an exported folder, a checkpoint, a run, a run's bucket, or on the hub."""
+"""Where a model's weights are: in a file, an exported folder, a checkpoint, a run, a run's bucket, on the hub, or in
+models/, whose models come with this package and are opened by name.
+"""
 
 import json
 import logging
@@ -11,6 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from pipeline import shipped
 from pipeline.checkpoint.bucket import fetch_file, newest_first
 from pipeline.checkpoint.manifest import best_named, read_best
 from pipeline.checkpoint.writer import is_complete, newest_checkpoint, passed_over
@@ -30,6 +33,16 @@ class Weights(NamedTuple):
     choice: str = ""  # of a run: best, or last
 
 
+def shipped_model(place: str | Path) -> Path | None:
+    """The weights of the model in models/ of that name; None where there is none, and for the name of any path."""
+    name = str(place)
+    return shipped("models") / name / hub.WEIGHTS if name in _shipped_names() and not os.path.lexists(name) else None
+
+
+def _shipped_names() -> list[str]:
+    return sorted(file.parent.name for file in shipped("models").glob(f"*/{hub.WEIGHTS}"))
+
+
 @contextmanager
 def locate(place: str | Path, **download: Any) -> Iterator[Weights]:
     """The file with the weights of `place`, as NAIGN.from_pretrained chooses it; of a bucket that one file is fetched,
@@ -41,6 +54,8 @@ def locate(place: str | Path, **download: Any) -> Iterator[Weights]:
         open_store(str(place))  # refuses what is no address
         with tempfile.TemporaryDirectory() as folder:
             yield _fetch(str(place).rstrip("/"), Path(folder))
+    elif named := shipped_model(place):
+        yield Weights(named)
     else:
         yield _find(Path(place))
 
@@ -63,6 +78,7 @@ def _find(folder: Path) -> Weights:
         return Weights(folder)
     if not os.path.isdir(folder):
         elsewhere = "a model of the Hugging Face hub is hf://user/model, a run in a bucket s3://bucket/prefix"
+        elsewhere += f"; the one that comes with naign is {', '.join(_shipped_names())}"
         raise InputError(f"no run or model at '{folder}': there is no {os.path.abspath(folder)}; {elsewhere}")
     run, checkpoints = str(folder.absolute()), folder / "checkpoints"
     checkpoint, choice = newest_checkpoint(checkpoints), "last"
@@ -78,7 +94,9 @@ def _find(folder: Path) -> Weights:
     for file in ((checkpoint or folder) / name for name in FILES):
         if file.is_file():
             return Weights(file, checkpoint.name, choice) if checkpoint else Weights(file)
-    raise InputError(f"'{folder}' has no complete checkpoint and no model.safetensors: has its training got that far?")
+    hides = "; it hides the model that comes with naign" if str(folder) in _shipped_names() else ""
+    nothing = f"'{folder}' has no complete checkpoint and no model.safetensors"
+    raise InputError(f"{nothing}: has its training got that far?{hides}")
 
 
 def _ended_by_patience(run: str, newest: str) -> bool:

@@ -21,6 +21,7 @@ from pipeline.evaluate.runs import folder_of
 from pipeline.model.hub import PREFIX
 from pipeline.model.naign import NAIGN
 from pipeline.model.scale import scaled
+from pipeline.model.weights import shipped_model
 from pipeline.neighbours import CopiesOptions
 from pipeline.neighbours.images import Images
 from pipeline.neighbours.rows import Rows, Space, compare, firsts
@@ -43,6 +44,7 @@ def copies(run: str, options: CopiesOptions, accelerator: Accelerator) -> dict[s
     with together(accelerator):
         require(
             (options.to or not run.startswith(PREFIX), f"{run} is on a hub: give a folder for the results with --to"),
+            (options.to or not shipped_model(run), f"{run} comes with naign: give a folder for the results with --to"),
             (1 <= samples < 2**40, f"--samples is {samples}: it must be at least 1"),
             (0 <= seed < 2**63, f"--seed is {seed}: it must be 0 to {2**63 - 1}"),
             (threshold is None or 0 <= threshold < 1e6, f"--threshold is {threshold}: it must be 0 or more, below 1e6"),

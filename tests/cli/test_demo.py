@@ -248,7 +248,7 @@ def test_draw_repair_and_a_bad_upload_in_a_browser(page, tmp_path) -> None:
             assert np.array_equal(shown[1], pixels(to_image(page.model.project(given)[0])))
             before = repaired.get_attribute("src")
             with tab.expect_file_chooser() as chooser:
-                tab.get_by_role("button", name="Upload a picture").click()
+                tab.get_by_role("button", name="Upload").click()
             chooser.value.set_files(tmp_path / "text.png")
             tab.get_by_text("the file cannot be read as a picture").first.wait_for()
         tab.locator("#canvas button[aria-label=Color]").click()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from pipeline.cli.model import push
+from pipeline.cli.model import export, push
 from pipeline.errors import InputError
 from pipeline.evaluate.report import number
 from pipeline.evaluate.run import evaluate
@@ -76,14 +76,50 @@ def test_a_card_has_no_paths_of_encoders_and_no_nan(hub: Hub, run: str, tmp_path
         push(str(place), "me/digits", dry_run=tmp_path / "again")
 
 
+def test_an_export_is_halved_and_has_a_card_of_its_measurements(run: str, digits: str, tmp_path: Path) -> None:
+    half, model = tmp_path / "half", NAIGN.from_pretrained(run)
+    export(run, to=half, dtype="float16")
+    sizes = [Path(place, "model.safetensors").stat().st_size for place in (half, run)]
+    assert sizes[0] < 0.6 * sizes[1]
+    close = NAIGN.from_pretrained(half)
+    assert next(close.network.parameters()).dtype == torch.float32 and not torch.equal(close.sample(3), model.sample(3))
+    torch.testing.assert_close(close.sample(3), model.sample(3), atol=0.01, rtol=0)
+    with pytest.raises(InputError, match="half has no evaluation to write a model card from: run `naign evaluate"):
+        export(str(half), to=tmp_path / "out/digits", card=True)
+    assert not (tmp_path / "out").exists()
+    evaluate(str(half), data=digits, samples=50, progress=False)
+    export(str(half), to=tmp_path / "out/digits", card=True, license="mit")
+    text = (tmp_path / "out/digits/README.md").read_text()
+    assert (
+        'NAIGN.from_pretrained("digits")' in text
+        and "naign sample digits --n" in text
+        and "(float16)" in text
+        and "under mit" in text
+    )
+    assert (tmp_path / "out/digits/samples.png").exists()
+    assert (tmp_path / "out/digits/model.safetensors").stat().st_size == pytest.approx(sizes[0], rel=0.1)
+    export(str(half), to=tmp_path / "full", dtype="float32")
+    assert torch.equal(NAIGN.from_pretrained(tmp_path / "full").sample(3), close.sample(3))
+    next(model.network.parameters()).data.fill_(1e5)
+    model.save_pretrained(tmp_path / "large")
+    with pytest.raises(InputError, match="beyond 65504, which float16 does not hold: store it as float32"):
+        export(str(tmp_path / "large"), to=tmp_path / "none", dtype="float16")
+    with pytest.raises(InputError, match="--dtype and --card are for --format safetensors"):
+        export(run, to=tmp_path / "none", card=True, format="onnx")
+    with pytest.raises(InputError, match="--license is what the card states: add --card"):
+        export(run, to=tmp_path / "none", license="mit")
+
+
 def test_a_dry_run_needs_a_new_or_empty_folder(
     hub: Hub, run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/README.md").write_text("mine")
     for place in ("mine", "mine/README.md"):
-        with pytest.raises(InputError, match="--dry-run .* holds something already: give a new or empty folder"):
+        with pytest.raises(InputError, match=f"{place} holds something already: give a new or empty folder"):
             push(run, "me/digits", dry_run=tmp_path / place)
+        with pytest.raises(InputError, match=f"{place} holds something already: give a new or empty folder"):
+            export(run, to=tmp_path / place, card=True)
     assert (tmp_path / "mine/README.md").read_text() == "mine"
     (tmp_path / "out").mkdir()
     push(run, "me/digits", dry_run=tmp_path / "out")

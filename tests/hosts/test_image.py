@@ -66,7 +66,7 @@ def run(*command: str) -> str:
 @pytest.mark.timeout(6000)
 @pytest.mark.skipif(not (BUILDER and BASE), reason="no buildah or docker here, or no BASE in the environment")
 def test_the_image_has_what_a_run_needs_and_a_change_of_code_is_its_last_layer(tmp_path):
-    for name in ("naign", "pipeline", "configs", "launch", "k8s"):
+    for name in ("naign", "pipeline", "configs", "launch", "k8s", "models"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for name in ("pyproject.toml", "LICENSE", ".dockerignore"):
         shutil.copy(ROOT / name, tmp_path)

@@ -76,7 +76,7 @@ def test_the_wheel_trains_and_measures_in_an_empty_folder(tagged: Path, tmp_path
         str(site),
         str(wheel),
     )
-    for folder in ("configs", "launch", "k8s"):
+    for folder in ("configs", "launch", "k8s", "models"):
         there, here = site / "pipeline" / folder, ROOT / folder
         assert {file.relative_to(there) for file in there.rglob("*")} == {f.relative_to(here) for f in here.rglob("*")}
 
