@@ -59,7 +59,9 @@ def test_blocks_name_what_they_need_and_their_commands_parse(page: Path, monkeyp
     monkeypatch.chdir(ROOT)
     for block in blocks(page):
         assert set(block.needs) <= set(NEEDS), f"{block.where} needs {block.needs}: choose from {NEEDS}"
-        assert block.language == "bash" or not re.search("^naign ", block.text, re.MULTILINE), f"{block.where}: use bash"
+        assert block.language == "bash" or not re.search("^naign ", block.text, re.MULTILINE), (
+            f"{block.where}: use bash"
+        )
         for words in commands(block.text) if block.needs and block.language == "bash" else ():
             try:
                 parsed(words)
