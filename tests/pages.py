@@ -28,11 +28,16 @@ FENCE = re.compile(
     r"^(?:<!-- needs: (?P<needs>[^\n]*) -->\n)?```(?P<language>\w*)[^\n]*\n(?P<text>.*?)^```$", re.M | re.S
 )
 
+REDIRECTION = re.compile(r"(?<!\S)\d?[<>]+(&\d|\s*\S+)")
+
 TRAINING = (
-    *("--train.images=512", "--match.round=256", "--match.ratio=1", "--train.batch=32", "--train.warmup=64"),
+    *("--train.images=512", "--match.round=64", "--match.ratio=1", "--train.batch=32", "--train.warmup=64"),
     *("--train.threads=1", "--train.passes=1", "--report.pictures=0"),
 )
-FLOW = ("--prior.width=16", "--prior.depth=1", "--prior.passes=1", "--prior.batch=32")
+LEARNED = {
+    "flow": ("--prior.width=16", "--prior.depth=1", "--prior.passes=1", "--prior.batch=32"),
+    "gmm": ("--prior.components=3",),
+}
 PROGRAMS = {
     "naign": "pipeline.cli",
     "accelerate": "accelerate.commands.accelerate_cli",
@@ -66,13 +71,13 @@ def blocks(page: Path) -> list[Block]:
 def commands(text: str) -> Iterator[list[str]]:
     """The words of each simple command of a shell script, without assignments and redirections."""
     for line in text.replace("\\\n", " ").splitlines():
-        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer = shlex.shlex(REDIRECTION.sub("", line), posix=True, punctuation_chars=";&|()")
         lexer.whitespace_split = True
         words: list[str] = []
         for word in [*lexer, ";"]:
-            if not set(word) <= set(";&|()<>"):
+            if not set(word) <= set(";&|()"):
                 words.append(word)
-            elif "<" not in word and ">" not in word:
+            else:
                 while words and re.match(r"[A-Z_]+=", words[0]):
                     words.pop(0)
                 if words:
@@ -91,15 +96,18 @@ def smaller(words: list[str]) -> list[str]:
         return ["--samples", "40"] if {"copies", "evaluate"} & set(words) else []
     recipe = words[words.index("--config") + 1] if "--config" in words else "mnist"
     file = next(file for file in (Path(recipe), ROOT / f"configs/{recipe}.yaml") if file.is_file())
-    return [*TRAINING, *(FLOW if "name: flow" in file.read_text() else ())]
+    prior = re.search(r"name: (flow|gmm)", file.read_text())
+    return [*TRAINING, *(LEARNED[prior[1]] if prior else ())]
 
 
 def start(name: str, words: list[str]) -> int:
     """Run a program that a page starts; returns its exit status."""
     if name == "naign" and words[:1] == ["pack"] and words[1] in PACKED:
         return 0
-    command = [sys.executable, "-m", PROGRAMS[name], *words, *smaller(words)]
-    with forks.Popen(command, env=dict(os.environ)) as program:
+    env = dict(os.environ)
+    if name == "naign" and {"launch", "--processes", "--engine"} & set(words):
+        env.pop(forks.SERVER, None)  # ranks watch their launcher, the parent process: a real program
+    with forks.Popen([sys.executable, "-m", PROGRAMS[name], *words, *smaller(words)], env=env) as program:
         return program.wait()
 
 

@@ -1,4 +1,4 @@
-"""Every command and program on the pages runs, or names what it needs and is at least one that the program takes."""
+"""Blocks on the pages run or name what they need; their commands are ones that the programs take."""
 
 import functools
 import os
@@ -62,11 +62,20 @@ def test_blocks_name_what_they_need_and_their_commands_parse(page: Path, monkeyp
         assert block.language == "bash" or not re.search("^naign ", block.text, re.MULTILINE), (
             f"{block.where}: use bash"
         )
-        for words in commands(block.text) if block.needs and block.language == "bash" else ():
+        for words in commands(block.text) if block.language == "bash" else ():
             try:
                 parsed(words)
             except (Exception, SystemExit) as error:
                 pytest.fail(f"{block.where}: {shlex.join(words)}: {error}")
+
+
+def test_a_wrong_option_or_setting_on_a_page_is_found() -> None:
+    script = "A=1 naign sample runs/a --nn 3 >x 2>&1 && echo 'a b' | naign train \\\n --train.rl=1  # it's wrong\n"
+    sample, _, train = commands(script)
+    assert train == ["naign", "train", "--train.rl=1"] and sample[-2:] == ["--nn", "3"]
+    for words in (sample, train):
+        with pytest.raises(SystemExit):
+            parsed(words)
 
 
 def enlarged(name: str, size: int, channels: int, labels: tuple[str, ...]) -> Any:
