@@ -105,7 +105,7 @@ def start(name: str, words: list[str]) -> int:
     if name == "naign" and words[:1] == ["pack"] and words[1] in PACKED:
         return 0
     env = dict(os.environ)
-    if name == "naign" and {"launch", "--processes", "--engine"} & set(words):
+    if name == "naign" and {"launch", "--processes", "--engine", "--metrics"} & set(words):
         env.pop(forks.SERVER, None)  # ranks watch their launcher, the parent process: a real program
     with forks.Popen([sys.executable, "-m", PROGRAMS[name], *words, *smaller(words)], env=env) as program:
         return program.wait()

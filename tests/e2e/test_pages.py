@@ -66,6 +66,8 @@ def test_blocks_name_what_they_need_and_their_commands_parse(page: Path, monkeyp
             try:
                 parsed(words)
             except (Exception, SystemExit) as error:
+                if "not installed" in str(error) and "network" in block.needs:
+                    continue  # pip install in this block
                 pytest.fail(f"{block.where}: {shlex.join(words)}: {error}")
 
 
