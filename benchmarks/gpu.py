@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --device cpu --small --to gpu         # the same on a processor, in some minutes
 
 Each line is printed as soon as it is known; the page (.md) and its numbers (.json) are written after every part.
-Exit code 1 where a line is wrong, or a part failed. Not run on a card yet. docs/gpus.md says what each part checks.
+Exit code 1 where a line is wrong, or a part failed. Not run on a card yet. The parts:
 
     doctor       the checks of `naign doctor`
     random       draws beside the CPU's, and what one takes

@@ -1,4 +1,4 @@
-"""What gpu.py does with the other sentences of docs/gpus.md: doctor, launches, autocast, compile, memory."""
+"""Parts of gpu.py: doctor, launches, autocast, compiled, memory, full, train."""
 
 import json
 import math

@@ -1,0 +1,115 @@
+"""Blocks of code on pages, the commands in them, and small stand-ins for the programs that these start.
+
+A block that cannot run in a test has a comment directly above its fence that names what it needs (`NEEDS`):
+
+    <!-- needs: gpu, network -->
+    ```bash
+
+All others run, in the order of the page: tests/e2e/test_pages.py. `python -m tests.pages NAME ARGUMENTS` is the program
+that `naign`, `accelerate` or `torchrun` starts there, with settings so small that it takes seconds.
+"""
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from tests import forks
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+NEEDS = ("gpu", "kubectl", "docker", "cluster", "s3", "hub", "network", "hours", "browser")
+"""What tests lack. cluster: several hosts, or Slurm. browser: a server that runs until it is stopped."""
+
+FENCE = re.compile(
+    r"^(?:<!-- needs: (?P<needs>[^\n]*) -->\n)?```(?P<language>\w*)[^\n]*\n(?P<text>.*?)^```$", re.M | re.S
+)
+
+REDIRECTION = re.compile(r"(?<!\S)\d?[<>]+(&\d|\s*\S+)")
+
+TRAINING = (
+    *("--train.images=512", "--match.round=64", "--match.ratio=1", "--train.batch=32", "--train.warmup=64"),
+    *("--train.threads=1", "--train.passes=1", "--report.pictures=0"),
+)
+LEARNED = {
+    "flow": ("--prior.width=16", "--prior.depth=1", "--prior.passes=1", "--prior.batch=32"),
+    "gmm": ("--prior.components=3",),
+}
+PROGRAMS = {
+    "naign": "pipeline.cli",
+    "accelerate": "accelerate.commands.accelerate_cli",
+    "torchrun": "torch.distributed.run",
+}
+PACKED = ("mnist", "fashion_mnist", "cifar10")
+"""Data sets that `naign pack` would download; test_pages.py packs small ones in their place."""
+
+
+class Block(NamedTuple):
+    where: str  # page and line of the fence
+    language: str
+    text: str
+    needs: tuple[str, ...]
+
+
+def blocks(page: Path) -> list[Block]:
+    """The fenced blocks of a page, in order."""
+    text = page.read_text()
+    return [
+        Block(
+            where=f"{page.name}:{text.count(chr(10), 0, match.start('language')) + 1}",
+            language=match["language"],
+            text=match["text"],
+            needs=tuple(match["needs"].split(", ")) if match["needs"] is not None else (),
+        )
+        for match in FENCE.finditer(text)
+    ]
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of each simple command of a shell script, without assignments and redirections."""
+    for line in text.replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(REDIRECTION.sub("", line), posix=True, punctuation_chars=";&|()")
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in [*lexer, ";"]:
+            if not set(word) <= set(";&|()"):
+                words.append(word)
+            else:
+                while words and re.match(r"[A-Z_]+=", words[0]):
+                    words.pop(0)
+                if words:
+                    yield words
+                words = []
+
+
+def settings(words: list[str]) -> list[str]:
+    """The arguments that follow the program of a training in `accelerate launch ... pipeline/train.py ...`."""
+    return words[words.index("pipeline/train.py") + 1 :]
+
+
+def smaller(words: list[str]) -> list[str]:
+    """What to add to the arguments of a program, the last of equal options being the one that counts."""
+    if not {"train", "launch"} & set(words[:1]) or {"copies", "duplicates"} & set(words):
+        return ["--samples", "40"] if {"copies", "evaluate"} & set(words) else []
+    recipe = words[words.index("--config") + 1] if "--config" in words else "mnist"
+    file = next(file for file in (Path(recipe), ROOT / f"configs/{recipe}.yaml") if file.is_file())
+    prior = re.search(r"name: (flow|gmm)", file.read_text())
+    return [*TRAINING, *(LEARNED[prior[1]] if prior else ())]
+
+
+def start(name: str, words: list[str]) -> int:
+    """Run a program that a page starts; returns its exit status."""
+    if name == "naign" and words[:1] == ["pack"] and words[1] in PACKED:
+        return 0
+    env = dict(os.environ)
+    if name == "naign" and {"launch", "--processes", "--engine", "--metrics"} & set(words):
+        env.pop(forks.SERVER, None)  # ranks watch their launcher, the parent process: a real program
+    with forks.Popen([sys.executable, "-m", PROGRAMS[name], *words, *smaller(words)], env=env) as program:
+        return program.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(start(sys.argv[1], sys.argv[2:]))
