@@ -5,18 +5,28 @@ Commands import heavy modules when they are called, so that `naign --help` is qu
 
 # ruff: noqa: E402
 
+import signal
 import sys
+from typing import NoReturn
 
 from pipeline.errors import leave_when_asked
 
-if sys.argv[1:2] in (["train"], ["launch"]):  # before all other imports: a container's first process ignores signals
+
+def _end(number: int, _: object) -> NoReturn:
+    """End the command, and remove what it has written in part."""
+    raise SystemExit(128 + number)
+
+
+# Before all other imports: a container's first process ignores signals without a handler.
+if sys.argv[1:2] in (["train"], ["launch"]):
     leave_when_asked(f"naign {sys.argv[1]}: stopped on request, before it began")
+else:
+    signal.signal(signal.SIGTERM, _end)
 
 import errno
 import io
 import itertools
 import os
-import signal
 from collections.abc import Callable
 
 import tyro

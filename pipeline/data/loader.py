@@ -20,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pipeline.data.dataset import DataConfig, check_config
 from pipeline.data.decode import Array
@@ -259,9 +258,7 @@ def allow(problems: list[str], broken: int, rows: int, epoch: int) -> None:
         raise InputError(f"{broken} broken samples of {rows} are more than {allowed}; the last: {problems[-1]}")
 
 
-def read_split(
-    data: DataConfig | str, split: str, *, limit: int | None = None, progress: bool = False
-) -> tuple[Tensor, Tensor]:
+def read_split(data: DataConfig | str, split: str, *, limit: int | None = None) -> tuple[Tensor, Tensor]:
     """A split, or a random subset of `limit` samples, in the order of its shards: images (n, C, H, W) uint8, resized
     without chance, or points (n, D) float32; labels (n,) int64. `data` may be a path. Raises InputError as Stream does.
     """
@@ -275,9 +272,8 @@ def read_split(
             if problem := size_problem(reader.store, reader.shards[number]):
                 raise InputError(problem)  # before memory is allocated for samples that are not there
     with closing((reader, raw) for reader, cut in chosen for raw in reader.raw(cut)) as samples:
-        bar = tqdm(samples, total=count, desc=f"read {split}", unit="sample", disable=not progress)
         rows = new_rows(new_images(sets.shape, sets.manifest.dtype, count))
-        broken = fill(rows, 0, bar)
+        broken = fill(rows, 0, samples)
     allow(broken, len(broken), count, total)
     return rows.images.contiguous(), rows.labels
 

@@ -15,8 +15,9 @@ from typing import Any
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
 
 from pipeline.errors import Conflict, InputError, one_line
+from pipeline.storage.base import Missing
 from pipeline.storage.prefetch import PARALLEL, in_background
-from pipeline.storage.resumed import NO_RANGES, BucketStore, Missing, Stat
+from pipeline.storage.resumed import NO_RANGES, BucketStore, Stat
 from pipeline.storage.retry import Patience
 from pipeline.storage.s3_client import BadSettings, client, is_anonymous, is_transient
 
@@ -116,7 +117,7 @@ class S3Store(BucketStore):
                 in_bucket = _code(error) in _MISSING and error.operation_name != "HeadBucket"
                 if in_bucket and not self._bucket_is_missing():
                     missing = "no such object: check the path, or pack the data set again"
-                    raise Missing(f"{self.url(name)}: {missing}") from error
+                    raise Missing(f"{self.url(name)}: {missing}", seen=name in self._stats) from error
                 problem = self._refusal(error)
             case NoCredentialsError() | PartialCredentialsError() | ProfileNotFound():
                 problem = f"{error}: {CREDENTIALS}"

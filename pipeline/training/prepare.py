@@ -33,7 +33,7 @@ from pipeline.model.losses import Distance, ObjectiveConfig, perceptual
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import build_network
 from pipeline.model.prior import Prior, build_prior
-from pipeline.observe import Monitor, Profiler, forward_flops, preflight, set_up
+from pipeline.observe import Monitor, Profiler, fit_flops, forward_flops, preflight, set_up
 from pipeline.settings.budget import count_network_rounds, count_rounds
 from pipeline.storage.local import write_atomically
 from pipeline.storage.store import open_store
@@ -45,6 +45,7 @@ from pipeline.training.run_folder import claim, find_claimed
 from pipeline.training.state import PartialRound, Position, restore, restore_prior, restore_weights, shapes_of
 
 log = logging.getLogger("naign.train")
+THREAD = 9e10  # FLOP/s of a thread, which mnist_imle_long reached on two
 Start = tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]  # metadata, weights and the prior's state
 
 
@@ -68,6 +69,8 @@ def prepare(
         stream, network, prior = build_model(config, accelerator, start)
         perceived = open_perceived(config.objective, stream.shape, accelerator.device)
         flops = forward_flops(network, stream.shape)
+        if rank == 0 and accelerator.device.type == "cpu":
+            warn_of_hours(config, flops, world * torch.get_num_threads())
     quality = Quality(config, stream, accelerator) if config.quality.rounds else None
     checkpoint, lock = claim_together(config, accelerator)
     position, partial = Position(), None
@@ -137,6 +140,15 @@ def build_model(config: Config, accelerator: Accelerator, start: Start | None) -
         if device.type == "cpu":
             warn_of_others()
     return stream, network, prior
+
+
+def warn_of_hours(config: Config, flops: int, threads: int) -> None:
+    """Warn of a recipe for GPUs: f, a forward of which takes `flops`, would be trained for days on CPUs."""
+    images = count_all_rounds(config)[1] * config.match.round * config.train.passes
+    hours = fit_flops(flops, config.objective.forwards) * images / (THREAD * threads * 3600)
+    if hours > 24:
+        instead = "use a GPU, or a recipe for CPUs: --config pictures for 64x64, cifar10_cpu, photos"
+        log.warning("training f alone would take about %.0f hours on %d threads: %s", hours, threads, instead)
 
 
 def open_outputs(

@@ -17,6 +17,7 @@ from pipeline.data.order import check_seed, parts, shuffled
 from pipeline.data.sources.source import Source
 from pipeline.errors import Conflict, InputError, require
 from pipeline.storage.base import Store, Writer
+from pipeline.storage.local import LocalStore
 from pipeline.storage.store import open_store
 
 SHARDS = 16  # shards a split at least, unless given: enough readers for a machine or two
@@ -52,6 +53,8 @@ def pack(
         for number, (first, last) in enumerate(parts(0, len(order), count)):
             name = f"{split}-{number:05d}.tar"
             plan.append((split, name, partial(_write, source, split, order[first:last], name, suffix, bar)))
+    if isinstance(target, LocalStore):
+        target.remove_partial()
     with _undone_on_error(target) as new, bar:
         if force and target.list():
             for _, _, write in plan:
