@@ -110,8 +110,8 @@ class Encoder:
 def shipped() -> dict[str, Callable[[], Encoder]]:
     """The function that opens each encoder of this package, by name. Others are entry points of `naign.encoders`."""
     files = {name: partial(read_encoder, FOLDER / f"{name}.safetensors", name) for name in names()}
-    theirs = {f"efficientnet-lite{number}": partial(open_lite, number) for number in range(3)}
-    theirs["fid-inception"] = open_inception
+    lites = {f"efficientnet-lite{number}": partial(open_lite, number) for number in range(3)}
+    theirs: dict[str, Callable[[], Pretrained]] = {**lites, "fid-inception": open_inception}
     opened = {name: lambda name=name: Encoder(name=name, network=theirs[name]()) for name in theirs}
     return {**files, **opened, "pixels": lambda: Encoder(name="pixels")}
 

@@ -68,9 +68,7 @@ def prepare(
     with together(accelerator):
         stream, network, prior = build_model(config, accelerator, start)
         perceived = open_perceived(config.objective, stream.shape, accelerator.device)
-        flops = forward_flops(network, stream.shape)
-        if rank == 0 and accelerator.device.type == "cpu":
-            warn_of_hours(config, flops, world * torch.get_num_threads())
+        flops = count_flops(config, network, stream.shape, accelerator)
     quality = Quality(config, stream, accelerator) if config.quality.rounds else None
     checkpoint, lock = claim_together(config, accelerator)
     position, partial = Position(), None
@@ -142,13 +140,15 @@ def build_model(config: Config, accelerator: Accelerator, start: Start | None) -
     return stream, network, prior
 
 
-def warn_of_hours(config: Config, flops: int, threads: int) -> None:
-    """Warn of a recipe for GPUs: f, a forward of which takes `flops`, would be trained for days on CPUs."""
+def count_flops(config: Config, network: nn.Module, shape: tuple[int, ...], accelerator: Accelerator) -> int:
+    """Floating-point operations of a forward of f. Warns of a recipe for GPUs: on CPUs it would take days."""
+    flops, threads = forward_flops(network, shape), accelerator.num_processes * torch.get_num_threads()
     images = count_all_rounds(config)[1] * config.match.round * config.train.passes
     hours = fit_flops(flops, config.objective.forwards) * images / (THREAD * threads * 3600)
-    if hours > 24:
+    if hours > 24 and accelerator.device.type == "cpu" and accelerator.is_main_process:
         instead = "use a GPU, or a recipe for CPUs: --config pictures for 64x64, cifar10_cpu, photos"
         log.warning("training f alone would take about %.0f hours on %d threads: %s", hours, threads, instead)
+    return flops
 
 
 def open_outputs(

@@ -39,12 +39,13 @@ def theirs(monkeypatch):
     monkeypatch.setattr("pipeline.settings.registry._entry_points", lambda group: asked.get(group, {}))
 
 
-def make(optimizer, **settings):
+def make(optimizer, *, ahead=None, **settings):
     AcceleratorState._reset_state(True)
     torch.manual_seed(0)
     inner = nn.Flatten(), nn.Linear(128, 9), nn.Linear(9, 128), nn.Unflatten(1, (8, 4, 4))
     network = nn.Sequential(nn.Conv2d(1, 8, 4, 2, 1), *inner, nn.ConvTranspose2d(8, 1, 4, 2, 1))
-    return Engine(Accelerator(cpu=True), network, TrainConfig(optimizer=optimizer, lr=1e-2, batch=4, **settings))
+    train = TrainConfig(optimizer=optimizer, lr=1e-2, batch=4, **settings)
+    return Engine(Accelerator(cpu=True), network, train, ahead=ahead)
 
 
 def train(engine, first, last):

@@ -53,8 +53,6 @@ def pack(
         for number, (first, last) in enumerate(parts(0, len(order), count)):
             name = f"{split}-{number:05d}.tar"
             plan.append((split, name, partial(_write, source, split, order[first:last], name, suffix, bar)))
-    if isinstance(target, LocalStore):
-        target.remove_partial()
     with _undone_on_error(target) as new, bar:
         if force and target.list():
             for _, _, write in plan:
@@ -102,6 +100,8 @@ def _clear(target: Store, source: Source) -> None:
 def _undone_on_error(target: Store) -> Iterator[list[str]]:
     """A list of files written, which are deleted on an InputError: once the input is mended, shards differ."""
     names: list[str] = []
+    if isinstance(target, LocalStore):
+        target.remove_partial()
     try:
         yield names
     except InputError as error:
