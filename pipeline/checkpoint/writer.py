@@ -159,9 +159,12 @@ class Writer:
         try:
             copy()  # first: the next step waits for it
             for name, write in files.items():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                write(folder / name)
-                entries[name] = _settle(folder / name)
+                file = folder / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write(file)
+                file.chmod(0o666 & ~UMASK)  # safetensors writes mode 0600
+                sync_file(file)
+                entries[name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
         except Exception as error:
             failed = f"rank {self._rank}: {type(error).__name__}: {error}"
             fault = not isinstance(error, OSError | SafetensorError)
@@ -240,10 +243,3 @@ def _may_fail(consequence: str) -> Iterator[None]:
         yield
     except (OSError, InputError, Unavailable) as error:
         log.warning("%s: %s", consequence, error)
-
-
-def _settle(file: Path) -> dict[str, Any]:
-    """Sync a file to disk and make it as readable as others (safetensors writes mode 0600). Returns its entry."""
-    file.chmod(0o666 & ~UMASK)
-    sync_file(file)
-    return {"bytes": file.stat().st_size, "sha256": sha256(file)}

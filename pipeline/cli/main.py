@@ -23,7 +23,6 @@ if sys.argv[1:2] in (["train"], ["launch"]):
 else:
     signal.signal(signal.SIGTERM, _end)
 
-import errno
 import io
 import itertools
 import os
@@ -38,6 +37,7 @@ from pipeline.cli.model import demo, evaluate, export, push, restore, sample, sc
 from pipeline.cli.neighbours import copies, duplicates
 from pipeline.cli.runs import compare, runs
 from pipeline.errors import InputError, Unavailable, exit_on_input_error
+from pipeline.storage import local
 
 ABOUT = "Non-adversarial idempotent generative networks: one network that generates and repairs. --version: print it."
 _OF_DATA: tuple[Callable[..., None], ...] = (pack, index, verify, duplicates)
@@ -79,7 +79,7 @@ def _run() -> None:
         except OSError as error:
             if error.filename is None:
                 raise
-            kind = Unavailable if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE) else InputError
+            kind = Unavailable if error.errno in local.FULL | local.TRANSIENT else InputError
             taken = isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError)
             remedy = ": choose another path" if taken else ""
             raise kind(f"{error.filename}: {error.strerror}{remedy}") from None

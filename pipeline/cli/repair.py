@@ -103,10 +103,9 @@ def _find_masks(mask: Path | None, paths: Sequence[Path], names: Sequence[Path])
         fitting = by_name[name.with_suffix("")]
         missing = f"--mask {mask} holds no mask for {path}: add {name.with_suffix('.png')}, or leave that picture out"
         inside = f"--mask {mask} holds {path} itself, and no mask for it: give the folder of the masks"
-        require((fitting or mask.resolve() not in path.resolve().parents, inside), (fitting, missing))
-        require(
-            (len(fitting) == 1, f"--mask {mask} holds several for {path}: keep one of {', '.join(map(str, fitting))}")
-        )
+        more = f"--mask {mask} holds several for {path}: keep one of {', '.join(map(str, fitting))}"
+        itself = not fitting and mask.resolve() in path.resolve().parents
+        require((not itself, inside), (fitting, missing), (len(fitting) == 1, more))
     return [by_name[name.with_suffix("")][0] for name in names]
 
 

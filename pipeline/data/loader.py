@@ -73,17 +73,6 @@ class _Reading(NamedTuple):
         wait([self.rows], PATIENCE)
 
 
-def _open_trace(folder: str, rank: int) -> Path:
-    """The file of this rank. Raises InputError where it cannot be written."""
-    try:
-        file = Path(folder) / f"rank-{rank:05d}.txt"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.open("a").close()
-    except (OSError, ValueError) as error:
-        raise InputError(f"data.trace {folder!r} cannot be written: {error}") from None
-    return file
-
-
 class Stream(AbstractContextManager["Stream"]):
     """One rank's part of every round of a split. Use as a context manager, or close it."""
 
@@ -102,7 +91,13 @@ class Stream(AbstractContextManager["Stream"]):
         self._config, self._seed, self._prefetch = config, seed, prefetch
         self._first, last = rank_rows(round_size, rank, world)
         self._count, self._world = last - self._first, world  # rows of this rank, a round
-        self._trace = _open_trace(config.trace, rank) if config.trace else None
+        self._trace = Path(config.trace) / f"rank-{rank:05d}.txt" if config.trace else None
+        try:
+            if self._trace:
+                self._trace.parent.mkdir(parents=True, exist_ok=True)
+                self._trace.open("a").close()
+        except (OSError, ValueError) as error:
+            raise InputError(f"data.trace {config.trace!r} cannot be written: {error}") from None
         self._broken = self._rows = 0  # so far
         self.rows_read = 0  # so far, over all rounds; it grows while `take` waits for a round that is arriving
         self._unused: list[Array] = []  # memory of rounds

@@ -205,9 +205,8 @@ Build = Callable[[Any, Path, int], Tracker]
 TRACKERS: dict[str, tuple[type | None, Build]] = {"jsonl": (None, JsonLines), "tensorboard": (None, TensorBoard)}
 """Trackers that write to the run's folder and without which a run fails; all others may fail."""
 
-MODULES = {"mlflow": ("mlflow", "sqlalchemy", "alembic")}  # of its SQLite file
-PACKAGES = {"mlflow": "mlflow-skinny sqlalchemy alembic"}
-"""What has to be installed for a tracker, where that is not its name alone."""
+NEEDS = {"mlflow": (("mlflow", "sqlalchemy", "alembic"), "mlflow-skinny sqlalchemy alembic")}  # its SQLite file
+"""Modules and packages that a tracker needs, where these are not of its name."""
 
 
 def accelerated(kind: type[Any]) -> Build:
@@ -223,9 +222,9 @@ def find_trackers(names: str) -> dict[str, tuple[type | None, Build]]:
     trackers = {}
     for name in ("jsonl", *listed(names)):
         trackers[name] = lookup("report.trackers", name, TRACKERS | theirs, "naign.trackers")
-        if name in theirs and not all(map(find_spec, MODULES.get(name, (name,)))):
-            package = PACKAGES.get(name, name)
-            raise InputError(f"report.trackers is '{name}', which is not installed: pip install {package}")
+        modules, packages = NEEDS.get(name, ((name,), name))
+        if name in theirs and not all(map(find_spec, modules)):
+            raise InputError(f"report.trackers is '{name}', which is not installed: pip install {packages}")
     return trackers | ({"trainjob": (None, TrainJob)} if f"{STATUS_SERVER}_URL" in os.environ else {})
 
 

@@ -49,10 +49,8 @@ def index(
     chosen, twice = IndexOptions(**options), [name for name, count in Counter(labels).items() if count > 1]
     check_label_rule(chosen.label)
     unfit = f"--sample-check {chosen.sample_check}: give how many pictures of each tar are decoded, 0 or more"
-    require(
-        (chosen.sample_check is None or chosen.sample_check >= 0, unfit),
-        (not twice, f"--labels names {''.join(twice[:1])!r} twice: write each name once"),
-    )
+    require((chosen.sample_check is None or chosen.sample_check >= 0, unfit))
+    require((not twice, f"--labels names {''.join(twice[:1])!r} twice: write each name once"))
     folder, files = _tars(path)
     store, target = open_store(folder), open_store(chosen.to or folder)
     if target.exists(INDEX) and not chosen.force:
