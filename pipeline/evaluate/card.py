@@ -52,6 +52,11 @@ def write_repository(folder: Path, model: NAIGN, run: str, *, name: str, license
     try:
         metrics = _shareable(store.read("metrics.json").decode(), model)
         measured, seen = metrics["images_seen"], model.metadata.get("images_seen")
+        evaluation = f"the evaluation of {run} is of"
+        require(
+            (measured == seen, f"{evaluation} its state after {measured} images, not {seen}: {again}"),
+            (metrics.get("weights") in (None, fingerprint(model)), f"{evaluation} other weights or prior: {again}"),
+        )
         learned = shared.metadata.get("dataset") or metrics["dataset"]
         settings = yaml.safe_dump(shared.metadata.get("config", {}), sort_keys=True)
         values = {"name": name, "model": shared, "measured": metrics, "pictures": pictures, "license": license}
@@ -59,13 +64,10 @@ def write_repository(folder: Path, model: NAIGN, run: str, *, name: str, license
         classes = learned_classes(shared)
         values |= {"classes": classes, "asked": json.dumps(classes[0], ensure_ascii=False) if classes else ""}
         text = templates(autoescape=False).get_template("card.md.jinja").render(values)
+    except InputError:
+        raise
     except (UndefinedError, LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise InputError(f"{store.url('metrics.json')} lacks what a model card says ({error}): {again}") from None
-    evaluation = f"the evaluation of {run} is of"
-    require(
-        (measured == seen, f"{evaluation} its state after {measured} images, not {seen}: {again}"),
-        (metrics.get("weights") in (None, fingerprint(model)), f"{evaluation} other weights or prior: {again}"),
-    )
     folder.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
         write_atomically(folder / picture, store.read(picture))

@@ -143,7 +143,7 @@ class Accelerated(Tracker):
         known = file.read_text().strip() if file.exists() else ""
         self.options = BEGIN[self.name](folder, known) if self.name in BEGIN else {}
         place = [str(folder)] if kind.requires_logging_directory else []
-        self.tracker = kind(PROJECT, *place, **self.options)
+        self.tracker = kind("naign", *place, **self.options)
         self.tracker.start()
         if self.name in BEGIN:
             file.parent.mkdir(exist_ok=True)
@@ -195,7 +195,6 @@ def begin_mlflow(folder: Path, known: str) -> dict[str, Any]:
     return {**options, **({"run_id": known} if known else {})}
 
 
-PROJECT = "naign"
 BEGIN = {"wandb": begin_wandb, "mlflow": begin_mlflow}
 """Options with which a run starts in a tracker, or continues the one whose id is known."""
 

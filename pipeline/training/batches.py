@@ -26,8 +26,6 @@ from pipeline.model.scale import scaled
 from pipeline.settings.read import build
 from pipeline.storage.prefetch import in_background
 
-OF_RUNS = {"source", "endpoint", "trace"}  # settings of DataConfig that are of trainings alone
-
 Step = tuple[int, int, int]  # this rank's positions [first, last) of a batch in the epoch, and where the batch ends
 Reading = tuple[Rows, int, Future[list[str]]]  # of a batch: its end, and the problems of broken samples once it is read
 
@@ -188,7 +186,7 @@ def open_dataset(
     InputError, a ValueError, for wrong arguments, some when an iteration begins, and for data that is missing or
     damaged; Unavailable for a store that stays out of reach.
     """
-    refused = ", ".join(sorted(settings.keys() & OF_RUNS))
+    refused = ", ".join(sorted(settings.keys() & {"source", "endpoint", "trace"}))  # which are of trainings alone
     require((not refused, f"open_dataset has no setting {refused}: leave it out"))
     content = {"path": path, "split": split, **settings}
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in content.items()}
