@@ -104,7 +104,7 @@ def _given(packed: Path, count: int) -> Make:
 
     @lru_cache(maxsize=1)
     def read() -> tuple[Tensor, Tensor]:
-        return read_split(str(packed), "train", limit=count, progress=True)
+        return read_split(str(packed), "train", limit=count)
 
     def make(index: int) -> Example:
         images, labels = read()

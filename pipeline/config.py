@@ -22,7 +22,7 @@ from pipeline.observe.speed import parse_rounds
 from pipeline.observe.trackers import find_trackers
 from pipeline.settings import constraints
 from pipeline.settings.constraints import AT_LEAST_0, FREE, MAY_CHANGE, NOT_EMPTY, POSITIVE, SHARE, between, one_of
-from pipeline.settings.read import MOST, Named, build, leaves, read_yaml, refuse_renamed
+from pipeline.settings.read import MOST, Named, build, leaves, read_yaml
 from pipeline.storage.store import open_store
 
 to_dict = dataclasses.asdict
@@ -164,21 +164,6 @@ NAMED: Named = {
     "prior": ("gmm", find_prior),
 }
 
-REMOVED = (
-    *("train.bad_steps", "report.rounds", "checkpoint.keep_every", "model.max_width", "match.space"),
-    *("match.jitter", "match.refine", "match.refine_rate", "match.flat"),
-    *("objective.drift", "objective.temperatures", "objective.repulsion", "objective.moments", "objective.positives"),
-    *("data.tail", "data.resampled", "data.shuffle_block", "data.scale", "data.ratio", "data.interpolation"),
-    "data.broken_share",
-)
-RENAMED: dict[str, str] = dict.fromkeys(REMOVED, "") | {
-    "train.graphs": "train.compile",
-    "match.reject": "match.reject_share, a share of the pool",
-    "match.latents": "prior.name, where codes is flow or gmm, smooth4 is smooth and mixture is halves",
-    "match.codes": "prior",
-}
-"""Settings and sections of earlier versions and their present names; "" for those that were removed."""
-
 
 def parse(arguments: Sequence[str], about: str | None = None) -> Config:
     """The configuration of a command line, with `about` above its --help; InputError or exit code 2 if it is none."""
@@ -192,9 +177,6 @@ def parse(arguments: Sequence[str], about: str | None = None) -> Config:
         name = getattr(given, section)
         if name is not None and isinstance(content, dict) and isinstance(there := content.get(section) or {}, dict):
             content[section] = choose(section, there, name)
-    for word in rest:
-        if word.startswith("--"):
-            refuse_renamed(RENAMED, word.partition("=")[0].removeprefix("--").replace("-", "_"), "the command line")
     base = from_dict(content, where=given.config or "the command line")
     config = tyro.cli(Config, args=rest, default=base, prog="naign train", description=about)
     check(config)
@@ -209,7 +191,7 @@ def load(path: str) -> Config:
 
 def from_dict(content: Any, *, where: str) -> Config:
     """The configuration with the keys and values of the file `where`. Raises InputError if it is invalid."""
-    config: Config = build(Config, content, where, named=NAMED, renamed=RENAMED)
+    config: Config = build(Config, content, where, named=NAMED)
     check(config)
     return config
 
@@ -243,14 +225,12 @@ def check(config: Config) -> None:
     together = model.only_with in ("", objective.name) and objective.only_with in ("", model.name)
     both = f"model.name={model.name} and objective.name={objective.name} do not go together"
     conditional = f"prior.classes with objective.name={objective.name}: the match does not tell classes apart yet"
+    unmatched = "set objective.imle=0 and objective.third=none, or leave classes out"
     never = f"quality.patience is {quality.patience}, but nothing is measured while quality.rounds is 0: set both"
     parse_rounds(config.profile.rounds)
     require(
         (together, f"{both}: choose the same name for both, or another network and objective"),
-        (
-            not (config.prior.classes and objective.needs_match),
-            f"{conditional}: set objective.imle=0 and objective.third=none, or leave classes out",
-        ),
+        (not (config.prior.classes and objective.needs_match), f"{conditional}: {unmatched}"),
         (quality.rounds or not quality.patience, never),
         ("://" not in config.run.path, "run.path is a local folder: for the copy in a bucket there is run.remote"),
     )

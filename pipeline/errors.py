@@ -76,8 +76,9 @@ def printable(text: str, most: int = 200) -> str:
 
 
 def one_line(error: object, most: int = 300) -> str:
-    """Another library's error on one line, at most its last `most` characters, without user and password of URLs."""
+    """Another library's error on one line, at most its last `most` characters; URLs lose user, password, query."""
     text = re.sub(r"://\S*@", "://...@", " ".join(str(error).split()))
+    text = re.sub(r"(://[^\s?'\"]*\?)[^\s'\"]*", r"\1...", text)
     if len(text) > most:
         end = text[4 - most :]
         text = "... " + (end.partition(" ")[2] or end)

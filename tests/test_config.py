@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-import pipeline.config as settings
 from pipeline.config import Config, changeable, differences, flatten, from_dict, load, parse, to_dict
 from pipeline.errors import InputError, exit_on_input_error
 from pipeline.model.networks import PointConfig
@@ -136,9 +135,6 @@ def test_what_is_no_configuration_is_not_shown(tmp_path, text):
         ("--model.octaves=2", "--model.octaves"),
         ("--objective.thrid=none", "--objective.third"),
         ("--quality.patience=2", "quality.patience is 2, but nothing is measured"),
-        ("--match.latents=codes", "match.latents is now prior.name, where codes is flow or gmm"),
-        ("--match.codes.begin=0.5", "match.codes is now prior"),
-        ("--match.flat=0.1", "match.flat is no longer a setting"),
         ("--prior.grid=3", "prior.grid"),
     ],
 )
@@ -169,21 +165,6 @@ def test_a_choice_on_the_command_line_has_its_own_settings(tmp_path):
     assert (config.model.name, config.model.octaves) == ("mlp", 3)
     assert (config.objective.name, config.objective.bound, config.objective.langevin_steps) == ("nae", 2.0, 3)
     assert parse(["--model.name=mlp", "--model.octaves=1"]).model == PointConfig(octaves=1)
-
-
-def test_a_setting_that_is_gone_or_renamed_is_refused_with_its_new_name(tmp_path, monkeypatch):
-    renamed = {"train.speed": "", "match.chunk": "match.block", "match.codes": "section prior"}
-    monkeypatch.setattr(settings, "RENAMED", renamed)
-    for text, option, message in (
-        ("train: {speed: 3}", "--train.speed=3", "train.speed is no longer a setting: leave it out"),
-        ("match: {chunk: 64}", "--match.chunk", "match.chunk is now match.block"),
-        ("match: {codes: {width: 3}}", "--match.codes.width=3", "match.codes is now section prior"),
-    ):
-        (tmp_path / "old.yaml").write_text(text)
-        with pytest.raises(InputError, match=f"old.yaml: {message}"):
-            load(str(tmp_path / "old.yaml"))
-        with pytest.raises(InputError, match=f"the command line: {message}"):
-            parse([option])
 
 
 def test_only_settings_that_touch_the_computation_count_as_different():

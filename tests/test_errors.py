@@ -11,6 +11,7 @@ from pipeline.errors import one_line
         ("cannot reach\n https://me:se/cr@et@host:5000/api now", "cannot reach https://...@host:5000/api now"),
         ("x" * 99 + " postgresql+psycopg://me:secret@host/" + "y" * 290, "t/" + "y" * 290),  # cut within the address
         ("no https://host/api for me@host", "no https://host/api for me@host"),
+        ("403, url='https://host/a?sig=secret&x=1', why?", "403, url='https://host/a?...', why?"),
     ],
 )
 def test_a_url_in_an_error_shows_no_credentials(text, said):

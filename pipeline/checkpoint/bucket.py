@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint.manifest import BEST, MANIFEST, best_named, by_step, is_whole, read_manifest
+from pipeline.checkpoint.manifest import BEST, MANIFEST, best_named, by_step, is_whole, read_manifest, read_object
 from pipeline.errors import Conflict, Damaged, InputError
 from pipeline.storage.base import Store
 from pipeline.storage.local import sync_file, write_atomically
@@ -165,14 +165,8 @@ def check_claim(remote: str, claim: str) -> None:
 
 def _owner(remote: str) -> dict[str, str]:
     """The claim, host and start of the process that may write to the bucket; {} if it is missing or unreadable."""
-    store = open_store(remote)
-    if not store.exists(OWNER):
-        return {}
-    try:
-        owner = {key: re.sub(r"[^\w.:+-]", "?", str(value)) for key, value in json.loads(store.read(OWNER)).items()}
-    except (ValueError, AttributeError, RecursionError):  # not written by this program
-        return {}
-    return {"claim": "", "host": "?", "since": "?"} | owner
+    owner = {key: re.sub(r"[^\w.:+-]", "?", str(value)) for key, value in read_object(remote, OWNER).items()}
+    return {"claim": "", "host": "?", "since": "?"} | owner if owner else {}
 
 
 def _copy(file: Path, url: str) -> None:

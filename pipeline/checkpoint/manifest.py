@@ -49,14 +49,19 @@ def prune(root: str, keep: int, *, newest: str = "", spare: str = "") -> None:
                 part.delete(file)
 
 
-def read_best(root: str) -> dict[str, Any]:
-    """The content of best.json in a run's folder or bucket; {} if it is missing or damaged."""
+def read_object(root: str, name: str) -> dict[str, Any]:
+    """The JSON object in a file of a run's folder or bucket; {} if it is missing or damaged."""
     store = open_store(root)
     try:
-        content = json.loads(store.read(BEST)) if store.exists(BEST) else {}
+        content = json.loads(store.read(name)) if store.exists(name) else {}
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def read_best(root: str) -> dict[str, Any]:
+    """The content of best.json; {} if it is missing or damaged."""
+    return read_object(root, BEST)
 
 
 def best_named(root: str) -> str:

@@ -30,7 +30,6 @@ from pipeline.checkpoint import bucket
 from pipeline.checkpoint.manifest import BEST, MANIFEST, best_named, by_step, is_whole, prune, read_manifest, sha256
 from pipeline.distributed.ranks import SideGroup
 from pipeline.errors import Conflict, InputError, Unavailable, unwritten
-from pipeline.observe.logs import title
 from pipeline.storage.local import TRANSIENT, UMASK, sync_file, write_atomically
 from pipeline.storage.prefetch import in_background
 
@@ -139,7 +138,6 @@ class Writer:
         return True
 
     def _work(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write], best: str) -> str:
-        title("write")
         start = time.perf_counter()
         if problem := self._write(folder, copy, files, best):
             remedy = "make room or choose another --run.path; the checkpoint before it is untouched"
@@ -161,9 +159,12 @@ class Writer:
         try:
             copy()  # first: the next step waits for it
             for name, write in files.items():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                write(folder / name)
-                entries[name] = _settle(folder / name)
+                file = folder / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write(file)
+                file.chmod(0o666 & ~UMASK)  # safetensors writes mode 0600
+                sync_file(file)
+                entries[name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
         except Exception as error:
             failed = f"rank {self._rank}: {type(error).__name__}: {error}"
             fault = not isinstance(error, OSError | SafetensorError)
@@ -199,7 +200,6 @@ class Writer:
         """Upload a checkpoint: each rank its own files, then rank 0 the manifest. If that fails, it stays local.
         Returns why the run must end, the same on all ranks: another process has taken the bucket over.
         """
-        title("upload")
         start = time.perf_counter()
         failed, conflict = self._agreed(lambda: bucket.check_claim(self._remote, self._claim))
         if not failed:
@@ -243,10 +243,3 @@ def _may_fail(consequence: str) -> Iterator[None]:
         yield
     except (OSError, InputError, Unavailable) as error:
         log.warning("%s: %s", consequence, error)
-
-
-def _settle(file: Path) -> dict[str, Any]:
-    """Sync a file to disk and make it as readable as others (safetensors writes mode 0600). Returns its entry."""
-    file.chmod(0o666 & ~UMASK)
-    sync_file(file)
-    return {"bytes": file.stat().st_size, "sha256": sha256(file)}

@@ -1,8 +1,6 @@
 """Commands that make and check data sets: pack, index, verify."""
 
 import shlex
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,6 +8,7 @@ import tyro
 from tyro.conf import Positional
 
 from pipeline.cli.output import Json, lines_to_stderr, print_json
+from pipeline.data.format import IndexOptions
 from pipeline.errors import InputError, require
 from pipeline.terminal import busy
 
@@ -80,23 +79,8 @@ def pack(
         print(f"note: too few test examples to evaluate a network on: {tests}, and more than {NEIGHBOURS} are needed")
 
 
-@dataclass(frozen=True)
-class Indexing:
-    """Options of `naign index` that `pipeline.data.format.indexing.index` takes; the comments are their help."""
-
-    to: str = ""  # Folder or s3://bucket/prefix to write to, for --data.index; default: beside the tars.
-    # Pattern of the tars for training, such as 'imagenet-train-*.tar'; default: those not for testing.
-    train: str | None = None
-    test: str | None = None  # Pattern of the tars for testing; default: those with test or val in their names.
-    label: str = ""  # Where labels are: json:FIELD of the .json, or name:REGEX of the key; default: the number in .cls.
-    name: str | None = None  # Name of the data set; default: the last part of the path.
-    sample_check: int | None = None  # Pictures of each tar to decode, of the others only the header; default: all.
-    keep_broken: bool = False  # Only warn of samples that cannot be decoded; train with --data.broken=skip.
-    force: bool = False  # Replace an existing index.json.
-
-
 def index(
-    path: Positional[str], /, *, labels: Path | None = None, options: Annotated[Indexing, tyro.conf.arg(name="")]
+    path: Positional[str], /, *, labels: Path | None = None, options: Annotated[IndexOptions, tyro.conf.arg(name="")]
 ) -> None:
     """Index existing WebDataset tars: write index.json and page tables, without changing a tar.
 
@@ -114,8 +98,6 @@ def index(
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--labels {labels}: {error}") from None
     require((names or not labels, f"--labels {labels} is empty: write one name a line"))
-    for name, count in Counter(names).items():
-        require((count == 1, f"--labels {labels} has {name!r} {count} times: write each name once"))
     manifest = read_all(path, labels=names, **vars(options))
     print(_contents(options.to or path, manifest))
     if broken := sum(map(len, manifest.broken.values())):

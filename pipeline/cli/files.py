@@ -1,5 +1,6 @@
 """Files of commands: reading images and points, writing samples."""
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,10 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipeline.data.decode import in_mode
 from pipeline.errors import InputError, printable, require
 from pipeline.evaluate.recorded import read_image
 from pipeline.model.naign import NAIGN
-from pipeline.observe.pictures import grid, png, to_image
+from pipeline.observe.pictures import grid, to_image
 from pipeline.storage.local import write_atomically
 from pipeline.terminal import counted
 
@@ -93,7 +95,6 @@ def write_samples(samples: Tensor, to: Path) -> str:
         wanted = ".csv" if points else ".png, or a folder's name"
         raise InputError(f"--to {to}: samples of shape {tuple(samples.shape[1:])} go to a file that ends in {wanted}")
     if suffix == ".png":
-        to.parent.mkdir(parents=True, exist_ok=True)
         save(grid(samples, columns=math.ceil(math.sqrt(len(samples)))), to)
     elif points:
         write_one(samples, to)
@@ -105,13 +106,20 @@ def write_samples(samples: Tensor, to: Path) -> str:
 
 def write_one(samples: Tensor, to: Path) -> None:
     """Write one image (1, C, H, W) as a PNG file, or points (n, D) as a .csv file."""
-    to.parent.mkdir(parents=True, exist_ok=True)
     if samples.ndim == 4:
         save(to_image(samples[0]), to)
     else:
+        to.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(to, "".join(f"{','.join(map(repr, row))}\r\n" for row in samples.tolist()))
 
 
-def save(picture: Image.Image, to: Path) -> None:
-    """Write a PNG file atomically. It is not synced to disk: there may be thousands."""
-    write_atomically(to, png(picture), sync=False)
+def save(picture: Image.Image, to: Path, profile: bytes | None = None) -> None:
+    """Write a picture atomically in the format of its suffix; as JPEG without alpha, on white. It is not synced to
+    disk: there may be thousands.
+    """
+    content, kind = io.BytesIO(), FORMATS[to.suffix.lower()]
+    if kind == "JPEG":
+        picture = in_mode(picture, "L" if picture.mode in ("L", "LA") else "RGB")
+    picture.save(content, kind, quality=95, icc_profile=profile)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(to, content.getvalue(), sync=False)

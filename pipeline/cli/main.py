@@ -5,18 +5,27 @@ Commands import heavy modules when they are called, so that `naign --help` is qu
 
 # ruff: noqa: E402
 
+import signal
 import sys
+from typing import NoReturn
 
 from pipeline.errors import leave_when_asked
 
-if sys.argv[1:2] in (["train"], ["launch"]):  # before all other imports: a container's first process ignores signals
-    leave_when_asked(f"naign {sys.argv[1]}: stopped on request, before it began")
 
-import errno
+def _end(number: int, _: object) -> NoReturn:
+    """End the command, and remove what it has written in part."""
+    raise SystemExit(128 + number)
+
+
+# Before all other imports: a container's first process ignores signals without a handler.
+if sys.argv[1:2] in (["train"], ["launch"]):
+    leave_when_asked(f"naign {sys.argv[1]}: stopped on request, before it began")
+else:
+    signal.signal(signal.SIGTERM, _end)
+
 import io
 import itertools
 import os
-import signal
 from collections.abc import Callable
 
 import tyro
@@ -28,6 +37,7 @@ from pipeline.cli.model import demo, evaluate, export, push, restore, sample, sc
 from pipeline.cli.neighbours import copies, duplicates
 from pipeline.cli.runs import compare, runs
 from pipeline.errors import InputError, Unavailable, exit_on_input_error
+from pipeline.storage import local
 
 ABOUT = "Non-adversarial idempotent generative networks: one network that generates and repairs. --version: print it."
 _OF_DATA: tuple[Callable[..., None], ...] = (pack, index, verify, duplicates)
@@ -70,7 +80,7 @@ def _run() -> None:
         except OSError as error:
             if error.filename is None:
                 raise
-            kind = Unavailable if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE) else InputError
+            kind = Unavailable if error.errno in local.FULL | local.TRANSIENT else InputError
             taken = isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError)
             remedy = ": choose another path" if taken else ""
             raise kind(f"{error.filename}: {error.strerror}{remedy}") from None

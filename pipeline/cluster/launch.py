@@ -87,8 +87,10 @@ def _launch(options: argparse.Namespace, training: Sequence[str], environ: Mappi
     from pipeline.distributed.host import count_gpus
     from pipeline.storage.store import use_endpoint
 
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)  # of a launcher around this one
+    around = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in [*os.environ]:
+        if name in around or name.startswith(("ACCELERATE_USE_", "FSDP_")):  # of a launcher around this one
+            del os.environ[name]
     settings = [] if training[:1] and training[0] in AUDITS else list(training)
     config = parse(settings)  # so that one process reports a mistake at once
     use_endpoint(config.data.endpoint)

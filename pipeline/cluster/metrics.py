@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import socket
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from pipeline.cluster.meeting import listen
 from pipeline.errors import one_line
 
 START = 3600.0  # seconds that ranks may take to their first round, and after their last one
+REQUEST = 10.0  # seconds that a client may take, from its connection to the end of the answer
 LEAST, FACTOR = 300.0, 5.0  # any other round: so many seconds, or so many times the longest before it if that is more
 
 
@@ -72,7 +74,7 @@ class Metrics(ThreadingHTTPServer):
         is_last = state["series"]["images_seen"] >= state["series"]["images_goal"]
         return now - state["ended"], START if is_last else max(LEAST, FACTOR * state["longest"])
 
-    def verify_request(self, *_: Any) -> bool:  # a client that hangs costs the launcher a thread and an open file
+    def verify_request(self, *_: Any) -> bool:  # a client costs the launcher two threads and an open file
         return threading.active_count() < 64
 
     def handle_error(self, *_: Any) -> None:  # as a rule a client that went away
@@ -81,7 +83,15 @@ class Metrics(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: Metrics
-    timeout = 10.0  # seconds that a client may take
+
+    def handle(self) -> None:
+        """End the connection after REQUEST seconds, also of a client that sends a byte from time to time."""
+        timer = threading.Timer(REQUEST, self.connection.shutdown, (socket.SHUT_RDWR,))
+        timer.start()
+        try:
+            super().handle()
+        finally:
+            timer.cancel()
 
     def do_GET(self) -> None:
         code = 200 if (path := self.path.partition("?")[0]) == "/metrics" else 404

@@ -3,7 +3,7 @@
 import re
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pipeline.errors import InputError, one_line, require
 
@@ -43,15 +43,6 @@ def find_place(environ: Mapping[str, str]) -> Place:
     NAIGN_SINCE itself. Raises InputError where variables are missing or contradictory.
     """
     generation, since = (_number(environ, name, default=0) for name in ("NAIGN_GENERATION", "NAIGN_SINCE"))
-    place = replace(_find_place(environ), generation=generation, since=since)
-    require(
-        (since <= generation, f"NAIGN_SINCE ({since}) is more than NAIGN_GENERATION ({generation}): set neither"),
-        (place.processes <= RANKS, f"{place.processes} ranks on this host: at most {RANKS} are possible"),
-    )
-    return place
-
-
-def _find_place(environ: Mapping[str, str]) -> Place:
     processes, start = 0, environ.get("NAIGN_START", "")
     if "NAIGN_HOSTS" in environ:
         name, index, hosts = "Kubernetes", _number(environ, "JOB_COMPLETION_INDEX"), _number(environ, "NAIGN_HOSTS")
@@ -83,8 +74,11 @@ def _find_place(environ: Mapping[str, str]) -> Place:
     require(
         (named, f"'{head[:300]}' is no name of a host: see NAIGN_HEAD in k8s/job.yaml"),
         (0 <= index < hosts, f"{name} says that this is host {index} of {hosts}, counted from 0: {remedy}"),
+        (since <= generation, f"NAIGN_SINCE ({since}) is more than NAIGN_GENERATION ({generation}): set neither"),
+        (processes <= RANKS, f"{processes} ranks on this host: at most {RANKS} are possible"),
     )
-    return Place(orchestrator=name, index=index, hosts=hosts, head=head, start=start, processes=processes)
+    met = {"generation": generation, "since": since}
+    return Place(orchestrator=name, index=index, hosts=hosts, head=head, start=start, processes=processes, **met)
 
 
 def find_ports(environ: Mapping[str, str]) -> tuple[int, int]:

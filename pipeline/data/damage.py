@@ -39,7 +39,7 @@ class Damage(NamedTuple):
 
 def find_damage(name: str) -> Damage:
     """The damage of that name, also of another package; InputError where there is none."""
-    return lookup("objective.damage", name, DAMAGES, GROUP)
+    return lookup("objective.damage", name, DAMAGES, "naign.damage")
 
 
 def _noise(images: Tensor, normals: Tensor, uniform: Tensor, strength: float) -> Tensor:
@@ -146,5 +146,3 @@ DAMAGES: dict[str, Damage] = {
     "photo": Damage(partial(_mixed, each=1 / 3, erase=0.0), _count_mixed, _check_mixed),
     "holes": Damage(_with_holes, lambda shape: _count_mixed(shape) + HOLES, _check_mixed),
 }
-
-GROUP = "naign.damage"

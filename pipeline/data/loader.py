@@ -20,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pipeline.data.dataset import DataConfig, check_config
 from pipeline.data.decode import Array
@@ -74,17 +73,6 @@ class _Reading(NamedTuple):
         wait([self.rows], PATIENCE)
 
 
-def _open_trace(folder: str, rank: int) -> Path:
-    """The file of this rank. Raises InputError where it cannot be written."""
-    try:
-        file = Path(folder) / f"rank-{rank:05d}.txt"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.open("a").close()
-    except (OSError, ValueError) as error:
-        raise InputError(f"data.trace {folder!r} cannot be written: {error}") from None
-    return file
-
-
 class Stream(AbstractContextManager["Stream"]):
     """One rank's part of every round of a split. Use as a context manager, or close it."""
 
@@ -103,7 +91,13 @@ class Stream(AbstractContextManager["Stream"]):
         self._config, self._seed, self._prefetch = config, seed, prefetch
         self._first, last = rank_rows(round_size, rank, world)
         self._count, self._world = last - self._first, world  # rows of this rank, a round
-        self._trace = _open_trace(config.trace, rank) if config.trace else None
+        self._trace = Path(config.trace) / f"rank-{rank:05d}.txt" if config.trace else None
+        try:
+            if self._trace:
+                self._trace.parent.mkdir(parents=True, exist_ok=True)
+                self._trace.open("a").close()
+        except (OSError, ValueError) as error:
+            raise InputError(f"data.trace {config.trace!r} cannot be written: {error}") from None
         self._broken = self._rows = 0  # so far
         self.rows_read = 0  # so far, over all rounds; it grows while `take` waits for a round that is arriving
         self._unused: list[Array] = []  # memory of rounds
@@ -259,9 +253,7 @@ def allow(problems: list[str], broken: int, rows: int, epoch: int) -> None:
         raise InputError(f"{broken} broken samples of {rows} are more than {allowed}; the last: {problems[-1]}")
 
 
-def read_split(
-    data: DataConfig | str, split: str, *, limit: int | None = None, progress: bool = False
-) -> tuple[Tensor, Tensor]:
+def read_split(data: DataConfig | str, split: str, *, limit: int | None = None) -> tuple[Tensor, Tensor]:
     """A split, or a random subset of `limit` samples, in the order of its shards: images (n, C, H, W) uint8, resized
     without chance, or points (n, D) float32; labels (n,) int64. `data` may be a path. Raises InputError as Stream does.
     """
@@ -275,9 +267,8 @@ def read_split(
             if problem := size_problem(reader.store, reader.shards[number]):
                 raise InputError(problem)  # before memory is allocated for samples that are not there
     with closing((reader, raw) for reader, cut in chosen for raw in reader.raw(cut)) as samples:
-        bar = tqdm(samples, total=count, desc=f"read {split}", unit="sample", disable=not progress)
         rows = new_rows(new_images(sets.shape, sets.manifest.dtype, count))
-        broken = fill(rows, 0, bar)
+        broken = fill(rows, 0, samples)
     allow(broken, len(broken), count, total)
     return rows.images.contiguous(), rows.labels
 

@@ -42,9 +42,10 @@ def build_accelerator(timeout: float = 600, *, precision: str = "", accumulate: 
             check_bf16()
     if deepspeed:
         _check_deepspeed(on_cpu)
-    if version := os.environ.get("FSDP_VERSION"):
-        require((version == "2", "the launcher's configuration asks for FSDP 1: set fsdp_version: 2 in fsdp_config"))
-        os.environ.pop("ACCELERATE_USE_FSDP", None)  # FsdpEngine shards, not Accelerate
+    if os.environ.pop("ACCELERATE_USE_FSDP", "").lower() != "true" or not many:
+        os.environ.pop("FSDP_VERSION", None)  # not from a launcher of these ranks
+    elif os.environ.setdefault("FSDP_VERSION", "1") != "2":  # FsdpEngine shards, not Accelerate
+        raise InputError("the launcher's configuration asks for FSDP 1: set fsdp_version: 2 in fsdp_config")
     check_versions("torch", "accelerate")
     mixed = _mixed_precision(precision, on_cpu=on_cpu, deepspeed=deepspeed)
     backend, connecting = "gloo" if on_cpu else "nccl", timedelta(seconds=timeout + 60)

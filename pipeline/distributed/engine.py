@@ -35,25 +35,17 @@ class Engine:
         self,
         accelerator: Accelerator,
         bare: nn.Module,  # float32, on the device, with its first weights or a checkpoint's
+        settings: Any,  # section `train`: a TrainConfig
         *,
-        lr: float,
-        betas: tuple[float, float],
-        weight_decay: float,
-        clip: float,  # largest norm of the gradient; 0: none
-        batch: int,  # images a step over all ranks
-        optimizer: str = "adamw",
-        accumulate: int = 1,  # micro-batches a step
-        ema: float = 0.0,  # decay a step of the average of the weights; 0: none is kept
-        compile: bool = False,  # and, on a GPU, replay as CUDA graphs
         shape: tuple[int, ...] = (),  # of a sample; (): DDP sums the first step of a process in other buckets
         ahead: bool | None = None,  # whether a step leaves its norm on the device; None: on a GPU
     ) -> None:
         """Collective."""
-        self.accelerator, self.bare, self.accumulate = accelerator, bare, accumulate
-        self.micro = batch // (accelerator.num_processes * accumulate)  # images per rank and micro-batch
-        self.ema = deepcopy(bare).requires_grad_(False) if ema else None  # whole, float32, on every rank
-        self._decay, self._clip = ema, clip
-        self._graphs = compile and accelerator.device.type == "cuda"
+        self.accelerator, self.bare, self.accumulate = accelerator, bare, settings.accumulate
+        self.micro = settings.batch // (accelerator.num_processes * self.accumulate)  # images per rank and micro-batch
+        self.ema = deepcopy(bare).requires_grad_(False) if settings.ema else None  # whole, float32, on every rank
+        self._decay, self._clip = settings.ema, settings.clip
+        self._graphs = settings.compile and accelerator.device.type == "cuda"
         self.copied = threading.Event()  # not set while weights and moments are read in the background: a step waits
         self.copied.set()
         self._shard()
@@ -61,11 +53,12 @@ class Engine:
         self.shapes = {name: tuple(value.shape) for name, value in self._names.items()}  # of the whole parameters
         ahead = accelerator.device.type == "cuda" if ahead is None else ahead
         fused = ahead and accelerator.scaler is None and not self.gathers
-        build = find_optimizer(optimizer)
-        made = build(list(bare.parameters()), lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
+        build, betas = find_optimizer(settings.optimizer), (settings.beta1, settings.beta2)
+        decay = settings.weight_decay
+        made = build(list(bare.parameters()), lr=settings.lr, betas=betas, weight_decay=decay, fused=fused)
         self.ahead = fused and bool(made.defaults.get("fused"))
         """Whether a step with a non-finite gradient is skipped on the device, without synchronizing the host."""
-        if compile:
+        if settings.compile:
             bare.compile(mode="reduce-overhead" if self._graphs else None)
         self._prepare(made)
         self._dtype = next(bare.parameters()).dtype  # of what the network takes

@@ -6,12 +6,14 @@ checkpoint holds no more. Another package adds one as an entry point of the grou
 
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Adafactor, AdamW, Optimizer
 
+from pipeline.errors import InputError
 from pipeline.settings.registry import lookup
 
 
@@ -54,5 +56,13 @@ OPTIMIZERS: dict[str, Build] = {"adamw": adamw, "muon": Muon, "adafactor": adafa
 
 
 def find_optimizer(name: str) -> Build:
-    """The function that builds the optimizer of that name; InputError for an unknown one."""
-    return lookup("train.optimizer", name, OPTIMIZERS, "naign.optimizers")
+    """The function that builds the optimizer of that name; InputError for an unknown one, or other parameters."""
+    build = lookup("train.optimizer", name, OPTIMIZERS, "naign.optimizers")
+    try:
+        signature(build).bind([], lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=False)
+    except TypeError as error:
+        takes = "(parameters, *, lr, betas, weight_decay, fused)"
+        raise InputError(
+            f"train.optimizer is '{name}', which does not take {takes} ({error}): fix its package"
+        ) from None
+    return build

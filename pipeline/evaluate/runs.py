@@ -90,7 +90,12 @@ def read_run(folder: Path, name: str) -> Run:
     settings = read_settings(folder)
     kept = any(os.path.exists(folder / name) for name in ("checkpoints", ".lock"))  # else a copy of the reports
     try:
-        last, measured = _last_lines(folder / "metrics.jsonl")
+        file = folder / "metrics.jsonl"
+        lines = file.read_bytes().splitlines() if file.exists() else []
+        if lines and not lines[-1].endswith(b"}"):
+            lines.pop()  # a kill has cut it short
+        last = read_json(file, lines[-1] if lines else b"")
+        measured = read_json(file, next((line for line in reversed(lines) if b'"quality/fd"' in line), b""))
         names = by_step(file.parent.name for file in folder.glob(f"checkpoints/*/{MANIFEST}"))
         trainer = read_json(folder / "checkpoints" / names[0] / "trainer.json") if names else {}
         rounds = int(trainer.get("round", 0) if kept else last.get("round", -1) + 1)
@@ -150,15 +155,6 @@ def number(value: Any) -> float | None:
     """A value if it is a finite number, else None."""
     real = isinstance(value, int | float) and not isinstance(value, bool)
     return value if real and abs(value) < 1e300 else None
-
-
-def _last_lines(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The last report, and the last with quality/*; {} for none."""
-    lines = file.read_bytes().splitlines() if file.exists() else []
-    if lines and not lines[-1].endswith(b"}"):
-        lines.pop()  # a kill has cut it short
-    measured = next((line for line in reversed(lines) if b'"quality/fd"' in line), b"")
-    return read_json(file, lines[-1] if lines else b""), read_json(file, measured)
 
 
 def _in_use(lock: Path) -> bool:

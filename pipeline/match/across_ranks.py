@@ -97,7 +97,8 @@ def search(
     rows travel to every rank: all queries, each rank answering for its candidates, or all candidates, block by block.
     """
     ranks = ranks_of(group)
-    shards = agree(queries, candidates, first_id, neighbours, method, ranks)
+    mine = describe(queries, candidates, first_id, neighbours, method, ranks.rank)
+    shards = agree(ranks.collect(mine))
     blocks, queries = as_blocks(candidates), queries.detach()
     counts, pool = [shard.queries for shard in shards], [shard.rows for shard in shards]
     by_queries = sum(counts) <= sum(pool)
@@ -157,11 +158,8 @@ class Shard(NamedTuple):
         return torch.arange(self.first_id + low, self.first_id + high)
 
 
-def agree(
-    queries: Tensor, candidates: Tensor | Blocks, first_id: int, neighbours: int, method: str, ranks: Ranks
-) -> list[Shard]:
-    """Collective: every rank's shard; ValueError, the same on every rank, if one is invalid or two contradict."""
-    shards = ranks.collect(describe(queries, candidates, first_id, neighbours, method, ranks.rank))
+def agree(shards: list[Shard]) -> list[Shard]:
+    """Every rank's shard; ValueError, the same on every rank, if two contradict."""
     for rank, shard in enumerate(shards):
         if shard.dims != (dims := shards[0].dims):
             raise ValueError(f"nearest: the rows of rank {rank} have {shard.dims} values, those of rank 0 have {dims}")

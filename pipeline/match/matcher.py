@@ -42,14 +42,9 @@ class MatchConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "match")
-        if self.once and self.pool < self.round:
+        if self.assignment == "one_to_one" and self.pool < self.round:
             few = f"match.ratio={self.ratio} makes {self.pool} for {self.round} images: use --match.ratio=1 or more"
             raise InputError(f"match.assignment={self.assignment} gives no two images one sample, and {few}")
-
-    @property
-    def once(self) -> bool:
-        """Whether each sample is matched at most once."""
-        return self.assignment == "one_to_one"
 
     @property
     def pool(self) -> int:
@@ -78,6 +73,7 @@ def match_round(
     Raises InputError on every rank if rejection leaves too few samples.
     """
     start, ranks, searches = time.perf_counter(), ranks_of(None), list[Answer]()
+    once = config.assignment == "one_to_one"
     counts = ranks.collect(len(images))
     number = sum(counts[: ranks.rank])  # of this rank's first image
     queries = images.float().flatten(1)
@@ -87,7 +83,7 @@ def match_round(
     if config.reject_share:
         rejected, reject = reject_nearest(blocks, queries, number, config, ranks, searches)
         values["match/reject"], left = math.sqrt(reject), config.pool - len(rejected)
-        if config.once and left < sum(counts):
+        if once and left < sum(counts):
             few = f"{left} of {config.pool} samples are left for {sum(counts)} images with match.assignment=one_to_one"
             raise InputError(f"{few}, {len(rejected)} were rejected: lower match.reject_share, or raise match.ratio")
 
@@ -99,7 +95,7 @@ def match_round(
         return answer.distances.cpu(), answer.ids.cpu()
 
     main = len(searches)
-    if config.once:
+    if once:
         distances, ids = assign_once(find, ranks, counts)
     else:
         distances, ids = (nearest[:, 0] for nearest in find(torch.arange(len(queries)), 1, rejected[:0]))
@@ -128,7 +124,7 @@ class Pool:
         shares = [block_range(config.pool, config.block, rank, ranks.world) for rank in range(ranks.world)]
         first, last = shares[ranks.rank]
         most = max(last - first for first, last in shares)
-        keep = (config.once or config.reject_share > 0) and most * dims <= HELD_VALUES
+        keep = (config.assignment == "one_to_one" or config.reject_share > 0) and most * dims <= HELD_VALUES
         size = max(1, min(HELD_ROWS, HELD_VALUES // dims) // config.block) * config.block
         kept: dict[int, Tensor] = {}
 

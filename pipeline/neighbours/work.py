@@ -51,13 +51,9 @@ class Work:
             if accelerator.is_main_process:
                 if self.store.exists(FACTS) and (before := self.store.read(FACTS)) != text:
                     other = f"{self.store.url(FACTS)}: an audit with other data, model or options was interrupted there"
-                    require(
-                        (
-                            b'"manifests"' in before,
-                            f"{self.store.url(FACTS)} is of no audit: name another folder by --to",
-                        ),
-                        (options.force, f"{other}: delete the folder, name another with --to, or use --force"),
-                    )
+                    stranger = f"{self.store.url(FACTS)} is of no audit: name another folder by --to"
+                    remedy = "delete the folder, name another with --to, or use --force"
+                    require((b'"manifests"' in before, stranger), (options.force, f"{other}: {remedy}"))
                     self.end()
                 self.store.put(FACTS, text)
 

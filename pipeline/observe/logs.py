@@ -1,6 +1,5 @@
 """Logging of a training: a line per record on stderr, above the progress bar, with its rank and round."""
 
-import ctypes
 import logging
 import os
 import sys
@@ -15,8 +14,7 @@ def set_up(rank: int, world: int) -> None:
     root.handlers = [*(other for other in root.handlers if not isinstance(other, _Lines)), handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("naign").setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    others = (other for other in deepspeed.filters if not isinstance(getattr(other, "__self__", None), _Lines))
-    deepspeed.filters = [*others, handler.divert]
+    deepspeed.filters = [handler.divert]
 
 
 def at_round(number: int | None) -> None:
@@ -60,9 +58,3 @@ class _Lines(logging.Handler):
         if record.levelno >= logging.WARNING:
             self.handle(record)
         return False
-
-
-def title(text: str) -> None:
-    """Name the calling thread `naign <text>`, for ps and top. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(15, f"naign {text}".encode()[:15], 0, 0, 0)  # PR_SET_NAME, of at most 15 bytes

@@ -143,7 +143,7 @@ class Accelerated(Tracker):
         known = file.read_text().strip() if file.exists() else ""
         self.options = BEGIN[self.name](folder, known) if self.name in BEGIN else {}
         place = [str(folder)] if kind.requires_logging_directory else []
-        self.tracker = kind(PROJECT, *place, **self.options)
+        self.tracker = kind("naign", *place, **self.options)
         self.tracker.start()
         if self.name in BEGIN:
             file.parent.mkdir(exist_ok=True)
@@ -195,7 +195,6 @@ def begin_mlflow(folder: Path, known: str) -> dict[str, Any]:
     return {**options, **({"run_id": known} if known else {})}
 
 
-PROJECT = "naign"
 BEGIN = {"wandb": begin_wandb, "mlflow": begin_mlflow}
 """Options with which a run starts in a tracker, or continues the one whose id is known."""
 
@@ -205,9 +204,8 @@ Build = Callable[[Any, Path, int], Tracker]
 TRACKERS: dict[str, tuple[type | None, Build]] = {"jsonl": (None, JsonLines), "tensorboard": (None, TensorBoard)}
 """Trackers that write to the run's folder and without which a run fails; all others may fail."""
 
-MODULES = {"mlflow": ("mlflow", "sqlalchemy", "alembic")}  # of its SQLite file
-PACKAGES = {"mlflow": "mlflow-skinny sqlalchemy alembic"}
-"""What has to be installed for a tracker, where that is not its name alone."""
+NEEDS = {"mlflow": (("mlflow", "sqlalchemy", "alembic"), "mlflow-skinny sqlalchemy alembic")}  # its SQLite file
+"""Modules and packages that a tracker needs, where these are not of its name."""
 
 
 def accelerated(kind: type[Any]) -> Build:
@@ -223,9 +221,9 @@ def find_trackers(names: str) -> dict[str, tuple[type | None, Build]]:
     trackers = {}
     for name in ("jsonl", *listed(names)):
         trackers[name] = lookup("report.trackers", name, TRACKERS | theirs, "naign.trackers")
-        if name in theirs and not all(map(find_spec, MODULES.get(name, (name,)))):
-            package = PACKAGES.get(name, name)
-            raise InputError(f"report.trackers is '{name}', which is not installed: pip install {package}")
+        modules, packages = NEEDS.get(name, ((name,), name))
+        if name in theirs and not all(map(find_spec, modules)):
+            raise InputError(f"report.trackers is '{name}', which is not installed: pip install {packages}")
     return trackers | ({"trainjob": (None, TrainJob)} if f"{STATUS_SERVER}_URL" in os.environ else {})
 
 

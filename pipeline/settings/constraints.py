@@ -19,13 +19,7 @@ MAY_CHANGE: Metadata = {"change": "asked"}
 
 
 def _takes(holds: Callable[[Any], bool], must: str) -> Metadata:
-    def checked(value: Any) -> bool:
-        try:
-            return holds(value)
-        except TypeError:  # text where a number belongs, as in an edited file
-            return False
-
-    return {"holds": checked, "must": must}
+    return {"holds": holds, "must": must}
 
 
 POSITIVE = _takes(lambda value: value > 0, "it must be positive")

@@ -40,10 +40,10 @@ def read_yaml(path: str) -> Any:
         raise InputError(f"{path}{where}: this is no YAML ({type(error).__name__}): see configs/mnist.yaml") from None
 
 
-def build(kind: Any, content: Any, where: str, *, named: Named, renamed: Mapping[str, str], prefix: str = "") -> Any:
+def build(kind: Any, content: Any, where: str, *, named: Named, prefix: str = "") -> Any:
     """A settings dataclass with the keys and values of `content`; fields that it does not name keep their defaults.
 
-    Raises InputError, which names the file `where`, for an unknown or renamed key and for a value of another type.
+    Raises InputError, which names the file `where`, for an unknown key and for a value of another type.
     """
     section = prefix.rstrip(".")
     if not isinstance(content, dict):
@@ -56,26 +56,17 @@ def build(kind: Any, content: Any, where: str, *, named: Named, renamed: Mapping
     hints, values = typing.get_type_hints(kind), {}
     for key, value in content.items():
         name = f"{prefix}{key}"
-        if key not in hints or name in renamed:
-            refuse_renamed(renamed, name, where)
+        if key not in hints:
             _refuse_unknown(kind, name, where, content.get("name") if section in named else None)
         if dataclasses.is_dataclass(hints[key]):
             below = {} if value is None else value
-            values[key] = build(hints[key], below, where, named=named, renamed=renamed, prefix=f"{name}.")
+            values[key] = build(hints[key], below, where, named=named, prefix=f"{name}.")
         else:
             if name in LISTS and isinstance(value, list):
                 with suppress(ValueError):  # a number with too many digits, which `convert` refuses
                     value = yaml.safe_dump(value, default_flow_style=True, width=MOST).strip()
             values[key] = convert(hints[key], value, f"{where}: {name}")
     return kind(**values)
-
-
-def refuse_renamed(renamed: Mapping[str, str], name: str, where: str) -> None:
-    """Raise InputError if a setting, or the section that it is in, had that name in an earlier version."""
-    for old in (name, name.rpartition(".")[0]):
-        if old in renamed:
-            now = f"is now {renamed[old]}" if renamed[old] else "is no longer a setting: leave it out"
-            raise InputError(f"{where}: {old} {now}")
 
 
 def _refuse_unknown(kind: Any, name: str, where: str, choice: str | None) -> typing.NoReturn:

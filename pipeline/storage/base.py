@@ -4,9 +4,19 @@ from collections.abc import Generator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from pipeline.errors import InputError
 from pipeline.storage.retry import Tally
 
 PARTIAL = ".partial-"  # prefix of a file that is still being written: `list` never shows one
+
+
+class Missing(InputError):
+    """There is no such file."""
+
+    def __init__(self, message: str, *, seen: bool = False) -> None:
+        """`seen`: whether this process has asked about the file before, and it existed."""
+        super().__init__(message)
+        self.seen = seen
 
 
 class Writer(Protocol):

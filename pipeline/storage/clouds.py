@@ -16,8 +16,9 @@ from obstore.store import from_url
 
 from pipeline.errors import Conflict, InputError, Unavailable, one_line
 from pipeline.storage import retry
+from pipeline.storage.base import Missing
 from pipeline.storage.prefetch import PARALLEL
-from pipeline.storage.resumed import BucketStore, Missing, Stat
+from pipeline.storage.resumed import BucketStore, Stat
 
 WRITE_PART = 16 << 20  # bytes per part of an upload
 SILENCE, UPLOAD, LONG = (timedelta(seconds=seconds) for seconds in (20, 300, 3600))  # of an answer; of a part; no limit
@@ -100,7 +101,8 @@ class CloudStore(BucketStore):
             return
         if error.status == 404 and name:  # the answer does not say whether the bucket is missing
             self._listing()
-            raise Missing(f"{self.url(name)}: no such object: check the path, or pack the data set again") from error
+            missing = "no such object: check the path, or pack the data set again"
+            raise Missing(f"{self.url(name)}: {missing}", seen=name in self._stats) from error
         problem = MEANINGS.get(error.status, "{}: check the path and the account").format(error)
         raise InputError(f"{self.url(name) if name else self._root}: {problem}") from error
 

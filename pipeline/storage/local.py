@@ -3,6 +3,7 @@
 import builtins
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 import uuid
@@ -10,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 from pipeline.errors import InputError
-from pipeline.storage.base import PARTIAL, Store, Writer
+from pipeline.storage.base import PARTIAL, Missing, Store, Writer
 from pipeline.storage.retry import Tally
 
 _REMEDIES = {
@@ -33,6 +34,7 @@ class LocalStore(Store):
     def __init__(self, path: str) -> None:
         self.path = path
         self.tally = Tally()
+        self._seen = set[str]()  # names of files that were there when `size` asked
         self._folder = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
 
     def folders(self) -> list[str]:
@@ -58,6 +60,7 @@ class LocalStore(Store):
             status = (self._folder / name).stat()
             if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for its writer
                 raise IsADirectoryError(errno.EISDIR, "no regular file")
+            self._seen.add(name)
             return status.st_size
 
     def version(self, name: str) -> str:
@@ -86,6 +89,8 @@ class LocalStore(Store):
             self._folder.mkdir(parents=True, exist_ok=True)
             partial = self._folder / f"{PARTIAL}{uuid.uuid4().hex}"
             target = partial.open("xb")
+            with contextlib.suppress(OSError):  # where a file system has no locks
+                fcntl.flock(target, fcntl.LOCK_EX)
         try:
             with target:
                 yield target
@@ -98,6 +103,13 @@ class LocalStore(Store):
             if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
                 raise OSError(error.errno, error.strerror, self.url(name)) from None
             raise
+
+    def remove_partial(self) -> None:
+        """Remove what writers that were killed have left; one at work holds a lock."""
+        for file in self._folder.glob(f"{PARTIAL}*"):
+            with contextlib.suppress(OSError), file.open("r+b") as left:
+                fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file.unlink()
 
     def delete(self, name: str) -> None:
         with self._explained(name, writing=True):
@@ -117,6 +129,8 @@ class LocalStore(Store):
             if writing:
                 what = f"cannot be written ({what})"
                 remedy = "choose another folder" if error.errno == errno.ENOENT else remedy
+            elif error.errno == errno.ENOENT:
+                raise Missing(f"{self.url(name)}: {what}: {remedy}", seen=name in self._seen) from None
             raise InputError(f"{self.url(name)}: {what}: {remedy}") from None
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import fsspec
 
-from pipeline.errors import InputError, Unavailable, printable, require
-from pipeline.storage.base import Writer
-from pipeline.storage.resumed import NO_RANGES, Missing, NetworkStore, Stat
+from pipeline.errors import InputError, Unavailable, one_line, printable, require
+from pipeline.storage.base import Missing, Writer
+from pipeline.storage.resumed import NO_RANGES, NetworkStore, Stat
 
 PACKAGES = {"http": "aiohttp", "https": "aiohttp", "hf": "huggingface_hub"}
 """What fsspec needs for a scheme, by name on PyPI."""
@@ -23,8 +23,9 @@ class RemoteStore(NetworkStore):
         """Raises InputError for a scheme that fsspec does not know, or whose package is missing."""
         super().__init__(path.rstrip("/"))
         self._scheme, _, rest = path.partition("://")
-        if "@" in rest.partition("/")[0]:
-            raise InputError(f"{self._scheme}://: the address holds a user or a password, which messages would show")
+        if "?" in rest or "@" in rest.partition("/")[0]:
+            holds = "a user or a password, or a query, which messages would show"
+            raise InputError(f"{self._scheme}://: the address holds {holds}: give that of a folder, without them")
         what = f"{path}: cannot read {self._scheme}:// paths"
         try:
             fsspec.get_filesystem_class(self._scheme)
@@ -82,11 +83,11 @@ class RemoteStore(NetworkStore):
         if isinstance(error, InputError | Unavailable):
             return
         if isinstance(error, FileNotFoundError):
-            raise Missing(f"{self.url(name)}: no such file: check the path") from error
+            raise Missing(f"{self.url(name)}: no such file: check the path", seen=name in self._stats) from error
         status = getattr(error, "status", None)
         is_denied = isinstance(error, PermissionError) or status in (401, 403)
         remedy = "check what the account of this machine may read" if is_denied else "check the path"
-        reason = f"{f'{status}: ' if status else ''}{printable(str(error))[:200]}"
+        reason = f"{f'{status}: ' if status else ''}{one_line(error)}"
         raise InputError(f"{self.url(name)}: {reason}: {remedy}") from error
 
     @staticmethod

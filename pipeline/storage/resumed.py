@@ -7,7 +7,7 @@ from functools import partial
 from typing import NamedTuple, TypeVar
 
 from pipeline.errors import InputError, require
-from pipeline.storage.base import Store
+from pipeline.storage.base import Missing, Store
 from pipeline.storage.prefetch import PARALLEL, PART, in_order
 from pipeline.storage.retry import Patience, Tally
 
@@ -22,12 +22,6 @@ class Stat(NamedTuple):
 
     size: int  # bytes
     version: str  # changes whenever the file does
-
-
-class Missing(InputError):
-    """There is no such file."""
-
-    seen = False  # whether this process has asked about the file before, and it existed
 
 
 class NetworkStore(Store):
@@ -103,11 +97,7 @@ class NetworkStore(Store):
                     raise ConnectionError(f"the body ended {last - at} bytes early")
             except Exception as error:
                 if not self._is_transient(error):
-                    try:
-                        self._explain(error, name)
-                    except Missing as missing:
-                        missing.seen = True
-                        raise
+                    self._explain(error, name)
                     raise
                 patience.wait(error, at=f", byte {at}", progress=at > before)
                 piece = SMALL_PIECE

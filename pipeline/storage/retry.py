@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 
-from pipeline.errors import Unavailable
+from pipeline.errors import Unavailable, one_line
 
 log = logging.getLogger("naign.store")
 
@@ -70,7 +70,7 @@ class Patience:
     def wait(self, error: BaseException, *, at: str = "", progress: bool = False) -> None:
         """Pause after a failure. Raises Unavailable after ATTEMPTS of them in a row, or as many as `at_most` allows."""
         self._failures = 1 if progress else self._failures + 1
-        where, cause = f"{self._what}{at}", f"{type(error).__name__}: {error}"
+        where, cause = f"{self._what}{at}", f"{type(error).__name__}: {one_line(error)}"
         if self._failures >= self._most:
             remedy = "Check the network, the server and its address, then run the same command again: it continues"
             failed = f"given up after {self._failures} attempts; the last failed with {cause}"

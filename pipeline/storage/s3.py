@@ -12,13 +12,15 @@ from concurrent.futures import Future, wait
 from functools import partial, reduce
 from typing import Any
 
+from botocore import UNSIGNED
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
 
 from pipeline.errors import Conflict, InputError, one_line
+from pipeline.storage.base import Missing
 from pipeline.storage.prefetch import PARALLEL, in_background
-from pipeline.storage.resumed import NO_RANGES, BucketStore, Missing, Stat
+from pipeline.storage.resumed import NO_RANGES, BucketStore, Stat
 from pipeline.storage.retry import Patience
-from pipeline.storage.s3_client import BadSettings, client, is_anonymous, is_transient
+from pipeline.storage.s3_client import BadSettings, client, is_transient
 
 WRITE_PART = 16 << 20  # bytes per part of a multipart upload; S3 allows 10,000 parts
 CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role"
@@ -116,7 +118,7 @@ class S3Store(BucketStore):
                 in_bucket = _code(error) in _MISSING and error.operation_name != "HeadBucket"
                 if in_bucket and not self._bucket_is_missing():
                     missing = "no such object: check the path, or pack the data set again"
-                    raise Missing(f"{self.url(name)}: {missing}") from error
+                    raise Missing(f"{self.url(name)}: {missing}", seen=name in self._stats) from error
                 problem = self._refusal(error)
             case NoCredentialsError() | PartialCredentialsError() | ProfileNotFound():
                 problem = f"{error}: {CREDENTIALS}"
@@ -138,7 +140,7 @@ class S3Store(BucketStore):
         if code in _DENIED:
             unsigned = f"; no credentials were found, so it was asked for without: {CREDENTIALS}"
             remedy = f"access denied ({code}): check the credentials and what they may do in this bucket"
-            return remedy + (unsigned if is_anonymous() else "")
+            return remedy + (unsigned if client().meta.config.signature_version is UNSIGNED else "")
         message = error.response["Error"].get("Message") or "no reason given"
         return f"the server refuses ({code}: {message}): check the path, AWS_ENDPOINT_URL and the region"
 

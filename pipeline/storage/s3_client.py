@@ -97,7 +97,3 @@ def _refuse_redirect(response: Any, **_: Any) -> None:
 
 class BadSettings(Exception):
     """boto3 cannot be set up so."""
-
-
-def is_anonymous() -> bool:
-    return bool(client().meta.config.signature_version is UNSIGNED)

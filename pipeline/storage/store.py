@@ -7,9 +7,8 @@ from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
 from pipeline.errors import Gone, InputError, Unavailable, require
-from pipeline.storage.base import Store
+from pipeline.storage.base import Missing, Store
 from pipeline.storage.local import LocalStore
-from pipeline.storage.resumed import Missing
 from pipeline.storage.retry import at_most
 
 CLOUDS = ("gs", "az", "abfs", "abfss")  # schemes of buckets besides s3, which obstore reads and writes
@@ -72,18 +71,13 @@ def was_there(*urls: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        if isinstance(error, Missing) and error.seen or not all(map(_exists, urls)):
+        there = False
+        with suppress(InputError):  # the bucket is missing, too
+            there = all(store.exists(name) for store, name in map(locate, urls))
+        if isinstance(error, Missing) and error.seen or not there:
             lost = "stored data that this run has read before is gone, as when a store loses its disk"
             raise Gone(f"{error}; {lost}: all ranks start again from what is left") from None
         raise
-
-
-def _exists(url: str) -> bool:
-    store, name = locate(url)
-    try:
-        return store.exists(name)
-    except InputError:  # the bucket is missing, too
-        return False
 
 
 def gopen(url: str, mode: str = "rb", bufsize: int = 8192) -> BinaryIO:

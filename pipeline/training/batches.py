@@ -5,7 +5,6 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
-from dataclasses import fields
 from functools import partial
 from itertools import cycle, islice, repeat
 from numbers import Integral
@@ -24,12 +23,8 @@ from pipeline.data.order import check_seed, parts, pieces
 from pipeline.data.sample import draws
 from pipeline.errors import require
 from pipeline.model.scale import scaled
+from pipeline.settings.read import build
 from pipeline.storage.prefetch import in_background
-
-NONE = {"path", "split", "source", "endpoint", "trace"}  # of DataConfig, which are no settings here
-SETTINGS: dict[str, type[Any]] = {
-    field.name: type(field.default) for field in fields(DataConfig) if field.name not in NONE
-}
 
 Step = tuple[int, int, int]  # this rank's positions [first, last) of a batch in the epoch, and where the batch ends
 Reading = tuple[Rows, int, Future[list[str]]]  # of a batch: its end, and the problems of broken samples once it is read
@@ -191,12 +186,9 @@ def open_dataset(
     InputError, a ValueError, for wrong arguments, some when an iteration begins, and for data that is missing or
     damaged; Unavailable for a store that stays out of reach.
     """
-    unknown, known = ", ".join(sorted(settings.keys() - SETTINGS.keys())), ", ".join(sorted(SETTINGS))
-    require((not unknown, f"open_dataset has no setting {unknown}: use {known}"))
-    for name, kind in SETTINGS.items():
-        if kind is str and name in settings:
-            settings[name] = str(settings[name])  # size=64, cache=Path(...)
-        fits = isinstance(settings.get(name, kind()), (kind, int) if kind is float else kind)
-        require((fits, f"{name} is {settings.get(name)!r}: it must be of type {kind.__name__}"))
-    config = DataConfig(path=str(path), split=split, **settings)
+    refused = ", ".join(sorted(settings.keys() & {"source", "endpoint", "trace"}))  # which are of trainings alone
+    require((not refused, f"open_dataset has no setting {refused}: leave it out"))
+    content = {"path": path, "split": split, **settings}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in content.items()}
+    config: DataConfig = build(DataConfig, plain, "open_dataset", named={})
     return Batches(config, batch=batch, seed=seed, rank=rank, world=world)

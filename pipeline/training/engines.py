@@ -18,26 +18,12 @@ LAUNCHER = "the launcher's DeepSpeed configuration"
 
 def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator, shape: tuple[int, ...] = ()) -> Engine:
     """The engine that trains `bare` on samples of `shape`; InputError if DeepSpeed is set up otherwise. Collective."""
-    train = config.train
-    if train.channels_last:
+    if config.train.channels_last:
         bare.to(memory_format=torch.channels_last)  # type: ignore[call-overload,unused-ignore]  # torch 2.15 declares it
     kind = ZeroEngine if accelerator.distributed_type == DistributedType.DEEPSPEED else Engine
     if "FSDP_VERSION" in os.environ:
         from pipeline.distributed.fsdp import FsdpEngine as kind  # which takes a second to import
-    return kind(
-        accelerator,
-        bare,
-        lr=train.lr,
-        betas=(train.beta1, train.beta2),
-        weight_decay=train.weight_decay,
-        clip=train.clip,
-        batch=train.batch,
-        optimizer=train.optimizer,
-        accumulate=train.accumulate,
-        ema=train.ema,
-        compile=train.compile,
-        shape=shape,
-    )
+    return kind(accelerator, bare, config.train, shape=shape)
 
 
 def check_engine(config: Config, accelerator: Accelerator) -> None:
@@ -50,15 +36,17 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
         raise InputError(f"{uneven}: use {', '.join(ranks)} ranks, or another train.batch in a new run")
     apart = "train.optimizer=muon takes contiguous kernels: leave out train.channels_last, or choose another optimizer"
     require((config.train.optimizer != "muon" or not config.train.channels_last, apart))
-    if "FSDP_VERSION" in os.environ:
-        apart = "does not go with FSDP: leave it out, or use DDP"
-        for name, value in (("optimizer", "adamw"), ("compile", False), ("channels_last", False)):
-            require((getattr(config.train, name) == value, f"train.{name}={getattr(config.train, name)} {apart}"))
+    is_fsdp, is_deepspeed = "FSDP_VERSION" in os.environ, accelerator.distributed_type == DistributedType.DEEPSPEED
+    apart = f"does not go with {'FSDP' if is_fsdp else 'DeepSpeed'}: leave it out, or use DDP"
+    for name, value in (("optimizer", "adamw"), ("compile", False), ("channels_last", False)):
+        possible = getattr(config.train, name) == value or not (is_fsdp or is_deepspeed)
+        require((possible, f"train.{name}={getattr(config.train, name)} {apart}"))
+    if is_fsdp:
         require((not config.objective.needs_frozen, f"objective.name={config.objective.name} {apart}"))
         offloaded = os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
         require((accelerator.mixed_precision != "fp16", f"train.precision=fp16 {apart}"))
         require((not offloaded, f"fsdp_offload_params {apart}"))
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+    if not is_deepspeed:
         return
     plugin, precision = accelerator.state.deepspeed_plugin, accelerator.mixed_precision
     configured, stage = plugin.deepspeed_config, int(plugin.zero_stage)
@@ -68,18 +56,9 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
         enabled, asked = configured.get(name, {}).get("enabled", "auto"), precision.replace("no", "fp32")
         conflict = f"{LAUNCHER} says {name}.enabled: {enabled}, but the run's precision is {asked}"
         require((enabled in ("auto", asked == name), f"{conflict}: remove it there, or change train.precision"))
-    train, objective = config.train, config.objective
+    objective = config.objective
     frozen = f"objective.name={objective.name} evaluates a frozen copy of the network"
     hidden = f"DeepSpeed ZeRO-0 in {precision} keeps its float32 weights where no checkpoint can reach them"
-    cut = "needs whole weights, which DeepSpeed's ZeRO cuts into flat parts: use DDP, or adamw"
-    moved = "does not go with DeepSpeed, which lays weights out anew: leave it out, or use DDP"
-    require(
-        (
-            not objective.needs_frozen or (stage < 3 and precision == "no"),
-            f"{frozen}: use DDP, or ZeRO 0 to 2 in float32, which allow that",
-        ),
-        (stage > 0 or precision == "no", f"{hidden}: use ZeRO 1 to 3, or DDP"),
-        (train.optimizer == "adamw", f"train.optimizer={train.optimizer} {cut}"),
-        (not train.compile, f"train.compile {moved}"),
-        (not train.channels_last, f"train.channels_last {moved}"),
-    )
+    allowed = not objective.needs_frozen or (stage < 3 and precision == "no")
+    require((allowed, f"{frozen}: use DDP, or ZeRO 0 to 2 in float32, which allow that"))
+    require((stage > 0 or precision == "no", f"{hidden}: use ZeRO 1 to 3, or DDP"))

@@ -33,7 +33,7 @@ from pipeline.model.losses import Distance, ObjectiveConfig, perceptual
 from pipeline.model.naign import NAIGN
 from pipeline.model.networks import build_network
 from pipeline.model.prior import Prior, build_prior
-from pipeline.observe import Monitor, Profiler, forward_flops, preflight, set_up
+from pipeline.observe import Monitor, Profiler, fit_flops, forward_flops, preflight, set_up
 from pipeline.settings.budget import count_network_rounds, count_rounds
 from pipeline.storage.local import write_atomically
 from pipeline.storage.store import open_store
@@ -45,6 +45,7 @@ from pipeline.training.run_folder import claim, find_claimed
 from pipeline.training.state import PartialRound, Position, restore, restore_prior, restore_weights, shapes_of
 
 log = logging.getLogger("naign.train")
+THREAD = 9e10  # FLOP/s of a thread, which mnist_imle_long reached on two
 Start = tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]  # metadata, weights and the prior's state
 
 
@@ -67,7 +68,7 @@ def prepare(
     with together(accelerator):
         stream, network, prior = build_model(config, accelerator, start)
         perceived = open_perceived(config.objective, stream.shape, accelerator.device)
-        flops = forward_flops(network, stream.shape)
+        flops = count_flops(config, network, stream.shape, accelerator)
     quality = Quality(config, stream, accelerator) if config.quality.rounds else None
     checkpoint, lock = claim_together(config, accelerator)
     position, partial = Position(), None
@@ -137,6 +138,17 @@ def build_model(config: Config, accelerator: Accelerator, start: Start | None) -
         if device.type == "cpu":
             warn_of_others()
     return stream, network, prior
+
+
+def count_flops(config: Config, network: nn.Module, shape: tuple[int, ...], accelerator: Accelerator) -> int:
+    """Floating-point operations of a forward of f. Warns of a recipe for GPUs: on CPUs it would take days."""
+    flops, threads = forward_flops(network, shape), accelerator.num_processes * torch.get_num_threads()
+    images = count_all_rounds(config)[1] * config.match.round * config.train.passes
+    hours = fit_flops(flops, config.objective.forwards) * images / (THREAD * threads * 3600)
+    if hours > 24 and accelerator.device.type == "cpu" and accelerator.is_main_process:
+        instead = "use a GPU, or a recipe for CPUs: --config pictures for 64x64, cifar10_cpu, photos"
+        log.warning("training f alone would take about %.0f hours on %d threads: %s", hours, threads, instead)
+    return flops
 
 
 def open_outputs(

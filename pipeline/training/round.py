@@ -16,7 +16,7 @@ from pipeline.data.loader import Rows, Stream
 from pipeline.data.order import rank_rows
 from pipeline.distributed.ranks import together, total
 from pipeline.distributed.signals import StopPoll
-from pipeline.errors import Diverged, InputError, Stopped, Unavailable
+from pipeline.errors import Diverged, InputError, Stopped, Unavailable, require
 from pipeline.match import Match, NotFinite, match_round
 from pipeline.model.prior import Prior
 from pipeline.model.scale import scaled
@@ -74,8 +74,10 @@ def take(run: Run, kept: PartialRound | None) -> tuple[RoundState, Rows]:
     rows = read_round(run, run.stream, number)
     images = scaled(rows.images.to(device))
     if config.prior.classes:
+        missing = (rows.labels < 0).nonzero().flatten().tolist()
+        keys = f"{rows.keys[missing[0]]} and {len(missing) - 1} more samples of a round have" if missing else ""
         with together(run.accelerator):
-            refuse_unlabelled(rows)
+            require((not missing, f"prior.classes is set, but {keys} no label: repack the data set, or leave it out"))
     random = RoundRandom(config, number, run.stream.shape, device, run.prior, partial(run.engine.exported, "decode"))
     first, last = rank_rows(config.match.round, run.rank, run.world)
     state = RoundState(number=number, world_size_at_start=run.world, random=random, images=images, first=first)
@@ -93,13 +95,6 @@ def take(run: Run, kept: PartialRound | None) -> tuple[RoundState, Rows]:
         if match := kept.match:
             state.match = replace(match, ids=match.ids[first:last], distances=match.distances[first:last])
     return state, rows
-
-
-def refuse_unlabelled(rows: Rows) -> None:
-    """Raise InputError, naming the key of the first, for rows without a label."""
-    if missing := (rows.labels < 0).nonzero().flatten().tolist():
-        keys = f"{rows.keys[missing[0]]} and {len(missing) - 1} more samples of a round have"
-        raise InputError(f"prior.classes is set, but {keys} no label: repack the data set, or leave it out")
 
 
 def read_round(run: Run, stream: Stream, number: int) -> Rows:

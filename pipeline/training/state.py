@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pipeline import find_version
 from pipeline.checkpoint.writer import Write
 from pipeline.config import Config, to_dict
 from pipeline.data.loader import Stream
@@ -25,7 +26,7 @@ from pipeline.storage.local import write_atomically
 from pipeline.training.run_folder import damage_named, open_tensors, read_model
 
 PRIOR = "state/prior.safetensors"  # what a prior that learns goes on from
-VERSIONS = {name: version(name) for name in ("naign", "torch", "accelerate")}  # recorded in every checkpoint
+VERSIONS = {"naign": find_version(), **{name: version(name) for name in ("torch", "accelerate")}}  # in every checkpoint
 
 
 @dataclass(kw_only=True, slots=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline import philox
-from pipeline.data.damage import DAMAGES, GROUP, HOLES, Damage, find_damage, known_mean
+from pipeline.data.damage import DAMAGES, HOLES, Damage, find_damage, known_mean
 from pipeline.errors import InputError
 from pipeline.settings.registry import known
 
@@ -130,7 +130,7 @@ def test_a_law_of_another_package(monkeypatch):
     points = {"naign.damage": {"inverted": EntryPoint("inverted", "tests.data.test_damage:INVERTED", "")}}
     monkeypatch.setattr("pipeline.settings.registry._entry_points", lambda group: points.get(group, {}))
     assert (
-        known(DAMAGES, GROUP) == ["noise", "mixed", "mild", "photo", "holes", "inverted"]
+        known(DAMAGES, "naign.damage") == ["noise", "mixed", "mild", "photo", "holes", "inverted"]
         and find_damage("inverted").uniforms(SHAPE) == 2
     )
     find_damage("inverted").check(SHAPE)

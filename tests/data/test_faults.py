@@ -254,6 +254,23 @@ def test_data_that_are_lost_while_a_run_reads_them_are_worth_another_start(
                 stream.take(number)
 
 
+@pytest.mark.parametrize("lost", ["a shard", "everything"])
+def test_local_data_that_are_lost_while_a_run_reads_them_are_worth_another_start(lost: str, tmp_path: Path) -> None:
+    pack(numbered(train=40), str(tmp_path), shards=2, progress=False)
+    with Stream(DataConfig(path=str(tmp_path)), seed=3, round_size=40, prefetch=False) as stream:
+        stream.take(0)
+        for file in [tmp_path / "train-00001.tar"] if lost == "a shard" else [*tmp_path.iterdir()]:
+            file.unlink()
+        with pytest.raises(Gone, match="no such file.*; stored data that this run has read before is gone"):
+            for number in range(1, 12):  # the first of these are read already
+                stream.take(number)
+    with (
+        pytest.raises(InputError, match="no such file|no data set"),
+        Stream(DataConfig(path=str(tmp_path)), seed=3, round_size=40) as stream,
+    ):
+        stream.take(0)
+
+
 def test_a_shard_that_was_missing_from_the_start_is_bad_input(remote: str) -> None:
     store = open_store(remote)
     shards = [shard.name for shard in Manifest.load(remote).split("train").shards]

@@ -17,11 +17,11 @@ import pytest
 
 from pipeline.data.dataset import DataConfig
 from pipeline.data.decode import encode
-from pipeline.data.format import indexing, samples
+from pipeline.data.format import IndexOptions, indexing, samples
 from pipeline.data.format.audit import verify
 from pipeline.data.format.indexing import index
 from pipeline.data.format.manifest import Manifest
-from pipeline.data.format.survey import KEPT, Settings, Summary, summarize
+from pipeline.data.format.survey import KEPT, Summary, summarize
 from pipeline.data.format.writer import pack
 from pipeline.data.loader import Stream, read_split
 from pipeline.errors import InputError
@@ -134,7 +134,7 @@ def test_what_was_kept_of_another_tar_or_with_other_settings_is_not_used(
 
 def test_what_was_kept_and_then_changed_is_not_used(tmp_path: Path) -> None:
     write(str(tmp_path), TARS[:1], cls=lambda n: b"%d" % n)
-    found = summarize(open_store(str(tmp_path)), TARS[0], Settings(whole=True))
+    found = summarize(open_store(str(tmp_path)), TARS[0], IndexOptions(), whole=True)
     kept = found.dump("1")
     again = Summary.parse(kept, "1")
     assert again is not None and again.shard == found.shard and again.table == found.table

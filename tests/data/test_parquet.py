@@ -77,6 +77,29 @@ def test_a_folder_of_the_hub_with_its_splits_and_names(tmp_path: Path) -> None:
     assert len(load("parquet:5", root=tmp_path, size="8").splits["train"]) == 5
 
 
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("latest/validated/train.parquet", "latest/validated/test.parquet"),
+        ("contest/a.parquet", "test/a.parquet"),
+        ("test/data/evaluation-0.parquet", "data/validation/0.parquet"),
+        ("test/train-00000-of-00001.parquet", "train/my_val.parquet"),
+    ],
+)
+def test_a_files_name_or_else_its_folder_says_its_split(tmp_path: Path, train: str, test: str) -> None:
+    write(tmp_path / "test" / train, table(range(4)))  # the folder that is given says nothing
+    write(tmp_path / "test" / test, table(range(50, 52)))
+    source = opened(tmp_path / "test")
+    assert reds(source, "train") == [(value, value % 2) for value in range(4)]
+    assert reds(source, "test") == [(value, value % 2) for value in range(50, 52)]
+
+
+def test_a_name_of_two_classes_is_refused_before_a_row_is_read(tmp_path: Path) -> None:
+    features = {"image": {"_type": "Image"}, "label": {"names": ["cat", "dog", "cat"], "_type": "ClassLabel"}}
+    with pytest.raises(InputError, match=r"names of the ClassLabel label stand twice, \['cat'\]: rename"):
+        opened(write(tmp_path / "a.parquet", table(range(4), features, label=[9, 9, 9, 9])))
+
+
 def test_a_folder_that_datasets_saved(tmp_path: Path) -> None:
     for split, values in (("train", range(20)), ("validation", range(50, 54))):
         (tmp_path / split).mkdir()
@@ -134,7 +157,7 @@ def test_columns_that_are_not_there_or_too_many(tmp_path: Path) -> None:
     both = write(tmp_path / "both.parquet", table(range(4), features, sound=picture, fine=[0, 1, 2, 3]))
     with pytest.raises(InputError, match="2 columns of labels: choose one of label, fine by --label, or none"):
         opened(both)  # of the columns with bytes, one alone is called an Image
-    with pytest.raises(InputError, match="digits has no columns: --image and --label are for parquet"):
+    with pytest.raises(InputError, match="digits does not take --image: leave it out"):
         load("digits", image="a")
     for options in ({"root": tmp_path}, {"size": "8"}):
         with pytest.raises(InputError, match="parquet needs pictures and their size: add --root FOLDER --size 64"):

@@ -170,6 +170,15 @@ def test_manifests_that_cannot_be_read(packed: str, tmp_path: Path) -> None:
         pack(numbered(), packed, shards=4, progress=False)
 
 
+def test_what_a_pack_that_was_killed_has_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    (tmp_path / ".partial-0").write_bytes(b"a part")
+    with LocalStore(str(tmp_path)).write("other") as target:
+        target.write(b"of a writer at work")
+        pack(numbered(), str(tmp_path), shards=2, progress=False)
+        assert len(list(tmp_path.glob(".partial-*"))) == 1
+    assert (tmp_path / "other").exists() and not list(tmp_path.glob(".partial-*"))
+
+
 def test_verify_finds_every_planted_fault(packed: str) -> None:
     report = verify(packed, progress=False)
     assert (report.samples, report.shards) == (28, 8)

@@ -108,8 +108,8 @@ def test_names_and_options_that_do_not_fit(tmp_path: Path) -> None:
         ("mnits", {}, "'mnits': choose one of mnist,"),
         ("toy2d:moon", {}, "toy2d:moons"),
         (str(tmp_path), {}, "for a tree of pictures: folder --root"),
-        ("digits", {"size": 16}, "--size and --channels are for pictures"),
-        ("digits", {"root": tmp_path}, "leave out --root"),
+        ("digits", {"size": 16}, "digits does not take --size: leave it out"),
+        ("digits", {"root": tmp_path}, "--root: leave it out"),
         ("folder", {}, "add --root"),
         ("folder", {"root": tmp_path / "nowhere", "size": 8}, "no such folder"),
         ("folder", {"root": tmp_path, "size": 8}, "0 pictures, and at least 2"),
@@ -286,7 +286,7 @@ def test_files_that_are_no_picture_are_passed_over_where_that_is_asked_for(
     (tree / "LICENSE").unlink()
     with pytest.raises(InputError, match="or pass over all such files with --broken skip"):
         pack_command("folder", to=f"{tmp_path}/other", root=tree, size="4")
-    with pytest.raises(InputError, match="mnist is packed whole or not at all: --broken is for folder and parquet"):
+    with pytest.raises(InputError, match="mnist does not take --broken: leave it out"):
         load("mnist", skip=True)
 
 
@@ -439,7 +439,7 @@ def test_a_source_of_another_package(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     points = {"naign.sources": {"numbered:<name>": EntryPoint("numbered:<name>", "tests.data.numbered:build", "")}}
     monkeypatch.setattr("pipeline.settings.registry._entry_points", lambda group: points.get(group, {}))
     assert len(load("numbered:7").splits["train"]) == 7
-    with pytest.raises(InputError, match="numbered:7 needs no files: leave out --root"):
+    with pytest.raises(InputError, match="numbered:7 does not take --root: leave it out"):
         load("numbered:7", root=tmp_path)
     with pytest.raises(InputError, match=r"'numbered': choose one of mnist, .*numbered:<name>"):
         load("numbered")

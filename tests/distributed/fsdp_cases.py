@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from pipeline.config import TrainConfig
 from pipeline.distributed import fsdp
 from pipeline.distributed.engine import Engine
 from pipeline.model.networks import ConvConfig, build_network
@@ -16,8 +17,7 @@ def make(kind: type[Engine]) -> Engine:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     torch.manual_seed(0)
     network = build_network(ConvConfig(width=7, code=5), (1, 8, 8))
-    options = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.01, "clip": 0.5, "batch": 24, "accumulate": 2}
-    return kind(accelerator, network, **options, ema=0.9)
+    return kind(accelerator, network, TrainConfig(lr=1e-2, clip=0.5, batch=24, accumulate=2, ema=0.9))
 
 
 def train(engine: Engine, steps: range) -> None:

@@ -63,10 +63,10 @@ class Pod:
     @property
     def code(self) -> int | None:
         """As the runtime reports it: 128 and the signal for one that was killed."""
-        found = self.process.poll()
-        return found if found is None or found >= 0 else 128 - found
+        code = self.process.poll()
+        return code if code is None or code >= 0 else 128 - code
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text(errors="replace")
 
     def kill(self, number: int = signal.SIGKILL) -> None:
@@ -140,7 +140,7 @@ class Cluster:
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://{pod.address}:{ports[probe['port']]}{probe['path']}", timeout=2).close()
                 break
-            assert time.monotonic() < end, pod.said()
+            assert time.monotonic() < end, pod.output()
             time.sleep(0.2)
         self.names(name, pod.address)
         self.tell(f"{name} is ready")
@@ -212,21 +212,21 @@ class Cluster:
 
     def _environment(self, container: dict[str, Any], labels: dict[str, str]) -> dict[str, str]:
         """As a container would get it, with PATH and PYTHONPATH as the image has them."""
-        found = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+        variables = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
         for source in container.get("envFrom", []):
             if "configMapRef" in source:
-                found |= self.find("ConfigMap", source["configMapRef"]["name"])["data"]
+                variables |= self.find("ConfigMap", source["configMapRef"]["name"])["data"]
             else:
                 name = source["secretRef"]["name"]
                 assert name in self.secrets or source["secretRef"].get("optional"), f"no secret {name}"
-                found |= self.secrets.get(name, {})
+                variables |= self.secrets.get(name, {})
         for item in container.get("env", []):
             if "value" in item:
-                found[item["name"]] = item["value"]
+                variables[item["name"]] = item["value"]
             else:
                 path = item["valueFrom"]["fieldRef"]["fieldPath"]
-                found[item["name"]] = labels[path.removeprefix("metadata.labels['").removesuffix("']")]
-        return found
+                variables[item["name"]] = labels[path.removeprefix("metadata.labels['").removesuffix("']")]
+        return variables
 
 
 class Job:
@@ -291,7 +291,7 @@ class Job:
                 self.done.add(index)
                 self._all[0] = 0 if not self.per_index else self._all[0]
             elif action == "FailJob":
-                self.failed = f"{pod.name}: {pod.said()[-1000:]}"
+                self.failed = f"{pod.name}: {pod.output()[-1000:]}"
             else:
                 self._replace(index, action, pod)
         if self.failed:
@@ -306,7 +306,7 @@ class Job:
         self._all[key] += 1
         limit = spec["backoffLimitPerIndex" if self.per_index else "backoffLimit"]
         if self._counted[key] > limit:  # maxFailedIndexes is 0
-            self.failed = f"{pod.name}: {pod.said()[-1000:]}"
+            self.failed = f"{pod.name}: {pod.output()[-1000:]}"
         self._due[index] = time.monotonic() + min(self.backoff * 2 ** (self._all[key] - 1), self.MOST_BACKOFF)
 
     def take_node(self, index: int) -> None:
@@ -329,7 +329,7 @@ class Job:
         while not happened():
             over = self.step()
             if (over and not happened()) or time.monotonic() > end:
-                texts = [f"== {pod.name}\n{pod.said()[-3000:]}" for pod in self.cluster.pods]
+                texts = [f"== {pod.name}\n{pod.output()[-3000:]}" for pod in self.cluster.pods]
                 raise AssertionError("\n".join([*self.cluster.events, self.failed, *texts]))
             time.sleep(0.1)
 

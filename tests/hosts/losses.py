@@ -80,20 +80,20 @@ def lose(job: Job, index: int, kind: str) -> None:
 def recover(job: Job, index: int, kind: str, within: float) -> Recovery:
     """Lose a pod and wait until the Job trains again; AssertionError where another pod ends, or it takes too long."""
     lost, others = job.pods[index], [pod for other, pod in job.pods.items() if other != index]
-    stayed = {pod.name: pod.said().count("this host stays") for pod in others}
-    met = 0 if index == 0 else job.pods[0].said().count("all hosts are here")
+    stayed = {pod.name: pod.output().count("this host stays") for pod in others}
+    met = 0 if index == 0 else job.pods[0].output().count("all hosts are here")
     begun = time.monotonic()
     seconds: list[float] = []
 
     def reached(condition: Any) -> None:
         job.until(condition, within + begun - time.monotonic())
         seconds.append(time.monotonic() - begun)
-        assert all(pod.code is None for pod in others), [*job.cluster.events, *(pod.said() for pod in others)]
+        assert all(pod.code is None for pod in others), [*job.cluster.events, *(pod.output() for pod in others)]
 
     lose(job, index, kind)
-    reached(lambda: all(pod.said().count("this host stays") > stayed[pod.name] for pod in others))
+    reached(lambda: all(pod.output().count("this host stays") > stayed[pod.name] for pod in others))
     reached(lambda: job.pods.get(index, lost) is not lost)
-    reached(lambda: job.pods[0].said().count("all hosts are here") > met)
+    reached(lambda: job.pods[0].output().count("all hosts are here") > met)
     now = time.time()
     reached(lambda: any(line["time"] > now for line in reported(job.pods.get(0))))
     job.cluster.tell(f"trains again: {[round(value, 1) for value in seconds]}")

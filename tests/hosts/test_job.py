@@ -100,7 +100,7 @@ def lose_pods(cluster: Cluster, hosts: int, losses: list[tuple[int, str]], rates
     assert len(cluster.pods) == 1 + hosts + len(losses)  # the store, the pods, and one for each that was lost
     first = [pod for pod in cluster.pods if pod.name.startswith("naign-0-")][-1]
     assert [line["round"] for line in reported(first)] == [*range(ROUNDS)]
-    assert complete(cluster) and SECRET not in "".join(pod.said() for pod in cluster.pods)
+    assert complete(cluster) and SECRET not in "".join(pod.output() for pod in cluster.pods)
 
 
 @pytest.mark.timeout(900)
@@ -144,10 +144,10 @@ def test_a_pod_of_a_deleted_job_is_turned_away(cluster):
     cluster.objects = prepared(2, rounds=2)
     old = Job(cluster, "naign", uid="deleted")
     old.create(1)
-    old.until(lambda: "host 1 of 2" in old.pods[1].said(), 60)
+    old.until(lambda: "host 1 of 2" in old.pods[1].output(), 60)
     job = Job(cluster, "naign", uid="applied-again")
     job.create(0)
-    job.until(lambda: "another start of this job" in job.pods[0].said(), 60)
+    job.until(lambda: "another start of this job" in job.pods[0].output(), 60)
     assert rounds(job) == 0
     job.create(1)
     job.until(lambda: len(job.done) == 2, 180)

@@ -104,7 +104,7 @@ def test_one_rank_that_a_signal_ended_is_not_called_a_crash(handlers, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("option", "said"),
+    ("option", "errors"),
     [
         ("--port=0", "argument --port: 0: it must lie between 1 and 65535"),
         ("--gpus=1025", "argument --gpus: 1025: it must lie between 0 and 1024"),
@@ -112,10 +112,10 @@ def test_one_rank_that_a_signal_ended_is_not_called_a_crash(handlers, tmp_path, 
         ("--reach=soon", "argument --reach: invalid number value: 'soon'"),
     ],
 )
-def test_an_option_out_of_bounds_is_refused(option, said, handlers, capsys):
+def test_an_option_out_of_bounds_is_refused(option, errors, handlers, capsys):
     with pytest.raises(SystemExit) as caught:
         launch.main([option])
-    assert caught.value.code == BAD_INPUT and said in capsys.readouterr().err
+    assert caught.value.code == BAD_INPUT and errors in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["train", "launch"])
@@ -146,8 +146,8 @@ cli.main()
 @pytest.mark.slow
 def test_a_run_that_is_done_and_asked_to_end_before_its_bucket_says_so_is_started_again(start):
     job = start("--processes=2", "--run.remote=s3://bucket/run", program=("-c", BUCKET))
-    said = job.communicate(timeout=50)[1]
-    assert job.returncode == INTERRUPTED and "stopped on request" in said and "Traceback" not in said
+    errors = job.communicate(timeout=50)[1]
+    assert job.returncode == INTERRUPTED and "stopped on request" in errors and "Traceback" not in errors
 
 
 def training(start: Callable[..., subprocess.Popen[str]], folder: Path, *options: str) -> subprocess.Popen[str]:
@@ -168,8 +168,8 @@ def test_further_signals_change_nothing(ranks, start, digits, tmp_path):
     while job.poll() is None and time.monotonic() < deadline:
         job.send_signal(signal.SIGTERM)
         time.sleep(0.02)
-    said = job.communicate()[1]
-    assert job.returncode == INTERRUPTED and "SIGTERM: stopped on request" in said and "Traceback" not in said
+    errors = job.communicate()[1]
+    assert job.returncode == INTERRUPTED and "SIGTERM: stopped on request" in errors and "Traceback" not in errors
     assert list((tmp_path / "run/checkpoints").glob("step-*"))
 
 
@@ -178,8 +178,8 @@ def test_what_a_terminal_sends_to_all_processes_leaves_a_checkpoint(start, digit
     """With one rank by Ctrl-C; with two see SIGHUP below."""
     job = training(start, tmp_path, "--processes=1", "--engine=single", f"--data.path={digits}")
     os.killpg(job.pid, signal.SIGINT)
-    said = job.communicate(timeout=60)[1]
-    assert job.returncode == INTERRUPTED and "Traceback" not in said
+    errors = job.communicate(timeout=60)[1]
+    assert job.returncode == INTERRUPTED and "Traceback" not in errors
     assert list((tmp_path / "run/checkpoints").glob("step-*"))
 
 
@@ -245,9 +245,9 @@ def test_an_engine_that_starts_one_rank_is_refused_for_two(start, digits, tmp_pa
 @pytest.mark.slow
 def test_one_rank_under_an_engine_keeps_its_code(start):
     job = start("--processes=1", "--engine=single", "--data.path=nowhere", "--run.path=run")
-    said = job.communicate(timeout=60)[1]
-    assert job.returncode == BAD_INPUT and "Traceback" not in said
-    assert "the rank of this host ended with code 2, bad configuration" in said.splitlines()[-1]
+    errors = job.communicate(timeout=60)[1]
+    assert job.returncode == BAD_INPUT and "Traceback" not in errors
+    assert "the rank of this host ended with code 2, bad configuration" in errors.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -266,9 +266,9 @@ def test_a_host_lost_before_there_are_ranks_is_waited_for_and_signals_are_heeded
     assert links.generation == 2 and job.poll() is None
     time.sleep(1)
     job.send_signal(signal.SIGTERM)
-    said = job.communicate(timeout=30)[1]
-    assert job.returncode == INTERRUPTED and said.count("this host stays") == 1, said
-    assert "stopped on request" in said.splitlines()[-1]
+    errors = job.communicate(timeout=30)[1]
+    assert job.returncode == INTERRUPTED and errors.count("this host stays") == 1, errors
+    assert "stopped on request" in errors.splitlines()[-1]
 
 
 HELD = """
@@ -313,7 +313,7 @@ def test_ranks_end_with_a_launcher_that_is_killed_while_they_import_and_connect(
     wait_until(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
     ranks = [psutil.Process(int((tmp_path / name).read_text())) for name in ("0", "1")]
     try:  # rank 0 waits for the others once it has opened its store
-        wait_until(lambda: any(found.status == psutil.CONN_LISTEN for found in ranks[0].net_connections()))
+        wait_until(lambda: any(one.status == psutil.CONN_LISTEN for one in ranks[0].net_connections()))
         assert not any(map(is_over, ranks))
         job.kill()
         wait_until(lambda: all(map(is_over, ranks)), 60)
@@ -357,13 +357,29 @@ def test_a_signal_in_the_first_seconds_ends_the_program_at_once(name, seconds, d
         assert "libtorch" not in Path(f"/proc/{first.pid}/maps").read_text()
         time.sleep(seconds)
         first.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=20)[1]
+        errors = process.communicate(timeout=20)[1]
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == INTERRUPTED and "Traceback" not in said, said
+    assert process.returncode == INTERRUPTED and "Traceback" not in errors, errors
     assert not list(tmp_path.rglob(".partial-*"))
-    assert name == "training" or "stopped on request" in said
+    assert name == "training" or "stopped on request" in errors
+
+
+def test_a_signal_ends_a_pack_that_is_the_first_process_of_a_container(tmp_path):
+    command = [sys.executable, "-m", "pipeline.cli", "pack", "toy2d:moons", "--to", "packed", "--shards", "1"]
+    if not possible():
+        command = ["unshare", "--fork", "--pid", "--kill-child", *command]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    try:
+        wait_until(lambda: bool(list(tmp_path.rglob(".partial-*"))))
+        (psutil.Process(process.pid).children() or [process])[0].send_signal(signal.SIGTERM)
+        lines = process.communicate(timeout=20)[1]
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in lines
+    assert not list(tmp_path.rglob(".partial-*"))
 
 
 @pytest.mark.slow
@@ -378,4 +394,4 @@ def test_a_mistake_on_the_first_host_ends_all(start):
         ]
         words = [host.communicate(timeout=60)[1] for host in hosts]
     assert [host.returncode for host in hosts] == [BAD_INPUT] * 2
-    assert all(f"port {port} cannot be opened on host 0" in said.splitlines()[-1] for said in words)
+    assert all(f"port {port} cannot be opened on host 0" in errors.splitlines()[-1] for errors in words)

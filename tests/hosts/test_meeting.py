@@ -74,7 +74,7 @@ def test_the_place_is_what_the_orchestrator_says(environ, expected):
         ({"PET_NNODES": "2"}, "PET_NODE_RANK is not set"),
         ({"PET_NNODES": "1", "PET_NPROC_PER_NODE": "9" * 5000}, "from 0 to 99999"),
         ({"PET_NNODES": "1", "PET_NPROC_PER_NODE": "1025"}, "1025 ranks on this host: at most 1024"),
-        ({"NAIGN_GENERATION": "1", "NAIGN_SINCE": "3"}, "set neither"),
+        ({"PET_NNODES": "1", "NAIGN_GENERATION": "1", "NAIGN_SINCE": "3"}, "set neither"),
         ({"NAIGN_HOSTS": "2", "NAIGN_HEAD": "ß" * 63, "JOB_COMPLETION_INDEX": "1"}, "is no name of a host"),
     ],
 )

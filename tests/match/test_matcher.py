@@ -242,7 +242,6 @@ def test_the_method_may_change_within_a_run_and_the_assignment_may_not():
     assert differences(Config(), other) == ["match.assignment: free there, one_to_one now"]
     for text, message in (
         ({"match": {"assignmen": 1}}, "did you mean 'match.assignment'"),
-        ({"match": {"space": {"pixels": 1.0}}}, "match.space is no longer a setting: leave it out"),
         ({"train": {"timeout": 0}}, "train.timeout is 0: it must lie between 1 and"),
         ({"train": {"timeout": 10**9}}, "train.timeout is 1000000000: it must lie between 1 and"),
     ):

@@ -115,6 +115,9 @@ def test_what_a_web_server_may_not_do(web: str, tmp_path: Path) -> None:
     for scheme in ("https", "webdavs"):
         with pytest.raises(InputError, match="holds a user or a password"):
             open_store(f"{scheme}://me:secret@example.org/data")
+    with pytest.raises(InputError, match="or a query") as refused:
+        open_store("https://example.org/data?sig=secret")
+    assert "secret" not in str(refused.value)
     with pytest.raises(InputError, match="http:// is only read"):
         index(f"{web}/train-{{00000..00003}}.tar", progress=False)
 

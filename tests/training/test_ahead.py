@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from pipeline.config import TrainConfig
 from pipeline.distributed.engine import Engine
 from pipeline.errors import Diverged
 from pipeline.training.fit import settle
@@ -17,8 +18,8 @@ STEPS, BAD = 7, (2, 3)
 def engine(ahead, **settings):
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 6))
-    options = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.01, "clip": 0.5, "batch": 4, "ema": 0.9}
-    return Engine(Accelerator(cpu=True), network, **options, **settings, ahead=ahead)
+    train = TrainConfig(lr=1e-2, clip=0.5, batch=4, ema=0.9, **settings)
+    return Engine(Accelerator(cpu=True), network, train, ahead=ahead)
 
 
 def take(engine, number):
@@ -112,7 +113,7 @@ class Overwriting(torch.nn.Module):
 
 
 def test_what_a_graph_returns_is_kept_apart_from_its_memory():
-    one = Engine(Accelerator(cpu=True), Overwriting(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0, clip=0.0, batch=2)
+    one = Engine(Accelerator(cpu=True), Overwriting(), TrainConfig(lr=1e-2, weight_decay=0.0, clip=0.0, batch=2))
     one._graphs = True
     for evaluate in (one.sample, lambda x: one.exported("", x)):
         once = evaluate(torch.zeros(2, 3))

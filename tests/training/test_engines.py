@@ -1,5 +1,6 @@
 """What the launcher's engine cannot do is refused before anything is written."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -29,10 +30,10 @@ def accelerator(stage=None, *, ranks=1, precision="no", **configured):
         ({"stage": 3}, ["--objective.name=nae"], "objective.name=nae evaluates a frozen copy"),
         ({"stage": 2, "precision": "bf16"}, ["--objective.name=ign"], "ZeRO 0 to 2 in float32"),
         ({"stage": 0, "precision": "bf16"}, [], "use ZeRO 1 to 3, or DDP"),
-        ({"stage": 2}, ["--train.optimizer=muon"], "train.optimizer=muon needs whole weights"),
+        ({"stage": 2}, ["--train.optimizer=muon"], "train.optimizer=muon does not go with DeepSpeed"),
         ({}, ["--train.optimizer=muon", "--train.channels_last"], "train.optimizer=muon takes contiguous kernels"),
-        ({"stage": 2}, ["--train.compile"], "train.compile does not go with DeepSpeed"),
-        ({"stage": 2}, ["--train.channels_last"], "train.channels_last does not go with DeepSpeed"),
+        ({"stage": 2}, ["--train.compile"], "train.compile=True does not go with DeepSpeed"),
+        ({"stage": 2}, ["--train.channels_last"], "train.channels_last=True does not go with DeepSpeed"),
         ({"stage": 2, "bf16": {"enabled": True}}, [], "bf16.enabled: True, but the run's precision is fp32"),
         ({"stage": 2, "optimizer": {}}, [], "has a section 'optimizer'"),
         ({"ranks": 2}, ["--train.accumulate=3"], "2 ranks x 3 micro-batches"),
@@ -61,8 +62,11 @@ def test_what_fsdp_cannot_do(options, message, monkeypatch):
         check_engine(parse([*OPTIONS, *options]), accelerator())
 
 
-def test_fsdp_1_is_refused(monkeypatch):
-    monkeypatch.setenv("FSDP_VERSION", "1")
+def test_fsdp_1_is_refused_and_a_variable_of_no_launcher_is_ignored(monkeypatch):
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert connect.build_accelerator().num_processes == 1 and "FSDP_VERSION" not in os.environ
+    for name, value in (("FSDP_VERSION", "1"), ("ACCELERATE_USE_FSDP", "true"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="set fsdp_version: 2"):
         connect.build_accelerator()
 

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from pipeline.config import TrainConfig
 from pipeline.distributed.engine import Engine
 from pipeline.distributed.optimizers import OPTIMIZERS, Muon, find_optimizer
 from pipeline.errors import InputError
@@ -15,6 +16,10 @@ from pipeline.errors import InputError
 
 def momentum(parameters, *, lr, **_):
     return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+
+
+def narrow(parameters, lr):
+    return torch.optim.SGD(parameters, lr=lr)
 
 
 class Counting(torch.optim.Optimizer):
@@ -28,18 +33,19 @@ class Counting(torch.optim.Optimizer):
 
 @pytest.fixture(autouse=True)
 def theirs(monkeypatch):
-    points = {name: EntryPoint(name, f"{__name__}:{name}", "naign.optimizers") for name in ("momentum", "Counting")}
+    names = ("momentum", "Counting", "narrow")
+    points = {name: EntryPoint(name, f"{__name__}:{name}", "naign.optimizers") for name in names}
     asked = {"naign.optimizers": points}
     monkeypatch.setattr("pipeline.settings.registry._entry_points", lambda group: asked.get(group, {}))
 
 
-def make(optimizer, **settings):
+def make(optimizer, *, ahead=None, **settings):
     AcceleratorState._reset_state(True)
     torch.manual_seed(0)
     inner = nn.Flatten(), nn.Linear(128, 9), nn.Linear(9, 128), nn.Unflatten(1, (8, 4, 4))
     network = nn.Sequential(nn.Conv2d(1, 8, 4, 2, 1), *inner, nn.ConvTranspose2d(8, 1, 4, 2, 1))
-    options = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.01, "clip": 1.0, "batch": 4}
-    return Engine(Accelerator(cpu=True), network, **options, optimizer=optimizer, **settings)
+    train = TrainConfig(optimizer=optimizer, lr=1e-2, batch=4, **settings)
+    return Engine(Accelerator(cpu=True), network, train, ahead=ahead)
 
 
 def train(engine, first, last):
@@ -97,6 +103,13 @@ def test_only_fused_adamw_leaves_its_norm_on_the_device():
 def test_an_unknown_optimizer_names_the_known_ones():
     with pytest.raises(InputError, match="train.optimizer is 'moun': .*adamw, muon, adafactor.*; did you mean muon"):
         find_optimizer("moun")
+
+
+def test_an_optimizer_of_another_signature_is_refused():
+    with pytest.raises(
+        InputError, match="'narrow', which does not take .parameters, .*unexpected keyword.*: fix its pack"
+    ):
+        find_optimizer("narrow")
 
 
 def test_a_state_that_no_checkpoint_holds_is_refused():

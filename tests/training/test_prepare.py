@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline.config import parse
-from pipeline.training.prepare import build_model
+from pipeline.config import load, parse
+from pipeline.model.networks import build_network
+from pipeline.training.prepare import build_model, count_flops
 from tests.conftest import SMALL
 
 ALONE = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
@@ -50,3 +51,16 @@ def test_a_prior_that_is_not_taken_over_is_named(digits, caplog):
     with caplog.at_level("INFO"):
         weights([*options, "--model.init=other"], start)
     assert "the prior is not from other: its name, its classes or its sizes differ" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "threads", "warned"), [("folder64", 2, True), ("folder64", 64, False), ("mnist", 1, False)]
+)
+def test_a_recipe_for_gpus_is_warned_of_on_cpus(name, threads, warned, caplog, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    config, shape = load(name), (1, 28, 28) if name == "mnist" else (3, 64, 64)
+    with torch.device("meta"):
+        network = build_network(config.model, shape)
+    alone = SimpleNamespace(num_processes=1, device=torch.device("cpu"), is_main_process=True)
+    assert count_flops(config, network, shape, alone) > 1e6
+    assert ("would take about 80 hours on 2 threads: use a GPU, or" in caplog.text) == warned

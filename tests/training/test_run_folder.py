@@ -1,7 +1,9 @@
 """A run's folder belongs to one configuration and one process, and a checkpoint of it is taken whole or refused."""
 
 import errno
+import importlib.metadata
 import json
+import runpy
 import shutil
 from copy import deepcopy
 from dataclasses import replace
@@ -295,3 +297,15 @@ def test_a_checkpoint_that_is_lost_after_rank_0_has_claimed_it_is_worth_another_
     config.run.path, config.run.remote = str(tmp_path / "run"), f"{bucket}/run"
     with pytest.raises(Gone, match="checkpoints/step-00000001/manifest.json: no such object"):
         find_claimed(config, "step-00000001", token="of rank 0")
+
+
+def test_a_checkout_that_was_never_installed_trains(monkeypatch):
+    versions = importlib.metadata.version
+
+    def version(name):
+        if name == "naign":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions(name)
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    assert runpy.run_module("pipeline.training.state")["VERSIONS"]["naign"] == "0+checkout"

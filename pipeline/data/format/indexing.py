@@ -1,23 +1,26 @@
 """Indexing tars that others wrote: each is read once, by threads or processes, also after an interruption."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from braceexpand import braceexpand
 from joblib import Parallel, cpu_count, delayed
 from tqdm import tqdm
 
+from pipeline.data.format import IndexOptions
 from pipeline.data.format.audit import PROBLEMS, Problems
 from pipeline.data.format.labels import check_label_rule
 from pipeline.data.format.manifest import INDEX, Manifest
 from pipeline.data.format.pages import Pager, table_name
 from pipeline.data.format.samples import scan
-from pipeline.data.format.survey import KEPT, Settings, Summary, Survey, key_hash, summarize
+from pipeline.data.format.survey import KEPT, Summary, Survey, key_hash, summarize
 from pipeline.errors import InputError, Unavailable, require
 from pipeline.storage.base import Store
 from pipeline.storage.store import open_store
@@ -33,16 +36,9 @@ IDLE = 5  # seconds after which a process without work ends; one whose parent wa
 def index(
     path: str,  # folder or s3://bucket/prefix of tars, or a pattern of them such as .../{00000..01023}.tar
     *,
-    to: str = "",  # folder or prefix for index.json and page tables; "": beside the tars
-    train: str | None = None,  # pattern of the names of the training shards; None: those that are not for testing
-    test: str | None = None,  # pattern of the names of the test shards; None: names with test or val in them
-    label: str = "",  # "" .cls, json:FIELD of the .json, name:REGEX of the key
     labels: tuple[str, ...] = (),  # names of the labels; (): the numbers or texts in the samples
-    name: str | None = None,  # of the data set; None: the last part of the path
-    sample_check: int | None = None,  # pictures to decode of each tar; of the others only the header is read. None: all
-    keep_broken: bool = False,  # record samples that cannot be decoded, with a warning: training can skip them
-    force: bool = False,  # replace an index.json that is there
     progress: bool = True,  # bar on stderr
+    **options: Any,  # of IndexOptions
 ) -> Manifest:
     """Read every byte of WebDataset tars and write the index.json and page tables that training needs.
 
@@ -50,30 +46,30 @@ def index(
     interruption or an error the next call reads only shards that were not read, had problems or were replaced since.
     An index that is there stays until all is read. Raises Problems, each with its shard and key.
     """
-    check_label_rule(label)
-    if sample_check is not None and sample_check < 0:
-        raise InputError(f"--sample-check {sample_check}: give how many pictures of each tar are decoded, 0 or more")
+    chosen, twice = IndexOptions(**options), [name for name, count in Counter(labels).items() if count > 1]
+    check_label_rule(chosen.label)
+    unfit = f"--sample-check {chosen.sample_check}: give how many pictures of each tar are decoded, 0 or more"
+    require((chosen.sample_check is None or chosen.sample_check >= 0, unfit))
+    require((not twice, f"--labels names {''.join(twice[:1])!r} twice: write each name once"))
     folder, files = _tars(path)
-    store, target = open_store(folder), open_store(to or folder)
-    if target.exists(INDEX) and not force:
+    store, target = open_store(folder), open_store(chosen.to or folder)
+    if target.exists(INDEX) and not chosen.force:
         raise InputError(f"{target.url(INDEX)} is there already: check it by `naign verify`, or replace it by --force")
     old = None
     with suppress(InputError):  # none is there, or none that can be read
         old = Manifest.load(target.path)
-    groups = _grouped_names(files, path, train, test)
+    groups = _grouped_names(files, path, chosen.train, chosen.test)
     try:
         target.put(f"index{KEPT}", b"")  # rather than be refused once much was read
         target.delete(f"index{KEPT}")
     except InputError as error:
-        elsewhere = "" if to else "; where you may only read, have the index written elsewhere: --to=FOLDER"
+        elsewhere = "" if chosen.to else "; where you may only read, have the index written elsewhere: --to=FOLDER"
         raise InputError(f"{error}{elsewhere}") from None
     names = [name for files in groups.values() for name in files]
-    whole = store.path == target.path  # an index beside the tars has the hash of each
-    settings = Settings(label=label, check=sample_check, whole=whole, keep_broken=keep_broken)
-    summaries = _summaries(store, target, names, settings, progress)
+    summaries = _summaries(store, target, names, chosen, progress)
     with busy("comparing tars", shown=progress):
-        survey = _merged(path, store, label, groups, summaries)
-    title = name or folder.rstrip("/").rpartition("/")[2] or "indexed"
+        survey = _merged(path, store, chosen.label, groups, summaries)
+    title = chosen.name or folder.rstrip("/").rpartition("/")[2] or "indexed"
     shards = {split: [summaries[file].shard for file in files] for split, files in groups.items()}
     broken = {file: one.broken for file, one in summaries.items() if one.broken}
     manifest = replace(survey.manifest(title, labels, shards, old), broken=broken)
@@ -144,7 +140,9 @@ def _grouped_names(files: list[str], path: str, train: str | None, test: str | N
     return {split: names for split, names in groups.items() if names}
 
 
-def _summaries(store: Store, target: Store, names: list[str], settings: Settings, progress: bool) -> dict[str, Summary]:
+def _summaries(
+    store: Store, target: Store, names: list[str], settings: IndexOptions, progress: bool
+) -> dict[str, Summary]:
     """The summary of every tar by name, in the order of the names."""
     with busy(f"asking for the sizes of {len(names)} tars", shown=progress):
         kept = set(target.list())
@@ -170,13 +168,15 @@ def _kept_name(name: str) -> str:
     return f"{name.removesuffix('.tar')}{KEPT}"
 
 
-def _summary(store: Store, target: Store, settings: Settings, name: str, kept: bool) -> Summary:
+def _summary(store: Store, target: Store, settings: IndexOptions, name: str, kept: bool) -> Summary:
     """The summary of a tar, read, or else what an interrupted call `kept`. It is kept for the next call."""
-    file, version = _kept_name(name), f"{name}, {store.version(name)}, {settings._replace(keep_broken=False)}"
+    whole = store.path == target.path  # an index beside the tars has the hash of each
+    file = _kept_name(name)
+    version = f"{name}, {store.version(name)}, {settings.label}, {settings.sample_check}, {whole}"
     before = Summary.parse(target.read(file), version) if kept else None
     if before and (settings.keep_broken or not before.broken):
         return before
-    summary = summarize(store, name, settings)
+    summary = summarize(store, name, settings, whole=whole)
     if not summary.problems:
         target.put(file, summary.dump(version))
     return summary

@@ -4,12 +4,13 @@ import hashlib
 import json
 import logging
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.data.decode import decode_array, decode_image, decoding, header_shape, parse_npy
+from pipeline.data.format import IndexOptions
 from pipeline.data.format.labels import label_text, parse_number
 from pipeline.data.format.manifest import CHANNELS, FORMS, Manifest, Shard
 from pipeline.data.format.samples import examine
@@ -24,15 +25,6 @@ KEPT = ".indexing.json"  # ends the names of summaries' files, which exist until
 MOST_LABELS = 1_000_000  # a larger number in .cls is no label, and more texts are no classes
 _BROKEN = "repack the data set, or index it with --keep-broken and train with --data.broken=skip"
 _ALIKE = "all samples must be alike; `naign pack folder` makes them so"
-
-
-class Settings(NamedTuple):
-    """How samples are read."""
-
-    label: str = ""  # where labels are, see labels.label_text
-    check: int | None = None  # samples of each tar to decode; of the others only the header is read. None: all
-    whole: bool = False  # also hash each tar as a whole
-    keep_broken: bool = False  # record samples that cannot be decoded, rather than refuse them
 
 
 @dataclass(kw_only=True)
@@ -75,7 +67,6 @@ class Survey:
         unknown = sorted(self.labels - set(labels)) if self.label and labels else []
         but = f"{name}: {len(labels)} label names, but"
         require(
-            (len(set(labels)) == len(labels), f"{name}: a label name occurs twice: give each label its own"),
             (self.labels or not labels, f"{but} no sample has a label: leave them out, or --label"),
             (len(labels) >= len(classes) or not labels, f"{but} labels up to {len(classes) - 1}: name them all"),
             (not unknown, f"{but} none of the labels {unknown[:3]}: name them all"),
@@ -120,14 +111,15 @@ class Summary:
             return None
 
 
-def summarize(store: Store, name: str, settings: Settings) -> Summary:
-    """Read every byte of a tar."""
+def summarize(store: Store, name: str, settings: IndexOptions, *, whole: bool = False) -> Summary:
+    """Read every byte of a tar; with `whole` it is also hashed as a whole."""
     survey, broken, seen = Survey(label=settings.label), list[str](), dict[str, str]()
 
     def see(sample: dict[str, Any]) -> None:
         place = f"{store.url(name)}, key {sample['__key__']}"
         try:
-            kind, shape = _form(sample, place, whole=settings.check is None or len(seen) <= settings.check)
+            check = settings.sample_check
+            kind, shape = _form(sample, place, whole=check is None or len(seen) <= check)
         except InputError as error:
             if not settings.keep_broken:
                 raise
@@ -142,7 +134,7 @@ def summarize(store: Store, name: str, settings: Settings) -> Summary:
         if len(survey.labels) > MOST_LABELS:
             raise InputError(f"{place}: the {MOST_LABELS + 1}th label: --label {settings.label} gives no classes")
 
-    problems, shard, table = examine(store, name, see, seen, whole=settings.whole)
+    problems, shard, table = examine(store, name, see, seen, whole=whole)
     keys = np.array(sorted(map(key_hash, seen)) if shard else (), np.uint64)
     shard = shard or Shard(name=name, samples=0, bytes=0, pages="")
     return Summary(shard=shard, table=table, survey=survey, keys=keys, broken=broken, problems=problems)

@@ -17,6 +17,7 @@ from pipeline.data.order import check_seed, parts, shuffled
 from pipeline.data.sources.source import Source
 from pipeline.errors import Conflict, InputError, require
 from pipeline.storage.base import Store, Writer
+from pipeline.storage.local import LocalStore
 from pipeline.storage.store import open_store
 
 SHARDS = 16  # shards a split at least, unless given: enough readers for a machine or two
@@ -99,6 +100,8 @@ def _clear(target: Store, source: Source) -> None:
 def _undone_on_error(target: Store) -> Iterator[list[str]]:
     """A list of files written, which are deleted on an InputError: once the input is mended, shards differ."""
     names: list[str] = []
+    if isinstance(target, LocalStore):
+        target.remove_partial()
     try:
         yield names
     except InputError as error:

@@ -37,42 +37,33 @@ SOURCES: dict[str, Callable[..., Source]] = {
 """By `name` or, with an argument, `name:<name>`: functions of the argument (else '') and of options of `load`."""
 
 GROUP = "naign.sources"
+OPTIONS: dict[str, Any] = {"root": None, "size": None, "channels": 3, "skip": False, "image": "", "label": ""}
 TREES = ("folder", "parquet")  # sources of the user's own pictures
 
 
-def load(
-    name: str,
-    *,
-    root: Path | None = None,  # files to use instead of fetching them; of `folder` and `parquet`, the pictures
-    size: str | int | None = None,  # this, channels and skip: for these two, as `from_tree` takes them
-    channels: int = 3,
-    seed: int = 0,  # of what is drawn: the points of toy2d, the test split of pictures
-    skip: bool = False,
-    image: str = "",  # this and label: for `parquet`, as `from_tables` takes them
-    label: str = "",
-) -> Source:
-    """The named source; of one such as mnist:100, that many of its training examples, drawn by the seed. InputError for
-    an unknown name, missing files, or an option that it does not take; Unavailable where files cannot be fetched.
+def load(name: str, *, seed: int = 0, **given: Any) -> Source:
+    """The named source; of one such as mnist:100, that many of its training examples, drawn by the seed, as are the
+    points of toy2d and the test split of pictures. `given` are of OPTIONS: root, files to use instead of fetching them;
+    for `folder` and `parquet`, the pictures, and the others as `from_tree` and `from_tables` take them.
+
+    Raises InputError for an unknown name, missing files, or an option that it does not take; Unavailable where files
+    cannot be fetched.
     """
     check_seed(seed)
-    options: dict[str, Any] = {"root": root, "size": size, "channels": channels, "seed": seed, "skip": skip}
-    options |= {"image": image, "label": label}
+    assert given.keys() <= OPTIONS.keys(), given
+    options = OPTIONS | given | {"seed": seed}
     base, _, argument = name.partition(":")
     choices, key = known(SOURCES, GROUP), f"{base}:<name>"
     if key not in choices and argument.isdecimal() and len(argument) < 10:
-        return subset(load(base, **options), train=int(argument), seed=seed)
+        return subset(load(base, seed=seed, **given), train=int(argument), seed=seed)
     tree = {name: f"for a tree of pictures: folder --root {name} --size 64"} if Path(name).is_dir() else {}
     chosen = key if argument and key in choices else name
     build = lookup("the data set to pack", chosen, SOURCES, GROUP, remedies=tree)
-    takes, given = signature(build).parameters, size is not None or channels != 3
-    whole = f"{name} is packed whole or not at all: --broken is for folder and parquet"
-    require(
-        ("size" in takes or not given, f"{name} has its own size and channels: --size and --channels are for pictures"),
-        ("skip" in takes or not skip, whole),
-        ("label" in takes or not (image or label), f"{name} has no columns: --image and --label are for parquet"),
-        ("root" in takes or root is None, f"{name} needs no files: leave out --root"),
-        (name not in TREES or root and size, f"{name} needs pictures and their size: add --root FOLDER --size 64"),
-    )
+    takes, pictures = signature(build).parameters, options["root"] and options["size"]
+    for option, usual in OPTIONS.items():
+        flag = "broken" if option == "skip" else option
+        require((option in takes or options[option] == usual, f"{name} does not take --{flag}: leave it out"))
+    require((name not in TREES or pictures, f"{name} needs pictures and their size: add --root FOLDER --size 64"))
     return build(argument, **{key: value for key, value in options.items() if key in takes})
 
 

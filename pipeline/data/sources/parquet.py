@@ -4,7 +4,9 @@ from which shards take them in random order.
 
 import json
 import logging
+import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -28,15 +30,16 @@ log = logging.getLogger(__name__)
 
 BINARY = (types.is_binary, types.is_large_binary)
 TEXTS = (types.is_integer, types.is_string, types.is_large_string, types.is_dictionary)  # types that labels may have
+SPLIT = re.compile(r"(?<![a-z])(train|test|val)(?:ing|id|idation)?(?![a-z])")  # in names of files and folders
 BATCH = 256  # rows of a Parquet file that are decoded at once
 
 
 def from_tables(root: Path, *, size: str | int, channels: int, seed: int, skip: bool, image: str, label: str) -> Source:
     """The rows of a .parquet file, or of the .parquet files and .arrow streams in a folder, with pictures from column
     `image` ("": the only one of pictures) cropped and resized as by `folder.from_tree`, and labels from column `label`
-    ("": the only ClassLabel, or `label`; "none": without). The test split is files with test or val in their paths, or
-    else a tenth of the rows, drawn by the seed. `skip` leaves out rows that are no picture. Raises InputError that
-    names file and row, and Unavailable where the disk is full.
+    ("": the only ClassLabel, or `label`; "none": without). The test split is files whose names, or else folders, have
+    the word test or validation, or else a tenth of the rows, drawn by the seed. `skip` leaves out rows that are no
+    picture. Raises InputError that names file and row, and Unavailable where the disk is full.
     """
     height, width = parse_size(str(size), "--size")
     files = [root] if root.is_file() else sorted([*root.rglob("*.parquet"), *root.rglob("*.arrow")])
@@ -47,8 +50,8 @@ def from_tables(root: Path, *, size: str | int, channels: int, seed: int, skip: 
         with tempfile.TemporaryFile() as spool, ThreadPool(cpu_count()) as pool:
             decode = partial(pool.map, partial(_decode, size=(width, height), channels=channels))
             for file in files:
-                inner = str(file.relative_to(root))
-                split = rows["test" if "test" in inner or "val" in inner else "train"]
+                words = SPLIT.findall("/".join(file.relative_to(root).parts[-2:]).lower())
+                split = rows["test" if words and words[-1] != "train" else "train"]
                 for pixels, text in _rows(file, image, label, names, decode, skip):
                     spool.write(pixels)
                     split.append(len(numbers))
@@ -128,7 +131,10 @@ def _columns(schema: Any, file: str, image: str, label: str) -> tuple[str, str, 
     unlabelled = label == "none" or not (label or classes)
     label = "" if unlabelled else choose("labels", "--label, or none", label, texts if label else classes)
     names = features.get(label, {}).get("names")
-    return image, label, [*map(str, names)] if isinstance(names, list) and types.is_integer(inner[label]) else []
+    classes = [*map(str, names)] if isinstance(names, list) and types.is_integer(inner[label]) else []
+    twice = [name for name, count in Counter(classes).items() if count > 1]
+    require((not twice, f"{file}: names of the ClassLabel {label} stand twice, {twice[:3]}: rename, or --label none"))
+    return image, label, classes
 
 
 def _decode(cell: Any, size: tuple[int, int], channels: int) -> tuple[bytes, str]:

@@ -39,11 +39,8 @@ def build_prior(
     """
     kind = find_prior(config.name)[1]
     drawn = code_shape(network, f"prior.name={config.name}") if kind.decodes else shape
-    if not config.classes:
-        return kind(config, drawn, seed=seed).requires_grad_(False)
     blind = f"prior.classes does not go with prior.name={config.name}: choose flow or gmm"
     missing = "prior.classes is set, but the data set has no labels: pack or index it with some, or leave it out"
-    require((issubclass(kind, CodesPrior), blind), (labels, missing))
-    conditioned: type[Any] = kind
-    prior: Prior = conditioned(config, drawn, seed=seed, labels=labels).requires_grad_(False)
-    return prior
+    require((not config.classes or issubclass(kind, CodesPrior), blind), (not config.classes or labels, missing))
+    conditions: dict[str, Any] = {"labels": labels} if config.classes else {}
+    return kind(config, drawn, seed=seed, **conditions).requires_grad_(False)

@@ -144,7 +144,9 @@ class Prior(nn.Module):
 
 
 class CodesPrior(Prior):
-    """Base of priors of codes, which may be conditioned on the classes that `labels` name."""
+    """Base of priors of codes, which may be conditioned on the classes that `labels` name. Their `draw` also takes the
+    classes (n,) int64 of what it draws; None: those that `choose` draws.
+    """
 
     decodes = learns = True
     class_counts: Tensor  # (classes,) int64, where there are any: images of each that it learned from
@@ -154,10 +156,6 @@ class CodesPrior(Prior):
         self.labels = tuple(labels)
         if self.labels:
             self.register_buffer("class_counts", torch.zeros(len(self.labels), dtype=torch.int64))
-
-    def draw(self, seed: int, round: int, ids: Tensor, device: Device, labels: Tensor | None = None) -> Tensor:
-        """As of every prior; of the classes `labels` (n,) int64, or of those that `choose` draws."""
-        raise NotImplementedError
 
     def choose(self, seed: int, round: int, ids: Tensor, device: Device) -> Tensor | None:
         """Classes (n,) int64 in proportion to `class_counts`, by (seed, round, id); None without classes."""

@@ -236,8 +236,10 @@ class Flow(CodesPrior):
         noise, time = drawn[:, :size].view_as(wanted), drawn[:, size].sigmoid()
         if labels is not None:
             labels = labels.masked_fill(torch.special.ndtr(drawn[:, -1]) < DROPPED, len(self.labels))
+        share = time.view(-1, *(1,) * (wanted.ndim - 1))
+        points = share * wanted + (1 - share) * noise
         with examples.autocast():
-            velocity = self.learner.network(between_ends(noise, wanted, time), time, labels)
+            velocity = self.learner.network(points, time, labels)
         return (velocity.float() - (wanted - noise)).square().sum()
 
     def training_state(self) -> dict[str, Tensor]:
@@ -253,12 +255,6 @@ class Flow(CodesPrior):
         self.learner.resume_at(int(made))
         for name, value in self.learner.tensors().items():
             value.copy_(state[name])
-
-
-def between_ends(noise: Tensor, codes: Tensor, time: Tensor) -> Tensor:
-    """Points (n, d, ...) at times (n,) on straight paths from noise to codes."""
-    time = time.view(-1, *(1,) * (codes.ndim - 1))
-    return time * codes + (1 - time) * noise
 
 
 def moving(velocity: Velocity) -> bool:
