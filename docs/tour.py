@@ -29,7 +29,7 @@ try:
     import naign
 except ModuleNotFoundError as error:
     if not Path("../pyproject.toml").exists():
-        sys.exit(f"This kernel has no NAIGN ({error}): open docs/tour.ipynb in a clone, or install NAIGN first.")
+        sys.exit(f"This kernel has no NAIGN ({error}): open docs/tour.ipynb in a clone.")
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", ".."], check=True)
     importlib.invalidate_caches()
 
