@@ -20,7 +20,7 @@ def write_pages(project: Path) -> list[str]:
     """Write build/pages as the site needs it; returns what is wrong with links out of docs/ and with nav."""
     pages, wrong = project / "build/pages", []
     shutil.rmtree(pages, ignore_errors=True)
-    shutil.copytree(project / "docs", pages, ignore=shutil.ignore_patterns("*.py", "*.ipynb", "data", "runs"))
+    shutil.copytree(project / "docs", pages, ignore=shutil.ignore_patterns("*.py", ".*", "data", "runs"))
     (pages / PICTURES).mkdir(parents=True)
     for picture in (project / PICTURES).glob("*.png"):
         shutil.copy(picture, pages / PICTURES)

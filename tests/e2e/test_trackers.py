@@ -16,6 +16,25 @@ from tests.conftest import ROOT, SMALL, direct_command, forked
 PAGE = (ROOT / "docs/tracking.md").read_text()
 ROW = re.compile(r"^\| (`.*?`) \| .* \| (.*?) \|$", re.MULTILINE)
 """Names and conditions of a row of the table."""
+LINES = """
+from accelerate.tracking import GeneralTracker
+
+from pipeline.observe import accelerated
+
+
+class Lines(GeneralTracker):
+    name, requires_logging_directory, tracker = "lines", True, None
+
+    def __init__(self, project, folder):
+        super().__init__()
+        self.file = open(f"{folder}/lines.txt", "a")
+
+    def log(self, values, step=None, **kwargs):
+        print(step, values["loss/total"], file=self.file, flush=True)
+
+
+LINES = (None, accelerated(Lines))
+"""
 HANGING = """
 import threading
 
@@ -55,10 +74,10 @@ EVERYTHING = [
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """The package of docs/tracking.md, and a tracker that hangs, as an installer leaves them."""
-    files = dict(re.findall(r"^```python\n# (\S+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
+    """A package with the tracker that docs/tracking.md registers, and one that hangs, as an installer leaves them."""
     info = "my_package-1.dist-info"
-    files |= {"my_package/__init__.py": PATIENT, "my_package/hanging.py": HANGING, f"{info}/entry_points.txt": POINTS}
+    files = {"my_package/__init__.py": PATIENT, "my_package/lines.py": LINES, "my_package/hanging.py": HANGING}
+    files[f"{info}/entry_points.txt"] = POINTS
     files |= {f"{info}/METADATA": "Metadata-Version: 2.1\nName: my_package\nVersion: 1\n"}
     for name, text in files.items():
         (tmp_path / "site" / name).parent.mkdir(parents=True, exist_ok=True)
