@@ -275,7 +275,7 @@ def read_split(
             if problem := size_problem(reader.store, reader.shards[number]):
                 raise InputError(problem)  # before memory is allocated for samples that are not there
     with closing((reader, raw) for reader, cut in chosen for raw in reader.raw(cut)) as samples:
-        bar = tqdm(samples, total=count, desc=f"read {split}", unit="sample", disable=not progress)
+        bar = tqdm(samples, total=count, desc=f"read {split}", unit="sample", disable=not progress or None)
         rows = new_rows(new_images(sets.shape, sets.manifest.dtype, count))
         broken = fill(rows, 0, bar)
     allow(broken, len(broken), count, total)

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Unavailable
 from pipeline.storage.base import PARTIAL, Store, Writer
 from pipeline.storage.retry import Tally
 
@@ -96,7 +96,8 @@ class LocalStore(Store):
         except BaseException as error:
             partial.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
-                raise OSError(error.errno, error.strerror, self.url(name)) from None
+                with self._explained(name):
+                    raise
             raise
 
     def delete(self, name: str) -> None:
@@ -111,6 +112,8 @@ class LocalStore(Store):
         try:
             yield
         except OSError as error:
+            if error.errno in FULL:
+                raise Unavailable(f"{self.url(name)}: {error.strerror}: free some, or choose another folder") from None
             if error.errno not in _REMEDIES:
                 raise
             what, remedy = str(error.strerror).lower(), _REMEDIES[error.errno]
