@@ -16,10 +16,13 @@ export PYTHONDONTWRITEBYTECODE :=
 BIN := $(VENV)/bin
 PIP_INSTALL ?= $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c launch/constraints.txt
 
+# pip's last words often name no cause.
+OR_SAY := || { echo "pip failed, see above: is the network there, behind a proxy by HTTPS_PROXY? make continues where it stopped"; exit 1; }
+
 # A worker that has no tests left takes some from the end of another's list.
 XDIST := -n $(WORKERS) --dist worksteal
 PYTEST := $(BIN)/pytest $(XDIST)
-LOWEST := PYTHONPATH=$(CURDIR) $(VENV)-lowest/bin/python -m pytest $(XDIST)
+LOWEST := PYTHONPATH="$(CURDIR)" $(VENV)-lowest/bin/python -m pytest $(XDIST)
 
 TARGET ?= cpu
 VERSION ?=
@@ -36,20 +39,39 @@ help:
 	@echo "make docs    write docs/settings.md from the code; build the pages of docs/ as a site in build/site"
 	@echo "make dist    the wheel and the source archive, in dist/; make sbom: what the wheel depends on, in build/sbom/"
 	@echo "make models  train the recipes of a release, measure, and pack each with its card, in build/models/; hours   [MODELS=mnist]"
-	@echo "make image   the container image, by docker   [TARGET=cuda VERSION=0.1.0 TORCH_INDEX=...]"
+	@echo "make image   the container image, by docker   [TARGET=cuda VERSION=0.2.0 TORCH_INDEX=...]"
 	@echo "make constraints    pin what pyproject.toml asks for and launch/constraints.txt lacks   [OPTIONS=--upgrade]"
 	@echo "make clean   remove the virtual environment and caches (data/ and runs/ stay)"
 
+# What stands in the way of an installation, in one line, before anything is written. Python 2 must be able to parse it.
+define CHECK
+import os, sys
+if sys.version_info < (3, 11):
+    sys.exit("Python 3.11 or newer is needed, and $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2])
+import importlib.util, shutil, tempfile
+if not importlib.util.find_spec("ensurepip"):
+    sys.exit("$(PYTHON) cannot make a virtual environment: on Debian and Ubuntu, apt-get install python3-venv")
+for place, remedy in ("$(VENV)", "make VENV=/elsewhere/.venv"), (tempfile.gettempdir(), "TMPDIR=/elsewhere make"):
+    place = os.path.abspath(place)
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    free = shutil.disk_usage(place).free / 1e9
+    if free < $(LEAST_GB):
+        sys.exit("%s has %.1f GB free, and an installation needs $(LEAST_GB): %s ..." % (place, free, remedy))
+endef
+export CHECK
+LEAST_GB := 2
+
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c "$$CHECK"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.installed: pyproject.toml benchmarks/baselines/pyproject.toml launch/constraints.txt | $(VENV)/bin/python
-	$(PIP_INSTALL) -e . -e benchmarks/baselines
+	$(PIP_INSTALL) -e . -e benchmarks/baselines $(OR_SAY)
 	@touch $@
 
 $(VENV)/.tested: pyproject.toml benchmarks/baselines/pyproject.toml launch/constraints.txt | $(VENV)/bin/python
-	$(PIP_INSTALL) -e '.[test]' -e benchmarks/baselines
+	$(PIP_INSTALL) -e '.[test]' -e benchmarks/baselines $(OR_SAY)
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.gpu: launch/faiss-gpu/pyproject.toml launch/faiss-gpu/which.py | $(VENV)/.installed
@@ -61,12 +83,12 @@ $(VENV)/.gpu: launch/faiss-gpu/pyproject.toml launch/faiss-gpu/which.py | $(VENV
 install: $(VENV)/.installed $(if $(filter-out 0,$(GPU)),$(VENV)/.gpu)
 
 train: $(VENV)/.installed
-	$(BIN)/accelerate launch --quiet pipeline/train.py $(addprefix --config ,$(CONFIG)) --run.path $(RUN) $(OPTIONS)
-	$(BIN)/naign evaluate $(RUN)
+	$(BIN)/accelerate launch --quiet pipeline/train.py $(if $(CONFIG),--config "$(CONFIG)") --run.path "$(RUN)" $(OPTIONS)
+	$(BIN)/naign evaluate "$(RUN)"
 	@echo
 	@echo "report       $(RUN)/evaluation/report.html"
 	@echo "TensorBoard  $(BIN)/tensorboard --logdir $(RUN)/tensorboard"
-	@echo "model        $$(ls -d $(RUN)/checkpoints/step-* | tail -n 1)/model.safetensors"
+	@echo "model        $$(ls -d "$(RUN)"/checkpoints/step-* | tail -n 1)/model.safetensors"
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff check .

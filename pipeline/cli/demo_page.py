@@ -1,10 +1,12 @@
 """The page of `naign demo`, in Gradio."""
 
 import functools
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.request import getproxies
 
 import gradio
 import numpy as np
@@ -216,6 +218,7 @@ def _shown(label: str, name: str | None = None) -> gradio.Image:
 def serve(player: Player, *, about: str, port: int) -> None:
     """Serve the page until Ctrl-C; port 0 is any free one. Raises InputError where it cannot listen."""
     page = build(player, about=about)
+    os.environ["no_proxy"] = ",".join(filter(None, (HOST, getproxies().get("no"))))  # gradio asks its own server
     try:
         page.launch(
             server_name=HOST,

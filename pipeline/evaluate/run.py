@@ -55,7 +55,7 @@ def evaluate(
     first, (second, missing) = choose_encoder(manifest), _open_second(encoder, manifest, device)
     metrics: dict[str, Any] = {"encoder": first.name, "encoder_accuracy": first.accuracy, "dataset": manifest.name}
     layout = "{desc:<35}{bar}{n_fmt}/{total_fmt} {elapsed}"
-    with tqdm(total=len(STAGES) + 2, disable=not progress, bar_format=layout, desc="reading data") as bar:
+    with tqdm(total=len(STAGES) + 2, disable=not progress or None, bar_format=layout, desc="reading data") as bar:
         train, test, labels = measures.read(config, manifest.shape, seed=seed)
         subject = Subject(model, manifest, first, train, test, samples, seed, labels, second=second)
         subject.progress = lambda share: bar.set_description(f"{title}, {share:.0%}")

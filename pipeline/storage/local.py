@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Unavailable
 from pipeline.storage.base import PARTIAL, Missing, Store, Writer
 from pipeline.storage.retry import Tally
 
@@ -101,7 +101,8 @@ class LocalStore(Store):
         except BaseException as error:
             partial.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno in FULL and error.filename is None:
-                raise OSError(error.errno, error.strerror, self.url(name)) from None
+                with self._explained(name):
+                    raise
             raise
 
     def remove_partial(self) -> None:
@@ -123,6 +124,8 @@ class LocalStore(Store):
         try:
             yield
         except OSError as error:
+            if error.errno in FULL:
+                raise Unavailable(f"{self.url(name)}: {error.strerror}: free some, or choose another folder") from None
             if error.errno not in _REMEDIES:
                 raise
             what, remedy = str(error.strerror).lower(), _REMEDIES[error.errno]

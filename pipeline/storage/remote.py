@@ -38,7 +38,9 @@ class RemoteStore(NetworkStore):
 
     @property
     def _files(self) -> Any:
-        return fsspec.filesystem(self._scheme, use_listings_cache=False)  # one a process: fsspec keeps it
+        proxied = {"client_kwargs": {"trust_env": True}} if self._scheme in ("http", "https") else {}
+        # One a process: fsspec keeps it.
+        return fsspec.filesystem(self._scheme, use_listings_cache=False, **proxied)
 
     def folders(self) -> list[str]:
         return self._listed("directory")

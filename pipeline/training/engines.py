@@ -1,6 +1,8 @@
 """The engine that the launcher's configuration asks for, and what it cannot do."""
 
 import os
+import shutil
+import sys
 
 import torch
 from accelerate import Accelerator
@@ -47,6 +49,10 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
         require((accelerator.mixed_precision != "fp16", f"train.precision=fp16 {apart}"))
         require((not offloaded, f"fsdp_offload_params {apart}"))
     if not is_deepspeed:
+        if config.train.compile and accelerator.device.type == "cpu":
+            compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch chooses it
+            lacking = f"train.compile needs a C++ compiler, and {compiler} is not there"
+            require((shutil.which(compiler), f"{lacking}: install it, name another in CXX, or leave train.compile out"))
         return
     plugin, precision = accelerator.state.deepspeed_plugin, accelerator.mixed_precision
     configured, stage = plugin.deepspeed_config, int(plugin.zero_stage)

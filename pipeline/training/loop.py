@@ -9,6 +9,7 @@ import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from shlex import quote
 
 from accelerate import Accelerator
 from torch import Tensor
@@ -48,7 +49,7 @@ def train(config: Config, accelerator: Accelerator, callbacks: Sequence[Callback
     if finished and run.rank == 0:
         place = config.run.remote or config.run.path
         ended = "" if run.position.round >= run.rounds else " (ended by quality.patience)"
-        print(f"done{ended}: the run lies in {place}; measure it with: naign evaluate {place}")
+        print(f"done{ended}: the run lies in {place}; measure it with: naign evaluate {quote(place)}")
     return finished
 
 

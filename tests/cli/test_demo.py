@@ -48,7 +48,7 @@ def page(digits, save_untrained, tmp_path_factory) -> Iterator[Page]:
     folder = tmp_path_factory.mktemp("demo")
     run = save_untrained(folder / "run", data=digits, shape=(1, 8, 8), config=TINY)
     command = [sys.executable, "-m", "pipeline.cli", "demo", run, "--port", "0"]
-    env = environment(TMPDIR=str(folder), HF_HUB_OFFLINE="1")
+    env = environment(TMPDIR=str(folder), HF_HUB_OFFLINE="1", http_proxy="http://127.0.0.1:9")
     with (folder / "log").open("w") as log:
         program = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=log, text=True)
     try:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 import fsspec
 import pytest
@@ -48,6 +49,9 @@ class Web(http.server.SimpleHTTPRequestHandler):
             self.wfile.write(data[: len(data) // 2] if fault == "cut" else data)
             if fault == "cut":
                 self.connection.close()
+
+    def translate_path(self, path: str) -> str:
+        return super().translate_path(urlsplit(path).path)  # a proxy is asked for whole addresses
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -143,3 +147,12 @@ def test_schemes_that_are_not_there() -> None:
         open_store("ftpx://host/data")
     with pytest.raises(InputError, match=r"sftp://host: cannot read sftp:// paths \(.*\): pip install what it names"):
         open_store("sftp://host")
+
+
+def test_the_proxy_of_the_environment_is_used(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = open_store("http://nowhere.invalid/mnist")
+    monkeypatch.setenv("http_proxy", web.removesuffix("/mnist"))
+    assert elsewhere.read("train-00000.tar", 0, 5) == open_store(web).read("train-00000.tar", 0, 5)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with pytest.raises(Unavailable, match=r"given up after \d+ attempts; .*127\.0\.0\.1:9"):
+        elsewhere.read("train-00001.tar", 0, 5)

@@ -4,6 +4,7 @@ import os
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.utils import DistributedType
 
 from pipeline.config import parse
@@ -20,7 +21,10 @@ def accelerator(stage=None, *, ranks=1, precision="no", **configured):
     plugin = SimpleNamespace(zero_stage=stage, deepspeed_config=configured)
     kind = DistributedType.NO if stage is None else DistributedType.DEEPSPEED
     state = SimpleNamespace(deepspeed_plugin=plugin)
-    return SimpleNamespace(num_processes=ranks, distributed_type=kind, mixed_precision=precision, state=state)
+    device = torch.device("cpu")
+    return SimpleNamespace(
+        num_processes=ranks, distributed_type=kind, mixed_precision=precision, state=state, device=device
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,6 +64,12 @@ def test_what_fsdp_cannot_do(options, message, monkeypatch):
     check_engine(parse(OPTIONS), accelerator())
     with pytest.raises(InputError, match=message):
         check_engine(parse([*OPTIONS, *options]), accelerator())
+
+
+def test_compiling_without_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(InputError, match="train.compile needs a C\\+\\+ compiler, and no-such-compiler is not there"):
+        check_engine(parse([*OPTIONS, "--train.compile"]), accelerator())
 
 
 def test_fsdp_1_is_refused_and_a_variable_of_no_launcher_is_ignored(monkeypatch):

@@ -47,7 +47,7 @@ def verify(path: str, *, index: str = "", progress: bool = True) -> Report:
     manifest, store, tables = Manifest.load(index or path), open_store(path), open_store(index or path)
     problems, broken = list[str](), list[tuple[str, str]]()
     total = sum(shard.bytes for shard in manifest.shards)
-    bar = tqdm(desc=f"verify {manifest.name}", total=total, unit="B", unit_scale=True, disable=not progress)
+    bar = tqdm(desc=f"verify {manifest.name}", total=total, unit="B", unit_scale=True, disable=not progress or None)
 
     def check(name: str, sample: dict[str, Any]) -> None:
         where, key = store.url(name), sample["__key__"]

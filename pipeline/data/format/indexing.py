@@ -152,7 +152,7 @@ def _summaries(
     parallel = Parallel(count, backend=backend, return_as="generator", idle_worker_timeout=IDLE)
     results = parallel(delayed(_summary)(store, target, settings, name, _kept_name(name) in kept) for name in names)
     summaries = dict[str, Summary]()
-    bar = tqdm(desc=f"index {store.path}", total=sum(sizes), unit="B", unit_scale=True, disable=not progress)
+    bar = tqdm(desc=f"index {store.path}", total=sum(sizes), unit="B", unit_scale=True, disable=not progress or None)
     with bar, closing(results):
         try:
             for name, size, summary in zip(names, sizes, results, strict=True):

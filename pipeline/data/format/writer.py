@@ -46,7 +46,7 @@ def pack(
     counts = {split: _count(source, split, shards) for split in source.splits}
     target, suffix = open_store(to), encoding if source.kind == "image" else "npy"
     total = sum(len(examples) for examples in source.splits.values())
-    bar = tqdm(total=total, unit="sample", desc=f"pack {source.name}", disable=not progress)
+    bar = tqdm(total=total, unit="sample", desc=f"pack {source.name}", disable=not progress or None)
     plan = list[tuple[str, str, Callable[[Writer | None], tuple[Shard, bytes]]]]()
     for split, count in counts.items():
         order = shuffled(len(source.splits[split]), seed)  # cut evenly, so that every shard is a random subset

@@ -21,7 +21,7 @@ import numpy as np
 from pipeline.data.decode import Array
 from pipeline.data.sources.folder import from_tree
 from pipeline.data.sources.source import Source, train_and_test
-from pipeline.errors import InputError, Unavailable
+from pipeline.errors import InputError, Unavailable, one_line
 from pipeline.storage.store import open_store
 
 NPM_NETWORK = ("EAI_AGAIN", "ENOTFOUND", "ECONNREFUSED", "ECONNRESET", "ETIMEDOUT", "ERR_SOCKET_TIMEOUT", "E429", "E50")
@@ -49,7 +49,7 @@ def obtain(
         except FAILURES as error:
             failures.append((title, error))
             continue
-        with suppress(OSError, InputError):  # a cache that cannot be written is no reason to stop
+        with suppress(OSError, InputError, Unavailable):  # a cache that cannot be written is no reason to stop
             store = open_store(str(kept))
             for file, data in files.items() if not root else ():
                 if not store.exists(file):
@@ -57,6 +57,8 @@ def obtain(
         return files
     kind = Unavailable if any(is_transient(error) for _, error in failures) else InputError
     tried = "".join(f"  {title}: {error}\n" for title, error in failures)
+    if proxy := urllib.request.getproxies().get("https"):
+        tried += f"  The network was asked through {one_line(proxy)}, as HTTPS_PROXY says\n"
     raise kind(f"{name}: no way to get its files. Tried\n{tried}{advice}")
 
 

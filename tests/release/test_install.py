@@ -1,0 +1,62 @@
+"""What cannot be installed is refused in one line before anything is written; the files suit other file systems."""
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+OLD = "sys.version_info = (3, 10, 9)"
+BARE = "sys.modules['ensurepip'] = None"
+FULL = "import shutil; shutil.disk_usage = lambda place: type('', (), {'free': 3e8})"
+
+
+def make(*words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.parametrize(
+    ("fault", "problem"),
+    [
+        (OLD, r"Python 3\.11 or newer is needed, and \S+/python is 3\.10: make PYTHON=python3\.12 \.\.\."),
+        (BARE, r"\S+/python cannot make a virtual environment: on Debian and Ubuntu, apt-get install python3-venv"),
+        (FULL, r"\S+ has 0\.3 GB free, and an installation needs \d+: make VENV=/elsewhere/\.venv \.\.\."),
+    ],
+)
+def test_make_refuses_before_anything_is_written(fault: str, problem: str, tmp_path: Path) -> None:
+    """By a Python with a fault, which would make the environment otherwise."""
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\ntest "$1" = -c && exec {sys.executable} -c "import sys; {fault}\n$2"\nmkdir -p "$3"\n'
+    )
+    python.chmod(0o755)
+    done = make("train", f"PYTHON={python}", f"VENV={tmp_path}/deep/venv", code=2)
+    first, last = done.stderr.splitlines()
+    assert re.fullmatch(problem, first) and last.startswith("make: ***") and not done.stdout
+    assert list(tmp_path.iterdir()) == [python]
+
+
+def test_an_environment_that_was_not_finished_does_not_stay(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ntest "$1" = -c && exec {sys.executable} "$@"\nmkdir -p "$3/bin"; exit 1\n')
+    python.chmod(0o755)
+    make("train", f"PYTHON={python}", f"VENV={tmp_path}/venv", code=2)
+    assert list(tmp_path.iterdir()) == [python]
+
+
+def test_a_run_and_a_recipe_may_have_spaces_in_their_paths() -> None:
+    said = make("--dry-run", "train", "RUN=runs/a b", "CONFIG=my recipes/c.yaml").stdout
+    assert '--config "my recipes/c.yaml" --run.path "runs/a b"' in said and 'naign evaluate "runs/a b"' in said
+
+
+def test_names_of_files_suit_every_file_system() -> None:
+    """No two differ in case alone (macOS), none has a character or length that Windows refuses."""
+    names = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
+    assert [name for name, count in Counter(name.lower() for name in names).items() if count > 1] == []
+    assert [name for name in names if not re.fullmatch(r"[\w./-]{1,150}", name, re.ASCII)] == []
