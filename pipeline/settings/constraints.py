@@ -19,7 +19,13 @@ MAY_CHANGE: Metadata = {"change": "asked"}
 
 
 def _takes(holds: Callable[[Any], bool], must: str) -> Metadata:
-    return {"holds": holds, "must": must}
+    def checked(value: Any) -> bool:
+        try:
+            return holds(value)
+        except TypeError:  # text where a number belongs, as in an edited file
+            return False
+
+    return {"holds": checked, "must": must}
 
 
 POSITIVE = _takes(lambda value: value > 0, "it must be positive")

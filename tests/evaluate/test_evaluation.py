@@ -91,7 +91,8 @@ def test_metrics_hold_every_promised_key(evaluated: tuple[Path, dict[str, Any]])
     assert metrics["counts"]["samples"] == 300 and metrics["counts"]["restoration"] == metrics["counts"]["test"]
 
 
-def test_the_bar_tells_how_far_a_measurement_is(digits, save_untrained, tmp_path, capsys):
+def test_the_bar_tells_how_far_a_measurement_is(digits, save_untrained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     save_untrained(tmp_path, data=digits, shape=(1, 8, 8), config=TINY)
     evaluate(str(tmp_path), samples=1000)  # two batches of 500: f(z), then f(f(z))
     said = capsys.readouterr().err

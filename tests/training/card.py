@@ -101,7 +101,7 @@ def round_of(config: Config, shape: tuple[int, ...], device: torch.device, engin
     run: Any = SimpleNamespace(
         **{"config": config, "accelerator": engine.accelerator, "rank": 0, "world": 1, "network_rounds": 9},
         **{"engine": engine, "position": Position(), "features": None, "perceived": None},
-        stop=SimpleNamespace(poll_stop=lambda elapsed: (False, elapsed)),
+        stop=SimpleNamespace(poll_stop=lambda elapsed: (False, elapsed), strides={}),
         watchdog=SimpleNamespace(beat=lambda: None),
         monitor=SimpleNamespace(advance=lambda images: None),
     )
