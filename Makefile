@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL ?= $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c launch/constraints.txt
 
 # pip's last words often name no cause.
-OR_SAY := || { echo "pip failed, see above: is the network there, behind a proxy by HTTPS_PROXY? make continues where it stopped"; exit 1; }
+OR_SAY := || { echo "pip failed, see above (room? network? behind a proxy, set HTTPS_PROXY); make continues where it stopped"; exit 1; }
 
 # A worker that has no tests left takes some from the end of another's list.
 XDIST := -n $(WORKERS) --dist worksteal
@@ -57,7 +57,7 @@ for place, remedy in ("$(VENV)", "make VENV=/elsewhere/.venv"), (tempfile.gettem
         place = os.path.dirname(place)
     free = shutil.disk_usage(place).free / 1e9
     if free < $(LEAST_GB):
-        sys.exit("%s has %.1f GB free, and an installation needs $(LEAST_GB): %s ..." % (place, free, remedy))
+        sys.exit("%s has %.1f GB free, and an installation needs $(LEAST_GB), or 9 with torch for CUDA: %s ..." % (place, free, remedy))
 endef
 export CHECK
 LEAST_GB := 2

@@ -70,6 +70,7 @@ class Patience:
     def wait(self, error: BaseException, *, at: str = "", progress: bool = False) -> None:
         """Pause after a failure. Raises Unavailable after ATTEMPTS of them in a row, or as many as `at_most` allows."""
         self._failures = 1 if progress else self._failures + 1
+        error = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error  # fsspec's
         where, cause = f"{self._what}{at}", f"{type(error).__name__}: {one_line(error)}"
         if self._failures >= self._most:
             remedy = "Check the network, the server and its address, then run the same command again: it continues"

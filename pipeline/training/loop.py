@@ -44,6 +44,7 @@ def train(config: Config, accelerator: Accelerator, callbacks: Sequence[Callback
             gc.enable()
         run_rounds(run, partial)
         finished = finish(run)
+        gc.unfreeze()  # else Triton lists what it calls leaks when the program ends
     if run.lock:
         run.lock.release()
     if finished and run.rank == 0:

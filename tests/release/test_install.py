@@ -26,7 +26,10 @@ def make(*words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     [
         (OLD, r"Python 3\.11 or newer is needed, and \S+/python is 3\.10: make PYTHON=python3\.12 \.\.\."),
         (BARE, r"\S+/python cannot make a virtual environment: on Debian and Ubuntu, apt-get install python3-venv"),
-        (FULL, r"\S+ has 0\.3 GB free, and an installation needs \d+: make VENV=/elsewhere/\.venv \.\.\."),
+        (
+            FULL,
+            r"\S+ has 0\.3 GB free, and an installation needs \d+, .*: make VENV=/elsewhere/\.venv \.\.\.",
+        ),
     ],
 )
 def test_make_refuses_before_anything_is_written(fault: str, problem: str, tmp_path: Path) -> None:
