@@ -81,6 +81,7 @@ MNIST, CIFAR = "NAIGN, mnist.yaml", "NAIGN, cifar10_cpu.yaml"
 SOURCES: dict[str, list[str]] = {
     "took {} minutes": [f"{results('install')['cuda']['seconds'] / 60:.0f}"],
     "takes {} GB on Linux": [installed("cuda")],
+    "up to {} GB of memory": [f"{results('install')['memory']['evaluate'] / 1e9:.1f}"],
     "or {} GB with a CPU build": [installed("cpu")],
     "samples reach {} times the": [f"{mean('rivals', MNIST, 'fd.once_ratio'):.1f}"],
     "after {} processor seconds": [f"{mean('rivals', MNIST, 'cpu_seconds'):.0f}"],
