@@ -18,6 +18,7 @@ from pipeline.errors import InputError, require
 
 log = logging.getLogger(__name__)
 
+WINDOWS = ("Thumbs.db", "desktop.ini")  # files that Windows leaves in folders of pictures
 NAMED = 20  # skipped files that are named; of more only the number is logged
 TEST_SHARE = 0.1  # of the pictures, where the tree has no train/ and test/
 
@@ -42,8 +43,8 @@ def from_tree(
     `size` pixels a side, or height x width as 48x64, and 3 channels (colour) or 1 (grey).
 
     The splits are the top folders train/ and test/ where both are there, else a tenth, drawn by the seed, is the test
-    split. Names that start with a dot are passed over, and with `skip`, which decodes every picture once more, files
-    that are no picture. Raises InputError, naming the file, for other such files and for links that lead to none.
+    split. Names that start with a dot and WINDOWS are passed over, and with `skip`, which decodes every picture once
+    more, files that are no picture. Raises InputError, naming the file, for other such files and for links that lead to none.
     """
     require((channels in (1, 3), f"no {channels} channels: use --channels 1 or 3"))
     height, width = parse_size(str(size), "--size")
@@ -78,7 +79,7 @@ def _pictures(root: Path) -> list[Picture]:
     pictures, paths = list[Picture](), list[Path]()
     for folder, inner, files in os.walk(root, onerror=refuse):
         inner[:] = [name for name in inner if not name.startswith(".")]
-        paths += [Path(folder, name) for name in (*inner, *files) if not name.startswith(".")]
+        paths += [Path(folder, name) for name in (*inner, *files) if not name.startswith((".", *WINDOWS))]
     for path in sorted(paths):
         if path.is_file():
             pictures.append(Picture(path, PurePosixPath(path.relative_to(root)), _printable(str(path))))
