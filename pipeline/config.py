@@ -226,11 +226,14 @@ def check(config: Config) -> None:
     both = f"model.name={model.name} and objective.name={objective.name} do not go together"
     conditional = f"prior.classes with objective.name={objective.name}: the match does not tell classes apart yet"
     unmatched = "set objective.imle=0 and objective.third=none, or leave classes out"
+    undamaged = f"objective.name={objective.name} needs damaged images, but its settings lack damage or noise"
+    damaged = not objective.needs_damaged or {"objective.damage", "objective.noise"} <= flat.keys()
     never = f"quality.patience is {quality.patience}, but nothing is measured while quality.rounds is 0: set both"
     parse_rounds(config.profile.rounds)
     require(
         (together, f"{both}: choose the same name for both, or another network and objective"),
         (not (config.prior.classes and objective.needs_match), f"{conditional}: {unmatched}"),
+        (damaged, f"{undamaged}: declare both in its package, as NaignConfig does"),
         (quality.rounds or not quality.patience, never),
         ("://" not in config.run.path, "run.path is a local folder: for the copy in a bucket there is run.remote"),
     )

@@ -51,7 +51,7 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path)
         ("data: {endpoint: http://me:secret@there}", "data.endpoint holds a user or a password: give them as AWS_"),
         ("[1, 2]", "must hold keys and values"),
         ("train: {batch: 100}", "match.round=2048 is no multiple of train.batch=100"),
-        ("objective: {name: gan}", "choose one of naign, ign"),
+        ("objective: {name: gan}", "a.yaml: objective.name is 'gan': choose one of naign, ign"),
         ("objective: {distance: lpips}", "choose one of l1, l2, norm, l1\\+l2"),
         (
             "objective: {name: ign, third: matched}",

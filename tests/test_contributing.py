@@ -57,11 +57,11 @@ def test_the_package_of_contributing_is_packed_trained_with_and_evaluated(packag
         return done.stdout + done.stderr
 
     naign = (sys.executable, "-m", "pipeline.cli")
-    shown = shlex.split(TEXT.partition("pipeline/train.py")[2].partition("naign evaluate")[0])
+    shown = shlex.split(TEXT.partition("\nnaign train ")[2].partition("naign evaluate")[0])
     options = [option for option in shown if option != "\n"]
     run(*naign, "pack", "inverted", "--to", "data/inverted")
     options += [option for option in SMALL if not option.startswith(("--model", "--prior", "--objective"))]
-    run(*direct_command(*options, "--train.images=512"))
+    run(*naign, "train", *options, "--train.images=512")
     # A resumed run reads what the first one recorded of the package's settings.
     refused = run(*direct_command(*options, "--objective.delta=0.3", "--prior.directions=7"), code=2)
     assert "objective.delta: 0.2 there, 0.3 now" in refused and "prior.directions: 6 there, 7 now" in refused
@@ -72,9 +72,9 @@ def test_the_package_of_contributing_is_packed_trained_with_and_evaluated(packag
     newest = newest_checkpoint(tmp_path / "runs/inverted/checkpoints")
     assert newest is not None
     assert run(sys.executable, "-c", LOAD).strip() == EXPECTED
-    run(*naign, "evaluate", "runs/inverted", "--encoder", "pooled", "--samples", "100")
+    run(*naign, "evaluate", "runs/inverted", "--encoder", "coarse", "--samples", "100")
     metrics = json.loads((tmp_path / "runs/inverted/evaluation/metrics.json").read_text())
-    assert metrics["encoder"] == "pixels" and metrics["second"]["encoder"] == "pooled"
+    assert metrics["encoder"] == "pixels" and metrics["second"]["encoder"] == "coarse"
     assert metrics["images_seen"] == 768
 
     # Without the package its names are unknown, and with it wrong settings of theirs are.

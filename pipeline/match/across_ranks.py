@@ -35,10 +35,10 @@ class Blocks:
     rows: int
     """Candidates of this rank."""
     make: Callable[[int, int], Tensor]
-    """make(low, high) -> this rank's candidates low to high, (high - low, d) float32. It is called once for each block
-    of `size` rows, in order, on every rank as often as on the rank with most rows, with low == high where a rank has
-    none left; and again by another search. If it raises on any rank, all ranks leave the search before the next block:
-    that rank with its own exception, the others with RuntimeError."""
+    """make(low, high) -> this rank's candidates low to high, (high - low, d) float32. A search calls it for one block
+    of `size` rows after another, equally often on every rank: a rank that has no candidates left is asked for an empty
+    block, low == high. If it raises on any rank, all ranks leave the search before the next block: that rank with its
+    own exception, the others with RuntimeError."""
     size: int = 4096
     """Candidates made and searched at once; the same on every rank."""
 

@@ -39,9 +39,10 @@ class ObjectiveConfig:
     only_with = ""
     """The one model.name that it trains; empty: any."""
     needs_frozen = False
-    """Whether the loss evaluates the bare module, which not every engine allows."""
+    """Whether the loss evaluates `Batch.frozen`, the module without the engine's wrapper. FSDP2, ZeRO-3, and ZeRO in
+    half precision do not allow that."""
     damage, noise, perceptual, encoder = "noise", 0.0, 0.0, ""
-    """Of objectives that do not have these settings."""
+    """The values for objectives without settings of these names."""
 
     def __post_init__(self) -> None:
         check_fields(self, "objective")
@@ -58,7 +59,9 @@ class ObjectiveConfig:
 
     @property
     def needs_damaged(self) -> bool:
-        """Whether the loss takes damaged images; `damage` and `noise` choose the damage."""
+        """Whether the loss takes damaged images. If so, the settings must have `damage` and `noise`, which choose the
+        damage, as those of NaignConfig do; otherwise `config.check` raises InputError.
+        """
         return False
 
     @property

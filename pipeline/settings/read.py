@@ -52,7 +52,11 @@ def build(kind: Any, content: Any, where: str, *, named: Named, prefix: str = ""
     if section in named:
         default, find = named[section]
         content = {"name": default, **content}
-        kind = find(convert(str, content["name"], f"{where}: {prefix}name"))[0]
+        name = convert(str, content["name"], f"{where}: {prefix}name")
+        try:
+            kind = find(name)[0]
+        except InputError as error:  # the name may be of a package that is not installed here
+            raise InputError(f"{where}: {error}") from error
     hints, values = typing.get_type_hints(kind), {}
     for key, value in content.items():
         name = f"{prefix}{key}"

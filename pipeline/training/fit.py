@@ -19,7 +19,7 @@ from pipeline.training.round import REMEDY, RoundState
 from pipeline.training.run import Run
 
 log = logging.getLogger("naign.fit")
-FALL = 0.2  # share of the images after warm-up, at their end, over which wsd falls
+FALL = 0.2  # wsd: the rate is constant for the first 80 % of the images after warm-up and falls over the last 20 %
 BAD_STEPS = 10  # skipped in a row, after which the run has diverged
 Step = tuple[int, Tensor | float, dict[str, Tensor]]
 """A step that was made: its number, the norm of its gradient, and the sum of each loss over its micro-batches."""
@@ -117,8 +117,11 @@ def learning_rate(config: TrainConfig, seen: int, budget: int) -> float:
     share = min(1.0, (seen - warmup) / max(1, budget - warmup))
     if config.schedule == "constant":
         return config.lr
-    cosine, fall = 0.5 * (1 + math.cos(math.pi * share)), 1 - max(0.0, 1 - (1 - share) / FALL) ** 0.5
-    return config.lr_end + (config.lr - config.lr_end) * (cosine if config.schedule == "cosine" else fall)
+    if config.schedule == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * share))
+    else:  # wsd
+        left = 1 - max(0.0, 1 - (1 - share) / FALL) ** 0.5
+    return config.lr_end + (config.lr - config.lr_end) * left
 
 
 def pass_order(count: int, *key: int) -> Tensor:

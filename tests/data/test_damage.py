@@ -126,14 +126,12 @@ def test_points_take_noise_only():
 INVERTED = Damage(lambda images, normals, uniform, strength: -images, lambda shape: 2, lambda shape: None)
 
 
-def test_a_law_of_another_package(monkeypatch):
+def test_a_damage_of_another_package(monkeypatch):
     points = {"naign.damage": {"inverted": EntryPoint("inverted", "tests.data.test_damage:INVERTED", "")}}
     monkeypatch.setattr("pipeline.settings.registry._entry_points", lambda group: points.get(group, {}))
-    assert (
-        known(DAMAGES, "naign.damage") == ["noise", "mixed", "mild", "photo", "holes", "inverted"]
-        and find_damage("inverted").uniforms(SHAPE) == 2
-    )
+    assert known(DAMAGES, "naign.damage") == [*DAMAGES, "inverted"]
+    assert find_damage("inverted").uniforms(SHAPE) == 2
     find_damage("inverted").check(SHAPE)
     assert torch.equal(find_damage("inverted").damage(bars(3), *drawn("inverted", torch.arange(3)), 0.5), -bars(3))
-    with pytest.raises(InputError, match="objective.damage is 'noice': choose one of noise, mixed, mild, .*noise"):
+    with pytest.raises(InputError, match="objective.damage is 'noice': choose one of .*inverted; did you mean noise"):
         find_damage("noice").check(SHAPE)

@@ -1,6 +1,8 @@
 """Each term against its formula, and which weights each gradient reaches."""
 
+import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,10 +10,18 @@ from naign_baselines.ign import IgnConfig
 from naign_baselines.nae import NaeConfig
 from torch import nn
 
-from pipeline.config import from_dict
+from pipeline.config import from_dict, parse
 from pipeline.errors import InputError
 from pipeline.model.encoders import load_encoder
-from pipeline.model.losses import Batch, NaignConfig, choose_distance, compute_losses, perceptual
+from pipeline.model.losses import (
+    Batch,
+    NaignConfig,
+    ObjectiveConfig,
+    choose_distance,
+    compute_losses,
+    find_objective,
+    perceptual,
+)
 
 
 def setting():
@@ -55,6 +65,60 @@ def test_naign_is_the_weighted_sum_of_its_terms(distance, third, denoising):
     }[third]
     expected = 2 * d(f(x), x) + 3 * d(f(z), x) + 0.5 * extra + denoising * d(f(damaged), x)
     torch.testing.assert_close(terms["total"], expected)
+
+
+class Registered:
+    """An entry point of the group naign.objectives."""
+
+    dist, module, value = None, "another", "another:OTHER"
+
+    def __init__(self, *entry):
+        self.load = lambda: entry
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class UndamagedConfig(ObjectiveConfig):
+    @property
+    def needs_damaged(self):
+        return True
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class DamagedConfig(UndamagedConfig):
+    damage: str = "mild"
+    noise: float = 0.2
+
+
+def test_an_objective_of_damaged_images_without_settings_of_the_damage_is_refused(monkeypatch):
+    points = {"a": Registered(UndamagedConfig, len), "b": Registered(DamagedConfig, len)}
+    monkeypatch.setattr("pipeline.settings.registry._entry_points", lambda group: points)
+    lacking = (
+        "objective.name=a needs damaged images, but its settings lack damage or noise: declare both in its package"
+    )
+    for refuse in (lambda: from_dict({"objective": {"name": "a"}}, where="x"), lambda: parse(["--objective.name=a"])):
+        with pytest.raises(InputError, match=lacking):
+            refuse()
+    assert parse(["--objective.name=b", "--objective.noise=0.3"]).objective.noise == 0.3
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class HuberConfig(NaignConfig):
+    delta: float = 0.1
+
+
+def test_the_terms_of_naign_with_another_distance():
+    """As CONTRIBUTING.md says."""
+
+    def loss(config, network, batch):
+        distance = partial(nn.functional.huber_loss, delta=config.delta)
+        return find_objective("naign")[1](config, network, dataclasses.replace(batch, distance=distance))
+
+    f, x, z, _ = setting()
+    batch = Batch(images=x, latents=z, distance=l1, frozen=f, normals=lambda step: x)
+    terms = loss(HuberConfig(reconstruction=2.0, imle=3.0, denoising=0.0), f, batch)
+    expected = [nn.functional.huber_loss(f(value), x, delta=0.1) for value in (x, z)]
+    torch.testing.assert_close([terms["reconstruction"], terms["imle"]], expected)
+    torch.testing.assert_close(terms["total"], 2 * expected[0] + 3 * expected[1])
 
 
 def test_ign_is_the_weighted_sum_of_its_terms_with_the_clamp():
