@@ -109,7 +109,8 @@ SOURCES: dict[str, list[str]] = {
     ],
     "{} samples, s": [f"{results('rivals')[MNIST][0]['sampling']['samples']:,}"],
     **{
-        f"| {title} | {{}} | {{}} | {'–' if of[1] == FLOW else '{} → {}'} | {{}} |": row(*of) for title, of in ROWS.items()
+        f"| {title} | {{}} | {{}} | {'–' if of[1] == FLOW else '{} → {}'} | {{}} |": row(*of)
+        for title, of in ROWS.items()
     },
     "means of {}, {}, {}, {}, {} and {} seeds": [str(len(results(table)[name])) for table, name in ROWS.values()],
     "seed 0 took {} and {}.": [
