@@ -91,10 +91,10 @@ ROWS = {
 """Of README's table, and where they come from."""
 SOURCES: dict[str, list[str]] = {
     "took {} minutes": [f"{results('install')['cuda']['seconds'] / 60:.0f}"],
-    "takes {} GB on Linux": [installed("cuda")],
+    "It takes {} GB on Linux": [installed("cuda")],
     "up to {} GB of memory": [f"{results('install')['memory']['evaluate'] / 1e9:.1f}"],
-    "or {} GB with a CPU build": [installed("cpu")],
-    "samples reach {} times the": [f"{mean('rivals', MNIST, 'fd.once_ratio'):.1f}"],
+    "and {} GB with a CPU build": [installed("cpu")],
+    "to test images is {} times the": [f"{mean('rivals', MNIST, 'fd.once_ratio'):.1f}"],
     "after {} processor seconds": [f"{mean('rivals', MNIST, 'cpu_seconds'):.0f}"],
     "noisy digits from {} to {}": [
         f"{mean('rivals', MNIST, f'restoration.noise.{key}'):.3f}" for key in ("input", "once")
