@@ -125,12 +125,17 @@ def exit_on_input_error(program: str) -> Iterator[None]:
 
 
 def _exit(code: int, text: str) -> NoReturn:
-    """Print the reason, pass it to torchelastic if that started this process, and exit."""
+    """Print the reason, pass it on, and exit."""
     print(text, file=sys.stderr, flush=True)
+    pass_on(text)
+    raise SystemExit(code) from None
+
+
+def pass_on(text: str) -> None:
+    """Pass the reason of this rank's end to torchelastic, if that started it, for the last line of the launcher."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError):
             Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
-    raise SystemExit(code) from None
 
 
 def record_exit(code: int) -> None:

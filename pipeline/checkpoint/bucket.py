@@ -147,8 +147,8 @@ def _is_same(file: Path, store: Store, name: str) -> bool:
 def take_over(remote: str) -> str:
     """Become the only process that may write to the bucket, and log who was. Returns the claim for `check_claim`."""
     if before := _owner(remote):
-        former = f"the run that started on {before['host']} at {before['since']}"
-        log.info("%s is taken over from %s, which can upload no more", remote, former)
+        former = f"the earlier start of this run on {before['host']} at {before['since']}"
+        log.info("%s: %s can no longer upload", remote, former)
     claim = uuid.uuid4().hex
     owner = {"claim": claim, "host": socket.gethostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
     open_store(remote).put(OWNER, json.dumps(owner).encode())

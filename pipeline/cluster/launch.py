@@ -1,10 +1,11 @@
 """`naign launch [options] [--config FILE] [--section.key=value ...]`: start this host's ranks of a training; or those
 of an audit: `naign launch [options] copies RUN ...` and `naign launch [options] duplicates --data PATH ...`.
 
-The same command runs on every host of a Kubernetes Job, a JobSet, a Kubeflow TrainJob or a Slurm step (place.py lists
-the variables that are read), and on a single machine. It waits for all hosts of this start, then runs Accelerate's
-launcher in this process so that signals reach it. If another host is lost and the orchestrator replaces it, this one
-ends its ranks and meets the others again. Exit codes:
+The same command runs on a single machine and on every host of a Kubernetes Job or JobSet (JOB_COMPLETION_INDEX, and
+NAIGN_HOSTS, NAIGN_HEAD, NAIGN_START of k8s/job.yaml), a Kubeflow TrainJob (PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR)
+or a Slurm step (SLURM_PROCID, SLURM_NNODES, ...). It waits for all hosts of this start, then runs Accelerate's launcher
+in this process, so that signals reach it. Where a lost host is replaced, this one ends its ranks and meets the others
+again. Exit codes:
 
   0   done, or the run in the bucket was done before
   2   bad configuration or input: correct it, do not retry

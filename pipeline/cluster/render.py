@@ -15,6 +15,7 @@ from pipeline.cluster.job import Job
 from pipeline.config import Config, check, load, to_dict
 from pipeline.data.mixing import DataSets
 from pipeline.errors import InputError, Unavailable, printable, require
+from pipeline.settings.read import read_yaml
 from pipeline.storage.retry import at_most
 from pipeline.storage.store import use_endpoint
 
@@ -55,7 +56,7 @@ def configure(job: Job) -> Config:
         settings.train.precision = "bf16"
     check(settings)
     batch, least = settings.train.batch, job.ranks * settings.train.accumulate
-    remedy = f"in a --config set a multiple of {least}, and match.round to a multiple of that"
+    remedy = f"set a multiple of {least} in --config, match.round to one of that; a run that exists needs other --nodes"
     require((batch % least == 0, f"train.batch={batch} cannot be shared by {job.ranks} ranks: {remedy}"))
     return settings
 
@@ -73,7 +74,8 @@ def render_k8s(job: Job) -> str:
         ("--region", job.region, r"[a-z0-9-]+", " is no name of a region, as eu-west-1"),
         ("--endpoint", job.endpoint, r"(https?://[^\s@]+)?", address),
     )
-    settings.stop.within = 60
+    if "within" not in ((read_yaml(str(job.config)).get("stop") if job.config else None) or {}):
+        settings.stop.within = 60
     access = f"the role of the service account {account}" if account else "the Secret naign-s3, if there is one"
     head = (
         f"# {name}: {job.nodes} pods {f'of {job.gpus} GPUs' if job.gpus else 'without GPUs'}\n"
@@ -115,6 +117,7 @@ def _fit(job: Job, settings: Config) -> list[dict[str, Any]]:
     digest = hashlib.sha256(json.dumps([store["data"], run["data"]]).encode()).hexdigest()
     spec["template"]["metadata"]["annotations"] = {"naign/config-sha256": digest}
     pod = spec["template"]["spec"]
+    pod["terminationGracePeriodSeconds"] = math.ceil(settings.stop.within) + 30
     (container,) = pod["containers"]
     container["image"] = job.image
     next(each for each in container["env"] if each["name"] == "NAIGN_HOSTS")["value"] = str(job.nodes)
@@ -144,10 +147,11 @@ def render_slurm(job: Job) -> str:
         f"--run.remote={remote}",  # also if that is empty: the configuration may have one
         *([f"--train.precision={precision}"] if precision else []),
     ]
-    gpus = f"#SBATCH --gpus-per-node={job.gpus}\n#SBATCH --cpus-per-task={4 * job.gpus}\n" if job.gpus else ""
-    text = shipped("launch/slurm.sbatch").read_text()
+    each = {"gpus-per-node": job.gpus, "cpus-per-task": 4 * job.gpus, "mem": f"{16 * job.gpus}G"} if job.gpus else {}
+    gpus = "".join(f"#SBATCH --{option}={value}\n" for option, value in each.items())
+    text = re.sub(r"launch/slurm\.sbatch( --.*)?", "FILE", shipped("launch/slurm.sbatch").read_text())
     text = re.sub(r"#SBATCH --nodes=\d+\n", f"#SBATCH --nodes={job.nodes}\n{gpus}", text)
-    text = text.replace("#SBATCH --job-name=naign", f"#SBATCH --job-name={job.name}")
+    text = re.sub(r"naign(?=-\*)|(?<=--job-name=)naign", job.name, text)  # also in the names of its logs
     return text.replace('naign launch "$@"', f'naign launch {shlex.join(options)} "$@"').rstrip()
 
 

@@ -23,7 +23,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # document
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from pipeline.errors import FAILED
+from pipeline.errors import FAILED, pass_on
 from pipeline.storage.prefetch import in_background
 
 PATIENCE = 5.0  # seconds that one exchange with the store may take
@@ -127,6 +127,7 @@ class Watchdog:
             text = describe(self._rank, self._world, self._post(), self._seen, silence=silence, lost=self._lost)
             with suppress(Exception):  # the stacks are worth as much
                 self._say(text)
+                pass_on("; ".join(line.strip() for line in text.splitlines()[:2]))  # with the rank that is waited for
             if not self._lost:
                 self._exchange("ended")
             for stream in (sys.stdout, sys.stderr):

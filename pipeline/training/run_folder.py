@@ -137,7 +137,8 @@ def find_newest(config: Config) -> Path | None:
     passed = passed_over(folder, newest)
     damaged = str(passed[0]) if passed and not remote else ""  # beside a bucket, it may be this machine's part alone
     for checkpoint in passed:
-        log.warning("%s is damaged or incomplete: passed over", checkpoint)
+        sent = "lacks files of other hosts, or is damaged: the copy in the bucket is used"
+        log.warning("%s %s", checkpoint, sent if checkpoint.name in names else "is damaged or incomplete: passed over")
     for name in names:
         if newest and step_of(name) <= step_of(newest.name):
             return newest

@@ -1,5 +1,6 @@
 """A rank that makes no progress ends itself and says for whom it waited; one that makes some is left alone."""
 
+import json
 import pickle
 import re
 import subprocess
@@ -159,6 +160,13 @@ def test_it_ends_whatever_hangs_or_breaks(stall, said):
     done = program(f"with watchdog.Watchdog(rank=0, world=1, timeout=1) as it:\n    {stall}")
     assert done.returncode == FAILED and said in done.stderr
     assert time.monotonic() - begin < 20
+
+
+def test_the_launcher_hears_which_rank_is_silent(tmp_path):
+    text = "describe = lambda *_, **__: 'rank 0 waits\\n  rank 1: SILENT\\n  rank 2'"
+    text = f"watchdog.{text}\nos.environ['TORCHELASTIC_ERROR_FILE'] = {str(tmp_path / 'error')!r}\n"
+    assert program(f"{text}with watchdog.Watchdog(rank=0, world=1, timeout=1) as it:\n    hang()").returncode == FAILED
+    assert json.loads((tmp_path / "error").read_text())["message"] == "rank 0 waits; rank 1: SILENT"
 
 
 def test_leaving_stops_the_threads():

@@ -186,6 +186,15 @@ def test_what_is_an_image():
         assert not re.fullmatch(IMAGE, image, re.ASCII), image
 
 
+def test_the_grace_period_follows_stop_within(tmp_path):
+    for text, within in (("{}", 60), ("stop: {within: 20}", 20), ("stop: {within: 0.5}", 0.5), ("stop:", 60)):
+        (tmp_path / "run.yaml").write_text(text)
+        objects = rendered(config=tmp_path / "run.yaml")
+        assert yaml.safe_load(objects["ConfigMapr"]["data"]["run.yaml"])["stop"]["within"] == within
+        seconds = objects["Jobr"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+        assert seconds == -(-within // 1) + 30
+
+
 def test_runs_that_differ_have_names_that_differ():
     assert name_after("s3://bucket/runs/seed-1") == "seed-1" and name_after("runs/first/") == "first"
     odd = [
@@ -241,9 +250,14 @@ def test_a_slurm_script_is_rendered(naign):
     for line in (
         "#SBATCH --nodes=4",
         "#SBATCH --gpus-per-node=2",
+        "#SBATCH --mem=32G",
+        "#SBATCH --job-name=a\n",
+        "#   sbatch FILE\n",
+        "tail -f a-*-host*.log",
         "--data.path=/shared/mnist --run.path=/shared/runs/a",
     ):
         assert line in done.stdout
+    assert "launch/slurm.sbatch" not in done.stdout
     assert subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=False).returncode == 0
 
 

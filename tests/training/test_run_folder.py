@@ -309,3 +309,20 @@ def test_a_checkout_that_was_never_installed_trains(monkeypatch):
 
     monkeypatch.setattr("importlib.metadata.version", version)
     assert runpy.run_module("pipeline.training.state")["VERSIONS"]["naign"] == "0+checkout"
+
+
+def test_a_checkpoint_whose_other_files_are_in_the_bucket_raises_no_alarm(tmp_path, monkeypatch, caplog):
+    config, name = Config(), "step-00000002"
+    config.run.path, config.run.remote = str(tmp_path), "s3://bucket/run"
+    (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints" / name / MANIFEST).write_text("{}")
+    monkeypatch.setattr(run_folder, "recorded_at", lambda _: {})
+    monkeypatch.setattr(run_folder, "_compare_checkpoint", lambda *_: None)
+    for sent, said in (
+        ([name], "lacks files of other hosts, or is damaged: the copy in the bucket is used"),
+        ([], "is damaged or incomplete: passed over"),
+    ):
+        stand_in = Mock(newest_first=lambda _, sent=sent: sent, download=lambda *_: tmp_path / "copy")
+        monkeypatch.setattr(run_folder, "bucket", stand_in)
+        assert run_folder.find_newest(config) == (tmp_path / "copy" if sent else None)
+        assert f"{name} {said}" in caplog.text

@@ -58,6 +58,9 @@ def load(name: str, *, seed: int = 0, **given: Any) -> Source:
         return subset(load(base, seed=seed, **given), train=int(argument), seed=seed)
     tree = {name: f"for a tree of pictures: folder --root {name} --size 64"} if Path(name).is_dir() else {}
     chosen = key if argument and key in choices else name
+    root, local = str(options["root"]), "download it first, or index tars in the bucket with `naign index`"
+    is_local = ":/" not in root or Path(root).exists()
+    require((is_local, f"--root {root.replace(':/', '://', 1)}: what is packed is a local folder: {local}"))
     build = lookup("the data set to pack", chosen, SOURCES, GROUP, remedies=tree)
     takes, pictures = signature(build).parameters, options["root"] and options["size"]
     for option, usual in OPTIONS.items():
