@@ -1,7 +1,7 @@
 # Two commands: `make train` (MNIST, from nothing to a report) and `make test` (everything CI runs).
 PYTHON ?= python3
 VENV ?= .venv
-# Empty: what `accelerate launch pipeline/train.py` trains when nothing is said, configs/mnist.yaml.
+# Empty: what `naign train`, which runs `accelerate launch pipeline/train.py`, trains when nothing is said, configs/mnist.yaml.
 CONFIG ?=
 RUN ?= runs/$(or $(basename $(notdir $(CONFIG))),mnist)
 OPTIONS ?=
@@ -83,7 +83,7 @@ $(VENV)/.gpu: launch/faiss-gpu/pyproject.toml launch/faiss-gpu/which.py | $(VENV
 install: $(VENV)/.installed $(if $(filter-out 0,$(GPU)),$(VENV)/.gpu)
 
 train: $(VENV)/.installed
-	$(BIN)/accelerate launch --quiet pipeline/train.py $(if $(CONFIG),--config "$(CONFIG)") --run.path "$(RUN)" $(OPTIONS)
+	$(BIN)/naign train $(if $(CONFIG),--config "$(CONFIG)") --run.path "$(RUN)" $(OPTIONS)
 	$(BIN)/naign evaluate "$(RUN)"
 	@echo
 	@echo "report       $(RUN)/evaluation/report.html"

@@ -84,9 +84,9 @@ def picture(width: int, height: int, title: str, parts: Iterable[str]) -> str:
 
 
 def draw_f() -> str:
-    """From noise, a damaged image and any image through f, narrow at its code, to a sample, a repair and an energy."""
+    """From z, a damaged image and any image through f, narrow at its code, to a sample, a repair and an energy."""
     rows = [
-        ("noise", "decoded from a drawn code", "a new sample", "f(z)"),
+        ("z", "drawn from the prior", "a new sample", "f(z)"),
         ("a damaged image", "noise, blur, gaps", "its repair", "f(image)"),
         ("any image x", "", "its energy", "mean of (f(x) − x)²"),
     ]

@@ -11,10 +11,10 @@
 # %% [markdown]
 # # A tour of NAIGN on the digits
 #
-# One network f generates and repairs images: f(noise) is a sample, and f(damaged image) is its repair. How much f
-# changes an image is the image's energy. This notebook packs a data set, trains f on it, and shows samples, repairs and
-# energies. It takes about a minute on two cores, needs no GPU, and writes `data/digits` and `runs/digits` into its
-# folder.
+# One network f generates and repairs images: f(z), z drawn from the prior, is a sample, and f(damaged image) is its
+# repair. How much f changes an image is the image's energy. This notebook packs a data set, trains f on it, and shows
+# samples, repairs and energies. It takes about a minute on two cores, needs no GPU, and writes `data/digits` and
+# `runs/digits` into its folder.
 #
 # Open it in a clone: `pip install jupyterlab && jupyter lab docs/tour.ipynb`. The first cell installs NAIGN where the
 # notebook's Python lacks it, which takes some minutes, since torch is large. Then choose *Run All Cells*.

@@ -34,8 +34,10 @@ SAMPLES = 64  # at once at most
 STEPS = 16  # images of an interpolation at most
 SEEDS = 2**31
 EXACT: dict[str, Any] = {"format": "png", "elem_classes": "pixels"}  # of components that show pixels as they are
-HELP = "Draw, upload or take a sample; damage it; press **Repair**. Magenta marks holes: fill them with 8 applications."
-STYLE = ".pixels img {object-fit: contain !important; image-rendering: pixelated} .pixels .image-frame {width: 100%}"
+HELP = "Draw, upload or take a sample; damage it; press **Repair**. Magenta, in the palette, marks holes to be filled."
+STYLE = "#canvas button[aria-label=Color] {background: #606060} "  # its icon has the brush's colour: white
+STYLE += ".pixels .image-container, .pixels .grid-wrap {padding-top: 30px; box-sizing: border-box} "  # below labels
+STYLE += ".pixels img {object-fit: contain !important; image-rendering: pixelated} .pixels .image-frame {width: 100%}"
 
 
 def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,9 +83,8 @@ class Player:
         touched = [np.abs(np.asarray(layer.convert("RGB"), dtype=int) - colour).max(2) < NEAR for layer in layers]
         if not np.any(touched):
             return None
-        return (
-            F.adaptive_max_pool2d(torch.from_numpy(np.any(touched, 0))[None].float(), (self.height, self.width))[0] > 0
-        )
+        painted = torch.from_numpy(np.any(touched, 0))[None].float()
+        return F.adaptive_max_pool2d(painted, (self.height, self.width))[0] > 0
 
     def clear(self) -> dict[str, Any]:
         return self._drawn(-torch.ones(1, *self.model.shape))
@@ -104,6 +105,7 @@ class Player:
         picture = canvas["composite"] or canvas["background"]
         require((picture, "there is no picture: draw one, or upload one"))
         hole = self.hole(canvas["layers"])
+        times = FILLING if hole is not None and times == 1 else times
         given = self.model.project(self.from_canvas(picture), mask=hole, times=0)  # blur would spread the hole's colour
         for kind, strength in zip(KINDS, strengths, strict=True):
             given = degrade(given, kind, seed=seed, strength=strength)
@@ -182,9 +184,9 @@ def _build_repair(player: Player) -> None:
                 upload = gradio.UploadButton("Upload", elem_id="upload", size="md", min_width=80)
                 example = gradio.Button("A sample", size="md", min_width=80)
         with gradio.Column():
-            titles = [f"Damage: {kind.replace('_', ' and ')}" for kind in KINDS]
-            strengths = [_slider(title, 0, STRENGTH, least=0, step=0.1) for title in titles]
-            seed, times = _seed("Seed of the damage, and of the sample"), _times()
+            kinds = [kind.replace("_", " and ") for kind in KINDS]
+            strengths = [_slider(f"Damage: {kind}", 0, STRENGTH, least=0, step=0.1) for kind in kinds]
+            seed, times = _seed("Seed of the damage, and of the sample"), _times(f" (with holes, 1 means {FILLING})")
             button = gradio.Button("Repair", variant="primary")
     with gradio.Row():
         pictures = [_shown("What f is given", "given"), _shown("|f(x) − x|", "map"), _shown("Repaired", "repaired")]
@@ -203,8 +205,8 @@ def _slider(label: str, value: float, most: float, *, least: float = 1, step: fl
     return gradio.Slider(least, most, value=value, step=step, label=label, precision=0 if step == 1 else None)
 
 
-def _times() -> gradio.Slider:
-    return _slider("Applications of f", 1, TIMES)
+def _times(more: str = "") -> gradio.Slider:
+    return _slider(f"Applications of f{more}", 1, TIMES)
 
 
 def _seed(label: str, value: int = 0) -> gradio.Number:
@@ -237,6 +239,6 @@ def serve(player: Player, *, about: str, port: int) -> None:
         threading.Event().wait()
     except (OSError, gradio.exceptions.ServerFailedToStartError) as error:
         remedy = "choose another, or --port 0 for any free one"
-        raise InputError(f"cannot listen on --port {port} ({one_line(error)}): {remedy}") from None
+        raise InputError(f"cannot listen on --port {port} ({one_line(error).partition('. ')[0]}): {remedy}") from None
     finally:
         page.close(verbose=False)

@@ -82,7 +82,7 @@ def _run() -> None:
                 raise
             kind = Unavailable if error.errno in local.FULL | local.TRANSIENT else InputError
             taken = isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError)
-            remedy = ": choose another path" if taken else ""
+            remedy = ": choose another path" if taken else ": check the path" * isinstance(error, FileNotFoundError)
             raise kind(f"{error.filename}: {error.strerror}{remedy}") from None
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError) or any(text in str(error) for text in FULL):

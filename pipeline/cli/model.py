@@ -142,10 +142,10 @@ def restore(
     times: Annotated[int | None, tyro.conf.arg(help="How often f is applied; default: 1, with --mask 8.")] = None,
     damage: Kind | None = None,
     mask: Path | None = None,
-    size: Literal["picture", "model"] = "picture",
+    size: Literal["picture", "model"] | None = None,
     device: Device = "auto",
 ) -> None:
-    """Repair images: one PNG for each file, of the picture's size, computed in tiles of the model's (points: .csv).
+    """Repair images: one PNG for each file, in tiles of the model's size or resized to it, see --size (points: .csv).
 
     Args:
         to: Folder to write; images found in folders keep their sub-folders and names. For one image also a file that
@@ -153,13 +153,13 @@ def restore(
         damage: Damage the images first (the damaged ones go to a sub-folder of that name), to see what a repair does.
         mask: Fill holes: a picture of the image's size that is white where a hole is, for all images, or a folder with
             one for each under its name. All other pixels stay as they are.
-        size: Of the images to write: the picture's own, or the model's, to which each picture is resized first.
+        size: Of what is written: the picture's, in tiles, or the model's, the default if f has one code for a picture.
     """
     from pipeline.cli.repair import restore_files
 
     _check(times=1 if times is None else times)
     model = _open(run, _find_device(device))
-    restore_files(model, files, to, times=times, damage=damage, mask=mask, whole=size == "model")
+    restore_files(model, files, to, times=times, damage=damage, mask=mask, size=size)
 
 
 def score(
@@ -278,7 +278,8 @@ def demo(run: Played = "", /, *, port: int = 7860, device: Device = "auto") -> N
     place, run = run or str(shipped("models/mnist")), run or "mnist"
     model = _open(place, _find_device(device))
     require((len(model.shape) == 3, f"the page is for images, the model in {run} takes points of {model.shape}"))
-    about = f"**{run}**: f takes images of {' × '.join(map(str, model.shape))}."
+    about = f"**{run}**: f turns an image of {' × '.join(map(str, model.shape))} into one like its training data."
+    about += " The energy of an image is how much f changes it."
     if getattr(model.network, "generates_only", False):
         about += " It carries latents to images: it was not trained to repair."
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C

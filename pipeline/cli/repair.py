@@ -16,6 +16,7 @@ from pipeline.cli.files import FORMATS, IMAGES, MAP, find_files, read_samples, r
 from pipeline.data.decode import decode_picture, in_mode
 from pipeline.data.degrade import Kind, degrade
 from pipeline.errors import InputError, require
+from pipeline.evaluate.recorded import sees_wholes
 from pipeline.model import tiles
 from pipeline.model.naign import FILLING, NAIGN, Advance
 from pipeline.model.scale import scaled
@@ -33,20 +34,20 @@ def restore_files(
     times: int | None,
     damage: Kind | None,
     mask: Path | None,
-    whole: bool,
+    size: str | None,
 ) -> None:
-    """Repair files, into the folder `to`, or one image into that file; `whole`: images resized to the model's size. All
-    are decoded before the first is written, each atomically. With `damage` they are damaged first, which is kept too.
+    """Repair files, into the folder `to`, or one image into that file; `size` as of `naign restore`. All are decoded
+    before the first is written, each atomically. With `damage` they are damaged first, which is kept too.
     """
     points = len(model.shape) == 1
+    whole = size == "model" or not (size or mask or points) and sees_wholes(model)
     paths, names = zip(*find_files(files, model.shape), strict=True)
-    one = len(paths) == 1 and not (damage or points or whole) and to.suffix.lower() in FORMATS
-    single = "give a folder; only one picture, restored at its own size, may go to a file, .png or .jpg"
+    one = len(paths) == 1 and not (damage or points) and to.suffix.lower() in FORMATS
+    single = "give a folder; only one picture, without --damage, may go to a file, .png or .jpg"
     require(
         (one or not to.is_file(), f"--to {to} is a file: give a folder, for one picture an image"),
         (one or to.is_dir() or to.suffix.lower() not in (*IMAGES, ".csv"), f"--to {to} ends like a file: {single}"),
-        (not (points and damage), f"--damage {damage} is for images, this model takes points"),
-        (not (points and mask), f"--mask {mask} is for images, this model takes points"),
+        (not (points and (damage or mask)), "--damage and --mask are for images, this model takes points"),
         (not (whole and mask), "--mask is for pictures at their own size: leave out --size model"),
         (not (damage and mask), "--mask keeps what is outside holes, --damage changes it: leave out one"),
     )
@@ -73,6 +74,8 @@ def restore_files(
                 save(picture, place, profile)
     also = f"; as they were damaged: {to / damage}/" if damage else ""
     print(f"{len(names)} restored {'files of points' if points else 'images'}: {outputs[0] if one else f'{to}/'}{also}")
+    if whole and not size:
+        print(f"resized to {model.shape[2]} x {model.shape[1]}: f has one code for a picture (--size picture: tiles)")
 
 
 def _restore_batch(

@@ -80,6 +80,11 @@ def read_image(data: bytes, model: NAIGN) -> Tensor:
     return scaled(torch.from_numpy(copy)[None])
 
 
+def sees_wholes(model: NAIGN) -> bool:
+    """Whether f suits whole pictures, not tiles of them: it has a dense code, and was not trained on windows."""
+    return len(getattr(model.network, "code", ())) == 1 and not _header(model)[0].crop
+
+
 def _header(model: NAIGN) -> tuple[DataConfig, str, list[str]]:
     """The training's images and how they are read, their S3 server, and its encoders. InputError as `recorded`."""
     texts = ("path", "index", "split", "size", "fit", "broken")

@@ -108,7 +108,7 @@ def _of_images(subject: Subject) -> list[Picture]:
         times.append((f"{count} times", subject.model.project(times[-1][1])))
     chosen = "f(z): the network applied once to z. The first that were drawn, not selected."
     alike = "A column is one z. For a perfect projection all rows below the first are alike."
-    way = "f(z) on the way from one z, left, to another, right: along an arc where z is, or is made of, Gaussian noise."
+    way = "f(z) for z between one draw, left, and another, right: on an arc for noise or a flow, else on a line."
     drawn = [
         Picture("samples", "Samples", chosen, grid(subject.once[:96], columns=16)),
         Picture("applications", "The same z, f applied one to five times", alike, rows(times)),

@@ -24,7 +24,7 @@ from pipeline.data.degrade import KINDS, degrade
 from pipeline.errors import InputError
 from pipeline.evaluate.recorded import read_image
 from pipeline.evaluate.refit import fit_mixture
-from pipeline.model.naign import NAIGN
+from pipeline.model.naign import FILLING, NAIGN
 from pipeline.model.networks import ConvConfig, PointConfig, build_network
 from pipeline.model.scale import scaled
 from pipeline.observe.pictures import grid, shades, to_image
@@ -165,7 +165,8 @@ def test_what_is_painted_over_is_filled(save_untrained, digit, tmp_path) -> None
     assert [label for _, label in applied] == [f"{n}: {energies[n]:.2g}" for n in (1, 2, 3)]
     assert f"**{energies[0]:.4g}** of what f was given, **{energies[3]:.4g}** of its answer" in text
     assert np.array_equal(pixels(moved), pixels(shades((expected[1] - expected[0]).abs().mean(1)[0])))
-    given = player.repair({"composite": canvas, "layers": [layer]}, 1, 0, 2, 0, 0, 0)[0]
+    given, _, _, _, applied = player.repair({"composite": canvas, "layers": [layer]}, 1, 0, 2, 0, 0, 0)
+    assert len(applied) == FILLING, "where no other number than 1 is chosen"
     blurred = degrade(expected[0], "blur", strength=2.0)
     assert np.array_equal(pixels(given), pixels(to_image(player.model.project(blurred, mask=hole, times=0)[0])))
 

@@ -169,7 +169,7 @@ def test_what_are_no_points_of_the_model_is_named(tmp_path, text, said):
     with pytest.raises(InputError, match=said):
         cli.restore(str(tmp_path / "model"), (tmp_path / "points.csv",), to=tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(InputError, match="noise is for images"):
+    with pytest.raises(InputError, match="--damage and --mask are for images"):
         cli.restore(str(tmp_path / "model"), (tmp_path / "points.csv",), damage="noise")
 
 

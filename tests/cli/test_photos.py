@@ -15,9 +15,9 @@ from PIL import Image, ImageCms, ImageDraw
 from pipeline.cli import model as cli
 from pipeline.cli.main import main
 from pipeline.errors import InputError
-from pipeline.evaluate.recorded import read_image
+from pipeline.evaluate.recorded import read_image, sees_wholes
 from pipeline.model.naign import NAIGN
-from pipeline.model.networks import ConvConfig
+from pipeline.model.networks import ConvConfig, SpatialConfig
 from pipeline.observe.pictures import eight_bits
 from tests.data.test_resize import PHOTOS
 
@@ -42,7 +42,9 @@ def picture(width: int = 40, height: int = 25, mode: str = "RGB") -> Image.Image
 
 
 def restored(model: str, file: Path, **options: Any) -> Image.Image:
-    cli.restore(model, (file,), to=file.parent / "out", **options)
+    cli.restore(
+        model, (file,), to=file.parent / "out", **({"size": None if options.get("mask") else "picture"} | options)
+    )
     return Image.open(file.parent / "out" / f"{file.stem}.png")
 
 
@@ -74,6 +76,28 @@ def test_the_model_s_size_as_before(colour: str, grey: str, tmp_path: Path) -> N
         made = restored(folder, tmp_path / "x.png", size="model")
         assert made.mode == "RGB" and made.size == (SIDE, SIDE)
         assert np.array_equal(np.asarray(made).transpose(2, 0, 1), eight_bits(expected[0]).expand(3, SIDE, SIDE))
+
+
+def test_an_f_with_one_code_for_a_picture_gets_it_resized(
+    colour: str, tmp_path: Path, save_untrained: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless it was trained on windows, or holes are to be filled; tiles are for an f with a grid of codes."""
+    picture().save(tmp_path / "x.png")
+    Image.linear_gradient("L").resize((40, 25)).save(tmp_path / "mask.png")
+    config = SpatialConfig(width=4, depth=0, code=2)
+    grid = save_untrained(tmp_path / "grid", data=None, shape=(3, SIDE, SIDE), config=config)
+    for model, options, size in (
+        (colour, {}, (SIDE, SIDE)),
+        (colour, {"size": "picture"}, (40, 25)),
+        (colour, {"mask": tmp_path / "mask.png"}, (40, 25)),
+        (grid, {}, (40, 25)),
+    ):
+        cli.restore(model, (tmp_path / "x.png",), to=tmp_path / "out", **options)
+        assert Image.open(tmp_path / "out/x.png").size == size
+        assert ("resized to 16 x 16: f has one code" in capsys.readouterr().out) == (size == (SIDE, SIDE))
+    model = NAIGN.from_pretrained(colour)
+    model.metadata["config"] = {"data": {"crop": SIDE}}
+    assert not sees_wholes(model)
 
 
 def test_profile_and_alpha_are_kept_and_on_white_it_is_the_repair_of_the_picture_on_white(
@@ -127,13 +151,15 @@ def test_of_an_animation_the_first_frame_is_repaired(colour: str, tmp_path: Path
 
 def test_one_picture_goes_to_the_file_and_format_that_is_named(colour: str, tmp_path: Path) -> None:
     picture(mode="RGBA").save(tmp_path / "x.png", icc_profile=SRGB)
-    cli.restore(colour, (tmp_path / "x.png",), to=tmp_path / "deep/y.jpg")
+    cli.restore(colour, (tmp_path / "x.png",), to=tmp_path / "deep/y.jpg", size="picture")
     made = Image.open(tmp_path / "deep/y.jpg")
     assert (made.format, made.mode, made.size, made.info["icc_profile"]) == ("JPEG", "RGB", (40, 25), SRGB)
     with pytest.raises(InputError, match="would overwrite the input"):
         cli.restore(colour, (tmp_path / "x.png",), to=tmp_path / "x.png")
-    for options in ({"damage": "blur"}, {"size": "model"}, {"to": tmp_path / "y.webp"}):
-        with pytest.raises(InputError, match="only one picture, restored at its own size, may go to a file"):
+    cli.restore(colour, (tmp_path / "x.png",), to=tmp_path / "deep/whole.jpg", size="model")
+    assert Image.open(tmp_path / "deep/whole.jpg").size == (SIDE, SIDE)
+    for options in ({"damage": "blur"}, {"to": tmp_path / "y.webp"}):
+        with pytest.raises(InputError, match="only one picture, without --damage, may go to a file"):
             cli.restore(colour, (tmp_path / "x.png",), **{"to": tmp_path / "y.png", **options})
     with pytest.raises(InputError, match="only one picture"):
         cli.restore(colour, (tmp_path / "x.png", tmp_path / "deep/y.jpg"), to=tmp_path / "z.jpg")

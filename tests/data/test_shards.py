@@ -141,10 +141,12 @@ def test_impossible_numbers_of_shards(tmp_path: Path) -> None:
 
 
 def test_manifests_that_cannot_be_read(packed: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="missing or holds no files"):
+    with pytest.raises(InputError, match="missing or empty: .*naign pack folder"):
         Manifest.load(str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match="or make one: `naign pack digits --to .*/digits`"):
+        Manifest.load(str(tmp_path / "digits"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="missing or holds no files"):
+    with pytest.raises(InputError, match="missing or empty: .*naign pack folder"):
         Manifest.load(str(tmp_path / "empty"))
     with pytest.raises(InputError, match="give a folder"):
         Manifest.load(f"{packed}/index.json")
