@@ -53,6 +53,7 @@ FULL = ("can't allocate memory", "out of memory")  # errors of torch on a CPU, o
 
 def main() -> None:
     """Run the command in sys.argv. Exit codes are those of pipeline/errors.py."""
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))  # noqa: SIM115  # of >&-
     try:
         _run()
     except BrokenPipeError:  # the reader closed the pipe, as `head` does
@@ -78,12 +79,14 @@ def _run() -> None:
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="naign", description=ABOUT)
             sys.stdout.flush()
         except OSError as error:
-            if error.filename is None:
+            if error.filename is None and error.errno not in local.FULL:
                 raise
+            if error.filename is None:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             kind = Unavailable if error.errno in local.FULL | local.TRANSIENT else InputError
             taken = isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError)
             remedy = ": choose another path" if taken else ": check the path" * isinstance(error, FileNotFoundError)
-            raise kind(f"{error.filename}: {error.strerror}{remedy}") from None
+            raise kind(f"{error.filename or 'the output'}: {error.strerror}{remedy}") from None
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError) or any(text in str(error) for text in FULL):
                 raise InputError("there is too little memory for that: ask for fewer or smaller ones") from None

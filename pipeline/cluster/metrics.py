@@ -22,7 +22,7 @@ from pipeline.cluster.meeting import listen
 from pipeline.errors import one_line
 
 START = 3600.0  # seconds that ranks may take to their first round, and after their last one
-REQUEST = 10.0  # seconds that a client may take, from its connection to the end of the answer
+REQUEST, CLIENTS = 10.0, 32  # seconds that a client may take to the end of the answer; clients, a thread and file each
 LEAST, FACTOR = 300.0, 5.0  # any other round: so many seconds, or so many times the longest before it if that is more
 
 
@@ -33,6 +33,7 @@ class Metrics(ThreadingHTTPServer):
         super().__init__(("", port), _Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listen(port, "--metrics", host)
+        self._open = dict[socket.socket, float]()  # connections and when each began, the oldest first
         self._file, self._last, self._generation, self._began = Path(), dict[str, Any](), 0, math.inf
         threading.Thread(target=self.serve_forever, name="metrics", daemon=True).start()
 
@@ -74,24 +75,24 @@ class Metrics(ThreadingHTTPServer):
         is_last = state["series"]["images_seen"] >= state["series"]["images_goal"]
         return now - state["ended"], START if is_last else max(LEAST, FACTOR * state["longest"])
 
-    def verify_request(self, *_: Any) -> bool:  # a client costs the launcher two threads and an open file
-        return threading.active_count() < 64
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        self._open[request] = time.monotonic()
+        return True
 
-    def handle_error(self, *_: Any) -> None:  # as a rule a client that went away
-        say(f"--metrics: {one_line(sys.exc_info()[1])}")
+    def service_actions(self) -> None:  # twice a second, and after each connection: end old ones, and those too many
+        self._open = {client: since for client, since in self._open.items() if client.fileno() >= 0}
+        for left, (client, since) in zip(range(len(self._open), 0, -1), self._open.items(), strict=True):
+            if left > CLIENTS or time.monotonic() - since > REQUEST:
+                with suppress(OSError):  # it ended just now
+                    client.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, *_: Any) -> None:
+        if not isinstance(error := sys.exc_info()[1], OSError):  # a client that went away
+            say(f"--metrics: {one_line(error)}")
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: Metrics
-
-    def handle(self) -> None:
-        """End the connection after REQUEST seconds, also of a client that sends a byte from time to time."""
-        timer = threading.Timer(REQUEST, self.connection.shutdown, (socket.SHUT_RDWR,))
-        timer.start()
-        try:
-            super().handle()
-        finally:
-            timer.cancel()
 
     def do_GET(self) -> None:
         code = 200 if (path := self.path.partition("?")[0]) == "/metrics" else 404

@@ -25,14 +25,14 @@ def build_accelerator(timeout: float = 600, *, precision: str = "", accumulate: 
     (`choose_precision`), or '' for that of the launcher. A step has `accumulate` micro-batches. Raises InputError where
     the launcher's configuration contradicts the arguments or the machine.
     """
-    many = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of this host
+    world = os.environ.get("WORLD_SIZE", "1")
+    require((world.isdecimal(), f"the environment's WORLD_SIZE is {world!r}, which is no number: unset it"))
+    many, ranks = int(world) > 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # in all; of this host
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower()
     on_cpu = use_cpu == "true" or not torch.cuda.is_available()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-    if "WORLD_SIZE" not in os.environ and "MASTER_ADDR" in os.environ:
-        alone = "the launcher started this process alone, as Accelerate does for distributed_type MULTI_CPU"
-        raise InputError(f"{alone}: use a configuration like launch/cpu.yaml")
+    started = "WORLD_SIZE" in os.environ or "MASTER_ADDR" not in os.environ
+    require((started, "the launcher started this process alone (MULTI_CPU): use a configuration like launch/cpu.yaml"))
     if many and not deepspeed and on_cpu and use_cpu == "false":
         check_gpus("the launcher's configuration says use_cpu: false (launch/cpu.yaml is for CPUs)", ranks)
     if not on_cpu:
@@ -42,6 +42,8 @@ def build_accelerator(timeout: float = 600, *, precision: str = "", accumulate: 
             check_bf16()
     if deepspeed:
         _check_deepspeed(on_cpu)
+    for name in ("TORCH_DEVICE", "DYNAMO_BACKEND", "DEBUG_MODE", "" if deepspeed else "GRADIENT_ACCUMULATION_STEPS"):
+        os.environ.pop(f"ACCELERATE_{name}", None)  # the run's settings decide
     if os.environ.pop("ACCELERATE_USE_FSDP", "").lower() != "true" or not many:
         os.environ.pop("FSDP_VERSION", None)  # not from a launcher of these ranks
     elif os.environ.setdefault("FSDP_VERSION", "1") != "2":  # FsdpEngine shards, not Accelerate
@@ -62,9 +64,8 @@ def build_accelerator(timeout: float = 600, *, precision: str = "", accumulate: 
     )
     if not on_cpu:
         repeat_bits()
-    if many and accelerator.distributed_type == DistributedType.NO:  # each rank would train alone, silently
-        unconnected = f"Accelerate connects none of the {os.environ['WORLD_SIZE']} ranks"
-        raise InputError(f"{unconnected}: compare its configuration with those in launch/")
+    connected = not many or accelerator.distributed_type != DistributedType.NO  # else each rank would train alone
+    require((connected, f"Accelerate connects none of {world} ranks: compare its configuration with those in launch/"))
     return accelerator
 
 
@@ -83,9 +84,8 @@ def _mixed_precision(precision: str, *, on_cpu: bool, deepspeed: bool) -> str:
     if precision == "auto":
         precision = "" if configured != "no" or deepspeed else choose_precision(on_cpu)
     mixed = {"": configured, "fp32": "no"}.get(precision, precision)
-    if configured not in ("no", mixed):
-        conflict = f"the launcher's configuration says mixed_precision: {configured}"
-        raise InputError(f"{conflict}, but train.precision is {precision}: remove one")
+    conflict = f"the launcher's configuration says mixed_precision: {configured}, but train.precision is {precision}"
+    require((configured in ("no", mixed), f"{conflict}: remove one"))
     require((mixed != "fp16" or not on_cpu, "fp16 needs a GPU: use --train.precision=bf16 or fp32 here"))
     return mixed
 

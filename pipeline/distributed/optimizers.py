@@ -6,14 +6,13 @@ checkpoint holds no more. Another package adds one as an entry point of the grou
 
 from collections.abc import Callable
 from functools import partial
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Adafactor, AdamW, Optimizer
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, one_line, require
 from pipeline.settings.registry import lookup
 
 
@@ -56,13 +55,12 @@ OPTIMIZERS: dict[str, Build] = {"adamw": adamw, "muon": Muon, "adafactor": adafa
 
 
 def find_optimizer(name: str) -> Build:
-    """The function that builds the optimizer of that name; InputError for an unknown one, or other parameters."""
+    """The function that builds the optimizer of that name; InputError for an unknown one, or if a trial of it fails."""
     build = lookup("train.optimizer", name, OPTIMIZERS, "naign.optimizers")
+    weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2,), (2, 2), (2, 2, 1, 1))]
     try:
-        signature(build).bind([], lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=False)
-    except TypeError as error:
-        takes = "(parameters, *, lr, betas, weight_decay, fused)"
-        raise InputError(
-            f"train.optimizer is '{name}', which does not take {takes} ({error}): fix its package"
-        ) from None
+        made: object = build(weights, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=False)
+        require((isinstance(made, Optimizer), f"it returns a {type(made).__name__}"))
+    except Exception as error:  # whatever another package's function may raise
+        raise InputError(f"train.optimizer '{name}' cannot be built: {one_line(error)}: fix its package") from None
     return build

@@ -11,10 +11,10 @@ PARTIAL = ".partial-"  # prefix of a file that is still being written: `list` ne
 
 
 class Missing(InputError):
-    """There is no such file."""
+    """There is no such file, or less of it than is asked for."""
 
     def __init__(self, message: str, *, seen: bool = False) -> None:
-        """`seen`: whether this process has asked about the file before, and it existed."""
+        """`seen`: whether this process has asked about the file before, and it existed, that long."""
         super().__init__(message)
         self.seen = seen
 

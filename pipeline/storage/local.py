@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
-from pipeline.errors import InputError, Unavailable
+from pipeline.errors import InputError, Unavailable, require
 from pipeline.storage.base import PARTIAL, Missing, Store, Writer
 from pipeline.storage.retry import Tally
 
@@ -34,7 +34,7 @@ class LocalStore(Store):
     def __init__(self, path: str) -> None:
         self.path = path
         self.tally = Tally()
-        self._seen = set[str]()  # names of files that were there when `size` asked
+        self._seen = dict[str, int]()  # sizes of files when `size` asked
         self._folder = Path(os.path.expanduser(path))  # Path.expanduser raises for an unknown user
 
     def folders(self) -> list[str]:
@@ -60,7 +60,7 @@ class LocalStore(Store):
             status = (self._folder / name).stat()
             if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for its writer
                 raise IsADirectoryError(errno.EISDIR, "no regular file")
-            self._seen.add(name)
+            self._seen[name] = status.st_size
             return status.st_size
 
     def version(self, name: str) -> str:
@@ -73,8 +73,8 @@ class LocalStore(Store):
             stream.seek(first)
             data = stream.readall() if last is None else stream.read(last - first)
         if last is not None and len(data) < last - first:
-            size = first + len(data)
-            raise InputError(f"{self.url(name)}: {size} bytes where {last} were expected: truncated: copy it again")
+            short = f"{self.url(name)}: {first + len(data)} bytes where {last} were expected: truncated: copy it again"
+            raise Missing(short, seen=self._seen.get(name, 0) >= last)
         self.tally.add(bytes=len(data))
         return data
 
@@ -105,12 +105,23 @@ class LocalStore(Store):
                     raise
             raise
 
-    def remove_partial(self) -> None:
-        """Remove what writers that were killed have left; one at work holds a lock."""
-        for file in self._folder.glob(f"{PARTIAL}*"):
-            with contextlib.suppress(OSError), file.open("r+b") as left:
-                fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                file.unlink()
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Context: others that ask for it get InputError. What killed writers left goes; one at work holds a lock."""
+        with self._explained("", writing=True):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            folder = os.open(self._folder, os.O_RDONLY)
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, folder)
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:  # another one where a file system has no locks
+                require((error.errno != errno.EWOULDBLOCK, f"{self.path}: another program packs there: wait for it"))
+            for file in self._folder.glob(f"{PARTIAL}*"):
+                with contextlib.suppress(OSError), file.open("r+b") as left:
+                    fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    file.unlink()
+            yield
 
     def delete(self, name: str) -> None:
         with self._explained(name, writing=True):

@@ -5,6 +5,8 @@ import json
 import os
 import pty
 import re
+import shlex
+import subprocess
 import sys
 import tarfile
 import termios
@@ -27,6 +29,7 @@ from pipeline.data.sources.source import Made
 from pipeline.distributed import host
 from pipeline.model.networks import ConvConfig, PointConfig
 from pipeline.observe import doctor
+from tests.conftest import ROOT
 from tests.data.numbered import add
 
 Command = Callable[..., tuple[int, str, str]]
@@ -188,3 +191,12 @@ def test_a_call_without_steps_shows_how_long_it_takes(monkeypatch: pytest.Monkey
     monkeypatch.setattr(terminal, "DELAY", 0.0)
     monkeypatch.setattr(terminal, "tqdm", Watched)
     assert "exporting 00:0" in on_terminal(wait, monkeypatch)
+
+
+@pytest.mark.parametrize(("redirection", "code"), [("> /dev/full", 1), (">&-", 0), (">&- 2>&-", 0)])
+def test_output_that_cannot_be_written_ends_in_a_sentence(redirection: str, code: int, tmp_path: Path) -> None:
+    Image.new("L", (28, 28)).save(tmp_path / "a.png")
+    program = f"{shlex.quote(sys.executable)} -c 'from pipeline.cli.main import main; main()' score mnist"
+    command = f"{program} {shlex.quote(str(tmp_path / 'a.png'))} {redirection}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, "naign: failed: the output: No space left on device\n" * code)

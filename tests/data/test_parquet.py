@@ -82,7 +82,9 @@ def test_a_folder_of_the_hub_with_its_splits_and_names(tmp_path: Path) -> None:
     [
         ("latest/validated/train.parquet", "latest/validated/test.parquet"),
         ("contest/a.parquet", "test/a.parquet"),
-        ("test/data/evaluation-0.parquet", "data/validation/0.parquet"),
+        ("data/evaluation-0.parquet", "data/validation/0.parquet"),
+        ("train/sub/x/a.parquet", "test/sub/x/a.parquet"),
+        ("test/train/x/a.parquet", "train/test/x/a.parquet"),
         ("test/train-00000-of-00001.parquet", "train/my_val.parquet"),
     ],
 )

@@ -181,6 +181,13 @@ def test_what_a_pack_that_was_killed_has_left_is_removed_by_the_next(tmp_path: P
     assert (tmp_path / "other").exists() and not list(tmp_path.glob(".partial-*"))
 
 
+def test_of_two_packs_into_one_folder_at_once_the_second_is_refused(tmp_path: Path) -> None:
+    with LocalStore(str(tmp_path)).alone(), pytest.raises(InputError, match="another program packs there: wait"):
+        pack(numbered(), str(tmp_path), progress=False)
+    assert not list(tmp_path.iterdir())
+    assert pack(numbered(), str(tmp_path), progress=False)[1]
+
+
 def test_verify_finds_every_planted_fault(packed: str) -> None:
     report = verify(packed, progress=False)
     assert (report.samples, report.shards) == (28, 8)

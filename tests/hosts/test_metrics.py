@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -129,15 +130,16 @@ def test_short_rounds_have_the_least_limit_and_a_host_that_waits_for_others_is_h
     other.server_close()
 
 
-def test_clients_that_hang_are_turned_away_beyond_a_number(page):
+def test_clients_that_hang_make_way_for_a_probe_beyond_a_number(page, capfd):
     port, before = page.server_address[1], threading.active_count()
-    hanging = [socket.create_connection(("localhost", port)) for _ in range(74)]
-    until(lambda: threading.active_count() >= 64, str)
-    assert get(port, "/healthz") == (0, "") and threading.active_count() <= 66
-    for client in hanging:
+    hanging = [socket.create_connection(("localhost", port)) for _ in range(80)]
+    assert get(port, "/healthz")[0] == 200
+    until(lambda: threading.active_count() <= before + metrics.CLIENTS, str, seconds=metrics.REQUEST / 2)
+    for client in hanging:  # with a reset
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.close()
     until(lambda: threading.active_count() <= before, str)
-    assert get(port, "/healthz")[0] == 200
+    assert get(port, "/healthz")[0] == 200 and not capfd.readouterr().err
 
 
 def test_a_client_that_sends_a_byte_from_time_to_time_is_ended(page, monkeypatch):

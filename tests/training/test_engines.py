@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from pipeline.config import parse
@@ -78,6 +79,17 @@ def test_fsdp_1_is_refused_and_a_variable_of_no_launcher_is_ignored(monkeypatch)
     for name, value in (("FSDP_VERSION", "1"), ("ACCELERATE_USE_FSDP", "true"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="set fsdp_version: 2"):
+        connect.build_accelerator()
+
+
+def test_stray_variables_of_accelerate_are_ignored_and_a_world_of_no_number_is_named(monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    for name in ("DYNAMO_BACKEND", "TORCH_DEVICE", "DEBUG_MODE", "GRADIENT_ACCUMULATION_STEPS"):
+        os.environ[f"ACCELERATE_{name}"] = "junk"
+    AcceleratorState._reset_state(True)
+    assert connect.build_accelerator(accumulate=2).gradient_accumulation_steps == 2
+    os.environ["WORLD_SIZE"] = "junk"
+    with pytest.raises(InputError, match="WORLD_SIZE is 'junk', which is no number: unset it"):
         connect.build_accelerator()
 
 

@@ -22,6 +22,17 @@ def narrow(parameters, lr):
     return torch.optim.SGD(parameters, lr=lr)
 
 
+def nothing(parameters, **_):
+    return None
+
+
+def failing(parameters, **_):
+    raise ValueError("no such learning rate")
+
+
+bare = map  # a builtin without a signature
+
+
 class Counting(torch.optim.Optimizer):
     def __init__(self, parameters, *, lr, **_):
         super().__init__(parameters, {"lr": lr})
@@ -33,7 +44,7 @@ class Counting(torch.optim.Optimizer):
 
 @pytest.fixture(autouse=True)
 def theirs(monkeypatch):
-    names = ("momentum", "Counting", "narrow")
+    names = ("momentum", "Counting", "narrow", "nothing", "failing", "bare")
     points = {name: EntryPoint(name, f"{__name__}:{name}", "naign.optimizers") for name in names}
     asked = {"naign.optimizers": points}
     monkeypatch.setattr("pipeline.settings.registry._entry_points", lambda group: asked.get(group, {}))
@@ -105,11 +116,13 @@ def test_an_unknown_optimizer_names_the_known_ones():
         find_optimizer("moun")
 
 
-def test_an_optimizer_of_another_signature_is_refused():
-    with pytest.raises(
-        InputError, match="'narrow', which does not take .parameters, .*unexpected keyword.*: fix its pack"
-    ):
-        find_optimizer("narrow")
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("narrow", "unexpected keyword"), ("nothing", "it returns a NoneType"), ("failing", "no such"), ("bare", "map")],
+)
+def test_an_optimizer_that_cannot_be_built_is_refused(name, problem):
+    with pytest.raises(InputError, match=f"'{name}' cannot be built: .*{problem}.*: fix its package"):
+        find_optimizer(name)
 
 
 def test_a_state_that_no_checkpoint_holds_is_refused():

@@ -1,7 +1,7 @@
 """Packing a source into WebDataset shards, which stream into their store as they are made."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from hashlib import sha256
 from typing import Any, BinaryIO, cast
@@ -100,10 +100,9 @@ def _clear(target: Store, source: Source) -> None:
 def _undone_on_error(target: Store) -> Iterator[list[str]]:
     """A list of files written, which are deleted on an InputError: once the input is mended, shards differ."""
     names: list[str] = []
-    if isinstance(target, LocalStore):
-        target.remove_partial()
     try:
-        yield names
+        with target.alone() if isinstance(target, LocalStore) else nullcontext():
+            yield names
     except InputError as error:
         for name in names if not isinstance(error, Conflict) else ():
             with suppress(InputError):  # the first error is the one to report

@@ -35,10 +35,10 @@ BATCH = 256  # rows of a Parquet file that are decoded at once
 
 
 def from_tables(root: Path, *, size: str | int, channels: int, seed: int, skip: bool, image: str, label: str) -> Source:
-    """The rows of a .parquet file, or of the .parquet files and .arrow streams in a folder, with pictures from column
-    `image` ("": the only one of pictures) cropped and resized as by `folder.from_tree`, and labels from column `label`
-    ("": the only ClassLabel, or `label`; "none": without). The test split is files whose names, or else folders, have
-    the word test or validation, or else a tenth of the rows, drawn by the seed. `skip` leaves out rows that are no
+    """The rows of a .parquet file, or of the .parquet files and .arrow streams in a folder; pictures of column `image`
+    ("": the only one of pictures), cropped and resized as by `folder.from_tree`, and labels of column `label` ("": the
+    only ClassLabel, or `label`; "none": none). The test split is files whose names, or else nearest folders below root,
+    have the word test or validation, or else a tenth of the rows, drawn by the seed. `skip` leaves out what is no
     picture. Raises InputError that names file and row, and Unavailable where the disk is full.
     """
     height, width = parse_size(str(size), "--size")
@@ -50,7 +50,7 @@ def from_tables(root: Path, *, size: str | int, channels: int, seed: int, skip: 
         with tempfile.TemporaryFile() as spool, ThreadPool(cpu_count()) as pool:
             decode = partial(pool.map, partial(_decode, size=(width, height), channels=channels))
             for file in files:
-                words = SPLIT.findall("/".join(file.relative_to(root).parts[-2:]).lower())
+                words = SPLIT.findall("/".join(file.relative_to(root).parts).lower())
                 split = rows["test" if words and words[-1] != "train" else "train"]
                 for pixels, text in _rows(file, image, label, names, decode, skip):
                     spool.write(pixels)
