@@ -154,7 +154,8 @@ sbom: dist
 # Of a release: NAME.tar for each recipe, a folder with float16 weights and their card, and SHA256SUMS. The card's numbers
 # are measured with these weights. A finished run in runs/NAME is not trained again; delete build/ to export and measure anew.
 MODELS ?= mnist fashion_mnist cifar10_cpu
-models: $(MODELS:%=build/models/%.tar)
+models: $(MODELS:%=configs/%.yaml) $(MODELS:%=build/models/%.tar)
+	$(if $(strip $(MODELS)),,$(error MODELS is empty: name recipes of configs/, as MODELS=mnist))
 	cd build/models && sha256sum *.tar > SHA256SUMS
 
 build/models/%.tar: | $(VENV)/.installed
@@ -163,9 +164,11 @@ build/models/%.tar: | $(VENV)/.installed
 	$(BIN)/naign evaluate build/measured/$*
 	rm -rf build/models/$*
 	$(BIN)/naign export build/measured/$* --to build/models/$* --card --license apache-2.0
-	tar -C build/models -cf $@ $*
+	tar -C build/models -cf $@.partial $*
+	mv $@.partial $@
 
 image:
+	@command -v docker > /dev/null || { echo "make image needs docker, and there is none on PATH: install it"; exit 1; }
 	docker build -f launch/Dockerfile --target $(TARGET) --build-arg VERSION=$(VERSION) \
 	    --build-arg TORCH_INDEX=$(TORCH_INDEX) -t naign:$(TARGET) .
 

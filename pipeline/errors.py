@@ -105,6 +105,15 @@ def require(*rules: tuple[object, str]) -> None:
             raise InputError(message)
 
 
+def check_address(text: str) -> None:
+    """InputError, which does not show it, for an address with a user, password or query; `?` may match tars' names."""
+    scheme, _, rest = text.partition(":/")
+    query, host = rest.partition("?")[2], rest.strip("/").partition("/")[0]
+    secret = ("=" in query or query[-4:] not in ("", ".tar")) or ("@" in host and "abfs" not in scheme)
+    holds = "a user or a password, or a query, which messages would show"
+    require((not secret, f"{scheme}://: the address holds {holds}: give that of a folder, without them"))
+
+
 def unwritten(message: str) -> InputError | Unavailable:
     """The error of what could not be written: Unavailable where a disk or quota is full, so that a restart may help."""
     full = any(os.strerror(number) in message for number in (errno.ENOSPC, errno.EDQUOT))

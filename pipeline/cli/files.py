@@ -13,6 +13,7 @@ from pipeline.data.decode import in_mode
 from pipeline.errors import InputError, printable, require
 from pipeline.evaluate.recorded import read_image
 from pipeline.model.naign import NAIGN
+from pipeline.model.weights import shipped_model
 from pipeline.observe.pictures import grid, to_image
 from pipeline.storage.local import write_atomically
 from pipeline.terminal import counted
@@ -89,7 +90,7 @@ def _read_points(path: Path, shape: tuple[int, ...]) -> Tensor:
 
 def write_samples(samples: Tensor, to: Path) -> str:
     """Write samples to a .png grid, a .csv file, or as one PNG each into a folder. Returns the place, for a message."""
-    require((to != Path(), "--to is the current folder, which a file for each sample would fill: name another one"))
+    require((to != Path() and not shipped_model(to), "--to is the current folder, or hides naign's model: choose one"))
     points, suffix = samples.ndim != 4, to.suffix.lower()
     if points != (suffix == ".csv") or suffix not in (".png", ".csv", ""):
         wanted = ".csv" if points else ".png, or a folder's name"

@@ -36,7 +36,7 @@ from pipeline.cli.data import index, pack, verify
 from pipeline.cli.model import demo, evaluate, export, push, restore, sample, score
 from pipeline.cli.neighbours import copies, duplicates
 from pipeline.cli.runs import compare, runs
-from pipeline.errors import InputError, Unavailable, exit_on_input_error
+from pipeline.errors import InputError, Unavailable, check_address, exit_on_input_error
 from pipeline.storage import local
 
 ABOUT = "Non-adversarial idempotent generative networks: one network that generates and repairs. --version: print it."
@@ -64,6 +64,7 @@ def main() -> None:
 def _run() -> None:
     with exit_on_input_error("naign"):
         for before, word in itertools.pairwise(sys.argv):
+            check_address(word)
             empty = not word and (not before.startswith("--") or before.replace("_", "-") in PATHS + FLAGS)
             if empty or word.endswith("=") and word[:-1] in PATHS:
                 raise InputError(f"'' is no path (after {word or before}): give a file, a folder or an address")

@@ -125,7 +125,7 @@ def sample(
     """
     from pipeline.cli.files import write_samples
 
-    _check(n=n, times=times, seed=seed)
+    _check(n=n, times=times, seed=seed, to=to)
     model = _open_with(latents, run, _find_device(device))
     with counted("sampling", total=n, unit="sample") as bar:
         samples = model.sample(n, seed=seed, label=label, times=times, advance=bar.update).cpu()
@@ -157,7 +157,7 @@ def restore(
     """
     from pipeline.cli.repair import restore_files
 
-    _check(times=1 if times is None else times)
+    _check(times=1 if times is None else times, to=to)
     model = _open(run, _find_device(device))
     restore_files(model, files, to, times=times, damage=damage, mask=mask, size=size)
 
@@ -213,16 +213,20 @@ def export(
     from pipeline.evaluate.card import write_repository
     from pipeline.model import programs
 
-    for name, what in (("manifest.json", "checkpoint"), ("checkpoints", "run")):  # whose part the model would become
-        require((not (to / name).exists(), f"--to {to} is a {what}: give another folder"))
+    _check(to=to)
+    runs = [up / "checkpoints" for up in to.resolve().parents if (up / "config.yaml").exists()]
+    file = to / f"model.{format}"
+    old = file.exists() and ((to / "README.md").exists() or to.resolve() == Path(run.removesuffix(file.name)).resolve())
     require(
+        (not (to / "manifest.json").exists(), f"--to {to} is a checkpoint: give another folder"),
+        (not any(map(Path.exists, (to / "checkpoints", *runs))), f"--to {to} is a run, or in one: give another folder"),
+        (not old or format == "onnx", f"--to {to} is the model itself, or another with a card: give another folder"),
         (format == "safetensors" or latents == TRAINED, "--format onnx is f alone: leave out what chooses its prior"),
         (format == "safetensors" or not (dtype or card), "--dtype and --card are for --format safetensors"),
         (card or not license, "--license is what the card states: add --card"),
     )
     model = _open_with(latents, run, "cpu")
     model.metadata |= {"dtype": dtype} if dtype else {}
-    file = to / f"model.{format}"
     with busy("exporting"):
         if card:
             write_repository(to, model, run, name=to.resolve().name, license=license)
@@ -257,14 +261,13 @@ def push(
     from pipeline.evaluate.card import write_repository
     from pipeline.model import hub
 
+    _check(to=dry_run)
     (hub.check_login if dry_run is None else hub.check_name)(name)
     model = _open(run, "cpu")
     with tempfile.TemporaryDirectory() as place:
         files = write_repository(dry_run or Path(place), model, run, name=name, license=license)
-        if dry_run is None:
-            print(f"uploaded: {hub.upload(Path(place), name, private=private)}")
-        else:
-            print(f"wrote {files} files to {dry_run}/, uploaded nothing")
+        address = hub.upload(Path(place), name, private=private) if dry_run is None else ""
+    print(f"uploaded: {address}" if address else f"wrote {files} files to {dry_run}/, uploaded nothing")
 
 
 def demo(run: Played = "", /, *, port: int = 7860, device: Device = "auto") -> None:
@@ -312,8 +315,7 @@ def _open_with(latents: Latents, run: str, device: str) -> "NAIGN":
     components = 50 if components is None else components
     _check(components=components)
     model = _open(run, device)
-    chosen = {"steps": latents.steps, "guidance": latents.guidance}
-    if chosen := {name: value for name, value in chosen.items() if value is not None}:
+    if chosen := {name: value for name in ("steps", "guidance") if (value := getattr(latents, name)) is not None}:
         flow = trained and model.metadata["prior"]["name"] == "flow"
         refused = f"--{next(iter(chosen))} applies to a flow of codes, and this prior is none"
         require((flow, f"{refused} ({run}): leave it out"))
@@ -339,8 +341,9 @@ def _find_device(name: Device) -> str:
     return ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
 
 
-def _check(*, seed: int = 0, **counts: int) -> None:
-    """Raise InputError for a seed that no generator takes, and for counts below 1."""
+def _check(*, seed: int = 0, to: Path | None = None, **counts: int) -> None:
+    """Raise InputError for a seed that no generator takes, an address as a folder to write, and counts below 1."""
+    require((":/" not in str(to), f"{to} is an address, and only a local folder is written: give one, then copy it"))
     require((0 <= seed < 2**63, f"--seed is {seed}: it must be 0 to {2**63 - 1}"))
     for name, value in counts.items():
         require((1 <= value < 2**53, f"--{name} is {value}: it must be at least 1, and no more than memory holds"))

@@ -17,6 +17,7 @@ from pipeline.evaluate.report import DAMAGE, learned_classes, templates
 from pipeline.evaluate.runs import folder_of
 from pipeline.model.hub import without_places
 from pipeline.model.naign import NAIGN
+from pipeline.model.weights import shipped_model
 from pipeline.storage.local import write_atomically
 from pipeline.storage.store import open_store
 
@@ -45,7 +46,7 @@ def write_repository(folder: Path, model: NAIGN, run: str, *, name: str, license
     """
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
     store = open_store(f"{folder_of(run)}/evaluation")
-    again = f"run `naign evaluate {run}` first"
+    again = f"run `naign {f'export {run} --to FOLDER' if shipped_model(run) else f'evaluate {run}'}` first"
     require(
         (empty, f"{folder} holds something already: give a new or empty folder"),
         (store.exists("metrics.json"), f"{run} has no evaluation to write a model card from: {again}"),
@@ -72,11 +73,10 @@ def write_repository(folder: Path, model: NAIGN, run: str, *, name: str, license
         raise
     except (UndefinedError, LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise InputError(f"{store.url('metrics.json')} lacks what a model card says ({error}): {again}") from None
-    folder.mkdir(parents=True, exist_ok=True)
+    shared.save_pretrained(folder)  # first, as it refuses weights that float16 does not hold
     for picture in pictures:
         write_atomically(folder / picture, store.read(picture))
     write_atomically(folder / "README.md", text)
-    shared.save_pretrained(folder)
     return len(pictures) + 3
 
 

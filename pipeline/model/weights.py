@@ -54,10 +54,13 @@ def locate(place: str | Path, **download: Any) -> Iterator[Weights]:
         open_store(str(place))  # refuses what is no address
         with tempfile.TemporaryDirectory() as folder:
             yield _fetch(str(place).rstrip("/"), Path(folder))
-    elif named := shipped_model(place):
-        yield Weights(named)
     else:
-        yield _find(Path(place))
+        named = shipped_model(place)
+        hint = "reinstall naign, which it comes with" if named else "it hides the model that comes with naign"
+        try:
+            yield Weights(named) if named else _find(Path(place))
+        except InputError as error:
+            raise (InputError(f"{error}; {hint}") if str(place) in _shipped_names() else error) from None
 
 
 def _fetch(remote: str, folder: Path) -> Weights:
@@ -78,7 +81,7 @@ def _find(folder: Path) -> Weights:
         return Weights(folder)
     if not os.path.isdir(folder):
         elsewhere = "a model of the Hugging Face hub is hf://user/model, a run in a bucket s3://bucket/prefix"
-        elsewhere += f"; the one that comes with naign is {', '.join(_shipped_names())}"
+        elsewhere += "".join(f"; the one that comes with naign is {each}, no slash" for each in _shipped_names())
         raise InputError(f"no run or model at '{folder}': there is no {os.path.abspath(folder)}; {elsewhere}")
     run, checkpoints = str(folder.absolute()), folder / "checkpoints"
     checkpoint, choice = newest_checkpoint(checkpoints), "last"
@@ -94,9 +97,8 @@ def _find(folder: Path) -> Weights:
     for file in ((checkpoint or folder) / name for name in FILES):
         if file.is_file():
             return Weights(file, checkpoint.name, choice) if checkpoint else Weights(file)
-    hides = "; it hides the model that comes with naign" if str(folder) in _shipped_names() else ""
     nothing = f"'{folder}' has no complete checkpoint and no model.safetensors"
-    raise InputError(f"{nothing}: has its training got that far?{hides}")
+    raise InputError(f"{nothing}: has its training got that far?")
 
 
 def _ended_by_patience(run: str, newest: str) -> bool:

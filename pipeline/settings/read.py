@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from pipeline import shipped
-from pipeline.errors import InputError, printable, require, shown
+from pipeline.errors import InputError, check_address, printable, require, shown
 
 MOST = 2**62  # no setting has a use for larger numbers, which overflow
 LISTS = ("data.path", "report.trackers", "train.callbacks")  # settings that a file may also give as a list
@@ -23,6 +23,7 @@ Named = Mapping[str, tuple[str, Callable[[str], tuple[Any, Any]]]]
 
 def read_yaml(path: str) -> Any:
     """The content of a YAML file, or of a name in configs/. Raises InputError, which never shows the content."""
+    check_address(path)
     file, named = Path(path), shipped(f"configs/{path}.yaml")
     try:
         if file.name == path and not file.is_file() and named.is_file():

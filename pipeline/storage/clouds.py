@@ -14,7 +14,7 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import from_url
 
-from pipeline.errors import Conflict, InputError, Unavailable, one_line
+from pipeline.errors import Conflict, InputError, Unavailable, one_line, require
 from pipeline.storage import retry
 from pipeline.storage.base import Missing
 from pipeline.storage.prefetch import PARALLEL
@@ -37,9 +37,8 @@ class CloudStore(BucketStore):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        scheme = self._root.partition("://")[0]
-        if "?" in path or not re.fullmatch(r"(gs|az)://[\w.-]+|abfss?://[\w.-]+(@[\w.-]+)?", self._root, re.ASCII):
-            raise InputError(f"{scheme}://: the address has a user, password or query, which would show, or no name")
+        named = re.fullmatch(r"(gs|az)://[\w.-]+|abfss?://[\w.-]+(@[\w.-]+)?", self._root, re.ASCII)
+        require((named, f"{path.partition(':')[0]}://: the address has a user, password or query, or no plain name"))
 
     def folders(self) -> list[str]:
         return sorted(prefix.rpartition("/")[2] for prefix in self._listing()["common_prefixes"])

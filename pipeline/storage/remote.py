@@ -22,10 +22,7 @@ class RemoteStore(NetworkStore):
     def __init__(self, path: str) -> None:
         """Raises InputError for a scheme that fsspec does not know, or whose package is missing."""
         super().__init__(path.rstrip("/"))
-        self._scheme, _, rest = path.partition("://")
-        if "?" in rest or "@" in rest.partition("/")[0]:
-            holds = "a user or a password, or a query, which messages would show"
-            raise InputError(f"{self._scheme}://: the address holds {holds}: give that of a folder, without them")
+        self._scheme = path.partition("://")[0]
         what = f"{path}: cannot read {self._scheme}:// paths"
         try:
             fsspec.get_filesystem_class(self._scheme)

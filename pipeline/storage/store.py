@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
-from pipeline.errors import Gone, InputError, Unavailable, require
+from pipeline.errors import Gone, InputError, Unavailable, check_address, require
 from pipeline.storage.base import Missing, Store
 from pipeline.storage.local import LocalStore
 from pipeline.storage.retry import at_most
@@ -18,6 +18,7 @@ PROBE = "preflight"  # the file that is written to test whether a store is writa
 def open_store(path: str) -> Store:
     """The store at a local folder (`~` is expanded), in a bucket or at a read-only address. Opens nothing yet."""
     require((path.strip() and "\0" not in path, f"{path!r} is no path: give a local folder or s3://bucket/prefix"))
+    check_address(path)
     scheme, separator, _ = path.partition("://")
     require((separator or not is_in_bucket(path), f"{path}: write {path.partition(':')[0]}://bucket/prefix"))
     if not separator:

@@ -241,3 +241,45 @@ def test_what_stands_in_the_way_asks_for_another_path(model, tmp_path, monkeypat
     for to in ("there.png", "file/x.png"):
         code, said = ended(monkeypatch, capsys, "sample", model, "--n", "2", "--to", tmp_path / to)
         assert code == 2 and said.endswith(": choose another path\n")
+
+
+SIGNED = ["sample https://h/x?X-Amz-Signature=SECRET", "train --data.path=s3://b/d?X-Amz-Signature=SECRET"]
+SIGNED += ["pack folder --to x --root https://h/x?SECRET", "train --config https://h/x.yaml?SECRET"]
+
+
+@pytest.mark.parametrize("words", SIGNED)
+def test_a_query_is_refused_and_not_shown(words, monkeypatch, capsys):
+    code, said = ended(monkeypatch, capsys, *words.split())
+    assert code == 2 and "a query, which messages would show" in said and "SECRET" not in said
+
+
+def test_an_address_is_no_local_folder(model, pictures, monkeypatch, capsys):
+    monkeypatch.chdir(pictures)
+    for words in (
+        "export {} --to",
+        "sample {} --to",
+        "restore {} a --to",
+        "push {} me/x --dry-run",
+        "pack folder --to x --root",
+    ):
+        code, said = ended(monkeypatch, capsys, *words.format(model).split(), "s3://b/x")
+        assert code == 2 and "s3:/b/x is an address" in said
+    assert not (pictures / "s3:").exists()
+
+
+def test_an_export_replaces_no_model_that_it_should_not(model, tmp_path, monkeypatch, capsys):
+    weights = (tmp_path / "model/model.safetensors").read_bytes()
+    for source in (model, f"{model}/model.safetensors", f"{model}/"):
+        code, said = ended(monkeypatch, capsys, "export", source, "--to", model, "--dtype", "float16")
+        assert code == 2 and "is the model itself" in said
+    cli.export(model, to=tmp_path / "other")
+    cli.export(model, to=tmp_path / "other")  # again, as by a script
+    (tmp_path / "other/README.md").touch()
+    with pytest.raises(InputError, match="another with a card"):
+        cli.export(model, to=tmp_path / "other")
+    write_run(tmp_path / "run")
+    (tmp_path / "run/config.yaml").touch()
+    for inside in ("checkpoints", "evaluation", "checkpoints/x"):
+        with pytest.raises(InputError, match="is a run, or in one"):
+            cli.export(model, to=tmp_path / "run" / inside)
+    assert (tmp_path / "model/model.safetensors").read_bytes() == weights

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.cli import demo_page
 from pipeline.cli.main import main
-from pipeline.cli.model import demo
+from pipeline.cli.model import demo, push, sample
 from pipeline.config import flatten, load
 from pipeline.data.format.writer import pack
 from pipeline.data.sources import catalog
@@ -73,13 +73,41 @@ def test_commands_take_its_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 
 def test_a_path_of_its_name_comes_first(save_untrained: Callable[..., str]) -> None:
-    with pytest.raises(InputError, match=r"no run or model at 'mnits': .*; the one that comes with naign is mnist$"):
+    with pytest.raises(
+        InputError, match=r"no run or model at 'mnits': .*; the one that comes with naign is mnist, no slash$"
+    ):
         NAIGN.from_pretrained("mnits")
     Path("mnist").mkdir()
     with pytest.raises(InputError, match="'mnist' has no complete checkpoint .*it hides the model that comes"):
         NAIGN.from_pretrained("mnist")
+    Path("mnist").rmdir()
+    Path("mnist").write_text("a file")
+    with pytest.raises(InputError, match="is no readable safetensors file .*; it hides the model that comes"):
+        NAIGN.from_pretrained("mnist")
+    Path("mnist").unlink()
+    for place in ("mnist/", "./mnist"):
+        with pytest.raises(InputError, match="no run or model .*; the one that comes with naign is mnist, no slash$"):
+            NAIGN.from_pretrained(place)
     save_untrained(Path("mnist"), data=None, shape=(1, 8, 8), config=ConvConfig(width=4, code=8))
     assert NAIGN.from_pretrained("mnist").shape == (1, 8, 8)
+
+
+def test_a_damaged_or_absent_one_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("pipeline.model.weights.shipped", lambda path: tmp_path / path)
+    with pytest.raises(InputError, match="s3://bucket/prefix$"):
+        NAIGN.from_pretrained("mnist")
+    (tmp_path / "models/mnist").mkdir(parents=True)
+    (tmp_path / "models/mnist/model.safetensors").write_bytes(b"x")
+    with pytest.raises(InputError, match="is it truncated.; reinstall naign"):
+        NAIGN.from_pretrained("mnist")
+
+
+def test_its_name_is_neither_hidden_nor_advised_in_a_circle(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="hides naign's model"):
+        sample("mnist", n=2, to=Path("mnist"))
+    with pytest.raises(InputError, match="run `naign export mnist --to FOLDER` first"):
+        push("mnist", "me/x", dry_run=tmp_path / "o")
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_page_opens_with_it_without_a_run(monkeypatch: pytest.MonkeyPatch) -> None:

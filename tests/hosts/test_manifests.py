@@ -148,7 +148,7 @@ def test_what_is_rendered_is_valid(nodes, gpus):
     ("options", "said"),
     [
         (("k8s", "--data", "data/mnist", "--run", "s3://bucket/run"), "pods share a bucket only"),
-        (("slurm", "--data", "d", "--run", "https://me:SECRET@host/r"), "--run ...@host/r: write s3://bucket/prefix"),
+        (("slurm", "--data", "d", "--run", "https://me:SECRET@host/r"), "https://: the address holds a user"),
     ],
 )
 def test_what_cannot_be_rendered_is_refused(options, said, naign):

@@ -58,6 +58,17 @@ def test_a_run_and_a_recipe_may_have_spaces_in_their_paths() -> None:
     assert '--config "my recipes/c.yaml" --run.path "runs/a b"' in said and 'naign evaluate "runs/a b"' in said
 
 
+def test_models_are_checked_before_the_first_is_trained() -> None:
+    for models, problem in (
+        ("", "MODELS is empty"),
+        ("mnist nothere", "No rule to make target 'configs/nothere.yaml'"),
+    ):
+        done = make("--dry-run", "models", f"MODELS={models}", code=2)
+        assert problem in done.stderr and "launch" not in done.stdout
+    *_, tar, move, _ = make("--dry-run", "models", "MODELS=mnist").stdout.splitlines()  # a broken tar is not published
+    assert ".tar.partial" in tar and move.startswith("mv ") and move.endswith("/mnist.tar")
+
+
 def test_names_of_files_suit_every_file_system() -> None:
     """No two differ in case alone (macOS), none has a character or length that Windows refuses."""
     names = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()

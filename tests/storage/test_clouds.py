@@ -252,13 +252,10 @@ def test_through_faults(azurite: Azurite, container: str, monkeypatch: pytest.Mo
         ("gs://", "no bucket: write gs://bucket/prefix"),
         ("az:c/data", "az:c/data: write az://bucket/prefix"),
         ("az://c/a/../b", "an empty, '.' or '..' part"),
-        ("gs://me:secret@example.org/data", "gs://: the address has a user, password"),
+        ("gs://me:secret@example.org/data", "gs://: the address holds a user"),
         ("abfs://c:secret@acc.dfs.core.windows.net/data", "abfs://: the address has a user, password"),
-        ("az://c/data?sv=2023&sig=secret", "az://: the address has a user, password or query"),
-        (
-            "gs://a bucket/data",
-            "gs://: the address has a user, password or query, which would show, or no name",
-        ),
+        ("az://c/data?sv=2023&sig=secret", "az://: the address holds a user or a password, or a query"),
+        ("gs://a bucket/data", "gs://: the address has a user, password or query, or no plain name"),
     ],
 )
 def test_addresses_that_lead_nowhere(path: str, message: str) -> None:

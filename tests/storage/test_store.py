@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import InputError, Unavailable
+from pipeline.errors import InputError, Unavailable, check_address
+from pipeline.settings.read import read_yaml
 from pipeline.storage.local import LocalStore
 from pipeline.storage.store import open_store
 
@@ -68,6 +69,17 @@ def test_paths_that_are_no_store(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="give a folder"):
         open_store(str(tmp_path / "file")).put("a", b"")
     assert open_store("~nobody-of-that-name/x").list() == []
+
+
+@pytest.mark.parametrize(
+    "path", ["s3://b/d?X-Amz-Signature=SECRET", "s3://me:SECRET@b/d", "s3:/b/d?SECRET", "x://h?a=SECRET"]
+)
+def test_a_secret_in_an_address_is_refused_and_not_shown(path: str) -> None:
+    for call in (open_store, read_yaml):
+        with pytest.raises(InputError, match="the address holds a user or a password, or a query") as refused:
+            call(path)
+        assert "SECRET" not in str(refused.value)
+    check_address("s3://bucket/train-0000?.tar")  # a pattern of `naign index`
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody can write")
