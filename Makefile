@@ -163,7 +163,7 @@ build/models/%.tar: | $(VENV)/.installed
 	$(BIN)/naign export runs/$* --to build/measured/$* --dtype float16
 	$(BIN)/naign evaluate build/measured/$*
 	rm -rf build/models/$*
-	$(BIN)/naign export build/measured/$* --to build/models/$* --card --license apache-2.0
+	$(BIN)/naign push build/measured/$* $* --license apache-2.0 --dry-run build/models/$*
 	tar -C build/models -cf $@.partial $*
 	mv $@.partial $@
 

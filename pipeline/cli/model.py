@@ -3,7 +3,6 @@
 import csv
 import math
 import os
-import signal
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -196,8 +195,6 @@ def export(
     to: Path,
     format: Literal["safetensors", "onnx"] = "safetensors",
     dtype: Literal["float32", "float16"] | None = None,
-    card: bool = False,
-    license: str | None = None,
     latents: Drawn = TRAINED,
 ) -> None:
     """Export a model: as safetensors for NAIGN.from_pretrained, or f alone as a program.
@@ -205,12 +202,9 @@ def export(
     Args:
         to: Folder to write.
         dtype: Of the weights in model.safetensors, which are float32 again when they are read; default: as they are.
-        card: Also write README.md and pictures from the model's evaluation; --to is then a new or empty folder.
-        license: Licence of the weights, which the card states, such as apache-2.0; default: it states none.
         format: safetensors, or onnx: f of a batch of any size as a program that needs no code of this project, compared
             with f in onnxruntime (in a checkout: `pip install -e '.[onnx]'`).
     """
-    from pipeline.evaluate.card import write_repository
     from pipeline.model import programs
 
     _check(to=to)
@@ -222,15 +216,12 @@ def export(
         (not any(map(Path.exists, (to / "checkpoints", *runs))), f"--to {to} is a run, or in one: give another folder"),
         (not old or format == "onnx", f"--to {to} is the model itself, or another with a card: give another folder"),
         (format == "safetensors" or latents == TRAINED, "--format onnx is f alone: leave out what chooses its prior"),
-        (format == "safetensors" or not (dtype or card), "--dtype and --card are for --format safetensors"),
-        (card or not license, "--license is what the card states: add --card"),
+        (format == "safetensors" or not dtype, "--dtype is for --format safetensors"),
     )
     model = _open_with(latents, run, "cpu")
     model.metadata |= {"dtype": dtype} if dtype else {}
     with busy("exporting"):
-        if card:
-            write_repository(to, model, run, name=to.resolve().name, license=license)
-        elif format == "safetensors":
+        if format == "safetensors":
             model.save_pretrained(to)
         else:
             difference = programs.write_onnx(model.network, model.shape, file)
@@ -253,7 +244,7 @@ def push(
     """Upload a model to the Hugging Face hub, with a card written from its evaluation (`naign evaluate` first).
 
     Args:
-        name: Repository on the Hugging Face hub: user/model.
+        name: Repository on the Hugging Face hub: user/model. With --dry-run any name, which the card states.
         private: A new repository is private; without it, as the account has it by default.
         license: Licence of the weights, as the hub abbreviates it, such as apache-2.0; default: the card states none.
         dry_run: Write what would be uploaded into this folder, and upload nothing.
@@ -262,7 +253,8 @@ def push(
     from pipeline.model import hub
 
     _check(to=dry_run)
-    (hub.check_login if dry_run is None else hub.check_name)(name)
+    if dry_run is None or "/" in name:
+        (hub.check_login if dry_run is None else hub.check_name)(name)
     model = _open(run, "cpu")
     with tempfile.TemporaryDirectory() as place:
         files = write_repository(dry_run or Path(place), model, run, name=name, license=license)
@@ -285,7 +277,6 @@ def demo(run: Played = "", /, *, port: int = 7860, device: Device = "auto") -> N
     about += " The energy of an image is how much f changes it."
     if getattr(model.network, "generates_only", False):
         about += " It carries latents to images: it was not trained to repair."
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with tempfile.TemporaryDirectory(prefix="naign-demo-") as place:
         # Read when Gradio is imported: nothing is sent, and its files are gone in the end.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_TEMP_DIR": place}
@@ -317,8 +308,7 @@ def _open_with(latents: Latents, run: str, device: str) -> "NAIGN":
     model = _open(run, device)
     if chosen := {name: value for name in ("steps", "guidance") if (value := getattr(latents, name)) is not None}:
         flow = trained and model.metadata["prior"]["name"] == "flow"
-        refused = f"--{next(iter(chosen))} applies to a flow of codes, and this prior is none"
-        require((flow, f"{refused} ({run}): leave it out"))
+        require((flow, f"--{next(iter(chosen))} applies to a flow of codes, and this prior is none: leave it out"))
         model = model.with_flow(**chosen)
     if trained:
         return model

@@ -140,7 +140,8 @@ class Reader:
 
     def _cut(self, piece: Piece) -> list[Pages]:
         shard, pages = self.shards[piece.shard], []
-        table = self._table(shard)
+        with self._one[hash(shard.name) % len(self._one)]:  # asked for once though several threads want it
+            table = self._known(shard)
         starts, edges = table["sample"], table["byte"]
         first, last = (self._manifest.place(shard.name, number) for number in (piece.first, piece.last - 1))
         low = int(starts.searchsorted(first, "right")) - 1
@@ -180,11 +181,6 @@ class Reader:
     def _load(self, request: _Request) -> None:
         with suppress(InputError):
             request.data = self._fetch(request.pages)
-
-    def _table(self, shard: Shard) -> Table:
-        """The page table, asked for once though several threads want it."""
-        with self._one[hash(shard.name) % len(self._one)]:
-            return self._known(shard)
 
     def _read_table(self, shard: Shard) -> Table:
         if problem := size_problem(self.store, shard):

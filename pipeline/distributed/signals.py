@@ -61,9 +61,7 @@ class StopRequest:
 
 
 class StopPoll:
-    """Polls for a stop request in a phase where all ranks poll equally often; they communicate about twice a second.
-    A later poll of the same phase begins with the stride that this one ends with.
-    """
+    """Polls for a stop request where all ranks poll equally often, about twice a second; a phase keeps its stride."""
 
     def __init__(self, stop: StopRequest, phase: str) -> None:
         self._stop, self._phase, self._calls, self._last = stop, phase, 0, time.monotonic()
@@ -77,7 +75,6 @@ class StopPoll:
         now = time.monotonic()
         stopping, elapsed = self._stop.poll_stop(now - self._last)
         # A function of values that all ranks share, so that their strides stay equal.
-        most = int(self._calls * POLL_SECONDS / max(elapsed, 1e-6))
-        self._stop.strides[self._phase] = max(1, min(2 * stride, most))
+        self._stop.strides[self._phase] = max(1, min(2 * stride, int(self._calls * POLL_SECONDS / max(elapsed, 1e-6))))
         self._calls, self._last = 0, now
         return stopping
