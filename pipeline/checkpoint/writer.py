@@ -32,6 +32,7 @@ from pipeline.checkpoint import bucket
 from pipeline.checkpoint.manifest import BEST, MANIFEST, best_named, by_step, is_whole, prune, read_manifest, sha256
 from pipeline.distributed.ranks import SideGroup
 from pipeline.errors import Conflict, InputError, Unavailable, unwritten
+from pipeline.observe.logs import title
 from pipeline.storage.local import TRANSIENT, UMASK, sync_file, write_atomically
 from pipeline.storage.prefetch import in_background
 
@@ -140,6 +141,7 @@ class Writer:
         return True
 
     def _work(self, folder: Path, copy: Callable[[], None], files: Mapping[str, Write], best: str) -> str:
+        title("write")
         start = time.perf_counter()
         if problem := self._write(folder, copy, files, best):
             remedy = "make room or choose another --run.path; the checkpoint before it is untouched"
@@ -202,6 +204,7 @@ class Writer:
         """Upload a checkpoint: each rank its own files, then rank 0 the manifest. If that fails, it stays local.
         Returns why the run must end, the same on all ranks: another process has taken the bucket over.
         """
+        title("upload")
         start = time.perf_counter()
         failed, conflict = self._agreed(lambda: bucket.check_claim(self._remote, self._claim))
         if not failed:

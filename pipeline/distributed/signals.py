@@ -24,7 +24,6 @@ class StopRequest:
 
     def __init__(self, *, within: float = math.inf, world: int = 1, timeout: float = 660) -> None:
         self.requested = False
-        self.strides: dict[str, int] = {}  # calls of each phase from one collective poll to the next
         self._within, self._deadline = within, math.inf
         self._group = SideGroup(world, timeout=timeout)
         self._store: Any = c10d.PrefixStore("stop", c10d._get_default_store()) if world > 1 else None
@@ -61,20 +60,19 @@ class StopRequest:
 
 
 class StopPoll:
-    """Polls for a stop request where all ranks poll equally often, about twice a second; a phase keeps its stride."""
+    """Polls for a stop request in a phase where all ranks poll equally often; they communicate about twice a second."""
 
-    def __init__(self, stop: StopRequest, phase: str) -> None:
-        self._stop, self._phase, self._calls, self._last = stop, phase, 0, time.monotonic()
+    def __init__(self, stop: StopRequest) -> None:
+        self._stop, self._stride, self._calls, self._last = stop, 1, 0, time.monotonic()
 
     def __call__(self) -> bool:
         """Collective: whether to stop here, the same on every rank."""
         self._calls += 1
-        stride = self._stop.strides.get(self._phase, 1)
-        if self._calls < stride:
+        if self._calls < self._stride:
             return False
         now = time.monotonic()
         stopping, elapsed = self._stop.poll_stop(now - self._last)
         # A function of values that all ranks share, so that their strides stay equal.
-        self._stop.strides[self._phase] = max(1, min(2 * stride, int(self._calls * POLL_SECONDS / max(elapsed, 1e-6))))
+        self._stride = max(1, min(2 * self._stride, int(self._calls * POLL_SECONDS / max(elapsed, 1e-6))))
         self._calls, self._last = 0, now
         return stopping

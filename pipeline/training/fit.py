@@ -37,7 +37,7 @@ def fit(run: Run, state: RoundState) -> dict[str, float]:
     # Uploaded once a round: an upload a step would make the launches wait for the device.
     steps, ids = steps.to(device), match.ids.to(device) if match else None
     distance = choose_distance(objective, run.perceived)
-    stop_requested, lr, unread = StopPoll(run.stop, "fit"), 0.0, list[Step]()
+    stop_requested, lr, unread = StopPoll(run.stop), 0.0, list[Step]()
     while position.done < len(steps):
         run.watchdog.beat()
         if stop_requested():

@@ -22,7 +22,7 @@ def learn_prior(run: Run, state: RoundState) -> dict[str, float]:
     if not prior.learns or position.learned > state.number:
         return prior.metrics
     with run.phases.enter("learn"):
-        stop_requested = StopPoll(run.stop, "prior")
+        stop_requested = StopPoll(run.stop)
         examples = Examples(
             images=state.images,
             labels=state.labels,

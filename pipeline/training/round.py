@@ -127,7 +127,7 @@ def read_round(run: Run, stream: Stream, number: int) -> Rows:
 
 def find_match(run: Run, state: RoundState) -> Match:
     """For each image of this rank the latent whose sample is nearest, out of the pool of all ranks. Collective."""
-    stop_requested = StopPoll(run.stop, "match")
+    stop_requested = StopPoll(run.stop)
 
     def poll() -> None:
         run.watchdog.beat()

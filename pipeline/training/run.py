@@ -20,7 +20,7 @@ from pipeline.distributed.watchdog import Watchdog
 from pipeline.errors import InputError, one_line
 from pipeline.model.losses import Distance
 from pipeline.model.prior import Prior
-from pipeline.observe import Monitor, Profiler
+from pipeline.observe import Monitor, Profiler, title
 from pipeline.training.quality import Quality
 from pipeline.training.state import Position
 
@@ -58,6 +58,7 @@ class Phases:
     def enter(self, name: str) -> Iterator[None]:
         """A phase of the round. Raises InputError, with a remedy, where the GPU's memory is full."""
         self._watchdog.enter(name, self._position.round)
+        title(name)
         start = time.perf_counter()
         try:
             with self._profiler.phase(name):

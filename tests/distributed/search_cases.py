@@ -149,7 +149,7 @@ def stopped(rank: int, world: int) -> dict[str, Any]:
 
     def match(images: int, ratio: float, fail: bool) -> tuple[str, int]:
         stop = StopRequest(within=600, world=world, timeout=60)
-        poll, made = StopPoll(stop, "match"), list[int]()
+        poll, made = StopPoll(stop), list[int]()
 
         def look() -> None:
             if poll():

@@ -1,5 +1,6 @@
 """What cannot be installed is refused in one line before anything is written; the files suit other file systems."""
 
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,10 @@ FULL = "import shutil; shutil.disk_usage = lambda place: type('', (), {'free': 3
 
 
 def make(*words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    env = {
+        name: value for name, value in os.environ.items() if not name.startswith("MAKE")
+    }  # of a make that runs tests
+    done = subprocess.run(["make", *words], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 

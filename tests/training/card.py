@@ -8,6 +8,7 @@ program only Accelerate's placement is replaced. A process of its own: it regist
 
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -101,7 +102,7 @@ def round_of(config: Config, shape: tuple[int, ...], device: torch.device, engin
     run: Any = SimpleNamespace(
         **{"config": config, "accelerator": engine.accelerator, "rank": 0, "world": 1, "network_rounds": 9},
         **{"engine": engine, "position": Position(), "features": None, "perceived": None},
-        stop=SimpleNamespace(poll_stop=lambda elapsed: (False, elapsed), strides={}),
+        stop=SimpleNamespace(poll_stop=lambda elapsed: (False, elapsed)),
         watchdog=SimpleNamespace(beat=lambda: None),
         monitor=SimpleNamespace(advance=lambda images: None),
     )
@@ -121,9 +122,8 @@ def steps(config: Config, shape: tuple[int, ...], device: torch.device) -> Watch
     """The steps of a round by `fit`."""
     AcceleratorState._reset_state(True)
     network, prior = build(config, shape, device)
-    adam: Any = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.01, "clip": 1.0}
     accelerator = Accelerator(cpu=True, device_placement=False)
-    engine = Card(accelerator, network, **adam, batch=config.train.batch, ema=0.9, ahead=True)
+    engine = Card(accelerator, network, replace(config.train, accumulate=1, ema=0.9, compile=False), ahead=True)
     run, state = round_of(config, shape, device, engine, prior)
     count = STEPS * config.train.passes
     with Watch(count) as watch:

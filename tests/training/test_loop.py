@@ -150,7 +150,7 @@ def test_every_stop_while_the_prior_learns_has_a_checkpoint_of_its_own(alone):
         for stop in stops:
             run = MagicMock(prior=prior, position=position, prior_only=alone, config=parse(["--data.path=x"]))
             run.rounds = run.network_rounds = 2
-            run.stop.poll_stop, run.stop.strides = lambda elapsed, stop=stop: (stop, elapsed), {}
+            run.stop.poll_stop = lambda elapsed, stop=stop: (stop, elapsed)
             with pytest.raises(Stopped) if stop else nullcontext():
                 learn_prior(run, SimpleNamespace(images=torch.zeros(4, 2), labels=None, number=1))
             steps.append(position.step)
@@ -164,7 +164,7 @@ def test_garbage_is_collected_once_training_begins(digits, tmp_path):
     """Modules are imported without it."""
     program = (
         "import gc, sys; import pipeline.train as program; assert not gc.isenabled(); "
-        "program.main(); assert gc.isenabled() and gc.get_freeze_count()"
+        "program.main(); assert gc.isenabled()"
     )
     options = [f"--data.path={digits}", f"--run.path={tmp_path}/run", *SMALL, "--train.images=256"]
     command = [sys.executable, "-c", program, *options]
