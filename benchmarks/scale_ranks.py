@@ -113,7 +113,7 @@ class Planner(Reader):
 
     def planned(self, table: Table, wanted: Iterable[Piece]) -> tuple[int, int, int]:
         """Requests, bytes, and page tables of these pieces, where every shard has this table."""
-        self._table = lambda shard: table  # type: ignore[method-assign]
+        self._known = lambda shard: table  # type: ignore[assignment]
         pages = list(self._joined(page for piece in wanted for page in self._cut(piece)))
         requests = {id(request): request.pages.size for _, request in pages}
         return len(requests), sum(requests.values()), len({page.piece.shard for page, _ in pages})
