@@ -60,7 +60,6 @@ def pack(
     from pipeline.evaluate.coverage import NEIGHBOURS
     from pipeline.storage.store import check_writable, is_in_bucket, open_store
 
-    require((":/" not in str(root), f"--root {root} is an address: copy the files to a local folder, and give that"))
     if is_in_bucket(to) and (force or not open_store(to).exists(INDEX)):  # before reading, which may take hours
         check_writable(open_store(to), "--to")
     options: dict[str, Any] = {"size": size, "channels": channels, "image": image, "label": label}

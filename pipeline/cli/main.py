@@ -46,8 +46,7 @@ _OF_MODELS: tuple[Callable[..., None], ...] = (evaluate, copies, sample, restore
 COMMANDS = {command.__name__: command for command in (*_OF_DATA, *_OF_RUNS, *_OF_MODELS)}
 # Options of a path.
 PATHS = ("--to", "--root", "--config", "--labels", "--dry-run", "--data", "--run", "--drop", "--mask")
-# Options without a value, which a path may follow.
-FLAGS = ("--json", "--map", "--force", "--private", "--keep-broken", "--card")
+FLAGS = ("--json", "--map", "--force", "--private", "--keep-broken")  # options without a value, which a path may follow
 FULL = ("can't allocate memory", "out of memory")  # errors of torch on a CPU, on a GPU
 
 

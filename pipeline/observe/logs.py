@@ -15,7 +15,8 @@ def set_up(rank: int, world: int) -> None:
     root.handlers = [*(other for other in root.handlers if not isinstance(other, _Lines)), handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("naign").setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    deepspeed.filters = [handler.divert]
+    others = (other for other in deepspeed.filters if not isinstance(getattr(other, "__self__", None), _Lines))
+    deepspeed.filters = [*others, handler.divert]
 
 
 def at_round(number: int | None) -> None:

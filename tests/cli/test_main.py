@@ -255,15 +255,16 @@ def test_a_query_is_refused_and_not_shown(words, monkeypatch, capsys):
 
 def test_an_address_is_no_local_folder(model, pictures, monkeypatch, capsys):
     monkeypatch.chdir(pictures)
-    for words in (
-        "export {} --to",
-        "sample {} --to",
-        "restore {} a --to",
-        "push {} me/x --dry-run",
-        "pack folder --to x --root",
+    written, packed = "s3:/b/x is an address", "--root s3://b/x: what is packed is a local folder"
+    for words, message in (
+        ("export {} --to", written),
+        ("sample {} --to", written),
+        ("restore {} a --to", written),
+        ("push {} me/x --dry-run", written),
+        ("pack folder --to x --root", packed),
     ):
         code, said = ended(monkeypatch, capsys, *words.format(model).split(), "s3://b/x")
-        assert code == 2 and "s3:/b/x is an address" in said
+        assert code == 2 and message in said
     assert not (pictures / "s3:").exists()
 
 

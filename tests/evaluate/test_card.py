@@ -104,6 +104,7 @@ def test_an_export_is_halved_and_has_a_card_of_its_measurements(run: str, digits
     model.save_pretrained(tmp_path / "large")
     with pytest.raises(InputError, match="beyond 65504, which float16 does not hold: store it as float32"):
         export(str(tmp_path / "large"), to=tmp_path / "none", dtype="float16")
+    assert not [*(tmp_path / "none").glob("*")]
     with pytest.raises(InputError, match="--dtype is for --format safetensors"):
         export(run, to=tmp_path / "none", dtype="float16", format="onnx")
 
