@@ -53,17 +53,17 @@ class StopRequest:
 
     def poll_stop(self, elapsed: float = 0.0) -> tuple[bool, float]:
         """Collective: whether any rank was asked, and the largest `elapsed` of all ranks."""
-        requested, elapsed = map(max, zip(*self._group.gather((self.requested, elapsed)), strict=True))
+        requested, elapsed = self._group.largest(self.requested, elapsed)
         if requested and not self.requested:
             self._handle(signal.SIGTERM)
-        return requested, elapsed
+        return bool(requested), elapsed
 
 
 class StopPoll:
     """Polls for a stop request in a phase where all ranks poll equally often; they communicate about twice a second."""
 
     def __init__(self, stop: StopRequest) -> None:
-        self._stop, self._stride, self._calls, self._last = stop, 1, 0, time.monotonic()
+        self._stop, self._stride, self._calls, self._last = stop, 2, 0, time.monotonic()
 
     def __call__(self) -> bool:
         """Collective: whether to stop here, the same on every rank."""
@@ -73,6 +73,6 @@ class StopPoll:
         now = time.monotonic()
         stopping, elapsed = self._stop.poll_stop(now - self._last)
         # A function of values that all ranks share, so that their strides stay equal.
-        self._stride = max(1, min(2 * self._stride, int(self._calls * POLL_SECONDS / max(elapsed, 1e-6))))
+        self._stride = max(1, min(8 * self._stride, int(self._calls * POLL_SECONDS / max(elapsed, 1e-6))))
         self._calls, self._last = 0, now
         return stopping
