@@ -137,15 +137,16 @@ class Engine:
         return norm
 
     def _step(self) -> float | Tensor:
-        on_device = _whole(self.accelerator.clip_grad_norm_(self.bare.parameters(), self._clip or math.inf).detach())
+        # Accelerate's own clipping and stepping look for packages at every step; only a scaler needs them.
+        scaled = self.accelerator.scaler is not None
+        clip = self.accelerator.clip_grad_norm_ if scaled else nn.utils.clip_grad_norm_
+        on_device = _whole(clip(self._names.values(), self._clip or math.inf).detach())
         if self.ahead:
             self._adam.grad_scale, self._adam.found_inf = None, (~on_device.isfinite()).float()  # 1 skips
             self._adam.step()
             self._adam.zero_grad(set_to_none=True)
             return on_device
         norm = float(on_device)
-        # Accelerate's wrapper searches the disk for a package at every step; only a scaler needs the wrapper.
-        scaled = self.accelerator.scaler is not None
         if math.isfinite(norm) or scaled:  # a scaler skips the step itself, and adapts
             (self.optimizer if scaled else self._adam).step()
         self._adam.zero_grad(set_to_none=True)
