@@ -70,8 +70,8 @@ class TrainConfig:
     recompute: bool = field(default=False, metadata=FREE)
     """Activation checkpointing: drop the activations of each block and recompute them in the backward pass."""
     threads: int = field(default=0, metadata=FREE | between(0, 1024))
-    """CPU threads per rank. 0: OMP_NUM_THREADS, or under a launcher, which sets that to 1, the rank's share of the
-    cores."""
+    """CPU threads per rank. 0: the rank's share of the cores. OMP_NUM_THREADS counts only without a launcher: launchers
+    set it to 1, and `naign train` is one."""
     callbacks: str = field(default="", metadata=FREE)
     """Names of callbacks of other packages, as [one, other], which are called after rounds and checkpoints."""
     timeout: int = field(default=600, metadata=FREE | between(1, 10**7))

@@ -223,7 +223,7 @@ def pack_missing(data: DataConfig, arguments: list[str]) -> None:
         given, command = {word.partition("=")[0] for word in arguments}, f"naign pack {source} --to {data.path}"
         if data.source and "--data.path" in given and "--data.source" not in given:
             raise InputError(f"{data.path}: no data set here, check --data.path; or pack one there, as with {command}")
-        print(f"no data at {data.path} yet: packing it, as `{command}` does", flush=True)
+        print(f"no data at {data.path} yet: packing it, as `{command}` does; a minute or more", flush=True)
         pack(load(source), data.path)
 
 

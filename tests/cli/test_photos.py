@@ -94,7 +94,7 @@ def test_an_f_with_one_code_for_a_picture_gets_it_resized(
     ):
         cli.restore(model, (tmp_path / "x.png",), to=tmp_path / "out", **options)
         assert Image.open(tmp_path / "out/x.png").size == size
-        assert ("resized to 16 x 16: f has one code" in capsys.readouterr().out) == (size == (SIDE, SIDE))
+        assert ("each is 16 x 16, as f has one code" in capsys.readouterr().out) == (size == (SIDE, SIDE))
     model = NAIGN.from_pretrained(colour)
     model.metadata["config"] = {"data": {"crop": SIDE}}
     assert not sees_wholes(model)
