@@ -23,7 +23,7 @@ def copies(run: Run, /, *, options: Annotated[CopiesOptions, tyro.conf.arg(name=
         result = find(run, options, ranks)
         if ranks.is_main_process:
             shares = f"{result['share']:.2%} of samples, {result['test_share']:.2%} of test images"
-            print(f"within {result['threshold']:.4g} of a training image: {shares}")
+            print(f"within {result['threshold']:.4g} of a training image: {shares} (far more samples are copies)")
             if not result["threshold"]:
                 print(
                     "the threshold is 0, as test images are also training images: give --threshold, or drop them first"

@@ -38,16 +38,20 @@ def learn_prior(run: Run, state: RoundState) -> dict[str, float]:
             add=accelerator.reduce,
             autocast=accelerator.autocast,
         )
-        for _ in prior.learn(examples):
+        size, shown = run.config.match.round if run.prior_only else 0, 0
+        for progress in prior.learn(examples):
             position.step += 1  # also beside f: it names the checkpoint of a stop, and none is written twice
             run.watchdog.beat()
+            learned = int(size * (progress - examples.progress) / examples.covers)
+            run.monitor.advance(learned - shown)
+            shown = learned
             if stop_requested():
                 raise Stopped
         position.learned = state.number + 1
         if run.prior_only:
             position.step += 1  # also of a prior that makes no steps
             position.codes_seen += run.config.match.round
-            run.monitor.advance(run.config.match.round)
+            run.monitor.advance(size - shown)
         if bad := [name for name, value in prior.metrics.items() if not math.isfinite(value)]:
             raise Diverged(f"{bad[0]} of the prior is not finite in round {state.number}: lower prior.lr")
         broadcast(list(prior.state_dict().values()))  # the same bits on every rank, whatever its machine

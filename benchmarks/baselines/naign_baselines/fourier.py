@@ -33,7 +33,7 @@ class Fourier(Prior):
         field: Tensor = torch.fft.ifft2(waves) if len(self.shape) == 3 else torch.fft.ifft(waves)
         return field.real
 
-    def learn(self, examples: Examples) -> Iterator[None]:
+    def learn(self, examples: Examples) -> Iterator[float]:
         if examples.round:
             return
         images = examples.images

@@ -59,6 +59,9 @@ def from_tree(
     splits = _split(pictures, seed)
     names = {picture.top for group in splits.values() for picture in group}
     labels = () if "" in names else tuple(sorted(names))
+    if "" in names and len(names) > 1:
+        inside = ", ".join(sorted(names - {""}))
+        log.warning("no labels: pictures lie in %s, but others in no folder; move these into one for labels", inside)
     made = {split: _examples(group, labels, (width, height), channels) for split, group in splits.items()}
     return Source(name=name, kind="image", shape=(channels, height, width), labels=labels, splits=made)
 

@@ -120,8 +120,10 @@ class Prior(nn.Module):
         """(n, *shape) float32 on `device`; row i depends on (seed, round, ids[i]) and the state alone."""
         raise NotImplementedError
 
-    def learn(self, examples: Examples) -> Iterator[None]:
-        """Learn from a round, and yield between steps, where the run may stop. Collective; the same on all ranks."""
+    def learn(self, examples: Examples) -> Iterator[float]:
+        """Learn from a round, and yield the run's progress after each step, where it may stop. Collective; equal on all
+        ranks.
+        """
         yield from ()
 
     def training_state(self) -> dict[str, Tensor]:

@@ -182,7 +182,7 @@ class Flow(CodesPrior):
         self.inward.copy_(turn @ (directions / spread).T)
         self.outward.copy_((directions * spread) @ turn.T)
 
-    def learn(self, examples: Examples) -> Iterator[None]:
+    def learn(self, examples: Examples) -> Iterator[float]:
         """Learn from the codes of a round, step by step; the metric loss/codes is the squared error per value.
 
         Before `begin` only the mean and the covariance are tracked. A function of the state, the codes and the seed,
@@ -213,7 +213,7 @@ class Flow(CodesPrior):
             loss = self._loss(wanted[mine], numbers, examples, classes)
             learner.step(loss / (batch * wanted[0].numel()), rate, self.velocity, examples.add)
             self.moves = True
-            yield
+            yield now
 
     def batches(self, examples: Examples, count: int) -> Iterator[tuple[Tensor, int, float]]:
         """For each step left of a round, in which each of `count` rows occurs `passes` times: this rank's rows of the

@@ -95,7 +95,7 @@ class Gmm(CodesPrior):
         """Whether rows of those classes may be of each component: (n, k)."""
         return (self.owners < 0) | (self.owners == labels[:, None])
 
-    def learn(self, examples: Examples) -> Iterator[None]:
+    def learn(self, examples: Examples) -> Iterator[float]:
         """Learn from the codes of a round at once: there are no steps to yield between."""
         if not self.parted and examples.progress >= self.config.begin:
             self.parted, self.followed = True, 0

@@ -46,7 +46,7 @@ class TaughtFlow(Flow):
         late = torch.zeros(len(noise), dtype=torch.bool, device=noise.device)
         return self._step(self.student, self._step(self.student, noise, late, labels), ~late, labels)
 
-    def learn(self, examples: Examples) -> Iterator[None]:
+    def learn(self, examples: Examples) -> Iterator[float]:
         """As a flow learns; from `end` on, the student from as many draws of noise as a round has images, each
         with the class of one. The metric loss/student is the absolute error per value.
         """
@@ -77,7 +77,7 @@ class TaughtFlow(Flow):
             loss = (reached.float() - torch.where(chosen, ends[mine], halves[mine])).abs().sum()
             rate = self.config.lr * RATE * cosine((now - first) / (1 - first))
             self.learner.step(loss / (batch * noise[0].numel()), rate, self.student, examples.add)
-            yield
+            yield now
 
     @property
     def _half(self) -> int:
