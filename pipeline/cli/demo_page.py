@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.data.degrade import KINDS, degrade
 from pipeline.errors import InputError, one_line, require
 from pipeline.evaluate.recorded import read_image
-from pipeline.evaluate.report import learned_classes
+from pipeline.evaluate.report import DAMAGE, learned_classes
 from pipeline.model.holes import put_back
 from pipeline.model.naign import FILLING, NAIGN
 from pipeline.model.scale import scaled
@@ -33,11 +33,13 @@ NEAR = 64  # values of 255 from that colour
 SAMPLES = 64  # at once at most
 STEPS = 16  # images of an interpolation at most
 SEEDS = 2**31
-EXACT: dict[str, Any] = {"format": "png", "elem_classes": "pixels"}  # of components that show pixels as they are
+EXACT: dict[str, Any] = {"format": "png", "type": "pil", "elem_classes": "pixels"}  # shows pixels as they are
 HELP = "Draw, upload or take a sample; damage it; press **Repair**. Magenta, in the palette, marks holes to be filled."
 STYLE = "#canvas button[aria-label=Color] {background: #606060} "  # its icon has the brush's colour: white
 STYLE += ".pixels .image-container, .pixels .grid-wrap {padding-top: 30px; box-sizing: border-box} "  # below labels
-STYLE += ".pixels img {object-fit: contain !important; image-rendering: pixelated} .pixels .image-frame {width: 100%}"
+STYLE += ".pixels img {object-fit: contain !important; image-rendering: pixelated} .pixels .image-frame {width: 100%} "
+STYLE += ".pixels .caption-label {max-width: 100%} input:focus-visible {outline: 2px solid var(--color-accent)} "
+STYLE += "body:not(.dark) {--color-accent:#25e; --button-primary-background-fill:#25e; --body-text-color-subdued:#666}"
 
 
 def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -138,9 +140,8 @@ def build(player: Player, *, about: str) -> gradio.Blocks:
             with gradio.Row():
                 inputs: list[Any] = [_slider("Samples", 16, SAMPLES), _seed("Seed"), _times()]
                 if names := learned_classes(player.model):
-                    inputs.append(
-                        gradio.Dropdown([("any", ""), *((name, name) for name in names)], value="", label="Class")
-                    )
+                    choices = [("any", ""), *((name, name) for name in names)]
+                    inputs.append(gradio.Dropdown(choices, value="", label="Class"))
                 button = gradio.Button("Sample", variant="primary")
             button.click(_refusing(player.sample), inputs, _shown("Samples f(z)"), api_name="sample")
         with gradio.Tab("Interpolate"):
@@ -184,8 +185,7 @@ def _build_repair(player: Player) -> None:
                 upload = gradio.UploadButton("Upload", elem_id="upload", size="md", min_width=80)
                 example = gradio.Button("A sample", size="md", min_width=80)
         with gradio.Column():
-            kinds = [kind.replace("_", " and ") for kind in KINDS]
-            strengths = [_slider(f"Damage: {kind}", 0, STRENGTH, least=0, step=0.1) for kind in kinds]
+            strengths = [_slider(f"Damage: {DAMAGE[kind]}", 0, STRENGTH, least=0, step=0.1) for kind in KINDS]
             seed, times = _seed("Seed of the damage, and of the sample"), _times(f" (with holes, 1 means {FILLING})")
             button = gradio.Button("Repair", variant="primary")
     with gradio.Row():
@@ -214,7 +214,7 @@ def _seed(label: str, value: int = 0) -> gradio.Number:
 
 
 def _shown(label: str, name: str | None = None) -> gradio.Image:
-    return gradio.Image(**EXACT, type="pil", label=label, buttons=["download"], elem_id=name, height=260)
+    return gradio.Image(**EXACT, label=label, alt_text=label, buttons=["download"], elem_id=name, height=260)
 
 
 def serve(player: Player, *, about: str, port: int) -> None:

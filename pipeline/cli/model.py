@@ -273,7 +273,7 @@ def demo(run: Played = "", /, *, port: int = 7860, device: Device = "auto") -> N
     place, run = run or str(shipped("models/mnist")), run or "mnist"
     model = _open(place, _find_device(device))
     require((len(model.shape) == 3, f"the page is for images, the model in {run} takes points of {model.shape}"))
-    about = f"**{run}**: f turns an image of {' × '.join(map(str, model.shape))} into one like its training data."
+    about = f"# {run}\n\nf turns an image of {' × '.join(map(str, model.shape))} into one like its training data."
     about += " The energy of an image is how much f changes it."
     if getattr(model.network, "generates_only", False):
         about += " It carries latents to images: it was not trained to repair."

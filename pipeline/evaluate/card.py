@@ -29,7 +29,7 @@ PLACE = r"[^\s,;()'\"`*]*/(?=[^\s/])"  # of a path or an address, all but its la
 PICTURES = {
     "samples": "Samples f(z), the first of those drawn, not chosen",
     "classes": "Samples by class",
-    **{f"restoration_{kind}": f"Repair of test images: {name.lower()}" for kind, name in DAMAGE.items()},
+    **{f"restoration_{kind}": f"Repair of test images: {name}" for kind, name in DAMAGE.items()},
     "applications": "The same z, f applied one to five times",
     "interpolation": "Between two samples",
     "neighbours": "Samples over their nearest training image",

@@ -22,7 +22,7 @@ NUMBERS = {
     "coverage.precision": ("precision", "max"),
     "coverage.density": ("density", ""),
     "coverage.coverage": ("coverage", "max"),
-    **{f"restoration.{kind}.once": (f"repair, {name.lower()}", "min") for kind, name in DAMAGE.items()},
+    **{f"restoration.{kind}.once": (f"repair, {name}", "min") for kind, name in DAMAGE.items()},
     "idempotence.samples": ("idempotence, samples", "min"),
     "reconstruction": ("reconstruction", "min"),
     "nearest.ratio": ("nearest training example, × test's", ""),

@@ -19,7 +19,7 @@ from pipeline.model.naign import NAIGN
 from pipeline.observe.pictures import grid, png, rows, scatter
 from pipeline.storage.base import Store
 
-DAMAGE = {"blur": "Blur", "noise": "Gaussian noise", "salt_pepper": "Salt and pepper", "rows": "Black rows"}
+DAMAGE = {"blur": "blur", "noise": "Gaussian noise", "salt_pepper": "salt and pepper", "rows": "black rows"}
 COPIES = "<!-- copies -->"  # before and behind the part of the page that `naign copies` fills in
 STEPS = 12  # images of an interpolation, or of a class
 CLASSES = 20  # of which samples are shown, at most
@@ -124,7 +124,7 @@ def _of_images(subject: Subject) -> list[Picture]:
     for kind, answers in subject.repaired.items():
         lines = [("clean", subject.test[: len(answers["input"])])]
         lines += [(label, answers[name]) for label, name in shown.items()]
-        drawn.append(Picture(f"restoration_{kind}", f"Repair: {DAMAGE[kind].lower()}", blind, rows(lines)))
+        drawn.append(Picture(f"restoration_{kind}", f"Repair: {DAMAGE[kind]}", blind, rows(lines)))
     copied = "Alike in kind is good; the same image would be a copy."
     both = rows([("f(z)", subject.once[: len(subject.neighbours)]), ("training", subject.neighbours)])
     return [*drawn, Picture("neighbours", "Samples over their nearest training image", copied, both)]

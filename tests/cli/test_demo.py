@@ -258,6 +258,7 @@ def test_draw_repair_and_a_bad_upload_in_a_browser(page, tmp_path) -> None:
         tab.mouse.click(x - 60, y - 60)
         tab.get_by_role("button", name="Repair", exact=True).click()
         tab.locator(f"#repaired img:not([src='{before}'])").wait_for()
+        assert tab.locator("#repaired img").get_attribute("alt") == "Repaired"
         given, filled = (shown_in(tab, name).astype(int) for name in ("given", "repaired"))
         changed = np.abs(filled - given).max(2)
         assert 0 < np.count_nonzero(changed) < 16 and not changed[:, 4:].any()

@@ -312,7 +312,7 @@ def test_prometheus_reads_two_hosts_one_of_which_is_replaced(start, prometheus, 
     assert float(rounds["value"][1]) > 4 and float(images["value"][1]) >= 256 * 4
     for expression in expressions():
         if "gpu" not in expression:
-            expression = expression.replace("$run", ".*").replace("$__rate_interval", "1m")
+            expression = expression.replace("$run", ".*").replace("$window", "1m")
             until(lambda: query(address, expression), lambda: expression)  # noqa: B023
     assert [get(port, "/healthz")[0] for port in ports] == [200, 200]
     hosts[1].kill()
