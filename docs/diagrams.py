@@ -30,8 +30,8 @@ text { font: 16px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f
 STAGES = {
     "shards": "tars in a folder or a bucket, every byte checked",
     "ranks": "each takes its share of the round's images",
-    "match": "each image's nearest sample, where IMLE is on",
-    "fit": "f learns to repair, the prior to draw codes",
+    "match": "the prior learns; IMLE finds each image's sample",
+    "fit": "f learns to repair",
     "checkpoint": "written in the background; a run resumes here",
 }
 ROOMS = {
@@ -39,7 +39,7 @@ ROOMS = {
     "cli": "the naign program",
     "train": "the main job: python pipeline/train.py",
     "cluster": "naign launch and naign render",
-    "training": "the loop: read, match, fit, report, checkpoint",
+    "training": "the loop: read, learn, match, fit, report, checkpoint",
     "neighbours": "samples that copy images; near-duplicates",
     "evaluate": "measurements and the report",
     "config": "every setting",

@@ -93,7 +93,8 @@ def build_network(config: NetworkConfig, shape: tuple[int, ...], *, recompute: b
 def code_shape(network: nn.Module, setting: str) -> tuple[int, ...]:
     """Shape of an image's code, (c,) dense or (c, h, w) spatial; InputError where there is none, as `setting` needs."""
     coded = all(hasattr(network, name) for name in ("code", "encode", "decode"))
-    require((coded, f"{setting}: this network has no code, choose model.name conv or spatial, without model.blend"))
+    without = "choose model.name conv or spatial, without model.blend, or a prior.name without codes, as smooth"
+    require((coded, f"{setting}: this network has no code, encode and decode: {without}"))
     return network.code  # type: ignore[return-value]
 
 

@@ -34,7 +34,8 @@ def lookup(
         there = known(builtin, group)
         near = difflib.get_close_matches(name, there, n=1)
         remedy = (remedies or {}).get(name) or (f"did you mean {near[0]}?" if near else "")
-        choice = f"choose one of {', '.join(there)}" if there else f"no installed package has entry points of {group}"
+        choice = f"choose one of {', '.join(there)}" if there else "none is built in"
+        choice += f", or install a package with entry points of {group}"
         unknown = f"{setting} is '{printable(name)}': {choice}"
         raise InputError(unknown + (f"; {remedy}" if remedy else ""))
     package = point.dist.name if point.dist else point.module
