@@ -111,5 +111,5 @@ def test_an_entry_point_that_makes_no_callback_is_refused(monkeypatch):
 
 def test_an_unknown_callback_is_refused():
     assert find_callbacks("") == find_callbacks("[]") == []
-    with pytest.raises(InputError, match="train.callbacks is 'copies': no installed package has entry points of naign"):
+    with pytest.raises(InputError, match="train.callbacks is 'copies': none is built in, or install a package with"):
         find_callbacks("copies")
