@@ -181,6 +181,8 @@ def main(settings: Settings) -> None:
         write(settings.to, text, found | ({NOT_SHOWN: rest} if rest else {}))
         return text
 
+    if tasks:
+        print(f"table: the log of each run is {settings.runs}/RUN/log", file=sys.stderr)
     for run, record in measure_all(tasks, settings.jobs):
         kept = {part: record.get(part) for part in KEPT} | {part: record[part] for part in ALSO_KEPT if part in record}
         records[run] = {"run": run} | (record if "failed" in record else kept)
