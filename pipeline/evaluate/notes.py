@@ -40,7 +40,8 @@ def write_notes(subject: Subject, metrics: dict[str, Any], beyond: list[str]) ->
     if encoder.network is None and subject.is_image:
         pooled = "pixels pooled to at most 8×8, which see layout and colour, not detail, and no class is counted"
         data = f"{manifest.name} {manifest.shape} of {len(manifest.labels)} classes"
-        yield f"No encoder ships for {data}: distances are on {pooled}."
+        others = f"distances not on {second['encoder']}" if second else "distances"
+        yield f"No encoder trained on {data} ships: {others} are on {pooled}."
     if metrics["fd"]["once_ratio"] is None:
         yield "Training and test split are alike, so that no distance is a multiple of theirs."
     if counts["floor"] < samples:

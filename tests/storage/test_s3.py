@@ -518,6 +518,12 @@ def test_reading_through_faults(
     assert fresh.tally.bytes % (2 * len(DATA) - 7) == 0  # what was received twice counts once
 
 
+def test_who_can_do_without_the_answer_waits_less_for_it() -> None:
+    with at_most(1):
+        assert client().meta.config.connect_timeout == client().meta.config.read_timeout == 0.2
+    assert client().meta.config.connect_timeout == client().meta.config.read_timeout == 1.0
+
+
 def test_bodies_that_break_off_early(store: Store, proxy: FaultProxy) -> None:
     store.put("a", DATA)
     proxy.faults = Faults(reset_every=(100_000, 300_000))
