@@ -123,9 +123,7 @@ def write_one(samples: Tensor, to: Path) -> None:
 
 
 def save(picture: Image.Image, to: Path, profile: bytes | None = None) -> None:
-    """Write a picture atomically in the format of its suffix; as JPEG without alpha, on white. It is not synced to
-    disk: there may be thousands.
-    """
+    """Write a picture atomically, not synced, in the format of its suffix; as JPEG on white, without alpha."""
     content, kind = io.BytesIO(), FORMATS[to.suffix.lower()]
     if kind == "JPEG":
         picture = in_mode(picture, "L" if picture.mode in ("L", "LA") else "RGB")

@@ -1,7 +1,4 @@
-"""The `naign` program. Each command is a function whose signature gives its options.
-
-Commands import heavy modules when they are called, so that `naign --help` is quick.
-"""
+"""The `naign` program. Each command is a function, which imports heavy modules when it is called."""
 
 # ruff: noqa: E402
 
@@ -27,7 +24,7 @@ import io
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import tyro
 
@@ -55,7 +52,8 @@ def main() -> None:
     """Run the command in sys.argv. Exit codes are those of pipeline/errors.py."""
     sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))  # noqa: SIM115  # of >&-
     try:
-        with exit_on_input_error("naign"), _described():
+        with exit_on_input_error("naign"), _described(), ExitStack() as end:
+            end.callback(sys.stdout.flush)  # also after --help, which exits
             _run()
     except BrokenPipeError:  # the reader closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
@@ -82,10 +80,7 @@ def _run() -> None:
 def _described() -> Iterator[None]:
     """Raise what the system or memory refuses as an InputError or Unavailable of one sentence."""
     try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()  # also of --help, which exits
+        yield
     except OSError as error:
         if error.filename is None and error.errno not in local.FULL:
             raise

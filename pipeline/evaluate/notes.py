@@ -10,19 +10,18 @@ from pipeline.model.encoders import load_encoder
 FEW = 1000  # with fewer examples a Frechet distance on 64 features is mostly bias
 
 
-def write_warnings(subject: Subject, trained_with: list[str], split: str) -> Iterator[str]:
-    """Where the network may have been trained on what measures it; `trained_with` are encoders of the training."""
+def write_warnings(subject: Subject, trained_with: str, split: str) -> Iterator[str]:
+    """Where the network may have been trained on what measures it; `trained_with` is the training's encoder or ""."""
     if split == "test":
         yield "The network was trained on the test split, which it is measured on: no number is of new data."
     measuring = {encoder.identity: encoder.name for encoder in (subject.encoder, subject.second) if encoder}
     trained, apart = "The network was trained with the encoder", "do not compare with those of"
-    for name in dict.fromkeys(trained_with):
-        try:
-            known = measuring.get(load_encoder(name).identity)
-        except InputError:
-            lost = f"{name}, which is not there any more: if it is measured on that one, its distances"
-            yield f"{trained} {lost} {apart} other networks."
-            continue
+    try:
+        known = measuring.get(load_encoder(trained_with).identity) if trained_with else None
+    except InputError:
+        lost = f"{trained_with}, which is not there any more: if it is measured on that one, its distances"
+        yield f"{trained} {lost} {apart} other networks."
+    else:
         if known:
             on_it = f"{known}, which it is measured on: its Fréchet distances and coverage on it"
             yield f"{trained} {on_it} {apart} networks that were not."

@@ -1,6 +1,4 @@
-"""Where a model's weights are: in a file, an exported folder, a checkpoint, a run, a run's bucket, on the hub, or in
-models/, whose models come with this package and are opened by name.
-"""
+"""Where a model's weights are: in a file, a folder, a run, a bucket, on the hub, or in models/ of this package."""
 
 import json
 import logging

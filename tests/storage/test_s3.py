@@ -23,10 +23,11 @@ from pipeline.storage.base import Store
 from pipeline.storage.retry import at_most
 from pipeline.storage.s3 import S3Store
 from pipeline.storage.s3_client import client, forget_clients
-from pipeline.storage.store import gopen, open_store
+from pipeline.storage.store import open_store
 from tests.data.numbered import numbered
 from tests.proxy import FaultProxy, Faults
 from tests.servers import S3Server
+from tests.streams import gopen
 
 MIB = 1 << 20
 DATA = random.Random(0).randbytes(3 * MIB + 12_345)
