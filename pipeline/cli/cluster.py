@@ -34,8 +34,11 @@ def train() -> None:
 def launch() -> None:
     """Start the ranks of this host, under Kubernetes, Kubeflow, Slurm or alone; naign launch --help lists options."""
     gc.disable()  # while modules are imported; see pipeline/train.py
-    from pipeline.cluster.launch import main
+    from pipeline.cluster.launch import build_parser, main
 
+    if not {"-h", "--help"}.isdisjoint(sys.argv[2:]):
+        print(build_parser().format_help(), end="")  # argparse itself would ignore a full disk
+        return
     code = main(sys.argv[2:])
     sys.stdout.flush()
     sys.stderr.flush()

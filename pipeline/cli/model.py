@@ -314,8 +314,8 @@ def _open_with(latents: Latents, run: str, device: str) -> "NAIGN":
         model = model.with_flow(**chosen)
     if trained:
         if not model.prior.begun:
-            remedy = "train on, or add --prior gmm"
-            print(f"warning: {run} stopped before prior.begin, samples are near noise: {remedy}", file=sys.stderr)
+            early = f"{run} stopped before prior.begin, so samples are of one Gaussian, not of the prior"
+            print(f"warning: {early}: train on, or add --prior gmm", file=sys.stderr)
         return model
     from pipeline.evaluate.refit import with_mixture
 

@@ -201,7 +201,7 @@ def test_output_that_cannot_be_written_ends_in_a_sentence(redirection: str, code
     refused_in_a_line(command, code)
 
 
-@pytest.mark.parametrize("words", ["--version", "train --help"])
+@pytest.mark.parametrize("words", ["--version", "train --help", "launch --help"])
 @pytest.mark.parametrize(("redirection", "code"), [("> /dev/full", 1), (">&-", 0)])
 def test_a_version_or_help_that_cannot_be_written_ends_in_a_sentence(redirection: str, code: int, words: str) -> None:
     refused_in_a_line(f"{shlex.quote(sys.executable)} -m pipeline.cli {words} {redirection}", code)

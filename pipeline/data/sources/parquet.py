@@ -96,7 +96,7 @@ def _rows(
                     continue
                 value = int(value) if isinstance(value, float) and value.is_integer() else value
                 bare = value in (None, -1, "") or isinstance(value, float)
-                bare |= bool(classes) and not 0 <= value < len(classes)
+                bare = bare or (bool(classes) and not 0 <= value < len(classes))
                 apart = f"{value!r} is no label of {label}: move the file away, or --label none"
                 repair = "repair it, or pass over such rows with --broken skip"
                 require((not problem, f"{file}, row {row}: {problem}: {repair}"))
