@@ -94,11 +94,11 @@ def webdataset(job: Job) -> Read:
 
 
 def webdataset_ours(job: Job) -> Read:
-    """Plain WebDataset that opens s3:// by pipeline.storage.store."""
+    """Plain WebDataset that opens s3:// by this project's stores."""
     import boto3  # noqa: F401  # see `ours`
     from webdataset import gopen_schemes
 
-    from pipeline.storage.store import gopen
+    from tests.streams import gopen
 
     gopen_schemes["s3"] = gopen
     return _webdataset(job, [f"{job.path}/{shard}" for shard in job.shards])

@@ -6,6 +6,8 @@ The settings class of a section in NAMED depends on the name that is chosen.
 
 import argparse
 import dataclasses
+import os
+import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -177,6 +179,9 @@ def parse(arguments: Sequence[str], about: str | None = None) -> Config:
         name = getattr(given, section)
         if name is not None and isinstance(content, dict) and isinstance(there := content.get(section) or {}, dict):
             content[section] = choose(section, there, name)
+            dropped = ", ".join(f"{section}.{key}" for key in there if key not in content[section])
+            if dropped and "NAIGN_LAUNCHER" not in os.environ and os.environ.get("RANK", "0") == "0":  # once for all
+                print(f"{given.config}: {section}.name={name} does not have {dropped}: left out", file=sys.stderr)
     base = from_dict(content, where=given.config or "the command line")
     config = tyro.cli(Config, args=rest, default=base, prog="naign train", description=about)
     check(config)

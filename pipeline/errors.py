@@ -107,7 +107,8 @@ def require(*rules: tuple[object, str]) -> None:
 
 def check_address(text: str) -> None:
     """InputError, which does not show it, for an address with a user, password or query; `?` may match tars' names."""
-    scheme, _, rest = text.partition(":/")
+    mark = re.search(r"\b(s3|gs|az|abfss?|https?|hf)(?=:)|(?=:/)", text)
+    scheme, rest = (text[: mark.end()], text[mark.end() + 1 :]) if mark else ("", "")
     query, host = rest.partition("?")[2], rest.strip("/").partition("/")[0]
     secret = ("=" in query or query[-4:] not in ("", ".tar")) or ("@" in host and "abfs" not in scheme)
     holds = "a user or a password, or a query, which messages would show"

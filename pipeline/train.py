@@ -1,7 +1,5 @@
-"""The main job: `accelerate launch pipeline/train.py [--config FILE] [--section.key=value ...]`.
+"""The main job: `accelerate launch pipeline/train.py [--config FILE] [--section.key=value ...]`."""
 
-Exit codes: 0 done, 2 bad configuration or input, 75 stopped after a checkpoint, 76 another rank is gone, else a crash.
-"""
 # ruff: noqa: E402
 
 import gc

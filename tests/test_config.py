@@ -159,12 +159,15 @@ def test_help_shows_the_settings_of_what_is_chosen_alone(capsys):
     assert {"--objective.clamp", "--model.octaves"} <= other and not {"--objective.third", "--model.code"} & other
 
 
-def test_a_choice_on_the_command_line_has_its_own_settings(tmp_path):
+def test_a_choice_on_the_command_line_has_its_own_settings(tmp_path, capsys):
     (tmp_path / "a.yaml").write_text("model: {name: mlp, octaves: 3}\nobjective: {name: nae, bound: 2}\n")
     config = parse(["--config", str(tmp_path / "a.yaml"), "--objective.langevin-steps=3"])
     assert (config.model.name, config.model.octaves) == ("mlp", 3)
     assert (config.objective.name, config.objective.bound, config.objective.langevin_steps) == ("nae", 2.0, 3)
     assert parse(["--model.name=mlp", "--model.octaves=1"]).model == PointConfig(octaves=1)
+    assert not capsys.readouterr().err
+    parse(["--config", str(tmp_path / "a.yaml"), "--objective.name=naign"])
+    assert "a.yaml: objective.name=naign does not have objective.bound: left out" in capsys.readouterr().err
 
 
 def test_only_settings_that_touch_the_computation_count_as_different():

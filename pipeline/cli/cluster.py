@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from pipeline.cli.output import Json, lines_to_stderr, print_json
 from pipeline.cluster.job import Job
-from pipeline.errors import InputError, Unavailable, exit_on_input_error, require
+from pipeline.errors import InputError, Unavailable, require
 from pipeline.terminal import busy
 
 ABOUT_TRAIN = """Train a network. Options besides the settings below:
@@ -27,16 +27,18 @@ def train() -> None:
     if not {"-h", "--help"}.isdisjoint(sys.argv[2:]):
         from pipeline.config import parse
 
-        with exit_on_input_error("naign train"):
-            parse(sys.argv[2:], about=ABOUT_TRAIN)
+        parse(sys.argv[2:], about=ABOUT_TRAIN)
     launch()
 
 
 def launch() -> None:
     """Start the ranks of this host, under Kubernetes, Kubeflow, Slurm or alone; naign launch --help lists options."""
     gc.disable()  # while modules are imported; see pipeline/train.py
-    from pipeline.cluster.launch import main
+    from pipeline.cluster.launch import build_parser, main
 
+    if not {"-h", "--help"}.isdisjoint(sys.argv[2:]):
+        print(build_parser().format_help(), end="")  # argparse itself would ignore a full disk
+        return
     code = main(sys.argv[2:])
     sys.stdout.flush()
     sys.stderr.flush()

@@ -140,8 +140,7 @@ def build(player: Player, *, about: str) -> gradio.Blocks:
             with gradio.Row():
                 inputs: list[Any] = [_slider("Samples", 16, SAMPLES), _seed("Seed"), _times()]
                 if names := learned_classes(player.model):
-                    choices = [("any", ""), *((name, name) for name in names)]
-                    inputs.append(gradio.Dropdown(choices, value="", label="Class"))
+                    inputs.append(gradio.Dropdown([("any", ""), *names], value="", label="Class"))
                 button = gradio.Button("Sample", variant="primary")
             button.click(_refusing(player.sample), inputs, _shown("Samples f(z)"), api_name="sample")
         with gradio.Tab("Interpolate"):

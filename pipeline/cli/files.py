@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,9 +89,16 @@ def _read_points(path: Path, shape: tuple[int, ...]) -> Tensor:
     return torch.stack(rows)
 
 
+def check_hidden(to: Path) -> None:
+    """InputError if what is written at `to` would hide the model that comes with naign."""
+    named = shipped_model(os.path.relpath(to).partition(os.sep)[0])
+    require((not named, f"--to {to} hides naign's model of that name: choose another place"))
+
+
 def write_samples(samples: Tensor, to: Path) -> str:
     """Write samples to a .png grid, a .csv file, or as one PNG each into a folder. Returns the place, for a message."""
-    require((to != Path() and not shipped_model(to), "--to is the current folder, or hides naign's model: choose one"))
+    require((to != Path(), "--to is the current folder: choose another place"))
+    check_hidden(to)
     points, suffix = samples.ndim != 4, to.suffix.lower()
     if points != (suffix == ".csv") or suffix not in (".png", ".csv", ""):
         wanted = ".csv" if points else ".png, or a folder's name"
@@ -115,9 +123,7 @@ def write_one(samples: Tensor, to: Path) -> None:
 
 
 def save(picture: Image.Image, to: Path, profile: bytes | None = None) -> None:
-    """Write a picture atomically in the format of its suffix; as JPEG without alpha, on white. It is not synced to
-    disk: there may be thousands.
-    """
+    """Write a picture atomically, not synced, in the format of its suffix; as JPEG on white, without alpha."""
     content, kind = io.BytesIO(), FORMATS[to.suffix.lower()]
     if kind == "JPEG":
         picture = in_mode(picture, "L" if picture.mode in ("L", "LA") else "RGB")

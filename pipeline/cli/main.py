@@ -1,7 +1,4 @@
-"""The `naign` program. Each command is a function whose signature gives its options.
-
-Commands import heavy modules when they are called, so that `naign --help` is quick.
-"""
+"""The `naign` program. Each command is a function, which imports heavy modules when it is called."""
 
 # ruff: noqa: E402
 
@@ -26,7 +23,8 @@ else:
 import io
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import tyro
 
@@ -54,40 +52,45 @@ def main() -> None:
     """Run the command in sys.argv. Exit codes are those of pipeline/errors.py."""
     sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))  # noqa: SIM115  # of >&-
     try:
-        _run()
+        with exit_on_input_error("naign"), _described(), ExitStack() as end:
+            end.callback(sys.stdout.flush)  # also after --help, which exits
+            _run()
     except BrokenPipeError:  # the reader closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
         sys.exit(128 + signal.SIGPIPE)
 
 
 def _run() -> None:
-    with exit_on_input_error("naign"):
-        for before, word in itertools.pairwise(sys.argv):
-            check_address(word)
-            empty = not word and (not before.startswith("--") or before.replace("_", "-") in PATHS + FLAGS)
-            if empty or word.endswith("=") and word[:-1] in PATHS:
-                raise InputError(f"'' is no path (after {word or before}): give a file, a folder or an address")
+    for before, word in itertools.pairwise(sys.argv):
+        check_address(word)
+        empty = not word and (not before.startswith("--") or before.replace("_", "-") in PATHS + FLAGS)
+        if empty or word.endswith("=") and word[:-1] in PATHS:
+            raise InputError(f"'' is no path (after {word or before}): give a file, a folder or an address")
     if sys.argv[1:2] in (["train"], ["launch"]):  # these pass unknown options on to the training program
         (train if sys.argv[1] == "train" else launch)()
-    if sys.argv[1:] == ["--version"]:
+    elif sys.argv[1:] == ["--version"]:
         print(f"naign {find_version()}")
-        return
-    with exit_on_input_error("naign"):
+    else:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # for file names that the terminal cannot encode
-        try:
-            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="naign", description=ABOUT)
-            sys.stdout.flush()
-        except OSError as error:
-            if error.filename is None and error.errno not in local.FULL:
-                raise
-            if error.filename is None:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            kind = Unavailable if error.errno in local.FULL | local.TRANSIENT else InputError
-            taken = isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError)
-            remedy = ": choose another path" if taken else ": check the path" * isinstance(error, FileNotFoundError)
-            raise kind(f"{error.filename or 'the output'}: {error.strerror}{remedy}") from None
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, MemoryError) or any(text in str(error) for text in FULL):
-                raise InputError("there is too little memory for that: ask for fewer or smaller ones") from None
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="naign", description=ABOUT)
+
+
+@contextmanager
+def _described() -> Iterator[None]:
+    """Raise what the system or memory refuses as an InputError or Unavailable of one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno not in local.FULL:
             raise
+        if error.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        kind = Unavailable if error.errno in local.FULL | local.TRANSIENT else InputError
+        taken = isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError)
+        remedy = ": choose another path" if taken else ": check the path" * isinstance(error, FileNotFoundError)
+        raise kind(f"{error.filename or 'the output'}: {error.strerror}{remedy}") from None
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or any(text in str(error) for text in FULL):
+            raise InputError("there is too little memory for that: ask for fewer or smaller ones") from None
+        raise

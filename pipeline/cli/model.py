@@ -154,8 +154,10 @@ def restore(
             one for each under its name. All other pixels stay as they are.
         size: Of what is written: the picture's, in tiles, or the model's, the default if f has one code for a picture.
     """
+    from pipeline.cli.files import check_hidden
     from pipeline.cli.repair import restore_files
 
+    check_hidden(to)
     _check(times=1 if times is None else times, to=to)
     model = _open(run, _find_device(device))
     restore_files(model, files, to, times=times, damage=damage, mask=mask, size=size)
@@ -311,6 +313,9 @@ def _open_with(latents: Latents, run: str, device: str) -> "NAIGN":
         require((flow, f"--{next(iter(chosen))} applies to a flow of codes, and this prior is none: leave it out"))
         model = model.with_flow(**chosen)
     if trained:
+        if not model.prior.begun:
+            early = f"{run} stopped before prior.begin, so samples are of one Gaussian, not of the prior"
+            print(f"warning: {early}: train on, or add --prior gmm", file=sys.stderr)
         return model
     from pipeline.evaluate.refit import with_mixture
 

@@ -25,9 +25,7 @@ def copies(run: Run, /, *, options: Annotated[CopiesOptions, tyro.conf.arg(name=
             shares = f"{result['share']:.2%} of samples, {result['test_share']:.2%} of test images"
             print(f"within {result['threshold']:.4g} of a training image: {shares} (far more samples are copies)")
             if not result["threshold"]:
-                print(
-                    "the threshold is 0, as test images are also training images: give --threshold, or drop them first"
-                )
+                print("the threshold is 0, as test images are training images, too: give --threshold, or drop them")
             print(f"median distance to the nearest: {result['median']:.4g}, of test images {result['test_median']:.4g}")
 
 

@@ -57,7 +57,7 @@ def restore_files(
     masks = _find_masks(mask, paths, names)
     refuse_overwriting(paths * len(folders), outputs, [path for path in masks if path])
     if points or whole:
-        _restore_batch(model, paths, outputs, times=times or 1, damage=damage)
+        _restore_all(model, paths, outputs, times or 1, damage)
     else:
         total = _count_tiles(paths, model, masks) * ((times or FILLING) if mask else 1)
         with counted("restoring", total=total, unit="tile") as bar:
@@ -78,9 +78,7 @@ def restore_files(
         print(f"each is {model.shape[2]} x {model.shape[1]}, as f has one code for a picture; --size picture: tiles")
 
 
-def _restore_batch(
-    model: NAIGN, paths: Sequence[Path], outputs: Sequence[Path], *, times: int, damage: Kind | None
-) -> None:
+def _restore_all(model: NAIGN, paths: Sequence[Path], outputs: Sequence[Path], times: int, damage: Kind | None) -> None:
     """Repair points, or images that are resized to the model's size."""
     originals = read_samples(paths, model)
     damaged = degrade(torch.cat(originals), damage) if damage else torch.cat(originals)
@@ -93,9 +91,7 @@ def _restore_batch(
 
 
 def _find_masks(mask: Path | None, paths: Sequence[Path], names: Sequence[Path]) -> Sequence[Path | None]:
-    """The mask of each picture: the file `mask`, or in the folder `mask` the one of the picture's name, which may lie
-    beside the picture with another suffix.
-    """
+    """The mask of each picture: the file `mask`, or in the folder `mask` that of its name, with any suffix."""
     if mask is None or not mask.is_dir():
         return [mask] * len(paths)
     pictures, by_name = {path.resolve() for path in paths}, defaultdict(list)
@@ -159,9 +155,7 @@ class Photo:
         return scaled(torch.from_numpy(pixels.copy())[None])
 
     def shown(self, rows: Tensor, first: int, *, filled: bool = False) -> Image.Image:
-        """Rows of the box as a picture with this one's alpha: on white it shows them. `filled`: where alpha is 0 it
-        becomes 255.
-        """
+        """Rows of the box with this picture's alpha, so that on white they show; `filled`: an alpha of 0 is 255."""
         left, top, right, _ = self.box
         alpha = None
         if self.alpha:

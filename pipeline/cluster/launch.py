@@ -1,17 +1,10 @@
 """`naign launch [options] [--config FILE] [--section.key=value ...]`: start this host's ranks of a training; or those
 of an audit: `naign launch [options] copies RUN ...` and `naign launch [options] duplicates --data PATH ...`.
 
-The same command runs on a single machine and on every host of a Kubernetes Job or JobSet (JOB_COMPLETION_INDEX, and
-NAIGN_HOSTS, NAIGN_HEAD, NAIGN_START of k8s/job.yaml), a Kubeflow TrainJob (PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR)
-or a Slurm step (SLURM_PROCID, SLURM_NNODES, ...). It waits for all hosts of this start, then runs Accelerate's launcher
-in this process, so that signals reach it. Where a lost host is replaced, this one ends its ranks and meets the others
-again. Exit codes:
-
-  0   done, or the run in the bucket was done before
-  2   bad configuration or input: correct it, do not retry
-  75  stopped on request after a checkpoint: start again
-  76  another host did not come, or was lost and is not replaced: start again; this host is not at fault
-  any other  a crash: retry a few times
+The same command runs on a single machine and on every host of a Kubernetes Job or JobSet, a Kubeflow TrainJob or a
+Slurm step. It waits for all hosts of this start, then runs Accelerate's launcher in this process, so that signals reach
+it. Where a lost host is replaced, this one ends its ranks and meets the others again. Exit codes: 0 done, 2 bad
+configuration or input, 75 stopped after a checkpoint, 76 another host is lost, any other a crash (docs/training.md).
 """
 
 import argparse

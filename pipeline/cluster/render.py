@@ -52,8 +52,6 @@ def configure(job: Job) -> Config:
     settings.data.path, settings.run.path, settings.run.remote = job.data, job.run, ""
     if job.run.startswith("s3://"):
         settings.run.path, settings.run.remote = f"/run/naign/{job.name}", job.run.rstrip("/")
-    if job.gpus and not settings.train.precision:
-        settings.train.precision = "bf16"
     check(settings)
     batch, least = settings.train.batch, job.ranks * settings.train.accumulate
     remedy = f"set a multiple of {least} in --config, match.round to one of that; a run that exists needs other --nodes"
@@ -138,14 +136,14 @@ def _fit(job: Job, settings: Config) -> list[dict[str, Any]]:
 def render_slurm(job: Job) -> str:
     """launch/slurm.sbatch for this job, for `sbatch`, with the options filled in. Its image is not used."""
     settings, config = configure(job), job.config
-    remote, precision = settings.run.remote, settings.train.precision
+    remote = settings.run.remote
     copied = f"/tmp/{re.sub(r'[^A-Za-z0-9.-]+', '-', remote.removeprefix('s3://'))}"
     options = [
         *([f"--config={config.resolve() if config.is_file() else config}"] if config else []),
         f"--data.path={job.data}",
         f"--run.path={copied if remote else settings.run.path}",
         f"--run.remote={remote}",  # also if that is empty: the configuration may have one
-        *([f"--train.precision={precision}"] if precision else []),
+        f"--train.precision={settings.train.precision}",
     ]
     each = {"gpus-per-node": job.gpus, "cpus-per-task": 4 * job.gpus, "mem": f"{16 * job.gpus}G"} if job.gpus else {}
     gpus = "".join(f"#SBATCH --{option}={value}\n" for option, value in each.items())

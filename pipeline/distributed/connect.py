@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, without an export
 
-from pipeline.distributed.host import check_bf16, check_gpus, check_versions, why_unfit
+from pipeline.distributed.host import check_bf16, check_gpus, check_versions, count_ranks, why_unfit
 from pipeline.errors import InputError, PeerLost, require
 
 
@@ -25,9 +25,8 @@ def build_accelerator(timeout: float = 600, *, precision: str = "", accumulate: 
     (`choose_precision`), or '' for that of the launcher. A step has `accumulate` micro-batches. Raises InputError where
     the launcher's configuration contradicts the arguments or the machine.
     """
-    world = os.environ.get("WORLD_SIZE", "1")
-    require((world.isdecimal(), f"the environment's WORLD_SIZE is {world!r}, which is no number: unset it"))
-    many, ranks = int(world) > 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # in all; of this host
+    world, ranks = count_ranks("WORLD_SIZE"), count_ranks()  # in all; of this host
+    many = world > 1
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower()
     on_cpu = use_cpu == "true" or not torch.cuda.is_available()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"

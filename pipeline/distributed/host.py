@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from pipeline import shipped
-from pipeline.errors import InputError, Unavailable, one_line
+from pipeline.errors import InputError, Unavailable, one_line, require
 
 log = logging.getLogger("naign.distributed")
 
@@ -44,18 +44,28 @@ INTERNALS = {  # names that may change with any release, by library; zero.py che
 }
 
 
+def count_ranks(name: str = "LOCAL_WORLD_SIZE") -> int:
+    """Ranks on this host or, of WORLD_SIZE, in all. InputError if a variable of the launcher is no number."""
+    for variable in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        value = os.environ.get(variable, "1")
+        is_number = value.removeprefix("-").isdecimal()
+        require((is_number, f"the environment's {variable} is {value[:40]!r}, which is no number: unset it"))
+    return max(1, int(os.environ.get(name, "1")))
+
+
 def set_threads(threads: int) -> None:
     """CPU threads of this rank. 0: OMP_NUM_THREADS, or its share of the cores under a launcher, which exports 1."""
+    ranks = count_ranks()
     launched = "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
     if threads or launched or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads or max(1, len(_cores()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(threads or max(1, len(_cores()) // ranks))
 
 
 def warn_of_others(seconds: float = 0.2) -> None:
     """Measure for `seconds` how busy the cores are, and warn where other programs take those that the ranks count on:
     threads of a bfloat16 convolution spin while they wait (oneDNN's barrier, whatever OMP_WAIT_POLICY says).
     """
-    threads, ranks, cores = torch.get_num_threads(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")), _cores()
+    threads, ranks, cores = torch.get_num_threads(), count_ranks(), _cores()
     if threads == 1:
         return
     before = time.process_time()

@@ -5,7 +5,7 @@ checkpoint holds no more. Another package adds one as an entry point of the grou
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ Build = Callable[..., Optimizer]
 OPTIMIZERS: dict[str, Build] = {"adamw": adamw, "muon": Muon, "adafactor": adafactor}
 
 
+@cache  # the trial is made once
 def find_optimizer(name: str) -> Build:
     """The function that builds the optimizer of that name; InputError for an unknown one, or if a trial of it fails."""
     build = lookup("train.optimizer", name, OPTIMIZERS, "naign.optimizers")

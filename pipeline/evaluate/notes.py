@@ -10,19 +10,18 @@ from pipeline.model.encoders import load_encoder
 FEW = 1000  # with fewer examples a Frechet distance on 64 features is mostly bias
 
 
-def write_warnings(subject: Subject, trained_with: list[str], split: str) -> Iterator[str]:
-    """Where the network may have been trained on what measures it; `trained_with` are encoders of the training."""
+def write_warnings(subject: Subject, trained_with: str, split: str) -> Iterator[str]:
+    """Where the network may have been trained on what measures it; `trained_with` is the training's encoder or ""."""
     if split == "test":
         yield "The network was trained on the test split, which it is measured on: no number is of new data."
     measuring = {encoder.identity: encoder.name for encoder in (subject.encoder, subject.second) if encoder}
     trained, apart = "The network was trained with the encoder", "do not compare with those of"
-    for name in dict.fromkeys(trained_with):
-        try:
-            known = measuring.get(load_encoder(name).identity)
-        except InputError:
-            lost = f"{name}, which is not there any more: if it is measured on that one, its distances"
-            yield f"{trained} {lost} {apart} other networks."
-            continue
+    try:
+        known = measuring.get(load_encoder(trained_with).identity) if trained_with else None
+    except InputError:
+        lost = f"{trained_with}, which is not there any more: if it is measured on that one, its distances"
+        yield f"{trained} {lost} {apart} other networks."
+    else:
         if known:
             on_it = f"{known}, which it is measured on: its Fréchet distances and coverage on it"
             yield f"{trained} {on_it} {apart} networks that were not."
@@ -40,7 +39,8 @@ def write_notes(subject: Subject, metrics: dict[str, Any], beyond: list[str]) ->
     if encoder.network is None and subject.is_image:
         pooled = "pixels pooled to at most 8×8, which see layout and colour, not detail, and no class is counted"
         data = f"{manifest.name} {manifest.shape} of {len(manifest.labels)} classes"
-        yield f"No encoder ships for {data}: distances are on {pooled}."
+        others = f"distances not on {second['encoder']}" if second else "distances"
+        yield f"No encoder trained on {data} ships: {others} are on {pooled}."
     if metrics["fd"]["once_ratio"] is None:
         yield "Training and test split are alike, so that no distance is a multiple of theirs."
     if counts["floor"] < samples:

@@ -26,13 +26,13 @@ from pipeline.settings.constraints import check_fields
 from pipeline.storage.store import is_in_bucket, use_endpoint
 
 
-def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, Manifest, list[str]]:
-    """The data set to measure on, its manifest, whose shape is that of the model's images, and the training's encoders.
+def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, Manifest, str]:
+    """The data set to measure on, its manifest, whose shape is that of the model's images, and the training's encoder.
 
     A run's S3 server is that of its training; a model from elsewhere cannot choose one, to which requests signed for
     the user would go. InputError for a header that no training wrote, and a data set that is missing or does not fit.
     """
-    config, endpoint, encoders = _header(model)
+    config, endpoint, encoder = _header(model)
     place = Path(folder_of(folder))
     of_user = is_in_bucket(folder) or is_run(place) or (place / MANIFEST).exists()  # not exported, nor of the hub
     if of_user:
@@ -56,7 +56,7 @@ def recorded(model: NAIGN, folder: str, data: str | None) -> tuple[DataConfig, M
     shape, wanted = tuple(manifest.shape), tuple(model.shape)
     other = f"{config.path} ({manifest.name}) holds examples of shape {shape}, the model in {folder} is for {wanted}"
     require((shape == wanted, f"{other}: give the data set it was trained on as --data PATH"))
-    return config, manifest, encoders
+    return config, manifest, encoder
 
 
 def fingerprint(model: NAIGN) -> str:
@@ -85,17 +85,16 @@ def sees_wholes(model: NAIGN) -> bool:
     return len(getattr(model.network, "code", ())) == 1 and not _header(model)[0].crop
 
 
-def _header(model: NAIGN) -> tuple[DataConfig, str, list[str]]:
-    """The training's images and how they are read, their S3 server, and its encoders. InputError as `recorded`."""
+def _header(model: NAIGN) -> tuple[DataConfig, str, str]:
+    """The training's images and how they are read, their S3 server, and its encoder or "". InputError as `recorded`."""
     texts = ("path", "index", "split", "size", "fit", "broken")
     try:
         header = model.metadata.get("config", {})
-        section, encoder = header.get("data", {}), header.get("objective", {}).get("encoder")
-        encoders = [str(encoder)] if encoder else []
+        section, encoder = header.get("data", {}), header.get("objective", {}).get("encoder") or ""
         values: dict[str, Any] = {"path": ""} | {name: str(section[name]) for name in texts if section.get(name)}
         config = DataConfig(crop=int(section.get("crop", 0)), **values)
         check_fields(replace(config, path="any"), "data")
         parse_resize(config)
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"the model has a header that no training wrote: {error}") from None
-    return config, str(section.get("endpoint", "")), encoders
+    return config, str(section.get("endpoint", "")), str(encoder)

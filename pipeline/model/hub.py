@@ -63,9 +63,7 @@ def _has_token(token: str | bool | None) -> bool:
 
 
 def without_places(value: Any) -> Any:
-    """A model's header without folders, buckets and addresses: of a path its last part is left, of a URL nothing.
-    Names of classes stay.
-    """
+    """A model's header without places: of a path its last part is left, of a URL nothing; names of classes stay."""
     if isinstance(value, dict):
         return {key: part if key == "labels" else without_places(part) for key, part in value.items()}
     if isinstance(value, list):

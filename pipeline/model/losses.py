@@ -190,9 +190,7 @@ _REMEDIES = {name: f"{name} is a baseline, install it: pip install -e benchmarks
 
 
 def _naign(config: NaignConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
-    """arXiv 2511.02614: w_rec E d(f(x), x) + w_imle E d(f(z_sigma(i)), x_i) + optional terms; an autoencoder without
-    those that take latents.
-    """
+    """arXiv 2511.02614: w_rec E d(f(x), x) + w_imle E d(f(z_sigma(i)), x_i) + optional terms."""
     images, distance = batch.images, batch.distance
     reconstructed = images if config.reconstruction else None
     inputs = {"reconstruction": reconstructed, "imle": batch.latents, "denoising": batch.damaged}

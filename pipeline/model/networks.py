@@ -163,9 +163,7 @@ class Attention(nn.Module):
 class ImageNetwork(nn.Module):
     """A convolutional autoencoder, with a code but no skip connections, through which noise could pass unchanged."""
 
-    def __init__(
-        self, encoder: nn.Sequential, decoder: nn.Sequential, code: tuple[int, ...], *, recompute: bool
-    ) -> None:
+    def __init__(self, encoder: nn.Sequential, decoder: nn.Sequential, code: tuple[int, ...], recompute: bool) -> None:
         super().__init__()
         self.encoder, self.decoder, self.code, self.recompute = encoder, decoder, code, recompute
 

@@ -1,6 +1,4 @@
-"""Where a model's weights are: in a file, an exported folder, a checkpoint, a run, a run's bucket, on the hub, or in
-models/, whose models come with this package and are opened by name.
-"""
+"""Where a model's weights are: in a file, a folder, a run, a bucket, on the hub, or in models/ of this package."""
 
 import json
 import logging
@@ -17,7 +15,7 @@ from pipeline import shipped
 from pipeline.checkpoint.bucket import fetch_file, newest_first
 from pipeline.checkpoint.manifest import best_named, read_best
 from pipeline.checkpoint.writer import is_complete, newest_checkpoint, passed_over
-from pipeline.errors import Damaged, InputError, one_line
+from pipeline.errors import Damaged, InputError, check_address, one_line
 from pipeline.model import hub
 from pipeline.settings.budget import is_exhausted
 from pipeline.storage.store import is_in_bucket, open_store
@@ -48,6 +46,7 @@ def locate(place: str | Path, **download: Any) -> Iterator[Weights]:
     """The file with the weights of `place`, as NAIGN.from_pretrained chooses it; of a bucket that one file is fetched,
     and is temporary. `download` is for hf:// alone (`hub.download`). InputError if there is none.
     """
+    check_address(str(place))
     if str(place).startswith(hub.PREFIX):
         yield Weights(hub.download(str(place).removeprefix(hub.PREFIX), **download))
     elif is_in_bucket(place):

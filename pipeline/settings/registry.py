@@ -1,11 +1,4 @@
-"""Choices by name: built-in ones, and those that other installed packages register as entry points.
-
-Built-in choices are a dict, such as `OBJECTIVES = {"naign": (NaignConfig, naign)}`. Another package registers one in
-its pyproject.toml: the group says what is chosen, and the value is an object of the same form:
-
-    [project.entry-points."naign.objectives"]
-    huber = "my_package.losses:HUBER"
-"""
+"""Choices by name: built-in ones, and entry points of other installed packages, of the same form (CONTRIBUTING.md)."""
 
 import difflib
 from collections.abc import Mapping

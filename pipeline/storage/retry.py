@@ -48,24 +48,24 @@ class Tally:
 _LOCK = [threading.Lock()]
 os.register_at_fork(after_in_child=lambda: _LOCK.__setitem__(0, threading.Lock()))  # a thread may have held it
 
-_attempts: ContextVar[int] = ContextVar("attempts")
+allowed: ContextVar[int] = ContextVar("allowed")  # attempts in this thread; unset: ATTEMPTS
 
 
 @contextlib.contextmanager
 def at_most(attempts: int) -> Iterator[None]:
     """Context: give up after so many attempts in this thread, for callers that can do without the answer."""
-    before = _attempts.set(attempts)
+    before = allowed.set(attempts)
     try:
         yield
     finally:
-        _attempts.reset(before)
+        allowed.reset(before)
 
 
 class Patience:
     """Pauses between attempts: exponential back-off with full jitter, so that ranks do not retry together."""
 
     def __init__(self, what: str, tally: Tally) -> None:
-        self._what, self._tally, self._failures, self._most = what, tally, 0, _attempts.get(ATTEMPTS)
+        self._what, self._tally, self._failures, self._most = what, tally, 0, allowed.get(ATTEMPTS)
 
     def wait(self, error: BaseException, *, at: str = "", progress: bool = False) -> None:
         """Pause after a failure. Raises Unavailable after ATTEMPTS of them in a row, or as many as `at_most` allows."""

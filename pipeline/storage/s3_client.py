@@ -11,6 +11,7 @@ from urllib3.exceptions import HTTPError
 
 from pipeline.errors import printable
 from pipeline.storage.prefetch import PARALLEL
+from pipeline.storage.retry import allowed
 
 SILENCE = 20.0  # seconds without a byte, or without a connection, before a request counts as failed
 
@@ -41,11 +42,11 @@ def client() -> Any:
     AWS_REQUEST_PAYER=requester this account pays for them, which some buckets demand. Both variables are GDAL's.
     """
     with _MAKING:
-        return _make_client()
+        return _make_client(SILENCE if allowed.get(2) > 1 else SILENCE / 5)  # less for who can do without the answer
 
 
 @cache
-def _make_client() -> Any:
+def _make_client(silence: float) -> Any:
     import boto3
     from botocore.config import Config
 
@@ -59,8 +60,8 @@ def _make_client() -> Any:
         raise BadSettings("the credentials hold a line break or another character that is not printable")
     config = Config(
         retries={"total_max_attempts": 1},
-        connect_timeout=SILENCE,
-        read_timeout=SILENCE,
+        connect_timeout=silence,
+        read_timeout=silence,
         max_pool_connections=8 * PARALLEL,
         tcp_keepalive=True,
         request_checksum_calculation="when_required",  # s3.py gives checksums itself, where the server knows them

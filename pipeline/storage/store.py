@@ -1,10 +1,8 @@
 """Where files lie, behind one protocol over str paths: a local folder, a bucket, or what fsspec reads."""
 
-import io
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, BinaryIO
 
 from pipeline.errors import Gone, InputError, Unavailable, check_address, require
 from pipeline.storage.base import Missing, Store
@@ -79,34 +77,3 @@ def was_there(*urls: str) -> Iterator[None]:
             lost = "stored data that this run has read before is gone, as when a store loses its disk"
             raise Gone(f"{error}; {lost}: all ranks start again from what is left") from None
         raise
-
-
-def gopen(url: str, mode: str = "rb", bufsize: int = 8192) -> BinaryIO:
-    """A file as a stream, as for `webdataset.gopen_schemes["s3"] = gopen`; read ahead, never cut. Raises InputError."""
-    require(("r" in mode, f"{url}: mode {mode!r}: streams are only read; write data sets with `naign pack`"))
-    store, name = locate(url)
-    store.size(name)  # a missing file must raise here, not at the first read
-    return io.BufferedReader(_Stream(store.pieces(name)), max(bufsize, 1 << 20))
-
-
-class _Stream(io.RawIOBase):
-    """A raw stream over pieces that follow one another."""
-
-    def __init__(self, pieces: Generator[bytes]) -> None:
-        self._pieces, self._left = pieces, memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill the buffer as far as the present piece reaches; 0 at the end."""
-        if not self._left:
-            self._left = memoryview(next(filter(None, self._pieces), b""))
-        count = min(len(buffer), len(self._left))
-        buffer[:count] = self._left[:count]
-        self._left = self._left[count:]
-        return count
-
-    def close(self) -> None:
-        self._pieces.close()
-        super().close()

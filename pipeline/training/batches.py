@@ -129,9 +129,7 @@ class Batches(IterableDataset[Batch]):
         )
 
     def _steps(self, start: int, rank: int, world: int) -> Iterator[Step]:
-        """The batches up to the end of the epoch. The last one is smaller, or larger by less than one image a rank, so
-        that each rank has equally many.
-        """
+        """The batches up to the epoch's end; the last is of another size, so that each rank has equally many."""
         end = start
         while (begin := end) < self._order.total:
             end = begin + self._batch

@@ -49,9 +49,7 @@ THREAD = 9e10  # FLOP/s of a thread, which mnist_imle_long reached on two
 Start = tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]  # metadata, weights and the prior's state
 
 
-def prepare(
-    config: Config, accelerator: Accelerator, callbacks: Sequence[Callback] = ()
-) -> tuple[Run, PartialRound | None]:
+def prepare(config: Config, accelerator: Accelerator, callbacks: Sequence[Callback]) -> tuple[Run, PartialRound | None]:
     """Refuse what cannot be trained, before anything is written, and restore the newest checkpoint. Collective.
 
     Returns the run, and what its checkpoint kept of a round. Raises InputError, or Unavailable for a store.
@@ -131,10 +129,8 @@ def build_model(config: Config, accelerator: Accelerator, start: Start | None) -
         for warning in preflight(config.run.path, config.run.remote, size):
             log.warning("%s", warning)
         if config.objective.name == "naign" and not (config.objective.needs_latents or prior.decodes):
-            untrained = "objective.imle is 0 and objective.third none: f is not trained on latents"
-            log.warning(
-                "%s of prior.name=%s, so f(z) is no sample; set one, or prior.name=gmm", untrained, config.prior.name
-            )
+            untrained = "objective.imle is 0 and objective.third none: f is not trained on latents of prior.name"
+            log.warning("%s=%s, so f(z) is no sample; set one, or prior.name=gmm", untrained, config.prior.name)
         if device.type == "cpu":
             warn_of_others()
     return stream, network, prior

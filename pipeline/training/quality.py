@@ -53,10 +53,10 @@ class Quality:
                 if self.encoder.name == config.objective.encoder:
                     log.warning("quality/fd is measured on %s, which the run is trained with too", self.encoder.name)
                 if self.encoder.name == "pixels" and not name:
-                    log.warning(
-                        "quality/fd is measured on pooled pixels, since no encoder is shipped for this data: it says "
-                        "little of what is seen. Set quality.encoder: efficientnet-lite0 for photographs, or pixels"
+                    little = (
+                        "quality/fd is measured on pooled pixels, which say little, as no encoder ships for this data"
                     )
+                    log.warning("%s. Set quality.encoder: efficientnet-lite0 for photographs, or pixels", little)
 
     def restore_best(self, run: str, rounds: int) -> None:
         """Take over the best distance of the run's rounds, unless it was measured otherwise than now. Collective."""

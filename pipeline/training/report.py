@@ -1,7 +1,6 @@
 """What a run reports: its headline, and each round's metrics and pictures."""
 
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from pipeline import philox
 from pipeline.data.degrade import KINDS, degrade
 from pipeline.data.loader import Rows
 from pipeline.distributed.engine import Engine
+from pipeline.distributed.host import count_ranks
 from pipeline.distributed.ranks import total
 from pipeline.observe import fit_flops, grid, peak_flops, peak_memory, rows, scatter
 from pipeline.training.round import RoundRandom, RoundState
@@ -30,7 +30,7 @@ def headline(run: Run) -> str:
     newest = Path(config.run.path) / "checkpoints" / run.writer.newest
     start = f"resuming from {newest}" if run.writer.newest else "starting anew"
     alone = f" (f in the first {run.network_rounds}, then the prior alone)" if run.network_rounds < run.rounds else ""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local = count_ranks()
     return (
         f"{stream.manifest.name} {'x'.join(map(str, stream.shape))}, {stream.order.describe()}\n"
         f"{config.objective.name} with {parameters / 1e6:.2f} M parameters on {run.world} x "

@@ -192,6 +192,17 @@ def test_commands_say_which_checkpoint_of_a_run_they_read(tmp_path, capsys, digi
     assert record["choice"] in chosen and record["choice"] in (tmp_path / "run/evaluation/report.html").read_text()
 
 
+def test_a_prior_that_has_not_begun_is_warned_of(tmp_path, capsys):
+    metadata = {"model": {"name": "conv", "width": 4, "code": 8}, "shape": [1, 8, 8]}
+    metadata["prior"] = {"name": "gmm", "components": 2}
+    state = {"weights": torch.tensor([1.0, 0.0]), "means": torch.zeros(2, 8), "factors": torch.eye(8).expand(2, 8, 8)}
+    for weights, warned in ((torch.tensor([1.0, 0.0]), True), (torch.tensor([0.5, 0.5]), False)):
+        network = build_network(recorded_network(metadata["model"]), (1, 8, 8))
+        NAIGN(network, metadata, state | {"weights": weights}).save_pretrained(tmp_path)
+        cli.sample(str(tmp_path), n=2, to=tmp_path / "a.png")
+        assert ("stopped before prior.begin" in capsys.readouterr().err) == warned
+
+
 EMPTY = ["sample ''", "export RUN --to ''", "restore RUN ''", "score RUN --json ''", "runs ''", "sample RUN --to="]
 EMPTY += ["push RUN user/x --dry_run ''", "evaluate '' --samples 20", "index DATA --labels ''", "train --config ''"]
 EMPTY += ["render k8s --data s3://abc/d --run ''", "render slurm --data d --run=", "pack folder --root '' --to x"]
@@ -244,6 +255,7 @@ def test_what_stands_in_the_way_asks_for_another_path(model, tmp_path, monkeypat
 
 
 SIGNED = ["sample https://h/x?X-Amz-Signature=SECRET", "train --data.path=s3://b/d?X-Amz-Signature=SECRET"]
+SIGNED += ["train --data.path=s3:b?SECRET", "sample s3:b?SECRET", "runs [s3:/b?SECRET]", "sample hf:me/x?SECRET"]
 SIGNED += ["pack folder --to x --root https://h/x?SECRET", "train --config https://h/x.yaml?SECRET"]
 
 

@@ -198,5 +198,15 @@ def test_output_that_cannot_be_written_ends_in_a_sentence(redirection: str, code
     Image.new("L", (28, 28)).save(tmp_path / "a.png")
     program = f"{shlex.quote(sys.executable)} -c 'from pipeline.cli.main import main; main()' score mnist"
     command = f"{program} {shlex.quote(str(tmp_path / 'a.png'))} {redirection}"
+    refused_in_a_line(command, code)
+
+
+@pytest.mark.parametrize("words", ["--version", "train --help", "launch --help"])
+@pytest.mark.parametrize(("redirection", "code"), [("> /dev/full", 1), (">&-", 0)])
+def test_a_version_or_help_that_cannot_be_written_ends_in_a_sentence(redirection: str, code: int, words: str) -> None:
+    refused_in_a_line(f"{shlex.quote(sys.executable)} -m pipeline.cli {words} {redirection}", code)
+
+
+def refused_in_a_line(command: str, code: int) -> None:
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (code, "naign: failed: the output: No space left on device\n" * code)

@@ -18,8 +18,9 @@ from pipeline.data.format.manifest import Manifest
 from pipeline.data.format.samples import samples
 from pipeline.data.loader import Stream
 from pipeline.errors import InputError
-from pipeline.storage.store import gopen, open_store
+from pipeline.storage.store import open_store
 from tests.data.numbered import add
+from tests.streams import gopen
 
 SIZES = [1, 7, 23, 50, 64, 5]
 ROUND = 60

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import tracemalloc
 from functools import partial
 from pathlib import Path
@@ -129,6 +130,16 @@ def test_labels_without_names(tmp_path: Path, column: Any, labels: tuple[str, ..
     for value, label in reds(source, "train") + reds(source, "test"):
         assert label == (labels.index(str(texts[value])) if labels else -1)
     assert opened(tmp_path / "a.parquet", label="none").labels == ()
+
+
+def test_labels_as_floats_are_whole_or_refused(tmp_path: Path) -> None:
+    """As pandas writes integers of a column in which some were missing."""
+    source = opened(write(tmp_path / "a.parquet", table(range(9), None, label=[10.0, 2.0, 2.0] * 3)))
+    assert source.labels == ("2", "10") and (0, 1) in reds(source, "train") + reds(source, "test")
+    for value in (0.5, math.nan, math.inf):
+        made = table(range(4), None, label=[1.0, value, 0.0, 1.0])
+        with pytest.raises(InputError, match=f"b.parquet, row 1: {value} is no label of label: move the file away"):
+            opened(write(tmp_path / "b.parquet", made))
 
 
 @pytest.mark.parametrize(

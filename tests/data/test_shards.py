@@ -145,6 +145,8 @@ def test_manifests_that_cannot_be_read(packed: str, tmp_path: Path) -> None:
         Manifest.load(str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="or make one: `naign pack digits --to .*/digits`"):
         Manifest.load(str(tmp_path / "digits"))
+    with pytest.raises(InputError, match="naign pack folder --root PICTURES --size 64 --to .*/parquet`"):
+        Manifest.load(str(tmp_path / "parquet"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="missing or empty: .*naign pack folder"):
         Manifest.load(str(tmp_path / "empty"))

@@ -26,7 +26,8 @@ from pipeline.data.sources.catalog import load
 from pipeline.data.sources.source import Made
 from pipeline.errors import InputError
 from pipeline.evaluate import run
-from pipeline.evaluate.measures import VALUES, read
+from pipeline.evaluate.measures import VALUES, Subject, read
+from pipeline.evaluate.notes import write_notes
 from pipeline.evaluate.report import number
 from pipeline.evaluate.run import evaluate
 from pipeline.model import encoders
@@ -179,6 +180,13 @@ def test_data_without_an_encoder_are_compared_on_pixels(
     assert any("pooled" in note for note in metrics["notes"])
     text = (tmp_path / "evaluation" / "report.html").read_text()
     assert metrics["notes"][0].split(":")[0] in text and "Classes among the samples" not in text
+    model, manifest = NAIGN.from_pretrained(folder), Manifest.load(digits)
+    subject = Subject(
+        model, manifest, load_encoder("pixels"), *torch.zeros(2, 50, 1, 8, 8), 50, 0, (torch.zeros(0), torch.zeros(0))
+    )
+    subject.counts = metrics["counts"]
+    noted = [*write_notes(subject, metrics | {"second": {"encoder": "lite2", "features": 9}}, [])]
+    assert any("trained on digits" in note and ": distances not on lite2 are on pixels" in note for note in noted)
 
 
 def test_what_a_number_does_not_say_is_said(digits: str, save_untrained: Save, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.cli import demo_page
 from pipeline.cli.main import main
-from pipeline.cli.model import demo, push, sample
+from pipeline.cli.model import demo, push, restore, sample
 from pipeline.config import flatten, load
 from pipeline.data.format.writer import pack
 from pipeline.data.sources import catalog
@@ -103,8 +103,11 @@ def test_a_damaged_or_absent_one_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_its_name_is_neither_hidden_nor_advised_in_a_circle(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="hides naign's model"):
-        sample("mnist", n=2, to=Path("mnist"))
+    for to in (Path("mnist"), Path("mnist/some"), tmp_path / "mnist"):
+        with pytest.raises(InputError, match="hides naign's model"):
+            sample("mnist", n=2, to=to)
+        with pytest.raises(InputError, match="hides naign's model"):
+            restore("mnist", (SHIPPED / "none.png",), to=to)
     with pytest.raises(InputError, match="run `naign export mnist --to FOLDER` first"):
         push("mnist", "me/x", dry_run=tmp_path / "o")
     assert not any(tmp_path.iterdir())

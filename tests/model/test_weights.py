@@ -109,6 +109,13 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so(tmp_path):
         NAIGN.from_pretrained(tmp_path / "run")
 
 
+@pytest.mark.parametrize("place", ["https://h/x?SECRET", "https:h?SECRET", "hf://me/x?SECRET", "s3:b?SECRET"])
+def test_a_query_is_not_shown(place):
+    with pytest.raises(InputError, match="a query, which messages would show") as refused:
+        NAIGN.from_pretrained(place)
+    assert "SECRET" not in str(refused.value)
+
+
 @pytest.mark.parametrize("place", ["", "."])
 def test_samples_do_not_fill_the_current_folder(place):
     with pytest.raises(InputError, match="--to is the current folder"):

@@ -23,10 +23,11 @@ from pipeline.storage.base import Store
 from pipeline.storage.retry import at_most
 from pipeline.storage.s3 import S3Store
 from pipeline.storage.s3_client import client, forget_clients
-from pipeline.storage.store import gopen, open_store
+from pipeline.storage.store import open_store
 from tests.data.numbered import numbered
 from tests.proxy import FaultProxy, Faults
 from tests.servers import S3Server
+from tests.streams import gopen
 
 MIB = 1 << 20
 DATA = random.Random(0).randbytes(3 * MIB + 12_345)
@@ -516,6 +517,12 @@ def test_reading_through_faults(
         assert b"".join(fresh.pieces("a")) == DATA
     assert fresh.tally.retries > 0
     assert fresh.tally.bytes % (2 * len(DATA) - 7) == 0  # what was received twice counts once
+
+
+def test_who_can_do_without_the_answer_waits_less_for_it() -> None:
+    with at_most(1):
+        assert client().meta.config.connect_timeout == client().meta.config.read_timeout == 0.2
+    assert client().meta.config.connect_timeout == client().meta.config.read_timeout == 1.0
 
 
 def test_bodies_that_break_off_early(store: Store, proxy: FaultProxy) -> None:

@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType
 
 from pipeline.config import parse
 from pipeline.distributed import connect, zero
+from pipeline.distributed.host import set_threads
 from pipeline.errors import InputError
 from pipeline.training.engines import check_engine
 from tests.conftest import SMALL
@@ -88,9 +89,12 @@ def test_stray_variables_of_accelerate_are_ignored_and_a_world_of_no_number_is_n
         os.environ[f"ACCELERATE_{name}"] = "junk"
     AcceleratorState._reset_state(True)
     assert connect.build_accelerator(accumulate=2).gradient_accumulation_steps == 2
-    os.environ["WORLD_SIZE"] = "junk"
-    with pytest.raises(InputError, match="WORLD_SIZE is 'junk', which is no number: unset it"):
-        connect.build_accelerator()
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.setattr(os, "environ", os.environ | {name: "junk"})
+        for use in (connect.build_accelerator, lambda: set_threads(0)):
+            with pytest.raises(InputError, match=f"{name} is 'junk', which is no number: unset it"):
+                use()
+        del os.environ[name]
 
 
 @pytest.mark.parametrize("given", [{}, {"ranks": 4}, {"stage": 3}, {"stage": 2, "precision": "bf16"}])

@@ -1,6 +1,7 @@
 """The optimizers by name: what they step, and that a restored one goes on bit for bit."""
 
 from importlib.metadata import EntryPoint
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -114,6 +115,12 @@ def test_only_fused_adamw_leaves_its_norm_on_the_device():
 def test_an_unknown_optimizer_names_the_known_ones():
     with pytest.raises(InputError, match="train.optimizer is 'moun': .*adamw, muon, adafactor.*; did you mean muon"):
         find_optimizer("moun")
+
+
+def test_an_optimizer_is_tried_once(monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "counted", Mock(side_effect=OPTIMIZERS["adamw"]))
+    assert find_optimizer("counted") is find_optimizer("counted") is OPTIMIZERS["counted"]
+    assert OPTIMIZERS["counted"].call_count == 1
 
 
 @pytest.mark.parametrize(

@@ -140,19 +140,17 @@ def _grouped_names(files: list[str], path: str, train: str | None, test: str | N
     return {split: names for split, names in groups.items() if names}
 
 
-def _summaries(
-    store: Store, target: Store, names: list[str], settings: IndexOptions, progress: bool
-) -> dict[str, Summary]:
+def _summaries(store: Store, target: Store, names: list[str], options: IndexOptions, shown: bool) -> dict[str, Summary]:
     """The summary of every tar by name, in the order of the names."""
-    with busy(f"asking for the sizes of {len(names)} tars", shown=progress):
+    with busy(f"asking for the sizes of {len(names)} tars", shown=shown):
         kept = set(target.list())
         sizes = Parallel(THREADS, backend="threading")(delayed(store.size)(name) for name in names)
     many = min(cpu_count(), len(names), PROCESSES)
     backend, count = ("loky", many) if many > 1 and sum(sizes) >= MUCH else ("threading", THREADS)
     parallel = Parallel(count, backend=backend, return_as="generator", idle_worker_timeout=IDLE)
-    results = parallel(delayed(_summary)(store, target, settings, name, _kept_name(name) in kept) for name in names)
+    results = parallel(delayed(_summary)(store, target, options, name, _kept_name(name) in kept) for name in names)
     summaries = dict[str, Summary]()
-    bar = tqdm(desc=f"index {store.path}", total=sum(sizes), unit="B", unit_scale=True, disable=not progress or None)
+    bar = tqdm(desc=f"index {store.path}", total=sum(sizes), unit="B", unit_scale=True, disable=not shown or None)
     with bar, closing(results):
         try:
             for name, size, summary in zip(names, sizes, results, strict=True):

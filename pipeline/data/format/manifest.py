@@ -90,8 +90,11 @@ class Manifest:
         if names := store.list():
             remedy = "run `naign pack` again if it was interrupted, `naign index` for tars that others wrote"
             raise InputError(f"{path}: no {INDEX} among its {len(names)} files: {remedy}, or check the path")
-        known, name = ("mnist", "fashion_mnist", "cifar10", "digits"), path.rstrip("/").rpartition("/")[2]
-        pack = f"naign pack {name if name in known else 'folder --root PICTURES --size 64'} --to {path}"
+        from pipeline.data.sources.catalog import SOURCES, TREES  # not needed otherwise
+
+        name = path.rstrip("/").rpartition("/")[2]
+        named = name in SOURCES and name not in TREES
+        pack = f"naign pack {name if named else 'folder --root PICTURES --size 64'} --to {path}"
         raise InputError(f"{path}: no data set here, it is missing or empty: check the path, or make one: `{pack}`")
 
     @classmethod

@@ -29,9 +29,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "cifar10": lambda _, root: published.cifar10(root),
     "digits": lambda _: digits(),
     "toy2d:<name>": lambda name, seed: toys.toy2d(name, seed=seed),
-    "folder": lambda _, root, size, channels, seed, skip: from_tree(
-        "folder", root, size=size, channels=channels, seed=seed, skip=skip
-    ),
+    "folder": from_tree,
     "parquet": _parquet,
 }
 """By `name` or, with an argument, `name:<name>`: functions of the argument (else '') and of options of `load`."""

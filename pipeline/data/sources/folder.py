@@ -36,9 +36,7 @@ class Picture(NamedTuple):
         return self.path.parts[0] if len(self.path.parts) > 1 else ""
 
 
-def from_tree(
-    name: str, root: Path, *, size: str | int, channels: int = 3, seed: int = 0, skip: bool = False
-) -> Source:
+def from_tree(name: str, root: Path, *, size: str | int, channels: int, seed: int = 0, skip: bool = False) -> Source:
     """The pictures under `root`, the name of a picture's first folder being its label (none if any lies outside), with
     `size` pixels a side, or height x width as 48x64, and 3 channels (colour) or 1 (grey).
 
@@ -63,7 +61,7 @@ def from_tree(
         inside = ", ".join(sorted(names - {""}))
         log.warning("no labels: pictures lie in %s, but others in no folder; move these into one for labels", inside)
     made = {split: _examples(group, labels, (width, height), channels) for split, group in splits.items()}
-    return Source(name=name, kind="image", shape=(channels, height, width), labels=labels, splits=made)
+    return Source(name=name or "folder", kind="image", shape=(channels, height, width), labels=labels, splits=made)
 
 
 def fitted(data: bytes, size: tuple[int, int], channels: int) -> Image.Image:

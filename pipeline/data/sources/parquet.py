@@ -29,7 +29,7 @@ from pipeline.errors import InputError, one_line, printable, require, unwritten
 log = logging.getLogger(__name__)
 
 BINARY = (types.is_binary, types.is_large_binary)
-TEXTS = (types.is_integer, types.is_string, types.is_large_string, types.is_dictionary)  # types that labels may have
+TEXTS = (types.is_integer, types.is_floating, types.is_string, types.is_large_string, types.is_dictionary)  # of labels
 SPLIT = re.compile(r"(?<![a-z])(train|test|val)(?:ing|id|idation)?(?![a-z])")  # in names of files and folders
 BATCH = 256  # rows of a Parquet file that are decoded at once
 
@@ -94,7 +94,9 @@ def _rows(
                 if problem and skip:
                     log.warning("%s, row %d: %s: passed over", file, row, problem)
                     continue
-                bare = value in (None, -1, "") or (classes and not 0 <= value < len(classes))
+                value = int(value) if isinstance(value, float) and value.is_integer() else value
+                bare = value in (None, -1, "") or isinstance(value, float)
+                bare = bare or (bool(classes) and not 0 <= value < len(classes))
                 apart = f"{value!r} is no label of {label}: move the file away, or --label none"
                 repair = "repair it, or pass over such rows with --broken skip"
                 require((not problem, f"{file}, row {row}: {problem}: {repair}"))

@@ -106,6 +106,8 @@ class Prior(nn.Module):
     """Whether it draws codes, of the shape of f's, rather than latents. Then a latent is a sample already."""
     learns = False
     """Whether `learn` changes it."""
+    begun = True
+    """Whether a state that was loaded has learned after prior.begin: until then a prior of codes is one Gaussian."""
     labels: tuple[str, ...] = ()
     """The names of the classes that it is conditioned on, in the order of their numbers."""
     arc = False

@@ -118,7 +118,7 @@ class Flow(CodesPrior):
 
     def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         loaded = super().load_state_dict(state, strict, assign)
-        self.moves = moving(self.velocity)
+        self.begun = self.moves = moving(self.velocity)
         self.guides = bool(self.config.autoguidance) and moving(self.early)
         return loaded
 

@@ -178,7 +178,9 @@ class Gmm(CodesPrior):
         if "factors" in state:
             sizes = *self.means.shape, *state["factors"].shape[-1:]
             self.factors = torch.empty(sizes, device=self.factors.device)
-        return super().load_state_dict(state, strict, assign)
+        loaded = super().load_state_dict(state, strict, assign)
+        self.begun = int(self.weights.count_nonzero()) >= min(2, len(self.weights))
+        return loaded
 
     def training_state(self) -> dict[str, Tensor]:
         progress = torch.tensor([self.followed, self.parted, self.seen], dtype=torch.float64)

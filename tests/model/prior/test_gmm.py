@@ -53,7 +53,12 @@ def test_before_it_begins_it_is_one_gaussian():
     drawn = prior.draw(0, 0, torch.arange(20_000), "cpu")
     torch.testing.assert_close(drawn.mean(0), whole.mean(0), atol=0.1, rtol=0)
     torch.testing.assert_close(drawn.T.cov(), whole.T.cov(), atol=0.3, rtol=0)
+    again = Gmm(SETTINGS, (2,))
+    again.load_state_dict(prior.state_dict())
+    assert not again.begun
     learn(prior, codes(4))
+    again.load_state_dict(prior.state_dict())
+    assert again.begun
     assert prior.parted and prior.followed == 1 and float(prior.weights.min()) > 0.1
 
 

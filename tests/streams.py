@@ -1,0 +1,39 @@
+"""Streams over any store, for WebDataset's own reader."""
+
+import io
+from collections.abc import Generator
+from typing import Any, BinaryIO
+
+from pipeline.errors import require
+from pipeline.storage.store import locate
+
+
+def gopen(url: str, mode: str = "rb", bufsize: int = 8192) -> BinaryIO:
+    """A file as a stream, as for `webdataset.gopen_schemes["s3"] = gopen`; read ahead, never cut. Raises InputError."""
+    require(("r" in mode, f"{url}: mode {mode!r}: streams are only read; write data sets with `naign pack`"))
+    store, name = locate(url)
+    store.size(name)  # a missing file must raise here, not at the first read
+    return io.BufferedReader(_Stream(store.pieces(name)), max(bufsize, 1 << 20))
+
+
+class _Stream(io.RawIOBase):
+    """A raw stream over pieces that follow one another."""
+
+    def __init__(self, pieces: Generator[bytes]) -> None:
+        self._pieces, self._left = pieces, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer as far as the present piece reaches; 0 at the end."""
+        if not self._left:
+            self._left = memoryview(next(filter(None, self._pieces), b""))
+        count = min(len(buffer), len(self._left))
+        buffer[:count] = self._left[:count]
+        self._left = self._left[count:]
+        return count
+
+    def close(self) -> None:
+        self._pieces.close()
+        super().close()
