@@ -1,6 +1,6 @@
 """A hundred images, flipped and shifted, as samples: the row beside those of few_shot.yaml that learns nothing.
 
-    python benchmarks/shifted.py data/mnist_100 data/fashion_mnist_100 data/cifar10_100
+    python benchmarks/shifted.py data/mnist_100 data/fashion_mnist_100 data/cifar10_100 data/photos64_100
 
 Of each packed set it draws 10,000 training images, moves each by up to `most` pixels along both axes, flips half of
 them but digits, and prints what `naign evaluate` measures of samples: Frechet distance, precision, recall, and the mean
