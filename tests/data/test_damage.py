@@ -133,5 +133,7 @@ def test_a_damage_of_another_package(monkeypatch):
     assert find_damage("inverted").uniforms(SHAPE) == 2
     find_damage("inverted").check(SHAPE)
     assert torch.equal(find_damage("inverted").damage(bars(3), *drawn("inverted", torch.arange(3)), 0.5), -bars(3))
-    with pytest.raises(InputError, match="objective.damage is 'noice': choose one of .*inverted, or install .*; did you mean noise"):
+    with pytest.raises(
+        InputError, match="objective.damage is 'noice': choose one of .*inverted, or install .*; did you mean noise"
+    ):
         find_damage("noice").check(SHAPE)
