@@ -58,7 +58,8 @@ def render(what: Positional[Literal["k8s", "slurm"]], /, *, job: Annotated[Job, 
         print(f"reading {job.data}", file=sys.stderr, flush=True)
     cost = predict(job)
     print(text)
-    print(cost, file=sys.stderr)
+    unset = what == "k8s" and not job.endpoint and "AWS_ENDPOINT_URL" in os.environ
+    print(cost + "\nAWS_ENDPOINT_URL is set here and not in the manifests: give --endpoint" * unset, file=sys.stderr)
 
 
 def fetch(remote: Positional[str], /, *, to: Path, every: float = 0) -> None:

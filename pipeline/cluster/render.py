@@ -158,37 +158,39 @@ def predict(job: Job) -> str:
     import torch
 
     from pipeline.model.networks import build_network
+    from pipeline.model.prior import build_prior
     from pipeline.observe.speed import fit_flops, forward_flops
 
     settings, unknown, stored = load(str(job.config)) if job.config else Config(), "", 0
-    shape: tuple[int, ...] = (1, 28, 28)
+    shape, labels = tuple[int, ...]((1, 28, 28)), tuple[str, ...](("unknown",))
     use_endpoint(job.endpoint)
     try:
         with at_most(1):  # a cluster's bucket is often out of reach from here
             sets = DataSets(replace(settings.data, path=job.data))
-        shape = sets.shape
+        shape, labels = sets.shape, sets.manifest.labels
         stored = sum(shard.bytes for split in sets.manifest.splits.values() for shard in split.shards)
-    except (InputError, Unavailable):
-        unknown = f"\n{job.data} cannot be read from here: counted with images of 1x28x28"
+    except (InputError, Unavailable) as error:
+        unknown = f"\ncounted with images of 1x28x28, since {job.data} cannot be read from here: {error}"
     with torch.device("meta"):
         network = build_network(settings.model, shape)
-    parameters, width = sum(value.numel() for value in network.parameters()), math.prod(shape)
-    forward, match, train = forward_flops(network, shape), settings.match, settings.train
-    images = match.round * train.passes
-    generate, search = match.pool * forward, 2 * width * match.round * match.pool
+        prior = build_prior(settings.prior, shape, network, labels=labels)
+        drawn, saved = (sum(t.nbytes for t in state().values()) for state in (prior.state_dict, prior.training_state))
+    weights, forward = sum(value.nbytes for value in network.parameters()), forward_flops(network, shape)
+    match, train, alone, keep = settings.match, settings.train, settings.prior.alone, settings.checkpoint.keep
+    images, pool, width = match.round * train.passes, match.pool * settings.objective.needs_match, math.prod(shape)
+    generate, search = pool * forward, 2 * width * match.round * pool
     fit = images * fit_flops(forward, settings.objective.forwards)
-    sent = match.round * (width * 4 + 16 * job.ranks) + images // train.batch * 2 * 4 * parameters
+    sent = match.round * (width * 4 + 16 * job.ranks) * bool(pool) + images // train.batch * 2 * weights
     rounds, copies = -(-train.images // images), 4 + bool(train.ema)  # weights, gradients, two moments; average
-    parts = f"generate {generate / 1e12:.2g}, search at most {search / 1e12:.2g}, fit {fit / 1e12:.2g}"
     between = f"; {sent / 1e9:.2g} GB between nodes" if job.nodes > 1 else ""
     rows = (
-        ("GPUs" if job.gpus else "CPU hosts", str(job.ranks)),
-        ("network", f"{parameters / 1e6:.1f} M parameters, {forward / 1e9:.2f} GFLOP a forward"),
+        ("GPUs" if job.gpus else "CPU hosts", f"{job.ranks}, {train.batch // job.ranks} images a step each"),
+        ("parameters", f"f {weights / 4e6:.2f} M, prior {drawn / 4e6:.2f} M; {forward / 1e9:.2f} GFLOP a forward of f"),
         ("data", f"{stored / 1e9:.2f} GB" if stored else "unknown"),
-        ("a rank", f"{train.batch // job.ranks} images a step; {copies * 4 * parameters / 1e9:.2g} GB of memory"
-         " for weights, gradients and optimizer, without activations"),
-        ("a checkpoint", f"{(copies - 1) * 4 * parameters / 1e9:.3f} GB, {settings.checkpoint.keep} kept"),
-        ("a round", f"{(generate + search + fit) / 1e12:.2g} TFLOP: {parts}{between}"),
-        ("the run", f"{rounds} rounds, {rounds * (generate + search + fit) / 1e15:.2g} PFLOP"),
+        ("a rank", f"{(copies * weights + saved) / 1e9:.2g} GB of weights, optimizers, f's gradients; no activations"),
+        ("a checkpoint", f"{((copies - 1) * weights + (copies - 3) * drawn + saved) / 1e9:.3f} GB, {keep} kept"),
+        ("a round", f"{(generate + search + fit) / 1e12:.2g} TFLOP: generate {generate / 1e12:.2g}, search at most"
+         f" {search / 1e12:.2g}, fit {fit / 1e12:.2g}{', learn (the prior) not counted' * prior.learns}{between}"),
+        ("the run", f"{rounds} rounds, {rounds * (1 - alone) * (generate + search + fit) / 1e15:.2g} PFLOP"),
     )  # fmt: skip
     return "\n".join(f"{name:12}  {text}" for name, text in rows) + unknown

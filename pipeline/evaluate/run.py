@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 from typing import Any
 
@@ -59,12 +60,12 @@ def evaluate(
         train, test, labels = measures.read(config, manifest.shape, seed=seed)
         subject = Subject(model, manifest, first, train, test, samples, seed, labels, second=second)
         subject.progress = lambda share: bar.set_description(f"{title}, {share:.0%}")
-        for title, measure in STAGES.items():
+        for title in (*STAGES, "pictures and report"):
             bar.update()
             bar.set_description(title)
-            metrics |= measure(subject)
-        bar.update()
-        bar.set_description("pictures and report")
+            if progress and bar.disable:  # stderr is no terminal
+                print(f"{time.monotonic() - start:.0f} s: {title}", file=sys.stderr, flush=True)
+            metrics |= STAGES[title](subject) if title in STAGES else {}
         drawn, header = draw_pictures(subject), model.metadata
         beyond = [key for key, value in flat(metrics).items() if isinstance(value, float) and not math.isfinite(value)]
         metrics = json.loads(json.dumps(metrics), parse_constant=lambda name: None)  # JSON has no such numbers

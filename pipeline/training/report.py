@@ -26,14 +26,15 @@ def headline(run: Run) -> str:
     config, stream, engine, train = run.config, run.stream, run.engine, run.config.train
     if run.finished:
         return f"nothing left to do: {config.run.path} has seen its {run.position.images_seen} images"
-    parameters = sum(math.prod(shape) for shape in engine.shapes.values())
+    weights = sum(math.prod(shape) for shape in engine.shapes.values()) / 1e6
+    drawn = sum(value.numel() for value in run.prior.state_dict().values()) / 1e6
     newest = Path(config.run.path) / "checkpoints" / run.writer.newest
     start = f"resuming from {newest}" if run.writer.newest else "starting anew"
     alone = f" (f in the first {run.network_rounds}, then the prior alone)" if run.network_rounds < run.rounds else ""
     local = count_ranks()
     return (
         f"{stream.manifest.name} {'x'.join(map(str, stream.shape))}, {stream.order.describe()}\n"
-        f"{config.objective.name} with {parameters / 1e6:.2f} M parameters on {run.world} x "
+        f"{config.objective.name} with {weights:.2f} M parameters in f, {drawn:.2f} M in the prior, on {run.world} x "
         f"{run.accelerator.device.type} ({engine.described}; {local} a host, {torch.get_num_threads()} threads each)\n"
         f"batch {train.batch} = {engine.micro} images x {train.accumulate} micro-batches x {run.world} ranks; "
         f"{run.rounds} rounds of {config.match.round} images x {train.passes} passes for {train.images}{alone}, "

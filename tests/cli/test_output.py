@@ -27,6 +27,7 @@ from pipeline.data.format.writer import pack
 from pipeline.data.sources.catalog import load
 from pipeline.data.sources.source import Made
 from pipeline.distributed import host
+from pipeline.evaluate.measures import STAGES
 from pipeline.model.networks import ConvConfig, PointConfig
 from pipeline.observe import doctor
 from tests.conftest import ROOT
@@ -66,6 +67,7 @@ def test_evaluate_prints_what_it_writes(command: Command, plane: str) -> None:
     found = json.loads(out)
     assert code == 0 and found.pop("report") == f"{plane}/evaluation/report.html"
     assert found == json.loads(Path(plane, "evaluation/metrics.json").read_text())
+    assert all(f" s: {title}\n" in err for title in (*STAGES, "pictures and report"))
     assert command("evaluate", f"{plane}/none", "--json")[:2] == (2, "")
 
 

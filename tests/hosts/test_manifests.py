@@ -12,6 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from pipeline.cli.cluster import render
 from pipeline.cluster import launch
 from pipeline.cluster.job import Job, name_after
 from pipeline.cluster.render import IMAGE, predict, render_k8s
@@ -80,13 +81,16 @@ def test_an_overlay_is_valid_and_means_what_it_should(name):
 
 
 def with_component(component: str, resource: str, folder: Path, rendered: str = "") -> list[dict[str, Any]]:
-    """The objects of a resource beside a component, built in a copy of k8s/."""
+    """The objects of a resource beside a component, built in a copy of k8s/. A Job beside it is left as it is."""
     shutil.copytree(ROOT / "k8s", folder / "k8s")
     (folder / "k8s/try").mkdir()
     (folder / "k8s/try/first.yaml").write_text(rendered)
-    text = f"resources: [{resource}]\ncomponents: [../components/{component}]\n"
+    shutil.copy(ROOT / "k8s/evaluate-job.yaml", folder / "k8s/try")
+    text = f"resources: [{resource}, evaluate-job.yaml]\ncomponents: [../components/{component}]\n"
     (folder / "k8s/try/kustomization.yaml").write_text(text)
-    return build(folder / "k8s/try")
+    objects, (beside,) = build(folder / "k8s/try"), read("evaluate-job")
+    objects.remove(beside)
+    return objects
 
 
 def test_the_queue_component_suspends_the_job(tmp_path):
@@ -95,7 +99,7 @@ def test_the_queue_component_suspends_the_job(tmp_path):
     assert "annotations" not in job["spec"]["template"]["metadata"]
     component = tmp_path / "k8s/components/queue/kustomization.yaml"
     component.write_text(component.read_text().replace("      # - {", "      - {"))
-    (job,) = (item for item in build(tmp_path / "k8s/try") if item["kind"] == "Job")
+    job, _ = (item for item in build(tmp_path / "k8s/try") if item["kind"] == "Job")  # in the order of the resources
     annotations = {"kueue.x-k8s.io/podset-preferred-topology": "kubernetes.io/hostname"}
     assert job["spec"]["suspend"] and job["spec"]["template"]["metadata"]["annotations"] == annotations
 
@@ -239,9 +243,20 @@ def test_the_computation_of_a_run_is_counted(tmp_path, monkeypatch):
         "{objective: {imle: 0.3, denoising: 0}, train: {images: 4096, batch: 64}, match: {round: 1024, ratio: 2}}"
     )
     table = predict(Job(nodes=2, gpus=4, data="nowhere", run="r", config=tmp_path / "run.yaml"))
-    assert re.search(r"^GPUs +8$", table, re.M) and "8 images a step" in table
-    assert "a round       8.2 TFLOP: generate 2, search at most 0.0033, fit 6.1; 0." in table
-    assert "the run       4 rounds, 0.033 PFLOP" in table and "nowhere cannot be read from here" in table
+    assert "GPUs          8, 8 images a step each\n" in table and "prior 0.42 M" in table
+    assert "a checkpoint  0.012 GB" in table  # 5.7 MB of f and its moments, 6.7 MB of the mixture and its statistics
+    assert "fit 6.1, learn (the prior) not counted; 0." in table
+    assert "a round       8.2 TFLOP: generate 2, search at most 0.0033, fit 6.1" in table
+    assert "the run       4 rounds, 0.028 PFLOP" in table  # the last 16 % of it is the prior's
+    assert "nowhere cannot be read from here: nowhere: no data set here" in table
+
+
+def test_an_endpoint_that_the_manifests_lack_is_noticed(monkeypatch, capsys):
+    monkeypatch.setattr("pipeline.cluster.render.predict", lambda job: "")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://localhost:8333")
+    for endpoint, warned in (("", True), ("http://store:8333", False)):
+        render("k8s", job=Job(data="s3://bucket/d", run="s3://bucket/r", endpoint=endpoint))
+        assert ("AWS_ENDPOINT_URL is set here and not in the manifests" in capsys.readouterr().err) == warned
 
 
 def test_a_slurm_script_is_rendered(naign):
