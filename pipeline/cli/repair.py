@@ -75,7 +75,7 @@ def restore_files(
     also = f"; as they were damaged: {to / damage}/" if damage else ""
     print(f"{len(names)} restored {'files of points' if points else 'images'}: {outputs[0] if one else f'{to}/'}{also}")
     if whole and not size:
-        print(f"each is {model.shape[2]} x {model.shape[1]}, as f has one code for a picture; --size picture: tiles")
+        print(f"each is {model.shape[2]} x {model.shape[1]}, as f has one code for a picture; --size picture: in tiles")
 
 
 def _restore_all(model: NAIGN, paths: Sequence[Path], outputs: Sequence[Path], times: int, damage: Kind | None) -> None:

@@ -215,7 +215,7 @@ def pack_missing(data: DataConfig, arguments: list[str]) -> None:
     source = data.source or ("mnist" if data.path == DataConfig().path else "")
     if lists_data_sets(data):
         require((not data.source, "data.source packs one data set, and data.path names several: leave it out"))
-    elif source and not open_store(data.path).exists("index.json"):
+    elif source and not data.index and not open_store(data.path).exists("index.json"):  # indexed tars are others'
         given, command = {word.partition("=")[0] for word in arguments}, f"naign pack {source} --to {data.path}"
         if data.source and "--data.path" in given and "--data.source" not in given:
             raise InputError(f"{data.path}: no data set here, check --data.path; or pack one there, as with {command}")

@@ -130,6 +130,11 @@ def test_a_manifest_is_found_without_a_listing(packed: str, bucket: str) -> None
     assert "GetObject" in made and "ListObjectsV2" not in made
 
 
+def test_nothing_is_packed_beside_indexed_tars(tmp_path: Path) -> None:
+    pack_missing(DataConfig(path=str(tmp_path), index="s3://bucket/index", source="digits"), [])
+    assert not list(tmp_path.iterdir())
+
+
 def test_trace(packed: str, tmp_path: Path) -> None:
     for rounds in ([0], [1]):  # a second run appends
         for rank in range(2):
