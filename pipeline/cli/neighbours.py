@@ -23,7 +23,8 @@ def copies(run: Run, /, *, options: Annotated[CopiesOptions, tyro.conf.arg(name=
         result = find(run, options, ranks)
         if ranks.is_main_process:
             shares = f"{result['share']:.2%} of samples, {result['test_share']:.2%} of test images"
-            print(f"within {result['threshold']:.4g} of a training image: {shares} (far more samples are copies)")
+            print(f"within {result['threshold']:.4g} of a training image: {shares}")
+            print("a much larger share of samples than of test images is a sign of copies")
             if not result["threshold"]:
                 print("the threshold is 0, as test images are training images, too: give --threshold, or drop them")
             print(f"median distance to the nearest: {result['median']:.4g}, of test images {result['test_median']:.4g}")

@@ -162,7 +162,8 @@ def predict(job: Job) -> str:
     from pipeline.observe.speed import fit_flops, forward_flops
 
     settings, unknown, stored = load(str(job.config)) if job.config else Config(), "", 0
-    shape, labels = tuple[int, ...]((1, 28, 28)), tuple[str, ...](("unknown",))
+    shape: tuple[int, ...] = (1, 28, 28)
+    labels: tuple[str, ...] = ("unknown",)
     use_endpoint(job.endpoint)
     try:
         with at_most(1):  # a cluster's bucket is often out of reach from here

@@ -72,7 +72,7 @@ class StopPoll:
             return False
         now = time.monotonic()
         stopping, elapsed = self._stop.poll_stop(now - self._last)
-        # A function of values that all ranks share, so that their strides stay equal.
+        # A function of values that all ranks share, so that their strides stay equal; the first one times a step.
         self._stride = max(1, min(8 * self._stride, int(self._calls * POLL_SECONDS / max(elapsed, 1e-6))))
         self._calls, self._last = 0, now
         return stopping

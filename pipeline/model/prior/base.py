@@ -123,9 +123,7 @@ class Prior(nn.Module):
         raise NotImplementedError
 
     def learn(self, examples: Examples) -> Iterator[float]:
-        """Learn from a round, and yield the run's progress after each step, where it may stop. Collective; equal on all
-        ranks.
-        """
+        """Learn from a round; yield the run's progress after each step, where it may stop. Collective."""
         yield from ()
 
     def training_state(self) -> dict[str, Tensor]:
