@@ -40,7 +40,7 @@ SHAPES = {  # around (0, 0)
 }
 WIDTH, LEFT, PANEL, GAP, TOP = 560, 58, 150, 34, 104
 """Pixels: of the picture; to the axis; a panel's height; between panels; above the first."""
-COST, DISTANCE = (80, 6000), (1, 4000)
+COST, DISTANCE = (80, 7000), (1, 4000)
 """Ends of the axes."""
 STYLE = """\
 text { font: 14px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #59636e; }
