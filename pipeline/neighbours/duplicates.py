@@ -8,6 +8,7 @@ images. Images of other splits than `train` are never redundant.
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,8 @@ def duplicates(options: DuplicatesOptions, accelerator: Accelerator) -> dict[str
             (len(images) > 1, f"{path} holds one image, which can have no duplicate"),
         )
         if options.drop and (target := open_store(options.drop)).exists(INDEX):
-            itself = target.url(INDEX) == open_store(source).url(INDEX)
+            read = [Path(open_store(place).url(INDEX)).resolve() for place in (path, source)]
+            itself = Path(target.url(INDEX)).resolve() in read
             there = f"--drop {options.drop} holds {'this' if itself else 'an'} index already: give another folder"
             require((options.force and not itself, there if itself else f"{there}, or replace it by --force"))
     work = Work(options.to, images.sets, space.encoder, options, accelerator)
