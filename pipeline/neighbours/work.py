@@ -53,8 +53,7 @@ class Work:
                     other = f"{self.store.url(FACTS)}: an audit with other data, model or options was interrupted there"
                     stranger = f"{self.store.url(FACTS)} is of no audit: name another folder by --to"
                     remedy = "delete the folder, name another with --to, or use --force"
-                    kept = len([*filter(PARTS.fullmatch, self.store.list())]) > 1
-                    require((b'"manifests"' in before, stranger), (options.force or not kept, f"{other}: {remedy}"))
+                    require((b'"manifests"' in before, stranger), (options.force, f"{other}: {remedy}"))
                     self.end()
                 self.store.put(FACTS, text)
 
