@@ -212,7 +212,8 @@ def check(ranks_of: dict[int, list[Record]], images: int, pool: int) -> list[Rec
             rank["search"] = [rank["match"][0] - rank["generate"][0], 0.0]
         share, least = (world - 1) / world, images / world
         add("fit: sent", "MB", world, steps * weights * 2 * share / 1e6, mean(ranks, "fit", 1) / 1e6)
-        rows = least * (world - 1) * dims * (4 + 2)  # float32, and encoded in bfloat16
+        coded = 2 if "bfloat16" in ranks[0]["method"] else 4  # float32 where the hardware is slow in bfloat16
+        rows = least * (world - 1) * dims * (4 + coded)
         add("match: received", "MB", world, rows / 1e6, ranks[-1]["values"]["match/received"] / 1e6)
         add("reading: received", "MB", world, least * ranks[0]["stored"] / 1e6, mean_of(ranks, "read") / 1e6)
         first = 2 * weights + 8 * sum(ranks[0]["sizes"][::world])  # two models, and its part of the moments

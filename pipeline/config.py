@@ -117,8 +117,7 @@ class RunConfig:
     path: str = field(default="runs/mnist", metadata=NOT_EMPTY)
     """Folder of the run: metrics, pictures, checkpoints, evaluation. All ranks must see it, unless `remote` is set."""
     remote: str = ""
-    """s3://bucket/prefix, or gs:// or az://: the run is copied there while it trains, and resumes from there if `path`
-    has nothing newer."""
+    """s3://bucket/prefix, gs:// or az://: the run is copied there, and resumes from it if `path` has nothing newer."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -156,8 +155,7 @@ class Config:
     """All random numbers are a function of the seed, the round and the number of an image or latent."""
     resume: str = field(default="auto", metadata=FREE | one_of(("auto", "changed", "never")))
     """auto: continue from the newest complete checkpoint of run.path. changed: the same, and allow another data.path or
-    index, train.images, lr, lr_end, schedule, warmup, clip or weight_decay. never: start from scratch; refuse a folder
-    in use."""
+    index, train.images, lr, lr_end, schedule, warmup, clip or weight_decay. never: start anew; refuse a used folder."""
 
 
 NAMED: Named = {

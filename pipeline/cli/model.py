@@ -147,8 +147,7 @@ def restore(
     """Repair images: one PNG for each file, in tiles of the model's size or resized to it, see --size (points: .csv).
 
     Args:
-        to: Folder to write; images found in folders keep their sub-folders and names. For one image also a file that
-            ends in .png or .jpg.
+        to: Folder to write; images found in folders keep sub-folders and names. For one image also a .png or .jpg file.
         damage: Damage the images first (the damaged ones go to a sub-folder of that name), to see what a repair does.
         mask: Fill holes: a picture of the image's size that is white where a hole is, for all images, or a folder with
             one for each under its name. All other pixels stay as they are.
@@ -326,8 +325,9 @@ def _open_with(latents: Latents, run: str, device: str) -> "NAIGN":
 def _find_device(name: Device) -> str:
     import torch
 
-    from pipeline.distributed.host import count_gpus, why_unfit
+    from pipeline.distributed.host import count_gpus, keep_memory, why_unfit
 
+    keep_memory()  # before a command computes: page faults of new tensors took a quarter of the time of samples
     there = {"cuda": count_gpus() > 0, "mps": torch.backends.mps.is_available()}
     missing = f"--device {name}: this machine has no {name.upper()} device that torch can use; try --device cpu"
     require((there.get(name, True), missing))

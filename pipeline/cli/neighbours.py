@@ -51,11 +51,12 @@ def _ranks() -> Iterator["Accelerator"]:
             stack.enter_context(leave_on_failure())
             stack.enter_context(exit_on_input_error("naign"))
         from pipeline.distributed.connect import build_accelerator
-        from pipeline.distributed.host import set_threads
+        from pipeline.distributed.host import keep_memory, set_threads
         from pipeline.distributed.ranks import part, peers_missed
 
         stack.enter_context(peers_missed())
         set_threads(0)
+        keep_memory()
         accelerator = build_accelerator()
         yield accelerator
         part()

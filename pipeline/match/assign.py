@@ -10,8 +10,7 @@ from torch import Tensor
 from pipeline.match.exchange import Ranks
 
 NEIGHBOURS, MOST_PAIRS = 16, 2**22
-"""Initial k. Each later search doubles k, or multiplies it by 8 if most images are unsettled, up to MOST_PAIRS pairs of
-all images."""
+"""Initial k. A later search doubles k, or multiplies it by 8 if most images are unsettled, up to MOST_PAIRS in all."""
 
 
 def assign_once(

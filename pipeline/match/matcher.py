@@ -30,8 +30,7 @@ class MatchConfig:
     round: int = field(default=2048, metadata=POSITIVE)
     """Images per round, over all ranks."""
     assignment: str = field(default="free", metadata=one_of(("free", "one_to_one")))
-    """free: each image's nearest sample, which other images may share; one_to_one: nearest pairs first, each sample
-    once."""
+    """free: each image's nearest sample, which others may share; one_to_one: nearest pairs first, each sample once."""
     reject_share: float = field(default=0.0, metadata=SHARE)
     """Share of the pool to reject: its samples nearest to any image are not matched. RS-IMLE (arXiv 2409.17439), whose
     distance epsilon is set anew each round."""

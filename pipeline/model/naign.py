@@ -51,6 +51,7 @@ class NAIGN:
         with torch.device("meta"):  # what the settings claim is checked against `state` before it is allocated
             self.prior = build_prior(settings, self.shape, network, labels=metadata.get("labels", ()))
         self.prior.load_state_dict(state or {}, assign=True)
+        self._place(self.device)
 
     @classmethod
     def from_pretrained(cls, place: str | Path, device: torch.device | str = "cpu", **download: Any) -> "NAIGN":
@@ -92,9 +93,16 @@ class NAIGN:
             raise InputError(f"{file} does not hold the model that its header describes: {one_line(error)}") from None
         if not all(bool(torch.isfinite(value).all()) for value in (*tensors.values(), *state.values())):
             raise InputError(f"{file} holds weights that are not finite: its training broke down, take an earlier one")
-        network.to(device)
-        model.prior.to(device)
+        model._place(device)
         return model
+
+    def _place(self, device: torch.device | str) -> None:
+        """Channels-last on a CPU, where convolutions of spatial codes then take about two thirds of the time."""
+        layout = torch.channels_last if torch.device(device).type == "cpu" else torch.contiguous_format
+        for part in (self.network, self.prior):
+            for weight in part.to(device).parameters():
+                if weight.ndim == 4:
+                    weight.data = weight.data.contiguous(memory_format=layout)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model.safetensors, in float16 if `metadata["dtype"]` says so and else in float32, and, for readers,
@@ -141,7 +149,7 @@ class NAIGN:
         """
         prior: Any = self.prior
         asked = () if label is None else (torch.full((len(ids),), self.find_label(label), device=self.device),)
-        with torch.inference_mode():
+        with torch.no_grad():
             return self._decoded(prior.draw(seed, SAMPLES, ids, self.device, *asked))
 
     def with_flow(self, **settings: float) -> "NAIGN":
@@ -160,9 +168,9 @@ class NAIGN:
         return NAIGN(self.network, metadata, state)
 
     def _decoded(self, drawn: Tensor) -> Tensor:
-        return self.network.decode(drawn) if self.prior.decodes else drawn  # type: ignore[operator]
+        return (self.network.decode(drawn) if self.prior.decodes else drawn).contiguous()  # type: ignore[operator]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def between(self, first: int, last: int, *, steps: int) -> Tensor:
         """Latents (steps, *shape) on the way from latent 0 of the seed `first` to latent 0 of the seed `last`.
 
@@ -185,6 +193,7 @@ class NAIGN:
         """n samples (n, *shape) float32: f applied `times` times to latents 0 to n - 1 of `seed`. InputError for a
         label or a guidance that the model does not know.
         """
+        require((n >= 0 and batch > 0, f"n is {n} and batch {batch}: give 0 or more, in batches of 1 or more"))
         model = self if guidance is None else self.with_flow(guidance=guidance)
         latents = (model.latent(ids, seed=seed, label=label) for ids in torch.arange(n).split(batch))
         return torch.cat([self.project(part, times=times, advance=advance) for part in latents])
@@ -211,13 +220,14 @@ class NAIGN:
         require(
             (isinstance(x, Tensor), f"the model takes tensors, not {type(x).__name__}: torch.from_numpy makes one"),
             (times is None or times >= 0, f"times is {times}: f is applied 0 times or more"),
+            (batch > 0, f"batch is {batch}: f is applied to 1 row or more at once"),
         )
         images = len(self.shape) == 3 and x.ndim == 4 and x.shape[1] == self.shape[0] and min(x.shape[2:]) > 0
         any_size = f", or images of {self.shape[0]} channels and any size" if len(self.shape) == 3 else ""
         refused = f"the model takes {self.shape}{any_size}, not {tuple(x.shape[1:])}"
         integers = f"the model takes floating-point values, images in [-1, 1], not {x.dtype}: convert and scale them"
         require((images or x.shape[1:] == self.shape, refused), (x.is_floating_point(), integers))
-        x = x.float()
+        x = x.detach().float()
         if mask is not None:
             mask = _expanded(mask, x)
             filled = torch.where(mask, known_mean(x, ~mask), x)
@@ -239,7 +249,7 @@ class NAIGN:
         batch = max(1, PIXELS // math.prod(tile))
         return blended(lambda tiles: self._apply(tiles, times, batch, advance), read, size, tile)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _apply(self, x: Tensor, times: int, batch: int, advance: Advance) -> Tensor:
         """f applied to x (n, *shape), `batch` rows at a time. InputError where that is not finite."""
         done = []
@@ -247,7 +257,7 @@ class NAIGN:
             value = part.to(self.device)
             for _ in range(times if len(part) else 0):  # layers refuse what is empty
                 value = self.network(value)
-            done.append(value.to(x.device))
+            done.append(value.contiguous().to(x.device))
             if advance:
                 advance(len(part))
         made = torch.cat(done)
@@ -264,7 +274,7 @@ class NAIGN:
         better, at a cost proportional to `times`. With `map` the mean over channels alone, (n, H, W), of images
         (n, C, H, W) of any size.
         """
-        squares = (self.project(x, times=times, batch=batch, advance=advance) - x.float()).square()
+        squares = (self.project(x, times=times, batch=batch, advance=advance) - x.detach().float()).square()
         return squares.mean(1) if map else squares.flatten(1).mean(1)
 
 

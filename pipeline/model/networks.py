@@ -62,8 +62,7 @@ class SpatialConfig(NetworkConfig):
     """Channels of the code at each of its positions."""
     grid: int = field(default=8, metadata=between(1, 2**12))
     """Positions a side of the code, at most: f halves images until they are that small, or odd. For repair of detail, a
-    half or a quarter of data.crop. Above 16 there is no self-attention, whose cost grows with the grid's fourth
-    power."""
+    half or a quarter of data.crop. Above 16 there is no self-attention: its cost grows with the fourth power."""
     blend: bool = False
     """For repair: f(x) is x where it is not damaged, and elsewhere what the decoder makes, by a mask that it makes
     besides. Such an f has no code to draw by a flow or a mixture."""

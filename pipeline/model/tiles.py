@@ -3,8 +3,7 @@
 Tiles begin every quarter of their side. Each is weighted by a raised cosine along both sides, divided by the sum of all
 weights at a pixel. At this step the sum of squared weights is constant, and so is the sum of every other tile's. The
 step is odd, so that patterns of a network, whose strides are even, lie the other way round in every other tile, and
-cancel alike everywhere. At a third of the side sharpness varied by a fifth. An image that is smaller than a tile is
-reflected.
+cancel alike everywhere. At a third of the side sharpness varied by a fifth. A smaller image is reflected.
 """
 
 import math

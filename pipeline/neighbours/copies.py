@@ -4,6 +4,7 @@ that QUANTILE of the test images do not exceed.
 """
 
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,8 @@ def copies(run: str, options: CopiesOptions, accelerator: Accelerator) -> dict[s
         model = NAIGN.from_pretrained(run, device=accelerator.device)
         config, manifest, _ = recorded(model, run, options.data)
         train, test = Images(config, config.split), Images(config, "test")
+        if accelerator.is_main_process and not model.prior.begun:
+            print(f"warning: {run} stopped before prior.begin: its samples are of one Gaussian", file=sys.stderr)
         space, weights = Space(options.encoder, tuple(manifest.shape), accelerator.device), fingerprint(model)
     to = options.to or f"{folder_of(run)}/evaluation"
     work = Work(to, train.sets, space.encoder, options, accelerator, run=weights)

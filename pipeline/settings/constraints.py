@@ -50,6 +50,8 @@ def check_fields(settings: Any, section: str) -> None:
         value, key = getattr(settings, field.name), f"{section}.{field.name}".lstrip(".")
         if dataclasses.is_dataclass(value):
             check_fields(value, key)
+        elif field.type is int and isinstance(value, float):
+            raise InputError(f"{key} is {value}: it must be a whole number")
         elif "holds" in field.metadata and not field.metadata["holds"](value):
             shown = (f"'{value}'" if value else "empty") if isinstance(value, str) else value
             raise InputError(f"{key} is {shown}: {field.metadata['must']}")

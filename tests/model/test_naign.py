@@ -1,5 +1,7 @@
 """A saved model is the model, and a folder without one says so."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -63,6 +65,34 @@ def test_energy_is_the_mean_squared_residual():
     torch.testing.assert_close(model.energy(x), (model.network(x) - x).square().mean((1, 2, 3)))
     moved = model.network(model.network(x)) - x
     torch.testing.assert_close(model.energy(x, times=2), moved.square().mean((1, 2, 3)))
+
+
+def test_the_energy_of_what_has_a_gradient_is_a_number_and_results_may_be_changed_in_place():
+    model, x = make(), torch.rand(2, 1, 8, 8, requires_grad=True)
+    assert not model.energy(x).requires_grad
+    for made in (model.project(x), model.latent(torch.arange(2)), model.sample(2)):
+        assert not made.is_inference() and made.is_contiguous()
+
+
+@pytest.mark.parametrize(("n", "batch"), [(-1, 500), (2, 0)])
+def test_samples_that_cannot_be_drawn_are_refused(n, batch):
+    with pytest.raises(InputError, match=f"n is {n} and batch {batch}"):
+        make().sample(n, batch=batch)
+
+
+def test_on_a_cpu_weights_are_channels_last_and_all_else_the_same(tmp_path):
+    shape = (3, 8, 8)
+    made = NAIGN(build_network(recorded_network(SPATIAL), shape), DESCRIPTION | {"model": SPATIAL, "shape": [*shape]})
+    made.save_pretrained(tmp_path / "once")
+    model = NAIGN.from_pretrained(tmp_path / "once")
+    assert any(not weight.is_contiguous() for weight in model.network.parameters())
+    samples = model.sample(3)
+    assert samples.is_contiguous() and model.energy(samples, map=True).is_contiguous()
+    usual = deepcopy(model.network).to(memory_format=torch.contiguous_format)
+    torch.testing.assert_close(samples, usual(model.latent(torch.arange(3))))
+    model.save_pretrained(tmp_path / "again")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("once", "again")]
+    assert files[0] == files[1]
 
 
 @pytest.mark.parametrize("size", [(8, 8), (20, 13)])

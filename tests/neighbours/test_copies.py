@@ -60,6 +60,12 @@ def audit(**options: Any) -> dict[str, Any]:
     return copies("run", CopiesOptions(**options), Accelerator(cpu=True))
 
 
+def test_a_prior_that_has_not_begun_is_named(copier: NAIGN, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copier.prior.begun = False
+    audit(samples=4, to=str(tmp_path))
+    assert "run stopped before prior.begin: its samples are of one Gaussian" in capsys.readouterr().err
+
+
 def test_every_planted_copy_is_found_and_nothing_else(copier: NAIGN, planted: str, tmp_path: Path) -> None:
     found = audit(samples=SAMPLES, to=str(tmp_path), threshold=8.0)
     lines = list(csv.DictReader((tmp_path / "copies.csv").read_text().splitlines()))

@@ -44,8 +44,7 @@ def load(name: str, *, seed: int = 0, **given: Any) -> Source:
     points of toy2d and the test split of pictures. `given` are of OPTIONS: root, files to use instead of fetching them;
     for `folder` and `parquet`, the pictures, and the others as `from_tree` and `from_tables` take them.
 
-    Raises InputError for an unknown name, missing files, or an option that it does not take; Unavailable where files
-    cannot be fetched.
+    Raises InputError for an unknown name, missing files, or an unfit option; Unavailable where files cannot be fetched.
     """
     check_seed(seed)
     assert given.keys() <= OPTIONS.keys(), given

@@ -42,8 +42,7 @@ def from_tree(name: str, root: Path, *, size: str | int, channels: int, seed: in
 
     The splits are the top folders train/ and test/ where both are there, else a tenth, drawn by the seed, is the test
     split. Names that start with a dot and WINDOWS are passed over, and with `skip`, which decodes every picture once
-    more, files that are no picture. Raises InputError, naming the file, for other such files and for links that lead to
-    none.
+    more, files that are no picture. Raises InputError, naming the file, for other such files and for broken links.
     """
     require((channels in (1, 3), f"no {channels} channels: use --channels 1 or 3"))
     height, width = parse_size(str(size), "--size")

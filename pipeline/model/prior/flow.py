@@ -37,8 +37,7 @@ class FlowConfig(CodesConfig):
     width: int = field(default=512, metadata=between(8, 2**13))
     """Width of the flow: hidden units for a dense code, channels at full resolution for a spatial code."""
     depth: int = field(default=3, metadata=between(1, 64))
-    """Depth of the flow: residual layers for a dense code; for a spatial code, blocks per resolution on each side of a
-    U-Net."""
+    """Depth of the flow: residual layers for a dense code; for a spatial one, blocks per resolution and side."""
     passes: int = field(default=8, metadata=between(1, 10**4))
     """How often the flow learns from each image's code, each time with other noise."""
     batch: int = field(default=512, metadata=POSITIVE)
@@ -63,15 +62,16 @@ class FlowConfig(CodesConfig):
         blind = f"prior.guidance is {self.guidance:g}, but there are no classes to guide by: set prior.classes"
         require((self.classes or not self.guidance, blind))
         shares = f"prior.student is {self.student:g}, prior.alone {self.alone:g} and prior.begin {self.begin:g}"
-        fits = not self.student or (self.student <= self.alone and self.student < 1 - self.begin)
+        fits = not self.student or (self.student <= self.alone and self.begin + self.student < 1 - 1e-6)
         require((fits, f"{shares}: the student learns when f is frozen and the flow has learned. Lower prior.student"))
 
     def check_rounds(self, rounds: int, images: int) -> None:
         CodesConfig.check_rounds(self, rounds, images)
-        short = f"prior.student={self.student:g} is less than one of {rounds} rounds: the student would not learn"
-        least = math.ceil(1 / self.student - 1e-9) if self.student else 0
-        remedy = f"Raise it, or train.images to {least * images} x train.passes, {least} rounds"
-        require((rounds >= least, f"{short}. {remedy}"))
+        fits = (n for n in range(rounds, 10**7) if first_round(self.begin, n) < first_round(self.end, n) < n)
+        least = next(fits) if self.student else rounds
+        short = f"prior.begin={self.begin:g} and prior.student={self.student:g} leave the flow or its student none of"
+        remedy = f"Change them, or raise train.images to {least * images} x train.passes, {least} rounds"
+        require((rounds == least, f"{short} {rounds} rounds. {remedy}"))
 
     @property
     def end(self) -> float:
@@ -266,6 +266,11 @@ def still(velocity: Velocity) -> None:
     """Make a velocity zero, as it is at first."""
     for value in velocity.outer.parameters():
         torch.nn.init.zeros_(value)
+
+
+def first_round(share: float, rounds: int) -> int:
+    """The first of so many rounds that begins when this share of the run, or more, is done."""
+    return math.ceil(share * rounds - 1e-9)
 
 
 def cosine(share: float) -> float:

@@ -5,7 +5,6 @@ paths in two steps, by regression: from noise to where the path is at a time of 
 Both are smooth functions of where they begin (arXiv 2209.03003, section 2.2).
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.model.prior.base import Examples, Shape
-from pipeline.model.prior.flow import Flow, FlowConfig, cosine, moving, still
+from pipeline.model.prior.flow import Flow, FlowConfig, cosine, first_round, moving, still
 from pipeline.philox import LEARN, normal
 
 RATE = 0.5  # of the student's learning rate, over prior.lr
@@ -50,7 +49,9 @@ class TaughtFlow(Flow):
         """As a flow learns; from `end` on, the student from as many draws of noise as a round has images, each
         with the class of one. The metric loss/student is the absolute error per value.
         """
-        if not self.config.student or examples.progress < (first := self._first(examples.covers)):
+        rounds = round(1 / examples.covers) if self.config.student else 1
+        first = first_round(self.config.end, rounds) / rounds
+        if not self.config.student or examples.progress < first:
             if self.taught:  # by another run (`model.init`), or one that is longer now: it is taught anew
                 still(self.student)
                 self.learner.restart(self.velocity)
@@ -94,11 +95,6 @@ class TaughtFlow(Flow):
         middle = self._half / self.config.steps
         length = torch.where(late, 1 - middle, middle).view(-1, *(1,) * (points.ndim - 1))
         return points + length * student(points, late * middle, labels)
-
-    def _first(self, covers: float) -> float:
-        """The share of the run at which the first round of the student begins, of rounds that are `covers` each."""
-        rounds = round(1 / covers)
-        return math.ceil(self.config.end * rounds - 1e-9) / rounds
 
 
 def _of(labels: Tensor | None, rows: Tensor) -> Tensor | None:

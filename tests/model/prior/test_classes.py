@@ -193,6 +193,8 @@ def test_samples_of_a_class_of_a_model(tmp_path):
     guided, other = read.sample(6, label=1, guidance=2.0), read.with_flow(guidance=2.0)
     assert not torch.equal(guided, read.sample(6, label=1)) and torch.equal(other.sample(6, label=1), guided)
     assert not other.prior.config.student and other.prior.config.guidance == 2
+    with pytest.raises(InputError, match="prior.steps is 2.5: it must be a whole number"):
+        read.with_flow(steps=2.5)
     chosen = read.choose(torch.arange(6), seed=2).tolist()
     one = read.sample(6, seed=2)[3:4]
     torch.testing.assert_close(read.sample(6, seed=2, label=chosen[3])[3:4], one)

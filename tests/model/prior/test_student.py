@@ -175,8 +175,10 @@ def test_without_a_student_nothing_is_kept_for_one():
         (
             {"student": 0.05},
             10,
-            "prior.student=0.05 is less than one of 10 rounds.*train.images to 20480 x train.passes, 20 rounds",
+            "prior.student=0.05 leave the flow or its student none of 10 rounds.*to 20480 x train.passes, 20 rounds",
         ),
+        ({"begin": 0.7, "alone": 0.3, "student": 0.3}, 10, "Lower prior.student"),
+        ({"begin": 0.7, "alone": 0.3, "student": 0.25}, 12, "flow or its student none of 12 rounds.*14 rounds"),
         ({"student": -0.1}, 10, "prior.student"),
     ],
 )
