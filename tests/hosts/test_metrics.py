@@ -259,14 +259,17 @@ def prometheus(tmp_path: Path) -> Iterator[Callable[..., str]]:
         pytest.skip("no prometheus here (Debian: prometheus)")
 
     def serve(*ports: int) -> str:
-        targets, address = json.dumps([f"localhost:{port}" for port in ports]), f"127.0.0.1:{free_port()}"
+        targets, port = json.dumps([f"localhost:{port}" for port in ports]), free_port()
         jobs = f"[{{job_name: naign, static_configs: [{{targets: {targets}}}]}}]"
         config = tmp_path / "prometheus.yml"
         config.write_text(f"global: {{scrape_interval: 1s}}\nscrape_configs: {jobs}\n")
-        options = (f"--config.file={config}", f"--storage.tsdb.path={tmp_path}/tsdb", f"--web.listen-address={address}")
+        listen = f"--web.listen-address=127.0.0.1:{port}"
+        options = (f"--config.file={config}", f"--storage.tsdb.path={tmp_path}/tsdb", listen)
         with (tmp_path / "prometheus.log").open("wb") as log:
             started.append(subprocess.Popen([program, *options], stdout=log, stderr=log))
-        return f"http://{address}"
+        # It listens before its storage is open, and answers a query with 503 until then.
+        until(lambda: get(port, "/-/ready")[0] == 200, (tmp_path / "prometheus.log").read_text)
+        return f"http://127.0.0.1:{port}"
 
     yield serve
     for process in started:
