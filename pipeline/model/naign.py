@@ -98,11 +98,11 @@ class NAIGN:
 
     def _place(self, device: torch.device | str) -> None:
         """Channels-last on a CPU, where convolutions of spatial codes then take about two thirds of the time."""
-        layout = torch.channels_last if torch.device(device).type == "cpu" else torch.contiguous_format
         for part in (self.network, self.prior):
-            for weight in part.to(device).parameters():
-                if weight.ndim == 4:
-                    weight.data = weight.data.contiguous(memory_format=layout)
+            ours = type(part).__module__.startswith("pipeline.")  # another package's may `view` what is contiguous
+            layout = torch.channels_last if ours and torch.device(device).type == "cpu" else torch.contiguous_format
+            for weight in (value for value in part.to(device).parameters() if value.ndim == 4):
+                weight.data = weight.data.contiguous(memory_format=layout)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model.safetensors, in float16 if `metadata["dtype"]` says so and else in float32, and, for readers,

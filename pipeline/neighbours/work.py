@@ -52,7 +52,7 @@ class Work:
                 if self.store.exists(FACTS) and (before := self.store.read(FACTS)) != text:
                     other = f"{self.store.url(FACTS)}: an audit with other data, model or options was interrupted there"
                     stranger = f"{self.store.url(FACTS)} is of no audit: name another folder by --to"
-                    remedy = "delete the folder, name another with --to, or use --force"
+                    remedy = "delete what it left there with --force, or name another folder with --to"
                     require((b'"manifests"' in before, stranger), (options.force, f"{other}: {remedy}"))
                     self.end()
                 self.store.put(FACTS, text)

@@ -95,6 +95,21 @@ def test_on_a_cpu_weights_are_channels_last_and_all_else_the_same(tmp_path):
     assert files[0] == files[1]
 
 
+class Flattening(torch.nn.Module):
+    """Another package's network, which needs the layout that it was trained with."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.linear = torch.nn.Conv2d(1, 2, 3, padding=1), torch.nn.Linear(128, 64)
+
+    def forward(self, x):
+        return self.linear(self.conv(x).view(len(x), -1)).view_as(x)
+
+
+def test_a_network_of_another_package_keeps_its_layout():
+    assert NAIGN(Flattening(), DESCRIPTION).sample(3).shape == (3, 1, 8, 8)
+
+
 @pytest.mark.parametrize("size", [(8, 8), (20, 13)])
 def test_holes_are_filled_and_what_is_known_stays(size):
     model, x = make(), torch.rand(3, 1, *size) * 2 - 1

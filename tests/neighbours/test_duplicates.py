@@ -104,7 +104,7 @@ def test_an_interrupted_audit_goes_on(after: int, planted: str, tmp_path: Path, 
         audit(planted, tmp_path / "cut")
     again = list[str]()
     monkeypatch.setattr(Work, "keep", lambda self, part, tensor: again.append(part) or keep(self, part, tensor))
-    with pytest.raises(InputError, match="interrupted there: delete the folder, .* or use --force"):
+    with pytest.raises(InputError, match="interrupted there: delete what it left there with --force, or name"):
         audit(planted, tmp_path / "cut", threshold=9.0)
     audit(planted, tmp_path / "cut")
     assert len(kept) == after and not set(kept) & set(again) and len(kept + again) == 6

@@ -62,13 +62,14 @@ class FlowConfig(CodesConfig):
         blind = f"prior.guidance is {self.guidance:g}, but there are no classes to guide by: set prior.classes"
         require((self.classes or not self.guidance, blind))
         shares = f"prior.student is {self.student:g}, prior.alone {self.alone:g} and prior.begin {self.begin:g}"
-        fits = not self.student or (self.student <= self.alone and self.begin + self.student < 1 - 1e-6)
-        require((fits, f"{shares}: the student learns when f is frozen and the flow has learned. Lower prior.student"))
+        fits = not self.student or (1e-6 <= self.student <= self.alone and self.begin + self.student < 1 - 1e-6)
+        late = "the student learns when f is frozen and the flow has learned. Lower prior.student, not below 1e-6"
+        require((fits, f"{shares}: {late}"))
 
     def check_rounds(self, rounds: int, images: int) -> None:
         CodesConfig.check_rounds(self, rounds, images)
-        fits = (n for n in range(rounds, 10**7) if first_round(self.begin, n) < first_round(self.end, n) < n)
-        least = next(fits) if self.student else rounds
+        enough = range(max(rounds, int(1 / self.student)), 2**62) if self.student else ()
+        least = next((n for n in enough if first_round(self.begin, n) < first_round(self.end, n) < n), rounds)
         short = f"prior.begin={self.begin:g} and prior.student={self.student:g} leave the flow or its student none of"
         remedy = f"Change them, or raise train.images to {least * images} x train.passes, {least} rounds"
         require((rounds == least, f"{short} {rounds} rounds. {remedy}"))

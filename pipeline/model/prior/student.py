@@ -50,8 +50,7 @@ class TaughtFlow(Flow):
         with the class of one. The metric loss/student is the absolute error per value.
         """
         rounds = round(1 / examples.covers) if self.config.student else 1
-        first = first_round(self.config.end, rounds) / rounds
-        if not self.config.student or examples.progress < first:
+        if examples.progress < (first := first_round(self.config.end, rounds) / rounds) or not self.config.student:
             if self.taught:  # by another run (`model.init`), or one that is longer now: it is taught anew
                 still(self.student)
                 self.learner.restart(self.velocity)

@@ -179,6 +179,8 @@ def test_without_a_student_nothing_is_kept_for_one():
         ),
         ({"begin": 0.7, "alone": 0.3, "student": 0.3}, 10, "Lower prior.student"),
         ({"begin": 0.7, "alone": 0.3, "student": 0.25}, 12, "flow or its student none of 12 rounds.*14 rounds"),
+        ({"student": 1e-8}, 10, "prior.student is 1e-08.*not below 1e-6"),
+        ({"student": 1e-6}, 10, "flow or its student none of 10 rounds.*1000000 rounds"),
         ({"student": -0.1}, 10, "prior.student"),
     ],
 )
