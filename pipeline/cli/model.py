@@ -147,7 +147,7 @@ def restore(
     """Repair images: one PNG for each file, in tiles of the model's size or resized to it, see --size (points: .csv).
 
     Args:
-        to: Folder to write; images found in folders keep sub-folders and names. For one image also a .png or .jpg file.
+        to: Folder to write; images in folders keep sub-folders and names. For one image also a .png or .jpg file.
         damage: Damage the images first (the damaged ones go to a sub-folder of that name), to see what a repair does.
         mask: Fill holes: a picture of the image's size that is white where a hole is, for all images, or a folder with
             one for each under its name. All other pixels stay as they are.
@@ -327,7 +327,7 @@ def _find_device(name: Device) -> str:
 
     from pipeline.distributed.host import count_gpus, keep_memory, why_unfit
 
-    keep_memory()  # before a command computes: page faults of new tensors took a quarter of the time of samples
+    keep_memory()  # page faults of new tensors took a quarter of the time of sampling
     there = {"cuda": count_gpus() > 0, "mps": torch.backends.mps.is_available()}
     missing = f"--device {name}: this machine has no {name.upper()} device that torch can use; try --device cpu"
     require((there.get(name, True), missing))

@@ -16,7 +16,7 @@ class DataConfig:
     """Folder or s3://bucket/prefix of index.json and page tables, if they are not beside the shards (`naign index
     --to`). Empty: beside them."""
     source: str = field(default="", metadata=FREE)
-    """Data set to pack at `path` if nothing is there, as `naign pack` names it. Empty: mnist at the default path."""
+    """Data set to pack at `path` if nothing is there, as for `naign pack`. Empty: none; mnist at the default path."""
     endpoint: str = field(default="", metadata=FREE)
     """Address of an S3 server other than Amazon's; empty: AWS_ENDPOINT_URL or the AWS profile's."""
     split: str = "train"

@@ -27,12 +27,12 @@ farther than sqrt(t). All other pairs survive, and their distances are computed 
 5. Range. A product of small numbers underflows by at most 2^-126, and d of them by d 2^-126. That amount is added to
    the errors of step 2 and taken off the squares. Rows too long for float32 are not screened at all.
 
-The corrections of steps 2 to 4 are products of a number of the query and one of the candidate: further coordinates:
+The corrections of steps 2 to 4, products of a number of the query and one of the candidate, are further coordinates:
 
     A = [2 yy_a | 2 (e_a + kappa |a|) | 2 |a| |          1 1 1         | three parts of t - |a|^2 ]
     B = [  yy_b |     |b| + e_b       |  e_b  | three parts of -|b|^2  |          1 1 1           ]
 
-with kappa = 2 eta (1 + eta) + 2 g. Every number is rounded up, and a square is a sum of three bfloat16 (24 bits).
+with kappa = 2 eta (1 + eta) + 2 g. Every number is rounded up; a square is a sum of three bfloat16 numbers (24 bits).
 """
 
 import math

@@ -75,7 +75,7 @@ class DistanceConfig(ObjectiveConfig):
     """Base of the settings of objectives whose terms are distances d between images: `Batch.distance`."""
 
     distance: str = field(default="l1", metadata=one_of(DISTANCES))
-    """d in every term: l1, l2 (squared) or l1+l2, means over values, or norm, each sample's root mean square."""
+    """d in every term: l1, l2 (squared) or l1+l2, as means over values; or norm, each sample's root mean square."""
     perceptual: float = field(default=0.0, metadata=AT_LEAST_0)
     """Weight within d of the difference of two images in the layers of a frozen encoder."""
     encoder: str = ""

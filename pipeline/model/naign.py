@@ -97,9 +97,9 @@ class NAIGN:
         return model
 
     def _place(self, device: torch.device | str) -> None:
-        """Channels-last on a CPU, where convolutions of spatial codes then take about two thirds of the time."""
+        """Move to the device; on a CPU to channels-last, where convolutions take about two thirds of the time."""
         for part in (self.network, self.prior):
-            ours = type(part).__module__.startswith("pipeline.")  # another package's may `view` what is contiguous
+            ours = type(part).__module__.startswith("pipeline.")  # other networks may view() activations
             layout = torch.channels_last if ours and torch.device(device).type == "cpu" else torch.contiguous_format
             for weight in (value for value in part.to(device).parameters() if value.ndim == 4):
                 weight.data = weight.data.contiguous(memory_format=layout)

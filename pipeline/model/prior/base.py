@@ -58,7 +58,7 @@ class CodesConfig(PriorConfig):
     """
 
     begin: float = field(default=0.5, metadata=between(0, 0.99))
-    """Share of train.images before which codes are of one Gaussian. Use 0 if matched latents are to move f."""
+    """Share of train.images before which codes come from one Gaussian. Use 0 if matched latents are to move f."""
     alone: float = field(default=0.5, metadata=between(0, 0.99))
     """Share of train.images, at the end, over which f is frozen and only the prior learns."""
     classes: bool = False

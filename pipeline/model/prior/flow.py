@@ -37,7 +37,7 @@ class FlowConfig(CodesConfig):
     width: int = field(default=512, metadata=between(8, 2**13))
     """Width of the flow: hidden units for a dense code, channels at full resolution for a spatial code."""
     depth: int = field(default=3, metadata=between(1, 64))
-    """Depth of the flow: residual layers for a dense code; for a spatial one, blocks per resolution and side."""
+    """Depth of the flow: residual layers for a dense code; for a spatial one, U-Net blocks per resolution and side."""
     passes: int = field(default=8, metadata=between(1, 10**4))
     """How often the flow learns from each image's code, each time with other noise."""
     batch: int = field(default=512, metadata=POSITIVE)
@@ -63,8 +63,8 @@ class FlowConfig(CodesConfig):
         require((self.classes or not self.guidance, blind))
         shares = f"prior.student is {self.student:g}, prior.alone {self.alone:g} and prior.begin {self.begin:g}"
         fits = not self.student or (1e-6 <= self.student <= self.alone and self.begin + self.student < 1 - 1e-6)
-        late = "the student learns when f is frozen and the flow has learned. Lower prior.student, not below 1e-6"
-        require((fits, f"{shares}: {late}"))
+        order = "the student learns when f is frozen and the flow has learned. Lower prior.student, but not below 1e-6"
+        require((fits, f"{shares}: {order}"))
 
     def check_rounds(self, rounds: int, images: int) -> None:
         CodesConfig.check_rounds(self, rounds, images)

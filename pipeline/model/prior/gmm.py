@@ -34,7 +34,7 @@ class GmmConfig(CodesConfig):
     components: int = field(default=100, metadata=between(1, 10**4))
     """Gaussians of the mixture."""
     begin: float = field(default=0.84, metadata=between(0, 0.99))
-    """Share of train.images before which codes are of one Gaussian. Use 0 if matched latents are to move f."""
+    """Share of train.images before which codes come from one Gaussian. Use 0 if matched latents are to move f."""
     alone: float = field(default=0.16, metadata=between(0, 0.99))
     """As for flow: share of train.images, at the end, over which f is frozen and only the prior learns."""
 
