@@ -22,7 +22,7 @@ OR_SAY := || { echo "pip failed, see above (room? network? behind a proxy, set H
 # A worker that has no tests left takes some from the end of another's list.
 XDIST := -n $(WORKERS) --dist worksteal
 PYTEST := $(BIN)/pytest $(XDIST)
-LOWEST := PYTHONPATH="$(CURDIR)" $(VENV)-lowest/bin/python -m pytest $(XDIST)
+LOWEST := PYTHONPATH="$(CURDIR)/pipeline:$(CURDIR)" $(VENV)-lowest/bin/python -m pytest $(XDIST)
 
 TARGET ?= cpu
 VERSION ?=

@@ -1,17 +1,18 @@
-"""What goes into a wheel: naign/ and pipeline/, with configs/, launch/, k8s/ and models/ (see pipeline/__init__.py)."""
+"""What goes into a wheel: pipeline/naign, and inside it the folders that `naign.shipped` finds."""
 
 from setuptools import find_packages, setup
 
-SHIPPED = {f"pipeline.{folder}": folder for folder in ("configs", "launch", "k8s", "models")}
+# pipeline/ holds train.py, which the launcher starts; nothing named pipeline is installed at the top.
+SHIPPED = {f"naign.{folder}": folder for folder in ("configs", "launch", "k8s", "models")}
+SCRIPTS = {"naign.pipeline": "pipeline"}
 
 setup(
-    packages=[*find_packages(include=["naign", "pipeline", "pipeline.*"]), *SHIPPED],
-    package_dir=SHIPPED,
+    packages=[*find_packages("pipeline"), *SHIPPED, *SCRIPTS],
+    package_dir={"": "pipeline", **SHIPPED, **SCRIPTS},
     package_data={
         "naign": ["py.typed"],
-        "pipeline": ["py.typed"],
-        "pipeline.evaluate": ["*.jinja"],
-        "pipeline.model": ["encoder_weights/*.safetensors"],
+        "naign.evaluate": ["*.jinja"],
+        "naign.model": ["encoder_weights/*.safetensors"],
         **{package: ["**/*"] for package in SHIPPED},
     },
     include_package_data=False,

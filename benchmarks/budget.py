@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from trained import ROOT, check_place, page, write
 
-from pipeline.config import load
-from pipeline.errors import InputError, exit_on_input_error
-from pipeline.model.networks import build_network
-from pipeline.model.prior.flow import Flow, FlowConfig
+from naign.config import load
+from naign.errors import InputError, exit_on_input_error
+from naign.model.networks import build_network
+from naign.model.prior.flow import Flow, FlowConfig
 
 SHAPES = {
     "mnist": (1, 28, 28),

@@ -47,7 +47,7 @@ from data_libraries import PEERS
 from data_peers import run
 from data_sets import LARGE, LARGE_ROUND, SETS, Name, check_sums, job_of, page, prepare, prepare_large
 
-from pipeline.errors import InputError, exit_on_input_error
+from naign.errors import InputError, exit_on_input_error
 
 Where = Literal["folder", "S3", "memory"]
 

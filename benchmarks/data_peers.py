@@ -66,9 +66,9 @@ def cpu_seconds() -> float:
 def ours(job: Job, *, check: bool = True) -> Read:
     import boto3  # noqa: F401  # else its import, at the first request, would be measured
 
-    from pipeline.data.dataset import DataConfig
-    from pipeline.data.loader import Stream
-    from pipeline.distributed.host import keep_memory
+    from naign.data.dataset import DataConfig
+    from naign.data.loader import Stream
+    from naign.distributed.host import keep_memory
 
     keep_memory()  # as the training program does
 
@@ -183,8 +183,8 @@ def _encoded(job: Job) -> list[bytes]:
 def ours_bytes(job: Job, *, hashed: bool = False) -> Read:
     import boto3  # noqa: F401  # see `ours`
 
-    from pipeline.distributed.host import keep_memory
-    from pipeline.storage.store import open_store
+    from naign.distributed.host import keep_memory
+    from naign.storage.store import open_store
 
     keep_memory()
 

@@ -18,11 +18,11 @@ from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor
 from trained import table
 
-from pipeline.data.format.manifest import INDEX, Manifest
-from pipeline.data.format.writer import pack
-from pipeline.data.loader import read_split
-from pipeline.data.sources.source import Example, Made, Source
-from pipeline.errors import InputError
+from naign.data.format.manifest import INDEX, Manifest
+from naign.data.format.writer import pack
+from naign.data.loader import read_split
+from naign.data.sources.source import Example, Made, Source
+from naign.errors import InputError
 
 Name = Literal["grey28", "colour32", "photos256"]
 SHARDS = 16

@@ -24,16 +24,16 @@ from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 from trained import FAILED, Task, check_place, packed, page, seeds_of, spread, table, write
 
-from pipeline.data.loader import read_split
-from pipeline.data.sources.published import IDX
-from pipeline.errors import InputError, exit_on_input_error
-from pipeline.evaluate.coverage import nearest
-from pipeline.evaluate.density import auroc
-from pipeline.model.naign import NAIGN
-from pipeline.model.prior import Gmm, Prior
-from pipeline.model.prior.flow import Flow
-from pipeline.model.scale import scaled
-from pipeline.storage.local import write_atomically
+from naign.data.loader import read_split
+from naign.data.sources.published import IDX
+from naign.errors import InputError, exit_on_input_error
+from naign.evaluate.coverage import nearest
+from naign.evaluate.density import auroc
+from naign.model.naign import NAIGN
+from naign.model.prior import Gmm, Prior
+from naign.model.prior.flow import Flow
+from naign.model.scale import scaled
+from naign.storage.local import write_atomically
 
 PATCH = 10  # pixels a side of a pasted patch
 DRAWS = 8  # codes an image that the VAE's bound is averaged over

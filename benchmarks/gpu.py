@@ -16,7 +16,7 @@ Exit code 1 where a line is wrong, or a part failed. Not run on a card yet. The 
     compiled     `train.compile` beside without: weights, samples, time
     memory       peaks of fit steps beside benchmarks/results/memory.md
     full         a run where the memory is full
-    step         `pipeline.training.fit` beside a bare loop with the same tricks, and its share of the card's peak
+    step         `naign.training.fit` beside a bare loop with the same tricks, and its share of the card's peak
     match        a round's search beside torch.cdist, FAISS and the matrix product alone
     train        cifar10.yaml in the time that is left, and its measures
 """
@@ -39,14 +39,14 @@ from gpu_report import Part, Report, Settings
 from torch import Tensor
 from trained import ROOT, check_place
 
-from pipeline import philox
-from pipeline.data.dataset import DataConfig
-from pipeline.distributed.connect import repeat_bits
-from pipeline.errors import InputError, Unavailable, exit_on_input_error
-from pipeline.match import Blocks, bound, search
-from pipeline.match.distances import exact_distances, faiss_on, load_faiss
-from pipeline.match.method import METHODS
-from pipeline.training.prepare import pack_missing
+from naign import philox
+from naign.data.dataset import DataConfig
+from naign.distributed.connect import repeat_bits
+from naign.errors import InputError, Unavailable, exit_on_input_error
+from naign.match import Blocks, bound, search
+from naign.match.distances import exact_distances, faiss_on, load_faiss
+from naign.match.method import METHODS
+from naign.training.prepare import pack_missing
 
 sys.path.insert(0, str(ROOT))
 
@@ -79,7 +79,7 @@ def searches(report: Report) -> None:
         _, rows = oracle(queries, candidates, 3)
         there = candidates.to(device)
         for kind, rate in rates.items():
-            with patch("pipeline.match.method.measure_rates", lambda device, threads, rate=rate: rate):
+            with patch("naign.match.method.measure_rates", lambda device, threads, rate=rate: rate):
                 for method in METHODS:
                     for size in (64, 1000):
                         blocks = blocks_of(there, size)

@@ -18,11 +18,11 @@ from gpu_report import Report
 from torch import Tensor
 from trained import ROOT
 
-from pipeline import philox
-from pipeline.config import parse
-from pipeline.model.networks import Norm
-from pipeline.observe.doctor import self_test
-from pipeline.training.prepare import build_model
+from naign import philox
+from naign.config import parse
+from naign.model.networks import Norm
+from naign.observe.doctor import self_test
+from naign.training.prepare import build_model
 
 Fresh = Callable[[], Any]
 """Opens a run of a recipe, with its first weights."""
@@ -34,7 +34,7 @@ FULL = """
 import sys, torch
 sys.argv = ["train.py", *sys.argv[1:]]
 from pipeline import train
-from pipeline.training import loop
+from naign.training import loop
 if torch.cuda.is_available():
     torch.cuda.set_per_process_memory_fraction(0.02)
 else:
@@ -48,13 +48,13 @@ train.main()
 def environment(report: Report) -> dict[str, str]:
     """Of a program that the benchmark starts."""
     on_cpu = {"ACCELERATE_USE_CPU": "true"} if report.device.type == "cpu" else {}
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **on_cpu}
+    return {**os.environ, "PYTHONPATH": str(ROOT / "pipeline"), "OMP_NUM_THREADS": "1", **on_cpu}
 
 
 def doctor(report: Report) -> None:
     for text, remedy in self_test(report.device):
         report.say(text, remedy or "sound", "sound", not remedy)
-    command = [sys.executable, "-m", "pipeline.cli", "doctor"]
+    command = [sys.executable, "-m", "naign.cli", "doctor"]
     done = subprocess.run(command, env=environment(report), capture_output=True, text=True, check=False)
     report.say("exit code of `naign doctor`", str(done.returncode), "0", done.returncode == 0)
 
@@ -86,7 +86,7 @@ def launches(report: Report) -> None:
         with patch.object(philox.log, "warning", lambda text, *rest: lines.append(text % rest)):
             with_triton = draw(report)
             with patch(
-                "pipeline.philox.triton_kernel.drawn", side_effect=RuntimeError("no compiler, as this check supposes")
+                "naign.philox.triton_kernel.drawn", side_effect=RuntimeError("no compiler, as this check supposes")
             ):
                 without = draw(report)
         philox._one_kernel = True
@@ -181,7 +181,7 @@ def compiled(report: Report) -> None:
 def full(report: Report) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         env = environment(report)
-        pack = [sys.executable, "-m", "pipeline.cli", "pack", "digits", "--to=digits"]
+        pack = [sys.executable, "-m", "naign.cli", "pack", "digits", "--to=digits"]
         subprocess.run(pack, cwd=scratch, env=env, capture_output=True, check=True)
         sizes = ["--match.round=1024", "--train.batch=1024"] if report.device.type == "cuda" else ["--match.round=512"]
         width = 512 if report.device.type == "cuda" else 8
@@ -233,7 +233,7 @@ def train(report: Report) -> None:
     size, env = config.match.round, environment(report)
     with tempfile.TemporaryDirectory() as scratch:
         if report.settings.small:
-            pack = [sys.executable, "-m", "pipeline.cli", "pack", "digits", "--to=digits"]
+            pack = [sys.executable, "-m", "naign.cli", "pack", "digits", "--to=digits"]
             subprocess.run(pack, cwd=scratch, env=env, capture_output=True, check=True)
 
         def run(path: str, rounds: int) -> tuple[int, list[dict[str, float]]]:
@@ -260,7 +260,7 @@ def train(report: Report) -> None:
         code, lines = run("run", rounds)
         seen = int(lines[-1]["images_seen"] + lines[-1]["codes_seen"])
         report.say(f"{name}: images learned from, exit code", f"{seen:,}, {code}", "to end by itself", code == 0)
-        command = [sys.executable, "-m", "pipeline.cli", "evaluate", "run", "--json"]
+        command = [sys.executable, "-m", "naign.cli", "evaluate", "run", "--json"]
         command += ["--samples=500"] * report.settings.small
         done = subprocess.run(command, cwd=scratch, env=env, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -21,14 +21,14 @@ from step_processes import first_network, opened, random_images
 from torch import nn
 from trained import ROOT
 
-from pipeline.checkpoint.writer import newest_checkpoint
-from pipeline.config import Config, parse
-from pipeline.match.matcher import Match
-from pipeline.model.losses import Batch, choose_distance, compute_losses
-from pipeline.model.scale import scaled
-from pipeline.observe.speed import peak_flops
-from pipeline.training.fit import fit, learning_rate, steps_of
-from pipeline.training.round import RoundRandom, RoundState
+from naign.checkpoint.writer import newest_checkpoint
+from naign.config import Config, parse
+from naign.match.matcher import Match
+from naign.model.losses import Batch, choose_distance, compute_losses
+from naign.model.scale import scaled
+from naign.observe.speed import peak_flops
+from naign.training.fit import fit, learning_rate, steps_of
+from naign.training.round import RoundRandom, RoundState
 
 RECIPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 SHAPES = RECIPES | {"folder64": (3, 64, 64), "folder256": (3, 256, 256)}
@@ -116,10 +116,10 @@ def resume(report: Report) -> None:
         images = 2048 if report.settings.small else 8192
         options = ["--data.path=digits", "--match.round=512", "--match.block=64", "--train.batch=32", "--match.ratio=2"]
         options += [f"--train.images={images}", "--model.width=8", "--model.code=16", "--prior.name=smooth"]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, "PYTHONPATH": str(ROOT / "pipeline"), "OMP_NUM_THREADS": "1"}
         env |= {"ACCELERATE_USE_CPU": "true"} if report.device.type == "cpu" else {}
         call = partial(subprocess.run, cwd=scratch, env=env, capture_output=True, text=True, check=True)
-        call([sys.executable, "-m", "pipeline.cli", "pack", "digits", "--to=digits"])
+        call([sys.executable, "-m", "naign.cli", "pack", "digits", "--to=digits"])
         command = [sys.executable, str(ROOT / "pipeline/train.py"), *options]
         folder = Path(scratch)
         call([*command, "--run.path=whole"])

@@ -32,17 +32,17 @@ import tyro
 from torch import Tensor
 from trained import FAILED, Task, check_place, packed, page, spread, table, write
 
-from pipeline.data.damage import boxes, known_mean, stroke
-from pipeline.data.dataset import DataConfig
-from pipeline.data.loader import read_split
-from pipeline.data.mixing import DataSets
-from pipeline.errors import InputError, exit_on_input_error
-from pipeline.evaluate.frechet import frechet_distance
-from pipeline.evaluate.measures import FLOORS
-from pipeline.model.encoders import choose_encoder
-from pipeline.model.naign import FILLING, NAIGN
-from pipeline.model.scale import scaled
-from pipeline.storage.local import write_atomically
+from naign.data.damage import boxes, known_mean, stroke
+from naign.data.dataset import DataConfig
+from naign.data.loader import read_split
+from naign.data.mixing import DataSets
+from naign.errors import InputError, exit_on_input_error
+from naign.evaluate.frechet import frechet_distance
+from naign.evaluate.measures import FLOORS
+from naign.model.encoders import choose_encoder
+from naign.model.naign import FILLING, NAIGN
+from naign.model.scale import scaled
+from naign.storage.local import write_atomically
 
 HOLES = 250
 """Of each kind but the centre."""

@@ -24,7 +24,7 @@ import sklearn.datasets
 import tyro
 from PIL import Image
 
-from pipeline.storage.store import open_store
+from naign.storage.store import open_store
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -40,11 +40,11 @@ print(time.perf_counter() - begin, sum(os.times()[:4]) - used)  # its processes'
 """
 BODIES = {
     "naign index --sample-check 1": """
-from pipeline.data.format.indexing import index
+from naign.data.format.indexing import index
 begin, used = time.perf_counter(), sum(os.times()[:4])
 index(sys.argv[1], to=sys.argv[2], sample_check=1, progress=False)""",
     "naign index, every picture decoded": """
-from pipeline.data.format.indexing import index
+from naign.data.format.indexing import index
 begin, used = time.perf_counter(), sum(os.times()[:4])
 index(sys.argv[1], to=sys.argv[2], progress=False)""",
     "boto3, bytes alone": """

@@ -22,7 +22,7 @@ from typing import Any
 import tyro
 from trained import ROOT, check_place, page, write
 
-from pipeline.errors import InputError, exit_on_input_error
+from naign.errors import InputError, exit_on_input_error
 
 sys.path.insert(0, str(ROOT))
 

@@ -22,14 +22,14 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 from trained import FAILED, Task, check_place, page, table, write
 
-from pipeline.data.degrade import degrade
-from pipeline.data.loader import read_split
-from pipeline.data.sources.published import IDX
-from pipeline.errors import InputError, exit_on_input_error
-from pipeline.evaluate.coverage import nearest
-from pipeline.evaluate.density import auroc
-from pipeline.model.naign import NAIGN
-from pipeline.model.scale import scaled
+from naign.data.degrade import degrade
+from naign.data.loader import read_split
+from naign.data.sources.published import IDX
+from naign.errors import InputError, exit_on_input_error
+from naign.evaluate.coverage import nearest
+from naign.evaluate.density import auroc
+from naign.model.naign import NAIGN
+from naign.model.scale import scaled
 
 CHANGED = 0.1  # of the range of 2: 13 of 255 levels
 SIGMA = 1.0  # pixels: of the Gaussian that smooths a map

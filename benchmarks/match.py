@@ -43,7 +43,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from pipeline.errors import InputError, exit_on_input_error  # first: sets OMP_WAIT_POLICY before OpenMP is loaded
+from naign.errors import InputError, exit_on_input_error  # first: sets OMP_WAIT_POLICY before OpenMP is loaded
 
 # isort: split
 import faiss
@@ -55,7 +55,7 @@ from match_ranks import CHUNK, Job, on_ranks
 from scipy.optimize import nnls  # type: ignore[import-untyped]
 from torch import Tensor
 
-from pipeline.match.across_ranks import search
+from naign.match.across_ranks import search
 
 FITTED = ((1, 1), (0.5, 1), (1, 0.25), (0.25, 0.25))
 CHECKED = ((1, 0.125), (0.5, 0.5))

@@ -25,13 +25,13 @@ from torch import Tensor
 from trained import table
 from tyro.conf import Positional
 
-from pipeline.data.format.writer import pack
-from pipeline.data.loader import read_split
-from pipeline.data.sources.source import Example, Made, Source
-from pipeline.errors import InputError, exit_on_input_error
-from pipeline.model.naign import NAIGN
-from pipeline.model.networks import build_network, recorded_network
-from pipeline.model.scale import scaled
+from naign.data.format.writer import pack
+from naign.data.loader import read_split
+from naign.data.sources.source import Example, Made, Source
+from naign.errors import InputError, exit_on_input_error
+from naign.model.naign import NAIGN
+from naign.model.networks import build_network, recorded_network
+from naign.model.scale import scaled
 
 Kind = Literal["natural", "trained", "untrained"]
 """Test images among training images; training images among samples f(z) of a run, or of its network before training."""

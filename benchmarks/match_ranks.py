@@ -17,7 +17,7 @@ import torch.distributed as dist
 from match_data import Case, Record, read_rows
 from torch import Tensor
 
-from pipeline.match.across_ranks import Blocks, search
+from naign.match.across_ranks import Blocks, search
 
 CHUNK = 4096
 """Candidates that a rank makes at once."""

@@ -21,12 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from trained import ROOT, check_place, page, write
 
-from pipeline.config import Config, load
-from pipeline.errors import InputError, exit_on_input_error
-from pipeline.model.losses import Batch, Network, choose_distance, compute_losses
-from pipeline.model.networks import build_network
-from pipeline.model.prior import PriorConfig, build_prior
-from pipeline.training.round import RoundRandom
+from naign.config import Config, load
+from naign.errors import InputError, exit_on_input_error
+from naign.model.losses import Batch, Network, choose_distance, compute_losses
+from naign.model.networks import build_network
+from naign.model.prior import PriorConfig, build_prior
+from naign.training.round import RoundRandom
 
 sys.path.insert(0, str(ROOT))
 

@@ -29,9 +29,9 @@ from match_data import number, read_rows, rows_of, size, write_rows
 from torch import Tensor
 from trained import page, write
 
-from pipeline.data.loader import read_split
-from pipeline.errors import exit_on_input_error, require
-from pipeline.match import Blocks, search
+from naign.data.loader import read_split
+from naign.errors import exit_on_input_error, require
+from naign.match import Blocks, search
 
 RECALL, MOST = 0.99, 1 << 14  # wanted of HNSW, and the largest efSearch
 BLOCK = 4096

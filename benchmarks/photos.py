@@ -11,9 +11,9 @@ plasma-workspace-wallpapers, each unpacked (`dpkg -x`) below UNPACKED: the JPEGs
 drawings (DRAWN), reduced to a shorter side of 600 pixels or more by a factor of at most 4, in squares of 256.
 
 `measure` takes the central 256 x 256 pixels of photographs that scikit-learn and scikit-image ship, unchanged in
-scale. They are damaged as in `pipeline/data/degrade.py`; in `mixture` by each of the four kinds with probability 1/2
+scale. They are damaged as in `naign/data/degrade.py`; in `mixture` by each of the four kinds with probability 1/2
 and a strength that is uniform in [0, 1], at least two of them. f was trained on other damage (`photo` in
-`pipeline/data/damage.py`) and is not given the kind. BM3D is given the root mean square of what the damage changed,
+`naign/data/damage.py`) and is not given the kind. BM3D is given the root mean square of what the damage changed,
 which for `noise` suits it better than the 0.5 before clamping. Non-local means estimate the noise.
 """
 
@@ -33,13 +33,13 @@ from scipy.ndimage import median_filter
 from torch import Tensor
 from trained import check_place, page, write
 
-from pipeline.data.degrade import KINDS, degrade
-from pipeline.errors import InputError, exit_on_input_error
-from pipeline.evaluate.restoration import psnr, ssim
-from pipeline.model import tiles
-from pipeline.model.naign import NAIGN
-from pipeline.model.scale import scaled
-from pipeline.observe.pictures import eight_bits
+from naign.data.degrade import KINDS, degrade
+from naign.errors import InputError, exit_on_input_error
+from naign.evaluate.restoration import psnr, ssim
+from naign.model import tiles
+from naign.model.naign import NAIGN
+from naign.model.scale import scaled
+from naign.observe.pictures import eight_bits
 
 TREES = ("backgrounds/budgie/*.jpg", "backgrounds/*_by_*.jpg", "backgrounds/mate/nature/*.jpg")
 TREES += ("wallpapers/*/contents/images/2560x1600.jpg",)

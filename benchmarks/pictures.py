@@ -14,13 +14,13 @@ import torch
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.cli.files import save
-from pipeline.data.degrade import KINDS
-from pipeline.errors import InputError, exit_on_input_error
-from pipeline.model.naign import NAIGN
-from pipeline.model.scale import scaled
-from pipeline.observe.pictures import GAP as INNER
-from pipeline.observe.pictures import TEXT, to_image
+from naign.cli.files import save
+from naign.data.degrade import KINDS
+from naign.errors import InputError, exit_on_input_error
+from naign.model.naign import NAIGN
+from naign.model.scale import scaled
+from naign.observe.pictures import GAP as INNER
+from naign.observe.pictures import TEXT, to_image
 
 PICTURES = ("samples", "restoration_noise", "restoration_blur")
 """Of a row, from left to right."""

@@ -24,9 +24,9 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from trained import Task, check_place, measure_all, packed, page, seeds_of, spread, write
 
-from pipeline.cli.files import save
-from pipeline.errors import InputError, exit_on_input_error
-from pipeline.model.naign import NAIGN
+from naign.cli.files import save
+from naign.errors import InputError, exit_on_input_error
+from naign.model.naign import NAIGN
 
 CONFIG = "configs/toy2d.yaml"
 SAMPLES = 10_000

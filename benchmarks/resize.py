@@ -98,7 +98,7 @@ def main(settings: Settings) -> None:
     found: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as place:
         data = Path(place) / "digits"
-        subprocess.run([sys.executable, "-m", "pipeline.cli", "pack", "digits", "--to", str(data)], check=True)
+        subprocess.run([sys.executable, "-m", "naign.cli", "pack", "digits", "--to", str(data)], check=True)
         for seed in range(settings.seeds):
             folder = Path(place) / f"seed{seed}"
             run("cpu", 2, folder, data, settings, seed=seed, until=rounds)

@@ -23,11 +23,11 @@ from scale_ranks import Record, check, fit_line, index, plan, rounds_on
 from torch import nn
 from trained import ROOT, check_place, command, table, write
 
-from pipeline.config import load
-from pipeline.data.order import LANES
-from pipeline.errors import exit_on_input_error
-from pipeline.model.networks import build_network
-from pipeline.model.prior.flow import Flow
+from naign.config import load
+from naign.data.order import LANES
+from naign.errors import exit_on_input_error
+from naign.model.networks import build_network
+from naign.model.prior.flow import Flow
 
 GPUS, IMAGES = (8, 512, 4096), (10**7, 10**9, 10**11)
 SHARE, SHARD, WIDTH, STEPS = 2048, 10_000, 256, 32

@@ -18,17 +18,17 @@ import torch.distributed as dist
 from data_peers import status
 from step_processes import first_network, on_ranks, opened, random_images
 
-from pipeline.config import Config, parse
-from pipeline.data.dataset import DataConfig
-from pipeline.data.format.manifest import Manifest, Shard
-from pipeline.data.format.pages import Pager, Table, parse_table
-from pipeline.data.order import BLOCK, Order, Piece, _epoch, _lanes, pieces, rank_rows
-from pipeline.data.reader import Reader
-from pipeline.match.matcher import block_range
-from pipeline.storage.local import LocalStore
-from pipeline.training.fit import fit
-from pipeline.training.loop import checkpoint
-from pipeline.training.round import find_match, take
+from naign.config import Config, parse
+from naign.data.dataset import DataConfig
+from naign.data.format.manifest import Manifest, Shard
+from naign.data.format.pages import Pager, Table, parse_table
+from naign.data.order import BLOCK, Order, Piece, _epoch, _lanes, pieces, rank_rows
+from naign.data.reader import Reader
+from naign.match.matcher import block_range
+from naign.storage.local import LocalStore
+from naign.training.fit import fit
+from naign.training.loop import checkpoint
+from naign.training.round import find_match, take
 
 SHAPE, CALLS = (3, 32, 32), 20
 Record = dict[str, Any]

@@ -22,7 +22,7 @@ import yaml
 from tqdm import tqdm
 from trained import COLUMNS, Record, Task, fingerprint, measure_all, spread, stored, table, write
 
-from pipeline.errors import InputError, exit_on_input_error
+from naign.errors import InputError, exit_on_input_error
 
 COLUMNS_SHOWN = [
     name for name in COLUMNS if name not in ("fd_once", "fd_twice", "commonest", "copying", "images", "late")

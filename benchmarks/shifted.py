@@ -14,13 +14,13 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from pipeline.data.dataset import DataConfig
-from pipeline.data.loader import DataSets, read_split
-from pipeline.errors import exit_on_input_error
-from pipeline.evaluate.coverage import coverage, nearest
-from pipeline.evaluate.frechet import frechet_distance
-from pipeline.model.encoders import choose_encoder
-from pipeline.model.scale import scaled
+from naign.data.dataset import DataConfig
+from naign.data.loader import DataSets, read_split
+from naign.errors import exit_on_input_error
+from naign.evaluate.coverage import coverage, nearest
+from naign.evaluate.frechet import frechet_distance
+from naign.model.encoders import choose_encoder
+from naign.model.scale import scaled
 
 
 def shifted(images: Tensor, count: int, most: int, *, flip: bool, seed: int = 0) -> Tensor:

@@ -48,9 +48,9 @@ def ours(path: str, count: int, *, workers: int = 1) -> Iterator[int]:
     """This package's reader."""
     import boto3  # noqa: F401  # else its import, at the first request, would be measured
 
-    from pipeline.data.dataset import DataConfig
-    from pipeline.data.loader import Stream
-    from pipeline.distributed.host import keep_memory
+    from naign.data.dataset import DataConfig
+    from naign.data.loader import Stream
+    from naign.distributed.host import keep_memory
 
     keep_memory()
     config = DataConfig(path=path, size=str(SIZE), fit="random", workers=workers)
@@ -105,8 +105,8 @@ def write_mosaic(path: str, count: int) -> Iterator[int]:
 
 def floor(path: str, count: int) -> Iterator[int]:
     """No fetching: what ours does with a picture's bytes, from memory."""
-    from pipeline.data.resize import Resize, resized
-    from pipeline.data.sample import OTHERS, draws
+    from naign.data.resize import Resize, resized
+    from naign.data.sample import OTHERS, draws
 
     data, resize = list(pictures(path)), Resize(height=SIZE, width=SIZE, fit="random")
     windows = draws(0, 0, 0, len(data), windows=True)[:, OTHERS:]
@@ -153,7 +153,7 @@ def main(settings: Settings) -> None:
     sys.path.insert(0, str(ROOT))
     from index import add_sample, photographs
 
-    from pipeline.data.format.indexing import index
+    from naign.data.format.indexing import index
     from tests.servers import S3Server
 
     made, times = photographs(), dict[str, list[list[float]]]()

@@ -6,7 +6,7 @@ prints and writes three tables (step.md) and what was measured (step.json). Imag
 the network and all settings are the program's defaults where nothing else is said. What step.json holds already
 stays unless it is measured again: `--parts fit` measures that part alone.
 
-Fit. `pipeline.training.fit`, on a round with a match whose ids are given, beside the barest loop of the same
+Fit. `naign.training.fit`, on a round with a match whose ids are given, beside the barest loop of the same
 mathematics, `fit_bare` in step_processes.py: the same latents, losses, clipping and AdamW, but rows and learning rates
 are worked out beforehand, and nothing is watched, counted, summed up or reported. On two gloo ranks ours is what
 Accelerate makes of DDP, and the bare loop has torch's DistributedDataParallel. Both train in the same process, each a
@@ -46,11 +46,11 @@ import tyro
 from step_processes import WHO, Record, alternate, first_step, on_ranks, peak, random_images, write
 from trained import table
 
-from pipeline.config import Config
-from pipeline.errors import InputError, exit_on_input_error
-from pipeline.model.losses import NaignConfig
-from pipeline.model.networks import ConvConfig
-from pipeline.model.prior.noise import SmoothConfig
+from naign.config import Config
+from naign.errors import InputError, exit_on_input_error
+from naign.model.losses import NaignConfig
+from naign.model.networks import ConvConfig
+from naign.model.prior.noise import SmoothConfig
 
 Part = Literal["fit", "checkpoint", "resume"]
 
@@ -183,7 +183,7 @@ class Bench:
             "--report.pictures=0",
         ]
         command = [str(ROOT / "pipeline/train.py"), *options]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_MININTERVAL": "0.01"}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "pipeline"), "TQDM_MININTERVAL": "0.01"}
         subprocess.run([sys.executable, *command], env=environment, check=True, capture_output=True)
         newest = max((self.scratch / "resumed/checkpoints").iterdir())
         shutil.rmtree(newest)

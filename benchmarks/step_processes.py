@@ -24,29 +24,29 @@ from data_peers import status
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.checkpoint.writer import MANIFEST, Writer
-from pipeline.config import Config, TrainConfig, flatten
-from pipeline.data.format.writer import pack
-from pipeline.data.loader import Stream
-from pipeline.data.order import rank_rows
-from pipeline.data.sources.source import Example, Made, Source
-from pipeline.distributed.connect import build_accelerator
-from pipeline.distributed.host import keep_memory, set_threads
-from pipeline.distributed.signals import StopRequest
-from pipeline.distributed.watchdog import Watchdog
-from pipeline.match.matcher import Match
-from pipeline.model.networks import build_network
-from pipeline.model.prior import Prior, build_prior
-from pipeline.model.scale import scaled
-from pipeline.observe.monitor import Monitor
-from pipeline.observe.speed import Profiler
-from pipeline.settings.budget import count_rounds
-from pipeline.training.engines import build_engine
-from pipeline.training.fit import fit, learning_rate, steps_of
-from pipeline.training.loop import checkpoint
-from pipeline.training.round import RoundRandom, RoundState
-from pipeline.training.run import Phases, Run
-from pipeline.training.state import Position
+from naign.checkpoint.writer import MANIFEST, Writer
+from naign.config import Config, TrainConfig, flatten
+from naign.data.format.writer import pack
+from naign.data.loader import Stream
+from naign.data.order import rank_rows
+from naign.data.sources.source import Example, Made, Source
+from naign.distributed.connect import build_accelerator
+from naign.distributed.host import keep_memory, set_threads
+from naign.distributed.signals import StopRequest
+from naign.distributed.watchdog import Watchdog
+from naign.match.matcher import Match
+from naign.model.networks import build_network
+from naign.model.prior import Prior, build_prior
+from naign.model.scale import scaled
+from naign.observe.monitor import Monitor
+from naign.observe.speed import Profiler
+from naign.settings.budget import count_rounds
+from naign.training.engines import build_engine
+from naign.training.fit import fit, learning_rate, steps_of
+from naign.training.loop import checkpoint
+from naign.training.round import RoundRandom, RoundState
+from naign.training.run import Phases, Run
+from naign.training.state import Position
 
 Record = dict[str, Any]
 Contender = Literal["ours", "bare"]
@@ -81,7 +81,7 @@ def on_rank(rank: int, world: int, folder: str, measure: Callable[..., Any], arg
 
 @contextmanager
 def opened(config: Config, precision: str = "", *, rounds: int = 0) -> Iterator[Callable[[nn.Module], Run]]:
-    """All that a run has but the network; with that it becomes a Run, all as in `pipeline.training.prepare`.
+    """All that a run has but the network; with that it becomes a Run, all as in `naign.training.prepare`.
 
     `rounds`: that are trained; 0: those of the budget.
     """

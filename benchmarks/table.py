@@ -8,8 +8,8 @@ runs/tables: what is there is not done again, so a table may be cut off and goes
 is with what a table in the folder of `--to` rests on already: to make all anew, write to another folder. A row says how
 many seeds it rests on, and is left out while there is none. It writes the table (.md) and what it rests on (.json).
 
-A row may measure another model that is made of its run: `then: [pipeline.cli, export, --prior=gmm]` runs
-`python -m pipeline.cli export --prior=gmm RUN --to=FOLDER`. Rows of one configuration share its training.
+A row may measure another model that is made of its run: `then: [naign.cli, export, --prior=gmm]` runs
+`python -m naign.cli export --prior=gmm RUN --to=FOLDER`. Rows of one configuration share its training.
 """
 
 import sys
@@ -21,7 +21,7 @@ import tyro
 import yaml
 from trained import COLUMNS, Record, Task, beside, by_run, measure_all, packed, page, seeds_of, spread, stored, write
 
-from pipeline.errors import InputError, exit_on_input_error
+from naign.errors import InputError, exit_on_input_error
 
 ANSWERS = ("input", "black", "median", "nearest")
 """To damage, without a network."""
@@ -111,7 +111,7 @@ class Plan:
                 raise InputError(f"{file}: row '{name}' {said}")
             then = row.get("then", [])
             if not isinstance(then, list) or not all(isinstance(word, str) for word in then):
-                raise InputError(f"{file}: row '{name}': then must be a list of words: [pipeline.cli, export, ...]")
+                raise InputError(f"{file}: row '{name}': then must be a list of words: [naign.cli, export, ...]")
             if not isinstance(row.get("printed", {}), dict):
                 raise InputError(f"{file}: row '{name}': printed must name columns: {{blur: 0.15}}")
             if not isinstance(row.get("options", []), list) or not isinstance(row.get("config", ""), str):

@@ -1,4 +1,4 @@
-"""Train one of the classifiers that ship in `pipeline/model/encoder_weights`.
+"""Train one of the classifiers that ship in `pipeline/naign/model/encoder_weights`.
 
     python benchmarks/train_encoder.py --data data/mnist --name mnist-cnn64
 
@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.data.format.manifest import Manifest
-from pipeline.data.loader import read_split
-from pipeline.errors import InputError, exit_on_input_error
-from pipeline.model.encoders import FOLDER, Classifier
-from pipeline.model.scale import scaled
+from naign.data.format.manifest import Manifest
+from naign.data.loader import read_split
+from naign.errors import InputError, exit_on_input_error
+from naign.model.encoders import FOLDER, Classifier
+from naign.model.scale import scaled
 
 BATCH = 128
 

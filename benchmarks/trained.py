@@ -19,10 +19,10 @@ from typing import Any
 from filelock import FileLock
 from tqdm import tqdm
 
-from pipeline.config import changeable, flatten, parse
-from pipeline.errors import InputError
-from pipeline.settings.constraints import FREE
-from pipeline.storage.local import write_atomically
+from naign.config import changeable, flatten, parse
+from naign.errors import InputError
+from naign.settings.constraints import FREE
+from naign.storage.local import write_atomically
 
 ROOT = Path(__file__).parents[1]
 Record = dict[str, Any]
@@ -93,7 +93,7 @@ class Task:
         newest checkpoint. Raises InputError if a command fails, or its folder cannot be used.
         """
         folder, trained = self.folder.absolute(), self.trained.absolute()
-        evaluate = [sys.executable, "-m", "pipeline.cli", "evaluate", str(folder)]
+        evaluate = [sys.executable, "-m", "naign.cli", "evaluate", str(folder)]
         make = [sys.executable, "-m", *self.then, str(trained), f"--to={folder}"] if self.then else []
         with self._locked():
             if not (folder / FOUND).exists():
@@ -126,7 +126,7 @@ class Task:
     def _do(self, command: list[str], folder: Path) -> None:
         """Run it, its log in `folder`. Raises InputError where it fails, unless the training diverged: see FAILED."""
         (self.trained / "asked.json").write_text(json.dumps(self.settings, indent=1) + "\n")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "pipeline")}
         with (folder / "log").open("a") as log:
             done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False)
         if done.returncode:
@@ -342,8 +342,9 @@ def packed(path: str, *arguments: str) -> str:
     folder, wanted = ROOT / path, " ".join(arguments)
     said = folder.parent / f"{folder.name}.packed"
     if not ((folder / "index.json").exists() and said.exists() and said.read_text() == wanted):
-        command = [sys.executable, "-m", "pipeline.cli", "pack", *arguments, "--to", path]
-        if subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False).returncode:
+        command = [sys.executable, "-m", "naign.cli", "pack", *arguments, "--to", path]
+        found = {**os.environ, "PYTHONPATH": str(ROOT / "pipeline")}
+        if subprocess.run(command, cwd=ROOT, env=found, check=False).returncode:
             raise InputError(f"{path} cannot be packed: see above")
         said.write_text(wanted)
     return path

@@ -11,10 +11,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
-from pipeline.model.losses import OBJECTIVES
-from pipeline.model.networks import NETWORKS
-from pipeline.model.prior import PRIORS
+from naign.config import Config
+from naign.model.losses import OBJECTIVES
+from naign.model.networks import NETWORKS
+from naign.model.prior import PRIORS
 
 PAGE = Path(__file__).with_name("settings.md")
 HEAD = """\

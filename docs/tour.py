@@ -37,15 +37,15 @@ except ModuleNotFoundError as error:
 import torch
 
 from naign import NAIGN
-from pipeline.data.degrade import KINDS, degrade
-from pipeline.data.loader import read_split
-from pipeline.model.scale import scaled
-from pipeline.observe.pictures import grid, rows
+from naign.data.degrade import KINDS, degrade
+from naign.data.loader import read_split
+from naign.model.scale import scaled
+from naign.observe.pictures import grid, rows
 
 
 def run(*options):
     """Run the `naign` program; its output appears below the cell."""
-    subprocess.run([sys.executable, "-m", "pipeline.cli", *options], check=True)
+    subprocess.run([sys.executable, "-m", "naign.cli", *options], check=True)
 
 
 IMAGES = 30_000  # to train on; configs/digits.yaml has 150_000, for better samples and repairs

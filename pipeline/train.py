@@ -4,29 +4,23 @@
 
 import gc
 import sys
-from pathlib import Path
 
-# In a script sys.path starts with the script's own folder, where `data` or `match` would shadow libraries.
-_HERE = Path(__file__).resolve().parent
-if sys.path and Path(sys.path[0] or ".").resolve() == _HERE:
-    sys.path[0] = str(_HERE.parent)
-
-from pipeline.errors import INTERRUPTED, exit_on_input_error, leave, leave_on_failure, leave_when_asked, record_exit
+from naign.errors import INTERRUPTED, exit_on_input_error, leave, leave_on_failure, leave_when_asked, record_exit
 
 if __name__ == "__main__":
     leave_when_asked()  # before imports of seconds: there is nothing to keep until training handles signals itself
 
 gc.disable()  # Imports make no garbage, and collecting it would take a quarter of their time; train() enables it.
 
-from pipeline.config import parse
-from pipeline.distributed.connect import build_accelerator
-from pipeline.distributed.host import keep_memory, set_threads
-from pipeline.distributed.ranks import part, peers_missed, together
-from pipeline.observe import trackers_hang
-from pipeline.storage.store import use_endpoint
-from pipeline.terminal import outlive_terminal
-from pipeline.training.loop import train
-from pipeline.training.prepare import pack_missing
+from naign.config import parse
+from naign.distributed.connect import build_accelerator
+from naign.distributed.host import keep_memory, set_threads
+from naign.distributed.ranks import part, peers_missed, together
+from naign.observe import trackers_hang
+from naign.storage.store import use_endpoint
+from naign.terminal import outlive_terminal
+from naign.training.loop import train
+from naign.training.prepare import pack_missing
 
 
 def main() -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.data.format.writer import pack
-from pipeline.data.sources.catalog import load
-from pipeline.model.naign import NAIGN
-from pipeline.model.networks import NetworkConfig, build_network
+from naign.data.format.writer import pack
+from naign.data.sources.catalog import load
+from naign.model.naign import NAIGN
+from naign.model.networks import NetworkConfig, build_network
 from tests import forks
 from tests.data.numbered import numbered
 from tests.hub import Hub
@@ -25,6 +25,7 @@ from tests.proxy import FaultProxy
 from tests.servers import S3Server
 
 ROOT = Path(__file__).parent.parent
+PYTHONPATH = os.pathsep.join([str(ROOT / "pipeline"), str(ROOT)])
 subprocess.Popen = forks.Popen  # type: ignore[misc]  # the same, but for programs with the environment of forked()
 
 
@@ -94,7 +95,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @pytest.fixture
 def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     """The server, which this process and those it starts find through the environment, and nothing but it."""
-    from pipeline.storage.s3_client import forget_clients
+    from naign.storage.s3_client import forget_clients
 
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
@@ -119,7 +120,7 @@ def bucket(s3: S3Server) -> Iterator[str]:
 @pytest.fixture
 def proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """A proxy before the server, which stands in the environment in the server's place. No faults at first."""
-    from pipeline.storage.s3_client import forget_clients
+    from naign.storage.s3_client import forget_clients
 
     with FaultProxy("127.0.0.1", s3.port) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
@@ -156,7 +157,7 @@ Program = Callable[..., subprocess.CompletedProcess[str]]
 
 def environment(**more: str) -> dict[str, str]:
     """The environment of a started program: this checkout first on the path, one thread."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **more}
+    return {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **more}
 
 
 def forked(**more: str) -> dict[str, str]:
@@ -227,7 +228,7 @@ def naign(tmp_path: Path) -> Program:
     """Run the command line program in an empty folder."""
 
     def run(*options: str, real: bool = False, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "pipeline.cli", *options]
+        command = [sys.executable, "-m", "naign.cli", *options]
         env = environment() if real else forked()
         return subprocess.run(
             command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=timeout, check=False

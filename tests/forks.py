@@ -32,6 +32,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[1]
 SERVER = "NAIGN_FORK_SERVER"
 """The environment variable with the path of the server's socket."""
 
@@ -107,7 +108,11 @@ def server() -> str:
     if sys.platform != "linux" or Path("/dev/nvidiactl").exists():
         return ""
     path = Path(tempfile.mkdtemp(prefix="naign-forks-")) / "socket"
-    more = {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    more = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "pipeline"), str(ROOT)]),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
     more["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pandas imports pyarrow, which starts a thread
     command = [sys.executable, "-m", "tests.forks", str(path)]
     process = subprocess.Popen(command, env=os.environ | more, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -211,9 +216,9 @@ if __name__ == "__main__":
     own = dict(os.environ)
     import numpy
 
-    import pipeline
+    import naign
 
-    ours = [found.name for found in pkgutil.walk_packages(pipeline.__path__, "pipeline.")]
+    ours = [found.name for found in pkgutil.walk_packages(naign.__path__, "naign.")]
     left = ("__main__", "philox.triton_kernel", "sources.parquet", "storage.clouds")  # which need optional packages
     for name in (*MODULES, *(name for name in ours if not name.endswith(left))):
         importlib.import_module(name)

@@ -65,8 +65,8 @@ def trace(name: str, data: str, folder: Path, env: dict[str, str] | None = None)
 
 
 def main() -> None:
-    from pipeline.data.format.writer import pack
-    from pipeline.data.sources.catalog import load
+    from naign.data.format.writer import pack
+    from naign.data.sources.catalog import load
 
     with tempfile.TemporaryDirectory() as place:
         pack(load("digits"), f"{place}/data", shards=4, progress=False)

@@ -39,7 +39,7 @@ LEARNED = {
     "gmm": ("--prior.components=3",),
 }
 PROGRAMS = {
-    "naign": "pipeline.cli",
+    "naign": "naign.cli",
     "accelerate": "accelerate.commands.accelerate_cli",
     "torchrun": "torch.distributed.run",
 }

@@ -4,8 +4,8 @@ import io
 from collections.abc import Generator
 from typing import Any, BinaryIO
 
-from pipeline.errors import require
-from pipeline.storage.store import locate
+from naign.errors import require
+from naign.storage.store import locate
 
 
 def gopen(url: str, mode: str = "rb", bufsize: int = 8192) -> BinaryIO:

@@ -12,10 +12,10 @@ import pytest
 import torch
 import yaml
 
-from pipeline.config import parse
-from pipeline.errors import InputError
-from pipeline.model.naign import NAIGN
-from pipeline.model.networks import ConvConfig, build_network
+from naign.config import parse
+from naign.errors import InputError
+from naign.model.naign import NAIGN
+from naign.model.networks import ConvConfig, build_network
 from tests.conftest import ROOT, environment, forked
 
 

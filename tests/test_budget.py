@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.settings.budget import count_rounds, is_comparable, is_done, is_exhausted, measured_by
+from naign.settings.budget import count_rounds, is_comparable, is_done, is_exhausted, measured_by
 
 SETTINGS = {
     **{"train.images": 1000, "match.round": 64, "train.passes": 2, "quality.patience": 3, "quality.rounds": 2},

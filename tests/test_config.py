@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import Config, changeable, differences, flatten, from_dict, load, parse, to_dict
-from pipeline.errors import InputError, exit_on_input_error
-from pipeline.model.networks import PointConfig
-from pipeline.settings.constraints import FREE, MAY_CHANGE
+from naign.config import Config, changeable, differences, flatten, from_dict, load, parse, to_dict
+from naign.errors import InputError, exit_on_input_error
+from naign.model.networks import PointConfig
+from naign.settings.constraints import FREE, MAY_CHANGE
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint.writer import newest_checkpoint
+from naign.checkpoint.writer import newest_checkpoint
 from tests.conftest import ROOT, SMALL, direct_command, environment
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 BLOCK = re.compile(r"^```(?:python|toml)\n# (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 """A file: a block of code whose first line is a comment with its name."""
 LOAD = """
-from pipeline.model.naign import NAIGN
+from naign.model.naign import NAIGN
 model = NAIGN.from_pretrained("runs/inverted")
 print(model.metadata["model"], model.metadata["prior"])
 print(tuple(model.sample(5).shape), "learned" if model.prior.factor.any(1).all() else "as it began")
@@ -56,7 +56,7 @@ def test_the_package_of_contributing_is_packed_trained_with_and_evaluated(packag
         assert done.returncode == code, done.stderr
         return done.stdout + done.stderr
 
-    naign = (sys.executable, "-m", "pipeline.cli")
+    naign = (sys.executable, "-m", "naign.cli")
     shown = shlex.split(TEXT.partition("\nnaign train ")[2].partition("naign evaluate")[0])
     options = [option for option in shown if option != "\n"]
     run(*naign, "pack", "inverted", "--to", "data/inverted")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.model.prior.flow import Flow, FlowConfig
+from naign.model.prior.flow import Flow, FlowConfig
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import Config, flatten
-from pipeline.model.losses import OBJECTIVES
-from pipeline.model.networks import NETWORKS
-from pipeline.model.prior import PRIORS
+from naign.config import Config, flatten
+from naign.model.losses import OBJECTIVES
+from naign.model.networks import NETWORKS
+from naign.model.prior import PRIORS
 from tests.conftest import ROOT
 
 TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")

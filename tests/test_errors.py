@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.errors import one_line
+from naign.errors import one_line
 
 
 @pytest.mark.parametrize(

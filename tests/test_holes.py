@@ -5,7 +5,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from pipeline.errors import InputError
+from naign.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-FILE, FUNCTION = 350, 60
+FILE, FUNCTION = 500, 80
 """The most lines."""
 
 SOURCES = sorted(file for folder in ("pipeline", "benchmarks") for file in (ROOT / folder).rglob("*.py"))
@@ -48,5 +48,5 @@ def test_a_tree_names_every_room_and_only_what_exists() -> None:
     (tree,) = (block for block in blocks if re.search(r"^\W*pipeline/", block, re.M))
     names = list(drawn(tree))
     assert len(names) > 15 and not [name for name in names if not list(ROOT.glob(name))]
-    rooms = {f"pipeline/{init.parent.name}/" for init in ROOT.glob("pipeline/*/__init__.py")}
+    rooms = {f"pipeline/naign/{init.parent.name}/" for init in ROOT.glob("pipeline/naign/*/__init__.py")}
     assert rooms <= set(names)

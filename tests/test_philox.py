@@ -11,8 +11,8 @@ import torch
 from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline import philox
-from tests.conftest import ROOT, environment
+from naign import philox
+from tests.conftest import PYTHONPATH, environment
 
 # Random123's kat_vectors for philox4x32-10: counter, key, output.
 KNOWN_ANSWERS = [
@@ -70,8 +70,8 @@ def test_bad_ids_are_refused():
 
 WORDS = """
 import torch
-from pipeline import philox
-from pipeline.philox import triton_kernel
+from naign import philox
+from naign.philox import triton_kernel
 ids = torch.tensor([0, 1, 5, 2**40 + 3, 2**61 + 7])
 for seed in (0, 1, -1, 2**62 + 3):
     for round, stream, blocks in ((0, 0, 1), (1, 3, 5), (2**32 - 1, 7, 196)):
@@ -84,7 +84,7 @@ for seed in (0, 1, -1, 2**62 + 3):
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_the_kernel_draws_the_same_words():
-    env = environment(TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path]))
+    env = environment(TRITON_INTERPRET="1", PYTHONPATH=os.pathsep.join([PYTHONPATH, *sys.path]))
     done = subprocess.run([sys.executable, "-c", WORDS], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

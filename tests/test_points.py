@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.data.sources import toys
+from naign.data.sources import toys
 from tests.conftest import ROOT
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline.data.degrade import KINDS
-from pipeline.model.naign import NAIGN
-from pipeline.model.networks import ConvConfig, build_network
+from naign.data.degrade import KINDS
+from naign.model.naign import NAIGN
+from naign.model.networks import ConvConfig, build_network
 from tests.conftest import ROOT
 
 LINES, WORDS = 160, 1600

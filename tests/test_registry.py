@@ -6,10 +6,10 @@ from types import ModuleType
 
 import pytest
 
-from pipeline.errors import InputError
-from pipeline.model import networks
-from pipeline.model.losses import OBJECTIVES
-from pipeline.settings.registry import lookup
+from naign.errors import InputError
+from naign.model import networks
+from naign.model.losses import OBJECTIVES
+from naign.settings.registry import lookup
 
 FOREIGN = ModuleType("foreign_choices")
 sys.modules["foreign_choices"] = FOREIGN
@@ -18,7 +18,7 @@ sys.modules["foreign_choices"] = FOREIGN
 def found(monkeypatch, value: str, group: str, builtin):
     point = EntryPoint("other", value, group)
     monkeypatch.setattr(
-        "pipeline.settings.registry._entry_points", lambda asked: {"other": point} if asked == group else {}
+        "naign.settings.registry._entry_points", lambda asked: {"other": point} if asked == group else {}
     )
     return lookup("some.name", "other", builtin, group)
 

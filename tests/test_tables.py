@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import yaml
 
-from pipeline.errors import InputError
+from naign.errors import InputError
 from tests.conftest import ROOT, forked
 
 pytestmark = pytest.mark.usefixtures("benchmarks")
@@ -53,8 +53,8 @@ SOUND = {
         ({"rows": {}}, "needs rows"),
         ({"rows": {"a": {"config": "configs/digits.yaml", "printed": {}}}}, "or have printed alone"),
         ({"rows": {"a": {"config": "configs/digits.yaml", "options": "--seed=3"}}}, "must be a list"),
-        ({"rows": {"a": {"config": "configs/digits.yaml", "then": "pipeline.cli export"}}}, "then must be a list"),
-        ({"rows": {"a": {"printed": {}, "then": ["pipeline.cli"]}}}, "or have printed alone"),
+        ({"rows": {"a": {"config": "configs/digits.yaml", "then": "naign.cli export"}}}, "then must be a list"),
+        ({"rows": {"a": {"printed": {}, "then": ["naign.cli"]}}}, "or have printed alone"),
         ({"rows": {"a": {"printed": {"blurr": 1}}}}, "no columns blurr"),
         ({"seeds": "none"}, "is no table"),
         ({"common": "--seed=3"}, "common must be a list"),
@@ -85,7 +85,7 @@ def test_a_run_is_named_after_what_it_computes(table, tmp_path):
     ]
     others.append(table.Task.of(Path("runs"), str(config), ["--train.precision=bf16"], 0))
     others.append(table.Task.of(Path("runs"), str(config), [], 1))
-    others.append(table.Task.of(Path("runs"), str(config), [], 0, ["pipeline.cli", "export"]))
+    others.append(table.Task.of(Path("runs"), str(config), [], 0, ["naign.cli", "export"]))
     assert others[-1].trained == first.folder
     config.write_text("train: {images: 2000}\n")
     others.append(table.Task.of(Path("runs"), str(config), [], 0))
@@ -222,7 +222,7 @@ def test_models_that_are_made_of_one_run_share_its_training(table, digits, tmp_p
     options = ["--model.width=8", "--model.evaluations=2", "--match.round=512", "--train.images=1024"]
     row = {"config": "configs/mnist_flow.yaml", "options": [f"--data.path={digits}", *options]}
     rows = {count: row | {"then": ["naign_baselines.solver", f"--evaluations={count}"]} for count in (1, 4)}
-    mixed = {"config": "configs/mnist_vae.yaml", "then": ["pipeline.cli", "export", "--prior=gmm"]}
+    mixed = {"config": "configs/mnist_vae.yaml", "then": ["naign.cli", "export", "--prior=gmm"]}
     mixed["then"] += ["--components=2"]
     few = [f"--data.path={digits}", "--model.width=8", "--model.code=4", "--match.round=512", "--train.images=1024"]
     rows |= {"VAE": mixed | {"options": few}}

@@ -5,12 +5,12 @@ import re
 
 import pytest
 
-from pipeline.checkpoint import bucket as module
-from pipeline.checkpoint.bucket import OWNER, PICTURES, check_claim, fetch_shown, mirror, take_over
-from pipeline.checkpoint.manifest import BEST, MANIFEST, best_named, prune
-from pipeline.checkpoint.writer import Writer
-from pipeline.errors import Conflict, InputError, Unavailable
-from pipeline.storage.store import open_store
+from naign.checkpoint import bucket as module
+from naign.checkpoint.bucket import OWNER, PICTURES, check_claim, fetch_shown, mirror, take_over
+from naign.checkpoint.manifest import BEST, MANIFEST, best_named, prune
+from naign.checkpoint.writer import Writer
+from naign.errors import Conflict, InputError, Unavailable
+from naign.storage.store import open_store
 
 
 def put(remote: str, step: int, *, done: bool = True) -> None:

@@ -7,10 +7,10 @@ import signal
 
 import pytest
 
-from pipeline.checkpoint import writer
-from pipeline.checkpoint.manifest import BEST, MANIFEST, best_named, prune
-from pipeline.checkpoint.writer import Writer, newest_checkpoint
-from pipeline.errors import InputError, Unavailable
+from naign.checkpoint import writer
+from naign.checkpoint.manifest import BEST, MANIFEST, best_named, prune
+from naign.checkpoint.writer import Writer, newest_checkpoint
+from naign.errors import InputError, Unavailable
 from tests.checkpoint.written import write_checkpoint
 
 
@@ -71,7 +71,7 @@ def test_pruning_keeps_the_newest_and_clears_what_is_incomplete(checkpoints):
 def test_pruning_removes_the_manifest_first(checkpoints, monkeypatch):
     for step in (1, 2):
         write_checkpoint(checkpoints / f"step-{step:08d}", fill)
-    monkeypatch.setattr("pipeline.checkpoint.manifest.shutil.rmtree", lambda *_, **__: None)  # it is killed before
+    monkeypatch.setattr("naign.checkpoint.manifest.shutil.rmtree", lambda *_, **__: None)  # it is killed before
     prune(str(checkpoints), 1)
     kept = [(checkpoints / f"step-{step:08d}" / MANIFEST).exists() for step in (1, 2)]
     assert kept == [False, True]
@@ -165,7 +165,7 @@ def test_a_disk_that_fails_for_a_while_says_nothing_about_a_checkpoint(checkpoin
     def fail(file):
         raise OSError(errno.EIO, "Input/output error", str(file))
 
-    monkeypatch.setattr("pipeline.checkpoint.manifest.sha256", fail)
+    monkeypatch.setattr("naign.checkpoint.manifest.sha256", fail)
     with pytest.raises(OSError, match="Input/output error"):
         newest_checkpoint(checkpoints)
     monkeypatch.undo()

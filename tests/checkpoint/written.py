@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.checkpoint.writer import Writer
+from naign.checkpoint.writer import Writer
 
 
 def write_checkpoint(

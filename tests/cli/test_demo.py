@@ -19,15 +19,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.cli.model import demo
-from pipeline.data.degrade import KINDS, degrade
-from pipeline.errors import InputError
-from pipeline.evaluate.recorded import read_image
-from pipeline.evaluate.refit import fit_mixture
-from pipeline.model.naign import FILLING, NAIGN
-from pipeline.model.networks import ConvConfig, PointConfig, build_network
-from pipeline.model.scale import scaled
-from pipeline.observe.pictures import grid, shades, to_image
+from naign.cli.model import demo
+from naign.data.degrade import KINDS, degrade
+from naign.errors import InputError
+from naign.evaluate.recorded import read_image
+from naign.evaluate.refit import fit_mixture
+from naign.model.naign import FILLING, NAIGN
+from naign.model.networks import ConvConfig, PointConfig, build_network
+from naign.model.scale import scaled
+from naign.observe.pictures import grid, shades, to_image
 from tests.conftest import environment
 
 TINY = ConvConfig(width=8, depth=0, code=16)
@@ -47,7 +47,7 @@ def page(digits, save_untrained, tmp_path_factory) -> Iterator[Page]:
     pytest.importorskip("gradio")
     folder = tmp_path_factory.mktemp("demo")
     run = save_untrained(folder / "run", data=digits, shape=(1, 8, 8), config=TINY)
-    command = [sys.executable, "-m", "pipeline.cli", "demo", run, "--port", "0"]
+    command = [sys.executable, "-m", "naign.cli", "demo", run, "--port", "0"]
     env = environment(TMPDIR=str(folder), HF_HUB_OFFLINE="1", http_proxy="http://127.0.0.1:9")
     with (folder / "log").open("w") as log:
         program = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=log, text=True)
@@ -131,7 +131,7 @@ def test_an_upload_or_a_sample_is_shown_on_the_canvas(page, client, digit) -> No
 
 
 def test_the_canvas_is_exact_for_colour_and_any_shape(client, save_untrained, tmp_path) -> None:
-    from pipeline.cli.demo_page import Player
+    from naign.cli.demo_page import Player
 
     for shape in ((3, 8, 24), (1, 40, 16), (3, 400, 8)):
         folder = save_untrained(tmp_path / str(shape), data=None, shape=shape, config=TINY)
@@ -145,7 +145,7 @@ def test_the_canvas_is_exact_for_colour_and_any_shape(client, save_untrained, tm
 
 def test_what_is_painted_over_is_filled(save_untrained, digit, tmp_path) -> None:
     pytest.importorskip("gradio")
-    from pipeline.cli.demo_page import HOLE, Player
+    from naign.cli.demo_page import HOLE, Player
 
     player = Player(NAIGN.from_pretrained(save_untrained(tmp_path / "run", data=None, shape=(1, 8, 8), config=TINY)))
     canvas, layer = player.to_canvas(digit[0][0]).convert("RGB"), Image.new("RGB", (8 * FACTOR, 8 * FACTOR))
@@ -209,7 +209,7 @@ def test_what_cannot_be_served_is_refused(page, save_untrained, tmp_path, monkey
     points = save_untrained(tmp_path / "points", data=None, shape=(2,), config=PointConfig(width=8))
     with pytest.raises(InputError, match="the page is for images"):
         demo(points, port=0)
-    for name in ("gradio", "pipeline.cli.demo_page"):
+    for name in ("gradio", "naign.cli.demo_page"):
         monkeypatch.setitem(sys.modules, name, None)  # as where it is not installed
     with pytest.raises(InputError, match=r"needs Gradio .*: in a checkout, pip install -e '.\[demo\]'"):
         demo(page.run, port=0)
@@ -272,7 +272,7 @@ def shown_in(tab: Any, name: str) -> np.ndarray:
 
 def test_samples_of_a_chosen_class() -> None:
     pytest.importorskip("gradio")
-    from pipeline.cli.demo_page import Player, build
+    from naign.cli.demo_page import Player, build
 
     network, header = build_network(TINY, (1, 8, 8)), {"shape": [1, 8, 8], "labels": ["cat", "dog"]}
     prior = {"name": "gmm", "components": 2, "classes": True}

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from pipeline.cli import model as cli
-from pipeline.cli.main import main
-from pipeline.errors import InputError
-from pipeline.model.naign import NAIGN
-from pipeline.model.networks import build_network, recorded_network
+from naign.cli import model as cli
+from naign.cli.main import main
+from naign.errors import InputError
+from naign.model.naign import NAIGN
+from naign.model.networks import build_network, recorded_network
 from tests.model.test_weights import write_run
 
 
@@ -227,7 +227,7 @@ def test_a_run_that_no_job_can_have_is_named_by_its_option(run, monkeypatch, cap
 
 def test_a_full_disk_is_worth_another_try(model, tmp_path, monkeypatch, capsys):
     full = SafetensorError("I/O error: No space left on device (os error 28)")
-    monkeypatch.setattr("pipeline.model.naign.save_file", Mock(side_effect=full))
+    monkeypatch.setattr("naign.model.naign.save_file", Mock(side_effect=full))
     code, said = ended(monkeypatch, capsys, "export", model, "--to", tmp_path / "out")
     assert code == 1 and "naign: failed: " in said and "No space left" in said
 

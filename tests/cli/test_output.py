@@ -19,17 +19,17 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipeline import terminal
-from pipeline.cli import model as cli
-from pipeline.cli.main import COMMANDS, find_version, main
-from pipeline.data.format.indexing import index
-from pipeline.data.format.writer import pack
-from pipeline.data.sources.catalog import load
-from pipeline.data.sources.source import Made
-from pipeline.distributed import host
-from pipeline.evaluate.measures import STAGES
-from pipeline.model.networks import ConvConfig, PointConfig
-from pipeline.observe import doctor
+from naign import terminal
+from naign.cli import model as cli
+from naign.cli.main import COMMANDS, find_version, main
+from naign.data.format.indexing import index
+from naign.data.format.writer import pack
+from naign.data.sources.catalog import load
+from naign.data.sources.source import Made
+from naign.distributed import host
+from naign.evaluate.measures import STAGES
+from naign.model.networks import ConvConfig, PointConfig
+from naign.observe import doctor
 from tests.conftest import ROOT
 from tests.data.numbered import add
 
@@ -198,7 +198,7 @@ def test_a_call_without_steps_shows_how_long_it_takes(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("redirection", "code"), [("> /dev/full", 1), (">&-", 0), (">&- 2>&-", 0)])
 def test_output_that_cannot_be_written_ends_in_a_sentence(redirection: str, code: int, tmp_path: Path) -> None:
     Image.new("L", (28, 28)).save(tmp_path / "a.png")
-    program = f"{shlex.quote(sys.executable)} -c 'from pipeline.cli.main import main; main()' score mnist"
+    program = f"{shlex.quote(sys.executable)} -c 'from naign.cli.main import main; main()' score mnist"
     command = f"{program} {shlex.quote(str(tmp_path / 'a.png'))} {redirection}"
     refused_in_a_line(command, code)
 
@@ -206,7 +206,7 @@ def test_output_that_cannot_be_written_ends_in_a_sentence(redirection: str, code
 @pytest.mark.parametrize("words", ["--version", "train --help", "launch --help"])
 @pytest.mark.parametrize(("redirection", "code"), [("> /dev/full", 1), (">&-", 0)])
 def test_a_version_or_help_that_cannot_be_written_ends_in_a_sentence(redirection: str, code: int, words: str) -> None:
-    refused_in_a_line(f"{shlex.quote(sys.executable)} -m pipeline.cli {words} {redirection}", code)
+    refused_in_a_line(f"{shlex.quote(sys.executable)} -m naign.cli {words} {redirection}", code)
 
 
 def refused_in_a_line(command: str, code: int) -> None:

@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image, ImageCms, ImageDraw
 
-from pipeline.cli import model as cli
-from pipeline.cli.main import main
-from pipeline.errors import InputError
-from pipeline.evaluate.recorded import read_image, sees_wholes
-from pipeline.model.naign import NAIGN
-from pipeline.model.networks import ConvConfig, SpatialConfig
-from pipeline.observe.pictures import eight_bits
+from naign.cli import model as cli
+from naign.cli.main import main
+from naign.errors import InputError
+from naign.evaluate.recorded import read_image, sees_wholes
+from naign.model.naign import NAIGN
+from naign.model.networks import ConvConfig, SpatialConfig
+from naign.observe.pictures import eight_bits
 from tests.data.test_resize import PHOTOS
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -14,13 +14,13 @@ import yaml
 from filelock import FileLock
 from PIL import Image
 
-from pipeline.cli.main import main
-from pipeline.cli.runs import compare, runs
-from pipeline.config import Config, to_dict
-from pipeline.errors import InputError
-from pipeline.evaluate.compare import read_sides, settings_that_differ
-from pipeline.evaluate.runs import find_runs, read_settings
-from pipeline.settings.budget import measured_by
+from naign.cli.main import main
+from naign.cli.runs import compare, runs
+from naign.config import Config, to_dict
+from naign.errors import InputError
+from naign.evaluate.compare import read_sides, settings_that_differ
+from naign.evaluate.runs import find_runs, read_settings
+from naign.settings.budget import measured_by
 from tests.conftest import SMALL, Program
 
 

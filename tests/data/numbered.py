@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.format.pages import Pager, table_name
-from pipeline.data.format.samples import scan
-from pipeline.data.sources.source import Example, Made, Source
-from pipeline.storage.local import LocalStore
+from naign.data.format.pages import Pager, table_name
+from naign.data.format.samples import scan
+from naign.data.sources.source import Example, Made, Source
+from naign.storage.local import LocalStore
 
 
 def numbered(train: int = 23, test: int = 5, shape: tuple[int, ...] = (1, 4, 4)) -> Source:

@@ -12,15 +12,15 @@ import pytest
 from PIL import Image
 from webdataset import TarWriter
 
-from pipeline.data.dataset import DataConfig
-from pipeline.data.decode import encode
-from pipeline.data.format.audit import verify
-from pipeline.data.format.indexing import index
-from pipeline.data.format.manifest import Manifest
-from pipeline.data.format.survey import KEPT
-from pipeline.data.format.writer import pack
-from pipeline.data.loader import read_split
-from pipeline.errors import InputError
+from naign.data.dataset import DataConfig
+from naign.data.decode import encode
+from naign.data.format.audit import verify
+from naign.data.format.indexing import index
+from naign.data.format.manifest import Manifest
+from naign.data.format.survey import KEPT
+from naign.data.format.writer import pack
+from naign.data.loader import read_split
+from naign.errors import InputError
 from tests.data.numbered import numbered
 
 PNG = encode(np.arange(16, dtype=np.uint8).reshape(1, 4, 4), "png")

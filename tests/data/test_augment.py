@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.dataset import DataConfig
-from pipeline.data.decode import encode
-from pipeline.data.format.writer import pack
-from pipeline.data.loader import Stream, read_split
-from pipeline.data.sample import draws
-from pipeline.errors import InputError
+from naign.data.dataset import DataConfig
+from naign.data.decode import encode
+from naign.data.format.writer import pack
+from naign.data.loader import Stream, read_split
+from naign.data.sample import draws
+from naign.errors import InputError
 from tests.data.numbered import Members, numbered, rewrite
 
 
@@ -102,7 +102,7 @@ def broken(path: str, shard: str, *numbers: int) -> None:
 def test_skipping_takes_the_next_sound_sample_of_the_shard(
     packed: str, world: int, workers: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.data.loader.BROKEN", 0.5)
+    monkeypatch.setattr("naign.data.loader.BROKEN", 0.5)
     _, sound = take(packed, 4)
     broken(packed, "train-00002.tar", 1, 2, 5)
     with caplog.at_level(logging.WARNING, logger="naign.data"):
@@ -139,11 +139,11 @@ def test_more_broken_samples_than_allowed_stop_the_run(packed: str, monkeypatch:
     broken(packed, "train-00002.tar", 1, 2)
     with pytest.raises(InputError, match=r"2 broken samples of \d+ are more than data.broken=skip allows, 1% \(1\)"):
         take(packed, 2, broken="skip")
-    monkeypatch.setattr("pipeline.data.loader.BROKEN", 2 / 23)
+    monkeypatch.setattr("naign.data.loader.BROKEN", 2 / 23)
     take(packed, 2, broken="skip")
     with pytest.raises(InputError, match=r"00002.tar, key train-\d+: the .png cannot be decoded"):
         take(packed, 2)
-    monkeypatch.setattr("pipeline.data.loader.BROKEN", 1.0)
+    monkeypatch.setattr("naign.data.loader.BROKEN", 1.0)
     broken(packed, "train-00001.tar", *range(6))
     with pytest.raises(InputError, match=r"00001.tar: none of its 6 samples can be decoded"):
         take(packed, 2, broken="skip")

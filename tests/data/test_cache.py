@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.data.cache import CachedStore
-from pipeline.data.dataset import DataConfig
-from pipeline.data.format.indexing import index
-from pipeline.data.format.manifest import Manifest
-from pipeline.data.format.pages import table_name
-from pipeline.data.format.writer import pack
-from pipeline.data.loader import Stream
-from pipeline.errors import InputError
-from pipeline.storage.retry import Tally
-from pipeline.storage.store import open_store
+from naign.data.cache import CachedStore
+from naign.data.dataset import DataConfig
+from naign.data.format.indexing import index
+from naign.data.format.manifest import Manifest
+from naign.data.format.pages import table_name
+from naign.data.format.writer import pack
+from naign.data.loader import Stream
+from naign.errors import InputError
+from naign.storage.retry import Tally
+from naign.storage.store import open_store
 from tests.data.numbered import numbered
 from tests.proxy import FaultProxy
 
@@ -34,8 +34,8 @@ pytestmark = pytest.mark.slow  # together
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.data.cache.BLOCK", BLOCK)
-    monkeypatch.setattr("pipeline.data.reader.PART", 200_000)
+    monkeypatch.setattr("naign.data.cache.BLOCK", BLOCK)
+    monkeypatch.setattr("naign.data.reader.PART", 200_000)
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ from importlib.metadata import EntryPoint
 import pytest
 import torch
 
-from pipeline import philox
-from pipeline.data.damage import DAMAGES, HOLES, Damage, find_damage, known_mean
-from pipeline.errors import InputError
-from pipeline.settings.registry import known
+from naign import philox
+from naign.data.damage import DAMAGES, HOLES, Damage, find_damage, known_mean
+from naign.errors import InputError
+from naign.settings.registry import known
 
 SHAPE = (1, 28, 28)
 
@@ -128,7 +128,7 @@ INVERTED = Damage(lambda images, normals, uniform, strength: -images, lambda sha
 
 def test_a_damage_of_another_package(monkeypatch):
     points = {"naign.damage": {"inverted": EntryPoint("inverted", "tests.data.test_damage:INVERTED", "")}}
-    monkeypatch.setattr("pipeline.settings.registry._entry_points", lambda group: points.get(group, {}))
+    monkeypatch.setattr("naign.settings.registry._entry_points", lambda group: points.get(group, {}))
     assert known(DAMAGES, "naign.damage") == [*DAMAGES, "inverted"]
     assert find_damage("inverted").uniforms(SHAPE) == 2
     find_damage("inverted").check(SHAPE)

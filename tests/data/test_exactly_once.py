@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import webdataset
 
-from pipeline.data.dataset import DataConfig
-from pipeline.data.decode import encode
-from pipeline.data.format.indexing import index
-from pipeline.data.format.manifest import Manifest
-from pipeline.data.format.samples import samples
-from pipeline.data.loader import Stream
-from pipeline.errors import InputError
-from pipeline.storage.store import open_store
+from naign.data.dataset import DataConfig
+from naign.data.decode import encode
+from naign.data.format.indexing import index
+from naign.data.format.manifest import Manifest
+from naign.data.format.samples import samples
+from naign.data.loader import Stream
+from naign.errors import InputError
+from naign.storage.store import open_store
 from tests.data.numbered import add
 from tests.streams import gopen
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.dataset import DataConfig
-from pipeline.data.format.manifest import Manifest
-from pipeline.data.format.writer import pack
-from pipeline.data.loader import Stream
-from pipeline.data.sources.source import Example, Made
-from pipeline.errors import Gone, InputError, Unavailable
-from pipeline.storage.retry import Tally, at_most
-from pipeline.storage.store import open_store
+from naign.data.dataset import DataConfig
+from naign.data.format.manifest import Manifest
+from naign.data.format.writer import pack
+from naign.data.loader import Stream
+from naign.data.sources.source import Example, Made
+from naign.errors import Gone, InputError, Unavailable
+from naign.storage.retry import Tally, at_most
+from naign.storage.store import open_store
 from tests.data.numbered import numbered
 from tests.proxy import FaultProxy, Faults
 from tests.servers import S3Server
@@ -33,11 +33,11 @@ Rows = list[tuple[int, str, str]]
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits that are too short for a network, and short enough for tests; small requests, so that many meet a fault."""
-    monkeypatch.setattr("pipeline.storage.s3_client.SILENCE", 0.5)
-    monkeypatch.setattr("pipeline.storage.retry.FIRST_PAUSE", 0.01)
-    monkeypatch.setattr("pipeline.storage.retry.LONGEST_PAUSE", 0.05)
-    monkeypatch.setattr("pipeline.storage.retry.ATTEMPTS", 20)
-    monkeypatch.setattr("pipeline.data.reader.PART", 300_000)
+    monkeypatch.setattr("naign.storage.s3_client.SILENCE", 0.5)
+    monkeypatch.setattr("naign.storage.retry.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("naign.storage.retry.LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr("naign.storage.retry.ATTEMPTS", 20)
+    monkeypatch.setattr("naign.data.reader.PART", 300_000)
 
 
 def noise(index: int) -> Example:
@@ -93,7 +93,7 @@ def test_the_epoch_from_the_folder(expected: Rows) -> None:
 def test_all_faults_at_once(
     remote: str, proxy: FaultProxy, expected: Rows, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    monkeypatch.setattr("pipeline.data.reader.REREADS", 10)  # more bytes are damaged here than by any network
+    monkeypatch.setattr("naign.data.reader.REREADS", 10)  # more bytes are damaged here than by any network
     tally = Tally()
     with Stream(DataConfig(path=remote, workers=workers), seed=3, round_size=ROUND) as stream:
         proxy.faults = Faults(reset_every=(100_000, 500_000), stall=0.05, refuse=0.1, errors=0.1, flip=0.15)
@@ -119,7 +119,7 @@ def test_all_faults_at_once(
 def test_each_fault_alone(
     remote: str, proxy: FaultProxy, expected: Rows, monkeypatch: pytest.MonkeyPatch, faults: Faults
 ) -> None:
-    monkeypatch.setattr("pipeline.data.reader.REREADS", 10)
+    monkeypatch.setattr("naign.data.reader.REREADS", 10)
     tally = Tally()
     with Stream(DataConfig(path=remote), seed=3, round_size=ROUND) as stream:
         proxy.faults = faults
@@ -132,7 +132,7 @@ def test_each_fault_alone(
 def test_a_server_that_is_away_for_a_while(
     remote: str, proxy: FaultProxy, expected: Rows, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.retry.ATTEMPTS", 6)
+    monkeypatch.setattr("naign.storage.retry.ATTEMPTS", 6)
     config = DataConfig(path=remote, workers=workers)
     with Stream(config, seed=3, round_size=ROUND, prefetch=False) as stream:
         first = stream.take(0).keys

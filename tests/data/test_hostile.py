@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.data.decode import encode
-from pipeline.data.format.audit import verify
-from pipeline.data.format.manifest import Manifest
-from pipeline.data.format.writer import pack
-from pipeline.data.loader import read_split
-from pipeline.data.sources.catalog import load
-from pipeline.data.sources.source import Made
-from pipeline.errors import InputError
+from naign.data.decode import encode
+from naign.data.format.audit import verify
+from naign.data.format.manifest import Manifest
+from naign.data.format.writer import pack
+from naign.data.loader import read_split
+from naign.data.sources.catalog import load
+from naign.data.sources.source import Made
+from naign.errors import InputError
 from tests.data.numbered import Members, edit_index, numbered, rewrite
 
 

@@ -15,18 +15,18 @@ import numpy as np
 import psutil
 import pytest
 
-from pipeline.data.dataset import DataConfig
-from pipeline.data.decode import encode
-from pipeline.data.format import IndexOptions, indexing, samples
-from pipeline.data.format.audit import verify
-from pipeline.data.format.indexing import index
-from pipeline.data.format.manifest import Manifest
-from pipeline.data.format.survey import KEPT, Summary, summarize
-from pipeline.data.format.writer import pack
-from pipeline.data.loader import Stream, read_split
-from pipeline.errors import InputError
-from pipeline.storage.local import LocalStore
-from pipeline.storage.store import open_store
+from naign.data.dataset import DataConfig
+from naign.data.decode import encode
+from naign.data.format import IndexOptions, indexing, samples
+from naign.data.format.audit import verify
+from naign.data.format.indexing import index
+from naign.data.format.manifest import Manifest
+from naign.data.format.survey import KEPT, Summary, summarize
+from naign.data.format.writer import pack
+from naign.data.loader import Stream, read_split
+from naign.errors import InputError
+from naign.storage.local import LocalStore
+from naign.storage.store import open_store
 from tests.data.numbered import add, numbered
 from tests.hosts.test_launch import is_over
 
@@ -168,8 +168,8 @@ def test_processes_find_what_threads_do(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("much", [1 << 40, 0], ids=["threads", "processes"])
 def test_a_killed_index_goes_on(tmp_path: Path, much: int) -> None:
     write(str(tmp_path), [f"{number:05d}.tar" for number in range(200)], each=40)
-    code = f"import sys; from pipeline.data.format import indexing; indexing.MUCH = {much}; "
-    code += "from pipeline.cli.main import main; sys.exit(main())"
+    code = f"import sys; from naign.data.format import indexing; indexing.MUCH = {much}; "
+    code += "from naign.cli.main import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "index", str(tmp_path), "--to", str(tmp_path / "mine")]
     kept = 0
     kills = 3 if much else 1
@@ -293,7 +293,7 @@ def test_page_tables_of_our_own_tars_are_made_anew(tmp_path: Path) -> None:
 
 
 def test_a_bucket_of_others_may_be_public_or_cost_the_reader(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.storage.s3_client import client, forget_clients
+    from naign.storage.s3_client import client, forget_clients
 
     write(f"{bucket}/theirs", TARS[:2])
     asked = []

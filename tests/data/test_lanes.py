@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.data import reader
-from pipeline.data.dataset import DataConfig
-from pipeline.data.decode import encode
-from pipeline.data.format.indexing import index
-from pipeline.data.format.manifest import Manifest
-from pipeline.data.loader import Stream, read_split
-from pipeline.data.order import BLOCK, pieces
-from pipeline.data.reader import BLOCKS_AHEAD
-from pipeline.errors import InputError
-from pipeline.storage.local import LocalStore
-from pipeline.storage.store import open_store
+from naign.data import reader
+from naign.data.dataset import DataConfig
+from naign.data.decode import encode
+from naign.data.format.indexing import index
+from naign.data.format.manifest import Manifest
+from naign.data.loader import Stream, read_split
+from naign.data.order import BLOCK, pieces
+from naign.data.reader import BLOCKS_AHEAD
+from naign.errors import InputError
+from naign.storage.local import LocalStore
+from naign.storage.store import open_store
 from tests.data.numbered import add
 from tests.proxy import FaultProxy
 

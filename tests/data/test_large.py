@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data.dataset import DataConfig
-from pipeline.data.format.manifest import INDEX, Manifest, Shard, shard_problems
-from pipeline.data.loader import Stream
-from pipeline.data.order import Order, pieces, rank_rows
+from naign.data.dataset import DataConfig
+from naign.data.format.manifest import INDEX, Manifest, Shard, shard_problems
+from naign.data.loader import Stream
+from naign.data.order import Order, pieces, rank_rows
 
 SHARDS, EACH = 100_000, 10_000
 

@@ -15,16 +15,16 @@ import psutil
 import pytest
 import torch
 
-from pipeline.data.dataset import DataConfig
-from pipeline.data.decode import decode_array, encode
-from pipeline.data.format.manifest import Manifest
-from pipeline.data.format.writer import pack
-from pipeline.data.loader import Rows, Stream, read_split
-from pipeline.data.order import Order, pieces
-from pipeline.data.reader import Reader, Row
-from pipeline.errors import InputError
-from pipeline.storage.s3_client import client
-from pipeline.storage.store import open_store
+from naign.data.dataset import DataConfig
+from naign.data.decode import decode_array, encode
+from naign.data.format.manifest import Manifest
+from naign.data.format.writer import pack
+from naign.data.loader import Rows, Stream, read_split
+from naign.data.order import Order, pieces
+from naign.data.reader import Reader, Row
+from naign.errors import InputError
+from naign.storage.s3_client import client
+from naign.storage.store import open_store
 from pipeline.train import pack_missing
 from tests.data.numbered import Members, numbered, rewrite
 
@@ -243,8 +243,8 @@ def test_an_error_while_reading_ahead_comes_with_its_round(packed: str) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_program_that_forgets_to_close_ends_at_once(packed: str, workers: int) -> None:
     program = f"""
-from pipeline.data.dataset import DataConfig
-from pipeline.data.loader import Stream
+from naign.data.dataset import DataConfig
+from naign.data.loader import Stream
 stream = Stream(DataConfig(path={packed!r}, workers={workers}), seed=0, round_size=12)
 print(len(stream.take(0).keys))
 """

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config import load
-from pipeline.data.dataset import DataConfig
-from pipeline.data.format.writer import pack
-from pipeline.data.loader import Stream, read_split
-from pipeline.data.mixing import DataSets, members, shares
-from pipeline.errors import InputError
+from naign.config import load
+from naign.data.dataset import DataConfig
+from naign.data.format.writer import pack
+from naign.data.loader import Stream, read_split
+from naign.data.mixing import DataSets, members, shares
+from naign.errors import InputError
 from tests.data.numbered import numbered
 from tests.data.test_augment import broken
 
@@ -104,7 +104,7 @@ def test_what_stands_in_for_a_broken_sample_has_its_own_label_and_key(
     label_of = dict(zip(chain(*keys), labels.tolist(), strict=True))
     for shard in sorted((tmp_path / "b").glob("train-*.tar")):
         broken(str(tmp_path / "b"), shard.name, 0)
-    monkeypatch.setattr("pipeline.data.loader.BROKEN", 0.5)
+    monkeypatch.setattr("naign.data.loader.BROKEN", 0.5)
     keys, _, labels = take(three, 3, broken="skip")
     assert len({key for key in chain(*keys) if key.startswith("1:")}) == 6  # of nine
     assert all(label_of[key] == label for key, label in zip(chain(*keys), labels.tolist(), strict=True))

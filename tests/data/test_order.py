@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from pipeline.data.order import BLOCK, LANES, Order, _epoch, _spread, check, parts, pieces, rank_rows, shuffled, spans
-from pipeline.errors import InputError
+from naign.data.order import BLOCK, LANES, Order, _epoch, _spread, check, parts, pieces, rank_rows, shuffled, spans
+from naign.errors import InputError
 
 LARGER = some.lists(some.integers(1, 70), min_size=1, max_size=9).map(tuple)
 SEEDS = some.integers(-(2**63), 2**64 - 1)

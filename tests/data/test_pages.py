@@ -13,10 +13,10 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.format.pages import BLOCK, PAGE, ROW, Pager, Table, parse_table
-from pipeline.data.format.samples import samples, scan
-from pipeline.errors import InputError
-from pipeline.storage.store import open_store
+from naign.data.format.pages import BLOCK, PAGE, ROW, Pager, Table, parse_table
+from naign.data.format.samples import samples, scan
+from naign.errors import InputError
+from naign.storage.store import open_store
 
 NOISE = random.Random(0).randbytes(1 << 20)
 

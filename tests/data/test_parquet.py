@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from pipeline.cli.data import pack as pack_command
-from pipeline.data.format.audit import verify
-from pipeline.data.format.manifest import Manifest
-from pipeline.data.loader import read_split
-from pipeline.data.sources.catalog import load
-from pipeline.data.sources.source import Source
-from pipeline.errors import InputError, Unavailable
+from naign.cli.data import pack as pack_command
+from naign.data.format.audit import verify
+from naign.data.format.manifest import Manifest
+from naign.data.loader import read_split
+from naign.data.sources.catalog import load
+from naign.data.sources.source import Source
+from naign.errors import InputError, Unavailable
 
 pa = pytest.importorskip("pyarrow")
 from pyarrow import ipc, parquet  # noqa: E402

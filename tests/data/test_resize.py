@@ -13,14 +13,14 @@ import sklearn.datasets
 import torch
 from PIL import Image, ImageOps
 
-from pipeline.data.dataset import DataConfig, check_config
-from pipeline.data.decode import decode_image, header_shape
-from pipeline.data.format.audit import verify
-from pipeline.data.format.indexing import index
-from pipeline.data.loader import Stream, read_split
-from pipeline.data.resize import Resize, resized
-from pipeline.data.sample import OTHERS, draws
-from pipeline.errors import InputError
+from naign.data.dataset import DataConfig, check_config
+from naign.data.decode import decode_image, header_shape
+from naign.data.format.audit import verify
+from naign.data.format.indexing import index
+from naign.data.loader import Stream, read_split
+from naign.data.resize import Resize, resized
+from naign.data.sample import OTHERS, draws
+from naign.errors import InputError
 from tests.data.numbered import add
 
 PHOTOS = sorted((Path(sklearn.datasets.__file__).parent / "images").glob("*.jpg"))
@@ -247,7 +247,7 @@ def test_a_picture_too_small_for_a_window_is_named_or_skipped(tmp_path: Path, mo
     index(str(tmp_path), progress=False)
     with pytest.raises(InputError, match=r"train.tar, key 0000000\d\d: .* is less than data.crop=70"):
         take(str(tmp_path), 1, 1, crop=70)
-    monkeypatch.setattr("pipeline.data.loader.BROKEN", 0.9)
+    monkeypatch.setattr("naign.data.loader.BROKEN", 0.9)
     images, keys = take(str(tmp_path), 1, 1, crop=70, broken="skip")
     assert images.shape == (20, 3, 70, 70) and not {int(key) % 6 for key in keys} & {0, 1, 4}
 

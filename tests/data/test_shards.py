@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import webdataset
 
-from pipeline.data.decode import encode
-from pipeline.data.format.audit import verify
-from pipeline.data.format.manifest import Manifest
-from pipeline.data.format.pages import table_name
-from pipeline.data.format.writer import pack
-from pipeline.data.loader import read_split
-from pipeline.data.sources.catalog import load
-from pipeline.data.sources.source import Example, Made
-from pipeline.errors import InputError
-from pipeline.storage.local import LocalStore
+from naign.data.decode import encode
+from naign.data.format.audit import verify
+from naign.data.format.manifest import Manifest
+from naign.data.format.pages import table_name
+from naign.data.format.writer import pack
+from naign.data.loader import read_split
+from naign.data.sources.catalog import load
+from naign.data.sources.source import Example, Made
+from naign.errors import InputError
+from naign.storage.local import LocalStore
 from tests.data.numbered import edit_index, numbered, rewrite
 
 

@@ -18,17 +18,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.cli.data import pack as pack_command
-from pipeline.data.decode import decode_image
-from pipeline.data.format.audit import verify
-from pipeline.data.format.manifest import Manifest
-from pipeline.data.format.writer import pack
-from pipeline.data.loader import read_split
-from pipeline.data.sources import published, toys
-from pipeline.data.sources.catalog import load
-from pipeline.data.sources.folder import fitted
-from pipeline.data.sources.source import subset
-from pipeline.errors import InputError, Unavailable
+from naign.cli.data import pack as pack_command
+from naign.data.decode import decode_image
+from naign.data.format.audit import verify
+from naign.data.format.manifest import Manifest
+from naign.data.format.writer import pack
+from naign.data.loader import read_split
+from naign.data.sources import published, toys
+from naign.data.sources.catalog import load
+from naign.data.sources.folder import fitted
+from naign.data.sources.source import subset
+from naign.errors import InputError, Unavailable
 
 
 def picture(path: Path, size: tuple[int, int] = (8, 8), colour: object = (200, 100, 50), mode: str = "RGB") -> None:
@@ -301,9 +301,7 @@ def test_no_sound_picture_is_passed_over(tmp_path: Path, monkeypatch: pytest.Mon
         picture(tmp_path / f"tree/a/{i}.png")
     problems = {"cannot be read": PermissionError(13, "Permission denied"), "not enough memory": MemoryError()}
     for said, problem in problems.items():
-        target = (
-            "pathlib.Path.read_bytes" if isinstance(problem, OSError) else "pipeline.data.sources.folder.open_picture"
-        )
+        target = "pathlib.Path.read_bytes" if isinstance(problem, OSError) else "naign.data.sources.folder.open_picture"
         with monkeypatch.context() as patch, pytest.raises(InputError, match=rf"tree/a/\d\.png: {said}"):
             patch.setattr(target, lambda *_, problem=problem: (_ for _ in ()).throw(problem))
             load("folder", root=tmp_path / "tree", size=4, skip=True)
@@ -443,7 +441,7 @@ def test_mnist_from_where_it_is_published(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_source_of_another_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     points = {"naign.sources": {"numbered:<name>": EntryPoint("numbered:<name>", "tests.data.numbered:build", "")}}
-    monkeypatch.setattr("pipeline.settings.registry._entry_points", lambda group: points.get(group, {}))
+    monkeypatch.setattr("naign.settings.registry._entry_points", lambda group: points.get(group, {}))
     assert len(load("numbered:7").splits["train"]) == 7
     with pytest.raises(InputError, match="numbered:7 does not take --root: leave it out"):
         load("numbered:7", root=tmp_path)

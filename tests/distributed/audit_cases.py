@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 
-from pipeline.neighbours import CopiesOptions
-from pipeline.neighbours.copies import copies
+from naign.neighbours import CopiesOptions
+from naign.neighbours.copies import copies
 from tests.neighbours.planted import audit, small_blocks
 
 FOLDER = "NAIGN_TEST_AUDIT"  # variable: the folder with data/ and model/

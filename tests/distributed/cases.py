@@ -8,13 +8,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from pipeline import errors
-from pipeline.distributed.ranks import part, together
-from pipeline.errors import InputError
-from pipeline.match import assign
-from pipeline.match.matcher import Match, MatchConfig, match_round
-from pipeline.model.networks import ConvConfig, build_network
-from pipeline.model.prior import PriorConfig, build_prior
+from naign import errors
+from naign.distributed.ranks import part, together
+from naign.errors import InputError
+from naign.match import assign
+from naign.match.matcher import Match, MatchConfig, match_round
+from naign.model.networks import ConvConfig, build_network
+from naign.model.prior import PriorConfig, build_prior
 from tests.match.problems import draw
 
 

@@ -6,10 +6,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from pipeline.config import TrainConfig
-from pipeline.distributed import fsdp
-from pipeline.distributed.engine import Engine
-from pipeline.model.networks import ConvConfig, build_network
+from naign.config import TrainConfig
+from naign.distributed import fsdp
+from naign.distributed.engine import Engine
+from naign.model.networks import ConvConfig, build_network
 
 
 def make(kind: type[Engine]) -> Engine:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.distributed.signals import StopPoll, StopRequest
-from pipeline.errors import Stopped
-from pipeline.match import Blocks, MatchConfig, match_round, matcher, nearest, search
-from pipeline.match.method import METHODS
+from naign.distributed.signals import StopPoll, StopRequest
+from naign.errors import Stopped
+from naign.match import Blocks, MatchConfig, match_round, matcher, nearest, search
+from naign.match.method import METHODS
 from tests.match.problems import CASES, draw
 
 Share = Callable[[int, int, int], tuple[int, int]]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from pipeline.cluster import launch
-from pipeline.distributed.connect import build_accelerator
-from pipeline.distributed.host import check_bf16, check_gpus, why_unfit
-from pipeline.errors import BAD_INPUT, FAILED, InputError, Unavailable
+from naign.cluster import launch
+from naign.distributed.connect import build_accelerator
+from naign.distributed.host import check_bf16, check_gpus, why_unfit
+from naign.errors import BAD_INPUT, FAILED, InputError, Unavailable
 
 NO_DRIVER = "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver"
 OLD_DRIVER = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver"

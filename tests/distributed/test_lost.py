@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.distributed.ranks import is_peer_lost
-from pipeline.errors import PEER_LOST
+from naign.distributed.ranks import is_peer_lost
+from naign.errors import PEER_LOST
 from tests.conftest import environment, forked
 from tests.distributed.ranks import free_port
 
@@ -18,9 +18,9 @@ LOADING = """
 import os, signal, sys, time
 from types import SimpleNamespace
 from pipeline.train import build_accelerator, exit_on_input_error, peers_missed
-from pipeline.distributed.signals import StopRequest
-from pipeline.distributed.watchdog import Watchdog
-from pipeline.training.round import read_round
+from naign.distributed.signals import StopRequest
+from naign.distributed.watchdog import Watchdog
+from naign.training.round import read_round
 
 rank, lost, wait = int(os.environ["RANK"]), int(sys.argv[1]), sys.argv[2]
 

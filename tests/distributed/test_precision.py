@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from pipeline.distributed import connect, zero
+from naign.distributed import connect, zero
 from tests.conftest import SMALL, Program
 
 ABLE = [

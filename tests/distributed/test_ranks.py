@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from pipeline import errors
+from naign import errors
 from tests.conftest import SMALL
 from tests.distributed.ranks import on_ranks
 

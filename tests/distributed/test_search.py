@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.distributed.signals import POLL_SECONDS
+from naign.distributed.signals import POLL_SECONDS
 from tests.distributed.ranks import on_ranks
 from tests.distributed.search_cases import ASKED
 from tests.match.problems import CASES, draw, oracle

@@ -6,7 +6,7 @@ import psutil
 import pytest
 import torch
 
-from pipeline.distributed import host
+from naign.distributed import host
 
 
 @pytest.fixture(autouse=True)

@@ -6,9 +6,9 @@ import tomllib
 import pytest
 import torch.distributed.distributed_c10d as c10d
 
-from pipeline.distributed import host
-from pipeline.distributed.connect import build_accelerator
-from pipeline.errors import InputError
+from naign.distributed import host
+from naign.distributed.connect import build_accelerator
+from naign.errors import InputError
 from tests.conftest import ROOT
 
 

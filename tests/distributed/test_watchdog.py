@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.distributed.watchdog import Post, Seen, Watchdog, describe
-from pipeline.errors import FAILED
+from naign.distributed.watchdog import Post, Seen, Watchdog, describe
+from naign.errors import FAILED
 from tests.conftest import forked
 from tests.distributed.ranks import WORKER, free_port
 
 PREPARED = """
 import ctypes, os, threading, time
-from pipeline.distributed import watchdog
+from naign.distributed import watchdog
 watchdog.PATIENCE = 0.3
 def hang():
     time.sleep(60)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from pipeline.distributed.watchdog import Watchdog
+from naign.distributed.watchdog import Watchdog
 
 
 def begin(rank: int, world: int, timeout: float) -> Watchdog:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.format.pages import Pager, table_name
-from pipeline.data.format.samples import scan
-from pipeline.errors import BAD_INPUT
-from pipeline.storage.store import open_store
+from naign.data.format.pages import Pager, table_name
+from naign.data.format.samples import scan
+from naign.errors import BAD_INPUT
+from naign.storage.store import open_store
 from tests.conftest import ROOT, SMALL, ended_as_bad_input, forked, train_command
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.checkpoint.writer import newest_checkpoint
-from pipeline.model.naign import NAIGN
+from naign.checkpoint.writer import newest_checkpoint
+from naign.model.naign import NAIGN
 from tests.conftest import SMALL, forked
 
 SMALLER = [option for option in SMALL if "imle" not in option]

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.errors import InputError
-from pipeline.training.callbacks import Callback, call, find_callbacks
-from tests.conftest import ROOT, SMALL, direct_command, forked
+from naign.errors import InputError
+from naign.training.callbacks import Callback, call, find_callbacks
+from tests.conftest import PYTHONPATH, ROOT, SMALL, direct_command, forked
 
 BLOCK = re.compile(r"^```python\n# (my_package/copies.py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FAILING = """
@@ -25,9 +25,9 @@ POINTS = "[naign.callbacks]\ncopies = my_package.copies:Copies\nfailing = my_pac
 PROGRAM = """
 import sys
 from my_package.copies import Copies
-from pipeline.config import parse
-from pipeline.distributed.connect import build_accelerator
-from pipeline.training.loop import train
+from naign.config import parse
+from naign.distributed.connect import build_accelerator
+from naign.training.loop import train
 train(parse(sys.argv[1:]), build_accelerator(), callbacks=[Copies()])
 """
 
@@ -47,7 +47,7 @@ def site(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_callbacks_of_a_run(site, digits, tmp_path):
     def run(name: str, command: list[str]) -> subprocess.CompletedProcess[str]:
-        env = forked(PYTHONPATH=os.pathsep.join([str(ROOT), str(site)]))
+        env = forked(PYTHONPATH=os.pathsep.join([PYTHONPATH, str(site)]))
         command += [f"--data.path={digits}", f"--run.path={name}", *SMALL, "--train.images=768"]
         command += ["--checkpoint.rounds=2"]
         return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
@@ -104,7 +104,7 @@ def test_an_error_of_the_users_names_the_callback_as_well():
 
 
 def test_an_entry_point_that_makes_no_callback_is_refused(monkeypatch):
-    monkeypatch.setattr("pipeline.training.callbacks.lookup", lambda *_: dict)
+    monkeypatch.setattr("naign.training.callbacks.lookup", lambda *_: dict)
     with pytest.raises(InputError, match="the callback 'one', .* failed: it made a dict, no Callback: fix the package"):
         find_callbacks("one")
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.checkpoint.writer import newest_checkpoint
-from pipeline.data.format.writer import pack
-from pipeline.data.sources.catalog import load
-from pipeline.data.sources.source import Made
-from pipeline.model.naign import NAIGN
+from naign.checkpoint.writer import newest_checkpoint
+from naign.data.format.writer import pack
+from naign.data.sources.catalog import load
+from naign.data.sources.source import Made
+from naign.model.naign import NAIGN
 from tests.conftest import SMALL
 
 BASE = [*SMALL, "--objective.imle=0", "--objective.denoising=1", "--prior.begin=0.25", "--prior.alone=0.75"]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.checkpoint.writer import newest_checkpoint
-from pipeline.data.loader import read_split
-from pipeline.errors import INTERRUPTED
-from pipeline.model.naign import NAIGN
-from pipeline.model.scale import scaled
+from naign.checkpoint.writer import newest_checkpoint
+from naign.data.loader import read_split
+from naign.errors import INTERRUPTED
+from naign.model.naign import NAIGN
+from naign.model.scale import scaled
 from tests.conftest import SMALL, forked
 
 CODES = ["--prior.name=flow", "--prior.width=32", "--prior.batch=64", "--prior.passes=2"]
@@ -101,8 +101,8 @@ def test_a_mixture_that_follows_the_codes_on_ranks_and_after_a_stop(train, train
 
 STOP = """
 import sys
-import pipeline.training.loop as loop
-from pipeline.errors import Stopped
+import naign.training.loop as loop
+from naign.errors import Stopped
 def take(*_):
     raise Stopped
 loop.take = take

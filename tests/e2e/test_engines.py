@@ -11,9 +11,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pipeline.checkpoint.writer import newest_checkpoint
-from pipeline.cli import main as cli
-from pipeline.model.naign import NAIGN
+from naign.checkpoint.writer import newest_checkpoint
+from naign.cli import main as cli
+from naign.model.naign import NAIGN
 from tests.conftest import ROOT, SMALL, ended_as_bad_input, forked, train_command
 
 ROUNDS, STEPS = 4, 8

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from pipeline.checkpoint.bucket import newest_first
-from pipeline.checkpoint.writer import newest_checkpoint
-from pipeline.errors import BAD_INPUT, FAILED
-from pipeline.storage.store import open_store
+from naign.checkpoint.bucket import newest_first
+from naign.checkpoint.writer import newest_checkpoint
+from naign.errors import BAD_INPUT, FAILED
+from naign.storage.store import open_store
 from tests.conftest import ROOT, SMALL, Program, forked, start
 from tests.e2e.ranks import Job
 from tests.servers import S3Server
@@ -24,8 +24,8 @@ POISON = """
 import sys
 sys.path.insert(0, {root!r})
 import torch
-from pipeline.training import fit
-from pipeline.model import losses
+from naign.training import fit
+from naign.model import losses
 made, count = losses.compute_losses, [0]
 def poisoned(*args, **kwargs):
     count[0] += 1

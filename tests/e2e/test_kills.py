@@ -18,10 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.checkpoint.writer import is_complete, newest_checkpoint
-from pipeline.data.format.manifest import Manifest
-from pipeline.data.order import Order, pieces
-from pipeline.storage.store import open_store
+from naign.checkpoint.writer import is_complete, newest_checkpoint
+from naign.data.format.manifest import Manifest
+from naign.data.order import Order, pieces
+from naign.storage.store import open_store
 from tests.conftest import SMALL
 from tests.e2e.ranks import Job
 from tests.proxy import FaultProxy, Faults
@@ -108,9 +108,9 @@ def test_kills_cost_time_and_nothing_else(digits: str, bucket: str, proxy: Fault
 
 def keys_of(data: str) -> list[str]:
     """Of all training images, in the order of their shards."""
-    from pipeline.data.dataset import DataConfig
-    from pipeline.data.mixing import DataSets
-    from pipeline.data.order import Piece
+    from naign.data.dataset import DataConfig
+    from naign.data.mixing import DataSets
+    from naign.data.order import Piece
 
     manifest = Manifest.load(data)
     reader = DataSets(DataConfig(path=data)).reader(0)

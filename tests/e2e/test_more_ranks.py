@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.checkpoint.writer import newest_checkpoint
+from naign.checkpoint.writer import newest_checkpoint
 from tests.conftest import SMALL
 from tests.e2e.ranks import Job
 from tests.e2e.test_engines import engine, launch

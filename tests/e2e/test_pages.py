@@ -18,13 +18,13 @@ import torch
 import tyro
 from PIL import Image
 
-from pipeline.cli.main import COMMANDS
-from pipeline.cluster.launch import build_parser
-from pipeline.cluster.local_ranks import AUDITS
-from pipeline.config import parse
-from pipeline.data.format.writer import pack
-from pipeline.data.sources.catalog import load
-from pipeline.data.sources.source import Made
+from naign.cli.main import COMMANDS
+from naign.cluster.launch import build_parser
+from naign.cluster.local_ranks import AUDITS
+from naign.config import parse
+from naign.data.format.writer import pack
+from naign.data.sources.catalog import load
+from naign.data.sources.source import Made
 from tests.conftest import forked
 from tests.pages import NEEDS, PAGES, ROOT, blocks, commands, settings
 
@@ -33,8 +33,8 @@ CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shi
 
 def parsed(words: list[str]) -> None:
     """Parse a command of a page as its program would. InputError or SystemExit if it would be refused."""
-    if words[0] == "torchrun" and "pipeline.cli" in words:
-        words = words[words.index("pipeline.cli") :]
+    if words[0] == "torchrun" and "naign.cli" in words:
+        words = words[words.index("naign.cli") :]
     elif words[:2] == ["accelerate", "launch"]:
         parse(settings(words))
         return

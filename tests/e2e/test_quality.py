@@ -11,12 +11,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from pipeline.checkpoint.writer import is_complete
-from pipeline.config import parse
-from pipeline.data.loader import Stream
-from pipeline.errors import InputError
-from pipeline.settings.budget import measured_by
-from pipeline.training.quality import Quality
+from naign.checkpoint.writer import is_complete
+from naign.config import parse
+from naign.data.loader import Stream
+from naign.errors import InputError
+from naign.settings.budget import measured_by
+from naign.training.quality import Quality
 from tests.conftest import SMALL
 
 EVERY = ["--quality.rounds=2", "--quality.samples=200"]

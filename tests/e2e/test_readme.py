@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.cli.main import main
-from pipeline.model.naign import NAIGN
-from pipeline.model.scale import scaled
+from naign.cli.main import main
+from naign.model.naign import NAIGN
+from naign.model.scale import scaled
 from tests.conftest import ROOT, Program
 
 

@@ -13,8 +13,8 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from pipeline.checkpoint.writer import newest_checkpoint
-from pipeline.errors import INTERRUPTED
+from naign.checkpoint.writer import newest_checkpoint
+from naign.errors import INTERRUPTED
 from tests.conftest import SMALL, environment, start, train_command
 
 

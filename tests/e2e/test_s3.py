@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.format.manifest import Manifest
-from pipeline.errors import PEER_LOST
-from pipeline.storage.store import open_store
+from naign.data.format.manifest import Manifest
+from naign.errors import PEER_LOST
+from naign.storage.store import open_store
 from tests.conftest import SMALL, Program, ended_as_bad_input, start
 from tests.proxy import FaultProxy, Faults
 from tests.servers import S3Server
@@ -144,7 +144,7 @@ def test_mistakes_with_buckets_end_with_code_2(
 
 @pytest.mark.slow
 def test_indexing_tars_of_others(naign: Program, train: Program, bucket: str, tmp_path: Path) -> None:
-    from pipeline.storage.store import open_store
+    from naign.storage.store import open_store
 
     assert naign("pack", "digits", "--to", "packed", "--shards", "4").returncode == 0
     store = open_store(bucket)

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.dataset import parse_resize
-from pipeline.data.format.indexing import index
-from pipeline.errors import InputError
-from pipeline.evaluate.recorded import recorded
-from pipeline.model.naign import NAIGN
-from pipeline.storage.s3_client import forget_clients
-from pipeline.storage.store import open_store
+from naign.data.dataset import parse_resize
+from naign.data.format.indexing import index
+from naign.errors import InputError
+from naign.evaluate.recorded import recorded
+from naign.model.naign import NAIGN
+from naign.storage.s3_client import forget_clients
+from naign.storage.store import open_store
 from tests.conftest import SMALL
 from tests.data.test_resize import PHOTOS, write
 

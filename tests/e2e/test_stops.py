@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.checkpoint.writer import newest_checkpoint
-from pipeline.errors import INTERRUPTED
+from naign.checkpoint.writer import newest_checkpoint
+from naign.errors import INTERRUPTED
 from tests.conftest import SMALL, Program
 from tests.e2e.ranks import Job
 from tests.proxy import FaultProxy, Faults

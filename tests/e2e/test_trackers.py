@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import ROOT, SMALL, direct_command, forked
+from tests.conftest import PYTHONPATH, ROOT, SMALL, direct_command, forked
 
 PAGE = (ROOT / "docs/tracking.md").read_text()
 ROW = re.compile(r"^\| (`.*?`) \| .* \| (.*?) \|$", re.MULTILINE)
@@ -19,7 +19,7 @@ ROW = re.compile(r"^\| (`.*?`) \| .* \| (.*?) \|$", re.MULTILINE)
 LINES = """
 from accelerate.tracking import GeneralTracker
 
-from pipeline.observe import accelerated
+from naign.observe import accelerated
 
 
 class Lines(GeneralTracker):
@@ -40,7 +40,7 @@ import threading
 
 from accelerate.tracking import GeneralTracker
 
-from pipeline.observe import accelerated
+from naign.observe import accelerated
 
 
 class Hanging(GeneralTracker):
@@ -58,7 +58,7 @@ HANGING = (None, accelerated(Hanging))
 PATIENT = """
 import os
 
-from pipeline.observe import monitor
+from naign.observe import monitor
 
 monitor.PATIENCE = 90 if "PATIENT" in os.environ else monitor.PATIENCE
 """
@@ -92,7 +92,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_trackers_of_a_run(site, digits, tmp_path):
     def run(name: str, *options: str, **more: str) -> str:
-        env = forked(PYTHONPATH=os.pathsep.join([str(ROOT), str(site)]), **more)
+        env = forked(PYTHONPATH=os.pathsep.join([PYTHONPATH, str(site)]), **more)
         env = {key: value for key, value in env.items() if not key.startswith("MLFLOW_")}
         command = direct_command(f"--data.path={digits}", f"--run.path={name}", *SMALL, *EVERYTHING, *options)
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.checkpoint.bucket import upload
-from pipeline.checkpoint.writer import newest_checkpoint
-from pipeline.model.naign import NAIGN
-from pipeline.model.networks import ConvConfig, build_network
+from naign.checkpoint.bucket import upload
+from naign.checkpoint.writer import newest_checkpoint
+from naign.model.naign import NAIGN
+from naign.model.networks import ConvConfig, build_network
 from tests.checkpoint.written import write_checkpoint
 from tests.conftest import SMALL
 from tests.proxy import FaultProxy

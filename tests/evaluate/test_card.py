@@ -14,14 +14,14 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from pipeline.cli.model import export, push
-from pipeline.errors import InputError
-from pipeline.evaluate.report import number
-from pipeline.evaluate.run import evaluate
-from pipeline.model.naign import NAIGN
-from pipeline.model.networks import ConvConfig, PointConfig
-from pipeline.model.prior import build_prior
-from pipeline.model.prior.gmm import GmmConfig
+from naign.cli.model import export, push
+from naign.errors import InputError
+from naign.evaluate.report import number
+from naign.evaluate.run import evaluate
+from naign.model.naign import NAIGN
+from naign.model.networks import ConvConfig, PointConfig
+from naign.model.prior import build_prior
+from naign.model.prior.gmm import GmmConfig
 from tests.conftest import environment
 from tests.hub import Hub
 
@@ -212,7 +212,7 @@ def test_what_the_hub_must_not_take_is_not_sent(hub: Hub, run: str) -> None:
 
 @pytest.mark.slow
 def test_the_command_finds_the_hub_through_the_environment(hub: Hub, run: str) -> None:
-    command = [sys.executable, "-m", "pipeline.cli", "push", run, "me/digits", "--license", "mit"]
+    command = [sys.executable, "-m", "naign.cli", "push", run, "me/digits", "--license", "mit"]
     env = environment(**hub.environment)
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0 and f"uploaded: {hub.endpoint}/me/digits" in done.stdout, done.stderr

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.evaluate import coverage as module
-from pipeline.evaluate.coverage import coverage, mode_shares, nearest, radii
+from naign.evaluate import coverage as module
+from naign.evaluate.coverage import coverage, mode_shares, nearest, radii
 
 
 def _normal(*shape: int, seed: int) -> Tensor:

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.data.degrade import KINDS, degrade
-from pipeline.errors import InputError
-from pipeline.evaluate.recorded import read_image
-from pipeline.evaluate.refit import fit_mixture
-from pipeline.evaluate.report import STEPS, _between
-from pipeline.model.naign import NAIGN
-from pipeline.model.networks import ConvConfig, build_network
+from naign.data.degrade import KINDS, degrade
+from naign.errors import InputError
+from naign.evaluate.recorded import read_image
+from naign.evaluate.refit import fit_mixture
+from naign.evaluate.report import STEPS, _between
+from naign.model.naign import NAIGN
+from naign.model.networks import ConvConfig, build_network
 
 SHAPE = (3, 8, 12)
 

@@ -17,23 +17,23 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pipeline.cli.main import main
-from pipeline.data.dataset import DataConfig
-from pipeline.data.degrade import KINDS
-from pipeline.data.format.manifest import Manifest
-from pipeline.data.format.writer import pack
-from pipeline.data.sources.catalog import load
-from pipeline.data.sources.source import Made
-from pipeline.errors import InputError
-from pipeline.evaluate import run
-from pipeline.evaluate.measures import VALUES, Subject, read
-from pipeline.evaluate.notes import write_notes
-from pipeline.evaluate.report import number
-from pipeline.evaluate.run import evaluate
-from pipeline.model import encoders
-from pipeline.model.encoders import FOLDER, load_encoder
-from pipeline.model.naign import NAIGN
-from pipeline.model.networks import ConvConfig, PointConfig
+from naign.cli.main import main
+from naign.data.dataset import DataConfig
+from naign.data.degrade import KINDS
+from naign.data.format.manifest import Manifest
+from naign.data.format.writer import pack
+from naign.data.sources.catalog import load
+from naign.data.sources.source import Made
+from naign.errors import InputError
+from naign.evaluate import run
+from naign.evaluate.measures import VALUES, Subject, read
+from naign.evaluate.notes import write_notes
+from naign.evaluate.report import number
+from naign.evaluate.run import evaluate
+from naign.model import encoders
+from naign.model.encoders import FOLDER, load_encoder
+from naign.model.naign import NAIGN
+from naign.model.networks import ConvConfig, PointConfig
 from tests.checkpoint.written import write_checkpoint
 
 TINY = ConvConfig(width=4, code=8)

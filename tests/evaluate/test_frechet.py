@@ -5,8 +5,8 @@ import pytest
 import scipy.linalg
 import torch
 
-from pipeline.errors import InputError
-from pipeline.evaluate.frechet import frechet_distance, gaussian, gaussian_distance
+from naign.errors import InputError
+from naign.evaluate.frechet import frechet_distance, gaussian, gaussian_distance
 
 
 def _spd(random: np.random.Generator, size: int) -> np.ndarray:

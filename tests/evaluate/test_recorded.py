@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline.data.dataset import DataConfig
-from pipeline.data.decode import encode
-from pipeline.data.format.manifest import Manifest
-from pipeline.data.loader import read_split
-from pipeline.errors import InputError
-from pipeline.evaluate.recorded import read_image, recorded
-from pipeline.model.naign import NAIGN
-from pipeline.model.networks import PointConfig, build_network
-from pipeline.model.scale import scaled
+from naign.data.dataset import DataConfig
+from naign.data.decode import encode
+from naign.data.format.manifest import Manifest
+from naign.data.loader import read_split
+from naign.errors import InputError
+from naign.evaluate.recorded import read_image, recorded
+from naign.model.naign import NAIGN
+from naign.model.networks import PointConfig, build_network
+from naign.model.scale import scaled
 
 THERE = "http://there:9000"
 
@@ -32,7 +32,7 @@ def asked(monkeypatch):
         found.append(os.environ["AWS_ENDPOINT_URL_S3"])
         raise InputError("nothing there")
 
-    monkeypatch.setattr("pipeline.evaluate.recorded.DataSets", data_sets)
+    monkeypatch.setattr("naign.evaluate.recorded.DataSets", data_sets)
     return found
 
 
@@ -74,7 +74,7 @@ def test_a_run_keeps_its_server(model, asked, tmp_path, monkeypatch, place):
 def test_a_run_that_skipped_what_is_broken_is_measured_likewise(model, monkeypatch):
     manifest = Manifest(name="here", kind="point", shape=(2,), dtype="float32", labels=(), splits={})
     sets = SimpleNamespace(manifest=manifest, shape=(2,))
-    monkeypatch.setattr("pipeline.evaluate.recorded.DataSets", lambda config: sets)
+    monkeypatch.setattr("naign.evaluate.recorded.DataSets", lambda config: sets)
     model.metadata["config"]["data"] = {"path": "here", "broken": "skip"}
     config, _, _ = recorded(model, "exported", None)
     assert config.broken == "skip"

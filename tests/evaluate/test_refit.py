@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from pipeline.errors import InputError
-from pipeline.evaluate.refit import fit_mixture
-from pipeline.model.naign import NAIGN
-from pipeline.model.networks import SpatialConfig, build_network
-from pipeline.model.prior.gmm import Gmm, GmmConfig
+from naign.errors import InputError
+from naign.evaluate.refit import fit_mixture
+from naign.model.naign import NAIGN
+from naign.model.networks import SpatialConfig, build_network
+from naign.model.prior.gmm import Gmm, GmmConfig
 
 
 def codes(count: int, shape: tuple[int, ...] = (3,)) -> torch.Tensor:

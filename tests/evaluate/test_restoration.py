@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.data.degrade import KINDS, Kind, blackened_rows, degrade, gaussian_kernel
-from pipeline.evaluate import density
-from pipeline.evaluate.restoration import mae, psnr, repair, scores, ssim
+from naign.data.degrade import KINDS, Kind, blackened_rows, degrade, gaussian_kernel
+from naign.evaluate import density
+from naign.evaluate.restoration import mae, psnr, repair, scores, ssim
 
 
 def _images(count: int = 64, side: int = 28, channels: int = 1) -> Tensor:

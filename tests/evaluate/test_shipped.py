@@ -11,19 +11,19 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.cli import demo_page
-from pipeline.cli.main import main
-from pipeline.cli.model import demo, push, restore, sample
-from pipeline.config import flatten, load
-from pipeline.data.format.writer import pack
-from pipeline.data.sources import catalog
-from pipeline.errors import InputError, Unavailable
-from pipeline.evaluate.report import DAMAGE
-from pipeline.evaluate.run import evaluate
-from pipeline.evaluate.runs import flat
-from pipeline.model import hub
-from pipeline.model.naign import NAIGN
-from pipeline.model.networks import ConvConfig
+from naign.cli import demo_page
+from naign.cli.main import main
+from naign.cli.model import demo, push, restore, sample
+from naign.config import flatten, load
+from naign.data.format.writer import pack
+from naign.data.sources import catalog
+from naign.errors import InputError, Unavailable
+from naign.evaluate.report import DAMAGE
+from naign.evaluate.run import evaluate
+from naign.evaluate.runs import flat
+from naign.model import hub
+from naign.model.naign import NAIGN
+from naign.model.networks import ConvConfig
 from tests.conftest import ROOT
 
 SHIPPED = ROOT / "models/mnist"
@@ -93,7 +93,7 @@ def test_a_path_of_its_name_comes_first(save_untrained: Callable[..., str]) -> N
 
 
 def test_a_damaged_or_absent_one_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("pipeline.model.weights.shipped", lambda path: tmp_path / path)
+    monkeypatch.setattr("naign.model.weights.shipped", lambda path: tmp_path / path)
     with pytest.raises(InputError, match="s3://bucket/prefix$"):
         NAIGN.from_pretrained("mnist")
     (tmp_path / "models/mnist").mkdir(parents=True)

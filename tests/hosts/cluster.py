@@ -212,7 +212,7 @@ class Cluster:
 
     def _environment(self, container: dict[str, Any], labels: dict[str, str]) -> dict[str, str]:
         """As a container would get it, with PATH and PYTHONPATH as the image has them."""
-        variables = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+        variables = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "PYTHONPATH": str(ROOT / "pipeline")}
         for source in container.get("envFrom", []):
             if "configMapRef" in source:
                 variables |= self.find("ConfigMap", source["configMapRef"]["name"])["data"]

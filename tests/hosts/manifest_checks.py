@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import check, from_dict
-from pipeline.errors import InputError
+from naign.config import check, from_dict
+from naign.errors import InputError
 
 Object = dict[str, Any]
 

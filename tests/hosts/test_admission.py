@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.cluster.admission import Answer, Guests, Hello
-from pipeline.cluster.meeting import meet, reject_all
-from pipeline.cluster.place import MOST, Place
-from pipeline.errors import InputError, PeerLost
+from naign.cluster.admission import Answer, Guests, Hello
+from naign.cluster.meeting import meet, reject_all
+from naign.cluster.place import MOST, Place
+from naign.errors import InputError, PeerLost
 
 HELLO = Hello("a", 1, 3, 0, "m")
 

@@ -21,14 +21,14 @@ NAME = "localhost/naign-test:cpu"
 LOOK = """
 import importlib.util, json, os, sys
 import boto3, torch
-import pipeline.train
+import naign.cli.main
 boto3.client("s3", region_name="us-east-1"), boto3.client("sts", region_name="us-east-1")
 print(json.dumps({
     "user": os.getuid(),
     "sbom": json.load(open("/opt/naign/sbom.cdx.json")),
     "left": [name for name in ("pip", "setuptools") if importlib.util.find_spec(name)],
     "headers": os.path.exists(os.path.dirname(torch.__file__) + "/include"),
-    "code": pipeline.train.__file__,
+    "code": naign.__file__,
 }))
 """
 
@@ -66,14 +66,14 @@ def run(*command: str) -> str:
 @pytest.mark.timeout(6000)
 @pytest.mark.skipif(not (BUILDER and BASE), reason="no buildah or docker here, or no BASE in the environment")
 def test_the_image_has_what_a_run_needs_and_a_change_of_code_is_its_last_layer(tmp_path):
-    for name in ("naign", "pipeline", "configs", "launch", "k8s", "models"):
+    for name in ("pipeline", "configs", "launch", "k8s", "models"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for name in ("pyproject.toml", "LICENSE", ".dockerignore"):
         shutil.copy(ROOT / name, tmp_path)
     before = build(tmp_path)
     found = json.loads(run("python", "-c", LOOK).splitlines()[-1])
     assert found["user"] == 65532 and found["left"] == [] and not found["headers"]
-    assert found["code"] == "/app/pipeline/train.py"
+    assert found["code"] == "/app/pipeline/naign/__init__.py"
     assert found["sbom"]["bomFormat"] == "CycloneDX"
     assert {"torch", "numpy", "accelerate", "naign"} <= {part["name"] for part in found["sbom"]["components"]}
     small = ("--data.source=digits", "--data.path=/tmp/digits", "--run.path=/tmp/run", "--train.images=512")
@@ -88,7 +88,7 @@ def test_the_image_has_what_a_run_needs_and_a_change_of_code_is_its_last_layer(t
     steps = f"/app/launch/entrypoint {shlex.join([*small, *sizes])} && naign evaluate /tmp/run && weed version"
     assert "done: the run lies in /tmp/run" in run("sh", "-c", steps)
 
-    with (tmp_path / "pipeline/errors.py").open("a") as file:
+    with (tmp_path / "pipeline/naign/errors.py").open("a") as file:
         file.write("# changed\n")
     after = build(tmp_path)
     assert after[:-1] == before[:-1] and after[-1] != before[-1]

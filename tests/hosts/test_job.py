@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.errors import INTERRUPTED
+from naign.errors import INTERRUPTED
 from tests.hosts.cluster import Cluster, Job, possible
 from tests.hosts.losses import kill_rank, prepared, recover, reported
 
@@ -64,13 +64,13 @@ def rounds(job: Job) -> int:
 
 def complete(cluster: Cluster) -> bool:
     """Whether the bucket holds the last checkpoint, whole, as its own server says."""
-    from pipeline.checkpoint.bucket import download, newest_first
-    from pipeline.checkpoint.writer import is_complete
-    from pipeline.storage.store import open_store
+    from naign.checkpoint.bucket import download, newest_first
+    from naign.checkpoint.writer import is_complete
+    from naign.storage.store import open_store
 
     address = next(pod.address for pod in cluster.pods if pod.name == "naign-store")
     before = {name: os.environ.pop(name, None) for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID")}
-    from pipeline.storage.s3_client import forget_clients
+    from naign.storage.s3_client import forget_clients
 
     os.environ["AWS_ENDPOINT_URL"] = f"http://{address}:8333"
     forget_clients()

@@ -17,13 +17,13 @@ import psutil
 import pytest
 from torch.distributed import DistNetworkError
 
-from pipeline.checkpoint.writer import newest_checkpoint
-from pipeline.cluster import launch, local_ranks
-from pipeline.cluster.exit_codes import Ending
-from pipeline.cluster.meeting import meet
-from pipeline.cluster.place import Place
-from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, SIGNALS, on_signals
-from tests.conftest import ROOT, SMALL, environment
+from naign.checkpoint.writer import newest_checkpoint
+from naign.cluster import launch, local_ranks
+from naign.cluster.exit_codes import Ending
+from naign.cluster.meeting import meet
+from naign.cluster.place import Place
+from naign.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, SIGNALS, on_signals
+from tests.conftest import PYTHONPATH, ROOT, SMALL, environment
 from tests.hosts.cluster import possible
 from tests.servers import free_port
 
@@ -33,7 +33,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Start it in an empty folder; none is left behind."""
     started: list[subprocess.Popen[str]] = []
 
-    def run(*options: str, program: tuple[str, ...] = ("-m", "pipeline.cli"), **more: str) -> subprocess.Popen[str]:
+    def run(*options: str, program: tuple[str, ...] = ("-m", "naign.cli"), **more: str) -> subprocess.Popen[str]:
         command, named = [sys.executable, *program, "launch", *options], environment(**more)
         own = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
         started.append(subprocess.Popen(command, cwd=tmp_path, env=named, **own))
@@ -87,7 +87,7 @@ def test_agents_that_do_not_reach_each_other_are_told_as_a_lost_host(handlers, c
         raise DistNetworkError("The client socket has timed out")
 
     monkeypatch.setattr(local_ranks, "load_launcher", lambda: (lambda _: None, start))
-    monkeypatch.setattr("pipeline.cluster.local_ranks.QUIET", 0.2)
+    monkeypatch.setattr("naign.cluster.local_ranks.QUIET", 0.2)
     monkeypatch.setattr(local_ranks, "psutil", CHILDLESS)
     place = Place(orchestrator="Kubernetes", index=1, hosts=2, head="a")
     code = local_ranks.run_ranks(tmp_path / "engine.yaml", place, 1, "10.0.0.1", 29500, [], Ending(patience=60))
@@ -127,8 +127,8 @@ def test_messages_begin_with_the_command_as_typed(command, handlers, capsys, mon
 
 BUCKET = """
 import os, signal, sys, threading, time
-from pipeline.cli import main as cli
-from pipeline.cluster import launch
+from naign.cli import main as cli
+from naign.cluster import launch
 
 answers = iter((lambda: False, lambda: time.sleep(60)))  # of the bucket: not done; then it is silent
 launch._is_done = lambda *_: next(answers)()
@@ -184,7 +184,7 @@ def test_what_a_terminal_sends_to_all_processes_leaves_a_checkpoint(start, digit
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [("pipeline/train.py",), ("-m", "pipeline.cli", "launch", "--processes=2")])
+@pytest.mark.parametrize("command", [("pipeline/train.py",), ("-m", "naign.cli", "launch", "--processes=2")])
 def test_a_terminal_that_is_closed_leaves_a_checkpoint(command, digits, tmp_path):
     """All processes get SIGHUP, and what they write to it fails from then on."""
     metrics = tmp_path / "run/metrics.jsonl"
@@ -276,7 +276,7 @@ import os, pathlib, sys, time
 
 class Hold:
     def find_spec(self, name, path=None, target=None):
-        if name == "pipeline.config":  # imported first
+        if name == "naign.config":  # imported first
             rank = os.environ["LOCAL_RANK"]
             pathlib.Path(os.environ["HELD"], rank + ".new").write_text(str(os.getpid()))
             pathlib.Path(os.environ["HELD"], rank + ".new").rename(pathlib.Path(os.environ["HELD"], rank))
@@ -307,7 +307,7 @@ def test_ranks_end_with_a_launcher_that_is_killed_while_they_import_and_connect(
     (tmp_path / "sitecustomize.py").write_text(HELD)
     job = start(
         *("--processes=2", f"--data.path={digits}", *SMALL, "--run.path=run"),
-        PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}",
+        PYTHONPATH=f"{tmp_path}{os.pathsep}{PYTHONPATH}",
         HELD=str(tmp_path),
     )
     wait_until(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
@@ -332,7 +332,7 @@ def test_a_rank_whose_launcher_is_gone_already_ends_at_once():
 
 PROGRAMS = {
     "training": (sys.executable, str(ROOT / "pipeline/train.py")),
-    "launcher": (sys.executable, "-m", "pipeline.cli", "launch", "--processes=2"),
+    "launcher": (sys.executable, "-m", "naign.cli", "launch", "--processes=2"),
     "entrypoint": ("sh", str(ROOT / "launch/entrypoint"), "--processes=2"),
 }
 
@@ -367,7 +367,7 @@ def test_a_signal_in_the_first_seconds_ends_the_program_at_once(name, seconds, d
 
 
 def test_a_signal_ends_a_pack_that_is_the_first_process_of_a_container(tmp_path):
-    command = [sys.executable, "-m", "pipeline.cli", "pack", "toy2d:moons", "--to", "packed", "--shards", "1"]
+    command = [sys.executable, "-m", "naign.cli", "pack", "toy2d:moons", "--to", "packed", "--shards", "1"]
     if not possible():
         command = ["unshare", "--fork", "--pid", "--kill-child", *command]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)

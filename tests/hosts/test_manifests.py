@@ -12,11 +12,11 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from pipeline.cli.cluster import render
-from pipeline.cluster import launch
-from pipeline.cluster.job import Job, name_after
-from pipeline.cluster.render import IMAGE, predict, render_k8s
-from pipeline.errors import BAD_INPUT, INTERRUPTED, PEER_LOST, InputError
+from naign.cli.cluster import render
+from naign.cluster import launch
+from naign.cluster.job import Job, name_after
+from naign.cluster.render import IMAGE, predict, render_k8s
+from naign.errors import BAD_INPUT, INTERRUPTED, PEER_LOST, InputError
 from tests.conftest import ROOT
 from tests.hosts.manifest_checks import problems, templates
 
@@ -238,7 +238,7 @@ def test_a_role_has_no_keys_beside_it():
 
 
 def test_the_computation_of_a_run_is_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.observe.speed.forward_flops", lambda network, shape: 10**9)
+    monkeypatch.setattr("naign.observe.speed.forward_flops", lambda network, shape: 10**9)
     (tmp_path / "run.yaml").write_text(
         "{objective: {imle: 0.3, denoising: 0}, train: {images: 4096, batch: 64}, match: {round: 1024, ratio: 2}}"
     )
@@ -252,7 +252,7 @@ def test_the_computation_of_a_run_is_counted(tmp_path, monkeypatch):
 
 
 def test_an_endpoint_that_the_manifests_lack_is_noticed(monkeypatch, capsys):
-    monkeypatch.setattr("pipeline.cluster.render.predict", lambda job: "")
+    monkeypatch.setattr("naign.cluster.render.predict", lambda job: "")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://localhost:8333")
     for endpoint, warned in (("", True), ("http://store:8333", False)):
         render("k8s", job=Job(data="s3://bucket/d", run="s3://bucket/r", endpoint=endpoint))

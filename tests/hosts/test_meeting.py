@@ -15,11 +15,11 @@ import psutil
 import pytest
 import yaml
 
-from pipeline.cluster.exit_codes import Ending, explain
-from pipeline.cluster.local_ranks import find_engine, without_engine
-from pipeline.cluster.meeting import Links, listen, meet, reject_all
-from pipeline.cluster.place import PORTS, Place, find_place, find_ports
-from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost
+from naign.cluster.exit_codes import Ending, explain
+from naign.cluster.local_ranks import find_engine, without_engine
+from naign.cluster.meeting import Links, listen, meet, reject_all
+from naign.cluster.place import PORTS, Place, find_place, find_ports
+from naign.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, InputError, PeerLost
 from tests.servers import free_port
 
 
@@ -349,7 +349,7 @@ def test_a_host_ends_with_the_code_that_says_most():
     [((76, False), FAILED), ((1, False), FAILED), ((76, True), PEER_LOST), ((None, False), PEER_LOST)],
 )
 def test_a_crash_counts_unless_a_host_vanished(word, expected, monkeypatch):
-    monkeypatch.setattr("pipeline.cluster.exit_codes.SOON", 0.5)
+    monkeypatch.setattr("naign.cluster.exit_codes.SOON", 0.5)
     assert Ending(patience=0.0, alone=True).judge(1) == FAILED
     ending = Ending(patience=60)
     thread = threading.Thread(target=ending.note, args=(1, *word))
@@ -377,7 +377,7 @@ def test_ranks_that_do_not_end_when_a_host_was_lost_are_killed(monkeypatch):
     rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     tree = SimpleNamespace(children=lambda recursive: [psutil.Process(rank.pid)])  # not what other tests have started
     known = SimpleNamespace(Process=lambda: tree, NoSuchProcess=psutil.NoSuchProcess)
-    monkeypatch.setattr("pipeline.cluster.exit_codes.psutil", known)
+    monkeypatch.setattr("naign.cluster.exit_codes.psutil", known)
     ending = Ending(patience=0.0)
     thread = threading.Thread(target=ending.note, args=(1, 1, False))
     thread.start()
@@ -391,7 +391,7 @@ def test_ranks_that_do_not_end_when_a_host_was_lost_are_killed(monkeypatch):
 )
 def test_the_precision_of_ddp_is_that_of_the_training(gpus, precision, mixed, monkeypatch):
     """What a configuration says contradicts another train.precision, and no user wrote this one."""
-    monkeypatch.setattr("pipeline.distributed.host.count_gpus", lambda: gpus)
+    monkeypatch.setattr("naign.distributed.host.count_gpus", lambda: gpus)
     assert yaml.safe_load(find_engine("", precision))["mixed_precision"] == mixed
     assert without_engine(precision) == ("false" if gpus else "true", mixed)
 

@@ -24,10 +24,10 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.cluster import launch, metrics
-from pipeline.cluster.metrics import Metrics
-from pipeline.errors import BAD_INPUT, INTERRUPTED
-from pipeline.observe.heartbeat import Heartbeat
+from naign.cluster import launch, metrics
+from naign.cluster.metrics import Metrics
+from naign.errors import BAD_INPUT, INTERRUPTED
+from naign.observe.heartbeat import Heartbeat
 from tests.conftest import ROOT, SMALL
 from tests.hosts.test_launch import handlers, start  # noqa: F401
 from tests.servers import free_port
@@ -207,7 +207,7 @@ def test_ranks_on_gpus_leave_their_collectives_in_the_runs_folder(
     seen = dict[str, str]()
     names = [f"TORCH_{name}" for name in ("FR_DUMP_TEMP_FILE", "FR_BUFFER_SIZE", "NCCL_DUMP_ON_TIMEOUT")]
     monkeypatch.setattr(os, "environ", {name: text for name, text in os.environ.items() if name not in names} | given)
-    monkeypatch.setattr("pipeline.distributed.host.count_gpus", lambda: gpus)
+    monkeypatch.setattr("naign.distributed.host.count_gpus", lambda: gpus)
     monkeypatch.setattr(launch, "run_ranks", lambda *_: seen.update(os.environ) or 0)
     monkeypatch.setattr(launch, "become_rank", lambda *_: seen.update(os.environ))
     options = ("--processes=2", *options, f"--run.path={tmp_path}/run")
@@ -223,7 +223,7 @@ def test_what_a_hang_left_is_sent_to_the_bucket(bucket, s3, tmp_path, capsys):
     (tmp_path / "nccl/rank_3").write_bytes(b"collectives")
     launch._send_collectives(tmp_path, "")
     launch._send_collectives(tmp_path, f"{bucket}/run")
-    from pipeline.storage.store import open_store
+    from naign.storage.store import open_store
 
     assert open_store(f"{bucket}/run/nccl").read("rank_3") == b"collectives" and capsys.readouterr().err == ""
     launch._send_collectives(tmp_path, "s3://absent-bucket/run")
@@ -332,8 +332,8 @@ def test_prometheus_reads_two_hosts_one_of_which_is_replaced(start, prometheus, 
 
 
 IMPATIENT = """
-from pipeline.cli.main import main
-from pipeline.cluster import metrics
+from naign.cli.main import main
+from naign.cluster import metrics
 metrics.LEAST, metrics.FACTOR = 3.0, 2.0
 main()
 """

@@ -14,13 +14,13 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.cluster import rejoin
-from pipeline.cluster.admission import Hello
-from pipeline.cluster.exit_codes import Ending
-from pipeline.cluster.meeting import Links, listen, meet
-from pipeline.cluster.place import Place
-from pipeline.cluster.rejoin import LIMIT, check_progress, meet_again
-from pipeline.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, PeerLost, Unavailable
+from naign.cluster import rejoin
+from naign.cluster.admission import Hello
+from naign.cluster.exit_codes import Ending
+from naign.cluster.meeting import Links, listen, meet
+from naign.cluster.place import Place
+from naign.cluster.rejoin import LIMIT, check_progress, meet_again
+from naign.errors import BAD_INPUT, FAILED, INTERRUPTED, PEER_LOST, PeerLost, Unavailable
 from tests.conftest import SMALL, environment
 from tests.servers import free_port
 
@@ -184,7 +184,7 @@ def test_a_host_keeps_its_process_when_another_is_lost_and_heeds_a_signal_meanwh
     def start(index: int) -> psutil.Popen:
         named = environment(NAIGN_HOSTS="2", NAIGN_HEAD="localhost", JOB_COMPLETION_INDEX=str(index), NAIGN_START="s")
         with logs[index].open("a") as log:
-            command = [sys.executable, "-m", "pipeline.cli", "launch", *options]
+            command = [sys.executable, "-m", "naign.cli", "launch", *options]
             return psutil.Popen(command, cwd=tmp_path, env=named, stderr=log, stdout=log)
 
     def staying() -> int:

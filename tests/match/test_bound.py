@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.match import bound
-from pipeline.match.bound import Frame
+from naign.match import bound
+from naign.match.bound import Frame
 from tests.match.problems import FAMILIES, draw, oracle
 
 

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from pipeline.match import bound, distances, method, search
-from pipeline.match.distances import faiss_on, finds_products, load_faiss, topk
-from pipeline.match.method import plan_search
+from naign.match import bound, distances, method, search
+from naign.match.distances import faiss_on, finds_products, load_faiss, topk
+from naign.match.method import plan_search
 from tests.conftest import environment
 from tests.match.problems import CASES, draw, low_rank, oracle
 
@@ -18,7 +18,7 @@ import ctypes, types
 import faiss, numpy, torch
 from contextlib import nullcontext
 from faiss.contrib import torch_utils
-from pipeline.match import distances
+from naign.match import distances
 
 class OnGpu(torch.Tensor):
     is_cuda = property(lambda self: True)
@@ -105,7 +105,7 @@ def test_torch_searches_where_faiss_fails(capability, problem, monkeypatch, capl
 
 
 def test_without_the_index_the_method_is_rounded(monkeypatch):
-    monkeypatch.setattr("pipeline.match.across_ranks.faiss_on", lambda device: None)
+    monkeypatch.setattr("naign.match.across_ranks.faiss_on", lambda device: None)
     monkeypatch.setattr(distances, "topk", None)
     queries, candidates = CASES["near-duplicates"]
     assert torch.equal(search(queries, candidates, 0, method="indexed").ids, search(queries, candidates, 0).ids)

@@ -8,14 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import philox
-from pipeline.config import Config, differences, from_dict
-from pipeline.errors import InputError
-from pipeline.match import assign, matcher, nearest
-from pipeline.match.exchange import Ranks
-from pipeline.match.matcher import MatchConfig, Pool, block_range, match_round
-from pipeline.model.networks import ConvConfig, build_network
-from pipeline.model.prior import PriorConfig, build_prior
+from naign import philox
+from naign.config import Config, differences, from_dict
+from naign.errors import InputError
+from naign.match import assign, matcher, nearest
+from naign.match.exchange import Ranks
+from naign.match.matcher import MatchConfig, Pool, block_range, match_round
+from naign.model.networks import ConvConfig, build_network
+from naign.model.prior import PriorConfig, build_prior
 from tests.conftest import SMALL
 
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.match import Blocks, bound, nearest, search
-from pipeline.match.distances import exact_distances, halved_sum
-from pipeline.match.method import METHODS, without_probe
+from naign.match import Blocks, bound, nearest, search
+from naign.match.distances import exact_distances, halved_sum
+from naign.match.method import METHODS, without_probe
 from tests.conftest import environment
 from tests.match.problems import CASES, FAMILIES, draw, oracle
 
@@ -65,7 +65,7 @@ def test_any_problem_in_any_blocks(family, method, dtype, seed, queries, candida
     blocks = Blocks(rows=len(c), make=lambda low, high: c[low:high], size=max(block, -(-len(c) // 20)))
     with pytest.MonkeyPatch.context() as patch:
         rates = (2.0, 1.0) if dtype == torch.bfloat16 else (1.0, 2.0)
-        patch.setattr("pipeline.match.method.measure_rates", lambda device, threads: rates)
+        patch.setattr("naign.match.method.measure_rates", lambda device, threads: rates)
         found = search(q, blocks, 7, method=method, neighbours=neighbours)
     expected, rows = oracle(q, c, neighbours)
     kept = rows.shape[1]
@@ -259,8 +259,8 @@ def test_a_pool_that_is_mostly_one_sample_is_not_listed_pair_by_pair(method):
 def test_the_public_names_and_nothing_heavy_are_imported():
     code = """
 import inspect, sys
-from pipeline.match import nearest
-from pipeline.philox import normal
+from naign.match import nearest
+from naign.philox import normal
 assert list(inspect.signature(nearest).parameters)[:4] == ["queries", "candidates", "first_id", "group"]
 assert not {"boto3", "deepspeed", "sklearn", "tensorboard", "torchmetrics"} & set(sys.modules)
 """

@@ -9,13 +9,13 @@ from naign_baselines.rectified_flow import FlowConfig, FlowNetworkConfig, Rectif
 from naign_baselines.vae import CodeNormalConfig, VaeConfig, VaeNetworkConfig
 from torch import Tensor
 
-from pipeline import config
-from pipeline.errors import InputError
-from pipeline.model import networks
-from pipeline.model.losses import Batch, choose_distance, compute_losses
-from pipeline.model.naign import NAIGN
-from pipeline.model.prior import build_prior
-from pipeline.philox import normal
+from naign import config
+from naign.errors import InputError
+from naign.model import networks
+from naign.model.losses import Batch, choose_distance, compute_losses
+from naign.model.naign import NAIGN
+from naign.model.prior import build_prior
+from naign.philox import normal
 
 SHAPE = (1, 8, 8)
 

@@ -12,14 +12,14 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 
-from pipeline.checkpoint.writer import newest_checkpoint
-from pipeline.config import Config
-from pipeline.data.loader import Stream
-from pipeline.model import networks
-from pipeline.model.naign import NAIGN
-from pipeline.model.prior import PriorConfig, build_prior
-from pipeline.training.engines import build_engine
-from pipeline.training.state import Position, snapshot
+from naign.checkpoint.writer import newest_checkpoint
+from naign.config import Config
+from naign.data.loader import Stream
+from naign.model import networks
+from naign.model.naign import NAIGN
+from naign.model.prior import PriorConfig, build_prior
+from naign.training.engines import build_engine
+from naign.training.state import Position, snapshot
 from tests.conftest import ROOT, SMALL, environment
 
 
@@ -52,7 +52,7 @@ PROGRAM = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from pipeline import train
-from pipeline.model import networks
+from naign.model import networks
 from tests.model.test_buffers import ENTRY
 networks.NETWORKS |= ENTRY
 train.main()

@@ -10,13 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from benchmarks import train_encoder
-from pipeline.data.format.manifest import Manifest
-from pipeline.data.format.writer import pack
-from pipeline.data.loader import read_split
-from pipeline.data.sources.catalog import load
-from pipeline.errors import InputError
-from pipeline.model import encoders as module
-from pipeline.model.encoders import FOLDER, choose_encoder, load_encoder, names
+from naign.data.format.manifest import Manifest
+from naign.data.format.writer import pack
+from naign.data.loader import read_split
+from naign.data.sources.catalog import load
+from naign.errors import InputError
+from naign.model import encoders as module
+from naign.model.encoders import FOLDER, choose_encoder, load_encoder, names
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from pipeline.errors import InputError, Unavailable
-from pipeline.model.hub import WEIGHTS, upload, without_places
-from pipeline.model.naign import NAIGN
-from pipeline.model.networks import build_network, recorded_network
+from naign.errors import InputError, Unavailable
+from naign.model.hub import WEIGHTS, upload, without_places
+from naign.model.naign import NAIGN
+from naign.model.networks import build_network, recorded_network
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from naign_baselines.ign import IgnConfig
 from naign_baselines.nae import NaeConfig
 from torch import nn
 
-from pipeline.config import from_dict, parse
-from pipeline.errors import InputError
-from pipeline.model.encoders import load_encoder
-from pipeline.model.losses import (
+from naign.config import from_dict, parse
+from naign.errors import InputError
+from naign.model.encoders import load_encoder
+from naign.model.losses import (
     Batch,
     NaignConfig,
     ObjectiveConfig,
@@ -91,7 +91,7 @@ class DamagedConfig(UndamagedConfig):
 
 def test_an_objective_of_damaged_images_without_settings_of_the_damage_is_refused(monkeypatch):
     points = {"a": Registered(UndamagedConfig, len), "b": Registered(DamagedConfig, len)}
-    monkeypatch.setattr("pipeline.settings.registry._entry_points", lambda group: points)
+    monkeypatch.setattr("naign.settings.registry._entry_points", lambda group: points)
     lacking = (
         "objective.name=a needs damaged images, but its settings lack damage or noise: declare both in its package"
     )

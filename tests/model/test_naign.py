@@ -7,10 +7,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pipeline.errors import InputError
-from pipeline.model.holes import continued
-from pipeline.model.naign import FILLING, NAIGN
-from pipeline.model.networks import build_network, recorded_network
+from naign.errors import InputError
+from naign.model.holes import continued
+from naign.model.naign import FILLING, NAIGN
+from naign.model.networks import build_network, recorded_network
 
 DESCRIPTION = {
     "model": {"name": "conv", "width": 4, "depth": 1, "code": 8},

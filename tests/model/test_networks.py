@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.errors import InputError
-from pipeline.model.networks import (
+from naign.errors import InputError
+from naign.model.networks import (
     Attention,
     ConvConfig,
     PointConfig,

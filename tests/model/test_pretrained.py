@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
-from pipeline.errors import InputError
-from pipeline.evaluate.frechet import frechet_distance
-from pipeline.model import encoders
-from pipeline.model.encoders import load_encoder
-from pipeline.model.losses import NaignConfig
-from pipeline.model.pretrained import Pretrained
-from pipeline.neighbours.rows import independent
-from pipeline.training.prepare import open_perceived
+from naign.errors import InputError
+from naign.evaluate.frechet import frechet_distance
+from naign.model import encoders
+from naign.model.encoders import load_encoder
+from naign.model.losses import NaignConfig
+from naign.model.pretrained import Pretrained
+from naign.neighbours.rows import independent
+from naign.training.prepare import open_perceived
 
 CPU = torch.device("cpu")
 wheel = pytest.mark.skipif(

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.cli import model as cli
-from pipeline.errors import InputError
-from pipeline.model import programs
-from pipeline.model.naign import NAIGN
-from pipeline.model.networks import NETWORKS, build_network, find_network
+from naign.cli import model as cli
+from naign.errors import InputError
+from naign.model import programs
+from naign.model.naign import NAIGN
+from naign.model.networks import NETWORKS, build_network, find_network
 
 SMALL = {
     "conv": ({"width": 4, "depth": 1, "code": 8}, (1, 8, 8)),

@@ -7,14 +7,14 @@ import pytest
 import torch
 import yaml
 
-from pipeline.checkpoint import bucket as in_bucket
-from pipeline.checkpoint.bucket import upload
-from pipeline.cli.files import write_samples
-from pipeline.errors import InputError
-from pipeline.model.naign import NAIGN
-from pipeline.model.networks import build_network, recorded_network
-from pipeline.settings.budget import measured_by
-from pipeline.storage.store import open_store
+from naign.checkpoint import bucket as in_bucket
+from naign.checkpoint.bucket import upload
+from naign.cli.files import write_samples
+from naign.errors import InputError
+from naign.model.naign import NAIGN
+from naign.model.networks import build_network, recorded_network
+from naign.settings.budget import measured_by
+from naign.storage.store import open_store
 from tests.checkpoint.written import write_checkpoint
 
 METADATA = {"model": {"name": "conv", "width": 4, "code": 8}, "shape": [1, 8, 8], "prior": {"name": "gaussian"}}

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from accelerate import Accelerator
 
-from pipeline.data.decode import Array
-from pipeline.data.format.writer import pack
-from pipeline.data.sources.source import Example, Made, Source
-from pipeline.neighbours import DuplicatesOptions, rows
-from pipeline.neighbours.duplicates import duplicates
+from naign.data.decode import Array
+from naign.data.format.writer import pack
+from naign.data.sources.source import Example, Made, Source
+from naign.neighbours import DuplicatesOptions, rows
+from naign.neighbours.duplicates import duplicates
 
 TRAIN, TEST, SHAPE = 700, 90, (3, 8, 8)
 COPIES = {  # what each planted image is: the original, mirrored or not, and its noise in levels

@@ -10,16 +10,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from pipeline.cli.main import main
-from pipeline.data.loader import read_split
-from pipeline.errors import InputError
-from pipeline.evaluate.report import COPIES, with_copies
-from pipeline.model.naign import NAIGN
-from pipeline.model.networks import ConvConfig, PointConfig
-from pipeline.model.scale import scaled
-from pipeline.neighbours import CopiesOptions
-from pipeline.neighbours.copies import copies, judge
-from pipeline.storage.store import open_store
+from naign.cli.main import main
+from naign.data.loader import read_split
+from naign.errors import InputError
+from naign.evaluate.report import COPIES, with_copies
+from naign.model.naign import NAIGN
+from naign.model.networks import ConvConfig, PointConfig
+from naign.model.scale import scaled
+from naign.neighbours import CopiesOptions
+from naign.neighbours.copies import copies, judge
+from naign.storage.store import open_store
 from tests.neighbours.planted import SHAPE, image, plant, small_blocks
 
 SAMPLES, COPIED = 300, {7: (40, False), 8: (41, True), 290: (640, False)}  # of training images, mirrored or not
@@ -176,7 +176,7 @@ def test_points_have_no_picture(points: str, save_untrained: Any, tmp_path: Path
 
 def test_an_interrupted_audit_of_another_model_is_refused(copier: NAIGN, tmp_path: Path, monkeypatch: Any) -> None:
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr("pipeline.neighbours.copies.compare", lambda *_: 1 / 0)
+        patch.setattr("naign.neighbours.copies.compare", lambda *_: 1 / 0)
         audit(samples=SAMPLES, to=str(tmp_path))
     before = {file.name for file in tmp_path.glob("work-*")}
     copier.network.latents += 1

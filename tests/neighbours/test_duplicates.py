@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.dataset import DataConfig
-from pipeline.data.format.audit import verify
-from pipeline.data.format.manifest import Manifest
-from pipeline.data.format.writer import pack
-from pipeline.data.loader import Stream, read_split
-from pipeline.data.sources.source import Made
-from pipeline.errors import InputError
-from pipeline.neighbours import rows
-from pipeline.neighbours.images import Images
-from pipeline.neighbours.work import Work
+from naign.data.dataset import DataConfig
+from naign.data.format.audit import verify
+from naign.data.format.manifest import Manifest
+from naign.data.format.writer import pack
+from naign.data.loader import Stream, read_split
+from naign.data.sources.source import Made
+from naign.errors import InputError
+from naign.neighbours import rows
+from naign.neighbours.images import Images
+from naign.neighbours.work import Work
 from tests.data.numbered import edit_index, numbered, rewrite
 from tests.neighbours.planted import GROUPS, TEST, TRAIN, audit, image, plant, small_blocks
 
@@ -115,7 +115,7 @@ def test_an_interrupted_audit_goes_on(after: int, planted: str, tmp_path: Path, 
 
 def test_force_gives_up_an_interrupted_audit(planted: str, digits: str, tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr("pipeline.neighbours.duplicates.compare", lambda *_, **options: 1 / 0)
+        patch.setattr("naign.neighbours.duplicates.compare", lambda *_, **options: 1 / 0)
         audit(planted, tmp_path)
     for path, threshold in ((planted, 9.0), (digits, None)):
         with pytest.raises(InputError, match="other data, model or options"):
@@ -247,7 +247,7 @@ def test_only_an_audits_own_files_are_deleted(planted: str, tmp_path: Path) -> N
 
 def test_a_damaged_part_is_named(planted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr("pipeline.neighbours.duplicates.compare", lambda *_, **options: 1 / 0)
+        patch.setattr("naign.neighbours.duplicates.compare", lambda *_, **options: 1 / 0)
         audit(planted, tmp_path)
     part = next(tmp_path.glob("work-*.safetensors"))
     part.write_bytes(part.read_bytes()[:100])

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.data.format.manifest import Manifest
-from pipeline.model.networks import ConvConfig
-from pipeline.storage.store import open_store
+from naign.data.format.manifest import Manifest
+from naign.model.networks import ConvConfig
+from naign.storage.store import open_store
 from tests.conftest import Program, environment, train_command
 from tests.distributed.audit_cases import FOLDER
 from tests.distributed.ranks import on_ranks
@@ -46,7 +46,7 @@ def test_launchers_start_audits(tmp_path: Path, naign: Program) -> None:
     assert launched.returncode == 0 and "13 of 790 images are in 6 groups" in launched.stdout, launched.stderr
     assert naign("launch", "duplicates", "--data", path, "--to", "one", real=True).stdout
     accelerate = [option for option in train_command(ranks=2) if not option.endswith("train.py")]
-    command = [*accelerate, "-m", "pipeline.cli", "duplicates", "--data", path, "--to", "by-accelerate"]
+    command = [*accelerate, "-m", "naign.cli", "duplicates", "--data", path, "--to", "by-accelerate"]
     subprocess.run(command, cwd=tmp_path, env=environment(), check=True, capture_output=True)
     for name in RESULTS:
         expected = (tmp_path / "alone" / name).read_bytes()
@@ -59,10 +59,10 @@ def test_launchers_start_audits(tmp_path: Path, naign: Program) -> None:
 def test_an_audit_that_is_ended_goes_on(number: int, tmp_path: Path) -> None:
     path = plant(str(tmp_path / "data"))
     audit(path, tmp_path / "whole")
-    slowly = "import time; from pipeline.neighbours.work import Work; keep = Work.keep\n"
+    slowly = "import time; from naign.neighbours.work import Work; keep = Work.keep\n"
     slowly += "Work.keep = lambda *args: (keep(*args), time.sleep(100))\n"
     slowly += f"import sys; sys.argv = ['naign', 'duplicates', '--data', {path!r}, '--to', 'cut']\n"
-    slowly += "from pipeline.cli.main import main; main()"
+    slowly += "from naign.cli.main import main; main()"
     process = subprocess.Popen([sys.executable, "-c", slowly], cwd=tmp_path, env=environment())
     end = time.monotonic() + 120
     while not list(tmp_path.glob("cut/work-*")) and time.monotonic() < end:

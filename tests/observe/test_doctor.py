@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import philox
-from pipeline.errors import InputError
-from pipeline.match.distances import load_faiss
-from pipeline.observe import doctor
-from pipeline.observe.doctor import examine, faiss, preflight, self_test
+from naign import philox
+from naign.errors import InputError
+from naign.match.distances import load_faiss
+from naign.observe import doctor
+from naign.observe.doctor import examine, faiss, preflight, self_test
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]

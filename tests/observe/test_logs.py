@@ -9,7 +9,7 @@ import threading
 import pytest
 from tqdm import tqdm
 
-from pipeline.observe import logs
+from naign.observe import logs
 from tests.conftest import environment
 
 NAMES = ("", "naign", "naign.store", "DeepSpeed", "some.library")
@@ -143,7 +143,7 @@ def test_deepspeed_is_quiet_whenever_it_comes(capsys, imported):
 @pytest.mark.slow
 def test_the_real_deepspeed():
     script = """
-from pipeline.observe.logs import at_round, set_up
+from naign.observe.logs import at_round, set_up
 set_up(0, 2)
 at_round(3)
 from deepspeed.utils import logger, log_dist

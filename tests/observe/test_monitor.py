@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.errors import InputError, Unavailable
-from pipeline.observe import monitor
-from pipeline.observe.monitor import WAITING, Background, Monitor, trackers_hang
-from pipeline.observe.trackers import JsonLines, TrainJob, find_trackers
-from pipeline.settings import registry
+from naign.errors import InputError, Unavailable
+from naign.observe import monitor
+from naign.observe.monitor import WAITING, Background, Monitor, trackers_hang
+from naign.observe.trackers import JsonLines, TrainJob, find_trackers
+from naign.settings import registry
 
 calls = []
 

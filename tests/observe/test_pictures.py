@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import ImageFont
 
-from pipeline.observe.pictures import CELL, GAP, PANEL, grid, legible, rows, scatter, shades, to_image
+from naign.observe.pictures import CELL, GAP, PANEL, grid, legible, rows, scatter, shades, to_image
 
 
 def test_an_image_keeps_its_size_and_values() -> None:

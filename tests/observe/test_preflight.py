@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import InputError, Unavailable
-from pipeline.observe.doctor import preflight
-from pipeline.storage.store import open_store
+from naign.errors import InputError, Unavailable
+from naign.observe.doctor import preflight
+from naign.storage.store import open_store
 
 Usage = namedtuple("Usage", "total used free")
 GB = 10**9
@@ -24,7 +24,7 @@ def check(run, *, remote="", checkpoint_bytes=GB // 1000):
 def free(monkeypatch):
     """Free bytes of the disk, to be changed."""
     bytes = {"disk": 100 * GB}
-    monkeypatch.setattr("pipeline.observe.doctor.shutil.disk_usage", lambda place: Usage(0, 0, bytes["disk"]))
+    monkeypatch.setattr("naign.observe.doctor.shutil.disk_usage", lambda place: Usage(0, 0, bytes["disk"]))
     return bytes
 
 
@@ -90,7 +90,7 @@ def test_a_bucket_that_is_not_there(tmp_path, s3):
 
 
 def test_a_bucket_that_is_closed(tmp_path, bucket, monkeypatch):
-    from pipeline.storage.s3_client import forget_clients
+    from naign.storage.s3_client import forget_clients
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     forget_clients()
@@ -99,8 +99,8 @@ def test_a_bucket_that_is_closed(tmp_path, bucket, monkeypatch):
 
 
 def test_a_bucket_that_may_only_be_read(tmp_path, s3, bucket, monkeypatch):
-    from pipeline.cli.data import pack
-    from pipeline.storage.s3_client import forget_clients
+    from naign.cli.data import pack
+    from naign.storage.s3_client import forget_clients
 
     open_store(bucket).put("a", b"1")
     for name, value in s3.reader(bucket.removeprefix("s3://")).items():
@@ -121,10 +121,10 @@ def test_a_bucket_that_may_only_be_read(tmp_path, s3, bucket, monkeypatch):
 
 
 def test_a_bucket_out_of_reach(tmp_path, s3, monkeypatch):
-    from pipeline.storage.s3_client import forget_clients
+    from naign.storage.s3_client import forget_clients
 
-    monkeypatch.setattr("pipeline.storage.retry.FIRST_PAUSE", 0.01)
-    monkeypatch.setattr("pipeline.storage.retry.LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr("naign.storage.retry.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("naign.storage.retry.LONGEST_PAUSE", 0.01)
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     forget_clients()
@@ -143,7 +143,7 @@ def test_what_is_no_remote(tmp_path):
 
 @pytest.mark.parametrize("readable", [True, False])
 def test_the_object_goes_whatever_happens(tmp_path, monkeypatch, readable):
-    from pipeline.storage.local import LocalStore
+    from naign.storage.local import LocalStore
 
     put = LocalStore.put
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.errors import InputError
-from pipeline.model.networks import NETWORKS, ConvConfig, build_network
-from pipeline.observe.speed import Profiler, fit_flops, forward_flops, parse_rounds, peak_flops, peak_memory
+from naign.errors import InputError
+from naign.model.networks import NETWORKS, ConvConfig, build_network
+from naign.observe.speed import Profiler, fit_flops, forward_flops, parse_rounds, peak_flops, peak_memory
 
 CUDA = torch.device("cuda", 0)
 
@@ -125,9 +125,9 @@ def test_a_processor_has_no_known_peak():
 @pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
 def test_memory_of_a_processor_is_the_peak_of_the_process(monkeypatch, platform, unit):
     """In units of the system: kilobytes, on macOS bytes (getrusage(2))."""
-    monkeypatch.setattr("pipeline.observe.speed.sys.platform", platform)
+    monkeypatch.setattr("naign.observe.speed.sys.platform", platform)
     usage = {resource.RUSAGE_SELF: SimpleNamespace(ru_maxrss=3_000_000_000 // unit)}
-    monkeypatch.setattr("pipeline.observe.speed.resource.getrusage", usage.__getitem__)
+    monkeypatch.setattr("naign.observe.speed.resource.getrusage", usage.__getitem__)
     assert peak_memory(torch.device("cpu")) == pytest.approx(3.0, rel=1e-6)
 
 

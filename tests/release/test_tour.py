@@ -44,15 +44,15 @@ def test_the_tour_trains_repairs_and_maps_energy(tmp_path: Path) -> None:
 
 
 def test_a_kernel_without_the_package_and_a_clone_says_what_to_install(tmp_path: Path) -> None:
-    (tmp_path / "pipeline").mkdir()
-    hidden = "raise ModuleNotFoundError(\"No module named 'pipeline'\")"  # comes before the one that is installed
-    (tmp_path / "pipeline/__init__.py").write_text(hidden)
+    (tmp_path / "naign").mkdir()
+    hidden = "raise ModuleNotFoundError(\"No module named 'naign'\")"  # comes before the one that is installed
+    (tmp_path / "naign/__init__.py").write_text(hidden)
     notebook = jupytext.read(TOUR)
     notebook.cells = [cell for cell in notebook.cells if cell.cell_type == "code"][:2]
     with pytest.raises(CellExecutionError, match=r"no NAIGN \(No module named .*\): open docs/tour.ipynb in"):
         execute(notebook, tmp_path, PYTHONPATH=str(tmp_path))
     assert [output.output_type for cell in notebook.cells for output in cell.outputs].count("error") == 1
-    assert os.listdir(tmp_path) == ["pipeline"]
+    assert os.listdir(tmp_path) == ["naign"]
 
 
 def test_the_notebook_file_is_that_of_the_source_without_outputs() -> None:

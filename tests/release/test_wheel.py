@@ -14,10 +14,11 @@ import pytest
 from tests.conftest import ROOT, SMALL, environment
 
 WHERE = """
+import importlib.util
 import naign
-import pipeline
-from pipeline import shipped
-print(naign.__file__, pipeline.__file__, naign.__version__, shipped("launch/zero2.yaml"))
+from naign import shipped
+assert importlib.util.find_spec("pipeline") is None
+print(naign.__file__, naign.__version__, shipped("launch/zero2.yaml"), shipped("pipeline/train.py"))
 """
 
 READ = """
@@ -77,7 +78,7 @@ def test_the_wheel_trains_and_measures_in_an_empty_folder(tagged: Path, tmp_path
         str(wheel),
     )
     for folder in ("configs", "launch", "k8s", "models"):
-        there, here = site / "pipeline" / folder, ROOT / folder
+        there, here = site / "naign" / folder, ROOT / folder
         assert {file.relative_to(there) for file in there.rglob("*")} == {f.relative_to(here) for f in here.rglob("*")}
 
     empty.mkdir()
@@ -86,9 +87,10 @@ def test_the_wheel_trains_and_measures_in_an_empty_folder(tagged: Path, tmp_path
         return run(empty, sys.executable, *options, PYTHONPATH=str(site))
 
     where = python("-c", WHERE).split()
-    packages = [str(site / "naign/__init__.py"), str(site / "pipeline/__init__.py")]
-    assert where == [*packages, "7.8.9", str(site / "pipeline/launch/zero2.yaml")]
-    assert (site / "naign/py.typed").exists() and (site / "pipeline/py.typed").exists()
+    inside = site / "naign"
+    files = [str(inside / name) for name in ("launch/zero2.yaml", "pipeline/train.py")]
+    assert where == [str(inside / "__init__.py"), "7.8.9", *files]
+    assert (inside / "py.typed").exists() and not (site / "pipeline").exists()
     small = [option for option in SMALL if not option.startswith("--report")]
     said = python(str(site / "bin/naign"), "train", "--config", "digits", *small, "--train.images=512")
     assert "packing it" in said and "done: the run lies in runs/digits" in said

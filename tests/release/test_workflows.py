@@ -60,7 +60,7 @@ def test_the_build_of_the_image_is_sent_what_it_copies() -> None:
     """.dockerignore leaves out everything that it does not name."""
     copied = re.findall(r"^COPY (?!--from)(.*) \S+$", (ROOT / "launch/Dockerfile").read_text(), re.M)
     names = {source.partition("/")[0] for sources in copied for source in sources.split()}
-    assert {"naign", "pipeline"} <= names
+    assert {"pipeline", "configs"} <= names
     assert names <= set(re.findall(r"^!(.*)$", (ROOT / ".dockerignore").read_text(), re.M))
 
 

@@ -17,15 +17,15 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from pipeline.cli.data import pack as pack_command
-from pipeline.data.format.audit import verify
-from pipeline.data.format.writer import pack
-from pipeline.data.loader import read_split
-from pipeline.errors import Conflict, InputError, Unavailable
-from pipeline.observe.doctor import preflight
-from pipeline.storage.base import Store
-from pipeline.storage.clouds import Upload, forget_clients
-from pipeline.storage.store import open_store
+from naign.cli.data import pack as pack_command
+from naign.data.format.audit import verify
+from naign.data.format.writer import pack
+from naign.data.loader import read_split
+from naign.errors import Conflict, InputError, Unavailable
+from naign.observe.doctor import preflight
+from naign.storage.base import Store
+from naign.storage.clouds import Upload, forget_clients
+from naign.storage.store import open_store
 from tests.conftest import SMALL, Program
 from tests.data.numbered import numbered
 from tests.proxy import FaultProxy, Faults
@@ -40,9 +40,9 @@ needs_azurite = pytest.mark.skipif(PROGRAM is None, reason="needs azurite-blob: 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Short waits, small parts, and clients that are made from this test's environment."""
-    monkeypatch.setattr("pipeline.storage.retry.FIRST_PAUSE", 0.01)
-    monkeypatch.setattr("pipeline.storage.retry.LONGEST_PAUSE", 0.05)
-    monkeypatch.setattr("pipeline.storage.clouds.WRITE_PART", 5 * MIB)
+    monkeypatch.setattr("naign.storage.retry.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("naign.storage.retry.LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr("naign.storage.clouds.WRITE_PART", 5 * MIB)
     forget_clients()
     yield
     forget_clients()
@@ -274,7 +274,7 @@ def test_credentials_of_a_machine_that_has_none(tmp_path: Path, monkeypatch: pyt
 
 def test_without_obstore(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
-    monkeypatch.delitem(sys.modules, "pipeline.storage.clouds")
+    monkeypatch.delitem(sys.modules, "naign.storage.clouds")
     with pytest.raises(InputError, match=r"gs://bucket: cannot open gs:// paths \(.*\): pip install obstore"):
         open_store("gs://bucket")
 

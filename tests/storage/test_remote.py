@@ -11,13 +11,13 @@ from urllib.parse import urlsplit
 import fsspec
 import pytest
 
-from pipeline.data.dataset import DataConfig
-from pipeline.data.format.indexing import index
-from pipeline.data.format.writer import pack
-from pipeline.data.loader import Stream, read_split
-from pipeline.errors import InputError
-from pipeline.storage.retry import Unavailable
-from pipeline.storage.store import open_store
+from naign.data.dataset import DataConfig
+from naign.data.format.indexing import index
+from naign.data.format.writer import pack
+from naign.data.loader import Stream, read_split
+from naign.errors import InputError
+from naign.storage.retry import Unavailable
+from naign.storage.store import open_store
 from tests.data.numbered import numbered
 
 
@@ -60,8 +60,8 @@ class Web(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture
 def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a data set of 23 images in 4 shards, without an index.json, on a web server."""
-    monkeypatch.setattr("pipeline.storage.retry.FIRST_PAUSE", 0.01)
-    monkeypatch.setattr("pipeline.storage.retry.LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr("naign.storage.retry.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("naign.storage.retry.LONGEST_PAUSE", 0.01)
     pack(numbered(), str(tmp_path / "web/mnist"), shards=4, progress=False)
     for file in (tmp_path / "web/mnist").glob("*.npy"):
         file.unlink()

@@ -17,13 +17,13 @@ import pytest
 import webdataset
 from botocore.exceptions import ClientError
 
-from pipeline.data.format.writer import pack
-from pipeline.errors import InputError, Unavailable
-from pipeline.storage.base import Store
-from pipeline.storage.retry import at_most
-from pipeline.storage.s3 import S3Store
-from pipeline.storage.s3_client import client, forget_clients
-from pipeline.storage.store import open_store
+from naign.data.format.writer import pack
+from naign.errors import InputError, Unavailable
+from naign.storage.base import Store
+from naign.storage.retry import at_most
+from naign.storage.s3 import S3Store
+from naign.storage.s3_client import client, forget_clients
+from naign.storage.store import open_store
 from tests.data.numbered import numbered
 from tests.proxy import FaultProxy, Faults
 from tests.servers import S3Server
@@ -36,9 +36,9 @@ DATA = random.Random(0).randbytes(3 * MIB + 12_345)
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits that are too short for a network, and short enough for tests."""
-    monkeypatch.setattr("pipeline.storage.s3_client.SILENCE", 1.0)
-    monkeypatch.setattr("pipeline.storage.retry.FIRST_PAUSE", 0.01)
-    monkeypatch.setattr("pipeline.storage.retry.LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr("naign.storage.s3_client.SILENCE", 1.0)
+    monkeypatch.setattr("naign.storage.retry.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("naign.storage.retry.LONGEST_PAUSE", 0.05)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_there_and_back(store: Store, bucket: str) -> None:
 
 @pytest.mark.parametrize("part", [1000, 999_983, 8 * MIB])
 def test_ranges_and_streams(store: Store, monkeypatch: pytest.MonkeyPatch, part: int) -> None:
-    monkeypatch.setattr("pipeline.storage.resumed.PART", part)
+    monkeypatch.setattr("naign.storage.resumed.PART", part)
     data = DATA if part > 1000 else DATA[:54_321]
     store.put("a", data)
     size = len(data)
@@ -92,7 +92,7 @@ def test_ranges_and_streams(store: Store, monkeypatch: pytest.MonkeyPatch, part:
 
 
 def test_a_stream_that_is_closed_early_ends_its_threads(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.storage.resumed.PART", 10_000)
+    monkeypatch.setattr("naign.storage.resumed.PART", 10_000)
     store.put("a", DATA)
     asking: set[threading.Thread] = set()
     client().meta.events.register("before-call.s3", lambda **_: asking.add(threading.current_thread()))
@@ -118,7 +118,7 @@ def test_more_names_than_a_page_of_a_listing(s3: S3Server, bucket: str) -> None:
 def test_writing_streams_in_parts(
     s3: S3Server, store: Store, bucket: str, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.s3.WRITE_PART", 5 * MIB)
+    monkeypatch.setattr("naign.storage.s3.WRITE_PART", 5 * MIB)
     data = (DATA * 10)[:size]
     store.put("a", b"old")
     with store.write("a") as target:
@@ -136,7 +136,7 @@ def test_writing_streams_in_parts(
 def test_what_is_not_finished_never_appears(
     s3: S3Server, store: Store, bucket: str, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.s3.WRITE_PART", 5 * MIB)
+    monkeypatch.setattr("naign.storage.s3.WRITE_PART", 5 * MIB)
     with pytest.raises(KeyError), store.write("a") as target:
         target.write(bytes(size))
         raise KeyError
@@ -190,7 +190,7 @@ def test_etags_that_are_no_md5(
     checksums: bool,
 ) -> None:
     """As of S3 Express One Zone, which gives checksums, and of servers that give neither."""
-    monkeypatch.setattr("pipeline.storage.s3.WRITE_PART", 5 * MIB)
+    monkeypatch.setattr("naign.storage.s3.WRITE_PART", 5 * MIB)
 
     def disguised(etag: str) -> str:
         return f'"{etag.strip(chr(34))[::-1]}{"" if checksums else "-opaque"}"'
@@ -233,7 +233,7 @@ def test_etags_that_are_no_md5(
 def test_a_server_that_refuses_checksums(
     store: Store, monkeypatch: pytest.MonkeyPatch, status: int, code: str, message: str
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.s3.WRITE_PART", 5 * MIB)
+    monkeypatch.setattr("naign.storage.s3.WRITE_PART", 5 * MIB)
     refused = []
 
     def refuse(model: Any, params: Params, **_: object) -> None:
@@ -269,7 +269,7 @@ def test_a_server_that_stored_other_bytes_is_given_them_again(
 
 
 def test_webdataset_reads_streams(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.storage.resumed.PART", 1000)
+    monkeypatch.setattr("naign.storage.resumed.PART", 1000)
     pack(numbered(), store.path, shards=2, progress=False)
     monkeypatch.setitem(webdataset.gopen_schemes, "s3", gopen)
     urls = [store.url(f"train-{number:05d}.tar") for number in range(2)]
@@ -321,7 +321,7 @@ def test_a_missing_bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None
     for action in ACTIONS:
         message = refusal(s3, action, "s3://no-such-bucket/x")
         assert "there is no bucket no-such-bucket: make it first, or check the name and AWS_ENDPOINT_URL" in message
-    monkeypatch.setattr("pipeline.storage.s3.WRITE_PART", 5 * MIB)
+    monkeypatch.setattr("naign.storage.s3.WRITE_PART", 5 * MIB)
     with (
         pytest.raises(InputError, match="x/a: there is no bucket no-such"),
         open_store("s3://no-such/x").write("a") as a,
@@ -427,7 +427,7 @@ def test_a_public_bucket_needs_no_account(s3: S3Server, bucket: str, monkeypatch
 def test_an_object_that_changes_while_it_is_read(
     store: Store, monkeypatch: pytest.MonkeyPatch, again: bytes | None
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.resumed.PART", 100_000)
+    monkeypatch.setattr("naign.storage.resumed.PART", 100_000)
     store.put("a", DATA)
     known = open_store(store.path)
     assert known.size("a") == len(DATA)
@@ -468,7 +468,7 @@ def test_a_server_that_is_down(store: Store, proxy: FaultProxy) -> None:
 def test_a_server_that_goes_down_in_the_middle(
     store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.resumed.PART", 100_000)
+    monkeypatch.setattr("naign.storage.resumed.PART", 100_000)
     store.put("a", DATA)
     pieces = store.pieces("a")
     assert next(pieces) == DATA[:100_000]
@@ -478,7 +478,7 @@ def test_a_server_that_goes_down_in_the_middle(
 
 
 def test_a_short_absence_is_waited_out(store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.storage.retry.LONGEST_PAUSE", 1.0)
+    monkeypatch.setattr("naign.storage.retry.LONGEST_PAUSE", 1.0)
     store.put("a", DATA)
     proxy.faults = Faults(refusing=True)
     back = threading.Timer(0.1, lambda: setattr(proxy, "faults", Faults()))
@@ -504,9 +504,9 @@ def test_a_short_absence_is_waited_out(store: Store, proxy: FaultProxy, monkeypa
 def test_reading_through_faults(
     store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, faults: Faults, kinds: list[str], part: int
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.resumed.PART", part)
-    monkeypatch.setattr("pipeline.storage.s3_client.SILENCE", 0.5)
-    monkeypatch.setattr("pipeline.storage.retry.ATTEMPTS", 20)
+    monkeypatch.setattr("naign.storage.resumed.PART", part)
+    monkeypatch.setattr("naign.storage.s3_client.SILENCE", 0.5)
+    monkeypatch.setattr("naign.storage.retry.ATTEMPTS", 20)
     store.put("a", DATA)
     forget_clients()
     proxy.faults = faults
@@ -535,8 +535,8 @@ def test_bodies_that_break_off_early(store: Store, proxy: FaultProxy) -> None:
 def test_writing_through_faults(
     s3: S3Server, store: Store, bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.s3.WRITE_PART", 5 * MIB)
-    monkeypatch.setattr("pipeline.storage.retry.ATTEMPTS", 100)
+    monkeypatch.setattr("naign.storage.s3.WRITE_PART", 5 * MIB)
+    monkeypatch.setattr("naign.storage.retry.ATTEMPTS", 100)
     data = (DATA * 9)[: 26 * MIB + 3]
     over = threading.Event()
 
@@ -571,8 +571,8 @@ def test_writing_through_faults(
 def test_an_upload_is_done_even_if_the_answer_is_lost(
     s3: S3Server, store: Store, bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.s3.WRITE_PART", 5 * MIB)
-    monkeypatch.setattr("pipeline.storage.retry.ATTEMPTS", 1000)
+    monkeypatch.setattr("naign.storage.s3.WRITE_PART", 5 * MIB)
+    monkeypatch.setattr("naign.storage.retry.ATTEMPTS", 1000)
     healed = threading.Event()
 
     def heal() -> None:
@@ -601,7 +601,7 @@ def digest(store: Store) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_processes_that_a_program_starts(store: Store, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    monkeypatch.setattr("pipeline.storage.resumed.PART", 100_000)
+    monkeypatch.setattr("naign.storage.resumed.PART", 100_000)
     store.put("a", DATA)
     pieces = store.pieces("a")  # its threads read on while the processes start
     start = next(pieces)

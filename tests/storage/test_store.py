@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import InputError, Unavailable, check_address
-from pipeline.settings.read import read_yaml
-from pipeline.storage.local import LocalStore
-from pipeline.storage.store import open_store
+from naign.errors import InputError, Unavailable, check_address
+from naign.settings.read import read_yaml
+from naign.storage.local import LocalStore
+from naign.storage.store import open_store
 
 
 def test_a_local_file_there_and_back(tmp_path: Path) -> None:

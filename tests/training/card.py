@@ -21,14 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from pipeline.config import Config, parse
-from pipeline.distributed.engine import Engine
-from pipeline.match import Match
-from pipeline.model.networks import build_network
-from pipeline.model.prior import Examples, build_prior
-from pipeline.training.fit import fit
-from pipeline.training.round import RoundRandom, RoundState
-from pipeline.training.state import Position
+from naign.config import Config, parse
+from naign.distributed.engine import Engine
+from naign.match import Match
+from naign.model.networks import build_network
+from naign.model.prior import Examples, build_prior
+from naign.training.fit import fit
+from naign.training.round import RoundRandom, RoundState
+from naign.training.state import Position
 from tests import pretend
 from tests.conftest import ROOT
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from pipeline.config import TrainConfig
-from pipeline.distributed.engine import Engine
-from pipeline.errors import Diverged
-from pipeline.training.fit import settle
+from naign.config import TrainConfig
+from naign.distributed.engine import Engine
+from naign.errors import Diverged
+from naign.training.fit import settle
 
 STEPS, BAD = 7, (2, 3)
 

@@ -12,12 +12,12 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
 from naign import NAIGN, nearest, open_dataset
-from pipeline.data.format.indexing import index
-from pipeline.data.format.writer import pack
-from pipeline.data.loader import Rows, fill, read_split
-from pipeline.errors import InputError
-from pipeline.model.scale import scaled
-from pipeline.training.batches import Batch
+from naign.data.format.indexing import index
+from naign.data.format.writer import pack
+from naign.data.loader import Rows, fill, read_split
+from naign.errors import InputError
+from naign.model.scale import scaled
+from naign.training.batches import Batch
 from tests.data.numbered import numbered, rewrite
 
 
@@ -230,7 +230,7 @@ def test_a_batch_in_work_is_waited_for(small: str, monkeypatch: pytest.MonkeyPat
         ended.append(len(rows.keys))
         return problems
 
-    monkeypatch.setattr("pipeline.training.batches.fill", slow)
+    monkeypatch.setattr("naign.training.batches.fill", slow)
     for _ in open_dataset(small, batch=4):
         break
     assert ended == [4, 4]

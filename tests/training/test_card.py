@@ -8,11 +8,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from pipeline.config import parse
-from pipeline.model.networks import build_network
-from pipeline.model.prior import build_prior
-from pipeline.training.engines import build_engine
-from pipeline.training.fit import fit
+from naign.config import parse
+from naign.model.networks import build_network
+from naign.model.prior import build_prior
+from naign.training.engines import build_engine
+from naign.training.fit import fit
 from tests.conftest import ROOT, environment
 from tests.training.card import STEPS, Watch, cases, round_of
 

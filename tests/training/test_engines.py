@@ -8,11 +8,11 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-from pipeline.config import parse
-from pipeline.distributed import connect, zero
-from pipeline.distributed.host import set_threads
-from pipeline.errors import InputError
-from pipeline.training.engines import check_engine
+from naign.config import parse
+from naign.distributed import connect, zero
+from naign.distributed.host import set_threads
+from naign.errors import InputError
+from naign.training.engines import check_engine
 from tests.conftest import SMALL
 
 OPTIONS = ["--data.path=x", *(option for option in SMALL if "imle" not in option)]

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from pipeline.config import Config
-from pipeline.training.fit import learning_rate, pass_order, steps_of
+from naign.config import Config
+from naign.training.fit import learning_rate, pass_order, steps_of
 
 CONFIG = Config(seed=3)
 CONFIG.match.round, CONFIG.train.batch, CONFIG.train.passes = 48, 6, 2

@@ -10,13 +10,13 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from pipeline.config import parse
-from pipeline.errors import InputError, Stopped
-from pipeline.model.prior import Prior, PriorConfig
-from pipeline.training import round as current
-from pipeline.training.learn_prior import learn_prior, tracked_every
-from pipeline.training.run import Phases
-from pipeline.training.state import Position
+from naign.config import parse
+from naign.errors import InputError, Stopped
+from naign.model.prior import Prior, PriorConfig
+from naign.training import round as current
+from naign.training.learn_prior import learn_prior, tracked_every
+from naign.training.run import Phases
+from naign.training.state import Position
 from tests.conftest import SMALL, forked
 
 LOOKS = 6

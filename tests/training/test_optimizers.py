@@ -9,10 +9,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from pipeline.config import TrainConfig
-from pipeline.distributed.engine import Engine
-from pipeline.distributed.optimizers import OPTIMIZERS, Muon, find_optimizer
-from pipeline.errors import InputError
+from naign.config import TrainConfig
+from naign.distributed.engine import Engine
+from naign.distributed.optimizers import OPTIMIZERS, Muon, find_optimizer
+from naign.errors import InputError
 
 
 def momentum(parameters, *, lr, **_):
@@ -48,7 +48,7 @@ def theirs(monkeypatch):
     names = ("momentum", "Counting", "narrow", "nothing", "failing", "bare")
     points = {name: EntryPoint(name, f"{__name__}:{name}", "naign.optimizers") for name in names}
     asked = {"naign.optimizers": points}
-    monkeypatch.setattr("pipeline.settings.registry._entry_points", lambda group: asked.get(group, {}))
+    monkeypatch.setattr("naign.settings.registry._entry_points", lambda group: asked.get(group, {}))
 
 
 def make(optimizer, *, ahead=None, **settings):

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pipeline.config import load, parse
-from pipeline.model.networks import build_network
-from pipeline.training.prepare import build_model, count_flops
+from naign.config import load, parse
+from naign.model.networks import build_network
+from naign.training.prepare import build_model, count_flops
 from tests.conftest import SMALL
 
 ALONE = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from pipeline import philox
-from pipeline.config import parse
-from pipeline.model.prior import build_prior
-from pipeline.observe import grid
-from pipeline.training.report import draw
-from pipeline.training.round import RoundRandom
+from naign import philox
+from naign.config import parse
+from naign.model.prior import build_prior
+from naign.observe import grid
+from naign.training.report import draw
+from naign.training.round import RoundRandom
 
 SHAPE = (1, 8, 8)
 

@@ -19,17 +19,17 @@ from filelock import FileLock
 from safetensors.torch import load_file, save
 from torch.distributed import DistBackendError
 
-from pipeline.checkpoint.writer import MANIFEST, Writer, newest_checkpoint
-from pipeline.config import Config
-from pipeline.data.loader import Stream
-from pipeline.errors import Gone, InputError
-from pipeline.match.matcher import Match
-from pipeline.model.networks import build_network
-from pipeline.model.prior import PriorConfig, build_prior
-from pipeline.training import run_folder
-from pipeline.training.engines import build_engine
-from pipeline.training.run_folder import claim, find_claimed
-from pipeline.training.state import PartialRound, Position, restore, restore_weights, snapshot
+from naign.checkpoint.writer import MANIFEST, Writer, newest_checkpoint
+from naign.config import Config
+from naign.data.loader import Stream
+from naign.errors import Gone, InputError
+from naign.match.matcher import Match
+from naign.model.networks import build_network
+from naign.model.prior import PriorConfig, build_prior
+from naign.training import run_folder
+from naign.training.engines import build_engine
+from naign.training.run_folder import claim, find_claimed
+from naign.training.state import PartialRound, Position, restore, restore_weights, snapshot
 from tests.checkpoint.written import write_checkpoint
 
 PRIOR = build_prior(PriorConfig(name="gaussian"), (1, 8, 8), torch.nn.Identity())
@@ -308,7 +308,7 @@ def test_a_checkout_that_was_never_installed_trains(monkeypatch):
         return versions(name)
 
     monkeypatch.setattr("importlib.metadata.version", version)
-    assert runpy.run_module("pipeline.training.state")["VERSIONS"]["naign"] == "0+checkout"
+    assert runpy.run_module("naign.training.state")["VERSIONS"]["naign"] == "0+checkout"
 
 
 def test_a_checkpoint_whose_other_files_are_in_the_bucket_raises_no_alarm(tmp_path, monkeypatch, caplog):

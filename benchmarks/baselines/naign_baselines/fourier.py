@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.model.prior.base import Device, Examples, Prior, PriorConfig, Shape
-from pipeline.philox import IMAGINARY, normal
+from naign.model.prior.base import Device, Examples, Prior, PriorConfig, Shape
+from naign.philox import IMAGINARY, normal
 
 
 @dataclass(kw_only=True, slots=True)

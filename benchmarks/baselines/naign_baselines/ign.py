@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from pipeline.model.losses import Batch, DistanceConfig, Network
-from pipeline.settings.constraints import AT_LEAST_0, POSITIVE
+from naign.model.losses import Batch, DistanceConfig, Network
+from naign.settings.constraints import AT_LEAST_0, POSITIVE
 
 
 @dataclass(kw_only=True, slots=True)

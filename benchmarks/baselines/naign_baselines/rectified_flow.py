@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.errors import InputError
-from pipeline.model.losses import Batch, Network, ObjectiveConfig
-from pipeline.model.networks import NetworkConfig
-from pipeline.model.prior.velocity import SpatialVelocity
-from pipeline.settings.constraints import between, one_of
+from naign.errors import InputError
+from naign.model.losses import Batch, Network, ObjectiveConfig
+from naign.model.networks import NetworkConfig
+from naign.model.prior.velocity import SpatialVelocity
+from naign.settings.constraints import between, one_of
 
 SIDE = 8  # the U-Net halves to at most this side, where it attends
 

@@ -10,9 +10,9 @@ from typing import Literal
 import tyro
 from tyro.conf import Positional
 
+from naign.errors import InputError, exit_on_input_error
+from naign.model.naign import NAIGN
 from naign_baselines.rectified_flow import FlowNetworkConfig, RectifiedFlow
-from pipeline.errors import InputError, exit_on_input_error
-from pipeline.model.naign import NAIGN
 
 
 def main(

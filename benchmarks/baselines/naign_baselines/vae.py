@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import InputError
-from pipeline.model.losses import Batch, Network, ObjectiveConfig
-from pipeline.model.networks import ConvConfig, ImageNetwork, build_network, find_network
-from pipeline.model.prior.base import Device, Prior, PriorConfig
-from pipeline.philox import normal
-from pipeline.settings.constraints import AT_LEAST_0, one_of
+from naign.errors import InputError
+from naign.model.losses import Batch, Network, ObjectiveConfig
+from naign.model.networks import ConvConfig, ImageNetwork, build_network, find_network
+from naign.model.prior.base import Device, Prior, PriorConfig
+from naign.philox import normal
+from naign.settings.constraints import AT_LEAST_0, one_of
 
 SMALLEST = 1e-6  # mean error of a batch: its logarithm stays finite
 WIDEST = 10.0  # log-variance of a code, either way

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import InputError
-from pipeline.model.naign import NAIGN
-from pipeline.model.networks import ConvConfig, build_network
-from pipeline.model.prior import CodesPrior, Examples, PriorConfig, build_prior, flow
-from pipeline.model.prior.base import CodesConfig
-from pipeline.model.prior.flow import FlowConfig
-from pipeline.model.prior.gmm import GmmConfig
-from pipeline.model.prior.student import TaughtFlow
+from naign.errors import InputError
+from naign.model.naign import NAIGN
+from naign.model.networks import ConvConfig, build_network
+from naign.model.prior import CodesPrior, Examples, PriorConfig, build_prior, flow
+from naign.model.prior.base import CodesConfig
+from naign.model.prior.flow import FlowConfig
+from naign.model.prior.gmm import GmmConfig
+from naign.model.prior.student import TaughtFlow
 
 LABELS = ("cat", "dog", "3")
 SHARES = torch.tensor([0.25, 0.5, 0.25])

@@ -7,12 +7,12 @@ import torch
 from naign_baselines.fourier import FourierConfig
 from scipy import stats
 
-from pipeline.errors import InputError
-from pipeline.model.networks import ConvConfig, build_network
-from pipeline.model.prior import Examples, Prior, PriorConfig, build_prior, find_prior
-from pipeline.model.prior.flow import FlowConfig
-from pipeline.model.prior.gmm import GmmConfig
-from pipeline.model.prior.noise import SmoothConfig
+from naign.errors import InputError
+from naign.model.networks import ConvConfig, build_network
+from naign.model.prior import Examples, Prior, PriorConfig, build_prior, find_prior
+from naign.model.prior.flow import FlowConfig
+from naign.model.prior.gmm import GmmConfig
+from naign.model.prior.noise import SmoothConfig
 
 EVERY = [
     *(PriorConfig(name="gaussian"), PriorConfig(name="halves"), SmoothConfig(), FourierConfig()),

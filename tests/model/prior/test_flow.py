@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.errors import InputError
-from pipeline.model.naign import NAIGN
-from pipeline.model.networks import ConvConfig, build_network
-from pipeline.model.prior import Examples
-from pipeline.model.prior import flow as flows
-from pipeline.model.prior.flow import RIDGE, Flow, FlowConfig
-from pipeline.model.prior.learner import WARMUP
-from pipeline.philox import normal
+from naign.errors import InputError
+from naign.model.naign import NAIGN
+from naign.model.networks import ConvConfig, build_network
+from naign.model.prior import Examples
+from naign.model.prior import flow as flows
+from naign.model.prior.flow import RIDGE, Flow, FlowConfig
+from naign.model.prior.learner import WARMUP
+from naign.philox import normal
 
 SETTINGS = FlowConfig(width=64, depth=2, passes=8, batch=128, steps=6, begin=0.0)
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from pipeline.errors import InputError
-from pipeline.model.prior import Examples
-from pipeline.model.prior.gmm import Gmm, GmmConfig
+from naign.errors import InputError
+from naign.model.prior import Examples
+from naign.model.prior.gmm import Gmm, GmmConfig
 
 SETTINGS = GmmConfig(components=3, begin=0.5, alone=0.0)
 CENTRES = torch.tensor([[0.0, 0.0], [6.0, 0.0], [0.0, 6.0]])

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.errors import InputError
-from pipeline.model.prior import Examples
-from pipeline.model.prior.flow import Flow, FlowConfig
-from pipeline.model.prior.student import MIDDLE, TaughtFlow
+from naign.errors import InputError
+from naign.model.prior import Examples
+from naign.model.prior.flow import Flow, FlowConfig
+from naign.model.prior.student import MIDDLE, TaughtFlow
 
 ROUNDS = 10  # of which the student has the last four
 SETTINGS = FlowConfig(

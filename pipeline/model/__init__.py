@@ -1,3 +1,0 @@
-"""The network f and what it is trained to do: networks, objectives, priors, encoders, and a trained model."""
-
-from pipeline.model.naign import NAIGN

@@ -1,0 +1,99 @@
+"""What a local folder and a bucket share: names of checkpoints, manifests, and which checkpoints are kept."""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from naign.storage.local import LocalStore
+from naign.storage.store import open_store
+
+MANIFEST = "manifest.json"
+BEST = "best.json"  # in the run's folder: the best checkpoint by quality/fd, and how it was measured
+
+Entries = dict[str, dict[str, Any]]  # the files of a manifest: {"bytes": int, "sha256": str} by name; untrusted
+
+
+def by_step(names: Iterable[str]) -> list[str]:
+    """The names of checkpoints (step-00001234) among `names`, newest first. Others, such as a copy, are ignored."""
+    return sorted((name for name in names if re.fullmatch(r"step-\d+", name)), key=step_of, reverse=True)
+
+
+def step_of(name: str) -> int:
+    """1234 of step-00001234."""
+    return int(name.removeprefix("step-"))
+
+
+def prune(root: str, keep: int, *, newest: str = "", spare: str = "") -> None:
+    """Remove checkpoints in a folder or bucket, manifests first, that are incomplete or not among the newest `keep`
+    (0: all). `newest`, just written, is kept and counted, later ones are left alone; `spare` is kept and not counted.
+    """
+    complete = int(bool(newest))
+    for name in by_step(open_store(root).folders()):
+        if name == spare or (newest and step_of(name) >= step_of(newest)):
+            continue
+        store = open_store(f"{root}/{name}")
+        if store.exists(MANIFEST):
+            complete += 1
+            if not keep or complete <= keep:
+                continue
+        store.delete(MANIFEST)
+        if isinstance(store, LocalStore):
+            shutil.rmtree(f"{root}/{name}", ignore_errors=True)
+            continue
+        for part in (store, *(open_store(f"{root}/{name}/{sub}") for sub in store.folders())):
+            for file in part.list():
+                part.delete(file)
+
+
+def read_object(root: str, name: str) -> dict[str, Any]:
+    """The JSON object in a file of a run's folder or bucket; {} if it is missing or damaged."""
+    store = open_store(root)
+    try:
+        content = json.loads(store.read(name)) if store.exists(name) else {}
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_best(root: str) -> dict[str, Any]:
+    """The content of best.json; {} if it is missing or damaged."""
+    return read_object(root, BEST)
+
+
+def best_named(root: str) -> str:
+    """The checkpoint that best.json in a run's folder or bucket names; "" if it is missing, or names none."""
+    name = read_best(root).get("checkpoint")
+    return name if isinstance(name, str) and by_step([name]) else ""
+
+
+def is_whole(file: Path, entry: dict[str, Any]) -> bool:
+    """Whether a file is a regular one with the size and hash of its manifest entry."""
+    regular = file.is_file() and not file.is_symlink()
+    return bool(regular and file.stat().st_size == entry["bytes"] and sha256(file) == entry["sha256"])
+
+
+def read_manifest(text: bytes) -> Entries:
+    """The entries of a manifest. Raises ValueError if it is malformed or names a file outside its folder."""
+    try:
+        files = json.loads(text)["files"]
+        for name, entry in files.items():
+            parts = Path(name).parts
+            if not parts or ".." in parts or Path(name).is_absolute() or name == MANIFEST or "\0" in name:
+                raise ValueError(f"a file named {name!r}")
+            if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str):
+                raise ValueError(f"no size and hash of {name!r}")
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    if not files:
+        raise ValueError("no files")
+    return dict(files)
+
+
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,0 +1,344 @@
+"""Commands that use a trained model: evaluate, sample, restore, score, export, push, demo."""
+
+import csv
+import math
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from naign import shipped
+from naign.cli.output import Json, lines_to_stderr, print_json
+from naign.errors import InputError, require
+from naign.terminal import busy, counted
+
+if TYPE_CHECKING:
+    from naign.model.naign import NAIGN
+
+Device = Annotated[Literal["auto", "cpu", "cuda", "mps"], tyro.conf.arg(help="Where to compute.")]
+Times = Annotated[int, tyro.conf.arg(help="How often f is applied.")]
+Kind = Literal["blur", "noise", "salt_pepper", "rows"]
+_RUN = "The folder of a run (or s3://), a checkpoint or an exported model"
+Run = Annotated[Positional[str], tyro.conf.arg(metavar="RUN", help=f"{_RUN}.")]
+_MODEL = f"{_RUN}; hf://user/model on Hugging Face; or mnist, which comes with naign, where no path has that name"
+Model = Annotated[Positional[str], tyro.conf.arg(metavar="RUN", help=f"{_MODEL}.")]
+Played = Annotated[
+    Positional[str],
+    tyro.conf.arg(metavar="[RUN]", help=f"{_MODEL}.", help_behavior_hint="(default: mnist, as it comes with naign)"),
+]
+Files = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(help="Images (points: .csv files), or folders of them.")]
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Options that say where z comes from; their comments are their help."""
+
+    # What z is drawn from: the run's prior, or a Gaussian mixture of codes of its training images.
+    prior: Literal["trained", "gmm"] = "trained"
+    components: int | None = None  # Gaussians of --prior gmm; default: 50.
+    # Steps of a flow from noise to a code (prior.steps), without its student; default: as trained.
+    steps: int | None = None
+    # Strength of guidance by classes (prior.guidance), without a student; default: as trained.
+    guidance: float | None = None
+    # Packed data set whose codes the mixture is fitted to; default: the one it was trained on.
+    data: str | None = None
+
+
+TRAINED = Latents()
+Drawn = Annotated[Latents, tyro.conf.arg(name="")]
+
+
+def evaluate(
+    run: Run,
+    /,
+    *,
+    data: str | None = None,
+    samples: int = 10_000,
+    encoder: str | None = None,
+    seed: int = 0,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Measure a trained model: evaluation/ in its folder gets metrics.json, report.html and pictures.
+
+    Args:
+        data: Packed data set; default: the one it was trained on.
+        samples: How many samples to draw; distances of different counts do not compare.
+        encoder: A second encoder for Frechet distances: efficientnet-lite0 to -lite2, timm:NAME, a .safetensors file;
+            default: efficientnet-lite2 for images of 3 channels.
+        seed: The same seed draws the same latents and damages.
+    """
+    from naign.evaluate.report import compared, number
+    from naign.evaluate.run import evaluate as measure
+    from naign.evaluate.runs import folder_of
+
+    _check(seed=seed)
+    require((device != "mps", "--device mps: measurements sum in float64, which MPS does not have; try --device cpu"))
+    with lines_to_stderr(json):
+        metrics = measure(run, data=data, samples=samples, seed=seed, device=_find_device(device), encoder=encoder)
+    report = f"{folder_of(run)}/evaluation/report.html"
+    if chosen := metrics["checkpoint"]:
+        print(f"{run}: the {chosen['choice']} checkpoint, {chosen['name']}", file=sys.stderr)
+    if json:
+        print_json(metrics | {"report": report})
+        return
+    for fd in ({"encoder": metrics["encoder"], **metrics["fd"]}, metrics["second"]):
+        if fd:
+            values = f"{compared(fd, 'once'):.4g} for f(z), {compared(fd, 'twice'):.4g} for f(f(z))"
+            floor = f"{fd['floor']:.4g} (training against test); f(z) is {number(fd['once_ratio'])} times that"
+            print(f"Frechet distance on {fd['encoder']}: {values}; floor {floor}")
+    if asked := metrics["asked"]:
+        print(f"classes: {asked['share']:.1%} of samples are of the class that they were drawn from, by the classifier")
+    for kind, errors in (metrics["restoration"] or {}).items():
+        print(f"restoration of {kind}: mean absolute error {errors['input']:.3f} before, {errors['once']:.3f} after")
+    for kind in ("warning", "note"):
+        for text in metrics[f"{kind}s"]:
+            print(f"{kind}: {text}")
+    print(f"report: {report}")
+
+
+def sample(
+    run: Model,
+    /,
+    *,
+    n: int = 64,
+    to: Path | None = None,
+    label: str | None = None,
+    times: Times = 1,
+    latents: Drawn = TRAINED,
+    seed: int = 0,
+    device: Device = "auto",
+) -> None:
+    """Draw samples into one picture, or into a PNG each where --to is a folder (points: a .csv file).
+
+    Args:
+        n: How many.
+        to: A .png file for a grid, a .csv file for points, or a folder for one PNG a sample.
+        label: Name or number of a class, of a model with prior.classes; default: classes as frequent as in training.
+        seed: The same seed draws the same latents, and so the same samples.
+    """
+    from naign.cli.files import write_samples
+
+    _check(n=n, times=times, seed=seed, to=to)
+    model = _open_with(latents, run, _find_device(device))
+    with counted("sampling", total=n, unit="sample") as bar:
+        samples = model.sample(n, seed=seed, label=label, times=times, advance=bar.update).cpu()
+    place = to or Path("samples.png" if samples.ndim == 4 else "samples.csv")
+    print(f"{n} samples: {write_samples(samples, place)}")
+
+
+def restore(
+    run: Model,
+    files: Files,
+    /,
+    *,
+    to: Path = Path("restored"),
+    times: Annotated[int | None, tyro.conf.arg(help="How often f is applied; default: 1, with --mask 8.")] = None,
+    damage: Kind | None = None,
+    mask: Path | None = None,
+    size: Literal["picture", "model"] | None = None,
+    device: Device = "auto",
+) -> None:
+    """Repair images: one PNG for each file, in tiles of the model's size or resized to it, see --size (points: .csv).
+
+    Args:
+        to: Folder to write; images in folders keep sub-folders and names. For one image also a .png or .jpg file.
+        damage: Damage the images first (the damaged ones go to a sub-folder of that name), to see what a repair does.
+        mask: Fill holes: a picture of the image's size that is white where a hole is, for all images, or a folder with
+            one for each under its name. All other pixels stay as they are.
+        size: Of what is written: the picture's, in tiles, or the model's, the default if f has one code for a picture.
+    """
+    from naign.cli.files import check_hidden
+    from naign.cli.repair import restore_files
+
+    check_hidden(to)
+    _check(times=1 if times is None else times, to=to)
+    model = _open(run, _find_device(device))
+    restore_files(model, files, to, times=times, damage=damage, mask=mask, size=size)
+
+
+def score(
+    run: Model, files: Files, /, *, times: Times = 1, map: bool = False, device: Device = "auto", json: Json = False
+) -> None:
+    """Print the energy of each file as CSV: the mean of (f(x) - x)^2, low near training data (points: of each line).
+
+    Args:
+        map: Also write the map of |f(x) - x| beside each picture, as grey photo.png.map.png of its size: black is 0,
+            white 1 or more. It and the energy are then computed at that size, in tiles of the model's.
+    """
+    from naign.cli.repair import score_files
+
+    _check(times=times)
+    with lines_to_stderr(json):
+        model = _open(run, _find_device(device))
+    places, energies, points = *score_files(model, files, times=times, map=map), len(model.shape) == 1
+    for (path, line), energy in zip(places, energies, strict=True):
+        require((math.isfinite(energy), f"{path}:{line}: its energy is beyond float32: leave it out"))
+    rows = zip(places, energies, strict=True)
+    if json:
+        named = [{"file": path, "line": line if points else None, "energy": energy} for (path, line), energy in rows]
+        print_json({"run": run, "times": times, "energies": named})
+        return
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    table.writerow(("file", "energy"))
+    table.writerows((f"{path}:{line}" if points else path, f"{energy:.6g}") for (path, line), energy in rows)
+
+
+def export(
+    run: Model,
+    /,
+    *,
+    to: Path,
+    format: Literal["safetensors", "onnx"] = "safetensors",
+    dtype: Literal["float32", "float16"] | None = None,
+    latents: Drawn = TRAINED,
+) -> None:
+    """Export a model: as safetensors for NAIGN.from_pretrained, or f alone as a program.
+
+    Args:
+        to: Folder to write.
+        dtype: Of the weights in model.safetensors, which are float32 again when they are read; default: as they are.
+        format: safetensors, or onnx: f of a batch of any size as a program that needs no code of this project, compared
+            with f in onnxruntime (in a checkout: `pip install -e '.[onnx]'`).
+    """
+    from naign.model import programs
+
+    _check(to=to)
+    runs = [up / "checkpoints" for up in to.resolve().parents if (up / "config.yaml").exists()]
+    file = to / f"model.{format}"
+    old = file.exists() and ((to / "README.md").exists() or to.resolve() == Path(run.removesuffix(file.name)).resolve())
+    require(
+        (not (to / "manifest.json").exists(), f"--to {to} is a checkpoint: give another folder"),
+        (not any(map(Path.exists, (to / "checkpoints", *runs))), f"--to {to} is a run, or in one: give another folder"),
+        (not old or format == "onnx", f"--to {to} is the model itself, or another with a card: give another folder"),
+        (format == "safetensors" or latents == TRAINED, "--format onnx is f alone: leave out what chooses its prior"),
+        (format == "safetensors" or not dtype, "--dtype is for --format safetensors"),
+    )
+    model = _open_with(latents, run, "cpu")
+    model.metadata |= {"dtype": dtype} if dtype else {}
+    with busy("exporting"):
+        if format == "safetensors":
+            model.save_pretrained(to)
+        else:
+            difference = programs.write_onnx(model.network, model.shape, file)
+    print(f"exported: {file}")
+    if format == "onnx" and difference is None:
+        print("not checked: onnxruntime is not installed (in a checkout: pip install -e '.[onnx]')")
+    elif format == "onnx":
+        print(f"differs from f by at most {difference:.1g} in onnxruntime")
+
+
+def push(
+    run: Run,
+    name: Positional[str],
+    /,
+    *,
+    private: bool = False,
+    license: str | None = None,
+    dry_run: Path | None = None,
+) -> None:
+    """Upload a model to the Hugging Face hub, with a card written from its evaluation (`naign evaluate` first).
+
+    Args:
+        name: Repository on the Hugging Face hub: user/model. With --dry-run any name, which the card states.
+        private: A new repository is private; without it, as the account has it by default.
+        license: Licence of the weights, as the hub abbreviates it, such as apache-2.0; default: the card states none.
+        dry_run: Write what would be uploaded into this folder, and upload nothing.
+    """
+    from naign.evaluate.card import write_repository
+    from naign.model import hub
+
+    _check(to=dry_run)
+    if dry_run is None or "/" in name:
+        (hub.check_login if dry_run is None else hub.check_name)(name)
+    model = _open(run, "cpu")
+    with tempfile.TemporaryDirectory() as place:
+        files = write_repository(dry_run or Path(place), model, run, name=name, license=license)
+        address = hub.upload(Path(place), name, private=private) if dry_run is None else ""
+    print(f"uploaded: {address}" if address else f"wrote {files} files to {dry_run}/, uploaded nothing")
+
+
+def demo(run: Played = "", /, *, port: int = 7860, device: Device = "auto") -> None:
+    """Serve a page to play with a model of images: draw or upload, damage, repair; sample, interpolate. Without RUN
+    the model is the one that comes with naign, of MNIST's digits.
+
+    Args:
+        port: Port of 127.0.0.1 to listen on; 0 for any free one. Other machines cannot reach it.
+    """
+    require((0 <= port < 2**16, f"--port is {port}: it must be 0 to {2**16 - 1}"))
+    place, run = run or str(shipped("models/mnist")), run or "mnist"
+    model = _open(place, _find_device(device))
+    require((len(model.shape) == 3, f"the page is for images, the model in {run} takes points of {model.shape}"))
+    about = f"# {run}\n\nf turns an image of {' × '.join(map(str, model.shape))} into one like its training data."
+    about += " The energy of an image is how much f changes it."
+    if getattr(model.network, "generates_only", False):
+        about += " It carries latents to images: it was not trained to repair."
+    with tempfile.TemporaryDirectory(prefix="naign-demo-") as place:
+        # Read when Gradio is imported: nothing is sent, and its files are gone in the end.
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_TEMP_DIR": place}
+        try:
+            from naign.cli.demo_page import Player, serve
+        except ModuleNotFoundError as error:
+            raise InputError(f"naign demo needs Gradio ({error}): in a checkout, pip install -e '.[demo]'") from None
+        serve(Player(model), about=about, port=port)
+
+
+def _open(run: str, device: str) -> "NAIGN":
+    """Read a model. Of a run, print on stderr which checkpoint it is."""
+    from naign.model.naign import NAIGN
+
+    with busy(f"reading {run}"):
+        model = NAIGN.from_pretrained(run, device=device)
+    if model.checkpoint:
+        print(f"{run}: the {model.choice} checkpoint, {model.checkpoint}", file=sys.stderr)
+    return model
+
+
+def _open_with(latents: Latents, run: str, device: str) -> "NAIGN":
+    """The model with its own prior, of another number of steps if that is given, or with a mixture."""
+    trained, components = latents.prior == "trained", latents.components
+    for name, value in (("components", components), ("data", latents.data)):
+        require((value is None or not trained, f"--{name} is of a mixture: add --prior gmm, or leave it out"))
+    components = 50 if components is None else components
+    _check(components=components)
+    model = _open(run, device)
+    if chosen := {name: value for name in ("steps", "guidance") if (value := getattr(latents, name)) is not None}:
+        flow = trained and model.metadata["prior"]["name"] == "flow"
+        require((flow, f"--{next(iter(chosen))} applies to a flow of codes, and this prior is none: leave it out"))
+        model = model.with_flow(**chosen)
+    if trained:
+        if not model.prior.begun:
+            early = f"{run} stopped before prior.begin, so samples are of one Gaussian, not of the prior"
+            print(f"warning: {early}: train on, or add --prior gmm", file=sys.stderr)
+        return model
+    from naign.evaluate.refit import with_mixture
+
+    with busy("fitting a mixture to codes of training images"):
+        return with_mixture(model, run, components=components, data=latents.data)
+
+
+def _find_device(name: Device) -> str:
+    import torch
+
+    from naign.distributed.host import count_gpus, keep_memory, why_unfit
+
+    keep_memory()  # page faults of new tensors took a quarter of the time of sampling
+    there = {"cuda": count_gpus() > 0, "mps": torch.backends.mps.is_available()}
+    missing = f"--device {name}: this machine has no {name.upper()} device that torch can use; try --device cpu"
+    require((there.get(name, True), missing))
+    if there["cuda"] and name in ("auto", "cuda"):
+        require((not (problem := why_unfit()), problem))
+    return ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
+
+
+def _check(*, seed: int = 0, to: Path | None = None, **counts: int) -> None:
+    """Raise InputError for a seed that no generator takes, an address as a folder to write, and counts below 1."""
+    require((":/" not in str(to), f"{to} is an address, and only a local folder is written: give one, then copy it"))
+    require((0 <= seed < 2**63, f"--seed is {seed}: it must be 0 to {2**63 - 1}"))
+    for name, value in counts.items():
+        require((1 <= value < 2**53, f"--{name} is {value}: it must be at least 1, and no more than memory holds"))

@@ -1,0 +1,64 @@
+"""Commands that compare whole data sets, on any number of ranks: copies, duplicates."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from naign.cli.model import Run
+from naign.errors import exit_on_input_error, leave_on_failure, leave_when_asked, record_exit
+from naign.neighbours import CopiesOptions, DuplicatesOptions
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def copies(run: Run, /, *, options: Annotated[CopiesOptions, tyro.conf.arg(name="")]) -> None:
+    """Find samples that copy training images: the nearest of all of these, also mirrored, to each sample."""
+    from naign.neighbours.copies import copies as find
+
+    with _ranks() as ranks:
+        result = find(run, options, ranks)
+        if ranks.is_main_process:
+            shares = f"{result['share']:.2%} of samples, {result['test_share']:.2%} of test images"
+            print(f"within {result['threshold']:.4g} of a training image: {shares}")
+            print("a much larger share of samples than of test images is a sign of copies")
+            if not result["threshold"]:
+                print("the threshold is 0, as test images are training images, too: give --threshold, or drop them")
+            print(f"median distance to the nearest: {result['median']:.4g}, of test images {result['test_median']:.4g}")
+
+
+def duplicates(*, options: Annotated[DuplicatesOptions, tyro.conf.arg(name="")]) -> None:
+    """Find near-duplicates in a data set, within and across its splits, also mirrored."""
+    from naign.neighbours.duplicates import duplicates as find
+
+    with _ranks() as ranks:
+        result = find(options, ranks)
+        if ranks.is_main_process:
+            print(f"{result['images_in_groups']} of {result['images']} images are in {result['groups']} groups")
+            print(f"test images near a training image: {result['test_images_near_training']}")
+            print(f"redundant training images: {result['redundant']}")
+
+
+@contextmanager
+def _ranks() -> Iterator["Accelerator"]:
+    """The ranks that a launcher started, which then end as those of a training do, or this process alone."""
+    with ExitStack() as stack:
+        if "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
+            leave_when_asked()
+            stack.enter_context(leave_on_failure())
+            stack.enter_context(exit_on_input_error("naign"))
+        from naign.distributed.connect import build_accelerator
+        from naign.distributed.host import keep_memory, set_threads
+        from naign.distributed.ranks import part, peers_missed
+
+        stack.enter_context(peers_missed())
+        set_threads(0)
+        keep_memory()
+        accelerator = build_accelerator()
+        yield accelerator
+        part()
+        accelerator.end_training()
+        record_exit(0)

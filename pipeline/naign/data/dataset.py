@@ -1,0 +1,72 @@
+"""The settings of what is trained on."""
+
+from dataclasses import dataclass, field
+
+from naign.data.resize import FITS, Resize, parse_size
+from naign.errors import InputError
+from naign.settings.constraints import AT_LEAST_0, FREE, MAY_CHANGE, NOT_EMPTY, POSITIVE, check_fields, one_of
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    path: str = field(default="data/mnist", metadata=MAY_CHANGE | NOT_EMPTY)
+    """Folder or s3://bucket/prefix of shards with their index.json (`naign pack` or `naign index` makes it). Several,
+    each with a share of every round: [s3://a, {path: s3://b, weight: 3, index: s3://c}]."""
+    index: str = field(default="", metadata=MAY_CHANGE)
+    """Folder or s3://bucket/prefix of index.json and page tables, if they are not beside the shards (`naign index
+    --to`). Empty: beside them."""
+    source: str = field(default="", metadata=FREE)
+    """Data set to pack at `path` if nothing is there, as for `naign pack`. Empty: none; mnist at the default path."""
+    endpoint: str = field(default="", metadata=FREE)
+    """Address of an S3 server other than Amazon's; empty: AWS_ENDPOINT_URL or the AWS profile's."""
+    split: str = "train"
+    """Which split to train on."""
+    workers: int = field(default=0, metadata=FREE | AT_LEAST_0)
+    """Threads per rank that read and decode. 0: one, or two on a GPU. Decoding releases the interpreter's lock, so more
+    threads help, most with large images."""
+    shuffle: int = field(default=0, metadata=AT_LEAST_0)
+    """Number of places in the data set that rounds draw from in turn; 1: shards one after the other. 0: 1 for data of
+    `naign pack`, whose shards are random subsets, and 128 for tars by others."""
+    flip: bool = False
+    """Mirror each image with probability 1/2."""
+    crop: int = field(default=0, metadata=AT_LEAST_0)
+    """Train on random windows of this many pixels a side, not resized; 0: on whole images."""
+    size: str = ""
+    """Resize pictures to so many pixels a side (64), or height x width (48x64). Empty: as stored, in one size."""
+    fit: str = field(default="crop", metadata=one_of(FITS))
+    """How a picture is brought to `size`: crop takes the largest central window of that shape, random a window of
+    random area and shape (in evaluation crop)."""
+    broken: str = field(default="error", metadata=FREE | one_of(("error", "skip")))
+    """A sample that cannot be decoded: error stops the run; skip logs it and takes the shard's next one instead, up to
+    1 % of the samples."""
+    check: bool = field(default=True, metadata=FREE)
+    """Check the SHA-256 of everything read, and read again what is wrong."""
+    cache: str = field(default="", metadata=FREE)
+    """Local folder that keeps what was read from s3://; ranks and pods may share it. Empty: none."""
+    cache_gb: float = field(default=100.0, metadata=FREE | POSITIVE)
+    """Size of the cache in GB (1e9 bytes); what was used least recently goes first."""
+    trace: str = field(default="", metadata=FREE)
+    """Folder in which every rank lists `epoch round key` of each image it trains on; empty: no list."""
+
+
+def check_config(config: DataConfig) -> None:
+    """Raise InputError for values that no data set can have."""
+    check_fields(config, "data")
+    parse_resize(config)
+    if "@" in config.endpoint:  # it would stand in config.yaml
+        raise InputError("data.endpoint holds a user or a password: give them as AWS_ACCESS_KEY_ID and so on")
+
+
+def parse_resize(config: DataConfig) -> Resize:
+    """The resizing that the settings describe. Raises InputError if they contradict each other."""
+    height, width = parse_size(config.size, "data.size") if config.size else (0, 0)
+    if height and config.crop:
+        raise InputError("data.crop takes windows of images as they are stored, data.size resizes them: choose one")
+    if not height and config.fit != "crop":
+        raise InputError(f"data.fit={config.fit} says how pictures are brought to data.size: give that as well")
+    return Resize(height=height, width=width, fit=config.fit, crop=config.crop)
+
+
+def lists_data_sets(config: DataConfig) -> bool:
+    """Whether data.path is a list of data sets."""
+    return config.path.lstrip().startswith("[")

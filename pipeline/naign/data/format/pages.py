@@ -1,0 +1,110 @@
+"""Pages: consecutive whole samples of a shard that are read and hashed together.
+
+A tar has no index, and its one hash can be checked only by reading all of it. So beside a shard lies its page table:
+where each page starts, by sample and by byte, and its SHA-256. With it any range of samples is one range of bytes,
+whatever the size of the shard, and what arrives is checked before it is used.
+"""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from naign.data import order
+from naign.data.decode import encode, npy_header
+from naign.data.format.manifest import Shard
+from naign.data.format.tar import BLOCK
+from naign.storage.base import Writer
+
+PAGE = 256 << 10
+"""Bytes after which a page ends, at the end of a sample. It also ends at each multiple of order.BLOCK samples, so that
+blocks are whole pages. Of samples of 2 KB tables are .15 % of the data, of large ones less than .02 %."""
+
+ROW = np.dtype([("sample", "<i8"), ("byte", "<i8"), ("sha256", "V32")])
+"""A page's first sample, first byte, and hash. One more row says where the last page ends; its hash is zero."""
+
+Table = npt.NDArray[Any]  # (pages + 1,) of ROW
+
+
+def table_name(shard: str) -> str:
+    """The name of the file that holds a shard's page table."""
+    return f"{shard.removesuffix('.tar')}.pages.npy"
+
+
+class Pager:
+    """Measures a tar from its bytes and the offsets at which its samples start; either may come first."""
+
+    def __init__(self, target: Writer | None = None, *, whole: bool = True) -> None:
+        """Bytes are passed on to the target; with `whole` the tar is also hashed as a whole."""
+        self._target, self._hash = target, hashlib.sha256() if whole else None
+        self._bytes = bytearray()  # of the tar, from _start on: not hashed yet
+        self._start = 0
+        self.size = 0  # bytes of the tar written so far
+        self.samples = 0  # started so far
+        self.end = self.after = 0  # byte behind the last sample, behind the last member of the tar
+        self._pages: list[tuple[int, int]] = []  # first sample and byte of each that is not hashed yet
+        self._rows: list[tuple[int, int, bytes]] = []
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Add the tar's next bytes."""
+        if self._target:
+            self._target.write(data)
+        if self._hash:
+            self._hash.update(data)
+        self.size += len(data)
+        self._bytes += data
+        self._settle()
+        return len(data)
+
+    def start(self, offset: int) -> None:
+        """Start a sample at this byte of the tar."""
+        if not self._pages or offset - self._pages[-1][1] >= PAGE or self.samples % order.BLOCK == 0:
+            self._pages.append((self.samples, offset))
+            self._settle()
+        self.samples += 1
+
+    def skip(self, end: int) -> None:
+        """Free the bytes before `end`, where no sample has started yet: no page will have them."""
+        del self._bytes[: end - self._start]
+        self._start = end
+
+    def get(self, first: int, last: int) -> bytes:
+        """Bytes [first, last), fewer where they are not written yet. `first` must not lie before the last sample."""
+        with memoryview(self._bytes) as known:  # one copy, not two
+            return known[first - self._start : last - self._start].tobytes()
+
+    def shard(self, name: str) -> tuple[Shard, bytes]:
+        """The entry of the tar, written whole, in the manifest, and the file of its page table; `end` must be set."""
+        self._pages.append((self.samples, self.end))
+        self._settle()
+        assert len(self._pages) == 1
+        table = encode(np.array([*self._rows, (self.samples, self.end, bytes(32))], ROW), "npy")
+        pages, digest = hashlib.sha256(table).hexdigest(), self._hash.hexdigest() if self._hash else ""
+        return Shard(name=name, samples=self.samples, bytes=self.size, sha256=digest, pages=pages), table
+
+    def _settle(self) -> None:
+        """Hash the pages all of whose bytes are known, and free these."""
+        while len(self._pages) > 1 and self._pages[1][1] <= self._start + len(self._bytes):
+            (sample, first), (_, last) = self._pages[:2]
+            with memoryview(self._bytes) as known:
+                digest = hashlib.sha256(known[first - self._start : last - self._start]).digest()
+            self._rows.append((sample, first, digest))
+            del self._pages[0], self._bytes[: last - self._start]
+            self._start = last
+
+
+def parse_table(data: bytes | memoryview, *, samples: int, size: int) -> Table:
+    """The table in the bytes of a file. Raises ValueError where it is none, or not of such a shard."""
+    rows = (len(data) - len(npy_header((0,), ROW))) // ROW.itemsize  # a header's length is a multiple of 64
+    header = npy_header((max(rows, 0),), ROW)
+    if rows < 2 or data[: len(header)] != header or len(data) != len(header) + rows * ROW.itemsize:
+        raise ValueError("no page table")
+    table: Table = np.frombuffer(data, ROW, offset=len(header))
+    columns = ((table["sample"], samples), (table["byte"], size))
+    outside = any((column < 0).any() or (column > most).any() for column, most in columns)
+    if outside or table["sample"][0] != 0 or table["sample"][-1] != samples:
+        raise ValueError(f"it is of another shard than one of {samples} samples in {size} bytes")
+    if (np.diff(table["sample"]) < 1).any() or (np.diff(table["byte"]) < BLOCK).any():
+        raise ValueError("its pages are not in order")
+    return table

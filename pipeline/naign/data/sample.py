@@ -1,0 +1,93 @@
+"""One sample of a shard: its members' bytes by suffix, and the array and label that they are."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from naign.data.decode import Array, decode_array, decode_image, fits
+from naign.data.format.labels import label_text, parse_number
+from naign.data.format.manifest import INDEX, Manifest
+from naign.data.resize import WINDOW, Numbers, Resize, channels, resized, resized_array
+from naign.errors import InputError
+
+SUFFIXES = {"image": ("png", "jpg", "jpeg", "webp", "npy"), "point": ("npy",)}  # of an array's member, by kind
+AS_STORED = Resize()
+REPACK = "repack the data set"
+
+Draws = npt.NDArray[np.float64]  # (rows, OTHERS), and with random windows (rows, OTHERS + WINDOW): uniform in [0, 1)
+OTHERS = 4  # numbers of a row that crop and flip take
+
+
+def decode(
+    sample: dict[str, Any],
+    manifest: Manifest,
+    shard: str,  # for messages
+    into: Array | None = None,
+    resize: Resize = AS_STORED,
+    drawn: Numbers | None = None,  # a row of Draws; None: the central window
+) -> tuple[Array, int]:
+    """A sample's array (uint8 of an image, float32 of a point; in `into` if that saves a copy), and label, -1 if none.
+    InputError, which names shard and key, where one is not as the manifest says, or cannot be decoded.
+    """
+    where = f"{shard}, key {sample['__key__']}"
+    suffix = next((suffix for suffix in SUFFIXES[manifest.kind] if suffix in sample), None)
+    if suffix is None:
+        raise InputError(f"{where}: no member ends in {' or '.join(SUFFIXES[manifest.kind])}: {REPACK}")
+    window = drawn[OTHERS:] if drawn is not None and resize.fit == "random" else None
+    data = sample[suffix]
+    try:
+        if suffix == "npy":
+            array = decode_array(data, manifest.shape, manifest.dtype)
+            array = resized_array(array, resize, window) if resize.height else array
+        elif resize.height:
+            array = resized(data, resize, window)
+        else:
+            array = decode_image(data, None if resize.crop else into)
+    except InputError as error:
+        raise InputError(f"{where}: the .{suffix} cannot be decoded ({error}): {REPACK}") from None
+    if len(array) == 1 and manifest.shape[0] == 3:
+        array = channels(array, 3)
+    elif len(array) == 3 and manifest.shape[0] == 1 and suffix == "webp" and (array == array[:1]).all():
+        array = array[:1]  # WebP has no grey
+    if not fits(array.shape, resize.shape(manifest.shape, where) if resize.height else manifest.shape):
+        raise InputError(f"{where}: an image of shape {array.shape}, but {INDEX} says {manifest.shape}: {REPACK}")
+    if resize.crop:
+        array = crop(array, resize.crop, drawn, f"{where}: ")
+    return array, label(sample, manifest, where)
+
+
+def label(sample: dict[str, Any], manifest: Manifest, where: str) -> int:
+    """The number of a sample's label, -1 without one. Raises InputError for one that is none of the data set's."""
+    text, classes = label_text(sample, manifest.label, where), len(manifest.labels)
+    if text is None:
+        return -1
+    number = manifest.numbers.get(text, -1) if manifest.label else parse_number(text)
+    if number < 0 or (classes and number >= classes):
+        raise InputError(f"{where}: label {text[:20]!r} is none of the {classes} in {INDEX}: {REPACK}")
+    return number
+
+
+def draws(seed: int, round: int, first: int, last: int, *, windows: bool = False) -> Draws:
+    """The random numbers of rows [first, last) of a round: Philox counted by row, so that any part is drawn alone."""
+    uniform = _uniform(seed, round + 2**63, first, last, OTHERS)
+    return np.hstack([uniform, _uniform(seed, round + 3 * 2**62, first, last, WINDOW)]) if windows else uniform
+
+
+def _uniform(seed: int, stream: int, first: int, last: int, count: int) -> Draws:
+    """Rows of `count` numbers of a stream, which must be one that no order of shards has."""
+    blocks = -(-count // 4)  # of Philox, which counts in fours
+    key = np.array([seed % 2**64, stream], np.uint64)
+    raw: Any = np.random.Philox(key=key, counter=[first * blocks, 0, 0, 0]).random_raw(4 * blocks * (last - first))
+    uniform: Draws = (raw >> np.uint64(11)).reshape(-1, 4 * blocks)[:, :count] * 2.0**-53
+    return uniform
+
+
+def crop(image: Array, size: int, drawn: Numbers | None = None, where: str = "") -> Array:
+    """A window (C, size, size) of an image (C, H, W), None: the central one. InputError where the image is smaller."""
+    _, height, width = image.shape
+    if size > min(height, width):
+        raise InputError(f"{where}{width}x{height} is less than data.crop={size}")
+    down, right = (0.5, 0.5) if drawn is None else drawn[:2].tolist()
+    top, left = int(down * (height - size + 1)), int(right * (width - size + 1))
+    return image[:, top : top + size, left : left + size]

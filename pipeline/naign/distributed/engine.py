@@ -1,0 +1,243 @@
+"""One network and its optimizer as the launcher's configuration runs them: alone, or on each rank under DDP.
+
+`naign.distributed.zero` has the engine for DeepSpeed. Whatever the engine, its state goes in and out by parameter:
+float32 weights and the optimizer's tensors. So a checkpoint fits every world size and engine, and is never converted.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from naign.distributed.optimizers import find_optimizer
+from naign.errors import require
+
+State = dict[str, Tensor]  # `weight` of a parameter and, from the first step on, the optimizer's tensors, each whole
+
+
+class Engine:
+    """A training step is `forward` and `backward` for each micro-batch, then `step`."""
+
+    deepspeed = False
+    gathers = False  # whether `states` yields tensors that it gathered, and which would stay on the device
+    sharded = False  # whether no rank has the whole network (ZeRO-3, FSDP2), so that every forward is collective
+    _ungraded: Callable[[], AbstractContextManager[Any]] = torch.inference_mode
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        bare: nn.Module,  # float32, on the device, with its first weights or a checkpoint's
+        settings: Any,  # section `train`: a TrainConfig
+        *,
+        shape: tuple[int, ...] = (),  # of a sample; (): DDP sums the first step of a process in other buckets
+        ahead: bool | None = None,  # whether a step leaves its norm on the device; None: on a GPU
+    ) -> None:
+        """Collective."""
+        self.accelerator, self.bare, self.accumulate = accelerator, bare, settings.accumulate
+        self.micro = settings.batch // (accelerator.num_processes * self.accumulate)  # images per rank and micro-batch
+        self.ema = deepcopy(bare).requires_grad_(False) if settings.ema else None  # whole, float32, on every rank
+        self._decay, self._clip = settings.ema, settings.clip
+        self._graphs = settings.compile and accelerator.device.type == "cuda"
+        self.copied = threading.Event()  # not set while weights and moments are read in the background: a step waits
+        self.copied.set()
+        self._shard()
+        self._names = dict(bare.named_parameters())
+        self.shapes = {name: tuple(value.shape) for name, value in self._names.items()}  # of the whole parameters
+        ahead = accelerator.device.type == "cuda" if ahead is None else ahead
+        fused = ahead and accelerator.scaler is None and not self.gathers
+        build, betas = find_optimizer(settings.optimizer), (settings.beta1, settings.beta2)
+        decay = settings.weight_decay
+        made = build(list(bare.parameters()), lr=settings.lr, betas=betas, weight_decay=decay, fused=fused)
+        self.ahead = fused and bool(made.defaults.get("fused"))
+        """Whether a step with a non-finite gradient is skipped on the device, without synchronizing the host."""
+        if settings.compile:
+            bare.compile(mode="reduce-overhead" if self._graphs else None)
+        self._prepare(made)
+        self._dtype = next(bare.parameters()).dtype  # of what the network takes
+        self.described = f"{self._kind}, {accelerator.mixed_precision.replace('no', 'float32')}"
+        if shape and self._kind == "DDP":
+            # Else DDP arranges its buckets after the first step. With three or more ranks the bits of a sum depend on
+            # its position in a bucket: a resumed run would not repeat them.
+            self.network.eval()  # running statistics stay as they are
+            self.network(torch.zeros(1, *shape, device=accelerator.device)).float().sum().backward()
+            self.network.train()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _shard(self) -> None:
+        """Distribute the weights over the ranks before the optimizer sees them."""
+
+    def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
+        self.network, self.optimizer = self.accelerator.prepare(self.bare, optimizer)
+        self._adam: Any = self.optimizer
+        while hasattr(self._adam, "optimizer"):  # the innermost one
+            self._adam = self._adam.optimizer
+
+    @property
+    def _kind(self) -> str:
+        return "DDP" if self.accelerator.num_processes > 1 else "one process"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """f(x) in float32, with gradient."""
+        out: Tensor = self.network(x.to(self._dtype))
+        return out.float()
+
+    def sample(self, x: Tensor) -> Tensor:
+        """f(x) in float32, without gradient, in evaluation mode. Collective where the network is sharded."""
+        with self._ungraded():
+            return self._evaluate(self.bare, "", x)
+
+    def _evaluate(self, network: nn.Module, part: str, x: Tensor) -> Tensor:
+        network.eval()
+        self._replay()
+        out: Tensor = (getattr(network, part) if part else network)(x.to(next(network.parameters()).dtype))
+        self.bare.train()
+        # Later evaluations overwrite the memory of a CUDA graph.
+        return out.float().clone() if self._graphs else out.float()
+
+    def _replay(self) -> None:
+        """Let CUDA graphs overwrite what the network has returned up to now."""
+        if self._graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+
+    def exported(self, part: str, x: Tensor) -> Tensor:
+        """f(x), or its `encode` or `decode`, by the network that is exported: the average, if one is kept. In float32,
+        without gradient; codes are also computed in float32. Collective where the network is sharded.
+        """
+        exact = self.deepspeed or part == "encode"
+        with torch.no_grad(), nullcontext() if exact else self.accelerator.autocast():
+            return self._evaluate(self.bare if self.ema is None else self.ema, part, x)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch; with a step's last they are averaged over ranks and micro-batches."""
+        self.accelerator.backward(loss)
+
+    def micro_batch(self) -> AbstractContextManager[Any]:
+        """Context of a micro-batch's forward and backward: ranks communicate only in the last one of a step."""
+        self._replay()
+        context: AbstractContextManager[Any] = self.accelerator.accumulate(self.network)
+        return context
+
+    def step(self) -> float | Tensor:
+        """Collective: clip, step, zero the gradients. Returns the gradient's norm before clipping, equal on all ranks;
+        with `ahead` as a scalar on the device. If it is not finite, weights and moments stay as they are.
+        """
+        self.copied.wait()
+        norm = self._step()
+        broadcast(list(self.bare.buffers()))  # running statistics are rank 0's, so that all ranks sample alike
+        if self.ema is not None and (self.ahead or math.isfinite(norm)):
+            self._average(norm)
+        return norm
+
+    def _step(self) -> float | Tensor:
+        # Accelerate's own clipping and stepping look for packages at every step; only a scaler needs them.
+        scaled = self.accelerator.scaler is not None
+        clip = self.accelerator.clip_grad_norm_ if scaled else nn.utils.clip_grad_norm_
+        on_device = _whole(clip(self._names.values(), self._clip or math.inf).detach())
+        if self.ahead:
+            self._adam.grad_scale, self._adam.found_inf = None, (~on_device.isfinite()).float()  # 1 skips
+            self._adam.step()
+            self._adam.zero_grad(set_to_none=True)
+            return on_device
+        norm = float(on_device)
+        if math.isfinite(norm) or scaled:  # a scaler skips the step itself, and adapts
+            (self.optimizer if scaled else self._adam).step()
+        self._adam.zero_grad(set_to_none=True)
+        return norm
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    @torch.no_grad()
+    def _average(self, norm: float | Tensor) -> None:
+        assert self.ema is not None
+        with self.gathered():
+            now = [_whole(value.detach()).to(torch.float32) for value in self.bare.parameters()]
+            averages: Any = list(self.ema.parameters())
+            if isinstance(norm, Tensor):  # not at all after a step that was none
+                change = torch._foreach_sub(now, averages)
+                torch._foreach_mul_(change, torch.where(norm.isfinite(), 1 - self._decay, 0.0))
+                torch._foreach_add_(averages, change)
+            else:
+                get_ema_multi_avg_fn(self._decay)(averages, now, None)
+            for average, value in zip(self.ema.buffers(), self.bare.buffers(), strict=True):
+                average.copy_(torch.where(norm.isfinite(), value, average) if isinstance(norm, Tensor) else value)
+
+    def gathered(self) -> AbstractContextManager[Any]:
+        """Collective: within this context the bare network's parameters hold the whole weights, for reading."""
+        return nullcontext()
+
+    def states(self) -> Iterator[tuple[str, State]]:
+        """Collective: yield each parameter's whole state in turn, on every rank. Copy what is to be kept."""
+        for name, parameter in self._names.items():
+            state = self._adam.state.get(parameter, {})
+            odd = [key for key in state if key != "step" and not getattr(state[key], "is_floating_point", bool)()]
+            require((not odd, f"the optimizer keeps {odd} of a weight, no tensors of floats: choose another one"))
+            tensors = {key: _whole(state[key]) for key in state if key != "step"}
+            yield name, {"weight": _whole(parameter.detach()).float(), **tensors}
+
+    @property
+    def steps(self) -> int:
+        """Number of steps that the optimizer has made; 1 for any number where it does not count them."""
+        return max((int(state.get("step", 1)) for state in self._adam.state.values()), default=0)
+
+    def _allocated(self, name: str) -> Any:
+        """The optimizer's state of a parameter, which a step that changes nothing allocates if none was made yet."""
+        if not self._adam.state:
+            lr = self.optimizer.param_groups[0]["lr"]
+            self.set_lr(0.0)
+            for value in self._names.values():
+                value.grad = torch.zeros_like(value)
+            self._adam.step()
+            self._adam.zero_grad(set_to_none=True)
+            self.set_lr(lr)
+        return self._adam.state[self._names[name]]
+
+    def state_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor of a parameter's state that `restore` needs."""
+        tensors = {key: tuple(value.shape) for key, value in self._allocated(name).items() if key != "step"}
+        return {"weight": self.shapes[name], **tensors}
+
+    @torch.no_grad()
+    def restore(self, name: str, state: State, steps: int) -> None:
+        """Load one parameter's state; `steps` must be the same for all parameters."""
+        kept = self._allocated(name)
+        self._names[name].copy_(_like(state["weight"], self._names[name]))
+        for key, value in kept.items():
+            if key != "step":
+                value.copy_(_like(state[key], value))
+            else:
+                kept[key] = torch.full_like(value, steps) if isinstance(value, Tensor) else steps
+
+    @property
+    def scale(self) -> dict[str, float]:
+        """The state of fp16's loss scaler; {} where there is none."""
+        return dict(self.accelerator.scaler.state_dict()) if self.accelerator.scaler is not None else {}
+
+    @scale.setter
+    def scale(self, state: dict[str, float]) -> None:
+        if self.accelerator.scaler is not None and "scale" in state:
+            self.accelerator.scaler.load_state_dict(state)
+
+
+def _whole(value: Tensor) -> Tensor:
+    """A tensor, whole also where its rows are on different ranks; then collective."""
+    whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return whole
+
+
+def _like(value: Tensor, other: Any) -> Tensor:
+    """A whole tensor distributed as `other` is; then collective."""
+    if not hasattr(other, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(other.device), other.device_mesh, other.placements)

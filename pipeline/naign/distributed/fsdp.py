@@ -1,0 +1,43 @@
+"""The engine on FSDP2, torch's fully_shard. Accelerate's, which is for GPUs alone, is not used."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from naign.distributed.engine import Engine
+
+UNIT = 1_000_000  # parameters, at least, of a module whose weights are gathered by themselves
+
+
+class FsdpEngine(Engine):
+    """Engine whose ranks each hold a part of the float32 weights, gradients and moments; float32 or bfloat16."""
+
+    sharded = gathers = True
+    _ungraded = torch.no_grad
+
+    def _shard(self) -> None:
+        mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
+        for module in reversed(list(self.bare.modules())):  # parts first, the network last
+            left = sum(value.numel() for value in module.parameters() if not isinstance(value, DTensor))
+            if module is self.bare or (left >= UNIT and not isinstance(module, nn.ModuleList | nn.ModuleDict)):
+                fully_shard(module, mesh=mesh)
+        for part in ("encode", "decode"):
+            if hasattr(self.bare, part):
+                register_fsdp_forward_method(self.bare, part)
+
+    def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
+        self.network, self.optimizer, self._adam = self.bare, optimizer, optimizer
+
+    @property
+    def _kind(self) -> str:
+        return "FSDP2"
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.accelerator.autocast():
+            return super().forward(x)
+
+    def sample(self, x: Tensor) -> Tensor:
+        with self.accelerator.autocast():
+            return super().sample(x)

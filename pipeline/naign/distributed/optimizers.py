@@ -1,0 +1,67 @@
+"""The optimizers of f by name. Each is a function `build(parameters, *, lr, betas, weight_decay, fused)`.
+
+The state of an optimizer is what it keeps by parameter, in tensors, besides the number of its steps as `step`: a
+checkpoint holds no more. Another package adds one as an entry point of the group `naign.optimizers`.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Adafactor, AdamW, Optimizer
+
+from naign.errors import InputError, one_line, require
+from naign.settings.registry import lookup
+
+
+def adamw(parameters: list[Tensor], *, fused: bool, **settings: Any) -> Optimizer:
+    return AdamW(parameters, **settings, fused=fused or None)
+
+
+def adafactor(parameters: list[Tensor], *, lr: float, weight_decay: float, **_: Any) -> Optimizer:
+    """torch's: `lr` is relative to the RMS of each weight, and at most 1 / sqrt(step). arXiv 1804.04235."""
+    return Adafactor(parameters, lr=lr, weight_decay=weight_decay)
+
+
+class Muon(Optimizer):
+    """torch's Muon for matrices and, flattened to (out, in x height x width) as its author does, for the kernels of
+    convolutions; AdamW for vectors. Updates have AdamW's RMS, so that `lr` and `weight_decay` are those of AdamW
+    (arXiv 2502.16982). Weights must be contiguous.
+    """
+
+    def __init__(self, parameters: list[Tensor], *, lr: float, betas: Any, weight_decay: float, **_: Any) -> None:
+        super().__init__(parameters, {"lr": lr})
+        self._views = {value: value.detach().flatten(1) if value.ndim > 1 else value for value in parameters}
+        matrices = [view for view in self._views.values() if view.ndim > 1]
+        vectors = [view for view in self._views.values() if view.ndim < 2]
+        muon: Any = partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
+        kinds = ((muon, matrices), (partial(AdamW, betas=betas), vectors))
+        self._parts: list[Optimizer] = [kind(some, weight_decay=weight_decay) for kind, some in kinds if some]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for value, view in self._views.items():
+            view.grad = None if value.grad is None else value.grad.flatten(1) if view.ndim > 1 else value.grad
+        for part in self._parts:
+            part.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+            part.step()
+            self.state |= {value: part.state[view] for value, view in self._views.items() if view in part.state}
+
+
+Build = Callable[..., Optimizer]
+OPTIMIZERS: dict[str, Build] = {"adamw": adamw, "muon": Muon, "adafactor": adafactor}
+
+
+@cache  # the trial is made once
+def find_optimizer(name: str) -> Build:
+    """The function that builds the optimizer of that name; InputError for an unknown one, or if a trial of it fails."""
+    build = lookup("train.optimizer", name, OPTIMIZERS, "naign.optimizers")
+    weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2,), (2, 2), (2, 2, 1, 1))]
+    try:
+        made: object = build(weights, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=False)
+        require((isinstance(made, Optimizer), f"it returns a {type(made).__name__}"))
+    except Exception as error:  # whatever another package's function may raise
+        raise InputError(f"train.optimizer '{name}' cannot be built: {one_line(error)}: fix its package") from None
+    return build

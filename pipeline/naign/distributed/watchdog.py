@@ -1,0 +1,210 @@
+"""Ends a rank that makes no progress, and says where it and the other ranks are.
+
+Every rank posts what it is doing in the process group's store, over a connection of its own, since the main thread may
+hold the group's connection while it waits. Clocks of different hosts are never compared: a rank measures by its own
+clock how long it has been idle, and takes another for silent if its post does not change between two readings.
+"""
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from torch._C import _distributed_c10d as c10
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, without an export
+from torch.distributed import distributed_c10d as c10d
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from naign.errors import FAILED, pass_on
+from naign.storage.prefetch import in_background
+
+PATIENCE = 5.0  # seconds that one exchange with the store may take
+NAMED = 8  # the most ranks that one message names
+Seen = tuple["Post", float, float]  # another rank's newest post, and when it was first and last read here
+
+
+class Post(NamedTuple):
+    """What a rank says of itself. The first three say how far it is."""
+
+    round: int
+    order: int  # of the phase among those entered in this round, from 1
+    beats: int  # since the phase began
+    phase: str
+    idle: float  # seconds without progress when it was posted, by the poster's clock
+    host: str
+    state: str = "at work"  # left: the watchdog's context was left; ended: its watchdog ended the rank
+
+    def __str__(self) -> str:
+        return f"{self.phase} of round {self.round}, beat {self.beats}"
+
+
+class Watchdog:
+    """Ends the process with exit code 1 when neither `enter` nor `beat` was called for `timeout` seconds.
+
+    The process group's timeout must be longer, or it would fail first. The seconds `every` lie between two posts.
+    All ranks must enter the same phases of a round in the same order, since that tells who is behind. A process can run
+    one at a time: a thread that never releases the interpreter is ended by faulthandler, which has one timer.
+    """
+
+    def __init__(self, *, rank: int, world: int, timeout: float, every: float = 5.0) -> None:
+        self.phase, self.round = "setup", 0
+        self._order, self._beats, self._since = 0, 0, time.monotonic()
+        self._rank, self._world = rank, world
+        self._say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
+        self._timeout, self._every = timeout, min(every, timeout / 10)
+        self._store: Store | None = None
+        self._seen: dict[int, Seen] = {}  # of the other ranks
+        self._collectives = os.environ.get("TORCH_FR_DUMP_TEMP_FILE", "")  # where torch writes them, before the rank
+        self._lost = ""  # why the last exchange with the store failed
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def enter(self, phase: str, round: int) -> None:
+        """This rank begins a phase of a round, which is progress."""
+        self._order = self._order + 1 if round == self.round else 1
+        self.phase, self.round, self._beats, self._since = phase, round, 0, time.monotonic()
+
+    def beat(self) -> None:
+        """Progress inside a phase: a step, a block. Costs two assignments and a look at the clock."""
+        self._beats += 1
+        self._since = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._since = time.monotonic()
+        self._devnull = os.open(os.devnull, os.O_WRONLY)
+        with suppress(OSError):  # where there is no such file
+            os.makedirs(os.path.dirname(self._collectives), exist_ok=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(3 * PATIENCE)  # an exchange under way, and the last post
+
+    def _post(self, state: str = "at work") -> Post:
+        idle = time.monotonic() - self._since
+        return Post(self.round, self._order, self._beats, self.phase, idle, socket.gethostname(), state)
+
+    def _watch(self) -> None:
+        """Post, and end the process once there was no progress for too long. The body of the thread."""
+        read_at = 0.0
+        try:
+            while not self._stop.is_set():
+                # If this thread cannot run for so long, no Python code can: faulthandler ends the process.
+                exit_after(self._timeout + self._every + 3 * PATIENCE, file=2)
+                now, idle = time.monotonic(), time.monotonic() - self._since
+                if idle >= self._timeout:
+                    self._give_up()
+                    continue
+                # Only ranks that wait read, and less often than they post, since each reads the posts of all.
+                read = idle > 2 * self._every and now >= read_at
+                read_at = now + max(self._every, self._timeout / 20) if read else read_at
+                self._exchange(read=read)
+                self._stop.wait(max(0.0, min(self._every, self._since + self._timeout - time.monotonic())))
+            if not self._lost:
+                self._exchange("left")
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            os.close(self._devnull)
+
+    def _give_up(self) -> None:
+        """Say why and end the process, unless there is progress after all."""
+        exit_after(4 * PATIENCE, file=self._devnull)  # even if `say` hangs, or a full pipe behind stderr
+        since = self._since
+        self._exchange(read=True)
+        if self._stop.is_set() or self._since != since:
+            return
+        try:
+            silence = min(3 * self._every + 2, self._timeout / 2)  # on a busy machine a post may come late
+            text = describe(self._rank, self._world, self._post(), self._seen, silence=silence, lost=self._lost)
+            with suppress(Exception):  # the stacks are worth as much
+                self._say(text)
+                pass_on("; ".join(line.strip() for line in text.splitlines()[:2]))  # with the rank that is waited for
+            if not self._lost:
+                self._exchange("ended")
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(Exception):
+                    stream.flush()
+            faulthandler.dump_traceback(file=2)
+            if self._collectives:  # last, since it may hang as the device does
+                dump = "_dump_nccl_trace" if hasattr(c10, "_dump_nccl_trace") else "_dump_fr_trace"
+                Path(f"{self._collectives}{self._rank}").write_bytes(getattr(c10, dump)())
+        finally:
+            os._exit(FAILED)
+
+    def _exchange(self, state: str = "at work", *, read: bool = False) -> None:
+        """Post, and read the posts of all if `read`. Raises nothing and takes PATIENCE seconds at most."""
+        if self._world == 1:
+            return
+        key, text = str(self._rank), json.dumps(self._post(state))
+        others = [str(rank) for rank in range(self._world) if rank != self._rank] if read else []
+        store, self._store = self._store, None  # one that failed, or still hangs, is not used again
+        try:
+            # In a thread: the store's own timeout does not cover a host that vanished.
+            swapped = in_background(lambda: swap(store or connect(), key, text, others), "watchdog's store")
+            self._store, posts = swapped.result(PATIENCE)
+        except Exception as error:
+            self._lost = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            return
+        self._lost, now = "", time.monotonic()
+        for rank, value in posts.items():
+            post, (known, first, _) = Post(*json.loads(value)), self._seen.get(rank, (None, 0.0, 0.0))
+            self._seen[rank] = post, first if known == post else now, now
+
+
+def exit_after(seconds: float, *, file: int) -> None:
+    """Unless called again or cancelled: write the stacks to `file` and exit with code 1, without the interpreter."""
+    with suppress(RuntimeError):  # the container allows no more threads: do without
+        faulthandler.dump_traceback_later(seconds, exit=True, file=file)
+
+
+def connect() -> Store:
+    """The store of the process group, over a new connection where it is a TCPStore."""
+    store = c10d._get_default_store()
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    if isinstance(store, TCPStore):
+        # TCPStore would keep trying where nobody listens any more.
+        socket.create_connection((store.host, store.port), PATIENCE).close()
+        patience = timedelta(seconds=PATIENCE)
+        store = TCPStore(store.host, store.port, is_master=False, timeout=patience, wait_for_workers=False)
+    return PrefixStore("watchdog", store)
+
+
+def swap(store: Store, key: str, text: str, others: list[str]) -> tuple[Store, dict[int, bytes]]:
+    """Set this rank's post. Returns the store, and the posts of those other ranks that have one."""
+    store.set(key, text)
+    if others and not store.check(others):  # reading a missing key would block
+        others = [key for key in others if store.check([key])]
+    return store, dict(zip(map(int, others), store.multi_get(others) if others else [], strict=True))
+
+
+def describe(rank: int, world: int, mine: Post, seen: Mapping[int, Seen], *, silence: float, lost: str = "") -> str:
+    """Where this rank is stuck, and a line each of the others: those that are not there, then the hindmost first.
+    A rank is silent if its post did not change for `silence` seconds; `lost` is why the store cannot be reached.
+    """
+    rows, now = [], time.monotonic()  # rows: with what they are sorted by
+    for other, (post, first, last) in seen.items():
+        absent, mark = False, ": BEHIND" if post[:3] < mine[:3] else ""
+        if post.state == "left" and post[:2] <= mine[:2]:
+            absent, mark = True, ": LEFT"
+        elif post.state == "at work" and last - first > silence:
+            absent, mark = True, f": SILENT for {now - first:.0f} s"
+        text = f"in {post}, last progress {post.idle + now - first:.0f} s ago, host {post.host}{mark}"
+        rows.append((not absent, post[:3], other, text))
+    missing = set(range(world)) - {rank, *seen} if seen or not lost else set()
+    rows += [(False, (0, 0, 0), other, "MISSING, never heard of") for other in missing]
+    lines = [f"rank {rank} has made no progress for {mine.idle:.0f} s in {mine}"]
+    if lost:
+        lines[0] += f"; the store cannot be reached ({lost}): rank 0, which holds it, is gone"
+    lines += [f"rank {other} {text}" for *_, other, text in sorted(rows)]
+    more = len(lines) - 1 - NAMED
+    return "\n  ".join([*lines[: NAMED + 1], *([f"and {more} more"] if more > 0 else [])])

@@ -1,0 +1,179 @@
+"""The engine under DeepSpeed, ZeRO 0 to 3. The only file that imports DeepSpeed."""
+
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from filelock import FileLock
+from torch import Tensor, nn
+
+from naign.distributed.engine import Engine, State
+from naign.distributed.host import refuse_version
+from naign.errors import InputError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, of the parameter's shape
+
+
+class ZeroEngine(Engine):
+    """Engine that DeepSpeed runs, with AdamW."""
+
+    deepspeed = gathers = True
+    _ungraded = torch.no_grad  # under inference_mode ZeRO-3 would gather weights that autograd refuses afterwards
+
+    def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raises InputError where the launcher's configuration contradicts the run's settings."""
+        _configure(self.accelerator, micro=self.micro, accumulate=self.accumulate, clip=self._clip)
+        self.stage = int(self.accelerator.state.deepspeed_plugin.zero_stage)
+        self.sharded = self.stage == 3
+        self._waiting = 0  # micro-batches of the present step that were added up
+        super()._prepare(optimizer)
+        if hasattr(self.network.optimizer, "check_grad_overflow"):
+            self.network.optimizer.check_grad_overflow = True  # else ZeRO 1 and 2 do not check float32 gradients
+        # Whether DeepSpeed holds float32 weights and moments in partitions of its own.
+        self._partitioned = any(hasattr(next(self.bare.parameters()), name) for name in ("ds_id", "_hp_mapping"))
+        if self.stage and not self._partitioned:  # checkpoints would hold wrong moments
+            refuse_version("deepspeed", "_hp_mapping or ds_id of a parameter")
+
+    @property
+    def _kind(self) -> str:
+        return f"DeepSpeed ZeRO-{self.stage}"
+
+    def backward(self, loss: Tensor) -> None:
+        self._waiting = (self._waiting + 1) % self.accumulate
+        self.network.set_gradient_accumulation_boundary(is_boundary=self._waiting == 0)
+        self.network.backward(loss)
+
+    def micro_batch(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def _step(self) -> float:
+        if self.stage == 0 and not hasattr(self.network.optimizer, "overflow"):  # it would step on NaN
+            grads = [value.grad for value in self.bare.parameters() if value.grad is not None]
+            norm = float(nn.utils.get_total_norm(grads))
+            (self.network.step if math.isfinite(norm) else self.network.zero_grad)()
+            return norm
+        self.network.step()
+        if getattr(self.network.optimizer, "overflow", False):
+            return math.inf
+        norm = self.network.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def gathered(self) -> ExitStack:
+        stack, parameters = ExitStack(), self.bare.parameters()
+        if self.sharded:
+            from deepspeed.runtime.zero import GatheredParameters
+
+            # One at a time on CPUs: when it gathers several, DeepSpeed 0.17 waits for the last one only.
+            for some in parameters if self.accelerator.device.type == "cpu" else [list(parameters)]:
+                stack.enter_context(GatheredParameters(some))
+        return stack
+
+    def states(self) -> Iterator[tuple[str, State]]:
+        if not self._partitioned:
+            yield from super().states()
+            return
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        for name, parameter in self._names.items():
+            state = {"weight": safe_get_full_fp32_param(parameter)}
+            if self.steps:
+                state |= {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            yield name, state
+
+    def state_shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        if not self._partitioned:
+            return super().state_shapes(name)
+        return dict.fromkeys(("weight", *MOMENTS), self.shapes[name])
+
+    def restore(self, name: str, state: State, steps: int) -> None:
+        if not self._partitioned:
+            super().restore(name, state, steps)
+            return
+        from deepspeed import utils
+
+        parameter: Any = self._names[name]
+        self._allocate(steps)
+        for key, whole in state.items():
+            value, part = whole.to(parameter.device), "full"
+            if hasattr(parameter, "ds_id"):
+                # safe_set_full_* fails where the world size does not divide the elements: pad and slice here.
+                size, rank, part = parameter.ds_tensor.ds_numel, self.accelerator.process_index, "local"
+                value = nn.functional.pad(value.flatten(), (0, size * self.accelerator.num_processes - value.numel()))
+                value = value[rank * size : (rank + 1) * size]
+            kind, keys = ("fp32_param", ()) if key == "weight" else ("optimizer_state", (key,))
+            getattr(utils, f"safe_set_{part}_{kind}")(parameter, value, *keys)
+
+    def _allocate(self, steps: int) -> None:
+        """Allocate the moments that AdamW would allocate at its first step, unless they exist."""
+        outer, adam = self.network.optimizer, self._adam
+        if adam.state:
+            return
+        partitions = next((getattr(outer, name) for name in _FLAT if hasattr(outer, name)), None)
+        if partitions is None:
+            refuse_version("deepspeed", f"{' or '.join(_FLAT)} of {type(outer).__name__}")
+        for flat in partitions:
+            zeros = {key: torch.zeros_like(flat) for key in MOMENTS}
+            adam.state[flat] = {"step": torch.tensor(float(steps)), **zeros}
+        if hasattr(outer, "_lazy_init_hp_params_optimizer_state"):
+            outer._lazy_init_hp_params_optimizer_state()
+
+    @property
+    def scale(self) -> dict[str, float]:
+        scaler = getattr(self.network.optimizer, "loss_scaler", None)
+        return {name: getattr(scaler, name) for name in _SCALE if hasattr(scaler, name)}
+
+    @scale.setter
+    def scale(self, state: dict[str, float]) -> None:
+        for name, value in self.scale.items():
+            setattr(self.network.optimizer.loss_scaler, name, type(value)(state.get(name, value)))
+
+
+# Where DeepSpeed's optimizers keep the float32 weights of this rank: ZeRO-3, ZeRO-1 and 2, bfloat16 without ZeRO.
+_FLAT = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def compile_communication() -> None:
+    """Compile DeepSpeed's communication for CPUs, one process at a time: torch's lock file outlives a kill."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from torch.utils.cpp_extension import get_default_build_root
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        return
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f"{builder.name}.lock"):
+        for left in (*root.glob(f"{builder.name}/lock"), *root.glob(f"*/{builder.name}/lock")):
+            left.unlink(missing_ok=True)
+        builder.load()
+
+
+def _configure(accelerator: Accelerator, *, micro: int, accumulate: int, clip: float) -> None:
+    """Write the run's settings into DeepSpeed's configuration; InputError where that says otherwise."""
+    from torch.utils.cpp_extension import CUDA_HOME  # loads setuptools
+
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    needed = {
+        "train_micro_batch_size_per_gpu": (micro, "train.batch"),
+        "gradient_accumulation_steps": (accumulate, "train.accumulate"),
+        "gradient_clipping": (clip, "train.clip"),
+        "train_batch_size": (micro * accumulate * accelerator.num_processes, "train.batch"),
+    }
+    for key, (value, setting) in needed.items():
+        configured = config.get(key, "auto")
+        if configured not in ("auto", None, value) and (key, configured) != ("gradient_accumulation_steps", 1):
+            conflict = f"the launcher's DeepSpeed settings say {key}: {configured}, but {setting} makes it {value}"
+            raise InputError(f"{conflict}: remove it there, or change the run's setting")
+        config[key] = value
+    accelerator.gradient_accumulation_steps, config["steps_per_print"] = accumulate, math.inf
+    # DeepSpeed's AdamW for offloaded weights is compiled first, with CUDA's headers; torch's does the same, slower.
+    if not torch.cuda.is_available() or shutil.which("g++") is None or CUDA_HOME is None:
+        config["zero_force_ds_cpu_optimizer"] = False

@@ -1,0 +1,137 @@
+"""report.html: one file, readable without knowing the code, opened from a mail or a bucket as well as from a disk.
+
+Pictures are embedded, styles inline, nothing is loaded from anywhere. The page itself is `report.html.jinja`.
+"""
+
+import base64
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+from torch import Tensor
+
+from naign.evaluate.measures import Subject
+from naign.model.naign import NAIGN
+from naign.observe.pictures import grid, png, rows, scatter
+from naign.storage.base import Store
+
+DAMAGE = {"blur": "blur", "noise": "Gaussian noise", "salt_pepper": "salt and pepper", "rows": "black rows"}
+COPIES = "<!-- copies -->"  # before and behind the part of the page that `naign copies` fills in
+STEPS = 12  # images of an interpolation, or of a class
+CLASSES = 20  # of which samples are shown, at most
+
+
+class Picture(NamedTuple):
+    """A picture of the report and what it shows."""
+
+    name: str  # of its file, without suffix
+    title: str
+    caption: str
+    image: Image.Image
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, hundreds and more as whole numbers; a dash for what was not measured."""
+    if value is None:
+        return "–"
+    if 0 < abs(value) < 0.001:
+        return f"{value:.1e}"
+    if abs(value) >= 99.95:
+        return f"{value:,.0f}"
+    return f"{value:#.3g}" if abs(value) >= 1 else f"{value:.3f}"
+
+
+def render(metrics: dict[str, Any], pictures: Sequence[Picture], *, config: dict[str, Any], title: str) -> str:
+    """The page as HTML. `metrics` is the content of metrics.json, `config` the configuration of the run."""
+    settings = json.dumps(config, indent=1, default=str)
+    page = templates(autoescape=True).get_template("report.html.jinja")
+    return page.render(metrics, pictures=pictures, config=config, settings=settings, title=title, damages=DAMAGE) + "\n"
+
+
+def with_copies(page: str, store: Store, weights: str) -> str:
+    """The page with what `naign copies` wrote into the same folder, where that is of the same weights."""
+    copies = json.loads(store.read("copies.json")) if store.exists("copies.json") else {}
+    if copies.get("weights") != weights:
+        return page
+    picture = base64.b64encode(store.read("copies.png")).decode() if store.exists("copies.png") else ""
+    section = templates(autoescape=True).get_template("copies.html.jinja").render(copies, picture=picture)
+    before, _, rest = page.partition(COPIES)
+    return f"{before}{COPIES}{section}{COPIES}{rest.rpartition(COPIES)[2]}"
+
+
+def compared(fd: dict[str, Any], key: str) -> float:
+    """The distance of once, twice or latents that compares with the floor: of as many samples."""
+    ratio = fd.get(f"{key}_ratio")
+    return float(fd[key] if ratio is None else ratio * fd["floor"])
+
+
+def templates(*, autoescape: bool) -> Environment:
+    """The templates of this folder, with the filters that they use."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        extensions=["jinja2.ext.do"],
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=not autoescape,  # Markdown, where empty lines count
+    )
+    environment.filters |= {"number": number, "count": "{:,}".format, "compared": compared}
+    environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
+    environment.filters["base64"] = lambda image: base64.b64encode(png(image)).decode()
+    return environment
+
+
+def draw_pictures(subject: Subject) -> list[Picture]:
+    """Pictures of images: samples, repairs, and samples over their nearest training images; of 2-D points."""
+    if subject.is_image:
+        return _of_images(subject)
+    if subject.test.shape[1] != 2:
+        return []
+    real = subject.test[:2000]
+    panels = [("test data", real[:0]), ("f(z)", subject.once[:2000]), ("f(f(z))", subject.twice[:2000])]
+    return [Picture("samples", "Samples", "Orange over the test data in blue.", scatter(panels, behind=real))]
+
+
+def learned_classes(model: NAIGN) -> list[str]:
+    """The names of the classes that samples can be asked for: those of the training images, if the model knows any."""
+    counts = model.prior.state_dict().get("class_counts", torch.zeros(0)).tolist()
+    return [name for name, count in zip(model.labels, counts, strict=False) if count]
+
+
+def _of_images(subject: Subject) -> list[Picture]:
+    noise = subject.model.latent(torch.arange(10), seed=subject.seed).cpu()
+    times = [("z", noise), ("f once", subject.once[:10]), ("f twice", subject.twice[:10])]
+    for count in (3, 4, 5):
+        times.append((f"{count} times", subject.model.project(times[-1][1])))
+    chosen = "f(z): the network applied once to z. The first that were drawn, not selected."
+    alike = "A column is one z. For a perfect projection all rows below the first are alike."
+    way = "f(z) for z between one draw, left, and another, right: on an arc for noise or a flow, else on a line."
+    drawn = [
+        Picture("samples", "Samples", chosen, grid(subject.once[:96], columns=16)),
+        Picture("applications", "The same z, f applied one to five times", alike, rows(times)),
+        Picture("interpolation", "Between two samples", way, grid(_between(subject), columns=STEPS)),
+    ]
+    known = learned_classes(subject.model)[:CLASSES]
+    if asked := [(name, subject.model.sample(STEPS, seed=subject.seed, label=name).cpu()) for name in known]:
+        caption = "A row is a class, a column the same noise."
+        drawn.insert(1, Picture("classes", "Samples by class", caption, rows(asked)))
+    blind = "Test images. f does not know how they were damaged. Last row: the nearest training image, an answer that "
+    blind += "needs no network."
+    shown = {"damaged": "input", "f once": "once", "f twice": "twice", "nearest": "nearest"}
+    for kind, answers in subject.repaired.items():
+        lines = [("clean", subject.test[: len(answers["input"])])]
+        lines += [(label, answers[name]) for label, name in shown.items()]
+        drawn.append(Picture(f"restoration_{kind}", f"Repair: {DAMAGE[kind]}", blind, rows(lines)))
+    copied = "Alike in kind is good; the same image would be a copy."
+    both = rows([("f(z)", subject.once[: len(subject.neighbours)]), ("training", subject.neighbours)])
+    return [*drawn, Picture("neighbours", "Samples over their nearest training image", copied, both)]
+
+
+def _between(subject: Subject) -> Tensor:
+    """Six rows of STEPS images (6 * STEPS, *shape), each between the first samples of two seeds."""
+    seeds = range(subject.seed, subject.seed + 6)
+    ways = [subject.model.between(seed, seed + 1, steps=STEPS) for seed in seeds]
+    return subject.model.project(torch.cat(ways)).cpu()

@@ -1,0 +1,207 @@
+"""What f is trained to do: reconstruction plus IMLE, with optional further terms.
+
+An objective is one line in OBJECTIVES, or an entry point of the group `naign.objectives` in another package: the class
+of its settings and its loss. The baselines IGN and NAE come that way, from `benchmarks/baselines`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from naign.data import damage
+from naign.errors import require
+from naign.settings.constraints import AT_LEAST_0, check_fields, one_of
+from naign.settings.registry import lookup
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""Takes two batches of one shape and returns a scalar."""
+DISTANCES: dict[str, Distance] = {
+    "l1": lambda a, b: (a - b).abs().mean(),
+    "l2": lambda a, b: (a - b).square().mean(),
+    "norm": lambda a, b: (a - b).flatten(1).norm(dim=1).mean() / math.sqrt(a[0].numel()),
+    "l1+l2": lambda a, b: (a - b).abs().mean() + (a - b).square().mean(),
+}
+Network = Callable[[Tensor], Tensor]
+FAINT = 1e-2  # square of the length below which a position's features count for less than their direction
+
+
+@dataclass(kw_only=True, slots=True)
+class ObjectiveConfig:
+    """Base of every objective's settings. Constants and properties say what the loss needs; subclasses set others."""
+
+    name: str = ""
+    """`naign` (reconstruction + IMLE), or one that another package registers, such as the baselines `ign` and `nae`."""
+
+    only_with = ""
+    """The one model.name that it trains; empty: any."""
+    needs_frozen = False
+    """Whether the loss evaluates `Batch.frozen`, the module without the engine's wrapper. FSDP2, ZeRO-3, and ZeRO in
+    half precision do not allow that."""
+    damage, noise, perceptual, encoder = "noise", 0.0, 0.0, ""
+    """The values for objectives without settings of these names."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "objective")
+
+    @property
+    def needs_latents(self) -> bool:
+        """Whether the loss takes latents."""
+        return True
+
+    @property
+    def needs_match(self) -> bool:
+        """Whether the latents are matched with the images, rather than drawn for each step."""
+        return self.needs_latents
+
+    @property
+    def needs_damaged(self) -> bool:
+        """Whether the loss takes damaged images. If so, the settings must have `damage` and `noise`, which choose the
+        damage, as those of NaignConfig do; otherwise `config.check` raises InputError.
+        """
+        return False
+
+    @property
+    def forwards(self) -> int:
+        """Forwards of f per image and pass, each with a backward; for estimates of the time of a step."""
+        return 1 + self.needs_latents
+
+
+@dataclass(kw_only=True, slots=True)
+class DistanceConfig(ObjectiveConfig):
+    """Base of the settings of objectives whose terms are distances d between images: `Batch.distance`."""
+
+    distance: str = field(default="l1", metadata=one_of(DISTANCES))
+    """d in every term: l1, l2 (squared) or l1+l2, as means over values; or norm, each sample's root mean square."""
+    perceptual: float = field(default=0.0, metadata=AT_LEAST_0)
+    """Weight within d of the difference of two images in the layers of a frozen encoder."""
+    encoder: str = ""
+    """perceptual: mnist-cnn64, efficientnet-lite0, timm:NAME or a file. Choose another one for evaluation."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "objective")
+        given = f"objective.perceptual is {self.perceptual} and objective.encoder '{self.encoder}'"
+        require((bool(self.perceptual) == bool(self.encoder), f"{given}: give both or none"))
+
+
+@dataclass(kw_only=True, slots=True)
+class NaignConfig(DistanceConfig):
+    name: str = "naign"
+    reconstruction: float = field(default=1.0, metadata=AT_LEAST_0)
+    """Weight of d(f(x), x)."""
+    imle: float = field(default=0.0, metadata=AT_LEAST_0)
+    """Weight of d(f(z*), x), z* the latent whose sample is nearest to x; 0: no match, and no sample is trained on."""
+    third: str = field(default="none", metadata=one_of(("none", "idempotence", "matched")))
+    """none, idempotence d(f(f(z*)), f(z*)) or matched d(f(f(z*)), x)."""
+    third_weight: float = field(default=1.0, metadata=AT_LEAST_0)
+    """Weight of the third term."""
+    denoising: float = field(default=1.0, metadata=AT_LEAST_0)
+    """Weight of d(f(damaged x), x)."""
+    damage: str = "mixed"
+    """denoising: noise; mixed (lost detail, noise, specks and stripes: naign/data/damage.py); mild, as mixed, but
+    less often, so that one image in five stays whole and `reconstruction` can be 0; photo, as mild, but flat images
+    stay what they are; or holes, as mild, and boxes and strokes are missing from every second image, which is for
+    `naign restore --mask`."""
+    noise: float = field(default=0.5, metadata=AT_LEAST_0)
+    """denoising: the noise's standard deviation is uniform in [0, this] for each image."""
+
+    def __post_init__(self) -> None:
+        DistanceConfig.__post_init__(self)
+        damage.find_damage(self.damage)
+        third = self.third != "none" and self.third_weight
+        weighed = self.reconstruction or self.imle or third or self.denoising
+        require((weighed, "objective.reconstruction and all other terms weigh 0: nothing would be trained"))
+
+    @property
+    def needs_latents(self) -> bool:
+        return self.imle > 0 or self.third != "none"
+
+    @property
+    def needs_damaged(self) -> bool:
+        return self.denoising > 0
+
+    @property
+    def forwards(self) -> int:
+        return (self.reconstruction > 0) + self.needs_latents + (self.third != "none") + self.needs_damaged
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Batch:
+    """What a loss is computed from: b images and what belongs to each, row for row."""
+
+    images: Tensor  # (b, *shape) float32
+    latents: Tensor | None = None  # (b, *shape) float32, the matched ones if needs_match; None if not needs_latents
+    damaged: Tensor | None = None  # (b, *shape) float32: the images, damaged; None if not needs_damaged
+    distance: Distance  # that of `choose_distance`
+    frozen: nn.Module  # bare: `functional_call(frozen, detached weights, (x,))` is f(x) with its present weights held
+    normals: Callable[[int], Tensor]  # of a chain's step: (b, *shape) float32, standard normals by number and step
+
+
+Loss = Callable[[Any, Network, Batch], dict[str, Tensor]]
+"""Takes an objective's settings, the network as the engine runs it (gradients are averaged over ranks) and a batch.
+Returns scalars: the weighted sum as `total`, and each unweighted term by its name. Independent forwards cost less as
+one forward of all their inputs."""
+
+
+def choose_distance(config: ObjectiveConfig, perceptual: Distance | None) -> Distance:
+    """The distance d of the settings, with its perceptual part if that has a weight; l1 where they have none."""
+    plain, weight = DISTANCES[getattr(config, "distance", "l1")], config.perceptual
+    if not weight:
+        return plain
+    assert perceptual is not None, "objective.perceptual needs an encoder"
+    return lambda a, b: plain(a, b) + weight * perceptual(a, b)
+
+
+def perceptual(stages: Callable[[Tensor], list[Tensor]]) -> Distance:
+    """A distance of images in the layers of a frozen network: it compares strokes and textures rather than values.
+
+    The mean over stages and positions of the squared difference of features of unit length; LPIPS (arXiv 1801.03924)
+    without its learned weights. Takes (n, C, H, W) in [-1, 1] twice; 0 for equal images, of the order of 1 for others.
+    """
+
+    def unit(maps: Tensor) -> Tensor:
+        return maps * torch.rsqrt(maps.float().square().sum(1, keepdim=True) + FAINT)
+
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        pairs = zip(map(unit, stages(a)), map(unit, stages(b)), strict=True)  # apart: no backward through real images
+        return torch.stack([(mine - other).square().sum(1).mean() for mine, other in pairs]).mean()
+
+    return distance
+
+
+def compute_losses(config: ObjectiveConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
+    """The terms of an objective's loss (see Loss) on a batch."""
+    assert (batch.damaged is not None) == config.needs_damaged
+    assert batch.latents is not None or not config.needs_latents
+    return find_objective(config.name)[1](config, network, batch)
+
+
+def find_objective(name: str) -> tuple[type[ObjectiveConfig], Loss]:
+    """The settings and the loss of that name; InputError for an unknown one."""
+    return lookup("objective.name", name, OBJECTIVES, "naign.objectives", remedies=_REMEDIES)
+
+
+BASELINES = ("ign", "nae", "vae", "rectified_flow")
+_REMEDIES = {name: f"{name} is a baseline, install it: pip install -e benchmarks/baselines" for name in BASELINES}
+
+
+def _naign(config: NaignConfig, network: Network, batch: Batch) -> dict[str, Tensor]:
+    """arXiv 2511.02614: w_rec E d(f(x), x) + w_imle E d(f(z_sigma(i)), x_i) + optional terms."""
+    images, distance = batch.images, batch.distance
+    reconstructed = images if config.reconstruction else None
+    inputs = {"reconstruction": reconstructed, "imle": batch.latents, "denoising": batch.damaged}
+    weights = {"third": config.third_weight} | {name: getattr(config, name) for name in inputs}
+    present = {name: value for name, value in inputs.items() if value is not None}
+    parts = network(torch.cat(list(present.values()))).split(len(images))
+    outputs = dict(zip(present, parts, strict=True))
+    terms = {name: distance(output, images) for name, output in outputs.items()}
+    if config.third != "none":
+        sample = outputs["imle"]
+        terms["third"] = distance(network(sample), images if config.third == "matched" else sample)
+    return {"total": sum((weights[name] * term for name, term in terms.items()), images.new_zeros(())), **terms}
+
+
+OBJECTIVES: dict[str, tuple[type[ObjectiveConfig], Loss]] = {"naign": (NaignConfig, _naign)}

@@ -1,0 +1,42 @@
+"""What the first rank of each host leaves after a round for the page of its launcher (`naign launch --metrics`)."""
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from naign.storage.local import write_atomically
+
+
+class Heartbeat:
+    """Replaces a file of JSON: when the newest round `ended`, the `longest` time between two ends, when the newest
+    `checkpoint` was complete (seconds of time.monotonic, one clock for all processes of a machine), and `series`, as
+    Prometheus names them after `naign_`. Those that end in _total count from this start of the ranks.
+    """
+
+    def __init__(self, file: Path, *, images: int, seen: int) -> None:  # the run's goal; what this start has of it
+        self._file, self._images, self._first = file, images, seen
+        self._ended, self._longest = time.monotonic(), 0.0
+        self._rounds, self._bytes, self._retries = 0, 0.0, 0.0
+
+    def beat(self, values: Mapping[str, float], *, seen: int, phases: Mapping[str, float], checkpoint: float) -> None:
+        """A round ended with the metrics `values`; `phases` took so many seconds, each in all rounds of this start."""
+        now = time.monotonic()
+        self._ended, self._longest = now, max(self._longest, now - self._ended)
+        self._rounds += 1
+        self._bytes += values["data/megabytes"] * 1e6
+        self._retries += values["data/retries"]
+        series = {
+            "rounds_total": self._rounds,
+            "images_total": seen - self._first,
+            "images_seen": seen,
+            "images_goal": self._images,
+            "data_read_bytes_total": self._bytes,
+            "data_retries_total": self._retries,
+            **{f'phase_seconds_total{{phase="{phase}"}}': seconds for phase, seconds in phases.items()},
+            **{f'loss{{term="{name[5:]}"}}': value for name, value in values.items() if name.startswith("loss/")},
+        }
+        state = {"ended": now, "longest": self._longest, "checkpoint": checkpoint, "series": series}
+        with suppress(OSError):  # a full disk of temporary files ends no run
+            write_atomically(self._file, json.dumps(state), sync=False)

@@ -1,0 +1,134 @@
+"""Random numbers as a pure function of (seed, round, id, stream), the same on every world size: none is stored or sent.
+
+The generator is Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): a keyed bijection
+of a 128-bit counter. Any row can be drawn at any time, on any device, without the rows before it. Every normal takes
+exactly one 32-bit draw (Box-Muller turns two into two, without rejection), so positions are fixed.
+
+    key      seed, low word | seed, high word
+    counter  block of four draws | round | id, low word | id, high word
+
+The stream is part of the counter: its lower two bits are the top bits of the id's high word, its upper two those of the
+block. Draws of different streams therefore never coincide under one key, as they could if the stream changed the key.
+"""
+
+import logging
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("naign.philox")
+
+LATENT, SCALE, IMAGINARY, NOISE, DAMAGE, CLASS, LEARN = 0, 1, 2, 3, 5, 6, 7
+"""Streams, 16 at most: independent draws for one (seed, round, id). Latents; the component of a mixture; the imaginary
+part of the prior `fourier`; noise that an objective adds to images; other damage to them; the class of a latent; what a
+prior learns with."""
+
+MAX_ID = 2**62
+SAMPLES = 2**32 - 1  # round of latents that training never draws: of samples, pictures and measurements
+_WORD = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_CHUNK = {"cpu": 1 << 14, "cuda": 1 << 24}
+"""Counters drawn at once, on a CPU to stay in the second-level cache, on a GPU in few launches."""
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> list[Tensor]:
+    """Philox-4x32-10 of four int64 tensors that hold 32-bit words: four such tensors of the broadcast shape."""
+    a, b, c, d = counter
+    k0, k1 = key
+    for _ in range(10):
+        # The 64-bit product wraps in int64 with the right bits; the mask removes the sign that the shift extends.
+        p0, p1 = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
+        a, b, c, d = (((p1 >> 32) & _WORD) ^ b ^ k0, p1 & _WORD, ((p0 >> 32) & _WORD) ^ d ^ k1, p0 & _WORD)
+        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
+    return [a, b, c, d]
+
+
+def _unit(words: Tensor) -> Tensor:
+    """32-bit words to (0, 1]; float32 keeps the small values that the normals' tails need."""
+    return (words.float() + 0.5) * 2.0**-32
+
+
+def _box_muller(words: list[Tensor]) -> list[Tensor]:
+    values: list[Tensor] = []
+    for first, second in (words[:2], words[2:]):
+        radius = torch.sqrt(-2.0 * torch.log(_unit(first)))
+        angle = _unit(second) * (2.0 * math.pi)
+        values += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    return values
+
+
+@torch.library.custom_op("naign::philox", mutates_args=())
+def _drawn(ids: Tensor, blocks: int, seed: int, round: int, stream: int, normals: bool) -> Tensor:
+    """Normals, or uniform numbers in (0, 1], (n, blocks, 4) float32 of ids (n,) int64. One operation for torch."""
+    if ids.is_cuda and (drawn := _by_one_kernel(ids, blocks, seed, round, stream, normals)) is not None:
+        return drawn
+    transform, device = _box_muller if normals else partial(map, _unit), ids.device
+    out = torch.empty(len(ids), blocks, 4, dtype=torch.float32, device=device)
+    key = (seed & _WORD, (seed >> 32) & _WORD)
+    block = torch.arange(blocks, device=device) | (stream >> 2) << 30
+    rows = max(1, _CHUNK.get(device.type, _CHUNK["cpu"]) // max(blocks, 1))
+    for start in range(0, len(ids), rows):
+        part = ids[start : start + rows, None]
+        high = (part >> 32) | (stream & 3) << 30
+        counter = (block, torch.full_like(part, round), part & _WORD, high)
+        for lane, values in enumerate(transform(philox(counter, key))):
+            out[start : start + rows, :, lane] = values
+    return out
+
+
+@_drawn.register_fake
+def _(ids: Tensor, blocks: int, seed: int, round: int, stream: int, normals: bool) -> Tensor:
+    return ids.new_empty(len(ids), blocks, 4, dtype=torch.float32)
+
+
+def _by_one_kernel(*arguments: Any) -> Tensor | None:
+    """The same by one Triton kernel; None if Triton is missing or cannot compile it."""
+    global _one_kernel
+    if _one_kernel:
+        try:
+            from naign.philox import triton_kernel
+
+            return triton_kernel.drawn(*arguments)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # no Triton, or none of what it needs, such as a C compiler
+            _one_kernel, kind = False, type(error).__name__
+            log.warning("random numbers take 160 launches a draw instead of one: Triton fails (%s: %s)", kind, error)
+    return None
+
+
+_one_kernel = True
+
+
+def normal(
+    seed: int,  # any integer; its low 64 bits count
+    round: int,  # 0 <= round < 2**32
+    ids: Tensor,  # (n,) int64, 0 <= id < 2**62
+    shape: tuple[int, ...],  # of one row
+    device: torch.device | str = "cpu",
+    *,
+    stream: int = LATENT,
+    normals: bool = True,  # else uniform numbers in (0, 1]
+) -> Tensor:
+    """Standard normals (n, *shape) float32; row i depends on (seed, round, ids[i], stream) alone.
+
+    Uniform numbers have the same bits on every device; normals may differ in the last ones, as logarithm and cosine do.
+    Raises ValueError for an id outside [0, 2**62), where the ids are in the host's memory.
+    """
+    size = math.prod(shape)
+    blocks = -(-size // 4)
+    assert blocks <= 2**30 and 0 <= round < 2**32 and 0 <= stream < 16
+    if ids.device.type == "cpu" and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < MAX_ID:
+        raise ValueError(f"latent ids must lie in [0, 2**62): got {int(ids.min())} to {int(ids.max())}")
+    signed = (seed + 2**63) % 2**64 - 2**63  # as torch's operations take an integer
+    where = "cpu" if torch.device(device).type == "mps" else device  # not tried there
+    out: Tensor = _drawn(ids.to(where, torch.int64), blocks, signed, round, stream, normals).to(device)
+    return out.view(len(ids), blocks * 4)[:, :size].reshape(len(ids), *shape)
+
+
+uniform = partial(normal, normals=False)
+"""As `normal`, but uniform in (0, 1]."""

@@ -1,0 +1,110 @@
+"""From a YAML file to the typed dataclasses of the settings, with an error for each key or value that does not fit."""
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from naign import shipped
+from naign.errors import InputError, check_address, printable, require, shown
+
+MOST = 2**62  # no setting has a use for larger numbers, which overflow
+LISTS = ("data.path", "report.trackers", "train.callbacks")  # settings that a file may also give as a list
+
+Named = Mapping[str, tuple[str, Callable[[str], tuple[Any, Any]]]]
+"""Sections whose settings class depends on a name: the default name, and the lookup of a name's class."""
+
+
+def read_yaml(path: str) -> Any:
+    """The content of a YAML file, or of a name in configs/. Raises InputError, which never shows the content."""
+    check_address(path)
+    file, named = Path(path), shipped(f"configs/{path}.yaml")
+    try:
+        if file.name == path and not file.is_file() and named.is_file():
+            file = named
+        return yaml.safe_load(file.read_text()) or {}
+    except FileNotFoundError:
+        names = ", ".join(sorted(file.stem for file in shipped("configs").glob("*.yaml")))
+        raise InputError(f"no configuration file '{path}': give a file, or one of these names: {names}") from None
+    except OSError as error:
+        raise InputError(f"{path or '--config without a file'} cannot be read: {error.strerror}") from None
+    except (ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
+        # Do not quote the error: it shows the content of the file, which may be a secret.
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise InputError(f"{path}{where}: this is no YAML ({type(error).__name__}): see configs/mnist.yaml") from None
+
+
+def build(kind: Any, content: Any, where: str, *, named: Named, prefix: str = "") -> Any:
+    """A settings dataclass with the keys and values of `content`; fields that it does not name keep their defaults.
+
+    Raises InputError, which names the file `where`, for an unknown key and for a value of another type.
+    """
+    section = prefix.rstrip(".")
+    if not isinstance(content, dict):
+        raise InputError(f"{where}: '{section or 'the file'}' must hold keys and values")
+    require((all(isinstance(key, str) for key in content), f"{where}: a key of '{section or 'the file'}' is no text"))
+    if section in named:
+        default, find = named[section]
+        content = {"name": default, **content}
+        name = convert(str, content["name"], f"{where}: {prefix}name")
+        try:
+            kind = find(name)[0]
+        except InputError as error:  # the name may be of a package that is not installed here
+            raise InputError(f"{where}: {error}") from error
+    hints, values = typing.get_type_hints(kind), {}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if key not in hints:
+            _refuse_unknown(kind, name, where, content.get("name") if section in named else None)
+        if dataclasses.is_dataclass(hints[key]):
+            below = {} if value is None else value
+            values[key] = build(hints[key], below, where, named=named, prefix=f"{name}.")
+        else:
+            if name in LISTS and isinstance(value, list):
+                with suppress(ValueError):  # a number with too many digits, which `convert` refuses
+                    value = yaml.safe_dump(value, default_flow_style=True, width=MOST).strip()
+            values[key] = convert(hints[key], value, f"{where}: {name}")
+    return kind(**values)
+
+
+def _refuse_unknown(kind: Any, name: str, where: str, choice: str | None) -> typing.NoReturn:
+    section, _, key = name.rpartition(".")
+    prefix = f"{section}." if section else ""
+    names = typing.get_type_hints(kind)
+    known = [prefix + one for one in names] if section else [key for key, _, _ in leaves(kind())] + list(names)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    of = f" of {section}.name={choice}" if choice else ""
+    meant = f"; did you mean '{near[0]}'?" if near else f"; known settings{of}: {', '.join(names)}"
+    brief = key if re.fullmatch(r"[\w.]{1,40}", key) else f"{printable(key, 8)}..."  # may be a line of secrets
+    raise InputError(f"{where}: unknown key '{prefix}{brief}'{of if near else ''}{meant}")
+
+
+def convert(target: Any, value: Any, where: str) -> Any:
+    """Convert a value of YAML, which reads 1e-3 as text and 1 as an integer. All other types must match."""
+    with suppress(TypeError, ValueError, OverflowError):
+        if target is float and not isinstance(value, bool):
+            return float(value)
+        if target is int and isinstance(value, (float, str)) and float(value) == int(float(value)):
+            return int(float(value))
+        if isinstance(value, target) and isinstance(value, bool) == (target is bool):
+            return value
+        if target is str and type(value) is int:
+            return str(value)
+    raise InputError(f"{where} is {shown(value)}: it must be {target.__name__}")
+
+
+def leaves(settings: Any, prefix: str = "", change: str = "") -> Iterator[tuple[str, Any, str]]:
+    """(section.key, value, whether a resumed run may change it) of every setting below a dataclass."""
+    for one in dataclasses.fields(settings):
+        key, value, may = prefix + one.name, getattr(settings, one.name), one.metadata.get("change", change)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{key}.", may)
+        else:
+            yield key, value, may

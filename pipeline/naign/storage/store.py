@@ -1,0 +1,79 @@
+"""Where files lie, behind one protocol over str paths: a local folder, a bucket, or what fsspec reads."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from naign.errors import Gone, InputError, Unavailable, check_address, require
+from naign.storage.base import Missing, Store
+from naign.storage.local import LocalStore
+from naign.storage.retry import at_most
+
+CLOUDS = ("gs", "az", "abfs", "abfss")  # schemes of buckets besides s3, which obstore reads and writes
+PROBE = "preflight"  # the file that is written to test whether a store is writable
+
+
+def open_store(path: str) -> Store:
+    """The store at a local folder (`~` is expanded), in a bucket or at a read-only address. Opens nothing yet."""
+    require((path.strip() and "\0" not in path, f"{path!r} is no path: give a local folder or s3://bucket/prefix"))
+    check_address(path)
+    scheme, separator, _ = path.partition("://")
+    require((separator or not is_in_bucket(path), f"{path}: write {path.partition(':')[0]}://bucket/prefix"))
+    if not separator:
+        return LocalStore(path)
+    if scheme == "s3":
+        from naign.storage.s3 import S3Store
+
+        return S3Store(path)
+    if scheme in CLOUDS:
+        try:
+            from naign.storage.clouds import CloudStore
+        except ImportError as error:
+            raise InputError(f"{path}: cannot open {scheme}:// paths ({error}): pip install obstore") from None
+        return CloudStore(path)
+    from naign.storage.remote import RemoteStore
+
+    return RemoteStore(path)
+
+
+def is_in_bucket(place: object) -> bool:
+    """Whether this is a path in a bucket, which can be written; a Path has lost one of its two slashes."""
+    return str(place).startswith(tuple(f"{scheme}:" for scheme in ("s3", *CLOUDS)))
+
+
+def check_writable(store: Store, what: str) -> None:
+    """Write and remove a small file. Raises InputError, which names `what` the store is for, where that is refused."""
+    try:
+        store.put(PROBE, b"naign")
+    except InputError as error:
+        raise InputError(f"{what} cannot be written: {error}") from error
+    finally:  # it may be written, and only not be readable
+        with suppress(InputError, Unavailable), at_most(3):  # permission to delete is not required
+            store.delete(PROBE)
+
+
+def use_endpoint(address: str) -> None:
+    """Ask the S3 server at this address from now on, in this process and those it starts; '' changes nothing."""
+    if address:
+        os.environ["AWS_ENDPOINT_URL_S3"] = address
+
+
+def locate(url: str) -> tuple[Store, str]:
+    """The store of a file, and its name there."""
+    folder, _, name = url.rpartition("/")
+    return open_store(folder), name
+
+
+@contextmanager
+def was_there(*urls: str) -> Iterator[None]:
+    """Context: an InputError becomes Gone if a file that was read before is missing, or one of `urls`, which were."""
+    try:
+        yield
+    except InputError as error:
+        there = False
+        with suppress(InputError):  # the bucket is missing, too
+            there = all(store.exists(name) for store, name in map(locate, urls))
+        if isinstance(error, Missing) and error.seen or not there:
+            lost = "stored data that this run has read before is gone, as when a store loses its disk"
+            raise Gone(f"{error}; {lost}: all ranks start again from what is left") from None
+        raise

@@ -1,0 +1,192 @@
+"""Batches of a packed data set for a training loop of one's own: `naign.open_dataset`."""
+
+import atexit
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
+from functools import partial
+from itertools import cycle, islice, repeat
+from numbers import Integral
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from naign.data.dataset import DataConfig, check_config, lists_data_sets
+from naign.data.format.manifest import is_count
+from naign.data.loader import PATIENCE, Rows, allow, fill, new_images, new_rows
+from naign.data.mixing import DataSets
+from naign.data.order import check_seed, parts, pieces
+from naign.data.sample import draws
+from naign.errors import require
+from naign.model.scale import scaled
+from naign.settings.read import build
+from naign.storage.prefetch import in_background
+
+Step = tuple[int, int, int]  # this rank's positions [first, last) of a batch in the epoch, and where the batch ends
+Reading = tuple[Rows, int, Future[list[str]]]  # of a batch: its end, and the problems of broken samples once it is read
+
+
+class Batch(NamedTuple):
+    """One rank's part of a batch."""
+
+    images: Tensor  # (n, C, H, W) float32 in [-1, 1]; (n, D) float32 of points
+    labels: Tensor  # (n,) int64, -1 where there is none
+    keys: list[str]  # n of them
+
+
+class Batches(IterableDataset[Batch]):
+    """A split of a data set as this rank's batches; see `open_dataset`."""
+
+    def __init__(self, config: DataConfig, *, batch: int, seed: int, rank: int | None, world: int | None) -> None:
+        check_config(config)
+        whole = isinstance(batch, Integral) and isinstance(seed, Integral)
+        require((whole, f"batch is {batch!r} and seed {seed!r}: both must be whole numbers"))
+        check_seed(seed)
+        require(
+            (batch > 0, f"batch is {batch}: it must be positive"),
+            (not lists_data_sets(config), f"open_dataset reads one data set, not the list {config.path}"),
+            ((rank is None) == (world is None), "give both rank and world, or neither"),
+            (rank is None or world is None or 0 <= rank < world, f"rank is {rank}: it must lie in [0, world={world})"),
+        )
+        self._place = None if rank is None or world is None else (rank, world)
+        self._sets, self._config, self._batch, self._seed = DataSets(config), config, int(batch), int(seed)
+        self.manifest, self.shape = self._sets.manifest, self._sets.shape  # names of labels; shape of one image
+        shards = self.manifest.split(config.split).shards
+        # A round as long as the epoch: the order depends neither on the batch nor on the number of ranks.
+        (self._order,) = self._sets.plan(seed, sum(shard.samples for shard in shards)).orders
+        content = repr((self._order.lanes, [(shard.pages, shard.samples) for shard in shards]))
+        self._digest = hashlib.sha256(content.encode()).hexdigest()
+        self.epoch = self._position = 0  # images of this epoch that all ranks together have yielded
+        self._broken = self._rows = 0  # of this rank
+
+    def state_dict(self) -> dict[str, int | str]:
+        """Epoch, and position in it after the batches yielded so far: equal on all ranks after equally many of them."""
+        return {"epoch": self.epoch, "position": self._position, "seed": self._seed, "order": self._digest}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state of any number of ranks and any `batch`; the next iteration yields the rest of its
+        epoch. Raises InputError for a state of another data set, split, `shuffle` or seed.
+        """
+        where = f"split {self._config.split} of {self._config.path}"
+        epoch, position, seed, order = (state.get(name, -1) for name in self.state_dict())
+        require(
+            (is_count(epoch) and is_count(position), "the state was not made by open_dataset(...).state_dict()"),
+            (order == self._digest, f"the state is of another data set, split or shuffle than {where}"),
+            (seed == self._seed, f"the state is of seed {seed}, not {self._seed}: open the data set with that seed"),
+            (position <= self._order.total, f"the state is of image {position} of the {self._order.total} of {where}"),
+        )
+        self.epoch, self._position = epoch, position
+
+    def __iter__(self) -> Iterator[Batch]:
+        there = dist.is_available() and dist.is_initialized()
+        rank, world = self._place or ((dist.get_rank(), dist.get_world_size()) if there else (0, 1))
+        self._check(world)
+        epoch, position, ahead = self.epoch, self._position, deque[Reading]()
+        begun = self._begin(partial(self._steps, position, rank, world), epoch)
+
+        def finish() -> None:
+            wait([reading for *_, reading in ahead], PATIENCE)
+
+        atexit.register(finish)  # a thread inside torch while the interpreter goes down would abort it
+        try:
+            ahead.extend(islice(begun, max(1, self._config.workers)))
+            while ahead:
+                rows, end, reading = ahead[0]
+                problems = reading.result()
+                ahead.popleft()
+                ahead.extend(islice(begun, 1))
+                self._broken, self._rows = self._broken + len(problems), self._rows + len(rows.keys)
+                allow(problems, self._broken, self._rows, self._order.total // world)
+                self._move((epoch, position), (epoch, end))
+                position = end
+                yield Batch(scaled(rows.images), rows.labels, rows.keys)
+            self._move((epoch, position), (epoch + 1, 0))
+        finally:
+            finish()
+            atexit.unregister(finish)
+
+    def _move(self, since: tuple[int, int], to: tuple[int, int]) -> None:
+        """Move from one (epoch, position) to another. InputError if an iteration is not at the first one any more."""
+        other = "another iteration of the data set, or load_state_dict, has moved it since: use one iteration at a time"
+        require((since == (self.epoch, self._position), other))
+        self.epoch, self._position = to
+
+    def _check(self, world: int) -> None:
+        """Raise InputError where images would be lost or repeated, or ranks have unequally many batches."""
+        left, after = self._order.total - self._position, {"epoch": self.epoch + 1, "position": 0}
+        begin = f"use fewer ranks, or begin the next epoch, by load_state_dict(state | {after})"
+        divided = world > 1 and _divided_by_accelerate(self)
+        remedy = "iterate over the data set itself, and move batches to accelerator.device"
+        require(
+            (not get_worker_info(), "open_dataset reads ahead by its own threads: give the DataLoader num_workers=0"),
+            (not 0 < left < world, f"{left} images left of the epoch are too few for {world} ranks: {begin}"),
+            (self._batch >= world, f"a batch of {self._batch} images has none for some of {world} ranks: raise batch"),
+            (not divided, f"accelerator.prepare divides this rank's batches among the ranks once more: {remedy}"),
+        )
+
+    def _steps(self, start: int, rank: int, world: int) -> Iterator[Step]:
+        """The batches up to the epoch's end; the last is of another size, so that each rank has equally many."""
+        end = start
+        while (begin := end) < self._order.total:
+            end = begin + self._batch
+            if self._order.total - end < world:
+                end = self._order.total
+            yield *parts(begin, end, world)[rank], end
+
+    def _begin(self, steps: Callable[[], Iterator[Step]], epoch: int) -> Iterator[Reading]:
+        """Begin to read one batch after the other, in turn from a stream of samples for each worker."""
+        streams, width = [], max(1, self._config.workers)
+        for turn in range(width):
+            reader, mine = self._sets.reader(0), islice(steps(), turn, None, width)
+            wanted = (piece for first, last, _ in mine for piece in pieces(self._order, epoch, first, last))
+            streams.append(zip(repeat(reader), reader.raw(wanted), strict=False))
+        for (first, last, end), stored in zip(steps(), cycle(streams), strict=False):
+            rows = new_rows(new_images(self.shape, self.manifest.dtype, last - first))
+            drawn = draws(self._seed, epoch, first, last, windows=self._config.fit == "random")
+            read = partial(fill, rows, 0, islice(stored, last - first), drawn, flip=self._config.flip)
+            yield rows, end, in_background(read, f"read batch {first}")
+
+
+def _divided_by_accelerate(dataset: Batches) -> bool:
+    """Whether a loader of Accelerate iterates over the data set on one rank for all, or passes over batches."""
+    from accelerate.data_loader import DataLoaderDispatcher, GradientState
+
+    loader = GradientState().active_dataloader
+    read = getattr(loader, "dataset", None)
+    return getattr(read, "dataset", None) is dataset or (read is dataset and isinstance(loader, DataLoaderDispatcher))
+
+
+def open_dataset(
+    path: str | Path,  # folder or s3://bucket/prefix of shards and their index.json, as `naign pack` makes it
+    split: str = "train",
+    *,
+    batch: int = 256,  # images a batch over all ranks, shared by them as equally as can be
+    seed: int = 0,  # of the order of shards, and of windows and mirroring
+    rank: int | None = None,  # None: that of torch.distributed when an iteration begins, or 0 of 1
+    world: int | None = None,
+    **settings: Any,  # size, fit, crop, flip, cache, workers, broken, ...: of the section `data` in docs/settings.md
+) -> Batches:
+    """A split as a torch IterableDataset of batches (images, labels, keys): images (n, C, H, W) float32 in [-1, 1].
+
+    Each iteration yields this rank's batches of an epoch, or of the rest of the present one: every image once over all
+    ranks, in an order that depends on the seed alone.
+
+        dataset = open_dataset("s3://bucket/pictures", batch=256, size="64")
+        dataset.load_state_dict(state)  # dataset.state_dict() of an earlier program, on any number of ranks
+        for epoch in range(dataset.epoch, 10):
+            for images, labels, keys in dataset: ...
+
+    Threads read ahead: use the data set itself, or a DataLoader with batch_size=None and num_workers=0. Raises
+    InputError, a ValueError, for wrong arguments, some when an iteration begins, and for data that is missing or
+    damaged; Unavailable for a store that stays out of reach.
+    """
+    refused = ", ".join(sorted(settings.keys() & {"source", "endpoint", "trace"}))  # which are of trainings alone
+    require((not refused, f"open_dataset has no setting {refused}: leave it out"))
+    content = {"path": path, "split": split, **settings}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in content.items()}
+    config: DataConfig = build(DataConfig, plain, "open_dataset", named={})
+    return Batches(config, batch=batch, seed=seed, rank=rank, world=world)

@@ -1,0 +1,56 @@
+"""Callbacks: what another package does after a round or a checkpoint (docs/training.md).
+
+They are entry points of the group `naign.callbacks` that train.callbacks names, or an argument of `train`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from naign.errors import SHARED, require
+from naign.settings.registry import listed, lookup
+from naign.training.run import Run
+
+
+class Callback:
+    """Base of callbacks. An entry point is a subclass, or another function without arguments that returns one."""
+
+    def on_round(self, run: Run, values: dict[str, float]) -> None:
+        """Called on every rank after each round, and before its report: what rank 0 adds to `values` is reported."""
+
+    def on_checkpoint(self, run: Run, folder: Path) -> None:
+        """Called on rank 0 once the checkpoint in `folder` is complete, and in the bucket if there is one. It runs in
+        the background, so it must leave the network to the next rounds and read the files.
+        """
+
+
+def find_callbacks(names: str) -> list[Callback]:
+    """The callbacks of train.callbacks, names with commas between them. Raises InputError for an unknown one."""
+    callbacks = list[Callback]()
+    for name in listed(names):
+        build: Callable[[], Callback] = lookup("train.callbacks", name, {}, "naign.callbacks")
+        with _blamed(f"the callback '{name}'", build.__module__):
+            callbacks.append(built := build())
+            require((isinstance(built, Callback), f"it made a {type(built).__name__}, no Callback: fix the package"))
+    return callbacks
+
+
+def call(run: Run, hook: str, *values: dict[str, float] | Path) -> None:
+    """Call that method of each callback. What it raises names the callback and its package."""
+    for callback in run.callbacks:
+        with _blamed(f"{hook} of the callback {type(callback).__qualname__}", type(callback).__module__):
+            getattr(callback, hook)(run, *values)
+            for reported in (value for value in values if isinstance(value, dict)):  # not text
+                reported |= {name: float(value) for name, value in reported.items()}
+
+
+@contextmanager
+def _blamed(what: str, module: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        failed = f"{what}, of the package {module.partition('.')[0]}, failed"
+        if isinstance(error, SHARED):
+            raise type(error)(f"{failed}: {error}") from error
+        error.add_note(failed)  # the last line of the traceback
+        raise

@@ -1,0 +1,70 @@
+"""The engine that the launcher's configuration asks for, and what it cannot do."""
+
+import os
+import shutil
+import sys
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from naign.config import Config
+from naign.distributed.engine import Engine
+from naign.distributed.optimizers import find_optimizer
+from naign.distributed.zero import ZeroEngine
+from naign.errors import InputError, require
+
+LAUNCHER = "the launcher's DeepSpeed configuration"
+
+
+def build_engine(config: Config, bare: nn.Module, accelerator: Accelerator, shape: tuple[int, ...] = ()) -> Engine:
+    """The engine that trains `bare` on samples of `shape`; InputError if DeepSpeed is set up otherwise. Collective."""
+    if config.train.channels_last:
+        bare.to(memory_format=torch.channels_last)  # type: ignore[call-overload,unused-ignore]  # torch 2.15 declares it
+    kind = ZeroEngine if accelerator.distributed_type == DistributedType.DEEPSPEED else Engine
+    if "FSDP_VERSION" in os.environ:
+        from naign.distributed.fsdp import FsdpEngine as kind  # which takes a second to import
+    return kind(accelerator, bare, config.train, shape=shape)
+
+
+def check_engine(config: Config, accelerator: Accelerator) -> None:
+    """Raise InputError where the launcher's engine cannot do what the configuration asks for."""
+    find_optimizer(config.train.optimizer)
+    batch, world, accumulate = config.train.batch, accelerator.num_processes, config.train.accumulate
+    if batch % (world * accumulate):
+        ranks = [str(number) for number in range(1, batch // accumulate + 1) if batch % (number * accumulate) == 0]
+        uneven = f"train.batch={batch} images cannot be shared evenly by {world} ranks x {accumulate} micro-batches"
+        raise InputError(f"{uneven}: use {', '.join(ranks)} ranks, or another train.batch in a new run")
+    apart = "train.optimizer=muon takes contiguous kernels: leave out train.channels_last, or choose another optimizer"
+    require((config.train.optimizer != "muon" or not config.train.channels_last, apart))
+    is_fsdp, is_deepspeed = "FSDP_VERSION" in os.environ, accelerator.distributed_type == DistributedType.DEEPSPEED
+    apart = f"does not go with {'FSDP' if is_fsdp else 'DeepSpeed'}: leave it out, or use DDP"
+    for name, value in (("optimizer", "adamw"), ("compile", False), ("channels_last", False)):
+        possible = getattr(config.train, name) == value or not (is_fsdp or is_deepspeed)
+        require((possible, f"train.{name}={getattr(config.train, name)} {apart}"))
+    if is_fsdp:
+        require((not config.objective.needs_frozen, f"objective.name={config.objective.name} {apart}"))
+        offloaded = os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
+        require((accelerator.mixed_precision != "fp16", f"train.precision=fp16 {apart}"))
+        require((not offloaded, f"fsdp_offload_params {apart}"))
+    if not is_deepspeed:
+        if config.train.compile and accelerator.device.type == "cpu":
+            compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch chooses it
+            lacking = f"train.compile needs a C++ compiler, and {compiler} is not there"
+            require((shutil.which(compiler), f"{lacking}: install it, name another in CXX, or leave train.compile out"))
+        return
+    plugin, precision = accelerator.state.deepspeed_plugin, accelerator.mixed_precision
+    configured, stage = plugin.deepspeed_config, int(plugin.zero_stage)
+    for name in sorted({"optimizer", "scheduler"} & configured.keys()):
+        raise InputError(f"{LAUNCHER} has a section '{name}', which is the run's: remove it")
+    for name in ("bf16", "fp16"):
+        enabled, asked = configured.get(name, {}).get("enabled", "auto"), precision.replace("no", "fp32")
+        conflict = f"{LAUNCHER} says {name}.enabled: {enabled}, but the run's precision is {asked}"
+        require((enabled in ("auto", asked == name), f"{conflict}: remove it there, or change train.precision"))
+    objective = config.objective
+    frozen = f"objective.name={objective.name} evaluates a frozen copy of the network"
+    hidden = f"DeepSpeed ZeRO-0 in {precision} keeps its float32 weights where no checkpoint can reach them"
+    allowed = not objective.needs_frozen or (stage < 3 and precision == "no")
+    require((allowed, f"{frozen}: use DDP, or ZeRO 0 to 2 in float32, which allow that"))
+    require((stage > 0 or precision == "no", f"{hidden}: use ZeRO 1 to 3, or DDP"))
